@@ -1,0 +1,44 @@
+# Everything here sets itself up on a fresh clone: a virtual environment at .venv with the locked
+# versions. For the small CPU build of torch on Linux, point pip at PyTorch's CPU index:
+#   PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make demo
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/.ready
+
+.PHONY: demo test check format faults base bench clean
+
+demo: $(READY)  ## Fine-tune the embedded model on the embedded facts: one minute, nothing to download
+	$(BIN)/molf train
+
+test: $(READY)  ## Lint, types and every test (no network, no GPU)
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+check: $(READY)  ## Lint, format and types alone
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+format: $(READY)
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+faults: $(READY)  ## Plant faults in the optimizer; every one must make a test fail
+	$(BIN)/python scripts/planted_faults.py
+
+base: $(READY)  ## Rebuild the embedded base model
+	$(BIN)/python scripts/build_base.py
+
+bench: $(READY)  ## One training step of fft, LoRA and MoLF, interleaved
+	$(BIN)/python benchmarks/step_time.py
+
+clean:
+	rm -rf .venv build dist src/*.egg-info
+
+$(READY): requirements-dev.lock pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.lock
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	touch $@

@@ -1,0 +1,38 @@
+"""MoLF: full fine-tuning and LoRA in one optimizer, routed per layer and per step.
+
+Names are imported when first used, so that `import molf` (and `molf --help`) stay fast: the
+optimizer needs torch alone, and nothing here imports transformers.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from molf.core.config import MoLFConfig
+    from molf.core.optimizer import Decision, MoLFAdamW
+    from molf.core.trainer import trainer_optimizer
+
+_HOMES = {
+    "Decision": "molf.core.routing",
+    "MoLFAdamW": "molf.core.optimizer",
+    "MoLFConfig": "molf.core.config",
+    "trainer_optimizer": "molf.core.trainer",
+}
+
+__all__ = ["Decision", "MoLFAdamW", "MoLFConfig", "trainer_optimizer"]
+
+
+def __getattr__(name: str) -> object:
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("molf")
+    if name not in _HOMES:
+        raise AttributeError(f"module 'molf' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOMES, "__version__"])

@@ -1,0 +1,141 @@
+"""AdamW's arithmetic on tensors of any shape: moments, score terms, steps.
+
+Every function works through its tensors in blocks of rows. On a CPU a block fits the cache, so a
+chain of elementwise operations reads and writes main memory once; elsewhere a block is the whole
+tensor. Moments live in the dtype of the state (float32, or float64 for float64 weights) and all
+arithmetic happens in that dtype, whatever the dtype of the weight and its gradient.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from types import EllipsisType
+
+import torch
+from torch import Tensor
+
+_CPU_BLOCK_ELEMENTS = 32_768
+_SCORE_EPS = 1e-8  # of the score (METHOD: whatever the optimizer's own eps)
+
+
+def state_dtype(weight: Tensor) -> torch.dtype:
+    """Return the dtype of factors and moments for a weight: float64 for float64, else float32."""
+    return torch.float64 if weight.dtype == torch.float64 else torch.float32
+
+
+def gradient(parameter: Tensor) -> Tensor:
+    """Return the gradient of a parameter that has one."""
+    assert parameter.grad is not None, "parameters without a gradient are left out of the step"
+    return parameter.grad
+
+
+def row_blocks(tensor: Tensor) -> Iterator[slice | EllipsisType]:
+    """Yield indices of the first dimension that together cover `tensor`."""
+    if not tensor.numel():
+        return
+    if tensor.dim() == 0 or tensor.device.type != "cpu":
+        yield ...
+        return
+    rows = tensor.shape[0]
+    size = max(1, _CPU_BLOCK_ELEMENTS * rows // tensor.numel())
+    for start in range(0, rows, size):
+        yield slice(start, start + size)
+
+
+@dataclass(frozen=True)
+class MomentDecay:
+    """How moments move in this step, as scalars on the device.
+
+    The host does not yet know whether every gradient is finite when moments are updated; `finite`
+    knows, on the device. Where it is False, gradients are replaced by zeros and the moments
+    multiplied by one, so that a bad step leaves the state bit for bit as it was.
+    """
+
+    finite: Tensor  # bool
+    new_share: Tensor  # 1 - beta1, or 0
+    kept_sq: Tensor  # beta2, or 1
+    new_sq: float  # 1 - beta2
+
+    @classmethod
+    def of(cls, betas: tuple[float, float], finite: Tensor, dtype: torch.dtype) -> MomentDecay:
+        """Build from the betas and a 0-dim bool tensor on the gradients' device."""
+        beta1, beta2 = betas
+        share = torch.full((), 1 - beta1, dtype=dtype, device=finite.device)
+        kept = torch.full((), beta2, dtype=dtype, device=finite.device)
+        return cls(
+            finite, torch.where(finite, share, 0.0), torch.where(finite, kept, 1.0), 1 - beta2
+        )
+
+
+def update_moments(grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, decay: MomentDecay) -> None:
+    """`m <- b1 m + (1 - b1) g`, `v <- b2 v + (1 - b2) g*g`, in place, on one block."""
+    grad = torch.where(decay.finite, grad, 0.0).to(exp_avg.dtype)
+    exp_avg.lerp_(grad, decay.new_share)
+    exp_avg_sq.mul_(decay.kept_sq).addcmul_(grad, grad, value=decay.new_sq)
+
+
+def score_terms(exp_avg: Tensor, exp_avg_sq: Tensor, score: str) -> Tensor:
+    """Return the summands of a score, elementwise, on one block.
+
+    EPD (Eq. 10): `m^2 / (sqrt(v) + eps)`. PFN (Eq. 11): `(m / (sqrt(v) + eps))^2`.
+    """
+    preconditioned = exp_avg / exp_avg_sq.sqrt().add_(_SCORE_EPS)
+    return preconditioned.square_() if score == "pfn" else preconditioned.mul_(exp_avg)
+
+
+def finish_score(total: float, *, score: str, lr: float, count: int) -> float:
+    """Turn the sum of an expert's terms over its `count` parameters into its score."""
+    return math.sqrt(total / count) if score == "pfn" else lr * total / count
+
+
+@dataclass(frozen=True)
+class AdamWStep:
+    """The scalars of one tensor's AdamW step with decoupled decay.
+
+    Attributes:
+        lr: The scheduled rate.
+        weight_decay: The decay, multiplied by `lr` in the step.
+        betas: Decay rates of the moments.
+        eps: Added to the root of the second moment.
+        step: The counter t, 1 at the first step.
+    """
+
+    lr: float
+    weight_decay: float
+    betas: tuple[float, float]
+    eps: float
+    step: int
+
+    @property
+    def decay(self) -> float:
+        """`lr wd`, the share of a weight that decay takes."""
+        return self.lr * self.weight_decay
+
+    @property
+    def kept(self) -> float:
+        """`1 - lr wd`, the share that decay leaves."""
+        return 1 - self.decay
+
+    @property
+    def step_size(self) -> float:
+        """`lr / (1 - b1^t)`."""
+        return self.lr / (1 - self.betas[0] ** self.step)
+
+    def denominator(self, exp_avg_sq: Tensor) -> Tensor:
+        """`sqrt(v) / sqrt(1 - b2^t) + eps`."""
+        correction = math.sqrt(1 - self.betas[1] ** self.step)
+        return exp_avg_sq.sqrt().div_(correction).add_(self.eps)
+
+    def descend_(self, weight: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor) -> None:
+        """`p <- p - lr m^ / (sqrt(v^) + eps)` in place, block by block; decay is the caller's."""
+        for rows in row_blocks(weight):
+            weight[rows].addcdiv_(
+                exp_avg[rows], self.denominator(exp_avg_sq[rows]), value=-self.step_size
+            )
+
+    def increment(self, weight: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor) -> Tensor:
+        """Return `p' - p`, decay included, without the cancellation of a difference."""
+        direction = exp_avg / self.denominator(exp_avg_sq)
+        return direction.mul_(-self.step_size).sub_(weight, alpha=self.decay)

@@ -1,0 +1,143 @@
+"""The settings of the method, checked when they are made. Needs the standard library alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+SCORES = ("epd", "pfn", "random", "full", "lora")
+"""Routing scores: two of the paper (Eq. 10 and 11) and three controls."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MoLFConfig:
+    """What is routed and how.
+
+    Attributes:
+        ranks: One LoRA expert per entry; an int means one expert.
+        alpha: LoRA alpha, one number for all experts or one per rank.
+        use_rslora: Scale by `alpha / sqrt(rank)` (rank-stabilised) instead of `alpha / rank`.
+        lora_dropout: Dropout before the factors, in [0, 1). Only 0 can be folded into the weight.
+        score: `"epd"` (expected preconditioned descent, Eq. 10), `"pfn"` (preconditioned Frobenius
+            norm, Eq. 11), or a control: `"random"` (seeded), `"full"` (the full expert always
+            wins), `"lora"` (the best LoRA expert by EPD always wins).
+        top_k: How many experts of a layer take the update at each step.
+        target_modules: `"all-linear"`, a list of name endings, or a regular expression that the
+            whole module name matches, as in PEFT.
+        exclude_modules: Name endings or a regular expression; these modules are never routed.
+        freeze_base: Train LoRA experts alone (MoLF-Efficient).
+        freeze_rest: Freeze what is not routed (norms, embeddings, biases). None: trained with
+            `freeze_base=False`, frozen with `freeze_base=True`.
+        seed: Seed of the A factors' init and of `score="random"`.
+
+    Raises:
+        ValueError: A value is not allowed; the message says what was given and what is allowed.
+    """
+
+    ranks: tuple[int, ...] = (128,)
+    alpha: float | tuple[float, ...] = 32.0
+    use_rslora: bool = True
+    lora_dropout: float = 0.0
+    score: str = "epd"
+    top_k: int = 1
+    target_modules: str | tuple[str, ...] = "all-linear"
+    exclude_modules: str | tuple[str, ...] = ("lm_head",)
+    freeze_base: bool = False
+    freeze_rest: bool | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Normalise sequences to tuples and check every value."""
+        self._set("ranks", _as_tuple(self.ranks))
+        if isinstance(self.alpha, Iterable):
+            self._set("alpha", tuple(self.alpha))
+        for name in ("target_modules", "exclude_modules"):
+            value = getattr(self, name)
+            if not isinstance(value, str):
+                self._set(name, tuple(value or ()))
+
+        if not self.ranks or not all(_is_int(r) and r >= 1 for r in self.ranks):
+            raise ValueError(
+                f"Invalid ranks={list(self.ranks)}. Must be one or more integers, each at least 1."
+            )
+        if isinstance(self.alpha, tuple) and len(self.alpha) != len(self.ranks):
+            raise ValueError(
+                f"Invalid alpha={list(self.alpha)}. Must be one number, or one per rank "
+                f"({len(self.ranks)} ranks)."
+            )
+        if not all(_is_number(a) and a > 0 for a in self.alphas):
+            raise ValueError(f"Invalid alpha={self.alpha}. Must be positive and finite.")
+        if not (_is_number(self.lora_dropout) and 0 <= self.lora_dropout < 1):
+            raise ValueError(f"Invalid lora_dropout={self.lora_dropout}. Must be in [0, 1).")
+        if self.score not in SCORES:
+            raise ValueError(f"Invalid score={self.score!r}. Must be one of {', '.join(SCORES)}.")
+        if not _is_int(self.seed):
+            raise ValueError(f"Invalid seed={self.seed!r}. Must be an integer.")
+        if not self.target_modules:
+            raise ValueError(
+                "Invalid target_modules: empty. Must be 'all-linear', a list of name endings, or "
+                "a regular expression."
+            )
+        self._check_experts()
+
+    def _check_experts(self) -> None:
+        """Check the settings that depend on which experts there are."""
+        if self.freeze_base and self.score == "full":
+            raise ValueError(
+                "Invalid score='full' with freeze_base=True: there is no full expert. "
+                "Use freeze_base=False or another score."
+            )
+        eligible = len(self.experts)
+        if self.score == "full":
+            eligible = 1
+        elif self.score == "lora":
+            eligible = len(self.ranks)
+        if not _is_int(self.top_k) or not 1 <= self.top_k <= eligible:
+            raise ValueError(
+                f"Invalid top_k={self.top_k}. Must be from 1 to {eligible}, the number of experts "
+                f"that score={self.score!r} can choose from ({', '.join(self.experts)})."
+            )
+
+    def _set(self, name: str, value: object) -> None:
+        object.__setattr__(self, name, value)
+
+    @property
+    def alphas(self) -> tuple[float, ...]:
+        """Alpha of each LoRA expert."""
+        return self.alpha if isinstance(self.alpha, tuple) else (self.alpha,) * len(self.ranks)
+
+    @property
+    def scalings(self) -> tuple[float, ...]:
+        """`s_i` of each LoRA expert: `alpha / sqrt(rank)` or `alpha / rank`."""
+        return tuple(
+            alpha / (math.sqrt(rank) if self.use_rslora else rank)
+            for alpha, rank in zip(self.alphas, self.ranks, strict=True)
+        )
+
+    @property
+    def lora_experts(self) -> tuple[str, ...]:
+        """Names of the LoRA experts, `lora{i}_r{rank}`."""
+        return lora_expert_names(self.ranks)
+
+    @property
+    def experts(self) -> tuple[str, ...]:
+        """Names of all experts of a layer, in the order that breaks ties."""
+        return self.lora_experts if self.freeze_base else ("full", *self.lora_experts)
+
+
+def lora_expert_names(ranks: Iterable[int]) -> tuple[str, ...]:
+    """Names of the LoRA experts with these ranks: `lora{i}_r{rank}`."""
+    return tuple(f"lora{i}_r{rank}" for i, rank in enumerate(ranks))
+
+
+def _as_tuple(value: int | Iterable[int]) -> tuple[int, ...]:
+    return tuple(value) if isinstance(value, Iterable) else (value,)
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

@@ -1,0 +1,191 @@
+"""Parameter groups of the optimizer: one per routed layer, then what is not routed.
+
+A group carries a layer's structure as plain values and refers to its parameters by position,
+`[weight]` or `[weight, bias]`. Whatever swaps the parameters later (accelerate, FSDP2) keeps
+positions, and whatever saves groups (state_dict, distributed checkpoints) keeps plain values.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from molf.core.config import MoLFConfig
+from molf.core.layers import LinearLayer, clean_name, find_layers
+
+_STRUCTURE = ("layer", "transposed", "ranks", "scalings")
+
+
+def build_groups(
+    model: nn.Module,
+    config: MoLFConfig,
+    *,
+    lr: float,
+    lora_lr: float | Sequence[float] | None,
+    weight_decay: float,
+    lora_weight_decay: float | Sequence[float],
+) -> list[dict[str, Any]]:
+    """Return the groups for `MoLFAdamW`; the arguments are those of `MoLFAdamW.from_model`.
+
+    Raises:
+        ValueError: A value is not allowed, or no layer can be routed (see `find_layers`).
+    """
+    _check_folded(config)
+    _check_range("lr", lr)
+    lora_lrs = _per_expert("lora_lr", lr if lora_lr is None else lora_lr, config)
+    lora_decays = _per_expert("lora_weight_decay", lora_weight_decay, config)
+    ratios = _ratios(lora_lrs, lr)
+    layers = find_layers(model, config)
+    _warn_of_rounding(layers)
+    if config.freeze_rest:
+        layers = _freeze_rest(model, layers)
+    routed = [
+        {
+            "params": _named_parameters(layer),
+            "layer": layer.name,
+            "transposed": layer.transposed,
+            "ranks": config.ranks,
+            "scalings": config.scalings,
+            "score": config.score,
+            "top_k": config.top_k,
+            "seed": config.seed,
+            "lora_lr_ratios": ratios,
+            "weight_decay": weight_decay,
+            "lora_weight_decays": lora_decays,
+            "bias_weight_decay": 0.0,
+        }
+        for layer in layers
+    ]
+    return routed + _rest_groups(model, layers, weight_decay)
+
+
+def _check_folded(config: MoLFConfig) -> None:
+    if config.freeze_base:
+        raise ValueError(
+            "freeze_base=True (MoLF-Efficient) needs the adapter form, which this version does not "
+            "have yet. Use freeze_base=False."
+        )
+    if config.lora_dropout:
+        raise ValueError(
+            f"lora_dropout={config.lora_dropout} needs the adapter form, which this version does "
+            "not have yet: dropout cannot be folded into the weight. Use lora_dropout=0."
+        )
+
+
+def _per_expert(name: str, value: float | Sequence[float], config: MoLFConfig) -> tuple[float, ...]:
+    count = len(config.ranks)
+    values = tuple(value) if isinstance(value, Sequence) else (value,) * count
+    if len(values) != count:
+        raise ValueError(
+            f"Invalid {name}={list(values)}. Must be one number, or one per rank ({count} ranks)."
+        )
+    return values
+
+
+def _ratios(lora_lrs: tuple[float, ...], lr: float) -> tuple[float, ...]:
+    """Rates of the LoRA experts as multiples of `lr`."""
+    if lr == 0:
+        if any(lora_lrs):
+            raise ValueError(
+                f"Invalid lora_lr={list(lora_lrs)} with lr=0. The LoRA rate is kept as a ratio to "
+                "lr, so lr must be positive; a scheduler may bring it to 0."
+            )
+        return (1.0,) * len(lora_lrs)
+    return tuple(rate / lr for rate in lora_lrs)
+
+
+def _named_parameters(layer: LinearLayer) -> list[tuple[str, nn.Parameter]]:
+    named = [(f"{layer.name}.weight", layer.weight)]
+    if layer.bias is not None:
+        named.append((f"{layer.name}.bias", layer.bias))
+    return named
+
+
+def _freeze_rest(model: nn.Module, layers: list[LinearLayer]) -> list[LinearLayer]:
+    """Freeze everything but the routed weights; biases leave the `full` experts."""
+    routed = {layer.weight for layer in layers}
+    for parameter in model.parameters():
+        if parameter not in routed:
+            parameter.requires_grad_(False)
+    return [LinearLayer(x.name, x.weight, None, x.transposed) for x in layers]
+
+
+def _rest_groups(
+    model: nn.Module, layers: list[LinearLayer], weight_decay: float
+) -> list[dict[str, Any]]:
+    """Trainable parameters outside the routed layers, with and without decay."""
+    routed = {p for layer in layers for p in (layer.weight, layer.bias) if p is not None}
+    named = [
+        (clean_name(name), parameter)
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad and parameter not in routed
+    ]
+    groups = [
+        {"params": [x for x in named if x[1].dim() >= 2], "weight_decay": weight_decay},
+        {"params": [x for x in named if x[1].dim() < 2], "weight_decay": 0.0},  # norms, biases
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def _warn_of_rounding(layers: list[LinearLayer]) -> None:
+    rounded = {x.weight.dtype for x in layers if x.weight.dtype.itemsize < 4}
+    for dtype in rounded:
+        warnings.warn(
+            f"Routed weights are {dtype}: updates are computed in float32 and then rounded to "
+            "nearest, so small ones are lost (METHOD: at lr 2e-5, most of them). Load the model in "
+            "float32 and train under autocast.",
+            stacklevel=3,
+        )
+
+
+def check_group(group: dict[str, Any]) -> None:
+    """Check every number of a group, given or filled in.
+
+    Raises:
+        ValueError: The first number out of range.
+    """
+    for name in ("lr", "eps", "weight_decay", "bias_weight_decay"):
+        _check_range(name, group.get(name, 0.0))
+    for name in ("lora_lr_ratios", "lora_weight_decays"):
+        for value in group.get(name, ()):
+            _check_range(name, value)
+    betas = group["betas"]
+    if len(betas) != 2 or not all(isinstance(b, (int, float)) and 0 <= b < 1 for b in betas):
+        raise ValueError(f"Invalid betas={tuple(betas)}. Must be two numbers in [0, 1).")
+    if any(parameter.is_complex() for parameter in group["params"]):
+        raise ValueError("MoLFAdamW does not support complex parameters.")
+
+
+def _check_range(name: str, value: Any) -> None:
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not is_number or not math.isfinite(value) or value < 0:
+        raise ValueError(f"Invalid {name}={value!r}. Must be a finite number, at least 0.")
+
+
+def check_same_structure(saved_groups: list[dict[str, Any]], groups: list[dict[str, Any]]) -> None:
+    """Refuse saved groups that were built for other layers or experts.
+
+    Raises:
+        ValueError: The first difference.
+    """
+    if len(saved_groups) != len(groups):
+        raise ValueError(
+            f"Cannot load the optimizer state: it has {len(saved_groups)} parameter groups, this "
+            f"optimizer has {len(groups)}."
+        )
+    for saved, own in zip(saved_groups, groups, strict=True):
+        for key in _STRUCTURE:
+            given, expected = saved.get(key), own.get(key)
+            if _plain(given) != _plain(expected):
+                raise ValueError(
+                    f"Cannot load the optimizer state: a group has {key}={given!r} where this "
+                    f"optimizer has {expected!r}."
+                )
+
+
+def _plain(value: Any) -> Any:
+    return tuple(value) if isinstance(value, (list, tuple)) else value

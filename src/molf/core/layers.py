@@ -1,0 +1,234 @@
+"""Which linear layers of a model are routed."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections import defaultdict
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from molf.core.config import MoLFConfig
+
+_WRAPPER_PREFIXES = (
+    "module.",
+    "_orig_mod.",
+    "_fsdp_wrapped_module.",
+    "_checkpoint_wrapped_module.",
+)
+_CONVOLUTIONS = (nn.modules.conv._ConvNd,)
+
+
+@dataclass(frozen=True)
+class LinearLayer:
+    """A routed linear layer of a model.
+
+    Attributes:
+        name: The module's name in the model, without the prefixes of wrappers (DDP, compile, FSDP).
+        weight: [out, in], or [in, out] where `transposed`.
+        bias: [out], or None if there is none or it is frozen.
+        transposed: True for GPT-2's `Conv1D`, which stores its weight as [in, out].
+    """
+
+    name: str
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+    transposed: bool
+
+    @property
+    def out_features(self) -> int:
+        """Size of the layer's output."""
+        return self.weight.shape[1 if self.transposed else 0]
+
+    @property
+    def in_features(self) -> int:
+        """Size of the layer's input."""
+        return self.weight.shape[0 if self.transposed else 1]
+
+
+def clean_name(name: str) -> str:
+    """Return a module's or parameter's name without the prefixes that wrappers add."""
+    for prefix in _WRAPPER_PREFIXES:
+        name = name.replace(prefix, "")
+    return name
+
+
+def find_layers(model: nn.Module, config: MoLFConfig) -> list[LinearLayer]:
+    """Return the linear layers of `model` that `config` routes, in the model's order.
+
+    Routed is every `nn.Linear` and every transformers `Conv1D` with a trainable weight whose name
+    matches `config.target_modules` and not `config.exclude_modules`. With `"all-linear"` the output
+    layer, as a transformers model names it, is left out as well.
+
+    Raises:
+        ValueError: No layer is routed, a pattern matches nothing, a matching layer shares its
+            weight with another module (a tied head), is quantised, or is already wrapped by PEFT.
+
+    Warns:
+        UserWarning: A rank exceeds a layer's smaller side, or linear weights exist that cannot be
+            routed (fused mixture-of-experts tensors).
+    """
+    linears = {
+        clean_name(name): module for name, module in model.named_modules() if _is_linear(module)
+    }
+    _check_not_wrapped(model)
+    if not linears:
+        raise ValueError("No layer can be routed: the model has no nn.Linear and no Conv1D.")
+    names = _matching_names(linears, config, output_layer=_output_layer_name(model))
+    owners = _weight_owners(model)
+
+    layers = []
+    for name in names:
+        module = linears[name]
+        weight, bias = module.weight, module.bias
+        if not weight.is_floating_point():
+            raise ValueError(
+                f"Layer {name} is quantised ({weight.dtype}): the full expert needs real weights. "
+                "Load the model unquantised, or exclude the layer with exclude_modules."
+            )
+        if not weight.requires_grad:
+            continue
+        if len(owners[weight]) > 1:
+            others = ", ".join(owner for owner in owners[weight] if owner != name)
+            raise ValueError(
+                f"Layer {name} shares its weight with {others}: its gradient sums both uses, so it "
+                "cannot be routed. Put it into exclude_modules."
+            )
+        trainable_bias = bias if bias is not None and bias.requires_grad else None
+        layers.append(LinearLayer(name, weight, trainable_bias, _is_conv1d(module)))
+    if not layers:
+        raise ValueError(
+            f"No layer can be routed: the weights of all {len(names)} matching linear layers are "
+            "frozen (requires_grad=False)."
+        )
+    _warn_of_large_ranks(layers, config)
+    _warn_of_fused_experts(model)
+    return layers
+
+
+def _is_conv1d(module: nn.Module) -> bool:
+    # transformers' Conv1D, recognised by name: core imports torch alone.
+    return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear) or _is_conv1d(module)
+
+
+def _check_not_wrapped(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        if hasattr(module, "base_layer") and hasattr(module, "lora_A"):
+            raise ValueError(
+                f"Layer {clean_name(name)} carries a PEFT adapter, which this version cannot route "
+                "yet. Give the plain model: MoLF keeps its LoRA experts in the optimizer."
+            )
+
+
+def _output_layer_name(model: nn.Module) -> str | None:
+    """Name of a transformers model's output layer, which is never routed by default."""
+    # Behind wrappers (DDP, compile) the method is the inner model's.
+    for name, module in model.named_modules():
+        if callable(getattr(module, "get_output_embeddings", None)):
+            head = module.get_output_embeddings()
+            found = [n for n, m in model.named_modules() if m is head]
+            return clean_name(found[0]) if head is not None and found else None
+        if name.count(".") > 1:
+            break
+    return None
+
+
+def _matching_names(
+    linears: dict[str, nn.Module], config: MoLFConfig, output_layer: str | None
+) -> list[str]:
+    default_exclude = MoLFConfig.exclude_modules
+    if config.exclude_modules != default_exclude:
+        _check_patterns("exclude_modules", config.exclude_modules, linears)
+    if config.target_modules == "all-linear":
+        targeted = [name for name in linears if name != output_layer]
+    else:
+        _check_patterns("target_modules", config.target_modules, linears)
+        targeted = [name for name in linears if _matches(name, config.target_modules)]
+    names = [name for name in targeted if not _matches(name, config.exclude_modules)]
+    if not names:
+        raise ValueError(
+            f"No layer is routed: exclude_modules={_shown(config.exclude_modules)} leaves none of "
+            f"{_shown(config.target_modules)}. Linear layers of the model: {_endings(linears)}."
+        )
+    return names
+
+
+def _matches(name: str, patterns: str | tuple[str, ...]) -> bool:
+    """Match as PEFT does: a string is a regular expression, a list holds name endings."""
+    if isinstance(patterns, str):
+        return re.fullmatch(patterns, name) is not None
+    return any(name == ending or name.endswith(f".{ending}") for ending in patterns)
+
+
+def _check_patterns(
+    option: str, patterns: str | tuple[str, ...], linears: dict[str, nn.Module]
+) -> None:
+    for pattern in (patterns,) if isinstance(patterns, str) else patterns:
+        single = patterns if isinstance(patterns, str) else (pattern,)
+        try:
+            found = any(_matches(name, single) for name in linears)
+        except re.error as error:
+            raise ValueError(
+                f"Invalid {option}={pattern!r}: not a regular expression: {error}."
+            ) from None
+        if not found:
+            raise ValueError(
+                f"Invalid {option}: {pattern!r} matches no linear layer. Linear layers of the "
+                f"model end in: {_endings(linears)}."
+            )
+
+
+def _endings(linears: dict[str, nn.Module]) -> str:
+    return ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in linears))
+
+
+def _shown(patterns: str | tuple[str, ...]) -> str:
+    return patterns if isinstance(patterns, str) else ",".join(patterns)
+
+
+def _weight_owners(model: nn.Module) -> dict[torch.Tensor, list[str]]:
+    """Names of the modules that hold each parameter; more than one means a tied weight."""
+    owners = defaultdict(list)
+    for name, module in model.named_modules():
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                owners[parameter].append(clean_name(name))
+    return owners
+
+
+def _warn_of_large_ranks(layers: list[LinearLayer], config: MoLFConfig) -> None:
+    rank = max(config.ranks)
+    small = [layer for layer in layers if rank > min(layer.in_features, layer.out_features)]
+    if small:
+        share = sum(x.weight.numel() for x in small) / sum(x.weight.numel() for x in layers)
+        warnings.warn(
+            f"Rank {rank} exceeds the smaller side of {len(small)} of {len(layers)} routed layers "
+            f"({share:.0%} of their weights; first: {small[0].name}): there a LoRA expert is no "
+            "longer low-rank.",
+            stacklevel=3,
+        )
+
+
+def _warn_of_fused_experts(model: nn.Module) -> None:
+    """Warn of 3-D weights, which hold many linear layers in one tensor and cannot be routed."""
+    fused = {
+        parameter
+        for module in model.modules()
+        if not isinstance(module, _CONVOLUTIONS)
+        for parameter in module._parameters.values()
+        if parameter is not None and parameter.dim() == 3
+    }
+    if fused:
+        total = sum(parameter.numel() for parameter in model.parameters())
+        share = sum(parameter.numel() for parameter in fused) / total
+        warnings.warn(
+            f"{len(fused)} fused 3-D weights (mixture-of-experts; {share:.0%} of the parameters) "
+            "cannot be routed: they take plain AdamW steps.",
+            stacklevel=3,
+        )

@@ -1,0 +1,380 @@
+"""MoLFAdamW: AdamW whose every linear layer chooses its expert at every step."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from molf.core.adam import AdamWStep, MomentDecay, gradient, row_blocks, state_dtype, update_moments
+from molf.core.config import MoLFConfig
+from molf.core.folded import (
+    FoldedLayer,
+    adamw_,
+    initial_state,
+    moment_state,
+    split_factors,
+)
+from molf.core.groups import build_groups, check_group, check_same_structure
+from molf.core.precision import full_precision
+from molf.core.routing import Decision, select_winners
+
+
+class MoLFAdamW(Optimizer):
+    """Full fine-tuning and LoRA in one optimizer (arXiv 2605.07111), in the folded form.
+
+    Build it with `from_model`. The model is left as it is: each routed weight holds
+    `W + sum_i s_i B_i A_i`, and the LoRA factors with all moments are optimizer state. In each step
+    every expert of a layer gets its exact gradient and updates its moments; the `top_k` experts
+    with the highest score take an AdamW step.
+
+    Every routed layer is one parameter group, `[weight]` or `[weight, bias]`, that carries the
+    layer's name and structure; what is not routed (embeddings, norms) follows in plain AdamW
+    groups. The LoRA experts' rates are kept as ratios to the group's `lr`, so schedulers scale
+    both. Gradient clipping outside the optimizer sees the dense gradients only.
+
+    Args:
+        params: Parameter groups as `from_model` makes them.
+        lr: Learning rate of the full experts and of everything that is not routed.
+        betas: Decay rates of the first and second moments.
+        eps: Added to the denominator of a step (the score has its own, 1e-8).
+        weight_decay: Default decoupled decay of a group that sets none.
+        nonfinite: What a gradient with infinity or NaN does, found before any state is written:
+            `"raise"` a RuntimeError, or `"skip"` the whole step with a warning.
+
+    Attributes:
+        routing: Decision of every layer in the last step, by layer name.
+        skipped_steps: How many steps `nonfinite="skip"` has skipped.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[dict[str, Any]],
+        lr: float = 5e-5,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.1,
+        *,
+        nonfinite: str = "raise",
+    ) -> None:
+        if nonfinite not in ("raise", "skip"):
+            raise ValueError(f"Invalid nonfinite={nonfinite!r}. Must be 'raise' or 'skip'.")
+        groups = list(params)
+        if not any(isinstance(group, dict) and group.get("layer") for group in groups):
+            raise ValueError(
+                "No parameter group names a routed layer. Build the optimizer with "
+                "MoLFAdamW.from_model(model, config)."
+            )
+        self.nonfinite = nonfinite
+        self.skipped_steps = 0
+        self.routing: dict[str, Decision] = {}
+        defaults = {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay}
+        super().__init__(groups, {**defaults, "layer": None})
+
+    @classmethod
+    def from_model(
+        cls,
+        model: nn.Module,
+        config: MoLFConfig | None = None,
+        *,
+        lr: float = 5e-5,
+        lora_lr: float | Sequence[float] | None = None,
+        weight_decay: float = 0.1,
+        lora_weight_decay: float | Sequence[float] = 0.01,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        nonfinite: str = "raise",
+    ) -> MoLFAdamW:
+        """Build the optimizer for any module with linear layers.
+
+        Args:
+            model: The model; nothing in it is wrapped or moved. With `config.freeze_rest` the
+                parameters outside the routed weights get `requires_grad=False`.
+            config: What is routed and how; `MoLFConfig()` if not given.
+            lr: Learning rate of the full experts and of everything that is not routed.
+            lora_lr: Rate of the LoRA experts, one number or one per rank; None means `lr`.
+            weight_decay: Decay of routed weights, embeddings and an untied head; biases and norms
+                have none.
+            lora_weight_decay: Decay of the LoRA factors, one number or one per rank.
+            betas: Decay rates of the moments.
+            eps: Added to the denominator of a step.
+            nonfinite: `"raise"` or `"skip"`.
+
+        Raises:
+            ValueError: A value is not allowed, or no layer can be routed (see `find_layers`).
+        """
+        config = config or MoLFConfig()
+        groups = build_groups(
+            model,
+            config,
+            lr=lr,
+            lora_lr=lora_lr,
+            weight_decay=weight_decay,
+            lora_weight_decay=lora_weight_decay,
+        )
+        return cls(groups, lr, betas, eps, weight_decay, nonfinite=nonfinite)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group; without a `layer` it takes plain AdamW steps.
+
+        Raises:
+            ValueError: A hyper-parameter is out of range, or a parameter is complex.
+        """
+        super().add_param_group(param_group)
+        try:
+            check_group(self.param_groups[-1])
+        except ValueError:
+            self.param_groups.pop()
+            raise
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Take one step; return the closure's loss, or None.
+
+        The host waits for the device once, when it reads all layers' scores.
+
+        Raises:
+            RuntimeError: A gradient is infinite or NaN and `nonfinite="raise"`; nothing has been
+                written. Also for sparse gradients.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+
+        layers = [
+            FoldedLayer(group, self.state)
+            for group in self.param_groups
+            if group["layer"] is not None and group["params"][0].grad is not None
+        ]
+        rest = [
+            (parameter, group)
+            for group in self.param_groups
+            if group["layer"] is None
+            for parameter in group["params"]
+            if parameter.grad is not None
+        ]
+        parameters = [p for layer in layers for p, _ in layer.dense] + [p for p, _ in rest]
+        self.routing = {}
+        if not parameters:
+            return loss
+        with full_precision(parameters[0].device.type):
+            self._step(layers, rest, parameters)
+        return loss
+
+    def _step(
+        self,
+        layers: list[FoldedLayer],
+        rest: list[tuple[Tensor, dict[str, Any]]],
+        parameters: list[Tensor],
+    ) -> None:
+        decays = _MomentDecays(parameters)
+        sums = [
+            layer.update_moments(decays.of(layer.weight, layer.group["betas"])) for layer in layers
+        ]
+        home = parameters[0].device
+        on_host = torch.cat([total.to(home) for total in (decays.gradient_sums, *sums)]).tolist()
+
+        gradient_sums, score_sums = on_host[: len(parameters)], iter(on_host[len(parameters) :])
+        if not all(map(math.isfinite, gradient_sums)):
+            self._refuse(
+                [p for p, s in zip(parameters, gradient_sums, strict=True) if not math.isfinite(s)]
+            )
+            return
+        winners = [
+            self._decide(layer, [next(score_sums) for _ in layer.experts]) for layer in layers
+        ]
+        for layer, indices in zip(layers, winners, strict=True):
+            layer.apply(indices)
+        for parameter, group in rest:
+            _step_plain(parameter, group, self.state[parameter], decays)
+
+    def _decide(self, layer: FoldedLayer, sums: list[float]) -> tuple[int, ...]:
+        """Choose a layer's winners and record the decision."""
+        scores = layer.scores(sums)
+        if not all(map(math.isfinite, scores)):
+            raise RuntimeError(
+                f"Scores of layer {layer.name} are not finite although its gradient is: "
+                f"{dict(zip(layer.experts, scores, strict=True))}. Its moments or factors have "
+                "overflowed."
+            )
+        winners = select_winners(
+            scores,
+            score=layer.group["score"],
+            top_k=layer.group["top_k"],
+            has_full=True,
+            layer=layer.name,
+            step=layer.steps_taken,
+            seed=layer.group["seed"],
+        )
+        self.routing[layer.name] = Decision(
+            tuple(layer.experts[winner] for winner in winners),
+            dict(zip(layer.experts, scores, strict=True)),
+        )
+        return winners
+
+    def _refuse(self, bad: list[Tensor]) -> None:
+        """Raise for, or warn of, the parameters with a non-finite gradient."""
+        names = [self._name_of(parameter) for parameter in bad[:3]]
+        more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
+        message = (
+            f"Non-finite gradient in {', '.join(names)}{more}; no weight and no state was changed."
+        )
+        if self.nonfinite == "raise":
+            raise RuntimeError(message + " nonfinite='skip' would skip such steps.")
+        self.skipped_steps += 1
+        warnings.warn(f"{message} Step skipped ({self.skipped_steps} so far).", stacklevel=4)
+
+    def _name_of(self, parameter: Tensor) -> str:
+        for group in self.param_groups:
+            for index, candidate in enumerate(group["params"]):
+                if candidate is parameter:
+                    names = group.get("param_names")
+                    return names[index] if names else f"{group['layer'] or 'parameter'} [{index}]"
+        raise KeyError("the parameter is not in this optimizer")
+
+    def lora_factors(self, layer: str) -> list[tuple[Tensor, Tensor]]:
+        """Return copies of a layer's factors, one (A [r, in], B [out, r]) per LoRA expert.
+
+        Raises:
+            ValueError: No routed layer has this name.
+        """
+        group = self._group_of(layer)
+        state = self.state.get(group["params"][0]) or initial_state(group)
+        return split_factors(group, state["lora_A"], state["lora_B"])
+
+    def set_lora_factors(self, layer: str, factors: Sequence[tuple[Tensor, Tensor]]) -> None:
+        """Replace a layer's factors; the effective weight stays, its split into parts changes.
+
+        Args:
+            layer: Name of a routed layer.
+            factors: (A [r, in], B [out, r]) for each LoRA expert.
+
+        Raises:
+            ValueError: No routed layer has this name, or a shape is wrong.
+        """
+        group = self._group_of(layer)
+        state = self.state[group["params"][0]]
+        if "step" not in state:
+            state.update(initial_state(group))
+        expected = split_factors(group, state["lora_A"], state["lora_B"])
+        given = [(tuple(A.shape), tuple(B.shape)) for A, B in factors]
+        wanted = [(tuple(A.shape), tuple(B.shape)) for A, B in expected]
+        if given != wanted:
+            raise ValueError(f"Invalid factors for {layer}: shapes {given}. Must be {wanted}.")
+        with torch.no_grad():
+            state["lora_A"].copy_(torch.cat([A for A, _ in factors], 0))
+            state["lora_B"].copy_(torch.cat([B for _, B in factors], 1))
+
+    def _group_of(self, layer: str) -> dict[str, Any]:
+        for group in self.param_groups:
+            if group["layer"] is not None and group["layer"] == layer:
+                return group
+        names = [group["layer"] for group in self.param_groups if group["layer"]]
+        raise ValueError(f"No routed layer {layer!r}. Routed are: {', '.join(names[:8])}, ...")
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state; every tensor keeps the saved dtype and so the saved bits.
+
+        `torch.optim.Optimizer` casts floating-point state to the parameter's dtype, which would
+        round float32 factors and moments of bfloat16 weights.
+
+        Raises:
+            ValueError: The saved groups route other layers, or with other ranks or scalings.
+        """
+        loaded: dict[str, Any] = {}
+
+        def capture_last(_: Optimizer, given: dict[str, Any]) -> None:
+            check_same_structure(given["param_groups"], self.param_groups)
+            loaded.update(given)
+
+        capture = self.register_load_state_dict_pre_hook(capture_last)
+        restore = self.register_load_state_dict_post_hook(
+            lambda _: self._restore_bits(loaded), prepend=True
+        )
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            capture.remove()
+            restore.remove()
+
+    def _restore_bits(self, loaded: dict[str, Any]) -> None:
+        saved_ids = [i for group in loaded["param_groups"] for i in group["params"]]
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        for saved_id, parameter in zip(saved_ids, parameters, strict=True):
+            for key, value in loaded["state"].get(saved_id, {}).items():
+                if isinstance(value, Tensor):
+                    # A copy, also on the same device: two optimizers never share state.
+                    self.state[parameter][key] = value.to(parameter.device, copy=True)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore, and give groups of older or foreign checkpoints the keys they lack."""
+        super().__setstate__(state)
+        for group in self.param_groups:
+            group.setdefault("layer", None)
+
+    def __repr__(self) -> str:
+        """Return a summary; one line per layer would fill screens."""
+        routed = [group for group in self.param_groups if group["layer"] is not None]
+        first = routed[0]
+        rest = sum(len(group["params"]) for group in self.param_groups if group["layer"] is None)
+        return (
+            f"{type(self).__name__}({len(routed)} routed layers, ranks={list(first['ranks'])}, "
+            f"score={first['score']!r}, top_k={first['top_k']}, lr={first['lr']:g}, "
+            f"lora_lr={[first['lr'] * ratio for ratio in first['lora_lr_ratios']]}, "
+            f"{rest} other parameters)"
+        )
+
+
+class _MomentDecays:
+    """The step's `MomentDecay` per betas, device and dtype; all know whether it may happen."""
+
+    def __init__(self, parameters: list[Tensor]) -> None:
+        home = parameters[0].device
+        totals = [_finite_sum(parameter).to(home) for parameter in parameters]
+        self.gradient_sums = torch.stack(totals)
+        self._finite = {home: self.gradient_sums.isfinite().all()}
+        self._made: dict[Any, MomentDecay] = {}
+
+    def of(self, parameter: Tensor, betas: tuple[float, float]) -> MomentDecay:
+        """Return the decay for a parameter's device and state dtype."""
+        device, dtype = parameter.device, state_dtype(parameter)
+        key = (device, dtype, tuple(betas))
+        if key not in self._made:
+            finite = self._finite.setdefault(device, next(iter(self._finite.values())).to(device))
+            self._made[key] = MomentDecay.of(betas, finite, dtype)
+        return self._made[key]
+
+
+def _finite_sum(parameter: Tensor) -> Tensor:
+    """Sum a gradient in float32 or better: infinity and NaN survive a sum. 0-dim, float64."""
+    grad = gradient(parameter)
+    if grad.layout != torch.strided:
+        raise RuntimeError("MoLFAdamW does not support sparse gradients.")
+    if hasattr(grad, "device_mesh"):
+        raise RuntimeError("MoLFAdamW does not support sharded parameters (DTensor) yet.")
+    return grad.sum(dtype=state_dtype(parameter)).double()
+
+
+def _step_plain(
+    parameter: Tensor, group: dict[str, Any], state: dict[str, Any], decays: _MomentDecays
+) -> None:
+    """AdamW for a parameter that is not routed."""
+    if "step" not in state:
+        state.update(moment_state(parameter))
+    decay = decays.of(parameter, group["betas"])
+    for rows in row_blocks(parameter):
+        update_moments(
+            gradient(parameter)[rows], state["exp_avg"][rows], state["exp_avg_sq"][rows], decay
+        )
+    state["step"] += 1
+    adamw_(
+        parameter,
+        state,
+        AdamWStep(group["lr"], group["weight_decay"], group["betas"], group["eps"], state["step"]),
+    )
