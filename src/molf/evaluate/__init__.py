@@ -1,0 +1,68 @@
+"""Measuring a model: a task's metrics, and how much the model has forgotten.
+
+Importing this package imports neither torch nor transformers.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from molf.evaluate.metric import Evaluation, Metric, bootstrap_mean, wilson
+from molf.evaluate.plain_text import default_plain_text, read_plain_text
+from molf.evaluate.settings import EvaluationSettings, Progress
+
+if TYPE_CHECKING:
+    from molf.tasks.base import Task
+
+__all__ = [
+    "Evaluation",
+    "EvaluationSettings",
+    "Metric",
+    "Progress",
+    "bootstrap_mean",
+    "default_plain_text",
+    "evaluate",
+    "read_plain_text",
+    "wilson",
+]
+
+_FORGETTING_WINDOW = 256  # tokens; short enough that a few pages give an interval over windows
+
+
+def evaluate(
+    model: Any,
+    tokenizer: Any,
+    task: Task,
+    forgetting_text: str,
+    settings: EvaluationSettings | None = None,
+    progress: Progress | None = None,
+) -> Evaluation:
+    """Measure a model on a task and on held-out plain text.
+
+    The model is put into evaluation mode and left in the mode it came in.
+
+    Args:
+        model: Any transformers causal language model, or a PEFT model of one, on its device.
+        tokenizer: Its tokenizer; must be a fast one with an EOS token.
+        task: The task, holding its records.
+        forgetting_text: Plain text for `forgetting_loss`, such as `task.default_forgetting_text()`.
+        settings: Batch size, limits and seed.
+        progress: Called after each batch.
+
+    Returns:
+        The task's evaluation with `forgetting_loss` added to its metrics.
+    """
+    from molf.evaluate.forgetting import forgetting_loss
+
+    settings = settings or EvaluationSettings()
+    evaluation = task.evaluate(model, tokenizer, settings, progress)
+    evaluation.metrics["forgetting_loss"] = forgetting_loss(
+        model,
+        tokenizer,
+        forgetting_text,
+        min(settings.max_length, _FORGETTING_WINDOW),
+        settings.batch_size,
+        seed=settings.seed,
+        progress=progress,
+    )
+    return evaluation

@@ -1,0 +1,133 @@
+"""Log-probabilities that a causal language model gives to tokens, in natural units (nats)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from molf.evaluate.inference import for_each_batch, inference, last_logits
+from molf.evaluate.settings import Progress
+from molf.tasks.encoding import IGNORED
+
+
+def next_token_log_probs(
+    model: Any,
+    contexts: Sequence[Sequence[int]],
+    wanted: Sequence[Sequence[int]],
+    *,
+    pad_id: int,
+    batch_size: int,
+    what: str = "probabilities",
+    progress: Progress | None = None,
+) -> list[list[float]]:
+    """Log-probabilities of chosen next tokens after each context.
+
+    Args:
+        model: A transformers causal language model of any dtype, on its device.
+        contexts: Token ids, at least one in each.
+        wanted: Per context, the tokens whose probability as the next token is asked for.
+        pad_id: Any id of the vocabulary; padded positions are masked.
+        batch_size: Contexts per forward pass.
+        what: Name shown with the progress.
+        progress: Called after each batch.
+
+    Returns:
+        Per context the log-probabilities of its wanted tokens, computed in float32.
+
+    Raises:
+        FloatingPointError: The model's logits are NaN, as those of a diverged training are.
+    """
+    results: list[list[float]] = [[] for _ in contexts]
+
+    def run(batch: list[int]) -> None:
+        rows = [contexts[index] for index in batch]
+        logits = last_logits(model, rows, pad_id, keep=1)[:, -1]
+        log_probs = logits.float().log_softmax(dim=-1)
+        row_of = [row for row, index in enumerate(batch) for _ in wanted[index]]
+        tokens = [token for index in batch for token in wanted[index]]
+        values = iter(_finite(log_probs[row_of, tokens]).tolist())
+        for index in batch:
+            results[index] = [next(values) for _ in wanted[index]]
+
+    with inference(model):
+        for_each_batch([len(context) for context in contexts], batch_size, run, what, progress)
+    return results
+
+
+def sequence_losses(
+    model: Any,
+    sequences: Sequence[Sequence[int]],
+    labels: Sequence[Sequence[int]],
+    *,
+    pad_id: int,
+    batch_size: int,
+    what: str = "loss",
+    progress: Progress | None = None,
+) -> list[tuple[float, int]]:
+    """Summed next-token loss of each sequence over its labelled tokens.
+
+    Args:
+        model: A transformers causal language model of any dtype, on its device.
+        sequences: Token ids.
+        labels: The same ids where a token carries loss, -100 elsewhere. A label on the first
+            token is not counted: nothing predicts it.
+        pad_id: Any id of the vocabulary; padded positions are masked.
+        batch_size: Sequences per forward pass.
+        what: Name shown with the progress.
+        progress: Called after each batch.
+
+    Returns:
+        Per sequence the summed negative log-likelihood, computed in float32, and the number of
+        tokens in it.
+
+    Raises:
+        FloatingPointError: The model's logits are NaN, as those of a diverged training are.
+    """
+    results: list[tuple[float, int]] = [(0.0, 0)] * len(sequences)
+    # What is left of each sequence from its first counted token on; logits are needed only there.
+    tails = [_counted_tail(row) for row in labels]
+
+    def run(batch: list[int]) -> None:
+        keep = max(len(tails[index]) for index in batch)
+        rows = [sequences[index][:-1] for index in batch]  # the last token predicts nothing
+        logits = last_logits(model, rows, pad_id, keep)
+        # Row by row, so that only one row's logits are held in float32 at a time.
+        sums = torch.stack(
+            [_loss_sum(logits[row], tails[index]) for row, index in enumerate(batch)]
+        )
+        for index, total in zip(batch, _finite(sums).tolist(), strict=True):
+            results[index] = (total, sum(label != IGNORED for label in tails[index]))
+
+    counted = [index for index, tail in enumerate(tails) if tail]
+    with inference(model):
+        for_each_batch(
+            [len(sequences[index]) for index in counted],
+            batch_size,
+            lambda batch: run([counted[position] for position in batch]),
+            what,
+            progress,
+        )
+    return results
+
+
+def _counted_tail(labels: Sequence[int]) -> list[int]:
+    first = next((i for i, label in enumerate(labels) if i > 0 and label != IGNORED), len(labels))
+    return list(labels[first:])
+
+
+def _loss_sum(logits: Tensor, tail: list[int]) -> Tensor:
+    """Summed cross-entropy of the last len(tail) of logits [positions, vocabulary]."""
+    target = torch.tensor(tail, device=logits.device)
+    scores = logits[-len(tail) :].float()
+    return torch.nn.functional.cross_entropy(
+        scores, target, ignore_index=IGNORED, reduction="sum"
+    ).double()
+
+
+def _finite(values: Tensor) -> Tensor:
+    if values.isnan().any():
+        raise FloatingPointError("The model's output is NaN: its weights are not usable.")
+    return values

@@ -1,0 +1,37 @@
+"""The plain text that forgetting is measured on."""
+
+from __future__ import annotations
+
+from importlib.resources import files
+from pathlib import Path
+
+from molf.errors import InputError
+
+
+def default_plain_text() -> str:
+    """The English prose shipped with the package: short everyday and expository passages.
+
+    It was written for this purpose, so no model has been pre-trained on it before its release.
+    """
+    return files("molf.evaluate").joinpath("plain_text.txt").read_text(encoding="utf-8")
+
+
+def read_plain_text(path: str | Path) -> str:
+    """Read a UTF-8 text file to measure forgetting on.
+
+    Raises:
+        InputError: The file is missing, unreadable, not UTF-8, or blank.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"forgetting_data: {path} is not UTF-8 text (byte {error.start})."
+        ) from error
+    except FileNotFoundError as error:
+        raise InputError(f"forgetting_data: there is no file {path}.") from error
+    except (OSError, ValueError) as error:
+        raise InputError(f"forgetting_data: cannot read {path}: {error}.") from error
+    if not text.strip():
+        raise InputError(f"forgetting_data: {path} is empty; a plain text is needed.")
+    return text

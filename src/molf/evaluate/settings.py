@@ -1,0 +1,37 @@
+"""How an evaluation is run: the settings that every task shares."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from molf.errors import InputError
+
+Progress = Callable[[str, int, int], None]
+"""Called after each batch with what is being measured, how many are done, how many there are."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationSettings:
+    """Settings of an evaluation; none of them changes what is measured, only its cost and limits.
+
+    Attributes:
+        batch_size: Sequences per forward pass. A batch that does not fit in memory is halved.
+        max_length: Longest text in tokens, prompt and answer together; longer ones are left out
+            and counted. The model's own maximum applies as well.
+        max_new_tokens: Most tokens generated for one answer; None lets the task choose from the
+            longest expected answer.
+        seed: Seed of the bootstrap intervals.
+    """
+
+    batch_size: int = 16
+    max_length: int = 1024
+    max_new_tokens: int | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        minima = {"batch_size": 1, "max_length": 2, "max_new_tokens": 1}
+        for name, minimum in minima.items():
+            value = getattr(self, name)
+            if value is not None and value < minimum:
+                raise InputError(f"Invalid {name}={value}. Must be at least {minimum}.")

@@ -1,0 +1,39 @@
+"""Tasks: data sets, and what is asked of a model with them.
+
+Reading and checking records imports neither torch nor transformers, so that wrong input is found
+at once. A further task is one file with a loader, and one entry here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from molf.errors import InputError
+from molf.tasks.base import Task
+from molf.tasks.custom import load_custom
+from molf.tasks.facts import load_demo_fact, load_fact
+from molf.tasks.options import TaskOptions
+
+_LOADERS: dict[str, Callable[[TaskOptions], Task]] = {
+    "demo-fact": load_demo_fact,
+    "fact": load_fact,
+    "custom": load_custom,
+}
+
+TASKS: tuple[str, ...] = tuple(_LOADERS)
+
+__all__ = ["TASKS", "Task", "TaskOptions", "load_task"]
+
+
+def load_task(options: TaskOptions) -> Task:
+    """Read and check all records of a task.
+
+    Args:
+        options: Which task, on which data.
+
+    Raises:
+        InputError: There is no such task, or its data is missing, unreachable or wrong.
+    """
+    if options.name not in _LOADERS:
+        raise InputError(f"Unknown task {options.name!r}. Must be one of {', '.join(TASKS)}.")
+    return _LOADERS[options.name](options)

@@ -1,0 +1,258 @@
+"""Changing facts: CounterFact (Meng et al. 2022, "Locating and Editing Factual Associations")."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from molf.errors import InputError
+from molf.evaluate.metric import Evaluation, Metric, wilson
+from molf.evaluate.settings import EvaluationSettings, Progress
+from molf.tasks.base import Task
+from molf.tasks.fact_metrics import KINDS, Outcomes, fact_metrics
+from molf.tasks.fact_requests import FIELDS, FactRequest, parse_request
+from molf.tasks.options import TaskOptions
+from molf.tasks.predictions import check_predictions
+from molf.tasks.records import read_records
+from molf.tasks.samples import PromptCompletion, Sample
+from molf.tasks.selection import draw
+
+COUNTERFACT_URL = "https://rome.baulab.info/data/dsets/counterfact.json"
+
+
+class FactTask(Task):
+    """Train on the new targets; measure whether they hold, also where they should not."""
+
+    prompt = "requested_rewrite.prompt with the subject in place of {} -> ' ' + target_new.str"
+    prompt_version = 1
+
+    def __init__(
+        self,
+        name: str,
+        training: dict[int, FactRequest],
+        evaluation: Sequence[FactRequest],
+        evaluated: Sequence[int],
+        source: dict[str, str],
+        forgetting_text: Callable[[], str] | None = None,
+    ) -> None:
+        """Hold the requests.
+
+        Args:
+            name: The task's name.
+            training: The requests trained on, by their record in the data file.
+            evaluation: All requests of the evaluation data.
+            evaluated: Those of them that are evaluated.
+            source: Where the records are from.
+            forgetting_text: Gives the text that forgetting is measured on; None: the default one.
+        """
+        samples: list[Sample] = [
+            PromptCompletion(request.prompt, " " + request.target_new, index)
+            for index, request in training.items()
+        ]
+        super().__init__(name, samples, source)
+        self._evaluation = evaluation
+        self._evaluated = list(evaluated)
+        self._forgetting_text = forgetting_text
+
+    @property
+    def evaluation_count(self) -> int:
+        """How many requests the task is evaluated on."""
+        return len(self._evaluated)
+
+    def default_forgetting_text(self) -> str:
+        """The world's own held-out text for the demo, else the shipped plain text."""
+        if self._forgetting_text is not None:
+            return self._forgetting_text()
+        return super().default_forgetting_text()
+
+    def evaluate(
+        self,
+        model: Any,
+        tokenizer: Any,
+        settings: EvaluationSettings,
+        progress: Progress | None = None,
+    ) -> Evaluation:
+        """Compare first target tokens after every prompt, and generate after the rewrite prompts.
+
+        Prompts longer than the limit are left out and counted; a request whose rewrite prompt is
+        too long is left out whole.
+        """
+        from molf.evaluate.generate import padding_id
+        from molf.evaluate.inference import length_limit
+        from molf.tasks.encoding import check_tokenizer
+        from molf.tasks.first_token import compare_first_tokens
+
+        check_tokenizer(tokenizer)
+        limit = length_limit(model, settings.max_length) - 1  # the answer needs one position
+        asked = [
+            (index, kind, prompt)
+            for index in self._evaluated
+            for kind, prompts in self._evaluation[index].prompts().items()
+            for prompt in prompts
+        ]
+        comparisons = compare_first_tokens(
+            model,
+            tokenizer,
+            [prompt for _, _, prompt in asked],
+            [self._targets(index) for index, _, _ in asked],
+            max_length=limit,
+            pad_id=padding_id(tokenizer),
+            batch_size=settings.batch_size,
+            progress=progress,
+        )
+        outcomes: dict[int, Outcomes] = {
+            index: {kind: [] for kind in KINDS} for index in self._evaluated
+        }
+        too_long = 0
+        for (index, kind, _), comparison in zip(asked, comparisons, strict=True):
+            if comparison is None:
+                too_long += 1
+            else:
+                outcomes[index][kind].append(comparison)
+        outcomes = {index: outcome for index, outcome in outcomes.items() if outcome["rewrite"]}
+        if not outcomes:
+            raise InputError(f"All {len(self._evaluated)} requests are longer than {limit} tokens.")
+        texts = self._generate(model, tokenizer, list(outcomes), settings, progress)
+
+        evaluation = fact_metrics(list(outcomes.values()), settings.seed)
+        evaluation.metrics.update(self._accuracies(texts))
+        evaluation.notes["prompts_too_long"] = too_long
+        evaluation.predictions = [
+            self._prediction(index, texts[index], outcome) for index, outcome in outcomes.items()
+        ]
+        return evaluation
+
+    def score_predictions(self, predictions: list[dict[str, Any]]) -> Evaluation:
+        """Measure `acc_new` and `acc_true`; probabilities are not in texts."""
+        texts = check_predictions(predictions, len(self._evaluation))
+        scored = [self._prediction(index, text) for index, text in sorted(texts.items())]
+        not_measured = ["es", "em", "ps", "pm", "ns", "nm", "s", "forgetting_loss"]
+        return Evaluation(
+            metrics=self._accuracies(texts),
+            predictions=scored,
+            notes={"not_measured": not_measured, "reason": "texts hold no probabilities"},
+        )
+
+    def _targets(self, index: int) -> tuple[str, str]:
+        request = self._evaluation[index]
+        return request.target_new, request.target_true
+
+    def _generate(
+        self,
+        model: Any,
+        tokenizer: Any,
+        indices: list[int],
+        settings: EvaluationSettings,
+        progress: Progress | None,
+    ) -> dict[int, str]:
+        """Greedy text after each rewrite prompt, as long as the longest target needs."""
+        from molf.evaluate.generate import decode, generate_greedy
+        from molf.tasks.encoding import tokenize
+
+        requests = [self._evaluation[index] for index in indices]
+        splits = [
+            text.split(len(request.prompt))
+            for targets in (
+                [f"{request.prompt} {request.target_new}" for request in requests],
+                [f"{request.prompt} {request.target_true}" for request in requests],
+            )
+            for request, text in zip(requests, tokenize(tokenizer, targets), strict=True)
+        ]
+        # The contexts that the new targets have in training, and room for the longest target.
+        contexts = [context for context, _ in splits[: len(requests)]]
+        longest = max(len(target) for _, target in splits)
+        answers = generate_greedy(
+            model,
+            tokenizer,
+            contexts,
+            max_new_tokens=settings.max_new_tokens or longest + 1,
+            batch_size=settings.batch_size,
+            progress=progress,
+        )
+        return {
+            index: decode(tokenizer, answer) for index, answer in zip(indices, answers, strict=True)
+        }
+
+    def _accuracies(self, texts: dict[int, str]) -> dict[str, Metric]:
+        """Shares of texts that start with the new and with the true target."""
+        starts = [
+            [text.strip().startswith(target) for target in self._targets(index)]
+            for index, text in texts.items()
+        ]
+        return {
+            name: wilson(sum(row[column] for row in starts), len(starts))
+            for column, name in enumerate(("acc_new", "acc_true"))
+        }
+
+    def _prediction(self, index: int, text: str, outcome: Outcomes | None = None) -> dict[str, Any]:
+        request = self._evaluation[index]
+        prediction: dict[str, Any] = {
+            "index": index,
+            "prompt": request.prompt,
+            "prediction": text,
+            "target_new": request.target_new,
+            "target_true": request.target_true,
+        }
+        for kind, comparisons in (outcome or {}).items():
+            prediction[kind] = [
+                {"p_new": math.exp(c.log_p_new), "p_true": math.exp(c.log_p_true)}
+                for c in comparisons
+            ]
+        return prediction
+
+
+def load_fact(options: TaskOptions) -> FactTask:
+    """CounterFact, or data in its layout, as the options say.
+
+    The requests that are trained on are those evaluated, unless there is `eval_data`.
+    """
+    data = options.data or COUNTERFACT_URL
+    if options.eval_data is None:
+        return _train_and_evaluate_on(_read(data, "data"), options, {"data": data})
+    evaluation = _read(options.eval_data, "eval_data")
+    evaluated = draw(range(len(evaluation)), options.max_eval_samples, options.seed)
+    source = {"eval_data": options.eval_data}
+    training = {}
+    if not options.evaluation_only:
+        requests = _read(data, "data")
+        drawn = draw(range(len(requests)), options.max_samples, options.seed)
+        training = {index: requests[index] for index in drawn}
+        source = {"data": data, **source}
+    return FactTask(options.name, training, evaluation, evaluated, source)
+
+
+def load_demo_fact(options: TaskOptions) -> FactTask:
+    """The requests of the embedded world, which the shipped base model knows."""
+    for name in ("data", "eval_data"):
+        if getattr(options, name) is not None:
+            raise InputError(f"{options.name} brings its own data: {name} cannot be given with it.")
+    from molf import world
+
+    built = world.build_world()
+    requests = [
+        parse_request(record, f"{options.name}, record {index}")
+        for index, record in enumerate(world.counterfact_records(built))
+    ]
+    return _train_and_evaluate_on(
+        requests, options, {"data": "the embedded world"}, lambda: world.held_out_text(built)
+    )
+
+
+def _read(source: str, option: str) -> list[FactRequest]:
+    records = read_records(source, FIELDS, option=option)
+    return [
+        parse_request(record, f"{source}, record {index}") for index, record in enumerate(records)
+    ]
+
+
+def _train_and_evaluate_on(
+    requests: Sequence[FactRequest],
+    options: TaskOptions,
+    source: dict[str, str],
+    forgetting_text: Callable[[], str] | None = None,
+) -> FactTask:
+    drawn = draw(range(len(requests)), options.max_samples, options.seed)
+    training = {} if options.evaluation_only else {index: requests[index] for index in drawn}
+    evaluated = draw(drawn, options.max_eval_samples, options.seed)
+    return FactTask(options.name, training, requests, evaluated, source, forgetting_text)

@@ -1,0 +1,107 @@
+"""Records from one data file: a JSON list, JSON lines or Parquet."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from molf.errors import InputError
+
+Record = dict[str, Any]
+
+SUFFIXES = (".json", ".jsonl", ".parquet")
+
+
+def read_file(path: Path) -> list[Record]:
+    """Read every record of a file; JSON lists and JSON lines are told apart by their content.
+
+    Raises:
+        InputError: The file cannot be read, is of another kind, is empty, is not UTF-8 or not
+            JSON (with its line), or holds something that is not an object.
+    """
+    suffix = path.suffix.lower()
+    if suffix not in SUFFIXES:
+        raise InputError(
+            f"{path}: unknown kind of data file. Must be one of {', '.join(SUFFIXES)}."
+        )
+    records = _read_parquet(path) if suffix == ".parquet" else _read_json(path)
+    if not records:
+        raise InputError(f"{path} is empty: it holds no records.")
+    return records
+
+
+def check_fields(records: Iterable[Record], fields: Iterable[str], source: str) -> None:
+    """Require fields in every record; null counts as absent, for Parquet knows no other absence.
+
+    Raises:
+        InputError: A record lacks a field.
+    """
+    needed = tuple(fields)
+    for index, record in enumerate(records):
+        for name in needed:
+            if record.get(name) is None:
+                raise InputError(
+                    f"{source}, record {index}: lacks the field {name!r} "
+                    f"(it has: {', '.join(present_fields(record)) or 'none'})."
+                )
+
+
+def present_fields(record: Record) -> list[str]:
+    """The names of the fields that are not null."""
+    return [name for name, value in record.items() if value is not None]
+
+
+def first_line(error: BaseException) -> str:
+    """An exception's message as one line, its kind where it has none."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+def _read_json(path: Path) -> list[Record]:
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} is not UTF-8 text (byte {error.start}).") from error
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}.") from error
+    if text.lstrip().startswith("["):
+        values = _parse(text, str(path), line=1)
+    else:
+        # Only \n ends a line: splitlines() would also split at characters JSON strings may hold.
+        values = [
+            _parse(line, str(path), number)
+            for number, line in enumerate(text.split("\n"), start=1)
+            if line.strip()
+        ]
+    for index, value in enumerate(values):
+        if not isinstance(value, dict):
+            raise InputError(
+                f"{path}, record {index}: is not an object but {type(value).__name__}."
+            )
+    return list(values)
+
+
+def _parse(text: str, path: str, line: int) -> Any:
+    """Parse JSON that starts at a line of a file."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise InputError(
+            f"{path}, line {line + error.lineno - 1}: not JSON ({error.msg}). "
+            "The file must hold a list of records, or one record per line."
+        ) from error
+    except (ValueError, RecursionError) as error:  # a number too long, brackets too deep
+        raise InputError(f"{path}, line {line}: not usable JSON ({first_line(error)}).") from error
+
+
+def _read_parquet(path: Path) -> list[Record]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        rows: list[Record] = pyarrow.parquet.read_table(path).to_pylist()
+    except (pyarrow.ArrowException, OSError) as error:
+        raise InputError(f"{path} is not a readable Parquet file: {first_line(error)}") from error
+    return rows

@@ -1,0 +1,37 @@
+"""The options that a task is loaded with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from molf.errors import InputError
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskOptions:
+    """Which task, on which data.
+
+    Attributes:
+        name: One of `molf.tasks.TASKS`.
+        data: Records to train on: a file, a folder of files, a Hub id or a URL. None where the
+            task brings or knows its own.
+        eval_data: Records to evaluate on, given in the same ways. None lets the task choose.
+        max_samples: Use only so many records of `data`, drawn by `seed`.
+        max_eval_samples: Evaluate on only so many records, drawn by `seed`.
+        seed: Seed of every draw of records.
+        evaluation_only: Nothing is trained: all of `eval_data`, or else of `data`, is evaluated.
+    """
+
+    name: str
+    data: str | None = None
+    eval_data: str | None = None
+    max_samples: int | None = None
+    max_eval_samples: int | None = None
+    seed: int = 0
+    evaluation_only: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("max_samples", "max_eval_samples"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise InputError(f"Invalid {name}={value}. Must be at least 1.")

@@ -1,0 +1,122 @@
+import pytest
+import torch
+from tiny_models import byte_level_tokenizer, piece_tokenizer, tiny_llama, tiny_qwen2
+from transformers import GenerationConfig
+
+from molf.evaluate.generate import decode, generate_greedy, padding_id
+
+CONTEXTS = [[7, 8, 9, 10, 11], [3], [400, 5, 6], [12, 13, 14, 15, 16, 17, 18, 19], [20, 21]]
+
+
+def one_by_one(model, context, steps, ends):
+    ids = list(context)
+    for _ in range(steps):
+        with torch.no_grad():
+            token = model(torch.tensor([ids])).logits[0, -1].argmax().item()
+        if token in ends:
+            break
+        ids.append(token)
+    return ids[len(context) :]
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 16])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_greedy_answers_are_those_of_one_by_one(batch_size, side):
+    model, tokenizer = tiny_llama(), byte_level_tokenizer()
+    tokenizer.padding_side = side
+    found = generate_greedy(model, tokenizer, CONTEXTS, max_new_tokens=9, batch_size=batch_size)
+    # Both the tokenizer's EOS (0) and the model's (2) end an answer.
+    assert found == [one_by_one(model, context, 9, {0, 2}) for context in CONTEXTS]
+
+
+def test_an_answer_ends_before_its_end_token():
+    model, tokenizer = tiny_qwen2(), byte_level_tokenizer()
+    free = generate_greedy(model, tokenizer, CONTEXTS, max_new_tokens=8, batch_size=8)
+    stop = free[0][3]
+    own = model.generation_config
+    model.generation_config = GenerationConfig(eos_token_id=[stop])
+    try:
+        found = generate_greedy(model, tokenizer, CONTEXTS, max_new_tokens=8, batch_size=8)
+    finally:
+        model.generation_config = own
+    assert found[0] == free[0][: free[0].index(stop)]
+    assert found == [one_by_one(model, context, 8, {0, stop}) for context in CONTEXTS]
+
+
+def test_the_models_own_sampling_is_put_aside_and_given_back():
+    model, tokenizer = tiny_llama(), byte_level_tokenizer()
+    plain = generate_greedy(model, tokenizer, CONTEXTS, max_new_tokens=6, batch_size=8)
+    own = model.generation_config
+    sampling = GenerationConfig(
+        do_sample=True,
+        temperature=9.0,
+        repetition_penalty=50.0,
+        suppress_tokens=plain[0][:1],
+        eos_token_id=2,
+    )
+    model.generation_config = sampling
+    try:
+        assert generate_greedy(model, tokenizer, CONTEXTS, max_new_tokens=6, batch_size=8) == plain
+        assert model.generation_config is sampling
+    finally:
+        model.generation_config = own
+
+
+def test_a_batch_stops_when_all_its_answers_have_ended():
+    model, tokenizer = tiny_llama(), byte_level_tokenizer()
+    context = CONTEXTS[0]
+    first = one_by_one(model, context, 2, set())
+    tokenizer_end = tokenizer.eos_token_id
+    calls = []
+    hook = model.register_forward_hook(lambda *_: calls.append(1))
+    own = model.generation_config
+    model.generation_config = GenerationConfig(eos_token_id=[first[1], tokenizer_end])
+    try:
+        generate_greedy(model, tokenizer, [context], max_new_tokens=50, batch_size=1)
+    finally:
+        hook.remove()
+        model.generation_config = own
+    assert len(calls) == 2
+
+
+def test_without_a_pad_token_eos_fills_and_is_masked():
+    model, tokenizer = tiny_llama(), byte_level_tokenizer(pad=False)
+    assert padding_id(tokenizer) == tokenizer.eos_token_id
+    found = generate_greedy(model, tokenizer, CONTEXTS, max_new_tokens=5, batch_size=8)
+    assert found == [one_by_one(model, context, 5, {0, 2}) for context in CONTEXTS]
+
+
+def test_answers_stay_within_the_models_positions():
+    model, tokenizer = tiny_llama(), byte_level_tokenizer()
+    long = [5 + i for i in range(126)]
+    found = generate_greedy(model, tokenizer, [long, [9]], max_new_tokens=10, batch_size=2)
+    assert max(len(answer) for answer in found) <= 2
+    with pytest.raises(ValueError, match="128 positions"):
+        generate_greedy(model, tokenizer, [[*long, 1, 2]], max_new_tokens=1, batch_size=1)
+
+
+def test_out_of_memory_halves_the_batch(monkeypatch):
+    model, tokenizer = tiny_llama(), byte_level_tokenizer()
+    expected = generate_greedy(model, tokenizer, CONTEXTS, max_new_tokens=4, batch_size=1)
+    generate = model.generate
+
+    def small_memory(**inputs):
+        if len(inputs["input_ids"]) > 2:
+            raise torch.OutOfMemoryError("too big")
+        return generate(**inputs)
+
+    monkeypatch.setattr(model, "generate", small_memory)
+    found = generate_greedy(model, tokenizer, CONTEXTS, max_new_tokens=4, batch_size=5)
+    assert found == expected
+
+
+def test_nothing_to_generate():
+    assert (
+        generate_greedy(tiny_llama(), piece_tokenizer(), [], max_new_tokens=1, batch_size=1) == []
+    )
+
+
+def test_special_tokens_are_not_text():
+    tokenizer = byte_level_tokenizer()
+    ids = tokenizer(" Paris is , large")["input_ids"]
+    assert decode(tokenizer, [*ids, tokenizer.eos_token_id]) == " Paris is , large"

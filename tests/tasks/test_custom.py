@@ -1,0 +1,209 @@
+import json
+import math
+
+import pytest
+from tiny_models import (
+    CHATML,
+    LINES,
+    byte_level_tokenizer,
+    next_log_probs,
+    tiny_qwen2,
+)
+
+from molf.errors import InputError
+from molf.evaluate import EvaluationSettings
+from molf.evaluate.generate import decode, generate_greedy
+from molf.tasks import TaskOptions, load_task
+from molf.tasks.encoding import encode_samples
+
+TURNS = [{"role": "user", "content": "Where?"}, {"role": "assistant", "content": "In Paris."}]
+
+
+def write(path, records):
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("\n".join(json.dumps(record) for record in records), encoding="utf-8")
+    return str(path)
+
+
+def pairs(count, tag=""):
+    return [
+        {"prompt": f"{tag}{i}: What is it?", "completion": f" It is {i}."} for i in range(count)
+    ]
+
+
+def load(path, **options):
+    return load_task(TaskOptions(name="custom", data=path, **options))
+
+
+def records_of(samples):
+    return [sample.record for sample in samples]
+
+
+def evaluated(task):
+    evaluation = task.evaluate(
+        tiny_qwen2(), byte_level_tokenizer(), EvaluationSettings(max_new_tokens=1)
+    )
+    return [entry["index"] for entry in evaluation.predictions]
+
+
+def test_a_share_is_held_out_by_the_seed(tmp_path):
+    path = write(tmp_path / "a.jsonl", pairs(40))
+    task = load(path)
+    trained, held_out = records_of(task.training_samples), evaluated(task)
+    assert len(held_out) == 4
+    assert sorted(trained + held_out) == list(range(40))
+    assert records_of(load(path).training_samples) == trained
+    assert evaluated(load(path, seed=5)) != held_out
+    assert "4 records held out" in task.description()["evaluated_on"]
+
+
+def test_max_samples_bounds_training_and_held_out_records_together(tmp_path):
+    path = write(tmp_path / "a.jsonl", pairs(40))
+    task = load(path, max_samples=20)
+    assert (len(task.training_samples), task.evaluation_count) == (18, 2)
+    assert len(set(records_of(task.training_samples)) | set(evaluated(task))) == 20
+    task = load(write(tmp_path / "b.jsonl", pairs(6000)))
+    assert (len(task.training_samples), task.evaluation_count) == (5500, 500)
+    task = load(path, max_samples=2)
+    assert (len(task.training_samples), task.evaluation_count) == (1, 1)
+    with pytest.raises(InputError, match="none is left to evaluate on"):
+        load(path, max_samples=1)
+
+
+def test_splits_of_the_data_are_used(tmp_path):
+    write(tmp_path / "d" / "train.jsonl", pairs(5))
+    write(tmp_path / "d" / "validation.jsonl", pairs(3, "v"))
+    task = load(str(tmp_path / "d"))
+    assert (len(task.training_samples), evaluated(task)) == (5, [0, 1, 2])
+    assert "validation split" in task.description()["evaluated_on"]
+    write(tmp_path / "d" / "test.jsonl", pairs(2, "t"))
+    assert load(str(tmp_path / "d")).evaluation_count == 2
+    (tmp_path / "d" / "train.jsonl").unlink()
+    with pytest.raises(InputError, match=r"no training records \(only test, validation\)"):
+        load(str(tmp_path / "d"))
+    assert load(str(tmp_path / "d"), evaluation_only=True).evaluation_count == 2
+
+
+def test_other_records_can_be_evaluated(tmp_path):
+    data, other = write(tmp_path / "a.jsonl", pairs(9)), write(tmp_path / "b.jsonl", pairs(4))
+    task = load(data, eval_data=other, max_eval_samples=3)
+    assert (len(task.training_samples), task.evaluation_count) == (9, 3)
+    task = load(data, evaluation_only=True)
+    assert (task.training_samples, evaluated(task)) == ([], list(range(9)))
+    task = load_task(TaskOptions(name="custom", eval_data=other, evaluation_only=True))
+    assert evaluated(task) == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("batch_size", [1, 64])
+def test_the_loss_is_that_of_a_plain_loop_over_completion_tokens(tmp_path, batch_size):
+    model, tokenizer = tiny_qwen2(), byte_level_tokenizer()
+    records = [{"prompt": line[:15], "completion": line[15:]} for line in LINES[:4]]
+    task = load(write(tmp_path / "a.jsonl", records), evaluation_only=True)
+    encoded = encode_samples(tokenizer, [task._evaluation[i] for i in range(4)], 128)
+    losses = [
+        [-next_log_probs(model, ids[:i])[ids[i]].item() for i in range(len(ids)) if labels[i] >= 0]
+        for ids, labels in zip(encoded.input_ids, encoded.labels, strict=True)
+    ]
+    evaluation = task.evaluate(model, tokenizer, EvaluationSettings(batch_size=batch_size))
+    tokens = [loss for row in losses for loss in row]
+    metric = evaluation.metrics["loss"]
+    assert metric.value == pytest.approx(sum(tokens) / len(tokens), abs=1e-4)
+    assert metric.count == 4
+    perplexity = evaluation.metrics["perplexity"]
+    assert perplexity.value == pytest.approx(math.exp(metric.value))
+    assert perplexity.high == pytest.approx(math.exp(metric.high))
+    for entry, row in zip(evaluation.predictions, losses, strict=True):
+        assert entry["loss"] == pytest.approx(sum(row) / len(row), abs=1e-4)
+
+
+def test_exact_match_is_a_greedy_answer_equal_after_trimming(tmp_path):
+    model, tokenizer = tiny_qwen2(), byte_level_tokenizer()
+    prompts = [line[:15] for line in LINES[:3]]
+    contexts = [tokenizer(prompt)["input_ids"] for prompt in prompts]
+    answers = generate_greedy(model, tokenizer, contexts, max_new_tokens=3, batch_size=1)
+    texts = [decode(tokenizer, answer) for answer in answers]
+    records = [
+        {"prompt": prompts[0], "completion": texts[0] + "  "},
+        {"prompt": prompts[1], "completion": texts[1]},
+        {"prompt": prompts[2], "completion": texts[2] + "x"},
+    ]
+    task = load(write(tmp_path / "a.jsonl", records), evaluation_only=True)
+    evaluation = task.evaluate(model, tokenizer, EvaluationSettings(max_new_tokens=3))
+    found = [entry["prediction"].strip() for entry in evaluation.predictions]
+    assert found == [text.strip() for text in texts]
+    assert evaluation.metrics["exact_match"].value == pytest.approx(2 / 3)
+    for entry in evaluation.predictions:
+        entry["prediction"] = f"\n {entry['prediction']} \n"
+    again = task.score_predictions(evaluation.predictions)
+    assert again.metrics == {"exact_match": evaluation.metrics["exact_match"]}
+    assert "loss" in again.notes["not_measured"]
+
+
+def test_too_long_records_are_left_out_and_counted(tmp_path):
+    records = [*pairs(3), {"prompt": "x" * 300, "completion": "y"}]
+    task = load(write(tmp_path / "a.jsonl", records), evaluation_only=True)
+    evaluation = task.evaluate(tiny_qwen2(), byte_level_tokenizer(), EvaluationSettings())
+    assert evaluation.notes["records_too_long"] == 1
+    assert evaluation.metrics["loss"].count == 3
+
+
+def test_conversations_are_evaluated_on_the_last_turn(tmp_path):
+    records = [
+        {"messages": [*TURNS, *TURNS]},
+        {"prompt": TURNS[:1], "completion": TURNS[1:]},
+        {"messages": [*TURNS, {"role": "user", "content": "Thanks"}]},  # nothing answers this
+    ]
+    task = load(write(tmp_path / "a.jsonl", records), evaluation_only=True)
+    tokenizer = byte_level_tokenizer()
+    tokenizer.chat_template = CHATML
+    tokenizer.eos_token = "<|im_end|>"
+    evaluation = task.evaluate(tiny_qwen2(), tokenizer, EvaluationSettings())
+    prompts = [entry["prompt"] for entry in evaluation.predictions]
+    asked = "<|im_start|>user\nWhere?<|im_end|>\n<|im_start|>assistant\n"
+    assert prompts == [asked + "In Paris.<|im_end|>\n" + asked, asked, asked]
+    assert [entry["expected"] for entry in evaluation.predictions] == ["In Paris."] * 3
+    with pytest.raises(InputError, match="no chat template"):
+        task.evaluate(tiny_qwen2(), byte_level_tokenizer(), EvaluationSettings())
+
+
+def test_nulls_of_parquet_are_no_fields(tmp_path):
+    records = [
+        {"messages": [{**turn, "tool_calls": None} for turn in TURNS], "prompt": None},
+        {"prompt": "a", "completion": "b", "messages": None},
+    ]
+    task = load(write(tmp_path / "a.jsonl", records), evaluation_only=True)
+    assert [sample.answer for sample in task._evaluation] == ["In Paris.", "b"]
+    assert all("tool_calls" not in message for message in task._evaluation[0].messages)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"text": "x"}, r"needs prompt and completion, or messages \(it has: text\)"),
+        ({"prompt": "x", "completion": None}, r"needs prompt and completion.*\(it has: prompt\)"),
+        ({"prompt": "x", "completion": 5}, "completion must be a text, not int"),
+        ({"prompt": " ", "completion": "x"}, "prompt must not be empty"),
+        ({"prompt": TURNS, "completion": "x"}, "must be both texts or both messages"),
+        ({"messages": "x"}, "messages must be a list, not str"),
+        ({"messages": ["x"]}, r"messages\[0\] must be an object, not str"),
+        ({"messages": [{"role": "user"}]}, r"messages\[0\] lacks the field 'content'"),
+        ({"messages": [{"role": 1, "content": "x"}]}, r"messages\[0\].role must be a text"),
+        ({"messages": [{"role": "user", "content": [1]}]}, r"\.content must be a text, not list"),
+        ({"messages": TURNS[:1]}, "no message of the role assistant"),
+        ({"messages": []}, "no message of the role assistant"),
+        ({"prompt": TURNS, "completion": TURNS[:1]}, "no message of the role assistant"),
+        ({"messages": TURNS[1:]}, "it answers nothing"),
+    ],
+)
+def test_a_wrong_record_is_one_clear_line(tmp_path, wrong, message):
+    path = write(tmp_path / "a.jsonl", [*pairs(2), wrong])
+    with pytest.raises(InputError, match=message) as error:
+        load(path)
+    assert f"{path}, record 2" in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_data_is_needed():
+    for only in (False, True):
+        with pytest.raises(InputError, match="task custom needs data"):
+            load(None, evaluation_only=only)

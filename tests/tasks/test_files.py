@@ -1,0 +1,52 @@
+import json
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from molf.errors import InputError
+from molf.tasks.files import check_fields, read_file
+
+RECORDS = [{"a": "x\u2028y", "n": {"b": [1, 2]}}, {"a": "é", "n": {"b": []}}]
+
+
+def test_all_kinds_of_file_give_the_same_records(tmp_path):
+    lines = "\n".join(json.dumps(record, ensure_ascii=False) for record in RECORDS)
+    (tmp_path / "lines.jsonl").write_text(lines + "\n\n", encoding="utf-8")
+    (tmp_path / "lines.json").write_text(lines, encoding="utf-8")
+    (tmp_path / "list.json").write_text("\n " + json.dumps(RECORDS, indent=1), encoding="utf-8")
+    (tmp_path / "windows.jsonl").write_bytes(b"\xef\xbb\xbf" + lines.replace("\n", "\r\n").encode())
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(RECORDS), tmp_path / "table.parquet")
+    for path in sorted(tmp_path.iterdir()):
+        assert read_file(path) == RECORDS, path.name
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", b"", "is empty"),
+        ("a.json", b"[]", "is empty"),
+        ("a.jsonl", b'{"a": "caf\xe9"}', "is not UTF-8"),
+        ("a.jsonl", b'{"a": 1}\n\n{"a": \n', r"line 3: not JSON"),
+        ("a.json", b'[{"a": 1},\n{"a": }]', r"line 2: not JSON"),
+        ("a.json", b'{\n "a": 1\n}', r"line 1: not JSON"),
+        ("a.jsonl", b'{"a": 1}\n[1]\n', "record 1: is not an object but list"),
+        ("a.json", b'[{"a": 1}, "b"]', "record 1: is not an object but str"),
+        ("a.jsonl", b'{"a": ' + b"9" * 5000 + b"}", "line 1: not usable JSON"),
+        ("a.jsonl", b"[" * 200_000, "not usable JSON"),
+        ("a.parquet", b"PAR1 not really", "not a readable Parquet file"),
+        ("a.csv", b"a,b\n1,2\n", "unknown kind of data file"),
+    ],
+)
+def test_a_wrong_file_is_one_clear_line(tmp_path, name, content, message):
+    path = tmp_path / name
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=message) as error:
+        read_file(path)
+    assert str(path) in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_lacking_field_is_named_with_its_record():
+    with pytest.raises(InputError, match=r"data.jsonl, record 1: lacks the field 'b' .*has: a\)"):
+        check_fields([{"a": 1, "b": 2}, {"a": 1, "b": None}], ("a", "b"), "data.jsonl")

@@ -1,0 +1,113 @@
+import pytest
+from tiny_models import CHATML, byte_level_tokenizer, piece_tokenizer
+
+from molf.errors import InputError
+from molf.tasks.encoding import encode_samples, generation_contexts
+from molf.tasks.samples import Conversation
+
+TALK = (
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "Where is Paris?"},
+    {"role": "assistant", "content": "In France."},
+    {"role": "user", "content": "And Rome?"},
+    {"role": "assistant", "content": "In Italy."},
+)
+
+
+def chat_tokenizer(template=CHATML, eos="<|im_end|>"):
+    tokenizer = byte_level_tokenizer()
+    tokenizer.chat_template = template
+    tokenizer.eos_token = eos
+    return tokenizer
+
+
+def labelled(tokenizer, sample):
+    """The stretches of text that carry loss."""
+    encoded = encode_samples(tokenizer, [sample], 1000)
+    stretches, open_stretch = [], False
+    for label in encoded.labels[0]:
+        if label == -100:
+            open_stretch = False
+            continue
+        if not open_stretch:
+            stretches.append([])
+        stretches[-1].append(label)
+        open_stretch = True
+    return [tokenizer.decode(stretch) for stretch in stretches], encoded.input_ids[0]
+
+
+def test_the_assistants_turns_and_their_ends_carry_the_loss():
+    tokenizer = chat_tokenizer()
+    found, ids = labelled(tokenizer, Conversation(TALK, 0, 0))
+    assert found == ["In France.<|im_end|>", "In Italy.<|im_end|>"]
+    whole = tokenizer.apply_chat_template(list(TALK), tokenize=False)
+    assert tokenizer.decode(ids) == whole.rstrip("\n")
+
+
+def test_turns_of_the_prompt_carry_none():
+    found, _ = labelled(chat_tokenizer(), Conversation(TALK, 3, 0))
+    assert found == ["In Italy.<|im_end|>"]
+
+
+def test_eos_follows_only_where_the_template_does_not_end_with_it():
+    _, ids = labelled(chat_tokenizer(), Conversation(TALK, 0, 0))
+    assert ids[-1] == chat_tokenizer().eos_token_id
+    assert ids[-2] != chat_tokenizer().eos_token_id
+    other = chat_tokenizer(eos="<|end|>")
+    found, ids = labelled(other, Conversation(TALK, 0, 0))
+    assert found == ["In France.<|im_end|>\n", "In Italy.<|im_end|>\n<|end|>"]
+
+
+def test_the_answer_is_generated_after_the_generation_prompt():
+    tokenizer = chat_tokenizer()
+    [context] = generation_contexts(tokenizer, [Conversation(TALK, 0, 0)])
+    asked = tokenizer.apply_chat_template(
+        list(TALK[:-1]), tokenize=False, add_generation_prompt=True
+    )
+    assert context.prompt == asked
+    assert tokenizer.decode(context.ids) == asked
+
+
+def test_a_bos_in_the_template_is_not_doubled():
+    tokenizer = piece_tokenizer()
+    tokenizer.chat_template = "{{ bos_token }}" + CHATML
+    found, ids = labelled(tokenizer, Conversation(TALK, 0, 0))
+    assert ids.count(tokenizer.bos_token_id) == 1
+    assert ids[0] == tokenizer.bos_token_id
+    assert ids[-1] == tokenizer.eos_token_id
+    assert [text.split("<")[0] for text in found] == ["In France.", "In Italy."]
+    [context] = generation_contexts(tokenizer, [Conversation(TALK, 0, 0)])
+    assert context.ids.count(tokenizer.bos_token_id) == 1
+
+
+THINKING = (  # like templates that drop the reasoning of all turns but the last
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
+    "{% if loop.last and message['role'] == 'assistant' %}<think></think>{% endif %}"
+    "{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def test_a_template_that_rewrites_earlier_turns_leaves_the_last_one():
+    with pytest.warns(UserWarning, match="rewrites earlier turns"):
+        found, _ = labelled(chat_tokenizer(THINKING), Conversation(TALK, 0, 0))
+    assert found == ["<think></think>In Italy.<|im_end|>"]
+
+
+def test_a_template_whose_last_turn_cannot_be_found_is_refused():
+    template = CHATML.replace(
+        "<|im_start|>assistant\n{% endif %}", "<|im_start|>robot\n{% endif %}"
+    )
+    with pytest.raises(InputError, match=r"Record 7: .*cannot be found"):
+        Conversation(TALK, 0, 7).render(chat_tokenizer(template))
+
+
+def test_a_tokenizer_without_chat_template_is_refused():
+    with pytest.raises(InputError, match=r"Record 3 is a conversation, but .*no chat template"):
+        Conversation(TALK, 0, 3).render(byte_level_tokenizer())
+
+
+def test_what_the_template_refuses_is_reported():
+    template = "{{ raise_exception('roles must alternate') }}"
+    with pytest.raises(InputError, match=r"Record 3: .*refuses the messages: roles must alternate"):
+        Conversation(TALK, 0, 3).render(chat_tokenizer(template))
