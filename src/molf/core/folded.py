@@ -109,7 +109,7 @@ class FoldedLayer:
         """Count the step for every expert and give the winners theirs, each from the old state."""
         for _, state in self.dense:
             state["step"] += 1
-        full = self._dense_step(self.group["weight_decay"]) if 0 in winners else None
+        full = self._dense_step("weight_decay", self.state) if 0 in winners else None
         moves = [self._factor_increments(winner - 1) for winner in winners if winner > 0]
 
         # W_eff <- kept W_eff + left @ right, then minus the AdamW direction where full has won.
@@ -127,16 +127,16 @@ class FoldedLayer:
         if full:
             full.descend_(weight, self.state["exp_avg"], self.state["exp_avg_sq"])
             for bias, state in self.dense[1:]:
-                adamw_(bias, state, self._dense_step(self.group["bias_weight_decay"]))
+                adamw_(bias, state, self._dense_step("bias_weight_decay", state))
         if weight is not self.weight:
             self.weight.copy_(weight)
         for _, A, B, dA, dB in moves:
             A += dA
             B += dB
 
-    def _dense_step(self, weight_decay: float) -> AdamWStep:
+    def _dense_step(self, decay: str, state: dict[str, Any]) -> AdamWStep:
         group = self.group
-        return AdamWStep(group["lr"], weight_decay, group["betas"], group["eps"], self.steps_taken)
+        return AdamWStep(group["lr"], group[decay], group["betas"], group["eps"], state["step"])
 
     def _factor_increments(self, index: int) -> tuple[float, Tensor, Tensor, Tensor, Tensor]:
         """Return `s, A, B, dA, dB` of LoRA expert `index`; A and B are views of the state.
@@ -202,8 +202,10 @@ def draw_lora_a(group: dict[str, Any], in_features: int) -> Tensor:
     for index, rank in enumerate(group["ranks"]):
         key = f"{group['seed']}/{group['layer']}/{index}".encode()
         seed = int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little")
-        generator = torch.Generator().manual_seed(seed)
-        uniform = torch.rand(rank, in_features, generator=generator, dtype=torch.float32)
+        generator = torch.Generator("cpu").manual_seed(seed)
+        uniform = torch.rand(
+            rank, in_features, generator=generator, dtype=torch.float32, device="cpu"
+        )
         factors.append(uniform.mul_(2 * bound).sub_(bound))
     return torch.cat(factors)
 

@@ -7,6 +7,7 @@ positions, and whatever saves groups (state_dict, distributed checkpoints) keeps
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import warnings
 from collections.abc import Sequence
@@ -18,6 +19,17 @@ from molf.core.config import MoLFConfig
 from molf.core.layers import LinearLayer, clean_name, find_layers
 
 _STRUCTURE = ("layer", "transposed", "ranks", "scalings")
+_ROUTED_KEYS = (
+    "transposed",
+    "ranks",
+    "scalings",
+    "score",
+    "top_k",
+    "seed",
+    "lora_lr_ratios",
+    "lora_weight_decays",
+    "bias_weight_decay",
+)
 
 
 def build_groups(
@@ -42,7 +54,7 @@ def build_groups(
     layers = find_layers(model, config)
     _warn_of_rounding(layers)
     if config.freeze_rest:
-        layers = _freeze_rest(model, layers)
+        layers = [dataclasses.replace(layer, bias=None) for layer in layers]
     routed = [
         {
             "params": _named_parameters(layer),
@@ -60,7 +72,7 @@ def build_groups(
         }
         for layer in layers
     ]
-    return routed + _rest_groups(model, layers, weight_decay)
+    return routed if config.freeze_rest else routed + _rest_groups(model, layers, weight_decay)
 
 
 def _check_folded(config: MoLFConfig) -> None:
@@ -78,11 +90,15 @@ def _check_folded(config: MoLFConfig) -> None:
 
 def _per_expert(name: str, value: float | Sequence[float], config: MoLFConfig) -> tuple[float, ...]:
     count = len(config.ranks)
-    values = tuple(value) if isinstance(value, Sequence) else (value,) * count
+    values: tuple[Any, ...] = (value,) * count
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        values = tuple(value)
     if len(values) != count:
         raise ValueError(
             f"Invalid {name}={list(values)}. Must be one number, or one per rank ({count} ranks)."
         )
+    for one in values:
+        _check_range(name, one)
     return values
 
 
@@ -99,19 +115,11 @@ def _ratios(lora_lrs: tuple[float, ...], lr: float) -> tuple[float, ...]:
 
 
 def _named_parameters(layer: LinearLayer) -> list[tuple[str, nn.Parameter]]:
-    named = [(f"{layer.name}.weight", layer.weight)]
+    prefix = f"{layer.name}." if layer.name else ""  # the model may be a linear layer itself
+    named = [(f"{prefix}weight", layer.weight)]
     if layer.bias is not None:
-        named.append((f"{layer.name}.bias", layer.bias))
+        named.append((f"{prefix}bias", layer.bias))
     return named
-
-
-def _freeze_rest(model: nn.Module, layers: list[LinearLayer]) -> list[LinearLayer]:
-    """Freeze everything but the routed weights; biases leave the `full` experts."""
-    routed = {layer.weight for layer in layers}
-    for parameter in model.parameters():
-        if parameter not in routed:
-            parameter.requires_grad_(False)
-    return [LinearLayer(x.name, x.weight, None, x.transposed) for x in layers]
 
 
 def _rest_groups(
@@ -153,9 +161,17 @@ def check_group(group: dict[str, Any]) -> None:
     for name in ("lora_lr_ratios", "lora_weight_decays"):
         for value in group.get(name, ()):
             _check_range(name, value)
+    if group["layer"] is not None:
+        missing = [key for key in _ROUTED_KEYS if key not in group]
+        if missing:
+            raise ValueError(
+                f"The group of layer {group['layer']!r} lacks {', '.join(missing)}. Build routed "
+                "groups with MoLFAdamW.from_model(model, config)."
+            )
     betas = group["betas"]
-    if len(betas) != 2 or not all(isinstance(b, (int, float)) and 0 <= b < 1 for b in betas):
-        raise ValueError(f"Invalid betas={tuple(betas)}. Must be two numbers in [0, 1).")
+    is_pair = isinstance(betas, (tuple, list)) and len(betas) == 2
+    if not is_pair or not all(isinstance(b, (int, float)) and 0 <= b < 1 for b in betas):
+        raise ValueError(f"Invalid betas={betas!r}. Must be two numbers in [0, 1).")
     if any(parameter.is_complex() for parameter in group["params"]):
         raise ValueError("MoLFAdamW does not support complex parameters.")
 

@@ -12,12 +12,7 @@ from torch import nn
 
 from molf.core.config import MoLFConfig
 
-_WRAPPER_PREFIXES = (
-    "module.",
-    "_orig_mod.",
-    "_fsdp_wrapped_module.",
-    "_checkpoint_wrapped_module.",
-)
+_WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 _CONVOLUTIONS = (nn.modules.conv._ConvNd,)
 
 
@@ -50,9 +45,10 @@ class LinearLayer:
 
 def clean_name(name: str) -> str:
     """Return a module's or parameter's name without the prefixes that wrappers add."""
-    for prefix in _WRAPPER_PREFIXES:
-        name = name.replace(prefix, "")
-    return name
+    parts = [part for part in name.split(".") if part not in _WRAPPERS]
+    if len(parts) > 1 and parts[0] == "module":  # DDP; deeper down it is the model's own name
+        del parts[0]
+    return ".".join(parts)
 
 
 def find_layers(model: nn.Module, config: MoLFConfig) -> list[LinearLayer]:
@@ -83,6 +79,11 @@ def find_layers(model: nn.Module, config: MoLFConfig) -> list[LinearLayer]:
     for name in names:
         module = linears[name]
         weight, bias = module.weight, module.bias
+        if not isinstance(weight, nn.Parameter):
+            raise ValueError(
+                f"Layer {name} computes its weight (a parametrization such as weight_norm), so "
+                "there is no tensor to update. Put it into exclude_modules."
+            )
         if not weight.is_floating_point():
             raise ValueError(
                 f"Layer {name} is quantised ({weight.dtype}): the full expert needs real weights. "
@@ -222,7 +223,7 @@ def _warn_of_fused_experts(model: nn.Module) -> None:
         for module in model.modules()
         if not isinstance(module, _CONVOLUTIONS)
         for parameter in module._parameters.values()
-        if parameter is not None and parameter.dim() == 3
+        if parameter is not None and parameter.dim() == 3 and parameter.shape[0] > 1
     }
     if fused:
         total = sum(parameter.numel() for parameter in model.parameters())

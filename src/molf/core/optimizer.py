@@ -65,7 +65,7 @@ class MoLFAdamW(Optimizer):
         if nonfinite not in ("raise", "skip"):
             raise ValueError(f"Invalid nonfinite={nonfinite!r}. Must be 'raise' or 'skip'.")
         groups = list(params)
-        if not any(isinstance(group, dict) and group.get("layer") for group in groups):
+        if not any(isinstance(group, dict) and group.get("layer") is not None for group in groups):
             raise ValueError(
                 "No parameter group names a routed layer. Build the optimizer with "
                 "MoLFAdamW.from_model(model, config)."
@@ -73,7 +73,7 @@ class MoLFAdamW(Optimizer):
         self.nonfinite = nonfinite
         self.skipped_steps = 0
         self.routing: dict[str, Decision] = {}
-        defaults = {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay}
+        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         super().__init__(groups, {**defaults, "layer": None})
 
     @classmethod
@@ -117,7 +117,12 @@ class MoLFAdamW(Optimizer):
             weight_decay=weight_decay,
             lora_weight_decay=lora_weight_decay,
         )
-        return cls(groups, lr, betas, eps, weight_decay, nonfinite=nonfinite)
+        optimizer = cls(groups, lr, betas, eps, weight_decay, nonfinite=nonfinite)
+        if config.freeze_rest:
+            owned = {p for group in optimizer.param_groups for p in group["params"]}
+            for parameter in model.parameters():
+                parameter.requires_grad_(parameter in owned)
+        return optimizer
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; without a `layer` it takes plain AdamW steps.
@@ -311,12 +316,24 @@ class MoLFAdamW(Optimizer):
                 if isinstance(value, Tensor):
                     # A copy, also on the same device: two optimizers never share state.
                     self.state[parameter][key] = value.to(parameter.device, copy=True)
+                elif value == {}:
+                    # What flattened distributed checkpoints load where nothing was saved.
+                    del self.state[parameter][key]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what copies and pickles hold: torch's part and our own attributes."""
+        own = {key: getattr(self, key) for key in ("nonfinite", "skipped_steps", "routing")}
+        return {**super().__getstate__(), **own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore, and give groups of older or foreign checkpoints the keys they lack."""
+        before = self.__dict__.get("param_groups", [])
         super().__setstate__(state)
         for group in self.param_groups:
             group.setdefault("layer", None)
+        for group, replaced in zip(self.param_groups, before, strict=False):
+            for key, value in replaced.items():
+                group.setdefault(key, value)
 
     def __repr__(self) -> str:
         """Return a summary; one line per layer would fill screens."""

@@ -1,0 +1,375 @@
+"""Plant faults in the optimizer, one at a time, and see that the core tests catch each.
+
+A test suite that passes says little; one that fails for every fault that a person could plausibly
+make says much. Each fault is a small textual patch on a temporary copy of `src/`.
+
+    python scripts/planted_faults.py              # all faults, a few minutes
+    python scripts/planted_faults.py NAME ...     # some of them
+    python scripts/planted_faults.py --check      # only: does every patch still apply?
+
+Exits with 1 if a fault survives or a patch no longer applies.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parents[1]
+TESTS = ROOT / "tests" / "core"
+
+
+class Fault(NamedTuple):
+    """A fault to plant.
+
+    Attributes:
+        name: What is wrong.
+        tests: Test files, or node ids, under tests/core that should notice, quickest first.
+        file: The file under src/molf/core that the edits change.
+        edits: (old, new) pairs; each old text occurs exactly once.
+        more: Edits of other files, as (file, old, new).
+    """
+
+    name: str
+    tests: str
+    file: str
+    edits: list[tuple[str, str]]
+    more: tuple[tuple[str, str, str], ...] = ()
+
+
+UPDATE_OF_FACTORS = """        for _, A, B, dA, dB in moves:
+            A += dA
+            B += dB
+"""
+FACTORS_TO_THE_RIGHT = "        right = [torch.cat([A + dA, dA], 0) for _, A, _, dA, _ in moves]\n"
+
+FAULTS = [
+    Fault(
+        "decay acts on W_eff instead of W",
+        "test_golden.py",
+        "folded.py",
+        [('self.state["lora_B"] * (full.decay * self._scaling_per_rank())',
+          'self.state["lora_B"] * 0.0')],
+    ),
+    Fault(
+        "bias left out of n_e",
+        "test_golden.py",
+        "folded.py",
+        [("counts = [sum(parameter.numel() for parameter, _ in self.dense)]",
+          "counts = [self.weight.numel()]")],
+    ),
+    Fault(
+        "eps inside the root of the score",
+        "test_golden.py test_twin.py",
+        "adam.py",
+        [("exp_avg_sq.sqrt().add_(_SCORE_EPS)", "(exp_avg_sq + _SCORE_EPS).sqrt()")],
+    ),
+    Fault(
+        "the optimizer's eps used in the score",
+        "test_twin.py",
+        "folded.py",
+        [("full += score_terms(exp_avg, exp_avg_sq, score).sum()",
+          'full += score_terms(exp_avg, exp_avg_sq, score, self.group["eps"]).sum()')],
+        (("adam.py", "exp_avg_sq: Tensor, score: str) -> Tensor:",
+          "exp_avg_sq: Tensor, score: str, eps: float = 1e-8) -> Tensor:"),
+         ("adam.py", ".sqrt().add_(_SCORE_EPS)", ".sqrt().add_(eps)")),
+    ),
+    Fault(
+        "bias correction in the score",
+        "test_golden.py",
+        "folded.py",
+        [("for total, lr, count in zip(sums, lrs, counts, strict=True)\n        ]",
+          "for total, lr, count in zip([x / (1 - self.group['betas'][0] ** (self.steps_taken + 1))"
+          " for x in sums], lrs, counts, strict=True)\n        ]")],
+    ),
+    Fault(
+        "rate missing in EPD",
+        "test_golden.py",
+        "adam.py",
+        [('if score == "pfn" else lr * total / count', 'if score == "pfn" else total / count')],
+    ),
+    Fault(
+        "score of an expert over the other's factors",
+        "test_golden.py",
+        "folded.py",
+        [('by_rank.split(self.group["ranks"])', 'by_rank.flip(0).split(self.group["ranks"])')],
+    ),
+    Fault(
+        "ties go to the highest index",
+        "test_method_config.py",
+        "routing.py",
+        [("(-scores[expert], expert)", "(-scores[expert], -expert)")],
+    ),
+    Fault(
+        "random winners drawn from the global generator",
+        "test_method_config.py",
+        "routing.py",
+        [('random.Random(f"{seed}/{layer}/{step}").sample(', "random.sample(")],
+    ),
+    Fault(
+        "losers' moments not updated",
+        "test_golden.py",
+        "folded.py",
+        [('        full = torch.zeros((), dtype=torch.float64, device=self.weight.device)\n',
+          '        full = torch.zeros((), dtype=torch.float64, device=self.weight.device)\n'
+          '        self.before = self.state["exp_avg"].clone()\n'),
+         ("        for _, state in self.dense:\n            state[\"step\"] += 1\n",
+          "        for _, state in self.dense:\n            state[\"step\"] += 1\n"
+          '        if 0 not in winners:\n            self.state["exp_avg"].copy_(self.before)\n')],
+    ),
+    Fault(
+        "losers' weights decay",
+        "test_golden.py",
+        "folded.py",
+        [("beta=full.kept if full else 1.0",
+          'beta=self._dense_step("weight_decay", self.state).kept')],
+    ),
+    Fault(
+        "stale A in the increment",
+        "test_golden.py",
+        "folded.py",
+        [("torch.cat([A + dA, dA], 0)", "torch.cat([A, dA], 0)")],
+    ),
+    Fault(
+        "increment formed as a difference of products",
+        "test_precision.py",
+        "folded.py",
+        [("torch.cat([dB, B], 1)", "torch.cat([B + dB, B], 1)"),
+         ("torch.cat([A + dA, dA], 0)", "torch.cat([A + dA, -A], 0)")],
+    ),
+    Fault(
+        "several winners: full sees the others' new factors",
+        "test_golden.py",
+        "folded.py",
+        [(UPDATE_OF_FACTORS, ""), (FACTORS_TO_THE_RIGHT, FACTORS_TO_THE_RIGHT + UPDATE_OF_FACTORS)],
+    ),
+    Fault(
+        "LoRA rate not scaled by the schedule",
+        "test_golden.py",
+        "folded.py",
+        [('self.group["lr"] * ratio', 'self.group.get("initial_lr", self.group["lr"]) * ratio')],
+    ),
+    Fault(
+        "decay on biases",
+        "test_golden.py",
+        "folded.py",
+        [('self._dense_step("bias_weight_decay", state)',
+          'self._dense_step("weight_decay", state)')],
+    ),
+    Fault(
+        "bias corrected by the weight's counter",
+        "test_twin.py",
+        "folded.py",
+        [('self._dense_step("bias_weight_decay", state)',
+          'self._dense_step("bias_weight_decay", self.state)')],
+    ),
+    Fault(
+        "scaling missing in grad B",
+        "test_golden.py",
+        "folded.py",
+        [('(grad @ self.state["lora_A"].t()).mul_(scalings)', 'grad @ self.state["lora_A"].t()')],
+    ),
+    Fault(
+        "transposed layout ignored",
+        "test_golden.py",
+        "folded.py",
+        [('return tensor.t() if group["transposed"] else tensor', "return tensor")],
+    ),
+    Fault(
+        "low-precision weights rounded twice",
+        "test_twin.py::test_bfloat16_weights_are_rounded_once_per_step",
+        "folded.py",
+        [("        if full:\n            full.descend_(",
+          "        weight = weight.to(self.weight.dtype).to(weight.dtype)\n"
+          "        if full:\n            full.descend_(")],
+    ),
+    Fault(
+        "load_state_dict casts to the weight's dtype",
+        "test_optimizer_state.py",
+        "optimizer.py",
+        [("value.to(parameter.device, copy=True)", "value.to(parameter, copy=True)")],
+    ),
+    Fault(
+        "loaded state shares the source's tensors",
+        "test_optimizer_state.py",
+        "optimizer.py",
+        [("value.to(parameter.device, copy=True)", "value.to(parameter.device)")],
+    ),
+    Fault(
+        "no guard against non-finite gradients",
+        "test_nonfinite.py",
+        "optimizer.py",
+        [("if not all(map(math.isfinite, gradient_sums)):", "if False:")],
+    ),
+    Fault(
+        "a bad step reaches the moments",
+        "test_nonfinite.py",
+        "adam.py",
+        [("torch.where(decay.finite, grad, 0.0).to(", "grad.to(")],
+    ),
+    Fault(
+        "a bad step decays the second moment",
+        "test_nonfinite.py",
+        "adam.py",
+        [("torch.where(finite, kept, 1.0)", "kept")],
+    ),
+    Fault(
+        "the host waits for every layer",
+        "test_step_cost.py",
+        "optimizer.py",
+        [('layer.update_moments(decays.of(layer.weight, layer.group["betas"])) for',
+          'layer.update_moments(decays.of(layer.weight, layer.group["betas"])).cpu() for')],
+    ),
+    Fault(
+        "reduced-precision products allowed",
+        "test_precision.py",
+        "precision.py",
+        [('torch.set_float32_matmul_precision("highest")', "pass")],
+    ),
+    Fault(
+        "autocast reaches the products",
+        "test_precision.py",
+        "precision.py",
+        [("torch.autocast(device_type, enabled=False)", "torch.no_grad()")],
+    ),
+    Fault(
+        "all layers start from the same A",
+        "test_factors.py",
+        "folded.py",
+        [("{group['layer']}/{index}", "{index}")],
+    ),
+    Fault(
+        "a tied head is routed",
+        "test_layers.py",
+        "layers.py",
+        [("if len(owners[weight]) > 1:", "if False:")],
+    ),
+]  # fmt: skip
+
+
+class PatchError(Exception):
+    """A patch does not apply to the present code."""
+
+
+def plant(fault: Fault, source: Path) -> None:
+    """Change the copy of `src/` at `source`.
+
+    Raises:
+        PatchError: A text to replace does not occur exactly once, or the result does not parse.
+    """
+    edits = [(fault.file, old, new) for old, new in fault.edits] + list(fault.more)
+    for file, old, new in edits:
+        path = source / "molf" / "core" / file
+        text = path.read_text()
+        if text.count(old) != 1:
+            raise PatchError(f"{file}: occurs {text.count(old)} times: {old!r}")
+        text = text.replace(old, new)
+        path.write_text(text)
+    for file in {file for file, _, _ in edits}:
+        path = source / "molf" / "core" / file
+        try:
+            compile(path.read_text(), path, "exec")
+        except SyntaxError as error:
+            raise PatchError(f"{file}: does not parse: {error}") from None
+
+
+def copy_source(folder: str) -> Path:
+    """Copy `src/` into a folder; return the copy."""
+    source = Path(folder) / "src"
+    shutil.copytree(
+        ROOT / "src", source, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info")
+    )
+    return source
+
+
+def run_tests(tests: str, source: Path) -> tuple[bool, str]:
+    """Run tests against a copy of `src/`; return whether they pass, and the first that fails.
+
+    Raises:
+        PatchError: The tests did not run, so they caught nothing.
+    """
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-rf", "--tb=no", "--no-header"]
+    command += ["-p", "no:cacheprovider", "--hypothesis-profile=no-shrink"]
+    command += [str(TESTS / test) for test in tests.split()]
+    environment = {**os.environ, "PYTHONPATH": str(source), "PYTHONDONTWRITEBYTECODE": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    if done.returncode not in (0, 1):
+        raise PatchError(f"pytest exits with {done.returncode}: {done.stdout[-800:]}{done.stderr}")
+    failed = re.search(r"^FAILED \S*?([\w.]+::\S+)", done.stdout, re.MULTILINE)
+    return done.returncode == 0, failed[1] if failed else ""
+
+
+def try_fault(fault: Fault) -> str:
+    """Plant one fault; return the test that caught it, or an empty text."""
+    with tempfile.TemporaryDirectory() as folder:
+        source = copy_source(folder)
+        plant(fault, source)
+        passed, test = run_tests(fault.tests, source)
+        return "" if passed else test
+
+
+def check_harness(faults: list[Fault]) -> None:
+    """Make sure that the copy is what the tests import and that it passes without a fault.
+
+    Raises:
+        PatchError: It is not, or it does not.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        source = copy_source(folder)
+        where = subprocess.run(
+            [sys.executable, "-c", "import molf; print(molf.__file__)"],
+            env={**os.environ, "PYTHONPATH": str(source)},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        if not where.startswith(folder):
+            raise PatchError(f"the tests would import {where.strip()} instead of the copy")
+        files = dict.fromkeys(test for fault in faults for test in fault.tests.split())
+        passed, failed = run_tests(" ".join(files), source)
+        if not passed:
+            raise PatchError(f"without any fault, {failed} fails")
+
+
+def main() -> int:
+    """Run the command; return its exit code."""
+    parser = argparse.ArgumentParser(description="Plant faults and see that the tests catch them.")
+    parser.add_argument("names", nargs="*", help="faults to plant (default: all)")
+    parser.add_argument("--check", action="store_true", help="only check that the patches apply")
+    options = parser.parse_args()
+    unknown = set(options.names) - {fault.name for fault in FAULTS}
+    if unknown:
+        parser.error(f"no such fault: {', '.join(sorted(unknown))}")
+    faults = [fault for fault in FAULTS if not options.names or fault.name in options.names]
+
+    wrong = 0
+    if not options.check:
+        check_harness(faults)
+    print(f"{'fault':55} caught by")
+    for fault in faults:
+        started = time.perf_counter()
+        try:
+            if options.check:
+                with tempfile.TemporaryDirectory() as folder:
+                    plant(fault, copy_source(folder))
+                result = "(applies)"
+            else:
+                result = try_fault(fault) or "NOTHING: IT SURVIVES"
+        except PatchError as error:
+            result = f"PATCH FAILS: {error}"
+        wrong += result.startswith(("NOTHING", "PATCH"))
+        print(f"{fault.name:55} {result}  [{time.perf_counter() - started:.1f} s]", flush=True)
+    print(f"{len(faults) - wrong} of {len(faults)} faults are well.")
+    return int(wrong > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,152 @@
+"""The optimizer under accelerate, peft and the Trainer."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+from core_helpers import Conv1D, assert_same_bits, run, snapshot, tiny_model, tiny_optimizer
+from torch import nn
+
+import molf
+
+
+def tiny_qwen2(*, tied: bool = True):
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        vocab_size=32,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        tie_word_embeddings=tied,
+    )
+    return Qwen2ForCausalLM(config)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("steps_before", [0, 2])
+def test_accelerate_prepares_the_optimizer(steps_before, dtype):
+    from accelerate import Accelerator
+
+    model, plain = tiny_model(dtype), tiny_model(dtype)
+    optimizer, reference = tiny_optimizer(model), tiny_optimizer(plain)
+    run(model, optimizer, range(steps_before))
+    run(plain, reference, range(steps_before))
+    _, prepared = Accelerator(cpu=True).prepare(model, optimizer)  # loads the state into itself
+    run(model, prepared, [2, 3])
+    run(plain, reference, [2, 3])
+    assert_same_bits(snapshot(model, optimizer), snapshot(plain, reference))
+    assert optimizer.routing == reference.routing
+
+
+def test_trainer_takes_the_factory(tmp_path):
+    from transformers import Trainer, TrainingArguments
+
+    model = tiny_qwen2()
+    start = {name: p.detach().clone() for name, p in model.named_parameters()}
+    config = molf.MoLFConfig(ranks=(4,), alpha=8.0)
+    ids = torch.arange(8).repeat(8, 1)
+    trainer = Trainer(
+        model,
+        args=TrainingArguments(
+            output_dir=str(tmp_path),
+            max_steps=3,
+            per_device_train_batch_size=2,
+            use_cpu=True,
+            save_strategy="no",
+            report_to=[],
+            disable_tqdm=True,
+            learning_rate=1e-3,
+            logging_strategy="no",
+        ),
+        train_dataset=[{"input_ids": row, "labels": row} for row in ids],
+        optimizer_cls_and_kwargs=molf.trainer_optimizer(config, lr=1e-3, lora_lr=2e-3),
+    )
+    trainer.train()
+    optimizer = trainer.optimizer.optimizer
+    assert isinstance(optimizer, molf.MoLFAdamW)
+    assert len(optimizer.routing) == 7
+    assert all(name.startswith("model.layers.0.") for name in optimizer.routing)
+    assert optimizer.state[model.model.layers[0].mlp.up_proj.weight]["step"] == 3
+    assert optimizer.param_groups[0]["lora_lr_ratios"] == (2.0,)
+    moved = {name for name, p in model.named_parameters() if (p != start[name]).any()}
+    biases = {name for name in start if name.endswith("proj.bias")}  # move where `full` wins
+    assert moved | biases == start.keys()
+
+
+def test_factory_is_what_the_trainer_calls_a_factory():
+    from transformers.trainer_optimizer import is_optimizer_factory
+
+    factory, kwargs = molf.trainer_optimizer(lr=1e-3)
+    assert is_optimizer_factory(factory)
+    assert kwargs == {"config": molf.MoLFConfig(), "lr": 1e-3}
+    optimizer = factory()(nn.Linear(200, 200), **kwargs)
+    assert optimizer.param_groups[0]["lr"] == 1e-3
+
+
+def test_transformers_models_are_routed_without_their_head():
+    for tied in (True, False):
+        model = tiny_qwen2(tied=tied)
+        optimizer = tiny_optimizer(model)
+        routed = [group["layer"] for group in optimizer.param_groups if group["layer"]]
+        assert len(routed) == 7
+        assert not any("head" in name for name in routed)
+        rest = [n for g in optimizer.param_groups if not g["layer"] for n in g["param_names"]]
+        assert ("lm_head.weight" in rest) is not tied
+    with pytest.raises(ValueError, match=r"lm_head shares its weight with model.embed_tokens"):
+        tiny_optimizer(tiny_qwen2(), target_modules=["lm_head"], exclude_modules=())
+
+
+def test_differently_named_head_is_left_out_too():
+    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+
+    model = GPTNeoXForCausalLM(
+        GPTNeoXConfig(
+            vocab_size=32,
+            hidden_size=16,
+            intermediate_size=24,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+        )
+    )
+    assert model.get_output_embeddings() is not None
+    optimizer = tiny_optimizer(model)
+    names = [group["layer"] for group in optimizer.param_groups if group["layer"]]
+    head = next(n for n, m in model.named_modules() if m is model.get_output_embeddings())
+    assert head not in names
+    assert len(names) == 4
+
+
+def test_gpt2_layers_are_transposed():
+    from transformers.pytorch_utils import Conv1D as GPT2Conv1D
+
+    torch.manual_seed(0)
+    theirs, ours = GPT2Conv1D(6, 4), Conv1D(6, 4)
+    ours.load_state_dict(theirs.state_dict())
+    optimizers = [tiny_optimizer(nn.ModuleDict({"c": layer})) for layer in (theirs, ours)]
+    for layer, optimizer in zip((theirs, ours), optimizers, strict=True):
+        layer(torch.ones(2, 4)).square().sum().backward()
+        optimizer.step()
+        assert optimizer.param_groups[0]["transposed"]
+    assert torch.equal(theirs.weight, ours.weight)
+
+
+def test_peft_models_are_refused():
+    import peft
+
+    model = peft.get_peft_model(tiny_qwen2(), peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    with pytest.raises(ValueError, match=r"q_proj carries a PEFT adapter") as raised:
+        molf.MoLFAdamW.from_model(model)
+    assert "\n" not in str(raised.value)
+
+
+def test_defaults_warn_once_on_a_tiny_model():
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        molf.MoLFAdamW.from_model(tiny_qwen2())
+    assert [str(w.message)[:16] for w in caught] == ["Rank 128 exceeds"]

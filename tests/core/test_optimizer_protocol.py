@@ -1,0 +1,303 @@
+"""What anybody may do with a `torch.optim.Optimizer`: closures, groups, schedulers, hooks."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from core_helpers import (
+    assert_same_bits,
+    backward,
+    feed,
+    run,
+    snapshot,
+    tiny_model,
+    tiny_optimizer,
+)
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, OneCycleLR
+
+from molf import MoLFAdamW, MoLFConfig
+
+
+@pytest.fixture
+def model():
+    return tiny_model()
+
+
+@pytest.fixture
+def optimizer(model):
+    return tiny_optimizer(model)
+
+
+@pytest.mark.parametrize("keyword", [False, True])
+def test_closure_runs_once_with_gradients_enabled_and_its_loss_is_returned(
+    model, optimizer, keyword
+):
+    calls = []
+
+    def closure():
+        calls.append(torch.is_grad_enabled())
+        return backward(model, seed=0)
+
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        loss = optimizer.step(closure=closure) if keyword else optimizer.step(closure)
+    assert calls == [True]
+    assert loss == backward(twin, seed=0)
+    assert not torch.equal(model.up.weight, twin.up.weight)
+
+
+def test_step_without_closure_or_gradients_does_nothing(model, optimizer):
+    before = snapshot(model, optimizer)
+    assert optimizer.step() is None
+    assert_same_bits(snapshot(model, optimizer), before)
+    assert optimizer.routing == {}
+
+
+def test_parameters_carry_their_names_and_are_owned_once(model, optimizer):
+    assert [group["param_names"] for group in optimizer.param_groups] == [
+        ["up.weight", "up.bias"],
+        ["down.weight"],
+        ["embed.weight", "lm_head.weight"],
+        ["norm.weight", "norm.bias"],
+    ]
+    owned = [p for group in optimizer.param_groups for p in group["params"]]
+    assert len(owned) == len(set(owned)) == len(list(model.parameters()))
+    decays = [group["weight_decay"] for group in optimizer.param_groups]
+    assert decays == [0.1, 0.1, 0.1, 0.0]
+    assert [group.get("bias_weight_decay") for group in optimizer.param_groups[:2]] == [0.0, 0.0]
+
+
+def test_added_group_takes_plain_adamw_steps(model, optimizer):
+    torch.manual_seed(1)
+    extra = nn.Parameter(torch.randn(3, 4))
+    scalar = nn.Parameter(torch.tensor(2.0))
+    plain = [p.detach().clone().requires_grad_() for p in (extra, scalar)]
+    optimizer.add_param_group(
+        {"params": [("extra", extra), ("scalar", scalar)], "lr": 0.1, "weight_decay": 0.3}
+    )
+    adamw = torch.optim.AdamW(plain, lr=0.1, weight_decay=0.3, foreach=False)
+    for step in range(4):
+        backward(model, step)
+        for one, other in zip((extra, scalar), plain, strict=True):
+            one.grad = torch.full_like(one, 0.5 + step)
+            other.grad = one.grad.clone()
+        optimizer.step()
+        adamw.step()
+    assert torch.equal(extra, plain[0])
+    assert torch.equal(scalar, plain[1])
+    assert set(optimizer.routing) == {"up", "down"}
+
+
+@pytest.mark.parametrize(
+    ("group", "message"),
+    [
+        ({"lr": -1.0}, "Invalid lr=-1.0"),
+        ({"weight_decay": float("nan")}, "Invalid weight_decay=nan"),
+        ({"eps": -1e-8}, "Invalid eps=-1e-08"),
+        ({"betas": (0.9, 1.0)}, r"Invalid betas=\(0.9, 1.0\)"),
+        ({"betas": 0.9}, "Invalid betas=0.9"),
+        ({"complex": True}, "complex"),
+        ({"duplicate": True}, "more than one parameter group"),
+    ],
+)
+def test_wrong_group_is_refused_and_leaves_the_optimizer_as_it_was(
+    model, optimizer, group, message
+):
+    new = nn.Parameter(torch.zeros(2, dtype=torch.complex64 if "complex" in group else None))
+    named = ("new", model.up.weight if group.pop("duplicate", False) else new)
+    group.pop("complex", None)
+    before = [dict(g) for g in optimizer.param_groups]
+    with pytest.raises(ValueError, match=message):
+        optimizer.add_param_group({"params": [named], **group})
+    assert [dict(g) for g in optimizer.param_groups] == before
+    run(model, optimizer, [0])
+
+
+def test_constructor_needs_a_routed_group(model):
+    with pytest.raises(ValueError, match="from_model"):
+        MoLFAdamW(model.parameters())
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda o: LambdaLR(o, lambda step: 0.5**step),
+        lambda o: CosineAnnealingLR(o, T_max=4),
+        lambda o: OneCycleLR(o, max_lr=0.02, total_steps=6),
+    ],
+    ids=["lambda", "cosine", "one-cycle"],
+)
+def test_lora_rate_follows_the_schedule(model, make):
+    """The same run, with rates set by hand: equal only if every LoRA rate is scaled as well."""
+    by_hand = copy.deepcopy(model)
+    rates = {"lr": 1e-2, "lora_lr": (3e-2, 5e-3), "top_k": 2, "score": "lora"}
+    optimizer = tiny_optimizer(model, **rates)
+    scheduler = make(optimizer)
+    manual = tiny_optimizer(by_hand, **rates)
+    for step in range(4):
+        group = optimizer.param_groups[0]
+        for own in manual.param_groups:
+            own["lr"], own["betas"] = group["lr"], group["betas"]
+        factors = [own["lr"] / 1e-2 for own in manual.param_groups]
+        before = manual.lora_factors("up")
+        run(model, optimizer, [step])
+        run(by_hand, manual, [step])
+        if step == 0:  # Adam's first step is lr * sign(g) wherever a gradient is not tiny
+            for (_, B), (_, old), rate in zip(
+                manual.lora_factors("up"), before, (3e-2, 5e-3), strict=True
+            ):
+                assert (B - old).abs().max() == pytest.approx(rate * factors[0], rel=1e-3)
+        scheduler.step()
+    assert_same_bits(snapshot(model, optimizer), snapshot(by_hand, manual))
+
+
+@pytest.mark.parametrize("score", ["epd", "pfn", "full", "lora", "random"])
+def test_nothing_moves_at_rate_zero_nor_becomes_nan(model, score):
+    optimizer = tiny_optimizer(model, score=score)
+    run(model, optimizer, range(3))
+    before = snapshot(model, optimizer)
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+    run(model, optimizer, [3, 4])
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    after = snapshot(model, optimizer)
+    still = {k: v for k, v in before.items() if "/" not in k or k.endswith(("lora_A", "lora_B"))}
+    assert_same_bits({key: after[key] for key in still}, still)
+    assert all(v.isfinite().all() for v in after.values() if isinstance(v, Tensor))
+
+
+def test_zero_gradients_from_the_start_change_nothing(model, optimizer):
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    for group in optimizer.param_groups:
+        group["weight_decay"] = 0.0
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, before[name]), name
+    # All scores are zero: among equals the lowest index wins.
+    assert {d.winners for d in optimizer.routing.values()} == {("full",)}
+
+
+def test_hooks_run_once_per_step(model, optimizer):
+    calls = []
+    optimizer.register_step_pre_hook(lambda o, args, kwargs: calls.append("before"))
+    optimizer.register_step_post_hook(lambda o, args, kwargs: calls.append("after"))
+    torch.optim.AdamW([nn.Parameter(torch.zeros(1))]).step()  # patches its own class only
+    run(model, optimizer, [0, 1])
+    assert calls == ["before", "after"] * 2
+
+
+def test_zero_grad(model, optimizer):
+    backward(model, 0)
+    optimizer.zero_grad()
+    assert all(parameter.grad is None for parameter in model.parameters())
+    backward(model, 0)
+    optimizer.zero_grad(set_to_none=False)
+    assert all(not parameter.grad.any() for parameter in model.parameters())
+
+
+def test_layer_without_gradient_is_left_alone(model, optimizer):
+    run(model, optimizer, [0])
+    before = snapshot(model, optimizer)
+    backward(model, 1)
+    model.down.weight.grad = None
+    model.norm.weight.grad = None
+    optimizer.step()
+    after = snapshot(model, optimizer)
+    untouched = {k: v for k, v in before.items() if k.startswith(("down.", "norm.weight"))}
+    assert len(untouched) > 10
+    assert_same_bits({key: after[key] for key in untouched}, untouched)
+    assert set(optimizer.routing) == {"up"}
+    assert after["up.weight/step"] == 2
+    run(model, optimizer, [2])
+    assert set(optimizer.routing) == {"up", "down"}
+    assert optimizer.state[model.down.weight]["step"] == 2
+
+
+def test_parameters_may_be_swapped_before_the_first_step(model):
+    """As accelerate and FSDP2 do after the optimizer is built: same positions, new objects."""
+    swapped = copy.deepcopy(model)
+    optimizer, late = tiny_optimizer(model), tiny_optimizer(swapped)
+    new = {p: nn.Parameter(p.detach().clone()) for p in swapped.parameters()}
+    for module in swapped.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                module._parameters[name] = new[parameter]
+    for group in late.param_groups:
+        group["params"] = [new[p] for p in group["params"]]
+    run(model, optimizer, range(3))
+    run(swapped, late, range(3))
+    assert "up.weight/lora_A" in snapshot(swapped, late)
+    assert_same_bits(snapshot(swapped, late), snapshot(model, optimizer))
+
+
+def test_random_score_is_seeded_and_even():
+    model = nn.ModuleList([nn.Linear(3, 3) for _ in range(6)])
+    seen = []
+    for seed in (0, 0, 1):
+        optimizer = tiny_optimizer(model, score="random", seed=seed)
+        picks = []
+        for step in range(30):
+            feed(model, step)
+            optimizer.step()
+            picks += [decision.winners[0] for decision in optimizer.routing.values()]
+        seen.append(picks)
+    assert seen[0] == seen[1] != seen[2]
+    for expert in ("full", "lora0_r2", "lora1_r3"):
+        assert 35 <= seen[0].count(expert) <= 85  # of 180; five standard deviations
+
+
+def test_repr_is_one_line_and_survives_a_copy(optimizer):
+    text = repr(optimizer)
+    assert "2 routed layers" in text
+    assert "\n" not in text
+    assert repr(copy.deepcopy(optimizer)) == text
+
+
+def test_default_device_of_the_caller_does_not_matter(model):
+    other = copy.deepcopy(model)
+    optimizer, elsewhere = tiny_optimizer(model), tiny_optimizer(other)
+    run(model, optimizer, [0])
+    backward(other, 0)
+    with torch.device("meta"):
+        elsewhere.step()
+    assert_same_bits(snapshot(other, elsewhere), snapshot(model, optimizer))
+
+
+def test_sparse_gradients_are_refused_before_anything_changes():
+    model = nn.ModuleDict({"embed": nn.Embedding(4, 3, sparse=True), "fc": nn.Linear(3, 3)})
+    optimizer = tiny_optimizer(model)
+    model["fc"](model["embed"](torch.tensor([1, 2]))).sum().backward()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    with pytest.raises(RuntimeError, match="sparse"):
+        optimizer.step()
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, before[name])
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"lr": -1.0}, "Invalid lr=-1.0. Must be a finite number, at least 0."),
+        ({"lr": "fast"}, "Invalid lr='fast'"),
+        ({"lora_lr": -1.0}, "Invalid lora_lr=-1.0"),
+        ({"lora_lr": "x"}, "Invalid lora_lr='x'"),
+        ({"lora_lr": (1e-3,)}, r"Invalid lora_lr=\[0.001\]. Must be one number, or one per rank"),
+        ({"lr": 0.0, "lora_lr": 1e-3}, r"Invalid lora_lr=\[0.001, 0.001\] with lr=0"),
+        ({"weight_decay": float("inf")}, "Invalid weight_decay=inf"),
+        ({"lora_weight_decay": -0.1}, "Invalid lora_weight_decay=-0.1"),
+        ({"betas": (1.0, 0.9)}, r"Invalid betas=\(1.0, 0.9\). Must be two numbers"),
+        ({"betas": 0.9}, "Invalid betas=0.9"),
+        ({"eps": float("nan")}, "Invalid eps=nan"),
+        ({"nonfinite": "ignore"}, "Invalid nonfinite='ignore'. Must be 'raise' or 'skip'."),
+    ],
+)
+def test_wrong_hyper_parameters_are_named(model, kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        MoLFAdamW.from_model(model, MoLFConfig(ranks=(2, 3)), **kwargs)

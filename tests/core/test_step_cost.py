@@ -1,0 +1,79 @@
+"""What a step may cost: state that is kept, and how often the host waits for the device."""
+
+from __future__ import annotations
+
+import gc
+import warnings
+
+import pytest
+from core_helpers import feed, run, tiny_model, tiny_optimizer
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+
+def test_state_is_made_in_the_first_step():
+    model = tiny_model()
+    optimizer = tiny_optimizer(model)
+    assert not optimizer.state
+    optimizer.lora_factors("up")
+    assert not any(optimizer.state.values())
+    run(model, optimizer, [0])
+    assert len(optimizer.state) == 7
+
+
+def test_only_moments_have_the_size_of_a_weight():
+    layer = nn.Linear(53, 37)
+    optimizer = tiny_optimizer(layer)
+    for step in range(2):
+        feed(layer, step)
+        optimizer.step()
+    assert {
+        key
+        for key, value in optimizer.state[layer.weight].items()
+        if isinstance(value, Tensor) and value.numel() >= layer.weight.numel()
+    } == {"exp_avg", "exp_avg_sq"}
+    gc.collect()
+    with warnings.catch_warnings():  # of attributes that other libraries have deprecated
+        warnings.simplefilter("ignore")
+        alive = [x for x in gc.get_objects() if isinstance(x, Tensor) and x.shape == (37, 53)]
+    storages = {x.untyped_storage().data_ptr() for x in alive}
+    assert len(storages) == 4  # weight, gradient, exp_avg, exp_avg_sq
+
+
+class ReadsOfTheHost(TorchDispatchMode):
+    """Counts what makes the host wait for a device."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        super().__init__()
+        self.count = 0
+        for name in ("tolist", "numpy", "cpu", "__array__"):
+            patch.setattr(Tensor, name, self._counted(getattr(Tensor, name)))
+
+    def _counted(self, method):
+        def wrapper(*args, **kwargs):
+            self.count += 1
+            return method(*args, **kwargs)
+
+        return wrapper
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        waiting = ("_local_scalar_dense", "is_nonzero", "equal", "nonzero", "masked_select")
+        self.count += func.overloadpacket.__name__ in waiting
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("layers", [2, 20])
+@pytest.mark.parametrize("score", ["epd", "random"])
+def test_the_host_waits_once_per_step(layers, score, monkeypatch):
+    model = nn.ModuleList([nn.Linear(4, 5) for _ in range(layers)] + [nn.LayerNorm(3)])
+    optimizer = tiny_optimizer(model, score=score, top_k=2)
+    reads = ReadsOfTheHost(monkeypatch)
+    for step in range(2):
+        feed(model, step)
+        reads.count = 0
+        with reads:
+            optimizer.step()
+        assert reads.count == 1
+    with reads:
+        bool(model[0].bias.sum() > 0)  # the counter counts
+    assert reads.count == 2

@@ -1,0 +1,89 @@
+"""The wheel holds all it imports and ships, and trains in an environment of its own."""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import subprocess
+import sys
+import sysconfig
+import zipfile
+from pathlib import Path
+
+import pytest
+import tomllib
+
+ROOT = Path(__file__).resolve().parents[1]
+SOURCE = ROOT / "src" / "molf"
+IMPORT_NAMES = {"PyYAML": "yaml"}  # where the module is not called like its distribution
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("wheel")
+    subprocess.run(
+        [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", folder, ROOT],
+        check=True,
+        capture_output=True,
+    )
+    return next(folder.glob("*.whl"))
+
+
+def test_wheel_holds_every_file_of_the_package(wheel):
+    shipped = {name for name in zipfile.ZipFile(wheel).namelist() if name.startswith("molf/")}
+    source = {
+        "molf/" + path.relative_to(SOURCE).as_posix()
+        for path in SOURCE.rglob("*")
+        if path.is_file() and "__pycache__" not in path.parts
+    }
+    assert shipped == source
+
+
+def test_every_import_is_declared():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"].values()
+    requirements = [*project["dependencies"], *(name for extra in extras for name in extra)]
+    declared = {name.split(">")[0].split("[")[0] for name in requirements}
+    allowed = {IMPORT_NAMES.get(name, name) for name in declared}
+    imported = set()
+    for path in SOURCE.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                imported |= {alias.name.partition(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and not node.level and node.module:
+                imported.add(node.module.partition(".")[0])
+    foreign = imported - set(sys.stdlib_module_names) - {"molf"}
+    assert foreign <= allowed, f"imported but not declared: {sorted(foreign - allowed)}"
+
+
+def test_wheel_trains_in_a_clean_environment(wheel, tmp_path):
+    # The dependencies are lent by path, which does not lend the development install of molf.
+    environment = tmp_path / "venv"
+    subprocess.run([sys.executable, "-m", "venv", environment], check=True)
+    binaries = environment / "bin"
+    subprocess.run(
+        [binaries / "pip", "install", "--quiet", "--no-deps", "--no-index", wheel], check=True
+    )
+    variables = os.environ | {"PYTHONPATH": sysconfig.get_paths()["purelib"]}
+    where = subprocess.run(
+        [binaries / "python", "-c", "import molf; print(molf.__file__)"],
+        check=True,
+        capture_output=True,
+        text=True,
+        env=variables,
+        cwd=tmp_path,
+    )
+    assert str(environment) in where.stdout
+
+    output = tmp_path / "run"
+    options = f"--max_steps 2 --max_samples 20 --output_dir {output}"
+    subprocess.run(
+        [binaries / "molf", "train", *options.split()],
+        check=True,
+        env=variables,
+        cwd=tmp_path,
+    )
+    evaluation = json.loads((output / "eval.json").read_text())
+    assert evaluation["task"] == "demo-fact"
+    assert (output / "model" / "model.safetensors").is_file()
