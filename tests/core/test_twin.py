@@ -120,7 +120,7 @@ def check_scores(decisions, relative: float) -> None:
 def test_float64_follows_the_twin(case, block):
     pair, grads, factors = case
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(molf.core.adam, "_CPU_BLOCK_ELEMENTS", block)
+        patch.setattr(molf.core.adam, "_CPU_BLOCK_ELEMENTS_PER_THREAD", block)
         for grad, factor in zip(grads, factors, strict=True):
             check_scores(pair.step(grad, factor, near=1e-10), relative=1e-10)
             check_equal(pair, relative=1e-12)

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from itertools import groupby
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from molf.evaluate.inference import (
     for_each_batch,
@@ -14,6 +18,9 @@ from molf.evaluate.inference import (
 )
 from molf.evaluate.settings import Progress
 
+Stop = Callable[[int, str], bool]
+"""Called after each token with a context's index and the answer so far; True ends the answer."""
+
 
 def generate_greedy(
     model: Any,
@@ -22,20 +29,23 @@ def generate_greedy(
     *,
     max_new_tokens: int,
     batch_size: int,
+    stop: Stop | None = None,
     progress: Progress | None = None,
 ) -> list[list[int]]:
     """Generate the likeliest token again and again, until the end of sequence.
 
     The model's own generation settings (sampling, penalties, ...) are put aside, so that the
-    same weights always give the same text; only its end tokens are kept.
+    same weights always give the same text; only its end tokens are kept. A batch ends with the
+    last of its answers.
 
     Args:
         model: A transformers causal language model, on its device.
         tokenizer: Its tokenizer; the EOS token ends an answer and stands in for a missing pad.
         contexts: Token ids of the prompts, at least one in each.
-        max_new_tokens: Most tokens per answer; fewer where the longest context leaves the
-            model's positions no room for them.
+        max_new_tokens: Most tokens per answer; fewer where its context leaves the model's
+            positions no room for them.
         batch_size: Contexts generated together.
+        stop: Ends an answer before its end token.
         progress: Called after each batch.
 
     Returns:
@@ -51,34 +61,40 @@ def generate_greedy(
     inner = inner_model(model)
     ends = _end_tokens(inner, tokenizer)
     limit = position_limit(model)
-    if limit is not None:
-        max_new_tokens = min(max_new_tokens, limit - max(len(context) for context in contexts))
-        if max_new_tokens < 1:
-            raise ValueError(f"A context fills all of the model's {limit} positions.")
+    lengths = [len(context) for context in contexts]
+    if limit is not None and max(lengths) >= limit:
+        raise ValueError(f"A context fills all of the model's {limit} positions.")
+    room = [min(max_new_tokens, (limit or length + max_new_tokens) - length) for length in lengths]
     pad_id = padding_id(tokenizer)
-    settings = GenerationConfig(
-        do_sample=False,
-        num_beams=1,
-        max_new_tokens=max_new_tokens,
-        eos_token_id=sorted(ends),
-        pad_token_id=pad_id,
-        use_cache=True,
-    )
     results: list[list[int]] = [[] for _ in contexts]
 
+    def settings(tokens: int) -> GenerationConfig:
+        return GenerationConfig(
+            do_sample=False,
+            num_beams=1,
+            max_new_tokens=tokens,
+            eos_token_id=sorted(ends),
+            pad_token_id=pad_id,
+            use_cache=True,
+        )
+
     def run(batch: list[int]) -> None:
-        inputs = pad_left([contexts[index] for index in batch], pad_id, inner.device)
-        output = inner.generate(**inputs, generation_config=settings)
-        new_tokens = output[:, inputs["input_ids"].shape[1] :].tolist()
-        for index, tokens in zip(batch, new_tokens, strict=True):
-            results[index] = _until_end(tokens, ends)
+        # Answers with less room end earlier and on their own: beyond its positions a model may
+        # fail, and what the others of a batch may generate must not depend on it.
+        for tokens, group in groupby(batch, key=room.__getitem__):
+            answers = _Answers(tokenizer, list(group), ends, stop)
+            inputs = pad_left([contexts[index] for index in answers.indices], pad_id, inner.device)
+            inner.generate(
+                **inputs, generation_config=settings(tokens), stopping_criteria=[answers]
+            )
+            for index, answer in zip(answers.indices, answers.tokens, strict=True):
+                results[index] = answer
 
     # generate() fills what a passed configuration leaves open from the model's own.
     own_settings = inner.generation_config
-    inner.generation_config = settings
+    inner.generation_config = settings(max_new_tokens)
     try:
         with inference(model):
-            lengths = [len(context) for context in contexts]
             for_each_batch(lengths, batch_size, run, "generation", progress)
     finally:
         inner.generation_config = own_settings
@@ -99,6 +115,42 @@ def decode(tokenizer: Any, tokens: Sequence[int]) -> str:
     return text
 
 
+class _Answers:
+    """A stopping criterion of `generate()` that collects the answers of a batch.
+
+    Args:
+        tokenizer: Decodes what `stop` is asked about.
+        indices: The context of each row.
+        ends: Tokens that end an answer and are not part of it.
+        stop: Ends an answer after the token that made it say so.
+    """
+
+    def __init__(
+        self, tokenizer: Any, indices: list[int], ends: set[int], stop: Stop | None
+    ) -> None:
+        self.indices = indices
+        self.tokens: list[list[int]] = [[] for _ in indices]
+        self._tokenizer = tokenizer
+        self._ends = ends
+        self._stop = stop
+        self._ended = [False] * len(indices)
+
+    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
+        """Take in the newest token of each row, and say which answers have ended."""
+        for row, token in enumerate(input_ids[:, -1].tolist()):
+            if not self._ended[row]:
+                self._ended[row] = self._ends_with(row, token)
+        return torch.tensor(self._ended, device=input_ids.device)
+
+    def _ends_with(self, row: int, token: int) -> bool:
+        if token in self._ends:
+            return True
+        self.tokens[row].append(token)
+        if self._stop is None:
+            return False
+        return self._stop(self.indices[row], decode(self._tokenizer, self.tokens[row]))
+
+
 def _end_tokens(inner: Any, tokenizer: Any) -> set[int]:
     """The tokenizer's EOS and the model's: chat models end a turn with a token of its own."""
     configured = inner.generation_config.eos_token_id
@@ -107,10 +159,3 @@ def _end_tokens(inner: Any, tokenizer: Any) -> set[int]:
     elif isinstance(configured, int):
         configured = [configured]
     return {int(tokenizer.eos_token_id), *configured}
-
-
-def _until_end(tokens: list[int], ends: set[int]) -> list[int]:
-    for position, token in enumerate(tokens):
-        if token in ends:
-            return tokens[:position]
-    return tokens

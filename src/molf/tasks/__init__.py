@@ -12,10 +12,19 @@ from molf.errors import InputError
 from molf.tasks.base import Task
 from molf.tasks.custom import load_custom
 from molf.tasks.facts import load_demo_fact, load_fact
+from molf.tasks.med import load_med
 from molf.tasks.options import TaskOptions
+from molf.tasks.sql import load_sql
+
+# Tasks that can show demonstrations before a question (`few_shot`).
+_QUESTIONS: dict[str, Callable[[TaskOptions], Task]] = {
+    "sql": load_sql,
+    "med": load_med,
+}
 
 _LOADERS: dict[str, Callable[[TaskOptions], Task]] = {
     "demo-fact": load_demo_fact,
+    **_QUESTIONS,
     "fact": load_fact,
     "custom": load_custom,
 }
@@ -36,4 +45,9 @@ def load_task(options: TaskOptions) -> Task:
     """
     if options.name not in _LOADERS:
         raise InputError(f"Unknown task {options.name!r}. Must be one of {', '.join(TASKS)}.")
+    if options.few_shot and options.name not in _QUESTIONS:
+        raise InputError(
+            f"Invalid few_shot={options.few_shot} with task={options.name}. "
+            f"Must be 0; demonstrations are for {', '.join(_QUESTIONS)}."
+        )
     return _LOADERS[options.name](options)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -10,11 +11,12 @@ from typing import Any
 from molf.errors import InputError
 from molf.evaluate.metric import Evaluation, Metric, bootstrap_mean, wilson
 from molf.evaluate.settings import EvaluationSettings, Progress
+from molf.tasks.answers import generate_answers, longest_answer
 from molf.tasks.base import Task
 from molf.tasks.custom_records import parse_sample
 from molf.tasks.files import Record
 from molf.tasks.options import TaskOptions
-from molf.tasks.predictions import check_predictions
+from molf.tasks.predictions import check_predictions, left_out_prediction, restrict_to_sample
 from molf.tasks.records import read_splits
 from molf.tasks.samples import Sample
 from molf.tasks.selection import draw, hold_out
@@ -37,10 +39,21 @@ class CustomTask(Task):
         evaluation: Sequence[Sample],
         evaluated: Sequence[int],
         source: dict[str, str],
+        held_out: Sequence[int] = (),
     ) -> None:
-        """Hold the samples; `evaluated` are positions in the evaluation data's `evaluation`."""
+        """Hold the samples.
+
+        Args:
+            name: The task's name.
+            training: The samples trained on.
+            evaluation: All samples of the evaluation data.
+            evaluated: Those of them that are evaluated.
+            source: Where the records are from.
+            held_out: Those that a training on this data would have held out.
+        """
         super().__init__(name, training, source)
         self._evaluation = evaluation
+        self._held_out = held_out
         self._evaluated = list(evaluated)
 
     @property
@@ -76,13 +89,24 @@ class CustomTask(Task):
             progress=progress,
         )
         limit = settings.max_new_tokens or self._answer_limit(tokenizer)
-        prompts, texts = self._generate(model, tokenizer, kept, limit, settings, progress)
+        prompts, texts = generate_answers(
+            model,
+            tokenizer,
+            [samples[position] for position in encoded.kept],
+            limit,
+            settings,
+            progress,
+        )
         predictions = [
             {**self._prediction(index, text), "prompt": prompt, "loss": total / count}
             for index, text, prompt, (total, count) in zip(
                 kept, texts, prompts, losses, strict=True
             )
         ]
+        predictions += [
+            left_out_prediction(index, "too long") for index in self._evaluated if index not in kept
+        ]
+        predictions.sort(key=lambda entry: entry["index"])
         loss = bootstrap_mean(
             [total / count for total, count in losses],
             weights=[count for _, count in losses],
@@ -100,51 +124,25 @@ class CustomTask(Task):
 
     def score_predictions(self, predictions: list[dict[str, Any]]) -> Evaluation:
         """Measure `exact_match`; losses are not in texts."""
-        texts = check_predictions(predictions, len(self._evaluation))
+        saved = restrict_to_sample(
+            check_predictions(predictions, len(self._evaluation)), self._evaluated, self._held_out
+        )
         return Evaluation(
-            metrics={"exact_match": self._exact_match(texts)},
-            predictions=[self._prediction(index, text) for index, text in sorted(texts.items())],
+            metrics={"exact_match": self._exact_match(saved.texts)},
+            predictions=[
+                self._prediction(index, text) for index, text in sorted(saved.texts.items())
+            ],
             notes={
                 "not_measured": ["loss", "perplexity", "forgetting_loss"],
                 "reason": "texts hold no probabilities",
+                "records_left_out": dict(Counter(saved.left_out.values())),
             },
         )
 
-    def _generate(
-        self,
-        model: Any,
-        tokenizer: Any,
-        indices: list[int],
-        limit: int,
-        settings: EvaluationSettings,
-        progress: Progress | None,
-    ) -> tuple[list[str], list[str]]:
-        """The prompts and the greedy answers of records."""
-        from molf.evaluate.generate import decode, generate_greedy
-        from molf.tasks.encoding import generation_contexts
-
-        contexts = generation_contexts(tokenizer, [self._evaluation[index] for index in indices])
-        answers = generate_greedy(
-            model,
-            tokenizer,
-            [context.ids for context in contexts],
-            max_new_tokens=limit,
-            batch_size=settings.batch_size,
-            progress=progress,
-        )
-        texts = [
-            decode(tokenizer, answer).lstrip().removeprefix(context.missing.strip())
-            for context, answer in zip(contexts, answers, strict=True)
-        ]
-        return [context.prompt for context in contexts], texts
-
     def _answer_limit(self, tokenizer: Any) -> int:
         """Tokens that let any expected answer be given in full, up to a maximum."""
-        from molf.tasks.encoding import tokenize
-
-        answers = tokenize(tokenizer, [self._evaluation[index].answer for index in self._evaluated])
-        longest = max(len(answer.ids) for answer in answers)
-        return min(longest + _SPARE_TOKENS, _MOST_NEW_TOKENS)
+        answers = [self._evaluation[index].answer for index in self._evaluated]
+        return min(longest_answer(tokenizer, answers) + _SPARE_TOKENS, _MOST_NEW_TOKENS)
 
     def _exact_match(self, texts: dict[int, str]) -> Metric:
         equal = [
@@ -208,15 +206,20 @@ def load_custom(options: TaskOptions) -> CustomTask:
 
 
 def _load_for_evaluation(options: TaskOptions) -> CustomTask:
+    held_out: list[int] = []
     if options.eval_data is not None:
         path, samples = options.eval_data, _read_for_evaluation(options.eval_data, "eval_data")
         drawn = list(range(len(samples)))
     else:
         path = _required_data(options)
-        samples = _read_for_evaluation(path, "data")
+        splits = read_splits(path)
+        samples = _parse(splits[_evaluation_split(splits)], path)
         drawn = draw(range(len(samples)), options.max_samples, options.seed)
+        if "train" in splits and len(splits) == 1 and len(drawn) > 1:
+            held_out = hold_out(drawn, options.seed)[1]
+            held_out = draw(held_out, options.max_eval_samples, options.seed)
     chosen = draw(drawn, options.max_eval_samples, options.seed)
-    return CustomTask(options.name, [], samples, chosen, {"evaluated_on": path})
+    return CustomTask(options.name, [], samples, chosen, {"evaluated_on": path}, held_out)
 
 
 def _required_data(options: TaskOptions) -> str:

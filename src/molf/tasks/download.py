@@ -32,7 +32,7 @@ def download(url: str, option: str) -> Path:
     """The local copy of a data file, downloaded at its first use.
 
     Args:
-        url: The http(s) address of a JSON, JSON lines or Parquet file.
+        url: The http(s) address of a JSON, JSON lines, Parquet or CSV file.
         option: The option that takes a local path instead, for messages.
 
     Raises:

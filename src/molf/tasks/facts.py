@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from molf import world
 from molf.errors import InputError
 from molf.evaluate.metric import Evaluation, Metric, wilson
 from molf.evaluate.settings import EvaluationSettings, Progress
 from molf.tasks.base import Task
+from molf.tasks.demo import refuse_data
 from molf.tasks.fact_metrics import KINDS, Outcomes, fact_metrics
 from molf.tasks.fact_requests import FIELDS, FactRequest, parse_request
 from molf.tasks.options import TaskOptions
-from molf.tasks.predictions import check_predictions
+from molf.tasks.predictions import check_predictions, left_out_prediction, restrict_to_sample
 from molf.tasks.records import read_records
 from molf.tasks.samples import PromptCompletion, Sample
 from molf.tasks.selection import draw
@@ -119,19 +122,28 @@ class FactTask(Task):
         evaluation.metrics.update(self._accuracies(texts))
         evaluation.notes["prompts_too_long"] = too_long
         evaluation.predictions = [
-            self._prediction(index, texts[index], outcome) for index, outcome in outcomes.items()
+            self._prediction(index, texts[index], outcomes[index])
+            if index in outcomes
+            else left_out_prediction(index, "too long")
+            for index in self._evaluated
         ]
         return evaluation
 
     def score_predictions(self, predictions: list[dict[str, Any]]) -> Evaluation:
         """Measure `acc_new` and `acc_true`; probabilities are not in texts."""
-        texts = check_predictions(predictions, len(self._evaluation))
-        scored = [self._prediction(index, text) for index, text in sorted(texts.items())]
+        saved = restrict_to_sample(
+            check_predictions(predictions, len(self._evaluation)), self._evaluated
+        )
+        scored = [self._prediction(index, text) for index, text in sorted(saved.texts.items())]
         not_measured = ["es", "em", "ps", "pm", "ns", "nm", "s", "forgetting_loss"]
         return Evaluation(
-            metrics=self._accuracies(texts),
+            metrics=self._accuracies(saved.texts),
             predictions=scored,
-            notes={"not_measured": not_measured, "reason": "texts hold no probabilities"},
+            notes={
+                "not_measured": not_measured,
+                "reason": "texts hold no probabilities",
+                "records_left_out": dict(Counter(saved.left_out.values())),
+            },
         )
 
     def _targets(self, index: int) -> tuple[str, str]:
@@ -224,11 +236,7 @@ def load_fact(options: TaskOptions) -> FactTask:
 
 def load_demo_fact(options: TaskOptions) -> FactTask:
     """The requests of the embedded world, which the shipped base model knows."""
-    for name in ("data", "eval_data"):
-        if getattr(options, name) is not None:
-            raise InputError(f"{options.name} brings its own data: {name} cannot be given with it.")
-    from molf import world
-
+    refuse_data(options)
     built = world.build_world()
     requests = [
         parse_request(record, f"{options.name}, record {index}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from molf.errors import InputError
@@ -32,6 +33,22 @@ def filled_text(value: Any, where: str) -> str:
     if not text.strip():
         raise InputError(f"{where} must not be empty.")
     return text
+
+
+def optional_text(value: Any, where: str) -> str:
+    """A text, trimmed; the empty one in place of null."""
+    return "" if value is None else text_value(value, where).strip()
+
+
+def integer_value(value: Any, where: str) -> int:
+    """A value that must be a whole number, or the text of one: CSV holds texts alone."""
+    if isinstance(value, str) and re.fullmatch(r"[+-]?[0-9]{1,18}", value.strip()):
+        return int(value)
+    if isinstance(value, float) and value.is_integer():
+        return int(value)  # columns with nulls become floats in pandas
+    if isinstance(value, int) and not isinstance(value, bool):
+        return value
+    raise InputError(f"{where} must be a whole number, not {value!r:.100}.")
 
 
 def text_list(value: Any, where: str) -> list[str]:

@@ -1,7 +1,9 @@
-"""Records from one data file: a JSON list, JSON lines or Parquet."""
+"""Records from one data file: a JSON list, JSON lines, Parquet or CSV."""
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 from collections.abc import Iterable
 from pathlib import Path
@@ -11,29 +13,32 @@ from molf.errors import InputError
 
 Record = dict[str, Any]
 
-SUFFIXES = (".json", ".jsonl", ".parquet")
+SUFFIXES = (".json", ".jsonl", ".parquet", ".csv")
+
+_LONGEST_CELL = 2**31 - 1  # characters; csv's own limit of 131,072 is below what documents have
 
 
 def read_file(path: Path) -> list[Record]:
     """Read every record of a file; JSON lists and JSON lines are told apart by their content.
 
     Raises:
-        InputError: The file cannot be read, is of another kind, is empty, is not UTF-8 or not
-            JSON (with its line), or holds something that is not an object.
+        InputError: The file cannot be read, is of another kind, is empty, is not UTF-8, not
+            JSON or not CSV (with its line), or holds something that is not an object.
     """
     suffix = path.suffix.lower()
     if suffix not in SUFFIXES:
         raise InputError(
             f"{path}: unknown kind of data file. Must be one of {', '.join(SUFFIXES)}."
         )
-    records = _read_parquet(path) if suffix == ".parquet" else _read_json(path)
+    read = {".parquet": _read_parquet, ".csv": _read_csv}.get(suffix, _read_json)
+    records = read(path)
     if not records:
         raise InputError(f"{path} is empty: it holds no records.")
     return records
 
 
 def check_fields(records: Iterable[Record], fields: Iterable[str], source: str) -> None:
-    """Require fields in every record; null counts as absent, for Parquet knows no other absence.
+    """Require fields in every record; null counts as absent: Parquet and CSV know no other absence.
 
     Raises:
         InputError: A record lacks a field.
@@ -59,13 +64,17 @@ def first_line(error: BaseException) -> str:
     return lines[0] if lines else type(error).__name__
 
 
-def _read_json(path: Path) -> list[Record]:
+def _read_text(path: Path) -> str:
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        return path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise InputError(f"{path} is not UTF-8 text (byte {error.start}).") from error
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror}.") from error
+
+
+def _read_json(path: Path) -> list[Record]:
+    text = _read_text(path)
     if text.lstrip().startswith("["):
         values = _parse(text, str(path), line=1)
     else:
@@ -105,3 +114,36 @@ def _read_parquet(path: Path) -> list[Record]:
     except (pyarrow.ArrowException, OSError) as error:
         raise InputError(f"{path} is not a readable Parquet file: {first_line(error)}") from error
     return rows
+
+
+def _read_csv(path: Path) -> list[Record]:
+    """Rows by the names of the header, which is the first line; an empty cell is null."""
+    rows = csv.reader(io.StringIO(_read_text(path), newline=""), strict=True)
+    limit = csv.field_size_limit(_LONGEST_CELL)
+    try:
+        names = next(rows, [])
+        _check_header(names, path)
+        records = []
+        for cells in rows:
+            if not cells:
+                continue  # a blank line
+            if len(cells) != len(names):
+                raise InputError(
+                    f"{path}, line {rows.line_num}: has {len(cells)} cells, "
+                    f"but the header names {len(names)}."
+                )
+            records.append({n: cell or None for n, cell in zip(names, cells, strict=True)})
+    except csv.Error as error:
+        raise InputError(f"{path}, line {rows.line_num}: not CSV ({error}).") from error
+    finally:
+        csv.field_size_limit(limit)
+    return records
+
+
+def _check_header(names: list[str], path: Path) -> None:
+    for name in names:
+        if not name.strip() or names.count(name) > 1:
+            fault = f"names {name!r} twice" if name.strip() else "has an empty name"
+            raise InputError(
+                f"{path}: the first line must be a header of field names, but it {fault}."
+            )

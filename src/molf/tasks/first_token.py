@@ -19,6 +19,19 @@ _Step = tuple[tuple[int, ...], int]  # a context, and the token that is asked fo
 
 
 @dataclass(frozen=True)
+class FirstTokens:
+    """How likely a model finds the first tokens of several targets after one prompt.
+
+    Attributes:
+        log_probs: Log-probability of each target's first token, in nats.
+        distinct: No two targets have the same first token; else these cannot be told apart.
+    """
+
+    log_probs: tuple[float, ...]
+    distinct: bool
+
+
+@dataclass(frozen=True)
 class Comparison:
     """How likely a model finds the first tokens of two targets after one prompt.
 
@@ -44,45 +57,82 @@ def compare_first_tokens(
     batch_size: int,
     progress: Progress | None = None,
 ) -> list[Comparison | None]:
-    """Compare the new and the true target after each prompt.
+    """Compare the new and the true target after each prompt; see `first_token_log_probs`.
 
-    Both probabilities are conditional on the longest context that the two tokenized texts share
-    before either target's first token, a bare word-boundary token included. Where one target
-    fuses with the boundary and the other does not, the latter's probability is the product over
-    its tokens from the shared context on.
+    Returns:
+        One comparison per prompt; None where its context is longer than `max_length`.
+    """
+    found = first_token_log_probs(
+        model,
+        tokenizer,
+        prompts,
+        targets,
+        max_length=max_length,
+        pad_id=pad_id,
+        batch_size=batch_size,
+        progress=progress,
+    )
+    return [None if tokens is None else _comparison(tokens) for tokens in found]
+
+
+def first_token_log_probs(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[str],
+    targets: Sequence[Sequence[str]],
+    *,
+    max_length: int,
+    pad_id: int,
+    batch_size: int,
+    progress: Progress | None = None,
+) -> list[FirstTokens | None]:
+    """How likely the model finds the first token of each target after each prompt.
+
+    All probabilities of a prompt are conditional on the longest context that its tokenized texts
+    share before any target's first token, a bare word-boundary token included. Where one target
+    fuses with the boundary and another does not, the latter's probability is the product over its
+    tokens from the shared context on. Otherwise it is one forward pass per prompt.
 
     Args:
         model: A transformers causal language model, on its device.
         tokenizer: Its tokenizer.
         prompts: The prompts; a space joins them to a target.
-        targets: (new, true) of each prompt.
+        targets: The targets of each prompt.
         max_length: Longest context in tokens.
         pad_id: Any id of the vocabulary; padded positions are masked.
         batch_size: Contexts per forward pass.
         progress: Called after each batch.
 
     Returns:
-        One comparison per prompt; None where its context is longer than `max_length`.
+        One entry per prompt; None where its context is longer than `max_length`.
     """
     from molf.evaluate.likelihood import next_token_log_probs
 
-    texts = [
-        f"{prompt} {target}"
-        for prompt, pair in zip(prompts, targets, strict=True)
-        for target in pair
+    texts = iter(
+        tokenize(
+            tokenizer,
+            [
+                f"{prompt} {target}"
+                for prompt, choices in zip(prompts, targets, strict=True)
+                for target in choices
+            ],
+        )
+    )
+    steps = [
+        _steps([next(texts) for _ in choices], target_start=len(prompt) + 1)
+        for prompt, choices in zip(prompts, targets, strict=True)
     ]
-    tokenized = tokenize(tokenizer, texts)
-    pairs = [
-        _steps(tokenized[2 * i], tokenized[2 * i + 1], target_start=len(prompt) + 1)
-        for i, prompt in enumerate(prompts)
+    fits = [
+        all(len(context) <= max_length for target in choices for context, _ in target)
+        for choices in steps
     ]
-    fits = [all(len(context) <= max_length for context, _ in new + true) for new, true in pairs]
 
-    # New and true target mostly share their context: it is evaluated once, for both tokens.
+    # The targets mostly share their context: it is evaluated once, for all their tokens.
     wanted: dict[tuple[int, ...], list[int]] = {}
-    for (new, true), fit in zip(pairs, fits, strict=True):
-        for context, token in (new + true) * fit:
-            wanted.setdefault(context, []).append(token)
+    for choices, fit in zip(steps, fits, strict=True):
+        if fit:
+            for context, token in (step for target in choices for step in target):
+                wanted.setdefault(context, []).append(token)
     values = next_token_log_probs(
         model,
         list(wanted),
@@ -97,31 +147,32 @@ def compare_first_tokens(
         for token, value in zip(tokens, row, strict=True)
     }
     return [
-        Comparison(
-            math.fsum(log_probs[step] for step in new),
-            math.fsum(log_probs[step] for step in true),
-            tie=new == true,
+        FirstTokens(
+            tuple(math.fsum(log_probs[step] for step in target) for target in choices),
+            distinct=len({tuple(target) for target in choices}) == len(choices),
         )
         if fit
         else None
-        for (new, true), fit in zip(pairs, fits, strict=True)
+        for choices, fit in zip(steps, fits, strict=True)
     ]
 
 
-def _steps(
-    new: TokenizedText, true: TokenizedText, target_start: int
-) -> tuple[list[_Step], list[_Step]]:
+def _comparison(tokens: FirstTokens) -> Comparison:
+    new, true = tokens.log_probs
+    return Comparison(new, true, tie=not tokens.distinct)
+
+
+def _steps(texts: list[TokenizedText], target_start: int) -> list[list[_Step]]:
     """The steps from the shared context through each target's first token, usually one each."""
-    stops = [_first_target_token(text, target_start) for text in (new, true)]
-    rows = [tuple(text.prefix + text.ids) for text in (new, true)]
+    stops = [_first_target_token(text, target_start) for text in texts]
+    rows = [tuple(text.prefix + text.ids) for text in texts]
     shared = 0
-    while shared < min(stops) and rows[0][shared] == rows[1][shared]:
+    while shared < min(stops) and len({row[shared] for row in rows}) == 1:
         shared += 1
-    new_steps, true_steps = (
+    return [
         [(row[:position], row[position]) for position in range(shared, stop + 1)]
         for row, stop in zip(rows, stops, strict=True)
-    )
-    return new_steps, true_steps
+    ]
 
 
 def _first_target_token(text: TokenizedText, target_start: int) -> int:

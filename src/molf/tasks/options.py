@@ -18,6 +18,8 @@ class TaskOptions:
         eval_data: Records to evaluate on, given in the same ways. None lets the task choose.
         max_samples: Use only so many records of `data`, drawn by `seed`.
         max_eval_samples: Evaluate on only so many records, drawn by `seed`.
+        few_shot: Put so many training records with their answers in front of every question, drawn
+            by `seed`, in training and in evaluation (tasks `sql` and `med`).
         seed: Seed of every draw of records.
         evaluation_only: Nothing is trained: all of `eval_data`, or else of `data`, is evaluated.
     """
@@ -27,6 +29,7 @@ class TaskOptions:
     eval_data: str | None = None
     max_samples: int | None = None
     max_eval_samples: int | None = None
+    few_shot: int = 0
     seed: int = 0
     evaluation_only: bool = False
 
@@ -35,3 +38,5 @@ class TaskOptions:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise InputError(f"Invalid {name}={value}. Must be at least 1.")
+        if self.few_shot < 0:
+            raise InputError(f"Invalid few_shot={self.few_shot}. Must be at least 0.")

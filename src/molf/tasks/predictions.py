@@ -2,18 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from molf.errors import InputError
 
 
-def check_predictions(predictions: Sequence[Any], records: int) -> dict[int, str]:
-    """The predicted text of each record.
+def left_out_prediction(index: int, reason: str) -> dict[str, Any]:
+    """The entry of a record that was drawn but not asked: `check_predictions` passes it over."""
+    return {"index": index, "prediction": None, "left_out": reason}
+
+
+@dataclass(frozen=True)
+class SavedPredictions:
+    """Predictions that were read back.
+
+    Attributes:
+        texts: The predicted text of each record.
+        left_out: The reason for each record that was drawn but not asked.
+    """
+
+    texts: dict[int, str]
+    left_out: dict[int, str]
+
+
+def check_predictions(predictions: Sequence[Any], records: int) -> SavedPredictions:
+    """Check saved predictions.
 
     Args:
         predictions: `{"index": i, "prediction": text}`, further keys ignored.
-        records: How many records the data file has; those not predicted may be absent.
+        records: How many records the data file has.
 
     Raises:
         InputError: Something else is among them, an index is unknown or comes twice, or there
@@ -21,7 +40,7 @@ def check_predictions(predictions: Sequence[Any], records: int) -> dict[int, str
     """
     if not predictions:
         raise InputError("There are no predictions to score.")
-    texts: dict[int, str] = {}
+    saved = SavedPredictions({}, {})
     for position, entry in enumerate(predictions):
         where = f"Prediction {position}"
         if not isinstance(entry, dict):
@@ -36,9 +55,43 @@ def check_predictions(predictions: Sequence[Any], records: int) -> dict[int, str
             raise InputError(
                 f"{where}: unknown index {index}. The data has records 0 to {records - 1}."
             )
-        if index in texts:
+        if index in saved.texts or index in saved.left_out:
             raise InputError(f"{where}: index {index} comes twice.")
-        if not isinstance(text, str):
+        reason = entry.get("left_out")
+        if isinstance(text, str):
+            saved.texts[index] = text
+        elif text is None and isinstance(reason, str):
+            saved.left_out[index] = reason
+        else:
             raise InputError(f"{where}: prediction must be a text, not {type(text).__name__}.")
-        texts[index] = text
-    return texts
+    return saved
+
+
+def restrict_to_sample(saved: SavedPredictions, *samples: Collection[int]) -> SavedPredictions:
+    """The predictions for the records that are to be scored, in their order.
+
+    A file that stops half-way must not pass for a whole one, so every record of a sample needs its
+    prediction, or the reason why it has none. What is beyond the sample is not scored.
+
+    Args:
+        saved: The predictions.
+        samples: The records to be scored; of several such lists the first that is complete.
+
+    Raises:
+        InputError: Records are not predicted, or all are left out.
+    """
+    predicted = saved.texts.keys() | saved.left_out.keys()
+    for sample in samples:
+        if predicted.issuperset(sample) and not saved.texts.keys().isdisjoint(sample):
+            return SavedPredictions(
+                {index: saved.texts[index] for index in sorted(sample) if index in saved.texts},
+                {index: saved.left_out[index] for index in sample if index in saved.left_out},
+            )
+    lacking = sorted(set(samples[0]) - predicted)
+    if not lacking:
+        raise InputError(f"No prediction can be scored: all {len(samples[0])} are left out.")
+    more = f" and {len(lacking) - 1} more" if len(lacking) > 1 else ""
+    raise InputError(
+        f"The predictions lack record {lacking[0]}{more} of the {len(samples[0])} to be scored. "
+        "Give the data, max_samples and seed that they were made with."
+    )

@@ -41,8 +41,8 @@ def read_splits(
     """Read records by split.
 
     Args:
-        source: A `.json`, `.jsonl` or `.parquet` file; a folder of such files, whose names may
-            say train, test or validation; the URL of such a file; or a Hub id `owner/name`.
+        source: A `.json`, `.jsonl`, `.parquet` or `.csv` file; a folder of such files, whose names
+            may say train, test or validation; the URL of such a file; or a Hub id `owner/name`.
         fields: Fields that every record must have.
         option: The option that the source was given by, for messages.
 
@@ -83,7 +83,7 @@ def _looks_local(source: str) -> bool:
     path = Path(source)
     return (
         not _HUB_ID.fullmatch(source)
-        or path.suffix.lower() in (*SUFFIXES, ".csv", ".tsv", ".txt", ".arrow", ".gz", ".zip")
+        or path.suffix.lower() in (*SUFFIXES, ".tsv", ".txt", ".arrow", ".gz", ".zip")
         or path.parent.is_dir()  # owner/ exists here, so name was looked for in it
     )
 
