@@ -1,0 +1,130 @@
+"""What a statement may do: an allow list, asked by SQLite while it compiles the statement.
+
+Runs in the worker, so it imports the standard library alone.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+
+# SQLite's built-in functions that compute a value from values, as its documentation lists them
+# (lang_corefunc, lang_aggfunc, windowfunctions, lang_datefunc, lang_mathfunc, json1). Everything
+# else is denied, above all load_extension, fts3_tokenizer (takes and gives pointers), readfile,
+# writefile and edit (of SQLite's shell) and whatever future versions add.
+_VALUE_FUNCTIONS = """
+abs char coalesce concat concat_ws format glob hex ifnull iif instr last_insert_rowid length
+changes total_changes like likelihood likely unlikely lower ltrim max min nullif octet_length
+printf quote random randomblob replace round rtrim sign soundex substr substring trim typeof
+unhex unicode unistr unistr_quote upper zeroblob if match regexp
+sqlite_version sqlite_source_id
+avg count group_concat string_agg sum total median percentile percentile_cont percentile_disc
+row_number rank dense_rank percent_rank cume_dist ntile lag lead first_value last_value
+nth_value
+date time datetime julianday unixepoch strftime timediff current_date current_time
+current_timestamp
+acos acosh asin asinh atan atan2 atanh ceil ceiling cos cosh degrees exp floor ln log log10
+log2 mod pi pow power radians sin sinh sqrt tan tanh trunc
+json jsonb json_array jsonb_array json_array_length json_error_position json_extract
+jsonb_extract json_insert jsonb_insert json_object jsonb_object json_patch jsonb_patch
+json_pretty json_quote json_remove jsonb_remove json_replace jsonb_replace json_set jsonb_set
+json_type json_valid json_array_insert jsonb_array_insert
+json_group_array jsonb_group_array json_group_object jsonb_group_object -> ->>
+"""
+
+# SQLite calls these itself for ALTER TABLE; it lets no statement name them.
+_ALTER_FUNCTIONS = """
+sqlite_rename_table sqlite_rename_column sqlite_rename_test sqlite_rename_quotefix
+sqlite_drop_column sqlite_fail sqlite_drop_constraint sqlite_add_constraint
+"""
+
+_FUNCTIONS = frozenset((_VALUE_FUNCTIONS + _ALTER_FUNCTIONS).split())
+
+_CHANGE_ROWS = frozenset({sqlite3.SQLITE_INSERT, sqlite3.SQLITE_UPDATE, sqlite3.SQLITE_DELETE})
+
+_CHANGE_SCHEMA = frozenset(
+    {
+        sqlite3.SQLITE_ALTER_TABLE,
+        sqlite3.SQLITE_CREATE_INDEX,
+        sqlite3.SQLITE_CREATE_TABLE,
+        sqlite3.SQLITE_CREATE_TRIGGER,
+        sqlite3.SQLITE_CREATE_VIEW,
+        sqlite3.SQLITE_CREATE_TEMP_INDEX,
+        sqlite3.SQLITE_CREATE_TEMP_TABLE,
+        sqlite3.SQLITE_CREATE_TEMP_TRIGGER,
+        sqlite3.SQLITE_CREATE_TEMP_VIEW,
+        sqlite3.SQLITE_DROP_INDEX,
+        sqlite3.SQLITE_DROP_TABLE,
+        sqlite3.SQLITE_DROP_TRIGGER,
+        sqlite3.SQLITE_DROP_VIEW,
+        sqlite3.SQLITE_DROP_TEMP_INDEX,
+        sqlite3.SQLITE_DROP_TEMP_TABLE,
+        sqlite3.SQLITE_DROP_TEMP_TRIGGER,
+        sqlite3.SQLITE_DROP_TEMP_VIEW,
+    }
+)
+
+# Not among them: ATTACH (VACUUM needs it too), DETACH, PRAGMA (also as a table-valued function),
+# virtual tables, and actions that are yet to be invented.
+_OTHER = frozenset(
+    {
+        sqlite3.SQLITE_ANALYZE,
+        sqlite3.SQLITE_READ,
+        sqlite3.SQLITE_RECURSIVE,
+        sqlite3.SQLITE_REINDEX,
+        sqlite3.SQLITE_SAVEPOINT,
+        sqlite3.SQLITE_SELECT,
+        sqlite3.SQLITE_TRANSACTION,
+    }
+)
+
+_DENIED_TABLES = frozenset({"dbstat", "sqlite_dbpage", "sqlite_stmt"})  # show or write raw pages
+
+
+class Authorizer:
+    """Decides on every action of a statement and remembers what the statement changes.
+
+    Attributes:
+        denied: Whether an action has been denied.
+        asked: Whether the statement does anything; an empty one does not.
+        changed_table: The table whose rows a statement itself changes, as (database, table); not
+            those that its triggers change.
+        changes_schema: Whether a statement makes, alters or drops a table, view, index or trigger.
+    """
+
+    def __init__(self) -> None:
+        self.denied = False
+        self.begin_statement()
+
+    def begin_statement(self) -> None:
+        """Forget what the statement before did."""
+        self.asked = False
+        self.changed_table: tuple[str, str] | None = None
+        self.changes_schema = False
+
+    def __call__(
+        self,
+        action: int,
+        first: str | None,
+        second: str | None,
+        database: str | None,
+        trigger: str | None,
+    ) -> int:
+        """SQLite's authorizer callback; the arguments' meaning depends on the action."""
+        self.asked = True
+        if self._allows(action, first, second):
+            if action in _CHANGE_SCHEMA:
+                self.changes_schema = True
+            elif action in _CHANGE_ROWS and trigger is None and first and database:
+                self.changed_table = (database, first)
+            return sqlite3.SQLITE_OK
+        self.denied = True
+        return sqlite3.SQLITE_DENY
+
+    @staticmethod
+    def _allows(action: int, first: str | None, second: str | None) -> bool:
+        if action == sqlite3.SQLITE_FUNCTION:
+            return (second or "").lower() in _FUNCTIONS
+        if action == sqlite3.SQLITE_READ:
+            table = (first or "").lower()
+            return table not in _DENIED_TABLES and not table.startswith("pragma_")
+        return action in _OTHER or action in _CHANGE_ROWS or action in _CHANGE_SCHEMA

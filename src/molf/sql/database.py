@@ -1,0 +1,170 @@
+"""The worker that runs SQL: one in-memory SQLite database per request.
+
+Runs in the worker, so it imports the standard library alone.
+"""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+import sys
+import time
+from collections.abc import Iterable
+from typing import Any
+
+from molf.sql.authorizer import Authorizer
+from molf.sql.limits import Limits
+from molf.sql.serve import Handler, restrict_process, serve
+
+_INSTRUCTIONS_PER_CHECK = 2000  # of SQLite's virtual machine, between two looks at the clock
+_MAX_MESSAGE = 300  # characters of an error message, which may quote the query
+
+
+class _LimitError(Exception):
+    """A result exceeds a limit; the argument is the kind of failure."""
+
+
+def main() -> None:
+    """Serve requests `{"schema": text, "query": text}`; the settings are `Limits`."""
+    serve(_prepare)
+
+
+def _prepare(settings: dict[str, Any]) -> Handler:
+    limits = Limits(**settings)
+    run(limits, "CREATE TABLE t (a)", "SELECT a, date('now', 'localtime') FROM t")  # warm up
+    restrict_process(limits.address_space_bytes, open_files=False)
+    return lambda request: run(limits, request["schema"], request["query"])
+
+
+def run(limits: Limits, schema: str, query: str) -> str:
+    """Run a schema and a query on it in a new database.
+
+    Returns:
+        JSON text, for success `{"effect", "columns", "table", "rows"}` (see `QueryResult`), for
+        failure `{"error", "stage", "message"}`.
+    """
+    deadline = time.monotonic() + limits.seconds
+    authorizer = Authorizer()
+    stage = "schema"
+    try:
+        connection = _open(limits, authorizer, deadline)
+        try:
+            connection.executescript(schema)
+            stage = "query"
+            authorizer.begin_statement()
+            return _run_query(connection, query, authorizer, limits)
+        finally:
+            connection.close()
+    except MemoryError:
+        return _failure("memory", stage, "out of memory")
+    except _LimitError as error:
+        return _failure(str(error), stage, f"the result exceeds the limit on {error}")
+    except Exception as error:  # whatever hostile input can raise is a failed query
+        kind = "sql"
+        if authorizer.denied:
+            kind = "denied"
+        elif time.monotonic() > deadline:
+            kind = "time"
+        elif isinstance(error, sqlite3.DataError) and "too big" in str(error):
+            kind = "size"
+        return _failure(kind, stage, str(error))
+
+
+def _open(limits: Limits, authorizer: Authorizer, deadline: float) -> sqlite3.Connection:
+    """A new database with every limit set; PRAGMA is denied from here on."""
+    connection = sqlite3.connect(":memory:", isolation_level=None, cached_statements=0)
+    connection.text_factory = lambda text: text.decode("utf-8", "surrogateescape")
+    connection.execute(f"PRAGMA hard_heap_limit = {limits.memory_bytes}")
+    connection.execute("PRAGMA temp_store = MEMORY")
+    connection.execute("PRAGMA trusted_schema = OFF")
+    if sys.version_info >= (3, 11):
+        for category, value in (
+            (sqlite3.SQLITE_LIMIT_LENGTH, limits.value_bytes),
+            (sqlite3.SQLITE_LIMIT_SQL_LENGTH, limits.sql_bytes),
+            (sqlite3.SQLITE_LIMIT_ATTACHED, 0),
+            (sqlite3.SQLITE_LIMIT_COMPOUND_SELECT, 250),
+            (sqlite3.SQLITE_LIMIT_EXPR_DEPTH, 500),
+            (sqlite3.SQLITE_LIMIT_LIKE_PATTERN_LENGTH, 1000),
+            (sqlite3.SQLITE_LIMIT_TRIGGER_DEPTH, 20),
+            (sqlite3.SQLITE_LIMIT_VDBE_OP, 250_000),
+            (sqlite3.SQLITE_LIMIT_WORKER_THREADS, 0),
+        ):
+            connection.setlimit(category, value)
+    if sys.version_info >= (3, 12):
+        connection.setconfig(sqlite3.SQLITE_DBCONFIG_DEFENSIVE, True)
+    connection.set_progress_handler(
+        lambda: int(time.monotonic() > deadline), _INSTRUCTIONS_PER_CHECK
+    )
+    connection.set_authorizer(authorizer)
+    return connection
+
+
+def _run_query(
+    connection: sqlite3.Connection, query: str, authorizer: Authorizer, limits: Limits
+) -> str:
+    cursor = connection.execute(query)
+    if not authorizer.asked:
+        raise sqlite3.ProgrammingError("There is no statement.")
+    rows = _encoded(cursor, limits)  # also where they are not the result: fetching runs the query
+    effect, table = "rows", None
+    if authorizer.changes_schema:
+        effect = "schema"
+        rows = _encoded(_schema_rows(connection), limits)
+        columns = 4
+    else:
+        if authorizer.changed_table is not None:
+            effect = "table"
+            database, table = authorizer.changed_table
+            cursor = connection.execute(f"SELECT * FROM {_quoted(database)}.{_quoted(table)}")
+            rows = _encoded(cursor, limits)
+        columns = len(cursor.description or ())
+    head = json.dumps({"effect": effect, "columns": columns, "table": table})
+    return f'{head[:-1]}, "rows": [{",".join(rows)}]}}'
+
+
+def _schema_rows(connection: sqlite3.Connection) -> Iterable[tuple[object, ...]]:
+    """Type, name, table and column names of every table, view, index and trigger, in any order."""
+    for kind, name, table in connection.execute(
+        "SELECT type, name, tbl_name FROM sqlite_master UNION ALL "
+        "SELECT type, name, tbl_name FROM sqlite_temp_master"
+    ).fetchall():
+        if name.lower().startswith("sqlite_"):
+            continue  # SQLite's own
+        columns = None
+        if kind in ("table", "view"):
+            try:
+                description = connection.execute(f"SELECT * FROM {_quoted(name)} LIMIT 0")
+            except sqlite3.OperationalError:  # a view of a table that has been dropped since
+                columns = "unusable"
+            else:
+                columns = json.dumps([column[0].lower() for column in description.description])
+        yield kind, name.lower(), table.lower(), columns
+
+
+def _encoded(rows: Iterable[tuple[object, ...]], limits: Limits) -> list[str]:
+    """Each row as JSON text, read no further than the limits allow."""
+    encoded: list[str] = []
+    size = 0
+    for row in rows:
+        if len(encoded) == limits.rows:
+            raise _LimitError("rows")
+        lengths = (len(value) for value in row if isinstance(value, (str, bytes)))
+        if size + sum(lengths) > limits.result_bytes:  # not even worth encoding
+            raise _LimitError("size")
+        encoded.append(json.dumps([_plain(value) for value in row], separators=(",", ":")))
+        size += len(encoded[-1]) + 1
+        if size > limits.result_bytes:
+            raise _LimitError("size")
+    return encoded
+
+
+def _plain(value: object) -> object:
+    return {"blob": value.hex()} if isinstance(value, bytes) else value
+
+
+def _quoted(name: str) -> str:
+    return '"' + name.replace('"', '""') + '"'
+
+
+def _failure(kind: str, stage: str, message: str) -> str:
+    return json.dumps({"error": kind, "stage": stage, "message": message[:_MAX_MESSAGE]})

@@ -1,0 +1,56 @@
+"""How much of the machine a query may use."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """Limits of one run: a schema and a query on it. What exceeds one is a failed query.
+
+    `value_bytes` is SQLite's own limit where Python can set it (3.11 and later); before that, a
+    larger value fails when it is returned, or when it exceeds `memory_bytes`.
+
+    Attributes:
+        seconds: Wall-clock time for the schema and the query together.
+        rows: Rows of a result.
+        result_bytes: Size of a result, encoded as JSON.
+        value_bytes: Size of one text, blob or stored row.
+        sql_bytes: Size of the schema's text and of the query's, each, in UTF-8.
+        memory_bytes: SQLite's heap. The worker's address space is limited to three times as much
+            and 128 MiB for Python.
+
+    Raises:
+        ValueError: A limit is not positive.
+    """
+
+    seconds: float = 5.0
+    rows: int = 100_000
+    result_bytes: int = 8 * 2**20
+    value_bytes: int = 10**6
+    sql_bytes: int = 256 * 2**10
+    memory_bytes: int = 128 * 2**20
+
+    def __post_init__(self) -> None:
+        """Check every limit."""
+        for name, value in asdict(self).items():
+            if not (math.isfinite(value) and value > 0):
+                raise ValueError(f"Invalid {name}={value}. Must be positive.")
+
+    @property
+    def address_space_bytes(self) -> int:
+        """The worker's address space: SQLite's heap, copies of its values, and Python."""
+        return 3 * self.memory_bytes + 128 * 2**20
+
+    def as_settings(self) -> dict[str, Any]:
+        """The limits as JSON values."""
+        return asdict(self)
+
+
+def is_longer(text: str, max_bytes: int) -> bool:
+    """Whether a text is longer than so many bytes of UTF-8; gigabytes are not encoded to see it."""
+    # Generated text can hold half surrogate pairs, which strict UTF-8 has no form for.
+    return len(text) > max_bytes or len(text.encode("utf-8", "surrogatepass")) > max_bytes

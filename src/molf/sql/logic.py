@@ -1,0 +1,82 @@
+"""Logic match: whether two queries have the same normalised syntax tree."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+
+from molf.sql.limits import is_longer
+from molf.sql.pool import WorkerPool
+from molf.sql.worker import WorkerError
+
+_MAX_BYTES = 64 * 2**10  # of a text; real queries have a few hundred
+_MAX_REPLY_BYTES = 2**21
+_ADDRESS_SPACE_BYTES = 2**30
+_GRACE_SECONDS = 0.5
+
+
+class LogicMatcher:
+    """Normalises queries with sqlglot in a process of its own. A context manager.
+
+    A parser in pure Python can be made to run for as long as one likes; a process can be killed.
+
+    Args:
+        seconds: Time for one text.
+        workers: How many texts are parsed at the same time, from as many threads.
+
+    Raises:
+        ModuleNotFoundError: sqlglot is not installed.
+    """
+
+    def __init__(self, seconds: float = 2.0, workers: int = 1) -> None:
+        spec = importlib.util.find_spec("sqlglot")
+        if spec is None or spec.origin is None:
+            raise ModuleNotFoundError(
+                "Logic match needs sqlglot: pip install sqlglot", name="sqlglot"
+            )
+        settings = {"seconds": seconds, "address_space_bytes": _ADDRESS_SPACE_BYTES}
+        library = str(Path(spec.origin).parents[1])
+        self._seconds = seconds
+        self._pool = WorkerPool("molf.sql.normal_form", settings, workers, (library,))
+
+    def match(self, gold: str, predicted: str) -> bool:
+        """Whether both texts are one statement each, with the same normal form.
+
+        The logical form accuracy of Zhong et al. 2017, on syntax trees instead of texts: parsed by
+        sqlglot as SQLite's dialect, aliases dropped, printed normalised (`molf.sql.normal_form`). A
+        text that cannot be parsed, or not in time, matches nothing.
+        """
+        form = self.normal_form(predicted)
+        return form is not None and form == self.normal_form(gold)
+
+    def normal_form(self, sql: str) -> str | None:
+        """The normal form of a query; None where there is none. Nothing in the text raises.
+
+        Raises:
+            RuntimeError: No worker could be started, or the matcher is closed.
+        """
+        if is_longer(sql, _MAX_BYTES):
+            return None
+        seconds = self._seconds + _GRACE_SECONDS
+        try:
+            return self._pool.ask({"sql": sql}, seconds, _MAX_REPLY_BYTES, _parse_reply)
+        except (WorkerError, ValueError):
+            return None
+
+    def close(self) -> None:
+        """End the workers."""
+        self._pool.close()
+
+    def __enter__(self) -> LogicMatcher:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _parse_reply(payload: bytes) -> str | None:
+    reply = json.loads(payload)
+    if reply is None or isinstance(reply, str):
+        return reply
+    raise ValueError("A worker's reply is not a text.")

@@ -1,0 +1,102 @@
+"""Workers that are started when needed, replaced when broken, and gone at the end."""
+
+from __future__ import annotations
+
+import queue
+import tempfile
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from molf.sql.worker import Worker
+
+Reply = TypeVar("Reply")
+
+
+class WorkerPool:
+    """Up to `size` workers, each asked by one thread at a time. A context manager.
+
+    Args:
+        module: The module that the workers run.
+        settings: Their first message.
+        size: How many workers there are at most.
+        paths: Folders that they import from beside the standard library and this package's own.
+
+    Raises:
+        ValueError: `size` is below 1.
+    """
+
+    def __init__(
+        self, module: str, settings: dict[str, Any], size: int = 1, paths: tuple[str, ...] = ()
+    ) -> None:
+        if size < 1:
+            raise ValueError(f"Invalid number of workers: {size}. Must be at least 1.")
+        self._module = module
+        self._settings = settings
+        self._paths = paths
+        self._size = size
+        self._closed = False
+        self._folder = tempfile.TemporaryDirectory(prefix="molf-worker-")
+        # None stands for a worker that is yet to be started, or to be replaced. The one used last
+        # is used next, so that no more are started than are needed at once.
+        self._idle: queue.LifoQueue[Worker | None] = queue.LifoQueue()
+        for _ in range(size):
+            self._idle.put(None)
+
+    @property
+    def folder(self) -> str:
+        """The workers' working directory, which stays empty."""
+        return self._folder.name
+
+    def ask(
+        self,
+        request: dict[str, Any],
+        seconds: float,
+        max_bytes: int,
+        parse: Callable[[bytes], Reply],
+    ) -> Reply:
+        """Send a request to a free worker, waiting for one, and wait for the reply.
+
+        Args:
+            request: JSON values.
+            seconds: When to kill the worker.
+            max_bytes: A larger reply is not read.
+            parse: Reads the reply; where it raises ValueError, the worker is replaced too.
+
+        Raises:
+            WorkerError: There is no reply; the next request gets a new worker.
+            RuntimeError: No worker could be started, or the pool is closed.
+            ValueError: From `parse`.
+        """
+        if self._closed:
+            raise RuntimeError("The worker pool is closed.")
+        worker = self._idle.get()
+        kept = None
+        try:
+            if worker is None or not worker.usable:
+                if worker is not None:
+                    worker.close()
+                worker = Worker(self._module, self._settings, self.folder, self._paths)
+            reply = parse(worker.ask(request, seconds, max_bytes))
+            kept = worker
+        finally:
+            if kept is None and worker is not None:
+                worker.close()
+            self._idle.put(kept)
+        return reply
+
+    def close(self) -> None:
+        """Wait for running requests, end the workers and remove their folder."""
+        if self._closed:
+            return
+        self._closed = True
+        for _ in range(self._size):
+            worker = self._idle.get()
+            if worker is not None:
+                worker.close()
+        self._folder.cleanup()
+
+    def __enter__(self) -> WorkerPool:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
