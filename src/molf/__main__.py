@@ -1,0 +1,7 @@
+"""`python -m molf`."""
+
+import sys
+
+from molf.cli import main
+
+sys.exit(main())

@@ -1,0 +1,64 @@
+"""The commands and how their options are read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib.metadata import version
+
+from cyclopts import App, Parameter
+
+from molf.cli.recipe import apply_recipe
+
+
+def _as_written(name: str) -> str:
+    """Keep underscores: options are spelled as in TrainingArguments (dashes work as well)."""
+    return name
+
+
+app = App(
+    name="molf",
+    help="Fine-tune language models without choosing between full fine-tuning and LoRA.",
+    help_format="plaintext",
+    version=version("molf"),
+    config=apply_recipe,
+    default_parameter=Parameter(name_transform=_as_written, negative_iterable=()),
+    result_action="return_value",
+    suppress_keyboard_interrupt=False,  # main turns it into an exit code
+)
+# Commands are imported when they are used, so that `molf --help` answers at once.
+app.command(
+    "molf.cli.train:train_model",
+    name="train",
+    help="Fine-tune a model and measure it before and after; without options, the shipped demo.",
+)
+app.command("molf.cli.eval:evaluate_model", name="eval", help="Measure a model on a task.")
+app.command("molf.cli.routing:show_routing", name="routing", help="Print what was routed where.")
+
+
+def join_booleans(tokens: Sequence[str]) -> list[str]:
+    """Let `--bf16 true` mean `--bf16=true`, as the Trainer's own parser has it."""
+    if not any(token.lower() in ("true", "false") for token in tokens):
+        return list(tokens)
+    booleans = _boolean_options()
+    joined: list[str] = []
+    for token in tokens:
+        name = joined[-1].lstrip("-").replace("-", "_") if joined else ""
+        if token.lower() in ("true", "false") and name in booleans:
+            joined[-1] += f"={token.lower()}"
+        else:
+            joined.append(token)
+    return joined
+
+
+def _boolean_options() -> set[str]:
+    from dataclasses import fields
+
+    from molf.cli.eval import EvalOptions
+    from molf.train.settings import TrainSettings
+
+    return {
+        option.name
+        for options in (TrainSettings, EvalOptions)
+        for option in fields(options)
+        if str(option.type).startswith("Annotated[bool")
+    }

@@ -1,0 +1,48 @@
+"""`molf routing`: what was routed where."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Parameter
+
+
+def show_routing(
+    run: Path,
+    /,
+    *,
+    jsonl: Annotated[bool, Parameter(negative=())] = False,
+) -> None:
+    """Print which experts won, in total, per kind of module and per layer.
+
+    Args:
+        run: Directory of a run of `molf train`.
+        jsonl: Print every step as a line of JSON at full precision instead.
+    """
+    if jsonl:
+        from molf.train.routing_log import iter_steps
+
+        for step in iter_steps(run):
+            sys.stdout.write(json.dumps(step) + "\n")
+        sys.stdout.flush()
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    from molf.train.routing_shares import routing_shares
+
+    shares = routing_shares(run)
+    console = Console()
+    console.print(f"{run}: {shares.steps} steps, {len(shares.by_layer)} layers", highlight=False)
+    table = Table(title="Share of updates won", title_justify="left")
+    table.add_column("layers")
+    for expert in shares.total:
+        table.add_column(expert, justify="right")
+    for section in ({"all": shares.total}, shares.by_kind, shares.by_layer):
+        for name, row in section.items():
+            table.add_row(name, *(f"{row[expert]:.1%}" for expert in shares.total))
+        table.add_section()
+    console.print(table)

@@ -1,0 +1,70 @@
+"""What a finished run prints: metrics before and after, cost, routing, and where things are."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.table import Table
+
+from molf.evaluate import Evaluation
+from molf.train.model_card import show_metric
+from molf.train.result import RunResult
+
+
+def print_summary(result: RunResult) -> None:
+    """Print a finished run to standard output."""
+    console = Console()
+    table = Table(title=f"{result.directory.name}", title_justify="left")
+    for column in ("metric", "before", "after", "count"):
+        table.add_column(column, justify="left" if column == "metric" else "right")
+    for name in {**result.before.metrics, **result.after.metrics}:
+        before, after = result.before.metrics.get(name), result.after.metrics.get(name)
+        known = after or before
+        table.add_row(
+            name, show_metric(before), show_metric(after), str(known.count if known else 0)
+        )
+    console.print(table)
+    lines = [
+        f"time     training {result.training_seconds:.1f} s ({result.steps} steps, "
+        f"{result.tokens / max(result.training_seconds, 1e-9):,.0f} tokens/s), "
+        f"evaluation {result.evaluation_seconds:.1f} s",
+        f"memory   {result.peak_memory_bytes / 2**20:,.0f} MiB at most ({result.peak_memory_of})",
+    ]
+    if result.shares:
+        shares = "  ".join(f"{name} {share:.1%}" for name, share in result.shares.items())
+        lines.append(f"won      {shares}")
+    lines += [
+        f"model    {result.directory / 'model'}",
+        f"run      {result.directory}",
+    ]
+    _print_lines(console, [*_notes(result.after), *lines])
+
+
+def print_evaluation(evaluation: Evaluation) -> None:
+    """Print the metrics of one evaluation to standard output."""
+    console = Console()
+    table = Table()
+    table.add_column("metric")
+    table.add_column("value", justify="right")
+    table.add_column("count", justify="right")
+    for name, metric in evaluation.metrics.items():
+        table.add_row(name, show_metric(metric), str(metric.count))
+    console.print(table)
+    _print_lines(console, _notes(evaluation))
+
+
+def _notes(evaluation: Evaluation) -> list[str]:
+    """What a reader of the metrics has to know, counts of nothing left out."""
+    lines = []
+    for name, note in evaluation.notes.items():
+        if isinstance(note, dict):
+            note = ", ".join(f"{key} {value}" for key, value in note.items() if value)
+        elif isinstance(note, (list, tuple)):
+            note = ", ".join(map(str, note))
+        if note:
+            lines.append(f"{name.replace('_', ' ')}: {note}")
+    return lines
+
+
+def _print_lines(console: Console, lines: list[str]) -> None:
+    for line in lines:
+        console.print(line, markup=False, highlight=False, soft_wrap=True)

@@ -1,0 +1,27 @@
+"""`molf train`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Parameter
+
+from molf.train.settings import DATA, TrainSettings
+
+
+def train_model(
+    settings: TrainSettings = TrainSettings(),  # noqa: B008 (frozen)
+    *,
+    config: Annotated[Path | None, Parameter(group=DATA)] = None,
+) -> None:
+    """Fine-tune a model and measure it before and after.
+
+    Args:
+        settings: The options.
+        config: A YAML file of these options; the command line wins over it.
+    """
+    from molf.cli.summary import print_summary
+    from molf.train.run import train
+
+    print_summary(train(settings))

@@ -1,0 +1,118 @@
+"""What happens around the trainer's steps: checks, the routing log, metrics and progress."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from molf.train.methods import Prepared
+from molf.train.routing_log import RoutingWriter
+from molf.train.wins import Wins
+
+
+class RoutingCallback(TrainerCallback):
+    """After each optimizer step: checks the optimizer once, logs and counts its decisions.
+
+    Args:
+        prepared: What the trainer was given.
+        writer: Where decisions are logged.
+        wins: Where they are counted.
+    """
+
+    def __init__(self, prepared: Prepared, writer: RoutingWriter, wins: Wins) -> None:
+        self._prepared = prepared
+        self._writer = writer
+        self._wins = wins
+        self._checked = False
+
+    def on_optimizer_step(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        optimizer: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        """Log the step that was just taken."""
+        optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps it
+        if not self._checked:
+            self._check(optimizer)
+            self._checked = True
+        routing = getattr(optimizer, "routing", None)
+        if routing:
+            self._writer.add(state.global_step, routing)
+            self._wins.add(routing)
+
+    def _check(self, optimizer: Any) -> None:
+        """Whatever wrapped or replaced the optimizer on the way would train something else."""
+        expected = self._prepared.optimizer_class
+        if type(optimizer) is not expected:
+            raise RuntimeError(
+                f"The trainer uses {type(optimizer).__name__} instead of {expected.__name__}."
+            )
+        if not hasattr(optimizer, "routing"):
+            return
+        missing = [name for name in self._prepared.layers if name not in optimizer.routing]
+        if missing:
+            raise RuntimeError(
+                f"{len(missing)} of {len(self._prepared.layers)} layers were not routed in the "
+                f"first step; the first is {missing[0]}."
+            )
+
+
+class MetricsCallback(TrainerCallback):
+    """Appends each of the trainer's log entries to `metrics.jsonl`, and shows it."""
+
+    def __init__(self, path: Path, show: Callable[[int, dict[str, Any] | None], None]) -> None:
+        self._path = path
+        self._show = show
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Move the progress on, and have the last step logged as well."""
+        self._show(state.global_step, None)
+        if state.global_step >= state.max_steps:
+            control.should_log = True
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Write one line; the trainer's closing summary is not one of them."""
+        if not logs or "loss" not in logs:
+            return
+        record = {"step": state.global_step, **{k: _as_json(v) for k, v in logs.items()}}
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+        self._show(state.global_step, logs)
+
+
+def _as_json(value: Any) -> Any:
+    """JSON has no NaN and no infinity."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+class Throughput:
+    """Tokens per second since the last look."""
+
+    def __init__(self) -> None:
+        self._tokens = 0
+        self._time = time.perf_counter()
+
+    def since_last(self, tokens: int) -> float:
+        """Return the rate, given how many tokens have been seen in all."""
+        now = time.perf_counter()
+        rate = (tokens - self._tokens) / max(now - self._time, 1e-9)
+        self._tokens, self._time = tokens, now
+        return rate

@@ -1,0 +1,52 @@
+"""From the text of an option to its value, the same on the command line and in YAML."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from cyclopts import CoercionError, Token
+
+_KINDS = {int: "whole numbers", float: "numbers"}
+
+
+def numbers(kind: type[int] | type[float]) -> Callable[[Any, Sequence[Token]], tuple[Any, ...]]:
+    """Return a converter of numbers separated by commas, or of a YAML list of them."""
+
+    def convert(type_: Any, tokens: Sequence[Token]) -> tuple[Any, ...]:
+        try:
+            return tuple(kind(text) for text in words(type_, tokens))
+        except ValueError:
+            raise _wrong(tokens, f"must be {_KINDS[kind]} separated by commas") from None
+
+    return convert
+
+
+def words(type_: Any, tokens: Sequence[Token]) -> tuple[str, ...]:
+    """Convert words separated by commas, or a YAML list of them."""
+    found = [word.strip() for token in tokens for word in token.value.split(",")]
+    if not all(found):
+        raise _wrong(tokens, "must be words separated by commas")
+    return tuple(found)
+
+
+def patterns(type_: Any, tokens: Sequence[Token]) -> str | tuple[str, ...]:
+    """Convert module patterns: `all-linear`, name endings, or a regular expression.
+
+    Names of modules are words joined by dots; a text with anything else in it is meant as a
+    regular expression.
+    """
+    if len(tokens) == 1:
+        text = tokens[0].value
+        if text == "all-linear" or not re.fullmatch(r"[\w.,\s-]+", text):
+            return text
+    return words(type_, tokens)
+
+
+def _wrong(tokens: Sequence[Token], rule: str) -> CoercionError:
+    """An error that names the option and, for a recipe, the file."""
+    given = ",".join(token.value for token in tokens)
+    source = tokens[0].source
+    origin = f" from {source}" if source not in ("", "cli") else ""
+    return CoercionError(msg=f'"{given}"{origin} {rule}.', token=tokens[0])

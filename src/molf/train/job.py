@@ -1,0 +1,207 @@
+"""The run itself, in order: load, measure, train, save, reload, measure, write down."""
+
+from __future__ import annotations
+
+import gc
+import tempfile
+import time
+import traceback
+from dataclasses import dataclass, replace
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import set_seed
+from trl import SFTConfig
+
+from molf.evaluate import Evaluation, EvaluationSettings, evaluate
+from molf.evaluate.inference import length_limit
+from molf.tasks import Task
+from molf.tasks.encoding import EncodedSamples, encode_samples
+from molf.train.environment import environment
+from molf.train.files import write_json, write_jsonl, write_text, write_yaml
+from molf.train.memory import peak_memory, reset_peak_memory
+from molf.train.methods import adapted_layers
+from molf.train.model_card import model_card
+from molf.train.model_loading import LoadedModel, load_model
+from molf.train.model_saving import save_model
+from molf.train.progress import Reporter
+from molf.train.resolved import ResolvedSettings
+from molf.train.result import RunError, RunResult, evaluation_record, results_row
+from molf.train.results import RESULTS, append_result
+from molf.train.run_directory import (
+    CONFIG,
+    ENVIRONMENT,
+    ERROR_LOG,
+    EVALUATION,
+    MODEL,
+    PREDICTIONS,
+    RunDirectory,
+)
+from molf.train.sft_config import sft_config
+from molf.train.training import run_training
+
+
+def run_job(
+    settings: ResolvedSettings,
+    task: Task,
+    forgetting_text: str,
+    reporter: Reporter,
+    started: datetime,
+) -> RunResult:
+    """Run a training whose settings, task and output directory have been checked.
+
+    Raises:
+        InputError: The model cannot be used, or the settings do not fit it. Nothing was written.
+        RunError: The run failed; its directory holds what was written, and the traceback.
+    """
+    arguments = sft_config(settings)
+    set_seed(settings.seed)  # before anything random, such as adapters
+    base = load_model(settings.model)
+    max_length = length_limit(base.model, settings.max_length)
+    encoded = encode_samples(base.tokenizer, task.training_samples, max_length)
+    layers = adapted_layers(base.model, settings)
+    settings = replace(
+        settings,
+        bf16=arguments.bf16,
+        max_length=max_length,
+        save_dtype=settings.save_dtype or _name(base.dtype),
+    )
+    directory = RunDirectory(settings.output_dir, overwrite=settings.overwrite)
+    job = _Job(settings, task, forgetting_text, reporter, arguments, base, encoded, directory)
+    try:
+        record = job.record(adapted_layers=len(layers))
+        # As a recipe, the file must not make a later run replace this one.
+        options = replace(settings, overwrite=False).as_options()
+        write_yaml(directory / CONFIG, {**options, "run": record})
+        write_json(directory / ENVIRONMENT, environment(arguments.device, started))
+        result = job.run()
+        append_result(directory.path.parent / RESULTS, results_row(result, settings, started))
+        directory.complete()
+    except KeyboardInterrupt:
+        reporter.say(f"Interrupted; what was written is in {directory.path}.{_kept(directory)}")
+        raise
+    except Exception as error:
+        cause = str(error).strip().split("\n")[0] or type(error).__name__
+        log = _write_traceback(directory)
+        raise RunError(f"{cause} (traceback: {log}){_kept(directory)}") from error
+    return result
+
+
+@dataclass
+class _Job:
+    """The parts of a run that its steps share."""
+
+    settings: ResolvedSettings
+    task: Task
+    forgetting_text: str
+    reporter: Reporter
+    arguments: SFTConfig
+    base: LoadedModel
+    encoded: EncodedSamples
+    directory: RunDirectory
+
+    def record(self, *, adapted_layers: int) -> dict[str, Any]:
+        """Return what a reader has to know beside the settings."""
+        return {
+            "task": self.task.description(),
+            "data": {
+                "examples": len(self.encoded.input_ids),
+                "left_out_too_long": self.encoded.left_out,
+                "longest_tokens": self.encoded.longest,
+            },
+            "model": {
+                "parameters": self.base.model.num_parameters(),
+                "dtype": _name(self.base.dtype),
+                "adapted_layers": adapted_layers,
+            },
+        }
+
+    def run(self) -> RunResult:
+        """Measure, train, save, measure what was saved, and write everything down."""
+        device = self.arguments.device
+        model_path = self.directory / MODEL
+        reset_peak_memory(device)
+        if self.encoded.left_out:
+            self.reporter.say(
+                f"Left out: {self.encoded.left_out} of {len(self.task.training_samples)} examples "
+                f"are longer than {self.settings.max_length} tokens."
+            )
+        before, before_seconds = self._evaluate(self.base, "Evaluating the base model")
+        training = run_training(
+            self.base, self.encoded, self.settings, self.arguments, self.directory, self.reporter
+        )
+        description = self.task.description()
+        dtype = getattr(torch, str(self.settings.save_dtype))
+        card = model_card(self.settings, description, before, after=None)
+        save_model(training.model, self.base, dtype, card, model_path)
+
+        training.model = self.base.model = None  # make room for what was saved
+        gc.collect()
+        saved = load_model(str(model_path))
+        after, after_seconds = self._evaluate(saved, "Evaluating the saved model")
+
+        write_text(model_path / "README.md", model_card(self.settings, description, before, after))
+        write_jsonl(self.directory / PREDICTIONS, after.predictions)
+        write_json(
+            self.directory / EVALUATION,
+            {
+                "task": self.task.name,
+                "before": evaluation_record(before),
+                "after": evaluation_record(after),
+                "notes": {"before": before.notes, "after": after.notes},
+            },
+        )
+        memory, memory_of = peak_memory(device)
+        return RunResult(
+            directory=self.directory.path,
+            before=before,
+            after=after,
+            steps=training.steps,
+            training_loss=training.loss,
+            tokens=training.tokens,
+            training_seconds=training.seconds,
+            evaluation_seconds=before_seconds + after_seconds,
+            peak_memory_bytes=memory,
+            peak_memory_of=memory_of,
+            shares=training.shares,
+        )
+
+    def _evaluate(self, loaded: LoadedModel, title: str) -> tuple[Evaluation, float]:
+        """Measure a model in float32, whatever the type it is stored in, and time it."""
+        loaded.model.to(self.arguments.device)
+        settings = EvaluationSettings(
+            batch_size=self.settings.per_device_eval_batch_size,
+            max_length=self.settings.max_length,
+            seed=self.settings.seed,
+        )
+        started = time.perf_counter()
+        with self.reporter.evaluating(title) as show:
+            evaluation = evaluate(
+                loaded.model, loaded.tokenizer, self.task, self.forgetting_text, settings, show
+            )
+        return evaluation, time.perf_counter() - started
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _kept(directory: RunDirectory) -> str:
+    return f" The earlier run is kept in {directory.replaced}." if directory.replaced else ""
+
+
+def _write_traceback(directory: RunDirectory) -> Path:
+    """Write the current traceback into the run; elsewhere if that cannot be written any more."""
+    text = traceback.format_exc()
+    log = directory / ERROR_LOG
+    try:
+        log.write_text(text, encoding="utf-8")
+    except OSError:
+        with tempfile.NamedTemporaryFile(
+            "w", prefix="molf-error-", suffix=".log", delete=False, encoding="utf-8"
+        ) as file:
+            file.write(text)
+        return Path(file.name)
+    return log

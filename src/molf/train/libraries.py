@@ -1,0 +1,34 @@
+"""Keeping the libraries' own chatter away from the user's screen."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+_LIBRARIES = r"(torch|transformers|trl|peft|accelerate|datasets|huggingface_hub)\b"
+
+
+@contextmanager
+def quiet_libraries() -> Iterator[None]:
+    """Turn off the libraries' progress bars and usage reports, and what they say to each other.
+
+    A deprecation of one library's name that another library uses is nothing a user can act on.
+    """
+    # TRL reports every training to the Hub unless told not to; read when the library is imported.
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    from datasets.utils import logging as datasets_bars
+    from transformers.utils import logging as transformers_bars
+
+    shown = [bars for bars in (datasets_bars, transformers_bars) if bars.is_progress_bar_enabled()]
+    for bars in shown:
+        bars.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            for category in (FutureWarning, DeprecationWarning):
+                warnings.filterwarnings("ignore", category=category, module=_LIBRARIES)
+            yield
+    finally:
+        for bars in shown:
+            bars.enable_progress_bar()

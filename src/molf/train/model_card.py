@@ -1,0 +1,88 @@
+"""The model card that a saved checkpoint carries: how it was made and how it measured."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from molf.evaluate import Evaluation, Metric
+from molf.train.resolved import ResolvedSettings
+
+_METHODS = {
+    "fft": "full fine-tuning (AdamW on all weights)",
+    "lora": "LoRA, merged into the weights",
+    "molf": "MoLF (arXiv 2605.07111): per layer and step, full or LoRA takes the update",
+}
+
+
+def model_card(
+    settings: ResolvedSettings,
+    task: Mapping[str, Any],
+    before: Evaluation,
+    after: Evaluation | None,
+) -> str:
+    """Return the card's text.
+
+    Args:
+        settings: The run's settings.
+        task: The task's description.
+        before: Metrics of the base model.
+        after: Metrics of the saved model; None while it has not been measured.
+    """
+    front: dict[str, Any] = {
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": sorted({"molf", settings.method}),
+    }
+    base = settings.model
+    if Path(base).is_dir():
+        base = Path(base).name
+    else:
+        front["base_model"] = base
+    name = settings.output_dir.name
+    options = settings.as_options()
+    shown = {key: value for key, value in options.items() if value not in (None, "", [], {})}
+    return "\n".join(
+        [
+            "---",
+            yaml.safe_dump(front, sort_keys=False).strip(),
+            "---",
+            f"# {name}",
+            "",
+            f"`{base}` fine-tuned on the task `{task['name']}` with {_METHODS[settings.method]}. "
+            "Trained with [molf](https://pypi.org/project/molf/); loads with transformers alone.",
+            "",
+            "## Metrics",
+            "95% intervals in brackets.",
+            "",
+            "| metric | before | after | count |",
+            "|---|---|---|---|",
+            *(_metric_row(name, metric, after) for name, metric in before.metrics.items()),
+            "",
+            "## Settings",
+            "```yaml",
+            yaml.safe_dump(shown, sort_keys=False, allow_unicode=True).strip(),
+            "```",
+            "",
+            "## Data",
+            "```yaml",
+            yaml.safe_dump(dict(task), sort_keys=False, allow_unicode=True).strip(),
+            "```",
+            "",
+        ]
+    )
+
+
+def _metric_row(name: str, before: Metric, after: Evaluation | None) -> str:
+    now = after.metrics.get(name) if after is not None else None
+    return f"| {name} | {show_metric(before)} | {show_metric(now)} | {before.count} |"
+
+
+def show_metric(metric: Metric | None) -> str:
+    """Return a value with its interval."""
+    if metric is None:
+        return "-"
+    return f"{metric.value:.3f} [{metric.low:.3f}, {metric.high:.3f}]"

@@ -1,0 +1,65 @@
+"""The model to start from: found, checked and loaded, without running anything it ships."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from molf.errors import InputError
+
+
+@dataclass
+class LoadedModel:
+    """A model in float32 with what belongs to it.
+
+    Attributes:
+        model: The model, every weight float32.
+        tokenizer: Its tokenizer.
+        dtype: The type its weights are stored in.
+        config: The configuration it came with; trainers change the model's own.
+        generation_config: The generation configuration it came with.
+    """
+
+    model: Any
+    tokenizer: Any
+    dtype: torch.dtype
+    config: Any
+    generation_config: Any
+
+
+def load_model(model: str) -> LoadedModel:
+    """Load a causal language model in float32, and its tokenizer.
+
+    Only safetensors weights are read and no code that came with the model is run.
+
+    Raises:
+        InputError: The model is not there, or is none that can be trained here.
+    """
+    path = Path(model).expanduser()
+    name = str(path) if path.is_dir() else model
+    try:
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        loaded = _from_pretrained(name, torch.float32)
+        stored = config.dtype or _from_pretrained(name, "auto").dtype
+    except (OSError, ValueError, ImportError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise InputError(f"model {model} cannot be loaded: {reason}") from error
+    return LoadedModel(
+        model=loaded,
+        tokenizer=tokenizer,
+        dtype=stored,
+        config=copy.deepcopy(loaded.config),
+        generation_config=copy.deepcopy(loaded.generation_config),
+    )
+
+
+def _from_pretrained(name: str, dtype: torch.dtype | str) -> Any:
+    return AutoModelForCausalLM.from_pretrained(
+        name, dtype=dtype, trust_remote_code=False, use_safetensors=True
+    )

@@ -1,0 +1,48 @@
+"""What can be said about `--model` without importing torch or downloading anything."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from molf.errors import InputError
+
+
+def check_model(model: str) -> None:
+    """Check that a model is there: a directory with a configuration, or a repository of the Hub.
+
+    Raises:
+        InputError: It is not; the message says what was looked for.
+    """
+    path = Path(model).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise InputError(
+                f"model {model} is a directory without a config.json. Give a checkpoint in "
+                "transformers format."
+            )
+    elif path.exists():
+        raise InputError(f"model {model} is a file. Give the directory of a checkpoint.")
+    elif not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", model):
+        raise InputError(
+            f"model {model} does not exist, and does not have the form of a Hub id (owner/name)."
+        )
+    else:
+        _check_hub(model)
+
+
+def _check_hub(model: str) -> None:
+    """Ask for the configuration once; transformers would ask again and again for half a minute."""
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+
+    if isinstance(try_to_load_from_cache(model, "config.json"), str):
+        return
+    url = hf_hub_url(model, "config.json")
+    try:
+        get_hf_file_metadata(url)
+    except Exception as error:  # of whichever HTTP library this version of the Hub client uses
+        reason = str(error).strip().split("\n")[0].rstrip(".")
+        raise InputError(
+            f"model {model} is no local directory, and {url} cannot be reached: {reason}. Give the "
+            "path of a local checkpoint with --model."
+        ) from error

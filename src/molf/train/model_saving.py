@@ -1,0 +1,58 @@
+"""The trained model on disk: a plain transformers checkpoint that needs nothing of molf."""
+
+from __future__ import annotations
+
+import errno
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+
+from molf.train.files import replacing_directory
+from molf.train.model_loading import LoadedModel
+
+
+class SaveError(RuntimeError):
+    """A checkpoint could not be written; nothing half-written bears its name."""
+
+
+def save_model(model: Any, base: LoadedModel, dtype: torch.dtype, card: str, path: Path) -> None:
+    """Write `model` with the tokenizer and configurations of `base`, whole or not at all.
+
+    The model is cast in place, so that tied weights stay tied and no second copy is held.
+
+    Args:
+        model: The trained plain model.
+        base: What it was trained from. Its configurations are saved, as the trainer changes those
+            of the model (caching off, padding token).
+        dtype: Type of the saved weights.
+        card: Text of the model card.
+        path: The checkpoint's directory.
+
+    Raises:
+        SaveError: The disk is full or cannot be written. An earlier checkpoint is as it was.
+    """
+    model.to(dtype)
+    model.config = base.config
+    model.generation_config = base.generation_config
+    try:
+        with replacing_directory(path) as directory:
+            model.save_pretrained(directory)
+            base.tokenizer.save_pretrained(directory)
+            (directory / "README.md").write_text(card, encoding="utf-8")
+    except (OSError, SafetensorError) as error:
+        raise SaveError(_why_not_saved(path, model, error)) from error
+
+
+def _why_not_saved(path: Path, model: Any, error: Exception) -> str:
+    size = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
+    if not full:
+        return f"the model could not be saved to {path}: {error}"
+    free = shutil.disk_usage(path.parent).free
+    return (
+        f"the disk is full: saving the model to {path} needs about {size / 1e6:,.0f} MB, "
+        f"{free / 1e6:,.0f} MB are free"
+    )

@@ -1,0 +1,80 @@
+"""What a finished run hands back and writes down, and how a failed one ends."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from molf.evaluate import Evaluation
+from molf.train.resolved import ResolvedSettings
+
+
+class RunError(RuntimeError):
+    """A run failed after it had begun to write: one line with the cause and where to look."""
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """A finished run.
+
+    Attributes:
+        directory: The run's directory.
+        before: Metrics of the base model.
+        after: Metrics of the saved model.
+        steps: Optimizer steps.
+        training_loss: Mean loss over the training.
+        tokens: Tokens trained on, padding left out.
+        training_seconds: Time of the training.
+        evaluation_seconds: Time of both evaluations.
+        peak_memory_bytes: The most memory needed.
+        peak_memory_of: What that is the memory of.
+        shares: Share of layers that each expert won; empty without routing.
+    """
+
+    directory: Path
+    before: Evaluation
+    after: Evaluation
+    steps: int
+    training_loss: float
+    tokens: int
+    training_seconds: float
+    evaluation_seconds: float
+    peak_memory_bytes: int
+    peak_memory_of: str
+    shares: dict[str, float]
+
+
+def evaluation_record(evaluation: Evaluation) -> dict[str, Any]:
+    """Return an evaluation in the form of `eval.json`: metrics by name, then tables by name."""
+    return {
+        **{name: asdict(metric) for name, metric in evaluation.metrics.items()},
+        **asdict(evaluation)["tables"],
+    }
+
+
+def results_row(result: RunResult, settings: ResolvedSettings, started: datetime) -> dict[str, Any]:
+    """Return a run's row of `results.csv`."""
+    config = settings.method_config
+    return {
+        "run": result.directory.name,
+        "started": started.isoformat(timespec="seconds"),
+        "task": settings.task,
+        "method": settings.method,
+        "model": settings.model,
+        "seed": settings.seed,
+        "ranks": ",".join(map(str, config.ranks)) if config else "",
+        "alpha": ",".join(f"{alpha:g}" for alpha in config.alphas) if config else "",
+        "learning_rate": "" if settings.method == "lora" else settings.learning_rate,
+        "lora_learning_rate": settings.lora_learning_rate if config else "",
+        "steps": result.steps,
+        "training_loss": result.training_loss,
+        "tokens": result.tokens,
+        "training_seconds": round(result.training_seconds, 3),
+        "evaluation_seconds": round(result.evaluation_seconds, 3),
+        "peak_memory_bytes": result.peak_memory_bytes,
+        **{f"won/{name}": share for name, share in result.shares.items()},
+        **{f"before/{name}": metric.value for name, metric in result.before.metrics.items()},
+        **{f"after/{name}": metric.value for name, metric in result.after.metrics.items()},
+    }

@@ -1,0 +1,134 @@
+"""The routing of a run on disk: every layer, step, score and winner, as Parquet parts."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from molf.errors import InputError
+from molf.train.files import replacing_file
+from molf.train.run_directory import CONFIG, ROUTING
+
+if TYPE_CHECKING:
+    from molf.core.routing import Decision
+
+SCHEMA = pa.schema(
+    [
+        ("step", pa.int64()),
+        ("layer", pa.string()),
+        ("expert", pa.string()),
+        ("score", pa.float64()),
+        ("winner", pa.bool_()),
+    ]
+)
+
+
+class RoutingWriter:
+    """Writes `part-00000.parquet`, `part-00001.parquet`, ... into a directory.
+
+    A part is written beside its name and renamed, and holds whole steps only. Leaving the `with`
+    block writes what is pending, also when training fails. One writer owns the directory.
+
+    Args:
+        directory: Where the parts go; made with the first part.
+        rows_per_part: Write a part when this many rows are pending ...
+        seconds_per_part: ... or the oldest of them has waited this long.
+    """
+
+    def __init__(
+        self, directory: Path, *, rows_per_part: int = 250_000, seconds_per_part: float = 60.0
+    ) -> None:
+        self.directory = directory
+        self.rows_per_part = rows_per_part
+        self.seconds_per_part = seconds_per_part
+        self._parts = 0
+        self._pending: dict[str, list[Any]] = {name: [] for name in SCHEMA.names}
+        self._waiting_since = 0.0
+
+    def __enter__(self) -> RoutingWriter:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.flush()
+
+    def add(self, step: int, routing: Mapping[str, Decision]) -> None:
+        """Add one step's decisions, layers in the optimizer's order."""
+        pending = self._pending
+        if not pending["step"]:
+            self._waiting_since = time.monotonic()
+        for layer, decision in routing.items():
+            for expert, score in decision.scores.items():
+                pending["step"].append(step)
+                pending["layer"].append(layer)
+                pending["expert"].append(expert)
+                pending["score"].append(score)
+                pending["winner"].append(expert in decision.winners)
+        waited = time.monotonic() - self._waiting_since
+        if len(pending["step"]) >= self.rows_per_part or waited >= self.seconds_per_part:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write what is pending as one part."""
+        if not self._pending["step"]:
+            return
+        self.directory.mkdir(exist_ok=True)
+        table = pa.table(self._pending, schema=SCHEMA)
+        with replacing_file(self.directory / f"part-{self._parts:05d}.parquet") as path:
+            pq.write_table(table, path)
+        self._parts += 1
+        for values in self._pending.values():
+            values.clear()
+
+
+def routing_parts(run: Path) -> list[Path]:
+    """Return the routing parts of a run in order.
+
+    Raises:
+        InputError: `run` is no run directory, or its method routes nothing.
+    """
+    if not run.is_dir():
+        raise InputError(f"{run} is not a directory. Give the directory of a run of `molf train`.")
+    parts = sorted((run / ROUTING).glob("part-*.parquet"))
+    if not parts:
+        if (run / CONFIG).is_file():
+            raise InputError(f"{run} has no routing: only method=molf routes its updates.")
+        raise InputError(
+            f"{run} is not a run of `molf train`: it has no {CONFIG} and no {ROUTING}/."
+        )
+    return parts
+
+
+def read_routing(run: Path) -> pa.Table:
+    """Return the whole routing of a run: columns step, layer, expert, score, winner."""
+    return pa.concat_tables(pq.read_table(part, schema=SCHEMA) for part in routing_parts(run))
+
+
+def iter_steps(run: Path) -> Iterator[dict[str, Any]]:
+    """Yield `{"step": i, "selections": {layer: {"winners": [...], "scores": {...}}}}` per step."""
+    for part in routing_parts(run):
+        # Parts hold whole steps, so one part at a time is enough memory for any run.
+        current: dict[str, Any] | None = None
+        for row in pq.read_table(part, schema=SCHEMA).to_pylist():
+            if current is None or current["step"] != row["step"]:
+                if current is not None:
+                    yield current
+                current = {"step": row["step"], "selections": {}}
+            selection = current["selections"].setdefault(
+                row["layer"], {"winners": [], "scores": {}}
+            )
+            selection["scores"][row["expert"]] = row["score"]
+            if row["winner"]:
+                selection["winners"].append(row["expert"])
+        if current is not None:
+            yield current

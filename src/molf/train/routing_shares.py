@@ -1,0 +1,59 @@
+"""Who won how often, from a run's routing log."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from molf.train.routing_log import read_routing
+
+Shares = dict[str, float]
+
+
+@dataclass(frozen=True)
+class RoutingShares:
+    """Share of the updates that each expert won.
+
+    Attributes:
+        steps: How many steps were routed.
+        total: By expert.
+        by_kind: By kind of module (the last part of its name), then by expert.
+        by_layer: By layer, then by expert.
+    """
+
+    steps: int
+    total: Shares
+    by_kind: dict[str, Shares]
+    by_layer: dict[str, Shares]
+
+
+def routing_shares(run: Path) -> RoutingShares:
+    """Summarise a run's routing; layers, kinds and experts in the optimizer's order.
+
+    Raises:
+        InputError: `run` is no run directory, or its method routes nothing.
+    """
+    routing = read_routing(run)
+    layers = routing["layer"]
+    kinds = pc.replace_substring_regex(layers, r"^.*\.", "")
+    return RoutingShares(
+        steps=pc.count_distinct(routing["step"]).as_py(),
+        total=_by(routing, pa.repeat("all", len(routing)))["all"],
+        by_kind=_by(routing, kinds),
+        by_layer=_by(routing, layers),
+    )
+
+
+def _by(routing: pa.Table, keys: pa.Array) -> dict[str, Shares]:
+    table = pa.table(
+        {"key": keys, "expert": routing["expert"], "won": routing["winner"].cast(pa.float64())}
+    )
+    # One thread keeps groups in order of first appearance.
+    groups = table.group_by(["key", "expert"], use_threads=False).aggregate([("won", "mean")])
+    shares: dict[str, Shares] = {}
+    for row in groups.to_pylist():
+        shares.setdefault(row["key"], {})[row["expert"]] = row["won_mean"]
+    return shares

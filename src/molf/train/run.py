@@ -1,0 +1,55 @@
+"""A training run from its options to its result."""
+
+from __future__ import annotations
+
+from datetime import datetime
+
+from molf.evaluate import read_plain_text
+from molf.tasks import TaskOptions, load_task
+from molf.train.model_path import check_model
+from molf.train.progress import Reporter, make_reporter
+from molf.train.resolved import resolve
+from molf.train.result import RunResult
+from molf.train.run_directory import check_output
+from molf.train.settings import TrainSettings
+
+
+def train(settings: TrainSettings, reporter: Reporter | None = None) -> RunResult:
+    """Fine-tune a model, measure it before and after, and leave a complete run directory.
+
+    What can be checked without torch and transformers is checked first: importing them takes
+    seconds, and a typing error should not.
+
+    Args:
+        settings: The options.
+        reporter: Where progress is shown; standard error if not given.
+
+    Raises:
+        InputError: The options, the data or the model are wrong. Nothing has been written.
+        RunError: The run failed; its directory holds the traceback.
+    """
+    started = datetime.now().astimezone()
+    resolved = resolve(settings, started)
+    check_model(resolved.model)
+    check_output(resolved.output_dir, overwrite=resolved.overwrite)
+    task = load_task(
+        TaskOptions(
+            name=resolved.task,
+            data=resolved.data,
+            eval_data=resolved.eval_data,
+            max_samples=resolved.max_samples,
+            max_eval_samples=resolved.max_eval_samples,
+            seed=resolved.seed,
+        )
+    )
+    if resolved.forgetting_data is None:
+        forgetting_text = task.default_forgetting_text()
+    else:
+        forgetting_text = read_plain_text(resolved.forgetting_data)
+
+    from molf.train.libraries import quiet_libraries
+
+    with quiet_libraries():
+        from molf.train.job import run_job
+
+        return run_job(resolved, task, forgetting_text, reporter or make_reporter(), started)

@@ -1,0 +1,104 @@
+"""The directory of a run: made fresh, never taken from an earlier run without being told to."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from pathlib import Path
+
+from molf.errors import InputError
+
+CONFIG = "config.yaml"
+ENVIRONMENT = "environment.json"
+METRICS = "metrics.jsonl"
+ROUTING = "routing"
+CHECKPOINTS = "checkpoints"
+MODEL = "model"
+EVALUATION = "eval.json"
+PREDICTIONS = "predictions.jsonl"
+ERROR_LOG = "error.log"
+
+
+def check_output(path: Path, *, overwrite: bool, marker: str = CONFIG) -> None:
+    """Check that a run may be written to `path`, without writing anything.
+
+    Args:
+        path: The directory.
+        overwrite: Whether the user allowed an earlier run there to be replaced.
+        marker: The file that shows that a directory is ours to replace.
+
+    Raises:
+        InputError: There is something that must not be replaced, or the place cannot be written.
+    """
+    if path.exists():
+        if not path.is_dir():
+            raise InputError(f"output_dir {path} is a file. Give a directory that is new or empty.")
+        if any(path.iterdir()):
+            if not overwrite:
+                raise InputError(
+                    f"output_dir {path} exists and is not empty. Give --overwrite to replace it, "
+                    "or another --output_dir."
+                )
+            if not (path / marker).is_file():
+                raise InputError(
+                    f"output_dir {path} was not written by molf (it has no {marker}), so "
+                    "--overwrite does not replace it. Give another --output_dir."
+                )
+    existing = path.absolute()
+    while not existing.exists():
+        existing = existing.parent
+    if not existing.is_dir():
+        raise InputError(f"output_dir {path} cannot be made: {existing} is not a directory.")
+    try:
+        # Permissions do not tell (read-only file systems, /proc): only trying does.
+        tempfile.TemporaryDirectory(dir=existing, prefix=".molf-").cleanup()
+    except OSError as error:
+        raise InputError(
+            f"output_dir {path} cannot be written: {existing}: {error.strerror}."
+        ) from error
+
+
+class RunDirectory:
+    """A run's directory, made when the run starts.
+
+    An earlier run that it replaces is moved aside and deleted only by `complete()`, so that a run
+    that fails costs nothing that was there before.
+
+    Attributes:
+        path: The directory.
+        replaced: Where the earlier run is kept meanwhile, or None.
+    """
+
+    def __init__(self, path: Path, *, overwrite: bool, marker: str = CONFIG) -> None:
+        check_output(path, overwrite=overwrite, marker=marker)
+        self.path = path
+        self.replaced: Path | None = None
+        try:
+            if path.is_dir() and any(path.iterdir()):
+                self.replaced = path.rename(_unused_name(path))
+            path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            self._restore()
+            raise InputError(f"output_dir {path} cannot be made: {error.strerror}.") from error
+
+    def __truediv__(self, name: str) -> Path:
+        return self.path / name
+
+    def complete(self) -> None:
+        """Delete the earlier run, now that this one is whole."""
+        if self.replaced is not None:
+            shutil.rmtree(self.replaced)
+            self.replaced = None
+
+    def _restore(self) -> None:
+        if self.replaced is not None:
+            self.replaced.rename(self.path)
+
+
+def _unused_name(path: Path) -> Path:
+    number = 0
+    while True:
+        number += 1
+        candidate = path.with_name(f"{path.name}.replaced-{number}")
+        if not candidate.exists():
+            return candidate

@@ -1,0 +1,258 @@
+"""Every option of `molf train`, declared once: type, default, help text, group and check.
+
+The command line and the YAML recipes are made from these fields. `TrainSettings` holds what the
+user said; `molf.train.resolved` fills in what depends on the method and the task.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+from cyclopts import Group, Parameter
+
+from molf.core.config import SCORES, MoLFConfig
+from molf.errors import InputError
+from molf.tasks import TASKS
+from molf.train.converters import numbers, patterns, words
+from molf.train.defaults import METHODS, defaults_for, lora_alpha
+
+SCHEDULERS = ("cosine", "linear", "constant", "constant_with_warmup")
+DTYPES = ("float32", "bfloat16", "float16")
+
+DATA = Group.create_ordered("Data")
+MODEL = Group.create_ordered("Model")
+METHOD = Group.create_ordered("Method")
+OPTIMIZATION = Group.create_ordered("Optimization")
+EVALUATION = Group.create_ordered("Evaluation")
+OUTPUT = Group.create_ordered("Output")
+
+_AUTO = "by method and task"
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class TrainSettings:
+    """The options of a training run as the user gave them; None stands for the default."""
+
+    task: Annotated[str, Parameter(choices=TASKS, group=DATA)] = "demo-fact"
+    """What is learned and measured."""
+    data: Annotated[str | None, Parameter(group=DATA)] = None
+    """Records to train on: a JSON, JSONL or Parquet file, a folder of them, or a Hub id."""
+    eval_data: Annotated[str | None, Parameter(group=DATA)] = None
+    """Records to evaluate on, where the task does not evaluate on those it trains on."""
+    max_samples: Annotated[int | None, Parameter(group=DATA)] = None
+    """Train on at most this many records, drawn by the seed."""
+    max_eval_samples: Annotated[int | None, Parameter(group=DATA)] = None
+    """Evaluate on at most this many records, drawn by the seed."""
+    max_length: Annotated[int, Parameter(group=DATA)] = 1024
+    """Longest example in tokens; longer ones are left out and counted, never cut."""
+
+    model: Annotated[str | None, Parameter(group=MODEL)] = None
+    """A local directory in transformers format, or a Hub id. Demo tasks bring their own."""
+    gradient_checkpointing: Annotated[bool, Parameter(group=MODEL)] = False
+    """Recompute activations in the backward pass: slower, less memory."""
+    bf16: Annotated[bool | None, Parameter(group=MODEL, show_default="where CUDA has it")] = None
+    """bfloat16 autocast in training; the weights stay float32."""
+
+    method: Annotated[str, Parameter(choices=METHODS, group=METHOD)] = "molf"
+    """fft: all weights. lora: one adapter. molf: routed per layer and step."""
+    ranks: Annotated[
+        tuple[int, ...] | None,
+        Parameter(group=METHOD, converter=numbers(int), n_tokens=1, show_default=_AUTO),
+    ] = None
+    """Rank of each LoRA expert, separated by commas."""
+    alpha: Annotated[
+        tuple[float, ...] | None,
+        Parameter(group=METHOD, converter=numbers(float), n_tokens=1, show_default=_AUTO),
+    ] = None
+    """LoRA alpha: one number, or one per rank."""
+    use_rslora: Annotated[bool, Parameter(group=METHOD)] = True
+    """Scale by alpha / sqrt(rank) instead of alpha / rank."""
+    lora_dropout: Annotated[float | None, Parameter(group=METHOD, show_default=_AUTO)] = None
+    """Dropout before the LoRA factors."""
+    score: Annotated[str, Parameter(choices=SCORES, group=METHOD)] = "epd"
+    """How molf scores experts; random, full and lora are controls."""
+    top_k: Annotated[int, Parameter(group=METHOD)] = 1
+    """How many experts of a layer take each update."""
+    target_modules: Annotated[
+        str | tuple[str, ...], Parameter(group=METHOD, converter=patterns, n_tokens=1)
+    ] = "all-linear"
+    """Layers to adapt: all-linear, name endings separated by commas, or a regular expression."""
+    exclude_modules: Annotated[
+        str | tuple[str, ...], Parameter(group=METHOD, converter=patterns, n_tokens=1)
+    ] = ("lm_head",)
+    """Layers never to adapt, in the same form."""
+    freeze_rest: Annotated[bool | None, Parameter(group=METHOD, show_default="train it")] = None
+    """With molf, freeze what is not routed (norms, embeddings, biases)."""
+
+    learning_rate: Annotated[float | None, Parameter(group=OPTIMIZATION, show_default=_AUTO)] = None
+    """Peak learning rate."""
+    lora_learning_rate: Annotated[
+        float | None, Parameter(group=OPTIMIZATION, show_default="learning_rate")
+    ] = None
+    """Peak learning rate of the LoRA factors."""
+    weight_decay: Annotated[float, Parameter(group=OPTIMIZATION)] = 0.1
+    """Decoupled decay of dense weights; norms and biases have none."""
+    lora_weight_decay: Annotated[float, Parameter(group=OPTIMIZATION)] = 0.01
+    """Decoupled decay of the LoRA factors."""
+    num_train_epochs: Annotated[float | None, Parameter(group=OPTIMIZATION, show_default=_AUTO)] = (
+        None
+    )
+    """Passes over the data."""
+    max_steps: Annotated[int | None, Parameter(group=OPTIMIZATION)] = None
+    """Stop after this many optimizer steps, whatever num_train_epochs says."""
+    per_device_train_batch_size: Annotated[
+        int | None, Parameter(group=OPTIMIZATION, show_default=_AUTO)
+    ] = None
+    """Examples per forward pass."""
+    gradient_accumulation_steps: Annotated[
+        int | None, Parameter(group=OPTIMIZATION, show_default=_AUTO)
+    ] = None
+    """Forward passes per optimizer step."""
+    lr_scheduler_type: Annotated[str, Parameter(choices=SCHEDULERS, group=OPTIMIZATION)] = "cosine"
+    """How the learning rates fall."""
+    warmup_ratio: Annotated[float, Parameter(group=OPTIMIZATION)] = 0.1
+    """Share of the steps in which the learning rates rise."""
+    max_grad_norm: Annotated[float, Parameter(group=OPTIMIZATION)] = 1.0
+    """Clip the gradients to this norm; 0 turns clipping off."""
+    adam_beta1: Annotated[float, Parameter(group=OPTIMIZATION)] = 0.9
+    """Decay rate of the first moment."""
+    adam_beta2: Annotated[float, Parameter(group=OPTIMIZATION)] = 0.999
+    """Decay rate of the second moment."""
+    adam_epsilon: Annotated[float, Parameter(group=OPTIMIZATION)] = 1e-8
+    """Added to the denominator of the update."""
+    seed: Annotated[int, Parameter(group=OPTIMIZATION)] = 42
+    """Seed of everything random."""
+
+    per_device_eval_batch_size: Annotated[int, Parameter(group=EVALUATION)] = 32
+    """Examples per forward pass in evaluation."""
+    forgetting_data: Annotated[str | None, Parameter(group=EVALUATION)] = None
+    """Plain text whose loss before and after shows what was forgotten; the task brings one."""
+
+    output_dir: Annotated[
+        Path | None, Parameter(group=OUTPUT, show_default="runs/TASK-METHOD-MODEL-TIME")
+    ] = None
+    """The run's directory."""
+    overwrite: Annotated[bool, Parameter(group=OUTPUT)] = False
+    """Replace an earlier run in output_dir, once this one is complete."""
+    save_dtype: Annotated[
+        str | None, Parameter(choices=DTYPES, group=OUTPUT, show_default="the base's")
+    ] = None
+    """Type of the saved weights."""
+    logging_steps: Annotated[int, Parameter(group=OUTPUT)] = 10
+    """Optimizer steps between two lines of metrics.jsonl."""
+    save_steps: Annotated[int | None, Parameter(group=OUTPUT)] = None
+    """Optimizer steps between two checkpoints; none are kept by default."""
+    save_total_limit: Annotated[int | None, Parameter(group=OUTPUT)] = None
+    """Keep only this many checkpoints."""
+    report_to: Annotated[tuple[str, ...], Parameter(group=OUTPUT, converter=words, n_tokens=1)] = (
+        "none",
+    )
+    """Trackers separated by commas: wandb, tensorboard, trackio, ..."""
+    training_args: Annotated[dict[str, str], Parameter(group=OUTPUT)] = field(default_factory=dict)
+    """Anything else of TRL's SFTConfig, as --training_args.NAME VALUE."""
+
+    def __post_init__(self) -> None:
+        """Check every value that was given."""
+        for name, allowed in (
+            ("task", TASKS),
+            ("method", METHODS),
+            ("lr_scheduler_type", SCHEDULERS),
+            ("save_dtype", (None, *DTYPES)),
+        ):
+            if getattr(self, name) not in allowed:
+                choices = ", ".join(choice for choice in allowed if choice)
+                raise InputError(
+                    f"Invalid {name}={getattr(self, name)!r}. Must be one of {choices}."
+                )
+        for name in _POSITIVE:
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise InputError(f"Invalid {name}={value}. Must be finite and greater than 0.")
+        for name in _NOT_NEGATIVE:
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < math.inf:
+                raise InputError(f"Invalid {name}={value}. Must be finite and at least 0.")
+        for name in ("warmup_ratio", "adam_beta1", "adam_beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise InputError(f"Invalid {name}={getattr(self, name)}. Must be in [0, 1).")
+        if self.save_total_limit is not None and self.save_steps is None:
+            raise InputError(
+                "Invalid save_total_limit without save_steps: no checkpoints are written."
+            )
+        self.method_config  # noqa: B018 (raises where the method's own settings are wrong)
+
+    @property
+    def method_config(self) -> MoLFConfig | None:
+        """The adapters' settings: molf's experts, or the one adapter of lora. None for fft.
+
+        Raises:
+            InputError: A value is not allowed, or not with this method.
+        """
+        if self.method == "fft":
+            return None
+        defaults = defaults_for(self.method, self.task)
+        ranks = self.ranks or defaults["ranks"]
+        if self.method == "lora" and len(ranks) > 1:
+            raise InputError(
+                f"Invalid ranks={_commas(ranks)} with method=lora. Must be one rank; "
+                "molf takes several."
+            )
+        alpha: Any = self.alpha if self.alpha is not None else defaults.get("alpha")
+        if isinstance(alpha, tuple) and len(alpha) == 1:
+            alpha = alpha[0]
+        dropout = self.lora_dropout if self.lora_dropout is not None else defaults["lora_dropout"]
+        if self.method == "molf" and dropout:
+            raise InputError(
+                f"Invalid lora_dropout={dropout} with method=molf. Must be 0: its experts are "
+                "folded into the weight, where a dropout mask cannot reach them."
+            )
+        if alpha is None:
+            alpha = lora_alpha(ranks[0], use_rslora=self.use_rslora)
+        routes = self.method == "molf"
+        try:
+            return MoLFConfig(
+                ranks=ranks,
+                alpha=alpha,
+                use_rslora=self.use_rslora,
+                lora_dropout=dropout,
+                target_modules=self.target_modules,
+                exclude_modules=self.exclude_modules,
+                score=self.score if routes else MoLFConfig.score,
+                top_k=self.top_k if routes else MoLFConfig.top_k,
+                freeze_rest=self.freeze_rest if routes else None,
+                seed=self.seed,
+            )
+        except ValueError as error:
+            raise InputError(str(error)) from error
+
+
+_POSITIVE = (
+    "max_samples",
+    "max_eval_samples",
+    "max_length",
+    "num_train_epochs",
+    "max_steps",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "per_device_eval_batch_size",
+    "logging_steps",
+    "save_steps",
+    "save_total_limit",
+    "adam_epsilon",
+    "learning_rate",
+)
+_NOT_NEGATIVE = (
+    "lora_learning_rate",
+    "weight_decay",
+    "lora_weight_decay",
+    "max_grad_norm",
+    "seed",
+)
+
+
+def _commas(values: tuple[int, ...]) -> str:
+    return ",".join(str(value) for value in values)

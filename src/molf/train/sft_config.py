@@ -1,0 +1,160 @@
+"""From our settings to TRL's `SFTConfig`, with `--training_args.NAME VALUE` passed through."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any, NoReturn
+
+import torch
+from transformers import HfArgumentParser
+from transformers.integrations import get_available_reporting_integrations
+from trl import SFTConfig
+
+from molf.errors import InputError
+from molf.train.resolved import ResolvedSettings
+from molf.train.run_directory import CHECKPOINTS
+from molf.train.settings import TrainSettings
+
+# What a run decides itself, beside the options of its own. A user's value would be ignored, or
+# break what the run directory promises.
+_CONTROLLED = frozenset(
+    {
+        "activation_checkpointing",
+        "activation_checkpointing_kwargs",
+        "completion_only_loss",
+        "data_seed",
+        "dataset_kwargs",
+        "disable_tqdm",
+        "do_eval",
+        "do_train",
+        "eval_strategy",
+        "fp16",
+        "gradient_checkpointing_kwargs",
+        "include_num_input_tokens_seen",
+        "load_best_model_at_end",
+        "model_init_kwargs",
+        "optim",
+        "optim_args",
+        "packing",
+        "padding_free",
+        "push_to_hub",
+        "resume_from_checkpoint",
+        "save_strategy",
+        "shuffle_dataset",
+        "trust_remote_code",
+        "warmup_steps",
+    }
+)
+_OPTIONS = frozenset(option.name for option in fields(TrainSettings))
+
+
+def sft_config(settings: ResolvedSettings) -> SFTConfig:
+    """Return the trainer's arguments.
+
+    Raises:
+        InputError: A name of `training_args` is unknown or not the user's to set, a value is not
+            allowed, or a tracker of `report_to` is not installed.
+    """
+    _check_trackers(settings.report_to)
+    extra = _parse(settings.training_args)
+    bf16 = settings.bf16
+    if bf16 is None:
+        bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+    # transformers renamed gradient checkpointing; the old name warns, the new one is not in 5.2.
+    checkpointing = next(
+        name for name in ("activation_checkpointing", "gradient_checkpointing") if name in _known()
+    )
+    arguments = {
+        "dataloader_pin_memory": torch.cuda.is_available(),
+        "logging_first_step": True,
+        "logging_nan_inf_filter": False,  # a loss that is not a number is to be seen
+        "run_name": settings.output_dir.name,
+        **extra,  # these may be the user's; everything below has an option or is refused above
+        "output_dir": str(settings.output_dir / CHECKPOINTS),
+        "num_train_epochs": settings.num_train_epochs,
+        "max_steps": settings.max_steps or -1,
+        "per_device_train_batch_size": settings.per_device_train_batch_size,
+        "gradient_accumulation_steps": settings.gradient_accumulation_steps,
+        "learning_rate": settings.learning_rate,
+        "weight_decay": settings.weight_decay,
+        "lr_scheduler_type": settings.lr_scheduler_type,
+        "warmup_steps": settings.warmup_ratio,  # below 1 it is a share of the steps
+        "max_grad_norm": settings.max_grad_norm,
+        checkpointing: settings.gradient_checkpointing,
+        f"{checkpointing}_kwargs": {"use_reentrant": False},
+        "bf16": bf16,
+        "seed": settings.seed,
+        "logging_steps": settings.logging_steps,
+        "save_strategy": "no" if settings.save_steps is None else "steps",
+        "save_steps": settings.save_steps or 1,
+        "save_total_limit": settings.save_total_limit,
+        "report_to": list(settings.report_to),
+        "disable_tqdm": True,  # molf shows its own progress
+        "include_num_input_tokens_seen": "non_padding",
+        # The data comes tokenized, with labels; nothing may be cut or packed behind our back.
+        "max_length": None,
+        "packing": False,
+        "dataset_kwargs": {"skip_prepare_dataset": True},
+    }
+    if settings.method == "lora":
+        arguments |= {
+            "learning_rate": settings.lora_learning_rate,
+            "weight_decay": settings.lora_weight_decay,
+        }
+    try:
+        config = SFTConfig(**arguments)
+    except (ValueError, TypeError, ImportError) as error:
+        first_line = str(error).strip().split("\n")[0]
+        raise InputError(f"The trainer does not accept these settings: {first_line}") from error
+    if config.world_size > 1:
+        raise InputError(
+            f"WORLD_SIZE={config.world_size}: molf train runs in one process. Start it without "
+            "torchrun or accelerate launch."
+        )
+    if config.n_gpu > 1:
+        raise InputError(
+            f"{config.n_gpu} GPUs are visible: molf train uses one. Choose it with "
+            "CUDA_VISIBLE_DEVICES."
+        )
+    return config
+
+
+class _Parser(HfArgumentParser):
+    """The Trainer's own parser, raising what argparse would print and exit with."""
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"training_args: {message}")
+
+
+def _parse(given: Mapping[str, str]) -> dict[str, Any]:
+    """Give each value the type that SFTConfig declares for its name."""
+    known = _known()
+    tokens = []
+    for name, value in given.items():
+        if name in _CONTROLLED:
+            raise InputError(f"training_args.{name} cannot be set: a run decides it itself.")
+        if name in _OPTIONS:
+            raise InputError(f"training_args.{name} is an option of its own: give --{name}.")
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            hint = f" Did you mean {close[0]}?" if close else ""
+            raise InputError(f"training_args.{name} is no argument of TRL's SFTConfig.{hint}")
+        tokens.append(f"--{name}={value}")
+    parsed = _Parser(SFTConfig, allow_abbrev=False).parse_args(tokens)
+    return {name: getattr(parsed, name) for name in given}
+
+
+def _known() -> set[str]:
+    return {option.name for option in fields(SFTConfig) if option.init}
+
+
+def _check_trackers(names: tuple[str, ...]) -> None:
+    available = get_available_reporting_integrations()
+    for name in names:
+        if name not in ("none", "all", *available):
+            raise InputError(
+                f"report_to={name} is unknown or not installed. Available here: "
+                f"{', '.join(['none', *available])}."
+            )

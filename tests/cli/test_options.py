@@ -1,0 +1,139 @@
+"""How options are spelled, read and shown, on the command line and in recipes."""
+
+import pytest
+
+from molf.cli import main
+from molf.cli.app import app
+from molf.train.settings import TrainSettings
+
+
+def read(*tokens: str) -> TrainSettings:
+    """The settings that a command line stands for."""
+    from molf.cli.app import join_booleans
+
+    _, bound, _ = app.parse_args(
+        join_booleans(["train", *tokens]), exit_on_error=False, print_error=False
+    )
+    return bound.arguments.get("settings", TrainSettings())
+
+
+def test_defaults():
+    assert read() == TrainSettings()
+
+
+def test_underscores_and_dashes():
+    expected = TrainSettings(learning_rate=1e-3, use_rslora=False)
+    assert read("--learning_rate", "1e-3", "--no-use_rslora") == expected
+    assert read("--learning-rate", "1e-3", "--no-use-rslora") == expected
+
+
+@pytest.mark.parametrize("flag", [["--bf16", "true"], ["--bf16", "True"], ["--bf16=true"]])
+def test_booleans_with_a_value(flag):
+    assert read(*flag).bf16 is True
+    assert read("--bf16", "false", "--seed", "1").bf16 is False
+
+
+def test_lists():
+    settings = read("--ranks", "32,128", "--alpha", "16", "--report_to", "wandb,tensorboard")
+    assert settings.ranks == (32, 128)
+    assert settings.alpha == (16.0,)
+    assert settings.report_to == ("wandb", "tensorboard")
+
+
+@pytest.mark.parametrize(
+    ("text", "patterns"),
+    [
+        ("all-linear", "all-linear"),
+        ("q_proj", ("q_proj",)),
+        ("q_proj,mlp.up_proj", ("q_proj", "mlp.up_proj")),
+        (r".*\.(q|k)_proj", r".*\.(q|k)_proj"),
+        (r"h\.\d{1,2}\.c_fc", r"h\.\d{1,2}\.c_fc"),
+    ],
+)
+def test_module_patterns(text, patterns):
+    assert read("--target_modules", text).target_modules == patterns
+
+
+def test_training_args():
+    settings = read("--training_args.optim_target", "x", "--training_args.neftune_noise_alpha=5")
+    assert settings.training_args == {"optim_target": "x", "neftune_noise_alpha": "5"}
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    def write(text: str) -> str:
+        path = tmp_path / "recipe.yaml"
+        path.write_text(text, encoding="utf-8")
+        return str(path)
+
+    return write
+
+
+def test_recipe(recipe):
+    path = recipe(
+        "method: lora\n"
+        "learning_rate: 5e-5\n"
+        "ranks: [32, 128]\n"
+        "target_modules: q_proj,v_proj\n"
+        "use-rslora: false\n"
+        "max_steps:\n"
+        "training_args:\n"
+        "  lr_scheduler_kwargs: {min_lr: 0.1}\n"
+        "  dataloader_num_workers: 2\n"
+    )
+    settings = read("--config", path, "--method", "molf")
+    assert settings == TrainSettings(
+        method="molf",
+        learning_rate=5e-5,
+        ranks=(32, 128),
+        target_modules=("q_proj", "v_proj"),
+        use_rslora=False,
+        training_args={"lr_scheduler_kwargs": '{"min_lr": 0.1}', "dataloader_num_workers": "2"},
+    )
+
+
+@pytest.mark.parametrize("ranks", ["32,128", "'32,128'", "[32, 128]"])
+def test_recipe_lists(recipe, ranks):
+    assert read("--config", recipe(f"ranks: {ranks}\n")).ranks == (32, 128)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("rank: 4\n", ["rank", "--ranks"]),
+        ("learning_rate: fast\n", ["learning_rate", "fast"]),
+        ("learning_rate: [1, 2]\n", ["learning_rate", "[1, 2]"]),
+        ("ranks: [4, x]\n", ["ranks", "4,x"]),
+        ("bf16: maybe\n", ["bf16", "maybe"]),
+        ("task: poetry\n", ["poetry", "custom"]),
+        ("ranks: [1, 2\nseed: 3\n", ["not YAML", "line 2"]),
+        ("- a\n", ["name: value", "list"]),
+        ("config: other.yaml\n", ["another config"]),
+    ],
+)
+def test_wrong_recipe(refused, recipe, text, words):
+    path = recipe(text)
+    error = refused("train", "--config", path)
+    for word in [path, *words]:
+        assert word in error
+
+
+def test_missing_recipe(refused):
+    assert "nowhere.yaml" in refused("train", "--config", "nowhere.yaml")
+
+
+def test_help_groups_the_options(capsys):
+    assert main(["train", "--help"]) == 0
+    out = capsys.readouterr().out
+    groups = ("Data", "Model", "Method", "Optimization", "Evaluation", "Output")
+    positions = [out.index(f" {group} ") for group in groups]
+    assert positions == sorted(positions)
+    assert "--lora_learning_rate" in out
+    assert "[default: cosine]" in out
+
+
+def test_warns_of_options_without_effect(capsys):
+    """In one line; here an error follows, as there is no model."""
+    assert main(["train", "--method", "fft", "--ranks", "4", "--task", "fact"]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "molf: warning: Without effect with method=fft: ranks."

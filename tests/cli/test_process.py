@@ -1,0 +1,59 @@
+"""The command as a process: fast to start, quiet when its reader leaves."""
+
+import resource
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+MOLF = Path(sys.executable).parent / "molf"
+
+
+def run(*arguments):
+    return subprocess.run(arguments, capture_output=True, text=True, check=True)
+
+
+def test_help_imports_nothing_heavy():
+    code = (
+        "import sys; from molf.cli import main; main(['--help']); main(['train', '--help']);"
+        "heavy = {'torch', 'transformers', 'trl', 'datasets', 'pyarrow'} & set(sys.modules);"
+        "assert not heavy, heavy"
+    )
+    assert "routing" in run(sys.executable, "-c", code).stdout
+
+
+def test_help_is_fast():
+    """Half a second of processor time, which other processes do not change; the best of three."""
+    times = []
+    for _ in range(3):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        run(MOLF, "--help")
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        times.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+    assert min(times) < 0.5
+
+
+def test_runs_as_a_module():
+    assert run(sys.executable, "-m", "molf", "--version").stdout.strip() == version("molf")
+
+
+def test_wrong_input_needs_no_torch():
+    code = (
+        "import sys; from molf.cli import main;"
+        "assert main(['train', '--task', 'fact', '--model', '/nowhere', '--data', 'x']) == 2;"
+        "assert 'torch' not in sys.modules"
+    )
+    run(sys.executable, "-c", code)
+
+
+def test_reader_that_leaves(tmp_path):
+    from molf.core.routing import Decision
+    from molf.train.routing_log import RoutingWriter
+
+    with RoutingWriter(tmp_path / "routing") as writer:
+        for step in range(5000):
+            writer.add(step, {"layer": Decision(("full",), {"full": 1.0, "lora0_r4": 0.5})})
+    command = f"{MOLF} routing {tmp_path} --jsonl | head -n 1"
+    finished = subprocess.run(command, shell=True, capture_output=True, text=True, check=True)
+    assert finished.stdout.startswith('{"step": 0')
+    assert finished.stderr == ""

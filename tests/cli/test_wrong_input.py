@@ -1,0 +1,200 @@
+"""Wrong input: one line with what was given and what is allowed, code 2, nothing written."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path[:0] = [str(Path(__file__).resolve().parents[1] / name) for name in ("evaluate", "train")]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ("train --metod molf", ["--metod", "--method"]),
+        ("trian", ["trian", "train"]),
+        ("train --task poetry", ["poetry", "demo-fact", "custom"]),
+        ("train --method magic", ["magic", "fft", "lora", "molf"]),
+        ("train --score best", ["best", "epd", "pfn"]),
+        ("train --save_dtype int8", ["int8", "bfloat16"]),
+        ("train --lr_scheduler_type up", ["up", "cosine"]),
+        ("train --learning_rate fast", ["learning_rate", "fast"]),
+        ("train --learning_rate 0", ["learning_rate=0"]),
+        ("train --learning_rate nan", ["learning_rate=nan"]),
+        ("train --weight_decay -1", ["weight_decay=-1"]),
+        ("train --warmup_ratio 1.5", ["warmup_ratio=1.5", "[0, 1)"]),
+        ("train --num_train_epochs inf", ["num_train_epochs=inf"]),
+        ("train --max_samples 0", ["max_samples=0"]),
+        ("train --ranks 0", ["ranks=[0]", "at least 1"]),
+        ("train --ranks 4,x", ["--ranks", "4,x", "whole numbers"]),
+        ("train --ranks 4,,8", ["--ranks", "4,,8"]),
+        ("train --ranks 4 --top_k 3", ["top_k=3", "2", "full, lora0_r4"]),
+        ("train --ranks 4,8 --alpha 1,2,3", ["alpha", "2 ranks"]),
+        ("train --method lora --ranks 4,8", ["4,8", "lora"]),
+        ("train --lora_dropout 0.1", ["lora_dropout=0.1", "molf"]),
+        ("train --save_total_limit 2", ["save_total_limit", "save_steps"]),
+        ("train --seed 1 --seed 2", ["--seed", "multiple times"]),
+        ("train surplus", ["surplus"]),
+        ("eval", ["--task"]),
+        ("eval --task fact", ["model", "--predictions"]),
+        ("routing", ["RUN"]),
+        ("routing nowhere", ["nowhere"]),
+    ],
+)
+def test_options(refused, arguments, words):
+    error = refused(*arguments.split())
+    for word in words:
+        assert word in error
+
+
+@pytest.fixture
+def train(refused, base, facts, tmp_path):
+    """`molf train` on good data; a test gives one thing that is wrong."""
+
+    def run(*wrong: str, **replaced: object) -> str:
+        given = {"task": "fact", "model": base, "data": facts, "output_dir": tmp_path / "run"}
+        options = [f"--{name}={value}" for name, value in {**given, **replaced}.items() if value]
+        return refused("train", *options, *wrong)
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (None, ["there is no file"]),
+        (b"", ["is empty"]),
+        (b'{"a": "\xff"}\n', ["not UTF-8"]),
+        (b'{"a": 1}\nnot json\n', ["line 2", "not JSON"]),
+        (b'{"requested_rewrite": {}}\n', ["record 0", "paraphrase_prompts"]),
+    ],
+)
+def test_data(train, tmp_path, content, words):
+    path = tmp_path / "wrong.jsonl"
+    if content is not None:
+        path.write_bytes(content)
+    error = train(data=path)
+    assert str(path) in error
+    for word in words:
+        assert word in error
+
+
+def test_model_is_needed(train):
+    error = train(model=None)
+    assert "--model" in error
+
+
+def test_model_without_config(train, tmp_path):
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    error = train(model=empty)
+    assert str(empty) in error
+    assert "config.json" in error
+
+
+def test_model_path_that_does_not_exist(train):
+    assert "./nowhere/at/all" in train(model="./nowhere/at/all")
+
+
+def test_model_is_a_file(train, facts):
+    assert "is a file" in train(model=facts)
+
+
+def test_hub_cannot_be_reached(train):
+    error = train(model="some-owner/some-model")
+    assert "some-owner/some-model" in error
+    assert "huggingface.co" in error
+    assert "--model" in error
+
+
+def test_forgetting_data(train):
+    assert "nowhere.txt" in train("--forgetting_data", "nowhere.txt")
+
+
+def test_output_dir_in_use(train, base):
+    error = train(output_dir=base)
+    assert str(base) in error
+    assert "--overwrite" in error
+
+
+def test_overwrite_spares_what_is_no_run(train, base):
+    error = train("--overwrite", output_dir=base)
+    assert "config.yaml" in error
+
+
+def test_output_dir_below_a_file(train, facts):
+    assert "is not a directory" in train(output_dir=facts / "run")
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs a place nobody can write to")
+def test_output_dir_cannot_be_written(train):
+    assert "cannot be written" in train(output_dir="/proc/molf-run")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("optin", "x", ["optin", "SFTConfig", "optim"]),
+        ("learning_rate", "1", ["--learning_rate"]),
+        ("output_dir", "x", ["--output_dir"]),
+        ("packing", "true", ["packing"]),
+        ("dataloader_num_workers", "many", ["dataloader_num_workers", "many"]),
+    ],
+)
+def test_training_args(train, name, value, words):
+    error = train(f"--training_args.{name}", value)
+    for word in words:
+        assert word in error
+
+
+def test_tracker_that_is_not_there(train):
+    assert "report_to=nothing" in train("--report_to", "nothing")
+
+
+@pytest.fixture(scope="module")
+def real_base(tmp_path_factory):
+    from checkpoints import write_checkpoint
+
+    return write_checkpoint(tmp_path_factory.mktemp("model") / "base")
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        (["--target_modules", "q_proj,nothing"], ["'nothing'", "q_proj", "down_proj"]),
+        (["--target_modules", "noth.*"], ["'noth.*'", "q_proj"]),
+        (["--exclude_modules", ".*"], ["No layer is routed", "q_proj"]),
+        (["--method", "lora", "--target_modules", "nothing"], ["'nothing'", "q_proj"]),
+        (["--max_length", "3"], ["max_length=3"]),
+    ],
+)
+def test_settings_that_do_not_fit_the_model(train, real_base, wrong, words):
+    error = train(*wrong, "--ranks", "4", model=real_base)
+    for word in words:
+        assert word in error
+
+
+def test_model_without_weights(train, real_base, tmp_path):
+    path = tmp_path / "weightless"
+    path.mkdir()
+    for file in real_base.iterdir():
+        if file.suffix != ".safetensors":
+            (path / file.name).write_bytes(file.read_bytes())
+    assert str(path) in train("--ranks", "4", model=path)
+
+
+@pytest.mark.parametrize(
+    ("lines", "words"),
+    [
+        ("not json\n", ["line 1", "not JSON"]),
+        ('{"index": 0}\n', ["prediction"]),
+        ('{"index": 7, "prediction": "x"}\n', ["7"]),
+        ("", ["no predictions"]),
+    ],
+)
+def test_predictions(refused, facts, tmp_path, lines, words):
+    path = tmp_path / "predictions.jsonl"
+    path.write_text(lines)
+    error = refused("eval", "--task", "fact", "--data", str(facts), "--predictions", str(path))
+    for word in words:
+        assert word in error

@@ -1,0 +1,29 @@
+"""A finished run with what its process knew of it."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+PROBE = torch.tensor([[5, 6, 7, 8, 9, 10, 11, 12]])
+
+
+@dataclass
+class Recorded:
+    """A run's directory, its command, the trained model's logits, the optimizer's decisions."""
+
+    path: Path
+    arguments: list[str]
+    trained_logits: torch.Tensor = field(default_factory=lambda: torch.empty(0))
+    adapter_logits: torch.Tensor = field(default_factory=lambda: torch.empty(0))
+    routing: list[dict[str, Any]] = field(default_factory=list)
+
+
+@torch.no_grad()
+def logits_of(model: Any) -> torch.Tensor:
+    """The logits of a few tokens; the model keeps its mode."""
+    was_training = model.training
+    logits = model.eval()(input_ids=PROBE.to(model.device)).logits.float().cpu()
+    model.train(was_training)
+    return logits

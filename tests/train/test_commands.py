@@ -1,0 +1,84 @@
+"""`molf routing` and `molf eval` on what `molf train` left."""
+
+import json
+
+import pytest
+
+from molf.cli import main
+from molf.train.routing_shares import routing_shares
+
+
+def test_routing_jsonl(molf_run, capsys):
+    assert main(["routing", str(molf_run.path), "--jsonl"]) == 0
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    expected = [
+        {
+            "step": step,
+            "selections": {
+                layer: {"winners": list(decision.winners), "scores": decision.scores}
+                for layer, decision in routing.items()
+            },
+        }
+        for step, routing in enumerate(molf_run.routing)
+    ]
+    assert lines == expected
+
+
+def test_routing_table(molf_run, capsys):
+    assert main(["routing", str(molf_run.path)]) == 0
+    out = capsys.readouterr().out
+    assert "3 steps, 14 layers" in out
+    for name in ("q_proj", "model.layers.1.mlp.down_proj", "lora0_r4"):
+        assert name in out
+
+
+def test_routing_shares(molf_run):
+    decisions = [decision for step in molf_run.routing for decision in step.values()]
+    won = sum(decision.winners == ("full",) for decision in decisions)
+    shares = routing_shares(molf_run.path)
+    assert shares.total["full"] == pytest.approx(won / len(decisions))
+    assert list(shares.by_layer) == list(molf_run.routing[0])
+    assert list(shares.by_kind)[:2] == ["q_proj", "k_proj"]
+    q_proj = [d.winners for s in molf_run.routing for n, d in s.items() if n.endswith("q_proj")]
+    assert shares.by_kind["q_proj"]["full"] == pytest.approx(q_proj.count(("full",)) / len(q_proj))
+
+
+def test_routing_of_a_run_without(lora_run, capsys):
+    assert main(["routing", str(lora_run.path)]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "has no routing" in error
+
+
+def test_eval_of_the_saved_model_is_the_after(any_run, facts, tmp_path):
+    arguments = ["eval", str(any_run.path / "model"), "--task", "fact", "--data", str(facts)]
+    assert main([*arguments, "--output_dir", str(tmp_path / "e")]) == 0
+    evaluation = json.loads((tmp_path / "e" / "eval.json").read_text())
+    after = json.loads((any_run.path / "eval.json").read_text())["after"]
+    assert evaluation["task"] == "fact"
+    assert evaluation["metrics"] == after
+
+
+def test_eval_of_the_base_is_the_before(any_run, base, facts, tmp_path):
+    arguments = ["eval", str(base), "--task", "fact", "--data", str(facts)]
+    assert main([*arguments, "--output_dir", str(tmp_path / "e")]) == 0
+    evaluation = json.loads((tmp_path / "e" / "eval.json").read_text())
+    assert evaluation["metrics"] == json.loads((any_run.path / "eval.json").read_text())["before"]
+
+
+def test_eval_of_saved_predictions_needs_no_model(molf_run, facts, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("molf.train.model_loading.load_model", None)
+    predictions = molf_run.path / "predictions.jsonl"
+    arguments = ["eval", "--task", "fact", "--data", str(facts), "--predictions", str(predictions)]
+    assert main([*arguments, "--output_dir", str(tmp_path / "e")]) == 0
+    evaluation = json.loads((tmp_path / "e" / "eval.json").read_text())
+    after = json.loads((molf_run.path / "eval.json").read_text())["after"]
+    assert evaluation["metrics"] == {name: after[name] for name in ("acc_new", "acc_true")}
+    assert "not measured: es" in capsys.readouterr().out
+
+
+def test_eval_writes_only_where_it_may(molf_run, facts, capsys):
+    predictions = molf_run.path / "predictions.jsonl"
+    arguments = ["eval", "--task", "fact", "--data", str(facts), "--predictions", str(predictions)]
+    assert main([*arguments, "--output_dir", str(molf_run.path)]) == 2
+    assert "exists and is not empty" in capsys.readouterr().err

@@ -1,0 +1,50 @@
+"""Progress on a terminal and in a log."""
+
+import io
+
+import pytest
+from rich.console import Console
+
+from molf.train.progress import Reporter, TerminalReporter
+
+LOGS = {"loss": 1.25, "tokens_per_second": 1234.5, "won/full": 0.25, "won/lora0_r4": 0.75}
+
+
+@pytest.fixture
+def output():
+    return io.StringIO()
+
+
+def test_a_log_gets_a_handful_of_lines(output):
+    reporter = Reporter(Console(file=output))
+    with reporter.training(200) as show:
+        for step in range(1, 201):
+            show(step, None)
+            if step % 2 == 0 or step == 1:
+                show(step, LOGS)
+    lines = output.getvalue().splitlines()
+    assert 8 <= len(lines) <= 13
+    assert lines[0] == "Training: 200 steps"
+    assert lines[-1] == "  step 200/200  loss 1.250  1,234 tokens/s  won: full 25% lora0_r4 75%"
+
+
+def test_a_log_gets_a_line_per_evaluation(output):
+    reporter = Reporter(Console(file=output))
+    with reporter.evaluating("Evaluating the base model") as show:
+        show("generation", 1, 2)
+    assert output.getvalue() == "Evaluating the base model\n"
+
+
+def test_a_terminal_shows_where_it_is(output):
+    console = Console(file=output, force_terminal=True, width=140)
+    reporter = TerminalReporter(console)
+    with reporter.evaluating("Evaluating") as show:
+        show("generation", 16, 64)
+    with reporter.training(20) as show:
+        show(1, None)
+        show(20, LOGS)
+    text = output.getvalue()
+    assert "Evaluating: generation" in text
+    assert "16/64" in text
+    assert "20/20" in text
+    assert "lora0_r4 75%" in text

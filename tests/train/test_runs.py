@@ -1,0 +1,176 @@
+"""What a run leaves behind, for each method."""
+
+import csv
+import json
+
+import pytest
+import torch
+import yaml
+from recorded import logits_of
+
+from molf.cli import main
+from molf.train.routing_log import read_routing
+
+BASE_METRICS = {"es", "em", "ps", "pm", "ns", "nm", "s", "acc_new", "acc_true", "forgetting_loss"}
+
+
+def read_json(path):
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def read_metrics(run):
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_run_directory_is_complete(any_run):
+    names = {path.name for path in any_run.path.iterdir()}
+    expected = {
+        *("config.yaml", "environment.json", "metrics.jsonl", "model", "eval.json"),
+        "predictions.jsonl",
+    }
+    if any_run.path.name == "molf":
+        expected.add("routing")
+    assert names == expected
+    assert read_json(any_run.path / "environment.json")["packages"]["torch"] == torch.__version__
+
+
+def test_model_directory_holds_what_transformers_needs(any_run):
+    names = {path.name for path in (any_run.path / "model").iterdir()}
+    assert {"model.safetensors", "config.json", "generation_config.json", "tokenizer.json"} <= names
+    card = (any_run.path / "model" / "README.md").read_text()
+    after = read_json(any_run.path / "eval.json")["after"]
+    assert f"{after['es']['value']:.3f}" in card
+    assert "learning_rate: 0.01" in card
+
+
+def test_base_configuration_is_kept(any_run, base):
+    """The trainer turns caching off and sets padding tokens; none of that is saved."""
+    saved = read_json(any_run.path / "model" / "config.json")
+    assert saved == read_json(base / "config.json")
+
+
+def test_eval_json(any_run):
+    evaluation = read_json(any_run.path / "eval.json")
+    assert evaluation["task"] == "fact"
+    for when in ("before", "after"):
+        assert set(evaluation[when]) == BASE_METRICS
+        for metric in evaluation[when].values():
+            assert set(metric) == {"value", "low", "high", "count"}
+
+
+def test_training_teaches(any_run):
+    losses = [entry["loss"] for entry in read_metrics(any_run.path)]
+    assert losses[-1] < losses[0]
+    evaluation = read_json(any_run.path / "eval.json")
+    assert evaluation["after"]["em"]["value"] > evaluation["before"]["em"]["value"]
+
+
+def test_metrics_of_every_step(molf_run):
+    entries = read_metrics(molf_run.path)
+    assert [entry["step"] for entry in entries] == [1, 2, 3]
+    for entry in entries:
+        assert {"loss", "grad_norm", "tokens_per_second", "epoch"} <= set(entry)
+        assert entry["won/full"] + entry["won/lora0_r4"] == pytest.approx(1)
+        assert entry["lora_learning_rate"] == pytest.approx(3 * entry["learning_rate"])
+
+
+def test_routing_equals_the_optimizers_decisions(molf_run):
+    rows = read_routing(molf_run.path).to_pylist()
+    expected = [
+        {
+            "step": step,
+            "layer": layer,
+            "expert": expert,
+            "score": score,
+            "winner": expert in decision.winners,
+        }
+        for step, routing in enumerate(molf_run.routing)
+        for layer, decision in routing.items()
+        for expert, score in decision.scores.items()
+    ]
+    assert len(molf_run.routing) == 3
+    assert rows == expected
+    winners = {row["expert"] for row in rows if row["winner"]}
+    assert winners == {"full", "lora0_r4"}  # else the test would show little
+
+
+def test_results_row_beside_the_runs(any_run):
+    with (any_run.path.parent / "results.csv").open(newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["run"] == any_run.path.name]
+    assert len(rows) == 1
+    after = read_json(any_run.path / "eval.json")["after"]
+    assert float(rows[0]["after/es"]) == after["es"]["value"]
+    assert rows[0]["method"] == any_run.path.name
+
+
+def test_config_is_a_recipe_that_gives_the_same_run(molf_run, workplace):
+    again = workplace / "again"
+    config = molf_run.path / "config.yaml"
+    assert main(["train", "--config", str(config), "--output_dir", str(again)]) == 0
+    assert read_json(again / "eval.json") == read_json(molf_run.path / "eval.json")
+    assert read_routing(again).equals(read_routing(molf_run.path))
+
+
+def test_config_records_the_data(molf_run, facts):
+    config = yaml.safe_load((molf_run.path / "config.yaml").read_text())
+    assert config["overwrite"] is False
+    assert config["save_dtype"] == "float32"
+    assert config["run"]["task"]["data"] == str(facts)
+    assert config["run"]["task"]["prompt_version"] == 1
+    assert config["run"]["data"]["left_out_too_long"] == 0
+    assert config["run"]["model"]["adapted_layers"] == 14
+
+
+def test_accumulated_batches_give_the_same_run(record, base, facts, workplace):
+    """One batch of 6, or two of 3: same losses, norms and winners (loss is a mean over tokens)."""
+    common = [
+        *("train", "--task", "fact", "--model", str(base), "--data", str(facts)),
+        *("--ranks", "4", "--learning_rate", "1e-3", "--max_steps", "4", "--logging_steps", "1"),
+    ]
+    runs = []
+    for size, steps in ((6, 1), (3, 2)):
+        batches = ["--per_device_train_batch_size", str(size)]
+        batches += ["--gradient_accumulation_steps", str(steps)]
+        runs.append(record([*common, *batches], workplace / f"accumulated-{steps}"))
+    one, two = (read_metrics(run.path) for run in runs)
+    for a, b in zip(one, two, strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4)
+    winners = [[{k: d.winners for k, d in step.items()} for step in run.routing] for run in runs]
+    assert winners[0] == winners[1]
+
+
+def test_gradient_checkpointing_changes_nothing(record, options, any_run, workplace):
+    method = any_run.path.name
+    path = workplace / f"checkpointing-{method}"
+    run = record([*options, "--method", method, "--gradient_checkpointing"], path)
+    torch.testing.assert_close(run.trained_logits, any_run.trained_logits, rtol=1e-4, atol=1e-5)
+
+
+def test_merged_lora_equals_the_adapter_model(lora_run):
+    difference = (lora_run.trained_logits - lora_run.adapter_logits).abs().max()
+    assert difference < 1e-5
+
+
+def test_saved_model_gives_the_trained_logits(any_run):
+    from transformers import AutoModelForCausalLM
+
+    saved = AutoModelForCausalLM.from_pretrained(any_run.path / "model")
+    assert torch.equal(logits_of(saved), any_run.trained_logits)
+
+
+def test_checkpoints_only_if_asked(record, options, workplace):
+    run = record(
+        [*options, "--save_steps", "1", "--save_total_limit", "2"], workplace / "checkpoints"
+    )
+    found = sorted(path.name for path in (run.path / "checkpoints").glob("checkpoint-*"))
+    assert found == ["checkpoint-2", "checkpoint-3"]
+
+
+def test_too_long_examples_are_counted_and_said(options, workplace, capsys):
+    path = workplace / "long"
+    assert main([*options, "--max_length", "17", "--output_dir", str(path)]) == 0
+    config = yaml.safe_load((path / "config.yaml").read_text())
+    left_out = config["run"]["data"]["left_out_too_long"]
+    assert 0 < left_out < 12
+    assert f"Left out: {left_out} of 12" in capsys.readouterr().err

@@ -1,0 +1,132 @@
+"""Defaults by method and task, and what fits together."""
+
+import warnings
+from dataclasses import replace
+from datetime import datetime
+from pathlib import Path
+
+import pytest
+import torch
+
+from molf.errors import InputError
+from molf.train.resolved import resolve
+from molf.train.settings import TrainSettings
+
+NOW = datetime(2026, 1, 2, 3, 4, 5)
+
+
+def resolved(**given):
+    return resolve(TrainSettings(**{"task": "custom", "model": "owner/name", **given}), NOW)
+
+
+@pytest.mark.parametrize(
+    ("method", "ranks", "alphas", "dropout"),
+    [("molf", (128,), (32.0,), 0.0), ("lora", (32,), (11.0,), 0.05)],
+)
+def test_paper_defaults(method, ranks, alphas, dropout):
+    settings = resolved(method=method)
+    config = settings.method_config
+    assert (config.ranks, config.alphas, config.lora_dropout) == (ranks, alphas, dropout)
+    batch = settings.per_device_train_batch_size * settings.gradient_accumulation_steps
+    assert batch == 32
+    assert settings.num_train_epochs == 2
+    assert settings.warmup_ratio == 0.1
+    assert settings.learning_rate == settings.lora_learning_rate == 5e-5
+    assert (settings.weight_decay, settings.lora_weight_decay) == (0.1, 0.01)
+
+
+def test_lora_alpha_without_rank_stabilised_scaling():
+    config = resolved(method="lora", ranks=(16,), use_rslora=False).method_config
+    assert config.alphas == (32.0,)
+
+
+def test_fft_has_no_adapter():
+    settings = resolved(method="fft")
+    assert settings.method_config is None
+    assert settings.ranks is None
+
+
+def test_given_values_win():
+    settings = resolved(ranks=(4, 8), alpha=(1.0, 2.0), learning_rate=1e-3, num_train_epochs=1.0)
+    assert settings.method_config.alphas == (1.0, 2.0)
+    assert settings.learning_rate == 1e-3
+    assert settings.num_train_epochs == 1
+
+
+def test_demo_brings_model_and_rates():
+    settings = resolve(TrainSettings(), NOW)
+    assert Path(settings.model).parent.name == "world"
+    assert settings.learning_rate > 1e-4
+    assert settings.lora_learning_rate > settings.learning_rate
+
+
+@pytest.mark.parametrize("method", ["fft", "lora", "molf"])
+def test_options_without_effect_warn(method):
+    given = {"score": "pfn", "weight_decay": 0.2, "ranks": (4,)}
+    unused = {"fft": "ranks, score", "lora": "weight_decay, score", "molf": ""}[method]
+    if unused:
+        with pytest.warns(UserWarning, match=f"method={method}: {unused}"):
+            settings = resolved(method=method, **given)
+        assert settings.score == "epd"
+    else:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            resolved(method=method, **given)
+
+
+def test_default_directory_is_fresh(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    first = resolved().output_dir
+    assert first == Path("runs/custom-molf-name-20260102-030405")
+    first.mkdir(parents=True)
+    assert resolved().output_dir == Path("runs/custom-molf-name-20260102-030405-2")
+
+
+def test_resolved_settings_are_settings():
+    settings = resolved(method="lora")
+    assert resolve(TrainSettings(**vars(settings)), NOW) == settings
+    assert replace(settings, seed=1).seed == 1
+
+
+def test_wrong_values_are_found_without_the_command_line():
+    with pytest.raises(InputError, match="method='magic'"):
+        TrainSettings(method="magic")
+    with pytest.raises(InputError, match="score='best'"):
+        TrainSettings(score="best")
+
+
+def test_wrong_optimizer_is_noticed():
+    from molf.train.callbacks import RoutingCallback
+    from molf.train.methods import Prepared
+
+    weight = torch.nn.Parameter(torch.zeros(2))
+    prepared = Prepared(None, (None, {}), torch.optim.AdamW, 0.0, ())
+    callback = RoutingCallback(prepared, None, None)
+    with pytest.raises(RuntimeError, match="SGD instead of AdamW"):
+        callback.on_optimizer_step(None, None, None, optimizer=torch.optim.SGD([weight], lr=1.0))
+
+
+def test_unrouted_layer_is_noticed():
+    from molf import Decision, MoLFAdamW, MoLFConfig
+    from molf.train.callbacks import RoutingCallback
+    from molf.train.methods import Prepared
+
+    model = torch.nn.Linear(4, 4)
+    wrapped = torch.nn.Sequential(model)
+    optimizer = MoLFAdamW.from_model(wrapped, MoLFConfig(ranks=(1,)))
+    optimizer.routing = {"0": Decision(("full",), {"full": 1.0})}
+    prepared = Prepared(wrapped, (None, {}), MoLFAdamW, 0.0, ("0", "1"))
+    with pytest.raises(RuntimeError, match="1 of 2 layers were not routed"):
+        RoutingCallback(prepared, None, None).on_optimizer_step(
+            None, None, None, optimizer=optimizer
+        )
+
+
+def test_training_args_win_over_our_own_choices():
+    """What is passed through and not refused may not be overridden in silence."""
+    from molf.train import sft_config
+
+    settings = resolved(training_args={"run_name": "mine", "logging_first_step": "false"})
+    config = sft_config.sft_config(settings)
+    assert config.run_name == "mine"
+    assert config.logging_first_step is False
