@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from rich.console import Console
 from rich.table import Table
 
 from molf.evaluate import Evaluation
+from molf.evaluate.meanings import meanings
 from molf.train.model_card import show_metric
 from molf.train.result import RunResult
+from molf.train.results import RESULTS
 
 
 def print_summary(result: RunResult) -> None:
@@ -23,6 +27,7 @@ def print_summary(result: RunResult) -> None:
             name, show_metric(before), show_metric(after), str(known.count if known else 0)
         )
     console.print(table)
+    _print_lines(console, _legend({**result.before.metrics, **result.after.metrics}))
     lines = [
         f"time     training {result.training_seconds:.1f} s ({result.steps} steps, "
         f"{result.tokens / max(result.training_seconds, 1e-9):,.0f} tokens/s), "
@@ -31,11 +36,14 @@ def print_summary(result: RunResult) -> None:
     ]
     if result.shares:
         shares = "  ".join(f"{name} {share:.1%}" for name, share in result.shares.items())
-        lines.append(f"won      {shares}")
+        lines.append(f"won      {shares} of all layers' updates")
     lines += [
         f"model    {result.directory / 'model'}",
         f"run      {result.directory}",
+        f"compare  {result.directory.parent / RESULTS}",
     ]
+    if result.shares:
+        lines.append(f"decided  molf routing {result.directory}")
     _print_lines(console, [*_notes(result.after), *lines])
 
 
@@ -49,7 +57,13 @@ def print_evaluation(evaluation: Evaluation) -> None:
     for name, metric in evaluation.metrics.items():
         table.add_row(name, show_metric(metric), str(metric.count))
     console.print(table)
-    _print_lines(console, _notes(evaluation))
+    _print_lines(console, [*_legend(evaluation.metrics), *_notes(evaluation)])
+
+
+def _legend(metrics: Iterable[str]) -> list[str]:
+    rows = meanings(metrics)
+    width = max((len(names) for names, _ in rows), default=0)
+    return [f"  {names:<{width}}  {meaning}" for names, meaning in rows] + [""]
 
 
 def _notes(evaluation: Evaluation) -> list[str]:

@@ -53,7 +53,7 @@ def model_card(
             f"# {name}",
             "",
             f"`{base}` fine-tuned on the task `{task['name']}` with {_METHODS[settings.method]}. "
-            "Trained with [molf](https://pypi.org/project/molf/); loads with transformers alone.",
+            "Trained with molf; loads with transformers alone.",
             "",
             "## Metrics",
             "95% intervals in brackets.",

@@ -1,0 +1,36 @@
+"""What the metrics mean, in a line each, for those who read a table for the first time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+_MEANINGS = (
+    (("es", "em"), "new target over true one, edited prompt: share, mean difference of p"),
+    (("ps", "pm"), "the same for paraphrases"),
+    (("ns", "nm"), "true target over new one, other subjects (should stay high)"),
+    (("s",), "harmonic mean of es, ps and ns"),
+    (("acc_new", "acc_true"), "greedy text after the edited prompt begins with that target"),
+    (("accuracy",), "share of questions answered rightly in the generated text"),
+    (("unparsed",), "share of answers that name no option (lower is better)"),
+    (("accuracy_logprob",), "share of questions whose likeliest option letter is right"),
+    (("execution_accuracy",), "query returns the gold rows: duplicates count, order where asked"),
+    (("execution_accuracy_set",), "the same with rows as a set"),
+    (("exact_match",), "text equals the expected one after trimming"),
+    (("logic_match",), "syntax trees are equal, aliases aside"),
+    (("bleu_1", "bleu_4"), "overlap of words with the gold query, 0 to 1"),
+    (("valid_sql",), "query runs on its schema"),
+    (("loss",), "nats per completion token (lower is better)"),
+    (("perplexity",), "exp of that (lower is better)"),
+    (("forgetting_loss",), "nats per token of held-out text (lower is better)"),
+)
+
+
+def meanings(metrics: Iterable[str]) -> list[tuple[str, str]]:
+    """Return (names, meaning) for the metrics that occur, names joined by a comma."""
+    present = set(metrics)
+    rows = []
+    for names, meaning in _MEANINGS:
+        shown = [name for name in names if name in present]
+        if shown:
+            rows.append((", ".join(shown), meaning))
+    return rows
