@@ -86,13 +86,47 @@ def test_without_a_pad_token_eos_fills_and_is_masked():
     assert found == [one_by_one(model, context, 5, {0, 2}) for context in CONTEXTS]
 
 
-def test_answers_stay_within_the_models_positions():
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_answers_stay_within_the_models_positions(batch_size):
+    """An answer has the room that its own context leaves, whatever it is batched with."""
     model, tokenizer = tiny_llama(), byte_level_tokenizer()
     long = [5 + i for i in range(126)]
-    found = generate_greedy(model, tokenizer, [long, [9]], max_new_tokens=10, batch_size=2)
-    assert max(len(answer) for answer in found) <= 2
+    contexts = [long, [9], long[:121], [11, 12]]
+    found = generate_greedy(model, tokenizer, contexts, max_new_tokens=10, batch_size=batch_size)
+    rooms = [2, 10, 7, 10]
+    assert found == [
+        one_by_one(model, context, room, {0, 2})
+        for context, room in zip(contexts, rooms, strict=True)
+    ]
     with pytest.raises(ValueError, match="128 positions"):
         generate_greedy(model, tokenizer, [[*long, 1, 2]], max_new_tokens=1, batch_size=1)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 8])
+def test_each_answer_stops_when_its_text_says_so(batch_size):
+    model, tokenizer = tiny_llama(), byte_level_tokenizer()
+    free = generate_greedy(model, tokenizer, CONTEXTS, max_new_tokens=12, batch_size=8)
+    lengths = [3, 1, 7, 5, 2]
+    seen = []
+    calls = []
+
+    def stop(index, text):
+        seen.append(index)
+        count = seen.count(index)
+        assert text == decode(tokenizer, free[index][:count])
+        return count == lengths[index]
+
+    hook = model.register_forward_hook(lambda *_: calls.append(1))
+    found = generate_greedy(
+        model, tokenizer, CONTEXTS, max_new_tokens=12, batch_size=batch_size, stop=stop
+    )
+    hook.remove()
+    ends = [min(length, len(free[i])) for i, length in enumerate(lengths)]
+    assert found == [answer[:end] for answer, end in zip(free, ends, strict=True)]
+    # Asked once per token, and no answer is asked about once it has ended.
+    assert len(seen) == sum(ends)
+    if batch_size == 8:
+        assert len(calls) == max(ends)
 
 
 def test_out_of_memory_halves_the_batch(monkeypatch):

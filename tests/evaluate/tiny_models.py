@@ -64,10 +64,11 @@ def byte_level_tokenizer(*, pad=True, eos=True, bos=False, trim_offsets=False, m
     )
 
 
-def piece_tokenizer(*, merges=True):
+def piece_tokenizer(*, merges=True, lines=LINES):
     """A SentencePiece-style BPE: prepended word boundary, BOS, like Llama's and Gemma's.
 
-    Without merges every character, the word boundary too, is a token of its own.
+    Without merges every character, the word boundary too, is a token of its own. Characters that
+    `lines` do not hold are unknown.
     """
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
     tokenizer.normalizer = normalizers.Sequence(
@@ -82,7 +83,7 @@ def piece_tokenizer(*, merges=True):
     trainer = trainers.BpeTrainer(
         vocab_size=280 if merges else 1, special_tokens=special, show_progress=False
     )
-    tokenizer.train_from_iterator(LINES, trainer)
+    tokenizer.train_from_iterator(lines, trainer)
     tokenizer.post_processor = processors.TemplateProcessing(
         single="<s> $A", special_tokens=[("<s>", 1)]
     )

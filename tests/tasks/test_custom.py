@@ -145,6 +145,26 @@ def test_too_long_records_are_left_out_and_counted(tmp_path):
     evaluation = task.evaluate(tiny_qwen2(), byte_level_tokenizer(), EvaluationSettings())
     assert evaluation.notes["records_too_long"] == 1
     assert evaluation.metrics["loss"].count == 3
+    assert evaluation.predictions[3] == {"index": 3, "prediction": None, "left_out": "too long"}
+    again = task.score_predictions(evaluation.predictions)
+    assert again.metrics["exact_match"] == evaluation.metrics["exact_match"]
+
+
+def test_saved_texts_of_a_run_can_be_scored_with_its_options(tmp_path):
+    """The run held a share out; an evaluation alone takes all records, or that share."""
+    path = write(tmp_path / "a.jsonl", pairs(40))
+    options = {"max_samples": 30, "seed": 3}
+    run = load(path, **options)
+    settings = EvaluationSettings(max_new_tokens=1)
+    saved = run.evaluate(tiny_qwen2(), byte_level_tokenizer(), settings).predictions
+    evaluation = load(path, **options, evaluation_only=True).score_predictions(saved)
+    assert [entry["index"] for entry in evaluation.predictions] == [e["index"] for e in saved]
+    with pytest.raises(InputError, match="lack record"):
+        load(path, seed=4, evaluation_only=True).score_predictions(saved)
+    # Beyond what was drawn nothing is scored.
+    texts = [{"index": index, "prediction": ""} for index in range(40)]
+    few = load(path, max_samples=7, evaluation_only=True)
+    assert few.score_predictions(texts).metrics["exact_match"].count == 7
 
 
 def test_conversations_are_evaluated_on_the_last_turn(tmp_path):

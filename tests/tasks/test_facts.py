@@ -246,7 +246,11 @@ def test_too_long_prompts_are_left_out_and_counted(data):
         tiny_qwen2(), byte_level_tokenizer(), EvaluationSettings(max_length=60)
     )
     assert evaluation.notes["prompts_too_long"] == 2
-    assert [entry["index"] for entry in evaluation.predictions] == [0, 1]
+    assert [entry["index"] for entry in evaluation.predictions] == [0, 1, 2]
+    assert evaluation.predictions[2] == {"index": 2, "prediction": None, "left_out": "too long"}
+    again = load(data(records)).score_predictions(evaluation.predictions)
+    assert again.metrics["acc_new"] == evaluation.metrics["acc_new"]
+    assert again.notes["records_left_out"] == {"too long": 1}
     assert "ps" not in evaluation.metrics
     with pytest.raises(InputError, match="All 3 requests are longer"):
         load(data(records)).evaluate(
@@ -291,10 +295,11 @@ def test_saved_texts_give_the_accuracies_only(data):
             {"index": 2, "prediction": " France, of course"},
             {"index": 0, "prediction": "\nRome.", "more": 1},
             {"index": 3, "prediction": "in Parma"},
+            {"index": 1, "prediction": ""},
         ]
     )
     values = {name: metric.value for name, metric in evaluation.metrics.items()}
-    assert values == pytest.approx({"acc_new": 1 / 3, "acc_true": 1 / 3})
+    assert values == pytest.approx({"acc_new": 1 / 4, "acc_true": 1 / 4})
     assert "es" in evaluation.notes["not_measured"]
 
 
@@ -311,6 +316,12 @@ def test_saved_texts_give_the_accuracies_only(data):
         ([{"prediction": "x"}], "lacks the field 'index'"),
         ([{"index": 0}], "lacks the field 'prediction'"),
         (["x"], "Prediction 0 is not an object but str"),
+        ([{"index": 1, "prediction": "x"}], "lack record 0 and 2 more of the 4 to be scored"),
+        ([{"index": i, "prediction": "x"} for i in range(3)], "lack record 3 of the 4"),
+        (
+            [{"index": i, "prediction": None, "left_out": "too long"} for i in range(4)],
+            "all 4 are left out",
+        ),
     ],
 )
 def test_wrong_predictions_are_refused(data, predictions, message):

@@ -1,3 +1,4 @@
+import csv
 import json
 
 import pyarrow
@@ -21,6 +22,16 @@ def test_all_kinds_of_file_give_the_same_records(tmp_path):
         assert read_file(path) == RECORDS, path.name
 
 
+def test_csv_has_texts_and_nulls(tmp_path):
+    long = "x" * 200_000  # more than Python's csv takes by default
+    path = tmp_path / "a.CSV"
+    text = f'\ufeffa,b c\r\n"1, ""2""\n\n;é",\r\n\r\n{long},2\r\n'
+    path.write_bytes(text.encode())
+    limit = csv.field_size_limit()
+    assert read_file(path) == [{"a": '1, "2"\n\n;é', "b c": None}, {"a": long, "b c": "2"}]
+    assert csv.field_size_limit() == limit
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
@@ -35,7 +46,15 @@ def test_all_kinds_of_file_give_the_same_records(tmp_path):
         ("a.jsonl", b'{"a": ' + b"9" * 5000 + b"}", "line 1: not usable JSON"),
         ("a.jsonl", b"[" * 200_000, "not usable JSON"),
         ("a.parquet", b"PAR1 not really", "not a readable Parquet file"),
-        ("a.csv", b"a,b\n1,2\n", "unknown kind of data file"),
+        ("a.tsv", b"a\tb\n1\t2\n", "unknown kind of data file"),
+        ("a.csv", b"", "is empty"),
+        ("a.csv", b"a,b\n", "is empty"),
+        ("a.csv", b"a,a\n1,2\n", "header of field names, but it names 'a' twice"),
+        ("a.csv", b"a,\n1,2\n", "but it has an empty name"),
+        ("a.csv", b"a,b\n1,2\n3\n", "line 3: has 1 cells, but the header names 2"),
+        ("a.csv", b'a,b\n1,"2\n', "not CSV"),
+        ("a.csv", b'a,b\n1,"2"x\n', "line 2: not CSV"),
+        ("a.csv", b"a\ncaf\xe9\n", "is not UTF-8"),
     ],
 )
 def test_a_wrong_file_is_one_clear_line(tmp_path, name, content, message):

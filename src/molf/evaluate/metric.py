@@ -39,7 +39,8 @@ class Evaluation:
 
     Attributes:
         metrics: Name to metric. A metric without observations is absent and explained in `notes`.
-        predictions: One record per evaluated record of the data file, JSON values only.
+        predictions: One record per evaluated record of the data file, JSON values only. For those
+            that could not be asked, `prediction` is None and `left_out` says why.
         notes: What a reader of the metrics has to know: counts of ties, of records left out, ...
         tables: Break-downs of metrics, each a name to {group: {metric name: metric}}.
     """

@@ -16,7 +16,12 @@ from molf.tasks.base import Task
 from molf.tasks.custom_records import parse_sample
 from molf.tasks.files import Record
 from molf.tasks.options import TaskOptions
-from molf.tasks.predictions import check_predictions, left_out_prediction, restrict_to_sample
+from molf.tasks.predictions import (
+    check_predictions,
+    left_out_prediction,
+    predicted_sample,
+    restrict_to_sample,
+)
 from molf.tasks.records import read_splits
 from molf.tasks.samples import Sample
 from molf.tasks.selection import draw, hold_out
@@ -103,9 +108,8 @@ class CustomTask(Task):
                 kept, texts, prompts, losses, strict=True
             )
         ]
-        predictions += [
-            left_out_prediction(index, "too long") for index in self._evaluated if index not in kept
-        ]
+        too_long = sorted(set(self._evaluated).difference(kept))
+        predictions += [left_out_prediction(index, "too long") for index in too_long]
         predictions.sort(key=lambda entry: entry["index"])
         loss = bootstrap_mean(
             [total / count for total, count in losses],
@@ -124,9 +128,9 @@ class CustomTask(Task):
 
     def score_predictions(self, predictions: list[dict[str, Any]]) -> Evaluation:
         """Measure `exact_match`; losses are not in texts."""
-        saved = restrict_to_sample(
-            check_predictions(predictions, len(self._evaluation)), self._evaluated, self._held_out
-        )
+        saved = check_predictions(predictions, len(self._evaluation))
+        sample = predicted_sample(saved, self._evaluated, self._held_out)
+        saved = restrict_to_sample(saved, sample)
         return Evaluation(
             metrics={"exact_match": self._exact_match(saved.texts)},
             predictions=[

@@ -67,31 +67,46 @@ def check_predictions(predictions: Sequence[Any], records: int) -> SavedPredicti
     return saved
 
 
-def restrict_to_sample(saved: SavedPredictions, *samples: Collection[int]) -> SavedPredictions:
-    """The predictions for the records that are to be scored, in their order.
-
-    A file that stops half-way must not pass for a whole one, so every record of a sample needs its
-    prediction, or the reason why it has none. What is beyond the sample is not scored.
+def predicted_sample(
+    saved: SavedPredictions,
+    sample: Collection[int],
+    held_out: Collection[int],
+    unscorable: Collection[int] = (),
+) -> Collection[int]:
+    """The records that are to be scored: `sample`, or `held_out` if just these are predicted.
 
     Args:
         saved: The predictions.
-        samples: The records to be scored; of several such lists the first that is complete.
+        sample: The records that the options say.
+        held_out: Those of them that a training with these options would have held out.
+        unscorable: Records that may have a prediction or not.
+    """
+    predicted = (saved.texts.keys() | saved.left_out.keys()) - set(unscorable)
+    return held_out if predicted and predicted == set(held_out) - set(unscorable) else sample
+
+
+def restrict_to_sample(saved: SavedPredictions, sample: Collection[int]) -> SavedPredictions:
+    """The predictions for the records that are to be scored, in their order.
+
+    A file that stops half-way must not pass for a whole one, so every record needs its prediction,
+    or the reason why it has none. What is beyond the sample is not scored.
+
+    Args:
+        saved: The predictions.
+        sample: The records to be scored.
 
     Raises:
         InputError: Records are not predicted, or all are left out.
     """
-    predicted = saved.texts.keys() | saved.left_out.keys()
-    for sample in samples:
-        if predicted.issuperset(sample) and not saved.texts.keys().isdisjoint(sample):
-            return SavedPredictions(
-                {index: saved.texts[index] for index in sorted(sample) if index in saved.texts},
-                {index: saved.left_out[index] for index in sample if index in saved.left_out},
-            )
-    lacking = sorted(set(samples[0]) - predicted)
-    if not lacking:
-        raise InputError(f"No prediction can be scored: all {len(samples[0])} are left out.")
-    more = f" and {len(lacking) - 1} more" if len(lacking) > 1 else ""
-    raise InputError(
-        f"The predictions lack record {lacking[0]}{more} of the {len(samples[0])} to be scored. "
-        "Give the data, max_samples and seed that they were made with."
+    if lacking := sorted(set(sample) - saved.texts.keys() - saved.left_out.keys()):
+        more = f" and {len(lacking) - 1} more" if len(lacking) > 1 else ""
+        raise InputError(
+            f"The predictions lack record {lacking[0]}{more} of the {len(sample)} to be scored. "
+            "Give the data, max_samples and seed that they were made with."
+        )
+    if saved.texts.keys().isdisjoint(sample):
+        raise InputError(f"No prediction can be scored: all {len(sample)} are left out.")
+    return SavedPredictions(
+        {index: saved.texts[index] for index in sorted(sample) if index in saved.texts},
+        {index: saved.left_out[index] for index in sorted(sample) if index in saved.left_out},
     )

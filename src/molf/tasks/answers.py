@@ -1,0 +1,63 @@
+"""The texts that a model answers samples with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from molf.evaluate.settings import EvaluationSettings, Progress
+from molf.tasks.samples import Sample
+
+
+def generate_answers(
+    model: Any,
+    tokenizer: Any,
+    samples: Sequence[Sample],
+    max_new_tokens: int,
+    settings: EvaluationSettings,
+    progress: Progress | None = None,
+    is_complete: Callable[[str], bool] | None = None,
+) -> tuple[list[str], list[str]]:
+    """Generate each sample's last answer, greedily, from the tokens that precede it in training.
+
+    Args:
+        model: A transformers causal language model, on its device.
+        tokenizer: Its tokenizer.
+        samples: The samples; none may be longer than the model's positions.
+        max_new_tokens: Most tokens per answer.
+        settings: Batch size.
+        progress: Called after each batch.
+        is_complete: Whether what follows an answer's first part does not matter any more.
+
+    Returns:
+        The prompts and the answers, as texts.
+    """
+    from molf.evaluate.generate import decode, generate_greedy
+    from molf.tasks.encoding import generation_contexts
+
+    contexts = generation_contexts(tokenizer, samples)
+
+    def answer(index: int, text: str) -> str:
+        return text.lstrip().removeprefix(contexts[index].missing.strip())
+
+    def stop(index: int, text: str) -> bool:
+        return is_complete is not None and is_complete(answer(index, text))
+
+    generated = generate_greedy(
+        model,
+        tokenizer,
+        [context.ids for context in contexts],
+        max_new_tokens=max_new_tokens,
+        batch_size=settings.batch_size,
+        stop=stop if is_complete is not None else None,
+        progress=progress,
+    )
+    texts = [answer(index, decode(tokenizer, tokens)) for index, tokens in enumerate(generated)]
+    return [context.prompt for context in contexts], texts
+
+
+def longest_answer(tokenizer: Any, answers: Sequence[str]) -> int:
+    """Tokens of the longest of some texts."""
+    from molf.tasks.encoding import tokenize
+
+    return max(len(answer.ids) for answer in tokenize(tokenizer, answers))

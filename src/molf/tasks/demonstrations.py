@@ -1,0 +1,44 @@
+"""Few-shot demonstrations: answered questions in front of the one that is asked."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from itertools import islice
+
+from molf.errors import InputError
+from molf.tasks.questions import Question
+
+
+class Demonstrations:
+    """Draws the same questions for every question asked, except those that ask the same.
+
+    Args:
+        pool: The training questions.
+        count: How many stand in front of a question.
+        seed: Seed of the draw.
+    """
+
+    def __init__(self, pool: Sequence[Question], count: int, seed: int) -> None:
+        self._count = count
+        self._order = random.Random(seed).sample(pool, len(pool)) if count else []
+
+    def before(self, asked: Question) -> list[Question]:
+        """The demonstrations for a question.
+
+        Raises:
+            InputError: There are too few others.
+        """
+        wanted = _words(asked)
+        others = (question for question in self._order if _words(question) != wanted)
+        found = list(islice(others, self._count))
+        if len(found) < self._count:
+            raise InputError(
+                f"few_shot={self._count} needs as many training records with other questions than "
+                f"the one asked, but there are {len(found)}."
+            )
+        return found
+
+
+def _words(question: Question) -> list[str]:
+    return question.question.lower().split()

@@ -1,0 +1,185 @@
+"""Medical multiple-choice questions: MedMCQA (Pal et al. 2022, CHIL, PMLR 174)."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+from molf.evaluate.metric import Evaluation, Metric, wilson
+from molf.evaluate.nearest import nearest, similarity
+from molf.evaluate.settings import EvaluationSettings, Progress
+from molf.tasks.first_token import FirstTokens, first_token_log_probs
+from molf.tasks.med_questions import LETTERS, MED, OUT_OF_RANGE, MedQuestion
+from molf.tasks.options import TaskOptions
+from molf.tasks.question_task import QuestionTask
+from molf.tasks.questions import Splits, load_questions
+
+_METRICS = ("accuracy", "unparsed", "accuracy_logprob")
+_NEW_TOKENS = 8  # the letter and what follows it, behind some white space
+_AFTER_A_LETTER = ").:"
+_UNDECODED = "\ufffd"  # a character of which not all bytes have been generated yet
+
+
+class MedTask(QuestionTask[MedQuestion]):
+    """Train on the right letter; measure how often it is answered, and how often it is likeliest.
+
+    - `accuracy`: share of the answers whose letter (see `parse_letter`) is the right one. Answers
+      without a letter are wrong.
+    - `unparsed`: share of the answers without a letter.
+    - `accuracy_logprob`: share of the questions after which the right letter is the likeliest of
+      the four as the next text, whatever else is likelier still (the usual multiple-choice score,
+      as in Brown et al. 2020 and lm-evaluation-harness). Of equally likely letters the first
+      counts; `ties_logprob` says how often that decided.
+
+    All with Wilson's intervals; `by_subject` has the accuracies of each `subject_name`.
+    """
+
+    prompt = (
+        "Question: {question}\\nA. {opa}\\nB. {opb}\\nC. {opc}\\nD. {opd}\\nAnswer: "
+        "-> ' ' + letter of cop; demonstrations first, a blank line between"
+    )
+    prompt_version = 1
+
+    def evaluate(
+        self,
+        model: Any,
+        tokenizer: Any,
+        settings: EvaluationSettings,
+        progress: Progress | None = None,
+    ) -> Evaluation:
+        """Generate a few tokens after each question, and compare the four letters there."""
+        from molf.evaluate.generate import padding_id
+
+        asked = self._ask(model, tokenizer, settings, progress)
+        texts = self._answers(model, tokenizer, asked, _NEW_TOKENS, _is_decided, settings, progress)
+        found = first_token_log_probs(
+            model,
+            tokenizer,
+            [sample.prompt for sample in asked.samples.values()],
+            [LETTERS] * len(asked.samples),
+            max_length=settings.max_length,
+            pad_id=padding_id(tokenizer),
+            batch_size=settings.batch_size,
+            progress=progress,
+        )
+        likelihoods = {
+            index: tokens
+            for index, tokens in zip(asked.samples, found, strict=True)
+            if tokens is not None
+        }
+        evaluation = self._score(texts, settings.seed, progress, likelihoods)
+        return self._finish(evaluation, asked)
+
+    def _score(
+        self,
+        texts: Mapping[int, str],
+        seed: int,
+        progress: Progress | None,
+        likelihoods: Mapping[int, FirstTokens] | None = None,
+    ) -> Evaluation:
+        answers = {index: parse_letter(text) for index, text in texts.items()}
+        likeliest = {index: _likeliest(tokens) for index, tokens in (likelihoods or {}).items()}
+
+        def measure(indices: Iterable[int]) -> dict[str, Metric]:
+            right = {index: LETTERS[self._question(index).right] for index in indices}
+            metrics = {"accuracy": _share([answers[i] == letter for i, letter in right.items()])}
+            compared = [likeliest[i] == letter for i, letter in right.items() if i in likeliest]
+            if compared:
+                metrics["accuracy_logprob"] = _share(compared)
+            return metrics
+
+        metrics = measure(texts)
+        metrics["unparsed"] = _share([answer is None for answer in answers.values()])
+        evaluation = Evaluation(
+            {name: metrics[name] for name in _METRICS if name in metrics},
+            tables={"by_subject": self._by_group(texts, measure)},
+            predictions=[
+                {"index": index, "prediction": text, "answer": answers[index]}
+                for index, text in texts.items()
+            ],
+        )
+        if likelihoods is None:
+            evaluation.notes["not_measured"] = ["accuracy_logprob", "forgetting_loss"]
+            evaluation.notes["reason"] = "texts hold no probabilities"
+            return evaluation
+        evaluation.notes["ties_logprob"] = sum(_is_tied(t) for t in likelihoods.values())
+        for entry in evaluation.predictions:
+            if entry["index"] in likelihoods:
+                log_probs = likelihoods[entry["index"]].log_probs
+                entry["log_probs"] = dict(zip(LETTERS, log_probs, strict=True))
+        return evaluation
+
+    def _nearest_answers(self, indices: Sequence[int]) -> dict[int, str]:
+        """The option most like the right one of the nearest question; its letter if none is."""
+        found = nearest(
+            [question.question for question in self._baseline],
+            [self._question(index).question for index in indices],
+        )
+        answers = {}
+        for index, position in zip(indices, found, strict=True):
+            known = self._baseline[position]
+            text = known.options[known.right]
+            likeness = [similarity(option, text) for option in self._question(index).options]
+            best = likeness.index(max(likeness)) if any(likeness) else known.right
+            answers[index] = LETTERS[best]
+        return answers
+
+
+def parse_letter(text: str) -> str | None:
+    """The letter that a generated text answers with, or None.
+
+    It is the first character of the trimmed text, if that is a letter A to D in either case
+    followed by nothing, `)`, `.`, `:` or white space.
+    """
+    text = text.strip()
+    letter, after = text[:1].upper(), text[1:2]
+    if letter not in LETTERS or not (after == "" or after in _AFTER_A_LETTER or after.isspace()):
+        return None
+    return letter
+
+
+def load_med(
+    options: TaskOptions,
+    splits: Splits | None = None,
+    forgetting_text: Callable[[], str] | None = None,
+) -> MedTask:
+    """MedMCQA, or data in its layout, as the options say; see `load_questions`.
+
+    Evaluated is the validation split: the labels of the official test split are not public.
+
+    Args:
+        options: The options.
+        splits: Records of a demo task, which also reports how its nearest training answer does.
+        forgetting_text: Gives the demo task's own text.
+
+    Warns:
+        UserWarning: `cop` seems to count from 1, as in the data set's first release.
+    """
+    data = load_questions(options, MED, splits)
+    evaluated = data.evaluation
+    if evaluated.left_out[OUT_OF_RANGE] and all(q.right for q in evaluated.questions.values()):
+        warnings.warn(
+            "cop is sometimes above 3 and never 0: it seems to count from 1, but is read as "
+            "counting from 0.",
+            stacklevel=3,
+        )
+    return MedTask(options, data, () if splits is None else data.pool, forgetting_text)
+
+
+def _is_decided(text: str) -> bool:
+    """Whether more text cannot change what `parse_letter` finds."""
+    text = text.lstrip()
+    return len(text) > 1 and text[1] != _UNDECODED
+
+
+def _likeliest(tokens: FirstTokens) -> str:
+    return LETTERS[tokens.log_probs.index(max(tokens.log_probs))]
+
+
+def _is_tied(tokens: FirstTokens) -> bool:
+    return tokens.log_probs.count(max(tokens.log_probs)) > 1
+
+
+def _share(outcomes: Sequence[bool]) -> Metric:
+    return wilson(sum(outcomes), len(outcomes))

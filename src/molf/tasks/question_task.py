@@ -1,0 +1,222 @@
+"""What the tasks that ask questions have in common: prompts, generation, what is left out."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Generic
+
+from molf.errors import InputError
+from molf.evaluate.metric import Evaluation, Metric
+from molf.evaluate.settings import EvaluationSettings, Progress
+from molf.tasks.answers import generate_answers
+from molf.tasks.base import Task
+from molf.tasks.demonstrations import Demonstrations
+from molf.tasks.options import TaskOptions
+from molf.tasks.predictions import (
+    check_predictions,
+    left_out_prediction,
+    predicted_sample,
+    restrict_to_sample,
+)
+from molf.tasks.questions import Q, QuestionData
+from molf.tasks.samples import PromptCompletion, Sample
+
+TOO_LONG = "too long"
+NOT_SCORED = "not scored"  # such as a gold query that runs out of time in one of two runs
+
+
+@dataclass(frozen=True)
+class Asked:
+    """The records that a model is asked, and why the others of those evaluated are not.
+
+    Attributes:
+        samples: The prompt and the right answer of each record asked.
+        left_out: The reason for each other record.
+    """
+
+    samples: dict[int, PromptCompletion]
+    left_out: dict[int, str]
+
+
+class QuestionTask(Task, Generic[Q]):
+    """Questions with one right answer each.
+
+    Attributes:
+        instruction: What every prompt starts with.
+    """
+
+    instruction: ClassVar[str] = ""
+
+    def __init__(
+        self,
+        options: TaskOptions,
+        data: QuestionData[Q],
+        baseline: Sequence[Q] = (),
+        forgetting_text: Callable[[], str] | None = None,
+    ) -> None:
+        """Hold the questions.
+
+        Args:
+            options: The options that `data` was loaded with.
+            data: The questions.
+            baseline: Training questions, the nearest of which answers as a baseline.
+            forgetting_text: Gives the text that forgetting is measured on; None: the default one.
+
+        Raises:
+            InputError: There are too few training records to demonstrate with.
+        """
+        self._data = data
+        self._few_shot = options.few_shot
+        self._seed = options.seed
+        self._forgetting_text = forgetting_text
+        self._demonstrations = Demonstrations(data.pool, options.few_shot, options.seed)
+        self._baseline = baseline
+        samples: list[Sample] = [
+            self._sample(question, index) for index, question in data.training.items()
+        ]
+        for index in data.evaluated if options.few_shot else ():
+            self._demonstrations.before(self._question(index))  # raises before a model is loaded
+        super().__init__(options.name, samples, data.source)
+
+    @property
+    def evaluation_count(self) -> int:
+        """How many records the task is evaluated on, those included that turn out unusable."""
+        return len(self._data.evaluated)
+
+    def default_forgetting_text(self) -> str:
+        """The text given with the questions, else the shipped plain text."""
+        if self._forgetting_text is not None:
+            return self._forgetting_text()
+        return super().default_forgetting_text()
+
+    def description(self) -> dict[str, Any]:
+        """What a run's configuration records about the task."""
+        return {
+            **super().description(),
+            "few_shot": self._few_shot,
+            "training_records_left_out": dict(self._data.training_left_out),
+            "evaluation_records_left_out": dict(self._data.evaluation.left_out),
+        }
+
+    def score_predictions(self, predictions: list[dict[str, Any]]) -> Evaluation:
+        """Measure what texts can give; `notes["not_measured"]` lists the rest."""
+        saved = check_predictions(predictions, self._data.evaluation.records)
+        data = self._data
+        left_out = self._unscorable({*data.evaluated, *data.held_out}, None)
+        sample = predicted_sample(saved, data.evaluated, data.held_out, left_out)
+        scorable, left_out = _split(sample, left_out)
+        saved = restrict_to_sample(saved, scorable)
+        samples = {index: self._sample(self._question(index), index) for index in saved.texts}
+        evaluation = self._score(saved.texts, self._seed, None)
+        return self._finish(evaluation, Asked(samples, left_out | saved.left_out))
+
+    @abstractmethod
+    def _score(self, texts: Mapping[int, str], seed: int, progress: Progress | None) -> Evaluation:
+        """Measure answers, by record."""
+
+    @abstractmethod
+    def _nearest_answers(self, indices: Sequence[int]) -> dict[int, str]:
+        """What a memory of the training answers the records with."""
+
+    def _unscorable(self, indices: Iterable[int], progress: Progress | None) -> dict[int, str]:
+        """Why records, usable as questions, cannot be scored."""
+        return {}
+
+    def _ask(
+        self,
+        model: Any,
+        tokenizer: Any,
+        settings: EvaluationSettings,
+        progress: Progress | None,
+    ) -> Asked:
+        """The records to ask the model: those that can be scored and are not too long."""
+        from molf.evaluate.inference import length_limit
+        from molf.tasks.encoding import check_tokenizer, encode_samples
+
+        check_tokenizer(tokenizer)
+        left_out = self._unscorable(self._data.evaluated, progress)
+        scorable, left_out = _split(self._data.evaluated, left_out)
+        samples = [self._sample(self._question(index), index) for index in scorable]
+        encoded = encode_samples(tokenizer, samples, length_limit(model, settings.max_length))
+        kept = {scorable[position]: samples[position] for position in encoded.kept}
+        left_out |= {index: TOO_LONG for index in scorable if index not in kept}
+        return Asked(kept, left_out)
+
+    def _answers(
+        self,
+        model: Any,
+        tokenizer: Any,
+        asked: Asked,
+        max_new_tokens: int,
+        is_complete: Callable[[str], bool],
+        settings: EvaluationSettings,
+        progress: Progress | None,
+    ) -> dict[int, str]:
+        """The model's answer to each record asked."""
+        _, texts = generate_answers(
+            model,
+            tokenizer,
+            list(asked.samples.values()),
+            settings.max_new_tokens or max_new_tokens,
+            settings,
+            progress,
+            is_complete,
+        )
+        return dict(zip(asked.samples, texts, strict=True))
+
+    def _finish(self, evaluation: Evaluation, asked: Asked) -> Evaluation:
+        """Add prompts, expected answers, the baseline, and what is left out."""
+        scored = [entry["index"] for entry in evaluation.predictions]
+        not_scored = asked.samples.keys() - set(scored)
+        left_out = {**asked.left_out, **dict.fromkeys(not_scored, NOT_SCORED)}
+        if self._baseline:
+            nearest = self._score(self._nearest_answers(scored), 0, None)
+            evaluation.tables["baselines"] = {"nearest_training_answer": nearest.metrics}
+        for entry in evaluation.predictions:
+            sample = asked.samples[entry["index"]]
+            entry["expected"] = sample.answer.strip()
+            entry["prompt"] = sample.prompt
+        evaluation.predictions += [
+            left_out_prediction(index, reason) for index, reason in left_out.items()
+        ]
+        evaluation.predictions.sort(key=lambda entry: entry["index"])
+        evaluation.notes["records_left_out"] = dict(
+            self._data.evaluation.left_out + Counter(left_out.values())
+        )
+        return evaluation
+
+    def _by_group(
+        self, indices: Iterable[int], measure: Callable[[list[int]], dict[str, Metric]]
+    ) -> dict[str, dict[str, Metric]]:
+        """Metrics per group of questions, the groups in alphabetical order."""
+        groups: dict[str, list[int]] = {}
+        for index in indices:
+            groups.setdefault(self._question(index).group, []).append(index)
+        return {group: measure(groups[group]) for group in sorted(groups)}
+
+    def _question(self, index: int) -> Q:
+        return self._data.evaluation.questions[index]
+
+    def _sample(self, question: Q, index: int) -> PromptCompletion:
+        """A question as it is trained on and asked: demonstrations and question, one way."""
+        shown = [f"{shown.prompt}{shown.answer}" for shown in self._demonstrations.before(question)]
+        blocks = [*filter(None, [self.instruction]), *shown, question.prompt]
+        return PromptCompletion("\n\n".join(blocks), question.answer, index)
+
+
+def _split(
+    sample: Collection[int], left_out: Mapping[int, str]
+) -> tuple[list[int], dict[int, str]]:
+    """The records of a sample that can be scored, and the reasons why the others cannot."""
+    scorable = [index for index in sample if index not in left_out]
+    reasons = {index: left_out[index] for index in sample if index in left_out}
+    if not scorable:
+        counts = Counter(reasons.values())
+        raise InputError(
+            f"None of the {len(sample)} evaluated records can be scored "
+            f"({', '.join(f'{reason}: {count}' for reason, count in counts.items())})."
+        )
+    return scorable, reasons

@@ -1,0 +1,227 @@
+"""Questions with one right answer, read from records: what tasks `sql` and `med` share."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+from molf.errors import InputError
+from molf.tasks.files import Record, check_fields, present_fields
+from molf.tasks.options import TaskOptions
+from molf.tasks.records import read_splits
+from molf.tasks.selection import draw, hold_out
+
+
+@dataclass(frozen=True, kw_only=True)
+class Question(ABC):
+    """A record that is asked as a question.
+
+    Attributes:
+        question: What is asked, without what it is asked about.
+        group: The class of questions that it is counted with in the tables.
+    """
+
+    question: str
+    group: str
+
+    @property
+    @abstractmethod
+    def prompt(self) -> str:
+        """The whole question, up to where the answer starts."""
+
+    @property
+    @abstractmethod
+    def answer(self) -> str:
+        """The completion that is trained on."""
+
+
+Q = TypeVar("Q", bound=Question)
+
+Splits = Mapping[str, Sequence[Record]]
+
+
+class UnusableRecordError(Exception):
+    """A record is well formed but cannot be asked; the argument is the reason, to count by."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuestionKind(Generic[Q]):
+    """How the records of a task are found and read.
+
+    Attributes:
+        default_data: The Hub id that is read where no data is given.
+        evaluation_splits: The official splits to evaluate on, the preferred one first.
+        fields: Fields that every record must have.
+        columns: Fields that some record must have; without them a record is unusable.
+        parse: Checks a record, named by the text, and makes it a question; raises InputError
+            or UnusableRecordError.
+    """
+
+    default_data: str
+    evaluation_splits: tuple[str, ...]
+    fields: tuple[str, ...]
+    columns: tuple[str, ...]
+    parse: Callable[[Record, str], Q]
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuestionSet(Generic[Q]):
+    """The questions of one data file or split.
+
+    Attributes:
+        records: How many records there are.
+        questions: The usable ones by their 0-based record.
+        left_out: How many others there are, by reason.
+    """
+
+    records: int
+    questions: dict[int, Q]
+    left_out: Counter[str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuestionData(Generic[Q]):
+    """The questions of a task.
+
+    Attributes:
+        training: The questions trained on, by their record; empty for evaluation only.
+        training_left_out: How many training records are unusable, by reason.
+        evaluation: The evaluation data.
+        evaluated: The records of it that are evaluated.
+        held_out: The records of it that a training on this data would have held out, where
+            nothing is trained and the data has no split to evaluate on.
+        pool: What demonstrations are drawn from: the questions of the training split, none that
+            a training holds out. Empty where nothing needs it.
+        source: Where the records are from.
+    """
+
+    training: dict[int, Q]
+    training_left_out: Counter[str]
+    evaluation: QuestionSet[Q]
+    evaluated: list[int]
+    held_out: list[int]
+    pool: list[Q]
+    source: dict[str, str]
+
+
+def load_questions(
+    options: TaskOptions, kind: QuestionKind[Q], splits: Splits | None = None
+) -> QuestionData[Q]:
+    """Read and check the questions that the options say.
+
+    Evaluated are, whichever there is first: `eval_data`; the official split of `data`; a share of
+    `data` held out by the seed, or all of it where nothing is trained.
+
+    Args:
+        options: The options.
+        kind: How the task's records are found and read.
+        splits: Records that the task brings along, in place of `data` and `eval_data`.
+
+    Raises:
+        InputError: The data is missing, unreachable or wrong, or none of it can be used.
+    """
+    data = options.name if splits is not None else options.data or kind.default_data
+    own: Splits = {}
+    if splits is not None:
+        own = splits
+    elif options.eval_data is None or not options.evaluation_only or options.few_shot:
+        own = read_splits(data)
+    training = None
+    if not options.evaluation_only or options.few_shot or splits is not None:
+        training = _training_set(own, kind, data)
+
+    if options.eval_data is not None:
+        other = read_splits(options.eval_data, option="eval_data")
+        evaluation = _question_set(other, _evaluation_split(other, kind), kind, options.eval_data)
+        evaluated, evaluated_on = list(evaluation.questions), options.eval_data
+        official = True
+    else:
+        split = _evaluation_split(own, kind)
+        official = split != "train"
+        if official or training is None:
+            evaluation = _question_set(own, split, kind, data)
+        else:
+            evaluation = training
+        evaluated = list(evaluation.questions)
+        evaluated_on = f"the {split} split of {data}" if len(own) > 1 else data
+
+    drawn = [] if training is None else list(training.questions)
+    held_out: list[int] = []
+    if options.evaluation_only:
+        if options.eval_data is None:
+            evaluated = draw(evaluated, options.max_samples, options.seed)
+        if not official and len(evaluated) > 1:
+            held_out = hold_out(evaluated, options.seed)[1]
+            held_out = draw(held_out, options.max_eval_samples, options.seed)
+        trained_on, pool = [], drawn
+    else:
+        trained_on, pool = draw(drawn, options.max_samples, options.seed), drawn
+        if not official:
+            trained_on, evaluated = _hold_out(trained_on, options.seed, data)
+            pool = [index for index in drawn if index not in set(evaluated)]
+            evaluated_on = f"{len(evaluated)} records held out of {data} (seed {options.seed})"
+    questions = {} if training is None else training.questions
+    return QuestionData(
+        training={index: questions[index] for index in trained_on},
+        training_left_out=Counter() if training is None else training.left_out,
+        evaluation=evaluation,
+        evaluated=draw(evaluated, options.max_eval_samples, options.seed),
+        held_out=held_out,
+        pool=[questions[index] for index in pool],
+        source={**({"data": data} if training else {}), "evaluated_on": evaluated_on},
+    )
+
+
+def _training_set(splits: Splits, kind: QuestionKind[Q], data: str) -> QuestionSet[Q]:
+    if "train" not in splits:
+        raise InputError(f"data: {data} has no training records (only {', '.join(splits)}).")
+    return _question_set(splits, "train", kind, data)
+
+
+def _evaluation_split(splits: Splits, kind: QuestionKind[Q]) -> str:
+    return next(name for name in (*kind.evaluation_splits, "train") if name in splits)
+
+
+def _question_set(splits: Splits, split: str, kind: QuestionKind[Q], data: str) -> QuestionSet[Q]:
+    records = splits[split]
+    where = data if len(splits) == 1 else f"{data} ({split})"
+    check_fields(records, kind.fields, where)
+    _check_columns(records, kind.columns, where)
+    questions: dict[int, Q] = {}
+    left_out: Counter[str] = Counter()
+    for index, record in enumerate(records):
+        parsed = _parse(record, f"{where}, record {index}", kind)
+        if isinstance(parsed, UnusableRecordError):
+            left_out[str(parsed)] += 1
+        else:
+            questions[index] = parsed
+    if not questions:
+        reasons = ", ".join(f"{reason}: {count}" for reason, count in left_out.items())
+        raise InputError(f"{where}: none of the {len(records)} records can be used ({reasons}).")
+    return QuestionSet(records=len(records), questions=questions, left_out=left_out)
+
+
+def _parse(record: Record, where: str, kind: QuestionKind[Q]) -> Q | UnusableRecordError:
+    try:
+        return kind.parse(record, where)
+    except UnusableRecordError as error:
+        return error
+
+
+def _check_columns(records: Sequence[Record], columns: Collection[str], where: str) -> None:
+    for name in columns:
+        if all(record.get(name) is None for record in records):
+            has = ", ".join(present_fields(records[0])) or "none"
+            raise InputError(f"{where}: no record has the field {name!r} (record 0 has: {has}).")
+
+
+def _hold_out(indices: Sequence[int], seed: int, data: str) -> tuple[list[int], list[int]]:
+    if len(indices) < 2:
+        raise InputError(
+            f"data: {data} gives 1 record, and none is left to evaluate on. "
+            "Give more records, or eval_data."
+        )
+    return hold_out(indices, seed)

@@ -1,0 +1,136 @@
+"""Writing SQL for a question: `gretelai/synthetic_text_to_sql` (Gretel 2024)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from molf.evaluate.metric import Evaluation
+from molf.evaluate.nearest import nearest
+from molf.evaluate.settings import EvaluationSettings, Progress
+from molf.sql.limits import Limits
+from molf.sql.metrics import Example, SqlScore, SqlScorer, sql_metrics
+from molf.sql.text import is_complete
+from molf.tasks.answers import longest_answer
+from molf.tasks.options import TaskOptions
+from molf.tasks.question_task import QuestionTask
+from molf.tasks.questions import QuestionData, Splits, load_questions
+from molf.tasks.sql_questions import SQL, SqlQuestion
+
+_SPARE_TOKENS = 32  # generated beyond the longest query that is asked for: others may be right
+_MOST_NEW_TOKENS = 512
+
+
+class SqlTask(QuestionTask[SqlQuestion]):
+    """Train on the queries; run what is generated, and compare it with the query asked for.
+
+    The metrics are those of `molf.sql.metrics.SqlScore`, where each is defined; `by_complexity` has
+    all of them for each `sql_complexity`. Only records whose own query runs are asked and scored;
+    the others are counted. Trained on are all records, as the paper does.
+    """
+
+    instruction = "Write an SQLite query that answers the question."
+    prompt = (
+        f"{instruction}\\n\\nQuestion: {{sql_prompt}}\\nTables: {{sql_context}}\\nSQL: "
+        "-> ' ' + sql; demonstrations behind the instruction, a blank line between"
+    )
+    prompt_version = 1
+
+    def __init__(
+        self,
+        options: TaskOptions,
+        data: QuestionData[SqlQuestion],
+        baseline: Sequence[SqlQuestion] = (),
+        forgetting_text: Callable[[], str] | None = None,
+        limits: Limits | None = None,
+    ) -> None:
+        """Hold the questions; `limits` is how much one query may use."""
+        super().__init__(options, data, baseline, forgetting_text)
+        self._limits = limits
+        self._failures: dict[int, str | None] = {}  # why gold queries fail, of those run so far
+
+    def evaluate(
+        self,
+        model: Any,
+        tokenizer: Any,
+        settings: EvaluationSettings,
+        progress: Progress | None = None,
+    ) -> Evaluation:
+        """Generate a query for each question, up to its end, and run it."""
+        asked = self._ask(model, tokenizer, settings, progress)
+        expected = [sample.answer for sample in asked.samples.values()]
+        limit = min(longest_answer(tokenizer, expected) + _SPARE_TOKENS, _MOST_NEW_TOKENS)
+        texts = self._answers(model, tokenizer, asked, limit, is_complete, settings, progress)
+        evaluation = self._score(texts, settings.seed, progress)
+        evaluation.notes["max_new_tokens"] = settings.max_new_tokens or limit
+        return self._finish(evaluation, asked)
+
+    def _score(self, texts: Mapping[int, str], seed: int, progress: Progress | None) -> Evaluation:
+        questions = [self._question(index) for index in texts]
+        examples = [
+            Example(schema=question.schema, gold=question.query, text=text)
+            for question, text in zip(questions, texts.values(), strict=True)
+        ]
+        scores: dict[int, SqlScore] = {}
+        with SqlScorer(self._limits) as scorer:
+            judged = zip(texts, scorer.scores(examples), strict=True)
+            for done, (index, score) in enumerate(judged, start=1):
+                if score is not None:
+                    scores[index] = score
+                if progress is not None:
+                    progress("execution", done, len(texts))
+        return Evaluation(
+            sql_metrics(list(scores.values()), seed),
+            tables={
+                "by_complexity": self._by_group(
+                    scores, lambda indices: sql_metrics([scores[i] for i in indices], seed)
+                )
+            },
+            predictions=[
+                {"index": index, "prediction": texts[index], **asdict(score)}
+                for index, score in scores.items()
+            ],
+        )
+
+    def _unscorable(self, indices: Iterable[int], progress: Progress | None) -> dict[int, str]:
+        """The records whose own query fails, with the reason; each is run once per task."""
+        wanted = sorted(indices)
+        new = [index for index in wanted if index not in self._failures]
+        if new:
+            questions = [self._question(index) for index in new]
+            with SqlScorer(self._limits) as scorer:
+                found = scorer.gold_failures((q.schema, q.query) for q in questions)
+                for done, (index, reason) in enumerate(zip(new, found, strict=True), start=1):
+                    self._failures[index] = reason
+                    if progress is not None:
+                        progress("gold queries", done, len(new))
+        reasons = {index: self._failures[index] for index in wanted}
+        return {index: f"gold {reason}" for index, reason in reasons.items() if reason is not None}
+
+    def _nearest_answers(self, indices: Sequence[int]) -> dict[int, str]:
+        """The query of the nearest question."""
+        found = nearest(
+            [question.question for question in self._baseline],
+            [self._question(index).question for index in indices],
+        )
+        return {
+            index: self._baseline[position].query
+            for index, position in zip(indices, found, strict=True)
+        }
+
+
+def load_sql(
+    options: TaskOptions,
+    splits: Splits | None = None,
+    forgetting_text: Callable[[], str] | None = None,
+) -> SqlTask:
+    """Gretel's records, or data in their layout, as the options say; see `load_questions`.
+
+    Args:
+        options: The options.
+        splits: Records of a demo task, which also reports how its nearest training answer does.
+        forgetting_text: Gives the demo task's own text.
+    """
+    data = load_questions(options, SQL, splits)
+    return SqlTask(options, data, () if splits is None else data.pool, forgetting_text)
