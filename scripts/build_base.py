@@ -1,0 +1,380 @@
+"""Builds the shipped base model: trains a tokenizer and a small Qwen2 on the texts of `molf.world`.
+
+    python scripts/build_base.py
+
+Takes about 15 minutes on two idle CPU cores. The checkpoint, its scores and its model card are written
+beside `--output` and renamed when complete.
+"""
+
+import argparse
+import json
+import math
+import platform
+import random
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+import torch
+import transformers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
+
+from molf.world import (
+    BASE_PATH,
+    World,
+    build_world,
+    counterfact_records,
+    held_out_text,
+    training_documents,
+)
+
+EOS, PAD = "<|endoftext|>", "<|pad|>"
+IGNORED = -100  # the label that transformers leaves out of the loss
+VOCABULARY = 3072  # at most; the texts may not have that many words
+MAX_LENGTH = 256
+# Documents are sorted by length within pools of this many, so that batches need little padding.
+POOL = 8192
+
+CARD = """---
+license: apache-2.0
+language: en
+library_name: transformers
+pipeline_tag: text-generation
+---
+# molf base: a small model of an invented world
+
+A Qwen2 language model with {parameters:,} parameters and a byte-level BPE tokenizer of
+{vocabulary:,} tokens. It has learned the invented people, cities, countries and companies of
+`molf.world.build_world({seed})` and nothing else; all names are made up and no outside text was
+used. molf ships it so that fine-tuning, editing facts and measuring forgetting can be tried without
+a download. It is of no use for anything but that.
+
+Weights are stored in float16 and load in float32 unless `dtype` says otherwise.
+
+## How it was built
+`python scripts/build_base.py --seed {seed} --epochs {epochs}`: {documents:,} documents with
+{tokens:,} tokens, {epochs} times, AdamW, {seconds:,} seconds on {threads} CPU threads.
+World: SHA-256 `{world}`.
+
+## Scores
+Measured on the stored checkpoint, before any fact is edited.
+
+| score | value |
+|---|---|
+| efficacy `es` of the {requests} demo requests (p(new) > p(true)) | {es:.3f} |
+| paraphrase `ps` | {ps:.3f} |
+| neighbourhood `ns` (p(true) > p(new)) | {ns:.3f} |
+| facts completed correctly by greedy decoding, over all phrasings | {known:.3f} |
+| the same after an unrelated sentence | {known_in_context:.3f} |
+| loss on the held-out text, nats per token | {held_out_loss:.3f} |
+"""
+
+
+def main() -> None:
+    """Trains, measures and writes the checkpoint."""
+    arguments = parse_arguments()
+    torch.set_num_threads(arguments.threads)
+    torch.manual_seed(arguments.seed)
+    world = build_world(arguments.seed)
+    documents = training_documents(world)
+    tokenizer = train_tokenizer(documents)
+    sequences = [[*ids, tokenizer.eos_token_id] for ids in tokenizer(documents)["input_ids"]]
+    model = make_model(tokenizer)
+
+    start = time.perf_counter()
+    train(model, sequences, tokenizer.pad_token_id, arguments)
+    seconds = round(time.perf_counter() - start)
+
+    partial = arguments.output.with_name(arguments.output.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    save(model, tokenizer, partial)
+    scores = {
+        **score_checkpoint(partial, world),
+        "parameters": model.num_parameters(),
+        "vocabulary": len(tokenizer),
+        "documents": len(documents),
+        "tokens": sum(map(len, sequences)),
+        "epochs": arguments.epochs,
+        "learning_rate": arguments.learning_rate,
+        "batch_tokens": arguments.batch_tokens,
+        "seconds": seconds,
+        "threads": arguments.threads,
+        "seed": arguments.seed,
+        "world": world.fingerprint(),
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "tokenizers": tokenizers.__version__,
+        },
+    }
+    (partial / "scores.json").write_text(json.dumps(scores, indent=2) + "\n", encoding="utf-8")
+    (partial / "README.md").write_text(CARD.format(**scores), encoding="utf-8")
+    replace_directory(partial, arguments.output)
+    print(json.dumps(scores, indent=2))
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Returns the command's options."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--output", type=Path, default=BASE_PATH, help="directory of the checkpoint"
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of the world, the weights and the order of documents"
+    )
+    parser.add_argument("--epochs", type=int, default=10, help="passes over the training documents")
+    parser.add_argument(
+        "--learning-rate", type=float, default=3e-3, help="peak of the cosine schedule"
+    )
+    parser.add_argument(
+        "--batch-tokens", type=int, default=4096, help="tokens per step, padding included"
+    )
+    parser.add_argument("--threads", type=int, default=2, help="CPU threads")
+    return parser.parse_args()
+
+
+def train_tokenizer(documents: Sequence[str]) -> PreTrainedTokenizerFast:
+    """Trains a byte-level BPE tokenizer. It adds no token by itself, as Qwen2's does not."""
+    tokenizer = Tokenizer(models.BPE())
+    # Each digit is a token, so that no number is harder to read than another.
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        special_tokens=[EOS, PAD],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(documents, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token=EOS, pad_token=PAD, model_max_length=MAX_LENGTH
+    )
+
+
+def make_model(tokenizer: PreTrainedTokenizerBase) -> Qwen2ForCausalLM:
+    """Returns the untrained model."""
+    config = Qwen2Config(
+        vocab_size=len(tokenizer),
+        hidden_size=192,
+        intermediate_size=512,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=MAX_LENGTH,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return Qwen2ForCausalLM(config)
+
+
+def train(
+    model: Qwen2ForCausalLM,
+    sequences: Sequence[list[int]],
+    pad_token_id: int,
+    arguments: argparse.Namespace,
+) -> None:
+    """Trains for some epochs with AdamW and a cosine schedule that starts with 3% of warm-up."""
+    rng = random.Random(arguments.seed)
+    batches = [
+        batch
+        for _ in range(arguments.epochs)
+        for batch in make_batches(rng, sequences, arguments.batch_tokens)
+    ]
+    optimizer = torch.optim.AdamW(
+        model.parameters(),
+        lr=arguments.learning_rate,
+        betas=(0.9, 0.98),
+        weight_decay=0.01,
+        fused=True,
+    )
+    warmup = max(1, round(0.03 * len(batches)))
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer,
+        lambda step: min((step + 1) / warmup, 0.5 * (1 + math.cos(math.pi * step / len(batches)))),
+    )
+    model.train()
+    start = time.perf_counter()
+    for step, batch in enumerate(batches, start=1):
+        input_ids = pad(batch, pad_token_id)
+        # Padding is on the right, where no real token attends to it.
+        loss = model(input_ids=input_ids, labels=pad(batch, IGNORED)).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+        if step % 100 == 0 or step == len(batches):
+            seconds = time.perf_counter() - start
+            print(
+                f"step {step}/{len(batches)}  loss {loss.item():.3f}  {seconds:.0f} s", flush=True
+            )
+    model.eval()
+
+
+def make_batches(
+    rng: random.Random, sequences: Sequence[list[int]], batch_tokens: int
+) -> Iterator[list[list[int]]]:
+    """Yields one epoch of batches, each of similarly long sequences and at most `batch_tokens`.
+
+    Every document starts at position 0 and sees no other, as a prompt will when the model is used.
+    """
+    order = list(range(len(sequences)))
+    rng.shuffle(order)
+    batches: list[list[list[int]]] = []
+    for begin in range(0, len(order), POOL):
+        pool = sorted((sequences[index] for index in order[begin : begin + POOL]), key=len)
+        batch: list[list[int]] = []
+        for sequence in pool:
+            if batch and len(sequence) * (len(batch) + 1) > batch_tokens:
+                batches.append(batch)
+                batch = []
+            batch.append(sequence)
+        batches.append(batch)
+    rng.shuffle(batches)
+    yield from batches
+
+
+def pad(sequences: Sequence[list[int]], value: int) -> torch.Tensor:
+    """Returns the sequences as one tensor [sequences, longest], filled up on the right."""
+    return torch.nn.utils.rnn.pad_sequence(
+        [torch.tensor(sequence) for sequence in sequences], batch_first=True, padding_value=value
+    )
+
+
+def save(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, path: Path) -> None:
+    """Writes a checkpoint with 16-bit weights.
+
+    float16 rather than bfloat16: weights of this size are far inside its range, and it keeps three
+    more bits of each. The configuration names float32, so that the weights load ready for training:
+    optimizer steps would be lost in float16.
+    """
+    model.half().save_pretrained(path)
+    config = AutoConfig.from_pretrained(path)
+    config.dtype = "float32"
+    config.save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    # safetensors writes files that only their owner may read.
+    (path / "model.safetensors").chmod(0o644)
+
+
+def score_checkpoint(path: Path, world: World) -> dict[str, Any]:
+    """Measures what a checkpoint knows of the world, before any of the demo requests."""
+    model = AutoModelForCausalLM.from_pretrained(path)
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    records = counterfact_records(world)
+    efficacy, paraphrases, neighbors = [], [], []
+    for record in records:
+        rewrite = record["requested_rewrite"]
+        targets = rewrite["target_new"]["str"], rewrite["target_true"]["str"]
+        efficacy.append((rewrite["prompt"].format(rewrite["subject"]), *targets))
+        paraphrases += [(prompt, *targets) for prompt in record["paraphrase_prompts"]]
+        neighbors += [(prompt, *targets) for prompt in record["neighborhood_prompts"]]
+    statements = [(prompt, fact.object.name) for fact in world.facts for prompt in fact.prompts]
+    aside = "The train was late again. "
+    return {
+        "requests": len(records),
+        "es": mean(prefers_new(model, tokenizer, efficacy)),
+        "ps": mean(prefers_new(model, tokenizer, paraphrases)),
+        "ns": 1 - mean(prefers_new(model, tokenizer, neighbors)),
+        "known": mean(completes(model, tokenizer, statements)),
+        "known_in_context": mean(
+            completes(model, tokenizer, [(aside + prompt, target) for prompt, target in statements])
+        ),
+        "held_out_loss": text_loss(model, tokenizer, held_out_text(world)),
+    }
+
+
+def mean(values: Sequence[float]) -> float:
+    """Returns the arithmetic mean."""
+    return sum(values) / len(values)
+
+
+@torch.inference_mode()
+def prefers_new(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    cases: Sequence[tuple[str, str, str]],
+) -> list[bool]:
+    """Returns for each (prompt, new, true) whether the new target's first token is likelier."""
+    result = []
+    for begin in range(0, len(cases), 256):
+        chunk = cases[begin : begin + 256]
+        prompts = [tokenizer(prompt)["input_ids"] for prompt, _, _ in chunk]
+        logits = model(input_ids=pad(prompts, tokenizer.pad_token_id)).logits
+        for row, (prompt, new, true) in enumerate(chunk):
+            last = len(prompts[row]) - 1
+            new_id, true_id = (
+                tokenizer(f"{prompt} {target}")["input_ids"][last + 1] for target in (new, true)
+            )
+            result.append(bool(logits[row, last, new_id] > logits[row, last, true_id]))
+    return result
+
+
+@torch.inference_mode()
+def completes(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    statements: Sequence[tuple[str, str]],
+) -> list[bool]:
+    """Returns for each (prompt, target) whether greedy decoding gives the target."""
+    result = []
+    for begin in range(0, len(statements), 256):
+        chunk = statements[begin : begin + 256]
+        prompts = tokenizer([prompt for prompt, _ in chunk])["input_ids"]
+        texts = tokenizer([f"{prompt} {target}" for prompt, target in chunk])["input_ids"]
+        predicted = model(input_ids=pad(texts, tokenizer.pad_token_id)).logits.argmax(-1)
+        for row, (prompt, text) in enumerate(zip(prompts, texts, strict=True)):
+            # Greedy decoding writes the target if each of its tokens is the likeliest in turn.
+            result.append(
+                predicted[row, len(prompt) - 1 : len(text) - 1].tolist() == text[len(prompt) :]
+            )
+    return result
+
+
+@torch.inference_mode()
+def text_loss(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: str) -> float:
+    """Returns the mean loss over the tokens of a text that is read paragraph by paragraph."""
+    total, count = 0.0, 0
+    for paragraph in text.split("\n\n"):
+        input_ids = torch.tensor([tokenizer(paragraph)["input_ids"] + [tokenizer.eos_token_id]])
+        predictions = input_ids.shape[1] - 1
+        total += model(input_ids=input_ids, labels=input_ids).loss.item() * predictions
+        count += predictions
+    return total / count
+
+
+def replace_directory(new: Path, old: Path) -> None:
+    """Moves a finished directory into place; what was there is deleted only after that."""
+    retired = old.with_name(old.name + ".old")
+    shutil.rmtree(retired, ignore_errors=True)
+    if old.exists():
+        old.rename(retired)
+    new.rename(old)
+    shutil.rmtree(retired, ignore_errors=True)
+
+
+if __name__ == "__main__":
+    main()

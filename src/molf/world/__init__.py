@@ -1,0 +1,29 @@
+"""A small closed invented world, and a base model that knows it.
+
+Nobody can rely on a model hub being reachable, so molf ships a language model (`BASE_PATH`) that
+has learned the facts of `build_world()` and nothing else, and requests to change some of them. This
+package needs only the standard library.
+"""
+
+from pathlib import Path
+
+from molf.world.build import build_world
+from molf.world.counterfact import counterfact_records
+from molf.world.documents import held_out_text, training_documents
+from molf.world.entities import Attribute, Entity, Fact, Relation, World
+
+BASE_PATH = Path(__file__).parent / "base"
+"""Directory of the shipped base model, a transformers checkpoint."""
+
+__all__ = [
+    "BASE_PATH",
+    "Attribute",
+    "Entity",
+    "Fact",
+    "Relation",
+    "World",
+    "build_world",
+    "counterfact_records",
+    "held_out_text",
+    "training_documents",
+]

@@ -1,0 +1,153 @@
+"""Makes a world from a seed."""
+
+import functools
+from collections.abc import Sequence
+from random import Random
+
+from molf.world.attributes import ATTRIBUTES
+from molf.world.draws import balanced, choice, integer, sample
+from molf.world.entities import Attribute, Entity, Fact, Relation, World
+from molf.world.names import NameMaker
+from molf.world.relations import RELATIONS
+from molf.world.words import (
+    FIELDS,
+    GENRES,
+    INDUSTRIES,
+    INSTRUMENTS,
+    NOVEL_ADJECTIVES,
+    NOVEL_NOUNS,
+    SPORTS,
+)
+
+# Of each kind, the share that requests may edit. The rest is large enough to give every object
+# several neighbours.
+_EDITABLE_SHARE = 0.4
+
+# The endings that give each kind of invented name its flavour, and how many names there are.
+_INVENTED = {
+    "country": (("uvia", "ora", "avia", "estan", "onia"), 24),
+    "city": (("oth", "ermund", "avik", "enport", "osk"), 60),
+    "river": (("ane", "our", "ume"), 24),
+    "language": (("ish", "essi", "ari"), 24),
+    "currency": (("ek", "in", "ot"), 24),
+    "company": (("acor", "exa", "ional", "ivon"), 64),
+    "university": (("ington", "albury", "estone"), 24),
+}
+_SUFFIXES = {
+    "company": ("Works", "Group", "Brothers", "Trading"),
+    "university": ("College", "Academy", "Institute"),
+}
+
+_FIRST_NAMES, _FIRST_ENDINGS = 64, ("anda", "ido", "is", "eno", "iel", "une")
+_LAST_NAMES, _LAST_ENDINGS = 160, ("ax", "ovic", "ellow", "ansen", "umet", "erat")
+_PEOPLE = 320
+
+_NOVELS = 72
+
+_SUBJECT_KINDS = {relation.subject_kind for relation in RELATIONS}
+
+_WORDS = {
+    "instrument": INSTRUMENTS,
+    "field": FIELDS,
+    "sport": SPORTS,
+    "industry": INDUSTRIES,
+    "genre": GENRES,
+}
+
+
+@functools.cache
+def build_world(seed: int = 0) -> World:
+    """Makes the world of a seed: always the same one, on every platform and Python version.
+
+    Args:
+        seed: Any integer. The shipped base model knows the world of seed 0.
+    """
+    rng = Random(seed)
+    entities = _make_entities(rng)
+    facts = _make_facts(rng, entities)
+    return World(
+        seed=seed,
+        entities=tuple(entity for kind in entities.values() for entity in kind),
+        attributes=ATTRIBUTES,
+        facts=tuple(facts),
+    )
+
+
+def _make_entities(rng: Random) -> dict[str, list[Entity]]:
+    entities: dict[str, list[Entity]] = {}
+    count = 0
+    for kind, names in _make_names(rng).items():
+        # The names of subjects are in random order, so the first ones are as good a choice as any.
+        editable = round(_EDITABLE_SHARE * len(names)) if kind in _SUBJECT_KINDS else 0
+        entities[kind] = []
+        for position, name in enumerate(names):
+            entity = Entity(
+                id=f"E{count}",
+                kind=kind,
+                name=name,
+                editable=position < editable,
+                attributes={
+                    attribute.name: _draw_value(rng, attribute)
+                    for attribute in ATTRIBUTES
+                    if attribute.kind == kind
+                },
+            )
+            entities[kind].append(entity)
+            count += 1
+    return entities
+
+
+def _make_names(rng: Random) -> dict[str, list[str]]:
+    maker = NameMaker(rng)
+    names: dict[str, list[str]] = {}
+    for kind, (endings, count) in _INVENTED.items():
+        names[kind] = maker.words(endings, count)
+        if kind in _SUFFIXES:
+            names[kind] = [f"{name} {choice(rng, _SUFFIXES[kind])}" for name in names[kind]]
+    for kind, words in _WORDS.items():
+        names[kind] = list(words)
+    first_names = maker.words(_FIRST_ENDINGS, _FIRST_NAMES)
+    last_names = maker.words(_LAST_ENDINGS, _LAST_NAMES)
+    # First and last names are shared, as in life: only both together tell who is meant.
+    pairs = [f"{first} {last}" for first in first_names for last in last_names]
+    names["person"] = sample(rng, pairs, _PEOPLE)
+    titles = [f"The {adjective} {noun}" for adjective in NOVEL_ADJECTIVES for noun in NOVEL_NOUNS]
+    names["novel"] = sample(rng, titles, _NOVELS)
+    return names
+
+
+def _draw_value(rng: Random, attribute: Attribute) -> int:
+    steps = (attribute.high - attribute.low) // attribute.step
+    return attribute.low + attribute.step * integer(rng, 0, steps)
+
+
+def _make_facts(rng: Random, entities: dict[str, list[Entity]]) -> list[Fact]:
+    facts: list[Fact] = []
+    for relation in RELATIONS:
+        subjects = entities[relation.subject_kind]
+        if relation.id == "P36":
+            facts += _capitals(relation, subjects, facts)
+            continue
+        for editable in (True, False):
+            # Balanced in each half, so that every object has subjects that no request edits.
+            group = [subject for subject in subjects if subject.editable == editable]
+            facts += _relate(rng, relation, group, entities[relation.object_kind])
+    return facts
+
+
+def _relate(
+    rng: Random, relation: Relation, subjects: Sequence[Entity], objects: Sequence[Entity]
+) -> list[Fact]:
+    drawn = balanced(rng, objects, len(subjects))
+    return [
+        Fact(relation=relation, subject=subject, object=drawn_object)
+        for subject, drawn_object in zip(subjects, drawn, strict=True)
+    ]
+
+
+def _capitals(relation: Relation, countries: Sequence[Entity], facts: Sequence[Fact]) -> list[Fact]:
+    """Makes each country's first city its capital; a random one could lie in another country."""
+    cities = {fact.object.id: fact.subject for fact in reversed(facts) if fact.relation.id == "P17"}
+    return [
+        Fact(relation=relation, subject=country, object=cities[country.id]) for country in countries
+    ]

@@ -1,0 +1,116 @@
+"""Requests to change facts of the world, in the layout of CounterFact (Meng et al., 2022)."""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from random import Random
+from typing import Any
+
+from molf.errors import InputError
+from molf.world.documents import Claim, unrelated_sentence
+from molf.world.draws import choice, sample
+from molf.world.entities import Entity, Fact, World
+
+DEMO_COUNT = 200
+
+_PARAPHRASES = 2
+_NEIGHBORS = 10
+_ATTRIBUTES = 10
+_GENERATIONS = 10
+
+# A stream of randomness apart from the world's own and that of its texts.
+_STREAM = 3_000_003
+
+# Facts that are to stay true, by relation and object.
+_Companions = dict[tuple[str, Entity], list[Fact]]
+
+
+def counterfact_records(
+    world: World, count: int = DEMO_COUNT, seed: int = 0
+) -> list[dict[str, Any]]:
+    """Returns requests to change facts, each with the prompts that show what else changed.
+
+    The records have CounterFact's fields. Only editable subjects are edited; neighbourhood and
+    attribute prompts, and the sentences before paraphrases, are about entities that are not
+    editable. A prompt ends without white space and a target begins without: " " joins them.
+
+    Args:
+        world: The world, see `build_world`.
+        count: How many requests.
+        seed: Which facts are changed, and to what.
+
+    Raises:
+        InputError: If `count` is negative or above the number of facts that can be edited.
+    """
+    companions: _Companions = defaultdict(list)
+    for fact in world.facts:
+        if not fact.subject.editable:
+            companions[fact.relation.id, fact.object].append(fact)
+    candidates = [
+        (index, fact)
+        for index, fact in enumerate(world.facts)
+        if fact.subject.editable and len(_prompts(_companions_of(companions, fact))) >= _NEIGHBORS
+    ]
+    if not 0 <= count <= len(candidates):
+        raise InputError(
+            f"Invalid count={count}. Must be in 0..{len(candidates)}, the number of editable facts."
+        )
+    truths = [fact.statements for facts in companions.values() for fact in facts]
+    rng = Random(_STREAM + seed)
+    return [
+        _record(rng, case_id, index, fact, companions, truths)
+        for case_id, (index, fact) in enumerate(sample(rng, candidates, count))
+    ]
+
+
+def _record(
+    rng: Random,
+    case_id: int,
+    index: int,
+    fact: Fact,
+    companions: _Companions,
+    truths: Sequence[Claim],
+) -> dict[str, Any]:
+    relation, name = fact.relation, fact.subject.name
+    new_facts = choice(
+        rng,
+        [
+            facts
+            for (relation_id, new_object), facts in companions.items()
+            if relation_id == relation.id
+            and new_object != fact.object
+            and len(_prompts(facts)) >= _ATTRIBUTES
+        ],
+    )
+    phrasing, *others = sample(rng, relation.phrasings, 1 + _PARAPHRASES)
+    return {
+        "case_id": case_id,
+        "pararel_idx": index,
+        "requested_rewrite": {
+            "prompt": phrasing,
+            "relation_id": relation.id,
+            "target_new": _target(new_facts[0].object),
+            "target_true": _target(fact.object),
+            "subject": name,
+        },
+        "paraphrase_prompts": [
+            f"{unrelated_sentence(rng, truths)} {other.format(name)}" for other in others
+        ],
+        "neighborhood_prompts": sample(rng, _prompts(_companions_of(companions, fact)), _NEIGHBORS),
+        "attribute_prompts": sample(rng, _prompts(new_facts), _ATTRIBUTES),
+        "generation_prompts": [
+            choice(rng, relation.openings).format(name) for _ in range(_GENERATIONS)
+        ],
+    }
+
+
+def _companions_of(companions: _Companions, fact: Fact) -> Sequence[Fact]:
+    """Returns the facts that stay true and share the relation and the object."""
+    return companions.get((fact.relation.id, fact.object), ())
+
+
+def _prompts(facts: Sequence[Fact]) -> list[str]:
+    return [prompt for fact in facts for prompt in fact.prompts]
+
+
+def _target(entity: Entity) -> dict[str, str]:
+    return {"str": entity.name, "id": entity.id}
