@@ -109,6 +109,11 @@ def test_recipe_lists(recipe, ranks):
         ("ranks: [1, 2\nseed: 3\n", ["not YAML", "line 2"]),
         ("- a\n", ["name: value", "list"]),
         ("config: other.yaml\n", ["another config"]),
+        ("seed: 1\nseed: 2\n", ["'seed' is given twice", "line 2"]),
+        ("1: 2\n", ["1 is not the name of an option"]),
+        ("? [a]\n: 2\n", ["not YAML"]),
+        ("seed: \0\n", ["not YAML"]),
+        ("ranks: []\n", ["ranks", "whole numbers"]),
     ],
 )
 def test_wrong_recipe(refused, recipe, text, words):
@@ -116,6 +121,16 @@ def test_wrong_recipe(refused, recipe, text, words):
     error = refused("train", "--config", path)
     for word in [path, *words]:
         assert word in error
+
+
+def test_empty_lists_in_a_recipe(recipe):
+    settings = read("--config", recipe("exclude_modules: []\nreport_to: []\n"))
+    assert settings.exclude_modules == ()
+    assert settings.report_to == ()
+
+
+def test_recipe_with_a_byte_order_mark(recipe):
+    assert read("--config", recipe("\ufeffseed: 3\r\n")).seed == 3
 
 
 def test_missing_recipe(refused):

@@ -46,6 +46,23 @@ def test_wrong_input_needs_no_torch():
     run(sys.executable, "-c", code)
 
 
+def test_reader_of_the_help_leaves():
+    """Bash tells the exit code of each part; what was asked for was done."""
+    script = f'{MOLF} train --help | true; echo "${{PIPESTATUS[0]}}"'
+    assert run("bash", "-c", script).stdout.strip() == "0"
+
+
+def test_progress_that_nobody_reads_any_more():
+    """The run goes on: rich would end the process."""
+    code = (
+        "import os, sys; from molf.train.progress import make_reporter;"
+        "reading, writing = os.pipe(); os.dup2(writing, 2); os.close(reading);"
+        "reporter = make_reporter(); reporter.say('one'); reporter.say('two'); print('done')"
+    )
+    finished = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert finished.stdout == "done\n"
+
+
 def test_reader_that_leaves(tmp_path):
     from molf.core.routing import Decision
     from molf.train.routing_log import RoutingWriter

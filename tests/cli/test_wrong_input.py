@@ -1,5 +1,6 @@
 """Wrong input: one line with what was given and what is allowed, code 2, nothing written."""
 
+import json
 import sys
 from pathlib import Path
 
@@ -34,9 +35,20 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[1] / name) for name in ("ev
         ("train --lora_dropout 0.1", ["lora_dropout=0.1", "molf"]),
         ("train --save_total_limit 2", ["save_total_limit", "save_steps"]),
         ("train --seed 1 --seed 2", ["--seed", "multiple times"]),
-        ("train surplus", ["surplus"]),
+        ("train --seed 4294967296", ["seed=4294967296", "below 2**32"]),
+        ("train --ranks=", ["--ranks", "whole numbers"]),
+        ("train --model=", ["model", "empty"]),
+        ("train --target_modules [q", ["target_modules='[q'", "not a regular expression"]),
+        ("train --unheard_of 1", ["--unheard_of", "molf train --help"]),
+        ("train --bf16 maybe", ["'maybe'", "molf train --help"]),
+        ("train surplus", ["surplus", "molf train --help"]),
         ("eval", ["--task"]),
         ("eval --task fact", ["model", "--predictions"]),
+        ("eval x --task fact --seed -1", ["seed=-1"]),
+        ("eval x --task fact --seed 4294967296", ["seed=4294967296"]),
+        ("eval x --task fact --max_samples 0", [" max_samples=0"]),
+        ("eval x --task fact --max_length 1", ["max_length=1"]),
+        ("eval x --task fact --per_device_eval_batch_size 0", ["per_device_eval_batch_size=0"]),
         ("routing", ["RUN"]),
         ("routing nowhere", ["nowhere"]),
     ],
@@ -181,6 +193,33 @@ def test_model_without_weights(train, real_base, tmp_path):
         if file.suffix != ".safetensors":
             (path / file.name).write_bytes(file.read_bytes())
     assert str(path) in train("--ranks", "4", model=path)
+    # Patterns are checked before weights are asked for, which may be a long download away.
+    assert "'nothing'" in train("--ranks", "4", "--target_modules", "nothing", model=path)
+
+
+def test_model_whose_weights_are_cut_off(train, real_base, tmp_path):
+    path = tmp_path / "cut"
+    path.mkdir()
+    for file in real_base.iterdir():
+        (path / file.name).write_bytes(file.read_bytes()[:5000])
+    (path / "tokenizer.json").write_bytes((real_base / "tokenizer.json").read_bytes())
+    assert str(path) in train("--ranks", "4", model=path)
+
+
+def test_nothing_to_evaluate_within_the_limit(train, real_base, tmp_path, capsys, monkeypatch):
+    """Found by the first evaluation, when the run has its directory: that goes again."""
+    from molf.cli import main
+
+    monkeypatch.chdir(tmp_path)
+    for name, words in (("short", 3), ("long", 99)):
+        record = {"prompt": "word " * words, "completion": " end"}
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps(record) + "\n")
+    arguments = ["train", "--task", "custom", "--model", str(real_base), "--ranks", "4"]
+    arguments += ["--data", "short.jsonl", "--eval_data", "long.jsonl", "--max_length", "32"]
+    assert main([*arguments, "--output_dir", "run"]) == 2
+    errors = capsys.readouterr().err.splitlines()
+    assert "max_length=32" in errors[-1]
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(

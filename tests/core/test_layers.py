@@ -254,3 +254,22 @@ def test_model_may_be_a_single_linear_layer():
     optimizer.step()
     assert optimizer.param_groups[0]["param_names"] == ["weight", "bias"]
     assert list(optimizer.routing) == [""]
+
+
+def test_module_may_be_a_name_of_the_model_itself():
+    """Stripped as if it were DDP's, it would give two layers one name, and one would be lost."""
+    model = nn.ModuleDict({"module": nn.ModuleDict({"a": nn.Linear(3, 3)}), "a": nn.Linear(3, 3)})
+    assert names(model) == ["module.a", "a"]
+    assert names(nn.DataParallel(model)) == ["module.a", "a"]
+    wrapped = nn.Sequential()
+    wrapped.add_module("_orig_mod", nn.DataParallel(model))
+    assert names(wrapped) == ["module.a", "a"]
+
+
+def test_layer_without_elements_is_not_routed():
+    model = nn.ModuleDict({"a": nn.Linear(3, 0), "b": nn.Linear(3, 3)})
+    optimizer = tiny_optimizer(model)
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    assert list(optimizer.routing) == ["b"]

@@ -301,3 +301,17 @@ def test_sparse_gradients_are_refused_before_anything_changes():
 def test_wrong_hyper_parameters_are_named(model, kwargs, message):
     with pytest.raises(ValueError, match=message):
         MoLFAdamW.from_model(model, MoLFConfig(ranks=(2, 3)), **kwargs)
+
+
+@pytest.mark.parametrize(
+    ("model", "config", "message"),
+    [
+        (nn.Linear(2, 2).parameters(), None, "Invalid model of type generator. Must be Module."),
+        (nn.Linear(2, 2), {"ranks": 4}, "Invalid config of type dict. Must be MoLFConfig."),
+        (nn.Linear(2, 2), "epd", "Invalid config of type str. Must be MoLFConfig."),
+    ],
+)
+def test_model_and_config_of_another_kind_are_named(model, config, message):
+    with pytest.raises(TypeError) as raised:
+        MoLFAdamW.from_model(model, config)
+    assert str(raised.value) == message

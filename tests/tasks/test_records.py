@@ -159,3 +159,20 @@ def test_an_unreachable_address_names_the_option_for_a_local_file(monkeypatch, t
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(InputError, match="is not the address of a"):
         read_records("https://example.org/page.html")
+
+
+def test_unreachable_hub_is_asked_once(monkeypatch):
+    from huggingface_hub import constants
+
+    asked = []
+
+    def unreachable(url):
+        asked.append(url)
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.get_hf_file_metadata", unreachable)
+    with pytest.raises(InputError, match=r"owner/name .* cannot be reached: no network\. --data"):
+        read_records("owner/name")
+    assert len(asked) == 1
+    assert "datasets/owner/name" in asked[0]

@@ -85,6 +85,14 @@ def test_wins():
     assert wins.take_recent() == {}
     wins.add(decisions(0))
     assert wins.take_recent() == {"full": 0.5, "lora0_r4": 0.5, "lora1_r8": 0.0}
-    wins.add({"a": Decision(("full",), {})})
+    wins.add({"a": Decision(("full",), {"full": 2.0, "lora0_r4": 1.0})})
     assert wins.take_recent()["full"] == 1.0
     assert wins.shares() == pytest.approx({"full": 2 / 3, "lora0_r4": 1 / 3, "lora1_r8": 0.0})
+
+
+def test_a_tie_at_rate_zero_is_no_win():
+    wins = Wins(["full", "lora0_r4"])
+    wins.add({"a": Decision(("full",), {"full": 0.0, "lora0_r4": 0.0})})
+    assert wins.shares() == {}
+    wins.add({"a": Decision(("lora0_r4",), {"full": 1.0, "lora0_r4": 2.0})})
+    assert wins.shares() == {"full": 0.0, "lora0_r4": 1.0}

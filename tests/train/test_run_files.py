@@ -111,6 +111,17 @@ def test_replaced_run_is_kept_until_the_new_one_is_complete(tmp_path):
     assert names(tmp_path) == ["run", "run.replaced-1"]
 
 
+def test_discarded_run_brings_the_earlier_one_back(tmp_path):
+    path = tmp_path / "run"
+    path.mkdir()
+    (path / "config.yaml").write_text("first")
+    directory = RunDirectory(path, overwrite=True)
+    (directory / "config.yaml").write_text("second")
+    directory.discard()
+    assert names(tmp_path) == ["run"]
+    assert (path / "config.yaml").read_text() == "first"
+
+
 def read_results(path):
     with path.open(newline="") as file:
         return list(csv.DictReader(file))

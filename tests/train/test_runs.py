@@ -167,6 +167,13 @@ def test_checkpoints_only_if_asked(record, options, workplace):
     assert found == ["checkpoint-2", "checkpoint-3"]
 
 
+def test_a_warning_is_shown_once(base, facts, workplace, capsys):
+    arguments = ["train", "--task", "fact", "--model", str(base), "--data", str(facts)]
+    arguments += ["--max_steps", "2", "--ranks", "40", "--output_dir", str(workplace / "large")]
+    assert main(arguments) == 0
+    assert capsys.readouterr().err.count("Rank 40 exceeds") == 1
+
+
 def test_too_long_examples_are_counted_and_said(options, workplace, capsys):
     path = workplace / "long"
     assert main([*options, "--max_length", "17", "--output_dir", str(path)]) == 0

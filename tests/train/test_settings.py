@@ -60,6 +60,15 @@ def test_demo_brings_model_and_rates():
     assert settings.lora_learning_rate > settings.learning_rate
 
 
+@pytest.mark.parametrize("method", ["lora", "molf"])
+def test_a_given_rate_holds_for_the_factors_too(method):
+    """Above a demo's own rates as well; lora would else ignore `--learning_rate`."""
+    settings = resolve(TrainSettings(method=method, learning_rate=1e-4), NOW)
+    assert settings.lora_learning_rate == 1e-4
+    settings = resolve(TrainSettings(method=method, lora_learning_rate=1e-4), NOW)
+    assert settings.lora_learning_rate == 1e-4
+
+
 @pytest.mark.parametrize("method", ["fft", "lora", "molf"])
 def test_options_without_effect_warn(method):
     given = {"score": "pfn", "weight_decay": 0.2, "ranks": (4,)}
@@ -80,6 +89,15 @@ def test_default_directory_is_fresh(tmp_path, monkeypatch):
     assert first == Path("runs/custom-molf-name-20260102-030405")
     first.mkdir(parents=True)
     assert resolved().output_dir == Path("runs/custom-molf-name-20260102-030405-2")
+
+
+def test_home_is_expanded(monkeypatch):
+    """Recipes and quoted options come with `~`, which the trainer would expand and we would not."""
+    monkeypatch.setenv("HOME", "/somewhere")
+    settings = resolved(output_dir=Path("~/out"), data="~/a.jsonl", forgetting_data="a~b.txt")
+    assert settings.output_dir == Path("/somewhere/out")
+    assert settings.data == "/somewhere/a.jsonl"
+    assert settings.forgetting_data == "a~b.txt"
 
 
 def test_resolved_settings_are_settings():
@@ -120,6 +138,40 @@ def test_unrouted_layer_is_noticed():
         RoutingCallback(prepared, None, None).on_optimizer_step(
             None, None, None, optimizer=optimizer
         )
+
+
+def test_autocast_is_possible_on_a_cpu():
+    from molf.train import sft_config
+
+    assert sft_config.sft_config(resolved(bf16=True)).bf16 is True
+
+
+@pytest.mark.parametrize(
+    ("steps", "given", "warns"),
+    [
+        (1, {}, True),
+        (2, {}, False),
+        (1, {"warmup_ratio": 0.0}, False),
+        (1, {"lr_scheduler_type": "constant"}, False),
+    ],
+)
+def test_warm_up_that_takes_all_steps(steps, given, warns):
+    from molf.train.sft_config import sft_config
+    from molf.train.training import _warn_of_warmup
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        _warn_of_warmup(steps, sft_config(resolved(**given)))
+    assert [str(w.message) for w in caught if "warm-up" in str(w.message)] == [
+        *(
+            [
+                "The warm-up takes all 1 steps and starts at learning rate 0. Give "
+                "--warmup_ratio 0 to train at the full rate from the start."
+            ]
+            if warns
+            else []
+        )
+    ]
 
 
 def test_training_args_win_over_our_own_choices():

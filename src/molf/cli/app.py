@@ -8,6 +8,7 @@ from importlib.metadata import version
 from cyclopts import App, Parameter
 
 from molf.cli.recipe import apply_recipe
+from molf.cli.whole_numbers import refuse_fractions
 
 
 def _as_written(name: str) -> str:
@@ -20,7 +21,7 @@ app = App(
     help="Fine-tune language models without choosing between full fine-tuning and LoRA.",
     help_format="plaintext",
     version=version("molf"),
-    config=apply_recipe,
+    config=(apply_recipe, refuse_fractions),
     default_parameter=Parameter(name_transform=_as_written, negative_iterable=()),
     result_action="return_value",
     suppress_keyboard_interrupt=False,  # main turns it into an exit code
@@ -31,8 +32,18 @@ app.command(
     name="train",
     help="Fine-tune a model and measure it before and after; without options, the shipped demo.",
 )
-app.command("molf.cli.eval:evaluate_model", name="eval", help="Measure a model on a task.")
+app.command("molf.cli.eval:evaluate_model", name="eval", help="Measure a model on tasks.")
 app.command("molf.cli.routing:show_routing", name="routing", help="Print what was routed where.")
+
+recipes = App(name="recipes", help="List, copy and check recipes: files of options for --config.")
+recipes.command("molf.cli.recipes:list_recipes", name="ls", help="Print the shipped recipes.")
+recipes.command("molf.cli.recipes:copy_recipe", name="cp", help="Copy a shipped recipe.")
+recipes.command(
+    "molf.cli.recipes:validate_recipes",
+    name="validate",
+    help="Check every option of recipes without running anything.",
+)
+app.command(recipes)
 
 
 def join_booleans(tokens: Sequence[str]) -> list[str]:

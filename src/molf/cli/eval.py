@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -9,7 +11,9 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from molf.errors import InputError
-from molf.tasks import TASKS
+from molf.evaluate.harness import PREFIX
+from molf.tasks import TASKS, TaskOptions, check_task
+from molf.train.converters import words
 from molf.train.settings import DATA, EVALUATION, OUTPUT
 
 
@@ -18,12 +22,23 @@ from molf.train.settings import DATA, EVALUATION, OUTPUT
 class EvalOptions:
     """The options of `molf eval`."""
 
-    task: Annotated[str, Parameter(choices=TASKS, group=DATA)]
-    """What is measured."""
+    task: Annotated[
+        tuple[str, ...],
+        Parameter(
+            name=("--task", "--tasks"),
+            converter=words,
+            n_tokens=1,
+            group=DATA,
+            help=f"What is measured, separated by commas: {', '.join(TASKS)}, or {PREFIX}NAME "
+            "for a task of lm-evaluation-harness.",
+        ),
+    ]
     data: Annotated[str | None, Parameter(group=DATA)] = None
-    """Records to evaluate on: a JSON, JSONL or Parquet file, a folder of them, or a Hub id."""
+    """Records to evaluate on: a JSON, JSONL, Parquet or CSV file, a folder of them, or a Hub id."""
     max_samples: Annotated[int | None, Parameter(group=DATA)] = None
     """Evaluate on at most this many records, drawn by the seed."""
+    few_shot: Annotated[int | None, Parameter(group=DATA, show_default="0")] = None
+    """Answered training questions in front of every question, drawn by the seed (sql, med)."""
     max_length: Annotated[int, Parameter(group=DATA)] = 1024
     """Longest text in tokens; longer ones are left out and counted."""
     forgetting_data: Annotated[str | None, Parameter(group=EVALUATION)] = None
@@ -35,9 +50,79 @@ class EvalOptions:
     seed: Annotated[int, Parameter(group=EVALUATION)] = 42
     """Seed of the draw of records and of the intervals."""
     output_dir: Annotated[Path | None, Parameter(group=OUTPUT)] = None
-    """Write eval.json and predictions.jsonl here."""
+    """Write eval.json and the predictions here."""
     overwrite: Annotated[bool, Parameter(group=OUTPUT)] = False
     """Replace an earlier evaluation in output_dir."""
+
+    def __post_init__(self) -> None:
+        """Check what can be said without reading any data."""
+        for name in ("data", "forgetting_data", "predictions", "output_dir"):
+            value = getattr(self, name)
+            if value is not None and str(value).startswith("~"):
+                object.__setattr__(self, name, type(value)(os.path.expanduser(value)))
+        least = {"max_samples": 1, "max_length": 2, "per_device_eval_batch_size": 1, "seed": 0}
+        for name, minimum in least.items():
+            value = getattr(self, name)
+            if value is not None and value < minimum:
+                raise InputError(f"Invalid {name}={value}. Must be at least {minimum}.")
+        if self.seed >= 2**32:  # what numpy's generators take
+            raise InputError(f"Invalid seed={self.seed}. Must be below 2**32.")
+        for name in self.task:
+            if self.task.count(name) > 1:
+                raise InputError(f"Invalid task={','.join(self.task)}: {name} comes twice.")
+            if name in ("", PREFIX):
+                raise InputError(f"Invalid task={name!r}. Name the task of the harness as well.")
+        for options in self.task_options:
+            check_task(options)
+        self._check_data()
+        if self.predictions is not None and len(self.task) > 1:
+            raise InputError(
+                f"Invalid predictions with {len(self.task)} tasks: saved texts answer one. "
+                "Run molf eval once for each file of predictions."
+            )
+        if self.predictions is not None and self.harness_tasks:
+            raise InputError(
+                f"Invalid predictions with {self.task[0]}: lm-evaluation-harness measures models, "
+                "not saved texts."
+            )
+
+    @property
+    def task_options(self) -> list[TaskOptions]:
+        """What each of our own tasks is loaded with."""
+        return [
+            TaskOptions(
+                name=name,
+                data=self.data,
+                max_eval_samples=self.max_samples,
+                few_shot=self.few_shot or 0,
+                seed=self.seed,
+                evaluation_only=True,
+            )
+            for name in self.task
+            if not name.startswith(PREFIX)
+        ]
+
+    @property
+    def harness_tasks(self) -> list[str]:
+        """The names of lm-evaluation-harness's tasks, without their prefix."""
+        return [name.removeprefix(PREFIX) for name in self.task if name.startswith(PREFIX)]
+
+    def _check_data(self) -> None:
+        """Data, and a task that lives by it, cannot be shared by several tasks."""
+        own = [options.name for options in self.task_options]
+        for option in ("data", "forgetting_data"):
+            if getattr(self, option) is not None and not own:
+                raise InputError(
+                    f"Invalid {option}={getattr(self, option)} with {','.join(self.task)}: "
+                    "lm-evaluation-harness brings its own data. Leave it out."
+                )
+        if len(own) > 1 and (self.data is not None or "custom" in own):
+            given = "task=custom" if self.data is None else f"data={self.data}"
+            raise InputError(
+                f"Invalid {given} with the tasks {','.join(own)}: data belongs to one task. "
+                "Run molf eval once with --task NAME --data FILE for each task that needs data, "
+                "and once for the others."
+            )
 
 
 def evaluate_model(
@@ -47,7 +132,7 @@ def evaluate_model(
     options: EvalOptions,
     config: Annotated[Path | None, Parameter(group=DATA)] = None,
 ) -> None:
-    """Measure a model on a task.
+    """Measure a model on one or several tasks.
 
     Args:
         model: A local directory in transformers format, or a Hub id.
@@ -55,12 +140,13 @@ def evaluate_model(
         config: A YAML file of these options; the command line wins over it.
     """
     from molf.cli.evaluation import evaluate_checkpoint, score_saved_texts
-    from molf.cli.summary import print_evaluation
+    from molf.cli.summary import print_evaluations
 
-    if (model is None) == (options.predictions is None):
-        given = "neither" if model is None else "both"
-        raise InputError(f"Give a model or --predictions FILE with saved texts; given: {given}.")
-    if model is None:
-        print_evaluation(score_saved_texts(options))
+    if options.predictions is not None:
+        if model is not None:
+            warnings.warn(f"Saved texts are scored; {model} is not used.", stacklevel=1)
+        print_evaluations(score_saved_texts(options))
+    elif model is not None:
+        print_evaluations(evaluate_checkpoint(model, options))
     else:
-        print_evaluation(evaluate_checkpoint(model, options))
+        raise InputError("Give a model, or --predictions FILE with saved texts; given: neither.")

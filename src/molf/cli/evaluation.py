@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from molf.cli.eval import EvalOptions
 from molf.errors import InputError
 from molf.evaluate import Evaluation, EvaluationSettings, evaluate, read_plain_text
-from molf.tasks import Task, TaskOptions, load_task
+from molf.evaluate.harness import PREFIX, Harness
+from molf.tasks import Task, load_task
 from molf.train.files import write_json, write_jsonl
 from molf.train.model_path import check_model
 from molf.train.progress import make_reporter
@@ -17,8 +19,8 @@ from molf.train.result import evaluation_record
 from molf.train.run_directory import EVALUATION, PREDICTIONS, RunDirectory, check_output
 
 
-def evaluate_checkpoint(model: str, options: EvalOptions) -> Evaluation:
-    """Measure a checkpoint.
+def evaluate_checkpoint(model: str, options: EvalOptions) -> dict[str, Evaluation]:
+    """Measure a checkpoint, loaded once, on each task; return the evaluations by task.
 
     Raises:
         InputError: The options, the data or the model are wrong.
@@ -30,11 +32,8 @@ def evaluate_checkpoint(model: str, options: EvalOptions) -> Evaluation:
         max_length=options.max_length,
         seed=options.seed,
     )
-    task = _load_task(options)
-    if options.forgetting_data is None:
-        forgetting_text = task.default_forgetting_text()
-    else:
-        forgetting_text = read_plain_text(options.forgetting_data)
+    tasks = {task.name: load_task(task) for task in options.task_options}
+    texts = {name: _forgetting_text(task, options) for name, task in tasks.items()}
 
     from molf.train.libraries import quiet_libraries
 
@@ -43,39 +42,54 @@ def evaluate_checkpoint(model: str, options: EvalOptions) -> Evaluation:
 
         from molf.train.model_loading import load_model
 
+        harness = _load_harness(options)
         loaded = load_model(model)
         loaded.model.to("cuda" if torch.cuda.is_available() else "cpu")
-        with make_reporter().evaluating(f"Evaluating {model}") as show:
-            evaluation = evaluate(
-                loaded.model, loaded.tokenizer, task, forgetting_text, settings, show
-            )
-    _write(options, task, evaluation)
-    return evaluation
+        reporter = make_reporter()
+        evaluations: dict[str, Evaluation] = {}
+        for name in options.task:
+            title = f"Evaluating {model} on {name}"
+            if name in tasks:
+                with reporter.evaluating(title) as show:
+                    evaluations[name] = evaluate(
+                        loaded.model, loaded.tokenizer, tasks[name], texts[name], settings, show
+                    )
+            elif harness is not None:
+                reporter.say(title)  # the harness shows its own progress
+                found = harness.evaluate(loaded.model, loaded.tokenizer, name.removeprefix(PREFIX))
+                evaluations.update(found)
+    _write(options, evaluations)
+    return evaluations
 
 
-def score_saved_texts(options: EvalOptions) -> Evaluation:
-    """Score the texts of `--predictions`, without a model.
+def score_saved_texts(options: EvalOptions) -> dict[str, Evaluation]:
+    """Score the texts of `--predictions`, without a model; return the evaluation by task.
 
     Raises:
         InputError: The options, the data or the predictions are wrong.
     """
     predictions = _read_predictions(Path(str(options.predictions)))
     _check_output(options)
-    task = _load_task(options)
-    evaluation = task.score_predictions(predictions)
-    _write(options, task, evaluation)
-    return evaluation
+    (task,) = options.task_options
+    evaluations = {task.name: load_task(task).score_predictions(predictions)}
+    _write(options, evaluations)
+    return evaluations
 
 
-def _load_task(options: EvalOptions) -> Task:
-    return load_task(
-        TaskOptions(
-            name=options.task,
-            data=options.data,
-            max_eval_samples=options.max_samples,
-            seed=options.seed,
-            evaluation_only=True,
-        )
+def _forgetting_text(task: Task, options: EvalOptions) -> str:
+    if options.forgetting_data is None:
+        return task.default_forgetting_text()
+    return read_plain_text(options.forgetting_data)
+
+
+def _load_harness(options: EvalOptions) -> Harness | None:
+    if not options.harness_tasks:
+        return None
+    return Harness(
+        options.harness_tasks,
+        few_shot=options.few_shot,
+        max_samples=options.max_samples,
+        batch_size=options.per_device_eval_batch_size,
     )
 
 
@@ -103,13 +117,17 @@ def _check_output(options: EvalOptions) -> None:
         check_output(options.output_dir, overwrite=options.overwrite, marker=EVALUATION)
 
 
-def _write(options: EvalOptions, task: Task, evaluation: Evaluation) -> None:
+def _write(options: EvalOptions, evaluations: Mapping[str, Evaluation]) -> None:
+    """Write eval.json, and the predictions: one file, or one per task where there are several."""
     if options.output_dir is None:
         return
     directory = RunDirectory(options.output_dir, overwrite=options.overwrite, marker=EVALUATION)
-    write_jsonl(directory / PREDICTIONS, evaluation.predictions)
-    write_json(
-        directory / EVALUATION,
-        {"task": task.name, "metrics": evaluation_record(evaluation), "notes": evaluation.notes},
-    )
+    records = []
+    for name, evaluation in evaluations.items():
+        if evaluation.predictions:
+            file = PREDICTIONS if len(evaluations) == 1 else f"predictions-{name}.jsonl"
+            write_jsonl(directory / file, evaluation.predictions)
+        metrics = evaluation_record(evaluation)
+        records.append({"task": name, "metrics": metrics, "notes": evaluation.notes})
+    write_json(directory / EVALUATION, records[0] if len(records) == 1 else {"tasks": records})
     directory.complete()

@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Sequence
 from typing import TextIO
 
-from cyclopts import CycloptsError
+from cyclopts import CycloptsError, MissingArgumentError, UnknownOptionError, UnusedCliTokensError
 
 from molf.cli.app import app, join_booleans
 from molf.errors import InputError
@@ -20,12 +20,17 @@ DONE, FAILED, WRONG_INPUT, INTERRUPTED = 0, 1, 2, 130
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `molf` with these arguments (those of the process if None); return the exit code."""
+    # Read when torch is loaded. Threads that spin while they wait for one another make a small
+    # model ten times slower on a CPU that has anything else to do.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     arguments = join_booleans(sys.argv[1:] if argv is None else argv)
     with warnings.catch_warnings():
-        warnings.showwarning = _show_warning
+        warnings.showwarning = _WarningLines()
         try:
             return app(arguments, exit_on_error=False, print_error=False) or DONE
-        except (CycloptsError, InputError) as error:
+        except CycloptsError as error:
+            return _fail(WRONG_INPUT, _explain(error))
+        except InputError as error:
             return _fail(WRONG_INPUT, str(error))
         except KeyboardInterrupt:
             return INTERRUPTED
@@ -33,6 +38,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             # The reader has gone. Python would fail once more when it flushes at exit.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return DONE
+        except SystemExit as exiting:
+            if not isinstance(exiting.__context__, BrokenPipeError):
+                raise
+            return DONE  # the same, met by rich
         except Exception as error:
             return _fail(FAILED, _describe(error))
 
@@ -41,6 +50,19 @@ def _fail(code: int, message: str) -> int:
     line = " ".join(message.split())
     sys.stderr.write(f"molf: error: {line}\n")
     return code
+
+
+def _explain(error: CycloptsError) -> str:
+    """Return the parser's message, with where to find what is allowed if it does not say."""
+    message = str(error)
+    if isinstance(error, UnusedCliTokensError):
+        message = f"Unexpected {' '.join(error.unused_tokens or ())!r}."
+    elif not isinstance(error, (UnknownOptionError, MissingArgumentError)):
+        return message
+    if "Did you mean" in message:
+        return message
+    command = " ".join(("molf", *(error.command_chain or ())))
+    return f"{message} What is allowed is listed by `{command} --help`."
 
 
 def _describe(error: Exception) -> str:
@@ -56,13 +78,22 @@ def _describe(error: Exception) -> str:
     return f"{type(error).__name__}: {error} (traceback: {log.name})"
 
 
-def _show_warning(
-    message: Warning | str,
-    category: type[Warning],
-    filename: str,
-    lineno: int,
-    file: TextIO | None = None,
-    line: str | None = None,
-) -> None:
-    """Show a warning as one line: where in the code it arose does not help a user."""
-    (file or sys.stderr).write(f"molf: warning: {message}\n")
+class _WarningLines:
+    """Shows each warning once, as one line: where in the code it arose does not help a user."""
+
+    def __init__(self) -> None:
+        self._shown: set[str] = set()
+
+    def __call__(
+        self,
+        message: Warning | str,
+        category: type[Warning],
+        filename: str,
+        lineno: int,
+        file: TextIO | None = None,
+        line: str | None = None,
+    ) -> None:
+        text = " ".join(str(message).split())
+        if text not in self._shown:
+            self._shown.add(text)
+            (file or sys.stderr).write(f"molf: warning: {text}\n")

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from rich.console import Console
 from rich.table import Table
 
 from molf.evaluate import Evaluation
+from molf.evaluate.harness import PREFIX
 from molf.evaluate.meanings import meanings
 from molf.train.model_card import show_metric
 from molf.train.result import RunResult
@@ -47,17 +48,20 @@ def print_summary(result: RunResult) -> None:
     _print_lines(console, [*_notes(result.after), *lines])
 
 
-def print_evaluation(evaluation: Evaluation) -> None:
-    """Print the metrics of one evaluation to standard output."""
+def print_evaluations(evaluations: Mapping[str, Evaluation]) -> None:
+    """Print the metrics of each task in a table of its own to standard output."""
     console = Console()
-    table = Table()
-    table.add_column("metric")
-    table.add_column("value", justify="right")
-    table.add_column("count", justify="right")
-    for name, metric in evaluation.metrics.items():
-        table.add_row(name, show_metric(metric), str(metric.count))
-    console.print(table)
-    _print_lines(console, [*_legend(evaluation.metrics), *_notes(evaluation)])
+    for name, evaluation in evaluations.items():
+        table = Table(title=name, title_justify="left")
+        table.add_column("metric")
+        table.add_column("value", justify="right")
+        table.add_column("count", justify="right")
+        for metric_name, metric in evaluation.metrics.items():
+            table.add_row(metric_name, show_metric(metric), str(metric.count))
+        console.print(table)
+        # The harness's metrics may share a name with ours and mean something else.
+        known = () if name.startswith(PREFIX) else evaluation.metrics
+        _print_lines(console, [*_legend(known), *_notes(evaluation)])
 
 
 def _legend(metrics: Iterable[str]) -> list[str]:

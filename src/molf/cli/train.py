@@ -19,7 +19,7 @@ def train_model(
 
     Args:
         settings: The options.
-        config: A YAML file of these options; the command line wins over it.
+        config: A YAML file of these options, or a recipe by name; the command line wins over it.
     """
     from molf.cli.summary import print_summary
     from molf.train.run import train

@@ -19,7 +19,7 @@ from torch import Tensor
 # Torch gives each thread at least this many elements; the half dozen tensors of a chain then take
 # 0.8 MB of its cache in float32.
 _CPU_BLOCK_ELEMENTS_PER_THREAD = 32_768
-_SCORE_EPS = 1e-8  # of the score (METHOD: whatever the optimizer's own eps)
+_SCORE_EPS = 1e-8  # of the score, whatever the optimizer's own eps
 
 
 def state_dtype(weight: Tensor) -> torch.dtype:

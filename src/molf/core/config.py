@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 SCORES = ("epd", "pfn", "random", "full", "lora")
 """Routing scores: two of the paper (Eq. 10 and 11) and three controls."""
@@ -51,11 +53,19 @@ class MoLFConfig:
         """Normalise sequences to tuples and check every value."""
         self._set("ranks", _as_tuple(self.ranks))
         if isinstance(self.alpha, Iterable):
-            self._set("alpha", tuple(self.alpha))
+            self._set("alpha", _as_tuple(self.alpha))
         for name in ("target_modules", "exclude_modules"):
-            value = getattr(self, name)
-            if not isinstance(value, str):
-                self._set(name, tuple(value or ()))
+            self._set(name, _as_patterns(name, getattr(self, name)))
+        for name, allowed in (
+            ("use_rslora", (True, False)),
+            ("freeze_base", (True, False)),
+            ("freeze_rest", (True, False, None)),
+        ):
+            if not any(getattr(self, name) is value for value in allowed):
+                raise ValueError(
+                    f"Invalid {name}={getattr(self, name)!r}. Must be one of "
+                    f"{', '.join(map(str, allowed))}."
+                )
 
         if not self.ranks or not all(_is_int(r) and r >= 1 for r in self.ranks):
             raise ValueError(
@@ -131,8 +141,27 @@ def lora_expert_names(ranks: Iterable[int]) -> tuple[str, ...]:
     return tuple(f"lora{i}_r{rank}" for i, rank in enumerate(ranks))
 
 
-def _as_tuple(value: int | Iterable[int]) -> tuple[int, ...]:
-    return tuple(value) if isinstance(value, Iterable) else (value,)
+def _as_tuple(value: Any) -> tuple[Any, ...]:
+    many = isinstance(value, Iterable) and not isinstance(value, str)
+    return tuple(value) if many else (value,)
+
+
+def _as_patterns(name: str, value: Any) -> str | tuple[str, ...]:
+    """Check module patterns as far as that is possible without a model."""
+    if isinstance(value, str):
+        try:
+            re.compile(value)
+        except re.error as error:
+            raise ValueError(
+                f"Invalid {name}={value!r}: not a regular expression: {error}."
+            ) from None
+        return value
+    endings = _as_tuple(() if value is None else value)
+    if not all(isinstance(ending, str) for ending in endings):
+        raise ValueError(
+            f"Invalid {name}={value!r}. Must be a list of name endings, or a regular expression."
+        )
+    return endings
 
 
 def _is_int(value: object) -> bool:

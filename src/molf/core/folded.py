@@ -1,4 +1,4 @@
-"""The folded form (METHOD section 3): one dense weight, LoRA experts in the optimizer's state.
+"""The folded form (docs/method.md, section 3): LoRA experts as state of the optimizer.
 
 The model holds `W_eff = W + sum_i s_i B_i A_i` and nothing else. A and B of all experts of a layer
 are stacked: expert i owns rows of A [R, in] and the same columns of B [out, R], R = sum of ranks,

@@ -16,7 +16,7 @@ from typing import Any
 from torch import nn
 
 from molf.core.config import MoLFConfig
-from molf.core.layers import LinearLayer, clean_name, find_layers
+from molf.core.layers import LinearLayer, clean_name, find_layers, is_in_module
 
 _STRUCTURE = ("layer", "transposed", "ranks", "scalings")
 _ROUTED_KEYS = (
@@ -127,8 +127,9 @@ def _rest_groups(
 ) -> list[dict[str, Any]]:
     """Trainable parameters outside the routed layers, with and without decay."""
     routed = {p for layer in layers for p in (layer.weight, layer.bias) if p is not None}
+    in_module = is_in_module(model)
     named = [
-        (clean_name(name), parameter)
+        (clean_name(name, in_module=in_module), parameter)
         for name, parameter in model.named_parameters()
         if parameter.requires_grad and parameter not in routed
     ]
@@ -144,7 +145,7 @@ def _warn_of_rounding(layers: list[LinearLayer]) -> None:
     for dtype in rounded:
         warnings.warn(
             f"Routed weights are {dtype}: updates are computed in float32 and then rounded to "
-            "nearest, so small ones are lost (METHOD: at lr 2e-5, most of them). Load the model in "
+            "nearest, so small ones are lost (at lr 2e-5, most of them). Load the model in "
             "float32 and train under autocast.",
             stacklevel=3,
         )

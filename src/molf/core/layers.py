@@ -43,12 +43,31 @@ class LinearLayer:
         return self.weight.shape[0 if self.transposed else 1]
 
 
-def clean_name(name: str) -> str:
-    """Return a module's or parameter's name without the prefixes that wrappers add."""
+def clean_name(name: str, *, in_module: bool = True) -> str:
+    """Return a module's or parameter's name without the prefixes that wrappers add.
+
+    Args:
+        name: The name.
+        in_module: Whether a leading `module` is a wrapper's, see `is_in_module`.
+    """
     parts = [part for part in name.split(".") if part not in _WRAPPERS]
-    if len(parts) > 1 and parts[0] == "module":  # DDP; deeper down it is the model's own name
+    if in_module and len(parts) > 1 and parts[0] == "module":
         del parts[0]
     return ".".join(parts)
+
+
+def is_in_module(model: nn.Module) -> bool:
+    """Whether all of the model is in an attribute `module`, where DDP and DataParallel put it.
+
+    Elsewhere `module` is the model's own name, and without it two layers could share one.
+    """
+    while len(children := dict(model.named_children())) == 1:
+        name, model = next(iter(children.items()))
+        if name == "module":
+            return True
+        if name not in _WRAPPERS:
+            return False
+    return False
 
 
 def find_layers(model: nn.Module, config: MoLFConfig) -> list[LinearLayer]:
@@ -66,8 +85,11 @@ def find_layers(model: nn.Module, config: MoLFConfig) -> list[LinearLayer]:
         UserWarning: A rank exceeds a layer's smaller side, or linear weights exist that cannot be
             routed (fused mixture-of-experts tensors).
     """
+    in_module = is_in_module(model)
     linears = {
-        clean_name(name): module for name, module in model.named_modules() if _is_linear(module)
+        clean_name(name, in_module=in_module): module
+        for name, module in model.named_modules()
+        if _is_linear(module)
     }
     _check_not_wrapped(model)
     if not linears:
@@ -89,7 +111,7 @@ def find_layers(model: nn.Module, config: MoLFConfig) -> list[LinearLayer]:
                 f"Layer {name} is quantised ({weight.dtype}): the full expert needs real weights. "
                 "Load the model unquantised, or exclude the layer with exclude_modules."
             )
-        if not weight.requires_grad:
+        if not weight.requires_grad or not weight.numel():
             continue
         if len(owners[weight]) > 1:
             others = ", ".join(owner for owner in owners[weight] if owner != name)
@@ -134,7 +156,8 @@ def _output_layer_name(model: nn.Module) -> str | None:
         if callable(getattr(module, "get_output_embeddings", None)):
             head = module.get_output_embeddings()
             found = [n for n, m in model.named_modules() if m is head]
-            return clean_name(found[0]) if head is not None and found else None
+            in_module = is_in_module(model)
+            return clean_name(found[0], in_module=in_module) if head is not None and found else None
         if name.count(".") > 1:
             break
     return None
@@ -172,13 +195,7 @@ def _check_patterns(
 ) -> None:
     for pattern in (patterns,) if isinstance(patterns, str) else patterns:
         single = patterns if isinstance(patterns, str) else (pattern,)
-        try:
-            found = any(_matches(name, single) for name in linears)
-        except re.error as error:
-            raise ValueError(
-                f"Invalid {option}={pattern!r}: not a regular expression: {error}."
-            ) from None
-        if not found:
+        if not any(_matches(name, single) for name in linears):
             raise ValueError(
                 f"Invalid {option}: {pattern!r} matches no linear layer. Linear layers of the "
                 f"model end in: {_endings(linears)}."
@@ -196,10 +213,11 @@ def _shown(patterns: str | tuple[str, ...]) -> str:
 def _weight_owners(model: nn.Module) -> dict[torch.Tensor, list[str]]:
     """Names of the modules that hold each parameter; more than one means a tied weight."""
     owners = defaultdict(list)
+    in_module = is_in_module(model)
     for name, module in model.named_modules():
         for parameter in module._parameters.values():
             if parameter is not None:
-                owners[parameter].append(clean_name(name))
+                owners[parameter].append(clean_name(name, in_module=in_module))
     return owners
 
 

@@ -107,8 +107,14 @@ class MoLFAdamW(Optimizer):
 
         Raises:
             ValueError: A value is not allowed, or no layer can be routed (see `find_layers`).
+            TypeError: The model is no module, or the configuration no `MoLFConfig`.
         """
-        config = config or MoLFConfig()
+        config = MoLFConfig() if config is None else config
+        for name, value, kind in (("model", model, nn.Module), ("config", config, MoLFConfig)):
+            if not isinstance(value, kind):
+                raise TypeError(
+                    f"Invalid {name} of type {type(value).__name__}. Must be {kind.__name__}."
+                )
         groups = build_groups(
             model,
             config,

@@ -50,7 +50,7 @@ class ReferenceDecision(NamedTuple):
 
 
 class ReferenceLayer:
-    """One routed linear layer: `W_eff = W + sum_i s_i B_i A_i`, and a step that reads like METHOD.
+    """One routed linear layer, `W_eff = W + sum_i s_i B_i A_i`, with the step of docs/method.md.
 
     Args:
         weight: W, [out, in], in any floating-point dtype; all arithmetic happens in it.
@@ -113,7 +113,7 @@ class ReferenceLayer:
         factor: float = 1.0,
         winners: Sequence[int] | None = None,
     ) -> ReferenceDecision:
-        """Take one step (METHOD section 2).
+        """Take one step (docs/method.md, section 2).
 
         Args:
             grad: G, the gradient of `W_eff`, [out, in].

@@ -22,8 +22,8 @@ class Metric:
 
     Attributes:
         value: The estimate.
-        low: Lower end of the interval.
-        high: Upper end of the interval.
+        low: Lower end of the interval; NaN where it is not known.
+        high: Upper end of the interval; NaN where it is not known.
         count: How many observations the value is taken over.
     """
 

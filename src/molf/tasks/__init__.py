@@ -31,7 +31,7 @@ _LOADERS: dict[str, Callable[[TaskOptions], Task]] = {
 
 TASKS: tuple[str, ...] = tuple(_LOADERS)
 
-__all__ = ["TASKS", "Task", "TaskOptions", "load_task"]
+__all__ = ["TASKS", "Task", "TaskOptions", "check_task", "load_task"]
 
 
 def load_task(options: TaskOptions) -> Task:
@@ -43,6 +43,16 @@ def load_task(options: TaskOptions) -> Task:
     Raises:
         InputError: There is no such task, or its data is missing, unreachable or wrong.
     """
+    check_task(options)
+    return _LOADERS[options.name](options)
+
+
+def check_task(options: TaskOptions) -> None:
+    """Check what can be said about a task's options without reading any data.
+
+    Raises:
+        InputError: There is no such task, or it has no use for an option.
+    """
     if options.name not in _LOADERS:
         raise InputError(f"Unknown task {options.name!r}. Must be one of {', '.join(TASKS)}.")
     if options.few_shot and options.name not in _QUESTIONS:
@@ -50,4 +60,3 @@ def load_task(options: TaskOptions) -> Task:
             f"Invalid few_shot={options.few_shot} with task={options.name}. "
             f"Must be 0; demonstrations are for {', '.join(_QUESTIONS)}."
         )
-    return _LOADERS[options.name](options)

@@ -118,9 +118,30 @@ def _split_of(path: Path) -> str | None:
     return None
 
 
+def _check_hub(name: str, option: str) -> None:
+    """Ask the Hub once whether it is there; `datasets` would ask for half a minute."""
+    from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url
+    from huggingface_hub.errors import HfHubHTTPError
+
+    if constants.HF_HUB_OFFLINE:  # the user wants what is cached
+        return
+    url = hf_hub_url(name, ".gitattributes", repo_type="dataset")
+    try:
+        get_hf_file_metadata(url)
+    except HfHubHTTPError:
+        return  # it is there; what is wrong with the data set is for `datasets` to say
+    except Exception as error:  # of whichever HTTP library this version of the Hub client uses
+        raise InputError(
+            f"{option}: {name} is no local file or folder, and {url} cannot be reached: "
+            f"{first_line(error)}. --{option} also takes a local file or folder; HF_HUB_OFFLINE=1 "
+            "uses a cached copy."
+        ) from error
+
+
 def _read_hub(name: str, option: str) -> dict[str, list[Record]]:
     import datasets
 
+    _check_hub(name, option)
     try:
         loaded = datasets.load_dataset(name)
         splits = {split: loaded[split].to_list() for split in loaded}

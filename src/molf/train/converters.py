@@ -15,20 +15,24 @@ def numbers(kind: type[int] | type[float]) -> Callable[[Any, Sequence[Token]], t
     """Return a converter of numbers separated by commas, or of a YAML list of them."""
 
     def convert(type_: Any, tokens: Sequence[Token]) -> tuple[Any, ...]:
+        rule = f"must be {_KINDS[kind]} separated by commas"
         try:
-            return tuple(kind(text) for text in words(type_, tokens))
+            converted = tuple(kind(text) for text in _split(tokens))
         except ValueError:
-            raise _wrong(tokens, f"must be {_KINDS[kind]} separated by commas") from None
+            raise _wrong(tokens, rule) from None
+        if not converted:
+            raise _wrong(tokens, rule)
+        return converted
 
     return convert
 
 
 def words(type_: Any, tokens: Sequence[Token]) -> tuple[str, ...]:
-    """Convert words separated by commas, or a YAML list of them."""
-    found = [word.strip() for token in tokens for word in token.value.split(",")]
+    """Convert words separated by commas, or a YAML list of them; an empty text holds none."""
+    found = _split(tokens)
     if not all(found):
         raise _wrong(tokens, "must be words separated by commas")
-    return tuple(found)
+    return found
 
 
 def patterns(type_: Any, tokens: Sequence[Token]) -> str | tuple[str, ...]:
@@ -39,9 +43,15 @@ def patterns(type_: Any, tokens: Sequence[Token]) -> str | tuple[str, ...]:
     """
     if len(tokens) == 1:
         text = tokens[0].value
-        if text == "all-linear" or not re.fullmatch(r"[\w.,\s-]+", text):
+        if text == "all-linear" or not re.fullmatch(r"[\w.,\s-]*", text):
             return text
     return words(type_, tokens)
+
+
+def _split(tokens: Sequence[Token]) -> tuple[str, ...]:
+    if len(tokens) == 1 and not tokens[0].value.strip():
+        return ()  # `[]` in YAML comes as an empty text
+    return tuple(word.strip() for token in tokens for word in token.value.split(","))
 
 
 def _wrong(tokens: Sequence[Token], rule: str) -> CoercionError:

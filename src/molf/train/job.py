@@ -15,6 +15,7 @@ import torch
 from transformers import set_seed
 from trl import SFTConfig
 
+from molf.errors import InputError
 from molf.evaluate import Evaluation, EvaluationSettings, evaluate
 from molf.evaluate.inference import length_limit
 from molf.tasks import Task
@@ -24,7 +25,7 @@ from molf.train.files import write_json, write_jsonl, write_text, write_yaml
 from molf.train.memory import peak_memory, reset_peak_memory
 from molf.train.methods import adapted_layers
 from molf.train.model_card import model_card
-from molf.train.model_loading import LoadedModel, load_model
+from molf.train.model_loading import LoadedModel, load_model, load_skeleton
 from molf.train.model_saving import save_model
 from molf.train.progress import Reporter
 from molf.train.resolved import ResolvedSettings
@@ -58,6 +59,8 @@ def run_job(
     """
     arguments = sft_config(settings)
     set_seed(settings.seed)  # before anything random, such as adapters
+    # The layers are known from the configuration: wrong patterns must not cost a download.
+    adapted_layers(load_skeleton(settings.model), settings)
     base = load_model(settings.model)
     max_length = length_limit(base.model, settings.max_length)
     encoded = encode_samples(base.tokenizer, task.training_samples, max_length)
@@ -79,6 +82,9 @@ def run_job(
         result = job.run()
         append_result(directory.path.parent / RESULTS, results_row(result, settings, started))
         directory.complete()
+    except _UnusableDataError as error:
+        directory.discard()
+        raise InputError(str(error)) from error
     except KeyboardInterrupt:
         reporter.say(f"Interrupted; what was written is in {directory.path}.{_kept(directory)}")
         raise
@@ -87,6 +93,10 @@ def run_job(
         log = _write_traceback(directory)
         raise RunError(f"{cause} (traceback: {log}){_kept(directory)}") from error
     return result
+
+
+class _UnusableDataError(Exception):
+    """The base model cannot be measured on the data: found before anything was trained."""
 
 
 @dataclass
@@ -128,7 +138,10 @@ class _Job:
                 f"Left out: {self.encoded.left_out} of {len(self.task.training_samples)} examples "
                 f"are longer than {self.settings.max_length} tokens."
             )
-        before, before_seconds = self._evaluate(self.base, "Evaluating the base model")
+        try:
+            before, before_seconds = self._evaluate(self.base, "Evaluating the base model")
+        except InputError as error:  # such as records that are all too long
+            raise _UnusableDataError(str(error)) from error
         training = run_training(
             self.base, self.encoded, self.settings, self.arguments, self.directory, self.reporter
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -82,7 +83,9 @@ def _metric_row(name: str, before: Metric, after: Evaluation | None) -> str:
 
 
 def show_metric(metric: Metric | None) -> str:
-    """Return a value with its interval."""
+    """Return a value with its interval, where that is known."""
     if metric is None:
         return "-"
+    if math.isnan(metric.low):
+        return f"{metric.value:.3f}"
     return f"{metric.value:.3f} [{metric.low:.3f}, {metric.high:.3f}]"

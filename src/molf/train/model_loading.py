@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from molf.errors import InputError
@@ -32,6 +33,22 @@ class LoadedModel:
     generation_config: Any
 
 
+def load_skeleton(model: str) -> Any:
+    """Make the model on the meta device, from its configuration alone: names and shapes.
+
+    Raises:
+        InputError: The configuration is not there, or not that of a causal language model.
+    """
+    path = Path(model).expanduser()
+    name = str(path) if path.is_dir() else model
+    try:
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except (OSError, ValueError, ImportError) as error:
+        raise _not_loaded(model, error) from error
+
+
 def load_model(model: str) -> LoadedModel:
     """Load a causal language model in float32, and its tokenizer.
 
@@ -47,9 +64,8 @@ def load_model(model: str) -> LoadedModel:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         loaded = _from_pretrained(name, torch.float32)
         stored = config.dtype or _from_pretrained(name, "auto").dtype
-    except (OSError, ValueError, ImportError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise InputError(f"model {model} cannot be loaded: {reason}") from error
+    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
+        raise _not_loaded(model, error) from error
     return LoadedModel(
         model=loaded,
         tokenizer=tokenizer,
@@ -57,6 +73,11 @@ def load_model(model: str) -> LoadedModel:
         config=copy.deepcopy(loaded.config),
         generation_config=copy.deepcopy(loaded.generation_config),
     )
+
+
+def _not_loaded(model: str, error: Exception) -> InputError:
+    reason = str(error).strip().split("\n")[0]
+    return InputError(f"model {model} cannot be loaded: {reason}")
 
 
 def _from_pretrained(name: str, dtype: torch.dtype | str) -> Any:

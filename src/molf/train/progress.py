@@ -102,9 +102,16 @@ class TerminalReporter(Reporter):
         )
 
 
+class _ProgressConsole(Console):
+    """A console that falls silent when nobody reads it any more; rich would end the run."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+
+
 def make_reporter() -> Reporter:
     """Return the reporter that fits standard error."""
-    console = Console(stderr=True)
+    console = _ProgressConsole(stderr=True)
     return TerminalReporter(console) if console.is_terminal else Reporter(console)
 
 

@@ -53,11 +53,18 @@ def resolve(settings: TrainSettings, now: datetime) -> ResolvedSettings:
     config = settings.method_config
     if config is not None:
         values |= {"ranks": config.ranks, "alpha": config.alphas}
+    if settings.lora_learning_rate is None and settings.learning_rate is not None:
+        values["lora_learning_rate"] = None  # a task's own rate goes with the task's other rate
     if values.get("lora_learning_rate") is None:
         values["lora_learning_rate"] = values["learning_rate"]
     values["model"] = settings.model or _task_model(settings.task)
     if settings.output_dir is None:
         values["output_dir"] = _fresh_directory(settings, values["model"], now)
+    else:  # the shell expands ~, recipes and quoted options do not
+        values["output_dir"] = settings.output_dir.expanduser()
+    for name in ("data", "eval_data", "forgetting_data"):
+        if (values.get(name) or "").startswith("~"):
+            values[name] = str(Path(values[name]).expanduser())
     return ResolvedSettings(**values)
 
 

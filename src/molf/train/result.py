@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
@@ -47,11 +48,23 @@ class RunResult:
 
 
 def evaluation_record(evaluation: Evaluation) -> dict[str, Any]:
-    """Return an evaluation in the form of `eval.json`: metrics by name, then tables by name."""
-    return {
-        **{name: asdict(metric) for name, metric in evaluation.metrics.items()},
-        **asdict(evaluation)["tables"],
-    }
+    """Return an evaluation in the form of `eval.json`: metrics by name, then tables by name.
+
+    An end of an interval that is not known (NaN) is written as null, which JSON has.
+    """
+    record: dict[str, Any] = _without_nan(
+        {
+            **{name: asdict(metric) for name, metric in evaluation.metrics.items()},
+            **asdict(evaluation)["tables"],
+        }
+    )
+    return record
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _without_nan(entry) for name, entry in value.items()}
+    return None if isinstance(value, float) and math.isnan(value) else value
 
 
 def results_row(result: RunResult, settings: ResolvedSettings, started: datetime) -> dict[str, Any]:

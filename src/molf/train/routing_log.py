@@ -102,7 +102,10 @@ def routing_parts(run: Path) -> list[Path]:
     parts = sorted((run / ROUTING).glob("part-*.parquet"))
     if not parts:
         if (run / CONFIG).is_file():
-            raise InputError(f"{run} has no routing: only method=molf routes its updates.")
+            raise InputError(
+                f"{run} has no routing: only method=molf routes its updates, and a run that goes "
+                "on, or was killed, has none before its first part is written."
+            )
         raise InputError(
             f"{run} is not a run of `molf train`: it has no {CONFIG} and no {ROUTING}/."
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from datetime import datetime
 
 from molf.evaluate import read_plain_text
-from molf.tasks import TaskOptions, load_task
+from molf.tasks import load_task
 from molf.train.model_path import check_model
 from molf.train.progress import Reporter, make_reporter
 from molf.train.resolved import resolve
@@ -32,16 +32,7 @@ def train(settings: TrainSettings, reporter: Reporter | None = None) -> RunResul
     resolved = resolve(settings, started)
     check_model(resolved.model)
     check_output(resolved.output_dir, overwrite=resolved.overwrite)
-    task = load_task(
-        TaskOptions(
-            name=resolved.task,
-            data=resolved.data,
-            eval_data=resolved.eval_data,
-            max_samples=resolved.max_samples,
-            max_eval_samples=resolved.max_eval_samples,
-            seed=resolved.seed,
-        )
-    )
+    task = load_task(resolved.task_options)
     if resolved.forgetting_data is None:
         forgetting_text = task.default_forgetting_text()
     else:

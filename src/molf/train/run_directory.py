@@ -90,6 +90,11 @@ class RunDirectory:
             shutil.rmtree(self.replaced)
             self.replaced = None
 
+    def discard(self) -> None:
+        """Delete this run, which has nothing worth keeping, and bring the earlier one back."""
+        shutil.rmtree(self.path)
+        self._restore()
+
     def _restore(self) -> None:
         if self.replaced is not None:
             self.replaced.rename(self.path)

@@ -15,7 +15,7 @@ from cyclopts import Group, Parameter
 
 from molf.core.config import SCORES, MoLFConfig
 from molf.errors import InputError
-from molf.tasks import TASKS
+from molf.tasks import TASKS, TaskOptions, check_task
 from molf.train.converters import numbers, patterns, words
 from molf.train.defaults import METHODS, defaults_for, lora_alpha
 
@@ -47,6 +47,8 @@ class TrainSettings:
     """Train on at most this many records, drawn by the seed."""
     max_eval_samples: Annotated[int | None, Parameter(group=DATA)] = None
     """Evaluate on at most this many records, drawn by the seed."""
+    few_shot: Annotated[int, Parameter(group=DATA)] = 0
+    """Answered training questions in front of every question, drawn by the seed (sql, med)."""
     max_length: Annotated[int, Parameter(group=DATA)] = 1024
     """Longest example in tokens; longer ones are left out and counted, never cut."""
 
@@ -179,11 +181,30 @@ class TrainSettings:
         for name in ("warmup_ratio", "adam_beta1", "adam_beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise InputError(f"Invalid {name}={getattr(self, name)}. Must be in [0, 1).")
+        if self.seed >= 2**32:  # what numpy's generators take
+            raise InputError(f"Invalid seed={self.seed}. Must be below 2**32.")
+        for name in ("model", "data", "eval_data", "forgetting_data"):
+            if getattr(self, name) == "":
+                raise InputError(f"Invalid {name}: empty. Leave the option out for the default.")
         if self.save_total_limit is not None and self.save_steps is None:
             raise InputError(
                 "Invalid save_total_limit without save_steps: no checkpoints are written."
             )
+        check_task(self.task_options)
         self.method_config  # noqa: B018 (raises where the method's own settings are wrong)
+
+    @property
+    def task_options(self) -> TaskOptions:
+        """What the task is loaded with."""
+        return TaskOptions(
+            name=self.task,
+            data=self.data,
+            eval_data=self.eval_data,
+            max_samples=self.max_samples,
+            max_eval_samples=self.max_eval_samples,
+            few_shot=self.few_shot,
+            seed=self.seed,
+        )
 
     @property
     def method_config(self) -> MoLFConfig | None:
@@ -250,6 +271,7 @@ _NOT_NEGATIVE = (
     "weight_decay",
     "lora_weight_decay",
     "max_grad_norm",
+    "few_shot",
     "seed",
 )
 

@@ -58,7 +58,7 @@ def sft_config(settings: ResolvedSettings) -> SFTConfig:
             allowed, or a tracker of `report_to` is not installed.
     """
     _check_trackers(settings.report_to)
-    extra = _parse(settings.training_args)
+    extra = parse_training_args(settings.training_args)
     bf16 = settings.bf16
     if bf16 is None:
         bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
@@ -71,6 +71,7 @@ def sft_config(settings: ResolvedSettings) -> SFTConfig:
         "logging_first_step": True,
         "logging_nan_inf_filter": False,  # a loss that is not a number is to be seen
         "run_name": settings.output_dir.name,
+        "use_cpu": not torch.accelerator.is_available(),  # else bf16 is refused there
         **extra,  # these may be the user's; everything below has an option or is refused above
         "output_dir": str(settings.output_dir / CHECKPOINTS),
         "num_train_epochs": settings.num_train_epochs,
@@ -128,8 +129,12 @@ class _Parser(HfArgumentParser):
         raise InputError(f"training_args: {message}")
 
 
-def _parse(given: Mapping[str, str]) -> dict[str, Any]:
-    """Give each value the type that SFTConfig declares for its name."""
+def parse_training_args(given: Mapping[str, str]) -> dict[str, Any]:
+    """Give each value the type that SFTConfig declares for its name.
+
+    Raises:
+        InputError: A name is unknown or not the user's to set, or a value has the wrong type.
+    """
     known = _known()
     tokens = []
     for name, value in given.items():

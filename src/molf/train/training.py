@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,6 +57,7 @@ def run_training(
     routes = settings.method == "molf"
     wins = Wins(settings.method_config.experts if routes and settings.method_config else ())
     steps = _total_steps(len(encoded.input_ids), settings)
+    _warn_of_warmup(steps, arguments)
     with (
         RoutingWriter(directory / ROUTING) as writer,
         reporter.training(steps) as show,
@@ -91,6 +93,16 @@ def run_training(
         loss=output.training_loss,
         shares=wins.shares(),
     )
+
+
+def _warn_of_warmup(steps: int, arguments: SFTConfig) -> None:
+    """Warn where nothing can move: warm-up starts at rate 0, and its share is rounded up."""
+    if arguments.lr_scheduler_type != "constant" and arguments.get_warmup_steps(steps) >= steps:
+        warnings.warn(
+            f"The warm-up takes all {steps} steps and starts at learning rate 0. Give "
+            "--warmup_ratio 0 to train at the full rate from the start.",
+            stacklevel=2,
+        )
 
 
 class _Trainer(SFTTrainer):

@@ -27,10 +27,15 @@ class Wins:
         self._recent_decisions = 0
 
     def add(self, routing: Mapping[str, Decision]) -> None:
-        """Count one step's decisions."""
+        """Count one step's decisions, but for layers whose experts all score 0.
+
+        That is every layer in the first step of a warm-up: the rate is 0, nothing moves, and a tie
+        is no win.
+        """
         for decision in routing.values():
-            self._recent.update(decision.winners)
-        self._recent_decisions += len(routing)
+            if any(decision.scores.values()):
+                self._recent.update(decision.winners)
+                self._recent_decisions += 1
 
     def shares(self) -> dict[str, float]:
         """Share of all decisions that each expert won."""

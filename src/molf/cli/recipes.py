@@ -1,0 +1,125 @@
+"""`molf recipes`: list, copy and check recipes."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Parameter
+
+from molf.cli.shipped import recipe_names, shipped_recipe
+from molf.errors import InputError
+
+_SHOWN = ("method", "task", "model")
+_WRONG_INPUT = 2
+_WIDE = 1000  # columns: a recipe is one line, for grep, however narrow the terminal
+
+
+def list_recipes(
+    *,
+    as_json: Annotated[bool, Parameter(name="--json", negative=())] = False,
+) -> None:
+    """Print the shipped recipes.
+
+    Args:
+        as_json: Print a list of objects instead of a table.
+    """
+    rows = [_describe(shipped_recipe(name)) for name in recipe_names()]
+    if as_json:
+        sys.stdout.write(json.dumps(rows, indent=2, ensure_ascii=False) + "\n")
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False)
+    for column in ("name", *_SHOWN, "description"):
+        table.add_column(column)
+    for row in rows:
+        table.add_row(*row.values())
+    Console(width=_WIDE).print(table)
+
+
+def copy_recipe(
+    name: str,
+    destination: Path | None = None,
+    /,
+    *,
+    overwrite: Annotated[bool, Parameter(negative=())] = False,
+) -> None:
+    """Copy a shipped recipe, to be changed.
+
+    Args:
+        name: Its name.
+        destination: A file or a directory; NAME.yaml here if not given.
+        overwrite: Replace a file that is there.
+    """
+    from molf.train.files import write_text
+
+    source = shipped_recipe(name)
+    target = Path(source.name) if destination is None else destination.expanduser()
+    if target.is_dir():
+        target /= source.name
+    if target.exists() and not overwrite:
+        raise InputError(f"{target} exists. Give --overwrite to replace it, or another name.")
+    if not target.parent.is_dir():
+        raise InputError(f"{target} cannot be written: there is no directory {target.parent}.")
+    command = f"molf train --config {shlex.quote(str(target))}"
+    _, _, rest = source.read_text(encoding="utf-8").partition("\n")
+    try:
+        write_text(target, f"# {command}\n{rest}")
+    except OSError as error:
+        raise InputError(f"{target} cannot be written: {error.strerror}.") from error
+    sys.stdout.write(f"{command}\n")
+
+
+def validate_recipes(*recipes: str) -> int:
+    """Check every option of recipes without running anything.
+
+    Args:
+        recipes: YAML files, or names of shipped recipes.
+
+    Returns:
+        The exit code: 2 if any has an error.
+    """
+    from molf.cli.shipped import find_recipe
+    from molf.cli.validation import validate_recipe
+
+    if not recipes:
+        raise InputError("Give the recipes to check: YAML files, or names of shipped ones.")
+    wrong = False
+    for recipe in recipes:
+        try:
+            found = validate_recipe(find_recipe(recipe))
+        except InputError as error:
+            wrong = True
+            _say("error", str(error))
+            continue
+        for line in found.warnings:
+            _say("warning", f"{recipe}: {line}")
+        for line in found.errors:
+            _say("error", f"{recipe}: {line}")
+        if found.errors:
+            wrong = True
+        else:
+            sys.stdout.write(f"{recipe}: ok (molf {found.command})\n")
+    return _WRONG_INPUT if wrong else 0
+
+
+def _say(kind: str, text: str) -> None:
+    sys.stderr.write(f"molf: {kind}: {' '.join(text.split())}\n")
+
+
+def _describe(path: Path) -> dict[str, str]:
+    """A recipe in a line: its name, its main options, and the second line of the file."""
+    import yaml
+
+    text = path.read_text(encoding="utf-8")
+    options = yaml.safe_load(text)
+    return {
+        "name": path.stem,
+        **{name: str(options.get(name, "shipped")) for name in _SHOWN},
+        "description": text.splitlines()[1].lstrip("# "),
+    }

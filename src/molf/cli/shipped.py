@@ -1,0 +1,48 @@
+"""The recipes that come with the package: YAML files, each found by the name of its file."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+
+from molf.errors import InputError
+
+_FOLDER = Path(__file__).resolve().parents[1] / "recipes"
+_SUFFIX = ".yaml"
+
+
+def recipe_names() -> list[str]:
+    """The names of the shipped recipes, in alphabetical order."""
+    return sorted(path.stem for path in _FOLDER.glob(f"*{_SUFFIX}"))
+
+
+def shipped_recipe(name: str) -> Path:
+    """The file of a shipped recipe, given its name with or without `.yaml`.
+
+    Raises:
+        InputError: There is no such recipe; those of similar names are named.
+    """
+    name = name.removesuffix(_SUFFIX)
+    names = recipe_names()
+    if name not in names:
+        close = difflib.get_close_matches(name, names, n=3)
+        hint = f" Did you mean {', '.join(close)}?" if close else ""
+        raise InputError(
+            f"No shipped recipe is called {name!r}.{hint} `molf recipes ls` lists them."
+        )
+    return _FOLDER / f"{name}{_SUFFIX}"
+
+
+def find_recipe(text: str) -> Path:
+    """What `--config TEXT` means: the file of that name, or else the shipped recipe.
+
+    Raises:
+        InputError: There is neither.
+    """
+    path = Path(text).expanduser()
+    if path.exists():
+        return path
+    try:
+        return shipped_recipe(text)
+    except InputError as error:
+        raise InputError(f"config {text}: there is no such file. {error}") from error

@@ -1,0 +1,157 @@
+"""Every error of a recipe, found without running anything."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from cyclopts import App, CycloptsError
+from cyclopts.config import Dict
+
+from molf.cli.recipe import read_recipe
+from molf.errors import InputError
+
+_RUN_COMMAND = re.compile(r"\s*#\s*molf\s+([\w-]+)")
+_COMMANDS = ("train", "eval")
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What is to be said about a recipe.
+
+    Attributes:
+        command: The command that it is for.
+        errors: A line for each thing that is wrong.
+        warnings: A line for each thing that is doubtful.
+    """
+
+    command: str
+    errors: list[str]
+    warnings: list[str]
+
+
+def validate_recipe(path: Path) -> Findings:
+    """Check every option of a recipe as its command would.
+
+    Which command that is, the first line of the file says (`# molf eval ...`); else it is `train`.
+    Whether data and models exist is not looked up.
+    """
+    try:
+        options = read_recipe(path)
+    except InputError as error:
+        return Findings("", [str(error)], [])
+    command = _command(path)
+    if command not in _COMMANDS:
+        return Findings(
+            command, [f"molf {command} takes no recipe; {' and '.join(_COMMANDS)} do."], []
+        )
+    accepted, errors = _sort_out(path, command, options)
+    if command == "eval":
+        return Findings(command, errors, [])
+    errors += _training_args_errors(accepted)
+    return Findings(command, errors, _training_warnings(path, accepted))
+
+
+def _command(path: Path) -> str:
+    lines = path.read_text(encoding="utf-8-sig").splitlines()
+    found = _RUN_COMMAND.match(lines[0]) if lines else None
+    return found[1] if found else "train"
+
+
+def _sort_out(
+    path: Path, command: str, options: Mapping[str, Any]
+) -> tuple[dict[str, Any], list[str]]:
+    """Divide options into those that go together, and an error for each of the others.
+
+    An option is taken in where the settings that are there already and it are accepted. Those
+    refused get another chance when others have joined: whether a value is allowed may depend on an
+    option that comes later in the file.
+    """
+    if _error(path, command, options) is None:
+        return dict(options), []
+    accepted: dict[str, Any] = {}
+    # What others depend on, first: an error belongs to the option that does not fit the method.
+    waiting = sorted(options, key=lambda name: name not in ("method", "task", "tasks"))
+    while True:
+        errors: dict[str, str] = {}
+        for name in waiting:
+            error = _error(path, command, {**accepted, name: options[name]})
+            if error is None:
+                accepted[name] = options[name]
+            else:
+                errors[name] = error
+        if len(errors) in (0, len(waiting)):
+            return accepted, [f"{name}: {error}" for name, error in errors.items()]
+        waiting = list(errors)
+
+
+def _error(path: Path, command: str, options: Mapping[str, Any]) -> str | None:
+    try:
+        _parse(path, command, options)
+    except (CycloptsError, InputError) as error:
+        # The line begins with the file and the name already.
+        return " ".join(str(error).replace(f" from {path}", "").split())
+    return None
+
+
+def _parse(path: Path, command: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments that the command would be called with."""
+    from molf.cli.app import app
+    from molf.cli.whole_numbers import refuse_fractions
+
+    recipe = Dict(dict(options), source=str(path), use_commands_as_keys=False)
+    reader = App(
+        default_parameter=app.default_parameter,
+        config=(recipe, refuse_fractions),
+        result_action="return_value",
+    )
+    functions = {"train": "molf.cli.train:train_model", "eval": "molf.cli.eval:evaluate_model"}
+    reader.command(functions[command], name=command)
+    # The task of an evaluation may be left to the command line.
+    task = ["--task", "sql"] if command == "eval" and not {"task", "tasks"} & set(options) else []
+    _, bound, _ = reader.parse_args([command, *task], exit_on_error=False, print_error=False)
+    return dict(bound.arguments)
+
+
+def _training_args_errors(options: Mapping[str, Any]) -> list[str]:
+    """What TRL's own arguments say; asked only if there are some, as importing it takes seconds."""
+    extra = options.get("training_args")
+    if not isinstance(extra, dict):
+        return []
+    from molf.train.libraries import quiet_libraries
+
+    with quiet_libraries():
+        found = [_training_arg_error(name, str(value)) for name, value in extra.items()]
+    return [error for error in found if error is not None]
+
+
+def _training_arg_error(name: str, value: str) -> str | None:
+    from molf.train.sft_config import parse_training_args
+
+    try:
+        parse_training_args({name: value})
+    except InputError as error:
+        return str(error)
+    return None
+
+
+def _training_warnings(path: Path, options: Mapping[str, Any]) -> list[str]:
+    """What `molf train` would warn of, and what it would still need."""
+    from molf.train.resolved import resolve
+    from molf.train.settings import TrainSettings
+
+    settings = _parse(path, "train", options).get("settings", TrainSettings())
+    lines = []
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            resolve(settings, datetime.now())
+        except InputError as error:  # may be given on the command line
+            lines.append(str(error))
+            resolve(replace(settings, model="MODEL"), datetime.now())
+    return list(dict.fromkeys([*(str(warning.message) for warning in caught), *lines]))

@@ -1,0 +1,154 @@
+"""Tasks of lm-evaluation-harness (Gao et al., EleutherAI), on a model that is loaded already.
+
+The harness keeps its own data, prompts, lengths and seeds, so that its scores can be compared with
+those that others report.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib.util
+import logging
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from typing import Any
+
+from molf.errors import InputError
+from molf.evaluate.metric import Evaluation, Metric
+
+PREFIX = "lm-eval:"
+"""What the names of the harness's tasks begin with here."""
+
+_Z = 1.959963984540054  # the standard normal's 97.5% quantile
+_NO_FILTER = "none"  # the harness names a metric "acc,none", or "exact_match,strict-match"
+_STDERR = "_stderr"
+
+
+class Harness:
+    """The harness's tasks with these names, found and their data read before a model is loaded.
+
+    Args:
+        names: Tasks, groups or tags of the harness, without our prefix.
+        few_shot: Demonstrations before each question; None leaves it to the task.
+        max_samples: Use only the first so many records of each task.
+        batch_size: Sequences per forward pass.
+
+    Raises:
+        InputError: The harness is not installed, has no such task, or cannot get a task's data.
+    """
+
+    def __init__(
+        self,
+        names: Sequence[str],
+        few_shot: int | None = None,
+        max_samples: int | None = None,
+        batch_size: int = 1,
+    ) -> None:
+        if importlib.util.find_spec("lm_eval") is None:
+            raise InputError(
+                f"{PREFIX}{names[0]} needs lm-evaluation-harness, which is not installed: "
+                "pip install 'molf[lm-eval]'."
+            )
+        # It tells of defaults that its own task files leave open: nothing a user can act on.
+        logging.getLogger("lm_eval").setLevel(logging.ERROR)
+        from lm_eval.tasks import TaskManager, get_task_dict
+
+        self._few_shot = few_shot
+        self._max_samples = max_samples
+        self._batch_size = batch_size
+        self._manager = TaskManager()
+        for name in names:
+            _check_name(name, self._manager.all_tasks)
+        try:
+            get_task_dict(list(names), self._manager)
+        except OSError as error:  # data is not on this machine, and cannot be reached
+            lines = str(error).strip().splitlines() or [type(error).__name__]
+            raise InputError(
+                f"Data of {', '.join(PREFIX + name for name in names)} cannot be read: {lines[0]}"
+            ) from error
+
+    def evaluate(self, model: Any, tokenizer: Any, name: str) -> dict[str, Evaluation]:
+        """Measure a model on a task, or on a group or tag of tasks.
+
+        Args:
+            model: A transformers causal language model, on its device.
+            tokenizer: Its tokenizer.
+            name: One of the names given.
+
+        Returns:
+            One evaluation, by the prefixed name; a group's has its tasks in the table `by_task`. A
+            name that stands for several tasks without a score of its own gives one for each.
+        """
+        import lm_eval
+        from lm_eval.models.huggingface import HFLM
+
+        results = lm_eval.simple_evaluate(
+            model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=self._batch_size),
+            tasks=[name],
+            num_fewshot=self._few_shot,
+            batch_size=self._batch_size,
+            limit=self._max_samples,
+            log_samples=False,
+            task_manager=self._manager,
+        )
+        metrics = {row: _metrics(results, row) for row in results["results"]}
+        metrics = {row: found for row, found in metrics.items() if found}
+        if not metrics:
+            raise ValueError(f"{PREFIX}{name}: lm-evaluation-harness returned no metric.")
+        own = metrics.pop(name, None)
+        if own is None:
+            return {
+                f"{PREFIX}{row}": Evaluation(found, notes=self._notes(results, row))
+                for row, found in metrics.items()
+            }
+        return {
+            f"{PREFIX}{name}": Evaluation(
+                own,
+                notes=self._notes(results, name),
+                tables={"by_task": metrics} if metrics else {},
+            )
+        }
+
+    def _notes(self, results: Mapping[str, Any], row: str) -> dict[str, Any]:
+        """What a reader has to know to repeat the score."""
+        notes = {
+            "measured_by": f"lm-evaluation-harness {version('lm_eval')}",
+            "task_version": results.get("versions", {}).get(row),
+            "few_shot": results.get("n-shot", {}).get(row),
+            "first_records_only": self._max_samples,
+        }
+        return {name: note for name, note in notes.items() if note is not None}
+
+
+def _check_name(name: str, known: Sequence[str]) -> None:
+    if name not in known:
+        close = difflib.get_close_matches(name, known, n=3)
+        hint = f" Did you mean {', '.join(close)}?" if close else ""
+        raise InputError(
+            f"{PREFIX}{name}: lm-evaluation-harness has no task {name!r}.{hint} "
+            "`lm_eval ls tasks` lists them."
+        )
+
+
+def _metrics(results: Mapping[str, Any], row: str) -> dict[str, Metric]:
+    """The metrics of a task or group; the interval is NaN where the harness gives no error."""
+    values = results["results"][row]
+    count = _count(results, row)
+    metrics = {}
+    for key, value in values.items():
+        name, comma, filtered = key.partition(",")
+        if not comma or name.endswith(_STDERR) or not isinstance(value, (int, float)):
+            continue
+        error = values.get(f"{name}{_STDERR},{filtered}")
+        half = _Z * error if isinstance(error, (int, float)) else float("nan")
+        shown = name if filtered == _NO_FILTER else f"{name},{filtered}"
+        metrics[shown] = Metric(float(value), value - half, value + half, count)
+    return metrics
+
+
+def _count(results: Mapping[str, Any], row: str) -> int:
+    """How many records a task has been measured on; of a group, all of its tasks together."""
+    counts = results["n-samples"].get(row)
+    if counts is not None:
+        return int(counts["effective"])
+    return sum(_count(results, part) for part in results.get("group_subtasks", {}).get(row, ()))

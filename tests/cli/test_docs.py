@@ -1,0 +1,98 @@
+"""The commands in docs/tasks.md and docs/recipes.md run, and their records can be read."""
+
+import json
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from molf.cli import main
+from molf.cli.app import app
+from molf.tasks import TaskOptions, load_task
+from molf.world import BASE_PATH
+
+DOCS = Path(__file__).resolve().parents[2] / "docs"
+TASKS = (DOCS / "tasks.md").read_text()
+RECIPES = (DOCS / "recipes.md").read_text()
+SHORT = ["--max_steps", "2", "--max_length", "256", "--max_samples", "20"]
+
+
+def blocks(text: str, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", text, re.M | re.S)
+
+
+def section(task: str) -> str:
+    return TASKS.split(f"\n## `{task}`\n")[1].split("\n## ")[0]
+
+
+def records(task: str) -> list[dict]:
+    return [json.loads(block) for block in blocks(section(task), "json")]
+
+
+def write(path: Path, lines: list[dict]) -> Path:
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+@pytest.mark.parametrize("task", ["sql", "med", "fact", "custom"])
+def test_records(tmp_path, task):
+    data = write(tmp_path / "records.jsonl", records(task))
+    loaded = load_task(TaskOptions(name=task, data=str(data), evaluation_only=True))
+    assert loaded.evaluation_count == len(records(task))
+
+
+@pytest.mark.parametrize("task", ["sql", "med"])
+def test_prompts(tmp_path, task):
+    """The prompt shown is the one that the record shown is asked with."""
+    data = write(tmp_path / "records.jsonl", records(task) * 2)
+    loaded = load_task(TaskOptions(name=task, data=str(data), eval_data=str(data)))
+    (shown,) = blocks(section(task), "text")
+    assert loaded.training_samples[0].prompt == shown.rstrip("\n")
+
+
+def run(line: str, *extra: str) -> int:
+    line = line.replace("out/model", str(BASE_PATH)).replace("Qwen/Qwen2.5-1.5B", str(BASE_PATH))
+    return main([*shlex.split(line)[1:], *extra])
+
+
+def test_commands_of_tasks(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write(
+        tmp_path / "questions.jsonl",
+        [{**records("sql")[0], "sql_prompt": f"How many {i}?"} for i in range(20)],
+    )
+    quiz = [{**records("med")[0], "question": f"Which is vitamin {i}?"} for i in range(20)]
+    (tmp_path / "quiz").mkdir()
+    write(tmp_path / "quiz" / "train.jsonl", quiz)
+    write(tmp_path / "quiz" / "validation.jsonl", quiz[:3])
+    write(tmp_path / "records.jsonl", records("custom"))
+    train, again, saved, few_shot, several, install, harness = [
+        line for block in blocks(TASKS, "bash") for line in block.splitlines()
+    ]
+    assert run(train, *SHORT) == 0
+    assert run(again) == 0
+    # What a training held out is what its predictions are about.
+    assert 0 < len(Path("out/predictions.jsonl").read_text().splitlines()) < 20
+    assert run(saved) == 0
+    assert run(few_shot) == 0
+    for line in (several, harness):  # these need the network; here they must be understood
+        app.parse_args(shlex.split(line)[1:], exit_on_error=False, print_error=False)
+    assert install == "pip install 'molf[lm-eval]'"
+
+
+def test_commands_of_recipes(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for block in blocks(RECIPES, "bash"):
+        for line in block.splitlines():
+            short = ["--max_steps", "2", "--max_samples", "20"] if "molf train" in line else []
+            assert run(line, *short) == 0, line
+
+
+def test_recipes_named():
+    from molf.cli.shipped import recipe_names
+
+    names = recipe_names()
+    assert set(re.findall(r"`(?:\.\.\.)?-(24gb|laptop)`", RECIPES)) == {"24gb", "laptop"}
+    for ending in ("-24gb", "-laptop", "-chat"):
+        assert any(name.endswith(ending) for name in names)

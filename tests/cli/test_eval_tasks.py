@@ -1,0 +1,164 @@
+"""`molf eval` on several tasks at once, and what it refuses."""
+
+import json
+
+import pytest
+
+from molf.cli import main
+from molf.world import BASE_PATH
+
+MED = {
+    "question": "Which of these is a vitamin?",
+    "opa": "Iron",
+    "opb": "Folate",
+    "opc": "Zinc",
+    "opd": "Salt",
+    "cop": 1,
+    "subject_name": "Biochemistry",
+}
+SQL = {
+    "sql_prompt": "How many towns are there?",
+    "sql_context": "CREATE TABLE town (name TEXT); INSERT INTO town VALUES ('Rome'), ('Paris');",
+    "sql": "SELECT count(*) FROM town;",
+    "sql_complexity": "aggregation",
+}
+SHORT = ["--max_samples", "3", "--per_device_eval_batch_size", "8"]
+
+
+@pytest.fixture
+def data(tmp_path, monkeypatch):
+    """Local records in the place of those of the Hub."""
+    from molf.tasks import med, sql
+
+    for module, name, record in ((med, "MED", MED), (sql, "SQL", SQL)):
+        path = tmp_path / f"{name.lower()}.jsonl"
+        records = [
+            {**record, key: f"{record[key]} ({i})"} for i in range(4) for key in [*record][:1]
+        ]
+        path.write_text("".join(json.dumps(record) + "\n" for record in records))
+        kind = getattr(module, name)
+        replaced = type(kind)(**{**vars(kind), "default_data": str(path)})
+        monkeypatch.setattr(module, name, replaced)
+    return tmp_path
+
+
+@pytest.fixture
+def evaluate(data, capsys):
+    """Evaluate the shipped base; return what was printed and what was written."""
+
+    def run(*options: str):
+        path = data / "evaluation"
+        assert main(["eval", str(BASE_PATH), *options, *SHORT, "--output_dir", str(path)]) == 0
+        return capsys.readouterr().out, path
+
+    return run
+
+
+@pytest.mark.parametrize(
+    "tasks",
+    [
+        ["--task", "demo-fact,sql,med"],
+        ["--task", "demo-fact", "--task", "sql", "--task", "med"],
+        ["--tasks", "demo-fact,sql", "--tasks", "med"],
+        ["--tasks=demo-fact, sql, med"],
+    ],
+)
+def test_several_tasks(evaluate, monkeypatch, tasks):
+    from molf.train import model_loading
+
+    loads = []
+    load = model_loading.load_model
+    monkeypatch.setattr(
+        model_loading, "load_model", lambda model: loads.append(model) or load(model)
+    )
+    out, path = evaluate(*tasks)
+    assert loads == [str(BASE_PATH)]
+    record = json.loads((path / "eval.json").read_text())
+    assert list(record) == ["tasks"]
+    assert [entry["task"] for entry in record["tasks"]] == ["demo-fact", "sql", "med"]
+    metrics = [entry["metrics"] for entry in record["tasks"]]
+    for names, found in zip(
+        [{"es", "acc_new"}, {"execution_accuracy", "by_complexity"}, {"accuracy", "by_subject"}],
+        metrics,
+        strict=True,
+    ):
+        assert names | {"forgetting_loss"} <= set(found)
+    assert out.index("demo-fact") < out.index("execution_accuracy") < out.index("accuracy_logprob")
+    for task in ("demo-fact", "sql", "med"):
+        lines = (path / f"predictions-{task}.jsonl").read_text().splitlines()
+        assert len(lines) == 3
+    assert not (path / "predictions.jsonl").exists()
+
+
+def test_several_tasks_measure_what_one_does(evaluate):
+    _, path = evaluate("--task", "demo-fact,sql")
+    several = json.loads((path / "eval.json").read_text())["tasks"]
+    _, path = evaluate("--task", "sql", "--overwrite")
+    one = json.loads((path / "eval.json").read_text())
+    assert one == several[1]
+    assert (path / "predictions.jsonl").exists()
+    assert not list(path.glob("predictions-*"))
+
+
+def test_predictions_of_one_of_several_can_be_scored_again(evaluate, data):
+    _, path = evaluate("--task", "demo-fact,sql")
+    predictions = str(path / "predictions-sql.jsonl")
+    again = str(data / "again")
+    arguments = ["eval", "--task", "sql", "--predictions", predictions, "--output_dir", again]
+    assert main([*arguments, *SHORT]) == 0
+    metrics = json.loads((data / "again" / "eval.json").read_text())["metrics"]
+    before = json.loads((path / "eval.json").read_text())["tasks"][1]["metrics"]
+    assert metrics == {name: before[name] for name in metrics}
+
+
+def test_few_shot(evaluate):
+    _, path = evaluate("--task", "sql,med", "--few_shot", "1")
+    for task, starts in (("sql", "\nQuestion: How"), ("med", "Question: Which")):
+        for line in (path / f"predictions-{task}.jsonl").read_text().splitlines():
+            assert json.loads(line)["prompt"].count(starts) == 2
+
+
+def test_tasks_in_a_recipe(evaluate, data):
+    (data / "eval.yaml").write_text("tasks: [demo-fact, med]\nseed: 1\n")
+    _, path = evaluate("--config", str(data / "eval.yaml"))
+    record = json.loads((path / "eval.json").read_text())
+    assert [entry["task"] for entry in record["tasks"]] == ["demo-fact", "med"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ("--task sql,sql", ["sql comes twice"]),
+        ("--task sql,poetry", ["poetry", "demo-fact", "custom"]),
+        ("--task sql,", ["--task"]),
+        ("--task sql,med --data x.jsonl", ["data=x.jsonl", "sql,med", "one task", "--data FILE"]),
+        ("--task sql,custom", ["task=custom", "one task"]),
+        ("--task fact --few_shot 1", ["few_shot=1", "task=fact", "sql, med"]),
+        ("--task sql,fact --few_shot 1", ["few_shot=1", "task=fact"]),
+        ("--task sql --few_shot -1", ["few_shot=-1", "at least 0"]),
+        ("--task sql --max_samples 0", ["max_"]),
+        ("--task lm-eval:", ["lm-eval:", "Name the task"]),
+        ("--task lm-eval:piqa --data x.jsonl", ["data=x.jsonl", "brings its own data"]),
+        ("--task lm-eval:piqa --forgetting_data x.txt", ["forgetting_data=x.txt"]),
+    ],
+)
+def test_wrong_tasks(refused, base, arguments, words):
+    error = refused("eval", str(base), *arguments.split())
+    for word in words:
+        assert word in error
+
+
+@pytest.mark.parametrize(
+    ("tasks", "words"),
+    [("sql,med", ["predictions", "2 tasks"]), ("lm-eval:piqa", ["predictions", "lm-eval:piqa"])],
+)
+def test_predictions_answer_one_task(refused, tasks, words):
+    error = refused("eval", "--task", tasks, "--predictions", "p.jsonl")
+    for word in words:
+        assert word in error
+
+
+def test_few_shot_of_train(refused, base):
+    error = refused("train", "--task", "fact", "--model", str(base), "--few_shot", "2")
+    assert "few_shot=2" in error
+    assert "task=fact" in error
