@@ -2,8 +2,8 @@
 
     python scripts/build_base.py
 
-Takes about 15 minutes on two idle CPU cores. The checkpoint, its scores and its model card are written
-beside `--output` and renamed when complete.
+Takes about 27 minutes on one core. The checkpoint, its scores and its model card are written beside
+`--output` and renamed when complete.
 """
 
 import argparse
