@@ -69,6 +69,10 @@ def test_bash_block(code, tmp_path, monkeypatch):
 
 def test_make_demo_is_molf_train_without_arguments():
     plan = subprocess.run(
-        ["make", "--dry-run", "--no-print-directory", "demo"], cwd=ROOT, check=True, capture_output=True, text=True
+        ["make", "--dry-run", "--no-print-directory", "demo"],
+        cwd=ROOT,
+        check=True,
+        capture_output=True,
+        text=True,
     )
     assert plan.stdout.splitlines()[-1].endswith("bin/molf train")

@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from molf.errors import InputError
 from molf.train.routing_log import read_routing
 
 Shares = dict[str, float]
@@ -34,17 +36,28 @@ def routing_shares(run: Path) -> RoutingShares:
     """Summarise a run's routing; layers, kinds and experts in the optimizer's order.
 
     Raises:
-        InputError: `run` is no run directory, or its method routes nothing.
+        InputError: `run` is no run directory, its method routes nothing, or nothing was decided.
     """
-    routing = read_routing(run)
+    everything = read_routing(run)
+    routing = everything.filter(_decided(everything))
+    if not len(routing):
+        raise InputError(f"{run} took no step at a rate above 0, so no expert won anything.")
     layers = routing["layer"]
     kinds = pc.replace_substring_regex(layers, r"^.*\.", "")
     return RoutingShares(
-        steps=pc.count_distinct(routing["step"]).as_py(),
+        steps=pc.count_distinct(everything["step"]).as_py(),
         total=_by(routing, pa.repeat("all", len(routing)))["all"],
         by_kind=_by(routing, kinds),
         by_layer=_by(routing, layers),
     )
+
+
+def _decided(routing: pa.Table) -> pa.Array:
+    """Which rows belong to a decision: at rate 0 all experts score 0, and a tie is no win."""
+    # A decision is a block of rows, one per expert.
+    experts = pc.count_distinct(routing["expert"]).as_py()
+    scores = routing["score"].to_numpy().reshape(-1, experts)
+    return pa.array(np.repeat(scores.any(axis=1), experts))
 
 
 def _by(routing: pa.Table, keys: pa.Array) -> dict[str, Shares]:
