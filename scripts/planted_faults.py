@@ -118,8 +118,8 @@ FAULTS = [
         "losers' moments not updated",
         "test_golden.py",
         "folded.py",
-        [('        full = torch.zeros((), dtype=torch.float64, device=self.weight.device)\n',
-          '        full = torch.zeros((), dtype=torch.float64, device=self.weight.device)\n'
+        [('        full = torch.zeros((), dtype=sum_dtype(device), device=device)\n',
+          '        full = torch.zeros((), dtype=sum_dtype(device), device=device)\n'
           '        self.before = self.state["exp_avg"].clone()\n'),
          ("        for _, state in self.dense:\n            state[\"step\"] += 1\n",
           "        for _, state in self.dense:\n            state[\"step\"] += 1\n"

@@ -140,6 +140,22 @@ def test_unrouted_layer_is_noticed():
         )
 
 
+def test_a_skipped_first_step_is_no_unrouted_layer():
+    from molf.train.callbacks import RoutingCallback
+    from molf.train.methods import prepare
+
+    wrapped = torch.nn.Sequential(torch.nn.Linear(4, 4))
+    prepared = prepare(wrapped, resolved(method="molf", ranks=(1,), nonfinite="skip"))
+    factory, arguments = prepared.optimizer
+    optimizer = factory()(wrapped, **arguments)
+    wrapped(torch.full((1, 4), torch.inf)).sum().backward()
+    with pytest.warns(UserWarning, match="Step skipped"):
+        optimizer.step()
+    callback = RoutingCallback(prepared, None, None)
+    callback.on_optimizer_step(None, None, None, optimizer=optimizer)
+    assert optimizer.skipped_steps == 1
+
+
 def test_autocast_is_possible_on_a_cpu():
     from molf.train import sft_config
 

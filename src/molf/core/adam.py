@@ -27,6 +27,11 @@ def state_dtype(weight: Tensor) -> torch.dtype:
     return torch.float64 if weight.dtype == torch.float64 else torch.float32
 
 
+def sum_dtype(device: torch.device) -> torch.dtype:
+    """Return the dtype in which sums over whole tensors are kept: float64 where a device has it."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
 def gradient(parameter: Tensor) -> Tensor:
     """Return the gradient of a parameter that has one."""
     assert parameter.grad is not None, "parameters without a gradient are left out of the step"

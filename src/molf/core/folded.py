@@ -23,6 +23,7 @@ from molf.core.adam import (
     row_blocks,
     score_terms,
     state_dtype,
+    sum_dtype,
     update_moments,
 )
 from molf.core.config import lora_expert_names
@@ -65,7 +66,8 @@ class FoldedLayer:
     def update_moments(self, decay: MomentDecay) -> Tensor:
         """Update the moments of all experts; return their score sums, [experts], on the device."""
         score = self.group["score"]
-        full = torch.zeros((), dtype=torch.float64, device=self.weight.device)
+        device = self.weight.device
+        full = torch.zeros((), dtype=sum_dtype(device), device=device)
         for parameter, state in self.dense:
             for rows in row_blocks(parameter):
                 exp_avg, exp_avg_sq = state["exp_avg"][rows], state["exp_avg_sq"][rows]

@@ -11,7 +11,15 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from molf.core.adam import AdamWStep, MomentDecay, gradient, row_blocks, state_dtype, update_moments
+from molf.core.adam import (
+    AdamWStep,
+    MomentDecay,
+    gradient,
+    row_blocks,
+    state_dtype,
+    sum_dtype,
+    update_moments,
+)
 from molf.core.config import MoLFConfig
 from molf.core.folded import (
     FoldedLayer,
@@ -375,13 +383,13 @@ class _MomentDecays:
 
 
 def _finite_sum(parameter: Tensor) -> Tensor:
-    """Sum a gradient in float32 or better: infinity and NaN survive a sum. 0-dim, float64."""
+    """Sum a gradient in float32 or better: infinity and NaN survive a sum. 0-dim."""
     grad = gradient(parameter)
     if grad.layout != torch.strided:
         raise RuntimeError("MoLFAdamW does not support sparse gradients.")
     if hasattr(grad, "device_mesh"):
         raise RuntimeError("MoLFAdamW does not support sharded parameters (DTensor) yet.")
-    return grad.sum(dtype=state_dtype(parameter)).double()
+    return grad.sum(dtype=state_dtype(parameter)).to(sum_dtype(grad.device))
 
 
 def _step_plain(

@@ -41,10 +41,11 @@ class RoutingCallback(TrainerCallback):
     ) -> None:
         """Log the step that was just taken."""
         optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps it
-        if not self._checked:
+        routing = getattr(optimizer, "routing", None)
+        skipped = not routing and getattr(optimizer, "skipped_steps", 0) > 0
+        if not self._checked and not skipped:
             self._check(optimizer)
             self._checked = True
-        routing = getattr(optimizer, "routing", None)
         if routing:
             self._writer.add(state.global_step, routing)
             self._wins.add(routing)

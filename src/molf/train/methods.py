@@ -106,6 +106,7 @@ def _prepare_molf(model: Any, settings: ResolvedSettings) -> Prepared:
             lora_weight_decay=settings.lora_weight_decay,
             betas=(settings.adam_beta1, settings.adam_beta2),
             eps=settings.adam_epsilon,
+            nonfinite=settings.nonfinite,
         ),
         optimizer_class=MoLFAdamW,
         weight_decay=settings.weight_decay,

@@ -73,7 +73,7 @@ _DEFAULTS = {
     for option in fields(TrainSettings)
     if option.name != "training_args"
 }
-_ROUTING = ("score", "top_k", "freeze_rest")
+_ROUTING = ("score", "top_k", "freeze_rest", "nonfinite")
 _ADAPTER = (
     "ranks",
     "alpha",

@@ -20,6 +20,7 @@ from molf.train.converters import numbers, patterns, words
 from molf.train.defaults import METHODS, defaults_for, lora_alpha
 
 SCHEDULERS = ("cosine", "linear", "constant", "constant_with_warmup")
+NONFINITE = ("raise", "skip")
 DTYPES = ("float32", "bfloat16", "float16")
 
 DATA = Group.create_ordered("Data")
@@ -89,6 +90,8 @@ class TrainSettings:
     """Layers never to adapt, in the same form."""
     freeze_rest: Annotated[bool | None, Parameter(group=METHOD, show_default="train it")] = None
     """With molf, freeze what is not routed (norms, embeddings, biases)."""
+    nonfinite: Annotated[str, Parameter(choices=NONFINITE, group=METHOD)] = "raise"
+    """With molf, what an infinite or NaN gradient does: stop the run, or skip the step."""
 
     learning_rate: Annotated[float | None, Parameter(group=OPTIMIZATION, show_default=_AUTO)] = None
     """Peak learning rate."""
@@ -163,6 +166,7 @@ class TrainSettings:
             ("task", TASKS),
             ("method", METHODS),
             ("lr_scheduler_type", SCHEDULERS),
+            ("nonfinite", NONFINITE),
             ("save_dtype", (None, *DTYPES)),
         ):
             if getattr(self, name) not in allowed:
