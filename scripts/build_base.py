@@ -2,7 +2,7 @@
 
     python scripts/build_base.py
 
-Takes about 27 minutes on one core. The checkpoint, its scores and its model card are written beside
+Takes about 8 minutes on two cores. The checkpoint, its scores and its model card are written beside
 `--output` and renamed when complete.
 """
 
@@ -66,7 +66,7 @@ Weights are stored in float16 and load in float32 unless `dtype` says otherwise.
 
 ## How it was built
 `python scripts/build_base.py --seed {seed} --epochs {epochs}`: {documents:,} documents with
-{tokens:,} tokens, {epochs} times, AdamW, {seconds:,} seconds on {threads} CPU threads.
+{tokens:,} tokens, {epochs} times, Muon and AdamW, {seconds:,} seconds on {threads} CPU threads.
 World: SHA-256 `{world}`.
 
 ## Scores
@@ -138,12 +138,12 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--seed", type=int, default=0, help="of the world, the weights and the order of documents"
     )
-    parser.add_argument("--epochs", type=int, default=10, help="passes over the training documents")
+    parser.add_argument("--epochs", type=int, default=4, help="passes over the training documents")
     parser.add_argument(
         "--learning-rate", type=float, default=3e-3, help="peak of the cosine schedule"
     )
     parser.add_argument(
-        "--batch-tokens", type=int, default=4096, help="tokens per step, padding included"
+        "--batch-tokens", type=int, default=2048, help="tokens per step, padding included"
     )
     parser.add_argument("--threads", type=int, default=2, help="CPU threads")
     return parser.parse_args()
@@ -196,25 +196,31 @@ def train(
     pad_token_id: int,
     arguments: argparse.Namespace,
 ) -> None:
-    """Trains for some epochs with AdamW and a cosine schedule that starts with 3% of warm-up."""
+    """Trains for some epochs, with a cosine schedule that starts with 3% of warm-up.
+
+    Muon (Jordan et al., 2024) trains the matrices, AdamW the rest. With AdamW alone the facts take
+    several times as many epochs to learn.
+    """
     rng = random.Random(arguments.seed)
     batches = [
         batch
         for _ in range(arguments.epochs)
         for batch in make_batches(rng, sequences, arguments.batch_tokens)
     ]
-    optimizer = torch.optim.AdamW(
-        model.parameters(),
-        lr=arguments.learning_rate,
-        betas=(0.9, 0.98),
-        weight_decay=0.01,
-        fused=True,
-    )
+    inner = [weight for weight in model.model.layers.parameters() if weight.ndim == 2]
+    outer = [weight for weight in model.parameters() if weight.ndim != 2]
+    outer.append(model.get_input_embeddings().weight)
+    rate = arguments.learning_rate
+    optimizers = [
+        torch.optim.Muon(inner, lr=rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(outer, lr=rate, betas=(0.9, 0.98), weight_decay=0.01, fused=True),
+    ]
     warmup = max(1, round(0.03 * len(batches)))
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer,
-        lambda step: min((step + 1) / warmup, 0.5 * (1 + math.cos(math.pi * step / len(batches)))),
-    )
+
+    def factor(step: int) -> float:
+        return min((step + 1) / warmup, 0.5 * (1 + math.cos(math.pi * step / len(batches))))
+
+    schedules = [torch.optim.lr_scheduler.LambdaLR(each, factor) for each in optimizers]
     model.train()
     start = time.perf_counter()
     for step, batch in enumerate(batches, start=1):
@@ -223,9 +229,10 @@ def train(
         loss = model(input_ids=input_ids, labels=pad(batch, IGNORED)).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        schedule.step()
+        for optimizer, schedule in zip(optimizers, schedules, strict=True):
+            optimizer.step()
+            optimizer.zero_grad()
+            schedule.step()
         if step % 100 == 0 or step == len(batches):
             seconds = time.perf_counter() - start
             print(

@@ -9,7 +9,7 @@ ATTRIBUTES = (
         low=1940,
         high=1999,
         step=1,
-        phrasings=("{} was born in the year", "The birth year of {} is"),
+        phrasings=("{}'s year of birth is", "The birth year of {} is"),
     ),
     Attribute(
         name="salary",
