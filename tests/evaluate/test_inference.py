@@ -77,7 +77,8 @@ def test_only_the_asked_positions_reach_the_vocabulary():
 
 
 def test_peft_models_are_looked_into():
-    peft = pytest.importorskip("peft")
+    import peft
+
     model = peft.get_peft_model(
         type(tiny_llama())(tiny_llama().config), peft.LoraConfig(target_modules=["q_proj"])
     )
