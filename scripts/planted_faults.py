@@ -62,9 +62,9 @@ FAULTS = [
     Fault(
         "bias left out of n_e",
         "test_golden.py",
-        "folded.py",
-        [("counts = [sum(parameter.numel() for parameter, _ in self.dense)]",
-          "counts = [self.weight.numel()]")],
+        "routed.py",
+        [("counts.insert(0, sum(parameter.numel() for parameter, _ in self.dense))",
+          "counts.insert(0, self.dense[0][0].numel())")],
     ),
     Fault(
         "eps inside the root of the score",
@@ -75,7 +75,7 @@ FAULTS = [
     Fault(
         "the optimizer's eps used in the score",
         "test_twin.py",
-        "folded.py",
+        "routed.py",
         [("full += score_terms(exp_avg, exp_avg_sq, score).sum()",
           'full += score_terms(exp_avg, exp_avg_sq, score, self.group["eps"]).sum()')],
         (("adam.py", "exp_avg_sq: Tensor, score: str) -> Tensor:",
@@ -85,7 +85,7 @@ FAULTS = [
     Fault(
         "bias correction in the score",
         "test_golden.py",
-        "folded.py",
+        "routed.py",
         [("for total, lr, count in zip(sums, lrs, counts, strict=True)\n        ]",
           "for total, lr, count in zip([x / (1 - self.group['betas'][0] ** (self.steps_taken + 1))"
           " for x in sums], lrs, counts, strict=True)\n        ]")],
@@ -99,8 +99,9 @@ FAULTS = [
     Fault(
         "score of an expert over the other's factors",
         "test_golden.py",
-        "folded.py",
-        [('by_rank.split(self.group["ranks"])', 'by_rank.flip(0).split(self.group["ranks"])')],
+        "routed.py",
+        [('by_rank.split(list(self.group["ranks"]))',
+          'by_rank.flip(0).split(list(self.group["ranks"]))')],
     ),
     Fault(
         "ties go to the highest index",
@@ -118,8 +119,8 @@ FAULTS = [
         "losers' moments not updated",
         "test_golden.py",
         "folded.py",
-        [('        full = torch.zeros((), dtype=sum_dtype(device), device=device)\n',
-          '        full = torch.zeros((), dtype=sum_dtype(device), device=device)\n'
+        [("        super().__init__(group, dense)\n",
+          "        super().__init__(group, dense)\n"
           '        self.before = self.state["exp_avg"].clone()\n'),
          ("        for _, state in self.dense:\n            state[\"step\"] += 1\n",
           "        for _, state in self.dense:\n            state[\"step\"] += 1\n"
@@ -154,7 +155,7 @@ FAULTS = [
     Fault(
         "LoRA rate not scaled by the schedule",
         "test_golden.py",
-        "folded.py",
+        "routed.py",
         [('self.group["lr"] * ratio', 'self.group.get("initial_lr", self.group["lr"]) * ratio')],
     ),
     Fault(
@@ -225,8 +226,7 @@ FAULTS = [
         "the host waits for every layer",
         "test_step_cost.py",
         "optimizer.py",
-        [('layer.update_moments(decays.of(layer.weight, layer.group["betas"])) for',
-          'layer.update_moments(decays.of(layer.weight, layer.group["betas"])).cpu() for')],
+        [("layer.update_moments(guard) for", "layer.update_moments(guard).cpu() for")],
     ),
     Fault(
         "reduced-precision products allowed",
@@ -243,8 +243,8 @@ FAULTS = [
     Fault(
         "all layers start from the same A",
         "test_factors.py",
-        "folded.py",
-        [("{group['layer']}/{index}", "{index}")],
+        "factors.py",
+        [("{layer}/{index}", "{index}")],
     ),
     Fault(
         "a tied head is routed",
