@@ -23,6 +23,7 @@ from molf.core.layers import (
     warn_of_fused_experts,
     warn_of_large_ranks,
 )
+from molf.core.quantised import is_repacked
 
 
 @dataclass(frozen=True)
@@ -200,12 +201,17 @@ def _adapted_layer(
             f"ranks={list(config.ranks)} need {total}, their sum. Use molf.peft_config(config), or "
             f"r={total} without a rank_pattern."
         )
+    base = module.get_base_layer()
+    if is_repacked(getattr(base, "weight", None)):
+        raise ValueError(
+            f"Layer {name}: bitsandbytes keeps its weight in the layout of inference on a CPU, which "
+            "has no gradient, since a forward pass in eval mode. Load the model again."
+        )
     scaling = float(module.scaling[adapter])
     if not math.isfinite(scaling) or scaling <= 0:
         raise ValueError(
             f"Layer {name}: adapter {adapter!r} has scaling {scaling}. Must be positive and finite."
         )
-    base = module.get_base_layer()
     return AdaptedLayer(
         name,
         (f"{raw}.lora_A.{adapter}.weight", lora_A),

@@ -197,8 +197,10 @@ def check_real_weight(name: str, weight: torch.Tensor) -> None:
         )
 
 
-def check_not_tied(model: nn.Module, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
-    """Refuse layers that share their weight with another module.
+def check_not_tied(
+    model: nn.Module, weights: Iterable[tuple[str, torch.Tensor]], *, use: str = "routed"
+) -> None:
+    """Refuse layers that share their weight with another module, and so cannot be routed or merged.
 
     Raises:
         ValueError: The first of them, with what it is tied to.
@@ -207,9 +209,12 @@ def check_not_tied(model: nn.Module, weights: Iterable[tuple[str, torch.Tensor]]
     for name, weight in weights:
         others = [owner for owner in owners[weight] if owner != name]
         if others:
+            reason = "its gradient sums both uses, so it cannot be routed"
+            if use == "merged":
+                reason = "merging its adapter would change both"
             raise ValueError(
-                f"Layer {name} shares its weight with {', '.join(others)}: its gradient sums both "
-                "uses, so it cannot be routed. Put it into exclude_modules."
+                f"Layer {name} shares its weight with {', '.join(others)}: {reason}. "
+                "Put it into exclude_modules."
             )
 
 
