@@ -172,22 +172,27 @@ def test_factors_are_those_of_the_paper():
         optimizer.set_lora_factors(UP, doubled[::-1])
 
 
+def numbers(parameter: nn.Parameter) -> torch.Tensor:
+    """What a parameter stores, packed where it is quantised."""
+    return getattr(parameter, "qdata", parameter.data)
+
+
 @pytest.mark.parametrize("kind", ["bnb4", "bnb8", "torchao"])
 def test_quantised_bases_are_trained_beside(kind, tmp_path):
     config = config_of(ranks=(2, 6))
     base = quantised_qwen2(tiny_qwen2(), kind, tmp_path)
     model = molf.with_adapter(base, config)
-    before = {n: p.detach().clone() for n, p in model.named_parameters() if "lora_" not in n}
+    before = {n: numbers(p).clone() for n, p in model.named_parameters() if "lora_" not in n}
+    kinds = {name: type(model.get_parameter(name)) for name in before}
     optimizer = optimizer_of(model, config, lr=3e-2)
     losses = [train(model, optimizer, 1)[0] for _ in range(25)]
     assert losses[-1] < 0.9 * losses[0]
     assert len(optimizer.routing) == 7
     assert trainable(model) == [n for n, _ in model.named_parameters() if "lora_" in n]
-    for name, parameter in model.named_parameters():
-        if "lora_" not in name:
-            assert type(parameter) is type(before[name])
-            same = [getattr(p, "qdata", p).data for p in (parameter, before[name])]
-            assert torch.equal(*same), name
+    for name, value in before.items():
+        parameter = model.get_parameter(name)
+        assert torch.equal(numbers(parameter), value), name
+        assert type(parameter) is kinds[name]
 
 
 @pytest.mark.gpu
@@ -430,6 +435,7 @@ def test_what_the_users_adapter_trains_besides(freeze_rest):
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             optimizer = optimizer_of(model, config)
+    assert (set(rest) <= set(trainable(model))) is (freeze_rest is False)
     before = {name: model.get_parameter(name).detach().clone() for name in rest}
     train(model, optimizer, 2)
     moved = [name for name in rest if not torch.equal(model.get_parameter(name), before[name])]
