@@ -138,6 +138,8 @@ class AdapterPair:
             decision, twin = self.optimizer.routing[name], self.twins[name]
             assert tuple(decision.scores) == self.config.experts
             winners = tuple(self.config.experts.index(winner) for winner in decision.winners)
+            assert list(winners) == sorted(set(winners))
+            assert len(winners) == self.config.top_k
             expected = twin.step(G, grad_bias, factor=factor, winners=winners, factor_grads=parts)
             if self.config.score != "random":
                 Pair._check_choice(winners, twin.best(expected.scores), expected.scores, near)
