@@ -195,6 +195,23 @@ def test_quantised_bases_are_trained_beside(kind, tmp_path):
         assert type(parameter) is kinds[name]
 
 
+@pytest.mark.parametrize("kind", ["bnb4", "bnb8", "torchao"])
+def test_evaluation_between_steps_changes_nothing(kind, tmp_path):
+    config = config_of()
+    models = []
+    for index in range(2):
+        base = quantised_qwen2(tiny_qwen2(layers=2), kind, tmp_path / str(index))
+        models.append(peft.get_peft_model(base, molf.peft_config(config)))
+        models[-1].load_state_dict(models[0].state_dict(), strict=False)
+    optimizers = [optimizer_of(model, config) for model in models]
+    for step in range(3):
+        with torch.no_grad():
+            models[1].eval()(input_ids=IDS)
+        losses = [train(*pair, 1, step) for pair in zip(models, optimizers, strict=True)]
+        assert losses[0] == losses[1]
+    assert optimizers[0].routing == optimizers[1].routing
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("kind", ["bnb4", "bnb8", "torchao"])
 def test_quantised_bases_are_trained_beside_on_a_gpu(kind, tmp_path):
@@ -477,6 +494,34 @@ def test_names_are_the_models_own_inside_wrappers():
         layers = [g["layer"] for g in optimizer.param_groups]
         assert layers[0] == "model.layers.0.self_attn.q_proj"
         assert len(layers) == 7
+
+
+def test_data_parallel_models_are_routed(tmp_path):
+    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        config = config_of()
+        model = nn.parallel.DistributedDataParallel(molf.with_adapter(tiny_qwen2(), config))
+        optimizer = optimizer_of(model, config)
+        train(model, optimizer, 2)
+        assert next(iter(optimizer.routing)) == "model.layers.0.self_attn.q_proj"
+        assert type(molf.merge(model)).__name__ == "Qwen2ForCausalLM"
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_model_prepared_for_kbit_training(tmp_path):
+    """What PEFT's documentation does to a 4-bit base: float32 norms, checkpointing, input grads."""
+    config = config_of(lora_dropout=0.05)
+    base = peft.prepare_model_for_kbit_training(
+        quantised_qwen2(tiny_qwen2(layers=2), "bnb4", tmp_path),
+        gradient_checkpointing_kwargs={"use_reentrant": False},
+    )
+    model = peft.get_peft_model(base, molf.peft_config(config, task_type="CAUSAL_LM"))
+    optimizer = optimizer_of(model, config, lr=3e-2)
+    losses = [train(model, optimizer, 1)[0] for _ in range(15)]
+    assert losses[-1] < 0.95 * losses[0]
+    assert len(optimizer.routing) == 14
 
 
 def test_any_module_with_linear_layers_can_be_adapted():

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import pickle
+import subprocess
+import sys
 import warnings
 
 import pytest
@@ -209,6 +211,15 @@ def test_low_precision_adapters_are_warned_of():
         MoLFAdamW.from_model(model, config)  # PEFT keeps adapters in float32
     with pytest.warns(UserWarning, match=r"Routed weights are torch.bfloat16"):
         MoLFAdamW.from_model(model.bfloat16(), config)
+
+
+def test_core_needs_torch_alone():
+    code = (
+        "import sys, molf; molf.MoLFAdamW, molf.merge, molf.peft_config, molf.with_adapter; "
+        "print(sorted({'peft', 'transformers', 'bitsandbytes', 'torchao'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,7 @@ from molf.core.folded import FoldedLayer
 from molf.core.groups import build_groups, check_group, check_same_structure
 from molf.core.guard import FiniteGuard
 from molf.core.precision import full_precision
+from molf.core.quantised import keep_differentiable
 from molf.core.routed import RoutedLayer
 from molf.core.routing import Decision, select_winners
 
@@ -133,6 +134,7 @@ class MoLFAdamW(Optimizer):
             lora_weight_decay=lora_weight_decay,
         )
         optimizer = cls(groups, lr, betas, eps, weight_decay, nonfinite=nonfinite)
+        keep_differentiable(model)
         owned = {p for group in optimizer.param_groups for p in group["params"]}
         for parameter in model.parameters():
             if (
