@@ -472,6 +472,41 @@ def test_trainable_tokens_are_trained_besides():
     torch.testing.assert_close(logits(molf.merge(copy.deepcopy(model))), logits(model))
 
 
+@pytest.mark.parametrize(
+    ("options", "first"),
+    [
+        ({"freeze_base": False}, "q_proj.weight"),
+        ({"freeze_rest": False}, "embed_tokens.weight"),
+        ({}, None),
+    ],
+    ids=str,
+)
+def test_what_peft_does_not_save_is_warned_of(options, first, tmp_path):
+    config = config_of(**options)
+    model = molf.with_adapter(tiny_qwen2(), config)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UserWarning)
+        optimizer = optimizer_of(model, config)
+    texts = [str(w.message) for w in caught if issubclass(w.category, UserWarning)]
+    assert len(texts) == (first is not None)
+    assert first is None or f"{first}), and PEFT's save_pretrained" in texts[0]
+    train(model, optimizer, 2)
+    model.save_pretrained(tmp_path)
+    again = peft.PeftModel.from_pretrained(tiny_qwen2(), tmp_path)
+    assert torch.equal(logits(again), logits(model)) is (first is None)
+    again.load_state_dict(model.state_dict())
+    assert torch.equal(logits(again), logits(model))
+
+
+def test_native_adapters_of_transformers_are_routed():
+    config = config_of()
+    model = tiny_qwen2()
+    model.add_adapter(molf.peft_config(config, target_modules=["up_proj", "q_proj"]))
+    optimizer = optimizer_of(model, config)
+    train(model, optimizer, 2)
+    assert list(optimizer.routing) == ["model.layers.0.self_attn.q_proj", UP]
+
+
 def test_existing_adapter_gets_a_trainable_base():
     """The way out that the error message of a frozen base names."""
     config = config_of(freeze_base=False)

@@ -264,8 +264,21 @@ def test_wrong_choices_are_one_line(options, message, tmp_path):
 
 
 def test_choice_without_a_quantised_base_is_refused():
-    with pytest.raises(ValueError, match="the base is not quantised"):
-        molf.merge(adapted(tiny_qwen2()), base="dequantised")
+    for options in ({"base": "dequantised"}, {"original": tiny_qwen2()}):
+        with pytest.raises(ValueError, match="the base is not quantised"):
+            molf.merge(adapted(tiny_qwen2()), **options)
+
+
+def test_only_layers_with_the_active_adapter_count():
+    reports: list[molf.MergeReport] = []
+    model = adapted(tiny_qwen2())
+    model.add_adapter("small", peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    model.set_adapter("small")
+    spread(model)
+    before = logits(model)
+    plain = molf.merge(model, sample=IDS, report=reports.append)
+    assert reports[0].layers == 1
+    torch.testing.assert_close(logits(plain), before)
 
 
 def test_missing_library_names_the_extra(monkeypatch):

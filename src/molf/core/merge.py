@@ -69,7 +69,7 @@ def merge(
 
     Sums are formed in float32 (float64 for float64 weights) and rounded once to the dtype of the
     weight. Tied weights stay tied. The base model is changed in place and returned; a model without
-    an adapter comes back untouched.
+    an adapter comes back untouched. What was frozen stays frozen.
 
     A quantised base gets real weights, and you say which: `"dequantised"` are the numbers that the
     adapter was trained beside, `"original"` those of `original`, the unquantised model, without the
@@ -101,7 +101,7 @@ def merge(
         if isinstance(module, nn.Linear) and is_quantised(module.weight)
     }
     _check(model, plain, tuners, quantised, base, original)
-    made = MergeReport(sum(bool(t.active_adapters) for t in tuners.values()), base)
+    made = MergeReport(sum(map(_has_active, tuners.values())), base)
     before = _logits(model, sample)
     if before is not None:
         made.largest_logit = before.abs().max().item()
@@ -164,8 +164,9 @@ def _check(
             "numbers that the adapter was trained beside), or base='original' with original=the "
             "unquantised model."
         )
-    if base is not None and not quantised:
-        raise ValueError(f"Invalid base={base!r}: the base is not quantised. Leave it out.")
+    for name, value in (("base", base), ("original", original)):
+        if value is not None and not quantised:
+            raise ValueError(f"Invalid {name}: the base is not quantised. Leave it out.")
     if base == "original" and original is None:
         raise ValueError("base='original' needs original=the plain model that was quantised.")
     for name, tuner in tuners.items():
@@ -186,6 +187,12 @@ def _check(
     if original is not None:
         for name, module in quantised.items():
             _check_original(name, module, original)
+
+
+def _has_active(tuner: Any) -> bool:
+    """Whether an active adapter is on this very layer."""
+    parts = [getattr(tuner, part, ()) for part in tuner.adapter_layer_names]
+    return any(adapter in part for part in parts for adapter in tuner.active_adapters)
 
 
 def _is_plain_lora(tuner: Any) -> bool:

@@ -69,6 +69,9 @@ def with_adapter(
     keeps it as it is: only what is trainable changes, and frozen parameters of the base are
     made trainable where `config` trains them.
 
+    PEFT saves adapters alone. What is trained besides (the base of the explicit form, norms and
+    embeddings with `freeze_rest=False`) is in `model.state_dict()` and in `molf.merge(model)`.
+
     Args:
         model: A plain model, or a PEFT LoRA model.
         config: What is routed and how; `MoLFConfig()` if not given.
