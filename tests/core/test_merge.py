@@ -139,6 +139,25 @@ def test_broken_adapter_is_refused_before_anything_is_changed():
         torch.testing.assert_close(value, before[name], equal_nan=True, rtol=0, atol=0)
 
 
+def test_weights_that_overflow_are_an_error():
+    model = adapted(tiny_qwen2().half())
+    with torch.no_grad():
+        layer = model.base_model.model.model.layers[0].mlp.down_proj
+        layer.lora_B["default"].weight.fill_(1e6)
+    with pytest.raises(ValueError, match=r"overflow torch.float16: load the base in float32"):
+        molf.merge(model)
+
+
+def test_layers_without_a_weight_are_left_to_peft():
+    settings = peft.LoraConfig(r=2, target_modules=["attention"])
+    attention = nn.ModuleDict({"attention": nn.MultiheadAttention(4, 2)})
+    model = peft.get_peft_model(attention, settings)
+    with pytest.raises(
+        ValueError, match=r"attention: its base layer \(MultiheadAttention\) has no"
+    ):
+        molf.merge(model)
+
+
 @pytest.mark.parametrize(
     "settings",
     [

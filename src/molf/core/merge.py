@@ -88,7 +88,8 @@ def merge(
     Raises:
         ValueError: `base` is missing or does not apply, the adapter cannot be merged (it is not
             finite, on a tied weight, or no plain LoRA on a quantised layer), or `original` does not
-            fit. Nothing has been changed then.
+            fit. Nothing has been changed then. Or a merged weight overflows float16, which shows
+            only when it is reached.
     """
     tuners = adapter_layers(model)
     if not tuners and not is_peft_model(model):
@@ -102,15 +103,13 @@ def merge(
     }
     _check(model, plain, tuners, quantised, base, original)
     made = MergeReport(sum(map(_has_active, tuners.values())), base)
-    before = _logits(model, sample)
-    if before is not None:
-        made.largest_logit = before.abs().max().item()
 
     device = next(plain.parameters()).device.type
-    with torch.no_grad(), full_precision(device):
-        error = _merge_real(
-            [t for name, t in tuners.items() if name not in quantised],
-        )
+    with torch.no_grad(), full_precision(device):  # logits before and after by the same arithmetic
+        before = _logits(model, sample)
+        if before is not None:
+            made.largest_logit = before.abs().max().item()
+        error = _merge_real([t for name, t in tuners.items() if name not in quantised])
         _unload(plain)
         if not quantised:
             made.weight_error["base"] = error.relative
@@ -180,10 +179,17 @@ def _check(
                 f"Layer {name}: only plain LoRA can be merged into a quantised layer, and its "
                 f"adapter is {type(tuner).__name__} with a variant, a bias, or already merged."
             )
-    weights = {name: getattr(t.get_base_layer(), "weight", None) for name, t in tuners.items()}
-    check_not_tied(
-        plain, [(n, w) for n, w in weights.items() if isinstance(w, Tensor)], use="merged"
-    )
+    weights = []
+    for name, tuner in tuners.items():
+        weight = getattr(tuner.get_base_layer(), "weight", None)
+        if not isinstance(weight, Tensor):
+            kind = type(tuner.get_base_layer()).__name__
+            raise ValueError(
+                f"Layer {name}: its base layer ({kind}) has no weight to merge into. PEFT's own "
+                "merge_and_unload may know it."
+            )
+        weights.append((name, weight))
+    check_not_tied(plain, weights, use="merged")
     if original is not None:
         for name, module in quantised.items():
             _check_original(name, module, original)
@@ -226,7 +232,15 @@ class _Error:
         self.distance = self.size = 0.0
 
     def add(self, stored: Tensor, exact: Tensor) -> None:
-        """Count one layer's weight."""
+        """Count one layer's weight.
+
+        Raises:
+            ValueError: It does not fit into its dtype.
+        """
+        if not bool(stored.isfinite().all()):
+            raise ValueError(
+                f"The merged weights overflow {stored.dtype}: load the base in float32."
+            )
         self.distance += (stored.to(exact.dtype) - exact).square().sum().item()
         self.size += exact.square().sum().item()
 
@@ -280,6 +294,8 @@ def _keep_ties_honest(plain: Any) -> None:
     """A head that training has untied must not be tied again by whoever loads the model."""
     config: Any = getattr(plain, "config", None)
     if not getattr(config, "tie_word_embeddings", False):
+        return
+    if not hasattr(plain, "get_output_embeddings"):
         return
     ends = [plain.get_input_embeddings(), plain.get_output_embeddings()]
     weights = [getattr(end, "weight", None) for end in ends]
