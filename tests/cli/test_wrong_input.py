@@ -189,6 +189,25 @@ def test_settings_that_do_not_fit_the_model(train, real_base, wrong, words):
         assert word in error
 
 
+@pytest.mark.parametrize(
+    ("method", "rank", "words"),
+    [
+        ("pissa", 17, ["rank 17", "16 singular values", "--ranks"]),
+        ("eva", 9, ["rank 9", "36 features", "--ranks"]),
+    ],
+)
+def test_ranks_that_do_not_fit_the_layers(train, real_base, method, rank, words):
+    error = train("--method", method, "--ranks", str(rank), model=real_base)
+    for word in words:
+        assert word in error
+
+
+def test_too_little_data_for_eva(train, real_base):
+    """The two facts have some 12 tokens to complete."""
+    error = train("--method", "eva", "--ranks", "8", model=real_base)
+    assert "at least 32 completion tokens" in error
+
+
 def test_model_without_weights(train, real_base, tmp_path):
     path = tmp_path / "weightless"
     path.mkdir()

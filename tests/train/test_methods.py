@@ -15,6 +15,7 @@ import yaml
 from checkpoints import make_model
 from recorded import PROBE, logits_of, parameters_of
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from molf.cli import main
 from molf.errors import InputError
@@ -236,6 +237,18 @@ def test_pissa_trains_the_largest_singular_values(run_of, base):
         torch.testing.assert_close(torch.linalg.svdvals(product)[:4], top, rtol=1e-4, atol=1e-6)
 
 
+def test_pissa_adapter_is_plain_lora_for_the_unchanged_base(run_of, base):
+    """As it was trained, it would fit only a base that is decomposed again when it is loaded."""
+    run = run_of("pissa")
+    config = adapter_config(run)
+    assert config["init_lora_weights"] is True
+    assert config["r"] == 2 * 4
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    model = peft.PeftModel.from_pretrained(model, run.path / "adapter")
+    with model.disable_adapter():
+        assert torch.equal(logits_of(model), run.base_logits)
+
+
 def test_eva_directions_come_from_the_data():
     """The first direction of the first layer's inputs, and rows of length 1."""
     data = training_data(count=60)
@@ -414,6 +427,24 @@ def test_equal_rank_or_equal_parameters(method, match):
         float(module.ranknum["default"]) if method == "adalora" else 1
     )
     assert method == "eva" or scaling == pytest.approx(wanted)
+
+
+def test_matched_rank_keeps_the_scaling():
+    """DoRA of rank 7 comes closer to LoRA of rank 8 where layers have more outputs than inputs."""
+    settings = settings_of("dora", ranks=(8,), match="parameters", target_modules=("up_proj",))
+    model = prepare(make_model("qwen2"), settings, training_data()).model
+    module = model.get_submodule("base_model.model.model.layers.0.mlp.up_proj")
+    assert module.r["default"] == 7
+    assert module.scaling["default"] == pytest.approx(2)  # alpha 16, rank 8
+
+
+def test_adalora_needs_steps_to_move_ranks(run_of):
+    """Three will do, as in the shared run."""
+    with pytest.raises(InputError, match=r"at least 3 optimizer steps.* this training has 2\."):
+        plan(make_model("qwen2"), settings_of("adalora"), training_data(steps=2))
+    first, *rest = [entry["mean_rank"] for entry in read_metrics(run_of("adalora"))]
+    assert 4 < first < 6
+    assert rest == [4, 4]
 
 
 def test_matching_rank():

@@ -66,8 +66,7 @@ def run_training(
     started = time.perf_counter()
     prepared = prepare(base.model, settings, data)
     preparation_seconds = time.perf_counter() - started
-    routes = settings.method == "molf"
-    wins = Wins(settings.method_config.experts if routes and settings.method_config else ())
+    wins = Wins(prepared.experts)
     _warn_of_warmup(data.steps, arguments)
     with (
         RoutingWriter(directory / ROUTING) as writer,

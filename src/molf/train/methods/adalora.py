@@ -16,6 +16,7 @@ from peft import AdaLoraConfig
 from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from molf.errors import InputError
 from molf.train.methods.adapter import Adapter, AdapterPlan, common_config
 from molf.train.methods.base import Layer, Prepared, TrainingData
 from molf.train.resolved import ResolvedSettings
@@ -29,6 +30,8 @@ FINAL = 1 / 2
 INTERVAL = 10 / 3000
 BETA = 0.85
 PENALTY = 0.5
+
+_LEAST_STEPS = 3  # one before the last allocation, one for it, one after
 
 
 class AdaLora(Adapter):
@@ -55,6 +58,15 @@ class AdaLora(Adapter):
         """All ranks that it starts with are trained, each with a singular value."""
         initial = initial_rank(rank)
         return layer.lora_parameters(initial) + initial
+
+    def plan(self, model: Any, settings: ResolvedSettings, data: TrainingData) -> AdapterPlan:
+        """As for any adapter, if there are steps enough to learn what is important."""
+        if data.steps < _LEAST_STEPS:
+            raise InputError(
+                f"method=adalora needs at least {_LEAST_STEPS} optimizer steps to move ranks; this "
+                f"training has {data.steps}. Give more data, --num_train_epochs or --max_steps."
+            )
+        return super().plan(model, settings, data)
 
     def prepare(self, model: Any, settings: ResolvedSettings, data: TrainingData) -> Prepared:
         """The adapter with its allocator and its penalty."""

@@ -89,6 +89,7 @@ class Prepared:
         optimizer_class: What the trainer must end up with.
         layers: Names of the layers that are routed; each must be in the first step.
         trained_parameters: How many numbers are trained.
+        experts: What the optimizer routes between; empty without routing.
         finish: From the trained model to the plain transformers model, merged in float32.
         save_adapter: Writes the trained model's adapter into a directory; None where there is none.
         rates: Further learning rates, as multiples of the one that the trainer logs.
@@ -102,6 +103,7 @@ class Prepared:
     optimizer_class: type[torch.optim.Optimizer]
     layers: tuple[str, ...]
     trained_parameters: int
+    experts: tuple[str, ...] = ()
     finish: Callable[[Any], Any] = _unchanged
     save_adapter: Callable[[Any, Path], None] | None = None
     rates: Mapping[str, float] = field(default_factory=dict)

@@ -45,6 +45,7 @@ class Molf(Method):
             optimizer_class=MoLFAdamW,
             layers=tuple(layer.name for layer in layers),
             trained_parameters=self._trained(model, layers, settings),
+            experts=config_of(settings).experts,
             rates={"lora_learning_rate": settings.lora_learning_rate / settings.learning_rate},
         )
 

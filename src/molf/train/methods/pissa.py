@@ -27,6 +27,12 @@ class Pissa(Adapter):
         """LoRA with that initialisation."""
         return lora_config(plan, settings, init_lora_weights="pissa")
 
+    def check(self, skeleton: Any, settings: ResolvedSettings) -> None:
+        """As for any adapter; a rank too large is an error here, and needs no warning before it."""
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Rank .* exceeds the smaller side")
+            super().check(skeleton, settings)
+
     def check_layers(self, plan: AdapterPlan) -> None:
         """A matrix has no more singular values than its smaller side."""
         small = [x for x in plan.layers if plan.rank > min(x.in_features, x.out_features)]
