@@ -65,3 +65,12 @@ def test_no_file_of_checks_is_forgotten():
 def test_the_core_does_not_import_triton():
     code = "import sys, molf; molf.MoLFAdamW; sys.exit('molf.core.fused' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_the_benchmark_ends_with_one_line_without_a_gpu():
+    script = Path(__file__).parents[3] / "benchmarks" / "step_kernels_gpu.py"
+    variables = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run([sys.executable, script], env=variables, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stdout == ""
+    assert done.stderr == "step_kernels_gpu: needs a CUDA device, and there is none.\n"

@@ -163,9 +163,9 @@ def load_weight(
         bits = tl.load(weight, mask=mask, other=0).to(tl.uint32) << 16
         if ROUNDING == "exact":
             lower = tl.load(low, mask=mask, other=0).to(tl.uint32)
-            # A negative remainder borrows from the high half; a NaN's low half is no remainder.
-            borrows = (lower >= 0x8000) & ((bits & 0x7FFFFFFF) <= 0x7F800000)
-            lower = tl.where(borrows, lower | 0xFFFF0000, lower)
+            # A negative remainder borrows from the high half. (A NaN's payload may change, as in
+            # any arithmetic, but it stays a NaN.)
+            lower = tl.where(lower >= 0x8000, lower | 0xFFFF0000, lower)
             bits = tl.add(bits, lower, sanitize_overflow=False)
         value = bits.to(tl.float32, bitcast=True)
     return value
