@@ -1,0 +1,121 @@
+"""What `molf plan` prints: parameters, bytes, devices, and what would make it fit."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.table import Table
+
+from molf.plan.devices import DEVICES, show_bytes
+from molf.plan.memory import MemoryPlan
+from molf.plan.request import TrainingPlan
+
+
+def print_plan(plan: TrainingPlan) -> None:
+    """Print a plan to standard output."""
+    console = Console()
+    _say(console, *_header(plan))
+    console.print(_parameters(plan))
+    console.print(_memory(plan))
+    if plan.workload.num_gpus > 1:
+        _say(
+            console,
+            f"Each of {plan.workload.num_gpus} GPUs: weights, gradients and optimizer state are "
+            "divided (FSDP2's full sharding), activations are those of its own batch; embeddings, "
+            "head and one decoder layer at a time are whole. An estimate, not measured; molf train "
+            "itself runs on one device.",
+        )
+    console.print(_devices(plan))
+    _say(
+        console,
+        "GB as sold, taken as GiB; usable is what an allowance of 1 GiB and 5% leaves for tensors.",
+        *_advice(plan),
+    )
+
+
+def _header(plan: TrainingPlan) -> list[str]:
+    workload = plan.workload
+    ranks = f" ranks {','.join(map(str, workload.config.ranks))}" if workload.config else ""
+    return [
+        f"{plan.model} ({plan.shape.model_type}), {workload.method}{ranks}",
+        f"on {workload.device}: {workload.batch_size} x {workload.length} tokens per forward pass"
+        f"{', gradients accumulated' if workload.accumulates else ''}, {workload.dtype} weights"
+        f"{', bfloat16 autocast' if workload.bf16 else ''}",
+        "",
+    ]
+
+
+def _parameters(plan: TrainingPlan) -> Table:
+    shape = plan.shape
+    table = _table("Parameters", "", "total", "trained")
+    for part in shape.parts:
+        if part.parameters or part.name == "head":
+            note = " (tied to the embeddings)" if part.name == "head" and shape.tied else ""
+            table.add_row(part.name + note, f"{part.parameters:,}", f"{part.trained:,}")
+    in_model = sum(part.trained for part in shape.parts)
+    table.add_row("model", f"{shape.parameters:,}", f"{in_model:,}", end_section=True)
+    for name, count in shape.experts.items():
+        where = f" in {shape.layers} layers" if name not in ("all", "not routed") else ""
+        table.add_row(f"{name}{where}", "", f"{count:,}")
+    table.add_row("trained in all", "", f"{shape.trained:,}")
+    return table
+
+
+def _memory(plan: TrainingPlan) -> Table:
+    chosen = "with" if plan.workload.checkpointing else "without"
+    table = _table(f"Memory per device (asked for: {chosen} checkpointing)", "", "", "")
+    table.columns[1].header = "without checkpointing"
+    table.columns[2].header = "with"
+    plans = (plan.without_checkpointing, plan.with_checkpointing)
+
+    def row(name: str, attribute: str, *, end: bool = False) -> None:
+        sizes = [show_bytes(getattr(memory, attribute)) for memory in plans]
+        table.add_row(name, *sizes, end_section=end)
+
+    row("weights", "weights")
+    row("moments", "moments")
+    row("LoRA factors in the optimizer", "factors")
+    row("gradients, all", "gradients", end=True)
+    row("activations and temporaries at the peak", "activations")
+    row("gradients by then", "pass_gradients")
+    if plan.workload.num_gpus > 1:
+        row("weights whole on each device", "gathered")
+    row("forward and backward, at most", "pass_peak", end=True)
+    row("temporaries of the optimizer", "transient")
+    row("optimizer step, at most", "step_peak", end=True)
+    row("peak", "peak")
+    return table
+
+
+def _devices(plan: TrainingPlan) -> Table:
+    table = _table("Does it fit?", "GPU", "usable", "")
+    for device in DEVICES:
+        fits = "fits" if device.fits(plan.memory.peak) else _short_of(plan.memory, device.usable)
+        table.add_row(device.name, show_bytes(device.usable), fits)
+    return table
+
+
+def _short_of(memory: MemoryPlan, usable: int) -> str:
+    return f"{show_bytes(memory.peak - usable)} short"
+
+
+def _advice(plan: TrainingPlan) -> list[str]:
+    """For each device that is too small, the changes with their planned peaks."""
+    lines: list[str] = []
+    for device, found in plan.advice.items():
+        lines += ["", f"To fit {device.name}{', any of' if len(found) > 1 else ''}:"]
+        lines += [f"  {' '.join(s.changes)}  ->  {show_bytes(s.peak)}" for s in found]
+        if not found:
+            lines.append("  nothing that was tried is enough, all together included")
+    return lines
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(title=title, title_justify="left")
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="right" if index else "left")
+    return table
+
+
+def _say(console: Console, *lines: str) -> None:
+    for line in lines:
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
