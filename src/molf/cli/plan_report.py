@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from rich.console import Console
 from rich.table import Table
 
 from molf.plan.devices import DEVICES, show_bytes
-from molf.plan.memory import MemoryPlan
-from molf.plan.request import TrainingPlan
+
+if TYPE_CHECKING:  # both take seconds to import
+    from molf.plan.memory import MemoryPlan
+    from molf.plan.request import TrainingPlan
+    from molf.train.dry_run import DryRun
 
 
 def print_plan(plan: TrainingPlan) -> None:
@@ -30,6 +35,38 @@ def print_plan(plan: TrainingPlan) -> None:
         "GB as sold, taken as GiB; usable is what an allowance of 1 GiB and 5% leaves for tensors.",
         *_advice(plan),
     )
+
+
+def print_dry_run(result: DryRun) -> None:
+    """Print what two steps showed to standard output."""
+    shape = f"{result.batch_size} x {result.length} tokens"
+    planned = "not known for this method"
+    if result.planned is not None:
+        ratio = result.planned / max(result.measured, 1)
+        planned = f"{show_bytes(result.planned)} ({ratio:.3f} of the measured)"
+    lines = [
+        f"data      {result.tokenized} of {result.examples} examples tokenized, "
+        f"{result.left_out} of them above {result.limit} tokens and left out",
+        f"measured  {show_bytes(result.measured)} at most, {shape} ({result.measured_of})",
+        f"planned   {planned}",
+    ]
+    if result.planned_at_limit is not None and result.limit > result.length:
+        lines.append(
+            f"          {show_bytes(result.planned_at_limit)} should examples of {result.limit} "
+            "tokens come"
+        )
+    lines += [
+        f"time      {result.seconds:.2f} s per step with the longest examples",
+        f"          about {_duration(result.estimated_seconds)} for {result.steps} steps, judged "
+        "by the examples' lengths; evaluations not included",
+    ]
+    _say(Console(), *lines)
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
 def _header(plan: TrainingPlan) -> list[str]:

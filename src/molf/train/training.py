@@ -5,11 +5,12 @@ from __future__ import annotations
 import copy
 import time
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from datasets import Dataset
-from transformers import PrinterCallback
+from transformers import PrinterCallback, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from molf.tasks.encoding import EncodedSamples
@@ -51,12 +52,16 @@ def run_training(
     arguments: SFTConfig,
     directory: RunDirectory,
     reporter: Reporter,
+    callbacks: Sequence[TrainerCallback] = (),
 ) -> Training:
-    """Train `base.model` on the encoded samples; the model is changed in place."""
+    """Train `base.model` on the encoded samples; the model is changed in place.
+
+    `callbacks` are told of everything, as well as the run's own.
+    """
     prepared = prepare(base.model, settings)
     routes = settings.method == "molf"
     wins = Wins(settings.method_config.experts if routes and settings.method_config else ())
-    steps = _total_steps(len(encoded.input_ids), settings)
+    steps = total_steps(len(encoded.input_ids), settings)
     _warn_of_warmup(steps, arguments)
     with (
         RoutingWriter(directory / ROUTING) as writer,
@@ -73,6 +78,7 @@ def run_training(
             callbacks=[
                 RoutingCallback(prepared, writer, wins),
                 MetricsCallback(directory / METRICS, show),
+                *callbacks,
             ],
         )
         trainer.remove_callback(PrinterCallback)
@@ -126,7 +132,7 @@ class _Trainer(SFTTrainer):
         super().log(logs, start_time)
 
 
-def _total_steps(samples: int, settings: ResolvedSettings) -> int:
+def total_steps(samples: int, settings: ResolvedSettings) -> int:
     """Optimizer steps of the whole run, counted as the trainer counts them."""
     if settings.max_steps is not None:
         return settings.max_steps
