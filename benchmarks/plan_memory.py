@@ -1,4 +1,4 @@
-"""The planned memory peak of a training against the measured one: a random Qwen2 of 100M parameters.
+"""The planned memory peak of a training against the measured: a random Qwen2 of 100M parameters.
 
 Two optimizer steps (forward and backward pass with TRL's loss head, clipping, the optimizer) of
 each method are measured: on a CPU the live tensor bytes that torch's profiler records (or, with
@@ -83,7 +83,7 @@ def make_optimizer(model: Any, workload: Workload) -> torch.optim.Optimizer:
 def train(model: Any, optimizer: torch.optim.Optimizer, workload: Workload) -> Iterator[None]:
     """Take the steps; yields before each forward pass."""
     size = (workload.batch_size, workload.length)
-    ids = torch.randint(0, 32000, size, device=workload.device)
+    ids = torch.randint(0, model_config().vocab_size, size, device=workload.device)
     mask = torch.ones_like(ids)
     if workload.padded:
         mask[0, -workload.length // 8 :] = 0  # a batch holds sequences of several lengths

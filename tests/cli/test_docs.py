@@ -1,4 +1,4 @@
-"""The commands in docs/tasks.md and docs/recipes.md run, and their records can be read."""
+"""The commands in docs/tasks.md, recipes.md and plan.md run, and their records can be read."""
 
 import json
 import re
@@ -15,6 +15,7 @@ from molf.world import BASE_PATH
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 TASKS = (DOCS / "tasks.md").read_text()
 RECIPES = (DOCS / "recipes.md").read_text()
+PLAN = (DOCS / "plan.md").read_text()
 SHORT = ["--max_steps", "2", "--max_length", "256", "--max_samples", "20"]
 
 
@@ -87,6 +88,15 @@ def test_commands_of_recipes(tmp_path, monkeypatch):
         for line in block.splitlines():
             short = ["--max_steps", "2", "--max_samples", "20"] if "molf train" in line else []
             assert run(line, *short) == 0, line
+
+
+def test_commands_of_plan(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "records.jsonl", records("custom"))
+    commands = [line for block in blocks(PLAN, "bash") for line in block.splitlines()]
+    assert [line.split()[1] for line in commands] == ["plan", "plan", "plan", "train"]
+    for line in commands:
+        assert run(line) == 0, line
 
 
 def test_recipes_named():

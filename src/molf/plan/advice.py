@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
@@ -74,12 +75,14 @@ def _first_that_fits(
 
 def _peak_below(planner: Planner, workload: Workload, device: Device) -> int | None:
     """The planned peak if it fits; the pass need not be traced where the step alone does not."""
-    try:
-        if not device.fits(planner.step_peak(workload)):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of doubtful settings that nobody has chosen yet
+        try:
+            if not device.fits(planner.step_peak(workload)):
+                return None
+            peak = planner.memory(workload).peak
+        except InputError:  # a method that does not go with this model's layers
             return None
-        peak = planner.memory(workload).peak
-    except InputError:  # a method that does not go with this model's layers
-        return None
     return peak if device.fits(peak) else None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -70,13 +71,25 @@ def trainable(config: Any, workload: Workload) -> Iterator[Trainable]:
     Raises:
         InputError: The configuration makes no model, or no layer can be adapted.
     """
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), _silent("torch._subclasses.fake_tensor"):
         warnings.simplefilter("ignore")  # `describe_model` gives those that matter, once
         model = _with_adapter(skeleton(config, workload.dtype), workload)
         # Constants that the model has made are real; they are small.
         with FakeTensorMode(allow_non_fake_inputs=True):
             _leave_meta(model)
             yield Trainable(model.train(), _optimizer(model, workload))
+
+
+@contextmanager
+def _silent(logger: str) -> Iterator[None]:
+    """Keep a logger from printing a traceback beside the error that it raises."""
+    found = logging.getLogger(logger)
+    before = found.disabled
+    found.disabled = True
+    try:
+        yield
+    finally:
+        found.disabled = before
 
 
 def _with_adapter(model: Any, workload: Workload) -> Any:
