@@ -40,28 +40,67 @@ def test_json(config_alone, capsys, method):
     assert all(device["fits"] for device in plan["devices"])
 
 
-def test_options_reach_the_plan(config_alone, capsys):
-    def plan(*options):
-        assert main(["plan", "--model", str(config_alone), "--json", *COMMON, *options]) == 0
-        return json.loads(capsys.readouterr().out)
+@pytest.fixture
+def asked_for(config_alone, monkeypatch):
+    """What the command asks to be planned; nothing is."""
+    from types import SimpleNamespace
 
-    plain = plan("--ranks", "4")
-    assert plain["parameters"]["experts"].keys() == {"full", "lora0_r4", "not routed"}
-    twice = plan("--ranks", "8")
-    experts = [p["parameters"]["experts"] for p in (plain, twice)]
-    assert experts[1]["lora0_r8"] == 2 * experts[0]["lora0_r4"]
-    frozen = plan("--ranks", "4", "--freeze_rest", "true")
-    assert frozen["parameters"]["experts"]["not routed"] == 0
-    some = plan("--ranks", "4", "--target_modules", "q_proj")
-    assert some["parameters"]["adapted_layers"] == 2
-    checkpointing = plan("--ranks", "4", "--gradient_checkpointing")
-    assert checkpointing["bytes"] == checkpointing["bytes_with_checkpointing"]
-    assert plan("--ranks", "4", "--no-bf16")["bytes"]["peak"] > plain["bytes"]["peak"]
-    on_cpu = plan("--ranks", "4", "--device", "cpu")
-    assert not on_cpu["planned"]["bf16"]
-    shared = plan("--ranks", "4", "--num_gpus", "2")["bytes"]
-    assert shared["moments"] == -(-plain["bytes"]["moments"] // 2)
-    assert shared["gathered"] > 0
+    from molf.plan import request
+
+    def run(*options):
+        asked = []
+
+        def record(model, config, workload):
+            asked.append(workload)
+            return SimpleNamespace(record=dict)
+
+        monkeypatch.setattr(request, "plan_training", record)
+        assert main(["plan", "--model", str(config_alone), "--json", *options]) == 0
+        return asked[0]
+
+    return run
+
+
+def test_defaults_are_those_of_training(asked_for):
+    from molf.train.defaults import COMMON
+
+    workload = asked_for()
+    assert workload.batch_size == COMMON["per_device_train_batch_size"]
+    assert workload.accumulates == (COMMON["gradient_accumulation_steps"] > 1)
+    assert (workload.method, workload.config.ranks) == ("molf", (128,))
+    assert (workload.length, workload.dtype, workload.device) == (1024, "float32", "cuda")
+    assert workload.bf16
+    assert workload.padded
+    assert not workload.checkpointing
+    assert asked_for("--method", "lora").config.ranks == (32,)
+    assert asked_for("--method", "molf-e").config.ranks == (32, 128)
+    assert asked_for("--method", "fft").config is None
+
+
+@pytest.mark.parametrize(
+    ("options", "name", "value"),
+    [
+        ("--max_length 77", "length", 77),
+        ("--per_device_train_batch_size 1", "padded", False),
+        ("--gradient_accumulation_steps 1", "accumulates", False),
+        ("--gradient_checkpointing", "checkpointing", True),
+        ("--gradient_checkpointing true", "checkpointing", True),
+        ("--no-bf16", "bf16", False),
+        ("--device cpu", "bf16", False),
+        ("--device cpu --bf16", "bf16", True),
+        ("--dtype bfloat16", "dtype", "bfloat16"),
+        ("--num-gpus 4", "num_gpus", 4),
+        ("--ranks 4,8", "config.ranks", (4, 8)),
+        ("--target_modules q_proj,k_proj", "config.target_modules", ("q_proj", "k_proj")),
+        ("--exclude_modules up_proj", "config.exclude_modules", ("up_proj",)),
+        ("--freeze_rest true", "config.freeze_rest", True),
+        ("--lora_dropout 0.1", "has_adapter", True),
+    ],
+)
+def test_options_reach_the_plan(asked_for, options, name, value):
+    from operator import attrgetter
+
+    assert attrgetter(name)(asked_for(*options.split())) == value
 
 
 def test_table(config_alone, capsys):
@@ -79,7 +118,7 @@ def test_table_says_what_would_fit(tmp_path, capsys):
         vocab_size=32000,
         hidden_size=4096,
         intermediate_size=11008,
-        num_hidden_layers=4,
+        num_hidden_layers=2,
         num_attention_heads=32,
         num_key_value_heads=32,
     ).save_pretrained(tmp_path)
