@@ -92,7 +92,7 @@ def test_commands_of_recipes(tmp_path, monkeypatch):
 
 def test_commands_of_plan(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    write(tmp_path / "records.jsonl", records("custom"))
+    write(tmp_path / "records.jsonl", [{"prompt": "Two and two", "completion": " make four."}] * 8)
     commands = [line for block in blocks(PLAN, "bash") for line in block.splitlines()]
     assert [line.split()[1] for line in commands] == ["plan", "plan", "plan", "train"]
     for line in commands:
