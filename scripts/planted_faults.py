@@ -252,6 +252,97 @@ FAULTS = [
         "layers.py",
         [("        if others:", "        if False:")],
     ),
+    Fault(
+        "c_i forgotten in the gradient of B",
+        "test_adapter_golden.py",
+        "adapter.py",
+        [("return grad_A, grad_B * _columns_scale(self.group, grad_B)", "return grad_A, grad_B")],
+    ),
+    Fault(
+        "c_i forgotten in the step of B",
+        "test_adapter_golden.py",
+        "adapter.py",
+        [("*moments, scale=scale)", "*moments)")],
+    ),
+    Fault(
+        "c_i the wrong way round",
+        "test_adapter_golden.py",
+        "adapter.py",
+        [('scaling / group["adapter_scaling"] for', 'group["adapter_scaling"] / scaling for')],
+    ),
+    Fault(
+        "c_i in the decay of B",
+        "test_adapter_golden.py",
+        "adam.py",
+        [("sub_(weight, alpha=self.decay)", "sub_(weight, alpha=self.decay * scale)")],
+    ),
+    Fault(
+        "c_i forgotten when factors are read",
+        "test_adapter_golden.py",
+        "adapter.py",
+        [("lora_B / _columns_scale(group, lora_B))", "lora_B)")],
+    ),
+    Fault(
+        "slices as if all ranks were the first",
+        "test_adapter_twin.py",
+        "factors.py",
+        [("start = sum(ranks[:index])", "start = ranks[0] * index")],
+    ),
+    Fault(
+        "the winner's slice is the next expert's",
+        "test_adapter_golden.py",
+        "routed.py",
+        [("[w - self.has_full for", "[w - 1 for")],
+    ),
+    Fault(
+        "a frozen base has a full expert",
+        "test_adapter_twin.py",
+        "optimizer.py",
+        [("has_full=layer.has_full", "has_full=True")],
+    ),
+    Fault(
+        "explicit form: the bias decays and the weight does not",
+        "test_adapter_golden.py",
+        "adapter.py",
+        [('("weight_decay", "bias_weight_decay")', '("bias_weight_decay", "weight_decay")')],
+    ),
+    Fault(
+        "moments in the adapter's own dtype",
+        "test_adapter_twin.py::test_bfloat16_factors_are_rounded_once_per_step",
+        "adam.py",
+        [("zeros_like(parameter, dtype=state_dtype(parameter))", "zeros_like(parameter)")],
+    ),
+    Fault(
+        "the gradient of B is not guarded",
+        "test_adapter_state.py",
+        "adapter.py",
+        [("for parameter, _ in self.dense), self.lora_A, self.lora_B]",
+          "for parameter, _ in self.dense), self.lora_A]")],
+    ),
+    Fault(
+        "the adapter starts as PEFT draws it",
+        "test_adapter_form.py",
+        "peft_model.py",
+        [("layer.A[1].copy_(drawn)", "pass")],
+    ),
+    Fault(
+        "what is not trained is left trainable",
+        "test_adapter_form.py",
+        "optimizer.py",
+        [("                parameter.requires_grad_(False)", "                pass")],
+    ),
+    Fault(
+        "merged in the weight's own dtype",
+        "test_merge.py",
+        "merge.py",
+        [("parameter.data = parameter.data.float()", "pass")],
+    ),
+    Fault(
+        "merged into the dequantised weights whatever was asked for",
+        "test_merge.py",
+        "merge.py",
+        [("start = trained if source is None else weight.to(trained.dtype)", "start = trained")],
+    ),
 ]  # fmt: skip
 
 

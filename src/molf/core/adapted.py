@@ -204,8 +204,8 @@ def _adapted_layer(
     base = module.get_base_layer()
     if is_repacked(getattr(base, "weight", None)):
         raise ValueError(
-            f"Layer {name}: bitsandbytes keeps its weight in the layout of inference on a CPU, which "
-            "has no gradient, since a forward pass in eval mode. Load the model again."
+            f"Layer {name}: since a forward pass in eval mode, bitsandbytes keeps its weight in "
+            "the layout of inference on a CPU, which has no gradient. Load the model again."
         )
     scaling = float(module.scaling[adapter])
     if not math.isfinite(scaling) or scaling <= 0:

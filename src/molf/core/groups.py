@@ -71,8 +71,11 @@ def build_groups(
     if config.freezes_rest:
         if config.freeze_rest is None:
             _warn_of_freezing(rest)
-        return routed
-    return routed + _rest_groups(rest, weight_decay)
+        rest = []
+    groups = routed + _rest_groups(rest, weight_decay)
+    if make is _adapter_groups:
+        _warn_of_saving([name for group in groups for name, _ in group["params"]])
+    return groups
 
 
 def _folded_groups(model: nn.Module, config: MoLFConfig) -> list[dict[str, Any]]:
@@ -196,6 +199,19 @@ def _warn_of_freezing(rest: _NamedParameters) -> None:
             f"well (first: {rest[0][0]}). freeze_rest=False trains them with plain AdamW steps; "
             "freeze_rest=True says that this is meant.",
             stacklevel=3,
+        )
+
+
+def _warn_of_saving(names: list[str]) -> None:
+    """Warn of what is trained and not in the adapter, which is all that PEFT saves."""
+    saved = ("lora_", "modules_to_save", "trainable_tokens", "bias")
+    lost = [name for name in names if not any(part in name for part in saved)]
+    if lost:
+        warnings.warn(
+            f"{len(lost)} trained parameters are outside the adapter (first: {lost[0]}), and "
+            "PEFT's save_pretrained, which trainers call for checkpoints, saves the adapter alone. "
+            "Keep model.state_dict() for checkpoints and molf.merge(model) for the result.",
+            stacklevel=4,
         )
 
 

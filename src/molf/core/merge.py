@@ -69,7 +69,7 @@ def merge(
 
     Sums are formed in float32 (float64 for float64 weights) and rounded once to the dtype of the
     weight. Tied weights stay tied. The base model is changed in place and returned; a model without
-    an adapter comes back untouched.
+    an adapter comes back untouched. What was frozen stays frozen.
 
     A quantised base gets real weights, and you say which: `"dequantised"` are the numbers that the
     adapter was trained beside, `"original"` those of `original`, the unquantised model, without the
@@ -88,7 +88,8 @@ def merge(
     Raises:
         ValueError: `base` is missing or does not apply, the adapter cannot be merged (it is not
             finite, on a tied weight, or no plain LoRA on a quantised layer), or `original` does not
-            fit. Nothing has been changed then.
+            fit. Nothing has been changed then. Or a merged weight overflows float16, which shows
+            only when it is reached.
     """
     tuners = adapter_layers(model)
     if not tuners and not is_peft_model(model):
@@ -101,16 +102,14 @@ def merge(
         if isinstance(module, nn.Linear) and is_quantised(module.weight)
     }
     _check(model, plain, tuners, quantised, base, original)
-    made = MergeReport(sum(bool(t.active_adapters) for t in tuners.values()), base)
-    before = _logits(model, sample)
-    if before is not None:
-        made.largest_logit = before.abs().max().item()
+    made = MergeReport(sum(map(_has_active, tuners.values())), base)
 
     device = next(plain.parameters()).device.type
-    with torch.no_grad(), full_precision(device):
-        error = _merge_real(
-            [t for name, t in tuners.items() if name not in quantised],
-        )
+    with torch.no_grad(), full_precision(device):  # logits before and after by the same arithmetic
+        before = _logits(model, sample)
+        if before is not None:
+            made.largest_logit = before.abs().max().item()
+        error = _merge_real([t for name, t in tuners.items() if name not in quantised])
         _unload(plain)
         if not quantised:
             made.weight_error["base"] = error.relative
@@ -164,8 +163,9 @@ def _check(
             "numbers that the adapter was trained beside), or base='original' with original=the "
             "unquantised model."
         )
-    if base is not None and not quantised:
-        raise ValueError(f"Invalid base={base!r}: the base is not quantised. Leave it out.")
+    for name, value in (("base", base), ("original", original)):
+        if value is not None and not quantised:
+            raise ValueError(f"Invalid {name}: the base is not quantised. Leave it out.")
     if base == "original" and original is None:
         raise ValueError("base='original' needs original=the plain model that was quantised.")
     for name, tuner in tuners.items():
@@ -179,13 +179,26 @@ def _check(
                 f"Layer {name}: only plain LoRA can be merged into a quantised layer, and its "
                 f"adapter is {type(tuner).__name__} with a variant, a bias, or already merged."
             )
-    weights = {name: getattr(t.get_base_layer(), "weight", None) for name, t in tuners.items()}
-    check_not_tied(
-        plain, [(n, w) for n, w in weights.items() if isinstance(w, Tensor)], use="merged"
-    )
+    weights = []
+    for name, tuner in tuners.items():
+        weight = getattr(tuner.get_base_layer(), "weight", None)
+        if not isinstance(weight, Tensor):
+            kind = type(tuner.get_base_layer()).__name__
+            raise ValueError(
+                f"Layer {name}: its base layer ({kind}) has no weight to merge into. PEFT's own "
+                "merge_and_unload may know it."
+            )
+        weights.append((name, weight))
+    check_not_tied(plain, weights, use="merged")
     if original is not None:
         for name, module in quantised.items():
             _check_original(name, module, original)
+
+
+def _has_active(tuner: Any) -> bool:
+    """Whether an active adapter is on this very layer."""
+    parts = [getattr(tuner, part, ()) for part in tuner.adapter_layer_names]
+    return any(adapter in part for part in parts for adapter in tuner.active_adapters)
 
 
 def _is_plain_lora(tuner: Any) -> bool:
@@ -219,7 +232,15 @@ class _Error:
         self.distance = self.size = 0.0
 
     def add(self, stored: Tensor, exact: Tensor) -> None:
-        """Count one layer's weight."""
+        """Count one layer's weight.
+
+        Raises:
+            ValueError: It does not fit into its dtype.
+        """
+        if not bool(stored.isfinite().all()):
+            raise ValueError(
+                f"The merged weights overflow {stored.dtype}: load the base in float32."
+            )
         self.distance += (stored.to(exact.dtype) - exact).square().sum().item()
         self.size += exact.square().sum().item()
 
@@ -273,6 +294,8 @@ def _keep_ties_honest(plain: Any) -> None:
     """A head that training has untied must not be tied again by whoever loads the model."""
     config: Any = getattr(plain, "config", None)
     if not getattr(config, "tie_word_embeddings", False):
+        return
+    if not hasattr(plain, "get_output_embeddings"):
         return
     ends = [plain.get_input_embeddings(), plain.get_output_embeddings()]
     weights = [getattr(end, "weight", None) for end in ends]

@@ -25,6 +25,7 @@ from molf.core.folded import FoldedLayer
 from molf.core.groups import build_groups, check_group, check_same_structure
 from molf.core.guard import FiniteGuard
 from molf.core.precision import full_precision
+from molf.core.quantised import keep_differentiable
 from molf.core.routed import RoutedLayer
 from molf.core.routing import Decision, select_winners
 
@@ -133,6 +134,7 @@ class MoLFAdamW(Optimizer):
             lora_weight_decay=lora_weight_decay,
         )
         optimizer = cls(groups, lr, betas, eps, weight_decay, nonfinite=nonfinite)
+        keep_differentiable(model)
         owned = {p for group in optimizer.param_groups for p in group["params"]}
         for parameter in model.parameters():
             if (
@@ -169,11 +171,11 @@ class MoLFAdamW(Optimizer):
             with torch.enable_grad():
                 loss = closure()
 
-        layers: list[RoutedLayer] = [
-            _form_of(group)(group, self.state)
-            for group in self.param_groups
-            if group["layer"] is not None and _form_of(group).takes_part(group)
-        ]
+        routed = [group for group in self.param_groups if group["layer"] is not None]
+        taking_part = [group for group in routed if _form_of(group).takes_part(group)]
+        if len(taking_part) < len(routed) and not any(self.state.values()):
+            _warn_of_missing_gradients(routed, taking_part)
+        layers: list[RoutedLayer] = [_form_of(group)(group, self.state) for group in taking_part]
         rest = [
             (parameter, group)
             for group in self.param_groups
@@ -369,6 +371,20 @@ class MoLFAdamW(Optimizer):
 def _form_of(group: dict[str, Any]) -> type[FoldedLayer] | type[AdapterLayer]:
     """Where a layer's LoRA experts live: in the state of its weight, or in a PEFT adapter."""
     return AdapterLayer if group.get("adapter_scaling") is not None else FoldedLayer
+
+
+def _warn_of_missing_gradients(
+    routed: list[dict[str, Any]], taking_part: list[dict[str, Any]]
+) -> None:
+    """A layer without a gradient in the very first step may never get one."""
+    names = {group["layer"] for group in taking_part}
+    missing = [group["layer"] for group in routed if group["layer"] not in names]
+    warnings.warn(
+        f"{len(missing)} of {len(routed)} routed layers have no gradient in the first step (first: "
+        f"{missing[0]}), so it does not train them. Under gradient checkpointing the reason is "
+        "use_reentrant=True; use False.",
+        stacklevel=4,
+    )
 
 
 def _step_plain(

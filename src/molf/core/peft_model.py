@@ -19,7 +19,7 @@ from molf.core.layers import (
     matching_linears,
     trainable_layers,
 )
-from molf.core.quantised import is_quantised
+from molf.core.quantised import is_quantised, keep_differentiable
 
 
 def peft_config(config: MoLFConfig, **options: Any) -> Any:
@@ -69,6 +69,9 @@ def with_adapter(
     keeps it as it is: only what is trainable changes, and frozen parameters of the base are
     made trainable where `config` trains them.
 
+    PEFT saves adapters alone. What is trained besides (the base of the explicit form, norms and
+    embeddings with `freeze_rest=False`) is in `model.state_dict()` and in `molf.merge(model)`.
+
     Args:
         model: A plain model, or a PEFT LoRA model.
         config: What is routed and how; `MoLFConfig()` if not given.
@@ -82,6 +85,7 @@ def with_adapter(
             then as it was), or an adapter of the model does not fit (see `find_adapted`).
     """
     config = MoLFConfig() if config is None else config
+    keep_differentiable(model)
     before = {parameter: parameter.requires_grad for parameter in model.parameters()}
     is_new = not adapter_layers(model)
     if is_new:
@@ -155,7 +159,7 @@ def _adapt(model: nn.Module, names: list[str], config: MoLFConfig, adapter_name:
 
 def _exactly(names: list[str], linears: Iterable[str]) -> list[str] | str:
     """What PEFT matches with these modules and no other: names, else a regular expression."""
-    others = [name for name in linears if name not in set(names)]
+    others = set(linears) - set(names)
     if any(other.endswith(f".{name}") for other in others for name in names):
         return "|".join(map(re.escape, names))
     return names

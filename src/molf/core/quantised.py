@@ -40,6 +40,14 @@ def is_repacked(weight: Any) -> bool:
     return getattr(getattr(weight, "quant_state", None), "packing_format_for_cpu", False)
 
 
+def keep_differentiable(model: nn.Module) -> None:
+    """Keep 4-bit layers out of that layout, so that evaluation may come between training steps."""
+    module: Any
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+
+
 def _is_torchao(weight: Tensor) -> bool:
     return type(weight).__module__.startswith("torchao.")
 
