@@ -1,4 +1,4 @@
-"""The commands in docs/tasks.md and docs/recipes.md run, and their records can be read."""
+"""The commands in docs/tasks.md, recipes.md and plan.md run, and their records can be read."""
 
 import json
 import re
@@ -16,6 +16,7 @@ DOCS = Path(__file__).resolve().parents[2] / "docs"
 TASKS = (DOCS / "tasks.md").read_text()
 RECIPES = (DOCS / "recipes.md").read_text()
 METHODS = (DOCS / "methods.md").read_text()
+PLAN = (DOCS / "plan.md").read_text()
 SHORT = ["--max_steps", "2", "--max_length", "256", "--max_samples", "20"]
 
 
@@ -96,6 +97,15 @@ def test_methods_described():
     rows = re.findall(r"^\| `([^`]+)` \|", METHODS.split("## Equal rank")[0], re.M)
     assert rows[0] == "--method"
     assert sorted(rows[1:]) == sorted(TRAINED)
+
+
+def test_commands_of_plan(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "records.jsonl", [{"prompt": "Two and two", "completion": " make four."}] * 8)
+    commands = [line for block in blocks(PLAN, "bash") for line in block.splitlines()]
+    assert [line.split()[1] for line in commands] == ["plan", "plan", "plan", "train"]
+    for line in commands:
+        assert run(line) == 0, line
 
 
 def test_recipes_named():

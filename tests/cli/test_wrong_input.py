@@ -52,6 +52,16 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[1] / name) for name in ("ev
         ("eval x --task fact --max_samples 0", [" max_samples=0"]),
         ("eval x --task fact --max_length 1", ["max_length=1"]),
         ("eval x --task fact --per_device_eval_batch_size 0", ["per_device_eval_batch_size=0"]),
+        ("plan", ["--model"]),
+        ("plan --model x --method magic", ["magic", "fft", "lora", "molf", "molf-e"]),
+        ("plan --model x --per_device_train_batch_size 0", ["per_device_train_batch_size=0"]),
+        ("plan --model x --max_length 0", ["max_length=0"]),
+        ("plan --model x --max_length 1.5", ["max_length", "whole number"]),
+        ("plan --model x --num_gpus 0", ["num_gpus=0"]),
+        ("plan --model x --dtype int8", ["int8", "bfloat16"]),
+        ("plan --model x --device tpu", ["tpu", "cuda", "cpu"]),
+        ("plan --model ./nowhere/at/all", ["./nowhere/at/all"]),
+        ("plan --model=", ["model", "empty"]),
         ("routing", ["RUN"]),
         ("routing nowhere", ["nowhere"]),
     ],
@@ -202,10 +212,34 @@ def test_ranks_that_do_not_fit_the_layers(train, real_base, method, rank, words)
         assert word in error
 
 
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        (["--max_length", "129"], ["max_length=129", "128"]),
+        (["--ranks", "0"], ["ranks=[0]", "at least 1"]),
+        (["--ranks", "4", "--top_k", "3"], ["top_k=3"]),
+        (["--ranks", "4", "--target_modules", "nothing"], ["'nothing'", "q_proj"]),
+    ],
+)
+def test_plans_that_do_not_fit_the_model(refused, real_base, wrong, words):
+    length = [] if "--max_length" in wrong else ["--max_length", "64"]
+    error = refused("plan", "--model", str(real_base), *length, *wrong)
+    for word in words:
+        assert word in error
+
+
 def test_too_little_data_for_eva(train, real_base):
     """The two facts have some 12 tokens to complete."""
     error = train("--method", "eva", "--ranks", "8", model=real_base)
     assert "at least 32 completion tokens" in error
+
+
+def test_plan_of_what_is_no_language_model(refused, tmp_path):
+    (tmp_path / "vision").mkdir()
+    (tmp_path / "vision" / "config.json").write_text('{"model_type": "vit"}')
+    assert "vit" in refused("plan", "--model", "vision").lower()
+    (tmp_path / "vision" / "config.json").write_text('{"model_type": "unheard-of"}')
+    assert "unheard-of" in refused("plan", "--model", "vision")
 
 
 def test_model_without_weights(train, real_base, tmp_path):

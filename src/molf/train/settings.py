@@ -147,6 +147,8 @@ class TrainSettings:
     """The run's directory."""
     overwrite: Annotated[bool, Parameter(group=OUTPUT)] = False
     """Replace an earlier run in output_dir, once this one is complete."""
+    dry_run: Annotated[bool, Parameter(group=OUTPUT, negative=())] = False
+    """Check everything, take two steps, and print memory and time; nothing is written."""
     save_dtype: Annotated[
         str | None, Parameter(choices=DTYPES, group=OUTPUT, show_default="the base's")
     ] = None

@@ -5,11 +5,12 @@ from __future__ import annotations
 import copy
 import time
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from datasets import Dataset
-from transformers import PrinterCallback
+from transformers import PrinterCallback, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from molf.train.callbacks import MetricsCallback, RoutingCallback, Throughput
@@ -56,10 +57,12 @@ def run_training(
     arguments: SFTConfig,
     directory: RunDirectory,
     reporter: Reporter,
+    callbacks: Sequence[TrainerCallback] = (),
 ) -> Training:
     """Train `base.model` on the samples; the model is changed in place.
 
-    A trained adapter is saved before it is merged.
+    A trained adapter is saved before it is merged. `callbacks` are told of everything, as well as
+    the run's own.
     """
     if settings.method in ADAPTERS:  # for PiSSA and EVA this may take its time
         reporter.say("Putting in the adapter")
@@ -84,6 +87,7 @@ def run_training(
                 RoutingCallback(prepared, writer, wins),
                 MetricsCallback(directory / METRICS, show),
                 *prepared.callbacks,
+                *callbacks,
             ],
         )
         trainer.remove_callback(PrinterCallback)
