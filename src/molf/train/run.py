@@ -6,7 +6,7 @@ from datetime import datetime
 
 from molf.evaluate import read_plain_text
 from molf.tasks import load_task
-from molf.train.model_path import check_model
+from molf.train.model_path import check_model, check_quantisation
 from molf.train.progress import Reporter, make_reporter
 from molf.train.resolved import resolve
 from molf.train.result import RunResult
@@ -30,6 +30,7 @@ def train(settings: TrainSettings, reporter: Reporter | None = None) -> RunResul
     """
     started = datetime.now().astimezone()
     resolved = resolve(settings, started)
+    check_quantisation(resolved)
     check_model(resolved.model)
     check_output(resolved.output_dir, overwrite=resolved.overwrite)
     task = load_task(resolved.task_options)

@@ -6,22 +6,28 @@ import copy
 import time
 import warnings
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
+from safetensors.torch import save_model as save_tensors
 from transformers import PrinterCallback
 from trl import SFTConfig, SFTTrainer
 
 from molf.train.callbacks import MetricsCallback, RoutingCallback, Throughput
 from molf.train.defaults import ADAPTERS
+from molf.train.merging import merge_trained
 from molf.train.methods import Prepared, TrainingData, prepare
 from molf.train.model_loading import LoadedModel
 from molf.train.model_saving import save_adapter
 from molf.train.progress import Reporter
+from molf.train.quantised_base import load_quantised
 from molf.train.resolved import ResolvedSettings
 from molf.train.routing_log import RoutingWriter
 from molf.train.run_directory import ADAPTER, CHECKPOINTS, METRICS, ROUTING, RunDirectory
 from molf.train.wins import Wins
+
+ALL_WEIGHTS = "model.safetensors"
 
 
 @dataclass
@@ -37,6 +43,7 @@ class Training:
         tokens: Tokens seen, padding left out.
         loss: Mean training loss.
         shares: Share of layers that each expert won; empty without routing.
+        merge: What the merge did to the model; empty where nothing was merged.
     """
 
     model: Any
@@ -47,6 +54,7 @@ class Training:
     tokens: int
     loss: float
     shares: dict[str, float]
+    merge: dict[str, Any]
 
 
 def run_training(
@@ -57,10 +65,14 @@ def run_training(
     directory: RunDirectory,
     reporter: Reporter,
 ) -> Training:
-    """Train `base.model` on the samples; the model is changed in place.
+    """Train `base.model` on the samples; the model is changed in place, or taken over.
 
     A trained adapter is saved before it is merged.
     """
+    if settings.quantised is not None:
+        reporter.say(f"Loading the base again ({settings.quantised})")
+        base.model = None  # make room
+        base.model = load_quantised(settings, arguments.bf16, arguments.device)
     if settings.method in ADAPTERS:  # for PiSSA and EVA this may take its time
         reporter.say("Putting in the adapter")
     started = time.perf_counter()
@@ -73,6 +85,8 @@ def run_training(
         reporter.training(data.steps) as show,
     ):
         trainer = _Trainer(
+            prepared,
+            wins,
             model=prepared.model,
             args=arguments,
             train_dataset=Dataset.from_dict(
@@ -87,8 +101,6 @@ def run_training(
             ],
         )
         trainer.remove_callback(PrinterCallback)
-        trainer.wins = wins
-        trainer.prepared = prepared
         started = time.perf_counter()
         output = trainer.train()
         seconds = time.perf_counter() - started
@@ -98,8 +110,9 @@ def run_training(
     model = trainer.accelerator.unwrap_model(trainer.model)
     if prepared.save_adapter is not None:
         save_adapter(prepared.save_adapter, model, settings, directory / ADAPTER)
+    plain, record = merge_trained(model, settings, data, reporter)
     return Training(
-        model=prepared.finish(model),
+        model=plain,
         trained_parameters=prepared.trained_parameters,
         steps=output.global_step,
         seconds=seconds,
@@ -107,6 +120,14 @@ def run_training(
         tokens=trainer.state.num_input_tokens_seen,
         loss=output.training_loss,
         shares=wins.shares(),
+        merge=record,
+    )
+
+
+def _trains_more_than_its_adapter(model: Any) -> bool:
+    return hasattr(model, "peft_config") and any(
+        parameter.requires_grad and ".lora_" not in name
+        for name, parameter in model.named_parameters()
     )
 
 
@@ -123,8 +144,33 @@ def _warn_of_warmup(steps: int, arguments: SFTConfig) -> None:
 class _Trainer(SFTTrainer):
     """SFTTrainer with a method's own term of the loss and figures in the log, for trackers too."""
 
-    wins: Wins
-    prepared: Prepared
+    def __init__(self, prepared: Prepared, wins: Wins, **kwargs: Any) -> None:
+        self.prepared = prepared
+        self.wins = wins
+        model = prepared.model
+        trained = {p: p.data for p in model.parameters() if p.requires_grad}
+        super().__init__(**kwargs)
+        for parameter, data in trained.items():
+            # TRL rounds what is trained beside a quantised base to bfloat16, which loses small
+            # updates.
+            if parameter.dtype != data.dtype:
+                parameter.data = data.to(parameter.device)
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        """Make the optimizer, without its advice on checkpoints, which `_save` follows."""
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".* trained parameters are outside the adap")
+            return super().create_optimizer(*args, **kwargs)
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        """Save a checkpoint: all weights where more is trained than the adapter, which PEFT saves.
+
+        The names are those of the model with its adapter.
+        """
+        super()._save(output_dir, state_dict)
+        model = self.accelerator.unwrap_model(self.model)
+        if self.args.should_save and _trains_more_than_its_adapter(model):
+            save_tensors(model, str(Path(output_dir or self.args.output_dir) / ALL_WEIGHTS))
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         self._throughput = Throughput()
