@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
+from molf.core.quantised import is_quantised, keep_differentiable
 from molf.errors import InputError
 from molf.train.resolved import ResolvedSettings
 
@@ -38,8 +39,8 @@ def check_device(settings: ResolvedSettings, device: torch.device) -> None:
 def load_quantised(settings: ResolvedSettings, bf16: bool, device: torch.device) -> Any:
     """Load `settings.model` again, linear layers quantised, all the rest in float32.
 
-    Four bits are NF4 without double quantisation. Products are in bfloat16 under autocast and
-    else in float32.
+    Four bits are NF4 without double quantisation, multiplied in bfloat16 where autocast would do
+    so, which it does not reach.
     """
     if settings.load_in_4bit:
         quantisation = BitsAndBytesConfig(
@@ -50,7 +51,7 @@ def load_quantised(settings: ResolvedSettings, bf16: bool, device: torch.device)
     else:
         quantisation = BitsAndBytesConfig(load_in_8bit=True)
     path = Path(settings.model).expanduser()
-    return AutoModelForCausalLM.from_pretrained(
+    model = AutoModelForCausalLM.from_pretrained(
         str(path) if path.is_dir() else settings.model,
         quantization_config=quantisation,
         dtype=torch.float32,
@@ -58,3 +59,31 @@ def load_quantised(settings: ResolvedSettings, bf16: bool, device: torch.device)
         trust_remote_code=False,
         use_safetensors=True,
     )
+    keep_differentiable(model)
+    return model
+
+
+class Precision:
+    """What the quantised layers lose to computing in bfloat16, kept for the merge.
+
+    bitsandbytes rounds their biases to the type that it computes in, for good.
+
+    Args:
+        model: The model as it was loaded.
+    """
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self._layers: list[Any] = [
+            module
+            for module in model.modules()
+            if isinstance(module, torch.nn.Linear) and is_quantised(module.weight)
+        ]
+        self._biases = [None if x.bias is None else x.bias.data.clone() for x in self._layers]
+
+    def restore(self) -> None:
+        """Bring the biases back, and compute in float32 from now on."""
+        for layer, bias in zip(self._layers, self._biases, strict=True):
+            if bias is not None:
+                layer.bias.data = bias.to(layer.bias.device)
+            if hasattr(layer, "compute_dtype"):
+                layer.compute_dtype = torch.float32

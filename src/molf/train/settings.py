@@ -247,7 +247,13 @@ class TrainSettings:
             return
         if self.load_in_4bit and self.load_in_8bit:
             raise InputError("Invalid load_in_4bit with load_in_8bit. Give one of them.")
-        if self.method not in QUANTISABLE:
+        if self.method in QUANTISABLE:
+            if self.method in ROUTED and self.freeze_rest is False:
+                raise InputError(
+                    f"Invalid freeze_rest=False with {self.quantised}: beside a quantised base the "
+                    "adapter alone is trained. Leave one of them out."
+                )
+        else:
             raise InputError(
                 f"Invalid {self.quantised} with method={self.method}: "
                 f"{_NOT_QUANTISABLE[self.method]}. Use --method {', '.join(QUANTISABLE[:-1])} or "

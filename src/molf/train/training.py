@@ -21,7 +21,7 @@ from molf.train.methods import Prepared, TrainingData, prepare
 from molf.train.model_loading import LoadedModel
 from molf.train.model_saving import save_adapter
 from molf.train.progress import Reporter
-from molf.train.quantised_base import load_quantised
+from molf.train.quantised_base import Precision, load_quantised
 from molf.train.resolved import ResolvedSettings
 from molf.train.routing_log import RoutingWriter
 from molf.train.run_directory import ADAPTER, CHECKPOINTS, METRICS, ROUTING, RunDirectory
@@ -75,6 +75,7 @@ def run_training(
         base.model = load_quantised(settings, arguments.bf16, arguments.device)
     if settings.method in ADAPTERS:  # for PiSSA and EVA this may take its time
         reporter.say("Putting in the adapter")
+    precision = Precision(base.model)
     started = time.perf_counter()
     prepared = prepare(base.model, settings, data)
     preparation_seconds = time.perf_counter() - started
@@ -107,7 +108,9 @@ def run_training(
     checkpoints = directory / CHECKPOINTS
     if not any(checkpoints.iterdir()):
         checkpoints.rmdir()  # the trainer makes it in any case
-    model = trainer.accelerator.unwrap_model(trainer.model)
+    # Without the trainer's autocast, in which the merge would be measured.
+    model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
+    precision.restore()
     if prepared.save_adapter is not None:
         save_adapter(prepared.save_adapter, model, settings, directory / ADAPTER)
     plain, record = merge_trained(model, settings, data, reporter)
