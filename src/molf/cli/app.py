@@ -34,6 +34,11 @@ app.command(
 )
 app.command("molf.cli.eval:evaluate_model", name="eval", help="Measure a model on tasks.")
 app.command("molf.cli.routing:show_routing", name="routing", help="Print what was routed where.")
+app.command(
+    "molf.cli.export:export_run",
+    name="export",
+    help="Write a run's merged model, or its adapter, in another type.",
+)
 
 recipes = App(name="recipes", help="List, copy and check recipes: files of options for --config.")
 recipes.command("molf.cli.recipes:list_recipes", name="ls", help="Print the shipped recipes.")
