@@ -39,6 +39,11 @@ app.command(
     help="Say what a training will take: parameters, memory, and which GPUs it fits.",
 )
 app.command("molf.cli.routing:show_routing", name="routing", help="Print what was routed where.")
+app.command(
+    "molf.cli.export:export_run",
+    name="export",
+    help="Write a run's merged model, or its adapter, in another type.",
+)
 
 recipes = App(name="recipes", help="List, copy and check recipes: files of options for --config.")
 recipes.command("molf.cli.recipes:list_recipes", name="ls", help="Print the shipped recipes.")

@@ -6,9 +6,11 @@ import gc
 import tempfile
 import time
 import traceback
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import set_seed
@@ -27,6 +29,7 @@ from molf.train.model_card import model_card
 from molf.train.model_loading import LoadedModel, load_model, load_skeleton
 from molf.train.model_saving import save_model
 from molf.train.progress import Reporter
+from molf.train.quantised_base import check_device
 from molf.train.resolved import ResolvedSettings
 from molf.train.result import RunError, RunResult, evaluation_record, results_row
 from molf.train.results import RESULTS, append_result
@@ -57,6 +60,7 @@ def run_job(
         RunError: The run failed; its directory holds what was written, and the traceback.
     """
     arguments = sft_config(settings)
+    check_device(settings, arguments.device)
     set_seed(settings.seed)  # before anything random, such as adapters
     # The layers are known from the configuration: wrong patterns must not cost a download.
     check(load_skeleton(settings.model), settings)
@@ -123,8 +127,12 @@ class _Job:
     plan: Plan
     directory: RunDirectory
 
-    def write_config(self) -> None:
-        """Write the settings, and what a reader has to know beside them."""
+    def write_config(self, merge: Mapping[str, Any] | None = None) -> None:
+        """Write the settings, and what a reader has to know beside them.
+
+        Args:
+            merge: What the merge did to the trained model, once that is known.
+        """
         samples = self.data.samples
         record = {
             "task": self.task.description(),
@@ -139,6 +147,8 @@ class _Job:
                 **self.plan.record(),
             },
         }
+        if merge:
+            record["merge"] = dict(merge)
         # As a recipe, the file must not make a later run replace this one.
         options = replace(self.settings, overwrite=False).as_options()
         write_yaml(self.directory / CONFIG, {**options, "run": record})
@@ -163,7 +173,7 @@ class _Job:
         )
         if training.trained_parameters != self.plan.trained_parameters:  # known to EVA only now
             self.plan = replace(self.plan, trained_parameters=training.trained_parameters)
-            self.write_config()
+        self.write_config(training.merge)
         description = self.task.description()
         dtype = getattr(torch, str(self.settings.save_dtype))
         card = model_card(self.settings, description, before, after=None)

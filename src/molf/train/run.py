@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from molf.evaluate import read_plain_text
 from molf.tasks import Task, load_task
-from molf.train.model_path import check_model
+from molf.train.model_path import check_model, check_quantisation
 from molf.train.progress import Reporter, make_reporter
 from molf.train.resolved import ResolvedSettings, resolve
 from molf.train.result import RunResult
@@ -71,6 +71,7 @@ def dry_run(settings: TrainSettings, reporter: Reporter | None = None) -> DryRun
 def _checked(settings: TrainSettings, started: datetime) -> tuple[ResolvedSettings, Task]:
     """What can be checked at once: options, model, output directory and data."""
     resolved = resolve(settings, started)
+    check_quantisation(resolved)
     check_model(resolved.model)
     check_output(resolved.output_dir, overwrite=resolved.overwrite)
     return resolved, load_task(resolved.task_options)

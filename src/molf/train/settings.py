@@ -17,7 +17,16 @@ from molf.core.config import SCORES, MoLFConfig
 from molf.errors import InputError
 from molf.tasks import TASKS, TaskOptions, check_task
 from molf.train.converters import numbers, patterns, words
-from molf.train.defaults import ADAPTERS, MATCHES, METHODS, default_alpha, defaults_for
+from molf.train.defaults import (
+    ADAPTERS,
+    MATCHES,
+    MERGE_BASES,
+    METHODS,
+    QUANTISABLE,
+    ROUTED,
+    default_alpha,
+    defaults_for,
+)
 
 SCHEDULERS = ("cosine", "linear", "constant", "constant_with_warmup")
 NONFINITE = ("raise", "skip")
@@ -59,9 +68,17 @@ class TrainSettings:
     """Recompute activations in the backward pass: slower, less memory."""
     bf16: Annotated[bool | None, Parameter(group=MODEL, show_default="where CUDA has it")] = None
     """bfloat16 autocast in training; the weights stay float32."""
+    load_in_4bit: Annotated[bool, Parameter(group=MODEL, negative=())] = False
+    """Train beside a frozen 4-bit base (bitsandbytes, NF4): molf-e, lora, lora+, eva."""
+    load_in_8bit: Annotated[bool, Parameter(group=MODEL, negative=())] = False
+    """The same with 8 bits (LLM.int8)."""
+    merge_base: Annotated[
+        str | None, Parameter(choices=MERGE_BASES, group=MODEL, show_default="dequantised")
+    ] = None
+    """What model/ is merged into: the quantised weights' numbers, as trained, or the original."""
 
     method: Annotated[str, Parameter(choices=METHODS, group=METHOD)] = "molf"
-    """fft: all weights. molf: routed per layer and step. The others train one PEFT adapter."""
+    """fft: all weights. molf, molf-e: routed per layer and step. Others train a PEFT adapter."""
     ranks: Annotated[
         tuple[int, ...] | None,
         Parameter(group=METHOD, converter=numbers(int), n_tokens=1, show_default=_AUTO),
@@ -77,7 +94,7 @@ class TrainSettings:
     use_rslora: Annotated[bool | None, Parameter(group=METHOD, show_default="by method")] = None
     """Scale by alpha / sqrt(rank) instead of alpha / rank."""
     lora_dropout: Annotated[float | None, Parameter(group=METHOD, show_default=_AUTO)] = None
-    """Dropout before the LoRA factors."""
+    """Dropout before the LoRA factors. With molf, above 0 takes an adapter beside the weights."""
     loraplus_lr_ratio: Annotated[float | None, Parameter(group=METHOD, show_default="16")] = None
     """With lora+, the learning rate of B as a multiple of that of A (lora_learning_rate)."""
     score: Annotated[str, Parameter(choices=SCORES, group=METHOD)] = "epd"
@@ -92,10 +109,12 @@ class TrainSettings:
         str | tuple[str, ...], Parameter(group=METHOD, converter=patterns, n_tokens=1)
     ] = ("lm_head",)
     """Layers never to adapt, in the same form."""
-    freeze_rest: Annotated[bool | None, Parameter(group=METHOD, show_default="train it")] = None
-    """With molf, freeze what is not routed (norms, embeddings, biases)."""
+    freeze_rest: Annotated[
+        bool | None, Parameter(group=METHOD, show_default="molf trains it, molf-e does not")
+    ] = None
+    """Freeze what is not routed (norms, embeddings, biases)."""
     nonfinite: Annotated[str, Parameter(choices=NONFINITE, group=METHOD)] = "raise"
-    """With molf, what an infinite or NaN gradient does: stop the run, or skip the step."""
+    """With molf, molf-e: what an infinite or NaN gradient does: stop the run, or skip the step."""
 
     learning_rate: Annotated[float | None, Parameter(group=OPTIMIZATION, show_default=_AUTO)] = None
     """Peak learning rate."""
@@ -175,6 +194,7 @@ class TrainSettings:
             ("lr_scheduler_type", SCHEDULERS),
             ("nonfinite", NONFINITE),
             ("save_dtype", (None, *DTYPES)),
+            ("merge_base", (None, *MERGE_BASES)),
         ):
             if getattr(self, name) not in allowed:
                 choices = ", ".join(choice for choice in allowed if choice)
@@ -201,6 +221,7 @@ class TrainSettings:
             raise InputError(
                 "Invalid save_total_limit without save_steps: no checkpoints are written."
             )
+        self._check_quantised()
         check_task(self.task_options)
         self.method_config  # noqa: B018 (raises where the method's own settings are wrong)
 
@@ -218,8 +239,32 @@ class TrainSettings:
         )
 
     @property
+    def quantised(self) -> str | None:
+        """The option that asks for a quantised base, or None."""
+        options = ("load_in_4bit", "load_in_8bit")
+        return next((name for name in options if getattr(self, name)), None)
+
+    def _check_quantised(self) -> None:
+        if self.quantised is None:
+            return
+        if self.load_in_4bit and self.load_in_8bit:
+            raise InputError("Invalid load_in_4bit with load_in_8bit. Give one of them.")
+        if self.method in QUANTISABLE:
+            if self.method in ROUTED and self.freeze_rest is False:
+                raise InputError(
+                    f"Invalid freeze_rest=False with {self.quantised}: beside a quantised base the "
+                    "adapter alone is trained. Leave one of them out."
+                )
+        else:
+            raise InputError(
+                f"Invalid {self.quantised} with method={self.method}: "
+                f"{_NOT_QUANTISABLE[self.method]}. Use --method {', '.join(QUANTISABLE[:-1])} or "
+                f"{QUANTISABLE[-1]}, or leave it out."
+            )
+
+    @property
     def method_config(self) -> MoLFConfig | None:
-        """The adapters' settings: molf's experts, or one adapter of the summed rank. None for fft.
+        """The experts of a routed method, or one adapter of the summed rank. None for fft.
 
         Raises:
             InputError: A value is not allowed, or not with this method.
@@ -242,13 +287,16 @@ class TrainSettings:
                 ranks = (sum(ranks),)
             if alpha is None:
                 alpha = default_alpha(self.method, ranks[0], use_rslora=rslora)
+        elif alpha is None:
+            alpha = [default_alpha(self.method, rank, use_rslora=rslora) for rank in ranks]
         dropout = self.lora_dropout if self.lora_dropout is not None else defaults["lora_dropout"]
-        if self.method == "molf" and dropout:
+        routes = self.method in ROUTED
+        freezes = self.method == "molf-e"
+        if freezes and self.score == "full":
             raise InputError(
-                f"Invalid lora_dropout={dropout} with method=molf. Must be 0: its experts are "
-                "folded into the weight, where a dropout mask cannot reach them."
+                "Invalid score='full' with method=molf-e: its base is frozen, so it has no full "
+                "expert. Use another score, or --method molf."
             )
-        routes = self.method == "molf"
         try:
             return MoLFConfig(
                 ranks=ranks,
@@ -259,12 +307,21 @@ class TrainSettings:
                 exclude_modules=self.exclude_modules,
                 score=self.score if routes else MoLFConfig.score,
                 top_k=self.top_k if routes else MoLFConfig.top_k,
+                freeze_base=freezes,
                 freeze_rest=self.freeze_rest if routes else None,
                 seed=self.seed,
             )
         except ValueError as error:
             raise InputError(str(error)) from error
 
+
+_NOT_QUANTISABLE = {
+    "fft": "it trains the base weights, which quantised ones cannot be",
+    "molf": "its full expert trains the base weights, which quantised ones cannot be",
+    "dora": "its magnitudes are the norms of weights, and it cannot be merged into quantised ones",
+    "pissa": "it decomposes the base weights, which must be real numbers",
+    "adalora": "it cannot be merged into quantised weights",
+}
 
 _POSITIVE = (
     "max_samples",

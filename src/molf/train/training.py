@@ -7,22 +7,28 @@ import time
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
+from safetensors.torch import save_model as save_tensors
 from transformers import PrinterCallback, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from molf.train.callbacks import MetricsCallback, RoutingCallback, Throughput
 from molf.train.defaults import ADAPTERS
+from molf.train.merging import merge_trained
 from molf.train.methods import Prepared, TrainingData, prepare
 from molf.train.model_loading import LoadedModel
 from molf.train.model_saving import save_adapter
 from molf.train.progress import Reporter
+from molf.train.quantised_base import Precision, load_quantised
 from molf.train.resolved import ResolvedSettings
 from molf.train.routing_log import RoutingWriter
 from molf.train.run_directory import ADAPTER, CHECKPOINTS, METRICS, ROUTING, RunDirectory
 from molf.train.wins import Wins
+
+ALL_WEIGHTS = "model.safetensors"
 
 
 @dataclass
@@ -38,6 +44,7 @@ class Training:
         tokens: Tokens seen, padding left out.
         loss: Mean training loss.
         shares: Share of layers that each expert won; empty without routing.
+        merge: What the merge did to the model; empty where nothing was merged.
     """
 
     model: Any
@@ -48,6 +55,7 @@ class Training:
     tokens: int
     loss: float
     shares: dict[str, float]
+    merge: dict[str, Any]
 
 
 def run_training(
@@ -59,13 +67,18 @@ def run_training(
     reporter: Reporter,
     callbacks: Sequence[TrainerCallback] = (),
 ) -> Training:
-    """Train `base.model` on the samples; the model is changed in place.
+    """Train `base.model` on the samples; the model is changed in place, or taken over.
 
     A trained adapter is saved before it is merged. `callbacks` are told of everything, as well as
     the run's own.
     """
+    if settings.quantised is not None:
+        reporter.say(f"Loading the base again ({settings.quantised})")
+        base.model = None  # make room
+        base.model = load_quantised(settings, arguments.bf16, arguments.device)
     if settings.method in ADAPTERS:  # for PiSSA and EVA this may take its time
         reporter.say("Putting in the adapter")
+    precision = Precision(base.model)
     started = time.perf_counter()
     prepared = prepare(base.model, settings, data)
     preparation_seconds = time.perf_counter() - started
@@ -76,6 +89,8 @@ def run_training(
         reporter.training(data.steps) as show,
     ):
         trainer = _Trainer(
+            prepared,
+            wins,
             model=prepared.model,
             args=arguments,
             train_dataset=Dataset.from_dict(
@@ -91,19 +106,20 @@ def run_training(
             ],
         )
         trainer.remove_callback(PrinterCallback)
-        trainer.wins = wins
-        trainer.prepared = prepared
         started = time.perf_counter()
         output = trainer.train()
         seconds = time.perf_counter() - started
     checkpoints = directory / CHECKPOINTS
     if not any(checkpoints.iterdir()):
         checkpoints.rmdir()  # the trainer makes it in any case
-    model = trainer.accelerator.unwrap_model(trainer.model)
+    # Without the trainer's autocast, in which the merge would be measured.
+    model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
+    precision.restore()
     if prepared.save_adapter is not None:
         save_adapter(prepared.save_adapter, model, settings, directory / ADAPTER)
+    plain, record = merge_trained(model, settings, data, reporter)
     return Training(
-        model=prepared.finish(model),
+        model=plain,
         trained_parameters=prepared.trained_parameters,
         steps=output.global_step,
         seconds=seconds,
@@ -111,6 +127,14 @@ def run_training(
         tokens=trainer.state.num_input_tokens_seen,
         loss=output.training_loss,
         shares=wins.shares(),
+        merge=record,
+    )
+
+
+def _trains_more_than_its_adapter(model: Any) -> bool:
+    return hasattr(model, "peft_config") and any(
+        parameter.requires_grad and ".lora_" not in name
+        for name, parameter in model.named_parameters()
     )
 
 
@@ -127,8 +151,33 @@ def _warn_of_warmup(steps: int, arguments: SFTConfig) -> None:
 class _Trainer(SFTTrainer):
     """SFTTrainer with a method's own term of the loss and figures in the log, for trackers too."""
 
-    wins: Wins
-    prepared: Prepared
+    def __init__(self, prepared: Prepared, wins: Wins, **kwargs: Any) -> None:
+        self.prepared = prepared
+        self.wins = wins
+        model = prepared.model
+        trained = {p: p.data for p in model.parameters() if p.requires_grad}
+        super().__init__(**kwargs)
+        for parameter, data in trained.items():
+            # TRL rounds what is trained beside a quantised base to bfloat16, which loses small
+            # updates.
+            if parameter.dtype != data.dtype:
+                parameter.data = data.to(parameter.device)
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        """Make the optimizer, without its advice on checkpoints, which `_save` follows."""
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".* trained parameters are outside the adap")
+            return super().create_optimizer(*args, **kwargs)
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        """Save a checkpoint: all weights where more is trained than the adapter, which PEFT saves.
+
+        The names are those of the model with its adapter.
+        """
+        super()._save(output_dir, state_dict)
+        model = self.accelerator.unwrap_model(self.model)
+        if self.args.should_save and _trains_more_than_its_adapter(model):
+            save_tensors(model, str(Path(output_dir or self.args.output_dir) / ALL_WEIGHTS))
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         self._throughput = Throughput()
