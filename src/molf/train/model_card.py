@@ -87,8 +87,8 @@ def adapter_card(settings: ResolvedSettings) -> str:
             f"# {settings.output_dir.name}: adapter",
             "",
             f"For `{settings.model}`, trained on the task `{settings.task}`{beside} with molf, "
-            f"method `{settings.method}`. Loads with PEFT alone. `model/` of the same run has the merged "
-            "model and its measurements.",
+            f"method `{settings.method}`. Loads with PEFT alone. `model/` of the same run has the "
+            "merged model and its measurements.",
             "",
         ]
     )

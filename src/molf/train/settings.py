@@ -285,6 +285,8 @@ class TrainSettings:
                 ranks = (sum(ranks),)
             if alpha is None:
                 alpha = default_alpha(self.method, ranks[0], use_rslora=rslora)
+        elif alpha is None:
+            alpha = [default_alpha(self.method, rank, use_rslora=rslora) for rank in ranks]
         dropout = self.lora_dropout if self.lora_dropout is not None else defaults["lora_dropout"]
         routes = self.method in ROUTED
         freezes = self.method == "molf-e"
