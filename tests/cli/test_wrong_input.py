@@ -35,7 +35,26 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[1] / name) for name in ("ev
         ("train --ranks 4,8 --alpha 1,2,3", ["alpha", "2 ranks"]),
         ("train --method lora --ranks 4,0", ["ranks=[4, 0]", "at least 1"]),
         ("train --method dora --ranks 4,8 --alpha 1,2", ["alpha=1,2", "dora", "one adapter"]),
-        ("train --lora_dropout 0.1", ["lora_dropout=0.1", "molf"]),
+        ("train --lora_dropout 1", ["lora_dropout=1.0", "[0, 1)"]),
+        ("train --method molf-e --score full", ["score='full'", "molf-e", "--method molf"]),
+        ("train --method molf-e --top_k 3", ["top_k=3", "2", "lora0_r4, lora1_r16"]),
+        ("train --method molf-e --alpha 1,2,3", ["alpha", "2 ranks"]),
+        ("train --load_in_4bit --method fft", ["load_in_4bit", "fft", "quantised", "molf-e"]),
+        ("train --load_in_8bit", ["load_in_8bit", "method=molf", "full expert", "molf-e", "lora"]),
+        ("train --load_in_4bit --method dora", ["load_in_4bit", "dora", "merged", "lora+"]),
+        ("train --load_in_4bit --method pissa", ["load_in_4bit", "pissa", "real numbers"]),
+        ("train --load_in_4bit --method adalora", ["load_in_4bit", "adalora", "merged"]),
+        ("train --method lora --load_in_4bit --load_in_8bit", ["load_in_4bit", "load_in_8bit"]),
+        (
+            "train --method molf-e --load_in_4bit --no-freeze_rest",
+            ["freeze_rest=False", "load_in_4bit"],
+        ),
+        ("train --method lora --load_in_4bit --merge_base half", ["half", "dequantised", "original"]),
+        ("export", ["RUN"]),
+        ("export nowhere", ["nowhere", "not a directory"]),
+        ("export . --what weights", ["weights", "model", "adapter"]),
+        ("export . --dtype int8", ["int8", "bfloat16"]),
+        ("export .", ["not a run", "config.yaml"]),
         ("train --save_total_limit 2", ["save_total_limit", "save_steps"]),
         ("train --seed 1 --seed 2", ["--seed", "multiple times"]),
         ("train --seed 4294967296", ["seed=4294967296", "below 2**32"]),
@@ -92,6 +111,13 @@ def test_data(train, tmp_path, content, words):
     assert str(path) in error
     for word in words:
         assert word in error
+
+
+def test_library_that_quantises_is_missing(train, monkeypatch):
+    monkeypatch.setattr("molf.train.model_path.find_spec", lambda name: None)
+    error = train("--method", "molf-e", "--load_in_4bit")
+    assert "load_in_4bit needs bitsandbytes" in error
+    assert "pip install 'molf[bitsandbytes]'" in error
 
 
 def test_model_is_needed(train):
