@@ -90,6 +90,22 @@ def test_commands_of_recipes(tmp_path, monkeypatch):
             assert run(line, *short) == 0, line
 
 
+def test_commands_of_methods(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    pytest.importorskip("bitsandbytes", reason="the 4-bit base needs the extra bitsandbytes")
+    write(
+        tmp_path / "records.jsonl",
+        [{"prompt": f"{i} is", "completion": " odd"} for i in "abcdefghij"],
+    )
+    lines = [line for block in blocks(METHODS, "bash") for line in block.splitlines()]
+    assert lines.pop(0) == "pip install 'molf[bitsandbytes]'"
+    for line in lines:
+        short = ["--max_steps", "2", "--ranks", "2,4"] if "molf train" in line else []
+        assert run(line, *short) == 0, line
+    assert Path("out/model-bfloat16/model.safetensors").is_file()
+    assert Path("adapter-for-serving/adapter_config.json").is_file()
+
+
 def test_methods_described():
     from molf.train.defaults import METHODS as TRAINED
 

@@ -49,7 +49,10 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[1] / name) for name in ("ev
             "train --method molf-e --load_in_4bit --no-freeze_rest",
             ["freeze_rest=False", "load_in_4bit"],
         ),
-        ("train --method lora --load_in_4bit --merge_base half", ["half", "dequantised", "original"]),
+        (
+            "train --method lora --load_in_4bit --merge_base half",
+            ["half", "dequantised", "original"],
+        ),
         ("export", ["RUN"]),
         ("export nowhere", ["nowhere", "not a directory"]),
         ("export . --what weights", ["weights", "model", "adapter"]),

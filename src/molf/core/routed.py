@@ -116,13 +116,8 @@ class RoutedLayer(ABC):
         by_rank = full.new_zeros(sum(self.group["ranks"]))  # per row of A and column of B
         factors = zip(self._factor_gradients(), self._factor_moments(), (1, 0), strict=True)
         for grad, (exp_avg, exp_avg_sq), dim in factors:
-            decay = guard.decay_of(exp_avg, betas)
-            for rows in row_blocks(grad):
-                m, v = exp_avg[rows], exp_avg_sq[rows]
-                update_moments(grad[rows], m, v, decay)
-                # Rows of A are ranks; of B, columns are.
-                part = by_rank[rows] if dim == 1 else by_rank
-                part += score_terms(m, v, score).sum(dim)
+            update_moments(grad, exp_avg, exp_avg_sq, guard.decay_of(exp_avg, betas))
+            by_rank += score_terms(exp_avg, exp_avg_sq, score).sum(dim)
         per_expert = [part.sum() for part in by_rank.split(list(self.group["ranks"]))]
         return torch.stack([full, *per_expert] if self.has_full else per_expert)
 
