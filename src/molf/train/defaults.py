@@ -78,8 +78,8 @@ _DEMO: dict[str, Any] = {
     "per_device_train_batch_size": 32,
     "gradient_accumulation_steps": 1,
 }
-# MoLF's experts win about as often as each other at this ratio of rates. The adapters' are the best
-# of three, in steps of 3, on these very requests (README); DoRA has LoRA's.
+# MoLF's experts win about as often as each other at this ratio of rates. The others' are the best
+# of three on these very requests (README); DoRA has LoRA's.
 _DEMO_RATE = {
     "molf": 2e-3,
     "molf-e": 3e-3,
