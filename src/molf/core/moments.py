@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from molf.core.adam import MomentDecay, compute_dtype, update_moments
+from molf.core.names import STATE_DTYPES
 
-STATE_DTYPES = ("float32", "8bit")
 _KEYS = ("exp_avg", "exp_avg_sq")
 _BLOCK = 256  # numbers that share a scale
 _SMALLEST = 4096  # smaller tensors stay float32: together they are nothing

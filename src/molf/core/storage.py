@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from molf.core.names import ROUNDINGS
 from molf.core.rounding import RoundingKey, join_float32, round_stochastic, split_float32
 
-ROUNDINGS = ("exact", "stochastic", "nearest")
 LOW = "low"  # key of the lower halves in a parameter's state
 
 

@@ -59,6 +59,9 @@ def resolve(settings: TrainSettings, now: datetime) -> ResolvedSettings:
         values["lora_learning_rate"] = None  # a task's own rate goes with the task's other rate
     if values.get("lora_learning_rate") is None:
         values["lora_learning_rate"] = values["learning_rate"]
+    is_rounded = settings.dtype == "bfloat16" and "weight_rounding" not in _UNUSED[settings.method]
+    if is_rounded and settings.weight_rounding is None:
+        values["weight_rounding"] = "exact"  # what the optimizers make of None
     values["model"] = settings.model or _task_model(settings.task)
     if settings.output_dir is None:
         values["output_dir"] = _fresh_directory(settings, values["model"], now)
@@ -76,6 +79,7 @@ _DEFAULTS = {
     if option.name != "training_args"
 }
 _ROUTING = ("score", "top_k", "freeze_rest", "nonfinite")
+_STORAGE = ("weight_rounding", "state_dtype")
 _ADAPTER = (
     "ranks",
     "alpha",
@@ -89,8 +93,8 @@ _ADAPTER = (
 _UNUSED = {
     "fft": (*_ADAPTER, "match", "loraplus_lr_ratio", *_ROUTING),
     "molf": ("match", "loraplus_lr_ratio"),
-    **dict.fromkeys(ADAPTERS, ("weight_decay", "loraplus_lr_ratio", *_ROUTING)),
-    "lora+": ("weight_decay", *_ROUTING),
+    **dict.fromkeys(ADAPTERS, ("weight_decay", "loraplus_lr_ratio", *_ROUTING, *_STORAGE)),
+    "lora+": ("weight_decay", *_ROUTING, *_STORAGE),
 }
 
 

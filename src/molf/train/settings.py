@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
 
 from cyclopts import Group, Parameter
 
 from molf.core.config import SCORES, MoLFConfig
+from molf.core.names import ROUNDINGS, STATE_DTYPES
 from molf.errors import InputError
 from molf.tasks import TASKS, TaskOptions, check_task
 from molf.train.converters import numbers, patterns, words
@@ -22,6 +24,7 @@ from molf.train.defaults import ADAPTERS, MATCHES, METHODS, default_alpha, defau
 SCHEDULERS = ("cosine", "linear", "constant", "constant_with_warmup")
 NONFINITE = ("raise", "skip")
 DTYPES = ("float32", "bfloat16", "float16")
+WEIGHT_DTYPES = ("float32", "bfloat16")
 
 DATA = Group.create_ordered("Data")
 MODEL = Group.create_ordered("Model")
@@ -58,7 +61,9 @@ class TrainSettings:
     gradient_checkpointing: Annotated[bool, Parameter(group=MODEL)] = False
     """Recompute activations in the backward pass: slower, less memory."""
     bf16: Annotated[bool | None, Parameter(group=MODEL, show_default="where CUDA has it")] = None
-    """bfloat16 autocast in training; the weights stay float32."""
+    """bfloat16 autocast in training, whatever the type of the weights."""
+    dtype: Annotated[str, Parameter(choices=WEIGHT_DTYPES, group=MODEL)] = "float32"
+    """Type of the weights in training; bfloat16 takes half the memory for weights and gradients."""
 
     method: Annotated[str, Parameter(choices=METHODS, group=METHOD)] = "molf"
     """fft: all weights. molf: routed per layer and step. The others train one PEFT adapter."""
@@ -97,6 +102,12 @@ class TrainSettings:
     nonfinite: Annotated[str, Parameter(choices=NONFINITE, group=METHOD)] = "raise"
     """With molf, what an infinite or NaN gradient does: stop the run, or skip the step."""
 
+    weight_rounding: Annotated[
+        str | None, Parameter(choices=ROUNDINGS, group=OPTIMIZATION, show_default="exact")
+    ] = None
+    """How fft and molf write bfloat16 weights: exact (as float32), stochastic, or nearest."""
+    state_dtype: Annotated[str, Parameter(choices=STATE_DTYPES, group=OPTIMIZATION)] = "float32"
+    """How fft and molf keep the moments of weights: float32, or 8bit (needs torchao)."""
     learning_rate: Annotated[float | None, Parameter(group=OPTIMIZATION, show_default=_AUTO)] = None
     """Peak learning rate."""
     lora_learning_rate: Annotated[
@@ -173,6 +184,9 @@ class TrainSettings:
             ("lr_scheduler_type", SCHEDULERS),
             ("nonfinite", NONFINITE),
             ("save_dtype", (None, *DTYPES)),
+            ("dtype", WEIGHT_DTYPES),
+            ("weight_rounding", (None, *ROUNDINGS)),
+            ("state_dtype", STATE_DTYPES),
         ):
             if getattr(self, name) not in allowed:
                 choices = ", ".join(choice for choice in allowed if choice)
@@ -195,6 +209,16 @@ class TrainSettings:
         for name in ("model", "data", "eval_data", "forgetting_data"):
             if getattr(self, name) == "":
                 raise InputError(f"Invalid {name}: empty. Leave the option out for the default.")
+        if self.weight_rounding is not None and self.dtype == "float32":
+            raise InputError(
+                f"Invalid weight_rounding={self.weight_rounding} with dtype=float32: there is "
+                "nothing to round. Give --dtype bfloat16, or leave weight_rounding out."
+            )
+        if self.state_dtype == "8bit" and find_spec("torchao") is None:
+            raise InputError(
+                "Invalid state_dtype=8bit: it needs torchao. Install it with pip install "
+                "'molf[torchao]', or give --state_dtype float32."
+            )
         if self.save_total_limit is not None and self.save_steps is None:
             raise InputError(
                 "Invalid save_total_limit without save_steps: no checkpoints are written."

@@ -12,7 +12,15 @@ from datasets import Dataset
 from transformers import PrinterCallback
 from trl import SFTConfig, SFTTrainer
 
-from molf.train.callbacks import MetricsCallback, RoutingCallback, Throughput
+from molf.core.adamw import AdamW
+from molf.train.callbacks import (
+    FidelityCallback,
+    MetricsCallback,
+    RoutingCallback,
+    Throughput,
+    fidelity_figures,
+    unwrapped,
+)
 from molf.train.defaults import ADAPTERS
 from molf.train.methods import Prepared, TrainingData, prepare
 from molf.train.model_loading import LoadedModel
@@ -82,6 +90,7 @@ def run_training(
             optimizer_cls_and_kwargs=prepared.optimizer,
             callbacks=[
                 RoutingCallback(prepared, writer, wins),
+                FidelityCallback(),
                 MetricsCallback(directory / METRICS, show),
                 *prepared.callbacks,
             ],
@@ -96,6 +105,8 @@ def run_training(
     if not any(checkpoints.iterdir()):
         checkpoints.rmdir()  # the trainer makes it in any case
     model = trainer.accelerator.unwrap_model(trainer.model)
+    if settings.save_dtype == "float32":
+        restore_float32(trainer.optimizer)
     if prepared.save_adapter is not None:
         save_adapter(prepared.save_adapter, model, settings, directory / ADAPTER)
     return Training(
@@ -108,6 +119,14 @@ def run_training(
         loss=output.training_loss,
         shares=wins.shares(),
     )
+
+
+def restore_float32(optimizer: Any) -> None:
+    """Give exact bfloat16 weights the halves that they do not hold: they become float32."""
+    optimizer = unwrapped(optimizer)
+    if isinstance(optimizer, AdamW):
+        for parameter, values in optimizer.float32_weights().items():
+            parameter.data = values  # the same parameter, so that ties stay
 
 
 def _warn_of_warmup(steps: int, arguments: SFTConfig) -> None:
@@ -149,6 +168,7 @@ class _Trainer(SFTTrainer):
             for name, ratio in self.prepared.rates.items():
                 logs[name] = logs["learning_rate"] * ratio
             logs |= self.prepared.measure()
+            logs |= fidelity_figures(self.optimizer)
             tokens = int(self.state.num_input_tokens_seen)
             logs["tokens_per_second"] = self._throughput.since_last(tokens)
             logs |= {f"won/{name}": share for name, share in self.wins.take_recent().items()}

@@ -151,7 +151,7 @@ def lora_config(plan: AdapterPlan, settings: ResolvedSettings, **further: Any) -
 
 
 def _merged(model: Any) -> Any:
-    return model.merge_and_unload()
+    return model.float().merge_and_unload()  # a bfloat16 base would lose small changes
 
 
 def _save(model: Any, path: Path) -> None:

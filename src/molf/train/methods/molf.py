@@ -16,6 +16,7 @@ from molf.train.methods.base import (
     count_trainable,
     find_adapted_layers,
 )
+from molf.train.methods.storage import storage_options
 from molf.train.resolved import ResolvedSettings
 
 
@@ -41,6 +42,7 @@ class Molf(Method):
                 betas=(settings.adam_beta1, settings.adam_beta2),
                 eps=settings.adam_epsilon,
                 nonfinite=settings.nonfinite,
+                **storage_options(settings),
             ),
             optimizer_class=MoLFAdamW,
             layers=tuple(layer.name for layer in layers),
