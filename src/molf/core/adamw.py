@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from molf.core.accumulation import accumulate_in_float32
 from molf.core.dense import DenseTensor
 from molf.core.fidelity import UpdateFidelity, UpdateTally
 from molf.core.groups import check_group, check_same_structure
+from molf.core.in_backward import BackwardSteps, Unit, check_in_backward
 from molf.core.moments import check_state_dtype, fits_8bit
 from molf.core.routed import RoutedLayer
 from molf.core.step import Outcome, take_step
@@ -47,6 +49,13 @@ class AdamW(Optimizer):
         seed: Of stochastic rounding.
         nonfinite: What a gradient with infinity or NaN does, found before anything is written:
             `"raise"` a RuntimeError, or `"skip"` the whole step with a warning.
+        grad_accumulation_dtype: `"float32"` keeps the gradients of bfloat16 weights in float32, so
+            that micro-batches add up without rounding. None leaves them in bfloat16.
+        optimizer_in_backward: Whether every parameter (of a routed layer: all together) moves as
+            soon as its gradient is complete, during the backward pass, and the gradient is freed.
+            `step` after each backward pass only finishes what is left. Nothing that needs all
+            gradients at once is possible: accumulation, clipping, `nonfinite="skip"`. The host
+            waits for the device once per layer.
 
     Attributes:
         skipped_steps: How many steps `nonfinite="skip"` has skipped.
@@ -70,9 +79,20 @@ class AdamW(Optimizer):
         state_dtype: str = "float32",
         seed: int = 0,
         nonfinite: str = "raise",
+        grad_accumulation_dtype: str | None = None,
+        optimizer_in_backward: bool = False,
     ) -> None:
         if nonfinite not in ("raise", "skip"):
             raise ValueError(f"Invalid nonfinite={nonfinite!r}. Must be 'raise' or 'skip'.")
+        if grad_accumulation_dtype not in (None, "float32"):
+            raise ValueError(
+                f"Invalid grad_accumulation_dtype={grad_accumulation_dtype!r}. "
+                "Must be 'float32' or None."
+            )
+        if optimizer_in_backward:
+            check_in_backward(nonfinite, grad_accumulation_dtype)
+        self.grad_accumulation_dtype = grad_accumulation_dtype
+        self.optimizer_in_backward = optimizer_in_backward
         self.nonfinite = nonfinite
         self.skipped_steps = 0
         self.measure_updates = False
@@ -97,6 +117,18 @@ class AdamW(Optimizer):
                 "in a multiple of 256 (the factors of LoRA experts are never 8-bit).",
                 stacklevel=2,
             )
+        self._prepare_gradients()
+
+    def _prepare_gradients(self) -> None:
+        """Say how gradients are kept, and when they are used; copies need it again."""
+        self._backward: BackwardSteps | None = None
+        if self.grad_accumulation_dtype is not None:
+            accumulate_in_float32(p for group in self.param_groups for p in group["params"])
+        if self.optimizer_in_backward:
+            self._backward = BackwardSteps(
+                lambda: self.param_groups, self._begin, self._take_and_free
+            )
+            self._backward.watch()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; without a `layer` it takes plain AdamW steps.
@@ -128,33 +160,49 @@ class AdamW(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._begin()
-        self._take(range(len(self.param_groups)))
+        if self._backward is None:
+            self._begin()
+            self._take(range(len(self.param_groups)))
+            return loss
+        if not self._backward.is_open:
+            self._begin()
+        for unit in list(self._backward.left()):
+            self._take_and_free(unit)
+        self._backward.close()
+        self._backward.watch()  # libraries may have swapped parameters
         return loss
 
     def _begin(self) -> None:
         """Forget what the last step has left."""
         self._tally = UpdateTally() if self.measure_updates else None
 
-    def _take(self, indices: Iterable[int]) -> None:
-        """Step the parameters of some groups that have gradients."""
-        outcome = take_step(self._layers(indices), self._rest(indices), self._tally)
+    def _take(self, indices: Iterable[int], position: int | None = None) -> None:
+        """Step the parameters of some groups that have gradients; of all, or of one place."""
+        outcome = take_step(self._layers(indices), self._rest(indices, position), self._tally)
         if outcome.nonfinite:
             self._refuse(outcome.nonfinite)
         self._finish(outcome)
+
+    def _take_and_free(self, unit: Unit) -> None:
+        """Step a routed layer, or another parameter, and free its gradients."""
+        number, *position = unit
+        self._take([number], *position)
+        parameters = self.param_groups[number]["params"]
+        for parameter in [parameters[i] for i in position] or parameters:
+            parameter.grad = None
 
     def _layers(self, indices: Iterable[int]) -> list[RoutedLayer]:
         """The routed layers of some groups: none here."""
         return []
 
-    def _rest(self, indices: Iterable[int]) -> list[DenseTensor]:
+    def _rest(self, indices: Iterable[int], position: int | None) -> list[DenseTensor]:
         """The tensors of some groups that have a gradient and are not routed."""
         return [
-            DenseTensor(parameter, group, self.state[parameter], self._name(number, position))
+            DenseTensor(parameter, group, self.state[parameter], self._name(number, place))
             for number, group in ((i, self.param_groups[i]) for i in indices)
             if group["layer"] is None
-            for position, parameter in enumerate(group["params"])
-            if parameter.grad is not None
+            for place, parameter in enumerate(group["params"])
+            if parameter.grad is not None and position in (None, place)
         ]
 
     def _finish(self, outcome: Outcome) -> None:
@@ -195,9 +243,14 @@ class AdamW(Optimizer):
         """Raise for, or warn of, the parameters with a non-finite gradient."""
         names = [self._name_of(parameter) for parameter in bad[:3]]
         more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
-        message = (
-            f"Non-finite gradient in {', '.join(names)}{more}; no weight and no state was changed."
-        )
+        bad_ones = f"Non-finite gradient in {', '.join(names)}{more}"
+        if self._backward is not None:
+            raise RuntimeError(
+                f"{bad_ones}; it has not moved, but {self._backward.count() - 1} layers and other "
+                "parameters whose gradients came before it in this backward pass have "
+                "(optimizer_in_backward=True)."
+            )
+        message = f"{bad_ones}; no weight and no state was changed."
         if self.nonfinite == "raise":
             raise RuntimeError(message + " nonfinite='skip' would skip such steps.")
         self.skipped_steps += 1
@@ -261,7 +314,14 @@ class AdamW(Optimizer):
                     # What flattened distributed checkpoints load where nothing was saved.
                     del self.state[parameter][key]
 
-    _OWN: tuple[str, ...] = ("nonfinite", "skipped_steps", "measure_updates", "_tally")
+    _OWN: tuple[str, ...] = (
+        "nonfinite",
+        "skipped_steps",
+        "measure_updates",
+        "grad_accumulation_dtype",
+        "optimizer_in_backward",
+        "_tally",
+    )
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what copies and pickles hold: torch's part and our own attributes."""
@@ -276,6 +336,8 @@ class AdamW(Optimizer):
         for group, replaced in zip(self.param_groups, before, strict=False):
             for key, value in replaced.items():
                 group.setdefault(key, value)
+        if not before:  # a copy, whose parameters are others
+            self._prepare_gradients()
 
 
 def _warn_of_rounding(groups: Sequence[dict[str, Any]]) -> None:

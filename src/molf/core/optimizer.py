@@ -42,7 +42,7 @@ class MoLFAdamW(AdamW):
         betas: Decay rates of the first and second moments.
         eps: Added to the denominator of a step (the score has its own, 1e-8).
         weight_decay: Default decoupled decay of a group that sets none.
-        **precision: `weight_rounding`, `state_dtype`, `seed` and `nonfinite`, as of `AdamW`.
+        **precision: The keywords of `AdamW`: `weight_rounding`, `state_dtype`, ...
 
     Attributes:
         routing: Decision of every layer in the last step, by layer name.
@@ -81,6 +81,8 @@ class MoLFAdamW(AdamW):
         nonfinite: str = "raise",
         weight_rounding: str | None = None,
         state_dtype: str = "float32",
+        grad_accumulation_dtype: str | None = None,
+        optimizer_in_backward: bool = False,
     ) -> MoLFAdamW:
         """Build the optimizer for any module with linear layers, or with a LoRA adapter on them.
 
@@ -104,6 +106,12 @@ class MoLFAdamW(AdamW):
                 updates are lost; to compare with).
             state_dtype: `"float32"`, or `"8bit"`: moments of dense tensors from 4,096 elements on,
                 in a multiple of 256, are kept in blocks of 8 bits (torchao).
+            grad_accumulation_dtype: `"float32"` keeps the gradients of bfloat16 weights in float32,
+                so that micro-batches add up without rounding.
+            optimizer_in_backward: Whether each layer is routed and moved as soon as its gradients
+                are complete, during the backward pass, and the gradients are freed. `step` after
+                each backward pass only finishes what is left; accumulation, clipping and
+                `nonfinite="skip"` are not possible, and the host waits once per layer.
 
         Raises:
             ValueError: A value is not allowed, no layer can be routed (see `find_layers`,
@@ -134,6 +142,8 @@ class MoLFAdamW(AdamW):
             nonfinite=nonfinite,
             weight_rounding=weight_rounding,
             state_dtype=state_dtype,
+            grad_accumulation_dtype=grad_accumulation_dtype,
+            optimizer_in_backward=optimizer_in_backward,
             seed=config.seed,
         )
         keep_differentiable(model)

@@ -108,6 +108,13 @@ class TrainSettings:
     """How fft and molf write bfloat16 weights: exact (as float32), stochastic, or nearest."""
     state_dtype: Annotated[str, Parameter(choices=STATE_DTYPES, group=OPTIMIZATION)] = "float32"
     """How fft and molf keep the moments of weights: float32, or 8bit (needs torchao)."""
+    grad_accumulation_dtype: Annotated[
+        str | None,
+        Parameter(choices=("float32",), group=OPTIMIZATION, show_default="that of the weights"),
+    ] = None
+    """float32 adds the gradients of bfloat16 weights up without rounding (fft, molf)."""
+    optimizer_in_backward: Annotated[bool, Parameter(group=OPTIMIZATION)] = False
+    """Move each layer in the backward pass and free its gradient; no clipping, no accumulation."""
     learning_rate: Annotated[float | None, Parameter(group=OPTIMIZATION, show_default=_AUTO)] = None
     """Peak learning rate."""
     lora_learning_rate: Annotated[
@@ -136,7 +143,7 @@ class TrainSettings:
     """How the learning rates fall."""
     warmup_ratio: Annotated[float, Parameter(group=OPTIMIZATION)] = 0.1
     """Share of the steps in which the learning rates rise."""
-    max_grad_norm: Annotated[float, Parameter(group=OPTIMIZATION)] = 1.0
+    max_grad_norm: Annotated[float | None, Parameter(group=OPTIMIZATION, show_default="1")] = None
     """Clip the gradients to this norm; 0 turns clipping off."""
     adam_beta1: Annotated[float, Parameter(group=OPTIMIZATION)] = 0.9
     """Decay rate of the first moment."""
@@ -187,6 +194,7 @@ class TrainSettings:
             ("dtype", WEIGHT_DTYPES),
             ("weight_rounding", (None, *ROUNDINGS)),
             ("state_dtype", STATE_DTYPES),
+            ("grad_accumulation_dtype", (None, "float32")),
         ):
             if getattr(self, name) not in allowed:
                 choices = ", ".join(choice for choice in allowed if choice)
@@ -214,6 +222,8 @@ class TrainSettings:
                 f"Invalid weight_rounding={self.weight_rounding} with dtype=float32: there is "
                 "nothing to round. Give --dtype bfloat16, or leave weight_rounding out."
             )
+        if self.optimizer_in_backward:
+            self._check_in_backward()
         if self.state_dtype == "8bit" and find_spec("torchao") is None:
             raise InputError(
                 "Invalid state_dtype=8bit: it needs torchao. Install it with pip install "
@@ -225,6 +235,21 @@ class TrainSettings:
             )
         check_task(self.task_options)
         self.method_config  # noqa: B018 (raises where the method's own settings are wrong)
+
+    def _check_in_backward(self) -> None:
+        """Refuse what needs the gradients of all layers at once, where it was asked for."""
+        impossible = {
+            "gradient_accumulation_steps": (self.gradient_accumulation_steps or 1) > 1,
+            "max_grad_norm": (self.max_grad_norm or 0) > 0,
+            "nonfinite": self.nonfinite == "skip",
+            "grad_accumulation_dtype": self.grad_accumulation_dtype is not None,
+        }
+        for name, is_impossible in impossible.items():
+            if is_impossible:
+                raise InputError(
+                    f"Invalid {name}={getattr(self, name)} with optimizer_in_backward: each layer "
+                    "moves as soon as its own gradient is there. Leave one of the two out."
+                )
 
     @property
     def task_options(self) -> TaskOptions:

@@ -8,7 +8,7 @@ import torch
 
 from molf.core.adamw import AdamW
 from molf.train.methods.base import Method, Plan, Prepared, TrainingData, count_trainable
-from molf.train.methods.storage import storage_options
+from molf.train.methods.storage import is_plain, storage_options
 from molf.train.resolved import ResolvedSettings
 
 
@@ -42,6 +42,6 @@ class FullFineTuning(Method):
 
 def _optimizer(settings: ResolvedSettings) -> tuple[type[torch.optim.Optimizer], dict[str, Any]]:
     """Torch's fused AdamW where it has what is wanted, else the one that molf is made of."""
-    if settings.dtype == "float32" and settings.state_dtype == "float32":
+    if is_plain(settings):
         return torch.optim.AdamW, {"fused": True}
     return AdamW, {"seed": settings.seed, **storage_options(settings)}
