@@ -1,6 +1,6 @@
 """Peak memory of a training step: full fine-tuning and MoLF, by precision and by when layers move.
 
-    python benchmarks/memory.py [--tokens 256] [--rank 128] [--json FILE]
+    python benchmarks/memory.py [--tokens 32] [--rank 128] [--json FILE]
 
 Counted are the bytes of all live tensors that operations have returned: weights, gradients,
 optimizer state, activations and temporaries of the second training step of a 20M-parameter Qwen2 on
@@ -153,7 +153,7 @@ def measure(
 def main() -> None:
     """Measure every setting; print a table."""
     parser = argparse.ArgumentParser(description="Peak memory of a training step.")
-    parser.add_argument("--tokens", type=int, default=256)
+    parser.add_argument("--tokens", type=int, default=32)
     parser.add_argument("--rank", type=int, default=128)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
