@@ -11,6 +11,7 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from molf.core.adamw import AdamW
 from molf.train.methods.base import Prepared
 from molf.train.routing_log import RoutingWriter
 from molf.train.wins import Wins
@@ -40,7 +41,7 @@ class RoutingCallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Log the step that was just taken."""
-        optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps it
+        optimizer = unwrapped(optimizer)
         routing = getattr(optimizer, "routing", None)
         skipped = not routing and getattr(optimizer, "skipped_steps", 0) > 0
         if not self._checked and not skipped:
@@ -65,6 +66,36 @@ class RoutingCallback(TrainerCallback):
                 f"{len(missing)} of {len(self._prepared.layers)} layers were not routed in the "
                 f"first step; the first is {missing[0]}."
             )
+
+
+class FidelityCallback(TrainerCallback):
+    """Has what rounding loses measured in the steps that will be logged."""
+
+    def on_step_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        optimizer: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        """Say whether the coming step is one of them."""
+        optimizer = unwrapped(optimizer)
+        if isinstance(optimizer, AdamW):
+            step = state.global_step + 1
+            is_logged = step % state.logging_steps == 0
+            optimizer.measure_updates = is_logged or step == 1 or step >= state.max_steps
+
+
+def fidelity_figures(optimizer: Any) -> dict[str, float]:
+    """What rounding lost of the last step's updates, for the log; empty if not measured."""
+    measured = getattr(unwrapped(optimizer), "update_fidelity", None)
+    return {} if measured is None else {"lost_updates": measured.lost, "update_kept": measured.kept}
+
+
+def unwrapped(optimizer: Any) -> Any:
+    """The optimizer without accelerate's wrapper."""
+    return getattr(optimizer, "optimizer", optimizer)
 
 
 class MetricsCallback(TrainerCallback):

@@ -64,7 +64,7 @@ def run_job(
     set_seed(settings.seed)  # before anything random, such as adapters
     # The layers are known from the configuration: wrong patterns must not cost a download.
     check(load_skeleton(settings.model), settings)
-    base = load_model(settings.model)
+    base = load_model(settings.model, getattr(torch, settings.dtype))
     max_length = length_limit(base.model, settings.max_length)
     encoded = encode_samples(base.tokenizer, task.training_samples, max_length)
     data = TrainingData(encoded, total_steps(len(encoded.input_ids), settings))
@@ -181,7 +181,7 @@ class _Job:
 
         training.model = self.base.model = None  # make room for what was saved
         gc.collect()
-        saved = load_model(str(model_path))
+        saved = load_model(str(model_path), getattr(torch, self.settings.dtype))
         after, after_seconds = self._evaluate(saved, "Evaluating the saved model")
 
         write_text(model_path / "README.md", model_card(self.settings, description, before, after))
@@ -214,7 +214,7 @@ class _Job:
         )
 
     def _evaluate(self, loaded: LoadedModel, title: str) -> tuple[Evaluation, float]:
-        """Measure a model in float32, whatever the type it is stored in, and time it."""
+        """Measure a model in the run's own type, whatever it is stored in, and time it."""
         loaded.model.to(self.arguments.device)
         settings = EvaluationSettings(
             batch_size=self.settings.per_device_eval_batch_size,

@@ -6,6 +6,7 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
+from peft import PeftModel
 
 from molf.core.merge import MergeReport, merge
 from molf.train.methods import TrainingData
@@ -25,6 +26,8 @@ def merge_trained(
         The plain model, and the merge's record. A model without an adapter comes back as it is,
         and the record is empty.
     """
+    if isinstance(model, PeftModel) and settings.quantised is None:
+        model.float()  # a bfloat16 weight would lose small changes
     reports: list[MergeReport] = []
     original = load_model(settings.model).model if settings.merge_base == "original" else None
     sample = torch.tensor([data.samples.input_ids[0][:_SAMPLE_TOKENS]])

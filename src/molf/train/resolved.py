@@ -23,6 +23,7 @@ class ResolvedSettings(TrainSettings):
     num_train_epochs: float
     per_device_train_batch_size: int
     gradient_accumulation_steps: int
+    max_grad_norm: float
     output_dir: Path
 
     @property
@@ -75,6 +76,13 @@ def resolve(settings: TrainSettings, now: datetime) -> ResolvedSettings:
         values["lora_learning_rate"] = None  # a task's own rate goes with the task's other rate
     if values.get("lora_learning_rate") is None:
         values["lora_learning_rate"] = values["learning_rate"]
+    if "optimizer_in_backward" in _UNUSED[settings.method] or not settings.optimizer_in_backward:
+        values.setdefault("max_grad_norm", 1.0)
+    else:
+        _use_in_backward(values)
+    is_rounded = settings.dtype == "bfloat16" and "weight_rounding" not in _UNUSED[settings.method]
+    if is_rounded and settings.weight_rounding is None:
+        values["weight_rounding"] = "exact"  # what the optimizers make of None
     values["model"] = settings.model or _task_model(settings.task)
     if settings.output_dir is None:
         values["output_dir"] = _fresh_directory(settings, values["model"], now)
@@ -92,6 +100,12 @@ _DEFAULTS = {
     if option.name != "training_args"
 }
 _ROUTING = ("score", "top_k", "freeze_rest", "nonfinite")
+_STORAGE = (
+    "weight_rounding",
+    "state_dtype",
+    "grad_accumulation_dtype",
+    "optimizer_in_backward",
+)
 _ADAPTER = (
     "ranks",
     "alpha",
@@ -105,9 +119,9 @@ _ADAPTER = (
 _UNUSED = {
     "fft": (*_ADAPTER, "match", "loraplus_lr_ratio", *_ROUTING),
     "molf": ("match", "loraplus_lr_ratio"),
-    "molf-e": ("match", "loraplus_lr_ratio"),
-    **dict.fromkeys(ADAPTERS, ("weight_decay", "loraplus_lr_ratio", *_ROUTING)),
-    "lora+": ("weight_decay", *_ROUTING),
+    "molf-e": ("match", "loraplus_lr_ratio", "weight_rounding"),  # PEFT's factors are float32
+    **dict.fromkeys(ADAPTERS, ("weight_decay", "loraplus_lr_ratio", *_ROUTING, *_STORAGE)),
+    "lora+": ("weight_decay", *_ROUTING, *_STORAGE),
 }
 
 
@@ -119,6 +133,20 @@ def _unused(settings: TrainSettings) -> tuple[str, ...]:
     if settings.quantised is None:
         unused = (*unused, "merge_base")
     return unused
+
+
+def _use_in_backward(values: dict[str, Any]) -> None:
+    """Turn off what steps in the backward pass cannot do; the user did not ask for it."""
+    values["max_grad_norm"] = 0.0
+    steps = values["gradient_accumulation_steps"]
+    if steps > 1:
+        batch = values["per_device_train_batch_size"]
+        warnings.warn(
+            f"optimizer_in_backward accumulates no gradients: a step has {batch} examples instead "
+            f"of {batch * steps}. Raise per_device_train_batch_size if that fits.",
+            stacklevel=3,
+        )
+        values["gradient_accumulation_steps"] = 1
 
 
 def _warn_of_unused(settings: TrainSettings) -> None:

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
 
 from cyclopts import Group, Parameter
 
 from molf.core.config import SCORES, MoLFConfig
+from molf.core.names import ROUNDINGS, STATE_DTYPES
 from molf.errors import InputError
 from molf.tasks import TASKS, TaskOptions, check_task
 from molf.train.converters import numbers, patterns, words
@@ -31,6 +33,7 @@ from molf.train.defaults import (
 SCHEDULERS = ("cosine", "linear", "constant", "constant_with_warmup")
 NONFINITE = ("raise", "skip")
 DTYPES = ("float32", "bfloat16", "float16")
+WEIGHT_DTYPES = ("float32", "bfloat16")
 
 DATA = Group.create_ordered("Data")
 MODEL = Group.create_ordered("Model")
@@ -67,7 +70,9 @@ class TrainSettings:
     gradient_checkpointing: Annotated[bool, Parameter(group=MODEL)] = False
     """Recompute activations in the backward pass: slower, less memory."""
     bf16: Annotated[bool | None, Parameter(group=MODEL, show_default="where CUDA has it")] = None
-    """bfloat16 autocast in training; the weights stay float32."""
+    """bfloat16 autocast in training, whatever the type of the weights."""
+    dtype: Annotated[str, Parameter(choices=WEIGHT_DTYPES, group=MODEL)] = "float32"
+    """Type of the weights in training; bfloat16 takes half the memory for weights and gradients."""
     load_in_4bit: Annotated[bool, Parameter(group=MODEL, negative=())] = False
     """Train beside a frozen 4-bit base (bitsandbytes, NF4): molf-e, lora, lora+, eva."""
     load_in_8bit: Annotated[bool, Parameter(group=MODEL, negative=())] = False
@@ -116,6 +121,19 @@ class TrainSettings:
     nonfinite: Annotated[str, Parameter(choices=NONFINITE, group=METHOD)] = "raise"
     """With molf, molf-e: what an infinite or NaN gradient does: stop the run, or skip the step."""
 
+    weight_rounding: Annotated[
+        str | None, Parameter(choices=ROUNDINGS, group=OPTIMIZATION, show_default="exact")
+    ] = None
+    """How fft and molf write bfloat16 weights: exact (as float32), stochastic, or nearest."""
+    state_dtype: Annotated[str, Parameter(choices=STATE_DTYPES, group=OPTIMIZATION)] = "float32"
+    """How fft and molf keep the moments of weights: float32, or 8bit (needs torchao)."""
+    grad_accumulation_dtype: Annotated[
+        str | None,
+        Parameter(choices=("float32",), group=OPTIMIZATION, show_default="that of the weights"),
+    ] = None
+    """float32 adds the gradients of bfloat16 weights up without rounding (fft, molf)."""
+    optimizer_in_backward: Annotated[bool, Parameter(group=OPTIMIZATION)] = False
+    """Move each layer in the backward pass and free its gradient; no clipping, no accumulation."""
     learning_rate: Annotated[float | None, Parameter(group=OPTIMIZATION, show_default=_AUTO)] = None
     """Peak learning rate."""
     lora_learning_rate: Annotated[
@@ -144,7 +162,7 @@ class TrainSettings:
     """How the learning rates fall."""
     warmup_ratio: Annotated[float, Parameter(group=OPTIMIZATION)] = 0.1
     """Share of the steps in which the learning rates rise."""
-    max_grad_norm: Annotated[float, Parameter(group=OPTIMIZATION)] = 1.0
+    max_grad_norm: Annotated[float | None, Parameter(group=OPTIMIZATION, show_default="1")] = None
     """Clip the gradients to this norm; 0 turns clipping off."""
     adam_beta1: Annotated[float, Parameter(group=OPTIMIZATION)] = 0.9
     """Decay rate of the first moment."""
@@ -195,6 +213,10 @@ class TrainSettings:
             ("nonfinite", NONFINITE),
             ("save_dtype", (None, *DTYPES)),
             ("merge_base", (None, *MERGE_BASES)),
+            ("dtype", WEIGHT_DTYPES),
+            ("weight_rounding", (None, *ROUNDINGS)),
+            ("state_dtype", STATE_DTYPES),
+            ("grad_accumulation_dtype", (None, "float32")),
         ):
             if getattr(self, name) not in allowed:
                 choices = ", ".join(choice for choice in allowed if choice)
@@ -217,6 +239,18 @@ class TrainSettings:
         for name in ("model", "data", "eval_data", "forgetting_data"):
             if getattr(self, name) == "":
                 raise InputError(f"Invalid {name}: empty. Leave the option out for the default.")
+        if self.weight_rounding is not None and self.dtype == "float32":
+            raise InputError(
+                f"Invalid weight_rounding={self.weight_rounding} with dtype=float32: there is "
+                "nothing to round. Give --dtype bfloat16, or leave weight_rounding out."
+            )
+        if self.optimizer_in_backward:
+            self._check_in_backward()
+        if self.state_dtype == "8bit" and find_spec("torchao") is None:
+            raise InputError(
+                "Invalid state_dtype=8bit: it needs torchao. Install it with pip install "
+                "'molf[torchao]', or give --state_dtype float32."
+            )
         if self.save_total_limit is not None and self.save_steps is None:
             raise InputError(
                 "Invalid save_total_limit without save_steps: no checkpoints are written."
@@ -224,6 +258,21 @@ class TrainSettings:
         self._check_quantised()
         check_task(self.task_options)
         self.method_config  # noqa: B018 (raises where the method's own settings are wrong)
+
+    def _check_in_backward(self) -> None:
+        """Refuse what needs the gradients of all layers at once, where it was asked for."""
+        impossible = {
+            "gradient_accumulation_steps": (self.gradient_accumulation_steps or 1) > 1,
+            "max_grad_norm": (self.max_grad_norm or 0) > 0,
+            "nonfinite": self.nonfinite == "skip",
+            "grad_accumulation_dtype": self.grad_accumulation_dtype is not None,
+        }
+        for name, is_impossible in impossible.items():
+            if is_impossible:
+                raise InputError(
+                    f"Invalid {name}={getattr(self, name)} with optimizer_in_backward: each layer "
+                    "moves as soon as its own gradient is there. Leave one of the two out."
+                )
 
     @property
     def task_options(self) -> TaskOptions:

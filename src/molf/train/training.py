@@ -15,7 +15,15 @@ from safetensors.torch import save_model as save_tensors
 from transformers import PrinterCallback, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
-from molf.train.callbacks import MetricsCallback, RoutingCallback, Throughput
+from molf.core.adamw import AdamW
+from molf.train.callbacks import (
+    FidelityCallback,
+    MetricsCallback,
+    RoutingCallback,
+    Throughput,
+    fidelity_figures,
+    unwrapped,
+)
 from molf.train.defaults import ADAPTERS
 from molf.train.merging import merge_trained
 from molf.train.methods import Prepared, TrainingData, prepare
@@ -100,6 +108,7 @@ def run_training(
             optimizer_cls_and_kwargs=prepared.optimizer,
             callbacks=[
                 RoutingCallback(prepared, writer, wins),
+                FidelityCallback(),
                 MetricsCallback(directory / METRICS, show),
                 *prepared.callbacks,
                 *callbacks,
@@ -115,6 +124,8 @@ def run_training(
     # Without the trainer's autocast, in which the merge would be measured.
     model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
     precision.restore()
+    if settings.save_dtype == "float32":
+        restore_float32(trainer.optimizer)
     if prepared.save_adapter is not None:
         save_adapter(prepared.save_adapter, model, settings, directory / ADAPTER)
     plain, record = merge_trained(model, settings, data, reporter)
@@ -136,6 +147,14 @@ def _trains_more_than_its_adapter(model: Any) -> bool:
         parameter.requires_grad and ".lora_" not in name
         for name, parameter in model.named_parameters()
     )
+
+
+def restore_float32(optimizer: Any) -> None:
+    """Give exact bfloat16 weights the halves that they do not hold: they become float32."""
+    optimizer = unwrapped(optimizer)
+    if isinstance(optimizer, AdamW):
+        for parameter, values in optimizer.float32_weights().items():
+            parameter.data = values  # the same parameter, so that ties stay
 
 
 def _warn_of_warmup(steps: int, arguments: SFTConfig) -> None:
@@ -202,6 +221,7 @@ class _Trainer(SFTTrainer):
             for name, ratio in self.prepared.rates.items():
                 logs[name] = logs["learning_rate"] * ratio
             logs |= self.prepared.measure()
+            logs |= fidelity_figures(self.optimizer)
             tokens = int(self.state.num_input_tokens_seen)
             logs["tokens_per_second"] = self._throughput.since_last(tokens)
             logs |= {f"won/{name}": share for name, share in self.wins.take_recent().items()}

@@ -21,6 +21,7 @@ from molf.train.methods.base import (
     config_of,
     find_adapted_layers,
 )
+from molf.train.methods.storage import storage_options
 from molf.train.resolved import ResolvedSettings
 
 
@@ -48,6 +49,7 @@ class Routed(Method):
                 betas=(settings.adam_beta1, settings.adam_beta2),
                 eps=settings.adam_epsilon,
                 nonfinite=settings.nonfinite,
+                **storage_options(settings),
             ),
             optimizer_class=MoLFAdamW,
             layers=tuple(layer.name for layer in plan.layers),
