@@ -116,7 +116,9 @@ def test_in_backward_is_the_ordinary_run_without_clipping(tmp_path):
         ("ordinary", ["--max_grad_norm", "0"]),
         ("backward", ["--optimizer_in_backward"]),
     ):
-        _, _, runs[name] = train(tmp_path / name, "--save_dtype", "float32", *options)
+        metrics, _, runs[name] = train(tmp_path / name, "--save_dtype", "float32", *options)
+        # Freed gradients would leave a norm of 0.
+        assert all(("grad_norm" in line) == (name == "ordinary") for line in metrics)
     assert all(torch.equal(runs["ordinary"][k], w) for k, w in runs["backward"].items())
 
 

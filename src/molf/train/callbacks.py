@@ -99,11 +99,23 @@ def unwrapped(optimizer: Any) -> Any:
 
 
 class MetricsCallback(TrainerCallback):
-    """Appends each of the trainer's log entries to `metrics.jsonl`, and shows it."""
+    """Appends each of the trainer's log entries to `metrics.jsonl`, and shows it.
 
-    def __init__(self, path: Path, show: Callable[[int, dict[str, Any] | None], None]) -> None:
+    Args:
+        path: The file.
+        show: Shows a step, and its log entry if it has one.
+        without: Figures of the trainer's that mean nothing in this run.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        show: Callable[[int, dict[str, Any] | None], None],
+        without: tuple[str, ...] = (),
+    ) -> None:
         self._path = path
         self._show = show
+        self._without = without
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -124,6 +136,7 @@ class MetricsCallback(TrainerCallback):
         """Write one line; the trainer's closing summary is not one of them."""
         if not logs or "loss" not in logs:
             return
+        logs = {name: value for name, value in logs.items() if name not in self._without}
         record = {"step": state.global_step, **{k: _as_json(v) for k, v in logs.items()}}
         with self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")

@@ -91,6 +91,8 @@ def run_training(
     prepared = prepare(base.model, settings, data)
     preparation_seconds = time.perf_counter() - started
     wins = Wins(prepared.experts)
+    # Gradients that are freed in the backward pass leave the trainer a norm of 0.
+    without = ("grad_norm",) if settings.optimizer_in_backward else ()
     _warn_of_warmup(data.steps, arguments)
     with (
         RoutingWriter(directory / ROUTING) as writer,
@@ -109,7 +111,7 @@ def run_training(
             callbacks=[
                 RoutingCallback(prepared, writer, wins),
                 FidelityCallback(),
-                MetricsCallback(directory / METRICS, show),
+                MetricsCallback(directory / METRICS, show, without),
                 *prepared.callbacks,
                 *callbacks,
             ],
