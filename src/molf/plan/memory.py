@@ -23,7 +23,7 @@ class MemoryPlan:
     Attributes:
         weights: All parameters and buffers, an adapter's included.
         gradients: Gradients of all trained parameters.
-        moments: First and second moments.
+        moments: First and second moments, and the low halves of bfloat16 weights.
         factors: LoRA factors that the optimizer keeps.
         activations: What forward and backward pass take at their peak, beside gradients.
         pass_gradients: Gradients that are there at that peak.

@@ -45,7 +45,8 @@ class StepTrace:
 
     Attributes:
         gradients: Gradients of all trained parameters.
-        moments: First and second moments of all experts and of what is not routed.
+        moments: First and second moments of all experts and of what is not routed, and the low
+            halves of bfloat16 weights.
         factors: LoRA factors that the optimizer keeps (molf); an adapter's are weights.
         transient: Temporaries at the peak of a step.
     """

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from molf.core.adamw import AdamW
 from molf.core.layers import find_layers
 from molf.core.optimizer import MoLFAdamW
 from molf.core.peft_model import with_adapter
@@ -135,4 +136,6 @@ def _optimizer(model: nn.Module, workload: Workload) -> torch.optim.Optimizer:
     if workload.method in ("molf", "molf-e"):
         return MoLFAdamW.from_model(model, workload.config)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if workload.method == "fft" and workload.dtype != "float32":
+        return AdamW(trained)  # as `molf train` does: float32 moments, exact weights
     return torch.optim.AdamW(trained, fused=True)

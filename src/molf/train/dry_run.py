@@ -41,7 +41,7 @@ class DryRun:
         left_out: How many of these are longer than the limit.
         batch_size: Examples per forward pass.
         length: The longest example of those tokenized; the steps were taken with the longest.
-        planned: The planned peak in bytes; None for a method that cannot be planned.
+        planned: The planned peak in bytes; None for a method or storage that cannot be planned.
         measured: The measured peak in bytes.
         measured_of: What was measured.
         planned_at_limit: The planned peak with examples as long as allowed, in bytes, or None.
@@ -78,7 +78,7 @@ def rehearse(settings: ResolvedSettings, task: Task, reporter: Reporter) -> DryR
     sft_config(settings)  # what is wrong with the run's own settings
     check(load_skeleton(settings.model), settings)
     set_seed(settings.seed)
-    base = load_model(settings.model)
+    base = load_model(settings.model, getattr(torch, settings.dtype))
     limit = length_limit(base.model, settings.max_length)
     samples = task.training_samples
     drawn = random.Random(settings.seed).sample(samples, min(len(samples), _SAMPLES))
@@ -197,7 +197,13 @@ def _planned(
     arguments: Any,
 ) -> tuple[int | None, int | None]:
     """The planned peaks: of the steps that are taken, and of those with the longest allowed."""
-    if settings.method not in METHODS:
+    unplanned = (
+        settings.state_dtype != "float32"
+        or settings.optimizer_in_backward
+        or settings.grad_accumulation_dtype is not None
+        or settings.quantised is not None
+    )
+    if settings.method not in METHODS or unplanned:
         return None, None
     lengths = set(map(len, longest.input_ids))
     workload = Workload(
@@ -208,6 +214,7 @@ def _planned(
         accumulates=settings.gradient_accumulation_steps > 1,
         checkpointing=settings.gradient_checkpointing,
         bf16=arguments.bf16,
+        dtype=settings.dtype,
         device="cuda" if arguments.device.type == "cuda" else "cpu",
         padded=len(lengths) > 1,
     )
