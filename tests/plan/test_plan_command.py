@@ -131,16 +131,27 @@ def test_table_says_what_would_fit(tmp_path, capsys):
     assert "short" in printed
 
 
-@pytest.mark.parametrize("method", ["fft", "lora", "molf"])
-def test_dry_run(base, tmp_path, capsys, monkeypatch, method):
+@pytest.mark.parametrize(
+    ("method", "dtype"),
+    [
+        ("fft", "float32"),
+        ("lora", "float32"),
+        ("molf", "float32"),
+        ("molf-e", "float32"),
+        ("fft", "bfloat16"),
+        ("molf", "bfloat16"),
+    ],
+)
+def test_dry_run(base, tmp_path, capsys, monkeypatch, method, dtype):
     monkeypatch.chdir(tmp_path)
     facts = write_facts(tmp_path / "facts.jsonl")
     before = sorted(tmp_path.rglob("*"))
     arguments = ["train", "--dry_run", "--task", "fact", "--model", str(base), "--method", method]
     arguments += ["--data", str(facts), "--output_dir", "run", "--num_train_epochs", "3"]
     arguments += ["--per_device_train_batch_size", "4", "--gradient_accumulation_steps", "2"]
+    arguments += ["--dtype", dtype]
     if method != "fft":
-        arguments += ["--ranks", "4"]
+        arguments += ["--ranks", "4" if method != "molf-e" else "2,4"]
     assert main(arguments) == 0
     assert sorted(tmp_path.rglob("*")) == before, "something was written"
     printed = capsys.readouterr().out
