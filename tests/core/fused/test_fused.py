@@ -17,6 +17,7 @@ import pytest
 
 CHECKS = Path(__file__).parent / "checks"
 INTERPRETED = ["check_operations.py", "check_storage.py", "check_step.py"]
+INTERPRETED += ["check_optimizer.py", "check_command.py"]
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="needs triton (extra `triton`)"
@@ -27,6 +28,8 @@ def run_checks(name: str, *, interpret: bool, cache: Path) -> None:
     """Run a file of checks; every one must pass, and there must be some."""
     variables = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     variables["TRITON_CACHE_DIR"] = str(cache)
+    helpers = str(CHECKS.parents[1])  # core_helpers
+    variables["PYTHONPATH"] = os.pathsep.join(filter(None, (helpers, os.environ.get("PYTHONPATH"))))
     if interpret:
         variables["TRITON_INTERPRET"] = "1"
     options = ["-p", "no:cacheprovider", "-p", "no:xdist", "-p", "no:randomly"]
