@@ -126,8 +126,9 @@ def test_float32_is_the_eager_path(routing):
     assert len(winners) >= {"epd": 1}.get(routing, 3)
 
 
-@pytest.mark.parametrize("rounding", ["exact", "nearest"])
-@pytest.mark.parametrize("accumulated", [False, True])
+@pytest.mark.parametrize(
+    ("rounding", "accumulated"), [("exact", False), ("exact", True), ("nearest", False)]
+)
 def test_bfloat16_is_the_eager_path(rounding, accumulated):
     """Nearest: but for values that lie at a tie, whose last bit decides."""
     runs = []
@@ -146,7 +147,7 @@ def test_exact_bfloat16_is_float32_bit_for_bit():
     runs = {}
     for dtype in (torch.float32, BF16):
         model, optimizer = build("triton", dtype, score="random", top_k=2, lr=1e-4)
-        take_steps(model, optimizer, range(3))
+        take_steps(model, optimizer, range(2))
         runs[dtype] = state_of(model, optimizer)
         if dtype == BF16:
             assert any(optimizer.state[p]["low"].any() for p in model.parameters())
@@ -181,7 +182,7 @@ def test_the_twin_takes_the_same_path(score, top_k):
     config = MoLFConfig(ranks=(3, 6), alpha=4.0, score=score, top_k=top_k)
     rates = Rates(1e-3, (1e-3, 3e-3), 0.1, (0.01, 0.02), (0.9, 0.95), 1e-8)
     pair = Pair(layers, config, rates, seed=1, kernels="triton")
-    for factor in (1.0, 0.5, 0.0, 1.0):
+    for factor in (1.0, 0.0, 0.5):
         grads = {}
         for name, layer in layers.items():
             weight = pair.weight(name)
@@ -211,8 +212,7 @@ def test_adamw_is_the_eager_one(dtype):
 # -- what a step must not do
 
 
-@pytest.mark.parametrize("plain", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, BF16])
+@pytest.mark.parametrize(("dtype", "plain"), [(BF16, False), (torch.float32, True)])
 def test_a_bad_step_writes_nothing(dtype, plain):
     model, optimizer = build("triton", dtype, nonfinite="skip", plain=plain)
     take_steps(model, optimizer, [0])
