@@ -53,6 +53,11 @@ class DenseTensor:
         self._moments = moments_of(state)
         self._decay: MomentDecay | None = None
 
+    @property
+    def stored(self) -> StoredWeight:
+        """How the parameter holds its values."""
+        return self._stored
+
     def adamw_step(self, weight_decay: str = "weight_decay") -> AdamWStep:
         """The scalars of the step that the counter says; `weight_decay` names the group's key."""
         group = self.group

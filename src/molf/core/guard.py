@@ -38,9 +38,19 @@ class FiniteGuard:
 
 def _finite_sum(parameter: Tensor) -> Tensor:
     """Sum a gradient in float32 or better: infinity and NaN survive a sum. 0-dim."""
+    grad = plain_gradient(parameter)
+    return grad.sum(dtype=compute_dtype(parameter)).to(sum_dtype(grad.device))
+
+
+def plain_gradient(parameter: Tensor) -> Tensor:
+    """Return the gradient of a parameter that has one.
+
+    Raises:
+        RuntimeError: It is sparse or sharded.
+    """
     grad = gradient(parameter)
     if grad.layout != torch.strided:
         raise RuntimeError("MoLFAdamW does not support sparse gradients.")
     if hasattr(grad, "device_mesh"):
         raise RuntimeError("MoLFAdamW does not support sharded parameters (DTensor) yet.")
-    return grad.sum(dtype=compute_dtype(parameter)).to(sum_dtype(grad.device))
+    return grad
