@@ -10,12 +10,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from molf.core.adam import AdamWStep, finish_score, score_terms, sum_dtype, update_moments
+from molf.core.adam import (
+    AdamWStep,
+    MomentDecay,
+    finish_score,
+    row_blocks,
+    sum_dtype,
+    update_and_score,
+)
 from molf.core.config import lora_expert_names
 from molf.core.dense import DenseTensor
-from molf.core.factors import per_rank
+from molf.core.factors import owned_by, per_rank
 from molf.core.fidelity import UpdateTally
 from molf.core.guard import FiniteGuard
+from molf.core.one_pass import rows_of_whole_vectors
 from molf.core.routing import Decision, select_winners
 
 States = dict[Tensor, dict[str, Any]]
@@ -104,20 +112,23 @@ class RoutedLayer(ABC):
 
     def update_moments(self, guard: FiniteGuard) -> Tensor:
         """Update the moments of all experts; return their score sums, [experts], on the device."""
-        score, betas = self.group["score"], self.group["betas"]
         device = self.with_gradients[0].device
-        full = torch.zeros((), dtype=sum_dtype(device), device=device)
+        sums = torch.zeros(len(self.experts), dtype=sum_dtype(device), device=device)
+        if guard.refuses:
+            return sums
         for tensor in self.dense:
-            full += tensor.update_moments(guard, score)
-
-        by_rank = full.new_zeros(sum(self.group["ranks"]))  # per row of A and column of B
-        factors = zip(self._factor_gradients(), self._factor_moments(), (1, 0), strict=True)
-        for grad, (exp_avg, exp_avg_sq), dim in factors:
-            decay = guard.decay_of(exp_avg.device, exp_avg.dtype, betas)
-            update_moments(grad, exp_avg, exp_avg_sq, decay)
-            by_rank += score_terms(exp_avg, exp_avg_sq, score).sum(dim)
-        per_expert = [part.sum() for part in by_rank.split(list(self.group["ranks"]))]
-        return torch.stack([full, *per_expert] if self.has_full else per_expert)
+            sums[0] += tensor.update_moments(guard, self.group["score"])
+        ranks, score = list(self.group["ranks"]), self.group["score"]
+        (grad_A, grad_B), (of_A, of_B) = self._factor_gradients(), self._factor_moments()
+        decay = guard.decay_of(device, of_A[0].dtype, self.group["betas"])
+        by_column = sums.new_zeros(sum(ranks))
+        _move_moments(grad_B, *of_B, decay, score, by_column)
+        of_experts = zip(sums[self.has_full :], by_column.split(ranks), strict=True)
+        for index, (total, columns) in enumerate(of_experts):
+            own = owned_by(ranks, index)
+            _move_moments(grad_A[own], *(moment[own] for moment in of_A), decay, score, total)
+            total += columns.sum()
+        return sums
 
     def decide(self, sums: Sequence[float]) -> tuple[tuple[int, ...], Decision]:
         """Choose the winners from the score sums, now on the host.
@@ -172,6 +183,21 @@ class RoutedLayer(ABC):
 
     def _per_rank(self, values: Sequence[float], like: Tensor) -> Tensor:
         return per_rank(values, self.group["ranks"], like)
+
+
+def _move_moments(
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    decay: MomentDecay,
+    score: str,
+    totals: Tensor,
+) -> None:
+    """Move the moments of (rows of) a factor; add the score's terms to `totals`, 0-dim or [R]."""
+    by_column = totals.dim() > 0
+    for rows in row_blocks(exp_avg, multiple=rows_of_whole_vectors(exp_avg)):
+        block = grad[rows], exp_avg[rows], exp_avg_sq[rows]
+        totals += update_and_score(*block, decay, score, by_column=by_column)
 
 
 def dense_tensors(
