@@ -8,7 +8,13 @@ from core_helpers import Conv1D, feed, snapshot, tiny_optimizer
 from torch import nn
 
 from molf.core import adam, guard, one_pass
-from molf.core.adam import MomentDecay, score_terms, update_and_score, update_moments
+from molf.core.adam import (
+    MomentDecay,
+    score_terms,
+    update_and_score,
+    update_and_score_columns,
+    update_moments,
+)
 
 YES = torch.tensor(True)
 SHAPES = [(), (1,), (15,), (16,), (17,), (5, 7), (64, 48), (3, 4, 5)]
@@ -53,7 +59,7 @@ def test_direction_has_no_bias_correction_left():
 @pytest.mark.parametrize("score", ["epd", "pfn"])
 def test_sums_by_column(score):
     grad, exp_avg, exp_avg_sq = moments((32, 10), torch.float32)
-    got = update_and_score(grad, exp_avg, exp_avg_sq, decay(known=True), score, by_column=True)
+    got = update_and_score_columns(grad, exp_avg, exp_avg_sq, decay(known=True), score)
     terms = score_terms(exp_avg.double(), exp_avg_sq.double(), score)
     torch.testing.assert_close(got.double(), terms.sum(0), rtol=1e-5, atol=0)
 

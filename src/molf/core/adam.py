@@ -130,23 +130,28 @@ def update_and_score(
     exp_avg_sq: Tensor,
     decay: MomentDecay,
     score: str,
-    *,
-    by_column: bool = False,
 ) -> Tensor:
-    """`update_moments` on one block; return the sum of the score's terms, or one per column."""
+    """`update_moments` on one block; return the sum of the score's terms, 0-dim."""
     if not _in_one_pass(exp_avg, exp_avg_sq, decay):
         update_moments(grad, exp_avg, exp_avg_sq, decay)
-        terms = score_terms(exp_avg, exp_avg_sq, score)
-        return terms.sum(0) if by_column else terms.sum()
+        return score_terms(exp_avg, exp_avg_sq, score).sum()
+    direction = _move_in_one_pass(grad, exp_avg, exp_avg_sq, decay).view(-1)
+    return torch.dot(direction, direction if score == "pfn" else exp_avg.view(-1))
+
+
+def update_and_score_columns(
+    grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, decay: MomentDecay, score: str
+) -> Tensor:
+    """`update_moments` on one block; return the sums of the score's terms over its rows."""
+    if not _in_one_pass(exp_avg, exp_avg_sq, decay):
+        update_moments(grad, exp_avg, exp_avg_sq, decay)
+        return score_terms(exp_avg, exp_avg_sq, score).sum(0)
     direction = _move_in_one_pass(grad, exp_avg, exp_avg_sq, decay)
-    other = direction if score == "pfn" else exp_avg
-    if by_column:
-        return direction.mul_(other).sum(0)
-    return torch.dot(direction.view(-1), other.view(-1))
+    return direction.mul_(direction if score == "pfn" else exp_avg).sum(0)
 
 
 def _in_one_pass(exp_avg: Tensor, exp_avg_sq: Tensor, decay: MomentDecay) -> bool:
-    return decay.is_known_finite and one_pass.fits(exp_avg, exp_avg_sq)
+    return decay.is_known_finite and one_pass.fits(exp_avg) and one_pass.fits(exp_avg_sq)
 
 
 def _move_in_one_pass(
@@ -199,20 +204,21 @@ class AdamWStep:
         correction = math.sqrt(1 - self.betas[1] ** self.step)
         return exp_avg_sq.sqrt().div_(correction).add_(self.eps)
 
-    def descend_(self, values: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor) -> None:
-        """`p <- p - lr m^ / (sqrt(v^) + eps)` in place, on one block; decay is the caller's."""
-        values.addcdiv_(exp_avg, self.denominator(exp_avg_sq), value=-self.step_size)
-
-    def increment(
-        self, weight: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, *, scale: float = 1.0
-    ) -> Tensor:
-        """Return `p' - p`, decay included, without the cancellation of a difference.
+    def descend_(
+        self, values: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, *, scale: float = 1.0
+    ) -> None:
+        """`p <- p - lr m^ / (sqrt(v^) + eps)` in place, on one block; decay is the caller's.
 
         Args:
-            weight: The tensor that moves, `scale * p`, in the moments' dtype.
+            values: What moves, `scale * p`, in the moments' dtype.
             exp_avg: m, of the gradient of p.
             exp_avg_sq: v, of the gradient of p.
-            scale: How the tensor is stored; the increment is of what is stored.
+            scale: How p is stored.
         """
-        direction = exp_avg / self.denominator(exp_avg_sq)
-        return direction.mul_(-self.step_size * scale).sub_(weight, alpha=self.decay)
+        values.addcdiv_(exp_avg, self.denominator(exp_avg_sq), value=-self.step_size * scale)
+
+    def increment(self, weight: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor) -> Tensor:
+        """Return `p' - p`, decay included, without the cancellation of a difference."""
+        direction = weight * -self.decay
+        self.descend_(direction, exp_avg, exp_avg_sq)
+        return direction

@@ -19,7 +19,6 @@ from molf.core.adam import (
     gradient,
     row_blocks,
     sum_dtype,
-    update_moments,
 )
 from molf.core.fidelity import UpdateTally
 from molf.core.guard import FiniteGuard
@@ -77,6 +76,7 @@ class DenseTensor:
         )
         self._moments = moments_of(state)
         self._decay: MomentDecay | None = None
+        self._advanced = False
 
     def adamw_step(self, weight_decay: str = "weight_decay") -> AdamWStep:
         """The scalars of the step that the counter says; `weight_decay` names the group's key."""
@@ -89,6 +89,7 @@ class DenseTensor:
         """Move the moments; return the sum of the score's terms, 0-dim, on the device."""
         device = self.parameter.device
         self._decay = decay = self._decay_of(guard)
+        self._advanced = True
         grad = gradient(self.parameter)
         total = grad.new_zeros((), dtype=sum_dtype(device))
         for rows in row_blocks(self.parameter, multiple=self._moments.multiple):
@@ -98,10 +99,6 @@ class DenseTensor:
     def adamw(self, guard: FiniteGuard, tally: UpdateTally | None) -> None:
         """Moments, counter and values at once, of a tensor that is not routed."""
         self._decay = self._decay_of(guard)
-        if self._moments.is_settled:
-            grad = gradient(self.parameter)
-            for rows in row_blocks(self.parameter, multiple=self._moments.multiple):
-                update_moments(grad[rows], *self._moments.load(rows), self._decay)
         self.state["step"] += 1
         self.move(self.adamw_step(), tally)
 
@@ -127,7 +124,7 @@ class DenseTensor:
         parameter, grad, moments = self.parameter, gradient(self.parameter), self._moments
         at_least = _PRODUCT_ROWS if products else 1
         for rows in row_blocks(parameter, at_least=at_least, multiple=moments.multiple):
-            moved = moments.settle(rows, grad[rows], self._decay)
+            moved = moments.settle(rows, grad[rows], self._decay, advanced=self._advanced)
             if step is None and not products:
                 continue
             part = [product.rows(rows, transposed=transposed) for product in products]

@@ -1,9 +1,10 @@
 """First and second moments of a tensor, in float32 or in blocks of 8 bits with a scale.
 
-A step looks at moments twice: `advance` before the winners are known, `settle` when they are. In
-float32, `advance` has moved them and `settle` only shows them. In 8 bits `advance` leaves the state
-alone and `settle` moves them again, from the same gradient, and stores them: so scores and steps
-are those of float32 moments, and what storing loses is felt in the next step only.
+Where there are winners, a step looks at moments twice: `advance` before they are known, `settle`
+when they are. In float32, `advance` has moved them and `settle` only shows them. In 8 bits
+`advance` leaves the state alone and `settle` moves them again, from the same gradient, and stores
+them: so scores and steps are those of float32 moments, and what storing loses is felt in the next
+step only.
 """
 
 from __future__ import annotations
@@ -55,10 +56,19 @@ class Moments(ABC):
         """Move a block of m and v; return the sum of the score's terms, 0-dim."""
         return update_and_score(grad, *self.load(rows), decay, score)
 
-    def settle(self, rows: Rows, grad: Tensor, decay: MomentDecay) -> Pair:
-        """Return the block of m and v that `advance` has made, and see that it is stored."""
+    def settle(
+        self, rows: Rows, grad: Tensor, decay: MomentDecay, *, advanced: bool = True
+    ) -> Pair:
+        """Return the moved block of m and v, and see that it is stored.
+
+        Args:
+            rows: The block.
+            grad: Its gradient.
+            decay: As for `advance`.
+            advanced: Whether `advance` came before, as it does where there is something to score.
+        """
         moved = self.load(rows)
-        if not self.is_settled:
+        if not (advanced and self.is_settled):
             update_moments(grad, *moved, decay)
             self.store(rows, moved)
         return moved

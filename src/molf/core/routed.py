@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from types import EllipsisType
 from typing import Any
 
 import torch
@@ -12,11 +13,11 @@ from torch import Tensor
 
 from molf.core.adam import (
     AdamWStep,
-    MomentDecay,
     finish_score,
     row_blocks,
     sum_dtype,
     update_and_score,
+    update_and_score_columns,
 )
 from molf.core.config import lora_expert_names
 from molf.core.dense import DenseTensor
@@ -121,13 +122,20 @@ class RoutedLayer(ABC):
         ranks, score = list(self.group["ranks"]), self.group["score"]
         (grad_A, grad_B), (of_A, of_B) = self._factor_gradients(), self._factor_moments()
         decay = guard.decay_of(device, of_A[0].dtype, self.group["betas"])
+        lora = sums[self.has_full :]
+        if len(ranks) == 1:
+            for grad, moments in ((grad_A, of_A), (grad_B, of_B)):
+                for rows in _blocks(grad):
+                    lora[0] += update_and_score(*_part(rows, grad, *moments), decay, score)
+            return sums
+        for index in range(len(ranks)):
+            own = _part(owned_by(ranks, index), grad_A, *of_A)
+            for rows in _blocks(own[0]):
+                lora[index] += update_and_score(*_part(rows, *own), decay, score)
         by_column = sums.new_zeros(sum(ranks))
-        _move_moments(grad_B, *of_B, decay, score, by_column)
-        of_experts = zip(sums[self.has_full :], by_column.split(ranks), strict=True)
-        for index, (total, columns) in enumerate(of_experts):
-            own = owned_by(ranks, index)
-            _move_moments(grad_A[own], *(moment[own] for moment in of_A), decay, score, total)
-            total += columns.sum()
+        for rows in _blocks(grad_B):
+            by_column += update_and_score_columns(*_part(rows, grad_B, *of_B), decay, score)
+        lora += torch.stack([columns.sum() for columns in by_column.split(ranks)])
         return sums
 
     def decide(self, sums: Sequence[float]) -> tuple[tuple[int, ...], Decision]:
@@ -185,19 +193,14 @@ class RoutedLayer(ABC):
         return per_rank(values, self.group["ranks"], like)
 
 
-def _move_moments(
-    grad: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    decay: MomentDecay,
-    score: str,
-    totals: Tensor,
-) -> None:
-    """Move the moments of (rows of) a factor; add the score's terms to `totals`, 0-dim or [R]."""
-    by_column = totals.dim() > 0
-    for rows in row_blocks(exp_avg, multiple=rows_of_whole_vectors(exp_avg)):
-        block = grad[rows], exp_avg[rows], exp_avg_sq[rows]
-        totals += update_and_score(*block, decay, score, by_column=by_column)
+def _blocks(factor: Tensor) -> Iterator[slice | EllipsisType]:
+    return row_blocks(factor, multiple=rows_of_whole_vectors(factor))
+
+
+def _part(
+    rows: slice | EllipsisType, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    return grad[rows], exp_avg[rows], exp_avg_sq[rows]
 
 
 def dense_tensors(
