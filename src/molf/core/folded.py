@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from molf.core.adam import compute_dtype, gradient
+from molf.core.adam import compute_dtype, gradient, row_blocks
 from molf.core.dense import Product
 from molf.core.factors import draw_lora_a, owned_by, split_factors
 from molf.core.fidelity import UpdateTally
@@ -20,6 +20,7 @@ from molf.core.moments import moment_state
 from molf.core.routed import RoutedLayer, States, dense_tensors
 
 _FACTORS = ("lora_A", "lora_B")
+_GRADIENT_ROWS = 256  # of a gradient in low precision, for one product: fewer would be slow
 
 
 class FoldedLayer(RoutedLayer):
@@ -66,11 +67,17 @@ class FoldedLayer(RoutedLayer):
 
     def _factor_gradients(self) -> tuple[Tensor, Tensor]:
         """`grad A_i = s_i B_i^T G` as [R, in] and `grad B_i = s_i G A_i^T` as [out, R]."""
-        grad = _oriented(gradient(self.weight), self.group).to(self.state["lora_A"].dtype)
-        scalings = self._scaling_per_rank()
-        grad_A = (self.state["lora_B"] * scalings).t() @ grad
-        grad_B = (grad @ self.state["lora_A"].t()).mul_(scalings)
-        return grad_A, grad_B
+        grad = _oriented(gradient(self.weight), self.group)
+        A, B, scalings = self.state["lora_A"], self.state["lora_B"], self._scaling_per_rank()
+        if grad.dtype == A.dtype:
+            grad_A, grad_B = B.t() @ grad, grad @ A.t()
+        else:  # in parts: a float32 copy of the whole is as large as the weight's moments
+            grad_A, grad_B = torch.zeros_like(A), torch.empty_like(B)
+            for rows in row_blocks(grad, at_least=_GRADIENT_ROWS):
+                part = grad[rows].to(A.dtype)
+                grad_A.addmm_(B[rows].t(), part)
+                torch.mm(part, A.t(), out=grad_B[rows])
+        return grad_A.mul_(scalings[:, None]), grad_B.mul_(scalings)
 
     def _factor_moments(self) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
         first, second = (
