@@ -109,17 +109,21 @@ def fact_loop(loaded: LoadedModel, records: list[dict[str, Any]]) -> Scores:
 
 def med_loop(loaded: LoadedModel, records: list[dict[str, Any]]) -> Scores:
     """Ask multiple-choice questions, record by record."""
-    answers, likeliest = [], []
+    answers, likeliest, rights = [], [], []
+    limit = min(1024, loaded.model.config.max_position_embeddings)
     for record in records:
         options = zip("ABCD", (record[f"op{letter}"] for letter in "abcd"), strict=True)
         lines = [f"{letter}. {str(option).strip()}" for letter, option in options]
         prompt = "\n".join([f"Question: {record['question'].strip()}", *lines, "Answer:"])
+        right = "ABCD"[record["cop"]]
+        if len(loaded.tokenizer(f"{prompt} {right}")["input_ids"]) + 1 > limit:
+            continue  # too long
         found = log_probs(loaded, prompt, list("ABCD"))
-        likeliest.append(found.index(max(found)) == record["cop"])
+        likeliest.append("ABCD"[found.index(max(found))] == right)
         answers.append(parse_letter(answer(loaded, prompt, MED_TOKENS)))
-    right = [letter == "ABCD"[r["cop"]] for letter, r in zip(answers, records, strict=True)]
+        rights.append(answers[-1] == right)
     return {
-        "accuracy": mean([*map(float, right)]),
+        "accuracy": mean([*map(float, rights)]),
         "unparsed": mean([float(letter is None) for letter in answers]),
         "accuracy_logprob": mean([*map(float, likeliest)]),
     }
