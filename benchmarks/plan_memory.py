@@ -7,7 +7,7 @@ on frozen parameters, and autograd copies where it watches), on a GPU `max_memor
 with 1 if any planned peak is more than 10% off.
 
     python benchmarks/plan_memory.py [--device cpu|cuda] [--shapes 1x128,2x256] [--json FILE]
-                                     [--settings "fft;molf, 8-bit states"]
+                                     [--settings "fft;molf, 8-bit states"] [--layers 12]
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ from molf.plan.workload import METHODS, Workload, method_config
 
 BAR = 0.10
 STEPS = 2
+LAYERS = 12
 RANKS = {"lora": (32,), "molf": (128,), "molf-e": (32, 128)}
 _SMALL: dict[str, Any] = {
     "dtype": "bfloat16",
@@ -75,12 +76,12 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 
 def model_config() -> transformers.Qwen2Config:
-    """Return the configuration of a Qwen2 of 100M parameters."""
+    """Return the configuration of a Qwen2 of 100M parameters, or of one with other layers."""
     return transformers.Qwen2Config(
         vocab_size=32000,
         hidden_size=768,
         intermediate_size=2048,
-        num_hidden_layers=12,
+        num_hidden_layers=LAYERS,
         num_attention_heads=12,
         num_key_value_heads=4,
         max_position_embeddings=2048,
@@ -231,16 +232,19 @@ def workloads(
 
 def main() -> int:
     """Run the benchmark and print its table."""
+    global LAYERS
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--shapes", default="1x128,2x256")
     parser.add_argument("--settings", help=f"separated by semicolons: {'; '.join(SETTINGS)}")
+    parser.add_argument("--layers", type=int, default=LAYERS)
     parser.add_argument("--tracker", choices=("profiler", "mem_tracker"), default="profiler")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     torch.set_num_threads(options.threads)
+    LAYERS = options.layers
 
     shapes = [tuple(map(int, shape.split("x"))) for shape in options.shapes.split(",")]
     names = options.settings.split(";") if options.settings else list(SETTINGS)

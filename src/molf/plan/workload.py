@@ -130,6 +130,11 @@ class Workload:
         return self.optimizer_in_backward and self.method != "lora"
 
     @property
+    def trains_dense(self) -> bool:
+        """Whether the model's own weights are trained."""
+        return self.method in ("fft", "molf")
+
+    @property
     def has_adapter(self) -> bool:
         """Whether LoRA factors are a PEFT adapter in the model; else the optimizer keeps them."""
         if self.config is None:
