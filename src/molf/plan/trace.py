@@ -48,7 +48,7 @@ class StepTrace:
         moments: First and second moments of all experts and of what is not routed, and the low
             halves of bfloat16 weights.
         factors: LoRA factors that the optimizer keeps (molf); an adapter's are weights.
-        transient: Temporaries at the peak of a step.
+        transient: Temporaries at the peak of a step; states lent from host memory are among them.
     """
 
     gradients: int
