@@ -192,6 +192,7 @@ def test_bfloat16_weights(untied):
         ({"weight_rounding": "up", "dtype": "bfloat16"}, ["'up'", "stochastic"]),
         ({"state_dtype": "4bit"}, ["'4bit'", "8bit"]),
         ({"quantised": "load_in_4bit"}, ["load_in_4bit", "molf-e"]),
+        ({"optimizer_in_backward": True, "num_gpus": 2}, ["num_gpus=2", "backward"]),
         ({"optimizer_in_backward": True, "accumulates": True}, ["accumulation", "backward"]),
     ],
 )
