@@ -136,7 +136,7 @@ def _rounding(workload: Workload) -> Iterator[tuple[str, Workload]]:
 
 def _in_backward(workload: Workload) -> Iterator[tuple[str, Workload]]:
     """Steps in the backward pass; accumulation, which they exclude, is given up."""
-    if workload.trains_dense and not workload.optimizer_in_backward:
+    if workload.trains_dense and not workload.optimizer_in_backward and workload.num_gpus == 1:
         changed = replace(
             workload, optimizer_in_backward=True, accumulates=False, grad_accumulation_dtype=None
         )
@@ -186,7 +186,7 @@ def _frozen_base(method: str) -> _Option:
 
 def _gpus(workload: Workload) -> Iterator[tuple[str, Workload]]:
     count = 2 * workload.num_gpus
-    while count <= _MOST_GPUS:
+    while count <= _MOST_GPUS and not workload.steps_in_backward:
         yield f"--num_gpus {count}", replace(workload, num_gpus=count)
         count *= 2
 

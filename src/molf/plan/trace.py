@@ -138,8 +138,9 @@ def _run_pass(
         counter: Of the bytes.
         scalar: What the host reads in the backward pass.
     """
+    inputs = _inputs(workload)  # alive in the backward pass too, as a trainer's batch is
     try:
-        loss = _loss(model, workload)
+        loss = _loss(model, inputs, bf16=workload.bf16)
         counter.scalar = scalar
         loss.backward()
     except (RuntimeError, NotImplementedError) as error:
@@ -152,14 +153,18 @@ def _run_pass(
         counter.scalar = None
 
 
-def _loss(model: Any, workload: Workload) -> Tensor:
-    """The loss of SFTTrainer's training step."""
+def _inputs(workload: Workload) -> dict[str, Tensor]:
+    """A batch. Without a mask, transformers lets attention be causal, as for one of ones alone."""
     ids = torch.zeros(workload.batch_size, workload.length, dtype=torch.long)
-    # Without a mask, transformers lets attention be causal, as it does for a mask of ones alone.
     mask = {"attention_mask": torch.ones_like(ids)} if workload.padded else {}
-    with torch.autocast("cpu", torch.bfloat16, enabled=workload.bf16):
-        outputs = model(input_ids=ids, labels=ids, use_cache=False, fused_lm_head=True, **mask)
-    loss: Tensor = -outputs.log_probs.sum() / ids.numel()
+    return {"input_ids": ids, "labels": ids, **mask}
+
+
+def _loss(model: Any, inputs: dict[str, Tensor], *, bf16: bool) -> Tensor:
+    """The loss of SFTTrainer's training step."""
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        outputs = model(**inputs, use_cache=False, fused_lm_head=True)
+    loss: Tensor = -outputs.log_probs.sum() / inputs["input_ids"].numel()
     return loss
 
 

@@ -114,6 +114,11 @@ class Workload:
                     f"Invalid {given} with optimizer_in_backward: each layer moves as soon as its "
                     "own gradient is there. Leave one of the two out."
                 )
+        if self.steps_in_backward and self.num_gpus > 1:
+            raise InputError(
+                f"Invalid num_gpus={self.num_gpus} with optimizer_in_backward: a layer would move "
+                "before its gradients are summed over them. Leave one of the two out."
+            )
         if self.quantised is not None:
             if self.method not in QUANTISABLE:
                 raise InputError(

@@ -199,6 +199,7 @@ def _planned(
     arguments: Any,
 ) -> tuple[int | None, int | None]:
     """The planned peaks: of the steps that are taken, and of those with the longest allowed."""
+    # The kernels' temporaries differ from those of torch's operations, which are planned.
     if settings.method not in METHODS or settings.kernels != "eager":
         return None, None
     lengths = set(map(len, longest.input_ids))
