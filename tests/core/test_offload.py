@@ -436,9 +436,7 @@ def test_memory_on_cuda(in_backward):
     """Of 16 layers' moments no more than three layers' are there, and none between steps."""
     width, count = 2048, 16
     layers = nn.Sequential(*[nn.Linear(width, width, bias=False) for _ in range(count)]).cuda()
-    optimizer = AdamW(
-        layers.parameters(), state_offload=True, optimizer_in_backward=in_backward
-    )
+    optimizer = AdamW(layers.parameters(), state_offload=True, optimizer_in_backward=in_backward)
     one = 4 * width * width
     inputs = torch.randn(8, width, device="cuda")
     for _ in range(3):

@@ -189,6 +189,8 @@ class MoLFAdamW(AdamW):
     def lora_factors(self, layer: str) -> list[tuple[Tensor, Tensor]]:
         """Return copies of a layer's factors, one (A [r, in], B [out, r]) per LoRA expert.
 
+        They are where the state is: in host memory with `state_offload`.
+
         Raises:
             ValueError: No routed layer has this name.
         """
