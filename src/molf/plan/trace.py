@@ -48,7 +48,7 @@ class StepTrace:
         moments: First and second moments of all experts and of what is not routed, and the low
             halves of bfloat16 weights.
         factors: LoRA factors that the optimizer keeps (molf); an adapter's are weights.
-        transient: Temporaries at the peak of a step.
+        transient: Temporaries at the peak of a step; states lent from host memory are among them.
     """
 
     gradients: int
@@ -104,6 +104,9 @@ def trace_step(config: Any, workload: Workload) -> StepTrace:
         with counter:
             made.optimizer.step()  # this one makes the state as well, which is there at its end
             transient = counter.peak - counter.now
+            if workload.offloads:  # the second one knows what to fetch ahead
+                made.optimizer.step()
+                transient = max(transient, counter.peak - counter.now)
             _let_lora_win(made.optimizer)
             counter.reset_peak()
             made.optimizer.step()
@@ -116,11 +119,15 @@ def _trace_steps_in_backward(config: Any, made: Trainable, workload: Workload) -
     """Passes in which layers move: the full experts win the first, the LoRA experts another."""
     with _blocks(made, workload):
         _make_state(made)
+        made.optimizer.step()  # without a gradient: forgets the order of that step
         counter = LiveBytes(_tensors(made))
         gc.collect()
         with counter:
             _run_pass(config, made.model, workload, counter, scalar=1.0)
             made.optimizer.step()
+            if workload.offloads:  # the second one knows what to fetch ahead
+                _run_pass(config, made.model, workload, counter, scalar=1.0)
+                made.optimizer.step()
             if _let_lora_win(made.optimizer):
                 _run_pass(config, made.model, workload, counter, scalar=1.0)
     return PassTrace(gradients=0, activations=counter.peak)
