@@ -15,8 +15,8 @@ from torch.utils._pytree import tree_iter
 class LiveBytes(TorchDispatchMode):
     """Counts storages made inside the context until nothing refers to them any more.
 
-    Views share their storage and count once; tensors of the meta device count nothing. A kernel's own workspace, which is no tensor, is not
-    seen.
+    Views share their storage and count once; tensors of the meta device count nothing. A kernel's
+    own workspace, which is no tensor, is not seen.
 
     Args:
         known: Tensors that exist already and are not counted.
