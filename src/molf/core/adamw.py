@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +15,13 @@ from molf.core.accumulation import accumulate_in_float32
 from molf.core.dense import DenseTensor
 from molf.core.fidelity import UpdateFidelity, UpdateTally
 from molf.core.groups import check_group, check_same_structure
-from molf.core.in_backward import BackwardSteps, Unit, check_in_backward
+from molf.core.in_backward import (
+    BackwardSteps,
+    Unit,
+    check_in_backward,
+    check_no_float16,
+    release,
+)
 from molf.core.kernels import (
     check_float32_moments,
     check_kernel_group,
@@ -23,6 +29,7 @@ from molf.core.kernels import (
     known_kernels,
 )
 from molf.core.moments import check_state_dtype, fits_8bit
+from molf.core.processes import check_processes
 from molf.core.routed import RoutedLayer
 from molf.core.step import Outcome, take_step
 from molf.core.storage import (
@@ -59,12 +66,13 @@ class AdamW(Optimizer):
         nonfinite: What a gradient with infinity or NaN does, found before anything is written:
             `"raise"` a RuntimeError, or `"skip"` the whole step with a warning.
         grad_accumulation_dtype: `"float32"` keeps the gradients of bfloat16 weights in float32, so
-            that micro-batches add up without rounding. None leaves them in bfloat16.
+            that micro-batches add up without rounding; for one process. None leaves them in
+            bfloat16.
         optimizer_in_backward: Whether every parameter (of a routed layer: all together) moves as
             soon as its gradient is complete, during the backward pass, and the gradient is freed.
             `step` after each backward pass only finishes what is left. Nothing that needs all
-            gradients at once is possible: accumulation, clipping, `nonfinite="skip"`. The host
-            waits for the device once per layer.
+            gradients at once is possible: accumulation, clipping, loss scaling (float16), several
+            processes, `nonfinite="skip"`. The host waits for the device once per layer.
         kernels: `"triton"` takes steps with the Triton kernels of `molf.core.fused` (CUDA, float32
             or bfloat16 weights, float32 states). They have not run on a GPU yet. None and
             `"eager"`: with torch operations.
@@ -122,8 +130,7 @@ class AdamW(Optimizer):
             "layer": None,
         }
         super().__init__(params, defaults)
-        parameters = [p for group in self.param_groups for p in group["params"]]
-        check_rounding(parameters, weight_rounding)
+        check_rounding(self._parameters(), weight_rounding)
         _warn_of_rounding(self.param_groups)
         if state_dtype == "8bit" and not any(self._in_8bit(group) for group in self.param_groups):
             warnings.warn(
@@ -137,15 +144,30 @@ class AdamW(Optimizer):
 
     def _prepare(self) -> None:
         """Say who computes, how gradients are kept, and when they are used; also for copies."""
+        self._check_processes()
         self._fused = fused_step(self.kernels)
         self._backward: BackwardSteps | None = None
-        if self.grad_accumulation_dtype is not None:
-            accumulate_in_float32(p for group in self.param_groups for p in group["params"])
+        release(self._parameters(), self)
         if self.optimizer_in_backward:
-            self._backward = BackwardSteps(
-                lambda: self.param_groups, self._begin, self._take_and_free
-            )
+            self._backward = BackwardSteps(self)
+        self._follow()
+
+    def _check_processes(self) -> None:
+        check_processes(
+            self._parameters(),
+            optimizer_in_backward=self.optimizer_in_backward,
+            grad_accumulation_dtype=self.grad_accumulation_dtype,
+        )
+
+    def _follow(self) -> None:
+        """Prepare the parameters that are in the groups now; libraries may have swapped them."""
+        if self.grad_accumulation_dtype is not None:
+            accumulate_in_float32(self._parameters())
+        if self._backward is not None:
             self._backward.watch()
+
+    def _parameters(self) -> Iterator[Tensor]:
+        return (p for group in self.param_groups for p in group["params"])
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; without a `layer` it takes plain AdamW steps.
@@ -161,6 +183,11 @@ class AdamW(Optimizer):
             check_state_dtype(group["state_dtype"])
             if self.kernels == "triton":
                 check_kernel_group(group, self._home())
+            if self.optimizer_in_backward:
+                check_no_float16(group["params"])
+            if hasattr(self, "_backward"):  # later than the constructor, which does it for all
+                release(group["params"], self)
+                self._follow()
         except (ValueError, ImportError):
             self.param_groups.pop()
             raise
@@ -169,11 +196,17 @@ class AdamW(Optimizer):
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Take one step; return the closure's loss, or None.
 
-        The host waits for the device once.
+        The host waits for the device once. With `optimizer_in_backward` most of the step is taken
+        already, and what is left is finished; `zero_grad` and `step` end a backward pass.
+
+        Args:
+            closure: Computes the loss and its gradients; called first, with gradients enabled.
 
         Raises:
-            RuntimeError: A gradient is infinite or NaN and `nonfinite="raise"`; nothing has been
-                written. Also for sparse gradients.
+            RuntimeError: A gradient is infinite or NaN, or so large that its moments would
+                overflow, and `nonfinite="raise"`; nothing has been written (with
+                `optimizer_in_backward`: nothing of its layer). Also for sparse gradients.
+            ValueError: There are several processes now, and an option is for one.
         """
         loss = None
         if closure is not None:
@@ -181,27 +214,42 @@ class AdamW(Optimizer):
                 loss = closure()
         if self._backward is None:
             self._begin()
-            self._take(range(len(self.param_groups)))
-            return loss
-        if not self._backward.is_open:
-            self._begin()
-        for unit in list(self._backward.left()):
-            self._take_and_free(unit)
-        self._backward.close()
-        self._backward.watch()  # libraries may have swapped parameters
+            taken = self._take(range(len(self.param_groups)))
+        else:
+            self._backward.finish()
+            taken = True
+        if taken:
+            self._end()
+        self._follow()
         return loss
 
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Reset the gradients, as torch does; an interrupted backward pass is forgotten."""
+        super().zero_grad(set_to_none)
+        if self._backward is not None:
+            self._backward.close()
+        self._follow()
+
     def _begin(self) -> None:
-        """Forget what the last step has left."""
+        """Forget what the last step has left; `step` and the first gradient call it."""
+        self._check_processes()
         self._tally = UpdateTally() if self.measure_updates else None
 
-    def _take(self, indices: Iterable[int], position: int | None = None) -> None:
-        """Step the parameters of some groups that have gradients; of all, or of one place."""
+    def _take(self, indices: Iterable[int], position: int | None = None) -> bool:
+        """Step the parameters of some groups that have gradients; of all, or of one place.
+
+        Returns:
+            Whether it was done; it may be skipped.
+        """
         take = self._fused.take if self._fused else take_step
         outcome = take(self._layers(indices), self._rest(indices, position), self._tally)
         if outcome.nonfinite:
             self._refuse(outcome.nonfinite)
         self._finish(outcome)
+        return not outcome.nonfinite
+
+    def _end(self) -> None:
+        """Look back on a step that was taken: nothing to see here."""
 
     def _take_and_free(self, unit: Unit) -> None:
         """Step a routed layer, or another parameter, and free its gradients."""
@@ -266,7 +314,7 @@ class AdamW(Optimizer):
         bad_ones = f"Non-finite gradient in {', '.join(names)}{more}"
         if self._backward is not None:
             raise RuntimeError(
-                f"{bad_ones}; it has not moved, but {self._backward.count() - 1} layers and other "
+                f"{bad_ones}; it has not moved, but {self._backward.count()} layers and other "
                 "parameters whose gradients came before it in this backward pass have "
                 "(optimizer_in_backward=True)."
             )
@@ -291,8 +339,7 @@ class AdamW(Optimizer):
 
     def _home(self) -> torch.device:
         """The device of the first parameter."""
-        found = (p.device for group in self.param_groups for p in group["params"])
-        return next(found, torch.device("cpu"))
+        return next((p.device for p in self._parameters()), torch.device("cpu"))
 
     @staticmethod
     def _in_8bit(group: dict[str, Any]) -> bool:
@@ -333,8 +380,7 @@ class AdamW(Optimizer):
 
     def _restore_bits(self, loaded: dict[str, Any]) -> None:
         saved_ids = [i for group in loaded["param_groups"] for i in group["params"]]
-        parameters = [p for group in self.param_groups for p in group["params"]]
-        for saved_id, parameter in zip(saved_ids, parameters, strict=True):
+        for saved_id, parameter in zip(saved_ids, self._parameters(), strict=True):
             for key, value in loaded["state"].get(saved_id, {}).items():
                 if isinstance(value, Tensor):
                     # A copy, also on the same device: two optimizers never share state.
@@ -368,6 +414,8 @@ class AdamW(Optimizer):
                 group.setdefault(key, value)
         if not before:  # a copy, whose parameters are others
             self._prepare()
+        elif hasattr(self, "_backward"):
+            self._follow()
 
 
 def _warn_of_rounding(groups: Sequence[dict[str, Any]]) -> None:

@@ -161,16 +161,21 @@ class MoLFAdamW(AdamW):
         return optimizer
 
     def _begin(self) -> None:
+        """Forget what the last step has left; `step` and the first gradient call it."""
         super()._begin()
         self.routing = {}
+        self._is_first = not any(self.state.values())
+
+    def _end(self) -> None:
+        if self._is_first:
+            routed = [group["layer"] for group in self.param_groups if group["layer"] is not None]
+            _warn_of_missing_gradients([x for x in routed if x not in self.routing], len(routed))
 
     def _layers(self, indices: Iterable[int]) -> list[RoutedLayer]:
         """The routed layers of some groups, those whose parameters have gradients."""
         groups = [self.param_groups[index] for index in indices]
         routed = [group for group in groups if group["layer"] is not None]
         taking_part = [group for group in routed if _form_of(group).takes_part(group)]
-        if len(taking_part) < len(routed) and not any(self.state.values()):
-            _warn_of_missing_gradients(routed, taking_part)
         if self._fused is not None:
             return [self._fused.layer(group, self.state) for group in taking_part]
         return [_form_of(group)(group, self.state) for group in taking_part]
@@ -222,6 +227,7 @@ class MoLFAdamW(AdamW):
         raise ValueError(f"No routed layer {layer!r}. Routed are: {', '.join(names[:8])}, ...")
 
     _OWN = (*AdamW._OWN, "routing")
+    _is_first = False  # whether the step that is being taken is the first
 
     def __repr__(self) -> str:
         """Return a summary; one line per layer would fill screens."""
@@ -241,15 +247,12 @@ def _form_of(group: dict[str, Any]) -> type[FoldedLayer] | type[AdapterLayer]:
     return AdapterLayer if group.get("adapter_scaling") is not None else FoldedLayer
 
 
-def _warn_of_missing_gradients(
-    routed: list[dict[str, Any]], taking_part: list[dict[str, Any]]
-) -> None:
+def _warn_of_missing_gradients(missing: list[str], routed: int) -> None:
     """A layer without a gradient in the very first step may never get one."""
-    names = {group["layer"] for group in taking_part}
-    missing = [group["layer"] for group in routed if group["layer"] not in names]
-    warnings.warn(
-        f"{len(missing)} of {len(routed)} routed layers have no gradient in the first step (first: "
-        f"{missing[0]}), so it does not train them. Under gradient checkpointing the reason is "
-        "use_reentrant=True; use False.",
-        stacklevel=7,
-    )
+    if missing:
+        warnings.warn(
+            f"{len(missing)} of {routed} routed layers have no gradient in the first step (first: "
+            f"{missing[0]}), so it does not train them. Under gradient checkpointing the reason is "
+            "use_reentrant=True; use False.",
+            stacklevel=6,
+        )
