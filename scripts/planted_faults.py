@@ -204,7 +204,20 @@ FAULTS = [
         "no guard against non-finite gradients",
         "test_nonfinite.py",
         "step.py",
-        [("if not all(map(math.isfinite, gradient_sums)):", "if False:")],
+        [("if not all(map(fits, bounds)):", "if False:")],
+    ),
+    Fault(
+        "the gradients of the factors are not guarded",
+        "test_nonfinite.py",
+        "folded.py",
+        [('Guarded(weight, max(self.group["scalings"]), factors)', "Guarded(weight)")],
+    ),
+    Fault(
+        "second moments of infinity",
+        "test_nonfinite.py",
+        "guard.py",
+        [("return 0.5 * torch.finfo(dtype).max ** 0.5", "return torch.finfo(dtype).max"),
+         ("norm = torch.linalg.vector_norm(tensor)\n", "norm = tensor.double().norm()\n")],
     ),
     Fault(
         "a bad step reaches the moments",
@@ -324,8 +337,7 @@ FAULTS = [
         "the gradient of B is not guarded",
         "test_adapter_state.py",
         "adapter.py",
-        [("for tensor in self.dense), self.lora_A, self.lora_B]",
-          "for tensor in self.dense), self.lora_A]")],
+        [(", Guarded(self.lora_B, max(stored_scales(self.group)))]", "]")],
     ),
     Fault(
         "the adapter starts as PEFT draws it",

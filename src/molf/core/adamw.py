@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from molf.core.accumulation import accumulate_in_float32
+from molf.core.adam import gradient
 from molf.core.dense import DenseTensor
 from molf.core.fidelity import UpdateFidelity, UpdateTally
 from molf.core.groups import check_group, check_same_structure
@@ -63,8 +64,9 @@ class AdamW(Optimizer):
         state_dtype: `"float32"`, or `"8bit"`: moments of tensors from 4,096 elements on, in a
             multiple of 256, are kept in blocks of 8 bits (torchao).
         seed: Of stochastic rounding.
-        nonfinite: What a gradient with infinity or NaN does, found before anything is written:
-            `"raise"` a RuntimeError, or `"skip"` the whole step with a warning.
+        nonfinite: What a gradient does that has infinity or NaN, or is so large that moments would
+            overflow; it is found before anything is written. `"raise"` a RuntimeError, or `"skip"`
+            the whole step with a warning.
         grad_accumulation_dtype: `"float32"` keeps the gradients of bfloat16 weights in float32, so
             that micro-batches add up without rounding; for one process. None leaves them in
             bfloat16.
@@ -243,10 +245,10 @@ class AdamW(Optimizer):
         """
         take = self._fused.take if self._fused else take_step
         outcome = take(self._layers(indices), self._rest(indices, position), self._tally)
-        if outcome.nonfinite:
-            self._refuse(outcome.nonfinite)
+        if outcome.bad:
+            self._refuse(outcome.bad)
         self._finish(outcome)
-        return not outcome.nonfinite
+        return not outcome.bad
 
     def _end(self) -> None:
         """Look back on a step that was taken: nothing to see here."""
@@ -308,10 +310,17 @@ class AdamW(Optimizer):
                 state[LOW].zero_()
 
     def _refuse(self, bad: list[Tensor]) -> None:
-        """Raise for, or warn of, the parameters with a non-finite gradient."""
-        names = [self._name_of(parameter) for parameter in bad[:3]]
-        more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
+        """Raise for, or warn of, the parameters with a gradient that is no use."""
+        nonfinite = [p for p in bad if not gradient(p).isfinite().all()]
+        named = nonfinite or bad
+        names = [self._name_of(parameter) for parameter in named[:3]]
+        more = f" and {len(named) - 3} more" if len(named) > 3 else ""
         bad_ones = f"Non-finite gradient in {', '.join(names)}{more}"
+        if not nonfinite:
+            bad_ones = (
+                f"Gradient too large in {', '.join(names)}{more} (finite, but its moments or those "
+                "of the LoRA factors would overflow)"
+            )
         if self._backward is not None:
             raise RuntimeError(
                 f"{bad_ones}; it has not moved, but {self._backward.count()} layers and other "

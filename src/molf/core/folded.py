@@ -16,6 +16,7 @@ from molf.core.adam import compute_dtype, gradient, row_blocks
 from molf.core.dense import Product
 from molf.core.factors import draw_lora_a, owned_by, split_factors
 from molf.core.fidelity import UpdateTally
+from molf.core.guard import Guarded
 from molf.core.moments import moment_state
 from molf.core.routed import RoutedLayer, States, dense_tensors
 
@@ -52,9 +53,11 @@ class FoldedLayer(RoutedLayer):
         state["lora_B"].copy_(lora_B)
 
     @property
-    def with_gradients(self) -> list[Tensor]:
-        """The weight, and the bias where it has a gradient."""
-        return [tensor.parameter for tensor in self.dense]
+    def gradients(self) -> list[Guarded]:
+        """Of the weight, which the factors' follow from, and of the bias where it has one."""
+        weight, *biases = [tensor.parameter for tensor in self.dense]
+        factors = self.state["lora_A"], self.state["lora_B"]
+        return [Guarded(weight, max(self.group["scalings"]), factors), *map(Guarded, biases)]
 
     @property
     def steps_taken(self) -> int:

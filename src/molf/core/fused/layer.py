@@ -83,6 +83,16 @@ class FusedLayer(FoldedLayer):
         return items
 
     @property
+    def largest_scaling(self) -> float:
+        """The largest `s_i`."""
+        return max(self.group["scalings"])
+
+    @property
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """The stacked A and B."""
+        return self.state["lora_A"], self.state["lora_B"]
+
+    @property
     def factor_bytes(self) -> int:
         """Bytes that the gradients of the factors take."""
         return _FLOAT32_BYTES * sum(self._factor_shapes()) * sum(self.group["ranks"])
