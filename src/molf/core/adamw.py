@@ -15,7 +15,7 @@ from molf.core.accumulation import accumulate_in_float32
 from molf.core.adam import gradient
 from molf.core.dense import DenseTensor
 from molf.core.fidelity import UpdateFidelity, UpdateTally
-from molf.core.groups import check_group, check_same_structure
+from molf.core.groups import check_group, parameter_name
 from molf.core.in_backward import (
     BackwardSteps,
     Unit,
@@ -29,6 +29,7 @@ from molf.core.kernels import (
     fused_step,
     known_kernels,
 )
+from molf.core.loading import loadable
 from molf.core.moments import check_state_dtype, fits_8bit
 from molf.core.processes import check_processes
 from molf.core.routed import RoutedLayer
@@ -177,14 +178,16 @@ class AdamW(Optimizer):
         Raises:
             ValueError: A hyper-parameter is out of range, or a parameter is complex.
         """
+        own_rounding = param_group.get("weight_rounding")  # not that of the whole optimizer
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
             check_group(group)
             check_known_rounding(group["weight_rounding"])
+            check_rounding(group["params"], own_rounding)
             check_state_dtype(group["state_dtype"])
             if self.kernels == "triton":
-                check_kernel_group(group, self._home())
+                check_kernel_group(group, len(self.param_groups) - 1, self._home())
             if self.optimizer_in_backward:
                 check_no_float16(group["params"])
             if hasattr(self, "_backward"):  # later than the constructor, which does it for all
@@ -341,10 +344,7 @@ class AdamW(Optimizer):
         raise KeyError("the parameter is not in this optimizer")
 
     def _name(self, group_number: int, position: int) -> str:
-        """A parameter's name; its place, where it was given without one."""
-        group = self.param_groups[group_number]
-        names = group.get("param_names")
-        return names[position] if names else f"parameter [{position}] of group {group_number}"
+        return parameter_name(self.param_groups[group_number], position, group_number)
 
     def _home(self) -> torch.device:
         """The device of the first parameter."""
@@ -362,20 +362,23 @@ class AdamW(Optimizer):
         """Load a state; every tensor keeps the saved dtype and so the saved bits.
 
         `torch.optim.Optimizer` casts floating-point state to the parameter's dtype, which would
-        round float32 factors and moments of bfloat16 weights.
+        round float32 factors and moments of bfloat16 weights. The state of `torch.optim.AdamW` is
+        taken too, without amsgrad. Parameters keep the names that they have here.
 
         Raises:
-            ValueError: The saved groups route other layers, or with other ranks or scalings; or
-                they keep 8-bit moments, which the kernels cannot use.
+            ValueError: The saved groups route other layers, or with other ranks or scalings; their
+                parameters have other names (an adapter's own may differ); a value is out of range;
+                the state is another optimizer's; or moments are 8-bit, which the kernels cannot
+                use.
         """
         loaded: dict[str, Any] = {}
 
-        def capture_last(_: Optimizer, given: dict[str, Any]) -> None:
-            check_same_structure(given["param_groups"], self.param_groups)
+        def capture_last(_: Optimizer, given: dict[str, Any]) -> dict[str, Any]:
+            loaded.update(loadable(given, self.param_groups))
             if self.kernels == "triton":
-                for group in given["param_groups"]:
+                for group in loaded["param_groups"]:
                     check_float32_moments(group)
-            loaded.update(given)
+            return dict(loaded)
 
         capture = self.register_load_state_dict_pre_hook(capture_last)
         restore = self.register_load_state_dict_post_hook(

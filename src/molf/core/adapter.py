@@ -17,9 +17,10 @@ from torch import Tensor
 from molf.core.adam import AdamWStep, gradient, sum_dtype
 from molf.core.factors import owned_by, per_rank, split_factors
 from molf.core.fidelity import UpdateTally
+from molf.core.groups import parameter_name
 from molf.core.guard import Guarded
 from molf.core.moments import moment_state
-from molf.core.routed import RoutedLayer, States, dense_tensors, parameter_name
+from molf.core.routed import RoutedLayer, States, dense_tensors
 from molf.core.storage import StoredWeight, rounding_of, stored_values
 
 

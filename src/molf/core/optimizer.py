@@ -42,7 +42,13 @@ class MoLFAdamW(AdamW):
         betas: Decay rates of the first and second moments.
         eps: Added to the denominator of a step (the score has its own, 1e-8).
         weight_decay: Default decoupled decay of a group that sets none.
-        **precision: The keywords of `AdamW`: `weight_rounding`, `state_dtype`, ...
+        weight_rounding: As the following, a keyword of `AdamW`.
+        state_dtype: How moments are kept.
+        seed: Of stochastic rounding, where a group has none.
+        nonfinite: What a bad gradient does.
+        grad_accumulation_dtype: How gradients are kept.
+        optimizer_in_backward: Whether layers move during the backward pass.
+        kernels: Who computes the step.
 
     Attributes:
         routing: Decision of every layer in the last step, by layer name.
@@ -55,7 +61,14 @@ class MoLFAdamW(AdamW):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 0.1,
-        **precision: Any,
+        *,
+        weight_rounding: str | None = None,
+        state_dtype: str = "float32",
+        seed: int = 0,
+        nonfinite: str = "raise",
+        grad_accumulation_dtype: str | None = None,
+        optimizer_in_backward: bool = False,
+        kernels: str | None = None,
     ) -> None:
         groups = list(params)
         if not any(isinstance(group, dict) and group.get("layer") is not None for group in groups):
@@ -64,7 +77,20 @@ class MoLFAdamW(AdamW):
                 "MoLFAdamW.from_model(model, config)."
             )
         self.routing: dict[str, Decision] = {}
-        super().__init__(groups, lr, betas, eps, weight_decay, **precision)
+        super().__init__(
+            groups,
+            lr,
+            betas,
+            eps,
+            weight_decay,
+            weight_rounding=weight_rounding,
+            state_dtype=state_dtype,
+            seed=seed,
+            nonfinite=nonfinite,
+            grad_accumulation_dtype=grad_accumulation_dtype,
+            optimizer_in_backward=optimizer_in_backward,
+            kernels=kernels,
+        )
 
     @classmethod
     def from_model(

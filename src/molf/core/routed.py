@@ -23,6 +23,7 @@ from molf.core.config import lora_expert_names
 from molf.core.dense import DenseTensor
 from molf.core.factors import owned_by, per_rank
 from molf.core.fidelity import UpdateTally
+from molf.core.groups import parameter_name
 from molf.core.guard import FiniteGuard, Guarded
 from molf.core.one_pass import rows_of_whole_vectors
 from molf.core.routing import Decision, select_winners
@@ -212,9 +213,3 @@ def dense_tensors(
         for index, parameter in enumerate(parameters)
         if parameter.grad is not None
     ]
-
-
-def parameter_name(group: dict[str, Any], index: int) -> str:
-    """Name of a routed group's parameter, for messages and seeds."""
-    names = group.get("param_names")
-    return names[index] if names else f"{group['layer']} [{index}]"
