@@ -220,7 +220,7 @@ class _Probe:
             state = move.tensor.state
             moments = (state[key][self._rows].to(before.dtype) for key in ("exp_avg", "exp_avg_sq"))
             move.step.descend_(intended, *moments)
-        weight = move.tensor.parameter.numel() / max(1, before.numel())
+        weight = tally.weight(move.tensor.parameter)
         tally.add(before, intended, self._read(), weight=weight)
 
     def _read(self) -> Tensor:
