@@ -424,8 +424,45 @@ FAULTS = [
         "in the backward pass, layers do not wait for their bias",
         "test_in_backward.py",
         "in_backward.py",
-        [("            if len(ready) < sum(member.requires_grad for member in members):\n"
-          "                return\n", "")],
+        [("if len(ready) == sum(member.requires_grad for member in members):", "if ready:")],
+    ),
+    Fault(
+        "in the backward pass, a step that raises leaves the pass open",
+        "test_in_backward.py",
+        "in_backward.py",
+        [("        finally:\n            self.close()\n        self.watch()",
+          "        finally:\n            pass\n        self.close()\n        self.watch()")],
+    ),
+    Fault(
+        "hooks keep the optimizer alive",
+        "test_in_backward.py",
+        "in_backward.py",
+        [("self._optimizer = weakref.ref(optimizer)", "self._optimizer = lambda: optimizer"),
+         ("mine = weakref.ref(self)\n\n        def", "mine = lambda: self\n\n        def")],
+    ),
+    Fault(
+        "several processes are asked about in the constructor alone",
+        "test_in_backward.py",
+        "adamw.py",
+        [("        self._check_processes()\n        self._tally", "        self._tally")],
+    ),
+    Fault(
+        "AdamW's moments are loaded in the weight's dtype",
+        "test_optimizer_state.py",
+        "loading.py",
+        [("else x.to(dtype)", "else x")],
+    ),
+    Fault(
+        "names of loaded parameters do not matter",
+        "test_optimizer_state.py",
+        "loading.py",
+        [("if _without_adapter(name) != _without_adapter(expected):", "if False:")],
+    ),
+    Fault(
+        "every block is sampled for lost updates",
+        "test_fidelity.py",
+        "fidelity.py",
+        [("-start % _every(tensor)", "0")],
     ),
     Fault(
         "in the backward pass, gradients are kept",
