@@ -92,7 +92,7 @@ def operations(model: Model) -> dict[str, tuple[Callable[[], Any], int]]:
     weight = model.weights[0].values.element_size() + 2 * (model.weights[0].low is not None)
     n, factors = model.count, 4 * model.factor_count
     return {
-        "nonfinite": (lambda: kernels.nonfinite(model.grads), n * grad),
+        "squares": (lambda: kernels.squares(model.grads), n * grad),
         "moments": (lambda: kernels.moments(moments, finite, "epd"), n * (grad + 16)),
         "write, full": (lambda: kernels.adamw(full, finite), n * (2 * weight + 8)),
         "write, lora": (lambda: kernels.low_rank(lora, finite), n * 2 * weight + factors),

@@ -10,7 +10,7 @@ from core_helpers import feed, tiny_model, tiny_optimizer
 from torch import nn
 
 from molf import AdamW
-from molf.core import fidelity
+from molf.core import adam, fidelity
 
 BF16 = torch.bfloat16
 
@@ -103,6 +103,26 @@ def test_measuring_changes_nothing_and_is_off_by_default(monkeypatch):
     assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))
 
 
+@pytest.mark.parametrize("shape", [(4096, 64), (32, 8192), (262_144,), (3, 200_000), (), (0, 4)])
+@pytest.mark.parametrize("size", [1, 7, 100_000])
+def test_blocks_do_not_change_what_is_sampled(shape, size):
+    tensor = torch.empty(shape)
+    tally = fidelity.UpdateTally
+    if not shape:
+        assert tally.sample(tensor) is ...
+        assert tally.weight(tensor) == 1
+        return
+    rows = torch.arange(len(tensor))
+    whole = rows[tally.sample(tensor)]
+    blocks = [slice(start, start + size) for start in range(0, len(rows), size)]
+    parts = [rows[block][tally.sample(tensor, block)] for block in blocks]
+    assert torch.equal(torch.cat([rows[:0], *parts]), whole)
+    sampled = len(whole) * (tensor.numel() // max(1, len(tensor)))
+    assert sampled * tally.weight(tensor) == tensor.numel()
+    row = tensor.numel() // max(1, len(tensor))
+    assert tensor.numel() == 0 or 32_768 <= sampled <= max(2 * 65_536, row)
+
+
 def test_large_tensors_are_sampled(monkeypatch):
     monkeypatch.setattr(fidelity, "_SAMPLE", 256)
     seen = []
@@ -115,6 +135,7 @@ def test_large_tensors_are_sampled(monkeypatch):
             add(self, before, *rest, **more),
         ),
     )
+    monkeypatch.setattr(adam, "_CPU_BLOCK_ELEMENTS_PER_THREAD", 1024)  # blocks of 8 rows
     measured(torch.ones(512, 128).to(BF16), "nearest", 1e-5)
-    assert sum(count for count, _ in seen) <= 512  # of 65,536
+    assert sum(count for count, _ in seen) == 256  # of 65,536
     assert sum(count * weight for count, weight in seen) == 512 * 128

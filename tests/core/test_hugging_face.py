@@ -79,6 +79,11 @@ def test_trainer_takes_the_factory(tmp_path):
     assert moved | biases == start.keys()
 
 
+def test_rate_is_required_as_the_trainer_hands_over_none():
+    with pytest.raises(TypeError, match="lr"):
+        molf.trainer_optimizer(molf.MoLFConfig())
+
+
 def test_factory_is_what_the_trainer_calls_a_factory():
     from transformers.trainer_optimizer import is_optimizer_factory
 
@@ -120,6 +125,85 @@ def test_differently_named_head_is_left_out_too():
     head = next(n for n, m in model.named_modules() if m is model.get_output_embeddings())
     assert head not in names
     assert len(names) == 4
+
+
+HEADS = {"SEQ_CLS": "score", "TOKEN_CLS": "score", "QUESTION_ANS": "qa_outputs"}
+
+
+@pytest.mark.parametrize("task", HEADS)
+def test_heads_of_tasks_are_left_out_whatever_the_way_in(task):
+    import peft
+    from transformers import (
+        Qwen2ForQuestionAnswering,
+        Qwen2ForSequenceClassification,
+        Qwen2ForTokenClassification,
+    )
+
+    kinds = dict(
+        zip(
+            HEADS,
+            (
+                Qwen2ForSequenceClassification,
+                Qwen2ForTokenClassification,
+                Qwen2ForQuestionAnswering,
+            ),
+            strict=True,
+        )
+    )
+
+    def plain():
+        return kinds[task](tiny_qwen2().config)
+
+    def routed(model, config):
+        optimizer = molf.MoLFAdamW.from_model(model, config)
+        return [group["layer"] for group in optimizer.param_groups if group["layer"]]
+
+    options = {"ranks": (2, 3), "alpha": 4.0}
+    config = molf.MoLFConfig(**options, freeze_base=True, freeze_rest=False)
+    folded = routed(plain(), molf.MoLFConfig(**options))
+    assert len(folded) == 7
+    assert not any(HEADS[task] in name for name in folded)
+    assert routed(molf.with_adapter(plain(), config), config) == folded
+    settings = molf.peft_config(config, task_type=task)
+    assert routed(peft.get_peft_model(plain(), settings), config) == folded
+    # Without the task PEFT adapts the head.
+    adapted = peft.get_peft_model(plain(), molf.peft_config(config))
+    with pytest.raises(ValueError, match="is the model's head and carries the trained adapter"):
+        routed(adapted, config)
+    with pytest.warns(UserWarning, match=f"The head {HEADS[task]} is no part of the adapter"):
+        molf.with_adapter(plain(), molf.MoLFConfig(**options, freeze_base=True))
+
+
+def test_biases_of_fused_experts_do_not_decay():
+    from transformers import GptOssConfig, GptOssForCausalLM
+
+    model = GptOssForCausalLM(
+        GptOssConfig(
+            vocab_size=64,
+            hidden_size=32,
+            intermediate_size=16,
+            num_hidden_layers=1,
+            num_local_experts=4,
+            num_experts_per_tok=2,
+            head_dim=8,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+        )
+    )
+    with pytest.warns(UserWarning, match="fused 3-D weights"):
+        optimizer = tiny_optimizer(model)
+    decays = {
+        name: group["weight_decay"] > 0
+        for group in optimizer.param_groups
+        if group["layer"] is None
+        for name in group["param_names"]
+    }
+    assert any(name.endswith("gate_up_proj_bias") for name in decays)
+    assert {name for name, decayed in decays.items() if decayed} == {
+        name
+        for name, parameter in model.named_parameters()
+        if name in decays and parameter.dim() >= 2 and "bias" not in name
+    }
 
 
 def test_gpt2_layers_are_transposed():

@@ -152,11 +152,124 @@ def test_what_needs_all_gradients_is_refused(form, options, message):
         build(form, optimizer_in_backward=True, **options)
 
 
-def test_several_processes_are_refused(monkeypatch):
-    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
-    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
-    with pytest.raises(ValueError, match="with 2 processes is not possible"):
-        build("folded", optimizer_in_backward=True)
+@pytest.fixture
+def two_processes(monkeypatch):
+    """Call it, and there are two processes."""
+
+    def start():
+        monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+        monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+
+    return start
+
+
+FOR_ONE_PROCESS = [{"optimizer_in_backward": True}, {"grad_accumulation_dtype": "float32"}]
+
+
+@pytest.mark.parametrize("options", FOR_ONE_PROCESS, ids=lambda options: next(iter(options)))
+@pytest.mark.parametrize("form", ["folded", "fft"])
+def test_several_processes_are_refused(form, options, two_processes):
+    pair = build(form, torch.bfloat16, **options)
+    late, late_optimizer = build(form, torch.bfloat16, **options)
+    two_processes()
+    refused = pytest.raises(ValueError, match=f"{next(iter(options))}.* with 2 processes is not")
+    with refused:
+        build(form, torch.bfloat16, **options)
+    with refused:
+        copy.deepcopy(pair)
+    before = snapshot(late, late_optimizer)
+    with refused:  # processes that were started after the optimizer was built
+        run_model(late, 0)
+        late_optimizer.step()
+    assert_same_bits(snapshot(late, late_optimizer), before)
+    build(form, grad_accumulation_dtype="float32")  # nothing below float32, nothing to refuse
+
+
+@pytest.mark.parametrize("form", ["folded", "fft"])
+def test_float16_is_refused(form):
+    with pytest.raises(ValueError, match="with float16 weights is not possible: they need loss"):
+        build(form, torch.float16, optimizer_in_backward=True)
+
+
+@pytest.mark.parametrize("form", ["folded", "explicit", "frozen"])
+def test_layers_without_a_gradient_are_warned_of(form):
+    model, optimizer = build(form, optimizer_in_backward=True)
+    layer = next(m for n, m in model.named_modules() if n.endswith("down"))
+    layer.forward = lambda x: x[..., :6] * 0
+    run_model(model, 0)
+    with pytest.warns(UserWarning, match="1 of 2 routed layers have no gradient") as caught:
+        optimizer.step()
+    assert caught[0].filename == __file__
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        run_model(model, 1)
+        optimizer.step()
+
+
+# -- passes that do not end as they should, and optimizers that do not last -----------------------
+
+
+def test_interrupted_pass_is_forgotten_by_zero_grad():
+    model, optimizer = build("folded", optimizer_in_backward=True)
+
+    def interrupt(_):
+        raise MemoryError("no memory left")
+
+    handle = model.embed.weight.register_hook(interrupt)
+    with pytest.raises(MemoryError):
+        run_model(model, 0)
+    handle.remove()
+    optimizer.zero_grad()
+    run_model(model, 1)
+    optimizer.step()
+    assert set(optimizer.routing) == {"up", "down"}
+
+
+def test_step_that_raises_ends_the_pass_and_counts_what_has_moved():
+    model, optimizer = build("folded", optimizer_in_backward=True)
+    forward = model.up.forward
+    model.up.forward = lambda x: nn.functional.linear(x, model.up.weight)  # waits for its bias
+    run_model(model, 0)
+    model.up.weight.grad[0, 0] = float("nan")
+    moved = sum(p.grad is None for p in model.parameters()) - 1  # all but up.weight and up.bias
+    with pytest.raises(RuntimeError, match=f"has not moved, but {moved} layers"):
+        optimizer.step()
+    model.up.forward = forward
+    model.zero_grad()
+    run_model(model, 1)
+    optimizer.step()
+    assert set(optimizer.routing) == {"up", "down"}
+
+
+def test_first_bad_layer_is_not_counted():
+    model, _ = build("folded", optimizer_in_backward=True)
+    model.lm_head.weight.register_hook(lambda grad: grad * float("inf"))
+    with pytest.raises(RuntimeError, match=r"lm_head.weight; it has not moved, but 0 layers"):
+        run_model(model, 0)
+
+
+@pytest.mark.parametrize("form", ["folded", "fft"])
+def test_hooks_end_with_the_optimizer(form):
+    model, optimizer = build(form, optimizer_in_backward=True)
+    del optimizer
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    run_model(model, 0)
+    assert all(p.grad is not None for p in model.parameters())
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+    assert not any(p._post_accumulate_grad_hooks for p in model.parameters())
+
+
+@pytest.mark.parametrize("in_backward", [False, True])
+def test_newer_optimizer_takes_the_parameters_over(in_backward):
+    model, old = build("folded", optimizer_in_backward=True)
+    config = MoLFConfig(ranks=(2,))
+    with pytest.warns(UserWarning, match="Another optimizer stepped these parameters"):
+        new = MoLFAdamW.from_model(model, config, optimizer_in_backward=in_backward)
+    run_model(model, 0)
+    new.step()
+    assert not old.state
+    assert {state["step"] for state in new.state.values()} == {1}
+    assert all((p.grad is None) == in_backward for p in model.parameters())
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -239,6 +352,25 @@ def test_gradients_of_bfloat16_weights_add_up_in_float32(form):
     copied.zero_grad()
     run_model(copied, 0)
     assert {p.grad.dtype for p in copied.parameters()} == {torch.float32}
+
+
+def test_parameters_that_come_later_accumulate_in_float32():
+    model, optimizer = build("folded", torch.bfloat16, grad_accumulation_dtype="float32")
+    extra = nn.Parameter(torch.ones(3, dtype=torch.bfloat16))
+    optimizer.add_param_group({"params": [("extra", extra)]})
+    assert extra.grad_dtype == torch.float32
+    swapped = nn.Parameter(model.up.weight.detach().clone())
+    model.up.weight = optimizer.param_groups[0]["params"][0] = swapped
+    optimizer.zero_grad()
+    run_model(model, 0)
+    assert swapped.grad.dtype == torch.float32
+    again = nn.Parameter(swapped.detach().clone())
+    model.up.weight = optimizer.param_groups[0]["params"][0] = again
+    run_model(model, 1)
+    grad = again.grad.clone()
+    optimizer.step()
+    assert again.grad.dtype == torch.float32
+    assert torch.equal(again.grad, grad.float())
 
 
 def test_accumulation_is_clipped_in_float32():

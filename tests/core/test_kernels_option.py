@@ -44,7 +44,7 @@ def test_without_triton_the_extra_is_named(monkeypatch):
 @needs_triton
 @pytest.mark.parametrize("build", ["adamw", "from_model", "factory"])
 def test_a_cpu_is_refused_by_name(build):
-    factory, options = molf.trainer_optimizer(MoLFConfig(ranks=(1,)), kernels="triton")
+    factory, options = molf.trainer_optimizer(MoLFConfig(ranks=(1,)), lr=1e-3, kernels="triton")
     builds = {
         "adamw": lambda model: AdamW(model.named_parameters(), kernels="triton"),
         "from_model": lambda model: tiny_optimizer(model, kernels="triton"),
@@ -84,8 +84,8 @@ def test_the_adapter_form_is_refused(freeze):
 @pytest.mark.parametrize(
     ("device", "layout", "message"),
     [
-        ("meta", None, r"one device, and parameter \[0\] is on cpu while others are on meta"),
-        ("cpu", torch.channels_last, r"contiguous weights, and parameter \[0\] of shape"),
+        ("meta", None, r"one device, and parameter \[0\] of group 0 is on cpu while"),
+        ("cpu", torch.channels_last, r"contiguous weights, and parameter \[0\] of group 0 of"),
     ],
 )
 def test_devices_and_layouts_are_refused(device, layout, message, monkeypatch):
@@ -94,6 +94,6 @@ def test_devices_and_layouts_are_refused(device, layout, message, monkeypatch):
     monkeypatch.setattr("molf.core.fused.kernels.is_interpreted", lambda: True)
     values = torch.ones(2, 3, 4, 5)
     parameter = nn.Parameter(values if layout is None else values.to(memory_format=layout))
-    group = {"params": [parameter], "state_dtype": "float32"}
+    group = {"params": [parameter], "layer": None, "state_dtype": "float32"}
     with pytest.raises(ValueError, match=message):
-        kernels.check_kernel_group(group, torch.device(device))
+        kernels.check_kernel_group(group, 0, torch.device(device))

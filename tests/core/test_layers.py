@@ -9,6 +9,7 @@ import torch
 from core_helpers import Conv1D, feed, tiny_model, tiny_optimizer
 from torch import nn
 
+import molf
 from molf import MoLFAdamW, MoLFConfig
 from molf.core.layers import clean_name, find_layers
 
@@ -134,6 +135,21 @@ def test_frozen_weight_leaves_its_bias_to_plain_adamw():
         ["b.weight", "b.bias"],
         ["a.bias"],
     ]
+
+
+@pytest.mark.parametrize("kind", ["ZeRO-3", "FSDP1"])
+@pytest.mark.parametrize("form", ["folded", "adapter"])
+def test_sharded_weights_are_refused(kind, form):
+    config = MoLFConfig(ranks=(2,), freeze_base=form == "adapter")
+    model = tiny_model()
+    if form == "adapter":
+        model = molf.with_adapter(model, config)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.flatten()[: 0 if kind == "ZeRO-3" else None]
+    with pytest.raises(
+        ValueError, match=r"Layer up.* has a sharded weight, here of shape \(\d+,\)"
+    ):
+        MoLFAdamW.from_model(model, config)
 
 
 def test_freeze_rest_trains_routed_weights_alone():

@@ -4,7 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
-from core_helpers import assert_same_bits, backward, run, snapshot, tiny_model, tiny_optimizer
+from core_helpers import (
+    assert_same_bits,
+    backward,
+    feed,
+    run,
+    snapshot,
+    tiny_model,
+    tiny_optimizer,
+)
 
 from molf.core import guard
 
@@ -93,15 +101,64 @@ def test_large_finite_gradients_of_low_precision_weights_pass():
     assert optimizer.routing
 
 
-def test_overflowing_factors_are_reported_before_any_weight_moves():
-    model = torch.nn.ModuleDict({"a": torch.nn.Linear(4, 4), "b": torch.nn.Linear(4, 4)})
-    optimizer = tiny_optimizer(model)
-    factors = [(1e38 * A, B) for A, B in optimizer.lora_factors("b")]
+@pytest.mark.parametrize("nonfinite", ["raise", "skip"])
+@pytest.mark.parametrize("wrong", ["A", "B", "their squares", "NaN"])
+def test_overflowing_gradients_of_factors_leave_every_bit(nonfinite, wrong):
+    """G is finite and `s B^T G` or `s G A^T` is not, or its square is not."""
+    model = torch.nn.ModuleDict({"a": torch.nn.Linear(16, 16), "b": torch.nn.Linear(16, 16)})
+    optimizer = tiny_optimizer(model, nonfinite=nonfinite)
+    feed(model, 0)
+    optimizer.step()
+    factors = optimizer.lora_factors("b")
+    large = {"A": (1e30, 0), "B": (1, 1e30), "their squares": (1, 1e10), "NaN": (NAN, 0)}[wrong]
+    optimizer.set_lora_factors("b", [(A * large[0], B + large[1]) for A, B in factors])
+    before = snapshot(model, optimizer)
+    feed(model, 1, scale=1e10)
+    match = r"Gradient too large in b\.weight \(finite, but .* LoRA factors would overflow\)"
+    if nonfinite == "raise":
+        with pytest.raises(RuntimeError, match=match):
+            optimizer.step()
+    else:
+        with pytest.warns(UserWarning, match=match):
+            optimizer.step()
+        assert optimizer.skipped_steps == 1
+    assert_same_bits(snapshot(model, optimizer), before)
     optimizer.set_lora_factors("b", factors)
-    before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    for parameter in model.parameters():
-        parameter.grad = torch.full_like(parameter, 100.0)
-    with pytest.raises(RuntimeError, match="Scores of layer b are not finite"):
+    feed(model, 2)
+    optimizer.step()
+    assert optimizer.routing.keys() == {"a", "b"}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("value", "passes"), [(1e16, True), (1e20, False), (1e37, False)])
+def test_gradients_whose_squares_overflow_are_named_as_that(value, passes, dtype):
+    """A second moment of infinity would never come back."""
+    model = tiny_model(dtype)
+    optimizer = tiny_optimizer(model)
+    run(model, optimizer, [0])
+    before = snapshot(model, optimizer)
+    backward(model, 1)
+    model.embed.weight.grad.fill_(value)
+    model.norm.bias.grad.fill_(value)
+    if passes:
         optimizer.step()
-    for name, parameter in model.named_parameters():
-        assert torch.equal(parameter, before[name]), name
+        assert all(
+            x.isfinite().all() for x in snapshot(model, optimizer).values() if torch.is_tensor(x)
+        )
+    else:
+        with pytest.raises(RuntimeError, match=r"Gradient too large in embed.weight, norm.bias \("):
+            optimizer.step()
+        assert_same_bits(snapshot(model, optimizer), before)
+
+
+def test_moments_that_are_not_finite_are_reported_before_any_weight_moves():
+    """Whatever has written them; no step has."""
+    model = tiny_model()
+    optimizer = tiny_optimizer(model)
+    run(model, optimizer, [0])
+    optimizer.state[model.up.weight]["lora_A_exp_avg"][0, 0] = INF
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    backward(model, 1)
+    with pytest.raises(RuntimeError, match=r"Scores of layer up are not finite.*Its moments are"):
+        optimizer.step()
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())

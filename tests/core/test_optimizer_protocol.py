@@ -18,7 +18,7 @@ from core_helpers import (
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, OneCycleLR
 
-from molf import MoLFAdamW, MoLFConfig
+from molf import AdamW, MoLFAdamW, MoLFConfig
 
 
 @pytest.fixture
@@ -114,6 +114,48 @@ def test_wrong_group_is_refused_and_leaves_the_optimizer_as_it_was(
         optimizer.add_param_group({"params": [named], **group})
     assert [dict(g) for g in optimizer.param_groups] == before
     run(model, optimizer, [0])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"score": "pnf"}, "Invalid score='pnf'"),
+        ({"top_k": 4}, "Invalid top_k=4. Must be from 1 to 3"),
+        ({"top_k": 0}, "Invalid top_k=0"),
+        ({"ranks": (2, 0)}, r"Invalid ranks=\[2, 0\]"),
+        ({"ranks": (2,)}, r"Invalid scalings=.*one number per rank \(1 ranks\)"),
+        ({"lora_lr_ratios": (1.0,)}, r"Invalid lora_lr_ratios=\(1.0,\) of layer 'up'"),
+        ({"lora_weight_decays": 0.1}, "Invalid lora_weight_decays=0.1"),
+        ({"scalings": (1.0, float("nan"))}, "Invalid scalings=nan"),
+        ({"weight_rounding": "exact"}, "weight_rounding='exact' has nothing to round"),
+    ],
+)
+def test_every_value_of_a_routed_group_is_checked(model, optimizer, change, message):
+    groups = [dict(group) for group in optimizer.param_groups]
+    with pytest.raises(ValueError, match=message):
+        MoLFAdamW([{**groups[0], **change}, *groups[1:]])
+    saved = optimizer.state_dict()
+    saved["param_groups"][0] |= change
+    other = "ranks|scalings" if "ranks" in change or "scalings" in change else message
+    with pytest.raises(ValueError, match=other):
+        optimizer.load_state_dict(saved)
+    assert [dict(group) for group in optimizer.param_groups] == groups
+    run(model, optimizer, [0])
+
+
+def test_rounding_of_a_group_is_checked_with_its_own_parameters():
+    half = nn.Parameter(torch.ones(3, dtype=torch.float16))
+    with pytest.raises(ValueError, match="weight_rounding='exact' is for bfloat16 weights"):
+        AdamW([{"params": [half], "weight_rounding": "exact"}])
+
+
+def test_frozen_weight_beside_a_trained_bias_is_an_error(model, optimizer):
+    run(model, optimizer, [0])
+    model.up.weight.requires_grad_(False)
+    before = snapshot(model, optimizer)
+    with pytest.raises(RuntimeError, match="Layer up: the weight got no gradient while the bias"):
+        run(model, optimizer, [1])
+    assert_same_bits(snapshot(model, optimizer), before)
 
 
 def test_constructor_needs_a_routed_group(model):

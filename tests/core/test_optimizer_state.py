@@ -24,6 +24,9 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.optim.lr_scheduler import LambdaLR
 
+import molf
+from molf import AdamW, MoLFAdamW, MoLFConfig
+
 DTYPES = [torch.float32, torch.bfloat16, torch.float64]
 
 
@@ -173,6 +176,80 @@ def test_state_of_plain_adamw_is_refused():
     run(model, adamw, [0])
     with pytest.raises(ValueError, match="Cannot load the optimizer state"):
         optimizer.load_state_dict(adamw.state_dict())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_state_of_torchs_adamw_goes_on(dtype):
+    """As if its counter and moments had been ours from the start."""
+    model, twin = tiny_model(dtype), tiny_model(dtype)
+    theirs = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.1, betas=(0.8, 0.99))
+    run(model, theirs, range(2))
+    ours = AdamW(model.named_parameters())
+    ours.load_state_dict(theirs.state_dict())
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    twin.load_state_dict(model.state_dict())
+    reference = AdamW(twin.named_parameters(), lr=1e-3, weight_decay=0.1, betas=(0.8, 0.99))
+    for own, other in zip(model.parameters(), twin.parameters(), strict=True):
+        kept = theirs.state[own]
+        reference.state[other] = {
+            "step": 2,
+            "exp_avg": kept["exp_avg"].to(wide, copy=True),
+            "exp_avg_sq": kept["exp_avg_sq"].to(wide, copy=True),
+        }
+        assert type(ours.state[own]["step"]) is int
+    run(model, ours, [2])
+    run(twin, reference, [2])
+    assert_same_bits(snapshot(model, ours), snapshot(twin, reference))
+    assert set(ours.param_groups[0]) == set(reference.param_groups[0])
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda p: torch.optim.AdamW(p, amsgrad=True), "it has amsgrad, max_exp_avg_sq"),
+        (lambda p: torch.optim.AdamW(p, maximize=True), "it has maximize"),
+        (lambda p: torch.optim.Adam(p, weight_decay=0.1), "weight decay that is not decoupled"),
+        (lambda p: torch.optim.SGD(p, momentum=0.9), "it has momentum_buffer, no exp_avg, "),
+    ],
+)
+def test_state_of_other_optimizers_is_refused(make, message):
+    model = tiny_model()
+    other = make(model.parameters())
+    run(model, other, [0])
+    optimizer = AdamW(model.parameters(), lr=1e-3)
+    with pytest.raises(ValueError, match=f"Cannot load the optimizer state.*{message}") as raised:
+        optimizer.load_state_dict(other.state_dict())
+    assert "\n" not in str(raised.value)
+    assert not any(optimizer.state.values())
+    assert optimizer.param_groups[0]["lr"] == 1e-3
+
+
+def test_state_of_other_parameters_is_refused_by_name():
+    one, two = (torch.nn.Parameter(torch.zeros(4)) for _ in range(2))
+    saved = AdamW([("one", one), ("two", two)]).state_dict()
+    swapped = AdamW([("two", two), ("one", one)])
+    with pytest.raises(ValueError, match="of parameter 'one' where this optimizer has 'two'"):
+        swapped.load_state_dict(saved)
+    wrapped = AdamW([("module.one", one), ("module.two", two)])
+    wrapped.load_state_dict(saved)
+    assert wrapped.param_groups[0]["param_names"] == ["module.one", "module.two"]
+    nameless = AdamW([one, two])
+    nameless.load_state_dict(saved)
+    assert "param_names" not in nameless.param_groups[0]
+    with pytest.raises(ValueError, match="a group has 2 parameters where this optimizer has 1"):
+        AdamW([("one", one)]).load_state_dict(saved)
+
+
+def test_name_of_an_adapter_may_differ():
+    config = MoLFConfig(ranks=(2, 3), alpha=4.0, freeze_base=True, freeze_rest=False)
+    first = molf.with_adapter(tiny_model(), config, adapter_name="first")
+    second = molf.with_adapter(tiny_model(), config, adapter_name="second")
+    saved = MoLFAdamW.from_model(first, config).state_dict()
+    optimizer = MoLFAdamW.from_model(second, config)
+    before = [group["param_names"] for group in optimizer.param_groups]
+    optimizer.load_state_dict(saved)
+    assert [group["param_names"] for group in optimizer.param_groups] == before
+    assert "up.lora_A.second.weight" in before[0]
 
 
 def test_groups_of_an_older_checkpoint_get_the_keys_they_lack():

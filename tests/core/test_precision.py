@@ -11,6 +11,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from molf import MoLFAdamW, MoLFConfig
+from molf.core.precision import full_precision
 
 
 def relative(got: torch.Tensor, exact: torch.Tensor) -> float:
@@ -120,6 +121,20 @@ def test_inherited_precision_still_follows_its_parent_after_a_step():
     assert torch.backends.cuda.matmul.fp32_precision == "tf32"
     torch.backends.fp32_precision = "ieee"
     assert torch.backends.cuda.matmul.fp32_precision == "ieee"
+
+
+def test_autocast_is_off_for_every_device_type():
+    with full_precision(["cpu"]):
+        assert not torch.is_autocast_enabled("cpu")
+    before = torch.is_autocast_enabled("cuda")
+    torch.set_autocast_enabled("cuda", True)  # `torch.autocast` wants a GPU for that
+    try:
+        with torch.autocast("cpu"), full_precision(["cpu", "cuda"]):
+            assert not torch.is_autocast_enabled("cpu")
+            assert not torch.is_autocast_enabled("cuda")
+        assert torch.is_autocast_enabled("cuda")
+    finally:
+        torch.set_autocast_enabled("cuda", before)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

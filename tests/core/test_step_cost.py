@@ -23,6 +23,23 @@ def test_state_is_made_in_the_first_step():
     assert len(optimizer.state) == 7
 
 
+def test_reading_factors_makes_nothing_of_a_weights_size():
+    layer = nn.Linear(53, 37, bias=False)
+    optimizer = tiny_optimizer(layer)
+    made = []
+
+    class Made(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            result = func(*args, **(kwargs or {}))
+            made.extend([result.shape] if isinstance(result, Tensor) else [])
+            return result
+
+    with Made():
+        optimizer.lora_factors("")
+    assert made
+    assert (37, 53) not in made
+
+
 def test_only_moments_have_the_size_of_a_weight():
     layer = nn.Linear(53, 37)
     optimizer = tiny_optimizer(layer)

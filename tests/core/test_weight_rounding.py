@@ -348,7 +348,7 @@ def test_trainers_take_the_options():
     _, options = molf.trainer_optimizer(
         lr=1e-3, weight_rounding="stochastic", state_dtype="float32"
     )
-    factory, _ = molf.trainer_optimizer()
+    factory, _ = molf.trainer_optimizer(lr=1e-3)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         optimizer = factory()(tiny_model(BF16), **options)

@@ -199,10 +199,14 @@ class AdamWStep:
         """`lr / (1 - b1^t)`."""
         return self.lr / (1 - self.betas[0] ** self.step)
 
+    @property
+    def correction(self) -> float:
+        """`sqrt(1 - b2^t)`."""
+        return math.sqrt(1 - self.betas[1] ** self.step)
+
     def denominator(self, exp_avg_sq: Tensor) -> Tensor:
         """`sqrt(v) / sqrt(1 - b2^t) + eps`."""
-        correction = math.sqrt(1 - self.betas[1] ** self.step)
-        return exp_avg_sq.sqrt().div_(correction).add_(self.eps)
+        return exp_avg_sq.sqrt().div_(self.correction).add_(self.eps)
 
     def descend_(
         self, values: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, *, scale: float = 1.0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -12,19 +12,28 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from molf.core.accumulation import accumulate_in_float32
+from molf.core.adam import gradient
 from molf.core.dense import DenseTensor
 from molf.core.fidelity import UpdateFidelity, UpdateTally
-from molf.core.groups import check_group, check_same_structure
-from molf.core.guard import nonfinite_gradients
-from molf.core.in_backward import BackwardSteps, Unit, check_in_backward
+from molf.core.groups import check_group, parameter_name
+from molf.core.guard import bad_gradients
+from molf.core.in_backward import (
+    BackwardSteps,
+    Unit,
+    check_in_backward,
+    check_no_float16,
+    release,
+)
 from molf.core.kernels import (
     check_float32_moments,
     check_kernel_group,
     fused_step,
     known_kernels,
 )
+from molf.core.loading import loadable
 from molf.core.moments import check_state_dtype, fits_8bit
 from molf.core.offload import StateOffload
+from molf.core.processes import check_processes
 from molf.core.routed import RoutedLayer, States
 from molf.core.step import Outcome, take_step
 from molf.core.storage import (
@@ -58,15 +67,17 @@ class AdamW(Optimizer):
         state_dtype: `"float32"`, or `"8bit"`: moments of tensors from 4,096 elements on, in a
             multiple of 256, are kept in blocks of 8 bits (torchao).
         seed: Of stochastic rounding.
-        nonfinite: What a gradient with infinity or NaN does, found before anything is written:
-            `"raise"` a RuntimeError, or `"skip"` the whole step with a warning.
+        nonfinite: What a gradient does that has infinity or NaN, or is so large that moments would
+            overflow; it is found before anything is written. `"raise"` a RuntimeError, or `"skip"`
+            the whole step with a warning.
         grad_accumulation_dtype: `"float32"` keeps the gradients of bfloat16 weights in float32, so
-            that micro-batches add up without rounding. None leaves them in bfloat16.
+            that micro-batches add up without rounding; for one process. None leaves them in
+            bfloat16.
         optimizer_in_backward: Whether every parameter (of a routed layer: all together) moves as
             soon as its gradient is complete, during the backward pass, and the gradient is freed.
             `step` after each backward pass only finishes what is left. Nothing that needs all
-            gradients at once is possible: accumulation, clipping, `nonfinite="skip"`. The host
-            waits for the device once per layer.
+            gradients at once is possible: accumulation, clipping, loss scaling (float16), several
+            processes, `nonfinite="skip"`. The host waits for the device once per layer.
         kernels: `"triton"` takes steps with the Triton kernels of `molf.core.fused` (CUDA, float32
             or bfloat16 weights, float32 states). They have not run on a GPU yet. None and
             `"eager"`: with torch operations.
@@ -135,8 +146,7 @@ class AdamW(Optimizer):
             "layer": None,
         }
         super().__init__(params, defaults)
-        parameters = [p for group in self.param_groups for p in group["params"]]
-        check_rounding(parameters, weight_rounding)
+        check_rounding(self._parameters(), weight_rounding)
         _warn_of_rounding(self.param_groups)
         if state_dtype == "8bit" and not any(self._in_8bit(group) for group in self.param_groups):
             warnings.warn(
@@ -145,7 +155,7 @@ class AdamW(Optimizer):
                 stacklevel=2,
             )
         self._prepare()
-        if self._offload and not any(self._offload.moves(parameter) for parameter in parameters):
+        if self._offload and not any(map(self._offload.moves, self._parameters())):
             warnings.warn(
                 "state_offload=True is without effect: no trained parameter is on CUDA.",
                 stacklevel=2,
@@ -157,18 +167,33 @@ class AdamW(Optimizer):
 
     def _prepare(self) -> None:
         """Say who computes, how and where things are kept, and when; also for copies."""
+        self._check_processes()
         self._fused = fused_step(self.kernels)
         self._backward: BackwardSteps | None = None
         self._offload = StateOffload() if self.state_offload else None
         if self._offload is not None:
             self._offload.keep_all(self.state)
-        if self.grad_accumulation_dtype is not None:
-            accumulate_in_float32(p for group in self.param_groups for p in group["params"])
+        release(self._parameters(), self)
         if self.optimizer_in_backward:
-            self._backward = BackwardSteps(
-                lambda: self.param_groups, self._begin, self._take_and_free
-            )
+            self._backward = BackwardSteps(self)
+        self._follow()
+
+    def _check_processes(self) -> None:
+        check_processes(
+            self._parameters(),
+            optimizer_in_backward=self.optimizer_in_backward,
+            grad_accumulation_dtype=self.grad_accumulation_dtype,
+        )
+
+    def _follow(self) -> None:
+        """Prepare the parameters that are in the groups now; libraries may have swapped them."""
+        if self.grad_accumulation_dtype is not None:
+            accumulate_in_float32(self._parameters())
+        if self._backward is not None:
             self._backward.watch()
+
+    def _parameters(self) -> Iterator[Tensor]:
+        return (p for group in self.param_groups for p in group["params"])
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; without a `layer` it takes plain AdamW steps.
@@ -176,14 +201,21 @@ class AdamW(Optimizer):
         Raises:
             ValueError: A hyper-parameter is out of range, or a parameter is complex.
         """
+        own_rounding = param_group.get("weight_rounding")  # not that of the whole optimizer
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
             check_group(group)
             check_known_rounding(group["weight_rounding"])
+            check_rounding(group["params"], own_rounding)
             check_state_dtype(group["state_dtype"])
             if self.kernels == "triton":
-                check_kernel_group(group, self._home())
+                check_kernel_group(group, len(self.param_groups) - 1, self._home())
+            if self.optimizer_in_backward:
+                check_no_float16(group["params"])
+            if hasattr(self, "_backward"):  # later than the constructor, which does it for all
+                release(group["params"], self)
+                self._follow()
         except (ValueError, ImportError):
             self.param_groups.pop()
             raise
@@ -192,11 +224,17 @@ class AdamW(Optimizer):
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Take one step; return the closure's loss, or None.
 
-        The host waits for the device once.
+        The host waits for the device once. With `optimizer_in_backward` most of the step is taken
+        already, and what is left is finished; `zero_grad` and `step` end a backward pass.
+
+        Args:
+            closure: Computes the loss and its gradients; called first, with gradients enabled.
 
         Raises:
-            RuntimeError: A gradient is infinite or NaN and `nonfinite="raise"`; nothing has been
-                written. Also for sparse gradients.
+            RuntimeError: A gradient is infinite or NaN, or so large that its moments would
+                overflow, and `nonfinite="raise"`; nothing has been written (with
+                `optimizer_in_backward`: nothing of its layer). Also for sparse gradients.
+            ValueError: There are several processes now, and an option is for one.
         """
         loss = None
         if closure is not None:
@@ -204,20 +242,26 @@ class AdamW(Optimizer):
                 loss = closure()
         if self._backward is None:
             self._begin()
-            self._take(range(len(self.param_groups)))
-            self._end_step()
-            return loss
-        if not self._backward.is_open:
-            self._begin()
-        for unit in list(self._backward.left()):
-            self._take_and_free(unit)
-        self._backward.close()
+            taken = self._take(range(len(self.param_groups)))
+        else:
+            self._backward.finish()
+            taken = True
         self._end_step()
-        self._backward.watch()  # libraries may have swapped parameters
+        if taken:
+            self._end()
+        self._follow()
         return loss
 
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Reset the gradients, as torch does; an interrupted backward pass is forgotten."""
+        super().zero_grad(set_to_none)
+        if self._backward is not None:
+            self._backward.close()
+        self._follow()
+
     def _begin(self) -> None:
-        """Forget what the last step has left."""
+        """Forget what the last step has left; `step` and the first gradient call it."""
+        self._check_processes()
         self._tally = UpdateTally() if self.measure_updates else None
 
     def _end_step(self) -> None:
@@ -225,16 +269,24 @@ class AdamW(Optimizer):
         if self._offload is not None:
             self._offload.end_step()
 
-    def _take(self, indices: Iterable[int], position: int | None = None) -> None:
-        """Step the parameters of some groups that have gradients; of all, or of one place."""
+    def _take(self, indices: Iterable[int], position: int | None = None) -> bool:
+        """Step the parameters of some groups that have gradients; of all, or of one place.
+
+        Returns:
+            Whether it was done; it may be skipped.
+        """
         routed, rest = self._routed(indices), self._rest(indices, position)
         if self._offload is None:
             outcome = self._step(routed, rest, self.state)
         else:
             outcome = self._step_one_by_one(routed, rest, self._offload)
-        if outcome.nonfinite:
-            self._refuse(outcome.nonfinite)
+        if outcome.bad:
+            self._refuse(outcome.bad)
         self._finish(outcome)
+        return not outcome.bad
+
+    def _end(self) -> None:
+        """Look back on a step that was taken: nothing to see here."""
 
     def _step(
         self, routed: Sequence[dict[str, Any]], rest: Sequence[_Unrouted], states: States
@@ -252,13 +304,13 @@ class AdamW(Optimizer):
     ) -> Outcome:
         """The same, each with its state on the device while it takes its step.
 
-        Gradients are checked before; only scores that are not finite are found underway.
+        Gradients are checked before; what factors would make of them is found underway.
         """
         parts = [_Part([group], [], group["params"]) for group in routed]
         parts += [_Part([], [other], [other.parameter]) for other in rest]
         if len(parts) > 1:
             with_gradient = [p for part in parts for p in part.parameters if p.grad is not None]
-            bad = nonfinite_gradients(with_gradient)
+            bad = bad_gradients(with_gradient)
             if bad:
                 return Outcome({}, bad)
 
@@ -269,7 +321,7 @@ class AdamW(Optimizer):
         outcomes = [step_alone(part) for part in parts]
         return Outcome(
             {name: one for outcome in outcomes for name, one in outcome.routing.items()},
-            [parameter for outcome in outcomes for parameter in outcome.nonfinite],
+            [parameter for outcome in outcomes for parameter in outcome.bad],
         )
 
     def _take_and_free(self, unit: Unit) -> None:
@@ -340,13 +392,20 @@ class AdamW(Optimizer):
         return self.state
 
     def _refuse(self, bad: list[Tensor]) -> None:
-        """Raise for, or warn of, the parameters with a non-finite gradient."""
-        names = [self._name_of(parameter) for parameter in bad[:3]]
-        more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
+        """Raise for, or warn of, the parameters with a gradient that is no use."""
+        nonfinite = [p for p in bad if not gradient(p).isfinite().all()]
+        named = nonfinite or bad
+        names = [self._name_of(parameter) for parameter in named[:3]]
+        more = f" and {len(named) - 3} more" if len(named) > 3 else ""
         bad_ones = f"Non-finite gradient in {', '.join(names)}{more}"
+        if not nonfinite:
+            bad_ones = (
+                f"Gradient too large in {', '.join(names)}{more} (finite, but its moments or those "
+                "of the LoRA factors would overflow)"
+            )
         if self._backward is not None:
             raise RuntimeError(
-                f"{bad_ones}; it has not moved, but {self._backward.count() - 1} layers and other "
+                f"{bad_ones}; it has not moved, but {self._backward.count()} layers and other "
                 "parameters whose gradients came before it in this backward pass have "
                 "(optimizer_in_backward=True)."
             )
@@ -364,15 +423,11 @@ class AdamW(Optimizer):
         raise KeyError("the parameter is not in this optimizer")
 
     def _name(self, group_number: int, position: int) -> str:
-        """A parameter's name; its place, where it was given without one."""
-        group = self.param_groups[group_number]
-        names = group.get("param_names")
-        return names[position] if names else f"parameter [{position}] of group {group_number}"
+        return parameter_name(self.param_groups[group_number], position, group_number)
 
     def _home(self) -> torch.device:
         """The device of the first parameter."""
-        found = (p.device for group in self.param_groups for p in group["params"])
-        return next(found, torch.device("cpu"))
+        return next((p.device for p in self._parameters()), torch.device("cpu"))
 
     @staticmethod
     def _in_8bit(group: dict[str, Any]) -> bool:
@@ -392,23 +447,26 @@ class AdamW(Optimizer):
 
         `torch.optim.Optimizer` casts floating-point state to the parameter's dtype, which would
         round float32 factors and moments of bfloat16 weights, and moves it all to the parameter's
-        device, where an offloaded state may have no room. So it is given none of the tensors.
+        device, where an offloaded state may have no room. So it is given none of the tensors. The
+        state of `torch.optim.AdamW` is taken too, without amsgrad. Parameters keep the names that
+        they have here.
 
         Raises:
-            ValueError: The saved groups route other layers, or with other ranks or scalings; or
-                they keep 8-bit moments, which the kernels cannot use.
+            ValueError: The saved groups route other layers, or with other ranks or scalings; their
+                parameters have other names (an adapter's own may differ); a value is out of range;
+                the state is another optimizer's; or moments are 8-bit, which the kernels cannot
+                use.
         """
         loaded: dict[str, Any] = {}
 
         def capture_last(_: Optimizer, given: dict[str, Any]) -> dict[str, Any]:
-            check_same_structure(given["param_groups"], self.param_groups)
+            loaded.update(loadable(given, self.param_groups))
             if self.kernels == "triton":
-                for group in given["param_groups"]:
+                for group in loaded["param_groups"]:
                     check_float32_moments(group)
-            loaded.update(given)
-            own = {i for group in given["param_groups"] for i in group["params"]}
-            plain = {i: _plain(s) if i in own else s for i, s in given["state"].items()}
-            return {**given, "state": plain}
+            own = {i for group in loaded["param_groups"] for i in group["params"]}
+            plain = {i: _plain(s) if i in own else s for i, s in loaded["state"].items()}
+            return {**loaded, "state": plain}
 
         capture = self.register_load_state_dict_pre_hook(capture_last)
         restore = self.register_load_state_dict_post_hook(
@@ -423,8 +481,7 @@ class AdamW(Optimizer):
     def _restore_bits(self, loaded: dict[str, Any]) -> None:
         self._settled_state()
         saved_ids = [i for group in loaded["param_groups"] for i in group["params"]]
-        parameters = [p for group in self.param_groups for p in group["params"]]
-        for saved_id, parameter in zip(saved_ids, parameters, strict=True):
+        for saved_id, parameter in zip(saved_ids, self._parameters(), strict=True):
             for key, value in loaded["state"].get(saved_id, {}).items():
                 if isinstance(value, Tensor):
                     # A copy, also on the same device: two optimizers never share state.
@@ -464,6 +521,8 @@ class AdamW(Optimizer):
                 group.setdefault(key, value)
         if not before:  # a copy, whose parameters are others
             self._prepare()
+        elif hasattr(self, "_backward"):
+            self._follow()
 
 
 class _Unrouted(NamedTuple):

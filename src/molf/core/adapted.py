@@ -17,7 +17,10 @@ from molf.core.layers import (
     check_not_tied,
     check_patterns,
     check_real_weight,
+    check_whole_weight,
     cleaner,
+    head_name,
+    is_in_head,
     is_linear,
     matches,
     warn_of_fused_experts,
@@ -107,7 +110,7 @@ def trained_layers(model: nn.Module, config: MoLFConfig) -> list[AdaptedLayer]:
         if any(adapter in getattr(module, part) for part in ("lora_A", "lora_embedding_A")):
             _check_plain(clean(name), module, adapter)
             layers.append(_adapted_layer(name, clean(name), module, adapter, config))
-    _check_selected([layer.name for layer in layers], tuners, config)
+    _check_selected([layer.name for layer in layers], head_name(model), config)
     if not config.freeze_base:
         check_not_tied(model, [(x.name, x.weight) for x in layers if x.weight is not None])
     return layers
@@ -194,6 +197,8 @@ def _adapted_layer(
     raw: str, name: str, module: Any, adapter: str, config: MoLFConfig
 ) -> AdaptedLayer:
     lora_A, lora_B = _factors(module, adapter)
+    for part in ("lora_A", "lora_B"):
+        check_whole_weight(f"{name}.{part}", getattr(module, part)[adapter])
     total = sum(config.ranks)
     if lora_A.shape[0] != total:
         raise ValueError(
@@ -235,6 +240,7 @@ def _trainable_weight(name: str, base: nn.Module) -> nn.Parameter:
             "Use freeze_base=True (MoLF-Efficient), or leave it out of the adapter."
         )
     check_real_weight(name, weight)
+    check_whole_weight(name, base)
     if not weight.requires_grad:
         raise ValueError(
             f"Layer {name}: the base weight is frozen, and with freeze_base=False the full expert "
@@ -249,7 +255,7 @@ def _trainable_bias(base: nn.Module) -> nn.Parameter | None:
     return bias if isinstance(bias, nn.Parameter) and bias.requires_grad else None
 
 
-def _check_selected(names: list[str], tuners: dict[str, Any], config: MoLFConfig) -> None:
+def _check_selected(names: list[str], head: str | None, config: MoLFConfig) -> None:
     """The adapter decides what is routed; patterns that say otherwise are an error."""
     adapted = dict.fromkeys(names, nn.Module())
     if config.target_modules != "all-linear":
@@ -262,6 +268,12 @@ def _check_selected(names: list[str], tuners: dict[str, Any], config: MoLFConfig
                 f"Layer {name} carries the trained adapter, but {option}="
                 f"{getattr(config, option)!r} leaves it out. Every adapted layer is routed: make "
                 "the adapter and the configuration agree."
+            )
+        if config.target_modules == "all-linear" and is_in_head(name, head):
+            raise ValueError(
+                f"Layer {name} is the model's head and carries the trained adapter, but "
+                "target_modules='all-linear' leaves heads out. Give molf.peft_config the "
+                "task_type, or name the layers in target_modules."
             )
 
 

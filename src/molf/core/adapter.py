@@ -17,8 +17,10 @@ from torch import Tensor
 from molf.core.adam import AdamWStep, gradient, sum_dtype
 from molf.core.factors import owned_by, per_rank, split_factors
 from molf.core.fidelity import UpdateTally
+from molf.core.groups import parameter_name
+from molf.core.guard import Guarded
 from molf.core.moments import moment_state
-from molf.core.routed import RoutedLayer, States, dense_tensors, parameter_name
+from molf.core.routed import RoutedLayer, States, dense_tensors
 from molf.core.storage import StoredWeight, rounding_of, stored_values
 
 
@@ -74,9 +76,10 @@ class AdapterLayer(RoutedLayer):
             stored.assign(values)
 
     @property
-    def with_gradients(self) -> list[Tensor]:
-        """The adapter's factors, after the tensors of `full`."""
-        return [*(tensor.parameter for tensor in self.dense), self.lora_A, self.lora_B]
+    def gradients(self) -> list[Guarded]:
+        """Of the tensors of `full`, then of the adapter's factors."""
+        dense = [Guarded(tensor.parameter) for tensor in self.dense]
+        return [*dense, Guarded(self.lora_A), Guarded(self.lora_B, max(stored_scales(self.group)))]
 
     @property
     def steps_taken(self) -> int:

@@ -138,7 +138,7 @@ class DenseTensor:
                 _move_block(values, moved, step, part, transposed)
                 self._stored.write(rows, values)
                 continue
-            picked, wide = tally.sample(parameter), sum_dtype(values.device)
+            picked, wide = tally.sample(parameter, rows), sum_dtype(values.device)
             before = values[picked].to(wide, copy=True)
             intended = before.clone()
             _move_block(
@@ -151,7 +151,7 @@ class DenseTensor:
             _move_block(values, moved, step, part, transposed)
             self._stored.write(rows, values)
             after = self._stored.read(rows)[picked].to(wide)
-            tally.add(before, intended, after, weight=values.numel() / before.numel())
+            tally.add(before, intended, after, weight=tally.weight(parameter))
 
     def _decay_of(self, guard: FiniteGuard) -> MomentDecay:
         return guard.decay_of(self.parameter.device, self._moments.dtype, self.group["betas"])

@@ -27,6 +27,11 @@ class UpdateFidelity(NamedTuple):
     kept: float
 
 
+def _every(tensor: Tensor) -> int:
+    """Every how many rows one is looked at."""
+    return max(1, min(len(tensor), tensor.numel() // _SAMPLE))
+
+
 class UpdateTally:
     """Counts, on the devices, what was meant to move and what has moved.
 
@@ -38,11 +43,29 @@ class UpdateTally:
         self._sums: list[Tensor] = []  # [moved, lost, along, squared] each
 
     @staticmethod
-    def sample(tensor: Tensor) -> slice | EllipsisType:
-        """Rows of any block of a tensor that are looked at."""
+    def sample(tensor: Tensor, rows: slice | EllipsisType = ...) -> slice | EllipsisType:
+        """Which rows of a block of a tensor are looked at.
+
+        They are every n-th of the whole tensor, so blocks do not change which.
+
+        Args:
+            tensor: The tensor.
+            rows: The block; all of it, if not given.
+
+        Returns:
+            Indices within the block; there may be none.
+        """
         if tensor.dim() == 0:
             return ...
-        return slice(None, None, max(1, tensor.numel() // _SAMPLE))
+        start = 0 if rows is ... else rows.start
+        return slice(-start % _every(tensor), None, _every(tensor))
+
+    @staticmethod
+    def weight(tensor: Tensor) -> float:
+        """How many elements each of the sample's stands for."""
+        if tensor.dim() == 0 or not len(tensor):
+            return 1.0
+        return len(tensor) / -(-len(tensor) // _every(tensor))
 
     def add(self, before: Tensor, intended: Tensor, after: Tensor, *, weight: float = 1.0) -> None:
         """Count a sample's values before the step, after an exact one, and as they are stored.

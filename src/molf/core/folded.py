@@ -16,6 +16,7 @@ from molf.core.adam import compute_dtype, gradient, row_blocks
 from molf.core.dense import Product
 from molf.core.factors import draw_lora_a, owned_by, split_factors
 from molf.core.fidelity import UpdateTally
+from molf.core.guard import Guarded
 from molf.core.moments import moment_state
 from molf.core.routed import RoutedLayer, States, dense_tensors
 
@@ -33,13 +34,24 @@ class FoldedLayer(RoutedLayer):
 
     @classmethod
     def takes_part(cls, group: dict[str, Any]) -> bool:
-        """Whether the weight has a gradient."""
-        return group["params"][0].grad is not None
+        """Whether the weight has a gradient; the bias may have none.
+
+        Raises:
+            RuntimeError: The bias alone has one.
+        """
+        weight, *biases = group["params"]
+        if weight.grad is None and any(bias.grad is not None for bias in biases):
+            raise RuntimeError(
+                f"Layer {group['layer']}: the weight got no gradient while the bias did. Every "
+                "expert needs its gradient at every step: was the weight frozen after the "
+                "optimizer was built?"
+            )
+        return weight.grad is not None
 
     @classmethod
     def read_factors(cls, group: dict[str, Any], states: States) -> list[tuple[Tensor, Tensor]]:
         """Copies of (A [r, in], B [out, r]) of each LoRA expert; makes no state."""
-        state = states.get(group["params"][0]) or initial_state(group)
+        state = states.get(group["params"][0]) or _initial_factors(group)
         return split_factors(group["ranks"], state["lora_A"], state["lora_B"])
 
     @classmethod
@@ -52,9 +64,11 @@ class FoldedLayer(RoutedLayer):
         state["lora_B"].copy_(lora_B)
 
     @property
-    def with_gradients(self) -> list[Tensor]:
-        """The weight, and the bias where it has a gradient."""
-        return [tensor.parameter for tensor in self.dense]
+    def gradients(self) -> list[Guarded]:
+        """Of the weight, which the factors' follow from, and of the bias where it has one."""
+        weight, *biases = [tensor.parameter for tensor in self.dense]
+        factors = self.state["lora_A"], self.state["lora_B"]
+        return [Guarded(weight, max(self.group["scalings"]), factors), *map(Guarded, biases)]
 
     @property
     def steps_taken(self) -> int:
@@ -133,17 +147,21 @@ class FoldedLayer(RoutedLayer):
 
 def initial_state(group: dict[str, Any]) -> dict[str, Any]:
     """State of a routed weight before its first step: moments, factors and their moments."""
-    weight: Tensor = group["params"][0]
-    out_features, in_features = _oriented(weight, group).shape
-    state = moment_state(weight, group["state_dtype"])
-    dtype = compute_dtype(weight)
-    drawn = draw_lora_a(group["seed"], group["layer"], group["ranks"], in_features)
-    state["lora_A"] = drawn.to(weight.device, dtype)
-    state["lora_B"] = state["lora_A"].new_zeros(out_features, sum(group["ranks"]))
+    state = moment_state(group["params"][0], group["state_dtype"]) | _initial_factors(group)
     for key in _FACTORS:
         state[f"{key}_exp_avg"] = torch.zeros_like(state[key])
         state[f"{key}_exp_avg_sq"] = torch.zeros_like(state[key])
     return state
+
+
+def _initial_factors(group: dict[str, Any]) -> dict[str, Tensor]:
+    """A [R, in] and B [out, R] before the first step, by their keys in the state."""
+    weight: Tensor = group["params"][0]
+    out_features, in_features = _oriented(weight, group).shape
+    drawn = draw_lora_a(group["seed"], group["layer"], group["ranks"], in_features)
+    lora_A = drawn.to(weight.device, compute_dtype(weight))
+    lora_B = lora_A.new_zeros(out_features, sum(group["ranks"]))
+    return dict(zip(_FACTORS, (lora_A, lora_B), strict=True))
 
 
 def _state_of(group: dict[str, Any], states: States) -> dict[str, Any]:

@@ -21,7 +21,6 @@ from molf.core.adapted import AdaptedLayer, adapter_layers, find_adapted
 from molf.core.config import MoLFConfig
 from molf.core.layers import LinearLayer, cleaner, find_layers, is_peft_model
 
-_STRUCTURE = ("layer", "transposed", "ranks", "scalings", "adapter_scaling")
 _NamedParameters = list[tuple[str, nn.Parameter]]
 _ROUTED_KEYS = (
     "transposed",
@@ -184,10 +183,15 @@ def _rest_of(
 def _rest_groups(rest: _NamedParameters, weight_decay: float) -> list[dict[str, Any]]:
     """Groups of what is not routed, with and without decay."""
     groups = [
-        {"params": [x for x in rest if x[1].dim() >= 2], "weight_decay": weight_decay},
-        {"params": [x for x in rest if x[1].dim() < 2], "weight_decay": 0.0},  # norms, biases
+        {"params": [x for x in rest if _decays(*x)], "weight_decay": weight_decay},
+        {"params": [x for x in rest if not _decays(*x)], "weight_decay": 0.0},
     ]
     return [group for group in groups if group["params"]]
+
+
+def _decays(name: str, parameter: nn.Parameter) -> bool:
+    """Neither norms nor biases do; those of fused experts are [experts, out]."""
+    return parameter.dim() >= 2 and not name.endswith("bias")
 
 
 def _warn_of_freezing(rest: _NamedParameters) -> None:
@@ -223,9 +227,6 @@ def check_group(group: dict[str, Any]) -> None:
         _check_range(name, group.get(name, 0.0))
     if group.get("adapter_scaling") is not None and not group["adapter_scaling"] > 0:
         raise ValueError(f"Invalid adapter_scaling={group['adapter_scaling']!r}. Must be positive.")
-    for name in ("lora_lr_ratios", "lora_weight_decays"):
-        for value in group.get(name, ()):
-            _check_range(name, value)
     if group["layer"] is not None:
         missing = [key for key in _ROUTED_KEYS if key not in group]
         if missing:
@@ -233,6 +234,7 @@ def check_group(group: dict[str, Any]) -> None:
                 f"The group of layer {group['layer']!r} lacks {', '.join(missing)}. Build routed "
                 "groups with MoLFAdamW.from_model(model, config)."
             )
+        _check_experts(group)
     betas = group["betas"]
     is_pair = isinstance(betas, (tuple, list)) and len(betas) == 2
     if not is_pair or not all(isinstance(b, (int, float)) and 0 <= b < 1 for b in betas):
@@ -241,32 +243,43 @@ def check_group(group: dict[str, Any]) -> None:
         raise ValueError("MoLFAdamW does not support complex parameters.")
 
 
+def _check_experts(group: dict[str, Any]) -> None:
+    """Check what a routed group says of its experts."""
+    ranks = group["ranks"]
+    in_adapter = group.get("adapter_scaling") is not None
+    MoLFConfig(  # which checks them
+        ranks=ranks,
+        score=group["score"],
+        top_k=group["top_k"],
+        seed=group["seed"],
+        freeze_base=in_adapter and len(group["params"]) == 2,
+    )
+    for name in ("scalings", "lora_lr_ratios", "lora_weight_decays"):
+        if not isinstance(group[name], Sequence) or len(group[name]) != len(ranks):
+            raise ValueError(
+                f"Invalid {name}={group[name]!r} of layer {group['layer']!r}. Must be one number "
+                f"per rank ({len(ranks)} ranks)."
+            )
+        for value in group[name]:
+            _check_range(name, value)
+
+
+def parameter_name(group: dict[str, Any], index: int, number: int | None = None) -> str:
+    """A parameter's name, for messages and seeds; its place, where it was given without one.
+
+    Args:
+        group: Its group.
+        index: Its position there.
+        number: The group's number in the optimizer; that of a routed layer needs none.
+    """
+    if names := group.get("param_names"):
+        return str(names[index])
+    if group["layer"] is not None:
+        return f"{group['layer']} [{index}]"
+    return f"parameter [{index}] of group {number}"
+
+
 def _check_range(name: str, value: Any) -> None:
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if not is_number or not math.isfinite(value) or value < 0:
         raise ValueError(f"Invalid {name}={value!r}. Must be a finite number, at least 0.")
-
-
-def check_same_structure(saved_groups: list[dict[str, Any]], groups: list[dict[str, Any]]) -> None:
-    """Refuse saved groups that were built for other layers or experts.
-
-    Raises:
-        ValueError: The first difference.
-    """
-    if len(saved_groups) != len(groups):
-        raise ValueError(
-            f"Cannot load the optimizer state: it has {len(saved_groups)} parameter groups, this "
-            f"optimizer has {len(groups)}."
-        )
-    for saved, own in zip(saved_groups, groups, strict=True):
-        for key in _STRUCTURE:
-            given, expected = saved.get(key), own.get(key)
-            if _plain(given) != _plain(expected):
-                raise ValueError(
-                    f"Cannot load the optimizer state: a group has {key}={given!r} where this "
-                    f"optimizer has {expected!r}."
-                )
-
-
-def _plain(value: Any) -> Any:
-    return tuple(value) if isinstance(value, (list, tuple)) else value

@@ -1,32 +1,52 @@
-"""The guard against infinity and NaN: one sum per gradient, found before any state is written."""
+"""The guard of a step: every moment that follows from its gradients fits its dtype.
+
+A gradient with infinity or NaN must not reach the state, and neither must a finite one whose square
+overflows: a second moment of infinity never comes back, and the parameter would stand still for
+good. The gradients of LoRA factors, `s B^T G` and `s G A^T`, are made of G later and layer by
+layer; what they can be at most, `s ||A|| ||G||` and `s ||B|| ||G||`, is known from norms. So one
+number per gradient says, before anything is written, whether the step may happen.
+"""
 
 from __future__ import annotations
 
-import math
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from molf.core.adam import MomentDecay, compute_dtype, gradient, sum_dtype
+from molf.core.adam import MomentDecay, compute_dtype, gradient, row_blocks, sum_dtype
+
+
+class Guarded(NamedTuple):
+    """A gradient that a step uses, and what is made of it.
+
+    Attributes:
+        parameter: It has the gradient.
+        scale: The gradient is also multiplied by this.
+        factors: And by these matrices, one at a time.
+    """
+
+    parameter: Tensor
+    scale: float = 1.0
+    factors: tuple[Tensor, ...] = ()
 
 
 class FiniteGuard:
-    """Knows, on the devices, whether every gradient of a step is finite.
+    """Knows, on the devices, whether the gradients of a step let it happen.
 
     Attributes:
-        gradient_sums: One sum per gradient, on the first parameter's device. Infinity and NaN
-            survive a sum, so the sums tell, once the host reads them, which gradients are bad.
+        bounds: One number per gradient, on the first parameter's device: below 1 where everything
+            that is made of it fits. The host learns from them which gradients are bad.
         refuses: Whether the host knows already that the step must not happen.
     """
 
-    def __init__(self, parameters: list[Tensor]) -> None:
-        home = parameters[0].device
-        totals = [_finite_sum(parameter).to(home) for parameter in parameters]
-        self.gradient_sums = torch.stack(totals)
-        self._finite = {home: self.gradient_sums.isfinite().all()}
+    def __init__(self, gradients: Sequence[Guarded]) -> None:
+        home = gradients[0].parameter.device
+        self.bounds = torch.stack([_bound(one).to(home) for one in gradients])
+        self._finite = {home: may_happen(self.bounds)}
         # A number in the host's own memory is read at no cost: there it is known beforehand.
-        self._is_known = all(reads_for_nothing(p.device) for p in parameters)
+        self._is_known = all(reads_for_nothing(one.parameter.device) for one in gradients)
         self.refuses = self._is_known and not self._finite[home].item()
         self._made: dict[Any, MomentDecay] = {}
 
@@ -43,10 +63,25 @@ class FiniteGuard:
         return self._made[key]
 
 
-def nonfinite_gradients(parameters: list[Tensor]) -> list[Tensor]:
-    """Return the parameters whose gradient has infinity or NaN; the host waits for the device."""
-    sums = FiniteGuard(parameters).gradient_sums.tolist()
-    return [p for p, total in zip(parameters, sums, strict=True) if not math.isfinite(total)]
+def may_happen(bounds: Tensor) -> Tensor:
+    """Whether all bounds let the step happen, a 0-dim bool; a NaN does not."""
+    return (bounds < 1).all()
+
+
+def fits(bound: float) -> bool:
+    """The same of one number, on the host."""
+    return bound < 1
+
+
+def bad_gradients(parameters: Sequence[Tensor]) -> list[Tensor]:
+    """Return the parameters whose gradient by itself forbids a step; the host waits for it."""
+    bounds = FiniteGuard([Guarded(parameter) for parameter in parameters]).bounds.tolist()
+    return [p for p, bound in zip(parameters, bounds, strict=True) if not fits(bound)]
+
+
+def largest_norm(dtype: torch.dtype) -> float:
+    """Norm below which the square of every element fits a dtype, with a margin for rounding."""
+    return 0.5 * torch.finfo(dtype).max ** 0.5
 
 
 def reads_for_nothing(device: torch.device) -> bool:
@@ -54,10 +89,24 @@ def reads_for_nothing(device: torch.device) -> bool:
     return device.type == "cpu"
 
 
-def _finite_sum(parameter: Tensor) -> Tensor:
-    """Sum a gradient in float32 or better: infinity and NaN survive a sum. 0-dim."""
-    grad = plain_gradient(parameter)
-    return grad.sum(dtype=compute_dtype(parameter)).to(sum_dtype(grad.device))
+def _bound(one: Guarded) -> Tensor:
+    """The largest norm of what is made of a gradient, over `largest_norm`, 0-dim."""
+    grad, dtype = plain_gradient(one.parameter), compute_dtype(one.parameter)
+    norm = _norm(grad, dtype) / largest_norm(dtype)
+    if not one.factors:
+        return norm * max(1.0, one.scale)
+    gain = torch.stack([_norm(factor, dtype) for factor in one.factors]).amax() * one.scale
+    return norm * gain.clamp(min=1)
+
+
+def _norm(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """The Frobenius norm, computed in a dtype: infinity, NaN and overflow survive it. 0-dim."""
+    if tensor.dtype == dtype:
+        norm = torch.linalg.vector_norm(tensor)
+    else:  # in parts: torch copies to the other dtype
+        parts = [torch.linalg.vector_norm(tensor[x], dtype=dtype) for x in row_blocks(tensor)]
+        norm = torch.linalg.vector_norm(torch.stack(parts or [tensor.new_zeros((), dtype=dtype)]))
+    return norm.to(sum_dtype(tensor.device))
 
 
 def plain_gradient(parameter: Tensor) -> Tensor:

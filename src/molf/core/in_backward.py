@@ -6,37 +6,50 @@ routed layer (its weight, bias and adapter factors wait for each other), or one 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import Any
+import warnings
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
+from torch.utils.weak import WeakIdKeyDictionary
 
 Unit = tuple[int, ...]
 """Number of a parameter group and, where it is not routed, a parameter's position in it."""
+
+_watchers: Any = WeakIdKeyDictionary()  # parameter: weak reference to the BackwardSteps it is with
+
+
+class Stepper(Protocol):
+    """The optimizer, as far as its hooks know it."""
+
+    param_groups: list[dict[str, Any]]
+
+    def _begin(self) -> None:
+        """Called with the first gradient of a backward pass."""
+
+    def _take_and_free(self, unit: Unit) -> None:
+        """Step a unit and free its gradients."""
 
 
 class BackwardSteps:
     """Hooks on an optimizer's parameters that say when a unit's gradients are there.
 
+    Neither the hooks nor this keep the optimizer alive; without it the hooks are gone.
+
     Args:
-        groups: The optimizer's parameter groups, as they are at each time.
-        begin: Called with the first gradient of a backward pass.
-        take: Steps a unit and frees its gradients.
+        optimizer: Whose parameters these are.
     """
 
-    def __init__(
-        self,
-        groups: Callable[[], list[dict[str, Any]]],
-        begin: Callable[[], None],
-        take: Callable[[Unit], None],
-    ) -> None:
-        self._groups, self._begin, self._take = groups, begin, take
+    def __init__(self, optimizer: Stepper) -> None:
+        self._optimizer = weakref.ref(optimizer)
         self._handles: list[RemovableHandle] = []
         self._watched: list[Tensor] = []
         self._ready: dict[Unit, set[int]] = {}
         self._taken: set[Unit] = set()
+        weakref.finalize(self, _remove, self._handles).atexit = False
 
     @property
     def is_open(self) -> bool:
@@ -50,30 +63,50 @@ class BackwardSteps:
             new is old for new, old in zip(parameters, self._watched, strict=True)
         ):
             return
-        for handle in self._handles:
-            handle.remove()
+        self.unwatch()
         self._watched = parameters
-        self._handles = [
+        for parameter in parameters:
+            _watchers[parameter] = weakref.ref(self)
+        self._handles += [
             parameter.register_post_accumulate_grad_hook(self._hook(unit, members))
             for unit, members in self._units()
             for parameter in members
             if parameter.requires_grad
         ]
 
+    def unwatch(self) -> None:
+        """Take the hooks away."""
+        _remove(self._handles)
+        self._watched = []
+
+    def finish(self) -> None:
+        """End a backward pass: step the units with a gradient of which a part has got none."""
+        try:
+            if not self.is_open:
+                self._owner()._begin()
+            for unit, members in list(self._units()):
+                if unit not in self._taken and any(p.grad is not None for p in members):
+                    self._take(unit)
+        finally:
+            self.close()
+        self.watch()  # libraries may have swapped parameters
+
     def close(self) -> None:
-        """End a backward pass; the next gradient begins another."""
+        """Forget the backward pass; the next gradient begins another."""
         self._ready.clear()
         self._taken.clear()
-
-    def left(self) -> Iterator[Unit]:
-        """Units with a gradient that have not moved, because a part of them got none."""
-        for unit, members in self._units():
-            if unit not in self._taken and any(p.grad is not None for p in members):
-                yield unit
 
     def count(self) -> int:
         """How many units have moved in this backward pass."""
         return len(self._taken)
+
+    def _owner(self) -> Stepper:
+        optimizer = self._optimizer()
+        assert optimizer is not None, "what holds this is the optimizer"
+        return optimizer
+
+    def _groups(self) -> list[dict[str, Any]]:
+        return self._owner().param_groups
 
     def _units(self) -> Iterator[tuple[Unit, list[Tensor]]]:
         for number, group in enumerate(self._groups()):
@@ -83,31 +116,69 @@ class BackwardSteps:
                 for position, parameter in enumerate(group["params"]):
                     yield (number, position), [parameter]
 
+    def _take(self, unit: Unit) -> None:
+        self._owner()._take_and_free(unit)
+        self._taken.add(unit)
+
     def _hook(self, unit: Unit, members: list[Tensor]) -> Callable[[Tensor], None]:
+        # Gradient hooks live as long as their parameters, which may be longer than the optimizer.
+        mine = weakref.ref(self)
+
         def on_gradient(parameter: Tensor) -> None:
+            steps = mine()
+            if steps is not None and steps._optimizer() is not None:
+                steps._on_gradient(unit, members, parameter)
+
+        return on_gradient
+
+    def _on_gradient(self, unit: Unit, members: list[Tensor], parameter: Tensor) -> None:
+        try:
             if not self.is_open:
-                self._begin()
+                self._owner()._begin()
             ready = self._ready.setdefault(unit, set())
             if id(parameter) in ready:
-                self.close()
                 raise RuntimeError(
                     "A second gradient of a parameter before optimizer.step(): with "
                     "optimizer_in_backward=True the first has moved the weights already. Call "
                     "optimizer.step() after each backward pass and accumulate no gradients; under "
-                    "gradient checkpointing, use use_reentrant=False."
+                    "gradient checkpointing, use use_reentrant=False; after a backward pass that "
+                    "was interrupted, call optimizer.zero_grad()."
                 )
             ready.add(id(parameter))
-            if len(ready) < sum(member.requires_grad for member in members):
-                return
-            self._taken.add(unit)
-            try:
+            if len(ready) == sum(member.requires_grad for member in members):
                 with torch.no_grad():
                     self._take(unit)
-            except BaseException:
-                self.close()
-                raise
+        except BaseException:
+            self.close()
+            raise
 
-        return on_gradient
+
+def _remove(handles: list[RemovableHandle]) -> None:
+    for handle in handles:
+        handle.remove()
+    handles.clear()
+
+
+def release(parameters: Iterable[Tensor], optimizer: object) -> None:
+    """Take away the hooks of other optimizers that would step these parameters.
+
+    Warns:
+        UserWarning: There was one that is still alive: it takes no steps of its own any more.
+    """
+    found = {id(steps): steps for p in parameters if (steps := _watchers.get(p, _nobody)())}
+    others = [steps for steps in found.values() if steps._optimizer() not in (None, optimizer)]
+    for steps in others:
+        steps.unwatch()
+    if others:
+        warnings.warn(
+            "Another optimizer stepped these parameters in the backward pass "
+            "(optimizer_in_backward=True); from now on this one has them. Delete the other.",
+            stacklevel=4,
+        )
+
+
+def _nobody() -> None:
+    return None
 
 
 def check_in_backward(nonfinite: str, grad_accumulation_dtype: str | None) -> None:
@@ -126,10 +197,17 @@ def check_in_backward(nonfinite: str, grad_accumulation_dtype: str | None) -> No
             "grad_accumulation_dtype with optimizer_in_backward=True has nothing to accumulate: a "
             "layer moves after each backward pass. Leave one of them out."
         )
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        world_size = torch.distributed.get_world_size()
-        if world_size > 1:
-            raise ValueError(
-                f"optimizer_in_backward=True with {world_size} processes is not possible: a layer "
-                "would move before its gradients are summed over them."
-            )
+
+
+def check_no_float16(parameters: Iterable[Tensor]) -> None:
+    """Refuse float16 parameters, whose gradients are scaled until the whole pass is over.
+
+    Raises:
+        ValueError: With what to change.
+    """
+    if any(parameter.dtype == torch.float16 for parameter in parameters):
+        raise ValueError(
+            "optimizer_in_backward=True with float16 weights is not possible: they need loss "
+            "scaling, and a layer would move before its gradient is unscaled. Load the model in "
+            "bfloat16 or float32."
+        )

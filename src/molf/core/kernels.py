@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from molf.core.groups import parameter_name
 from molf.core.names import KERNELS
 
 if TYPE_CHECKING:
@@ -47,11 +48,12 @@ def fused_step(kernels: str) -> FusedStep | None:
     return FusedStep()
 
 
-def check_kernel_group(group: dict[str, Any], home: torch.device) -> None:
+def check_kernel_group(group: dict[str, Any], number: int, home: torch.device) -> None:
     """Refuse a parameter group that the kernels cannot step.
 
     Args:
         group: With its defaults filled in.
+        number: The group's number in the optimizer.
         home: The device of the optimizer's first parameter.
 
     Raises:
@@ -63,9 +65,8 @@ def check_kernel_group(group: dict[str, Any], home: torch.device) -> None:
             "kernels='triton' does not support LoRA experts in a PEFT adapter (freeze_base, "
             "lora_dropout). Leave kernels out, or train the plain model without dropout."
         )
-    names = group.get("param_names") or [f"parameter [{i}]" for i in range(len(group["params"]))]
-    for name, parameter in zip(names, group["params"], strict=True):
-        check_kernel_parameter(parameter, name, home)
+    for index, parameter in enumerate(group["params"]):
+        check_kernel_parameter(parameter, parameter_name(group, index, number), home)
 
 
 def check_float32_moments(group: dict[str, Any]) -> None:

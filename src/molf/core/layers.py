@@ -7,7 +7,7 @@ import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -17,6 +17,7 @@ from molf.core.quantised import is_quantised, kind_of
 
 _WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 _CONVOLUTIONS = (nn.modules.conv._ConvNd,)
+TASK_HEADS = ("score", "classifier", "qa_outputs")  # that PEFT trains as a whole by default
 
 
 @dataclass(frozen=True)
@@ -122,12 +123,13 @@ def find_layers(model: nn.Module, config: MoLFConfig) -> list[LinearLayer]:
     """Return the linear layers of a plain `model` that `config` routes, in the model's order.
 
     Routed is every `nn.Linear` and every transformers `Conv1D` with a trainable weight whose name
-    matches `config.target_modules` and not `config.exclude_modules`. With `"all-linear"` the output
-    layer, as a transformers model names it, is left out as well.
+    matches `config.target_modules` and not `config.exclude_modules`. With `"all-linear"` the head
+    of a transformers model is left out as well: its output layer, or else its `score`, `classifier`
+    or `qa_outputs`.
 
     Raises:
         ValueError: No layer is routed, a pattern matches nothing, a matching layer shares its
-            weight with another module (a tied head), or is quantised.
+            weight with another module (a tied head), or is quantised or sharded.
 
     Warns:
         UserWarning: A rank exceeds a layer's smaller side, or linear weights exist that cannot be
@@ -151,7 +153,10 @@ def trainable_layers(model: nn.Module, config: MoLFConfig) -> list[LinearLayer]:
                 "there is no tensor to update. Put it into exclude_modules."
             )
         check_real_weight(name, weight)
-        if not weight.requires_grad or not weight.numel():
+        if not weight.requires_grad:
+            continue
+        check_whole_weight(name, module)
+        if not weight.numel():
             continue
         trainable_bias = bias if isinstance(bias, nn.Parameter) and bias.requires_grad else None
         layers.append(LinearLayer(name, weight, trainable_bias, _is_conv1d(module)))
@@ -173,7 +178,7 @@ def matching_linears(model: nn.Module, config: MoLFConfig) -> dict[str, nn.Modul
     linears = linear_modules(model)
     if not linears:
         raise ValueError("No layer can be routed: the model has no nn.Linear and no Conv1D.")
-    names = _matching_names(linears, config, output_layer=_output_layer_name(model))
+    names = _matching_names(linears, config, head=head_name(model))
     return {name: linears[name] for name in names}
 
 
@@ -194,6 +199,23 @@ def check_real_weight(name: str, weight: torch.Tensor) -> None:
             f"Layer {name} is quantised ({kind_of(weight)}): the full expert needs real weights. "
             "Use freeze_base=True with molf.with_adapter (MoLF-Efficient), load the model "
             "unquantised, or put the layer into exclude_modules."
+        )
+
+
+def check_whole_weight(name: str, module: nn.Module) -> None:
+    """Refuse a linear layer of which this process holds a part only.
+
+    Raises:
+        ValueError: With what to do instead.
+    """
+    weight = module.weight
+    assert isinstance(weight, torch.Tensor)
+    sides: list[Any] = [getattr(module, side, None) for side in ("out_features", "in_features")]
+    is_part = weight.dim() != 2 or (None not in sides and list(weight.shape) != sides)
+    if is_part or hasattr(weight, "device_mesh"):
+        raise ValueError(
+            f"Layer {name} has a sharded weight, here of shape {tuple(weight.shape)} (DeepSpeed "
+            "ZeRO-3, FSDP): a step needs whole weights. Train with DDP or one process."
         )
 
 
@@ -228,12 +250,16 @@ def is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) or _is_conv1d(module)
 
 
-def _output_layer_name(model: nn.Module) -> str | None:
-    """Name of a transformers model's output layer, which is never routed by default."""
-    # Behind wrappers (DDP, compile) the method is the inner model's.
+def head_name(model: nn.Module) -> str | None:
+    """Name of a transformers model's output layer or task head, never routed by default."""
+    # Behind wrappers (DDP, compile, PEFT) the method is the inner model's.
     for name, module in model.named_modules():
-        if callable(getattr(module, "get_output_embeddings", None)):
+        inner = set(dict(module.named_children()))
+        if callable(getattr(module, "get_output_embeddings", None)) and "base_model" not in inner:
             head = module.get_output_embeddings()
+            if head is None:
+                heads = (getattr(module, name, None) for name in TASK_HEADS)
+                head = next((one for one in heads if isinstance(one, nn.Module)), None)
             found = [n for n, m in model.named_modules() if m is head]
             return cleaner(model)(found[0]) if head is not None and found else None
         if name.count(".") > 1:
@@ -242,13 +268,13 @@ def _output_layer_name(model: nn.Module) -> str | None:
 
 
 def _matching_names(
-    linears: dict[str, nn.Module], config: MoLFConfig, output_layer: str | None
+    linears: dict[str, nn.Module], config: MoLFConfig, head: str | None
 ) -> list[str]:
     default_exclude = MoLFConfig.exclude_modules
     if config.exclude_modules != default_exclude:
         check_patterns("exclude_modules", config.exclude_modules, linears)
     if config.target_modules == "all-linear":
-        targeted = [name for name in linears if name != output_layer]
+        targeted = [name for name in linears if not is_in_head(name, head)]
     else:
         check_patterns("target_modules", config.target_modules, linears)
         targeted = [name for name in linears if matches(name, config.target_modules)]
@@ -259,6 +285,11 @@ def _matching_names(
             f"{_shown(config.target_modules)}. Linear layers of the model: {_endings(linears)}."
         )
     return names
+
+
+def is_in_head(name: str, head: str | None) -> bool:
+    """Whether a layer is the head, or a part of it."""
+    return head is not None and (name == head or name.startswith(f"{head}."))
 
 
 def matches(name: str, patterns: str | tuple[str, ...]) -> bool:

@@ -105,7 +105,10 @@ def merge(
     made = MergeReport(sum(map(_has_active, tuners.values())), base)
 
     device = next(plain.parameters()).device.type
-    with torch.no_grad(), full_precision(device):  # logits before and after by the same arithmetic
+    with (
+        torch.no_grad(),
+        full_precision([device]),
+    ):  # logits before and after by the same arithmetic
         before = _logits(model, sample)
         if before is not None:
             made.largest_logit = before.abs().max().item()

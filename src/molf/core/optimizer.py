@@ -42,7 +42,14 @@ class MoLFAdamW(AdamW):
         betas: Decay rates of the first and second moments.
         eps: Added to the denominator of a step (the score has its own, 1e-8).
         weight_decay: Default decoupled decay of a group that sets none.
-        **precision: The keywords of `AdamW`: `weight_rounding`, `state_dtype`, ...
+        weight_rounding: As the following, a keyword of `AdamW`.
+        state_dtype: How moments are kept.
+        seed: Of stochastic rounding, where a group has none.
+        nonfinite: What a bad gradient does.
+        grad_accumulation_dtype: How gradients are kept.
+        optimizer_in_backward: Whether layers move during the backward pass.
+        kernels: Who computes the step.
+        state_offload: Whether the state lives in host memory.
 
     Attributes:
         routing: Decision of every layer in the last step, by layer name.
@@ -55,7 +62,15 @@ class MoLFAdamW(AdamW):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 0.1,
-        **precision: Any,
+        *,
+        weight_rounding: str | None = None,
+        state_dtype: str = "float32",
+        seed: int = 0,
+        nonfinite: str = "raise",
+        grad_accumulation_dtype: str | None = None,
+        optimizer_in_backward: bool = False,
+        kernels: str | None = None,
+        state_offload: bool = False,
     ) -> None:
         groups = list(params)
         if not any(isinstance(group, dict) and group.get("layer") is not None for group in groups):
@@ -64,7 +79,21 @@ class MoLFAdamW(AdamW):
                 "MoLFAdamW.from_model(model, config)."
             )
         self.routing: dict[str, Decision] = {}
-        super().__init__(groups, lr, betas, eps, weight_decay, **precision)
+        super().__init__(
+            groups,
+            lr,
+            betas,
+            eps,
+            weight_decay,
+            weight_rounding=weight_rounding,
+            state_dtype=state_dtype,
+            seed=seed,
+            nonfinite=nonfinite,
+            grad_accumulation_dtype=grad_accumulation_dtype,
+            optimizer_in_backward=optimizer_in_backward,
+            kernels=kernels,
+            state_offload=state_offload,
+        )
 
     @classmethod
     def from_model(
@@ -100,8 +129,9 @@ class MoLFAdamW(AdamW):
             lora_weight_decay: Decay of the LoRA factors, one number or one per rank.
             betas: Decay rates of the moments.
             eps: Added to the denominator of a step.
-            nonfinite: What a gradient with infinity or NaN does, found before any state is written:
-                `"raise"` a RuntimeError, or `"skip"` the whole step with a warning.
+            nonfinite: What a gradient does that has infinity or NaN, or is so large that moments
+                would overflow; it is found before any state is written. `"raise"` a RuntimeError,
+                or `"skip"` the whole step with a warning.
             weight_rounding: How bfloat16 weights are written: `"exact"` (the lower half of the
                 float32 value in the optimizer's state; what None means for them), `"stochastic"`
                 (unbiased, drawn from `config.seed`, parameter name and step) or `"nearest"` (small
@@ -167,17 +197,21 @@ class MoLFAdamW(AdamW):
         return optimizer
 
     def _begin(self) -> None:
+        """Forget what the last step has left; `step` and the first gradient call it."""
         super()._begin()
         self.routing = {}
+        self._is_first = not any(self.state.values())
+
+    def _end(self) -> None:
+        if self._is_first:
+            routed = [group["layer"] for group in self.param_groups if group["layer"] is not None]
+            _warn_of_missing_gradients([x for x in routed if x not in self.routing], len(routed))
 
     def _routed(self, indices: Iterable[int]) -> list[dict[str, Any]]:
         """Those of some groups that are routed layers and have gradients."""
         groups = [self.param_groups[index] for index in indices]
         routed = [group for group in groups if group["layer"] is not None]
-        taking_part = [group for group in routed if _form_of(group).takes_part(group)]
-        if len(taking_part) < len(routed) and not any(self.state.values()):
-            _warn_of_missing_gradients(routed, taking_part)
-        return taking_part
+        return [group for group in routed if _form_of(group).takes_part(group)]
 
     def _layer(self, group: dict[str, Any], states: States) -> RoutedLayer:
         """A group's routed layer, in the form that its LoRA experts have."""
@@ -234,6 +268,7 @@ class MoLFAdamW(AdamW):
         raise ValueError(f"No routed layer {layer!r}. Routed are: {', '.join(names[:8])}, ...")
 
     _OWN = (*AdamW._OWN, "routing")
+    _is_first = False  # whether the step that is being taken is the first
 
     def __repr__(self) -> str:
         """Return a summary; one line per layer would fill screens."""
@@ -253,15 +288,12 @@ def _form_of(group: dict[str, Any]) -> type[FoldedLayer] | type[AdapterLayer]:
     return AdapterLayer if group.get("adapter_scaling") is not None else FoldedLayer
 
 
-def _warn_of_missing_gradients(
-    routed: list[dict[str, Any]], taking_part: list[dict[str, Any]]
-) -> None:
+def _warn_of_missing_gradients(missing: list[str], routed: int) -> None:
     """A layer without a gradient in the very first step may never get one."""
-    names = {group["layer"] for group in taking_part}
-    missing = [group["layer"] for group in routed if group["layer"] not in names]
-    warnings.warn(
-        f"{len(missing)} of {len(routed)} routed layers have no gradient in the first step (first: "
-        f"{missing[0]}), so it does not train them. Under gradient checkpointing the reason is "
-        "use_reentrant=True; use False.",
-        stacklevel=7,
-    )
+    if missing:
+        warnings.warn(
+            f"{len(missing)} of {routed} routed layers have no gradient in the first step (first: "
+            f"{missing[0]}), so it does not train them. Under gradient checkpointing the reason is "
+            "use_reentrant=True; use False.",
+            stacklevel=6,
+        )

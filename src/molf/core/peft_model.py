@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Iterable
 from typing import Any
 
@@ -13,13 +14,18 @@ from molf.core.adapted import adapter_layers, trained_layers
 from molf.core.config import MoLFConfig
 from molf.core.factors import draw_lora_a
 from molf.core.layers import (
+    TASK_HEADS,
     check_not_tied,
     cleaner,
+    head_name,
+    is_in_head,
     linear_modules,
     matching_linears,
     trainable_layers,
 )
 from molf.core.quantised import is_quantised, keep_differentiable
+
+_FOR_TOKENS = ("TOKEN_CLS", "QUESTION_ANS")  # whose heads PEFT would both adapt and train
 
 
 def peft_config(config: MoLFConfig, **options: Any) -> Any:
@@ -32,14 +38,17 @@ def peft_config(config: MoLFConfig, **options: Any) -> Any:
     Args:
         config: The method's settings.
         **options: Further keywords of `LoraConfig` (`task_type`, `modules_to_save`, ...); not those
-            that `config` decides.
+            that `config` decides. A model with another head than a language model's needs its
+            `task_type`, so that PEFT leaves the head out.
     """
     from peft import LoraConfig
 
     targets: Any = config.target_modules
     is_default = config.exclude_modules == MoLFConfig.exclude_modules
-    # PEFT leaves out the head by itself, and warns of exclusions that exclude nothing.
-    excluded: Any = () if targets == "all-linear" and is_default else config.exclude_modules
+    excluded: Any = config.exclude_modules
+    if targets == "all-linear" and is_default:
+        # PEFT leaves out other heads by itself, and warns of exclusions that exclude nothing.
+        excluded = TASK_HEADS if options.get("task_type") in _FOR_TOKENS else ()
     chosen = {
         "target_modules": targets if isinstance(targets, str) else list(targets),
         "exclude_modules": (excluded if isinstance(excluded, str) else list(excluded)) or None,
@@ -96,6 +105,8 @@ def with_adapter(
         adapted, trainable = model, set(before)
     try:
         _set_trainable(adapted, trainable, config)
+        if is_new and config.freeze_rest is None:
+            _warn_of_frozen_head(adapted, trainable)
         layers = trained_layers(adapted, config)
     except ValueError:
         for parameter, was in before.items():
@@ -107,6 +118,23 @@ def with_adapter(
                 drawn = draw_lora_a(config.seed, layer.name, config.ranks, layer.in_features)
                 layer.A[1].copy_(drawn)
     return adapted
+
+
+def _warn_of_frozen_head(model: nn.Module, trainable: set[nn.Parameter]) -> None:
+    """A task's head has often just been drawn; that of a language model never."""
+    head, clean = head_name(model), cleaner(model)
+    if head is None or head.rpartition(".")[2] not in TASK_HEADS:
+        return
+    if any(
+        parameter in trainable and not parameter.requires_grad and is_in_head(clean(name), head)
+        for name, parameter in model.named_parameters()
+    ):
+        warnings.warn(
+            f"The head {head} is no part of the adapter, and freeze_base=True freezes it. "
+            "freeze_rest=False trains it with plain AdamW steps; freeze_rest=True says that this "
+            "is meant.",
+            stacklevel=3,
+        )
 
 
 def _names(model: nn.Module, config: MoLFConfig) -> list[str]:

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 
 
 @contextmanager
-def full_precision(device_type: str) -> Iterator[None]:
+def full_precision(device_types: Iterable[str]) -> Iterator[None]:
     """Compute products in the dtype of their operands: no TF32, no bf16 splitting, no autocast.
 
     The thin products of the step (gradients of the factors, increments of the weight) are a small
     share of a training step; TF32 would cost them ten bits of mantissa.
+
+    Args:
+        device_types: Of all tensors that take part; autocast is a matter of each.
     """
     try:
         matmul_precision = torch.get_float32_matmul_precision()
@@ -29,7 +32,9 @@ def full_precision(device_type: str) -> Iterator[None]:
     elif matmul_precision != "highest":
         torch.set_float32_matmul_precision("highest")
     try:
-        with torch.autocast(device_type, enabled=False):
+        with ExitStack() as without:
+            for device_type in device_types:
+                without.enter_context(torch.autocast(device_type, enabled=False))
             yield
     finally:
         if matmul_precision not in (None, "highest"):

@@ -23,7 +23,8 @@ from molf.core.config import lora_expert_names
 from molf.core.dense import DenseTensor
 from molf.core.factors import owned_by, per_rank
 from molf.core.fidelity import UpdateTally
-from molf.core.guard import FiniteGuard
+from molf.core.groups import parameter_name
+from molf.core.guard import FiniteGuard, Guarded
 from molf.core.one_pass import rows_of_whole_vectors
 from molf.core.routing import Decision, select_winners
 
@@ -72,8 +73,8 @@ class RoutedLayer(ABC):
 
     @property
     @abstractmethod
-    def with_gradients(self) -> list[Tensor]:
-        """The parameters whose gradients this step uses."""
+    def gradients(self) -> list[Guarded]:
+        """The gradients that this step uses, and what is made of each."""
 
     @property
     @abstractmethod
@@ -113,7 +114,7 @@ class RoutedLayer(ABC):
 
     def update_moments(self, guard: FiniteGuard) -> Tensor:
         """Update the moments of all experts; return their score sums, [experts], on the device."""
-        device = self.with_gradients[0].device
+        device = self.gradients[0].parameter.device
         sums = torch.zeros(len(self.experts), dtype=sum_dtype(device), device=device)
         if guard.refuses:
             return sums
@@ -149,7 +150,7 @@ class RoutedLayer(ABC):
         if not all(map(math.isfinite, scores)):
             raise RuntimeError(
                 f"Scores of layer {self.name} are not finite although its gradient is: {by_name}. "
-                "Its moments or factors have overflowed."
+                "Its moments are not, which no step has done: was the state loaded or written?"
             )
         winners = select_winners(
             scores,
@@ -212,9 +213,3 @@ def dense_tensors(
         for index, parameter in enumerate(parameters)
         if parameter.grad is not None
     ]
-
-
-def parameter_name(group: dict[str, Any], index: int) -> str:
-    """Name of a routed group's parameter, for messages and seeds."""
-    names = group.get("param_names")
-    return names[index] if names else f"{group['layer']} [{index}]"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -11,7 +10,7 @@ from torch import Tensor
 
 from molf.core.dense import DenseTensor
 from molf.core.fidelity import UpdateTally
-from molf.core.guard import FiniteGuard
+from molf.core.guard import FiniteGuard, Guarded, fits
 from molf.core.precision import full_precision
 from molf.core.routed import RoutedLayer
 from molf.core.routing import Decision
@@ -22,12 +21,12 @@ class Outcome(NamedTuple):
 
     Attributes:
         routing: Decision of every layer, by name.
-        nonfinite: Parameters whose gradient has infinity or NaN; if there are any, nothing at all
-            was written.
+        bad: Parameters whose gradient has infinity or NaN, or is so large that moments would
+            overflow; if there are any, nothing at all was written.
     """
 
     routing: dict[str, Decision]
-    nonfinite: list[Tensor]
+    bad: list[Tensor]
 
 
 def take_step(
@@ -44,22 +43,24 @@ def take_step(
         tally: Where losses of rounding are counted, if anywhere.
 
     Raises:
-        RuntimeError: The scores of a layer are not finite; no weight has moved.
+        RuntimeError: The scores of a layer are not finite, because its moments were not; no weight
+            has moved.
     """
-    parameters = [p for layer in layers for p in layer.with_gradients]
-    parameters += [tensor.parameter for tensor in rest]
-    if not parameters:
+    gradients = [one for layer in layers for one in layer.gradients]
+    gradients += [Guarded(tensor.parameter) for tensor in rest]
+    if not gradients:
         return Outcome({}, [])
+    parameters = [one.parameter for one in gradients]
     home = parameters[0].device
-    with full_precision(home.type):
-        guard = FiniteGuard(parameters)
+    with full_precision({parameter.device.type for parameter in parameters}):
+        guard = FiniteGuard(gradients)
         sums = [layer.update_moments(guard) for layer in layers]
-        on_host = torch.cat([total.to(home) for total in (guard.gradient_sums, *sums)]).tolist()
+        on_host = torch.cat([total.to(home) for total in (guard.bounds, *sums)]).tolist()
 
-        gradient_sums, score_sums = on_host[: len(parameters)], iter(on_host[len(parameters) :])
-        if not all(map(math.isfinite, gradient_sums)):
-            pairs = zip(parameters, gradient_sums, strict=True)
-            return Outcome({}, [p for p, total in pairs if not math.isfinite(total)])
+        bounds, score_sums = on_host[: len(parameters)], iter(on_host[len(parameters) :])
+        if not all(map(fits, bounds)):
+            pairs = zip(parameters, bounds, strict=True)
+            return Outcome({}, [parameter for parameter, bound in pairs if not fits(bound)])
         decisions = [layer.decide([next(score_sums) for _ in layer.experts]) for layer in layers]
         for layer, (winners, _) in zip(layers, decisions, strict=True):
             layer.apply(winners, tally)

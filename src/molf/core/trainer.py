@@ -23,16 +23,20 @@ class MoLFFactory:
 
 
 def trainer_optimizer(
-    config: MoLFConfig | None = None, **kwargs: Any
+    config: MoLFConfig | None = None, *, lr: float, **kwargs: Any
 ) -> tuple[type[MoLFFactory], dict[str, Any]]:
     """Return what `Trainer(..., optimizer_cls_and_kwargs=...)` takes.
 
+    The Trainer hands a factory the model and these keywords, and nothing else: `learning_rate`,
+    `weight_decay` and the Adam options of its own arguments are not read. Its schedule applies.
+
     Args:
         config: The method's settings.
-        **kwargs: Further keywords of `MoLFAdamW.from_model` (`lr`, `lora_lr`, ...).
+        lr: Learning rate; what the Trainer's arguments say does not matter.
+        **kwargs: Further keywords of `MoLFAdamW.from_model` (`lora_lr`, `weight_decay`, ...).
 
     Example:
         >>> trainer = SFTTrainer(model, args=args, train_dataset=data,
         ...     optimizer_cls_and_kwargs=molf.trainer_optimizer(config, lr=5e-5))
     """
-    return MoLFFactory, {"config": config or MoLFConfig(), **kwargs}
+    return MoLFFactory, {"config": config or MoLFConfig(), "lr": lr, **kwargs}

@@ -69,7 +69,7 @@ def test_no_file_of_checks_is_forgotten():
 def test_eager_steps_do_not_import_the_kernels():
     code = (
         "import sys, torch, molf; p = torch.nn.Parameter(torch.ones(3)); p.grad = p.detach()\n"
-        "molf.AdamW([p], kernels='eager').step(); molf.trainer_optimizer(kernels='triton')\n"
+        "molf.AdamW([p], kernels='eager').step(); molf.trainer_optimizer(lr=1, kernels='triton')\n"
         "molf.MoLFAdamW; sys.exit('molf.core.fused' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -38,21 +38,19 @@ from molf.core.fused.device import (
 
 
 @triton.jit
-def nonfinite_kernel(
+def squares_kernel(
     table: tl.tensor,
     blocks: tl.tensor,
     partials: tl.tensor,
-    GRAD_BITS: tl.constexpr,
+    BITS: tl.constexpr,
     ALIGNED: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
-    """Count infinities and NaNs. Fields: gradient. Reads g."""
+    """Sum squares; infinity, NaN and overflow survive. Fields: values. Reads g."""
     row, _ = entry_row(table, blocks, 1)
     index, cols, mask = elements(row, ALIGNED, BLOCK)
-    source = pointers(row, index, cols, 0, GRAD_BITS, ALIGNED)
-    bits = load_float32(source, mask, GRAD_BITS).to(tl.uint32, bitcast=True)
-    bad = (bits & 0x7F800000) == 0x7F800000
-    tl.store(partials + tl.program_id(0), tl.sum(bad.to(tl.float32)))
+    values = load_float32(pointers(row, index, cols, 0, BITS, ALIGNED), mask, BITS)
+    tl.store(partials + tl.program_id(0), tl.sum(values * values))
 
 
 @triton.jit

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from molf.core.adam import AdamWStep
 from molf.core.rounding import RoundingKey
 
 
@@ -32,9 +33,12 @@ class Step(NamedTuple):
         cls, lr: float, weight_decay: float, betas: tuple[float, float], eps: float, step: int
     ) -> Step:
         """Compute them in float64 from hyper-parameters and the counter t, 1 at the first step."""
-        decay = lr * weight_decay
-        correction = (1 - betas[1] ** step) ** 0.5
-        return cls(1 - decay, decay, lr / (1 - betas[0] ** step), correction, eps)
+        return cls.from_eager(AdamWStep(lr, weight_decay, betas, eps, step))
+
+    @classmethod
+    def from_eager(cls, step: AdamWStep) -> Step:
+        """The scalars of the eager step, which has the formulas."""
+        return cls(step.kept, step.decay, step.step_size, step.correction, step.eps)
 
 
 class Moments(NamedTuple):

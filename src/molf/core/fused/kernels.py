@@ -34,7 +34,7 @@ _OPERANDS = (
 )
 _OUTPUTS = (Field("first output", _FLOAT32), Field("second output", _FLOAT32))
 
-_NONFINITE = Layout((_GRADIENT,), (1, _BLOCK))
+_SQUARES = Layout((_GRADIENT,), (1, _BLOCK))
 _MOVE_MOMENTS = Layout((_GRADIENT, *_MOMENTS), (1, _BLOCK))
 _ADAMW = Layout((_WEIGHT, _LOW, *_MOMENTS, _GRADIENT), (1, _BLOCK))
 _FACTORS = Layout((Field("factor", _FLOAT32), *_MOMENTS, *_OUTPUTS), (1, _BLOCK))
@@ -79,26 +79,26 @@ class Kernels:
         self.device = device
         self._tables: dict[Hashable, tuple[Hashable, Table]] = {}
 
-    def nonfinite(self, grads: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """Count the infinities and NaNs of gradients, float32 or bfloat16.
+    def squares(self, tensors: Sequence[Tensor]) -> Tensor:
+        """Sum the squares of each tensor, float32 or bfloat16.
 
         Returns:
-            How many each gradient has, float64 [n], and whether there are none, a 0-dim bool: the
-            `finite` of the other operations.
+            One sum per tensor, float64 [n]: in float32 within a block of 2,048 elements, in float64
+            over blocks. Infinite or NaN where an element is, or where a square overflows.
         """
-        totals = torch.zeros(len(grads), dtype=torch.float64, device=self.device)
-        items = ((_bits(grad), Entry((grad,), slot), _words()) for slot, grad in enumerate(grads))
-        for (bits, aligned), entries, _ in _grouped(items, _NONFINITE):
-            table = self._table("nonfinite", (bits, aligned), entries, _NONFINITE)
+        totals = torch.zeros(len(tensors), dtype=torch.float64, device=self.device)
+        items = ((_bits(one), Entry((one,), slot), _words()) for slot, one in enumerate(tensors))
+        for (bits, aligned), entries, _ in _grouped(items, _SQUARES):
+            table = self._table("squares", (bits, aligned), entries, _SQUARES)
             partials = self._partials(table)
             self._launch(
-                elementwise.nonfinite_kernel,
+                elementwise.squares_kernel,
                 table.grid,
                 (table.rows, table.blocks, partials),
-                {"GRAD_BITS": bits, "ALIGNED": aligned, "BLOCK": _BLOCK},
+                {"BITS": bits, "ALIGNED": aligned, "BLOCK": _BLOCK},
             )
             self._add_up(table, partials, totals)
-        return totals, (totals == 0).all()
+        return totals
 
     def moments(
         self, items: Sequence[Moments], finite: Tensor, score: str, *, part: int = 0

@@ -40,18 +40,15 @@ class Move:
         weight = Weight(tensor.parameter.detach(), stored.low, key)
         moments = tensor.state["exp_avg"], tensor.state["exp_avg_sq"]
         if self.product is not None:
-            full = None if self.step is None else (*moments, scalars(self.step))
+            full = None if self.step is None else (*moments, Step.from_eager(self.step))
             return LowRank(weight, *self.product, full)
         assert self.step is not None, "a tensor without a step needs no write"
         if self.has_moved_moments:
-            return AdamW(weight, *moments, scalars(self.step))
+            return AdamW(weight, *moments, Step.from_eager(self.step))
         betas = tensor.group["betas"]
-        return AdamW(weight, *moments, scalars(self.step), gradient(tensor.parameter), betas)
-
-
-def scalars(step: AdamWStep) -> Step:
-    """Return a step's numbers as the kernels take them."""
-    return Step.of(step.lr, step.weight_decay, step.betas, step.eps, step.step)
+        return AdamW(
+            weight, *moments, Step.from_eager(self.step), gradient(tensor.parameter), betas
+        )
 
 
 class FusedLayer(FoldedLayer):
@@ -81,6 +78,16 @@ class FusedLayer(FoldedLayer):
             items.append(Moments(grad_A[own], m_A, v_A, self.group["betas"]))
             items.append(Moments(grad_B[:, own], m_B, v_B, self.group["betas"]))
         return items
+
+    @property
+    def largest_scaling(self) -> float:
+        """The largest `s_i`."""
+        return max(self.group["scalings"])
+
+    @property
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """The stacked A and B."""
+        return self.state["lora_A"], self.state["lora_B"]
 
     @property
     def factor_bytes(self) -> int:
@@ -149,7 +156,7 @@ class FusedLayer(FoldedLayer):
     ) -> list[Factor]:
         """The steps of A and B of a winner, with `s dB`, `s B` and `A'`, `dA + decay A`."""
         own, rank = owned_by(self.group["ranks"], index), self.group["ranks"][index]
-        step = scalars(self._lora_step(index))
+        step = Step.from_eager(self._lora_step(index))
         moments_A, moments_B = self._factor_moments()
         of_B = Output(left[:, :rank], 0.0, scaling), Output(left[:, rank:], scaling, 0.0)
         of_A = Output(right[:rank], 1.0, 1.0), Output(right[rank:], decay, 1.0)

@@ -18,7 +18,8 @@ from molf.core.fidelity import UpdateTally
 from molf.core.fused.items import AdamW, Factor, LowRank, Moments
 from molf.core.fused.kernels import Kernels
 from molf.core.fused.layer import FusedLayer, Move
-from molf.core.guard import plain_gradient
+from molf.core.fused.table import upload
+from molf.core.guard import fits, largest_norm, may_happen, plain_gradient
 from molf.core.kernels import check_kernel_parameter
 from molf.core.precision import full_precision
 from molf.core.routed import RoutedLayer, States
@@ -64,28 +65,32 @@ class FusedStep:
         `molf.core.step.take_step`; layers are those of `layer`.
 
         Raises:
-            RuntimeError: The scores of a layer are not finite; no weight has moved.
+            RuntimeError: The scores of a layer are not finite, because its moments were not; no
+                weight has moved.
             ValueError: A parameter or gradient is not what the kernels can have; nothing was
                 written.
         """
         fused = [layer for layer in layers if isinstance(layer, FusedLayer)]
         assert len(fused) == len(layers), "layers are made by FusedStep.layer"
-        tensors = [tensor for layer in fused for tensor in layer.dense] + list(rest)
+        # Weights come first: the gradients of a layer's factors follow from that of its weight.
+        tensors = [layer.dense[0] for layer in fused]
+        tensors += [bias for layer in fused for bias in layer.dense[1:]] + list(rest)
         if not tensors:
             return Outcome({}, [])
         home = tensors[0].parameter.device
         for tensor in tensors:
             check_kernel_parameter(tensor.parameter, tensor.stored.name, home)
         kernels = self._on(home)
-        with full_precision(home.type):
+        with full_precision([home.type]):
             gradients = [plain_gradient(tensor.parameter) for tensor in tensors]
-            bad_counts, finite = kernels.nonfinite(gradients)
+            bounds = _bounds(kernels, gradients, fused)
+            finite = may_happen(bounds)
             totals, owners = self._move_moments(kernels, fused, finite)
-            on_host = torch.cat([bad_counts, *totals]).tolist()
+            on_host = torch.cat([bounds, *totals]).tolist()
 
-            if any(on_host[: len(tensors)]):
+            if not all(map(fits, on_host[: len(tensors)])):
                 pairs = zip(tensors, on_host, strict=False)
-                return Outcome({}, [tensor.parameter for tensor, count in pairs if count])
+                return Outcome({}, [t.parameter for t, bound in pairs if not fits(bound)])
             sums = [[0.0] * len(layer.experts) for layer in fused]
             for (number, expert), total in zip(owners, on_host[len(tensors) :], strict=True):
                 sums[number][expert] += total
@@ -165,6 +170,18 @@ class FusedStep:
         _write(kernels, late, finite, tally)
 
 
+def _bounds(kernels: Kernels, gradients: Sequence[Tensor], layers: Sequence[FusedLayer]) -> Tensor:
+    """The bounds of `FiniteGuard` for float32; the first gradients are the layers'."""
+    factors = [factor for layer in layers for factor in layer.factors]
+    norms = kernels.squares([*gradients, *factors]).sqrt()
+    bounds = norms[: len(gradients)] / largest_norm(torch.float32)
+    if layers:
+        scalings = torch.tensor([layer.largest_scaling for layer in layers], dtype=torch.float64)
+        gains = norms[len(gradients) :].view(-1, 2).amax(1) * upload(scalings, bounds.device)
+        bounds[: len(layers)] *= gains.clamp(min=1)
+    return bounds
+
+
 def _write(
     kernels: Kernels,
     moves: Sequence[Move],
@@ -203,7 +220,7 @@ class _Probe:
             state = move.tensor.state
             moments = (state[key][self._rows].to(before.dtype) for key in ("exp_avg", "exp_avg_sq"))
             move.step.descend_(intended, *moments)
-        weight = move.tensor.parameter.numel() / max(1, before.numel())
+        weight = tally.weight(move.tensor.parameter)
         tally.add(before, intended, self._read(), weight=weight)
 
     def _read(self) -> Tensor:

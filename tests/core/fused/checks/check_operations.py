@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from scenarios import (
@@ -61,36 +63,31 @@ def exact_descent(exp_avg: Tensor, exp_avg_sq: Tensor) -> Tensor:
     return STEP.step_size * exp_avg / (exp_avg_sq.sqrt() / STEP.correction + STEP.eps)
 
 
-# -- gradients that are not finite
+# -- sums of squares, of which the guard is made
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
-def test_counts_of_infinities_and_nans(kernels, dtype):
+def test_sums_of_squares(kernels, dtype):
     grads = [item.grad for item in moments_items(dtype, Source(1))]
-    counts, finite = kernels.nonfinite(grads)
-    assert counts.tolist() == [0] * len(grads)
-    assert finite.item() is True
-    assert finite.shape == ()
-    for place, value in ((0, float("nan")), (-1, float("inf")), (2, -float("inf"))):
+    squares = kernels.squares(grads)
+    expected = torch.stack([grad.double().square().sum() for grad in grads])
+    torch.testing.assert_close(squares, expected, rtol=1e-6, atol=0.0)
+    spoilt = {0: float("nan"), len(grads) - 1: float("inf"), 2: -float("inf"), 1: 1e25}
+    for place, value in spoilt.items():
         grads[place][..., -1] = value
-    counts, finite = kernels.nonfinite(grads)
-    assert counts.tolist() == [grad.isfinite().logical_not().sum().item() for grad in grads]
-    assert counts[0] > 0
-    assert counts[2] > 0
-    assert counts[-1] == 45
-    assert finite.item() is False
+    squares = kernels.squares(grads)
+    for place, total in enumerate(squares.tolist()):
+        assert math.isfinite(total) == (place not in spoilt)
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
-def test_extreme_finite_gradients_pass(kernels, dtype):
-    """Even where their sum would overflow."""
+def test_squares_of_extreme_gradients(kernels, dtype):
     limits = torch.finfo(dtype)
-    values = [limits.max, limits.min, limits.tiny, limits.smallest_normal / 2, 0.0, -0.0]
-    grad = torch.tensor(values, dtype=dtype, device=DEVICE).repeat(50)
-    largest = torch.full((3000,), limits.max, dtype=dtype, device=DEVICE)
-    counts, finite = kernels.nonfinite([grad, largest])
-    assert counts.tolist() == [0, 0]
-    assert finite
+    values = [limits.tiny, limits.smallest_normal / 2, 0.0, -0.0, 1e17, -1e17]
+    grad = torch.tensor(values, dtype=dtype, device=DEVICE).repeat(500)
+    total = kernels.squares([grad]).item()
+    assert total == pytest.approx(grad.double().square().sum().item(), rel=1e-6)
+    assert math.isfinite(total)
 
 
 # -- moments and scores
@@ -285,8 +282,9 @@ def guarded(kernels: Kernels, grad: float) -> list[Tensor]:
         item.grad[..., -1] = grad
     kept = [t for item in (*moments, *plain, *factors, *weights) for t in tensors_of(item)]
     before = [t.clone() for t in kept]
-    counts, finite = kernels.nonfinite([item.grad for item in (*moments, *plain)])
-    assert (counts > 0).all()
+    squares = kernels.squares([item.grad for item in (*moments, *plain)])
+    assert not squares.isfinite().any()
+    finite = squares.isfinite().all()
     assert kernels.moments(moments, finite, "epd").tolist() == [0] * len(moments)
     kernels.adamw(plain, finite)
     kernels.factors(factors, finite)
@@ -304,7 +302,8 @@ def test_one_bad_gradient_stops_all_tensors(kernels):
     items = moments_items(torch.float32, Source(14))
     items[0].grad[0] = float("nan")
     before = [t.clone() for item in items for t in item[1:3]]
-    kernels.moments(items, kernels.nonfinite([item.grad for item in items])[1], "pfn")
+    finite = kernels.squares([item.grad for item in items]).isfinite().all()
+    kernels.moments(items, finite, "pfn")
     assert all(map(same_bits, (t for item in items for t in item[1:3]), before))
 
 
@@ -332,7 +331,7 @@ def test_launches_do_not_grow_with_layers(layers):
         AdamW(Weight(source.normal(16)), *source.moments(16), STEP, source.normal(16), BETAS)
         for _ in range(layers)
     ]
-    _, finite = kernels.nonfinite([item.grad for item in items])
+    finite = kernels.squares([item.grad for item in items]).isfinite().all()
     kernels.moments([Moments(item.grad, *item[1:3], BETAS) for item in items], finite, "epd")
     kernels.adamw(items, finite)
     assert kernels.launches == 5  # two of them add up
@@ -366,9 +365,7 @@ def test_same_memory_with_another_shape_is_another_table(kernels):
 
 def test_nothing_to_do(kernels):
     empty = [torch.empty(0, device=DEVICE) for _ in range(3)]
-    counts, finite = kernels.nonfinite([])
-    assert counts.shape == (0,)
-    assert finite
+    assert kernels.squares([]).shape == (0,)
     assert kernels.moments([], YES, "epd").shape == (0,)
     assert kernels.moments([Moments(*empty, BETAS)], YES, "epd").tolist() == [0]
     kernels.adamw([], YES)

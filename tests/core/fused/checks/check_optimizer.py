@@ -230,6 +230,29 @@ def test_a_bad_step_writes_nothing(dtype, plain):
     assert_same_bits(snapshot(model, optimizer), before)
 
 
+@pytest.mark.parametrize("kernels", ["triton", None])
+@pytest.mark.parametrize("plain", [False, True])
+def test_gradients_whose_moments_would_overflow_are_refused_alike(kernels, plain):
+    model, optimizer = build(kernels, plain=plain)
+    take_steps(model, optimizer, [0])
+    before = snapshot(model, optimizer)
+    feed(model, 1)
+    model.gate.weight.grad.fill_(1e37)
+    with pytest.raises(RuntimeError, match=r"Gradient too large in gate\.weight \(finite, but"):
+        optimizer.step()
+    assert_same_bits(snapshot(model, optimizer), before)
+    if not plain:
+        factors = optimizer.lora_factors("gate")
+        optimizer.set_lora_factors("gate", [(A, B + 1e6) for A, B in factors])
+        before = snapshot(model, optimizer)
+        feed(model, 1, scale=1e14)
+        with pytest.raises(RuntimeError, match=r"Gradient too large in gate\.weight \(finite, but"):
+            optimizer.step()
+        assert_same_bits(snapshot(model, optimizer), before)
+        optimizer.set_lora_factors("gate", factors)
+    take_steps(model, optimizer, [2])
+
+
 def test_what_kernels_cannot_have_is_found_before_anything_is_written():
     model, optimizer = build("triton", lr=1e-3)
     take_steps(model, optimizer, [0])

@@ -92,7 +92,7 @@ def take_step(
         for layer, (G, _) in zip(layers, grads, strict=True)
     ]
     biases = [grad for _, grad in grads if grad is not None]
-    _, finite = kernels.nonfinite([*dense, *biases])
+    finite = kernels.squares([*dense, *biases]).isfinite().all()
 
     items, owners = [], []
     for number, (layer, grad, (G, grad_bias)) in enumerate(zip(layers, dense, grads, strict=True)):

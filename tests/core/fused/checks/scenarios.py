@@ -102,7 +102,7 @@ def run_everything(kernels: Kernels, device: torch.device = DEVICE) -> None:
     finite = torch.ones((), dtype=torch.bool, device=device)
     for grad in (torch.float32, torch.bfloat16):
         items = moments_items(grad, source)
-        kernels.nonfinite([item.grad for item in items])
+        kernels.squares([item.grad for item in items])
         for score in ("epd", "pfn"):
             kernels.moments(items, finite, score)
     for rounding in ROUNDINGS:

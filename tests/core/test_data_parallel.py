@@ -1,0 +1,159 @@
+"""Two processes that train one model (DDP): what must be equal, and what is refused."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+
+import pytest
+import torch
+import torch.distributed as dist
+from core_helpers import snapshot, tiny_model
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+import molf
+from molf import AdamW, MoLFAdamW, MoLFConfig
+
+FORMS = ["folded", "explicit", "frozen", "fft"]
+CASES = [(form, rounding) for form in FORMS for rounding in (None, "exact", "stochastic")]
+STEPS = 3
+LR = 1e-3
+
+
+def build(model: nn.Module, form: str, **options) -> torch.optim.Optimizer:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        if form == "fft":
+            return AdamW(model.named_parameters(), lr=LR, **options)
+        return MoLFAdamW.from_model(model, config_of(form), lr=LR, **options)
+
+
+def config_of(form: str) -> MoLFConfig:
+    return MoLFConfig(ranks=(2, 3), alpha=4.0, freeze_base=form == "frozen", freeze_rest=False)
+
+
+def start(form: str, dtype: torch.dtype) -> nn.Module:
+    model = tiny_model(dtype)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        adapted = form in ("explicit", "frozen")
+        return molf.with_adapter(model, config_of(form)) if adapted else model
+
+
+def loss_of(model: nn.Module, ids: Tensor) -> Tensor:
+    return nn.functional.cross_entropy(model(ids).flatten(0, 1).float(), ids.roll(1, 1).flatten())
+
+
+def batch(step: int) -> Tensor:
+    return torch.randint(11, (4, 5), generator=torch.Generator().manual_seed(step))
+
+
+def weights(model: nn.Module, optimizer: AdamW) -> dict[str, Tensor]:
+    """The float32 values, with the lower halves where there are some."""
+    exact = optimizer.float32_weights()
+    return {name: exact.get(p, p.detach()).clone() for name, p in model.named_parameters()}
+
+
+def train(rank: int, folder: str) -> None:
+    """One of two processes: its half of every batch, in every form."""
+    torch.set_num_threads(1)
+    store = dist.FileStore(f"{folder}/store", 2)
+    found = {"refused": [], "late": []}
+    late = {
+        name: (model := tiny_model(torch.bfloat16), build(model, "folded", **{name: value}))
+        for name, value in (("optimizer_in_backward", True), ("grad_accumulation_dtype", "float32"))
+    }
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
+    try:
+        for name, (model, optimizer) in late.items():
+            try:
+                if name == "optimizer_in_backward":
+                    loss_of(model, batch(0)).backward()
+                optimizer.step()
+            except ValueError as error:
+                found["late"].append(str(error))
+            try:
+                value = {"optimizer_in_backward": True}.get(name, "float32")
+                build(tiny_model(torch.bfloat16), "folded", **{name: value})
+            except ValueError as error:
+                found["refused"].append(str(error))
+        for form, rounding in CASES:
+            model = start(form, torch.bfloat16 if rounding else torch.float32)
+            optimizer = build(model, form, weight_rounding=rounding)
+            wrapped = DistributedDataParallel(model)
+            for step in range(STEPS):
+                optimizer.zero_grad()
+                loss_of(wrapped, batch(step)[2 * rank : 2 * rank + 2]).backward()
+                optimizer.step()
+            found[form, rounding] = {
+                "bits": snapshot_of_named(model, optimizer),
+                "weights": weights(model, optimizer),
+                "winners": winners(optimizer),
+            }
+        torch.save(found, f"{folder}/{rank}.pt")
+    finally:
+        dist.destroy_process_group()
+
+
+def snapshot_of_named(model: nn.Module, optimizer: AdamW) -> dict[str, object]:
+    return copy.deepcopy(snapshot(model, optimizer))
+
+
+def winners(optimizer: AdamW) -> dict[str, tuple[str, ...]]:
+    routing = getattr(optimizer, "routing", {})
+    return {name: decision.winners for name, decision in routing.items()}
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory) -> list[dict]:
+    """What both processes have come to."""
+    folder = str(tmp_path_factory.mktemp("ranks"))
+    torch.multiprocessing.start_processes(train, (folder,), nprocs=2, start_method="spawn")
+    return [torch.load(f"{folder}/{rank}.pt", weights_only=False) for rank in range(2)]
+
+
+@pytest.mark.parametrize(("form", "rounding"), CASES)
+def test_both_processes_have_the_same_bits(ranks, form, rounding):
+    one, two = (found[form, rounding] for found in ranks)
+    assert one["winners"] == two["winners"]
+    assert bool(one["winners"]) == (form != "fft")
+    assert one["bits"].keys() == two["bits"].keys()
+    for key, value in one["bits"].items():
+        same = torch.equal(value, two["bits"][key]) if torch.is_tensor(value) else True
+        assert same, key
+        assert torch.is_tensor(value) or value == two["bits"][key], key
+
+
+@pytest.mark.parametrize(("form", "rounding"), CASES)
+def test_as_one_process_with_the_joined_batch(ranks, form, rounding):
+    """Up to the order in which gradients are averaged, and bfloat16 gradients are rounded."""
+    model = start(form, torch.bfloat16 if rounding else torch.float32)
+    before = {name: p.detach().float().clone() for name, p in model.named_parameters()}
+    optimizer = build(model, form, weight_rounding=rounding)
+    for step in range(STEPS):
+        optimizer.zero_grad()
+        loss_of(model, batch(step)).backward()
+        optimizer.step()
+    found = ranks[0][form, rounding]
+    near = 1e-5 if rounding is None else 0.3 * STEPS * LR
+    if rounding is None:
+        assert found["winners"] == winners(optimizer)
+    distance = moved = 0.0
+    for name, expected in weights(model, optimizer).items():
+        if rounding is None:
+            torch.testing.assert_close(found["weights"][name], expected, rtol=1e-4, atol=near)
+        distance += (found["weights"][name] - expected).float().square().sum().item()
+        moved += (expected.float() - before[name]).square().sum().item()
+    assert moved > 0
+    assert distance < 0.1 * moved
+
+
+def test_what_is_for_one_process_is_refused(ranks):
+    """Also where the processes are started after the optimizer is built."""
+    for found in ranks:
+        for messages in (found["refused"], found["late"]):
+            assert len(messages) == 2
+            assert "optimizer_in_backward=True with 2 processes is not possible" in messages[0]
+            assert "grad_accumulation_dtype='float32' with 2 processes is not" in messages[1]
+            assert not any("\n" in message for message in messages)
