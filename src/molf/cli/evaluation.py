@@ -11,12 +11,14 @@ from molf.cli.eval import EvalOptions
 from molf.errors import InputError
 from molf.evaluate import Evaluation, EvaluationSettings, evaluate, read_plain_text
 from molf.evaluate.harness import PREFIX, Harness
+from molf.paths import check_inputs_outside
 from molf.tasks import Task, load_task
 from molf.train.files import write_json, write_jsonl
 from molf.train.model_path import check_model
+from molf.train.ownership import AN_EVALUATION, EVALUATION, PREDICTIONS, predictions_in
 from molf.train.progress import make_reporter
 from molf.train.result import evaluation_record
-from molf.train.run_directory import EVALUATION, PREDICTIONS, RunDirectory, check_output
+from molf.train.run_directory import check_output
 
 
 def evaluate_checkpoint(model: str, options: EvalOptions) -> dict[str, Evaluation]:
@@ -113,21 +115,34 @@ def _read_predictions(path: Path) -> list[dict[str, Any]]:
 
 
 def _check_output(options: EvalOptions) -> None:
-    if options.output_dir is not None:
-        check_output(options.output_dir, overwrite=options.overwrite, marker=EVALUATION)
+    path = options.output_dir
+    if path is None:
+        return
+    check_output(path, overwrite=options.overwrite, ownership=AN_EVALUATION)
+    inputs = ("data", "forgetting_data", "predictions")
+    check_inputs_outside(path, {name: getattr(options, name) for name in inputs})
 
 
 def _write(options: EvalOptions, evaluations: Mapping[str, Evaluation]) -> None:
-    """Write eval.json, and the predictions: one file, or one per task where there are several."""
-    if options.output_dir is None:
+    """Write eval.json, and the predictions: one file, or one per task where there are several.
+
+    Files of an earlier evaluation are replaced one by one; nothing else there is touched.
+    """
+    directory = options.output_dir
+    if directory is None:
         return
-    directory = RunDirectory(options.output_dir, overwrite=options.overwrite, marker=EVALUATION)
-    records = []
+    _check_output(options)  # the evaluation may have taken hours
+    directory.mkdir(parents=True, exist_ok=True)
+    earlier = predictions_in(directory)
+    records, written = [], []
     for name, evaluation in evaluations.items():
         if evaluation.predictions:
             file = PREDICTIONS if len(evaluations) == 1 else f"predictions-{name}.jsonl"
-            write_jsonl(directory / file, evaluation.predictions)
+            written.append(directory / file)
+            write_jsonl(written[-1], evaluation.predictions)
         metrics = evaluation_record(evaluation)
         records.append({"task": name, "metrics": metrics, "notes": evaluation.notes})
     write_json(directory / EVALUATION, records[0] if len(records) == 1 else {"tasks": records})
-    directory.complete()
+    for path in earlier:
+        if path not in written:
+            path.unlink()

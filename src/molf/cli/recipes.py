@@ -39,7 +39,7 @@ def list_recipes(
         table.add_column(column)
     for row in rows:
         table.add_row(*row.values())
-    Console(width=_WIDE).print(table)
+    Console(width=_WIDE, markup=False).print(table)
 
 
 def copy_recipe(

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import csv
 import gc
 import tempfile
 import time
 import traceback
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from datetime import datetime
@@ -30,20 +32,20 @@ from molf.train.methods.storage import check_kernels
 from molf.train.model_card import model_card
 from molf.train.model_loading import LoadedModel, load_model, load_skeleton
 from molf.train.model_saving import save_model
-from molf.train.progress import Reporter
-from molf.train.quantised_base import check_device
-from molf.train.resolved import ResolvedSettings
-from molf.train.result import RunError, RunResult, evaluation_record, results_row
-from molf.train.results import RESULTS, append_result
-from molf.train.run_directory import (
+from molf.train.ownership import (
     CONFIG,
     ENVIRONMENT,
     ERROR_LOG,
     EVALUATION,
     MODEL,
     PREDICTIONS,
-    RunDirectory,
 )
+from molf.train.progress import Reporter
+from molf.train.quantised_base import check_device
+from molf.train.resolved import ResolvedSettings
+from molf.train.result import RunError, RunResult, evaluation_record, results_row
+from molf.train.results import RESULTS, append_result
+from molf.train.run_directory import RunDirectory
 from molf.train.sft_config import sft_config
 from molf.train.training import run_training, total_steps
 
@@ -96,7 +98,6 @@ def run_job(
         job.write_config()
         write_json(directory / ENVIRONMENT, environment(arguments.device, started))
         result = job.run()
-        append_result(directory.path.parent / RESULTS, results_row(result, settings, started))
         directory.complete()
     except _UnusableDataError as error:
         directory.discard()
@@ -108,6 +109,13 @@ def run_job(
         cause = str(error).strip().split("\n")[0] or type(error).__name__
         log = _write_traceback(directory)
         raise RunError(f"{cause} (traceback: {log}){_kept(directory)}") from error
+    results = directory.path.parent / RESULTS
+    try:
+        append_result(results, results_row(result, settings, started))
+    except (OSError, ValueError, csv.Error) as error:
+        warnings.warn(
+            f"The run is complete, but its row was not added to {results}: {error}", stacklevel=2
+        )
     return result
 
 

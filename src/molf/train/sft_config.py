@@ -13,8 +13,8 @@ from transformers.integrations import get_available_reporting_integrations
 from trl import SFTConfig
 
 from molf.errors import InputError
+from molf.train.ownership import CHECKPOINTS
 from molf.train.resolved import ResolvedSettings
-from molf.train.run_directory import CHECKPOINTS
 from molf.train.settings import TrainSettings
 
 # What a run decides itself, beside the options of its own. A user's value would be ignored, or
