@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from molf.cli.eval import EvalOptions
 from molf.errors import InputError
 from molf.evaluate import Evaluation, EvaluationSettings, evaluate, read_plain_text
 from molf.evaluate.harness import PREFIX, Harness
-from molf.paths import check_inputs_outside
+from molf.paths import check_inputs_outside, check_path
 from molf.tasks import Task, load_task
+from molf.tasks.files import Record, read_json
 from molf.train.files import write_json, write_jsonl
 from molf.train.model_path import check_model
 from molf.train.ownership import AN_EVALUATION, EVALUATION, PREDICTIONS, predictions_in
@@ -95,23 +94,12 @@ def _load_harness(options: EvalOptions) -> Harness | None:
     )
 
 
-def _read_predictions(path: Path) -> list[dict[str, Any]]:
+def _read_predictions(path: Path) -> list[Record]:
+    check_path(path, "predictions")
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except UnicodeDecodeError as error:
-        raise InputError(f"predictions {path} is not UTF-8 text (byte {error.start}).") from error
-    except OSError as error:
-        raise InputError(f"predictions {path} cannot be read: {error.strerror}.") from error
-    predictions = []
-    for number, line in enumerate(lines, start=1):
-        if line.strip():
-            try:
-                predictions.append(json.loads(line))
-            except json.JSONDecodeError as error:
-                raise InputError(
-                    f"predictions {path}, line {number}: not JSON: {error.msg}."
-                ) from error
-    return predictions
+        return read_json(path)
+    except InputError as error:
+        raise InputError(f"predictions: {error}") from error
 
 
 def _check_output(options: EvalOptions) -> None:

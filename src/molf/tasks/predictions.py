@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from molf.errors import InputError
+from molf.tasks.fields import text_value
 
 
 def left_out_prediction(index: int, reason: str) -> dict[str, Any]:
@@ -59,9 +60,9 @@ def check_predictions(predictions: Sequence[Any], records: int) -> SavedPredicti
             raise InputError(f"{where}: index {index} comes twice.")
         reason = entry.get("left_out")
         if isinstance(text, str):
-            saved.texts[index] = text
+            saved.texts[index] = text_value(text, f"{where}: prediction")
         elif text is None and isinstance(reason, str):
-            saved.left_out[index] = reason
+            saved.left_out[index] = text_value(reason, f"{where}: left_out")
         else:
             raise InputError(f"{where}: prediction must be a text, not {type(text).__name__}.")
     return saved
