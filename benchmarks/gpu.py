@@ -257,7 +257,7 @@ def compare(
     name: str, methods: list[str], rounds: int, run: Run, speed: float, peak: float
 ) -> dict[str, Any]:
     """Time all methods on one shape in interleaved rounds; print and return what was found."""
-    from step_time import ratio_interval
+    from common import ratio_interval
 
     shape = SHAPES[name]
     taken: dict[str, list[Round]] = {method: [] for method in methods}
@@ -310,14 +310,16 @@ def _row(method: str, found: dict[str, Any], median: float, optimizer: float) ->
 
 
 def _print_verdicts(found: dict[str, Any]) -> None:
-    from step_time import verdict
+    from common import Bar, show_bar
 
+    bars = []
     if found["ratio"]:
-        _, low, high = found["ratio"]
-        print(f"molf's step against fft's, at most {STEP_BAR}: {verdict(low, high, STEP_BAR)}")
-    _, low, high = found["share_of_floor"]
-    reached = "pass" if low >= FLOOR_BAR else "fail" if high < FLOOR_BAR else "undecided"
-    print(f"molf's optimizer step, at least {FLOOR_BAR:.0%} of the floor: {reached}")
+        bars.append(Bar("whole step: molf / fft", STEP_BAR, *found["ratio"]))
+    share, low, high = found["share_of_floor"]
+    name = "molf's optimizer step / its bytes at the device's bandwidth"
+    bars.append(Bar(name, 1 / FLOOR_BAR, 1 / share, 1 / high, 1 / low))
+    for bar in bars:
+        print(show_bar(**bar.record()))
 
 
 def capped(name: str, run: Run, cap: float) -> dict[str, Any]:

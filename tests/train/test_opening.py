@@ -17,7 +17,7 @@ def with_model(options, model):
 
 
 def base_with(path, embeddings=None, **added):
-    """A model with as many embeddings as its tokenizer has tokens before some are added, or fewer."""
+    """A model with as many embeddings as its tokenizer has tokens before some are added."""
     from checkpoints import make_model
     from tiny_models import byte_level_tokenizer
 
