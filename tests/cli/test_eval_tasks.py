@@ -208,3 +208,22 @@ def test_predictions_are_not_overwritten_by_their_own_score(data, capsys):
     own = str(data / "e" / "predictions.jsonl")
     assert main([*arguments, own, "--overwrite"]) == 2
     assert f"predictions {own} lies in output_dir" in capsys.readouterr().err
+
+
+def test_predictions_may_hold_any_character(data, capsys):
+    """Only a line feed ends a line of JSON; other separators stand in texts as they are."""
+    entries = [{"index": index, "prediction": "a\u2028b\x85c\x0c"} for index in range(4)]
+    lines = [json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries]
+    (data / "saved.jsonl").write_text("".join(lines), encoding="utf-8")
+    arguments = ["eval", "--task", "med", "--predictions", str(data / "saved.jsonl")]
+    assert main([*arguments, "--output_dir", str(data / "e")]) == 0
+    written = (data / "e" / "predictions.jsonl").read_bytes().decode().split("\n")
+    assert json.loads(written[0])["prediction"] == "a\u2028b\x85c\x0c"
+
+
+def test_saved_texts_need_no_demonstrations(data, capsys):
+    """All records are scored, so none could be shown; the texts are there already."""
+    arguments = ["eval", "--task", "med", "--few_shot", "1", "--predictions"]
+    assert main([*arguments, saved(data / "saved.jsonl", 4)]) == 0
+    assert main(["eval", str(BASE_PATH), "--task", "med", "--few_shot", "1"]) == 2
+    assert "What is evaluated is never shown" in capsys.readouterr().err

@@ -355,6 +355,10 @@ def test_nothing_to_evaluate_within_the_limit(train, real_base, tmp_path, capsys
         ('{"index": 0}\n', ["prediction"]),
         ('{"index": 7, "prediction": "x"}\n', ["7"]),
         ("", ["no predictions"]),
+        ('{"index": 0, "prediction": "x", "n": ' + "9" * 5000 + "}\n", ["line 1", "not usable"]),
+        ("[" * 100_000 + "\n", ["not usable JSON"]),
+        ('{"index": 0, "prediction": "\\ud800"}\n', ["Prediction 0", "half a character"]),
+        ("[1]\n", ["record 0", "not an object"]),
     ],
 )
 def test_predictions(refused, facts, tmp_path, lines, words):

@@ -160,3 +160,56 @@ def test_files_are_recorded_and_found_from_anywhere(options, base, facts, tmp_pa
     assert main(["train", "--config", f"{run}/config.yaml", "--output_dir", "again"]) == 0
     for card in ("model", "adapter"):
         assert str(tmp_path) not in (tmp_path / "run" / card / "README.md").read_text()
+
+
+def write_pairs(path, count=20):
+    records = [{"prompt": f"{i}: What is it?", "completion": f" {i}."} for i in range(count)]
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return str(path)
+
+
+@pytest.fixture
+def custom(base, tmp_path):
+    """A training on the user's own records."""
+    data = write_pairs(tmp_path / "pairs.jsonl")
+    arguments = ["train", "--task", "custom", "--model", str(base), "--data", data]
+    return [*arguments, "--ranks", "4", "--max_steps", "2"]
+
+
+def test_evaluation_on_what_was_trained_on_warns(custom, tmp_path, capsys):
+    """A run's `model/` on the run's data: a tenth was held out, the others were not."""
+    run = tmp_path / "run"
+    assert main([*custom, "--max_samples", "12", "--output_dir", str(run)]) == 0
+    capsys.readouterr()
+
+    def evaluate(*arguments):
+        assert main(["eval", *arguments]) == 0
+        return "was trained on" in capsys.readouterr().err
+
+    shutil.copy(tmp_path / "pairs.jsonl", tmp_path / "copy.jsonl")
+    model = [str(run / "model"), "--task", "custom", "--data"]
+    assert evaluate(*model, str(tmp_path / "pairs.jsonl"))
+    assert evaluate(*model, str(tmp_path / "copy.jsonl"))
+    assert not evaluate(*model, write_pairs(tmp_path / "other.jsonl", 5))
+    (tmp_path / "folder").mkdir()
+    shutil.copy(tmp_path / "pairs.jsonl", tmp_path / "folder" / "train.jsonl")
+    write_pairs(tmp_path / "folder" / "test.jsonl", 5)
+    assert not evaluate(*model, str(tmp_path / "folder"))
+
+    saved = ["--task", "custom", "--data", str(tmp_path / "pairs.jsonl"), "--predictions"]
+    saved += [str(run / "predictions.jsonl"), "--output_dir", str(tmp_path / "e")]
+    assert main(["eval", *saved, "--max_samples", "12"]) == 0
+    scored = json.loads((tmp_path / "e" / "eval.json").read_text())["metrics"]["exact_match"]
+    assert scored == json.loads((run / "eval.json").read_text())["after"]["exact_match"]
+    (after,) = [json.loads((run / "eval.json").read_text())["after"]["loss"]]
+    assert (after["count"], after["low"]) == (1, None)
+
+
+def test_evaluation_data_that_is_the_training_data_warns(custom, tmp_path, capsys):
+    data = str(tmp_path / "pairs.jsonl")
+    assert main([*custom, "--eval_data", data, "--dry_run"]) == 0
+    assert "eval_data" in (error := capsys.readouterr().err)
+    assert "holds what data holds" in error
+    other = write_pairs(tmp_path / "other.jsonl", 5)
+    assert main([*custom, "--eval_data", other, "--dry_run"]) == 0
+    assert "holds what data holds" not in capsys.readouterr().err

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from molf.cli.eval import EvalOptions
@@ -18,6 +19,7 @@ from molf.train.ownership import AN_EVALUATION, EVALUATION, PREDICTIONS, predict
 from molf.train.progress import make_reporter
 from molf.train.result import evaluation_record
 from molf.train.run_directory import check_output
+from molf.train.training_data import warn_of_training_data
 
 
 def evaluate_checkpoint(model: str, options: EvalOptions) -> dict[str, Evaluation]:
@@ -35,6 +37,8 @@ def evaluate_checkpoint(model: str, options: EvalOptions) -> dict[str, Evaluatio
     )
     tasks = {task.name: load_task(task) for task in options.task_options}
     texts = {name: _forgetting_text(task, options) for name, task in tasks.items()}
+    for task in tasks.values():
+        warn_of_training_data(model, task)
 
     from molf.train.libraries import quiet_libraries
 
@@ -72,7 +76,9 @@ def score_saved_texts(options: EvalOptions) -> dict[str, Evaluation]:
     predictions = _read_predictions(Path(str(options.predictions)))
     _check_output(options)
     (task,) = options.task_options
-    evaluations = {task.name: load_task(task).score_predictions(predictions)}
+    # Whatever stood before the questions, the texts are there: none has to be drawn.
+    scored = load_task(replace(task, few_shot=0)).score_predictions(predictions)
+    evaluations = {task.name: scored}
     _write(options, evaluations)
     return evaluations
 

@@ -15,6 +15,7 @@ from molf.train.result import RunResult
 from molf.train.results import RESULTS, check_results
 from molf.train.run_directory import check_output
 from molf.train.settings import TrainSettings
+from molf.train.training_data import warn_of_equal_data
 
 if TYPE_CHECKING:
     from molf.train.dry_run import DryRun
@@ -75,6 +76,7 @@ def _opened(settings: TrainSettings, started: datetime) -> tuple[ResolvedSetting
     check_inputs_outside(resolved.output_dir, {name: getattr(resolved, name) for name in inputs})
     check_results(resolved.output_dir.parent / RESULTS)
     task = load_task(resolved.task_options)
+    warn_of_equal_data(resolved)
     if resolved.forgetting_data is None:
         return resolved, task, task.default_forgetting_text()
     return resolved, task, read_plain_text(resolved.forgetting_data)
