@@ -60,10 +60,9 @@ def run(line: str, *extra: str) -> int:
 
 def test_commands_of_tasks(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    write(
-        tmp_path / "questions.jsonl",
-        [{**records("sql")[0], "sql_prompt": f"How many {i}?"} for i in range(20)],
-    )
+    for name in ("questions", "other-questions"):
+        asked = [{**records("sql")[0], "sql_prompt": f"{name}: {i}?"} for i in range(20)]
+        write(tmp_path / f"{name}.jsonl", asked)
     quiz = [{**records("med")[0], "question": f"Which is vitamin {i}?"} for i in range(20)]
     (tmp_path / "quiz").mkdir()
     write(tmp_path / "quiz" / "train.jsonl", quiz)
@@ -117,7 +116,10 @@ def test_methods_described():
 
 def test_commands_of_plan(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    write(tmp_path / "records.jsonl", [{"prompt": "Two and two", "completion": " make four."}] * 8)
+    write(
+        tmp_path / "records.jsonl",
+        [{"prompt": f"{i} and two", "completion": f" make {i + 2}."} for i in range(8)],
+    )
     commands = [line for block in blocks(PLAN, "bash") for line in block.splitlines()]
     assert [line.split()[1] for line in commands] == ["plan", "plan", "plan", "train"]
     for line in commands:

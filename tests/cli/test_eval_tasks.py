@@ -162,3 +162,68 @@ def test_few_shot_of_train(refused, base):
     error = refused("train", "--task", "fact", "--model", str(base), "--few_shot", "2")
     assert "few_shot=2" in error
     assert "task=fact" in error
+
+
+def saved(path, count=3):
+    entries = [{"index": index, "prediction": " SELECT 1;"} for index in range(count)]
+    path.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("files", "fault"),
+    [
+        (["eval.json", "config.yaml"], "it has a config.yaml"),
+        (["eval.json", "model/model.safetensors"], "it has a model"),
+        (["eval.json", "thesis.tex"], "it holds thesis.tex"),
+        (["predictions.jsonl"], "it has no eval.json"),
+        (["other/eval.json"], "it has no eval.json"),
+    ],
+)
+def test_overwrite_spares_what_is_more_than_an_evaluation(data, capsys, files, fault):
+    """Every run of `molf train` has an eval.json."""
+    path = data / "run"
+    for name in files:
+        (path / name).parent.mkdir(parents=True, exist_ok=True)
+        (path / name).write_text('{"task": "sql", "metrics": {}}')
+    predictions = saved(data / "saved.jsonl", 4)
+    arguments = ["eval", "--task", "sql", "--predictions", predictions, "--overwrite"]
+    assert main([*arguments, "--output_dir", str(path)]) == 2
+    assert fault in capsys.readouterr().err
+    for name in files:
+        assert (path / name).read_text() == '{"task": "sql", "metrics": {}}'
+
+
+def test_a_runs_eval_json_is_not_that_of_an_evaluation(data, capsys):
+    (data / "run").mkdir()
+    (data / "run" / "eval.json").write_text('{"task": "sql", "before": {}, "after": {}}')
+    arguments = ["eval", "--task", "sql", "--predictions", saved(data / "saved.jsonl", 4)]
+    assert main([*arguments, "--overwrite", "--output_dir", str(data / "run")]) == 2
+    assert "its eval.json is not that of an evaluation" in capsys.readouterr().err
+
+
+def test_predictions_are_not_overwritten_by_their_own_score(data, capsys):
+    arguments = ["eval", "--task", "sql", "--output_dir", str(data / "e"), "--predictions"]
+    assert main([*arguments, saved(data / "saved.jsonl", 4)]) == 0
+    own = str(data / "e" / "predictions.jsonl")
+    assert main([*arguments, own, "--overwrite"]) == 2
+    assert f"predictions {own} lies in output_dir" in capsys.readouterr().err
+
+
+def test_predictions_may_hold_any_character(data, capsys):
+    """Only a line feed ends a line of JSON; other separators stand in texts as they are."""
+    entries = [{"index": index, "prediction": "a\u2028b\x85c\x0c"} for index in range(4)]
+    lines = [json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries]
+    (data / "saved.jsonl").write_text("".join(lines), encoding="utf-8")
+    arguments = ["eval", "--task", "med", "--predictions", str(data / "saved.jsonl")]
+    assert main([*arguments, "--output_dir", str(data / "e")]) == 0
+    written = (data / "e" / "predictions.jsonl").read_bytes().decode().split("\n")
+    assert json.loads(written[0])["prediction"] == "a\u2028b\x85c\x0c"
+
+
+def test_saved_texts_need_no_demonstrations(data, capsys):
+    """All records are scored, so none could be shown; the texts are there already."""
+    arguments = ["eval", "--task", "med", "--few_shot", "1", "--predictions"]
+    assert main([*arguments, saved(data / "saved.jsonl", 4)]) == 0
+    assert main(["eval", str(BASE_PATH), "--task", "med", "--few_shot", "1"]) == 2
+    assert "What is evaluated is never shown" in capsys.readouterr().err

@@ -66,6 +66,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[1] / name) for name in ("ev
         ("train --target_modules [q", ["target_modules='[q'", "not a regular expression"]),
         ("train --unheard_of 1", ["--unheard_of", "molf train --help"]),
         ("train --bf16 maybe", ["'maybe'", "molf train --help"]),
+        ("train --report_to tensorboard,none", ["report_to=tensorboard,none", "stands alone"]),
         ("train surplus", ["surplus", "molf train --help"]),
         ("eval", ["--task"]),
         ("eval --task fact", ["model", "--predictions"]),
@@ -176,6 +177,33 @@ def test_overwrite_spares_what_is_no_run(train, base):
     assert "config.yaml" in error
 
 
+LONG = "x" * 300
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["train", "--output_dir", LONG],
+        ["train", "--model", LONG, "--task", "custom"],
+        ["train", "--forgetting_data", LONG],
+        ["train", "--data", LONG, "--task", "custom", "--model", "base"],
+        ["train", "--config", LONG],
+        ["eval", LONG, "--task", "demo-fact"],
+        ["eval", "base", "--task", "demo-fact", "--output_dir", LONG],
+        ["eval", "--task", "demo-fact", "--predictions", LONG],
+        ["plan", "--model", LONG],
+        ["routing", LONG],
+        ["export", LONG],
+        ["recipes", "cp", "demo-fact-molf", LONG],
+    ],
+)
+def test_names_that_the_system_refuses(refused, base, arguments):
+    assert "File name too long" in refused(*arguments)
+    with_null = ["a\0b" if argument == LONG else argument for argument in arguments]
+    error = refused(*with_null)
+    assert "null byte" in error or "file not found" in error
+
+
 def test_output_dir_below_a_file(train, facts):
     assert "is not a directory" in train(output_dir=facts / "run")
 
@@ -193,12 +221,25 @@ def test_output_dir_cannot_be_written(train):
         ("output_dir", "x", ["--output_dir"]),
         ("packing", "true", ["packing"]),
         ("dataloader_num_workers", "many", ["dataloader_num_workers", "many"]),
+        ("assistant_only_loss", "true", ["assistant_only_loss", "the task says which tokens"]),
+        ("eval_on_start", "true", ["eval_on_start", "before and after"]),
+        ("use_liger_kernel", "true", ["use_liger_kernel", "not installed"]),
+        ("fsdp", "full_shard", ["fsdp", "one process"]),
+        ("deepspeed", "x.json", ["deepspeed", "one process"]),
+        ("eos_token", "<nope>", ["eos_token", "tokenizer"]),
+        ("chat_template_path", "x", ["chat_template_path", "tokenizer"]),
+        ("lr_scheduler_kwargs", '{"a": 1}', ["lr_scheduler_kwargs={'a': 1}", "cosine", "'a'"]),
+        ("hub_token", "hf_secret", ["hub_token", "pushes nothing"]),
+        ("hub_model_id", "me/model", ["hub_model_id", "pushes nothing"]),
     ],
 )
-def test_training_args(train, name, value, words):
+def test_training_args(train, monkeypatch, name, value, words):
+    if name == "use_liger_kernel":
+        monkeypatch.setattr("molf.train.sft_config.find_spec", lambda name: None)
     error = train(f"--training_args.{name}", value)
     for word in words:
         assert word in error
+    assert "hf_secret" not in error
 
 
 def test_tracker_that_is_not_there(train):
@@ -314,6 +355,10 @@ def test_nothing_to_evaluate_within_the_limit(train, real_base, tmp_path, capsys
         ('{"index": 0}\n', ["prediction"]),
         ('{"index": 7, "prediction": "x"}\n', ["7"]),
         ("", ["no predictions"]),
+        ('{"index": 0, "prediction": "x", "n": ' + "9" * 5000 + "}\n", ["line 1", "not usable"]),
+        ("[" * 100_000 + "\n", ["not usable JSON"]),
+        ('{"index": 0, "prediction": "\\ud800"}\n', ["Prediction 0", "half a character"]),
+        ("[1]\n", ["record 0", "not an object"]),
     ],
 )
 def test_predictions(refused, facts, tmp_path, lines, words):

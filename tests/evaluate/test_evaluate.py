@@ -15,7 +15,7 @@ def task(tmp_path):
     path = tmp_path / "data.jsonl"
     records = [{"prompt": line[:20], "completion": line[20:]} for line in LINES[:5]]
     path.write_text("\n".join(json.dumps(record) for record in records))
-    return load_task(TaskOptions(name="custom", data=str(path)))
+    return load_task(TaskOptions(name="custom", data=str(path), evaluation_only=True))
 
 
 def test_every_evaluation_measures_forgetting(task):
@@ -45,7 +45,7 @@ def test_a_model_can_be_trained_on_after_its_evaluation(task):
 
 def test_records_are_checked_without_importing_torch(tmp_path):
     path = tmp_path / "data.jsonl"
-    path.write_text('{"prompt": "a b", "completion": "c"}\n' * 5)
+    path.write_text("".join(f'{{"prompt": "a b", "completion": "{i}"}}\n' for i in range(5)))
     code = (
         "import sys\n"
         "from molf.tasks import TaskOptions, load_task\n"

@@ -227,3 +227,37 @@ def test_data_is_needed():
     for only in (False, True):
         with pytest.raises(InputError, match="task custom needs data"):
             load(None, evaluation_only=only)
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_equal_records_are_trained_on_or_evaluated(tmp_path, chat):
+    records = pairs(20)
+    if chat:
+        records = [
+            {"messages": [{"role": "user", "content": r["prompt"]}, *TURNS[1:]]} for r in records
+        ]
+    records = [{**record, "id": i} for i, record in enumerate([*records, *records, *records])]
+    task = load(write(tmp_path / "a.jsonl", records))
+    trained, held_out = records_of(task.training_samples), task._evaluated
+    assert {index % 20 for index in held_out}.isdisjoint(index % 20 for index in trained)
+    assert sorted([*trained, *held_out]) == list(range(60))
+    assert len(held_out) == 6
+    # What a run held out is known again.
+    saved = [{"index": index, "prediction": ""} for index in held_out]
+    again = load(str(tmp_path / "a.jsonl"), evaluation_only=True).score_predictions(saved)
+    assert again.metrics["exact_match"].count == 6
+    with pytest.raises(InputError, match="3 records of one content, and none is left to evaluate"):
+        load(write(tmp_path / "b.jsonl", records[::20]))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "name"), [({"prompt": "another"}, "prompt"), ({"expected": "x"}, "expected")]
+)
+def test_predictions_of_other_data_are_refused(tmp_path, wrong, name):
+    task = load(write(tmp_path / "a.jsonl", pairs(3)), evaluation_only=True)
+    saved = task.evaluate(
+        tiny_qwen2(), byte_level_tokenizer(), EvaluationSettings(max_new_tokens=1)
+    ).predictions
+    task.score_predictions(saved)
+    with pytest.raises(InputError, match=f"Prediction 1 was made on .*: record 1 has the {name}"):
+        task.score_predictions([saved[0], {**saved[1], **wrong}, saved[2]])

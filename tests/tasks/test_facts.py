@@ -2,6 +2,7 @@ import json
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 from tiny_models import (
     byte_level_tokenizer,
@@ -435,3 +436,54 @@ def test_a_real_sentencepiece_model_ties_only_on_equal_tokens():
     evaluation = task.evaluate(model, tokenizer, EvaluationSettings(batch_size=64))
     # Its 512 pieces make many targets share their first letter; the trap would tie them all.
     assert evaluation.notes["ties"]["rewrite"] < 15
+
+
+def test_predictions_of_other_requests_are_refused(data):
+    task = load(data(RECORDS[:3]))
+    saved = [{"index": i, "prediction": "", "target_new": "Rome"} for i in range(3)]
+    with pytest.raises(InputError, match=r"Prediction \d was made on other data.*the target_new"):
+        task.score_predictions(saved)
+
+
+def outcomes(successes, prompts):
+    """A request of which so many prompts of each kind succeed."""
+    right, wrong = Comparison(-1.0, -2.0, tie=False), Comparison(-2.0, -1.0, tie=False)
+    row = [right] * successes + [wrong] * (prompts - successes)
+    swapped = [Comparison(c.log_p_true, c.log_p_new, tie=False) for c in row]
+    return {"rewrite": [right], "paraphrase": row, "neighbourhood": swapped}
+
+
+def test_prompts_of_one_request_are_no_independent_observations():
+    from molf.evaluate.metric import bootstrap, ratio_of_sums, wilson
+
+    cases = [outcomes(5 * (i % 2), 5) for i in range(40)]  # all of a request, or none
+    metrics = fact_metrics(cases, seed=0).metrics
+    table = np.array([[5 * (i % 2), 5] for i in range(40)], float)
+    expected = bootstrap(table, ratio_of_sums, 0)
+    for name in ("ps", "ns"):
+        metric = metrics[name]
+        assert (metric.low, metric.high) == (expected.low, expected.high)
+        assert (metric.value, metric.count) == (0.5, 200)
+        naive = wilson(100, 200)
+        assert metric.high - metric.low > 1.8 * (naive.high - naive.low)
+
+
+def test_shares_that_no_resample_changes_count_requests():
+    from molf.evaluate.metric import wilson
+
+    metrics = fact_metrics([outcomes(5, 5)] * 10, seed=0).metrics
+    expected = wilson(10, 10)
+    assert (metrics["ps"].low, metrics["ps"].high) == (expected.low, expected.high)
+    assert metrics["ps"].count == 50
+
+
+def test_one_request_gives_no_interval_of_means():
+    from molf.train.model_card import show_metric
+    from molf.train.result import evaluation_record
+
+    evaluation = fact_metrics([outcomes(1, 2)], seed=0)
+    for name in ("em", "pm", "ps", "s"):
+        assert math.isnan(evaluation.metrics[name].low)
+        assert "[" not in show_metric(evaluation.metrics[name])
+    record = json.loads(json.dumps(evaluation_record(evaluation), allow_nan=False))
+    assert (record["em"]["low"], record["em"]["high"]) == (None, None)

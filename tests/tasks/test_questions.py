@@ -2,6 +2,7 @@
 
 import csv
 import json
+import warnings
 
 import pyarrow
 import pyarrow.parquet
@@ -249,11 +250,17 @@ def test_demonstrations_are_answered_training_records(tmp_path):
 
 
 def test_one_file_shows_its_other_records(tmp_path):
-    path = write(tmp_path / "a.jsonl", meds(5))
-    task = load(path, few_shot=2, evaluation_only=True)
-    for index, prompt in enumerate(prompts(task)):
-        assert prompt.count("Question:") == 3
-        assert prompt.count(f"{index}: which") == 1
+    """Demonstrations answer what is asked elsewhere, so none of them is of an evaluated record."""
+    path = write(tmp_path / "a.jsonl", [*meds(8), *meds(8)])
+    task = load(path, few_shot=2, max_samples=3, evaluation_only=True)
+    asked = {f"{index % 8}: which" for index in evaluated(task)}
+    for prompt in prompts(task):
+        *shown, last = prompt.split("\n\n")
+        assert len(shown) == 2
+        assert any(question in last for question in asked)
+        assert not any(question in block for question in asked for block in shown)
+    with pytest.raises(InputError, match=r"there are 0\. What is evaluated is never shown"):
+        load(path, few_shot=2, evaluation_only=True)
     path = write(tmp_path / "b.jsonl", meds(30))
     task = load(path, few_shot=2)
     held_out = {f"{index}: which town?" for index in evaluated(task)}
@@ -263,7 +270,7 @@ def test_one_file_shows_its_other_records(tmp_path):
 
 def test_the_instruction_comes_once(tmp_path):
     path = write(tmp_path / "a.jsonl", [sql(f"{i}?", f"SELECT {i};") for i in range(3)])
-    for prompt in prompts(load(path, "sql", few_shot=2, evaluation_only=True)):
+    for prompt in prompts(load(path, "sql", few_shot=2, max_samples=1, evaluation_only=True)):
         assert prompt.count("Write an SQLite query") == 1
         assert prompt.count("\nSQL: SELECT") == 2
 
@@ -271,8 +278,8 @@ def test_the_instruction_comes_once(tmp_path):
 def test_too_few_demonstrations_are_refused(tmp_path):
     path = write(tmp_path / "a.jsonl", meds(3))
     with pytest.raises(InputError, match=r"few_shot=3 needs as many .* but there are 2"):
-        load(path, few_shot=3, evaluation_only=True)
-    load(path, few_shot=2, evaluation_only=True)
+        load(path, few_shot=3, max_samples=1, evaluation_only=True)
+    load(path, few_shot=2, max_samples=1, evaluation_only=True)
     with pytest.raises(InputError, match="few_shot=-1"):
         load(path, few_shot=-1)
     with pytest.raises(InputError, match="few_shot=1 with task=custom"):
@@ -337,3 +344,60 @@ def test_a_demo_reports_its_nearest_training_answer():
     assert baseline["exact_match"].value == 0
     with pytest.raises(InputError, match="brings its own data"):
         load_demo_questions(TaskOptions(name="demo-sql", data="x"), load_sql, sql_records)
+
+
+@pytest.mark.parametrize("task", ["med", "sql"])
+def test_equal_questions_are_trained_on_or_evaluated(tmp_path, task):
+    records = meds(20) if task == "med" else [sql(f"{i}?", f"SELECT {i};") for i in range(20)]
+    found = load(write(tmp_path / "a.jsonl", [*records, *records]), task)
+    held_out = evaluated(found)
+    trained = {sample.record for sample in found.training_samples}
+    assert {index % 20 for index in held_out}.isdisjoint(index % 20 for index in trained)
+    assert sorted({*held_out, *trained}) == list(range(40))
+    assert len(held_out) == 4
+    with pytest.raises(InputError, match="2 records of one content, and none is left"):
+        load(write(tmp_path / "b.jsonl", records[:1] * 2), task)
+
+
+@pytest.mark.parametrize("of_run", [{"max_samples": 20}, {"max_eval_samples": 3}])
+def test_predictions_of_a_run_are_scored_with_as_many_samples(tmp_path, of_run):
+    """`molf eval` has one `--max_samples`; runs have two options that it may repeat."""
+    path = write(tmp_path / "a.jsonl", meds(40))
+    run = load(path, seed=3, **of_run)
+    saved = [{"index": index, "prediction": "A"} for index in evaluated(run)]
+    (most,) = of_run.values()
+    found = load(path, seed=3, max_samples=most, evaluation_only=True).score_predictions(saved)
+    assert found.metrics["accuracy"].count == len(saved)
+
+
+def test_predictions_of_a_run_on_the_official_split(tmp_path):
+    """`--max_samples` of a run bounds what it was trained on."""
+    write(tmp_path / "d" / "train.jsonl", meds(30))
+    write(tmp_path / "d" / "validation.jsonl", meds(8, "v"))
+    run = load(tmp_path / "d", max_samples=4)
+    saved = [{"index": index, "prediction": "A"} for index in evaluated(run)]
+    task = load(tmp_path / "d", max_samples=4, evaluation_only=True)
+    assert task.score_predictions(saved).metrics["accuracy"].count == 8
+
+
+def test_predictions_of_other_data_are_refused(tmp_path):
+    task = load(write(tmp_path / "a.jsonl", meds(3)), evaluation_only=True)
+    saved = [{"index": i, "prediction": "A", "expected": "ABC"[i]} for i in range(3)]
+    assert task.score_predictions(saved).metrics["accuracy"].count == 3
+    saved[1]["prompt"] = "Shown before.\n\n" + task._question(1).prompt + " and after"
+    assert task.score_predictions(saved).metrics["accuracy"].count == 3
+    with pytest.raises(InputError, match=r"Prediction 2 .* record 2 has the expected 'C', and not"):
+        task.score_predictions([*saved[:2], {**saved[2], "expected": "D"}])
+    with pytest.raises(InputError, match=r"Prediction 1 .* record 1 has the prompt"):
+        task.score_predictions([saved[0], {**saved[1], "prompt": "Question: other"}, saved[2]])
+
+
+def test_right_options_that_count_from_one_are_seen_in_either_data(tmp_path):
+    zero = write(tmp_path / "zero.jsonl", meds(12))
+    one = write(tmp_path / "one.jsonl", [{**r, "cop": r["cop"] + 1} for r in meds(12)])
+    for data, other in ((one, zero), (zero, one)):
+        with pytest.warns(UserWarning, match="it seems to count from 1"):
+            load(data, eval_data=other)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load(zero, eval_data=zero)

@@ -176,3 +176,16 @@ def test_unreachable_hub_is_asked_once(monkeypatch):
         read_records("owner/name")
     assert len(asked) == 1
     assert "datasets/owner/name" in asked[0]
+
+
+def test_a_download_that_cannot_be_kept_leaves_nothing(monkeypatch, tmp_path):
+    monkeypatch.setenv("MOLF_CACHE", str(tmp_path))
+    monkeypatch.setattr("urllib.request.urlopen", lambda url, timeout: io.BytesIO(b'[{"a": 1}]'))
+
+    def full(source, target):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.replace", full)
+    with pytest.raises(InputError, match=r"cannot be kept in .*: No space left on device\. Set MO"):
+        read_records("https://example.org/some/data.json")
+    assert list(tmp_path.iterdir()) == []

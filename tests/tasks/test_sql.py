@@ -91,7 +91,8 @@ def test_saved_texts_give_all_metrics(tmp_path):
 
 
 def test_what_a_run_held_out_can_be_scored_again(tmp_path):
-    path = write(tmp_path / "a.jsonl", RECORDS * 8)
+    records = [{**r, "sql_prompt": f"{r['sql_prompt']} {i}"} for i in range(8) for r in RECORDS]
+    path = write(tmp_path / "a.jsonl", records)
     run = load_task(TaskOptions(name="sql", data=path, seed=2))
     held_out = run._data.evaluated
     saved = [{"index": index, "prediction": "SELECT 1"} for index in held_out]

@@ -1,6 +1,7 @@
 """`molf routing` and `molf eval` on what `molf train` left."""
 
 import json
+import shutil
 
 import pytest
 
@@ -95,3 +96,23 @@ def test_eval_writes_only_where_it_may(molf_run, facts, capsys):
     arguments = ["eval", "--task", "fact", "--data", str(facts), "--predictions", str(predictions)]
     assert main([*arguments, "--output_dir", str(molf_run.path)]) == 2
     assert "exists and is not empty" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["r[/x]", "r[bold]"])
+def test_names_are_no_markup(molf_run, tmp_path, capsys, name):
+    run = tmp_path / name
+    shutil.copytree(molf_run.path, run)
+    assert main(["routing", str(run)]) == 0
+    assert f"{run}: 3 steps" in capsys.readouterr().out.replace("\n", "")
+
+
+def test_routing_that_cannot_be_read(molf_run, tmp_path, capsys):
+    run = tmp_path / "run"
+    shutil.copytree(molf_run.path, run)
+    part = run / "routing" / "part-00000.parquet"
+    part.write_bytes(part.read_bytes()[:-10])
+    for extra in ([], ["--jsonl"]):
+        assert main(["routing", str(run), *extra]) == 2
+        error = capsys.readouterr().err
+        assert f"{part} is not a readable Parquet file" in error
+        assert error.count("\n") == 1

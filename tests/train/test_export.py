@@ -1,6 +1,7 @@
 """`molf export`: what it writes is what the run trained, in the type asked for, whole or not."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -33,7 +34,7 @@ def listing(path):
 def test_model(run_of, export, dtype):
     run = run_of("molf-e")
     out = export(run.path, "--dtype", dtype)
-    assert listing(out) == listing(run.path / "model")
+    assert listing(out) == sorted([*listing(run.path / "model"), "molf_export.json"])
     before = load_file(run.path / "model" / "model.safetensors")
     after = load_file(out / "model.safetensors")
     assert before.keys() == after.keys()
@@ -63,7 +64,7 @@ def test_adapter(run_of, base, export, method):
 
     run = run_of(method)
     out = export(run.path, "--what", "adapter", "--dtype", "bfloat16")
-    assert listing(out) == listing(run.path / "adapter")
+    assert listing(out) == sorted([*listing(run.path / "adapter"), "molf_export.json"])
     before = load_file(run.path / "adapter" / "adapter_model.safetensors")
     after = load_file(out / "adapter_model.safetensors")
     assert all(torch.equal(after[n], t.to(torch.bfloat16)) for n, t in before.items())
@@ -104,7 +105,7 @@ def test_existing_output_needs_overwrite(run_of, export, tmp_path, capsys):
     assert listing(tmp_path) == ["exported"]
 
 
-@pytest.mark.parametrize("place", ["", "model", "adapter"])
+@pytest.mark.parametrize("place", ["", "model", "adapter", "model/sub", "routing/x"])
 def test_what_is_not_an_export_is_never_replaced(run_of, capsys, tmp_path, place):
     run = run_of("lora").path
     given = ["export", str(run), "--output_dir", str(run / place), "--overwrite"]
@@ -113,7 +114,35 @@ def test_what_is_not_an_export_is_never_replaced(run_of, capsys, tmp_path, place
     (tmp_path / "thesis.tex").touch()
     given = ["export", str(run), "--output_dir", str(tmp_path), "--overwrite"]
     assert main(given) == 2
-    assert "was not written by molf" in capsys.readouterr().err
+    assert "is not an export" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("what", ["model", "adapter"])
+def test_other_checkpoints_are_never_replaced(run_of, base, tmp_path, capsys, what):
+    """Every checkpoint has a config.json, every adapter an adapter_config.json."""
+    run = run_of("lora").path
+    other = tmp_path / "other"
+    shutil.copytree(run / what, other)
+    before = {path.name: path.read_bytes() for path in other.iterdir()}
+    given = ["export", str(run), "--what", what, "--output_dir", str(other), "--overwrite"]
+    assert main(given) == 2
+    assert "it has no molf_export.json" in capsys.readouterr().err
+    assert {path.name: path.read_bytes() for path in other.iterdir()} == before
+
+
+def test_export_with_foreign_files_is_not_replaced(run_of, export, capsys):
+    run = run_of("lora").path
+    out = export(run)
+    (out / "notes.txt").touch()
+    assert main(["export", str(run), "--output_dir", str(out), "--overwrite"]) == 2
+    assert "it holds notes.txt" in capsys.readouterr().err
+
+
+def test_card_may_be_gone(run_of, export, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(run_of("lora").path, run)
+    (run / "model" / "README.md").unlink()
+    assert "README.md" not in listing(export(run))
 
 
 def test_run_that_was_not_saved(run_of, tmp_path, capsys):

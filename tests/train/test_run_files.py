@@ -7,7 +7,7 @@ import pytest
 
 from molf.errors import InputError
 from molf.train.files import replacing_directory, replacing_file, write_json
-from molf.train.results import append_result
+from molf.train.results import append_result, check_results
 from molf.train.run_directory import RunDirectory, check_output
 
 
@@ -98,28 +98,104 @@ def test_foreign_files_are_never_taken(tmp_path, overwrite):
     assert names(tmp_path) == ["thesis.tex"]
 
 
+def write_run(path, seed=1):
+    path.mkdir()
+    (path / "config.yaml").write_text(f"method: molf\nseed: {seed}\nrun:\n  task: {{}}\n")
+    (path / "environment.json").write_text("{}")
+
+
 def test_replaced_run_is_kept_until_the_new_one_is_complete(tmp_path):
     path = tmp_path / "run"
-    path.mkdir()
-    (path / "config.yaml").write_text("first")
+    write_run(path)
     (tmp_path / "run.replaced-1").mkdir()  # of a run that failed before
     directory = RunDirectory(path, overwrite=True)
     assert names(path) == []
     assert directory.replaced == tmp_path / "run.replaced-2"
-    assert (directory.replaced / "config.yaml").read_text() == "first"
+    assert "seed: 1" in (directory.replaced / "config.yaml").read_text()
     directory.complete()
     assert names(tmp_path) == ["run", "run.replaced-1"]
 
 
 def test_discarded_run_brings_the_earlier_one_back(tmp_path):
     path = tmp_path / "run"
-    path.mkdir()
-    (path / "config.yaml").write_text("first")
+    write_run(path)
     directory = RunDirectory(path, overwrite=True)
     (directory / "config.yaml").write_text("second")
     directory.discard()
     assert names(tmp_path) == ["run"]
-    assert (path / "config.yaml").read_text() == "first"
+    assert "seed: 1" in (path / "config.yaml").read_text()
+
+
+@pytest.mark.parametrize(
+    ("config", "others", "fault"),
+    [
+        (None, ["environment.json"], "it has no config.yaml"),
+        ("hello: 1\n", ["environment.json"], "not that of a run"),
+        ("method: molf\nseed: 1\n", ["environment.json"], "not that of a run"),  # a recipe
+        ("a: [\n", ["environment.json"], "not that of a run"),
+        ("method: molf\nrun: {}\n", [], "it has no environment.json"),
+        ("method: molf\nrun: {}\n", ["environment.json", "thesis.tex"], "it holds thesis.tex, "),
+        ("method: molf\nrun: {}\n", ["environment.json", "a", "b"], "it holds a and 1 more, "),
+    ],
+)
+def test_only_a_run_and_nothing_else_is_replaced(tmp_path, config, others, fault):
+    path = tmp_path / "run"
+    path.mkdir()
+    if config is not None:
+        (path / "config.yaml").write_text(config)
+    for name in others:
+        (path / name).touch()
+    with pytest.raises(InputError) as error:
+        check_output(path, overwrite=True)
+    assert fault in str(error.value)
+
+
+def test_exports_and_leavings_of_a_killed_process_belong_to_a_run(tmp_path):
+    path = tmp_path / "run"
+    write_run(path)
+    (path / "error.log").touch()
+    (path / ".model.123.tmp").mkdir()
+    (path / "model-float16").mkdir()
+    (path / "model-float16" / "molf_export.json").write_text('{"files": ["config.json"]}')
+    (path / "model-float16" / "config.json").touch()
+    check_output(path, overwrite=True)
+    (path / "model-float16" / "notes.txt").touch()
+    with pytest.raises(InputError, match="it holds model-float16"):
+        check_output(path, overwrite=True)
+
+
+@pytest.mark.parametrize("interrupted", [1, 2])
+def test_interrupt_between_the_renames_loses_neither_directory(tmp_path, monkeypatch, interrupted):
+    from pathlib import Path
+
+    path = tmp_path / "model"
+    path.mkdir()
+    (path / "old").touch()
+    rename, calls = Path.rename, []
+
+    def interrupting(self, target):
+        calls.append(target)
+        if len(calls) == interrupted:
+            raise KeyboardInterrupt
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", interrupting)
+
+    def write():
+        with replacing_directory(path) as temporary:
+            (temporary / "new").touch()
+
+    with pytest.raises(KeyboardInterrupt):
+        write()
+    assert names(path) == ["old"]
+    assert names(tmp_path) == ["model"]
+
+
+def test_name_that_leaves_no_room_for_those_beside_it(tmp_path):
+    with pytest.raises(InputError, match=r"201 bytes\. Must be at most 200"):
+        check_output(tmp_path / ("x" * 201), overwrite=False)
+    with pytest.raises(InputError, match=r"output_dir .*\.\.\. is not a path: File name too long"):
+        check_output(tmp_path / ("x" * 300), overwrite=False)
 
 
 def read_results(path):
@@ -143,3 +219,43 @@ def test_runs_that_finish_together_lose_no_row(tmp_path):
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(lambda i: append_result(path, {"run": i}), range(20)))
     assert {row["run"] for row in read_results(path)} == {str(i) for i in range(20)}
+
+
+def test_results_have_one_row_of_a_run(tmp_path):
+    path = tmp_path / "results.csv"
+    for es, run in enumerate("aba"):
+        append_result(path, {"run": run, "es": es})
+    assert read_results(path) == [{"run": "b", "es": "1"}, {"run": "a", "es": "2"}]
+
+
+def test_results_from_a_spreadsheet_keep_their_columns(tmp_path):
+    path = tmp_path / "results.csv"
+    path.write_bytes(b"\xef\xbb\xbfrun,mine\r\na,1\r\n")
+    check_results(path)
+    append_result(path, {"run": "b", "es": 2})
+    assert read_results(path) == [
+        {"run": "a", "mine": "1", "es": ""},
+        {"run": "b", "mine": "", "es": "2"},
+    ]
+
+
+@pytest.mark.parametrize(
+    ("content", "fault"),
+    [
+        (b"run,task\na,b,c\n", "line 2 has 3 cells for 2 columns"),
+        (b"run,task\n\xe9,b\n", "'utf-8' codec can't decode"),
+        (b"name,task\na,b\n", "does not name the columns"),
+        (b"run,run\na,b\n", "does not name the columns"),
+        (None, "Is a directory"),
+    ],
+)
+def test_results_that_are_no_table_are_found_beforehand(tmp_path, content, fault):
+    path = tmp_path / "results.csv"
+    if content is None:
+        path.mkdir()
+    else:
+        path.write_bytes(content)
+    with pytest.raises(InputError) as error:
+        check_results(path)
+    assert str(path) in str(error.value)
+    assert fault in str(error.value)

@@ -2,6 +2,8 @@
 
 import errno
 import json
+import shutil
+import signal
 import subprocess
 import sys
 
@@ -104,24 +106,27 @@ def test_disk_full(disk_full, options, tmp_path, capsys):
     assert not (tmp_path / "results.csv").exists()
 
 
+def earlier_run(path):
+    path.mkdir()
+    (path / "config.yaml").write_text("method: molf\nrun:\n  task: {}\n")
+    (path / "environment.json").write_text("{}")
+    (path / "error.log").write_text("old")
+
+
 def test_failed_overwrite_keeps_the_earlier_run(disk_full, options, tmp_path, capsys):
     path = tmp_path / "run"
-    path.mkdir()
-    (path / "config.yaml").write_text("task: fact\n")
-    (path / "precious").write_text("kept")
+    earlier_run(path)
     assert main([*options, "--overwrite", "--output_dir", str(path)]) == 1
     kept = tmp_path / "run.replaced-1"
     assert str(kept) in capsys.readouterr().err.splitlines()[-1]
-    assert (kept / "precious").read_text() == "kept"
+    assert (kept / "error.log").read_text() == "old"
 
 
 def test_overwrite_replaces_the_earlier_run(options, tmp_path):
     path = tmp_path / "run"
-    path.mkdir()
-    (path / "config.yaml").write_text("task: fact\n")
-    (path / "old").write_text("old")
+    earlier_run(path)
     assert main([*options, "--overwrite", "--output_dir", str(path)]) == 0
-    assert not (path / "old").exists()
+    assert not (path / "error.log").exists()
     assert sorted(p.name for p in tmp_path.iterdir()) == [".results.csv.lock", "results.csv", "run"]
 
 
@@ -135,3 +140,67 @@ def test_interrupt_while_saving(monkeypatch, options, tmp_path, capsys):
     assert main([*options, "--output_dir", str(path)]) == 130
     assert "Interrupted" in capsys.readouterr().err
     assert not any("model" in p.name for p in path.iterdir())
+
+
+@pytest.mark.parametrize("option", ["data", "model", "forgetting_data"])
+def test_what_a_run_reads_is_not_overwritten_by_it(options, facts, base, tmp_path, capsys, option):
+    path = tmp_path / "run"
+    earlier_run(path)
+    given = path / "model"
+    if option == "model":
+        shutil.copytree(base, given)
+    else:
+        given.mkdir()
+        given = given / "file.jsonl"
+        given.write_text(facts.read_text())
+    arguments = [*options, "--forgetting_data", str(facts)]
+    arguments[arguments.index(f"--{option}") + 1] = str(given)
+    assert main([*arguments, "--overwrite", "--output_dir", str(path)]) == 2
+    error = capsys.readouterr().err
+    assert f"{option} {given} lies in output_dir {path}" in error
+    assert given.exists()
+
+
+def test_overwritten_link_stays_a_link(options, tmp_path):
+    (tmp_path / "scratch").mkdir()
+    earlier_run(tmp_path / "scratch" / "real")
+    link = tmp_path / "run"
+    link.symlink_to(tmp_path / "scratch" / "real")
+    assert main([*options, "--overwrite", "--output_dir", str(link)]) == 0
+    assert link.is_symlink()
+    assert (link / "eval.json").is_file()
+    names = sorted(p.name for p in (tmp_path / "scratch").iterdir())
+    assert names == [".results.csv.lock", "real", "results.csv"]
+
+
+def test_row_that_cannot_be_added_does_not_fail_a_run(monkeypatch, options, tmp_path, capsys):
+    def append(path, row):
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr("molf.train.job.append_result", append)
+    path = tmp_path / "run"
+    earlier_run(path)
+    assert main([*options, "--overwrite", "--output_dir", str(path)]) == 0
+    error = capsys.readouterr().err
+    assert "warning: The run is complete, but its row was not added to" in error
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["run"]
+    assert not (path / "error.log").exists()
+
+
+@pytest.mark.parametrize(("name", "code"), [("SIGTERM", 143), ("SIGHUP", 129), ("SIGINT", 130)])
+def test_signal_ends_a_run_as_an_interrupt_does(monkeypatch, options, tmp_path, capsys, name, code):
+    from molf.train import job
+
+    def killed(*given, **options):
+        signal.raise_signal(getattr(signal, name))
+        raise AssertionError("the signal did nothing")
+
+    monkeypatch.setattr(job, "run_training", killed)
+    before = signal.getsignal(getattr(signal, name))
+    path = tmp_path / "run"
+    earlier_run(path)
+    assert main([*options, "--overwrite", "--output_dir", str(path)]) == code
+    error = capsys.readouterr().err
+    assert "Interrupted; what was written is in" in error
+    assert "The earlier run is kept in" in error
+    assert signal.getsignal(getattr(signal, name)) == before

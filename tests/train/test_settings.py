@@ -148,12 +148,28 @@ def test_options_without_effect_warn(method):
         resolved(method=method, **kept)
 
 
-def test_default_directory_is_fresh(tmp_path, monkeypatch):
+def test_default_directories_of_two_runs_in_one_second_differ():
+    first, second = resolved().output_dir, resolved().output_dir
+    assert first != second
+    for path in (first, second):
+        assert path.parent == Path("runs")
+        assert re.fullmatch(r"custom-molf-name-20260102-030405-[0-9a-f]{6}", path.name)
+
+
+def test_local_paths_hold_from_any_directory(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    first = resolved().output_dir
-    assert first == Path("runs/custom-molf-name-20260102-030405")
-    first.mkdir(parents=True)
-    assert resolved().output_dir == Path("runs/custom-molf-name-20260102-030405-2")
+    (tmp_path / "base").mkdir()
+    (tmp_path / "a.jsonl").touch()
+    settings = resolved(model="base", data="./a.jsonl", eval_data="owner/name")
+    assert settings.model == str(tmp_path / "base")
+    assert settings.data == str(tmp_path / "a.jsonl")
+    assert settings.eval_data == "owner/name"
+
+
+def test_link_to_a_directory_means_that_directory(tmp_path):
+    (tmp_path / "scratch").mkdir()
+    (tmp_path / "run").symlink_to(tmp_path / "scratch")
+    assert resolved(output_dir=tmp_path / "run").output_dir == tmp_path / "scratch"
 
 
 def test_home_is_expanded(monkeypatch):

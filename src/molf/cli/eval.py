@@ -93,7 +93,7 @@ class EvalOptions:
             TaskOptions(
                 name=name,
                 data=self.data,
-                max_eval_samples=self.max_samples,
+                max_samples=self.max_samples,
                 few_shot=self.few_shot or 0,
                 seed=self.seed,
                 evaluation_only=True,

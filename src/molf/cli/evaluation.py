@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from molf.cli.eval import EvalOptions
 from molf.errors import InputError
 from molf.evaluate import Evaluation, EvaluationSettings, evaluate, read_plain_text
 from molf.evaluate.harness import PREFIX, Harness
+from molf.paths import check_inputs_outside, check_path
 from molf.tasks import Task, load_task
+from molf.tasks.files import Record, read_json
 from molf.train.files import write_json, write_jsonl
 from molf.train.model_path import check_model
+from molf.train.ownership import AN_EVALUATION, EVALUATION, PREDICTIONS, predictions_in
 from molf.train.progress import make_reporter
 from molf.train.result import evaluation_record
-from molf.train.run_directory import EVALUATION, PREDICTIONS, RunDirectory, check_output
+from molf.train.run_directory import check_output
+from molf.train.training_data import warn_of_training_data
 
 
 def evaluate_checkpoint(model: str, options: EvalOptions) -> dict[str, Evaluation]:
@@ -34,6 +37,8 @@ def evaluate_checkpoint(model: str, options: EvalOptions) -> dict[str, Evaluatio
     )
     tasks = {task.name: load_task(task) for task in options.task_options}
     texts = {name: _forgetting_text(task, options) for name, task in tasks.items()}
+    for task in tasks.values():
+        warn_of_training_data(model, task)
 
     from molf.train.libraries import quiet_libraries
 
@@ -71,7 +76,9 @@ def score_saved_texts(options: EvalOptions) -> dict[str, Evaluation]:
     predictions = _read_predictions(Path(str(options.predictions)))
     _check_output(options)
     (task,) = options.task_options
-    evaluations = {task.name: load_task(task).score_predictions(predictions)}
+    # Whatever stood before the questions, the texts are there: none has to be drawn.
+    scored = load_task(replace(task, few_shot=0)).score_predictions(predictions)
+    evaluations = {task.name: scored}
     _write(options, evaluations)
     return evaluations
 
@@ -93,41 +100,43 @@ def _load_harness(options: EvalOptions) -> Harness | None:
     )
 
 
-def _read_predictions(path: Path) -> list[dict[str, Any]]:
+def _read_predictions(path: Path) -> list[Record]:
+    check_path(path, "predictions")
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except UnicodeDecodeError as error:
-        raise InputError(f"predictions {path} is not UTF-8 text (byte {error.start}).") from error
-    except OSError as error:
-        raise InputError(f"predictions {path} cannot be read: {error.strerror}.") from error
-    predictions = []
-    for number, line in enumerate(lines, start=1):
-        if line.strip():
-            try:
-                predictions.append(json.loads(line))
-            except json.JSONDecodeError as error:
-                raise InputError(
-                    f"predictions {path}, line {number}: not JSON: {error.msg}."
-                ) from error
-    return predictions
+        return read_json(path)
+    except InputError as error:
+        raise InputError(f"predictions: {error}") from error
 
 
 def _check_output(options: EvalOptions) -> None:
-    if options.output_dir is not None:
-        check_output(options.output_dir, overwrite=options.overwrite, marker=EVALUATION)
+    path = options.output_dir
+    if path is None:
+        return
+    check_output(path, overwrite=options.overwrite, ownership=AN_EVALUATION)
+    inputs = ("data", "forgetting_data", "predictions")
+    check_inputs_outside(path, {name: getattr(options, name) for name in inputs})
 
 
 def _write(options: EvalOptions, evaluations: Mapping[str, Evaluation]) -> None:
-    """Write eval.json, and the predictions: one file, or one per task where there are several."""
-    if options.output_dir is None:
+    """Write eval.json, and the predictions: one file, or one per task where there are several.
+
+    Files of an earlier evaluation are replaced one by one; nothing else there is touched.
+    """
+    directory = options.output_dir
+    if directory is None:
         return
-    directory = RunDirectory(options.output_dir, overwrite=options.overwrite, marker=EVALUATION)
-    records = []
+    _check_output(options)  # the evaluation may have taken hours
+    directory.mkdir(parents=True, exist_ok=True)
+    earlier = predictions_in(directory)
+    records, written = [], []
     for name, evaluation in evaluations.items():
         if evaluation.predictions:
             file = PREDICTIONS if len(evaluations) == 1 else f"predictions-{name}.jsonl"
-            write_jsonl(directory / file, evaluation.predictions)
+            written.append(directory / file)
+            write_jsonl(written[-1], evaluation.predictions)
         metrics = evaluation_record(evaluation)
         records.append({"task": name, "metrics": metrics, "notes": evaluation.notes})
     write_json(directory / EVALUATION, records[0] if len(records) == 1 else {"tasks": records})
-    directory.complete()
+    for path in earlier:
+        if path not in written:
+            path.unlink()

@@ -1,13 +1,20 @@
-"""Running a command, and ending as the shell expects: 0 done, 2 wrong input, 1 failed."""
+"""Running a command, and ending as the shell expects: 0 done, 2 wrong input, 1 failed.
+
+SIGTERM and SIGHUP, which job schedulers and closed terminals send, end a command as Ctrl-C does.
+"""
 
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import tempfile
+import threading
 import traceback
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
 from typing import TextIO
 
 from cyclopts import CycloptsError, MissingArgumentError, UnknownOptionError, UnusedCliTokensError
@@ -15,7 +22,16 @@ from cyclopts import CycloptsError, MissingArgumentError, UnknownOptionError, Un
 from molf.cli.app import app, join_booleans
 from molf.errors import InputError
 
-DONE, FAILED, WRONG_INPUT, INTERRUPTED = 0, 1, 2, 130
+DONE, FAILED, WRONG_INPUT = 0, 1, 2
+_BY_SIGNAL = 128  # what shells add to the number of the signal that ended a command
+
+
+class _TerminatedError(KeyboardInterrupt):
+    """The process was told to end; what cleans up behind Ctrl-C does so behind this."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.number = number
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -24,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     # model ten times slower on a CPU that has anything else to do.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     arguments = join_booleans(sys.argv[1:] if argv is None else argv)
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), _signals_as_interrupts():
         warnings.showwarning = _WarningLines()
         try:
             return app(arguments, exit_on_error=False, print_error=False) or DONE
@@ -32,8 +48,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _fail(WRONG_INPUT, _explain(error))
         except InputError as error:
             return _fail(WRONG_INPUT, str(error))
+        except _TerminatedError as error:
+            return _BY_SIGNAL + error.number
         except KeyboardInterrupt:
-            return INTERRUPTED
+            return _BY_SIGNAL + signal.SIGINT
         except BrokenPipeError:
             # The reader has gone. Python would fail once more when it flushes at exit.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -44,6 +62,27 @@ def main(argv: Sequence[str] | None = None) -> int:
             return DONE  # the same, met by rich
         except Exception as error:
             return _fail(FAILED, _describe(error))
+
+
+@contextmanager
+def _signals_as_interrupts() -> Iterator[None]:
+    """Raise for the signals that would end the process on the spot; ignored ones stay ignored."""
+
+    def terminate(number: int, frame: FrameType | None) -> None:
+        raise _TerminatedError(number)
+
+    names = ("SIGTERM", "SIGHUP")  # the latter is not on Windows
+    numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
+    if threading.current_thread() is not threading.main_thread():
+        numbers = []  # only the main thread may
+    replaced = [number for number in numbers if signal.getsignal(number) == signal.SIG_DFL]
+    for number in replaced:
+        signal.signal(number, terminate)
+    try:
+        yield
+    finally:
+        for number in replaced:
+            signal.signal(number, signal.SIG_DFL)
 
 
 def _fail(code: int, message: str) -> int:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:  # both take seconds to import
 
 def print_plan(plan: TrainingPlan) -> None:
     """Print a plan to standard output."""
-    console = Console()
+    console = Console(markup=False)
     _say(console, *_header(plan))
     console.print(_parameters(plan))
     console.print(_memory(plan))
@@ -61,7 +61,7 @@ def print_dry_run(result: DryRun) -> None:
         f"          about {_duration(result.estimated_seconds)} for {result.steps} steps, judged "
         "by the examples' lengths; evaluations not included",
     ]
-    _say(Console(), *lines)
+    _say(Console(markup=False), *lines)
 
 
 def _duration(seconds: float) -> str:

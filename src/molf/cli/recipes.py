@@ -12,6 +12,7 @@ from cyclopts import Parameter
 
 from molf.cli.shipped import recipe_names, shipped_recipe
 from molf.errors import InputError
+from molf.paths import check_path
 
 _SHOWN = ("method", "task", "model")
 _WRONG_INPUT = 2
@@ -39,7 +40,7 @@ def list_recipes(
         table.add_column(column)
     for row in rows:
         table.add_row(*row.values())
-    Console(width=_WIDE).print(table)
+    Console(width=_WIDE, markup=False).print(table)
 
 
 def copy_recipe(
@@ -60,6 +61,7 @@ def copy_recipe(
 
     source = shipped_recipe(name)
     target = Path(source.name) if destination is None else destination.expanduser()
+    check_path(target, "dest")
     if target.is_dir():
         target /= source.name
     if target.exists() and not overwrite:

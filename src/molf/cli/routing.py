@@ -35,7 +35,7 @@ def show_routing(
     from molf.train.routing_shares import routing_shares
 
     shares = routing_shares(run)
-    console = Console()
+    console = Console(markup=False)
     console.print(f"{run}: {shares.steps} steps, {len(shares.by_layer)} layers", highlight=False)
     table = Table(title="Share of updates won", title_justify="left")
     table.add_column("layers")

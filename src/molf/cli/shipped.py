@@ -6,6 +6,7 @@ import difflib
 from pathlib import Path
 
 from molf.errors import InputError
+from molf.paths import check_path
 
 _FOLDER = Path(__file__).resolve().parents[1] / "recipes"
 _SUFFIX = ".yaml"
@@ -40,6 +41,7 @@ def find_recipe(text: str) -> Path:
         InputError: There is neither.
     """
     path = Path(text).expanduser()
+    check_path(path, "config")
     if path.exists():
         return path
     try:

@@ -11,14 +11,14 @@ from molf.evaluate import Evaluation
 from molf.evaluate.harness import PREFIX
 from molf.evaluate.meanings import meanings
 from molf.train.model_card import show_metric
+from molf.train.ownership import ADAPTER, MODEL
 from molf.train.result import RunResult
 from molf.train.results import RESULTS
-from molf.train.run_directory import ADAPTER, MODEL
 
 
 def print_summary(result: RunResult) -> None:
     """Print a finished run to standard output."""
-    console = Console()
+    console = Console(markup=False)
     table = Table(title=f"{result.directory.name}", title_justify="left")
     for column in ("metric", "before", "after", "count"):
         table.add_column(column, justify="left" if column == "metric" else "right")
@@ -58,7 +58,7 @@ def print_summary(result: RunResult) -> None:
 
 def print_evaluations(evaluations: Mapping[str, Evaluation]) -> None:
     """Print the metrics of each task in a table of its own to standard output."""
-    console = Console()
+    console = Console(markup=False)
     for name, evaluation in evaluations.items():
         table = Table(title=name, title_justify="left")
         table.add_column("metric")

@@ -81,11 +81,15 @@ def bootstrap(
         seed: Seed of the resampling.
 
     Returns:
-        The statistic of all rows; its interval is taken over the resamples where it is defined.
+        The statistic of all rows; its interval is taken over the resamples where it is defined. One
+        row says nothing about its spread, so there the ends are NaN.
     """
     n = len(columns)
     if n < 1:
         raise ValueError("A bootstrap needs at least one observation.")
+    value = float(statistic(columns.sum(axis=0, keepdims=True))[0])
+    if n == 1:
+        return Metric(value, float("nan"), float("nan"), n)
     rng = np.random.default_rng(seed)
     values = []
     for start in range(0, RESAMPLES, _RESAMPLES_AT_ONCE):
@@ -93,8 +97,7 @@ def bootstrap(
         drawn = rng.multinomial(n, np.full(n, 1 / n), size=size)  # times each row is drawn
         values.append(statistic(drawn @ columns))
     low, high = np.nanpercentile(np.concatenate(values), [2.5, 97.5])
-    value = statistic(columns.sum(axis=0, keepdims=True))[0]
-    return Metric(float(value), float(low), float(high), n)
+    return Metric(value, float(low), float(high), n)
 
 
 def ratio_of_sums(sums: FloatArray) -> FloatArray:

@@ -23,8 +23,8 @@ from molf.tasks.predictions import (
     restrict_to_sample,
 )
 from molf.tasks.records import read_splits
-from molf.tasks.samples import Sample
-from molf.tasks.selection import draw, hold_out
+from molf.tasks.samples import PromptCompletion, Sample
+from molf.tasks.selection import draw, required_hold_out, samples_of_runs
 
 _SPARE_TOKENS = 8  # generated beyond the longest completion: white space, then the end token
 _MOST_NEW_TOKENS = 512
@@ -44,7 +44,7 @@ class CustomTask(Task):
         evaluation: Sequence[Sample],
         evaluated: Sequence[int],
         source: dict[str, str],
-        held_out: Sequence[int] = (),
+        samples_of_runs: Sequence[Sequence[int]] = (),
     ) -> None:
         """Hold the samples.
 
@@ -54,11 +54,11 @@ class CustomTask(Task):
             evaluation: All samples of the evaluation data.
             evaluated: Those of them that are evaluated.
             source: Where the records are from.
-            held_out: Those that a training on this data would have held out.
+            samples_of_runs: Those that trainings on this data may have evaluated.
         """
         super().__init__(name, training, source)
         self._evaluation = evaluation
-        self._held_out = held_out
+        self._samples_of_runs = samples_of_runs
         self._evaluated = list(evaluated)
 
     @property
@@ -122,8 +122,8 @@ class CustomTask(Task):
 
     def score_predictions(self, predictions: list[dict[str, Any]]) -> Evaluation:
         """Measure `exact_match`; losses are not in texts."""
-        saved = check_predictions(predictions, len(self._evaluation))
-        sample = predicted_sample(saved, self._evaluated, self._held_out)
+        saved = check_predictions(predictions, len(self._evaluation), self._known)
+        sample = predicted_sample(saved, self._evaluated, self._samples_of_runs)
         saved = restrict_to_sample(saved, sample)
         return Evaluation(
             metrics={"exact_match": self._exact_match(saved.texts)},
@@ -147,6 +147,12 @@ class CustomTask(Task):
             text.strip() == self._evaluation[index].answer.strip() for index, text in texts.items()
         ]
         return wilson(sum(equal), len(equal))
+
+    def _known(self, index: int) -> dict[str, str]:
+        """What predictions repeat of a record; the text of a conversation is its template's."""
+        sample = self._evaluation[index]
+        prompt = {"prompt": sample.prompt} if isinstance(sample, PromptCompletion) else {}
+        return {**prompt, "expected": sample.answer}
 
     def _prediction(self, index: int, text: str) -> dict[str, Any]:
         sample = self._evaluation[index]
@@ -186,13 +192,10 @@ def load_custom(options: TaskOptions) -> CustomTask:
         evaluation = _parse(splits[split], f"{data} ({split})")
         evaluated, evaluated_on = list(range(len(evaluation))), f"the {split} split of {data}"
     else:
-        if len(drawn) < 2:
-            raise InputError(
-                f"data: {data} gives 1 record, and none is left to evaluate on. "
-                "Give more records, or eval_data."
-            )
         evaluation = training
-        drawn, evaluated = hold_out(drawn, options.seed)
+        drawn, evaluated = required_hold_out(
+            drawn, options.seed, lambda index: training[index].content, data
+        )
         evaluated_on = f"{len(evaluated)} records held out of {data} (seed {options.seed})"
     return CustomTask(
         options.name,
@@ -204,20 +207,29 @@ def load_custom(options: TaskOptions) -> CustomTask:
 
 
 def _load_for_evaluation(options: TaskOptions) -> CustomTask:
-    held_out: list[int] = []
     if options.eval_data is not None:
         path, samples = options.eval_data, _read_for_evaluation(options.eval_data, "eval_data")
-        drawn = list(range(len(samples)))
-    else:
-        path = _required_data(options)
-        splits = read_splits(path)
-        samples = _parse(splits[_evaluation_split(splits)], path)
-        drawn = draw(range(len(samples)), options.max_samples, options.seed)
-        if "train" in splits and len(splits) == 1 and len(drawn) > 1:
-            held_out = hold_out(drawn, options.seed)[1]
-            held_out = draw(held_out, options.max_eval_samples, options.seed)
+        drawn = draw(range(len(samples)), options.max_eval_samples, options.seed)
+        return CustomTask(options.name, [], samples, drawn, {"evaluated_on": path})
+    path = _required_data(options)
+    splits = read_splits(path)
+    split = _evaluation_split(splits)
+    samples = _parse(splits[split], path)
+    records = range(len(samples))
+    of_runs = [list(records)]
+    source = {"evaluated_on": path}
+    if split == "train":
+        source["evaluated_split"] = split
+        of_runs = samples_of_runs(
+            records,
+            lambda index: samples[index].content,
+            most=options.max_samples,
+            most_evaluated=options.max_eval_samples,
+            seed=options.seed,
+        )
+    drawn = draw(records, options.max_samples, options.seed)
     chosen = draw(drawn, options.max_eval_samples, options.seed)
-    return CustomTask(options.name, [], samples, chosen, {"evaluated_on": path}, held_out)
+    return CustomTask(options.name, [], samples, chosen, source, of_runs)
 
 
 def _required_data(options: TaskOptions) -> str:

@@ -35,7 +35,8 @@ class Demonstrations:
         if len(found) < self._count:
             raise InputError(
                 f"few_shot={self._count} needs as many training records with other questions than "
-                f"the one asked, but there are {len(found)}."
+                f"the one asked, but there are {len(found)}. What is evaluated is never shown: "
+                "evaluate fewer records (max_samples), or give data with a training split."
             )
         return found
 

@@ -28,8 +28,15 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "molf"
 
 
+def cached(url: str) -> Path:
+    """Where the local copy of a data file is, or would be."""
+    name = Path(urllib.parse.urlparse(url).path).name
+    digest = hashlib.sha256(url.encode()).hexdigest()[:16]
+    return cache_folder() / f"{digest}-{name}"
+
+
 def download(url: str, option: str) -> Path:
-    """The local copy of a data file, downloaded at its first use.
+    """The local copy of a data file, downloaded at its first use and never again.
 
     Args:
         url: The http(s) address of a JSON, JSON lines, Parquet or CSV file.
@@ -38,11 +45,9 @@ def download(url: str, option: str) -> Path:
     Raises:
         InputError: The address names no data file or does not answer.
     """
-    name = Path(urllib.parse.urlparse(url).path).name
-    if Path(name).suffix.lower() not in SUFFIXES:
+    if Path(urllib.parse.urlparse(url).path).suffix.lower() not in SUFFIXES:
         raise InputError(f"{option}: {url} is not the address of a {', '.join(SUFFIXES)} file.")
-    digest = hashlib.sha256(url.encode()).hexdigest()[:16]
-    target = cache_folder() / f"{digest}-{name}"
+    target = cached(url)
     if target.is_file():
         return target
     try:
@@ -54,9 +59,24 @@ def download(url: str, option: str) -> Path:
             f"{option}: cannot download {url} ({first_line(error)}). "
             f"Give a local copy of it with --{option} FILE."
         ) from error
-    target.parent.mkdir(parents=True, exist_ok=True)
-    # Written beside and renamed: a killed download must not leave half a file in the cache.
-    with tempfile.NamedTemporaryFile(dir=target.parent, delete=False) as partial:
-        partial.write(content)
-    os.replace(partial.name, target)
+    try:
+        _keep(content, target)
+    except OSError as error:
+        raise InputError(
+            f"{option}: {url} cannot be kept in {target.parent}: {error.strerror}. Set MOLF_CACHE "
+            f"to a folder that can be written, or give a local copy with --{option} FILE."
+        ) from error
     return target
+
+
+def _keep(content: bytes, target: Path) -> None:
+    """Write a file beside its place and rename it: half of one must not look like the whole."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=target.parent, delete=False) as partial:
+        try:
+            partial.write(content)
+            partial.flush()
+            os.replace(partial.name, target)
+        except BaseException:
+            os.unlink(partial.name)
+            raise

@@ -31,9 +31,9 @@ def fact_metrics(cases: Sequence[Outcomes], seed: int) -> Evaluation:
 
     A share (`es`, `ps`, `ns`) counts the prompts after which the wanted target's first token is
     the likelier one: the new target's, and for neighbourhood prompts the true one's. A magnitude
-    (`em`, `pm`, `nm`) is the mean of the wanted minus the other probability; its interval resamples
-    the requests, since the prompts of one request move together. `s` is the harmonic mean of the
-    three shares.
+    (`em`, `pm`, `nm`) is the mean of the wanted minus the other probability. `s` is the harmonic
+    mean of the three shares. Intervals resample the requests, since the prompts of one request move
+    together; those of shares over one prompt per request are Wilson's.
 
     Args:
         cases: The comparisons of each request.
@@ -49,20 +49,33 @@ def fact_metrics(cases: Sequence[Outcomes], seed: int) -> Evaluation:
     for kind, (share, magnitude) in _NAMES.items():
         sign = -1 if kind == "neighbourhood" else 1
         table = np.array([_sums(case[kind], sign) for case in cases])
-        successes, prompts = int(table[:, 0].sum()), int(table[:, 2].sum())
+        prompts = int(table[:, 2].sum())
         columns[kind] = table[:, [0, 2]]
         ties[kind] = sum(comparison.tie for case in cases for comparison in case[kind])
         if prompts == 0:
             left_out[share] = left_out[magnitude] = f"the records have no {kind} prompts"
             continue
-        metrics[share] = wilson(successes, prompts)
-        mean = bootstrap(table[:, [1, 2]], ratio_of_sums, seed)
+        asked = table[table[:, 2] > 0]
+        metrics[share] = _share(asked[:, [0, 2]], seed)
+        mean = bootstrap(asked[:, [1, 2]], ratio_of_sums, seed)
         metrics[magnitude] = replace(mean, count=prompts)
     if all(share in metrics for share, _ in _NAMES.values()):
         metrics["s"] = bootstrap(np.hstack([columns[kind] for kind in KINDS]), _harmonic, seed)
     else:
         left_out["s"] = "it needs es, ps and ns"
     return Evaluation(metrics, notes={"ties": ties, "metrics_left_out": left_out})
+
+
+def _share(columns: FloatArray, seed: int) -> Metric:
+    """A share from the successes and prompts of each request that has prompts: [n, 2]."""
+    successes, prompts = (int(total) for total in columns.sum(axis=0))
+    if successes in (0, prompts):  # no resample would differ: each request counts as one prompt
+        found = wilson(len(columns) if successes else 0, len(columns))
+    elif prompts == len(columns):
+        found = wilson(successes, prompts)
+    else:
+        found = bootstrap(columns, ratio_of_sums, seed)
+    return replace(found, count=prompts)
 
 
 def _sums(comparisons: list[Comparison], sign: int) -> tuple[float, float, float]:

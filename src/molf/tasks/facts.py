@@ -133,7 +133,7 @@ class FactTask(Task):
     def score_predictions(self, predictions: list[dict[str, Any]]) -> Evaluation:
         """Measure `acc_new` and `acc_true`; probabilities are not in texts."""
         saved = restrict_to_sample(
-            check_predictions(predictions, len(self._evaluation)), self._evaluated
+            check_predictions(predictions, len(self._evaluation), self._known), self._evaluated
         )
         scored = [self._prediction(index, text) for index, text in sorted(saved.texts.items())]
         not_measured = ["es", "em", "ps", "pm", "ns", "nm", "s", "forgetting_loss"]
@@ -146,6 +146,12 @@ class FactTask(Task):
                 "records_left_out": dict(Counter(saved.left_out.values())),
             },
         )
+
+    def _known(self, index: int) -> dict[str, str]:
+        """What predictions repeat of a request."""
+        request = self._evaluation[index]
+        targets = {"target_new": request.target_new, "target_true": request.target_true}
+        return {"prompt": request.prompt, **targets}
 
     def _targets(self, index: int) -> tuple[str, str]:
         request = self._evaluation[index]

@@ -30,7 +30,7 @@ def read_file(path: Path) -> list[Record]:
         raise InputError(
             f"{path}: unknown kind of data file. Must be one of {', '.join(SUFFIXES)}."
         )
-    read = {".parquet": _read_parquet, ".csv": _read_csv}.get(suffix, _read_json)
+    read = {".parquet": _read_parquet, ".csv": _read_csv}.get(suffix, read_json)
     records = read(path)
     if not records:
         raise InputError(f"{path} is empty: it holds no records.")
@@ -73,7 +73,13 @@ def _read_text(path: Path) -> str:
         raise InputError(f"{path} cannot be read: {error.strerror}.") from error
 
 
-def _read_json(path: Path) -> list[Record]:
+def read_json(path: Path) -> list[Record]:
+    """Read the objects of a JSON list or of JSON lines, whatever the file is called; maybe none.
+
+    Raises:
+        InputError: The file cannot be read, is not UTF-8 or not JSON (with its line), or holds
+            something that is not an object.
+    """
     text = _read_text(path)
     if text.lstrip().startswith("["):
         values = _parse(text, str(path), line=1)

@@ -167,8 +167,13 @@ def load_med(
         UserWarning: `cop` seems to count from 1, as in the data set's first release.
     """
     data = load_questions(options, MED, splits)
-    evaluated = data.evaluation
-    if evaluated.left_out[OUT_OF_RANGE] and all(q.right for q in evaluated.questions.values()):
+    read = (
+        (data.evaluation.questions, data.evaluation.left_out),
+        (data.training, data.training_left_out),
+    )
+    if any(
+        kept and out[OUT_OF_RANGE] and all(q.right for q in kept.values()) for kept, out in read
+    ):
         warnings.warn(
             "cop is sometimes above 3 and never 0: it seems to count from 1, but is read as "
             "counting from 0.",

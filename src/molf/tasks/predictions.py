@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from molf.errors import InputError
+from molf.tasks.fields import text_value
 
 
 def left_out_prediction(index: int, reason: str) -> dict[str, Any]:
@@ -27,16 +28,22 @@ class SavedPredictions:
     left_out: dict[int, str]
 
 
-def check_predictions(predictions: Sequence[Any], records: int) -> SavedPredictions:
+def check_predictions(
+    predictions: Sequence[Any],
+    records: int,
+    known: Callable[[int], Mapping[str, str]] = lambda index: {},
+) -> SavedPredictions:
     """Check saved predictions.
 
     Args:
-        predictions: `{"index": i, "prediction": text}`, further keys ignored.
+        predictions: `{"index": i, "prediction": text}`; further keys are ignored, but for those of
+            `known`.
         records: How many records the data file has.
+        known: What a prediction may repeat of its record, by key; it must be the same.
 
     Raises:
-        InputError: Something else is among them, an index is unknown or comes twice, or there
-            are none.
+        InputError: Something else is among them, an index is unknown or comes twice, a record is
+            another one, or there are none.
     """
     if not predictions:
         raise InputError("There are no predictions to score.")
@@ -57,11 +64,12 @@ def check_predictions(predictions: Sequence[Any], records: int) -> SavedPredicti
             )
         if index in saved.texts or index in saved.left_out:
             raise InputError(f"{where}: index {index} comes twice.")
+        _check_same_record(entry, known(index), where)
         reason = entry.get("left_out")
         if isinstance(text, str):
-            saved.texts[index] = text
+            saved.texts[index] = text_value(text, f"{where}: prediction")
         elif text is None and isinstance(reason, str):
-            saved.left_out[index] = reason
+            saved.left_out[index] = text_value(reason, f"{where}: left_out")
         else:
             raise InputError(f"{where}: prediction must be a text, not {type(text).__name__}.")
     return saved
@@ -70,19 +78,43 @@ def check_predictions(predictions: Sequence[Any], records: int) -> SavedPredicti
 def predicted_sample(
     saved: SavedPredictions,
     sample: Collection[int],
-    held_out: Collection[int],
-    unscorable: Collection[int] = (),
+    samples_of_runs: Iterable[Collection[int]],
+    unscorable: Callable[[Collection[int]], Collection[int]] = lambda indices: (),
 ) -> Collection[int]:
-    """The records that are to be scored: `sample`, or `held_out` if just these are predicted.
+    """The records that are to be scored: `sample`, or those of a run if just these are predicted.
 
     Args:
         saved: The predictions.
         sample: The records that the options say.
-        held_out: Those of them that a training with these options would have held out.
-        unscorable: Records that may have a prediction or not.
+        samples_of_runs: Those that trainings with these options may have evaluated.
+        unscorable: Says which of some records may have a prediction or not.
     """
-    predicted = (saved.texts.keys() | saved.left_out.keys()) - set(unscorable)
-    return held_out if predicted and predicted == set(held_out) - set(unscorable) else sample
+    predicted = saved.texts.keys() | saved.left_out.keys()
+    candidates = [sample, *samples_of_runs]
+    for candidate in candidates:
+        if predicted == set(candidate):
+            return candidate
+    for candidate in candidates[1:]:
+        differing = predicted ^ set(candidate)
+        # Finding out may be costly, and is of use only where little differs.
+        if 2 * len(differing) <= len(candidate) and differing <= set(unscorable(differing)):
+            return candidate
+    return sample
+
+
+def _check_same_record(entry: dict[str, Any], known: Mapping[str, str], where: str) -> None:
+    """Compare what a prediction repeats of its record; a prompt may have more around it."""
+    for name, value in known.items():
+        given = entry.get(name)
+        if not isinstance(given, str):
+            continue
+        value = value.strip()
+        if value not in given if name == "prompt" else value != given.strip():
+            raise InputError(
+                f"{where} was made on other data: record {entry['index']} has the {name} "
+                f"{value!r:.80}, and not {given.strip()!r:.80}. Give the data that the predictions "
+                "were made with."
+            )
 
 
 def restrict_to_sample(saved: SavedPredictions, sample: Collection[int]) -> SavedPredictions:

@@ -109,15 +109,23 @@ class QuestionTask(Task, Generic[Q]):
 
     def score_predictions(self, predictions: list[dict[str, Any]]) -> Evaluation:
         """Measure what texts can give; `notes["not_measured"]` lists the rest."""
-        saved = check_predictions(predictions, self._data.evaluation.records)
         data = self._data
-        left_out = self._unscorable({*data.evaluated, *data.held_out}, None)
-        sample = predicted_sample(saved, data.evaluated, data.held_out, left_out)
-        scorable, left_out = _split(sample, left_out)
+        saved = check_predictions(predictions, data.evaluation.records, self._known)
+        sample = predicted_sample(
+            saved, data.evaluated, data.samples_of_runs, lambda some: self._unscorable(some, None)
+        )
+        scorable, left_out = _split(sample, self._unscorable(sample, None))
         saved = restrict_to_sample(saved, scorable)
         samples = {index: self._sample(self._question(index), index) for index in saved.texts}
         evaluation = self._score(saved.texts, self._seed, None)
         return self._finish(evaluation, Asked(samples, left_out | saved.left_out))
+
+    def _known(self, index: int) -> dict[str, str]:
+        """What predictions repeat of a record; nothing of an unusable one."""
+        question = self._data.evaluation.questions.get(index)
+        if question is None:
+            return {}
+        return {"prompt": question.prompt, "expected": question.answer}
 
     @abstractmethod
     def _score(self, texts: Mapping[int, str], seed: int, progress: Progress | None) -> Evaluation:

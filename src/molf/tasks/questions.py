@@ -12,7 +12,8 @@ from molf.errors import InputError
 from molf.tasks.files import Record, check_fields, present_fields
 from molf.tasks.options import TaskOptions
 from molf.tasks.records import read_splits
-from molf.tasks.selection import draw, hold_out
+from molf.tasks.selection import draw, required_hold_out
+from molf.tasks.selection import samples_of_runs as find_samples_of_runs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,10 +92,10 @@ class QuestionData(Generic[Q]):
         training_left_out: How many training records are unusable, by reason.
         evaluation: The evaluation data.
         evaluated: The records of it that are evaluated.
-        held_out: The records of it that a training on this data would have held out, where
-            nothing is trained and the data has no split to evaluate on.
+        samples_of_runs: The records of it that trainings on this data may have evaluated, where
+            nothing is trained.
         pool: What demonstrations are drawn from: the questions of the training split, none that
-            a training holds out. Empty where nothing needs it.
+            is evaluated. Empty where nothing needs it.
         source: Where the records are from.
     """
 
@@ -102,7 +103,7 @@ class QuestionData(Generic[Q]):
     training_left_out: Counter[str]
     evaluation: QuestionSet[Q]
     evaluated: list[int]
-    held_out: list[int]
+    samples_of_runs: list[list[int]]
     pool: list[Q]
     source: dict[str, str]
 
@@ -148,30 +149,49 @@ def load_questions(
         evaluated = list(evaluation.questions)
         evaluated_on = f"the {split} split of {data}" if len(own) > 1 else data
 
+    def content(index: int) -> tuple[str, str]:
+        question = evaluation.questions[index]
+        return question.prompt, question.answer
+
     drawn = [] if training is None else list(training.questions)
-    held_out: list[int] = []
-    if options.evaluation_only:
-        if options.eval_data is None:
-            evaluated = draw(evaluated, options.max_samples, options.seed)
-        if not official and len(evaluated) > 1:
-            held_out = hold_out(evaluated, options.seed)[1]
-            held_out = draw(held_out, options.max_eval_samples, options.seed)
-        trained_on, pool = [], drawn
-    else:
-        trained_on, pool = draw(drawn, options.max_samples, options.seed), drawn
+    samples_of_runs: list[list[int]] = []
+    trained_on, pool = [], drawn
+    if not options.evaluation_only:
+        trained_on = draw(drawn, options.max_samples, options.seed)
         if not official:
-            trained_on, evaluated = _hold_out(trained_on, options.seed, data)
+            trained_on, evaluated = required_hold_out(trained_on, options.seed, content, data)
             pool = [index for index in drawn if index not in set(evaluated)]
             evaluated_on = f"{len(evaluated)} records held out of {data} (seed {options.seed})"
+    elif options.eval_data is None:
+        usable = evaluated
+        if official:
+            samples_of_runs = [usable]
+        else:
+            samples_of_runs = find_samples_of_runs(
+                usable,
+                content,
+                most=options.max_samples,
+                most_evaluated=options.max_eval_samples,
+                seed=options.seed,
+            )
+        evaluated = draw(usable, options.max_samples, options.seed)
+    evaluated = draw(evaluated, options.max_eval_samples, options.seed)
+    if options.evaluation_only and not official:
+        asked = {content(index) for index in evaluated}
+        pool = [index for index in drawn if content(index) not in asked]
     questions = {} if training is None else training.questions
     return QuestionData(
         training={index: questions[index] for index in trained_on},
         training_left_out=Counter() if training is None else training.left_out,
         evaluation=evaluation,
-        evaluated=draw(evaluated, options.max_eval_samples, options.seed),
-        held_out=held_out,
+        evaluated=evaluated,
+        samples_of_runs=samples_of_runs,
         pool=[questions[index] for index in pool],
-        source={**({"data": data} if training else {}), "evaluated_on": evaluated_on},
+        source={
+            **({"data": data} if training else {}),
+            "evaluated_on": evaluated_on,
+            **({} if official or not options.evaluation_only else {"evaluated_split": "train"}),
+        },
     )
 
 
@@ -216,12 +236,3 @@ def _check_columns(records: Sequence[Record], columns: Collection[str], where: s
         if all(record.get(name) is None for record in records):
             has = ", ".join(present_fields(records[0])) or "none"
             raise InputError(f"{where}: no record has the field {name!r} (record 0 has: {has}).")
-
-
-def _hold_out(indices: Sequence[int], seed: int, data: str) -> tuple[list[int], list[int]]:
-    if len(indices) < 2:
-        raise InputError(
-            f"data: {data} gives 1 record, and none is left to evaluate on. "
-            "Give more records, or eval_data."
-        )
-    return hold_out(indices, seed)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Collection
 from pathlib import Path
 
 from molf.errors import InputError
-from molf.tasks.download import download, is_url
+from molf.tasks.download import cached, download, is_url
 from molf.tasks.files import SUFFIXES, Record, check_fields, first_line, read_file
 
 _SPLIT_WORDS = {
@@ -61,6 +62,17 @@ def read_splits(
     return {split: splits[split] for split in ("train", "test", "validation") if split in splits}
 
 
+def data_files(source: str) -> list[Path]:
+    """The local files that a source is read from, in their order; none for a Hub id."""
+    if is_url(source):
+        copy = cached(source)
+        return [copy] if copy.is_file() else []
+    path = Path(source).expanduser()
+    if os.path.isdir(path):
+        return _files_in(path)
+    return [path] if os.path.isfile(path) else []
+
+
 def _read(source: str, option: str) -> dict[str, list[Record]]:
     if is_url(source):
         return {"train": read_file(download(source, option))}
@@ -89,11 +101,7 @@ def _looks_local(source: str) -> bool:
 
 
 def _read_folder(folder: Path) -> dict[str, list[Record]]:
-    files = sorted(
-        path
-        for path in folder.rglob("*")
-        if path.suffix.lower() in SUFFIXES and path.is_file() and not path.name.startswith(".")
-    )
+    files = _files_in(folder)
     if not files:
         raise InputError(f"{folder} holds no data files ({', '.join(SUFFIXES)}).")
     named = {path: _split_of(path.relative_to(folder)) for path in files}
@@ -107,6 +115,14 @@ def _read_folder(folder: Path) -> dict[str, list[Record]]:
     for path, split in named.items():
         splits.setdefault(split or "train", []).extend(read_file(path))
     return splits
+
+
+def _files_in(folder: Path) -> list[Path]:
+    return sorted(
+        path
+        for path in folder.rglob("*")
+        if path.suffix.lower() in SUFFIXES and path.is_file() and not path.name.startswith(".")
+    )
 
 
 def _split_of(path: Path) -> str | None:

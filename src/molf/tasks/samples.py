@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from abc import ABC, abstractmethod
+from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,6 +48,11 @@ class Sample(ABC):
     def answer(self) -> str:
         """The text that a model asked with this sample's prompt should answer."""
 
+    @property
+    @abstractmethod
+    def content(self) -> Hashable:
+        """What the sample teaches: equal for records that say the same."""
+
     @abstractmethod
     def render(self, tokenizer: Any) -> Rendered:
         """The sample's text, with the tokenizer's chat template where it is a conversation.
@@ -67,6 +74,11 @@ class PromptCompletion(Sample):
     def answer(self) -> str:
         """The completion."""
         return self.completion
+
+    @property
+    def content(self) -> Hashable:
+        """Prompt and completion."""
+        return self.prompt, self.completion
 
     def render(self, tokenizer: Any) -> Rendered:
         """Glue the two texts; the completion carries the loss."""
@@ -94,6 +106,11 @@ class Conversation(Sample):
         """The last assistant turn."""
         content: str = self.messages[-1]["content"]
         return content
+
+    @property
+    def content(self) -> Hashable:
+        """The messages, and which of them carry loss."""
+        return self.context, json.dumps(self.messages, sort_keys=True)
 
     def render(self, tokenizer: Any) -> Rendered:
         """Render the conversation once and find the assistant's turns in it.

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
+
+from molf.errors import InputError
 
 HELD_OUT_SHARE = 0.1
 HELD_OUT_MOST = 500
@@ -16,13 +18,70 @@ def draw(indices: Sequence[int], maximum: int | None, seed: int) -> list[int]:
     return sorted(random.Random(seed).sample(indices, maximum))
 
 
-def hold_out(indices: Sequence[int], seed: int) -> tuple[list[int], list[int]]:
-    """Split indices (two at least) into those to train on and a share held out for evaluation.
+def hold_out(
+    indices: Sequence[int], seed: int, content: Callable[[int], Hashable]
+) -> tuple[list[int], list[int]]:
+    """Split indices into those to train on and a share held out for evaluation.
 
-    A tenth is held out, at least 1 and at most 500.
+    Records of the same content are on the same side: what is measured must not have been trained
+    on. A tenth of the different contents is held out, at least 1 and at most 500; where there is
+    one alone, nothing is left to train on.
+
+    Args:
+        indices: The records.
+        seed: Seed of the draw.
+        content: What of a record is trained on.
     """
-    count = min(max(1, round(len(indices) * HELD_OUT_SHARE)), HELD_OUT_MOST)
+    groups: dict[Hashable, list[int]] = {}
+    for index in indices:
+        groups.setdefault(content(index), []).append(index)
+    firsts = [group[0] for group in groups.values()]
+    count = min(max(1, round(len(firsts) * HELD_OUT_SHARE)), HELD_OUT_MOST)
     # A seed of its own: with the seed of `draw`, both would depend on the same random numbers.
-    held_out = draw(indices, count, seed + 1)
-    chosen = set(held_out)
-    return [index for index in indices if index not in chosen], held_out
+    drawn = draw(firsts, count, seed + 1)
+    held_out = {index for first in drawn for index in groups[content(first)]}
+    return [i for i in indices if i not in held_out], [i for i in indices if i in held_out]
+
+
+def required_hold_out(
+    indices: Sequence[int], seed: int, content: Callable[[int], Hashable], data: str
+) -> tuple[list[int], list[int]]:
+    """The same for a training on `data`, which needs both.
+
+    Raises:
+        InputError: There is one content alone.
+    """
+    trained_on, held_out = hold_out(indices, seed, content)
+    if not trained_on:
+        raise InputError(
+            f"data: {data} gives {len(indices)} record{'s' * (len(indices) > 1)} of one content, "
+            "and none is left to evaluate on. Give more records, or eval_data."
+        )
+    return trained_on, held_out
+
+
+def samples_of_runs(
+    indices: Sequence[int],
+    content: Callable[[int], Hashable],
+    *,
+    most: int | None,
+    most_evaluated: int | None,
+    seed: int,
+) -> list[list[int]]:
+    """What trainings on this data may have held out, where `most` says as many as they were given.
+
+    `--max_samples` of an evaluation may repeat the option of that name, or `--max_eval_samples`.
+
+    Args:
+        indices: All usable records.
+        content: What of a record is trained on.
+        most: `max_samples`, or None.
+        most_evaluated: `max_eval_samples`, or None.
+        seed: Seed of the draws.
+    """
+    samples = []
+    for used, evaluated in dict.fromkeys([(most, most_evaluated), (None, most)]):
+        trained_on, held_out = hold_out(draw(indices, used, seed), seed, content)
+        if trained_on:
+            samples.append(draw(held_out, evaluated, seed))
+    return samples

@@ -10,17 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from molf.evaluate.inference import length_limit
 from molf.plan.measure import PeakBytes, held_tensors
 from molf.plan.memory import MemoryPlan, Planner
 from molf.plan.workload import METHODS, Workload
 from molf.tasks import Task
-from molf.tasks.encoding import EncodedSamples, encode_samples
-from molf.train.methods import TrainingData, check, plan
-from molf.train.methods.storage import check_kernels
-from molf.train.model_loading import load_model, load_skeleton
+from molf.tasks.encoding import EncodedSamples
+from molf.train.methods import TrainingData, plan
+from molf.train.opening import open_training
 from molf.train.progress import Reporter
 from molf.train.resolved import ResolvedSettings
 from molf.train.run_directory import RunDirectory
@@ -76,15 +74,10 @@ def rehearse(settings: ResolvedSettings, task: Task, reporter: Reporter) -> DryR
     Raises:
         InputError: As the run would.
     """
-    own = sft_config(settings)  # what is wrong with the run's own settings
-    check_kernels(settings, own.device)
-    check(load_skeleton(settings.model), settings)
-    set_seed(settings.seed)
-    base = load_model(settings.model, getattr(torch, settings.dtype))
-    limit = length_limit(base.model, settings.max_length)
     samples = task.training_samples
     drawn = random.Random(settings.seed).sample(samples, min(len(samples), _SAMPLES))
-    encoded = encode_samples(base.tokenizer, drawn, limit)
+    opening = open_training(settings, drawn)
+    base, limit, encoded = opening.base, opening.max_length, opening.encoded
     short_steps = _ADALORA_STEPS if settings.method == "adalora" else STEPS
     longest = _longest(encoded, short_steps, settings)
     plan(base.model, settings, TrainingData(encoded, total_steps(len(encoded.input_ids), settings)))

@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from molf.train.secrets import mask_command
+
 _PACKAGES = (
     "molf",
     "torch",
@@ -33,7 +35,7 @@ def environment(device: torch.device, started: datetime) -> dict[str, Any]:
     """Describe the machine and the software of this process."""
     return {
         "started": started.isoformat(timespec="seconds"),
-        "command": sys.argv,
+        "command": mask_command(sys.argv),
         "python": platform.python_version(),
         "packages": {name: _version(name) for name in _PACKAGES},
         "platform": platform.platform(),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -13,11 +14,13 @@ from safetensors.torch import save_file
 
 from molf.core.merge import merge
 from molf.errors import InputError
-from molf.train.files import replacing_directory
+from molf.paths import check_inputs_outside, is_within, settled
+from molf.train.files import replacing_directory, write_json
 from molf.train.finished_run import FinishedRun
 from molf.train.model_loading import LoadedModel, load_model
 from molf.train.model_saving import SaveError, save_model
-from molf.train.run_directory import ADAPTER, MODEL, check_output
+from molf.train.ownership import ADAPTER, AN_EXPORT, CHECKPOINTS, EXPORT, MODEL, ROUTING
+from molf.train.run_directory import check_output
 
 _ADAPTER_WEIGHTS = "adapter_model.safetensors"
 _SAMPLE = torch.arange(16)[None]
@@ -44,12 +47,11 @@ def export_model(
     source = run.path / MODEL
     loaded = load_model(str(source))
     wanted = loaded.dtype if dtype is None else getattr(torch, dtype)
-    path = _checked(run, MODEL, wanted, output_dir, overwrite=overwrite, marker="config.json")
+    path = _checked(run, MODEL, wanted, output_dir, overwrite=overwrite)
     if torch.promote_types(wanted, loaded.dtype) != loaded.dtype:
         loaded = _in_full(run, loaded, wanted)
     path.parent.mkdir(parents=True, exist_ok=True)
-    card = source / "README.md"
-    save_model(loaded.model, loaded, wanted, card.read_text(encoding="utf-8"), path)
+    save_model(loaded.model, loaded, wanted, _card(source), path, _marker(run, MODEL, wanted))
     return path
 
 
@@ -67,9 +69,7 @@ def export_adapter(
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
     stored = next(tensor.dtype for tensor in tensors.values() if tensor.is_floating_point())
     wanted = stored if dtype is None else getattr(torch, dtype)
-    path = _checked(
-        run, ADAPTER, wanted, output_dir, overwrite=overwrite, marker="adapter_config.json"
-    )
+    path = _checked(run, ADAPTER, wanted, output_dir, overwrite=overwrite)
     tensors = {n: t.to(wanted) if t.is_floating_point() else t for n, t in tensors.items()}
     if not all(bool(tensor.isfinite().all()) for tensor in tensors.values()):
         raise SaveError(f"the adapter has numbers that do not fit {wanted}; nothing was written")
@@ -77,7 +77,29 @@ def export_adapter(
     with replacing_directory(path) as directory:
         shutil.copytree(source, directory, dirs_exist_ok=True)
         save_file(tensors, directory / _ADAPTER_WEIGHTS, {"format": "pt"})
+        _marker(run, ADAPTER, wanted)(directory)
     return path
+
+
+def _marker(run: FinishedRun, what: str, dtype: torch.dtype) -> Callable[[Path], None]:
+    """What writes the file by which `--overwrite` knows an export: where it is from, its files."""
+
+    def write(directory: Path) -> None:
+        record = {
+            "run": run.path.resolve().name,
+            "what": what,
+            "dtype": str(dtype).removeprefix("torch."),
+            "files": sorted(entry.name for entry in directory.iterdir()),
+        }
+        write_json(directory / EXPORT, record)
+
+    return write
+
+
+def _card(source: Path) -> str | None:
+    """The model's card; the user may have deleted it."""
+    path = source / "README.md"
+    return path.read_text(encoding="utf-8") if path.is_file() else None
 
 
 def _checked(
@@ -87,17 +109,17 @@ def _checked(
     output_dir: Path | None,
     *,
     overwrite: bool,
-    marker: str,
 ) -> Path:
     """Where the export goes, once that is known to be possible."""
     name = f"{what}-{str(dtype).removeprefix('torch.')}"
-    path = run.path / name if output_dir is None else output_dir.expanduser()
-    kept = [run.path, run.path / MODEL, run.path / ADAPTER]
-    if any(path.resolve() == place.resolve() for place in kept):
+    path = run.path / name if output_dir is None else settled(output_dir)
+    kept = [run.path / part for part in (MODEL, ADAPTER, ROUTING, CHECKPOINTS)]
+    if path.resolve() == run.path.resolve() or any(is_within(path, place) for place in kept):
         raise InputError(
             f"output_dir {path} is the run's own. Give another --output_dir, or none for {name}/."
         )
-    check_output(path, overwrite=overwrite, marker=marker)
+    check_output(path, overwrite=overwrite, ownership=AN_EXPORT)
+    check_inputs_outside(path, {"the run's base": run.config.get("model")})
     return path
 
 

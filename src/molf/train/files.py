@@ -31,7 +31,11 @@ def replacing_file(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def replacing_directory(path: Path) -> Iterator[Path]:
-    """Yield an empty directory beside `path`; it takes `path`'s place when the block succeeds."""
+    """Yield an empty directory beside `path`; it takes `path`'s place when the block succeeds.
+
+    When anything fails, an interrupt between two renames included, an earlier directory at `path`
+    is as it was; it is deleted only after the new one bears its name.
+    """
     temporary = _beside(path)
     temporary.mkdir()
     replaced = path.with_name(f"{temporary.name}.replaced")
@@ -39,13 +43,10 @@ def replacing_directory(path: Path) -> Iterator[Path]:
         yield temporary
         if path.exists():  # a directory cannot be renamed over another: the old one steps aside
             path.rename(replaced)
-        try:
-            temporary.rename(path)
-        except OSError:
-            if replaced.exists():
-                replaced.rename(path)
-            raise
+        temporary.rename(path)
     finally:
+        if replaced.exists() and not path.exists():
+            replaced.rename(path)
         shutil.rmtree(temporary, ignore_errors=True)
         shutil.rmtree(replaced, ignore_errors=True)
 

@@ -9,7 +9,8 @@ from typing import Any
 import yaml
 
 from molf.errors import InputError
-from molf.train.run_directory import ADAPTER, CONFIG, MODEL
+from molf.paths import check_path
+from molf.train.ownership import ADAPTER, CONFIG, MODEL, is_run_config
 
 
 @dataclass(frozen=True)
@@ -60,14 +61,15 @@ def read_run(path: Path) -> FinishedRun:
         InputError: The directory is no run of `molf train`.
     """
     path = path.expanduser()
+    check_path(path, "run")
     if not path.is_dir():
         raise InputError(f"{path} is not a directory. Give the directory of a run of `molf train`.")
     try:
         config = yaml.safe_load((path / CONFIG).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InputError(f"{path} is not a run of `molf train`: it has no {CONFIG}.") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise InputError(f"{path / CONFIG} cannot be read: {error}") from error
-    if not isinstance(config, dict) or "method" not in config:
+    if not is_run_config(config):
         raise InputError(f"{path / CONFIG} is not that of a run of `molf train`.")
     return FinishedRun(path, config)

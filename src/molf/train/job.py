@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import csv
 import gc
 import tempfile
 import time
 import traceback
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from datetime import datetime
@@ -13,38 +15,35 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import set_seed
 from trl import SFTConfig
 
 from molf.errors import InputError
 from molf.evaluate import Evaluation, EvaluationSettings, evaluate
-from molf.evaluate.inference import length_limit
 from molf.tasks import Task
-from molf.tasks.encoding import encode_samples
 from molf.train.defaults import ADAPTERS
 from molf.train.environment import environment
 from molf.train.files import write_json, write_jsonl, write_text, write_yaml
 from molf.train.memory import peak_memory, reset_peak_memory
-from molf.train.methods import Plan, TrainingData, check, plan
-from molf.train.methods.storage import check_kernels
+from molf.train.methods import Plan, TrainingData, plan
 from molf.train.model_card import model_card
-from molf.train.model_loading import LoadedModel, load_model, load_skeleton
+from molf.train.model_loading import LoadedModel, load_model
 from molf.train.model_saving import save_model
-from molf.train.progress import Reporter
-from molf.train.quantised_base import check_device
-from molf.train.resolved import ResolvedSettings
-from molf.train.result import RunError, RunResult, evaluation_record, results_row
-from molf.train.results import RESULTS, append_result
-from molf.train.run_directory import (
+from molf.train.opening import open_training
+from molf.train.ownership import (
     CONFIG,
     ENVIRONMENT,
     ERROR_LOG,
     EVALUATION,
     MODEL,
     PREDICTIONS,
-    RunDirectory,
 )
-from molf.train.sft_config import sft_config
+from molf.train.progress import Reporter
+from molf.train.provenance import file_records
+from molf.train.resolved import ResolvedSettings
+from molf.train.result import RunError, RunResult, evaluation_record, results_row
+from molf.train.results import RESULTS, append_result
+from molf.train.run_directory import RunDirectory
+from molf.train.secrets import mask
 from molf.train.training import run_training, total_steps
 
 
@@ -61,24 +60,20 @@ def run_job(
         InputError: The model cannot be used, or the settings do not fit it. Nothing was written.
         RunError: The run failed; its directory holds what was written, and the traceback.
     """
-    arguments = sft_config(settings)
-    check_device(settings, arguments.device)
-    check_kernels(settings, arguments.device)
-    set_seed(settings.seed)  # before anything random, such as adapters
-    # The layers are known from the configuration: wrong patterns must not cost a download.
-    check(load_skeleton(settings.model), settings)
-    base = load_model(settings.model, getattr(torch, settings.dtype))
-    max_length = length_limit(base.model, settings.max_length)
-    encoded = encode_samples(base.tokenizer, task.training_samples, max_length)
+    opening = open_training(settings, task.training_samples)
+    arguments, base, encoded = opening.arguments, opening.base, opening.encoded
     data = TrainingData(encoded, total_steps(len(encoded.input_ids), settings))
     planned = plan(base.model, settings, data)
     parameters = base.model.num_parameters()
     settings = replace(
         settings,
         bf16=arguments.bf16,
-        max_length=max_length,
+        max_length=opening.max_length,
         save_dtype=settings.save_dtype or _name(base.dtype),
     )
+    # The task may have brought the address of its data.
+    sources = {"data": task.description().get("data"), "eval_data": settings.eval_data}
+    files = file_records({**sources, "forgetting_data": settings.forgetting_data})
     directory = RunDirectory(settings.output_dir, overwrite=settings.overwrite)
     job = _Job(
         settings,
@@ -91,12 +86,12 @@ def run_job(
         data,
         planned,
         directory,
+        files,
     )
     try:
         job.write_config()
         write_json(directory / ENVIRONMENT, environment(arguments.device, started))
         result = job.run()
-        append_result(directory.path.parent / RESULTS, results_row(result, settings, started))
         directory.complete()
     except _UnusableDataError as error:
         directory.discard()
@@ -108,6 +103,13 @@ def run_job(
         cause = str(error).strip().split("\n")[0] or type(error).__name__
         log = _write_traceback(directory)
         raise RunError(f"{cause} (traceback: {log}){_kept(directory)}") from error
+    results = directory.path.parent / RESULTS
+    try:
+        append_result(results, results_row(result, settings, started))
+    except (OSError, ValueError, csv.Error) as error:
+        warnings.warn(
+            f"The run is complete, but its row was not added to {results}: {error}", stacklevel=2
+        )
     return result
 
 
@@ -129,6 +131,7 @@ class _Job:
     data: TrainingData
     plan: Plan
     directory: RunDirectory
+    files: dict[str, list[dict[str, Any]]]
 
     def write_config(self, merge: Mapping[str, Any] | None = None) -> None:
         """Write the settings, and what a reader has to know beside them.
@@ -143,6 +146,7 @@ class _Job:
                 "examples": len(samples.input_ids),
                 "left_out_too_long": samples.left_out,
                 "longest_tokens": samples.longest,
+                "files": self.files,
             },
             "model": {
                 "parameters": self.parameters,
@@ -154,7 +158,7 @@ class _Job:
             record["merge"] = dict(merge)
         # As a recipe, the file must not make a later run replace this one.
         options = replace(self.settings, overwrite=False).as_options()
-        write_yaml(self.directory / CONFIG, {**options, "run": record})
+        write_yaml(self.directory / CONFIG, mask({**options, "run": record}))
 
     def run(self) -> RunResult:
         """Measure, train, save, measure what was saved, and write everything down."""

@@ -12,6 +12,7 @@ import yaml
 from molf.evaluate import Evaluation, Metric
 from molf.train.defaults import SUMMARIES
 from molf.train.resolved import ResolvedSettings
+from molf.train.secrets import mask
 
 
 def model_card(
@@ -39,9 +40,9 @@ def model_card(
     else:
         front["base_model"] = base
     name = settings.output_dir.name
-    options = settings.as_options()
+    options = mask(settings.as_options())
     shown = {key: value for key, value in options.items() if value not in (None, "", [], {})}
-    return "\n".join(
+    card = "\n".join(
         [
             "---",
             yaml.safe_dump(front, sort_keys=False).strip(),
@@ -65,11 +66,17 @@ def model_card(
             "",
             "## Data",
             "```yaml",
-            yaml.safe_dump(dict(task), sort_keys=False, allow_unicode=True).strip(),
+            yaml.safe_dump(mask(dict(task)), sort_keys=False, allow_unicode=True).strip(),
             "```",
             "",
         ]
     )
+    # A card is published with its model: it names files, and not where they were.
+    places = (settings.model, settings.data, settings.eval_data, settings.forgetting_data)
+    for place in (*places, options["output_dir"]):
+        if place and Path(place).is_absolute():
+            card = card.replace(place, Path(place).name)
+    return card
 
 
 _BITS = {"load_in_4bit": 4, "load_in_8bit": 8}
@@ -77,7 +84,12 @@ _BITS = {"load_in_4bit": 4, "load_in_8bit": 8}
 
 def adapter_card(settings: ResolvedSettings) -> str:
     """Return the text of the card that a saved adapter carries."""
-    front = {"library_name": "peft", "base_model": settings.model, "tags": ["molf"]}
+    base = settings.model
+    front: dict[str, Any] = {"library_name": "peft", "tags": ["molf"]}
+    if Path(base).is_dir():
+        base = Path(base).name
+    else:
+        front["base_model"] = base
     beside = f" beside the base in {_BITS[settings.quantised]} bits" if settings.quantised else ""
     return "\n".join(
         [
@@ -86,7 +98,7 @@ def adapter_card(settings: ResolvedSettings) -> str:
             "---",
             f"# {settings.output_dir.name}: adapter",
             "",
-            f"For `{settings.model}`, trained on the task `{settings.task}`{beside} with molf, "
+            f"For `{base}`, trained on the task `{settings.task}`{beside} with molf, "
             f"method `{settings.method}`. Loads with PEFT alone. `model/` of the same run has the "
             "merged model and its measurements.",
             "",

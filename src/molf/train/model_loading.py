@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -68,8 +69,17 @@ def load_model(model: str, dtype: torch.dtype = torch.float32) -> LoadedModel:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         loaded = _from_pretrained(name, dtype)
         stored = config.dtype or _from_pretrained(name, "auto").dtype
-    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
+    # An assertion is how torch refuses a padding token beyond the embeddings.
+    except (
+        OSError,
+        ValueError,
+        ImportError,
+        RuntimeError,
+        AssertionError,
+        SafetensorError,
+    ) as error:
         raise _not_loaded(model, error) from error
+    _check_vocabulary(model, loaded, tokenizer)
     return LoadedModel(
         model=loaded,
         tokenizer=tokenizer,
@@ -77,6 +87,33 @@ def load_model(model: str, dtype: torch.dtype = torch.float32) -> LoadedModel:
         config=copy.deepcopy(loaded.config),
         generation_config=copy.deepcopy(loaded.generation_config),
     )
+
+
+def _check_vocabulary(name: str, model: Any, tokenizer: Any) -> None:
+    """Refuse a tokenizer whose tokens the model has no embeddings for.
+
+    Some models have fewer embeddings than their tokenizer has added tokens, which do not occur. A
+    padding token among these would, though it is always masked: EOS takes its place.
+    """
+    rows = model.get_input_embeddings().weight.shape[0]
+    added = {*tokenizer.all_special_ids, *getattr(tokenizer, "added_tokens_decoder", ())}
+    needed = {tokenizer.eos_token_id, tokenizer.bos_token_id} - {None}
+    ids = [index for index in tokenizer.get_vocab().values() if index not in added]
+    highest = max([*ids, *needed], default=0)
+    if highest >= rows:
+        token = tokenizer.convert_ids_to_tokens(highest)
+        raise InputError(
+            f"model {name}: its tokenizer has the token {token!r} (id {highest}), and the model "
+            f"has {rows} embeddings. The two do not belong together."
+        )
+    pad = tokenizer.pad_token_id
+    if pad is not None and pad >= rows:
+        warnings.warn(
+            f"model {name}: the padding token {tokenizer.pad_token!r} (id {pad}) is beyond the "
+            f"model's {rows} embeddings; {tokenizer.eos_token!r} takes its place.",
+            stacklevel=3,
+        )
+        tokenizer.pad_token = tokenizer.eos_token
 
 
 def _not_loaded(model: str, error: Exception) -> InputError:

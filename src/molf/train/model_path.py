@@ -7,6 +7,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from molf.errors import InputError
+from molf.paths import check_path
 from molf.train.settings import TrainSettings
 
 
@@ -17,6 +18,7 @@ def check_model(model: str) -> None:
         InputError: It is not; the message says what was looked for.
     """
     path = Path(model).expanduser()
+    check_path(path, "model")
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise InputError(

@@ -21,7 +21,14 @@ class SaveError(RuntimeError):
     """A checkpoint could not be written; nothing half-written bears its name."""
 
 
-def save_model(model: Any, base: LoadedModel, dtype: torch.dtype, card: str, path: Path) -> None:
+def save_model(
+    model: Any,
+    base: LoadedModel,
+    dtype: torch.dtype,
+    card: str | None,
+    path: Path,
+    finish: Callable[[Path], None] | None = None,
+) -> None:
     """Write `model` with the tokenizer and configurations of `base`, whole or not at all.
 
     The model is cast in place, so that tied weights stay tied and no second copy is held.
@@ -31,8 +38,9 @@ def save_model(model: Any, base: LoadedModel, dtype: torch.dtype, card: str, pat
         base: What it was trained from. Its configurations are saved, as the trainer changes those
             of the model (caching off, padding token).
         dtype: Type of the saved weights.
-        card: Text of the model card.
+        card: Text of the model card; None for none.
         path: The checkpoint's directory.
+        finish: Called with the directory once everything is in it, before it gets its name.
 
     Raises:
         SaveError: A weight does not fit the type, or the disk is full or cannot be written. An
@@ -48,7 +56,10 @@ def save_model(model: Any, base: LoadedModel, dtype: torch.dtype, card: str, pat
         with replacing_directory(path) as directory:
             model.save_pretrained(directory)
             base.tokenizer.save_pretrained(directory)
-            (directory / "README.md").write_text(card, encoding="utf-8")
+            if card is not None:
+                (directory / "README.md").write_text(card, encoding="utf-8")
+            if finish is not None:
+                finish(directory)
     except (OSError, SafetensorError) as error:
         raise SaveError(_why_not_saved(path, model.parameters(), error)) from error
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 import warnings
 from dataclasses import asdict, dataclass, fields
 from datetime import datetime
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from molf.errors import InputError
+from molf.paths import absolute, check_path, settled
 from molf.train.defaults import ADAPTERS, MERGE_BASES, defaults_for
 from molf.train.settings import TrainSettings
 
@@ -86,11 +88,12 @@ def resolve(settings: TrainSettings, now: datetime) -> ResolvedSettings:
     values["model"] = settings.model or _task_model(settings.task)
     if settings.output_dir is None:
         values["output_dir"] = _fresh_directory(settings, values["model"], now)
-    else:  # the shell expands ~, recipes and quoted options do not
-        values["output_dir"] = settings.output_dir.expanduser()
-    for name in ("data", "eval_data", "forgetting_data"):
-        if (values.get(name) or "").startswith("~"):
-            values[name] = str(Path(values[name]).expanduser())
+    else:
+        check_path(settings.output_dir, "output_dir")
+        values["output_dir"] = settled(settings.output_dir)
+    for name in ("model", "data", "eval_data", "forgetting_data"):
+        if values.get(name) is not None:  # what is written down must hold from anywhere
+            values[name] = absolute(values[name])
     return ResolvedSettings(**values)
 
 
@@ -187,11 +190,6 @@ def _task_model(task: str) -> str:
 
 
 def _fresh_directory(settings: TrainSettings, model: str, now: datetime) -> Path:
-    """A directory name that no earlier run has taken."""
+    """A directory name that no other run takes, even one that starts in the same second."""
     name = f"{settings.task}-{settings.method}-{Path(model).name}-{now:%Y%m%d-%H%M%S}"
-    path = Path("runs") / name
-    attempt = 1
-    while path.exists():
-        attempt += 1
-        path = Path("runs") / f"{name}-{attempt}"
-    return path
+    return Path("runs") / f"{name}-{secrets.token_hex(3)}"

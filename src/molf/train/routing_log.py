@@ -12,8 +12,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from molf.errors import InputError
+from molf.paths import check_path
 from molf.train.files import replacing_file
-from molf.train.run_directory import CONFIG, ROUTING
+from molf.train.ownership import CONFIG, ROUTING
 
 if TYPE_CHECKING:
     from molf.core.routing import Decision
@@ -97,6 +98,7 @@ def routing_parts(run: Path) -> list[Path]:
     Raises:
         InputError: `run` is no run directory, or its method routes nothing.
     """
+    check_path(run, "run")
     if not run.is_dir():
         raise InputError(f"{run} is not a directory. Give the directory of a run of `molf train`.")
     parts = sorted((run / ROUTING).glob("part-*.parquet"))
@@ -113,8 +115,12 @@ def routing_parts(run: Path) -> list[Path]:
 
 
 def read_routing(run: Path) -> pa.Table:
-    """Return the whole routing of a run: columns step, layer, expert, score, winner."""
-    return pa.concat_tables(pq.read_table(part, schema=SCHEMA) for part in routing_parts(run))
+    """Return the whole routing of a run: columns step, layer, expert, score, winner.
+
+    Raises:
+        InputError: `run` is no run directory, its method routes nothing, or a part is damaged.
+    """
+    return pa.concat_tables(_read(part) for part in routing_parts(run))
 
 
 def iter_steps(run: Path) -> Iterator[dict[str, Any]]:
@@ -122,7 +128,7 @@ def iter_steps(run: Path) -> Iterator[dict[str, Any]]:
     for part in routing_parts(run):
         # Parts hold whole steps, so one part at a time is enough memory for any run.
         current: dict[str, Any] | None = None
-        for row in pq.read_table(part, schema=SCHEMA).to_pylist():
+        for row in _read(part).to_pylist():
             if current is None or current["step"] != row["step"]:
                 if current is not None:
                     yield current
@@ -135,3 +141,11 @@ def iter_steps(run: Path) -> Iterator[dict[str, Any]]:
                 selection["winners"].append(row["expert"])
         if current is not None:
             yield current
+
+
+def _read(part: Path) -> pa.Table:
+    try:
+        return pq.read_table(part, schema=SCHEMA)
+    except (pa.ArrowException, OSError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise InputError(f"{part} is not a readable Parquet file: {reason}") from error

@@ -6,13 +6,16 @@ from datetime import datetime
 from typing import TYPE_CHECKING
 
 from molf.evaluate import read_plain_text
+from molf.paths import check_inputs_outside
 from molf.tasks import Task, load_task
 from molf.train.model_path import check_model, check_quantisation
 from molf.train.progress import Reporter, make_reporter
 from molf.train.resolved import ResolvedSettings, resolve
 from molf.train.result import RunResult
+from molf.train.results import RESULTS, check_results
 from molf.train.run_directory import check_output
 from molf.train.settings import TrainSettings
+from molf.train.training_data import warn_of_equal_data
 
 if TYPE_CHECKING:
     from molf.train.dry_run import DryRun
@@ -33,11 +36,7 @@ def train(settings: TrainSettings, reporter: Reporter | None = None) -> RunResul
         RunError: The run failed; its directory holds the traceback.
     """
     started = datetime.now().astimezone()
-    resolved, task = _checked(settings, started)
-    if resolved.forgetting_data is None:
-        forgetting_text = task.default_forgetting_text()
-    else:
-        forgetting_text = read_plain_text(resolved.forgetting_data)
+    resolved, task, forgetting_text = _opened(settings, started)
 
     from molf.train.libraries import quiet_libraries
 
@@ -57,9 +56,8 @@ def dry_run(settings: TrainSettings, reporter: Reporter | None = None) -> DryRun
     Raises:
         InputError: The options, the data or the model are wrong.
     """
-    resolved, task = _checked(settings, datetime.now().astimezone())
-    if resolved.forgetting_data is not None:
-        read_plain_text(resolved.forgetting_data)
+    resolved, task, _ = _opened(settings, datetime.now().astimezone())
+
     from molf.train.libraries import quiet_libraries
 
     with quiet_libraries():
@@ -68,10 +66,17 @@ def dry_run(settings: TrainSettings, reporter: Reporter | None = None) -> DryRun
         return rehearse(resolved, task, reporter or make_reporter())
 
 
-def _checked(settings: TrainSettings, started: datetime) -> tuple[ResolvedSettings, Task]:
+def _opened(settings: TrainSettings, started: datetime) -> tuple[ResolvedSettings, Task, str]:
     """What can be checked at once: options, model, output directory and data."""
     resolved = resolve(settings, started)
     check_quantisation(resolved)
     check_model(resolved.model)
     check_output(resolved.output_dir, overwrite=resolved.overwrite)
-    return resolved, load_task(resolved.task_options)
+    inputs = ("model", "data", "eval_data", "forgetting_data")
+    check_inputs_outside(resolved.output_dir, {name: getattr(resolved, name) for name in inputs})
+    check_results(resolved.output_dir.parent / RESULTS)
+    task = load_task(resolved.task_options)
+    warn_of_equal_data(resolved)
+    if resolved.forgetting_data is None:
+        return resolved, task, task.default_forgetting_text()
+    return resolved, task, read_plain_text(resolved.forgetting_data)

@@ -2,35 +2,36 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import tempfile
 from pathlib import Path
 
 from molf.errors import InputError
+from molf.paths import check_path
+from molf.train.ownership import A_RUN, Ownership
 
-CONFIG = "config.yaml"
-ENVIRONMENT = "environment.json"
-METRICS = "metrics.jsonl"
-ROUTING = "routing"
-CHECKPOINTS = "checkpoints"
-ADAPTER = "adapter"
-MODEL = "model"
-EVALUATION = "eval.json"
-PREDICTIONS = "predictions.jsonl"
-ERROR_LOG = "error.log"
+_LONGEST_NAME = 200  # bytes; names beside it are longer than it, and systems allow 255
 
 
-def check_output(path: Path, *, overwrite: bool, marker: str = CONFIG) -> None:
+def check_output(path: Path, *, overwrite: bool, ownership: Ownership = A_RUN) -> None:
     """Check that a run may be written to `path`, without writing anything.
 
     Args:
         path: The directory.
         overwrite: Whether the user allowed an earlier run there to be replaced.
-        marker: The file that shows that a directory is ours to replace.
+        ownership: What an earlier directory must be, to be ours to replace.
 
     Raises:
         InputError: There is something that must not be replaced, or the place cannot be written.
     """
+    check_path(path, "output_dir")
+    length = len(os.fsencode(path.name))
+    if length > _LONGEST_NAME:
+        raise InputError(
+            f"output_dir {path.name[:50]}... has a name of {length} bytes. Must be at most "
+            f"{_LONGEST_NAME}."
+        )
     if path.exists():
         if not path.is_dir():
             raise InputError(f"output_dir {path} is a file. Give a directory that is new or empty.")
@@ -40,10 +41,11 @@ def check_output(path: Path, *, overwrite: bool, marker: str = CONFIG) -> None:
                     f"output_dir {path} exists and is not empty. Give --overwrite to replace it, "
                     "or another --output_dir."
                 )
-            if not (path / marker).is_file():
+            fault = ownership.fault(path)
+            if fault is not None:
                 raise InputError(
-                    f"output_dir {path} was not written by molf (it has no {marker}), so "
-                    "--overwrite does not replace it. Give another --output_dir."
+                    f"output_dir {path} is not {ownership.what} alone ({fault}), so --overwrite "
+                    "does not replace it. Give another --output_dir."
                 )
     existing = path.absolute()
     while not existing.exists():
@@ -70,8 +72,8 @@ class RunDirectory:
         replaced: Where the earlier run is kept meanwhile, or None.
     """
 
-    def __init__(self, path: Path, *, overwrite: bool, marker: str = CONFIG) -> None:
-        check_output(path, overwrite=overwrite, marker=marker)
+    def __init__(self, path: Path, *, overwrite: bool) -> None:
+        check_output(path, overwrite=overwrite)
         self.path = path
         self.replaced: Path | None = None
         try:

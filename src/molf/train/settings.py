@@ -244,6 +244,12 @@ class TrainSettings:
         for name in ("model", "data", "eval_data", "forgetting_data"):
             if getattr(self, name) == "":
                 raise InputError(f"Invalid {name}: empty. Leave the option out for the default.")
+        for name in ("none", "all"):
+            if name in self.report_to and len(self.report_to) > 1:
+                raise InputError(
+                    f"Invalid report_to={','.join(self.report_to)}: {name} stands alone. Give "
+                    f"trackers, or {name}."
+                )
         if self.weight_rounding is not None and self.dtype == "float32":
             raise InputError(
                 f"Invalid weight_rounding={self.weight_rounding} with dtype=float32: there is "

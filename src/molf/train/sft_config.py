@@ -5,16 +5,17 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping
 from dataclasses import fields
+from importlib.util import find_spec
 from typing import Any, NoReturn
 
 import torch
-from transformers import HfArgumentParser
+from transformers import HfArgumentParser, get_scheduler
 from transformers.integrations import get_available_reporting_integrations
 from trl import SFTConfig
 
 from molf.errors import InputError
+from molf.train.ownership import CHECKPOINTS
 from molf.train.resolved import ResolvedSettings
-from molf.train.run_directory import CHECKPOINTS
 from molf.train.settings import TrainSettings
 
 # What a run decides itself, beside the options of its own. A user's value would be ignored, or
@@ -47,6 +48,19 @@ _CONTROLLED = frozenset(
         "warmup_steps",
     }
 )
+_TOKENIZER = "the model's tokenizer brings its own"
+_ONE_PROCESS = "molf train runs in one process on one device"
+_IMPOSSIBLE = {
+    "assistant_only_loss": "the task says which tokens carry loss",
+    "eval_on_start": "the run measures the model before and after itself",
+    "eos_token": _TOKENIZER,
+    "pad_token": _TOKENIZER,
+    "chat_template_path": _TOKENIZER,
+    "fsdp": _ONE_PROCESS,
+    "fsdp_config": _ONE_PROCESS,
+    "deepspeed": _ONE_PROCESS,
+    "parallelism_config": _ONE_PROCESS,
+}
 _OPTIONS = frozenset(option.name for option in fields(TrainSettings))
 
 
@@ -109,6 +123,7 @@ def sft_config(settings: ResolvedSettings) -> SFTConfig:
     except (ValueError, TypeError, ImportError) as error:
         first_line = str(error).strip().split("\n")[0]
         raise InputError(f"The trainer does not accept these settings: {first_line}") from error
+    _check_schedule(config)
     if config.world_size > 1:
         raise InputError(
             f"WORLD_SIZE={config.world_size}: molf train runs in one process. Start it without "
@@ -120,6 +135,25 @@ def sft_config(settings: ResolvedSettings) -> SFTConfig:
             "CUDA_VISIBLE_DEVICES."
         )
     return config
+
+
+def _check_schedule(config: SFTConfig) -> None:
+    """Make the schedule once, for an optimizer of nothing: the trainer does so after loading."""
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=config.learning_rate)
+    try:
+        get_scheduler(
+            config.lr_scheduler_type,
+            optimizer,
+            num_warmup_steps=0,
+            num_training_steps=2,
+            scheduler_specific_kwargs=config.lr_scheduler_kwargs,
+        )
+    except (TypeError, ValueError, AttributeError) as error:
+        first_line = str(error).strip().split("\n")[0]
+        raise InputError(
+            f"training_args.lr_scheduler_kwargs={config.lr_scheduler_kwargs} does not go with "
+            f"lr_scheduler_type={config.lr_scheduler_type.value}: {first_line}."
+        ) from error
 
 
 class _Parser(HfArgumentParser):
@@ -140,6 +174,17 @@ def parse_training_args(given: Mapping[str, str]) -> dict[str, Any]:
     for name, value in given.items():
         if name in _CONTROLLED:
             raise InputError(f"training_args.{name} cannot be set: a run decides it itself.")
+        if name in _IMPOSSIBLE:
+            raise InputError(f"training_args.{name} cannot be set: {_IMPOSSIBLE[name]}.")
+        if name.startswith("hub_"):
+            raise InputError(
+                f"training_args.{name} cannot be set: a run pushes nothing. Push model/ with the "
+                "Hub's own tools."
+            )
+        if name == "use_liger_kernel" and find_spec("liger_kernel") is None:
+            raise InputError(
+                "training_args.use_liger_kernel needs liger-kernel, which is not installed."
+            )
         if name in _OPTIONS:
             raise InputError(f"training_args.{name} is an option of its own: give --{name}.")
         if name not in known:

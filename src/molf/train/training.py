@@ -29,11 +29,12 @@ from molf.train.merging import merge_trained
 from molf.train.methods import Prepared, TrainingData, prepare
 from molf.train.model_loading import LoadedModel
 from molf.train.model_saving import save_adapter
+from molf.train.ownership import ADAPTER, CHECKPOINTS, METRICS, ROUTING
 from molf.train.progress import Reporter
 from molf.train.quantised_base import Precision, load_quantised
 from molf.train.resolved import ResolvedSettings
 from molf.train.routing_log import RoutingWriter
-from molf.train.run_directory import ADAPTER, CHECKPOINTS, METRICS, ROUTING, RunDirectory
+from molf.train.run_directory import RunDirectory
 from molf.train.wins import Wins
 
 ALL_WEIGHTS = "model.safetensors"

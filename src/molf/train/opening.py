@@ -1,0 +1,70 @@
+"""How a training begins, whether it is run or rehearsed: everything that may refuse it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from transformers import set_seed
+from trl import SFTConfig
+
+from molf.errors import InputError
+from molf.evaluate.inference import length_limit
+from molf.tasks.encoding import EncodedSamples, encode_samples
+from molf.tasks.samples import Sample
+from molf.train.methods import check
+from molf.train.methods.storage import check_kernels
+from molf.train.model_loading import LoadedModel, load_model, load_skeleton
+from molf.train.quantised_base import check_device
+from molf.train.resolved import ResolvedSettings
+from molf.train.sft_config import sft_config
+
+
+@dataclass
+class Opening:
+    """A training that may begin.
+
+    Attributes:
+        arguments: The trainer's arguments.
+        base: The model to start from.
+        max_length: The longest example allowed, in tokens: by the settings and by the model.
+        encoded: The examples.
+    """
+
+    arguments: SFTConfig
+    base: LoadedModel
+    max_length: int
+    encoded: EncodedSamples
+
+
+def open_training(settings: ResolvedSettings, samples: Sequence[Sample]) -> Opening:
+    """Check the settings where the training will be, load the model, and encode its examples.
+
+    Raises:
+        InputError: The model cannot be used, or the settings or the examples do not fit it. Nothing
+            was written.
+    """
+    arguments = sft_config(settings)
+    check_device(settings, arguments.device)
+    check_kernels(settings, arguments.device)
+    set_seed(settings.seed)  # before anything random, such as adapters
+    # The layers are known from the configuration: wrong patterns must not cost a download.
+    check(load_skeleton(settings.model), settings)
+    base = load_model(settings.model, getattr(torch, settings.dtype))
+    max_length = length_limit(base.model, settings.max_length)
+    encoded = encode_samples(base.tokenizer, samples, max_length)
+    _check_ids(base, encoded, settings.model)
+    return Opening(arguments, base, max_length, encoded)
+
+
+def _check_ids(base: LoadedModel, encoded: EncodedSamples, model: str) -> None:
+    """Refuse examples with tokens that were added to the tokenizer, and not to the model."""
+    highest = max(map(max, encoded.input_ids))
+    rows = base.model.get_input_embeddings().weight.shape[0]
+    if highest >= rows:
+        raise InputError(
+            f"model {model}: the examples have the token "
+            f"{base.tokenizer.convert_ids_to_tokens(highest)!r} (id {highest}), and the model has "
+            f"{rows} embeddings. Resize them, or give data without it."
+        )

@@ -1,0 +1,144 @@
+"""What molf wrote: by what a directory is known as a run, an evaluation or an export.
+
+`--overwrite` deletes, so a directory counts as ours only if it says so itself and holds no more.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, ClassVar
+
+import yaml
+
+CONFIG = "config.yaml"
+ENVIRONMENT = "environment.json"
+METRICS = "metrics.jsonl"
+ROUTING = "routing"
+CHECKPOINTS = "checkpoints"
+ADAPTER = "adapter"
+MODEL = "model"
+EVALUATION = "eval.json"
+PREDICTIONS = "predictions.jsonl"
+ERROR_LOG = "error.log"
+EXPORT = "molf_export.json"
+
+_RUN_ENTRIES = frozenset(
+    {
+        CONFIG,
+        ENVIRONMENT,
+        METRICS,
+        ROUTING,
+        CHECKPOINTS,
+        ADAPTER,
+        MODEL,
+        EVALUATION,
+        PREDICTIONS,
+        ERROR_LOG,
+    }
+)
+_UNFINISHED = re.compile(r"\..+\.\d+\.tmp(\.replaced)?")  # what a killed process leaves
+
+
+class Ownership(ABC):
+    """A kind of directory that molf writes.
+
+    Attributes:
+        what: Its name, for messages.
+    """
+
+    what: ClassVar[str]
+
+    @abstractmethod
+    def fault(self, path: Path) -> str | None:
+        """Why a directory is not one of ours, or holds more than we wrote; None if neither."""
+
+
+class _Run(Ownership):
+    what = "a run of molf train"
+
+    def fault(self, path: Path) -> str | None:
+        if not (path / CONFIG).is_file():
+            return f"it has no {CONFIG}"
+        if not is_run_config(_read_yaml(path / CONFIG)):
+            return f"its {CONFIG} is not that of a run"
+        if not (path / ENVIRONMENT).is_file():
+            return f"it has no {ENVIRONMENT}"
+        return _foreign(
+            entry
+            for entry in path.iterdir()
+            if entry.name not in _RUN_ENTRIES
+            and not (entry.is_dir() and not entry.is_symlink() and AN_EXPORT.fault(entry) is None)
+        )
+
+
+class _Evaluation(Ownership):
+    what = "an evaluation of molf eval"
+
+    def fault(self, path: Path) -> str | None:
+        for name in (CONFIG, MODEL):
+            if (path / name).exists():
+                return f"it has a {name}, as a run does"
+        if not (path / EVALUATION).is_file():
+            return f"it has no {EVALUATION}"
+        record = _read_json(path / EVALUATION)
+        if not isinstance(record, dict) or not ("tasks" in record or "metrics" in record):
+            return f"its {EVALUATION} is not that of an evaluation"
+        return _foreign(
+            entry
+            for entry in path.iterdir()
+            if entry.name != EVALUATION and entry not in predictions_in(path)
+        )
+
+
+class _Export(Ownership):
+    what = "an export of molf export"
+
+    def fault(self, path: Path) -> str | None:
+        if not (path / EXPORT).is_file():
+            return f"it has no {EXPORT}"
+        record = _read_json(path / EXPORT)
+        files = record.get("files") if isinstance(record, dict) else None
+        if not isinstance(files, list):
+            return f"its {EXPORT} is not that of an export"
+        return _foreign(entry for entry in path.iterdir() if entry.name not in (EXPORT, *files))
+
+
+A_RUN = _Run()
+AN_EVALUATION = _Evaluation()
+AN_EXPORT = _Export()
+
+
+def is_run_config(config: Any) -> bool:
+    """Whether the content of a `config.yaml` is that of a run."""
+    return isinstance(config, dict) and "method" in config and isinstance(config.get("run"), dict)
+
+
+def predictions_in(path: Path) -> list[Path]:
+    """The files of predictions that an evaluation wrote into a directory."""
+    return sorted(entry for entry in path.glob("predictions*.jsonl") if entry.is_file())
+
+
+def _foreign(entries: Iterable[Path]) -> str | None:
+    names = sorted(entry.name for entry in entries if not _UNFINISHED.fullmatch(entry.name))
+    if not names:
+        return None
+    more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+    return f"it holds {names[0]}{more}, which molf did not write there"
+
+
+def _read_yaml(path: Path) -> Any:
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError, yaml.YAMLError):
+        return None
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None

@@ -1,0 +1,61 @@
+"""Doubtful evaluations: on records that the model was trained on."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+from molf.errors import InputError
+from molf.paths import absolute
+from molf.tasks import Task
+from molf.tasks.records import data_files
+from molf.train.finished_run import read_run
+from molf.train.ownership import CONFIG, MODEL
+from molf.train.provenance import contents, file_records, same_files
+from molf.train.resolved import ResolvedSettings
+
+_EVALUATES_ON_TRAINING = ("fact", "demo-fact")
+"""Tasks that measure what was changed, on the very requests that changed it."""
+
+
+def warn_of_training_data(model: str, task: Task) -> None:
+    """Warn where a run's model is evaluated on the records that the run drew its training from.
+
+    Args:
+        model: What is evaluated; a run's `model/` has its `config.yaml` beside it.
+        task: The task, loaded for evaluation only.
+    """
+    description = task.description()
+    if task.name in _EVALUATES_ON_TRAINING or description.get("evaluated_split") != "train":
+        return
+    path = Path(model).expanduser().resolve()
+    if path.name != MODEL or not (path.parent / CONFIG).is_file():
+        return
+    try:
+        run = read_run(path.parent)
+    except InputError:  # a config.yaml of something else
+        return
+    data = absolute(str(description["evaluated_on"]))
+    recorded = run.config["run"].get("data") or {}
+    trained_on = contents((recorded.get("files") or {}).get("data") or [])
+    evaluated_on = contents(file_records({"data": data}).get("data", []))
+    if data == run.config.get("data") or trained_on & evaluated_on:
+        warnings.warn(
+            f"{data} is what {run.path} was trained on, so this measures what it remembers. Give "
+            "other records with --data; those that the run held out are measured in its eval.json.",
+            stacklevel=2,
+        )
+
+
+def warn_of_equal_data(settings: ResolvedSettings) -> None:
+    """Warn where the records evaluated are those trained on, and the task means others."""
+    data, eval_data = settings.data, settings.eval_data
+    if settings.task in _EVALUATES_ON_TRAINING or data is None or eval_data is None:
+        return
+    # Of a folder with splits one is trained on and another evaluated.
+    if len(data_files(eval_data)) == 1 and same_files(data, eval_data):
+        warnings.warn(
+            f"eval_data {eval_data} holds what data holds, so the evaluation measures what is "
+            "trained on. Leave eval_data out to have a tenth of data held out.",
+            stacklevel=2,
+        )

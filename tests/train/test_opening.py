@@ -1,0 +1,215 @@
+"""What is found before a run has its directory, in a run and in a rehearsal of it."""
+
+import json
+import re
+import shutil
+
+import pytest
+import yaml
+
+from molf.cli import main
+
+
+def with_model(options, model):
+    arguments = [*options]
+    arguments[arguments.index("--model") + 1] = str(model)
+    return arguments
+
+
+def base_with(path, embeddings=None, **added):
+    """A model with as many embeddings as its tokenizer has tokens before some are added."""
+    from checkpoints import make_model
+    from tiny_models import byte_level_tokenizer
+
+    tokenizer = byte_level_tokenizer()
+    model = make_model("qwen2")
+    model.resize_token_embeddings(embeddings or len(tokenizer))
+    model.save_pretrained(path)
+    tokenizer.add_special_tokens(added)
+    tokenizer.save_pretrained(path)
+    return path
+
+
+@pytest.fixture
+def small_base(tmp_path):
+    return base_with(tmp_path / "small", embeddings=100)
+
+
+@pytest.mark.parametrize("extra", [[], ["--dry_run"]])
+def test_tokenizer_of_another_model(options, small_base, tmp_path, capsys, extra):
+    arguments = [*with_model(options, small_base), "--output_dir", str(tmp_path / "run"), *extra]
+    assert main(arguments) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "and the model has 100 embeddings" in error
+    assert not (tmp_path / "run").exists()
+
+
+def test_evaluation_with_the_tokenizer_of_another_model(small_base, facts, capsys):
+    assert main(["eval", str(small_base), "--task", "fact", "--data", str(facts)]) == 2
+    assert "and the model has 100 embeddings" in capsys.readouterr().err
+
+
+def test_padding_token_beyond_the_model(options, tmp_path, capsys):
+    model = base_with(tmp_path / "base", pad_token="<|new|>")
+    arguments = [*with_model(options, model), "--output_dir", str(tmp_path / "run")]
+    assert main(arguments) == 0
+    error = capsys.readouterr().err
+    assert error.count("the padding token '<|new|>'") == 1
+    assert "takes its place" in error
+    saved = json.loads((tmp_path / "run" / "model" / "tokenizer_config.json").read_text())
+    assert saved["pad_token"] == saved["eos_token"]
+
+
+def test_examples_with_a_token_that_the_model_has_no_embedding_for(
+    options, facts, tmp_path, capsys
+):
+    """Added tokens beyond the embeddings are common; only their use is an error."""
+    model = base_with(tmp_path / "base", additional_special_tokens=["<|extra|>"])
+    arguments = with_model(options, model)
+    assert main([*arguments, "--dry_run"]) == 0
+    data = tmp_path / "facts.jsonl"
+    data.write_text(facts.read_text().replace("lives in", "lives <|extra|> in"))
+    arguments[arguments.index("--data") + 1] = str(data)
+    capsys.readouterr()
+    assert main([*arguments, "--output_dir", str(tmp_path / "run")]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert re.search(r"the token '<\|extra\|>' \(id (\d+)\), and the model has \1 embed", error)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("extra", "words"),
+    [
+        (["--target_modules", "nothing"], "'nothing'"),
+        (["--max_length", "3"], "max_length=3"),
+        (["--training_args.lr_scheduler_kwargs", '{"a": 1}'], "lr_scheduler_kwargs"),
+        (["--forgetting_data", "nowhere.txt"], "nowhere.txt"),
+        (["--report_to", "nothing"], "report_to=nothing"),
+    ],
+)
+def test_dry_run_finds_what_a_run_finds(options, tmp_path, capsys, extra, words):
+    errors = []
+    for dry in ([], ["--dry_run"]):
+        assert main([*options, *extra, "--output_dir", str(tmp_path / "run"), *dry]) == 2
+        errors.append(capsys.readouterr().err.splitlines()[-1])
+    assert errors[0] == errors[1]
+    assert words in errors[0]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_dry_run_tries_the_quantised_layers_of_a_run(options, monkeypatch, capsys):
+    from molf.errors import InputError
+
+    def refuse(settings, device):
+        raise InputError("load_in_4bit does not work here")
+
+    monkeypatch.setattr("molf.train.opening.check_device", refuse)
+    assert main([*options, "--dry_run"]) == 2
+    assert "load_in_4bit does not work here" in capsys.readouterr().err
+
+
+def test_secrets_are_written_nowhere(options, facts, tmp_path, monkeypatch):
+    """Signed addresses and tokens do end up in options; whole runs are shared."""
+    import io
+    import sys
+
+    url = "https://me:word5ecret@example.org/facts.jsonl?token=abc5ecret&page=2"
+    monkeypatch.setenv("MOLF_CACHE", str(tmp_path / "cache"))
+    content = facts.read_bytes()
+    monkeypatch.setattr("urllib.request.urlopen", lambda url, timeout: io.BytesIO(content))
+    arguments = [*options, "--output_dir", str(tmp_path / "run")]
+    arguments[arguments.index("--data") + 1] = url
+    command = ["molf", *arguments, "--api_key", "key5ecret", "--x.token=val5ecret"]
+    monkeypatch.setattr(sys, "argv", [*command, "hf_0123456789abcdef5ecret"])
+    assert main(arguments) == 0
+    texts = {
+        path: path.read_text()
+        for path in (tmp_path / "run").rglob("*")
+        if path.suffix in (".yaml", ".json", ".md", ".log", ".jsonl")
+    }
+    assert [str(path) for path, text in texts.items() if "5ecret" in text] == []
+    config = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    assert config["data"] == "https://***@example.org/facts.jsonl?token=***&page=2"
+    (file,) = config["run"]["data"]["files"]["data"]
+    assert file["bytes"] == len(content)
+    command = json.loads((tmp_path / "run" / "environment.json").read_text())["command"]
+    assert command[-3:] == ["***", "--x.token=***", "hf_***"]
+
+
+def test_files_are_recorded_and_found_from_anywhere(options, base, facts, tmp_path, monkeypatch):
+    import hashlib
+
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(base, "base")
+    shutil.copy(facts, "facts.jsonl")
+    arguments = with_model(options, "base")
+    arguments[arguments.index("--data") + 1] = "facts.jsonl"
+    arguments += ["--method", "lora", "--save_dtype", "bfloat16", "--forgetting_data"]
+    assert main([*arguments, "facts.jsonl", "--output_dir", "run"]) == 0
+    config = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    record = {
+        "path": str(tmp_path / "facts.jsonl"),
+        "bytes": facts.stat().st_size,
+        "sha256": hashlib.sha256(facts.read_bytes()).hexdigest(),
+    }
+    assert config["run"]["data"]["files"] == {"data": [record], "forgetting_data": [record]}
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    run = str(tmp_path / "run")
+    assert main(["export", run, "--dtype", "float32", "--output_dir", "exported"]) == 0
+    assert main(["train", "--config", f"{run}/config.yaml", "--output_dir", "again"]) == 0
+    for card in ("model", "adapter"):
+        assert str(tmp_path) not in (tmp_path / "run" / card / "README.md").read_text()
+
+
+def write_pairs(path, count=20):
+    records = [{"prompt": f"{i}: What is it?", "completion": f" {i}."} for i in range(count)]
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return str(path)
+
+
+@pytest.fixture
+def custom(base, tmp_path):
+    """A training on the user's own records."""
+    data = write_pairs(tmp_path / "pairs.jsonl")
+    arguments = ["train", "--task", "custom", "--model", str(base), "--data", data]
+    return [*arguments, "--ranks", "4", "--max_steps", "2"]
+
+
+def test_evaluation_on_what_was_trained_on_warns(custom, tmp_path, capsys):
+    """A run's `model/` on the run's data: a tenth was held out, the others were not."""
+    run = tmp_path / "run"
+    assert main([*custom, "--max_samples", "12", "--output_dir", str(run)]) == 0
+    capsys.readouterr()
+
+    def evaluate(*arguments):
+        assert main(["eval", *arguments]) == 0
+        return "was trained on" in capsys.readouterr().err
+
+    shutil.copy(tmp_path / "pairs.jsonl", tmp_path / "copy.jsonl")
+    model = [str(run / "model"), "--task", "custom", "--data"]
+    assert evaluate(*model, str(tmp_path / "pairs.jsonl"))
+    assert evaluate(*model, str(tmp_path / "copy.jsonl"))
+    assert not evaluate(*model, write_pairs(tmp_path / "other.jsonl", 5))
+    (tmp_path / "folder").mkdir()
+    shutil.copy(tmp_path / "pairs.jsonl", tmp_path / "folder" / "train.jsonl")
+    write_pairs(tmp_path / "folder" / "test.jsonl", 5)
+    assert not evaluate(*model, str(tmp_path / "folder"))
+
+    saved = ["--task", "custom", "--data", str(tmp_path / "pairs.jsonl"), "--predictions"]
+    saved += [str(run / "predictions.jsonl"), "--output_dir", str(tmp_path / "e")]
+    assert main(["eval", *saved, "--max_samples", "12"]) == 0
+    scored = json.loads((tmp_path / "e" / "eval.json").read_text())["metrics"]["exact_match"]
+    assert scored == json.loads((run / "eval.json").read_text())["after"]["exact_match"]
+    (after,) = [json.loads((run / "eval.json").read_text())["after"]["loss"]]
+    assert (after["count"], after["low"]) == (1, None)
+
+
+def test_evaluation_data_that_is_the_training_data_warns(custom, tmp_path, capsys):
+    data = str(tmp_path / "pairs.jsonl")
+    assert main([*custom, "--eval_data", data, "--dry_run"]) == 0
+    assert "eval_data" in (error := capsys.readouterr().err)
+    assert "holds what data holds" in error
+    other = write_pairs(tmp_path / "other.jsonl", 5)
+    assert main([*custom, "--eval_data", other, "--dry_run"]) == 0
+    assert "holds what data holds" not in capsys.readouterr().err
