@@ -75,7 +75,7 @@ def test_generates_the_true_object_and_stops(model, tokenizer):
     right = sum(
         text == f"{prompt} {target}" for text, (prompt, target) in zip(texts, cases, strict=True)
     )
-    assert right / len(cases) >= 0.94
+    assert right / len(cases) >= 0.95
 
 
 def test_is_in_float32_and_small(model):

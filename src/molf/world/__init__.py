@@ -1,8 +1,9 @@
 """A small closed invented world, and a base model that knows it.
 
 Nobody can rely on a model hub being reachable, so molf ships a language model (`BASE_PATH`) that
-has learned the facts of `build_world()` and nothing else, and requests to change some of them. This
-package needs only the standard library.
+has learned the facts of `build_world()` and nothing else, requests to change some of them, and
+questions about them: medical ones with options, and others to be answered with SQL. This package
+needs only the standard library.
 """
 
 from pathlib import Path
@@ -11,6 +12,8 @@ from molf.world.build import build_world
 from molf.world.counterfact import counterfact_records
 from molf.world.documents import held_out_text, training_documents
 from molf.world.entities import Attribute, Entity, Fact, Relation, World
+from molf.world.med_questions import med_practice, med_records
+from molf.world.sql_questions import sql_practice, sql_records
 
 BASE_PATH = Path(__file__).parent / "base"
 """Directory of the shipped base model, a transformers checkpoint."""
@@ -25,5 +28,9 @@ __all__ = [
     "build_world",
     "counterfact_records",
     "held_out_text",
+    "med_practice",
+    "med_records",
+    "sql_practice",
+    "sql_records",
     "training_documents",
 ]

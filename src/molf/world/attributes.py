@@ -9,7 +9,7 @@ ATTRIBUTES = (
         low=1940,
         high=1999,
         step=1,
-        phrasings=("{} was born in the year", "The birth year of {} is"),
+        phrasings=("{}'s year of birth is", "The birth year of {} is"),
     ),
     Attribute(
         name="salary",
@@ -66,5 +66,21 @@ ATTRIBUTES = (
         high=900,
         step=10,
         phrasings=("The number of pages of {} is", "{} has a page count of"),
+    ),
+    Attribute(
+        name="dose",
+        kind="drug",
+        low=10,
+        high=990,
+        step=10,
+        phrasings=("The daily dose of {} in milligrams is", "{} is taken in tablets of"),
+    ),
+    Attribute(
+        name="price",
+        kind="drug",
+        low=2,
+        high=98,
+        step=1,
+        phrasings=("The price of a box of {} is", "{} costs"),
     ),
 )

@@ -1,6 +1,6 @@
 """The relations of the world, and how people put them into words.
 
-No wording belongs to two relations of one kind of subject: a prompt always has one true answer.
+No wording is, or begins, another one for the same kind of subject: a prompt has one true answer.
 """
 
 from molf.world.entities import Relation
