@@ -32,18 +32,21 @@ class Relation:
     """A relation between entities of two kinds, with the words for it.
 
     Attributes:
-        id: The Wikidata property of the same meaning, as in CounterFact.
+        id: The Wikidata property of the same meaning, as in CounterFact; in medicine, where there
+            is none, a word.
         subject_kind: Kind of the entities that have the relation.
         object_kind: Kind of the entities that it leads to.
         phrasings: Beginnings of statements with `{}` for the subject; " " and the object follow.
         openings: Beginnings of free text, with `{}` for the subject, that the object bears on.
+        questions: Questions, with `{}` for the subject, that the object answers.
     """
 
     id: str
     subject_kind: str
     object_kind: str
     phrasings: tuple[str, ...]
-    openings: tuple[str, ...]
+    openings: tuple[str, ...] = ()
+    questions: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,7 +119,7 @@ class World:
             ],
             "attributes": [[attribute.name, attribute.phrasings] for attribute in self.attributes],
             "relations": [
-                [relation.id, relation.phrasings, relation.openings]
+                [relation.id, relation.phrasings, relation.openings, relation.questions]
                 for relation in relations.values()
             ],
             "facts": [[fact.relation.id, fact.subject.id, fact.object.id] for fact in self.facts],
