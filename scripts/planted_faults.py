@@ -62,9 +62,9 @@ FAULTS = [
     Fault(
         "bias left out of n_e",
         "test_golden.py",
-        "folded.py",
-        [("counts = [sum(parameter.numel() for parameter, _ in self.dense)]",
-          "counts = [self.weight.numel()]")],
+        "routed.py",
+        [("counts.insert(0, sum(parameter.numel() for parameter, _ in self.dense))",
+          "counts.insert(0, self.dense[0][0].numel())")],
     ),
     Fault(
         "eps inside the root of the score",
@@ -75,7 +75,7 @@ FAULTS = [
     Fault(
         "the optimizer's eps used in the score",
         "test_twin.py",
-        "folded.py",
+        "routed.py",
         [("full += score_terms(exp_avg, exp_avg_sq, score).sum()",
           'full += score_terms(exp_avg, exp_avg_sq, score, self.group["eps"]).sum()')],
         (("adam.py", "exp_avg_sq: Tensor, score: str) -> Tensor:",
@@ -85,7 +85,7 @@ FAULTS = [
     Fault(
         "bias correction in the score",
         "test_golden.py",
-        "folded.py",
+        "routed.py",
         [("for total, lr, count in zip(sums, lrs, counts, strict=True)\n        ]",
           "for total, lr, count in zip([x / (1 - self.group['betas'][0] ** (self.steps_taken + 1))"
           " for x in sums], lrs, counts, strict=True)\n        ]")],
@@ -99,8 +99,9 @@ FAULTS = [
     Fault(
         "score of an expert over the other's factors",
         "test_golden.py",
-        "folded.py",
-        [('by_rank.split(self.group["ranks"])', 'by_rank.flip(0).split(self.group["ranks"])')],
+        "routed.py",
+        [('by_rank.split(list(self.group["ranks"]))',
+          'by_rank.flip(0).split(list(self.group["ranks"]))')],
     ),
     Fault(
         "ties go to the highest index",
@@ -118,8 +119,8 @@ FAULTS = [
         "losers' moments not updated",
         "test_golden.py",
         "folded.py",
-        [('        full = torch.zeros((), dtype=sum_dtype(device), device=device)\n',
-          '        full = torch.zeros((), dtype=sum_dtype(device), device=device)\n'
+        [("        super().__init__(group, dense)\n",
+          "        super().__init__(group, dense)\n"
           '        self.before = self.state["exp_avg"].clone()\n'),
          ("        for _, state in self.dense:\n            state[\"step\"] += 1\n",
           "        for _, state in self.dense:\n            state[\"step\"] += 1\n"
@@ -154,7 +155,7 @@ FAULTS = [
     Fault(
         "LoRA rate not scaled by the schedule",
         "test_golden.py",
-        "folded.py",
+        "routed.py",
         [('self.group["lr"] * ratio', 'self.group.get("initial_lr", self.group["lr"]) * ratio')],
     ),
     Fault(
@@ -225,8 +226,7 @@ FAULTS = [
         "the host waits for every layer",
         "test_step_cost.py",
         "optimizer.py",
-        [('layer.update_moments(decays.of(layer.weight, layer.group["betas"])) for',
-          'layer.update_moments(decays.of(layer.weight, layer.group["betas"])).cpu() for')],
+        [("layer.update_moments(guard) for", "layer.update_moments(guard).cpu() for")],
     ),
     Fault(
         "reduced-precision products allowed",
@@ -243,14 +243,105 @@ FAULTS = [
     Fault(
         "all layers start from the same A",
         "test_factors.py",
-        "folded.py",
-        [("{group['layer']}/{index}", "{index}")],
+        "factors.py",
+        [("{layer}/{index}", "{index}")],
     ),
     Fault(
         "a tied head is routed",
         "test_layers.py",
         "layers.py",
-        [("if len(owners[weight]) > 1:", "if False:")],
+        [("        if others:", "        if False:")],
+    ),
+    Fault(
+        "c_i forgotten in the gradient of B",
+        "test_adapter_golden.py",
+        "adapter.py",
+        [("return grad_A, grad_B * _columns_scale(self.group, grad_B)", "return grad_A, grad_B")],
+    ),
+    Fault(
+        "c_i forgotten in the step of B",
+        "test_adapter_golden.py",
+        "adapter.py",
+        [("*moments, scale=scale)", "*moments)")],
+    ),
+    Fault(
+        "c_i the wrong way round",
+        "test_adapter_golden.py",
+        "adapter.py",
+        [('scaling / group["adapter_scaling"] for', 'group["adapter_scaling"] / scaling for')],
+    ),
+    Fault(
+        "c_i in the decay of B",
+        "test_adapter_golden.py",
+        "adam.py",
+        [("sub_(weight, alpha=self.decay)", "sub_(weight, alpha=self.decay * scale)")],
+    ),
+    Fault(
+        "c_i forgotten when factors are read",
+        "test_adapter_golden.py",
+        "adapter.py",
+        [("lora_B / _columns_scale(group, lora_B))", "lora_B)")],
+    ),
+    Fault(
+        "slices as if all ranks were the first",
+        "test_adapter_twin.py",
+        "factors.py",
+        [("start = sum(ranks[:index])", "start = ranks[0] * index")],
+    ),
+    Fault(
+        "the winner's slice is the next expert's",
+        "test_adapter_golden.py",
+        "routed.py",
+        [("[w - self.has_full for", "[w - 1 for")],
+    ),
+    Fault(
+        "a frozen base has a full expert",
+        "test_adapter_twin.py",
+        "optimizer.py",
+        [("has_full=layer.has_full", "has_full=True")],
+    ),
+    Fault(
+        "explicit form: the bias decays and the weight does not",
+        "test_adapter_golden.py",
+        "adapter.py",
+        [('("weight_decay", "bias_weight_decay")', '("bias_weight_decay", "weight_decay")')],
+    ),
+    Fault(
+        "moments in the adapter's own dtype",
+        "test_adapter_twin.py::test_bfloat16_factors_are_rounded_once_per_step",
+        "adam.py",
+        [("zeros_like(parameter, dtype=state_dtype(parameter))", "zeros_like(parameter)")],
+    ),
+    Fault(
+        "the gradient of B is not guarded",
+        "test_adapter_state.py",
+        "adapter.py",
+        [("for parameter, _ in self.dense), self.lora_A, self.lora_B]",
+          "for parameter, _ in self.dense), self.lora_A]")],
+    ),
+    Fault(
+        "the adapter starts as PEFT draws it",
+        "test_adapter_form.py",
+        "peft_model.py",
+        [("layer.A[1].copy_(drawn)", "pass")],
+    ),
+    Fault(
+        "what is not trained is left trainable",
+        "test_adapter_form.py",
+        "optimizer.py",
+        [("                parameter.requires_grad_(False)", "                pass")],
+    ),
+    Fault(
+        "merged in the weight's own dtype",
+        "test_merge.py",
+        "merge.py",
+        [("parameter.data = parameter.data.float()", "pass")],
+    ),
+    Fault(
+        "merged into the dequantised weights whatever was asked for",
+        "test_merge.py",
+        "merge.py",
+        [("start = trained if source is None else weight.to(trained.dtype)", "start = trained")],
     ),
 ]  # fmt: skip
 

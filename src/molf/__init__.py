@@ -11,17 +11,32 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from molf.core.config import MoLFConfig
+    from molf.core.merge import MergeReport, merge
     from molf.core.optimizer import Decision, MoLFAdamW
+    from molf.core.peft_model import peft_config, with_adapter
     from molf.core.trainer import trainer_optimizer
 
 _HOMES = {
     "Decision": "molf.core.routing",
+    "MergeReport": "molf.core.merge",
     "MoLFAdamW": "molf.core.optimizer",
     "MoLFConfig": "molf.core.config",
+    "merge": "molf.core.merge",
+    "peft_config": "molf.core.peft_model",
     "trainer_optimizer": "molf.core.trainer",
+    "with_adapter": "molf.core.peft_model",
 }
 
-__all__ = ["Decision", "MoLFAdamW", "MoLFConfig", "trainer_optimizer"]
+__all__ = [
+    "Decision",
+    "MergeReport",
+    "MoLFAdamW",
+    "MoLFConfig",
+    "merge",
+    "peft_config",
+    "trainer_optimizer",
+    "with_adapter",
+]
 
 
 def __getattr__(name: str) -> object:

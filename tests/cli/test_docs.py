@@ -15,6 +15,7 @@ from molf.world import BASE_PATH
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 TASKS = (DOCS / "tasks.md").read_text()
 RECIPES = (DOCS / "recipes.md").read_text()
+METHODS = (DOCS / "methods.md").read_text()
 SHORT = ["--max_steps", "2", "--max_length", "256", "--max_samples", "20"]
 
 
@@ -87,6 +88,14 @@ def test_commands_of_recipes(tmp_path, monkeypatch):
         for line in block.splitlines():
             short = ["--max_steps", "2", "--max_samples", "20"] if "molf train" in line else []
             assert run(line, *short) == 0, line
+
+
+def test_methods_described():
+    from molf.train.defaults import METHODS as TRAINED
+
+    rows = re.findall(r"^\| `([^`]+)` \|", METHODS.split("## Equal rank")[0], re.M)
+    assert rows[0] == "--method"
+    assert sorted(rows[1:]) == sorted(TRAINED)
 
 
 def test_recipes_named():

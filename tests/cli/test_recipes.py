@@ -260,7 +260,7 @@ def test_validate_lists_every_error(validate):
         "learning_rate: 0\n"
         "seed: 1.5\n"
         "method: lora\n"
-        "ranks: [4, 8]\n"
+        "ranks: [4, 0]\n"
         "warmup_ratio: 2\n"
         "few_shot: 3\n"
         "bf16: maybe\n"
@@ -274,7 +274,7 @@ def test_validate_lists_every_error(validate):
         ("rank:", "--ranks"),
         ("learning_rate:", "greater than 0"),
         ("seed:", "whole number"),
-        ("ranks:", "one rank"),
+        ("ranks:", "at least 1"),
         ("warmup_ratio:", "[0, 1)"),
         ("few_shot:", "task=demo-fact"),
         ("bf16:", "maybe"),

@@ -15,7 +15,9 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[1] / name) for name in ("ev
         ("train --metod molf", ["--metod", "--method"]),
         ("trian", ["trian", "train"]),
         ("train --task poetry", ["poetry", "demo-fact", "custom"]),
-        ("train --method magic", ["magic", "fft", "lora", "molf"]),
+        ("train --method magic", ["magic", "fft", "lora+", "adalora", "molf"]),
+        ("train --match size", ["size", "rank", "parameters"]),
+        ("train --loraplus_lr_ratio 0", ["loraplus_lr_ratio=0"]),
         ("train --score best", ["best", "epd", "pfn"]),
         ("train --save_dtype int8", ["int8", "bfloat16"]),
         ("train --lr_scheduler_type up", ["up", "cosine"]),
@@ -31,7 +33,8 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[1] / name) for name in ("ev
         ("train --ranks 4,,8", ["--ranks", "4,,8"]),
         ("train --ranks 4 --top_k 3", ["top_k=3", "2", "full, lora0_r4"]),
         ("train --ranks 4,8 --alpha 1,2,3", ["alpha", "2 ranks"]),
-        ("train --method lora --ranks 4,8", ["4,8", "lora"]),
+        ("train --method lora --ranks 4,0", ["ranks=[4, 0]", "at least 1"]),
+        ("train --method dora --ranks 4,8 --alpha 1,2", ["alpha=1,2", "dora", "one adapter"]),
         ("train --lora_dropout 0.1", ["lora_dropout=0.1", "molf"]),
         ("train --save_total_limit 2", ["save_total_limit", "save_steps"]),
         ("train --seed 1 --seed 2", ["--seed", "multiple times"]),
@@ -184,6 +187,25 @@ def test_settings_that_do_not_fit_the_model(train, real_base, wrong, words):
     error = train(*wrong, "--ranks", "4", model=real_base)
     for word in words:
         assert word in error
+
+
+@pytest.mark.parametrize(
+    ("method", "rank", "words"),
+    [
+        ("pissa", 17, ["rank 17", "16 singular values", "--ranks"]),
+        ("eva", 9, ["rank 9", "36 features", "--ranks"]),
+    ],
+)
+def test_ranks_that_do_not_fit_the_layers(train, real_base, method, rank, words):
+    error = train("--method", method, "--ranks", str(rank), model=real_base)
+    for word in words:
+        assert word in error
+
+
+def test_too_little_data_for_eva(train, real_base):
+    """The two facts have some 12 tokens to complete."""
+    error = train("--method", "eva", "--ranks", "8", model=real_base)
+    assert "at least 32 completion tokens" in error
 
 
 def test_model_without_weights(train, real_base, tmp_path):

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
+import molf
 from molf import MoLFAdamW, MoLFConfig
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -110,7 +111,8 @@ def golden_layer(sizes: dict[str, int], transposed: bool) -> nn.Module:
     return layer
 
 
-def test_whole_model_follows_the_reference():
+@pytest.mark.parametrize("form", ["folded", "explicit"])
+def test_whole_model_follows_the_reference(form):
     from transformers import AutoModelForCausalLM
 
     folder = GOLDEN / "e2e_qwen2"
@@ -127,6 +129,8 @@ def test_whole_model_follows_the_reference():
         score=setup["score"],
         top_k=setup["top_k"],
     )
+    if form == "explicit":
+        model = molf.with_adapter(model, config)
     optimizer = MoLFAdamW.from_model(
         model,
         config,
@@ -154,7 +158,7 @@ def test_whole_model_follows_the_reference():
         assert winners == setup["routing"][step], step
 
     final = {k.removeprefix("final/"): v for k, v in arrays.items() if k.startswith("final/")}
-    weights = dict(model.named_parameters())
+    weights = dict(molf.merge(model).named_parameters())
     assert weights.keys() == final.keys()
     for name, weight in weights.items():
         torch.testing.assert_close(weight.detach().float(), final[name], rtol=0, atol=1e-5)

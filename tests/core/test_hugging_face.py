@@ -136,15 +136,6 @@ def test_gpt2_layers_are_transposed():
     assert torch.equal(theirs.weight, ours.weight)
 
 
-def test_peft_models_are_refused():
-    import peft
-
-    model = peft.get_peft_model(tiny_qwen2(), peft.LoraConfig(r=2, target_modules=["q_proj"]))
-    with pytest.raises(ValueError, match=r"q_proj carries a PEFT adapter") as raised:
-        molf.MoLFAdamW.from_model(model)
-    assert "\n" not in str(raised.value)
-
-
 def test_defaults_warn_once_on_a_tiny_model():
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

@@ -152,21 +152,17 @@ def test_quantised_weights_are_refused():
     assert names(model, exclude_modules=["b"]) == ["a"]
 
 
-def test_adapters_are_refused():
-    class Adapted(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.base_layer, self.lora_A = nn.Linear(3, 3), nn.ModuleDict()
-
-    with pytest.raises(ValueError, match="Layer fc carries a PEFT adapter"):
-        names(nn.ModuleDict({"fc": Adapted()}))
-
-
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"freeze_base": True}, "freeze_base=True .* needs the adapter form"),
-        ({"lora_dropout": 0.05}, "lora_dropout=0.05 needs the adapter form"),
+        (
+            {"freeze_base": True},
+            r"freeze_base=True .* Call molf.with_adapter\(model, config\) first",
+        ),
+        (
+            {"lora_dropout": 0.05},
+            r"lora_dropout=0.05 .* Call molf.with_adapter\(model, config\) first",
+        ),
     ],
 )
 def test_settings_that_need_the_adapter_form_are_refused(config, message):

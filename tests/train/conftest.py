@@ -1,10 +1,12 @@
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from molf.cli import main
+from molf.train.defaults import METHODS
 
 torch.set_num_threads(1)
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "evaluate"))  # for tiny_models
@@ -42,23 +44,33 @@ def options(base, facts):
 
 @pytest.fixture(scope="session")
 def record():
-    """Run a training in this process, recording the trained model and the optimizer's decisions."""
-    from recorded import Recorded, logits_of
+    """Run a training in this process, recording what was trained and the optimizer's decisions."""
+    from recorded import Recorded, logits_of, parameters_of
 
     from molf.core.optimizer import MoLFAdamW
     from molf.train import job, training
 
     def run(arguments, path):
         recorded = Recorded(path, arguments)
-        save, finished, step = job.save_model, training.finished, MoLFAdamW.step
+        save, prepare, step = job.save_model, training.prepare, MoLFAdamW.step
 
         def saving(model, base, dtype, card, path):
             recorded.trained_logits = logits_of(model)
             save(model, base, dtype, card, path)
 
-        def finishing(model):
-            recorded.adapter_logits = logits_of(model)
-            return finished(model)
+        def preparing(model, *given):
+            recorded.base_logits = logits_of(model)
+            prepared = prepare(model, *given)
+            recorded.prepared = prepared
+            recorded.start = parameters_of(prepared.model)
+            recorded.start_logits = logits_of(prepared.model)
+
+            def finishing(model):
+                recorded.end = parameters_of(model)
+                recorded.adapter_logits = logits_of(model)
+                return prepared.finish(model)
+
+            return replace(prepared, finish=finishing)
 
         def stepping(self, closure=None):
             loss = step(self, closure)
@@ -67,7 +79,7 @@ def record():
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(job, "save_model", saving)
-            patch.setattr(training, "finished", finishing)
+            patch.setattr(training, "prepare", preparing)
             patch.setattr(MoLFAdamW, "step", stepping)
             assert main([*arguments, "--output_dir", str(path)]) == 0
         return recorded
@@ -76,20 +88,30 @@ def record():
 
 
 @pytest.fixture(scope="session")
-def molf_run(record, options, workplace):
-    return record([*options, "--method", "molf"], workplace / "molf")
+def run_of(record, options, workplace):
+    """The run of a method, in a directory of its name; each is made once."""
+    runs = {}
+    further = {"lora+": ["--loraplus_lr_ratio", "2"]}  # 16 times the rate of the others is too much
+
+    def run(method):
+        if method not in runs:
+            arguments = [*options, "--method", method, *further.get(method, [])]
+            runs[method] = record(arguments, workplace / method)
+        return runs[method]
+
+    return run
 
 
-@pytest.fixture(scope="session")
-def lora_run(record, options, workplace):
-    return record([*options, "--method", "lora"], workplace / "lora")
+@pytest.fixture
+def molf_run(run_of):
+    return run_of("molf")
 
 
-@pytest.fixture(scope="session")
-def fft_run(record, options, workplace):
-    return record([*options, "--method", "fft"], workplace / "fft")
+@pytest.fixture
+def lora_run(run_of):
+    return run_of("lora")
 
 
-@pytest.fixture(params=["fft", "lora", "molf"])
-def any_run(request):
-    return request.getfixturevalue(f"{request.param}_run")
+@pytest.fixture(params=METHODS)
+def any_run(request, run_of):
+    return run_of(request.param)

@@ -9,6 +9,7 @@ import yaml
 from recorded import logits_of
 
 from molf.cli import main
+from molf.train.defaults import ADAPTERS
 from molf.train.routing_log import read_routing
 
 BASE_METRICS = {"es", "em", "ps", "pm", "ns", "nm", "s", "acc_new", "acc_true", "forgetting_loss"}
@@ -30,6 +31,8 @@ def test_run_directory_is_complete(any_run):
     }
     if any_run.path.name == "molf":
         expected.add("routing")
+    if any_run.path.name in ADAPTERS:
+        expected.add("adapter")
     assert names == expected
     assert read_json(any_run.path / "environment.json")["packages"]["torch"] == torch.__version__
 
@@ -142,16 +145,18 @@ def test_accumulated_batches_give_the_same_run(record, base, facts, workplace):
     assert winners[0] == winners[1]
 
 
-def test_gradient_checkpointing_changes_nothing(record, options, any_run, workplace):
-    method = any_run.path.name
-    path = workplace / f"checkpointing-{method}"
-    run = record([*options, "--method", method, "--gradient_checkpointing"], path)
+def test_gradient_checkpointing_changes_nothing(record, any_run, workplace):
+    path = workplace / f"checkpointing-{any_run.path.name}"
+    run = record([*any_run.arguments, "--gradient_checkpointing"], path)
     torch.testing.assert_close(run.trained_logits, any_run.trained_logits, rtol=1e-4, atol=1e-5)
 
 
-def test_merged_lora_equals_the_adapter_model(lora_run):
-    difference = (lora_run.trained_logits - lora_run.adapter_logits).abs().max()
+@pytest.mark.parametrize("method", ADAPTERS)
+def test_merged_model_equals_the_adapter_model(run_of, method):
+    run = run_of(method)
+    difference = (run.trained_logits - run.adapter_logits).abs().max()
     assert difference < 1e-5
+    assert (run.trained_logits - run.base_logits).abs().max() > 1e-3  # else it would show little
 
 
 def test_saved_model_gives_the_trained_logits(any_run):

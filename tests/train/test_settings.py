@@ -1,5 +1,6 @@
 """Defaults by method and task, and what fits together."""
 
+import re
 import warnings
 from dataclasses import replace
 from datetime import datetime
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 from molf.errors import InputError
+from molf.train.defaults import ADAPTERS, METHOD, METHODS
 from molf.train.resolved import resolve
 from molf.train.settings import TrainSettings
 
@@ -21,7 +23,15 @@ def resolved(**given):
 
 @pytest.mark.parametrize(
     ("method", "ranks", "alphas", "dropout"),
-    [("molf", (128,), (32.0,), 0.0), ("lora", (32,), (11.0,), 0.05)],
+    [
+        ("molf", (128,), (32.0,), 0.0),
+        ("lora", (32,), (11.0,), 0.05),
+        ("lora+", (32,), (11.0,), 0.05),
+        ("dora", (32,), (64.0,), 0.05),
+        ("pissa", (32,), (32.0,), 0.0),
+        ("eva", (32,), (1.0,), 0.0),
+        ("adalora", (32,), (64.0,), 0.0),
+    ],
 )
 def test_paper_defaults(method, ranks, alphas, dropout):
     settings = resolved(method=method)
@@ -38,6 +48,21 @@ def test_paper_defaults(method, ranks, alphas, dropout):
 def test_lora_alpha_without_rank_stabilised_scaling():
     config = resolved(method="lora", ranks=(16,), use_rslora=False).method_config
     assert config.alphas == (32.0,)
+
+
+@pytest.mark.parametrize("method", ADAPTERS)
+def test_several_ranks_make_one_adapter(method):
+    """The control for several experts: change `--method` alone."""
+    with pytest.warns(UserWarning, match=re.escape("ranks=32,128 give it their sum, 160.")):
+        settings = resolved(method=method, ranks=(32, 128))
+    assert settings.ranks == settings.method_config.ranks == (160,)
+    assert resolve(settings, NOW) == settings
+
+
+def test_pissa_starts_at_scaling_one():
+    for use_rslora in (True, False):
+        config = resolved(method="pissa", ranks=(9,), use_rslora=use_rslora).method_config
+        assert config.scalings == (1.0,)
 
 
 def test_fft_has_no_adapter():
@@ -60,7 +85,7 @@ def test_demo_brings_model_and_rates():
     assert settings.lora_learning_rate > settings.learning_rate
 
 
-@pytest.mark.parametrize("method", ["lora", "molf"])
+@pytest.mark.parametrize("method", [*ADAPTERS, "molf"])
 def test_a_given_rate_holds_for_the_factors_too(method):
     """Above a demo's own rates as well; lora would else ignore `--learning_rate`."""
     settings = resolve(TrainSettings(method=method, learning_rate=1e-4), NOW)
@@ -69,18 +94,25 @@ def test_a_given_rate_holds_for_the_factors_too(method):
     assert settings.lora_learning_rate == 1e-4
 
 
-@pytest.mark.parametrize("method", ["fft", "lora", "molf"])
+UNUSED = {
+    "fft": "ranks, match, loraplus_lr_ratio, score",
+    "molf": "match, loraplus_lr_ratio",
+    "lora+": "weight_decay, score",
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
 def test_options_without_effect_warn(method):
     given = {"score": "pfn", "weight_decay": 0.2, "ranks": (4,)}
-    unused = {"fft": "ranks, score", "lora": "weight_decay, score", "molf": ""}[method]
-    if unused:
-        with pytest.warns(UserWarning, match=f"method={method}: {unused}"):
-            settings = resolved(method=method, **given)
-        assert settings.score == "epd"
-    else:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
-            resolved(method=method, **given)
+    given |= {"match": "parameters", "loraplus_lr_ratio": 4.0}
+    unused = UNUSED.get(method, "weight_decay, loraplus_lr_ratio, score")
+    with pytest.warns(UserWarning, match=re.escape(f"method={method}: {unused}.")):
+        settings = resolved(method=method, **given)
+    assert settings.score == ("pfn" if method == "molf" else "epd")
+    kept = {name: value for name, value in given.items() if name not in unused.split(", ")}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        resolved(method=method, **kept)
 
 
 def test_default_directory_is_fresh(tmp_path, monkeypatch):
@@ -106,6 +138,10 @@ def test_resolved_settings_are_settings():
     assert replace(settings, seed=1).seed == 1
 
 
+def test_every_method_is_described_and_has_defaults():
+    assert set(METHODS) == set(METHOD) == {*ADAPTERS, "fft", "molf"}
+
+
 def test_wrong_values_are_found_without_the_command_line():
     with pytest.raises(InputError, match="method='magic'"):
         TrainSettings(method="magic")
@@ -118,7 +154,7 @@ def test_wrong_optimizer_is_noticed():
     from molf.train.methods import Prepared
 
     weight = torch.nn.Parameter(torch.zeros(2))
-    prepared = Prepared(None, (None, {}), torch.optim.AdamW, 0.0, ())
+    prepared = Prepared(None, (None, {}), torch.optim.AdamW, (), 0)
     callback = RoutingCallback(prepared, None, None)
     with pytest.raises(RuntimeError, match="SGD instead of AdamW"):
         callback.on_optimizer_step(None, None, None, optimizer=torch.optim.SGD([weight], lr=1.0))
@@ -133,7 +169,7 @@ def test_unrouted_layer_is_noticed():
     wrapped = torch.nn.Sequential(model)
     optimizer = MoLFAdamW.from_model(wrapped, MoLFConfig(ranks=(1,)))
     optimizer.routing = {"0": Decision(("full",), {"full": 1.0})}
-    prepared = Prepared(wrapped, (None, {}), MoLFAdamW, 0.0, ("0", "1"))
+    prepared = Prepared(wrapped, (None, {}), MoLFAdamW, ("0", "1"), 0)
     with pytest.raises(RuntimeError, match="1 of 2 layers were not routed"):
         RoutingCallback(prepared, None, None).on_optimizer_step(
             None, None, None, optimizer=optimizer
@@ -145,7 +181,7 @@ def test_a_skipped_first_step_is_no_unrouted_layer():
     from molf.train.methods import prepare
 
     wrapped = torch.nn.Sequential(torch.nn.Linear(4, 4))
-    prepared = prepare(wrapped, resolved(method="molf", ranks=(1,), nonfinite="skip"))
+    prepared = prepare(wrapped, resolved(method="molf", ranks=(1,), nonfinite="skip"), None)
     factory, arguments = prepared.optimizer
     optimizer = factory()(wrapped, **arguments)
     wrapped(torch.full((1, 4), torch.inf)).sum().backward()

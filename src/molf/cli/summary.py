@@ -13,6 +13,7 @@ from molf.evaluate.meanings import meanings
 from molf.train.model_card import show_metric
 from molf.train.result import RunResult
 from molf.train.results import RESULTS
+from molf.train.run_directory import ADAPTER, MODEL
 
 
 def print_summary(result: RunResult) -> None:
@@ -39,7 +40,12 @@ def print_summary(result: RunResult) -> None:
         shares = "  ".join(f"{name} {share:.1%}" for name, share in result.shares.items())
         lines.append(f"won      {shares} of all layers' updates")
     lines += [
-        f"model    {result.directory / 'model'}",
+        f"model    {result.directory / MODEL}",
+        *(
+            [f"adapter  {result.directory / ADAPTER}"]
+            if (result.directory / ADAPTER).exists()
+            else []
+        ),
         f"run      {result.directory}",
         f"compare  {result.directory.parent / RESULTS}",
     ]

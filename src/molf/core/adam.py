@@ -12,6 +12,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from types import EllipsisType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -143,7 +144,32 @@ class AdamWStep:
                 exp_avg[rows], self.denominator(exp_avg_sq[rows]), value=-self.step_size
             )
 
-    def increment(self, weight: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor) -> Tensor:
-        """Return `p' - p`, decay included, without the cancellation of a difference."""
+    def increment(
+        self, weight: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, *, scale: float = 1.0
+    ) -> Tensor:
+        """Return `p' - p`, decay included, without the cancellation of a difference.
+
+        Args:
+            weight: The tensor that moves, `scale * p`, in the moments' dtype.
+            exp_avg: m, of the gradient of p.
+            exp_avg_sq: v, of the gradient of p.
+            scale: How the tensor is stored; the increment is of what is stored.
+        """
         direction = exp_avg / self.denominator(exp_avg_sq)
-        return direction.mul_(-self.step_size).sub_(weight, alpha=self.decay)
+        return direction.mul_(-self.step_size * scale).sub_(weight, alpha=self.decay)
+
+
+def moment_state(parameter: Tensor) -> dict[str, Any]:
+    """State of a tensor that takes AdamW steps: `step`, `exp_avg`, `exp_avg_sq`."""
+    # The counter is a plain int: reading it never waits for a device.
+    zeros = torch.zeros_like(parameter, dtype=state_dtype(parameter))
+    return {"step": 0, "exp_avg": zeros, "exp_avg_sq": zeros.clone()}
+
+
+def adamw_(parameter: Tensor, state: dict[str, Any], step: AdamWStep) -> None:
+    """One AdamW step of a whole tensor whose moments are already updated."""
+    values = parameter.to(state["exp_avg"].dtype)
+    values.mul_(step.kept)
+    step.descend_(values, state["exp_avg"], state["exp_avg_sq"])
+    if values is not parameter:
+        parameter.copy_(values)

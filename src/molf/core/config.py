@@ -20,7 +20,8 @@ class MoLFConfig:
         ranks: One LoRA expert per entry; an int means one expert.
         alpha: LoRA alpha, one number for all experts or one per rank.
         use_rslora: Scale by `alpha / sqrt(rank)` (rank-stabilised) instead of `alpha / rank`.
-        lora_dropout: Dropout before the factors, in [0, 1). Only 0 can be folded into the weight.
+        lora_dropout: Dropout before the factors, in [0, 1). Only 0 can be folded into the weight;
+            more needs the adapter form (`molf.with_adapter`).
         score: `"epd"` (expected preconditioned descent, Eq. 10), `"pfn"` (preconditioned Frobenius
             norm, Eq. 11), or a control: `"random"` (seeded), `"full"` (the full expert always
             wins), `"lora"` (the best LoRA expert by EPD always wins).
@@ -28,7 +29,7 @@ class MoLFConfig:
         target_modules: `"all-linear"`, a list of name endings, or a regular expression that the
             whole module name matches, as in PEFT.
         exclude_modules: Name endings or a regular expression; these modules are never routed.
-        freeze_base: Train LoRA experts alone (MoLF-Efficient).
+        freeze_base: Train LoRA experts alone, slices of a PEFT adapter (MoLF-Efficient).
         freeze_rest: Freeze what is not routed (norms, embeddings, biases). None: trained with
             `freeze_base=False`, frozen with `freeze_base=True`.
         seed: Seed of the A factors' init and of `score="random"`.
@@ -124,6 +125,11 @@ class MoLFConfig:
             alpha / (math.sqrt(rank) if self.use_rslora else rank)
             for alpha, rank in zip(self.alphas, self.ranks, strict=True)
         )
+
+    @property
+    def freezes_rest(self) -> bool:
+        """`freeze_rest`, or what None means."""
+        return self.freeze_base if self.freeze_rest is None else self.freeze_rest
 
     @property
     def lora_experts(self) -> tuple[str, ...]:

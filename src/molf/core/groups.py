@@ -1,8 +1,10 @@
 """Parameter groups of the optimizer: one per routed layer, then what is not routed.
 
-A group carries a layer's structure as plain values and refers to its parameters by position,
-`[weight]` or `[weight, bias]`. Whatever swaps the parameters later (accelerate, FSDP2) keeps
-positions, and whatever saves groups (state_dict, distributed checkpoints) keeps plain values.
+A group carries a layer's structure as plain values and refers to its parameters by position:
+`[weight]` or `[weight, bias]` in the folded form, `[lora_A, lora_B]` after them, or alone, in the
+adapter form, which the key `adapter_scaling` marks. Whatever swaps the parameters later
+(accelerate, FSDP2) keeps positions, and whatever saves groups (state_dict, distributed checkpoints)
+keeps plain values.
 """
 
 from __future__ import annotations
@@ -15,10 +17,12 @@ from typing import Any
 
 from torch import nn
 
+from molf.core.adapted import AdaptedLayer, adapter_layers, find_adapted
 from molf.core.config import MoLFConfig
-from molf.core.layers import LinearLayer, clean_name, find_layers, is_in_module
+from molf.core.layers import LinearLayer, cleaner, find_layers, is_peft_model
 
-_STRUCTURE = ("layer", "transposed", "ranks", "scalings")
+_STRUCTURE = ("layer", "transposed", "ranks", "scalings", "adapter_scaling")
+_NamedParameters = list[tuple[str, nn.Parameter]]
 _ROUTED_KEYS = (
     "transposed",
     "ranks",
@@ -44,47 +48,88 @@ def build_groups(
     """Return the groups for `MoLFAdamW`; the arguments are those of `MoLFAdamW.from_model`.
 
     Raises:
-        ValueError: A value is not allowed, or no layer can be routed (see `find_layers`).
+        ValueError: A value is not allowed, or no layer can be routed (see `find_layers` and
+            `find_adapted`).
     """
-    _check_folded(config)
     _check_range("lr", lr)
     lora_lrs = _per_expert("lora_lr", lr if lora_lr is None else lora_lr, config)
     lora_decays = _per_expert("lora_weight_decay", lora_weight_decay, config)
-    ratios = _ratios(lora_lrs, lr)
+    common = {
+        "ranks": config.ranks,
+        "scalings": config.scalings,
+        "score": config.score,
+        "top_k": config.top_k,
+        "seed": config.seed,
+        "lora_lr_ratios": _ratios(lora_lrs, lr),
+        "weight_decay": weight_decay,
+        "lora_weight_decays": lora_decays,
+        "bias_weight_decay": 0.0,
+    }
+    make = _adapter_groups if adapter_layers(model) else _folded_groups
+    routed = [{**group, **common} for group in make(model, config)]
+    rest = _rest_of(model, routed, config)
+    if config.freezes_rest:
+        if config.freeze_rest is None:
+            _warn_of_freezing(rest)
+        rest = []
+    groups = routed + _rest_groups(rest, weight_decay)
+    if make is _adapter_groups:
+        _warn_of_saving([name for group in groups for name, _ in group["params"]])
+    return groups
+
+
+def _folded_groups(model: nn.Module, config: MoLFConfig) -> list[dict[str, Any]]:
+    """Parameters and structure of each layer of a plain model."""
+    _check_folded(model, config)
     layers = find_layers(model, config)
-    _warn_of_rounding(layers)
+    _warn_of_rounding([layer.weight for layer in layers])
     if config.freeze_rest:
         layers = [dataclasses.replace(layer, bias=None) for layer in layers]
-    routed = [
+    return [
         {
-            "params": _named_parameters(layer),
+            "params": _dense_parameters(layer),
             "layer": layer.name,
             "transposed": layer.transposed,
-            "ranks": config.ranks,
-            "scalings": config.scalings,
-            "score": config.score,
-            "top_k": config.top_k,
-            "seed": config.seed,
-            "lora_lr_ratios": ratios,
-            "weight_decay": weight_decay,
-            "lora_weight_decays": lora_decays,
-            "bias_weight_decay": 0.0,
         }
         for layer in layers
     ]
-    return routed if config.freeze_rest else routed + _rest_groups(model, layers, weight_decay)
 
 
-def _check_folded(config: MoLFConfig) -> None:
+def _adapter_groups(model: nn.Module, config: MoLFConfig) -> list[dict[str, Any]]:
+    """Parameters and structure of each layer that carries the trained adapter."""
+    layers = find_adapted(model, config)
+    clean = cleaner(model)
+    groups: list[dict[str, Any]] = []
+    for layer in layers:
+        factors = [(clean(name), factor) for name, factor in (layer.A, layer.B)]
+        groups.append(
+            {
+                "params": _dense_parameters(layer) + factors,
+                "layer": layer.name,
+                "transposed": False,  # PEFT's factors never are
+                "adapter_scaling": layer.scaling,
+            }
+        )
+    _warn_of_rounding([parameter for group in groups for _, parameter in group["params"]])
+    return groups
+
+
+def _check_folded(model: nn.Module, config: MoLFConfig) -> None:
+    """Refuse settings that a model without LoRA layers cannot have."""
+    if is_peft_model(model):
+        raise ValueError(
+            "The model is a PEFT model without a LoRA layer. Give the plain model, or one with the "
+            "adapter of molf.peft_config(config)."
+        )
     if config.freeze_base:
         raise ValueError(
-            "freeze_base=True (MoLF-Efficient) needs the adapter form, which this version does not "
-            "have yet. Use freeze_base=False."
+            "freeze_base=True (MoLF-Efficient) trains a LoRA adapter, and the model has none. Call "
+            "molf.with_adapter(model, config) first."
         )
     if config.lora_dropout:
         raise ValueError(
-            f"lora_dropout={config.lora_dropout} needs the adapter form, which this version does "
-            "not have yet: dropout cannot be folded into the weight. Use lora_dropout=0."
+            f"lora_dropout={config.lora_dropout} cannot be folded into the weight: it needs an "
+            "adapter. Call molf.with_adapter(model, config) first, or use lora_dropout=0."
         )
 
 
@@ -114,40 +159,69 @@ def _ratios(lora_lrs: tuple[float, ...], lr: float) -> tuple[float, ...]:
     return tuple(rate / lr for rate in lora_lrs)
 
 
-def _named_parameters(layer: LinearLayer) -> list[tuple[str, nn.Parameter]]:
+def _dense_parameters(layer: LinearLayer | AdaptedLayer) -> _NamedParameters:
     prefix = f"{layer.name}." if layer.name else ""  # the model may be a linear layer itself
-    named = [(f"{prefix}weight", layer.weight)]
-    if layer.bias is not None:
-        named.append((f"{prefix}bias", layer.bias))
-    return named
+    dense = (("weight", layer.weight), ("bias", layer.bias))
+    return [(f"{prefix}{end}", parameter) for end, parameter in dense if parameter is not None]
 
 
-def _rest_groups(
-    model: nn.Module, layers: list[LinearLayer], weight_decay: float
-) -> list[dict[str, Any]]:
-    """Trainable parameters outside the routed layers, with and without decay."""
-    routed = {p for layer in layers for p in (layer.weight, layer.bias) if p is not None}
-    in_module = is_in_module(model)
-    named = [
-        (clean_name(name, in_module=in_module), parameter)
+def _rest_of(
+    model: nn.Module, routed: list[dict[str, Any]], config: MoLFConfig
+) -> _NamedParameters:
+    """Trainable parameters that no routed layer has; no frozen base weight, no other adapter."""
+    taken = {parameter for group in routed for _, parameter in group["params"]}
+    for tuner in adapter_layers(model).values():
+        for name, parameter in tuner.named_parameters():
+            is_base = name == "base_layer.weight"
+            if (is_base and config.freeze_base) or name.startswith("lora_"):
+                taken.add(parameter)
+    clean = cleaner(model)
+    return [
+        (clean(name), parameter)
         for name, parameter in model.named_parameters()
-        if parameter.requires_grad and parameter not in routed
+        if parameter.requires_grad and parameter not in taken
     ]
+
+
+def _rest_groups(rest: _NamedParameters, weight_decay: float) -> list[dict[str, Any]]:
+    """Groups of what is not routed, with and without decay."""
     groups = [
-        {"params": [x for x in named if x[1].dim() >= 2], "weight_decay": weight_decay},
-        {"params": [x for x in named if x[1].dim() < 2], "weight_decay": 0.0},  # norms, biases
+        {"params": [x for x in rest if x[1].dim() >= 2], "weight_decay": weight_decay},
+        {"params": [x for x in rest if x[1].dim() < 2], "weight_decay": 0.0},  # norms, biases
     ]
     return [group for group in groups if group["params"]]
 
 
-def _warn_of_rounding(layers: list[LinearLayer]) -> None:
-    rounded = {x.weight.dtype for x in layers if x.weight.dtype.itemsize < 4}
-    for dtype in rounded:
+def _warn_of_freezing(rest: _NamedParameters) -> None:
+    if rest:
+        warnings.warn(
+            f"freeze_base=True freezes {len(rest)} trainable parameters outside the adapter as "
+            f"well (first: {rest[0][0]}). freeze_rest=False trains them with plain AdamW steps; "
+            "freeze_rest=True says that this is meant.",
+            stacklevel=3,
+        )
+
+
+def _warn_of_saving(names: list[str]) -> None:
+    """Warn of what is trained and not in the adapter, which is all that PEFT saves."""
+    saved = ("lora_", "modules_to_save", "trainable_tokens", "bias")
+    lost = [name for name in names if not any(part in name for part in saved)]
+    if lost:
+        warnings.warn(
+            f"{len(lost)} trained parameters are outside the adapter (first: {lost[0]}), and "
+            "PEFT's save_pretrained, which trainers call for checkpoints, saves the adapter alone. "
+            "Keep model.state_dict() for checkpoints and molf.merge(model) for the result.",
+            stacklevel=4,
+        )
+
+
+def _warn_of_rounding(parameters: list[nn.Parameter]) -> None:
+    for dtype in dict.fromkeys(x.dtype for x in parameters if x.dtype.itemsize < 4):
         warnings.warn(
             f"Routed weights are {dtype}: updates are computed in float32 and then rounded to "
             "nearest, so small ones are lost (at lr 2e-5, most of them). Load the model in "
             "float32 and train under autocast.",
-            stacklevel=3,
+            stacklevel=4,
         )
 
 
@@ -159,6 +233,8 @@ def check_group(group: dict[str, Any]) -> None:
     """
     for name in ("lr", "eps", "weight_decay", "bias_weight_decay"):
         _check_range(name, group.get(name, 0.0))
+    if group.get("adapter_scaling") is not None and not group["adapter_scaling"] > 0:
+        raise ValueError(f"Invalid adapter_scaling={group['adapter_scaling']!r}. Must be positive.")
     for name in ("lora_lr_ratios", "lora_weight_decays"):
         for value in group.get(name, ()):
             _check_range(name, value)

@@ -5,12 +5,15 @@ from __future__ import annotations
 import re
 import warnings
 from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import nn
 
 from molf.core.config import MoLFConfig
+from molf.core.quantised import is_quantised, kind_of
 
 _WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 _CONVOLUTIONS = (nn.modules.conv._ConvNd,)
@@ -43,6 +46,22 @@ class LinearLayer:
         return self.weight.shape[0 if self.transposed else 1]
 
 
+class HasSides(Protocol):
+    """A layer whose two sides are known."""
+
+    @property
+    def name(self) -> str:
+        """The layer's name."""
+
+    @property
+    def in_features(self) -> int:
+        """Size of the input."""
+
+    @property
+    def out_features(self) -> int:
+        """Size of the output."""
+
+
 def clean_name(name: str, *, in_module: bool = True) -> str:
     """Return a module's or parameter's name without the prefixes that wrappers add.
 
@@ -70,8 +89,37 @@ def is_in_module(model: nn.Module) -> bool:
     return False
 
 
+def is_peft_model(model: nn.Module) -> bool:
+    """Whether the model, without wrappers, is a `PeftModel`."""
+    inner = unwrapped(model)
+    return hasattr(inner, "peft_config") and "base_model" in dict(inner.named_children())
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """Return the model inside wrappers that hold nothing else (DDP, compile, FSDP1)."""
+    while len(children := dict(model.named_children())) == 1:
+        name, child = next(iter(children.items()))
+        if name not in ("module", *_WRAPPERS):
+            break
+        model = child
+    return model
+
+
+def cleaner(model: nn.Module) -> Callable[[str], str]:
+    """Return what turns names of `model`'s modules and parameters into the plain model's own."""
+    in_module, in_peft = is_in_module(model), is_peft_model(model)
+
+    def clean(name: str) -> str:
+        name = clean_name(name, in_module=in_module)
+        if not in_peft:
+            return name
+        return name.removeprefix("base_model.model.").replace(".base_layer.", ".")
+
+    return clean
+
+
 def find_layers(model: nn.Module, config: MoLFConfig) -> list[LinearLayer]:
-    """Return the linear layers of `model` that `config` routes, in the model's order.
+    """Return the linear layers of a plain `model` that `config` routes, in the model's order.
 
     Routed is every `nn.Linear` and every transformers `Conv1D` with a trainable weight whose name
     matches `config.target_modules` and not `config.exclude_modules`. With `"all-linear"` the output
@@ -79,56 +127,95 @@ def find_layers(model: nn.Module, config: MoLFConfig) -> list[LinearLayer]:
 
     Raises:
         ValueError: No layer is routed, a pattern matches nothing, a matching layer shares its
-            weight with another module (a tied head), is quantised, or is already wrapped by PEFT.
+            weight with another module (a tied head), or is quantised.
 
     Warns:
         UserWarning: A rank exceeds a layer's smaller side, or linear weights exist that cannot be
             routed (fused mixture-of-experts tensors).
     """
-    in_module = is_in_module(model)
-    linears = {
-        clean_name(name, in_module=in_module): module
-        for name, module in model.named_modules()
-        if _is_linear(module)
-    }
-    _check_not_wrapped(model)
-    if not linears:
-        raise ValueError("No layer can be routed: the model has no nn.Linear and no Conv1D.")
-    names = _matching_names(linears, config, output_layer=_output_layer_name(model))
-    owners = _weight_owners(model)
+    layers = trainable_layers(model, config)
+    warn_of_large_ranks(layers, config)
+    warn_of_fused_experts(model)
+    return layers
 
+
+def trainable_layers(model: nn.Module, config: MoLFConfig) -> list[LinearLayer]:
+    """`find_layers` without its warnings."""
+    linears = matching_linears(model, config)
     layers = []
-    for name in names:
-        module = linears[name]
+    for name, module in linears.items():
         weight, bias = module.weight, module.bias
         if not isinstance(weight, nn.Parameter):
             raise ValueError(
                 f"Layer {name} computes its weight (a parametrization such as weight_norm), so "
                 "there is no tensor to update. Put it into exclude_modules."
             )
-        if not weight.is_floating_point():
-            raise ValueError(
-                f"Layer {name} is quantised ({weight.dtype}): the full expert needs real weights. "
-                "Load the model unquantised, or exclude the layer with exclude_modules."
-            )
+        check_real_weight(name, weight)
         if not weight.requires_grad or not weight.numel():
             continue
-        if len(owners[weight]) > 1:
-            others = ", ".join(owner for owner in owners[weight] if owner != name)
-            raise ValueError(
-                f"Layer {name} shares its weight with {others}: its gradient sums both uses, so it "
-                "cannot be routed. Put it into exclude_modules."
-            )
-        trainable_bias = bias if bias is not None and bias.requires_grad else None
+        trainable_bias = bias if isinstance(bias, nn.Parameter) and bias.requires_grad else None
         layers.append(LinearLayer(name, weight, trainable_bias, _is_conv1d(module)))
     if not layers:
         raise ValueError(
-            f"No layer can be routed: the weights of all {len(names)} matching linear layers are "
+            f"No layer can be routed: the weights of all {len(linears)} matching linear layers are "
             "frozen (requires_grad=False)."
         )
-    _warn_of_large_ranks(layers, config)
-    _warn_of_fused_experts(model)
+    check_not_tied(model, [(layer.name, layer.weight) for layer in layers])
     return layers
+
+
+def matching_linears(model: nn.Module, config: MoLFConfig) -> dict[str, nn.Module]:
+    """Return the linear modules whose names `config` selects, trainable or not, by name.
+
+    Raises:
+        ValueError: There are none, or a pattern matches nothing.
+    """
+    linears = linear_modules(model)
+    if not linears:
+        raise ValueError("No layer can be routed: the model has no nn.Linear and no Conv1D.")
+    names = _matching_names(linears, config, output_layer=_output_layer_name(model))
+    return {name: linears[name] for name in names}
+
+
+def linear_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """Every `nn.Linear` (quantised ones are) and `Conv1D` of a plain model, by clean name."""
+    clean = cleaner(model)
+    return {clean(name): module for name, module in model.named_modules() if is_linear(module)}
+
+
+def check_real_weight(name: str, weight: torch.Tensor) -> None:
+    """Refuse a quantised weight where a `full` expert is wanted.
+
+    Raises:
+        ValueError: With what to do instead.
+    """
+    if is_quantised(weight):
+        raise ValueError(
+            f"Layer {name} is quantised ({kind_of(weight)}): the full expert needs real weights. "
+            "Use freeze_base=True with molf.with_adapter (MoLF-Efficient), load the model "
+            "unquantised, or put the layer into exclude_modules."
+        )
+
+
+def check_not_tied(
+    model: nn.Module, weights: Iterable[tuple[str, torch.Tensor]], *, use: str = "routed"
+) -> None:
+    """Refuse layers that share their weight with another module, and so cannot be routed or merged.
+
+    Raises:
+        ValueError: The first of them, with what it is tied to.
+    """
+    owners = _weight_owners(model)
+    for name, weight in weights:
+        others = [owner for owner in owners[weight] if owner != name]
+        if others:
+            reason = "its gradient sums both uses, so it cannot be routed"
+            if use == "merged":
+                reason = "merging its adapter would change both"
+            raise ValueError(
+                f"Layer {name} shares its weight with {', '.join(others)}: {reason}. "
+                "Put it into exclude_modules."
+            )
 
 
 def _is_conv1d(module: nn.Module) -> bool:
@@ -136,17 +223,9 @@ def _is_conv1d(module: nn.Module) -> bool:
     return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
 
 
-def _is_linear(module: nn.Module) -> bool:
+def is_linear(module: nn.Module) -> bool:
+    """Whether a module is a linear layer, quantised or not, as PEFT counts them."""
     return isinstance(module, nn.Linear) or _is_conv1d(module)
-
-
-def _check_not_wrapped(model: nn.Module) -> None:
-    for name, module in model.named_modules():
-        if hasattr(module, "base_layer") and hasattr(module, "lora_A"):
-            raise ValueError(
-                f"Layer {clean_name(name)} carries a PEFT adapter, which this version cannot route "
-                "yet. Give the plain model: MoLF keeps its LoRA experts in the optimizer."
-            )
 
 
 def _output_layer_name(model: nn.Module) -> str | None:
@@ -156,8 +235,7 @@ def _output_layer_name(model: nn.Module) -> str | None:
         if callable(getattr(module, "get_output_embeddings", None)):
             head = module.get_output_embeddings()
             found = [n for n, m in model.named_modules() if m is head]
-            in_module = is_in_module(model)
-            return clean_name(found[0], in_module=in_module) if head is not None and found else None
+            return cleaner(model)(found[0]) if head is not None and found else None
         if name.count(".") > 1:
             break
     return None
@@ -168,13 +246,13 @@ def _matching_names(
 ) -> list[str]:
     default_exclude = MoLFConfig.exclude_modules
     if config.exclude_modules != default_exclude:
-        _check_patterns("exclude_modules", config.exclude_modules, linears)
+        check_patterns("exclude_modules", config.exclude_modules, linears)
     if config.target_modules == "all-linear":
         targeted = [name for name in linears if name != output_layer]
     else:
-        _check_patterns("target_modules", config.target_modules, linears)
-        targeted = [name for name in linears if _matches(name, config.target_modules)]
-    names = [name for name in targeted if not _matches(name, config.exclude_modules)]
+        check_patterns("target_modules", config.target_modules, linears)
+        targeted = [name for name in linears if matches(name, config.target_modules)]
+    names = [name for name in targeted if not matches(name, config.exclude_modules)]
     if not names:
         raise ValueError(
             f"No layer is routed: exclude_modules={_shown(config.exclude_modules)} leaves none of "
@@ -183,19 +261,24 @@ def _matching_names(
     return names
 
 
-def _matches(name: str, patterns: str | tuple[str, ...]) -> bool:
+def matches(name: str, patterns: str | tuple[str, ...]) -> bool:
     """Match as PEFT does: a string is a regular expression, a list holds name endings."""
     if isinstance(patterns, str):
         return re.fullmatch(patterns, name) is not None
     return any(name == ending or name.endswith(f".{ending}") for ending in patterns)
 
 
-def _check_patterns(
+def check_patterns(
     option: str, patterns: str | tuple[str, ...], linears: dict[str, nn.Module]
 ) -> None:
+    """Refuse a pattern that matches none of the linear layers.
+
+    Raises:
+        ValueError: The first such pattern, with the endings that there are.
+    """
     for pattern in (patterns,) if isinstance(patterns, str) else patterns:
         single = patterns if isinstance(patterns, str) else (pattern,)
-        if not any(_matches(name, single) for name in linears):
+        if not any(matches(name, single) for name in linears):
             raise ValueError(
                 f"Invalid {option}: {pattern!r} matches no linear layer. Linear layers of the "
                 f"model end in: {_endings(linears)}."
@@ -213,19 +296,21 @@ def _shown(patterns: str | tuple[str, ...]) -> str:
 def _weight_owners(model: nn.Module) -> dict[torch.Tensor, list[str]]:
     """Names of the modules that hold each parameter; more than one means a tied weight."""
     owners = defaultdict(list)
-    in_module = is_in_module(model)
+    clean = cleaner(model)
     for name, module in model.named_modules():
         for parameter in module._parameters.values():
             if parameter is not None:
-                owners[parameter].append(clean_name(name, in_module=in_module))
+                owners[parameter].append(clean(name).removesuffix(".base_layer"))
     return owners
 
 
-def _warn_of_large_ranks(layers: list[LinearLayer], config: MoLFConfig) -> None:
+def warn_of_large_ranks(layers: Sequence[HasSides], config: MoLFConfig) -> None:
+    """Warn of layers for whose smaller side the largest rank is too large."""
     rank = max(config.ranks)
     small = [layer for layer in layers if rank > min(layer.in_features, layer.out_features)]
     if small:
-        share = sum(x.weight.numel() for x in small) / sum(x.weight.numel() for x in layers)
+        sizes = [sum(x.in_features * x.out_features for x in some) for some in (small, layers)]
+        share = sizes[0] / sizes[1]
         warnings.warn(
             f"Rank {rank} exceeds the smaller side of {len(small)} of {len(layers)} routed layers "
             f"({share:.0%} of their weights; first: {small[0].name}): there a LoRA expert is no "
@@ -234,7 +319,7 @@ def _warn_of_large_ranks(layers: list[LinearLayer], config: MoLFConfig) -> None:
         )
 
 
-def _warn_of_fused_experts(model: nn.Module) -> None:
+def warn_of_fused_experts(model: nn.Module) -> None:
     """Warn of 3-D weights, which hold many linear layers in one tensor and cannot be routed."""
     fused = {
         parameter

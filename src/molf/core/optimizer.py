@@ -13,38 +13,38 @@ from torch.optim import Optimizer
 
 from molf.core.adam import (
     AdamWStep,
-    MomentDecay,
+    adamw_,
     gradient,
+    moment_state,
     row_blocks,
-    state_dtype,
-    sum_dtype,
     update_moments,
 )
+from molf.core.adapter import AdapterLayer
 from molf.core.config import MoLFConfig
-from molf.core.folded import (
-    FoldedLayer,
-    adamw_,
-    initial_state,
-    moment_state,
-    split_factors,
-)
+from molf.core.folded import FoldedLayer
 from molf.core.groups import build_groups, check_group, check_same_structure
+from molf.core.guard import FiniteGuard
 from molf.core.precision import full_precision
+from molf.core.quantised import keep_differentiable
+from molf.core.routed import RoutedLayer
 from molf.core.routing import Decision, select_winners
 
 
 class MoLFAdamW(Optimizer):
-    """Full fine-tuning and LoRA in one optimizer (arXiv 2605.07111), in the folded form.
+    """Full fine-tuning and LoRA in one optimizer (arXiv 2605.07111).
 
-    Build it with `from_model`. The model is left as it is: each routed weight holds
-    `W + sum_i s_i B_i A_i`, and the LoRA factors with all moments are optimizer state. In each step
-    every expert of a layer gets its exact gradient and updates its moments; the `top_k` experts
-    with the highest score take an AdamW step.
+    Build it with `from_model`. Of a plain model each routed weight holds `W + sum_i s_i B_i A_i`,
+    and the LoRA factors with all moments are optimizer state (the folded form). Of a PEFT LoRA
+    model the experts are slices of its adapter (the adapter form): alone where the base is frozen
+    (MoLF-Efficient), beside the base weight where it is trained. In each step every expert of a
+    layer gets its exact gradient and updates its moments; the `top_k` experts with the highest
+    score take an AdamW step.
 
-    Every routed layer is one parameter group, `[weight]` or `[weight, bias]`, that carries the
-    layer's name and structure; what is not routed (embeddings, norms) follows in plain AdamW
-    groups. The LoRA experts' rates are kept as ratios to the group's `lr`, so schedulers scale
-    both. Gradient clipping outside the optimizer sees the dense gradients only.
+    Every routed layer is one parameter group that carries the layer's name and structure,
+    `[weight]` or `[weight, bias]`, followed by `[lora_A, lora_B]` in the adapter form; what is not
+    routed (embeddings, norms) follows in plain AdamW groups. The LoRA experts' rates are kept as
+    ratios to the group's `lr`, so schedulers scale both. Gradient clipping outside the optimizer
+    sees, in the folded form, the dense gradients only.
 
     Args:
         params: Parameter groups as `from_model` makes them.
@@ -98,11 +98,12 @@ class MoLFAdamW(Optimizer):
         eps: float = 1e-8,
         nonfinite: str = "raise",
     ) -> MoLFAdamW:
-        """Build the optimizer for any module with linear layers.
+        """Build the optimizer for any module with linear layers, or with a LoRA adapter on them.
 
         Args:
-            model: The model; nothing in it is wrapped or moved. With `config.freeze_rest` the
-                parameters outside the routed weights get `requires_grad=False`.
+            model: The model, plain or with a PEFT LoRA adapter whose rank is the sum of
+                `config.ranks`; nothing in it is wrapped or moved. What `config` freezes gets
+                `requires_grad=False`.
             config: What is routed and how; `MoLFConfig()` if not given.
             lr: Learning rate of the full experts and of everything that is not routed.
             lora_lr: Rate of the LoRA experts, one number or one per rank; None means `lr`.
@@ -114,7 +115,8 @@ class MoLFAdamW(Optimizer):
             nonfinite: `"raise"` or `"skip"`.
 
         Raises:
-            ValueError: A value is not allowed, or no layer can be routed (see `find_layers`).
+            ValueError: A value is not allowed, or no layer can be routed (see `find_layers`,
+                `find_adapted`).
             TypeError: The model is no module, or the configuration no `MoLFConfig`.
         """
         config = MoLFConfig() if config is None else config
@@ -132,10 +134,13 @@ class MoLFAdamW(Optimizer):
             lora_weight_decay=lora_weight_decay,
         )
         optimizer = cls(groups, lr, betas, eps, weight_decay, nonfinite=nonfinite)
-        if config.freeze_rest:
-            owned = {p for group in optimizer.param_groups for p in group["params"]}
-            for parameter in model.parameters():
-                parameter.requires_grad_(parameter in owned)
+        keep_differentiable(model)
+        owned = {p for group in optimizer.param_groups for p in group["params"]}
+        for parameter in model.parameters():
+            if (
+                parameter not in owned
+            ):  # freeze_base, freeze_rest; and adapters that are not trained
+                parameter.requires_grad_(False)
         return optimizer
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -166,11 +171,11 @@ class MoLFAdamW(Optimizer):
             with torch.enable_grad():
                 loss = closure()
 
-        layers = [
-            FoldedLayer(group, self.state)
-            for group in self.param_groups
-            if group["layer"] is not None and group["params"][0].grad is not None
-        ]
+        routed = [group for group in self.param_groups if group["layer"] is not None]
+        taking_part = [group for group in routed if _form_of(group).takes_part(group)]
+        if len(taking_part) < len(routed) and not any(self.state.values()):
+            _warn_of_missing_gradients(routed, taking_part)
+        layers: list[RoutedLayer] = [_form_of(group)(group, self.state) for group in taking_part]
         rest = [
             (parameter, group)
             for group in self.param_groups
@@ -178,7 +183,7 @@ class MoLFAdamW(Optimizer):
             for parameter in group["params"]
             if parameter.grad is not None
         ]
-        parameters = [p for layer in layers for p, _ in layer.dense] + [p for p, _ in rest]
+        parameters = [p for layer in layers for p in layer.with_gradients] + [p for p, _ in rest]
         self.routing = {}
         if not parameters:
             return loss
@@ -188,16 +193,14 @@ class MoLFAdamW(Optimizer):
 
     def _step(
         self,
-        layers: list[FoldedLayer],
+        layers: list[RoutedLayer],
         rest: list[tuple[Tensor, dict[str, Any]]],
         parameters: list[Tensor],
     ) -> None:
-        decays = _MomentDecays(parameters)
-        sums = [
-            layer.update_moments(decays.of(layer.weight, layer.group["betas"])) for layer in layers
-        ]
+        guard = FiniteGuard(parameters)
+        sums = [layer.update_moments(guard) for layer in layers]
         home = parameters[0].device
-        on_host = torch.cat([total.to(home) for total in (decays.gradient_sums, *sums)]).tolist()
+        on_host = torch.cat([total.to(home) for total in (guard.gradient_sums, *sums)]).tolist()
 
         gradient_sums, score_sums = on_host[: len(parameters)], iter(on_host[len(parameters) :])
         if not all(map(math.isfinite, gradient_sums)):
@@ -211,9 +214,9 @@ class MoLFAdamW(Optimizer):
         for layer, indices in zip(layers, winners, strict=True):
             layer.apply(indices)
         for parameter, group in rest:
-            _step_plain(parameter, group, self.state[parameter], decays)
+            _step_plain(parameter, group, self.state[parameter], guard)
 
-    def _decide(self, layer: FoldedLayer, sums: list[float]) -> tuple[int, ...]:
+    def _decide(self, layer: RoutedLayer, sums: list[float]) -> tuple[int, ...]:
         """Choose a layer's winners and record the decision."""
         scores = layer.scores(sums)
         if not all(map(math.isfinite, scores)):
@@ -226,7 +229,7 @@ class MoLFAdamW(Optimizer):
             scores,
             score=layer.group["score"],
             top_k=layer.group["top_k"],
-            has_full=True,
+            has_full=layer.has_full,
             layer=layer.name,
             step=layer.steps_taken,
             seed=layer.group["seed"],
@@ -264,11 +267,13 @@ class MoLFAdamW(Optimizer):
             ValueError: No routed layer has this name.
         """
         group = self._group_of(layer)
-        state = self.state.get(group["params"][0]) or initial_state(group)
-        return split_factors(group, state["lora_A"], state["lora_B"])
+        return _form_of(group).read_factors(group, self.state)
 
     def set_lora_factors(self, layer: str, factors: Sequence[tuple[Tensor, Tensor]]) -> None:
-        """Replace a layer's factors; the effective weight stays, its split into parts changes.
+        """Replace a layer's factors.
+
+        Folded, the effective weight stays and its split into parts changes; of a PEFT model the
+        adapter changes.
 
         Args:
             layer: Name of a routed layer.
@@ -278,17 +283,18 @@ class MoLFAdamW(Optimizer):
             ValueError: No routed layer has this name, or a shape is wrong.
         """
         group = self._group_of(layer)
-        state = self.state[group["params"][0]]
-        if "step" not in state:
-            state.update(initial_state(group))
-        expected = split_factors(group, state["lora_A"], state["lora_B"])
+        expected = self.lora_factors(layer)
         given = [(tuple(A.shape), tuple(B.shape)) for A, B in factors]
         wanted = [(tuple(A.shape), tuple(B.shape)) for A, B in expected]
         if given != wanted:
             raise ValueError(f"Invalid factors for {layer}: shapes {given}. Must be {wanted}.")
+        own = expected[0][0]  # its dtype and device
+        stacked = (
+            torch.cat([A.to(own) for A, _ in factors], 0),
+            torch.cat([B.to(own) for _, B in factors], 1),
+        )
         with torch.no_grad():
-            state["lora_A"].copy_(torch.cat([A for A, _ in factors], 0))
-            state["lora_B"].copy_(torch.cat([B for _, B in factors], 1))
+            _form_of(group).write_factors(group, self.state, *stacked)
 
     def _group_of(self, layer: str) -> dict[str, Any]:
         for group in self.param_groups:
@@ -362,43 +368,32 @@ class MoLFAdamW(Optimizer):
         )
 
 
-class _MomentDecays:
-    """The step's `MomentDecay` per betas, device and dtype; all know whether it may happen."""
-
-    def __init__(self, parameters: list[Tensor]) -> None:
-        home = parameters[0].device
-        totals = [_finite_sum(parameter).to(home) for parameter in parameters]
-        self.gradient_sums = torch.stack(totals)
-        self._finite = {home: self.gradient_sums.isfinite().all()}
-        self._made: dict[Any, MomentDecay] = {}
-
-    def of(self, parameter: Tensor, betas: tuple[float, float]) -> MomentDecay:
-        """Return the decay for a parameter's device and state dtype."""
-        device, dtype = parameter.device, state_dtype(parameter)
-        key = (device, dtype, tuple(betas))
-        if key not in self._made:
-            finite = self._finite.setdefault(device, next(iter(self._finite.values())).to(device))
-            self._made[key] = MomentDecay.of(betas, finite, dtype)
-        return self._made[key]
+def _form_of(group: dict[str, Any]) -> type[FoldedLayer] | type[AdapterLayer]:
+    """Where a layer's LoRA experts live: in the state of its weight, or in a PEFT adapter."""
+    return AdapterLayer if group.get("adapter_scaling") is not None else FoldedLayer
 
 
-def _finite_sum(parameter: Tensor) -> Tensor:
-    """Sum a gradient in float32 or better: infinity and NaN survive a sum. 0-dim."""
-    grad = gradient(parameter)
-    if grad.layout != torch.strided:
-        raise RuntimeError("MoLFAdamW does not support sparse gradients.")
-    if hasattr(grad, "device_mesh"):
-        raise RuntimeError("MoLFAdamW does not support sharded parameters (DTensor) yet.")
-    return grad.sum(dtype=state_dtype(parameter)).to(sum_dtype(grad.device))
+def _warn_of_missing_gradients(
+    routed: list[dict[str, Any]], taking_part: list[dict[str, Any]]
+) -> None:
+    """A layer without a gradient in the very first step may never get one."""
+    names = {group["layer"] for group in taking_part}
+    missing = [group["layer"] for group in routed if group["layer"] not in names]
+    warnings.warn(
+        f"{len(missing)} of {len(routed)} routed layers have no gradient in the first step (first: "
+        f"{missing[0]}), so it does not train them. Under gradient checkpointing the reason is "
+        "use_reentrant=True; use False.",
+        stacklevel=4,
+    )
 
 
 def _step_plain(
-    parameter: Tensor, group: dict[str, Any], state: dict[str, Any], decays: _MomentDecays
+    parameter: Tensor, group: dict[str, Any], state: dict[str, Any], guard: FiniteGuard
 ) -> None:
     """AdamW for a parameter that is not routed."""
     if "step" not in state:
         state.update(moment_state(parameter))
-    decay = decays.of(parameter, group["betas"])
+    decay = guard.decay_of(state["exp_avg"], group["betas"])
     for rows in row_blocks(parameter):
         update_moments(
             gradient(parameter)[rows], state["exp_avg"][rows], state["exp_avg_sq"][rows], decay

@@ -1,8 +1,9 @@
 """The method's step, slow and literal: a twin of the optimizer, to read and to test against.
 
 Here a layer keeps its dense weight `W` and every factor `A_i`, `B_i` apart, as in the paper
-(arXiv 2605.07111); `MoLFAdamW` keeps one effective weight. Both must take the same path. Nothing is
-shared with the fast code, nothing is fast, and no step is saved: equations first.
+(arXiv 2605.07111); `MoLFAdamW` keeps one effective weight, or the slices of one adapter. All must
+take the same path. Nothing is shared with the fast code, nothing is fast, and no step is saved:
+equations first.
 """
 
 from __future__ import annotations
@@ -43,7 +44,10 @@ class ReferenceTensor:
 
 
 class ReferenceDecision(NamedTuple):
-    """Winners of a step, as expert indices (0 is `full`), and the score of every expert."""
+    """Winners of a step, as expert indices, and the score of every expert.
+
+    Index 0 is `full`, or, where the base is frozen, the first LoRA expert.
+    """
 
     winners: tuple[int, ...]
     scores: tuple[float, ...]
@@ -65,6 +69,7 @@ class ReferenceLayer:
         eps: Of the step; the score has its own.
         score: `"epd"`, `"pfn"`, or a control that ranks by EPD: `"full"`, `"lora"`.
         top_k: How many experts win.
+        freeze_base: There is no `full` expert; W and b never move (section 4).
     """
 
     def __init__(
@@ -82,6 +87,7 @@ class ReferenceLayer:
         eps: float = 1e-8,
         score: str = "epd",
         top_k: int = 1,
+        freeze_base: bool = False,
     ) -> None:
         self.W = ReferenceTensor(weight)
         self.b = None if bias is None else ReferenceTensor(bias)
@@ -93,6 +99,7 @@ class ReferenceLayer:
         self.lora_weight_decays = list(lora_weight_decays or [0.0] * len(factors))
         self.betas, self.eps = betas, eps
         self.score, self.top_k = score, top_k
+        self.freeze_base = freeze_base
 
     def effective_weight(self) -> Tensor:
         """`W + sum_i s_i B_i A_i`, what the forward pass uses."""
@@ -112,6 +119,7 @@ class ReferenceLayer:
         *,
         factor: float = 1.0,
         winners: Sequence[int] | None = None,
+        factor_grads: Sequence[tuple[Tensor, Tensor]] | None = None,
     ) -> ReferenceDecision:
         """Take one step (docs/method.md, section 2).
 
@@ -120,17 +128,23 @@ class ReferenceLayer:
             grad_bias: Gradient of the bias, [out]; None leaves the bias out of this step.
             factor: What the schedule multiplies every rate by.
             winners: Take these instead of the best (to follow another path at a near-tie).
+            factor_grads: Gradients of (A_i, B_i), where dropout makes them others than section 1's.
         """
         # The exact gradients of the factors, from the factors of this moment (section 1).
         grads_A = [s * B.value.T @ grad for s, B in zip(self.s, self.B, strict=True)]
         grads_B = [s * grad @ A.value.T for s, A in zip(self.s, self.A, strict=True)]
+        if factor_grads is not None:
+            grads_A = [grad_A for grad_A, _ in factor_grads]
+            grads_B = [grad_B for _, grad_B in factor_grads]
 
         # 1. All moments of all experts.
-        full = [self.W]
-        self.W.observe(grad, self.betas)
-        if self.b is not None and grad_bias is not None:
-            full.append(self.b)
-            self.b.observe(grad_bias, self.betas)
+        full = []
+        if not self.freeze_base:
+            full.append(self.W)
+            self.W.observe(grad, self.betas)
+            if self.b is not None and grad_bias is not None:
+                full.append(self.b)
+                self.b.observe(grad_bias, self.betas)
         for A, grad_A in zip(self.A, grads_A, strict=True):
             A.observe(grad_A, self.betas)
         for B, grad_B in zip(self.B, grads_B, strict=True):
@@ -139,7 +153,7 @@ class ReferenceLayer:
         # 2. The scores, without bias correction, with the scheduled rate of each expert.
         lr = factor * self.lr
         lora_lrs = [factor * lora_lr for lora_lr in self.lora_lrs]
-        scores = [self._score(full, lr)]
+        scores = [] if self.freeze_base else [self._score(full, lr)]
         for A, B, lora_lr in zip(self.A, self.B, lora_lrs, strict=True):
             scores.append(self._score([A, B], lora_lr))
 
@@ -148,12 +162,12 @@ class ReferenceLayer:
             winners = self.best(scores)
 
         # 4. AdamW for the winners' weights; nothing for the others', not even decay.
-        if 0 in winners:
+        if 0 in winners and not self.freeze_base:
             self.W.adamw(lr, self.weight_decay, self.betas, self.eps)
             for bias in full[1:]:
                 bias.adamw(lr, 0.0, self.betas, self.eps)
         for i, (A, B) in enumerate(zip(self.A, self.B, strict=True)):
-            if i + 1 in winners:
+            if i + (0 if self.freeze_base else 1) in winners:
                 A.adamw(lora_lrs[i], self.lora_weight_decays[i], self.betas, self.eps)
                 B.adamw(lora_lrs[i], self.lora_weight_decays[i], self.betas, self.eps)
         return ReferenceDecision(tuple(winners), tuple(scores))
@@ -163,7 +177,7 @@ class ReferenceLayer:
         if self.score == "full":
             return (0,)
         candidates = list(range(len(scores)))
-        if self.score == "lora":
+        if self.score == "lora" and not self.freeze_base:
             candidates.remove(0)
         chosen: list[int] = []
         while len(chosen) < self.top_k:

@@ -11,7 +11,7 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from molf.train.methods import Prepared
+from molf.train.methods.base import Prepared
 from molf.train.routing_log import RoutingWriter
 from molf.train.wins import Wins
 

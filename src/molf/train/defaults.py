@@ -1,6 +1,7 @@
-"""Default hyper-parameters: the paper's by method, and a set of their own for the demo tasks.
+"""The methods and their default hyper-parameters: the paper's and each method's own publication's.
 
-A value that the user gave wins over the task's, the task's over the method's.
+A value that the user gave wins over the task's, the task's over the method's. Learning rate, batch
+and schedule are the same for all methods: they belong to the comparison, not to a method.
 """
 
 from __future__ import annotations
@@ -8,7 +9,23 @@ from __future__ import annotations
 import math
 from typing import Any
 
-METHODS = ("fft", "lora", "molf")
+SUMMARIES = {
+    "fft": "full fine-tuning (AdamW on all weights)",
+    "lora": "LoRA (arXiv 2106.09685), merged into the weights",
+    "lora+": "LoRA+ (arXiv 2402.12354: B learns faster than A), merged into the weights",
+    "dora": "DoRA (arXiv 2402.09353: magnitude and direction apart), merged into the weights",
+    "pissa": "PiSSA (arXiv 2404.02948: principal singular vectors), merged into the weights",
+    "eva": "EVA (arXiv 2410.07170: directions and ranks from the data), merged into the weights",
+    "adalora": "AdaLoRA (arXiv 2303.10512: ranks moved between layers), merged into the weights",
+    "molf": "MoLF (arXiv 2605.07111): per layer and step, full or LoRA takes the update",
+}
+METHODS = tuple(SUMMARIES)
+
+ADAPTERS = ("lora", "lora+", "dora", "pissa", "eva", "adalora")
+"""Methods that train one PEFT adapter on a frozen base."""
+
+MATCHES = ("rank", "parameters")
+"""What `--ranks` says of an adapter: its rank, or the LoRA whose parameters it gets."""
 
 # The paper's runs: effective batch 32 as 8 x 4, two epochs.
 COMMON: dict[str, Any] = {
@@ -18,11 +35,29 @@ COMMON: dict[str, Any] = {
     "gradient_accumulation_steps": 4,
 }
 
+# Rank 32 is the paper's for its LoRA baseline. The rest is what a method's authors set; alpha is
+# here where `default_alpha` has no rule for it.
 METHOD: dict[str, dict[str, Any]] = {
     "fft": {},
-    "lora": {"ranks": (32,), "lora_dropout": 0.05},
+    "lora": {"ranks": (32,), "use_rslora": True, "lora_dropout": 0.05},
+    # Hayou et al. 2024: the rate of B is lambda = 2^4 times that of A; the rest is LoRA's.
+    "lora+": {
+        "ranks": (32,),
+        "use_rslora": True,
+        "lora_dropout": 0.05,
+        "loraplus_lr_ratio": 16.0,
+    },
+    # Liu et al. 2024, commonsense reasoning: rank 32, alpha 64, dropout 0.05.
+    "dora": {"ranks": (32,), "use_rslora": False, "lora_dropout": 0.05},
+    # Meng et al. 2024: alpha equals the rank, no dropout.
+    "pissa": {"ranks": (32,), "use_rslora": False, "lora_dropout": 0.0},
+    # Paischer et al. 2024: alpha 1, no dropout; rho and tau are in methods/eva.py.
+    "eva": {"ranks": (32,), "alpha": 1.0, "use_rslora": False, "lora_dropout": 0.0},
+    # Zhang et al. 2023; their schedule is in methods/adalora.py. They have alpha 16 at every rank;
+    # here it is LoRA's, so that the two compare.
+    "adalora": {"ranks": (32,), "use_rslora": False, "lora_dropout": 0.0},
     # The paper trains MoLF with dropout 0.05; the folded form needs 0.
-    "molf": {"ranks": (128,), "alpha": 32.0, "lora_dropout": 0.0},
+    "molf": {"ranks": (128,), "alpha": 32.0, "use_rslora": True, "lora_dropout": 0.0},
 }
 
 # The shipped base is tiny and its facts few: high rates and many epochs edit it within a minute.
@@ -31,23 +66,40 @@ _DEMO: dict[str, Any] = {
     "num_train_epochs": 10.0,
     "per_device_train_batch_size": 32,
     "gradient_accumulation_steps": 1,
-    "ranks": (16,),
-    "alpha": 8.0,
 }
-# MoLF's experts win about as often as each other at this ratio of rates; LoRA alone needs more.
-_DEMO_LORA_RATE = {"molf": 2e-3, "lora": 3e-3}
+# MoLF's experts win about as often as each other at this ratio of rates. The adapters' are the best
+# of three, in steps of 3, on these very requests (README); DoRA has LoRA's.
+_DEMO_RATE = {
+    "molf": 2e-3,
+    "lora": 3e-3,
+    "lora+": 3e-4,
+    "dora": 3e-3,
+    "pissa": 3e-3,
+    "eva": 3e-2,
+    "adalora": 1e-2,
+}
+_DEMO_METHOD: dict[str, dict[str, Any]] = {
+    "fft": {},
+    "molf": {"ranks": (16,), "alpha": 8.0, "lora_learning_rate": _DEMO_RATE["molf"]},
+    **{name: {"ranks": (16,), "lora_learning_rate": _DEMO_RATE[name]} for name in ADAPTERS},
+}
 
 
 def defaults_for(method: str, task: str) -> dict[str, Any]:
     """Return the default of every option that depends on the method or the task."""
     defaults = {**COMMON, **METHOD[method]}
     if task.startswith("demo-"):
-        defaults |= _DEMO
-        if method in _DEMO_LORA_RATE:
-            defaults["lora_learning_rate"] = _DEMO_LORA_RATE[method]
+        defaults |= {**_DEMO, **_DEMO_METHOD[method]}
     return defaults
 
 
-def lora_alpha(rank: int, *, use_rslora: bool) -> float:
-    """Return the LoRA baseline's alpha: `2 sqrt(r)` rounded, or `2 r` without rsLoRA."""
-    return float(round(2 * math.sqrt(max(rank, 0))) if use_rslora else 2 * rank)
+def default_alpha(method: str, rank: int, *, use_rslora: bool) -> float:
+    """Return an adapter's alpha where none is given.
+
+    PiSSA's makes the scaling 1 (Meng et al. 2024). The others have that of the paper's LoRA
+    baseline: `2 sqrt(r)` rounded, or `2 r` without rsLoRA; their scaling is about 2.
+    """
+    root = math.sqrt(max(rank, 0))
+    if method == "pissa":
+        return root if use_rslora else float(rank)
+    return float(round(2 * root) if use_rslora else 2 * rank)

@@ -9,7 +9,6 @@ import traceback
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import set_seed
@@ -19,11 +18,11 @@ from molf.errors import InputError
 from molf.evaluate import Evaluation, EvaluationSettings, evaluate
 from molf.evaluate.inference import length_limit
 from molf.tasks import Task
-from molf.tasks.encoding import EncodedSamples, encode_samples
+from molf.tasks.encoding import encode_samples
 from molf.train.environment import environment
 from molf.train.files import write_json, write_jsonl, write_text, write_yaml
 from molf.train.memory import peak_memory, reset_peak_memory
-from molf.train.methods import adapted_layers
+from molf.train.methods import Plan, TrainingData, check, plan
 from molf.train.model_card import model_card
 from molf.train.model_loading import LoadedModel, load_model, load_skeleton
 from molf.train.model_saving import save_model
@@ -41,7 +40,7 @@ from molf.train.run_directory import (
     RunDirectory,
 )
 from molf.train.sft_config import sft_config
-from molf.train.training import run_training
+from molf.train.training import run_training, total_steps
 
 
 def run_job(
@@ -60,11 +59,13 @@ def run_job(
     arguments = sft_config(settings)
     set_seed(settings.seed)  # before anything random, such as adapters
     # The layers are known from the configuration: wrong patterns must not cost a download.
-    adapted_layers(load_skeleton(settings.model), settings)
+    check(load_skeleton(settings.model), settings)
     base = load_model(settings.model)
     max_length = length_limit(base.model, settings.max_length)
     encoded = encode_samples(base.tokenizer, task.training_samples, max_length)
-    layers = adapted_layers(base.model, settings)
+    data = TrainingData(encoded, total_steps(len(encoded.input_ids), settings))
+    planned = plan(base.model, settings, data)
+    parameters = base.model.num_parameters()
     settings = replace(
         settings,
         bf16=arguments.bf16,
@@ -72,12 +73,20 @@ def run_job(
         save_dtype=settings.save_dtype or _name(base.dtype),
     )
     directory = RunDirectory(settings.output_dir, overwrite=settings.overwrite)
-    job = _Job(settings, task, forgetting_text, reporter, arguments, base, encoded, directory)
+    job = _Job(
+        settings,
+        task,
+        forgetting_text,
+        reporter,
+        arguments,
+        base,
+        parameters,
+        data,
+        planned,
+        directory,
+    )
     try:
-        record = job.record(adapted_layers=len(layers))
-        # As a recipe, the file must not make a later run replace this one.
-        options = replace(settings, overwrite=False).as_options()
-        write_yaml(directory / CONFIG, {**options, "run": record})
+        job.write_config()
         write_json(directory / ENVIRONMENT, environment(arguments.device, started))
         result = job.run()
         append_result(directory.path.parent / RESULTS, results_row(result, settings, started))
@@ -109,33 +118,40 @@ class _Job:
     reporter: Reporter
     arguments: SFTConfig
     base: LoadedModel
-    encoded: EncodedSamples
+    parameters: int
+    data: TrainingData
+    plan: Plan
     directory: RunDirectory
 
-    def record(self, *, adapted_layers: int) -> dict[str, Any]:
-        """Return what a reader has to know beside the settings."""
-        return {
+    def write_config(self) -> None:
+        """Write the settings, and what a reader has to know beside them."""
+        samples = self.data.samples
+        record = {
             "task": self.task.description(),
             "data": {
-                "examples": len(self.encoded.input_ids),
-                "left_out_too_long": self.encoded.left_out,
-                "longest_tokens": self.encoded.longest,
+                "examples": len(samples.input_ids),
+                "left_out_too_long": samples.left_out,
+                "longest_tokens": samples.longest,
             },
             "model": {
-                "parameters": self.base.model.num_parameters(),
+                "parameters": self.parameters,
                 "dtype": _name(self.base.dtype),
-                "adapted_layers": adapted_layers,
+                **self.plan.record(),
             },
         }
+        # As a recipe, the file must not make a later run replace this one.
+        options = replace(self.settings, overwrite=False).as_options()
+        write_yaml(self.directory / CONFIG, {**options, "run": record})
 
     def run(self) -> RunResult:
         """Measure, train, save, measure what was saved, and write everything down."""
         device = self.arguments.device
         model_path = self.directory / MODEL
         reset_peak_memory(device)
-        if self.encoded.left_out:
+        left_out = self.data.samples.left_out
+        if left_out:
             self.reporter.say(
-                f"Left out: {self.encoded.left_out} of {len(self.task.training_samples)} examples "
+                f"Left out: {left_out} of {len(self.task.training_samples)} examples "
                 f"are longer than {self.settings.max_length} tokens."
             )
         try:
@@ -143,8 +159,11 @@ class _Job:
         except InputError as error:  # such as records that are all too long
             raise _UnusableDataError(str(error)) from error
         training = run_training(
-            self.base, self.encoded, self.settings, self.arguments, self.directory, self.reporter
+            self.base, self.data, self.settings, self.arguments, self.directory, self.reporter
         )
+        if training.trained_parameters != self.plan.trained_parameters:  # known to EVA only now
+            self.plan = replace(self.plan, trained_parameters=training.trained_parameters)
+            self.write_config()
         description = self.task.description()
         dtype = getattr(torch, str(self.settings.save_dtype))
         card = model_card(self.settings, description, before, after=None)
@@ -173,7 +192,10 @@ class _Job:
             after=after,
             steps=training.steps,
             training_loss=training.loss,
+            trained_parameters=training.trained_parameters,
+            lora_parameters=self.plan.details.get("lora_parameters"),
             tokens=training.tokens,
+            preparation_seconds=training.preparation_seconds,
             training_seconds=training.seconds,
             evaluation_seconds=before_seconds + after_seconds,
             peak_memory_bytes=memory,

@@ -10,13 +10,8 @@ from typing import Any
 import yaml
 
 from molf.evaluate import Evaluation, Metric
+from molf.train.defaults import SUMMARIES
 from molf.train.resolved import ResolvedSettings
-
-_METHODS = {
-    "fft": "full fine-tuning (AdamW on all weights)",
-    "lora": "LoRA, merged into the weights",
-    "molf": "MoLF (arXiv 2605.07111): per layer and step, full or LoRA takes the update",
-}
 
 
 def model_card(
@@ -53,7 +48,7 @@ def model_card(
             "---",
             f"# {name}",
             "",
-            f"`{base}` fine-tuned on the task `{task['name']}` with {_METHODS[settings.method]}. "
+            f"`{base}` fine-tuned on the task `{task['name']}` with {SUMMARIES[settings.method]}. "
             "Trained with molf; loads with transformers alone.",
             "",
             "## Metrics",
@@ -72,6 +67,24 @@ def model_card(
             "```yaml",
             yaml.safe_dump(dict(task), sort_keys=False, allow_unicode=True).strip(),
             "```",
+            "",
+        ]
+    )
+
+
+def adapter_card(settings: ResolvedSettings) -> str:
+    """Return the text of the card that a saved adapter carries."""
+    front = {"library_name": "peft", "base_model": settings.model, "tags": ["molf"]}
+    return "\n".join(
+        [
+            "---",
+            yaml.safe_dump(front, sort_keys=False).strip(),
+            "---",
+            f"# {settings.output_dir.name}: adapter",
+            "",
+            f"For `{settings.model}`, trained on the task `{settings.task}` with molf, method "
+            f"`{settings.method}`. Loads with PEFT alone. `model/` of the same run has the merged "
+            "model and its measurements.",
             "",
         ]
     )

@@ -1,9 +1,10 @@
-"""The trained model on disk: a plain transformers checkpoint that needs nothing of molf."""
+"""The trained model on disk: checkpoints of transformers and PEFT that need nothing of molf."""
 
 from __future__ import annotations
 
 import errno
 import shutil
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,9 @@ import torch
 from safetensors import SafetensorError
 
 from molf.train.files import replacing_directory
+from molf.train.model_card import adapter_card
 from molf.train.model_loading import LoadedModel
+from molf.train.resolved import ResolvedSettings
 
 
 class SaveError(RuntimeError):
@@ -43,16 +46,39 @@ def save_model(model: Any, base: LoadedModel, dtype: torch.dtype, card: str, pat
             base.tokenizer.save_pretrained(directory)
             (directory / "README.md").write_text(card, encoding="utf-8")
     except (OSError, SafetensorError) as error:
-        raise SaveError(_why_not_saved(path, model, error)) from error
+        raise SaveError(_why_not_saved(path, model.parameters(), error)) from error
 
 
-def _why_not_saved(path: Path, model: Any, error: Exception) -> str:
-    size = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+def save_adapter(
+    save: Callable[[Any, Path], None], model: Any, settings: ResolvedSettings, path: Path
+) -> None:
+    """Write a trained adapter, in the type that it was trained in, whole or not at all.
+
+    Args:
+        save: Writes it into a directory.
+        model: The model that carries it.
+        settings: The run's settings, for the card.
+        path: The adapter's directory.
+
+    Raises:
+        SaveError: The disk is full or cannot be written.
+    """
+    try:
+        with replacing_directory(path) as directory:
+            save(model, directory)
+            (directory / "README.md").write_text(adapter_card(settings), encoding="utf-8")
+    except (OSError, SafetensorError) as error:
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        raise SaveError(_why_not_saved(path, trained, error)) from error
+
+
+def _why_not_saved(path: Path, saved: Iterable[torch.Tensor], error: Exception) -> str:
+    size = sum(parameter.numel() * parameter.element_size() for parameter in saved)
     full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
     if not full:
-        return f"the model could not be saved to {path}: {error}"
+        return f"the {path.name} could not be saved to {path}: {error}"
     free = shutil.disk_usage(path.parent).free
     return (
-        f"the disk is full: saving the model to {path} needs about {size / 1e6:,.0f} MB, "
+        f"the disk is full: saving the {path.name} to {path} needs about {size / 1e6:,.0f} MB, "
         f"{free / 1e6:,.0f} MB are free"
     )

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from molf.errors import InputError
-from molf.train.defaults import defaults_for
+from molf.train.defaults import ADAPTERS, defaults_for
 from molf.train.settings import TrainSettings
 
 
@@ -43,16 +43,18 @@ def resolve(settings: TrainSettings, now: datetime) -> ResolvedSettings:
         InputError: The task needs an option that was not given.
 
     Warns:
-        UserWarning: Options that do nothing with this method were given.
+        UserWarning: Options that do nothing with this method were given, or several ranks for one
+            adapter.
     """
     _warn_of_unused(settings)
+    _warn_of_summed_ranks(settings)
     given = {name: value for name, value in vars(settings).items() if value is not None}
     values = {**defaults_for(settings.method, settings.task), **given}
     for name in _UNUSED[settings.method]:
         values[name] = _DEFAULTS[name]
     config = settings.method_config
     if config is not None:
-        values |= {"ranks": config.ranks, "alpha": config.alphas}
+        values |= {"ranks": config.ranks, "alpha": config.alphas, "use_rslora": config.use_rslora}
     if settings.lora_learning_rate is None and settings.learning_rate is not None:
         values["lora_learning_rate"] = None  # a task's own rate goes with the task's other rate
     if values.get("lora_learning_rate") is None:
@@ -84,7 +86,12 @@ _ADAPTER = (
     "lora_learning_rate",
     "lora_weight_decay",
 )
-_UNUSED = {"fft": (*_ADAPTER, *_ROUTING), "lora": ("weight_decay", *_ROUTING), "molf": ()}
+_UNUSED = {
+    "fft": (*_ADAPTER, "match", "loraplus_lr_ratio", *_ROUTING),
+    "molf": ("match", "loraplus_lr_ratio"),
+    **dict.fromkeys(ADAPTERS, ("weight_decay", "loraplus_lr_ratio", *_ROUTING)),
+    "lora+": ("weight_decay", *_ROUTING),
+}
 
 
 def _warn_of_unused(settings: TrainSettings) -> None:
@@ -94,6 +101,17 @@ def _warn_of_unused(settings: TrainSettings) -> None:
     if unused:
         warnings.warn(
             f"Without effect with method={settings.method}: {', '.join(unused)}.", stacklevel=3
+        )
+
+
+def _warn_of_summed_ranks(settings: TrainSettings) -> None:
+    config = settings.method_config
+    if settings.method in ADAPTERS and config and len(settings.ranks or ()) > 1:
+        given = ",".join(map(str, settings.ranks or ()))
+        warnings.warn(
+            f"method={settings.method} trains one adapter: ranks={given} give it their sum, "
+            f"{config.ranks[0]}.",
+            stacklevel=3,
         )
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from molf.evaluate import Evaluation
+from molf.train.defaults import ADAPTERS
 from molf.train.resolved import ResolvedSettings
 
 
@@ -26,7 +27,10 @@ class RunResult:
         after: Metrics of the saved model.
         steps: Optimizer steps.
         training_loss: Mean loss over the training.
+        trained_parameters: How many numbers were trained.
+        lora_parameters: How many plain LoRA of the settings' rank trains; None without an adapter.
         tokens: Tokens trained on, padding left out.
+        preparation_seconds: Time of putting in the adapter.
         training_seconds: Time of the training.
         evaluation_seconds: Time of both evaluations.
         peak_memory_bytes: The most memory needed.
@@ -39,7 +43,10 @@ class RunResult:
     after: Evaluation
     steps: int
     training_loss: float
+    trained_parameters: int
+    lora_parameters: int | None
     tokens: int
+    preparation_seconds: float
     training_seconds: float
     evaluation_seconds: float
     peak_memory_bytes: int
@@ -79,11 +86,16 @@ def results_row(result: RunResult, settings: ResolvedSettings, started: datetime
         "seed": settings.seed,
         "ranks": ",".join(map(str, config.ranks)) if config else "",
         "alpha": ",".join(f"{alpha:g}" for alpha in config.alphas) if config else "",
-        "learning_rate": "" if settings.method == "lora" else settings.learning_rate,
+        "match": settings.match if settings.method in ADAPTERS else "",
+        "trained_parameters": result.trained_parameters,
+        "lora_parameters": result.lora_parameters or "",
+        "score": config.score if config and settings.method == "molf" else "",
+        "learning_rate": "" if settings.method in ADAPTERS else settings.learning_rate,
         "lora_learning_rate": settings.lora_learning_rate if config else "",
         "steps": result.steps,
         "training_loss": result.training_loss,
         "tokens": result.tokens,
+        "preparation_seconds": round(result.preparation_seconds, 3),
         "training_seconds": round(result.training_seconds, 3),
         "evaluation_seconds": round(result.evaluation_seconds, 3),
         "peak_memory_bytes": result.peak_memory_bytes,

@@ -17,7 +17,7 @@ from molf.core.config import SCORES, MoLFConfig
 from molf.errors import InputError
 from molf.tasks import TASKS, TaskOptions, check_task
 from molf.train.converters import numbers, patterns, words
-from molf.train.defaults import METHODS, defaults_for, lora_alpha
+from molf.train.defaults import ADAPTERS, MATCHES, METHODS, default_alpha, defaults_for
 
 SCHEDULERS = ("cosine", "linear", "constant", "constant_with_warmup")
 NONFINITE = ("raise", "skip")
@@ -61,21 +61,25 @@ class TrainSettings:
     """bfloat16 autocast in training; the weights stay float32."""
 
     method: Annotated[str, Parameter(choices=METHODS, group=METHOD)] = "molf"
-    """fft: all weights. lora: one adapter. molf: routed per layer and step."""
+    """fft: all weights. molf: routed per layer and step. The others train one PEFT adapter."""
     ranks: Annotated[
         tuple[int, ...] | None,
         Parameter(group=METHOD, converter=numbers(int), n_tokens=1, show_default=_AUTO),
     ] = None
-    """Rank of each LoRA expert, separated by commas."""
+    """Rank of each LoRA expert, separated by commas; an adapter has their sum."""
+    match: Annotated[str, Parameter(choices=MATCHES, group=METHOD)] = "rank"
+    """Give an adapter this rank, or the one that trains as many parameters as LoRA of this rank."""
     alpha: Annotated[
         tuple[float, ...] | None,
         Parameter(group=METHOD, converter=numbers(float), n_tokens=1, show_default=_AUTO),
     ] = None
     """LoRA alpha: one number, or one per rank."""
-    use_rslora: Annotated[bool, Parameter(group=METHOD)] = True
+    use_rslora: Annotated[bool | None, Parameter(group=METHOD, show_default="by method")] = None
     """Scale by alpha / sqrt(rank) instead of alpha / rank."""
     lora_dropout: Annotated[float | None, Parameter(group=METHOD, show_default=_AUTO)] = None
     """Dropout before the LoRA factors."""
+    loraplus_lr_ratio: Annotated[float | None, Parameter(group=METHOD, show_default="16")] = None
+    """With lora+, the learning rate of B as a multiple of that of A (lora_learning_rate)."""
     score: Annotated[str, Parameter(choices=SCORES, group=METHOD)] = "epd"
     """How molf scores experts; random, full and lora are controls."""
     top_k: Annotated[int, Parameter(group=METHOD)] = 1
@@ -165,6 +169,7 @@ class TrainSettings:
         for name, allowed in (
             ("task", TASKS),
             ("method", METHODS),
+            ("match", MATCHES),
             ("lr_scheduler_type", SCHEDULERS),
             ("nonfinite", NONFINITE),
             ("save_dtype", (None, *DTYPES)),
@@ -212,7 +217,7 @@ class TrainSettings:
 
     @property
     def method_config(self) -> MoLFConfig | None:
-        """The adapters' settings: molf's experts, or the one adapter of lora. None for fft.
+        """The adapters' settings: molf's experts, or one adapter of the summed rank. None for fft.
 
         Raises:
             InputError: A value is not allowed, or not with this method.
@@ -221,28 +226,32 @@ class TrainSettings:
             return None
         defaults = defaults_for(self.method, self.task)
         ranks = self.ranks or defaults["ranks"]
-        if self.method == "lora" and len(ranks) > 1:
-            raise InputError(
-                f"Invalid ranks={_commas(ranks)} with method=lora. Must be one rank; "
-                "molf takes several."
-            )
         alpha: Any = self.alpha if self.alpha is not None else defaults.get("alpha")
         if isinstance(alpha, tuple) and len(alpha) == 1:
             alpha = alpha[0]
+        rslora = defaults["use_rslora"] if self.use_rslora is None else self.use_rslora
+        if self.method in ADAPTERS:
+            if isinstance(alpha, tuple):
+                raise InputError(
+                    f"Invalid alpha={_commas(alpha)} with method={self.method}. Must be one "
+                    "number: it trains one adapter."
+                )
+            if min(ranks) >= 1:  # else refused below, as given
+                ranks = (sum(ranks),)
+            if alpha is None:
+                alpha = default_alpha(self.method, ranks[0], use_rslora=rslora)
         dropout = self.lora_dropout if self.lora_dropout is not None else defaults["lora_dropout"]
         if self.method == "molf" and dropout:
             raise InputError(
                 f"Invalid lora_dropout={dropout} with method=molf. Must be 0: its experts are "
                 "folded into the weight, where a dropout mask cannot reach them."
             )
-        if alpha is None:
-            alpha = lora_alpha(ranks[0], use_rslora=self.use_rslora)
         routes = self.method == "molf"
         try:
             return MoLFConfig(
                 ranks=ranks,
                 alpha=alpha,
-                use_rslora=self.use_rslora,
+                use_rslora=rslora,
                 lora_dropout=dropout,
                 target_modules=self.target_modules,
                 exclude_modules=self.exclude_modules,
@@ -269,6 +278,7 @@ _POSITIVE = (
     "save_total_limit",
     "adam_epsilon",
     "learning_rate",
+    "loraplus_lr_ratio",
 )
 _NOT_NEGATIVE = (
     "lora_learning_rate",
@@ -280,5 +290,5 @@ _NOT_NEGATIVE = (
 )
 
 
-def _commas(values: tuple[int, ...]) -> str:
-    return ",".join(str(value) for value in values)
+def _commas(values: tuple[float, ...]) -> str:
+    return ",".join(f"{value:g}" for value in values)

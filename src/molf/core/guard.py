@@ -1,0 +1,45 @@
+"""The guard against infinity and NaN: one sum per gradient, found before any state is written."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from molf.core.adam import MomentDecay, gradient, state_dtype, sum_dtype
+
+
+class FiniteGuard:
+    """Knows, on the devices, whether every gradient of a step is finite.
+
+    Attributes:
+        gradient_sums: One sum per gradient, on the first parameter's device. Infinity and NaN
+            survive a sum, so the sums tell, once the host reads them, which gradients are bad.
+    """
+
+    def __init__(self, parameters: list[Tensor]) -> None:
+        home = parameters[0].device
+        totals = [_finite_sum(parameter).to(home) for parameter in parameters]
+        self.gradient_sums = torch.stack(totals)
+        self._finite = {home: self.gradient_sums.isfinite().all()}
+        self._made: dict[Any, MomentDecay] = {}
+
+    def decay_of(self, moment: Tensor, betas: tuple[float, float]) -> MomentDecay:
+        """Return how moments of this one's device and dtype move."""
+        device, dtype = moment.device, moment.dtype
+        key = (device, dtype, tuple(betas))
+        if key not in self._made:
+            finite = self._finite.setdefault(device, next(iter(self._finite.values())).to(device))
+            self._made[key] = MomentDecay.of(betas, finite, dtype)
+        return self._made[key]
+
+
+def _finite_sum(parameter: Tensor) -> Tensor:
+    """Sum a gradient in float32 or better: infinity and NaN survive a sum. 0-dim."""
+    grad = gradient(parameter)
+    if grad.layout != torch.strided:
+        raise RuntimeError("MoLFAdamW does not support sparse gradients.")
+    if hasattr(grad, "device_mesh"):
+        raise RuntimeError("MoLFAdamW does not support sharded parameters (DTensor) yet.")
+    return grad.sum(dtype=state_dtype(parameter)).to(sum_dtype(grad.device))

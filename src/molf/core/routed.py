@@ -1,0 +1,156 @@
+"""What a routed layer does in a step, whatever the form in which its LoRA experts live."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from molf.core.adam import (
+    AdamWStep,
+    finish_score,
+    gradient,
+    row_blocks,
+    score_terms,
+    sum_dtype,
+    update_moments,
+)
+from molf.core.config import lora_expert_names
+from molf.core.factors import per_rank
+from molf.core.guard import FiniteGuard
+
+States = dict[Tensor, dict[str, Any]]
+"""The optimizer's state, by parameter."""
+
+
+class RoutedLayer(ABC):
+    """One routed layer for the length of one optimizer step.
+
+    Made from a parameter group and the states of its parameters. The step calls `update_moments`
+    for every layer, reads all scores at once, and then calls `apply`. A form says where the
+    experts' tensors, gradients and moments are and how winners move; all else is here.
+
+    Attributes:
+        group: The layer's parameter group.
+        name: The layer's name in the model.
+        dense: The tensors of the `full` expert that have a gradient, each with its state; the
+            weight comes first. Empty where the base is frozen.
+        experts: Names of all experts, in the order that breaks ties.
+    """
+
+    def __init__(self, group: dict[str, Any], dense: list[tuple[Tensor, dict[str, Any]]]) -> None:
+        self.group = group
+        self.name: str = group["layer"]
+        self.dense = dense
+        names = lora_expert_names(group["ranks"])
+        self.experts = ("full", *names) if dense else names
+
+    @classmethod
+    @abstractmethod
+    def takes_part(cls, group: dict[str, Any]) -> bool:
+        """Whether the parameters of a group have the gradients that a step needs."""
+
+    @classmethod
+    @abstractmethod
+    def read_factors(cls, group: dict[str, Any], states: States) -> list[tuple[Tensor, Tensor]]:
+        """Copies of (A [r, in], B [out, r]) of each LoRA expert, as the paper scales them."""
+
+    @classmethod
+    @abstractmethod
+    def write_factors(
+        cls, group: dict[str, Any], states: States, lora_A: Tensor, lora_B: Tensor
+    ) -> None:
+        """Replace the stacked factors, A [R, in] and B [out, R], as the paper scales them."""
+
+    @property
+    @abstractmethod
+    def with_gradients(self) -> list[Tensor]:
+        """The parameters whose gradients this step uses."""
+
+    @property
+    @abstractmethod
+    def steps_taken(self) -> int:
+        """How many steps this layer has taken."""
+
+    @abstractmethod
+    def _factor_shapes(self) -> tuple[int, int]:
+        """`in` and `out` of the layer."""
+
+    @abstractmethod
+    def _factor_gradients(self) -> tuple[Tensor, Tensor]:
+        """`grad A` [R, in] and `grad B` [out, R] of the stacked factors, in the state's dtype."""
+
+    @abstractmethod
+    def _factor_moments(self) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        """`exp_avg` and `exp_avg_sq` of the stacked A, and of the stacked B."""
+
+    @abstractmethod
+    def apply(self, winners: Sequence[int]) -> None:
+        """Count the step for every expert and give the winners theirs, each from the old state."""
+
+    @property
+    def has_full(self) -> bool:
+        """Whether expert 0 is `full`."""
+        return bool(self.dense)
+
+    @property
+    def lora_lrs(self) -> tuple[float, ...]:
+        """Scheduled rate of each LoRA expert."""
+        return tuple(self.group["lr"] * ratio for ratio in self.group["lora_lr_ratios"])
+
+    def update_moments(self, guard: FiniteGuard) -> Tensor:
+        """Update the moments of all experts; return their score sums, [experts], on the device."""
+        score, betas = self.group["score"], self.group["betas"]
+        device = self.with_gradients[0].device
+        full = torch.zeros((), dtype=sum_dtype(device), device=device)
+        for parameter, state in self.dense:
+            decay = guard.decay_of(state["exp_avg"], betas)
+            for rows in row_blocks(parameter):
+                exp_avg, exp_avg_sq = state["exp_avg"][rows], state["exp_avg_sq"][rows]
+                update_moments(gradient(parameter)[rows], exp_avg, exp_avg_sq, decay)
+                full += score_terms(exp_avg, exp_avg_sq, score).sum()
+
+        by_rank = full.new_zeros(sum(self.group["ranks"]))  # per row of A and column of B
+        factors = zip(self._factor_gradients(), self._factor_moments(), (1, 0), strict=True)
+        for grad, (exp_avg, exp_avg_sq), dim in factors:
+            update_moments(grad, exp_avg, exp_avg_sq, guard.decay_of(exp_avg, betas))
+            by_rank += score_terms(exp_avg, exp_avg_sq, score).sum(dim)
+        per_expert = [part.sum() for part in by_rank.split(list(self.group["ranks"]))]
+        return torch.stack([full, *per_expert] if self.has_full else per_expert)
+
+    def scores(self, sums: Sequence[float]) -> list[float]:
+        """Turn the score sums, now on the host, into one score per expert."""
+        width = sum(self._factor_shapes())
+        counts = [rank * width for rank in self.group["ranks"]]
+        lrs = list(self.lora_lrs)
+        if self.has_full:
+            counts.insert(0, sum(parameter.numel() for parameter, _ in self.dense))
+            lrs.insert(0, self.group["lr"])
+        return [
+            finish_score(total, score=self.group["score"], lr=lr, count=count)
+            for total, lr, count in zip(sums, lrs, counts, strict=True)
+        ]
+
+    def _dense_step(self, decay: str, state: dict[str, Any]) -> AdamWStep:
+        group = self.group
+        return AdamWStep(group["lr"], group[decay], group["betas"], group["eps"], state["step"])
+
+    def _lora_step(self, index: int) -> AdamWStep:
+        group = self.group
+        return AdamWStep(
+            self.lora_lrs[index],
+            group["lora_weight_decays"][index],
+            group["betas"],
+            group["eps"],
+            self.steps_taken,
+        )
+
+    def _lora_winners(self, winners: Sequence[int]) -> list[int]:
+        """Indices of the winners among the LoRA experts."""
+        return [w - self.has_full for w in winners if w >= self.has_full]
+
+    def _per_rank(self, values: Sequence[float], like: Tensor) -> Tensor:
+        return per_rank(values, self.group["ranks"], like)

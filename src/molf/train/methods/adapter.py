@@ -1,0 +1,175 @@
+"""What all methods have in common that train one PEFT adapter on a frozen base."""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+
+from molf.errors import InputError
+from molf.train.methods.base import (
+    Layer,
+    Method,
+    Plan,
+    Prepared,
+    TrainingData,
+    config_of,
+    count_trainable,
+    find_adapted_layers,
+)
+from molf.train.methods.matching import matching_rank
+from molf.train.resolved import ResolvedSettings
+
+
+@dataclass(frozen=True)
+class AdapterPlan(Plan):
+    """An adapter's shape.
+
+    Attributes:
+        rank: The rank that it gets; `ranks` in the settings, unless parameters are matched.
+        scaling: What its product is multiplied by, whatever the rank it gets.
+    """
+
+    rank: int = 0
+    scaling: float = 1.0
+
+
+class Adapter(Method):
+    """One PEFT adapter; the layers are the very ones that molf would route."""
+
+    def check(self, skeleton: Any, settings: ResolvedSettings) -> None:
+        """Put the adapter into a model that has no weights: PEFT says what it cannot adapt."""
+        plan = self._plan(skeleton, settings)
+        self.check_layers(plan)
+        config = self.config(plan, settings, steps=100)
+        config.init_lora_weights = False  # there is nothing to decompose
+        try:
+            with torch.device("meta"):
+                get_peft_model(skeleton, config)
+        except (ValueError, TypeError, NotImplementedError, AttributeError) as error:
+            reason = str(error).strip().split("\n")[0]
+            raise InputError(
+                f"method={settings.method}: PEFT cannot adapt {settings.model}: {reason}"
+            ) from error
+
+    def check_layers(self, plan: AdapterPlan) -> None:
+        """Raise `InputError` if a layer is too small for what the method needs."""
+
+    def plan(self, model: Any, settings: ResolvedSettings, data: TrainingData) -> AdapterPlan:
+        """The adapter's rank and size, beside those of plain LoRA with the settings' rank."""
+        return self._plan(model, settings)
+
+    @abstractmethod
+    def config(self, plan: AdapterPlan, settings: ResolvedSettings, steps: int) -> LoraConfig:
+        """PEFT's configuration of the adapter."""
+
+    def parameters(self, layer: Layer, rank: int) -> int:
+        """How many numbers the adapter trains in a layer."""
+        return layer.lora_parameters(rank)
+
+    def prepare(self, model: Any, settings: ResolvedSettings, data: TrainingData) -> Prepared:
+        """The model with the adapter in it and all else frozen."""
+        plan = self._plan(model, settings)
+        torch.manual_seed(settings.seed)
+        wrapped = get_peft_model(model, self.config(plan, settings, data.steps))
+        self.initialise(wrapped, plan, settings, data)
+        return Prepared(
+            model=wrapped,
+            optimizer=(_AdapterAdamW, self.optimizer_arguments(settings)),
+            optimizer_class=torch.optim.AdamW,
+            layers=(),
+            trained_parameters=count_trainable(wrapped),
+            finish=_merged,
+            save_adapter=_save,
+        )
+
+    def initialise(
+        self, model: Any, plan: AdapterPlan, settings: ResolvedSettings, data: TrainingData
+    ) -> None:
+        """Do what PEFT does not when it makes the adapter."""
+
+    def optimizer_arguments(self, settings: ResolvedSettings) -> dict[str, Any]:
+        """AdamW's keywords."""
+        return {
+            "lr": settings.lora_learning_rate,
+            "weight_decay": settings.lora_weight_decay,
+            "betas": (settings.adam_beta1, settings.adam_beta2),
+            "eps": settings.adam_epsilon,
+            "fused": True,
+        }
+
+    def _plan(self, model: Any, settings: ResolvedSettings) -> AdapterPlan:
+        layers = find_adapted_layers(model, settings)
+        config = config_of(settings)
+
+        def parameters(rank: int) -> int:
+            return sum(self.parameters(layer, rank) for layer in layers)
+
+        rank = config.ranks[0]
+        lora_parameters = sum(layer.lora_parameters(rank) for layer in layers)
+        if settings.match == "parameters":
+            rank = matching_rank(parameters, lora_parameters)
+        return AdapterPlan(
+            layers,
+            parameters(rank),
+            {"rank": rank, "lora_rank": config.ranks[0], "lora_parameters": lora_parameters},
+            rank=rank,
+            scaling=config.scalings[0],
+        )
+
+
+def common_config(plan: AdapterPlan, settings: ResolvedSettings) -> dict[str, Any]:
+    """The keywords of PEFT's configurations that do not depend on the method."""
+    config = config_of(settings)
+    return {
+        "task_type": "CAUSAL_LM",
+        "lora_dropout": config.lora_dropout,
+        "target_modules": [layer.name for layer in plan.layers],
+        "fan_in_fan_out": all(layer.transposed for layer in plan.layers),
+    }
+
+
+def lora_config(plan: AdapterPlan, settings: ResolvedSettings, **further: Any) -> LoraConfig:
+    """PEFT's configuration of a LoRA adapter; `further` says what kind."""
+    config = config_of(settings)
+    alpha = config.alphas[0]
+    if plan.rank != config.ranks[0]:
+        alpha = plan.scaling * (math.sqrt(plan.rank) if config.use_rslora else plan.rank)
+    return LoraConfig(
+        r=plan.rank,
+        lora_alpha=alpha,
+        use_rslora=config.use_rslora,
+        **common_config(plan, settings),
+        **further,
+    )
+
+
+def _merged(model: Any) -> Any:
+    return model.merge_and_unload()
+
+
+def _save(model: Any, path: Path) -> None:
+    model.save_pretrained(path)
+
+
+class _AdapterAdamW:
+    """Builds AdamW for the trained parameters; vectors (DoRA's magnitudes) do not decay.
+
+    A factory for the trainer's optimizer slot, see `molf.core.trainer`.
+    """
+
+    def __call__(
+        self, model: nn.Module, *, weight_decay: float, **kwargs: Any
+    ) -> torch.optim.AdamW:
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        groups = [
+            {"params": [p for p in trained if p.dim() >= 2], "weight_decay": weight_decay},
+            {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0},
+        ]
+        return torch.optim.AdamW([group for group in groups if group["params"]], **kwargs)

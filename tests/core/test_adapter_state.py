@@ -1,0 +1,284 @@
+"""The adapter form as an optimizer: state, resume, guards, cost, and the trainers."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import subprocess
+import sys
+import warnings
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from core_helpers import assert_same_bits, snapshot, tiny_model
+from peft_helpers import IDS, tiny_qwen2
+from test_step_cost import ReadsOfTheHost
+from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.optim.lr_scheduler import LambdaLR
+
+import molf
+from molf import MoLFAdamW, MoLFConfig
+
+FORMS = pytest.mark.parametrize("freeze_base", [True, False], ids=["frozen", "explicit"])
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+
+
+def made(freeze_base: bool, dtype: torch.dtype = torch.float32, **options):
+    """A small adapted model and its optimizer; adapters of bfloat16 bases are float32."""
+    names = MoLFConfig.__dataclass_fields__
+    settings = {k: options.pop(k) for k in list(options) if k in names}
+    config = MoLFConfig(ranks=(2, 3), alpha=4.0, top_k=2, freeze_base=freeze_base, **settings)
+    model = molf.with_adapter(tiny_model(dtype), config)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Routed weights are")
+        return model, MoLFAdamW.from_model(
+            model, config, **{"lr": 1e-2, "lora_lr": 3e-2, **options}
+        )
+
+
+def backward(model: nn.Module, seed: int) -> None:
+    model.zero_grad()
+    ids = torch.randint(11, (4, 5), generator=torch.Generator().manual_seed(seed))
+    out = model(ids).flatten(0, 1).float()
+    nn.functional.cross_entropy(out, ids.roll(1, 1).flatten()).backward()
+
+
+def run(model, optimizer, batches) -> None:
+    for batch in batches:
+        backward(model, batch)
+        optimizer.step()
+
+
+def fresh(model, freeze_base: bool, dtype: torch.dtype, **options):
+    twin, optimizer = made(freeze_base, dtype, **options)
+    twin.load_state_dict(model.state_dict())
+    return twin, optimizer
+
+
+@FORMS
+@DTYPES
+@pytest.mark.parametrize("score", ["epd", "random"])
+def test_resumed_run_is_the_uninterrupted_run(freeze_base, dtype, score, tmp_path):
+    model, optimizer = made(freeze_base, dtype, score=score)
+    scheduler = LambdaLR(optimizer, lambda step: 1 - step / 10)
+    run(model, optimizer, range(3))
+    torch.save(optimizer.state_dict(), tmp_path / "state.pt")
+    twin, resumed = fresh(model, freeze_base, dtype, score=score)
+    twin_scheduler = LambdaLR(resumed, lambda step: 1 - step / 10)
+    resumed.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    twin_scheduler.load_state_dict(scheduler.state_dict())
+    assert_same_bits(snapshot(twin, resumed), snapshot(model, optimizer))
+    for batch in range(3, 6):
+        for each in ((model, optimizer, scheduler), (twin, resumed, twin_scheduler)):
+            run(*each[:2], [batch])
+            each[2].step()
+        assert resumed.routing == optimizer.routing
+    assert_same_bits(snapshot(twin, resumed), snapshot(model, optimizer))
+    moments = {v.dtype for s in optimizer.state.values() for v in s.values() if torch.is_tensor(v)}
+    assert moments == {torch.promote_types(dtype, torch.float32)}
+
+
+@FORMS
+def test_distributed_checkpoint_resumes(freeze_base, tmp_path):
+    model, optimizer = made(freeze_base)
+    run(model, optimizer, range(3))
+    dcp.save({"optim": get_optimizer_state_dict(model, optimizer)}, checkpoint_id=tmp_path / "c")
+    twin, resumed = fresh(model, freeze_base, torch.float32)
+    target = {"optim": get_optimizer_state_dict(twin, resumed)}
+    twin.load_state_dict(model.state_dict())  # reading the empty state has taken a step
+    dcp.load(target, checkpoint_id=tmp_path / "c")
+    set_optimizer_state_dict(twin, resumed, target["optim"])
+    run(model, optimizer, [3, 4])
+    run(twin, resumed, [3, 4])
+    assert_same_bits(snapshot(twin, resumed), snapshot(model, optimizer))
+
+
+@FORMS
+def test_accelerate_prepares_the_optimizer(freeze_base):
+    from accelerate import Accelerator
+
+    model, optimizer = made(freeze_base)
+    plain, reference = made(freeze_base)
+    run(model, optimizer, range(2))
+    run(plain, reference, range(2))
+    _, prepared = Accelerator(cpu=True).prepare(model, optimizer)
+    run(model, prepared, [2, 3])
+    run(plain, reference, [2, 3])
+    assert_same_bits(snapshot(model, optimizer), snapshot(plain, reference))
+
+
+@FORMS
+def test_copies_and_pickles_go_on(freeze_base):
+    pair = made(freeze_base)
+    run(*pair, range(2))
+    for twin, optimizer in (copy.deepcopy(pair), pickle.loads(pickle.dumps(pair))):
+        run(twin, optimizer, [2])
+        assert optimizer.routing
+        original, reference = copy.deepcopy(pair)
+        run(original, reference, [2])
+        assert_same_bits(snapshot(twin, optimizer), snapshot(original, reference))
+
+
+def test_golden_state_dict():
+    model, optimizer = made(freeze_base=False)
+    run(model, optimizer, range(2))
+    state_dict = optimizer.state_dict()
+    group = dict(state_dict["param_groups"][0])
+    assert group.pop("param_names") == [
+        "up.weight",
+        "up.bias",
+        "up.lora_A.default.weight",
+        "up.lora_B.default.weight",
+    ]
+    assert group["params"] == [0, 1, 2, 3]
+    assert (group["layer"], group["ranks"], group["adapter_scaling"]) == ("up", (2, 3), 1.0)
+    shapes = [
+        {k: tuple(v.shape) if torch.is_tensor(v) else v for k, v in state_dict["state"][i].items()}
+        for i in range(4)
+    ]
+    expected = [(9, 6), (9,), (5, 6), (9, 5)]
+    assert shapes == [{"step": 2, "exp_avg": size, "exp_avg_sq": size} for size in expected]
+
+
+@FORMS
+@pytest.mark.parametrize(
+    "place", ["lora_A.default.weight", "lora_B.default.weight", "weight", "bias"]
+)
+def test_bad_gradient_is_named_and_leaves_every_bit(freeze_base, place):
+    model, optimizer = made(freeze_base)
+    if freeze_base and not place.startswith("lora"):
+        assert not any(n.endswith(f"up.{place}") for g in optimizer.param_groups
+                       for n in g["param_names"])  # fmt: skip
+        return
+    run(model, optimizer, range(2))
+    before = snapshot(model, optimizer)
+    backward(model, 9)
+    tuner = model.base_model.model.up
+    owner = tuner if place.startswith("lora") else tuner.base_layer
+    owner.get_parameter(place).grad.view(-1)[-1] = float("nan")
+    with pytest.raises(RuntimeError, match=f"Non-finite gradient in up.{place}; no weight"):
+        optimizer.step()
+    assert_same_bits(snapshot(model, optimizer), before)
+    run(model, optimizer, [2])
+
+
+@FORMS
+def test_nothing_moves_at_rate_zero(freeze_base):
+    model, optimizer = made(freeze_base)
+    run(model, optimizer, range(2))
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+    run(model, optimizer, [2, 3])
+    assert_same_bits({n: p.detach() for n, p in model.named_parameters()}, before)
+
+
+@FORMS
+def test_the_host_waits_once_per_step(freeze_base, monkeypatch):
+    model, optimizer = made(freeze_base)
+    reads = ReadsOfTheHost(monkeypatch)
+    for step in range(2):
+        backward(model, step)
+        reads.count = 0
+        with reads:
+            optimizer.step()
+        assert reads.count == 1
+
+
+@FORMS
+def test_state_is_moments_alone(freeze_base):
+    model, optimizer = made(freeze_base, freeze_rest=True)
+    optimizer.lora_factors("up")
+    assert not any(optimizer.state.values())
+    run(model, optimizer, [0])
+    sizes = sum(
+        v.numel() for s in optimizer.state.values() for v in s.values() if torch.is_tensor(v)
+    )
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert sizes == 2 * trained
+
+
+def test_low_precision_adapters_are_warned_of():
+    config = MoLFConfig(ranks=(2, 3), freeze_base=True)
+    model = molf.with_adapter(tiny_qwen2().bfloat16(), config)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        MoLFAdamW.from_model(model, config)  # PEFT keeps adapters in float32
+    with pytest.warns(UserWarning, match=r"Routed weights are torch.bfloat16"):
+        MoLFAdamW.from_model(model.bfloat16(), config)
+
+
+def test_core_needs_torch_alone():
+    code = (
+        "import sys, molf; molf.MoLFAdamW, molf.merge, molf.peft_config, molf.with_adapter; "
+        "print(sorted({'peft', 'transformers', 'bitsandbytes', 'torchao'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("freeze_base", "dropout"), [(True, 0.0), (True, 0.1), (False, 0.1)], ids=str
+)
+def test_trainer_takes_every_form(freeze_base, dropout, tmp_path):
+    from transformers import Trainer, TrainingArguments
+
+    config = MoLFConfig(ranks=(2, 3), alpha=4.0, freeze_base=freeze_base, lora_dropout=dropout)
+    model = molf.with_adapter(tiny_qwen2(), config)
+    start = {name: p.detach().clone() for name, p in model.named_parameters()}
+    trainer = Trainer(
+        model,
+        args=TrainingArguments(
+            output_dir=str(tmp_path),
+            max_steps=3,
+            per_device_train_batch_size=2,
+            gradient_checkpointing=True,
+            gradient_checkpointing_kwargs={"use_reentrant": False},
+            use_cpu=True,
+            save_steps=2,
+            report_to=[],
+            disable_tqdm=True,
+            learning_rate=1e-3,
+            logging_strategy="no",
+        ),
+        train_dataset=[{"input_ids": row, "labels": row} for row in IDS.repeat(4, 1)],
+        optimizer_cls_and_kwargs=molf.trainer_optimizer(config, lr=1e-3, lora_lr=2e-3),
+    )
+    trainer.train()
+    optimizer = trainer.optimizer.optimizer
+    assert isinstance(optimizer, MoLFAdamW)
+    assert len(optimizer.routing) == 7
+    moved = {name for name, p in model.named_parameters() if not torch.equal(p, start[name])}
+    assert any("lora_B" in name for name in moved) or not freeze_base
+    assert any("lora_" not in name for name in moved) is not freeze_base
+    assert (tmp_path / "checkpoint-2" / "adapter_model.safetensors").exists()
+
+
+def test_sft_trainer_makes_the_adapter_from_the_configuration(tmp_path):
+    from datasets import Dataset
+    from transformers import AutoTokenizer
+    from trl import SFTConfig, SFTTrainer
+
+    from molf.world import BASE_PATH
+
+    config = MoLFConfig(ranks=(2, 3), alpha=4.0, freeze_base=True)
+    trainer = SFTTrainer(
+        str(BASE_PATH),
+        args=SFTConfig(output_dir=str(tmp_path), max_steps=2, use_cpu=True, report_to=[],
+                       per_device_train_batch_size=2, bf16=False, disable_tqdm=True,
+                       save_strategy="no"),
+        train_dataset=Dataset.from_list([{"prompt": "One two", "completion": " three four."}] * 4),
+        processing_class=AutoTokenizer.from_pretrained(BASE_PATH),
+        peft_config=molf.peft_config(config, task_type="CAUSAL_LM"),
+        optimizer_cls_and_kwargs=molf.trainer_optimizer(config, lr=1e-3),
+    )  # fmt: skip
+    trainer.train()
+    routing = trainer.optimizer.optimizer.routing
+    assert routing
+    assert all(tuple(d.scores) == config.experts for d in routing.values())
+    assert molf.merge(trainer.model).config.architectures
