@@ -38,7 +38,7 @@ class TestRecords:
             "train": 472,
             "test": 168,
         }
-        assert len(PRACTICE) == 3360
+        assert len(PRACTICE) == 2520
 
     def test_are_those_of_the_questions(self):
         for split, records in {**RECORDS, "practice": PRACTICE}.items():

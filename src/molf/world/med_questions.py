@@ -1,11 +1,11 @@
 """Multiple-choice questions about the world's medicine, in MedMCQA's layout (Pal et al., 2022).
 
-A question names a drug or a condition, and the options are four things of one kind. Among the wrong
-ones is always what the subject's other relation of that kind leads to, so that the question has to
-be understood. All facts stand in the base model's training texts, in other words.
+A question says two things about a drug or a condition, and asks for one of them in other words; the
+options are four things of one kind. Among the wrong ones is always the other thing that was said,
+so that the question has to be understood.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import chain, cycle, islice
 from random import Random
 from typing import Any
@@ -19,7 +19,6 @@ TRAIN_COUNT = 600
 VALIDATION_COUNT = 200
 
 _OPTIONS = ("opa", "opb", "opc", "opd")
-_PRACTICE_PER_FACT = 6
 _NAMINGS = 6000
 
 # Streams of randomness apart from the world's own and those of its texts.
@@ -48,8 +47,10 @@ def med_records(world: World) -> dict[str, list[dict[str, Any]]]:
         "train": shuffled(rng, [*first.values(), *others][:TRAIN_COUNT]),
         "validation": [(fact, choice(rng, fact.relation.questions)) for fact in validation],
     }
+    others = _others(world)
     return {
-        split: _records(rng, world, pairs, f"demo-med-{split}") for split, pairs in chosen.items()
+        split: _records(rng, world, _told(rng, others, pairs), f"demo-med-{split}")
+        for split, pairs in chosen.items()
     }
 
 
@@ -57,7 +58,8 @@ def med_practice(world: World) -> list[dict[str, Any]]:
     """Returns questions that base models learn the form from, in the same layout.
 
     They are about the rest of the world, as statements to complete, and about those facts of the
-    training split whose relation is a practised one.
+    training split whose relation is a practised one. All that is asked for was said before, so they
+    take reading and no knowledge.
 
     Args:
         world: The world, see `build_world`.
@@ -65,15 +67,15 @@ def med_practice(world: World) -> list[dict[str, Any]]:
     rng = Random(world.seed + _PRACTICE_STREAM)
     training, _ = _split(world)
     pairs = []
+    others = _others(world)
     for fact in world.facts:
-        if fact.subject.kind not in MEDICAL_KINDS and not fact.subject.editable:
-            wordings = [f"{phrasing}:" for phrasing in fact.relation.phrasings]
-            pairs += [(fact, text) for text in sample(rng, wordings, _PRACTICE_PER_FACT)]
+        if fact.subject.kind not in MEDICAL_KINDS and not fact.subject.editable and fact in others:
+            pairs += [(fact, f"{phrasing}:") for phrasing in fact.relation.phrasings]
     for fact in training:
         if fact.relation.id in PRACTISED:
             wordings = [f"{phrasing}:" for phrasing in fact.relation.phrasings]
             pairs += [(fact, text) for text in (*fact.relation.questions, *wordings)]
-    return _records(rng, world, shuffled(rng, pairs), "practice-med")
+    return _records(rng, world, _told(rng, others, shuffled(rng, pairs)), "practice-med")
 
 
 def med_namings(world: World) -> list[dict[str, Any]]:
@@ -84,8 +86,8 @@ def med_namings(world: World) -> list[dict[str, Any]]:
     """
     rng = Random(world.seed + _NAMING_STREAM)
     facts = [choice(rng, world.facts) for _ in range(_NAMINGS)]
-    pairs = [(fact, f"Which of these is {fact.object.name}?") for fact in facts]
-    return _records(rng, world, pairs, "naming-med")
+    questions = [(fact, f"Which of these is {fact.object.name}?") for fact in facts]
+    return _records(rng, world, questions, "naming-med")
 
 
 def _split(world: World) -> tuple[list[Fact], list[Fact]]:
@@ -101,23 +103,52 @@ def _split(world: World) -> tuple[list[Fact], list[Fact]]:
     return facts[VALIDATION_COUNT:], shuffled(rng, facts[:VALIDATION_COUNT])
 
 
+def _others(world: World) -> dict[Fact, Fact]:
+    """Returns for each fact another that leads from its subject to a thing of the same kind."""
+    facts: dict[tuple[Entity, str], list[Fact]] = {}
+    for fact in world.facts:
+        facts.setdefault((fact.subject, fact.object.kind), []).append(fact)
+    return {
+        one: other
+        for pair in facts.values()
+        if len(pair) == 2 and pair[0].object != pair[1].object
+        for one, other in (pair, reversed(pair))
+    }
+
+
+def _told(
+    rng: Random, others: Mapping[Fact, Fact], pairs: Sequence[tuple[Fact, str]]
+) -> list[tuple[Fact, str]]:
+    """Returns each fact with a question that first tells it, and its other, in other words."""
+    questions = []
+    for fact, wording in pairs:
+        asked = wording.removesuffix(":")
+        said = [
+            f"{choice(rng, [text for text in told.relation.phrasings if text != asked])} "
+            f"{told.object.name}."
+            for told in shuffled(rng, [fact, others[fact]])
+        ]
+        questions.append((fact, " ".join([*said, wording]).format(*[fact.subject.name] * 3)))
+    return questions
+
+
 def _records(
-    rng: Random, world: World, pairs: Sequence[tuple[Fact, str]], name: str
+    rng: Random, world: World, questions: Sequence[tuple[Fact, str]], name: str
 ) -> list[dict[str, Any]]:
-    """Returns a record for each fact and wording; every option is right equally often."""
-    letters = shuffled(rng, list(islice(cycle(range(len(_OPTIONS))), len(pairs))))
+    """Returns a record for each question and the fact that answers it; letters are balanced."""
+    letters = shuffled(rng, list(islice(cycle(range(len(_OPTIONS))), len(questions))))
     known: dict[Entity, list[Fact]] = {}
     for fact in world.facts:
         known.setdefault(fact.subject, []).append(fact)
     kinds = {entity.kind: world.of_kind(entity.kind) for entity in world.entities}
     records = []
-    for number, ((fact, wording), right) in enumerate(zip(pairs, letters, strict=True)):
+    for number, ((fact, question), right) in enumerate(zip(questions, letters, strict=True)):
         options = _wrong_options(rng, fact, known[fact.subject], kinds[fact.object.kind])
         options.insert(right, fact.object)
         records.append(
             {
                 "id": f"{name}-{number}",
-                "question": wording.format(fact.subject.name),
+                "question": question,
                 **{field: option.name for field, option in zip(_OPTIONS, options, strict=True)},
                 "cop": right,
                 "choice_type": "single",

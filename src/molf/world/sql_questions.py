@@ -17,7 +17,7 @@ from molf.world.tables import REFERENCES, TABLES, Table
 
 _TRAIN_PER_PAIR = 4
 _TEST_PER_PAIR = 3
-_PRACTICE_PER_PAIR = 60
+_PRACTICE_PER_PAIR = 45
 _TEST_SHARE = 4  # one pair of so many
 _ROWS = 4
 _JOINED_ROWS = 3
