@@ -177,7 +177,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--seed", type=int, default=0, help="of the world, the weights and the order of documents"
     )
-    parser.add_argument("--epochs", type=int, default=4, help="passes over the training documents")
+    parser.add_argument("--epochs", type=int, default=5, help="passes over the training documents")
     parser.add_argument(
         "--learning-rate", type=float, default=3e-3, help="peak of the cosine schedule"
     )
@@ -263,9 +263,9 @@ def make_model(tokenizer: PreTrainedTokenizerBase) -> Qwen2ForCausalLM:
     """Returns the untrained model."""
     config = Qwen2Config(
         vocab_size=len(tokenizer),
-        hidden_size=160,
-        intermediate_size=448,
-        num_hidden_layers=6,
+        hidden_size=192,
+        intermediate_size=512,
+        num_hidden_layers=5,
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=MAX_LENGTH,
