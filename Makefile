@@ -31,8 +31,9 @@ faults: $(READY)  ## Plant faults in the optimizer; every one must make a test f
 base: $(READY)  ## Rebuild the embedded base model
 	$(BIN)/python scripts/build_base.py
 
-bench: $(READY)  ## One training step of fft, LoRA and MoLF, interleaved
+bench: $(READY)  ## A training step of fft, LoRA and MoLF; and of MoLF-Efficient and one LoRA
 	$(BIN)/python benchmarks/step_time.py
+	$(BIN)/python benchmarks/molfe_step.py
 
 clean:
 	rm -rf .venv build dist src/*.egg-info

@@ -85,9 +85,9 @@ def ratio_interval(ratios: list[float]) -> tuple[float, float, float]:
     return statistics.median(ratios), float(low), float(high)
 
 
-def verdict(low: float, high: float) -> str:
+def verdict(low: float, high: float, bar: float = BAR) -> str:
     """Say whether an interval lies below the bar, above it, or across it."""
-    return "pass" if high <= BAR else "fail" if low > BAR else "undecided"
+    return "pass" if high <= bar else "fail" if low > bar else "undecided"
 
 
 def main() -> None:

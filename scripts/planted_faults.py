@@ -63,8 +63,8 @@ FAULTS = [
         "bias left out of n_e",
         "test_golden.py",
         "routed.py",
-        [("counts.insert(0, sum(parameter.numel() for parameter, _ in self.dense))",
-          "counts.insert(0, self.dense[0][0].numel())")],
+        [("counts.insert(0, sum(tensor.parameter.numel() for tensor in self.dense))",
+          "counts.insert(0, self.dense[0].parameter.numel())")],
     ),
     Fault(
         "eps inside the root of the score",
@@ -75,9 +75,9 @@ FAULTS = [
     Fault(
         "the optimizer's eps used in the score",
         "test_twin.py",
-        "routed.py",
-        [("full += score_terms(exp_avg, exp_avg_sq, score).sum()",
-          'full += score_terms(exp_avg, exp_avg_sq, score, self.group["eps"]).sum()')],
+        "dense.py",
+        [("total += score_terms(*moved, score).sum()",
+          'total += score_terms(*moved, score, self.group["eps"]).sum()')],
         (("adam.py", "exp_avg_sq: Tensor, score: str) -> Tensor:",
           "exp_avg_sq: Tensor, score: str, eps: float = 1e-8) -> Tensor:"),
          ("adam.py", ".sqrt().add_(_SCORE_EPS)", ".sqrt().add_(eps)")),
@@ -119,19 +119,21 @@ FAULTS = [
         "losers' moments not updated",
         "test_golden.py",
         "folded.py",
-        [("        super().__init__(group, dense)\n",
-          "        super().__init__(group, dense)\n"
+        [('        super().__init__(group, dense_tensors(group, group["params"], states))\n',
+          '        super().__init__(group, dense_tensors(group, group["params"], states))\n'
           '        self.before = self.state["exp_avg"].clone()\n'),
-         ("        for _, state in self.dense:\n            state[\"step\"] += 1\n",
-          "        for _, state in self.dense:\n            state[\"step\"] += 1\n"
+         ("        for tensor in self.dense:\n            tensor.state[\"step\"] += 1\n",
+          "        for tensor in self.dense:\n            tensor.state[\"step\"] += 1\n"
           '        if 0 not in winners:\n            self.state["exp_avg"].copy_(self.before)\n')],
     ),
     Fault(
         "losers' weights decay",
         "test_golden.py",
-        "folded.py",
-        [("beta=full.kept if full else 1.0",
-          'beta=self._dense_step("weight_decay", self.state).kept')],
+        "dense.py",
+        [('        assert self._decay is not None, "moments move first"\n',
+          '        assert self._decay is not None, "moments move first"\n'
+          "        if step is None:\n"
+          "            self._stored.read().mul_(self.adamw_step().kept)\n")],
     ),
     Fault(
         "stale A in the increment",
@@ -162,15 +164,13 @@ FAULTS = [
         "decay on biases",
         "test_golden.py",
         "folded.py",
-        [('self._dense_step("bias_weight_decay", state)',
-          'self._dense_step("weight_decay", state)')],
+        [('bias.adamw_step("bias_weight_decay")', 'bias.adamw_step("weight_decay")')],
     ),
     Fault(
         "bias corrected by the weight's counter",
         "test_twin.py",
         "folded.py",
-        [('self._dense_step("bias_weight_decay", state)',
-          'self._dense_step("bias_weight_decay", self.state)')],
+        [('bias.adamw_step("bias_weight_decay")', 'weight.adamw_step("bias_weight_decay")')],
     ),
     Fault(
         "scaling missing in grad B",
@@ -187,27 +187,26 @@ FAULTS = [
     Fault(
         "low-precision weights rounded twice",
         "test_twin.py::test_bfloat16_weights_are_rounded_once_per_step",
-        "folded.py",
-        [("        if full:\n            full.descend_(",
-          "        weight = weight.to(self.weight.dtype).to(weight.dtype)\n"
-          "        if full:\n            full.descend_(")],
+        "dense.py",
+        [("    if step:\n        step.descend_(",
+          "    values.copy_(values.bfloat16())\n    if step:\n        step.descend_(")],
     ),
     Fault(
         "load_state_dict casts to the weight's dtype",
         "test_optimizer_state.py",
-        "optimizer.py",
+        "adamw.py",
         [("value.to(parameter.device, copy=True)", "value.to(parameter, copy=True)")],
     ),
     Fault(
         "loaded state shares the source's tensors",
         "test_optimizer_state.py",
-        "optimizer.py",
+        "adamw.py",
         [("value.to(parameter.device, copy=True)", "value.to(parameter.device)")],
     ),
     Fault(
         "no guard against non-finite gradients",
         "test_nonfinite.py",
-        "optimizer.py",
+        "step.py",
         [("if not all(map(math.isfinite, gradient_sums)):", "if False:")],
     ),
     Fault(
@@ -225,7 +224,7 @@ FAULTS = [
     Fault(
         "the host waits for every layer",
         "test_step_cost.py",
-        "optimizer.py",
+        "step.py",
         [("layer.update_moments(guard) for", "layer.update_moments(guard).cpu() for")],
     ),
     Fault(
@@ -297,8 +296,8 @@ FAULTS = [
     Fault(
         "a frozen base has a full expert",
         "test_adapter_twin.py",
-        "optimizer.py",
-        [("has_full=layer.has_full", "has_full=True")],
+        "routed.py",
+        [("has_full=self.has_full", "has_full=True")],
     ),
     Fault(
         "explicit form: the bias decays and the weight does not",
@@ -309,15 +308,15 @@ FAULTS = [
     Fault(
         "moments in the adapter's own dtype",
         "test_adapter_twin.py::test_bfloat16_factors_are_rounded_once_per_step",
-        "adam.py",
-        [("zeros_like(parameter, dtype=state_dtype(parameter))", "zeros_like(parameter)")],
+        "moments.py",
+        [("zeros_like(parameter, dtype=compute_dtype(parameter))", "zeros_like(parameter)")],
     ),
     Fault(
         "the gradient of B is not guarded",
         "test_adapter_state.py",
         "adapter.py",
-        [("for parameter, _ in self.dense), self.lora_A, self.lora_B]",
-          "for parameter, _ in self.dense), self.lora_A]")],
+        [("for tensor in self.dense), self.lora_A, self.lora_B]",
+          "for tensor in self.dense), self.lora_A]")],
     ),
     Fault(
         "the adapter starts as PEFT draws it",
@@ -330,6 +329,88 @@ FAULTS = [
         "test_adapter_form.py",
         "optimizer.py",
         [("                parameter.requires_grad_(False)", "                pass")],
+    ),
+    Fault(
+        "the low half is not written back",
+        "test_weight_rounding.py",
+        "storage.py",
+        [("            self._state[LOW][rows].copy_(low)\n", "")],
+    ),
+    Fault(
+        "the low half has the wrong sign",
+        "test_weight_rounding.py",
+        "storage.py",
+        [("return join_float32(high, torch.where(", "return join_float32(high, -torch.where(")],
+    ),
+    Fault(
+        "a low half below zero itself makes a NaN",
+        "test_weight_rounding.py",
+        "storage.py",
+        [("torch.where(high == 0, low.clamp(min=0), low)", "low")],
+    ),
+    Fault(
+        "stochastic draws repeat in every step",
+        "test_weight_rounding.py",
+        "storage.py",
+        [('self._name, self._state["step"])', "self._name, 0)")],
+    ),
+    Fault(
+        "stochastic draws are the same for every parameter",
+        "test_weight_rounding.py",
+        "storage.py",
+        [('RoundingKey.of(self._seed, self._name, ', 'RoundingKey.of(self._seed, "", ')],
+    ),
+    Fault(
+        "stochastic draws repeat in every block",
+        "test_weight_rounding.py",
+        "storage.py",
+        [("round_stochastic(values, self._step_key(), first)",
+          "round_stochastic(values, self._step_key(), 0)")],
+    ),
+    Fault(
+        "None rounds bfloat16 weights to nearest",
+        "test_weight_rounding.py",
+        "storage.py",
+        [('weight_rounding or "exact"', 'weight_rounding or "nearest"')],
+    ),
+    Fault(
+        "lost updates are counted among all elements",
+        "test_fidelity.py",
+        "fidelity.py",
+        [("            is_update.sum(),", "            torch.ones_like(is_update).sum(),")],
+    ),
+    Fault(
+        "8-bit second moments are stored as zero",
+        "test_8bit.py",
+        "moments.py",
+        [("    if not block.signed:", "    if False:")],
+    ),
+    Fault(
+        "8-bit moments of losers stay",
+        "test_8bit.py",
+        "dense.py",
+        [("        if step is None and product is None and self._moments.is_settled:",
+          "        if step is None:")],
+    ),
+    Fault(
+        "8-bit scales of the wrong blocks",
+        "test_8bit.py",
+        "moments.py",
+        [("slice(rows.start * self._row // _BLOCK, rows.stop * self._row // _BLOCK)",
+          "slice(0, (rows.stop - rows.start) * self._row // _BLOCK)")],
+    ),
+    Fault(
+        "in the backward pass, layers do not wait for their bias",
+        "test_in_backward.py",
+        "in_backward.py",
+        [("            if len(ready) < sum(member.requires_grad for member in members):\n"
+          "                return\n", "")],
+    ),
+    Fault(
+        "in the backward pass, gradients are kept",
+        "test_in_backward.py",
+        "adamw.py",
+        [("            parameter.grad = None", "            pass")],
     ),
     Fault(
         "merged in the weight's own dtype",

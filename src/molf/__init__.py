@@ -10,6 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from molf.core.adamw import AdamW
     from molf.core.config import MoLFConfig
     from molf.core.merge import MergeReport, merge
     from molf.core.optimizer import Decision, MoLFAdamW
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from molf.core.trainer import trainer_optimizer
 
 _HOMES = {
+    "AdamW": "molf.core.adamw",
     "Decision": "molf.core.routing",
     "MergeReport": "molf.core.merge",
     "MoLFAdamW": "molf.core.optimizer",
@@ -28,6 +30,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "AdamW",
     "Decision",
     "MergeReport",
     "MoLFAdamW",

@@ -1,4 +1,4 @@
-"""The commands in docs/tasks.md and docs/recipes.md run, and their records can be read."""
+"""The commands in docs/tasks.md, recipes.md and plan.md run, and their records can be read."""
 
 import json
 import re
@@ -16,6 +16,7 @@ DOCS = Path(__file__).resolve().parents[2] / "docs"
 TASKS = (DOCS / "tasks.md").read_text()
 RECIPES = (DOCS / "recipes.md").read_text()
 METHODS = (DOCS / "methods.md").read_text()
+PLAN = (DOCS / "plan.md").read_text()
 SHORT = ["--max_steps", "2", "--max_length", "256", "--max_samples", "20"]
 
 
@@ -90,12 +91,37 @@ def test_commands_of_recipes(tmp_path, monkeypatch):
             assert run(line, *short) == 0, line
 
 
+def test_commands_of_methods(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    pytest.importorskip("bitsandbytes", reason="the 4-bit base needs the extra bitsandbytes")
+    write(
+        tmp_path / "records.jsonl",
+        [{"prompt": f"{i} is", "completion": " odd"} for i in "abcdefghij"],
+    )
+    lines = [line for block in blocks(METHODS, "bash") for line in block.splitlines()]
+    assert lines.pop(0) == "pip install 'molf[bitsandbytes]'"
+    for line in lines:
+        short = ["--max_steps", "2", "--ranks", "2,4"] if "molf train" in line else []
+        assert run(line, *short) == 0, line
+    assert Path("out/model-bfloat16/model.safetensors").is_file()
+    assert Path("adapter-for-serving/adapter_config.json").is_file()
+
+
 def test_methods_described():
     from molf.train.defaults import METHODS as TRAINED
 
     rows = re.findall(r"^\| `([^`]+)` \|", METHODS.split("## Equal rank")[0], re.M)
     assert rows[0] == "--method"
     assert sorted(rows[1:]) == sorted(TRAINED)
+
+
+def test_commands_of_plan(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "records.jsonl", [{"prompt": "Two and two", "completion": " make four."}] * 8)
+    commands = [line for block in blocks(PLAN, "bash") for line in block.splitlines()]
+    assert [line.split()[1] for line in commands] == ["plan", "plan", "plan", "train"]
+    for line in commands:
+        assert run(line) == 0, line
 
 
 def test_recipes_named():

@@ -19,17 +19,15 @@ from molf.train.settings import TrainSettings
 sys.path[:0] = [str(Path(__file__).resolve().parents[1] / name) for name in ("evaluate", "train")]
 
 NAMES = recipe_names()
-METHODS = ("fft", "lora", "molf")
+METHODS = ("fft", "lora", "molf", "molf-e")
+FORMS = (*METHODS, "molf-dropout")
 MODELS = {
     "gemma-3-1b": "google/gemma-3-1b-pt",
     "qwen2.5-1.5b": "Qwen/Qwen2.5-1.5B",
     "qwen2.5-3b": "Qwen/Qwen2.5-3B",
 }
 CELLS = [
-    (task, method, model)
-    for task in ("sql", "med", "fact")
-    for method in METHODS
-    for model in MODELS
+    (task, method, model) for task in ("sql", "med", "fact") for method in FORMS for model in MODELS
 ]
 DATA = {
     "sql": "gretelai/synthetic_text_to_sql",
@@ -50,7 +48,7 @@ def recipe_settings(name: str) -> TrainSettings:
     return settings_of("--config", name)
 
 
-def check_trained_like_the_paper(settings: TrainSettings) -> None:
+def check_trained_like_the_paper(settings: TrainSettings, *, dropout: bool = True) -> None:
     """Batch, schedule, decay, experts and precision of the paper's runs, whatever the cell."""
     batch = settings.per_device_train_batch_size * settings.gradient_accumulation_steps
     assert batch == 32
@@ -62,8 +60,13 @@ def check_trained_like_the_paper(settings: TrainSettings) -> None:
     config = settings.method_config
     if settings.method == "molf":
         assert (config.ranks, config.alphas) == ((128,), (32.0,))
-        assert config.lora_dropout == 0  # folded; the paper has 0.05
+        assert config.lora_dropout == (0.05 if dropout else 0)  # the paper's, or folded
         assert (config.score, config.top_k) == ("epd", 1)
+    elif settings.method == "molf-e":
+        assert (config.ranks, config.alphas) == ((32, 128), (32.0, 32.0))
+        assert config.lora_dropout == 0.05
+        assert (config.score, config.top_k) == ("epd", 1)
+        assert config.freezes_rest
     elif settings.method == "lora":
         assert (config.ranks, config.alphas) == ((32,), (11.0,))
         assert config.lora_dropout == 0.05
@@ -77,9 +80,11 @@ def check_trained_like_the_paper(settings: TrainSettings) -> None:
 def test_cell_of_the_paper(cell):
     task, method, model = cell
     settings = recipe_settings("-".join(cell))
-    assert (settings.task, settings.method, settings.model) == (task, method, MODELS[model])
+    expected = (task, method.removesuffix("-dropout"), MODELS[model])
+    assert (settings.task, settings.method, settings.model) == expected
     assert settings.data == DATA[task]
-    check_trained_like_the_paper(settings)
+    check_trained_like_the_paper(settings, dropout="dropout" in method)
+    assert settings.quantised is None
     assert settings.per_device_train_batch_size == 8
     assert settings.num_train_epochs == 2
     assert settings.learning_rate == 5e-5
@@ -91,7 +96,16 @@ def test_cell_of_the_paper(cell):
 
 @pytest.mark.parametrize("name", [n for n in NAMES if n not in DEMOS])
 def test_variant_trains_like_the_paper(name):
-    check_trained_like_the_paper(recipe_settings(name))
+    check_trained_like_the_paper(recipe_settings(name), dropout="-dropout-" in name)
+
+
+def test_variant_on_four_bits():
+    (name,) = (name for name in NAMES if "-4bit" in name)
+    assert name.endswith("-24gb")
+    settings = recipe_settings(name)
+    assert settings.load_in_4bit
+    assert settings.method == "molf-e"
+    assert settings.merge_base == "dequantised"
 
 
 @pytest.mark.parametrize("name", DEMOS)
@@ -121,7 +135,8 @@ def test_recipe_is_valid_and_explains_itself(name, capsys):
     options = yaml.safe_load("\n".join(lines))
     assert name.startswith(f"{options['task']}-{options['method']}")
     if options["method"] == "molf":
-        assert any(line.startswith("lora_dropout: 0  # ") for line in lines)
+        dropout = "0.05" if "-dropout-" in name else "0"
+        assert any(line.startswith(f"lora_dropout: {dropout}  # ") for line in lines)
     # Stated in the file, so that a recipe stays what it is when a default changes.
     assert {"num_train_epochs", "per_device_train_batch_size", "seed"} <= options.keys()
     assert {"learning_rate", "lora_learning_rate"} & options.keys()
@@ -292,7 +307,7 @@ def test_validate_lists_every_error(validate):
     [
         ("task: poetry\n", ["task", "poetry", "custom"]),
         ("method: magic\n", ["method", "magic", "molf"]),
-        ("method: molf\nlora_dropout: 0.05\n", ["lora_dropout", "folded"]),
+        ("method: molf\nload_in_4bit: true\n", ["load_in_4bit", "full expert", "molf-e"]),
         ("top_k: 3\nranks: 4\n", ["top_k=3"]),
         ("model: [a, b]\n", ["model", "[", "str"]),
         ("training_args: 3\n", ["training_args", "3"]),

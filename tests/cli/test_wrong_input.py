@@ -35,7 +35,29 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[1] / name) for name in ("ev
         ("train --ranks 4,8 --alpha 1,2,3", ["alpha", "2 ranks"]),
         ("train --method lora --ranks 4,0", ["ranks=[4, 0]", "at least 1"]),
         ("train --method dora --ranks 4,8 --alpha 1,2", ["alpha=1,2", "dora", "one adapter"]),
-        ("train --lora_dropout 0.1", ["lora_dropout=0.1", "molf"]),
+        ("train --lora_dropout 1", ["lora_dropout=1.0", "[0, 1)"]),
+        ("train --method molf-e --score full", ["score='full'", "molf-e", "--method molf"]),
+        ("train --method molf-e --top_k 3", ["top_k=3", "2", "lora0_r4, lora1_r16"]),
+        ("train --method molf-e --alpha 1,2,3", ["alpha", "2 ranks"]),
+        ("train --load_in_4bit --method fft", ["load_in_4bit", "fft", "quantised", "molf-e"]),
+        ("train --load_in_8bit", ["load_in_8bit", "method=molf", "full expert", "molf-e", "lora"]),
+        ("train --load_in_4bit --method dora", ["load_in_4bit", "dora", "merged", "lora+"]),
+        ("train --load_in_4bit --method pissa", ["load_in_4bit", "pissa", "real numbers"]),
+        ("train --load_in_4bit --method adalora", ["load_in_4bit", "adalora", "merged"]),
+        ("train --method lora --load_in_4bit --load_in_8bit", ["load_in_4bit", "load_in_8bit"]),
+        (
+            "train --method molf-e --load_in_4bit --no-freeze_rest",
+            ["freeze_rest=False", "load_in_4bit"],
+        ),
+        (
+            "train --method lora --load_in_4bit --merge_base half",
+            ["half", "dequantised", "original"],
+        ),
+        ("export", ["RUN"]),
+        ("export nowhere", ["nowhere", "not a directory"]),
+        ("export . --what weights", ["weights", "model", "adapter"]),
+        ("export . --dtype int8", ["int8", "bfloat16"]),
+        ("export .", ["not a run", "config.yaml"]),
         ("train --save_total_limit 2", ["save_total_limit", "save_steps"]),
         ("train --seed 1 --seed 2", ["--seed", "multiple times"]),
         ("train --seed 4294967296", ["seed=4294967296", "below 2**32"]),
@@ -52,6 +74,16 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[1] / name) for name in ("ev
         ("eval x --task fact --max_samples 0", [" max_samples=0"]),
         ("eval x --task fact --max_length 1", ["max_length=1"]),
         ("eval x --task fact --per_device_eval_batch_size 0", ["per_device_eval_batch_size=0"]),
+        ("plan", ["--model"]),
+        ("plan --model x --method magic", ["magic", "fft", "lora", "molf", "molf-e"]),
+        ("plan --model x --per_device_train_batch_size 0", ["per_device_train_batch_size=0"]),
+        ("plan --model x --max_length 0", ["max_length=0"]),
+        ("plan --model x --max_length 1.5", ["max_length", "whole number"]),
+        ("plan --model x --num_gpus 0", ["num_gpus=0"]),
+        ("plan --model x --dtype int8", ["int8", "bfloat16"]),
+        ("plan --model x --device tpu", ["tpu", "cuda", "cpu"]),
+        ("plan --model ./nowhere/at/all", ["./nowhere/at/all"]),
+        ("plan --model=", ["model", "empty"]),
         ("routing", ["RUN"]),
         ("routing nowhere", ["nowhere"]),
     ],
@@ -92,6 +124,13 @@ def test_data(train, tmp_path, content, words):
     assert str(path) in error
     for word in words:
         assert word in error
+
+
+def test_library_that_quantises_is_missing(train, monkeypatch):
+    monkeypatch.setattr("molf.train.model_path.find_spec", lambda name: None)
+    error = train("--method", "molf-e", "--load_in_4bit")
+    assert "load_in_4bit needs bitsandbytes" in error
+    assert "pip install 'molf[bitsandbytes]'" in error
 
 
 def test_model_is_needed(train):
@@ -202,10 +241,34 @@ def test_ranks_that_do_not_fit_the_layers(train, real_base, method, rank, words)
         assert word in error
 
 
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        (["--max_length", "129"], ["max_length=129", "128"]),
+        (["--ranks", "0"], ["ranks=[0]", "at least 1"]),
+        (["--ranks", "4", "--top_k", "3"], ["top_k=3"]),
+        (["--ranks", "4", "--target_modules", "nothing"], ["'nothing'", "q_proj"]),
+    ],
+)
+def test_plans_that_do_not_fit_the_model(refused, real_base, wrong, words):
+    length = [] if "--max_length" in wrong else ["--max_length", "64"]
+    error = refused("plan", "--model", str(real_base), *length, *wrong)
+    for word in words:
+        assert word in error
+
+
 def test_too_little_data_for_eva(train, real_base):
     """The two facts have some 12 tokens to complete."""
     error = train("--method", "eva", "--ranks", "8", model=real_base)
     assert "at least 32 completion tokens" in error
+
+
+def test_plan_of_what_is_no_language_model(refused, tmp_path):
+    (tmp_path / "vision").mkdir()
+    (tmp_path / "vision" / "config.json").write_text('{"model_type": "vit"}')
+    assert "vit" in refused("plan", "--model", "vision").lower()
+    (tmp_path / "vision" / "config.json").write_text('{"model_type": "unheard-of"}')
+    assert "unheard-of" in refused("plan", "--model", "vision")
 
 
 def test_model_without_weights(train, real_base, tmp_path):

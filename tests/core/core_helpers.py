@@ -54,7 +54,7 @@ def tiny_optimizer(model: nn.Module, **kwargs) -> MoLFAdamW:
     config = {key: kwargs.pop(key) for key in list(kwargs) if key in names}
     config = {"ranks": (2, 3), "alpha": 4.0, **config}
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="(Rank|Routed weights are)")
+        warnings.filterwarnings("ignore", message="(Rank|Trained weights are)")
         return MoLFAdamW.from_model(model, MoLFConfig(**config), **{"lr": 1e-2, **kwargs})
 
 
@@ -101,8 +101,8 @@ def assert_same_bits(got: dict[str, object], expected: dict[str, object]) -> Non
         other = expected[key]
         if isinstance(value, Tensor):
             assert value.dtype == other.dtype, key
-            bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[value.element_size()]
-            one, two = (x.contiguous().view(bits) for x in (value, other))
+            bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+            one, two = (x.contiguous().view(bits[x.element_size()]) for x in (value, other))
             assert torch.equal(one, two), key
         else:
             assert type(value) is type(other), key
@@ -129,10 +129,16 @@ class Pair:
         config: The method's settings.
         rates: The hyper-parameters.
         seed: Of the experts' B factors, which do not start at zero; None leaves them there.
+        **options: Further keywords of `from_model`.
     """
 
     def __init__(
-        self, layers: dict[str, nn.Module], config: MoLFConfig, rates: Rates, seed: int | None
+        self,
+        layers: dict[str, nn.Module],
+        config: MoLFConfig,
+        rates: Rates,
+        seed: int | None,
+        **options,
     ) -> None:
         self.layers, self.config, self.rates = layers, config, rates
         with warnings.catch_warnings():
@@ -146,6 +152,7 @@ class Pair:
                 lora_weight_decay=rates.lora_weight_decays,
                 betas=rates.betas,
                 eps=rates.eps,
+                **options,
             )
         if seed is not None:
             generator = torch.Generator().manual_seed(seed)

@@ -38,6 +38,7 @@ class AdapterPair:
     alpha: int  # of PEFT's own setting
     seed: int
     dtype: torch.dtype
+    weight_rounding: str | None = None
     twins: dict[str, ReferenceLayer] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -56,6 +57,7 @@ class AdapterPair:
                 lora_weight_decay=self.rates.lora_weight_decays,
                 betas=self.rates.betas,
                 eps=self.rates.eps,
+                weight_rounding=self.weight_rounding,
             )
         self.s = self.alpha / sum(self.config.ranks)
         self.tuners = {name: self.model.base_model.model[name] for name in self.layers}
@@ -242,7 +244,8 @@ def test_bfloat16_factors_are_rounded_once_per_step(freeze_base):
     config = MoLFConfig(ranks=(2, 3), alpha=4.0, top_k=2, freeze_base=freeze_base)
     rates = Rates(1e-3, (1e-3, 3e-3), 0.1, (0.01, 0.02), (0.9, 0.95), 1e-8)
     torch.manual_seed(0)
-    pair = AdapterPair(config, rates, {"a": nn.Linear(8, 6)}, 5, 0, torch.bfloat16)
+    layers = {"a": nn.Linear(8, 6)}
+    pair = AdapterPair(config, rates, layers, 5, 0, torch.bfloat16, "nearest")
     twin, tuner = pair.twins["a"], pair.tuners["a"]
     for _ in range(8):
         pair.step(1.0, 1.0, near=1e-3, relative=2**-7)

@@ -194,9 +194,12 @@ def test_fused_expert_tensors_are_warned_of_and_take_plain_steps():
     assert (model.experts != 1).all()
 
 
-def test_low_precision_weights_are_warned_of():
-    with pytest.warns(UserWarning, match=r"Routed weights are torch.bfloat16"):
-        MoLFAdamW.from_model(tiny_model(torch.bfloat16), MoLFConfig(ranks=(2,)))
+@pytest.mark.parametrize(
+    ("dtype", "options"), [(torch.bfloat16, {"weight_rounding": "nearest"}), (torch.float16, {})]
+)
+def test_weights_rounded_to_nearest_are_warned_of(dtype, options):
+    with pytest.warns(UserWarning, match=rf"Trained weights are {dtype} and rounded to nearest"):
+        MoLFAdamW.from_model(tiny_model(dtype), MoLFConfig(ranks=(2,)), **options)
 
 
 @pytest.mark.parametrize(

@@ -248,6 +248,21 @@ def test_quantised_base_is_merged_into_what_was_chosen(kind, used_before, tmp_pa
     assert set(plain.state_dict()) == set(original.state_dict())
 
 
+@pytest.mark.parametrize("base", ["dequantised", "original"])
+def test_biases_have_the_dtype_of_their_weights(base, tmp_path):
+    """bitsandbytes brings them to the dtype that it computes in."""
+    original = tiny_qwen2()
+    model = adapted(quantised_qwen2(original, "bnb4", tmp_path))
+    for module in model.modules():
+        if hasattr(module, "compute_dtype"):
+            module.compute_dtype = torch.bfloat16
+    logits(model)
+    assert any(p.dtype == torch.bfloat16 for p in model.parameters())
+    plain = molf.merge(model, base=base, original=original if base == "original" else None)
+    assert {p.dtype for p in plain.parameters()} == {torch.float32}
+    assert logits(plain).isfinite().all()
+
+
 def test_transposed_layers_are_transposed_again(tmp_path):
     from transformers import GPT2Config, GPT2LMHeadModel
 

@@ -72,6 +72,7 @@ def test_low_precision_weights_keep_float32_state():
     resumed.load_state_dict(optimizer.state_dict())
     for parameter, state in resumed.state.items():
         tensors = {key: value for key, value in state.items() if isinstance(value, Tensor)}
+        assert tensors.pop("low").dtype == torch.int16
         assert {value.dtype for value in tensors.values()} == {torch.float32}
         assert any((v.bfloat16().float() != v).any() for v in tensors.values()), parameter.shape
 
@@ -120,6 +121,8 @@ def test_golden_state_dict():
         "bias_weight_decay": 0.0,
         "betas": (0.9, 0.999),
         "eps": 1e-8,
+        "weight_rounding": None,
+        "state_dtype": "float32",
     }
     assert state_dict["param_groups"][2]["layer"] is None
 

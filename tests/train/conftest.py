@@ -1,5 +1,4 @@
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -53,6 +52,7 @@ def record():
     def run(arguments, path):
         recorded = Recorded(path, arguments)
         save, prepare, step = job.save_model, training.prepare, MoLFAdamW.step
+        merge = training.merge_trained
 
         def saving(model, base, dtype, card, path):
             recorded.trained_logits = logits_of(model)
@@ -64,13 +64,12 @@ def record():
             recorded.prepared = prepared
             recorded.start = parameters_of(prepared.model)
             recorded.start_logits = logits_of(prepared.model)
+            return prepared
 
-            def finishing(model):
-                recorded.end = parameters_of(model)
-                recorded.adapter_logits = logits_of(model)
-                return prepared.finish(model)
-
-            return replace(prepared, finish=finishing)
+        def merging(model, *given):
+            recorded.end = parameters_of(model)
+            recorded.adapter_logits = logits_of(model)
+            return merge(model, *given)
 
         def stepping(self, closure=None):
             loss = step(self, closure)
@@ -80,6 +79,7 @@ def record():
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(job, "save_model", saving)
             patch.setattr(training, "prepare", preparing)
+            patch.setattr(training, "merge_trained", merging)
             patch.setattr(MoLFAdamW, "step", stepping)
             assert main([*arguments, "--output_dir", str(path)]) == 0
         return recorded
@@ -89,15 +89,25 @@ def record():
 
 @pytest.fixture(scope="session")
 def run_of(record, options, workplace):
-    """The run of a method, in a directory of its name; each is made once."""
-    runs = {}
-    further = {"lora+": ["--loraplus_lr_ratio", "2"]}  # 16 times the rate of the others is too much
+    """The run of a method, in a directory of its name; each is made once.
 
-    def run(method):
-        if method not in runs:
-            arguments = [*options, "--method", method, *further.get(method, [])]
-            runs[method] = record(arguments, workplace / method)
-        return runs[method]
+    `molf-dropout` is molf in its explicit form.
+    """
+    runs = {}
+    further = {
+        "lora+": ["--loraplus_lr_ratio", "2"],  # 16 times the rate of the others is too much
+        "molf-dropout": ["--method", "molf", "--lora_dropout", "0.05"],
+    }
+
+    def run(name):
+        if name not in runs:
+            arguments = [*options]
+            if name == "molf-e":
+                arguments[arguments.index("--ranks") + 1] = "2,4"
+            if name != "molf-dropout":
+                arguments += ["--method", name]
+            runs[name] = record([*arguments, *further.get(name, [])], workplace / name)
+        return runs[name]
 
     return run
 
@@ -112,6 +122,6 @@ def lora_run(run_of):
     return run_of("lora")
 
 
-@pytest.fixture(params=METHODS)
+@pytest.fixture(params=[*METHODS, "molf-dropout"])
 def any_run(request, run_of):
     return run_of(request.param)

@@ -44,6 +44,18 @@ def test_routing_shares(molf_run):
     assert shares.by_kind["q_proj"]["full"] == pytest.approx(q_proj.count(("full",)) / len(q_proj))
 
 
+def test_routing_without_a_full_expert(run_of, capsys):
+    run = run_of("molf-e")
+    shares = routing_shares(run.path)
+    assert set(shares.total) == {"lora0_r2", "lora1_r4"}
+    assert sum(shares.total.values()) == pytest.approx(1)
+    capsys.readouterr()
+    assert main(["routing", str(run.path)]) == 0
+    out = capsys.readouterr().out
+    assert "lora1_r4" in out
+    assert "full" not in out
+
+
 def test_routing_of_a_run_without(lora_run, capsys):
     assert main(["routing", str(lora_run.path)]) == 2
     error = capsys.readouterr().err

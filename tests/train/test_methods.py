@@ -17,6 +17,7 @@ from recorded import PROBE, logits_of, parameters_of
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+import molf
 from molf.cli import main
 from molf.errors import InputError
 from molf.tasks.encoding import EncodedSamples
@@ -34,7 +35,9 @@ TRAINED = {  # per adapter and layer, by the names that PEFT gives
     "pissa": {"lora_A", "lora_B"},
     "eva": {"lora_A", "lora_B"},
     "adalora": {"lora_A", "lora_B", "lora_E"},
+    "molf-e": {"lora_A", "lora_B"},
 }
+SAVED = (*ADAPTERS, "molf-e")  # methods whose result is an adapter
 LOAD = """
 import json, sys, torch
 from peft import PeftModel
@@ -85,7 +88,7 @@ def parts(run, kind):
     return found
 
 
-@pytest.mark.parametrize("method", ADAPTERS)
+@pytest.mark.parametrize("method", SAVED)
 def test_only_the_adapter_moves(run_of, method):
     run = run_of(method)
     assert run.start.keys() == run.end.keys()
@@ -103,7 +106,7 @@ def test_only_the_adapter_moves(run_of, method):
     }
 
 
-@pytest.mark.parametrize("method", ADAPTERS)
+@pytest.mark.parametrize("method", SAVED)
 def test_saved_model_differs_in_the_adapted_weights_alone(run_of, base, method):
     run = run_of(method)
     before = load_file(base / "model.safetensors")
@@ -119,6 +122,96 @@ def test_saved_model_differs_in_the_adapted_weights_alone(run_of, base, method):
 
 def _final_rank(run, layer):
     return sum(adapter_config(run)["rank_pattern"][f"{layer}.lora_E"])
+
+
+def winning_experts(run):
+    """By layer, who won a step at a rate above 0."""
+    steps = run.routing[1:]  # the rate of the first is 0
+    return {name: {w for step in steps for w in step[name].winners} for name in steps[0]}
+
+
+def test_molf_e_moves_the_slices_of_the_winners_alone(run_of):
+    run = run_of("molf-e")
+    won = winning_experts(run)
+    assert set().union(*won.values()) == {"lora0_r2", "lora1_r4"}  # else it would show little
+    A, B = parts(run, "lora_A"), parts(run, "lora_B")
+    assert A.keys() == B.keys() == won.keys()
+    for layer, experts in won.items():
+        for dim, (start, end) in ((0, A[layer]), (1, B[layer])):
+            slices = zip(start.split([2, 4], dim), end.split([2, 4], dim), strict=True)
+            for expert, (before, after) in zip(("lora0_r2", "lora1_r4"), slices, strict=True):
+                assert torch.equal(before, after) == (expert not in experts)
+    assert run.prepared.trained_parameters == sum(
+        end.numel() for kind in (A, B) for _, end in kind.values()
+    )
+
+
+def test_explicit_molf_moves_what_has_won_and_what_is_not_routed(run_of):
+    run = run_of("molf-dropout")
+    won = winning_experts(run)
+    assert set().union(*won.values()) == {"full", "lora0_r4"}
+    for name, start in run.start.items():
+        found = re.fullmatch(r"base_model\.model\.(.*)\.(base_layer|lora_[AB])\..*", name)
+        owner = None if found is None else "full" if found[2] == "base_layer" else "lora0_r4"
+        expected = owner is None or owner in won[found[1]]
+        assert torch.equal(start, run.end[name]) == (not expected), name
+    assert run.prepared.trained_parameters == sum(end.numel() for end in run.end.values())
+
+
+def test_explicit_molf_keeps_no_adapter_and_whole_checkpoints(record, run_of, workplace):
+    """Its base moves beside the adapter, which is all that PEFT would save."""
+    run = run_of("molf-dropout")
+    assert run.prepared.save_adapter is None
+    again = record([*run.arguments, "--save_steps", "3"], workplace / "checkpoints-molf-dropout")
+    saved = load_file(again.path / "checkpoints" / "checkpoint-3" / "model.safetensors")
+    # Of tied weights, one is saved under the name that comes first.
+    saved["base_model.model.model.embed_tokens.weight"] = saved.pop(
+        "base_model.model.lm_head.weight"
+    )
+    assert saved.keys() == again.end.keys()
+    assert all(torch.equal(saved[name], end) for name, end in again.end.items())
+
+
+def test_checkpoints_of_an_adapter_hold_the_adapter_alone(record, run_of, workplace):
+    run = record([*run_of("molf-e").arguments, "--save_steps", "3"], workplace / "checkpoints-e")
+    folder = run.path / "checkpoints" / "checkpoint-3"
+    assert not (folder / "model.safetensors").exists()
+    assert len(load_file(folder / "adapter_model.safetensors")) == 2 * LAYERS
+
+
+def test_molf_e_may_train_the_rest(record, run_of, workplace):
+    """Norms, embeddings and biases by plain steps; then the adapter alone is not the result."""
+    arguments = [*run_of("molf-e").arguments, "--freeze_rest", "false"]
+    run = record(arguments, workplace / "molf-e-rest")
+    frozen = {name for name, start in run.start.items() if torch.equal(start, run.end[name])}
+    assert frozen == {name for name in run.start if name.endswith("base_layer.weight")}
+    assert not (run.path / "adapter").exists()
+    trained = sum(end.numel() for name, end in run.end.items() if name not in frozen)
+    assert run.prepared.trained_parameters == trained
+    for entry in read_metrics(run):
+        assert entry["lora_learning_rate"] == pytest.approx(3 * entry["learning_rate"])
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_what_is_not_routed_may_be_frozen(frozen):
+    """The plan counts what the optimizer owns, and the factors in its state."""
+    settings = settings_of("molf", freeze_rest=frozen)
+    model = make_model("qwen2")
+    planned = plan(model, settings, training_data())
+    prepared = prepare(model, settings, training_data())
+    factory, arguments = prepared.optimizer
+    groups = factory()(model, **arguments).param_groups
+    owned = sum(parameter.numel() for group in groups for parameter in group["params"])
+    factors = 4 * sum(layer.in_features + layer.out_features for layer in planned.layers)
+    assert planned.trained_parameters == prepared.trained_parameters == owned + factors
+
+
+def test_merge_is_reported_and_recorded(run_of):
+    for name in ("molf-e", "molf-dropout", "lora"):
+        record = read_config(run_of(name))["run"]["merge"]
+        assert record["layers"] == LAYERS
+        assert record["logit_difference"]["base"] < 1e-5 * record["largest_logit"]
+    assert "merge" not in read_config(run_of("molf"))["run"]
 
 
 def test_full_fine_tuning_moves_everything(run_of):
@@ -139,7 +232,7 @@ def test_molf_moves_all_but_the_biases_of_layers_that_full_never_won(run_of):
     assert run.prepared.trained_parameters == dense + factors
 
 
-@pytest.mark.parametrize("method", ADAPTERS)
+@pytest.mark.parametrize("method", [*SAVED, "molf-dropout"])
 def test_starts_as_the_base(run_of, method):
     run = run_of(method)
     assert (run.start_logits - run.base_logits).abs().max() < 1e-5
@@ -149,13 +242,13 @@ def test_starts_as_the_base(run_of, method):
 def loaded(run_of, base, workplace):
     """What a process without molf makes of the base and each adapter."""
     out = workplace / "adapters.pt"
-    adapters = {method: str(run_of(method).path / "adapter") for method in ADAPTERS}
+    adapters = {method: str(run_of(method).path / "adapter") for method in SAVED}
     given = json.dumps([str(base), adapters, PROBE.tolist()])
     subprocess.run([sys.executable, "-W", "ignore", "-c", LOAD, given, str(out)], check=True)
     return torch.load(out)
 
 
-@pytest.mark.parametrize("method", ADAPTERS)
+@pytest.mark.parametrize("method", SAVED)
 def test_adapter_loads_with_peft_alone(loaded, run_of, method):
     run = run_of(method)
     torch.testing.assert_close(loaded[method], run.trained_logits, rtol=1e-4, atol=1e-5)
@@ -364,7 +457,7 @@ def test_checkpoints_change_nothing(record, run_of, workplace, method):
     assert torch.equal(again.trained_logits, run.trained_logits)
 
 
-@pytest.mark.parametrize("method", ADAPTERS)
+@pytest.mark.parametrize("method", SAVED)
 def test_autocast(record, run_of, workplace, method):
     """The weights stay float32, and the training is nearly the same."""
     full = run_of(method)
@@ -376,10 +469,10 @@ def test_autocast(record, run_of, workplace, method):
 
 
 @pytest.mark.parametrize("architecture", ["gpt2", "llama", "gemma3"])
-@pytest.mark.parametrize("method", ADAPTERS)
+@pytest.mark.parametrize("method", SAVED)
 def test_other_architectures(tmp_path, method, architecture):
     """Whatever the trained values are: merged, and reloaded, the model computes the same."""
-    settings = settings_of(method, ranks=(2,))
+    settings = settings_of(method, ranks=(2, 3) if method == "molf-e" else (2,))
     prepared = prepare(make_model(architecture), settings, training_data())
     start = parameters_of(prepared.model)
     generator = torch.Generator().manual_seed(0)
@@ -395,7 +488,7 @@ def test_other_architectures(tmp_path, method, architecture):
     ]
     expected = logits_of(prepared.model)
     prepared.save_adapter(prepared.model, tmp_path / "adapter")
-    merged = prepared.finish(prepared.model)
+    merged = molf.merge(prepared.model)
     assert not any("lora" in name for name, _ in merged.named_parameters())
     torch.testing.assert_close(logits_of(merged), expected, rtol=1e-3, atol=1e-4)
     reloaded = peft.PeftModel.from_pretrained(make_model(architecture), tmp_path / "adapter")

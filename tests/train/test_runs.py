@@ -29,9 +29,9 @@ def test_run_directory_is_complete(any_run):
         *("config.yaml", "environment.json", "metrics.jsonl", "model", "eval.json"),
         "predictions.jsonl",
     }
-    if any_run.path.name == "molf":
+    if any_run.path.name in ("molf", "molf-e", "molf-dropout"):
         expected.add("routing")
-    if any_run.path.name in ADAPTERS:
+    if any_run.path.name in (*ADAPTERS, "molf-e"):
         expected.add("adapter")
     assert names == expected
     assert read_json(any_run.path / "environment.json")["packages"]["torch"] == torch.__version__
@@ -79,6 +79,17 @@ def test_metrics_of_every_step(molf_run):
         assert entry["lora_learning_rate"] == pytest.approx(3 * entry["learning_rate"])
 
 
+def test_one_rate_where_nothing_dense_is_trained(run_of):
+    run = run_of("molf-e")
+    rates = [(e["learning_rate"], e["lora_learning_rate"]) for e in read_metrics(run.path)]
+    assert max(rates) == (3e-2, 3e-2)
+    with (run.path.parent / "results.csv").open(newline="") as file:
+        (row,) = (row for row in csv.DictReader(file) if row["run"] == run.path.name)
+    assert (row["learning_rate"], row["lora_learning_rate"]) == ("", "0.03")
+    assert (row["ranks"], row["score"]) == ("2,4", "epd")
+    assert float(row["won/lora0_r2"]) + float(row["won/lora1_r4"]) == pytest.approx(1)
+
+
 def test_routing_equals_the_optimizers_decisions(molf_run):
     rows = read_routing(molf_run.path).to_pylist()
     expected = [
@@ -105,7 +116,7 @@ def test_results_row_beside_the_runs(any_run):
     assert len(rows) == 1
     after = read_json(any_run.path / "eval.json")["after"]
     assert float(rows[0]["after/es"]) == after["es"]["value"]
-    assert rows[0]["method"] == any_run.path.name
+    assert rows[0]["method"] == any_run.path.name.replace("-dropout", "")
 
 
 def test_config_is_a_recipe_that_gives_the_same_run(molf_run, workplace):
@@ -151,7 +162,7 @@ def test_gradient_checkpointing_changes_nothing(record, any_run, workplace):
     torch.testing.assert_close(run.trained_logits, any_run.trained_logits, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("method", ADAPTERS)
+@pytest.mark.parametrize("method", [*ADAPTERS, "molf-e", "molf-dropout"])
 def test_merged_model_equals_the_adapter_model(run_of, method):
     run = run_of(method)
     difference = (run.trained_logits - run.adapter_logits).abs().max()

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from molf.errors import InputError
-from molf.train.defaults import ADAPTERS, METHOD, METHODS
+from molf.train.defaults import ADAPTERS, METHOD, METHODS, ROUTED
 from molf.train.resolved import resolve
 from molf.train.settings import TrainSettings
 
@@ -25,6 +25,7 @@ def resolved(**given):
     ("method", "ranks", "alphas", "dropout"),
     [
         ("molf", (128,), (32.0,), 0.0),
+        ("molf-e", (32, 128), (32.0, 32.0), 0.05),
         ("lora", (32,), (11.0,), 0.05),
         ("lora+", (32,), (11.0,), 0.05),
         ("dora", (32,), (64.0,), 0.05),
@@ -65,6 +66,37 @@ def test_pissa_starts_at_scaling_one():
         assert config.scalings == (1.0,)
 
 
+def test_molf_e_with_one_expert_warns():
+    with pytest.warns(UserWarning, match="ranks=8 has one expert, which always wins"):
+        resolved(method="molf-e", ranks=(8,))
+
+
+def test_molf_e_freezes_the_base_and_what_dense_training_needs_has_an_effect_without():
+    assert resolved(method="molf-e").method_config.freezes_rest
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        settings = resolved(method="molf-e", freeze_rest=False, weight_decay=0.2)
+    assert settings.method_config.freeze_base
+    assert not settings.method_config.freezes_rest
+    assert settings.weight_decay == 0.2
+
+
+def test_experts_of_a_demo_have_one_scaling():
+    """Whatever their ranks: else the lowest would win every update."""
+    for ranks in (None, (4, 9, 16)):
+        settings = resolve(TrainSettings(method="molf-e", ranks=ranks), NOW)
+        assert set(settings.method_config.scalings) == {2.0}
+
+
+def test_merge_base():
+    assert resolved(method="lora").merge_base is None
+    assert resolved(method="lora", load_in_4bit=True).merge_base == "dequantised"
+    given = {"load_in_8bit": True, "merge_base": "original"}
+    assert resolved(method="molf-e", **given).merge_base == "original"
+    with pytest.warns(UserWarning, match="Without effect with method=lora: merge_base"):
+        resolved(method="lora", merge_base="original")
+
+
 def test_fft_has_no_adapter():
     settings = resolved(method="fft")
     assert settings.method_config is None
@@ -85,7 +117,7 @@ def test_demo_brings_model_and_rates():
     assert settings.lora_learning_rate > settings.learning_rate
 
 
-@pytest.mark.parametrize("method", [*ADAPTERS, "molf"])
+@pytest.mark.parametrize("method", [*ADAPTERS, "molf", "molf-e"])
 def test_a_given_rate_holds_for_the_factors_too(method):
     """Above a demo's own rates as well; lora would else ignore `--learning_rate`."""
     settings = resolve(TrainSettings(method=method, learning_rate=1e-4), NOW)
@@ -97,18 +129,19 @@ def test_a_given_rate_holds_for_the_factors_too(method):
 UNUSED = {
     "fft": "ranks, match, loraplus_lr_ratio, score",
     "molf": "match, loraplus_lr_ratio",
+    "molf-e": "weight_decay, match, loraplus_lr_ratio",
     "lora+": "weight_decay, score",
 }
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_options_without_effect_warn(method):
-    given = {"score": "pfn", "weight_decay": 0.2, "ranks": (4,)}
+    given = {"score": "pfn", "weight_decay": 0.2, "ranks": (4, 8) if method == "molf-e" else (4,)}
     given |= {"match": "parameters", "loraplus_lr_ratio": 4.0}
     unused = UNUSED.get(method, "weight_decay, loraplus_lr_ratio, score")
     with pytest.warns(UserWarning, match=re.escape(f"method={method}: {unused}.")):
         settings = resolved(method=method, **given)
-    assert settings.score == ("pfn" if method == "molf" else "epd")
+    assert settings.score == ("pfn" if method in ROUTED else "epd")
     kept = {name: value for name, value in given.items() if name not in unused.split(", ")}
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -139,7 +172,7 @@ def test_resolved_settings_are_settings():
 
 
 def test_every_method_is_described_and_has_defaults():
-    assert set(METHODS) == set(METHOD) == {*ADAPTERS, "fft", "molf"}
+    assert set(METHODS) == set(METHOD) == {*ADAPTERS, *ROUTED, "fft"}
 
 
 def test_wrong_values_are_found_without_the_command_line():

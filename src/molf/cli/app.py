@@ -33,7 +33,17 @@ app.command(
     help="Fine-tune a model and measure it before and after; without options, the shipped demo.",
 )
 app.command("molf.cli.eval:evaluate_model", name="eval", help="Measure a model on tasks.")
+app.command(
+    "molf.cli.plan:plan_model",
+    name="plan",
+    help="Say what a training will take: parameters, memory, and which GPUs it fits.",
+)
 app.command("molf.cli.routing:show_routing", name="routing", help="Print what was routed where.")
+app.command(
+    "molf.cli.export:export_run",
+    name="export",
+    help="Write a run's merged model, or its adapter, in another type.",
+)
 
 recipes = App(name="recipes", help="List, copy and check recipes: files of options for --config.")
 recipes.command("molf.cli.recipes:list_recipes", name="ls", help="Print the shipped recipes.")
@@ -65,11 +75,12 @@ def _boolean_options() -> set[str]:
     from dataclasses import fields
 
     from molf.cli.eval import EvalOptions
+    from molf.cli.plan import PlanOptions
     from molf.train.settings import TrainSettings
 
     return {
         option.name
-        for options in (TrainSettings, EvalOptions)
+        for options in (TrainSettings, EvalOptions, PlanOptions)
         for option in fields(options)
         if str(option.type).startswith("Annotated[bool")
     }

@@ -21,6 +21,12 @@ def train_model(
         settings: The options.
         config: A YAML file of these options, or a recipe by name; the command line wins over it.
     """
+    if settings.dry_run:
+        from molf.cli.plan_report import print_dry_run
+        from molf.train.run import dry_run
+
+        print_dry_run(dry_run(settings))
+        return
     from molf.cli.summary import print_summary
     from molf.train.run import train
 

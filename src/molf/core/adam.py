@@ -1,9 +1,9 @@
 """AdamW's arithmetic on tensors of any shape: moments, score terms, steps.
 
-Every function works through its tensors in blocks of rows. On a CPU a block fits the cache, so a
-chain of elementwise operations reads and writes main memory once; elsewhere a block is the whole
-tensor. Moments live in the dtype of the state (float32, or float64 for float64 weights) and all
-arithmetic happens in that dtype, whatever the dtype of the weight and its gradient.
+Tensors are worked through in blocks of rows. On a CPU a block fits the cache, so a chain of
+elementwise operations reads and writes main memory once; elsewhere a block bounds the temporaries
+of very large tensors. All arithmetic happens in float32, or float64 for float64 weights, whatever
+the dtype of the weight, its gradient and the stored state.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from types import EllipsisType
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,11 +19,12 @@ from torch import Tensor
 # Torch gives each thread at least this many elements; the half dozen tensors of a chain then take
 # 0.8 MB of its cache in float32.
 _CPU_BLOCK_ELEMENTS_PER_THREAD = 32_768
+_BLOCK_ELEMENTS = 1 << 25  # elsewhere: 128 MB in float32
 _SCORE_EPS = 1e-8  # of the score, whatever the optimizer's own eps
 
 
-def state_dtype(weight: Tensor) -> torch.dtype:
-    """Return the dtype of factors and moments for a weight: float64 for float64, else float32."""
+def compute_dtype(weight: Tensor) -> torch.dtype:
+    """Return the dtype of the arithmetic for a weight: float64 for float64, else float32."""
     return torch.float64 if weight.dtype == torch.float64 else torch.float32
 
 
@@ -39,18 +39,29 @@ def gradient(parameter: Tensor) -> Tensor:
     return parameter.grad
 
 
-def row_blocks(tensor: Tensor) -> Iterator[slice | EllipsisType]:
-    """Yield indices of the first dimension that together cover `tensor`."""
+def row_blocks(
+    tensor: Tensor, *, at_least: int = 1, multiple: int = 1
+) -> Iterator[slice | EllipsisType]:
+    """Yield indices of the first dimension that together cover `tensor`.
+
+    Args:
+        tensor: Any shape.
+        at_least: Fewest rows of a block, where a matrix product needs some to be worth it.
+        multiple: What the first row of every block is a multiple of.
+    """
     if not tensor.numel():
         return
-    if tensor.dim() == 0 or tensor.device.type != "cpu":
+    if tensor.dim() == 0:
         yield ...
         return
+    elements = _BLOCK_ELEMENTS
+    if tensor.device.type == "cpu":
+        elements = _CPU_BLOCK_ELEMENTS_PER_THREAD * torch.get_num_threads()
     rows = tensor.shape[0]
-    elements = _CPU_BLOCK_ELEMENTS_PER_THREAD * torch.get_num_threads()
-    size = max(1, elements * rows // tensor.numel())
+    size = max(at_least, elements * rows // tensor.numel())
+    size = -(-size // multiple) * multiple
     for start in range(0, rows, size):
-        yield slice(start, start + size)
+        yield slice(start, min(start + size, rows))
 
 
 @dataclass(frozen=True)
@@ -137,12 +148,9 @@ class AdamWStep:
         correction = math.sqrt(1 - self.betas[1] ** self.step)
         return exp_avg_sq.sqrt().div_(correction).add_(self.eps)
 
-    def descend_(self, weight: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor) -> None:
-        """`p <- p - lr m^ / (sqrt(v^) + eps)` in place, block by block; decay is the caller's."""
-        for rows in row_blocks(weight):
-            weight[rows].addcdiv_(
-                exp_avg[rows], self.denominator(exp_avg_sq[rows]), value=-self.step_size
-            )
+    def descend_(self, values: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor) -> None:
+        """`p <- p - lr m^ / (sqrt(v^) + eps)` in place, on one block; decay is the caller's."""
+        values.addcdiv_(exp_avg, self.denominator(exp_avg_sq), value=-self.step_size)
 
     def increment(
         self, weight: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, *, scale: float = 1.0
@@ -157,19 +165,3 @@ class AdamWStep:
         """
         direction = exp_avg / self.denominator(exp_avg_sq)
         return direction.mul_(-self.step_size * scale).sub_(weight, alpha=self.decay)
-
-
-def moment_state(parameter: Tensor) -> dict[str, Any]:
-    """State of a tensor that takes AdamW steps: `step`, `exp_avg`, `exp_avg_sq`."""
-    # The counter is a plain int: reading it never waits for a device.
-    zeros = torch.zeros_like(parameter, dtype=state_dtype(parameter))
-    return {"step": 0, "exp_avg": zeros, "exp_avg_sq": zeros.clone()}
-
-
-def adamw_(parameter: Tensor, state: dict[str, Any], step: AdamWStep) -> None:
-    """One AdamW step of a whole tensor whose moments are already updated."""
-    values = parameter.to(state["exp_avg"].dtype)
-    values.mul_(step.kept)
-    step.descend_(values, state["exp_avg"], state["exp_avg_sq"])
-    if values is not parameter:
-        parameter.copy_(values)

@@ -14,9 +14,12 @@ from typing import Any
 
 from torch import Tensor
 
-from molf.core.adam import adamw_, gradient, moment_state, state_dtype
+from molf.core.adam import AdamWStep, gradient, sum_dtype
 from molf.core.factors import owned_by, per_rank, split_factors
-from molf.core.routed import RoutedLayer, States
+from molf.core.fidelity import UpdateTally
+from molf.core.moments import moment_state
+from molf.core.routed import RoutedLayer, States, dense_tensors, parameter_name
+from molf.core.storage import StoredWeight, rounding_of, stored_values
 
 
 class AdapterLayer(RoutedLayer):
@@ -28,12 +31,13 @@ class AdapterLayer(RoutedLayer):
 
     def __init__(self, group: dict[str, Any], states: States) -> None:
         *dense, self.lora_A, self.lora_B = group["params"]
-        taking_part = [p for p in dense if p.grad is not None]
-        for parameter in (*taking_part, self.lora_A, self.lora_B):
-            if "step" not in states[parameter]:
-                states[parameter].update(moment_state(parameter))
         self.states = states[self.lora_A], states[self.lora_B]
-        super().__init__(group, [(p, states[p]) for p in taking_part])
+        for parameter, state in zip((self.lora_A, self.lora_B), self.states, strict=True):
+            if "step" not in state:
+                # Factors are small beside the weights: their moments are never 8-bit.
+                state.update(moment_state(parameter))
+        self._stored = _stored_factors(group, states)
+        super().__init__(group, dense_tensors(group, dense, states))
 
     @classmethod
     def takes_part(cls, group: dict[str, Any]) -> bool:
@@ -56,7 +60,8 @@ class AdapterLayer(RoutedLayer):
     @classmethod
     def read_factors(cls, group: dict[str, Any], states: States) -> list[tuple[Tensor, Tensor]]:
         """Copies of (A [r, in], B [out, r]) of each expert: the stored columns over `c_i`."""
-        lora_A, lora_B = (_in_state_dtype(p) for p in group["params"][-2:])
+        # `get`: reading makes no state.
+        lora_A, lora_B = (stored_values(p, states.get(p) or {}) for p in group["params"][-2:])
         return split_factors(group["ranks"], lora_A, lora_B / _columns_scale(group, lora_B))
 
     @classmethod
@@ -64,14 +69,14 @@ class AdapterLayer(RoutedLayer):
         cls, group: dict[str, Any], states: States, lora_A: Tensor, lora_B: Tensor
     ) -> None:
         """Replace the adapter's weights by the stacked factors; its output changes with them."""
-        stored_A, stored_B = group["params"][-2:]
-        stored_A.copy_(lora_A)
-        stored_B.copy_(lora_B * _columns_scale(group, lora_B))
+        new = lora_A, lora_B * _columns_scale(group, lora_B)
+        for stored, values in zip(_stored_factors(group, states), new, strict=True):
+            stored.assign(values)
 
     @property
     def with_gradients(self) -> list[Tensor]:
         """The adapter's factors, after the tensors of `full`."""
-        return [*(parameter for parameter, _ in self.dense), self.lora_A, self.lora_B]
+        return [*(tensor.parameter for tensor in self.dense), self.lora_A, self.lora_B]
 
     @property
     def steps_taken(self) -> int:
@@ -91,27 +96,66 @@ class AdapterLayer(RoutedLayer):
         first, second = ((state["exp_avg"], state["exp_avg_sq"]) for state in self.states)
         return first, second
 
-    def apply(self, winners: Sequence[int]) -> None:
+    def apply(self, winners: Sequence[int], tally: UpdateTally | None = None) -> None:
         """Count the step for every expert and give the winners theirs, each from the old state."""
-        for state in (*(state for _, state in self.dense), *self.states):
+        for state in (*(tensor.state for tensor in self.dense), *self.states):
             state["step"] += 1
-        if self.has_full and 0 in winners:
-            for (parameter, state), decay in zip(
-                self.dense, ("weight_decay", "bias_weight_decay"), strict=False
-            ):
-                adamw_(parameter, state, self._dense_step(decay, state))
+        full = self.has_full and 0 in winners
+        # `zip` cuts: a bias may be missing.
+        for tensor, decay in zip(self.dense, ("weight_decay", "bias_weight_decay"), strict=False):
+            tensor.move(tensor.adamw_step(decay) if full else None, tally)
+        indices = self._lora_winners(winners)
+        if not indices:
+            return
         scales = stored_scales(self.group)
-        moments_A, moments_B = self._factor_moments()
-        for index in self._lora_winners(winners):
-            owned, step = owned_by(self.group["ranks"], index), self._lora_step(index)
-            # What is stored for B_i is c_i B_i, and so its increment is c_i dB_i.
-            for stored, moments, scale in (
-                (self.lora_A[owned], [moment[owned] for moment in moments_A], 1.0),
-                (self.lora_B[:, owned], [moment[:, owned] for moment in moments_B], scales[index]),
-            ):
-                # Low-precision factors are moved in the state's dtype and rounded once.
-                values = stored.to(moments[0].dtype)
-                stored.copy_(values + step.increment(values, *moments, scale=scale))
+        for number, stored in enumerate(self._stored):
+            values = stored.read()
+            counted = None if tally is None else _Counted(tally, values)
+            for index in indices:
+                owned, step = owned_by(self.group["ranks"], index), self._lora_step(index)
+                # What is stored for B_i is c_i B_i, and so its increment is c_i dB_i.
+                where, scale = ((owned,), 1.0) if number == 0 else ((..., owned), scales[index])
+                moments = [moment[where] for moment in self._factor_moments()[number]]
+                if counted:
+                    counted.intend(where, step, moments, scale)
+                values[where] += step.increment(values[where], *moments, scale=scale)
+            stored.write(..., values)
+            if counted:
+                counted.compare(stored.read())
+
+
+class _Counted:
+    """One factor's update, beside the same in float64; factors are small, so all of it."""
+
+    def __init__(self, tally: UpdateTally, values: Tensor) -> None:
+        self._tally = tally
+        self._before = values.to(sum_dtype(values.device), copy=True)
+        self._intended = self._before.clone()
+
+    def intend(self, where: Any, step: AdamWStep, moments: Sequence[Tensor], scale: float) -> None:
+        """Move an expert's slice."""
+        exp_avg, exp_avg_sq = (moment.to(self._before.dtype) for moment in moments)
+        part = self._before[where]
+        self._intended[where] += step.increment(part, exp_avg, exp_avg_sq, scale=scale)
+
+    def compare(self, after: Tensor) -> None:
+        """Count what has arrived."""
+        self._tally.add(self._before, self._intended, after.to(self._before.dtype))
+
+
+def _stored_factors(group: dict[str, Any], states: States) -> list[StoredWeight]:
+    """A and B as they are stored; they are the last of the group."""
+    first = len(group["params"]) - 2
+    return [
+        StoredWeight(
+            parameter,
+            states[parameter],
+            rounding=rounding_of(parameter, group["weight_rounding"]),
+            seed=group["seed"],
+            name=parameter_name(group, index),
+        )
+        for index, parameter in enumerate(group["params"][first:], first)
+    ]
 
 
 def stored_scales(group: dict[str, Any]) -> list[float]:
@@ -122,7 +166,3 @@ def stored_scales(group: dict[str, Any]) -> list[float]:
 def _columns_scale(group: dict[str, Any], like: Tensor) -> Tensor:
     """`c_i`, repeated for every column of B that expert i owns, [R]."""
     return per_rank(stored_scales(group), group["ranks"], like)
-
-
-def _in_state_dtype(parameter: Tensor) -> Tensor:
-    return parameter.detach().to(state_dtype(parameter))

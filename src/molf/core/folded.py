@@ -12,9 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from molf.core.adam import adamw_, gradient, moment_state
+from molf.core.adam import compute_dtype, gradient
 from molf.core.factors import draw_lora_a, owned_by, split_factors
-from molf.core.routed import RoutedLayer, States
+from molf.core.fidelity import UpdateTally
+from molf.core.moments import moment_state
+from molf.core.routed import RoutedLayer, States, dense_tensors
 
 _FACTORS = ("lora_A", "lora_B")
 
@@ -25,13 +27,7 @@ class FoldedLayer(RoutedLayer):
     def __init__(self, group: dict[str, Any], states: States) -> None:
         self.weight: Tensor = group["params"][0]
         self.state = _state_of(group, states)
-        dense = [(self.weight, self.state)]
-        for bias in group["params"][1:]:
-            if bias.grad is not None:
-                if "step" not in states[bias]:
-                    states[bias].update(moment_state(bias))
-                dense.append((bias, states[bias]))
-        super().__init__(group, dense)
+        super().__init__(group, dense_tensors(group, group["params"], states))
 
     @classmethod
     def takes_part(cls, group: dict[str, Any]) -> bool:
@@ -56,7 +52,7 @@ class FoldedLayer(RoutedLayer):
     @property
     def with_gradients(self) -> list[Tensor]:
         """The weight, and the bias where it has a gradient."""
-        return [parameter for parameter, _ in self.dense]
+        return [tensor.parameter for tensor in self.dense]
 
     @property
     def steps_taken(self) -> int:
@@ -85,11 +81,12 @@ class FoldedLayer(RoutedLayer):
         """`s_i`, repeated for every row of A that expert i owns, [R]."""
         return self._per_rank(self.group["scalings"], self.state["lora_A"])
 
-    def apply(self, winners: Sequence[int]) -> None:
+    def apply(self, winners: Sequence[int], tally: UpdateTally | None = None) -> None:
         """Count the step for every expert and give the winners theirs, each from the old state."""
-        for _, state in self.dense:
-            state["step"] += 1
-        full = self._dense_step("weight_decay", self.state) if 0 in winners else None
+        for tensor in self.dense:
+            tensor.state["step"] += 1
+        weight, *biases = self.dense
+        full = weight.adamw_step() if 0 in winners else None
         moves = [self._factor_increments(index) for index in self._lora_winners(winners)]
 
         # W_eff <- kept W_eff + left @ right, then minus the AdamW direction where full has won.
@@ -99,17 +96,10 @@ class FoldedLayer(RoutedLayer):
             # It is W = W_eff - sum_i s_i B_i A_i that decays, so the experts get theirs back.
             left.append(self.state["lora_B"] * (full.decay * self._scaling_per_rank()))
             right.append(self.state["lora_A"])
-        # Low-precision weights are moved in the state's dtype and rounded once.
-        weight = self.weight.to(self.state["exp_avg"].dtype)
-        if left:
-            product = torch.cat(left, 1), torch.cat(right, 0)
-            _oriented(weight, self.group).addmm_(*product, beta=full.kept if full else 1.0)
-        if full:
-            full.descend_(weight, self.state["exp_avg"], self.state["exp_avg_sq"])
-            for bias, state in self.dense[1:]:
-                adamw_(bias, state, self._dense_step("bias_weight_decay", state))
-        if weight is not self.weight:
-            self.weight.copy_(weight)
+        product = (torch.cat(left, 1), torch.cat(right, 0)) if left else None
+        weight.move(full, tally, product, transposed=self.group["transposed"])
+        for bias in biases:
+            bias.move(bias.adamw_step("bias_weight_decay") if full else None, tally)
         for _, A, B, dA, dB in moves:
             A += dA
             B += dB
@@ -133,10 +123,11 @@ def initial_state(group: dict[str, Any]) -> dict[str, Any]:
     """State of a routed weight before its first step: moments, factors and their moments."""
     weight: Tensor = group["params"][0]
     out_features, in_features = _oriented(weight, group).shape
-    state = moment_state(weight)
+    state = moment_state(weight, group["state_dtype"])
+    dtype = compute_dtype(weight)
     drawn = draw_lora_a(group["seed"], group["layer"], group["ranks"], in_features)
-    state["lora_A"] = drawn.to(state["exp_avg"])
-    state["lora_B"] = state["exp_avg"].new_zeros(out_features, sum(group["ranks"]))
+    state["lora_A"] = drawn.to(weight.device, dtype)
+    state["lora_B"] = state["lora_A"].new_zeros(out_features, sum(group["ranks"]))
     for key in _FACTORS:
         state[f"{key}_exp_avg"] = torch.zeros_like(state[key])
         state[f"{key}_exp_avg_sq"] = torch.zeros_like(state[key])

@@ -82,7 +82,6 @@ def _folded_groups(model: nn.Module, config: MoLFConfig) -> list[dict[str, Any]]
     """Parameters and structure of each layer of a plain model."""
     _check_folded(model, config)
     layers = find_layers(model, config)
-    _warn_of_rounding([layer.weight for layer in layers])
     if config.freeze_rest:
         layers = [dataclasses.replace(layer, bias=None) for layer in layers]
     return [
@@ -110,7 +109,6 @@ def _adapter_groups(model: nn.Module, config: MoLFConfig) -> list[dict[str, Any]
                 "adapter_scaling": layer.scaling,
             }
         )
-    _warn_of_rounding([parameter for group in groups for _, parameter in group["params"]])
     return groups
 
 
@@ -211,16 +209,6 @@ def _warn_of_saving(names: list[str]) -> None:
             f"{len(lost)} trained parameters are outside the adapter (first: {lost[0]}), and "
             "PEFT's save_pretrained, which trainers call for checkpoints, saves the adapter alone. "
             "Keep model.state_dict() for checkpoints and molf.merge(model) for the result.",
-            stacklevel=4,
-        )
-
-
-def _warn_of_rounding(parameters: list[nn.Parameter]) -> None:
-    for dtype in dict.fromkeys(x.dtype for x in parameters if x.dtype.itemsize < 4):
-        warnings.warn(
-            f"Routed weights are {dtype}: updates are computed in float32 and then rounded to "
-            "nearest, so small ones are lost (at lr 2e-5, most of them). Load the model in "
-            "float32 and train under autocast.",
             stacklevel=4,
         )
 

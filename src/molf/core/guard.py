@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from molf.core.adam import MomentDecay, gradient, state_dtype, sum_dtype
+from molf.core.adam import MomentDecay, compute_dtype, gradient, sum_dtype
 
 
 class FiniteGuard:
@@ -25,9 +25,10 @@ class FiniteGuard:
         self._finite = {home: self.gradient_sums.isfinite().all()}
         self._made: dict[Any, MomentDecay] = {}
 
-    def decay_of(self, moment: Tensor, betas: tuple[float, float]) -> MomentDecay:
-        """Return how moments of this one's device and dtype move."""
-        device, dtype = moment.device, moment.dtype
+    def decay_of(
+        self, device: torch.device, dtype: torch.dtype, betas: tuple[float, float]
+    ) -> MomentDecay:
+        """Return how moments on a device, computed in a dtype, move."""
         key = (device, dtype, tuple(betas))
         if key not in self._made:
             finite = self._finite.setdefault(device, next(iter(self._finite.values())).to(device))
@@ -42,4 +43,4 @@ def _finite_sum(parameter: Tensor) -> Tensor:
         raise RuntimeError("MoLFAdamW does not support sparse gradients.")
     if hasattr(grad, "device_mesh"):
         raise RuntimeError("MoLFAdamW does not support sharded parameters (DTensor) yet.")
-    return grad.sum(dtype=state_dtype(parameter)).to(sum_dtype(grad.device))
+    return grad.sum(dtype=compute_dtype(parameter)).to(sum_dtype(grad.device))

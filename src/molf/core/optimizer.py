@@ -2,35 +2,25 @@
 
 from __future__ import annotations
 
-import math
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
-from molf.core.adam import (
-    AdamWStep,
-    adamw_,
-    gradient,
-    moment_state,
-    row_blocks,
-    update_moments,
-)
+from molf.core.adamw import AdamW
 from molf.core.adapter import AdapterLayer
 from molf.core.config import MoLFConfig
 from molf.core.folded import FoldedLayer
-from molf.core.groups import build_groups, check_group, check_same_structure
-from molf.core.guard import FiniteGuard
-from molf.core.precision import full_precision
+from molf.core.groups import build_groups
 from molf.core.quantised import keep_differentiable
 from molf.core.routed import RoutedLayer
-from molf.core.routing import Decision, select_winners
+from molf.core.routing import Decision
+from molf.core.step import Outcome
 
 
-class MoLFAdamW(Optimizer):
+class MoLFAdamW(AdamW):
     """Full fine-tuning and LoRA in one optimizer (arXiv 2605.07111).
 
     Build it with `from_model`. Of a plain model each routed weight holds `W + sum_i s_i B_i A_i`,
@@ -52,12 +42,10 @@ class MoLFAdamW(Optimizer):
         betas: Decay rates of the first and second moments.
         eps: Added to the denominator of a step (the score has its own, 1e-8).
         weight_decay: Default decoupled decay of a group that sets none.
-        nonfinite: What a gradient with infinity or NaN does, found before any state is written:
-            `"raise"` a RuntimeError, or `"skip"` the whole step with a warning.
+        **precision: The keywords of `AdamW`: `weight_rounding`, `state_dtype`, ...
 
     Attributes:
         routing: Decision of every layer in the last step, by layer name.
-        skipped_steps: How many steps `nonfinite="skip"` has skipped.
     """
 
     def __init__(
@@ -67,22 +55,16 @@ class MoLFAdamW(Optimizer):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 0.1,
-        *,
-        nonfinite: str = "raise",
+        **precision: Any,
     ) -> None:
-        if nonfinite not in ("raise", "skip"):
-            raise ValueError(f"Invalid nonfinite={nonfinite!r}. Must be 'raise' or 'skip'.")
         groups = list(params)
         if not any(isinstance(group, dict) and group.get("layer") is not None for group in groups):
             raise ValueError(
                 "No parameter group names a routed layer. Build the optimizer with "
                 "MoLFAdamW.from_model(model, config)."
             )
-        self.nonfinite = nonfinite
-        self.skipped_steps = 0
         self.routing: dict[str, Decision] = {}
-        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
-        super().__init__(groups, {**defaults, "layer": None})
+        super().__init__(groups, lr, betas, eps, weight_decay, **precision)
 
     @classmethod
     def from_model(
@@ -97,6 +79,10 @@ class MoLFAdamW(Optimizer):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         nonfinite: str = "raise",
+        weight_rounding: str | None = None,
+        state_dtype: str = "float32",
+        grad_accumulation_dtype: str | None = None,
+        optimizer_in_backward: bool = False,
     ) -> MoLFAdamW:
         """Build the optimizer for any module with linear layers, or with a LoRA adapter on them.
 
@@ -112,11 +98,25 @@ class MoLFAdamW(Optimizer):
             lora_weight_decay: Decay of the LoRA factors, one number or one per rank.
             betas: Decay rates of the moments.
             eps: Added to the denominator of a step.
-            nonfinite: `"raise"` or `"skip"`.
+            nonfinite: What a gradient with infinity or NaN does, found before any state is written:
+                `"raise"` a RuntimeError, or `"skip"` the whole step with a warning.
+            weight_rounding: How bfloat16 weights are written: `"exact"` (the lower half of the
+                float32 value in the optimizer's state; what None means for them), `"stochastic"`
+                (unbiased, drawn from `config.seed`, parameter name and step) or `"nearest"` (small
+                updates are lost; to compare with).
+            state_dtype: `"float32"`, or `"8bit"`: moments of dense tensors from 4,096 elements on,
+                in a multiple of 256, are kept in blocks of 8 bits (torchao).
+            grad_accumulation_dtype: `"float32"` keeps the gradients of bfloat16 weights in float32,
+                so that micro-batches add up without rounding.
+            optimizer_in_backward: Whether each layer is routed and moved as soon as its gradients
+                are complete, during the backward pass, and the gradients are freed. `step` after
+                each backward pass only finishes what is left; accumulation, clipping and
+                `nonfinite="skip"` are not possible, and the host waits once per layer.
 
         Raises:
-            ValueError: A value is not allowed, or no layer can be routed (see `find_layers`,
-                `find_adapted`).
+            ValueError: A value is not allowed, no layer can be routed (see `find_layers`,
+                `find_adapted`), or no weight is there to be rounded as asked.
+            ImportError: `state_dtype="8bit"` without torchao.
             TypeError: The model is no module, or the configuration no `MoLFConfig`.
         """
         config = MoLFConfig() if config is None else config
@@ -133,7 +133,19 @@ class MoLFAdamW(Optimizer):
             weight_decay=weight_decay,
             lora_weight_decay=lora_weight_decay,
         )
-        optimizer = cls(groups, lr, betas, eps, weight_decay, nonfinite=nonfinite)
+        optimizer = cls(
+            groups,
+            lr,
+            betas,
+            eps,
+            weight_decay,
+            nonfinite=nonfinite,
+            weight_rounding=weight_rounding,
+            state_dtype=state_dtype,
+            grad_accumulation_dtype=grad_accumulation_dtype,
+            optimizer_in_backward=optimizer_in_backward,
+            seed=config.seed,
+        )
         keep_differentiable(model)
         owned = {p for group in optimizer.param_groups for p in group["params"]}
         for parameter in model.parameters():
@@ -143,122 +155,21 @@ class MoLFAdamW(Optimizer):
                 parameter.requires_grad_(False)
         return optimizer
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group; without a `layer` it takes plain AdamW steps.
+    def _begin(self) -> None:
+        super()._begin()
+        self.routing = {}
 
-        Raises:
-            ValueError: A hyper-parameter is out of range, or a parameter is complex.
-        """
-        super().add_param_group(param_group)
-        try:
-            check_group(self.param_groups[-1])
-        except ValueError:
-            self.param_groups.pop()
-            raise
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Take one step; return the closure's loss, or None.
-
-        The host waits for the device once, when it reads all layers' scores.
-
-        Raises:
-            RuntimeError: A gradient is infinite or NaN and `nonfinite="raise"`; nothing has been
-                written. Also for sparse gradients.
-        """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-
-        routed = [group for group in self.param_groups if group["layer"] is not None]
+    def _layers(self, indices: Iterable[int]) -> list[RoutedLayer]:
+        """The routed layers of some groups, those whose parameters have gradients."""
+        groups = [self.param_groups[index] for index in indices]
+        routed = [group for group in groups if group["layer"] is not None]
         taking_part = [group for group in routed if _form_of(group).takes_part(group)]
         if len(taking_part) < len(routed) and not any(self.state.values()):
             _warn_of_missing_gradients(routed, taking_part)
-        layers: list[RoutedLayer] = [_form_of(group)(group, self.state) for group in taking_part]
-        rest = [
-            (parameter, group)
-            for group in self.param_groups
-            if group["layer"] is None
-            for parameter in group["params"]
-            if parameter.grad is not None
-        ]
-        parameters = [p for layer in layers for p in layer.with_gradients] + [p for p, _ in rest]
-        self.routing = {}
-        if not parameters:
-            return loss
-        with full_precision(parameters[0].device.type):
-            self._step(layers, rest, parameters)
-        return loss
+        return [_form_of(group)(group, self.state) for group in taking_part]
 
-    def _step(
-        self,
-        layers: list[RoutedLayer],
-        rest: list[tuple[Tensor, dict[str, Any]]],
-        parameters: list[Tensor],
-    ) -> None:
-        guard = FiniteGuard(parameters)
-        sums = [layer.update_moments(guard) for layer in layers]
-        home = parameters[0].device
-        on_host = torch.cat([total.to(home) for total in (guard.gradient_sums, *sums)]).tolist()
-
-        gradient_sums, score_sums = on_host[: len(parameters)], iter(on_host[len(parameters) :])
-        if not all(map(math.isfinite, gradient_sums)):
-            self._refuse(
-                [p for p, s in zip(parameters, gradient_sums, strict=True) if not math.isfinite(s)]
-            )
-            return
-        winners = [
-            self._decide(layer, [next(score_sums) for _ in layer.experts]) for layer in layers
-        ]
-        for layer, indices in zip(layers, winners, strict=True):
-            layer.apply(indices)
-        for parameter, group in rest:
-            _step_plain(parameter, group, self.state[parameter], guard)
-
-    def _decide(self, layer: RoutedLayer, sums: list[float]) -> tuple[int, ...]:
-        """Choose a layer's winners and record the decision."""
-        scores = layer.scores(sums)
-        if not all(map(math.isfinite, scores)):
-            raise RuntimeError(
-                f"Scores of layer {layer.name} are not finite although its gradient is: "
-                f"{dict(zip(layer.experts, scores, strict=True))}. Its moments or factors have "
-                "overflowed."
-            )
-        winners = select_winners(
-            scores,
-            score=layer.group["score"],
-            top_k=layer.group["top_k"],
-            has_full=layer.has_full,
-            layer=layer.name,
-            step=layer.steps_taken,
-            seed=layer.group["seed"],
-        )
-        self.routing[layer.name] = Decision(
-            tuple(layer.experts[winner] for winner in winners),
-            dict(zip(layer.experts, scores, strict=True)),
-        )
-        return winners
-
-    def _refuse(self, bad: list[Tensor]) -> None:
-        """Raise for, or warn of, the parameters with a non-finite gradient."""
-        names = [self._name_of(parameter) for parameter in bad[:3]]
-        more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
-        message = (
-            f"Non-finite gradient in {', '.join(names)}{more}; no weight and no state was changed."
-        )
-        if self.nonfinite == "raise":
-            raise RuntimeError(message + " nonfinite='skip' would skip such steps.")
-        self.skipped_steps += 1
-        warnings.warn(f"{message} Step skipped ({self.skipped_steps} so far).", stacklevel=4)
-
-    def _name_of(self, parameter: Tensor) -> str:
-        for group in self.param_groups:
-            for index, candidate in enumerate(group["params"]):
-                if candidate is parameter:
-                    names = group.get("param_names")
-                    return names[index] if names else f"{group['layer'] or 'parameter'} [{index}]"
-        raise KeyError("the parameter is not in this optimizer")
+    def _finish(self, outcome: Outcome) -> None:
+        self.routing |= outcome.routing
 
     def lora_factors(self, layer: str) -> list[tuple[Tensor, Tensor]]:
         """Return copies of a layer's factors, one (A [r, in], B [out, r]) per LoRA expert.
@@ -303,57 +214,7 @@ class MoLFAdamW(Optimizer):
         names = [group["layer"] for group in self.param_groups if group["layer"]]
         raise ValueError(f"No routed layer {layer!r}. Routed are: {', '.join(names[:8])}, ...")
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state; every tensor keeps the saved dtype and so the saved bits.
-
-        `torch.optim.Optimizer` casts floating-point state to the parameter's dtype, which would
-        round float32 factors and moments of bfloat16 weights.
-
-        Raises:
-            ValueError: The saved groups route other layers, or with other ranks or scalings.
-        """
-        loaded: dict[str, Any] = {}
-
-        def capture_last(_: Optimizer, given: dict[str, Any]) -> None:
-            check_same_structure(given["param_groups"], self.param_groups)
-            loaded.update(given)
-
-        capture = self.register_load_state_dict_pre_hook(capture_last)
-        restore = self.register_load_state_dict_post_hook(
-            lambda _: self._restore_bits(loaded), prepend=True
-        )
-        try:
-            super().load_state_dict(state_dict)
-        finally:
-            capture.remove()
-            restore.remove()
-
-    def _restore_bits(self, loaded: dict[str, Any]) -> None:
-        saved_ids = [i for group in loaded["param_groups"] for i in group["params"]]
-        parameters = [p for group in self.param_groups for p in group["params"]]
-        for saved_id, parameter in zip(saved_ids, parameters, strict=True):
-            for key, value in loaded["state"].get(saved_id, {}).items():
-                if isinstance(value, Tensor):
-                    # A copy, also on the same device: two optimizers never share state.
-                    self.state[parameter][key] = value.to(parameter.device, copy=True)
-                elif value == {}:
-                    # What flattened distributed checkpoints load where nothing was saved.
-                    del self.state[parameter][key]
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Return what copies and pickles hold: torch's part and our own attributes."""
-        own = {key: getattr(self, key) for key in ("nonfinite", "skipped_steps", "routing")}
-        return {**super().__getstate__(), **own}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """Restore, and give groups of older or foreign checkpoints the keys they lack."""
-        before = self.__dict__.get("param_groups", [])
-        super().__setstate__(state)
-        for group in self.param_groups:
-            group.setdefault("layer", None)
-        for group, replaced in zip(self.param_groups, before, strict=False):
-            for key, value in replaced.items():
-                group.setdefault(key, value)
+    _OWN = (*AdamW._OWN, "routing")
 
     def __repr__(self) -> str:
         """Return a summary; one line per layer would fill screens."""
@@ -383,24 +244,5 @@ def _warn_of_missing_gradients(
         f"{len(missing)} of {len(routed)} routed layers have no gradient in the first step (first: "
         f"{missing[0]}), so it does not train them. Under gradient checkpointing the reason is "
         "use_reentrant=True; use False.",
-        stacklevel=4,
-    )
-
-
-def _step_plain(
-    parameter: Tensor, group: dict[str, Any], state: dict[str, Any], guard: FiniteGuard
-) -> None:
-    """AdamW for a parameter that is not routed."""
-    if "step" not in state:
-        state.update(moment_state(parameter))
-    decay = guard.decay_of(state["exp_avg"], group["betas"])
-    for rows in row_blocks(parameter):
-        update_moments(
-            gradient(parameter)[rows], state["exp_avg"][rows], state["exp_avg_sq"][rows], decay
-        )
-    state["step"] += 1
-    adamw_(
-        parameter,
-        state,
-        AdamWStep(group["lr"], group["weight_decay"], group["betas"], group["eps"], state["step"]),
+        stacklevel=7,
     )

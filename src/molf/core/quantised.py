@@ -97,7 +97,8 @@ def real_layer(module: Any, source: Any | None, dtype: torch.dtype) -> Any:
     """Make a layer that can take the place of a quantised one in an unquantised model.
 
     Args:
-        module: The quantised linear layer; its bias is kept.
+        module: The quantised linear layer. Its bias is kept, in the dtype of the weight:
+            bitsandbytes may have brought it to the one that it computes in.
         source: The layer of the unquantised model, whose weight is copied; or None.
         dtype: Of the weight where there is no `source`.
 
@@ -117,6 +118,8 @@ def real_layer(module: Any, source: Any | None, dtype: torch.dtype) -> Any:
         weight = torch.empty(layer.weight.shape, dtype=dtype, device=device)
     layer.weight = nn.Parameter(weight, requires_grad=False)
     layer.bias = module.bias
+    if layer.bias is not None:
+        layer.bias.data = layer.bias.data.to(weight.dtype)
     return layer.train(module.training)
 
 

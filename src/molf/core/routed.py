@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
@@ -9,18 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from molf.core.adam import (
-    AdamWStep,
-    finish_score,
-    gradient,
-    row_blocks,
-    score_terms,
-    sum_dtype,
-    update_moments,
-)
+from molf.core.adam import AdamWStep, finish_score, score_terms, sum_dtype, update_moments
 from molf.core.config import lora_expert_names
+from molf.core.dense import DenseTensor
 from molf.core.factors import per_rank
+from molf.core.fidelity import UpdateTally
 from molf.core.guard import FiniteGuard
+from molf.core.routing import Decision, select_winners
 
 States = dict[Tensor, dict[str, Any]]
 """The optimizer's state, by parameter."""
@@ -36,12 +32,12 @@ class RoutedLayer(ABC):
     Attributes:
         group: The layer's parameter group.
         name: The layer's name in the model.
-        dense: The tensors of the `full` expert that have a gradient, each with its state; the
-            weight comes first. Empty where the base is frozen.
+        dense: The tensors of the `full` expert that have a gradient; the weight comes first. Empty
+            where the base is frozen.
         experts: Names of all experts, in the order that breaks ties.
     """
 
-    def __init__(self, group: dict[str, Any], dense: list[tuple[Tensor, dict[str, Any]]]) -> None:
+    def __init__(self, group: dict[str, Any], dense: list[DenseTensor]) -> None:
         self.group = group
         self.name: str = group["layer"]
         self.dense = dense
@@ -88,8 +84,13 @@ class RoutedLayer(ABC):
         """`exp_avg` and `exp_avg_sq` of the stacked A, and of the stacked B."""
 
     @abstractmethod
-    def apply(self, winners: Sequence[int]) -> None:
-        """Count the step for every expert and give the winners theirs, each from the old state."""
+    def apply(self, winners: Sequence[int], tally: UpdateTally | None = None) -> None:
+        """Count the step for every expert and give the winners theirs, each from the old state.
+
+        Args:
+            winners: Indices of the experts.
+            tally: Where losses of rounding are counted, if anywhere.
+        """
 
     @property
     def has_full(self) -> bool:
@@ -106,20 +107,41 @@ class RoutedLayer(ABC):
         score, betas = self.group["score"], self.group["betas"]
         device = self.with_gradients[0].device
         full = torch.zeros((), dtype=sum_dtype(device), device=device)
-        for parameter, state in self.dense:
-            decay = guard.decay_of(state["exp_avg"], betas)
-            for rows in row_blocks(parameter):
-                exp_avg, exp_avg_sq = state["exp_avg"][rows], state["exp_avg_sq"][rows]
-                update_moments(gradient(parameter)[rows], exp_avg, exp_avg_sq, decay)
-                full += score_terms(exp_avg, exp_avg_sq, score).sum()
+        for tensor in self.dense:
+            full += tensor.update_moments(guard, score)
 
         by_rank = full.new_zeros(sum(self.group["ranks"]))  # per row of A and column of B
         factors = zip(self._factor_gradients(), self._factor_moments(), (1, 0), strict=True)
         for grad, (exp_avg, exp_avg_sq), dim in factors:
-            update_moments(grad, exp_avg, exp_avg_sq, guard.decay_of(exp_avg, betas))
+            decay = guard.decay_of(exp_avg.device, exp_avg.dtype, betas)
+            update_moments(grad, exp_avg, exp_avg_sq, decay)
             by_rank += score_terms(exp_avg, exp_avg_sq, score).sum(dim)
         per_expert = [part.sum() for part in by_rank.split(list(self.group["ranks"]))]
         return torch.stack([full, *per_expert] if self.has_full else per_expert)
+
+    def decide(self, sums: Sequence[float]) -> tuple[tuple[int, ...], Decision]:
+        """Choose the winners from the score sums, now on the host.
+
+        Raises:
+            RuntimeError: A score is not finite.
+        """
+        scores = self.scores(sums)
+        by_name = dict(zip(self.experts, scores, strict=True))
+        if not all(map(math.isfinite, scores)):
+            raise RuntimeError(
+                f"Scores of layer {self.name} are not finite although its gradient is: {by_name}. "
+                "Its moments or factors have overflowed."
+            )
+        winners = select_winners(
+            scores,
+            score=self.group["score"],
+            top_k=self.group["top_k"],
+            has_full=self.has_full,
+            layer=self.name,
+            step=self.steps_taken,
+            seed=self.group["seed"],
+        )
+        return winners, Decision(tuple(self.experts[winner] for winner in winners), by_name)
 
     def scores(self, sums: Sequence[float]) -> list[float]:
         """Turn the score sums, now on the host, into one score per expert."""
@@ -127,16 +149,12 @@ class RoutedLayer(ABC):
         counts = [rank * width for rank in self.group["ranks"]]
         lrs = list(self.lora_lrs)
         if self.has_full:
-            counts.insert(0, sum(parameter.numel() for parameter, _ in self.dense))
+            counts.insert(0, sum(tensor.parameter.numel() for tensor in self.dense))
             lrs.insert(0, self.group["lr"])
         return [
             finish_score(total, score=self.group["score"], lr=lr, count=count)
             for total, lr, count in zip(sums, lrs, counts, strict=True)
         ]
-
-    def _dense_step(self, decay: str, state: dict[str, Any]) -> AdamWStep:
-        group = self.group
-        return AdamWStep(group["lr"], group[decay], group["betas"], group["eps"], state["step"])
 
     def _lora_step(self, index: int) -> AdamWStep:
         group = self.group
@@ -154,3 +172,20 @@ class RoutedLayer(ABC):
 
     def _per_rank(self, values: Sequence[float], like: Tensor) -> Tensor:
         return per_rank(values, self.group["ranks"], like)
+
+
+def dense_tensors(
+    group: dict[str, Any], parameters: Sequence[Tensor], states: States
+) -> list[DenseTensor]:
+    """The dense tensors of a routed group that have a gradient; the weight is first of all."""
+    return [
+        DenseTensor(parameter, group, states[parameter], parameter_name(group, index))
+        for index, parameter in enumerate(parameters)
+        if parameter.grad is not None
+    ]
+
+
+def parameter_name(group: dict[str, Any], index: int) -> str:
+    """Name of a routed group's parameter, for messages and seeds."""
+    names = group.get("param_names")
+    return names[index] if names else f"{group['layer']} [{index}]"

@@ -11,6 +11,7 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from molf.core.adamw import AdamW
 from molf.train.methods.base import Prepared
 from molf.train.routing_log import RoutingWriter
 from molf.train.wins import Wins
@@ -40,7 +41,7 @@ class RoutingCallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Log the step that was just taken."""
-        optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps it
+        optimizer = unwrapped(optimizer)
         routing = getattr(optimizer, "routing", None)
         skipped = not routing and getattr(optimizer, "skipped_steps", 0) > 0
         if not self._checked and not skipped:
@@ -67,12 +68,54 @@ class RoutingCallback(TrainerCallback):
             )
 
 
-class MetricsCallback(TrainerCallback):
-    """Appends each of the trainer's log entries to `metrics.jsonl`, and shows it."""
+class FidelityCallback(TrainerCallback):
+    """Has what rounding loses measured in the steps that will be logged."""
 
-    def __init__(self, path: Path, show: Callable[[int, dict[str, Any] | None], None]) -> None:
+    def on_step_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        optimizer: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        """Say whether the coming step is one of them."""
+        optimizer = unwrapped(optimizer)
+        if isinstance(optimizer, AdamW):
+            step = state.global_step + 1
+            is_logged = step % state.logging_steps == 0
+            optimizer.measure_updates = is_logged or step == 1 or step >= state.max_steps
+
+
+def fidelity_figures(optimizer: Any) -> dict[str, float]:
+    """What rounding lost of the last step's updates, for the log; empty if not measured."""
+    measured = getattr(unwrapped(optimizer), "update_fidelity", None)
+    return {} if measured is None else {"lost_updates": measured.lost, "update_kept": measured.kept}
+
+
+def unwrapped(optimizer: Any) -> Any:
+    """The optimizer without accelerate's wrapper."""
+    return getattr(optimizer, "optimizer", optimizer)
+
+
+class MetricsCallback(TrainerCallback):
+    """Appends each of the trainer's log entries to `metrics.jsonl`, and shows it.
+
+    Args:
+        path: The file.
+        show: Shows a step, and its log entry if it has one.
+        without: Figures of the trainer's that mean nothing in this run.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        show: Callable[[int, dict[str, Any] | None], None],
+        without: tuple[str, ...] = (),
+    ) -> None:
         self._path = path
         self._show = show
+        self._without = without
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -93,6 +136,7 @@ class MetricsCallback(TrainerCallback):
         """Write one line; the trainer's closing summary is not one of them."""
         if not logs or "loss" not in logs:
             return
+        logs = {name: value for name, value in logs.items() if name not in self._without}
         record = {"step": state.global_step, **{k: _as_json(v) for k, v in logs.items()}}
         with self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")

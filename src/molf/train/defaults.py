@@ -18,11 +18,21 @@ SUMMARIES = {
     "eva": "EVA (arXiv 2410.07170: directions and ranks from the data), merged into the weights",
     "adalora": "AdaLoRA (arXiv 2303.10512: ranks moved between layers), merged into the weights",
     "molf": "MoLF (arXiv 2605.07111): per layer and step, full or LoRA takes the update",
+    "molf-e": "MoLF-Efficient (arXiv 2605.07111): LoRA experts routed, base frozen, then merged",
 }
 METHODS = tuple(SUMMARIES)
 
+ROUTED = ("molf", "molf-e")
+"""Methods whose optimizer chooses between experts."""
+
 ADAPTERS = ("lora", "lora+", "dora", "pissa", "eva", "adalora")
 """Methods that train one PEFT adapter on a frozen base."""
+
+QUANTISABLE = ("molf-e", "lora", "lora+", "eva")
+"""Methods that can train beside a 4-bit or 8-bit base, and be merged into its weights."""
+
+MERGE_BASES = ("dequantised", "original")
+"""What an adapter trained beside a quantised base is merged into."""
 
 MATCHES = ("rank", "parameters")
 """What `--ranks` says of an adapter: its rank, or the LoRA whose parameters it gets."""
@@ -56,8 +66,9 @@ METHOD: dict[str, dict[str, Any]] = {
     # Zhang et al. 2023; their schedule is in methods/adalora.py. They have alpha 16 at every rank;
     # here it is LoRA's, so that the two compare.
     "adalora": {"ranks": (32,), "use_rslora": False, "lora_dropout": 0.0},
-    # The paper trains MoLF with dropout 0.05; the folded form needs 0.
+    # The paper trains MoLF with dropout 0.05, which takes the explicit form; the folded needs 0.
     "molf": {"ranks": (128,), "alpha": 32.0, "use_rslora": True, "lora_dropout": 0.0},
+    "molf-e": {"ranks": (32, 128), "alpha": 32.0, "use_rslora": True, "lora_dropout": 0.05},
 }
 
 # The shipped base is tiny and its facts few: high rates and many epochs edit it within a minute.
@@ -67,10 +78,11 @@ _DEMO: dict[str, Any] = {
     "per_device_train_batch_size": 32,
     "gradient_accumulation_steps": 1,
 }
-# MoLF's experts win about as often as each other at this ratio of rates. The adapters' are the best
-# of three, in steps of 3, on these very requests (README); DoRA has LoRA's.
+# MoLF's experts win about as often as each other at this ratio of rates. The others' are the best
+# of three on these very requests (README); DoRA has LoRA's.
 _DEMO_RATE = {
     "molf": 2e-3,
+    "molf-e": 3e-3,
     "lora": 3e-3,
     "lora+": 3e-4,
     "dora": 3e-3,
@@ -81,6 +93,9 @@ _DEMO_RATE = {
 _DEMO_METHOD: dict[str, dict[str, Any]] = {
     "fft": {},
     "molf": {"ranks": (16,), "alpha": 8.0, "lora_learning_rate": _DEMO_RATE["molf"]},
+    # At the paper's one alpha for all, the expert of the lowest rank, whose scaling is the largest,
+    # wins every update of so short a training. Here all experts have the scaling of LoRA's.
+    "molf-e": {"ranks": (4, 16), "alpha": None, "lora_learning_rate": _DEMO_RATE["molf-e"]},
     **{name: {"ranks": (16,), "lora_learning_rate": _DEMO_RATE[name]} for name in ADAPTERS},
 }
 

@@ -24,6 +24,7 @@ _PACKAGES = (
     "tokenizers",
     "numpy",
     "pyarrow",
+    "bitsandbytes",
 )
 
 

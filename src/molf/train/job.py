@@ -6,9 +6,11 @@ import gc
 import tempfile
 import time
 import traceback
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import set_seed
@@ -27,6 +29,7 @@ from molf.train.model_card import model_card
 from molf.train.model_loading import LoadedModel, load_model, load_skeleton
 from molf.train.model_saving import save_model
 from molf.train.progress import Reporter
+from molf.train.quantised_base import check_device
 from molf.train.resolved import ResolvedSettings
 from molf.train.result import RunError, RunResult, evaluation_record, results_row
 from molf.train.results import RESULTS, append_result
@@ -57,10 +60,11 @@ def run_job(
         RunError: The run failed; its directory holds what was written, and the traceback.
     """
     arguments = sft_config(settings)
+    check_device(settings, arguments.device)
     set_seed(settings.seed)  # before anything random, such as adapters
     # The layers are known from the configuration: wrong patterns must not cost a download.
     check(load_skeleton(settings.model), settings)
-    base = load_model(settings.model)
+    base = load_model(settings.model, getattr(torch, settings.dtype))
     max_length = length_limit(base.model, settings.max_length)
     encoded = encode_samples(base.tokenizer, task.training_samples, max_length)
     data = TrainingData(encoded, total_steps(len(encoded.input_ids), settings))
@@ -123,8 +127,12 @@ class _Job:
     plan: Plan
     directory: RunDirectory
 
-    def write_config(self) -> None:
-        """Write the settings, and what a reader has to know beside them."""
+    def write_config(self, merge: Mapping[str, Any] | None = None) -> None:
+        """Write the settings, and what a reader has to know beside them.
+
+        Args:
+            merge: What the merge did to the trained model, once that is known.
+        """
         samples = self.data.samples
         record = {
             "task": self.task.description(),
@@ -139,6 +147,8 @@ class _Job:
                 **self.plan.record(),
             },
         }
+        if merge:
+            record["merge"] = dict(merge)
         # As a recipe, the file must not make a later run replace this one.
         options = replace(self.settings, overwrite=False).as_options()
         write_yaml(self.directory / CONFIG, {**options, "run": record})
@@ -163,7 +173,7 @@ class _Job:
         )
         if training.trained_parameters != self.plan.trained_parameters:  # known to EVA only now
             self.plan = replace(self.plan, trained_parameters=training.trained_parameters)
-            self.write_config()
+        self.write_config(training.merge)
         description = self.task.description()
         dtype = getattr(torch, str(self.settings.save_dtype))
         card = model_card(self.settings, description, before, after=None)
@@ -171,7 +181,7 @@ class _Job:
 
         training.model = self.base.model = None  # make room for what was saved
         gc.collect()
-        saved = load_model(str(model_path))
+        saved = load_model(str(model_path), getattr(torch, self.settings.dtype))
         after, after_seconds = self._evaluate(saved, "Evaluating the saved model")
 
         write_text(model_path / "README.md", model_card(self.settings, description, before, after))
@@ -204,7 +214,7 @@ class _Job:
         )
 
     def _evaluate(self, loaded: LoadedModel, title: str) -> tuple[Evaluation, float]:
-        """Measure a model in float32, whatever the type it is stored in, and time it."""
+        """Measure a model in the run's own type, whatever it is stored in, and time it."""
         loaded.model.to(self.arguments.device)
         settings = EvaluationSettings(
             batch_size=self.settings.per_device_eval_batch_size,

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 _LIBRARIES = r"(torch|transformers|trl|peft|accelerate|datasets|huggingface_hub)\b"
+
+# They log, as warnings, which kernels of theirs this machine has not, and every cast.
+_TALKATIVE = ("bitsandbytes", "torchao", "torch.utils._pytree")
 
 
 @contextmanager
@@ -21,6 +25,9 @@ def quiet_libraries() -> Iterator[None]:
     from datasets.utils import logging as datasets_bars
     from transformers.utils import logging as transformers_bars
 
+    talking = {name: logging.getLogger(name).level for name in _TALKATIVE}
+    for name in talking:
+        logging.getLogger(name).setLevel(logging.ERROR)
     shown = [bars for bars in (datasets_bars, transformers_bars) if bars.is_progress_bar_enabled()]
     for bars in shown:
         bars.disable_progress_bar()
@@ -32,3 +39,5 @@ def quiet_libraries() -> Iterator[None]:
     finally:
         for bars in shown:
             bars.enable_progress_bar()
+        for name, level in talking.items():
+            logging.getLogger(name).setLevel(level)

@@ -72,9 +72,13 @@ def model_card(
     )
 
 
+_BITS = {"load_in_4bit": 4, "load_in_8bit": 8}
+
+
 def adapter_card(settings: ResolvedSettings) -> str:
     """Return the text of the card that a saved adapter carries."""
     front = {"library_name": "peft", "base_model": settings.model, "tags": ["molf"]}
+    beside = f" beside the base in {_BITS[settings.quantised]} bits" if settings.quantised else ""
     return "\n".join(
         [
             "---",
@@ -82,9 +86,9 @@ def adapter_card(settings: ResolvedSettings) -> str:
             "---",
             f"# {settings.output_dir.name}: adapter",
             "",
-            f"For `{settings.model}`, trained on the task `{settings.task}` with molf, method "
-            f"`{settings.method}`. Loads with PEFT alone. `model/` of the same run has the merged "
-            "model and its measurements.",
+            f"For `{settings.model}`, trained on the task `{settings.task}`{beside} with molf, "
+            f"method `{settings.method}`. Loads with PEFT alone. `model/` of the same run has the "
+            "merged model and its measurements.",
             "",
         ]
     )

@@ -16,10 +16,10 @@ from molf.errors import InputError
 
 @dataclass
 class LoadedModel:
-    """A model in float32 with what belongs to it.
+    """A model with what belongs to it.
 
     Attributes:
-        model: The model, every weight float32.
+        model: The model, every weight in the type that it was asked for in.
         tokenizer: Its tokenizer.
         dtype: The type its weights are stored in.
         config: The configuration it came with; trainers change the model's own.
@@ -49,10 +49,14 @@ def load_skeleton(model: str) -> Any:
         raise _not_loaded(model, error) from error
 
 
-def load_model(model: str) -> LoadedModel:
-    """Load a causal language model in float32, and its tokenizer.
+def load_model(model: str, dtype: torch.dtype = torch.float32) -> LoadedModel:
+    """Load a causal language model and its tokenizer.
 
     Only safetensors weights are read and no code that came with the model is run.
+
+    Args:
+        model: A directory or a Hub id.
+        dtype: The type that its weights get.
 
     Raises:
         InputError: The model is not there, or is none that can be trained here.
@@ -62,7 +66,7 @@ def load_model(model: str) -> LoadedModel:
     try:
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-        loaded = _from_pretrained(name, torch.float32)
+        loaded = _from_pretrained(name, dtype)
         stored = config.dtype or _from_pretrained(name, "auto").dtype
     except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
         raise _not_loaded(model, error) from error

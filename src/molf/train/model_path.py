@@ -1,11 +1,13 @@
-"""What can be said about `--model` without importing torch or downloading anything."""
+"""What can be said about the base model without importing torch or downloading anything."""
 
 from __future__ import annotations
 
 import re
+from importlib.util import find_spec
 from pathlib import Path
 
 from molf.errors import InputError
+from molf.train.settings import TrainSettings
 
 
 def check_model(model: str) -> None:
@@ -29,6 +31,19 @@ def check_model(model: str) -> None:
         )
     else:
         _check_hub(model)
+
+
+def check_quantisation(settings: TrainSettings) -> None:
+    """Make sure that the library that quantises is installed, if the settings need it.
+
+    Raises:
+        InputError: It is not; the message names the extra.
+    """
+    if settings.quantised is not None and find_spec("bitsandbytes") is None:
+        raise InputError(
+            f"{settings.quantised} needs bitsandbytes, which is not installed: "
+            "pip install 'molf[bitsandbytes]'."
+        )
 
 
 def _check_hub(model: str) -> None:

@@ -35,9 +35,13 @@ def save_model(model: Any, base: LoadedModel, dtype: torch.dtype, card: str, pat
         path: The checkpoint's directory.
 
     Raises:
-        SaveError: The disk is full or cannot be written. An earlier checkpoint is as it was.
+        SaveError: A weight does not fit the type, or the disk is full or cannot be written. An
+            earlier checkpoint is as it was.
     """
     model.to(dtype)
+    for name, parameter in model.named_parameters():
+        if not bool(parameter.isfinite().all()):
+            raise SaveError(f"{name} has numbers that are not finite, or do not fit {dtype}")
     model.config = base.config
     model.generation_config = base.generation_config
     try:

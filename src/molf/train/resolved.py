@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from molf.errors import InputError
-from molf.train.defaults import ADAPTERS, defaults_for
+from molf.train.defaults import ADAPTERS, MERGE_BASES, defaults_for
 from molf.train.settings import TrainSettings
 
 
@@ -23,7 +23,22 @@ class ResolvedSettings(TrainSettings):
     num_train_epochs: float
     per_device_train_batch_size: int
     gradient_accumulation_steps: int
+    max_grad_norm: float
     output_dir: Path
+
+    @property
+    def trains_dense(self) -> bool:
+        """Whether anything is trained beside LoRA factors, and so by `learning_rate`."""
+        if self.method in ADAPTERS:
+            return False
+        config = self.method_config
+        return config is None or not (config.freeze_base and config.freezes_rest)
+
+    @property
+    def is_explicit(self) -> bool:
+        """Whether MoLF's experts are an adapter beside trained weights, as dropout demands."""
+        config = self.method_config
+        return self.method == "molf" and config is not None and config.lora_dropout > 0
 
     def as_options(self) -> dict[str, Any]:
         """Return the settings as plain values: a recipe that `molf train --config` accepts."""
@@ -43,15 +58,17 @@ def resolve(settings: TrainSettings, now: datetime) -> ResolvedSettings:
         InputError: The task needs an option that was not given.
 
     Warns:
-        UserWarning: Options that do nothing with this method were given, or several ranks for one
-            adapter.
+        UserWarning: Options that do nothing with this method were given, several ranks for one
+            adapter, or a single one for experts that have nothing beside them.
     """
     _warn_of_unused(settings)
-    _warn_of_summed_ranks(settings)
+    _warn_of_ranks(settings)
     given = {name: value for name, value in vars(settings).items() if value is not None}
     values = {**defaults_for(settings.method, settings.task), **given}
-    for name in _UNUSED[settings.method]:
+    for name in _unused(settings):
         values[name] = _DEFAULTS[name]
+    if settings.quantised is not None and settings.merge_base is None:
+        values["merge_base"] = MERGE_BASES[0]
     config = settings.method_config
     if config is not None:
         values |= {"ranks": config.ranks, "alpha": config.alphas, "use_rslora": config.use_rslora}
@@ -59,6 +76,13 @@ def resolve(settings: TrainSettings, now: datetime) -> ResolvedSettings:
         values["lora_learning_rate"] = None  # a task's own rate goes with the task's other rate
     if values.get("lora_learning_rate") is None:
         values["lora_learning_rate"] = values["learning_rate"]
+    if "optimizer_in_backward" in _UNUSED[settings.method] or not settings.optimizer_in_backward:
+        values.setdefault("max_grad_norm", 1.0)
+    else:
+        _use_in_backward(values)
+    is_rounded = settings.dtype == "bfloat16" and "weight_rounding" not in _UNUSED[settings.method]
+    if is_rounded and settings.weight_rounding is None:
+        values["weight_rounding"] = "exact"  # what the optimizers make of None
     values["model"] = settings.model or _task_model(settings.task)
     if settings.output_dir is None:
         values["output_dir"] = _fresh_directory(settings, values["model"], now)
@@ -76,6 +100,12 @@ _DEFAULTS = {
     if option.name != "training_args"
 }
 _ROUTING = ("score", "top_k", "freeze_rest", "nonfinite")
+_STORAGE = (
+    "weight_rounding",
+    "state_dtype",
+    "grad_accumulation_dtype",
+    "optimizer_in_backward",
+)
 _ADAPTER = (
     "ranks",
     "alpha",
@@ -89,23 +119,52 @@ _ADAPTER = (
 _UNUSED = {
     "fft": (*_ADAPTER, "match", "loraplus_lr_ratio", *_ROUTING),
     "molf": ("match", "loraplus_lr_ratio"),
-    **dict.fromkeys(ADAPTERS, ("weight_decay", "loraplus_lr_ratio", *_ROUTING)),
-    "lora+": ("weight_decay", *_ROUTING),
+    "molf-e": ("match", "loraplus_lr_ratio", "weight_rounding"),  # PEFT's factors are float32
+    **dict.fromkeys(ADAPTERS, ("weight_decay", "loraplus_lr_ratio", *_ROUTING, *_STORAGE)),
+    "lora+": ("weight_decay", *_ROUTING, *_STORAGE),
 }
 
 
+def _unused(settings: TrainSettings) -> tuple[str, ...]:
+    """Names of the options that do nothing with these others."""
+    unused = _UNUSED[settings.method]
+    if settings.method == "molf-e" and settings.freeze_rest is not False:
+        unused = ("weight_decay", *unused)
+    if settings.quantised is None:
+        unused = (*unused, "merge_base")
+    return unused
+
+
+def _use_in_backward(values: dict[str, Any]) -> None:
+    """Turn off what steps in the backward pass cannot do; the user did not ask for it."""
+    values["max_grad_norm"] = 0.0
+    steps = values["gradient_accumulation_steps"]
+    if steps > 1:
+        batch = values["per_device_train_batch_size"]
+        warnings.warn(
+            f"optimizer_in_backward accumulates no gradients: a step has {batch} examples instead "
+            f"of {batch * steps}. Raise per_device_train_batch_size if that fits.",
+            stacklevel=3,
+        )
+        values["gradient_accumulation_steps"] = 1
+
+
 def _warn_of_unused(settings: TrainSettings) -> None:
-    unused = [
-        name for name in _UNUSED[settings.method] if getattr(settings, name) != _DEFAULTS[name]
-    ]
+    unused = [name for name in _unused(settings) if getattr(settings, name) != _DEFAULTS[name]]
     if unused:
         warnings.warn(
             f"Without effect with method={settings.method}: {', '.join(unused)}.", stacklevel=3
         )
 
 
-def _warn_of_summed_ranks(settings: TrainSettings) -> None:
+def _warn_of_ranks(settings: TrainSettings) -> None:
     config = settings.method_config
+    if settings.method == "molf-e" and config and len(config.ranks) == 1:
+        warnings.warn(
+            f"method=molf-e with ranks={config.ranks[0]} has one expert, which always wins. Give "
+            "several, such as --ranks 32,128.",
+            stacklevel=3,
+        )
     if settings.method in ADAPTERS and config and len(settings.ranks or ()) > 1:
         given = ",".join(map(str, settings.ranks or ()))
         warnings.warn(

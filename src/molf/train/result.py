@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from molf.evaluate import Evaluation
-from molf.train.defaults import ADAPTERS
+from molf.train.defaults import ADAPTERS, ROUTED
 from molf.train.resolved import ResolvedSettings
 
 
@@ -89,8 +89,8 @@ def results_row(result: RunResult, settings: ResolvedSettings, started: datetime
         "match": settings.match if settings.method in ADAPTERS else "",
         "trained_parameters": result.trained_parameters,
         "lora_parameters": result.lora_parameters or "",
-        "score": config.score if config and settings.method == "molf" else "",
-        "learning_rate": "" if settings.method in ADAPTERS else settings.learning_rate,
+        "score": config.score if config and settings.method in ROUTED else "",
+        "learning_rate": settings.learning_rate if settings.trains_dense else "",
         "lora_learning_rate": settings.lora_learning_rate if config else "",
         "steps": result.steps,
         "training_loss": result.training_loss,

@@ -103,7 +103,7 @@ def routing_parts(run: Path) -> list[Path]:
     if not parts:
         if (run / CONFIG).is_file():
             raise InputError(
-                f"{run} has no routing: only method=molf routes its updates, and a run that goes "
+                f"{run} has no routing: only molf and molf-e route updates, and a run that goes "
                 "on, or was killed, has none before its first part is written."
             )
         raise InputError(

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from datetime import datetime
+from typing import TYPE_CHECKING
 
 from molf.evaluate import read_plain_text
-from molf.tasks import load_task
-from molf.train.model_path import check_model
+from molf.tasks import Task, load_task
+from molf.train.model_path import check_model, check_quantisation
 from molf.train.progress import Reporter, make_reporter
-from molf.train.resolved import resolve
+from molf.train.resolved import ResolvedSettings, resolve
 from molf.train.result import RunResult
 from molf.train.run_directory import check_output
 from molf.train.settings import TrainSettings
+
+if TYPE_CHECKING:
+    from molf.train.dry_run import DryRun
 
 
 def train(settings: TrainSettings, reporter: Reporter | None = None) -> RunResult:
@@ -29,10 +33,7 @@ def train(settings: TrainSettings, reporter: Reporter | None = None) -> RunResul
         RunError: The run failed; its directory holds the traceback.
     """
     started = datetime.now().astimezone()
-    resolved = resolve(settings, started)
-    check_model(resolved.model)
-    check_output(resolved.output_dir, overwrite=resolved.overwrite)
-    task = load_task(resolved.task_options)
+    resolved, task = _checked(settings, started)
     if resolved.forgetting_data is None:
         forgetting_text = task.default_forgetting_text()
     else:
@@ -44,3 +45,33 @@ def train(settings: TrainSettings, reporter: Reporter | None = None) -> RunResul
         from molf.train.job import run_job
 
         return run_job(resolved, task, forgetting_text, reporter or make_reporter(), started)
+
+
+def dry_run(settings: TrainSettings, reporter: Reporter | None = None) -> DryRun:
+    """Check a run as `train` does, and take two of its steps; nothing is written.
+
+    Args:
+        settings: The options.
+        reporter: Where progress is shown; standard error if not given.
+
+    Raises:
+        InputError: The options, the data or the model are wrong.
+    """
+    resolved, task = _checked(settings, datetime.now().astimezone())
+    if resolved.forgetting_data is not None:
+        read_plain_text(resolved.forgetting_data)
+    from molf.train.libraries import quiet_libraries
+
+    with quiet_libraries():
+        from molf.train.dry_run import rehearse
+
+        return rehearse(resolved, task, reporter or make_reporter())
+
+
+def _checked(settings: TrainSettings, started: datetime) -> tuple[ResolvedSettings, Task]:
+    """What can be checked at once: options, model, output directory and data."""
+    resolved = resolve(settings, started)
+    check_quantisation(resolved)
+    check_model(resolved.model)
+    check_output(resolved.output_dir, overwrite=resolved.overwrite)
+    return resolved, load_task(resolved.task_options)

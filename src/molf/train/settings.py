@@ -8,20 +8,32 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
 
 from cyclopts import Group, Parameter
 
 from molf.core.config import SCORES, MoLFConfig
+from molf.core.names import ROUNDINGS, STATE_DTYPES
 from molf.errors import InputError
 from molf.tasks import TASKS, TaskOptions, check_task
 from molf.train.converters import numbers, patterns, words
-from molf.train.defaults import ADAPTERS, MATCHES, METHODS, default_alpha, defaults_for
+from molf.train.defaults import (
+    ADAPTERS,
+    MATCHES,
+    MERGE_BASES,
+    METHODS,
+    QUANTISABLE,
+    ROUTED,
+    default_alpha,
+    defaults_for,
+)
 
 SCHEDULERS = ("cosine", "linear", "constant", "constant_with_warmup")
 NONFINITE = ("raise", "skip")
 DTYPES = ("float32", "bfloat16", "float16")
+WEIGHT_DTYPES = ("float32", "bfloat16")
 
 DATA = Group.create_ordered("Data")
 MODEL = Group.create_ordered("Model")
@@ -58,10 +70,20 @@ class TrainSettings:
     gradient_checkpointing: Annotated[bool, Parameter(group=MODEL)] = False
     """Recompute activations in the backward pass: slower, less memory."""
     bf16: Annotated[bool | None, Parameter(group=MODEL, show_default="where CUDA has it")] = None
-    """bfloat16 autocast in training; the weights stay float32."""
+    """bfloat16 autocast in training, whatever the type of the weights."""
+    dtype: Annotated[str, Parameter(choices=WEIGHT_DTYPES, group=MODEL)] = "float32"
+    """Type of the weights in training; bfloat16 takes half the memory for weights and gradients."""
+    load_in_4bit: Annotated[bool, Parameter(group=MODEL, negative=())] = False
+    """Train beside a frozen 4-bit base (bitsandbytes, NF4): molf-e, lora, lora+, eva."""
+    load_in_8bit: Annotated[bool, Parameter(group=MODEL, negative=())] = False
+    """The same with 8 bits (LLM.int8)."""
+    merge_base: Annotated[
+        str | None, Parameter(choices=MERGE_BASES, group=MODEL, show_default="dequantised")
+    ] = None
+    """What model/ is merged into: the quantised weights' numbers, as trained, or the original."""
 
     method: Annotated[str, Parameter(choices=METHODS, group=METHOD)] = "molf"
-    """fft: all weights. molf: routed per layer and step. The others train one PEFT adapter."""
+    """fft: all weights. molf, molf-e: routed per layer and step. Others train a PEFT adapter."""
     ranks: Annotated[
         tuple[int, ...] | None,
         Parameter(group=METHOD, converter=numbers(int), n_tokens=1, show_default=_AUTO),
@@ -77,7 +99,7 @@ class TrainSettings:
     use_rslora: Annotated[bool | None, Parameter(group=METHOD, show_default="by method")] = None
     """Scale by alpha / sqrt(rank) instead of alpha / rank."""
     lora_dropout: Annotated[float | None, Parameter(group=METHOD, show_default=_AUTO)] = None
-    """Dropout before the LoRA factors."""
+    """Dropout before the LoRA factors. With molf, above 0 takes an adapter beside the weights."""
     loraplus_lr_ratio: Annotated[float | None, Parameter(group=METHOD, show_default="16")] = None
     """With lora+, the learning rate of B as a multiple of that of A (lora_learning_rate)."""
     score: Annotated[str, Parameter(choices=SCORES, group=METHOD)] = "epd"
@@ -92,11 +114,26 @@ class TrainSettings:
         str | tuple[str, ...], Parameter(group=METHOD, converter=patterns, n_tokens=1)
     ] = ("lm_head",)
     """Layers never to adapt, in the same form."""
-    freeze_rest: Annotated[bool | None, Parameter(group=METHOD, show_default="train it")] = None
-    """With molf, freeze what is not routed (norms, embeddings, biases)."""
+    freeze_rest: Annotated[
+        bool | None, Parameter(group=METHOD, show_default="molf trains it, molf-e does not")
+    ] = None
+    """Freeze what is not routed (norms, embeddings, biases)."""
     nonfinite: Annotated[str, Parameter(choices=NONFINITE, group=METHOD)] = "raise"
-    """With molf, what an infinite or NaN gradient does: stop the run, or skip the step."""
+    """With molf, molf-e: what an infinite or NaN gradient does: stop the run, or skip the step."""
 
+    weight_rounding: Annotated[
+        str | None, Parameter(choices=ROUNDINGS, group=OPTIMIZATION, show_default="exact")
+    ] = None
+    """How fft and molf write bfloat16 weights: exact (as float32), stochastic, or nearest."""
+    state_dtype: Annotated[str, Parameter(choices=STATE_DTYPES, group=OPTIMIZATION)] = "float32"
+    """How fft and molf keep the moments of weights: float32, or 8bit (needs torchao)."""
+    grad_accumulation_dtype: Annotated[
+        str | None,
+        Parameter(choices=("float32",), group=OPTIMIZATION, show_default="that of the weights"),
+    ] = None
+    """float32 adds the gradients of bfloat16 weights up without rounding (fft, molf)."""
+    optimizer_in_backward: Annotated[bool, Parameter(group=OPTIMIZATION)] = False
+    """Move each layer in the backward pass and free its gradient; no clipping, no accumulation."""
     learning_rate: Annotated[float | None, Parameter(group=OPTIMIZATION, show_default=_AUTO)] = None
     """Peak learning rate."""
     lora_learning_rate: Annotated[
@@ -125,7 +162,7 @@ class TrainSettings:
     """How the learning rates fall."""
     warmup_ratio: Annotated[float, Parameter(group=OPTIMIZATION)] = 0.1
     """Share of the steps in which the learning rates rise."""
-    max_grad_norm: Annotated[float, Parameter(group=OPTIMIZATION)] = 1.0
+    max_grad_norm: Annotated[float | None, Parameter(group=OPTIMIZATION, show_default="1")] = None
     """Clip the gradients to this norm; 0 turns clipping off."""
     adam_beta1: Annotated[float, Parameter(group=OPTIMIZATION)] = 0.9
     """Decay rate of the first moment."""
@@ -147,6 +184,8 @@ class TrainSettings:
     """The run's directory."""
     overwrite: Annotated[bool, Parameter(group=OUTPUT)] = False
     """Replace an earlier run in output_dir, once this one is complete."""
+    dry_run: Annotated[bool, Parameter(group=OUTPUT, negative=())] = False
+    """Check everything, take two steps, and print memory and time; nothing is written."""
     save_dtype: Annotated[
         str | None, Parameter(choices=DTYPES, group=OUTPUT, show_default="the base's")
     ] = None
@@ -173,6 +212,11 @@ class TrainSettings:
             ("lr_scheduler_type", SCHEDULERS),
             ("nonfinite", NONFINITE),
             ("save_dtype", (None, *DTYPES)),
+            ("merge_base", (None, *MERGE_BASES)),
+            ("dtype", WEIGHT_DTYPES),
+            ("weight_rounding", (None, *ROUNDINGS)),
+            ("state_dtype", STATE_DTYPES),
+            ("grad_accumulation_dtype", (None, "float32")),
         ):
             if getattr(self, name) not in allowed:
                 choices = ", ".join(choice for choice in allowed if choice)
@@ -195,12 +239,40 @@ class TrainSettings:
         for name in ("model", "data", "eval_data", "forgetting_data"):
             if getattr(self, name) == "":
                 raise InputError(f"Invalid {name}: empty. Leave the option out for the default.")
+        if self.weight_rounding is not None and self.dtype == "float32":
+            raise InputError(
+                f"Invalid weight_rounding={self.weight_rounding} with dtype=float32: there is "
+                "nothing to round. Give --dtype bfloat16, or leave weight_rounding out."
+            )
+        if self.optimizer_in_backward:
+            self._check_in_backward()
+        if self.state_dtype == "8bit" and find_spec("torchao") is None:
+            raise InputError(
+                "Invalid state_dtype=8bit: it needs torchao. Install it with pip install "
+                "'molf[torchao]', or give --state_dtype float32."
+            )
         if self.save_total_limit is not None and self.save_steps is None:
             raise InputError(
                 "Invalid save_total_limit without save_steps: no checkpoints are written."
             )
+        self._check_quantised()
         check_task(self.task_options)
         self.method_config  # noqa: B018 (raises where the method's own settings are wrong)
+
+    def _check_in_backward(self) -> None:
+        """Refuse what needs the gradients of all layers at once, where it was asked for."""
+        impossible = {
+            "gradient_accumulation_steps": (self.gradient_accumulation_steps or 1) > 1,
+            "max_grad_norm": (self.max_grad_norm or 0) > 0,
+            "nonfinite": self.nonfinite == "skip",
+            "grad_accumulation_dtype": self.grad_accumulation_dtype is not None,
+        }
+        for name, is_impossible in impossible.items():
+            if is_impossible:
+                raise InputError(
+                    f"Invalid {name}={getattr(self, name)} with optimizer_in_backward: each layer "
+                    "moves as soon as its own gradient is there. Leave one of the two out."
+                )
 
     @property
     def task_options(self) -> TaskOptions:
@@ -216,8 +288,32 @@ class TrainSettings:
         )
 
     @property
+    def quantised(self) -> str | None:
+        """The option that asks for a quantised base, or None."""
+        options = ("load_in_4bit", "load_in_8bit")
+        return next((name for name in options if getattr(self, name)), None)
+
+    def _check_quantised(self) -> None:
+        if self.quantised is None:
+            return
+        if self.load_in_4bit and self.load_in_8bit:
+            raise InputError("Invalid load_in_4bit with load_in_8bit. Give one of them.")
+        if self.method in QUANTISABLE:
+            if self.method in ROUTED and self.freeze_rest is False:
+                raise InputError(
+                    f"Invalid freeze_rest=False with {self.quantised}: beside a quantised base the "
+                    "adapter alone is trained. Leave one of them out."
+                )
+        else:
+            raise InputError(
+                f"Invalid {self.quantised} with method={self.method}: "
+                f"{_NOT_QUANTISABLE[self.method]}. Use --method {', '.join(QUANTISABLE[:-1])} or "
+                f"{QUANTISABLE[-1]}, or leave it out."
+            )
+
+    @property
     def method_config(self) -> MoLFConfig | None:
-        """The adapters' settings: molf's experts, or one adapter of the summed rank. None for fft.
+        """The experts of a routed method, or one adapter of the summed rank. None for fft.
 
         Raises:
             InputError: A value is not allowed, or not with this method.
@@ -240,13 +336,16 @@ class TrainSettings:
                 ranks = (sum(ranks),)
             if alpha is None:
                 alpha = default_alpha(self.method, ranks[0], use_rslora=rslora)
+        elif alpha is None:
+            alpha = [default_alpha(self.method, rank, use_rslora=rslora) for rank in ranks]
         dropout = self.lora_dropout if self.lora_dropout is not None else defaults["lora_dropout"]
-        if self.method == "molf" and dropout:
+        routes = self.method in ROUTED
+        freezes = self.method == "molf-e"
+        if freezes and self.score == "full":
             raise InputError(
-                f"Invalid lora_dropout={dropout} with method=molf. Must be 0: its experts are "
-                "folded into the weight, where a dropout mask cannot reach them."
+                "Invalid score='full' with method=molf-e: its base is frozen, so it has no full "
+                "expert. Use another score, or --method molf."
             )
-        routes = self.method == "molf"
         try:
             return MoLFConfig(
                 ranks=ranks,
@@ -257,12 +356,21 @@ class TrainSettings:
                 exclude_modules=self.exclude_modules,
                 score=self.score if routes else MoLFConfig.score,
                 top_k=self.top_k if routes else MoLFConfig.top_k,
+                freeze_base=freezes,
                 freeze_rest=self.freeze_rest if routes else None,
                 seed=self.seed,
             )
         except ValueError as error:
             raise InputError(str(error)) from error
 
+
+_NOT_QUANTISABLE = {
+    "fft": "it trains the base weights, which quantised ones cannot be",
+    "molf": "its full expert trains the base weights, which quantised ones cannot be",
+    "dora": "its magnitudes are the norms of weights, and it cannot be merged into quantised ones",
+    "pissa": "it decomposes the base weights, which must be real numbers",
+    "adalora": "it cannot be merged into quantised weights",
+}
 
 _POSITIVE = (
     "max_samples",

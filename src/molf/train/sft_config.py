@@ -13,7 +13,6 @@ from transformers.integrations import get_available_reporting_integrations
 from trl import SFTConfig
 
 from molf.errors import InputError
-from molf.train.defaults import ADAPTERS
 from molf.train.resolved import ResolvedSettings
 from molf.train.run_directory import CHECKPOINTS
 from molf.train.settings import TrainSettings
@@ -100,7 +99,7 @@ def sft_config(settings: ResolvedSettings) -> SFTConfig:
         "packing": False,
         "dataset_kwargs": {"skip_prepare_dataset": True},
     }
-    if settings.method in ADAPTERS:
+    if not settings.trains_dense:
         arguments |= {
             "learning_rate": settings.lora_learning_rate,
             "weight_decay": settings.lora_weight_decay,

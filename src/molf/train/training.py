@@ -5,23 +5,38 @@ from __future__ import annotations
 import copy
 import time
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
-from transformers import PrinterCallback
+from safetensors.torch import save_model as save_tensors
+from transformers import PrinterCallback, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
-from molf.train.callbacks import MetricsCallback, RoutingCallback, Throughput
+from molf.core.adamw import AdamW
+from molf.train.callbacks import (
+    FidelityCallback,
+    MetricsCallback,
+    RoutingCallback,
+    Throughput,
+    fidelity_figures,
+    unwrapped,
+)
 from molf.train.defaults import ADAPTERS
+from molf.train.merging import merge_trained
 from molf.train.methods import Prepared, TrainingData, prepare
 from molf.train.model_loading import LoadedModel
 from molf.train.model_saving import save_adapter
 from molf.train.progress import Reporter
+from molf.train.quantised_base import Precision, load_quantised
 from molf.train.resolved import ResolvedSettings
 from molf.train.routing_log import RoutingWriter
 from molf.train.run_directory import ADAPTER, CHECKPOINTS, METRICS, ROUTING, RunDirectory
 from molf.train.wins import Wins
+
+ALL_WEIGHTS = "model.safetensors"
 
 
 @dataclass
@@ -37,6 +52,7 @@ class Training:
         tokens: Tokens seen, padding left out.
         loss: Mean training loss.
         shares: Share of layers that each expert won; empty without routing.
+        merge: What the merge did to the model; empty where nothing was merged.
     """
 
     model: Any
@@ -47,6 +63,7 @@ class Training:
     tokens: int
     loss: float
     shares: dict[str, float]
+    merge: dict[str, Any]
 
 
 def run_training(
@@ -56,23 +73,34 @@ def run_training(
     arguments: SFTConfig,
     directory: RunDirectory,
     reporter: Reporter,
+    callbacks: Sequence[TrainerCallback] = (),
 ) -> Training:
-    """Train `base.model` on the samples; the model is changed in place.
+    """Train `base.model` on the samples; the model is changed in place, or taken over.
 
-    A trained adapter is saved before it is merged.
+    A trained adapter is saved before it is merged. `callbacks` are told of everything, as well as
+    the run's own.
     """
+    if settings.quantised is not None:
+        reporter.say(f"Loading the base again ({settings.quantised})")
+        base.model = None  # make room
+        base.model = load_quantised(settings, arguments.bf16, arguments.device)
     if settings.method in ADAPTERS:  # for PiSSA and EVA this may take its time
         reporter.say("Putting in the adapter")
+    precision = Precision(base.model)
     started = time.perf_counter()
     prepared = prepare(base.model, settings, data)
     preparation_seconds = time.perf_counter() - started
     wins = Wins(prepared.experts)
+    # Gradients that are freed in the backward pass leave the trainer a norm of 0.
+    without = ("grad_norm",) if settings.optimizer_in_backward else ()
     _warn_of_warmup(data.steps, arguments)
     with (
         RoutingWriter(directory / ROUTING) as writer,
         reporter.training(data.steps) as show,
     ):
         trainer = _Trainer(
+            prepared,
+            wins,
             model=prepared.model,
             args=arguments,
             train_dataset=Dataset.from_dict(
@@ -82,24 +110,29 @@ def run_training(
             optimizer_cls_and_kwargs=prepared.optimizer,
             callbacks=[
                 RoutingCallback(prepared, writer, wins),
-                MetricsCallback(directory / METRICS, show),
+                FidelityCallback(),
+                MetricsCallback(directory / METRICS, show, without),
                 *prepared.callbacks,
+                *callbacks,
             ],
         )
         trainer.remove_callback(PrinterCallback)
-        trainer.wins = wins
-        trainer.prepared = prepared
         started = time.perf_counter()
         output = trainer.train()
         seconds = time.perf_counter() - started
     checkpoints = directory / CHECKPOINTS
     if not any(checkpoints.iterdir()):
         checkpoints.rmdir()  # the trainer makes it in any case
-    model = trainer.accelerator.unwrap_model(trainer.model)
+    # Without the trainer's autocast, in which the merge would be measured.
+    model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
+    precision.restore()
+    if settings.save_dtype == "float32":
+        restore_float32(trainer.optimizer)
     if prepared.save_adapter is not None:
         save_adapter(prepared.save_adapter, model, settings, directory / ADAPTER)
+    plain, record = merge_trained(model, settings, data, reporter)
     return Training(
-        model=prepared.finish(model),
+        model=plain,
         trained_parameters=prepared.trained_parameters,
         steps=output.global_step,
         seconds=seconds,
@@ -107,7 +140,23 @@ def run_training(
         tokens=trainer.state.num_input_tokens_seen,
         loss=output.training_loss,
         shares=wins.shares(),
+        merge=record,
     )
+
+
+def _trains_more_than_its_adapter(model: Any) -> bool:
+    return hasattr(model, "peft_config") and any(
+        parameter.requires_grad and ".lora_" not in name
+        for name, parameter in model.named_parameters()
+    )
+
+
+def restore_float32(optimizer: Any) -> None:
+    """Give exact bfloat16 weights the halves that they do not hold: they become float32."""
+    optimizer = unwrapped(optimizer)
+    if isinstance(optimizer, AdamW):
+        for parameter, values in optimizer.float32_weights().items():
+            parameter.data = values  # the same parameter, so that ties stay
 
 
 def _warn_of_warmup(steps: int, arguments: SFTConfig) -> None:
@@ -123,8 +172,33 @@ def _warn_of_warmup(steps: int, arguments: SFTConfig) -> None:
 class _Trainer(SFTTrainer):
     """SFTTrainer with a method's own term of the loss and figures in the log, for trackers too."""
 
-    wins: Wins
-    prepared: Prepared
+    def __init__(self, prepared: Prepared, wins: Wins, **kwargs: Any) -> None:
+        self.prepared = prepared
+        self.wins = wins
+        model = prepared.model
+        trained = {p: p.data for p in model.parameters() if p.requires_grad}
+        super().__init__(**kwargs)
+        for parameter, data in trained.items():
+            # TRL rounds what is trained beside a quantised base to bfloat16, which loses small
+            # updates.
+            if parameter.dtype != data.dtype:
+                parameter.data = data.to(parameter.device)
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        """Make the optimizer, without its advice on checkpoints, which `_save` follows."""
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".* trained parameters are outside the adap")
+            return super().create_optimizer(*args, **kwargs)
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        """Save a checkpoint: all weights where more is trained than the adapter, which PEFT saves.
+
+        The names are those of the model with its adapter.
+        """
+        super()._save(output_dir, state_dict)
+        model = self.accelerator.unwrap_model(self.model)
+        if self.args.should_save and _trains_more_than_its_adapter(model):
+            save_tensors(model, str(Path(output_dir or self.args.output_dir) / ALL_WEIGHTS))
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         self._throughput = Throughput()
@@ -149,6 +223,7 @@ class _Trainer(SFTTrainer):
             for name, ratio in self.prepared.rates.items():
                 logs[name] = logs["learning_rate"] * ratio
             logs |= self.prepared.measure()
+            logs |= fidelity_figures(self.optimizer)
             tokens = int(self.state.num_input_tokens_seen)
             logs["tokens_per_second"] = self._throughput.since_last(tokens)
             logs |= {f"won/{name}": share for name, share in self.wins.take_recent().items()}

@@ -12,6 +12,7 @@ from molf.train.methods.fft import FullFineTuning
 from molf.train.methods.lora import Lora
 from molf.train.methods.lora_plus import LoraPlus
 from molf.train.methods.molf import Molf
+from molf.train.methods.molf_e import MolfEfficient
 from molf.train.methods.pissa import Pissa
 from molf.train.resolved import ResolvedSettings
 
@@ -27,6 +28,7 @@ _METHODS: dict[str, Method] = {
     "eva": Eva(),
     "adalora": AdaLora(),
     "molf": Molf(),
+    "molf-e": MolfEfficient(),
 }
 
 
@@ -53,7 +55,9 @@ def plan(model: Any, settings: ResolvedSettings, data: TrainingData) -> Plan:
 
 
 def prepare(model: Any, settings: ResolvedSettings, data: TrainingData) -> Prepared:
-    """Make a float32 model ready to be trained with `settings.method`; it is changed in place.
+    """Make a model ready to be trained with `settings.method`; it is changed in place.
+
+    Its weights are float32, or quantised where the settings say so.
 
     Random initialisation depends on `settings.seed` alone.
     """

@@ -85,8 +85,7 @@ class Adapter(Method):
             optimizer_class=torch.optim.AdamW,
             layers=(),
             trained_parameters=count_trainable(wrapped),
-            finish=_merged,
-            save_adapter=_save,
+            save_adapter=save_adapter,
         )
 
     def initialise(
@@ -150,11 +149,8 @@ def lora_config(plan: AdapterPlan, settings: ResolvedSettings, **further: Any) -
     )
 
 
-def _merged(model: Any) -> Any:
-    return model.merge_and_unload()
-
-
-def _save(model: Any, path: Path) -> None:
+def save_adapter(model: Any, path: Path) -> None:
+    """Write the adapter as PEFT does."""
     model.save_pretrained(path)
 
 

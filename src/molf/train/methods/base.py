@@ -13,7 +13,8 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from molf.core.config import MoLFConfig
-from molf.core.layers import find_layers
+from molf.core.layers import find_layers, matching_linears
+from molf.core.quantised import is_quantised
 from molf.errors import InputError
 from molf.tasks.encoding import EncodedSamples
 from molf.train.resolved import ResolvedSettings
@@ -75,10 +76,6 @@ class Plan:
         }
 
 
-def _unchanged(model: Any) -> Any:
-    return model
-
-
 @dataclass(frozen=True)
 class Prepared:
     """A model ready for the trainer, and what has to happen around and after the training.
@@ -90,8 +87,8 @@ class Prepared:
         layers: Names of the layers that are routed; each must be in the first step.
         trained_parameters: How many numbers are trained.
         experts: What the optimizer routes between; empty without routing.
-        finish: From the trained model to the plain transformers model, merged in float32.
-        save_adapter: Writes the trained model's adapter into a directory; None where there is none.
+        save_adapter: Writes the trained model's adapter into a directory; None where there is none,
+            or more than the adapter is trained.
         rates: Further learning rates, as multiples of the one that the trainer logs.
         penalty: A term of the loss beside the task's, once for each optimizer step.
         measure: What is to be logged beside the trainer's figures.
@@ -104,7 +101,6 @@ class Prepared:
     layers: tuple[str, ...]
     trained_parameters: int
     experts: tuple[str, ...] = ()
-    finish: Callable[[Any], Any] = _unchanged
     save_adapter: Callable[[Any, Path], None] | None = None
     rates: Mapping[str, float] = field(default_factory=dict)
     penalty: Callable[[], Tensor] | None = None
@@ -138,6 +134,13 @@ def find_adapted_layers(model: Any, settings: ResolvedSettings) -> tuple[Layer, 
     if config is None:
         return ()
     try:
+        linears: dict[str, Any] = dict(matching_linears(model, config))
+        if any(is_quantised(module.weight) for module in linears.values()):
+            # Their weights are packed and the modules never transposed, whatever they replaced.
+            return tuple(
+                Layer(name, module.in_features, module.out_features, False)
+                for name, module in linears.items()
+            )
         found = find_layers(model, config)
     except ValueError as error:
         raise InputError(str(error)) from error

@@ -6,7 +6,9 @@ from typing import Any
 
 import torch
 
+from molf.core.adamw import AdamW
 from molf.train.methods.base import Method, Plan, Prepared, TrainingData, count_trainable
+from molf.train.methods.storage import is_plain, storage_options
 from molf.train.resolved import ResolvedSettings
 
 
@@ -19,19 +21,27 @@ class FullFineTuning(Method):
 
     def prepare(self, model: Any, settings: ResolvedSettings, data: TrainingData) -> Prepared:
         """The model as it is."""
+        optimizer_class, options = _optimizer(settings)
         return Prepared(
             model=model,
             # For a class in the slot the trainer makes the groups with and without decay.
             optimizer=(
-                torch.optim.AdamW,
+                optimizer_class,
                 {
                     "lr": settings.learning_rate,
                     "betas": (settings.adam_beta1, settings.adam_beta2),
                     "eps": settings.adam_epsilon,
-                    "fused": True,
+                    **options,
                 },
             ),
-            optimizer_class=torch.optim.AdamW,
+            optimizer_class=optimizer_class,
             layers=(),
             trained_parameters=count_trainable(model),
         )
+
+
+def _optimizer(settings: ResolvedSettings) -> tuple[type[torch.optim.Optimizer], dict[str, Any]]:
+    """Torch's fused AdamW where it has what is wanted, else the one that molf is made of."""
+    if is_plain(settings):
+        return torch.optim.AdamW, {"fused": True}
+    return AdamW, {"seed": settings.seed, **storage_options(settings)}

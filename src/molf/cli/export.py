@@ -1,0 +1,50 @@
+"""`molf export`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Parameter
+
+from molf.errors import InputError
+from molf.train.settings import DTYPES
+
+KINDS = ("model", "adapter")
+
+
+def export_run(
+    run: Path,
+    /,
+    *,
+    what: Annotated[str, Parameter(choices=KINDS)] = "model",
+    dtype: Annotated[str | None, Parameter(choices=DTYPES, show_default="as it is")] = None,
+    output_dir: Annotated[Path | None, Parameter(show_default="RUN/WHAT-DTYPE")] = None,
+    overwrite: Annotated[bool, Parameter(negative=())] = False,
+) -> None:
+    """Write the model of a run, or its adapter, in another type or to another place.
+
+    Args:
+        run: Directory of a run of `molf train`.
+        what: The merged model, which transformers loads, or the adapter, which PEFT loads.
+        dtype: Type of the weights.
+        output_dir: Where it goes.
+        overwrite: Replace an earlier export there.
+    """
+    for name, value, allowed in (("what", what, KINDS), ("dtype", dtype, (None, *DTYPES))):
+        if value not in allowed:
+            choices = ", ".join(filter(None, allowed))
+            raise InputError(f"Invalid {name}={value!r}. Must be one of {choices}.")
+    from molf.train.finished_run import read_run
+
+    finished = read_run(run)
+    finished.check(what)
+    from molf.train.libraries import quiet_libraries
+
+    with quiet_libraries():
+        from molf.train.export import export_adapter, export_model
+
+        export = export_model if what == "model" else export_adapter
+        path = export(finished, dtype, output_dir, overwrite=overwrite)
+    sys.stdout.write(f"{path}\n")

@@ -1,0 +1,130 @@
+"""`molf plan`."""
+
+from __future__ import annotations
+
+import json as json_module
+import sys
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+from cyclopts import Parameter
+
+from molf.errors import InputError
+from molf.plan.workload import DEVICES, DTYPES, METHODS, Workload, method_config
+from molf.train.converters import numbers, patterns
+from molf.train.defaults import COMMON
+from molf.train.settings import DATA, METHOD, MODEL, OPTIMIZATION, OUTPUT
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class PlanOptions:
+    """The options of `molf plan`; those that `molf train` has mean the same."""
+
+    model: Annotated[str, Parameter(group=MODEL)]
+    """A local directory in transformers format, or a Hub id; its config.json alone is read."""
+    max_length: Annotated[int, Parameter(group=DATA)] = 1024
+    """Tokens of the longest example; a batch of such examples is planned."""
+    gradient_checkpointing: Annotated[bool, Parameter(group=MODEL)] = False
+    """Recompute activations in the backward pass: slower, less memory."""
+    bf16: Annotated[bool | None, Parameter(group=MODEL, show_default="on cuda")] = None
+    """bfloat16 autocast in training."""
+    dtype: Annotated[str, Parameter(choices=DTYPES, group=MODEL)] = "float32"
+    """Type of the weights; molf train loads them in float32."""
+    device: Annotated[str, Parameter(choices=DEVICES, group=MODEL)] = "cuda"
+    """Kind of device that the training will run on."""
+    num_gpus: Annotated[int, Parameter(group=MODEL)] = 1
+    """Devices that share weights, gradients and optimizer state (full sharding): an estimate."""
+
+    method: Annotated[str, Parameter(choices=METHODS, group=METHOD)] = "molf"
+    """fft: all weights. lora: one adapter. molf: routed per layer and step. molf-e: frozen base."""
+    ranks: Annotated[
+        tuple[int, ...] | None,
+        Parameter(group=METHOD, converter=numbers(int), n_tokens=1, show_default="by method"),
+    ] = None
+    """Rank of each LoRA expert, separated by commas."""
+    lora_dropout: Annotated[float | None, Parameter(group=METHOD, show_default="by method")] = None
+    """Dropout before the LoRA factors."""
+    top_k: Annotated[int, Parameter(group=METHOD)] = 1
+    """How many experts of a layer take each update."""
+    target_modules: Annotated[
+        str | tuple[str, ...], Parameter(group=METHOD, converter=patterns, n_tokens=1)
+    ] = "all-linear"
+    """Layers to adapt: all-linear, name endings separated by commas, or a regular expression."""
+    exclude_modules: Annotated[
+        str | tuple[str, ...], Parameter(group=METHOD, converter=patterns, n_tokens=1)
+    ] = ("lm_head",)
+    """Layers never to adapt, in the same form."""
+    freeze_rest: Annotated[bool | None, Parameter(group=METHOD, show_default="train it")] = None
+    """With molf, freeze what is not routed (norms, embeddings, biases)."""
+
+    per_device_train_batch_size: Annotated[int, Parameter(group=OPTIMIZATION)] = COMMON[
+        "per_device_train_batch_size"
+    ]
+    """Examples per forward pass."""
+    gradient_accumulation_steps: Annotated[int, Parameter(group=OPTIMIZATION)] = COMMON[
+        "gradient_accumulation_steps"
+    ]
+    """Forward passes per optimizer step."""
+
+    json: Annotated[bool, Parameter(group=OUTPUT, negative=())] = False
+    """Print the plan as JSON, sizes in bytes."""
+
+    def __post_init__(self) -> None:
+        """Check the numbers; names are checked with the model."""
+        for name in (
+            "per_device_train_batch_size",
+            "gradient_accumulation_steps",
+            "max_length",
+            "num_gpus",
+        ):
+            if getattr(self, name) < 1:
+                raise InputError(
+                    f"Invalid {name}={getattr(self, name)}. Must be finite and greater than 0."
+                )
+        if not self.model:
+            raise InputError("Invalid model: empty. Give a local directory or a Hub id.")
+
+
+def plan_model(options: PlanOptions) -> None:
+    """Say what a training will take, from the model's configuration alone.
+
+    Args:
+        options: The options.
+    """
+    from molf.train.model_path import check_model
+
+    check_model(options.model)
+    from molf.train.libraries import quiet_libraries
+
+    with quiet_libraries():
+        from molf.plan.request import plan_training, read_model_config
+
+        adapters: dict[str, Any] = {
+            "ranks": options.ranks,
+            "lora_dropout": options.lora_dropout,
+            "target_modules": options.target_modules,
+            "exclude_modules": options.exclude_modules,
+        }
+        if options.method in ("molf", "molf-e"):
+            adapters |= {"top_k": options.top_k, "freeze_rest": options.freeze_rest}
+        workload = Workload(
+            method=options.method,
+            config=method_config(options.method, **adapters),
+            batch_size=options.per_device_train_batch_size,
+            length=options.max_length,
+            accumulates=options.gradient_accumulation_steps > 1,
+            checkpointing=options.gradient_checkpointing,
+            dtype=options.dtype,
+            bf16=options.device == "cuda" if options.bf16 is None else options.bf16,
+            device=options.device,
+            padded=options.per_device_train_batch_size > 1,
+            num_gpus=options.num_gpus,
+        )
+        plan = plan_training(options.model, read_model_config(options.model), workload)
+    if options.json:
+        sys.stdout.write(json_module.dumps(plan.record(), indent=2) + "\n")
+        return
+    from molf.cli.plan_report import print_plan
+
+    print_plan(plan)

@@ -1,0 +1,158 @@
+"""What `molf plan` prints: parameters, bytes, devices, and what would make it fit."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.table import Table
+
+from molf.plan.devices import DEVICES, show_bytes
+
+if TYPE_CHECKING:  # both take seconds to import
+    from molf.plan.memory import MemoryPlan
+    from molf.plan.request import TrainingPlan
+    from molf.train.dry_run import DryRun
+
+
+def print_plan(plan: TrainingPlan) -> None:
+    """Print a plan to standard output."""
+    console = Console()
+    _say(console, *_header(plan))
+    console.print(_parameters(plan))
+    console.print(_memory(plan))
+    if plan.workload.num_gpus > 1:
+        _say(
+            console,
+            f"Each of {plan.workload.num_gpus} GPUs: weights, gradients and optimizer state are "
+            "divided (FSDP2's full sharding), activations are those of its own batch; embeddings, "
+            "head and one decoder layer at a time are whole. An estimate, not measured; molf train "
+            "itself runs on one device.",
+        )
+    console.print(_devices(plan))
+    _say(
+        console,
+        "GB as sold, taken as GiB; usable is what an allowance of 1 GiB and 5% leaves for tensors.",
+        *_advice(plan),
+    )
+
+
+def print_dry_run(result: DryRun) -> None:
+    """Print what two steps showed to standard output."""
+    shape = f"{result.batch_size} x {result.length} tokens"
+    planned = "not known for this method"
+    if result.planned is not None:
+        ratio = result.planned / max(result.measured, 1)
+        planned = f"{show_bytes(result.planned)} ({ratio:.3f} of the measured)"
+    lines = [
+        f"data      {result.tokenized} of {result.examples} examples tokenized, "
+        f"{result.left_out} of them above {result.limit} tokens and left out",
+        f"measured  {show_bytes(result.measured)} at most, {shape} ({result.measured_of})",
+        f"planned   {planned}",
+    ]
+    if result.planned_at_limit is not None and result.limit > result.length:
+        lines.append(
+            f"          {show_bytes(result.planned_at_limit)} should examples of {result.limit} "
+            "tokens come"
+        )
+    lines += [
+        f"time      {result.seconds:.2f} s per step with the longest examples",
+        f"          about {_duration(result.estimated_seconds)} for {result.steps} steps, judged "
+        "by the examples' lengths; evaluations not included",
+    ]
+    _say(Console(), *lines)
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+def _header(plan: TrainingPlan) -> list[str]:
+    workload = plan.workload
+    ranks = f" ranks {','.join(map(str, workload.config.ranks))}" if workload.config else ""
+    return [
+        f"{plan.model} ({plan.shape.model_type}), {workload.method}{ranks}",
+        f"on {workload.device}: {workload.batch_size} x {workload.length} tokens per forward pass"
+        f"{', gradients accumulated' if workload.accumulates else ''}, {workload.dtype} weights"
+        f"{', bfloat16 autocast' if workload.bf16 else ''}",
+        "",
+    ]
+
+
+def _parameters(plan: TrainingPlan) -> Table:
+    shape = plan.shape
+    table = _table("Parameters", "", "total", "trained")
+    for part in shape.parts:
+        if part.parameters or part.name == "head":
+            note = " (tied to the embeddings)" if part.name == "head" and shape.tied else ""
+            table.add_row(part.name + note, f"{part.parameters:,}", f"{part.trained:,}")
+    in_model = sum(part.trained for part in shape.parts)
+    table.add_row("model", f"{shape.parameters:,}", f"{in_model:,}", end_section=True)
+    for name, count in shape.experts.items():
+        where = f" in {shape.layers} layers" if name not in ("all", "not routed") else ""
+        table.add_row(f"{name}{where}", "", f"{count:,}")
+    table.add_row("trained in all", "", f"{shape.trained:,}")
+    return table
+
+
+def _memory(plan: TrainingPlan) -> Table:
+    chosen = "with" if plan.workload.checkpointing else "without"
+    table = _table(f"Memory per device (asked for: {chosen} checkpointing)", "", "", "")
+    table.columns[1].header = "without checkpointing"
+    table.columns[2].header = "with"
+    plans = (plan.without_checkpointing, plan.with_checkpointing)
+
+    def row(name: str, attribute: str, *, end: bool = False) -> None:
+        sizes = [show_bytes(getattr(memory, attribute)) for memory in plans]
+        table.add_row(name, *sizes, end_section=end)
+
+    row("weights", "weights")
+    row("moments", "moments")
+    row("LoRA factors in the optimizer", "factors")
+    row("gradients, all", "gradients", end=True)
+    row("activations and temporaries at the peak", "activations")
+    row("gradients by then", "pass_gradients")
+    if plan.workload.num_gpus > 1:
+        row("weights whole on each device", "gathered")
+    row("forward and backward, at most", "pass_peak", end=True)
+    row("temporaries of the optimizer", "transient")
+    row("optimizer step, at most", "step_peak", end=True)
+    row("peak", "peak")
+    return table
+
+
+def _devices(plan: TrainingPlan) -> Table:
+    table = _table("Does it fit?", "GPU", "usable", "")
+    for device in DEVICES:
+        fits = "fits" if device.fits(plan.memory.peak) else _short_of(plan.memory, device.usable)
+        table.add_row(device.name, show_bytes(device.usable), fits)
+    return table
+
+
+def _short_of(memory: MemoryPlan, usable: int) -> str:
+    return f"{show_bytes(memory.peak - usable)} short"
+
+
+def _advice(plan: TrainingPlan) -> list[str]:
+    """For each device that is too small, the changes with their planned peaks."""
+    lines: list[str] = []
+    for device, found in plan.advice.items():
+        lines += ["", f"To fit {device.name}{', any of' if len(found) > 1 else ''}:"]
+        lines += [f"  {' '.join(s.changes)}  ->  {show_bytes(s.peak)}" for s in found]
+        if not found:
+            lines.append("  nothing that was tried is enough, all together included")
+    return lines
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(title=title, title_justify="left")
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="right" if index else "left")
+    return table
+
+
+def _say(console: Console, *lines: str) -> None:
+    for line in lines:
+        console.print(line, markup=False, highlight=False, soft_wrap=True)

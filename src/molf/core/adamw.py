@@ -1,0 +1,354 @@
+"""AdamW with the optimizer's own storage of weights and moments, for what is not routed."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from molf.core.accumulation import accumulate_in_float32
+from molf.core.dense import DenseTensor
+from molf.core.fidelity import UpdateFidelity, UpdateTally
+from molf.core.groups import check_group, check_same_structure
+from molf.core.in_backward import BackwardSteps, Unit, check_in_backward
+from molf.core.moments import check_state_dtype, fits_8bit
+from molf.core.routed import RoutedLayer
+from molf.core.step import Outcome, take_step
+from molf.core.storage import (
+    LOW,
+    check_known_rounding,
+    check_rounding,
+    rounding_of,
+    stored_values,
+)
+
+
+class AdamW(Optimizer):
+    """AdamW with decoupled decay, as `torch.optim.AdamW`, for weights of any precision.
+
+    Steps are computed in float32 (float64 for float64 weights). bfloat16 weights are exact by
+    default: the 16 bits that they cannot hold are in the optimizer's state, and training follows
+    float32 training bit for bit, given the same gradients. This is full fine-tuning to compare
+    `MoLFAdamW` with: both are made of the same code.
+
+    Args:
+        params: Parameters or parameter groups, with or without names.
+        lr: Learning rate.
+        betas: Decay rates of the first and second moments.
+        eps: Added to the denominator of a step.
+        weight_decay: Decoupled decay.
+        weight_rounding: How bfloat16 weights are written: `"exact"`, `"stochastic"` (unbiased,
+            drawn from seed, parameter name and step alone) or `"nearest"` (small updates are lost;
+            to compare with). None is exact for bfloat16 weights, and nothing for float32 ones.
+        state_dtype: `"float32"`, or `"8bit"`: moments of tensors from 4,096 elements on, in a
+            multiple of 256, are kept in blocks of 8 bits (torchao).
+        seed: Of stochastic rounding.
+        nonfinite: What a gradient with infinity or NaN does, found before anything is written:
+            `"raise"` a RuntimeError, or `"skip"` the whole step with a warning.
+        grad_accumulation_dtype: `"float32"` keeps the gradients of bfloat16 weights in float32, so
+            that micro-batches add up without rounding. None leaves them in bfloat16.
+        optimizer_in_backward: Whether every parameter (of a routed layer: all together) moves as
+            soon as its gradient is complete, during the backward pass, and the gradient is freed.
+            `step` after each backward pass only finishes what is left. Nothing that needs all
+            gradients at once is possible: accumulation, clipping, `nonfinite="skip"`. The host
+            waits for the device once per layer.
+
+    Attributes:
+        skipped_steps: How many steps `nonfinite="skip"` has skipped.
+        measure_updates: Set it to True, and `update_fidelity` says of each following step what
+            rounding has lost.
+
+    Raises:
+        ValueError: A value is not allowed, or nothing is there to be rounded as asked.
+        ImportError: `state_dtype="8bit"` without torchao.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        *,
+        weight_rounding: str | None = None,
+        state_dtype: str = "float32",
+        seed: int = 0,
+        nonfinite: str = "raise",
+        grad_accumulation_dtype: str | None = None,
+        optimizer_in_backward: bool = False,
+    ) -> None:
+        if nonfinite not in ("raise", "skip"):
+            raise ValueError(f"Invalid nonfinite={nonfinite!r}. Must be 'raise' or 'skip'.")
+        if grad_accumulation_dtype not in (None, "float32"):
+            raise ValueError(
+                f"Invalid grad_accumulation_dtype={grad_accumulation_dtype!r}. "
+                "Must be 'float32' or None."
+            )
+        if optimizer_in_backward:
+            check_in_backward(nonfinite, grad_accumulation_dtype)
+        self.grad_accumulation_dtype = grad_accumulation_dtype
+        self.optimizer_in_backward = optimizer_in_backward
+        self.nonfinite = nonfinite
+        self.skipped_steps = 0
+        self.measure_updates = False
+        self._tally: UpdateTally | None = None
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "weight_rounding": weight_rounding,
+            "state_dtype": state_dtype,
+            "seed": seed,
+            "layer": None,
+        }
+        super().__init__(params, defaults)
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        check_rounding(parameters, weight_rounding)
+        _warn_of_rounding(self.param_groups)
+        if state_dtype == "8bit" and not any(self._in_8bit(group) for group in self.param_groups):
+            warnings.warn(
+                "state_dtype='8bit' changes nothing: no trained tensor has 4,096 or more elements "
+                "in a multiple of 256 (the factors of LoRA experts are never 8-bit).",
+                stacklevel=2,
+            )
+        self._prepare_gradients()
+
+    def _prepare_gradients(self) -> None:
+        """Say how gradients are kept, and when they are used; copies need it again."""
+        self._backward: BackwardSteps | None = None
+        if self.grad_accumulation_dtype is not None:
+            accumulate_in_float32(p for group in self.param_groups for p in group["params"])
+        if self.optimizer_in_backward:
+            self._backward = BackwardSteps(
+                lambda: self.param_groups, self._begin, self._take_and_free
+            )
+            self._backward.watch()
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group; without a `layer` it takes plain AdamW steps.
+
+        Raises:
+            ValueError: A hyper-parameter is out of range, or a parameter is complex.
+        """
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        try:
+            check_group(group)
+            check_known_rounding(group["weight_rounding"])
+            check_state_dtype(group["state_dtype"])
+        except (ValueError, ImportError):
+            self.param_groups.pop()
+            raise
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Take one step; return the closure's loss, or None.
+
+        The host waits for the device once.
+
+        Raises:
+            RuntimeError: A gradient is infinite or NaN and `nonfinite="raise"`; nothing has been
+                written. Also for sparse gradients.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        if self._backward is None:
+            self._begin()
+            self._take(range(len(self.param_groups)))
+            return loss
+        if not self._backward.is_open:
+            self._begin()
+        for unit in list(self._backward.left()):
+            self._take_and_free(unit)
+        self._backward.close()
+        self._backward.watch()  # libraries may have swapped parameters
+        return loss
+
+    def _begin(self) -> None:
+        """Forget what the last step has left."""
+        self._tally = UpdateTally() if self.measure_updates else None
+
+    def _take(self, indices: Iterable[int], position: int | None = None) -> None:
+        """Step the parameters of some groups that have gradients; of all, or of one place."""
+        outcome = take_step(self._layers(indices), self._rest(indices, position), self._tally)
+        if outcome.nonfinite:
+            self._refuse(outcome.nonfinite)
+        self._finish(outcome)
+
+    def _take_and_free(self, unit: Unit) -> None:
+        """Step a routed layer, or another parameter, and free its gradients."""
+        number, *position = unit
+        self._take([number], *position)
+        parameters = self.param_groups[number]["params"]
+        for parameter in [parameters[i] for i in position] or parameters:
+            parameter.grad = None
+
+    def _layers(self, indices: Iterable[int]) -> list[RoutedLayer]:
+        """The routed layers of some groups: none here."""
+        return []
+
+    def _rest(self, indices: Iterable[int], position: int | None) -> list[DenseTensor]:
+        """The tensors of some groups that have a gradient and are not routed."""
+        return [
+            DenseTensor(parameter, group, self.state[parameter], self._name(number, place))
+            for number, group in ((i, self.param_groups[i]) for i in indices)
+            if group["layer"] is None
+            for place, parameter in enumerate(group["params"])
+            if parameter.grad is not None and position in (None, place)
+        ]
+
+    def _finish(self, outcome: Outcome) -> None:
+        """Keep what a subclass wants of a step."""
+
+    @property
+    def update_fidelity(self) -> UpdateFidelity | None:
+        """What rounding has lost of the last step's updates; None where it was not measured.
+
+        The host waits for the device.
+        """
+        return self._tally.result() if self._tally else None
+
+    @torch.no_grad()
+    def float32_weights(self) -> dict[Tensor, Tensor]:
+        """Return a copy of every bfloat16 parameter's float32 values, lower halves included.
+
+        They are what a checkpoint in float32 should hold.
+        """
+        return {
+            parameter: stored_values(parameter, self.state.get(parameter) or {})
+            for group in self.param_groups
+            for parameter in group["params"]
+            if parameter.dtype == torch.bfloat16
+        }
+
+    def reset_low_halves(self) -> None:
+        """Forget the lower halves: bfloat16 parameters stand for what they are.
+
+        To be called where their values were replaced for good from outside. Without it the next
+        step starts within half a unit in the last place of them.
+        """
+        for state in self.state.values():
+            if LOW in state:
+                state[LOW].zero_()
+
+    def _refuse(self, bad: list[Tensor]) -> None:
+        """Raise for, or warn of, the parameters with a non-finite gradient."""
+        names = [self._name_of(parameter) for parameter in bad[:3]]
+        more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
+        bad_ones = f"Non-finite gradient in {', '.join(names)}{more}"
+        if self._backward is not None:
+            raise RuntimeError(
+                f"{bad_ones}; it has not moved, but {self._backward.count() - 1} layers and other "
+                "parameters whose gradients came before it in this backward pass have "
+                "(optimizer_in_backward=True)."
+            )
+        message = f"{bad_ones}; no weight and no state was changed."
+        if self.nonfinite == "raise":
+            raise RuntimeError(message + " nonfinite='skip' would skip such steps.")
+        self.skipped_steps += 1
+        warnings.warn(f"{message} Step skipped ({self.skipped_steps} so far).", stacklevel=5)
+
+    def _name_of(self, parameter: Tensor) -> str:
+        for number, group in enumerate(self.param_groups):
+            for position, candidate in enumerate(group["params"]):
+                if candidate is parameter:
+                    return self._name(number, position)
+        raise KeyError("the parameter is not in this optimizer")
+
+    def _name(self, group_number: int, position: int) -> str:
+        """A parameter's name; its place, where it was given without one."""
+        group = self.param_groups[group_number]
+        names = group.get("param_names")
+        return names[position] if names else f"parameter [{position}] of group {group_number}"
+
+    @staticmethod
+    def _in_8bit(group: dict[str, Any]) -> bool:
+        """Whether 8-bit moments would be kept for a group."""
+        dense = group["params"]
+        if group.get("adapter_scaling") is not None:
+            dense = dense[:-2]
+        return any(fits_8bit(parameter) for parameter in dense)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state; every tensor keeps the saved dtype and so the saved bits.
+
+        `torch.optim.Optimizer` casts floating-point state to the parameter's dtype, which would
+        round float32 factors and moments of bfloat16 weights.
+
+        Raises:
+            ValueError: The saved groups route other layers, or with other ranks or scalings.
+        """
+        loaded: dict[str, Any] = {}
+
+        def capture_last(_: Optimizer, given: dict[str, Any]) -> None:
+            check_same_structure(given["param_groups"], self.param_groups)
+            loaded.update(given)
+
+        capture = self.register_load_state_dict_pre_hook(capture_last)
+        restore = self.register_load_state_dict_post_hook(
+            lambda _: self._restore_bits(loaded), prepend=True
+        )
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            capture.remove()
+            restore.remove()
+
+    def _restore_bits(self, loaded: dict[str, Any]) -> None:
+        saved_ids = [i for group in loaded["param_groups"] for i in group["params"]]
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        for saved_id, parameter in zip(saved_ids, parameters, strict=True):
+            for key, value in loaded["state"].get(saved_id, {}).items():
+                if isinstance(value, Tensor):
+                    # A copy, also on the same device: two optimizers never share state.
+                    self.state[parameter][key] = value.to(parameter.device, copy=True)
+                elif value == {}:
+                    # What flattened distributed checkpoints load where nothing was saved.
+                    del self.state[parameter][key]
+
+    _OWN: tuple[str, ...] = (
+        "nonfinite",
+        "skipped_steps",
+        "measure_updates",
+        "grad_accumulation_dtype",
+        "optimizer_in_backward",
+        "_tally",
+    )
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what copies and pickles hold: torch's part and our own attributes."""
+        return {**super().__getstate__(), **{key: getattr(self, key) for key in self._OWN}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore, and give groups of older or foreign checkpoints the keys they lack."""
+        before = self.__dict__.get("param_groups", [])
+        super().__setstate__(state)
+        for group in self.param_groups:
+            group.setdefault("layer", None)
+        for group, replaced in zip(self.param_groups, before, strict=False):
+            for key, value in replaced.items():
+                group.setdefault(key, value)
+        if not before:  # a copy, whose parameters are others
+            self._prepare_gradients()
+
+
+def _warn_of_rounding(groups: Sequence[dict[str, Any]]) -> None:
+    pairs = [(p, group["weight_rounding"]) for group in groups for p in group["params"]]
+    nearest = {p.dtype for p, rounding in pairs if rounding_of(p, rounding) == "nearest"}
+    for dtype in nearest:
+        way_out = "Leave weight_rounding out: bfloat16 weights are then exact."
+        if dtype != torch.bfloat16:
+            way_out = "Load the model in bfloat16, whose weights can be exact, or in float32."
+        warnings.warn(
+            f"Trained weights are {dtype} and rounded to nearest, so small updates are lost (at lr "
+            f"2e-5, most of them). {way_out}",
+            stacklevel=3,
+        )

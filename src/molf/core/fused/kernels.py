@@ -1,0 +1,309 @@
+"""The fused optimizer step: five operations over lists of tensors, a few launches each.
+
+`docs/kernels.md` says what each pass moves. No operation waits for the device; results stay there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterable, Sequence
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from molf.core.fused import elementwise
+from molf.core.fused.items import AdamW, Factor, LowRank, Moments, Output, Step
+from molf.core.fused.low_rank import low_rank_kernel
+from molf.core.fused.table import Entry, Field, Layout, Table, upload
+from molf.core.rounding import RoundingKey
+
+_BLOCK = 2048  # elements of one program
+_TILE = (64, 64)  # of a weight, for one program of a low-rank write
+_TILE_INNER = 32  # of its product, at a time
+_LANES = 256
+
+_FLOAT32 = (torch.float32,)
+_WEIGHT = Field("weight", (torch.float32, torch.bfloat16))
+_LOW = Field("low", (torch.int16,))
+_GRADIENT = Field("gradient", (torch.float32, torch.bfloat16))
+_MOMENTS = (Field("exp_avg", _FLOAT32), Field("exp_avg_sq", _FLOAT32))
+_OPERANDS = (
+    Field("left", _FLOAT32, is_elementwise=False),
+    Field("right", _FLOAT32, is_elementwise=False),
+)
+_OUTPUTS = (Field("first output", _FLOAT32), Field("second output", _FLOAT32))
+
+_NONFINITE = Layout((_GRADIENT,), (1, _BLOCK))
+_MOVE_MOMENTS = Layout((_GRADIENT, *_MOMENTS), (1, _BLOCK))
+_ADAMW = Layout((_WEIGHT, _LOW, *_MOMENTS, _GRADIENT), (1, _BLOCK))
+_FACTORS = Layout((Field("factor", _FLOAT32), *_MOMENTS, *_OUTPUTS), (1, _BLOCK))
+_LOW_RANK = Layout((_WEIGHT, _LOW, *_MOMENTS, *_OPERANDS), _TILE)
+
+_Words = tuple[list[float], tuple[int, int]]
+_Group = tuple[tuple[Any, ...], list[Entry], list[_Words]]
+
+
+class Kernels:
+    """The fused kernels on one device.
+
+    A launch reads a table with the addresses and sizes of its tensors. Tables are kept: they are
+    built and sent when a launch first sees its tensors, and again when any of them has moved.
+    Scalars go along with every launch. Tensors without an element are allowed, empty lists too.
+
+    Every operation that writes takes `finite`, a 0-dim bool tensor on the device ("this step may
+    happen"). Where it is False, nothing is written: the state stays as it was, bit for bit.
+
+    Args:
+        device: A CUDA device; the CPU only, and only then, under Triton's interpreter.
+
+    Raises:
+        ValueError: The device cannot run the kernels.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        is_compiled = isinstance(elementwise.moments_kernel, triton.JITFunction)
+        if device.type != ("cuda" if is_compiled else "cpu"):
+            allowed = "a CUDA device" if is_compiled else "the CPU, as Triton's interpreter is on"
+            raise ValueError(f"Invalid device {device} for the fused kernels. Must be {allowed}.")
+        if device.type == "cuda" and device.index is None:
+            device = torch.device("cuda", torch.cuda.current_device())
+        self.device = device
+        self._tables: dict[Hashable, tuple[Hashable, Table]] = {}
+
+    def nonfinite(self, grads: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """Count the infinities and NaNs of gradients, float32 or bfloat16.
+
+        Returns:
+            How many each gradient has, float64 [n], and whether there are none, a 0-dim bool: the
+            `finite` of the other operations.
+        """
+        totals = torch.zeros(len(grads), dtype=torch.float64, device=self.device)
+        items = ((_bits(grad), Entry((grad,), slot), _words()) for slot, grad in enumerate(grads))
+        for (bits, aligned), entries, _ in _grouped(items, _NONFINITE):
+            table = self._table("nonfinite", (bits, aligned), entries, _NONFINITE)
+            partials = self._partials(table)
+            self._launch(
+                elementwise.nonfinite_kernel,
+                table.grid,
+                (table.rows, table.blocks, partials),
+                {"GRAD_BITS": bits, "ALIGNED": aligned, "BLOCK": _BLOCK},
+            )
+            self._add_up(table, partials, totals)
+        return totals, (totals == 0).all()
+
+    def moments(self, items: Sequence[Moments], finite: Tensor, score: str) -> Tensor:
+        """Move m and v in place and sum the score's terms of the moved moments.
+
+        Args:
+            items: What to move.
+            finite: Whether to; sums are 0 where not.
+            score: `"epd"`: `m^2 / (sqrt(v) + 1e-8)`; `"pfn"`: `(m / (sqrt(v) + 1e-8))^2`.
+
+        Returns:
+            One sum per item, float64 [n]: in float32 within a block of 2,048 elements, in float64
+            over blocks, always in the same order.
+
+        Raises:
+            ValueError: The score is neither, or a tensor is not what `Moments` says.
+        """
+        self._check_flag(finite)
+        if score not in ("epd", "pfn"):
+            raise ValueError(f"Invalid score={score!r}. Must be 'epd' or 'pfn'.")
+        totals = torch.zeros(len(items), dtype=torch.float64, device=self.device)
+        given = (
+            (_bits(item.grad), Entry(item[:3], slot), _words(betas=item.betas))
+            for slot, item in enumerate(items)
+        )
+        for (bits, aligned), entries, words in _grouped(given, _MOVE_MOMENTS):
+            table = self._table("moments", (bits, aligned), entries, _MOVE_MOMENTS)
+            partials = self._partials(table)
+            self._launch(
+                elementwise.moments_kernel,
+                table.grid,
+                (table.rows, self._send(words), table.blocks, finite, partials),
+                {"GRAD_BITS": bits, "SCORE": score, "ALIGNED": aligned, "BLOCK": _BLOCK},
+            )
+            self._add_up(table, partials, totals)
+        return totals
+
+    def adamw(self, items: Sequence[AdamW], finite: Tensor) -> None:
+        """Take plain AdamW steps in place; moments move in the same pass where `grad` is given.
+
+        Raises:
+            ValueError: A tensor is not what `AdamW` says.
+        """
+        self._check_flag(finite)
+        given = (
+            (
+                (0 if item.grad is None else _bits(item.grad)[0], item.weight.rounding),
+                Entry(
+                    (*item.weight[:2], item.exp_avg, item.exp_avg_sq, item.grad),
+                    first_index=item.weight.first_index,
+                ),
+                _words(betas=item.betas, step=item.step, key=item.weight.key),
+            )
+            for item in items
+        )
+        for (bits, rounding, aligned), entries, words in _grouped(given, _ADAMW):
+            table = self._table("adamw", (bits, rounding, aligned), entries, _ADAMW)
+            self._launch(
+                elementwise.adamw_kernel,
+                table.grid,
+                (table.rows, self._send(words), table.blocks, finite),
+                {"GRAD_BITS": bits, "ROUNDING": rounding, "ALIGNED": aligned, "BLOCK": _BLOCK},
+            )
+
+    def factors(self, items: Sequence[Factor], finite: Tensor) -> None:
+        """Take the AdamW steps of LoRA factors in place and write the operands of products.
+
+        Raises:
+            ValueError: A tensor is not what `Factor` says.
+        """
+        self._check_flag(finite)
+        given = (
+            (
+                (),
+                Entry((*item[:3], *(output.values for output in item.outputs))),
+                _words(step=item.step, outputs=item.outputs),
+            )
+            for item in items
+        )
+        for (aligned,), entries, words in _grouped(given, _FACTORS):
+            table = self._table("factors", (aligned,), entries, _FACTORS)
+            self._launch(
+                elementwise.factor_kernel,
+                table.grid,
+                (table.rows, self._send(words), table.blocks, finite),
+                {"ALIGNED": aligned, "BLOCK": _BLOCK},
+            )
+
+    def low_rank(self, items: Sequence[LowRank], finite: Tensor) -> None:
+        """Write routed weights in place: decay, low-rank product, descent, one rounding.
+
+        Raises:
+            ValueError: A tensor is not what `LowRank` says.
+        """
+        self._check_flag(finite)
+        given = (
+            (
+                (item.weight.rounding,),
+                _low_rank_entry(item),
+                _words(step=item.full[2] if item.full else None, key=item.weight.key),
+            )
+            for item in items
+        )
+        for (rounding, aligned), entries, words in _grouped(given, _LOW_RANK):
+            table = self._table("low_rank", (rounding, aligned), entries, _LOW_RANK)
+            self._launch(
+                low_rank_kernel,
+                table.grid,
+                (table.rows, self._send(words), table.blocks, finite),
+                {
+                    "ROUNDING": rounding,
+                    "ALIGNED": aligned,
+                    "BLOCK_ROWS": _TILE[0],
+                    "BLOCK_COLS": _TILE[1],
+                    "BLOCK_INNER": _TILE_INNER,
+                },
+            )
+
+    def _check_flag(self, finite: Tensor) -> None:
+        if finite.dtype != torch.bool or finite.numel() != 1 or finite.device != self.device:
+            raise ValueError(
+                f"Invalid finite: {finite.numel()} elements of {finite.dtype} on {finite.device}. "
+                f"Must be one torch.bool on {self.device}."
+            )
+
+    def _table(
+        self, kernel: str, variant: tuple[Any, ...], entries: list[Entry], layout: Layout
+    ) -> Table:
+        """Return the table of such a launch: the last one, if every tensor is where it was."""
+        wanted = tuple(entry.signature() for entry in entries)
+        known = self._tables.get((kernel, variant))
+        if known is None or known[0] != wanted:
+            known = wanted, Table(entries, layout, self.device)
+            self._tables[kernel, variant] = known
+        return known[1]
+
+    def _send(self, words: list[_Words]) -> Tensor:
+        """Pack scalars and keys as 32-bit words, int32 [entries, 14], on the device."""
+        numbers = torch.tensor([numbers for numbers, _ in words], dtype=torch.float64)
+        keys = torch.tensor([key for _, key in words], dtype=torch.int64)
+        packed = torch.cat([numbers.to(torch.float32).view(torch.int32), keys.to(torch.int32)], 1)
+        return upload(packed, self.device)
+
+    def _partials(self, table: Table) -> Tensor:
+        return torch.empty(table.grid, dtype=torch.float32, device=self.device)
+
+    def _add_up(self, table: Table, partials: Tensor, totals: Tensor) -> None:
+        self._launch(
+            elementwise.total_kernel,
+            len(table.rows),
+            (table.rows, partials, totals),
+            {"COLUMNS": table.columns, "LANES": _LANES},
+        )
+
+    def _launch(
+        self, kernel: Any, grid: int, arguments: tuple[Tensor, ...], constants: dict[str, Any]
+    ) -> None:
+        """Start one kernel on the device's current stream; arguments are tensors on the device."""
+        if not grid:
+            return
+        if self.device.type == "cuda":
+            with torch.cuda.device(self.device):
+                kernel[(grid,)](*arguments, **constants)
+        else:
+            kernel[(grid,)](*arguments, **constants)
+
+
+def _grouped(
+    items: Iterable[tuple[tuple[Any, ...], Entry, _Words]], layout: Layout
+) -> list[_Group]:
+    """Gather what one launch can take: one variant of the kernel, with aligned tensors or not."""
+    groups: dict[tuple[Any, ...], _Group] = {}
+    for variant, entry, words in items:
+        key = (*variant, entry.is_aligned(layout))
+        _, entries, all_words = groups.setdefault(key, (key, [], []))
+        entries.append(entry)
+        all_words.append(words)
+    return list(groups.values())
+
+
+def _bits(grad: Tensor) -> tuple[int]:
+    """Return the width of a gradient's elements; its dtype is checked with the table."""
+    return (8 * grad.element_size(),)
+
+
+def _low_rank_entry(item: LowRank) -> Entry:
+    weight, left, right = item.weight, item.left, item.right
+    shape = tuple(weight.values.shape)
+    product = (*left.shape[:-1], *right.shape[1:]) if left.shape[-1] == right.shape[0] else None
+    if shape != product or len(shape) != 2:
+        raise ValueError(
+            f"Invalid product {tuple(left.shape)} @ {tuple(right.shape)} for a weight of shape "
+            f"{shape}. Must be [rows, K] @ [K, cols]."
+        )
+    moments = (None, None) if item.full is None else item.full[:2]
+    return Entry(
+        (weight.values, weight.low, *moments, left, right),
+        first_index=weight.first_index,
+        inner=left.shape[1],
+        is_full=item.full is not None,
+    )
+
+
+def _words(
+    *,
+    betas: tuple[float, float] = (0.0, 0.0),
+    step: Step | None = None,
+    outputs: Sequence[Output] = (),
+    key: RoundingKey | None = None,
+) -> _Words:
+    """Order an entry's scalars as device.py names them; no step keeps all and takes nothing."""
+    step = step or Step(kept=1.0, decay=0.0, step_size=0.0, correction=1.0, eps=1.0)
+    numbers = [1 - betas[0], betas[1], 1 - betas[1]]
+    numbers += [step.kept, step.decay, step.step_size, 1 / step.correction, step.eps]
+    shares = [(output.old, output.increment) for output in outputs] or [(0.0, 0.0)] * 2
+    numbers += [share for pair in shares for share in pair]
+    return numbers, key or (0, 0)

@@ -1,0 +1,143 @@
+"""From what is held and what a step takes to the peak of a training, on one device or several.
+
+The peak is the larger of two phases that follow each other: the forward and backward pass (weights,
+optimizer state, activations, and the gradients that are there by then) and the optimizer's step
+(weights, state, all gradients, and the step's temporaries). All figures are bytes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any
+
+from molf.plan.model_shape import ModelShape, describe_model
+from molf.plan.trace import PassTrace, StepTrace, trace_pass, trace_step
+from molf.plan.workload import Workload
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """The memory of a training on each device, in bytes.
+
+    Attributes:
+        weights: All parameters and buffers, an adapter's included.
+        gradients: Gradients of all trained parameters.
+        moments: First and second moments, and the low halves of bfloat16 weights.
+        factors: LoRA factors that the optimizer keeps.
+        activations: What forward and backward pass take at their peak, beside gradients.
+        pass_gradients: Gradients that are there at that peak.
+        transient: Temporaries of the optimizer's step.
+        gathered: With several devices, weights that are whole on each for a while.
+    """
+
+    weights: int
+    gradients: int
+    moments: int
+    factors: int
+    activations: int
+    pass_gradients: int
+    transient: int
+    gathered: int = 0
+
+    @property
+    def held(self) -> int:
+        """What is there throughout: weights and optimizer state."""
+        return self.weights + self.moments + self.factors
+
+    @property
+    def pass_peak(self) -> int:
+        """Peak of the forward and backward pass."""
+        return self.held + self.pass_gradients + self.activations + self.gathered
+
+    @property
+    def step_peak(self) -> int:
+        """Peak of the optimizer's step."""
+        return self.held + self.gradients + self.transient
+
+    @property
+    def peak(self) -> int:
+        """Peak of the training."""
+        return max(self.pass_peak, self.step_peak)
+
+    def record(self) -> dict[str, int]:
+        """Return all figures by name."""
+        return {**vars(self), "pass_peak": self.pass_peak, "step_peak": self.step_peak} | {
+            "peak": self.peak
+        }
+
+
+class Planner:
+    """Plans trainings of one model; what two of them share is found out once.
+
+    Args:
+        config: The model's transformers configuration.
+    """
+
+    def __init__(self, config: Any) -> None:
+        self.config = config
+        self._pass = lru_cache(maxsize=None)(lambda w: trace_pass(config, w))
+        self._step = lru_cache(maxsize=None)(lambda w: trace_step(config, w))
+        self._shape = lru_cache(maxsize=None)(lambda w: describe_model(config, w))
+
+    def shape(self, workload: Workload) -> ModelShape:
+        """Count the parameters.
+
+        Raises:
+            InputError: The model cannot be made, or no layer can be adapted.
+        """
+        return self._shape(_shape_alone(workload))
+
+    def step_peak(self, workload: Workload) -> int:
+        """Peak of the optimizer's step on each device: below the peak, and found faster."""
+        return self._plan(workload, PassTrace(0, 0)).step_peak
+
+    def memory(self, workload: Workload) -> MemoryPlan:
+        """Plan the memory of each device.
+
+        Raises:
+            InputError: The model cannot be made, or not be planned without data, or no layer can be
+                adapted.
+        """
+        return self._plan(workload, self._pass(replace(workload, num_gpus=1)))
+
+    def _plan(self, workload: Workload, passing: PassTrace) -> MemoryPlan:
+        shape = self.shape(workload)
+        step: StepTrace = self._step(_shape_alone(workload))
+        plan = MemoryPlan(
+            weights=shape.weight_bytes,
+            gradients=step.gradients,
+            moments=step.moments,
+            factors=step.factors,
+            activations=passing.activations,
+            pass_gradients=passing.gradients,
+            transient=step.transient,
+        )
+        return _sharded(plan, shape, workload.num_gpus)
+
+
+def _shape_alone(workload: Workload) -> Workload:
+    """The workload as far as weights and optimizer depend on it."""
+    return replace(
+        workload,
+        batch_size=1,
+        length=1,
+        accumulates=False,
+        checkpointing=False,
+        bf16=False,
+        padded=False,
+        num_gpus=1,
+    )
+
+
+def _sharded(plan: MemoryPlan, shape: ModelShape, devices: int) -> MemoryPlan:
+    """Split weights, gradients and state over devices, as FSDP2's full sharding does.
+
+    Activations are those of each device's own batch. Whole on each device are what belongs to no
+    decoder layer (embeddings, head, last norm) and one decoder layer at a time.
+    """
+    if devices == 1:
+        return plan
+    split = ("weights", "gradients", "moments", "factors", "pass_gradients")
+    parts = {name: -(-getattr(plan, name) // devices) for name in split}
+    return replace(plan, **parts, gathered=shape.gathered_bytes)

@@ -1,0 +1,170 @@
+"""How many parameters a model has, where they are, and which of them a method trains."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from molf.core.layers import LinearLayer, find_layers
+from molf.errors import InputError
+from molf.plan.trainable import skeleton
+from molf.plan.workload import Workload
+
+PARTS = ("embeddings", "head", "attention", "mlp", "norms", "other")
+"""Parts of a model; a head tied to the embeddings has no parameters of its own."""
+
+# How the modules of a decoder layer are called in transformers.
+_ATTENTION = ("attn", "attention")
+_MLP = ("mlp", "feed_forward", "ffn", "ff", "experts", "moe", "fc1", "fc2")
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part of the model: its parameters, and how many of them are trained."""
+
+    name: str
+    parameters: int
+    trained: int
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """The numbers of a model under a method.
+
+    Attributes:
+        model_type: The architecture, as transformers names it.
+        parameters: Parameters of the model itself.
+        trained: All numbers that the optimizer moves, LoRA factors included.
+        experts: These numbers by what they belong to: `full` and the LoRA experts, or `adapter`,
+            and `not routed` or `all`.
+        layers: Linear layers that are routed or adapted.
+        tied: Whether the head is the embeddings.
+        parts: The model's parameters by part.
+        weight_bytes: Bytes of all parameters and buffers, an adapter's included.
+        gathered_bytes: Bytes of the largest decoder layer and of all that is in none.
+    """
+
+    model_type: str
+    parameters: int
+    trained: int
+    experts: dict[str, int]
+    layers: int
+    tied: bool
+    parts: tuple[Part, ...]
+    weight_bytes: int
+    gathered_bytes: int
+
+
+def describe_model(config: Any, workload: Workload) -> ModelShape:
+    """Count a model's parameters without making any.
+
+    Args:
+        config: The model's transformers configuration.
+        workload: The method and the type of the weights.
+
+    Raises:
+        InputError: The configuration makes no model, or no layer can be adapted.
+
+    Warns:
+        UserWarning: What `find_layers` warns of, such as a rank above a layer's size.
+    """
+    model = skeleton(config, workload.dtype)
+    layers = _layers(model, workload)
+    base_trained = _trained(model, layers, workload)
+    parts = {name: [0, 0] for name in PARTS}
+    for part, parameter in _by_part(model):
+        parts[part][0] += parameter.numel()
+        parts[part][1] += parameter.numel() if parameter in base_trained else 0
+    experts = _experts(layers, base_trained, workload)
+    adapter = sum(experts.values()) - sum(p.numel() for p in base_trained)
+    own = sum(t.numel() * t.itemsize for t in (*model.parameters(), *model.buffers()))
+    in_weights = 4 * adapter if workload.has_adapter else 0  # PEFT keeps factors in float32
+    return ModelShape(
+        model_type=config.model_type,
+        parameters=sum(p.numel() for p in model.parameters()),
+        trained=sum(experts.values()),
+        experts=experts,
+        layers=len(layers),
+        tied=model.get_output_embeddings().weight is model.get_input_embeddings().weight,
+        parts=tuple(Part(name, *counts) for name, counts in parts.items()),
+        weight_bytes=own + in_weights,
+        gathered_bytes=_gathered(model, own),
+    )
+
+
+def _layers(model: nn.Module, workload: Workload) -> list[LinearLayer]:
+    if workload.config is None:
+        return []
+    try:
+        return find_layers(model, workload.config)
+    except ValueError as error:
+        raise InputError(str(error)) from error
+
+
+def _trained(model: nn.Module, layers: list[LinearLayer], workload: Workload) -> set[nn.Parameter]:
+    """The model's own parameters that get gradients."""
+    if workload.method == "fft":
+        return set(model.parameters())
+    if workload.method == "molf" and workload.config is not None:
+        if workload.config.freeze_rest:
+            return {layer.weight for layer in layers}
+        return set(model.parameters())
+    return set()
+
+
+def _experts(
+    layers: list[LinearLayer], trained: set[nn.Parameter], workload: Workload
+) -> dict[str, int]:
+    """Trained numbers by expert."""
+    total = sum(parameter.numel() for parameter in trained)
+    if workload.config is None:
+        return {"all": total}
+    size = sum(layer.in_features + layer.out_features for layer in layers)
+    if workload.method == "lora":
+        return {"adapter": sum(workload.config.ranks) * size}
+    names = zip(workload.config.lora_experts, workload.config.ranks, strict=True)
+    lora = {name: rank * size for name, rank in names}
+    if workload.method == "molf-e":
+        return lora
+    routed = {p for layer in layers for p in (layer.weight, layer.bias) if p in trained}
+    full = sum(parameter.numel() for parameter in routed)
+    return {"full": full, **lora, "not routed": total - full}
+
+
+def _by_part(model: Any) -> Iterator[tuple[str, nn.Parameter]]:
+    """Every parameter once, with the part that it belongs to."""
+    head = model.get_output_embeddings()
+    seen: set[nn.Parameter] = set()
+    for module_name, module in model.named_modules():
+        for parameter in module._parameters.values():
+            if parameter is not None and parameter not in seen:
+                seen.add(parameter)
+                yield "head" if module is head else _part(module_name, module), parameter
+
+
+def _part(name: str, module: nn.Module) -> str:
+    """The part of a module: by its class, or by the names on its path, the innermost first."""
+    if isinstance(module, nn.Embedding):
+        return "embeddings"
+    if "norm" in type(module).__name__.lower():
+        return "norms"
+    for word in reversed(name.lower().split(".")):
+        if any(key in word for key in _ATTENTION):
+            return "attention"
+        if any(word == key or key in word.split("_") for key in _MLP) or "mlp" in word:
+            return "mlp"
+    return "other"
+
+
+def _gathered(model: Any, own: int) -> int:
+    """Bytes of the largest decoder layer and of all that is in none of them."""
+    layers = max(
+        (module for module in model.modules() if isinstance(module, nn.ModuleList)),
+        key=lambda module: sum(p.numel() for p in module.parameters()),
+        default=nn.ModuleList(),
+    )
+    sizes = [sum(p.numel() * p.itemsize for p in layer.parameters()) for layer in layers]
+    return own - sum(sizes) + max(sizes, default=0)

@@ -1,0 +1,130 @@
+"""A plan from the options of `molf plan`: checked, with defaults filled in as in `molf train`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from molf.errors import InputError
+from molf.plan.advice import Suggestion, suggestions
+from molf.plan.devices import DEVICES, Device
+from molf.plan.memory import MemoryPlan, Planner
+from molf.plan.model_shape import ModelShape
+from molf.plan.workload import Workload
+
+
+@dataclass(frozen=True)
+class TrainingPlan:
+    """What a training will take.
+
+    Attributes:
+        model: The model's name or path.
+        workload: What was planned.
+        shape: Its parameters.
+        memory: Its memory on each device, as asked for.
+        without_checkpointing: The same with all activations kept.
+        with_checkpointing: The same with activations recomputed.
+        advice: For each size of GPU that it does not fit, what would make it fit.
+    """
+
+    model: str
+    workload: Workload
+    shape: ModelShape
+    memory: MemoryPlan
+    without_checkpointing: MemoryPlan
+    with_checkpointing: MemoryPlan
+    advice: dict[Device, list[Suggestion]]
+
+    def record(self) -> dict[str, Any]:
+        """Return the plan as plain values; sizes are bytes."""
+        shape, workload = self.shape, self.workload
+        return {
+            "model": self.model,
+            "model_type": shape.model_type,
+            "planned": {k: v for k, v in vars(workload).items() if k != "config"}
+            | {"ranks": list(workload.config.ranks) if workload.config else []},
+            "parameters": {
+                "total": shape.parameters,
+                "trained": shape.trained,
+                "experts": shape.experts,
+                "adapted_layers": shape.layers,
+                "head_is_tied": shape.tied,
+                "parts": {
+                    part.name: {"total": part.parameters, "trained": part.trained}
+                    for part in shape.parts
+                },
+            },
+            "bytes": self.memory.record(),
+            "bytes_without_checkpointing": self.without_checkpointing.record(),
+            "bytes_with_checkpointing": self.with_checkpointing.record(),
+            "devices": [
+                {
+                    "name": device.name,
+                    "usable_bytes": device.usable,
+                    "fits": device.fits(self.memory.peak),
+                    "would_fit": [
+                        {"changes": list(found.changes), "peak": found.peak}
+                        for found in self.advice.get(device, ())
+                    ],
+                }
+                for device in DEVICES
+            ],
+        }
+
+
+def plan_training(
+    model: str, config: Any, workload: Workload, devices: Iterable[Device] = DEVICES
+) -> TrainingPlan:
+    """Plan a training from the model's configuration alone.
+
+    Args:
+        model: The model's name, for the record.
+        config: Its transformers configuration.
+        workload: What is trained, and how.
+        devices: Sizes of GPU to give advice for.
+
+    Raises:
+        InputError: The model cannot be made, or not be planned without data; no layer can be
+            adapted; or the length is above the model's positions.
+    """
+    _check_length(model, config, workload.length)
+    planner = Planner(config)
+    shape = planner.shape(workload)
+    memory = planner.memory(workload)
+    kept, recomputed = (
+        planner.memory(replace(workload, checkpointing=value)) for value in (False, True)
+    )
+    advice = {
+        device: suggestions(planner, workload, device)
+        for device in devices
+        if not device.fits(memory.peak)
+    }
+    return TrainingPlan(model, workload, shape, memory, kept, recomputed, advice)
+
+
+def read_model_config(model: str) -> Any:
+    """Read a model's configuration from a directory, or from the Hub: `config.json` alone.
+
+    Raises:
+        InputError: There is none, or it needs code that comes with the model.
+    """
+    from transformers import AutoConfig
+
+    path = Path(model).expanduser()
+    name = str(path) if path.is_dir() else model
+    try:
+        return AutoConfig.from_pretrained(name, trust_remote_code=False)
+    except (OSError, ValueError, ImportError, KeyError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise InputError(f"model {model} cannot be planned: {reason}") from error
+
+
+def _check_length(model: str, config: Any, length: int) -> None:
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if isinstance(limit, int) and 0 < limit < length:
+        raise InputError(
+            f"Invalid max_length={length} with model {model}. Must be at most {limit}, the "
+            "positions that it was made for."
+        )

@@ -1,0 +1,212 @@
+"""What one training step takes beyond the weights, found by running it on tensors without data.
+
+The forward and backward pass are those of TRL's `SFTTrainer`, the step is the optimizer's own: what
+they allocate is counted, so that architecture, attention, loss, checkpointing and the optimizer's
+temporaries need no formulas.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from molf.core import adam
+from molf.errors import InputError
+from molf.plan.live_bytes import LiveBytes
+from molf.plan.trainable import Trainable, trainable
+from molf.plan.workload import Workload
+
+_HEAD_OUTPUTS = ("log_probs", "entropy", "is_top1")  # what SFTTrainer asks of the fused head
+_MOST_BLOCKS = 1000
+
+
+@dataclass(frozen=True)
+class PassTrace:
+    """The memory peak of a forward and backward pass, bytes beyond weights and optimizer state.
+
+    Attributes:
+        gradients: Gradients of parameters that were there at the peak.
+        activations: All else: saved activations and temporaries.
+    """
+
+    gradients: int
+    activations: int
+
+
+@dataclass(frozen=True)
+class StepTrace:
+    """What the optimizer holds and takes, in bytes.
+
+    Attributes:
+        gradients: Gradients of all trained parameters.
+        moments: First and second moments of all experts and of what is not routed, and the low
+            halves of bfloat16 weights.
+        factors: LoRA factors that the optimizer keeps (molf); an adapter's are weights.
+        transient: Temporaries at the peak of a step.
+    """
+
+    gradients: int
+    moments: int
+    factors: int
+    transient: int
+
+
+def trace_pass(config: Any, workload: Workload) -> PassTrace:
+    """Run a forward and backward pass of one batch.
+
+    Args:
+        config: The model's transformers configuration.
+        workload: Method, shape and types.
+
+    Raises:
+        InputError: The model cannot be made, or its forward pass depends on the data's values.
+    """
+    with trainable(config, workload) as made, _trl_head(made, workload):
+        if workload.checkpointing:
+            _checkpoint(made.model)
+        if workload.accumulates:
+            _give_gradients(made)
+        counter = LiveBytes(_tensors(made))
+        if not workload.accumulates:
+            for parameter in made.trained:
+                parameter.register_post_accumulate_grad_hook(counter.count_gradient)
+        gc.collect()  # what other models left behind must not be freed, and subtracted, meanwhile
+        with counter:
+            try:
+                _run_pass(made.model, workload)
+            except (RuntimeError, NotImplementedError) as error:
+                reason = str(error).strip().split("\n")[0]
+                raise InputError(
+                    f"The forward and backward pass of {config.model_type} cannot be planned "
+                    f"without data: {reason}"
+                ) from error
+        kept = _bytes(p.grad for p in made.trained) if workload.accumulates else 0
+        return PassTrace(
+            gradients=kept + counter.gradients_at_peak,
+            activations=counter.peak - counter.gradients_at_peak,
+        )
+
+
+def trace_step(config: Any, workload: Workload) -> StepTrace:
+    """Take two steps of the optimizer: the full experts win one, the LoRA experts the other.
+
+    Raises:
+        InputError: The model cannot be made, or no layer can be adapted.
+    """
+    with trainable(config, workload) as made, _blocks(made, workload):
+        _give_gradients(made)
+        # The host reads equal scores, so the first experts win.
+        counter = LiveBytes(_tensors(made), scalar=1.0)
+        with counter:
+            made.optimizer.step()  # this one makes the state as well, which is there at its end
+            transient = counter.peak - counter.now
+            _let_lora_win(made.optimizer)
+            counter.reset_peak()
+            made.optimizer.step()
+            transient = max(transient, counter.peak - counter.now)
+        moments, factors = _state_bytes(made.optimizer)
+        return StepTrace(_bytes(p.grad for p in made.trained), moments, factors, transient)
+
+
+def _run_pass(model: Any, workload: Workload) -> None:
+    """The forward and backward pass of SFTTrainer's training step."""
+    ids = torch.zeros(workload.batch_size, workload.length, dtype=torch.long)
+    # Without a mask, transformers lets attention be causal, as it does for a mask of ones alone.
+    mask = {"attention_mask": torch.ones_like(ids)} if workload.padded else {}
+    with torch.autocast("cpu", torch.bfloat16, enabled=workload.bf16):
+        outputs = model(input_ids=ids, labels=ids, use_cache=False, fused_lm_head=True, **mask)
+    (-outputs.log_probs.sum() / ids.numel()).backward()
+
+
+@contextmanager
+def _trl_head(made: Trainable, workload: Workload) -> Iterator[None]:
+    """Give the model SFTTrainer's output head, which makes no logits of the whole batch."""
+    from trl.kernels import chunked_logprob
+    from trl.trainer.utils import add_fused_lm_head
+
+    model = made.model
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    add_fused_lm_head(inner, outputs=_HEAD_OUTPUTS)
+    with ExitStack() as stack:
+        if workload.device == "cuda":
+            # There, kernels fold a tile of logits where it lies; the CPU makes copies of it.
+            for name in ("_forward_tile", "_backward_tile", "_addmm_fp32"):
+                stack.enter_context(_replaced(chunked_logprob, name, lambda *_, **__: None))
+        yield
+
+
+@contextmanager
+def _blocks(made: Trainable, workload: Workload) -> Iterator[None]:
+    """Let the optimizer go through tensors as it does on the planned device."""
+    name = "_CPU_BLOCK_ELEMENTS_PER_THREAD"
+    elements = sum(parameter.numel() for parameter in made.trained)
+    if workload.device == "cpu":
+        # Thousands of blocks would take minutes; a block of a thousandth weighs nothing either.
+        least = elements // _MOST_BLOCKS // torch.get_num_threads()
+        elements = max(getattr(adam, name), least)
+    with _replaced(adam, name, elements):
+        yield
+
+
+@contextmanager
+def _replaced(module: Any, name: str, value: Any) -> Iterator[None]:
+    before = getattr(module, name)
+    setattr(module, name, value)
+    try:
+        yield
+    finally:
+        setattr(module, name, before)
+
+
+def _checkpoint(model: Any) -> None:
+    """Recompute activations, as the trainer would."""
+    # transformers renamed it; the old name warns, the new one is not in 5.2.
+    enable = getattr(model, "activation_checkpointing_enable", None)
+    if enable is None:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    else:
+        enable({"use_reentrant": False})
+    if hasattr(model, "get_base_model"):
+        model.enable_input_require_grads()
+
+
+def _let_lora_win(optimizer: torch.optim.Optimizer) -> None:
+    """Have LoRA experts take the next step where the optimizer routes and they can."""
+    for group in optimizer.param_groups:
+        if group.get("layer") is not None and group["top_k"] <= len(group["ranks"]):
+            group["score"] = "lora"
+
+
+def _give_gradients(made: Trainable) -> None:
+    for parameter in made.trained:
+        parameter.grad = torch.empty_like(parameter)
+
+
+def _tensors(made: Trainable) -> list[Tensor]:
+    model: nn.Module = made.model
+    tensors = [*model.parameters(), *model.buffers()]
+    return tensors + [p.grad for p in made.trained if p.grad is not None]
+
+
+def _state_bytes(optimizer: torch.optim.Optimizer) -> tuple[int, int]:
+    """Bytes of moments (scalar counters included) and of factors."""
+    moments = factors = 0
+    for state in optimizer.state.values():
+        for name, value in state.items():
+            if isinstance(value, Tensor):
+                size = value.untyped_storage().nbytes()
+                if name in ("lora_A", "lora_B"):
+                    factors += size
+                else:
+                    moments += size
+    return moments, factors
+
+
+def _bytes(tensors: Any) -> int:
+    return sum(t.untyped_storage().nbytes() for t in tensors if t is not None)

@@ -1,0 +1,141 @@
+"""A model as a method trains it, and the optimizer that does: on tensors without data."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from molf.core.adamw import AdamW
+from molf.core.layers import find_layers
+from molf.core.optimizer import MoLFAdamW
+from molf.core.peft_model import with_adapter
+from molf.errors import InputError
+from molf.plan.workload import Workload
+
+
+class Trainable(NamedTuple):
+    """What is trained.
+
+    Attributes:
+        model: The model, with its PEFT adapter where the method has one.
+        optimizer: The optimizer that `molf train` would use.
+    """
+
+    model: Any
+    optimizer: torch.optim.Optimizer
+
+    @property
+    def trained(self) -> list[nn.Parameter]:
+        """The parameters that get gradients."""
+        return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+
+
+def skeleton(config: Any, dtype: str = "float32") -> Any:
+    """Make a transformers model on the meta device: names and shapes, no memory.
+
+    Args:
+        config: The model's transformers configuration.
+        dtype: Type of the weights, whatever the configuration says.
+
+    Raises:
+        InputError: The configuration is not that of a causal language model.
+    """
+    from transformers import AutoModelForCausalLM
+
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(
+                config, dtype=getattr(torch, dtype), trust_remote_code=False
+            )
+    except (OSError, ValueError, ImportError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise InputError(f"The configuration makes no causal language model: {reason}") from error
+
+
+@contextmanager
+def trainable(config: Any, workload: Workload) -> Iterator[Trainable]:
+    """Give a model and its optimizer whose tensors have shape, type and device, but no memory.
+
+    Operations on them inside the context compute nothing, and take memory nowhere.
+
+    Args:
+        config: The model's transformers configuration.
+        workload: What is trained, and how.
+
+    Raises:
+        InputError: The configuration makes no model, or no layer can be adapted.
+    """
+    with warnings.catch_warnings(), _silent("torch._subclasses.fake_tensor"):
+        warnings.simplefilter("ignore")  # `describe_model` gives those that matter, once
+        model = _with_adapter(skeleton(config, workload.dtype), workload)
+        # Constants that the model has made are real; they are small.
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            _leave_meta(model)
+            yield Trainable(model.train(), _optimizer(model, workload))
+
+
+@contextmanager
+def _silent(logger: str) -> Iterator[None]:
+    """Keep a logger from printing a traceback beside the error that it raises."""
+    found = logging.getLogger(logger)
+    before = found.disabled
+    found.disabled = True
+    try:
+        yield
+    finally:
+        found.disabled = before
+
+
+def _with_adapter(model: Any, workload: Workload) -> Any:
+    """Put the method's adapter, if it has one, into a model on the meta device."""
+    config = workload.config
+    with torch.device("meta"):
+        if config is None or not workload.has_adapter:
+            return model
+        if workload.method != "lora":
+            return with_adapter(model, config)
+        from peft import LoraConfig, get_peft_model
+
+        lora = LoraConfig(
+            task_type="CAUSAL_LM",
+            r=config.ranks[0],
+            lora_alpha=config.alphas[0],
+            use_rslora=config.use_rslora,
+            lora_dropout=config.lora_dropout,
+            target_modules=[layer.name for layer in find_layers(model, config)],
+        )
+        return get_peft_model(model, lora)
+
+
+def _leave_meta(model: nn.Module) -> None:
+    """Replace tensors of the meta device by those of a CPU; tied ones stay tied (`to` unties)."""
+    made: dict[torch.Tensor, torch.Tensor] = {}
+    for module in model.modules():
+        tables: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
+        for table in tables:
+            for name, tensor in table.items():
+                if tensor is None:
+                    continue
+                if tensor not in made:
+                    empty = torch.empty_like(tensor, device="cpu")
+                    is_parameter = isinstance(tensor, nn.Parameter)
+                    made[tensor] = (
+                        nn.Parameter(empty, tensor.requires_grad) if is_parameter else empty
+                    )
+                table[name] = made[tensor]
+
+
+def _optimizer(model: nn.Module, workload: Workload) -> torch.optim.Optimizer:
+    if workload.method in ("molf", "molf-e"):
+        return MoLFAdamW.from_model(model, workload.config)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if workload.method == "fft" and workload.dtype != "float32":
+        return AdamW(trained)  # as `molf train` does: float32 moments, exact weights
+    return torch.optim.AdamW(trained, fused=True)

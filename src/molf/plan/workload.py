@@ -1,0 +1,115 @@
+"""What is to be planned: a method and the shape of its steps."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from molf.core.config import MoLFConfig
+from molf.errors import InputError
+
+METHODS = ("fft", "lora", "molf", "molf-e")
+"""What can be planned; molf-e is MoLF-Efficient, LoRA experts alone on a frozen base."""
+DTYPES = ("float32", "bfloat16")
+DEVICES = ("cuda", "cpu")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Workload:
+    """A training as far as its memory depends on it.
+
+    Attributes:
+        method: One of `METHODS`.
+        config: What is adapted or routed; None for fft.
+        batch_size: Sequences per forward pass on one device.
+        length: Tokens of a sequence, padding included.
+        accumulates: Whether gradients of earlier forward passes are kept through a later one.
+        checkpointing: Whether activations are recomputed in the backward pass.
+        dtype: Type of the weights, one of `DTYPES`.
+        bf16: Whether the forward pass runs under bfloat16 autocast.
+        device: Kind of device, one of `DEVICES`; its kernels need different temporaries.
+        padded: Whether a batch holds sequences of different lengths. Attention then takes a mask,
+            and the plan is that of the longest sequence.
+        num_gpus: Devices that share weights, gradients and optimizer state.
+
+    Raises:
+        InputError: A value is not allowed.
+    """
+
+    method: str
+    config: MoLFConfig | None
+    batch_size: int
+    length: int
+    accumulates: bool = False
+    checkpointing: bool = False
+    dtype: str = "float32"
+    bf16: bool = False
+    device: str = "cuda"
+    padded: bool = True
+    num_gpus: int = 1
+
+    def __post_init__(self) -> None:
+        """Check every value that can be checked without the model."""
+        for name, allowed in (("method", METHODS), ("dtype", DTYPES), ("device", DEVICES)):
+            value: Any = getattr(self, name)
+            if value not in allowed:
+                raise InputError(f"Invalid {name}={value!r}. Must be one of {', '.join(allowed)}.")
+        for name in ("batch_size", "length", "num_gpus"):
+            if getattr(self, name) < 1:
+                raise InputError(f"Invalid {name}={getattr(self, name)}. Must be at least 1.")
+        if (self.config is None) != (self.method == "fft"):
+            raise InputError(f"method={self.method} does not go with config={self.config}.")
+        if self.config is not None and self.config.freeze_base != (self.method == "molf-e"):
+            raise InputError(f"method={self.method} needs another freeze_base than its config has.")
+        if self.method == "lora" and self.config is not None and len(self.config.ranks) > 1:
+            raise InputError(
+                f"Invalid ranks={','.join(map(str, self.config.ranks))} with method=lora. Must be "
+                "one rank; molf and molf-e take several."
+            )
+
+    @property
+    def has_adapter(self) -> bool:
+        """Whether LoRA factors are a PEFT adapter in the model; else the optimizer keeps them."""
+        if self.config is None:
+            return False
+        return self.method != "molf" or self.config.lora_dropout > 0
+
+
+def method_config(
+    method: str,
+    *,
+    ranks: tuple[int, ...] | None = None,
+    lora_dropout: float | None = None,
+    **options: Any,
+) -> MoLFConfig | None:
+    """What a method adapts or routes; None for fft.
+
+    Args:
+        method: One of `METHODS`.
+        ranks: One per LoRA expert; the method's default if not given.
+        lora_dropout: Dropout before the factors; the method's default if not given.
+        **options: Further settings of `MoLFConfig`.
+
+    Raises:
+        InputError: A value is not allowed.
+    """
+    if method == "fft":
+        return None
+    defaults = _DEFAULTS[method]
+    try:
+        return MoLFConfig(
+            ranks=defaults["ranks"] if ranks is None else ranks,
+            lora_dropout=defaults["lora_dropout"] if lora_dropout is None else lora_dropout,
+            freeze_base=method == "molf-e",
+            **options,
+        )
+    except ValueError as error:
+        raise InputError(str(error)) from error
+
+
+# Those of `molf train`; for molf-e the paper's.
+_DEFAULTS: dict[str, dict[str, Any]] = {
+    "lora": {"ranks": (32,), "lora_dropout": 0.05},
+    "molf": {"ranks": (128,), "lora_dropout": 0.0},
+    "molf-e": {"ranks": (32, 128), "lora_dropout": 0.05},
+}

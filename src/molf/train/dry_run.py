@@ -1,0 +1,235 @@
+"""Two real steps of a run, in a directory that is thrown away: does it work, what will it take?"""
+
+from __future__ import annotations
+
+import random
+import tempfile
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
+
+from molf.evaluate.inference import length_limit
+from molf.plan.measure import PeakBytes
+from molf.plan.memory import MemoryPlan, Planner
+from molf.plan.workload import METHODS, Workload
+from molf.tasks import Task
+from molf.tasks.encoding import EncodedSamples, encode_samples
+from molf.train.methods import TrainingData, check, plan
+from molf.train.model_loading import load_model, load_skeleton
+from molf.train.progress import Reporter
+from molf.train.resolved import ResolvedSettings
+from molf.train.run_directory import RunDirectory
+from molf.train.sft_config import sft_config
+from molf.train.training import run_training, total_steps
+
+STEPS = 2
+_ADALORA_STEPS = 3  # its schedule has three phases
+_SAMPLES = 1000
+
+
+@dataclass(frozen=True)
+class DryRun:
+    """What two steps showed.
+
+    Attributes:
+        examples: Examples of the task's training data.
+        tokenized: How many of them were tokenized, drawn by the seed.
+        left_out: How many of these are longer than the limit.
+        batch_size: Examples per forward pass.
+        length: The longest example of those tokenized; the steps were taken with the longest.
+        planned: The planned peak in bytes; None for a method or storage that cannot be planned.
+        measured: The measured peak in bytes.
+        measured_of: What was measured.
+        planned_at_limit: The planned peak with examples as long as allowed, in bytes, or None.
+        limit: The longest example allowed, in tokens.
+        seconds: How long the second step took.
+        steps: Optimizer steps of the whole run.
+        estimated_seconds: How long they will take, judged by the lengths of the examples.
+    """
+
+    examples: int
+    tokenized: int
+    left_out: int
+    batch_size: int
+    length: int
+    planned: int | None
+    measured: int
+    measured_of: str
+    planned_at_limit: int | None
+    limit: int
+    seconds: float
+    steps: int
+    estimated_seconds: float
+
+
+def rehearse(settings: ResolvedSettings, task: Task, reporter: Reporter) -> DryRun:
+    """Do all that a run does up to its first two steps; nothing is left on disk.
+
+    Evaluations are left out. The steps are taken with the longest examples, and with the optimizer
+    state that the first of them makes.
+
+    Raises:
+        InputError: As the run would.
+    """
+    sft_config(settings)  # what is wrong with the run's own settings
+    check(load_skeleton(settings.model), settings)
+    set_seed(settings.seed)
+    base = load_model(settings.model, getattr(torch, settings.dtype))
+    limit = length_limit(base.model, settings.max_length)
+    samples = task.training_samples
+    drawn = random.Random(settings.seed).sample(samples, min(len(samples), _SAMPLES))
+    encoded = encode_samples(base.tokenizer, drawn, limit)
+    short_steps = _ADALORA_STEPS if settings.method == "adalora" else STEPS
+    longest = _longest(encoded, short_steps, settings)
+    plan(base.model, settings, TrainingData(encoded, total_steps(len(encoded.input_ids), settings)))
+    with tempfile.TemporaryDirectory(prefix="molf-dry-run-") as scratch:
+        short = replace(
+            settings,
+            output_dir=Path(scratch) / "run",
+            max_steps=short_steps,
+            warmup_ratio=0.0,
+            save_steps=None,
+            save_total_limit=None,
+            logging_steps=1,
+            report_to=("none",),
+        )
+        arguments = sft_config(short)
+        arguments.train_sampling_strategy = "sequential"
+        planned, at_limit = _planned(base.config, longest, limit, settings, arguments)
+        watch = _Watch(arguments.device)
+        run_training(
+            base,
+            TrainingData(longest, short_steps),
+            short,
+            arguments,
+            RunDirectory(short.output_dir, overwrite=False),
+            reporter,
+            callbacks=[watch],
+        )
+    steps = total_steps(round(len(samples) * len(encoded.kept) / len(drawn)), settings)
+    on_cuda = arguments.device.type == "cuda"
+    return DryRun(
+        examples=len(samples),
+        tokenized=len(drawn),
+        left_out=encoded.left_out,
+        batch_size=settings.per_device_train_batch_size,
+        length=max(map(len, longest.input_ids)),
+        planned=planned,
+        measured=watch.peak.bytes,
+        measured_of="max_memory_allocated" if on_cuda else "live tensors, by torch's profiler",
+        planned_at_limit=at_limit,
+        limit=limit,
+        seconds=watch.seconds,
+        steps=steps,
+        estimated_seconds=watch.seconds * steps * _share_of_tokens(encoded, longest, settings),
+    )
+
+
+class _Watch(TrainerCallback):
+    """Measures the peak of the whole training, and the time of its last step."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._started = 0.0
+        self.seconds = 0.0
+        self.peak = PeakBytes(device)
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        """The model is on its device, and there is no gradient and no state yet."""
+        self.peak = PeakBytes(self._device, [*model.parameters(), *model.buffers()])
+        self.peak.__enter__()
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Start the clock."""
+        self._wait()
+        self._started = time.perf_counter()
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Stop the clock; the last step's time stays."""
+        self._wait()
+        self.seconds = time.perf_counter() - self._started
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Stop measuring."""
+        self.peak.__exit__(None, None, None)
+
+    def _wait(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+
+
+def _longest(encoded: EncodedSamples, steps: int, settings: ResolvedSettings) -> EncodedSamples:
+    """The longest examples, enough for a batch, again and again in every forward pass."""
+    size = settings.per_device_train_batch_size
+    order = sorted(range(len(encoded.kept)), key=lambda i: len(encoded.input_ids[i]), reverse=True)
+    batch = [order[i % len(order)] for i in range(size)]
+    rows = batch * settings.gradient_accumulation_steps * steps
+    return replace(
+        encoded,
+        input_ids=[encoded.input_ids[row] for row in rows],
+        labels=[encoded.labels[row] for row in rows],
+        kept=[encoded.kept[row] for row in rows],
+    )
+
+
+def _planned(
+    config: Any,
+    longest: EncodedSamples,
+    limit: int,
+    settings: ResolvedSettings,
+    arguments: Any,
+) -> tuple[int | None, int | None]:
+    """The planned peaks: of the steps that are taken, and of those with the longest allowed."""
+    unplanned = (
+        settings.state_dtype != "float32"
+        or settings.optimizer_in_backward
+        or settings.grad_accumulation_dtype is not None
+        or settings.quantised is not None
+    )
+    if settings.method not in METHODS or unplanned:
+        return None, None
+    lengths = set(map(len, longest.input_ids))
+    workload = Workload(
+        method=settings.method,
+        config=settings.method_config,
+        batch_size=settings.per_device_train_batch_size,
+        length=max(lengths),
+        accumulates=settings.gradient_accumulation_steps > 1,
+        checkpointing=settings.gradient_checkpointing,
+        bf16=arguments.bf16,
+        dtype=settings.dtype,
+        device="cuda" if arguments.device.type == "cuda" else "cpu",
+        padded=len(lengths) > 1,
+    )
+    at_limit = replace(workload, length=limit, padded=settings.per_device_train_batch_size > 1)
+    planner = Planner(config)
+    plans: list[MemoryPlan] = [planner.memory(planned) for planned in (workload, at_limit)]
+    return plans[0].peak, plans[1].peak
+
+
+def _share_of_tokens(
+    encoded: EncodedSamples, longest: EncodedSamples, settings: ResolvedSettings
+) -> float:
+    """Tokens of a batch as they are drawn, padding included, over those of the longest batch."""
+    size = settings.per_device_train_batch_size
+    lengths = [len(row) for row in encoded.input_ids]
+    batches = [lengths[start : start + size] for start in range(0, len(lengths), size)]
+    drawn = sum(max(batch) * size for batch in batches) / len(batches)
+    return drawn / (size * max(map(len, longest.input_ids)))

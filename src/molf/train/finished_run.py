@@ -1,0 +1,73 @@
+"""A run that has ended, read from its directory: what it was, and what of it can be used."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from molf.errors import InputError
+from molf.train.run_directory import ADAPTER, CONFIG, MODEL
+
+
+@dataclass(frozen=True)
+class FinishedRun:
+    """A run's directory and its settings.
+
+    Attributes:
+        path: The directory.
+        config: Its `config.yaml`.
+    """
+
+    path: Path
+    config: dict[str, Any]
+
+    @property
+    def method(self) -> str:
+        """How it was trained."""
+        return str(self.config.get("method"))
+
+    def check(self, what: str) -> None:
+        """Make sure that the run has a model or an adapter.
+
+        Raises:
+            InputError: It has none; the message says why, and what there is instead.
+        """
+        if not (self.path / MODEL / "config.json").is_file():
+            raise InputError(
+                f"{self.path} has no {MODEL}/: the run goes on, or failed before it was saved."
+            )
+        if what == ADAPTER and not (self.path / ADAPTER / "adapter_config.json").is_file():
+            raise InputError(
+                f"{self.path} has no adapter: {self._why_no_adapter()}. Export the whole model "
+                "(--what model), or train with --method molf-e or lora."
+            )
+
+    def _why_no_adapter(self) -> str:
+        if self.method == "fft":
+            return "method=fft trains the weights themselves"
+        if self.method == "molf" and not self.config.get("lora_dropout"):
+            return "the experts of method=molf are folded into the weights, which moved as well"
+        return f"method={self.method} trained weights beside it, so that it alone is not the result"
+
+
+def read_run(path: Path) -> FinishedRun:
+    """Read what a run says of itself.
+
+    Raises:
+        InputError: The directory is no run of `molf train`.
+    """
+    path = path.expanduser()
+    if not path.is_dir():
+        raise InputError(f"{path} is not a directory. Give the directory of a run of `molf train`.")
+    try:
+        config = yaml.safe_load((path / CONFIG).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{path} is not a run of `molf train`: it has no {CONFIG}.") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise InputError(f"{path / CONFIG} cannot be read: {error}") from error
+    if not isinstance(config, dict) or "method" not in config:
+        raise InputError(f"{path / CONFIG} is not that of a run of `molf train`.")
+    return FinishedRun(path, config)

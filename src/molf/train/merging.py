@@ -1,0 +1,41 @@
+"""From the trained model to the plain one that is saved, with the error of the merge."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from peft import PeftModel
+
+from molf.core.merge import MergeReport, merge
+from molf.train.methods import TrainingData
+from molf.train.model_loading import load_model
+from molf.train.progress import Reporter
+from molf.train.resolved import ResolvedSettings
+
+_SAMPLE_TOKENS = 512
+
+
+def merge_trained(
+    model: Any, settings: ResolvedSettings, data: TrainingData, reporter: Reporter
+) -> tuple[Any, dict[str, Any]]:
+    """Merge the adapter in float32, say how far the logits of a training example move.
+
+    Returns:
+        The plain model, and the merge's record. A model without an adapter comes back as it is,
+        and the record is empty.
+    """
+    if isinstance(model, PeftModel) and settings.quantised is None:
+        model.float()  # a bfloat16 weight would lose small changes
+    reports: list[MergeReport] = []
+    original = load_model(settings.model).model if settings.merge_base == "original" else None
+    sample = torch.tensor([data.samples.input_ids[0][:_SAMPLE_TOKENS]])
+    plain = merge(
+        model, base=settings.merge_base, original=original, sample=sample, report=reports.append
+    )
+    record: dict[str, Any] = {}
+    for report in reports:
+        reporter.say(str(report))
+        record = {name: value for name, value in asdict(report).items() if value is not None}
+    return plain, record

@@ -1,0 +1,270 @@
+"""Moments in blocks of 8 bits: how close, how they are stored, and what they do not touch."""
+
+from __future__ import annotations
+
+import copy
+import math
+import sys
+import warnings
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from core_helpers import Conv1D, assert_same_bits, feed, snapshot
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
+from torchao.optim.subclass_8bit import OptimState8bit
+
+from molf import AdamW, MoLFAdamW, MoLFConfig
+from molf.core import adam, moments
+from molf.core.adam import MomentDecay
+from molf.core.moments import EightBitMoments, moment_state
+
+
+class Layers(nn.Module):
+    """Large enough, in both layouts; too small; and not a multiple of a block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(64, 64)
+        self.large = nn.Linear(96, 512)
+        self.turned = Conv1D(128, 64)
+        self.small = nn.Linear(32, 32)
+        self.odd = nn.Linear(67, 67, bias=False)
+
+
+LARGE = {"embed.weight", "large.weight", "turned.weight"}
+
+
+def build(form: str, dtype: torch.dtype = torch.float32, **options):
+    torch.manual_seed(0)
+    model = Layers().to(dtype)
+    options = {"lr": 1e-3, "state_dtype": "8bit", **options}
+    if form == "fft":
+        return model, AdamW(model.named_parameters(), weight_decay=0.1, **options)
+    config = MoLFConfig(ranks=(2, 3), alpha=4.0, top_k=2)
+    return model, MoLFAdamW.from_model(model, config, **options)
+
+
+def take(model, optimizer, steps) -> None:
+    for step in steps:
+        feed(model, step, scale=1e-2)
+        optimizer.step()
+
+
+@pytest.mark.parametrize("form", ["molf", "fft"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_large_tensors_have_8bit_moments_and_the_rest_float32(form, dtype):
+    model, optimizer = build(form, dtype)
+    take(model, optimizer, range(2))
+    for name, parameter in model.named_parameters():
+        state = optimizer.state[parameter]
+        assert ("exp_avg_codes" in state) == (name in LARGE), name
+        assert ("exp_avg" in state) == (name not in LARGE), name
+        if name not in LARGE:
+            continue
+        for key in ("exp_avg", "exp_avg_sq"):
+            codes, scales = state[f"{key}_codes"], state[f"{key}_scales"]
+            assert (codes.dtype, codes.shape) == (torch.uint8, parameter.shape)
+            assert (scales.dtype, scales.numel()) == (torch.float32, parameter.numel() // 256)
+            assert type(codes) is type(scales) is Tensor
+    if form == "molf":
+        factors = {
+            k: v.dtype for k, v in optimizer.state[model.large.weight].items() if "lora" in k
+        }
+        assert len(factors) == 6
+        assert set(factors.values()) == {torch.float32}
+
+
+def test_state_is_a_quarter_of_float32s():
+    sizes = []
+    for state_dtype in ("float32", "8bit"):
+        weight = nn.Parameter(torch.randn(256, 256))
+        optimizer = AdamW([weight], state_dtype=state_dtype)
+        weight.grad = torch.randn_like(weight)
+        optimizer.step()
+        tensors = [v for v in optimizer.state[weight].values() if torch.is_tensor(v)]
+        sizes.append(sum(v.numel() * v.element_size() for v in tensors) / weight.numel())
+    assert sizes == [8.0, 2 + 2 * 4 / 256]
+
+
+@pytest.mark.parametrize("form", ["molf", "fft"])
+def test_steps_use_float32_moments_and_storing_them_is_torchaos(form):
+    """One step from zero moments loses nothing; what it leaves is torchao's own rounding."""
+    model, optimizer = build(form)
+    twin, reference = build(form, state_dtype="float32")
+    for each, its in ((model, optimizer), (twin, reference)):
+        take(each, its, [0])
+    if form == "molf":
+        for layer, decision in optimizer.routing.items():
+            expected = reference.routing[layer]
+            assert decision.winners == expected.winners
+            assert decision.scores == pytest.approx(expected.scores, rel=1e-6)
+    for (name, one), other in zip(model.named_parameters(), twin.parameters(), strict=True):
+        assert torch.equal(one, other), name
+        if name not in LARGE:
+            continue
+        state, exact = optimizer.state[one], reference.state[other]
+        for key, signed in (("exp_avg", True), ("exp_avg_sq", False)):
+            stored = OptimState8bit.zeros(one.shape, signed)
+            stored.copy_(exact[key])
+            assert torch.equal(state[f"{key}_scales"], stored.scale)
+            expected = stored.codes
+            if not signed:
+                expected = expected.maximum((exact[key] > 0).to(torch.uint8))
+            assert torch.equal(state[f"{key}_codes"], expected)
+
+
+@pytest.mark.parametrize("form", ["molf", "fft"])
+def test_training_stays_close_to_float32_moments(form):
+    model, optimizer = build(form)
+    twin, reference = build(form, state_dtype="float32")
+    start = copy.deepcopy(model)
+    for each, its in ((model, optimizer), (twin, reference)):
+        take(each, its, range(60))
+    moved = []
+    for each in (model, twin):
+        pairs = zip(each.parameters(), start.parameters(), strict=True)
+        moved.append(torch.cat([(p - q).detach().flatten() for p, q in pairs]))
+    assert torch.nn.functional.cosine_similarity(*moved, dim=0) > 0.98
+    assert 0.9 < moved[0].norm() / moved[1].norm() < 1.1
+
+
+def test_small_second_moments_are_not_stored_as_zero():
+    """Where one element's gradients dwarf the others', which then stop: m / (sqrt(0) + eps)."""
+    weight = nn.Parameter(torch.zeros(64, 64))
+    optimizer = AdamW([weight], lr=1e-3, weight_decay=0.0, state_dtype="8bit")
+    for step in range(6):
+        weight.grad = torch.full_like(weight, 1e-5 if step < 3 else 0.0)
+        weight.grad[:, 0] = 1.0
+        optimizer.step()
+    codes = optimizer.state[weight]["exp_avg_sq_codes"]
+    assert (codes > 0).all()
+    assert weight.abs().max() < 6 * 1.1e-3
+
+
+@pytest.mark.parametrize("elements", [256, 4096, 20_000])
+def test_blocks_of_rows_change_nothing(elements, monkeypatch):
+    ends = []
+    for size in (32_768, elements):
+        monkeypatch.setattr(adam, "_CPU_BLOCK_ELEMENTS_PER_THREAD", size)
+        model, optimizer = build("fft")
+        take(model, optimizer, range(3))
+        ends.append(snapshot(model, optimizer))
+    assert_same_bits(*ends)
+
+
+@pytest.mark.parametrize("form", ["molf", "fft"])
+def test_no_transient_has_the_size_of_a_weight(form, monkeypatch):
+    """Steps stay in blocks: largest float32 tensor that dequantising makes."""
+    weight = nn.Linear(256, 2048, bias=False)
+    config = MoLFConfig(ranks=(2,))
+    if form == "molf":
+        optimizer = MoLFAdamW.from_model(weight, config, state_dtype="8bit")
+    else:
+        optimizer = AdamW(weight.parameters(), state_dtype="8bit")
+    seen = []
+    advance = EightBitMoments.advance
+    monkeypatch.setattr(
+        EightBitMoments,
+        "advance",
+        lambda self, *args: (moved := advance(self, *args), seen.append(moved[0].numel()))[0],
+    )
+    feed(weight, 0)
+    optimizer.step()
+    assert 0 < max(seen) <= 32_768 * torch.get_num_threads()
+
+
+@pytest.mark.parametrize("form", ["molf", "fft"])
+@pytest.mark.parametrize("rounding", ["exact", "stochastic"])
+def test_resumed_run_is_the_uninterrupted_run(form, rounding, tmp_path):
+    model, optimizer = build(form, torch.bfloat16, weight_rounding=rounding)
+    take(model, optimizer, range(3))
+    torch.save(optimizer.state_dict(), tmp_path / "state.pt")
+    twin, resumed = build(form, torch.bfloat16, weight_rounding=rounding)
+    twin.load_state_dict(model.state_dict())
+    resumed.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    assert_same_bits(snapshot(twin, resumed), snapshot(model, optimizer))
+    for each, its in ((model, optimizer), (twin, resumed)):
+        take(each, its, range(3, 6))
+    assert_same_bits(snapshot(twin, resumed), snapshot(model, optimizer))
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # torch's, of the missing process group
+def test_distributed_checkpoint_on_disk(tmp_path):
+    model, optimizer = build("molf", torch.bfloat16)
+    take(model, optimizer, range(3))
+    dcp.save({"optim": get_optimizer_state_dict(model, optimizer)}, checkpoint_id=tmp_path / "c")
+    twin, resumed = build("molf", torch.bfloat16)
+    target = {"optim": get_optimizer_state_dict(twin, resumed)}
+    twin.load_state_dict(model.state_dict())
+    dcp.load(target, checkpoint_id=tmp_path / "c")
+    set_optimizer_state_dict(twin, resumed, target["optim"])
+    for each, its in ((model, optimizer), (twin, resumed)):
+        take(each, its, range(3, 5))
+    assert_same_bits(snapshot(twin, resumed), snapshot(model, optimizer))
+
+
+@pytest.mark.parametrize("form", ["molf", "fft"])
+def test_bad_step_leaves_every_bit(form):
+    model, optimizer = build(form, nonfinite="skip")
+    take(model, optimizer, range(2))
+    before = snapshot(model, optimizer)
+    feed(model, 2)
+    model.large.weight.grad[3, 3] = math.nan
+    with pytest.warns(UserWarning, match="Step skipped"):
+        optimizer.step()
+    assert_same_bits(snapshot(model, optimizer), before)
+
+
+def test_losers_moments_move_in_8bit_too():
+    torch.manual_seed(0)
+    layer = nn.Linear(64, 64, bias=False)
+    optimizer = MoLFAdamW.from_model(
+        layer, MoLFConfig(ranks=(2,), score="lora"), state_dtype="8bit", weight_decay=0.0
+    )
+    for step in range(2):
+        feed(layer, step)
+        optimizer.step()
+    state = optimizer.state[layer.weight]
+    reference = {"exp_avg": torch.zeros(64, 64), "exp_avg_sq": torch.zeros(64, 64)}
+    decay = MomentDecay.of((0.9, 0.999), torch.tensor(True), torch.float32)
+    for step in range(2):
+        feed(layer, step)
+        adam.update_moments(layer.weight.grad, *reference.values(), decay)
+    rows = slice(0, 64)
+    got = [block.dequantize() for block in EightBitMoments(state)._blocks(rows)]
+    torch.testing.assert_close(got[0], reference["exp_avg"], atol=2e-2, rtol=0.1)
+    torch.testing.assert_close(got[1].sqrt(), reference["exp_avg_sq"].sqrt(), atol=1e-2, rtol=0.1)
+
+
+def test_unknown_format_is_refused():
+    with pytest.raises(
+        ValueError, match=r"Invalid state_dtype='4bit'\. Must be 'float32' or '8bit'"
+    ):
+        build("fft", state_dtype="4bit")
+
+
+@pytest.mark.parametrize("form", ["molf", "fft"])
+def test_missing_torchao_names_the_extra(form, monkeypatch):
+    moments._torchao.cache_clear()
+    monkeypatch.setitem(sys.modules, "torchao", None)
+    monkeypatch.setitem(sys.modules, "torchao.optim", None)
+    with pytest.raises(ImportError, match=r"pip install 'molf\[torchao\]'"):
+        build(form)
+    build(form, state_dtype="float32")
+
+
+def test_nothing_large_enough_is_warned_of():
+    with pytest.warns(UserWarning, match="changes nothing"):
+        AdamW(nn.Linear(8, 8).parameters(), state_dtype="8bit")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        build("fft")
+
+
+def test_float64_moments_stay_float64():
+    assert moment_state(torch.zeros(64, 64).double(), "8bit")["exp_avg"].dtype == torch.float64

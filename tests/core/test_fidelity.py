@@ -1,0 +1,120 @@
+"""The share of updates that rounding loses, as the optimizer measures it."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+from core_helpers import feed, tiny_model, tiny_optimizer
+from torch import nn
+
+from molf import AdamW
+from molf.core import fidelity
+
+BF16 = torch.bfloat16
+
+
+def adamw(weights: torch.Tensor, rounding: str | None, lr: float, **options):
+    parameter = nn.Parameter(weights.clone())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return parameter, AdamW([parameter], lr=lr, weight_rounding=rounding, **options)
+
+
+def measured(weights, rounding, lr, **options):
+    """One step with gradients of both signs; the measured fidelity and the true one."""
+    parameter, optimizer = adamw(weights, rounding, lr, weight_decay=0.0, **options)
+    optimizer.measure_updates = True
+    grad = torch.randn(weights.shape, generator=torch.Generator().manual_seed(1)).to(weights.dtype)
+    parameter.grad = grad
+    before = optimizer.float32_weights().get(parameter, parameter.detach()).double().clone()
+    optimizer.step()
+    after = optimizer.float32_weights().get(parameter, parameter.detach()).double()
+    update = -lr * grad.double().sign()  # Adam's first step
+    lost = (after == before).double().mean().item()
+    kept = (((after - before) * update).sum() / update.square().sum()).item()
+    return optimizer.update_fidelity, lost, kept
+
+
+@pytest.mark.parametrize("shape", [(64, 32), (700, 300)])
+@pytest.mark.parametrize(
+    ("dtype", "rounding", "low", "high"),
+    [
+        (torch.float32, None, 0.0, 0.0),
+        (BF16, "exact", 0.0, 0.0),
+        (BF16, "stochastic", 0.3, 0.95),
+        (BF16, "nearest", 0.5, 0.95),
+    ],
+)
+def test_what_is_measured_is_what_is_lost(shape, dtype, rounding, low, high):
+    weights = 0.02 * torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    got, lost, kept = measured(weights.to(BF16).to(dtype), rounding, 2e-5)
+    assert low <= lost <= high
+    tolerance = 1e-6 if weights.numel() < 65_536 else 0.02  # all of it, or a sample
+    assert got.lost == pytest.approx(lost, abs=tolerance)
+    assert got.kept == pytest.approx(kept, abs=1e-3 if rounding == "exact" else 0.1)
+    if rounding in (None, "exact", "stochastic"):
+        assert got.kept == pytest.approx(1.0, abs=0.1)
+
+
+def test_float32_loses_updates_too_where_they_are_small_enough():
+    got, lost, _ = measured(torch.ones(50, 50), None, 1e-8)
+    assert got.lost == lost == 1.0
+    assert got.kept == 0.0
+
+
+def test_elements_without_an_update_do_not_count():
+    parameter, optimizer = adamw(torch.ones(4, dtype=BF16), "nearest", 1e-5, weight_decay=0.0)
+    optimizer.measure_updates = True
+    parameter.grad = torch.tensor([0.0, 0.0, 0.0, 1.0], dtype=BF16)
+    optimizer.step()
+    assert optimizer.update_fidelity.lost == 1.0  # the one update, not one in four
+    parameter.grad = torch.zeros_like(parameter)
+    _, fresh = adamw(torch.ones(4), None, 1e-5, weight_decay=0.0)
+    fresh.measure_updates = True
+    fresh.step()
+    assert fresh.update_fidelity is None
+
+
+@pytest.mark.parametrize("rounding", ["exact", "nearest"])
+@pytest.mark.parametrize("score", ["full", "lora"])
+def test_routed_layers_are_measured(rounding, score):
+    model = tiny_model(BF16)
+    optimizer = tiny_optimizer(model, score=score, lr=2e-5, weight_rounding=rounding)
+    optimizer.measure_updates = True
+    for step in range(3):
+        feed(model, step)
+        optimizer.step()
+    lost = optimizer.update_fidelity.lost
+    assert lost < 0.02 if rounding == "exact" else lost > 0.5
+
+
+def test_measuring_changes_nothing_and_is_off_by_default(monkeypatch):
+    ends = []
+    for measure in (False, True):
+        model = tiny_model(BF16)
+        optimizer = tiny_optimizer(model, top_k=2)
+        optimizer.measure_updates = measure
+        feed(model, 0)
+        optimizer.step()
+        assert (optimizer.update_fidelity is None) == (not measure)
+        ends.append([p.detach().clone() for p in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))
+
+
+def test_large_tensors_are_sampled(monkeypatch):
+    monkeypatch.setattr(fidelity, "_SAMPLE", 256)
+    seen = []
+    add = fidelity.UpdateTally.add
+    monkeypatch.setattr(
+        fidelity.UpdateTally,
+        "add",
+        lambda self, before, *rest, **more: (
+            seen.append((before.numel(), more["weight"])),
+            add(self, before, *rest, **more),
+        ),
+    )
+    measured(torch.ones(512, 128).to(BF16), "nearest", 1e-5)
+    assert sum(count for count, _ in seen) <= 512  # of 65,536
+    assert sum(count * weight for count, weight in seen) == 512 * 128

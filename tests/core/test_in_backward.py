@@ -1,0 +1,258 @@
+"""Steps in the backward pass: the ordinary step's winners and weights, and freed gradients."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+
+import pytest
+import torch
+from core_helpers import assert_same_bits, backward, snapshot, tiny_model
+from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
+
+import molf
+from molf import AdamW, MoLFAdamW, MoLFConfig
+from molf.core import accumulation
+
+FORMS = ["folded", "folded-top2", "explicit", "frozen", "fft"]
+
+
+def build(form: str, dtype: torch.dtype = torch.float32, **options):
+    model = tiny_model(dtype)
+    options = {"lr": 1e-2, **options}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        if form == "fft":
+            return model, AdamW(model.named_parameters(), **options)
+        config = MoLFConfig(ranks=(2, 3), alpha=4.0, top_k=2 if form == "folded-top2" else 1)
+        if form in ("explicit", "frozen"):
+            config = MoLFConfig(
+                ranks=(2, 3), alpha=4.0, freeze_base=form == "frozen", freeze_rest=False
+            )
+            model = molf.with_adapter(model, config)
+        return model, MoLFAdamW.from_model(model, config, lora_lr=3e-2, **options)
+
+
+def run_model(model: nn.Module, seed: int) -> torch.Tensor:
+    ids = torch.randint(11, (4, 5), generator=torch.Generator().manual_seed(seed))
+    out = model(ids).flatten(0, 1).float()
+    loss = nn.functional.cross_entropy(out, ids.roll(1, 1).flatten())
+    loss.backward()
+    return loss.detach()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("form", FORMS)
+def test_same_winners_and_weights_as_the_ordinary_step(form, dtype):
+    model, optimizer = build(form, dtype, optimizer_in_backward=True)
+    twin, ordinary = build(form, dtype)
+    schedules = [LambdaLR(own, lambda step: 1 / (1 + step)) for own in (optimizer, ordinary)]
+    for step in range(6):
+        losses = [run_model(each, step) for each in (model, twin)]
+        assert torch.equal(*losses)
+        assert all(p.grad is None for p in model.parameters())  # freed before `step`
+        optimizer.step()
+        ordinary.step()
+        twin.zero_grad()
+        for schedule in schedules:
+            schedule.step()
+        if form != "fft":
+            assert optimizer.routing.keys() == ordinary.routing.keys() == {"up", "down"}
+            assert optimizer.routing == ordinary.routing
+        assert_same_bits(snapshot(model, optimizer), snapshot(twin, ordinary))
+
+
+def test_weights_move_before_step_and_step_moves_nothing_more():
+    model, optimizer = build("folded", optimizer_in_backward=True)
+    before = snapshot(model, optimizer)
+    run_model(model, 0)
+    moved = snapshot(model, optimizer)
+    weights = ("up.weight", "down.weight", "embed.weight", "lm_head.weight", "norm.bias")
+    assert all(not torch.equal(moved[name], before[name]) for name in weights)
+    optimizer.step()
+    assert_same_bits(snapshot(model, optimizer), moved)
+    optimizer.step()  # without a backward pass
+    assert_same_bits(snapshot(model, optimizer), moved)
+    assert optimizer.routing == {}
+
+
+def test_gradients_do_not_live_together():
+    """No two layers' gradients at once, where the ordinary step needs all of them."""
+    layers = nn.Sequential(*[nn.Linear(8, 8) for _ in range(6)])
+    optimizer = MoLFAdamW.from_model(layers, MoLFConfig(ranks=(2,)), optimizer_in_backward=True)
+    alive = []
+    for layer in layers:
+        layer.weight.register_post_accumulate_grad_hook(
+            lambda _: alive.append(sum(p.grad is not None for p in layers.parameters()))
+        )
+    layers(torch.randn(3, 8)).square().mean().backward()
+    assert len(alive) == 6
+    assert max(alive) <= 2  # one layer's weight and bias
+    optimizer.step()
+    assert len(optimizer.routing) == 6
+
+
+def test_incomplete_layers_are_finished_by_step():
+    """A bias without a gradient: the layer waits for it in vain."""
+    model, optimizer = build("folded", optimizer_in_backward=True)
+    twin, ordinary = build("folded")
+    for each in (model, twin):
+        each.up.forward = lambda x, layer=each.up: nn.functional.linear(x, layer.weight)
+        run_model(each, 0)
+    assert model.up.weight.grad is not None
+    assert set(optimizer.routing) == {"down"}
+    optimizer.step()
+    ordinary.step()
+    assert model.up.weight.grad is None
+    assert optimizer.routing == ordinary.routing
+    assert_same_bits(snapshot(model, optimizer), snapshot(twin, ordinary))
+
+
+@pytest.mark.parametrize("form", ["folded", "fft"])
+def test_accumulation_is_refused_at_the_second_backward_pass(form):
+    model, optimizer = build(form, optimizer_in_backward=True)
+    run_model(model, 0)
+    with pytest.raises(RuntimeError, match=r"second gradient.*Call optimizer\.step\(\) after each"):
+        run_model(model, 1)
+    model.zero_grad()
+    run_model(model, 2)  # and it can go on
+    optimizer.step()
+
+
+def test_bad_gradient_raises_for_its_layer_and_says_what_has_moved():
+    model, optimizer = build("folded", optimizer_in_backward=True)
+    run_model(model, 0)
+    optimizer.step()
+    before = snapshot(model, optimizer)
+    handle = model.up.weight.register_hook(lambda grad: grad * float("nan"))
+    with pytest.raises(RuntimeError, match=r"Non-finite gradient in up.weight; it has not moved"):
+        run_model(model, 1)
+    after = snapshot(model, optimizer)
+    same = {key for key in before if key.startswith("up.")}
+    assert_same_bits({k: after[k] for k in same}, {k: before[k] for k in same})
+    assert not torch.equal(after["down.weight"], before["down.weight"])
+    handle.remove()
+    model.zero_grad()
+    run_model(model, 2)
+    optimizer.step()
+    assert set(optimizer.routing) == {"up", "down"}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"nonfinite": "skip"}, "nonfinite='skip' is not possible with optimizer_in_backward=True"),
+        ({"grad_accumulation_dtype": "float32"}, "has nothing to accumulate"),
+    ],
+)
+@pytest.mark.parametrize("form", ["folded", "fft"])
+def test_what_needs_all_gradients_is_refused(form, options, message):
+    with pytest.raises(ValueError, match=message):
+        build(form, optimizer_in_backward=True, **options)
+
+
+def test_several_processes_are_refused(monkeypatch):
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    with pytest.raises(ValueError, match="with 2 processes is not possible"):
+        build("folded", optimizer_in_backward=True)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_copies_go_on_alike(form):
+    pair = build(form, optimizer_in_backward=True)
+    run_model(pair[0], 0)
+    pair[1].step()
+    twin, other = copy.deepcopy(pair)
+    for model, optimizer in (pair, (twin, other)):
+        for step in (1, 2):
+            run_model(model, step)
+            assert all(p.grad is None for p in model.parameters())
+            optimizer.step()
+    assert_same_bits(snapshot(twin, other), snapshot(*pair))
+
+
+def test_swapped_parameters_are_followed():
+    """Libraries that wrap models put other parameters into the groups."""
+    model, optimizer = build("folded", optimizer_in_backward=True)
+    twin = copy.deepcopy(model)
+    named = dict(twin.named_parameters())
+    for group in optimizer.param_groups:
+        group["params"] = [named[name] for name in group["param_names"]]
+    for step in range(2):
+        run_model(twin, step)
+        optimizer.step()
+        assert all(p.grad is None for p in twin.parameters())
+        assert set(optimizer.routing) == {"up", "down"}
+    run_model(twin, 2)
+    assert all(p.grad is None for p in twin.parameters())
+
+
+def test_closure_and_checkpointing():
+    model, optimizer = build("folded", optimizer_in_backward=True)
+    twin, ordinary = build("folded")
+    for each in (model, twin):
+        inner = each.up.forward
+        each.up.forward = lambda x, inner=inner: torch.utils.checkpoint.checkpoint(
+            inner, x, use_reentrant=False
+        )
+    loss = optimizer.step(lambda: run_model(model, 0))
+    assert torch.equal(loss, ordinary.step(lambda: backward(twin, 0)))
+    assert_same_bits(snapshot(model, optimizer), snapshot(twin, ordinary))
+
+
+# -- gradients in float32 -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", ["folded", "fft"])
+def test_gradients_of_bfloat16_weights_add_up_in_float32(form):
+    model, optimizer = build(form, torch.bfloat16, grad_accumulation_dtype="float32")
+    plain = tiny_model(torch.bfloat16)
+    sums = {name: torch.zeros(p.shape) for name, p in plain.named_parameters()}
+    rounded = {name: torch.zeros_like(p) for name, p in plain.named_parameters()}
+    for step in range(8):
+        run_model(model, step)
+        plain.zero_grad()
+        run_model(plain, step)
+        for name, parameter in plain.named_parameters():
+            sums[name] += parameter.grad.float()
+            rounded[name] += parameter.grad
+    for name, parameter in model.named_parameters():
+        assert parameter.grad.dtype == torch.float32
+        assert torch.equal(parameter.grad, sums[name]), name
+    assert any(not torch.equal(sums[name], rounded[name].float()) for name in sums)
+
+    # The step uses them as they are.
+    twin, reference = build(form)
+    with torch.no_grad():
+        for own, parameter in zip(twin.parameters(), model.parameters(), strict=True):
+            own.copy_(parameter)
+    for name, parameter in twin.named_parameters():
+        parameter.grad = sums[name].clone()
+    optimizer.step()
+    reference.step()
+    exact = optimizer.float32_weights()
+    for own, parameter in zip(twin.parameters(), model.parameters(), strict=True):
+        assert torch.equal(exact[parameter], own)
+    copied, _ = copy.deepcopy((model, optimizer))
+    copied.zero_grad()
+    run_model(copied, 0)
+    assert {p.grad.dtype for p in copied.parameters()} == {torch.float32}
+
+
+def test_accumulation_is_clipped_in_float32():
+    model, _ = build("fft", torch.bfloat16, grad_accumulation_dtype="float32")
+    run_model(model, 0)
+    nn.utils.clip_grad_norm_(model.parameters(), 1e-3)
+    norm = torch.stack([p.grad.norm() for p in model.parameters()]).norm()
+    assert norm == pytest.approx(1e-3, rel=1e-3)
+
+
+def test_other_accumulation_is_refused_and_old_torch_named(monkeypatch):
+    with pytest.raises(ValueError, match=r"grad_accumulation_dtype='bfloat16'\. Must be"):
+        build("fft", grad_accumulation_dtype="bfloat16")
+    monkeypatch.setattr(accumulation, "has_grad_dtype", lambda: False)
+    with pytest.raises(ImportError, match="needs a torch whose parameters have grad_dtype"):
+        build("fft", torch.bfloat16, grad_accumulation_dtype="float32")
+    build("fft", grad_accumulation_dtype="float32")  # nothing below float32: nothing to do

@@ -1,0 +1,380 @@
+"""bfloat16 weights: exact, stochastic and nearest; what is refused; what changes from outside."""
+
+from __future__ import annotations
+
+import copy
+import math
+import warnings
+
+import pytest
+import torch
+from core_helpers import (
+    Conv1D,
+    assert_same_bits,
+    feed,
+    run,
+    snapshot,
+    tiny_model,
+    tiny_optimizer,
+)
+from torch import Tensor, nn
+
+import molf
+from molf import AdamW, MoLFAdamW, MoLFConfig
+from molf.core import adam
+
+FORMS = ["folded", "folded-top2", "explicit", "frozen", "fft"]
+BF16 = torch.bfloat16
+
+
+class Layers(nn.Module):
+    """Linear layers in both layouts, one larger than a block, an embedding and a norm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(13, 24)
+        self.first = nn.Linear(24, 40)
+        self.turned = Conv1D(24, 40)
+        self.large = nn.Linear(150, 300, bias=False)
+        self.norm = nn.LayerNorm(24)
+
+
+def build(form: str, dtype: torch.dtype, **options):
+    """The same model and optimizer at any precision: start values are bfloat16's."""
+    torch.manual_seed(3)
+    model = Layers().to(BF16)
+    options = {"lr": 2e-5, **options}
+    config = MoLFConfig(ranks=(2, 3), alpha=4.0, top_k=2 if form == "folded-top2" else 1)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="(Rank|Trained weights|.*outside the adapter)")
+        if form == "fft":
+            model = model.to(dtype)
+            named = list(model.named_parameters())
+            return model, AdamW(named, weight_decay=0.1, **options)
+        if form in ("explicit", "frozen"):
+            names = ["first", "large"]  # PEFT does not know our Conv1D
+            freeze = {"freeze_base": form == "frozen", "freeze_rest": False}
+            config = MoLFConfig(ranks=(2, 3), alpha=4.0, target_modules=names, **freeze)
+            model = molf.with_adapter(model, config).to(BF16)
+        model = model.to(dtype)
+        return model, MoLFAdamW.from_model(model, config, **options)
+
+
+def values_of(model: nn.Module, optimizer: AdamW) -> dict[str, Tensor]:
+    """What the parameters stand for, by name."""
+    exact = optimizer.float32_weights()
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    return {name: exact.get(p, p).detach().clone() for name, p in trained}
+
+
+def feed_bfloat16(model: nn.Module, seed: int) -> None:
+    """Gradients that both precisions can hold, in the sizes of a training."""
+    feed(model, seed, scale=1e-2)
+    for parameter in model.parameters():
+        parameter.grad = parameter.grad.to(BF16).to(parameter.dtype)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_exact_bfloat16_is_the_float32_run_bit_for_bit(form):
+    model, optimizer = build(form, BF16)
+    master, reference = build(form, torch.float32)
+    start = values_of(master, reference)
+    for step in range(300):
+        for each in (model, master):
+            feed_bfloat16(each, step)
+        optimizer.step()
+        reference.step()
+        if form != "fft":
+            assert optimizer.routing == reference.routing
+    got, expected = values_of(model, optimizer), values_of(master, reference)
+    assert_same_bits(got, expected)
+    still = {name for name in got if torch.equal(expected[name], start[name])}
+    # Where the base has an adapter beside it, an expert of that may win every step.
+    assert all("base_layer" in name for name in still)
+    for name, parameter in model.named_parameters():
+        if name not in got:
+            continue
+        # What the model computes with is the nearest bfloat16, up to ties.
+        error = (parameter.double() - expected[name].double()).abs()
+        best = (expected[name].to(BF16).double() - expected[name].double()).abs()
+        assert torch.equal(error, best), name
+    low, full = snapshot(model, optimizer), snapshot(master, reference)
+    assert {k for k in low if k.endswith("/low")} == {
+        f"{n}/low" for n, p in model.named_parameters() if p.requires_grad
+    }
+    state = {k: v for k, v in low.items() if "/" in k and not k.endswith("/low")}
+    assert_same_bits(state, {k: v for k, v in full.items() if "/" in k})
+
+
+@pytest.mark.parametrize("form", ["folded", "fft"])
+def test_nearest_is_not_the_float32_run(form):
+    model, optimizer = build(form, BF16, weight_rounding="nearest")
+    master, reference = build(form, torch.float32)
+    start = values_of(master, reference)
+    for step in range(30):
+        for each in (model, master):
+            feed_bfloat16(each, step)
+        optimizer.step()
+        reference.step()
+    got, expected = values_of(model, optimizer), values_of(master, reference)
+    stuck = (got["large.weight"] == start["large.weight"]).float().mean()
+    assert stuck > 0.3 > (expected["large.weight"] == start["large.weight"]).float().mean()
+
+
+def test_updates_below_half_a_unit_add_up_by_hand():
+    """At weight 1 a bfloat16 moves by 2^-8 downwards; each AdamW step here is 2^-11."""
+    weights = {}
+    for rounding in ("exact", "nearest"):
+        weight = nn.Parameter(torch.ones(3, dtype=BF16))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            optimizer = AdamW(
+                [weight], lr=2.0**-11, weight_decay=0.0, eps=0.0, weight_rounding=rounding
+            )
+        seen = []
+        for _ in range(8):
+            weight.grad = torch.ones_like(weight)
+            optimizer.step()
+            seen.append(weight[0].item())
+        weights[rounding] = seen
+    assert weights["nearest"] == [1.0] * 8
+    # Exactly half a unit is a tie, which goes away from zero: the next one falls.
+    assert weights["exact"][:4] == [1.0, 1.0, 1.0, 1.0]
+    assert weights["exact"][4:] == [1 - 2.0**-8] * 4
+
+
+@pytest.mark.parametrize("rounding", ["exact", "stochastic", "nearest"])
+@pytest.mark.parametrize("form", FORMS)
+def test_resumed_run_is_the_uninterrupted_run(form, rounding, tmp_path):
+    model, optimizer = build(form, BF16, weight_rounding=rounding, lr=1e-3)
+    for step in range(3):
+        feed_bfloat16(model, step)
+        optimizer.step()
+    torch.save(optimizer.state_dict(), tmp_path / "state.pt")
+    twin, resumed = build(form, BF16, weight_rounding=rounding, lr=1e-3)
+    twin.load_state_dict(model.state_dict())
+    resumed.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    assert_same_bits(snapshot(twin, resumed), snapshot(model, optimizer))
+    low = [v for state in resumed.state.values() for k, v in state.items() if k == "low"]
+    assert {v.dtype for v in low} == ({torch.int16} if rounding == "exact" else set())
+    assert any(v.any() for v in low) == (rounding == "exact")
+    for step in range(3, 6):
+        for each, own in ((model, optimizer), (twin, resumed)):
+            feed_bfloat16(each, step)
+            own.step()
+    assert_same_bits(snapshot(twin, resumed), snapshot(model, optimizer))
+
+
+# -- stochastic rounding --------------------------------------------------------------------------
+
+
+def one_step(names: list[str], seed: int = 0, before: int = 0, block: int | None = None) -> Tensor:
+    """Where one stochastic step takes equal weights: [parameters, elements]."""
+    parameters = [nn.Parameter(torch.full((64, 64), 0.37, dtype=BF16)) for _ in names]
+    optimizer = AdamW(
+        list(zip(names, parameters, strict=True)), lr=1e-4, seed=seed, weight_rounding="stochastic"
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        if block:
+            patch.setattr(adam, "_CPU_BLOCK_ELEMENTS_PER_THREAD", block)
+        for step in range(before + 1):
+            for parameter in parameters:
+                if step < before:
+                    optimizer.param_groups[0]["lr"] = 0.0
+                else:
+                    optimizer.param_groups[0]["lr"] = 1e-4
+                parameter.grad = torch.ones_like(parameter)
+            optimizer.step()
+    return torch.stack([p.detach().flatten() for p in parameters])
+
+
+def test_stochastic_draws_depend_on_seed_name_and_step_alone():
+    torch.manual_seed(5)
+    state = torch.random.get_rng_state()
+    first = one_step(["a", "b"])
+    assert torch.equal(torch.random.get_rng_state(), state)
+    torch.manual_seed(6)
+    assert torch.equal(one_step(["a", "b"]), first)
+    assert torch.equal(one_step(["b", "a"]), first.flip(0))  # not on the order
+    assert torch.equal(one_step(["a"], block=128), first[:1])  # nor on blocks
+    others = (first[1:], one_step(["a"], seed=1), one_step(["a"], before=1))
+    for other in others:
+        share = (other != first[0]).float().mean().item()
+        p = (first[0] != first[0].max()).float().mean().item()
+        assert abs(share - 2 * p * (1 - p)) < 0.04  # as of independent draws
+        assert 0.02 < p < 0.98
+
+
+def test_stochastic_rounding_is_unbiased_end_to_end():
+    """The mean movement is that of float32 weights, where nearest does not move at all."""
+    ends = {}
+    for dtype, rounding in ((torch.float32, None), (BF16, "stochastic"), (BF16, "nearest")):
+        weight = nn.Parameter(torch.full((128, 128), 0.7, dtype=BF16).to(dtype))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            optimizer = AdamW([weight], lr=1e-5, weight_decay=0.1, weight_rounding=rounding)
+        for _ in range(50):
+            weight.grad = torch.ones_like(weight)
+            optimizer.step()
+        ends[rounding] = weight.detach().double()
+    start = torch.tensor(0.7).to(BF16).double()
+    expected = ends[None].mean() - start
+    moved = ends["stochastic"] - start
+    sigma = moved.std() / math.sqrt(moved.numel())
+    assert abs(moved.mean() - expected) < 4 * sigma
+    assert sigma < 0.05 * abs(expected)
+    assert torch.equal(ends["nearest"], start.expand_as(moved))
+
+
+@pytest.mark.parametrize("form", ["folded", "explicit"])
+def test_two_ranks_draw_alike(form):
+    """Two processes with the same gradients stay the same, whatever else they have drawn."""
+    pairs = [build(form, BF16, weight_rounding="stochastic", lr=1e-3) for _ in range(2)]
+    for rank, (model, optimizer) in enumerate(pairs):
+        torch.manual_seed(rank)
+        for step in range(3):
+            feed_bfloat16(model, step)
+            optimizer.step()
+    assert_same_bits(snapshot(*pairs[0]), snapshot(*pairs[1]))
+
+
+# -- changed from outside -------------------------------------------------------------------------
+
+
+def stepped(steps: int = 3):
+    model, optimizer = build("folded", BF16, lr=1e-3)
+    for step in range(steps):
+        feed_bfloat16(model, step)
+        optimizer.step()
+    return model, optimizer
+
+
+def test_weights_swapped_out_and_in_again_lose_nothing():
+    model, optimizer = stepped()
+    twin, reference = stepped()
+    own = copy.deepcopy(model.state_dict())
+    average = {name: value * 0.5 for name, value in own.items()}
+    model.load_state_dict(average)  # as an evaluation of averaged weights does
+    model.load_state_dict(own)
+    for each, its in ((model, optimizer), (twin, reference)):
+        feed_bfloat16(each, 9)
+        its.step()
+    assert_same_bits(snapshot(model, optimizer), snapshot(twin, reference))
+
+
+@pytest.mark.parametrize("reset", [False, True])
+def test_weights_replaced_for_good_count(reset):
+    """Within half a unit in the last place; exactly, once the lower halves are reset."""
+    model, optimizer = stepped()
+    generator = torch.Generator().manual_seed(0)
+    new = torch.randn(300, 150, generator=generator).to(BF16)
+    new[:100] = 0.0  # pruned: a lower half below zero is nothing
+    new[100:110] = -0.0
+    with torch.no_grad():
+        model.large.weight.copy_(new)
+    assert (optimizer.state[model.large.weight]["low"][:100] < 0).any()
+    if reset:
+        optimizer.reset_low_halves()
+    values = optimizer.float32_weights()[model.large.weight]
+    if reset:
+        assert torch.equal(values, new.float())
+    unit = torch.exp2(torch.floor(torch.log2(new.float().abs().clamp(min=2.0**-126))) - 7)
+    assert ((values - new.float()).abs() <= unit / 2).all()
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+    feed_bfloat16(model, 9)
+    optimizer.step()
+    assert torch.equal(optimizer.float32_weights()[model.large.weight], values)
+    assert torch.equal(model.large.weight[:100], new[:100])
+
+
+def test_factors_set_from_outside_are_kept_in_full():
+    _, optimizer = build("frozen", BF16)
+    factors = [(A + 0.1234567, B + 0.7654321) for A, B in optimizer.lora_factors("first")]
+    optimizer.set_lora_factors("first", factors)
+    for given, got in zip(factors, optimizer.lora_factors("first"), strict=True):
+        for one, other in zip(given, got, strict=True):
+            assert other.dtype == torch.float32
+            torch.testing.assert_close(other, one, rtol=1e-6, atol=0.0)
+
+
+def test_state_without_low_halves_goes_on_from_the_weights():
+    """Checkpoints of before, or of another rounding."""
+    model, optimizer = stepped()
+    state = optimizer.state_dict()
+    for entry in state["state"].values():
+        entry.pop("low")
+    twin, resumed = build("folded", BF16, lr=1e-3)
+    twin.load_state_dict(model.state_dict())
+    resumed.load_state_dict(state)
+    feed_bfloat16(twin, 9)
+    resumed.step()
+    assert all("low" in resumed.state[p] for p in twin.parameters())
+
+
+# -- what cannot be -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("make", [tiny_optimizer, AdamW])
+@pytest.mark.parametrize(
+    ("dtype", "rounding", "message"),
+    [
+        (torch.float32, "exact", "nothing to round: what is trained is torch.float32. Load"),
+        (torch.float32, "nearest", "nothing to round"),
+        (torch.float64, "stochastic", "nothing to round: what is trained is torch.float64"),
+        (torch.float16, "exact", "is for bfloat16 weights, and some are torch.float16"),
+        (torch.float16, "stochastic", "is for bfloat16 weights"),
+        (BF16, "kahan", "Must be 'exact', 'stochastic', 'nearest' or None"),
+    ],
+)
+def test_impossible_roundings_are_refused_at_construction(make, dtype, rounding, message):
+    model = tiny_model(dtype)
+    given = model if make is tiny_optimizer else model.parameters()
+    with pytest.raises(ValueError, match=message):
+        make(given, weight_rounding=rounding)
+
+
+def test_float32_weights_among_bfloat16_ones_stay_as_they_are():
+    model = tiny_model(BF16)
+    model.norm.float()
+    optimizer = tiny_optimizer(model, weight_rounding="exact")
+    feed(model, 0)
+    optimizer.step()
+    with_low = {n for n, p in model.named_parameters() if "low" in optimizer.state[p]}
+    assert with_low == {n for n, _ in model.named_parameters() if "norm" not in n}
+
+
+def test_trainers_take_the_options():
+    _, options = molf.trainer_optimizer(
+        lr=1e-3, weight_rounding="stochastic", state_dtype="float32"
+    )
+    factory, _ = molf.trainer_optimizer()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        optimizer = factory()(tiny_model(BF16), **options)
+    assert {group["weight_rounding"] for group in optimizer.param_groups} == {"stochastic"}
+
+
+# -- the baseline ---------------------------------------------------------------------------------
+
+
+def test_adamw_on_float32_is_torchs():
+    model, twin = tiny_model(), tiny_model()
+    own = AdamW(model.parameters(), lr=1e-2, weight_decay=0.1)
+    plain = torch.optim.AdamW(twin.parameters(), lr=1e-2, weight_decay=0.1, foreach=False)
+    run(model, own, range(10))
+    run(twin, plain, range(10))
+    for one, other in zip(model.parameters(), twin.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_adamw_skips_and_refuses_like_molf():
+    model = tiny_model()
+    optimizer = AdamW(model.named_parameters(), nonfinite="skip")
+    run(model, optimizer, [0])
+    before = snapshot(model, optimizer)
+    feed(model, 1)
+    model.up.weight.grad[0, 0] = math.nan
+    with pytest.warns(UserWarning, match=r"Non-finite gradient in up.weight.*Step skipped \(1"):
+        optimizer.step()
+    assert_same_bits(snapshot(model, optimizer), before)

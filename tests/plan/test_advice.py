@@ -1,0 +1,105 @@
+"""Suggestions: each is planned, and fits."""
+
+from dataclasses import dataclass, replace
+
+import pytest
+
+from molf.plan.advice import suggestions
+from molf.plan.devices import DEVICES, GIB, Device, show_bytes
+from molf.plan.memory import Planner
+from molf.plan.workload import Workload, method_config
+
+
+@dataclass(frozen=True)
+class Small(Device):
+    """A device of some bytes."""
+
+    room: int = 0
+
+    @property
+    def usable(self):
+        return self.room
+
+
+@pytest.fixture(scope="module")
+def planner(untied):
+    return Planner(untied)
+
+
+@pytest.fixture
+def workload():
+    return Workload(
+        method="molf", config=method_config("molf", ranks=(4,)), batch_size=4, length=128
+    )
+
+
+def find(planner, workload, room):
+    return suggestions(planner, workload, Small(0, room))
+
+
+def test_single_changes_come_first(planner, workload):
+    peak = planner.memory(workload).peak
+    found = find(planner, workload, peak - 1)
+    texts = [" ".join(suggestion.changes) for suggestion in found]
+    assert texts[:2] == ["--gradient_checkpointing", "--per_device_train_batch_size 2"]
+    assert "--dtype bfloat16" in texts
+    assert "--num_gpus 2" in texts
+    for suggestion in found:
+        assert len(suggestion.changes) == 1
+        assert suggestion.peak == planner.memory(suggestion.workload).peak < peak
+
+
+def test_the_least_change_of_an_option(planner, workload):
+    """The batch is halved as often as needed and not once more."""
+    peaks = {
+        size: planner.memory(replace(workload, batch_size=size, accumulates=True, padded=size > 1))
+        for size in (2, 1)
+    }
+    found = find(planner, workload, peaks[2].peak - 1)
+    batch = [s for s in found if "batch_size" in s.changes[0]]
+    assert [s.workload.batch_size for s in batch] == [1]
+
+
+def test_changes_together(planner):
+    """What costs least is granted, where nothing alone is enough."""
+    workload = Workload(
+        method="fft", config=None, batch_size=2, length=100, dtype="bfloat16", num_gpus=64
+    )
+    both = replace(workload, checkpointing=True, batch_size=1, accumulates=True, padded=False)
+    room = planner.memory(both).peak
+    first, *others = find(planner, workload, room)
+    assert first.changes == ("--gradient_checkpointing", "--per_device_train_batch_size 1")
+    assert first.peak == room
+    assert all(s.changes[0] == "--gradient_checkpointing" and s.peak <= room for s in others)
+
+
+def test_a_frozen_base(tiny):
+    """On the same layers, with the method's own ranks."""
+    wide = type(tiny)(**{**tiny.to_dict(), "hidden_size": 512, "intermediate_size": 2048})
+    config = method_config("molf", ranks=(8,), target_modules=("q_proj", "up_proj"))
+    workload = Workload(method="molf", config=config, batch_size=1, length=100)
+    planner = Planner(wide)
+    found = find(planner, workload, planner.memory(workload).peak // 2)
+    methods = {s.changes: s.workload for s in found if s.workload.method != "molf"}
+    assert methods.keys() == {("--method molf-e",), ("--method lora",)}
+    for changed in methods.values():
+        assert changed.config == method_config(changed.method, target_modules=("q_proj", "up_proj"))
+
+
+def test_nothing_is_enough(planner, workload):
+    assert find(planner, workload, 1000) == []
+
+
+def test_devices():
+    assert [device.name for device in DEVICES] == ["24 GB", "40 GB", "80 GB", "141 GB"]
+    small = DEVICES[0]
+    assert small.usable == pytest.approx((24 * 0.95 - 1) * GIB, abs=1)
+    assert small.fits(small.usable)
+    assert not small.fits(small.usable + 1)
+
+
+@pytest.mark.parametrize(
+    ("size", "shown"), [(GIB, "1.00 GiB"), (GIB - 2**20, "1,023.0 MiB"), (10 * GIB, "10.00 GiB")]
+)
+def test_show_bytes(size, shown):
+    assert show_bytes(size) == shown

@@ -1,0 +1,161 @@
+"""Planned memory against measured: the benchmark's comparison, on a tiny model."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import molf
+import plan_memory
+from molf.errors import InputError
+from molf.plan.memory import Planner
+from molf.plan.trace import trace_pass, trace_step
+from molf.plan.workload import Workload, method_config
+
+RANKS = {"lora": (4,), "molf": (4, 8), "molf-e": (4, 8)}
+
+
+def make(method, **options):
+    config = method_config(method, ranks=RANKS.get(method))
+    shape = {"batch_size": 2, "length": 48, "device": "cpu"}
+    return Workload(method=method, config=config, **{**shape, **options})
+
+
+@pytest.mark.parametrize("method", ["fft", "lora", "molf", "molf-e"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"checkpointing": True},
+        {"batch_size": 1, "length": 16, "accumulates": True, "padded": False},
+    ],
+    ids=["kept", "checkpointing", "accumulating"],
+)
+def test_planned_is_measured(tiny, monkeypatch, method, options):
+    monkeypatch.setattr(plan_memory, "model_config", lambda: tiny)
+    workload = make(method, **options)
+    planned = Planner(tiny).memory(workload).peak
+    assert planned == pytest.approx(plan_memory.measure(workload, "profiler"), rel=0.03)
+
+
+def test_trackers_agree(tiny, monkeypatch):
+    """The profiler and torch.distributed's tracker, which share no code, see the same bytes."""
+    monkeypatch.setattr(plan_memory, "model_config", lambda: tiny)
+    workload = make("molf")
+    profiler, tracker = (plan_memory.measure(workload, t) for t in ("profiler", "mem_tracker"))
+    assert profiler == pytest.approx(tracker, rel=0.03)
+
+
+@pytest.mark.parametrize("method", ["fft", "lora", "molf", "molf-e"])
+def test_state_is_the_optimizers(tiny, monkeypatch, method):
+    monkeypatch.setattr(plan_memory, "model_config", lambda: tiny)
+    workload = make(method)
+    model = plan_memory.make_model(workload)
+    optimizer = plan_memory.make_optimizer(model, workload)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    for parameter in trained:
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    tensors = [v for s in optimizer.state.values() for v in s.values() if torch.is_tensor(v)]
+    step = trace_step(tiny, workload)
+    assert step.moments + step.factors == sum(t.numel() * t.itemsize for t in tensors)
+    assert step.gradients == sum(p.numel() * 4 for p in trained)
+    assert (step.factors > 0) == (method == "molf")
+
+
+def test_transient_is_of_whole_tensors_on_cuda(tiny):
+    """Three temporaries of the largest layer on a GPU; blocks on a CPU, which hold a tiny layer."""
+    on_cuda = trace_step(tiny, make("molf", device="cuda")).transient
+    largest = 64 * 160 * 4
+    assert 2 * largest < on_cuda < 6 * largest
+    wide = tiny_with(tiny, intermediate_size=2560)
+    block = 32_768 * torch.get_num_threads() * 4
+    cuda, cpu = (trace_step(wide, make("molf", device=d)).transient for d in ("cuda", "cpu"))
+    assert cuda >= 2 * 64 * 2560 * 4
+    assert cpu < cuda
+    assert cpu < 4 * block
+
+
+def tiny_with(config, **changes):
+    return type(config)(**{**config.to_dict(), **changes})
+
+
+def test_what_the_pass_depends_on(tiny):
+    base = trace_pass(tiny, make("fft")).activations
+    assert trace_pass(tiny, make("fft", checkpointing=True)).activations < base
+    assert trace_pass(tiny, make("fft", bf16=True)).activations < base
+    assert trace_pass(tiny, make("fft", length=96)).activations > 1.8 * base
+    assert trace_pass(tiny, make("fft", device="cuda")).activations < base  # no copies of logits
+    assert trace_pass(tiny, make("fft", padded=False)).activations < base  # no mask
+    assert trace_pass(tiny, make("molf")).activations == base  # folded: nothing is wrapped
+
+
+def test_dropout_makes_molf_an_adapter(tiny):
+    config = molf.MoLFConfig(ranks=(4,), lora_dropout=0.1)
+    workload = Workload(method="molf", config=config, batch_size=2, length=48, device="cpu")
+    planner = Planner(tiny)
+    model = molf.with_adapter(AutoModelForCausalLM.from_config(tiny), config)
+    plan = planner.memory(workload)
+    tensors = (*model.parameters(), *model.buffers())
+    assert plan.weights == sum(t.numel() * t.itemsize for t in tensors)
+    assert plan.factors == 0
+    assert plan.gradients == sum(p.numel() * 4 for p in model.parameters() if p.requires_grad)
+
+
+def test_phases_and_sharding(untied):
+    planner = Planner(untied)
+    workload = make("molf")
+    one, four = (planner.memory(replace(workload, num_gpus=n)) for n in (1, 4))
+    assert one.held == one.weights + one.moments + one.factors
+    assert one.pass_peak == one.held + one.pass_gradients + one.activations
+    assert one.step_peak == one.held + one.gradients + one.transient
+    assert one.peak == max(one.pass_peak, one.step_peak)
+    assert planner.step_peak(workload) == one.step_peak
+    for name in ("weights", "gradients", "moments", "factors"):
+        assert getattr(four, name) == pytest.approx(getattr(one, name) / 4, abs=1)
+    assert four.activations == one.activations
+    assert four.pass_peak == (
+        four.held + four.pass_gradients + four.activations + planner.shape(workload).gathered_bytes
+    )
+
+
+def test_bfloat16_weights(untied):
+    """Weights and gradients take half; moments stay float32, and each weight has a low half."""
+    planner = Planner(untied)
+    for method in ("molf", "fft"):
+        full, half = (planner.memory(make(method, dtype=d)) for d in ("float32", "bfloat16"))
+        assert half.weights == pytest.approx(full.weights / 2, rel=0.01)
+        assert half.gradients == full.gradients / 2
+        assert half.moments == pytest.approx(full.moments + full.weights / 2, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"method": "magic"}, ["magic", "molf-e"]),
+        ({"batch_size": 0}, ["batch_size=0"]),
+        ({"dtype": "int8"}, ["int8", "bfloat16"]),
+        ({"method": "lora", "config": molf.MoLFConfig(ranks=(4, 8))}, ["4,8", "one rank"]),
+        ({"method": "molf-e", "config": molf.MoLFConfig()}, ["freeze_base"]),
+        ({"method": "molf", "config": None}, ["config"]),
+    ],
+)
+def test_wrong_workloads(changes, words):
+    good = {"method": "fft", "config": None, "batch_size": 1, "length": 8}
+    with pytest.raises(InputError) as raised:
+        Workload(**{**good, **changes})
+    for word in words:
+        assert word in str(raised.value)
+
+
+def test_a_model_that_cannot_be_planned(capfd):
+    """A line that says why, and none of torch's own beside it."""
+    from transformers import MixtralConfig
+
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 4}
+    config = MixtralConfig(vocab_size=300, **sizes, **heads)
+    with pytest.raises(InputError, match=r"pass of mixtral cannot be planned without data: \w+"):
+        trace_pass(config, make("fft"))
+    assert capfd.readouterr().err == ""

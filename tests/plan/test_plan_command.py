@@ -1,0 +1,178 @@
+"""`molf plan` and `molf train --dry_run`, as commands."""
+
+import json
+import re
+
+import pytest
+from checkpoints import write_checkpoint, write_facts
+
+from molf.cli import main
+
+COMMON = ("--per_device_train_batch_size", "2", "--max_length", "64")
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return write_checkpoint(tmp_path_factory.mktemp("plan") / "base")
+
+
+@pytest.fixture
+def config_alone(base, tmp_path):
+    """What there is before anything is downloaded in full."""
+    path = tmp_path / "config-alone"
+    path.mkdir()
+    (path / "config.json").write_text((base / "config.json").read_text())
+    return path
+
+
+@pytest.mark.parametrize("method", ["fft", "lora", "molf", "molf-e"])
+def test_json(config_alone, capsys, method):
+    assert main(["plan", "--model", str(config_alone), "--method", method, "--json", *COMMON]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    parameters = plan["parameters"]
+    assert parameters["total"] == sum(part["total"] for part in parameters["parts"].values())
+    assert parameters["trained"] == sum(parameters["experts"].values())
+    assert plan["bytes"] == plan["bytes_without_checkpointing"]
+    assert plan["bytes_with_checkpointing"]["peak"] <= plan["bytes"]["peak"]
+    assert plan["planned"]["method"] == method
+    assert plan["planned"]["bf16"]
+    assert plan["planned"]["accumulates"]
+    assert all(device["fits"] for device in plan["devices"])
+
+
+@pytest.fixture
+def asked_for(config_alone, monkeypatch):
+    """What the command asks to be planned; nothing is."""
+    from types import SimpleNamespace
+
+    from molf.plan import request
+
+    def run(*options):
+        asked = []
+
+        def record(model, config, workload):
+            asked.append(workload)
+            return SimpleNamespace(record=dict)
+
+        monkeypatch.setattr(request, "plan_training", record)
+        assert main(["plan", "--model", str(config_alone), "--json", *options]) == 0
+        return asked[0]
+
+    return run
+
+
+def test_defaults_are_those_of_training(asked_for):
+    from molf.train.defaults import COMMON
+
+    workload = asked_for()
+    assert workload.batch_size == COMMON["per_device_train_batch_size"]
+    assert workload.accumulates == (COMMON["gradient_accumulation_steps"] > 1)
+    assert (workload.method, workload.config.ranks) == ("molf", (128,))
+    assert (workload.length, workload.dtype, workload.device) == (1024, "float32", "cuda")
+    assert workload.bf16
+    assert workload.padded
+    assert not workload.checkpointing
+    assert asked_for("--method", "lora").config.ranks == (32,)
+    assert asked_for("--method", "molf-e").config.ranks == (32, 128)
+    assert asked_for("--method", "fft").config is None
+
+
+@pytest.mark.parametrize(
+    ("options", "name", "value"),
+    [
+        ("--max_length 77", "length", 77),
+        ("--per_device_train_batch_size 1", "padded", False),
+        ("--gradient_accumulation_steps 1", "accumulates", False),
+        ("--gradient_checkpointing", "checkpointing", True),
+        ("--gradient_checkpointing true", "checkpointing", True),
+        ("--no-bf16", "bf16", False),
+        ("--device cpu", "bf16", False),
+        ("--device cpu --bf16", "bf16", True),
+        ("--dtype bfloat16", "dtype", "bfloat16"),
+        ("--num-gpus 4", "num_gpus", 4),
+        ("--ranks 4,8", "config.ranks", (4, 8)),
+        ("--target_modules q_proj,k_proj", "config.target_modules", ("q_proj", "k_proj")),
+        ("--exclude_modules up_proj", "config.exclude_modules", ("up_proj",)),
+        ("--freeze_rest true", "config.freeze_rest", True),
+        ("--lora_dropout 0.1", "has_adapter", True),
+    ],
+)
+def test_options_reach_the_plan(asked_for, options, name, value):
+    from operator import attrgetter
+
+    assert attrgetter(name)(asked_for(*options.split())) == value
+
+
+def test_table(config_alone, capsys):
+    assert main(["plan", "--model", str(config_alone), "--ranks", "4", *COMMON]) == 0
+    printed = capsys.readouterr().out
+    for word in ("embeddings", "tied", "lora0_r4", "moments", "without checkpointing", "141 GB"):
+        assert word in printed
+    assert printed.count("fits") == 4
+
+
+def test_table_says_what_would_fit(tmp_path, capsys):
+    from transformers import Qwen2Config
+
+    Qwen2Config(
+        vocab_size=32000,
+        hidden_size=4096,
+        intermediate_size=11008,
+        num_hidden_layers=2,
+        num_attention_heads=32,
+        num_key_value_heads=32,
+    ).save_pretrained(tmp_path)
+    arguments = ["--model", str(tmp_path), "--method", "fft", "--num_gpus", "2"]
+    assert main(["plan", *arguments, "--per_device_train_batch_size", "64"]) == 0
+    printed = capsys.readouterr().out
+    assert "To fit 24 GB" in printed
+    assert re.search(r"--gradient_checkpointing.*->\s+\d+\.\d+ GiB", printed)
+    assert "Each of 2 GPUs" in printed
+    assert "short" in printed
+
+
+@pytest.mark.parametrize(
+    ("method", "dtype"),
+    [
+        ("fft", "float32"),
+        ("lora", "float32"),
+        ("molf", "float32"),
+        ("molf-e", "float32"),
+        ("fft", "bfloat16"),
+        ("molf", "bfloat16"),
+    ],
+)
+def test_dry_run(base, tmp_path, capsys, monkeypatch, method, dtype):
+    monkeypatch.chdir(tmp_path)
+    facts = write_facts(tmp_path / "facts.jsonl")
+    before = sorted(tmp_path.rglob("*"))
+    arguments = ["train", "--dry_run", "--task", "fact", "--model", str(base), "--method", method]
+    arguments += ["--data", str(facts), "--output_dir", "run", "--num_train_epochs", "3"]
+    arguments += ["--per_device_train_batch_size", "4", "--gradient_accumulation_steps", "2"]
+    arguments += ["--dtype", dtype]
+    if method != "fft":
+        arguments += ["--ranks", "4" if method != "molf-e" else "2,4"]
+    assert main(arguments) == 0
+    assert sorted(tmp_path.rglob("*")) == before, "something was written"
+    printed = capsys.readouterr().out
+    assert "12 of 12 examples tokenized" in printed
+    assert "for 6 steps" in printed  # 12 examples, 8 in a step, 3 epochs
+    (ratio,) = re.findall(r"\((\d\.\d+) of the measured\)", printed)
+    assert float(ratio) == pytest.approx(1, abs=0.1)
+
+
+def test_dry_run_refuses_what_a_run_refuses(base, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    facts = write_facts(tmp_path / "facts.jsonl")
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "file").touch()
+    common = ["train", "--dry_run", "--task", "fact", "--model", str(base), "--data", str(facts)]
+    for wrong, word in (
+        (["--output_dir", "taken"], "--overwrite"),
+        (["--report_to", "nothing"], "report_to=nothing"),
+        (["--target_modules", "nothing"], "'nothing'"),
+        (["--max_length", "3"], "max_length=3"),
+        (["--forgetting_data", "nowhere.txt"], "nowhere.txt"),
+    ):
+        assert main([*common, "--ranks", "4", *wrong]) == 2
+        assert word in capsys.readouterr().err

@@ -1,0 +1,170 @@
+"""bfloat16 weights, 8-bit states and steps in the backward pass, through the command line."""
+
+import json
+import math
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from molf.cli import main
+from molf.errors import InputError
+from molf.train.resolved import resolve
+from molf.train.settings import TrainSettings
+
+
+def settings_of(**given):
+    from datetime import datetime
+
+    return resolve(TrainSettings(**{"task": "demo-fact", **given}), datetime(2026, 1, 1))
+
+
+def train(path, *options: str, steps: int = 3, logging: int = 1):
+    """A short run; its metrics, configuration and saved weights."""
+    arguments = [
+        "train",
+        "--task",
+        "demo-fact",
+        "--max_steps",
+        str(steps),
+        "--max_eval_samples",
+        "4",
+    ]
+    arguments += ["--warmup_ratio", "0", "--logging_steps", str(logging), "--learning_rate", "2e-5"]
+    code = main([*arguments, "--output_dir", str(path), *options])
+    assert code == 0
+    lines = (path / "metrics.jsonl").read_text().splitlines()
+    config = yaml.safe_load((path / "config.yaml").read_text())
+    return [json.loads(line) for line in lines], config, load_file(path / "model/model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def float32(tmp_path_factory):
+    return train(tmp_path_factory.mktemp("runs") / "float32", "--method", "molf")
+
+
+@pytest.mark.parametrize(
+    ("method", "rounding", "lost", "kept"),
+    [
+        ("molf", None, (0.0, 0.02), 0.01),
+        ("fft", "exact", (0.0, 0.02), 0.01),
+        ("molf", "stochastic", (0.3, 1.0), 0.2),
+        ("fft", "nearest", (0.3, 1.0), math.inf),
+    ],
+)
+def test_bfloat16_runs_record_how_they_round_and_what_is_lost(
+    method, rounding, lost, kept, tmp_path
+):
+    options = [] if rounding is None else ["--weight_rounding", rounding]
+    metrics, config, weights = train(
+        tmp_path / "run", "--method", method, "--dtype", "bfloat16", *options
+    )
+    assert config["dtype"] == "bfloat16"
+    assert config["weight_rounding"] == (rounding or "exact")
+    assert len(metrics) == 3
+    for line in metrics:
+        assert lost[0] <= line["lost_updates"] <= lost[1]
+        assert abs(line["update_kept"] - 1) < kept
+    if rounding == "nearest":
+        assert max(line["update_kept"] for line in metrics) < 0.7
+    stored = config["run"]["model"]["dtype"]
+    assert {str(w.dtype).removeprefix("torch.") for w in weights.values()} == {stored}
+
+
+def test_only_logged_steps_are_measured(tmp_path, monkeypatch):
+    from molf.core.fidelity import UpdateTally
+
+    made = []
+    init = UpdateTally.__init__
+    monkeypatch.setattr(UpdateTally, "__init__", lambda self: (made.append(1), init(self))[1])
+    metrics, _, _ = train(tmp_path / "run", steps=5, logging=2)
+    assert [line["step"] for line in metrics] == [1, 2, 4, 5]
+    assert len(made) == 4
+    assert all("lost_updates" in line for line in metrics)
+
+
+def test_exact_bfloat16_saves_float32_weights_with_their_lower_halves(tmp_path):
+    _, _, weights = train(
+        tmp_path / "run", "--dtype", "bfloat16", "--save_dtype", "float32", "--method", "molf"
+    )
+    moved = [w for w in weights.values() if not torch.equal(w.bfloat16().float(), w)]
+    assert {w.dtype for w in weights.values()} == {torch.float32}
+    assert len(moved) == len(weights)
+
+
+@pytest.mark.parametrize(
+    ("method", "options"), [("molf", ()), ("fft", ("--optimizer_in_backward",))], ids=str
+)
+def test_8bit_states_through_the_command_line(method, options, tmp_path, float32):
+    _, _, expected = float32
+    metrics, config, weights = train(
+        tmp_path / "run", "--method", method, "--state_dtype", "8bit", *options
+    )
+    assert len(metrics) == 3
+    assert all("lost_updates" in line for line in metrics)
+    assert config["state_dtype"] == "8bit"
+    assert config["optimizer_in_backward"] == bool(options)
+    # At this rate `full` wins every layer, so fft and molf are one; clipping hardly matters.
+    changes = [(w.float() - expected[name].float()).abs().max() for name, w in weights.items()]
+    assert max(changes) < 2e-4
+
+
+def test_in_backward_is_the_ordinary_run_without_clipping(tmp_path):
+    runs = {}
+    for name, options in (
+        ("ordinary", ["--max_grad_norm", "0"]),
+        ("backward", ["--optimizer_in_backward"]),
+    ):
+        metrics, _, runs[name] = train(tmp_path / name, "--save_dtype", "float32", *options)
+        # Freed gradients would leave a norm of 0.
+        assert all(("grad_norm" in line) == (name == "ordinary") for line in metrics)
+    assert all(torch.equal(runs["ordinary"][k], w) for k, w in runs["backward"].items())
+
+
+def test_lora_beside_a_bfloat16_base_is_merged_in_float32(tmp_path):
+    metrics, config, weights = train(
+        tmp_path / "run", "--method", "lora", "--dtype", "bfloat16", "--save_dtype", "float32"
+    )
+    assert config["weight_rounding"] is None
+    assert "lost_updates" not in metrics[0]  # PEFT keeps adapters in float32, under torch's AdamW
+    merged = [w for k, w in weights.items() if "q_proj.weight" in k or "down_proj" in k]
+    assert merged
+    assert all(not torch.equal(w.bfloat16().float(), w) for w in merged)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"weight_rounding": "exact"}, "with dtype=float32: there is nothing to round"),
+        ({"dtype": "float16"}, "Must be one of float32, bfloat16"),
+        ({"dtype": "bfloat16", "weight_rounding": "up"}, "exact, stochastic, nearest"),
+        ({"state_dtype": "4bit"}, "Must be one of float32, 8bit"),
+        (
+            {"optimizer_in_backward": True, "gradient_accumulation_steps": 2},
+            "gradient_accumulation_steps=2 with optimizer_in_backward",
+        ),
+        ({"optimizer_in_backward": True, "max_grad_norm": 1.0}, "max_grad_norm=1.0 with"),
+        ({"optimizer_in_backward": True, "nonfinite": "skip"}, "nonfinite=skip with"),
+        ({"optimizer_in_backward": True, "grad_accumulation_dtype": "float32"}, "grad_accum"),
+    ],
+)
+def test_what_cannot_be_is_one_line(given, message):
+    with pytest.raises(InputError, match=message):
+        TrainSettings(**given)
+
+
+def test_8bit_without_torchao_names_the_extra(monkeypatch):
+    monkeypatch.setattr("molf.train.settings.find_spec", lambda name: None)
+    with pytest.raises(InputError, match=r"molf\[torchao\]"):
+        TrainSettings(state_dtype="8bit")
+
+
+def test_clipping_and_accumulation_go_where_nobody_asked_for_them():
+    assert settings_of().max_grad_norm == 1.0
+    with pytest.warns(UserWarning, match="8 examples instead of 32"):
+        found = settings_of(task="custom", data="x", model="owner/name", optimizer_in_backward=True)
+    assert (found.max_grad_norm, found.gradient_accumulation_steps) == (0.0, 1)
+    with pytest.warns(UserWarning, match="Without effect with method=lora"):
+        found = settings_of(method="lora", optimizer_in_backward=True)
+    assert (found.max_grad_norm, found.optimizer_in_backward) == (1.0, False)
