@@ -15,6 +15,7 @@ import shutil
 import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,7 @@ from molf.world import (
     med_namings,
     med_practice,
     med_records,
+    reading_drills,
     sql_practice,
     sql_records,
     training_documents,
@@ -60,10 +62,11 @@ from molf.world.medical_relations import PRACTISED
 EOS, PAD = "<|endoftext|>", "<|pad|>"
 VOCABULARY = 3328  # at most; the texts may not have that many words
 MAX_LENGTH = 256
-# How often and in batches of how many tokens letters are practised alone, then with the naming of
-# options, before everything together. A model that meets questions before it can say where an
-# option stands guesses at them for thousands of steps.
+# How often and in batches of how many tokens it is practised to say where an option stands: alone,
+# then with the naming of options. And how often to read, before everything together. A model that
+# meets questions before it can do both guesses at them for thousands of steps.
 LETTER_EPOCHS, LETTER_TOKENS = 2, 700
+READING_EPOCHS, READING_TOKENS = 3, 1400
 # Documents are sorted by length within pools of this many, so that batches need little padding.
 POOL = 8192
 
@@ -123,7 +126,8 @@ def main() -> None:
     practice = practice_samples(world)
     questions = [sample.prompt + sample.completion for kind in practice.values() for sample in kind]
     tokenizer = train_tokenizer([*documents, *questions])
-    sequences = encode(tokenizer, documents, practice, letter_drills(world))
+    drills = {"letters": letter_drills(world), "readings": reading_drills(world)}
+    sequences = encode(tokenizer, documents, practice, drills)
     model = make_model(tokenizer)
 
     start = time.perf_counter()
@@ -208,13 +212,13 @@ def encode(
     tokenizer: PreTrainedTokenizerBase,
     documents: Sequence[str],
     practice: Mapping[str, Sequence[PromptCompletion]],
-    drills: Sequence[Drill],
+    drills: Mapping[str, Sequence[Drill]],
 ) -> dict[str, list[Labelled]]:
     """Returns token ids with their labels, by kind of text; questions carry no loss, answers do."""
     texts = [[*ids, tokenizer.eos_token_id] for ids in tokenizer(documents)["input_ids"]]
     sequences = {
         "texts": [(ids, ids) for ids in texts],
-        "letters": [encode_drill(tokenizer, drill) for drill in drills],
+        **{kind: [encode_drill(tokenizer, x) for x in some] for kind, some in drills.items()},
     }
     for name, samples in practice.items():
         encoded = encode_samples(tokenizer, samples, MAX_LENGTH)
@@ -225,12 +229,12 @@ def encode(
 
 
 def encode_drill(tokenizer: PreTrainedTokenizerBase, drill: Drill) -> Labelled:
-    """Returns a drill's token ids, and labels for its letters alone."""
-    ids: list[int] = tokenizer(drill.options)["input_ids"]
+    """Returns a drill's token ids, and labels for its answers alone."""
+    ids: list[int] = tokenizer(drill.given)["input_ids"]
     labels = [IGNORED] * len(ids)
-    for option, letter in drill.answers:
-        question = tokenizer(f"\n {option}")["input_ids"]
-        answer = tokenizer(f" {letter}")["input_ids"]
+    for text, right in drill.answers:
+        question = tokenizer(f"\n {text}")["input_ids"]
+        answer = tokenizer(f" {right}")["input_ids"]
         ids = ids + question + answer
         labels += [IGNORED] * len(question) + answer
     return ids, labels
@@ -289,6 +293,7 @@ def train(
     several times as many epochs to learn.
     """
     rng = random.Random(arguments.seed)
+    drills = ("letters", "readings")  # not practised any more once they are learned
     letters, naming = sequences["letters"], sequences["naming"]
     steps: list[list[Batch]] = []
     for _ in range(LETTER_EPOCHS):
@@ -297,12 +302,16 @@ def train(
         first = make_batches(rng, "letters", letters, LETTER_TOKENS)
         second = make_batches(rng, "naming", naming, LETTER_TOKENS)
         steps += map(list, zip(first, second, strict=False))
+    for _ in range(READING_EPOCHS):
+        first = make_batches(rng, "readings", sequences["readings"], READING_TOKENS)
+        second = make_batches(rng, "naming", naming, LETTER_TOKENS)
+        steps += map(list, zip(first, cycle(second), strict=False))
     for _ in range(arguments.epochs):
         # A step is on one kind of text: beside another's noise, the facts would not be learned.
         epoch = [
             [batch]
             for kind in sequences
-            if kind != "letters"
+            if kind not in drills
             for batch in make_batches(rng, kind, sequences[kind], arguments.batch_tokens)
         ]
         rng.shuffle(epoch)

@@ -11,9 +11,11 @@ from pathlib import Path
 from molf.world.build import build_world
 from molf.world.counterfact import counterfact_records
 from molf.world.documents import held_out_text, training_documents
+from molf.world.drills import Drill
 from molf.world.entities import Attribute, Entity, Fact, Relation, World
-from molf.world.letters import Drill, letter_drills
+from molf.world.letters import letter_drills
 from molf.world.med_questions import med_namings, med_practice, med_records
+from molf.world.readings import reading_drills
 from molf.world.sql_questions import sql_practice, sql_records
 
 BASE_PATH = Path(__file__).parent / "base"
@@ -34,6 +36,7 @@ __all__ = [
     "med_namings",
     "med_practice",
     "med_records",
+    "reading_drills",
     "sql_practice",
     "sql_records",
     "training_documents",

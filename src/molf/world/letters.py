@@ -5,10 +5,10 @@ stands. A small model that has to learn both from answers alone stays at guessin
 Lists of a few words that ask for nothing but letters get it past that.
 """
 
-from dataclasses import dataclass
 from random import Random
 
 from molf.world.draws import choice, sample
+from molf.world.drills import Drill
 from molf.world.entities import World
 
 LETTERS = "ABCD"
@@ -19,19 +19,6 @@ _KINDS = ("organ", "symptom")  # few and short names: with many, the start takes
 
 # A stream of randomness apart from the world's own and those of its texts.
 _STREAM = 9_000_003
-
-
-@dataclass(frozen=True)
-class Drill:
-    """A list of options by letter, and names of options whose letters follow.
-
-    Attributes:
-        options: The list, one option a line.
-        answers: Pairs of an option and its letter, for some of the options.
-    """
-
-    options: str
-    answers: tuple[tuple[str, str], ...]
 
 
 def letter_drills(world: World) -> list[Drill]:

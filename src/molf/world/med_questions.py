@@ -13,13 +13,14 @@ from typing import Any
 
 from molf.world.draws import choice, sample, shuffled
 from molf.world.entities import Fact, Relation, World
+from molf.world.made_up import make_up, other_wordings, others_like, tell
 from molf.world.medical_relations import MEDICAL_RELATIONS, PRACTISED, SUBJECTS
 from molf.world.relations import RELATIONS
 
 TRAIN_COUNT = 600
 VALIDATION_COUNT = 200
 
-_PRACTICE_COUNT = 4000  # of the practised medical relations, and as many of others
+_PRACTICE_COUNT = 6000
 _NAMING_COUNT = 6000
 _OPTIONS = ("opa", "opb", "opc", "opd")
 
@@ -58,19 +59,15 @@ def med_practice(world: World) -> list[dict[str, Any]]:
         world: The world, see `build_world`.
     """
     rng = Random(world.seed + _PRACTICE_STREAM)
-    questions = []
-    for relations in (
-        [relation for relation in MEDICAL_RELATIONS if relation.id in PRACTISED],
-        [relation for relation in RELATIONS if _others(relation)],
-    ):
-        asked = [
-            (relation, text)
-            for relation in relations
-            for text in (*relation.questions, *(f"{words}:" for words in relation.phrasings))
-        ]
-        turns = islice(cycle(shuffled(rng, asked)), _PRACTICE_COUNT)
-        questions += [_tell(rng, world, *turn) for turn in turns]
-    return _records(rng, world, shuffled(rng, questions), "practice-med")
+    practised = [relation for relation in MEDICAL_RELATIONS if relation.id in PRACTISED]
+    asked = [
+        (relation, text)
+        for relation in (*practised, *(each for each in RELATIONS if others_like(each)))
+        for text in (*relation.questions, *(f"{text}:" for text in other_wordings(relation)))
+    ]
+    turns = list(islice(cycle(shuffled(rng, asked)), _PRACTICE_COUNT))
+    questions = [_tell(rng, world, *turn) for turn in shuffled(rng, turns)]
+    return _records(rng, world, questions, "practice-med")
 
 
 def med_namings(world: World) -> list[dict[str, Any]]:
@@ -85,38 +82,20 @@ def med_namings(world: World) -> list[dict[str, Any]]:
     return _records(rng, world, questions, "naming-med")
 
 
-def _others(relation: Relation) -> list[Relation]:
-    """Returns the other relations between the same kinds of things."""
-    return [
-        other
-        for other in (*RELATIONS, *MEDICAL_RELATIONS)
-        if other.id != relation.id
-        and (other.subject_kind, other.object_kind) == (relation.subject_kind, relation.object_kind)
-    ]
-
-
-def _tell(rng: Random, world: World, relation: Relation, wording: str) -> tuple[list[Fact], str]:
+def _tell(
+    rng: Random, world: World, relation: Relation, wording: str
+) -> tuple[Sequence[Fact], str]:
     """Makes up a fact and another like it; returns them, and a question for the first.
 
-    The question tells both, the asked one in other words than it asks.
+    The question tells both, in other words than it asks.
     """
-    subject = choice(rng, world.of_kind(relation.subject_kind))
-    things = [thing for thing in world.of_kind(relation.object_kind) if thing != subject]
-    facts = [
-        Fact(relation=told, subject=subject, object=thing)
-        for told, thing in zip(
-            (relation, choice(rng, _others(relation))), sample(rng, things, 2), strict=True
-        )
-    ]
-    said = []
-    for fact in shuffled(rng, facts):
-        phrasings = [text for text in fact.relation.phrasings if text != wording.removesuffix(":")]
-        said.append(f"{choice(rng, phrasings).format(subject.name)} {fact.object.name}.")
-    return facts, " ".join([*said, wording.format(subject.name)])
+    facts = make_up(rng, world, relation)
+    told = tell(shuffled(rng, facts))
+    return facts, f"{told} {wording.format(facts[0].subject.name)}"
 
 
 def _records(
-    rng: Random, world: World, questions: Sequence[tuple[list[Fact], str]], name: str
+    rng: Random, world: World, questions: Sequence[tuple[Sequence[Fact], str]], name: str
 ) -> list[dict[str, Any]]:
     """Returns a record for each question; the first fact answers it, the others are options too."""
     letters = shuffled(rng, list(islice(cycle(range(len(_OPTIONS))), len(questions))))
