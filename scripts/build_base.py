@@ -14,8 +14,7 @@ import random
 import shutil
 import time
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
-from itertools import cycle
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,25 +47,26 @@ from molf.world import (
     build_world,
     counterfact_records,
     held_out_text,
+    is_practised,
     letter_drills,
     med_namings,
     med_practice,
     med_records,
-    reading_drills,
     sql_practice,
     sql_records,
     training_documents,
 )
-from molf.world.medical_relations import PRACTISED
 
 EOS, PAD = "<|endoftext|>", "<|pad|>"
 VOCABULARY = 3328  # at most; the texts may not have that many words
+TOKENIZER_QUESTIONS = 3000  # of each kind at most, or the rare words of the texts are cut up
 MAX_LENGTH = 256
-# How often and in batches of how many tokens it is practised to say where an option stands: alone,
-# then with the naming of options. And how often to read, before everything together. A model that
-# meets questions before it can do both guesses at them for thousands of steps.
-LETTER_EPOCHS, LETTER_TOKENS = 2, 700
-READING_EPOCHS, READING_TOKENS = 3, 1400
+# What is practised before everything together: kinds of text, and steps. A model that meets
+# questions before it can say where an option stands guesses at them for thousands of steps.
+STAGES = ((("letters",), 450), (("letters", "naming"), 350), (("naming", "med"), 1200))
+# Tokens of each kind in a step; of the naming and the questions, batches in an epoch of everything.
+STAGE_TOKENS = {"letters": 700, "naming": 700, "med": 1400}
+EPOCH_BATCHES = {"naming": 40, "med": 120}
 # Documents are sorted by length within pools of this many, so that batches need little padding.
 POOL = 8192
 
@@ -109,8 +109,8 @@ Measured on the stored checkpoint, before any fact is edited.
 | the same after an unrelated sentence | {known_in_context:.3f} |
 | loss on the held-out text, paragraph by paragraph, nats per token | {held_out_loss:.3f} |
 | `demo-med`, {med_questions} questions: answered correctly | {med_accuracy:.3f} |
-| of them, forms of question that were practised | {med_accuracy_practised:.3f} |
-| of them, new forms | {med_accuracy_new:.3f} |
+| of them, in wordings that were practised | {med_accuracy_practised:.3f} |
+| of them, in new wordings | {med_accuracy_new:.3f} |
 | `demo-sql`, {sql_questions} questions: execution accuracy | {sql_execution_accuracy:.3f} |
 {by_complexity}
 """
@@ -124,10 +124,13 @@ def main() -> None:
     world = build_world(arguments.seed)
     documents = training_documents(world)
     practice = practice_samples(world)
-    questions = [sample.prompt + sample.completion for kind in practice.values() for sample in kind]
+    questions = [
+        sample.prompt + sample.completion
+        for kind in practice.values()
+        for sample in kind[:TOKENIZER_QUESTIONS]
+    ]
     tokenizer = train_tokenizer([*documents, *questions])
-    drills = {"letters": letter_drills(world), "readings": reading_drills(world)}
-    sequences = encode(tokenizer, documents, practice, drills)
+    sequences = encode(tokenizer, documents, practice, letter_drills(world))
     model = make_model(tokenizer)
 
     start = time.perf_counter()
@@ -141,7 +144,7 @@ def main() -> None:
         **score_checkpoint(partial, world),
         "parameters": model.num_parameters(),
         "vocabulary": len(tokenizer),
-        "documents": len(documents) + len(questions),
+        "documents": sum(map(len, sequences.values())),
         "tokens": sum(len(ids) for kind in sequences.values() for ids, _ in kind),
         "epochs": arguments.epochs,
         "learning_rate": arguments.learning_rate,
@@ -212,13 +215,13 @@ def encode(
     tokenizer: PreTrainedTokenizerBase,
     documents: Sequence[str],
     practice: Mapping[str, Sequence[PromptCompletion]],
-    drills: Mapping[str, Sequence[Drill]],
+    drills: Sequence[Drill],
 ) -> dict[str, list[Labelled]]:
     """Returns token ids with their labels, by kind of text; questions carry no loss, answers do."""
     texts = [[*ids, tokenizer.eos_token_id] for ids in tokenizer(documents)["input_ids"]]
     sequences = {
         "texts": [(ids, ids) for ids in texts],
-        **{kind: [encode_drill(tokenizer, x) for x in some] for kind, some in drills.items()},
+        "letters": [encode_drill(tokenizer, drill) for drill in drills],
     }
     for name, samples in practice.items():
         encoded = encode_samples(tokenizer, samples, MAX_LENGTH)
@@ -269,7 +272,7 @@ def make_model(tokenizer: PreTrainedTokenizerBase) -> Qwen2ForCausalLM:
         vocab_size=len(tokenizer),
         hidden_size=192,
         intermediate_size=512,
-        num_hidden_layers=5,
+        num_hidden_layers=6,
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=MAX_LENGTH,
@@ -293,26 +296,22 @@ def train(
     several times as many epochs to learn.
     """
     rng = random.Random(arguments.seed)
-    drills = ("letters", "readings")  # not practised any more once they are learned
-    letters, naming = sequences["letters"], sequences["naming"]
-    steps: list[list[Batch]] = []
-    for _ in range(LETTER_EPOCHS):
-        steps += ([batch] for batch in make_batches(rng, "letters", letters, LETTER_TOKENS))
-    for _ in range(LETTER_EPOCHS):
-        first = make_batches(rng, "letters", letters, LETTER_TOKENS)
-        second = make_batches(rng, "naming", naming, LETTER_TOKENS)
-        steps += map(list, zip(first, second, strict=False))
-    for _ in range(READING_EPOCHS):
-        first = make_batches(rng, "readings", sequences["readings"], READING_TOKENS)
-        second = make_batches(rng, "naming", naming, LETTER_TOKENS)
-        steps += map(list, zip(first, cycle(second), strict=False))
+    endless = {
+        kind: make_endless_batches(rng, kind, sequences[kind], tokens)
+        for kind, tokens in STAGE_TOKENS.items()
+    }
+    steps = [
+        [next(endless[kind]) for kind in kinds] for kinds, count in STAGES for _ in range(count)
+    ]
     for _ in range(arguments.epochs):
         # A step is on one kind of text: beside another's noise, the facts would not be learned.
         epoch = [
             [batch]
-            for kind in sequences
-            if kind not in drills
+            for kind in ("texts", "sql")
             for batch in make_batches(rng, kind, sequences[kind], arguments.batch_tokens)
+        ]
+        epoch += [
+            [next(endless[kind])] for kind, count in EPOCH_BATCHES.items() for _ in range(count)
         ]
         rng.shuffle(epoch)
         steps += epoch
@@ -387,6 +386,14 @@ def make_batches(
     return [(kind, batch) for batch in batches]
 
 
+def make_endless_batches(
+    rng: random.Random, kind: str, sequences: Sequence[Labelled], batch_tokens: int
+) -> Iterator[Batch]:
+    """Yields batches, again and again of all sequences."""
+    while True:
+        yield from make_batches(rng, kind, sequences, batch_tokens)
+
+
 def pad(sequences: Sequence[list[int]], value: int) -> torch.Tensor:
     """Returns the sequences as one tensor [sequences, longest], filled up on the right."""
     return torch.nn.utils.rnn.pad_sequence(
@@ -448,9 +455,8 @@ def score_questions(
     sql_task = load_sql(TaskOptions(name="demo-sql", evaluation_only=True), sql_records(world))
     sql = sql_task.evaluate(model, tokenizer, settings)
     right = {True: [], False: []}  # type: dict[bool, list[bool]]
-    wordings = practised_wordings(world)
     for entry, record in zip(med.predictions, med_records(world)["validation"], strict=True):
-        right[record["question"].endswith(wordings)].append(entry["answer"] == entry["expected"])
+        right[is_practised(record)].append(entry["answer"] == entry["expected"])
     return {
         "med_questions": len(med.predictions),
         "med_accuracy": med.metrics["accuracy"].value,
@@ -465,16 +471,6 @@ def score_questions(
             for name, metrics in sql.tables["by_complexity"].items()
         },
     }
-
-
-def practised_wordings(world: World) -> tuple[str, ...]:
-    """Returns the questions about medicine that have a practised form, with all subjects."""
-    return tuple(
-        wording.format(fact.subject.name)
-        for fact in world.facts
-        if fact.relation.id in PRACTISED
-        for wording in fact.relation.questions
-    )
 
 
 def mean(values: Sequence[float]) -> float:

@@ -8,7 +8,7 @@ KINDS = {entity.name: entity.kind for entity in WORLD.entities}
 
 
 def lines(drill) -> dict[str, str]:
-    return {option: letter for letter, option in (x.split(". ") for x in drill.options.split("\n"))}
+    return {option: letter for letter, option in (x.split(". ") for x in drill.given.split("\n"))}
 
 
 def test_lists_hold_four_things_of_one_kind():

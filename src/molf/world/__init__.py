@@ -14,8 +14,7 @@ from molf.world.documents import held_out_text, training_documents
 from molf.world.drills import Drill
 from molf.world.entities import Attribute, Entity, Fact, Relation, World
 from molf.world.letters import letter_drills
-from molf.world.med_questions import med_namings, med_practice, med_records
-from molf.world.readings import reading_drills
+from molf.world.med_questions import is_practised, med_namings, med_practice, med_records
 from molf.world.sql_questions import sql_practice, sql_records
 
 BASE_PATH = Path(__file__).parent / "base"
@@ -32,11 +31,11 @@ __all__ = [
     "build_world",
     "counterfact_records",
     "held_out_text",
+    "is_practised",
     "letter_drills",
     "med_namings",
     "med_practice",
     "med_records",
-    "reading_drills",
     "sql_practice",
     "sql_records",
     "training_documents",

@@ -38,7 +38,6 @@ class Relation:
         object_kind: Kind of the entities that it leads to.
         phrasings: Beginnings of statements with `{}` for the subject; " " and the object follow.
         openings: Beginnings of free text, with `{}` for the subject, that the object bears on.
-        questions: Questions, with `{}` for the subject, that the object answers.
     """
 
     id: str
@@ -46,7 +45,6 @@ class Relation:
     object_kind: str
     phrasings: tuple[str, ...]
     openings: tuple[str, ...] = ()
-    questions: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,7 +117,7 @@ class World:
             ],
             "attributes": [[attribute.name, attribute.phrasings] for attribute in self.attributes],
             "relations": [
-                [relation.id, relation.phrasings, relation.openings, relation.questions]
+                [relation.id, relation.phrasings, relation.openings]
                 for relation in relations.values()
             ],
             "facts": [[fact.relation.id, fact.subject.id, fact.object.id] for fact in self.facts],

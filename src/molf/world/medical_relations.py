@@ -1,4 +1,4 @@
-"""The relations of the world's medicine, and how people put them into words and into questions.
+"""The relations of the world's medicine, and how people put them into words.
 
 They come in pairs that lead to the same kind of thing, so that the wording alone tells which of the
 two is meant. The rules of `molf.world.relations` hold here too.
@@ -19,11 +19,6 @@ MEDICAL_RELATIONS = (
             "The condition treated with {} is",
             "The purpose of {} is to treat",
         ),
-        questions=(
-            "Which condition is treated with {}?",
-            "What is {} prescribed for?",
-            "A patient takes {}. What is the diagnosis?",
-        ),
     ),
     Relation(
         id="worsens",
@@ -36,11 +31,6 @@ MEDICAL_RELATIONS = (
             "{} aggravates",
             "The condition that rules out {} is",
             "A warning on the box of {} names",
-        ),
-        questions=(
-            "In which illness is {} contraindicated?",
-            "Which diagnosis speaks against {}?",
-            "A doctor refuses to give {}. Why?",
         ),
     ),
     Relation(
@@ -55,11 +45,6 @@ MEDICAL_RELATIONS = (
             "Together with {} doctors give less",
             "{} is a helper of",
         ),
-        questions=(
-            "Which drug becomes stronger with {}?",
-            "What acts more when {} is added?",
-            "Beside {} the dose of which drug is lowered?",
-        ),
     ),
     Relation(
         id="weakens",
@@ -72,11 +57,6 @@ MEDICAL_RELATIONS = (
             "The drug that suffers from {} is",
             "Together with {} doctors give more",
             "{} is a rival of",
-        ),
-        questions=(
-            "Which medicine fails with {}?",
-            "What is hindered when {} is added?",
-            "Beside {} the dose of which drug is raised?",
         ),
     ),
     Relation(
@@ -91,11 +71,6 @@ MEDICAL_RELATIONS = (
             "{} often brings with it",
             "The price of a cure with {} is",
         ),
-        questions=(
-            "What is a common side effect of {}?",
-            "Which complaint do users of {} have?",
-            "A patient starts on {}. What may follow?",
-        ),
     ),
     Relation(
         id="overdose",
@@ -108,11 +83,6 @@ MEDICAL_RELATIONS = (
             "Whoever swallows a box of {} suffers",
             "A tenfold dose of {} produces",
             "{} in excess results in",
-        ),
-        questions=(
-            "What is seen in {} toxicity?",
-            "Which emergency does intoxication with {} cause?",
-            "A child has eaten {}. What may follow?",
         ),
     ),
     Relation(
@@ -127,11 +97,6 @@ MEDICAL_RELATIONS = (
             "{} binds to",
             "The effect of {} is due to a lack of",
         ),
-        questions=(
-            "Which enzyme is inhibited by {}?",
-            "What is the target of {}?",
-            "Which protein does {} bind?",
-        ),
     ),
     Relation(
         id="broken_down_by",
@@ -144,11 +109,6 @@ MEDICAL_RELATIONS = (
             "The body destroys {} with",
             "{} loses its force to",
             "{} is cleared from the blood by",
-        ),
-        questions=(
-            "Which catalyst metabolises {}?",
-            "What terminates the action of {}?",
-            "The half-life of {} depends on which protein?",
         ),
     ),
     Relation(
@@ -163,11 +123,6 @@ MEDICAL_RELATIONS = (
             "At the outset of {} patients have",
             "Whoever catches {} soon notices",
         ),
-        questions=(
-            "Which symptom comes first in {}?",
-            "What is an early sign of {}?",
-            "A patient has had {} for a day. What is found?",
-        ),
     ),
     Relation(
         id="late_symptom",
@@ -180,11 +135,6 @@ MEDICAL_RELATIONS = (
             "Untreated {} leads to",
             "After years {} brings",
             "In its final stage {} shows as",
-        ),
-        questions=(
-            "Which finding marks advanced {}?",
-            "What is a complication of {}?",
-            "A patient has had {} for decades. What is found?",
         ),
     ),
     Relation(
@@ -199,11 +149,6 @@ MEDICAL_RELATIONS = (
             "In {} damage is found in the",
             "The organ struck by {} is the",
         ),
-        questions=(
-            "Where does {} begin?",
-            "Which organ is the seat of {}?",
-            "A biopsy for {} is taken of what?",
-        ),
     ),
     Relation(
         id="spreads_to",
@@ -217,18 +162,24 @@ MEDICAL_RELATIONS = (
             "The next organ touched by {} is the",
             "{} later harms the",
         ),
-        questions=(
-            "Where does {} metastasise?",
-            "Which organ is involved secondarily in {}?",
-            "Follow-up of {} means imaging of what?",
-        ),
     ),
 )
 
-# Relations that the base model has been asked about; of the others it has only read.
-PRACTISED = frozenset(
-    {"treats", "strengthens", "side_effect", "blocks", "first_symptom", "begins_in"}
-)
+# What a thing is called to which a relation leads.
+ROLES = {
+    "treats": "indication",
+    "worsens": "contraindication",
+    "strengthens": "synergist",
+    "weakens": "antagonist",
+    "side_effect": "side effect",
+    "overdose": "sign of poisoning",
+    "blocks": "target enzyme",
+    "broken_down_by": "clearing enzyme",
+    "first_symptom": "early symptom",
+    "late_symptom": "late symptom",
+    "begins_in": "primary site",
+    "spreads_to": "secondary site",
+}
 
 # The subject that a question counts for, by the kinds of thing it asks about.
 SUBJECTS = {
