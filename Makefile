@@ -5,7 +5,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo test check format faults base bench clean
+.PHONY: demo test check format faults base bench bench-growth bench-gpu clean
 
 demo: $(READY)  ## Fine-tune the embedded model on the embedded facts: one minute, nothing to download
 	$(BIN)/molf train
@@ -31,9 +31,15 @@ faults: $(READY)  ## Plant faults in the optimizer; every one must make a test f
 base: $(READY)  ## Rebuild the embedded base model
 	$(BIN)/python scripts/build_base.py
 
-bench: $(READY)  ## A training step of fft, LoRA and MoLF; and of MoLF-Efficient and one LoRA
-	$(BIN)/python benchmarks/step_time.py
-	$(BIN)/python benchmarks/molfe_step.py
+bench: $(READY)  ## Every bar of speed and memory on a CPU: pass, fail or undecided (ten minutes)
+	$(BIN)/python benchmarks/bars.py
+
+bench-growth: $(READY)  ## How a step grows with rank, experts, depth and tokens: tables and a plot
+	$(BIN)/python benchmarks/growth.py --json benchmarks/results/growth_cpu.json \
+	  --plot benchmarks/results/growth_cpu.png
+
+bench-gpu: $(READY)  ## Whole trainings and the optimizer's step on a CUDA GPU: bars, tokens/s, MFU, memory
+	$(BIN)/python benchmarks/gpu.py
 
 clean:
 	rm -rf .venv build dist src/*.egg-info

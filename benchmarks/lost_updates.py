@@ -1,9 +1,9 @@
 """What rounding does to small updates: weights as in language models, random gradients, AdamW.
 
-    python benchmarks/lost_updates.py
+    python benchmarks/lost_updates.py [--direction 1] [--noise 1]
 
 Weights are drawn from N(0, 0.02^2) and stored in bfloat16; 50 steps get gradients of a fixed
-direction per element with noise, as near the start of fine-tuning. Printed is, for each rate and
+direction per element with noise, of the two given sizes. Printed is, for each rate and
 rounding, which share of the weights has not moved at all after all steps, how far the weights have
 moved on average, and how far along the movement of float32 weights, as shares of that, and what the
 optimizer measures of its last step. The last row of a rate is torch's AdamW, whose moments are
@@ -12,6 +12,7 @@ bfloat16 as well.
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 import warnings
@@ -36,12 +37,12 @@ _SETTINGS = {
 
 
 def run(
-    lr: float, rounding: str | None
+    lr: float, rounding: str | None, sizes: tuple[float, float]
 ) -> tuple[torch.Tensor, torch.Tensor, float | None, float | None]:
     """Return the start, the end, and the measured shares of lost and of kept updates."""
     generator = torch.Generator().manual_seed(0)
     start = (0.02 * torch.randn(_SHAPE, generator=generator)).bfloat16()
-    direction = torch.randn(_SHAPE, generator=generator)
+    direction = sizes[0] * torch.randn(_SHAPE, generator=generator)
     weight = nn.Parameter(start.clone() if rounding else start.float())
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Trained weights are")
@@ -51,7 +52,7 @@ def run(
         else:
             optimizer = AdamW([weight], lr=lr, weight_decay=0.0, weight_rounding=rounding)
     for step in range(_STEPS):
-        noise = torch.randn(_SHAPE, generator=generator)
+        noise = sizes[1] * torch.randn(_SHAPE, generator=generator)
         weight.grad = (direction + noise).bfloat16().to(weight.dtype)
         if isinstance(optimizer, AdamW):
             optimizer.measure_updates = step == _STEPS - 1
@@ -66,11 +67,16 @@ def run(
 
 def main() -> None:
     """Print one line of JSON for each rate and rounding."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--direction", type=float, default=1.0, help="what all gradients share")
+    parser.add_argument("--noise", type=float, default=1.0, help="what is new in each gradient")
+    options = parser.parse_args()
+    sizes = options.direction, options.noise
     for lr in _RATES:
-        start, true, *_ = run(lr, None)
+        start, true, *_ = run(lr, None, sizes)
         wanted = true - start
         for name, rounding in _SETTINGS.items():
-            start, end, lost, kept = run(lr, rounding)
+            start, end, lost, kept = run(lr, rounding, sizes)
             moved = end - start
             record = {
                 "lr": lr,

@@ -1,36 +1,50 @@
 """Peak memory of a training step: full fine-tuning and MoLF, by precision and by when layers move.
 
-    python benchmarks/memory.py [--tokens 32] [--rank 128] [--json FILE]
+    python benchmarks/memory.py [--model small|wide] [--all] [--rank 128] [--json FILE]
 
 Counted are the bytes of all live tensors that operations have returned: weights, gradients,
-optimizer state, activations and temporaries of the second training step of a 20M-parameter Qwen2 on
-a CPU. What an operation allocates and frees inside is not seen. The sequence is short, so that
-weights and states dominate.
+optimizer state, activations and temporaries of the second training step of a Qwen2 on a CPU. What
+an operation allocates and frees inside is not seen. The sequence is short, so that weights and
+states dominate.
+
+`small` is the 20M-parameter model of the other benchmarks. At rank 128 its factors and their
+moments take a third of what the weights' take, since its width is 512: no statement about MoLF
+against full fine-tuning as a whole holds for larger models. `wide`, for which the bars are stated,
+has two layers of TinyLlama-1.1B's shape and a small vocabulary.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
-import json
-import platform
 import warnings
 import weakref
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 import molf
+from common import Bar, make_batch, make_model, report
 
-LENGTH = 256
+SHAPES: dict[str, dict[str, Any]] = {
+    "small": {},
+    "wide": {
+        "hidden_size": 2048,
+        "intermediate_size": 5632,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 4,
+    },
+}
 BF16 = {"dtype": torch.bfloat16}
 SETTINGS: dict[str, dict[str, Any]] = {
     "fft, float32": {"method": "fft"},
     "fft, bfloat16 exact": {"method": "fft", **BF16},
+    "fft, bfloat16 stochastic": {"method": "fft", **BF16, "weight_rounding": "stochastic"},
     "fft, bfloat16 exact, 8-bit": {"method": "fft", **BF16, "state_dtype": "8bit"},
     "fft, bfloat16 stochastic, 8-bit, in backward": {
         "method": "fft",
@@ -57,6 +71,17 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "weight_rounding": "stochastic",
         "optimizer_in_backward": True,
     },
+}
+
+
+PRECISIONS = ("float32", "bfloat16 exact", "bfloat16 exact, 8-bit")  # of whole steps
+TRANSIENTS = ("float32", "bfloat16 exact", "bfloat16 stochastic, 8-bit")
+SMALLEST, ORDINARY = "molf, bfloat16 stochastic, 8-bit, in backward", "fft, bfloat16 stochastic"
+NEEDED = {
+    *(f"{method}, {precision}" for method in ("fft", "molf") for precision in PRECISIONS),
+    *(f"molf, {precision}" for precision in TRANSIENTS),
+    SMALLEST,
+    ORDINARY,
 }
 
 
@@ -96,27 +121,20 @@ class LiveBytes(TorchDispatchMode):
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
-def make_model(dtype: torch.dtype) -> torch.nn.Module:
-    """Return a Qwen2 of 20M parameters with random weights."""
-    config = transformers.Qwen2Config(
-        vocab_size=4096,
-        hidden_size=512,
-        intermediate_size=1408,
-        num_hidden_layers=6,
-        num_attention_heads=8,
-        num_key_value_heads=4,
-        max_position_embeddings=LENGTH,
-        tie_word_embeddings=True,
-    )
-    torch.manual_seed(0)
-    return transformers.Qwen2ForCausalLM(config).to(dtype)
-
-
 def measure(
-    tokens: int, rank: int, method: str, dtype: torch.dtype = torch.float32, **more: Any
+    shape: Mapping[str, Any],
+    tokens: int,
+    rank: int,
+    method: str,
+    dtype: torch.dtype = torch.float32,
+    **more: Any,
 ) -> dict[str, float]:
-    """Return bytes for each parameter: at the peak, and of the optimizer's state."""
-    model = make_model(dtype)
+    """Return bytes for each parameter: at the peak, of the optimizer's state, and so on.
+
+    The transient is what the optimizer's step takes beside what is there before it. One layer is
+    the weight of the largest linear layer and its factors, in float32.
+    """
+    model = make_model(dtype, **shape)
     count = sum(p.numel() for p in model.parameters())
     optimizer: torch.optim.Optimizer
     if method == "fft":
@@ -124,55 +142,95 @@ def measure(
     else:
         config = molf.MoLFConfig(ranks=(rank,))
         optimizer = molf.MoLFAdamW.from_model(model, config, lr=2e-5, **more)
-    batch = torch.arange(tokens).reshape(-1, min(tokens, LENGTH)) % 4096
+    batch = make_batch(tokens)
 
-    def step() -> None:
+    def backward() -> None:
         model(input_ids=batch, labels=batch).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
 
-    step()  # makes the state
-    state = [
-        value
+    backward()
+    optimizer.step()  # makes the state
+    optimizer.zero_grad()
+    named = [
+        (key, value)
         for entry in optimizer.state.values()
-        for value in entry.values()
+        for key, value in entry.items()
         if isinstance(value, torch.Tensor)
     ]
+    state = [value for _, value in named]
     live = LiveBytes()
     for tensor in (*model.parameters(), *model.buffers(), *state):
         live.add(tensor)
     with live:
-        step()
-    held = sum(tensor.numel() * tensor.element_size() for tensor in state)
-    return {
-        "peak_bytes_per_parameter": live.peak / count,
-        "state_bytes_per_parameter": held / count,
+        backward()
+        before_step, peak = live.now, live.peak
+        live.peak = live.now
+        optimizer.step()
+        transient = live.peak - before_step
+        optimizer.zero_grad()
+    peak = max(peak, live.peak)
+    factors = sum(_bytes(value) for key, value in named if key.startswith("lora_"))
+    largest = max(
+        module.weight.numel() + rank * sum(module.weight.shape)
+        for module in model.modules()
+        if isinstance(module, torch.nn.Linear) and module is not model.lm_head
+    )
+    found = {
+        "peak": peak,
+        "state": sum(map(_bytes, state)),
+        "factors": factors,
+        "transient": transient,
+        "one_layer": 4 * largest,
     }
+    return {f"{key}_bytes_per_parameter": value / count for key, value in found.items()}
+
+
+def _bytes(tensor: torch.Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def bars_of(results: Mapping[str, Mapping[str, float]]) -> list[Bar]:
+    """State what is promised of memory, with the measured values."""
+    bars = []
+    for precision in PRECISIONS:
+        fft, own = results[f"fft, {precision}"], results[f"molf, {precision}"]
+        least = fft["peak_bytes_per_parameter"] + own["factors_bytes_per_parameter"]
+        name = f"{precision}: MoLF's peak against full fine-tuning's and the factors' state"
+        bars.append(Bar.exact(name, 1.02, own["peak_bytes_per_parameter"] / least))
+    for precision in TRANSIENTS:
+        own = results[f"molf, {precision}"]
+        share = own["transient_bytes_per_parameter"] / own["one_layer_bytes_per_parameter"]
+        name = f"{precision}: what MoLF's step takes for a while against one layer in float32"
+        bars.append(Bar.exact(name, 1.0, share))
+    name = "MoLF's peak, 8-bit and in backward, against full fine-tuning's in bfloat16"
+    own_peak, fft_peak = (results[x]["peak_bytes_per_parameter"] for x in (SMALLEST, ORDINARY))
+    return [*bars, Bar.exact(name, 0.6, own_peak / fft_peak)]
 
 
 def main() -> None:
     """Measure every setting; print a table."""
     parser = argparse.ArgumentParser(description="Peak memory of a training step.")
+    parser.add_argument("--model", choices=tuple(SHAPES), default="wide")
+    parser.add_argument("--all", action="store_true", help="also what no bar is about")
     parser.add_argument("--tokens", type=int, default=32)
     parser.add_argument("--rank", type=int, default=128)
+    parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
+    torch.set_num_threads(options.threads)
     warnings.filterwarnings("ignore", category=UserWarning)
     results = {}
+    print(f"{options.model}, rank {options.rank}, {options.tokens} tokens; bytes per parameter")
     for name, setting in SETTINGS.items():
-        results[name] = measure(options.tokens, options.rank, **setting)
+        if not (options.all or name in NEEDED):
+            continue
+        found = results[name] = measure(
+            SHAPES[options.model], options.tokens, options.rank, **setting
+        )
         gc.collect()
-        peak, state = results[name].values()
-        print(f"{name:48} peak {peak:6.2f}  state {state:6.2f}  bytes per parameter", flush=True)
-    if options.json:
-        record = {
-            "tokens": options.tokens,
-            "rank": options.rank,
-            "torch": torch.__version__,
-            "machine": platform.machine(),
-            "results": results,
-        }
-        options.json.write_text(json.dumps(record, indent=2) + "\n")
+        shown = [f"{key.partition('_bytes')[0]} {value:6.2f}" for key, value in found.items()]
+        print(f"{name:46} {'  '.join(shown)}", flush=True)
+    bars = bars_of(results) if options.model == "wide" else []
+    report(vars(options), bars, options.json, results=results)
 
 
 if __name__ == "__main__":

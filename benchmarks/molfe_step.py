@@ -5,50 +5,42 @@ optimizer's. Steps are interleaved in one process; printed are medians and the m
 per-round ratios with its 95% bootstrap interval. Peak memory is measured in fresh processes, a few
 for each method: on a CPU how much the resident memory has grown since the libraries were imported.
 
-    python benchmarks/molfe_step.py [--ranks 32,128] [--tokens 2048] [--rounds 21] [--json FILE]
+    python benchmarks/molfe_step.py [--ranks 32,128] [--tokens 2048] [--rounds 15] [--json FILE]
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import platform
 import resource
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
-import peft
 import torch
-import transformers
 
 import molf
-from step_time import LENGTH, make_model, make_step, ratio_interval, verdict
+from common import LR, Bar, Step, fused_adamw, interleave, make_batch, make_model, make_step, report
 
 METHODS = ("lora", "molf-e")
 BAR = 1.03  # of the time
 MEMORY_BAR = 1.02
-LR = 5e-5
 
 
-def make(method: str, options: argparse.Namespace) -> Callable[[], float]:
+def make(method: str, options: argparse.Namespace) -> Step:
     """Return the training step of a method, from the same weights and batch as the other's."""
     ranks = tuple(map(int, options.ranks.split(",")))
     config = molf.MoLFConfig(ranks=ranks, lora_dropout=options.dropout, freeze_base=True)
-    torch.manual_seed(0)
-    batch = torch.randint(0, 4096, (options.tokens // LENGTH, LENGTH)).to(options.device)
+    batch = make_batch(options.tokens).to(options.device)
     base = make_model().to(options.device)
     if options.gradient_checkpointing:
         kwargs = {"use_reentrant": False}
-        base.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)  # type: ignore[operator]
+        base.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)
     model = molf.with_adapter(base, config)
     if method == "molf-e":
         optimizer: torch.optim.Optimizer = molf.MoLFAdamW.from_model(model, config, lr=LR)
     else:
-        adapter = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        optimizer = torch.optim.AdamW(adapter, lr=LR, fused=True)
+        optimizer = fused_adamw(model)
     return make_step(model, optimizer, batch)
 
 
@@ -81,19 +73,6 @@ def memory_of(method: str, options: argparse.Namespace) -> int:
     return int(found.stdout)
 
 
-def time_steps(options: argparse.Namespace) -> dict[str, list[float]]:
-    """Return the seconds of every round, by method."""
-    steps = {method: make(method, options) for method in METHODS}
-    for step in steps.values():  # state is made, memory is warmed
-        step()
-        step()
-    seconds: dict[str, list[float]] = {method: [] for method in steps}
-    for index in range(options.rounds):
-        for method in METHODS if index % 2 else METHODS[::-1]:
-            seconds[method].append(steps[method]())
-    return seconds
-
-
 def main() -> None:
     """Run the benchmark and print its table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
@@ -101,7 +80,7 @@ def main() -> None:
     parser.add_argument("--dropout", type=float, default=0.05)
     parser.add_argument("--gradient_checkpointing", action="store_true")
     parser.add_argument("--tokens", type=int, default=2048)
-    parser.add_argument("--rounds", type=int, default=21)
+    parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--memory_runs", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
@@ -113,35 +92,28 @@ def main() -> None:
     if options.memory_of:
         print(measure_memory(options.memory_of, options))
         return
-    seconds = time_steps(options)
-    ratios = [a / b for a, b in zip(seconds["molf-e"], seconds["lora"], strict=True)]
-    ratio, low, high = ratio_interval(ratios)
+    seconds = interleave({method: make(method, options) for method in METHODS}, options.rounds)
     memory = {
         method: [memory_of(method, options) for _ in range(options.memory_runs)]
         for method in METHODS
     }
     peaks = {method: statistics.median(found) for method, found in memory.items()}
-    memory_ratio = peaks["molf-e"] / peaks["lora"]
-    memory_verdict = "pass" if memory_ratio <= MEMORY_BAR else "fail"
 
     print(f"{options.tokens} tokens, ranks {options.ranks}, {options.rounds} rounds")
     print("method   s/step   peak MiB")
     for method in METHODS:
         median = statistics.median(seconds[method])
         print(f"{method:<8} {median:.3f}   {peaks[method] / 2**20:,.0f}")
-    print(f"time    x {ratio:.3f} ({low:.3f}-{high:.3f})  bar {BAR}: {verdict(low, high, BAR)}")
-    print(f"memory  x {memory_ratio:.3f}  bar {MEMORY_BAR}: {memory_verdict}")
-    if options.json:
-        results = {
-            "settings": {k: v for k, v in vars(options).items() if k not in ("json", "memory_of")},
-            "versions": {m.__name__: m.__version__ for m in (torch, transformers, peft)},
-            "machine": f"{platform.machine()}, {platform.processor() or 'unknown CPU'}",
-            "seconds": seconds,
-            "peak_bytes": memory,
-            "time": {"ratio": ratio, "low": low, "high": high, "bar": BAR},
-            "memory": {"ratio": memory_ratio, "bar": MEMORY_BAR},
-        }
-        options.json.write_text(json.dumps(results, indent=2) + "\n")
+    at = f"{options.tokens} tokens, ranks {options.ranks}: MoLF-E's"
+    other = "one LoRA's of the summed rank"
+    bars = [
+        Bar.of_ratios(
+            f"{at} training step against {other}", BAR, seconds["molf-e"], seconds["lora"]
+        ),
+        Bar.exact(f"{at} peak memory against {other}", MEMORY_BAR, peaks["molf-e"] / peaks["lora"]),
+    ]
+    settings = {key: value for key, value in vars(options).items() if key != "memory_of"}
+    report(settings, bars, options.json, seconds=seconds, peak_bytes=memory)
 
 
 if __name__ == "__main__":

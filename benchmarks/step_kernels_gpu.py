@@ -3,9 +3,10 @@
 NOT YET RUN ON A GPU: the script is written and checked on a machine without one, where it ends with
 one line. No figure of this repository comes from it.
 
-The tensors are the linear layers of a decoder with Qwen2.5-1.5B's shapes. For every operation it
-prints the median time of a call, what the call must move (docs/kernels.md), and the share of the
-time that moving those bytes takes at the speed of a plain copy on the same device.
+The tensors are the linear layers of a decoder with Qwen2.5-1.5B's shapes. For every operation, and
+for whole steps of MoLFAdamW and AdamW with and without the kernels, it prints the median time of a
+call, what the call must move (docs/kernels.md), and the share of the time that moving those bytes
+takes at the speed of a plain copy on the same device.
 
     python benchmarks/step_kernels_gpu.py [--layers 8] [--rank 128] [--rounds 20] [--json FILE]
 """
@@ -17,7 +18,7 @@ import importlib.util
 import json
 import statistics
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -124,6 +125,58 @@ def torch_operations(model: Model) -> dict[str, tuple[Callable[[], Any], int]]:
     }
 
 
+def floor_bytes(optimizer: torch.optim.Optimizer) -> int:
+    """Return what the last step of molf.AdamW or MoLFAdamW had to move at least.
+
+    Passes over weights, gradients and moments as docs/kernels.md counts them, of each layer by who
+    has won; of the factors their moments and gradients. The thin products' own reads of the
+    gradient and all operands are left out, so they count against the step.
+    """
+    total = 0
+    for group in optimizer.param_groups:
+        full, routed = True, group["layer"] is not None
+        if routed:
+            full = "full" in optimizer.routing[group["layer"]].winners  # type: ignore[attr-defined]
+            total += 20 * sum(group["ranks"]) * sum(group["params"][0].shape)
+        for parameter in group["params"]:
+            grad = parameter.dtype.itemsize
+            is_exact = "low" in optimizer.state[parameter]
+            weight = 4 if is_exact else parameter.dtype.itemsize
+            per_element = grad + 2 * weight + 16
+            if routed:  # the guard is a pass of its own, and the winner's moments are read again
+                is_written = full or parameter.dim() > 1
+                per_element = 2 * grad + 16 + 2 * weight * is_written + 8 * full
+            total += parameter.numel() * per_element
+    return total
+
+
+def whole_steps(
+    shapes: list[tuple[int, int]], rank: int, storage: str, device: torch.device
+) -> Iterator[tuple[str, torch.optim.Optimizer]]:
+    """Yield optimizers whose gradients are there, by name, one at a time for the memory.
+
+    `full` and `lora` say who wins all layers.
+    """
+    from molf import AdamW, MoLFAdamW, MoLFConfig
+
+    rounding = None if storage == "float32" else storage.removeprefix("bfloat16 ")
+    dtype = torch.float32 if rounding is None else torch.bfloat16
+    for winner in ("full", "lora", "adamw"):
+        for kernels in ("eager", "triton"):
+            with device:
+                linears = [torch.nn.Linear(cols, rows, False, dtype=dtype) for rows, cols in shapes]
+            model = torch.nn.ModuleList(linears)
+            for parameter in model.parameters():
+                parameter.grad = 1e-2 * torch.randn_like(parameter)
+            options: dict[str, Any] = {"weight_rounding": rounding, "kernels": kernels}
+            if winner == "adamw":
+                yield f"adamw, {kernels}", AdamW(model.named_parameters(), lr=1e-5, **options)
+            else:
+                config = MoLFConfig(ranks=(rank,), score=winner)
+                optimizer = MoLFAdamW.from_model(model, config, lr=1e-5, **options)
+                yield f"molf, {winner} wins, {kernels}", optimizer
+
+
 def milliseconds(call: Callable[[], Any], rounds: int) -> float:
     """Return the median time of a call on the device."""
     for _ in range(3):
@@ -173,6 +226,7 @@ def main() -> None:
     }
     for storage in STORAGES:
         model = Model(options.layers, options.rank, storage)
+        count = model.count
         print(f"\n{storage}, {model.count / 1e6:.0f}M weights, K = {options.rank}")
         print("operation                        ms   bytes/weight   share of bandwidth")
         calls = operations(model)
@@ -184,6 +238,14 @@ def main() -> None:
             results["milliseconds"][f"{storage}: {operation}"] = taken
             print(f"{operation:<28} {taken:7.2f} {moved / model.count:14.1f} {share:20.0%}")
         del model, calls
+        torch.cuda.empty_cache()
+        shapes, device = SHAPES * options.layers, torch.device("cuda")
+        for name, optimizer in whole_steps(shapes, options.rank, storage, device):
+            taken = milliseconds(optimizer.step, options.rounds)
+            moved = floor_bytes(optimizer)
+            share = moved / bandwidth * 1e3 / taken
+            results["milliseconds"][f"{storage}: step of {name}"] = taken
+            print(f"{name:<28} {taken:7.2f} {moved / count:14.1f} {share:20.0%}")
         torch.cuda.empty_cache()
     if options.json:
         options.json.write_text(json.dumps(results, indent=2) + "\n")

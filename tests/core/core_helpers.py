@@ -74,7 +74,7 @@ def feed(model: nn.Module, seed: int, scale: float = 1.0) -> None:
     generator = torch.Generator().manual_seed(seed)
     for parameter in model.parameters():
         grad = torch.randn(parameter.shape, generator=generator, dtype=torch.float64) * scale
-        parameter.grad = grad.to(parameter.dtype)
+        parameter.grad = grad.to(parameter)
 
 
 def run(model: nn.Module, optimizer: torch.optim.Optimizer, batches: Sequence[int]) -> None:

@@ -147,6 +147,10 @@ def test_lora_beside_a_bfloat16_base_is_merged_in_float32(tmp_path):
         ({"optimizer_in_backward": True, "max_grad_norm": 1.0}, "max_grad_norm=1.0 with"),
         ({"optimizer_in_backward": True, "nonfinite": "skip"}, "nonfinite=skip with"),
         ({"optimizer_in_backward": True, "grad_accumulation_dtype": "float32"}, "grad_accum"),
+        ({"kernels": "cuda"}, "Invalid kernels='cuda'. Must be one of eager, triton"),
+        ({"kernels": "triton", "method": "molf-e"}, "kernels=triton with method=molf-e: .* eager"),
+        ({"kernels": "triton", "lora_dropout": 0.1}, "with method=molf and lora_dropout"),
+        ({"kernels": "triton", "state_dtype": "8bit"}, "with state_dtype=8bit: .* Leave one"),
     ],
 )
 def test_what_cannot_be_is_one_line(given, message):
@@ -158,6 +162,31 @@ def test_8bit_without_torchao_names_the_extra(monkeypatch):
     monkeypatch.setattr("molf.train.settings.find_spec", lambda name: None)
     with pytest.raises(InputError, match=r"molf\[torchao\]"):
         TrainSettings(state_dtype="8bit")
+
+
+def test_kernels_without_triton_name_the_extra(monkeypatch):
+    monkeypatch.setattr("molf.train.settings.find_spec", lambda name: None)
+    with pytest.raises(InputError, match=r"kernels=triton: it needs triton.*molf\[triton\]"):
+        TrainSettings(kernels="triton")
+
+
+def test_kernels_do_nothing_for_an_adapter_and_that_is_said():
+    pytest.importorskip("triton")
+    with pytest.warns(UserWarning, match="Without effect with method=lora: kernels"):
+        assert settings_of(method="lora", kernels="triton").kernels == "eager"
+
+
+@pytest.mark.parametrize("options", [["--method", "fft"], ["--method", "molf", "--dry_run"]])
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels run on CUDA")
+def test_kernels_on_a_cpu_are_one_line(options, tmp_path, capsys):
+    pytest.importorskip("triton")
+    path = tmp_path / "run"
+    code = main(["train", *options, "--kernels", "triton", "--output_dir", str(path)])
+    error = capsys.readouterr().err
+    assert code == 2
+    assert "kernels='triton' needs CUDA, and the training is on cpu." in error
+    assert "Traceback" not in error
+    assert not path.exists()
 
 
 def test_clipping_and_accumulation_go_where_nobody_asked_for_them():

@@ -36,6 +36,8 @@ def print_summary(result: RunResult) -> None:
         f"evaluation {result.evaluation_seconds:.1f} s",
         f"memory   {result.peak_memory_bytes / 2**20:,.0f} MiB at most ({result.peak_memory_of})",
     ]
+    if result.kernels:
+        lines.append(f"kernels  {result.kernels} (the optimizer's steps)")
     if result.shares:
         shares = "  ".join(f"{name} {share:.1%}" for name, share in result.shares.items())
         lines.append(f"won      {shares} of all layers' updates")

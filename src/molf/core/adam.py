@@ -16,9 +16,11 @@ from types import EllipsisType
 import torch
 from torch import Tensor
 
+from molf.core import one_pass
+
 # Torch gives each thread at least this many elements; the half dozen tensors of a chain then take
 # 0.8 MB of its cache in float32.
-_CPU_BLOCK_ELEMENTS_PER_THREAD = 32_768
+_CPU_BLOCK_ELEMENTS_PER_THREAD = 65_536
 _BLOCK_ELEMENTS = 1 << 25  # elsewhere: 128 MB in float32
 _SCORE_EPS = 1e-8  # of the score, whatever the optimizer's own eps
 
@@ -68,29 +70,46 @@ def row_blocks(
 class MomentDecay:
     """How moments move in this step, as scalars on the device.
 
-    The host does not yet know whether every gradient is finite when moments are updated; `finite`
-    knows, on the device. Where it is False, gradients are replaced by zeros and the moments
-    multiplied by one, so that a bad step leaves the state bit for bit as it was.
+    On an accelerator the host does not yet know whether every gradient is finite when moments are
+    updated; `finite` knows, on the device. Where it is False, gradients are replaced by zeros and
+    the moments multiplied by one, so that a bad step leaves the state bit for bit as it was.
     """
 
+    betas: tuple[float, float]
+    is_known_finite: bool  # to the host; then nothing need be asked of the device
     finite: Tensor  # bool
     new_share: Tensor  # 1 - beta1, or 0
     kept_sq: Tensor  # beta2, or 1
     new_sq: float  # 1 - beta2
 
     @classmethod
-    def of(cls, betas: tuple[float, float], finite: Tensor, dtype: torch.dtype) -> MomentDecay:
+    def of(
+        cls,
+        betas: tuple[float, float],
+        finite: Tensor,
+        dtype: torch.dtype,
+        *,
+        is_known_finite: bool = False,
+    ) -> MomentDecay:
         """Build from the betas and a 0-dim bool tensor on the gradients' device."""
         beta1, beta2 = betas
         share = torch.full((), 1 - beta1, dtype=dtype, device=finite.device)
         kept = torch.full((), beta2, dtype=dtype, device=finite.device)
         return cls(
-            finite, torch.where(finite, share, 0.0), torch.where(finite, kept, 1.0), 1 - beta2
+            betas,
+            is_known_finite,
+            finite,
+            torch.where(finite, share, 0.0),
+            torch.where(finite, kept, 1.0),
+            1 - beta2,
         )
 
 
 def update_moments(grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, decay: MomentDecay) -> None:
     """`m <- b1 m + (1 - b1) g`, `v <- b2 v + (1 - b2) g*g`, in place, on one block."""
+    if _in_one_pass(exp_avg, exp_avg_sq, decay):
+        _move_in_one_pass(grad, exp_avg, exp_avg_sq, decay)
+        return
     grad = torch.where(decay.finite, grad, 0.0).to(exp_avg.dtype)
     exp_avg.lerp_(grad, decay.new_share)
     exp_avg_sq.mul_(decay.kept_sq).addcmul_(grad, grad, value=decay.new_sq)
@@ -103,6 +122,43 @@ def score_terms(exp_avg: Tensor, exp_avg_sq: Tensor, score: str) -> Tensor:
     """
     preconditioned = exp_avg / exp_avg_sq.sqrt().add_(_SCORE_EPS)
     return preconditioned.square_() if score == "pfn" else preconditioned.mul_(exp_avg)
+
+
+def update_and_score(
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    decay: MomentDecay,
+    score: str,
+) -> Tensor:
+    """`update_moments` on one block; return the sum of the score's terms, 0-dim."""
+    if not _in_one_pass(exp_avg, exp_avg_sq, decay):
+        update_moments(grad, exp_avg, exp_avg_sq, decay)
+        return score_terms(exp_avg, exp_avg_sq, score).sum()
+    direction = _move_in_one_pass(grad, exp_avg, exp_avg_sq, decay).view(-1)
+    return torch.dot(direction, direction if score == "pfn" else exp_avg.view(-1))
+
+
+def update_and_score_columns(
+    grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, decay: MomentDecay, score: str
+) -> Tensor:
+    """`update_moments` on one block; return the sums of the score's terms over its rows."""
+    if not _in_one_pass(exp_avg, exp_avg_sq, decay):
+        update_moments(grad, exp_avg, exp_avg_sq, decay)
+        return score_terms(exp_avg, exp_avg_sq, score).sum(0)
+    direction = _move_in_one_pass(grad, exp_avg, exp_avg_sq, decay)
+    return direction.mul_(direction if score == "pfn" else exp_avg).sum(0)
+
+
+def _in_one_pass(exp_avg: Tensor, exp_avg_sq: Tensor, decay: MomentDecay) -> bool:
+    return decay.is_known_finite and one_pass.fits(exp_avg) and one_pass.fits(exp_avg_sq)
+
+
+def _move_in_one_pass(
+    grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, decay: MomentDecay
+) -> Tensor:
+    grad = grad.to(exp_avg.dtype).contiguous()
+    return one_pass.move(grad, exp_avg, exp_avg_sq, decay.betas, _SCORE_EPS)
 
 
 def finish_score(total: float, *, score: str, lr: float, count: int) -> float:
@@ -148,20 +204,21 @@ class AdamWStep:
         correction = math.sqrt(1 - self.betas[1] ** self.step)
         return exp_avg_sq.sqrt().div_(correction).add_(self.eps)
 
-    def descend_(self, values: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor) -> None:
-        """`p <- p - lr m^ / (sqrt(v^) + eps)` in place, on one block; decay is the caller's."""
-        values.addcdiv_(exp_avg, self.denominator(exp_avg_sq), value=-self.step_size)
-
-    def increment(
-        self, weight: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, *, scale: float = 1.0
-    ) -> Tensor:
-        """Return `p' - p`, decay included, without the cancellation of a difference.
+    def descend_(
+        self, values: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, *, scale: float = 1.0
+    ) -> None:
+        """`p <- p - lr m^ / (sqrt(v^) + eps)` in place, on one block; decay is the caller's.
 
         Args:
-            weight: The tensor that moves, `scale * p`, in the moments' dtype.
+            values: What moves, `scale * p`, in the moments' dtype.
             exp_avg: m, of the gradient of p.
             exp_avg_sq: v, of the gradient of p.
-            scale: How the tensor is stored; the increment is of what is stored.
+            scale: How p is stored.
         """
-        direction = exp_avg / self.denominator(exp_avg_sq)
-        return direction.mul_(-self.step_size * scale).sub_(weight, alpha=self.decay)
+        values.addcdiv_(exp_avg, self.denominator(exp_avg_sq), value=-self.step_size * scale)
+
+    def increment(self, weight: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor) -> Tensor:
+        """Return `p' - p`, decay included, without the cancellation of a difference."""
+        direction = weight * -self.decay
+        self.descend_(direction, exp_avg, exp_avg_sq)
+        return direction

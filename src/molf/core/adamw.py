@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -15,6 +16,12 @@ from molf.core.dense import DenseTensor
 from molf.core.fidelity import UpdateFidelity, UpdateTally
 from molf.core.groups import check_group, check_same_structure
 from molf.core.in_backward import BackwardSteps, Unit, check_in_backward
+from molf.core.kernels import (
+    check_float32_moments,
+    check_kernel_group,
+    fused_step,
+    known_kernels,
+)
 from molf.core.moments import check_state_dtype, fits_8bit
 from molf.core.routed import RoutedLayer
 from molf.core.step import Outcome, take_step
@@ -25,6 +32,8 @@ from molf.core.storage import (
     rounding_of,
     stored_values,
 )
+
+_log = logging.getLogger(__name__)
 
 
 class AdamW(Optimizer):
@@ -56,6 +65,9 @@ class AdamW(Optimizer):
             `step` after each backward pass only finishes what is left. Nothing that needs all
             gradients at once is possible: accumulation, clipping, `nonfinite="skip"`. The host
             waits for the device once per layer.
+        kernels: `"triton"` takes steps with the Triton kernels of `molf.core.fused` (CUDA, float32
+            or bfloat16 weights, float32 states). They have not run on a GPU yet. None and
+            `"eager"`: with torch operations.
 
     Attributes:
         skipped_steps: How many steps `nonfinite="skip"` has skipped.
@@ -64,7 +76,7 @@ class AdamW(Optimizer):
 
     Raises:
         ValueError: A value is not allowed, or nothing is there to be rounded as asked.
-        ImportError: `state_dtype="8bit"` without torchao.
+        ImportError: `state_dtype="8bit"` without torchao, or `kernels="triton"` without triton.
     """
 
     def __init__(
@@ -81,6 +93,7 @@ class AdamW(Optimizer):
         nonfinite: str = "raise",
         grad_accumulation_dtype: str | None = None,
         optimizer_in_backward: bool = False,
+        kernels: str | None = None,
     ) -> None:
         if nonfinite not in ("raise", "skip"):
             raise ValueError(f"Invalid nonfinite={nonfinite!r}. Must be 'raise' or 'skip'.")
@@ -91,6 +104,7 @@ class AdamW(Optimizer):
             )
         if optimizer_in_backward:
             check_in_backward(nonfinite, grad_accumulation_dtype)
+        self.kernels = known_kernels(kernels)
         self.grad_accumulation_dtype = grad_accumulation_dtype
         self.optimizer_in_backward = optimizer_in_backward
         self.nonfinite = nonfinite
@@ -117,10 +131,13 @@ class AdamW(Optimizer):
                 "in a multiple of 256 (the factors of LoRA experts are never 8-bit).",
                 stacklevel=2,
             )
-        self._prepare_gradients()
+        self._prepare()
+        how = "the Triton kernels" if self._fused else "eager torch operations"
+        _log.info("%s takes its steps with %s.", type(self).__name__, how)
 
-    def _prepare_gradients(self) -> None:
-        """Say how gradients are kept, and when they are used; copies need it again."""
+    def _prepare(self) -> None:
+        """Say who computes, how gradients are kept, and when they are used; also for copies."""
+        self._fused = fused_step(self.kernels)
         self._backward: BackwardSteps | None = None
         if self.grad_accumulation_dtype is not None:
             accumulate_in_float32(p for group in self.param_groups for p in group["params"])
@@ -142,6 +159,8 @@ class AdamW(Optimizer):
             check_group(group)
             check_known_rounding(group["weight_rounding"])
             check_state_dtype(group["state_dtype"])
+            if self.kernels == "triton":
+                check_kernel_group(group, self._home())
         except (ValueError, ImportError):
             self.param_groups.pop()
             raise
@@ -178,7 +197,8 @@ class AdamW(Optimizer):
 
     def _take(self, indices: Iterable[int], position: int | None = None) -> None:
         """Step the parameters of some groups that have gradients; of all, or of one place."""
-        outcome = take_step(self._layers(indices), self._rest(indices, position), self._tally)
+        take = self._fused.take if self._fused else take_step
+        outcome = take(self._layers(indices), self._rest(indices, position), self._tally)
         if outcome.nonfinite:
             self._refuse(outcome.nonfinite)
         self._finish(outcome)
@@ -269,6 +289,11 @@ class AdamW(Optimizer):
         names = group.get("param_names")
         return names[position] if names else f"parameter [{position}] of group {group_number}"
 
+    def _home(self) -> torch.device:
+        """The device of the first parameter."""
+        found = (p.device for group in self.param_groups for p in group["params"])
+        return next(found, torch.device("cpu"))
+
     @staticmethod
     def _in_8bit(group: dict[str, Any]) -> bool:
         """Whether 8-bit moments would be kept for a group."""
@@ -284,12 +309,16 @@ class AdamW(Optimizer):
         round float32 factors and moments of bfloat16 weights.
 
         Raises:
-            ValueError: The saved groups route other layers, or with other ranks or scalings.
+            ValueError: The saved groups route other layers, or with other ranks or scalings; or
+                they keep 8-bit moments, which the kernels cannot use.
         """
         loaded: dict[str, Any] = {}
 
         def capture_last(_: Optimizer, given: dict[str, Any]) -> None:
             check_same_structure(given["param_groups"], self.param_groups)
+            if self.kernels == "triton":
+                for group in given["param_groups"]:
+                    check_float32_moments(group)
             loaded.update(given)
 
         capture = self.register_load_state_dict_pre_hook(capture_last)
@@ -320,6 +349,7 @@ class AdamW(Optimizer):
         "measure_updates",
         "grad_accumulation_dtype",
         "optimizer_in_backward",
+        "kernels",
         "_tally",
     )
 
@@ -337,7 +367,7 @@ class AdamW(Optimizer):
             for key, value in replaced.items():
                 group.setdefault(key, value)
         if not before:  # a copy, whose parameters are others
-            self._prepare_gradients()
+            self._prepare()
 
 
 def _warn_of_rounding(groups: Sequence[dict[str, Any]]) -> None:

@@ -118,7 +118,7 @@ class AdapterLayer(RoutedLayer):
                 moments = [moment[where] for moment in self._factor_moments()[number]]
                 if counted:
                     counted.intend(where, step, moments, scale)
-                values[where] += step.increment(values[where], *moments, scale=scale)
+                _move(values[where], moments, step, scale)
             stored.write(..., values)
             if counted:
                 counted.compare(stored.read())
@@ -134,13 +134,19 @@ class _Counted:
 
     def intend(self, where: Any, step: AdamWStep, moments: Sequence[Tensor], scale: float) -> None:
         """Move an expert's slice."""
-        exp_avg, exp_avg_sq = (moment.to(self._before.dtype) for moment in moments)
-        part = self._before[where]
-        self._intended[where] += step.increment(part, exp_avg, exp_avg_sq, scale=scale)
+        wide = [moment.to(self._before.dtype) for moment in moments]
+        _move(self._intended[where], wide, step, scale)
 
     def compare(self, after: Tensor) -> None:
         """Count what has arrived."""
         self._tally.add(self._before, self._intended, after.to(self._before.dtype))
+
+
+def _move(values: Tensor, moments: Sequence[Tensor], step: AdamWStep, scale: float) -> None:
+    """Move an expert's slice in place; it decays as it is stored."""
+    if step.decay:
+        values.mul_(step.kept)
+    step.descend_(values, *moments, scale=scale)
 
 
 def _stored_factors(group: dict[str, Any], states: States) -> list[StoredWeight]:

@@ -6,8 +6,9 @@ would compute the same in fused kernels has its place here.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from types import EllipsisType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,7 +18,6 @@ from molf.core.adam import (
     MomentDecay,
     gradient,
     row_blocks,
-    score_terms,
     sum_dtype,
 )
 from molf.core.fidelity import UpdateTally
@@ -26,6 +26,30 @@ from molf.core.moments import moment_state, moments_of
 from molf.core.storage import StoredWeight, rounding_of
 
 _PRODUCT_ROWS = 128  # of a weight, for one product: fewer would be slow, more would be temporaries
+
+
+class Product(NamedTuple):
+    """`scale left @ right`, of low rank, to be added to a weight.
+
+    Attributes:
+        left: [out, k].
+        right: [k, in].
+        scale: A factor.
+    """
+
+    left: Tensor
+    right: Tensor
+    scale: float
+
+    def rows(self, rows: slice | EllipsisType, *, transposed: bool) -> Product:
+        """Return the part for some rows of the stored tensor, which may be [in, out]."""
+        if transposed:
+            return self._replace(right=self.right[:, rows])
+        return self._replace(left=self.left[rows])
+
+    def to(self, dtype: torch.dtype) -> Product:
+        """Return it in another dtype."""
+        return Product(self.left.to(dtype), self.right.to(dtype), self.scale)
 
 
 class DenseTensor:
@@ -52,6 +76,12 @@ class DenseTensor:
         )
         self._moments = moments_of(state)
         self._decay: MomentDecay | None = None
+        self._advanced = False
+
+    @property
+    def stored(self) -> StoredWeight:
+        """How the parameter holds its values."""
+        return self._stored
 
     def adamw_step(self, weight_decay: str = "weight_decay") -> AdamWStep:
         """The scalars of the step that the counter says; `weight_decay` names the group's key."""
@@ -64,20 +94,16 @@ class DenseTensor:
         """Move the moments; return the sum of the score's terms, 0-dim, on the device."""
         device = self.parameter.device
         self._decay = decay = self._decay_of(guard)
+        self._advanced = True
         grad = gradient(self.parameter)
         total = grad.new_zeros((), dtype=sum_dtype(device))
         for rows in row_blocks(self.parameter, multiple=self._moments.multiple):
-            moved = self._moments.advance(rows, grad[rows], decay)
-            total += score_terms(*moved, score).sum()
+            total += self._moments.advance(rows, grad[rows], decay, score)
         return total
 
     def adamw(self, guard: FiniteGuard, tally: UpdateTally | None) -> None:
         """Moments, counter and values at once, of a tensor that is not routed."""
         self._decay = self._decay_of(guard)
-        if self._moments.is_settled:
-            grad = gradient(self.parameter)
-            for rows in row_blocks(self.parameter):
-                self._moments.advance(rows, grad[rows], self._decay)
         self.state["step"] += 1
         self.move(self.adamw_step(), tally)
 
@@ -85,28 +111,28 @@ class DenseTensor:
         self,
         step: AdamWStep | None,
         tally: UpdateTally | None,
-        product: tuple[Tensor, Tensor] | None = None,
+        products: Sequence[Product] = (),
         *,
         transposed: bool = False,
     ) -> None:
-        """`p <- kept p + left @ right - AdamW's direction`, rounded once; moments are stored.
+        """`p <- kept p + products - AdamW's direction`, rounded once; moments are stored.
 
         Args:
             step: The AdamW step with its decay; None leaves both away.
             tally: Where losses of rounding are counted, if anywhere.
-            product: `left` [out, k] and `right` [k, in] of what is added.
+            products: What is added.
             transposed: Whether the tensor is stored as [in, out].
         """
-        if step is None and product is None and self._moments.is_settled:
+        if step is None and not products and self._moments.is_settled:
             return
         assert self._decay is not None, "moments move first"
         parameter, grad, moments = self.parameter, gradient(self.parameter), self._moments
-        at_least = 1 if product is None else _PRODUCT_ROWS
+        at_least = _PRODUCT_ROWS if products else 1
         for rows in row_blocks(parameter, at_least=at_least, multiple=moments.multiple):
-            moved = moments.settle(rows, grad[rows], self._decay)
-            if step is None and product is None:
+            moved = moments.settle(rows, grad[rows], self._decay, advanced=self._advanced)
+            if step is None and not products:
                 continue
-            part = None if product is None else _part_of(product, rows, transposed)
+            part = [product.rows(rows, transposed=transposed) for product in products]
             values = self._stored.read(rows)
             if tally is None:
                 _move_block(values, moved, step, part, transposed)
@@ -119,7 +145,7 @@ class DenseTensor:
                 intended,
                 (moved[0][picked].to(wide), moved[1][picked].to(wide)),
                 step,
-                None if part is None else _picked(part, picked, transposed, wide),
+                [product.rows(picked, transposed=transposed).to(wide) for product in part],
                 transposed,
             )
             _move_block(values, moved, step, part, transposed)
@@ -135,32 +161,15 @@ def _move_block(
     values: Tensor,
     moments: tuple[Tensor, Tensor],
     step: AdamWStep | None,
-    product: tuple[Tensor, Tensor] | None,
+    products: Sequence[Product],
     transposed: bool,
 ) -> None:
     """Move one block in place."""
     kept = step.kept if step else 1.0
-    if product is not None:
-        (values.t() if transposed else values).addmm_(*product, beta=kept)
-    elif kept != 1:
+    for left, right, scale in products:
+        (values.t() if transposed else values).addmm_(left, right, beta=kept, alpha=scale)
+        kept = 1.0
+    if kept != 1:
         values.mul_(kept)
     if step:
         step.descend_(values, *moments)
-
-
-def _part_of(
-    product: tuple[Tensor, Tensor], rows: slice | EllipsisType, transposed: bool
-) -> tuple[Tensor, Tensor]:
-    """The operands of some rows of the stored tensor."""
-    left, right = product
-    return (left, right[:, rows]) if transposed else (left[rows], right)
-
-
-def _picked(
-    product: tuple[Tensor, Tensor],
-    picked: slice | EllipsisType,
-    transposed: bool,
-    dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:
-    left, right = _part_of(product, picked, transposed)
-    return left.to(dtype), right.to(dtype)

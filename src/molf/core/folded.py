@@ -12,13 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from molf.core.adam import compute_dtype, gradient
+from molf.core.adam import compute_dtype, gradient, row_blocks
+from molf.core.dense import Product
 from molf.core.factors import draw_lora_a, owned_by, split_factors
 from molf.core.fidelity import UpdateTally
 from molf.core.moments import moment_state
 from molf.core.routed import RoutedLayer, States, dense_tensors
 
 _FACTORS = ("lora_A", "lora_B")
+_GRADIENT_ROWS = 256  # of a gradient in low precision, for one product: fewer would be slow
 
 
 class FoldedLayer(RoutedLayer):
@@ -65,11 +67,17 @@ class FoldedLayer(RoutedLayer):
 
     def _factor_gradients(self) -> tuple[Tensor, Tensor]:
         """`grad A_i = s_i B_i^T G` as [R, in] and `grad B_i = s_i G A_i^T` as [out, R]."""
-        grad = _oriented(gradient(self.weight), self.group).to(self.state["lora_A"].dtype)
-        scalings = self._scaling_per_rank()
-        grad_A = (self.state["lora_B"] * scalings).t() @ grad
-        grad_B = (grad @ self.state["lora_A"].t()).mul_(scalings)
-        return grad_A, grad_B
+        grad = _oriented(gradient(self.weight), self.group)
+        A, B, scalings = self.state["lora_A"], self.state["lora_B"], self._scaling_per_rank()
+        if grad.dtype == A.dtype:
+            grad_A, grad_B = B.t() @ grad, grad @ A.t()
+        else:  # in parts: a float32 copy of the whole is as large as the weight's moments
+            grad_A, grad_B = torch.zeros_like(A), torch.empty_like(B)
+            for rows in row_blocks(grad, at_least=_GRADIENT_ROWS):
+                part = grad[rows].to(A.dtype)
+                grad_A.addmm_(B[rows].t(), part)
+                torch.mm(part, A.t(), out=grad_B[rows])
+        return grad_A.mul_(scalings[:, None]), grad_B.mul_(scalings)
 
     def _factor_moments(self) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
         first, second = (
@@ -89,34 +97,38 @@ class FoldedLayer(RoutedLayer):
         full = weight.adamw_step() if 0 in winners else None
         moves = [self._factor_increments(index) for index in self._lora_winners(winners)]
 
-        # W_eff <- kept W_eff + left @ right, then minus the AdamW direction where full has won.
-        left = [torch.cat([dB, B], 1).mul_(scaling) for scaling, _, B, _, dB in moves]
-        right = [torch.cat([A + dA, dA], 0) for _, A, _, dA, _ in moves]
+        # Each from the state before the step. B' A' - B A = dB A' + B dA, but the difference would
+        # cancel: in float32 its relative error is 300 times larger.
+        products = []
+        for scaling, A, B, dA, dB in moves:
+            products += [Product(dB, A + dA, scaling), Product(B, dA, scaling)]
         if full and full.decay:
             # It is W = W_eff - sum_i s_i B_i A_i that decays, so the experts get theirs back.
-            left.append(self.state["lora_B"] * (full.decay * self._scaling_per_rank()))
-            right.append(self.state["lora_A"])
-        product = (torch.cat(left, 1), torch.cat(right, 0)) if left else None
-        weight.move(full, tally, product, transposed=self.group["transposed"])
+            products += [
+                Product(B, A, full.decay * scaling)
+                for scaling, A, B in map(self._expert, range(len(self.group["ranks"])))
+            ]
+        weight.move(full, tally, products, transposed=self.group["transposed"])
         for bias in biases:
             bias.move(bias.adamw_step("bias_weight_decay") if full else None, tally)
         for _, A, B, dA, dB in moves:
             A += dA
             B += dB
 
-    def _factor_increments(self, index: int) -> tuple[float, Tensor, Tensor, Tensor, Tensor]:
-        """Return `s, A, B, dA, dB` of LoRA expert `index`; A and B are views of the state.
-
-        With `A' = A + dA`, `B' = B + dB` the weight moves by `s (dB A' + B dA)`, one product of
-        rank 2 r. The difference `s (B' A' - B A)` would cancel: in float32 its relative error is
-        300 times larger.
-        """
-        owned, step = owned_by(self.group["ranks"], index), self._lora_step(index)
+    def _expert(self, index: int) -> tuple[float, Tensor, Tensor]:
+        """Return `s, A, B` of a LoRA expert; A and B are views of the state."""
+        owned = owned_by(self.group["ranks"], index)
         A, B = self.state["lora_A"][owned], self.state["lora_B"][:, owned]
+        return self.group["scalings"][index], A, B
+
+    def _factor_increments(self, index: int) -> tuple[float, Tensor, Tensor, Tensor, Tensor]:
+        """Return `s, A, B, dA, dB` of a LoRA expert that moves to `A + dA`, `B + dB`."""
+        owned, step = owned_by(self.group["ranks"], index), self._lora_step(index)
+        scaling, A, B = self._expert(index)
         moments_A, moments_B = self._factor_moments()
         dA = step.increment(A, *(moment[owned] for moment in moments_A))
         dB = step.increment(B, *(moment[:, owned] for moment in moments_B))
-        return self.group["scalings"][index], A, B, dA, dB
+        return scaling, A, B, dA, dB
 
 
 def initial_state(group: dict[str, Any]) -> dict[str, Any]:

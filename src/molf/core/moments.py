@@ -1,9 +1,10 @@
 """First and second moments of a tensor, in float32 or in blocks of 8 bits with a scale.
 
-A step looks at moments twice: `advance` before the winners are known, `settle` when they are. In
-float32, `advance` has moved them and `settle` only shows them. In 8 bits `advance` leaves the state
-alone and `settle` moves them again, from the same gradient, and stores them: so scores and steps
-are those of float32 moments, and what storing loses is felt in the next step only.
+Where there are winners, a step looks at moments twice: `advance` before they are known, `settle`
+when they are. In float32, `advance` has moved them and `settle` only shows them. In 8 bits
+`advance` leaves the state alone and `settle` moves them again, from the same gradient, and stores
+them: so scores and steps are those of float32 moments, and what storing loses is felt in the next
+step only.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from molf.core.adam import MomentDecay, compute_dtype, update_moments
+from molf.core import one_pass
+from molf.core.adam import MomentDecay, compute_dtype, update_and_score, update_moments
 from molf.core.names import STATE_DTYPES
 
 _KEYS = ("exp_avg", "exp_avg_sq")
@@ -34,23 +36,42 @@ class Moments(ABC):
     Attributes:
         dtype: Of the arithmetic.
         multiple: What the first row of every block must be a multiple of.
+        is_settled: Whether `advance` alone has stored the moments.
     """
 
     dtype: torch.dtype
     multiple: int = 1
 
-    @abstractmethod
-    def advance(self, rows: Rows, grad: Tensor, decay: MomentDecay) -> Pair:
-        """Move a block of m and v; return it."""
+    is_settled: bool
 
     @abstractmethod
-    def settle(self, rows: Rows, grad: Tensor, decay: MomentDecay) -> Pair:
-        """Return the block of m and v that `advance` has returned, and see that it is stored."""
+    def load(self, rows: Rows) -> Pair:
+        """Return a block of m and v to compute with."""
 
-    @property
     @abstractmethod
-    def is_settled(self) -> bool:
-        """Whether `advance` alone has stored the moments."""
+    def store(self, rows: Rows, moved: Pair) -> None:
+        """Keep a block that `load` has returned and that was changed in place."""
+
+    def advance(self, rows: Rows, grad: Tensor, decay: MomentDecay, score: str) -> Tensor:
+        """Move a block of m and v; return the sum of the score's terms, 0-dim."""
+        return update_and_score(grad, *self.load(rows), decay, score)
+
+    def settle(
+        self, rows: Rows, grad: Tensor, decay: MomentDecay, *, advanced: bool = True
+    ) -> Pair:
+        """Return the moved block of m and v, and see that it is stored.
+
+        Args:
+            rows: The block.
+            grad: Its gradient.
+            decay: As for `advance`.
+            advanced: Whether `advance` came before, as it does where there is something to score.
+        """
+        moved = self.load(rows)
+        if not (advanced and self.is_settled):
+            update_moments(grad, *moved, decay)
+            self.store(rows, moved)
+        return moved
 
 
 class FloatMoments(Moments):
@@ -61,15 +82,14 @@ class FloatMoments(Moments):
     def __init__(self, exp_avg: Tensor, exp_avg_sq: Tensor) -> None:
         self.exp_avg, self.exp_avg_sq = exp_avg, exp_avg_sq
         self.dtype = exp_avg.dtype
+        self.multiple = one_pass.rows_of_whole_vectors(exp_avg)
 
-    def advance(self, rows: Rows, grad: Tensor, decay: MomentDecay) -> Pair:
-        """In place."""
-        update_moments(grad, self.exp_avg[rows], self.exp_avg_sq[rows], decay)
-        return self.exp_avg[rows], self.exp_avg_sq[rows]
-
-    def settle(self, rows: Rows, grad: Tensor, decay: MomentDecay) -> Pair:
+    def load(self, rows: Rows) -> Pair:
         """Views on the state."""
         return self.exp_avg[rows], self.exp_avg_sq[rows]
+
+    def store(self, rows: Rows, moved: Pair) -> None:
+        """Nothing: they are the state."""
 
 
 class EightBitMoments(Moments):
@@ -89,18 +109,15 @@ class EightBitMoments(Moments):
         self._row = self._codes[0].numel() // len(self._codes[0])
         self.multiple = _BLOCK // math.gcd(_BLOCK, self._row)
 
-    def advance(self, rows: Rows, grad: Tensor, decay: MomentDecay) -> Pair:
-        """Without a change of the state."""
+    def load(self, rows: Rows) -> Pair:
+        """The numbers that the codes stand for."""
         exp_avg, exp_avg_sq = (block.dequantize() for block in self._blocks(rows))
-        update_moments(grad, exp_avg, exp_avg_sq, decay)
         return exp_avg, exp_avg_sq
 
-    def settle(self, rows: Rows, grad: Tensor, decay: MomentDecay) -> Pair:
-        """Move the block again and store it."""
-        moved = self.advance(rows, grad, decay)
+    def store(self, rows: Rows, moved: Pair) -> None:
+        """Round them to codes."""
         for block, values in zip(self._blocks(rows), moved, strict=True):
             _store(block, values)
-        return moved
 
     def _blocks(self, rows: Rows) -> list[Any]:
         """Both moments' codes and scales of some rows: torchao's tensors on the same memory."""

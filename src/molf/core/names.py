@@ -5,3 +5,6 @@ ROUNDINGS = ("exact", "stochastic", "nearest")
 
 STATE_DTYPES = ("float32", "8bit")
 """How moments are kept."""
+
+KERNELS = ("eager", "triton")
+"""Who computes the optimizer's step."""

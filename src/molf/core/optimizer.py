@@ -83,6 +83,7 @@ class MoLFAdamW(AdamW):
         state_dtype: str = "float32",
         grad_accumulation_dtype: str | None = None,
         optimizer_in_backward: bool = False,
+        kernels: str | None = None,
     ) -> MoLFAdamW:
         """Build the optimizer for any module with linear layers, or with a LoRA adapter on them.
 
@@ -112,11 +113,14 @@ class MoLFAdamW(AdamW):
                 are complete, during the backward pass, and the gradients are freed. `step` after
                 each backward pass only finishes what is left; accumulation, clipping and
                 `nonfinite="skip"` are not possible, and the host waits once per layer.
+            kernels: `"triton"` takes steps with the Triton kernels of `molf.core.fused` (a plain
+                model on CUDA, float32 or bfloat16 weights, float32 states). They have not run on a
+                GPU yet. None and `"eager"`: with torch operations.
 
         Raises:
             ValueError: A value is not allowed, no layer can be routed (see `find_layers`,
                 `find_adapted`), or no weight is there to be rounded as asked.
-            ImportError: `state_dtype="8bit"` without torchao.
+            ImportError: `state_dtype="8bit"` without torchao, or `kernels="triton"` without triton.
             TypeError: The model is no module, or the configuration no `MoLFConfig`.
         """
         config = MoLFConfig() if config is None else config
@@ -144,6 +148,7 @@ class MoLFAdamW(AdamW):
             state_dtype=state_dtype,
             grad_accumulation_dtype=grad_accumulation_dtype,
             optimizer_in_backward=optimizer_in_backward,
+            kernels=kernels,
             seed=config.seed,
         )
         keep_differentiable(model)
@@ -166,6 +171,8 @@ class MoLFAdamW(AdamW):
         taking_part = [group for group in routed if _form_of(group).takes_part(group)]
         if len(taking_part) < len(routed) and not any(self.state.values()):
             _warn_of_missing_gradients(routed, taking_part)
+        if self._fused is not None:
+            return [self._fused.layer(group, self.state) for group in taking_part]
         return [_form_of(group)(group, self.state) for group in taking_part]
 
     def _finish(self, outcome: Outcome) -> None:

@@ -4,18 +4,27 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from types import EllipsisType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from molf.core.adam import AdamWStep, finish_score, score_terms, sum_dtype, update_moments
+from molf.core.adam import (
+    AdamWStep,
+    finish_score,
+    row_blocks,
+    sum_dtype,
+    update_and_score,
+    update_and_score_columns,
+)
 from molf.core.config import lora_expert_names
 from molf.core.dense import DenseTensor
-from molf.core.factors import per_rank
+from molf.core.factors import owned_by, per_rank
 from molf.core.fidelity import UpdateTally
 from molf.core.guard import FiniteGuard
+from molf.core.one_pass import rows_of_whole_vectors
 from molf.core.routing import Decision, select_winners
 
 States = dict[Tensor, dict[str, Any]]
@@ -104,20 +113,30 @@ class RoutedLayer(ABC):
 
     def update_moments(self, guard: FiniteGuard) -> Tensor:
         """Update the moments of all experts; return their score sums, [experts], on the device."""
-        score, betas = self.group["score"], self.group["betas"]
         device = self.with_gradients[0].device
-        full = torch.zeros((), dtype=sum_dtype(device), device=device)
+        sums = torch.zeros(len(self.experts), dtype=sum_dtype(device), device=device)
+        if guard.refuses:
+            return sums
         for tensor in self.dense:
-            full += tensor.update_moments(guard, score)
-
-        by_rank = full.new_zeros(sum(self.group["ranks"]))  # per row of A and column of B
-        factors = zip(self._factor_gradients(), self._factor_moments(), (1, 0), strict=True)
-        for grad, (exp_avg, exp_avg_sq), dim in factors:
-            decay = guard.decay_of(exp_avg.device, exp_avg.dtype, betas)
-            update_moments(grad, exp_avg, exp_avg_sq, decay)
-            by_rank += score_terms(exp_avg, exp_avg_sq, score).sum(dim)
-        per_expert = [part.sum() for part in by_rank.split(list(self.group["ranks"]))]
-        return torch.stack([full, *per_expert] if self.has_full else per_expert)
+            sums[0] += tensor.update_moments(guard, self.group["score"])
+        ranks, score = list(self.group["ranks"]), self.group["score"]
+        (grad_A, grad_B), (of_A, of_B) = self._factor_gradients(), self._factor_moments()
+        decay = guard.decay_of(device, of_A[0].dtype, self.group["betas"])
+        lora = sums[self.has_full :]
+        if len(ranks) == 1:
+            for grad, moments in ((grad_A, of_A), (grad_B, of_B)):
+                for rows in _blocks(grad):
+                    lora[0] += update_and_score(*_part(rows, grad, *moments), decay, score)
+            return sums
+        for index in range(len(ranks)):
+            own = _part(owned_by(ranks, index), grad_A, *of_A)
+            for rows in _blocks(own[0]):
+                lora[index] += update_and_score(*_part(rows, *own), decay, score)
+        by_column = sums.new_zeros(sum(ranks))
+        for rows in _blocks(grad_B):
+            by_column += update_and_score_columns(*_part(rows, grad_B, *of_B), decay, score)
+        lora += torch.stack([columns.sum() for columns in by_column.split(ranks)])
+        return sums
 
     def decide(self, sums: Sequence[float]) -> tuple[tuple[int, ...], Decision]:
         """Choose the winners from the score sums, now on the host.
@@ -172,6 +191,16 @@ class RoutedLayer(ABC):
 
     def _per_rank(self, values: Sequence[float], like: Tensor) -> Tensor:
         return per_rank(values, self.group["ranks"], like)
+
+
+def _blocks(factor: Tensor) -> Iterator[slice | EllipsisType]:
+    return row_blocks(factor, multiple=rows_of_whole_vectors(factor))
+
+
+def _part(
+    rows: slice | EllipsisType, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    return grad[rows], exp_avg[rows], exp_avg_sq[rows]
 
 
 def dense_tensors(

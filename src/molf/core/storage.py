@@ -81,8 +81,9 @@ class StoredWeight:
     ) -> None:
         self.parameter = parameter
         self.rounding = rounding
+        self.name = name
         self._state = state
-        self._seed, self._name = seed, name
+        self._seed = seed
         self._key: RoundingKey | None = None
         if rounding == "exact" and LOW not in state:
             state[LOW] = torch.zeros_like(parameter, dtype=torch.int16)
@@ -109,7 +110,7 @@ class StoredWeight:
             first = (
                 0 if rows is ... else rows.start * (self.parameter.numel() // len(self.parameter))
             )
-            part.copy_(round_stochastic(values, self._step_key(), first))
+            part.copy_(round_stochastic(values, self.step_key(), first))
         else:
             part.copy_(values)
 
@@ -120,9 +121,15 @@ class StoredWeight:
         else:
             self.parameter.detach().copy_(values)
 
-    def _step_key(self) -> RoundingKey:
+    @property
+    def low(self) -> Tensor | None:
+        """The lower halves, where rounding is exact."""
+        return self._state[LOW] if self.rounding == "exact" else None
+
+    def step_key(self) -> RoundingKey:
+        """Return what decides this step's stochastic draws; the counter has moved already."""
         if self._key is None:
-            self._key = RoundingKey.of(self._seed, self._name, self._state["step"])
+            self._key = RoundingKey.of(self._seed, self.name, self._state["step"])
         return self._key
 
 

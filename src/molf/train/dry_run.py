@@ -19,6 +19,7 @@ from molf.plan.workload import METHODS, Workload
 from molf.tasks import Task
 from molf.tasks.encoding import EncodedSamples, encode_samples
 from molf.train.methods import TrainingData, check, plan
+from molf.train.methods.storage import check_kernels
 from molf.train.model_loading import load_model, load_skeleton
 from molf.train.progress import Reporter
 from molf.train.resolved import ResolvedSettings
@@ -75,7 +76,8 @@ def rehearse(settings: ResolvedSettings, task: Task, reporter: Reporter) -> DryR
     Raises:
         InputError: As the run would.
     """
-    sft_config(settings)  # what is wrong with the run's own settings
+    own = sft_config(settings)  # what is wrong with the run's own settings
+    check_kernels(settings, own.device)
     check(load_skeleton(settings.model), settings)
     set_seed(settings.seed)
     base = load_model(settings.model, getattr(torch, settings.dtype))
@@ -202,6 +204,7 @@ def _planned(
         or settings.optimizer_in_backward
         or settings.grad_accumulation_dtype is not None
         or settings.quantised is not None
+        or settings.kernels != "eager"
     )
     if settings.method not in METHODS or unplanned:
         return None, None

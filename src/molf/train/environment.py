@@ -25,6 +25,7 @@ _PACKAGES = (
     "numpy",
     "pyarrow",
     "bitsandbytes",
+    "triton",
 )
 
 

@@ -21,10 +21,12 @@ from molf.evaluate import Evaluation, EvaluationSettings, evaluate
 from molf.evaluate.inference import length_limit
 from molf.tasks import Task
 from molf.tasks.encoding import encode_samples
+from molf.train.defaults import ADAPTERS
 from molf.train.environment import environment
 from molf.train.files import write_json, write_jsonl, write_text, write_yaml
 from molf.train.memory import peak_memory, reset_peak_memory
 from molf.train.methods import Plan, TrainingData, check, plan
+from molf.train.methods.storage import check_kernels
 from molf.train.model_card import model_card
 from molf.train.model_loading import LoadedModel, load_model, load_skeleton
 from molf.train.model_saving import save_model
@@ -61,6 +63,7 @@ def run_job(
     """
     arguments = sft_config(settings)
     check_device(settings, arguments.device)
+    check_kernels(settings, arguments.device)
     set_seed(settings.seed)  # before anything random, such as adapters
     # The layers are known from the configuration: wrong patterns must not cost a download.
     check(load_skeleton(settings.model), settings)
@@ -211,6 +214,7 @@ class _Job:
             peak_memory_bytes=memory,
             peak_memory_of=memory_of,
             shares=training.shares,
+            kernels=None if self.settings.method in ADAPTERS else self.settings.kernels,
         )
 
     def _evaluate(self, loaded: LoadedModel, title: str) -> tuple[Evaluation, float]:

@@ -36,6 +36,8 @@ class RunResult:
         peak_memory_bytes: The most memory needed.
         peak_memory_of: What that is the memory of.
         shares: Share of layers that each expert won; empty without routing.
+        kernels: Who computed the optimizer's steps, eager torch or triton; None where that is not
+            the run's to choose.
     """
 
     directory: Path
@@ -52,6 +54,7 @@ class RunResult:
     peak_memory_bytes: int
     peak_memory_of: str
     shares: dict[str, float]
+    kernels: str | None = None
 
 
 def evaluation_record(evaluation: Evaluation) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from typing import Annotated, Any
 from cyclopts import Group, Parameter
 
 from molf.core.config import SCORES, MoLFConfig
-from molf.core.names import ROUNDINGS, STATE_DTYPES
+from molf.core.names import KERNELS, ROUNDINGS, STATE_DTYPES
 from molf.errors import InputError
 from molf.tasks import TASKS, TaskOptions, check_task
 from molf.train.converters import numbers, patterns, words
@@ -134,6 +134,8 @@ class TrainSettings:
     """float32 adds the gradients of bfloat16 weights up without rounding (fft, molf)."""
     optimizer_in_backward: Annotated[bool, Parameter(group=OPTIMIZATION)] = False
     """Move each layer in the backward pass and free its gradient; no clipping, no accumulation."""
+    kernels: Annotated[str, Parameter(choices=KERNELS, group=OPTIMIZATION)] = "eager"
+    """triton: the steps of fft and molf by Triton kernels (CUDA; not run on a GPU yet)."""
     learning_rate: Annotated[float | None, Parameter(group=OPTIMIZATION, show_default=_AUTO)] = None
     """Peak learning rate."""
     lora_learning_rate: Annotated[
@@ -217,6 +219,7 @@ class TrainSettings:
             ("weight_rounding", (None, *ROUNDINGS)),
             ("state_dtype", STATE_DTYPES),
             ("grad_accumulation_dtype", (None, "float32")),
+            ("kernels", KERNELS),
         ):
             if getattr(self, name) not in allowed:
                 choices = ", ".join(choice for choice in allowed if choice)
@@ -251,6 +254,8 @@ class TrainSettings:
                 "Invalid state_dtype=8bit: it needs torchao. Install it with pip install "
                 "'molf[torchao]', or give --state_dtype float32."
             )
+        if self.kernels == "triton":
+            self._check_kernels()
         if self.save_total_limit is not None and self.save_steps is None:
             raise InputError(
                 "Invalid save_total_limit without save_steps: no checkpoints are written."
@@ -273,6 +278,26 @@ class TrainSettings:
                     f"Invalid {name}={getattr(self, name)} with optimizer_in_backward: each layer "
                     "moves as soon as its own gradient is there. Leave one of the two out."
                 )
+
+    def _check_kernels(self) -> None:
+        """Refuse what the kernels cannot do."""
+        config = self.method_config
+        if self.method == "molf-e" or (self.method == "molf" and config and config.lora_dropout):
+            given = "molf-e" if self.method == "molf-e" else "molf and lora_dropout"
+            raise InputError(
+                f"Invalid kernels=triton with method={given}: LoRA experts in a PEFT adapter take "
+                "eager steps. Leave kernels out."
+            )
+        if self.state_dtype == "8bit":
+            raise InputError(
+                "Invalid kernels=triton with state_dtype=8bit: the kernels keep float32 moments. "
+                "Leave one of the two out."
+            )
+        if find_spec("triton") is None:
+            raise InputError(
+                "Invalid kernels=triton: it needs triton. Install it with pip install "
+                "'molf[triton]' (Linux), or leave kernels out."
+            )
 
     @property
     def task_options(self) -> TaskOptions:

@@ -7,6 +7,7 @@ process cannot both interpret and compile them, nor share either with other test
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import re
 import subprocess
@@ -17,6 +18,7 @@ import pytest
 
 CHECKS = Path(__file__).parent / "checks"
 INTERPRETED = ["check_operations.py", "check_storage.py", "check_step.py"]
+INTERPRETED += ["check_optimizer.py", "check_command.py"]
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="needs triton (extra `triton`)"
@@ -27,6 +29,8 @@ def run_checks(name: str, *, interpret: bool, cache: Path) -> None:
     """Run a file of checks; every one must pass, and there must be some."""
     variables = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     variables["TRITON_CACHE_DIR"] = str(cache)
+    helpers = str(CHECKS.parents[1])  # core_helpers
+    variables["PYTHONPATH"] = os.pathsep.join(filter(None, (helpers, os.environ.get("PYTHONPATH"))))
     if interpret:
         variables["TRITON_INTERPRET"] = "1"
     options = ["-p", "no:cacheprovider", "-p", "no:xdist", "-p", "no:randomly"]
@@ -62,15 +66,46 @@ def test_no_file_of_checks_is_forgotten():
     assert files == {*INTERPRETED, "check_compile.py"}
 
 
-def test_the_core_does_not_import_triton():
-    code = "import sys, molf; molf.MoLFAdamW; sys.exit('molf.core.fused' in sys.modules)"
+def test_eager_steps_do_not_import_the_kernels():
+    code = (
+        "import sys, torch, molf; p = torch.nn.Parameter(torch.ones(3)); p.grad = p.detach()\n"
+        "molf.AdamW([p], kernels='eager').step(); molf.trainer_optimizer(kernels='triton')\n"
+        "molf.MoLFAdamW; sys.exit('molf.core.fused' in sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
-def test_the_benchmark_ends_with_one_line_without_a_gpu():
-    script = Path(__file__).parents[3] / "benchmarks" / "step_kernels_gpu.py"
+def benchmark(name: str, *options: str) -> subprocess.CompletedProcess[str]:
+    script = Path(__file__).parents[3] / "benchmarks" / name
     variables = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run([sys.executable, script], env=variables, capture_output=True, text=True)
+    command = [sys.executable, script, *options]
+    return subprocess.run(command, env=variables, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "more"),
+    [("step_kernels_gpu", ""), ("gpu", " (--smoke runs tiny models on a CPU)")],
+)
+def test_benchmarks_end_with_one_line_without_a_gpu(name, more):
+    done = benchmark(f"{name}.py")
     assert done.returncode == 1
     assert done.stdout == ""
-    assert done.stderr == "step_kernels_gpu: needs a CUDA device, and there is none.\n"
+    assert done.stderr == f"{name}: needs a CUDA device, and there is none{more}.\n"
+
+
+def test_all_paths_of_the_gpu_benchmark_on_a_cpu(tmp_path):
+    pytest.importorskip("torchao")
+    done = benchmark("gpu.py", "--smoke", "--json", str(tmp_path / "found.json"))
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "found.json").read_text())
+    methods = found["models"]["tiny"]
+    assert list(methods) == ["fft", "fft-torch", "lora", "molf", "molf-eager", "molf-e"]
+    assert all(len(method["seconds"]) == 2 for method in methods.values())
+    assert methods["fft"]["ratio"] == [1, 1, 1]
+    assert sum(methods["molf"]["winners"].values()) == pytest.approx(1)
+    count = found["capped"]["tiny"]["parameters"]
+    assert methods["fft"]["floor_bytes"] == 26 * count  # as docs/kernels.md has it
+    assert methods["molf"]["floor_bytes"] > 28 * 0.8 * count
+    assert found["capped"]["tiny"]["fits"]
+    assert "pass" not in done.stdout
+    assert "fail" not in done.stdout

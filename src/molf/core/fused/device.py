@@ -166,6 +166,9 @@ def load_weight(
             # A negative remainder borrows from the high half. (A NaN's payload may change, as in
             # any arithmetic, but it stays a NaN.)
             lower = tl.where(lower >= 0x8000, lower | 0xFFFF0000, lower)
+            # Below zero itself there is nothing but NaN: something else has set the weight to zero.
+            is_zero = (bits & 0x7FFFFFFF) == 0
+            lower = tl.where(is_zero & (lower >= 0x8000), 0, lower)
             bits = tl.add(bits, lower, sanitize_overflow=False)
         value = bits.to(tl.float32, bitcast=True)
     return value

@@ -44,12 +44,19 @@ _Words = tuple[list[float], tuple[int, int]]
 _Group = tuple[tuple[Any, ...], list[Entry], list[_Words]]
 
 
+def is_interpreted() -> bool:
+    """Whether Triton's interpreter runs the kernels, on the CPU (TRITON_INTERPRET=1)."""
+    return not isinstance(elementwise.moments_kernel, triton.JITFunction)
+
+
 class Kernels:
     """The fused kernels on one device.
 
     A launch reads a table with the addresses and sizes of its tensors. Tables are kept: they are
     built and sent when a launch first sees its tensors, and again when any of them has moved.
-    Scalars go along with every launch. Tensors without an element are allowed, empty lists too.
+    An operation that is called several times in a step, for other tensors each time, gets the
+    number of the call as `part`, so that each call finds its own. Scalars go along with every
+    launch. Tensors without an element are allowed, empty lists too.
 
     Every operation that writes takes `finite`, a 0-dim bool tensor on the device ("this step may
     happen"). Where it is False, nothing is written: the state stays as it was, bit for bit.
@@ -62,9 +69,10 @@ class Kernels:
     """
 
     def __init__(self, device: torch.device) -> None:
-        is_compiled = isinstance(elementwise.moments_kernel, triton.JITFunction)
-        if device.type != ("cuda" if is_compiled else "cpu"):
-            allowed = "a CUDA device" if is_compiled else "the CPU, as Triton's interpreter is on"
+        if device.type != ("cpu" if is_interpreted() else "cuda"):
+            allowed = "a CUDA device"
+            if is_interpreted():
+                allowed = "the CPU, as Triton's interpreter is on"
             raise ValueError(f"Invalid device {device} for the fused kernels. Must be {allowed}.")
         if device.type == "cuda" and device.index is None:
             device = torch.device("cuda", torch.cuda.current_device())
@@ -92,13 +100,16 @@ class Kernels:
             self._add_up(table, partials, totals)
         return totals, (totals == 0).all()
 
-    def moments(self, items: Sequence[Moments], finite: Tensor, score: str) -> Tensor:
+    def moments(
+        self, items: Sequence[Moments], finite: Tensor, score: str, *, part: int = 0
+    ) -> Tensor:
         """Move m and v in place and sum the score's terms of the moved moments.
 
         Args:
             items: What to move.
             finite: Whether to; sums are 0 where not.
             score: `"epd"`: `m^2 / (sqrt(v) + 1e-8)`; `"pfn"`: `(m / (sqrt(v) + 1e-8))^2`.
+            part: Which of several calls of a step this is.
 
         Returns:
             One sum per item, float64 [n]: in float32 within a block of 2,048 elements, in float64
@@ -116,7 +127,7 @@ class Kernels:
             for slot, item in enumerate(items)
         )
         for (bits, aligned), entries, words in _grouped(given, _MOVE_MOMENTS):
-            table = self._table("moments", (bits, aligned), entries, _MOVE_MOMENTS)
+            table = self._table("moments", (bits, aligned), entries, _MOVE_MOMENTS, part)
             partials = self._partials(table)
             self._launch(
                 elementwise.moments_kernel,
@@ -154,7 +165,7 @@ class Kernels:
                 {"GRAD_BITS": bits, "ROUNDING": rounding, "ALIGNED": aligned, "BLOCK": _BLOCK},
             )
 
-    def factors(self, items: Sequence[Factor], finite: Tensor) -> None:
+    def factors(self, items: Sequence[Factor], finite: Tensor, *, part: int = 0) -> None:
         """Take the AdamW steps of LoRA factors in place and write the operands of products.
 
         Raises:
@@ -170,7 +181,7 @@ class Kernels:
             for item in items
         )
         for (aligned,), entries, words in _grouped(given, _FACTORS):
-            table = self._table("factors", (aligned,), entries, _FACTORS)
+            table = self._table("factors", (aligned,), entries, _FACTORS, part)
             self._launch(
                 elementwise.factor_kernel,
                 table.grid,
@@ -178,7 +189,7 @@ class Kernels:
                 {"ALIGNED": aligned, "BLOCK": _BLOCK},
             )
 
-    def low_rank(self, items: Sequence[LowRank], finite: Tensor) -> None:
+    def low_rank(self, items: Sequence[LowRank], finite: Tensor, *, part: int = 0) -> None:
         """Write routed weights in place: decay, low-rank product, descent, one rounding.
 
         Raises:
@@ -194,7 +205,7 @@ class Kernels:
             for item in items
         )
         for (rounding, aligned), entries, words in _grouped(given, _LOW_RANK):
-            table = self._table("low_rank", (rounding, aligned), entries, _LOW_RANK)
+            table = self._table("low_rank", (rounding, aligned), entries, _LOW_RANK, part)
             self._launch(
                 low_rank_kernel,
                 table.grid,
@@ -216,14 +227,19 @@ class Kernels:
             )
 
     def _table(
-        self, kernel: str, variant: tuple[Any, ...], entries: list[Entry], layout: Layout
+        self,
+        kernel: str,
+        variant: tuple[Any, ...],
+        entries: list[Entry],
+        layout: Layout,
+        part: int = 0,
     ) -> Table:
         """Return the table of such a launch: the last one, if every tensor is where it was."""
         wanted = tuple(entry.signature() for entry in entries)
-        known = self._tables.get((kernel, variant))
+        known = self._tables.get((kernel, variant, part))
         if known is None or known[0] != wanted:
             known = wanted, Table(entries, layout, self.device)
-            self._tables[kernel, variant] = known
+            self._tables[kernel, variant, part] = known
         return known[1]
 
     def _send(self, words: list[_Words]) -> Tensor:

@@ -1,0 +1,153 @@
+"""The optimizer's step alone: MoLF against torch's fused AdamW, and against the memory's speed.
+
+For each step: seconds, the bytes that it must move (every number that a phase needs, read or
+written once; a phase begins where the last one's numbers have left the cache), the operations of
+its products, and what share of the time those bytes and products take at the speed of a large copy
+and of a large product, both measured in the same run.
+
+    python benchmarks/optimizer_step.py [--rank 128] [--rounds 15] [--json FILE]
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import statistics
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+import molf
+from common import (
+    LR,
+    Step,
+    copy_bandwidth,
+    fused_adamw,
+    interleave,
+    make_model,
+    product_speed,
+    ratio_interval,
+    report,
+)
+
+
+class Work(NamedTuple):
+    """What a step has to do."""
+
+    bytes: int
+    operations: int
+
+
+def work_of_adamw(model: torch.nn.Module) -> Work:
+    """Gradient read; weight, m and v read and written: 28 bytes."""
+    return Work(28 * sum(p.numel() for p in model.parameters()), 0)
+
+
+def work_of_molf(optimizer: molf.MoLFAdamW, winner: str) -> Work:
+    """Count a step in which one expert wins everywhere, float32 throughout."""
+    moved = operations = 0
+    for group in optimizer.param_groups:
+        count = sum(p.numel() for p in group["params"])
+        if group["layer"] is None:
+            moved += (4 + 28) * count  # checked; then as AdamW
+            continue
+        weight = group["params"][0]
+        rank = sum(group["ranks"])
+        factors, one_product = rank * sum(weight.shape), 2 * rank * weight.numel()
+        # Checked; read for the factors' gradients; read with both moments, which are written.
+        moved += (4 + 4 + 20) * count
+        # Factors are read, their gradients written; these read, and moments read and written.
+        moved += (4 + 4 + 20) * factors
+        operations += 2 * one_product
+        if winner == "full":  # weight read and written, moments read; s B A for the decay
+            moved += (8 + 8) * count + 4 * factors
+            operations += one_product
+        else:  # weight read and written; factors read and written, their moments read
+            moved += 8 * count + (8 + 8) * factors
+            operations += 2 * one_product
+    return Work(moved, operations)
+
+
+def timed(optimizer: torch.optim.Optimizer) -> Step:
+    """Return a step of an optimizer whose parameters have gradients."""
+
+    def step() -> float:
+        start = time.perf_counter()
+        optimizer.step()
+        return time.perf_counter() - start
+
+    return step
+
+
+def with_gradients(model: torch.nn.Module) -> torch.nn.Module:
+    """Return a copy with the same random gradients for every method."""
+    model = copy.deepcopy(model)
+    torch.manual_seed(1)
+    for parameter in model.parameters():
+        parameter.grad = 1e-3 * torch.randn_like(parameter)
+    return model
+
+
+def main() -> None:
+    """Run the benchmark and print its table."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--rank", type=int, default=128)
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+
+    torch.set_num_threads(options.threads)
+    model = make_model()
+    plain = with_gradients(model)
+    steps = {"fused AdamW": timed(fused_adamw(plain))}
+    work = {"fused AdamW": work_of_adamw(plain)}
+    for winner in ("full", "lora"):
+        config = molf.MoLFConfig(ranks=(options.rank,), score=winner)
+        optimizer = molf.MoLFAdamW.from_model(with_gradients(model), config, lr=LR)
+        steps[f"molf, {winner} wins"] = timed(optimizer)
+        work[f"molf, {winner} wins"] = work_of_molf(optimizer, winner)
+    bandwidth, speed = copy_bandwidth(), product_speed()
+    seconds = interleave(steps, options.rounds, warm_up=2)
+
+    print(
+        f"rank {options.rank}, {options.rounds} rounds; a copy moves {bandwidth / 1e9:.1f} GB/s, a "
+        f"product does {speed / 1e9:.0f} GFLOP/s"
+    )
+    print("step              ms   x AdamW (95% interval)    MB  GFLOP  memory  with products")
+    rows = {}
+    for method, taken in seconds.items():
+        median = statistics.median(taken)
+        pairs = zip(taken, seconds["fused AdamW"], strict=True)
+        ratio, low, high = ratio_interval([a / b for a, b in pairs])
+        own = work[method]
+        memory, products = own.bytes / bandwidth / median, own.operations / speed / median
+        rows[method] = {
+            **own._asdict(),
+            "seconds": median,
+            "ratio": ratio,
+            "low": low,
+            "high": high,
+            "share_of_memory_floor": memory,
+            "share_with_products": memory + products,
+        }
+        print(
+            f"{method:<16} {median * 1e3:5.1f}   {ratio:.2f} ({low:.2f}-{high:.2f})"
+            f"{own.bytes / 1e6:15.0f} {own.operations / 1e9:6.1f} {memory:7.0%}"
+            f" {memory + products:14.0%}"
+        )
+    report(
+        vars(options),
+        [],
+        options.json,
+        copy_bytes_per_second=bandwidth,
+        product_operations_per_second=speed,
+        rows=rows,
+        seconds=seconds,
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,130 @@
+"""Who computes a step: plain torch operations, or the Triton kernels of `molf.core.fused`.
+
+Nothing here imports triton unless kernels are asked for, and nothing falls back: what the kernels
+cannot do is refused with what to change.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from molf.core.names import KERNELS
+
+if TYPE_CHECKING:
+    from molf.core.fused.step import FusedStep
+
+_DTYPES = (torch.float32, torch.bfloat16)
+
+
+def known_kernels(kernels: str | None) -> str:
+    """Return the choice that a keyword stands for; None is eager.
+
+    Raises:
+        ValueError: The word names no choice.
+        ImportError: triton is not installed.
+    """
+    if kernels not in (None, *KERNELS):
+        allowed = ", ".join(map(repr, KERNELS))
+        raise ValueError(f"Invalid kernels={kernels!r}. Must be {allowed} or None.")
+    if kernels == "triton" and importlib.util.find_spec("triton") is None:
+        raise ImportError(
+            "kernels='triton' needs triton: pip install 'molf[triton]' (Linux), or leave kernels "
+            "out."
+        )
+    return kernels or "eager"
+
+
+def fused_step(kernels: str) -> FusedStep | None:
+    """Return what takes steps with the kernels; None where plain torch does."""
+    if kernels == "eager":
+        return None
+    from molf.core.fused.step import FusedStep
+
+    return FusedStep()
+
+
+def check_kernel_group(group: dict[str, Any], home: torch.device) -> None:
+    """Refuse a parameter group that the kernels cannot step.
+
+    Args:
+        group: With its defaults filled in.
+        home: The device of the optimizer's first parameter.
+
+    Raises:
+        ValueError: With what to change.
+    """
+    check_float32_moments(group)
+    if group.get("adapter_scaling") is not None:
+        raise ValueError(
+            "kernels='triton' does not support LoRA experts in a PEFT adapter (freeze_base, "
+            "lora_dropout). Leave kernels out, or train the plain model without dropout."
+        )
+    names = group.get("param_names") or [f"parameter [{i}]" for i in range(len(group["params"]))]
+    for name, parameter in zip(names, group["params"], strict=True):
+        check_kernel_parameter(parameter, name, home)
+
+
+def check_float32_moments(group: dict[str, Any]) -> None:
+    """Refuse moments of 8 bits.
+
+    Raises:
+        ValueError: With what to change.
+    """
+    if group.get("state_dtype", "float32") != "float32":
+        raise ValueError(
+            f"kernels='triton' does not support state_dtype={group['state_dtype']!r}. Use "
+            "state_dtype='float32', or leave kernels out."
+        )
+
+
+def check_kernel_device(device: torch.device, name: str) -> None:
+    """Refuse a device that does not run the kernels.
+
+    Args:
+        device: Where they are to run.
+        name: What is on it.
+
+    Raises:
+        ValueError: With what to change.
+    """
+    from molf.core.fused.kernels import is_interpreted
+
+    if is_interpreted() and device.type != "cpu":
+        raise ValueError(
+            f"kernels='triton' runs on the CPU under Triton's interpreter, and {name} is on "
+            f"{device}. Unset TRITON_INTERPRET."
+        )
+    if not is_interpreted() and device.type != "cuda":
+        raise ValueError(
+            f"kernels='triton' needs CUDA, and {name} is on {device}. Move the model to the GPU "
+            "before the optimizer is built, or leave kernels out."
+        )
+
+
+def check_kernel_parameter(parameter: Tensor, name: str, home: torch.device) -> None:
+    """Refuse a parameter whose dtype, device or layout the kernels cannot have.
+
+    Raises:
+        ValueError: With what to change.
+    """
+    if parameter.dtype not in _DTYPES:
+        raise ValueError(
+            f"kernels='triton' is for float32 and bfloat16 weights, and {name} is "
+            f"{parameter.dtype}. Load the model in one of them, or leave kernels out."
+        )
+    check_kernel_device(parameter.device, name)
+    if parameter.device != home:
+        raise ValueError(
+            f"kernels='triton' needs one device, and {name} is on {parameter.device} while others "
+            f"are on {home}. Leave kernels out."
+        )
+    if not parameter.is_contiguous():
+        raise ValueError(
+            f"kernels='triton' needs contiguous weights, and {name} of shape "
+            f"{tuple(parameter.shape)} has strides {parameter.stride()}. Make it contiguous, or "
+            "leave kernels out."
+        )

@@ -1,0 +1,124 @@
+"""Moments and scores in one pass of torch's fused kernel, against single operations."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from core_helpers import Conv1D, feed, snapshot, tiny_optimizer
+from torch import nn
+
+from molf.core import adam, guard, one_pass
+from molf.core.adam import (
+    MomentDecay,
+    score_terms,
+    update_and_score,
+    update_and_score_columns,
+    update_moments,
+)
+
+YES = torch.tensor(True)
+SHAPES = [(), (1,), (15,), (16,), (17,), (5, 7), (64, 48), (3, 4, 5)]
+
+
+def moments(shape, dtype) -> tuple[torch.Tensor, ...]:
+    torch.manual_seed(0)
+    grad, exp_avg = torch.randn(shape, dtype=dtype), torch.randn(shape, dtype=dtype)
+    return grad, exp_avg, torch.rand(shape, dtype=dtype)
+
+
+def decay(betas=(0.9, 0.999), dtype=torch.float32, *, known: bool) -> MomentDecay:
+    return MomentDecay.of(betas, YES, dtype, is_known_finite=known)
+
+
+@pytest.mark.parametrize("betas", [(0.9, 0.999), (0.0, 0.0), (0.5, 1 - 1e-9)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_one_pass_is_single_operations(shape, dtype, betas):
+    ends = []
+    for known in (True, False):
+        grad, exp_avg, exp_avg_sq = moments(shape, dtype)
+        how = decay(betas, dtype, known=known)
+        sums = [
+            update_and_score(grad, exp_avg, exp_avg_sq, how, score).double()
+            for score in ("epd", "pfn")
+        ]
+        ends.append((exp_avg, exp_avg_sq, *sums))
+    limit = 4 * torch.finfo(dtype).eps
+    for one, other in zip(*ends, strict=True):
+        torch.testing.assert_close(one, other, rtol=limit * 8, atol=limit)
+
+
+def test_direction_has_no_bias_correction_left():
+    grad, exp_avg, exp_avg_sq = moments((64, 48), torch.float64)
+    direction = one_pass.move(grad, exp_avg, exp_avg_sq, (0.9, 0.999), 1e-8)
+    torch.testing.assert_close(
+        direction, exp_avg / (exp_avg_sq.sqrt() + 1e-8), rtol=1e-14, atol=1e-14
+    )
+
+
+@pytest.mark.parametrize("score", ["epd", "pfn"])
+def test_sums_by_column(score):
+    grad, exp_avg, exp_avg_sq = moments((32, 10), torch.float32)
+    got = update_and_score_columns(grad, exp_avg, exp_avg_sq, decay(known=True), score)
+    terms = score_terms(exp_avg.double(), exp_avg_sq.double(), score)
+    torch.testing.assert_close(got.double(), terms.sum(0), rtol=1e-5, atol=0)
+
+
+def test_tensors_that_are_not_contiguous_go_another_way():
+    """The kernel walks along memory, so it would mix the elements of a transposed moment up."""
+    grad, exp_avg, exp_avg_sq = moments((6, 9), torch.float32)
+    turned = [x.t().contiguous().t() for x in (exp_avg, exp_avg_sq)]
+    update_moments(grad, exp_avg, exp_avg_sq, decay(known=True))
+    update_moments(grad, *turned, decay(known=True))
+    torch.testing.assert_close(turned, [exp_avg, exp_avg_sq], rtol=1e-6, atol=1e-7)
+    update_moments(grad.t().contiguous().t(), exp_avg, exp_avg_sq, decay(known=True))
+    update_moments(grad, *turned, decay(known=True))
+    torch.testing.assert_close(turned, [exp_avg, exp_avg_sq], rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("score", ["epd", "pfn"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_a_cpu_takes_the_steps_of_an_accelerator(dtype, score, monkeypatch):
+    ends, routes = [], []
+    for known in (True, False):
+        monkeypatch.setattr(guard, "reads_for_nothing", lambda device, known=known: known)
+        torch.manual_seed(0)
+        model = nn.ModuleList([nn.Linear(19, 33), Conv1D(21, 13), nn.LayerNorm(5)]).to(dtype)
+        optimizer = tiny_optimizer(model, score=score, top_k=2, lr=1e-3)
+        routes.append([])
+        for step in range(6):
+            feed(model, step)
+            optimizer.step()
+            routes[-1].append({name: d.winners for name, d in optimizer.routing.items()})
+        ends.append(snapshot(model, optimizer))
+    assert routes[0] == routes[1]
+    relative = 1e-12 if dtype == torch.float64 else 2e-5
+    for one, other in zip(*(snapshot_values(end) for end in ends), strict=True):
+        limit = relative * other.abs().max().item()
+        if one.dtype == torch.bfloat16:
+            limit = 2**-8 * other.abs().max().item()
+        torch.testing.assert_close(one, other, rtol=0, atol=limit)
+
+
+def snapshot_values(found) -> list[torch.Tensor]:
+    """The floating-point tensors of a snapshot."""
+    return [
+        value.detach()
+        for value in torch.utils._pytree.tree_leaves(found)
+        if isinstance(value, torch.Tensor) and value.is_floating_point()
+    ]
+
+
+@pytest.mark.parametrize("shape", [(40, 7), (40, 16), (40, 24), (40, 1), (40,)], ids=str)
+def test_size_of_blocks_changes_no_bit(shape):
+    """Blocks start where the kernel's vectors do, whatever the length of a row."""
+    found = []
+    for rows in (40, one_pass.rows_of_whole_vectors(torch.empty(shape))):
+        grad, exp_avg, exp_avg_sq = moments(shape, torch.float32)
+        for start in range(0, 40, rows):
+            part = slice(start, start + rows)
+            block = (grad[part], exp_avg[part], exp_avg_sq[part])
+            adam.update_moments(*block, decay(known=True))
+        found.append((exp_avg, exp_avg_sq))
+    for one, other in zip(*found, strict=True):
+        assert torch.equal(one, other)
