@@ -1,12 +1,13 @@
 """The planned memory peak of a training against the measured: a random Qwen2 of 100M parameters.
 
 Two optimizer steps (forward and backward pass with TRL's loss head, clipping, the optimizer) of
-each method are measured: on a CPU the live tensor bytes that torch's profiler records (or, with
-`--tracker mem_tracker`, torch.distributed's MemTracker: fft and molf alone, as it fails on frozen
-parameters, and autograd copies where it watches), on a GPU `max_memory_allocated`. Exits
+each setting are measured: on a CPU the live tensor bytes that torch's profiler records (or, with
+`--tracker mem_tracker`, torch.distributed's MemTracker: fft and molf in float32 alone, as it fails
+on frozen parameters, and autograd copies where it watches), on a GPU `max_memory_allocated`. Exits
 with 1 if any planned peak is more than 10% off.
 
     python benchmarks/plan_memory.py [--device cpu|cuda] [--shapes 1x128,2x256] [--json FILE]
+                                     [--settings "fft;molf, 8-bit states"] [--layers 12]
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import json
 import os
 import platform
 import sys
+import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -30,23 +32,56 @@ from torch.distributed._tools.mem_tracker import MemTracker
 from trl.trainer.utils import add_fused_lm_head
 
 import molf
+from molf.core.quantised import keep_differentiable
 from molf.plan.devices import show_bytes
-from molf.plan.measure import PeakBytes
+from molf.plan.measure import PeakBytes, held_tensors
 from molf.plan.memory import Planner
+from molf.plan.trainable import skeleton
 from molf.plan.workload import METHODS, Workload, method_config
 
 BAR = 0.10
 STEPS = 2
+LAYERS = 12
 RANKS = {"lora": (32,), "molf": (128,), "molf-e": (32, 128)}
+_SMALL: dict[str, Any] = {
+    "dtype": "bfloat16",
+    "weight_rounding": "stochastic",
+    "state_dtype": "8bit",
+    "optimizer_in_backward": True,
+}
+SETTINGS: dict[str, dict[str, Any]] = {
+    **{method: {"method": method} for method in METHODS},
+    **{
+        f"{method}, {words}": {"method": method, **options}
+        for method in ("fft", "molf")
+        for words, options in (
+            ("8-bit states", {"state_dtype": "8bit"}),
+            ("in backward", {"optimizer_in_backward": True}),
+            ("8-bit states, in backward", {"state_dtype": "8bit", "optimizer_in_backward": True}),
+            ("bfloat16 exact", {"dtype": "bfloat16"}),
+            (
+                "bfloat16 exact, float32 gradients",
+                {"dtype": "bfloat16", "grad_accumulation_dtype": "float32"},
+            ),
+            ("bfloat16 stochastic, 8-bit states, in backward", _SMALL),
+        )
+    },
+    **{
+        f"{method}, {bits}-bit base": {"method": method, "quantised": f"load_in_{bits}bit"}
+        for method in ("lora", "molf-e")
+        for bits in (4, 8)
+    },
+}
+"""What is compared: a method and how it keeps weights, gradients and state."""
 
 
 def model_config() -> transformers.Qwen2Config:
-    """Return the configuration of a Qwen2 of 100M parameters."""
+    """Return the configuration of a Qwen2 of 100M parameters, or of one with other layers."""
     return transformers.Qwen2Config(
         vocab_size=32000,
         hidden_size=768,
         intermediate_size=2048,
-        num_hidden_layers=12,
+        num_hidden_layers=LAYERS,
         num_attention_heads=12,
         num_key_value_heads=4,
         max_position_embeddings=2048,
@@ -57,7 +92,11 @@ def model_config() -> transformers.Qwen2Config:
 def make_model(workload: Workload) -> Any:
     """Return the model with random weights, as the method trains it."""
     torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(model_config(), dtype=torch.float32)
+    dtype = getattr(torch, workload.dtype)
+    model = transformers.AutoModelForCausalLM.from_config(model_config(), dtype=dtype)
+    if workload.quantised is not None:
+        model = quantised(model, workload)
+    model = model.to(workload.device)
     config = workload.config
     if workload.method == "molf-e":
         return molf.with_adapter(model, config)
@@ -73,11 +112,42 @@ def make_model(workload: Workload) -> Any:
     return model
 
 
+def quantised(model: Any, workload: Workload) -> Any:
+    """Return the model as `molf train` would load it, its linear layers quantised."""
+    options: dict[str, Any] = {"load_in_8bit": True}
+    if workload.quantised == "load_in_4bit":
+        compute = torch.bfloat16 if workload.bf16 else torch.float32
+        options = {
+            "load_in_4bit": True,
+            "bnb_4bit_quant_type": "nf4",
+            "bnb_4bit_compute_dtype": compute,
+        }
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        loaded = transformers.AutoModelForCausalLM.from_pretrained(
+            folder,
+            quantization_config=transformers.BitsAndBytesConfig(**options),
+            dtype=torch.float32,
+            device_map={"": workload.device},
+        )
+    keep_differentiable(loaded)
+    return loaded
+
+
 def make_optimizer(model: Any, workload: Workload) -> torch.optim.Optimizer:
     """Return the method's optimizer."""
+    storage: dict[str, Any] = {
+        "weight_rounding": workload.weight_rounding,
+        "state_dtype": workload.state_dtype,
+        "grad_accumulation_dtype": workload.grad_accumulation_dtype,
+        "optimizer_in_backward": workload.optimizer_in_backward,
+    }
     if workload.method in ("molf", "molf-e"):
-        return molf.MoLFAdamW.from_model(model, workload.config, lr=5e-5)
+        return molf.MoLFAdamW.from_model(model, workload.config, lr=5e-5, **storage)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    is_plain = workload.dtype == workload.state_dtype == "float32"
+    if workload.method == "fft" and (workload.optimizer_in_backward or not is_plain):
+        return molf.AdamW(trained, lr=5e-5, **storage)
     return torch.optim.AdamW(trained, lr=5e-5, fused=True)
 
 
@@ -102,14 +172,15 @@ def train(model: Any, optimizer: torch.optim.Optimizer, workload: Workload) -> I
             loss = -outputs.log_probs.sum() / ids.numel()
             del outputs
             loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        if not workload.optimizer_in_backward:
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
 
 
 def measure(workload: Workload, tracker: str) -> int:
     """Return the measured peak in bytes."""
-    model = make_model(workload).to(workload.device).train()
+    model = make_model(workload).train()
     inner = model.get_base_model() if workload.has_adapter else model
     add_fused_lm_head(inner, outputs=("log_probs", "entropy", "is_top1"))
     if workload.checkpointing:
@@ -126,8 +197,7 @@ def measure(workload: Workload, tracker: str) -> int:
             for _ in steps:
                 memory.reset_mod_stats()  # it refuses a second forward pass else
         return max(snapshot["Total"] for snapshot in memory.get_tracker_snapshot("peak").values())
-    held = [*model.parameters(), *model.buffers()]
-    peak = PeakBytes(torch.device(workload.device), held)
+    peak = PeakBytes(torch.device(workload.device), held_tensors(model))
     with peak:
         for _ in steps:
             pass
@@ -135,53 +205,66 @@ def measure(workload: Workload, tracker: str) -> int:
 
 
 def workloads(
-    methods: Sequence[str], device: str, shapes: list[tuple[int, int]]
-) -> Iterator[Workload]:
-    """Yield the methods at every shape, with and without checkpointing."""
-    for method in methods:
+    names: Sequence[str], device: str, shapes: list[tuple[int, int]]
+) -> Iterator[tuple[str, Workload]]:
+    """Yield the settings at every shape, with and without checkpointing."""
+    for name in names:
+        setting = SETTINGS[name]
+        method = setting["method"]
         for batch_size, length in shapes:
             for checkpointing in (False, True):
-                yield Workload(
-                    method=method,
-                    config=method_config(method, ranks=RANKS.get(method)),
-                    batch_size=batch_size,
-                    length=length,
-                    checkpointing=checkpointing,
-                    # One shape accumulates, so that gradients are there in the forward pass.
-                    accumulates=batch_size == 1,
-                    bf16=device == "cuda",
-                    device=device,
-                    padded=batch_size > 1,
+                yield (
+                    name,
+                    Workload(
+                        config=method_config(method, ranks=RANKS.get(method)),
+                        batch_size=batch_size,
+                        length=length,
+                        checkpointing=checkpointing,
+                        # One shape accumulates, so that gradients are there in the forward pass.
+                        accumulates=batch_size == 1 and "optimizer_in_backward" not in setting,
+                        bf16=device == "cuda",
+                        device=device,
+                        padded=batch_size > 1,
+                        **setting,
+                    ),
                 )
 
 
 def main() -> int:
     """Run the benchmark and print its table."""
+    global LAYERS
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--shapes", default="1x128,2x256")
+    parser.add_argument("--settings", help=f"separated by semicolons: {'; '.join(SETTINGS)}")
+    parser.add_argument("--layers", type=int, default=LAYERS)
     parser.add_argument("--tracker", choices=("profiler", "mem_tracker"), default="profiler")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     torch.set_num_threads(options.threads)
+    LAYERS = options.layers
 
     shapes = [tuple(map(int, shape.split("x"))) for shape in options.shapes.split(",")]
-    methods = ("fft", "molf") if options.tracker == "mem_tracker" else METHODS
+    names = options.settings.split(";") if options.settings else list(SETTINGS)
+    if options.tracker == "mem_tracker":
+        names = [name for name in names if name in ("fft", "molf")]
+    width = max(map(len, names))
     planner = Planner(model_config())
     rows = []
     print(
-        f"{'method':<7} {'batch':>8} {'checkpointing':>13} {'planned':>12} {'measured':>12}  ratio"
+        f"{'setting':<{width}} {'batch':>8} {'checkpointing':>13} {'planned':>12} "
+        f"{'measured':>12}  ratio"
     )
-    for workload in workloads(methods, options.device, [(b, n) for b, n in shapes]):
+    for name, workload in workloads(names, options.device, [(b, n) for b, n in shapes]):
         planned = planner.memory(workload)
         measured = measure(workload, options.tracker)
         ratio = planned.peak / measured
         passed = abs(ratio - 1) <= BAR
         rows.append(
             {
-                "method": workload.method,
+                "setting": name,
                 "batch_size": workload.batch_size,
                 "length": workload.length,
                 "checkpointing": workload.checkpointing,
@@ -193,7 +276,7 @@ def main() -> int:
             }
         )
         print(
-            f"{workload.method:<7} {f'{workload.batch_size}x{workload.length}':>8} "
+            f"{name:<{width}} {f'{workload.batch_size}x{workload.length}':>8} "
             f"{'yes' if workload.checkpointing else 'no':>13} {show_bytes(planned.peak):>12} "
             f"{show_bytes(measured):>12}  {ratio:.4f} {'pass' if passed else 'FAIL'}",
             flush=True,
@@ -201,9 +284,7 @@ def main() -> int:
     if options.json:
         results = {
             "settings": {k: v for k, v in vars(options).items() if k != "json"},
-            "parameters": planner.shape(
-                next(workloads(METHODS, options.device, [(1, 1)]))
-            ).parameters,
+            "parameters": sum(p.numel() for p in skeleton(model_config()).parameters()),
             "bar": BAR,
             "versions": {m.__name__: m.__version__ for m in (torch, transformers, trl, peft)},
             "machine": torch.cuda.get_device_name()

@@ -1,6 +1,12 @@
 import pytest
 import torch
-from tiny_models import byte_level_tokenizer, piece_tokenizer, tiny_llama, tiny_qwen2
+from tiny_models import (
+    byte_level_tokenizer,
+    next_log_probs,
+    piece_tokenizer,
+    tiny_llama,
+    tiny_qwen2,
+)
 from transformers import GenerationConfig
 
 from molf.evaluate.generate import decode, generate_greedy, padding_id
@@ -127,6 +133,22 @@ def test_each_answer_stops_when_its_text_says_so(batch_size):
     assert len(seen) == sum(ends)
     if batch_size == 8:
         assert len(calls) == max(ends)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_the_first_logits_are_shown_once(batch_size):
+    model, tokenizer = tiny_llama(), byte_level_tokenizer()
+    shown = {}
+
+    def read(batch, logits):
+        assert not shown.keys() & set(batch)
+        shown.update(zip(batch, logits.log_softmax(-1), strict=True))
+
+    generate_greedy(
+        model, tokenizer, CONTEXTS, max_new_tokens=4, batch_size=batch_size, first_logits=read
+    )
+    for index, context in enumerate(CONTEXTS):
+        assert torch.allclose(shown[index], next_log_probs(model, context), atol=1e-5)
 
 
 def test_out_of_memory_halves_the_batch(monkeypatch):

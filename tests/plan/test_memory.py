@@ -40,6 +40,55 @@ def test_planned_is_measured(tiny, monkeypatch, method, options):
     assert planned == pytest.approx(plan_memory.measure(workload, "profiler"), rel=0.03)
 
 
+SMALL = {
+    "dtype": "bfloat16",
+    "weight_rounding": "stochastic",
+    "state_dtype": "8bit",
+    "optimizer_in_backward": True,
+}
+
+
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        ("fft", {"state_dtype": "8bit"}),
+        ("fft", {"optimizer_in_backward": True}),
+        ("molf", SMALL),
+        ("fft", {"dtype": "bfloat16", "grad_accumulation_dtype": "float32"}),
+        ("lora", {"quantised": "load_in_4bit"}),
+        ("molf-e", {"quantised": "load_in_8bit"}),
+    ],
+    ids=["8-bit states", "in backward", "small", "float32 gradients", "4-bit base", "8-bit base"],
+)
+def test_planned_is_measured_however_numbers_are_kept(tiny, monkeypatch, method, options):
+    library = {"state_dtype": "torchao", "quantised": "bitsandbytes"}
+    for name in options.keys() & library.keys():
+        pytest.importorskip(library[name])
+    if "grad_accumulation_dtype" in options and not hasattr(torch.Tensor, "grad_dtype"):
+        pytest.skip("this torch has no grad_dtype")
+    # Few tokens beside wide layers: states and gradients decide.
+    wide = tiny_with(tiny, hidden_size=128, intermediate_size=512, vocab_size=256)
+    monkeypatch.setattr(plan_memory, "model_config", lambda: wide)
+    workload = make(method, batch_size=1, length=8, padded=False, **options)
+    planned = Planner(wide).memory(workload).peak
+    assert planned == pytest.approx(plan_memory.measure(workload, "profiler"), rel=0.06)
+
+
+def test_what_storage_saves(untied):
+    planner = Planner(untied)
+    plain, small = (planner.memory(make("fft", **options)) for options in ({}, SMALL))
+    assert small.weights == pytest.approx(plain.weights / 2, rel=0.01)
+    assert small.moments < 0.3 * plain.moments
+    assert (small.gradients, small.pass_gradients, small.transient) == (0, 0, 0)
+    assert small.peak == small.pass_peak
+    base = planner.memory(make("lora"))
+    four, eight = (planner.memory(make("lora", quantised=f"load_in_{bits}bit")) for bits in (4, 8))
+    linear = 3 * (2 * 64 * 64 + 2 * 32 * 64 + 3 * 64 * 160)  # weights; the head is not quantised
+    assert base.weights - four.weights == linear * 4 - linear // 2 - linear // 64 * 4
+    rows = 3 * (64 + 32 + 32 + 64 + 160 + 160 + 64)
+    assert base.weights - eight.weights == linear * 3 - rows * 4
+
+
 def test_trackers_agree(tiny, monkeypatch):
     """The profiler and torch.distributed's tracker, which share no code, see the same bytes."""
     monkeypatch.setattr(plan_memory, "model_config", lambda: tiny)
@@ -140,6 +189,12 @@ def test_bfloat16_weights(untied):
         ({"method": "lora", "config": molf.MoLFConfig(ranks=(4, 8))}, ["4,8", "one rank"]),
         ({"method": "molf-e", "config": molf.MoLFConfig()}, ["freeze_base"]),
         ({"method": "molf", "config": None}, ["config"]),
+        ({"weight_rounding": "exact"}, ["weight_rounding=exact", "float32"]),
+        ({"weight_rounding": "up", "dtype": "bfloat16"}, ["'up'", "stochastic"]),
+        ({"state_dtype": "4bit"}, ["'4bit'", "8bit"]),
+        ({"quantised": "load_in_4bit"}, ["load_in_4bit", "molf-e"]),
+        ({"optimizer_in_backward": True, "num_gpus": 2}, ["num_gpus=2", "backward"]),
+        ({"optimizer_in_backward": True, "accumulates": True}, ["accumulation", "backward"]),
     ],
 )
 def test_wrong_workloads(changes, words):

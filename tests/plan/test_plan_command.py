@@ -90,6 +90,17 @@ def test_defaults_are_those_of_training(asked_for):
         ("--device cpu --bf16", "bf16", True),
         ("--dtype bfloat16", "dtype", "bfloat16"),
         ("--num-gpus 4", "num_gpus", 4),
+        ("--optimizer_in_backward", "optimizer_in_backward", True),
+        ("--optimizer_in_backward", "accumulates", False),
+        ("--state_dtype 8bit", "state_dtype", "8bit"),
+        ("--dtype bfloat16 --weight_rounding stochastic", "weight_rounding", "stochastic"),
+        (
+            "--dtype bfloat16 --grad_accumulation_dtype float32",
+            "grad_accumulation_dtype",
+            "float32",
+        ),
+        ("--method lora --load_in_4bit", "quantised", "load_in_4bit"),
+        ("--method molf-e --load_in_8bit", "quantised", "load_in_8bit"),
         ("--ranks 4,8", "config.ranks", (4, 8)),
         ("--target_modules q_proj,k_proj", "config.target_modules", ("q_proj", "k_proj")),
         ("--exclude_modules up_proj", "config.exclude_modules", ("up_proj",)),
@@ -132,24 +143,33 @@ def test_table_says_what_would_fit(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("method", "dtype"),
+    ("method", "options"),
     [
-        ("fft", "float32"),
-        ("lora", "float32"),
-        ("molf", "float32"),
-        ("molf-e", "float32"),
-        ("fft", "bfloat16"),
-        ("molf", "bfloat16"),
+        ("fft", ""),
+        ("lora", ""),
+        ("molf", ""),
+        ("molf-e", ""),
+        ("fft", "--dtype bfloat16"),
+        ("molf", "--dtype bfloat16"),
+        ("molf", "--state_dtype 8bit"),
+        ("fft", "--optimizer_in_backward"),
+        ("molf-e", "--load_in_4bit"),
     ],
 )
-def test_dry_run(base, tmp_path, capsys, monkeypatch, method, dtype):
+def test_dry_run(base, tmp_path, capsys, monkeypatch, method, options):
+    if "4bit" in options:
+        pytest.importorskip("bitsandbytes")
+    if "8bit" in options:
+        pytest.importorskip("torchao")
     monkeypatch.chdir(tmp_path)
     facts = write_facts(tmp_path / "facts.jsonl")
     before = sorted(tmp_path.rglob("*"))
     arguments = ["train", "--dry_run", "--task", "fact", "--model", str(base), "--method", method]
     arguments += ["--data", str(facts), "--output_dir", "run", "--num_train_epochs", "3"]
-    arguments += ["--per_device_train_batch_size", "4", "--gradient_accumulation_steps", "2"]
-    arguments += ["--dtype", dtype]
+    in_backward = "backward" in options
+    shape = ("8", "1") if in_backward else ("4", "2")
+    arguments += ["--per_device_train_batch_size", shape[0]]
+    arguments += ["--gradient_accumulation_steps", shape[1], *options.split()]
     if method != "fft":
         arguments += ["--ranks", "4" if method != "molf-e" else "2,4"]
     assert main(arguments) == 0

@@ -17,7 +17,7 @@ from molf.tasks import TASKS, TaskOptions, load_task
 from molf.tasks.encoding import encode_samples
 from molf.tasks.fact_metrics import fact_metrics
 from molf.tasks.facts import COUNTERFACT_URL
-from molf.tasks.first_token import Comparison, compare_first_tokens
+from molf.tasks.first_token import Comparison, FirstTokenQuestions
 
 SHARED = Path(__file__).resolve().parents[2].parent / "shared" / "data"
 needs_shared = pytest.mark.skipif(
@@ -151,15 +151,19 @@ def test_only_as_many_tokens_are_generated_as_the_longest_target_needs(data, mon
     assert asked == [1 + max(len(tokenizer(" " + target)["input_ids"]) for target in targets)]
 
 
+def compare(model, tokenizer, prompt, new, true):
+    [found] = FirstTokenQuestions(tokenizer, [prompt], [(new, true)], 100).answers(
+        model, pad_id=0, batch_size=4
+    )
+    return Comparison.of(found)
+
+
 def test_sentencepiece_targets_are_told_apart():
     """The trap: " " + target tokenized alone starts with the same piece for every target."""
     model, tokenizer = tiny_llama(), piece_tokenizer(merges=False)
     alone = [tokenizer(" " + target)["input_ids"][1] for target in ("Rome", "Paris")]
     assert alone[0] == alone[1]
-    [found] = compare_first_tokens(
-        model, tokenizer, ["The capital is"], [("Rome", "Paris")],
-        max_length=100, pad_id=0, batch_size=1,
-    )  # fmt: skip
+    found = compare(model, tokenizer, "The capital is", "Rome", "Paris")
     assert not found.tie
     # Without merges the boundary is a token of its own: the letters after it are compared.
     boundary, new, true = (tokenizer.convert_tokens_to_ids(piece) for piece in ("▁", "R", "P"))
@@ -175,10 +179,7 @@ def test_targets_that_split_differently_are_compared_from_the_same_context():
     true = tokenizer("The capital is Xo")["input_ids"][len(prompt) :]
     boundary = tokenizer.convert_tokens_to_ids("▁")
     assert new[0] != boundary == true[0]
-    [found] = compare_first_tokens(
-        model, tokenizer, ["The capital is"], [("Paris", "Xo")],
-        max_length=100, pad_id=0, batch_size=4,
-    )  # fmt: skip
+    found = compare(model, tokenizer, "The capital is", "Paris", "Xo")
     after_prompt = next_log_probs(model, prompt)
     after_boundary = next_log_probs(model, [*prompt, boundary])
     assert found.log_p_new == pytest.approx(after_prompt[new[0]].item(), abs=1e-5)

@@ -111,14 +111,13 @@ def test_accuracy_logprob_is_that_of_a_plain_loop(tmp_path, batch_size):
 
 def test_letters_of_which_some_are_two_tokens_are_compared_as_words():
     """A fused " A" stands against " " + "C": the latter's probability is the product."""
-    from molf.tasks.first_token import first_token_log_probs
+    from molf.tasks.first_token import FirstTokenQuestions
 
     model, tokenizer = tiny_llama(), piece_tokenizer(lines=["x A B A B Answer: CD"] * 9)
     sizes = {letter: len(tokenizer(f"x {letter}")["input_ids"]) for letter in "ABCD"}
     assert len(set(sizes.values())) == 2  # what the test is about
-    [found] = first_token_log_probs(
-        model, tokenizer, ["Answer:"], ["ABCD"], max_length=99, pad_id=0, batch_size=4
-    )
+    questions = FirstTokenQuestions(tokenizer, ["Answer:"], ["ABCD"], 99)
+    [found] = questions.answers(model, pad_id=0, batch_size=4)
     prompt = tokenizer("Answer:")["input_ids"]
     for letter, value in zip("ABCD", found.log_probs, strict=True):
         ids = tokenizer(f"Answer: {letter}")["input_ids"]
@@ -137,7 +136,7 @@ def test_only_a_few_tokens_are_generated(tmp_path):
     hook = model.register_forward_hook(lambda *_: calls.append(1))
     evaluation = task.evaluate(model, tokenizer, EvaluationSettings())
     hook.remove()
-    assert len(calls) <= 8 + 1  # and one for the letters
+    assert len(calls) <= 8  # the first of which is for the letters as well
     for entry in evaluation.predictions:
         # Two characters decide, so nothing follows the token that brings the second.
         assert len(tokenizer(entry["prediction"].lstrip())["input_ids"]) <= 8

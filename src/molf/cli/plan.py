@@ -9,8 +9,16 @@ from typing import Annotated, Any
 
 from cyclopts import Parameter
 
+from molf.core.names import ROUNDINGS, STATE_DTYPES
 from molf.errors import InputError
-from molf.plan.workload import DEVICES, DTYPES, METHODS, Workload, method_config
+from molf.plan.workload import (
+    DEVICES,
+    DTYPES,
+    METHODS,
+    QUANTISATIONS,
+    Workload,
+    method_config,
+)
 from molf.train.converters import numbers, patterns
 from molf.train.defaults import COMMON
 from molf.train.settings import DATA, METHOD, MODEL, OPTIMIZATION, OUTPUT
@@ -30,7 +38,11 @@ class PlanOptions:
     bf16: Annotated[bool | None, Parameter(group=MODEL, show_default="on cuda")] = None
     """bfloat16 autocast in training."""
     dtype: Annotated[str, Parameter(choices=DTYPES, group=MODEL)] = "float32"
-    """Type of the weights; molf train loads them in float32."""
+    """Type of the weights."""
+    load_in_4bit: Annotated[bool, Parameter(group=MODEL, negative=())] = False
+    """A frozen 4-bit base (bitsandbytes, NF4): molf-e, lora."""
+    load_in_8bit: Annotated[bool, Parameter(group=MODEL, negative=())] = False
+    """The same with 8 bits (LLM.int8)."""
     device: Annotated[str, Parameter(choices=DEVICES, group=MODEL)] = "cuda"
     """Kind of device that the training will run on."""
     num_gpus: Annotated[int, Parameter(group=MODEL)] = 1
@@ -62,10 +74,27 @@ class PlanOptions:
         "per_device_train_batch_size"
     ]
     """Examples per forward pass."""
-    gradient_accumulation_steps: Annotated[int, Parameter(group=OPTIMIZATION)] = COMMON[
-        "gradient_accumulation_steps"
-    ]
+    gradient_accumulation_steps: Annotated[
+        int | None,
+        Parameter(
+            group=OPTIMIZATION,
+            show_default=f"{COMMON['gradient_accumulation_steps']}; 1 with optimizer_in_backward",
+        ),
+    ] = None
     """Forward passes per optimizer step."""
+    weight_rounding: Annotated[
+        str | None, Parameter(choices=ROUNDINGS, group=OPTIMIZATION, show_default="exact")
+    ] = None
+    """How fft and molf write bfloat16 weights: exact (as float32), stochastic, or nearest."""
+    state_dtype: Annotated[str, Parameter(choices=STATE_DTYPES, group=OPTIMIZATION)] = "float32"
+    """How fft and molf keep the moments of weights: float32, or 8bit (needs torchao)."""
+    grad_accumulation_dtype: Annotated[
+        str | None,
+        Parameter(choices=("float32",), group=OPTIMIZATION, show_default="that of the weights"),
+    ] = None
+    """float32 adds the gradients of bfloat16 weights up without rounding (fft, molf)."""
+    optimizer_in_backward: Annotated[bool, Parameter(group=OPTIMIZATION)] = False
+    """Move each layer in the backward pass and free its gradient; no clipping, no accumulation."""
 
     json: Annotated[bool, Parameter(group=OUTPUT, negative=())] = False
     """Print the plan as JSON, sizes in bytes."""
@@ -78,10 +107,11 @@ class PlanOptions:
             "max_length",
             "num_gpus",
         ):
-            if getattr(self, name) < 1:
-                raise InputError(
-                    f"Invalid {name}={getattr(self, name)}. Must be finite and greater than 0."
-                )
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise InputError(f"Invalid {name}={value}. Must be finite and greater than 0.")
+        if self.load_in_4bit and self.load_in_8bit:
+            raise InputError("Invalid load_in_4bit with load_in_8bit. Give one of them.")
         if not self.model:
             raise InputError("Invalid model: empty. Give a local directory or a Hub id.")
 
@@ -108,18 +138,28 @@ def plan_model(options: PlanOptions) -> None:
         }
         if options.method in ("molf", "molf-e"):
             adapters |= {"top_k": options.top_k, "freeze_rest": options.freeze_rest}
+        accumulation = options.gradient_accumulation_steps
+        if accumulation is None:
+            in_backward = options.optimizer_in_backward
+            accumulation = 1 if in_backward else COMMON["gradient_accumulation_steps"]
+        quantised = [name for name in QUANTISATIONS if getattr(options, name)]
         workload = Workload(
             method=options.method,
             config=method_config(options.method, **adapters),
             batch_size=options.per_device_train_batch_size,
             length=options.max_length,
-            accumulates=options.gradient_accumulation_steps > 1,
+            accumulates=accumulation > 1,
             checkpointing=options.gradient_checkpointing,
             dtype=options.dtype,
             bf16=options.device == "cuda" if options.bf16 is None else options.bf16,
             device=options.device,
             padded=options.per_device_train_batch_size > 1,
             num_gpus=options.num_gpus,
+            weight_rounding=options.weight_rounding,
+            state_dtype=options.state_dtype,
+            grad_accumulation_dtype=options.grad_accumulation_dtype,
+            optimizer_in_backward=options.optimizer_in_backward,
+            quantised=quantised[0] if quantised else None,
         )
         plan = plan_training(options.model, read_model_config(options.model), workload)
     if options.json:

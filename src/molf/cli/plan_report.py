@@ -12,6 +12,7 @@ from molf.plan.devices import DEVICES, show_bytes
 if TYPE_CHECKING:  # both take seconds to import
     from molf.plan.memory import MemoryPlan
     from molf.plan.request import TrainingPlan
+    from molf.plan.workload import Workload
     from molf.train.dry_run import DryRun
 
 
@@ -75,10 +76,26 @@ def _header(plan: TrainingPlan) -> list[str]:
     return [
         f"{plan.model} ({plan.shape.model_type}), {workload.method}{ranks}",
         f"on {workload.device}: {workload.batch_size} x {workload.length} tokens per forward pass"
-        f"{', gradients accumulated' if workload.accumulates else ''}, {workload.dtype} weights"
-        f"{', bfloat16 autocast' if workload.bf16 else ''}",
+        f"{', gradients accumulated' if workload.accumulates else ''}",
+        ", ".join(_storage(workload)),
         "",
     ]
+
+
+def _storage(workload: Workload) -> list[str]:
+    """How numbers are kept, in words."""
+    words = [f"{workload.dtype} weights"]
+    if workload.weight_rounding is not None:
+        words.append(f"{workload.weight_rounding} rounding")
+    if workload.quantised is not None:
+        words.append(f"frozen {workload.quantised.removeprefix('load_in_')} base")
+    if workload.state_dtype != "float32":
+        words.append(f"{workload.state_dtype} states")
+    if workload.grad_accumulation_dtype is not None:
+        words.append(f"{workload.grad_accumulation_dtype} gradients")
+    if workload.steps_in_backward:
+        words.append("steps in the backward pass")
+    return words + ["bfloat16 autocast"] * workload.bf16
 
 
 def _parameters(plan: TrainingPlan) -> Table:
@@ -111,14 +128,16 @@ def _memory(plan: TrainingPlan) -> Table:
     row("weights", "weights")
     row("moments", "moments")
     row("LoRA factors in the optimizer", "factors")
-    row("gradients, all", "gradients", end=True)
+    if not plan.workload.steps_in_backward:
+        row("gradients, all", "gradients", end=True)
     row("activations and temporaries at the peak", "activations")
     row("gradients by then", "pass_gradients")
     if plan.workload.num_gpus > 1:
         row("weights whole on each device", "gathered")
     row("forward and backward, at most", "pass_peak", end=True)
-    row("temporaries of the optimizer", "transient")
-    row("optimizer step, at most", "step_peak", end=True)
+    if not plan.workload.steps_in_backward:
+        row("temporaries of the optimizer", "transient")
+        row("optimizer step, at most", "step_peak", end=True)
     row("peak", "peak")
     return table
 

@@ -21,6 +21,9 @@ from molf.evaluate.settings import Progress
 Stop = Callable[[int, str], bool]
 """Called after each token with a context's index and the answer so far; True ends the answer."""
 
+FirstLogits = Callable[[list[int], Tensor], None]
+"""Called with a batch's indices and the logits of its first new tokens, [rows, vocabulary]."""
+
 
 def generate_greedy(
     model: Any,
@@ -30,6 +33,7 @@ def generate_greedy(
     max_new_tokens: int,
     batch_size: int,
     stop: Stop | None = None,
+    first_logits: FirstLogits | None = None,
     progress: Progress | None = None,
 ) -> list[list[int]]:
     """Generate the likeliest token again and again, until the end of sequence.
@@ -46,6 +50,8 @@ def generate_greedy(
             positions no room for them.
         batch_size: Contexts generated together.
         stop: Ends an answer before its end token.
+        first_logits: Reads what the model thinks of all tokens that may come first, which
+            generation computes anyway.
         progress: Called after each batch.
 
     Returns:
@@ -85,7 +91,10 @@ def generate_greedy(
             answers = _Answers(tokenizer, list(group), ends, stop)
             inputs = pad_left([contexts[index] for index in answers.indices], pad_id, inner.device)
             inner.generate(
-                **inputs, generation_config=settings(tokens), stopping_criteria=[answers]
+                **inputs,
+                generation_config=settings(tokens),
+                logits_processor=[_first_only(answers.indices, first_logits)],
+                stopping_criteria=[answers],
             )
             for index, answer in zip(answers.indices, answers.tokens, strict=True):
                 results[index] = answer
@@ -113,6 +122,18 @@ def decode(tokenizer: Any, tokens: Sequence[int]) -> str:
         list(tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False
     )
     return text
+
+
+def _first_only(indices: list[int], read: FirstLogits | None) -> Callable[[Tensor, Tensor], Tensor]:
+    """A logits processor of `generate()` that shows a batch's first logits, and changes none."""
+    left = [] if read is None else [read]
+
+    def process(input_ids: Tensor, scores: Tensor) -> Tensor:
+        if left:
+            left.pop()(indices, scores)
+        return scores
+
+    return process
 
 
 class _Answers:

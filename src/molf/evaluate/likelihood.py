@@ -13,6 +13,34 @@ from molf.evaluate.settings import Progress
 from molf.tasks.encoding import IGNORED
 
 
+class NextTokens:
+    """Log-probabilities of chosen next tokens, taken from a model's logits.
+
+    Args:
+        wanted: Per context, the tokens whose probability as the next token is asked for.
+
+    Attributes:
+        log_probs: Per context those of its wanted tokens, computed in float32; empty before `read`.
+    """
+
+    def __init__(self, wanted: Sequence[Sequence[int]]) -> None:
+        self._wanted = wanted
+        self.log_probs: list[list[float]] = [[] for _ in wanted]
+
+    def read(self, batch: list[int], logits: Tensor) -> None:
+        """Take in the next tokens' logits, [rows, vocabulary], of the contexts in a batch.
+
+        Raises:
+            FloatingPointError: They are NaN, as those of a diverged training are.
+        """
+        row_of = [row for row, index in enumerate(batch) for _ in self._wanted[index]]
+        tokens = [token for index in batch for token in self._wanted[index]]
+        log_probs = logits.float().log_softmax(dim=-1)
+        values = iter(_finite(log_probs[row_of, tokens]).tolist())
+        for index in batch:
+            self.log_probs[index] = [next(values) for _ in self._wanted[index]]
+
+
 def next_token_log_probs(
     model: Any,
     contexts: Sequence[Sequence[int]],
@@ -40,21 +68,15 @@ def next_token_log_probs(
     Raises:
         FloatingPointError: The model's logits are NaN, as those of a diverged training are.
     """
-    results: list[list[float]] = [[] for _ in contexts]
+    found = NextTokens(wanted)
 
     def run(batch: list[int]) -> None:
         rows = [contexts[index] for index in batch]
-        logits = last_logits(model, rows, pad_id, keep=1)[:, -1]
-        log_probs = logits.float().log_softmax(dim=-1)
-        row_of = [row for row, index in enumerate(batch) for _ in wanted[index]]
-        tokens = [token for index in batch for token in wanted[index]]
-        values = iter(_finite(log_probs[row_of, tokens]).tolist())
-        for index in batch:
-            results[index] = [next(values) for _ in wanted[index]]
+        found.read(batch, last_logits(model, rows, pad_id, keep=1)[:, -1])
 
     with inference(model):
         for_each_batch([len(context) for context in contexts], batch_size, run, what, progress)
-    return results
+    return found.log_probs
 
 
 def sequence_losses(

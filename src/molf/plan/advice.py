@@ -5,11 +5,12 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 
 from molf.errors import InputError
 from molf.plan.devices import Device
 from molf.plan.memory import Planner
-from molf.plan.workload import Workload, method_config
+from molf.plan.workload import QUANTISABLE, QUANTISATIONS, Workload, method_config
 
 _LEAST_LENGTH = 128
 _MOST_GPUS = 64
@@ -37,8 +38,9 @@ def suggestions(planner: Planner, workload: Workload, device: Device) -> list[Su
     """Find changes that make a training fit a device.
 
     Every option is tried alone, and the first value of each that fits is suggested. Where none
-    does, what costs least is taken for granted (checkpointing, then a batch of one, then bfloat16
-    weights) and the others are tried on top.
+    does, what costs least is taken for granted (checkpointing, a batch of one, 8-bit states,
+    bfloat16 weights, steps in the backward pass, stochastic rounding, one after the other) and the
+    others are tried on top.
 
     Args:
         planner: Of the model.
@@ -49,7 +51,7 @@ def suggestions(planner: Planner, workload: Workload, device: Device) -> list[Su
         The suggestions; empty if nothing that was tried is enough.
     """
     granted: tuple[str, ...] = ()
-    for option in (None, _checkpointing, _batch_size, _dtype):
+    for option in (None, *_GRANTED):
         if option is not None:
             further = list(option(workload))
             if not further:
@@ -98,7 +100,12 @@ def _batch_size(workload: Workload) -> Iterator[tuple[str, Workload]]:
         size //= 2
         yield (
             f"--per_device_train_batch_size {size}",
-            replace(workload, batch_size=size, accumulates=True, padded=size > 1),
+            replace(
+                workload,
+                batch_size=size,
+                accumulates=not workload.optimizer_in_backward,
+                padded=size > 1,
+            ),
         )
 
 
@@ -109,40 +116,91 @@ def _length(workload: Workload) -> Iterator[tuple[str, Workload]]:
         length //= 2
 
 
+def _states(workload: Workload) -> Iterator[tuple[str, Workload]]:
+    if workload.trains_dense and workload.state_dtype != "8bit" and find_spec("torchao"):
+        yield "--state_dtype 8bit", replace(workload, state_dtype="8bit")
+
+
 def _dtype(workload: Workload) -> Iterator[tuple[str, Workload]]:
-    if workload.dtype != "bfloat16":
+    if workload.dtype != "bfloat16" and workload.quantised is None:
         yield "--dtype bfloat16", replace(workload, dtype="bfloat16")
 
 
+def _rounding(workload: Workload) -> Iterator[tuple[str, Workload]]:
+    """Bfloat16 weights without their lower halves."""
+    if workload.trains_dense and workload.weight_rounding in (None, "exact"):
+        text = "--weight_rounding stochastic"
+        changed = replace(workload, dtype="bfloat16", weight_rounding="stochastic")
+        yield text if workload.dtype == "bfloat16" else f"--dtype bfloat16 {text}", changed
+
+
+def _in_backward(workload: Workload) -> Iterator[tuple[str, Workload]]:
+    """Steps in the backward pass; accumulation, which they exclude, is given up."""
+    if workload.trains_dense and not workload.optimizer_in_backward and workload.num_gpus == 1:
+        changed = replace(
+            workload, optimizer_in_backward=True, accumulates=False, grad_accumulation_dtype=None
+        )
+        extra = " --gradient_accumulation_steps 1" if workload.accumulates else ""
+        yield f"--optimizer_in_backward{extra}", changed
+
+
+def _quantised(workload: Workload) -> Iterator[tuple[str, Workload]]:
+    if workload.method in QUANTISABLE and workload.quantised is None:
+        dtype = "" if workload.dtype == "float32" else " --dtype float32"
+        for option in QUANTISATIONS[::-1]:
+            changed = replace(workload, quantised=option, dtype="float32", weight_rounding=None)
+            yield f"--{option}{dtype}", changed
+
+
 def _frozen_base(method: str) -> _Option:
-    """The method with its default ranks, on the same layers."""
+    """The method with its default ranks, on the same layers; beside a quantised base if need be."""
 
     def change(workload: Workload) -> Iterator[tuple[str, Workload]]:
         if workload.method in ("fft", "molf"):
             config = workload.config
             modules = ("target_modules", "exclude_modules")
             same = {name: getattr(config, name) for name in modules} if config else {}
-            yield (
-                f"--method {method}",
-                replace(workload, method=method, config=method_config(method, **same)),
+            changed = replace(
+                workload,
+                method=method,
+                config=method_config(method, **same),
+                optimizer_in_backward=False,
+                grad_accumulation_dtype=None,
+                weight_rounding=None,
+                state_dtype="float32",
             )
+            yield f"--method {method}", changed
+            for text, quantised in _quantised(changed):
+                yield f"--method {method} {text}", quantised
 
     return change
 
 
 def _gpus(workload: Workload) -> Iterator[tuple[str, Workload]]:
     count = 2 * workload.num_gpus
-    while count <= _MOST_GPUS:
+    while count <= _MOST_GPUS and not workload.steps_in_backward:
         yield f"--num_gpus {count}", replace(workload, num_gpus=count)
         count *= 2
 
 
-# Those that change nothing but time come first.
+_GRANTED: tuple[_Option, ...] = (
+    _checkpointing,
+    _batch_size,
+    _states,
+    _dtype,
+    _in_backward,
+    _rounding,
+)
+# Those that change nothing but time come first, then how numbers are kept, then what is trained.
 _OPTIONS: tuple[_Option, ...] = (
     _checkpointing,
     _batch_size,
-    _length,
+    _in_backward,
+    _states,
     _dtype,
+    _rounding,
+    _length,
+    _quantised,
     _frozen_base("molf-e"),
     _frozen_base("lora"),
     _gpus,

@@ -24,6 +24,7 @@ class LiveBytes(TorchDispatchMode):
 
     Attributes:
         now: Bytes of the counted storages that are alive.
+        scalar: As given; it may be changed.
         peak: The most that `now` has been since the start or `reset_peak`.
         gradients: Bytes reported to `count_gradient` so far.
         gradients_at_peak: `gradients` when `peak` was reached.
@@ -32,7 +33,7 @@ class LiveBytes(TorchDispatchMode):
     def __init__(self, known: Iterable[Tensor] = (), scalar: float | None = None) -> None:
         super().__init__()
         self.now = self.peak = self.gradients = self.gradients_at_peak = 0
-        self._scalar = scalar
+        self.scalar = scalar
         self._seen: dict[int, weakref.ref[Any]] = {}
         for tensor in known:
             self._count(tensor, 0)
@@ -47,8 +48,8 @@ class LiveBytes(TorchDispatchMode):
             self.gradients += parameter.grad.untyped_storage().nbytes()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.ops.aten._local_scalar_dense.default and self._scalar is not None:
-            return self._scalar
+        if func is torch.ops.aten._local_scalar_dense.default and self.scalar is not None:
+            return self.scalar
         if func is torch.ops.aten.add.Tensor and _is_autograds_own():
             # Where two gradients of a tensor meet, autograd adds one to the other in place; but not
             # while a mode like this one is watching.
@@ -79,4 +80,6 @@ def _is_autograds_own() -> bool:
     """Whether the engine of the backward pass calls, and neither user code nor a recomputation."""
     node = torch._C._current_autograd_node()  # the node whose result is handed on
     from_user = node is None or isinstance(node, torch.autograd.function.BackwardCFunction)
-    return not from_user and not torch.is_grad_enabled()
+    # A leaf's node hands nothing on: it is an optimizer's hook that calls.
+    is_leafs = node is not None and "AccumulateGrad" in node.name()
+    return not (from_user or is_leafs or torch.is_grad_enabled())

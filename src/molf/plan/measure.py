@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 class PeakBytes:
@@ -19,7 +19,7 @@ class PeakBytes:
 
     Args:
         device: Where the tensors are.
-        held: On a CPU, tensors that are there when the context is entered.
+        held: On a CPU, tensors that are there when the context is entered (`held_tensors`).
 
     Attributes:
         bytes: The peak, once the context is left.
@@ -56,3 +56,12 @@ class PeakBytes:
         for _, change in sorted(changes, key=lambda event: event[0]):
             now += change
             self.bytes = max(self.bytes, now)
+
+
+def held_tensors(model: nn.Module) -> Iterator[Tensor]:
+    """Yield a model's parameters and buffers, and what bitsandbytes keeps beside its weights."""
+    yield from model.buffers()
+    for parameter in model.parameters():
+        yield parameter
+        beside = vars(getattr(parameter, "quant_state", None) or parameter)
+        yield from (value for value in beside.values() if isinstance(value, Tensor))

@@ -2,7 +2,9 @@
 
 The peak is the larger of two phases that follow each other: the forward and backward pass (weights,
 optimizer state, activations, and the gradients that are there by then) and the optimizer's step
-(weights, state, all gradients, and the step's temporaries). All figures are bytes.
+(weights, state, all gradients, and the step's temporaries). Where layers move in the backward pass,
+the first phase is all there is, and gradients and temporaries are among its activations. All
+figures are bytes.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ from torch import nn
 
 from molf.core.layers import LinearLayer, find_layers
 from molf.errors import InputError
+from molf.plan.quantised_base import quantise
 from molf.plan.trainable import skeleton
 from molf.plan.workload import Workload
 
@@ -80,15 +81,19 @@ def describe_model(config: Any, workload: Workload) -> ModelShape:
         parts[part][1] += parameter.numel() if parameter in base_trained else 0
     experts = _experts(layers, base_trained, workload)
     adapter = sum(experts.values()) - sum(p.numel() for p in base_trained)
-    own = sum(t.numel() * t.itemsize for t in (*model.parameters(), *model.buffers()))
     in_weights = 4 * adapter if workload.has_adapter else 0  # PEFT keeps factors in float32
+    parameters = sum(p.numel() for p in model.parameters())
+    tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    if workload.quantised is not None:
+        quantise(model, workload.quantised)
+    own = _bytes(model)
     return ModelShape(
         model_type=config.model_type,
-        parameters=sum(p.numel() for p in model.parameters()),
+        parameters=parameters,
         trained=sum(experts.values()),
         experts=experts,
         layers=len(layers),
-        tied=model.get_output_embeddings().weight is model.get_input_embeddings().weight,
+        tied=tied,
         parts=tuple(Part(name, *counts) for name, counts in parts.items()),
         weight_bytes=own + in_weights,
         gathered_bytes=_gathered(model, own),
@@ -163,8 +168,12 @@ def _gathered(model: Any, own: int) -> int:
     """Bytes of the largest decoder layer and of all that is in none of them."""
     layers = max(
         (module for module in model.modules() if isinstance(module, nn.ModuleList)),
-        key=lambda module: sum(p.numel() for p in module.parameters()),
+        key=_bytes,
         default=nn.ModuleList(),
     )
-    sizes = [sum(p.numel() * p.itemsize for p in layer.parameters()) for layer in layers]
+    sizes = [_bytes(layer) for layer in layers]
     return own - sum(sizes) + max(sizes, default=0)
+
+
+def _bytes(module: nn.Module) -> int:
+    return sum(t.numel() * t.itemsize for t in (*module.parameters(), *module.buffers()))

@@ -23,7 +23,7 @@ from molf.plan.trainable import Trainable, trainable
 from molf.plan.workload import Workload
 
 _HEAD_OUTPUTS = ("log_probs", "entropy", "is_top1")  # what SFTTrainer asks of the fused head
-_MOST_BLOCKS = 1000
+_MOST_BLOCKS = 300
 
 
 @dataclass(frozen=True)
@@ -72,20 +72,15 @@ def trace_pass(config: Any, workload: Workload) -> PassTrace:
             _checkpoint(made.model)
         if workload.accumulates:
             _give_gradients(made)
+        if workload.steps_in_backward:
+            return _trace_steps_in_backward(config, made, workload)
         counter = LiveBytes(_tensors(made))
         if not workload.accumulates:
             for parameter in made.trained:
                 parameter.register_post_accumulate_grad_hook(counter.count_gradient)
         gc.collect()  # what other models left behind must not be freed, and subtracted, meanwhile
         with counter:
-            try:
-                _run_pass(made.model, workload)
-            except (RuntimeError, NotImplementedError) as error:
-                reason = str(error).strip().split("\n")[0]
-                raise InputError(
-                    f"The forward and backward pass of {config.model_type} cannot be planned "
-                    f"without data: {reason}"
-                ) from error
+            _run_pass(config, made.model, workload, counter)
         kept = _bytes(p.grad for p in made.trained) if workload.accumulates else 0
         return PassTrace(
             gradients=kept + counter.gradients_at_peak,
@@ -100,6 +95,9 @@ def trace_step(config: Any, workload: Workload) -> StepTrace:
         InputError: The model cannot be made, or no layer can be adapted.
     """
     with trainable(config, workload) as made, _blocks(made, workload):
+        if workload.steps_in_backward:  # what a step takes beside the state is the pass's
+            _make_state(made)
+            return StepTrace(0, *_state_bytes(made.optimizer), 0)
         _give_gradients(made)
         # The host reads equal scores, so the first experts win.
         counter = LiveBytes(_tensors(made), scalar=1.0)
@@ -114,14 +112,55 @@ def trace_step(config: Any, workload: Workload) -> StepTrace:
         return StepTrace(_bytes(p.grad for p in made.trained), moments, factors, transient)
 
 
-def _run_pass(model: Any, workload: Workload) -> None:
-    """The forward and backward pass of SFTTrainer's training step."""
+def _trace_steps_in_backward(config: Any, made: Trainable, workload: Workload) -> PassTrace:
+    """Passes in which layers move: the full experts win the first, the LoRA experts another."""
+    with _blocks(made, workload):
+        _make_state(made)
+        counter = LiveBytes(_tensors(made))
+        gc.collect()
+        with counter:
+            _run_pass(config, made.model, workload, counter, scalar=1.0)
+            made.optimizer.step()
+            if _let_lora_win(made.optimizer):
+                _run_pass(config, made.model, workload, counter, scalar=1.0)
+    return PassTrace(gradients=0, activations=counter.peak)
+
+
+def _run_pass(
+    config: Any, model: Any, workload: Workload, counter: LiveBytes, scalar: float | None = None
+) -> None:
+    """The forward and backward pass of SFTTrainer's training step.
+
+    Args:
+        config: The model's configuration, for messages.
+        model: The model.
+        workload: Shape and types.
+        counter: Of the bytes.
+        scalar: What the host reads in the backward pass.
+    """
+    try:
+        loss = _loss(model, workload)
+        counter.scalar = scalar
+        loss.backward()
+    except (RuntimeError, NotImplementedError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise InputError(
+            f"The forward and backward pass of {config.model_type} cannot be planned "
+            f"without data: {reason}"
+        ) from error
+    finally:
+        counter.scalar = None
+
+
+def _loss(model: Any, workload: Workload) -> Tensor:
+    """The loss of SFTTrainer's training step."""
     ids = torch.zeros(workload.batch_size, workload.length, dtype=torch.long)
     # Without a mask, transformers lets attention be causal, as it does for a mask of ones alone.
     mask = {"attention_mask": torch.ones_like(ids)} if workload.padded else {}
     with torch.autocast("cpu", torch.bfloat16, enabled=workload.bf16):
         outputs = model(input_ids=ids, labels=ids, use_cache=False, fused_lm_head=True, **mask)
-    (-outputs.log_probs.sum() / ids.numel()).backward()
+    loss: Tensor = -outputs.log_probs.sum() / ids.numel()
+    return loss
 
 
 @contextmanager
@@ -145,10 +184,11 @@ def _trl_head(made: Trainable, workload: Workload) -> Iterator[None]:
 def _blocks(made: Trainable, workload: Workload) -> Iterator[None]:
     """Let the optimizer go through tensors as it does on the planned device."""
     name = "_CPU_BLOCK_ELEMENTS_PER_THREAD"
-    elements = sum(parameter.numel() for parameter in made.trained)
+    threads = torch.get_num_threads()
+    elements = -(-adam._BLOCK_ELEMENTS // threads)
     if workload.device == "cpu":
-        # Thousands of blocks would take minutes; a block of a thousandth weighs nothing either.
-        least = elements // _MOST_BLOCKS // torch.get_num_threads()
+        # Thousands of blocks would take minutes; a block of 1 in 300 weighs little either.
+        least = sum(p.numel() for p in made.trained) // _MOST_BLOCKS // threads
         elements = max(getattr(adam, name), least)
     with _replaced(adam, name, elements):
         yield
@@ -176,21 +216,38 @@ def _checkpoint(model: Any) -> None:
         model.enable_input_require_grads()
 
 
-def _let_lora_win(optimizer: torch.optim.Optimizer) -> None:
-    """Have LoRA experts take the next step where the optimizer routes and they can."""
-    for group in optimizer.param_groups:
-        if group.get("layer") is not None and group["top_k"] <= len(group["ranks"]):
-            group["score"] = "lora"
+def _let_lora_win(optimizer: torch.optim.Optimizer) -> bool:
+    """Have LoRA experts take the next step where the optimizer routes and they can; can any?"""
+    groups = [
+        group
+        for group in optimizer.param_groups
+        if group.get("layer") is not None and group["top_k"] <= len(group["ranks"])
+    ]
+    for group in groups:
+        group["score"] = "lora"
+    return bool(groups)
 
 
 def _give_gradients(made: Trainable) -> None:
     for parameter in made.trained:
-        parameter.grad = torch.empty_like(parameter)
+        dtype = getattr(parameter, "grad_dtype", None) or parameter.dtype
+        parameter.grad = torch.empty_like(parameter, dtype=dtype)
+
+
+def _make_state(made: Trainable) -> None:
+    """Take a step outside of a backward pass, so that the state is there in the next one."""
+    _give_gradients(made)
+    # What it takes is not asked for: whole tensors, not blocks, are the fewest operations.
+    whole = _replaced(adam, "_CPU_BLOCK_ELEMENTS_PER_THREAD", 1 << 40)
+    with whole, LiveBytes(scalar=1.0):
+        made.optimizer.step()
 
 
 def _tensors(made: Trainable) -> list[Tensor]:
     model: nn.Module = made.model
     tensors = [*model.parameters(), *model.buffers()]
+    for state in made.optimizer.state.values():
+        tensors += [value for value in state.values() if isinstance(value, Tensor)]
     return tensors + [p.grad for p in made.trained if p.grad is not None]
 
 

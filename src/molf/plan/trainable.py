@@ -10,13 +10,14 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 
 from molf.core.adamw import AdamW
 from molf.core.layers import find_layers
 from molf.core.optimizer import MoLFAdamW
 from molf.core.peft_model import with_adapter
 from molf.errors import InputError
+from molf.plan.quantised_base import quantise
 from molf.plan.workload import Workload
 
 
@@ -78,7 +79,11 @@ def trainable(config: Any, workload: Workload) -> Iterator[Trainable]:
         # Constants that the model has made are real; they are small.
         with FakeTensorMode(allow_non_fake_inputs=True):
             _leave_meta(model)
-            yield Trainable(model.train(), _optimizer(model, workload))
+            optimizer = _optimizer(model, workload)
+            if workload.quantised is not None:
+                compute = torch.bfloat16 if workload.bf16 else torch.float32
+                quantise(model, workload.quantised, compute)
+            yield Trainable(model.train(), optimizer)
 
 
 @contextmanager
@@ -133,9 +138,27 @@ def _leave_meta(model: nn.Module) -> None:
 
 
 def _optimizer(model: nn.Module, workload: Workload) -> torch.optim.Optimizer:
+    storage: dict[str, Any] = {
+        "state_dtype": workload.state_dtype,
+        "grad_accumulation_dtype": workload.grad_accumulation_dtype,
+        "optimizer_in_backward": workload.optimizer_in_backward,
+    }
+    if workload.method != "molf-e":  # PEFT's factors are float32
+        storage["weight_rounding"] = workload.weight_rounding
+    if workload.state_dtype == "8bit":
+        _make_tables()
     if workload.method in ("molf", "molf-e"):
-        return MoLFAdamW.from_model(model, workload.config)
+        return MoLFAdamW.from_model(model, workload.config, **storage)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    if workload.method == "fft" and workload.dtype != "float32":
-        return AdamW(trained)  # as `molf train` does: float32 moments, exact weights
+    is_plain = workload.dtype == workload.state_dtype == "float32"
+    if workload.method == "fft" and not (is_plain and not workload.optimizer_in_backward):
+        return AdamW(trained, **storage)
     return torch.optim.AdamW(trained, fused=True)
+
+
+def _make_tables() -> None:
+    """Take a real step with 8-bit moments: the tables that are made once need their data."""
+    with unset_fake_temporarily():
+        parameter = nn.Parameter(torch.zeros(4096))
+        parameter.grad = torch.zeros_like(parameter)
+        AdamW([parameter], state_dtype="8bit").step()

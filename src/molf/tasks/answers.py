@@ -3,39 +3,44 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from molf.evaluate.settings import EvaluationSettings, Progress
-from molf.tasks.samples import Sample
+
+if TYPE_CHECKING:
+    from molf.evaluate.generate import FirstLogits
+    from molf.tasks.encoding import GenerationContext
+
+UNDECODED = "\ufffd"
+"""A character of which not all bytes have been generated yet."""
 
 
 def generate_answers(
     model: Any,
     tokenizer: Any,
-    samples: Sequence[Sample],
+    contexts: Sequence[GenerationContext],
     max_new_tokens: int,
     settings: EvaluationSettings,
     progress: Progress | None = None,
     is_complete: Callable[[str], bool] | None = None,
-) -> tuple[list[str], list[str]]:
-    """Generate each sample's last answer, greedily, from the tokens that precede it in training.
+    first_logits: FirstLogits | None = None,
+) -> list[str]:
+    """Generate an answer to each prompt, greedily, from the tokens that precede it in training.
 
     Args:
         model: A transformers causal language model, on its device.
         tokenizer: Its tokenizer.
-        samples: The samples; none may be longer than the model's positions.
+        contexts: The prompts, all shorter than the model's positions.
         max_new_tokens: Most tokens per answer.
         settings: Batch size.
         progress: Called after each batch.
         is_complete: Whether what follows an answer's first part does not matter any more.
+        first_logits: Reads the logits of the first new tokens, batch by batch.
 
     Returns:
-        The prompts and the answers, as texts.
+        The answers, as texts.
     """
     from molf.evaluate.generate import decode, generate_greedy
-    from molf.tasks.encoding import generation_contexts
-
-    contexts = generation_contexts(tokenizer, samples)
 
     def answer(index: int, text: str) -> str:
         return text.lstrip().removeprefix(contexts[index].missing.strip())
@@ -50,10 +55,10 @@ def generate_answers(
         max_new_tokens=max_new_tokens,
         batch_size=settings.batch_size,
         stop=stop if is_complete is not None else None,
+        first_logits=first_logits,
         progress=progress,
     )
-    texts = [answer(index, decode(tokenizer, tokens)) for index, tokens in enumerate(generated)]
-    return [context.prompt for context in contexts], texts
+    return [answer(index, decode(tokenizer, tokens)) for index, tokens in enumerate(generated)]
 
 
 def longest_answer(tokenizer: Any, answers: Sequence[str]) -> int:

@@ -80,7 +80,7 @@ class CustomTask(Task):
         from molf.evaluate.generate import padding_id
         from molf.evaluate.inference import length_limit
         from molf.evaluate.likelihood import sequence_losses
-        from molf.tasks.encoding import encode_samples
+        from molf.tasks.encoding import encode_samples, generation_contexts
 
         samples = [self._evaluation[index] for index in self._evaluated]
         encoded = encode_samples(tokenizer, samples, length_limit(model, settings.max_length))
@@ -94,18 +94,12 @@ class CustomTask(Task):
             progress=progress,
         )
         limit = settings.max_new_tokens or self._answer_limit(tokenizer)
-        prompts, texts = generate_answers(
-            model,
-            tokenizer,
-            [samples[position] for position in encoded.kept],
-            limit,
-            settings,
-            progress,
-        )
+        contexts = generation_contexts(tokenizer, [samples[i] for i in encoded.kept])
+        texts = generate_answers(model, tokenizer, contexts, limit, settings, progress)
         predictions = [
-            {**self._prediction(index, text), "prompt": prompt, "loss": total / count}
-            for index, text, prompt, (total, count) in zip(
-                kept, texts, prompts, losses, strict=True
+            {**self._prediction(index, text), "prompt": context.prompt, "loss": total / count}
+            for index, text, context, (total, count) in zip(
+                kept, texts, contexts, losses, strict=True
             )
         ]
         too_long = sorted(set(self._evaluated).difference(kept))

@@ -40,6 +40,10 @@ class TokenizedText:
         count = sum(1 for _ in takewhile(lambda token_end: token_end <= end, self.ends))
         return self.prefix + self.ids[:count], self.ids[count:]
 
+    def length(self, eos_id: int) -> int:
+        """Tokens of a sample with this text: with the prefix, and ending with EOS."""
+        return len(self.prefix) + len(self.ids) + (self.ids[-1:] != [eos_id])
+
 
 @dataclass(frozen=True)
 class GenerationContext:
@@ -51,11 +55,13 @@ class GenerationContext:
         missing: The end of the prompt that they lack, usually nothing. Where the prompt's last
             characters share a token with the answer (after a prompt that ends in a space they
             often do), that token is the model's to generate.
+        text: The whole sample, prompt and answer.
     """
 
     prompt: str
     ids: list[int]
     missing: str
+    text: TokenizedText
 
 
 @dataclass(frozen=True)
@@ -189,7 +195,7 @@ def generation_contexts(tokenizer: Any, samples: Sequence[Sample]) -> list[Gener
             # A single token holds the whole prompt and some of the answer, and nothing precedes
             # it: the prompt on its own is the closest to it that can be asked.
             ids, missing = tokenize(tokenizer, [prompt])[0].ids, ""
-        contexts.append(GenerationContext(prompt, ids, missing))
+        contexts.append(GenerationContext(prompt, ids, missing, text))
     return contexts
 
 

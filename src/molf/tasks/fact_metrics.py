@@ -18,8 +18,9 @@ from molf.evaluate.metric import (
 )
 from molf.tasks.first_token import Comparison
 
-KINDS = ("rewrite", "paraphrase", "neighbourhood")
-_NAMES = {"rewrite": ("es", "em"), "paraphrase": ("ps", "pm"), "neighbourhood": ("ns", "nm")}
+REWRITE = "rewrite"
+KINDS = (REWRITE, "paraphrase", "neighbourhood")
+_NAMES = {REWRITE: ("es", "em"), "paraphrase": ("ps", "pm"), "neighbourhood": ("ns", "nm")}
 
 Outcomes = dict[str, list[Comparison]]
 """The comparisons of one request, by kind of prompt."""

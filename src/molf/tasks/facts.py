@@ -11,10 +11,12 @@ from molf import world
 from molf.errors import InputError
 from molf.evaluate.metric import Evaluation, Metric, wilson
 from molf.evaluate.settings import EvaluationSettings, Progress
+from molf.tasks.answers import UNDECODED
 from molf.tasks.base import Task
 from molf.tasks.demo import refuse_data
-from molf.tasks.fact_metrics import KINDS, Outcomes, fact_metrics
+from molf.tasks.fact_metrics import KINDS, REWRITE, Outcomes, fact_metrics
 from molf.tasks.fact_requests import FIELDS, FactRequest, parse_request
+from molf.tasks.first_token import Comparison, FirstTokenQuestions
 from molf.tasks.options import TaskOptions
 from molf.tasks.predictions import check_predictions, left_out_prediction, restrict_to_sample
 from molf.tasks.records import read_records
@@ -84,7 +86,6 @@ class FactTask(Task):
         from molf.evaluate.generate import padding_id
         from molf.evaluate.inference import length_limit
         from molf.tasks.encoding import check_tokenizer
-        from molf.tasks.first_token import compare_first_tokens
 
         check_tokenizer(tokenizer)
         limit = length_limit(model, settings.max_length) - 1  # the answer needs one position
@@ -94,33 +95,33 @@ class FactTask(Task):
             for kind, prompts in self._evaluation[index].prompts().items()
             for prompt in prompts
         ]
-        comparisons = compare_first_tokens(
-            model,
+        questions = FirstTokenQuestions(
             tokenizer,
             [prompt for _, _, prompt in asked],
             [self._targets(index) for index, _, _ in asked],
-            max_length=limit,
+            limit,
+        )
+        outcomes: dict[int, Outcomes] = {
+            index: {kind: [] for kind in KINDS}
+            for (index, kind, _), fits in zip(asked, questions.fits, strict=True)
+            if kind == REWRITE and fits
+        }
+        if not outcomes:
+            raise InputError(f"All {len(self._evaluated)} requests are longer than {limit} tokens.")
+        texts = self._generate(model, tokenizer, list(outcomes), questions, settings, progress)
+        found = questions.answers(
+            model,
             pad_id=padding_id(tokenizer),
             batch_size=settings.batch_size,
             progress=progress,
         )
-        outcomes: dict[int, Outcomes] = {
-            index: {kind: [] for kind in KINDS} for index in self._evaluated
-        }
-        too_long = 0
-        for (index, kind, _), comparison in zip(asked, comparisons, strict=True):
-            if comparison is None:
-                too_long += 1
-            else:
-                outcomes[index][kind].append(comparison)
-        outcomes = {index: outcome for index, outcome in outcomes.items() if outcome["rewrite"]}
-        if not outcomes:
-            raise InputError(f"All {len(self._evaluated)} requests are longer than {limit} tokens.")
-        texts = self._generate(model, tokenizer, list(outcomes), settings, progress)
+        for (index, kind, _), tokens in zip(asked, found, strict=True):
+            if index in outcomes and tokens is not None:
+                outcomes[index][kind].append(Comparison.of(tokens))
 
         evaluation = fact_metrics(list(outcomes.values()), settings.seed)
         evaluation.metrics.update(self._accuracies(texts))
-        evaluation.notes["prompts_too_long"] = too_long
+        evaluation.notes["prompts_too_long"] = questions.fits.count(False)
         evaluation.predictions = [
             self._prediction(index, texts[index], outcomes[index])
             if index in outcomes
@@ -155,31 +156,34 @@ class FactTask(Task):
         model: Any,
         tokenizer: Any,
         indices: list[int],
+        questions: FirstTokenQuestions,
         settings: EvaluationSettings,
         progress: Progress | None,
     ) -> dict[int, str]:
-        """Greedy text after each rewrite prompt, as long as the longest target needs."""
+        """Greedy text after each rewrite prompt, as long as the longer of its targets."""
         from molf.evaluate.generate import decode, generate_greedy
-        from molf.tasks.encoding import tokenize
 
-        requests = [self._evaluation[index] for index in indices]
-        splits = [
-            text.split(len(request.prompt))
-            for targets in (
-                [f"{request.prompt} {request.target_new}" for request in requests],
-                [f"{request.prompt} {request.target_true}" for request in requests],
-            )
-            for request, text in zip(requests, tokenize(tokenizer, targets), strict=True)
-        ]
+        splits = []
+        for request in (self._evaluation[index] for index in indices):
+            for target in (request.target_new, request.target_true):
+                text = questions.texts[f"{request.prompt} {target}"]
+                splits.append(text.split(len(request.prompt)))
         # The contexts that the new targets have in training, and room for the longest target.
-        contexts = [context for context, _ in splits[: len(requests)]]
+        contexts = [context for context, _ in splits[::2]]
         longest = max(len(target) for _, target in splits)
+        needed = [max(map(len, self._targets(index))) for index in indices]
+
+        def is_decided(position: int, text: str) -> bool:
+            return len(text.strip().rstrip(UNDECODED)) >= needed[position]
+
         answers = generate_greedy(
             model,
             tokenizer,
             contexts,
             max_new_tokens=settings.max_new_tokens or longest + 1,
             batch_size=settings.batch_size,
+            stop=is_decided,
+            first_logits=questions.reader(contexts),
             progress=progress,
         )
         return {

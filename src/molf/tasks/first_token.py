@@ -8,14 +8,21 @@ tokenized together, and the first token of the target is the first that holds a 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from itertools import chain
+from typing import TYPE_CHECKING, Any
 
 from molf.evaluate.settings import Progress
 from molf.tasks.encoding import TokenizedText, tokenize
 
-_Step = tuple[tuple[int, ...], int]  # a context, and the token that is asked for after it
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from molf.evaluate.generate import FirstLogits
+
+_Context = tuple[int, ...]
+_Step = tuple[_Context, int]  # a context, and the token that is asked for after it
 
 
 @dataclass(frozen=True)
@@ -45,121 +52,120 @@ class Comparison:
     log_p_true: float
     tie: bool
 
-
-def compare_first_tokens(
-    model: Any,
-    tokenizer: Any,
-    prompts: Sequence[str],
-    targets: Sequence[tuple[str, str]],
-    *,
-    max_length: int,
-    pad_id: int,
-    batch_size: int,
-    progress: Progress | None = None,
-) -> list[Comparison | None]:
-    """Compare the new and the true target after each prompt; see `first_token_log_probs`.
-
-    Returns:
-        One comparison per prompt; None where its context is longer than `max_length`.
-    """
-    found = first_token_log_probs(
-        model,
-        tokenizer,
-        prompts,
-        targets,
-        max_length=max_length,
-        pad_id=pad_id,
-        batch_size=batch_size,
-        progress=progress,
-    )
-    return [None if tokens is None else _comparison(tokens) for tokens in found]
+    @classmethod
+    def of(cls, tokens: FirstTokens) -> Comparison:
+        """Compare the new and the true target, given in this order."""
+        new, true = tokens.log_probs
+        return cls(new, true, tie=not tokens.distinct)
 
 
-def first_token_log_probs(
-    model: Any,
-    tokenizer: Any,
-    prompts: Sequence[str],
-    targets: Sequence[Sequence[str]],
-    *,
-    max_length: int,
-    pad_id: int,
-    batch_size: int,
-    progress: Progress | None = None,
-) -> list[FirstTokens | None]:
-    """How likely the model finds the first token of each target after each prompt.
+class FirstTokenQuestions:
+    """How likely a model finds the first token of each target after each prompt.
 
     All probabilities of a prompt are conditional on the longest context that its tokenized texts
     share before any target's first token, a bare word-boundary token included. Where one target
     fuses with the boundary and another does not, the latter's probability is the product over its
-    tokens from the shared context on. Otherwise it is one forward pass per prompt.
+    tokens from the shared context on. Otherwise it is one forward pass per prompt, and none where
+    an answer is generated from the same context (`reader`).
 
     Args:
-        model: A transformers causal language model, on its device.
-        tokenizer: Its tokenizer.
+        tokenizer: The model's tokenizer.
         prompts: The prompts; a space joins them to a target.
         targets: The targets of each prompt.
         max_length: Longest context in tokens.
-        pad_id: Any id of the vocabulary; padded positions are masked.
-        batch_size: Contexts per forward pass.
-        progress: Called after each batch.
+        known: Texts that have been tokenized already, by text.
 
-    Returns:
-        One entry per prompt; None where its context is longer than `max_length`.
+    Attributes:
+        texts: Every prompt with each of its targets, tokenized, by text.
+        fits: Per prompt, whether no context is longer than `max_length`.
     """
-    from molf.evaluate.likelihood import next_token_log_probs
 
-    texts = iter(
-        tokenize(
-            tokenizer,
-            [
-                f"{prompt} {target}"
-                for prompt, choices in zip(prompts, targets, strict=True)
-                for target in choices
-            ],
+    def __init__(
+        self,
+        tokenizer: Any,
+        prompts: Sequence[str],
+        targets: Sequence[Sequence[str]],
+        max_length: int,
+        known: Mapping[str, TokenizedText] | None = None,
+    ) -> None:
+        asked = [
+            [f"{prompt} {target}" for target in choices]
+            for prompt, choices in zip(prompts, targets, strict=True)
+        ]
+        self.texts = dict(known or {})
+        new = [t for t in dict.fromkeys(chain.from_iterable(asked)) if t not in self.texts]
+        self.texts.update(zip(new, tokenize(tokenizer, new), strict=True))
+        self._steps = [
+            _steps([self.texts[text] for text in texts], target_start=len(prompt) + 1)
+            for prompt, texts in zip(prompts, asked, strict=True)
+        ]
+        self.fits = [
+            all(len(context) <= max_length for target in choices for context, _ in target)
+            for choices in self._steps
+        ]
+        # The targets mostly share their context: it is evaluated once, for all their tokens.
+        self._unread: dict[_Context, list[int]] = {}
+        for choices, fit in zip(self._steps, self.fits, strict=True):
+            for context, token in chain.from_iterable(choices) if fit else ():
+                self._unread.setdefault(context, []).append(token)
+        self._log_probs: dict[_Step, float] = {}
+
+    def reader(self, contexts: Sequence[Sequence[int]]) -> FirstLogits:
+        """Return what takes the probabilities from the generation of answers to some contexts."""
+        from molf.evaluate.likelihood import NextTokens
+
+        keys = [tuple(context) for context in contexts]
+        found = NextTokens([self._unread.get(key, []) for key in keys])
+
+        def read(batch: list[int], logits: Tensor) -> None:
+            found.read(batch, logits)
+            for index in batch:
+                self._take(keys[index], found.log_probs[index])
+
+        return read
+
+    def answers(
+        self, model: Any, *, pad_id: int, batch_size: int, progress: Progress | None = None
+    ) -> list[FirstTokens | None]:
+        """Evaluate the contexts that nothing was generated from; return all probabilities.
+
+        Args:
+            model: A transformers causal language model, on its device.
+            pad_id: Any id of the vocabulary; padded positions are masked.
+            batch_size: Contexts per forward pass.
+            progress: Called after each batch.
+
+        Returns:
+            One entry per prompt; None where its context is longer than `max_length`.
+        """
+        from molf.evaluate.likelihood import next_token_log_probs
+
+        contexts = list(self._unread)
+        values = next_token_log_probs(
+            model,
+            contexts,
+            list(self._unread.values()),
+            pad_id=pad_id,
+            batch_size=batch_size,
+            progress=progress,
         )
-    )
-    steps = [
-        _steps([next(texts) for _ in choices], target_start=len(prompt) + 1)
-        for prompt, choices in zip(prompts, targets, strict=True)
-    ]
-    fits = [
-        all(len(context) <= max_length for target in choices for context, _ in target)
-        for choices in steps
-    ]
+        for context, log_probs in zip(contexts, values, strict=True):
+            self._take(context, log_probs)
+        return [
+            FirstTokens(
+                tuple(math.fsum(self._log_probs[step] for step in target) for target in choices),
+                distinct=len({tuple(target) for target in choices}) == len(choices),
+            )
+            if fit
+            else None
+            for choices, fit in zip(self._steps, self.fits, strict=True)
+        ]
 
-    # The targets mostly share their context: it is evaluated once, for all their tokens.
-    wanted: dict[tuple[int, ...], list[int]] = {}
-    for choices, fit in zip(steps, fits, strict=True):
-        if fit:
-            for context, token in (step for target in choices for step in target):
-                wanted.setdefault(context, []).append(token)
-    values = next_token_log_probs(
-        model,
-        list(wanted),
-        list(wanted.values()),
-        pad_id=pad_id,
-        batch_size=batch_size,
-        progress=progress,
-    )
-    log_probs = {
-        (context, token): value
-        for (context, tokens), row in zip(wanted.items(), values, strict=True)
-        for token, value in zip(tokens, row, strict=True)
-    }
-    return [
-        FirstTokens(
-            tuple(math.fsum(log_probs[step] for step in target) for target in choices),
-            distinct=len({tuple(target) for target in choices}) == len(choices),
-        )
-        if fit
-        else None
-        for choices, fit in zip(steps, fits, strict=True)
-    ]
-
-
-def _comparison(tokens: FirstTokens) -> Comparison:
-    new, true = tokens.log_probs
-    return Comparison(new, true, tie=not tokens.distinct)
+    def _take(self, context: _Context, log_probs: list[float]) -> None:
+        """Keep the probabilities of a context's tokens, unless they are there already."""
+        if context in self._unread:
+            for token, value in zip(self._unread.pop(context), log_probs, strict=True):
+                self._log_probs[context, token] = value
 
 
 def _steps(texts: list[TokenizedText], target_start: int) -> list[list[_Step]]:

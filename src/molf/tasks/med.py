@@ -9,7 +9,8 @@ from typing import Any
 from molf.evaluate.metric import Evaluation, Metric, wilson
 from molf.evaluate.nearest import nearest, similarity
 from molf.evaluate.settings import EvaluationSettings, Progress
-from molf.tasks.first_token import FirstTokens, first_token_log_probs
+from molf.tasks.answers import UNDECODED
+from molf.tasks.first_token import FirstTokenQuestions, FirstTokens
 from molf.tasks.med_questions import LETTERS, MED, OUT_OF_RANGE, MedQuestion
 from molf.tasks.options import TaskOptions
 from molf.tasks.question_task import QuestionTask
@@ -18,7 +19,6 @@ from molf.tasks.questions import Splits, load_questions
 _METRICS = ("accuracy", "unparsed", "accuracy_logprob")
 _NEW_TOKENS = 8  # the letter and what follows it, behind some white space
 _AFTER_A_LETTER = ").:"
-_UNDECODED = "\ufffd"  # a character of which not all bytes have been generated yet
 
 
 class MedTask(QuestionTask[MedQuestion]):
@@ -52,13 +52,23 @@ class MedTask(QuestionTask[MedQuestion]):
         from molf.evaluate.generate import padding_id
 
         asked = self._ask(model, tokenizer, settings, progress)
-        texts = self._answers(model, tokenizer, asked, _NEW_TOKENS, _is_decided, settings, progress)
-        found = first_token_log_probs(
-            model,
+        samples = list(asked.samples.values())
+        letters = FirstTokenQuestions(
             tokenizer,
-            [sample.prompt for sample in asked.samples.values()],
-            [LETTERS] * len(asked.samples),
-            max_length=settings.max_length,
+            [sample.prompt for sample in samples],
+            [LETTERS] * len(samples),
+            settings.max_length,
+            known={
+                sample.prompt + sample.completion: context.text
+                for sample, context in zip(samples, asked.contexts, strict=True)
+            },
+        )
+        reader = letters.reader([context.ids for context in asked.contexts])
+        texts = self._answers(
+            model, tokenizer, asked, _NEW_TOKENS, _is_decided, settings, progress, reader
+        )
+        found = letters.answers(
+            model,
             pad_id=padding_id(tokenizer),
             batch_size=settings.batch_size,
             progress=progress,
@@ -170,7 +180,9 @@ def load_med(
 def _is_decided(text: str) -> bool:
     """Whether more text cannot change what `parse_letter` finds."""
     text = text.lstrip()
-    return len(text) > 1 and text[1] != _UNDECODED
+    if not text or text[0] == UNDECODED:
+        return False
+    return text[0].upper() not in LETTERS or (len(text) > 1 and text[1] != UNDECODED)
 
 
 def _likeliest(tokens: FirstTokens) -> str:

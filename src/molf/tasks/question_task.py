@@ -5,8 +5,8 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar, Generic
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, Generic
 
 from molf.errors import InputError
 from molf.evaluate.metric import Evaluation, Metric
@@ -24,6 +24,10 @@ from molf.tasks.predictions import (
 from molf.tasks.questions import Q, QuestionData
 from molf.tasks.samples import PromptCompletion, Sample
 
+if TYPE_CHECKING:
+    from molf.evaluate.generate import FirstLogits
+    from molf.tasks.encoding import GenerationContext
+
 TOO_LONG = "too long"
 NOT_SCORED = "not scored"  # such as a gold query that runs out of time in one of two runs
 
@@ -35,10 +39,12 @@ class Asked:
     Attributes:
         samples: The prompt and the right answer of each record asked.
         left_out: The reason for each other record.
+        contexts: The prompts as tokens; empty where saved texts are scored.
     """
 
     samples: dict[int, PromptCompletion]
     left_out: dict[int, str]
+    contexts: list[GenerationContext] = field(default_factory=list)
 
 
 class QuestionTask(Task, Generic[Q]):
@@ -134,16 +140,24 @@ class QuestionTask(Task, Generic[Q]):
     ) -> Asked:
         """The records to ask the model: those that can be scored and are not too long."""
         from molf.evaluate.inference import length_limit
-        from molf.tasks.encoding import check_tokenizer, encode_samples
+        from molf.tasks.encoding import check_tokenizer, generation_contexts
 
         check_tokenizer(tokenizer)
         left_out = self._unscorable(self._data.evaluated, progress)
         scorable, left_out = _split(self._data.evaluated, left_out)
         samples = [self._sample(self._question(index), index) for index in scorable]
-        encoded = encode_samples(tokenizer, samples, length_limit(model, settings.max_length))
-        kept = {scorable[position]: samples[position] for position in encoded.kept}
+        contexts = generation_contexts(tokenizer, samples)
+        lengths = [context.text.length(tokenizer.eos_token_id) for context in contexts]
+        limit = length_limit(model, settings.max_length)
+        fitting = [position for position, length in enumerate(lengths) if length <= limit]
+        if not fitting:
+            raise InputError(
+                f"All {len(lengths)} questions are longer than max_length={limit} tokens; the "
+                f"longest has {max(lengths)}."
+            )
+        kept = {scorable[position]: samples[position] for position in fitting}
         left_out |= {index: TOO_LONG for index in scorable if index not in kept}
-        return Asked(kept, left_out)
+        return Asked(kept, left_out, [contexts[position] for position in fitting])
 
     def _answers(
         self,
@@ -154,16 +168,18 @@ class QuestionTask(Task, Generic[Q]):
         is_complete: Callable[[str], bool],
         settings: EvaluationSettings,
         progress: Progress | None,
+        first_logits: FirstLogits | None = None,
     ) -> dict[int, str]:
         """The model's answer to each record asked."""
-        _, texts = generate_answers(
+        texts = generate_answers(
             model,
             tokenizer,
-            list(asked.samples.values()),
+            asked.contexts,
             settings.max_new_tokens or max_new_tokens,
             settings,
             progress,
             is_complete,
+            first_logits,
         )
         return dict(zip(asked.samples, texts, strict=True))
 

@@ -13,7 +13,7 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
 
 from molf.evaluate.inference import length_limit
-from molf.plan.measure import PeakBytes
+from molf.plan.measure import PeakBytes, held_tensors
 from molf.plan.memory import MemoryPlan, Planner
 from molf.plan.workload import METHODS, Workload
 from molf.tasks import Task
@@ -42,7 +42,7 @@ class DryRun:
         left_out: How many of these are longer than the limit.
         batch_size: Examples per forward pass.
         length: The longest example of those tokenized; the steps were taken with the longest.
-        planned: The planned peak in bytes; None for a method or storage that cannot be planned.
+        planned: The planned peak in bytes; None for a method that cannot be planned.
         measured: The measured peak in bytes.
         measured_of: What was measured.
         planned_at_limit: The planned peak with examples as long as allowed, in bytes, or None.
@@ -149,7 +149,7 @@ class _Watch(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """The model is on its device, and there is no gradient and no state yet."""
-        self.peak = PeakBytes(self._device, [*model.parameters(), *model.buffers()])
+        self.peak = PeakBytes(self._device, held_tensors(model))
         self.peak.__enter__()
 
     def on_step_begin(
@@ -199,14 +199,8 @@ def _planned(
     arguments: Any,
 ) -> tuple[int | None, int | None]:
     """The planned peaks: of the steps that are taken, and of those with the longest allowed."""
-    unplanned = (
-        settings.state_dtype != "float32"
-        or settings.optimizer_in_backward
-        or settings.grad_accumulation_dtype is not None
-        or settings.quantised is not None
-        or settings.kernels != "eager"
-    )
-    if settings.method not in METHODS or unplanned:
+    # The kernels' temporaries differ from those of torch's operations, which are planned.
+    if settings.method not in METHODS or settings.kernels != "eager":
         return None, None
     lengths = set(map(len, longest.input_ids))
     workload = Workload(
@@ -220,6 +214,11 @@ def _planned(
         dtype=settings.dtype,
         device="cuda" if arguments.device.type == "cuda" else "cpu",
         padded=len(lengths) > 1,
+        weight_rounding=settings.weight_rounding,
+        state_dtype=settings.state_dtype,
+        grad_accumulation_dtype=settings.grad_accumulation_dtype,
+        optimizer_in_backward=settings.optimizer_in_backward,
+        quantised=settings.quantised,
     )
     at_limit = replace(workload, length=limit, padded=settings.per_device_train_batch_size > 1)
     planner = Planner(config)
