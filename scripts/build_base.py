@@ -2,7 +2,7 @@
 
     python scripts/build_base.py
 
-Takes 10 to 20 minutes on two CPU cores. The checkpoint, its scores and its model card are written
+Takes 45 minutes on one CPU core. The checkpoint, its scores and its model card are written
 beside `--output` and renamed when complete.
 """
 
@@ -93,8 +93,9 @@ without a download. It is of no use for anything but that.
 Weights are stored in float16 and load in float32 unless `dtype` says otherwise.
 
 ## How it was built
-`python scripts/build_base.py --seed {seed} --epochs {epochs}`: {documents:,} documents with
-{tokens:,} tokens, {epochs} times, Muon and AdamW, {seconds:,} seconds on {threads} CPU threads.
+`python scripts/build_base.py --seed {seed} --epochs {epochs}`: {steps:,} steps of Muon and AdamW over
+{documents:,} texts, exercises and questions with {tokens:,} tokens; first exercises alone, then
+{epochs} epochs of the texts with them. {seconds:,} seconds on {threads} CPU threads.
 World: SHA-256 `{world}`.
 
 ## Scores
@@ -134,7 +135,7 @@ def main() -> None:
     model = make_model(tokenizer)
 
     start = time.perf_counter()
-    train(model, sequences, tokenizer.pad_token_id, arguments)
+    steps = train(model, sequences, tokenizer.pad_token_id, arguments)
     seconds = round(time.perf_counter() - start)
 
     partial = arguments.output.with_name(arguments.output.name + ".partial")
@@ -146,6 +147,7 @@ def main() -> None:
         "vocabulary": len(tokenizer),
         "documents": sum(map(len, sequences.values())),
         "tokens": sum(len(ids) for kind in sequences.values() for ids, _ in kind),
+        "steps": steps,
         "epochs": arguments.epochs,
         "learning_rate": arguments.learning_rate,
         "batch_tokens": arguments.batch_tokens,
@@ -191,7 +193,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--batch-tokens", type=int, default=2048, help="tokens per step, padding included"
     )
-    parser.add_argument("--threads", type=int, default=2, help="CPU threads")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads")
     return parser.parse_args()
 
 
@@ -289,11 +291,14 @@ def train(
     sequences: Mapping[str, Sequence[Labelled]],
     pad_token_id: int,
     arguments: argparse.Namespace,
-) -> None:
-    """Trains for some epochs: 3% of warm-up, the peak rate up to half of the steps, then a cosine.
+) -> int:
+    """Trains: 3% of warm-up, the peak rate up to half of the steps, then a cosine.
 
     Muon (Jordan et al., 2024) trains the matrices, AdamW the rest. With AdamW alone the facts take
     several times as many epochs to learn.
+
+    Returns:
+        The number of steps.
     """
     rng = random.Random(arguments.seed)
     endless = {
@@ -349,6 +354,7 @@ def train(
             print(f"step {number}/{len(steps)}  loss: {means}  {seconds:.0f} s", flush=True)
             losses.clear()
     model.eval()
+    return len(steps)
 
 
 def answer_loss(
