@@ -67,6 +67,7 @@ MODES: dict[str, dict[str, Any]] = {
             ("", {}),
             (", bfloat16 exact", {"dtype": "bfloat16"}),
             (", bfloat16 stochastic, 8-bit, in backward", _SMALL),
+            (", the same, state in host memory", {**_SMALL, "state_offload": True}),
         )
     },
     **{

@@ -422,6 +422,30 @@ FAULTS = [
         [("            parameter.grad = None", "            pass")],
     ),
     Fault(
+        "an offloaded state is fetched while it is on its way back",
+        "test_offload.py",
+        "offload.py",
+        [("        while self._going:\n", "        while len(self._going) > 1:\n")],
+    ),
+    Fault(
+        "an offloaded state is used before it has come",
+        "test_offload.py",
+        "offload.py",
+        [("        loan.wait()\n        follower", "        follower")],
+    ),
+    Fault(
+        "an offloaded state never leaves the device",
+        "test_offload.py",
+        "offload.py",
+        [("            own.update({**lent, **kept})", "            own.update(lent)")],
+    ),
+    Fault(
+        "offloaded layers move before all gradients are checked",
+        "test_offload.py",
+        "adamw.py",
+        [("        if len(parts) > 1:\n", "        if len(parts) < 1:\n")],
+    ),
+    Fault(
         "merged in the weight's own dtype",
         "test_merge.py",
         "merge.py",

@@ -89,6 +89,29 @@ def test_what_storage_saves(untied):
     assert base.weights - eight.weights == linear * 3 - rows * 4
 
 
+@pytest.mark.parametrize("in_backward", [False, True], ids=["step", "in backward"])
+@pytest.mark.parametrize("method", ["fft", "molf"])
+def test_state_in_host_memory(untied, method, in_backward):
+    planner = Planner(untied)
+    how = {"device": "cuda", "batch_size": 1, "length": 8, "optimizer_in_backward": in_backward}
+    plain = planner.memory(make(method, **how))
+    other = planner.memory(make(method, state_offload=True, **how))
+    assert other.host == plain.moments + plain.factors > 0
+    assert (other.moments, other.factors, plain.host) == (0, 0, 0)
+    assert (other.weights, other.gradients) == (plain.weights, plain.gradients)
+    # What is lent at a time: of the head or the embeddings, and of their neighbours.
+    largest = 2 * 4 * 700 * 64
+    peaks = ("pass_peak",) if in_backward else ("pass_peak", "step_peak")
+    saved = {name: getattr(plain, name) - getattr(other, name) for name in peaks}
+    assert plain.host - 3 * largest < saved.pop(peaks[-1]) < plain.host - largest / 2
+    assert all(value == plain.host for value in saved.values())
+    # Beside a CPU nothing moves.
+    how["device"] = "cpu"
+    assert planner.memory(make(method, **how)) == planner.memory(
+        make(method, state_offload=True, **how)
+    )
+
+
 def test_trackers_agree(tiny, monkeypatch):
     """The profiler and torch.distributed's tracker, which share no code, see the same bytes."""
     monkeypatch.setattr(plan_memory, "model_config", lambda: tiny)

@@ -93,6 +93,7 @@ def test_defaults_are_those_of_training(asked_for):
         ("--optimizer_in_backward", "optimizer_in_backward", True),
         ("--optimizer_in_backward", "accumulates", False),
         ("--state_dtype 8bit", "state_dtype", "8bit"),
+        ("--state_offload", "state_offload", True),
         ("--dtype bfloat16 --weight_rounding stochastic", "weight_rounding", "stochastic"),
         (
             "--dtype bfloat16 --grad_accumulation_dtype float32",

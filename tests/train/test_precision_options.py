@@ -2,6 +2,7 @@
 
 import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ import yaml
 from safetensors.torch import load_file
 
 from molf.cli import main
+from molf.core.offload import carried_by
 from molf.errors import InputError
 from molf.train.resolved import resolve
 from molf.train.settings import TrainSettings
@@ -122,6 +124,34 @@ def test_in_backward_is_the_ordinary_run_without_clipping(tmp_path):
     assert all(torch.equal(runs["ordinary"][k], w) for k, w in runs["backward"].items())
 
 
+@pytest.mark.parametrize(
+    "options", [("--method", "molf", "--dtype", "bfloat16"), ("--method", "fft")], ids=str
+)
+def test_state_in_host_memory_changes_no_bit(options, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).resolve().parents[1] / "core")
+    from offload_helpers import LateCarrier
+
+    # fft with a plain state would be torch's own AdamW.
+    options = (*options, "--state_dtype", "8bit")
+    _, config, ordinary = train(tmp_path / "ordinary", *options)
+    assert config["state_offload"] is False
+    carrier = LateCarrier()
+    with carried_by(lambda _: carrier):
+        _, config, offloaded = train(tmp_path / "offloaded", *options, "--state_offload")
+    assert config["state_offload"] is True
+    assert carrier.peak > 0
+    assert all(torch.equal(ordinary[name], w) for name, w in offloaded.items())
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="it has an effect on CUDA")
+def test_state_in_host_memory_is_without_effect_on_a_cpu(tmp_path, capsys):
+    train(tmp_path / "run", "--state_offload", steps=1)
+    error = capsys.readouterr().err
+    assert error.count("state_offload=True is without effect: no trained parameter is on") == 1
+    with pytest.warns(UserWarning, match="Without effect with method=lora: state_offload"):
+        assert settings_of(method="lora", state_offload=True).state_offload is False
+
+
 def test_lora_beside_a_bfloat16_base_is_merged_in_float32(tmp_path):
     metrics, config, weights = train(
         tmp_path / "run", "--method", "lora", "--dtype", "bfloat16", "--save_dtype", "float32"
@@ -151,6 +181,7 @@ def test_lora_beside_a_bfloat16_base_is_merged_in_float32(tmp_path):
         ({"kernels": "triton", "method": "molf-e"}, "kernels=triton with method=molf-e: .* eager"),
         ({"kernels": "triton", "lora_dropout": 0.1}, "with method=molf and lora_dropout"),
         ({"kernels": "triton", "state_dtype": "8bit"}, "with state_dtype=8bit: .* Leave one"),
+        ({"kernels": "triton", "state_offload": True}, "with state_offload: .* Leave one"),
     ],
 )
 def test_what_cannot_be_is_one_line(given, message):

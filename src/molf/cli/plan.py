@@ -95,6 +95,8 @@ class PlanOptions:
     """float32 adds the gradients of bfloat16 weights up without rounding (fft, molf)."""
     optimizer_in_backward: Annotated[bool, Parameter(group=OPTIMIZATION)] = False
     """Move each layer in the backward pass and free its gradient; no clipping, no accumulation."""
+    state_offload: Annotated[bool, Parameter(group=OPTIMIZATION)] = False
+    """Keep the optimizer's state in host memory, on the GPU layer by layer (not run on one yet)."""
 
     json: Annotated[bool, Parameter(group=OUTPUT, negative=())] = False
     """Print the plan as JSON, sizes in bytes."""
@@ -159,6 +161,7 @@ def plan_model(options: PlanOptions) -> None:
             state_dtype=options.state_dtype,
             grad_accumulation_dtype=options.grad_accumulation_dtype,
             optimizer_in_backward=options.optimizer_in_backward,
+            state_offload=options.state_offload,
             quantised=quantised[0] if quantised else None,
         )
         plan = plan_training(options.model, read_model_config(options.model), workload)

@@ -95,6 +95,8 @@ def _storage(workload: Workload) -> list[str]:
         words.append(f"{workload.grad_accumulation_dtype} gradients")
     if workload.steps_in_backward:
         words.append("steps in the backward pass")
+    if workload.offloads:
+        words.append("state in host memory")
     return words + ["bfloat16 autocast"] * workload.bf16
 
 
@@ -126,8 +128,11 @@ def _memory(plan: TrainingPlan) -> Table:
         table.add_row(name, *sizes, end_section=end)
 
     row("weights", "weights")
-    row("moments", "moments")
-    row("LoRA factors in the optimizer", "factors")
+    if plan.workload.offloads:
+        row("optimizer state, in host memory", "host")
+    else:
+        row("moments", "moments")
+        row("LoRA factors in the optimizer", "factors")
     if not plan.workload.steps_in_backward:
         row("gradients, all", "gradients", end=True)
     row("activations and temporaries at the peak", "activations")

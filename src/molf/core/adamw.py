@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from molf.core.accumulation import accumulate_in_float32
 from molf.core.dense import DenseTensor
 from molf.core.fidelity import UpdateFidelity, UpdateTally
 from molf.core.groups import check_group, check_same_structure
+from molf.core.guard import nonfinite_gradients
 from molf.core.in_backward import BackwardSteps, Unit, check_in_backward
 from molf.core.kernels import (
     check_float32_moments,
@@ -23,7 +24,8 @@ from molf.core.kernels import (
     known_kernels,
 )
 from molf.core.moments import check_state_dtype, fits_8bit
-from molf.core.routed import RoutedLayer
+from molf.core.offload import StateOffload
+from molf.core.routed import RoutedLayer, States
 from molf.core.step import Outcome, take_step
 from molf.core.storage import (
     LOW,
@@ -68,6 +70,10 @@ class AdamW(Optimizer):
         kernels: `"triton"` takes steps with the Triton kernels of `molf.core.fused` (CUDA, float32
             or bfloat16 weights, float32 states). They have not run on a GPU yet. None and
             `"eager"`: with torch operations.
+        state_offload: Whether the state of parameters on CUDA lives in pinned host memory and is on
+            the device layer by layer, while a layer takes its step: the same bits in less memory
+            and more time. The host waits for the device once per layer. Not with `"triton"`, and
+            not run on a GPU yet.
 
     Attributes:
         skipped_steps: How many steps `nonfinite="skip"` has skipped.
@@ -94,6 +100,7 @@ class AdamW(Optimizer):
         grad_accumulation_dtype: str | None = None,
         optimizer_in_backward: bool = False,
         kernels: str | None = None,
+        state_offload: bool = False,
     ) -> None:
         if nonfinite not in ("raise", "skip"):
             raise ValueError(f"Invalid nonfinite={nonfinite!r}. Must be 'raise' or 'skip'.")
@@ -105,6 +112,12 @@ class AdamW(Optimizer):
         if optimizer_in_backward:
             check_in_backward(nonfinite, grad_accumulation_dtype)
         self.kernels = known_kernels(kernels)
+        if state_offload and self.kernels == "triton":
+            raise ValueError(
+                "kernels='triton' does not support state_offload=True: the kernels go through all "
+                "states at once. Leave one of them out."
+            )
+        self.state_offload = state_offload
         self.grad_accumulation_dtype = grad_accumulation_dtype
         self.optimizer_in_backward = optimizer_in_backward
         self.nonfinite = nonfinite
@@ -132,13 +145,23 @@ class AdamW(Optimizer):
                 stacklevel=2,
             )
         self._prepare()
+        if self._offload and not any(self._offload.moves(parameter) for parameter in parameters):
+            warnings.warn(
+                "state_offload=True is without effect: no trained parameter is on CUDA.",
+                stacklevel=2,
+            )
         how = "the Triton kernels" if self._fused else "eager torch operations"
+        if self._offload:
+            how += ", and keeps its state in host memory"
         _log.info("%s takes its steps with %s.", type(self).__name__, how)
 
     def _prepare(self) -> None:
-        """Say who computes, how gradients are kept, and when they are used; also for copies."""
+        """Say who computes, how and where things are kept, and when; also for copies."""
         self._fused = fused_step(self.kernels)
         self._backward: BackwardSteps | None = None
+        self._offload = StateOffload() if self.state_offload else None
+        if self._offload is not None:
+            self._offload.keep_all(self.state)
         if self.grad_accumulation_dtype is not None:
             accumulate_in_float32(p for group in self.param_groups for p in group["params"])
         if self.optimizer_in_backward:
@@ -182,12 +205,14 @@ class AdamW(Optimizer):
         if self._backward is None:
             self._begin()
             self._take(range(len(self.param_groups)))
+            self._end_step()
             return loss
         if not self._backward.is_open:
             self._begin()
         for unit in list(self._backward.left()):
             self._take_and_free(unit)
         self._backward.close()
+        self._end_step()
         self._backward.watch()  # libraries may have swapped parameters
         return loss
 
@@ -195,13 +220,57 @@ class AdamW(Optimizer):
         """Forget what the last step has left."""
         self._tally = UpdateTally() if self.measure_updates else None
 
+    def _end_step(self) -> None:
+        """Have all state where it lives."""
+        if self._offload is not None:
+            self._offload.end_step()
+
     def _take(self, indices: Iterable[int], position: int | None = None) -> None:
         """Step the parameters of some groups that have gradients; of all, or of one place."""
-        take = self._fused.take if self._fused else take_step
-        outcome = take(self._layers(indices), self._rest(indices, position), self._tally)
+        routed, rest = self._routed(indices), self._rest(indices, position)
+        if self._offload is None:
+            outcome = self._step(routed, rest, self.state)
+        else:
+            outcome = self._step_one_by_one(routed, rest, self._offload)
         if outcome.nonfinite:
             self._refuse(outcome.nonfinite)
         self._finish(outcome)
+
+    def _step(
+        self, routed: Sequence[dict[str, Any]], rest: Sequence[_Unrouted], states: States
+    ) -> Outcome:
+        """Step groups that are routed layers, and other parameters."""
+        take = self._fused.take if self._fused else take_step
+        others = [DenseTensor(p, group, states[p], name) for p, group, name in rest]
+        return take([self._layer(group, states) for group in routed], others, self._tally)
+
+    def _step_one_by_one(
+        self,
+        routed: Sequence[dict[str, Any]],
+        rest: Sequence[_Unrouted],
+        offload: StateOffload,
+    ) -> Outcome:
+        """The same, each with its state on the device while it takes its step.
+
+        Gradients are checked before; only scores that are not finite are found underway.
+        """
+        parts = [_Part([group], [], group["params"]) for group in routed]
+        parts += [_Part([], [other], [other.parameter]) for other in rest]
+        if len(parts) > 1:
+            with_gradient = [p for part in parts for p in part.parameters if p.grad is not None]
+            bad = nonfinite_gradients(with_gradient)
+            if bad:
+                return Outcome({}, bad)
+
+        def step_alone(part: _Part) -> Outcome:  # a function: what is lent must not outlive it
+            with offload.lent(self.state, part.parameters) as states:
+                return self._step(part.routed, part.rest, states)
+
+        outcomes = [step_alone(part) for part in parts]
+        return Outcome(
+            {name: one for outcome in outcomes for name, one in outcome.routing.items()},
+            [parameter for outcome in outcomes for parameter in outcome.nonfinite],
+        )
 
     def _take_and_free(self, unit: Unit) -> None:
         """Step a routed layer, or another parameter, and free its gradients."""
@@ -211,14 +280,18 @@ class AdamW(Optimizer):
         for parameter in [parameters[i] for i in position] or parameters:
             parameter.grad = None
 
-    def _layers(self, indices: Iterable[int]) -> list[RoutedLayer]:
-        """The routed layers of some groups: none here."""
+    def _routed(self, indices: Iterable[int]) -> list[dict[str, Any]]:
+        """Those of some groups that are routed layers and have gradients: none here."""
         return []
 
-    def _rest(self, indices: Iterable[int], position: int | None) -> list[DenseTensor]:
-        """The tensors of some groups that have a gradient and are not routed."""
+    def _layer(self, group: dict[str, Any], states: States) -> RoutedLayer:
+        """A group's routed layer."""
+        raise NotImplementedError("AdamW routes nothing")
+
+    def _rest(self, indices: Iterable[int], position: int | None) -> list[_Unrouted]:
+        """The parameters of some groups that have a gradient and are not routed."""
         return [
-            DenseTensor(parameter, group, self.state[parameter], self._name(number, place))
+            _Unrouted(parameter, group, self._name(number, place))
             for number, group in ((i, self.param_groups[i]) for i in indices)
             if group["layer"] is None
             for place, parameter in enumerate(group["params"])
@@ -242,8 +315,9 @@ class AdamW(Optimizer):
 
         They are what a checkpoint in float32 should hold.
         """
+        states = self._settled_state()
         return {
-            parameter: stored_values(parameter, self.state.get(parameter) or {})
+            parameter: stored_values(parameter, states.get(parameter) or {})
             for group in self.param_groups
             for parameter in group["params"]
             if parameter.dtype == torch.bfloat16
@@ -255,9 +329,15 @@ class AdamW(Optimizer):
         To be called where their values were replaced for good from outside. Without it the next
         step starts within half a unit in the last place of them.
         """
-        for state in self.state.values():
+        for state in self._settled_state().values():
             if LOW in state:
                 state[LOW].zero_()
+
+    def _settled_state(self) -> States:
+        """The state, once all of it is where it lives."""
+        if self._offload is not None:
+            self._offload.finish()
+        return self.state
 
     def _refuse(self, bad: list[Tensor]) -> None:
         """Raise for, or warn of, the parameters with a non-finite gradient."""
@@ -302,11 +382,17 @@ class AdamW(Optimizer):
             dense = dense[:-2]
         return any(fits_8bit(parameter) for parameter in dense)
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state as `torch.optim.Optimizer` does, once all of it is where it lives."""
+        self._settled_state()
+        return super().state_dict()
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state; every tensor keeps the saved dtype and so the saved bits.
 
         `torch.optim.Optimizer` casts floating-point state to the parameter's dtype, which would
-        round float32 factors and moments of bfloat16 weights.
+        round float32 factors and moments of bfloat16 weights, and moves it all to the parameter's
+        device, where an offloaded state may have no room. So it is given none of the tensors.
 
         Raises:
             ValueError: The saved groups route other layers, or with other ranks or scalings; or
@@ -314,12 +400,15 @@ class AdamW(Optimizer):
         """
         loaded: dict[str, Any] = {}
 
-        def capture_last(_: Optimizer, given: dict[str, Any]) -> None:
+        def capture_last(_: Optimizer, given: dict[str, Any]) -> dict[str, Any]:
             check_same_structure(given["param_groups"], self.param_groups)
             if self.kernels == "triton":
                 for group in given["param_groups"]:
                     check_float32_moments(group)
             loaded.update(given)
+            own = {i for group in given["param_groups"] for i in group["params"]}
+            plain = {i: _plain(s) if i in own else s for i, s in given["state"].items()}
+            return {**given, "state": plain}
 
         capture = self.register_load_state_dict_pre_hook(capture_last)
         restore = self.register_load_state_dict_post_hook(
@@ -332,13 +421,18 @@ class AdamW(Optimizer):
             restore.remove()
 
     def _restore_bits(self, loaded: dict[str, Any]) -> None:
+        self._settled_state()
         saved_ids = [i for group in loaded["param_groups"] for i in group["params"]]
         parameters = [p for group in self.param_groups for p in group["params"]]
         for saved_id, parameter in zip(saved_ids, parameters, strict=True):
             for key, value in loaded["state"].get(saved_id, {}).items():
                 if isinstance(value, Tensor):
                     # A copy, also on the same device: two optimizers never share state.
-                    self.state[parameter][key] = value.to(parameter.device, copy=True)
+                    self.state[parameter][key] = (
+                        self._offload.keep(parameter, value)
+                        if self._offload is not None
+                        else value.to(parameter.device, copy=True)
+                    )
                 elif value == {}:
                     # What flattened distributed checkpoints load where nothing was saved.
                     del self.state[parameter][key]
@@ -350,11 +444,13 @@ class AdamW(Optimizer):
         "grad_accumulation_dtype",
         "optimizer_in_backward",
         "kernels",
+        "state_offload",
         "_tally",
     )
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what copies and pickles hold: torch's part and our own attributes."""
+        self._settled_state()
         return {**super().__getstate__(), **{key: getattr(self, key) for key in self._OWN}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -368,6 +464,27 @@ class AdamW(Optimizer):
                 group.setdefault(key, value)
         if not before:  # a copy, whose parameters are others
             self._prepare()
+
+
+class _Unrouted(NamedTuple):
+    """A parameter that takes plain AdamW steps, its group, and its name."""
+
+    parameter: Tensor
+    group: dict[str, Any]
+    name: str
+
+
+class _Part(NamedTuple):
+    """A routed layer, or another parameter: what takes a step together."""
+
+    routed: list[dict[str, Any]]
+    rest: list[_Unrouted]
+    parameters: list[Tensor]
+
+
+def _plain(state: dict[str, Any]) -> dict[str, Any]:
+    """A parameter's state without its tensors."""
+    return {key: value for key, value in state.items() if not isinstance(value, Tensor)}
 
 
 def _warn_of_rounding(groups: Sequence[dict[str, Any]]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -40,6 +41,12 @@ class FiniteGuard:
                 betas, finite, dtype, is_known_finite=self._is_known and not self.refuses
             )
         return self._made[key]
+
+
+def nonfinite_gradients(parameters: list[Tensor]) -> list[Tensor]:
+    """Return the parameters whose gradient has infinity or NaN; the host waits for the device."""
+    sums = FiniteGuard(parameters).gradient_sums.tolist()
+    return [p for p, total in zip(parameters, sums, strict=True) if not math.isfinite(total)]
 
 
 def reads_for_nothing(device: torch.device) -> bool:

@@ -15,7 +15,7 @@ from molf.core.config import MoLFConfig
 from molf.core.folded import FoldedLayer
 from molf.core.groups import build_groups
 from molf.core.quantised import keep_differentiable
-from molf.core.routed import RoutedLayer
+from molf.core.routed import RoutedLayer, States
 from molf.core.routing import Decision
 from molf.core.step import Outcome
 
@@ -84,6 +84,7 @@ class MoLFAdamW(AdamW):
         grad_accumulation_dtype: str | None = None,
         optimizer_in_backward: bool = False,
         kernels: str | None = None,
+        state_offload: bool = False,
     ) -> MoLFAdamW:
         """Build the optimizer for any module with linear layers, or with a LoRA adapter on them.
 
@@ -116,6 +117,10 @@ class MoLFAdamW(AdamW):
             kernels: `"triton"` takes steps with the Triton kernels of `molf.core.fused` (a plain
                 model on CUDA, float32 or bfloat16 weights, float32 states). They have not run on a
                 GPU yet. None and `"eager"`: with torch operations.
+            state_offload: Whether the state of parameters on CUDA, folded LoRA factors included,
+                lives in pinned host memory and is on the device layer by layer, while a layer takes
+                its step: the same bits in less memory and more time. The host waits once per layer.
+                Not with `"triton"`, and not run on a GPU yet.
 
         Raises:
             ValueError: A value is not allowed, no layer can be routed (see `find_layers`,
@@ -149,6 +154,7 @@ class MoLFAdamW(AdamW):
             grad_accumulation_dtype=grad_accumulation_dtype,
             optimizer_in_backward=optimizer_in_backward,
             kernels=kernels,
+            state_offload=state_offload,
             seed=config.seed,
         )
         keep_differentiable(model)
@@ -164,16 +170,18 @@ class MoLFAdamW(AdamW):
         super()._begin()
         self.routing = {}
 
-    def _layers(self, indices: Iterable[int]) -> list[RoutedLayer]:
-        """The routed layers of some groups, those whose parameters have gradients."""
+    def _routed(self, indices: Iterable[int]) -> list[dict[str, Any]]:
+        """Those of some groups that are routed layers and have gradients."""
         groups = [self.param_groups[index] for index in indices]
         routed = [group for group in groups if group["layer"] is not None]
         taking_part = [group for group in routed if _form_of(group).takes_part(group)]
         if len(taking_part) < len(routed) and not any(self.state.values()):
             _warn_of_missing_gradients(routed, taking_part)
-        if self._fused is not None:
-            return [self._fused.layer(group, self.state) for group in taking_part]
-        return [_form_of(group)(group, self.state) for group in taking_part]
+        return taking_part
+
+    def _layer(self, group: dict[str, Any], states: States) -> RoutedLayer:
+        """A group's routed layer, in the form that its LoRA experts have."""
+        return (self._fused.layer if self._fused else _form_of(group))(group, states)
 
     def _finish(self, outcome: Outcome) -> None:
         self.routing |= outcome.routing
@@ -181,11 +189,13 @@ class MoLFAdamW(AdamW):
     def lora_factors(self, layer: str) -> list[tuple[Tensor, Tensor]]:
         """Return copies of a layer's factors, one (A [r, in], B [out, r]) per LoRA expert.
 
+        They are where the state is: in host memory with `state_offload`.
+
         Raises:
             ValueError: No routed layer has this name.
         """
         group = self._group_of(layer)
-        return _form_of(group).read_factors(group, self.state)
+        return _form_of(group).read_factors(group, self._settled_state())
 
     def set_lora_factors(self, layer: str, factors: Sequence[tuple[Tensor, Tensor]]) -> None:
         """Replace a layer's factors.
@@ -212,7 +222,9 @@ class MoLFAdamW(AdamW):
             torch.cat([B.to(own) for _, B in factors], 1),
         )
         with torch.no_grad():
-            _form_of(group).write_factors(group, self.state, *stacked)
+            _form_of(group).write_factors(group, self._settled_state(), *stacked)
+            if self._offload is not None:  # what was made is beside the parameters
+                self._offload.keep_all({p: self.state.get(p, {}) for p in group["params"]})
 
     def _group_of(self, layer: str) -> dict[str, Any]:
         for group in self.param_groups:

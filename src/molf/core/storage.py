@@ -136,7 +136,8 @@ class StoredWeight:
 def stored_values(parameter: Tensor, state: dict[str, Any]) -> Tensor:
     """Return a copy of the values that a parameter stands for; makes no state."""
     if parameter.dtype == torch.bfloat16 and LOW in state:
-        return _joined(parameter.detach(), state[LOW])
+        low = state[LOW].to(parameter.device)  # an offloaded state is elsewhere
+        return _joined(parameter.detach(), low)
     dtype = torch.promote_types(parameter.dtype, torch.float32)
     return parameter.detach().to(dtype, copy=True)
 

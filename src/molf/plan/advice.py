@@ -39,8 +39,8 @@ def suggestions(planner: Planner, workload: Workload, device: Device) -> list[Su
 
     Every option is tried alone, and the first value of each that fits is suggested. Where none
     does, what costs least is taken for granted (checkpointing, a batch of one, 8-bit states,
-    bfloat16 weights, steps in the backward pass, stochastic rounding, one after the other) and the
-    others are tried on top.
+    bfloat16 weights, steps in the backward pass, stochastic rounding, state in host memory, one
+    after the other) and the others are tried on top.
 
     Args:
         planner: Of the model.
@@ -144,6 +144,13 @@ def _in_backward(workload: Workload) -> Iterator[tuple[str, Workload]]:
         yield f"--optimizer_in_backward{extra}", changed
 
 
+def _offload(workload: Workload) -> Iterator[tuple[str, Workload]]:
+    """The optimizer's state in host memory."""
+    changed = replace(workload, state_offload=True)
+    if workload.trains_dense and changed.offloads and not workload.offloads:
+        yield "--state_offload", changed
+
+
 def _quantised(workload: Workload) -> Iterator[tuple[str, Workload]]:
     if workload.method in QUANTISABLE and workload.quantised is None:
         dtype = "" if workload.dtype == "float32" else " --dtype float32"
@@ -165,6 +172,7 @@ def _frozen_base(method: str) -> _Option:
                 method=method,
                 config=method_config(method, **same),
                 optimizer_in_backward=False,
+                state_offload=False,
                 grad_accumulation_dtype=None,
                 weight_rounding=None,
                 state_dtype="float32",
@@ -190,6 +198,7 @@ _GRANTED: tuple[_Option, ...] = (
     _dtype,
     _in_backward,
     _rounding,
+    _offload,
 )
 # Those that change nothing but time come first, then how numbers are kept, then what is trained.
 _OPTIONS: tuple[_Option, ...] = (
@@ -199,6 +208,7 @@ _OPTIONS: tuple[_Option, ...] = (
     _states,
     _dtype,
     _rounding,
+    _offload,
     _length,
     _quantised,
     _frozen_base("molf-e"),

@@ -15,8 +15,8 @@ from torch.utils._pytree import tree_iter
 class LiveBytes(TorchDispatchMode):
     """Counts storages made inside the context until nothing refers to them any more.
 
-    Views share their storage and count once. A kernel's own workspace, which is no tensor, is not
-    seen.
+    Views share their storage and count once; tensors of the meta device count nothing. A kernel's
+    own workspace, which is no tensor, is not seen.
 
     Args:
         known: Tensors that exist already and are not counted.
@@ -61,6 +61,8 @@ class LiveBytes(TorchDispatchMode):
         return result
 
     def _count(self, tensor: Tensor, size: int) -> None:
+        if tensor.device.type == "meta":  # what a plan keeps elsewhere
+            return
         storage = tensor.untyped_storage()
         key = storage._cdata
         if key in self._seen:

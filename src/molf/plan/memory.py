@@ -31,6 +31,7 @@ class MemoryPlan:
         pass_gradients: Gradients that are there at that peak.
         transient: Temporaries of the optimizer's step.
         gathered: With several devices, weights that are whole on each for a while.
+        host: Moments and factors that are in host memory instead, and no part of any peak.
     """
 
     weights: int
@@ -41,6 +42,7 @@ class MemoryPlan:
     pass_gradients: int
     transient: int
     gathered: int = 0
+    host: int = 0
 
     @property
     def held(self) -> int:
@@ -106,11 +108,13 @@ class Planner:
     def _plan(self, workload: Workload, passing: PassTrace) -> MemoryPlan:
         shape = self.shape(workload)
         step: StepTrace = self._step(_shape_alone(workload))
+        state = step.moments + step.factors
         plan = MemoryPlan(
             weights=shape.weight_bytes,
             gradients=step.gradients,
-            moments=step.moments,
-            factors=step.factors,
+            moments=0 if workload.offloads else step.moments,
+            factors=0 if workload.offloads else step.factors,
+            host=state if workload.offloads else 0,
             activations=passing.activations,
             pass_gradients=passing.gradients,
             transient=step.transient,
@@ -140,6 +144,6 @@ def _sharded(plan: MemoryPlan, shape: ModelShape, devices: int) -> MemoryPlan:
     """
     if devices == 1:
         return plan
-    split = ("weights", "gradients", "moments", "factors", "pass_gradients")
+    split = ("weights", "gradients", "moments", "factors", "pass_gradients", "host")
     parts = {name: -(-getattr(plan, name) // devices) for name in split}
     return replace(plan, **parts, gathered=shape.gathered_bytes)

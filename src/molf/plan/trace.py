@@ -48,7 +48,7 @@ class StepTrace:
         moments: First and second moments of all experts and of what is not routed, and the low
             halves of bfloat16 weights.
         factors: LoRA factors that the optimizer keeps (molf); an adapter's are weights.
-        transient: Temporaries at the peak of a step.
+        transient: Temporaries at the peak of a step; states lent from host memory are among them.
     """
 
     gradients: int
@@ -104,6 +104,9 @@ def trace_step(config: Any, workload: Workload) -> StepTrace:
         with counter:
             made.optimizer.step()  # this one makes the state as well, which is there at its end
             transient = counter.peak - counter.now
+            if workload.offloads:  # the second one knows what to fetch ahead
+                made.optimizer.step()
+                transient = max(transient, counter.peak - counter.now)
             _let_lora_win(made.optimizer)
             counter.reset_peak()
             made.optimizer.step()
@@ -116,11 +119,15 @@ def _trace_steps_in_backward(config: Any, made: Trainable, workload: Workload) -
     """Passes in which layers move: the full experts win the first, the LoRA experts another."""
     with _blocks(made, workload):
         _make_state(made)
+        made.optimizer.step()  # without a gradient: forgets the order of that step
         counter = LiveBytes(_tensors(made))
         gc.collect()
         with counter:
             _run_pass(config, made.model, workload, counter, scalar=1.0)
             made.optimizer.step()
+            if workload.offloads:  # the second one knows what to fetch ahead
+                _run_pass(config, made.model, workload, counter, scalar=1.0)
+                made.optimizer.step()
             if _let_lora_win(made.optimizer):
                 _run_pass(config, made.model, workload, counter, scalar=1.0)
     return PassTrace(gradients=0, activations=counter.peak)
@@ -138,8 +145,9 @@ def _run_pass(
         counter: Of the bytes.
         scalar: What the host reads in the backward pass.
     """
+    inputs = _inputs(workload)  # alive in the backward pass too, as a trainer's batch is
     try:
-        loss = _loss(model, workload)
+        loss = _loss(model, inputs, bf16=workload.bf16)
         counter.scalar = scalar
         loss.backward()
     except (RuntimeError, NotImplementedError) as error:
@@ -152,14 +160,18 @@ def _run_pass(
         counter.scalar = None
 
 
-def _loss(model: Any, workload: Workload) -> Tensor:
-    """The loss of SFTTrainer's training step."""
+def _inputs(workload: Workload) -> dict[str, Tensor]:
+    """A batch. Without a mask, transformers lets attention be causal, as for one of ones alone."""
     ids = torch.zeros(workload.batch_size, workload.length, dtype=torch.long)
-    # Without a mask, transformers lets attention be causal, as it does for a mask of ones alone.
     mask = {"attention_mask": torch.ones_like(ids)} if workload.padded else {}
-    with torch.autocast("cpu", torch.bfloat16, enabled=workload.bf16):
-        outputs = model(input_ids=ids, labels=ids, use_cache=False, fused_lm_head=True, **mask)
-    loss: Tensor = -outputs.log_probs.sum() / ids.numel()
+    return {"input_ids": ids, "labels": ids, **mask}
+
+
+def _loss(model: Any, inputs: dict[str, Tensor], *, bf16: bool) -> Tensor:
+    """The loss of SFTTrainer's training step."""
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        outputs = model(**inputs, use_cache=False, fused_lm_head=True)
+    loss: Tensor = -outputs.log_probs.sum() / inputs["input_ids"].numel()
     return loss
 
 

@@ -14,9 +14,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 
 from molf.core.adamw import AdamW
 from molf.core.layers import find_layers
+from molf.core.offload import carried_by
 from molf.core.optimizer import MoLFAdamW
 from molf.core.peft_model import with_adapter
 from molf.errors import InputError
+from molf.plan.host_memory import PlannedCarrier
 from molf.plan.quantised_base import quantise
 from molf.plan.workload import Workload
 
@@ -79,7 +81,8 @@ def trainable(config: Any, workload: Workload) -> Iterator[Trainable]:
         # Constants that the model has made are real; they are small.
         with FakeTensorMode(allow_non_fake_inputs=True):
             _leave_meta(model)
-            optimizer = _optimizer(model, workload)
+            with carried_by(lambda _: PlannedCarrier()):
+                optimizer = _optimizer(model, workload)
             if workload.quantised is not None:
                 compute = torch.bfloat16 if workload.bf16 else torch.float32
                 quantise(model, workload.quantised, compute)
@@ -142,6 +145,7 @@ def _optimizer(model: nn.Module, workload: Workload) -> torch.optim.Optimizer:
         "state_dtype": workload.state_dtype,
         "grad_accumulation_dtype": workload.grad_accumulation_dtype,
         "optimizer_in_backward": workload.optimizer_in_backward,
+        "state_offload": workload.offloads,
     }
     if workload.method != "molf-e":  # PEFT's factors are float32
         storage["weight_rounding"] = workload.weight_rounding
@@ -150,8 +154,12 @@ def _optimizer(model: nn.Module, workload: Workload) -> torch.optim.Optimizer:
     if workload.method in ("molf", "molf-e"):
         return MoLFAdamW.from_model(model, workload.config, **storage)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    is_plain = workload.dtype == workload.state_dtype == "float32"
-    if workload.method == "fft" and not (is_plain and not workload.optimizer_in_backward):
+    is_plain = (
+        workload.dtype == workload.state_dtype == "float32"
+        and not workload.optimizer_in_backward
+        and not workload.offloads
+    )
+    if workload.method == "fft" and not is_plain:
         return AdamW(trained, **storage)
     return torch.optim.AdamW(trained, fused=True)
 

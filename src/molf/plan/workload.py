@@ -40,6 +40,7 @@ class Workload:
         state_dtype: How moments of dense weights are kept.
         grad_accumulation_dtype: Type of the gradients; None for that of the weights.
         optimizer_in_backward: Whether steps are taken in the backward pass.
+        state_offload: Whether the optimizer's state is in host memory; on CUDA only.
         quantised: The option that asks for a quantised base, one of `QUANTISATIONS`, or None.
 
     Raises:
@@ -61,6 +62,7 @@ class Workload:
     state_dtype: str = "float32"
     grad_accumulation_dtype: str | None = None
     optimizer_in_backward: bool = False
+    state_offload: bool = False
     quantised: str | None = None
 
     def __post_init__(self) -> None:
@@ -133,6 +135,11 @@ class Workload:
     def steps_in_backward(self) -> bool:
         """Whether the optimizer takes its steps in the backward pass; lora's never does."""
         return self.optimizer_in_backward and self.method != "lora"
+
+    @property
+    def offloads(self) -> bool:
+        """Whether states are in host memory; lora's optimizer is torch's, and keeps them."""
+        return self.state_offload and self.method != "lora" and self.device == "cuda"
 
     @property
     def trains_dense(self) -> bool:

@@ -218,6 +218,7 @@ def _planned(
         state_dtype=settings.state_dtype,
         grad_accumulation_dtype=settings.grad_accumulation_dtype,
         optimizer_in_backward=settings.optimizer_in_backward,
+        state_offload=settings.state_offload,
         quantised=settings.quantised,
     )
     at_limit = replace(workload, length=limit, padded=settings.per_device_train_batch_size > 1)

@@ -105,6 +105,7 @@ _STORAGE = (
     "state_dtype",
     "grad_accumulation_dtype",
     "optimizer_in_backward",
+    "state_offload",
     "kernels",
 )
 _ADAPTER = (

@@ -134,6 +134,8 @@ class TrainSettings:
     """float32 adds the gradients of bfloat16 weights up without rounding (fft, molf)."""
     optimizer_in_backward: Annotated[bool, Parameter(group=OPTIMIZATION)] = False
     """Move each layer in the backward pass and free its gradient; no clipping, no accumulation."""
+    state_offload: Annotated[bool, Parameter(group=OPTIMIZATION)] = False
+    """Keep the optimizer's state in host memory, on the GPU layer by layer (not run on one yet)."""
     kernels: Annotated[str, Parameter(choices=KERNELS, group=OPTIMIZATION)] = "eager"
     """triton: the steps of fft and molf by Triton kernels (CUDA; not run on a GPU yet)."""
     learning_rate: Annotated[float | None, Parameter(group=OPTIMIZATION, show_default=_AUTO)] = None
@@ -292,6 +294,11 @@ class TrainSettings:
             raise InputError(
                 "Invalid kernels=triton with state_dtype=8bit: the kernels keep float32 moments. "
                 "Leave one of the two out."
+            )
+        if self.state_offload:
+            raise InputError(
+                "Invalid kernels=triton with state_offload: the kernels go through all states at "
+                "once. Leave one of the two out."
             )
         if find_spec("triton") is None:
             raise InputError(

@@ -18,6 +18,7 @@ def storage_options(settings: ResolvedSettings) -> dict[str, Any]:
         "state_dtype": settings.state_dtype,
         "grad_accumulation_dtype": settings.grad_accumulation_dtype,
         "optimizer_in_backward": settings.optimizer_in_backward,
+        "state_offload": settings.state_offload,
         "kernels": settings.kernels,
     }
 
@@ -28,6 +29,7 @@ def is_plain(settings: ResolvedSettings) -> bool:
         settings.dtype == "float32"
         and settings.state_dtype == "float32"
         and not settings.optimizer_in_backward
+        and not settings.state_offload
         and settings.kernels == "eager"
     )
 

@@ -1,0 +1,467 @@
+"""States that live in host memory: the bits of those that do not, whatever moves them, and when."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+import warnings
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from core_helpers import Conv1D, TinyModel, assert_same_bits, feed, snapshot, tiny_optimizer
+from offload_helpers import LateCarrier
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.optim.lr_scheduler import LambdaLR
+
+import molf
+from molf import AdamW, MoLFAdamW, MoLFConfig
+from molf.core.offload import CudaCarrier, StateOffload, carried_by
+
+FORMS = ["folded", "folded-top2", "explicit", "frozen", "fft"]
+STORAGE = {
+    "float32": (torch.float32, {}),
+    "float64": (torch.float64, {}),
+    "exact": (torch.bfloat16, {}),
+    "stochastic": (torch.bfloat16, {"weight_rounding": "stochastic"}),
+    "8bit": (torch.float32, {"state_dtype": "8bit"}),
+    "stochastic 8bit": (torch.bfloat16, {"weight_rounding": "stochastic", "state_dtype": "8bit"}),
+}
+
+
+@pytest.fixture
+def carrier():
+    carrier = LateCarrier()
+    with carried_by(lambda _: carrier):
+        yield carrier
+
+
+def build(form: str, storage: str = "float32", **options):
+    """A model that has tensors of 8 bits, in both layouts, and others."""
+    dtype, how = STORAGE[storage]
+    torch.manual_seed(0)
+    model = TinyModel(vocabulary=64, width=64, hidden=128)
+    if form.startswith("folded") or form == "fft":
+        model.turned = Conv1D(64, 128)
+        inner = model.down.forward
+        model.down.forward = lambda x: inner(x) + model.turned(x)
+    model = model.to(dtype)
+    options = {"lr": 1e-2, **how, **options}
+    if form in ("explicit", "frozen"):
+        options.pop("weight_rounding", None)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        if form == "fft":
+            return model, AdamW(model.named_parameters(), **options)
+        config = MoLFConfig(ranks=(2, 3), alpha=4.0, top_k=2 if form == "folded-top2" else 1)
+        if form in ("explicit", "frozen"):
+            config = MoLFConfig(
+                ranks=(2, 3), alpha=4.0, freeze_base=form == "frozen", freeze_rest=False
+            )
+            model = molf.with_adapter(model, config)
+        return model, MoLFAdamW.from_model(model, config, lora_lr=3e-2, **options)
+
+
+def run(model: nn.Module, optimizer: torch.optim.Optimizer, seed: int) -> None:
+    model.zero_grad()
+    ids = torch.randint(64, (4, 5), generator=torch.Generator().manual_seed(seed))
+    device = next(model.parameters()).device
+    out = model(ids.to(device)).flatten(0, 1).float()
+    nn.functional.cross_entropy(out, ids.to(device).roll(1, 1).flatten()).backward()
+    optimizer.step()
+
+
+def tensors(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    return [v for state in optimizer.state.values() for v in state.values() if torch.is_tensor(v)]
+
+
+@pytest.mark.parametrize("in_backward", [False, True], ids=["step", "in backward"])
+@pytest.mark.parametrize("storage", STORAGE)
+@pytest.mark.parametrize("form", FORMS)
+def test_same_bits(carrier, form, storage, in_backward):
+    how = {"optimizer_in_backward": in_backward}
+    twin, ordinary = build(form, storage, **how)
+    model, optimizer = build(form, storage, state_offload=True, **how)
+    schedules = [LambdaLR(own, lambda step: 1 / (1 + step)) for own in (optimizer, ordinary)]
+    optimizer.measure_updates = ordinary.measure_updates = True
+    for step in range(5):
+        run(model, optimizer, step)
+        run(twin, ordinary, step)
+        assert getattr(optimizer, "routing", None) == getattr(ordinary, "routing", None)
+        assert optimizer.update_fidelity == ordinary.update_fidelity
+        assert_same_bits(snapshot(model, optimizer), snapshot(twin, ordinary))
+        assert carrier.now == 0
+        for schedule in schedules:
+            schedule.step()
+    assert all(carrier.holds(tensor) for tensor in tensors(optimizer))
+    assert tensors(optimizer)
+
+
+def test_what_comes_next_is_fetched_before_what_is_used_goes_back(carrier):
+    model, optimizer = build("fft", state_offload=True)
+    run(model, optimizer, 0)
+    count = len(list(model.parameters()))
+    assert carrier.log.count("put back") == count
+    carrier.log.clear()
+    run(model, optimizer, 1)
+    assert carrier.log.count("fetch") == count
+    start = ["fetch", "arrive", "fetch", "put back", "arrive", "fetch", "put back"]
+    # From the third on, one has to be back, and freed, before another is fetched.
+    ongoing = ["arrive", "return", "fetch", "put back"] * (count - 3)
+    end = ["arrive", "put back", "return", "return", "return"]
+    assert carrier.log == [*start, *ongoing, *end]
+
+
+@pytest.mark.parametrize("in_backward", [False, True], ids=["step", "in backward"])
+def test_no_more_than_three_neighbours_are_on_the_device(carrier, in_backward):
+    layers = nn.Sequential(*[nn.Linear(32, 32, bias=False) for _ in range(8)])
+    config = MoLFConfig(ranks=(4,))
+    optimizer = MoLFAdamW.from_model(
+        layers, config, state_offload=True, optimizer_in_backward=in_backward
+    )
+    one = 4 * (2 * 32 * 32 + 3 * 2 * 4 * 32)
+    for step in range(3):
+        carrier.peak = 0
+        torch.manual_seed(step)
+        layers(torch.randn(3, 32)).square().mean().backward()
+        optimizer.step()
+        assert carrier.peak == (0 if step == 0 else 3 * one)
+        assert carrier.now == 0
+        layers.zero_grad()
+
+
+def test_another_order_and_missing_gradients_change_nothing(carrier):
+    """What is fetched ahead in vain is left, and what comes unexpectedly is fetched."""
+    model, optimizer = build("folded", state_offload=True, optimizer_in_backward=True)
+    twin, ordinary = build("folded", optimizer_in_backward=True)
+    for step in range(6):
+        for each, own in ((model, optimizer), (twin, ordinary)):
+            for number, parameter in enumerate(each.parameters()):
+                parameter.requires_grad_(number % 4 != step % 4)
+            own._backward._watched = []  # hooks are put on what needs gradients now
+            own._backward.watch()
+            run(each, own, step)
+        assert_same_bits(snapshot(model, optimizer), snapshot(twin, ordinary))
+
+
+@pytest.mark.parametrize("form", ["folded", "frozen", "fft"])
+def test_skipped_steps_leave_everything(carrier, form):
+    model, optimizer = build(form, state_offload=True, nonfinite="skip")
+    run(model, optimizer, 0)
+    before = snapshot(model, optimizer)
+    last = [p for p in model.parameters() if p.requires_grad][-1]
+    handle = last.register_hook(lambda grad: grad * float("inf"))
+    with pytest.warns(UserWarning, match=r"Non-finite gradient in .* Step skipped"):
+        run(model, optimizer, 1)
+    handle.remove()
+    assert_same_bits(snapshot(model, optimizer), before)
+    run(model, optimizer, 1)
+    twin, ordinary = build(form)
+    for step in (0, 1):
+        run(twin, ordinary, step)
+    assert_same_bits(snapshot(model, optimizer), snapshot(twin, ordinary))
+
+
+def test_errors_underway_leave_states_where_they_live(carrier):
+    """A layer whose scores overflow: those before it have moved, it and those after it have not."""
+    model, optimizer = build("folded", state_offload=True)
+    for step in (0, 1):
+        run(model, optimizer, step)
+    state = optimizer.state[model.down.weight]
+    sound = state["lora_A_exp_avg"].clone()
+    state["lora_A_exp_avg"].fill_(float("inf"))
+    before = snapshot(model, optimizer)
+    with pytest.raises(RuntimeError, match="Scores of layer down are not finite"):
+        run(model, optimizer, 2)
+    after = snapshot(model, optimizer)
+    changed = {key for key in before if not _same(after[key], before[key])}
+    assert {key.split(".")[0] for key in changed} == {"up"}
+    assert all(carrier.holds(tensor) for tensor in tensors(optimizer))
+    state["lora_A_exp_avg"].copy_(sound)
+    run(model, optimizer, 3)
+    assert all(t.isfinite().all() for t in tensors(optimizer))
+    assert carrier.now == 0
+
+
+def test_state_that_is_read_before_the_step_ends_is_complete(carrier):
+    model, optimizer = build("folded", "exact", state_offload=True, optimizer_in_backward=True)
+    twin, ordinary = build("folded", "exact", optimizer_in_backward=True)
+    for each, own in ((model, optimizer), (twin, ordinary)):
+        run(each, own, 0)
+        step, own.step = own.step, lambda: None
+        run(each, own, 1)  # moved, and `step` is still to come
+        own.step = step
+    weights = [own.float32_weights().values() for own in (optimizer, ordinary)]
+    assert all(torch.equal(one, other) for one, other in zip(*weights, strict=True))
+    _assert_same_state(optimizer.state_dict(), ordinary.state_dict())
+
+
+@pytest.mark.parametrize("way", ["deepcopy", "pickle"])
+@pytest.mark.parametrize("form", FORMS)
+def test_copies_go_on_alike(carrier, form, way):
+    pair = build(form, "8bit", state_offload=True)
+    for module in pair[0].modules():
+        module.__dict__.pop("forward", None)  # a function of the test cannot be pickled
+    run(*pair, 0)
+    twin, other = copy.deepcopy(pair) if way == "deepcopy" else pickle.loads(pickle.dumps(pair))
+    assert other.state_offload
+    assert all(carrier.holds(tensor) for tensor in tensors(other))
+    for model, optimizer in (pair, (twin, other)):
+        for step in (1, 2):
+            run(model, optimizer, step)
+    assert_same_bits(snapshot(twin, other), snapshot(*pair))
+
+
+@pytest.mark.parametrize("offloaded", [True, False])
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("storage", ["exact", "stochastic 8bit"])
+def test_states_are_interchangeable(carrier, form, storage, offloaded):
+    first = build(form, storage, state_offload=offloaded)
+    second = build(form, storage, state_offload=not offloaded)
+    run(*first, 0)
+    file = io.BytesIO()
+    torch.save([first[0].state_dict(), first[1].state_dict()], file)
+    file.seek(0)
+    model_state, state = torch.load(file, weights_only=True)
+    second[0].load_state_dict(model_state)
+    second[1].load_state_dict(state)
+    assert all(carrier.holds(t) == (not offloaded) for t in tensors(second[1]))
+    for model, optimizer in (first, second):
+        run(model, optimizer, 1)
+    assert_same_bits(snapshot(*first), snapshot(*second))
+
+
+@pytest.mark.parametrize("offloaded", [True, False])
+def test_distributed_checkpoints(carrier, tmp_path, offloaded):
+    first = build("folded", "8bit", state_offload=offloaded)
+    second = build("folded", "8bit", state_offload=not offloaded)
+    run(*first, 0)
+    saved = get_optimizer_state_dict(*first)
+    dcp.save(saved, checkpoint_id=tmp_path)
+    second[0].load_state_dict(first[0].state_dict())
+    loaded = get_optimizer_state_dict(*second)
+    dcp.load(loaded, checkpoint_id=tmp_path)
+    set_optimizer_state_dict(*second, loaded)
+    assert all(carrier.holds(t) == (not offloaded) for t in tensors(second[1]))
+    for model, optimizer in (first, second):
+        run(model, optimizer, 1)
+    assert_same_bits(snapshot(*first), snapshot(*second))
+
+
+@pytest.mark.parametrize("steps", [0, 1])
+@pytest.mark.parametrize("form", ["folded", "frozen"])
+def test_factors_are_read_and_replaced(carrier, form, steps):
+    pairs = [build(form, "exact", state_offload=offloaded) for offloaded in (True, False)]
+    found = []
+    for model, optimizer in pairs:
+        for step in range(steps):
+            run(model, optimizer, step)
+        layer = optimizer.param_groups[0]["layer"]
+        factors = [(A + 1, B - 1) for A, B in optimizer.lora_factors(layer)]
+        optimizer.set_lora_factors(layer, factors)
+        optimizer.reset_low_halves()
+        found.append(optimizer.lora_factors(layer))
+        run(model, optimizer, 9)
+    for one, other in zip(*found, strict=True):
+        assert all(map(torch.equal, one, other))
+    assert all(carrier.holds(tensor) for tensor in tensors(pairs[0][1]))
+    assert_same_bits(snapshot(*pairs[0]), snapshot(*pairs[1]))
+
+
+def test_parameters_whose_states_stay(carrier):
+    """A model whose layers are on several devices."""
+    model, ordinary = build("folded")
+    with carried_by(lambda device: None):
+        twin, optimizer = build("folded", state_offload=False)
+    optimizer._offload = StateOffload()
+    optimizer._offload._carrier = lambda p: carrier if p.dim() == 2 else None
+    for step in range(3):
+        run(model, ordinary, step)
+        run(twin, optimizer, step)
+    assert_same_bits(snapshot(model, ordinary), snapshot(twin, optimizer))
+    assert {carrier.holds(tensor) for tensor in tensors(optimizer)} == {True, False}
+
+
+@pytest.mark.parametrize("form", ["folded", "fft"])
+def test_without_effect_beside_a_cpu(form):
+    model = nn.Linear(4, 4)
+    with pytest.warns(UserWarning, match="state_offload=True is without effect: no trained"):
+        optimizer = (
+            AdamW(model.parameters(), state_offload=True)
+            if form == "fft"
+            else MoLFAdamW.from_model(model, MoLFConfig(ranks=(2,)), state_offload=True)
+        )
+    feed(model, 0)
+    optimizer.step()
+
+
+def test_kernels_are_refused():
+    pytest.importorskip("triton")
+    with pytest.raises(ValueError, match=r"'triton' does not support state_offload=True.*Leave"):
+        AdamW(nn.Linear(4, 4).parameters(), kernels="triton", state_offload=True)
+
+
+def test_trainers_factory_takes_it(carrier):
+    factory, options = molf.trainer_optimizer(MoLFConfig(ranks=(2,)), state_offload=True)
+    assert factory()(TinyModel(), **options).state_offload
+
+
+def test_the_log_says_so(carrier, caplog):
+    with caplog.at_level("INFO", logger="molf"):
+        tiny_optimizer(TinyModel(), state_offload=True)
+    assert "eager torch operations, and keeps its state in host memory." in caplog.text
+
+
+# -- CUDA -----------------------------------------------------------------------------------------
+
+
+class FakeStream:
+    """A stream that writes down what it is told."""
+
+    log: list[str]
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def wait_stream(self, other: FakeStream) -> None:
+        self.log.append(f"{self.name} waits for {other.name}")
+
+    def wait_event(self, event: FakeEvent) -> None:
+        self.log.append(f"{self.name} waits for the event of {event.name}")
+
+    def record_event(self) -> FakeEvent:
+        self.log.append(f"event of {self.name}")
+        return FakeEvent(self.name, self.log)
+
+    def __enter__(self) -> None:
+        self.log.append(f"on {self.name}:")
+
+    def __exit__(self, *_: object) -> None:
+        self.log.append("done")
+
+
+class FakeEvent:
+    def __init__(self, name: str, log: list[str]) -> None:
+        self.name, self.log = name, log
+
+    def synchronize(self) -> None:
+        self.log.append(f"the host waits for the event of {self.name}")
+
+
+@pytest.mark.parametrize("pinned", [True, False])
+def test_order_of_streams_and_events(monkeypatch, pinned):
+    """What is asked of CUDA, without CUDA."""
+    log = FakeStream.log = []
+    names = iter(["inbound", "outbound"])
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: FakeStream(next(names)))
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: FakeStream("current"))
+    monkeypatch.setattr(Tensor, "is_pinned", lambda tensor: pinned)
+    copy_ = Tensor.copy_
+
+    def noted(tensor: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
+        log.append(f"copy, {'not ' * non_blocking}blocking")
+        return copy_(tensor, source)
+
+    monkeypatch.setattr(Tensor, "copy_", noted)
+    carrier = CudaCarrier(torch.device("cpu"))
+    kept = [torch.arange(3.0)]
+    lent, arrive = carrier.fetch(kept)
+    arrive()
+    lent[0] += 1
+    carrier.put_back(lent, kept)()
+    assert kept[0].tolist() == [1, 2, 3]
+    assert log == [
+        "on inbound:",
+        f"copy, {'not ' * pinned}blocking",
+        "event of inbound",
+        "done",
+        "current waits for the event of inbound",
+        "outbound waits for current",
+        "on outbound:",
+        f"copy, {'not ' * pinned}blocking",
+        "event of outbound",
+        "done",
+        "the host waits for the event of outbound",
+    ]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("in_backward", [False, True], ids=["step", "in backward"])
+@pytest.mark.parametrize("storage", STORAGE)
+@pytest.mark.parametrize("form", FORMS)
+def test_same_bits_on_cuda(form, storage, in_backward):
+    how = {"optimizer_in_backward": in_backward}
+    pairs = []
+    for offloaded in (True, False):
+        model, _ = build(form, storage)
+        if hasattr(model, "peft_config"):
+            config = MoLFConfig(
+                ranks=(2, 3), alpha=4.0, freeze_base=form == "frozen", freeze_rest=False
+            )
+        else:
+            config = MoLFConfig(ranks=(2, 3), alpha=4.0, top_k=2 if form == "folded-top2" else 1)
+        model.cuda()
+        options = {"lr": 1e-2, "state_offload": offloaded, **STORAGE[storage][1], **how}
+        if form in ("explicit", "frozen"):
+            options.pop("weight_rounding", None)
+        if form == "fft":
+            pairs.append((model, AdamW(model.named_parameters(), **options)))
+        else:
+            pairs.append((model, MoLFAdamW.from_model(model, config, **options)))
+    for step in range(5):
+        for model, optimizer in pairs:
+            run(model, optimizer, step)
+        found = [
+            {k: v.cpu() if torch.is_tensor(v) else v for k, v in snapshot(*pair).items()}
+            for pair in pairs
+        ]
+        assert_same_bits(*found)
+    assert all(t.is_pinned() for t in tensors(pairs[0][1]))
+    assert all(t.is_cuda for t in tensors(pairs[1][1]))
+    for (_, optimizer), (_, other) in (pairs, pairs[::-1]):
+        optimizer.load_state_dict(other.state_dict())
+    assert all(t.is_pinned() for t in tensors(pairs[0][1]))
+    assert all(t.is_cuda for t in tensors(pairs[1][1]))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("in_backward", [False, True], ids=["step", "in backward"])
+def test_memory_on_cuda(in_backward):
+    """Of 16 layers' moments no more than three layers' are there, and none between steps."""
+    width, count = 2048, 16
+    layers = nn.Sequential(*[nn.Linear(width, width, bias=False) for _ in range(count)]).cuda()
+    optimizer = AdamW(layers.parameters(), state_offload=True, optimizer_in_backward=in_backward)
+    one = 4 * width * width
+    inputs = torch.randn(8, width, device="cuda")
+    for _ in range(3):
+        layers(inputs).square().mean().backward()
+        held = (1 if in_backward else 2) * count * one  # weights, gradients
+        torch.cuda.reset_peak_memory_stats()
+        optimizer.step()
+        if not in_backward:
+            # Two moments of three layers, and temporaries of one.
+            assert torch.cuda.max_memory_allocated() < held + (2 * 3 + 4) * one
+        layers.zero_grad()
+        torch.cuda.synchronize()
+        assert torch.cuda.memory_allocated() < (count + 2) * one
+    torch.cuda.reset_peak_memory_stats()
+    layers(inputs).square().mean().backward()
+    held = (1 if in_backward else 2) * count * one
+    if in_backward:  # and gradients of two
+        assert torch.cuda.max_memory_allocated() < held + (2 * 3 + 4 + 2) * one
+
+
+def _same(one: object, other: object) -> bool:
+    return torch.equal(one, other) if torch.is_tensor(one) else one == other
+
+
+def _assert_same_state(one: dict, other: dict) -> None:
+    assert one["state"].keys() == other["state"].keys()
+    for key, own in one["state"].items():
+        assert_same_bits(dict(own), dict(other["state"][key]))
