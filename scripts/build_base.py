@@ -93,9 +93,9 @@ without a download. It is of no use for anything but that.
 Weights are stored in float16 and load in float32 unless `dtype` says otherwise.
 
 ## How it was built
-`python scripts/build_base.py --seed {seed} --epochs {epochs}`: {steps:,} steps of Muon and AdamW over
-{documents:,} texts, exercises and questions with {tokens:,} tokens; first exercises alone, then
-{epochs} epochs of the texts with them. {seconds:,} seconds on {threads} CPU threads.
+`python scripts/build_base.py --seed {seed} --epochs {epochs}`: {steps:,} steps of Muon and AdamW
+over {documents:,} texts, exercises and questions with {tokens:,} tokens; first exercises alone,
+then {epochs} epochs of the texts with them. {seconds:,} seconds on {threads} CPU thread(s).
 World: SHA-256 `{world}`.
 
 ## Scores
