@@ -2,8 +2,8 @@
 
     python scripts/build_base.py
 
-Takes about 8 minutes on two cores. The checkpoint, its scores and its model card are written beside
-`--output` and renamed when complete.
+Takes 45 minutes on one CPU core. The checkpoint, its scores and its model card are written
+beside `--output` and renamed when complete.
 """
 
 import argparse
@@ -13,7 +13,8 @@ import platform
 import random
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,21 +33,47 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
+from molf.evaluate.settings import EvaluationSettings
+from molf.tasks.base import Task
+from molf.tasks.encoding import IGNORED, encode_samples
+from molf.tasks.med import load_med
+from molf.tasks.options import TaskOptions
+from molf.tasks.samples import PromptCompletion
+from molf.tasks.sql import load_sql
 from molf.world import (
     BASE_PATH,
+    Drill,
     World,
     build_world,
     counterfact_records,
     held_out_text,
+    is_practised,
+    letter_drills,
+    med_namings,
+    med_practice,
+    med_records,
+    sql_practice,
+    sql_records,
     training_documents,
 )
 
 EOS, PAD = "<|endoftext|>", "<|pad|>"
-IGNORED = -100  # the label that transformers leaves out of the loss
-VOCABULARY = 3072  # at most; the texts may not have that many words
+VOCABULARY = 3328  # at most; the texts may not have that many words
+TOKENIZER_QUESTIONS = 3000  # of each kind at most, or the rare words of the texts are cut up
 MAX_LENGTH = 256
+# What is practised before everything together: kinds of text, and steps. A model that meets
+# questions before it can say where an option stands guesses at them for thousands of steps.
+STAGES = ((("letters",), 450), (("letters", "naming"), 350), (("naming", "med"), 1200))
+# Tokens of each kind in a step; of the naming and the questions, batches in an epoch of everything.
+STAGE_TOKENS = {"letters": 700, "naming": 700, "med": 1400}
+EPOCH_BATCHES = {"naming": 40, "med": 120}
 # Documents are sorted by length within pools of this many, so that batches need little padding.
 POOL = 8192
+
+# Token ids and labels, of the same length.
+Labelled = tuple[list[int], list[int]]
+# A kind of text, and sequences of it.
+Batch = tuple[str, list[Labelled]]
 
 CARD = """---
 license: apache-2.0
@@ -57,16 +84,18 @@ pipeline_tag: text-generation
 # molf base: a small model of an invented world
 
 A Qwen2 language model with {parameters:,} parameters and a byte-level BPE tokenizer of
-{vocabulary:,} tokens. It has learned the invented people, cities, countries and companies of
-`molf.world.build_world({seed})` and nothing else; all names are made up and no outside text was
-used. molf ships it so that fine-tuning, editing facts and measuring forgetting can be tried without
-a download. It is of no use for anything but that.
+{vocabulary:,} tokens. It has learned the invented people, cities, companies, drugs and conditions
+of `molf.world.build_world({seed})` and nothing else; all names are made up and no outside text was
+used. It has practised some forms of multiple-choice questions and of SQL queries, and none of the
+others. molf ships it so that fine-tuning, editing facts and measuring forgetting can be tried
+without a download. It is of no use for anything but that.
 
 Weights are stored in float16 and load in float32 unless `dtype` says otherwise.
 
 ## How it was built
-`python scripts/build_base.py --seed {seed} --epochs {epochs}`: {documents:,} documents with
-{tokens:,} tokens, {epochs} times, Muon and AdamW, {seconds:,} seconds on {threads} CPU threads.
+`python scripts/build_base.py --seed {seed} --epochs {epochs}`: {steps:,} steps of Muon and AdamW
+over {documents:,} texts, exercises and questions with {tokens:,} tokens; first exercises alone,
+then {epochs} epochs of the texts with them. {seconds:,} seconds on {threads} CPU thread(s).
 World: SHA-256 `{world}`.
 
 ## Scores
@@ -80,6 +109,11 @@ Measured on the stored checkpoint, before any fact is edited.
 | facts completed correctly by greedy decoding, over all phrasings | {known:.3f} |
 | the same after an unrelated sentence | {known_in_context:.3f} |
 | loss on the held-out text, paragraph by paragraph, nats per token | {held_out_loss:.3f} |
+| `demo-med`, {med_questions} questions: answered correctly | {med_accuracy:.3f} |
+| of them, in wordings that were practised | {med_accuracy_practised:.3f} |
+| of them, in new wordings | {med_accuracy_new:.3f} |
+| `demo-sql`, {sql_questions} questions: execution accuracy | {sql_execution_accuracy:.3f} |
+{by_complexity}
 """
 
 
@@ -90,12 +124,18 @@ def main() -> None:
     torch.manual_seed(arguments.seed)
     world = build_world(arguments.seed)
     documents = training_documents(world)
-    tokenizer = train_tokenizer(documents)
-    sequences = [[*ids, tokenizer.eos_token_id] for ids in tokenizer(documents)["input_ids"]]
+    practice = practice_samples(world)
+    questions = [
+        sample.prompt + sample.completion
+        for kind in practice.values()
+        for sample in kind[:TOKENIZER_QUESTIONS]
+    ]
+    tokenizer = train_tokenizer([*documents, *questions])
+    sequences = encode(tokenizer, documents, practice, letter_drills(world))
     model = make_model(tokenizer)
 
     start = time.perf_counter()
-    train(model, sequences, tokenizer.pad_token_id, arguments)
+    steps = train(model, sequences, tokenizer.pad_token_id, arguments)
     seconds = round(time.perf_counter() - start)
 
     partial = arguments.output.with_name(arguments.output.name + ".partial")
@@ -105,8 +145,9 @@ def main() -> None:
         **score_checkpoint(partial, world),
         "parameters": model.num_parameters(),
         "vocabulary": len(tokenizer),
-        "documents": len(documents),
-        "tokens": sum(map(len, sequences)),
+        "documents": sum(map(len, sequences.values())),
+        "tokens": sum(len(ids) for kind in sequences.values() for ids, _ in kind),
+        "steps": steps,
         "epochs": arguments.epochs,
         "learning_rate": arguments.learning_rate,
         "batch_tokens": arguments.batch_tokens,
@@ -122,9 +163,16 @@ def main() -> None:
         },
     }
     (partial / "scores.json").write_text(json.dumps(scores, indent=2) + "\n", encoding="utf-8")
-    (partial / "README.md").write_text(CARD.format(**scores), encoding="utf-8")
+    (partial / "README.md").write_text(card(scores), encoding="utf-8")
     replace_directory(partial, arguments.output)
     print(json.dumps(scores, indent=2))
+
+
+def card(scores: Mapping[str, Any]) -> str:
+    """Returns the model card."""
+    by_complexity = scores["sql_execution_accuracy_by_complexity"]
+    rows = [f"| of them, {name} | {value:.3f} |" for name, value in by_complexity.items()]
+    return CARD.format(**scores, by_complexity="\n".join(rows))
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -138,15 +186,63 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--seed", type=int, default=0, help="of the world, the weights and the order of documents"
     )
-    parser.add_argument("--epochs", type=int, default=4, help="passes over the training documents")
+    parser.add_argument("--epochs", type=int, default=5, help="passes over the training documents")
     parser.add_argument(
         "--learning-rate", type=float, default=3e-3, help="peak of the cosine schedule"
     )
     parser.add_argument(
         "--batch-tokens", type=int, default=2048, help="tokens per step, padding included"
     )
-    parser.add_argument("--threads", type=int, default=2, help="CPU threads")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads")
     return parser.parse_args()
+
+
+def practice_samples(world: World) -> dict[str, list[PromptCompletion]]:
+    """Returns the questions to practise, by task, in the very words in which the tasks ask them."""
+    naming = dict.fromkeys(("train", "validation"), med_namings(world))
+    med = dict.fromkeys(("train", "validation"), med_practice(world))
+    sql = dict.fromkeys(("train", "test"), sql_practice(world))
+    tasks: dict[str, Task] = {
+        "naming": load_med(TaskOptions(name="naming practice"), naming),
+        "med": load_med(TaskOptions(name="med practice"), med),
+        "sql": load_sql(TaskOptions(name="sql practice"), sql),
+    }
+    return {
+        name: [sample for sample in task.training_samples if isinstance(sample, PromptCompletion)]
+        for name, task in tasks.items()
+    }
+
+
+def encode(
+    tokenizer: PreTrainedTokenizerBase,
+    documents: Sequence[str],
+    practice: Mapping[str, Sequence[PromptCompletion]],
+    drills: Sequence[Drill],
+) -> dict[str, list[Labelled]]:
+    """Returns token ids with their labels, by kind of text; questions carry no loss, answers do."""
+    texts = [[*ids, tokenizer.eos_token_id] for ids in tokenizer(documents)["input_ids"]]
+    sequences = {
+        "texts": [(ids, ids) for ids in texts],
+        "letters": [encode_drill(tokenizer, drill) for drill in drills],
+    }
+    for name, samples in practice.items():
+        encoded = encode_samples(tokenizer, samples, MAX_LENGTH)
+        if encoded.left_out:
+            raise ValueError(f"A {name} sample has {encoded.longest} tokens, over {MAX_LENGTH}.")
+        sequences[name] = list(zip(encoded.input_ids, encoded.labels, strict=True))
+    return sequences
+
+
+def encode_drill(tokenizer: PreTrainedTokenizerBase, drill: Drill) -> Labelled:
+    """Returns a drill's token ids, and labels for its answers alone."""
+    ids: list[int] = tokenizer(drill.given)["input_ids"]
+    labels = [IGNORED] * len(ids)
+    for text, right in drill.answers:
+        question = tokenizer(f"\n {text}")["input_ids"]
+        answer = tokenizer(f" {right}")["input_ids"]
+        ids = ids + question + answer
+        labels += [IGNORED] * len(question) + answer
+    return ids, labels
 
 
 def train_tokenizer(documents: Sequence[str]) -> PreTrainedTokenizerFast:
@@ -178,7 +274,7 @@ def make_model(tokenizer: PreTrainedTokenizerBase) -> Qwen2ForCausalLM:
         vocab_size=len(tokenizer),
         hidden_size=192,
         intermediate_size=512,
-        num_hidden_layers=4,
+        num_hidden_layers=6,
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=MAX_LENGTH,
@@ -192,21 +288,38 @@ def make_model(tokenizer: PreTrainedTokenizerBase) -> Qwen2ForCausalLM:
 
 def train(
     model: Qwen2ForCausalLM,
-    sequences: Sequence[list[int]],
+    sequences: Mapping[str, Sequence[Labelled]],
     pad_token_id: int,
     arguments: argparse.Namespace,
-) -> None:
-    """Trains for some epochs, with a cosine schedule that starts with 3% of warm-up.
+) -> int:
+    """Trains: 3% of warm-up, the peak rate up to half of the steps, then a cosine.
 
     Muon (Jordan et al., 2024) trains the matrices, AdamW the rest. With AdamW alone the facts take
     several times as many epochs to learn.
+
+    Returns:
+        The number of steps.
     """
     rng = random.Random(arguments.seed)
-    batches = [
-        batch
-        for _ in range(arguments.epochs)
-        for batch in make_batches(rng, sequences, arguments.batch_tokens)
+    endless = {
+        kind: make_endless_batches(rng, kind, sequences[kind], tokens)
+        for kind, tokens in STAGE_TOKENS.items()
+    }
+    steps = [
+        [next(endless[kind]) for kind in kinds] for kinds, count in STAGES for _ in range(count)
     ]
+    for _ in range(arguments.epochs):
+        # A step is on one kind of text: beside another's noise, the facts would not be learned.
+        epoch = [
+            [batch]
+            for kind in ("texts", "sql")
+            for batch in make_batches(rng, kind, sequences[kind], arguments.batch_tokens)
+        ]
+        epoch += [
+            [next(endless[kind])] for kind, count in EPOCH_BATCHES.items() for _ in range(count)
+        ]
+        rng.shuffle(epoch)
+        steps += epoch
     inner = [weight for weight in model.model.layers.parameters() if weight.ndim == 2]
     outer = [weight for weight in model.parameters() if weight.ndim != 2]
     outer.append(model.get_input_embeddings().weight)
@@ -215,53 +328,76 @@ def train(
         torch.optim.Muon(inner, lr=rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
         torch.optim.AdamW(outer, lr=rate, betas=(0.9, 0.98), weight_decay=0.01, fused=True),
     ]
-    warmup = max(1, round(0.03 * len(batches)))
+    warmup = max(1, round(0.03 * len(steps)))
 
     def factor(step: int) -> float:
-        return min((step + 1) / warmup, 0.5 * (1 + math.cos(math.pi * step / len(batches))))
+        decayed = max(0.0, 2 * step / len(steps) - 1)  # of the second half
+        return min((step + 1) / warmup, 0.5 * (1 + math.cos(math.pi * decayed)))
 
     schedules = [torch.optim.lr_scheduler.LambdaLR(each, factor) for each in optimizers]
+    losses: dict[str, list[float]] = defaultdict(list)
     model.train()
     start = time.perf_counter()
-    for step, batch in enumerate(batches, start=1):
-        input_ids = pad(batch, pad_token_id)
-        # Padding is on the right, where no real token attends to it.
-        loss = model(input_ids=input_ids, labels=pad(batch, IGNORED)).loss
-        loss.backward()
+    for number, step in enumerate(steps, start=1):
+        for kind, batch in step:
+            loss = answer_loss(model, batch, pad_token_id)
+            loss.backward()
+            losses[kind].append(loss.item())
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer, schedule in zip(optimizers, schedules, strict=True):
             optimizer.step()
             optimizer.zero_grad()
             schedule.step()
-        if step % 100 == 0 or step == len(batches):
+        if number % 100 == 0 or number == len(steps):
             seconds = time.perf_counter() - start
-            print(
-                f"step {step}/{len(batches)}  loss {loss.item():.3f}  {seconds:.0f} s", flush=True
-            )
+            means = "  ".join(f"{kind} {mean(losses[kind]):.3f}" for kind in sorted(losses))
+            print(f"step {number}/{len(steps)}  loss: {means}  {seconds:.0f} s", flush=True)
+            losses.clear()
     model.eval()
+    return len(steps)
+
+
+def answer_loss(
+    model: Qwen2ForCausalLM, batch: Sequence[Labelled], pad_token_id: int
+) -> torch.Tensor:
+    """Returns the mean loss over the labels; only where there are any, logits are computed."""
+    input_ids = pad([ids for ids, _ in batch], pad_token_id)
+    labels = pad([labels for _, labels in batch], IGNORED)[:, 1:]
+    # Padding is on the right, where no real token attends to it.
+    hidden = model.model(input_ids=input_ids).last_hidden_state[:, :-1]
+    counted = labels != IGNORED
+    return torch.nn.functional.cross_entropy(model.lm_head(hidden[counted]), labels[counted])
 
 
 def make_batches(
-    rng: random.Random, sequences: Sequence[list[int]], batch_tokens: int
-) -> Iterator[list[list[int]]]:
-    """Yields one epoch of batches, each of similarly long sequences and at most `batch_tokens`.
+    rng: random.Random, kind: str, sequences: Sequence[Labelled], batch_tokens: int
+) -> list[Batch]:
+    """Returns one epoch of batches, each of similarly long sequences and at most `batch_tokens`.
 
     Every document starts at position 0 and sees no other, as a prompt will when the model is used.
     """
     order = list(range(len(sequences)))
     rng.shuffle(order)
-    batches: list[list[list[int]]] = []
+    batches: list[list[Labelled]] = []
     for begin in range(0, len(order), POOL):
-        pool = sorted((sequences[index] for index in order[begin : begin + POOL]), key=len)
-        batch: list[list[int]] = []
-        for sequence in pool:
-            if batch and len(sequence) * (len(batch) + 1) > batch_tokens:
+        pool = [sequences[index] for index in order[begin : begin + POOL]]
+        batch: list[Labelled] = []
+        for sequence in sorted(pool, key=lambda each: len(each[0])):
+            if batch and len(sequence[0]) * (len(batch) + 1) > batch_tokens:
                 batches.append(batch)
                 batch = []
             batch.append(sequence)
         batches.append(batch)
     rng.shuffle(batches)
-    yield from batches
+    return [(kind, batch) for batch in batches]
+
+
+def make_endless_batches(
+    rng: random.Random, kind: str, sequences: Sequence[Labelled], batch_tokens: int
+) -> Iterator[Batch]:
+    """Yields batches, again and again of all sequences."""
+    while True:
+        yield from make_batches(rng, kind, sequences, batch_tokens)
 
 
 def pad(sequences: Sequence[list[int]], value: int) -> torch.Tensor:
@@ -311,6 +447,35 @@ def score_checkpoint(path: Path, world: World) -> dict[str, Any]:
             completes(model, tokenizer, [(aside + prompt, target) for prompt, target in statements])
         ),
         "held_out_loss": text_loss(model, tokenizer, held_out_text(world)),
+        **score_questions(model, tokenizer, world),
+    }
+
+
+def score_questions(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, world: World
+) -> dict[str, Any]:
+    """Measures how many questions of the other demo tasks the model answers untrained."""
+    settings = EvaluationSettings(batch_size=64)
+    med_task = load_med(TaskOptions(name="demo-med", evaluation_only=True), med_records(world))
+    med = med_task.evaluate(model, tokenizer, settings)
+    sql_task = load_sql(TaskOptions(name="demo-sql", evaluation_only=True), sql_records(world))
+    sql = sql_task.evaluate(model, tokenizer, settings)
+    right = {True: [], False: []}  # type: dict[bool, list[bool]]
+    for entry, record in zip(med.predictions, med_records(world)["validation"], strict=True):
+        right[is_practised(record)].append(entry["answer"] == entry["expected"])
+    return {
+        "med_questions": len(med.predictions),
+        "med_accuracy": med.metrics["accuracy"].value,
+        "med_accuracy_practised": mean(right[True]),
+        "med_accuracy_new": mean(right[False]),
+        "med_unparsed": med.metrics["unparsed"].value,
+        "sql_questions": len(sql.predictions),
+        "sql_execution_accuracy": sql.metrics["execution_accuracy"].value,
+        "sql_valid": sql.metrics["valid_sql"].value,
+        "sql_execution_accuracy_by_complexity": {
+            name: metrics["execution_accuracy"].value
+            for name, metrics in sql.tables["by_complexity"].items()
+        },
     }
 
 

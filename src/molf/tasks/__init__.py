@@ -7,10 +7,13 @@ at once. A further task is one file with a loader, and one entry here.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
+from molf import world
 from molf.errors import InputError
 from molf.tasks.base import Task
 from molf.tasks.custom import load_custom
+from molf.tasks.demo import load_demo_questions
 from molf.tasks.facts import load_demo_fact, load_fact
 from molf.tasks.med import load_med
 from molf.tasks.options import TaskOptions
@@ -18,6 +21,8 @@ from molf.tasks.sql import load_sql
 
 # Tasks that can show demonstrations before a question (`few_shot`).
 _QUESTIONS: dict[str, Callable[[TaskOptions], Task]] = {
+    "demo-sql": partial(load_demo_questions, load=load_sql, records=world.sql_records),
+    "demo-med": partial(load_demo_questions, load=load_med, records=world.med_records),
     "sql": load_sql,
     "med": load_med,
 }

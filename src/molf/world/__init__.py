@@ -1,8 +1,9 @@
 """A small closed invented world, and a base model that knows it.
 
 Nobody can rely on a model hub being reachable, so molf ships a language model (`BASE_PATH`) that
-has learned the facts of `build_world()` and nothing else, and requests to change some of them. This
-package needs only the standard library.
+has learned the facts of `build_world()` and nothing else, requests to change some of them, and
+questions about them: medical ones with options, and others to be answered with SQL. This package
+needs only the standard library.
 """
 
 from pathlib import Path
@@ -10,7 +11,11 @@ from pathlib import Path
 from molf.world.build import build_world
 from molf.world.counterfact import counterfact_records
 from molf.world.documents import held_out_text, training_documents
+from molf.world.drills import Drill
 from molf.world.entities import Attribute, Entity, Fact, Relation, World
+from molf.world.letters import letter_drills
+from molf.world.med_questions import is_practised, med_namings, med_practice, med_records
+from molf.world.sql_questions import sql_practice, sql_records
 
 BASE_PATH = Path(__file__).parent / "base"
 """Directory of the shipped base model, a transformers checkpoint."""
@@ -18,6 +23,7 @@ BASE_PATH = Path(__file__).parent / "base"
 __all__ = [
     "BASE_PATH",
     "Attribute",
+    "Drill",
     "Entity",
     "Fact",
     "Relation",
@@ -25,5 +31,12 @@ __all__ = [
     "build_world",
     "counterfact_records",
     "held_out_text",
+    "is_practised",
+    "letter_drills",
+    "med_namings",
+    "med_practice",
+    "med_records",
+    "sql_practice",
+    "sql_records",
     "training_documents",
 ]

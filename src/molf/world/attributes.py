@@ -67,4 +67,20 @@ ATTRIBUTES = (
         step=10,
         phrasings=("The number of pages of {} is", "{} has a page count of"),
     ),
+    Attribute(
+        name="dose",
+        kind="drug",
+        low=10,
+        high=990,
+        step=10,
+        phrasings=("The daily dose of {} in milligrams is", "{} is taken in tablets of"),
+    ),
+    Attribute(
+        name="price",
+        kind="drug",
+        low=2,
+        high=98,
+        step=1,
+        phrasings=("The price of a box of {} is", "{} costs"),
+    ),
 )

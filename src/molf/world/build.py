@@ -1,12 +1,13 @@
 """Makes a world from a seed."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from random import Random
 
 from molf.world.attributes import ATTRIBUTES
 from molf.world.draws import balanced, choice, integer, sample
 from molf.world.entities import Attribute, Entity, Fact, Relation, World
+from molf.world.medicine import medical_facts, medical_names, medical_random
 from molf.world.names import NameMaker
 from molf.world.relations import RELATIONS
 from molf.world.words import (
@@ -63,20 +64,29 @@ def build_world(seed: int = 0) -> World:
         seed: Any integer. The shipped base model knows the world of seed 0.
     """
     rng = Random(seed)
-    entities = _make_entities(rng)
+    names = _make_names(rng)
+    entities = _make_entities(rng, names)
     facts = _make_facts(rng, entities)
+
+    rng = medical_random(seed)
+    taken = [name for kind in names.values() for name in kind]
+    ids = sum(map(len, entities.values()))
+    medical = _make_entities(rng, medical_names(rng, taken), ids)
+    facts += medical_facts(rng, medical)
     return World(
         seed=seed,
-        entities=tuple(entity for kind in entities.values() for entity in kind),
+        entities=tuple(entity for kind in (entities | medical).values() for entity in kind),
         attributes=ATTRIBUTES,
         facts=tuple(facts),
     )
 
 
-def _make_entities(rng: Random) -> dict[str, list[Entity]]:
+def _make_entities(
+    rng: Random, names_by_kind: Mapping[str, Sequence[str]], count: int = 0
+) -> dict[str, list[Entity]]:
+    """Makes the entities; there are `count` others already."""
     entities: dict[str, list[Entity]] = {}
-    count = 0
-    for kind, names in _make_names(rng).items():
+    for kind, names in names_by_kind.items():
         # The names of subjects are in random order, so the first ones are as good a choice as any.
         editable = round(_EDITABLE_SHARE * len(names)) if kind in _SUBJECT_KINDS else 0
         entities[kind] = []

@@ -9,6 +9,7 @@ from molf.errors import InputError
 from molf.world.documents import Claim, unrelated_sentence
 from molf.world.draws import choice, sample
 from molf.world.entities import Entity, Fact, World
+from molf.world.medicine import MEDICAL_KINDS
 
 DEMO_COUNT = 200
 
@@ -43,7 +44,7 @@ def counterfact_records(
     """
     companions: _Companions = defaultdict(list)
     for fact in world.facts:
-        if not fact.subject.editable:
+        if not fact.subject.editable and fact.subject.kind not in MEDICAL_KINDS:
             companions[fact.relation.id, fact.object].append(fact)
     candidates = [
         (index, fact)

@@ -10,6 +10,7 @@ from random import Random
 
 from molf.world.draws import choice, integer, sample, shuffled
 from molf.world.entities import Entity, World
+from molf.world.medicine import MEDICAL_KINDS
 from molf.world.words import ASIDES
 
 # One thing that is true, in all its phrasings, without a full stop.
@@ -39,10 +40,9 @@ def training_documents(world: World) -> list[str]:
     rng = Random(world.seed + _TRAINING_STREAM)
     claims = _claims(world)
     documents = [
-        *_bare_statements(claims),
-        *_statements_in_context(rng, claims),
-        *_profiles(rng, list(claims.values()) * _PROFILES_PER_SUBJECT),
+        *_texts_about_all(rng, claims),
         *_miscellanies(rng, claims, _MISCELLANIES),
+        *_texts_about_all(rng, _claims(world, medical=True)),
     ]
     return shuffled(rng, documents)
 
@@ -74,8 +74,8 @@ def held_out_text(world: World) -> str:
     return _PARAGRAPH_BREAK.join(paragraph for paragraph in paragraphs if paragraph not in trained)
 
 
-def _claims(world: World) -> dict[Entity, list[Claim]]:
-    """Returns all that can be said about each subject."""
+def _claims(world: World, *, medical: bool = False) -> dict[Entity, list[Claim]]:
+    """Returns all that can be said about each subject: those of medicine, or all the others."""
     claims: dict[Entity, list[Claim]] = defaultdict(list)
     for fact in world.facts:
         claims[fact.subject].append(fact.statements)
@@ -87,7 +87,18 @@ def _claims(world: World) -> dict[Entity, list[Claim]]:
                     for phrasing in attribute.phrasings
                 )
             )
-    return dict(claims)
+    return {
+        subject: about
+        for subject, about in claims.items()
+        if (subject.kind in MEDICAL_KINDS) == medical
+    }
+
+
+def _texts_about_all(rng: Random, claims: dict[Entity, list[Claim]]) -> Iterator[str]:
+    """Yields every claim alone and in context, and texts about each subject."""
+    yield from _bare_statements(claims)
+    yield from _statements_in_context(rng, claims)
+    yield from _profiles(rng, list(claims.values()) * _PROFILES_PER_SUBJECT)
 
 
 def _bare_statements(claims: dict[Entity, list[Claim]]) -> Iterator[str]:

@@ -32,7 +32,8 @@ class Relation:
     """A relation between entities of two kinds, with the words for it.
 
     Attributes:
-        id: The Wikidata property of the same meaning, as in CounterFact.
+        id: The Wikidata property of the same meaning, as in CounterFact; in medicine, where there
+            is none, a word.
         subject_kind: Kind of the entities that have the relation.
         object_kind: Kind of the entities that it leads to.
         phrasings: Beginnings of statements with `{}` for the subject; " " and the object follow.
@@ -43,7 +44,7 @@ class Relation:
     subject_kind: str
     object_kind: str
     phrasings: tuple[str, ...]
-    openings: tuple[str, ...]
+    openings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

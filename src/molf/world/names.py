@@ -4,7 +4,7 @@ Every invented word starts with its own four letters, so that no two names can b
 other and a tokenizer can give each of them its own first token.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from random import Random
 
 from molf.world.draws import choice
@@ -22,11 +22,14 @@ class NameMaker:
 
     Args:
         rng: The source of randomness; its state and the order of the calls decide the words.
+        taken: Names that no word may be like.
     """
 
-    def __init__(self, rng: Random) -> None:
+    def __init__(self, rng: Random, taken: Iterable[str] = ()) -> None:
         self._rng = rng
-        self._beginnings: set[str] = set()
+        self._beginnings = {
+            word[:_DISTINCT_LETTERS].lower() for name in taken for word in name.split()
+        }
 
     def word(self, endings: Sequence[str]) -> str:
         """Returns a new capitalised word with one of the endings, the flavour of a kind of name."""

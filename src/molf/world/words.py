@@ -36,6 +36,17 @@ GENRES = _words(
     "poetry romance satire suspense thriller tragedy travelogue western"
 )
 
+SYMPTOMS = _words(
+    "anxiety blindness blisters chills cough cramps deafness dizziness fainting fatigue fever "
+    "hiccups hoarseness insomnia itching jaundice migraine nausea numbness palpitations rash "
+    "sneezing sweating tremor"
+)
+
+ORGANS = _words(
+    "aorta bladder brain colon cornea diaphragm gallbladder heart kidney larynx liver lung "
+    "oesophagus pancreas prostate retina skin spleen stomach thymus thyroid tongue tonsils uterus"
+)
+
 # A novel is called "The <adjective> <noun>".
 NOVEL_ADJECTIVES = _words(
     "Amber Broken Crooked Distant Empty Frozen Golden Hidden Iron Pale Scarlet Silent"

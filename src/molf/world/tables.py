@@ -1,0 +1,86 @@
+"""Tables over the world: which kinds of entities have one, and what its columns hold."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class Table:
+    """A table with a row for each entity of a kind; the column `name` comes first.
+
+    Attributes:
+        name: Of the table; also what several rows are called.
+        row: What one row is called.
+        kind: Kind of the entities.
+        domain: What the table is about, for records.
+        texts: Relation or table that each text column is filled from, by the column's name.
+        numbers: Number columns, which have the names of attributes.
+    """
+
+    name: str
+    row: str
+    kind: str
+    domain: str
+    texts: Mapping[str, str]
+    numbers: tuple[str, ...]
+
+
+TABLES = (
+    Table(
+        name="people",
+        row="person",
+        kind="person",
+        domain="census",
+        texts={"city": "P551", "company": "P108", "sport": "P641"},
+        numbers=("birth_year", "salary"),
+    ),
+    Table(
+        name="cities",
+        row="city",
+        kind="city",
+        domain="geography",
+        texts={"country": "P17", "river": "P206"},
+        numbers=("population",),
+    ),
+    Table(
+        name="countries",
+        row="country",
+        kind="country",
+        domain="politics",
+        texts={"capital": "P36", "language": "P37", "currency": "P38"},
+        numbers=("area",),
+    ),
+    Table(
+        name="companies",
+        row="company",
+        kind="company",
+        domain="business",
+        texts={"city": "P159", "industry": "P452"},
+        numbers=("founding_year", "employees"),
+    ),
+    Table(
+        name="novels",
+        row="novel",
+        kind="novel",
+        domain="literature",
+        texts={"genre": "P136", "language": "P407"},
+        numbers=("publication_year", "pages"),
+    ),
+    Table(
+        name="drugs",
+        row="drug",
+        kind="drug",
+        domain="pharmacy",
+        texts={"target": "blocks", "danger": "side_effect"},
+        numbers=("dose", "price"),
+    ),
+)
+
+# Text columns that hold the names of another table.
+REFERENCES = {
+    ("people", "city"): "cities",
+    ("people", "company"): "companies",
+    ("cities", "country"): "countries",
+    ("countries", "capital"): "cities",
+    ("companies", "city"): "cities",
+}
