@@ -89,27 +89,30 @@ def test_what_storage_saves(untied):
     assert base.weights - eight.weights == linear * 3 - rows * 4
 
 
-@pytest.mark.parametrize("in_backward", [False, True], ids=["step", "in backward"])
 @pytest.mark.parametrize("method", ["fft", "molf"])
-def test_state_in_host_memory(untied, method, in_backward):
+def test_state_in_host_memory(untied, method):
     planner = Planner(untied)
-    how = {"device": "cuda", "batch_size": 1, "length": 8, "optimizer_in_backward": in_backward}
+    how = {"device": "cuda", "batch_size": 1, "length": 8}
     plain = planner.memory(make(method, **how))
     other = planner.memory(make(method, state_offload=True, **how))
-    assert other.host == plain.moments + plain.factors > 0
+    # Torch's AdamW, the plain fft, has a counter beside each parameter.
+    assert other.host == pytest.approx(plain.moments + plain.factors, rel=1e-4)
     assert (other.moments, other.factors, plain.host) == (0, 0, 0)
     assert (other.weights, other.gradients) == (plain.weights, plain.gradients)
-    # What is lent at a time: of the head or the embeddings, and of their neighbours.
+    assert (other.activations, other.pass_gradients) == (plain.activations, plain.pass_gradients)
+    # What is lent: of the head or the embeddings, and of their neighbours.
     largest = 2 * 4 * 700 * 64
-    peaks = ("pass_peak",) if in_backward else ("pass_peak", "step_peak")
-    saved = {name: getattr(plain, name) - getattr(other, name) for name in peaks}
-    assert plain.host - 3 * largest < saved.pop(peaks[-1]) < plain.host - largest / 2
-    assert all(value == plain.host for value in saved.values())
+    assert largest < other.transient - plain.transient < 3 * largest
+    # In the backward pass too; the activations of the head are more than what is lent later.
+    how["optimizer_in_backward"] = True
+    beside = planner.memory(make(method, state_offload=True, **how))
+    assert beside.host == other.host
+    assert beside.peak < other.peak
     # Beside a CPU nothing moves.
     how["device"] = "cpu"
-    assert planner.memory(make(method, **how)) == planner.memory(
-        make(method, state_offload=True, **how)
-    )
+    kept, asked = (planner.memory(make(method, state_offload=x, **how)) for x in (False, True))
+    assert kept == asked
+    assert kept.host == 0
 
 
 def test_trackers_agree(tiny, monkeypatch):
