@@ -3,6 +3,7 @@
 import json
 import sys
 import warnings
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 
@@ -114,7 +115,8 @@ def test_demo_states_the_defaults(name):
     now = datetime(2026, 1, 1)
     settings = recipe_settings(name)
     plain = TrainSettings(task=settings.task, method=settings.method)
-    assert resolve(settings, now) == resolve(plain, now)
+    found, wanted = (replace(resolve(each, now), output_dir=None) for each in (settings, plain))
+    assert found == wanted
 
 
 def test_every_demo_task_has_its_recipes():
@@ -160,8 +162,18 @@ def test_chat_recipe_runs(name, tmp_path):
     tokenizer.save_pretrained(tmp_path / "chat")
     make_model("qwen2").save_pretrained(tmp_path / "chat")
     data = tmp_path / "conversations.jsonl"
-    turns = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Good day"}]
-    data.write_text((json.dumps({"messages": turns}) + "\n") * 40)
+    lines = [
+        json.dumps(
+            {
+                "messages": [
+                    {"role": "user", "content": f"Hello {number}"},
+                    {"role": "assistant", "content": "Good day"},
+                ]
+            }
+        )
+        for number in range(40)
+    ]
+    data.write_text("\n".join(lines))
     short = ["--max_steps", "2", "--ranks", "4", "--alpha", "4", "--max_length", "128"]
     given = ["--model", str(tmp_path / "chat"), "--data", str(data)]
     output = ["--output_dir", str(tmp_path / "run")]

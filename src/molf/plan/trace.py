@@ -100,7 +100,7 @@ def trace_step(config: Any, workload: Workload) -> StepTrace:
             return StepTrace(0, *_state_bytes(made.optimizer), 0)
         _give_gradients(made)
         # The host reads equal scores, so the first experts win.
-        counter = LiveBytes(_tensors(made), scalar=1.0)
+        counter = LiveBytes(_tensors(made), scalar=0.5)
         with counter:
             made.optimizer.step()  # this one makes the state as well, which is there at its end
             transient = counter.peak - counter.now
@@ -123,13 +123,13 @@ def _trace_steps_in_backward(config: Any, made: Trainable, workload: Workload) -
         counter = LiveBytes(_tensors(made))
         gc.collect()
         with counter:
-            _run_pass(config, made.model, workload, counter, scalar=1.0)
+            _run_pass(config, made.model, workload, counter, scalar=0.5)
             made.optimizer.step()
             if workload.offloads:  # the second one knows what to fetch ahead
-                _run_pass(config, made.model, workload, counter, scalar=1.0)
+                _run_pass(config, made.model, workload, counter, scalar=0.5)
                 made.optimizer.step()
             if _let_lora_win(made.optimizer):
-                _run_pass(config, made.model, workload, counter, scalar=1.0)
+                _run_pass(config, made.model, workload, counter, scalar=0.5)
     return PassTrace(gradients=0, activations=counter.peak)
 
 
@@ -251,7 +251,7 @@ def _make_state(made: Trainable) -> None:
     _give_gradients(made)
     # What it takes is not asked for: whole tensors, not blocks, are the fewest operations.
     whole = _replaced(adam, "_CPU_BLOCK_ELEMENTS_PER_THREAD", 1 << 40)
-    with whole, LiveBytes(scalar=1.0):
+    with whole, LiveBytes(scalar=0.5):
         made.optimizer.step()
 
 
