@@ -6,6 +6,7 @@ import copy
 import io
 import pickle
 import warnings
+from contextlib import ExitStack
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 import molf
 from molf import AdamW, MoLFAdamW, MoLFConfig
+from molf.core.guard import largest_norm
 from molf.core.offload import CudaCarrier, StateOffload, carried_by
 
 FORMS = ["folded", "folded-top2", "explicit", "frozen", "fft"]
@@ -168,6 +170,35 @@ def test_skipped_steps_leave_everything(carrier, form):
     for step in (0, 1):
         run(twin, ordinary, step)
     assert_same_bits(snapshot(model, optimizer), snapshot(twin, ordinary))
+
+
+@pytest.mark.parametrize("nonfinite", ["raise", "skip"])
+@pytest.mark.parametrize("steps", [0, 1])
+@pytest.mark.parametrize("form", ["folded", "explicit", "frozen"])
+def test_overflow_of_the_last_factors_leaves_everything(carrier, form, steps, nonfinite):
+    """A gradient that just fits; what the last layer makes of it for its factors does not."""
+    model, optimizer = build(form, state_offload=True, nonfinite=nonfinite)
+    for step in range(steps):
+        run(model, optimizer, step)
+    before = snapshot(model, optimizer)
+    last = [group for group in optimizer.param_groups if group["layer"]][-1]["params"]
+    spoilt = last[0] if form == "folded" else last[-1]  # the weight, or lora_B
+    handle = spoilt.register_hook(
+        lambda grad: grad * (0.8 * largest_norm(grad.dtype) / grad.norm())
+    )
+    with ExitStack() as stack:
+        if nonfinite == "raise":
+            stack.enter_context(
+                pytest.raises(RuntimeError, match=r"Gradient too large in .* no weight")
+            )
+        else:
+            stack.enter_context(
+                pytest.warns(UserWarning, match=r"Gradient too large in .* skipped")
+            )
+        run(model, optimizer, steps)
+    handle.remove()
+    assert_same_bits(snapshot(model, optimizer), before)
+    assert carrier.now == 0
 
 
 def test_errors_underway_leave_states_where_they_live(carrier):

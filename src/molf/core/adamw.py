@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
@@ -16,7 +17,7 @@ from molf.core.adam import gradient
 from molf.core.dense import DenseTensor
 from molf.core.fidelity import UpdateFidelity, UpdateTally
 from molf.core.groups import check_group, parameter_name
-from molf.core.guard import bad_gradients
+from molf.core.guard import Guarded, bad_gradients
 from molf.core.in_backward import (
     BackwardSteps,
     Unit,
@@ -304,13 +305,14 @@ class AdamW(Optimizer):
     ) -> Outcome:
         """The same, each with its state on the device while it takes its step.
 
-        Gradients are checked before; what factors would make of them is found underway.
+        Gradients, and what factors would make of them, are checked before anything moves.
         """
         parts = [_Part([group], [], group["params"]) for group in routed]
         parts += [_Part([], [other], [other.parameter]) for other in rest]
         if len(parts) > 1:
-            with_gradient = [p for part in parts for p in part.parameters if p.grad is not None]
-            bad = bad_gradients(with_gradient)
+            of_layers = (one for group in routed for one in self._gradients(group))
+            of_others = (Guarded(other.parameter) for other in rest)
+            bad = bad_gradients(chain(of_layers, of_others))
             if bad:
                 return Outcome({}, bad)
 
@@ -338,6 +340,10 @@ class AdamW(Optimizer):
 
     def _layer(self, group: dict[str, Any], states: States) -> RoutedLayer:
         """A group's routed layer."""
+        raise NotImplementedError("AdamW routes nothing")
+
+    def _gradients(self, group: dict[str, Any]) -> list[Guarded]:
+        """What a step of a routed layer uses, read where its state lives."""
         raise NotImplementedError("AdamW routes nothing")
 
     def _rest(self, indices: Iterable[int], position: int | None) -> list[_Unrouted]:

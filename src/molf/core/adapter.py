@@ -39,7 +39,7 @@ class AdapterLayer(RoutedLayer):
                 # Factors are small beside the weights: their moments are never 8-bit.
                 state.update(moment_state(parameter))
         self._stored = _stored_factors(group, states)
-        super().__init__(group, dense_tensors(group, dense, states))
+        super().__init__(group, states, dense_tensors(group, dense, states))
 
     @classmethod
     def takes_part(cls, group: dict[str, Any]) -> bool:
@@ -60,6 +60,13 @@ class AdapterLayer(RoutedLayer):
         return not missing
 
     @classmethod
+    def gradients_of(cls, group: dict[str, Any], states: States) -> list[Guarded]:
+        """Of the tensors of `full`, then of the adapter's factors."""
+        *dense, lora_A, lora_B = group["params"]
+        full = [Guarded(parameter) for parameter in dense if parameter.grad is not None]
+        return [*full, Guarded(lora_A), Guarded(lora_B, max(stored_scales(group)))]
+
+    @classmethod
     def read_factors(cls, group: dict[str, Any], states: States) -> list[tuple[Tensor, Tensor]]:
         """Copies of (A [r, in], B [out, r]) of each expert: the stored columns over `c_i`."""
         # `get`: reading makes no state.
@@ -74,12 +81,6 @@ class AdapterLayer(RoutedLayer):
         new = lora_A, lora_B * _columns_scale(group, lora_B)
         for stored, values in zip(_stored_factors(group, states), new, strict=True):
             stored.assign(values)
-
-    @property
-    def gradients(self) -> list[Guarded]:
-        """Of the tensors of `full`, then of the adapter's factors."""
-        dense = [Guarded(tensor.parameter) for tensor in self.dense]
-        return [*dense, Guarded(self.lora_A), Guarded(self.lora_B, max(stored_scales(self.group)))]
 
     @property
     def steps_taken(self) -> int:

@@ -6,7 +6,6 @@ would compute the same in fused kernels has its place here.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from types import EllipsisType
 from typing import Any, NamedTuple
 
@@ -25,31 +24,31 @@ from molf.core.guard import FiniteGuard
 from molf.core.moments import moment_state, moments_of
 from molf.core.storage import StoredWeight, rounding_of
 
-_PRODUCT_ROWS = 128  # of a weight, for one product: fewer would be slow, more would be temporaries
+# Of a weight, for one product: fewer are slow. Where blocks are copies, more would take room.
+_PRODUCT_ELEMENTS = 1 << 20
+_PRODUCT_ROWS_OF_COPIES = 128
 
 
 class Product(NamedTuple):
-    """`scale left @ right`, of low rank, to be added to a weight.
+    """`left @ right`, of low rank, to be added to a weight.
 
     Attributes:
         left: [out, k].
         right: [k, in].
-        scale: A factor.
     """
 
     left: Tensor
     right: Tensor
-    scale: float
 
     def rows(self, rows: slice | EllipsisType, *, transposed: bool) -> Product:
         """Return the part for some rows of the stored tensor, which may be [in, out]."""
         if transposed:
-            return self._replace(right=self.right[:, rows])
-        return self._replace(left=self.left[rows])
+            return Product(self.left, self.right[:, rows])
+        return Product(self.left[rows], self.right)
 
     def to(self, dtype: torch.dtype) -> Product:
         """Return it in another dtype."""
-        return Product(self.left.to(dtype), self.right.to(dtype), self.scale)
+        return Product(self.left.to(dtype), self.right.to(dtype))
 
 
 class DenseTensor:
@@ -111,28 +110,28 @@ class DenseTensor:
         self,
         step: AdamWStep | None,
         tally: UpdateTally | None,
-        products: Sequence[Product] = (),
+        product: Product | None = None,
         *,
         transposed: bool = False,
     ) -> None:
-        """`p <- kept p + products - AdamW's direction`, rounded once; moments are stored.
+        """`p <- kept p + product - AdamW's direction`, rounded once; moments are stored.
 
         Args:
             step: The AdamW step with its decay; None leaves both away.
             tally: Where losses of rounding are counted, if anywhere.
-            products: What is added.
+            product: What is added.
             transposed: Whether the tensor is stored as [in, out].
         """
-        if step is None and not products and self._moments.is_settled:
+        if step is None and product is None and self._moments.is_settled:
             return
         assert self._decay is not None, "moments move first"
         parameter, grad, moments = self.parameter, gradient(self.parameter), self._moments
-        at_least = _PRODUCT_ROWS if products else 1
+        at_least = 1 if product is None else self._product_rows()
         for rows in row_blocks(parameter, at_least=at_least, multiple=moments.multiple):
             moved = moments.settle(rows, grad[rows], self._decay, advanced=self._advanced)
-            if step is None and not products:
+            if step is None and product is None:
                 continue
-            part = [product.rows(rows, transposed=transposed) for product in products]
+            part = product and product.rows(rows, transposed=transposed)
             values = self._stored.read(rows)
             if tally is None:
                 _move_block(values, moved, step, part, transposed)
@@ -145,13 +144,19 @@ class DenseTensor:
                 intended,
                 (moved[0][picked].to(wide), moved[1][picked].to(wide)),
                 step,
-                [product.rows(picked, transposed=transposed).to(wide) for product in part],
+                part and part.rows(picked, transposed=transposed).to(wide),
                 transposed,
             )
             _move_block(values, moved, step, part, transposed)
             self._stored.write(rows, values)
             after = self._stored.read(rows)[picked].to(wide)
             tally.add(before, intended, after, weight=tally.weight(parameter))
+
+    def _product_rows(self) -> int:
+        """Fewest rows of a block to which a product is added."""
+        if self._stored.rounding == "none" and self._moments.is_settled:
+            return -(-_PRODUCT_ELEMENTS // max(1, self.parameter.shape[-1]))
+        return _PRODUCT_ROWS_OF_COPIES
 
     def _decay_of(self, guard: FiniteGuard) -> MomentDecay:
         return guard.decay_of(self.parameter.device, self._moments.dtype, self.group["betas"])
@@ -161,15 +166,15 @@ def _move_block(
     values: Tensor,
     moments: tuple[Tensor, Tensor],
     step: AdamWStep | None,
-    products: Sequence[Product],
+    product: Product | None,
     transposed: bool,
 ) -> None:
     """Move one block in place."""
     kept = step.kept if step else 1.0
-    for left, right, scale in products:
-        (values.t() if transposed else values).addmm_(left, right, beta=kept, alpha=scale)
-        kept = 1.0
-    if kept != 1:
+    if product is not None:
+        (values.t() if transposed else values).addmm_(*product, beta=kept)
+    elif kept != 1:
         values.mul_(kept)
     if step:
-        step.descend_(values, *moments)
+        for rows in row_blocks(values):  # blocks for a product are larger than a cache
+            step.descend_(values[rows], *(moment[rows] for moment in moments))

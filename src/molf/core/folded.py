@@ -30,7 +30,7 @@ class FoldedLayer(RoutedLayer):
     def __init__(self, group: dict[str, Any], states: States) -> None:
         self.weight: Tensor = group["params"][0]
         self.state = _state_of(group, states)
-        super().__init__(group, dense_tensors(group, group["params"], states))
+        super().__init__(group, states, dense_tensors(group, group["params"], states))
 
     @classmethod
     def takes_part(cls, group: dict[str, Any]) -> bool:
@@ -49,6 +49,14 @@ class FoldedLayer(RoutedLayer):
         return weight.grad is not None
 
     @classmethod
+    def gradients_of(cls, group: dict[str, Any], states: States) -> list[Guarded]:
+        """Of the weight, which the factors' follow from, and of the bias where it has one."""
+        weight, *biases = [p for p in group["params"] if p.grad is not None]
+        state = states.get(weight) or _initial_factors(group)
+        factors = tuple(state[key] for key in _FACTORS)
+        return [Guarded(weight, max(group["scalings"]), factors), *map(Guarded, biases)]
+
+    @classmethod
     def read_factors(cls, group: dict[str, Any], states: States) -> list[tuple[Tensor, Tensor]]:
         """Copies of (A [r, in], B [out, r]) of each LoRA expert; makes no state."""
         state = states.get(group["params"][0]) or _initial_factors(group)
@@ -62,13 +70,6 @@ class FoldedLayer(RoutedLayer):
         state = _state_of(group, states)
         state["lora_A"].copy_(lora_A)
         state["lora_B"].copy_(lora_B)
-
-    @property
-    def gradients(self) -> list[Guarded]:
-        """Of the weight, which the factors' follow from, and of the bias where it has one."""
-        weight, *biases = [tensor.parameter for tensor in self.dense]
-        factors = self.state["lora_A"], self.state["lora_B"]
-        return [Guarded(weight, max(self.group["scalings"]), factors), *map(Guarded, biases)]
 
     @property
     def steps_taken(self) -> int:
@@ -113,16 +114,16 @@ class FoldedLayer(RoutedLayer):
 
         # Each from the state before the step. B' A' - B A = dB A' + B dA, but the difference would
         # cancel: in float32 its relative error is 300 times larger.
-        products = []
+        left, right = [], []
         for scaling, A, B, dA, dB in moves:
-            products += [Product(dB, A + dA, scaling), Product(B, dA, scaling)]
+            left += [dB * scaling, B * scaling]
+            right += [A + dA, dA]
         if full and full.decay:
             # It is W = W_eff - sum_i s_i B_i A_i that decays, so the experts get theirs back.
-            products += [
-                Product(B, A, full.decay * scaling)
-                for scaling, A, B in map(self._expert, range(len(self.group["ranks"])))
-            ]
-        weight.move(full, tally, products, transposed=self.group["transposed"])
+            left.append(self.state["lora_B"] * self._scaling_per_rank().mul_(full.decay))
+            right.append(self.state["lora_A"])
+        product = Product(torch.cat(left, 1), torch.cat(right, 0)) if left else None
+        weight.move(full, tally, product, transposed=self.group["transposed"])
         for bias in biases:
             bias.move(bias.adamw_step("bias_weight_decay") if full else None, tally)
         for _, A, B, dA, dB in moves:

@@ -14,6 +14,7 @@ from molf.core.adapter import AdapterLayer
 from molf.core.config import MoLFConfig
 from molf.core.folded import FoldedLayer
 from molf.core.groups import build_groups
+from molf.core.guard import Guarded
 from molf.core.quantised import keep_differentiable
 from molf.core.routed import RoutedLayer, States
 from molf.core.routing import Decision
@@ -216,6 +217,10 @@ class MoLFAdamW(AdamW):
     def _layer(self, group: dict[str, Any], states: States) -> RoutedLayer:
         """A group's routed layer, in the form that its LoRA experts have."""
         return (self._fused.layer if self._fused else _form_of(group))(group, states)
+
+    def _gradients(self, group: dict[str, Any]) -> list[Guarded]:
+        """What a step of a routed layer uses, read where its state lives."""
+        return _form_of(group).gradients_of(group, self.state)
 
     def _finish(self, outcome: Outcome) -> None:
         self.routing |= outcome.routing

@@ -44,13 +44,15 @@ class RoutedLayer(ABC):
         name: The layer's name in the model.
         dense: The tensors of the `full` expert that have a gradient; the weight comes first. Empty
             where the base is frozen.
+        gradients: The gradients that this step uses, and what is made of each.
         experts: Names of all experts, in the order that breaks ties.
     """
 
-    def __init__(self, group: dict[str, Any], dense: list[DenseTensor]) -> None:
+    def __init__(self, group: dict[str, Any], states: States, dense: list[DenseTensor]) -> None:
         self.group = group
         self.name: str = group["layer"]
         self.dense = dense
+        self.gradients = self.gradients_of(group, states)
         names = lora_expert_names(group["ranks"])
         self.experts = ("full", *names) if dense else names
 
@@ -58,6 +60,11 @@ class RoutedLayer(ABC):
     @abstractmethod
     def takes_part(cls, group: dict[str, Any]) -> bool:
         """Whether the parameters of a group have the gradients that a step needs."""
+
+    @classmethod
+    @abstractmethod
+    def gradients_of(cls, group: dict[str, Any], states: States) -> list[Guarded]:
+        """The gradients that a step of a group uses, and what is made of each; makes no state."""
 
     @classmethod
     @abstractmethod
@@ -70,11 +77,6 @@ class RoutedLayer(ABC):
         cls, group: dict[str, Any], states: States, lora_A: Tensor, lora_B: Tensor
     ) -> None:
         """Replace the stacked factors, A [R, in] and B [out, R], as the paper scales them."""
-
-    @property
-    @abstractmethod
-    def gradients(self) -> list[Guarded]:
-        """The gradients that this step uses, and what is made of each."""
 
     @property
     @abstractmethod
@@ -115,29 +117,28 @@ class RoutedLayer(ABC):
     def update_moments(self, guard: FiniteGuard) -> Tensor:
         """Update the moments of all experts; return their score sums, [experts], on the device."""
         device = self.gradients[0].parameter.device
-        sums = torch.zeros(len(self.experts), dtype=sum_dtype(device), device=device)
+        nothing = torch.zeros((), dtype=sum_dtype(device), device=device)
         if guard.refuses:
-            return sums
-        for tensor in self.dense:
-            sums[0] += tensor.update_moments(guard, self.group["score"])
+            return nothing.expand(len(self.experts))
         ranks, score = list(self.group["ranks"]), self.group["score"]
+        full = [tensor.update_moments(guard, score) for tensor in self.dense]
         (grad_A, grad_B), (of_A, of_B) = self._factor_gradients(), self._factor_moments()
         decay = guard.decay_of(device, of_A[0].dtype, self.group["betas"])
-        lora = sums[self.has_full :]
+        experts = [sum(full, nothing)] if self.has_full else []
         if len(ranks) == 1:
-            for grad, moments in ((grad_A, of_A), (grad_B, of_B)):
-                for rows in _blocks(grad):
-                    lora[0] += update_and_score(*_part(rows, grad, *moments), decay, score)
-            return sums
-        for index in range(len(ranks)):
-            own = _part(owned_by(ranks, index), grad_A, *of_A)
-            for rows in _blocks(own[0]):
-                lora[index] += update_and_score(*_part(rows, *own), decay, score)
-        by_column = sums.new_zeros(sum(ranks))
+            parts = ((grad_A, *of_A), (grad_B, *of_B))
+            blocks = [_part(rows, *own) for own in parts for rows in _blocks(own[0])]
+            lora = sum((update_and_score(*block, decay, score) for block in blocks), nothing)
+            return torch.stack([*experts, lora])
+        by_column = nothing.new_zeros(sum(ranks))
         for rows in _blocks(grad_B):
             by_column += update_and_score_columns(*_part(rows, grad_B, *of_B), decay, score)
-        lora += torch.stack([columns.sum() for columns in by_column.split(ranks)])
-        return sums
+        for index, columns in enumerate(by_column.split(ranks)):
+            own = _part(owned_by(ranks, index), grad_A, *of_A)
+            blocks = [_part(rows, *own) for rows in _blocks(own[0])]
+            terms = (update_and_score(*block, decay, score) for block in blocks)
+            experts.append(sum(terms, columns.sum()))
+        return torch.stack(experts)
 
     def decide(self, sums: Sequence[float]) -> tuple[tuple[int, ...], Decision]:
         """Choose the winners from the score sums, now on the host.
