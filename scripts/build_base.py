@@ -105,7 +105,7 @@ Measured on the stored checkpoint, before any fact is edited.
 |---|---|
 | efficacy `es` of the {requests} demo requests (p(new) > p(true)) | {es:.3f} |
 | paraphrase `ps` | {ps:.3f} |
-| neighbourhood `ns` (p(true) > p(new)) | {ns:.3f} |
+| neighbourhood `ns` (p(true) >= p(new): a tie counts here) | {ns:.3f} |
 | facts completed correctly by greedy decoding, over all phrasings | {known:.3f} |
 | the same after an unrelated sentence | {known_in_context:.3f} |
 | loss on the held-out text, paragraph by paragraph, nats per token | {held_out_loss:.3f} |

@@ -34,11 +34,11 @@ class EvalOptions:
         ),
     ]
     data: Annotated[str | None, Parameter(group=DATA)] = None
-    """Records to evaluate on: a JSON, JSONL, Parquet or CSV file, a folder of them, or a Hub id."""
+    """Records to evaluate on: a JSON, JSONL, Parquet or CSV file, a folder, a URL, or a Hub id."""
     max_samples: Annotated[int | None, Parameter(group=DATA)] = None
     """Evaluate on at most this many records, drawn by the seed."""
     few_shot: Annotated[int | None, Parameter(group=DATA, show_default="0")] = None
-    """Answered training questions in front of every question, drawn by the seed (sql, med)."""
+    """Answered training questions before each question, drawn by seed (sql, med, their demos)."""
     max_length: Annotated[int, Parameter(group=DATA)] = 1024
     """Longest text in tokens; longer ones are left out and counted."""
     forgetting_data: Annotated[str | None, Parameter(group=EVALUATION)] = None

@@ -19,7 +19,7 @@ class TaskOptions:
         max_samples: Use only so many records of `data`, drawn by `seed`.
         max_eval_samples: Evaluate on only so many records, drawn by `seed`.
         few_shot: Put so many training records with their answers in front of every question, drawn
-            by `seed`, in training and in evaluation (tasks `sql` and `med`).
+            by `seed`, in training and in evaluation (`sql`, `med` and their demo tasks).
         seed: Seed of every draw of records.
         evaluation_only: Nothing is trained: all of `eval_data`, or else of `data`, is evaluated.
     """

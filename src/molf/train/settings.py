@@ -53,7 +53,7 @@ class TrainSettings:
     task: Annotated[str, Parameter(choices=TASKS, group=DATA)] = "demo-fact"
     """What is learned and measured."""
     data: Annotated[str | None, Parameter(group=DATA)] = None
-    """Records to train on: a JSON, JSONL or Parquet file, a folder of them, or a Hub id."""
+    """Records to train on: a JSON, JSONL, Parquet or CSV file, a folder, a URL, or a Hub id."""
     eval_data: Annotated[str | None, Parameter(group=DATA)] = None
     """Records to evaluate on, where the task does not evaluate on those it trains on."""
     max_samples: Annotated[int | None, Parameter(group=DATA)] = None
@@ -61,7 +61,7 @@ class TrainSettings:
     max_eval_samples: Annotated[int | None, Parameter(group=DATA)] = None
     """Evaluate on at most this many records, drawn by the seed."""
     few_shot: Annotated[int, Parameter(group=DATA)] = 0
-    """Answered training questions in front of every question, drawn by the seed (sql, med)."""
+    """Answered training questions before each question, drawn by seed (sql, med, their demos)."""
     max_length: Annotated[int, Parameter(group=DATA)] = 1024
     """Longest example in tokens; longer ones are left out and counted, never cut."""
 
