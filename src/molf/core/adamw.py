@@ -225,8 +225,9 @@ class AdamW(Optimizer):
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Take one step; return the closure's loss, or None.
 
-        The host waits for the device once. With `optimizer_in_backward` most of the step is taken
-        already, and what is left is finished; `zero_grad` and `step` end a backward pass.
+        The host waits for the device once; with `state_offload` once per layer. With
+        `optimizer_in_backward` most of the step is taken already, and what is left is finished;
+        `zero_grad` and `step` end a backward pass.
 
         Args:
             closure: Computes the loss and its gradients; called first, with gradients enabled.

@@ -1,7 +1,7 @@
 """A dense tensor in a step: its moments move, then its values, and both are stored.
 
-Here, and in the forms for LoRA factors, is all that touches elements of weights and moments; what
-would compute the same in fused kernels has its place here.
+Here, and in the forms for LoRA factors, is all that touches elements of weights and moments with
+torch operations; `molf.core.fused` does the same with kernels.
 """
 
 from __future__ import annotations
