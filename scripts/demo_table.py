@@ -26,6 +26,8 @@ BASELINE = "nearest_training_answer"
 VARIANTS = {
     "molf-dropout": ("--method", "molf", "--lora_dropout", "0.05"),
     "molf-e-4bit": ("--method", "molf-e", "--load_in_4bit"),
+    # The alpha of `lora`, over r instead of its root: a quarter of the scaling.
+    "lora-no-rslora": ("--method", "lora", "--no-use_rslora", "--alpha", "8"),
     "molf-random": ("--method", "molf", "--score", "random"),
     "molf-full": ("--method", "molf", "--score", "full"),
     "molf-lora": ("--method", "molf", "--score", "lora"),
