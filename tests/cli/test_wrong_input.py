@@ -45,6 +45,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[1] / name) for name in ("ev
         ("train --load_in_4bit --method pissa", ["load_in_4bit", "pissa", "real numbers"]),
         ("train --load_in_4bit --method adalora", ["load_in_4bit", "adalora", "merged"]),
         ("train --method lora --load_in_4bit --load_in_8bit", ["load_in_4bit", "load_in_8bit"]),
+        ("train --method lora --load_in_4bit --dtype bfloat16", ["dtype=bfloat16", "float32"]),
         (
             "train --method molf-e --load_in_4bit --no-freeze_rest",
             ["freeze_rest=False", "load_in_4bit"],

@@ -103,6 +103,7 @@ def test_defaults_are_those_of_training(asked_for):
         ("--method lora --load_in_4bit", "quantised", "load_in_4bit"),
         ("--method molf-e --load_in_8bit", "quantised", "load_in_8bit"),
         ("--ranks 4,8", "config.ranks", (4, 8)),
+        ("--method lora --ranks 4,8", "config.ranks", (12,)),
         ("--target_modules q_proj,k_proj", "config.target_modules", ("q_proj", "k_proj")),
         ("--exclude_modules up_proj", "config.exclude_modules", ("up_proj",)),
         ("--freeze_rest true", "config.freeze_rest", True),
@@ -113,6 +114,16 @@ def test_options_reach_the_plan(asked_for, options, name, value):
     from operator import attrgetter
 
     assert attrgetter(name)(asked_for(*options.split())) == value
+
+
+def test_options_without_effect_are_named(config_alone, capsys):
+    common = ["plan", "--model", str(config_alone), "--ranks", "4", *COMMON]
+    given = ["--optimizer_in_backward", "--state_offload", "--method", "lora"]
+    assert main([*common, *given]) == 0
+    line = "molf: warning: Without effect with method=lora: optimizer_in_backward, state_offload."
+    assert capsys.readouterr().err.splitlines() == [line]
+    assert main([*common, "--state_offload"]) == 0
+    assert not capsys.readouterr().err
 
 
 def test_table(config_alone, capsys):

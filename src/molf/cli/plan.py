@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json as json_module
 import sys
-from dataclasses import dataclass
+import warnings
+from dataclasses import dataclass, fields
 from typing import Annotated, Any
 
 from cyclopts import Parameter
@@ -20,7 +21,7 @@ from molf.plan.workload import (
     method_config,
 )
 from molf.train.converters import numbers, patterns
-from molf.train.defaults import COMMON
+from molf.train.defaults import COMMON, STORAGE
 from molf.train.settings import DATA, METHOD, MODEL, OPTIMIZATION, OUTPUT
 
 
@@ -67,8 +68,10 @@ class PlanOptions:
         str | tuple[str, ...], Parameter(group=METHOD, converter=patterns, n_tokens=1)
     ] = ("lm_head",)
     """Layers never to adapt, in the same form."""
-    freeze_rest: Annotated[bool | None, Parameter(group=METHOD, show_default="train it")] = None
-    """With molf, freeze what is not routed (norms, embeddings, biases)."""
+    freeze_rest: Annotated[
+        bool | None, Parameter(group=METHOD, show_default="False with molf, True with molf-e")
+    ] = None
+    """With molf and molf-e, freeze what is not routed (norms, embeddings, biases)."""
 
     per_device_train_batch_size: Annotated[int, Parameter(group=OPTIMIZATION)] = COMMON[
         "per_device_train_batch_size"
@@ -164,6 +167,7 @@ def plan_model(options: PlanOptions) -> None:
             state_offload=options.state_offload,
             quantised=quantised[0] if quantised else None,
         )
+        _warn_of_unused(options)
         plan = plan_training(options.model, read_model_config(options.model), workload)
     if options.json:
         sys.stdout.write(json_module.dumps(plan.record(), indent=2) + "\n")
@@ -171,3 +175,15 @@ def plan_model(options: PlanOptions) -> None:
     from molf.cli.plan_report import print_plan
 
     print_plan(plan)
+
+
+def _warn_of_unused(options: PlanOptions) -> None:
+    """Warn of options that `molf train` would not use with this method either."""
+    unused = {"lora": STORAGE, "molf-e": ("weight_rounding",)}.get(options.method, ())
+    defaults = {field.name: field.default for field in fields(options)}
+    given = [name for name in unused if name in defaults]
+    given = [name for name in given if getattr(options, name) != defaults[name]]
+    if given:
+        warnings.warn(
+            f"Without effect with method={options.method}: {', '.join(given)}.", stacklevel=2
+        )

@@ -165,7 +165,8 @@ def method_config(
 
     Args:
         method: One of `METHODS`.
-        ranks: One per LoRA expert; the method's default if not given.
+        ranks: One per LoRA expert; the method's default if not given. For lora they are summed,
+            as `molf train` does.
         lora_dropout: Dropout before the factors; the method's default if not given.
         **options: Further settings of `MoLFConfig`.
 
@@ -175,9 +176,10 @@ def method_config(
     if method == "fft":
         return None
     defaults = _DEFAULTS[method]
+    ranks = defaults["ranks"] if ranks is None else ranks
     try:
         return MoLFConfig(
-            ranks=defaults["ranks"] if ranks is None else ranks,
+            ranks=(sum(ranks),) if method == "lora" else ranks,
             lora_dropout=defaults["lora_dropout"] if lora_dropout is None else lora_dropout,
             freeze_base=method == "molf-e",
             **options,

@@ -34,6 +34,16 @@ QUANTISABLE = ("molf-e", "lora", "lora+", "eva")
 MERGE_BASES = ("dequantised", "original")
 """What an adapter trained beside a quantised base is merged into."""
 
+STORAGE = (
+    "weight_rounding",
+    "state_dtype",
+    "grad_accumulation_dtype",
+    "optimizer_in_backward",
+    "state_offload",
+    "kernels",
+)
+"""Options of the optimizers of fft, molf and molf-e; the adapters' optimizer is torch's."""
+
 MATCHES = ("rank", "parameters")
 """What `--ranks` says of an adapter: its rank, or the LoRA whose parameters it gets."""
 

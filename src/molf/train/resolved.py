@@ -11,7 +11,7 @@ from typing import Any
 
 from molf.errors import InputError
 from molf.paths import absolute, check_path, settled
-from molf.train.defaults import ADAPTERS, MERGE_BASES, defaults_for
+from molf.train.defaults import ADAPTERS, MERGE_BASES, STORAGE, defaults_for
 from molf.train.settings import TrainSettings
 
 
@@ -103,14 +103,6 @@ _DEFAULTS = {
     if option.name != "training_args"
 }
 _ROUTING = ("score", "top_k", "freeze_rest", "nonfinite")
-_STORAGE = (
-    "weight_rounding",
-    "state_dtype",
-    "grad_accumulation_dtype",
-    "optimizer_in_backward",
-    "state_offload",
-    "kernels",
-)
 _ADAPTER = (
     "ranks",
     "alpha",
@@ -125,8 +117,8 @@ _UNUSED = {
     "fft": (*_ADAPTER, "match", "loraplus_lr_ratio", *_ROUTING),
     "molf": ("match", "loraplus_lr_ratio"),
     "molf-e": ("match", "loraplus_lr_ratio", "weight_rounding"),  # PEFT's factors are float32
-    **dict.fromkeys(ADAPTERS, ("weight_decay", "loraplus_lr_ratio", *_ROUTING, *_STORAGE)),
-    "lora+": ("weight_decay", *_ROUTING, *_STORAGE),
+    **dict.fromkeys(ADAPTERS, ("weight_decay", "loraplus_lr_ratio", *_ROUTING, *STORAGE)),
+    "lora+": ("weight_decay", *_ROUTING, *STORAGE),
 }
 
 

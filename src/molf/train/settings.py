@@ -337,6 +337,11 @@ class TrainSettings:
         if self.load_in_4bit and self.load_in_8bit:
             raise InputError("Invalid load_in_4bit with load_in_8bit. Give one of them.")
         if self.method in QUANTISABLE:
+            if self.dtype != "float32":
+                raise InputError(
+                    f"Invalid dtype={self.dtype} with {self.quantised}: what is not quantised is "
+                    "float32. Leave one of the two out."
+                )
             if self.method in ROUTED and self.freeze_rest is False:
                 raise InputError(
                     f"Invalid freeze_rest=False with {self.quantised}: beside a quantised base the "
