@@ -260,6 +260,18 @@ def test_backward_passes_that_zero_grad_ends(carrier):
     assert_same_bits(*found)
 
 
+def test_borrowed_twice_in_a_row(carrier):
+    """Then it would come next; but not before it is back."""
+    offload, parameter = StateOffload(), nn.Parameter(torch.zeros(3))
+    states = {parameter: {"count": offload.keep(parameter, torch.zeros(3))}}
+    for _ in range(3):
+        for _ in range(2):
+            with offload.lent(states, [parameter]) as lent:
+                lent[parameter]["count"] += 1
+        offload.end_step()
+    assert states[parameter]["count"].tolist() == [6, 6, 6]
+
+
 def test_interrupted_while_waiting(monkeypatch, carrier):
     """Ctrl-C in a notebook, say: what was on its way back arrives when the state is read."""
     model, optimizer = build("folded", state_offload=True)
