@@ -471,6 +471,31 @@ FAULTS = [
         [("            parameter.grad = None", "            pass")],
     ),
     Fault(
+        "in the backward pass, the threads of several devices step at once",
+        "test_in_backward.py",
+        "in_backward.py",
+        [("with steps._turn:", "with threading.RLock():")],
+    ),
+    Fault(
+        "an offloaded state is fetched ahead while it is used",
+        "test_offload.py",
+        "offload.py",
+        [(" and not _overlap(follower, parameters)", "")],
+    ),
+    Fault(
+        "offloaded states stay on the device where zero_grad ends the backward pass",
+        "test_offload.py",
+        "adamw.py",
+        [("            self._backward.close()\n            self._end_step()\n",
+          "            self._backward.close()\n")],
+    ),
+    Fault(
+        "a bad gradient leaves offloaded states on their way",
+        "test_offload.py",
+        "adamw.py",
+        [("            self._settled_state()  # whoever catches the error may read it\n", "")],
+    ),
+    Fault(
         "an offloaded state is fetched while it is on its way back",
         "test_offload.py",
         "offload.py",

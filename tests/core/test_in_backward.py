@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import threading
+import time
 import warnings
 
 import pytest
@@ -91,6 +93,31 @@ def test_gradients_do_not_live_together():
     assert max(alive) <= 2  # one layer's weight and bias
     optimizer.step()
     assert len(optimizer.routing) == 6
+
+
+def test_layers_of_several_devices_take_turns():
+    """Autograd has a thread for every device; what a step shares is for one of them at a time."""
+    layers = nn.ModuleList([nn.Linear(8, 8) for _ in range(2)])
+    optimizer = MoLFAdamW.from_model(layers, MoLFConfig(ranks=(2,)), optimizer_in_backward=True)
+    take, inside, most = optimizer._take_and_free, [], []
+
+    def slowly(unit):
+        inside.append(unit)
+        most.append(len(inside))
+        time.sleep(0.05)
+        take(unit)
+        inside.remove(unit)
+
+    optimizer._take_and_free = slowly
+    losses = [layer(torch.randn(3, 8)).square().mean() for layer in layers]
+    threads = [threading.Thread(target=loss.backward) for loss in losses]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    optimizer.step()
+    assert most == [1, 1]
+    assert set(optimizer.routing) == {"0", "1"}
 
 
 def test_incomplete_layers_are_finished_by_step():

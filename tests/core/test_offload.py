@@ -6,7 +6,7 @@ import copy
 import io
 import pickle
 import warnings
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 
 import pytest
 import torch
@@ -220,6 +220,105 @@ def test_errors_underway_leave_states_where_they_live(carrier):
     run(model, optimizer, 3)
     assert all(t.isfinite().all() for t in tensors(optimizer))
     assert carrier.now == 0
+
+
+@pytest.mark.parametrize("in_backward", [False, True], ids=["step", "in backward"])
+def test_a_bad_gradient_leaves_states_where_they_live(carrier, in_backward):
+    """Those of layers that have moved before it, too."""
+    layers = nn.Sequential(*[nn.Linear(8, 8, bias=False) for _ in range(2 if in_backward else 1)])
+    optimizer = MoLFAdamW.from_model(
+        layers, MoLFConfig(ranks=(2,)), state_offload=True, optimizer_in_backward=in_backward
+    )
+    for spoilt in (False, True):
+        if spoilt:
+            layers[0].weight.register_hook(lambda grad: grad * float("nan"))
+        with pytest.raises(RuntimeError, match="Non-finite") if spoilt else nullcontext():
+            layers(torch.ones(3, 8)).square().mean().backward()
+            optimizer.step()
+        assert all(t.isfinite().all() for t in tensors(optimizer))
+        assert carrier.now == 0
+
+
+def test_backward_passes_that_zero_grad_ends(carrier):
+    """One layer: what comes next in the recorded order is what is being used."""
+    found = []
+    for offloaded in (True, False):
+        torch.manual_seed(0)
+        layer = nn.Linear(8, 8)
+        optimizer = MoLFAdamW.from_model(
+            layer,
+            MoLFConfig(ranks=(2,)),
+            lr=1e-2,
+            state_offload=offloaded,
+            optimizer_in_backward=True,
+        )
+        for number in range(8):
+            layer(torch.randn(3, 8)).square().mean().backward()
+            optimizer.step() if number % 3 == 1 else optimizer.zero_grad()
+            assert carrier.now == 0
+        found.append(snapshot(layer, optimizer))
+    assert_same_bits(*found)
+
+
+def test_borrowed_twice_in_a_row(carrier):
+    """Then it would come next; but not before it is back."""
+    offload, parameter = StateOffload(), nn.Parameter(torch.zeros(3))
+    states = {parameter: {"count": offload.keep(parameter, torch.zeros(3))}}
+    for _ in range(3):
+        for _ in range(2):
+            with offload.lent(states, [parameter]) as lent:
+                lent[parameter]["count"] += 1
+        offload.end_step()
+    assert states[parameter]["count"].tolist() == [6, 6, 6]
+
+
+def test_interrupted_while_waiting(monkeypatch, carrier):
+    """Ctrl-C in a notebook, say: what was on its way back arrives when the state is read."""
+    model, optimizer = build("folded", state_offload=True)
+    for step in (0, 1):
+        run(model, optimizer, step)
+    put_back, armed = carrier.put_back, [True]
+
+    def interrupted(lent, kept):
+        wait = put_back(lent, kept)
+
+        def arrive() -> None:
+            if armed:
+                armed.clear()
+                raise KeyboardInterrupt
+            wait()
+
+        return arrive
+
+    monkeypatch.setattr(carrier, "put_back", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(model, optimizer, 2)
+    assert not armed
+    optimizer.state_dict()
+    assert all(t.isfinite().all() for t in tensors(optimizer))
+    assert carrier.now == 0
+    run(model, optimizer, 3)
+    assert all(t.isfinite().all() for t in tensors(optimizer))
+
+
+def test_no_room_for_what_is_put_back(monkeypatch, carrier):
+    """What else of the layer was on its way back arrives all the same."""
+    layer = nn.Linear(8, 4)
+    optimizer = MoLFAdamW.from_model(layer, MoLFConfig(ranks=(2,)), state_offload=True)
+    room = carrier.room
+
+    def crowded(like: Tensor) -> Tensor:
+        if like.shape == layer.bias.shape:
+            raise RuntimeError("no room")
+        return room(like)
+
+    monkeypatch.setattr(carrier, "room", crowded)
+    feed(layer, 0)
+    with pytest.raises(RuntimeError, match="no room"):
+        optimizer.step()
+    optimizer.state_dict()
+    assert "exp_avg" in optimizer.state[layer.weight]
+    assert all(t.isfinite().all() for t in tensors(optimizer))
 
 
 def test_state_that_is_read_before_the_step_ends_is_complete(carrier):

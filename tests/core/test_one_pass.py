@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from core_helpers import Conv1D, feed, snapshot, tiny_optimizer
@@ -122,3 +125,26 @@ def test_size_of_blocks_changes_no_bit(shape):
         found.append((exp_avg, exp_avg_sq))
     for one, other in zip(*found, strict=True):
         assert torch.equal(one, other)
+
+
+DEFAULT_DEVICE = """
+import sys, torch
+when, dtype = sys.argv[1], getattr(torch, sys.argv[2])
+if when == "import":
+    torch.set_default_device("meta")
+from molf.core import one_pass
+block = [torch.ones(20, dtype=dtype, device="cpu") for _ in range(3)]
+torch.set_default_device("meta" if when == "use" else "cpu")
+direction = one_pass.move(*block, (0.5, 0.5), 0.0)
+sys.exit(not (direction.device.type == "cpu" and (direction == 1).all()))
+"""
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("when", ["import", "use"])
+def test_whatever_the_default_device(when, dtype):
+    """A model is often built under another one, and the package imported when it is first used."""
+    done = subprocess.run(
+        [sys.executable, "-c", DEFAULT_DEVICE, when, dtype], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr

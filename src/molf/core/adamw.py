@@ -259,6 +259,7 @@ class AdamW(Optimizer):
         super().zero_grad(set_to_none)
         if self._backward is not None:
             self._backward.close()
+            self._end_step()
         self._follow()
 
     def _begin(self) -> None:
@@ -283,6 +284,7 @@ class AdamW(Optimizer):
         else:
             outcome = self._step_one_by_one(routed, rest, self._offload)
         if outcome.bad:
+            self._settled_state()  # whoever catches the error may read it
             self._refuse(outcome.bad)
         self._finish(outcome)
         return not outcome.bad

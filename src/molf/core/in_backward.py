@@ -6,6 +6,7 @@ routed layer (its weight, bias and adapter factors wait for each other), or one 
 
 from __future__ import annotations
 
+import threading
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator
@@ -37,7 +38,8 @@ class Stepper(Protocol):
 class BackwardSteps:
     """Hooks on an optimizer's parameters that say when a unit's gradients are there.
 
-    Neither the hooks nor this keep the optimizer alive; without it the hooks are gone.
+    Neither the hooks nor this keep the optimizer alive; without it the hooks are gone. Autograd
+    calls hooks from one thread for every device; units take their turns.
 
     Args:
         optimizer: Whose parameters these are.
@@ -49,6 +51,8 @@ class BackwardSteps:
         self._watched: list[Tensor] = []
         self._ready: dict[Unit, set[int]] = {}
         self._taken: set[Unit] = set()
+        # Held while a unit takes its step: that waits for its device, so other threads would run.
+        self._turn = threading.RLock()
         weakref.finalize(self, _remove, self._handles).atexit = False
 
     @property
@@ -127,7 +131,8 @@ class BackwardSteps:
         def on_gradient(parameter: Tensor) -> None:
             steps = mine()
             if steps is not None and steps._optimizer() is not None:
-                steps._on_gradient(unit, members, parameter)
+                with steps._turn:
+                    steps._on_gradient(unit, members, parameter)
 
         return on_gradient
 

@@ -210,7 +210,8 @@ class StateOffload:
             loan = self._fetch(states, parameters)
         loan.wait()
         follower = self._followers.get(parameters[0])
-        if follower is not None:
+        # What is in use cannot be fetched ahead: it is about to change.
+        if follower is not None and not _overlap(follower, parameters):
             self._coming = self._fetch(states, follower)
         try:
             yield loan.states
@@ -218,20 +219,21 @@ class StateOffload:
             loan.abandon()
             self.finish()
             raise
+        self._going.append(loan)  # first: where putting back fails, what has begun is waited for
         loan.put_back(states)
-        self._going.append(loan)
 
     def finish(self) -> None:
         """Wait until all states are in host memory, and none is on the device."""
         self._coming = None
         while self._going:
-            self._going.popleft().wait()
+            self._await_oldest()
 
     def end_step(self) -> None:
-        """As `finish`; the next step is expected to borrow in the same order."""
+        """As `finish`; the next step is expected to borrow in the order of this one, if any."""
         self.finish()
-        pairs = zip(self._order, self._order[1:], strict=False)
-        self._followers = {first[0]: second for first, second in pairs}
+        if self._order:
+            pairs = zip(self._order, self._order[1:], strict=False)
+            self._followers = {first[0]: second for first, second in pairs}
         self._order = []
 
     def keep(self, parameter: Tensor, tensor: Tensor) -> Tensor:
@@ -256,10 +258,15 @@ class StateOffload:
     def _fetch(self, states: States, parameters: Sequence[Tensor]) -> _Loan:
         """Begin to bring states; first, all but one of those that go have to be back."""
         while len(self._going) > 1 or any(_overlap(g.parameters, parameters) for g in self._going):
-            self._going.popleft().wait()
+            self._await_oldest()
         loan = _Loan(parameters, [self._carrier(parameter) for parameter in parameters])
         loan.fetch(states)
         return loan
+
+    def _await_oldest(self) -> None:
+        """Wait for the first of those that go; interrupted, it is still there to be waited for."""
+        self._going[0].wait()
+        self._going.popleft()
 
 
 def _overlap(some: Sequence[Tensor], others: Sequence[Tensor]) -> bool:

@@ -17,7 +17,9 @@ from torch import Tensor
 # The last elements of a tensor, which fill no vector, the kernel computes one by one and rounds
 # otherwise than torch's other operations; they are left to those.
 WIDTH = 16
-_ENDLESS = torch.tensor(2.0**62)  # steps: `beta ** step` is 0
+# Steps: `beta ** step` is 0. On the CPU whatever the default device: beside a counter that is
+# elsewhere the kernel may do nothing at all, without an error.
+_ENDLESS = torch.tensor(2.0**62, device="cpu")
 _KEPT_ELEMENTS = 1 << 21  # of directions, from one block to the next: they stay in the cache
 _kept = threading.local()
 
@@ -65,10 +67,10 @@ def move(grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, betas: Betas, eps: f
 def _zeros(count: int, dtype: torch.dtype) -> Tensor:
     """Zeros in memory that the cache still has from the last block, where that is possible."""
     if count > _KEPT_ELEMENTS:
-        return torch.zeros(count, dtype=dtype)
+        return torch.zeros(count, dtype=dtype, device="cpu")
     kept = getattr(_kept, str(dtype), None)
     if kept is None or kept.numel() < count:
-        kept = torch.empty(count, dtype=dtype)
+        kept = torch.empty(count, dtype=dtype, device="cpu")
         setattr(_kept, str(dtype), kept)
     return kept[:count].zero_()
 

@@ -244,8 +244,8 @@ class Kernels:
 
     def _send(self, words: list[_Words]) -> Tensor:
         """Pack scalars and keys as 32-bit words, int32 [entries, 14], on the device."""
-        numbers = torch.tensor([numbers for numbers, _ in words], dtype=torch.float64)
-        keys = torch.tensor([key for _, key in words], dtype=torch.int64)
+        numbers = torch.tensor([given for given, _ in words], dtype=torch.float64, device="cpu")
+        keys = torch.tensor([key for _, key in words], dtype=torch.int64, device="cpu")
         packed = torch.cat([numbers.to(torch.float32).view(torch.int32), keys.to(torch.int32)], 1)
         return upload(packed, self.device)
 

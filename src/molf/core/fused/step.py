@@ -176,7 +176,9 @@ def _bounds(kernels: Kernels, gradients: Sequence[Tensor], layers: Sequence[Fuse
     norms = kernels.squares([*gradients, *factors]).sqrt()
     bounds = norms[: len(gradients)] / largest_norm(torch.float32)
     if layers:
-        scalings = torch.tensor([layer.largest_scaling for layer in layers], dtype=torch.float64)
+        scalings = torch.tensor(
+            [layer.largest_scaling for layer in layers], dtype=torch.float64, device="cpu"
+        )
         gains = norms[len(gradients) :].view(-1, 2).amax(1) * upload(scalings, bounds.device)
         bounds[: len(layers)] *= gains.clamp(min=1)
     return bounds
@@ -195,6 +197,8 @@ def _write(
     products = [item for item in items if isinstance(item, LowRank)]
     kernels.low_rank(products, finite, part=part)
     kernels.adamw([item for item in items if isinstance(item, AdamW)], finite)
+    # Autograd does not see the kernels write, and must not go backward through what was before.
+    torch.autograd.graph.increment_version([move.tensor.parameter for move in moves])
     for probe in probes:
         probe.compare(tally)
 

@@ -146,11 +146,11 @@ class Table:
             rows.append(row)
             counts.append(blocks)
             self.grid += blocks
-        self.rows = upload(torch.tensor(rows, dtype=torch.int64), device)
+        self.rows = upload(torch.tensor(rows, dtype=torch.int64, device="cpu"), device)
         # Spread on the device: the host sends a number per entry, not per block.
         self.blocks = torch.repeat_interleave(
             torch.arange(len(entries), dtype=torch.int32, device=device),
-            upload(torch.tensor(counts, dtype=torch.int64), device),
+            upload(torch.tensor(counts, dtype=torch.int64, device="cpu"), device),
             output_size=self.grid,
         )
 
@@ -170,7 +170,12 @@ def _place(field: Tensor | None) -> list[int]:
 
 
 def upload(values: Tensor, device: torch.device) -> Tensor:
-    """Copy to the device without waiting for it: CUDA reads pinned memory when it gets there."""
+    """Copy to the device without waiting for it: CUDA reads pinned memory when it gets there.
+
+    Args:
+        values: On the CPU, which is not always torch's default device.
+        device: Where they are wanted.
+    """
     if device.type == "cuda":
         return values.pin_memory().to(device, non_blocking=True)
     return values.to(device)

@@ -378,6 +378,32 @@ def test_what_rounding_loses_is_measured(rounding):
     assert (found[0].lost > 0.2) == (rounding == "nearest")
 
 
+@pytest.mark.parametrize("plain", [False, True], ids=["molf", "adamw"])
+def test_autograd_sees_that_weights_have_moved(plain):
+    """A graph from before the step is no use any more, as after a step of any other optimizer."""
+    model, optimizer = build("triton", plain=plain)
+    before = {name: x.detach().clone() for name, x in model.named_parameters()}
+    losses = {name: x.square().sum() for name, x in model.named_parameters()}
+    take_steps(model, optimizer, [0])
+    moved = [n for n, x in model.named_parameters() if not torch.equal(x.detach(), before[n])]
+    assert moved
+    for name in moved:
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            losses[name].backward()
+
+
+@pytest.mark.parametrize("plain", [False, True], ids=["molf", "adamw"])
+def test_whatever_the_default_device(plain):
+    runs = []
+    for device in ("cpu", "meta"):
+        model, optimizer = build("triton", plain=plain)
+        feed(model, 0)
+        with torch.device(device):
+            optimizer.step()
+        runs.append(snapshot(model, optimizer))
+    assert_same_bits(*runs)
+
+
 def test_chunks_change_nothing():
     runs = []
     for size in (1, 5000, 64 << 20):
