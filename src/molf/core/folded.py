@@ -122,7 +122,7 @@ class FoldedLayer(RoutedLayer):
             # It is W = W_eff - sum_i s_i B_i A_i that decays, so the experts get theirs back.
             left.append(self.state["lora_B"] * self._scaling_per_rank().mul_(full.decay))
             right.append(self.state["lora_A"])
-        product = Product(torch.cat(left, 1), torch.cat(right, 0)) if left else None
+        product = Product(_joined(left, 1), _joined(right, 0)) if left else None
         weight.move(full, tally, product, transposed=self.group["transposed"])
         for bias in biases:
             bias.move(bias.adamw_step("bias_weight_decay") if full else None, tally)
@@ -176,3 +176,8 @@ def _state_of(group: dict[str, Any], states: States) -> dict[str, Any]:
 def _oriented(tensor: Tensor, group: dict[str, Any]) -> Tensor:
     """View a weight, or its gradient, as [out, in]."""
     return tensor.t() if group["transposed"] else tensor
+
+
+def _joined(tensors: Sequence[Tensor], dim: int) -> Tensor:
+    """`torch.cat`, but one tensor is not copied."""
+    return tensors[0] if len(tensors) == 1 else torch.cat(list(tensors), dim)
