@@ -1,5 +1,6 @@
 """Planned memory against measured: the benchmark's comparison, on a tiny model."""
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -12,6 +13,7 @@ from molf.core import adam
 from molf.errors import InputError
 from molf.plan.memory import Planner
 from molf.plan.trace import trace_pass, trace_step
+from molf.plan.trainable import skeleton
 from molf.plan.workload import Workload, method_config
 
 RANKS = {"lora": (4,), "molf": (4, 8), "molf-e": (4, 8)}
@@ -95,8 +97,12 @@ def test_state_in_host_memory(untied, method):
     how = {"device": "cuda", "batch_size": 1, "length": 8}
     plain = planner.memory(make(method, **how))
     other = planner.memory(make(method, state_offload=True, **how))
-    # Torch's AdamW, the plain fft, has a counter beside each parameter.
-    assert other.host == pytest.approx(plain.moments + plain.factors, rel=1e-4)
+    # In pinned memory each tensor takes a power of two, at most twice what it is.
+    state = plain.moments + plain.factors
+    assert state < other.host < 1.5 * state
+    if method == "fft":
+        sizes = [4 * p.numel() for p in skeleton(untied).parameters()]
+        assert other.host == 2 * sum(2 ** math.ceil(math.log2(size)) for size in sizes)
     assert (other.moments, other.factors, plain.host) == (0, 0, 0)
     assert (other.weights, other.gradients) == (plain.weights, plain.gradients)
     assert (other.activations, other.pass_gradients) == (plain.activations, plain.pass_gradients)

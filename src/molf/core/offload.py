@@ -236,6 +236,10 @@ class StateOffload:
             self._followers = {first[0]: second for first, second in pairs}
         self._order = []
 
+    def forget_order(self) -> None:
+        """Expect nothing of the next step: it may borrow in another order than the last."""
+        self._followers, self._order = {}, []
+
     def keep(self, parameter: Tensor, tensor: Tensor) -> Tensor:
         """Return a copy of a tensor of the parameter's state, where that state lives."""
         carrier = self._carrier(parameter)

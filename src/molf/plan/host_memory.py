@@ -10,6 +10,12 @@ from torch import Tensor
 from molf.core.offload import Carrier, Wait
 
 
+def pinned_bytes(tensor: Tensor) -> int:
+    """What torch allocates for a tensor in pinned memory: a power of two."""
+    size = tensor.untyped_storage().nbytes()
+    return 1 << (size - 1).bit_length() if size else 0
+
+
 class PlannedCarrier(Carrier):
     """Moves nothing: host memory is the meta device, which is not counted."""
 

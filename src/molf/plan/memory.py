@@ -31,7 +31,7 @@ class MemoryPlan:
         pass_gradients: Gradients that are there at that peak.
         transient: Temporaries of the optimizer's step.
         gathered: With several devices, weights that are whole on each for a while.
-        host: Moments and factors that are in host memory instead, and no part of any peak.
+        host: What moments and factors take in pinned host memory instead; no part of any peak.
     """
 
     weights: int
@@ -108,13 +108,12 @@ class Planner:
     def _plan(self, workload: Workload, passing: PassTrace) -> MemoryPlan:
         shape = self.shape(workload)
         step: StepTrace = self._step(_shape_alone(workload))
-        state = step.moments + step.factors
         plan = MemoryPlan(
             weights=shape.weight_bytes,
             gradients=step.gradients,
             moments=0 if workload.offloads else step.moments,
             factors=0 if workload.offloads else step.factors,
-            host=state if workload.offloads else 0,
+            host=step.pinned if workload.offloads else 0,
             activations=passing.activations,
             pass_gradients=passing.gradients,
             transient=step.transient,

@@ -17,7 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from molf.core import adam
+from molf.core.offload import StateOffload
 from molf.errors import InputError
+from molf.plan.host_memory import pinned_bytes
 from molf.plan.live_bytes import LiveBytes
 from molf.plan.trainable import Trainable, trainable
 from molf.plan.workload import Workload
@@ -48,12 +50,14 @@ class StepTrace:
         moments: First and second moments of all experts and of what is not routed, and the low
             halves of bfloat16 weights.
         factors: LoRA factors that the optimizer keeps (molf); an adapter's are weights.
+        pinned: What moments and factors take in pinned host memory, if they live there.
         transient: Temporaries at the peak of a step; states lent from host memory are among them.
     """
 
     gradients: int
     moments: int
     factors: int
+    pinned: int
     transient: int
 
 
@@ -111,15 +115,17 @@ def trace_step(config: Any, workload: Workload) -> StepTrace:
             counter.reset_peak()
             made.optimizer.step()
             transient = max(transient, counter.peak - counter.now)
-        moments, factors = _state_bytes(made.optimizer)
-        return StepTrace(_bytes(p.grad for p in made.trained), moments, factors, transient)
+        state = _state_bytes(made.optimizer)
+        return StepTrace(_bytes(p.grad for p in made.trained), *state, transient)
 
 
 def _trace_steps_in_backward(config: Any, made: Trainable, workload: Workload) -> PassTrace:
     """Passes in which layers move: the full experts win the first, the LoRA experts another."""
     with _blocks(made, workload):
         _make_state(made)
-        made.optimizer.step()  # without a gradient: forgets the order of that step
+        offload: StateOffload | None = getattr(made.optimizer, "_offload", None)
+        if offload is not None:
+            offload.forget_order()  # trainings have taken no step outside of a pass
         counter = LiveBytes(_tensors(made))
         gc.collect()
         with counter:
@@ -263,9 +269,9 @@ def _tensors(made: Trainable) -> list[Tensor]:
     return tensors + [p.grad for p in made.trained if p.grad is not None]
 
 
-def _state_bytes(optimizer: torch.optim.Optimizer) -> tuple[int, int]:
-    """Bytes of moments (scalar counters included) and of factors."""
-    moments = factors = 0
+def _state_bytes(optimizer: torch.optim.Optimizer) -> tuple[int, int, int]:
+    """Bytes of moments (scalar counters included), of factors, and of both in pinned memory."""
+    moments = factors = pinned = 0
     for state in optimizer.state.values():
         for name, value in state.items():
             if isinstance(value, Tensor):
@@ -274,7 +280,8 @@ def _state_bytes(optimizer: torch.optim.Optimizer) -> tuple[int, int]:
                     factors += size
                 else:
                     moments += size
-    return moments, factors
+                pinned += pinned_bytes(value)
+    return moments, factors, pinned
 
 
 def _bytes(tensors: Any) -> int:
