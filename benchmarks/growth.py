@@ -108,6 +108,11 @@ def many_experts(rounds: int) -> Bar:
     return Bar.of_ratios(name, BAR, seconds[str(MANY)], seconds[str(ONE)])
 
 
+def _short(value: int) -> str:
+    """65,536 as 64k: longer labels would overlap."""
+    return f"{value // 1024}k" if value >= 1024 and value % 1024 == 0 else str(value)
+
+
 def plot(growths: dict[str, list[dict[str, Any]]], file: Path) -> None:
     """Draw a panel for each growth."""
     import matplotlib
@@ -126,7 +131,7 @@ def plot(growths: dict[str, list[dict[str, Any]]], file: Path) -> None:
         panel.errorbar(values, ratios, yerr=[below, above], marker="o", capsize=3)
         panel.axhline(1.0, color="grey", linewidth=0.8)
         panel.set_xscale("log", base=2)
-        panel.set_xticks(values, [f"{value:,}" for value in values])
+        panel.set_xticks(values, [_short(value) for value in values])
         panel.set_xlabel(name)
     panels[0][0].set_ylabel("MoLF's step / full fine-tuning's")
     figure.tight_layout()
