@@ -10,30 +10,16 @@ import warnings
 import pytest
 import torch
 from core_helpers import assert_same_bits, backward, snapshot, tiny_model
+from optimizer_forms import FORMS, in_form
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
-import molf
-from molf import AdamW, MoLFAdamW, MoLFConfig
+from molf import MoLFAdamW, MoLFConfig
 from molf.core import accumulation
-
-FORMS = ["folded", "folded-top2", "explicit", "frozen", "fft"]
 
 
 def build(form: str, dtype: torch.dtype = torch.float32, **options):
-    model = tiny_model(dtype)
-    options = {"lr": 1e-2, **options}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        if form == "fft":
-            return model, AdamW(model.named_parameters(), **options)
-        config = MoLFConfig(ranks=(2, 3), alpha=4.0, top_k=2 if form == "folded-top2" else 1)
-        if form in ("explicit", "frozen"):
-            config = MoLFConfig(
-                ranks=(2, 3), alpha=4.0, freeze_base=form == "frozen", freeze_rest=False
-            )
-            model = molf.with_adapter(model, config)
-        return model, MoLFAdamW.from_model(model, config, lora_lr=3e-2, **options)
+    return in_form(form, tiny_model(dtype), **{"lr": 1e-2, **options})
 
 
 def run_model(model: nn.Module, seed: int) -> torch.Tensor:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import io
 import pickle
-import warnings
 from contextlib import ExitStack, nullcontext
 
 import pytest
@@ -13,6 +12,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from core_helpers import Conv1D, TinyModel, assert_same_bits, feed, snapshot, tiny_optimizer
 from offload_helpers import LateCarrier
+from optimizer_forms import FORMS, in_form
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     get_optimizer_state_dict,
@@ -25,7 +25,6 @@ from molf import AdamW, MoLFAdamW, MoLFConfig
 from molf.core.guard import largest_norm
 from molf.core.offload import CudaCarrier, StateOffload, carried_by
 
-FORMS = ["folded", "folded-top2", "explicit", "frozen", "fft"]
 STORAGE = {
     "float32": (torch.float32, {}),
     "float64": (torch.float64, {}),
@@ -56,17 +55,7 @@ def build(form: str, storage: str = "float32", **options):
     options = {"lr": 1e-2, **how, **options}
     if form in ("explicit", "frozen"):
         options.pop("weight_rounding", None)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        if form == "fft":
-            return model, AdamW(model.named_parameters(), **options)
-        config = MoLFConfig(ranks=(2, 3), alpha=4.0, top_k=2 if form == "folded-top2" else 1)
-        if form in ("explicit", "frozen"):
-            config = MoLFConfig(
-                ranks=(2, 3), alpha=4.0, freeze_base=form == "frozen", freeze_rest=False
-            )
-            model = molf.with_adapter(model, config)
-        return model, MoLFAdamW.from_model(model, config, lora_lr=3e-2, **options)
+    return in_form(form, model, **options)
 
 
 def run(model: nn.Module, optimizer: torch.optim.Optimizer, seed: int) -> None:

@@ -1,9 +1,9 @@
 import json
 import math
-from pathlib import Path
 
 import numpy as np
 import pytest
+from shared_data import SHARED, needs_shared
 from tiny_models import (
     byte_level_tokenizer,
     next_log_probs,
@@ -19,11 +19,6 @@ from molf.tasks.encoding import encode_samples
 from molf.tasks.fact_metrics import fact_metrics
 from molf.tasks.facts import COUNTERFACT_URL
 from molf.tasks.first_token import Comparison, FirstTokenQuestions
-
-SHARED = Path(__file__).resolve().parents[2].parent / "shared" / "data"
-needs_shared = pytest.mark.skipif(
-    not SHARED.is_dir(), reason="no ../shared/data beside the repository"
-)
 
 
 def record(prompt, subject, new, true, paraphrases=(), neighbourhood=()):

@@ -1,11 +1,11 @@
 import copy
 import json
 import time
-from pathlib import Path
 
 import pytest
 import torch
 from question_records import TOWNS, med, meds, texts, values, write
+from shared_data import SHARED, needs_shared
 from tiny_models import (
     LINES,
     byte_level_tokenizer,
@@ -20,12 +20,6 @@ from molf.evaluate.metric import wilson
 from molf.tasks import TaskOptions, load_task
 from molf.tasks.encoding import encode_samples
 from molf.tasks.med import parse_letter
-
-SHARED = Path(__file__).resolve().parents[2].parent / "shared" / "data"
-needs_shared = pytest.mark.skipif(
-    not SHARED.is_dir(), reason="no ../shared/data beside the repository"
-)
-
 
 TEXT = ["Question: A. B. C. D.\nAnswer: A", "Answer: B", "Answer: C", "Answer: D"]
 

@@ -2,11 +2,11 @@
 
 import copy
 import json
-from pathlib import Path
 
 import pytest
 import torch
 from question_records import med, write
+from shared_data import SHARED, needs_shared
 from tiny_models import (
     byte_level_tokenizer,
     next_log_probs,
@@ -19,10 +19,6 @@ from molf.evaluate import EvaluationSettings
 from molf.tasks import TaskOptions, load_task
 from molf.tasks.med import parse_letter
 
-SHARED = Path(__file__).resolve().parents[2].parent / "shared" / "data"
-needs_shared = pytest.mark.skipif(
-    not SHARED.is_dir(), reason="no ../shared/data beside the repository"
-)
 QUESTIONS = [med(f"{i}?", i % 4, options=["a", "b", "c", "d"]) for i in range(9)]
 NAMES = ["Anna", "Bruno", "Paris is Rome", "A man"]
 
