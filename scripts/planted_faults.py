@@ -67,7 +67,7 @@ FAULTS = [
     ),
     Fault(
         "eps inside the root of the score",
-        "test_golden.py test_twin.py",
+        "test_one_pass.py",
         "adam.py",
         [("exp_avg_sq.sqrt().add_(_SCORE_EPS)", "(exp_avg_sq + _SCORE_EPS).sqrt()")],
     ),

@@ -51,6 +51,19 @@ def test_one_pass_is_single_operations(shape, dtype, betas):
         torch.testing.assert_close(one, other, rtol=limit * 8, atol=limit)
 
 
+@pytest.mark.parametrize("score", ["epd", "pfn"])
+@pytest.mark.parametrize("known", [True, False])
+def test_eps_is_added_to_the_root(known, score):
+    """Where the roots of the second moments are as small as eps, it matters where it stands."""
+    _, exp_avg, _ = moments((32, 48), torch.float64)
+    exp_avg, exp_avg_sq = exp_avg * 1e-8, (exp_avg * 3e-8).square()
+    how = decay(dtype=torch.float64, known=known)
+    got = update_and_score(torch.zeros_like(exp_avg), exp_avg, exp_avg_sq, how, score)
+    root = exp_avg_sq.sqrt() + 1e-8
+    expected = (exp_avg**2 / root if score == "epd" else (exp_avg / root) ** 2).sum()
+    torch.testing.assert_close(got, expected, rtol=1e-12, atol=0)
+
+
 def test_direction_has_no_bias_correction_left():
     grad, exp_avg, exp_avg_sq = moments((64, 48), torch.float64)
     direction = one_pass.move(grad, exp_avg, exp_avg_sq, (0.9, 0.999), 1e-8)
