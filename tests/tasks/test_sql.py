@@ -1,11 +1,11 @@
 import copy
 import json
 import time
-from pathlib import Path
 
 import pytest
 import torch
 from question_records import sql, texts, values, write
+from shared_data import SHARED, needs_shared
 from tiny_models import byte_level_tokenizer, piece_tokenizer, tiny_llama, tiny_qwen2
 
 from molf.errors import InputError
@@ -16,11 +16,6 @@ from molf.tasks.encoding import encode_samples
 from molf.tasks.questions import load_questions
 from molf.tasks.sql import SqlTask
 from molf.tasks.sql_questions import SQL
-
-SHARED = Path(__file__).resolve().parents[2].parent / "shared" / "data"
-needs_shared = pytest.mark.skipif(
-    not SHARED.is_dir(), reason="no ../shared/data beside the repository"
-)
 
 NAMES = [
     "execution_accuracy",
