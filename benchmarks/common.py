@@ -83,11 +83,27 @@ def lora_step(model: Any, batch: torch.Tensor, rank: int) -> Step:
     return make_step(adapted, fused_adamw(adapted), batch)
 
 
-def molf_step(model: Any, batch: torch.Tensor, ranks: Sequence[int]) -> Step:
-    """Return a step of MoLF, of a copy of the model."""
+def molf_step(model: Any, batch: torch.Tensor, ranks: Sequence[int], *, moved: bool = True) -> Step:
+    """Return a step of MoLF, of a copy of the model.
+
+    At equal rates `full` wins everywhere here. A LoRA expert that has never won has `B = 0`, and a
+    step leaves products with zero out; `moved` says whether all experts have won before.
+    """
     model = copy.deepcopy(model)
     config = molf.MoLFConfig(ranks=tuple(ranks))
-    return make_step(model, molf.MoLFAdamW.from_model(model, config, lr=LR), batch)
+    optimizer = molf.MoLFAdamW.from_model(model, config, lr=LR)
+    if moved:
+        move_experts(optimizer)
+    return make_step(model, optimizer, batch)
+
+
+def move_experts(optimizer: molf.MoLFAdamW) -> None:
+    """Let no LoRA factor be zero, as after a win of every expert."""
+    for group in optimizer.param_groups:
+        if group["layer"] is not None:
+            factors = optimizer.lora_factors(group["layer"])
+            moved = [(A, torch.full_like(B, 1e-4)) for A, B in factors]
+            optimizer.set_lora_factors(group["layer"], moved)
 
 
 def interleave(

@@ -28,7 +28,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 import molf
-from common import Bar, make_batch, make_model, report
+from common import Bar, make_batch, make_model, move_experts, report
 
 SHAPES: dict[str, dict[str, Any]] = {
     "small": {},
@@ -150,6 +150,8 @@ def measure(
     backward()
     optimizer.step()  # makes the state
     optimizer.zero_grad()
+    if isinstance(optimizer, molf.MoLFAdamW):
+        move_experts(optimizer)  # as late in a run: a step then needs most
     named = [
         (key, value)
         for entry in optimizer.state.values()

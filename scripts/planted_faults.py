@@ -56,7 +56,19 @@ FAULTS = [
         "decay acts on W_eff instead of W",
         "test_golden.py",
         "folded.py",
-        [("* self._scaling_per_rank().mul_(full.decay))", "* 0.0)")],
+        [("self._scaling_per_rank().mul_(full.decay)", "self._scaling_per_rank().mul_(0.0)")],
+    ),
+    Fault(
+        "an expert is taken for one without wins by its first row",
+        "test_experts_without_wins.py",
+        "factors.py",
+        [("lora_B[:1, own].any() or lora_B[:, own].abs().sum()", "lora_B[:1, own].any()")],
+    ),
+    Fault(
+        "experts that have moved are left out of the products",
+        "test_experts_without_wins.py",
+        "factors.py",
+        [("live.append(own)\n    return live", "live.append(own)\n    return live[:1]")],
     ),
     Fault(
         "bias left out of n_e",

@@ -10,7 +10,7 @@ from core_helpers import feed, run, tiny_model, tiny_optimizer
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from molf.core import guard
+from molf.core import factors, guard
 
 
 def test_state_is_made_in_the_first_step():
@@ -84,7 +84,8 @@ class ReadsOfTheHost(TorchDispatchMode):
 @pytest.mark.parametrize("layers", [2, 20])
 @pytest.mark.parametrize("score", ["epd", "random"])
 def test_the_host_waits_once_per_step(layers, score, monkeypatch):
-    monkeypatch.setattr(guard, "reads_for_nothing", lambda device: False)  # as of an accelerator
+    for module in (guard, factors):  # as of an accelerator
+        monkeypatch.setattr(module, "reads_for_nothing", lambda device: False)
     model = nn.ModuleList([nn.Linear(4, 5) for _ in range(layers)] + [nn.LayerNorm(3)])
     optimizer = tiny_optimizer(model, score=score, top_k=2)
     reads = ReadsOfTheHost(monkeypatch)

@@ -14,11 +14,33 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from molf.core.guard import reads_for_nothing
+
 
 def owned_by(ranks: Sequence[int], index: int) -> slice:
     """Rows of A, and columns of B, that belong to LoRA expert `index`."""
     start = sum(ranks[:index])
     return slice(start, start + ranks[index])
+
+
+def live_ranks(ranks: Sequence[int], lora_B: Tensor) -> list[slice]:
+    """Columns of B [out, R] that may differ from zero; those of neighbouring experts are one slice.
+
+    B of an expert that has not won yet is zero, and so is every product with it. Where the host
+    would have to wait for the answer, all columns may differ.
+    """
+    if not reads_for_nothing(lora_B.device):
+        return [slice(0, sum(ranks))]
+    live: list[slice] = []
+    for index in range(len(ranks)):
+        own = owned_by(ranks, index)
+        # An expert that has won differs in its first row already, almost surely.
+        if not (lora_B[:1, own].any() or lora_B[:, own].abs().sum()):
+            continue
+        if live and live[-1].stop == own.start:
+            own = slice(live.pop().start, own.stop)
+        live.append(own)
+    return live
 
 
 def per_rank(values: Sequence[float], ranks: Sequence[int], like: Tensor) -> Tensor:

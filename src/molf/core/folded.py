@@ -14,7 +14,7 @@ from torch import Tensor
 
 from molf.core.adam import compute_dtype, gradient, row_blocks
 from molf.core.dense import Product
-from molf.core.factors import draw_lora_a, owned_by, split_factors
+from molf.core.factors import draw_lora_a, live_ranks, owned_by, split_factors
 from molf.core.fidelity import UpdateTally
 from molf.core.guard import Guarded
 from molf.core.moments import moment_state
@@ -30,6 +30,7 @@ class FoldedLayer(RoutedLayer):
     def __init__(self, group: dict[str, Any], states: States) -> None:
         self.weight: Tensor = group["params"][0]
         self.state = _state_of(group, states)
+        self._live = live_ranks(group["ranks"], self.state["lora_B"])
         super().__init__(group, states, dense_tensors(group, group["params"], states))
 
     @classmethod
@@ -84,14 +85,18 @@ class FoldedLayer(RoutedLayer):
         """`grad A_i = s_i B_i^T G` as [R, in] and `grad B_i = s_i G A_i^T` as [out, R]."""
         grad = _oriented(gradient(self.weight), self.group)
         A, B, scalings = self.state["lora_A"], self.state["lora_B"], self._scaling_per_rank()
+        grad_A = torch.zeros_like(A)  # and stays so where B is zero
         if grad.dtype == A.dtype:
-            grad_A, grad_B = B.t() @ grad, grad @ A.t()
+            grad_B = grad @ A.t()
+            for live in self._live:
+                torch.mm(B[:, live].t(), grad, out=grad_A[live])
         else:  # in parts: a float32 copy of the whole is as large as the weight's moments
-            grad_A, grad_B = torch.zeros_like(A), torch.empty_like(B)
+            grad_B = torch.empty_like(B)
             for rows in row_blocks(grad, at_least=_GRADIENT_ROWS):
                 part = grad[rows].to(A.dtype)
-                grad_A.addmm_(B[rows].t(), part)
                 torch.mm(part, A.t(), out=grad_B[rows])
+                for live in self._live:
+                    grad_A[live].addmm_(B[rows, live].t(), part)
         return grad_A.mul_(scalings[:, None]), grad_B.mul_(scalings)
 
     def _factor_moments(self) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
@@ -120,8 +125,9 @@ class FoldedLayer(RoutedLayer):
             right += [A + dA, dA]
         if full and full.decay:
             # It is W = W_eff - sum_i s_i B_i A_i that decays, so the experts get theirs back.
-            left.append(self.state["lora_B"] * self._scaling_per_rank().mul_(full.decay))
-            right.append(self.state["lora_A"])
+            shares = self._scaling_per_rank().mul_(full.decay)
+            left += [self.state["lora_B"][:, live] * shares[live] for live in self._live]
+            right += [self.state["lora_A"][live] for live in self._live]
         product = Product(_joined(left, 1), _joined(right, 0)) if left else None
         weight.move(full, tally, product, transposed=self.group["transposed"])
         for bias in biases:
