@@ -56,7 +56,7 @@ FAULTS = [
         "decay acts on W_eff instead of W",
         "test_golden.py",
         "folded.py",
-        [("self._scaling_per_rank().mul_(full.decay)", "self._scaling_per_rank().mul_(0.0)")],
+        [("self._scalings * full.decay", "self._scalings * 0.0")],
     ),
     Fault(
         "an expert is taken for one without wins by its first row",
@@ -87,9 +87,9 @@ FAULTS = [
         "the optimizer's eps used in the score",
         "test_twin.py",
         "dense.py",
-        [("        grad = gradient(self.parameter)\n        total",
+        [("        grad, moments = gradient(self.parameter), self._moments\n        return",
           '        adam._SCORE_EPS = self.group["eps"]\n'
-          "        grad = gradient(self.parameter)\n        total"),
+          "        grad, moments = gradient(self.parameter), self._moments\n        return"),
          ("from molf.core.fidelity", "from molf.core import adam\nfrom molf.core.fidelity")],
     ),
     Fault(
@@ -110,7 +110,7 @@ FAULTS = [
         "score of an expert over the other's factors",
         "test_golden.py",
         "routed.py",
-        [("by_column.split(ranks)", "by_column.flip(0).split(ranks)")],
+        [("decay, score).split(ranks)", "decay, score).flip(0).split(ranks)")],
     ),
     Fault(
         "ties go to the highest index",
@@ -229,7 +229,7 @@ FAULTS = [
         "test_nonfinite.py",
         "guard.py",
         [("return 0.5 * torch.finfo(dtype).max ** 0.5", "return torch.finfo(dtype).max"),
-         ("norm = torch.dot(flat, flat).sqrt()", "norm = flat.double().norm()")],
+         ("return torch.dot(flat, flat).sqrt()", "return flat.double().norm()")],
     ),
     Fault(
         "a bad step reaches the moments",
@@ -259,7 +259,7 @@ FAULTS = [
         "the host waits for every layer",
         "test_step_cost.py",
         "step.py",
-        [("layer.update_moments(guard) for", "layer.update_moments(guard).cpu() for")],
+        [("part.to(home) for", "part.cpu().to(home) for")],
     ),
     Fault(
         "reduced-precision products allowed",

@@ -89,16 +89,15 @@ class DenseTensor:
             group["lr"], group[weight_decay], group["betas"], group["eps"], self.state["step"]
         )
 
-    def update_moments(self, guard: FiniteGuard, score: str) -> Tensor:
-        """Move the moments; return the sum of the score's terms, 0-dim, on the device."""
-        device = self.parameter.device
+    def update_moments(self, guard: FiniteGuard, score: str) -> list[Tensor]:
+        """Move the moments; return the sums of the score's terms over blocks, 0-dim each."""
         self._decay = decay = self._decay_of(guard)
         self._advanced = True
-        grad = gradient(self.parameter)
-        total = grad.new_zeros((), dtype=sum_dtype(device))
-        for rows in row_blocks(self.parameter, multiple=self._moments.multiple):
-            total += self._moments.advance(rows, grad[rows], decay, score)
-        return total
+        grad, moments = gradient(self.parameter), self._moments
+        return [
+            moments.advance(rows, grad[rows], decay, score)
+            for rows in row_blocks(self.parameter, multiple=moments.multiple)
+        ]
 
     def adamw(self, guard: FiniteGuard, tally: UpdateTally | None) -> None:
         """Moments, counter and values at once, of a tensor that is not routed."""

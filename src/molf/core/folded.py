@@ -14,7 +14,7 @@ from torch import Tensor
 
 from molf.core.adam import compute_dtype, gradient, row_blocks
 from molf.core.dense import Product
-from molf.core.factors import draw_lora_a, live_ranks, owned_by, split_factors
+from molf.core.factors import draw_lora_a, live_ranks, owned_by, per_rank, split_factors
 from molf.core.fidelity import UpdateTally
 from molf.core.guard import Guarded
 from molf.core.moments import moment_state
@@ -30,7 +30,9 @@ class FoldedLayer(RoutedLayer):
     def __init__(self, group: dict[str, Any], states: States) -> None:
         self.weight: Tensor = group["params"][0]
         self.state = _state_of(group, states)
-        self._live = live_ranks(group["ranks"], self.state["lora_B"])
+        lora_B, ranks = self.state["lora_B"], group["ranks"]
+        self._live = live_ranks(ranks, lora_B)
+        self._scalings = per_rank(group["scalings"], ranks, lora_B)  # `s_i` for each rank, [R]
         super().__init__(group, states, dense_tensors(group, group["params"], states))
 
     @classmethod
@@ -84,7 +86,7 @@ class FoldedLayer(RoutedLayer):
     def _factor_gradients(self) -> tuple[Tensor, Tensor]:
         """`grad A_i = s_i B_i^T G` as [R, in] and `grad B_i = s_i G A_i^T` as [out, R]."""
         grad = _oriented(gradient(self.weight), self.group)
-        A, B, scalings = self.state["lora_A"], self.state["lora_B"], self._scaling_per_rank()
+        A, B, scalings = self.state["lora_A"], self.state["lora_B"], self._scalings
         grad_A = torch.zeros_like(A)  # and stays so where B is zero
         if grad.dtype == A.dtype:
             grad_B = grad @ A.t()
@@ -105,10 +107,6 @@ class FoldedLayer(RoutedLayer):
         )
         return first, second
 
-    def _scaling_per_rank(self) -> Tensor:
-        """`s_i`, repeated for every row of A that expert i owns, [R]."""
-        return self._per_rank(self.group["scalings"], self.state["lora_A"])
-
     def apply(self, winners: Sequence[int], tally: UpdateTally | None = None) -> None:
         """Count the step for every expert and give the winners theirs, each from the old state."""
         for tensor in self.dense:
@@ -125,7 +123,7 @@ class FoldedLayer(RoutedLayer):
             right += [A + dA, dA]
         if full and full.decay:
             # It is W = W_eff - sum_i s_i B_i A_i that decays, so the experts get theirs back.
-            shares = self._scaling_per_rank().mul_(full.decay)
+            shares = self._scalings * full.decay
             left += [self.state["lora_B"][:, live] * shares[live] for live in self._live]
             right += [self.state["lora_A"][live] for live in self._live]
         product = Product(_joined(left, 1), _joined(right, 0)) if left else None

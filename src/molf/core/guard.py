@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from molf.core.adam import MomentDecay, compute_dtype, gradient, row_blocks, sum_dtype
+from molf.core.adam import MomentDecay, compute_dtype, gradient, row_blocks
 
 
 class Guarded(NamedTuple):
@@ -102,21 +102,20 @@ def _bound(one: Guarded) -> Tensor:
     norm = _norm(grad, dtype) / largest_norm(dtype)
     if not one.factors:
         return norm * max(1.0, one.scale)
-    gain = torch.stack([_norm(factor, dtype) for factor in one.factors]).amax() * one.scale
-    return norm * gain.clamp(min=1).to(norm.device)
+    gains = [_norm(factor, dtype) * one.scale for factor in one.factors]
+    return norm * torch.stack(gains).amax().clamp(min=1).to(norm.device)
 
 
 def _norm(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """The Frobenius norm, computed in a dtype: infinity, NaN and overflow survive it. 0-dim."""
+    """The Frobenius norm, in a dtype: infinity, NaN and overflow survive it. 0-dim."""
     if tensor.dtype == dtype and tensor.device.type == "cpu" and tensor.is_contiguous():
         flat = tensor.view(-1)  # twice as fast; a square that overflows forbids a step anyway
-        norm = torch.dot(flat, flat).sqrt()
-    elif tensor.dtype == dtype:
-        norm = torch.linalg.vector_norm(tensor)
-    else:  # in parts: torch copies to the other dtype
-        parts = [torch.linalg.vector_norm(tensor[x], dtype=dtype) for x in row_blocks(tensor)]
-        norm = torch.linalg.vector_norm(torch.stack(parts or [tensor.new_zeros((), dtype=dtype)]))
-    return norm.to(sum_dtype(tensor.device))
+        return torch.dot(flat, flat).sqrt()
+    if tensor.dtype == dtype:
+        return torch.linalg.vector_norm(tensor)
+    # in parts: torch copies to the other dtype
+    parts = [torch.linalg.vector_norm(tensor[x], dtype=dtype) for x in row_blocks(tensor)]
+    return torch.linalg.vector_norm(torch.stack(parts or [tensor.new_zeros((), dtype=dtype)]))
 
 
 def plain_gradient(parameter: Tensor) -> Tensor:

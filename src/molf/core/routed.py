@@ -8,20 +8,18 @@ from collections.abc import Iterator, Sequence
 from types import EllipsisType
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from molf.core.adam import (
     AdamWStep,
     finish_score,
     row_blocks,
-    sum_dtype,
     update_and_score,
     update_and_score_columns,
 )
 from molf.core.config import lora_expert_names
 from molf.core.dense import DenseTensor
-from molf.core.factors import owned_by, per_rank
+from molf.core.factors import owned_by
 from molf.core.fidelity import UpdateTally
 from molf.core.groups import parameter_name
 from molf.core.guard import FiniteGuard, Guarded
@@ -114,31 +112,30 @@ class RoutedLayer(ABC):
         """Scheduled rate of each LoRA expert."""
         return tuple(self.group["lr"] * ratio for ratio in self.group["lora_lr_ratios"])
 
-    def update_moments(self, guard: FiniteGuard) -> Tensor:
-        """Update the moments of all experts; return their score sums, [experts], on the device."""
-        device = self.gradients[0].parameter.device
-        nothing = torch.zeros((), dtype=sum_dtype(device), device=device)
-        if guard.refuses:
-            return nothing.expand(len(self.experts))
+    def update_moments(self, guard: FiniteGuard) -> list[list[Tensor]]:
+        """Update the moments of all experts.
+
+        Returns:
+            For each expert the parts of its score's sum, 0-dim, on the device: to add them up is
+            the host's work, which has to read them anyway.
+        """
         ranks, score = list(self.group["ranks"]), self.group["score"]
-        full = [tensor.update_moments(guard, score) for tensor in self.dense]
+        full = [part for tensor in self.dense for part in tensor.update_moments(guard, score)]
         (grad_A, grad_B), (of_A, of_B) = self._factor_gradients(), self._factor_moments()
-        decay = guard.decay_of(device, of_A[0].dtype, self.group["betas"])
-        experts = [sum(full, nothing)] if self.has_full else []
-        if len(ranks) == 1:
-            parts = ((grad_A, *of_A), (grad_B, *of_B))
-            blocks = [_part(rows, *own) for own in parts for rows in _blocks(own[0])]
-            lora = sum((update_and_score(*block, decay, score) for block in blocks), nothing)
-            return torch.stack([*experts, lora])
-        by_column = nothing.new_zeros(sum(ranks))
-        for rows in _blocks(grad_B):
-            by_column += update_and_score_columns(*_part(rows, grad_B, *of_B), decay, score)
-        for index, columns in enumerate(by_column.split(ranks)):
+        decay = guard.decay_of(grad_A.device, of_A[0].dtype, self.group["betas"])
+        lora: list[list[Tensor]] = [[] for _ in ranks]
+        for index, parts in enumerate(lora):
             own = _part(owned_by(ranks, index), grad_A, *of_A)
-            blocks = [_part(rows, *own) for rows in _blocks(own[0])]
-            terms = (update_and_score(*block, decay, score) for block in blocks)
-            experts.append(sum(terms, columns.sum()))
-        return torch.stack(experts)
+            parts += [update_and_score(*_part(x, *own), decay, score) for x in _blocks(own[0])]
+        for rows in _blocks(grad_B):
+            block = _part(rows, grad_B, *of_B)
+            if len(ranks) == 1:
+                lora[0].append(update_and_score(*block, decay, score))
+                continue
+            columns = update_and_score_columns(*block, decay, score).split(ranks)
+            for parts, own_columns in zip(lora, columns, strict=True):
+                parts.append(own_columns.sum())
+        return [full, *lora] if self.has_full else lora
 
     def decide(self, sums: Sequence[float]) -> tuple[tuple[int, ...], Decision]:
         """Choose the winners from the score sums, now on the host.
@@ -190,9 +187,6 @@ class RoutedLayer(ABC):
     def _lora_winners(self, winners: Sequence[int]) -> list[int]:
         """Indices of the winners among the LoRA experts."""
         return [w - self.has_full for w in winners if w >= self.has_full]
-
-    def _per_rank(self, values: Sequence[float], like: Tensor) -> Tensor:
-        return per_rank(values, self.group["ranks"], like)
 
 
 def _blocks(factor: Tensor) -> Iterator[slice | EllipsisType]:

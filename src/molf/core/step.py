@@ -54,14 +54,16 @@ def take_step(
     home = parameters[0].device
     with full_precision({parameter.device.type for parameter in parameters}):
         guard = FiniteGuard(gradients)
-        sums = [layer.update_moments(guard) for layer in layers]
-        on_host = torch.cat([total.to(home) for total in (guard.bounds, *sums)]).tolist()
+        parts = [] if guard.refuses else [layer.update_moments(guard) for layer in layers]
+        flat = [part.to(home) for experts in parts for expert in experts for part in expert]
+        on_host = torch.stack([*guard.bounds, *flat]).tolist()
 
-        bounds, score_sums = on_host[: len(parameters)], iter(on_host[len(parameters) :])
+        bounds, score_parts = on_host[: len(parameters)], iter(on_host[len(parameters) :])
         if not all(map(fits, bounds)):
             pairs = zip(parameters, bounds, strict=True)
             return Outcome({}, [parameter for parameter, bound in pairs if not fits(bound)])
-        decisions = [layer.decide([next(score_sums) for _ in layer.experts]) for layer in layers]
+        sums = [[sum((next(score_parts) for _ in x), 0.0) for x in experts] for experts in parts]
+        decisions = [layer.decide(own) for layer, own in zip(layers, sums, strict=True)]
         for layer, (winners, _) in zip(layers, decisions, strict=True):
             layer.apply(winners, tally)
         for tensor in rest:
