@@ -84,6 +84,12 @@ FAULTS = [
         [("exp_avg_sq.sqrt().add_(_SCORE_EPS)", "(exp_avg_sq + _SCORE_EPS).sqrt()")],
     ),
     Fault(
+        "a direction is added to the one before",
+        "test_one_pass.py",
+        "one_pass.py",
+        [("weight_decay=-1.0", "weight_decay=0.0")],
+    ),
+    Fault(
         "the optimizer's eps used in the score",
         "test_twin.py",
         "dense.py",

@@ -66,10 +66,37 @@ def test_eps_is_added_to_the_root(known, score):
 
 def test_direction_has_no_bias_correction_left():
     grad, exp_avg, exp_avg_sq = moments((64, 48), torch.float64)
-    direction = one_pass.move(grad, exp_avg, exp_avg_sq, (0.9, 0.999), 1e-8)
+    scratch = one_pass.Scratch()
+    direction = one_pass.move(grad, exp_avg, exp_avg_sq, (0.9, 0.999), 1e-8, scratch)
     torch.testing.assert_close(
         direction, exp_avg / (exp_avg_sq.sqrt() + 1e-8), rtol=1e-14, atol=1e-14
     )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_nothing_of_the_last_direction_is_left(dtype):
+    scratch = one_pass.Scratch()
+    for size in (100, 40, 33, 1000, 1):
+        for scale in (1.0, -1e30):
+            block = [x * scale for x in moments((size,), dtype)]
+            block[2].abs_()
+            alone = one_pass.move(*[x.clone() for x in block], (0.9, 0.9), 1e-8, one_pass.Scratch())
+            assert torch.equal(one_pass.move(*block, (0.9, 0.9), 1e-8, scratch), alone)
+
+
+def test_a_moment_of_nan_spoils_no_later_step():
+    model = nn.ModuleList([nn.Linear(16, 16), nn.Linear(16, 16)])
+    optimizer = tiny_optimizer(model)
+    feed(model, 0)
+    optimizer.step()
+    moment = optimizer.state[model[0].weight]["exp_avg"]
+    kept = moment.clone()
+    moment.fill_(float("nan"))
+    feed(model, 1)
+    with pytest.raises(RuntimeError, match="Scores of layer 0 are not finite"):
+        optimizer.step()
+    moment.copy_(kept)
+    optimizer.step()
 
 
 @pytest.mark.parametrize("score", ["epd", "pfn"])
@@ -148,7 +175,7 @@ if when == "import":
 from molf.core import one_pass
 block = [torch.ones(20, dtype=dtype, device="cpu") for _ in range(3)]
 torch.set_default_device("meta" if when == "use" else "cpu")
-direction = one_pass.move(*block, (0.5, 0.5), 0.0)
+direction = one_pass.move(*block, (0.5, 0.5), 0.0, one_pass.Scratch())
 sys.exit(not (direction.device.type == "cpu" and (direction == 1).all()))
 """
 

@@ -81,6 +81,7 @@ class MomentDecay:
     new_share: Tensor  # 1 - beta1, or 0
     kept_sq: Tensor  # beta2, or 1
     new_sq: float  # 1 - beta2
+    scratch: one_pass.Scratch
 
     @classmethod
     def of(
@@ -102,6 +103,7 @@ class MomentDecay:
             torch.where(finite, share, 0.0),
             torch.where(finite, kept, 1.0),
             1 - beta2,
+            one_pass.Scratch(),
         )
 
 
@@ -158,7 +160,7 @@ def _move_in_one_pass(
     grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, decay: MomentDecay
 ) -> Tensor:
     grad = grad.to(exp_avg.dtype).contiguous()
-    return one_pass.move(grad, exp_avg, exp_avg_sq, decay.betas, _SCORE_EPS)
+    return one_pass.move(grad, exp_avg, exp_avg_sq, decay.betas, _SCORE_EPS, decay.scratch)
 
 
 def finish_score(total: float, *, score: str, lr: float, count: int) -> float:

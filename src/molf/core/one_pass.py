@@ -1,15 +1,15 @@
 """Moments and the direction of a step in one pass over memory, on a CPU.
 
 `torch.optim.AdamW(fused=True)` has a kernel that moves m, v and a parameter in one vectorised pass.
-Here it gets zeros for the parameter, the rate -1, no decay, and a counter so large that no bias
-correction is left: what it leaves in place of the zeros is `m / (sqrt(v) + eps)`, of which a score
-is made. The same from single operations reads and writes a block seven times.
+Here it gets scratch for the parameter, the rate -1, a decay that leaves nothing of what was there,
+and a counter so large that no bias correction is left: what it writes into the scratch is
+`m / (sqrt(v) + eps)`, of which a score is made. The same from single operations reads and writes a
+block seven times.
 """
 
 from __future__ import annotations
 
 import math
-import threading
 
 import torch
 from torch import Tensor
@@ -20,10 +20,24 @@ WIDTH = 16
 # Steps: `beta ** step` is 0. On the CPU whatever the default device: beside a counter that is
 # elsewhere the kernel may do nothing at all, without an error.
 _ENDLESS = torch.tensor(2.0**62, device="cpu")
-_KEPT_ELEMENTS = 1 << 21  # of directions, from one block to the next: they stay in the cache
-_kept = threading.local()
 
 Betas = tuple[float, float]
+
+
+class Scratch:
+    """Memory for the directions of one block after the other, which stays in the cache.
+
+    It belongs to one step: what a moment of NaN has left there would spoil all that follows.
+    """
+
+    def __init__(self) -> None:
+        self._memory: Tensor | None = None
+
+    def take(self, count: int, dtype: torch.dtype) -> Tensor:
+        """Return `count` numbers, finite unless a direction was not."""
+        if self._memory is None or self._memory.numel() < count:
+            self._memory = torch.zeros(count, dtype=dtype, device="cpu")
+        return self._memory[:count]
 
 
 def rows_of_whole_vectors(tensor: Tensor) -> int:
@@ -38,7 +52,9 @@ def fits(tensor: Tensor) -> bool:
     return type(tensor) is Tensor and tensor.device.type == "cpu" and tensor.is_contiguous()
 
 
-def move(grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, betas: Betas, eps: float) -> Tensor:
+def move(
+    grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, betas: Betas, eps: float, scratch: Scratch
+) -> Tensor:
     """Move the moments of a block in place; return `m / (sqrt(v) + eps)`, in the block's shape.
 
     Args:
@@ -47,12 +63,13 @@ def move(grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, betas: Betas, eps: f
         exp_avg_sq: v.
         betas: Decay rates of the moments.
         eps: Added to the root.
+        scratch: Where the result is; always of the same dtype.
 
     Returns:
-        Memory that the next call in this thread overwrites.
+        Memory that the next call with this scratch overwrites.
     """
     count = exp_avg.numel()
-    direction = _zeros(count, exp_avg.dtype).view(exp_avg.shape)
+    direction = scratch.take(count, exp_avg.dtype).view(exp_avg.shape)
     block = [direction, grad, exp_avg, exp_avg_sq]
     even = count - count % WIDTH
     if even < count:
@@ -62,17 +79,6 @@ def move(grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, betas: Betas, eps: f
     if even:
         _kernel(block, betas, eps)
     return direction
-
-
-def _zeros(count: int, dtype: torch.dtype) -> Tensor:
-    """Zeros in memory that the cache still has from the last block, where that is possible."""
-    if count > _KEPT_ELEMENTS:
-        return torch.zeros(count, dtype=dtype, device="cpu")
-    kept = getattr(_kept, str(dtype), None)
-    if kept is None or kept.numel() < count:
-        kept = torch.empty(count, dtype=dtype, device="cpu")
-        setattr(_kept, str(dtype), kept)
-    return kept[:count].zero_()
 
 
 def _kernel(block: list[Tensor], betas: Betas, eps: float) -> None:
@@ -87,7 +93,7 @@ def _kernel(block: list[Tensor], betas: Betas, eps: float) -> None:
         lr=-1.0,
         beta1=betas[0],
         beta2=betas[1],
-        weight_decay=0.0,
+        weight_decay=-1.0,  # 1 - lr wd = 0
         eps=eps,
         amsgrad=False,
         maximize=False,
