@@ -19,7 +19,7 @@ from pathlib import Path
 HERE = Path(__file__).parent
 RUNS = {  # the record's name, and the command
     "optimizer_step": ["optimizer_step.py"],
-    "step_time": ["step_time.py", "--tokens", "2048", "--fresh", "--rounds", "25"],
+    "step_time": ["step_time.py", "--tokens", "2048", "--fresh", "--rounds", "16"],
     "step_time_8192": ["step_time.py", "--tokens", "8192"],
     "molfe_step": ["molfe_step.py", "--memory_runs", "2"],
     "memory": ["memory.py"],
