@@ -7,7 +7,13 @@ from tiny_models import (
     tiny_llama,
     tiny_qwen2,
 )
-from transformers import GenerationConfig
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma3TextConfig,
+    GenerationConfig,
+    GPT2Config,
+    Qwen3NextConfig,
+)
 
 from molf.evaluate.generate import decode, generate_greedy, padding_id
 
@@ -133,6 +139,80 @@ def test_each_answer_stops_when_its_text_says_so(batch_size):
     assert len(seen) == sum(ends)
     if batch_size == 8:
         assert len(calls) == max(ends)
+
+
+SMALL = {"vocab_size": 512, "eos_token_id": 0, "bos_token_id": None, "initializer_range": 0.3}
+GEMMA = Gemma3TextConfig(
+    **SMALL,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=3,
+    layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+    sliding_window=6,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=8,
+    max_position_embeddings=128,
+)
+RECURRENT = Qwen3NextConfig(
+    **SMALL,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    layer_types=["linear_attention", "full_attention"],
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=8,
+    linear_num_value_heads=4,
+    linear_num_key_heads=2,
+    linear_key_head_dim=8,
+    linear_value_head_dim=8,
+    num_experts=2,
+    num_experts_per_tok=1,
+    moe_intermediate_size=16,
+    shared_expert_intermediate_size=16,
+    max_position_embeddings=128,
+)
+ARCHITECTURES = {
+    "llama": tiny_llama,
+    "gpt2": GPT2Config(**SMALL, n_embd=32, n_layer=2, n_head=4, n_positions=128),
+    "sliding windows": GEMMA,
+    "recurrent layers": RECURRENT,
+}
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_answers_that_have_ended_leave_the_batch(name):
+    torch.manual_seed(1)
+    architecture = ARCHITECTURES[name]
+    if callable(architecture):
+        model = architecture()
+    else:
+        model = AutoModelForCausalLM.from_config(architecture).eval()
+    contexts = [[5 + i, 9, 30 + 2 * i, *range(40, 40 + i % 5)] for i in range(12)]
+    lengths = {index: 1 + (5 * index) % 12 for index in range(12)}
+    tokenizer, seen, shapes = byte_level_tokenizer(), [], []
+
+    def stop(index, text):
+        seen.append(index)
+        return seen.count(index) == lengths[index]
+
+    hook = model.register_forward_pre_hook(
+        lambda _, args, kwargs: shapes.append(kwargs["input_ids"].shape), with_kwargs=True
+    )
+    found = generate_greedy(model, tokenizer, contexts, max_new_tokens=20, batch_size=12, stop=stop)
+    hook.remove()
+    ends = {0, 2} if name == "llama" else {0}
+    expected = [one_by_one(model, c, lengths[i], ends) for i, c in enumerate(contexts)]
+    assert found == expected
+    rows = [shape[0] for shape in shapes]
+    assert len(rows) == max(lengths.values())  # steps
+    assert rows == sorted(rows, reverse=True)
+    tokens = sum(map(len, expected))
+    assert sum(rows) <= 2 * tokens
+    assert sum(rows) < 0.8 * len(rows) * 12
+    columns = [shape[1] for shape in shapes[1:]]
+    assert set(columns) == {1} or name == "recurrent layers"
 
 
 @pytest.mark.parametrize("batch_size", [1, 3])

@@ -13,8 +13,8 @@ from tiny_models import (
 from molf.errors import InputError
 from molf.evaluate import EvaluationSettings
 from molf.evaluate.generate import decode, generate_greedy
-from molf.tasks import TaskOptions, load_task
-from molf.tasks.encoding import encode_samples
+from molf.tasks import TaskOptions, encoding, load_task
+from molf.tasks.encoding import encode_samples, tokenize
 
 TURNS = [{"role": "user", "content": "Where?"}, {"role": "assistant", "content": "In Paris."}]
 
@@ -137,6 +137,19 @@ def test_exact_match_is_a_greedy_answer_equal_after_trimming(tmp_path):
     again = task.score_predictions(evaluation.predictions)
     assert again.metrics == {"exact_match": evaluation.metrics["exact_match"]}
     assert "loss" in again.notes["not_measured"]
+
+
+def test_records_are_tokenized_once(tmp_path, monkeypatch):
+    texts = []
+
+    def counted(tokenizer, some):
+        texts.extend(some)
+        return tokenize(tokenizer, some)
+
+    monkeypatch.setattr(encoding, "tokenize", counted)
+    task = load(write(tmp_path / "a.jsonl", pairs(9)), evaluation_only=True)
+    task.evaluate(tiny_qwen2(), byte_level_tokenizer(), EvaluationSettings(max_new_tokens=2))
+    assert len(texts) == len(set(texts)) == 9
 
 
 def test_too_long_records_are_left_out_and_counted(tmp_path):

@@ -2,7 +2,12 @@ import pytest
 from tiny_models import LINES, byte_level_tokenizer, piece_tokenizer
 
 from molf.errors import InputError
-from molf.tasks.encoding import encode_samples, generation_contexts, tokenize
+from molf.tasks.encoding import (
+    encode_samples,
+    generation_contexts,
+    tokenize,
+    tokenize_samples,
+)
 from molf.tasks.samples import PromptCompletion
 
 PAIRS = [
@@ -13,6 +18,10 @@ PAIRS = [
     ("Paris, Rome", ""),
     ("", " Paris is the largest."),
 ]
+
+
+def contexts_of(tokenizer, samples):
+    return generation_contexts(tokenizer, tokenize_samples(tokenizer, samples))
 
 
 def samples(pairs=PAIRS):
@@ -101,7 +110,7 @@ def test_an_eos_that_the_tokenizer_adds_is_not_doubled_either():
 @pytest.mark.parametrize("tokenizer", TOKENIZERS)
 def test_the_prompt_in_evaluation_has_the_tokens_it_has_in_training(tokenizer):
     encoded = encode_samples(tokenizer, samples(), 100)
-    contexts = generation_contexts(tokenizer, samples())
+    contexts = contexts_of(tokenizer, samples())
     for context, ids, labels in zip(contexts[:5], encoded.input_ids, encoded.labels, strict=False):
         unlabelled = sum(label == -100 for label in labels)
         assert context.ids == ids[:unlabelled]
@@ -110,7 +119,9 @@ def test_the_prompt_in_evaluation_has_the_tokens_it_has_in_training(tokenizer):
 
 def test_what_the_context_lacks_of_the_prompt_is_told():
     tokenizer = byte_level_tokenizer()
-    [context] = generation_contexts(tokenizer, [PromptCompletion("is ", "Paris", 0)])
+    [context] = generation_contexts(
+        tokenizer, tokenize_samples(tokenizer, [PromptCompletion("is ", "Paris", 0)])
+    )
     assert context.ids == tokenizer("is")["input_ids"]
     assert (context.prompt, context.missing) == ("is ", " ")
 
@@ -118,7 +129,9 @@ def test_what_the_context_lacks_of_the_prompt_is_told():
 def test_a_prompt_inside_the_completions_first_token_is_asked_on_its_own():
     tokenizer = byte_level_tokenizer()
     assert len(tokenizer("is")["input_ids"]) == 1
-    [context] = generation_contexts(tokenizer, [PromptCompletion("i", "s", 0)])
+    [context] = generation_contexts(
+        tokenizer, tokenize_samples(tokenizer, [PromptCompletion("i", "s", 0)])
+    )
     assert context.ids == tokenizer("i")["input_ids"]
 
 

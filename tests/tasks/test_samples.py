@@ -2,7 +2,7 @@ import pytest
 from tiny_models import CHATML, byte_level_tokenizer, piece_tokenizer
 
 from molf.errors import InputError
-from molf.tasks.encoding import encode_samples, generation_contexts
+from molf.tasks.encoding import encode_samples, generation_contexts, tokenize_samples
 from molf.tasks.samples import Conversation
 
 TALK = (
@@ -12,6 +12,10 @@ TALK = (
     {"role": "user", "content": "And Rome?"},
     {"role": "assistant", "content": "In Italy."},
 )
+
+
+def contexts_of(tokenizer, samples):
+    return generation_contexts(tokenizer, tokenize_samples(tokenizer, samples))
 
 
 def chat_tokenizer(template=CHATML, eos="<|im_end|>"):
@@ -60,7 +64,9 @@ def test_eos_follows_only_where_the_template_does_not_end_with_it():
 
 def test_the_answer_is_generated_after_the_generation_prompt():
     tokenizer = chat_tokenizer()
-    [context] = generation_contexts(tokenizer, [Conversation(TALK, 0, 0)])
+    [context] = generation_contexts(
+        tokenizer, tokenize_samples(tokenizer, [Conversation(TALK, 0, 0)])
+    )
     asked = tokenizer.apply_chat_template(
         list(TALK[:-1]), tokenize=False, add_generation_prompt=True
     )
@@ -76,7 +82,9 @@ def test_a_bos_in_the_template_is_not_doubled():
     assert ids[0] == tokenizer.bos_token_id
     assert ids[-1] == tokenizer.eos_token_id
     assert [text.split("<")[0] for text in found] == ["In France.", "In Italy."]
-    [context] = generation_contexts(tokenizer, [Conversation(TALK, 0, 0)])
+    [context] = generation_contexts(
+        tokenizer, tokenize_samples(tokenizer, [Conversation(TALK, 0, 0)])
+    )
     assert context.ids.count(tokenizer.bos_token_id) == 1
 
 

@@ -39,8 +39,8 @@ def generate_greedy(
     """Generate the likeliest token again and again, until the end of sequence.
 
     The model's own generation settings (sampling, penalties, ...) are put aside, so that the
-    same weights always give the same text; only its end tokens are kept. A batch ends with the
-    last of its answers.
+    same weights always give the same text; only its end tokens are kept. Answers that have ended
+    leave their batch whenever half of it has, and a batch ends with the last of them.
 
     Args:
         model: A transformers causal language model, on its device.
@@ -82,6 +82,7 @@ def generate_greedy(
             eos_token_id=sorted(ends),
             pad_token_id=pad_id,
             use_cache=True,
+            return_dict_in_generate=True,
         )
 
     def run(batch: list[int]) -> None:
@@ -89,13 +90,16 @@ def generate_greedy(
         # fail, and what the others of a batch may generate must not depend on it.
         for tokens, group in groupby(batch, key=room.__getitem__):
             answers = _Answers(tokenizer, list(group), ends, stop)
+            first = _first_only(answers.indices, first_logits)
             inputs = pad_left([contexts[index] for index in answers.indices], pad_id, inner.device)
-            inner.generate(
-                **inputs,
-                generation_config=settings(tokens),
-                logits_processor=[_first_only(answers.indices, first_logits)],
-                stopping_criteria=[answers],
-            )
+            while answers.rows and answers.steps < tokens:
+                made = inner.generate(
+                    **inputs,
+                    generation_config=settings(tokens - answers.steps),
+                    logits_processor=[first],
+                    stopping_criteria=[answers],
+                )
+                inputs = _rows_of(made, inputs["attention_mask"], answers.drop_ended())
             for index, answer in zip(answers.indices, answers.tokens, strict=True):
                 results[index] = answer
 
@@ -124,6 +128,38 @@ def decode(tokenizer: Any, tokens: Sequence[int]) -> str:
     return text
 
 
+def _rows_of(made: Any, mask: Tensor, rows: list[int]) -> dict[str, Any]:
+    """What `generate()` goes on from, for some rows of what it has made.
+
+    Args:
+        made: Its result; all tokens that it has made of these rows count.
+        mask: The attention mask that it began with.
+        rows: The rows.
+    """
+    index = torch.tensor(rows, device=mask.device, dtype=torch.long)
+    ids = made.sequences[index]
+    new = mask.new_ones(len(rows), ids.shape[1] - mask.shape[1])
+    inputs = {"input_ids": ids, "attention_mask": torch.cat([mask[index], new], dim=1)}
+    cache = made.get("past_key_values")
+    if rows and _can_be_cut(cache):  # without it all is computed anew
+        cache.batch_select_indices(index)
+        inputs["past_key_values"] = cache
+    return inputs
+
+
+def _can_be_cut(cache: Any) -> bool:
+    """Whether rows of a cache can be selected: those of states other than keys and values cannot.
+
+    Recurrent layers inherit the method of attention layers, which leaves their own states alone.
+    """
+    from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+    layers = getattr(cache, "layers", [])
+    return bool(layers) and all(
+        type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers
+    )
+
+
 def _first_only(indices: list[int], read: FirstLogits | None) -> Callable[[Tensor, Tensor], Tensor]:
     """A logits processor of `generate()` that shows a batch's first logits, and changes none."""
     left = [] if read is None else [read]
@@ -139,11 +175,19 @@ def _first_only(indices: list[int], read: FirstLogits | None) -> Callable[[Tenso
 class _Answers:
     """A stopping criterion of `generate()` that collects the answers of a batch.
 
+    It stops everything when half of the rows have ended, so that they can be dropped.
+
     Args:
         tokenizer: Decodes what `stop` is asked about.
-        indices: The context of each row.
+        indices: The context of each answer.
         ends: Tokens that end an answer and are not part of it.
         stop: Ends an answer after the token that made it say so.
+
+    Attributes:
+        indices: As given.
+        tokens: The tokens of each answer so far.
+        rows: The answer of each row that is being generated, as a position in `tokens`.
+        steps: Tokens made so far for each of these rows.
     """
 
     def __init__(
@@ -151,25 +195,37 @@ class _Answers:
     ) -> None:
         self.indices = indices
         self.tokens: list[list[int]] = [[] for _ in indices]
+        self.rows = list(range(len(indices)))
+        self.steps = 0
         self._tokenizer = tokenizer
         self._ends = ends
         self._stop = stop
         self._ended = [False] * len(indices)
 
     def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
-        """Take in the newest token of each row, and say which answers have ended."""
-        for row, token in enumerate(input_ids[:, -1].tolist()):
-            if not self._ended[row]:
-                self._ended[row] = self._ends_with(row, token)
-        return torch.tensor(self._ended, device=input_ids.device)
+        """Take in the newest token of each row, and say which rows stop."""
+        self.steps += 1
+        for answer, token in zip(self.rows, input_ids[:, -1].tolist(), strict=True):
+            if not self._ended[answer]:
+                self._ended[answer] = self._ends_with(answer, token)
+        ended = [self._ended[answer] for answer in self.rows]
+        if 2 * sum(ended) >= len(ended):
+            ended = [True] * len(ended)
+        return torch.tensor(ended, device=input_ids.device)
 
-    def _ends_with(self, row: int, token: int) -> bool:
+    def drop_ended(self) -> list[int]:
+        """Forget the rows that have ended; return the numbers of those that go on."""
+        going = [row for row, answer in enumerate(self.rows) if not self._ended[answer]]
+        self.rows = [self.rows[row] for row in going]
+        return going
+
+    def _ends_with(self, answer: int, token: int) -> bool:
         if token in self._ends:
             return True
-        self.tokens[row].append(token)
+        self.tokens[answer].append(token)
         if self._stop is None:
             return False
-        return self._stop(self.indices[row], decode(self._tokenizer, self.tokens[row]))
+        return self._stop(self.indices[answer], decode(self._tokenizer, self.tokens[answer]))
 
 
 def _end_tokens(inner: Any, tokenizer: Any) -> set[int]:

@@ -80,10 +80,12 @@ class CustomTask(Task):
         from molf.evaluate.generate import padding_id
         from molf.evaluate.inference import length_limit
         from molf.evaluate.likelihood import sequence_losses
-        from molf.tasks.encoding import encode_samples, generation_contexts
+        from molf.tasks.encoding import encode_tokenized, generation_contexts, tokenize_samples
 
         samples = [self._evaluation[index] for index in self._evaluated]
-        encoded = encode_samples(tokenizer, samples, length_limit(model, settings.max_length))
+        tokenized = list(tokenize_samples(tokenizer, samples))
+        limit = length_limit(model, settings.max_length)
+        encoded = encode_tokenized(tokenizer, tokenized, limit)
         kept = [self._evaluated[position] for position in encoded.kept]
         losses = sequence_losses(
             model,
@@ -93,9 +95,9 @@ class CustomTask(Task):
             batch_size=settings.batch_size,
             progress=progress,
         )
-        limit = settings.max_new_tokens or self._answer_limit(tokenizer)
-        contexts = generation_contexts(tokenizer, [samples[i] for i in encoded.kept])
-        texts = generate_answers(model, tokenizer, contexts, limit, settings, progress)
+        new_tokens = settings.max_new_tokens or self._answer_limit(tokenizer)
+        contexts = generation_contexts(tokenizer, [tokenized[i] for i in encoded.kept])
+        texts = generate_answers(model, tokenizer, contexts, new_tokens, settings, progress)
         predictions = [
             {**self._prediction(index, text), "prompt": context.prompt, "loss": total / count}
             for index, text, context, (total, count) in zip(
@@ -117,7 +119,7 @@ class CustomTask(Task):
                 "exact_match": self._exact_match(dict(zip(kept, texts, strict=True))),
             },
             predictions=predictions,
-            notes={"records_too_long": encoded.left_out, "max_new_tokens": limit},
+            notes={"records_too_long": encoded.left_out, "max_new_tokens": new_tokens},
         )
 
     def score_predictions(self, predictions: list[dict[str, Any]]) -> Evaluation:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
-from typing import Any
+from typing import Any, NamedTuple
 
 from molf.errors import InputError
 from molf.tasks.samples import Rendered, Sample
@@ -43,6 +43,13 @@ class TokenizedText:
     def length(self, eos_id: int) -> int:
         """Tokens of a sample with this text: with the prefix, and ending with EOS."""
         return len(self.prefix) + len(self.ids) + (self.ids[-1:] != [eos_id])
+
+
+class TokenizedSample(NamedTuple):
+    """A sample's tokens, and its text with what is prompt and what is answer."""
+
+    text: TokenizedText
+    rendered: Rendered
 
 
 @dataclass(frozen=True)
@@ -141,13 +148,33 @@ def _split_added(ids: list[int], offsets: list[tuple[int, int]], added: list[int
     return TokenizedText(prefix, text_ids, starts, ends)
 
 
+def tokenize_samples(tokenizer: Any, samples: Sequence[Sample]) -> Iterator[TokenizedSample]:
+    """Render and tokenize samples; prompt and answer together, as the model meets them.
+
+    Raises:
+        InputError: The tokenizer cannot be used.
+    """
+    check_tokenizer(tokenizer)
+    for start in range(0, len(samples), _TEXTS_AT_ONCE):
+        rendered = [sample.render(tokenizer) for sample in samples[start : start + _TEXTS_AT_ONCE]]
+        tokenized = tokenize(tokenizer, [item.text for item in rendered])
+        yield from map(TokenizedSample, tokenized, rendered)
+
+
 def encode_samples(tokenizer: Any, samples: Sequence[Sample], max_length: int) -> EncodedSamples:
+    """Encode samples for training: `tokenize_samples`, then `encode_tokenized`."""
+    return encode_tokenized(tokenizer, tokenize_samples(tokenizer, samples), max_length)
+
+
+def encode_tokenized(
+    tokenizer: Any, samples: Iterable[TokenizedSample], max_length: int
+) -> EncodedSamples:
     """Encode samples for training or for measuring their loss.
 
-    Prompt and answer are tokenized together, as the model meets them; a token belongs to the
-    answer when it ends after the prompt's end. Every sample ends with EOS, which carries loss; it
-    is added where the text (a chat template's) does not end with it already. Samples longer than
-    `max_length` are left out whole: a cut answer would teach the model to stop in the middle.
+    A token belongs to the answer when it ends after the prompt's end. Every sample ends with EOS,
+    which carries loss; it is added where the text (a chat template's) does not end with it already.
+    Samples longer than `max_length` are left out whole: a cut answer would teach the model to stop
+    in the middle.
 
     Args:
         tokenizer: A fast tokenizer with an EOS token.
@@ -155,17 +182,9 @@ def encode_samples(tokenizer: Any, samples: Sequence[Sample], max_length: int) -
         max_length: Longest sample in tokens, BOS and EOS included.
 
     Raises:
-        InputError: The tokenizer cannot be used, or all samples are too long.
+        InputError: All samples are too long.
     """
-    check_tokenizer(tokenizer)
-    rows: list[tuple[list[int], list[int]]] = []
-    for start in range(0, len(samples), _TEXTS_AT_ONCE):
-        rendered = [sample.render(tokenizer) for sample in samples[start : start + _TEXTS_AT_ONCE]]
-        tokenized = tokenize(tokenizer, [item.text for item in rendered])
-        rows.extend(
-            _ids_and_labels(text, item, tokenizer.eos_token_id)
-            for text, item in zip(tokenized, rendered, strict=True)
-        )
+    rows = [_ids_and_labels(item.text, item.rendered, tokenizer.eos_token_id) for item in samples]
     longest = max(len(ids) for ids, _ in rows)
     kept = [position for position, (ids, _) in enumerate(rows) if len(ids) <= max_length]
     if not kept:
@@ -182,12 +201,12 @@ def encode_samples(tokenizer: Any, samples: Sequence[Sample], max_length: int) -
     )
 
 
-def generation_contexts(tokenizer: Any, samples: Sequence[Sample]) -> list[GenerationContext]:
+def generation_contexts(
+    tokenizer: Any, samples: Iterable[TokenizedSample]
+) -> list[GenerationContext]:
     """The context to generate each sample's last answer from."""
-    rendered = [sample.render(tokenizer) for sample in samples]
-    tokenized = tokenize(tokenizer, [item.text for item in rendered])
     contexts = []
-    for text, item in zip(tokenized, rendered, strict=True):
+    for text, item in samples:
         prompt = item.text[: item.answer_start]
         ids, answer = text.split(item.answer_start)
         missing = prompt[text.starts[-len(answer)] :] if answer else ""

@@ -148,13 +148,13 @@ class QuestionTask(Task, Generic[Q]):
     ) -> Asked:
         """The records to ask the model: those that can be scored and are not too long."""
         from molf.evaluate.inference import length_limit
-        from molf.tasks.encoding import check_tokenizer, generation_contexts
+        from molf.tasks.encoding import check_tokenizer, generation_contexts, tokenize_samples
 
         check_tokenizer(tokenizer)
         left_out = self._unscorable(self._data.evaluated, progress)
         scorable, left_out = _split(self._data.evaluated, left_out)
         samples = [self._sample(self._question(index), index) for index in scorable]
-        contexts = generation_contexts(tokenizer, samples)
+        contexts = generation_contexts(tokenizer, tokenize_samples(tokenizer, samples))
         lengths = [context.text.length(tokenizer.eos_token_id) for context in contexts]
         limit = length_limit(model, settings.max_length)
         fitting = [position for position, length in enumerate(lengths) if length <= limit]
