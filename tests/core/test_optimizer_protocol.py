@@ -78,7 +78,7 @@ def test_added_group_takes_plain_adamw_steps(model, optimizer):
     optimizer.add_param_group(
         {"params": [("extra", extra), ("scalar", scalar)], "lr": 0.1, "weight_decay": 0.3}
     )
-    adamw = torch.optim.AdamW(plain, lr=0.1, weight_decay=0.3, foreach=False)
+    adamw = torch.optim.AdamW(plain, lr=0.1, weight_decay=0.3, fused=True)
     for step in range(4):
         backward(model, step)
         for one, other in zip((extra, scalar), plain, strict=True):

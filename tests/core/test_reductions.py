@@ -21,8 +21,8 @@ def warmup(step: int) -> float:
     return min(1.0, (step + 1) / 5) * (1 - step / 20)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_full_expert_always_winning_is_adamw_bit_for_bit(dtype):
+@pytest.mark.parametrize(("dtype", "fused"), [(torch.float32, True), (torch.float64, False)])
+def test_full_expert_always_winning_is_adamw_bit_for_bit(dtype, fused):
     model = tiny_model(dtype)
     dense = copy.deepcopy(model)
     optimizer = tiny_optimizer(model, score="full", lr=LR, lora_lr=LORA_LR, weight_decay=DECAY)
@@ -32,6 +32,7 @@ def test_full_expert_always_winning_is_adamw_bit_for_bit(dtype):
         [{"params": matrices, "weight_decay": DECAY}, {"params": vectors, "weight_decay": 0.0}],
         lr=LR,
         foreach=False,
+        fused=fused,
     )
     schedulers = [LambdaLR(optimizer, warmup), LambdaLR(adamw, warmup)]
     before = copy.deepcopy(model.state_dict())

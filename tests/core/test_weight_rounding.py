@@ -358,10 +358,13 @@ def test_trainers_take_the_options():
 # -- the baseline ---------------------------------------------------------------------------------
 
 
-def test_adamw_on_float32_is_torchs():
-    model, twin = tiny_model(), tiny_model()
+@pytest.mark.parametrize(("dtype", "fused"), [(torch.float32, True), (torch.float64, False)])
+def test_adamw_is_torchs(dtype, fused):
+    model, twin = tiny_model(dtype), tiny_model(dtype)
     own = AdamW(model.parameters(), lr=1e-2, weight_decay=0.1)
-    plain = torch.optim.AdamW(twin.parameters(), lr=1e-2, weight_decay=0.1, foreach=False)
+    plain = torch.optim.AdamW(
+        twin.parameters(), lr=1e-2, weight_decay=0.1, foreach=False, fused=fused
+    )
     run(model, own, range(10))
     run(twin, plain, range(10))
     for one, other in zip(model.parameters(), twin.parameters(), strict=True):

@@ -42,7 +42,7 @@ def gradient(parameter: Tensor) -> Tensor:
 
 
 def row_blocks(
-    tensor: Tensor, *, at_least: int = 1, multiple: int = 1
+    tensor: Tensor, *, at_least: int = 1, multiple: int = 1, stretch: int = 1
 ) -> Iterator[slice | EllipsisType]:
     """Yield indices of the first dimension that together cover `tensor`.
 
@@ -50,6 +50,7 @@ def row_blocks(
         tensor: Any shape.
         at_least: Fewest rows of a block, where a matrix product needs some to be worth it.
         multiple: What the first row of every block is a multiple of.
+        stretch: How many times larger blocks may be, because few tensors share the cache.
     """
     if not tensor.numel():
         return
@@ -60,10 +61,18 @@ def row_blocks(
     if tensor.device.type == "cpu":
         elements = _CPU_BLOCK_ELEMENTS_PER_THREAD * torch.get_num_threads()
     rows = tensor.shape[0]
-    size = max(at_least, elements * rows // tensor.numel())
+    size = max(at_least, stretch * elements * rows // tensor.numel())
     size = -(-size // multiple) * multiple
     for start in range(0, rows, size):
         yield slice(start, min(start + size, rows))
+
+
+def cached_blocks(tensor: Tensor) -> Iterator[slice | EllipsisType]:
+    """`row_blocks` of a tensor of which nothing is copied, for work that may be one pass."""
+    # One pass is over four tensors: larger blocks of them still fit the cache.
+    stretch = 2 if one_pass.fits(tensor) else 1
+    multiple = one_pass.rows_of_whole_vectors(tensor)
+    return row_blocks(tensor, multiple=multiple, stretch=stretch)
 
 
 @dataclass(frozen=True)
@@ -153,7 +162,7 @@ def update_and_score_columns(
 
 
 def _in_one_pass(exp_avg: Tensor, exp_avg_sq: Tensor, decay: MomentDecay) -> bool:
-    return decay.is_known_finite and one_pass.fits(exp_avg) and one_pass.fits(exp_avg_sq)
+    return decay.is_known_finite and one_pass.fits(exp_avg, exp_avg_sq)
 
 
 def _move_in_one_pass(
@@ -221,7 +230,16 @@ class AdamWStep:
             exp_avg_sq: v, of the gradient of p.
             scale: How p is stored.
         """
-        values.addcdiv_(exp_avg, self.denominator(exp_avg_sq), value=-self.step_size * scale)
+        step_size = self.step_size * scale
+        in_one_pass = one_pass.fits(values, exp_avg, exp_avg_sq)
+        for rows in cached_blocks(values):  # what is a block for a product may be larger
+            block = values[rows], exp_avg[rows], exp_avg_sq[rows]
+            if in_one_pass:
+                one_pass.descend(
+                    *block, step_size=step_size, correction=self.correction, eps=self.eps
+                )
+            else:
+                block[0].addcdiv_(block[1], self.denominator(block[2]), value=-step_size)
 
     def increment(self, weight: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor) -> Tensor:
         """Return `p' - p`, decay included, without the cancellation of a difference."""

@@ -6,12 +6,14 @@ torch operations; `molf.core.fused` does the same with kernels.
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from types import EllipsisType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from molf.core import one_pass
 from molf.core.adam import (
     AdamWStep,
     MomentDecay,
@@ -30,25 +32,27 @@ _PRODUCT_ROWS_OF_COPIES = 128
 
 
 class Product(NamedTuple):
-    """`left @ right`, of low rank, to be added to a weight.
+    """`alpha left @ right`, of low rank, to be added to a weight.
 
     Attributes:
         left: [out, k].
         right: [k, in].
+        alpha: A number.
     """
 
     left: Tensor
     right: Tensor
+    alpha: float
 
     def rows(self, rows: slice | EllipsisType, *, transposed: bool) -> Product:
         """Return the part for some rows of the stored tensor, which may be [in, out]."""
         if transposed:
-            return Product(self.left, self.right[:, rows])
-        return Product(self.left[rows], self.right)
+            return self._replace(right=self.right[:, rows])
+        return self._replace(left=self.left[rows])
 
     def to(self, dtype: torch.dtype) -> Product:
         """Return it in another dtype."""
-        return Product(self.left.to(dtype), self.right.to(dtype))
+        return Product(self.left.to(dtype), self.right.to(dtype), self.alpha)
 
 
 class DenseTensor:
@@ -94,16 +98,19 @@ class DenseTensor:
         self._decay = decay = self._decay_of(guard)
         self._advanced = True
         grad, moments = gradient(self.parameter), self._moments
-        return [
-            moments.advance(rows, grad[rows], decay, score)
-            for rows in row_blocks(self.parameter, multiple=moments.multiple)
-        ]
+        return [moments.advance(rows, grad[rows], decay, score) for rows in moments.blocks()]
 
     def adamw(self, guard: FiniteGuard, tally: UpdateTally | None) -> None:
         """Moments, counter and values at once, of a tensor that is not routed."""
         self._decay = self._decay_of(guard)
         self.state["step"] += 1
-        self.move(self.adamw_step(), tally)
+        step = self.adamw_step()
+        if tally is None and self._decay.is_known_finite and self._is_plain:
+            tensors = self._stored.read(), gradient(self.parameter), *self._moments.load(...)
+            if one_pass.fits(*tensors):
+                one_pass.adamw(*tensors, **asdict(step))
+                return
+        self.move(step, tally)
 
     def move(
         self,
@@ -151,9 +158,14 @@ class DenseTensor:
             after = self._stored.read(rows)[picked].to(wide)
             tally.add(before, intended, after, weight=tally.weight(parameter))
 
+    @property
+    def _is_plain(self) -> bool:
+        """Whether values and moments are kept as they are computed."""
+        return self._stored.rounding == "none" and self._moments.is_settled
+
     def _product_rows(self) -> int:
         """Fewest rows of a block to which a product is added."""
-        if self._stored.rounding == "none" and self._moments.is_settled:
+        if self._is_plain:
             return -(-_PRODUCT_ELEMENTS // max(1, self.parameter.shape[-1]))
         return _PRODUCT_ROWS_OF_COPIES
 
@@ -171,9 +183,9 @@ def _move_block(
     """Move one block in place."""
     kept = step.kept if step else 1.0
     if product is not None:
-        (values.t() if transposed else values).addmm_(*product, beta=kept)
+        target = values.t() if transposed else values
+        target.addmm_(product.left, product.right, beta=kept, alpha=product.alpha)
     elif kept != 1:
         values.mul_(kept)
     if step:
-        for rows in row_blocks(values):  # blocks for a product are larger than a cache
-            step.descend_(values[rows], *(moment[rows] for moment in moments))
+        step.descend_(values, *moments)

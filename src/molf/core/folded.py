@@ -21,6 +21,7 @@ from molf.core.moments import moment_state
 from molf.core.routed import RoutedLayer, States, dense_tensors
 
 _FACTORS = ("lora_A", "lora_B")
+_Move = tuple[float, Tensor, Tensor, Tensor, Tensor]  # s, A, B, dA, dB of a LoRA expert
 _GRADIENT_ROWS = 256  # of a gradient in low precision, for one product: fewer would be slow
 
 
@@ -30,9 +31,10 @@ class FoldedLayer(RoutedLayer):
     def __init__(self, group: dict[str, Any], states: States) -> None:
         self.weight: Tensor = group["params"][0]
         self.state = _state_of(group, states)
-        lora_B, ranks = self.state["lora_B"], group["ranks"]
-        self._live = live_ranks(ranks, lora_B)
-        self._scalings = per_rank(group["scalings"], ranks, lora_B)  # `s_i` for each rank, [R]
+        self._live = live_ranks(group["ranks"], self.state["lora_B"])
+        # Where all experts have one `s`, products are made with it at no cost.
+        self._has_one_scaling = len(set(group["scalings"])) == 1
+        self._alpha: float = group["scalings"][0] if self._has_one_scaling else 1.0
         super().__init__(group, states, dense_tensors(group, group["params"], states))
 
     @classmethod
@@ -86,20 +88,29 @@ class FoldedLayer(RoutedLayer):
     def _factor_gradients(self) -> tuple[Tensor, Tensor]:
         """`grad A_i = s_i B_i^T G` as [R, in] and `grad B_i = s_i G A_i^T` as [out, R]."""
         grad = _oriented(gradient(self.weight), self.group)
-        A, B, scalings = self.state["lora_A"], self.state["lora_B"], self._scalings
+        A, B, alpha = self.state["lora_A"], self.state["lora_B"], self._alpha
         grad_A = torch.zeros_like(A)  # and stays so where B is zero
         if grad.dtype == A.dtype:
-            grad_B = grad @ A.t()
+            grad_B = torch.addmm(B, grad, A.t(), beta=0, alpha=alpha)
             for live in self._live:
-                torch.mm(B[:, live].t(), grad, out=grad_A[live])
+                grad_A[live].addmm_(B[:, live].t(), grad, beta=0, alpha=alpha)
         else:  # in parts: a float32 copy of the whole is as large as the weight's moments
             grad_B = torch.empty_like(B)
             for rows in row_blocks(grad, at_least=_GRADIENT_ROWS):
                 part = grad[rows].to(A.dtype)
-                torch.mm(part, A.t(), out=grad_B[rows])
+                grad_B[rows].addmm_(part, A.t(), beta=0, alpha=alpha)
                 for live in self._live:
-                    grad_A[live].addmm_(B[rows, live].t(), part)
-        return grad_A.mul_(scalings[:, None]), grad_B.mul_(scalings)
+                    grad_A[live].addmm_(B[rows, live].t(), part, alpha=alpha)
+        if not self._has_one_scaling:
+            scalings = self._scalings
+            grad_A.mul_(scalings[:, None])
+            grad_B.mul_(scalings)
+        return grad_A, grad_B
+
+    @property
+    def _scalings(self) -> Tensor:
+        """`s_i` for each rank, [R]."""
+        return per_rank(self.group["scalings"], self.group["ranks"], self.state["lora_A"])
 
     def _factor_moments(self) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
         first, second = (
@@ -115,18 +126,7 @@ class FoldedLayer(RoutedLayer):
         full = weight.adamw_step() if 0 in winners else None
         moves = [self._factor_increments(index) for index in self._lora_winners(winners)]
 
-        # Each from the state before the step. B' A' - B A = dB A' + B dA, but the difference would
-        # cancel: in float32 its relative error is 300 times larger.
-        left, right = [], []
-        for scaling, A, B, dA, dB in moves:
-            left += [dB * scaling, B * scaling]
-            right += [A + dA, dA]
-        if full and full.decay:
-            # It is W = W_eff - sum_i s_i B_i A_i that decays, so the experts get theirs back.
-            shares = self._scalings * full.decay
-            left += [self.state["lora_B"][:, live] * shares[live] for live in self._live]
-            right += [self.state["lora_A"][live] for live in self._live]
-        product = Product(_joined(left, 1), _joined(right, 0)) if left else None
+        product = self._increment(full.decay if full else 0.0, moves)
         weight.move(full, tally, product, transposed=self.group["transposed"])
         for bias in biases:
             bias.move(bias.adamw_step("bias_weight_decay") if full else None, tally)
@@ -134,13 +134,37 @@ class FoldedLayer(RoutedLayer):
             A += dA
             B += dB
 
+    def _increment(self, decay: float, moves: Sequence[_Move]) -> Product | None:
+        """What the weight gains beside AdamW's step: moves of LoRA experts, and their decay back.
+
+        Args:
+            decay: The share by which the `full` expert decays; 0 where it has not won.
+            moves: Of `_factor_increments`.
+        """
+        left, right, alpha = [], [], 1.0
+        # Each from the state before the step. B' A' - B A = dB A' + B dA, but the difference would
+        # cancel: in float32 its relative error is 300 times larger.
+        for scaling, A, B, dA, dB in moves:
+            left += [dB * scaling, B * scaling]
+            right += [A + dA, dA]
+        # It is W = W_eff - sum_i s_i B_i A_i that decays, so the experts get theirs back.
+        stacked_A, stacked_B = self.state["lora_A"], self.state["lora_B"]
+        live = self._live if decay else []
+        right += [stacked_A[own] for own in live]
+        if self._has_one_scaling and not moves:  # no copy of B
+            left, alpha = [stacked_B[:, own] for own in live], self._alpha * decay
+        elif live:
+            shares = self._scalings * decay
+            left += [stacked_B[:, own] * shares[own] for own in live]
+        return Product(_joined(left, 1), _joined(right, 0), alpha) if left else None
+
     def _expert(self, index: int) -> tuple[float, Tensor, Tensor]:
         """Return `s, A, B` of a LoRA expert; A and B are views of the state."""
         owned = owned_by(self.group["ranks"], index)
         A, B = self.state["lora_A"][owned], self.state["lora_B"][:, owned]
         return self.group["scalings"][index], A, B
 
-    def _factor_increments(self, index: int) -> tuple[float, Tensor, Tensor, Tensor, Tensor]:
+    def _factor_increments(self, index: int) -> _Move:
         """Return `s, A, B, dA, dB` of a LoRA expert that moves to `A + dA`, `B + dB`."""
         owned, step = owned_by(self.group["ranks"], index), self._lora_step(index)
         scaling, A, B = self._expert(index)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from functools import cache
 from types import EllipsisType, ModuleType
 from typing import Any
@@ -19,7 +20,14 @@ import torch
 from torch import Tensor
 
 from molf.core import one_pass
-from molf.core.adam import MomentDecay, compute_dtype, update_and_score, update_moments
+from molf.core.adam import (
+    MomentDecay,
+    cached_blocks,
+    compute_dtype,
+    row_blocks,
+    update_and_score,
+    update_moments,
+)
 from molf.core.names import STATE_DTYPES
 
 _KEYS = ("exp_avg", "exp_avg_sq")
@@ -51,6 +59,10 @@ class Moments(ABC):
     @abstractmethod
     def store(self, rows: Rows, moved: Pair) -> None:
         """Keep a block that `load` has returned and that was changed in place."""
+
+    @abstractmethod
+    def blocks(self) -> Iterator[Rows]:
+        """Yield the blocks in which `advance` is to be called."""
 
     def advance(self, rows: Rows, grad: Tensor, decay: MomentDecay, score: str) -> Tensor:
         """Move a block of m and v; return the sum of the score's terms, 0-dim."""
@@ -84,6 +96,10 @@ class FloatMoments(Moments):
         self.dtype = exp_avg.dtype
         self.multiple = one_pass.rows_of_whole_vectors(exp_avg)
 
+    def blocks(self) -> Iterator[Rows]:
+        """Blocks for one pass, where it can be one."""
+        return cached_blocks(self.exp_avg)
+
     def load(self, rows: Rows) -> Pair:
         """Views on the state."""
         return self.exp_avg[rows], self.exp_avg_sq[rows]
@@ -108,6 +124,10 @@ class EightBitMoments(Moments):
         self._scales = [state[f"{key}_scales"] for key in _KEYS]
         self._row = self._codes[0].numel() // len(self._codes[0])
         self.multiple = _BLOCK // math.gcd(_BLOCK, self._row)
+
+    def blocks(self) -> Iterator[Rows]:
+        """Blocks of which copies fit the cache."""
+        return row_blocks(self._codes[0], multiple=self.multiple)
 
     def load(self, rows: Rows) -> Pair:
         """The numbers that the codes stand for."""

@@ -1,25 +1,35 @@
-"""Moments and the direction of a step in one pass over memory, on a CPU.
+"""Steps on a CPU in one pass over memory each: moments with a direction, and a descent.
 
-`torch.optim.AdamW(fused=True)` has a kernel that moves m, v and a parameter in one vectorised pass.
-Here it gets scratch for the parameter, the rate -1, a decay that leaves nothing of what was there,
-and a counter so large that no bias correction is left: what it writes into the scratch is
-`m / (sqrt(v) + eps)`, of which a score is made. The same from single operations reads and writes a
-block seven times.
+`torch.optim.AdamW(fused=True)` has a kernel that moves m, v and a float32 parameter in one
+vectorised pass. MoLF needs its halves, because a score lies between them: first the moments of all
+experts move, and later the weight of a winner. Each half is the whole kernel with something that
+does not count: `move` gives it scratch for the parameter, `descend` a gradient of zero and moments
+that stay. The same from single operations reads and writes a block seven times, and four.
+
+Both halves together are torch's fused step, bit for bit.
 """
 
 from __future__ import annotations
 
 import math
+from functools import cache
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
-# The last elements of a tensor, which fill no vector, the kernel computes one by one and rounds
-# otherwise than torch's other operations; they are left to those.
+# The kernel computes the last elements of a tensor, which fill no vector, one by one and may round
+# them otherwise: blocks of a tensor begin where vectors do.
 WIDTH = 16
-# Steps: `beta ** step` is 0. On the CPU whatever the default device: beside a counter that is
-# elsewhere the kernel may do nothing at all, without an error.
+# Steps: `beta ** step` is 0. Counters are on the CPU whatever the default device: beside one that
+# is elsewhere the kernel may do nothing at all, without an error.
 _ENDLESS = torch.tensor(2.0**62, device="cpu")
+_FIRST = torch.tensor(1.0, device="cpu")
+# `1 - beta1` of a first moment that stays: beside a gradient of zero a float32 does not feel it.
+_STILL = 2.0**-40
+# The root of `1 - beta2` of a second moment that stays lies between this and its double: then beta2
+# rounds to one in float32, and `1 - beta2` has digits enough for the root to be any float32.
+_LEAST_ROOT = 2.0**-14
 
 Betas = tuple[float, float]
 
@@ -33,10 +43,10 @@ class Scratch:
     def __init__(self) -> None:
         self._memory: Tensor | None = None
 
-    def take(self, count: int, dtype: torch.dtype) -> Tensor:
+    def take(self, count: int) -> Tensor:
         """Return `count` numbers, finite unless a direction was not."""
         if self._memory is None or self._memory.numel() < count:
-            self._memory = torch.zeros(count, dtype=dtype, device="cpu")
+            self._memory = torch.zeros(count, dtype=torch.float32, device="cpu")
         return self._memory[:count]
 
 
@@ -46,10 +56,16 @@ def rows_of_whole_vectors(tensor: Tensor) -> int:
     return WIDTH // math.gcd(WIDTH, row)
 
 
-def fits(tensor: Tensor) -> bool:
-    """Whether the kernel can have a moment; it takes elements in order of memory."""
+def fits(*tensors: Tensor) -> bool:
+    """Whether the kernel can have these; it takes elements in order of memory."""
     # Fake tensors, by which memory is planned, share nothing with real ones.
-    return type(tensor) is Tensor and tensor.device.type == "cpu" and tensor.is_contiguous()
+    return all(
+        type(tensor) in (Tensor, Parameter)
+        and tensor.device.type == "cpu"
+        and tensor.dtype == torch.float32
+        and tensor.is_contiguous()
+        for tensor in tensors
+    )
 
 
 def move(
@@ -58,31 +74,17 @@ def move(
     """Move the moments of a block in place; return `m / (sqrt(v) + eps)`, in the block's shape.
 
     Args:
-        grad: In the moments' dtype, contiguous like them; finite.
+        grad: float32, contiguous like the moments; finite.
         exp_avg: m.
         exp_avg_sq: v.
         betas: Decay rates of the moments.
         eps: Added to the root.
-        scratch: Where the result is; always of the same dtype.
+        scratch: Where the result is.
 
     Returns:
         Memory that the next call with this scratch overwrites.
     """
-    count = exp_avg.numel()
-    direction = scratch.take(count, exp_avg.dtype).view(exp_avg.shape)
-    block = [direction, grad, exp_avg, exp_avg_sq]
-    even = count - count % WIDTH
-    if even < count:
-        flat = [x.view(-1) for x in block]
-        _one_by_one([x[even:] for x in flat], betas, eps)
-        block = [x[:even] for x in flat]
-    if even:
-        _kernel(block, betas, eps)
-    return direction
-
-
-def _kernel(block: list[Tensor], betas: Betas, eps: float) -> None:
-    direction, grad, exp_avg, exp_avg_sq = block
+    direction = scratch.take(exp_avg.numel()).view(exp_avg.shape)
     torch._fused_adamw_(
         [direction],
         [grad],
@@ -98,10 +100,88 @@ def _kernel(block: list[Tensor], betas: Betas, eps: float) -> None:
         amsgrad=False,
         maximize=False,
     )
+    return direction
 
 
-def _one_by_one(block: list[Tensor], betas: Betas, eps: float) -> None:
-    direction, grad, exp_avg, exp_avg_sq = block
-    exp_avg.lerp_(grad, 1 - betas[0])
-    exp_avg_sq.mul_(betas[1]).addcmul_(grad, grad, value=1 - betas[1])
-    torch.div(exp_avg, exp_avg_sq.sqrt().add_(eps), out=direction)
+def descend(
+    values: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    *,
+    step_size: float,
+    correction: float,
+    eps: float,
+) -> None:
+    """`p <- p - step_size m / (sqrt(v) / correction + eps)` in place, on one block.
+
+    The kernel divides by the root of `1 - beta2 ** step` and knows no other correction. At the
+    first step that is the root of `1 - beta2`, which has to be small for v to stay. So all of the
+    fraction is scaled by the same power of two, which rounds nothing.
+
+    Args:
+        values: p.
+        exp_avg: m; written, as it was.
+        exp_avg_sq: v; written, as it was.
+        step_size: `lr / (1 - b1^t)`.
+        correction: `sqrt(1 - b2^t)`, more than 0 and at most 1.
+        eps: Added to the root.
+    """
+    mantissa, exponent = math.frexp(correction)
+    rounded = round(mantissa * 2**24) / 2**24  # to float32, as the kernel would
+    root, scale = 2 * _LEAST_ROOT * rounded, 2.0**exponent / (2 * _LEAST_ROOT)
+    torch._fused_adamw_(
+        [values],
+        [_zeros_for(values)],
+        [exp_avg],
+        [exp_avg_sq],
+        [],
+        [_FIRST],
+        lr=step_size * scale * _STILL,  # divided by 1 - beta1
+        beta1=1 - _STILL,
+        beta2=1 - root * root,
+        weight_decay=0.0,
+        eps=eps * scale,
+        amsgrad=False,
+        maximize=False,
+    )
+
+
+def adamw(
+    values: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    *,
+    lr: float,
+    weight_decay: float,
+    betas: Betas,
+    eps: float,
+    step: int,
+) -> None:
+    """Take a whole AdamW step in place, which is what the kernel is for."""
+    torch._fused_adamw_(
+        [values],
+        [grad],
+        [exp_avg],
+        [exp_avg_sq],
+        [],
+        [torch.tensor(float(step), device="cpu")],
+        lr=lr,
+        beta1=betas[0],
+        beta2=betas[1],
+        weight_decay=weight_decay,
+        eps=eps,
+        amsgrad=False,
+        maximize=False,
+    )
+
+
+def _zeros_for(block: Tensor) -> Tensor:
+    """Zeros in the shape of a block; nothing writes to them."""
+    count = max(1, block.numel())
+    return _zeros(1 << (count - 1).bit_length())[: block.numel()].view(block.shape)
+
+
+@cache
+def _zeros(count: int) -> Tensor:
+    return torch.zeros(count, dtype=torch.float32, device="cpu")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from types import EllipsisType
 from typing import Any
 
@@ -12,8 +12,8 @@ from torch import Tensor
 
 from molf.core.adam import (
     AdamWStep,
+    cached_blocks,
     finish_score,
-    row_blocks,
     update_and_score,
     update_and_score_columns,
 )
@@ -23,7 +23,6 @@ from molf.core.factors import owned_by
 from molf.core.fidelity import UpdateTally
 from molf.core.groups import parameter_name
 from molf.core.guard import FiniteGuard, Guarded
-from molf.core.one_pass import rows_of_whole_vectors
 from molf.core.routing import Decision, select_winners
 
 States = dict[Tensor, dict[str, Any]]
@@ -126,8 +125,10 @@ class RoutedLayer(ABC):
         lora: list[list[Tensor]] = [[] for _ in ranks]
         for index, parts in enumerate(lora):
             own = _part(owned_by(ranks, index), grad_A, *of_A)
-            parts += [update_and_score(*_part(x, *own), decay, score) for x in _blocks(own[0])]
-        for rows in _blocks(grad_B):
+            parts += [
+                update_and_score(*_part(x, *own), decay, score) for x in cached_blocks(own[0])
+            ]
+        for rows in cached_blocks(grad_B):
             block = _part(rows, grad_B, *of_B)
             if len(ranks) == 1:
                 lora[0].append(update_and_score(*block, decay, score))
@@ -187,10 +188,6 @@ class RoutedLayer(ABC):
     def _lora_winners(self, winners: Sequence[int]) -> list[int]:
         """Indices of the winners among the LoRA experts."""
         return [w - self.has_full for w in winners if w >= self.has_full]
-
-
-def _blocks(factor: Tensor) -> Iterator[slice | EllipsisType]:
-    return row_blocks(factor, multiple=rows_of_whole_vectors(factor))
 
 
 def _part(
