@@ -204,6 +204,39 @@ def test_float16_is_refused(form):
         build(form, torch.float16, optimizer_in_backward=True)
 
 
+@pytest.mark.parametrize("unscale", [False, True])
+@pytest.mark.parametrize("form", FORMS)
+def test_gradient_scaler_is_refused(form, unscale):
+    """It would unscale gradients that have been used, and finds none: its own error says that."""
+    model, optimizer = build(form, optimizer_in_backward=True)
+    scaler = torch.amp.GradScaler("cpu")
+    scaler.scale(model(torch.arange(5)[None]).sum()).backward()
+    if unscale:
+        scaler.unscale_(optimizer)
+    with pytest.raises(RuntimeError, match=r"GradScaler cannot be used with optimizer_in_backward"):
+        scaler.step(optimizer)
+    optimizer.zero_grad()
+    run_model(model, 0)
+    optimizer.step()  # without one it goes on
+
+    off = torch.amp.GradScaler("cpu", enabled=False)
+    run_model(model, 1)
+    off.step(optimizer)
+
+
+def test_gradient_scaler_is_welcome_to_ordinary_steps():
+    model, optimizer = build("folded")
+    twin, plain = build("folded")
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    ids = torch.arange(5)[None]
+    for each, own in ((model, optimizer), (twin, plain)):
+        loss = each(ids).sum()
+        (scaler.scale(loss) if own is optimizer else loss).backward()
+    scaler.step(optimizer)
+    plain.step()
+    assert_same_bits(snapshot(model, optimizer), snapshot(twin, plain))
+
+
 @pytest.mark.parametrize("form", ["folded", "explicit", "frozen"])
 def test_layers_without_a_gradient_are_warned_of(form):
     model, optimizer = build(form, optimizer_in_backward=True)

@@ -23,6 +23,7 @@ from molf.core.in_backward import (
     Unit,
     check_in_backward,
     check_no_float16,
+    check_no_scaler,
     release,
 )
 from molf.core.kernels import (
@@ -171,6 +172,9 @@ class AdamW(Optimizer):
         self._check_processes()
         self._fused = fused_step(self.kernels)
         self._backward: BackwardSteps | None = None
+        # Then GradScaler says that it is there, so that it can be refused; it would only say that
+        # there are no gradients.
+        self._step_supports_amp_scaling = self.optimizer_in_backward
         self._offload = StateOffload() if self.state_offload else None
         if self._offload is not None:
             self._offload.keep_all(self.state)
@@ -238,6 +242,8 @@ class AdamW(Optimizer):
                 `optimizer_in_backward`: nothing of its layer). Also for sparse gradients.
             ValueError: There are several processes now, and an option is for one.
         """
+        if self._backward is not None:
+            check_no_scaler(self)
         loss = None
         if closure is not None:
             with torch.enable_grad():

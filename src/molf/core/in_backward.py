@@ -204,6 +204,24 @@ def check_in_backward(nonfinite: str, grad_accumulation_dtype: str | None) -> No
         )
 
 
+def check_no_scaler(optimizer: torch.optim.Optimizer) -> None:
+    """Refuse a step that `torch.amp.GradScaler` asks for, with what it has left on the optimizer.
+
+    It hands what it knows to optimizers with `_step_supports_amp_scaling`, as attributes that it
+    deletes after the step.
+
+    Raises:
+        RuntimeError: With what to change.
+    """
+    left = [vars(optimizer).pop(name, None) for name in ("grad_scale", "found_inf")]
+    if any(each is not None for each in left):
+        raise RuntimeError(
+            "torch.amp.GradScaler cannot be used with optimizer_in_backward=True: the layers have "
+            "moved already, by gradients that were still scaled. Use bfloat16 autocast without a "
+            "scaler, or leave optimizer_in_backward out, and begin again from a checkpoint."
+        )
+
+
 def check_no_float16(parameters: Iterable[Tensor]) -> None:
     """Refuse float16 parameters, whose gradients are scaled until the whole pass is over.
 
