@@ -56,8 +56,8 @@ FAULTS = [
         "decay acts on W_eff instead of W",
         "test_golden.py",
         "folded.py",
-        [("self._alpha * decay", "self._alpha * 0.0"),
-         ("self._scalings * decay", "self._scalings * 0.0")],
+        [("alpha * decay", "alpha * 0.0"),
+         ("self._scalings * (decay / alpha)", "self._scalings * 0.0")],
     ),
     Fault(
         "an expert is taken for one without wins by its first row",
@@ -185,7 +185,8 @@ FAULTS = [
         "increment formed as a difference of products",
         "test_precision.py",
         "folded.py",
-        [("left += [dB * scaling, B * scaling]", "left += [(B + dB) * scaling, -B * scaling]"),
+        [("left += [_times(dB, scaling / alpha), _times(B, scaling / alpha)]",
+          "left += [(B + dB) * (scaling / alpha), -B * (scaling / alpha)]"),
          ("right += [A + dA, dA]", "right += [A + dA, A]")],
     ),
     Fault(

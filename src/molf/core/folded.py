@@ -141,20 +141,20 @@ class FoldedLayer(RoutedLayer):
             decay: The share by which the `full` expert decays; 0 where it has not won.
             moves: Of `_factor_increments`.
         """
-        left, right, alpha = [], [], 1.0
+        left, right, alpha = [], [], self._alpha
         # Each from the state before the step. B' A' - B A = dB A' + B dA, but the difference would
         # cancel: in float32 its relative error is 300 times larger.
         for scaling, A, B, dA, dB in moves:
-            left += [dB * scaling, B * scaling]
+            left += [_times(dB, scaling / alpha), _times(B, scaling / alpha)]
             right += [A + dA, dA]
         # It is W = W_eff - sum_i s_i B_i A_i that decays, so the experts get theirs back.
         stacked_A, stacked_B = self.state["lora_A"], self.state["lora_B"]
         live = self._live if decay else []
         right += [stacked_A[own] for own in live]
-        if self._has_one_scaling and not moves:  # no copy of B
-            left, alpha = [stacked_B[:, own] for own in live], self._alpha * decay
+        if self._has_one_scaling and not moves:
+            left, alpha = [stacked_B[:, own] for own in live], alpha * decay
         elif live:
-            shares = self._scalings * decay
+            shares = self._scalings * (decay / alpha)
             left += [stacked_B[:, own] * shares[own] for own in live]
         return Product(_joined(left, 1), _joined(right, 0), alpha) if left else None
 
@@ -204,6 +204,11 @@ def _state_of(group: dict[str, Any], states: States) -> dict[str, Any]:
 def _oriented(tensor: Tensor, group: dict[str, Any]) -> Tensor:
     """View a weight, or its gradient, as [out, in]."""
     return tensor.t() if group["transposed"] else tensor
+
+
+def _times(tensor: Tensor, number: float) -> Tensor:
+    """`tensor * number`, but nothing is copied where it is 1."""
+    return tensor if number == 1 else tensor * number
 
 
 def _joined(tensors: Sequence[Tensor], dim: int) -> Tensor:
