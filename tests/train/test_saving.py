@@ -196,11 +196,16 @@ def test_signal_ends_a_run_as_an_interrupt_does(monkeypatch, options, tmp_path, 
         raise AssertionError("the signal did nothing")
 
     monkeypatch.setattr(job, "run_training", killed)
-    before = signal.getsignal(getattr(signal, name))
+    number = getattr(signal, name)
+    usual = signal.default_int_handler if name == "SIGINT" else signal.SIG_DFL
+    before = signal.signal(number, usual)  # under nohup, and in the background, they are ignored
     path = tmp_path / "run"
     earlier_run(path)
-    assert main([*options, "--overwrite", "--output_dir", str(path)]) == code
+    try:
+        assert main([*options, "--overwrite", "--output_dir", str(path)]) == code
+        assert signal.getsignal(number) == usual
+    finally:
+        signal.signal(number, before)
     error = capsys.readouterr().err
     assert "Interrupted; what was written is in" in error
     assert "The earlier run is kept in" in error
-    assert signal.getsignal(getattr(signal, name)) == before
