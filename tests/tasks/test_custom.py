@@ -99,7 +99,7 @@ def test_the_loss_is_that_of_a_plain_loop_over_completion_tokens(tmp_path, batch
     model, tokenizer = tiny_qwen2(), byte_level_tokenizer()
     records = [{"prompt": line[:15], "completion": line[15:]} for line in LINES[:4]]
     task = load(write(tmp_path / "a.jsonl", records), evaluation_only=True)
-    encoded = encode_samples(tokenizer, [task._evaluation[i] for i in range(4)], 128)
+    encoded = encode_samples(tokenizer, [task._data.samples[i] for i in range(4)], 128)
     losses = [
         [-next_log_probs(model, ids[:i])[ids[i]].item() for i in range(len(ids)) if labels[i] >= 0]
         for ids, labels in zip(encoded.input_ids, encoded.labels, strict=True)
@@ -142,9 +142,9 @@ def test_exact_match_is_a_greedy_answer_equal_after_trimming(tmp_path):
 def test_records_are_tokenized_once(tmp_path, monkeypatch):
     texts = []
 
-    def counted(tokenizer, some):
+    def counted(tokenizer, some, **options):
         texts.extend(some)
-        return tokenize(tokenizer, some)
+        return tokenize(tokenizer, some, **options)
 
     monkeypatch.setattr(encoding, "tokenize", counted)
     task = load(write(tmp_path / "a.jsonl", pairs(9)), evaluation_only=True)
@@ -195,7 +195,7 @@ def test_conversations_are_evaluated_on_the_last_turn(tmp_path):
     asked = "<|im_start|>user\nWhere?<|im_end|>\n<|im_start|>assistant\n"
     assert prompts == [asked + "In Paris.<|im_end|>\n" + asked, asked, asked]
     assert [entry["expected"] for entry in evaluation.predictions] == ["In Paris."] * 3
-    with pytest.raises(InputError, match="no chat template"):
+    with pytest.raises(InputError, match="the tokenizer has none"):
         task.evaluate(tiny_qwen2(), byte_level_tokenizer(), EvaluationSettings())
 
 
@@ -205,8 +205,9 @@ def test_nulls_of_parquet_are_no_fields(tmp_path):
         {"prompt": "a", "completion": "b", "messages": None},
     ]
     task = load(write(tmp_path / "a.jsonl", records), evaluation_only=True)
-    assert [sample.answer for sample in task._evaluation] == ["In Paris.", "b"]
-    assert all("tool_calls" not in message for message in task._evaluation[0].messages)
+    samples = task._data.samples
+    assert [sample.answer for sample in samples.values()] == ["In Paris.", "b"]
+    assert all("tool_calls" not in message for message in samples[0].messages)
 
 
 @pytest.mark.parametrize(
@@ -219,13 +220,24 @@ def test_nulls_of_parquet_are_no_fields(tmp_path):
         ({"prompt": TURNS, "completion": "x"}, "must be both texts or both messages"),
         ({"messages": "x"}, "messages must be a list, not str"),
         ({"messages": ["x"]}, r"messages\[0\] must be an object, not str"),
-        ({"messages": [{"role": "user"}]}, r"messages\[0\] lacks the field 'content'"),
+        ({"messages": [{"role": "user"}]}, r"messages\[0\] lacks a content, and has no tool_calls"),
+        ({"messages": [{**TURNS[1], "weight": 2}]}, r"messages\[0\].weight must be 0 or 1, not 2"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image", "url": "x"}]}]},
+            r"content\[0\] is of the type 'image'. Only text can be trained on",
+        ),
+        ({"messages": TURNS, "tools": "[{"}, "tools is a text that is not JSON"),
+        ({"messages": TURNS, "tools": {"a": 1}}, "tools must be a list, not dict"),
+        ({"messages": TURNS, "chat_template_kwargs": [1]}, "kwargs must be an object, not list"),
+        (
+            {"messages": TURNS, "chat_template_kwargs": {"add_generation_prompt": True}},
+            "add_generation_prompt cannot be set",
+        ),
         ({"messages": [{"role": 1, "content": "x"}]}, r"messages\[0\].role must be a text"),
-        ({"messages": [{"role": "user", "content": [1]}]}, r"\.content must be a text, not list"),
-        ({"messages": TURNS[:1]}, "no message of the role assistant"),
-        ({"messages": []}, "no message of the role assistant"),
-        ({"prompt": TURNS, "completion": TURNS[:1]}, "no message of the role assistant"),
-        ({"messages": TURNS[1:]}, "it answers nothing"),
+        (
+            {"messages": [{"role": "user", "content": [1]}]},
+            r"\.content\[0\] must be an object, not int",
+        ),
     ],
 )
 def test_a_wrong_record_is_one_clear_line(tmp_path, wrong, message):
@@ -234,6 +246,74 @@ def test_a_wrong_record_is_one_clear_line(tmp_path, wrong, message):
         load(path)
     assert f"{path}, record 2" in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "nothing",
+    [
+        {"messages": TURNS[:1]},
+        {"messages": []},
+        {"prompt": TURNS, "completion": TURNS[:1]},
+        {"messages": [TURNS[0], {**TURNS[1], "weight": 0}]},
+    ],
+)
+def test_a_conversation_without_a_turn_to_learn_is_left_out_and_counted(tmp_path, nothing):
+    path = write(tmp_path / "a.jsonl", [*pairs(3), nothing, *pairs(2, "x")])
+    with pytest.warns(UserWarning, match="1 of 6 records are left out: no assistant message to"):
+        task = load(path)
+    read = task.data_records()
+    assert (read.count, list(read.samples)) == (6, [0, 1, 2, 4, 5])
+    assert read.left_out == {"no assistant message to learn": 1}
+    assert 3 not in (*read.trained_on, *read.held_out)
+    assert task.description()["training_records_left_out"] == read.left_out
+    with pytest.raises(InputError, match="none of the 1 records can be used"):
+        load(write(tmp_path / "b.jsonl", [nothing]))
+
+
+def test_fields_that_are_not_read_are_named_once(tmp_path):
+    records = [{**record, "source": "web", "id": i} for i, record in enumerate(pairs(9))]
+    with pytest.warns(UserWarning, match="fields that are not read: source, id") as caught:
+        load(write(tmp_path / "a.jsonl", records))
+    assert len(caught) == 1
+    both = [{**record, "messages": TURNS} for record in pairs(9)]
+    with pytest.warns(UserWarning, match="not read: prompt, completion"):
+        load(write(tmp_path / "b.jsonl", both[:1]), preview=True)
+
+
+THINKING = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
+    "{% if message['role'] == 'assistant' %}<think>\n\n</think>\n\n{% endif %}"
+    "{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def test_the_answer_expected_is_what_the_template_writes(tmp_path, monkeypatch):
+    """A model that repeats its training exactly gets 1, whatever the template puts around."""
+    tokenizer = byte_level_tokenizer()
+    tokenizer.chat_template, tokenizer.eos_token = THINKING, "<|im_end|>"
+    records = [{"messages": TURNS}, {"messages": [TURNS[0], {**TURNS[1], "content": "x" * 70}]}]
+    task = load(write(tmp_path / "a.jsonl", records), evaluation_only=True)
+    asked = {}
+
+    def perfect(model, tokenizer, contexts, max_new_tokens, *args, **kwargs):
+        asked["tokens"] = max_new_tokens
+        ids = [context.text.ids[-context.answer_tokens :] for context in contexts]
+        assert all(len(answer) < max_new_tokens for answer in ids)
+        return [decode(tokenizer, answer) for answer in ids]
+
+    monkeypatch.setattr("molf.tasks.custom.generate_answers", perfect)
+    evaluation = task.evaluate(tiny_qwen2(), tokenizer, EvaluationSettings())
+    assert evaluation.metrics["exact_match"].value == 1
+    expected = [entry["expected"] for entry in evaluation.predictions]
+    assert expected[0] == "<think>\n\n</think>\n\nIn Paris."
+    # Without the model: what the predictions say is expected must end in the record's answer.
+    again = task.score_predictions(evaluation.predictions)
+    assert again.metrics["exact_match"].value == 1
+    with pytest.raises(InputError, match="record 1 was made on other data"):
+        task.score_predictions(
+            [evaluation.predictions[0], {**evaluation.predictions[0], "index": 1}]
+        )
 
 
 def test_data_is_needed():

@@ -2,8 +2,8 @@ import pytest
 from tiny_models import CHATML, byte_level_tokenizer, piece_tokenizer
 
 from molf.errors import InputError
+from molf.tasks.conversations import Conversation
 from molf.tasks.encoding import encode_samples, generation_contexts, tokenize_samples
-from molf.tasks.samples import Conversation
 
 TALK = (
     {"role": "system", "content": "Be brief."},
@@ -96,22 +96,39 @@ THINKING = (  # like templates that drop the reasoning of all turns but the last
 )
 
 
-def test_a_template_that_rewrites_earlier_turns_leaves_the_last_one():
-    with pytest.warns(UserWarning, match="rewrites earlier turns"):
-        found, _ = labelled(chat_tokenizer(THINKING), Conversation(TALK, 0, 0))
+def test_a_turn_that_the_template_rewrites_is_learned_as_it_is_written():
+    found, _ = labelled(chat_tokenizer(THINKING), Conversation(TALK, 0, 0))
+    assert found == ["In France.<|im_end|>", "<think></think>In Italy.<|im_end|>"]
+
+
+def test_a_turn_that_cannot_be_found_carries_no_loss_and_a_warning_says_why():
+    hidden = THINKING.replace(
+        "{{ message['content'] }}",
+        "{{ message['content'] if loop.last or message['role'] != 'assistant' else '...' }}",
+    )
+    with pytest.warns(UserWarning, match="1 of 1 examples: an earlier assistant turn carries no"):
+        found, _ = labelled(chat_tokenizer(hidden), Conversation(TALK, 0, 0))
     assert found == ["<think></think>In Italy.<|im_end|>"]
 
 
-def test_a_template_whose_last_turn_cannot_be_found_is_refused():
-    template = CHATML.replace(
-        "<|im_start|>assistant\n{% endif %}", "<|im_start|>robot\n{% endif %}"
-    )
+def test_a_last_turn_that_the_template_does_not_write_is_refused():
+    silent = CHATML.replace("{{ message['content'] }}", "{{ message['content'] if loop.first }}")
+    silent = silent.replace("{% for message in messages %}", "{% for message in messages[:1] %}")
     with pytest.raises(InputError, match=r"Record 7: .*cannot be found"):
-        Conversation(TALK, 0, 7).render(chat_tokenizer(template))
+        Conversation(TALK, 0, 7).render(chat_tokenizer(silent))
+
+
+def test_another_generation_prompt_than_the_turn_begins_with_is_named():
+    template = CHATML.replace(
+        "<|im_start|>assistant\n{% endif %}", "<|im_start|>assistant\n<think>\n{% endif %}"
+    )
+    with pytest.warns(UserWarning, match="begins otherwise than the chat template's generation"):
+        found, _ = labelled(chat_tokenizer(template), Conversation(TALK, 0, 0))
+    assert found == ["In France.<|im_end|>", "In Italy.<|im_end|>"]
 
 
 def test_a_tokenizer_without_chat_template_is_refused():
-    with pytest.raises(InputError, match=r"Record 3 is a conversation, but .*no chat template"):
+    with pytest.raises(InputError, match=r"Record 3: .*chat template, and the tokenizer has none"):
         Conversation(TALK, 0, 3).render(byte_level_tokenizer())
 
 

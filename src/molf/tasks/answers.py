@@ -61,6 +61,18 @@ def generate_answers(
     return [answer(index, decode(tokenizer, tokens)) for index, tokens in enumerate(generated)]
 
 
+def expected_answers(tokenizer: Any, contexts: Sequence[GenerationContext]) -> list[str]:
+    """The samples' own answers, read as generated ones are: from their tokens."""
+    from molf.evaluate.generate import decode
+
+    answers = []
+    for context in contexts:
+        tokens = context.text.ids[len(context.text.ids) - context.answer_tokens :]
+        text = decode(tokenizer, tokens)
+        answers.append(text.lstrip().removeprefix(context.missing.strip()))
+    return answers
+
+
 def longest_answer(tokenizer: Any, answers: Sequence[str]) -> int:
     """Tokens of the longest of some texts."""
     from molf.tasks.encoding import tokenize

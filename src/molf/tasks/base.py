@@ -3,12 +3,34 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from molf.evaluate.metric import Evaluation
 from molf.evaluate.plain_text import default_plain_text
 from molf.evaluate.settings import EvaluationSettings, Progress
 from molf.tasks.samples import Sample
+
+
+@dataclass(frozen=True)
+class DataRecords:
+    """The records of the file that is trained on.
+
+    Attributes:
+        count: How many records there are.
+        samples: The readable ones by their 0-based record, in order.
+        left_out: How many others there are, by reason.
+        trained_on: Those of `samples` that are trained on.
+        held_out: Those of `samples` that are evaluated and therefore not trained on.
+    """
+
+    count: int
+    samples: Mapping[int, Sample]
+    left_out: Counter[str]
+    trained_on: Collection[int]
+    held_out: Collection[int] = ()
 
 
 class Task(ABC):
@@ -34,6 +56,10 @@ class Task(ABC):
     @abstractmethod
     def evaluation_count(self) -> int:
         """How many records the task is evaluated on."""
+
+    @abstractmethod
+    def data_records(self) -> DataRecords:
+        """All records of the file that is trained on; none where the task only evaluates."""
 
     @abstractmethod
     def evaluate(

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from molf.errors import InputError
 from molf.evaluate.metric import Evaluation, Metric, bootstrap_mean, wilson
 from molf.evaluate.settings import EvaluationSettings, Progress
-from molf.tasks.answers import generate_answers, longest_answer
-from molf.tasks.base import Task
-from molf.tasks.custom_records import parse_sample
-from molf.tasks.files import Record
+from molf.tasks.answers import expected_answers, generate_answers
+from molf.tasks.base import DataRecords, Task
+from molf.tasks.conversations import Conversation
+from molf.tasks.custom_records import parse_sample, read_fields
+from molf.tasks.files import Record, present_fields
 from molf.tasks.options import TaskOptions
 from molf.tasks.predictions import (
     check_predictions,
@@ -22,13 +24,30 @@ from molf.tasks.predictions import (
     predicted_sample,
     restrict_to_sample,
 )
+from molf.tasks.questions import UnusableRecordError
 from molf.tasks.records import read_splits
 from molf.tasks.samples import PromptCompletion, Sample
 from molf.tasks.selection import draw, required_hold_out, samples_of_runs
 
 _SPARE_TOKENS = 8  # generated beyond the longest completion: white space, then the end token
 _MOST_NEW_TOKENS = 512
+_ENDING = 20  # characters of an answer that show that it is another one
 _MOST_LOSS = 700.0  # nats; the exponential of more is no longer a finite number
+
+
+@dataclass(frozen=True)
+class CustomData:
+    """The samples of one data file or split.
+
+    Attributes:
+        records: How many records there are.
+        samples: The samples by their 0-based record.
+        left_out: How many other records there are, by reason.
+    """
+
+    records: int
+    samples: dict[int, Sample]
+    left_out: Counter[str]
 
 
 class CustomTask(Task):
@@ -40,26 +59,50 @@ class CustomTask(Task):
     def __init__(
         self,
         name: str,
-        training: list[Sample],
-        evaluation: Sequence[Sample],
+        data: CustomData,
         evaluated: Sequence[int],
         source: dict[str, str],
+        *,
+        read: CustomData | None = None,
+        trained_on: Sequence[int] = (),
+        held_out: Sequence[int] = (),
         samples_of_runs: Sequence[Sequence[int]] = (),
     ) -> None:
         """Hold the samples.
 
         Args:
             name: The task's name.
-            training: The samples trained on.
-            evaluation: All samples of the evaluation data.
-            evaluated: Those of them that are evaluated.
+            data: The evaluation data.
+            evaluated: The records of it that are evaluated.
             source: Where the records are from.
+            read: The training data; None where nothing is trained.
+            trained_on: The records of it that are trained on.
+            held_out: The records of it that are kept for evaluation.
             samples_of_runs: Those that trainings on this data may have evaluated.
         """
+        training = [] if read is None else [read.samples[index] for index in trained_on]
         super().__init__(name, training, source)
-        self._evaluation = evaluation
+        self._data = data
+        self._read = read or CustomData(0, {}, Counter())
+        self._trained_on = trained_on
+        self._held_out = held_out
         self._samples_of_runs = samples_of_runs
         self._evaluated = list(evaluated)
+
+    def data_records(self) -> DataRecords:
+        """The records of the training data."""
+        read = self._read
+        return DataRecords(
+            read.records, read.samples, read.left_out, self._trained_on, self._held_out
+        )
+
+    def description(self) -> dict[str, Any]:
+        """What a run's configuration records about the task."""
+        return {
+            **super().description(),
+            "training_records_left_out": dict(self._read.left_out),
+            "evaluation_records_left_out": dict(self._data.left_out),
+        }
 
     @property
     def evaluation_count(self) -> int:
@@ -82,7 +125,7 @@ class CustomTask(Task):
         from molf.evaluate.likelihood import sequence_losses
         from molf.tasks.encoding import encode_tokenized, generation_contexts, tokenize_samples
 
-        samples = [self._evaluation[index] for index in self._evaluated]
+        samples = [self._data.samples[index] for index in self._evaluated]
         tokenized = list(tokenize_samples(tokenizer, samples))
         limit = length_limit(model, settings.max_length)
         encoded = encode_tokenized(tokenizer, tokenized, limit)
@@ -95,13 +138,19 @@ class CustomTask(Task):
             batch_size=settings.batch_size,
             progress=progress,
         )
-        new_tokens = settings.max_new_tokens or self._answer_limit(tokenizer)
         contexts = generation_contexts(tokenizer, [tokenized[i] for i in encoded.kept])
+        longest = max(context.answer_tokens for context in contexts)
+        new_tokens = settings.max_new_tokens or min(longest + _SPARE_TOKENS, _MOST_NEW_TOKENS)
         texts = generate_answers(model, tokenizer, contexts, new_tokens, settings, progress)
+        expected = expected_answers(tokenizer, contexts)
         predictions = [
-            {**self._prediction(index, text), "prompt": context.prompt, "loss": total / count}
-            for index, text, context, (total, count) in zip(
-                kept, texts, contexts, losses, strict=True
+            {
+                **self._prediction(index, text, answer),
+                "prompt": context.prompt,
+                "loss": total / count,
+            }
+            for index, text, answer, context, (total, count) in zip(
+                kept, texts, expected, contexts, losses, strict=True
             )
         ]
         too_long = sorted(set(self._evaluated).difference(kept))
@@ -116,49 +165,69 @@ class CustomTask(Task):
             metrics={
                 "loss": loss,
                 "perplexity": _exponential(loss),
-                "exact_match": self._exact_match(dict(zip(kept, texts, strict=True))),
+                "exact_match": _exact_match(texts, expected),
             },
             predictions=predictions,
-            notes={"records_too_long": encoded.left_out, "max_new_tokens": new_tokens},
+            notes={
+                "records_too_long": encoded.left_out,
+                "records_left_out": dict(self._data.left_out),
+                "records_with_faults": dict(encoded.faults),
+                "max_new_tokens": new_tokens,
+            },
         )
 
     def score_predictions(self, predictions: list[dict[str, Any]]) -> Evaluation:
-        """Measure `exact_match`; losses are not in texts."""
-        saved = check_predictions(predictions, len(self._evaluation), self._known)
+        """Measure `exact_match`; losses are not in texts.
+
+        A chat template may put text around an answer. What a run's predictions say under `expected`
+        has it; without that, the record's own text is expected.
+        """
+        saved = check_predictions(predictions, self._data.records, self._known)
         sample = predicted_sample(saved, self._evaluated, self._samples_of_runs)
         saved = restrict_to_sample(saved, sample)
+        written = {entry["index"]: entry.get("expected") for entry in predictions}
+        expected = {index: self._expected(index, written[index]) for index in saved.texts}
         return Evaluation(
-            metrics={"exact_match": self._exact_match(saved.texts)},
+            metrics={"exact_match": _exact_match(saved.texts.values(), expected.values())},
             predictions=[
-                self._prediction(index, text) for index, text in sorted(saved.texts.items())
+                self._prediction(index, text, expected[index])
+                for index, text in sorted(saved.texts.items())
             ],
             notes={
                 "not_measured": ["loss", "perplexity", "forgetting_loss"],
                 "reason": "texts hold no probabilities",
-                "records_left_out": dict(Counter(saved.left_out.values())),
+                "records_left_out": dict(self._data.left_out + Counter(saved.left_out.values())),
             },
         )
 
-    def _answer_limit(self, tokenizer: Any) -> int:
-        """Tokens that let any expected answer be given in full, up to a maximum."""
-        answers = [self._evaluation[index].answer for index in self._evaluated]
-        return min(longest_answer(tokenizer, answers) + _SPARE_TOKENS, _MOST_NEW_TOKENS)
-
-    def _exact_match(self, texts: dict[int, str]) -> Metric:
-        equal = [
-            text.strip() == self._evaluation[index].answer.strip() for index, text in texts.items()
-        ]
-        return wilson(sum(equal), len(equal))
+    def _expected(self, index: int, written: Any) -> str:
+        """The answer that is expected, with what a chat template has put around it."""
+        sample = self._data.samples[index]
+        if not isinstance(sample, Conversation) or not isinstance(written, str):
+            return sample.answer
+        ending = sample.answer.strip()[-_ENDING:]  # a template may take reasoning off the front
+        if ending not in written:
+            raise InputError(
+                f"The prediction of record {index} was made on other data: the record's answer is "
+                f"{sample.answer.strip()!r:.80}, and not {written.strip()!r:.80}. Give the data "
+                "that the predictions were made with."
+            )
+        return written
 
     def _known(self, index: int) -> dict[str, str]:
         """What predictions repeat of a record; the text of a conversation is its template's."""
-        sample = self._evaluation[index]
-        prompt = {"prompt": sample.prompt} if isinstance(sample, PromptCompletion) else {}
-        return {**prompt, "expected": sample.answer}
+        sample = self._data.samples.get(index)
+        if isinstance(sample, PromptCompletion):
+            return {"prompt": sample.prompt, "expected": sample.answer}
+        return {}
 
-    def _prediction(self, index: int, text: str) -> dict[str, Any]:
-        sample = self._evaluation[index]
-        return {"index": sample.record, "prediction": text, "expected": sample.answer}
+    def _prediction(self, index: int, text: str, expected: str) -> dict[str, Any]:
+        return {"index": index, "prediction": text, "expected": expected.strip()}
+
+
+def _exact_match(texts: Iterable[str], expected: Iterable[str]) -> Metric:
+    equal = [a.strip() == b.strip() for a, b in zip(texts, expected, strict=True)]
+    return wilson(sum(equal), len(equal))
 
 
 def _exponential(loss: Metric) -> Metric:
@@ -177,61 +246,72 @@ def load_custom(options: TaskOptions) -> CustomTask:
 
     Evaluated are, whichever there is first: `eval_data`; the test or validation split that `data`
     brings; a tenth of `data`, held out by the seed.
+
+    Warns:
+        UserWarning: Records have fields that are not read, or cannot be learned from.
     """
     if options.evaluation_only:
         return _load_for_evaluation(options)
-    data = _required_data(options)
-    splits = read_splits(data)
+    path = _required_data(options)
+    splits = read_splits(path)
     if "train" not in splits:
-        raise InputError(f"data: {data} has no training records (only {', '.join(splits)}).")
-    training = _parse(splits["train"], data)
-    drawn = draw(range(len(training)), options.max_samples, options.seed)
+        raise InputError(f"data: {path} has no training records (only {', '.join(splits)}).")
+    read = _parse(splits["train"], path)
+    drawn = draw(list(read.samples), options.max_samples, options.seed)
+    held_out: list[int] = []
     if options.eval_data is not None:
-        evaluation = _read_for_evaluation(options.eval_data, "eval_data")
-        evaluated, evaluated_on = list(range(len(evaluation))), options.eval_data
+        data = _read_for_evaluation(options.eval_data, "eval_data")
+        evaluated, evaluated_on = list(data.samples), options.eval_data
     elif len(splits) > 1:
         split = _evaluation_split(splits)
-        evaluation = _parse(splits[split], f"{data} ({split})")
-        evaluated, evaluated_on = list(range(len(evaluation))), f"the {split} split of {data}"
+        data = _parse(splits[split], f"{path} ({split})")
+        evaluated, evaluated_on = list(data.samples), f"the {split} split of {path}"
     else:
-        evaluation = training
-        drawn, evaluated = required_hold_out(
-            drawn, options.seed, lambda index: training[index].content, data
+        data = read
+        drawn, held_out = required_hold_out(
+            drawn,
+            options.seed,
+            lambda index: read.samples[index].content,
+            path,
+            preview=options.preview,
         )
-        evaluated_on = f"{len(evaluated)} records held out of {data} (seed {options.seed})"
+        evaluated = held_out
+        evaluated_on = f"{len(held_out)} records held out of {path} (seed {options.seed})"
     return CustomTask(
         options.name,
-        [training[index] for index in drawn],
-        evaluation,
+        data,
         draw(evaluated, options.max_eval_samples, options.seed),
-        {"data": data, "evaluated_on": evaluated_on},
+        {"data": path, "evaluated_on": evaluated_on},
+        read=read,
+        trained_on=drawn,
+        held_out=held_out,
     )
 
 
 def _load_for_evaluation(options: TaskOptions) -> CustomTask:
     if options.eval_data is not None:
-        path, samples = options.eval_data, _read_for_evaluation(options.eval_data, "eval_data")
-        drawn = draw(range(len(samples)), options.max_eval_samples, options.seed)
-        return CustomTask(options.name, [], samples, drawn, {"evaluated_on": path})
+        path, data = options.eval_data, _read_for_evaluation(options.eval_data, "eval_data")
+        drawn = draw(list(data.samples), options.max_eval_samples, options.seed)
+        return CustomTask(options.name, data, drawn, {"evaluated_on": path})
     path = _required_data(options)
     splits = read_splits(path)
     split = _evaluation_split(splits)
-    samples = _parse(splits[split], path)
-    records = range(len(samples))
-    of_runs = [list(records)]
+    data = _parse(splits[split], path)
+    records = list(data.samples)
+    of_runs = [records]
     source = {"evaluated_on": path}
     if split == "train":
         source["evaluated_split"] = split
         of_runs = samples_of_runs(
             records,
-            lambda index: samples[index].content,
+            lambda index: data.samples[index].content,
             most=options.max_samples,
             most_evaluated=options.max_eval_samples,
             seed=options.seed,
         )
     drawn = draw(records, options.max_samples, options.seed)
     chosen = draw(drawn, options.max_eval_samples, options.seed)
-    return CustomTask(options.name, [], samples, chosen, source, of_runs)
+    return CustomTask(options.name, data, chosen, source, samples_of_runs=of_runs)
 
 
 def _required_data(options: TaskOptions) -> str:
@@ -243,7 +323,7 @@ def _required_data(options: TaskOptions) -> str:
     return options.data
 
 
-def _read_for_evaluation(source: str, option: str) -> list[Sample]:
+def _read_for_evaluation(source: str, option: str) -> CustomData:
     splits = read_splits(source, option=option)
     return _parse(splits[_evaluation_split(splits)], source)
 
@@ -252,8 +332,27 @@ def _evaluation_split(splits: dict[str, list[Record]]) -> str:
     return next(name for name in ("test", "validation", "train") if name in splits)
 
 
-def _parse(records: Sequence[Record], source: str) -> list[Sample]:
-    return [
-        parse_sample(record, index, f"{source}, record {index}")
-        for index, record in enumerate(records)
-    ]
+def _parse(records: Sequence[Record], source: str) -> CustomData:
+    samples: dict[int, Sample] = {}
+    left_out: Counter[str] = Counter()
+    unread: dict[str, None] = {}  # a set in the order of the records
+    for index, record in enumerate(records):
+        try:
+            sample = parse_sample(record, index, f"{source}, record {index}")
+        except UnusableRecordError as error:
+            left_out[str(error)] += 1
+            continue
+        samples[index] = sample
+        unread |= dict.fromkeys(
+            x for x in present_fields(record) if x not in read_fields(sample, record)
+        )
+    if not samples:
+        reasons = ", ".join(f"{reason}: {count}" for reason, count in left_out.items())
+        raise InputError(f"{source}: none of the {len(records)} records can be used ({reasons}).")
+    for reason, count in left_out.items():
+        warnings.warn(
+            f"{source}: {count} of {len(records)} records are left out: {reason}.", stacklevel=4
+        )
+    if unread:
+        warnings.warn(f"{source}: fields that are not read: {', '.join(unread)}.", stacklevel=4)
+    return CustomData(len(records), samples, left_out)

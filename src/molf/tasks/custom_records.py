@@ -2,12 +2,33 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 from molf.errors import InputError
+from molf.tasks.chat_template import Message
+from molf.tasks.conversations import Conversation, learned_turns
 from molf.tasks.fields import filled_text, list_value, object_value, text_value
 from molf.tasks.files import Record, present_fields
-from molf.tasks.samples import Conversation, Message, PromptCompletion, Sample
+from molf.tasks.questions import UnusableRecordError
+from molf.tasks.samples import PromptCompletion, Sample
+
+NO_TURN = "no assistant message to learn"
+EMPTY = "prompt and completion are empty"
+
+_TEMPLATE_ARGUMENTS = (
+    "messages",
+    "conversation",
+    "conversations",
+    "tools",
+    "chat_template",
+    "add_generation_prompt",
+    "continue_final_message",
+    "return_assistant_tokens_mask",
+    "tokenize",
+    "return_dict",
+)
+"""What `chat_template_kwargs` cannot say, because the training does."""
 
 
 def parse_sample(record: Record, index: int, where: str) -> Sample:
@@ -15,16 +36,21 @@ def parse_sample(record: Record, index: int, where: str) -> Sample:
 
     Args:
         record: {"prompt": text, "completion": text}, {"prompt": messages, "completion": messages}
-            or {"messages": messages}; a message is {"role": text, "content": text}.
+            or {"messages": messages}. A message is {"role": text, "content": text or text parts};
+            an assistant message may have `tool_calls` in place of a content, and `weight` 0 where
+            it carries no loss. Beside messages, `tools` (a list of JSON schemas, or its JSON text)
+            and `chat_template_kwargs` (an object) go to the chat template.
         index: 0-based record of the data file.
         where: The source and number of the record, for messages.
 
     Raises:
-        InputError: The record has neither layout, or a field of the wrong kind.
+        InputError: The record has none of these layouts, or a field of the wrong kind.
+        UnusableRecordError: There is nothing to learn in it.
     """
     present = present_fields(record)
     if "messages" in present:
-        return _conversation(_messages(record["messages"], f"{where}: messages"), 0, index, where)
+        messages = _messages(record["messages"], f"{where}: messages")
+        return _conversation(record, messages, 0, index, where)
     if "prompt" not in present or "completion" not in present:
         raise InputError(
             f"{where}: needs prompt and completion, or messages "
@@ -34,7 +60,7 @@ def parse_sample(record: Record, index: int, where: str) -> Sample:
     if isinstance(prompt, list) and isinstance(completion, list):
         context = _messages(prompt, f"{where}: prompt")
         answer = _messages(completion, f"{where}: completion")
-        return _conversation(context + answer, len(context), index, where)
+        return _conversation(record, context + answer, len(context), index, where)
     if isinstance(prompt, list) or isinstance(completion, list):
         raise InputError(f"{where}: prompt and completion must be both texts or both messages.")
     return PromptCompletion(
@@ -44,21 +70,80 @@ def parse_sample(record: Record, index: int, where: str) -> Sample:
     )
 
 
+def read_fields(sample: Sample, record: Record) -> set[str]:
+    """The fields of a record that its sample was made from."""
+    if isinstance(sample, PromptCompletion):
+        return {"prompt", "completion"}
+    layout = {"messages"} if record.get("messages") is not None else {"prompt", "completion"}
+    return {*layout, "tools", "chat_template_kwargs"}
+
+
 def _messages(value: Any, where: str) -> list[Message]:
     messages = []
     for position, item in enumerate(list_value(value, where)):
-        message = object_value(item, f"{where}[{position}]", ("role", "content"))
-        filled_text(message["role"], f"{where}[{position}].role")
-        text_value(message["content"], f"{where}[{position}].content")
+        at = f"{where}[{position}]"
+        message = object_value(item, at, ("role",))
+        filled_text(message["role"], f"{at}.role")
         # Parquet fills every key that any message has with null.
-        messages.append({key: entry for key, entry in message.items() if entry is not None})
+        message = {key: entry for key, entry in message.items() if entry is not None}
+        if message.get("content") is not None:
+            _check_content(message["content"], f"{at}.content")
+        elif not message.get("tool_calls"):
+            raise InputError(f"{at} lacks a content, and has no tool_calls.")
+        if message.get("tool_calls") is not None:
+            list_value(message["tool_calls"], f"{at}.tool_calls")
+        if message.get("weight", 1) not in (0, 1) or isinstance(message.get("weight"), bool):
+            raise InputError(f"{at}.weight must be 0 or 1, not {message['weight']!r:.100}.")
+        messages.append(message)
     return messages
 
 
-def _conversation(messages: list[Message], context: int, index: int, where: str) -> Conversation:
-    turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-    if not turns or turns[-1] < context:
-        raise InputError(f"{where}: has no message of the role assistant to learn from.")
-    if turns[0] == 0:
-        raise InputError(f"{where}: the first message is the assistant's; it answers nothing.")
-    return Conversation(tuple(messages[: turns[-1] + 1]), context, index)
+def _check_content(value: Any, where: str) -> None:
+    if not isinstance(value, list):
+        text_value(value, where)
+        return
+    for position, part in enumerate(value):
+        at = f"{where}[{position}]"
+        kind = object_value(part, at, ("type",))["type"]
+        if kind != "text":
+            raise InputError(f"{at} is of the type {kind!r:.100}. Only text can be trained on.")
+        text_value(part.get("text"), f"{at}.text")
+
+
+def _tools(value: Any, where: str) -> tuple[Any, ...] | None:
+    """The JSON schemas of tools; none where the list is empty, as TRL has it for a null."""
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except ValueError as error:
+            raise InputError(f"{where} is a text that is not JSON: {error}.") from error
+    if value is None:
+        return None
+    tools = list_value(value, where)
+    for position, tool in enumerate(tools):
+        object_value(tool, f"{where}[{position}]", ())
+    return tuple(tools) or None
+
+
+def _template_options(value: Any, where: str) -> dict[str, Any]:
+    if value is None:
+        return {}
+    options = object_value(value, where, ())
+    for name in options:
+        if name in _TEMPLATE_ARGUMENTS:
+            raise InputError(f"{where}: {name} cannot be set; the training decides it.")
+    return {name: entry for name, entry in options.items() if entry is not None}
+
+
+def _conversation(
+    record: Record, messages: list[Message], context: int, index: int, where: str
+) -> Conversation:
+    tools = _tools(record.get("tools"), f"{where}: tools")
+    options = _template_options(
+        record.get("chat_template_kwargs"), f"{where}: chat_template_kwargs"
+    )
+    learned = learned_turns(messages, context)
+    if not learned:
+        raise UnusableRecordError(NO_TURN)
+    # Messages behind the last turn that is learned teach nothing.
+    return Conversation(tuple(messages[: learned[-1] + 1]), context, index, tools, options)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
+import warnings
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import takewhile
 from typing import Any, NamedTuple
 
 from molf.errors import InputError
-from molf.tasks.samples import Rendered, Sample
+from molf.tasks.samples import Rendered, Sample, Span
 
 IGNORED = -100
 """The label of a token without loss, as in transformers."""
@@ -63,12 +66,14 @@ class GenerationContext:
             characters share a token with the answer (after a prompt that ends in a space they
             often do), that token is the model's to generate.
         text: The whole sample, prompt and answer.
+        answer_tokens: How many tokens the answer has.
     """
 
     prompt: str
     ids: list[int]
     missing: str
     text: TokenizedText
+    answer_tokens: int
 
 
 @dataclass(frozen=True)
@@ -81,6 +86,7 @@ class EncodedSamples:
         kept: Positions of the kept samples among those given.
         left_out: How many samples were longer than `max_length`.
         longest: The longest sample in tokens, those left out included.
+        faults: How many of the kept samples differ from their records in which way, by a sentence.
     """
 
     input_ids: list[list[int]]
@@ -88,6 +94,7 @@ class EncodedSamples:
     kept: list[int]
     left_out: int
     longest: int
+    faults: Counter[str] = field(default_factory=Counter)
 
 
 def check_tokenizer(tokenizer: Any) -> None:
@@ -109,14 +116,24 @@ def check_tokenizer(tokenizer: Any) -> None:
         )
 
 
-def tokenize(tokenizer: Any, texts: Sequence[str]) -> list[TokenizedText]:
+def tokenize(
+    tokenizer: Any, texts: Sequence[str], *, split_special_tokens: bool | None = None
+) -> list[TokenizedText]:
     """Tokenize whole texts, with BOS exactly as `tokenizer(text)` has it, but never twice.
 
     A BOS that the text already spells out (chat templates do) takes the place of the tokenizer's
     own. Tokens that the tokenizer adds behind a text are dropped: who needs an EOS says so.
+
+    Args:
+        tokenizer: A fast tokenizer with an EOS token.
+        texts: The texts.
+        split_special_tokens: Whether control tokens that a text spells out are plain text; None
+            for the tokenizer's own setting.
     """
     check_tokenizer(tokenizer)
-    tokenized = []
+    if split_special_tokens is None:
+        split_special_tokens = bool(getattr(tokenizer, "split_special_tokens", False))
+    tokenized: list[TokenizedText] = []
     for start in range(0, len(texts), _TEXTS_AT_ONCE):
         encoding = tokenizer(
             list(texts[start : start + _TEXTS_AT_ONCE]),
@@ -125,6 +142,7 @@ def tokenize(tokenizer: Any, texts: Sequence[str]) -> list[TokenizedText]:
             truncation=False,
             padding=False,
             verbose=False,
+            split_special_tokens=split_special_tokens,
         )
         for ids, offsets, added in zip(
             encoding["input_ids"],
@@ -157,13 +175,61 @@ def tokenize_samples(tokenizer: Any, samples: Sequence[Sample]) -> Iterator[Toke
     check_tokenizer(tokenizer)
     for start in range(0, len(samples), _TEXTS_AT_ONCE):
         rendered = [sample.render(tokenizer) for sample in samples[start : start + _TEXTS_AT_ONCE]]
-        tokenized = tokenize(tokenizer, [item.text for item in rendered])
-        yield from map(TokenizedSample, tokenized, rendered)
+        # The tokenizer's setting holds for users' texts; a template's control tokens stay whole.
+        whole = [item for item in rendered if not item.literal]
+        texts = [
+            [item for item in whole if (item.literal is None) == users] for users in (True, False)
+        ]
+        done = {
+            id(item): text
+            for some, split in zip(texts, (None, False), strict=True)
+            for item, text in zip(
+                some,
+                tokenize(tokenizer, [item.text for item in some], split_special_tokens=split),
+                strict=True,
+            )
+        }
+        for item in rendered:
+            text = done.get(id(item)) or _tokenize_around(tokenizer, item.text, item.literal or ())
+            yield TokenizedSample(text, item)
+
+
+def _tokenize_around(tokenizer: Any, text: str, literal: Sequence[Span]) -> TokenizedText:
+    """Tokenize a text of which some parts are plain text although they spell control tokens.
+
+    Args:
+        tokenizer: The tokenizer.
+        text: The text.
+        literal: Start and end of these parts, in order.
+    """
+    cuts = [0, *(cut for span in literal for cut in span), len(text)]
+    whole = tokenize(tokenizer, [text[: cuts[1]]], split_special_tokens=False)[0]
+    for position, (start, end) in enumerate(itertools.pairwise(cuts[1:])):
+        # A line break in front keeps SentencePiece from adding the space that begins a text.
+        piece = tokenizer(
+            "\n" + text[start:end],
+            add_special_tokens=False,
+            return_offsets_mapping=True,
+            split_special_tokens=position % 2 == 0,
+        )
+        for token, (low, high) in zip(piece["input_ids"], piece["offset_mapping"], strict=True):
+            if high > 1:  # else it is the line break's
+                whole.ids.append(token)
+                whole.starts.append(start + max(low - 1, 0))
+                whole.ends.append(start + high - 1)
+    return whole
 
 
 def encode_samples(tokenizer: Any, samples: Sequence[Sample], max_length: int) -> EncodedSamples:
-    """Encode samples for training: `tokenize_samples`, then `encode_tokenized`."""
-    return encode_tokenized(tokenizer, tokenize_samples(tokenizer, samples), max_length)
+    """Encode samples for training: `tokenize_samples`, then `encode_tokenized`.
+
+    Warns:
+        UserWarning: Samples differ from their records, such as turns that carry no loss.
+    """
+    encoded = encode_tokenized(tokenizer, tokenize_samples(tokenizer, samples), max_length)
+    for fault, count in encoded.faults.items():
+        warnings.warn(f"{count} of {len(encoded.kept)} examples: {fault}.", stacklevel=2)
+    return encoded
 
 
 def encode_tokenized(
@@ -184,7 +250,11 @@ def encode_tokenized(
     Raises:
         InputError: All samples are too long.
     """
-    rows = [_ids_and_labels(item.text, item.rendered, tokenizer.eos_token_id) for item in samples]
+    rows, faults = [], []
+    for text, rendered in samples:
+        rows.append(_ids_and_labels(text, rendered, tokenizer.eos_token_id))
+        spelled = bool(rendered.control_tokens)
+        faults.append((*rendered.faults, *((_spelled(tokenizer),) if spelled else ())))
     longest = max(len(ids) for ids, _ in rows)
     kept = [position for position, (ids, _) in enumerate(rows) if len(ids) <= max_length]
     if not kept:
@@ -198,6 +268,17 @@ def encode_tokenized(
         kept=kept,
         left_out=len(rows) - len(kept),
         longest=longest,
+        faults=Counter(fault for position in kept for fault in faults[position]),
+    )
+
+
+def _spelled(tokenizer: Any) -> str:
+    """The sentence on samples whose texts spell out control tokens."""
+    if getattr(tokenizer, "split_special_tokens", False):
+        return "the text spells out control tokens, which are split into plain text"
+    return (
+        f"the text spells out control tokens, such as {tokenizer.eos_token}, which act as such: in "
+        "an answer they end generation. --split_special_tokens makes them plain text"
     )
 
 
@@ -214,7 +295,7 @@ def generation_contexts(
             # A single token holds the whole prompt and some of the answer, and nothing precedes
             # it: the prompt on its own is the closest to it that can be asked.
             ids, missing = tokenize(tokenizer, [prompt])[0].ids, ""
-        contexts.append(GenerationContext(prompt, ids, missing, text))
+        contexts.append(GenerationContext(prompt, ids, missing, text, len(answer)))
     return contexts
 
 
@@ -230,6 +311,6 @@ def _ids_and_labels(
     return ids, labels
 
 
-def _carries_loss(start: int, end: int, spans: tuple[tuple[int, int], ...]) -> bool:
+def _carries_loss(start: int, end: int, spans: tuple[Span, ...]) -> bool:
     """Whether a token ends inside a span, or reaches from inside a span past its end."""
     return any(low < end and (end <= high or start < high) for low, high in spans)

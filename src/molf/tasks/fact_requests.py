@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,6 +35,35 @@ class FactRequest:
     def prompts(self) -> dict[str, tuple[str, ...]]:
         """All prompts that the two targets are compared after, by kind."""
         return dict(zip(KINDS, ((self.prompt,), self.paraphrases, self.neighbourhood), strict=True))
+
+
+@dataclass(frozen=True)
+class Conflicts:
+    """Edits that cannot all hold.
+
+    Attributes:
+        prompts: Rewrite prompts with more than one new target.
+        neighbours: Neighbourhood prompts, which shall stay as they are, that another request edits.
+    """
+
+    prompts: int
+    neighbours: int
+
+    def __bool__(self) -> bool:
+        return bool(self.prompts or self.neighbours)
+
+
+def find_conflicts(requests: Collection[FactRequest]) -> Conflicts:
+    """Count the edits among some requests that contradict each other."""
+    targets: dict[str, set[str]] = {}
+    for request in requests:
+        targets.setdefault(request.prompt, set()).add(request.target_new)
+    return Conflicts(
+        prompts=sum(len(found) > 1 for found in targets.values()),
+        neighbours=sum(
+            prompt in targets for request in requests for prompt in request.neighbourhood
+        ),
+    )
 
 
 def parse_request(record: Record, where: str) -> FactRequest:

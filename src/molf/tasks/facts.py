@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -12,10 +13,10 @@ from molf.errors import InputError
 from molf.evaluate.metric import Evaluation, Metric, wilson
 from molf.evaluate.settings import EvaluationSettings, Progress
 from molf.tasks.answers import UNDECODED
-from molf.tasks.base import Task
+from molf.tasks.base import DataRecords, Task
 from molf.tasks.demo import refuse_data
 from molf.tasks.fact_metrics import KINDS, REWRITE, Outcomes, fact_metrics
-from molf.tasks.fact_requests import FIELDS, FactRequest, parse_request
+from molf.tasks.fact_requests import FIELDS, FactRequest, find_conflicts, parse_request
 from molf.tasks.first_token import Comparison, FirstTokenQuestions
 from molf.tasks.options import TaskOptions
 from molf.tasks.predictions import check_predictions, left_out_prediction, restrict_to_sample
@@ -40,6 +41,7 @@ class FactTask(Task):
         evaluated: Sequence[int],
         source: dict[str, str],
         forgetting_text: Callable[[], str] | None = None,
+        read: Sequence[FactRequest] = (),
     ) -> None:
         """Hold the requests.
 
@@ -50,15 +52,42 @@ class FactTask(Task):
             evaluated: Those of them that are evaluated.
             source: Where the records are from.
             forgetting_text: Gives the text that forgetting is measured on; None: the default one.
+            read: All requests of the data that is trained on.
         """
-        samples: list[Sample] = [
-            PromptCompletion(request.prompt, " " + request.target_new, index)
-            for index, request in training.items()
-        ]
+        samples: list[Sample] = [_sample(request, index) for index, request in training.items()]
         super().__init__(name, samples, source)
+        self._read = read
         self._evaluation = evaluation
         self._evaluated = list(evaluated)
+        together = training.values() or [evaluation[index] for index in evaluated]
+        self._conflicts = find_conflicts(together)
+        if self._conflicts:
+            warnings.warn(
+                f"{self._conflicts.prompts} prompts are given more than one new target, and "
+                f"{self._conflicts.neighbours} neighbourhood prompts are edited by another "
+                f"request, of {len(together)} requests: not all of these edits can hold.",
+                stacklevel=3,
+            )
         self._forgetting_text = forgetting_text
+
+    def data_records(self) -> DataRecords:
+        """The requests of the data that is trained on; none is held out."""
+        return DataRecords(
+            len(self._read),
+            {index: _sample(request, index) for index, request in enumerate(self._read)},
+            Counter(),
+            [sample.record for sample in self.training_samples],
+        )
+
+    def description(self) -> dict[str, Any]:
+        """What a run's configuration records about the task."""
+        return {**super().description(), **self._conflict_counts()}
+
+    def _conflict_counts(self) -> dict[str, int]:
+        return {
+            "prompts_with_two_targets": self._conflicts.prompts,
+            "edited_neighbourhood_prompts": self._conflicts.neighbours,
+        }
 
     @property
     def evaluation_count(self) -> int:
@@ -122,6 +151,7 @@ class FactTask(Task):
         evaluation = fact_metrics(list(outcomes.values()), settings.seed)
         evaluation.metrics.update(self._accuracies(texts))
         evaluation.notes["prompts_too_long"] = questions.fits.count(False)
+        evaluation.notes |= self._conflict_counts()
         evaluation.predictions = [
             self._prediction(index, texts[index], outcomes[index])
             if index in outcomes
@@ -235,13 +265,13 @@ def load_fact(options: TaskOptions) -> FactTask:
     evaluation = _read(options.eval_data, "eval_data")
     evaluated = draw(range(len(evaluation)), options.max_eval_samples, options.seed)
     source = {"eval_data": options.eval_data}
-    training = {}
+    training, requests = {}, []
     if not options.evaluation_only:
         requests = _read(data, "data")
         drawn = draw(range(len(requests)), options.max_samples, options.seed)
         training = {index: requests[index] for index in drawn}
         source = {"data": data, **source}
-    return FactTask(options.name, training, evaluation, evaluated, source)
+    return FactTask(options.name, training, evaluation, evaluated, source, read=requests)
 
 
 def load_demo_fact(options: TaskOptions) -> FactTask:
@@ -273,4 +303,9 @@ def _train_and_evaluate_on(
     drawn = draw(range(len(requests)), options.max_samples, options.seed)
     training = {} if options.evaluation_only else {index: requests[index] for index in drawn}
     evaluated = draw(drawn, options.max_eval_samples, options.seed)
-    return FactTask(options.name, training, requests, evaluated, source, forgetting_text)
+    read = () if options.evaluation_only else requests
+    return FactTask(options.name, training, requests, evaluated, source, forgetting_text, read)
+
+
+def _sample(request: FactRequest, index: int) -> PromptCompletion:
+    return PromptCompletion(request.prompt, " " + request.target_new, index)

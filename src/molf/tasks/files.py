@@ -98,14 +98,31 @@ def read_json(path: Path) -> list[Record]:
     return list(values)
 
 
+class _DuplicateKeyError(Exception):
+    """An object has a key twice; the argument is the key."""
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON, whose keys must differ: else a value would be lost in silence."""
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise _DuplicateKeyError(next(name for name in names if names.count(name) > 1))
+    return made
+
+
 def _parse(text: str, path: str, line: int) -> Any:
     """Parse JSON that starts at a line of a file."""
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=_unique)
     except json.JSONDecodeError as error:
         raise InputError(
             f"{path}, line {line + error.lineno - 1}: not JSON ({error.msg}). "
             "The file must hold a list of records, or one record per line."
+        ) from error
+    except _DuplicateKeyError as error:
+        raise InputError(
+            f"{path}, line {line}: the key {error.args[0]!r} comes twice in one object."
         ) from error
     except (ValueError, RecursionError) as error:  # a number too long, brackets too deep
         raise InputError(f"{path}, line {line}: not usable JSON ({first_line(error)}).") from error
@@ -119,7 +136,19 @@ def _read_parquet(path: Path) -> list[Record]:
         rows: list[Record] = pyarrow.parquet.read_table(path).to_pylist()
     except (pyarrow.ArrowException, OSError) as error:
         raise InputError(f"{path} is not a readable Parquet file: {first_line(error)}") from error
-    return rows
+    return [without_nulls(row) for row in rows]
+
+
+def without_nulls(value: Any) -> Any:
+    """Remove the nulls of objects, also of objects inside.
+
+    Arrow gives every object of a column the keys of all others, null where they were absent.
+    """
+    if isinstance(value, dict):
+        return {name: without_nulls(entry) for name, entry in value.items() if entry is not None}
+    if isinstance(value, list):
+        return [without_nulls(entry) for entry in value]
+    return value
 
 
 def _read_csv(path: Path) -> list[Record]:

@@ -22,6 +22,7 @@ class TaskOptions:
             by `seed`, in training and in evaluation (`sql`, `med` and their demo tasks).
         seed: Seed of every draw of records.
         evaluation_only: Nothing is trained: all of `eval_data`, or else of `data`, is evaluated.
+        preview: The records are only shown: one alone is enough, and then it is not held out.
     """
 
     name: str
@@ -32,6 +33,7 @@ class TaskOptions:
     few_shot: int = 0
     seed: int = 0
     evaluation_only: bool = False
+    preview: bool = False
 
     def __post_init__(self) -> None:
         for name in ("max_samples", "max_eval_samples"):

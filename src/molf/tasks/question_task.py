@@ -12,7 +12,7 @@ from molf.errors import InputError
 from molf.evaluate.metric import Evaluation, Metric
 from molf.evaluate.settings import EvaluationSettings, Progress
 from molf.tasks.answers import generate_answers
-from molf.tasks.base import Task
+from molf.tasks.base import DataRecords, Task
 from molf.tasks.demonstrations import Demonstrations
 from molf.tasks.options import TaskOptions
 from molf.tasks.predictions import (
@@ -91,6 +91,19 @@ class QuestionTask(Task, Generic[Q]):
     def evaluation_count(self) -> int:
         """How many records the task is evaluated on, those included that turn out unusable."""
         return len(self._data.evaluated)
+
+    def data_records(self) -> DataRecords:
+        """The questions of the split that is trained on, each with its demonstrations."""
+        data = self._data
+        if data.read is None:
+            return DataRecords(0, {}, Counter(), ())
+        return DataRecords(
+            data.read.records,
+            {index: self._sample(q, index) for index, q in data.read.questions.items()},
+            data.read.left_out,
+            data.training.keys(),
+            data.held_out,
+        )
 
     def default_forgetting_text(self) -> str:
         """The text given with the questions, else the shipped plain text."""

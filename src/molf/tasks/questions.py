@@ -89,9 +89,10 @@ class QuestionData(Generic[Q]):
 
     Attributes:
         training: The questions trained on, by their record; empty for evaluation only.
-        training_left_out: How many training records are unusable, by reason.
+        read: All questions of the split that is trained on; None where nothing is trained.
         evaluation: The evaluation data.
         evaluated: The records of it that are evaluated.
+        held_out: The records of the split that is trained on that are kept for evaluation.
         samples_of_runs: The records of it that trainings on this data may have evaluated, where
             nothing is trained.
         pool: What demonstrations are drawn from: the questions of the training split, none that
@@ -100,12 +101,18 @@ class QuestionData(Generic[Q]):
     """
 
     training: dict[int, Q]
-    training_left_out: Counter[str]
+    read: QuestionSet[Q] | None
     evaluation: QuestionSet[Q]
     evaluated: list[int]
+    held_out: list[int]
     samples_of_runs: list[list[int]]
     pool: list[Q]
     source: dict[str, str]
+
+    @property
+    def training_left_out(self) -> Counter[str]:
+        """How many training records are unusable, by reason."""
+        return Counter() if self.read is None else self.read.left_out
 
 
 def load_questions(
@@ -155,12 +162,15 @@ def load_questions(
 
     drawn = [] if training is None else list(training.questions)
     samples_of_runs: list[list[int]] = []
-    trained_on, pool = [], drawn
+    trained_on, pool, held_out = [], drawn, []
     if not options.evaluation_only:
         trained_on = draw(drawn, options.max_samples, options.seed)
         if not official:
-            trained_on, evaluated = required_hold_out(trained_on, options.seed, content, data)
-            pool = [index for index in drawn if index not in set(evaluated)]
+            trained_on, evaluated = required_hold_out(
+                trained_on, options.seed, content, data, preview=options.preview
+            )
+            held_out = evaluated
+            pool = [index for index in drawn if index not in set(held_out)]
             evaluated_on = f"{len(evaluated)} records held out of {data} (seed {options.seed})"
     elif options.eval_data is None:
         usable = evaluated
@@ -182,9 +192,10 @@ def load_questions(
     questions = {} if training is None else training.questions
     return QuestionData(
         training={index: questions[index] for index in trained_on},
-        training_left_out=Counter() if training is None else training.left_out,
+        read=training,
         evaluation=evaluation,
         evaluated=evaluated,
+        held_out=held_out,
         samples_of_runs=samples_of_runs,
         pool=[questions[index] for index in pool],
         source={

@@ -9,7 +9,14 @@ from pathlib import Path
 
 from molf.errors import InputError
 from molf.tasks.download import cached, download, is_url
-from molf.tasks.files import SUFFIXES, Record, check_fields, first_line, read_file
+from molf.tasks.files import (
+    SUFFIXES,
+    Record,
+    check_fields,
+    first_line,
+    read_file,
+    without_nulls,
+)
 
 _SPLIT_WORDS = {
     "train": "train",
@@ -160,7 +167,7 @@ def _read_hub(name: str, option: str) -> dict[str, list[Record]]:
     _check_hub(name, option)
     try:
         loaded = datasets.load_dataset(name)
-        splits = {split: loaded[split].to_list() for split in loaded}
+        splits = {split: without_nulls(loaded[split].to_list()) for split in loaded}
     except Exception as error:  # whatever the libraries below raise: all mean "no data"
         raise InputError(
             f"{option}: {name} is no local file or folder, and the Hugging Face Hub gave no data "

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Any
 
-from molf.errors import InputError
-
-Message = dict[str, Any]
-"""A chat message: `role` and `content`, both strings, and what else the chat template knows."""
+Span = tuple[int, int]
+"""Start and end in characters of a text."""
 
 
 @dataclass(frozen=True)
@@ -21,17 +17,21 @@ class Rendered:
 
     Attributes:
         text: Prompt and answers together.
-        spans: Start and end of each part that carries loss, in characters of `text`, in order;
-            the last one ends with the text.
+        spans: The parts that carry loss, in order; the last one ends with the text.
+        answer_start: Where the last answer starts: everything before it is the prompt to generate
+            it from.
+        faults: Sentences that say how the text differs from the record.
+        literal: The parts that are plain text although they spell control tokens. None where the
+            whole text is the user's, so that the tokenizer's `split_special_tokens` decides.
+        control_tokens: How many control tokens the user's texts spell out.
     """
 
     text: str
-    spans: tuple[tuple[int, int], ...]
-
-    @property
-    def answer_start(self) -> int:
-        """Where the last answer starts: everything before it is the prompt to generate it from."""
-        return self.spans[-1][0]
+    spans: tuple[Span, ...]
+    answer_start: int
+    faults: tuple[str, ...] = ()
+    literal: tuple[Span, ...] | None = None
+    control_tokens: int = 0
 
 
 class Sample(ABC):
@@ -81,101 +81,12 @@ class PromptCompletion(Sample):
         return self.prompt, self.completion
 
     def render(self, tokenizer: Any) -> Rendered:
-        """Glue the two texts; the completion carries the loss."""
+        """Join the two texts; the completion carries the loss."""
+        from molf.tasks.control_tokens import control_tokens
+
         text = self.prompt + self.completion
-        return Rendered(text, ((len(self.prompt), len(text)),))
-
-
-@dataclass(frozen=True)
-class Conversation(Sample):
-    """Chat messages of which the assistant's turns carry the loss.
-
-    Attributes:
-        messages: The conversation up to the last assistant turn, which is the last message.
-        context: How many of the first messages never carry loss (the prompt of a
-            prompt-completion record).
-        record: 0-based record of the data file.
-    """
-
-    messages: tuple[Message, ...]
-    context: int
-    record: int
-
-    @property
-    def answer(self) -> str:
-        """The last assistant turn."""
-        content: str = self.messages[-1]["content"]
-        return content
-
-    @property
-    def content(self) -> Hashable:
-        """The messages, and which of them carry loss."""
-        return self.context, json.dumps(self.messages, sort_keys=True)
-
-    def render(self, tokenizer: Any) -> Rendered:
-        """Render the conversation once and find the assistant's turns in it.
-
-        A turn starts where the rendering of the messages before it, with the generation prompt,
-        ends: exactly what the model is given when it answers. It ends where the rendering of the
-        messages up to it ends, the template's end-of-turn token included. White space after an
-        EOS token is dropped: nothing is ever generated there.
-
-        That needs a template whose rendering of the first messages is a prefix of the whole.
-        Some templates rewrite earlier turns once later ones follow (they drop the reasoning);
-        such turns carry no loss, with a warning.
-        """
-        eos = tokenizer.eos_token or ""
-        whole = self._apply_template(tokenizer, len(self.messages), ask=False)
-        turns = [
-            turn
-            for turn in range(self.context, len(self.messages))
-            if self.messages[turn]["role"] == "assistant"
-        ]
-        found = [self._span(tokenizer, turn, whole, eos) for turn in turns]
-        if found[-1] is None:
-            raise InputError(
-                f"Record {self.record}: the tokenizer's chat template renders the last assistant "
-                "turn's start differently once the turn is known, so it cannot be found. "
-                "Use records with prompt and completion texts, or another chat template."
-            )
-        if None in found:
-            warnings.warn(
-                "The tokenizer's chat template rewrites earlier turns of a conversation: such "
-                "turns carry no loss, the last one does.",
-                stacklevel=2,
-            )
-        spans = tuple(span for span in found if span is not None)
-        return Rendered(_drop_space_after(whole, eos), spans)
-
-    def _span(self, tokenizer: Any, turn: int, whole: str, eos: str) -> tuple[int, int] | None:
-        """Where an assistant turn is in the whole text; None where the template rewrote it."""
-        before = self._apply_template(tokenizer, turn, ask=True)
-        upto = self._apply_template(tokenizer, turn + 1, ask=False)
-        if not (upto.startswith(before) and whole.startswith(upto)):
-            return None
-        return len(before), len(_drop_space_after(upto, eos))
-
-    def _apply_template(self, tokenizer: Any, count: int, *, ask: bool) -> str:
-        """Render the first `count` messages; `ask` adds the start of the assistant's turn."""
-        from jinja2 import TemplateError
-
-        if not getattr(tokenizer, "chat_template", None):
-            raise InputError(
-                f"Record {self.record} is a conversation, but the tokenizer has no chat template. "
-                "Use a model with one, or records with prompt and completion texts."
-            )
-        try:
-            rendered: str = tokenizer.apply_chat_template(
-                list(self.messages[:count]), tokenize=False, add_generation_prompt=ask
-            )
-        except (TemplateError, TypeError) as error:
-            raise InputError(
-                f"Record {self.record}: the tokenizer's chat template refuses the messages: {error}"
-            ) from error
-        return rendered
-
-
-def _drop_space_after(text: str, eos: str) -> str:
-    """Without the white space that follows an EOS token at the text's end."""
-    stripped = text.rstrip()
-    return stripped if eos and stripped.endswith(eos) else text
+        start = len(self.prompt)
+        # An EOS at the very end is where a completion ends anyway.
+        own = text.removesuffix(tokenizer.eos_token or "")
+        spelled = len(control_tokens(tokenizer).findall(own))
+        return Rendered(text, ((start, len(text)),), start, control_tokens=spelled)

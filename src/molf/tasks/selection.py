@@ -44,14 +44,21 @@ def hold_out(
 
 
 def required_hold_out(
-    indices: Sequence[int], seed: int, content: Callable[[int], Hashable], data: str
+    indices: Sequence[int],
+    seed: int,
+    content: Callable[[int], Hashable],
+    data: str,
+    *,
+    preview: bool = False,
 ) -> tuple[list[int], list[int]]:
-    """The same for a training on `data`, which needs both.
+    """The same for a training on `data`, which needs both; a preview does without the latter.
 
     Raises:
         InputError: There is one content alone.
     """
     trained_on, held_out = hold_out(indices, seed, content)
+    if not trained_on and preview:
+        return held_out, []
     if not trained_on:
         raise InputError(
             f"data: {data} gives {len(indices)} record{'s' * (len(indices) > 1)} of one content, "

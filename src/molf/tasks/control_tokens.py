@@ -1,0 +1,56 @@
+"""Control tokens that a user's texts spell out, such as `</s>` in a page of HTML."""
+
+from __future__ import annotations
+
+import re
+import weakref
+from typing import Any
+
+from molf.tasks.samples import Span
+
+_MARK = "\ue000"  # of Unicode's private use; nothing that a tokenizer knows has it
+
+_patterns: weakref.WeakKeyDictionary[Any, re.Pattern[str]] = weakref.WeakKeyDictionary()
+
+
+def control_tokens(tokenizer: Any) -> re.Pattern[str]:
+    """Return a pattern of the tokenizer's special tokens, the longest first."""
+    if tokenizer not in _patterns:
+        added = getattr(tokenizer, "added_tokens_decoder", {}).values()
+        special = {token.content for token in added if token.special}
+        special |= set(tokenizer.all_special_tokens)
+        longest_first = sorted(special - {""}, key=len, reverse=True)
+        _patterns[tokenizer] = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
+    return _patterns[tokenizer]
+
+
+def marked(tokenizer: Any, value: Any) -> Any:
+    """Mark the control tokens in all texts of a value, so that `unmarked` finds them again.
+
+    A template must not be able to tell them from its own tokens by position, so the mark goes
+    inside the token. Marks that the texts bring along are removed.
+    """
+    if isinstance(value, str):
+        text = value.replace(_MARK, "")
+        return control_tokens(tokenizer).sub(lambda found: found[0][0] + _MARK + found[0][1:], text)
+    if isinstance(value, dict):
+        return {name: marked(tokenizer, entry) for name, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(marked(tokenizer, entry) for entry in value)
+    return value
+
+
+def unmarked(tokenizer: Any, text: str) -> tuple[str, tuple[Span, ...]]:
+    """Return a text without its marks, and where the marked control tokens are in it."""
+    plain = text.replace(_MARK, "")
+    tokens = []
+    for count, found in enumerate(re.finditer(_MARK, text)):
+        token = control_tokens(tokenizer).match(plain, found.start() - count - 1)
+        if token is not None:  # else the template took it apart
+            tokens.append(token.span())
+    return plain, tuple(tokens)
+
+
+def without_marks(text: str, position: int) -> int:
+    """Where a position of a marked text is once the marks are removed."""
+    return position - text.count(_MARK, 0, position)

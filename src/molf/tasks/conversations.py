@@ -1,0 +1,137 @@
+"""Conversations as training samples."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from molf.errors import InputError
+from molf.tasks.chat_template import Chat, Message, text_of
+from molf.tasks.control_tokens import control_tokens, marked, unmarked, without_marks
+from molf.tasks.samples import Rendered, Sample
+from molf.tasks.turns import find_turns
+
+_REWRITTEN = (
+    "an earlier assistant turn carries no loss: the chat template writes it differently once "
+    "messages follow"
+)
+_PROMPT = (
+    "the last assistant turn begins otherwise than the chat template's generation prompt, so the "
+    "model is trained on another beginning than it is asked with"
+)
+_LOST = "the chat template leaves out text or tool calls of a message"
+_UNREAD = "the chat template does not read {}"
+
+_SPEAKERS = ("system", "developer", "user", "assistant")
+"""Roles whose texts a template writes as they are; results of tools may be quoted."""
+
+
+@dataclass(frozen=True)
+class Conversation(Sample):
+    """Chat messages of which the assistant's turns carry the loss.
+
+    Attributes:
+        messages: The conversation up to the last assistant turn that is learned, which is the last
+            message. An assistant message with `weight` 0 carries no loss.
+        context: How many of the first messages never carry loss (the prompt of a
+            prompt-completion record).
+        record: 0-based record of the data file.
+        tools: JSON schemas of the tools that the assistant may call; None for none.
+        template_options: Further variables of the chat template (TRL's `chat_template_kwargs`).
+    """
+
+    messages: tuple[Message, ...]
+    context: int
+    record: int
+    tools: tuple[Any, ...] | None = None
+    template_options: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def answer(self) -> str:
+        """The text of the last assistant turn, without what a chat template puts around it."""
+        return text_of(self.messages[-1].get("content"))
+
+    @property
+    def content(self) -> Hashable:
+        """The messages, which of them carry loss, and what else the template is given."""
+        whole = [self.messages, self.tools, dict(self.template_options)]
+        return self.context, json.dumps(whole, sort_keys=True)
+
+    @property
+    def learned(self) -> list[int]:
+        """Indices of the messages that carry loss."""
+        return learned_turns(self.messages, self.context)
+
+    def render(self, tokenizer: Any) -> Rendered:
+        """Render the conversation through the tokenizer's chat template and find its turns.
+
+        With the tokenizer's `split_special_tokens`, control tokens that the messages spell out
+        become plain text; those that the template writes stay control tokens.
+
+        Raises:
+            InputError: The tokenizer has no chat template, it refuses the messages, or the last
+                turn cannot be found in what it writes.
+        """
+        messages = self.messages
+        if getattr(tokenizer, "split_special_tokens", False):
+            messages = marked(tokenizer, messages)
+        try:
+            chat = Chat(tokenizer, messages, self.tools, self.template_options)
+            turns = find_turns(tokenizer, chat, self.learned)
+        except InputError as error:
+            raise InputError(f"Record {self.record}: {error}") from error
+        text, literal = unmarked(tokenizer, turns.text)
+        faults = [_UNREAD.format(name) for name in chat.unread]
+        if turns.rewritten:
+            faults.append(_REWRITTEN)
+        if turns.prompt_differs:
+            faults.append(_PROMPT)
+        written = _without_space(text)
+        if any(_without_space(part) not in written for part in self._parts()):
+            faults.append(_LOST)
+        spelled = control_tokens(tokenizer)
+        return Rendered(
+            text=text,
+            spans=tuple(
+                (without_marks(turns.text, start), without_marks(turns.text, end))
+                for start, end in turns.spans
+            ),
+            answer_start=without_marks(turns.text, turns.answer_start),
+            faults=tuple(faults),
+            literal=literal,
+            control_tokens=sum(len(spelled.findall(text)) for text in self._texts()),
+        )
+
+    def _texts(self) -> Iterator[str]:
+        """The texts of all messages."""
+        return (text_of(message.get("content")) for message in self.messages)
+
+    def _parts(self) -> Iterator[str]:
+        """Texts that the rendering must hold."""
+        for message in self.messages:
+            if message["role"] in _SPEAKERS:
+                yield text_of(message.get("content"))
+                yield from _called(message.get("tool_calls"))
+
+
+def learned_turns(messages: Sequence[Message], context: int) -> list[int]:
+    """Indices of the assistant messages that are learned, of `messages` with a context."""
+    return [
+        index
+        for index in range(context, len(messages))
+        if messages[index]["role"] == "assistant" and messages[index].get("weight") != 0
+    ]
+
+
+def _called(calls: Any) -> Iterator[str]:
+    """The names of called functions."""
+    for call in calls if isinstance(calls, list) else ():
+        function = call.get("function", call) if isinstance(call, dict) else {}
+        if isinstance(function, dict) and isinstance(function.get("name"), str):
+            yield function["name"]
+
+
+def _without_space(text: str) -> str:
+    return "".join(text.split())
