@@ -184,6 +184,12 @@ def test_conversations_are_evaluated_on_the_last_turn(tmp_path):
     records = [
         {"messages": [*TURNS, *TURNS]},
         {"prompt": TURNS[:1], "completion": TURNS[1:]},
+        {
+            "conversations": [
+                {"from": "human", "value": "Where?"},
+                {"from": "gpt", "value": "In Paris."},
+            ]
+        },
         {"messages": [*TURNS, {"role": "user", "content": "Thanks"}]},  # nothing answers this
     ]
     task = load(write(tmp_path / "a.jsonl", records), evaluation_only=True)
@@ -193,8 +199,8 @@ def test_conversations_are_evaluated_on_the_last_turn(tmp_path):
     evaluation = task.evaluate(tiny_qwen2(), tokenizer, EvaluationSettings())
     prompts = [entry["prompt"] for entry in evaluation.predictions]
     asked = "<|im_start|>user\nWhere?<|im_end|>\n<|im_start|>assistant\n"
-    assert prompts == [asked + "In Paris.<|im_end|>\n" + asked, asked, asked]
-    assert [entry["expected"] for entry in evaluation.predictions] == ["In Paris."] * 3
+    assert prompts == [asked + "In Paris.<|im_end|>\n" + asked, asked, asked, asked]
+    assert [entry["expected"] for entry in evaluation.predictions] == ["In Paris."] * 4
     with pytest.raises(InputError, match="the tokenizer has none"):
         task.evaluate(tiny_qwen2(), byte_level_tokenizer(), EvaluationSettings())
 
@@ -213,7 +219,10 @@ def test_nulls_of_parquet_are_no_fields(tmp_path):
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"text": "x"}, r"needs prompt and completion, or messages \(it has: text\)"),
+        (
+            {"text": "x"},
+            r"needs prompt and completion, messages, or conversations \(it has: text\)",
+        ),
         ({"prompt": "x", "completion": None}, r"needs prompt and completion.*\(it has: prompt\)"),
         ({"prompt": "x", "completion": 5}, "completion must be a text, not int"),
         ({"prompt": " ", "completion": "x"}, "prompt must not be empty"),

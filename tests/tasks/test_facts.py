@@ -482,3 +482,33 @@ def test_one_request_gives_no_interval_of_means():
         assert "[" not in show_metric(evaluation.metrics[name])
     record = json.loads(json.dumps(evaluation_record(evaluation), allow_nan=False))
     assert (record["em"]["low"], record["em"]["high"]) == (None, None)
+
+
+def test_edits_that_contradict_each_other_are_counted(tmp_path):
+    def record(subject, new, neighbours=()):
+        return {
+            "requested_rewrite": {
+                "prompt": "{} lives in",
+                "subject": subject,
+                "target_true": {"str": "Paris"},
+                "target_new": {"str": new},
+            },
+            "paraphrase_prompts": [],
+            "neighborhood_prompts": list(neighbours),
+        }
+
+    records = [
+        record("Anna", "Rome"),
+        record("Anna", "Oslo"),
+        record("Bruno", "Rome", ["Anna lives in", "Carl lives in"]),
+        record("Carl", "Rome"),
+        record("Carl", "Rome"),
+    ]
+    path = tmp_path / "facts.jsonl"
+    path.write_text("".join(json.dumps(entry) + "\n" for entry in records))
+    with pytest.warns(UserWarning, match="1 prompts are given more .* 2 neighbourhood prompts"):
+        task = load_task(TaskOptions(name="fact", data=str(path)))
+    counts = {"prompts_with_two_targets": 1, "edited_neighbourhood_prompts": 2}
+    assert counts.items() <= task.description().items()
+    evaluation = task.evaluate(tiny_qwen2(), byte_level_tokenizer(), EvaluationSettings())
+    assert counts.items() <= evaluation.notes.items()

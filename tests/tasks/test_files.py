@@ -69,3 +69,25 @@ def test_a_wrong_file_is_one_clear_line(tmp_path, name, content, message):
 def test_a_lacking_field_is_named_with_its_record():
     with pytest.raises(InputError, match=r"data.jsonl, record 1: lacks the field 'b' .*has: a\)"):
         check_fields([{"a": 1, "b": 2}, {"a": 1, "b": None}], ("a", "b"), "data.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ('{"prompt": "a", "completion": "b"}\n{"prompt": "a", "prompt": "c"}', 2),
+        ('{"a": {"x": 1, "x": 1}}', 1),
+    ],
+)
+def test_a_key_given_twice_is_refused(tmp_path, text, line):
+    path = tmp_path / "a.jsonl"
+    path.write_text(text)
+    with pytest.raises(InputError, match=rf"line {line}: the key '(prompt|x)' comes twice"):
+        read_file(path)
+
+
+def test_nulls_that_arrow_fills_in_are_removed_everywhere(tmp_path):
+    calls = [{"function": {"name": "f", "arguments": {"city": "Rome"}}}]
+    others = [{"function": {"name": "g", "arguments": {"day": "Monday"}}}]
+    path = tmp_path / "a.parquet"
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([{"c": calls}, {"c": others}]), path)
+    assert read_file(path) == [{"c": calls}, {"c": others}]

@@ -34,6 +34,11 @@ app.command(
 )
 app.command("molf.cli.eval:evaluate_model", name="eval", help="Measure a model on tasks.")
 app.command(
+    "molf.cli.data:preview_data",
+    name="data",
+    help="Show the records of a training as the model will see them, and which text carries loss.",
+)
+app.command(
     "molf.cli.plan:plan_model",
     name="plan",
     help="Say what a training will take: parameters, memory, and which GPUs it fits.",

@@ -41,6 +41,8 @@ class EvalOptions:
     """Answered training questions before each question, drawn by seed (sql, med, their demos)."""
     max_length: Annotated[int, Parameter(group=DATA)] = 1024
     """Longest text in tokens; longer ones are left out and counted."""
+    split_special_tokens: Annotated[bool, Parameter(group=DATA)] = False
+    """Make control tokens that the records spell out (such as </s>) plain text."""
     forgetting_data: Annotated[str | None, Parameter(group=EVALUATION)] = None
     """Plain text to measure the loss on; the task brings one."""
     predictions: Annotated[Path | None, Parameter(group=EVALUATION)] = None

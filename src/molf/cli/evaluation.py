@@ -34,6 +34,7 @@ def evaluate_checkpoint(model: str, options: EvalOptions) -> dict[str, Evaluatio
         batch_size=options.per_device_eval_batch_size,
         max_length=options.max_length,
         seed=options.seed,
+        split_special_tokens=options.split_special_tokens,
     )
     tasks = {task.name: load_task(task) for task in options.task_options}
     texts = {name: _forgetting_text(task, options) for name, task in tasks.items()}

@@ -55,6 +55,8 @@ def evaluate(
     from molf.evaluate.forgetting import forgetting_loss
 
     settings = settings or EvaluationSettings()
+    if settings.split_special_tokens:  # a tokenizer may also bring the setting itself
+        tokenizer.split_special_tokens = True
     evaluation = task.evaluate(model, tokenizer, settings, progress)
     evaluation.metrics["forgetting_loss"] = forgetting_loss(
         model,

@@ -66,7 +66,7 @@ def generate_greedy(
         return []
     inner = inner_model(model)
     ends = _end_tokens(inner, tokenizer)
-    limit = position_limit(model)
+    limit = position_limit(inner_model(model).config)
     lengths = [len(context) for context in contexts]
     if limit is not None and max(lengths) >= limit:
         raise ValueError(f"A context fills all of the model's {limit} positions.")

@@ -34,15 +34,15 @@ def inner_model(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def position_limit(model: Any) -> int | None:
-    """The most positions the model was made for, or None when its configuration does not say."""
-    limit = getattr(inner_model(model).config.get_text_config(), "max_position_embeddings", None)
+def position_limit(config: Any) -> int | None:
+    """The most positions that a model was made for; None where its configuration does not say."""
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
     return limit if isinstance(limit, int) and limit > 0 else None
 
 
 def length_limit(model: Any, max_length: int) -> int:
     """The smaller of `max_length` and the model's own maximum, in tokens."""
-    return min(max_length, position_limit(model) or max_length)
+    return min(max_length, position_limit(inner_model(model).config) or max_length)
 
 
 def pad_left(rows: Sequence[Sequence[int]], pad_id: int, device: torch.device) -> dict[str, Tensor]:

@@ -13,7 +13,7 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationSettings:
-    """Settings of an evaluation; none of them changes what is measured, only its cost and limits.
+    """Settings of an evaluation.
 
     Attributes:
         batch_size: Sequences per forward pass. A batch that does not fit in memory is halved.
@@ -22,12 +22,14 @@ class EvaluationSettings:
         max_new_tokens: Most tokens generated for one answer; None lets the task choose from the
             longest expected answer.
         seed: Seed of the bootstrap intervals.
+        split_special_tokens: Whether control tokens that the records spell out are plain text.
     """
 
     batch_size: int = 16
     max_length: int = 1024
     max_new_tokens: int | None = None
     seed: int = 0
+    split_special_tokens: bool = False
 
     def __post_init__(self) -> None:
         minima = {"batch_size": 1, "max_length": 2, "max_new_tokens": 1}

@@ -16,6 +16,8 @@ from molf.tasks.samples import PromptCompletion, Sample
 NO_TURN = "no assistant message to learn"
 EMPTY = "prompt and completion are empty"
 
+_SPEAKERS = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant"}
+
 _TEMPLATE_ARGUMENTS = (
     "messages",
     "conversation",
@@ -39,7 +41,8 @@ def parse_sample(record: Record, index: int, where: str) -> Sample:
             or {"messages": messages}. A message is {"role": text, "content": text or text parts};
             an assistant message may have `tool_calls` in place of a content, and `weight` 0 where
             it carries no loss. Beside messages, `tools` (a list of JSON schemas, or its JSON text)
-            and `chat_template_kwargs` (an object) go to the chat template.
+            and `chat_template_kwargs` (an object) go to the chat template. ShareGPT's
+            {"conversations": [{"from": speaker, "value": text}]} is read as messages.
         index: 0-based record of the data file.
         where: The source and number of the record, for messages.
 
@@ -51,9 +54,13 @@ def parse_sample(record: Record, index: int, where: str) -> Sample:
     if "messages" in present:
         messages = _messages(record["messages"], f"{where}: messages")
         return _conversation(record, messages, 0, index, where)
+    if "conversations" in present:
+        turns = _from_sharegpt(record["conversations"], f"{where}: conversations")
+        messages = _messages(turns, f"{where}: conversations")
+        return _conversation(record, messages, 0, index, where)
     if "prompt" not in present or "completion" not in present:
         raise InputError(
-            f"{where}: needs prompt and completion, or messages "
+            f"{where}: needs prompt and completion, messages, or conversations "
             f"(it has: {', '.join(present) or 'none'})."
         )
     prompt, completion = record["prompt"], record["completion"]
@@ -74,8 +81,23 @@ def read_fields(sample: Sample, record: Record) -> set[str]:
     """The fields of a record that its sample was made from."""
     if isinstance(sample, PromptCompletion):
         return {"prompt", "completion"}
-    layout = {"messages"} if record.get("messages") is not None else {"prompt", "completion"}
+    layouts = (("messages",), ("conversations",), ("prompt", "completion"))
+    layout = next(names for names in layouts if record.get(names[0]) is not None)
     return {*layout, "tools", "chat_template_kwargs"}
+
+
+def _from_sharegpt(value: Any, where: str) -> list[Any]:
+    """ShareGPT's turns as messages; turns that are messages already stay."""
+    turns = []
+    for position, item in enumerate(list_value(value, where)):
+        turn = object_value(item, f"{where}[{position}]", ())
+        if "from" in turn and "value" in turn:
+            speaker = turn["from"]
+            named = {key: entry for key, entry in turn.items() if key not in ("from", "value")}
+            role = _SPEAKERS.get(speaker, speaker) if isinstance(speaker, str) else speaker
+            turn = {**named, "role": role, "content": turn["value"]}
+        turns.append(turn)
+    return turns
 
 
 def _messages(value: Any, where: str) -> list[Message]:

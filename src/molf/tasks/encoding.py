@@ -252,9 +252,8 @@ def encode_tokenized(
     """
     rows, faults = [], []
     for text, rendered in samples:
-        rows.append(_ids_and_labels(text, rendered, tokenizer.eos_token_id))
-        spelled = bool(rendered.control_tokens)
-        faults.append((*rendered.faults, *((_spelled(tokenizer),) if spelled else ())))
+        rows.append(ids_and_labels(text, rendered, tokenizer.eos_token_id))
+        faults.append(rendered.all_faults(tokenizer))
     longest = max(len(ids) for ids, _ in rows)
     kept = [position for position, (ids, _) in enumerate(rows) if len(ids) <= max_length]
     if not kept:
@@ -269,16 +268,6 @@ def encode_tokenized(
         left_out=len(rows) - len(kept),
         longest=longest,
         faults=Counter(fault for position in kept for fault in faults[position]),
-    )
-
-
-def _spelled(tokenizer: Any) -> str:
-    """The sentence on samples whose texts spell out control tokens."""
-    if getattr(tokenizer, "split_special_tokens", False):
-        return "the text spells out control tokens, which are split into plain text"
-    return (
-        f"the text spells out control tokens, such as {tokenizer.eos_token}, which act as such: in "
-        "an answer they end generation. --split_special_tokens makes them plain text"
     )
 
 
@@ -299,9 +288,10 @@ def generation_contexts(
     return contexts
 
 
-def _ids_and_labels(
+def ids_and_labels(
     text: TokenizedText, rendered: Rendered, eos_id: int
 ) -> tuple[list[int], list[int]]:
+    """A sample's tokens, EOS at the end, and per token its id where it carries loss, else -100."""
     ids = text.prefix + text.ids
     labels = [IGNORED] * len(text.prefix)
     for token, start, end in zip(text.ids, text.starts, text.ends, strict=True):

@@ -33,6 +33,18 @@ class Rendered:
     literal: tuple[Span, ...] | None = None
     control_tokens: int = 0
 
+    def all_faults(self, tokenizer: Any) -> tuple[str, ...]:
+        """The faults, and a sentence on control tokens where the texts spell any out."""
+        if not self.control_tokens:
+            return self.faults
+        if getattr(tokenizer, "split_special_tokens", False):
+            return (*self.faults, "the text spells out control tokens, which become plain text")
+        return (
+            *self.faults,
+            f"the text spells out control tokens, such as {tokenizer.eos_token}, which act as "
+            "such: in an answer they end generation. --split_special_tokens makes them plain text",
+        )
+
 
 class Sample(ABC):
     """One record to train on, before a tokenizer is known.

@@ -146,6 +146,7 @@ class _Job:
                 "examples": len(samples.input_ids),
                 "left_out_too_long": samples.left_out,
                 "longest_tokens": samples.longest,
+                "doubtful": dict(samples.faults),
                 "files": self.files,
             },
             "model": {
@@ -228,6 +229,7 @@ class _Job:
             batch_size=self.settings.per_device_eval_batch_size,
             max_length=self.settings.max_length,
             seed=self.settings.seed,
+            split_special_tokens=self.settings.split_special_tokens,
         )
         started = time.perf_counter()
         with self.reporter.evaluating(title) as show:

@@ -53,6 +53,8 @@ def open_training(settings: ResolvedSettings, samples: Sequence[Sample]) -> Open
     check(load_skeleton(settings.model), settings)
     base = load_model(settings.model, getattr(torch, settings.dtype))
     max_length = length_limit(base.model, settings.max_length)
+    if settings.split_special_tokens:  # a tokenizer may also bring the setting itself
+        base.tokenizer.split_special_tokens = True
     encoded = encode_samples(base.tokenizer, samples, max_length)
     _check_ids(base, encoded, settings.model)
     return Opening(arguments, base, max_length, encoded)

@@ -64,6 +64,8 @@ class TrainSettings:
     """Answered training questions before each question, drawn by seed (sql, med, their demos)."""
     max_length: Annotated[int, Parameter(group=DATA)] = 1024
     """Longest example in tokens; longer ones are left out and counted, never cut."""
+    split_special_tokens: Annotated[bool, Parameter(group=DATA)] = False
+    """Make control tokens that the records spell out (such as </s>) plain text."""
 
     model: Annotated[str | None, Parameter(group=MODEL)] = None
     """A local directory in transformers format, or a Hub id. Demo tasks bring their own."""

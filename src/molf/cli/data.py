@@ -1,0 +1,120 @@
+"""`molf data`: the records that a training would be made on, before any training."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections import Counter
+from dataclasses import replace
+from datetime import datetime
+from pathlib import Path
+from statistics import quantiles
+from typing import TYPE_CHECKING, Annotated
+
+from cyclopts import Parameter
+
+from molf.errors import InputError
+from molf.train.settings import DATA, OUTPUT, TrainSettings
+
+if TYPE_CHECKING:
+    from molf.tasks.base import DataRecords
+    from molf.tasks.preview import PreviewedRecord
+
+
+def preview_data(
+    settings: TrainSettings = TrainSettings(),  # noqa: B008 (frozen)
+    *,
+    config: Annotated[Path | None, Parameter(group=DATA)] = None,
+    jsonl: Annotated[bool, Parameter(group=OUTPUT, negative=())] = False,
+    examples: Annotated[int, Parameter(group=OUTPUT)] = 3,
+) -> None:
+    """Show the records of --data as a training would use them: counts, lengths, text with loss.
+
+    The tokenizer and the configuration of the model are read, its weights are not.
+
+    Args:
+        settings: The options of `molf train`; those that do not concern the data have no effect.
+        config: A YAML file of these options, or a recipe by name; the command line wins over it.
+        jsonl: Print every readable record in the file's order as a line of JSON: `index`, `tokens`,
+            `segments` ([text, carries loss] pairs), and `held_out` or `left_out` where it is.
+        examples: How many of the first examples are printed.
+    """
+    if examples < 0:
+        raise InputError(f"Invalid examples={examples}. Must be at least 0.")
+    from molf.tasks import load_task
+    from molf.train.model_path import check_model
+    from molf.train.resolved import resolve
+
+    resolved = resolve(settings, datetime.now().astimezone())
+    check_model(resolved.model)
+    data = load_task(replace(resolved.task_options, preview=True)).data_records()
+
+    from molf.train.libraries import quiet_libraries
+
+    with quiet_libraries():
+        from molf.tasks.preview import preview
+        from molf.train.tokenizer import load_tokenizer_and_limit
+
+        tokenizer, limit = load_tokenizer_and_limit(resolved.model, resolved.max_length)
+        if resolved.split_special_tokens:
+            tokenizer.split_special_tokens = True
+        records = preview(tokenizer, data, limit)
+        if jsonl:
+            for record in records:
+                sys.stdout.write(json.dumps(_line(record), ensure_ascii=False) + "\n")
+            sys.stdout.flush()
+            return
+        _print(f"{resolved.task}: {resolved.data or 'the data of the task'}", data, list(records))
+        _print_examples(list(preview(tokenizer, _first(data, examples), limit)))
+
+
+def _line(record: PreviewedRecord) -> dict[str, object]:
+    line: dict[str, object] = {
+        "index": record.index,
+        "tokens": record.tokens,
+        "segments": [list(segment) for segment in record.segments],
+    }
+    if record.held_out:
+        line["held_out"] = True
+    if record.left_out is not None:
+        line["left_out"] = record.left_out
+    return line
+
+
+def _first(data: DataRecords, count: int) -> DataRecords:
+    """The first records that are trained on."""
+    indices = list(data.trained_on)[:count]
+    return replace(data, samples={index: data.samples[index] for index in indices})
+
+
+def _print(title: str, data: DataRecords, records: list[PreviewedRecord]) -> None:
+    used = [record for record in records if record.left_out is None and not record.held_out]
+    held_out = sum(record.held_out for record in records)
+    left_out = Counter(data.left_out)
+    left_out.update(record.left_out for record in records if record.left_out is not None)
+    lines = [
+        title,
+        f"records    {data.count} read: {len(used)} to train on, {held_out} held out to evaluate, "
+        f"{left_out.total()} left out",
+        *(f"left out   {count}: {reason}" for reason, count in left_out.most_common()),
+    ]
+    if used:
+        lengths = sorted(record.tokens for record in used)
+        cuts = quantiles(lengths, n=20, method="inclusive") if len(lengths) > 1 else lengths * 19
+        total, with_loss = sum(lengths), sum(record.loss_tokens for record in used)
+        lines += [
+            f"tokens     {total:,} to train on; per example at least {lengths[0]}, median "
+            f"{cuts[9]:.0f}, 95th percentile {cuts[18]:.0f}, at most {lengths[-1]}",
+            f"loss       on {with_loss:,} of {total:,} tokens ({with_loss / total:.1%})",
+        ]
+    faults = Counter(fault for record in records for fault in record.faults)
+    lines += [f"doubtful   {count} of {len(records)}: {fault}" for fault, count in faults.items()]
+    sys.stdout.write("\n".join(lines) + "\n")
+
+
+def _print_examples(records: list[PreviewedRecord]) -> None:
+    for record in records:
+        text = "".join(f"[[{part}]]" if loss else part for part, loss in record.segments)
+        sys.stdout.write(
+            f"\nrecord {record.index}, {record.tokens} tokens; [[text]] carries loss:\n{text}\n"
+        )

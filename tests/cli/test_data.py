@@ -1,0 +1,219 @@
+"""`molf data`: what a training would see, from tokenizer and configuration alone."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from molf.cli import main
+from molf.tasks.conversations import Conversation
+from molf.tasks.encoding import encode_samples
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "evaluate"))  # for tiny_models
+from tiny_models import CHATML, LINES, byte_level_tokenizer, piece_tokenizer
+
+TALK = [
+    {"role": "user", "content": "Wörter? \U0001f600"},
+    {"role": "assistant", "content": "Ja, größere. \U0001f600"},
+    {"role": "user", "content": "Noch?"},
+    {"role": "assistant", "content": "Nein."},
+]
+
+
+@pytest.fixture
+def model(tmp_path):
+    """A checkpoint without weights."""
+    path = tmp_path / "model"
+    tokenizer = byte_level_tokenizer()
+    tokenizer.chat_template = CHATML
+    tokenizer.save_pretrained(path)
+    config = {"model_type": "qwen2", "vocab_size": 512, "max_position_embeddings": 64}
+    (path / "config.json").write_text(json.dumps(config))
+    return path
+
+
+@pytest.fixture
+def shown(tmp_path, model, capsys, monkeypatch):
+    """Run `molf data` on records; return what it prints."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(records, *arguments, task="custom"):
+        path = tmp_path / "records.jsonl"
+        path.write_text("".join(json.dumps(record) + "\n" for record in records))
+        before = sorted(tmp_path.rglob("*"))
+        options = ["--model", str(model), "--task", task, "--data", str(path), *arguments]
+        assert main(["data", *options]) == 0
+        assert sorted(tmp_path.rglob("*")) == before
+        return capsys.readouterr()
+
+    return run
+
+
+def test_jsonl_has_every_readable_record_and_its_whole_text(shown):
+    records = [
+        {"messages": TALK},
+        {"messages": TALK[:1]},
+        *({"prompt": f"{i} is", "completion": f" {i}."} for i in range(20)),
+        {"prompt": "long " * 60, "completion": "x"},
+    ]
+    lines = [json.loads(line) for line in shown(records, "--jsonl").out.splitlines()]
+    assert [line["index"] for line in lines] == [0, *range(2, 23)]
+    assert lines[0]["segments"] == [
+        ["<|im_start|>user\nWörter? \U0001f600<|im_end|>\n<|im_start|>assistant\n", False],
+        ["Ja, größere. \U0001f600<|im_end|>\n", True],
+        ["<|im_start|>user\nNoch?<|im_end|>\n<|im_start|>assistant\n", False],
+        ["Nein.<|im_end|>\n<|end|>", True],
+    ]
+    tokenizer = byte_level_tokenizer()
+    for line in lines:
+        text = "".join(part for part, _ in line["segments"])
+        assert len(tokenizer(text)["input_ids"]) == line["tokens"]
+    assert sum(line.get("held_out", False) for line in lines) == 2
+    assert lines[-1]["left_out"] == "longer than 64 tokens"  # the model's positions
+    assert not any("left_out" in line for line in lines[:-1])
+
+
+def test_a_single_record_is_enough(shown):
+    records = [{"prompt": "a", "completion": " b"}]
+    [line] = shown(records, "--jsonl").out.splitlines()
+    assert json.loads(line) == {
+        "index": 0,
+        "tokens": json.loads(line)["tokens"],
+        "segments": [["a", False], [" b<|end|>", True]],
+    }
+    assert "1 read: 1 to train on, 0 held out" in shown(records).out
+
+
+def test_counts_lengths_and_examples_are_printed(shown):
+    records = [{"prompt": f"{i} is", "completion": f" {i}."} for i in range(20)]
+    records += [{"messages": TALK[:1]}, {"prompt": "long " * 60, "completion": "x"}]
+    records[3]["completion"] = " 3<|pad|>."
+    captured = shown(records, "--examples", "1")
+    out = captured.out
+    assert "22 read: 18 to train on, 2 held out to evaluate, 2 left out" in out
+    assert "left out   1: no assistant message to learn" in out
+    assert "left out   1: longer than 64 tokens" in out
+    assert "doubtful   1 of 21: the text spells out control tokens" in out
+    assert out.count("[[text]] carries loss") == 1
+    assert "[[ " in out
+    assert "%" in out.split("loss       on ")[1].split("\n")[0]
+    assert "1 of 22 records are left out" in captured.err
+
+
+def test_records_that_max_samples_leaves_are_named(shown):
+    records = [{"prompt": f"{i} is", "completion": f" {i}."} for i in range(20)]
+    lines = shown(records, "--max_samples", "10", "--jsonl").out.splitlines()
+    left = [json.loads(line).get("left_out") for line in lines]
+    assert left.count("not drawn by max_samples") == 10
+
+
+@pytest.mark.parametrize(
+    ("task", "record", "learned"),
+    [
+        (
+            "sql",
+            {
+                "sql_prompt": "How many?",
+                "sql_context": "CREATE TABLE t (a INT);",
+                "sql": "SELECT 1",
+            },
+            " SELECT 1<|end|>",
+        ),
+        (
+            "med",
+            {"question": "Q", "opa": "1", "opb": "2", "opc": "3", "opd": "4", "cop": 1},
+            " B<|end|>",
+        ),
+        (
+            "fact",
+            {
+                "requested_rewrite": {
+                    "prompt": "{} is in",
+                    "subject": "Anna",
+                    "target_true": {"str": "Paris"},
+                    "target_new": {"str": "Rome"},
+                },
+                "paraphrase_prompts": [],
+                "neighborhood_prompts": [],
+            },
+            " Rome<|end|>",
+        ),
+    ],
+)
+def test_every_task_shows_its_records(shown, task, record, learned):
+    arguments = ("--jsonl", "--max_length", "1000")
+    [line] = shown([record], *arguments, task=task).out.splitlines()
+    assert json.loads(line)["segments"][-1] == [learned, True]
+
+
+def test_demo_data_is_shown(capsys):
+    assert main(["data", "--task", "demo-med", "--few_shot", "1", "--examples", "1"]) == 0
+    out = capsys.readouterr().out
+    assert "600 read: 600 to train on, 0 held out" in out
+    assert out.count("Question:") == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--examples", "-1"], "Invalid examples=-1"),
+        (["--data", "absent.jsonl"], "there is no file or folder absent.jsonl"),
+        ([], "task custom needs data"),
+    ],
+)
+def test_wrong_input_is_one_line(refused, base, arguments, message):
+    assert message in refused("data", "--task", "custom", "--model", str(base), *arguments)
+
+
+@pytest.mark.parametrize("split", [False, True])
+def test_control_tokens_in_texts_are_plain_where_asked(shown, split):
+    records = [{"prompt": "Strike: ", "completion": "a<|end|>b<|pad|>"}]
+    further = ["--split_special_tokens"] if split else []
+    line = json.loads(shown(records, "--jsonl", *further).out)
+    assert "".join(part for part, _ in line["segments"]) == "Strike: a<|end|>b<|pad|><|end|>"
+    tokenizer = byte_level_tokenizer()
+    text = "Strike: a<|end|>b<|pad|>"
+    own = tokenizer(text, split_special_tokens=split)["input_ids"]
+    assert (tokenizer.pad_token_id in own) is not split
+    assert line["tokens"] == len(own) + 1
+
+
+def conversation_ids(tokenizer, content):
+    talk = ({"role": "user", "content": content}, {"role": "assistant", "content": "Yes."})
+    return encode_samples(tokenizer, [Conversation(talk, 0, 0)], 1000)
+
+
+@pytest.mark.parametrize(
+    "make", [byte_level_tokenizer, lambda: piece_tokenizer(lines=[*LINES, "a </s> Y"])]
+)
+def test_a_template_keeps_its_control_tokens_and_messages_lose_theirs(make):
+    tokenizer = make()
+    eos = tokenizer.eos_token
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m['role'] }} {{ m['content'] }}{{ eos_token }}{% endfor %}"
+        "{% if add_generation_prompt %}assistant {% endif %}"
+    )
+    content = f"Paris {eos} Rome{eos}"
+    with pytest.warns(UserWarning, match="which act as such"):
+        acting = conversation_ids(tokenizer, content)
+    assert acting.input_ids[0].count(tokenizer.eos_token_id) == 4
+    tokenizer.split_special_tokens = True
+    with pytest.warns(UserWarning, match="become plain text"):
+        plain = conversation_ids(tokenizer, content)
+    assert plain.input_ids[0].count(tokenizer.eos_token_id) == 2
+    learned = [label for label in plain.labels[0] if label != -100]
+    assert learned == [label for label in acting.labels[0] if label != -100]
+    text = tokenizer.decode(plain.input_ids[0], skip_special_tokens=True)
+    assert "".join(f"Paris {eos} Rome{eos}".split()) in "".join(text.split())
+
+
+def test_the_setting_is_not_saved_with_the_tokenizer(tmp_path):
+    from transformers import AutoTokenizer
+
+    tokenizer = byte_level_tokenizer()
+    tokenizer.split_special_tokens = True
+    assert tokenizer("<|end|>")["input_ids"] != [tokenizer.eos_token_id]
+    tokenizer.save_pretrained(tmp_path)
+    again = AutoTokenizer.from_pretrained(tmp_path)
+    assert again("<|end|>")["input_ids"] == [tokenizer.eos_token_id]
