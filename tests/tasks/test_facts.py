@@ -506,7 +506,7 @@ def test_edits_that_contradict_each_other_are_counted(tmp_path):
     ]
     path = tmp_path / "facts.jsonl"
     path.write_text("".join(json.dumps(entry) + "\n" for entry in records))
-    with pytest.warns(UserWarning, match="1 prompts are given more .* 2 neighbourhood prompts"):
+    with pytest.warns(UserWarning, match="1 prompts have more than one .* 2 neighbourhood prompts"):
         task = load_task(TaskOptions(name="fact", data=str(path)))
     counts = {"prompts_with_two_targets": 1, "edited_neighbourhood_prompts": 2}
     assert counts.items() <= task.description().items()

@@ -84,7 +84,7 @@ def parse_request(record: Record, where: str) -> FactRequest:
     if prompt.count("{}") != 1:
         raise InputError(
             f"{where}: requested_rewrite.prompt must hold {{}} once, in the subject's place, "
-            f"but is {prompt!r}."
+            f"but is {prompt!r:.100}."
         )
     subject = filled_text(rewrite["subject"], f"{where}: requested_rewrite.subject")
     return FactRequest(

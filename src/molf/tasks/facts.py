@@ -63,9 +63,9 @@ class FactTask(Task):
         self._conflicts = find_conflicts(together)
         if self._conflicts:
             warnings.warn(
-                f"{self._conflicts.prompts} prompts are given more than one new target, and "
-                f"{self._conflicts.neighbours} neighbourhood prompts are edited by another "
-                f"request, of {len(together)} requests: not all of these edits can hold.",
+                f"Of {len(together)} requests, {self._conflicts.prompts} prompts have more than one "
+                f"new target, and {self._conflicts.neighbours} neighbourhood prompts are edited by "
+                "another request: not all of these can come out right.",
                 stacklevel=3,
             )
         self._forgetting_text = forgetting_text

@@ -122,7 +122,7 @@ def _parse(text: str, path: str, line: int) -> Any:
         ) from error
     except _DuplicateKeyError as error:
         raise InputError(
-            f"{path}, line {line}: the key {error.args[0]!r} comes twice in one object."
+            f"{path}, line {line}: the key {error.args[0]!r:.100} comes twice in one object."
         ) from error
     except (ValueError, RecursionError) as error:  # a number too long, brackets too deep
         raise InputError(f"{path}, line {line}: not usable JSON ({first_line(error)}).") from error
@@ -178,7 +178,7 @@ def _read_csv(path: Path) -> list[Record]:
 def _check_header(names: list[str], path: Path) -> None:
     for name in names:
         if not name.strip() or names.count(name) > 1:
-            fault = f"names {name!r} twice" if name.strip() else "has an empty name"
+            fault = f"names {name!r:.100} twice" if name.strip() else "has an empty name"
             raise InputError(
                 f"{path}: the first line must be a header of field names, but it {fault}."
             )

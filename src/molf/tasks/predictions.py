@@ -57,7 +57,7 @@ def check_predictions(
                 raise InputError(f"{where} lacks the field {key!r}.")
         index, text = entry["index"], entry["prediction"]
         if not isinstance(index, int) or isinstance(index, bool):
-            raise InputError(f"{where}: index must be an integer, not {index!r}.")
+            raise InputError(f"{where}: index must be an integer, not {index!r:.100}.")
         if not 0 <= index < records:
             raise InputError(
                 f"{where}: unknown index {index}. The data has records 0 to {records - 1}."

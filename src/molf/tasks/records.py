@@ -87,7 +87,7 @@ def _read(source: str, option: str) -> dict[str, list[Record]]:
     try:
         is_folder, is_file = path.is_dir(), path.is_file()
     except (OSError, ValueError) as error:  # a name too long, a null byte
-        raise InputError(f"{option}: {source!r} is not a path: {first_line(error)}") from error
+        raise InputError(f"{option}: {source!r:.300} is not a path: {first_line(error)}") from error
     if is_folder:
         return _read_folder(path)
     if is_file:
