@@ -58,7 +58,7 @@ def run(line: str, *extra: str) -> int:
     return main([*shlex.split(line)[1:], *extra])
 
 
-def test_commands_of_tasks(tmp_path, monkeypatch):
+def test_commands_of_tasks(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     for name in ("questions", "other-questions"):
         asked = [{**records("sql")[0], "sql_prompt": f"{name}: {i}?"} for i in range(20)]
@@ -67,10 +67,18 @@ def test_commands_of_tasks(tmp_path, monkeypatch):
     (tmp_path / "quiz").mkdir()
     write(tmp_path / "quiz" / "train.jsonl", quiz)
     write(tmp_path / "quiz" / "validation.jsonl", quiz[:3])
-    write(tmp_path / "records.jsonl", records("custom"))
-    train, again, saved, few_shot, several, install, harness = [
+    write(tmp_path / "records.jsonl", records("custom")[:1])  # the base has no chat template
+    shown, lines, train, again, saved, few_shot, several, install, harness = [
         line for block in blocks(TASKS, "bash") for line in block.splitlines()
     ]
+    capsys.readouterr()
+    assert run(shown) == 0
+    assert "[[ Paris.<" in capsys.readouterr().out
+    assert run(lines) == 0
+    (example,) = [block for block in blocks(TASKS, "text") if '"segments"' in block]
+    line = json.loads(capsys.readouterr().out)
+    assert line.keys() == json.loads(example).keys()
+    assert line["segments"][0] == json.loads(example)["segments"][0]
     assert run(train, *SHORT) == 0
     assert run(again) == 0
     # What a training held out is what its predictions are about.
