@@ -68,7 +68,7 @@ def test_commands_of_tasks(tmp_path, monkeypatch, capsys):
     write(tmp_path / "quiz" / "train.jsonl", quiz)
     write(tmp_path / "quiz" / "validation.jsonl", quiz[:3])
     write(tmp_path / "records.jsonl", records("custom")[:1])  # the base has no chat template
-    shown, lines, train, again, saved, few_shot, several, install, harness = [
+    train, again, saved, shown, lines, few_shot, several, install, harness = [
         line for block in blocks(TASKS, "bash") for line in block.splitlines()
     ]
     capsys.readouterr()
