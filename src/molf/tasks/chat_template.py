@@ -142,6 +142,7 @@ class Chat:
         self._options = options
         self._given = messages
         self._messages: list[Message] = []
+        self._known: dict[tuple[int, bool], Rendering | None] = {}
         self.whole = self._first_accepted()
 
     def __len__(self) -> int:
@@ -159,20 +160,20 @@ class Chat:
 
     def render(self, count: int, *, ask: bool = False) -> Rendering | None:
         """Render the first `count` messages; None where the template refuses them alone."""
-        try:
-            return self._render(self._messages[:count], ask=ask)
-        except Exception:  # a template is a program: it may raise anything
-            return None
+        if count == len(self) and not ask:
+            return self.whole
+        if (count, ask) not in self._known:
+            found = self._tried(self._messages[:count], ask=ask)
+            self._known[count, ask] = None if isinstance(found, Exception) else found
+        return self._known[count, ask]
 
     def render_with(self, index: int, content: str, count: int) -> Rendering | None:
         """Render the first `count` messages with another text in message `index`."""
         messages = self._messages[:count]
         parts = not self.template.takes_texts
         messages[index] = {**messages[index], "content": _content(content, parts=parts)}
-        try:
-            return self._render(messages)
-        except Exception:  # a template is a program: it may raise anything
-            return None
+        found = self._tried(messages)
+        return None if isinstance(found, Exception) else found
 
     @property
     def unread(self) -> list[str]:
@@ -215,14 +216,12 @@ class Chat:
                 for message in self._given
             ]
 
-    def _tried(self, messages: Sequence[Message]) -> Rendering | Exception:
+    def _tried(self, messages: Sequence[Message], *, ask: bool = False) -> Rendering | Exception:
+        tools, options = self._tools, self._options
         try:
-            return self._render(messages)
+            return self.template.render(messages, ask=ask, tools=tools, options=options)
         except Exception as error:  # a template is a program: it may raise anything
             return error
-
-    def _render(self, messages: Sequence[Message], *, ask: bool = False) -> Rendering:
-        return self.template.render(messages, ask=ask, tools=self._tools, options=self._options)
 
 
 _templates: weakref.WeakKeyDictionary[Any, dict[str, ChatTemplate]] = weakref.WeakKeyDictionary()
