@@ -63,8 +63,8 @@ class FactTask(Task):
         self._conflicts = find_conflicts(together)
         if self._conflicts:
             warnings.warn(
-                f"Of {len(together)} requests, {self._conflicts.prompts} prompts have more than one "
-                f"new target, and {self._conflicts.neighbours} neighbourhood prompts are edited by "
+                f"Of {len(together)} requests, {self._conflicts.prompts} prompts have more than "
+                f"one new target, and {self._conflicts.neighbours} neighbourhood prompts are edited by "
                 "another request: not all of these can come out right.",
                 stacklevel=3,
             )
