@@ -64,8 +64,8 @@ class FactTask(Task):
         if self._conflicts:
             warnings.warn(
                 f"Of {len(together)} requests, {self._conflicts.prompts} prompts have more than "
-                f"one new target, and {self._conflicts.neighbours} neighbourhood prompts are edited by "
-                "another request: not all of these can come out right.",
+                f"one new target, and {self._conflicts.neighbours} neighbourhood prompts are "
+                "edited by another request: not all of these can come out right.",
                 stacklevel=3,
             )
         self._forgetting_text = forgetting_text
