@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from core_helpers import (
@@ -15,6 +17,7 @@ from core_helpers import (
 )
 
 from molf.core import guard
+from molf.core.guard import NonFiniteError
 
 NAN, INF = float("nan"), float("inf")
 PLACES = ["up.weight", "up.bias", "embed.weight", "down.weight", "lm_head.weight", "norm.bias"]
@@ -60,11 +63,12 @@ def test_skipped_batch_might_as_well_not_have_been(dtype, score, first):
     reference = tiny_optimizer(clean, score=score)
     good = range(4)
     run(model, optimizer, good[: 0 if first else 2])
-    for skipped in (1, 2):
-        with pytest.warns(UserWarning, match=rf"Step skipped \({skipped} so far\)"):
+    with pytest.warns(UserWarning, match="Step skipped") as warned:
+        for skipped in (1, 2):
             bad_step(model, optimizer, "down.weight", NAN)
-        assert optimizer.skipped_steps == skipped
-        assert optimizer.routing == {}
+            assert optimizer.skipped_steps == skipped
+            assert optimizer.routing == {}
+    assert len(warned) == 1, "a long run would be drowned in them"
     run(model, optimizer, good[0 if first else 2 :])
     run(clean, reference, good)
     assert optimizer.routing == reference.routing
@@ -162,3 +166,54 @@ def test_moments_that_are_not_finite_are_reported_before_any_weight_moves():
     with pytest.raises(RuntimeError, match=r"Scores of layer up are not finite.*Its moments are"):
         optimizer.step()
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
+@pytest.mark.parametrize("nonfinite", ["raise", "skip"])
+@pytest.mark.parametrize(
+    ("loss", "norm", "reason"),
+    [
+        (NAN, 1.0, r"Non-finite loss \(nan\)"),
+        (INF, None, r"Non-finite loss \(inf\)"),
+        (1.0, INF, r"Non-finite gradient norm \(inf\)"),
+        (NAN, NAN, r"Non-finite loss \(nan\)"),
+    ],
+)
+def test_a_loss_that_is_not_finite_forbids_the_step(nonfinite, loss, norm, reason):
+    """All gradients may be finite beside it."""
+    model = tiny_model()
+    optimizer = tiny_optimizer(model, nonfinite=nonfinite)
+    run(model, optimizer, [0])
+    before = snapshot(model, optimizer)
+    backward(model, 1)
+    given = () if norm is None else (torch.tensor(norm),)
+    optimizer.require_finite(torch.tensor(loss), *given)
+    if nonfinite == "raise":
+        with pytest.raises(NonFiniteError, match=reason):
+            optimizer.step()
+    else:
+        reasons = []
+        optimizer.on_skipped = reasons.append
+        optimizer.step()
+        assert len(reasons) == optimizer.skipped_steps == 1
+        assert re.fullmatch(reason, reasons[0])
+    assert_same_bits(snapshot(model, optimizer), before)
+    optimizer.step()  # it holds for one step
+    optimizer.require_finite(torch.tensor(1.0), torch.tensor(2.0))
+    run(model, optimizer, [2])
+    assert optimizer.routing
+
+
+def test_the_gradient_is_named_rather_than_the_norm():
+    model = tiny_model()
+    optimizer = tiny_optimizer(model)
+    backward(model, 0)
+    spoil(model, "up.weight", NAN)
+    optimizer.require_finite(torch.tensor(1.0), torch.tensor(NAN))
+    with pytest.raises(NonFiniteError, match="Non-finite gradient in up.weight;"):
+        optimizer.step()
+
+
+def test_a_loss_is_required_before_layers_move():
+    optimizer = tiny_optimizer(tiny_model(), optimizer_in_backward=True)
+    with pytest.raises(ValueError, match=r"Look at the loss before loss.backward"):
+        optimizer.require_finite(torch.tensor(NAN))

@@ -161,6 +161,18 @@ def test_skipped_steps_leave_everything(carrier, form):
     assert_same_bits(snapshot(model, optimizer), snapshot(twin, ordinary))
 
 
+@pytest.mark.parametrize("form", ["folded", "frozen", "fft"])
+def test_a_loss_that_is_not_finite_leaves_everything(carrier, form):
+    model, optimizer = build(form, state_offload=True)
+    run(model, optimizer, 0)
+    before = snapshot(model, optimizer)
+    optimizer.require_finite(torch.tensor(float("nan")))
+    with pytest.raises(RuntimeError, match=r"Non-finite loss \(nan\)"):
+        optimizer.step()
+    assert_same_bits(snapshot(model, optimizer), before)
+    assert carrier.now == 0
+
+
 @pytest.mark.parametrize("nonfinite", ["raise", "skip"])
 @pytest.mark.parametrize("steps", [0, 1])
 @pytest.mark.parametrize("form", ["folded", "explicit", "frozen"])

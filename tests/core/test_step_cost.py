@@ -6,6 +6,7 @@ import gc
 import warnings
 
 import pytest
+import torch
 from core_helpers import feed, run, tiny_model, tiny_optimizer
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -83,7 +84,8 @@ class ReadsOfTheHost(TorchDispatchMode):
 
 @pytest.mark.parametrize("layers", [2, 20])
 @pytest.mark.parametrize("score", ["epd", "random"])
-def test_the_host_waits_once_per_step(layers, score, monkeypatch):
+@pytest.mark.parametrize("requires", [False, True])
+def test_the_host_waits_once_per_step(layers, score, requires, monkeypatch):
     for module in (guard, factors):  # as of an accelerator
         monkeypatch.setattr(module, "reads_for_nothing", lambda device: False)
     model = nn.ModuleList([nn.Linear(4, 5) for _ in range(layers)] + [nn.LayerNorm(3)])
@@ -93,6 +95,8 @@ def test_the_host_waits_once_per_step(layers, score, monkeypatch):
         feed(model, step)
         reads.count = 0
         with reads:
+            if requires:
+                optimizer.require_finite(torch.tensor(1.0), torch.tensor(2.0))
             optimizer.step()
         assert reads.count == 1
     with reads:

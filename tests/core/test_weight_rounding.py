@@ -378,6 +378,6 @@ def test_adamw_skips_and_refuses_like_molf():
     before = snapshot(model, optimizer)
     feed(model, 1)
     model.up.weight.grad[0, 0] = math.nan
-    with pytest.warns(UserWarning, match=r"Non-finite gradient in up.weight.*Step skipped \(1"):
+    with pytest.warns(UserWarning, match=r"Non-finite gradient in up.weight.*Step skipped; later"):
         optimizer.step()
     assert_same_bits(snapshot(model, optimizer), before)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 from typing import Any, NamedTuple
 
@@ -17,7 +17,7 @@ from molf.core.adam import gradient
 from molf.core.dense import DenseTensor
 from molf.core.fidelity import UpdateFidelity, UpdateTally
 from molf.core.groups import check_group, parameter_name
-from molf.core.guard import Guarded, bad_gradients
+from molf.core.guard import Guarded, NonFiniteError, bad_gradients
 from molf.core.in_backward import (
     BackwardSteps,
     Unit,
@@ -70,8 +70,9 @@ class AdamW(Optimizer):
             multiple of 256, are kept in blocks of 8 bits (torchao).
         seed: Of stochastic rounding.
         nonfinite: What a gradient does that has infinity or NaN, or is so large that moments would
-            overflow; it is found before anything is written. `"raise"` a RuntimeError, or `"skip"`
-            the whole step with a warning.
+            overflow, and a loss that `require_finite` was given; it is found before anything is
+            written. `"raise"` a RuntimeError (`NonFiniteError`), or `"skip"` the whole step: the
+            first warns, and all are counted in `skipped_steps`.
         grad_accumulation_dtype: `"float32"` keeps the gradients of bfloat16 weights in float32, so
             that micro-batches add up without rounding; for one process. None leaves them in
             bfloat16.
@@ -90,6 +91,7 @@ class AdamW(Optimizer):
 
     Attributes:
         skipped_steps: How many steps `nonfinite="skip"` has skipped.
+        on_skipped: Called with the reason of each skipped step in place of the one warning, if set.
         measure_updates: Set it to True, and `update_fidelity` says of each following step what
             rounding has lost.
 
@@ -135,8 +137,10 @@ class AdamW(Optimizer):
         self.optimizer_in_backward = optimizer_in_backward
         self.nonfinite = nonfinite
         self.skipped_steps = 0
+        self.on_skipped: Callable[[str], None] | None = None
         self.measure_updates = False
         self._tally: UpdateTally | None = None
+        self._required: dict[str, Tensor] = {}
         defaults = {
             "lr": lr,
             "betas": betas,
@@ -238,8 +242,9 @@ class AdamW(Optimizer):
 
         Raises:
             RuntimeError: A gradient is infinite or NaN, or so large that its moments would
-                overflow, and `nonfinite="raise"`; nothing has been written (with
-                `optimizer_in_backward`: nothing of its layer). Also for sparse gradients.
+                overflow, or what `require_finite` was given is not finite, and `nonfinite="raise"`;
+                nothing has been written (with `optimizer_in_backward`: nothing of its layer). Also
+                for sparse gradients.
             ValueError: There are several processes now, and an option is for one.
         """
         if self._backward is not None:
@@ -260,9 +265,32 @@ class AdamW(Optimizer):
         self._follow()
         return loss
 
+    def require_finite(self, loss: Tensor, grad_norm: Tensor | None = None) -> None:
+        """Have the next step refused, as for a bad gradient, if the loss is not finite.
+
+        A loss of NaN may leave finite gradients. The numbers are read with those that the step
+        reads anyway: the host waits once for all.
+
+        Args:
+            loss: The step's loss, of all its micro-batches, 0-dim.
+            grad_norm: The norm of its gradients, if that is known, 0-dim.
+
+        Raises:
+            ValueError: `optimizer_in_backward=True`: layers move before `step`.
+        """
+        if self._backward is not None:
+            raise ValueError(
+                "require_finite is not possible with optimizer_in_backward=True: layers move "
+                "before step(). Look at the loss before loss.backward()."
+            )
+        self._required = {"loss": loss.detach()}
+        if grad_norm is not None:
+            self._required["grad_norm"] = grad_norm.detach()
+
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Reset the gradients, as torch does; an interrupted backward pass is forgotten."""
         super().zero_grad(set_to_none)
+        self._required = {}
         if self._backward is not None:
             self._backward.close()
             self._end_step()
@@ -285,37 +313,45 @@ class AdamW(Optimizer):
             Whether it was done; it may be skipped.
         """
         routed, rest = self._routed(indices), self._rest(indices, position)
+        required, self._required = self._required, {}
         if self._offload is None:
-            outcome = self._step(routed, rest, self.state)
+            outcome = self._step(routed, rest, self.state, required)
         else:
-            outcome = self._step_one_by_one(routed, rest, self._offload)
-        if outcome.bad:
-            self._settled_state()  # whoever catches the error may read it
-            self._refuse(outcome.bad)
+            outcome = self._step_one_by_one(routed, rest, self._offload, required)
+        if outcome.is_refused:
+            self._settled_state()  # the caller may catch the error and read it
+            self._refuse(outcome.bad, {name: required[name] for name in outcome.wrong})
         self._finish(outcome)
-        return not outcome.bad
+        return not outcome.is_refused
 
     def _end(self) -> None:
         """Look back on a step that was taken: nothing to see here."""
 
     def _step(
-        self, routed: Sequence[dict[str, Any]], rest: Sequence[_Unrouted], states: States
+        self,
+        routed: Sequence[dict[str, Any]],
+        rest: Sequence[_Unrouted],
+        states: States,
+        required: Mapping[str, Tensor] | None = None,
     ) -> Outcome:
         """Step groups that are routed layers, and other parameters."""
         take = self._fused.take if self._fused else take_step
         others = [DenseTensor(p, group, states[p], name) for p, group, name in rest]
-        return take([self._layer(group, states) for group in routed], others, self._tally)
+        layers = [self._layer(group, states) for group in routed]
+        return take(layers, others, self._tally, required)
 
     def _step_one_by_one(
         self,
         routed: Sequence[dict[str, Any]],
         rest: Sequence[_Unrouted],
         offload: StateOffload,
+        required: Mapping[str, Tensor],
     ) -> Outcome:
         """The same, each with its state on the device while it takes its step.
 
         Gradients, and what factors would make of them, are checked before anything moves.
         """
+        wrong = [name for name, number in required.items() if not number.isfinite()]
         parts = [_Part([group], [], group["params"]) for group in routed]
         parts += [_Part([], [other], [other.parameter]) for other in rest]
         if len(parts) > 1:
@@ -323,7 +359,9 @@ class AdamW(Optimizer):
             of_others = (Guarded(other.parameter) for other in rest)
             bad = bad_gradients(chain(of_layers, of_others))
             if bad:
-                return Outcome({}, bad)
+                return Outcome({}, bad, wrong)
+        if wrong:
+            return Outcome({}, [], wrong)
 
         def step_alone(part: _Part) -> Outcome:  # a function: what is lent must not outlive it
             with offload.lent(self.state, part.parameters) as states:
@@ -406,29 +444,43 @@ class AdamW(Optimizer):
             self._offload.finish()
         return self.state
 
-    def _refuse(self, bad: list[Tensor]) -> None:
-        """Raise for, or warn of, the parameters with a gradient that is no use."""
+    def _refuse(self, bad: list[Tensor], wrong: Mapping[str, Tensor]) -> None:
+        """Raise for, or count, a step with gradients or required numbers that are no use."""
+        if "loss" in wrong or not bad:  # else the gradients say more than their norm
+            name, number = next(iter(wrong.items()))
+            reason = f"Non-finite {name.replace('grad_norm', 'gradient norm')} ({number.item()})"
+        else:
+            reason = self._describe(bad)
+        if self._backward is not None:
+            raise NonFiniteError(
+                f"{reason}; it has not moved, but {self._backward.count()} layers and other "
+                "parameters whose gradients came before it in this backward pass have "
+                "(optimizer_in_backward=True)."
+            )
+        message = f"{reason}; no weight and no state was changed."
+        if self.nonfinite == "raise":
+            raise NonFiniteError(message + " nonfinite='skip' would skip such steps.")
+        self.skipped_steps += 1
+        if self.on_skipped is not None:
+            self.on_skipped(reason)
+        elif self.skipped_steps == 1:
+            warnings.warn(
+                f"{message} Step skipped; later ones are only counted, in skipped_steps.",
+                stacklevel=5,
+            )
+
+    def _describe(self, bad: list[Tensor]) -> str:
+        """Say which gradients are no use, and why."""
         nonfinite = [p for p in bad if not gradient(p).isfinite().all()]
         named = nonfinite or bad
         names = [self._name_of(parameter) for parameter in named[:3]]
         more = f" and {len(named) - 3} more" if len(named) > 3 else ""
-        bad_ones = f"Non-finite gradient in {', '.join(names)}{more}"
-        if not nonfinite:
-            bad_ones = (
-                f"Gradient too large in {', '.join(names)}{more} (finite, but its moments or those "
-                "of the LoRA factors would overflow)"
-            )
-        if self._backward is not None:
-            raise RuntimeError(
-                f"{bad_ones}; it has not moved, but {self._backward.count()} layers and other "
-                "parameters whose gradients came before it in this backward pass have "
-                "(optimizer_in_backward=True)."
-            )
-        message = f"{bad_ones}; no weight and no state was changed."
-        if self.nonfinite == "raise":
-            raise RuntimeError(message + " nonfinite='skip' would skip such steps.")
-        self.skipped_steps += 1
-        warnings.warn(f"{message} Step skipped ({self.skipped_steps} so far).", stacklevel=5)
+        if nonfinite:
+            return f"Non-finite gradient in {', '.join(names)}{more}"
+        return (
+            f"Gradient too large in {', '.join(names)}{more} (finite, but its moments or those of "
+            "the LoRA factors would overflow)"
+        )
 
     def _name_of(self, parameter: Tensor) -> str:
         for number, group in enumerate(self.param_groups):
@@ -527,6 +579,8 @@ class AdamW(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore, and give groups of older or foreign checkpoints the keys they lack."""
+        self._required = {}
+        self.__dict__.setdefault("on_skipped", None)
         before = self.__dict__.get("param_groups", [])
         super().__setstate__(state)
         for group in self.param_groups:

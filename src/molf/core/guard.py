@@ -4,7 +4,8 @@ A gradient with infinity or NaN must not reach the state, and neither must a fin
 overflows: a second moment of infinity never comes back, and the parameter would stand still for
 good. The gradients of LoRA factors, `s B^T G` and `s G A^T`, are made of G later and layer by
 layer; what they can be at most, `s ||A|| ||G||` and `s ||B|| ||G||`, is known from norms. So one
-number per gradient says, before anything is written, whether the step may happen.
+number per gradient says, before anything is written, whether the step may happen. The loss, or
+another number that must be finite, is one number more.
 """
 
 from __future__ import annotations
@@ -16,6 +17,10 @@ import torch
 from torch import Tensor
 
 from molf.core.adam import MomentDecay, compute_dtype, gradient, row_blocks
+
+
+class NonFiniteError(RuntimeError):
+    """A step was refused, because a gradient or the loss is not finite; nothing was written."""
 
 
 class Guarded(NamedTuple):
@@ -37,13 +42,19 @@ class FiniteGuard:
 
     Attributes:
         bounds: One number per gradient, on the first parameter's device: below 1 where everything
-            that is made of it fits. The host learns from them which gradients are bad.
+            that is made of it fits; then one per further number. The host learns from them which
+            are bad.
         refuses: Whether the host knows already that the step must not happen.
+
+    Args:
+        gradients: The gradients.
+        required: Further numbers that must be finite, 0-dim.
     """
 
-    def __init__(self, gradients: Sequence[Guarded]) -> None:
+    def __init__(self, gradients: Sequence[Guarded], required: Iterable[Tensor] = ()) -> None:
         home = gradients[0].parameter.device
-        self.bounds = torch.stack([_bound(one).to(home) for one in gradients])
+        bounds = [_bound(one).to(home) for one in gradients]
+        self.bounds = torch.stack([*bounds, *(bound_of(number).to(home) for number in required)])
         self._finite = {home: may_happen(self.bounds)}
         # A number in the host's own memory is read at no cost: there it is known beforehand.
         self._is_known = all(reads_for_nothing(one.parameter.device) for one in gradients)
@@ -66,6 +77,11 @@ class FiniteGuard:
 def may_happen(bounds: Tensor) -> Tensor:
     """Whether all bounds let the step happen, a 0-dim bool; a NaN does not."""
     return (bounds < 1).all()
+
+
+def bound_of(number: Tensor) -> Tensor:
+    """Return what stands beside the bounds for a number that must be finite, 0-dim: 0 if it is."""
+    return torch.where(number.detach().isfinite(), 0.0, torch.inf)
 
 
 def fits(bound: float) -> bool:

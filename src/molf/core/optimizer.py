@@ -131,8 +131,9 @@ class MoLFAdamW(AdamW):
             betas: Decay rates of the moments.
             eps: Added to the denominator of a step.
             nonfinite: What a gradient does that has infinity or NaN, or is so large that moments
-                would overflow; it is found before any state is written. `"raise"` a RuntimeError,
-                or `"skip"` the whole step with a warning.
+                would overflow, and a loss that `require_finite` was given; it is found before any
+                state is written. `"raise"` a RuntimeError, or `"skip"` the whole step: the first
+                warns, and all are counted in `skipped_steps`.
             weight_rounding: How bfloat16 weights are written: `"exact"` (the lower half of the
                 float32 value in the optimizer's state; what None means for them), `"stochastic"`
                 (unbiased, drawn from `config.seed`, parameter name and step) or `"nearest"` (small

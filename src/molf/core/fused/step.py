@@ -6,7 +6,7 @@ may be saved in one and resumed in the other.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -19,11 +19,11 @@ from molf.core.fused.items import AdamW, Factor, LowRank, Moments
 from molf.core.fused.kernels import Kernels
 from molf.core.fused.layer import FusedLayer, Move
 from molf.core.fused.table import upload
-from molf.core.guard import fits, largest_norm, may_happen, plain_gradient
+from molf.core.guard import bound_of, fits, largest_norm, may_happen, plain_gradient
 from molf.core.kernels import check_kernel_parameter
 from molf.core.precision import full_precision
 from molf.core.routed import RoutedLayer, States
-from molf.core.step import Outcome
+from molf.core.step import Outcome, refused
 
 _CHUNK_BYTES = 64 << 20  # of what a step allocates for several layers at a time
 
@@ -58,6 +58,7 @@ class FusedStep:
         layers: Sequence[RoutedLayer],
         rest: Sequence[DenseTensor],
         tally: UpdateTally | None = None,
+        required: Mapping[str, Tensor] | None = None,
     ) -> Outcome:
         """Step all routed layers and the tensors that are not routed; all of them have gradients.
 
@@ -83,16 +84,18 @@ class FusedStep:
         kernels = self._on(home)
         with full_precision([home.type]):
             gradients = [plain_gradient(tensor.parameter) for tensor in tensors]
-            bounds = _bounds(kernels, gradients, fused)
+            required = required or {}
+            further = [bound_of(number).to(home).view(1) for number in required.values()]
+            bounds = torch.cat([_bounds(kernels, gradients, fused), *further])
             finite = may_happen(bounds)
             totals, owners = self._move_moments(kernels, fused, finite)
             on_host = torch.cat([bounds, *totals]).tolist()
 
-            if not all(map(fits, on_host[: len(tensors)])):
-                pairs = zip(tensors, on_host, strict=False)
-                return Outcome({}, [t.parameter for t, bound in pairs if not fits(bound)])
+            if not all(map(fits, on_host[: len(bounds)])):
+                parameters = [tensor.parameter for tensor in tensors]
+                return refused(parameters, required, on_host[: len(bounds)])
             sums = [[0.0] * len(layer.experts) for layer in fused]
-            for (number, expert), total in zip(owners, on_host[len(tensors) :], strict=True):
+            for (number, expert), total in zip(owners, on_host[len(bounds) :], strict=True):
                 sums[number][expert] += total
             decisions = [layer.decide(own) for layer, own in zip(fused, sums, strict=True)]
             winners = [won for won, _ in decisions]
