@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 
 import pytest
 import torch
@@ -63,12 +64,13 @@ def test_skipped_batch_might_as_well_not_have_been(dtype, score, first):
     reference = tiny_optimizer(clean, score=score)
     good = range(4)
     run(model, optimizer, good[: 0 if first else 2])
-    with pytest.warns(UserWarning, match="Step skipped") as warned:
-        for skipped in (1, 2):
-            bad_step(model, optimizer, "down.weight", NAN)
-            assert optimizer.skipped_steps == skipped
-            assert optimizer.routing == {}
-    assert len(warned) == 1, "a long run would be drowned in them"
+    with pytest.warns(UserWarning, match="Step skipped"):
+        bad_step(model, optimizer, "down.weight", NAN)
+    with warnings.catch_warnings():  # a long run would be drowned in them
+        warnings.simplefilter("error")
+        bad_step(model, optimizer, "down.weight", NAN)
+    assert optimizer.skipped_steps == 2
+    assert optimizer.routing == {}
     run(model, optimizer, good[0 if first else 2 :])
     run(clean, reference, good)
     assert optimizer.routing == reference.routing
@@ -209,7 +211,7 @@ def test_the_gradient_is_named_rather_than_the_norm():
     backward(model, 0)
     spoil(model, "up.weight", NAN)
     optimizer.require_finite(torch.tensor(1.0), torch.tensor(NAN))
-    with pytest.raises(NonFiniteError, match="Non-finite gradient in up.weight;"):
+    with pytest.raises(NonFiniteError, match=r"Non-finite gradient in up\.weight;"):
         optimizer.step()
 
 

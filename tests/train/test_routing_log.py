@@ -83,16 +83,16 @@ def test_nothing_routed_nothing_written(tmp_path):
 def test_wins():
     wins = Wins(["full", "lora0_r4", "lora1_r8"])
     assert wins.take_recent() == {}
-    wins.add(decisions(0))
+    wins.add(decisions(0), 1)
     assert wins.take_recent() == {"full": 0.5, "lora0_r4": 0.5, "lora1_r8": 0.0}
-    wins.add({"a": Decision(("full",), {"full": 2.0, "lora0_r4": 1.0})})
+    wins.add({"a": Decision(("full",), {"full": 2.0, "lora0_r4": 1.0})}, 2)
     assert wins.take_recent()["full"] == 1.0
     assert wins.shares() == pytest.approx({"full": 2 / 3, "lora0_r4": 1 / 3, "lora1_r8": 0.0})
 
 
 def test_a_tie_at_rate_zero_is_no_win():
     wins = Wins(["full", "lora0_r4"])
-    wins.add({"a": Decision(("full",), {"full": 0.0, "lora0_r4": 0.0})})
+    wins.add({"a": Decision(("full",), {"full": 0.0, "lora0_r4": 0.0})}, 1)
     assert wins.shares() == {}
-    wins.add({"a": Decision(("lora0_r4",), {"full": 1.0, "lora0_r4": 2.0})})
+    wins.add({"a": Decision(("lora0_r4",), {"full": 1.0, "lora0_r4": 2.0})}, 2)
     assert wins.shares() == {"full": 0.0, "lora0_r4": 1.0}

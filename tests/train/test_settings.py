@@ -71,6 +71,35 @@ def test_molf_e_with_one_expert_warns():
         resolved(method="molf-e", ranks=(8,))
 
 
+@pytest.mark.parametrize(
+    ("given", "names"),
+    [
+        ({"method": "molf", "ranks": (4,), "top_k": 2}, "full, lora0_r4"),
+        ({"method": "molf-e", "ranks": (4, 8), "top_k": 2}, "lora0_r4, lora1_r8"),
+        ({"method": "molf", "ranks": (4, 8), "top_k": 2, "score": "lora"}, "lora0_r4, lora1_r8"),
+    ],
+)
+def test_as_many_winners_as_experts_warn(given, names):
+    text = rf"top_k=2 is the number of experts \({names}\).* nothing is routed"
+    with pytest.warns(UserWarning, match=text):
+        resolved(**given)
+
+
+@pytest.mark.parametrize("score", ["full", "lora"])
+def test_controls_choose_from_one_expert_by_design(score):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        resolved(method="molf", score=score)
+
+
+def test_a_limit_of_skipped_steps_needs_steps_to_be_skipped():
+    with pytest.warns(UserWarning, match="Without effect with nonfinite=raise: max_skipped_steps"):
+        resolved(method="fft", max_skipped_steps=3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert resolved(method="fft", nonfinite="skip", max_skipped_steps=3).nonfinite == "skip"
+
+
 def test_molf_e_freezes_the_base_and_what_dense_training_needs_has_an_effect_without():
     assert resolved(method="molf-e").method_config.freezes_rest
     with warnings.catch_warnings():

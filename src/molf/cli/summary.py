@@ -30,8 +30,9 @@ def print_summary(result: RunResult) -> None:
         )
     console.print(table)
     _print_lines(console, _legend({**result.before.metrics, **result.after.metrics}))
+    skipped = f", {result.skipped_steps} of them skipped" if result.skipped_steps else ""
     lines = [
-        f"time     training {result.training_seconds:.1f} s ({result.steps} steps, "
+        f"time     training {result.training_seconds:.1f} s ({result.steps} steps{skipped}, "
         f"{result.tokens / max(result.training_seconds, 1e-9):,.0f} tokens/s), "
         f"evaluation {result.evaluation_seconds:.1f} s",
         f"memory   {result.peak_memory_bytes / 2**20:,.0f} MiB at most ({result.peak_memory_of})",
@@ -41,6 +42,8 @@ def print_summary(result: RunResult) -> None:
     if result.shares:
         shares = "  ".join(f"{name} {share:.1%}" for name, share in result.shares.items())
         lines.append(f"won      {shares} of all layers' updates")
+    if result.routing:
+        lines.append(f"routing  {result.routing}")
     lines += [
         f"model    {result.directory / MODEL}",
         *(

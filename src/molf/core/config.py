@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -36,6 +37,9 @@ class MoLFConfig:
 
     Raises:
         ValueError: A value is not allowed; the message says what was given and what is allowed.
+
+    Warns:
+        UserWarning: Nothing is routed: every expert takes every update.
     """
 
     ranks: tuple[int, ...] = (128,)
@@ -99,15 +103,23 @@ class MoLFConfig:
                 "Invalid score='full' with freeze_base=True: there is no full expert. "
                 "Use freeze_base=False or another score."
             )
-        eligible = len(self.experts)
-        if self.score == "full":
-            eligible = 1
-        elif self.score == "lora":
-            eligible = len(self.ranks)
+        eligible = len(self.eligible)
         if not _is_int(self.top_k) or not 1 <= self.top_k <= eligible:
             raise ValueError(
                 f"Invalid top_k={self.top_k}. Must be from 1 to {eligible}, the number of experts "
                 f"that score={self.score!r} can choose from ({', '.join(self.experts)})."
+            )
+        if len(self.experts) == 1:
+            warnings.warn(
+                f"ranks={self.ranks[0]} has one expert, which always wins: nothing is routed. Give "
+                "several ranks, such as 32,128.",
+                stacklevel=4,
+            )
+        elif self.top_k == eligible > 1:
+            warnings.warn(
+                f"top_k={self.top_k} is the number of experts ({', '.join(self.eligible)}): all of "
+                "them take every update, and nothing is routed. Give a lower top_k or more ranks.",
+                stacklevel=4,
             )
 
     def _set(self, name: str, value: object) -> None:
@@ -125,6 +137,13 @@ class MoLFConfig:
             alpha / (math.sqrt(rank) if self.use_rslora else rank)
             for alpha, rank in zip(self.alphas, self.ranks, strict=True)
         )
+
+    @property
+    def eligible(self) -> tuple[str, ...]:
+        """Names of the experts that `score` chooses from; the controls leave some out."""
+        if self.score == "full":
+            return ("full",)
+        return self.lora_experts if self.score == "lora" else self.experts
 
     @property
     def freezes_rest(self) -> bool:

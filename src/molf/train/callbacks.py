@@ -49,7 +49,7 @@ class RoutingCallback(TrainerCallback):
             self._checked = True
         if routing:
             self._writer.add(state.global_step, routing)
-            self._wins.add(routing)
+            self._wins.add(routing, state.global_step + 1)
 
     def _check(self, optimizer: Any) -> None:
         """Whatever wrapped or replaced the optimizer on the way would train something else."""

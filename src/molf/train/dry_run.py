@@ -23,7 +23,8 @@ from molf.train.progress import Reporter
 from molf.train.resolved import ResolvedSettings
 from molf.train.run_directory import RunDirectory
 from molf.train.sft_config import sft_config
-from molf.train.training import run_training, total_steps
+from molf.train.steps import count_steps
+from molf.train.training import run_training
 
 STEPS = 2
 _ADALORA_STEPS = 3  # its schedule has three phases
@@ -80,7 +81,9 @@ def rehearse(settings: ResolvedSettings, task: Task, reporter: Reporter) -> DryR
     base, limit, encoded = opening.base, opening.max_length, opening.encoded
     short_steps = _ADALORA_STEPS if settings.method == "adalora" else STEPS
     longest = _longest(encoded, short_steps, settings)
-    plan(base.model, settings, TrainingData(encoded, total_steps(len(encoded.input_ids), settings)))
+    examples = len(encoded.input_ids)
+    drawn_steps = count_steps(opening.arguments, examples)
+    plan(base.model, settings, TrainingData(encoded, drawn_steps))
     with tempfile.TemporaryDirectory(prefix="molf-dry-run-") as scratch:
         short = replace(
             settings,
@@ -105,7 +108,9 @@ def rehearse(settings: ResolvedSettings, task: Task, reporter: Reporter) -> DryR
             reporter,
             callbacks=[watch],
         )
-    steps = total_steps(round(len(samples) * len(encoded.kept) / len(drawn)), settings)
+    steps = drawn_steps
+    if len(drawn) < len(samples):
+        steps = count_steps(opening.arguments, round(len(samples) * examples / len(drawn)))
     on_cuda = arguments.device.type == "cuda"
     return DryRun(
         examples=len(samples),

@@ -8,7 +8,6 @@ import tempfile
 import time
 import traceback
 import warnings
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
@@ -42,9 +41,11 @@ from molf.train.provenance import file_records
 from molf.train.resolved import ResolvedSettings
 from molf.train.result import RunError, RunResult, evaluation_record, results_row
 from molf.train.results import RESULTS, append_result
+from molf.train.routing_meaning import routing_meaning
 from molf.train.run_directory import RunDirectory
 from molf.train.secrets import mask
-from molf.train.training import run_training, total_steps
+from molf.train.steps import count_steps
+from molf.train.training import Training, run_training
 
 
 def run_job(
@@ -62,7 +63,7 @@ def run_job(
     """
     opening = open_training(settings, task.training_samples)
     arguments, base, encoded = opening.arguments, opening.base, opening.encoded
-    data = TrainingData(encoded, total_steps(len(encoded.input_ids), settings))
+    data = TrainingData(encoded, count_steps(arguments, len(encoded.input_ids)))
     planned = plan(base.model, settings, data)
     parameters = base.model.num_parameters()
     settings = replace(
@@ -133,11 +134,11 @@ class _Job:
     directory: RunDirectory
     files: dict[str, list[dict[str, Any]]]
 
-    def write_config(self, merge: Mapping[str, Any] | None = None) -> None:
+    def write_config(self, training: Training | None = None) -> None:
         """Write the settings, and what a reader has to know beside them.
 
         Args:
-            merge: What the merge did to the trained model, once that is known.
+            training: What the training did, once that is known.
         """
         samples = self.data.samples
         record = {
@@ -154,12 +155,30 @@ class _Job:
                 "dtype": _name(self.base.dtype),
                 **self.plan.record(),
             },
+            "training": {"steps": self.data.steps},
         }
-        if merge:
-            record["merge"] = dict(merge)
+        if training is not None:
+            record["training"] = {
+                "steps": training.steps,
+                "skipped_steps": training.skipped_steps,
+            }
+            if training.routing is not None:
+                record["routing"] = {
+                    **training.routing.record(),
+                    "meaning": self._meaning(training),
+                }
+            if training.merge:
+                record["merge"] = training.merge
         # As a recipe, the file must not make a later run replace this one.
         options = replace(self.settings, overwrite=False).as_options()
         write_yaml(self.directory / CONFIG, mask({**options, "run": record}))
+
+    def _meaning(self, training: Training) -> str:
+        """What the routing came to, in words; empty without routing."""
+        config = self.settings.method_config
+        if training.routing is None or config is None:
+            return ""
+        return routing_meaning(training.routing, config, training.steps)
 
     def run(self) -> RunResult:
         """Measure, train, save, measure what was saved, and write everything down."""
@@ -181,10 +200,11 @@ class _Job:
         )
         if training.trained_parameters != self.plan.trained_parameters:  # known to EVA only now
             self.plan = replace(self.plan, trained_parameters=training.trained_parameters)
-        self.write_config(training.merge)
+        self.write_config(training)
+        meaning = self._meaning(training)
         description = self.task.description()
         dtype = getattr(torch, str(self.settings.save_dtype))
-        card = model_card(self.settings, description, before, after=None)
+        card = model_card(self.settings, description, before, after=None, routing=meaning)
         save_model(training.model, self.base, dtype, card, model_path)
 
         training.model = self.base.model = None  # make room for what was saved
@@ -192,7 +212,8 @@ class _Job:
         saved = load_model(str(model_path), getattr(torch, self.settings.dtype))
         after, after_seconds = self._evaluate(saved, "Evaluating the saved model")
 
-        write_text(model_path / "README.md", model_card(self.settings, description, before, after))
+        card = model_card(self.settings, description, before, after, routing=meaning)
+        write_text(model_path / "README.md", card)
         write_jsonl(self.directory / PREDICTIONS, after.predictions)
         write_json(
             self.directory / EVALUATION,
@@ -209,6 +230,7 @@ class _Job:
             before=before,
             after=after,
             steps=training.steps,
+            skipped_steps=training.skipped_steps,
             training_loss=training.loss,
             trained_parameters=training.trained_parameters,
             lora_parameters=self.plan.details.get("lora_parameters"),
@@ -218,7 +240,8 @@ class _Job:
             evaluation_seconds=before_seconds + after_seconds,
             peak_memory_bytes=memory,
             peak_memory_of=memory_of,
-            shares=training.shares,
+            shares=training.routing.won if training.routing else {},
+            routing=meaning,
             kernels=None if self.settings.method in ADAPTERS else self.settings.kernels,
         )
 

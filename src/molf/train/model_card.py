@@ -20,6 +20,8 @@ def model_card(
     task: Mapping[str, Any],
     before: Evaluation,
     after: Evaluation | None,
+    *,
+    routing: str = "",
 ) -> str:
     """Return the card's text.
 
@@ -28,6 +30,7 @@ def model_card(
         task: The task's description.
         before: Metrics of the base model.
         after: Metrics of the saved model; None while it has not been measured.
+        routing: What the routing came to, in words; empty without routing.
     """
     front: dict[str, Any] = {
         "library_name": "transformers",
@@ -59,6 +62,7 @@ def model_card(
             "|---|---|---|---|",
             *(_metric_row(name, metric, after) for name, metric in before.metrics.items()),
             "",
+            *(("## Routing", routing, "") if routing else ()),
             "## Settings",
             "```yaml",
             yaml.safe_dump(shown, sort_keys=False, allow_unicode=True).strip(),

@@ -60,8 +60,8 @@ def resolve(settings: TrainSettings, now: datetime) -> ResolvedSettings:
         InputError: The task needs an option that was not given.
 
     Warns:
-        UserWarning: Options that do nothing with this method were given, several ranks for one
-            adapter, or a single one for experts that have nothing beside them.
+        UserWarning: Options that do nothing with these others were given, or several ranks for one
+            adapter.
     """
     _warn_of_unused(settings)
     _warn_of_ranks(settings)
@@ -102,7 +102,7 @@ _DEFAULTS = {
     for option in fields(TrainSettings)
     if option.name != "training_args"
 }
-_ROUTING = ("score", "top_k", "freeze_rest", "nonfinite")
+_ROUTING = ("score", "top_k", "freeze_rest")
 _ADAPTER = (
     "ranks",
     "alpha",
@@ -152,16 +152,17 @@ def _warn_of_unused(settings: TrainSettings) -> None:
         warnings.warn(
             f"Without effect with method={settings.method}: {', '.join(unused)}.", stacklevel=3
         )
+    limit = settings.max_skipped_steps
+    if settings.nonfinite == "raise" and limit != _DEFAULTS["max_skipped_steps"]:
+        warnings.warn(
+            f"Without effect with nonfinite=raise: max_skipped_steps={limit}. Give --nonfinite "
+            "skip to have steps skipped.",
+            stacklevel=3,
+        )
 
 
 def _warn_of_ranks(settings: TrainSettings) -> None:
     config = settings.method_config
-    if settings.method == "molf-e" and config and len(config.ranks) == 1:
-        warnings.warn(
-            f"method=molf-e with ranks={config.ranks[0]} has one expert, which always wins. Give "
-            "several, such as --ranks 32,128.",
-            stacklevel=3,
-        )
     if settings.method in ADAPTERS and config and len(settings.ranks or ()) > 1:
         given = ",".join(map(str, settings.ranks or ()))
         warnings.warn(

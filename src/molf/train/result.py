@@ -25,7 +25,8 @@ class RunResult:
         directory: The run's directory.
         before: Metrics of the base model.
         after: Metrics of the saved model.
-        steps: Optimizer steps.
+        steps: Optimizer steps, skipped ones included.
+        skipped_steps: How many of them were skipped, because something was not finite.
         training_loss: Mean loss over the training.
         trained_parameters: How many numbers were trained.
         lora_parameters: How many plain LoRA of the settings' rank trains; None without an adapter.
@@ -36,6 +37,7 @@ class RunResult:
         peak_memory_bytes: The most memory needed.
         peak_memory_of: What that is the memory of.
         shares: Share of layers that each expert won; empty without routing.
+        routing: What the routing came to, in words; empty without routing.
         kernels: Who computed the optimizer's steps, eager torch or triton; None where that is not
             the run's to choose.
     """
@@ -54,6 +56,8 @@ class RunResult:
     peak_memory_bytes: int
     peak_memory_of: str
     shares: dict[str, float]
+    routing: str = ""
+    skipped_steps: int = 0
     kernels: str | None = None
 
 
@@ -96,6 +100,7 @@ def results_row(result: RunResult, settings: ResolvedSettings, started: datetime
         "learning_rate": settings.learning_rate if settings.trains_dense else "",
         "lora_learning_rate": settings.lora_learning_rate if config else "",
         "steps": result.steps,
+        "skipped_steps": result.skipped_steps,
         "training_loss": result.training_loss,
         "tokens": result.tokens,
         "preparation_seconds": round(result.preparation_seconds, 3),

@@ -120,8 +120,6 @@ class TrainSettings:
         bool | None, Parameter(group=METHOD, show_default="molf trains it, molf-e does not")
     ] = None
     """Freeze what is not routed (norms, embeddings, biases)."""
-    nonfinite: Annotated[str, Parameter(choices=NONFINITE, group=METHOD)] = "raise"
-    """With molf, molf-e: what an infinite or NaN gradient does: stop the run, or skip the step."""
 
     weight_rounding: Annotated[
         str | None, Parameter(choices=ROUNDINGS, group=OPTIMIZATION, show_default="exact")
@@ -170,6 +168,10 @@ class TrainSettings:
     """Share of the steps in which the learning rates rise."""
     max_grad_norm: Annotated[float | None, Parameter(group=OPTIMIZATION, show_default="1")] = None
     """Clip the gradients to this norm; 0 turns clipping off."""
+    nonfinite: Annotated[str, Parameter(choices=NONFINITE, group=OPTIMIZATION)] = "raise"
+    """What an infinite or NaN loss or gradient does: stop the run, or skip the step."""
+    max_skipped_steps: Annotated[int, Parameter(group=OPTIMIZATION)] = 10
+    """With nonfinite skip, stop the run when so many steps in a row were skipped."""
     adam_beta1: Annotated[float, Parameter(group=OPTIMIZATION)] = 0.9
     """Decay rate of the first moment."""
     adam_beta2: Annotated[float, Parameter(group=OPTIMIZATION)] = 0.999
@@ -423,6 +425,7 @@ _POSITIVE = (
     "max_length",
     "num_train_epochs",
     "max_steps",
+    "max_skipped_steps",
     "per_device_train_batch_size",
     "gradient_accumulation_steps",
     "per_device_eval_batch_size",

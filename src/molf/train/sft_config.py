@@ -51,6 +51,10 @@ _CONTROLLED = frozenset(
 _TOKENIZER = "the model's tokenizer brings its own"
 _ONE_PROCESS = "molf train runs in one process on one device"
 _IMPOSSIBLE = {
+    "auto_find_batch_size": (
+        "it changes the batch, and so the number of steps, while the schedule runs; give "
+        "--per_device_train_batch_size"
+    ),
     "assistant_only_loss": "the task says which tokens carry loss",
     "eval_on_start": "the run measures the model before and after itself",
     "eos_token": _TOKENIZER,
@@ -124,6 +128,7 @@ def sft_config(settings: ResolvedSettings) -> SFTConfig:
         first_line = str(error).strip().split("\n")[0]
         raise InputError(f"The trainer does not accept these settings: {first_line}") from error
     _check_schedule(config)
+    _check_accumulation(config)
     if config.world_size > 1:
         raise InputError(
             f"WORLD_SIZE={config.world_size}: molf train runs in one process. Start it without "
@@ -148,12 +153,22 @@ def _check_schedule(config: SFTConfig) -> None:
             num_training_steps=2,
             scheduler_specific_kwargs=config.lr_scheduler_kwargs,
         )
-    except (TypeError, ValueError, AttributeError) as error:
+    except (TypeError, ValueError, AttributeError, KeyError) as error:
         first_line = str(error).strip().split("\n")[0]
         raise InputError(
             f"training_args.lr_scheduler_kwargs={config.lr_scheduler_kwargs} does not go with "
             f"lr_scheduler_type={config.lr_scheduler_type.value}: {first_line}."
         ) from error
+
+
+def _check_accumulation(config: SFTConfig) -> None:
+    """Refuse the second way to accumulate gradients: `config.yaml` would say something else."""
+    given = config.accelerator_config.gradient_accumulation_kwargs or {}
+    if "num_steps" in given:
+        raise InputError(
+            "training_args.accelerator_config: num_steps of gradient_accumulation_kwargs is an "
+            "option of its own: give --gradient_accumulation_steps."
+        )
 
 
 class _Parser(HfArgumentParser):

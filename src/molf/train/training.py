@@ -16,6 +16,7 @@ from transformers import PrinterCallback, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from molf.core.adamw import AdamW
+from molf.core.guard import NonFiniteError
 from molf.train.callbacks import (
     FidelityCallback,
     MetricsCallback,
@@ -35,7 +36,9 @@ from molf.train.quantised_base import Precision, load_quantised
 from molf.train.resolved import ResolvedSettings
 from molf.train.routing_log import RoutingWriter
 from molf.train.run_directory import RunDirectory
-from molf.train.wins import Wins
+from molf.train.step_guard import StepGuard
+from molf.train.steps import StepsCheck
+from molf.train.wins import RoutingSummary, Wins
 
 ALL_WEIGHTS = "model.safetensors"
 
@@ -47,23 +50,25 @@ class Training:
     Attributes:
         model: The trained plain model, adapters merged.
         trained_parameters: How many numbers were trained.
-        steps: Optimizer steps taken.
+        steps: Optimizer steps, skipped ones included.
+        skipped_steps: How many of them moved nothing, because something was not finite.
         seconds: Time they took.
         preparation_seconds: Time before them, such as that of a decomposition.
         tokens: Tokens seen, padding left out.
-        loss: Mean training loss.
-        shares: Share of layers that each expert won; empty without routing.
+        loss: Mean training loss of the steps that were not skipped.
+        routing: How layers were routed; None without routing.
         merge: What the merge did to the model; empty where nothing was merged.
     """
 
     model: Any
     trained_parameters: int
     steps: int
+    skipped_steps: int
     seconds: float
     preparation_seconds: float
     tokens: int
     loss: float
-    shares: dict[str, float]
+    routing: RoutingSummary | None
     merge: dict[str, Any]
 
 
@@ -91,7 +96,7 @@ def run_training(
     started = time.perf_counter()
     prepared = prepare(base.model, settings, data)
     preparation_seconds = time.perf_counter() - started
-    wins = Wins(prepared.experts)
+    wins, guard = Wins(prepared.experts), StepGuard(settings)
     # Gradients that are freed in the backward pass leave the trainer a norm of 0.
     without = ("grad_norm",) if settings.optimizer_in_backward else ()
     _warn_of_warmup(data.steps, arguments)
@@ -102,6 +107,7 @@ def run_training(
         trainer = _Trainer(
             prepared,
             wins,
+            guard,
             model=prepared.model,
             args=arguments,
             train_dataset=Dataset.from_dict(
@@ -110,6 +116,8 @@ def run_training(
             processing_class=copy.deepcopy(base.tokenizer),  # the trainer changes its padding
             optimizer_cls_and_kwargs=prepared.optimizer,
             callbacks=[
+                StepsCheck(data.steps),
+                guard,
                 RoutingCallback(prepared, writer, wins),
                 FidelityCallback(),
                 MetricsCallback(directory / METRICS, show, without),
@@ -121,6 +129,7 @@ def run_training(
         started = time.perf_counter()
         output = trainer.train()
         seconds = time.perf_counter() - started
+    guard.check_weights(trainer.model, trainer.state)
     checkpoints = directory / CHECKPOINTS
     if not any(checkpoints.iterdir()):
         checkpoints.rmdir()  # the trainer makes it in any case
@@ -136,11 +145,12 @@ def run_training(
         model=plain,
         trained_parameters=prepared.trained_parameters,
         steps=output.global_step,
+        skipped_steps=guard.skipped_steps,
         seconds=seconds,
         preparation_seconds=preparation_seconds,
         tokens=trainer.state.num_input_tokens_seen,
-        loss=output.training_loss,
-        shares=wins.shares(),
+        loss=guard.mean_loss(),
+        routing=wins.summary(),
         merge=record,
     )
 
@@ -171,11 +181,15 @@ def _warn_of_warmup(steps: int, arguments: SFTConfig) -> None:
 
 
 class _Trainer(SFTTrainer):
-    """SFTTrainer with a method's own term of the loss and figures in the log, for trackers too."""
+    """SFTTrainer with a method's own term of the loss and figures in the log, for trackers too.
 
-    def __init__(self, prepared: Prepared, wins: Wins, **kwargs: Any) -> None:
+    The guard sees every loss and clips the gradients.
+    """
+
+    def __init__(self, prepared: Prepared, wins: Wins, guard: StepGuard, **kwargs: Any) -> None:
         self.prepared = prepared
         self.wins = wins
+        self.guard = guard
         model = prepared.model
         trained = {p: p.data for p in model.parameters() if p.requires_grad}
         super().__init__(**kwargs)
@@ -184,6 +198,7 @@ class _Trainer(SFTTrainer):
             # updates.
             if parameter.dtype != data.dtype:
                 parameter.data = data.to(parameter.device)
+        self.accelerator.clip_grad_norm_ = guard.clip
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         """Make the optimizer, without its advice on checkpoints, which `_save` follows."""
@@ -203,7 +218,15 @@ class _Trainer(SFTTrainer):
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         self._throughput = Throughput()
-        return super().train(*args, **kwargs)
+        try:
+            return super().train(*args, **kwargs)
+        except NonFiniteError as error:
+            raise self.guard.stopped(error, self.state, self.model) from error
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        loss = super().training_step(*args, **kwargs)
+        self.guard.add_loss(loss)
+        return loss
 
     def compute_loss(
         self, model: Any, inputs: Any, *args: Any, num_items_in_batch: Any = None, **kwargs: Any
@@ -211,6 +234,8 @@ class _Trainer(SFTTrainer):
         loss = super().compute_loss(
             model, inputs, *args, num_items_in_batch=num_items_in_batch, **kwargs
         )
+        if model.training:
+            self.guard.check_before_backward(loss)
         if self.prepared.penalty is None or not model.training:
             return loss
         # Where TRL divides by the tokens of the whole step, the trainer only sums.
@@ -220,6 +245,9 @@ class _Trainer(SFTTrainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
+            logs["loss"] = self.guard.take_mean_loss()
+            if self.guard.skipped_steps:
+                logs["skipped_steps"] = self.guard.skipped_steps
             # The trainer logs the rate of its first group alone.
             for name, ratio in self.prepared.rates.items():
                 logs[name] = logs["learning_rate"] * ratio
@@ -229,12 +257,3 @@ class _Trainer(SFTTrainer):
             logs["tokens_per_second"] = self._throughput.since_last(tokens)
             logs |= {f"won/{name}": share for name, share in self.wins.take_recent().items()}
         super().log(logs, start_time)
-
-
-def total_steps(samples: int, settings: ResolvedSettings) -> int:
-    """Optimizer steps of the whole run, counted as the trainer counts them."""
-    if settings.max_steps is not None:
-        return settings.max_steps
-    batches = -(-samples // settings.per_device_train_batch_size)
-    per_epoch = -(-batches // settings.gradient_accumulation_steps)
-    return max(1, int(-(-settings.num_train_epochs * per_epoch // 1)))

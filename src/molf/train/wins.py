@@ -1,13 +1,50 @@
-"""Counting which experts win."""
+"""Counting which experts win, and how often layers change their winner."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from molf.core.routing import Decision
+
+Winners = tuple[str, ...]
+"""The experts that take an update together, in the order of all experts."""
+
+
+@dataclass(frozen=True)
+class RoutingSummary:
+    """How the layers of a run were routed.
+
+    Attributes:
+        layers: How many layers were routed.
+        decisions: Their decisions, of all steps; those at rate 0 are not counted.
+        first_step: The first step with a decision that counts; steps count from 1.
+        won: Share of the decisions that each expert won.
+        most: The winners of most decisions.
+        most_won: Their share.
+        unchanged: Layers that never changed their winners.
+        winners_of_unchanged: How many of these each winner has, by its names joined with +.
+        changes: How often layers changed their winners, in all.
+        last_change: The step of the last change; None if there was none.
+    """
+
+    layers: int
+    decisions: int
+    first_step: int
+    won: dict[str, float]
+    most: Winners
+    most_won: float
+    unchanged: int
+    winners_of_unchanged: dict[str, int]
+    changes: int
+    last_change: int | None
+
+    def record(self) -> dict[str, Any]:
+        """Return it for a run's `config.yaml`."""
+        return {**asdict(self), "most": list(self.most)}
 
 
 class Wins:
@@ -25,17 +62,34 @@ class Wins:
         self._recent: Counter[str] = Counter()
         self._decisions = 0
         self._recent_decisions = 0
+        self._together: Counter[Winners] = Counter()
+        self._latest: dict[str, Winners] = {}
+        self._changes: Counter[str] = Counter()
+        self._first_step = 0
+        self._last_change: int | None = None
 
-    def add(self, routing: Mapping[str, Decision]) -> None:
+    def add(self, routing: Mapping[str, Decision], step: int) -> None:
         """Count one step's decisions, but for layers whose experts all score 0.
 
         That is every layer in the first step of a warm-up: the rate is 0, nothing moves, and a tie
         is no win.
+
+        Args:
+            routing: The decisions by layer.
+            step: The step's number, from 1.
         """
-        for decision in routing.values():
-            if any(decision.scores.values()):
-                self._recent.update(decision.winners)
-                self._recent_decisions += 1
+        for layer, decision in routing.items():
+            if not any(decision.scores.values()):
+                continue
+            self._recent.update(decision.winners)
+            self._recent_decisions += 1
+            winners = tuple(name for name in self._experts if name in decision.winners)
+            self._together[winners] += 1
+            self._first_step = self._first_step or step
+            if self._latest.setdefault(layer, winners) != winners:
+                self._latest[layer] = winners
+                self._changes[layer] += 1
+                self._last_change = step
 
     def shares(self) -> dict[str, float]:
         """Share of all decisions that each expert won."""
@@ -50,6 +104,26 @@ class Wins:
         self._recent = Counter()
         self._recent_decisions = 0
         return shares
+
+    def summary(self) -> RoutingSummary | None:
+        """Return how the layers were routed; None if nothing was."""
+        shares = self.shares()
+        if not self._decisions:
+            return None
+        ((most, count),) = self._together.most_common(1)
+        unchanged = [layer for layer in self._latest if not self._changes[layer]]
+        return RoutingSummary(
+            layers=len(self._latest),
+            decisions=self._decisions,
+            first_step=self._first_step,
+            won=shares,
+            most=most,
+            most_won=count / self._decisions,
+            unchanged=len(unchanged),
+            winners_of_unchanged=dict(Counter("+".join(self._latest[x]) for x in unchanged)),
+            changes=self._changes.total(),
+            last_change=self._last_change,
+        )
 
     def _divide(self, wins: Counter[str], decisions: int) -> dict[str, float]:
         return {name: wins[name] / decisions for name in self._experts} if decisions else {}

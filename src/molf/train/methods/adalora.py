@@ -20,6 +20,7 @@ from molf.errors import InputError
 from molf.train.methods.adapter import Adapter, AdapterPlan, common_config
 from molf.train.methods.base import Layer, Prepared, TrainingData
 from molf.train.resolved import ResolvedSettings
+from molf.train.result import RunError
 
 # The authors' quick start has 3,000 steps, of which 500 keep the initial ranks and 1,500 the final
 # ones, an allocation every 10 steps, and ranks from 12 to 8; betas are those of all their runs. The
@@ -98,23 +99,30 @@ class _Allocator(TrainerCallback):
     def __init__(self, model: Any) -> None:
         self._model = model
         self._config = model.peft_config["default"]
+        self._has_seen = False
         self._layers = sum("lora_E" in name for name, _ in model.named_parameters())
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """The schedule must end with the training, or it ends with the wrong ranks."""
-        if state.max_steps != self._config.total_step:
-            raise RuntimeError(
-                f"AdaLoRA's schedule has {self._config.total_step} steps, the training "
-                f"{state.max_steps}."
-            )
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Steps count from 1: with the last of the schedule's, ranks are final."""
-        self._model.base_model.update_and_allocate(state.global_step + 1)
+        """Steps count from 1: with the last of the schedule's, ranks are final.
+
+        A step that was skipped has left no gradients: there is nothing to learn of it.
+        """
+        step, last = state.global_step + 1, self._config.total_step - self._config.tfinal
+        if step < last:
+            if not self._has_gradients():
+                return
+            self._has_seen = True
+        elif not self._has_seen:
+            raise RunError(
+                f"Step {step} of {state.max_steps}: AdaLoRA cannot tell which ranks matter: all "
+                "steps before this one were skipped. Try a lower --lora_learning_rate."
+            )
+        self._model.base_model.update_and_allocate(step)
+
+    def _has_gradients(self) -> bool:
+        return any(p.grad is not None for p in self._model.parameters())
 
     def mean_rank(self) -> float:
         """Singular values per layer that are not held at zero."""

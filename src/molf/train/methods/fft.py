@@ -44,4 +44,5 @@ def _optimizer(settings: ResolvedSettings) -> tuple[type[torch.optim.Optimizer],
     """Torch's fused AdamW where it has what is wanted, else the one that molf is made of."""
     if is_plain(settings):
         return torch.optim.AdamW, {"fused": True}
-    return AdamW, {"seed": settings.seed, **storage_options(settings)}
+    own = {"seed": settings.seed, "nonfinite": settings.nonfinite}
+    return AdamW, {**own, **storage_options(settings)}
