@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import subprocess
@@ -14,7 +15,7 @@ from molf.world import BASE_PATH
 
 ROOT = Path(__file__).resolve().parents[1]
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", (ROOT / "README.md").read_text(), re.M | re.S)
-MODEL = "Qwen/Qwen2.5-1.5B"  # what the README names; the tests put the shipped base in its place
+MODEL = Path("Qwen/Qwen2.5-1.5B")  # what the README names: a tiny one of its kind lies there
 RECORDS = [
     {"prompt": f"The capital of country {i} is", "completion": f" city {i}."} for i in range(40)
 ]
@@ -28,39 +29,57 @@ def test_only_known_languages():
     assert {kind for kind, _ in BLOCKS} == {"bash", "python"}
 
 
-@pytest.mark.parametrize("code", blocks("python"))
-def test_python_block(code, tmp_path, monkeypatch, capsys):
-    from datasets import Dataset
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+@pytest.fixture(autouse=True)
+def place(tmp_path, monkeypatch):
+    """A folder in which blocks run as they are printed: the model and the records are there."""
+    import torch
+    from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
     monkeypatch.chdir(tmp_path)
     tokenizer = AutoTokenizer.from_pretrained(BASE_PATH)
-    names = {
-        "model": AutoModelForCausalLM.from_pretrained(BASE_PATH, dtype="float32"),
-        "batch": tokenizer("One two three four.", return_tensors="pt").input_ids,
-        "dataset": Dataset.from_list(RECORDS),
-    }
-    code = code.replace(MODEL, str(BASE_PATH)).replace("max_steps=100", "max_steps=2, use_cpu=True")
-    exec(compile(code, "README.md", "exec"), names)
-    if "trainer" in names:
-        assert type(names["trainer"].optimizer.optimizer).__name__ == "MoLFAdamW"
-    else:
-        assert "winners=" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("code", blocks("bash"))
-def test_bash_block(code, tmp_path, monkeypatch):
-    import json
-
-    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=160,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    Qwen2ForCausalLM(config).save_pretrained(MODEL)
+    tokenizer.save_pretrained(MODEL)
     lines = "".join(json.dumps(record) + "\n" for record in RECORDS)
     for name in ("records.jsonl", "held_out.jsonl"):
         Path(name).write_text(lines)
-    for line in code.replace(MODEL, str(BASE_PATH)).splitlines():
+
+
+@pytest.mark.parametrize("code", blocks("python"))
+def test_python_block(code, capsys):
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(MODEL)
+    names = {
+        "model": AutoModelForCausalLM.from_pretrained(MODEL, dtype="float32"),
+        "batch": tokenizer("One two three four.", return_tensors="pt").input_ids,
+        "dataset": Dataset.from_list(RECORDS),
+    }
+    exec(compile(code, "README.md", "exec"), names)
+    if "trainer" in names:
+        assert type(names["trainer"].optimizer.optimizer).__name__ == "MoLFAdamW"
+        assert names["trainer"].state.global_step == 100
+    (printed,) = re.findall(r"# (Decision\(winners=\(.*?\))", code) or [""]
+    assert printed in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("code", blocks("bash"))
+def test_bash_block(code):
+    for line in code.splitlines():
         words = shlex.split(line)
         if words[0] == "molf":
-            short = ["--max_steps", "2"] if words[1] == "train" else []
-            assert main([*words[1:], *short]) in (None, 0), line
+            assert main(words[1:]) in (None, 0), line
         elif words[0] == "make":
             subprocess.run(["make", "--dry-run", *words[1:]], cwd=ROOT, check=True)
         else:
