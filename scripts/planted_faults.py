@@ -252,6 +252,18 @@ FAULTS = [
         [("if not all(map(fits, bounds)):", "if False:")],
     ),
     Fault(
+        "a loss of NaN is no reason to refuse a step",
+        "test_nonfinite.py",
+        "guard.py",
+        [("torch.where(number.detach().isfinite(), 0.0, torch.inf)", "torch.zeros(())")],
+    ),
+    Fault(
+        "what one step requires holds for the next",
+        "test_nonfinite.py",
+        "adamw.py",
+        [("required, self._required = self._required, {}", "required = self._required")],
+    ),
+    Fault(
         "the gradients of the factors are not guarded",
         "test_nonfinite.py",
         "folded.py",
@@ -538,7 +550,7 @@ FAULTS = [
         "a bad gradient leaves offloaded states on their way",
         "test_offload.py",
         "adamw.py",
-        [("            self._settled_state()  # whoever catches the error may read it\n", "")],
+        [("            self._settled_state()  # the caller may catch the error and read it\n", "")],
     ),
     Fault(
         "an offloaded state is fetched while it is on its way back",

@@ -7,6 +7,7 @@ import math
 import pickle
 import subprocess
 import sys
+import warnings
 
 import pytest
 
@@ -147,3 +148,24 @@ def test_import_stays_light(statement, absent):
     code = f"{statement}\nimport sys\nprint(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert not absent & set(done.stdout.split())
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"ranks": 4, "top_k": 2}, r"top_k=2 is the number of experts \(full, lora0_r4\)"),
+        ({"ranks": (4, 8), "top_k": 2, "freeze_base": True}, r"\(lora0_r4, lora1_r8\): all of"),
+        ({"ranks": (4, 8), "top_k": 2, "score": "lora"}, r"\(lora0_r4, lora1_r8\): all of"),
+        ({"ranks": 4, "freeze_base": True}, "ranks=4 has one expert, which always wins"),
+    ],
+)
+def test_nothing_to_choose_warns(given, message):
+    with pytest.warns(UserWarning, match=message):
+        MoLFConfig(**given)
+
+
+@pytest.mark.parametrize("given", [{"score": "full"}, {"score": "lora"}, {"ranks": (4, 8)}])
+def test_controls_and_choices_do_not_warn(given):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        MoLFConfig(**given)
