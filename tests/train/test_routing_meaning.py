@@ -140,7 +140,9 @@ def test_a_run_says_it_everywhere(options, tmp_path, capsys):
     assert main(arguments) == 0
     said = "One-sided: full took every update of the 14 layers: for them this run was full"
     assert f"routing  {said}" in capsys.readouterr().out
-    assert said in (tmp_path / "run" / "model" / "README.md").read_text()
+    card = (tmp_path / "run" / "model" / "README.md").read_text()
+    assert "won: full 100.0%, lora0_r4 0.0%; 0.0 changes of winner per layer." in card
+    assert said in card
     routing = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["run"]["routing"]
     assert said in routing["meaning"]
     assert routing["unchanged"] == routing["layers"] == 14

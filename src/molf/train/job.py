@@ -41,7 +41,7 @@ from molf.train.provenance import file_records
 from molf.train.resolved import ResolvedSettings
 from molf.train.result import RunError, RunResult, evaluation_record, results_row
 from molf.train.results import RESULTS, append_result
-from molf.train.routing_meaning import routing_meaning
+from molf.train.routing_meaning import routing_meaning, routing_shares_text
 from molf.train.run_directory import RunDirectory
 from molf.train.secrets import mask
 from molf.train.steps import count_steps
@@ -201,10 +201,12 @@ class _Job:
         if training.trained_parameters != self.plan.trained_parameters:  # known to EVA only now
             self.plan = replace(self.plan, trained_parameters=training.trained_parameters)
         self.write_config(training)
-        meaning = self._meaning(training)
+        meaning = routed = self._meaning(training)
+        if training.routing is not None:
+            routed = f"{routing_shares_text(training.routing)} {meaning}"
         description = self.task.description()
         dtype = getattr(torch, str(self.settings.save_dtype))
-        card = model_card(self.settings, description, before, after=None, routing=meaning)
+        card = model_card(self.settings, description, before, after=None, routing=routed)
         save_model(training.model, self.base, dtype, card, model_path)
 
         training.model = self.base.model = None  # make room for what was saved
@@ -212,7 +214,7 @@ class _Job:
         saved = load_model(str(model_path), getattr(torch, self.settings.dtype))
         after, after_seconds = self._evaluate(saved, "Evaluating the saved model")
 
-        card = model_card(self.settings, description, before, after, routing=meaning)
+        card = model_card(self.settings, description, before, after, routing=routed)
         write_text(model_path / "README.md", card)
         write_jsonl(self.directory / PREDICTIONS, after.predictions)
         write_json(

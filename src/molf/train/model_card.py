@@ -30,7 +30,7 @@ def model_card(
         task: The task's description.
         before: Metrics of the base model.
         after: Metrics of the saved model; None while it has not been measured.
-        routing: What the routing came to, in words; empty without routing.
+        routing: Which experts won and what that comes to, in words; empty without routing.
     """
     front: dict[str, Any] = {
         "library_name": "transformers",

@@ -44,6 +44,15 @@ def routing_meaning(summary: RoutingSummary, config: MoLFConfig, steps: int) -> 
     return _movement(summary, config, steps)
 
 
+def routing_shares_text(summary: RoutingSummary) -> str:
+    """Return the share of each expert and how often layers changed, in a sentence."""
+    shares = ", ".join(f"{name} {share:.1%}" for name, share in summary.won.items())
+    return (
+        f"Updates of the {_layers(summary.layers)} won: {shares}; "
+        f"{summary.changes / summary.layers:.1f} changes of winner per layer."
+    )
+
+
 def _movement(summary: RoutingSummary, config: MoLFConfig, steps: int) -> str:
     """How often layers changed, once it is clear that several experts had their part."""
     layers = _layers(summary.layers)
