@@ -160,10 +160,12 @@ def test_freeze_rest_trains_routed_weights_alone():
     assert [g["param_names"] for g in optimizer.param_groups] == [[name] for name in trained]
 
 
-def test_quantised_weights_are_refused():
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.float8_e4m3fn])
+def test_quantised_weights_are_refused(dtype):
+    """Floating-point numbers of eight bits have scales beside them."""
     model = nn.ModuleDict({"a": nn.Linear(3, 3), "b": nn.Linear(3, 3)})
-    model["b"].weight = nn.Parameter(torch.zeros(3, 3, dtype=torch.int8), requires_grad=False)
-    with pytest.raises(ValueError, match=r"Layer b is quantised \(torch.int8\)"):
+    model["b"].weight = nn.Parameter(torch.zeros(3, 3, dtype=dtype), requires_grad=False)
+    with pytest.raises(ValueError, match=rf"Layer b is quantised \({dtype}\)"):
         names(model)
     assert names(model, exclude_modules=["b"]) == ["a"]
 

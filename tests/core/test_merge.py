@@ -248,6 +248,45 @@ def test_quantised_base_is_merged_into_what_was_chosen(kind, used_before, tmp_pa
     assert set(plain.state_dict()) == set(original.state_dict())
 
 
+@pytest.mark.parametrize("kind", ["bnb4", "bnb8", "torchao"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_base_that_is_stored_quantised_is_forgotten(kind, dtype, tmp_path):
+    """What was loaded packed is saved unpacked, and nothing says that it was quantised."""
+    from transformers import AutoModelForCausalLM
+
+    original = tiny_qwen2().to(dtype)
+    quantised_qwen2(original, kind, tmp_path / "original").save_pretrained(tmp_path / "stored")
+    model = adapted(AutoModelForCausalLM.from_pretrained(tmp_path / "stored", dtype=torch.float32))
+    reports: list[molf.MergeReport] = []
+    plain = molf.merge(model, base="dequantised", sample=IDS, report=reports.append)
+    assert "quantization_config" not in plain.config.to_dict()
+    assert plain.is_quantized is False
+    assert not hasattr(plain, "hf_quantizer")
+    plain.save_pretrained(tmp_path / "merged")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
+    torch.testing.assert_close(logits(again), logits(plain.float()))
+    # What the numbers stand for is not rounded to the type that they were once quantised from.
+    if kind == "torchao":
+        assert reports[0].logit_difference["dequantised"] < 1e-5
+
+
+def test_only_linear_layers_lose_their_quantisation(tmp_path):
+    model = adapted(quantised_qwen2(tiny_qwen2(), "bnb4", tmp_path))
+    norm = model.base_model.model.model.norm
+    norm.weight = nn.Parameter(torch.ones(64, dtype=torch.float8_e4m3fn), requires_grad=False)
+    with pytest.raises(ValueError, match=r"model.norm.weight is quantised \(torch.float8_e4m3fn"):
+        molf.merge(model, base="dequantised")
+
+
+def test_numbers_of_unknown_kinds_are_not_taken_for_real_ones():
+    from molf.core.quantised import dequantised
+
+    layer = nn.Linear(4, 4)
+    layer.weight = nn.Parameter(layer.weight.data.to(torch.float8_e4m3fn), requires_grad=False)
+    with pytest.raises(ValueError, match=r"Cannot dequantise torch.float8_e4m3fn weights"):
+        dequantised(layer)
+
+
 @pytest.mark.parametrize("base", ["dequantised", "original"])
 def test_biases_have_the_dtype_of_their_weights(base, tmp_path):
     """bitsandbytes brings them to the dtype that it computes in."""

@@ -116,6 +116,46 @@ def test_options_reach_the_plan(asked_for, options, name, value):
     assert attrgetter(name)(asked_for(*options.split())) == value
 
 
+@pytest.fixture
+def stored(config_alone):
+    """Have the model's configuration say that it is stored quantised."""
+
+    def write(**quantisation):
+        path = config_alone / "config.json"
+        config = json.loads(path.read_text()) | {"quantization_config": quantisation}
+        path.write_text(json.dumps(config))
+        return str(config_alone)
+
+    return write
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_base_that_is_stored_quantised_is_planned_so(asked_for, stored, bits):
+    stored(quant_method="bitsandbytes", **{f"load_in_{bits}bit": True})
+    for option in ([], [f"--load_in_{bits}bit"]):
+        workload = asked_for("--method", "molf-e", *option)
+        assert workload.quantised == f"load_in_{bits}bit"
+
+
+@pytest.mark.parametrize(
+    ("method", "more", "words"),
+    [
+        ("bitsandbytes", "", ["with method=molf, which trains the base", "molf-e or lora"]),
+        ("bitsandbytes", "--method fft", ["with method=fft", "molf-e or lora"]),
+        ("bitsandbytes", "--method lora --load_in_8bit", ["Invalid load_in_8bit", "4-bit"]),
+        ("bitsandbytes", "--method lora --dtype bfloat16", ["Invalid dtype=bfloat16", "4-bit"]),
+        ("gptq", "--method lora", ["stored quantised: gptq", "bitsandbytes"]),
+        ("torchao", "--method lora", ["stored quantised: torchao", "bitsandbytes"]),
+    ],
+)
+def test_base_that_is_stored_quantised_otherwise(stored, capsys, method, more, words):
+    four = {"load_in_4bit": True} if method == "bitsandbytes" else {}
+    model = stored(quant_method=method, **four)
+    assert main(["plan", "--model", model, *more.split()]) == 2
+    error = capsys.readouterr().err
+    assert all(word in error for word in words)
+
+
 def test_options_without_effect_are_named(config_alone, capsys):
     common = ["plan", "--model", str(config_alone), "--ranks", "4", *COMMON]
     given = ["--optimizer_in_backward", "--state_offload", "--method", "lora"]

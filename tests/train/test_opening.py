@@ -100,7 +100,7 @@ def test_dry_run_finds_what_a_run_finds(options, tmp_path, capsys, extra, words)
 def test_dry_run_tries_the_quantised_layers_of_a_run(options, monkeypatch, capsys):
     from molf.errors import InputError
 
-    def refuse(settings, device):
+    def refuse(quantisation, device):
         raise InputError("load_in_4bit does not work here")
 
     monkeypatch.setattr("molf.train.opening.check_device", refuse)

@@ -11,6 +11,7 @@ from recorded import logits_of
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from molf.core.quantised import Quantisation
 from molf.errors import InputError
 from molf.train import quantised_base
 
@@ -122,11 +123,8 @@ def test_device_that_cannot(monkeypatch):
     def fail(self, x):
         raise RuntimeError("no kernel image is available\nfor execution")
 
-    class Settings:
-        quantised = "load_in_4bit"
-        load_in_4bit = True
-
-    quantised_base.check_device(Settings, torch.device("cpu"))
+    four_bits = Quantisation("bitsandbytes", "4-bit")
+    quantised_base.check_device(four_bits, torch.device("cpu"))
     monkeypatch.setattr(bitsandbytes.nn.Linear4bit, "forward", fail)
-    with pytest.raises(InputError, match=r"load_in_4bit does not work on cpu.*: no kernel image"):
-        quantised_base.check_device(Settings, torch.device("cpu"))
+    with pytest.raises(InputError, match=r"4-bit layers do not work on cpu.*: no kernel image"):
+        quantised_base.check_device(four_bits, torch.device("cpu"))

@@ -122,8 +122,10 @@ def test_merge_base():
     assert resolved(method="lora", load_in_4bit=True).merge_base == "dequantised"
     given = {"load_in_8bit": True, "merge_base": "original"}
     assert resolved(method="molf-e", **given).merge_base == "original"
-    with pytest.warns(UserWarning, match="Without effect with method=lora: merge_base"):
-        resolved(method="lora", merge_base="original")
+    # The base may be stored quantised: whether it is, its configuration says.
+    assert resolved(method="lora", merge_base="dequantised").merge_base == "dequantised"
+    with pytest.warns(UserWarning, match="Without effect with method=dora: merge_base"):
+        resolved(method="dora", merge_base="original")
 
 
 def test_fft_has_no_adapter():

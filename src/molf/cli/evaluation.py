@@ -46,11 +46,11 @@ def evaluate_checkpoint(model: str, options: EvalOptions) -> dict[str, Evaluatio
     with quiet_libraries():
         import torch
 
-        from molf.train.model_loading import load_model
+        from molf.train.model_loading import load_model, move
 
         harness = _load_harness(options)
         loaded = load_model(model)
-        loaded.model.to("cuda" if torch.cuda.is_available() else "cpu")
+        move(loaded.model, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
         reporter = make_reporter()
         evaluations: dict[str, Evaluation] = {}
         for name in options.task:

@@ -133,6 +133,7 @@ def plan_model(options: PlanOptions) -> None:
     from molf.train.libraries import quiet_libraries
 
     with quiet_libraries():
+        from molf.plan.quantised_base import planned_quantisation
         from molf.plan.request import plan_training, read_model_config
 
         adapters: dict[str, Any] = {
@@ -147,7 +148,8 @@ def plan_model(options: PlanOptions) -> None:
         if accumulation is None:
             in_backward = options.optimizer_in_backward
             accumulation = 1 if in_backward else COMMON["gradient_accumulation_steps"]
-        quantised = [name for name in QUANTISATIONS if getattr(options, name)]
+        asked = [name for name in QUANTISATIONS if getattr(options, name)]
+        config = read_model_config(options.model)
         workload = Workload(
             method=options.method,
             config=method_config(options.method, **adapters),
@@ -165,10 +167,12 @@ def plan_model(options: PlanOptions) -> None:
             grad_accumulation_dtype=options.grad_accumulation_dtype,
             optimizer_in_backward=options.optimizer_in_backward,
             state_offload=options.state_offload,
-            quantised=quantised[0] if quantised else None,
+            quantised=planned_quantisation(
+                options.model, config, options.method, options.dtype, asked[0] if asked else None
+            ),
         )
         _warn_of_unused(options)
-        plan = plan_training(options.model, read_model_config(options.model), workload)
+        plan = plan_training(options.model, config, workload)
     if options.json:
         sys.stdout.write(json_module.dumps(plan.record(), indent=2) + "\n")
         return

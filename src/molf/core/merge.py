@@ -182,6 +182,8 @@ def _check(
                 f"Layer {name}: only plain LoRA can be merged into a quantised layer, and its "
                 f"adapter is {type(tuner).__name__} with a variant, a bias, or already merged."
             )
+    if quantised:
+        _check_others(plain, quantised)
     weights = []
     for name, tuner in tuners.items():
         weight = getattr(tuner.get_base_layer(), "weight", None)
@@ -196,6 +198,21 @@ def _check(
     if original is not None:
         for name, module in quantised.items():
             _check_original(name, module, original)
+
+
+def _check_others(plain: nn.Module, quantised: dict[str, Any]) -> None:
+    """Refuse a model of which something would stay quantised.
+
+    Raises:
+        ValueError: A module that is no linear layer has a quantised weight.
+    """
+    known = {parameter for module in quantised.values() for parameter in module.parameters()}
+    for name, parameter in plain.named_parameters():
+        if parameter not in known and is_quantised(parameter):
+            raise ValueError(
+                f"{name} is quantised ({kind_of(parameter)}) and belongs to no linear layer: it "
+                "cannot be given real weights."
+            )
 
 
 def _has_active(tuner: Any) -> bool:

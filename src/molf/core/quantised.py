@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
 
@@ -9,18 +11,79 @@ import torch
 from torch import Tensor, nn
 
 _BITSANDBYTES = {"Params4bit": "4-bit", "Int8Params": "8-bit"}
+_TORCHAO = {"Int8WeightOnlyConfig": "int8"}  # float8 takes no input of another type than its own
+
+
+@dataclass(frozen=True)
+class Quantisation:
+    """How the weights of a transformers model are quantised.
+
+    Attributes:
+        method: As `quant_method` of its configuration has it: "bitsandbytes", "gptq", "fp8", ...
+        kind: What of that method: "4-bit", "8-bit", "int8"; empty where the method says it all.
+        is_adaptable: Whether PEFT trains an adapter beside such weights that `merge` merges.
+    """
+
+    method: str
+    kind: str = ""
+    is_adaptable: bool = False
+
+    def __str__(self) -> str:
+        """For messages: "bitsandbytes 4-bit", "gptq"."""
+        return f"{self.method} {self.kind}".strip()
+
+    @property
+    def bits(self) -> int | None:
+        """Bits of a number that an adapter can be trained beside."""
+        known = {"4-bit": 4, "8-bit": 8, **dict.fromkeys(_TORCHAO.values(), 8)}
+        return known.get(self.kind)
+
+
+def quantisation_of(config: Any) -> Quantisation | None:
+    """Read from a model's configuration how its weights are quantised; None if they are not.
+
+    Of a loaded model it is what was loaded, of a checkpoint what is stored. Nothing is imported.
+    """
+    configs = [config]
+    if callable(getattr(config, "get_text_config", None)):
+        configs.append(config.get_text_config())
+    names = ("quantization_config", "compression_config")
+    found = next(filter(None, (getattr(c, name, None) for c in configs for name in names)), None)
+    if found is None:
+        return None
+    given: Mapping[str, Any] = found if isinstance(found, Mapping) else found.to_dict()
+    if given.get("load_in_4bit") or given.get("load_in_8bit"):
+        kind = "4-bit" if given.get("load_in_4bit") else "8-bit"
+        return Quantisation("bitsandbytes", kind, is_adaptable=True)
+    method = given.get("quant_method")
+    method = str(getattr(method, "value", method) or "an unnamed method")
+    if method == "torchao":
+        kind = _torchao_type(given.get("quant_type"))
+        return Quantisation(method, _TORCHAO.get(kind, kind), is_adaptable=kind in _TORCHAO)
+    return Quantisation(method)
+
+
+def _torchao_type(quant_type: Any) -> str:
+    """The name of torchao's own configuration in that of transformers, as object or as stored."""
+    if isinstance(quant_type, Mapping):
+        quant_type = quant_type.get("default", quant_type)
+    if isinstance(quant_type, Mapping):
+        return str(quant_type.get("_type", ""))
+    return quant_type if isinstance(quant_type, str) else type(quant_type).__name__
 
 
 def is_quantised(weight: Tensor) -> bool:
     """Whether a weight holds a quantised matrix and not its numbers.
 
     By class where there is one: bitsandbytes may store four-bit numbers in a floating-point dtype,
-    and torchao's tensors show the dtype that they stand for.
+    and torchao's tensors show the dtype that they stand for. Floating-point numbers of eight bits
+    and fewer have scales beside them.
     """
     return (
         type(weight).__name__ in _BITSANDBYTES
         or _is_torchao(weight)
         or not weight.is_floating_point()
+        or weight.dtype.itemsize < 2
     )
 
 
@@ -75,22 +138,40 @@ def dequantised(module: Any) -> Tensor:
         ValueError: The library that can tell is not installed, or cannot.
     """
     weight = module.weight
-    for library, applies in (
-        ("bitsandbytes", type(weight).__name__ in _BITSANDBYTES),
-        ("torchao", _is_torchao(weight)),
-    ):
-        if applies:
-            require(library, f"A base quantised by {library}")
-    from peft.utils.integrations import dequantize_module_weight
-
+    if type(weight).__name__ in _BITSANDBYTES:
+        require("bitsandbytes", "A base quantised by bitsandbytes")
+    elif _is_torchao(weight):
+        require("torchao", "A base quantised by torchao")
+    else:  # PEFT would take the stored numbers for real ones
+        raise ValueError(
+            f"Cannot dequantise {kind_of(weight)} weights: only those of bitsandbytes and torchao."
+        )
     if is_repacked(weight):
         module.state_dict()  # bitsandbytes undoes the layout of inference when it saves
     try:
-        numbers = dequantize_module_weight(module).detach()
+        numbers = _numbers(module).detach()
     except (NotImplementedError, TypeError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"Cannot dequantise {kind_of(weight)} weights: {reason[:200]}") from error
     return numbers.to(torch.promote_types(numbers.dtype, torch.float32))
+
+
+def _numbers(module: Any) -> Tensor:
+    """What the weight stands for, in float32: both libraries round it to the dtype it came from."""
+    weight = module.weight
+    if _is_torchao(weight):
+        numbers: Tensor = weight.dequantize(output_dtype=torch.float32)
+        return numbers
+    from peft.utils.integrations import dequantize_module_weight
+
+    state = getattr(weight, "quant_state", None)
+    if state is None:
+        return dequantize_module_weight(module)
+    before, state.dtype = state.dtype, torch.float32
+    try:
+        return dequantize_module_weight(module)
+    finally:
+        state.dtype = before
 
 
 def real_layer(module: Any, source: Any | None, dtype: torch.dtype) -> Any:
@@ -126,9 +207,32 @@ def real_layer(module: Any, source: Any | None, dtype: torch.dtype) -> Any:
 def drop_quantisation(model: Any) -> None:
     """Make a transformers model forget that it was quantised, once its weights are real."""
     config: Any = getattr(model, "config", None)
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
+    if config is not None:
+        drop_from_config(config)
     for name in ("hf_quantizer", "quantization_method", "is_loaded_in_4bit", "is_loaded_in_8bit"):
         model.__dict__.pop(name, None)
     if hasattr(model, "is_quantized"):
         model.is_quantized = False
+    # How it was loaded is how transformers would save it, packing included.
+    conversions = getattr(model, "_weight_conversions", None)
+    if conversions:
+        model._weight_conversions = [entry for entry in conversions if _is_reversible(entry)]
+
+
+def drop_from_config(config: Any) -> None:
+    """Remove the quantisation from a model's configuration, in place."""
+    configs = [config]
+    if callable(getattr(config, "get_text_config", None)):
+        configs.append(config.get_text_config())
+    for part in configs:
+        for name in ("quantization_config", "compression_config"):
+            part.__dict__.pop(name, None)
+
+
+def _is_reversible(conversion: Any) -> bool:
+    """Whether a step of loading is one of layout; unpacking cannot be reversed."""
+    try:
+        conversion.reverse_transform()
+    except (NotImplementedError, ValueError):
+        return False
+    return True

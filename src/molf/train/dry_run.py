@@ -14,11 +14,12 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from molf.plan.measure import PeakBytes, held_tensors
 from molf.plan.memory import MemoryPlan, Planner
+from molf.plan.quantised_base import planned_as
 from molf.plan.workload import METHODS, Workload
 from molf.tasks import Task
 from molf.tasks.encoding import EncodedSamples
 from molf.train.methods import TrainingData, plan
-from molf.train.opening import open_training
+from molf.train.opening import Opening, open_training
 from molf.train.progress import Reporter
 from molf.train.resolved import ResolvedSettings
 from molf.train.run_directory import RunDirectory
@@ -78,7 +79,7 @@ def rehearse(settings: ResolvedSettings, task: Task, reporter: Reporter) -> DryR
     samples = task.training_samples
     drawn = random.Random(settings.seed).sample(samples, min(len(samples), _SAMPLES))
     opening = open_training(settings, drawn)
-    base, limit, encoded = opening.base, opening.max_length, opening.encoded
+    base, encoded = opening.base, opening.encoded
     short_steps = _ADALORA_STEPS if settings.method == "adalora" else STEPS
     longest = _longest(encoded, short_steps, settings)
     examples = len(encoded.input_ids)
@@ -97,7 +98,7 @@ def rehearse(settings: ResolvedSettings, task: Task, reporter: Reporter) -> DryR
         )
         arguments = sft_config(short)
         arguments.train_sampling_strategy = "sequential"
-        planned, at_limit = _planned(base.config, longest, limit, settings, arguments)
+        planned, at_limit = _planned(opening, longest, settings, arguments)
         watch = _Watch(arguments.device)
         run_training(
             base,
@@ -122,7 +123,7 @@ def rehearse(settings: ResolvedSettings, task: Task, reporter: Reporter) -> DryR
         measured=watch.peak.bytes,
         measured_of="max_memory_allocated" if on_cuda else "live tensors, by torch's profiler",
         planned_at_limit=at_limit,
-        limit=limit,
+        limit=opening.max_length,
         seconds=watch.seconds,
         steps=steps,
         estimated_seconds=watch.seconds * steps * _share_of_tokens(encoded, longest, settings),
@@ -190,15 +191,16 @@ def _longest(encoded: EncodedSamples, steps: int, settings: ResolvedSettings) ->
 
 
 def _planned(
-    config: Any,
+    opening: Opening,
     longest: EncodedSamples,
-    limit: int,
     settings: ResolvedSettings,
     arguments: Any,
 ) -> tuple[int | None, int | None]:
     """The planned peaks: of the steps that are taken, and of those with the longest allowed."""
     # The kernels' temporaries differ from those of torch's operations, which are planned.
     if settings.method not in METHODS or settings.kernels != "eager":
+        return None, None
+    if opening.quantisation is not None and planned_as(opening.quantisation) is None:
         return None, None
     lengths = set(map(len, longest.input_ids))
     workload = Workload(
@@ -217,10 +219,12 @@ def _planned(
         grad_accumulation_dtype=settings.grad_accumulation_dtype,
         optimizer_in_backward=settings.optimizer_in_backward,
         state_offload=settings.state_offload,
-        quantised=settings.quantised,
+        quantised=planned_as(opening.quantisation),
     )
-    at_limit = replace(workload, length=limit, padded=settings.per_device_train_batch_size > 1)
-    planner = Planner(config)
+    at_limit = replace(
+        workload, length=opening.max_length, padded=settings.per_device_train_batch_size > 1
+    )
+    planner = Planner(opening.base.config)
     plans: list[MemoryPlan] = [planner.memory(planned) for planned in (workload, at_limit)]
     return plans[0].peak, plans[1].peak
 

@@ -13,6 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from molf.core.merge import merge
+from molf.core.quantised import quantisation_of
 from molf.errors import InputError
 from molf.paths import check_inputs_outside, is_within, settled
 from molf.train.files import replacing_directory, write_json
@@ -20,6 +21,7 @@ from molf.train.finished_run import FinishedRun
 from molf.train.model_loading import LoadedModel, load_model
 from molf.train.model_saving import SaveError, save_model
 from molf.train.ownership import ADAPTER, AN_EXPORT, CHECKPOINTS, EXPORT, MODEL, ROUTING
+from molf.train.quantised_base import load_quantised
 from molf.train.run_directory import check_output
 
 _ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -125,9 +127,7 @@ def _checked(
 
 def _in_full(run: FinishedRun, loaded: LoadedModel, wanted: torch.dtype) -> LoadedModel:
     """The model before it was rounded to the type that the run saved it in, where it can be had."""
-    beside_quantised = any(run.config.get(name) for name in ("load_in_4bit", "load_in_8bit"))
-    dequantised = beside_quantised and run.config.get("merge_base") != "original"
-    if dequantised or not (run.path / ADAPTER).is_dir():
+    if not (run.path / ADAPTER).is_dir():
         warnings.warn(
             f"{run.path / MODEL} is stored in {loaded.dtype}, and nothing more exact was kept: "
             f"in {wanted} the numbers are the same.",
@@ -135,9 +135,25 @@ def _in_full(run: FinishedRun, loaded: LoadedModel, wanted: torch.dtype) -> Load
         )
         return loaded
     base = load_model(str(run.config["model"]))
+    into = _quantise_as_trained(run, base)
     model = PeftModel.from_pretrained(base.model, run.path / ADAPTER)
-    base.model = merge(model, sample=_SAMPLE)
+    base.model = merge(model, base=into, sample=_SAMPLE)
     # What belongs to the run's model, such as the type in its configuration, is written by it.
     base.config, base.generation_config = loaded.config, loaded.generation_config
     base.tokenizer = loaded.tokenizer
     return base
+
+
+def _quantise_as_trained(run: FinishedRun, base: LoadedModel) -> str | None:
+    """Have the base quantised if the run's model was merged into its dequantised numbers.
+
+    Returns:
+        What the adapter is to be merged into: "dequantised", or None for real weights.
+    """
+    if run.config.get("merge_base") != "dequantised":
+        return None
+    if quantisation_of(base.model.config) is None:
+        option = "load_in_4bit" if run.config.get("load_in_4bit") else "load_in_8bit"
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        base.model = load_quantised(str(run.config["model"]), option, device)
+    return "dequantised"

@@ -16,16 +16,17 @@ from typing import Any
 import torch
 from trl import SFTConfig
 
+from molf.core.quantised import Quantisation
 from molf.errors import InputError
 from molf.evaluate import Evaluation, EvaluationSettings, evaluate
 from molf.tasks import Task
-from molf.train.defaults import ADAPTERS
+from molf.train.defaults import ADAPTERS, MERGE_BASES
 from molf.train.environment import environment
 from molf.train.files import write_json, write_jsonl, write_text, write_yaml
 from molf.train.memory import peak_memory, reset_peak_memory
 from molf.train.methods import Plan, TrainingData, plan
 from molf.train.model_card import model_card
-from molf.train.model_loading import LoadedModel, load_model
+from molf.train.model_loading import LoadedModel, load_model, move
 from molf.train.model_saving import save_model
 from molf.train.opening import open_training
 from molf.train.ownership import (
@@ -69,6 +70,7 @@ def run_job(
     settings = replace(
         settings,
         bf16=arguments.bf16,
+        merge_base=_merge_base(settings, opening.quantisation),
         max_length=opening.max_length,
         save_dtype=settings.save_dtype or _name(base.dtype),
     )
@@ -86,6 +88,7 @@ def run_job(
         parameters,
         data,
         planned,
+        opening.quantisation,
         directory,
         files,
     )
@@ -131,6 +134,7 @@ class _Job:
     parameters: int
     data: TrainingData
     plan: Plan
+    quantisation: Quantisation | None
     directory: RunDirectory
     files: dict[str, list[dict[str, Any]]]
 
@@ -153,6 +157,7 @@ class _Job:
             "model": {
                 "parameters": self.parameters,
                 "dtype": _name(self.base.dtype),
+                **({"quantised": str(self.quantisation)} if self.quantisation else {}),
                 **self.plan.record(),
             },
             "training": {"steps": self.data.steps},
@@ -249,7 +254,7 @@ class _Job:
 
     def _evaluate(self, loaded: LoadedModel, title: str) -> tuple[Evaluation, float]:
         """Measure a model in the run's own type, whatever it is stored in, and time it."""
-        loaded.model.to(self.arguments.device)
+        move(loaded.model, self.arguments.device)
         settings = EvaluationSettings(
             batch_size=self.settings.per_device_eval_batch_size,
             max_length=self.settings.max_length,
@@ -262,6 +267,11 @@ class _Job:
                 loaded.model, loaded.tokenizer, self.task, self.forgetting_text, settings, show
             )
         return evaluation, time.perf_counter() - started
+
+
+def _merge_base(settings: ResolvedSettings, quantisation: Quantisation | None) -> str | None:
+    """What the trained adapter is merged into: a choice only beside a quantised base."""
+    return None if quantisation is None else settings.merge_base or MERGE_BASES[0]
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -9,6 +9,8 @@ import torch
 from peft import PeftModel
 
 from molf.core.merge import MergeReport, merge
+from molf.core.quantised import quantisation_of
+from molf.train.defaults import MERGE_BASES
 from molf.train.methods import TrainingData
 from molf.train.model_loading import load_model
 from molf.train.progress import Reporter
@@ -26,14 +28,15 @@ def merge_trained(
         The plain model, and the merge's record. A model without an adapter comes back as it is,
         and the record is empty.
     """
-    if isinstance(model, PeftModel) and settings.quantised is None:
+    base = None
+    if quantisation_of(model.config) is not None:
+        base = settings.merge_base or MERGE_BASES[0]
+    elif isinstance(model, PeftModel):
         model.float()  # a bfloat16 weight would lose small changes
     reports: list[MergeReport] = []
-    original = load_model(settings.model).model if settings.merge_base == "original" else None
+    original = load_model(settings.model).model if base == "original" else None
     sample = torch.tensor([data.samples.input_ids[0][:_SAMPLE_TOKENS]])
-    plain = merge(
-        model, base=settings.merge_base, original=original, sample=sample, report=reports.append
-    )
+    plain = merge(model, base=base, original=original, sample=sample, report=reports.append)
     record: dict[str, Any] = {}
     for report in reports:
         reporter.say(str(report))

@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from molf.core.quantised import Quantisation
 from molf.evaluate import Evaluation, Metric
 from molf.train.defaults import SUMMARIES
 from molf.train.resolved import ResolvedSettings
@@ -83,18 +84,20 @@ def model_card(
     return card
 
 
-_BITS = {"load_in_4bit": 4, "load_in_8bit": 8}
+def adapter_card(settings: ResolvedSettings, quantisation: Quantisation | None) -> str:
+    """Return the text of the card that a saved adapter carries.
 
-
-def adapter_card(settings: ResolvedSettings) -> str:
-    """Return the text of the card that a saved adapter carries."""
+    Args:
+        settings: The run's settings.
+        quantisation: How the base beside it was quantised.
+    """
     base = settings.model
     front: dict[str, Any] = {"library_name": "peft", "tags": ["molf"]}
     if Path(base).is_dir():
         base = Path(base).name
     else:
         front["base_model"] = base
-    beside = f" beside the base in {_BITS[settings.quantised]} bits" if settings.quantised else ""
+    beside = f" beside the base in {quantisation.bits} bits" if quantisation else ""
     return "\n".join(
         [
             "---",

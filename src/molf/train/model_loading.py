@@ -12,7 +12,9 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from molf.core.quantised import drop_from_config, quantisation_of
 from molf.errors import InputError
+from molf.train.quantised_base import check_library, prepare_stored
 
 
 @dataclass
@@ -23,7 +25,8 @@ class LoadedModel:
         model: The model, every weight in the type that it was asked for in.
         tokenizer: Its tokenizer.
         dtype: The type its weights are stored in.
-        config: The configuration it came with; trainers change the model's own.
+        config: The configuration it came with; trainers change the model's own. A quantisation is
+            left out, because what is saved has real weights.
         generation_config: The generation configuration it came with.
     """
 
@@ -66,6 +69,9 @@ def load_model(model: str, dtype: torch.dtype = torch.float32) -> LoadedModel:
     name = str(path) if path.is_dir() else model
     try:
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+        stored_as = quantisation_of(config)
+        if stored_as is not None:
+            check_library(stored_as, model)
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         loaded = _from_pretrained(name, dtype)
         stored = config.dtype or _from_pretrained(name, "auto").dtype
@@ -80,13 +86,23 @@ def load_model(model: str, dtype: torch.dtype = torch.float32) -> LoadedModel:
     ) as error:
         raise _not_loaded(model, error) from error
     _check_vocabulary(model, loaded, tokenizer)
+    saved = copy.deepcopy(loaded.config)
+    if stored_as is not None:
+        prepare_stored(loaded, dtype)
+        drop_from_config(saved)
     return LoadedModel(
         model=loaded,
         tokenizer=tokenizer,
         dtype=stored,
-        config=copy.deepcopy(loaded.config),
+        config=saved,
         generation_config=copy.deepcopy(loaded.generation_config),
     )
+
+
+def move(model: Any, device: torch.device) -> None:
+    """Bring a model to a device, unless it is there: quantised ones are loaded where they stay."""
+    if model.device.type != device.type:
+        model.to(device)
 
 
 def _check_vocabulary(name: str, model: Any, tokenizer: Any) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
+from molf.core.quantised import quantisation_of
 from molf.train.files import replacing_directory
 from molf.train.model_card import adapter_card
 from molf.train.model_loading import LoadedModel
@@ -81,7 +82,8 @@ def save_adapter(
     try:
         with replacing_directory(path) as directory:
             save(model, directory)
-            (directory / "README.md").write_text(adapter_card(settings), encoding="utf-8")
+            card = adapter_card(settings, quantisation_of(model.config))
+            (directory / "README.md").write_text(card, encoding="utf-8")
     except (OSError, SafetensorError) as error:
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         raise SaveError(_why_not_saved(path, trained, error)) from error

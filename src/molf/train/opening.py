@@ -9,6 +9,7 @@ import torch
 from transformers import set_seed
 from trl import SFTConfig
 
+from molf.core.quantised import Quantisation
 from molf.errors import InputError
 from molf.evaluate.inference import length_limit
 from molf.tasks.encoding import EncodedSamples, encode_samples
@@ -16,7 +17,7 @@ from molf.tasks.samples import Sample
 from molf.train.methods import check
 from molf.train.methods.storage import check_kernels
 from molf.train.model_loading import LoadedModel, load_model, load_skeleton
-from molf.train.quantised_base import check_device
+from molf.train.quantised_base import check_device, check_quantisation
 from molf.train.resolved import ResolvedSettings
 from molf.train.sft_config import sft_config
 
@@ -28,12 +29,14 @@ class Opening:
     Attributes:
         arguments: The trainer's arguments.
         base: The model to start from.
+        quantisation: How it will be quantised in training; None for real weights.
         max_length: The longest example allowed, in tokens: by the settings and by the model.
         encoded: The examples.
     """
 
     arguments: SFTConfig
     base: LoadedModel
+    quantisation: Quantisation | None
     max_length: int
     encoded: EncodedSamples
 
@@ -46,18 +49,20 @@ def open_training(settings: ResolvedSettings, samples: Sequence[Sample]) -> Open
             was written.
     """
     arguments = sft_config(settings)
-    check_device(settings, arguments.device)
     check_kernels(settings, arguments.device)
     set_seed(settings.seed)  # before anything random, such as adapters
     # The layers are known from the configuration: wrong patterns must not cost a download.
-    check(load_skeleton(settings.model), settings)
+    skeleton = load_skeleton(settings.model)
+    quantisation = check_quantisation(skeleton.config, settings)
+    check_device(quantisation, arguments.device)
+    check(skeleton, settings)
     base = load_model(settings.model, getattr(torch, settings.dtype))
     max_length = length_limit(base.model, settings.max_length)
     if settings.split_special_tokens:  # a tokenizer may also bring the setting itself
         base.tokenizer.split_special_tokens = True
     encoded = encode_samples(base.tokenizer, samples, max_length)
     _check_ids(base, encoded, settings.model)
-    return Opening(arguments, base, max_length, encoded)
+    return Opening(arguments, base, quantisation, max_length, encoded)
 
 
 def _check_ids(base: LoadedModel, encoded: EncodedSamples, model: str) -> None:

@@ -1,30 +1,98 @@
-"""A frozen 4-bit or 8-bit base to train an adapter beside (bitsandbytes)."""
+"""A frozen quantised base to train an adapter beside: stored so, or quantised when it is loaded."""
 
 from __future__ import annotations
 
+import warnings
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from molf.core.quantised import is_quantised, keep_differentiable
+from molf.core.quantised import Quantisation, is_quantised, keep_differentiable, quantisation_of
 from molf.errors import InputError
 from molf.train.resolved import ResolvedSettings
 
+_QUANTISED_WHEN_LOADED = {
+    "load_in_4bit": Quantisation("bitsandbytes", "4-bit", is_adaptable=True),
+    "load_in_8bit": Quantisation("bitsandbytes", "8-bit", is_adaptable=True),
+}
 
-def check_device(settings: ResolvedSettings, device: torch.device) -> None:
-    """Try a small quantised layer where the training will be.
+
+def check_quantisation(config: Any, settings: ResolvedSettings) -> Quantisation | None:
+    """Find out how the base will be quantised in training, and whether it can be trained so.
+
+    Args:
+        config: Its configuration, which says how it is stored; no weight is read.
+        settings: The run's settings.
+
+    Raises:
+        InputError: The method or an option does not go with it.
+
+    Warns:
+        UserWarning: An option has no effect on it.
+    """
+    stored, asked = quantisation_of(config), settings.quantised
+    if stored is None:
+        if asked is None and settings.merge_base is not None:
+            warnings.warn(
+                f"Without effect: merge_base={settings.merge_base}. {settings.model} is not "
+                "quantised.",
+                stacklevel=2,
+            )
+        return None if asked is None else _QUANTISED_WHEN_LOADED[asked]
+    model = f"model {settings.model} (stored quantised: {stored})"
+    settings.check_beside_quantised(model, "give the unquantised model")
+    if not stored.is_adaptable:
+        raise InputError(
+            f"Invalid {model}: molf trains no adapter beside such weights. Give the unquantised "
+            "model, or one quantised by bitsandbytes (4-bit, 8-bit) or torchao "
+            "(Int8WeightOnlyConfig)."
+        )
+    check_library(stored, settings.model)
+    if asked is not None and _QUANTISED_WHEN_LOADED[asked] != stored:
+        raise InputError(
+            f"Invalid {asked} with {model}. Leave {asked} out, or give the unquantised model."
+        )
+    if asked is not None:
+        warnings.warn(
+            f"Without effect: {asked}. {settings.model} is stored in {stored.bits} bits already.",
+            stacklevel=2,
+        )
+    if settings.merge_base == "original":
+        raise InputError(
+            f"Invalid merge_base=original with {model}: its original weights are not there. Leave "
+            "merge_base out, or give the unquantised model with --load_in_4bit or --load_in_8bit."
+        )
+    return stored
+
+
+def check_library(stored: Quantisation, model: str) -> None:
+    """Make sure that the library that reads a stored quantised model is installed.
+
+    Raises:
+        InputError: It is not; the message names the extra.
+    """
+    if stored.is_adaptable and find_spec(stored.method) is None:
+        raise InputError(
+            f"model {model} (stored quantised: {stored}) needs {stored.method}, which is not "
+            f"installed: pip install 'molf[{stored.method}]'."
+        )
+
+
+def check_device(quantisation: Quantisation | None, device: torch.device) -> None:
+    """Try a small layer quantised by bitsandbytes where the training will be.
 
     Raises:
         InputError: It does not work there.
     """
-    if settings.quantised is None:
+    if quantisation is None or quantisation.method != "bitsandbytes":
         return
     import bitsandbytes
 
     try:
-        if settings.load_in_4bit:
+        if quantisation.bits == 4:
             layer: torch.nn.Module = bitsandbytes.nn.Linear4bit(64, 64, quant_type="nf4")
         else:
             layer = bitsandbytes.nn.Linear8bitLt(64, 64, has_fp16_weights=False)
@@ -32,58 +100,79 @@ def check_device(settings: ResolvedSettings, device: torch.device) -> None:
     except Exception as error:  # whatever a backend that is missing or broken raises
         reason = str(error).strip().split("\n")[0] or type(error).__name__
         raise InputError(
-            f"{settings.quantised} does not work on {device} with this bitsandbytes: {reason}"
+            f"{quantisation} layers do not work on {device} with this bitsandbytes: {reason}"
         ) from error
 
 
-def load_quantised(settings: ResolvedSettings, bf16: bool, device: torch.device) -> Any:
-    """Load `settings.model` again, linear layers quantised, all the rest in float32.
+def load_quantised(name: str, option: str, device: torch.device) -> Any:
+    """Load a model with quantised linear layers and all the rest in float32.
 
-    Four bits are NF4 without double quantisation, multiplied in bfloat16 where autocast would do
-    so, which it does not reach.
+    Args:
+        name: A directory or a Hub id.
+        option: `load_in_4bit` (NF4 without double quantisation) or `load_in_8bit`.
+        device: Where to.
     """
-    if settings.load_in_4bit:
-        quantisation = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_compute_dtype=torch.bfloat16 if bf16 else torch.float32,
-        )
+    if option == "load_in_4bit":
+        quantisation = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
     else:
         quantisation = BitsAndBytesConfig(load_in_8bit=True)
-    path = Path(settings.model).expanduser()
+    path = Path(name).expanduser()
     model = AutoModelForCausalLM.from_pretrained(
-        str(path) if path.is_dir() else settings.model,
+        str(path) if path.is_dir() else name,
         quantization_config=quantisation,
         dtype=torch.float32,
         device_map={"": device},
         trust_remote_code=False,
         use_safetensors=True,
     )
-    keep_differentiable(model)
+    prepare_quantised(model, torch.float32)
     return model
 
 
-class Precision:
-    """What the quantised layers lose to computing in bfloat16, kept for the merge.
+def prepare_stored(model: Any, dtype: torch.dtype) -> None:
+    """Bring what is not quantised to a type: transformers leaves parts of it as they are stored."""
+    for parameter in model.parameters():
+        if not is_quantised(parameter):
+            parameter.data = parameter.data.to(dtype)
+    prepare_quantised(model, dtype)
 
-    bitsandbytes rounds their biases to the type that it computes in, for good.
+
+def prepare_quantised(model: Any, dtype: torch.dtype) -> None:
+    """Have 4-bit layers compute in a type, and stay able to be trained beside.
+
+    The type that a checkpoint asks for may be float16, in which training overflows.
+    """
+    keep_differentiable(model)
+    for layer in model.modules():
+        if hasattr(layer, "compute_dtype"):
+            layer.compute_dtype = dtype
+
+
+class Precision:
+    """What quantised layers compute in while they are trained beside.
+
+    bitsandbytes rounds their biases to that type, for good: they are kept for the merge. Autocast
+    does not reach its layers.
 
     Args:
         model: The model as it was loaded.
+        bf16: Whether to compute in bfloat16.
     """
 
-    def __init__(self, model: torch.nn.Module) -> None:
+    def __init__(self, model: torch.nn.Module, *, bf16: bool) -> None:
+        self._model = model
         self._layers: list[Any] = [
             module
             for module in model.modules()
             if isinstance(module, torch.nn.Linear) and is_quantised(module.weight)
         ]
         self._biases = [None if x.bias is None else x.bias.data.clone() for x in self._layers]
+        if bf16:
+            prepare_quantised(model, torch.bfloat16)
 
     def restore(self) -> None:
         """Bring the biases back, and compute in float32 from now on."""
         for layer, bias in zip(self._layers, self._biases, strict=True):
             if bias is not None:
                 layer.bias.data = bias.to(layer.bias.device)
-            if hasattr(layer, "compute_dtype"):
-                layer.compute_dtype = torch.float32
+        prepare_quantised(self._model, torch.float32)

@@ -11,7 +11,7 @@ from typing import Any
 
 from molf.errors import InputError
 from molf.paths import absolute, check_path, settled
-from molf.train.defaults import ADAPTERS, MERGE_BASES, STORAGE, defaults_for
+from molf.train.defaults import ADAPTERS, MERGE_BASES, QUANTISABLE, STORAGE, defaults_for
 from molf.train.settings import TrainSettings
 
 
@@ -127,7 +127,7 @@ def _unused(settings: TrainSettings) -> tuple[str, ...]:
     unused = _UNUSED[settings.method]
     if settings.method == "molf-e" and settings.freeze_rest is not False:
         unused = ("weight_decay", *unused)
-    if settings.quantised is None:
+    if settings.method not in QUANTISABLE:
         unused = (*unused, "merge_base")
     return unused
 

@@ -340,22 +340,32 @@ class TrainSettings:
             return
         if self.load_in_4bit and self.load_in_8bit:
             raise InputError("Invalid load_in_4bit with load_in_8bit. Give one of them.")
-        if self.method in QUANTISABLE:
-            if self.dtype != "float32":
-                raise InputError(
-                    f"Invalid dtype={self.dtype} with {self.quantised}: what is not quantised is "
-                    "float32. Leave one of the two out."
-                )
-            if self.method in ROUTED and self.freeze_rest is False:
-                raise InputError(
-                    f"Invalid freeze_rest=False with {self.quantised}: beside a quantised base the "
-                    "adapter alone is trained. Leave one of them out."
-                )
-        else:
+        self.check_beside_quantised(self.quantised, f"leave {self.quantised} out")
+
+    def check_beside_quantised(self, base: str, otherwise: str) -> None:
+        """Refuse what cannot be trained beside a quantised base.
+
+        Args:
+            base: What makes the base a quantised one, for the message.
+            otherwise: What to do to have another base.
+
+        Raises:
+            InputError: The method, or an option, does not go with it.
+        """
+        if self.method not in QUANTISABLE:
             raise InputError(
-                f"Invalid {self.quantised} with method={self.method}: "
-                f"{_NOT_QUANTISABLE[self.method]}. Use --method {', '.join(QUANTISABLE[:-1])} or "
-                f"{QUANTISABLE[-1]}, or leave it out."
+                f"Invalid {base} with method={self.method}: {_NOT_QUANTISABLE[self.method]}. Use "
+                f"--method {', '.join(QUANTISABLE[:-1])} or {QUANTISABLE[-1]}, or {otherwise}."
+            )
+        if self.dtype != "float32":
+            raise InputError(
+                f"Invalid dtype={self.dtype} with {base}: what is not quantised is float32. Leave "
+                f"dtype out, or {otherwise}."
+            )
+        if self.method in ROUTED and self.freeze_rest is False:
+            raise InputError(
+                f"Invalid freeze_rest=False with {base}: beside a quantised base the adapter alone "
+                f"is trained. Leave freeze_rest out, or {otherwise}."
             )
 
     @property

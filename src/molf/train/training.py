@@ -17,6 +17,7 @@ from trl import SFTConfig, SFTTrainer
 
 from molf.core.adamw import AdamW
 from molf.core.guard import NonFiniteError
+from molf.core.quantised import quantisation_of
 from molf.train.callbacks import (
     FidelityCallback,
     MetricsCallback,
@@ -86,13 +87,13 @@ def run_training(
     A trained adapter is saved before it is merged. `callbacks` are told of everything, as well as
     the run's own.
     """
-    if settings.quantised is not None:
+    if settings.quantised is not None and quantisation_of(base.model.config) is None:
         reporter.say(f"Loading the base again ({settings.quantised})")
         base.model = None  # make room
-        base.model = load_quantised(settings, arguments.bf16, arguments.device)
+        base.model = load_quantised(settings.model, settings.quantised, arguments.device)
     if settings.method in ADAPTERS:  # for PiSSA and EVA this may take its time
         reporter.say("Putting in the adapter")
-    precision = Precision(base.model)
+    precision = Precision(base.model, bf16=arguments.bf16)
     started = time.perf_counter()
     prepared = prepare(base.model, settings, data)
     preparation_seconds = time.perf_counter() - started
