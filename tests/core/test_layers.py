@@ -200,6 +200,16 @@ def test_large_ranks_are_warned_of_with_their_share():
         find_layers(Decoder(), MoLFConfig(ranks=(2,)))
 
 
+def test_fused_expert_tensors_that_stay_frozen_are_said_to():
+    model = Decoder()
+    model.experts = nn.Parameter(torch.ones(3, 4, 4))
+    model.more = nn.Parameter(torch.ones(3, 4, 4), requires_grad=False)
+    with pytest.warns(UserWarning, match=r"2 fused .* 1 take plain AdamW .* others stay frozen"):
+        MoLFAdamW.from_model(model, MoLFConfig(ranks=(1,)))
+    with pytest.warns(UserWarning, match=r"2 fused .* cannot be routed: they stay frozen"):
+        MoLFAdamW.from_model(model, MoLFConfig(ranks=(1,), freeze_rest=True))
+
+
 def test_fused_expert_tensors_are_warned_of_and_take_plain_steps():
     model = Decoder()
     model.experts = nn.Parameter(torch.ones(3, 4, 4))

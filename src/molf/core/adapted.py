@@ -87,9 +87,8 @@ def find_adapted(model: nn.Module, config: MoLFConfig) -> list[AdaptedLayer]:
     """
     layers = trained_layers(model, config)
     _warn_of_dropout(adapter_layers(model), config)
-    warn_of_large_ranks(layers, config)
-    if not config.freezes_rest:
-        warn_of_fused_experts(model)
+    warn_of_large_ranks(layers, max(config.ranks))
+    warn_of_fused_experts(model, trains_rest=not config.freezes_rest)
     return layers
 
 

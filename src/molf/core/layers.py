@@ -136,8 +136,8 @@ def find_layers(model: nn.Module, config: MoLFConfig) -> list[LinearLayer]:
             routed (fused mixture-of-experts tensors).
     """
     layers = trainable_layers(model, config)
-    warn_of_large_ranks(layers, config)
-    warn_of_fused_experts(model)
+    warn_of_large_ranks(layers, max(config.ranks))
+    warn_of_fused_experts(model, trains_rest=not config.freezes_rest)
     return layers
 
 
@@ -335,23 +335,35 @@ def _weight_owners(model: nn.Module) -> dict[torch.Tensor, list[str]]:
     return owners
 
 
-def warn_of_large_ranks(layers: Sequence[HasSides], config: MoLFConfig) -> None:
-    """Warn of layers for whose smaller side the largest rank is too large."""
-    rank = max(config.ranks)
+def warn_of_large_ranks(layers: Sequence[HasSides], rank: int, *, in_adapter: bool = False) -> None:
+    """Warn of layers for whose smaller side a rank is too large.
+
+    Args:
+        layers: The layers.
+        rank: The largest of an expert, or that of an adapter.
+        in_adapter: Whether it is the rank of one adapter, which nothing routes.
+    """
     small = [layer for layer in layers if rank > min(layer.in_features, layer.out_features)]
     if small:
         sizes = [sum(x.in_features * x.out_features for x in some) for some in (small, layers)]
         share = sizes[0] / sizes[1]
+        layer, factors = ("adapted", "the adapter") if in_adapter else ("routed", "a LoRA expert")
         warnings.warn(
-            f"Rank {rank} exceeds the smaller side of {len(small)} of {len(layers)} routed layers "
-            f"({share:.0%} of their weights; first: {small[0].name}): there a LoRA expert is no "
-            "longer low-rank.",
+            f"Rank {rank} exceeds the smaller side of {len(small)} of {len(layers)} {layer} layers "
+            f"({share:.0%} of their weights; first: {small[0].name}): there {factors} is no longer "
+            "low-rank.",
             stacklevel=3,
         )
 
 
-def warn_of_fused_experts(model: nn.Module) -> None:
-    """Warn of 3-D weights, which hold many linear layers in one tensor and cannot be routed."""
+def warn_of_fused_experts(model: nn.Module, *, trains_rest: bool, in_adapter: bool = False) -> None:
+    """Warn of 3-D weights, which hold many linear layers in one tensor and cannot be routed.
+
+    Args:
+        model: The model, with `requires_grad` as the user has set it.
+        trains_rest: Whether what is not routed is trained.
+        in_adapter: Whether one adapter is trained, which nothing routes.
+    """
     fused = {
         parameter
         for module in model.modules()
@@ -360,10 +372,17 @@ def warn_of_fused_experts(model: nn.Module) -> None:
         if parameter is not None and parameter.dim() == 3 and parameter.shape[0] > 1
     }
     if fused:
-        total = sum(parameter.numel() for parameter in model.parameters())
-        share = sum(parameter.numel() for parameter in fused) / total
+        own = (p for name, p in model.named_parameters() if ".lora_" not in name)
+        share = sum(map(torch.numel, fused)) / sum(map(torch.numel, own))
+        trained = sum(trains_rest and parameter.requires_grad for parameter in fused)
+        if not trained:
+            outcome = "they stay frozen"
+        elif trained == len(fused):
+            outcome = "they take plain AdamW steps"
+        else:
+            outcome = f"{trained} take plain AdamW steps, the others stay frozen"
         warnings.warn(
             f"{len(fused)} fused 3-D weights (mixture-of-experts; {share:.0%} of the parameters) "
-            "cannot be routed: they take plain AdamW steps.",
+            f"cannot be {'adapted' if in_adapter else 'routed'}: {outcome}.",
             stacklevel=3,
         )

@@ -8,7 +8,12 @@ from typing import Any
 
 from torch import nn
 
-from molf.core.layers import LinearLayer, find_layers
+from molf.core.layers import (
+    LinearLayer,
+    trainable_layers,
+    warn_of_fused_experts,
+    warn_of_large_ranks,
+)
 from molf.errors import InputError
 from molf.plan.quantised_base import quantise
 from molf.plan.trainable import skeleton
@@ -70,7 +75,7 @@ def describe_model(config: Any, workload: Workload) -> ModelShape:
         InputError: The configuration makes no model, or no layer can be adapted.
 
     Warns:
-        UserWarning: What `find_layers` warns of, such as a rank above a layer's size.
+        UserWarning: As `molf.core.layers.find_layers`, by what the method does.
     """
     model = skeleton(config, workload.dtype)
     layers = _layers(model, workload)
@@ -103,10 +108,15 @@ def describe_model(config: Any, workload: Workload) -> ModelShape:
 def _layers(model: nn.Module, workload: Workload) -> list[LinearLayer]:
     if workload.config is None:
         return []
+    config, in_adapter = workload.config, workload.method == "lora"
     try:
-        return find_layers(model, workload.config)
+        layers = trainable_layers(model, config)
     except ValueError as error:
         raise InputError(str(error)) from error
+    warn_of_large_ranks(layers, max(config.ranks), in_adapter=in_adapter)
+    trains_rest = not in_adapter and not config.freezes_rest
+    warn_of_fused_experts(model, trains_rest=trains_rest, in_adapter=in_adapter)
+    return layers
 
 
 def _trained(model: nn.Module, layers: list[LinearLayer], workload: Workload) -> set[nn.Parameter]:
@@ -117,6 +127,8 @@ def _trained(model: nn.Module, layers: list[LinearLayer], workload: Workload) ->
         if workload.config.freeze_rest:
             return {layer.weight for layer in layers}
         return set(model.parameters())
+    if workload.method == "molf-e" and workload.config and not workload.config.freezes_rest:
+        return set(model.parameters()) - {layer.weight for layer in layers}
     return set()
 
 
@@ -133,7 +145,7 @@ def _experts(
     names = zip(workload.config.lora_experts, workload.config.ranks, strict=True)
     lora = {name: rank * size for name, rank in names}
     if workload.method == "molf-e":
-        return lora
+        return lora | ({"not routed": total} if total else {})
     routed = {p for layer in layers for p in (layer.weight, layer.bias) if p in trained}
     full = sum(parameter.numel() for parameter in routed)
     return {"full": full, **lora, "not routed": total - full}

@@ -13,7 +13,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 
 from molf.core.adamw import AdamW
-from molf.core.layers import find_layers
+from molf.core.layers import trainable_layers
 from molf.core.offload import carried_by
 from molf.core.optimizer import MoLFAdamW
 from molf.core.peft_model import with_adapter
@@ -117,7 +117,7 @@ def _with_adapter(model: Any, workload: Workload) -> Any:
             lora_alpha=config.alphas[0],
             use_rslora=config.use_rslora,
             lora_dropout=config.lora_dropout,
-            target_modules=[layer.name for layer in find_layers(model, config)],
+            target_modules=[layer.name for layer in trainable_layers(model, config)],
         )
         return get_peft_model(model, lora)
 

@@ -12,6 +12,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
+from molf.core.layers import warn_of_large_ranks
 from molf.errors import InputError
 from molf.train.methods.base import (
     Layer,
@@ -114,6 +115,7 @@ class Adapter(Method):
         lora_parameters = sum(layer.lora_parameters(rank) for layer in layers)
         if settings.match == "parameters":
             rank = matching_rank(parameters, lora_parameters)
+        warn_of_large_ranks(layers, rank, in_adapter=True)
         return AdapterPlan(
             layers,
             parameters(rank),

@@ -13,10 +13,16 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from molf.core.config import MoLFConfig
-from molf.core.layers import find_layers, matching_linears
+from molf.core.layers import (
+    matching_linears,
+    trainable_layers,
+    warn_of_fused_experts,
+    warn_of_large_ranks,
+)
 from molf.core.quantised import is_quantised
 from molf.errors import InputError
 from molf.tasks.encoding import EncodedSamples
+from molf.train.defaults import ADAPTERS
 from molf.train.resolved import ResolvedSettings
 
 
@@ -129,6 +135,9 @@ def find_adapted_layers(model: Any, settings: ResolvedSettings) -> tuple[Layer, 
 
     Raises:
         InputError: A pattern matches nothing, or no layer is left.
+
+    Warns:
+        UserWarning: As `molf.core.layers.find_layers`, by what the method does.
     """
     config = settings.method_config
     if config is None:
@@ -141,9 +150,14 @@ def find_adapted_layers(model: Any, settings: ResolvedSettings) -> tuple[Layer, 
                 Layer(name, module.in_features, module.out_features, False)
                 for name, module in linears.items()
             )
-        found = find_layers(model, config)
+        found = trainable_layers(model, config)
     except ValueError as error:
         raise InputError(str(error)) from error
+    in_adapter = settings.method in ADAPTERS
+    if not in_adapter:  # an adapter's rank is known to its method
+        warn_of_large_ranks(found, max(config.ranks))
+    trains_rest = not in_adapter and not config.freezes_rest
+    warn_of_fused_experts(model, trains_rest=trains_rest, in_adapter=in_adapter)
     return tuple(Layer(x.name, x.in_features, x.out_features, x.transposed) for x in found)
 
 
