@@ -16,6 +16,7 @@ from transformers import (
 )
 
 from molf.evaluate.generate import decode, generate_greedy, padding_id
+from molf.evaluate.padding import generation_batches
 
 CONTEXTS = [[7, 8, 9, 10, 11], [3], [400, 5, 6], [12, 13, 14, 15, 16, 17, 18, 19], [20, 21]]
 
@@ -197,6 +198,7 @@ def test_answers_that_have_ended_leave_the_batch(name):
         seen.append(index)
         return seen.count(index) == lengths[index]
 
+    assert generation_batches(model, tokenizer.pad_token_id) == "any"  # asked once
     hook = model.register_forward_pre_hook(
         lambda _, args, kwargs: shapes.append(kwargs["input_ids"].shape), with_kwargs=True
     )

@@ -16,6 +16,7 @@ from molf.evaluate.inference import (
     pad_left,
     position_limit,
 )
+from molf.evaluate.padding import ANY, generation_batches
 from molf.evaluate.settings import Progress
 
 Stop = Callable[[int, str], bool]
@@ -107,8 +108,10 @@ def generate_greedy(
     own_settings = inner.generation_config
     inner.generation_config = settings(max_new_tokens)
     try:
+        several = min(batch_size, len(contexts)) > 1
+        allowed = generation_batches(model, pad_id) if several else ANY
         with inference(model):
-            for_each_batch(lengths, batch_size, run, "generation", progress)
+            for_each_batch(lengths, batch_size, run, "generation", progress, allowed=allowed)
     finally:
         inner.generation_config = own_settings
     return results

@@ -82,11 +82,14 @@ class Harness:
         import lm_eval
         from lm_eval.models.huggingface import HFLM
 
+        batch_size = self._batch_size
+        if batch_size > 1 and _padding_counts(model, tokenizer):
+            batch_size = 1  # the harness makes its own batches, of any lengths
         results = lm_eval.simple_evaluate(
-            model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=self._batch_size),
+            model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size),
             tasks=[name],
             num_fewshot=self._few_shot,
-            batch_size=self._batch_size,
+            batch_size=batch_size,
             limit=self._max_samples,
             log_samples=False,
             task_manager=self._manager,
@@ -118,6 +121,14 @@ class Harness:
             "first_records_only": self._max_samples,
         }
         return {name: note for name, note in notes.items() if note is not None}
+
+
+def _padding_counts(model: Any, tokenizer: Any) -> bool:
+    from molf.evaluate.generate import padding_id
+    from molf.evaluate.padding import ANY, generation_batches, right_padding_counts
+
+    pad_id = padding_id(tokenizer)
+    return generation_batches(model, pad_id) != ANY or right_padding_counts(model, pad_id)
 
 
 def _check_name(name: str, known: Sequence[str]) -> None:

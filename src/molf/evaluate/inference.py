@@ -70,7 +70,8 @@ def last_logits(model: Any, rows: Sequence[Sequence[int]], pad_id: int, keep: in
     """
     inputs: dict[str, Any] = pad_left(rows, pad_id, model.device)
     accepted = inspect.signature(inner_model(model).forward).parameters
-    if "position_ids" in accepted:
+    if "position_ids" in accepted and len({len(row) for row in rows}) > 1:
+        # Without padding the model's own are right; some begin with another number than 0.
         positions = inputs["attention_mask"].cumsum(dim=-1) - 1
         inputs["position_ids"] = positions.clamp(min=0)
     if "logits_to_keep" in accepted:
@@ -84,16 +85,23 @@ def for_each_batch(
     run: Callable[[list[int]], None],
     what: str,
     progress: Progress | None = None,
+    *,
+    allowed: str = "any",
 ) -> None:
     """Call `run` on batches of indices of similar length, the longest first.
 
     Similar lengths leave little padding, and with the longest first a batch that is too big shows
-    at the start. One that runs out of memory is halved, and so are those that follow.
+    at the start. One that runs out of memory is halved, and so are those that follow. What is
+    `allowed` in one batch is one of those of `molf.evaluate.padding`.
     """
+    if allowed == "single":
+        batch_size = 1
     order = sorted(range(len(lengths)), key=lambda index: lengths[index], reverse=True)
     start = 0
     while start < len(order):
         batch = order[start : start + batch_size]
+        if allowed == "equal":
+            batch = [index for index in batch if lengths[index] == lengths[batch[0]]]
         try:
             run(batch)
         except torch.OutOfMemoryError:

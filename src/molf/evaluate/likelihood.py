@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from molf.evaluate.inference import for_each_batch, inference, last_logits
+from molf.evaluate.padding import ANY, logits_batches
 from molf.evaluate.settings import Progress
 from molf.tasks.encoding import IGNORED
 
@@ -74,8 +75,10 @@ def next_token_log_probs(
         rows = [contexts[index] for index in batch]
         found.read(batch, last_logits(model, rows, pad_id, keep=1)[:, -1])
 
+    lengths = [len(context) for context in contexts]
+    allowed = logits_batches(model, pad_id) if _pads(lengths, batch_size) else ANY
     with inference(model):
-        for_each_batch([len(context) for context in contexts], batch_size, run, what, progress)
+        for_each_batch(lengths, batch_size, run, what, progress, allowed=allowed)
     return found.log_probs
 
 
@@ -124,15 +127,22 @@ def sequence_losses(
             results[index] = (total, sum(label != IGNORED for label in tails[index]))
 
     counted = [index for index, tail in enumerate(tails) if tail]
+    lengths = [len(sequences[index]) for index in counted]
+    allowed = logits_batches(model, pad_id) if _pads(lengths, batch_size) else ANY
     with inference(model):
         for_each_batch(
-            [len(sequences[index]) for index in counted],
+            lengths,
             batch_size,
             lambda batch: run([counted[position] for position in batch]),
             what,
             progress,
+            allowed=allowed,
         )
     return results
+
+
+def _pads(lengths: Sequence[int], batch_size: int) -> bool:
+    return batch_size > 1 and len(set(lengths)) > 1
 
 
 def _counted_tail(labels: Sequence[int]) -> list[int]:

@@ -11,7 +11,9 @@ from trl import SFTConfig
 
 from molf.core.quantised import Quantisation
 from molf.errors import InputError
+from molf.evaluate.generate import padding_id
 from molf.evaluate.inference import length_limit
+from molf.evaluate.padding import right_padding_counts
 from molf.tasks.encoding import EncodedSamples, encode_samples
 from molf.tasks.samples import Sample
 from molf.train.methods import check
@@ -62,6 +64,7 @@ def open_training(settings: ResolvedSettings, samples: Sequence[Sample]) -> Open
         base.tokenizer.split_special_tokens = True
     encoded = encode_samples(base.tokenizer, samples, max_length)
     _check_ids(base, encoded, settings.model)
+    _check_padding(base, encoded, settings)
     return Opening(arguments, base, quantisation, max_length, encoded)
 
 
@@ -74,4 +77,22 @@ def _check_ids(base: LoadedModel, encoded: EncodedSamples, model: str) -> None:
             f"model {model}: the examples have the token "
             f"{base.tokenizer.convert_ids_to_tokens(highest)!r} (id {highest}), and the model has "
             f"{rows} embeddings. Resize them, or give data without it."
+        )
+
+
+def _check_padding(base: LoadedModel, encoded: EncodedSamples, settings: ResolvedSettings) -> None:
+    """Refuse batches whose padding would change what the model learns from a text.
+
+    Padding stands after the texts, where few models see it: those whose tokens see later ones.
+    """
+    lengths = set(map(len, encoded.input_ids))
+    size = settings.per_device_train_batch_size
+    if size == 1 or len(lengths) == 1:
+        return
+    if right_padding_counts(base.model, padding_id(base.tokenizer)):
+        raise InputError(
+            f"Invalid per_device_train_batch_size={size} with model {settings.model}: "
+            f"{type(base.model).__name__} takes the padding after a text into account, so the loss "
+            "would depend on the batch. Give --per_device_train_batch_size 1 and as many "
+            "--gradient_accumulation_steps as a step has examples."
         )

@@ -1,0 +1,121 @@
+"""Whether a model computes the same for a text when padding stands beside it in a batch.
+
+Most models do: they mask padding and count positions without it. Recurrent ones may take it in
+(RWKV, xLSTM), and some count it as positions (decoders of BART's family) or compress attention in
+blocks that it shifts. No list of classes is kept: a model is asked, once, with two short rows.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from molf.core.quantised import quantisation_of
+from molf.evaluate.inference import inference, inner_model, last_logits, pad_left
+
+_LENGTHS = (33, 6)  # their difference is odd: it shifts blocks of any even size
+_EXACT = 1e-3  # of the largest logit; float32 sums in another order differ by less
+_ROUNDED = 0.03  # the same where products are rounded
+
+_known: WeakKeyDictionary[Any, dict[str, str]] = WeakKeyDictionary()
+
+
+ANY, EQUAL, SINGLE = "any", "equal", "single"
+"""Which rows may be in one batch: any, those of equal length, or one alone."""
+
+
+def logits_batches(model: Any, pad_id: int) -> str:
+    """Which rows may be in a batch, so that their last logits are those of each alone.
+
+    Args:
+        model: A transformers causal language model, on its device.
+        pad_id: The padding token, which stands before shorter rows.
+
+    Returns:
+        ANY, EQUAL or SINGLE. Where it is not ANY, a warning says so the first time.
+    """
+
+    def logits(rows: list[list[int]]) -> Tensor:
+        return last_logits(model, rows, pad_id, keep=1)[:, -1]
+
+    return _ask(model, "logits", logits, pad_id)
+
+
+def generation_batches(model: Any, pad_id: int) -> str:
+    """The same of the first two tokens that are generated: the second one goes by the cache."""
+
+    def logits(rows: list[list[int]]) -> Tensor:
+        from transformers import GenerationConfig
+
+        inner = inner_model(model)
+        settings = GenerationConfig(
+            do_sample=False,
+            max_new_tokens=2,
+            min_new_tokens=2,
+            pad_token_id=pad_id,
+            return_dict_in_generate=True,
+            output_logits=True,
+        )
+        made = inner.generate(**pad_left(rows, pad_id, inner.device), generation_config=settings)
+        return torch.cat(made.logits, dim=-1)
+
+    return _ask(model, "generation", logits, pad_id)
+
+
+def right_padding_counts(model: Any, pad_id: int) -> bool:
+    """Whether logits of a row depend on padding after it, as training has it."""
+
+    def logits(rows: list[list[int]]) -> Tensor:
+        longest = max(map(len, rows))
+        ids = [[*row, *[pad_id] * (longest - len(row))] for row in rows]
+        mask = [[1] * len(row) + [0] * (longest - len(row)) for row in rows]
+        inputs = {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask)}
+        inputs = {name: value.to(model.device) for name, value in inputs.items()}
+        found = model(**inputs, use_cache=False).logits
+        return torch.cat([found[i, : len(row)] for i, row in enumerate(rows)])
+
+    return _differs(model, logits, _rows(model, pad_id, _LENGTHS))
+
+
+def _ask(model: Any, what: str, logits: Callable[[list[list[int]]], Tensor], pad_id: int) -> str:
+    """The answer, found once for each model."""
+    inner = inner_model(model)
+    answers = _known.setdefault(inner, {})
+    if what not in answers:
+        answers[what] = ANY
+        if _differs(model, logits, _rows(model, pad_id, _LENGTHS)):
+            same = _rows(model, pad_id, (_LENGTHS[1], _LENGTHS[1]))
+            answers[what] = SINGLE if _differs(model, logits, same) else EQUAL
+            batches = "one by one" if answers[what] == SINGLE else "in batches of equal length"
+            warnings.warn(
+                f"{type(inner).__name__} takes the rest of a batch into account ({what}): texts go "
+                f"through it {batches}, which takes longer.",
+                stacklevel=4,
+            )
+    return answers[what]
+
+
+def _rows(model: Any, pad_id: int, lengths: Sequence[int]) -> list[list[int]]:
+    """Rows of different tokens."""
+    size = inner_model(model).get_input_embeddings().weight.shape[0]
+    tokens = [index for index in range(min(size, 100)) if index != pad_id]
+    return [
+        [tokens[(7 * i + 5 * row) % len(tokens)] for i in range(length)]
+        for row, length in enumerate(lengths)
+    ]
+
+
+def _differs(
+    model: Any, logits: Callable[[list[list[int]]], Tensor], rows: Sequence[list[int]]
+) -> bool:
+    with inference(model):
+        together = logits(list(rows)).float()
+        alone = torch.cat([logits([row]) for row in rows]).float()
+    exact = model.dtype == torch.float32 and quantisation_of(inner_model(model).config) is None
+    difference = (together - alone).abs().max() / alone.abs().max()
+    return bool(difference > (_EXACT if exact else _ROUNDED))
