@@ -16,6 +16,8 @@ from tiny_models import (
 )
 
 from molf.evaluate import EvaluationSettings
+from molf.evaluate.generate import padding_id
+from molf.evaluate.padding import generation_batches, logits_batches
 from molf.tasks import TaskOptions, load_task
 from molf.tasks.med import parse_letter
 
@@ -185,6 +187,8 @@ def test_no_text_is_tokenized_twice_and_no_context_is_evaluated_twice(tmp_path, 
             mask = torch.ones_like(ids) if mask is None else mask
             rows.extend(tuple(i[m.bool()].tolist()) for i, m in zip(ids, mask, strict=True))
 
+    for ask in (logits_batches, generation_batches):  # once for each model
+        ask(model, padding_id(tokenizer))
     model.register_forward_pre_hook(note, with_kwargs=True)
     task.evaluate(model, Spy(), EvaluationSettings(batch_size=2))
     assert len(texts) == len(set(texts))
