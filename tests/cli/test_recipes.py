@@ -344,13 +344,21 @@ def test_validate_finds(validate, text, words):
     ("text", "command"),
     [
         ("", "train"),
-        ("top_k: 3\nranks: [4, 8]\n", "train"),
+        ("top_k: 2\nranks: [4, 8]\n", "train"),
         ("# molf eval MODEL --config recipe.yaml\ntasks: [sql, med]\nfew_shot: 2\n", "eval"),
         ("# molf eval MODEL --task med --config recipe.yaml\nfew_shot: 5\n", "eval"),
     ],
 )
 def test_validate_accepts(validate, text, command):
     assert validate(text) == (0, [f"recipe.yaml: ok (molf {command})"], [])
+
+
+def test_validate_warns_of_experts_that_all_win(validate):
+    """Once, and of all options together: `top_k` alone would leave nothing to choose."""
+    code, out, lines = validate("method: molf-e\ntop_k: 2\nranks: [4, 8]\n")
+    assert (code, len(out), len(lines)) == (0, 1, 1)
+    assert lines[0].startswith("molf: warning: recipe.yaml: top_k=2 is the number of experts")
+    assert validate("top_k: 2\nranks: [4, 8]\n")[2] == []
 
 
 def test_validate_warns_of_what_train_would(validate):

@@ -50,7 +50,9 @@ def validate_recipe(path: Path) -> Findings:
         return Findings(
             command, [f"molf {command} takes no recipe; {' and '.join(_COMMANDS)} do."], []
         )
-    accepted, errors = _sort_out(path, command, options)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of a part of the options; all together follow below
+        accepted, errors = _sort_out(path, command, options)
     if command == "eval":
         return Findings(command, errors, [])
     errors += _training_args_errors(accepted)
@@ -145,10 +147,10 @@ def _training_warnings(path: Path, options: Mapping[str, Any]) -> list[str]:
     from molf.train.resolved import resolve
     from molf.train.settings import TrainSettings
 
-    settings = _parse(path, "train", options).get("settings", TrainSettings())
     lines = []
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
+        settings = _parse(path, "train", options).get("settings", TrainSettings())
         try:
             resolve(settings, datetime.now())
         except InputError as error:  # may be given on the command line
