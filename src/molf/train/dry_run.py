@@ -100,15 +100,18 @@ def rehearse(settings: ResolvedSettings, task: Task, reporter: Reporter) -> DryR
         arguments.train_sampling_strategy = "sequential"
         planned, at_limit = _planned(opening, longest, settings, arguments)
         watch = _Watch(arguments.device)
-        run_training(
-            base,
-            TrainingData(longest, short_steps),
-            short,
-            arguments,
-            RunDirectory(short.output_dir, overwrite=False),
-            reporter,
-            callbacks=[watch],
-        )
+        try:
+            run_training(
+                base,
+                TrainingData(longest, short_steps),
+                short,
+                arguments,
+                RunDirectory(short.output_dir, overwrite=False),
+                reporter,
+                callbacks=[watch],
+            )
+        finally:
+            watch.stop()
     steps = drawn_steps
     if len(drawn) < len(samples):
         steps = count_steps(opening.arguments, round(len(samples) * examples / len(drawn)))
@@ -138,6 +141,7 @@ class _Watch(TrainerCallback):
         self._started = 0.0
         self.seconds = 0.0
         self.peak = PeakBytes(device)
+        self._is_measuring = False
 
     def on_train_begin(
         self,
@@ -150,6 +154,7 @@ class _Watch(TrainerCallback):
         """The model is on its device, and there is no gradient and no state yet."""
         self.peak = PeakBytes(self._device, held_tensors(model))
         self.peak.__enter__()
+        self._is_measuring = True
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -169,7 +174,13 @@ class _Watch(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Stop measuring."""
-        self.peak.__exit__(None, None, None)
+        self.stop()
+
+    def stop(self) -> None:
+        """Stop measuring, if that has begun; a profiler left on crashes the process at its end."""
+        if self._is_measuring:
+            self._is_measuring = False
+            self.peak.__exit__(None, None, None)
 
     def _wait(self) -> None:
         if self._device.type == "cuda":
