@@ -9,7 +9,16 @@ import pytest
 from molf.sql.bleu import bleu
 from molf.sql.limits import Limits
 from molf.sql.logic import LogicMatcher
-from molf.sql.metrics import MEANS, SHARES, Example, SqlScorer, exact_match, sql_metrics
+from molf.sql.metrics import (
+    MEANS,
+    SHARES,
+    WITH_ROWS,
+    Example,
+    SqlScorer,
+    exact_match,
+    gold_without_rows,
+    sql_metrics,
+)
 
 SCHEMA = "CREATE TABLE t (a INT, b TEXT); INSERT INTO t VALUES (1, 'x'), (2, 'y'), (2, 'x');"
 ENDLESS = "WITH RECURSIVE r(x) AS (SELECT 1 UNION ALL SELECT x + 1 FROM r) SELECT max(x) FROM r"
@@ -208,6 +217,63 @@ def test_examples_whose_gold_query_fails_are_left_out(scorer):
     assert [s is None for s in scorer.scores(examples)] == [False, True, True, True]
 
 
+JSON_SCHEMA = "CREATE TABLE t (a INT, b TEXT); INSERT INTO t VALUES (1, '[1,2]'), (2, '[3]');"
+
+
+def test_queries_through_json_each_are_compared_by_their_rows(scorer):
+    gold = "SELECT value FROM t, json_each(t.b)"
+    texts = ("SELECT 'rubbish' FROM json_each('[]')", "SELECT 1 UNION SELECT 2 UNION SELECT 3")
+    found = [score(scorer, gold, text, JSON_SCHEMA).execution_accuracy for text in texts]
+    assert found == [False, True]
+
+
+@pytest.mark.parametrize(
+    ("gold", "text"),
+    [
+        ("SELECT a FROM t WHERE b = 'z'", "SELECT NULL WHERE 0"),
+        ("DELETE FROM t WHERE b = 'z'", "UPDATE t SET a = 1 WHERE 0"),
+        ("UPDATE t SET a = a", "DELETE FROM t WHERE 0"),
+        ("INSERT INTO t SELECT * FROM t WHERE 0", "DELETE FROM t WHERE 0"),
+        ("CREATE TABLE IF NOT EXISTS t (c)", "CREATE TABLE IF NOT EXISTS t (d)"),
+    ],
+)
+def test_gold_queries_that_any_query_without_effect_matches(scorer, gold, text):
+    found = score(scorer, gold, text)
+    assert found.execution_accuracy
+    assert not found.gold_with_rows
+
+
+@pytest.mark.parametrize(
+    "gold",
+    [
+        "SELECT a FROM t",
+        "SELECT max(a) FROM t WHERE 0",
+        "SELECT count(*) FROM t WHERE 0",
+        "DELETE FROM t WHERE a = 1",
+        "INSERT INTO t VALUES (1, 'x')",
+        "DROP TABLE t",
+    ],
+)
+def test_gold_queries_with_rows(scorer, gold):
+    assert score(scorer, gold, gold).gold_with_rows
+
+
+def test_gold_queries_without_rows_are_counted_and_left_out_of_one_metric(scorer):
+    golds = ["SELECT a FROM t WHERE 0", "DELETE FROM t WHERE 0", "SELECT a FROM t", "DROP TABLE t"]
+    texts = ["SELECT 1 WHERE 0", "DELETE FROM t WHERE 0", "SELECT a FROM t", "SELECT a FROM t"]
+    examples = [
+        Example(schema=SCHEMA, gold=gold, text=text)
+        for gold, text in zip(golds, texts, strict=True)
+    ]
+    scores = list(scorer.scores(examples))
+    metrics = sql_metrics(scores)
+    assert metrics["execution_accuracy"].value == 0.75
+    found = metrics["execution_accuracy_with_rows"]
+    assert (found.value, found.count) == (0.5, 2)
+    assert gold_without_rows(scores) == {"queries": 1, "changes": 1}
+    assert "execution_accuracy_with_rows" not in sql_metrics(scores[:2])
+
+
 def test_scores_come_in_order(scorer):
     examples = [Example(schema="", gold=f"SELECT {n}", text=f"SELECT {n % 7}") for n in range(60)]
     assert [s.execution_accuracy for s in scorer.scores(examples)] == [n < 7 for n in range(60)]
@@ -217,7 +283,7 @@ def test_metrics(scorer):
     texts = ["SELECT a FROM t", "SELECT b FROM t", "SELECT nothing", "SELECT a FROM t ORDER BY a"]
     examples = [Example(schema=SCHEMA, gold=texts[0], text=text) for text in texts]
     metrics = sql_metrics(list(scorer.scores(examples)))
-    assert set(metrics) == {*SHARES, *MEANS}
+    assert set(metrics) == {*SHARES, *MEANS, WITH_ROWS}
     assert all(m.count == 4 and m.low <= m.value <= m.high for m in metrics.values())
     assert metrics["execution_accuracy"].value == 0.5
     assert metrics["valid_sql"].value == 0.75
@@ -232,6 +298,7 @@ def test_real_records(scorer, real_records):
     examples = [Example(schema=schema, gold=gold, text=gold) for schema, gold in pairs]
     scores = [s for s in scorer.scores(examples) if s is not None]
     assert all(metric.value == 1.0 for metric in sql_metrics(scores).values())
+    assert gold_without_rows(scores) == {"queries": 3, "changes": 1}
 
 
 def test_imports_are_lazy():

@@ -9,6 +9,7 @@ import time
 
 import pytest
 
+from molf.sql.compare import same_result
 from molf.sql.limits import Limits
 from molf.sql.result import parse_reply
 from molf.sql.sandbox import Sandbox
@@ -111,6 +112,101 @@ def test_changes_of_the_schema_give_the_schema(sandbox, query, rows):
 def test_view_of_a_dropped_table_is_part_of_the_schema(sandbox):
     result = sandbox.run(SCHEMA + "CREATE VIEW v AS SELECT * FROM t;", "DROP TABLE t")
     assert result.rows == [("view", "v", "v", "unusable")]
+
+
+TAGS = (
+    "CREATE TABLE t (a INT, tags TEXT); INSERT INTO t VALUES (1, '[1,2]'), (2, '[3]');"
+    "CREATE TABLE s (i INTEGER PRIMARY KEY AUTOINCREMENT, b); INSERT INTO s (b) VALUES (7);"
+    "CREATE VIEW v AS SELECT value FROM json_each('[1,2]');"
+)
+LOG = (
+    "CREATE TABLE log (n); CREATE TRIGGER r AFTER INSERT ON t BEGIN "
+    "INSERT INTO log SELECT value FROM json_each(new.tags); END;"
+)
+
+
+@pytest.mark.parametrize(
+    ("query", "rows"),
+    [
+        ("SELECT value FROM t, json_each(t.tags)", [(1,), (2,), (3,)]),
+        ("SELECT 'rubbish' FROM json_each('[]')", []),
+        ("SELECT count(*) FROM json_tree('[1]')", [(2,)]),
+        ("SELECT a FROM t WHERE EXISTS (SELECT 1 FROM json_each(tags) WHERE value = 3)", [(2,)]),
+        ("WITH c AS (SELECT value x FROM json_each('[4]')) SELECT x FROM c", [(4,)]),
+        ("SELECT * FROM v UNION ALL SELECT atom FROM json_tree('5')", [(1,), (2,), (5,)]),
+        ("SELECT (SELECT max(value) FROM json_each(tags)) FROM t", [(2,), (3,)]),
+        ("/* what */ -- for\n EXPLAIN QUERY PLAN DELETE FROM t", []),
+    ],
+)
+def test_what_reads_gives_rows(sandbox, query, rows):
+    result = sandbox.run(TAGS, query)
+    assert (result.effect, result.table, result.rows) == ("rows", None, rows)
+
+
+@pytest.mark.parametrize("query", ["DELETE FROM t", "DROP TABLE t", "INSERT INTO t VALUES (1, 2)"])
+def test_explaining_a_change_is_none(sandbox, query):
+    assert sandbox.run(TAGS, f"EXPLAIN {query}").effect == "rows"
+
+
+@pytest.mark.parametrize(
+    ("query", "table", "rows"),
+    [
+        (
+            "INSERT INTO t SELECT value, NULL FROM json_each('[5]')",
+            "t",
+            [(1, "[1,2]"), (2, "[3]"), (5, None)],
+        ),
+        ("UPDATE t SET a = j.value FROM json_each('[8]') j", "t", [(8, "[1,2]"), (8, "[3]")]),
+        (
+            "WITH c AS (SELECT value x FROM json_tree('[1]')) "
+            "DELETE FROM t WHERE a IN (SELECT x FROM c)",
+            "t",
+            [(2, "[3]")],
+        ),
+        ("INSERT INTO s (b) VALUES (8)", "s", [(1, 7), (2, 8)]),
+        ("UPDATE sqlite_sequence SET seq = 0", "sqlite_sequence", [("s", 0)]),
+    ],
+)
+def test_the_changed_table_is_the_users(sandbox, query, table, rows):
+    result = sandbox.run(TAGS, query)
+    assert (result.effect, result.table, result.rows) == ("table", table, rows)
+
+
+def test_table_valued_function_of_a_trigger_does_not_count(sandbox):
+    assert sandbox.run(TAGS + LOG, "INSERT INTO t VALUES (3, '[4]')").table == "t"
+
+
+@pytest.mark.parametrize(
+    "query", ["ANALYZE", "ANALYZE t", "REINDEX", "DROP TABLE IF EXISTS u", "BEGIN"]
+)
+def test_books_that_sqlite_keeps_are_no_change(sandbox, query):
+    for schema in (TAGS, TAGS + "ANALYZE;"):
+        result = sandbox.run(schema, query)
+        assert result.ok
+        assert (result.effect, result.columns, result.rows) == ("rows", 0, [])
+
+
+@pytest.mark.parametrize(
+    ("query", "same"),
+    [
+        ("SELECT a FROM t WHERE a > 5", True),
+        ("SELECT max(a) FROM t WHERE a > 5", False),
+        ("DELETE FROM t WHERE a > 5", True),
+        ("UPDATE t SET a = a + 0.0", True),
+        ("UPDATE t SET a = 3", False),
+        ("INSERT OR IGNORE INTO s VALUES (1, 9)", True),
+        ("CREATE TABLE IF NOT EXISTS t (z)", True),
+        ("CREATE TABLE u (z)", False),
+        ("DROP TABLE t", False),
+        ("BEGIN", True),
+        ("UPDATE sqlite_sequence SET seq = 0", False),
+    ],
+)
+def test_what_a_query_that_does_nothing_gives(sandbox, query, same):
+    result = sandbox.run(TAGS, query)
+    unchanged = sandbox.unchanged(TAGS, result)
+    assert (unchanged.effect, unchanged.table) == (result.effect, result.table)
+    assert same_result(result, unchanged, ordered=False) is same
 
 
 def test_every_query_has_its_own_database(sandbox):

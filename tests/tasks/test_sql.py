@@ -20,6 +20,7 @@ from molf.tasks.sql_questions import SQL
 NAMES = [
     "execution_accuracy",
     "execution_accuracy_set",
+    "execution_accuracy_with_rows",
     "exact_match",
     "logic_match",
     "valid_sql",
@@ -55,6 +56,7 @@ def test_saved_texts_give_all_metrics(tmp_path):
     assert found == pytest.approx(
         {
             "execution_accuracy": 1 / 3,  # the sizes come in the wrong order
+            "execution_accuracy_with_rows": 1 / 3,
             "execution_accuracy_set": 2 / 3,
             "exact_match": 1 / 3,
             "logic_match": 1 / 3,
@@ -83,6 +85,25 @@ def test_saved_texts_give_all_metrics(tmp_path):
     # What was written can be read back.
     saved = json.loads(json.dumps(evaluation.predictions))
     assert task.score_predictions(saved).metrics == evaluation.metrics
+
+
+def test_gold_queries_without_rows_are_counted(tmp_path):
+    records = [
+        *RECORDS[:2],
+        sql("Who?", "SELECT name FROM town WHERE size < 0;"),
+        sql("Tidy up", "DELETE FROM town WHERE size < 0;", complexity="data definition"),
+    ]
+    task = load(write(tmp_path / "a.jsonl", records))
+    does_nothing = ["SELECT 1 WHERE 0"] * 3 + ["UPDATE town SET size = 1 WHERE 0"]
+    evaluation = task.score_predictions(texts(*does_nothing))
+    assert evaluation.notes["gold_without_rows"] == {"queries": 1, "changes": 1}
+    assert evaluation.metrics["execution_accuracy"].value == 0.5
+    found = evaluation.metrics["execution_accuracy_with_rows"]
+    assert (found.value, found.count) == (0, 2)
+    table = evaluation.tables["by_complexity"]
+    assert table["basic SQL"]["execution_accuracy_with_rows"].count == 2
+    assert "execution_accuracy_with_rows" not in table["data definition"]
+    assert [entry["gold_with_rows"] for entry in evaluation.predictions] == [True] * 2 + [False] * 2
 
 
 def test_what_a_run_held_out_can_be_scored_again(tmp_path):

@@ -14,7 +14,11 @@ _MEANINGS = (
     (("unparsed",), "share of answers that name no option (lower is better)"),
     (("accuracy_logprob",), "share of questions whose likeliest option letter is right"),
     (("execution_accuracy",), "query returns the gold rows: duplicates count, order where asked"),
-    (("execution_accuracy_set",), "the same with rows as a set"),
+    (
+        ("execution_accuracy_with_rows",),
+        "the same over gold queries that find or change something",
+    ),
+    (("execution_accuracy_set",), "execution_accuracy with rows as a set"),
     (("exact_match",), "text equals the expected one after trimming"),
     (("logic_match",), "syntax trees are equal, aliases aside"),
     (("bleu_1", "bleu_4"), "overlap of words with the gold query, 0 to 1"),

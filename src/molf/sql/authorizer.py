@@ -85,9 +85,8 @@ class Authorizer:
 
     Attributes:
         denied: Whether an action has been denied.
-        asked: Whether the statement does anything; an empty one does not.
         changed_table: The table whose rows a statement itself changes, as (database, table); not
-            those that its triggers change.
+            those that its triggers change, nor those in which SQLite keeps its books.
         changes_schema: Whether a statement makes, alters or drops a table, view, index or trigger.
     """
 
@@ -97,7 +96,6 @@ class Authorizer:
 
     def begin_statement(self) -> None:
         """Forget what the statement before did."""
-        self.asked = False
         self.changed_table: tuple[str, str] | None = None
         self.changes_schema = False
 
@@ -110,9 +108,10 @@ class Authorizer:
         trigger: str | None,
     ) -> int:
         """SQLite's authorizer callback; the arguments' meaning depends on the action."""
-        self.asked = True
         if self._allows(action, first, second):
-            if action in _CHANGE_SCHEMA:
+            if _is_bookkeeping(first):
+                pass
+            elif action in _CHANGE_SCHEMA:
                 self.changes_schema = True
             elif action in _CHANGE_ROWS and trigger is None and first and database:
                 self.changed_table = (database, first)
@@ -128,3 +127,15 @@ class Authorizer:
             table = (first or "").lower()
             return table not in _DENIED_TABLES and not table.startswith("pragma_")
         return action in _OTHER or action in _CHANGE_ROWS or action in _CHANGE_SCHEMA
+
+
+def _is_bookkeeping(name: str | None) -> bool:
+    """Whether only SQLite itself writes to a table.
+
+    It asks about its own tables while it compiles statements of any kind: a table-valued function
+    such as json_each, opened to be read, asks to update sqlite_master; ANALYZE makes sqlite_stat1.
+    No statement may name the former as what it changes; sqlite_sequence alone is for users too, who
+    set counters back in it.
+    """
+    lower = (name or "").lower()
+    return lower.startswith("sqlite_") and lower != "sqlite_sequence"

@@ -9,12 +9,13 @@ import json
 import sqlite3
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from molf.sql.authorizer import Authorizer
 from molf.sql.limits import Limits
 from molf.sql.serve import Handler, restrict_process, serve
+from molf.sql.text import first_word
 
 _INSTRUCTIONS_PER_CHECK = 2000  # of SQLite's virtual machine, between two looks at the clock
 _MAX_MESSAGE = 300  # characters of an error message, which may quote the query
@@ -25,7 +26,11 @@ class _LimitError(Exception):
 
 
 def main() -> None:
-    """Serve requests `{"schema": text, "query": text}`; the settings are `Limits`."""
+    """Serve requests; the settings are `Limits`.
+
+    A request is `{"schema": text, "query": text}`, or `{"schema": text, "table": text or null}` for
+    what `unchanged` gives.
+    """
     serve(_prepare)
 
 
@@ -33,7 +38,13 @@ def _prepare(settings: dict[str, Any]) -> Handler:
     limits = Limits(**settings)
     run(limits, "CREATE TABLE t (a)", "SELECT a, date('now', 'localtime') FROM t")  # warm up
     restrict_process(limits.address_space_bytes, open_files=False)
-    return lambda request: run(limits, request["schema"], request["query"])
+
+    def handle(request: dict[str, Any]) -> str:
+        if "query" in request:
+            return run(limits, request["schema"], request["query"])
+        return unchanged(limits, request["schema"], request["table"])
+
+    return handle
 
 
 def run(limits: Limits, schema: str, query: str) -> str:
@@ -43,6 +54,30 @@ def run(limits: Limits, schema: str, query: str) -> str:
         JSON text, for success `{"effect", "columns", "table", "rows"}` (see `QueryResult`), for
         failure `{"error", "stage", "message"}`.
     """
+    return _in_new_database(
+        limits, schema, lambda connection, asked: _run_query(connection, query, asked, limits)
+    )
+
+
+def unchanged(limits: Limits, schema: str, table: str | None) -> str:
+    """What a statement gives that changes rows of a table, but none; None: the schema instead.
+
+    Returns:
+        JSON text as of `run`.
+    """
+
+    def read(connection: sqlite3.Connection, _: Authorizer) -> str:
+        if table is None:
+            return _schema_reply(connection, limits)
+        return _table_reply(connection, table, _quoted(table), limits)
+
+    return _in_new_database(limits, schema, read)
+
+
+def _in_new_database(
+    limits: Limits, schema: str, act: Callable[[sqlite3.Connection, Authorizer], str]
+) -> str:
+    """The reply of what is done after a schema has been run; every failure is one, too."""
     deadline = time.monotonic() + limits.seconds
     authorizer = Authorizer()
     stage = "schema"
@@ -52,7 +87,7 @@ def run(limits: Limits, schema: str, query: str) -> str:
             connection.executescript(schema)
             stage = "query"
             authorizer.begin_statement()
-            return _run_query(connection, query, authorizer, limits)
+            return act(connection, authorizer)
         finally:
             connection.close()
     except MemoryError:
@@ -103,23 +138,35 @@ def _run_query(
     connection: sqlite3.Connection, query: str, authorizer: Authorizer, limits: Limits
 ) -> str:
     cursor = connection.execute(query)
-    if not authorizer.asked:
+    word = first_word(query)
+    if not word:
         raise sqlite3.ProgrammingError("There is no statement.")
     rows = _encoded(cursor, limits)  # also where they are not the result: fetching runs the query
-    effect, table = "rows", None
-    if authorizer.changes_schema:
-        effect = "schema"
-        rows = _encoded(_schema_rows(connection), limits)
-        columns = 4
-    else:
+    if word != "EXPLAIN":  # explains a change and makes none
+        if authorizer.changes_schema:
+            return _schema_reply(connection, limits)
         if authorizer.changed_table is not None:
-            effect = "table"
             database, table = authorizer.changed_table
-            cursor = connection.execute(f"SELECT * FROM {_quoted(database)}.{_quoted(table)}")
-            rows = _encoded(cursor, limits)
-        columns = len(cursor.description or ())
+            return _table_reply(connection, table, f"{_quoted(database)}.{_quoted(table)}", limits)
+    return _reply("rows", None, _width(cursor), rows)
+
+
+def _schema_reply(connection: sqlite3.Connection, limits: Limits) -> str:
+    return _reply("schema", None, 4, _encoded(_schema_rows(connection), limits))
+
+
+def _table_reply(connection: sqlite3.Connection, table: str, quoted: str, limits: Limits) -> str:
+    cursor = connection.execute(f"SELECT * FROM {quoted}")
+    return _reply("table", table, _width(cursor), _encoded(cursor, limits))
+
+
+def _reply(effect: str, table: str | None, columns: int, rows: list[str]) -> str:
     head = json.dumps({"effect": effect, "columns": columns, "table": table})
     return f'{head[:-1]}, "rows": [{",".join(rows)}]}}'
+
+
+def _width(cursor: sqlite3.Cursor) -> int:
+    return len(cursor.description or ())
 
 
 def _schema_rows(connection: sqlite3.Connection) -> Iterable[tuple[object, ...]]:

@@ -7,7 +7,7 @@ al. 2002. A query is compared on the database of its own example alone.
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -18,9 +18,12 @@ from molf.sql.bleu import bleu
 from molf.sql.compare import same_result, same_set
 from molf.sql.limits import Limits
 from molf.sql.logic import LogicMatcher
-from molf.sql.result import QueryResult
+from molf.sql.result import Effect, QueryResult
 from molf.sql.sandbox import Sandbox
 from molf.sql.text import first_statement, has_outer_order
+
+WITH_ROWS = "execution_accuracy_with_rows"
+"""`execution_accuracy` of the examples whose gold query finds or changes something."""
 
 SHARES = (
     "execution_accuracy",
@@ -30,6 +33,8 @@ SHARES = (
     "valid_sql",
 )
 MEANS = ("bleu_1", "bleu_4")
+
+_ORDER = (SHARES[0], WITH_ROWS, *SHARES[1:])
 
 _IN_FLIGHT_PER_WORKER = 8  # finished ones wait for a slow one before them, to be in order
 
@@ -66,6 +71,9 @@ class SqlScore:
         bleu_1: Sentence BLEU of single words, in [0, 1].
         bleu_4: Sentence BLEU, in [0, 1].
         valid_sql: It runs on the schema, within the limits.
+        gold_effect: Whether the gold query returns rows, changes a table or changes the schema.
+        gold_with_rows: It returns at least one row, or leaves the table or schema changed. If not,
+            a query that does nothing is right. A NULL or a count of 0 is a row.
     """
 
     statement: str
@@ -77,6 +85,8 @@ class SqlScore:
     bleu_1: float
     bleu_4: float
     valid_sql: bool
+    gold_effect: Effect
+    gold_with_rows: bool
 
 
 class SqlScorer:
@@ -116,6 +126,7 @@ class SqlScorer:
         gold = self._sandbox.run(example.schema, example.gold)
         if not gold.ok:
             return None
+        nothing = self._sandbox.unchanged(example.schema, gold)
         statement = first_statement(example.text)
         predicted = self._sandbox.run(example.schema, statement)
         ordered = has_outer_order(example.gold)
@@ -130,6 +141,8 @@ class SqlScorer:
             bleu_1=bleu(bare_gold, statement, 1),
             bleu_4=bleu(bare_gold, statement, 4),
             valid_sql=predicted.ok,
+            gold_effect=gold.effect,
+            gold_with_rows=not same_result(gold, nothing, ordered=False),
         )
 
     def close(self) -> None:
@@ -166,15 +179,29 @@ def sql_metrics(scores: Sequence[SqlScore], seed: int = 0) -> dict[str, Metric]:
     """The metrics over judged queries: Wilson's intervals for shares, the bootstrap's for means.
 
     Args:
-        scores: One per example whose gold query runs; without any there are no metrics.
+        scores: One per example whose gold query runs; without any there are no metrics. Without
+            any of a gold query with rows there is no `execution_accuracy_with_rows`.
         seed: Seed of the bootstrap.
     """
     if not scores:
         return {}
     count = len(scores)
     metrics = {name: wilson(sum(getattr(s, name) for s in scores), count) for name in SHARES}
+    with_rows = [score.execution_accuracy for score in scores if score.gold_with_rows]
+    if with_rows:
+        metrics[WITH_ROWS] = wilson(sum(with_rows), len(with_rows))
     means = {name: bootstrap_mean([getattr(s, name) for s in scores], seed=seed) for name in MEANS}
-    return metrics | means
+    return {name: metrics[name] for name in _ORDER if name in metrics} | means
+
+
+def gold_without_rows(scores: Iterable[SqlScore]) -> dict[str, int]:
+    """How many gold queries find nothing ("queries") or change nothing ("changes")."""
+    kinds = Counter(
+        "queries" if score.gold_effect == "rows" else "changes"
+        for score in scores
+        if not score.gold_with_rows
+    )
+    return dict(kinds)
 
 
 def _bare(text: str) -> str:

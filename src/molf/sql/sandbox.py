@@ -45,14 +45,31 @@ class Sandbox:
         Raises:
             RuntimeError: No worker could be started, or the sandbox is closed.
         """
-        texts: tuple[tuple[Stage, str], ...] = (("schema", schema), ("query", query))
-        for stage, text in texts:
-            if is_longer(text, self.limits.sql_bytes):
+        return self._ask({"schema": schema, "query": query})
+
+    def unchanged(self, schema: str, result: QueryResult) -> QueryResult:
+        """What a statement of the same kind gives that finds and changes nothing.
+
+        Args:
+            schema: As in `run`.
+            result: A result on that schema: of the same effect is the one returned.
+
+        Raises:
+            RuntimeError: No worker could be started, or the sandbox is closed.
+        """
+        if result.effect == "rows":
+            return QueryResult(rows=[], columns=result.columns)
+        return self._ask({"schema": schema, "table": result.table})
+
+    def _ask(self, request: dict[str, str | None]) -> QueryResult:
+        stages: tuple[Stage, ...] = ("schema", "query")
+        for stage in stages:
+            if is_longer(request.get(stage) or "", self.limits.sql_bytes):
                 message = f"longer than {self.limits.sql_bytes} bytes"
                 return failure("size", message, stage)
         try:
             return self._pool.ask(
-                {"schema": schema, "query": query},
+                request,
                 self.limits.seconds + _GRACE_SECONDS,
                 self.limits.result_bytes + _REPLY_OVERHEAD,
                 parse_reply,

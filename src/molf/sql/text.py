@@ -22,6 +22,7 @@ _TOKEN = re.compile(
     """,
     re.VERBOSE | re.DOTALL,
 )
+_WORD = re.compile(r"\w+")
 _BLANK_LINE = re.compile(r"\n[^\S\n]*\n")
 _COMMENTS = re.compile(r"(?:\s|--[^\n]*|/\*.*?(?:\*/|\Z))*", re.DOTALL)
 _SQL_START = re.compile(
@@ -71,6 +72,13 @@ def has_outer_order(query: str) -> bool:
         elif kind != "skipped" or not token.startswith(("--", "/*")):
             before = ""
     return False
+
+
+def first_word(query: str) -> str:
+    """The word that a statement begins with, in upper case; empty where there is none."""
+    query = query.removeprefix("\ufeff")  # a byte order mark, which SQLite skips
+    match = _WORD.match(query, _code_start(query))
+    return match[0].upper() if match else ""
 
 
 @dataclass(frozen=True)

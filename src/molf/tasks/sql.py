@@ -10,7 +10,13 @@ from molf.evaluate.metric import Evaluation
 from molf.evaluate.nearest import nearest
 from molf.evaluate.settings import EvaluationSettings, Progress
 from molf.sql.limits import Limits
-from molf.sql.metrics import Example, SqlScore, SqlScorer, sql_metrics
+from molf.sql.metrics import (
+    Example,
+    SqlScore,
+    SqlScorer,
+    gold_without_rows,
+    sql_metrics,
+)
 from molf.sql.text import is_complete
 from molf.tasks.answers import longest_answer
 from molf.tasks.options import TaskOptions
@@ -26,8 +32,9 @@ class SqlTask(QuestionTask[SqlQuestion]):
     """Train on the queries; run what is generated, and compare it with the query asked for.
 
     The metrics are those of `molf.sql.metrics.SqlScore`, where each is defined; `by_complexity` has
-    all of them for each `sql_complexity`. Only records whose own query runs are asked and scored;
-    the others are counted. Trained on are all records, as the paper does.
+    all of them for each `sql_complexity`. `notes["gold_without_rows"]` counts the records for which
+    a query that does nothing is right. Only records whose own query runs are asked and scored; the
+    others are counted. Trained on are all records, as the paper does.
     """
 
     instruction = "Write an SQLite query that answers the question."
@@ -82,6 +89,7 @@ class SqlTask(QuestionTask[SqlQuestion]):
                     progress("execution", done, len(texts))
         return Evaluation(
             sql_metrics(list(scores.values()), seed),
+            notes={"gold_without_rows": gold_without_rows(scores.values())},
             tables={
                 "by_complexity": self._by_group(
                     scores, lambda indices: sql_metrics([scores[i] for i in indices], seed)
