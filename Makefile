@@ -4,8 +4,9 @@
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
+FLOOR := .venv-floor
 
-.PHONY: demo test check format faults base bench bench-growth bench-gpu clean
+.PHONY: demo test test-floor check format faults base bench bench-growth bench-gpu clean
 
 demo: $(READY)  ## Fine-tune the embedded model on the embedded facts: one minute, nothing to download
 	$(BIN)/molf train
@@ -15,6 +16,9 @@ test: $(READY)  ## Lint, types and every test (no network, no GPU)
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+test-floor: $(FLOOR)/.ready  ## Every test with the oldest versions that pyproject.toml allows
+	$(FLOOR)/bin/python -m pytest -n 2 --dist loadfile
 
 check: $(READY)  ## Lint, format and types alone
 	$(BIN)/ruff check
@@ -42,10 +46,19 @@ bench-gpu: $(READY)  ## Whole trainings and the optimizer's step on a CUDA GPU: 
 	$(BIN)/python benchmarks/gpu.py
 
 clean:
-	rm -rf .venv build dist src/*.egg-info
+	rm -rf .venv $(FLOOR) build dist src/*.egg-info
 
 $(READY): requirements-dev.lock pyproject.toml
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.lock
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	touch $@
+
+$(FLOOR)/.ready: requirements-dev.lock pyproject.toml scripts/floors.py
+	$(PYTHON) -m venv $(FLOOR)
+	$(PYTHON) scripts/floors.py > $(FLOOR)/floors.txt
+	$(PYTHON) scripts/floors.py --without-dependencies > $(FLOOR)/apart.txt
+	$(FLOOR)/bin/python -m pip install --quiet --disable-pip-version-check -r $(FLOOR)/floors.txt
+	$(FLOOR)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r $(FLOOR)/apart.txt
+	$(FLOOR)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
 	touch $@

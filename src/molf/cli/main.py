@@ -20,6 +20,7 @@ from typing import TextIO
 from cyclopts import CycloptsError, MissingArgumentError, UnknownOptionError, UnusedCliTokensError
 
 from molf.cli.app import app, join_booleans
+from molf.cli.lines import one_line, say
 from molf.errors import InputError
 
 DONE, FAILED, WRONG_INPUT = 0, 1, 2
@@ -86,8 +87,7 @@ def _signals_as_interrupts() -> Iterator[None]:
 
 
 def _fail(code: int, message: str) -> int:
-    line = " ".join(message.split())
-    sys.stderr.write(f"molf: error: {line}\n")
+    say("error", message)
     return code
 
 
@@ -132,7 +132,7 @@ class _WarningLines:
         file: TextIO | None = None,
         line: str | None = None,
     ) -> None:
-        text = " ".join(str(message).split())
+        text = one_line(str(message))
         if text not in self._shown:
             self._shown.add(text)
-            (file or sys.stderr).write(f"molf: warning: {text}\n")
+            say("warning", text, file)

@@ -86,6 +86,7 @@ def validate_recipes(*recipes: str) -> int:
     Returns:
         The exit code: 2 if any has an error.
     """
+    from molf.cli.lines import say
     from molf.cli.shipped import find_recipe
     from molf.cli.validation import validate_recipe
 
@@ -97,21 +98,17 @@ def validate_recipes(*recipes: str) -> int:
             found = validate_recipe(find_recipe(recipe))
         except InputError as error:
             wrong = True
-            _say("error", str(error))
+            say("error", str(error))
             continue
         for line in found.warnings:
-            _say("warning", f"{recipe}: {line}")
+            say("warning", f"{recipe}: {line}")
         for line in found.errors:
-            _say("error", f"{recipe}: {line}")
+            say("error", f"{recipe}: {line}")
         if found.errors:
             wrong = True
         else:
             sys.stdout.write(f"{recipe}: ok (molf {found.command})\n")
     return _WRONG_INPUT if wrong else 0
-
-
-def _say(kind: str, text: str) -> None:
-    sys.stderr.write(f"molf: {kind}: {' '.join(text.split())}\n")
 
 
 def _describe(path: Path) -> dict[str, str]:

@@ -7,13 +7,13 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from datetime import datetime
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from cyclopts import App, CycloptsError
-from cyclopts.config import Dict
 
-from molf.cli.recipe import read_recipe
+from molf.cli.recipe import given_by, read_recipe, read_text
 from molf.errors import InputError
 
 _RUN_COMMAND = re.compile(r"\s*#\s*molf\s+([\w-]+)")
@@ -42,10 +42,11 @@ def validate_recipe(path: Path) -> Findings:
     Whether data and models exist is not looked up.
     """
     try:
-        options = read_recipe(path)
+        text = read_text(path)
+        options = read_recipe(path, text)
     except InputError as error:
         return Findings("", [str(error)], [])
-    command = _command(path)
+    command = _command(text)
     if command not in _COMMANDS:
         return Findings(
             command, [f"molf {command} takes no recipe; {' and '.join(_COMMANDS)} do."], []
@@ -59,8 +60,8 @@ def validate_recipe(path: Path) -> Findings:
     return Findings(command, errors, _training_warnings(path, accepted))
 
 
-def _command(path: Path) -> str:
-    lines = path.read_text(encoding="utf-8-sig").splitlines()
+def _command(text: str) -> str:
+    lines = text.splitlines()
     found = _RUN_COMMAND.match(lines[0]) if lines else None
     return found[1] if found else "train"
 
@@ -101,19 +102,23 @@ def _error(path: Path, command: str, options: Mapping[str, Any]) -> str | None:
     return None
 
 
+@cache
+def _reader(command: str) -> App:
+    """What reads the options of a command; making it takes longer than reading."""
+    from molf.cli.app import app
+
+    functions = {"train": "molf.cli.train:train_model", "eval": "molf.cli.eval:evaluate_model"}
+    reader = App(default_parameter=app.default_parameter, result_action="return_value")
+    reader.command(functions[command], name=command)
+    return reader
+
+
 def _parse(path: Path, command: str, options: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments that the command would be called with."""
-    from molf.cli.app import app
     from molf.cli.whole_numbers import refuse_fractions
 
-    recipe = Dict(dict(options), source=str(path), use_commands_as_keys=False)
-    reader = App(
-        default_parameter=app.default_parameter,
-        config=(recipe, refuse_fractions),
-        result_action="return_value",
-    )
-    functions = {"train": "molf.cli.train:train_model", "eval": "molf.cli.eval:evaluate_model"}
-    reader.command(functions[command], name=command)
+    reader = _reader(command)
+    reader.config = (given_by(path, options), refuse_fractions)
     # The task of an evaluation may be left to the command line.
     task = ["--task", "sql"] if command == "eval" and not {"task", "tasks"} & set(options) else []
     _, bound, _ = reader.parse_args([command, *task], exit_on_error=False, print_error=False)

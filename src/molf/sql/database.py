@@ -112,19 +112,18 @@ def _open(limits: Limits, authorizer: Authorizer, deadline: float) -> sqlite3.Co
     connection.execute(f"PRAGMA hard_heap_limit = {limits.memory_bytes}")
     connection.execute("PRAGMA temp_store = MEMORY")
     connection.execute("PRAGMA trusted_schema = OFF")
-    if sys.version_info >= (3, 11):
-        for category, value in (
-            (sqlite3.SQLITE_LIMIT_LENGTH, limits.value_bytes),
-            (sqlite3.SQLITE_LIMIT_SQL_LENGTH, limits.sql_bytes),
-            (sqlite3.SQLITE_LIMIT_ATTACHED, 0),
-            (sqlite3.SQLITE_LIMIT_COMPOUND_SELECT, 250),
-            (sqlite3.SQLITE_LIMIT_EXPR_DEPTH, 500),
-            (sqlite3.SQLITE_LIMIT_LIKE_PATTERN_LENGTH, 1000),
-            (sqlite3.SQLITE_LIMIT_TRIGGER_DEPTH, 20),
-            (sqlite3.SQLITE_LIMIT_VDBE_OP, 250_000),
-            (sqlite3.SQLITE_LIMIT_WORKER_THREADS, 0),
-        ):
-            connection.setlimit(category, value)
+    for category, value in (
+        (sqlite3.SQLITE_LIMIT_LENGTH, limits.value_bytes),
+        (sqlite3.SQLITE_LIMIT_SQL_LENGTH, limits.sql_bytes),
+        (sqlite3.SQLITE_LIMIT_ATTACHED, 0),
+        (sqlite3.SQLITE_LIMIT_COMPOUND_SELECT, 250),
+        (sqlite3.SQLITE_LIMIT_EXPR_DEPTH, 500),
+        (sqlite3.SQLITE_LIMIT_LIKE_PATTERN_LENGTH, 1000),
+        (sqlite3.SQLITE_LIMIT_TRIGGER_DEPTH, 20),
+        (sqlite3.SQLITE_LIMIT_VDBE_OP, 250_000),
+        (sqlite3.SQLITE_LIMIT_WORKER_THREADS, 0),
+    ):
+        connection.setlimit(category, value)
     if sys.version_info >= (3, 12):
         connection.setconfig(sqlite3.SQLITE_DBCONFIG_DEFENSIVE, True)
     connection.set_progress_handler(

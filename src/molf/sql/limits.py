@@ -11,9 +11,6 @@ from typing import Any
 class Limits:
     """Limits of one run: a schema and a query on it. What exceeds one is a failed query.
 
-    `value_bytes` is SQLite's own limit where Python can set it (3.11 and later); before that, a
-    larger value fails when it is returned, or when it exceeds `memory_bytes`.
-
     Attributes:
         seconds: Wall-clock time for the schema and the query together.
         rows: Rows of a result.

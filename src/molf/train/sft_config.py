@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping
 from dataclasses import fields
+from functools import cache
 from importlib.util import find_spec
 from typing import Any, NoReturn
 
@@ -178,6 +179,11 @@ class _Parser(HfArgumentParser):
         raise InputError(f"training_args: {message}")
 
 
+@cache
+def _parser() -> _Parser:
+    return _Parser(SFTConfig, allow_abbrev=False)
+
+
 def parse_training_args(given: Mapping[str, str]) -> dict[str, Any]:
     """Give each value the type that SFTConfig declares for its name.
 
@@ -207,7 +213,7 @@ def parse_training_args(given: Mapping[str, str]) -> dict[str, Any]:
             hint = f" Did you mean {close[0]}?" if close else ""
             raise InputError(f"training_args.{name} is no argument of TRL's SFTConfig.{hint}")
         tokens.append(f"--{name}={value}")
-    parsed = _Parser(SFTConfig, allow_abbrev=False).parse_args(tokens)
+    parsed = _parser().parse_args(tokens)
     return {name: getattr(parsed, name) for name in given}
 
 
