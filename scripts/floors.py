@@ -6,7 +6,8 @@
 Every `>=` of the dependencies, the extras and the build becomes `==`. torch is that of
 requirements-dev.lock: its older releases bring gigabytes of CUDA each. triton is printed apart,
 to be installed without its dependencies behind the others: CUDA builds of torch ask for one release
-of it. The tools of the dev group, which users never meet, stay as they are.
+of it. wandb and trackio, which no test uses, are left out. The tools of the dev group, which users
+never meet, stay as they are.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 FROM_LOCK = "torch"
 APART = "triton"
+UNTESTED = ("wandb", "trackio")
 
 _REQUIREMENT = re.compile(
     r"(?P<name>[A-Za-z0-9._-]+)(?:>=(?P<floor>[0-9.]+))?(?P<marker>\s*;.*)?\Z"
@@ -51,6 +53,8 @@ def floors(root: Path = ROOT) -> dict[str, str]:
         pinned = f"{match['name']}=={match['floor']}{match['marker'] or ''}"
         if found.setdefault(name, pinned) != pinned:
             raise ValueError(f"{match['name']} has two floors: {found[name]}, {pinned}.")
+    for name in UNTESTED:
+        del found[name]
     lock = (root / "requirements-dev.lock").read_text(encoding="utf-8").splitlines()
     found[FROM_LOCK] = next(line for line in lock if line.startswith(f"{FROM_LOCK}=="))
     return found

@@ -92,3 +92,24 @@ def test_wheel_trains_in_a_clean_environment(wheel, tmp_path):
     evaluation = json.loads((output / "eval.json").read_text())
     assert evaluation["task"] == "demo-fact"
     assert (output / "model" / "model.safetensors").is_file()
+
+
+def test_every_requirement_has_a_floor_to_be_tested_at():
+    shown = subprocess.run(
+        [sys.executable, ROOT / "scripts" / "floors.py"], check=True, capture_output=True, text=True
+    ).stdout.splitlines()
+    pyproject = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    project = pyproject["project"]
+    floors = {line.partition("==")[0]: line for line in shown if "==" in line}
+    for extra in (project["dependencies"], *project["optional-dependencies"].values()):
+        for requirement in extra:
+            name, _, version = requirement.partition(">=")
+            if name not in ("torch", "triton", "wandb", "trackio"):
+                assert floors[name] == f"{name}=={version}"
+    lock = (ROOT / "requirements-dev.lock").read_text().splitlines()
+    assert floors["torch"] in lock
+    assert "pytest>=8" in shown
+    minor = project["requires-python"].removeprefix(">=3.")
+    assert pyproject["tool"]["ruff"]["target-version"] == f"py3{minor}"
+    assert pyproject["tool"]["mypy"]["python_version"] == f"3.{minor}"
+    assert f"Python 3.{minor} or later" in (ROOT / "README.md").read_text()

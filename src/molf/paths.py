@@ -34,7 +34,7 @@ def check_path(path: str | Path, what: str) -> None:
 
 def settled(path: Path) -> Path:
     """The place that a path to be written means: `~` expanded, no link at its end, with a name."""
-    path = path.expanduser()
+    path = Path(os.path.expanduser(path))  # unlike Path's own, it leaves unknown users alone
     if path.is_symlink() or path.name in ("", ".."):
         return Path(os.path.realpath(path))
     return path

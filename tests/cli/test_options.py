@@ -123,6 +123,91 @@ def test_wrong_recipe(refused, recipe, text, words):
         assert word in error
 
 
+BOMB = "training_args:\n  a0: &a0 [x]\n" + "".join(
+    f"  a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]\n" for n in range(1, 10)
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("model: !!binary aGVsbG8=\n", ["!!binary", "line 1"]),
+        ("seed: !!set {1, 2}\n", ["!!set"]),
+        ("!!set {seed}\n", ["name: value"]),
+        ("seed: !!python/name:os.system\n", ["python/name"]),
+        (BOMB, ["more than 10000 values"]),
+        (BOMB.replace("[x]", "[[], []]"), ["more than 10000 values"]),
+        ("training_args: &a\n  x: *a\n", ["nested too deeply"]),
+        ("seed: &a [*a]\n", ["a list in a list", "seed"]),
+        ("seed: " + "[" * 3000 + "\n", ["nested too deeply"]),
+        ("training_args: {x: {y: .nan}}\n", ["not finite"]),
+        ("training_args: {x: [" + "9" * 5000 + "]}\n", ["no value"]),
+        ("seed: {a: 1}\n", ["a mapping", "seed"]),
+        ("ranks: [4, ~]\n", ["an empty entry", "ranks"]),
+        ("<<: {seed: 1}\n", ["<< is not the name of an option"]),
+        ("? {a: 1}\n: 2\n", ["no name"]),
+        ('model: "\\ud800"\n', ["half a character"]),
+        ('model: "a\\0"\n', ["null byte"]),
+        ('model: "\\U00110000"\n', ["not YAML"]),
+        ("%YAML 1." + "9" * 5000 + "\n---\nseed: 1\n", ["not YAML"]),
+        ("".join(f"a{n}: 1\n" for n in range(200)), ["200 names", "100"]),
+        ("seed: 1 # " + "x" * 70_000, ["longer than 65,536 bytes"]),
+        ("plan: 3\n", ["plan is a command"]),
+        ("seed: 1\n---\nseed: 2\n", ["another document"]),
+        ("seed: " + "9" * 5000 + "\n", ["seed"]),
+        ("max_steps: " + "9" * 30 + "\n", ["max_steps", "2**63"]),
+        ("ranks: [" + "9" * 400 + "]\n", ["ranks", "2**63"]),
+    ],
+)
+def test_odd_recipe(refused, recipe, text, words):
+    path = recipe(text)
+    error = refused("train", "--config", path)
+    assert len(error) < 3000
+    for word in [path, *words]:
+        assert word in error
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "value"),
+    [
+        ("model: 1.10\ntask: sql\n", "model", "1.10"),
+        ("model: 2026-01-01\n", "model", "2026-01-01"),
+        ("model: 1_000\n", "model", "1_000"),
+        ("model: no\n", "model", "no"),
+        ("model: 007\n", "model", "007"),
+        ("seed: 010\n", "seed", 10),
+        ("seed: 1_000\n", "seed", 1000),
+        ("bf16: on\n", "bf16", True),
+        ("dry_run: yes\n", "dry_run", True),
+        ("load_in_4bit: false\n", "load_in_4bit", False),
+        ("learning_rate: 1e-5\n", "learning_rate", 1e-5),
+        ("learning_rate: &rate 3.0e-05\nlora_learning_rate: *rate\n", "lora_learning_rate", 3e-5),
+        ("model: ~\n", "model", None),
+        ("save_steps:\n", "save_steps", None),
+        ("run: &a [*a]\nseed: 3\n", "seed", 3),
+        (
+            "training_args: {neftune_noise_alpha: 5, lr_scheduler_kwargs: {x: 0.5, y: [yes, ~]}}\n",
+            "training_args",
+            {
+                "neftune_noise_alpha": "5",
+                "lr_scheduler_kwargs": '{"x": 0.5, "y": [true, null]}',
+            },
+        ),
+    ],
+)
+def test_values_are_what_is_written(recipe, text, name, value):
+    found = getattr(read("--config", recipe(text)), name)
+    assert (found, type(found)) == (value, type(value))
+
+
+def test_recipe_that_never_ends(refused):
+    assert "longer than" in refused("train", "--config", "/dev/zero")
+
+
+def test_recipe_of_an_unknown_user(refused):
+    assert "~nobody-here/a.yaml" in refused("train", "--config", "~nobody-here/a.yaml")
+
+
 def test_empty_lists_in_a_recipe(recipe):
     settings = read("--config", recipe("exclude_modules: []\nreport_to: []\n"))
     assert settings.exclude_modules == ()

@@ -140,6 +140,17 @@ def test_model_is_needed(train):
     assert "--model" in error
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["train", "--output_dir", "~nobody-here/x", "--model", "/nowhere"],
+        ["recipes", "cp", "demo-fact-molf", "~nobody-here/x.yaml"],
+    ],
+)
+def test_home_of_an_unknown_user(refused, arguments):
+    refused(*arguments)
+
+
 def test_model_without_config(train, tmp_path):
     empty = tmp_path / "empty"
     empty.mkdir()

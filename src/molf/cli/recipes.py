@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import sys
 from pathlib import Path
@@ -60,7 +61,7 @@ def copy_recipe(
     from molf.train.files import write_text
 
     source = shipped_recipe(name)
-    target = Path(source.name) if destination is None else destination.expanduser()
+    target = Path(source.name if destination is None else os.path.expanduser(destination))
     check_path(target, "dest")
     if target.is_dir():
         target /= source.name

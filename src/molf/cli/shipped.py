@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 from pathlib import Path
 
 from molf.errors import InputError
@@ -40,7 +41,7 @@ def find_recipe(text: str) -> Path:
     Raises:
         InputError: There is neither.
     """
-    path = Path(text).expanduser()
+    path = Path(os.path.expanduser(text))  # unlike Path's own, it knows no unknown users
     check_path(path, "config")
     if path.exists():
         return path

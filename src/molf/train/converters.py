@@ -8,6 +8,8 @@ from typing import Any
 
 from cyclopts import CoercionError, Token
 
+TOO_LARGE = "must be below 2**63"
+
 _KINDS = {int: "whole numbers", float: "numbers"}
 
 
@@ -22,9 +24,19 @@ def numbers(kind: type[int] | type[float]) -> Callable[[Any, Sequence[Token]], t
             raise _wrong(tokens, rule) from None
         if not converted:
             raise _wrong(tokens, rule)
+        if kind is int and any(map(is_too_large, _split(tokens))):
+            raise _wrong(tokens, TOO_LARGE)
         return converted
 
     return convert
+
+
+def is_too_large(text: str) -> bool:
+    """Whether a text is a whole number that torch has no type for."""
+    try:
+        return abs(int(text)) >= 2**63
+    except ValueError:  # no whole number, or thousands of digits
+        return text.strip("+-").isdecimal()
 
 
 def words(type_: Any, tokens: Sequence[Token]) -> tuple[str, ...]:
