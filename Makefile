@@ -56,8 +56,8 @@ $(READY): requirements-dev.lock pyproject.toml
 
 $(FLOOR)/.ready: requirements-dev.lock pyproject.toml scripts/floors.py
 	$(PYTHON) -m venv $(FLOOR)
-	$(PYTHON) scripts/floors.py > $(FLOOR)/floors.txt
-	$(PYTHON) scripts/floors.py --without-dependencies > $(FLOOR)/apart.txt
+	$(FLOOR)/bin/python scripts/floors.py > $(FLOOR)/floors.txt
+	$(FLOOR)/bin/python scripts/floors.py --without-dependencies > $(FLOOR)/apart.txt
 	$(FLOOR)/bin/python -m pip install --quiet --disable-pip-version-check -r $(FLOOR)/floors.txt
 	$(FLOOR)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r $(FLOOR)/apart.txt
 	$(FLOOR)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .

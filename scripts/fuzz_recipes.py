@@ -148,7 +148,7 @@ def _options(rng: random.Random) -> str:
     """A few options, most of them known, each with an odd value."""
     command = rng.choice(("train", "train", "train", "eval"))
     lines = ["# molf eval MODEL"] if command == "eval" else []
-    for _ in range(rng.choice((1, 1, 2, 3, 8))):
+    for _ in range(rng.choice((1, 1, 1, 2, 5))):
         name = rng.choice(_ODD_NAMES if rng.random() < 0.1 else _OPTIONS[command])
         value = rng.choice(_LISTS if rng.random() < 0.25 else _SCALARS)
         if rng.random() < 0.1:

@@ -26,7 +26,7 @@ def test_recipes_are_a_function_of_the_seed(fuzz_recipes):
 
 @pytest.mark.slow
 def test_every_recipe_is_accepted_or_refused_by_a_line(fuzz_recipes):
-    figures = fuzz_recipes.fuzz(fuzz_recipes.odd_recipes(300, seed=0))
+    figures = fuzz_recipes.fuzz(fuzz_recipes.odd_recipes(200, seed=0))
     assert figures.faults == []
-    assert figures.accepted + figures.refused == figures.tried == 300
-    assert figures.accepted > 30  # otherwise the recipes would be too odd to get anywhere
+    assert figures.accepted + figures.refused == figures.tried == 200
+    assert figures.accepted > 20  # otherwise the recipes would be too odd to get anywhere

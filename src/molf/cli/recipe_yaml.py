@@ -20,6 +20,7 @@ _MAX_VALUES = (
     10_000  # once aliases are written out: nine aliases in a row can stand for 10^9 values
 )
 _MAX_NAMES = 100  # of one mapping; no command has as many options
+_MAX_ENTRIES = 1000  # of a list; the parser of options takes seconds for some thousands
 _MAX_DEPTH = 20
 
 _PREFIX = "tag:yaml.org,2002:"
@@ -129,6 +130,10 @@ class _Reader:
             return self._scalar(node)
         if not _is_list(node):
             self._refuse(name, node)
+        if len(node.value) > _MAX_ENTRIES:
+            raise RecipeError(
+                f"gives {len(node.value)} values for {name}; {_MAX_ENTRIES} are allowed."
+            )
         found: list[Value] = []
         for entry in node.value:
             if not isinstance(entry, yaml.ScalarNode) or entry.tag == _NULL:
