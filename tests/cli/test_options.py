@@ -153,7 +153,7 @@ BOMB = "training_args:\n  a0: &a0 [x]\n" + "".join(
         ("".join(f"a{n}: 1\n" for n in range(200)), ["200 names", "100"]),
         ("seed: 1 # " + "x" * 70_000, ["longer than 65,536 bytes"]),
         ("ranks: [" + "4," * 2000 + "4]\n", ["2001 values for ranks", "1000"]),
-        ("plan: 3\n", ["plan is a command"]),
+        ("plan: 3\n", ["plan"]),
         ("seed: 1\n---\nseed: 2\n", ["another document"]),
         ("seed: " + "9" * 5000 + "\n", ["seed"]),
         ("max_steps: " + "9" * 30 + "\n", ["max_steps", "2**63"]),
@@ -199,6 +199,11 @@ def test_odd_recipe(refused, recipe, text, words):
 def test_values_are_what_is_written(recipe, text, name, value):
     found = getattr(read("--config", recipe(text)), name)
     assert (found, type(found)) == (value, type(value))
+
+
+def test_options_called_as_commands_are(recipe):
+    """There is a `molf data`; the option of that name is no less an option of recipes."""
+    assert read("--config", recipe("task: sql\ndata: mine.jsonl\n")).data == "mine.jsonl"
 
 
 def test_recipe_that_never_ends(refused):

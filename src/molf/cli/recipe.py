@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from cyclopts import App, ArgumentCollection
-from cyclopts.config import Dict
+from cyclopts.argument import update_argument_collection
 
 from molf.cli.shipped import find_recipe
 from molf.errors import InputError
@@ -31,9 +31,18 @@ def apply_recipe(app: App, commands: tuple[str, ...], arguments: ArgumentCollect
     given_by(path, read_recipe(path, read_text(path)))(app, commands, arguments)
 
 
-def given_by(path: Path, options: Mapping[str, Any]) -> Dict:
-    """What gives options of a recipe to a command."""
-    return Dict(dict(options), source=str(path), use_commands_as_keys=False)
+def given_by(path: Path, options: Mapping[str, Any]) -> Callable[..., None]:
+    """What gives options of a recipe to a command.
+
+    Cyclopts' own `Dict` would pass over, in silence, options that are called as a command is.
+    """
+
+    def give(app: App, commands: tuple[str, ...], arguments: ArgumentCollection) -> None:
+        update_argument_collection(
+            dict(options), str(path), arguments, root_keys=(), allow_unknown=False
+        )
+
+    return give
 
 
 def read_text(path: Path) -> str:
@@ -74,14 +83,4 @@ def read_recipe(path: Path, text: str) -> dict[str, Any]:
         raise InputError(f"config {path} names another config; a recipe stands alone.")
     if options.get(_RECORD) is not None:
         options.pop(_RECORD)
-    _refuse_commands(path, options)
     return options
-
-
-def _refuse_commands(path: Path, options: Mapping[str, Any]) -> None:
-    """Refuse names of commands, which the parser would pass over in silence."""
-    from molf.cli.app import app
-
-    for name in options:
-        if name in app:
-            raise InputError(f"config {path}: {name} is a command, and no option.")
