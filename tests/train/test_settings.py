@@ -2,7 +2,7 @@
 
 import re
 import warnings
-from dataclasses import replace
+from dataclasses import fields, replace
 from datetime import datetime
 from pathlib import Path
 
@@ -214,7 +214,8 @@ def test_home_is_expanded(monkeypatch):
 
 def test_resolved_settings_are_settings():
     settings = resolved(method="lora")
-    assert resolve(TrainSettings(**vars(settings)), NOW) == settings
+    options = {option.name: getattr(settings, option.name) for option in fields(TrainSettings)}
+    assert resolve(TrainSettings(**options), NOW) == settings
     assert replace(settings, seed=1).seed == 1
 
 
@@ -250,7 +251,7 @@ def test_unrouted_layer_is_noticed():
     optimizer = MoLFAdamW.from_model(wrapped, MoLFConfig(ranks=(1,)))
     optimizer.routing = {"0": Decision(("full",), {"full": 1.0})}
     prepared = Prepared(wrapped, (None, {}), MoLFAdamW, ("0", "1"), 0)
-    with pytest.raises(RuntimeError, match="1 of 2 layers were not routed"):
+    with pytest.raises(RuntimeError, match="1 of 2 layers are not routed"):
         RoutingCallback(prepared, None, None).on_optimizer_step(
             None, None, None, optimizer=optimizer
         )

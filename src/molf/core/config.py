@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
 import warnings
@@ -121,6 +122,22 @@ class MoLFConfig:
                 "them take every update, and nothing is routed. Give a lower top_k or more ranks.",
                 stacklevel=4,
             )
+
+    def without(self, modules: Iterable[str]) -> MoLFConfig:
+        """Return the same settings with further modules, and all in them, in `exclude_modules`.
+
+        Args:
+            modules: Whole names of modules.
+        """
+        patterns, flags = self.exclude_modules, ""
+        if not isinstance(patterns, str):
+            endings = "|".join(map(re.escape, patterns))
+            patterns = rf"(?:.*\.)?(?:{endings})" if endings else "(?!)"
+        elif found := re.match(r"\(\?[aiLmsux]+\)", patterns):  # flags stand at the very beginning
+            flags, patterns = found[0], patterns[found.end() :]
+        names = "|".join(map(re.escape, modules))
+        excluded = rf"{flags}(?:{patterns})|(?:{names})(?:\..*)?"
+        return dataclasses.replace(self, exclude_modules=excluded) if names else self
 
     def _set(self, name: str, value: object) -> None:
         object.__setattr__(self, name, value)

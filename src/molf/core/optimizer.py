@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -19,6 +20,9 @@ from molf.core.quantised import keep_differentiable
 from molf.core.routed import RoutedLayer, States
 from molf.core.routing import Decision
 from molf.core.step import Outcome
+
+# The number of an element in a list that is itself in a numbered element.
+_EXPERT = re.compile(r"(\.\d+\..*\.)\d+(\.|$)")
 
 
 class MoLFAdamW(AdamW):
@@ -206,8 +210,8 @@ class MoLFAdamW(AdamW):
 
     def _end(self) -> None:
         if self._is_first:
-            routed = [group["layer"] for group in self.param_groups if group["layer"] is not None]
-            _warn_of_missing_gradients([x for x in routed if x not in self.routing], len(routed))
+            layers = [group["layer"] for group in self.param_groups if group["layer"] is not None]
+            _warn_of_missing_gradients(layers, self.routing)
 
     def _routed(self, indices: Iterable[int]) -> list[dict[str, Any]]:
         """Those of some groups that are routed layers and have gradients."""
@@ -294,12 +298,21 @@ def _form_of(group: dict[str, Any]) -> type[FoldedLayer] | type[AdapterLayer]:
     return AdapterLayer if group.get("adapter_scaling") is not None else FoldedLayer
 
 
-def _warn_of_missing_gradients(missing: list[str], routed: int) -> None:
-    """A layer without a gradient in the very first step may never get one."""
+def _warn_of_missing_gradients(layers: list[str], routed: Iterable[str]) -> None:
+    """A layer without a gradient in the very first step may never get one.
+
+    The experts of a mixture in a decoder layer do not all get tokens in every step: where one of
+    them has a gradient, the others may have one in a later step.
+    """
+    places = {_EXPERT.sub(r"\1*\2", name) for name in routed}
+    missing = set(layers) - set(routed)
+    missing -= {x for x in missing if _EXPERT.search(x) and _EXPERT.sub(r"\1*\2", x) in places}
     if missing:
+        first = next(name for name in layers if name in missing)
         warnings.warn(
-            f"{len(missing)} of {routed} routed layers have no gradient in the first step (first: "
-            f"{missing[0]}), so it does not train them. Under gradient checkpointing the reason is "
-            "use_reentrant=True; use False.",
+            f"{len(missing)} of {len(layers)} routed layers have no gradient in the first step "
+            f"(first: {first}), and take no step without one. Either the model has not used them, "
+            "as a text does not use a vision tower; or gradients were cut, as gradient "
+            "checkpointing does with use_reentrant=True (use False).",
             stacklevel=6,
         )

@@ -74,6 +74,8 @@ def generate_greedy(
     room = [min(max_new_tokens, (limit or length + max_new_tokens) - length) for length in lengths]
     pad_id = padding_id(tokenizer)
     results: list[list[int]] = [[] for _ in contexts]
+    # Models with positions in several dimensions keep shifts of a batch's rows beside the cache.
+    reuse = not any(hasattr(module, "rope_deltas") for module in inner.modules())
 
     def settings(tokens: int) -> GenerationConfig:
         return GenerationConfig(
@@ -100,7 +102,7 @@ def generate_greedy(
                     logits_processor=[first],
                     stopping_criteria=[answers],
                 )
-                inputs = _rows_of(made, inputs["attention_mask"], answers.drop_ended())
+                inputs = _rows_of(made, inputs["attention_mask"], answers.drop_ended(), reuse)
             for index, answer in zip(answers.indices, answers.tokens, strict=True):
                 results[index] = answer
 
@@ -131,20 +133,21 @@ def decode(tokenizer: Any, tokens: Sequence[int]) -> str:
     return text
 
 
-def _rows_of(made: Any, mask: Tensor, rows: list[int]) -> dict[str, Any]:
+def _rows_of(made: Any, mask: Tensor, rows: list[int], reuse: bool) -> dict[str, Any]:
     """What `generate()` goes on from, for some rows of what it has made.
 
     Args:
         made: Its result; all tokens that it has made of these rows count.
         mask: The attention mask that it began with.
         rows: The rows.
+        reuse: Whether the cache may be used on, where it can be cut.
     """
     index = torch.tensor(rows, device=mask.device, dtype=torch.long)
     ids = made.sequences[index]
     new = mask.new_ones(len(rows), ids.shape[1] - mask.shape[1])
     inputs = {"input_ids": ids, "attention_mask": torch.cat([mask[index], new], dim=1)}
     cache = made.get("past_key_values")
-    if rows and _can_be_cut(cache):  # without it all is computed anew
+    if rows and reuse and _can_be_cut(cache):  # without it all is computed anew
         cache.batch_select_indices(index)
         inputs["past_key_values"] = cache
     return inputs

@@ -15,6 +15,7 @@ from typing import Any
 
 from molf.plan.model_shape import ModelShape, describe_model
 from molf.plan.trace import PassTrace, StepTrace, trace_pass, trace_step
+from molf.plan.trainable import find_reach_of
 from molf.plan.workload import Workload
 
 
@@ -83,6 +84,7 @@ class Planner:
         self._pass = lru_cache(maxsize=None)(lambda w: trace_pass(config, w))
         self._step = lru_cache(maxsize=None)(lambda w: trace_step(config, w))
         self._shape = lru_cache(maxsize=None)(lambda w: describe_model(config, w))
+        self._reach = lru_cache(maxsize=None)(lambda: find_reach_of(config))
 
     def shape(self, workload: Workload) -> ModelShape:
         """Count the parameters.
@@ -90,11 +92,11 @@ class Planner:
         Raises:
             InputError: The model cannot be made, or no layer can be adapted.
         """
-        return self._shape(_shape_alone(workload))
+        return self._shape(_shape_alone(self._reached(workload)))
 
     def step_peak(self, workload: Workload) -> int:
         """Peak of the optimizer's step on each device: below the peak, and found faster."""
-        return self._plan(workload, PassTrace(0, 0)).step_peak
+        return self._plan(self._reached(workload), PassTrace(0, 0)).step_peak
 
     def memory(self, workload: Workload) -> MemoryPlan:
         """Plan the memory of each device.
@@ -103,7 +105,17 @@ class Planner:
             InputError: The model cannot be made, or not be planned without data, or no layer can be
                 adapted.
         """
+        workload = self._reached(workload)
         return self._plan(workload, self._pass(replace(workload, num_gpus=1)))
+
+    def _reached(self, workload: Workload) -> Workload:
+        """The workload without the modules that no text reaches, as `molf train` has it."""
+        reach = self._reach()
+        left_out = (*reach.unreached, *(reach.bypassed if workload.has_adapter else ()))
+        if workload.unreached or not left_out:
+            return workload
+        config = None if workload.config is None else workload.config.without(left_out)
+        return replace(workload, config=config, unreached=reach.unreached)
 
     def _plan(self, workload: Workload, passing: PassTrace) -> MemoryPlan:
         shape = self.shape(workload)

@@ -16,7 +16,7 @@ from molf.core.layers import (
 )
 from molf.errors import InputError
 from molf.plan.quantised_base import quantise
-from molf.plan.trainable import skeleton
+from molf.plan.trainable import freeze, skeleton
 from molf.plan.workload import Workload
 
 PARTS = ("embeddings", "head", "attention", "mlp", "norms", "other")
@@ -78,6 +78,7 @@ def describe_model(config: Any, workload: Workload) -> ModelShape:
         UserWarning: As `molf.core.layers.find_layers`, by what the method does.
     """
     model = skeleton(config, workload.dtype)
+    freeze(model, workload.unreached)
     layers = _layers(model, workload)
     base_trained = _trained(model, layers, workload)
     parts = {name: [0, 0] for name in PARTS}
@@ -121,14 +122,15 @@ def _layers(model: nn.Module, workload: Workload) -> list[LinearLayer]:
 
 def _trained(model: nn.Module, layers: list[LinearLayer], workload: Workload) -> set[nn.Parameter]:
     """The model's own parameters that get gradients."""
+    trainable = {parameter for parameter in model.parameters() if parameter.requires_grad}
     if workload.method == "fft":
-        return set(model.parameters())
+        return trainable
     if workload.method == "molf" and workload.config is not None:
         if workload.config.freeze_rest:
             return {layer.weight for layer in layers}
-        return set(model.parameters())
+        return trainable
     if workload.method == "molf-e" and workload.config and not workload.config.freezes_rest:
-        return set(model.parameters()) - {layer.weight for layer in layers}
+        return trainable - {layer.weight for layer in layers}
     return set()
 
 

@@ -43,7 +43,7 @@ class TrainingPlan:
         return {
             "model": self.model,
             "model_type": shape.model_type,
-            "planned": {k: v for k, v in vars(workload).items() if k != "config"}
+            "planned": {k: v for k, v in vars(workload).items() if k not in ("config", "unreached")}
             | {"ranks": list(workload.config.ranks) if workload.config else []},
             "parameters": {
                 "total": shape.parameters,

@@ -17,9 +17,10 @@ from molf.core.layers import trainable_layers
 from molf.core.offload import carried_by
 from molf.core.optimizer import MoLFAdamW
 from molf.core.peft_model import with_adapter
-from molf.errors import InputError
 from molf.plan.host_memory import PlannedCarrier
+from molf.plan.model_class import make_skeleton
 from molf.plan.quantised_base import quantise
+from molf.plan.reach import Reach, find_reach
 from molf.plan.workload import Workload
 
 
@@ -48,18 +49,35 @@ def skeleton(config: Any, dtype: str = "float32") -> Any:
         dtype: Type of the weights, whatever the configuration says.
 
     Raises:
-        InputError: The configuration is not that of a causal language model.
+        InputError: The configuration is not that of a model that generates text.
     """
-    from transformers import AutoModelForCausalLM
+    with torch.device("meta"):
+        return make_skeleton(config, dtype=getattr(torch, dtype))
 
-    try:
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(
-                config, dtype=getattr(torch, dtype), trust_remote_code=False
-            )
-    except (OSError, ValueError, ImportError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise InputError(f"The configuration makes no causal language model: {reason}") from error
+
+def freeze(model: nn.Module, modules: tuple[str, ...]) -> None:
+    """Freeze modules of a plain model that no text reaches."""
+    for name in modules:
+        model.get_submodule(name).requires_grad_(False)
+
+
+def find_reach_of(config: Any) -> Reach:
+    """What of a multimodal model a text does not reach, found on tensors without data.
+
+    Of another model, and of one whose forward pass needs data, nothing is said.
+    """
+    if not config.sub_configs:
+        return Reach()
+    ids = torch.zeros(1, 16, dtype=torch.long)
+    with _silent("torch._subclasses.fake_tensor"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = skeleton(config)
+        try:
+            with FakeTensorMode(allow_non_fake_inputs=True):
+                _leave_meta(model)
+                return find_reach(model, lambda: model(input_ids=ids, use_cache=False))
+        except Exception:  # whatever an operation raises that must read a number
+            return Reach()
 
 
 @contextmanager
@@ -77,7 +95,9 @@ def trainable(config: Any, workload: Workload) -> Iterator[Trainable]:
     """
     with warnings.catch_warnings(), _silent("torch._subclasses.fake_tensor"):
         warnings.simplefilter("ignore")  # `describe_model` gives those that matter, once
-        model = _with_adapter(skeleton(config, workload.dtype), workload)
+        model = skeleton(config, workload.dtype)
+        freeze(model, workload.unreached)
+        model = _with_adapter(model, workload)
         # Constants that the model has made are real; they are small.
         with FakeTensorMode(allow_non_fake_inputs=True):
             _leave_meta(model)

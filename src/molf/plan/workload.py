@@ -42,6 +42,7 @@ class Workload:
         optimizer_in_backward: Whether steps are taken in the backward pass.
         state_offload: Whether the optimizer's state is in host memory; on CUDA only.
         quantised: The option that asks for a quantised base, one of `QUANTISATIONS`, or None.
+        unreached: Modules that no text reaches, which are frozen; found by the planner.
 
     Raises:
         InputError: A value is not allowed.
@@ -64,6 +65,7 @@ class Workload:
     optimizer_in_backward: bool = False
     state_offload: bool = False
     quantised: str | None = None
+    unreached: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         """Check every value that can be checked without the model."""

@@ -60,11 +60,16 @@ class RoutingCallback(TrainerCallback):
             )
         if not hasattr(optimizer, "routing"):
             return
-        missing = [name for name in self._prepared.layers if name not in optimizer.routing]
+        held = {group["layer"] for group in optimizer.param_groups}
+        missing = [name for name in self._prepared.layers if name not in held]
         if missing:
             raise RuntimeError(
-                f"{len(missing)} of {len(self._prepared.layers)} layers were not routed in the "
-                f"first step; the first is {missing[0]}."
+                f"{len(missing)} of {len(self._prepared.layers)} layers are not routed by the "
+                f"trainer's optimizer; the first is {missing[0]}."
+            )
+        if not optimizer.routing:
+            raise RuntimeError(
+                f"None of the {len(self._prepared.layers)} layers had a gradient in the first step."
             )
 
 

@@ -79,7 +79,10 @@ def rehearse(settings: ResolvedSettings, task: Task, reporter: Reporter) -> DryR
     samples = task.training_samples
     drawn = random.Random(settings.seed).sample(samples, min(len(samples), _SAMPLES))
     opening = open_training(settings, drawn)
+    settings = opening.settings
     base, encoded = opening.base, opening.encoded
+    for note in opening.notes:
+        reporter.say(note)
     short_steps = _ADALORA_STEPS if settings.method == "adalora" else STEPS
     longest = _longest(encoded, short_steps, settings)
     examples = len(encoded.input_ids)

@@ -63,10 +63,13 @@ def run_job(
         RunError: The run failed; its directory holds what was written, and the traceback.
     """
     opening = open_training(settings, task.training_samples)
-    arguments, base, encoded = opening.arguments, opening.base, opening.encoded
+    settings, arguments = opening.settings, opening.arguments
+    base, encoded = opening.base, opening.encoded
     data = TrainingData(encoded, count_steps(arguments, len(encoded.input_ids)))
     planned = plan(base.model, settings, data)
     parameters = base.model.num_parameters()
+    for note in opening.notes:
+        reporter.say(note)
     settings = replace(
         settings,
         bf16=arguments.bf16,
@@ -158,6 +161,8 @@ class _Job:
                 "parameters": self.parameters,
                 "dtype": _name(self.base.dtype),
                 **({"quantised": str(self.quantisation)} if self.quantisation else {}),
+                "not_reached": list(self.settings.unreached),
+                "carried_tensors": len(self.base.carried.names),
                 **self.plan.record(),
             },
             "training": {"steps": self.data.steps},

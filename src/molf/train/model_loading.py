@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import copy
+import logging
+import re
 import warnings
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from molf.core.quantised import drop_from_config, quantisation_of
 from molf.errors import InputError
+from molf.plan.model_class import auto_class, make_skeleton
+from molf.train.carried import Carried
+from molf.train.model_config import not_loaded, place_of, read_config
 from molf.train.quantised_base import check_library, prepare_stored
+from molf.train.stored import stored_tensors
+from molf.train.tokenizer import load_tokenizer
+from molf.train.whole import check_whole
 
 
 @dataclass
@@ -28,6 +35,7 @@ class LoadedModel:
         config: The configuration it came with; trainers change the model's own. A quantisation is
             left out, because what is saved has real weights.
         generation_config: The generation configuration it came with.
+        carried: Stored tensors that the model has no place for, to be saved with it.
     """
 
     model: Any
@@ -35,67 +43,74 @@ class LoadedModel:
     dtype: torch.dtype
     config: Any
     generation_config: Any
+    carried: Carried = field(default_factory=lambda: Carried({}))
 
 
 def load_skeleton(model: str) -> Any:
     """Make the model on the meta device, from its configuration alone: names and shapes.
 
     Raises:
-        InputError: The configuration is not there, or not that of a causal language model.
+        InputError: The configuration is not there, or not that of a model that generates text.
     """
-    path = Path(model).expanduser()
-    name = str(path) if path.is_dir() else model
+    config = read_config(model)
     try:
-        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    except (OSError, ValueError, ImportError) as error:
-        raise _not_loaded(model, error) from error
+            return make_skeleton(config)
+    except InputError as error:
+        raise not_loaded(model, error) from error
 
 
 def load_model(model: str, dtype: torch.dtype = torch.float32) -> LoadedModel:
-    """Load a causal language model and its tokenizer.
+    """Load a model that generates text, whole, and its tokenizer.
 
-    Only safetensors weights are read and no code that came with the model is run.
+    The class is that which the checkpoint names: a multimodal model keeps all its towers. Only
+    safetensors weights are read and no code that came with the model is run.
 
     Args:
         model: A directory or a Hub id.
         dtype: The type that its weights get.
 
     Raises:
-        InputError: The model is not there, or is none that can be trained here.
+        InputError: The model is not there, is none that can be trained here, or a part of it is
+            missing or would be lost.
     """
-    path = Path(model).expanduser()
-    name = str(path) if path.is_dir() else model
+    name = place_of(model)
+    config = read_config(model)
     try:
-        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+        kind = auto_class(config)
         stored_as = quantisation_of(config)
         if stored_as is not None:
             check_library(stored_as, model)
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-        loaded = _from_pretrained(name, dtype)
-        stored = config.dtype or _from_pretrained(name, "auto").dtype
-    # An assertion is how torch refuses a padding token beyond the embeddings.
-    except (
-        OSError,
-        ValueError,
-        ImportError,
-        RuntimeError,
-        AssertionError,
-        SafetensorError,
-    ) as error:
-        raise _not_loaded(model, error) from error
+    except InputError as error:
+        raise not_loaded(model, error) from error
+    tokenizer = load_tokenizer(model)
+    stored = stored_tensors(name, config)
+    try:
+        with _told_briefly():
+            loaded, found = _from_pretrained(kind, name, dtype)
+            stored_dtype = config.dtype or _from_pretrained(kind, name, "auto")[0].dtype
+    except (torch.OutOfMemoryError, MemoryError):
+        raise
+    # The classes fail in any way on what they do not expect; an assertion is how torch refuses a
+    # padding token beyond the embeddings.
+    except Exception as error:
+        raise not_loaded(model, error) from error
+    carried = check_whole(model, loaded, stored, found)
     _check_vocabulary(model, loaded, tokenizer)
-    saved = copy.deepcopy(loaded.config)
+    own_config = copy.deepcopy(loaded.config)
+    for part in own_config.sub_configs:  # loading notes its type in them
+        if (inner := getattr(own_config, part, None)) is not None:
+            inner.dtype = getattr(getattr(config, part, None), "dtype", None)
     if stored_as is not None:
         prepare_stored(loaded, dtype)
-        drop_from_config(saved)
+        drop_from_config(own_config)
     return LoadedModel(
         model=loaded,
         tokenizer=tokenizer,
-        dtype=stored,
-        config=saved,
+        dtype=stored_dtype,
+        config=own_config,
         generation_config=copy.deepcopy(loaded.generation_config),
+        carried=Carried(carried),
     )
 
 
@@ -132,12 +147,43 @@ def _check_vocabulary(name: str, model: Any, tokenizer: Any) -> None:
         tokenizer.pad_token = tokenizer.eos_token
 
 
-def _not_loaded(model: str, error: Exception) -> InputError:
-    reason = str(error).strip().split("\n")[0]
-    return InputError(f"model {model} cannot be loaded: {reason}")
-
-
-def _from_pretrained(name: str, dtype: torch.dtype | str) -> Any:
-    return AutoModelForCausalLM.from_pretrained(
-        name, dtype=dtype, trust_remote_code=False, use_safetensors=True
+def _from_pretrained(kind: Any, name: str, dtype: torch.dtype | str) -> tuple[Any, dict[str, Any]]:
+    """A model, and the names of what is missing, left out, or of another shape."""
+    loaded, found = kind.from_pretrained(
+        name,
+        dtype=dtype,
+        trust_remote_code=False,
+        use_safetensors=True,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,  # they are told of by name
     )
+    return loaded, found
+
+
+@contextmanager
+def _told_briefly() -> Iterator[None]:
+    """Keep transformers from printing tables of names; what they are about is an error of ours.
+
+    Raises:
+        ValueError: In the place of an error that only refers to such a table.
+    """
+    tables: list[str] = []
+
+    def is_no_table(record: logging.LogRecord) -> bool:
+        text = record.getMessage()
+        if "LOAD REPORT" not in text:
+            return True
+        tables.append(text)
+        return False
+
+    logger = logging.getLogger("transformers.modeling_utils")
+    logger.addFilter(is_no_table)
+    try:
+        yield
+    except RuntimeError as error:
+        told = re.search(r"on tensors destined for (\S+?)\.?\s", "".join(tables))
+        if told is None:
+            raise
+        raise ValueError(f"the shapes of the tensors stored for {told[1]} differ") from error
+    finally:
+        logger.removeFilter(is_no_table)

@@ -56,6 +56,7 @@ def save_model(
     try:
         with replacing_directory(path) as directory:
             model.save_pretrained(directory)
+            base.carried.add_to(directory)
             base.tokenizer.save_pretrained(directory)
             if card is not None:
                 (directory / "README.md").write_text(card, encoding="utf-8")

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from transformers import set_seed
 from trl import SFTConfig
 
+from molf.core.layers import matching_linears
 from molf.core.quantised import Quantisation
 from molf.errors import InputError
 from molf.evaluate.generate import padding_id
-from molf.evaluate.inference import length_limit
+from molf.evaluate.inference import last_logits, length_limit
 from molf.evaluate.padding import right_padding_counts
+from molf.plan.reach import Reach, describe, find_reach
 from molf.tasks.encoding import EncodedSamples, encode_samples
 from molf.tasks.samples import Sample
+from molf.train.loss_check import check_loss
 from molf.train.methods import check
 from molf.train.methods.storage import check_kernels
 from molf.train.model_loading import LoadedModel, load_model, load_skeleton
@@ -23,24 +28,30 @@ from molf.train.quantised_base import check_device, check_quantisation
 from molf.train.resolved import ResolvedSettings
 from molf.train.sft_config import sft_config
 
+_TRIED_TOKENS = 256
+
 
 @dataclass
 class Opening:
     """A training that may begin.
 
     Attributes:
+        settings: The settings, with what the model has shown of them.
         arguments: The trainer's arguments.
         base: The model to start from.
         quantisation: How it will be quantised in training; None for real weights.
         max_length: The longest example allowed, in tokens: by the settings and by the model.
         encoded: The examples.
+        notes: What the user should know of the model, a line for each.
     """
 
+    settings: ResolvedSettings
     arguments: SFTConfig
     base: LoadedModel
     quantisation: Quantisation | None
     max_length: int
     encoded: EncodedSamples
+    notes: tuple[str, ...]
 
 
 def open_training(settings: ResolvedSettings, samples: Sequence[Sample]) -> Opening:
@@ -57,15 +68,71 @@ def open_training(settings: ResolvedSettings, samples: Sequence[Sample]) -> Open
     skeleton = load_skeleton(settings.model)
     quantisation = check_quantisation(skeleton.config, settings)
     check_device(quantisation, arguments.device)
-    check(skeleton, settings)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Rank .* exceeds the smaller side")  # see `plan`
+        check(skeleton, settings)
     base = load_model(settings.model, getattr(torch, settings.dtype))
     max_length = length_limit(base.model, settings.max_length)
     if settings.split_special_tokens:  # a tokenizer may also bring the setting itself
         base.tokenizer.split_special_tokens = True
     encoded = encode_samples(base.tokenizer, samples, max_length)
     _check_ids(base, encoded, settings.model)
+    base.model.to(arguments.device)
+    reach = _reach(base, encoded, settings.model)
+    _check_reached(base.model, settings, reach)
+    settings = replace(settings, unreached=reach.unreached, bypassed=reach.bypassed)
+    notes = (
+        describe(base.model, reach, in_adapter=settings.has_adapter),
+        base.carried.describe(),
+    )
     _check_padding(base, encoded, settings)
-    return Opening(arguments, base, quantisation, max_length, encoded)
+    return Opening(
+        settings,
+        arguments,
+        base,
+        quantisation,
+        max_length,
+        encoded,
+        tuple(filter(None, notes)),
+    )
+
+
+def _reach(base: LoadedModel, encoded: EncodedSamples, model: str) -> Reach:
+    """Run the beginning of the longest example, and see which modules it does not reach.
+
+    Raises:
+        InputError: The model does not take text alone, or the trainer does not fit it.
+    """
+    longest = max(encoded.input_ids, key=len)[:_TRIED_TOKENS]
+    pad = padding_id(base.tokenizer)
+    devices = [base.model.device] if base.model.device.type == "cuda" else []
+    try:
+        with torch.random.fork_rng(devices):  # a model in training mode may draw
+            reach = find_reach(base.model, lambda: last_logits(base.model, [longest], pad, keep=1))
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # each model fails in its own way without its other inputs
+        reason = str(error).strip().split("\n")[0] or type(error).__name__
+        raise InputError(
+            f"model {model}: {type(base.model).__name__} fails on the text of an example: {reason}"
+        ) from error
+    check_loss(model, base.model, longest, pad)
+    return reach
+
+
+def _check_reached(model: Any, settings: ResolvedSettings, reach: Reach) -> None:
+    """Refuse settings that choose nothing but layers that training would not move."""
+    config = settings.method_config
+    if config is None:
+        return
+    left_out = (*reach.unreached, *(reach.bypassed if settings.has_adapter else ()))
+    chosen = matching_linears(model, config)
+    if all(any(f"{name}.".startswith(f"{one}.") for one in left_out) for name in chosen):
+        raise InputError(
+            f"No text reaches the {len(chosen)} layers that the settings choose, such as "
+            f"{next(iter(chosen))}: training would not move them. Choose others with "
+            "--target_modules and --exclude_modules."
+        )
 
 
 def _check_ids(base: LoadedModel, encoded: EncodedSamples, model: str) -> None:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import warnings
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import BitsAndBytesConfig
 
 from molf.core.quantised import Quantisation, is_quantised, keep_differentiable, quantisation_of
 from molf.errors import InputError
+from molf.plan.model_class import auto_class
+from molf.train.model_config import place_of, read_config
 from molf.train.resolved import ResolvedSettings
 
 _QUANTISED_WHEN_LOADED = {
@@ -116,9 +117,8 @@ def load_quantised(name: str, option: str, device: torch.device) -> Any:
         quantisation = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
     else:
         quantisation = BitsAndBytesConfig(load_in_8bit=True)
-    path = Path(name).expanduser()
-    model = AutoModelForCausalLM.from_pretrained(
-        str(path) if path.is_dir() else name,
+    model = auto_class(read_config(name)).from_pretrained(
+        place_of(name),
         quantization_config=quantisation,
         dtype=torch.float32,
         device_map={"": device},

@@ -9,6 +9,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from molf.core.config import MoLFConfig
 from molf.errors import InputError
 from molf.paths import absolute, check_path, settled
 from molf.train.defaults import ADAPTERS, MERGE_BASES, QUANTISABLE, STORAGE, defaults_for
@@ -17,7 +18,12 @@ from molf.train.settings import TrainSettings
 
 @dataclass(frozen=True, kw_only=True)
 class ResolvedSettings(TrainSettings):
-    """The settings with no such default left open."""
+    """The settings with no such default left open.
+
+    Attributes:
+        unreached: Modules that no text reaches, which are left out; known once the model is loaded.
+        bypassed: Layers that the model uses without calling them, which no adapter can change.
+    """
 
     model: str
     learning_rate: float
@@ -27,6 +33,21 @@ class ResolvedSettings(TrainSettings):
     gradient_accumulation_steps: int
     max_grad_norm: float
     output_dir: Path
+    unreached: tuple[str, ...] = ()
+    bypassed: tuple[str, ...] = ()
+
+    @property
+    def method_config(self) -> MoLFConfig | None:
+        """The experts or the adapter, without the layers that these cannot train."""
+        config = super().method_config
+        if config is None:
+            return None
+        return config.without((*self.unreached, *(self.bypassed if self.has_adapter else ())))
+
+    @property
+    def has_adapter(self) -> bool:
+        """Whether what is trained is, or is beside, a PEFT adapter."""
+        return self.method in (*ADAPTERS, "molf-e") or self.is_explicit
 
     @property
     def trains_dense(self) -> bool:
@@ -39,12 +60,14 @@ class ResolvedSettings(TrainSettings):
     @property
     def is_explicit(self) -> bool:
         """Whether MoLF's experts are an adapter beside trained weights, as dropout demands."""
-        config = self.method_config
+        config = super().method_config
         return self.method == "molf" and config is not None and config.lora_dropout > 0
 
     def as_options(self) -> dict[str, Any]:
         """Return the settings as plain values: a recipe that `molf train --config` accepts."""
         options = asdict(self)
+        for name in ("unreached", "bypassed"):  # no options: the next run finds them by itself
+            del options[name]
         for name, value in options.items():
             if isinstance(value, Path):
                 options[name] = str(value)

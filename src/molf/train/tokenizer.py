@@ -1,13 +1,22 @@
-"""A checkpoint's tokenizer."""
+"""A checkpoint's tokenizer, read and tried before anything depends on it."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, AutoTokenizer
+from tokenizers import Tokenizer
+from transformers import AutoTokenizer
 
 from molf.errors import InputError
+from molf.train.model_config import place_of, read_config
+
+# Parts of the names of files that hold a vocabulary.
+_VOCABULARIES = ("tokenizer.", "vocab", "spiece", "sentencepiece", "tekken", "tiktoken", "merges")
+_JSON_FILES = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+# A tokenizer of one script or of one kind of sequence may know none of the others' characters.
+_TRIED = "The year 1984: ACGT, мир, 世界, سلام, नमस्ते."
 
 
 def load_tokenizer_and_limit(model: str, max_length: int) -> tuple[Any, int]:
@@ -22,12 +31,58 @@ def load_tokenizer_and_limit(model: str, max_length: int) -> tuple[Any, int]:
     """
     from molf.evaluate.inference import position_limit
 
-    path = Path(model).expanduser()
-    name = str(path) if path.is_dir() else model
+    limit = position_limit(read_config(model))
+    return load_tokenizer(model), min(max_length, limit or max_length)
+
+
+def load_tokenizer(model: str) -> Any:
+    """Load a tokenizer, and make sure that it gives tokens.
+
+    Args:
+        model: A directory or a Hub id.
+
+    Raises:
+        InputError: There is no tokenizer, a file of it is broken, or it has no tokens for text.
+    """
+    name = place_of(model)
     try:
-        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-    except (OSError, ValueError, ImportError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise InputError(f"model {model} cannot be loaded: {reason}") from error
-    return tokenizer, min(max_length, position_limit(config) or max_length)
+        tokens = tokenizer(_TRIED, add_special_tokens=False)["input_ids"]
+    except Exception as error:  # of whichever library reads the files
+        broken = _broken_file(Path(name))
+        reason = broken or str(error).strip().split("\n")[0] or type(error).__name__
+        raise InputError(f"model {model}: its tokenizer cannot be loaded: {reason}") from error
+    if not tokens:
+        kind = type(tokenizer).__name__
+        raise InputError(
+            f"model {model}: its tokenizer ({kind}, {len(tokenizer)} tokens) gives no tokens for "
+            f"text. {_why(Path(name))}"
+        )
+    return tokenizer
+
+
+def _broken_file(directory: Path) -> str | None:
+    """Which file of a local tokenizer is missing or broken, and why; None if none is."""
+    files = [path.name for path in directory.iterdir()] if directory.is_dir() else None
+    if files is not None and not any(part in name for name in files for part in _VOCABULARIES):
+        return "the directory has no tokenizer.json. Copy the tokenizer's files into it."
+    whole = directory / "tokenizer.json"
+    if whole.is_file():
+        try:
+            Tokenizer.from_file(str(whole))
+        except Exception as error:  # the library raises nothing more special
+            return f"{whole.name} is broken: {str(error).strip()}"
+    for name in _JSON_FILES:
+        if (path := directory / name).is_file():
+            try:
+                json.loads(path.read_text(encoding="utf-8"))
+            except ValueError as error:
+                return f"{name} is broken: {error}"
+    return None
+
+
+def _why(directory: Path) -> str:
+    """What the user may do about a tokenizer without tokens."""
+    if directory.is_dir() and not (directory / "tokenizer.json").is_file():
+        return "The directory has no tokenizer.json: copy the tokenizer's files into it."
+    return "Its files are not those of a trained tokenizer."

@@ -46,11 +46,12 @@ def check(skeleton: Any, settings: ResolvedSettings) -> None:
 
 
 def plan(model: Any, settings: ResolvedSettings, data: TrainingData) -> Plan:
-    """Say what will be trained; the model is left as it is.
+    """Say what will be trained; nothing changes but that what no text reaches is frozen.
 
     Raises:
         InputError: The settings do not fit the model or the data.
     """
+    _freeze_unreached(model, settings)
     return _METHODS[settings.method].plan(model, settings, data)
 
 
@@ -61,4 +62,11 @@ def prepare(model: Any, settings: ResolvedSettings, data: TrainingData) -> Prepa
 
     Random initialisation depends on `settings.seed` alone.
     """
+    _freeze_unreached(model, settings)
     return _METHODS[settings.method].prepare(model, settings, data)
+
+
+def _freeze_unreached(model: Any, settings: ResolvedSettings) -> None:
+    """Freeze modules that would get no gradient, so that nothing counts or keeps state for them."""
+    for name in settings.unreached:
+        model.get_submodule(name).requires_grad_(False)

@@ -90,7 +90,7 @@ class Prepared:
         model: The model to train, wrapped if there is an adapter.
         optimizer: The trainer's `optimizer_cls_and_kwargs`.
         optimizer_class: What the trainer must end up with.
-        layers: Names of the layers that are routed; each must be in the first step.
+        layers: Names of the layers that are routed.
         trained_parameters: How many numbers are trained.
         experts: What the optimizer routes between; empty without routing.
         save_adapter: Writes the trained model's adapter into a directory; None where there is none,

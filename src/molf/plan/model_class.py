@@ -1,0 +1,68 @@
+"""The class of transformers that holds all of a checkpoint and trains on text."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from molf.errors import InputError
+
+
+def auto_class(config: Any) -> Any:
+    """Return the auto class of a configuration: that of the class which the checkpoint names.
+
+    A multimodal configuration belongs to two classes, of which the text model's leaves out the
+    other towers. Without a known name the one with all towers is chosen.
+
+    Args:
+        config: A transformers configuration.
+
+    Returns:
+        `AutoModelForMultimodalLM` or `AutoModelForCausalLM`.
+
+    Raises:
+        InputError: transformers has no class that generates text for it.
+    """
+    from transformers import AutoModelForCausalLM, AutoModelForMultimodalLM
+
+    kinds: list[Any] = [AutoModelForMultimodalLM, AutoModelForCausalLM]
+    if config.is_encoder_decoder:  # a decoder alone is a language model, both halves are none
+        kinds = [AutoModelForCausalLM]
+    found = []
+    for kind in kinds:
+        if type(config) not in kind._model_mapping:
+            continue
+        known = kind._model_mapping[type(config)]
+        classes = [one for one in _as_tuple(known) if one.can_generate()]
+        if {one.__name__ for one in classes} & set(config.architectures or ()):
+            return kind
+        found += [kind] if classes else []
+    if not found:
+        raise InputError(
+            f"transformers has no causal language model of model_type={config.model_type}. Give a "
+            "model that continues text (decoder-only, or multimodal with such a decoder)."
+        )
+    return found[0]
+
+
+def _as_tuple(classes: Any) -> tuple[Any, ...]:
+    return classes if isinstance(classes, tuple) else (classes,)
+
+
+def make_skeleton(config: Any, **options: Any) -> Any:
+    """Make the model of a configuration, on the device of the context.
+
+    Args:
+        config: A transformers configuration.
+        **options: Of `from_config`, such as `dtype`.
+
+    Raises:
+        InputError: The configuration makes no model that generates text.
+    """
+    kind = auto_class(config)
+    try:
+        return kind.from_config(config, trust_remote_code=False, **options)
+    except Exception as error:  # values that do not fit together fail wherever they are first used
+        reason = str(error).strip().split("\n")[0] or type(error).__name__
+        raise InputError(
+            f"The configuration makes no {config.model_type} model: {reason}"
+        ) from error

@@ -1,0 +1,63 @@
+"""Whether the trainer's loss is that of the model which is evaluated and saved."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from trl.trainer.utils import add_fused_lm_head
+
+from molf.errors import InputError
+from molf.evaluate.inference import inference, last_logits
+from molf.plan.reach import ParameterReads, evaluation_mode
+
+_MOST_NATS = 0.05  # what rounding to bfloat16 stays far below, in the mean over tokens
+
+
+def check_loss(name: str, model: Any, ids: Sequence[int], pad_id: int) -> None:
+    """Compare the loss of TRL's trainer with that of the model's own logits.
+
+    The trainer multiplies the last hidden states by the output embeddings. Of a model that does
+    more there (layers of its own in the head, factors that TRL does not know), it would train
+    another model.
+
+    Args:
+        name: The model, for messages.
+        model: A plain model, on its device.
+        ids: Token ids of an example.
+        pad_id: Any id of the vocabulary.
+
+    Raises:
+        InputError: The two differ, or the trainer's cannot be computed.
+    """
+    if len(ids) < 2:
+        return
+    targets = torch.tensor([list(ids)], device=model.device)
+    given = {"input_ids": targets, "attention_mask": torch.ones_like(targets)}
+    kind = type(model).__name__
+    with inference(model):  # which restores the modes
+        evaluation_mode(model)
+        with ParameterReads() as needed:
+            logits = last_logits(model, [ids], pad_id, keep=len(ids))[0, :-1].float()
+        own = torch.nn.functional.cross_entropy(logits, targets[0, 1:]).item()
+        add_fused_lm_head(model)
+        try:
+            with ParameterReads() as reached:
+                log_probs = model(**given, labels=targets, fused_lm_head=True).log_probs
+            trained = -log_probs.float().sum().item() / (len(ids) - 1)
+        except (AttributeError, RuntimeError, TypeError) as error:
+            reason = str(error).strip().split("\n")[0]
+            raise InputError(
+                f"model {name}: TRL's trainer cannot compute the loss of {kind}: {reason}"
+            ) from error
+        finally:
+            del model.forward  # the one that was put on this very model
+    skipped = [n for n, p in model.named_parameters() if p in needed.seen - reached.seen]
+    if skipped or abs(trained - own) > _MOST_NATS * max(1.0, abs(own)):
+        where = f", such as {skipped[0]}" if skipped else ""
+        raise InputError(
+            f"model {name}: TRL's trainer leaves out what {kind} does between its last layer and "
+            f"its output embeddings{where}: its loss on an example is {trained:.4g} nats per "
+            f"token, that of the model {own:.4g}. It would train another model."
+        )

@@ -1,0 +1,124 @@
+"""Whether the model that was made of a checkpoint has all of it, and nothing else."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+from molf.errors import InputError
+
+# Buffers that transformers computes today and stored once, in files of any model.
+_COMPUTED = (r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$")
+_SHOWN = 3
+
+
+def check_whole(
+    name: str, model: Any, stored: Mapping[str, Path], found: Mapping[str, Any]
+) -> dict[str, Path]:
+    """Compare the tensors of a checkpoint with those of the model that was loaded from it.
+
+    Args:
+        name: The checkpoint, for messages.
+        model: The model.
+        stored: The file of every stored tensor, by its name.
+        found: What `from_pretrained` says with `output_loading_info`.
+
+    Returns:
+        Of the stored tensors that the model has no place for, those to carry into a saved one:
+        heads that predict further tokens, and what transformers knows and leaves out.
+
+    Raises:
+        InputError: A weight of the model is not stored, or has another shape; or a stored tensor
+            has no place and is not known.
+
+    Warns:
+        UserWarning: A buffer of the model is not stored, so that it is as the class makes it.
+    """
+    _check_shapes(name, found["mismatched_keys"])
+    buffers = {buffer for buffer, _ in model.named_buffers()}
+    absent = sorted(found["missing_keys"])
+    weights = [key for key in absent if key not in buffers]
+    kind = type(model).__name__
+    if weights:
+        raise InputError(
+            f"model {name}: its files lack weights of {kind}, as config.json describes it, which "
+            f"would be random: {_list(weights)}. Give the files and the config.json that belong "
+            "together."
+        )
+    if absent:
+        warnings.warn(
+            f"model {name}: its files lack buffers of {kind}, which are as the class makes them: "
+            f"{_list(absent)}.",
+            stacklevel=3,
+        )
+    left = _left_out(model, stored)
+    known = [*_COMPUTED, *(model._keys_to_ignore_on_load_unexpected or ())]
+    carried, lost = {}, []
+    for tensor, renamed in left.items():
+        patterns = (re.search(one, text) for one in known for text in (tensor, renamed))
+        if any(patterns) or _predicts_further(tensor, model.config):
+            carried[tensor] = stored[tensor]
+        else:
+            lost.append(tensor)
+    if lost:
+        raise InputError(
+            f"model {name}: its files have tensors without a place in {kind}, as config.json "
+            f"describes it, which would be lost: {_list(lost)}. Give the config.json that belongs "
+            "to these files, or files without these tensors."
+        )
+    return carried
+
+
+def _check_shapes(name: str, mismatched: Collection[tuple[str, Any, Any]]) -> None:
+    if not mismatched:
+        return
+    key, stored, wanted = min(mismatched, key=lambda item: item[0])
+    more = f", and {len(mismatched) - 1} more differ" if len(mismatched) > 1 else ""
+    raise InputError(
+        f"model {name}: {key} is {list(stored)} in its files and {list(wanted)} by config.json"
+        f"{more}. Give the files and the config.json that belong together."
+    )
+
+
+def _left_out(model: Any, stored: Mapping[str, Path]) -> dict[str, str]:
+    """The stored tensors that loading has not used: the model's name for each, by its own."""
+    expected = model.state_dict()
+    conversions = get_model_conversion_mapping(model, None, getattr(model, "hf_quantizer", None))
+    renamings = [one for one in conversions if isinstance(one, WeightRenaming)]
+    converters = [one for one in conversions if isinstance(one, WeightConverter)]
+
+    def place_of(tensor: str) -> str:
+        # The same two tries as those of `from_pretrained`.
+        prefix = model.base_model_prefix
+        place, _ = rename_source_key(tensor, renamings, converters, prefix, expected)
+        if place not in expected and tensor in expected:
+            place, _ = rename_source_key(tensor, [], [], prefix, expected)
+        return str(place)
+
+    places = {tensor: place_of(tensor) for tensor in stored}
+    return {tensor: place for tensor, place in places.items() if place not in expected}
+
+
+def _predicts_further(tensor: str, config: Any) -> bool:
+    """Whether a tensor belongs to a head that predicts further tokens, which only serving uses."""
+    parts = tensor.split(".")
+    if any(part.startswith("mtp") for part in parts):
+        return True
+    text = config.get_text_config()
+    layers = getattr(text, "num_hidden_layers", None)
+    further = getattr(text, "num_nextn_predict_layers", None)
+    found = re.search(r"(?:^|\.)layers\.(\d+)\.", tensor)
+    if found is None or not isinstance(layers, int) or not isinstance(further, int):
+        return False
+    return layers <= int(found[1]) < layers + further
+
+
+def _list(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return ", ".join(names[:_SHOWN]) + more
