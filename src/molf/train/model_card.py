@@ -5,15 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from molf.core.quantised import Quantisation
 from molf.evaluate import Evaluation, Metric
 from molf.train.defaults import SUMMARIES
 from molf.train.resolved import ResolvedSettings
 from molf.train.secrets import mask
+
+if TYPE_CHECKING:  # it imports torch, and wrong input must be found without
+    from molf.core.quantised import Quantisation
 
 
 def model_card(
