@@ -12,8 +12,11 @@ from torch import Tensor
 from molf.core.rounding import (
     RoundingKey,
     join_float32,
+    join_rounded,
+    low_bits,
     random_bits,
     round_stochastic,
+    round_stochastic_float16,
     split_float32,
 )
 
@@ -255,3 +258,37 @@ def test_draws_are_uniform_and_uncorrelated():
     pairs += [(one, draws["a", 2]), (one, draws["b", 1]), (draws["b", 2], draws["a", 2])]
     for x, y in pairs:
         assert abs(correlation(x, y)) < 5 / count**0.5
+
+
+def test_what_was_rounded_stochastically_is_joined_to_the_same_bits():
+    bits = every_high()
+    values = from_bits(bits)
+    values = values[values.abs() < 3.3e38]  # below the largest finite bfloat16 but one
+    for step in range(3):
+        key = RoundingKey.of(step, "layer", 0)
+        high = round_stochastic(values, key, first=7)
+        back = join_rounded(high, low_bits(values), key, first=7)
+        assert np.array_equal(bits_of(back), bits_of(values))
+
+
+def test_float16_is_rounded_to_a_neighbour_without_bias():
+    for scale in (1.0, 0.02, 3e-5, 3e-7):  # the last two are subnormal
+        values = (scale * random_values(200, 0)).abs() + 1e-8
+        nearest = values.half().numpy()
+        below = np.where(nearest <= values.numpy(), nearest, np.nextafter(nearest, np.float16(0)))
+        above = torch.from_numpy(np.nextafter(below, np.float16(np.inf))).float()
+        below = torch.from_numpy(below).float()
+        keys = [RoundingKey.of(seed, "layer", 0) for seed in range(400)]
+        drawn = torch.stack([round_stochastic_float16(values, key).float() for key in keys])
+        assert bool(((drawn == below) | (drawn == above)).all())
+        assert ((drawn.mean(0) - values) / (above - below)).mean().abs() < 0.01
+        assert torch.equal(round_stochastic_float16(-values, keys[0]), -drawn[0].half())
+
+
+def test_float16_keeps_what_it_holds_and_what_is_not_finite():
+    held = torch.tensor([0.0, -0.0, 1.0, 65504.0, -65504.0, 2.0**-24, -(2.0**-14)])
+    assert torch.equal(round_stochastic_float16(held, KEY), held.half())
+    assert round_stochastic_float16(torch.full((100,), 65510.0), KEY).isfinite().all()
+    beyond = round_stochastic_float16(torch.tensor([1e6, -torch.inf, torch.nan]), KEY)
+    assert beyond.tolist()[:2] == [torch.inf, -torch.inf]
+    assert beyond[2].isnan()

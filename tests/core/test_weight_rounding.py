@@ -288,6 +288,19 @@ def test_weights_replaced_for_good_count(reset):
     assert torch.equal(model.large.weight[:100], new[:100])
 
 
+def test_parameters_become_float32_for_good():
+    model, optimizer = stepped()
+    expected = optimizer.float32_weights()
+    moved = [parameter for parameter in expected if "low" in optimizer.state[parameter]]
+    assert moved
+    optimizer.restore_float32()
+    for parameter in moved:
+        assert parameter.dtype == torch.float32
+        assert torch.equal(parameter, expected[parameter])
+        assert "low" not in optimizer.state[parameter]
+    assert model.large.weight in expected  # the same parameter
+
+
 def test_factors_set_from_outside_are_kept_in_full():
     _, optimizer = build("frozen", BF16)
     factors = [(A + 0.1234567, B + 0.7654321) for A, B in optimizer.lora_factors("first")]

@@ -54,9 +54,9 @@ def record():
         save, prepare, step = job.save_model, training.prepare, MoLFAdamW.step
         merge = training.merge_trained
 
-        def saving(model, base, dtype, card, path):
+        def saving(model, *given, **options):
             recorded.trained_logits = logits_of(model)
-            save(model, base, dtype, card, path)
+            return save(model, *given, **options)
 
         def preparing(model, *given):
             recorded.base_logits = logits_of(model)

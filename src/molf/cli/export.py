@@ -9,7 +9,7 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from molf.errors import InputError
-from molf.train.settings import DTYPES
+from molf.train.settings import DTYPES, SAVE_ROUNDINGS
 
 KINDS = ("model", "adapter")
 
@@ -20,6 +20,9 @@ def export_run(
     *,
     what: Annotated[str, Parameter(choices=KINDS)] = "model",
     dtype: Annotated[str | None, Parameter(choices=DTYPES, show_default="as it is")] = None,
+    save_rounding: Annotated[
+        str | None, Parameter(choices=SAVE_ROUNDINGS, show_default="the run's")
+    ] = None,
     output_dir: Annotated[Path | None, Parameter(show_default="RUN/WHAT-DTYPE")] = None,
     overwrite: Annotated[bool, Parameter(negative=())] = False,
 ) -> None:
@@ -28,11 +31,16 @@ def export_run(
     Args:
         run: Directory of a run of `molf train`.
         what: The merged model, which transformers loads, or the adapter, which PEFT loads.
-        dtype: Type of the weights.
+        dtype: Type of the weights; tensors that the run's model keeps in float32 stay so.
+        save_rounding: How a model's weights are rounded to a type of 16 bits.
         output_dir: Where it goes.
         overwrite: Replace an earlier export there.
     """
-    for name, value, allowed in (("what", what, KINDS), ("dtype", dtype, (None, *DTYPES))):
+    for name, value, allowed in (
+        ("what", what, KINDS),
+        ("dtype", dtype, (None, *DTYPES)),
+        ("save_rounding", save_rounding, (None, *SAVE_ROUNDINGS)),
+    ):
         if value not in allowed:
             choices = ", ".join(filter(None, allowed))
             raise InputError(f"Invalid {name}={value!r}. Must be one of {choices}.")
@@ -45,6 +53,10 @@ def export_run(
     with quiet_libraries():
         from molf.train.export import export_adapter, export_model
 
-        export = export_model if what == "model" else export_adapter
-        path = export(finished, dtype, output_dir, overwrite=overwrite)
+        if what == "model":
+            path = export_model(
+                finished, dtype, output_dir, overwrite=overwrite, rounding=save_rounding
+            )
+        else:
+            path = export_adapter(finished, dtype, output_dir, overwrite=overwrite)
     sys.stdout.write(f"{path}\n")

@@ -11,9 +11,10 @@ from molf.evaluate import Evaluation
 from molf.evaluate.harness import PREFIX
 from molf.evaluate.meanings import meanings
 from molf.train.model_card import show_metric
-from molf.train.ownership import ADAPTER, MODEL
+from molf.train.ownership import ADAPTER, LOW_HALVES, MODEL
 from molf.train.result import RunResult
 from molf.train.results import RESULTS
+from molf.train.saved_text import show_saved
 
 
 def print_summary(result: RunResult) -> None:
@@ -44,11 +45,18 @@ def print_summary(result: RunResult) -> None:
         lines.append(f"won      {shares} of all layers' updates")
     if result.routing:
         lines.append(f"routing  {result.routing}")
+    if saved := show_saved(result.saved):
+        lines.append(f"saved    {saved}")
     lines += [
         f"model    {result.directory / MODEL}",
         *(
             [f"adapter  {result.directory / ADAPTER}"]
             if (result.directory / ADAPTER).exists()
+            else []
+        ),
+        *(
+            [f"halves   {result.directory / LOW_HALVES}"]
+            if (result.directory / LOW_HALVES).exists()
             else []
         ),
         f"run      {result.directory}",

@@ -428,6 +428,24 @@ class AdamW(Optimizer):
             if parameter.dtype == torch.bfloat16
         }
 
+    @torch.no_grad()
+    def restore_float32(self) -> None:
+        """Turn bfloat16 parameters into the float32 values they stand for, for good.
+
+        The lower halves leave the state, one parameter after the other, so that exact bfloat16
+        weights take no more memory than before. A parameter ends up where its lower half was: with
+        `state_offload` in host memory. The optimizer must not step afterwards.
+        """
+        states = self._settled_state()
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                state = states.get(parameter) or {}
+                if parameter.dtype != torch.bfloat16 or LOW not in state:
+                    continue
+                low = state.pop(LOW)
+                high = parameter.detach().to(low.device)
+                parameter.data = stored_values(high, {LOW: low})  # the same one, so that ties stay
+
     def reset_low_halves(self) -> None:
         """Forget the lower halves: bfloat16 parameters stand for what they are.
 

@@ -1,4 +1,4 @@
-"""Float32 values in bfloat16 parameters: split without loss, or rounded without bias.
+"""Float32 values in parameters of 16 bits: split without loss, or rounded without bias.
 
 An AdamW step is often smaller than half a unit in the last place of a bfloat16 weight; rounding to
 nearest then loses it. Two ways out: the 16 bits that rounding takes stay in the optimizer's state
@@ -23,6 +23,7 @@ _QUIET = 0x0040
 _MIX_1 = 0x85EBCA6B
 _MIX_2 = 0xC2B2AE35
 _GOLDEN = 0x9E3779B9
+_LARGEST_FLOAT16 = 65504.0
 
 
 class RoundingKey(NamedTuple):
@@ -99,6 +100,53 @@ def round_stochastic(values: Tensor, key: RoundingKey, first: int = 0) -> Tensor
     # Neither infinity nor NaN takes part, and nothing finite reaches them.
     high = torch.where((high & _MAGNITUDE) >= _INFINITY, _cut(bits), high)
     return _as_bfloat16(torch.where(values.isfinite(), high, _cut(bits)))
+
+
+def low_bits(values: Tensor) -> Tensor:
+    """Return the lower 16 bits of float32 values, as int16, in their shape.
+
+    With the result of `round_stochastic` they give the values back: `join_rounded`.
+    """
+    return (_bits(values) & 0xFFFF).to(torch.int16)
+
+
+def join_rounded(high: Tensor, low: Tensor, key: RoundingKey, first: int = 0) -> Tensor:
+    """Return the float32 values that `round_stochastic` has rounded; `low` is their `low_bits`.
+
+    Whether a value was rounded up is known from its draw, which is made once more. It holds for
+    finite values below the largest finite bfloat16 but one.
+
+    Args:
+        high: bfloat16, what `round_stochastic` gave with the same `key` and `first`.
+        low: int16, the same shape.
+        key: Of this tensor in this step.
+        first: Index of the first element in the whole tensor.
+    """
+    lower = low.to(torch.int32) & 0xFFFF
+    draws = random_bits(key, first, low.numel(), low.device).view(low.shape)
+    upper = high.view(torch.int16).to(torch.int32) - ((lower + draws) >> 16)
+    return ((upper << 16) | lower).view(torch.float32)
+
+
+def round_stochastic_float16(values: Tensor, key: RoundingKey, first: int = 0) -> Tensor:
+    """Round float32 to one of the two neighbouring float16, up with the share of the way up.
+
+    Below 2^-14, where float16 is subnormal, that share is known to 16 bits. Values that a float16
+    holds stay as they are; values that the nearest float16 is finite for stay finite.
+
+    Args:
+        values: float32, any shape.
+        key: Of this tensor in this step.
+        first: Index of the first element in the whole tensor.
+    """
+    draws = random_bits(key, first, values.numel(), values.device).view(values.shape)
+    nearest = values.to(torch.float16)
+    normal = ((_bits(values) + (draws >> 3)) & ~0x1FFF).view(torch.float32)
+    normal = normal.clamp(-_LARGEST_FLOAT16, _LARGEST_FLOAT16)
+    units = values.double().abs() * 2**24  # of the spacing of subnormal numbers
+    subnormal = (units + draws / 2**16).floor() / 2**24 * values.double().sign()
+    rounded = torch.where(values.abs() < 2**-14, subnormal.float(), normal).to(torch.float16)
+    return torch.where(nearest.isfinite(), rounded, nearest)
 
 
 def random_bits(key: RoundingKey, first: int, count: int, device: torch.device) -> Tensor:

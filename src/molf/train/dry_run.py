@@ -23,6 +23,7 @@ from molf.train.opening import Opening, open_training
 from molf.train.progress import Reporter
 from molf.train.resolved import ResolvedSettings
 from molf.train.run_directory import RunDirectory
+from molf.train.saving_check import check_saving
 from molf.train.sft_config import sft_config
 from molf.train.steps import count_steps
 from molf.train.training import run_training
@@ -86,8 +87,11 @@ def rehearse(settings: ResolvedSettings, task: Task, reporter: Reporter) -> DryR
     short_steps = _ADALORA_STEPS if settings.method == "adalora" else STEPS
     longest = _longest(encoded, short_steps, settings)
     examples = len(encoded.input_ids)
-    drawn_steps = count_steps(opening.arguments, examples)
-    plan(base.model, settings, TrainingData(encoded, drawn_steps))
+    steps = drawn_steps = count_steps(opening.arguments, examples)
+    if len(drawn) < len(samples):
+        steps = count_steps(opening.arguments, round(len(samples) * examples / len(drawn)))
+    made = plan(base.model, settings, TrainingData(encoded, drawn_steps))
+    check_saving(base, settings, made, steps)
     with tempfile.TemporaryDirectory(prefix="molf-dry-run-") as scratch:
         short = replace(
             settings,
@@ -115,9 +119,6 @@ def rehearse(settings: ResolvedSettings, task: Task, reporter: Reporter) -> DryR
             )
         finally:
             watch.stop()
-    steps = drawn_steps
-    if len(drawn) < len(samples):
-        steps = count_steps(opening.arguments, round(len(samples) * examples / len(drawn)))
     on_cuda = arguments.device.type == "cuda"
     return DryRun(
         examples=len(samples),

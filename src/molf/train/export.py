@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -18,29 +19,45 @@ from molf.errors import InputError
 from molf.paths import check_inputs_outside, is_within, settled
 from molf.train.files import replacing_directory, write_json
 from molf.train.finished_run import FinishedRun
+from molf.train.low_halves import Rounding, read_low_halves
 from molf.train.model_loading import LoadedModel, load_model
 from molf.train.model_saving import SaveError, save_model
-from molf.train.ownership import ADAPTER, AN_EXPORT, CHECKPOINTS, EXPORT, MODEL, ROUTING
+from molf.train.ownership import (
+    ADAPTER,
+    AN_EXPORT,
+    CHECKPOINTS,
+    EXPORT,
+    LOW_HALVES,
+    MODEL,
+    ROUTING,
+)
 from molf.train.quantised_base import load_quantised
 from molf.train.run_directory import check_output
+from molf.train.saved_tensors import Storing, default_dtype
 
 _ADAPTER_WEIGHTS = "adapter_model.safetensors"
 _SAMPLE = torch.arange(16)[None]
 
 
 def export_model(
-    run: FinishedRun, dtype: str | None, output_dir: Path | None, *, overwrite: bool
+    run: FinishedRun,
+    dtype: str | None,
+    output_dir: Path | None,
+    *,
+    overwrite: bool,
+    rounding: str | None = None,
 ) -> Path:
     """Write the merged model; return where.
 
-    Where a wider type is asked for than the run saved its model in, its adapter is merged into the
-    base once more, in float32.
+    Where a wider type is asked for than the run saved its model in, the lower halves that the run
+    kept are joined to it, or else its adapter is merged into the base once more, in float32.
 
     Args:
         run: A run with a model.
         dtype: Type of the weights; None for that of the run's model.
         output_dir: Where it goes; None for a directory in the run.
         overwrite: Replace an earlier export there.
+        rounding: How the weights are rounded to a narrower type; None for as the run would.
 
     Raises:
         InputError: The place is taken or cannot be written, or the base is not there any more.
@@ -48,12 +65,25 @@ def export_model(
     """
     source = run.path / MODEL
     loaded = load_model(str(source))
-    wanted = loaded.dtype if dtype is None else getattr(torch, dtype)
+    main = default_dtype(loaded)
+    wanted = main if dtype is None else getattr(torch, dtype)
     path = _checked(run, MODEL, wanted, output_dir, overwrite=overwrite)
-    if torch.promote_types(wanted, loaded.dtype) != loaded.dtype:
-        loaded = _in_full(run, loaded, wanted)
+    halves = None
+    if torch.promote_types(wanted, main) != main:
+        if (run.path / LOW_HALVES).is_file():
+            halves = read_low_halves(run.path / LOW_HALVES)
+        else:
+            loaded = _in_full(run, loaded, wanted)
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_model(loaded.model, loaded, wanted, _card(source), path, _marker(run, MODEL, wanted))
+    base_dtype = None if run.base_dtype is None else getattr(torch, run.base_dtype)
+    storing = Storing(
+        dtype=None if dtype is None else wanted,
+        rounding=Rounding.chosen(
+            rounding or run.config.get("save_rounding"), run.seed, base_dtype, wanted
+        ),
+    )
+    finish = _marker(run, MODEL, wanted)
+    save_model(loaded.model, loaded, storing, _card(source), path, finish, low_halves=halves)
     return path
 
 
@@ -115,7 +145,7 @@ def _checked(
     """Where the export goes, once that is known to be possible."""
     name = f"{what}-{str(dtype).removeprefix('torch.')}"
     path = run.path / name if output_dir is None else settled(output_dir)
-    kept = [run.path / part for part in (MODEL, ADAPTER, ROUTING, CHECKPOINTS)]
+    kept = [run.path / part for part in (MODEL, ADAPTER, ROUTING, CHECKPOINTS, LOW_HALVES)]
     if path.resolve() == run.path.resolve() or any(is_within(path, place) for place in kept):
         raise InputError(
             f"output_dir {path} is the run's own. Give another --output_dir, or none for {name}/."
@@ -129,19 +159,16 @@ def _in_full(run: FinishedRun, loaded: LoadedModel, wanted: torch.dtype) -> Load
     """The model before it was rounded to the type that the run saved it in, where it can be had."""
     if not (run.path / ADAPTER).is_dir():
         warnings.warn(
-            f"{run.path / MODEL} is stored in {loaded.dtype}, and nothing more exact was kept: "
-            f"in {wanted} the numbers are the same.",
+            f"{run.path / MODEL} is stored in {loaded.stored.main_dtype}, and nothing more exact "
+            f"was kept: in {wanted} the numbers are the same. (molf train --keep_low_halves keeps "
+            "it.)",
             stacklevel=3,
         )
         return loaded
     base = load_model(str(run.config["model"]))
     into = _quantise_as_trained(run, base)
     model = PeftModel.from_pretrained(base.model, run.path / ADAPTER)
-    base.model = merge(model, base=into, sample=_SAMPLE)
-    # What belongs to the run's model, such as the type in its configuration, is written by it.
-    base.config, base.generation_config = loaded.config, loaded.generation_config
-    base.tokenizer = loaded.tokenizer
-    return base
+    return replace(loaded, model=merge(model, base=into, sample=_SAMPLE))
 
 
 def _quantise_as_trained(run: FinishedRun, base: LoadedModel) -> str | None:

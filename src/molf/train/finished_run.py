@@ -30,6 +30,17 @@ class FinishedRun:
         """How it was trained."""
         return str(self.config.get("method"))
 
+    @property
+    def seed(self) -> int:
+        """Its seed."""
+        return int(self.config.get("seed") or 0)
+
+    @property
+    def base_dtype(self) -> str | None:
+        """The name of the type that its base was stored in; None if the run does not say."""
+        model = self.config["run"].get("model")
+        return model.get("stored_dtype") if isinstance(model, dict) else None
+
     def check(self, what: str) -> None:
         """Make sure that the run has a model or an adapter.
 

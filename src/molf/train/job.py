@@ -8,10 +8,11 @@ import tempfile
 import time
 import traceback
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from trl import SFTConfig
@@ -34,6 +35,7 @@ from molf.train.ownership import (
     ENVIRONMENT,
     ERROR_LOG,
     EVALUATION,
+    LOW_HALVES,
     MODEL,
     PREDICTIONS,
 )
@@ -44,6 +46,8 @@ from molf.train.result import RunError, RunResult, evaluation_record, results_ro
 from molf.train.results import RESULTS, append_result
 from molf.train.routing_meaning import routing_meaning, routing_shares_text
 from molf.train.run_directory import RunDirectory
+from molf.train.saved_tensors import Stored, Storing, default_dtype
+from molf.train.saving_check import check_saving, storing_of
 from molf.train.secrets import mask
 from molf.train.steps import count_steps
 from molf.train.training import Training, run_training
@@ -67,6 +71,8 @@ def run_job(
     base, encoded = opening.base, opening.encoded
     data = TrainingData(encoded, count_steps(arguments, len(encoded.input_ids)))
     planned = plan(base.model, settings, data)
+    check_saving(base, settings, planned, data.steps)
+    storing = storing_of(base, settings)
     parameters = base.model.num_parameters()
     for note in opening.notes:
         reporter.say(note)
@@ -75,7 +81,7 @@ def run_job(
         bf16=arguments.bf16,
         merge_base=_merge_base(settings, opening.quantisation),
         max_length=opening.max_length,
-        save_dtype=settings.save_dtype or _name(base.dtype),
+        save_dtype=settings.save_dtype or _name(default_dtype(base)),
     )
     # The task may have brought the address of its data.
     sources = {"data": task.description().get("data"), "eval_data": settings.eval_data}
@@ -88,6 +94,7 @@ def run_job(
         reporter,
         arguments,
         base,
+        storing,
         parameters,
         data,
         planned,
@@ -134,6 +141,7 @@ class _Job:
     reporter: Reporter
     arguments: SFTConfig
     base: LoadedModel
+    storing: Storing
     parameters: int
     data: TrainingData
     plan: Plan
@@ -141,11 +149,14 @@ class _Job:
     directory: RunDirectory
     files: dict[str, list[dict[str, Any]]]
 
-    def write_config(self, training: Training | None = None) -> None:
+    def write_config(
+        self, training: Training | None = None, saved: Mapping[str, Any] | None = None
+    ) -> None:
         """Write the settings, and what a reader has to know beside them.
 
         Args:
             training: What the training did, once that is known.
+            saved: How the model was saved and what that kept of the training, once that is known.
         """
         samples = self.data.samples
         record = {
@@ -163,6 +174,7 @@ class _Job:
                 **({"quantised": str(self.quantisation)} if self.quantisation else {}),
                 "not_reached": list(self.settings.unreached),
                 "carried_tensors": len(self.base.carried.names),
+                "stored_dtype": _name(self.base.stored.main_dtype or self.base.dtype),
                 **self.plan.record(),
             },
             "training": {"steps": self.data.steps},
@@ -179,6 +191,8 @@ class _Job:
                 }
             if training.merge:
                 record["merge"] = training.merge
+        if saved is not None:
+            record["saved"] = dict(saved)
         # As a recipe, the file must not make a later run replace this one.
         options = replace(self.settings, overwrite=False).as_options()
         write_yaml(self.directory / CONFIG, mask({**options, "run": record}))
@@ -215,16 +229,28 @@ class _Job:
         if training.routing is not None:
             routed = f"{routing_shares_text(training.routing)} {meaning}"
         description = self.task.description()
-        dtype = getattr(torch, str(self.settings.save_dtype))
         card = model_card(self.settings, description, before, after=None, routing=routed)
-        save_model(training.model, self.base, dtype, card, model_path)
+        stored = save_model(
+            training.model,
+            self.base,
+            self.storing,
+            card,
+            model_path,
+            start_dtype=self._start_dtype(),
+            halves_path=self.directory / LOW_HALVES,
+        )
+        saved_record = self._saved_record(stored)
+        self.write_config(training, saved_record)
 
         training.model = self.base.model = None  # make room for what was saved
+        del stored
         gc.collect()
         saved = load_model(str(model_path), getattr(torch, self.settings.dtype))
         after, after_seconds = self._evaluate(saved, "Evaluating the saved model")
 
-        card = model_card(self.settings, description, before, after, routing=routed)
+        card = model_card(
+            self.settings, description, before, after, routing=routed, saved=saved_record
+        )
         write_text(model_path / "README.md", card)
         write_jsonl(self.directory / PREDICTIONS, after.predictions)
         write_json(
@@ -254,8 +280,25 @@ class _Job:
             peak_memory_of=memory_of,
             shares=training.routing.won if training.routing else {},
             routing=meaning,
+            saved=saved_record,
             kernels=None if self.settings.method in ADAPTERS else self.settings.kernels,
         )
+
+    def _start_dtype(self) -> torch.dtype | None:
+        """The type that the base was trained in, where it is what the result differs from."""
+        if self.settings.merge_base == "dequantised":
+            return None  # a base of other numbers was trained
+        return cast(torch.dtype, getattr(torch, self.settings.dtype))
+
+    def _saved_record(self, stored: Stored) -> dict[str, Any]:
+        """How the model was stored, and what that kept of the training."""
+        record: dict[str, Any] = {
+            "dtype": self.settings.save_dtype,
+            "rounding": self.storing.rounding.kind,
+        }
+        if stored.low_halves:
+            record["low_halves_bytes"] = sum(half.nbytes for half in stored.low_halves.values())
+        return {**record, **(stored.update.record() if stored.update is not None else {})}
 
     def _evaluate(self, loaded: LoadedModel, title: str) -> tuple[Evaluation, float]:
         """Measure a model in the run's own type, whatever it is stored in, and time it."""

@@ -12,6 +12,7 @@ import yaml
 from molf.evaluate import Evaluation, Metric
 from molf.train.defaults import SUMMARIES
 from molf.train.resolved import ResolvedSettings
+from molf.train.saved_text import show_saved
 from molf.train.secrets import mask
 
 if TYPE_CHECKING:  # it imports torch, and wrong input must be found without
@@ -25,6 +26,7 @@ def model_card(
     after: Evaluation | None,
     *,
     routing: str = "",
+    saved: Mapping[str, Any] | None = None,
 ) -> str:
     """Return the card's text.
 
@@ -34,6 +36,7 @@ def model_card(
         before: Metrics of the base model.
         after: Metrics of the saved model; None while it has not been measured.
         routing: Which experts won and what that comes to, in words; empty without routing.
+        saved: How much of the training was saved; None while that is not known.
     """
     front: dict[str, Any] = {
         "library_name": "transformers",
@@ -66,6 +69,7 @@ def model_card(
             *(_metric_row(name, metric, after) for name, metric in before.metrics.items()),
             "",
             *(("## Routing", routing, "") if routing else ()),
+            *([f"Saved in {shown_saved}.", ""] if (shown_saved := show_saved(saved)) else []),
             "## Settings",
             "```yaml",
             yaml.safe_dump(shown, sort_keys=False, allow_unicode=True).strip(),

@@ -17,6 +17,7 @@ from molf.core.quantised import drop_from_config, quantisation_of
 from molf.errors import InputError
 from molf.plan.model_class import auto_class, make_skeleton
 from molf.train.carried import Carried
+from molf.train.checkpoint_files import StoredCheckpoint
 from molf.train.model_config import not_loaded, place_of, read_config
 from molf.train.quantised_base import check_library, prepare_stored
 from molf.train.stored import stored_tensors
@@ -35,6 +36,7 @@ class LoadedModel:
         config: The configuration it came with; trainers change the model's own. A quantisation is
             left out, because what is saved has real weights.
         generation_config: The generation configuration it came with.
+        stored: Its files.
         carried: Stored tensors that the model has no place for, to be saved with it.
     """
 
@@ -43,6 +45,7 @@ class LoadedModel:
     dtype: torch.dtype
     config: Any
     generation_config: Any
+    stored: StoredCheckpoint
     carried: Carried = field(default_factory=lambda: Carried({}))
 
 
@@ -111,6 +114,7 @@ def load_model(model: str, dtype: torch.dtype = torch.float32) -> LoadedModel:
         config=own_config,
         generation_config=copy.deepcopy(loaded.generation_config),
         carried=Carried(carried),
+        stored=StoredCheckpoint(name),
     )
 
 

@@ -21,6 +21,7 @@ ROUTING = "routing"
 CHECKPOINTS = "checkpoints"
 ADAPTER = "adapter"
 MODEL = "model"
+LOW_HALVES = "low_halves.safetensors"
 EVALUATION = "eval.json"
 PREDICTIONS = "predictions.jsonl"
 ERROR_LOG = "error.log"
@@ -35,6 +36,7 @@ _RUN_ENTRIES = frozenset(
         CHECKPOINTS,
         ADAPTER,
         MODEL,
+        LOW_HALVES,
         EVALUATION,
         PREDICTIONS,
         ERROR_LOG,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,7 @@ class RunResult:
         peak_memory_of: What that is the memory of.
         shares: Share of layers that each expert won; empty without routing.
         routing: What the routing came to, in words; empty without routing.
+        saved: How the model was stored, and how much of the training that kept.
         kernels: Who computed the optimizer's steps, eager torch or triton; None where that is not
             the run's to choose.
     """
@@ -58,6 +59,7 @@ class RunResult:
     shares: dict[str, float]
     routing: str = ""
     skipped_steps: int = 0
+    saved: dict[str, Any] = field(default_factory=dict)
     kernels: str | None = None
 
 

@@ -34,6 +34,7 @@ SCHEDULERS = ("cosine", "linear", "constant", "constant_with_warmup")
 NONFINITE = ("raise", "skip")
 DTYPES = ("float32", "bfloat16", "float16")
 WEIGHT_DTYPES = ("float32", "bfloat16")
+SAVE_ROUNDINGS = ("nearest", "stochastic")
 
 DATA = Group.create_ordered("Data")
 MODEL = Group.create_ordered("Model")
@@ -197,7 +198,16 @@ class TrainSettings:
     save_dtype: Annotated[
         str | None, Parameter(choices=DTYPES, group=OUTPUT, show_default="the base's")
     ] = None
-    """Type of the saved weights."""
+    """Type of the saved weights; tensors that the base keeps in float32 stay so."""
+    save_rounding: Annotated[
+        str | None,
+        Parameter(
+            choices=SAVE_ROUNDINGS, group=OUTPUT, show_default="stochastic on a base of that type"
+        ),
+    ] = None
+    """How weights are rounded to a saved type of 16 bits: nearest, or stochastic by the seed."""
+    keep_low_halves: Annotated[bool, Parameter(group=OUTPUT, negative=())] = False
+    """Keep what a bfloat16 model/ lacks of float32 beside it, for molf export: 2 bytes a weight."""
     logging_steps: Annotated[int, Parameter(group=OUTPUT)] = 10
     """Optimizer steps between two lines of metrics.jsonl."""
     save_steps: Annotated[int | None, Parameter(group=OUTPUT)] = None
@@ -220,6 +230,7 @@ class TrainSettings:
             ("lr_scheduler_type", SCHEDULERS),
             ("nonfinite", NONFINITE),
             ("save_dtype", (None, *DTYPES)),
+            ("save_rounding", (None, *SAVE_ROUNDINGS)),
             ("merge_base", (None, *MERGE_BASES)),
             ("dtype", WEIGHT_DTYPES),
             ("weight_rounding", (None, *ROUNDINGS)),
@@ -272,6 +283,8 @@ class TrainSettings:
             raise InputError(
                 "Invalid save_total_limit without save_steps: no checkpoints are written."
             )
+        if self.keep_low_halves:
+            self._check_low_halves()
         self._check_quantised()
         check_task(self.task_options)
         self.method_config  # noqa: B018 (raises where the method's own settings are wrong)
@@ -290,6 +303,19 @@ class TrainSettings:
                     f"Invalid {name}={getattr(self, name)} with optimizer_in_backward: each layer "
                     "moves as soon as its own gradient is there. Leave one of the two out."
                 )
+
+    def _check_low_halves(self) -> None:
+        """Refuse to keep halves that there cannot be."""
+        if self.save_dtype not in (None, "bfloat16"):
+            raise InputError(
+                f"Invalid keep_low_halves with save_dtype={self.save_dtype}: only bfloat16 is the "
+                "upper half of float32. Leave one of the two out."
+            )
+        if self.weight_rounding in ("stochastic", "nearest"):
+            raise InputError(
+                f"Invalid keep_low_halves with weight_rounding={self.weight_rounding}: the weights "
+                "have no lower halves in training either. Leave one of the two out."
+            )
 
     def _check_kernels(self) -> None:
         """Refuse what the kernels cannot do."""

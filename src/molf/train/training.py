@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
+from peft import PeftModel
 from safetensors.torch import save_model as save_tensors
 from transformers import PrinterCallback, TrainerCallback
 from trl import SFTConfig, SFTTrainer
@@ -30,7 +31,7 @@ from molf.train.defaults import ADAPTERS
 from molf.train.merging import merge_trained
 from molf.train.methods import Prepared, TrainingData, prepare
 from molf.train.model_loading import LoadedModel
-from molf.train.model_saving import save_adapter
+from molf.train.model_saving import base_generation_config, save_adapter
 from molf.train.ownership import ADAPTER, CHECKPOINTS, METRICS, ROUTING
 from molf.train.progress import Reporter
 from molf.train.quantised_base import Precision, load_quantised
@@ -106,6 +107,7 @@ def run_training(
         reporter.training(data.steps) as show,
     ):
         trainer = _Trainer(
+            base,
             prepared,
             wins,
             guard,
@@ -137,8 +139,9 @@ def run_training(
     # Without the trainer's autocast, in which the merge would be measured.
     model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
     precision.restore()
-    if settings.save_dtype == "float32":
-        restore_float32(trainer.optimizer)
+    restore_float32(trainer.optimizer)
+    if settings.state_offload and isinstance(model, PeftModel):
+        model.to(arguments.device)  # where its adapter is, to be merged
     if prepared.save_adapter is not None:
         save_adapter(prepared.save_adapter, model, settings, directory / ADAPTER)
     plain, record = merge_trained(model, settings, data, reporter)
@@ -167,8 +170,7 @@ def restore_float32(optimizer: Any) -> None:
     """Give exact bfloat16 weights the halves that they do not hold: they become float32."""
     optimizer = unwrapped(optimizer)
     if isinstance(optimizer, AdamW):
-        for parameter, values in optimizer.float32_weights().items():
-            parameter.data = values  # the same parameter, so that ties stay
+        optimizer.restore_float32()
 
 
 def _warn_of_warmup(steps: int, arguments: SFTConfig) -> None:
@@ -187,7 +189,15 @@ class _Trainer(SFTTrainer):
     The guard sees every loss and clips the gradients.
     """
 
-    def __init__(self, prepared: Prepared, wins: Wins, guard: StepGuard, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        base: LoadedModel,
+        prepared: Prepared,
+        wins: Wins,
+        guard: StepGuard,
+        **kwargs: Any,
+    ) -> None:
+        self.base = base
         self.prepared = prepared
         self.wins = wins
         self.guard = guard
@@ -212,8 +222,9 @@ class _Trainer(SFTTrainer):
 
         The names are those of the model with its adapter.
         """
-        super()._save(output_dir, state_dict)
         model = self.accelerator.unwrap_model(self.model)
+        with base_generation_config(model, self.base, Path(output_dir or self.args.output_dir)):
+            super()._save(output_dir, state_dict)
         if self.args.should_save and _trains_more_than_its_adapter(model):
             save_tensors(model, str(Path(output_dir or self.args.output_dir) / ALL_WEIGHTS))
 

@@ -1,0 +1,20 @@
+"""How much of a training was saved, in words."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+
+def show_saved(record: Mapping[str, Any] | None) -> str | None:
+    """Return the figures of a run's `saved` record as a sentence; None if they are not known."""
+    if not record or "moved_share" not in record:
+        return None
+    how = str(record["dtype"])
+    if record["moved_share"] and not record["update_error"]:
+        return f"{how}: the whole update ({record['moved_share']:.1%} of all numbers moved)"
+    return (
+        f"{how}, rounding {record['rounding']}: {record['moved_share']:.1%} of all numbers moved, "
+        f"{record['kept_share']:.1%} differ from the base after saving; error of the saved update "
+        f"{record['update_error']:.0%}"
+    )
