@@ -149,7 +149,7 @@ def test_heads_that_predict_further_tokens_are_carried(options, tmp_path, capsys
             patch.setattr(
                 Qwen3_5ForConditionalGeneration,
                 "save_pretrained",
-                lambda self, path: save(self, path, max_shard_size="200KB"),
+                lambda self, path, **given: save(self, path, max_shard_size="200KB", **given),
             )
             assert main([*arguments, "--output_dir", str(run)]) == 0
         index = json.loads((run / "model" / f"{WEIGHTS}.index.json").read_text())

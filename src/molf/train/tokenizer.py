@@ -6,8 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Tokenizer
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from molf.errors import InputError
 from molf.train.model_config import place_of, read_config
@@ -69,7 +68,7 @@ def _broken_file(directory: Path) -> str | None:
     whole = directory / "tokenizer.json"
     if whole.is_file():
         try:
-            Tokenizer.from_file(str(whole))
+            PreTrainedTokenizerFast(tokenizer_file=str(whole))
         except Exception as error:  # the library raises nothing more special
             return f"{whole.name} is broken: {str(error).strip()}"
     for name in _JSON_FILES:
