@@ -139,10 +139,10 @@ def test_numbers_and_codes_that_are_not_floating_keep_their_types(train, half_ba
 
 
 def compare(base, trained, saved):
-    """Moved and kept shares, and the error of the saved update, from files alone."""
+    """Moved and kept shares, error and length of the saved update, from files alone."""
     start, end, stored = (load_file(path / WEIGHTS) for path in (base, trained, saved))
     moved = kept = count = 0
-    update = error = 0.0
+    update = error = along = 0.0
     for name, before in start.items():
         u, v = end[name] - before.float(), stored[name].float() - before.float()
         count += u.numel()
@@ -150,7 +150,8 @@ def compare(base, trained, saved):
         kept += int((v != 0).sum())
         update += float(u.double().square().sum())
         error += float((u - v).double().square().sum())
-    return moved / count, kept / count, (error / update) ** 0.5
+        along += float((u.double() * v.double()).sum())
+    return moved / count, kept / count, (error / update) ** 0.5, along / update
 
 
 @pytest.mark.parametrize(
@@ -169,13 +170,14 @@ def test_share_that_the_save_kept_is_reported(train, half_base, capsys, method, 
     saved = train(half_base, *options, *given)
     printed = capsys.readouterr().out
     whole = train(half_base, *options, "--save_dtype", "float32", name="whole")
-    moved, kept, error = compare(half_base, whole / "model", saved / "model")
+    moved, kept, error, along = compare(half_base, whole / "model", saved / "model")
     record = yaml.safe_load((saved / "config.yaml").read_text())["run"]["saved"]
     assert record["dtype"] == "bfloat16"
     assert record["rounding"] == (rounding or "stochastic")  # on a base of that type
     assert record["moved_share"] == pytest.approx(moved)
     assert record["kept_share"] == pytest.approx(kept)
     assert record["update_error"] == pytest.approx(error, rel=1e-4)
+    assert record["update_kept"] == pytest.approx(along, rel=1e-4)
     assert 0 < kept < moved
     assert error > 0.005
     shown = f"{moved:.1%} of all numbers moved, {kept:.1%} differ from the base after saving"

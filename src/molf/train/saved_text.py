@@ -14,7 +14,8 @@ def show_saved(record: Mapping[str, Any] | None) -> str | None:
     if record["moved_share"] and not record["update_error"]:
         return f"{how}: the whole update ({record['moved_share']:.1%} of all numbers moved)"
     return (
-        f"{how}, rounding {record['rounding']}: {record['moved_share']:.1%} of all numbers moved, "
-        f"{record['kept_share']:.1%} differ from the base after saving; error of the saved update "
-        f"{record['update_error']:.0%}"
+        f"{how}, rounding {record['rounding']}: {record['update_kept']:.1%} of the update's length "
+        f"is kept, with an error of {record['update_error']:.0%} of it; "
+        f"{record['moved_share']:.1%} of all numbers moved, {record['kept_share']:.1%} differ from "
+        "the base after saving"
     )

@@ -19,6 +19,7 @@ class SavedUpdate:
         kept: How many of these are stored with another value than before the training.
         update_square: Squared norm of the update.
         error_square: Squared norm of the difference of the stored numbers from the trained ones.
+        along: Scalar product of the stored update with the update.
     """
 
     numbers: int = 0
@@ -26,6 +27,7 @@ class SavedUpdate:
     kept: int = 0
     update_square: float = 0.0
     error_square: float = 0.0
+    along: float = 0.0
 
     def add(self, start: Tensor, trained: Tensor, saved: Tensor, moved: Tensor) -> None:
         """Count some numbers.
@@ -45,6 +47,7 @@ class SavedUpdate:
         error = torch.where(moved, stored - trained, zero)
         self.update_square += float(update.double().square().sum())
         self.error_square += float(error.double().square().sum())
+        self.along += float((update.double() * (update + error).double()).sum())
 
     @property
     def moved_share(self) -> float:
@@ -61,11 +64,20 @@ class SavedUpdate:
         """Error of the stored update relative to the update, by Frobenius norms."""
         return (self.error_square / self.update_square) ** 0.5 if self.update_square else 0.0
 
+    @property
+    def update_kept(self) -> float:
+        """How far the stored numbers moved along the update, as a share of the update.
+
+        It is 1 where all is stored. Stochastic rounding keeps 1 on average, whatever its error.
+        """
+        return self.along / self.update_square if self.update_square else 1.0
+
     def record(self) -> dict[str, Any]:
         """Return the figures for a run's `config.yaml`."""
         return {
             "numbers": self.numbers,
             "moved_share": self.moved_share,
             "kept_share": self.kept_share,
+            "update_kept": self.update_kept,
             "update_error": self.error,
         }
