@@ -31,9 +31,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from molf.cli import main as molf
 from molf.tasks import TaskOptions, load_task
 from molf.tasks.encoding import encode_samples
-from molf.train.checkpoint_files import StoredCheckpoint
 from molf.train.model_loading import load_model
 from molf.train.saved_update import SavedUpdate
+from molf.train.stored import StoredCheckpoint
 from molf.world import BASE_PATH
 
 _ROUNDINGS = ("nearest", "stochastic")

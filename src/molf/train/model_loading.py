@@ -17,10 +17,9 @@ from molf.core.quantised import drop_from_config, quantisation_of
 from molf.errors import InputError
 from molf.plan.model_class import auto_class, make_skeleton
 from molf.train.carried import Carried
-from molf.train.checkpoint_files import StoredCheckpoint
 from molf.train.model_config import not_loaded, place_of, read_config
 from molf.train.quantised_base import check_library, prepare_stored
-from molf.train.stored import stored_tensors
+from molf.train.stored import StoredCheckpoint
 from molf.train.tokenizer import load_tokenizer
 from molf.train.whole import check_whole
 
@@ -87,7 +86,8 @@ def load_model(model: str, dtype: torch.dtype = torch.float32) -> LoadedModel:
     except InputError as error:
         raise not_loaded(model, error) from error
     tokenizer = load_tokenizer(model)
-    stored = stored_tensors(name, config)
+    stored = StoredCheckpoint(name, getattr(config, "transformers_weights", None))
+    files = {tensor: part.file for tensor, part in stored.tensors.items()}
     try:
         with _told_briefly():
             loaded, found = _from_pretrained(kind, name, dtype)
@@ -98,7 +98,7 @@ def load_model(model: str, dtype: torch.dtype = torch.float32) -> LoadedModel:
     # padding token beyond the embeddings.
     except Exception as error:
         raise not_loaded(model, error) from error
-    carried = check_whole(model, loaded, stored, found)
+    carried = check_whole(model, loaded, files, found)
     _check_vocabulary(model, loaded, tokenizer)
     own_config = copy.deepcopy(loaded.config)
     for part in own_config.sub_configs:  # loading notes its type in them
@@ -114,7 +114,7 @@ def load_model(model: str, dtype: torch.dtype = torch.float32) -> LoadedModel:
         config=own_config,
         generation_config=copy.deepcopy(loaded.generation_config),
         carried=Carried(carried),
-        stored=StoredCheckpoint(name),
+        stored=stored,
     )
 
 

@@ -16,7 +16,6 @@ from transformers import GenerationConfig
 
 from molf.core.quantised import quantisation_of
 from molf.errors import InputError
-from molf.train.checkpoint_files import GENERATION_CONFIG
 from molf.train.files import replacing_directory
 from molf.train.low_halves import LowHalves
 from molf.train.model_card import adapter_card
@@ -30,6 +29,7 @@ from molf.train.saved_tensors import (
     is_quantised_model,
     take_tensors,
 )
+from molf.train.stored import GENERATION_CONFIG
 
 
 class SaveError(RuntimeError):

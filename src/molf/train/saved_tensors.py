@@ -16,10 +16,10 @@ from transformers.core_model_loading import revert_weight_conversion
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
 from molf.core.rounding import round_stochastic, round_stochastic_float16
-from molf.train.checkpoint_files import StoredTensor, is_real
 from molf.train.low_halves import LowHalves, Rounding
 from molf.train.model_loading import LoadedModel
 from molf.train.saved_update import SavedUpdate
+from molf.train.stored import StoredTensor, is_real
 
 _CHUNK = 1 << 22  # numbers that are worked on at once
 

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 
 from molf.errors import InputError
-from molf.train.checkpoint_files import is_real
 from molf.train.defaults import ADAPTERS
 from molf.train.low_halves import Rounding
 from molf.train.methods import Plan
@@ -24,6 +23,7 @@ from molf.train.saved_tensors import (
     file_state,
     is_quantised_model,
 )
+from molf.train.stored import is_real
 
 _MOMENTS = {"float32": 8.0, "8bit": 2.04}  # bytes for two of them
 

@@ -1,45 +1,133 @@
-"""The weights of a checkpoint as they are stored: which files, and which tensors are in them."""
+"""The weights of a checkpoint as they are stored: files, names, types, shapes, and the numbers."""
 
 from __future__ import annotations
 
 import json
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
 from molf.errors import InputError
 
+GENERATION_CONFIG = "generation_config.json"
+
 _OTHER_FORMATS = (".bin", ".pt", ".pth", ".h5", ".msgpack", ".gguf", ".ckpt")
 
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
 
-def stored_tensors(name: str, config: Any) -> dict[str, Path]:
-    """Return the file of every stored tensor, by the tensor's name; those of a Hub id are fetched.
 
-    Args:
-        name: A directory or a Hub id.
-        config: Its transformers configuration.
+class StoredTensor(NamedTuple):
+    """A tensor in a file.
 
-    Raises:
-        InputError: There are no safetensors files, one that the index names is not there, or one
-            cannot be read; the message names the file.
+    Attributes:
+        file: The file.
+        dtype: Its type; None for one that torch has no name for here.
+        shape: Its shape.
     """
-    tensors: dict[str, Path] = {}
-    for path in _weight_files(name, getattr(config, "transformers_weights", None)):
-        tensors |= dict.fromkeys(_names_in(name, path), path)
-    return tensors
+
+    file: Path
+    dtype: torch.dtype | None
+    shape: tuple[int, ...]
 
 
-def _names_in(name: str, path: Path) -> list[str]:
+@dataclass(frozen=True)
+class StoredCheckpoint:
+    """A checkpoint's files, read on demand.
+
+    Attributes:
+        name: The directory, or a Hub id, whose files are fetched.
+        explicit: The file of weights that its configuration names (`transformers_weights`), if any.
+    """
+
+    name: str
+    explicit: str | None = None
+    _open: dict[Path, Any] = field(default_factory=dict, repr=False, compare=False)
+
+    @cached_property
+    def tensors(self) -> Mapping[str, StoredTensor]:
+        """Every tensor by its name in the files, from their headers.
+
+        Raises:
+            InputError: There are no safetensors files, one that the index names is not there, or
+                one cannot be read; the message names the file.
+        """
+        found: dict[str, StoredTensor] = {}
+        for path in _weight_files(self.name, self.explicit):
+            found |= _tensors_in(self.name, path)
+        return found
+
+    @cached_property
+    def main_dtype(self) -> torch.dtype | None:
+        """The floating type of 16 bits or more that most numbers have; None if none has."""
+        sizes: Counter[torch.dtype] = Counter()
+        for tensor in self.tensors.values():
+            if tensor.dtype is not None and is_real(tensor.dtype):
+                sizes[tensor.dtype] += torch.Size(tensor.shape).numel()
+        return max(sizes, key=lambda dtype: sizes[dtype]) if sizes else None
+
+    @property
+    def generation_config(self) -> bytes | None:
+        """The generation configuration's file, as it is; None if there is none."""
+        path = _found(self.name, GENERATION_CONFIG)
+        return None if path is None else path.read_bytes()
+
+    def find(self, name: str, prefix: str = "") -> str | None:
+        """Return the name of a tensor in the files, with or without the base model's prefix."""
+        dotted = f"{prefix}."
+        for candidate in (name, name.removeprefix(dotted), f"{dotted}{name}"):
+            if candidate in self.tensors:
+                return candidate
+        return None
+
+    def read(self, name: str) -> Tensor:
+        """Read one tensor."""
+        path = self.tensors[name].file
+        if path not in self._open:
+            self._open[path] = safe_open(path, "pt").__enter__()
+        tensor: Tensor = self._open[path].get_tensor(name)
+        return tensor
+
+
+def is_real(dtype: torch.dtype) -> bool:
+    """Whether a type holds weights as they are, and not the codes of quantised ones."""
+    return dtype.is_floating_point and dtype.itemsize >= 2
+
+
+def _tensors_in(name: str, path: Path) -> dict[str, StoredTensor]:
+    found = {}
     try:
         with safe_open(path, "pt") as file:
-            return list(file.keys())
+            for tensor in file.keys():  # noqa: SIM118 (no mapping)
+                part = file.get_slice(tensor)
+                dtype = _DTYPES.get(part.get_dtype())
+                found[tensor] = StoredTensor(path, dtype, tuple(part.get_shape()))
     except (OSError, SafetensorError) as error:
         raise InputError(
             f"model {name}: {path.name} cannot be read as safetensors (cut short, or of another "
             f"format): {error}"
         ) from error
+    return found
 
 
 def _weight_files(name: str, explicit: str | None) -> list[Path]:
