@@ -170,7 +170,11 @@ def test_wrong_input_is_one_line(refused, base, arguments, message):
 def test_control_tokens_in_texts_are_plain_where_asked(shown, split):
     records = [{"prompt": "Strike: ", "completion": "a<|end|>b<|pad|>"}]
     further = ["--split_special_tokens"] if split else []
-    line = json.loads(shown(records, "--jsonl", *further).out)
+    printed = shown(records, "--jsonl", *further)
+    line = json.loads(printed.out)
+    how = "become plain text" if split else "act as such"
+    assert "warning: 1 of 1 examples: the text spells out control tokens" in printed.err
+    assert how in printed.err
     assert "".join(part for part, _ in line["segments"]) == "Strike: a<|end|>b<|pad|><|end|>"
     tokenizer = byte_level_tokenizer()
     text = "Strike: a<|end|>b<|pad|>"

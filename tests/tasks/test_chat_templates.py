@@ -118,3 +118,56 @@ def test_a_conversation_may_begin_with_the_assistant(name):
     assert "Hello!" in learned
     assert "Rather blue." in learned
     assert "And the sky?" in rest
+
+
+def test_marks_round_other_messages_are_not_the_assistants():
+    tokenizer = byte_level_tokenizer()
+    tokenizer.chat_template = (
+        "{% for m in messages %}<{{ m.role }}>"
+        "{% if m.role == 'user' %}{% generation %}{{ m.content }}{% endgeneration %}"
+        "{% else %}{{ m.content }}{% endif %};{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    talk = tuple({"role": role, "content": "same"} for role in ("user", "assistant") * 2)
+    rendered = Conversation(talk, 0, 0).render(tokenizer)
+    assert [rendered.text[start:end] for start, end in rendered.spans] == ["same;", "same;"]
+
+
+@pytest.mark.parametrize(
+    ("role", "written", "is_named"),
+    [
+        ("observation", "", True),
+        ("tool", "", True),
+        ("tool", "{{ m.content }}", False),
+        ("tool", "{{ m.content | tojson }}", False),
+    ],
+)
+def test_a_lost_text_of_any_role_is_named(role, written, is_named):
+    tokenizer = byte_level_tokenizer()
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m.role in ('user', 'assistant') %}{{ m.content }};"
+        f"{{% else %}}{written}{{% endif %}}{{% endfor %}}"
+    )
+    talk = (TALK[0], {"role": role, "content": 'So "warm"\nDär'}, TALK[1])
+    rendered = Conversation(talk, 0, 0).render(tokenizer)
+    assert any("leaves out text" in fault for fault in rendered.faults) is is_named
+
+
+@pytest.mark.parametrize("split", [False, True])
+@pytest.mark.parametrize("place", ["tools", "tool_calls", "reasoning_content"])
+def test_control_tokens_in_fields_beside_the_content_are_counted(place, split):
+    tokenizer = tokenizer_of("qwen3")
+    tokenizer.split_special_tokens = split
+    value = f"Looks{tokenizer.eos_token}out"
+    function = {"name": "weather", "description": value if place == "tools" else ""}
+    answer = {"role": "assistant", "content": "Yes."}
+    if place == "tool_calls":
+        answer["tool_calls"] = [{"function": {"name": "weather", "arguments": {"city": value}}}]
+    if place == "reasoning_content":
+        answer["reasoning_content"] = value
+    tools = ({"type": "function", "function": function},)
+    with pytest.warns(UserWarning, match="1 of 1 examples: the text spells out control tokens"):
+        learned, rest = texts_of(tokenizer, Conversation((TALK[0], answer), 0, 0, tools))
+    assert value in learned + rest
+    encoded = encode_samples(tokenizer, [Conversation((TALK[0], answer), 0, 0, tools)], 10_000)
+    assert encoded.input_ids[0].count(tokenizer.eos_token_id) == (1 if split else 2)

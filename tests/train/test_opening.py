@@ -205,6 +205,28 @@ def test_evaluation_on_what_was_trained_on_warns(custom, tmp_path, capsys):
     assert (after["count"], after["low"]) == (1, None)
 
 
+def test_evaluation_warns_of_control_tokens_and_of_another_splitting(base, tmp_path, capsys):
+    path = tmp_path / "pairs.jsonl"
+    eos = json.loads((base / "tokenizer_config.json").read_text())["eos_token"]
+    records = [{"prompt": f"{i} is", "completion": f" {eos}{i}."} for i in range(20)]
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    options = ["--task", "custom", "--data", str(path)]
+    training = ["train", *options, "--model", str(base), "--split_special_tokens"]
+    training += ["--ranks", "4", "--max_steps", "1", "--output_dir", str(tmp_path / "run")]
+    assert main(training) == 0
+    model = str(tmp_path / "run" / "model")
+    for arguments, is_other, how in (
+        ([], True, "act as such"),
+        (["--split_special_tokens"], False, "become plain text"),
+    ):
+        capsys.readouterr()
+        assert main(["eval", model, *options, *arguments]) == 0
+        error = capsys.readouterr().err
+        assert "20 of 20 examples: the text spells out control tokens" in error
+        assert how in error
+        assert ("was trained with --split_special_tokens" in error) is is_other
+
+
 def test_evaluation_data_that_is_the_training_data_warns(custom, tmp_path, capsys):
     data = str(tmp_path / "pairs.jsonl")
     assert main([*custom, "--eval_data", data, "--dry_run"]) == 0

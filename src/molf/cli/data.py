@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import sys
+import warnings
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
@@ -60,12 +62,23 @@ def preview_data(
             tokenizer.split_special_tokens = True
         records = preview(tokenizer, data, limit)
         if jsonl:
-            for record in records:
-                sys.stdout.write(json.dumps(_line(record), ensure_ascii=False) + "\n")
-            sys.stdout.flush()
+            _print_lines(records)
             return
         _print(f"{resolved.task}: {resolved.data or 'the data of the task'}", data, list(records))
         _print_examples(list(preview(tokenizer, _first(data, examples), limit)))
+
+
+def _print_lines(records: Iterable[PreviewedRecord]) -> None:
+    """Print a line of JSON for each record, then warn of how their texts differ from the file."""
+    faults: Counter[str] = Counter()
+    count = 0
+    for record in records:
+        sys.stdout.write(json.dumps(_line(record), ensure_ascii=False) + "\n")
+        faults.update(record.faults)
+        count += 1
+    sys.stdout.flush()
+    for fault, number in faults.items():
+        warnings.warn(f"{number} of {count} examples: {fault}.", stacklevel=3)
 
 
 def _line(record: PreviewedRecord) -> dict[str, object]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +20,7 @@ from molf.train.ownership import AN_EVALUATION, EVALUATION, PREDICTIONS, predict
 from molf.train.progress import make_reporter
 from molf.train.result import evaluation_record
 from molf.train.run_directory import check_output
-from molf.train.training_data import warn_of_training_data
+from molf.train.training_data import warn_of_other_splitting, warn_of_training_data
 
 
 def evaluate_checkpoint(model: str, options: EvalOptions) -> dict[str, Evaluation]:
@@ -40,6 +41,8 @@ def evaluate_checkpoint(model: str, options: EvalOptions) -> dict[str, Evaluatio
     texts = {name: _forgetting_text(task, options) for name, task in tasks.items()}
     for task in tasks.values():
         warn_of_training_data(model, task)
+    if tasks:
+        warn_of_other_splitting(model, split_special_tokens=options.split_special_tokens)
 
     from molf.train.libraries import quiet_libraries
 
@@ -60,6 +63,7 @@ def evaluate_checkpoint(model: str, options: EvalOptions) -> dict[str, Evaluatio
                     evaluations[name] = evaluate(
                         loaded.model, loaded.tokenizer, tasks[name], texts[name], settings, show
                     )
+                _warn_of_faults(evaluations[name])
             elif harness is not None:
                 reporter.say(title)  # the harness shows its own progress
                 found = harness.evaluate(loaded.model, loaded.tokenizer, name.removeprefix(PREFIX))
@@ -82,6 +86,13 @@ def score_saved_texts(options: EvalOptions) -> dict[str, Evaluation]:
     evaluations = {task.name: scored}
     _write(options, evaluations)
     return evaluations
+
+
+def _warn_of_faults(evaluation: Evaluation) -> None:
+    """Warn where the texts that were measured differ from their records."""
+    count = len([entry for entry in evaluation.predictions if entry.get("left_out") is None])
+    for fault, number in evaluation.notes.get("records_with_faults", {}).items():
+        warnings.warn(f"{number} of {count} examples: {fault}.", stacklevel=2)
 
 
 def _forgetting_text(task: Task, options: EvalOptions) -> str:

@@ -24,9 +24,6 @@ _PROMPT = (
 _LOST = "the chat template leaves out text or tool calls of a message"
 _UNREAD = "the chat template does not read {}"
 
-_SPEAKERS = ("system", "developer", "user", "assistant")
-"""Roles whose texts a template writes as they are; results of tools may be quoted."""
-
 
 @dataclass(frozen=True)
 class Conversation(Sample):
@@ -74,11 +71,11 @@ class Conversation(Sample):
             InputError: The tokenizer has no chat template, it refuses the messages, or the last
                 turn cannot be found in what it writes.
         """
-        messages = self.messages
+        messages, tools = self.messages, self.tools
         if getattr(tokenizer, "split_special_tokens", False):
-            messages = marked(tokenizer, messages)
+            messages, tools = marked(tokenizer, messages), marked(tokenizer, tools)
         try:
-            chat = Chat(tokenizer, messages, self.tools, self.template_options)
+            chat = Chat(tokenizer, messages, tools, self.template_options)
             turns = find_turns(tokenizer, chat, self.learned)
         except InputError as error:
             raise InputError(f"Record {self.record}: {error}") from error
@@ -89,7 +86,7 @@ class Conversation(Sample):
         if turns.prompt_differs:
             faults.append(_PROMPT)
         written = _without_space(text)
-        if any(_without_space(part) not in written for part in self._parts()):
+        if not all(_is_in(written, part) for part in self._parts()):
             faults.append(_LOST)
         spelled = control_tokens(tokenizer)
         return Rendered(
@@ -101,19 +98,16 @@ class Conversation(Sample):
             answer_start=without_marks(turns.text, turns.answer_start),
             faults=tuple(faults),
             literal=literal,
-            control_tokens=sum(len(spelled.findall(text)) for text in self._texts()),
+            control_tokens=sum(
+                len(spelled.findall(text)) for text in _texts((self.messages, self.tools))
+            ),
         )
-
-    def _texts(self) -> Iterator[str]:
-        """The texts of all messages."""
-        return (text_of(message.get("content")) for message in self.messages)
 
     def _parts(self) -> Iterator[str]:
         """Texts that the rendering must hold."""
         for message in self.messages:
-            if message["role"] in _SPEAKERS:
-                yield text_of(message.get("content"))
-                yield from _called(message.get("tool_calls"))
+            yield text_of(message.get("content"))
+            yield from _called(message.get("tool_calls"))
 
 
 def learned_turns(messages: Sequence[Message], context: int) -> list[int]:
@@ -125,12 +119,27 @@ def learned_turns(messages: Sequence[Message], context: int) -> list[int]:
     ]
 
 
+def _texts(value: Any) -> Iterator[str]:
+    """All texts in a value, at any depth."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, (list, tuple, dict)):
+        for entry in value.values() if isinstance(value, dict) else value:
+            yield from _texts(entry)
+
+
 def _called(calls: Any) -> Iterator[str]:
     """The names of called functions."""
     for call in calls if isinstance(calls, list) else ():
         function = call.get("function", call) if isinstance(call, dict) else {}
         if isinstance(function, dict) and isinstance(function.get("name"), str):
             yield function["name"]
+
+
+def _is_in(written: str, part: str) -> bool:
+    """Whether a text without white space holds a part, as it is or quoted as JSON."""
+    quoted = (json.dumps(part, ensure_ascii=ascii_only)[1:-1] for ascii_only in (False, True))
+    return any(_without_space(form) in written for form in (part, *quoted))
 
 
 def _without_space(text: str) -> str:

@@ -68,7 +68,10 @@ class _Finder:
     def marked(self, learned: Sequence[int]) -> Turns | None:
         """The turns by the template's `{% generation %}` marks; None where these do not fit."""
         owned = self._owned_marks()
-        if owned is None or not all(self._holds(owned.get(turn), turn) for turn in learned):
+        if owned is None or not all(
+            self._holds(owned.get(turn), turn) and not self._precede(owned[turn], turn)
+            for turn in learned
+        ):
             return None
         last = learned[-1]
         text, rest = self._whole, self._whole[owned[last][-1][1] :]
@@ -113,6 +116,11 @@ class _Finder:
         text = text_of(self._chat.given(turn).get("content")).strip()
         marked = "".join(self._whole[start:end] for start, end in marks)
         return text in marked or text not in self._whole
+
+    def _precede(self, marks: Sequence[Span], turn: int) -> bool:
+        """Whether marks begin in the text of the messages before a turn: they are of these."""
+        before = self._chat.render(turn, ask=True) if turn else None
+        return before is not None and marks[0][1] < _shared(before.text, self._whole)
 
     def _behind_prompt(self, turn: int, start: int, end: int) -> int:
         """The start of a marked turn without what the generation prompt already says of it."""

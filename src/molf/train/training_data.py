@@ -9,7 +9,7 @@ from molf.errors import InputError
 from molf.paths import absolute
 from molf.tasks import Task
 from molf.tasks.records import data_files
-from molf.train.finished_run import read_run
+from molf.train.finished_run import FinishedRun, read_run
 from molf.train.ownership import CONFIG, MODEL
 from molf.train.provenance import contents, file_records, same_files
 from molf.train.resolved import ResolvedSettings
@@ -28,12 +28,8 @@ def warn_of_training_data(model: str, task: Task) -> None:
     description = task.description()
     if task.name in _EVALUATES_ON_TRAINING or description.get("evaluated_split") != "train":
         return
-    path = Path(model).expanduser().resolve()
-    if path.name != MODEL or not (path.parent / CONFIG).is_file():
-        return
-    try:
-        run = read_run(path.parent)
-    except InputError:  # a config.yaml of something else
+    run = _run_of(model)
+    if run is None:
         return
     data = absolute(str(description["evaluated_on"]))
     recorded = run.config["run"].get("data") or {}
@@ -45,6 +41,30 @@ def warn_of_training_data(model: str, task: Task) -> None:
             "other records with --data; those that the run held out are measured in its eval.json.",
             stacklevel=2,
         )
+
+
+def warn_of_other_splitting(model: str, *, split_special_tokens: bool) -> None:
+    """Warn where a run's model is evaluated with another `split_special_tokens` than the run's."""
+    run = _run_of(model)
+    if run is None or bool(run.config.get("split_special_tokens")) == split_special_tokens:
+        return
+    trained, give = ("with", "Give") if not split_special_tokens else ("without", "Leave out")
+    warnings.warn(
+        f"{run.path} was trained {trained} --split_special_tokens, so control tokens that texts "
+        f"spell out are other tokens here than in training. {give} --split_special_tokens.",
+        stacklevel=2,
+    )
+
+
+def _run_of(model: str) -> FinishedRun | None:
+    """The run that a model is the result of; None where it is another model."""
+    path = Path(model).expanduser().resolve()
+    if path.name != MODEL or not (path.parent / CONFIG).is_file():
+        return None
+    try:
+        return read_run(path.parent)
+    except InputError:  # a config.yaml of something else
+        return None
 
 
 def warn_of_equal_data(settings: ResolvedSettings) -> None:
