@@ -7,6 +7,7 @@ import pytest
 import trl
 from tiny_models import byte_level_tokenizer
 
+from molf.errors import InputError
 from molf.tasks import chat_template
 from molf.tasks.conversations import Conversation
 from molf.tasks.encoding import IGNORED, encode_samples
@@ -171,3 +172,10 @@ def test_control_tokens_in_fields_beside_the_content_are_counted(place, split):
     assert value in learned + rest
     encoded = encode_samples(tokenizer, [Conversation((TALK[0], answer), 0, 0, tools)], 10_000)
     assert encoded.input_ids[0].count(tokenizer.eos_token_id) == (1 if split else 2)
+
+
+def test_several_templates_without_a_default_are_refused_by_name():
+    tokenizer = byte_level_tokenizer()
+    tokenizer.chat_template = {"rag": "x", "tool_use": "y"}
+    with pytest.raises(InputError, match=r"none is its default one \(they are: rag, tool_use\)"):
+        Conversation(TALK, 0, 0).render(tokenizer)

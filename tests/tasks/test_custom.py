@@ -216,6 +216,32 @@ def test_nulls_of_parquet_are_no_fields(tmp_path):
     assert all("tool_calls" not in message for message in samples[0].messages)
 
 
+def test_results_of_tools_and_reasoning_need_no_content(tmp_path):
+    turns = [
+        {"role": "user", "content": "Go!"},
+        {"role": "assistant", "content": None, "reasoning_content": "Well."},
+        {"role": "tool", "content": None, "name": "go"},
+        {"role": "assistant", "content": "Gone."},
+    ]
+    path = write(tmp_path / "a.jsonl", [{"messages": turns}])
+    (sample,) = load(path, evaluation_only=True)._data.samples.values()
+    tokenizer = byte_level_tokenizer()
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.role }}: {{ m.reasoning_content }}{{ m.content }};{% endfor %}"
+    )
+    rendered = sample.render(tokenizer)
+    assert rendered.text == "user: Go!;assistant: Well.;tool: ;assistant: Gone.;"
+
+
+TWICE = [
+    {
+        "role": "assistant",
+        "content": "",
+        "tool_calls": [{"function": {"name": "f", "arguments": '{"city": "a", "city": "b"}'}}],
+    }
+]
+
+
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
@@ -229,6 +255,11 @@ def test_nulls_of_parquet_are_no_fields(tmp_path):
         ({"prompt": TURNS, "completion": "x"}, "must be both texts or both messages"),
         ({"messages": "x"}, "messages must be a list, not str"),
         ({"messages": ["x"]}, r"messages\[0\] must be an object, not str"),
+        (
+            {"messages": TURNS, "tools": '[{"type": "function", "type": "x"}]'},
+            "tools: the key 'type' comes twice",
+        ),
+        ({"messages": TWICE}, "arguments: the key 'city' comes twice"),
         ({"messages": [{"role": "user"}]}, r"messages\[0\] lacks a content, and has no tool_calls"),
         ({"messages": [{**TURNS[1], "weight": 2}]}, r"messages\[0\].weight must be 0 or 1, not 2"),
         (

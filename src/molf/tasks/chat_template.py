@@ -231,14 +231,20 @@ def template_of(tokenizer: Any, *, has_tools: bool) -> ChatTemplate:
     """Return the template for conversations with or without tools.
 
     Raises:
-        InputError: The tokenizer has none.
+        InputError: The tokenizer has none, or none that is its default one.
     """
     if not getattr(tokenizer, "chat_template", None):
         raise InputError(
             "a conversation needs a chat template, and the tokenizer has none. Use a model with "
             "one, or records with prompt and completion texts."
         )
-    source: str = tokenizer.get_chat_template(tools=[] if has_tools else None)
+    try:
+        source: str = tokenizer.get_chat_template(tools=[] if has_tools else None)
+    except ValueError as error:
+        raise InputError(
+            "the tokenizer has several chat templates, and none is its default one (they are: "
+            f"{', '.join(tokenizer.chat_template)})."
+        ) from error
     known = _templates.setdefault(tokenizer, {})
     if source not in known:
         known[source] = ChatTemplate(tokenizer, source)

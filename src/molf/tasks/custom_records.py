@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 from molf.errors import InputError
 from molf.tasks.chat_template import Message
 from molf.tasks.conversations import Conversation, learned_turns
 from molf.tasks.fields import filled_text, list_value, object_value, text_value
-from molf.tasks.files import Record, present_fields
+from molf.tasks.files import DuplicateKeyError, Record, present_fields, unique_json
 from molf.tasks.questions import UnusableRecordError
 from molf.tasks.samples import PromptCompletion, Sample
 
 NO_TURN = "no assistant message to learn"
-EMPTY = "prompt and completion are empty"
+
+_INSTEAD_OF_CONTENT = ("tool_calls", "reasoning_content", "thinking", "reasoning")
 
 _SPEAKERS = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant"}
 
@@ -110,10 +110,11 @@ def _messages(value: Any, where: str) -> list[Message]:
         message = {key: entry for key, entry in message.items() if entry is not None}
         if message.get("content") is not None:
             _check_content(message["content"], f"{at}.content")
-        elif not message.get("tool_calls"):
+        elif message["role"] != "tool" and not any(map(message.get, _INSTEAD_OF_CONTENT)):
             raise InputError(f"{at} lacks a content, and has no tool_calls.")
         if message.get("tool_calls") is not None:
-            list_value(message["tool_calls"], f"{at}.tool_calls")
+            for call in list_value(message["tool_calls"], f"{at}.tool_calls"):
+                _check_arguments(call, f"{at}.tool_calls")
         if message.get("weight", 1) not in (0, 1) or isinstance(message.get("weight"), bool):
             raise InputError(f"{at}.weight must be 0 or 1, not {message['weight']!r:.100}.")
         messages.append(message)
@@ -132,13 +133,36 @@ def _check_content(value: Any, where: str) -> None:
         text_value(part.get("text"), f"{at}.text")
 
 
+def _check_arguments(call: Any, where: str) -> None:
+    """Refuse a tool call whose arguments are the JSON text of an object with a key twice."""
+    function = call.get("function", call) if isinstance(call, dict) else {}
+    arguments = function.get("arguments") if isinstance(function, dict) else None
+    if isinstance(arguments, str):
+        _json(arguments, f"{where}: arguments")
+
+
+def _json(text: str, where: str) -> Any:
+    """Parse a text; where it is not JSON it stays as it is.
+
+    Raises:
+        InputError: An object in it has a key twice.
+    """
+    try:
+        return unique_json(text)
+    except DuplicateKeyError as error:
+        raise InputError(
+            f"{where}: the key {error.args[0]!r:.100} comes twice in one object."
+        ) from error
+    except ValueError:
+        return text
+
+
 def _tools(value: Any, where: str) -> tuple[Any, ...] | None:
     """The JSON schemas of tools; none where the list is empty, as TRL has it for a null."""
     if isinstance(value, str):
-        try:
-            value = json.loads(value)
-        except ValueError as error:
-            raise InputError(f"{where} is a text that is not JSON: {error}.") from error
+        value = _json(value, where)
+        if isinstance(value, str):
+            raise InputError(f"{where} is a text that is not JSON of a list.")
     if value is None:
         return None
     tools = list_value(value, where)

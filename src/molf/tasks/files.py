@@ -98,7 +98,7 @@ def read_json(path: Path) -> list[Record]:
     return list(values)
 
 
-class _DuplicateKeyError(Exception):
+class DuplicateKeyError(Exception):
     """An object has a key twice; the argument is the key."""
 
 
@@ -107,20 +107,30 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     made = dict(pairs)
     if len(made) < len(pairs):
         names = [name for name, _ in pairs]
-        raise _DuplicateKeyError(next(name for name in names if names.count(name) > 1))
+        raise DuplicateKeyError(next(name for name in names if names.count(name) > 1))
     return made
+
+
+def unique_json(text: str) -> Any:
+    """Parse JSON whose objects have every key once.
+
+    Raises:
+        DuplicateKeyError: An object has a key twice.
+        ValueError: The text is not JSON.
+    """
+    return json.loads(text, object_pairs_hook=_unique)
 
 
 def _parse(text: str, path: str, line: int) -> Any:
     """Parse JSON that starts at a line of a file."""
     try:
-        return json.loads(text, object_pairs_hook=_unique)
+        return unique_json(text)
     except json.JSONDecodeError as error:
         raise InputError(
             f"{path}, line {line + error.lineno - 1}: not JSON ({error.msg}). "
             "The file must hold a list of records, or one record per line."
         ) from error
-    except _DuplicateKeyError as error:
+    except DuplicateKeyError as error:
         raise InputError(
             f"{path}, line {line}: the key {error.args[0]!r:.100} comes twice in one object."
         ) from error
