@@ -131,6 +131,29 @@ def config_that_fits_nothing(path):
     configured(path, num_key_value_heads="two")
 
 
+def broken_generation_config(path):
+    (path / "generation_config.json").write_text('{"do_sample": ')
+
+
+def list_as_generation_config(path):
+    (path / "generation_config.json").write_text("[1]")
+
+
+def end_token_that_is_no_id(path):
+    (path / "generation_config.json").write_text('{"eos_token_id": [0, "<|end|>"]}')
+
+
+def only_said_to_be_4bit(path):
+    pytest.importorskip("bitsandbytes", reason="needs the extra bitsandbytes")
+    configured(path, quantization_config={"load_in_4bit": True})
+
+
+def only_said_to_be_8bit(path):
+    pytest.importorskip("bitsandbytes", reason="needs the extra bitsandbytes")
+    quantisation = {"quant_method": "bitsandbytes", "load_in_8bit": True}
+    configured(path, quantization_config=quantisation)
+
+
 CASES = {
     more_layers: "lack weights of LlamaForCausalLM, as config.json describes it, which would be "
     "random: model.layers.2.input_layernorm.weight, ",
@@ -155,6 +178,11 @@ CASES = {
     broken_config: "config.json",
     config_of_an_encoder_decoder: "model_type=t5",
     config_that_fits_nothing: "num_key_value_heads",
+    broken_generation_config: "generation_config.json is broken: Expecting value",
+    list_as_generation_config: "generation_config.json is broken: it is a list",
+    end_token_that_is_no_id: "eos_token_id is [0, '<|end|>'] in its generation configuration",
+    only_said_to_be_4bit: "stored quantised (bitsandbytes 4-bit), and no tensor in its files is",
+    only_said_to_be_8bit: "stored quantised (bitsandbytes 8-bit), and no tensor in its files is",
 }
 
 
@@ -205,6 +233,24 @@ def test_whole_checkpoints_load_in_silence(llama, tmp_path, recwarn):
     loaded = load_model(str(tmp_path / "body")).model
     assert torch.equal(loaded.lm_head.weight, tied.lm_head.weight)
     assert [str(warning.message) for warning in recwarn] == []
+
+
+def test_a_model_without_a_declared_type_is_loaded_once(llama, tmp_path, monkeypatch):
+    from transformers import LlamaForCausalLM
+
+    path = tmp_path / "base"
+    shutil.copytree(llama, path)
+    rewritten(path, lambda tensors: tensors.update({n: t.half() for n, t in tensors.items()}))
+    config = json.loads((path / "config.json").read_text())
+    del config["dtype"]
+    (path / "config.json").write_text(json.dumps(config))
+    made = []
+    init = LlamaForCausalLM.__init__
+    monkeypatch.setattr(
+        LlamaForCausalLM, "__init__", lambda self, *args: (made.append(1), init(self, *args))[1]
+    )
+    assert load_model(str(path)).dtype == torch.float16
+    assert len(made) == 1
 
 
 def test_a_missing_buffer_is_a_warning(llama, tmp_path):

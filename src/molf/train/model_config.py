@@ -1,11 +1,13 @@
-"""A checkpoint's configuration, and where the checkpoint is."""
+"""A checkpoint's configurations, and where the checkpoint is."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 from transformers import AutoConfig
+from transformers.utils import GENERATION_CONFIG_NAME, cached_file
 
 from molf.errors import InputError
 
@@ -26,6 +28,58 @@ def read_config(model: str) -> Any:
         return AutoConfig.from_pretrained(place_of(model), trust_remote_code=False)
     except Exception as error:  # configurations check their values in ways of their own
         raise not_loaded(model, error) from error
+
+
+def check_generation_config(model: str) -> None:
+    """Refuse a broken generation configuration, in whose place transformers would use another.
+
+    Args:
+        model: A directory or a Hub id, whose file is fetched.
+
+    Raises:
+        InputError: The file is no JSON object.
+    """
+    file = cached_file(
+        place_of(model),
+        GENERATION_CONFIG_NAME,
+        _raise_exceptions_for_gated_repo=False,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+    )
+    if file is None:
+        return
+    try:
+        given = json.loads(Path(file).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(
+            f"model {model}: {GENERATION_CONFIG_NAME} is broken: {error}. Copy or download it "
+            "again, or delete it."
+        ) from error
+    if not isinstance(given, dict):
+        raise InputError(
+            f"model {model}: {GENERATION_CONFIG_NAME} is broken: it is a {type(given).__name__} "
+            "and must be a JSON object. Copy or download it again, or delete it."
+        )
+
+
+def check_token_ids(model: str, generation: Any) -> None:
+    """Refuse a generation configuration whose special tokens are no ids.
+
+    Args:
+        model: The checkpoint, for messages.
+        generation: The configuration; None for a model without one.
+
+    Raises:
+        InputError: A value is neither a whole number nor a list of them.
+    """
+    for name in ("eos_token_id", "pad_token_id", "bos_token_id"):
+        given = getattr(generation, name, None)
+        ids = given if isinstance(given, list) else [given]
+        if given is not None and not all(type(one) is int for one in ids):
+            raise InputError(
+                f"model {model}: {name} is {given!r} in its generation configuration. Must be a "
+                "whole number, or a list of them."
+            )
 
 
 def not_loaded(model: str, error: Exception) -> InputError:

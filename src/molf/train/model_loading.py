@@ -17,8 +17,14 @@ from molf.core.quantised import drop_from_config, quantisation_of
 from molf.errors import InputError
 from molf.plan.model_class import auto_class, make_skeleton
 from molf.train.carried import Carried
-from molf.train.model_config import not_loaded, place_of, read_config
-from molf.train.quantised_base import check_library, prepare_stored
+from molf.train.model_config import (
+    check_generation_config,
+    check_token_ids,
+    not_loaded,
+    place_of,
+    read_config,
+)
+from molf.train.quantised_base import check_library, check_stored, prepare_stored
 from molf.train.stored import StoredCheckpoint
 from molf.train.tokenizer import load_tokenizer
 from molf.train.whole import check_whole
@@ -86,12 +92,14 @@ def load_model(model: str, dtype: torch.dtype = torch.float32) -> LoadedModel:
     except InputError as error:
         raise not_loaded(model, error) from error
     tokenizer = load_tokenizer(model)
+    check_generation_config(model)
     stored = StoredCheckpoint(name, getattr(config, "transformers_weights", None))
     files = {tensor: part.file for tensor, part in stored.tensors.items()}
+    if stored_as is not None:
+        check_stored(stored_as, files, model)
     try:
         with _told_briefly():
             loaded, found = _from_pretrained(kind, name, dtype)
-            stored_dtype = config.dtype or _from_pretrained(kind, name, "auto")[0].dtype
     except (torch.OutOfMemoryError, MemoryError):
         raise
     # The classes fail in any way on what they do not expect; an assertion is how torch refuses a
@@ -99,6 +107,7 @@ def load_model(model: str, dtype: torch.dtype = torch.float32) -> LoadedModel:
     except Exception as error:
         raise not_loaded(model, error) from error
     carried = check_whole(model, loaded, files, found)
+    check_token_ids(model, loaded.generation_config)
     _check_vocabulary(model, loaded, tokenizer)
     own_config = copy.deepcopy(loaded.config)
     for part in own_config.sub_configs:  # loading notes its type in them
@@ -110,7 +119,7 @@ def load_model(model: str, dtype: torch.dtype = torch.float32) -> LoadedModel:
     return LoadedModel(
         model=loaded,
         tokenizer=tokenizer,
-        dtype=stored_dtype,
+        dtype=config.dtype or stored.main_dtype or loaded.dtype,
         config=own_config,
         generation_config=copy.deepcopy(loaded.generation_config),
         carried=Carried(carried),
@@ -151,7 +160,7 @@ def _check_vocabulary(name: str, model: Any, tokenizer: Any) -> None:
         tokenizer.pad_token = tokenizer.eos_token
 
 
-def _from_pretrained(kind: Any, name: str, dtype: torch.dtype | str) -> tuple[Any, dict[str, Any]]:
+def _from_pretrained(kind: Any, name: str, dtype: torch.dtype) -> tuple[Any, dict[str, Any]]:
     """A model, and the names of what is missing, left out, or of another shape."""
     loaded, found = kind.from_pretrained(
         name,

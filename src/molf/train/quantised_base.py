@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Collection
 from importlib.util import find_spec
 from typing import Any
 
@@ -80,6 +81,28 @@ def check_library(stored: Quantisation, model: str) -> None:
             f"model {model} (stored quantised: {stored}) needs {stored.method}, which is not "
             f"installed: pip install 'molf[{stored.method}]'."
         )
+
+
+def check_stored(stored: Quantisation, tensors: Collection[str], model: str) -> None:
+    """Make sure that a checkpoint's files hold what bitsandbytes needs to read its weights.
+
+    Args:
+        stored: How its configuration says that it is stored.
+        tensors: Names of the tensors in its files.
+        model: The checkpoint, for messages.
+
+    Raises:
+        InputError: None of its weights is quantised.
+    """
+    marks = {"4-bit": ".quant_state.", "8-bit": ".SCB"}
+    if stored.method != "bitsandbytes" or any(marks[stored.kind] in name for name in tensors):
+        return
+    option = "load_in_4bit" if stored.bits == 4 else "load_in_8bit"
+    raise InputError(
+        f"model {model}: its config.json says that it is stored quantised ({stored}), and no "
+        "tensor in its files is. Take quantization_config out of the config.json; to quantise the "
+        f"base for a training, give --{option}."
+    )
 
 
 def check_device(quantisation: Quantisation | None, device: torch.device) -> None:
