@@ -72,3 +72,46 @@ def test_rank_beyond_a_layer_is_that_of_the_method(mixture, options, capsys):
     assert re.search("Rank (39|40) exceeds the smaller side of 4 of 4 adapted layers", error)
     assert "there the adapter is no longer low-rank" in error
     assert "routed" not in error
+
+
+SIZES = {
+    "vocab_size": 512, "bos_token_id": None, "eos_token_id": 0, "hidden_size": 32,
+    "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "max_position_embeddings": 128,
+}  # fmt: skip
+
+
+def refused(options, model, path, capsys, *more):
+    from molf.cli import main
+
+    model.save_pretrained(path)
+    byte_level_tokenizer().save_pretrained(path)
+    arguments = [*options, *more, "--output_dir", str(path.parent / "run")]
+    arguments[arguments.index("--model") + 1] = str(path)
+    assert main(arguments) == 2
+    assert not (path.parent / "run").exists()
+    return capsys.readouterr().err
+
+
+@pytest.mark.parametrize("dropout", ["0", "0.05"])
+def test_dense_layers_that_peft_takes_for_experts(options, tmp_path, capsys, dropout):
+    from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
+
+    config = DeepseekV3Config(
+        **SIZES, num_key_value_heads=4, moe_intermediate_size=16, n_routed_experts=4, n_group=1,
+        topk_group=1, num_experts_per_tok=1, first_k_dense_replace=1, q_lora_rank=8,
+        kv_lora_rank=8, qk_rope_head_dim=4, qk_nope_head_dim=4, v_head_dim=8,
+    )  # fmt: skip
+    more = ["--method", "lora", "--lora_dropout", dropout]
+    said = refused(options, DeepseekV3ForCausalLM(config), tmp_path / "base", capsys, *more)
+    assert "Leave these out with --exclude_modules down_proj,gate_proj,up_proj." in said
+
+
+def test_a_balancing_loss_that_the_trainer_cannot_compute(options, tmp_path, capsys):
+    from transformers import GraniteMoeConfig, GraniteMoeForCausalLM
+
+    config = GraniteMoeConfig(**SIZES, num_key_value_heads=2, num_local_experts=2)
+    model = GraniteMoeForCausalLM(config)
+    said = refused(options, model, tmp_path / "base", capsys, "--method", "fft")
+    assert "TRL's trainer cannot compute the loss of GraniteMoeForCausalLM" in said
+    assert "num_experts" in said

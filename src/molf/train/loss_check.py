@@ -14,7 +14,9 @@ from molf.plan.reach import ParameterReads, evaluation_mode
 _MOST_NATS = 0.05  # what rounding to bfloat16 stays far below, in the mean over tokens
 
 
-def check_loss(name: str, model: Any, ids: Sequence[int], pad_id: int) -> None:
+def check_loss(
+    name: str, model: Any, ids: Sequence[int], pad_id: int, router_coefficient: float | None = None
+) -> None:
     """Compare the loss of TRL's trainer with that of the model's own logits.
 
     The trainer multiplies the last hidden states by the output embeddings. Of a model that does
@@ -26,6 +28,8 @@ def check_loss(name: str, model: Any, ids: Sequence[int], pad_id: int) -> None:
         model: A plain model, on its device.
         ids: Token ids of an example.
         pad_id: Any id of the vocabulary.
+        router_coefficient: TRL's `router_aux_loss_coef`: of a mixture's balancing loss, which the
+            trainer computes unless it is 0; None for the model's own.
 
     Raises:
         InputError: The two differ, or the trainer's cannot be computed.
@@ -48,6 +52,8 @@ def check_loss(name: str, model: Any, ids: Sequence[int], pad_id: int) -> None:
         try:
             with ParameterReads() as reached:
                 log_probs = model(**given, labels=targets, fused_lm_head=True).log_probs
+            if _balances(model, router_coefficient):
+                model(**given, labels=targets, fused_lm_head=True, output_router_logits=True)
             trained = -log_probs.float().sum().item() / (len(ids) - 1)
         except (AttributeError, RuntimeError, TypeError) as error:
             reason = str(error).strip().split("\n")[0]
@@ -64,3 +70,11 @@ def check_loss(name: str, model: Any, ids: Sequence[int], pad_id: int) -> None:
             f"its output embeddings{where}: its loss on an example is {trained:.4g} nats per "
             f"token, that of the model {own:.4g}. It would train another model."
         )
+
+
+def _balances(model: Any, coefficient: float | None) -> bool:
+    """Whether TRL's trainer adds a loss that balances the experts, as it decides it."""
+    text = model.config.get_text_config()
+    own = getattr(text, "router_aux_loss_coef", 0.0)
+    chosen = own if coefficient is None else coefficient
+    return hasattr(text, "output_router_logits") and chosen != 0.0

@@ -78,7 +78,7 @@ def open_training(settings: ResolvedSettings, samples: Sequence[Sample]) -> Open
     encoded = encode_samples(base.tokenizer, samples, max_length)
     _check_ids(base, encoded, settings.model)
     base.model.to(arguments.device)
-    reach = _reach(base, encoded, settings.model)
+    reach = _reach(base, encoded, settings.model, arguments.router_aux_loss_coef)
     _check_reached(base.model, settings, reach)
     settings = replace(settings, unreached=reach.unreached, bypassed=reach.bypassed)
     notes = (
@@ -97,7 +97,9 @@ def open_training(settings: ResolvedSettings, samples: Sequence[Sample]) -> Open
     )
 
 
-def _reach(base: LoadedModel, encoded: EncodedSamples, model: str) -> Reach:
+def _reach(
+    base: LoadedModel, encoded: EncodedSamples, model: str, router_coefficient: float | None
+) -> Reach:
     """Run the beginning of the longest example, and see which modules it does not reach.
 
     Raises:
@@ -116,7 +118,7 @@ def _reach(base: LoadedModel, encoded: EncodedSamples, model: str) -> Reach:
         raise InputError(
             f"model {model}: {type(base.model).__name__} fails on the text of an example: {reason}"
         ) from error
-    check_loss(model, base.model, longest, pad)
+    check_loss(model, base.model, longest, pad, router_coefficient)
     return reach
 
 

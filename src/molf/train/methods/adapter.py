@@ -54,10 +54,12 @@ class Adapter(Method):
             with torch.device("meta"):
                 get_peft_model(skeleton, config)
         except (ValueError, TypeError, NotImplementedError, AttributeError) as error:
+            _check_not_redirected(plan, config, settings)  # which may be why
             reason = str(error).strip().split("\n")[0]
             raise InputError(
                 f"method={settings.method}: PEFT cannot adapt {settings.model}: {reason}"
             ) from error
+        _check_not_redirected(plan, config, settings)
 
     def check_layers(self, plan: AdapterPlan) -> None:
         """Raise `InputError` if a layer is too small for what the method needs."""
@@ -123,6 +125,23 @@ class Adapter(Method):
             rank=rank,
             scaling=config.scalings[0],
         )
+
+
+def _check_not_redirected(plan: AdapterPlan, config: Any, settings: ResolvedSettings) -> None:
+    """Refuse layers in whose place PEFT would adapt fused experts, which cannot be merged.
+
+    In mixtures that transformers 4 had as single layers, PEFT takes these layers' names for the
+    fused experts, also where a dense or shared expert has the name. It notes them in `config`.
+    """
+    if not getattr(config, "target_parameters", None):
+        return
+    names = {layer.name for layer in plan.layers} - set(config.target_modules)
+    endings = ",".join(sorted({name.rpartition(".")[2] for name in names}))
+    raise InputError(
+        f"method={settings.method}: PEFT would adapt the fused experts of {settings.model} in the "
+        f"place of {len(names)} layers with names of theirs ({endings}). Leave these out with "
+        f"--exclude_modules {endings}."
+    )
 
 
 def common_config(plan: AdapterPlan, settings: ResolvedSettings) -> dict[str, Any]:
