@@ -52,14 +52,15 @@ def check_loss(
         try:
             with ParameterReads() as reached:
                 log_probs = model(**given, labels=targets, fused_lm_head=True).log_probs
-            if _balances(model, router_coefficient):
-                model(**given, labels=targets, fused_lm_head=True, output_router_logits=True)
             trained = -log_probs.float().sum().item() / (len(ids) - 1)
         except (AttributeError, RuntimeError, TypeError) as error:
             reason = str(error).strip().split("\n")[0]
             raise InputError(
                 f"model {name}: TRL's trainer cannot compute the loss of {kind}: {reason}"
             ) from error
+        else:
+            if _balances(model, router_coefficient):
+                _check_balance(name, model, {**given, "labels": targets})
         finally:
             del model.forward  # the one that was put on this very model
     skipped = [n for n, p in model.named_parameters() if p in needed.seen - reached.seen]
@@ -70,6 +71,23 @@ def check_loss(
             f"its output embeddings{where}: its loss on an example is {trained:.4g} nats per "
             f"token, that of the model {own:.4g}. It would train another model."
         )
+
+
+def _check_balance(name: str, model: Any, given: dict[str, Any]) -> None:
+    """Have TRL compute the loss that balances the experts.
+
+    Raises:
+        InputError: It cannot.
+    """
+    try:
+        model(**given, fused_lm_head=True, output_router_logits=True)
+    except (AttributeError, RuntimeError, TypeError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise InputError(
+            f"model {name}: TRL's trainer cannot compute the loss that balances the experts of "
+            f"{type(model).__name__}: {reason}. Train without it: "
+            "--training_args.router_aux_loss_coef 0."
+        ) from error
 
 
 def _balances(model: Any, coefficient: float | None) -> bool:
