@@ -73,6 +73,8 @@ def test_planned_is_measured_however_numbers_are_kept(tiny, monkeypatch, method,
     monkeypatch.setattr(plan_memory, "model_config", lambda: wide)
     workload = make(method, batch_size=1, length=8, padded=False, **options)
     planned = Planner(wide).memory(workload).peak
+    if "state_dtype" in options:  # torchao's first use in a process takes room of its own
+        plan_memory.measure(workload, "profiler")
     assert planned == pytest.approx(plan_memory.measure(workload, "profiler"), rel=0.06)
 
 
