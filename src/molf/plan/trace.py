@@ -224,7 +224,7 @@ def _replaced(module: Any, name: str, value: Any) -> Iterator[None]:
 
 def _checkpoint(model: Any) -> None:
     """Recompute activations, as the trainer would."""
-    # transformers renamed it; the old name warns, the new one is not in 5.2.
+    # transformers renamed it; the old name warns, the new one is not in 5.13.
     enable = getattr(model, "activation_checkpointing_enable", None)
     if enable is None:
         model.gradient_checkpointing_enable({"use_reentrant": False})

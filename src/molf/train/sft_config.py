@@ -81,7 +81,7 @@ def sft_config(settings: ResolvedSettings) -> SFTConfig:
     bf16 = settings.bf16
     if bf16 is None:
         bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
-    # transformers renamed gradient checkpointing; the old name warns, the new one is not in 5.2.
+    # transformers renamed gradient checkpointing; the old name warns, the new one is not in 5.13.
     checkpointing = next(
         name for name in ("activation_checkpointing", "gradient_checkpointing") if name in _known()
     )
