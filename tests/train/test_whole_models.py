@@ -172,10 +172,11 @@ def test_heads_that_predict_further_tokens_are_carried(options, tmp_path, capsys
 def test_a_head_that_the_trainer_leaves_out_is_refused(options, facts, tmp_path, capsys):
     """TRL multiplies hidden states by the embeddings; this head has a layer and a norm as well."""
     from tiny_models import byte_level_tokenizer
-    from transformers import ModernBertDecoderConfig, ModernBertDecoderForCausalLM
+    from transformers import BertConfig, BertLMHeadModel
 
     torch.manual_seed(0)
-    config = ModernBertDecoderConfig(
+    config = BertConfig(
+        is_decoder=True,
         vocab_size=512,
         hidden_size=32,
         intermediate_size=48,
@@ -185,13 +186,13 @@ def test_a_head_that_the_trainer_leaves_out_is_refused(options, facts, tmp_path,
         eos_token_id=0,
         pad_token_id=1,
     )
-    ModernBertDecoderForCausalLM(config).save_pretrained(tmp_path / "base")
+    BertLMHeadModel(config).save_pretrained(tmp_path / "base")
     byte_level_tokenizer().save_pretrained(tmp_path / "base")
     arguments = with_model(options, tmp_path / "base")
     assert main([*arguments, "--output_dir", str(tmp_path / "run")]) == 2
     error = capsys.readouterr().err
-    assert "TRL's trainer leaves out what ModernBertDecoderForCausalLM does" in error
-    assert "lm_head.dense.weight" in error
+    assert "TRL's trainer leaves out what BertLMHeadModel does" in error
+    assert "cls.predictions.transform" in error
     assert not (tmp_path / "run").exists()
     assert main(["eval", str(tmp_path / "base"), "--task", "fact", "--data", str(facts)]) == 0
 
