@@ -179,3 +179,11 @@ def test_several_templates_without_a_default_are_refused_by_name():
     tokenizer.chat_template = {"rag": "x", "tool_use": "y"}
     with pytest.raises(InputError, match=r"none is its default one \(they are: rag, tool_use\)"):
         Conversation(TALK, 0, 0).render(tokenizer)
+
+
+def test_the_generation_prompt_inside_a_mark_carries_no_loss():
+    """The training variant of DeepSeek-R1's template marks the token that asks for the answer."""
+    rendered = Conversation(TALK, 0, 0).render(tokenizer_of("deepseek_r1_distill"))
+    header = "<\uff5cAssistant\uff5c>"
+    assert rendered.text[: rendered.answer_start].endswith(header)
+    assert all(header not in rendered.text[start:end] for start, end in rendered.spans)
