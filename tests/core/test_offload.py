@@ -161,13 +161,14 @@ def test_skipped_steps_leave_everything(carrier, form):
     assert_same_bits(snapshot(model, optimizer), snapshot(twin, ordinary))
 
 
+@pytest.mark.parametrize("loss", ["nan", "inf"])
 @pytest.mark.parametrize("form", ["folded", "frozen", "fft"])
-def test_a_loss_that_is_not_finite_leaves_everything(carrier, form):
+def test_a_loss_that_is_not_finite_leaves_everything(carrier, form, loss):
     model, optimizer = build(form, state_offload=True)
     run(model, optimizer, 0)
     before = snapshot(model, optimizer)
-    optimizer.require_finite(torch.tensor(float("nan")))
-    with pytest.raises(RuntimeError, match=r"Non-finite loss \(nan\)"):
+    optimizer.require_finite(torch.tensor(float(loss)))
+    with pytest.raises(RuntimeError, match=rf"Non-finite loss \({loss}\)"):
         optimizer.step()
     assert_same_bits(snapshot(model, optimizer), before)
     assert carrier.now == 0
