@@ -1,0 +1,86 @@
+"""Write the states that `test_stored_states.py` loads: `python tests/core/stored_states/make.py`.
+
+Each file was written by the version of the commit that added it, and is never written again: a
+later version must load it and continue. Run this only to add a form or a storage.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parent))
+
+from core_helpers import TinyModel, feed, snapshot  # noqa: E402
+from optimizer_forms import FORMS, in_form  # noqa: E402
+
+STORAGES: dict[str, dict[str, Any]] = {
+    "float32": {},
+    "exact": {"dtype": torch.bfloat16},
+    "stochastic": {"dtype": torch.bfloat16, "weight_rounding": "stochastic"},
+    "8bit": {"dtype": torch.bfloat16, "state_dtype": "8bit"},
+}
+BEFORE, AFTER = 3, 2  # steps before the state was saved, and after
+
+
+def build(form: str, storage: str) -> tuple[nn.Module, torch.optim.Optimizer]:
+    """A model with `nn.Linear` and `Conv1D`, and its optimizer, before the first step."""
+    options = dict(STORAGES[storage])
+    dtype = options.pop("dtype", torch.float32)
+    torch.manual_seed(0)
+    # 64 x 64 is the smallest weight of which moments are kept in 8 bits.
+    model = TinyModel(width=64, hidden=64) if storage == "8bit" else TinyModel()
+    model.up = Conv1D(model.up.out_features, model.up.in_features)
+    return in_form(form, model.to(dtype), **options)
+
+
+def continue_for(
+    model: nn.Module, optimizer: torch.optim.Optimizer, first: int, steps: int
+) -> dict[str, Any]:
+    """Take steps with gradients that the step's number decides; return weights and state."""
+    for step in range(first, first + steps):
+        feed(model, step, scale=0.1)
+        for parameter in model.parameters():
+            if not parameter.requires_grad:
+                parameter.grad = None
+        optimizer.step()
+    return snapshot(model, optimizer)
+
+
+def machine() -> dict[str, str]:
+    """What the last bits of a product or a vectorised kernel depend on."""
+    return {"torch": str(torch.__version__), "cpu": torch.backends.cpu.get_cpu_capability()}
+
+
+def main() -> None:
+    """Write the files that are not there yet."""
+    for form in FORMS:
+        for storage in STORAGES:
+            path = HERE / f"{form}-{storage}.pt"
+            if path.exists():
+                continue
+            model, optimizer = build(form, storage)
+            continue_for(model, optimizer, 0, BEFORE)
+            saved = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+            saved = {key: _copied(value) for key, value in saved.items()}
+            after = continue_for(model, optimizer, BEFORE, AFTER)
+            torch.save({**saved, "after": after, "machine": machine()}, path)
+
+
+def _copied(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value.detach().clone()
+    if isinstance(value, dict):
+        return {key: _copied(one) for key, one in value.items()}
+    return [_copied(one) for one in value] if isinstance(value, list) else value
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main()
