@@ -73,19 +73,23 @@ class Model:
 
 def operations(model: Model) -> dict[str, tuple[Callable[[], Any], int]]:
     """Return each operation and the bytes that it moves at least."""
-    from molf.core.fused import AdamW, Kernels, LowRank, Moments, Step
+    from molf.core.adam import AdamWStep
+    from molf.core.fused import AdamW, Kernels, LowRank, Moments
+    from molf.core.weight_step import Product
 
     kernels = Kernels(torch.device("cuda"))
     finite = torch.ones((), dtype=torch.bool, device="cuda")
-    step = Step.of(1e-5, 0.1, BETAS, 1e-8, 10)
+    step = AdamWStep(1e-5, 0.1, BETAS, 1e-8, 10)
     rows = list(zip(model.weights, model.grads, model.exp_avgs, model.exp_avg_sqs, strict=True))
     products = list(zip(model.lefts, model.rights, strict=True))
     moments = [Moments(g, m, v, BETAS) for _, g, m, v in rows]
     full = [AdamW(w, m, v, step) for w, _, m, v in rows]
     one_pass = [AdamW(w, m, v, step, g, BETAS) for w, g, m, v in rows]
-    lora = [LowRank(row[0], *factors) for row, factors in zip(rows, products, strict=True)]
+    lora = [
+        LowRank(row[0], Product(*factors, 1.0)) for row, factors in zip(rows, products, strict=True)
+    ]
     both = [
-        LowRank(w, *factors, (m, v, step))
+        LowRank(w, Product(*factors, 1.0), (m, v, step))
         for (w, _, m, v), factors in zip(rows, products, strict=True)
     ]
     grad = model.grads[0].element_size()

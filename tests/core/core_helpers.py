@@ -9,7 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from molf.core.adamw import AdamW
 from molf.core.config import MoLFConfig
+from molf.core.eager import Eager
 from molf.core.optimizer import MoLFAdamW
 from molf.core.reference import ReferenceDecision, ReferenceLayer
 
@@ -56,6 +58,12 @@ def tiny_optimizer(model: nn.Module, **kwargs) -> MoLFAdamW:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="(Rank|Trained weights are)")
         return MoLFAdamW.from_model(model, MoLFConfig(**config), **{"lr": 1e-2, **kwargs})
+
+
+def as_on_an_accelerator(optimizer: AdamW) -> AdamW:
+    """Let the optimizer take the steps that it takes where the host would wait for the device."""
+    optimizer.executor = Eager(can_read=lambda device: False)
+    return optimizer
 
 
 def backward(model: nn.Module, seed: int) -> Tensor:

@@ -21,6 +21,8 @@ from torchao.optim.subclass_8bit import OptimState8bit
 from molf import AdamW, MoLFAdamW, MoLFConfig
 from molf.core import adam, moments
 from molf.core.adam import MomentDecay
+from molf.core.blocks import BLOCKS, Blocks
+from molf.core.eager import Eager
 from molf.core.moments import EightBitMoments, moment_state
 
 
@@ -147,11 +149,11 @@ def test_small_second_moments_are_not_stored_as_zero():
 
 
 @pytest.mark.parametrize("elements", [256, 4096, 20_000])
-def test_blocks_of_rows_change_nothing(elements, monkeypatch):
+def test_blocks_of_rows_change_nothing(elements):
     ends = []
     for size in (32_768, elements):
-        monkeypatch.setattr(adam, "_CPU_BLOCK_ELEMENTS_PER_THREAD", size)
         model, optimizer = build("fft")
+        optimizer.executor = Eager(Blocks(cpu_elements=size))
         take(model, optimizer, range(3))
         ends.append(snapshot(model, optimizer))
     assert_same_bits(*ends)
@@ -175,7 +177,7 @@ def test_no_transient_has_the_size_of_a_weight(form, monkeypatch):
     )
     feed(weight, 0)
     optimizer.step()
-    assert 0 < max(seen) <= adam._CPU_BLOCK_ELEMENTS_PER_THREAD * torch.get_num_threads()
+    assert 0 < max(seen) <= BLOCKS.cpu_elements * torch.get_num_threads()
 
 
 @pytest.mark.parametrize("form", ["molf", "fft"])

@@ -11,7 +11,7 @@ import warnings
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from core_helpers import assert_same_bits, snapshot, tiny_model
+from core_helpers import as_on_an_accelerator, assert_same_bits, snapshot, tiny_model
 from peft_helpers import IDS, tiny_qwen2
 from test_step_cost import ReadsOfTheHost
 from torch import nn
@@ -23,7 +23,6 @@ from torch.optim.lr_scheduler import LambdaLR
 
 import molf
 from molf import MoLFAdamW, MoLFConfig
-from molf.core import guard
 
 FORMS = pytest.mark.parametrize("freeze_base", [True, False], ids=["frozen", "explicit"])
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
@@ -182,8 +181,8 @@ def test_nothing_moves_at_rate_zero(freeze_base):
 
 @FORMS
 def test_the_host_waits_once_per_step(freeze_base, monkeypatch):
-    monkeypatch.setattr(guard, "reads_for_nothing", lambda device: False)  # as of an accelerator
     model, optimizer = made(freeze_base)
+    as_on_an_accelerator(optimizer)
     reads = ReadsOfTheHost(monkeypatch)
     for step in range(2):
         backward(model, step)

@@ -9,6 +9,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from molf.core import factors
+from molf.core.eager import Eager
 from molf.core.factors import live_ranks
 
 RANKS = (2, 3, 1)
@@ -30,22 +31,22 @@ def test_live_ranks_are_those_whose_columns_hold_anything_but_zeros(live, expect
     lora_B = torch.zeros(4, sum(RANKS)).neg()  # a negative zero is a zero
     for index in live:
         lora_B[row, factors.owned_by(RANKS, index).stop - 1] = value
-    assert live_ranks(RANKS, lora_B) == expected
+    assert live_ranks(RANKS, lora_B, can_read=True) == expected
 
 
-def test_all_ranks_count_as_live_where_the_host_would_wait(monkeypatch):
-    monkeypatch.setattr(factors, "reads_for_nothing", lambda device: False)
-    assert live_ranks(RANKS, torch.zeros(4, sum(RANKS))) == [slice(0, 6)]
+def test_all_ranks_count_as_live_where_the_host_would_wait():
+    assert live_ranks(RANKS, torch.zeros(4, sum(RANKS)), can_read=False) == [slice(0, 6)]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("settings", [{"score": "random"}, {"top_k": 2}, {"lora_lr": 0.03}])
-def test_products_with_zeros_can_be_left_out(settings, dtype, monkeypatch):
+def test_products_with_zeros_can_be_left_out(settings, dtype):
     runs = []
     for looks in (True, False):
-        monkeypatch.setattr(factors, "reads_for_nothing", lambda device, looks=looks: looks)
         model = tiny_model(dtype)
         optimizer = tiny_optimizer(model, ranks=RANKS, weight_decay=0.5, **settings)
+        reads_columns_of = (lambda device: True) if looks else (lambda device: False)
+        optimizer.executor = Eager(can_read=reads_columns_of)
         winners = []
         for step in range(12):
             feed(model, step)

@@ -10,7 +10,9 @@ from core_helpers import feed, tiny_model, tiny_optimizer
 from torch import nn
 
 from molf import AdamW
-from molf.core import adam, fidelity
+from molf.core import fidelity
+from molf.core.blocks import Blocks
+from molf.core.eager import Eager
 
 BF16 = torch.bfloat16
 
@@ -24,7 +26,9 @@ def adamw(weights: torch.Tensor, rounding: str | None, lr: float, **options):
 
 def measured(weights, rounding, lr, **options):
     """One step with gradients of both signs; the measured fidelity and the true one."""
+    executor = options.pop("executor", None)
     parameter, optimizer = adamw(weights, rounding, lr, weight_decay=0.0, **options)
+    optimizer.executor = executor or optimizer.executor
     optimizer.measure_updates = True
     grad = torch.randn(weights.shape, generator=torch.Generator().manual_seed(1)).to(weights.dtype)
     parameter.grad = grad
@@ -135,7 +139,7 @@ def test_large_tensors_are_sampled(monkeypatch):
             add(self, before, *rest, **more),
         ),
     )
-    monkeypatch.setattr(adam, "_CPU_BLOCK_ELEMENTS_PER_THREAD", 1024)  # blocks of 8 rows
-    measured(torch.ones(512, 128).to(BF16), "nearest", 1e-5)
+    executor = Eager(Blocks(cpu_elements=1024))  # blocks of 8 rows
+    measured(torch.ones(512, 128).to(BF16), "nearest", 1e-5, executor=executor)
     assert sum(count for count, _ in seen) == 256  # of 65,536
     assert sum(count * weight for count, weight in seen) == 512 * 128

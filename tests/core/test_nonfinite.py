@@ -5,29 +5,37 @@ from __future__ import annotations
 import re
 import warnings
 
+import core_helpers
 import pytest
 import torch
 from core_helpers import (
+    as_on_an_accelerator,
     assert_same_bits,
     backward,
     feed,
     run,
     snapshot,
     tiny_model,
-    tiny_optimizer,
 )
 
-from molf.core import guard
 from molf.core.guard import NonFiniteError
 
 NAN, INF = float("nan"), float("inf")
 PLACES = ["up.weight", "up.bias", "embed.weight", "down.weight", "lm_head.weight", "norm.bias"]
 
 
-@pytest.fixture(params=["host", "accelerator"], autouse=True)
-def knows(request, monkeypatch):
-    """Who knows first that a gradient is bad: a CPU is asked at once, an accelerator is not."""
-    monkeypatch.setattr(guard, "reads_for_nothing", lambda device: request.param == "host")
+_host_can_read = True
+
+
+@pytest.fixture(params=[True, False], ids=["host", "accelerator"], autouse=True)
+def host_can_read(request, monkeypatch):
+    """A CPU is asked at once whether a gradient is bad; an accelerator after its moments."""
+    monkeypatch.setitem(globals(), "_host_can_read", request.param)
+
+
+def tiny_optimizer(model, **options):
+    optimizer = core_helpers.tiny_optimizer(model, **options)
+    return optimizer if _host_can_read else as_on_an_accelerator(optimizer)
 
 
 def spoil(model, place: str, *values: float) -> None:

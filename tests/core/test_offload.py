@@ -22,7 +22,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 import molf
 from molf import AdamW, MoLFAdamW, MoLFConfig
-from molf.core.guard import largest_norm
+from molf.core.guard import largest_square
 from molf.core.offload import CudaCarrier, StateOffload, carried_by
 
 STORAGE = {
@@ -186,7 +186,7 @@ def test_overflow_of_the_last_factors_leaves_everything(carrier, form, steps, no
     last = [group for group in optimizer.param_groups if group["layer"]][-1]["params"]
     spoilt = last[0] if form == "folded" else last[-1]  # the weight, or lora_B
     handle = spoilt.register_hook(
-        lambda grad: grad * (0.8 * largest_norm(grad.dtype) / grad.norm())
+        lambda grad: grad * (0.8 * largest_square(grad.dtype) ** 0.5 / grad.norm())
     )
     with ExitStack() as stack:
         if nonfinite == "raise":

@@ -7,11 +7,9 @@ import warnings
 
 import pytest
 import torch
-from core_helpers import feed, run, tiny_model, tiny_optimizer
+from core_helpers import as_on_an_accelerator, feed, run, tiny_model, tiny_optimizer
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-
-from molf.core import factors, guard
 
 
 def test_state_is_made_in_the_first_step():
@@ -86,10 +84,8 @@ class ReadsOfTheHost(TorchDispatchMode):
 @pytest.mark.parametrize("score", ["epd", "random"])
 @pytest.mark.parametrize("requires", [False, True])
 def test_the_host_waits_once_per_step(layers, score, requires, monkeypatch):
-    for module in (guard, factors):  # as of an accelerator
-        monkeypatch.setattr(module, "reads_for_nothing", lambda device: False)
     model = nn.ModuleList([nn.Linear(4, 5) for _ in range(layers)] + [nn.LayerNorm(3)])
-    optimizer = tiny_optimizer(model, score=score, top_k=2)
+    optimizer = as_on_an_accelerator(tiny_optimizer(model, score=score, top_k=2))
     reads = ReadsOfTheHost(monkeypatch)
     for step in range(2):
         feed(model, step)

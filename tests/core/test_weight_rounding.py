@@ -21,7 +21,8 @@ from torch import Tensor, nn
 
 import molf
 from molf import AdamW, MoLFAdamW, MoLFConfig
-from molf.core import adam
+from molf.core.blocks import Blocks
+from molf.core.eager import Eager
 
 FORMS = ["folded", "folded-top2", "explicit", "frozen", "fft"]
 BF16 = torch.bfloat16
@@ -174,17 +175,16 @@ def one_step(names: list[str], seed: int = 0, before: int = 0, block: int | None
     optimizer = AdamW(
         list(zip(names, parameters, strict=True)), lr=1e-4, seed=seed, weight_rounding="stochastic"
     )
-    with pytest.MonkeyPatch.context() as patch:
-        if block:
-            patch.setattr(adam, "_CPU_BLOCK_ELEMENTS_PER_THREAD", block)
-        for step in range(before + 1):
-            for parameter in parameters:
-                if step < before:
-                    optimizer.param_groups[0]["lr"] = 0.0
-                else:
-                    optimizer.param_groups[0]["lr"] = 1e-4
-                parameter.grad = torch.ones_like(parameter)
-            optimizer.step()
+    if block:
+        optimizer.executor = Eager(Blocks(cpu_elements=block))
+    for step in range(before + 1):
+        for parameter in parameters:
+            if step < before:
+                optimizer.param_groups[0]["lr"] = 0.0
+            else:
+                optimizer.param_groups[0]["lr"] = 1e-4
+            parameter.grad = torch.ones_like(parameter)
+        optimizer.step()
     return torch.stack([p.detach().flatten() for p in parameters])
 
 

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 
 import molf
 import plan_memory
-from molf.core import adam
+from molf.core.blocks import BLOCKS
 from molf.errors import InputError
 from molf.plan.memory import Planner
 from molf.plan.trace import trace_pass, trace_step
@@ -154,7 +154,7 @@ def test_transient_is_of_whole_tensors_on_cuda(tiny):
     largest = 64 * 160 * 4
     assert 2 * largest < on_cuda < 6 * largest
     wide = tiny_with(tiny, intermediate_size=2560)
-    block = adam._CPU_BLOCK_ELEMENTS_PER_THREAD * torch.get_num_threads() * 4
+    block = BLOCKS.cpu_elements * torch.get_num_threads() * 4
     cuda, cpu = (trace_step(wide, make("molf", device=d)).transient for d in ("cuda", "cpu"))
     assert cuda >= 2 * 64 * 2560 * 4
     assert cpu < cuda

@@ -1,27 +1,20 @@
-"""AdamW's arithmetic on tensors of any shape: moments, score terms, steps.
+"""AdamW's arithmetic on one block of a tensor: moments, score terms, steps.
 
-Tensors are worked through in blocks of rows. On a CPU a block fits the cache, so a chain of
-elementwise operations reads and writes main memory once; elsewhere a block bounds the temporaries
-of very large tensors. All arithmetic happens in float32, or float64 for float64 weights, whatever
-the dtype of the weight, its gradient and the stored state.
+All arithmetic is in float32, or float64 for float64 weights, whatever the dtype of the weight, its
+gradient and the stored state.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
-from types import EllipsisType
 
 import torch
 from torch import Tensor
 
 from molf.core import one_pass
+from molf.core.blocks import BLOCKS, Blocks
 
-# Torch gives each thread at least this many elements; the half dozen tensors of a chain then take
-# 0.8 MB of its cache in float32.
-_CPU_BLOCK_ELEMENTS_PER_THREAD = 65_536
-_BLOCK_ELEMENTS = 1 << 25  # elsewhere: 128 MB in float32
 _SCORE_EPS = 1e-8  # of the score, whatever the optimizer's own eps
 
 
@@ -39,40 +32,6 @@ def gradient(parameter: Tensor) -> Tensor:
     """Return the gradient of a parameter that has one."""
     assert parameter.grad is not None, "parameters without a gradient are left out of the step"
     return parameter.grad
-
-
-def row_blocks(
-    tensor: Tensor, *, at_least: int = 1, multiple: int = 1, stretch: int = 1
-) -> Iterator[slice | EllipsisType]:
-    """Yield indices of the first dimension that together cover `tensor`.
-
-    Args:
-        tensor: Any shape.
-        at_least: Fewest rows of a block, where a matrix product needs some to be worth it.
-        multiple: What the first row of every block is a multiple of.
-        stretch: How many times larger blocks may be, because few tensors share the cache.
-    """
-    if not tensor.numel():
-        return
-    if tensor.dim() == 0:
-        yield ...
-        return
-    elements = _BLOCK_ELEMENTS
-    if tensor.device.type == "cpu":
-        elements = _CPU_BLOCK_ELEMENTS_PER_THREAD * torch.get_num_threads()
-    rows = tensor.shape[0]
-    size = max(at_least, stretch * elements * rows // tensor.numel())
-    size = -(-size // multiple) * multiple
-    for start in range(0, rows, size):
-        yield slice(start, min(start + size, rows))
-
-
-def cached_blocks(tensor: Tensor) -> Iterator[slice | EllipsisType]:
-    """`row_blocks` of a tensor of which nothing is copied, for work that may be one pass."""
-    # One pass is over four tensors: larger blocks of them still fit the cache.
-    stretch = 2 if one_pass.fits(tensor) else 1
-    multiple = one_pass.rows_of_whole_vectors(tensor)
-    return row_blocks(tensor, multiple=multiple, stretch=stretch)
 
 
 @dataclass(frozen=True)
@@ -220,19 +179,26 @@ class AdamWStep:
         return exp_avg_sq.sqrt().div_(self.correction).add_(self.eps)
 
     def descend_(
-        self, values: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, *, scale: float = 1.0
+        self,
+        values: Tensor,
+        exp_avg: Tensor,
+        exp_avg_sq: Tensor,
+        *,
+        scale: float = 1.0,
+        blocks: Blocks = BLOCKS,
     ) -> None:
-        """`p <- p - lr m^ / (sqrt(v^) + eps)` in place, on one block; decay is the caller's.
+        """`p <- p - lr m^ / (sqrt(v^) + eps)` in place; decay is the caller's.
 
         Args:
-            values: What moves, `scale * p`, in the moments' dtype.
+            values: `scale * p`, updated, in the moments' dtype.
             exp_avg: m, of the gradient of p.
             exp_avg_sq: v, of the gradient of p.
             scale: How p is stored.
+            blocks: Sizes of blocks.
         """
         step_size = self.step_size * scale
         in_one_pass = one_pass.fits(values, exp_avg, exp_avg_sq)
-        for rows in cached_blocks(values):  # what is a block for a product may be larger
+        for rows in blocks.cached(values):  # a block of a product may be larger
             block = values[rows], exp_avg[rows], exp_avg_sq[rows]
             if in_one_pass:
                 one_pass.descend(
@@ -241,8 +207,10 @@ class AdamWStep:
             else:
                 block[0].addcdiv_(block[1], self.denominator(block[2]), value=-step_size)
 
-    def increment(self, weight: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor) -> Tensor:
+    def increment(
+        self, weight: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, *, blocks: Blocks = BLOCKS
+    ) -> Tensor:
         """Return `p' - p`, decay included, without the cancellation of a difference."""
         direction = weight * -self.decay
-        self.descend_(direction, exp_avg, exp_avg_sq)
+        self.descend_(direction, exp_avg, exp_avg_sq, blocks=blocks)
         return direction

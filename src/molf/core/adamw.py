@@ -15,6 +15,8 @@ from torch.optim import Optimizer
 from molf.core.accumulation import accumulate_in_float32
 from molf.core.adam import gradient
 from molf.core.dense import DenseTensor
+from molf.core.executor import Executor
+from molf.core.executors import executor_of
 from molf.core.fidelity import UpdateFidelity, UpdateTally
 from molf.core.groups import check_group, parameter_name
 from molf.core.guard import Guarded, NonFiniteError, bad_gradients
@@ -29,7 +31,6 @@ from molf.core.in_backward import (
 from molf.core.kernels import (
     check_float32_moments,
     check_kernel_group,
-    fused_step,
     known_kernels,
 )
 from molf.core.loading import loadable
@@ -166,7 +167,7 @@ class AdamW(Optimizer):
                 "state_offload=True is without effect: no trained parameter is on CUDA.",
                 stacklevel=2,
             )
-        how = "the Triton kernels" if self._fused else "eager torch operations"
+        how = "the Triton kernels" if self.kernels == "triton" else "eager torch operations"
         if self._offload:
             how += ", and keeps its state in host memory"
         _log.info("%s takes its steps with %s.", type(self).__name__, how)
@@ -174,7 +175,7 @@ class AdamW(Optimizer):
     def _prepare(self) -> None:
         """Say who computes, how and where things are kept, and when; also for copies."""
         self._check_processes()
-        self._fused = fused_step(self.kernels)
+        self.executor: Executor = executor_of(self.kernels)
         self._backward: BackwardSteps | None = None
         # Then GradScaler says that it is there, so that it can be refused; it would only say that
         # there are no gradients.
@@ -335,10 +336,9 @@ class AdamW(Optimizer):
         required: Mapping[str, Tensor] | None = None,
     ) -> Outcome:
         """Step groups that are routed layers, and other parameters."""
-        take = self._fused.take if self._fused else take_step
         others = [DenseTensor(p, group, states[p], name) for p, group, name in rest]
         layers = [self._layer(group, states) for group in routed]
-        return take(layers, others, self._tally, required)
+        return take_step(layers, others, self.executor, self._tally, required)
 
     def _step_one_by_one(
         self,
@@ -357,7 +357,7 @@ class AdamW(Optimizer):
         if len(parts) > 1:
             of_layers = (one for group in routed for one in self._gradients(group))
             of_others = (Guarded(other.parameter) for other in rest)
-            bad = bad_gradients(chain(of_layers, of_others))
+            bad = bad_gradients(chain(of_layers, of_others), self.executor.squares)
             if bad:
                 return Outcome({}, bad, wrong)
         if wrong:

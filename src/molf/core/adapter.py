@@ -14,12 +14,14 @@ from typing import Any
 
 from torch import Tensor
 
-from molf.core.adam import AdamWStep, gradient, sum_dtype
+from molf.core.adam import gradient
+from molf.core.blocks import Blocks
+from molf.core.devices import CanRead, is_host_memory
 from molf.core.factors import owned_by, per_rank, split_factors
-from molf.core.fidelity import UpdateTally
 from molf.core.groups import parameter_name
 from molf.core.guard import Guarded
 from molf.core.moments import moment_state
+from molf.core.operations import AdapterSlice, AdapterWrite, LayerWrites, TensorWrite
 from molf.core.routed import RoutedLayer, States, dense_tensors
 from molf.core.storage import StoredWeight, rounding_of, stored_values
 
@@ -31,7 +33,9 @@ class AdapterLayer(RoutedLayer):
     (float64 for float64 adapters) and those of the paper's A_i and B_i, not of the stored columns.
     """
 
-    def __init__(self, group: dict[str, Any], states: States) -> None:
+    def __init__(
+        self, group: dict[str, Any], states: States, can_read: CanRead = is_host_memory
+    ) -> None:
         *dense, self.lora_A, self.lora_B = group["params"]
         self.states = states[self.lora_A], states[self.lora_B]
         for parameter, state in zip((self.lora_A, self.lora_B), self.states, strict=True):
@@ -87,70 +91,54 @@ class AdapterLayer(RoutedLayer):
         """How many steps this layer has taken."""
         return self.states[0]["step"]
 
-    def _factor_shapes(self) -> tuple[int, int]:
-        return self.lora_A.shape[1], self.lora_B.shape[0]
+    @property
+    def shape(self) -> tuple[int, int]:
+        """`out` and `in` of the layer."""
+        return self.lora_B.shape[0], self.lora_A.shape[1]
 
-    def _factor_gradients(self) -> tuple[Tensor, Tensor]:
+    def factor_gradients(self, blocks: Blocks) -> tuple[Tensor, Tensor]:
         """Rows of A have their gradient as it is; that of B_i is `c_i` times its columns'."""
         grad_A = gradient(self.lora_A).to(self.states[0]["exp_avg"].dtype)
         grad_B = gradient(self.lora_B).to(self.states[1]["exp_avg"].dtype)
         return grad_A, grad_B * _columns_scale(self.group, grad_B)
 
-    def _factor_moments(self) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    def factor_moments(self) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        """`exp_avg` and `exp_avg_sq` of the stacked A, and of the stacked B."""
         first, second = ((state["exp_avg"], state["exp_avg_sq"]) for state in self.states)
         return first, second
 
-    def apply(self, winners: Sequence[int], tally: UpdateTally | None = None) -> None:
-        """Count the step for every expert and give the winners theirs, each from the old state."""
+    def writes(self, winners: Sequence[int]) -> LayerWrites:
+        """Count the step for every expert; list the writes of the winners."""
         for state in (*(tensor.state for tensor in self.dense), *self.states):
             state["step"] += 1
         full = self.has_full and 0 in winners
         # `zip` cuts: a bias may be missing.
-        for tensor, decay in zip(self.dense, ("weight_decay", "bias_weight_decay"), strict=False):
-            tensor.move(tensor.adamw_step(decay) if full else None, tally)
-        indices = self._lora_winners(winners)
-        if not indices:
-            return
-        scales = stored_scales(self.group)
-        for number, stored in enumerate(self._stored):
-            values = stored.read()
-            counted = None if tally is None else _Counted(tally, values)
-            for index in indices:
-                owned, step = owned_by(self.group["ranks"], index), self._lora_step(index)
-                # What is stored for B_i is c_i B_i, and so its increment is c_i dB_i.
-                where, scale = ((owned,), 1.0) if number == 0 else ((..., owned), scales[index])
-                moments = [moment[where] for moment in self._factor_moments()[number]]
-                if counted:
-                    counted.intend(where, step, moments, scale)
-                _move(values[where], moments, step, scale)
-            stored.write(..., values)
-            if counted:
-                counted.compare(stored.read())
-
-
-class _Counted:
-    """One factor's update, beside the same in float64; factors are small, so all of it."""
-
-    def __init__(self, tally: UpdateTally, values: Tensor) -> None:
-        self._tally = tally
-        self._before = values.to(sum_dtype(values.device), copy=True)
-        self._intended = self._before.clone()
-
-    def intend(self, where: Any, step: AdamWStep, moments: Sequence[Tensor], scale: float) -> None:
-        """Move an expert's slice."""
-        wide = [moment.to(self._before.dtype) for moment in moments]
-        _move(self._intended[where], wide, step, scale)
-
-    def compare(self, after: Tensor) -> None:
-        """Count what has arrived."""
-        self._tally.add(self._before, self._intended, after.to(self._before.dtype))
-
-
-def _move(values: Tensor, moments: Sequence[Tensor], step: AdamWStep, scale: float) -> None:
-    """Move an expert's slice in place; it decays as it is stored."""
-    if step.decay:
-        values.mul_(step.kept)
-    step.descend_(values, *moments, scale=scale)
+        tensors = [
+            TensorWrite(tensor, tensor.adamw_step(decay) if full else None)
+            for tensor, decay in zip(
+                self.dense, ("weight_decay", "bias_weight_decay"), strict=False
+            )
+        ]
+        won = self._lora_winners(winners)
+        if not won:
+            return LayerWrites(tensors=tensors)
+        ranks, scales = self.group["ranks"], stored_scales(self.group)
+        of_A, of_B = self.factor_moments()
+        rows = [(own,) for own in (owned_by(ranks, index) for index in won)]
+        columns = [(..., own) for own in (owned_by(ranks, index) for index in won)]
+        steps = [self._lora_step(index) for index in won]
+        slices_A = [
+            AdapterSlice(own, of_A[0][own], of_A[1][own], step, 1.0)
+            for own, step in zip(rows, steps, strict=True)
+        ]
+        # The columns of B hold c_i B_i, so their increment is c_i dB_i.
+        slices_B = [
+            AdapterSlice(own, of_B[0][own], of_B[1][own], step, scales[index])
+            for index, own, step in zip(won, columns, steps, strict=True)
+        ]
+        stored_A, stored_B = self._stored
+        adapters = [AdapterWrite(stored_A, slices_A), AdapterWrite(stored_B, slices_B)]
+        return LayerWrites(tensors=tensors, adapters=adapters)
 
 
 def _stored_factors(group: dict[str, Any], states: States) -> list[StoredWeight]:

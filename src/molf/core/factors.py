@@ -14,8 +14,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from molf.core.guard import reads_for_nothing
-
 
 def owned_by(ranks: Sequence[int], index: int) -> slice:
     """Rows of A, and columns of B, that belong to LoRA expert `index`."""
@@ -23,13 +21,17 @@ def owned_by(ranks: Sequence[int], index: int) -> slice:
     return slice(start, start + ranks[index])
 
 
-def live_ranks(ranks: Sequence[int], lora_B: Tensor) -> list[slice]:
+def live_ranks(ranks: Sequence[int], lora_B: Tensor, *, can_read: bool) -> list[slice]:
     """Columns of B [out, R] that may differ from zero; those of neighbouring experts are one slice.
 
-    B of an expert that has not won yet is zero, and so is every product with it. Where the host
-    would have to wait for the answer, all columns may differ.
+    B of an expert that has not won yet is zero, and so is every product with it.
+
+    Args:
+        ranks: Of the experts.
+        lora_B: The stacked B.
+        can_read: Whether the host reads B without waiting; if not, all columns may differ.
     """
-    if not reads_for_nothing(lora_B.device):
+    if not can_read:
         return [slice(0, sum(ranks))]
     live: list[slice] = []
     for index in range(len(ranks)):

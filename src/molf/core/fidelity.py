@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from types import EllipsisType
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from molf.core.adam import sum_dtype
+from molf.core.adam import AdamWStep, sum_dtype
+from molf.core.blocks import Rows
+from molf.core.weight_step import Product, apply_step
 
 _SAMPLE = 65_536  # numbers of a tensor, in rows spread over it
 
@@ -43,7 +45,7 @@ class UpdateTally:
         self._sums: list[Tensor] = []  # [moved, lost, along, squared] each
 
     @staticmethod
-    def sample(tensor: Tensor, rows: slice | EllipsisType = ...) -> slice | EllipsisType:
+    def sample(tensor: Tensor, rows: Rows = ...) -> Rows:
         """Which rows of a block of a tensor are looked at.
 
         They are every n-th of the whole tensor, so blocks do not change which.
@@ -93,3 +95,40 @@ class UpdateTally:
         home = self._sums[0].device
         moved, lost, along, squared = torch.stack([s.to(home) for s in self._sums]).sum(0).tolist()
         return UpdateFidelity(lost / moved, along / squared) if moved and squared else None
+
+
+class Sample:
+    """Some values of a tensor before a step; the same step is taken on a float64 copy of them.
+
+    Args:
+        values: As they are stored before the step; copied.
+    """
+
+    def __init__(self, values: Tensor) -> None:
+        self._wide = sum_dtype(values.device)
+        self._before = values.to(self._wide, copy=True)
+        self._intended = self._before.clone()
+
+    def intend(
+        self,
+        moments: Sequence[Tensor],
+        step: AdamWStep | None,
+        product: Product | None = None,
+        *,
+        index: Any = ...,
+        transposed: bool = False,
+        scale: float = 1.0,
+    ) -> None:
+        """Take the step; arguments are those of `apply_step`, and the part that they are for."""
+        apply_step(
+            self._intended[index],
+            [moment.to(self._wide) for moment in moments],
+            step,
+            product and product.to(self._wide),
+            transposed=transposed,
+            scale=scale,
+        )
+
+    def compare(self, after: Tensor, tally: UpdateTally, *, weight: float = 1.0) -> None:
+        """Count the values as they are stored after the step."""
+        tally.add(self._before, self._intended, after.to(self._wide), weight=weight)

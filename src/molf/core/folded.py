@@ -12,26 +12,36 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from molf.core.adam import compute_dtype, gradient, row_blocks
-from molf.core.dense import Product
+from molf.core.adam import compute_dtype, gradient
+from molf.core.blocks import Blocks
+from molf.core.devices import CanRead, is_host_memory
 from molf.core.factors import draw_lora_a, live_ranks, owned_by, per_rank, split_factors
-from molf.core.fidelity import UpdateTally
 from molf.core.guard import Guarded
 from molf.core.moments import moment_state
+from molf.core.operations import FactorWrite, LayerWrites, Operand, TensorWrite
 from molf.core.routed import RoutedLayer, States, dense_tensors
+from molf.core.weight_step import Product
 
 _FACTORS = ("lora_A", "lora_B")
-_Move = tuple[float, Tensor, Tensor, Tensor, Tensor]  # s, A, B, dA, dB of a LoRA expert
 _GRADIENT_ROWS = 256  # of a gradient in low precision, for one product: fewer would be slow
 
 
 class FoldedLayer(RoutedLayer):
-    """A layer whose group is [weight] or [weight, bias]."""
+    """A layer whose group is [weight] or [weight, bias].
 
-    def __init__(self, group: dict[str, Any], states: States) -> None:
+    Args:
+        group: The layer's parameter group.
+        states: Of its parameters; filled here where they are empty.
+        can_read: Whether the host reads a tensor on a device without waiting.
+    """
+
+    def __init__(
+        self, group: dict[str, Any], states: States, can_read: CanRead = is_host_memory
+    ) -> None:
         self.weight: Tensor = group["params"][0]
         self.state = _state_of(group, states)
-        self._live = live_ranks(group["ranks"], self.state["lora_B"])
+        lora_B = self.state["lora_B"]
+        self._live = live_ranks(group["ranks"], lora_B, can_read=can_read(lora_B.device))
         # Where all experts have one `s`, products are made with it at no cost.
         self._has_one_scaling = len(set(group["scalings"])) == 1
         self._alpha: float = group["scalings"][0] if self._has_one_scaling else 1.0
@@ -81,11 +91,13 @@ class FoldedLayer(RoutedLayer):
         """How many steps this layer has taken."""
         return self.state["step"]
 
-    def _factor_shapes(self) -> tuple[int, int]:
+    @property
+    def shape(self) -> tuple[int, int]:
+        """`out` and `in` of the layer."""
         out_features, in_features = _oriented(self.weight, self.group).shape
-        return in_features, out_features
+        return out_features, in_features
 
-    def _factor_gradients(self) -> tuple[Tensor, Tensor]:
+    def factor_gradients(self, blocks: Blocks) -> tuple[Tensor, Tensor]:
         """`grad A_i = s_i B_i^T G` as [R, in] and `grad B_i = s_i G A_i^T` as [out, R]."""
         grad = _oriented(gradient(self.weight), self.group)
         A, B, alpha = self.state["lora_A"], self.state["lora_B"], self._alpha
@@ -96,7 +108,7 @@ class FoldedLayer(RoutedLayer):
                 grad_A[live].addmm_(B[:, live].t(), grad, beta=0, alpha=alpha)
         else:  # in parts: a float32 copy of the whole is as large as the weight's moments
             grad_B = torch.empty_like(B)
-            for rows in row_blocks(grad, at_least=_GRADIENT_ROWS):
+            for rows in blocks.of(grad, at_least=_GRADIENT_ROWS):
                 part = grad[rows].to(A.dtype)
                 grad_B[rows].addmm_(part, A.t(), beta=0, alpha=alpha)
                 for live in self._live:
@@ -112,66 +124,83 @@ class FoldedLayer(RoutedLayer):
         """`s_i` for each rank, [R]."""
         return per_rank(self.group["scalings"], self.group["ranks"], self.state["lora_A"])
 
-    def _factor_moments(self) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    def factor_moments(self) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        """`exp_avg` and `exp_avg_sq` of the stacked A, and of the stacked B."""
         first, second = (
             (self.state[f"{key}_exp_avg"], self.state[f"{key}_exp_avg_sq"]) for key in _FACTORS
         )
         return first, second
 
-    def apply(self, winners: Sequence[int], tally: UpdateTally | None = None) -> None:
-        """Count the step for every expert and give the winners theirs, each from the old state."""
+    def writes(self, winners: Sequence[int]) -> LayerWrites:
+        """Count the step for every expert; list the writes of the winners."""
         for tensor in self.dense:
             tensor.state["step"] += 1
         weight, *biases = self.dense
         full = weight.adamw_step() if 0 in winners else None
-        moves = [self._factor_increments(index) for index in self._lora_winners(winners)]
+        decay = full.decay if full else 0.0
+        product, factors = self._product(self._lora_winners(winners), decay)
+        tensors = [TensorWrite(weight, full, product, self.group["transposed"])]
+        steps = [bias.adamw_step("bias_weight_decay") if full else None for bias in biases]
+        tensors += [TensorWrite(bias, step) for bias, step in zip(biases, steps, strict=True)]
+        return LayerWrites(factors, tensors)
 
-        product = self._increment(full.decay if full else 0.0, moves)
-        weight.move(full, tally, product, transposed=self.group["transposed"])
-        for bias in biases:
-            bias.move(bias.adamw_step("bias_weight_decay") if full else None, tally)
-        for _, A, B, dA, dB in moves:
-            A += dA
-            B += dB
+    def _product(
+        self, won: Sequence[int], decay: float
+    ) -> tuple[Product | None, list[FactorWrite]]:
+        """The weight's change of low rank, and the writes of factors that fill its operands.
 
-    def _increment(self, decay: float, moves: Sequence[_Move]) -> Product | None:
-        """What the weight gains beside AdamW's step: moves of LoRA experts, and their decay back.
+        A LoRA expert that has won changes the weight by `s (B' A' - B A) = s (dB A' + B dA)`. The
+        difference itself would cancel: in float32 its relative error is 300 times larger. Where
+        `full` has won, it is `W = W_eff - sum_i s_i B_i A_i` that decays, so `decay sum_i s_i B_i
+        A_i` is added back.
 
         Args:
+            won: Indices of the LoRA experts that have won.
             decay: The share by which the `full` expert decays; 0 where it has not won.
-            moves: Of `_factor_increments`.
         """
-        left, right, alpha = [], [], self._alpha
-        # Each from the state before the step. B' A' - B A = dB A' + B dA, but the difference would
-        # cancel: in float32 its relative error is 300 times larger.
-        for scaling, A, B, dA, dB in moves:
-            left += [_times(dB, scaling / alpha), _times(B, scaling / alpha)]
-            right += [A + dA, dA]
-        # It is W = W_eff - sum_i s_i B_i A_i that decays, so the experts get theirs back.
-        stacked_A, stacked_B = self.state["lora_A"], self.state["lora_B"]
+        A, B, ranks = self.state["lora_A"], self.state["lora_B"], self.group["ranks"]
         live = self._live if decay else []
-        right += [stacked_A[own] for own in live]
-        if self._has_one_scaling and not moves:
-            left, alpha = [stacked_B[:, own] for own in live], alpha * decay
-        elif live:
-            shares = self._scalings * (decay / alpha)
-            left += [stacked_B[:, own] * shares[own] for own in live]
-        return Product(_joined(left, 1), _joined(right, 0), alpha) if left else None
+        if not won and not live:
+            return None, []
+        alpha = self._alpha
+        shares = self._scalings * (decay / alpha) if live else None
+        if not won and self._has_one_scaling:
+            alpha, shares = alpha * decay, None
+            if len(live) == 1:  # nothing is copied
+                return Product(B[:, live[0]], A[live[0]], alpha), []
 
-    def _expert(self, index: int) -> tuple[float, Tensor, Tensor]:
-        """Return `s, A, B` of a LoRA expert; A and B are views of the state."""
-        owned = owned_by(self.group["ranks"], index)
-        A, B = self.state["lora_A"][owned], self.state["lora_B"][:, owned]
-        return self.group["scalings"][index], A, B
+        width = 2 * sum(ranks[index] for index in won) + sum(own.stop - own.start for own in live)
+        left, right = B.new_empty(len(B), width), A.new_empty(width, A.shape[1])
+        factors: list[FactorWrite] = []
+        start = 0
+        for index in won:
+            middle, end = start + ranks[index], start + 2 * ranks[index]
+            share = self.group["scalings"][index] / alpha
+            # left @ right = share (dB A' + B dA)
+            of_A = Operand(right[start:middle], 1.0, 1.0), Operand(right[middle:end], 0.0, 1.0)
+            of_B = (
+                Operand(left[:, start:middle], 0.0, share),
+                Operand(left[:, middle:end], share, 0.0),
+            )
+            factors += self._factor_writes(index, of_A, of_B)
+            start = end
+        for own in live:
+            end = start + own.stop - own.start
+            right[start:end] = A[own]
+            left[:, start:end] = B[:, own] if shares is None else B[:, own] * shares[own]
+            start = end
+        return Product(left, right, alpha), factors
 
-    def _factor_increments(self, index: int) -> _Move:
-        """Return `s, A, B, dA, dB` of a LoRA expert that moves to `A + dA`, `B + dB`."""
-        owned, step = owned_by(self.group["ranks"], index), self._lora_step(index)
-        scaling, A, B = self._expert(index)
-        moments_A, moments_B = self._factor_moments()
-        dA = step.increment(A, *(moment[owned] for moment in moments_A))
-        dB = step.increment(B, *(moment[:, owned] for moment in moments_B))
-        return scaling, A, B, dA, dB
+    def _factor_writes(
+        self, index: int, of_A: tuple[Operand, Operand], of_B: tuple[Operand, Operand]
+    ) -> list[FactorWrite]:
+        """The writes of A and B of one LoRA expert; they are views of the state."""
+        own, step = owned_by(self.group["ranks"], index), self._lora_step(index)
+        moments_A, moments_B = self.factor_moments()
+        A, B = self.state["lora_A"][own], self.state["lora_B"][:, own]
+        m_A, v_A = (moment[own] for moment in moments_A)
+        m_B, v_B = (moment[:, own] for moment in moments_B)
+        return [FactorWrite(A, m_A, v_A, step, of_A), FactorWrite(B, m_B, v_B, step, of_B)]
 
 
 def initial_state(group: dict[str, Any]) -> dict[str, Any]:
@@ -204,13 +233,3 @@ def _state_of(group: dict[str, Any], states: States) -> dict[str, Any]:
 def _oriented(tensor: Tensor, group: dict[str, Any]) -> Tensor:
     """View a weight, or its gradient, as [out, in]."""
     return tensor.t() if group["transposed"] else tensor
-
-
-def _times(tensor: Tensor, number: float) -> Tensor:
-    """`tensor * number`, but nothing is copied where it is 1."""
-    return tensor if number == 1 else tensor * number
-
-
-def _joined(tensors: Sequence[Tensor], dim: int) -> Tensor:
-    """`torch.cat`, but one tensor is not copied."""
-    return tensors[0] if len(tensors) == 1 else torch.cat(list(tensors), dim)

@@ -10,13 +10,15 @@ another number that must be finite, is one number more.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from molf.core.adam import MomentDecay, compute_dtype, gradient, row_blocks
+from molf.core.adam import MomentDecay, compute_dtype, gradient
+from molf.core.devices import CanRead, is_host_memory, upload
+from molf.core.place import WHOLE, Place
 
 
 class NonFiniteError(RuntimeError):
@@ -37,6 +39,10 @@ class Guarded(NamedTuple):
     factors: tuple[Tensor, ...] = ()
 
 
+Squares = Callable[[Iterable[tuple[Tensor, torch.dtype]]], Tensor]
+"""Sums of squares of tensors, each computed in the dtype beside it, [n]."""
+
+
 class FiniteGuard:
     """Knows, on the devices, whether the gradients of a step let it happen.
 
@@ -49,29 +55,77 @@ class FiniteGuard:
     Args:
         gradients: The gradients.
         required: Further numbers that must be finite, 0-dim.
+        squares: Of the executor.
+        can_read: Whether the host reads a tensor on a device without waiting.
     """
 
-    def __init__(self, gradients: Sequence[Guarded], required: Iterable[Tensor] = ()) -> None:
-        home = gradients[0].parameter.device
-        bounds = [_bound(one).to(home) for one in gradients]
-        self.bounds = torch.stack([*bounds, *(bound_of(number).to(home) for number in required)])
-        self._finite = {home: may_happen(self.bounds)}
+    def __init__(
+        self,
+        gradients: Sequence[Guarded],
+        required: Iterable[Tensor],
+        squares: Squares,
+        can_read: CanRead = is_host_memory,
+    ) -> None:
+        bounds = bounds_of(gradients, squares)
+        home = bounds.device
+        further = [bound_of(number).to(home).view(1) for number in required]
+        self.bounds = torch.cat([bounds, *further])
+        self.finite = may_happen(self.bounds)
+        self._finite = {home: self.finite}
         # A number in the host's own memory is read at no cost: there it is known beforehand.
-        self._is_known = all(reads_for_nothing(one.parameter.device) for one in gradients)
-        self.refuses = self._is_known and not self._finite[home].item()
+        self._is_known = all(can_read(one.parameter.device) for one in gradients)
+        self.refuses = self._is_known and not self.finite.item()
         self._made: dict[Any, MomentDecay] = {}
 
     def decay_of(
         self, device: torch.device, dtype: torch.dtype, betas: tuple[float, float]
     ) -> MomentDecay:
-        """Return how moments on a device, computed in a dtype, move."""
+        """Return how moments on a device, computed in a dtype, are updated."""
         key = (device, dtype, tuple(betas))
         if key not in self._made:
-            finite = self._finite.setdefault(device, next(iter(self._finite.values())).to(device))
+            finite = self._finite.setdefault(device, self.finite.to(device))
             self._made[key] = MomentDecay.of(
                 betas, finite, dtype, is_known_finite=self._is_known and not self.refuses
             )
         return self._made[key]
+
+
+def bounds_of(gradients: Iterable[Guarded], squares: Squares, place: Place = WHOLE) -> Tensor:
+    """Return the largest square of what is made of each gradient, over the largest allowed, [n].
+
+    Squares, because they add up over the parts of a tensor, which norms do not.
+
+    Args:
+        gradients: They are looked at one after the other and not kept; factors may be on another
+            device than the gradient.
+        squares: Of the executor.
+        place: Sums the squares over the parts.
+    """
+    own: list[int] = []  # index of each gradient's square
+    factors: list[tuple[int, int]] = []  # and of its factors'
+    scales: list[float] = []
+    limits: list[float] = []
+    count = 0
+
+    def tensors() -> Iterable[tuple[Tensor, torch.dtype]]:
+        nonlocal count
+        for one in gradients:
+            dtype = compute_dtype(one.parameter)
+            own.append(count)
+            factors.append((count + 1, count + len(one.factors)) if one.factors else (-1, -1))
+            scales.append(one.scale**2)
+            limits.append(largest_square(dtype))
+            count += 1 + len(one.factors)
+            yield plain_gradient(one.parameter), dtype
+            yield from ((factor, dtype) for factor in one.factors)
+
+    totals = place.sum(squares(tensors()))
+    home, dtype = totals.device, totals.dtype
+    indices = upload(torch.tensor([own, *zip(*factors, strict=True)], device="cpu"), home)
+    numbers = upload(torch.tensor([scales, limits], dtype=dtype, device="cpu"), home)
+    padded = torch.cat([totals, totals.new_ones(1)])  # -1: without factors
+    gains = torch.maximum(padded[indices[1]], padded[indices[2]]) * numbers[0]
+    return totals[indices[0]] / numbers[1] * gains.clamp(min=1)
 
 
 def may_happen(bounds: Tensor) -> Tensor:
@@ -89,49 +143,22 @@ def fits(bound: float) -> bool:
     return bound < 1
 
 
-def bad_gradients(gradients: Iterable[Guarded]) -> list[Tensor]:
-    """Return the parameters whose gradient forbids a step, before any step; the host waits.
+def bad_gradients(gradients: Iterable[Guarded], squares: Squares) -> list[Tensor]:
+    """Return the parameters whose gradient forbids a step, before any step; the host waits."""
+    parameters = []
 
-    Args:
-        gradients: They are looked at one after the other and not kept; factors may be on another
-            device than the gradient.
-    """
-    bounds = [(one.parameter, _bound(one)) for one in gradients]
-    home = [bound.to(bounds[0][1].device) for _, bound in bounds]
-    on_host = torch.stack(home).tolist() if home else []
-    return [p for (p, _), bound in zip(bounds, on_host, strict=True) if not fits(bound)]
+    def noted() -> Iterable[Guarded]:
+        for one in gradients:
+            parameters.append(one.parameter)
+            yield one
 
-
-def largest_norm(dtype: torch.dtype) -> float:
-    """Norm below which the square of every element fits a dtype, with a margin for rounding."""
-    return 0.5 * torch.finfo(dtype).max ** 0.5
+    bounds = bounds_of(noted(), squares).tolist()
+    return [p for p, bound in zip(parameters, bounds, strict=True) if not fits(bound)]
 
 
-def reads_for_nothing(device: torch.device) -> bool:
-    """Whether the host reads a tensor on this device without waiting."""
-    return device.type == "cpu"
-
-
-def _bound(one: Guarded) -> Tensor:
-    """The largest norm of what is made of a gradient, over `largest_norm`, 0-dim."""
-    grad, dtype = plain_gradient(one.parameter), compute_dtype(one.parameter)
-    norm = _norm(grad, dtype) / largest_norm(dtype)
-    if not one.factors:
-        return norm * max(1.0, one.scale)
-    gains = [_norm(factor, dtype) * one.scale for factor in one.factors]
-    return norm * torch.stack(gains).amax().clamp(min=1).to(norm.device)
-
-
-def _norm(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """The Frobenius norm, in a dtype: infinity, NaN and overflow survive it. 0-dim."""
-    if tensor.dtype == dtype and tensor.device.type == "cpu" and tensor.is_contiguous():
-        flat = tensor.view(-1)  # twice as fast; a square that overflows forbids a step anyway
-        return torch.dot(flat, flat).sqrt()
-    if tensor.dtype == dtype:
-        return torch.linalg.vector_norm(tensor)
-    # in parts: torch copies to the other dtype
-    parts = [torch.linalg.vector_norm(tensor[x], dtype=dtype) for x in row_blocks(tensor)]
-    return torch.linalg.vector_norm(torch.stack(parts or [tensor.new_zeros((), dtype=dtype)]))
+def largest_square(dtype: torch.dtype) -> float:
+    """Sum of squares below which the square of every element fits a dtype, with a margin."""
+    return 0.25 * torch.finfo(dtype).max
 
 
 def plain_gradient(parameter: Tensor) -> Tensor:
@@ -142,7 +169,7 @@ def plain_gradient(parameter: Tensor) -> Tensor:
     """
     grad = gradient(parameter)
     if grad.layout != torch.strided:
-        raise RuntimeError("MoLFAdamW does not support sparse gradients.")
+        raise RuntimeError("Sparse gradients are not supported.")
     if hasattr(grad, "device_mesh"):
-        raise RuntimeError("MoLFAdamW does not support sharded parameters (DTensor) yet.")
+        raise RuntimeError("Sharded parameters (DTensor) are not supported yet.")
     return grad

@@ -1,4 +1,4 @@
-"""Who computes a step: plain torch operations, or the Triton kernels of `molf.core.fused`.
+"""What the Triton kernels of `molf.core.fused` can step: `kernels="triton"`.
 
 Nothing here imports triton unless kernels are asked for, and nothing falls back: what the kernels
 cannot do is refused with what to change.
@@ -7,16 +7,13 @@ cannot do is refused with what to change.
 from __future__ import annotations
 
 import importlib.util
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from molf.core.groups import parameter_name
 from molf.core.names import KERNELS
-
-if TYPE_CHECKING:
-    from molf.core.fused.step import FusedStep
 
 _DTYPES = (torch.float32, torch.bfloat16)
 
@@ -37,15 +34,6 @@ def known_kernels(kernels: str | None) -> str:
             "out."
         )
     return kernels or "eager"
-
-
-def fused_step(kernels: str) -> FusedStep | None:
-    """Return what takes steps with the kernels; None where plain torch does."""
-    if kernels == "eager":
-        return None
-    from molf.core.fused.step import FusedStep
-
-    return FusedStep()
 
 
 def check_kernel_group(group: dict[str, Any], number: int, home: torch.device) -> None:

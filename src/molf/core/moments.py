@@ -9,32 +9,25 @@ step only.
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from functools import cache
-from types import EllipsisType, ModuleType
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from molf.core import one_pass
-from molf.core.adam import (
-    MomentDecay,
-    cached_blocks,
-    compute_dtype,
-    row_blocks,
-    update_and_score,
-    update_moments,
-)
+from molf.core.adam import MomentDecay, compute_dtype, update_and_score, update_moments
+from molf.core.blocks import Blocks, Rows
 from molf.core.names import STATE_DTYPES
+from molf.core.place import WHOLE, Place
 
 _KEYS = ("exp_avg", "exp_avg_sq")
 _BLOCK = 256  # numbers that share a scale
 _SMALLEST = 4096  # smaller tensors stay float32: together they are nothing
 
-Rows = slice | EllipsisType
 Pair = tuple[Tensor, Tensor]
 
 
@@ -61,8 +54,8 @@ class Moments(ABC):
         """Keep a block that `load` has returned and that was changed in place."""
 
     @abstractmethod
-    def blocks(self) -> Iterator[Rows]:
-        """Yield the blocks in which `advance` is to be called."""
+    def blocks(self, blocks: Blocks) -> Iterator[Rows]:
+        """Yield the blocks in which `advance` is called."""
 
     def advance(self, rows: Rows, grad: Tensor, decay: MomentDecay, score: str) -> Tensor:
         """Move a block of m and v; return the sum of the score's terms, 0-dim."""
@@ -96,9 +89,9 @@ class FloatMoments(Moments):
         self.dtype = exp_avg.dtype
         self.multiple = one_pass.rows_of_whole_vectors(exp_avg)
 
-    def blocks(self) -> Iterator[Rows]:
+    def blocks(self, blocks: Blocks) -> Iterator[Rows]:
         """Blocks for one pass, where it can be one."""
-        return cached_blocks(self.exp_avg)
+        return blocks.cached(self.exp_avg)
 
     def load(self, rows: Rows) -> Pair:
         """Views on the state."""
@@ -111,9 +104,10 @@ class FloatMoments(Moments):
 class EightBitMoments(Moments):
     """Moments kept as torchao's block-scaled 8-bit codes (Dettmers et al., arXiv 2110.02861).
 
-    The state holds codes in the shape of the tensor and one scale for every 256 of them, plain
-    tensors both, so that any checkpoint takes them. A second moment that is not zero is never
-    stored as zero: beside a first moment that survives, its next step would be divided by eps.
+    The state holds codes in the shape of the tensor, and one scale for every 256 numbers of a row,
+    [rows, row length / 256]: plain tensors both, so that any checkpoint takes them and shards of
+    rows cut both alike. A second moment that is not zero is never stored as zero: beside a first
+    moment that survives, its next step would be divided by eps.
     """
 
     is_settled = False
@@ -122,12 +116,10 @@ class EightBitMoments(Moments):
     def __init__(self, state: dict[str, Any]) -> None:
         self._codes = [state[f"{key}_codes"] for key in _KEYS]
         self._scales = [state[f"{key}_scales"] for key in _KEYS]
-        self._row = self._codes[0].numel() // len(self._codes[0])
-        self.multiple = _BLOCK // math.gcd(_BLOCK, self._row)
 
-    def blocks(self) -> Iterator[Rows]:
+    def blocks(self, blocks: Blocks) -> Iterator[Rows]:
         """Blocks of which copies fit the cache."""
-        return row_blocks(self._codes[0], multiple=self.multiple)
+        return blocks.of(self._codes[0])
 
     def load(self, rows: Rows) -> Pair:
         """The numbers that the codes stand for."""
@@ -141,13 +133,18 @@ class EightBitMoments(Moments):
 
     def _blocks(self, rows: Rows) -> list[Any]:
         """Both moments' codes and scales of some rows: torchao's tensors on the same memory."""
-        assert isinstance(rows, slice), "tensors without a dimension stay float32"
-        scales = slice(rows.start * self._row // _BLOCK, rows.stop * self._row // _BLOCK)
-        device = self._codes[0].device
         return [
-            _torchao().OptimState8bit(codes[rows], scale[scales], _map(signed, device), signed)
-            for codes, scale, signed in zip(self._codes, self._scales, (True, False), strict=True)
+            _as_torchao(codes[rows], scales[rows], is_signed)
+            for codes, scales, is_signed in zip(
+                self._codes, self._scales, (True, False), strict=True
+            )
         ]
+
+
+def _as_torchao(codes: Tensor, scales: Tensor, is_signed: bool) -> Any:
+    """A tensor of torchao on this memory: codes [rows, ...], one scale for each 256 in order."""
+    qmap = _map(is_signed, codes.device)
+    return _torchao().OptimState8bit(codes, scales.reshape(-1), qmap, is_signed)
 
 
 def check_state_dtype(state_dtype: str) -> None:
@@ -163,27 +160,55 @@ def check_state_dtype(state_dtype: str) -> None:
         _torchao()
 
 
-def fits_8bit(parameter: Tensor) -> bool:
-    """Whether a tensor's moments can be kept in 8 bits, and are large enough to matter."""
-    count = parameter.numel()
-    fits = count >= _SMALLEST and count % _BLOCK == 0 and parameter.is_contiguous()
+def fits_8bit(parameter: Tensor, place: Place = WHOLE) -> bool:
+    """Whether a tensor's moments can be kept in 8 bits, and are large enough to matter.
+
+    The answer is the same for the whole tensor and for a shard of its rows: rows consist of whole
+    blocks, and tensors of one dimension, whose shards would not, are left out.
+    """
+    if parameter.dim() < 2 or not parameter.numel() or not parameter.is_contiguous():
+        return False
+    count, row = place.count(parameter), parameter.numel() // len(parameter)
+    fits = count >= _SMALLEST and row % _BLOCK == 0
     return fits and compute_dtype(parameter) == torch.float32
 
 
-def moment_state(parameter: Tensor, state_dtype: str = "float32") -> dict[str, Any]:
+def moment_state(
+    parameter: Tensor, state_dtype: str = "float32", place: Place = WHOLE
+) -> dict[str, Any]:
     """State of a tensor that takes AdamW steps: `step`, and both moments, zero."""
     # The counter is a plain int: reading it never waits for a device.
     state: dict[str, Any] = {"step": 0}
     for key in _KEYS:
-        if state_dtype == "8bit" and fits_8bit(parameter):
+        if state_dtype == "8bit" and fits_8bit(parameter, place):
             # With scale zero every code stands for zero.
             state[f"{key}_codes"] = torch.zeros_like(parameter, dtype=torch.uint8)
+            rows = len(parameter)
             state[f"{key}_scales"] = torch.zeros(
-                parameter.numel() // _BLOCK, device=parameter.device
+                rows, parameter.numel() // rows // _BLOCK, device=parameter.device
             )
         else:
             state[key] = torch.zeros_like(parameter, dtype=compute_dtype(parameter))
     return state
+
+
+def in_present_layout(state: dict[str, Any]) -> dict[str, Any]:
+    """Return a saved state with 8-bit moments as they are kept now.
+
+    In states without rows of scales, [elements / 256], tensors whose rows are no whole blocks were
+    8-bit, too. Their moments become float32.
+    """
+    if "exp_avg_codes" not in state or state["exp_avg_scales"].dim() == 2:
+        return state
+    changed = dict(state)
+    for key, is_signed in zip(_KEYS, (True, False), strict=True):
+        codes, scales = changed.pop(f"{key}_codes"), changed.pop(f"{key}_scales")
+        if codes.dim() >= 2 and codes[0].numel() % _BLOCK == 0:
+            changed[f"{key}_codes"] = codes
+            changed[f"{key}_scales"] = scales.reshape(len(codes), -1)
+        else:
+            changed[key] = _as_torchao(codes, scales, is_signed).dequantize()
+    return changed
 
 
 def moments_of(state: dict[str, Any]) -> Moments:

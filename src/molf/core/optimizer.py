@@ -221,7 +221,7 @@ class MoLFAdamW(AdamW):
 
     def _layer(self, group: dict[str, Any], states: States) -> RoutedLayer:
         """A group's routed layer, in the form that its LoRA experts have."""
-        return (self._fused.layer if self._fused else _form_of(group))(group, states)
+        return _form_of(group)(group, states, self.executor.can_read)
 
     def _gradients(self, group: dict[str, Any]) -> list[Guarded]:
         """What a step of a routed layer uses, read where its state lives."""

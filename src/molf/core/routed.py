@@ -1,28 +1,22 @@
-"""What a routed layer does in a step, whatever the form in which its LoRA experts live."""
+"""A routed layer in a step: a form of it says which tensors its experts have."""
 
 from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from types import EllipsisType
 from typing import Any
 
 from torch import Tensor
 
-from molf.core.adam import (
-    AdamWStep,
-    cached_blocks,
-    finish_score,
-    update_and_score,
-    update_and_score_columns,
-)
+from molf.core.adam import AdamWStep, finish_score
+from molf.core.blocks import Blocks
 from molf.core.config import lora_expert_names
 from molf.core.dense import DenseTensor
-from molf.core.factors import owned_by
-from molf.core.fidelity import UpdateTally
 from molf.core.groups import parameter_name
-from molf.core.guard import FiniteGuard, Guarded
+from molf.core.guard import Guarded
+from molf.core.operations import LayerWrites
+from molf.core.place import WHOLE, Place
 from molf.core.routing import Decision, select_winners
 
 States = dict[Tensor, dict[str, Any]]
@@ -32,9 +26,9 @@ States = dict[Tensor, dict[str, Any]]
 class RoutedLayer(ABC):
     """One routed layer for the length of one optimizer step.
 
-    Made from a parameter group and the states of its parameters. The step calls `update_moments`
-    for every layer, reads all scores at once, and then calls `apply`. A form says where the
-    experts' tensors, gradients and moments are and how winners move; all else is here.
+    Made from a parameter group and the states of its parameters. A form says where the experts'
+    factors, gradients and moments are, and lists the writes of the winners; an executor does the
+    arithmetic.
 
     Attributes:
         group: The layer's parameter group.
@@ -45,8 +39,15 @@ class RoutedLayer(ABC):
         experts: Names of all experts, in the order that breaks ties.
     """
 
-    def __init__(self, group: dict[str, Any], states: States, dense: list[DenseTensor]) -> None:
+    def __init__(
+        self,
+        group: dict[str, Any],
+        states: States,
+        dense: list[DenseTensor],
+        place: Place = WHOLE,
+    ) -> None:
         self.group = group
+        self.place = place
         self.name: str = group["layer"]
         self.dense = dense
         self.gradients = self.gradients_of(group, states)
@@ -80,25 +81,27 @@ class RoutedLayer(ABC):
     def steps_taken(self) -> int:
         """How many steps this layer has taken."""
 
+    @property
     @abstractmethod
-    def _factor_shapes(self) -> tuple[int, int]:
-        """`in` and `out` of the layer."""
+    def shape(self) -> tuple[int, int]:
+        """`out` and `in` of the layer."""
 
     @abstractmethod
-    def _factor_gradients(self) -> tuple[Tensor, Tensor]:
+    def factor_gradients(self, blocks: Blocks) -> tuple[Tensor, Tensor]:
         """`grad A` [R, in] and `grad B` [out, R] of the stacked factors, in the state's dtype."""
 
     @abstractmethod
-    def _factor_moments(self) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    def factor_moments(self) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
         """`exp_avg` and `exp_avg_sq` of the stacked A, and of the stacked B."""
 
     @abstractmethod
-    def apply(self, winners: Sequence[int], tally: UpdateTally | None = None) -> None:
-        """Count the step for every expert and give the winners theirs, each from the old state.
+    def writes(self, winners: Sequence[int]) -> LayerWrites:
+        """Count the step for every expert; list the writes of the winners.
+
+        Every write starts from the values before the step. Memory of products is allocated here.
 
         Args:
             winners: Indices of the experts.
-            tally: Where losses of rounding are counted, if anywhere.
         """
 
     @property
@@ -110,33 +113,6 @@ class RoutedLayer(ABC):
     def lora_lrs(self) -> tuple[float, ...]:
         """Scheduled rate of each LoRA expert."""
         return tuple(self.group["lr"] * ratio for ratio in self.group["lora_lr_ratios"])
-
-    def update_moments(self, guard: FiniteGuard) -> list[list[Tensor]]:
-        """Update the moments of all experts.
-
-        Returns:
-            For each expert the parts of its score's sum, 0-dim, on the device: to add them up is
-            the host's work, which has to read them anyway.
-        """
-        ranks, score = list(self.group["ranks"]), self.group["score"]
-        full = [part for tensor in self.dense for part in tensor.update_moments(guard, score)]
-        (grad_A, grad_B), (of_A, of_B) = self._factor_gradients(), self._factor_moments()
-        decay = guard.decay_of(grad_A.device, of_A[0].dtype, self.group["betas"])
-        lora: list[list[Tensor]] = [[] for _ in ranks]
-        for index, parts in enumerate(lora):
-            own = _part(owned_by(ranks, index), grad_A, *of_A)
-            parts += [
-                update_and_score(*_part(x, *own), decay, score) for x in cached_blocks(own[0])
-            ]
-        for rows in cached_blocks(grad_B):
-            block = _part(rows, grad_B, *of_B)
-            if len(ranks) == 1:
-                lora[0].append(update_and_score(*block, decay, score))
-                continue
-            columns = update_and_score_columns(*block, decay, score).split(ranks)
-            for parts, own_columns in zip(lora, columns, strict=True):
-                parts.append(own_columns.sum())
-        return [full, *lora] if self.has_full else lora
 
     def decide(self, sums: Sequence[float]) -> tuple[tuple[int, ...], Decision]:
         """Choose the winners from the score sums, now on the host.
@@ -164,11 +140,11 @@ class RoutedLayer(ABC):
 
     def scores(self, sums: Sequence[float]) -> list[float]:
         """Turn the score sums, now on the host, into one score per expert."""
-        width = sum(self._factor_shapes())
+        width = sum(self.shape)
         counts = [rank * width for rank in self.group["ranks"]]
         lrs = list(self.lora_lrs)
         if self.has_full:
-            counts.insert(0, sum(tensor.parameter.numel() for tensor in self.dense))
+            counts.insert(0, sum(self.place.count(tensor.parameter) for tensor in self.dense))
             lrs.insert(0, self.group["lr"])
         return [
             finish_score(total, score=self.group["score"], lr=lr, count=count)
@@ -190,18 +166,12 @@ class RoutedLayer(ABC):
         return [w - self.has_full for w in winners if w >= self.has_full]
 
 
-def _part(
-    rows: slice | EllipsisType, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    return grad[rows], exp_avg[rows], exp_avg_sq[rows]
-
-
 def dense_tensors(
-    group: dict[str, Any], parameters: Sequence[Tensor], states: States
+    group: dict[str, Any], parameters: Sequence[Tensor], states: States, place: Place = WHOLE
 ) -> list[DenseTensor]:
     """The dense tensors of a routed group that have a gradient; the weight is first of all."""
     return [
-        DenseTensor(parameter, group, states[parameter], parameter_name(group, index))
+        DenseTensor(parameter, group, states[parameter], parameter_name(group, index), place)
         for index, parameter in enumerate(parameters)
         if parameter.grad is not None
     ]

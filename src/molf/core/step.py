@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from molf.core.dense import DenseTensor
+from molf.core.executor import Executor
 from molf.core.fidelity import UpdateTally
 from molf.core.guard import FiniteGuard, Guarded, fits
 from molf.core.precision import full_precision
@@ -39,52 +40,63 @@ class Outcome(NamedTuple):
 
 def take_step(
     layers: Sequence[RoutedLayer],
-    rest: Sequence[DenseTensor],
+    plain: Sequence[DenseTensor],
+    executor: Executor,
     tally: UpdateTally | None = None,
     required: Mapping[str, Tensor] | None = None,
 ) -> Outcome:
-    """Step all routed layers and the tensors that are not routed; all of them have gradients.
+    """Step routed layers and tensors that are not routed; all of them have gradients.
 
     The host waits for the device once, for the checks of all gradients and the scores of all
     layers.
 
     Args:
         layers: The routed layers.
-        rest: What takes a plain AdamW step.
-        tally: Where losses of rounding are counted, if anywhere.
+        plain: Tensors that take a plain AdamW step.
+        executor: Runs the operations.
+        tally: Counts the losses of rounding, if given.
         required: Further numbers that must be finite for the step to happen, 0-dim, by name.
 
     Raises:
         RuntimeError: The scores of a layer are not finite, because its moments were not; no weight
-            has moved.
+            has changed.
+        ValueError: The executor cannot take a parameter or gradient; nothing was written.
     """
     gradients = [one for layer in layers for one in layer.gradients]
-    gradients += [Guarded(tensor.parameter) for tensor in rest]
+    gradients += [Guarded(tensor.parameter) for tensor in plain]
     if not gradients:
         return Outcome({}, [])
-    parameters = [one.parameter for one in gradients]
-    home = parameters[0].device
-    with full_precision({parameter.device.type for parameter in parameters}):
-        required = required or {}
-        guard = FiniteGuard(gradients, required.values())
-        parts = [] if guard.refuses else [layer.update_moments(guard) for layer in layers]
-        flat = [part.to(home) for experts in parts for expert in experts for part in expert]
-        on_host = torch.stack([*guard.bounds, *flat]).tolist()
+    required = required or {}
+    executor.check(layers, plain)
+    with full_precision({one.parameter.device.type for one in gradients}):
+        guard = FiniteGuard(gradients, required.values(), executor.squares, executor.can_read)
+        count = len(guard.bounds)
+        owners: Sequence[tuple[int, int]] = ()
+        numbers = guard.bounds
+        if layers and not guard.refuses:
+            sums, owners = executor.update_moments(layers, guard)
+            numbers = torch.cat([numbers, sums])
+        on_host = numbers.tolist()  # the one wait
 
-        bounds, score_parts = on_host[: len(guard.bounds)], iter(on_host[len(guard.bounds) :])
-        if not all(map(fits, bounds)):
-            return refused(parameters, required, bounds)
-        sums = [[sum((next(score_parts) for _ in x), 0.0) for x in experts] for experts in parts]
-        decisions = [layer.decide(own) for layer, own in zip(layers, sums, strict=True)]
-        for layer, (winners, _) in zip(layers, decisions, strict=True):
-            layer.apply(winners, tally)
-        for tensor in rest:
-            tensor.adamw(guard, tally)
-    names = [layer.name for layer in layers]
-    return Outcome(dict(zip(names, [x for _, x in decisions], strict=True)), [])
+        if not all(map(fits, on_host[:count])):
+            return _refused([one.parameter for one in gradients], required, on_host[:count])
+        decisions = _decide(layers, owners, on_host[count:])
+        won = [winners for winners, _ in decisions]
+        executor.write(zip(layers, won, strict=True), plain, guard, tally)
+    return Outcome({layer.name: one for layer, (_, one) in zip(layers, decisions, strict=True)}, [])
 
 
-def refused(
+def _decide(
+    layers: Sequence[RoutedLayer], owners: Sequence[tuple[int, int]], numbers: Sequence[float]
+) -> list[tuple[tuple[int, ...], Decision]]:
+    """Add up the score terms of each expert; choose the winners of every layer."""
+    sums = [[0.0] * len(layer.experts) for layer in layers]
+    for (number, expert), total in zip(owners, numbers, strict=True):
+        sums[number][expert] += total
+    return [layer.decide(own) for layer, own in zip(layers, sums, strict=True)]
+
+
+def _refused(
     parameters: Sequence[Tensor], required: Mapping[str, Tensor], bounds: Sequence[float]
 ) -> Outcome:
     """Return the outcome of a step that the bounds forbid, those of parameters first."""

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from molf.core.names import ROUNDINGS
+from molf.core.place import WHOLE, Place
 from molf.core.rounding import RoundingKey, join_float32, round_stochastic, split_float32
 
 LOW = "low"  # key of the lower halves in a parameter's state
@@ -74,16 +75,25 @@ class StoredWeight:
         rounding: Of `rounding_of`.
         seed: With the name and the step counter, what stochastic draws depend on.
         name: The parameter's name.
+        place: Which part of the whole parameter it is: draws depend on the index in the whole.
     """
 
     def __init__(
-        self, parameter: Tensor, state: dict[str, Any], *, rounding: str, seed: int, name: str
+        self,
+        parameter: Tensor,
+        state: dict[str, Any],
+        *,
+        rounding: str,
+        seed: int,
+        name: str,
+        place: Place = WHOLE,
     ) -> None:
         self.parameter = parameter
         self.rounding = rounding
         self.name = name
         self._state = state
         self._seed = seed
+        self._place = place
         self._key: RoundingKey | None = None
         if rounding == "exact" and LOW not in state:
             state[LOW] = torch.zeros_like(parameter, dtype=torch.int16)
@@ -107,10 +117,7 @@ class StoredWeight:
             part.copy_(high)
             self._state[LOW][rows].copy_(low)
         elif self.rounding == "stochastic":
-            first = (
-                0 if rows is ... else rows.start * (self.parameter.numel() // len(self.parameter))
-            )
-            part.copy_(round_stochastic(values, self.step_key(), first))
+            part.copy_(round_stochastic(values, self.step_key(), self.first_index(rows)))
         else:
             part.copy_(values)
 
@@ -120,6 +127,14 @@ class StoredWeight:
             self.write(..., values.to(self.parameter.device, torch.float32))
         else:
             self.parameter.detach().copy_(values)
+
+    def first_index(self, rows: slice | EllipsisType = ...) -> int:
+        """Index in the whole parameter of a block's first element."""
+        parameter = self.parameter
+        if parameter.dim() == 0 or not parameter.numel():
+            return 0
+        first = self._place.first_row(parameter) + (0 if rows is ... else rows.start)
+        return first * (parameter.numel() // len(parameter))
 
     @property
     def low(self) -> Tensor | None:

@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from molf.core import adam
+from molf.core.blocks import BLOCKS, Blocks
+from molf.core.eager import Eager
 from molf.core.offload import StateOffload
 from molf.errors import InputError
 from molf.plan.host_memory import pinned_bytes
@@ -201,14 +202,13 @@ def _trl_head(made: Trainable, workload: Workload) -> Iterator[None]:
 @contextmanager
 def _blocks(made: Trainable, workload: Workload) -> Iterator[None]:
     """Let the optimizer go through tensors as it does on the planned device."""
-    name = "_CPU_BLOCK_ELEMENTS_PER_THREAD"
     threads = torch.get_num_threads()
-    elements = -(-adam._BLOCK_ELEMENTS // threads)
+    elements = -(-BLOCKS.elements // threads)
     if workload.device == "cpu":
         # Thousands of blocks would take minutes; a block of 1 in 300 weighs little either.
         least = sum(p.numel() for p in made.trained) // _MOST_BLOCKS // threads
-        elements = max(getattr(adam, name), least)
-    with _replaced(adam, name, elements):
+        elements = max(BLOCKS.cpu_elements, least)
+    with _replaced(made.optimizer, "executor", Eager(Blocks(cpu_elements=elements))):
         yield
 
 
@@ -256,7 +256,7 @@ def _make_state(made: Trainable) -> None:
     """Take a step outside of a backward pass, so that the state is there in the next one."""
     _give_gradients(made)
     # What it takes is not asked for: whole tensors, not blocks, are the fewest operations.
-    whole = _replaced(adam, "_CPU_BLOCK_ELEMENTS_PER_THREAD", 1 << 40)
+    whole = _replaced(made.optimizer, "executor", Eager(Blocks(cpu_elements=1 << 40)))
     with whole, LiveBytes(scalar=0.5):
         made.optimizer.step()
 

@@ -4,7 +4,7 @@ Importing this package needs triton (`pip install "molf[triton]"`); nothing else
 it. docs/kernels.md explains the passes and what has been checked on which hardware.
 """
 
-from molf.core.fused.items import AdamW, Factor, LowRank, Moments, Output, Step, Weight
+from molf.core.fused.items import AdamW, LowRank, Moments, Weight
 from molf.core.fused.kernels import Kernels
 
-__all__ = ["AdamW", "Factor", "Kernels", "LowRank", "Moments", "Output", "Step", "Weight"]
+__all__ = ["AdamW", "Kernels", "LowRank", "Moments", "Weight"]

@@ -38,9 +38,10 @@ OLD_1 = tl.constexpr(8)  # the shares that two outputs have of a value and its i
 INCREMENT_1 = tl.constexpr(9)
 OLD_2 = tl.constexpr(10)
 INCREMENT_2 = tl.constexpr(11)
-KEY_FIRST = tl.constexpr(12)
-KEY_SECOND = tl.constexpr(13)
-WORDS = tl.constexpr(14)
+ALPHA = tl.constexpr(12)  # of a low-rank product
+KEY_FIRST = tl.constexpr(13)
+KEY_SECOND = tl.constexpr(14)
+WORDS = tl.constexpr(15)
 
 _SCORE_EPS = tl.constexpr(1e-8)  # of the score, whatever the optimizer's own eps
 _MIX_1 = tl.constexpr(0x85EBCA6B)  # as in molf.core.rounding

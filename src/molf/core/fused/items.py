@@ -1,4 +1,4 @@
-"""What the fused operations work on: tuples of tensors and scalars, one per tensor to move."""
+"""Arguments of the kernels beside `molf.core.operations`: tensors as they are stored."""
 
 from __future__ import annotations
 
@@ -9,36 +9,7 @@ from torch import Tensor
 
 from molf.core.adam import AdamWStep
 from molf.core.rounding import RoundingKey
-
-
-class Step(NamedTuple):
-    """The scalars of one tensor's AdamW step.
-
-    Attributes:
-        kept: `1 - lr wd`.
-        decay: `lr wd`.
-        step_size: `lr / (1 - b1^t)`.
-        correction: `sqrt(1 - b2^t)`.
-        eps: Added to the corrected root of the second moment.
-    """
-
-    kept: float
-    decay: float
-    step_size: float
-    correction: float
-    eps: float
-
-    @classmethod
-    def of(
-        cls, lr: float, weight_decay: float, betas: tuple[float, float], eps: float, step: int
-    ) -> Step:
-        """Compute them in float64 from hyper-parameters and the counter t, 1 at the first step."""
-        return cls.from_eager(AdamWStep(lr, weight_decay, betas, eps, step))
-
-    @classmethod
-    def from_eager(cls, step: AdamWStep) -> Step:
-        """The scalars of the eager step, which has the formulas."""
-        return cls(step.kept, step.decay, step.step_size, step.correction, step.eps)
+from molf.core.weight_step import Product
 
 
 class Moments(NamedTuple):
@@ -99,59 +70,22 @@ class AdamW(NamedTuple):
     weight: Weight
     exp_avg: Tensor
     exp_avg_sq: Tensor
-    step: Step
+    step: AdamWStep
     grad: Tensor | None = None
     betas: tuple[float, float] = (0.0, 0.0)
 
 
-class Output(NamedTuple):
-    """A part of a product's operand: `old P + increment dP`, with P from before the step.
-
-    Attributes:
-        values: float32, the factor's shape, contiguous rows: a slice of an operand.
-        old: Share of the factor P.
-        increment: Share of its increment dP.
-    """
-
-    values: Tensor
-    old: float
-    increment: float
-
-
-class Factor(NamedTuple):
-    """A LoRA factor that takes an AdamW step, and two outputs for the weight's product.
-
-    `W_eff` moves by `s (dB A' + B dA)`: the outputs of B are `s dB` and `s B`, those of A are
-    `A + dA` and `dA`. All tensors are float32, have one shape and contiguous rows.
-
-    Attributes:
-        values: A or B of one expert, moved in place.
-        exp_avg: Its m.
-        exp_avg_sq: Its v.
-        step: The step's scalars.
-        outputs: Where the operands go.
-    """
-
-    values: Tensor
-    exp_avg: Tensor
-    exp_avg_sq: Tensor
-    step: Step
-    outputs: tuple[Output, Output]
-
-
 class LowRank(NamedTuple):
-    """A routed weight that moves: `W <- kept W + left @ right`, minus the descent for `full`.
+    """A routed weight: `W <- kept W + alpha left @ right`, minus the descent for `full`.
 
     Attributes:
-        weight: [rows, cols], contiguous. For a transposed layer, whose weight is [in, out], pass
-            `right.t()` as `left` and `left.t()` as `right`; nothing is copied.
-        left: float32 [rows, K], any strides.
-        right: float32 [K, cols], any strides.
-        full: (m, v, the step's scalars) where `full` has won; None where it has not, and all of W
-            is kept.
+        weight: [rows, cols], contiguous.
+        product: In the orientation of the weight: float32, left [rows, K], right [K, cols], any
+            strides.
+        full: (m, v, the AdamW step) where `full` has won; None where it has not, and all of W is
+            kept.
     """
 
     weight: Weight
-    left: Tensor
-    right: Tensor
-    full: tuple[Tensor, Tensor, Step] | None = None
+    product: Product
+    full: tuple[Tensor, Tensor, AdamWStep] | None = None

@@ -12,10 +12,13 @@ import torch
 import triton
 from torch import Tensor
 
+from molf.core.adam import AdamWStep
+from molf.core.devices import upload
 from molf.core.fused import elementwise
-from molf.core.fused.items import AdamW, Factor, LowRank, Moments, Output, Step
+from molf.core.fused.items import AdamW, LowRank, Moments
 from molf.core.fused.low_rank import low_rank_kernel
-from molf.core.fused.table import Entry, Field, Layout, Table, upload
+from molf.core.fused.table import Entry, Field, Layout, Table
+from molf.core.operations import FactorWrite, Operand
 from molf.core.rounding import RoundingKey
 
 _BLOCK = 2048  # elements of one program
@@ -165,18 +168,18 @@ class Kernels:
                 {"GRAD_BITS": bits, "ROUNDING": rounding, "ALIGNED": aligned, "BLOCK": _BLOCK},
             )
 
-    def factors(self, items: Sequence[Factor], finite: Tensor, *, part: int = 0) -> None:
+    def factors(self, items: Sequence[FactorWrite], finite: Tensor, *, part: int = 0) -> None:
         """Take the AdamW steps of LoRA factors in place and write the operands of products.
 
         Raises:
-            ValueError: A tensor is not what `Factor` says.
+            ValueError: A tensor is not what `FactorWrite` says.
         """
         self._check_flag(finite)
         given = (
             (
                 (),
-                Entry((*item[:3], *(output.values for output in item.outputs))),
-                _words(step=item.step, outputs=item.outputs),
+                Entry((*item[:3], *(operand.values for operand in item.operands))),
+                _words(step=item.step, operands=item.operands),
             )
             for item in items
         )
@@ -200,7 +203,11 @@ class Kernels:
             (
                 (item.weight.rounding,),
                 _low_rank_entry(item),
-                _words(step=item.full[2] if item.full else None, key=item.weight.key),
+                _words(
+                    step=item.full[2] if item.full else None,
+                    alpha=item.product.alpha,
+                    key=item.weight.key,
+                ),
             )
             for item in items
         )
@@ -243,7 +250,7 @@ class Kernels:
         return known[1]
 
     def _send(self, words: list[_Words]) -> Tensor:
-        """Pack scalars and keys as 32-bit words, int32 [entries, 14], on the device."""
+        """Pack scalars and keys as 32-bit words, int32 [entries, 15], on the device."""
         numbers = torch.tensor([given for given, _ in words], dtype=torch.float64, device="cpu")
         keys = torch.tensor([key for _, key in words], dtype=torch.int64, device="cpu")
         packed = torch.cat([numbers.to(torch.float32).view(torch.int32), keys.to(torch.int32)], 1)
@@ -292,7 +299,7 @@ def _bits(grad: Tensor) -> tuple[int]:
 
 
 def _low_rank_entry(item: LowRank) -> Entry:
-    weight, left, right = item.weight, item.left, item.right
+    weight, (left, right, _) = item.weight, item.product
     shape = tuple(weight.values.shape)
     product = (*left.shape[:-1], *right.shape[1:]) if left.shape[-1] == right.shape[0] else None
     if shape != product or len(shape) != 2:
@@ -312,14 +319,17 @@ def _low_rank_entry(item: LowRank) -> Entry:
 def _words(
     *,
     betas: tuple[float, float] = (0.0, 0.0),
-    step: Step | None = None,
-    outputs: Sequence[Output] = (),
+    step: AdamWStep | None = None,
+    operands: Sequence[Operand] = (),
+    alpha: float = 1.0,
     key: RoundingKey | None = None,
 ) -> _Words:
-    """Order an entry's scalars as device.py names them; no step keeps all and takes nothing."""
-    step = step or Step(kept=1.0, decay=0.0, step_size=0.0, correction=1.0, eps=1.0)
+    """Order an entry's scalars as device.py names them; no step: all is kept, nothing taken off."""
     numbers = [1 - betas[0], betas[1], 1 - betas[1]]
-    numbers += [step.kept, step.decay, step.step_size, 1 / step.correction, step.eps]
-    shares = [(output.old, output.increment) for output in outputs] or [(0.0, 0.0)] * 2
+    if step is None:
+        numbers += [1.0, 0.0, 0.0, 1.0, 1.0]
+    else:
+        numbers += [step.kept, step.decay, step.step_size, 1 / step.correction, step.eps]
+    shares = [(operand.old, operand.increment) for operand in operands] or [(0.0, 0.0)] * 2
     numbers += [share for pair in shares for share in pair]
-    return numbers, key or (0, 0)
+    return [*numbers, alpha], key or (0, 0)

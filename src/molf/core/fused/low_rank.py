@@ -7,6 +7,7 @@ import triton.language as tl
 
 from molf.core.fused.device import (
     ADDRESS,
+    ALPHA,
     COLS,
     FIELD,
     FIRST_BLOCK,
@@ -38,7 +39,7 @@ def low_rank_kernel(
     BLOCK_COLS: tl.constexpr,
     BLOCK_INNER: tl.constexpr,
 ) -> None:
-    """`W <- kept W + left @ right`, minus the AdamW descent where `full` has won; one rounding.
+    """`W <- kept W + alpha left @ right - descent`, rounded once; the descent where `full` has won.
 
     Fields: weight [rows, cols], its low half, m, v, left [rows, K], right [K, cols]. Reads w, both
     factors and, for `full`, m and v; writes w. Each program owns a tile of the weight. The product
@@ -84,7 +85,7 @@ def low_rank_kernel(
         weight_at = tile_pointers(row, index, 0, WEIGHT_BITS, ALIGNED)
         low_at = tile_pointers(row, index, 1, 16, ALIGNED)
         weight = load_weight(weight_at, low_at, mask, ROUNDING) * word(words, entry, KEPT)
-        weight += product
+        weight += word(words, entry, ALPHA) * product
         if tl.load(row + IS_FULL) != 0:
             exp_avg = tl.load(tile_pointers(row, index, 2, 32, ALIGNED), mask=mask, other=0.0)
             exp_avg_sq = tl.load(tile_pointers(row, index, 3, 32, ALIGNED), mask=mask, other=0.0)

@@ -8,6 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from molf.core.devices import upload
+
 HEADER = 8  # columns, in the order of device.py
 FIELD = 3
 
@@ -167,15 +169,3 @@ def _place(field: Tensor | None) -> list[int]:
     if field is None:
         return [0, 0, 0]
     return [field.data_ptr(), *(field.stride() if field.dim() == 2 else (0, 0))]
-
-
-def upload(values: Tensor, device: torch.device) -> Tensor:
-    """Copy to the device without waiting for it: CUDA reads pinned memory when it gets there.
-
-    Args:
-        values: On the CPU, which is not always torch's default device.
-        device: Where they are wanted.
-    """
-    if device.type == "cuda":
-        return values.pin_memory().to(device, non_blocking=True)
-    return values.to(device)

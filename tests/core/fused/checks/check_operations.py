@@ -22,6 +22,7 @@ from torch import Tensor
 
 from molf.core.adam import MomentDecay, score_terms, update_moments
 from molf.core.fused import AdamW, Kernels, LowRank, Moments, Weight
+from molf.core.weight_step import Product
 
 YES = torch.ones((), dtype=torch.bool, device=DEVICE)
 NO = torch.zeros((), dtype=torch.bool, device=DEVICE)
@@ -232,7 +233,7 @@ def test_factors_and_their_outputs(kernels):
         # An increment alone is as exact as its own two terms, not as the factor.
         scale = abs(descent) + abs(STEP.decay * old)
         assert_near(item.values, old + increment, abs(old) + scale)
-        for output in item.outputs:
+        for output in item.operands:
             exact = output.old * old + output.increment * increment
             assert_near(output.values, exact, abs(output.old * old) + scale)
         assert torch.equal(item.exp_avg, kept[0])
@@ -244,7 +245,7 @@ def test_low_rank_write(kernels):
     before = [[t.clone() for t in tensors_of(item)] for item in items]
     kernels.low_rank(items, YES)
     for item, old in zip(items, before, strict=True):
-        left, right = item.left.double(), item.right.double()
+        left, right = item.product.left.double(), item.product.right.double()
         exact, scale = old[0].double(), abs(old[0].double())
         if item.full:
             descent = exact_descent(*(m.double() for m in item.full[:2]))
@@ -259,9 +260,9 @@ def test_a_transposed_layer_moves_as_the_plain_one(kernels):
     weight, left, right = source.normal(21, 33), source.normal(21, 6), source.normal(6, 33)
     moments = source.moments(21, 33)
     plain, turned = weight.clone(), weight.t().contiguous()
-    kernels.low_rank([LowRank(Weight(plain), left, right, (*moments, STEP))], YES)
+    kernels.low_rank([LowRank(Weight(plain), Product(left, right, 1.0), (*moments, STEP))], YES)
     moments = (moments[0].t().contiguous(), moments[1].t().contiguous(), STEP)
-    kernels.low_rank([LowRank(Weight(turned), right.t(), left.t(), moments)], YES)
+    kernels.low_rank([LowRank(Weight(turned), Product(right.t(), left.t(), 1.0), moments)], YES)
     torch.testing.assert_close(turned.t(), plain, rtol=1e-6, atol=1e-6)
 
 
@@ -411,10 +412,14 @@ def test_wrong_products_are_refused(kernels):
     weight = Weight(source.normal(6, 4))
     for left, right in (((6, 3), (2, 4)), ((6, 2), (2, 5)), ((4, 2), (2, 6))):
         with pytest.raises(ValueError, match=r"Invalid product .* for a weight of shape \(6, 4\)"):
-            kernels.low_rank([LowRank(weight, source.normal(*left), source.normal(*right))], YES)
+            kernels.low_rank(
+                [LowRank(weight, Product(source.normal(*left), source.normal(*right), 1.0))], YES
+            )
     gaps = Weight(source.normal(6, 8)[:, :4])
     with pytest.raises(ValueError, match=r"Invalid weight with strides .* Must be contiguous\."):
-        kernels.low_rank([LowRank(gaps, source.normal(6, 2), source.normal(2, 4))], YES)
+        kernels.low_rank(
+            [LowRank(gaps, Product(source.normal(6, 2), source.normal(2, 4), 1.0))], YES
+        )
 
 
 def test_wrong_flag_is_refused(kernels):

@@ -20,9 +20,8 @@ from scenarios import DEVICE
 from torch import Tensor, nn
 
 from molf import AdamW, MoLFAdamW, MoLFConfig
-from molf.core import factors
 from molf.core.fused import Kernels
-from molf.core.fused.step import FusedStep
+from molf.core.fused.executor import Triton
 from molf.core.rounding import RoundingKey, round_stochastic
 
 BF16 = torch.bfloat16
@@ -329,7 +328,7 @@ def test_copies_step_with_the_kernels():
     model, optimizer = build("triton")
     take_steps(model, optimizer, [0])
     model, optimizer = pickle.loads(pickle.dumps((model, optimizer)))
-    assert isinstance(optimizer._fused, FusedStep)
+    assert isinstance(optimizer.executor, Triton)
     take_steps(model, optimizer, [1])
 
 
@@ -414,7 +413,7 @@ def test_chunks_change_nothing():
     runs = []
     for size in (1, 5000, 64 << 20):
         model, optimizer = build("triton", score="random", top_k=2)
-        optimizer._fused = FusedStep(size)
+        optimizer.executor = Triton(size)
         take_steps(model, optimizer, [0])
         runs.append(snapshot(model, optimizer))
     assert_same_bits(runs[0], runs[2])
@@ -433,12 +432,12 @@ def test_launches_and_reads_do_not_grow_with_the_layers(score, monkeypatch):
     def no_item(tensor: Tensor) -> None:
         raise AssertionError("the host waits for the device")
 
-    monkeypatch.setattr(factors, "reads_for_nothing", lambda device: False)  # as of a GPU
     monkeypatch.setattr(Kernels, "_launch", lambda self, kernel, *rest: launches.append(kernel))
     counts = []
     for layers in (2, 20):
         modules = [nn.Linear(16, 32) for _ in range(layers)] + [nn.LayerNorm(16)]
         model, optimizer = build("triton", model=lambda m=modules: nn.ModuleList(m), score=score)
+        optimizer.executor = Triton(can_read=lambda device: False)  # as on a GPU
         launches.clear()
         reads.clear()
         feed(model, 0)

@@ -10,9 +10,12 @@ import torch
 from scenarios import DEVICE, Source
 from torch import Tensor
 
-from molf.core.fused import AdamW, Factor, Kernels, LowRank, Moments, Output, Step, Weight
+from molf.core.adam import AdamWStep
+from molf.core.fused import AdamW, Kernels, LowRank, Moments, Weight
+from molf.core.operations import FactorWrite, Operand
 from molf.core.reference import ReferenceLayer
 from molf.core.rounding import join_float32, split_float32
+from molf.core.weight_step import Product
 
 BETAS, EPS = (0.9, 0.99), 1e-6
 LR, LORA_LR = 1e-2, 2e-2
@@ -125,8 +128,8 @@ def take_step(
     ]
 
     factors, weights, plain = [], [], []
-    dense_step = Step.of(LR, DECAY, BETAS, EPS, t)
-    lora_step = Step.of(LORA_LR, LORA_DECAY, BETAS, EPS, t)
+    dense_step = AdamWStep(LR, DECAY, BETAS, EPS, t)
+    lora_step = AdamWStep(LORA_LR, LORA_DECAY, BETAS, EPS, t)
     for layer, won in zip(layers, winners, strict=True):
         decay = dense_step.decay if 0 in won else 0.0
         left, right = [], []
@@ -135,12 +138,12 @@ def take_step(
             if index + 1 in won:
                 part_left = B.new_empty(len(B), 2 * rank)
                 part_right = A.new_empty(2 * rank, A.shape[1])
-                of_B = Output(part_left[:, :rank], 0.0, s), Output(part_left[:, rank:], s, 0.0)
-                of_A = Output(part_right[:rank], 1.0, 1.0), Output(part_right[rank:], decay, 1.0)
+                of_B = Operand(part_left[:, :rank], 0.0, s), Operand(part_left[:, rank:], s, 0.0)
+                of_A = Operand(part_right[:rank], 1.0, 1.0), Operand(part_right[rank:], decay, 1.0)
                 moments_A = (m[own] for m in layer.state["factor_a"])
                 moments_B = (m[:, own] for m in layer.state["factor_b"])
-                factors.append(Factor(B, *moments_B, lora_step, of_B))
-                factors.append(Factor(A, *moments_A, lora_step, of_A))
+                factors.append(FactorWrite(B, *moments_B, lora_step, of_B))
+                factors.append(FactorWrite(A, *moments_A, lora_step, of_A))
                 left.append(part_left)
                 right.append(part_right)
             elif decay:
@@ -149,7 +152,7 @@ def take_step(
         full = (*layer.state["weight"], dense_step) if 0 in won else None
         weights.append((layer, left, right, full))
         if 0 in won and layer.bias is not None:
-            step = Step.of(LR, 0.0, BETAS, EPS, t)
+            step = AdamWStep(LR, 0.0, BETAS, EPS, t)
             plain.append(AdamW(Weight(layer.bias), *layer.state["bias"], step))
     kernels.factors(factors, finite)
     products = []
@@ -157,7 +160,7 @@ def take_step(
         operands = torch.cat(left, 1), torch.cat(right, 0)
         if layer.transposed:
             operands = operands[1].t(), operands[0].t()
-        products.append(LowRank(layer.weight, *operands, full))
+        products.append(LowRank(layer.weight, Product(*operands, 1.0), full))
     kernels.low_rank(products, finite)
     kernels.adamw(plain, finite)
     return scores

@@ -8,7 +8,8 @@ import torch
 from scenarios import DEVICE, GRADS, STEP, Source, adamw_items, low_rank_items
 from torch import Tensor
 
-from molf.core.fused import AdamW, Kernels, Step, Weight
+from molf.core.adam import AdamWStep
+from molf.core.fused import AdamW, Kernels, Weight
 from molf.core.rounding import RoundingKey, join_float32, round_stochastic, split_float32
 
 YES = torch.ones((), dtype=torch.bool, device=DEVICE)
@@ -104,7 +105,7 @@ def test_an_exact_weight_that_does_not_move_keeps_its_bits():
     high, low = split_float32(as_float32(chosen_bits()))
     weight = Weight(high.clone(), low.clone())
     moments = torch.zeros_like(high, dtype=torch.float32), torch.ones_like(low, dtype=torch.float32)
-    still = Step(kept=1.0, decay=0.0, step_size=1.0, correction=1.0, eps=0.0)
+    still = AdamWStep(lr=1.0, weight_decay=0.0, betas=(0.0, 0.0), eps=0.0, step=1)
     Kernels(DEVICE).adamw([AdamW(weight, *moments, still)], YES)
     # Arithmetic makes a signalling NaN quiet; everything else is what it was.
     nan = high.isnan()
@@ -122,7 +123,7 @@ def test_every_kind_of_result(rounding):
     low = torch.zeros_like(result, dtype=torch.int16) if rounding == "exact" else None
     key = RoundingKey.of(0, "any", 1) if rounding == "stochastic" else None
     weight = Weight(zeros, low, key, first_index=(1 << 32) - 30_000)
-    unit = Step(kept=1.0, decay=0.0, step_size=1.0, correction=1.0, eps=0.0)
+    unit = AdamWStep(lr=1.0, weight_decay=0.0, betas=(0.0, 0.0), eps=0.0, step=1)
     Kernels(DEVICE).adamw([AdamW(weight, -result, torch.ones_like(result), unit)], YES)
     high, low = stored(result, weight)
     nan = result.isnan()

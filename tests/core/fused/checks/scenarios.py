@@ -7,14 +7,17 @@ import os
 import torch
 from torch import Tensor
 
-from molf.core.fused import AdamW, Factor, Kernels, LowRank, Moments, Output, Step, Weight
+from molf.core.adam import AdamWStep
+from molf.core.fused import AdamW, Kernels, LowRank, Moments, Weight
+from molf.core.operations import FactorWrite, Operand
 from molf.core.rounding import RoundingKey, split_float32
+from molf.core.weight_step import Product
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
 
 BETAS = (0.9, 0.999)
-STEP = Step.of(1e-2, 0.1, BETAS, 1e-8, 3)
+STEP = AdamWStep(1e-2, 0.1, BETAS, 1e-8, 3)
 ROUNDINGS = ["none", "nearest", "exact", "stochastic"]
 GRADS = {"none": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
 # One element; odd; several blocks, the last one short; good for vector loads, several blocks.
@@ -67,7 +70,7 @@ def adamw_items(rounding: str, grad: torch.dtype | None, source: Source) -> list
     return items
 
 
-def factor_items(source: Source) -> list[Factor]:
+def factor_items(source: Source) -> list[FactorWrite]:
     """A and B of two layers; in the second, experts are slices of stacked factors."""
     items = []
     for rows, cols, rank, stacked in ((48, 32, 16, 16), (11, 7, 2, 5)):
@@ -75,10 +78,10 @@ def factor_items(source: Source) -> list[Factor]:
         B, A = source.normal(rows, stacked), source.normal(stacked, cols)
         moments_B, moments_A = source.moments(rows, stacked), source.moments(stacked, cols)
         own = slice(stacked - rank, stacked)
-        outputs_B = Output(left[:, :rank], 0.0, 0.7), Output(left[:, rank:], 0.7, 0.0)
-        outputs_A = Output(right[:rank], 1.0, 1.0), Output(right[rank:], 1e-3, 1.0)
-        items.append(Factor(B[:, own], *(m[:, own] for m in moments_B), STEP, outputs_B))
-        items.append(Factor(A[own], *(m[own] for m in moments_A), STEP, outputs_A))
+        outputs_B = Operand(left[:, :rank], 0.0, 0.7), Operand(left[:, rank:], 0.7, 0.0)
+        outputs_A = Operand(right[:rank], 1.0, 1.0), Operand(right[rank:], 1e-3, 1.0)
+        items.append(FactorWrite(B[:, own], *(m[:, own] for m in moments_B), STEP, outputs_B))
+        items.append(FactorWrite(A[own], *(m[own] for m in moments_A), STEP, outputs_A))
     return items
 
 
@@ -90,10 +93,13 @@ def low_rank_items(rounding: str, source: Source) -> list[LowRank]:
             weight = source.weight(source.normal(rows, cols), rounding, len(items))
             factors = source.normal(rows, inner), source.normal(inner, cols)
             full = (*source.moments(rows, cols), STEP) if has_full else None
-            items.append(LowRank(weight, *factors, full))
+            items.append(LowRank(weight, Product(*factors, 1.0), full))
     left, right = source.normal(9, 4), source.normal(4, 70)
     weight = source.weight(source.normal(70, 9), rounding, len(items))
-    return [*items, LowRank(weight, right.t(), left.t(), (*source.moments(70, 9), STEP))]
+    return [
+        *items,
+        LowRank(weight, Product(right.t(), left.t(), 1.0), (*source.moments(70, 9), STEP)),
+    ]
 
 
 def run_everything(kernels: Kernels, device: torch.device = DEVICE) -> None:

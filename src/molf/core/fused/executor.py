@@ -1,0 +1,202 @@
+"""Runs a step's operations with the Triton kernels (`kernels="triton"`).
+
+Opt-in, and not yet run on a GPU. The state is that of the eager executor, so a run may be saved in
+one and resumed in the other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from molf.core.adam import gradient
+from molf.core.blocks import BLOCKS
+from molf.core.dense import DenseTensor
+from molf.core.devices import CanRead, is_host_memory
+from molf.core.executor import Executor, ScoreSums, Winners
+from molf.core.factors import owned_by
+from molf.core.fidelity import Sample, UpdateTally
+from molf.core.fused.items import AdamW, LowRank, Moments, Weight
+from molf.core.fused.kernels import Kernels
+from molf.core.guard import FiniteGuard
+from molf.core.kernels import check_kernel_parameter
+from molf.core.operations import LayerWrites, TensorWrite
+from molf.core.routed import RoutedLayer
+
+_CHUNK_BYTES = 64 << 20
+
+
+class Triton(Executor):
+    """Runs operations on many tensors in one launch; all parameters are on one device.
+
+    Args:
+        chunk_bytes: Layers are taken together until the gradients or the operands of their factors
+            take this much: so launches are few and memory is bounded.
+        can_read: Whether the host reads a tensor on a device without waiting.
+    """
+
+    def __init__(self, chunk_bytes: int = _CHUNK_BYTES, can_read: CanRead = is_host_memory) -> None:
+        super().__init__(can_read)
+        self._chunk_bytes = chunk_bytes
+        self._kernels: Kernels | None = None
+
+    def check(self, layers: Sequence[RoutedLayer], plain: Sequence[DenseTensor]) -> None:
+        """Refuse parameters that the kernels cannot have; they may have been swapped or moved."""
+        tensors = [*(tensor for layer in layers for tensor in layer.dense), *plain]
+        home = tensors[0].parameter.device
+        for tensor in tensors:
+            check_kernel_parameter(tensor.parameter, tensor.stored.name, home)
+
+    def _on(self, device: torch.device) -> Kernels:
+        if self._kernels is None or self._kernels.device != device:
+            self._kernels = Kernels(device)
+        return self._kernels
+
+    def squares(self, tensors: Iterable[tuple[Tensor, torch.dtype]]) -> Tensor:
+        """Sum the squares of all tensors at once, float32 within a block of 2,048 elements."""
+        found = [tensor for tensor, _ in tensors]
+        return self._on(found[0].device).squares(found)
+
+    def update_moments(self, layers: Sequence[RoutedLayer], guard: FiniteGuard) -> ScoreSums:
+        """Dense tensors together; gradients of factors are made for some layers at a time."""
+        kernels = self._on(guard.bounds.device)
+        numbers: list[Tensor] = []
+        owners: list[tuple[int, int]] = []
+
+        def update(items: Sequence[Moments], score: str) -> None:
+            # Each call of a step has its own table of addresses.
+            numbers.append(kernels.moments(items, guard.finite, score, part=len(numbers)))
+
+        for score in ("epd", "pfn"):  # controls are scored by EPD
+            scored = [
+                (number, layer)
+                for number, layer in enumerate(layers)
+                if (layer.group["score"] == "pfn") == (score == "pfn")
+            ]
+            if not scored:
+                continue
+            update([item for _, layer in scored for item in _dense_moments(layer)], score)
+            owners += [(number, 0) for number, layer in scored for _ in layer.dense]
+            items: list[Moments] = []
+            for number, layer in scored:
+                found = _factor_moments(layer)
+                # A and B of expert 1, of expert 2, ...
+                owners += [(number, 1 + place // 2) for place in range(len(found))]
+                items += found
+                if sum(item.grad.nbytes for item in items) >= self._chunk_bytes:
+                    update(items, score)
+                    items = []
+            update(items, score)
+        return ScoreSums(torch.cat(numbers), owners)
+
+    def write(
+        self,
+        layers: Iterable[tuple[RoutedLayer, Winners]],
+        plain: Sequence[DenseTensor],
+        guard: FiniteGuard,
+        tally: UpdateTally | None,
+    ) -> None:
+        """Factors and products of some layers at a time, then all that needs no product."""
+        kernels, finite = self._on(guard.bounds.device), guard.finite
+        late: list[TensorWrite] = []
+        for part, chunk in enumerate(self._chunks(layers)):
+            tensors = [write for writes in chunk for write in writes.tensors]
+            kernels.factors([x for writes in chunk for x in writes.factors], finite, part=part)
+            products = [write for write in tensors if write.product is not None]
+            with _measured(products, tally):
+                kernels.low_rank([_low_rank(write) for write in products], finite, part=part)
+                _mark_written(products)
+            late += [x for x in tensors if x.product is None and x.step is not None]
+        for tensor in plain:
+            tensor.state["step"] += 1
+        steps = [TensorWrite(tensor, tensor.adamw_step()) for tensor in plain]
+        with _measured([*late, *steps], tally):
+            items = [_adamw(write, has_moments=True) for write in late]
+            items += [_adamw(write, has_moments=False) for write in steps]
+            kernels.adamw(items, finite)
+            _mark_written([*late, *steps])
+
+    def _chunks(self, layers: Iterable[tuple[RoutedLayer, Winners]]) -> Iterator[list[LayerWrites]]:
+        """List the writes of layers, until their operands take `chunk_bytes`."""
+        chunk: list[LayerWrites] = []
+        for layer, winners in layers:
+            chunk.append(layer.writes(winners))
+            if sum(writes.nbytes for writes in chunk) >= self._chunk_bytes:
+                yield chunk
+                chunk = []
+        if chunk:
+            yield chunk
+
+
+def _dense_moments(layer: RoutedLayer) -> list[Moments]:
+    """The moments of `full`: of the weight, and of the bias if there is one."""
+    betas = layer.group["betas"]
+    return [
+        Moments(gradient(tensor.parameter), *tensor.moments.load(...), betas)
+        for tensor in layer.dense
+    ]
+
+
+def _factor_moments(layer: RoutedLayer) -> list[Moments]:
+    """The moments of A and B of each LoRA expert in turn; makes their gradients."""
+    grad_A, grad_B = layer.factor_gradients(BLOCKS)
+    (m_A, v_A), (m_B, v_B) = layer.factor_moments()
+    betas = layer.group["betas"]
+    items = []
+    for index in range(len(layer.group["ranks"])):
+        own = owned_by(layer.group["ranks"], index)
+        items.append(Moments(grad_A[own], m_A[own], v_A[own], betas))
+        items.append(Moments(grad_B[:, own], m_B[:, own], v_B[:, own], betas))
+    return items
+
+
+def _weight(tensor: DenseTensor) -> Weight:
+    """The parameter as it is stored; the counter has been increased already."""
+    stored = tensor.stored
+    key = stored.step_key() if stored.rounding == "stochastic" else None
+    return Weight(tensor.parameter.detach(), stored.low, key, stored.first_index())
+
+
+def _low_rank(write: TensorWrite) -> LowRank:
+    tensor, step, product, transposed = write
+    assert product is not None, "it is a write with a product"
+    product = product.stored_as(transposed=transposed)
+    full = None if step is None else (*tensor.moments.load(...), step)
+    return LowRank(_weight(tensor), product, full)
+
+
+def _adamw(write: TensorWrite, *, has_moments: bool) -> AdamW:
+    tensor, step, _, _ = write
+    assert step is not None, "it is a write with a step"
+    moments = tensor.moments.load(...)
+    if has_moments:  # updated already
+        return AdamW(_weight(tensor), *moments, step)
+    grad, betas = gradient(tensor.parameter), tensor.group["betas"]
+    return AdamW(_weight(tensor), *moments, step, grad, betas)
+
+
+def _mark_written(writes: Sequence[TensorWrite]) -> None:
+    # Autograd does not see the kernels write, and must not go backward through older values.
+    torch.autograd.graph.increment_version([write.tensor.parameter for write in writes])
+
+
+@contextmanager
+def _measured(writes: Sequence[TensorWrite], tally: UpdateTally | None) -> Iterator[None]:
+    """Compare some rows of each tensor before and after its write, if there is a tally."""
+    if tally is None:
+        yield
+        return
+    rows = [tally.sample(write.tensor.parameter) for write in writes]
+    samples = [
+        Sample(write.tensor.stored.read(own)) for write, own in zip(writes, rows, strict=True)
+    ]
+    yield
+    for (tensor, step, product, transposed), own, sample in zip(writes, rows, samples, strict=True):
+        part = product and product.rows(own, transposed=transposed)
+        moments = [moment[own] for moment in tensor.moments.load(...)]
+        sample.intend(moments, step, part, transposed=transposed)
+        weight = tally.weight(tensor.parameter)
+        sample.compare(tensor.stored.read(own), tally, weight=weight)
