@@ -23,22 +23,31 @@ from molf.core import adam, moments
 from molf.core.adam import MomentDecay
 from molf.core.blocks import BLOCKS, Blocks
 from molf.core.eager import Eager
-from molf.core.moments import EightBitMoments, moment_state
+from molf.core.moments import EightBitMoments, _map, moment_state, moments_of
 
 
 class Layers(nn.Module):
-    """Large enough, in both layouts; too small; and not a multiple of a block."""
+    """Large enough, in both layouts, with rows of one or several blocks; too small; too odd."""
 
     def __init__(self) -> None:
         super().__init__()
         self.embed = nn.Embedding(64, 64)
-        self.large = nn.Linear(96, 512)
+        self.large = nn.Linear(384, 128)
         self.turned = Conv1D(128, 64)
         self.small = nn.Linear(32, 32)
-        self.odd = nn.Linear(67, 67, bias=False)
+        self.own = nn.Linear(67, 67, bias=False)
+        self.odd = nn.Linear(2 * 37, 64, bias=False)  # 37 and 74: one block of 74
+        self.prime = nn.Linear(257, 32, bias=False)
 
 
-LARGE = {"embed.weight", "large.weight", "turned.weight"}
+BLOCKS_OF = {
+    "embed.weight": 64,
+    "large.weight": 192,
+    "turned.weight": 128,
+    "own.weight": 67,
+    "odd.weight": 74,
+}
+LARGE = set(BLOCKS_OF)
 
 
 def build(form: str, dtype: torch.dtype = torch.float32, **options):
@@ -71,7 +80,8 @@ def test_large_tensors_have_8bit_moments_and_the_rest_float32(form, dtype):
         for key in ("exp_avg", "exp_avg_sq"):
             codes, scales = state[f"{key}_codes"], state[f"{key}_scales"]
             assert (codes.dtype, codes.shape) == (torch.uint8, parameter.shape)
-            assert (scales.dtype, scales.numel()) == (torch.float32, parameter.numel() // 256)
+            rows = len(parameter), parameter.shape[1] // BLOCKS_OF[name]
+            assert (scales.dtype, scales.shape) == (torch.float32, rows)
             assert type(codes) is type(scales) is Tensor
     if form == "molf":
         factors = {
@@ -111,9 +121,9 @@ def test_steps_use_float32_moments_and_storing_them_is_torchaos(form):
             continue
         state, exact = optimizer.state[one], reference.state[other]
         for key, signed in (("exp_avg", True), ("exp_avg_sq", False)):
-            stored = OptimState8bit.zeros(one.shape, signed)
+            stored = OptimState8bit.zeros(one.shape, signed, BLOCKS_OF[name])
             stored.copy_(exact[key])
-            assert torch.equal(state[f"{key}_scales"], stored.scale)
+            assert torch.equal(state[f"{key}_scales"].view(-1), stored.scale)
             expected = stored.codes
             if not signed:
                 expected = expected.maximum((exact[key] > 0).to(torch.uint8))
@@ -270,3 +280,44 @@ def test_nothing_large_enough_is_warned_of():
 
 def test_float64_moments_stay_float64():
     assert moment_state(torch.zeros(64, 64).double(), "8bit")["exp_avg"].dtype == torch.float64
+
+
+@pytest.mark.parametrize("shape", [(8, 512), (64, 64), (16, 384), (4096,)], ids=str)
+def test_states_with_flat_scales_are_converted(shape):
+    """Older states have one scale for each 256 numbers, whatever the length of a row."""
+    parameter = nn.Parameter(torch.randn(shape))
+    optimizer = AdamW([parameter], state_dtype="8bit")
+    exact = {"exp_avg": torch.randn(shape), "exp_avg_sq": torch.rand(shape)}
+    old: dict = {"step": 3}
+    for key, is_signed in (("exp_avg", True), ("exp_avg_sq", False)):
+        stored = OptimState8bit.zeros(shape, is_signed)
+        stored.copy_(exact[key])
+        old[f"{key}_codes"], old[f"{key}_scales"] = stored.codes, stored.scale
+    before = copy.deepcopy(old)
+    saved = optimizer.state_dict()
+    saved["state"] = {0: old}
+    optimizer.load_state_dict(saved)
+    assert_same_bits(old, before)  # the given state is not changed
+    state = optimizer.state[parameter]
+    if len(shape) == 1:
+        assert set(state) == {"step", "exp_avg", "exp_avg_sq"}
+    else:
+        assert state["exp_avg_scales"].shape[0] == shape[0]
+    moments = moments_of(state).load(... if len(shape) == 1 else slice(0, shape[0]))
+    for (key, is_signed), got in zip(
+        (("exp_avg", True), ("exp_avg_sq", False)), moments, strict=True
+    ):
+        stored = OptimState8bit(
+            before[f"{key}_codes"],
+            before[f"{key}_scales"],
+            _map(is_signed, parameter.device),
+            is_signed,
+        )
+        expected = stored.dequantize()
+        if shape[-1] % 256 == 0 or len(shape) == 1:
+            assert torch.equal(got, expected)
+        else:
+            torch.testing.assert_close(got, expected, rtol=0.1, atol=0.02)
+    parameter.grad = torch.ones(shape)
+    optimizer.step()
+    assert optimizer.state[parameter]["step"] == 4

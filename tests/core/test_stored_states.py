@@ -29,13 +29,25 @@ def test_a_stored_state_loads_and_continues_with_the_same_bits(file):
     assert {key.rpartition("/")[2] for key in loaded} >= {"step"}
     changed = [key for key in after if not _same(after[key], loaded[key])]
     assert len(changed) > len(after) / 2  # it went on
-    if machine() == saved["machine"]:
-        assert_same_bits(after, saved["after"])
+    expected = {key: _in_shape(value, after.get(key)) for key, value in saved["after"].items()}
+    if storage == "8bit-narrow":  # its moments were rounded once more, to other blocks
+        for name, parameter in model.named_parameters():
+            torch.testing.assert_close(parameter.detach(), expected[name], rtol=2**-7, atol=1e-3)
+    elif machine() == saved["machine"]:
+        assert_same_bits(after, expected)
     else:  # another processor rounds products and vectors otherwise
         for key, value in after.items():
-            expected = saved["after"][key]
             if isinstance(value, torch.Tensor) and value.is_floating_point():
-                torch.testing.assert_close(value, expected, rtol=2e-2, atol=1e-4)
+                torch.testing.assert_close(value, expected[key], rtol=2e-2, atol=1e-4)
+
+
+def _in_shape(value, like):
+    """Scales of 8-bit moments are kept by row now."""
+    return (
+        value.view(like.shape)
+        if isinstance(like, torch.Tensor) and value.numel() == like.numel()
+        else value
+    )
 
 
 def _same(one, other) -> bool:

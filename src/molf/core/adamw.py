@@ -34,7 +34,7 @@ from molf.core.kernels import (
     known_kernels,
 )
 from molf.core.loading import loadable
-from molf.core.moments import check_state_dtype, fits_8bit
+from molf.core.moments import block_of_8bit, check_state_dtype
 from molf.core.offload import StateOffload
 from molf.core.processes import check_processes
 from molf.core.routed import RoutedLayer, States
@@ -67,8 +67,8 @@ class AdamW(Optimizer):
         weight_rounding: How bfloat16 weights are written: `"exact"`, `"stochastic"` (unbiased,
             drawn from seed, parameter name and step alone) or `"nearest"` (small updates are lost;
             to compare with). None is exact for bfloat16 weights, and nothing for float32 ones.
-        state_dtype: `"float32"`, or `"8bit"`: moments of tensors from 4,096 elements on, in a
-            multiple of 256, are kept in blocks of 8 bits (torchao).
+        state_dtype: `"float32"`, or `"8bit"`: moments of matrices from 4,096 elements on are
+            kept in blocks of 8 bits (torchao), 64 to 256 numbers of a row to a scale.
         seed: Of stochastic rounding.
         nonfinite: What a gradient does that has infinity or NaN, or is so large that moments would
             overflow, and a loss that `require_finite` was given; it is found before anything is
@@ -158,7 +158,7 @@ class AdamW(Optimizer):
         if state_dtype == "8bit" and not any(self._in_8bit(group) for group in self.param_groups):
             warnings.warn(
                 "state_dtype='8bit' changes nothing: no trained tensor has 4,096 or more elements "
-                "in a multiple of 256 (the factors of LoRA experts are never 8-bit).",
+                "in rows that blocks of 64 to 256 divide (LoRA factors are never 8-bit).",
                 stacklevel=2,
             )
         self._prepare()
@@ -520,7 +520,7 @@ class AdamW(Optimizer):
         dense = group["params"]
         if group.get("adapter_scaling") is not None:
             dense = dense[:-2]
-        return any(fits_8bit(parameter) for parameter in dense)
+        return any(block_of_8bit(parameter) for parameter in dense)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state as `torch.optim.Optimizer` does, once all of it is where it lives."""

@@ -11,6 +11,7 @@ from torch import Tensor
 from molf.core.adam import compute_dtype
 from molf.core.groups import check_group
 from molf.core.layers import clean_name
+from molf.core.moments import in_present_layout
 from molf.core.storage import check_known_rounding, check_rounding
 
 _STRUCTURE = ("layer", "transposed", "ranks", "scalings", "adapter_scaling")
@@ -43,7 +44,7 @@ def loadable(given: dict[str, Any], groups: list[dict[str, Any]]) -> dict[str, A
         check_rounding(
             (p for g in merged if g["weight_rounding"] == rounding for p in g["params"]), rounding
         )
-    state = dict(given["state"])
+    state = {key: in_present_layout(one) for key, one in given["state"].items()}
     result = []
     for one, own in zip(saved, groups, strict=True):
         group = {key: value for key, value in one.items() if key != "param_names"}

@@ -25,7 +25,8 @@ from molf.core.names import STATE_DTYPES
 from molf.core.place import WHOLE, Place
 
 _KEYS = ("exp_avg", "exp_avg_sq")
-_BLOCK = 256  # numbers that share a scale
+_BLOCK = 256  # most numbers that share a scale
+_SMALLEST_BLOCK = 64  # with fewer, scales would weigh more than 1/16 of the codes
 _SMALLEST = 4096  # smaller tensors stay float32: together they are nothing
 
 Pair = tuple[Tensor, Tensor]
@@ -104,8 +105,8 @@ class FloatMoments(Moments):
 class EightBitMoments(Moments):
     """Moments kept as torchao's block-scaled 8-bit codes (Dettmers et al., arXiv 2110.02861).
 
-    The state holds codes in the shape of the tensor, and one scale for every 256 numbers of a row,
-    [rows, row length / 256]: plain tensors both, so that any checkpoint takes them and shards of
+    The state holds codes in the shape of the tensor, and one scale for each block of a row,
+    [rows, row length / block]: plain tensors both, so that any checkpoint takes them and shards of
     rows cut both alike. A second moment that is not zero is never stored as zero: beside a first
     moment that survives, its next step would be divided by eps.
     """
@@ -116,10 +117,11 @@ class EightBitMoments(Moments):
     def __init__(self, state: dict[str, Any]) -> None:
         self._codes = [state[f"{key}_codes"] for key in _KEYS]
         self._scales = [state[f"{key}_scales"] for key in _KEYS]
+        self.multiple = one_pass.rows_of_whole_vectors(self._codes[0])
 
     def blocks(self, blocks: Blocks) -> Iterator[Rows]:
         """Blocks of which copies fit the cache."""
-        return blocks.of(self._codes[0])
+        return blocks.of(self._codes[0], multiple=self.multiple)
 
     def load(self, rows: Rows) -> Pair:
         """The numbers that the codes stand for."""
@@ -142,7 +144,7 @@ class EightBitMoments(Moments):
 
 
 def _as_torchao(codes: Tensor, scales: Tensor, is_signed: bool) -> Any:
-    """A tensor of torchao on this memory: codes [rows, ...], one scale for each 256 in order."""
+    """A tensor of torchao on this memory: codes [rows, ...], one scale for each block in order."""
     qmap = _map(is_signed, codes.device)
     return _torchao().OptimState8bit(codes, scales.reshape(-1), qmap, is_signed)
 
@@ -160,17 +162,20 @@ def check_state_dtype(state_dtype: str) -> None:
         _torchao()
 
 
-def fits_8bit(parameter: Tensor, place: Place = WHOLE) -> bool:
-    """Whether a tensor's moments can be kept in 8 bits, and are large enough to matter.
+def block_of_8bit(parameter: Tensor, place: Place = WHOLE) -> int | None:
+    """How many moments of a tensor share a scale in 8 bits; None where they stay float32.
 
-    The answer is the same for the whole tensor and for a shard of its rows: rows consist of whole
-    blocks, and tensors of one dimension, whose shards would not, are left out.
+    Blocks divide a row, so that the answer is the same for the whole tensor and for a shard of its
+    rows: 256 where that divides it, else the largest divisor from 64 on (192 of gemma-3-1b's 1152,
+    224 of Qwen2.5-0.5B's 896). Tensors of one dimension, whose shards would cut blocks, and those
+    below 4,096 elements stay float32.
     """
     if parameter.dim() < 2 or not parameter.numel() or not parameter.is_contiguous():
-        return False
-    count, row = place.count(parameter), parameter.numel() // len(parameter)
-    fits = count >= _SMALLEST and row % _BLOCK == 0
-    return fits and compute_dtype(parameter) == torch.float32
+        return None
+    if place.count(parameter) < _SMALLEST or compute_dtype(parameter) != torch.float32:
+        return None
+    row = parameter.numel() // len(parameter)
+    return next((size for size in range(_BLOCK, _SMALLEST_BLOCK - 1, -1) if row % size == 0), None)
 
 
 def moment_state(
@@ -179,24 +184,25 @@ def moment_state(
     """State of a tensor that takes AdamW steps: `step`, and both moments, zero."""
     # The counter is a plain int: reading it never waits for a device.
     state: dict[str, Any] = {"step": 0}
+    block = block_of_8bit(parameter, place) if state_dtype == "8bit" else None
     for key in _KEYS:
-        if state_dtype == "8bit" and fits_8bit(parameter, place):
-            # With scale zero every code stands for zero.
-            state[f"{key}_codes"] = torch.zeros_like(parameter, dtype=torch.uint8)
-            rows = len(parameter)
-            state[f"{key}_scales"] = torch.zeros(
-                rows, parameter.numel() // rows // _BLOCK, device=parameter.device
-            )
-        else:
+        if block is None:
             state[key] = torch.zeros_like(parameter, dtype=compute_dtype(parameter))
+            continue
+        # With scale zero every code stands for zero.
+        rows = len(parameter)
+        scales = torch.zeros(rows, parameter.numel() // rows // block, device=parameter.device)
+        state[f"{key}_codes"] = torch.zeros_like(parameter, dtype=torch.uint8)
+        state[f"{key}_scales"] = scales
     return state
 
 
 def in_present_layout(state: dict[str, Any]) -> dict[str, Any]:
     """Return a saved state with 8-bit moments as they are kept now.
 
-    In states without rows of scales, [elements / 256], tensors whose rows are no whole blocks were
-    8-bit, too. Their moments become float32.
+    Older states have scales [elements / 256], of blocks that may cross rows. Where 256 divides the
+    row these are the same numbers; elsewhere the moments are rounded once more, to blocks that
+    divide it. Tensors of one dimension get float32 moments.
     """
     if "exp_avg_codes" not in state or state["exp_avg_scales"].dim() == 2:
         return state
@@ -204,10 +210,17 @@ def in_present_layout(state: dict[str, Any]) -> dict[str, Any]:
     for key, is_signed in zip(_KEYS, (True, False), strict=True):
         codes, scales = changed.pop(f"{key}_codes"), changed.pop(f"{key}_scales")
         if codes.dim() >= 2 and codes[0].numel() % _BLOCK == 0:
-            changed[f"{key}_codes"] = codes
-            changed[f"{key}_scales"] = scales.reshape(len(codes), -1)
-        else:
-            changed[key] = _as_torchao(codes, scales, is_signed).dequantize()
+            changed[f"{key}_codes"], changed[f"{key}_scales"] = codes, scales.view(len(codes), -1)
+            continue
+        values = _as_torchao(codes, scales, is_signed).dequantize()
+        block = block_of_8bit(values)
+        if block is None:
+            changed[key] = values
+            continue
+        scales = scales.new_zeros(len(codes), codes[0].numel() // block)
+        codes = torch.empty_like(codes)
+        _store(_as_torchao(codes, scales, is_signed), values)
+        changed[f"{key}_codes"], changed[f"{key}_scales"] = codes, scales
     return changed
 
 
@@ -219,12 +232,12 @@ def moments_of(state: dict[str, Any]) -> Moments:
 
 
 def _store(block: Any, values: Tensor) -> None:
-    """Round values to the nearest codes, after scaling each 256 of them by the largest.
+    """Round values to the nearest codes, after scaling each block of them by the largest.
 
     torchao's own `copy_` goes through a dozen passes over 64-bit indices, meant to be compiled; a
     search among the middles between neighbouring codes' numbers finds the same codes in one.
     """
-    scaled = values.view(-1, _BLOCK)
+    scaled = values.view(block.scale.numel(), -1)
     scale = scaled.abs().amax(-1).clip(1e-12)
     middles = _middles(block.signed, values.device)
     codes = torch.bucketize(scaled / scale[:, None], middles, right=True, out_int32=True)

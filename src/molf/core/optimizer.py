@@ -142,8 +142,8 @@ class MoLFAdamW(AdamW):
                 float32 value in the optimizer's state; what None means for them), `"stochastic"`
                 (unbiased, drawn from `config.seed`, parameter name and step) or `"nearest"` (small
                 updates are lost; to compare with).
-            state_dtype: `"float32"`, or `"8bit"`: moments of dense tensors from 4,096 elements on,
-                in a multiple of 256, are kept in blocks of 8 bits (torchao).
+            state_dtype: `"float32"`, or `"8bit"`: moments of dense matrices from 4,096 elements
+                on are kept in blocks of 8 bits (torchao), 64 to 256 numbers of a row to a scale.
             grad_accumulation_dtype: `"float32"` keeps the gradients of bfloat16 weights in float32,
                 so that micro-batches add up without rounding.
             optimizer_in_backward: Whether each layer is routed and moved as soon as its gradients
