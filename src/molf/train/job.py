@@ -20,6 +20,7 @@ from trl import SFTConfig
 from molf.core.quantised import Quantisation
 from molf.errors import InputError
 from molf.evaluate import Evaluation, EvaluationSettings, evaluate
+from molf.masking import mask_text
 from molf.tasks import Task
 from molf.train.defaults import ADAPTERS, MERGE_BASES
 from molf.train.environment import environment
@@ -48,7 +49,6 @@ from molf.train.routing_meaning import routing_meaning, routing_shares_text
 from molf.train.run_directory import RunDirectory
 from molf.train.saved_tensors import Stored, Storing, default_dtype
 from molf.train.saving_check import check_saving, storing_of
-from molf.train.secrets import mask
 from molf.train.steps import count_steps
 from molf.train.training import Training, run_training
 
@@ -195,7 +195,7 @@ class _Job:
             record["saved"] = dict(saved)
         # As a recipe, the file must not make a later run replace this one.
         options = replace(self.settings, overwrite=False).as_options()
-        write_yaml(self.directory / CONFIG, mask({**options, "run": record}))
+        write_yaml(self.directory / CONFIG, {**options, "run": record})
 
     def _meaning(self, training: Training) -> str:
         """What the routing came to, in words; empty without routing."""
@@ -332,7 +332,7 @@ def _kept(directory: RunDirectory) -> str:
 
 def _write_traceback(directory: RunDirectory) -> Path:
     """Write the current traceback into the run; elsewhere if that cannot be written any more."""
-    text = traceback.format_exc()
+    text = mask_text(traceback.format_exc())
     log = directory / ERROR_LOG
     try:
         log.write_text(text, encoding="utf-8")
