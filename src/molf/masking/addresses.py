@@ -12,6 +12,13 @@ from molf.masking.names import is_secret_in_query
 MASK = "***"
 
 _ADDRESS = re.compile(r"(?<![\w+.-])([A-Za-z][A-Za-z0-9+.-]{0,30})://([^\s\"'<>`]+)")
+# Without `://`: Oracle's `jdbc:oracle:thin:user/password@`, and `user:password@host`.
+_OTHERS = (
+    re.compile(r"(?i)(?<![\w:])(jdbc:[a-z0-9:]{1,40}:)[^\s@/]{1,80}/[^\s@]{1,80}@"),
+    re.compile(
+        r"(?<![\w.%+@:-])()[\w.%+-]{1,60}:(?=[^\s@]{0,80}\d)[^\s@:/\"']{6,80}@(?=[A-Za-z])(?!sha\d+:)"
+    ),
+)
 _WHOLE = re.compile(r"([A-Za-z][A-Za-z0-9+.-]{0,30})://(.+)", re.DOTALL)
 _AFTER = ".,:;!)]}"
 """A sentence goes on with these behind an address."""
@@ -35,7 +42,10 @@ class _Parts(NamedTuple):
 
 def strip_addresses(text: str) -> str:
     """A text in which every address has lost its user, password, query and fragment."""
-    return _ADDRESS.sub(lambda found: _stripped(found[1], found[2]), text)
+    text = _ADDRESS.sub(lambda found: _stripped(found[1], found[2]), text)
+    for pattern in _OTHERS:
+        text = pattern.sub(rf"\g<1>{MASK}@", text)
+    return text
 
 
 def secrets_of(text: str) -> Iterator[tuple[str, str]]:

@@ -25,6 +25,8 @@ _SECRET = (
     "accountkey",
     "credential",
     "signature",
+    "sessionid",
+    "sessid",
 )
 """A word that ends in one of these: `password`, `dbpassword`."""
 _WORDS = ("password", "passwd", "passphrase", "passcode", "secret", "credential")
@@ -61,11 +63,13 @@ def is_secret_name(name: str) -> bool:
     if last == "key":
         return before in _KEYS
     if last == "pass":
-        return before in _PASSES
+        return not before or before in _PASSES
     if last == "id":  # AWS's access_key_id
         return before == "key" and len(words) > 2 and words[-3] in _KEYS
     if last == "string":
         return before == "connection"
+    if last == "base":  # Rails' and Django's
+        return before == "key" and words[-3:-2] == ["secret"]
     return last in _SECRET_WORDS or last.endswith(_SECRET)
 
 

@@ -28,7 +28,7 @@ _SHAPES = re.compile(
             r"(?:AKIA|ASIA)[0-9A-Z]{12,}",  # AWS
             r"AIza[\w-]{20,}",  # Google
             r"ya29\.[\w-]{16,}",
-            r"xox[a-z]-[\w-]{10,}",  # Slack
+            r"xox[abeprs]-(?=[\w-]*\d)[\w-]{10,}",  # Slack
             r"eyJ[\w-]{8,}\.[\w-]{4,}(?:\.[\w-]*)?",  # JSON Web Tokens
             r"npm_[A-Za-z0-9]{30,}",
             r"pypi-[\w-]{30,}",

@@ -93,8 +93,8 @@ def adapter_card(settings: ResolvedSettings, quantisation: Quantisation | None) 
             f"# {code(settings.output_dir.name)}: adapter",
             "",
             f"For {code(_base_name(settings))}, trained on the task `{settings.task}`{beside} "
-            f"with molf, method `{settings.method}`. Loads with PEFT alone. `model/` of the same run "
-            "has the merged model and its measurements.",
+            f"with molf, method `{settings.method}`. Loads with PEFT alone. `model/` of the same "
+            "run has the merged model and its measurements.",
             "",
         ]
     )
