@@ -206,6 +206,7 @@ def test_values_are_masked_by_their_names():
         "auth": True,
         "secret": None,
         "api_keys": ["k"],
+        "passwords": {"accuracy": {"value": 0.5, "of": "x"}},
         "max_tokens": 7,
         "data": ["https://h/f?sig=1", 0.1],
         "command": [
@@ -229,7 +230,8 @@ def test_values_are_masked_by_their_names():
         "token": 5,
         "auth": True,
         "secret": None,
-        "api_keys": "***",
+        "api_keys": ["***"],
+        "passwords": {"accuracy": {"value": 0.5, "of": "***"}},
         "max_tokens": 7,
         "data": ["https://h/f", 0.1],
         "command": [

@@ -47,7 +47,7 @@ def _mask_text(text: str, known: _Known) -> str:
 def _mask(value: Any, known: _Known) -> Any:
     if isinstance(value, Mapping):
         return {
-            name: MASK if _is_secret(name, entry) else _mask(entry, known)
+            name: _blank(entry) if _is_secret(name, entry) else _mask(entry, known)
             for name, entry in value.items()
         }
     if isinstance(value, (list, tuple)):
@@ -67,6 +67,16 @@ def _is_secret(name: Any, entry: Any) -> bool:
     if not entry or isinstance(entry, bool):
         return False
     return isinstance(entry, str) or is_secret_of_any_form(name)
+
+
+def _blank(entry: Any) -> Any:
+    """What is written for a secret; of several, numbers stay: they may measure what is so named."""
+    if isinstance(entry, Mapping):
+        return {
+            name: value if isinstance(value, (int, float, type(None))) else _blank(value)
+            for name, value in entry.items()
+        }
+    return [_blank(value) for value in entry] if isinstance(entry, (list, tuple)) else MASK
 
 
 def _is_value(before: Any, entry: Any) -> bool:
