@@ -49,7 +49,8 @@ def check_output(
             if not overwrite:
                 raise InputError(
                     f"output_dir {path} exists and is not empty, and is not {ownership.what} alone "
-                    f"({fault}). Give a directory that is new or empty."
+                    f"({fault}), so --overwrite would not replace it either. Give another "
+                    "--output_dir."
                 )
             if fault is not None:
                 raise InputError(
