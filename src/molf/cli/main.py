@@ -117,7 +117,7 @@ def _describe(error: Exception) -> str:
         with tempfile.NamedTemporaryFile(
             "w", prefix="molf-error-", suffix=".log", delete=False, encoding="utf-8"
         ) as log:
-            traceback.print_exc(file=log)
+            log.write(mask_text(traceback.format_exc()))
     except OSError as failure:  # such as a full disk, which may be the error itself
         return f"{message} (its traceback could not be written: {failure.strerror})"
     return f"{message} (traceback: {log.name})"
