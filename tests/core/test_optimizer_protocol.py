@@ -99,16 +99,19 @@ def test_added_group_takes_plain_adamw_steps(model, optimizer):
         ({"eps": -1e-8}, "Invalid eps=-1e-08"),
         ({"betas": (0.9, 1.0)}, r"Invalid betas=\(0.9, 1.0\)"),
         ({"betas": 0.9}, "Invalid betas=0.9"),
-        ({"complex": True}, "complex"),
+        ({"conjugate": True}, "new is a conjugate view, into which no step can write"),
+        ({"layer": "new", "complex": True}, "The group of layer 'new' lacks transposed"),
         ({"duplicate": True}, "more than one parameter group"),
     ],
 )
 def test_wrong_group_is_refused_and_leaves_the_optimizer_as_it_was(
     model, optimizer, group, message
 ):
-    new = nn.Parameter(torch.zeros(2, dtype=torch.complex64 if "complex" in group else None))
+    group = dict(group)
+    new = nn.Parameter(torch.zeros(2, dtype=torch.complex64 if group.pop("complex", 0) else None))
+    if group.pop("conjugate", False):
+        new = nn.Parameter(torch.zeros(2, dtype=torch.complex64).conj())
     named = ("new", model.up.weight if group.pop("duplicate", False) else new)
-    group.pop("complex", None)
     before = [dict(g) for g in optimizer.param_groups]
     with pytest.raises(ValueError, match=message):
         optimizer.add_param_group({"params": [named], **group})
@@ -127,7 +130,7 @@ def test_wrong_group_is_refused_and_leaves_the_optimizer_as_it_was(
         ({"lora_lr_ratios": (1.0,)}, r"Invalid lora_lr_ratios=\(1.0,\) of layer 'up'"),
         ({"lora_weight_decays": 0.1}, "Invalid lora_weight_decays=0.1"),
         ({"scalings": (1.0, float("nan"))}, "Invalid scalings=nan"),
-        ({"weight_rounding": "exact"}, "weight_rounding='exact' has nothing to round"),
+        ({"weight_rounding": "up"}, "Invalid weight_rounding='up'"),
     ],
 )
 def test_every_value_of_a_routed_group_is_checked(model, optimizer, change, message):
@@ -143,7 +146,10 @@ def test_every_value_of_a_routed_group_is_checked(model, optimizer, change, mess
     run(model, optimizer, [0])
 
 
-def test_rounding_of_a_group_is_checked_with_its_own_parameters():
+def test_rounding_of_a_group_is_checked_with_its_own_parameters(model, optimizer):
+    groups = [dict(group) for group in optimizer.param_groups]
+    with pytest.raises(ValueError, match="weight_rounding='exact' has nothing to round"):
+        MoLFAdamW([{**groups[0], "weight_rounding": "exact"}, *groups[1:]])
     half = nn.Parameter(torch.ones(3, dtype=torch.float16))
     with pytest.raises(ValueError, match="weight_rounding='exact' is for bfloat16 weights"):
         AdamW([{"params": [half], "weight_rounding": "exact"}])

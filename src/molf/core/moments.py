@@ -24,6 +24,7 @@ from molf.core.adam import (
     MomentDecay,
     cached_blocks,
     compute_dtype,
+    real_view,
     row_blocks,
     update_and_score,
     update_moments,
@@ -165,6 +166,7 @@ def check_state_dtype(state_dtype: str) -> None:
 
 def fits_8bit(parameter: Tensor) -> bool:
     """Whether a tensor's moments can be kept in 8 bits, and are large enough to matter."""
+    parameter = real_view(parameter)
     count = parameter.numel()
     fits = count >= _SMALLEST and count % _BLOCK == 0 and parameter.is_contiguous()
     return fits and compute_dtype(parameter) == torch.float32
@@ -174,6 +176,7 @@ def moment_state(parameter: Tensor, state_dtype: str = "float32") -> dict[str, A
     """State of a tensor that takes AdamW steps: `step`, and both moments, zero."""
     # The counter is a plain int: reading it never waits for a device.
     state: dict[str, Any] = {"step": 0}
+    parameter = real_view(parameter)
     for key in _KEYS:
         if state_dtype == "8bit" and fits_8bit(parameter):
             # With scale zero every code stands for zero.

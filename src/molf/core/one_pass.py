@@ -64,6 +64,7 @@ def fits(*tensors: Tensor) -> bool:
         and tensor.device.type == "cpu"
         and tensor.dtype == torch.float32
         and tensor.is_contiguous()
+        and not tensor.is_neg()
         for tensor in tensors
     )
 
