@@ -222,24 +222,28 @@ class AdamW(Optimizer):
             ValueError: A hyper-parameter is out of range, or a parameter is a conjugate view.
         """
         own_rounding = param_group.get("weight_rounding")  # not that of the whole optimizer
-        name_by_place(param_group, self.param_groups)
-        super().add_param_group(param_group)
-        group = self.param_groups[-1]
+        before = list(self.param_groups)
+        nameless = [group for group in before if "param_names" not in group]
         try:
+            name_by_place(param_group, before)
+            super().add_param_group(param_group)
+            group = self.param_groups[-1]
             check_group(group)
-            separate(group, self.param_groups[:-1])
+            separate(group, before)
             check_known_rounding(group["weight_rounding"])
             check_rounding(group["params"], own_rounding)
             check_state_dtype(group["state_dtype"])
             if self.kernels == "triton":
-                check_kernel_group(group, len(self.param_groups) - 1, self._home())
+                check_kernel_group(group, len(before), self._home())
             if self.optimizer_in_backward:
                 check_no_float16(group["params"])
             if hasattr(self, "_backward"):  # later than the constructor, which does it for all
                 release(group["params"], self)
                 self._follow()
-        except (ValueError, ImportError):
-            self.param_groups.pop()
+        except Exception:
+            self.param_groups[:] = before
+            for group in nameless:
+                group.pop("param_names", None)
             raise
 
     @torch._disable_dynamo

@@ -296,9 +296,9 @@ def name_by_place(group: dict[str, Any], groups: list[dict[str, Any]]) -> None:
         groups: Those that are in the optimizer already.
     """
     given = group.get("params")
-    if not groups or isinstance(given, (Tensor, set)) or not isinstance(given, Iterable):
-        return
-    group["params"] = params = list(given)
+    if not groups or isinstance(given, set) or not isinstance(given, (Tensor, Iterable)):
+        return  # torch refuses what is no collection with an order
+    group["params"] = params = [given] if isinstance(given, Tensor) else list(given)
     is_named = "param_names" in group or any(isinstance(one, tuple) for one in params)
     if is_named == ("param_names" in groups[0]):
         return
