@@ -60,12 +60,31 @@ def readable(group: dict[str, Any]) -> dict[str, Any]:
     Raises:
         ValueError: One is not a finite number, or a beta is outside [0, 1).
     """
+    if _is_readable(group):
+        return group
     found: dict[str, Any] = {name: number(name, group[name]) for name in _SINGLE if name in group}
     found["betas"] = pair_of_betas(group["betas"])
     for name in _EACH_EXPERT:
         if name in group:
             found[name] = tuple(number(name, value) for value in _each(name, group[name]))
     return {**group, **found}
+
+
+def _is_readable(group: dict[str, Any]) -> bool:
+    """Whether a group has nothing but finite floats: soon known, and nearly always so."""
+    betas = group["betas"]
+    values = [group[name] for name in _SINGLE if name in group]
+    for name in _EACH_EXPERT:
+        each = group.get(name, ())
+        if type(each) is not tuple:
+            return False
+        values += each
+    return (
+        type(betas) is tuple
+        and len(betas) == 2
+        and all(type(beta) is float and 0 <= beta < 1 for beta in betas)
+        and all(type(value) is float and -math.inf < value < math.inf for value in values)
+    )
 
 
 def storable(value: Any) -> Any:
