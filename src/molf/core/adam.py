@@ -50,7 +50,9 @@ def gradient(parameter: Tensor) -> Tensor:
     assert grad is not None, "parameters without a gradient are left out of the step"
     if grad.is_complex() and grad.layout == torch.strided:
         grad = torch.view_as_real(grad.resolve_conj())
-    # autograd may leave a view that is negated when it is read
+    # autograd may leave a view that is negated when it is read, or zeros without memory
+    if grad._is_zerotensor():
+        return grad.clone()
     return grad.resolve_neg() if grad.is_neg() else grad
 
 

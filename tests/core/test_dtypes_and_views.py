@@ -1,4 +1,4 @@
-"""A state that was saved with weights of one dtype, loaded with weights of another."""
+"""States of one dtype loaded with weights of another; complex tensors; views of their memory."""
 
 from __future__ import annotations
 
@@ -255,3 +255,16 @@ def test_negative_views_move_as_their_values_do(form, dtype):
     for own, other in zip(model.parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(own, other.resolve_neg())
     assert optimizer.routing.keys() == plain.routing.keys() if form != "fft" else True
+
+
+@pytest.mark.parametrize("form", ["folded", "frozen", "fft"])
+def test_zeros_without_memory_are_gradients(form):
+    model, optimizer = pair_of(form, torch.float32)
+    twin, plain = pair_of(form, torch.float32)
+    for each, own in ((model, optimizer), (twin, plain)):
+        run(each, own, [0])
+        for parameter in each.parameters():
+            zeros = torch.zeros if own is plain else torch._efficientzerotensor
+            parameter.grad = zeros(parameter.shape)
+        own.step()
+    assert_same_bits(snapshot(model, optimizer), snapshot(twin, plain))
