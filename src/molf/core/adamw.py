@@ -16,7 +16,7 @@ from molf.core.adam import gradient
 from molf.core.dense import DenseTensor
 from molf.core.fidelity import UpdateFidelity, UpdateTally
 from molf.core.groups import check_group, name_by_place, parameter_name
-from molf.core.guard import Guarded, NonFiniteError, bad_gradients
+from molf.core.guard import Guarded, NonFiniteError, UnusableGradientError, bad_gradients
 from molf.core.hyper_parameters import readable, separate, storable
 from molf.core.in_backward import (
     BackwardSteps,
@@ -221,6 +221,8 @@ class AdamW(Optimizer):
         Raises:
             ValueError: A hyper-parameter is out of range, or a parameter is a conjugate view.
         """
+        if not isinstance(param_group, dict):
+            return super().add_param_group(param_group)  # which refuses it
         own_rounding = param_group.get("weight_rounding")  # not that of the whole optimizer
         before = list(self.param_groups)
         nameless = [group for group in before if "param_names" not in group]
@@ -340,10 +342,14 @@ class AdamW(Optimizer):
         """
         routed, rest = self._routed(indices), self._rest(indices, position)
         required, self._required = self._required, {}
-        if self._offload is None:
-            outcome = self._step(routed, rest, self.state, required)
-        else:
-            outcome = self._step_one_by_one(routed, rest, self._offload, required)
+        try:
+            if self._offload is None:
+                outcome = self._step(routed, rest, self.state, required)
+            else:
+                outcome = self._step_one_by_one(routed, rest, self._offload, required)
+        except UnusableGradientError as error:
+            name = self._name_of(error.parameter)
+            raise RuntimeError(f"The gradient of {name} {error}") from None
         if outcome.is_refused:
             self._settled_state()  # the caller may catch the error and read it
             self._refuse(outcome.bad, {name: required[name] for name in outcome.wrong})

@@ -80,6 +80,13 @@ class DenseTensor:
             name=name,
         )
         self._moments = moments_of(state)
+        other = next((x for x in self._moments.shapes if x != values.shape), None)
+        if other is not None:
+            raise RuntimeError(
+                f"A moment of {name} has shape {tuple(other)}, the parameter has "
+                f"{tuple(values.shape)}: one of them was replaced. Drop the old state with "
+                "optimizer.state.pop(parameter), or give it the new shape."
+            )
         self._decay: MomentDecay | None = None
         self._advanced = False
 

@@ -23,6 +23,18 @@ class NonFiniteError(RuntimeError):
     """A step was refused, because a gradient or the loss is not finite; nothing was written."""
 
 
+class UnusableGradientError(RuntimeError):
+    """A gradient has a kind that no step can use; nothing was written.
+
+    Attributes:
+        parameter: It has the gradient.
+    """
+
+    def __init__(self, parameter: Tensor, reason: str) -> None:
+        super().__init__(reason)
+        self.parameter = parameter
+
+
 class Guarded(NamedTuple):
     """A gradient that a step uses, and what is made of it.
 
@@ -138,11 +150,14 @@ def plain_gradient(parameter: Tensor) -> Tensor:
     """Return the gradient of a parameter that has one.
 
     Raises:
-        RuntimeError: It is sparse or sharded.
+        UnusableGradientError: It is sparse or sharded.
     """
     grad = gradient(parameter)
     if grad.layout != torch.strided:
-        raise RuntimeError("MoLFAdamW does not support sparse gradients.")
+        reason = f"is sparse ({grad.layout}). Only dense gradients are supported"
+        raise UnusableGradientError(parameter, f"{reason}: sparse=False in nn.Embedding.")
     if hasattr(grad, "device_mesh"):
-        raise RuntimeError("MoLFAdamW does not support sharded parameters (DTensor) yet.")
+        raise UnusableGradientError(
+            parameter, "is sharded (DTensor). Sharded parameters are not supported yet."
+        )
     return grad

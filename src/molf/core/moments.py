@@ -44,11 +44,13 @@ class Moments(ABC):
 
     Attributes:
         dtype: Of the arithmetic.
+        shapes: Of both; one, if all is well.
         multiple: What the first row of every block must be a multiple of.
         is_settled: Whether `advance` alone has stored the moments.
     """
 
     dtype: torch.dtype
+    shapes: set[torch.Size]
     multiple: int = 1
 
     is_settled: bool
@@ -94,7 +96,7 @@ class FloatMoments(Moments):
 
     def __init__(self, exp_avg: Tensor, exp_avg_sq: Tensor) -> None:
         self.exp_avg, self.exp_avg_sq = exp_avg, exp_avg_sq
-        self.dtype = exp_avg.dtype
+        self.dtype, self.shapes = exp_avg.dtype, {exp_avg.shape, exp_avg_sq.shape}
         self.multiple = one_pass.rows_of_whole_vectors(exp_avg)
 
     def blocks(self) -> Iterator[Rows]:
@@ -123,6 +125,7 @@ class EightBitMoments(Moments):
     def __init__(self, state: dict[str, Any]) -> None:
         self._codes = [state[f"{key}_codes"] for key in _KEYS]
         self._scales = [state[f"{key}_scales"] for key in _KEYS]
+        self.shapes = {codes.shape for codes in self._codes}
         self._row = self._codes[0].numel() // len(self._codes[0])
         self.multiple = _BLOCK // math.gcd(_BLOCK, self._row)
 
