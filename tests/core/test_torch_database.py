@@ -25,15 +25,17 @@ PAGE = Path(__file__).parents[2] / "docs" / "optimizer.md"
 try:
     DATABASE = entry()
     INPUTS = DATABASE.optim_inputs_func(CPU)
-    ERRORS = DATABASE.optim_error_inputs_func(CPU, torch.float32)
     SCHEDULES = [make for several in DATABASE.scheduler_inputs for make in several]
     IMPLEMENTATIONS = {*DATABASE.supported_impls, *DATABASE.not_og_supported_flags}
-    for one in ERRORS:
-        one.optimizer_error_input.desc, one.error_type, one.error_regex
+    WRONG = [
+        (x.optimizer_error_input, x.error_type, x.error_regex)
+        for x in DATABASE.optim_error_inputs_func(CPU, torch.float32)
+    ]
+    WRONG_NAMES = [given.desc for given, _, _ in WRONG]
+    TAKEN = [one for one in INPUTS if not set(one.kwargs) & set(REFUSED_KEYWORDS)]
 except (ImportError, AttributeError, LookupError, TypeError) as error:
     pytest.skip(f"torch's database of optimizer inputs has no use: {error!r}", True)
 
-TAKEN = [one for one in INPUTS if not set(one.kwargs) & set(REFUSED_KEYWORDS)]
 # Torch's wrong inputs that are right here, with the difference that it is.
 RIGHT_HERE = {
     "betas must be either both floats or both Tensors": "one beta a number, the other a tensor",
@@ -69,28 +71,24 @@ def test_every_way_to_compute_that_is_not_taken_is_named(subject):
 
 
 @each_subject
-@pytest.mark.parametrize("one", ERRORS, ids=lambda one: one.optimizer_error_input.desc)
-def test_every_wrong_input_is_refused(subject, one):
-    params, options = one.optimizer_error_input.params, one.optimizer_error_input.kwargs
-    error, message = one.error_type, one.error_regex
+@pytest.mark.parametrize(("given", "error", "message"), WRONG, ids=WRONG_NAMES)
+def test_every_wrong_input_is_refused(subject, given, error, message):
+    params, options = given.params, given.kwargs
     refused = [key for key in options if key in REFUSED_KEYWORDS]
     if params is None:
         params = Problem.make().parameters
         named = next(key for key in ("beta", "lr", "weight_decay") if key in message)
         message = f"Invalid {named}"
-    if refused:
-        error, message = TypeError, f"unexpected keyword argument '{refused[0]}'"
-    elif one.optimizer_error_input.desc in RIGHT_HERE:
-        assert RIGHT_HERE[one.optimizer_error_input.desc] in OTHER_DIFFERENCES
+    if given.desc in RIGHT_HERE:
+        assert RIGHT_HERE[given.desc] in OTHER_DIFFERENCES
         subject.beside_a_layer(params, **options)
         return
+    if refused:
+        error, message = TypeError, f"unexpected keyword argument '{refused[0]}'"
     elif isinstance(params, torch.Tensor) and subject.score:
         error, message = ValueError, "No parameter group names a routed layer"
-    with (
-        pytest.warns(error, match=message)
-        if error is UserWarning
-        else pytest.raises(error, match=message)
-    ):
+    expected = pytest.warns if issubclass(error, Warning) else pytest.raises
+    with expected(error, match=message):
         subject.beside_a_layer(params, **options)
 
 

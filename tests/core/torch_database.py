@@ -182,3 +182,8 @@ class Problem:
             self.backward()
             optimizer.step()
         return self.values()
+
+
+def assert_equal(got: Any, expected: Any) -> None:
+    """Compare tensors, or several of them, number for number."""
+    torch.testing.assert_close(got, expected, rtol=0, atol=0)

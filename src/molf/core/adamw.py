@@ -16,7 +16,7 @@ from molf.core.adam import gradient
 from molf.core.dense import DenseTensor
 from molf.core.fidelity import UpdateFidelity, UpdateTally
 from molf.core.groups import check_group, name_by_place, parameter_name
-from molf.core.guard import Guarded, NonFiniteError, UnusableGradientError, bad_gradients
+from molf.core.guard import Guarded, NonFiniteError, bad_gradients, unusable
 from molf.core.hyper_parameters import readable, separate, storable
 from molf.core.in_backward import (
     BackwardSteps,
@@ -342,19 +342,23 @@ class AdamW(Optimizer):
         """
         routed, rest = self._routed(indices), self._rest(indices, position)
         required, self._required = self._required, {}
-        try:
-            if self._offload is None:
-                outcome = self._step(routed, rest, self.state, required)
-            else:
-                outcome = self._step_one_by_one(routed, rest, self._offload, required)
-        except UnusableGradientError as error:
-            name = self._name_of(error.parameter)
-            raise RuntimeError(f"The gradient of {name} {error}") from None
+        self._check_kinds([p for group in routed for p in group["params"]])
+        self._check_kinds([one.parameter for one in rest])
+        if self._offload is None:
+            outcome = self._step(routed, rest, self.state, required)
+        else:
+            outcome = self._step_one_by_one(routed, rest, self._offload, required)
         if outcome.is_refused:
             self._settled_state()  # the caller may catch the error and read it
             self._refuse(outcome.bad, {name: required[name] for name in outcome.wrong})
         self._finish(outcome)
         return not outcome.is_refused
+
+    def _check_kinds(self, parameters: Sequence[Tensor]) -> None:
+        """Refuse, by name, gradients of a kind that no step can use."""
+        for parameter in parameters:
+            if parameter.grad is not None and (reason := unusable(parameter)):
+                raise RuntimeError(f"The gradient of {self._name_of(parameter)} {reason}")
 
     def _end(self) -> None:
         """Look back on a step that was taken: nothing to see here."""

@@ -15,6 +15,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from molf.core.adapted import AdaptedLayer, adapter_layers, find_adapted
 from molf.core.config import MoLFConfig
@@ -243,7 +244,7 @@ def check_group(group: dict[str, Any], *, smallest: float = 0.0) -> None:
             raise ValueError(f"Layer {group['layer']}: complex weights cannot be routed.")
     pair_of_betas(group["betas"])
     for place, parameter in enumerate(group["params"]):
-        if parameter.is_conj():
+        if not is_lazy(parameter) and parameter.is_conj():  # lazy: without a shape so far
             raise ValueError(
                 f"{parameter_name(group, place)} is a conjugate view, into which no step can "
                 "write. Give parameter.resolve_conj()."

@@ -23,18 +23,6 @@ class NonFiniteError(RuntimeError):
     """A step was refused, because a gradient or the loss is not finite; nothing was written."""
 
 
-class UnusableGradientError(RuntimeError):
-    """A gradient has a kind that no step can use; nothing was written.
-
-    Attributes:
-        parameter: It has the gradient.
-    """
-
-    def __init__(self, parameter: Tensor, reason: str) -> None:
-        super().__init__(reason)
-        self.parameter = parameter
-
-
 class Guarded(NamedTuple):
     """A gradient that a step uses, and what is made of it.
 
@@ -126,7 +114,7 @@ def reads_for_nothing(device: torch.device) -> bool:
 
 def _bound(one: Guarded) -> Tensor:
     """The largest norm of what is made of a gradient, over `largest_norm`, 0-dim."""
-    grad, dtype = plain_gradient(one.parameter), compute_dtype(one.parameter)
+    grad, dtype = gradient(one.parameter), compute_dtype(one.parameter)
     norm = _norm(grad, dtype) / largest_norm(dtype)
     if not one.factors:
         return norm * max(1.0, one.scale)
@@ -146,18 +134,13 @@ def _norm(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.linalg.vector_norm(torch.stack(parts or [tensor.new_zeros((), dtype=dtype)]))
 
 
-def plain_gradient(parameter: Tensor) -> Tensor:
-    """Return the gradient of a parameter that has one.
-
-    Raises:
-        UnusableGradientError: It is sparse or sharded.
-    """
+def unusable(parameter: Tensor) -> str | None:
+    """Return why no step can use the kind of gradient that a parameter has; None if one can."""
     grad = gradient(parameter)
     if grad.layout != torch.strided:
-        reason = f"is sparse ({grad.layout}). Only dense gradients are supported"
-        raise UnusableGradientError(parameter, f"{reason}: sparse=False in nn.Embedding.")
+        return f"is sparse ({grad.layout}). Use dense ones: sparse=False in nn.Embedding."
     if hasattr(grad, "device_mesh"):
-        raise UnusableGradientError(
-            parameter, "is sharded (DTensor). Sharded parameters are not supported yet."
-        )
-    return grad
+        return "is sharded (DTensor). Sharded parameters are not supported yet."
+    if grad.device.type == "meta":
+        return "is on the meta device, which holds no numbers. Load the weights first."
+    return None
