@@ -34,7 +34,7 @@ try:
     WRONG_NAMES = [given.desc for given, _, _ in WRONG]
     TAKEN = [one for one in INPUTS if not set(one.kwargs) & set(REFUSED_KEYWORDS)]
 except (ImportError, AttributeError, LookupError, TypeError) as error:
-    pytest.skip(f"torch's database of optimizer inputs has no use: {error!r}", True)
+    pytest.skip(f"torch's database of optimizer inputs cannot be used: {error!r}", True)
 
 # Torch's wrong inputs that are right here, with the difference that it is.
 RIGHT_HERE = {
