@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, distribute_tensor
-from torch_database import SUBJECTS, Problem, assert_equal
+from torch_database import LIKE_TORCH, SUBJECTS, Problem, assert_equal
 
 from molf import AdamW, MoLFAdamW
 
@@ -250,6 +250,18 @@ def test_moments_of_another_shape_are_refused_before_anything_moves(subject, res
     assert_equal([*problem.values(), other.detach()], before)
     del optimizer.state[problem.weight]
     optimizer.step()
+
+
+def test_moments_of_factors_of_another_shape_are_refused():
+    problem = Problem.make()
+    optimizer = LIKE_TORCH[1](problem.parameters)  # factors move their moments and nothing else
+    before = problem.run(optimizer, 1)
+    optimizer.state[problem.weight]["lora_A_exp_avg"] = torch.zeros(1, 2)
+    with pytest.raises(
+        RuntimeError, match=r"shapes .*\(1, 2\).* Was the optimizer's state changed"
+    ):
+        problem.run(optimizer, 1)
+    assert_equal(problem.values(), before)
 
 
 @each_subject
