@@ -35,7 +35,7 @@ OTHER_DIFFERENCES = {
     "a group without names beside groups with names": "Names serve messages and seeds only.",
     "keys of `param_groups`": "They would speak of keywords that are not taken.",
     "an infinite or NaN gradient": "It would stay in the moments for good.",
-    "a step without any gradient": "It is nearly always a mistake of the training loop.",
+    "a later step without any gradient": "It is nearly always a mistake of the training loop.",
     "complex weights of layers": "Scores are defined for real weights.",
     "weights below float32": "Small updates would be rounded away.",
     '`state[parameter]["step"]`': "Reading a number never waits for a device.",
