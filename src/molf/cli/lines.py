@@ -1,16 +1,18 @@
-"""What a command says to the terminal beside its output: one line for each thing."""
+"""What a command says to the terminal beside its output: one line for each thing, no secrets."""
 
 from __future__ import annotations
 
 import sys
 from typing import TextIO
 
+from molf.masking import mask_text
+
 _LONGEST = 2000  # characters; input that is quoted may have any number of them
 
 
 def say(kind: str, text: str, file: TextIO | None = None) -> None:
     """Write `molf: KIND: TEXT` as one line, to standard error unless another file is given."""
-    (file or sys.stderr).write(f"molf: {kind}: {one_line(text)}\n")
+    (file or sys.stderr).write(f"molf: {kind}: {one_line(mask_text(text))}\n")
 
 
 def one_line(text: str) -> str:

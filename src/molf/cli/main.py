@@ -22,6 +22,7 @@ from cyclopts import CycloptsError, MissingArgumentError, UnknownOptionError, Un
 from molf.cli.app import app, join_booleans
 from molf.cli.lines import one_line, say
 from molf.errors import InputError
+from molf.masking import learn, mask_text
 
 DONE, FAILED, WRONG_INPUT = 0, 1, 2
 _BY_SIGNAL = 128  # what shells add to the number of the signal that ended a command
@@ -41,6 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     # model ten times slower on a CPU that has anything else to do.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     arguments = join_booleans(sys.argv[1:] if argv is None else argv)
+    learn(arguments)
     with warnings.catch_warnings(), _signals_as_interrupts():
         warnings.showwarning = _WarningLines()
         try:
@@ -110,11 +112,15 @@ def _describe(error: Exception) -> str:
 
     if isinstance(error, RunError):
         return str(error)
-    with tempfile.NamedTemporaryFile(
-        "w", prefix="molf-error-", suffix=".log", delete=False, encoding="utf-8"
-    ) as log:
-        traceback.print_exc(file=log)
-    return f"{type(error).__name__}: {error} (traceback: {log.name})"
+    message = f"{type(error).__name__}: {error}"
+    try:
+        with tempfile.NamedTemporaryFile(
+            "w", prefix="molf-error-", suffix=".log", delete=False, encoding="utf-8"
+        ) as log:
+            log.write(mask_text(traceback.format_exc()))
+    except OSError as failure:  # such as a full disk, which may be the error itself
+        return f"{message} (its traceback could not be written: {failure.strerror})"
+    return f"{message} (traceback: {log.name})"
 
 
 class _WarningLines:

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from molf.core.adam import AdamWStep
+from molf.core.adam import AdamWStep, real_view
 from molf.core.moments import Moments, moment_state, moments_of
 from molf.core.place import WHOLE, Place
 from molf.core.storage import StoredWeight, rounding_of
@@ -23,6 +23,7 @@ class DenseTensor:
         place: Which part of the whole tensor it is.
 
     Attributes:
+        values: The parameter, or the real and imaginary parts of a complex one, [..., 2].
         stored: How the parameter holds its values.
         moments: Its moments.
     """
@@ -36,17 +37,25 @@ class DenseTensor:
         place: Place = WHOLE,
     ) -> None:
         self.parameter, self.group, self.state, self.place = parameter, group, state, place
+        self.values = values = real_view(parameter)
         if "step" not in state:
-            state.update(moment_state(parameter, group["state_dtype"], place))
+            state.update(moment_state(values, group["state_dtype"], place))
         self.stored = StoredWeight(
-            parameter,
+            values,
             state,
-            rounding=rounding_of(parameter, group["weight_rounding"]),
+            rounding=rounding_of(values, group["weight_rounding"]),
             seed=group["seed"],
             name=name,
             place=place,
         )
         self.moments: Moments = moments_of(state)
+        other = next((x for x in self.moments.shapes if x != values.shape), None)
+        if other is not None:
+            raise RuntimeError(
+                f"A moment of {name} has shape {tuple(other)}, the parameter has "
+                f"{tuple(values.shape)}: one of them was replaced. Drop the old state with "
+                "optimizer.state.pop(parameter), or give it the new shape."
+            )
 
     def adamw_step(self, weight_decay: str = "weight_decay") -> AdamWStep:
         """The scalars of the step that the counter says; `weight_decay` names the group's key."""

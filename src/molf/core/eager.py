@@ -173,7 +173,7 @@ class Eager(Executor):
         moves = step is not None or product is not None
         if not moves and moments.is_settled:
             return
-        parameter, grad = tensor.parameter, gradient(tensor.parameter)
+        parameter, grad = tensor.values, gradient(tensor.parameter)
         at_least = 1 if product is None else _product_rows(tensor)
         for rows in self.blocks.of(parameter, at_least=at_least, multiple=moments.multiple):
             moved = moments.settle(rows, grad[rows], decay, advanced=advanced)

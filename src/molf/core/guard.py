@@ -116,7 +116,7 @@ def bounds_of(gradients: Iterable[Guarded], squares: Squares, place: Place = WHO
             scales.append(one.scale**2)
             limits.append(largest_square(dtype))
             count += 1 + len(one.factors)
-            yield plain_gradient(one.parameter), dtype
+            yield gradient(one.parameter), dtype
             yield from ((factor, dtype) for factor in one.factors)
 
     totals = place.sum(squares(tensors()))
@@ -161,15 +161,13 @@ def largest_square(dtype: torch.dtype) -> float:
     return 0.25 * torch.finfo(dtype).max
 
 
-def plain_gradient(parameter: Tensor) -> Tensor:
-    """Return the gradient of a parameter that has one.
-
-    Raises:
-        RuntimeError: It is sparse or sharded.
-    """
+def unusable(parameter: Tensor) -> str | None:
+    """Return why no step can use the kind of gradient that a parameter has; None if one can."""
     grad = gradient(parameter)
     if grad.layout != torch.strided:
-        raise RuntimeError("Sparse gradients are not supported.")
+        return f"is sparse ({grad.layout}). Use dense ones: sparse=False in nn.Embedding."
     if hasattr(grad, "device_mesh"):
-        raise RuntimeError("Sharded parameters (DTensor) are not supported yet.")
-    return grad
+        return "is sharded (DTensor). Sharded parameters are not supported yet."
+    if grad.device.type == "meta":
+        return "is on the meta device, which holds no numbers. Load the weights first."
+    return None

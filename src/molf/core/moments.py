@@ -19,7 +19,13 @@ import torch
 from torch import Tensor
 
 from molf.core import one_pass
-from molf.core.adam import MomentDecay, compute_dtype, update_and_score, update_moments
+from molf.core.adam import (
+    MomentDecay,
+    compute_dtype,
+    real_view,
+    update_and_score,
+    update_moments,
+)
 from molf.core.blocks import Blocks, Rows
 from molf.core.names import STATE_DTYPES
 from molf.core.place import WHOLE, Place
@@ -37,11 +43,13 @@ class Moments(ABC):
 
     Attributes:
         dtype: Of the arithmetic.
+        shapes: Of both; one, if all is well.
         multiple: What the first row of every block must be a multiple of.
         is_settled: Whether `advance` alone has stored the moments.
     """
 
     dtype: torch.dtype
+    shapes: set[torch.Size]
     multiple: int = 1
 
     is_settled: bool
@@ -87,7 +95,7 @@ class FloatMoments(Moments):
 
     def __init__(self, exp_avg: Tensor, exp_avg_sq: Tensor) -> None:
         self.exp_avg, self.exp_avg_sq = exp_avg, exp_avg_sq
-        self.dtype = exp_avg.dtype
+        self.dtype, self.shapes = exp_avg.dtype, {exp_avg.shape, exp_avg_sq.shape}
         self.multiple = one_pass.rows_of_whole_vectors(exp_avg)
 
     def blocks(self, blocks: Blocks) -> Iterator[Rows]:
@@ -117,6 +125,7 @@ class EightBitMoments(Moments):
     def __init__(self, state: dict[str, Any]) -> None:
         self._codes = [state[f"{key}_codes"] for key in _KEYS]
         self._scales = [state[f"{key}_scales"] for key in _KEYS]
+        self.shapes = {codes.shape for codes in self._codes}
         self.multiple = one_pass.rows_of_whole_vectors(self._codes[0])
 
     def blocks(self, blocks: Blocks) -> Iterator[Rows]:
@@ -170,6 +179,7 @@ def block_of_8bit(parameter: Tensor, place: Place = WHOLE) -> int | None:
     224 of Qwen2.5-0.5B's 896). Tensors of one dimension, whose shards would cut blocks, and those
     below 4,096 elements stay float32.
     """
+    parameter = real_view(parameter)
     if parameter.dim() < 2 or not parameter.numel() or not parameter.is_contiguous():
         return None
     if place.count(parameter) < _SMALLEST or compute_dtype(parameter) != torch.float32:
@@ -184,6 +194,7 @@ def moment_state(
     """State of a tensor that takes AdamW steps: `step`, and both moments, zero."""
     # The counter is a plain int: reading it never waits for a device.
     state: dict[str, Any] = {"step": 0}
+    parameter = real_view(parameter)
     block = block_of_8bit(parameter, place) if state_dtype == "8bit" else None
     for key in _KEYS:
         if block is None:

@@ -1,4 +1,7 @@
-"""Files that appear whole or not at all: written beside their place, then renamed into it."""
+"""Files that appear whole or not at all: written beside their place, then renamed into it.
+
+What they say is written without secrets.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,8 @@ from typing import Any
 
 import yaml
 
+from molf.masking import mask, mask_given, mask_text
+
 
 @contextmanager
 def replacing_file(path: Path) -> Iterator[Path]:
@@ -22,11 +27,22 @@ def replacing_file(path: Path) -> Iterator[Path]:
     temporary = _beside(path)
     try:
         yield temporary
-        with temporary.open("rb") as written:
-            os.fsync(written.fileno())  # a rename must not become durable before the bytes
+        flush(temporary)  # a rename must not become durable before the bytes
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def flush(path: Path) -> None:
+    """Have the system write a file, or those of a directory, to the disk.
+
+    Raises:
+        OSError: It cannot: a disk or a quota may prove full only now.
+    """
+    for file in [path] if path.is_file() else path.rglob("*"):
+        if file.is_file():
+            with file.open("rb") as written:
+                os.fsync(written.fileno())
 
 
 @contextmanager
@@ -41,6 +57,7 @@ def replacing_directory(path: Path) -> Iterator[Path]:
     replaced = path.with_name(f"{temporary.name}.replaced")
     try:
         yield temporary
+        flush(temporary)  # a rename must not become durable before the bytes
         if path.exists():  # a directory cannot be renamed over another: the old one steps aside
             path.rename(replaced)
         temporary.rename(path)
@@ -52,24 +69,32 @@ def replacing_directory(path: Path) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file whole."""
-    with replacing_file(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+    """Write a text file whole, secrets masked."""
+    _write(path, mask_text(text))
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file whole, indented for readers."""
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    """Write a JSON file whole, indented for readers, secrets masked."""
+    _write(path, json.dumps(mask(value), indent=2, ensure_ascii=False) + "\n")
 
 
 def write_jsonl(path: Path, records: list[dict[str, Any]]) -> None:
-    """Write a JSONL file whole."""
-    write_text(path, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records))
+    """Write records of data as a JSONL file whole; secrets of this process are masked.
+
+    Texts of data are no one's to change otherwise: they are compared with the data again.
+    """
+    lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in mask_given(records))
+    _write(path, "".join(lines))
 
 
 def write_yaml(path: Path, value: Any) -> None:
-    """Write a YAML file whole, keys in the order given."""
-    write_text(path, yaml.safe_dump(value, sort_keys=False, allow_unicode=True, width=100))
+    """Write a YAML file whole, keys in the order given, secrets masked."""
+    _write(path, yaml.safe_dump(mask(value), sort_keys=False, allow_unicode=True, width=100))
+
+
+def _write(path: Path, text: str) -> None:
+    with replacing_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def _beside(path: Path) -> Path:

@@ -9,6 +9,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
@@ -20,6 +21,7 @@ from trl import SFTConfig
 from molf.core.quantised import Quantisation
 from molf.errors import InputError
 from molf.evaluate import Evaluation, EvaluationSettings, evaluate
+from molf.masking import mask_text
 from molf.tasks import Task
 from molf.train.defaults import ADAPTERS, MERGE_BASES
 from molf.train.environment import environment
@@ -28,7 +30,7 @@ from molf.train.memory import peak_memory, reset_peak_memory
 from molf.train.methods import Plan, TrainingData, plan
 from molf.train.model_card import model_card
 from molf.train.model_loading import LoadedModel, load_model, move
-from molf.train.model_saving import save_model
+from molf.train.model_saving import Keep, SaveError, save_model
 from molf.train.opening import open_training
 from molf.train.ownership import (
     CONFIG,
@@ -44,11 +46,11 @@ from molf.train.provenance import file_records
 from molf.train.resolved import ResolvedSettings
 from molf.train.result import RunError, RunResult, evaluation_record, results_row
 from molf.train.results import RESULTS, append_result
+from molf.train.room_needed import Needed
 from molf.train.routing_meaning import routing_meaning, routing_shares_text
 from molf.train.run_directory import RunDirectory
 from molf.train.saved_tensors import Stored, Storing, default_dtype
 from molf.train.saving_check import check_saving, storing_of
-from molf.train.secrets import mask
 from molf.train.steps import count_steps
 from molf.train.training import Training, run_training
 
@@ -71,7 +73,7 @@ def run_job(
     base, encoded = opening.base, opening.encoded
     data = TrainingData(encoded, count_steps(arguments, len(encoded.input_ids)))
     planned = plan(base.model, settings, data)
-    check_saving(base, settings, planned, data.steps)
+    room = check_saving(base, settings, planned, data.steps, task.evaluation_count)
     storing = storing_of(base, settings)
     parameters = base.model.num_parameters()
     for note in opening.notes:
@@ -101,6 +103,7 @@ def run_job(
         opening.quantisation,
         directory,
         files,
+        room,
     )
     try:
         job.write_config()
@@ -116,7 +119,8 @@ def run_job(
     except Exception as error:
         cause = str(error).strip().split("\n")[0] or type(error).__name__
         log = _write_traceback(directory)
-        raise RunError(f"{cause} (traceback: {log}){_kept(directory)}") from error
+        where = f" (traceback: {log})" if log is not None else ""
+        raise RunError(f"{cause}{where}{_trained(directory)}{_kept(directory)}") from error
     results = directory.path.parent / RESULTS
     try:
         append_result(results, results_row(result, settings, started))
@@ -148,6 +152,7 @@ class _Job:
     quantisation: Quantisation | None
     directory: RunDirectory
     files: dict[str, list[dict[str, Any]]]
+    room: Needed
 
     def write_config(
         self, training: Training | None = None, saved: Mapping[str, Any] | None = None
@@ -195,7 +200,7 @@ class _Job:
             record["saved"] = dict(saved)
         # As a recipe, the file must not make a later run replace this one.
         options = replace(self.settings, overwrite=False).as_options()
-        write_yaml(self.directory / CONFIG, mask({**options, "run": record}))
+        write_yaml(self.directory / CONFIG, {**options, "run": record})
 
     def _meaning(self, training: Training) -> str:
         """What the routing came to, in words; empty without routing."""
@@ -220,25 +225,37 @@ class _Job:
         except InputError as error:  # such as records that are all too long
             raise _UnusableDataError(str(error)) from error
         training = run_training(
-            self.base, self.data, self.settings, self.arguments, self.directory, self.reporter
+            self.base,
+            self.data,
+            self.settings,
+            self.arguments,
+            self.directory,
+            self.reporter,
+            self.room,
         )
         if training.trained_parameters != self.plan.trained_parameters:  # known to EVA only now
             self.plan = replace(self.plan, trained_parameters=training.trained_parameters)
-        self.write_config(training)
         meaning = routed = self._meaning(training)
         if training.routing is not None:
             routed = f"{routing_shares_text(training.routing)} {meaning}"
         description = self.task.description()
         card = model_card(self.settings, description, before, after=None, routing=routed)
-        stored = save_model(
-            training.model,
-            self.base,
-            self.storing,
-            card,
-            model_path,
-            start_dtype=self._start_dtype(),
-            halves_path=self.directory / LOW_HALVES,
-        )
+        try:
+            # Before anything else is written: of what may fail, only this is lost with the process.
+            stored = save_model(
+                training.model,
+                self.base,
+                self.storing,
+                card,
+                model_path,
+                start_dtype=self._start_dtype(),
+                halves_path=self.directory / LOW_HALVES,
+                keep=Keep.of(self.settings),
+            )
+        except SaveError:
+            with suppress(OSError):
+                self.write_config(training)
+            raise
         saved_record = self._saved_record(stored)
         self.write_config(training, saved_record)
 
@@ -330,16 +347,25 @@ def _kept(directory: RunDirectory) -> str:
     return f" The earlier run is kept in {directory.replaced}." if directory.replaced else ""
 
 
-def _write_traceback(directory: RunDirectory) -> Path:
-    """Write the current traceback into the run; elsewhere if that cannot be written any more."""
-    text = traceback.format_exc()
+def _trained(directory: RunDirectory) -> str:
+    """Where the trained model is, if what failed came after it was saved."""
+    model = directory / MODEL
+    return f" The trained model is whole in {model}." if (model / "config.json").is_file() else ""
+
+
+def _write_traceback(directory: RunDirectory) -> Path | None:
+    """Write the current traceback into the run, or elsewhere; return where, None for nowhere."""
+    text = mask_text(traceback.format_exc())
     log = directory / ERROR_LOG
     try:
-        log.write_text(text, encoding="utf-8")
+        write_text(log, text)
     except OSError:
-        with tempfile.NamedTemporaryFile(
-            "w", prefix="molf-error-", suffix=".log", delete=False, encoding="utf-8"
-        ) as file:
-            file.write(text)
+        try:
+            with tempfile.NamedTemporaryFile(
+                "w", prefix="molf-error-", suffix=".log", delete=False, encoding="utf-8"
+            ) as file:
+                file.write(text)
+        except OSError:
+            return None
         return Path(file.name)
     return log

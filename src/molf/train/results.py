@@ -12,10 +12,14 @@ from typing import Any
 from filelock import FileLock
 
 from molf.errors import InputError
+from molf.masking import mask_text
 from molf.tasks.files import first_line
 from molf.train.files import replacing_file
 
 RESULTS = "results.csv"
+
+_FORMULAS = ("=", "+", "-", "@", "\uff1d", "\uff0b", "\uff0d", "\uff20")
+"""What a formula begins with; the last four are the same in full width."""
 
 
 def check_results(path: Path) -> None:
@@ -50,6 +54,7 @@ def append_result(path: Path, row: Mapping[str, Any]) -> None:
         OSError: The file or its folder cannot be written.
         ValueError: It is no table.
     """
+    row = {name: as_cell(value) for name, value in row.items()}
     with FileLock(path.with_name(f".{path.name}.lock")):
         columns, rows = _read(path)
         columns += [name for name in row if name not in columns]
@@ -60,6 +65,17 @@ def append_result(path: Path, row: Mapping[str, Any]) -> None:
             writer = csv.DictWriter(file, columns, restval="")
             writer.writeheader()
             writer.writerows([*(other for other in rows if other["run"] != row["run"]), row])
+
+
+def as_cell(value: Any) -> Any:
+    """A value for a table: a text that a spreadsheet would compute gets an apostrophe in front.
+
+    Secrets are masked. Line breaks and characters that cannot be seen are written as escapes.
+    """
+    if not isinstance(value, str):
+        return value
+    text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in mask_text(value))
+    return f"'{text}" if text.lstrip()[:1] in _FORMULAS else text
 
 
 def _read(path: Path) -> tuple[list[str], list[dict[str, str]]]:

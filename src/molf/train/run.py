@@ -6,6 +6,7 @@ from datetime import datetime
 from typing import TYPE_CHECKING
 
 from molf.evaluate import read_plain_text
+from molf.masking import learn
 from molf.paths import check_inputs_outside
 from molf.tasks import Task, load_task
 from molf.train.model_path import check_model, check_quantisation
@@ -13,7 +14,7 @@ from molf.train.progress import Reporter, make_reporter
 from molf.train.resolved import ResolvedSettings, resolve
 from molf.train.result import RunResult
 from molf.train.results import RESULTS, check_results
-from molf.train.run_directory import check_output
+from molf.train.run_directory import check_fallback, check_output
 from molf.train.settings import TrainSettings
 from molf.train.training_data import warn_of_equal_data
 
@@ -68,10 +69,12 @@ def dry_run(settings: TrainSettings, reporter: Reporter | None = None) -> DryRun
 
 def _opened(settings: TrainSettings, started: datetime) -> tuple[ResolvedSettings, Task, str]:
     """What can be checked at once: options, model, output directory and data."""
+    learn(vars(settings))
     resolved = resolve(settings, started)
     check_quantisation(resolved)
     check_model(resolved.model)
     check_output(resolved.output_dir, overwrite=resolved.overwrite)
+    check_fallback(resolved.fallback_dir)
     inputs = ("model", "data", "eval_data", "forgetting_data")
     check_inputs_outside(resolved.output_dir, {name: getattr(resolved, name) for name in inputs})
     check_results(resolved.output_dir.parent / RESULTS)
