@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from itertools import chain
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,16 +12,14 @@ from torch.optim import Optimizer
 
 from molf.core.accumulation import accumulate_in_float32
 from molf.core.adam import gradient
-from molf.core.dense import DenseTensor
 from molf.core.executor import Executor
 from molf.core.executors import executor_of
 from molf.core.fidelity import UpdateFidelity, UpdateTally
 from molf.core.groups import check_group, name_by_place, parameter_name
-from molf.core.guard import Guarded, NonFiniteError, bad_gradients, unusable
+from molf.core.guard import NonFiniteError, unusable
 from molf.core.hyper_parameters import readable, separate, storable
 from molf.core.in_backward import (
     BackwardSteps,
-    Unit,
     check_in_backward,
     check_no_float16,
     check_no_scaler,
@@ -36,8 +33,9 @@ from molf.core.kernels import (
 from molf.core.loading import loadable
 from molf.core.moments import block_of_8bit, check_state_dtype
 from molf.core.offload import StateOffload
+from molf.core.one_by_one import take_one_by_one
 from molf.core.processes import check_processes
-from molf.core.routed import RoutedLayer, States
+from molf.core.routed import States
 from molf.core.step import Outcome, take_step
 from molf.core.storage import (
     LOW,
@@ -47,6 +45,7 @@ from molf.core.storage import (
     rounding_of,
     stored_values,
 )
+from molf.core.unit import PlainUnit, Unit, UnitKey
 from molf.core.warn import warn
 
 _log = logging.getLogger(__name__)
@@ -279,7 +278,7 @@ class AdamW(Optimizer):
         if self._backward is None:
             has_gradient = any(p.grad is not None for p in self._parameters())
             self._begin()
-            taken = self._take(range(len(self.param_groups)))
+            taken = self._take(self._units())
         else:
             has_gradient, taken = self._backward.finish() > 0, True
             self._take_over(self._backward.owner)
@@ -335,29 +334,30 @@ class AdamW(Optimizer):
         if self._offload is not None:
             self._offload.end_step()
 
-    def _take(self, indices: Iterable[int], position: int | None = None) -> bool:
-        """Step the parameters of some groups that have gradients; of all, or of one place.
+    def _take(self, units: Iterable[Unit]) -> bool:
+        """Step the units that have gradients.
 
         Returns:
             Whether it was done; it may be skipped.
         """
-        routed, rest = self._routed(indices), self._rest(indices, position)
+        units = [unit for unit in units if unit.takes_part()]
         required, self._required = self._required, {}
-        self._check_kinds([p for group in routed for p in group["params"]])
-        self._check_kinds([one.parameter for one in rest])
+        self._check_kinds(units)
         if self._offload is None:
-            outcome = self._step(routed, rest, self.state, required)
+            outcome = take_step(units, self.state, self.executor, self._tally, required)
         else:
-            outcome = self._step_one_by_one(routed, rest, self._offload, required)
+            outcome = take_one_by_one(
+                units, self.state, self._offload, self.executor, self._tally, required
+            )
         if outcome.is_refused:
             self._settled_state()  # the caller may catch the error and read it
             self._refuse(outcome.bad, {name: required[name] for name in outcome.wrong})
         self._finish(outcome)
         return not outcome.is_refused
 
-    def _check_kinds(self, parameters: Sequence[Tensor]) -> None:
+    def _check_kinds(self, units: Iterable[Unit]) -> None:
         """Refuse, by name, gradients of a kind that no step can use."""
-        for parameter in parameters:
+        for parameter in (p for unit in units for p in unit.parameters):
             if parameter.grad is not None and (reason := unusable(parameter)):
                 raise RuntimeError(f"The gradient of {self._name_of(parameter)} {reason}")
 
@@ -377,84 +377,24 @@ class AdamW(Optimizer):
                 "comes between zero_grad() and step(). Later steps like this one are not reported."
             )
 
-    def _step(
-        self,
-        routed: Sequence[dict[str, Any]],
-        rest: Sequence[_Unrouted],
-        states: States,
-        required: Mapping[str, Tensor] | None = None,
-    ) -> Outcome:
-        """Step groups that are routed layers, and other parameters."""
-        others = [DenseTensor(p, group, states[p], name) for p, group, name in rest]
-        layers = [self._layer(group, states) for group in routed]
-        return take_step(layers, others, self.executor, self._tally, required)
+    def _units(self) -> Iterator[Unit]:
+        """All units of the groups as they are now."""
+        for number, group in enumerate(self.param_groups):
+            yield from self._units_of(number, readable(group))
 
-    def _step_one_by_one(
-        self,
-        routed: Sequence[dict[str, Any]],
-        rest: Sequence[_Unrouted],
-        offload: StateOffload,
-        required: Mapping[str, Tensor],
-    ) -> Outcome:
-        """The same, each with its state on the device while it takes its step.
-
-        Gradients, and what factors would make of them, are checked before anything moves.
-        """
-        wrong = [name for name, number in required.items() if not number.isfinite()]
-        parts = [_Part([group], [], group["params"]) for group in routed]
-        parts += [_Part([], [other], [other.parameter]) for other in rest]
-        if len(parts) > 1:
-            of_layers = (one for group in routed for one in self._gradients(group))
-            of_others = (Guarded(other.parameter) for other in rest)
-            bad = bad_gradients(chain(of_layers, of_others), self.executor.squares)
-            if bad:
-                return Outcome({}, bad, wrong)
-        if wrong:
-            return Outcome({}, [], wrong)
-
-        def step_alone(part: _Part) -> Outcome:  # a function: what is lent must not outlive it
-            with offload.lent(self.state, part.parameters) as states:
-                return self._step(part.routed, part.rest, states)
-
-        outcomes = [step_alone(part) for part in parts]
-        return Outcome(
-            {name: one for outcome in outcomes for name, one in outcome.routing.items()},
-            [parameter for outcome in outcomes for parameter in outcome.bad],
-        )
-
-    def _take_and_free(self, unit: Unit) -> None:
-        """Step a routed layer, or another parameter, and free its gradients."""
-        number, *position = unit
-        self._take([number], *position)
-        parameters = self.param_groups[number]["params"]
-        for parameter in [parameters[i] for i in position] or parameters:
-            parameter.grad = None
-
-    def _group(self, index: int) -> dict[str, Any]:
-        """A group as a step reads it."""
-        return readable(self.param_groups[index])
-
-    def _routed(self, indices: Iterable[int]) -> list[dict[str, Any]]:
-        """Those of some groups that are routed layers and have gradients: none here."""
-        return []
-
-    def _layer(self, group: dict[str, Any], states: States) -> RoutedLayer:
-        """A group's routed layer."""
-        raise NotImplementedError("AdamW routes nothing")
-
-    def _gradients(self, group: dict[str, Any]) -> list[Guarded]:
-        """What a step of a routed layer uses, read where its state lives."""
-        raise NotImplementedError("AdamW routes nothing")
-
-    def _rest(self, indices: Iterable[int], position: int | None) -> list[_Unrouted]:
-        """The parameters of some groups that have a gradient and are not routed."""
+    def _units_of(self, number: int, group: dict[str, Any]) -> list[Unit]:
+        """The units of a group: here every parameter is one."""
         return [
-            _Unrouted(parameter, group, self._name(number, place))
-            for number, group in ((i, self._group(i)) for i in indices)
-            if group["layer"] is None
-            for place, parameter in enumerate(group["params"])
-            if parameter.grad is not None and position in (None, place)
+            PlainUnit(UnitKey(number, position), group, [parameter])
+            for position, parameter in enumerate(group["params"])
         ]
+
+    def _take_and_free(self, key: UnitKey) -> None:
+        """Step a unit and free its gradients."""
+        units = self._units_of(key.group, readable(self.param_groups[key.group]))
+        unit = units[key.position or 0]
+        self._take([unit])
+        unit.free_gradients()
 
     def _finish(self, outcome: Outcome) -> None:
         """Keep what a subclass wants of a step."""
@@ -698,22 +638,6 @@ class AdamW(Optimizer):
                 del self._backward
                 self._prepare()
             self._follow()
-
-
-class _Unrouted(NamedTuple):
-    """A parameter that takes plain AdamW steps, its group, and its name."""
-
-    parameter: Tensor
-    group: dict[str, Any]
-    name: str
-
-
-class _Part(NamedTuple):
-    """A routed layer, or another parameter: what takes a step together."""
-
-    routed: list[dict[str, Any]]
-    rest: list[_Unrouted]
-    parameters: list[Tensor]
 
 
 def _plain(state: dict[str, Any]) -> dict[str, Any]:

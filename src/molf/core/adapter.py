@@ -16,7 +16,7 @@ from torch import Tensor
 
 from molf.core.adam import gradient
 from molf.core.blocks import Blocks
-from molf.core.devices import CanRead, is_host_memory
+from molf.core.devices import CanRead
 from molf.core.factors import owned_by, per_rank, split_factors
 from molf.core.groups import parameter_name
 from molf.core.guard import Guarded
@@ -33,9 +33,7 @@ class AdapterLayer(RoutedLayer):
     (float64 for float64 adapters) and those of the paper's A_i and B_i, not of the stored columns.
     """
 
-    def __init__(
-        self, group: dict[str, Any], states: States, can_read: CanRead = is_host_memory
-    ) -> None:
+    def __init__(self, group: dict[str, Any], states: States) -> None:
         *dense, self.lora_A, self.lora_B = group["params"]
         self.states = states[self.lora_A], states[self.lora_B]
         for parameter, state in zip((self.lora_A, self.lora_B), self.states, strict=True):
@@ -44,6 +42,11 @@ class AdapterLayer(RoutedLayer):
                 state.update(moment_state(parameter))
         self._stored = _stored_factors(group, states)
         super().__init__(group, states, dense_tensors(group, dense, states))
+
+    @classmethod
+    def open(cls, group: dict[str, Any], states: States, can_read: CanRead) -> AdapterLayer:
+        """Return the layer of a group; state that is missing is made."""
+        return cls(group, states)
 
     @classmethod
     def takes_part(cls, group: dict[str, Any]) -> bool:

@@ -48,6 +48,11 @@ class FoldedLayer(RoutedLayer):
         super().__init__(group, states, dense_tensors(group, group["params"], states))
 
     @classmethod
+    def open(cls, group: dict[str, Any], states: States, can_read: CanRead) -> FoldedLayer:
+        """Return the layer of a group; state that is missing is made."""
+        return cls(group, states, can_read)
+
+    @classmethod
     def takes_part(cls, group: dict[str, Any]) -> bool:
         """Whether the weight has a gradient; the bias may have none.
 

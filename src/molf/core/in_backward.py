@@ -17,10 +17,8 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakIdKeyDictionary
 
+from molf.core.unit import Unit, UnitKey
 from molf.core.warn import warn
-
-Unit = tuple[int, ...]
-"""Number of a parameter group and, where it is not routed, a parameter's position in it."""
 
 _watchers: Any = WeakIdKeyDictionary()  # parameter: weak reference to the BackwardSteps it is with
 
@@ -28,12 +26,13 @@ _watchers: Any = WeakIdKeyDictionary()  # parameter: weak reference to the Backw
 class Stepper(Protocol):
     """The optimizer, as far as its hooks know it."""
 
-    param_groups: list[dict[str, Any]]
-
     def _begin(self) -> None:
         """Called with the first gradient of a backward pass."""
 
-    def _take_and_free(self, unit: Unit) -> None:
+    def _units(self) -> Iterator[Unit]:
+        """All units of the groups as they are now."""
+
+    def _take_and_free(self, key: UnitKey) -> None:
         """Step a unit and free its gradients."""
 
 
@@ -53,8 +52,8 @@ class BackwardSteps:
         self._lost: Any = WeakIdKeyDictionary()  # parameter: weak reference to who has it now
         self._handles: list[RemovableHandle] = []
         self._watched: list[Tensor] = []
-        self._ready: dict[Unit, set[int]] = {}
-        self._taken: set[Unit] = set()
+        self._ready: dict[UnitKey, set[int]] = {}
+        self._taken: set[UnitKey] = set()
         # Held while a unit takes its step: that waits for its device, so other threads would run.
         self._turn = threading.RLock()
         weakref.finalize(self, _remove, self._handles).atexit = False
@@ -87,7 +86,8 @@ class BackwardSteps:
 
     def watch(self) -> None:
         """Put hooks on the parameters that are in the groups now, where they are not already."""
-        parameters = [p for _, members in self._units() for p in members]
+        units = list(self._units())
+        parameters = [p for unit in units for p in unit.parameters]
         if len(parameters) == len(self._watched) and all(
             new is old for new, old in zip(parameters, self._watched, strict=True)
         ):
@@ -99,10 +99,10 @@ class BackwardSteps:
         self._handles += [
             # Hooks live as long as their parameters, which may be longer than the optimizer.
             parameter.register_post_accumulate_grad_hook(
-                partial(_on_gradient, weakref.ref(self), unit, members)
+                partial(_on_gradient, weakref.ref(self), unit.key, unit.parameters)
             )
-            for unit, members in self._units()
-            for parameter in members
+            for unit in units
+            for parameter in unit.parameters
             if parameter.requires_grad
         ]
 
@@ -126,9 +126,10 @@ class BackwardSteps:
         try:
             if not self.is_open:
                 self._owner()._begin()
-            for unit, members in list(self._units()):
-                if unit not in self._taken and any(p.grad is not None for p in members):
-                    self._take(unit)
+            for unit in list(self._units()):
+                has_gradient = any(p.grad is not None for p in unit.parameters)
+                if has_gradient and unit.key not in self._taken:
+                    self._take(unit.key)
             moved = self.count()
         finally:
             self.close()
@@ -149,32 +150,23 @@ class BackwardSteps:
         assert optimizer is not None, "what holds this is an optimizer"
         return optimizer
 
-    def _groups(self) -> list[dict[str, Any]]:
-        return self._owner().param_groups
-
-    def _units(self) -> Iterator[tuple[Unit, list[Tensor]]]:
-        for number, group in enumerate(self._groups()):
-            if group["layer"] is not None:
-                if not self._has_lost(group["params"]):
-                    yield (number,), group["params"]
-            else:
-                for position, parameter in enumerate(group["params"]):
-                    if not self._has_lost([parameter]):
-                        yield (number, position), [parameter]
+    def _units(self) -> Iterator[Unit]:
+        """The optimizer's units, as far as no other optimizer has them."""
+        return (unit for unit in self._owner()._units() if not self._has_lost(unit.parameters))
 
     def _has_lost(self, members: list[Tensor]) -> bool:
         """Whether another optimizer that is alive has one of these parameters."""
         return bool(self._lost) and any(self._lost.get(p, _nobody)() is not None for p in members)
 
-    def _take(self, unit: Unit) -> None:
-        self._owner()._take_and_free(unit)
-        self._taken.add(unit)
+    def _take(self, key: UnitKey) -> None:
+        self._owner()._take_and_free(key)
+        self._taken.add(key)
 
-    def _on_gradient(self, unit: Unit, members: list[Tensor], parameter: Tensor) -> None:
+    def _on_gradient(self, key: UnitKey, members: list[Tensor], parameter: Tensor) -> None:
         try:
             if not self.is_open:
                 self._owner()._begin()
-            ready = self._ready.setdefault(unit, set())
+            ready = self._ready.setdefault(key, set())
             if id(parameter) in ready:
                 raise RuntimeError(
                     "A second gradient of a parameter before optimizer.step(): with "
@@ -186,7 +178,7 @@ class BackwardSteps:
             ready.add(id(parameter))
             if len(ready) == sum(member.requires_grad for member in members):
                 with torch.no_grad():
-                    self._take(unit)
+                    self._take(key)
         except BaseException:
             self.close()
             raise
@@ -194,13 +186,13 @@ class BackwardSteps:
 
 @torch._disable_dynamo
 def _on_gradient(
-    steps: weakref.ref[BackwardSteps], unit: Unit, members: list[Tensor], parameter: Tensor
+    steps: weakref.ref[BackwardSteps], key: UnitKey, members: list[Tensor], parameter: Tensor
 ) -> None:
     """Tell what watches a parameter, if it and an optimizer are alive, of its gradient."""
     alive = steps()
     if alive is not None and alive.owner is not None:
         with alive._turn:
-            alive._on_gradient(unit, members, parameter)
+            alive._on_gradient(key, members, parameter)
 
 
 def _remove(handles: list[RemovableHandle]) -> None:

@@ -9,17 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from molf.core.adamw import AdamW
-from molf.core.adapter import AdapterLayer
 from molf.core.config import MoLFConfig
-from molf.core.folded import FoldedLayer
 from molf.core.groups import build_groups, cover
-from molf.core.guard import Guarded
 from molf.core.hyper_parameters import readable
 from molf.core.owners import Owners, without_gradient
 from molf.core.quantised import keep_differentiable
-from molf.core.routed import RoutedLayer, States
 from molf.core.routing import Decision
 from molf.core.step import Outcome
+from molf.core.unit import LayerUnit, Unit, UnitKey, form_of
 from molf.core.unrouted import Coverage
 from molf.core.warn import warn
 
@@ -252,19 +249,11 @@ class MoLFAdamW(AdamW):
                 what += f" {self._owners.why_without_gradient([groups[x] for x in missing])}"
         warn(what)
 
-    def _routed(self, indices: Iterable[int]) -> list[dict[str, Any]]:
-        """Those of some groups that are routed layers and have gradients."""
-        indices = [i for i in indices if self.param_groups[i]["layer"] is not None]
-        routed = (self._group(index) for index in indices)
-        return [group for group in routed if _form_of(group).takes_part(group)]
-
-    def _layer(self, group: dict[str, Any], states: States) -> RoutedLayer:
-        """A group's routed layer, in the form that its LoRA experts have."""
-        return _form_of(group)(group, states, self.executor.can_read)
-
-    def _gradients(self, group: dict[str, Any]) -> list[Guarded]:
-        """What a step of a routed layer uses, read where its state lives."""
-        return _form_of(group).gradients_of(group, self.state)
+    def _units_of(self, number: int, group: dict[str, Any]) -> list[Unit]:
+        """The units of a group: a routed layer is one."""
+        if group["layer"] is None:
+            return super()._units_of(number, group)
+        return [LayerUnit(UnitKey(number, None), group, group["params"])]
 
     def _finish(self, outcome: Outcome) -> None:
         self.routing |= outcome.routing
@@ -278,7 +267,7 @@ class MoLFAdamW(AdamW):
             ValueError: No routed layer has this name.
         """
         group = self._group_of(layer)
-        return _form_of(group).read_factors(group, self._settled_state())
+        return form_of(group).read_factors(group, self._settled_state())
 
     def set_lora_factors(self, layer: str, factors: Sequence[tuple[Tensor, Tensor]]) -> None:
         """Replace a layer's factors.
@@ -305,7 +294,7 @@ class MoLFAdamW(AdamW):
             torch.cat([B.to(own) for _, B in factors], 1),
         )
         with torch.no_grad():
-            _form_of(group).write_factors(group, self._settled_state(), *stacked)
+            form_of(group).write_factors(group, self._settled_state(), *stacked)
             if self._offload is not None:  # what was made is beside the parameters
                 self._offload.keep_all({p: self.state.get(p, {}) for p in group["params"]})
 
@@ -333,8 +322,3 @@ class MoLFAdamW(AdamW):
             f"lora_lr={[first['lr'] * ratio for ratio in first['lora_lr_ratios']]}, "
             f"{rest} other parameters)"
         )
-
-
-def _form_of(group: dict[str, Any]) -> type[FoldedLayer] | type[AdapterLayer]:
-    """Where a layer's LoRA experts live: in the state of its weight, or in a PEFT adapter."""
-    return AdapterLayer if group.get("adapter_scaling") is not None else FoldedLayer

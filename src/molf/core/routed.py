@@ -13,6 +13,7 @@ from molf.core.adam import AdamWStep, finish_score
 from molf.core.blocks import Blocks
 from molf.core.config import lora_expert_names
 from molf.core.dense import DenseTensor
+from molf.core.devices import CanRead
 from molf.core.groups import parameter_name
 from molf.core.guard import Guarded
 from molf.core.operations import LayerWrites
@@ -53,6 +54,17 @@ class RoutedLayer(ABC):
         self.gradients = self.gradients_of(group, states)
         names = lora_expert_names(group["ranks"])
         self.experts = ("full", *names) if dense else names
+
+    @classmethod
+    @abstractmethod
+    def open(cls, group: dict[str, Any], states: States, can_read: CanRead) -> RoutedLayer:
+        """Return the layer of a group; state that is missing is made.
+
+        Args:
+            group: The layer's parameter group.
+            states: Of its parameters.
+            can_read: Whether the host reads a tensor on a device without waiting.
+        """
 
     @classmethod
     @abstractmethod

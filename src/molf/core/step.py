@@ -1,4 +1,4 @@
-"""One optimizer step over any routed layers and any other tensors: the order of things."""
+"""One optimizer step: check gradients, update moments, choose winners, write."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ from molf.core.executor import Executor
 from molf.core.fidelity import UpdateTally
 from molf.core.guard import FiniteGuard, Guarded, fits
 from molf.core.precision import full_precision
-from molf.core.routed import RoutedLayer
+from molf.core.routed import RoutedLayer, States
 from molf.core.routing import Decision
+from molf.core.unit import Unit
 
 
 class Outcome(NamedTuple):
@@ -39,20 +40,20 @@ class Outcome(NamedTuple):
 
 
 def take_step(
-    layers: Sequence[RoutedLayer],
-    plain: Sequence[DenseTensor],
+    units: Sequence[Unit],
+    states: States,
     executor: Executor,
     tally: UpdateTally | None = None,
     required: Mapping[str, Tensor] | None = None,
 ) -> Outcome:
-    """Step routed layers and tensors that are not routed; all of them have gradients.
+    """Step units that all have gradients.
 
     The host waits for the device once, for the checks of all gradients and the scores of all
     layers.
 
     Args:
-        layers: The routed layers.
-        plain: Tensors that take a plain AdamW step.
+        units: Routed layers and other tensors.
+        states: The state of their parameters; filled here where it is empty.
         executor: Runs the operations.
         tally: Counts the losses of rounding, if given.
         required: Further numbers that must be finite for the step to happen, 0-dim, by name.
@@ -62,10 +63,13 @@ def take_step(
             has changed.
         ValueError: The executor cannot take a parameter or gradient; nothing was written.
     """
+    if not units:
+        return Outcome({}, [])
+    opened = [unit.open(states, executor.can_read) for unit in units]
+    layers = [one for one in opened if isinstance(one, RoutedLayer)]
+    plain = [one for one in opened if isinstance(one, DenseTensor)]
     gradients = [one for layer in layers for one in layer.gradients]
     gradients += [Guarded(tensor.parameter) for tensor in plain]
-    if not gradients:
-        return Outcome({}, [])
     required = required or {}
     executor.check(layers, plain)
     with full_precision({one.parameter.device.type for one in gradients}):
