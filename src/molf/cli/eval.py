@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import os
+import sys
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
+from molf.console import OutputError, result_on_disk
 from molf.errors import InputError
 from molf.evaluate.harness import PREFIX
 from molf.tasks import TASKS, TaskOptions, check_task
 from molf.train.converters import words
 from molf.train.settings import DATA, EVALUATION, OUTPUT
+
+if TYPE_CHECKING:
+    from molf.evaluate import Evaluation
 
 
 @Parameter(name="*")
@@ -142,13 +148,28 @@ def evaluate_model(
         config: A YAML file of these options; the command line wins over it.
     """
     from molf.cli.evaluation import evaluate_checkpoint, score_saved_texts
-    from molf.cli.summary import print_evaluations
 
     if options.predictions is not None:
         if model is not None:
             warnings.warn(f"Saved texts are scored; {model} is not used.", stacklevel=1)
-        print_evaluations(score_saved_texts(options))
+        _print(score_saved_texts(options), options.output_dir)
     elif model is not None:
-        print_evaluations(evaluate_checkpoint(model, options))
+        _print(evaluate_checkpoint(model, options), options.output_dir)
     else:
         raise InputError("Give a model, or --predictions FILE with saved texts; given: neither.")
+
+
+def _print(evaluations: Mapping[str, Evaluation], written_to: Path | None) -> None:
+    """Print evaluations; to standard error where standard output fails and no file has them."""
+    from molf.cli.summary import print_evaluations
+
+    if written_to is not None:
+        with result_on_disk(f"The evaluation in {written_to} is complete"):
+            print_evaluations(evaluations)
+        return
+    try:
+        print_evaluations(evaluations)
+        sys.stdout.flush()
+    except OutputError:
+        print_evaluations(evaluations, stderr=True)
+        raise

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from molf.cli.eval import EvalOptions
+from molf.console import console_that_may_break
 from molf.errors import InputError
 from molf.evaluate import Evaluation, EvaluationSettings, evaluate, read_plain_text
 from molf.evaluate.harness import PREFIX, Harness
@@ -15,12 +16,15 @@ from molf.paths import check_inputs_outside, check_path
 from molf.tasks import Task, load_task
 from molf.tasks.files import Record, read_json
 from molf.train.files import write_json, write_jsonl
+from molf.train.locks import InUseError, Lock
 from molf.train.model_path import check_model
 from molf.train.ownership import AN_EVALUATION, EVALUATION, PREDICTIONS, predictions_in
 from molf.train.progress import make_reporter
 from molf.train.result import evaluation_record
 from molf.train.run_directory import check_output
 from molf.train.training_data import warn_of_other_splitting, warn_of_training_data
+
+_LOCK_SECONDS = 10.0  # another evaluation writes its files in less
 
 
 def evaluate_checkpoint(model: str, options: EvalOptions) -> dict[str, Evaluation]:
@@ -46,7 +50,7 @@ def evaluate_checkpoint(model: str, options: EvalOptions) -> dict[str, Evaluatio
 
     from molf.train.libraries import quiet_libraries
 
-    with quiet_libraries():
+    with console_that_may_break(), quiet_libraries():
         import torch
 
         from molf.train.model_loading import load_model, move
@@ -139,6 +143,14 @@ def _write(options: EvalOptions, evaluations: Mapping[str, Evaluation]) -> None:
         return
     _check_output(options)  # the evaluation may have taken hours
     directory.mkdir(parents=True, exist_ok=True)
+    try:
+        with Lock(directory, wait=_LOCK_SECONDS):
+            _write_files(directory, evaluations)
+    except InUseError as error:
+        raise InputError(f"output_dir {directory} is in use by another process.") from error
+
+
+def _write_files(directory: Path, evaluations: Mapping[str, Evaluation]) -> None:
     earlier = predictions_in(directory)
     records, written = [], []
     for name, evaluation in evaluations.items():

@@ -8,6 +8,7 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
+from molf.console import console_that_may_break, result_on_disk
 from molf.errors import InputError
 from molf.train.settings import DTYPES, SAVE_ROUNDINGS
 
@@ -47,10 +48,10 @@ def export_run(
     from molf.train.finished_run import read_run
 
     finished = read_run(run)
-    finished.check(what)
     from molf.train.libraries import quiet_libraries
 
-    with quiet_libraries():
+    with finished.reading(), console_that_may_break(), quiet_libraries():
+        finished.check(what)
         from molf.train.export import export_adapter, export_model
 
         if what == "model":
@@ -59,4 +60,5 @@ def export_run(
             )
         else:
             path = export_adapter(finished, dtype, output_dir, overwrite=overwrite)
-    sys.stdout.write(f"{path}\n")
+    with result_on_disk(f"The export to {path} is complete"):
+        sys.stdout.write(f"{path}\n")

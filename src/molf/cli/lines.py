@@ -5,12 +5,14 @@ from __future__ import annotations
 import sys
 from typing import TextIO
 
+from molf.console import silenced
+
 _LONGEST = 2000  # characters; input that is quoted may have any number of them
 
 
 def say(kind: str, text: str, file: TextIO | None = None) -> None:
     """Write `molf: KIND: TEXT` as one line, to standard error unless another file is given."""
-    (file or sys.stderr).write(f"molf: {kind}: {one_line(text)}\n")
+    silenced(file or sys.stderr).write(f"molf: {kind}: {one_line(text)}\n")
 
 
 def one_line(text: str) -> str:

@@ -13,7 +13,6 @@ from molf.evaluate.meanings import meanings
 from molf.train.model_card import show_metric
 from molf.train.ownership import ADAPTER, LOW_HALVES, MODEL
 from molf.train.result import RunResult
-from molf.train.results import RESULTS
 from molf.train.saved_text import show_saved
 
 
@@ -60,16 +59,18 @@ def print_summary(result: RunResult) -> None:
             else []
         ),
         f"run      {result.directory}",
-        f"compare  {result.directory.parent / RESULTS}",
+        *([f"compare  {result.results}"] if result.results is not None else []),
     ]
+    if result.silenced:
+        lines.append(f"silent   progress was shown until standard error broke: {result.silenced}")
     if result.shares:
         lines.append(f"decided  molf routing {result.directory}")
     _print_lines(console, [*_notes(result.after), *lines])
 
 
-def print_evaluations(evaluations: Mapping[str, Evaluation]) -> None:
-    """Print the metrics of each task in a table of its own to standard output."""
-    console = Console(markup=False)
+def print_evaluations(evaluations: Mapping[str, Evaluation], *, stderr: bool = False) -> None:
+    """Print the metrics of each task in a table of its own to standard output, or error."""
+    console = Console(markup=False, stderr=stderr)
     for name, evaluation in evaluations.items():
         table = Table(title=name, title_justify="left")
         table.add_column("metric")

@@ -5,13 +5,13 @@ from __future__ import annotations
 import hashlib
 import http.client
 import os
-import tempfile
 import urllib.parse
 import urllib.request
 from pathlib import Path
 
 from molf.errors import InputError
 from molf.tasks.files import SUFFIXES, first_line
+from molf.train.files import replacing_file
 
 _TIMEOUT = 60  # seconds without an answer
 
@@ -72,11 +72,5 @@ def download(url: str, option: str) -> Path:
 def _keep(content: bytes, target: Path) -> None:
     """Write a file beside its place and rename it: half of one must not look like the whole."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=target.parent, delete=False) as partial:
-        try:
-            partial.write(content)
-            partial.flush()
-            os.replace(partial.name, target)
-        except BaseException:
-            os.unlink(partial.name)
-            raise
+    with replacing_file(target) as partial:
+        partial.write_bytes(content)

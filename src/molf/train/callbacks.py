@@ -107,14 +107,14 @@ class MetricsCallback(TrainerCallback):
     """Appends each of the trainer's log entries to `metrics.jsonl`, and shows it.
 
     Args:
-        path: The file.
+        path: Tells where the file is, each time that a line is written.
         show: Shows a step, and its log entry if it has one.
         without: Figures of the trainer's that mean nothing in this run.
     """
 
     def __init__(
         self,
-        path: Path,
+        path: Callable[[], Path],
         show: Callable[[int, dict[str, Any] | None], None],
         without: tuple[str, ...] = (),
     ) -> None:
@@ -143,7 +143,7 @@ class MetricsCallback(TrainerCallback):
             return
         logs = {name: value for name, value in logs.items() if name not in self._without}
         record = {"step": state.global_step, **{k: _as_json(v) for k, v in logs.items()}}
-        with self._path.open("a", encoding="utf-8") as file:
+        with self._path().open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
         self._show(state.global_step, logs)
 

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import random
-import tempfile
 import time
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +16,7 @@ from molf.plan.quantised_base import planned_as
 from molf.plan.workload import METHODS, Workload
 from molf.tasks import Task
 from molf.tasks.encoding import EncodedSamples
+from molf.train.files import scratch_directory
 from molf.train.methods import TrainingData, plan
 from molf.train.opening import Opening, open_training
 from molf.train.progress import Reporter
@@ -92,10 +91,10 @@ def rehearse(settings: ResolvedSettings, task: Task, reporter: Reporter) -> DryR
         steps = count_steps(opening.arguments, round(len(samples) * examples / len(drawn)))
     made = plan(base.model, settings, TrainingData(encoded, drawn_steps))
     check_saving(base, settings, made, steps)
-    with tempfile.TemporaryDirectory(prefix="molf-dry-run-") as scratch:
+    with scratch_directory("dry-run") as scratch:
         short = replace(
             settings,
-            output_dir=Path(scratch) / "run",
+            output_dir=scratch / "run",
             max_steps=short_steps,
             warmup_ratio=0.0,
             save_steps=None,
@@ -108,15 +107,16 @@ def rehearse(settings: ResolvedSettings, task: Task, reporter: Reporter) -> DryR
         planned, at_limit = _planned(opening, longest, settings, arguments)
         watch = _Watch(arguments.device)
         try:
-            run_training(
-                base,
-                TrainingData(longest, short_steps),
-                short,
-                arguments,
-                RunDirectory(short.output_dir, overwrite=False),
-                reporter,
-                callbacks=[watch],
-            )
+            with RunDirectory(short.output_dir, overwrite=False) as directory:
+                run_training(
+                    base,
+                    TrainingData(longest, short_steps),
+                    short,
+                    arguments,
+                    directory,
+                    reporter,
+                    callbacks=[watch],
+                )
         finally:
             watch.stop()
     on_cuda = arguments.device.type == "cuda"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,8 @@ import yaml
 
 from molf.errors import InputError
 from molf.paths import check_path
+from molf.train.files import clear_unfinished
+from molf.train.locks import InUseError, Lock
 from molf.train.ownership import ADAPTER, CONFIG, MODEL, is_run_config
 
 
@@ -56,6 +60,27 @@ class FinishedRun:
                 f"{self.path} has no adapter: {self._why_no_adapter()}. Export the whole model "
                 "(--what model), or train with --method molf-e or lora."
             )
+
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        """Keep the run from being replaced during the block.
+
+        What killed processes have left in it is removed first.
+
+        Raises:
+            InputError: It goes on.
+        """
+        with ExitStack() as stack:
+            try:
+                stack.enter_context(Lock(self.path, shared=True))
+                clear_unfinished(self.path)
+            except InUseError as error:
+                raise InputError(
+                    f"{self.path} is in use: its run goes on. Wait for its end."
+                ) from error
+            except OSError:
+                pass  # not readable; what is in it may be
+            yield
 
     def _why_no_adapter(self) -> str:
         if self.method == "fft":

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import csv
 import gc
-import tempfile
 import time
-import traceback
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -33,7 +30,6 @@ from molf.train.opening import open_training
 from molf.train.ownership import (
     CONFIG,
     ENVIRONMENT,
-    ERROR_LOG,
     EVALUATION,
     LOW_HALVES,
     MODEL,
@@ -43,13 +39,14 @@ from molf.train.progress import Reporter
 from molf.train.provenance import file_records
 from molf.train.resolved import ResolvedSettings
 from molf.train.result import RunError, RunResult, evaluation_record, results_row
-from molf.train.results import RESULTS, append_result
+from molf.train.results import append_result
 from molf.train.routing_meaning import routing_meaning, routing_shares_text
 from molf.train.run_directory import RunDirectory
 from molf.train.saved_tensors import Stored, Storing, default_dtype
 from molf.train.saving_check import check_saving, storing_of
 from molf.train.secrets import mask
 from molf.train.steps import count_steps
+from molf.train.tracebacks import write_traceback
 from molf.train.training import Training, run_training
 
 
@@ -101,30 +98,38 @@ def run_job(
         opening.quantisation,
         directory,
         files,
+        environment(arguments.device, started),
     )
+    with directory:
+        try:
+            job.write_config()
+            result = job.run()
+            directory.complete()
+        except _UnusableDataError as error:
+            directory.discard()
+            raise InputError(str(error)) from error
+        except KeyboardInterrupt:
+            where = f"what was written is in {directory.path}.{directory.kept()}"
+            reporter.say(f"Interrupted; {where}")
+            raise
+        except Exception as error:
+            cause = str(error).strip().split("\n")[0] or type(error).__name__
+            log = write_traceback(directory)
+            raise RunError(f"{cause} (traceback: {log}){directory.kept()}") from error
+    return replace(result, results=_add_row(result, settings, started))
+
+
+def _add_row(result: RunResult, settings: ResolvedSettings, started: datetime) -> Path | None:
+    """Add the run's row to the table beside it; return the table, or None if that failed."""
+    folder = result.directory.parent
     try:
-        job.write_config()
-        write_json(directory / ENVIRONMENT, environment(arguments.device, started))
-        result = job.run()
-        directory.complete()
-    except _UnusableDataError as error:
-        directory.discard()
-        raise InputError(str(error)) from error
-    except KeyboardInterrupt:
-        reporter.say(f"Interrupted; what was written is in {directory.path}.{_kept(directory)}")
-        raise
-    except Exception as error:
-        cause = str(error).strip().split("\n")[0] or type(error).__name__
-        log = _write_traceback(directory)
-        raise RunError(f"{cause} (traceback: {log}){_kept(directory)}") from error
-    results = directory.path.parent / RESULTS
-    try:
-        append_result(results, results_row(result, settings, started))
-    except (OSError, ValueError, csv.Error) as error:
+        return append_result(folder, results_row(result, settings, started))
+    except (OSError, ValueError) as error:
         warnings.warn(
-            f"The run is complete, but its row was not added to {results}: {error}", stacklevel=2
+            f"The run is complete, but its row was not added to a table in {folder}: {error}",
+            stacklevel=3,
         )
-    return result
+        return None
 
 
 class _UnusableDataError(Exception):
@@ -148,11 +153,12 @@ class _Job:
     quantisation: Quantisation | None
     directory: RunDirectory
     files: dict[str, list[dict[str, Any]]]
+    environment: dict[str, Any]
 
     def write_config(
         self, training: Training | None = None, saved: Mapping[str, Any] | None = None
     ) -> None:
-        """Write the settings, and what a reader has to know beside them.
+        """Write the settings and the environment, and what a reader has to know beside them.
 
         Args:
             training: What the training did, once that is known.
@@ -196,6 +202,7 @@ class _Job:
         # As a recipe, the file must not make a later run replace this one.
         options = replace(self.settings, overwrite=False).as_options()
         write_yaml(self.directory / CONFIG, mask({**options, "run": record}))
+        write_json(self.directory / ENVIRONMENT, self.environment)
 
     def _meaning(self, training: Training) -> str:
         """What the routing came to, in words; empty without routing."""
@@ -207,7 +214,6 @@ class _Job:
     def run(self) -> RunResult:
         """Measure, train, save, measure what was saved, and write everything down."""
         device = self.arguments.device
-        model_path = self.directory / MODEL
         reset_peak_memory(device)
         left_out = self.data.samples.left_out
         if left_out:
@@ -235,7 +241,7 @@ class _Job:
             self.base,
             self.storing,
             card,
-            model_path,
+            self.directory / MODEL,
             start_dtype=self._start_dtype(),
             halves_path=self.directory / LOW_HALVES,
         )
@@ -245,13 +251,18 @@ class _Job:
         training.model = self.base.model = None  # make room for what was saved
         del stored
         gc.collect()
+        model_path = self.directory / MODEL
+        if not model_path.is_dir():
+            raise FileNotFoundError(
+                f"the saved model was deleted before it was measured: {model_path}"
+            )
         saved = load_model(str(model_path), getattr(torch, self.settings.dtype))
         after, after_seconds = self._evaluate(saved, "Evaluating the saved model")
 
         card = model_card(
             self.settings, description, before, after, routing=routed, saved=saved_record
         )
-        write_text(model_path / "README.md", card)
+        write_text(self.directory / MODEL / "README.md", card)
         write_jsonl(self.directory / PREDICTIONS, after.predictions)
         write_json(
             self.directory / EVALUATION,
@@ -324,22 +335,3 @@ def _merge_base(settings: ResolvedSettings, quantisation: Quantisation | None) -
 
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-def _kept(directory: RunDirectory) -> str:
-    return f" The earlier run is kept in {directory.replaced}." if directory.replaced else ""
-
-
-def _write_traceback(directory: RunDirectory) -> Path:
-    """Write the current traceback into the run; elsewhere if that cannot be written any more."""
-    text = traceback.format_exc()
-    log = directory / ERROR_LOG
-    try:
-        log.write_text(text, encoding="utf-8")
-    except OSError:
-        with tempfile.NamedTemporaryFile(
-            "w", prefix="molf-error-", suffix=".log", delete=False, encoding="utf-8"
-        ) as file:
-            file.write(text)
-        return Path(file.name)
-    return log

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,7 +15,7 @@ from transformers import GenerationConfig
 
 from molf.core.quantised import quantisation_of
 from molf.errors import InputError
-from molf.train.files import replacing_directory
+from molf.train.files import replacing_directory, scratch_directory
 from molf.train.low_halves import LowHalves
 from molf.train.model_card import adapter_card
 from molf.train.model_loading import LoadedModel
@@ -150,8 +149,7 @@ def rehearse_saving(base: LoadedModel, name: str) -> int:
     Raises:
         InputError: It cannot be saved: after the training it could not be either.
     """
-    with tempfile.TemporaryDirectory(prefix="molf-save-") as scratch:
-        directory = Path(scratch)
+    with scratch_directory("save") as directory:
         try:
             if not is_quantised_model(base.model):
                 file_state(base.model)  # of shared tensors, some cannot be saved

@@ -15,6 +15,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from molf.console import silenced
+
 ShowEvaluation = Callable[[str, int, int], None]
 ShowTraining = Callable[[int, Mapping[str, Any] | None], None]
 
@@ -29,6 +31,7 @@ class Reporter:
     """
 
     def __init__(self, console: Console) -> None:
+        console.file = silenced(console.file)  # a run goes on where nobody can read of it
         self._console = console
 
     def say(self, text: str) -> None:
@@ -102,16 +105,9 @@ class TerminalReporter(Reporter):
         )
 
 
-class _ProgressConsole(Console):
-    """A console that falls silent when nobody reads it any more; rich would end the run."""
-
-    def on_broken_pipe(self) -> None:
-        self.quiet = True
-
-
 def make_reporter() -> Reporter:
     """Return the reporter that fits standard error."""
-    console = _ProgressConsole(stderr=True)
+    console = Console(stderr=True)
     return TerminalReporter(console) if console.is_terminal else Reporter(console)
 
 

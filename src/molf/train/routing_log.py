@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -37,15 +37,19 @@ class RoutingWriter:
     block writes what is pending, also when training fails. One writer owns the directory.
 
     Args:
-        directory: Where the parts go; made with the first part.
+        directory: Where the parts go, or what tells when a part is written; made with the first.
         rows_per_part: Write a part when this many rows are pending ...
         seconds_per_part: ... or the oldest of them has waited this long.
     """
 
     def __init__(
-        self, directory: Path, *, rows_per_part: int = 250_000, seconds_per_part: float = 60.0
+        self,
+        directory: Path | Callable[[], Path],
+        *,
+        rows_per_part: int = 250_000,
+        seconds_per_part: float = 60.0,
     ) -> None:
-        self.directory = directory
+        self._directory = directory
         self.rows_per_part = rows_per_part
         self.seconds_per_part = seconds_per_part
         self._parts = 0
@@ -83,9 +87,10 @@ class RoutingWriter:
         """Write what is pending as one part."""
         if not self._pending["step"]:
             return
-        self.directory.mkdir(exist_ok=True)
+        directory = self._directory() if callable(self._directory) else self._directory
+        directory.mkdir(exist_ok=True)
         table = pa.table(self._pending, schema=SCHEMA)
-        with replacing_file(self.directory / f"part-{self._parts:05d}.parquet") as path:
+        with replacing_file(directory / f"part-{self._parts:05d}.parquet") as path:
             pq.write_table(table, path)
         self._parts += 1
         for values in self._pending.values():

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from datetime import datetime
 from typing import TYPE_CHECKING
 
+from molf.console import console_that_may_break
 from molf.evaluate import read_plain_text
 from molf.paths import check_inputs_outside
 from molf.tasks import Task, load_task
@@ -12,7 +14,7 @@ from molf.train.model_path import check_model, check_quantisation
 from molf.train.progress import Reporter, make_reporter
 from molf.train.resolved import ResolvedSettings, resolve
 from molf.train.result import RunResult
-from molf.train.results import RESULTS, check_results
+from molf.train.results import check_results
 from molf.train.run_directory import check_output
 from molf.train.settings import TrainSettings
 from molf.train.training_data import warn_of_equal_data
@@ -36,14 +38,17 @@ def train(settings: TrainSettings, reporter: Reporter | None = None) -> RunResul
         RunError: The run failed; its directory holds the traceback.
     """
     started = datetime.now().astimezone()
-    resolved, task, forgetting_text = _opened(settings, started)
+    with console_that_may_break() as errors:
+        resolved, task, forgetting_text = _opened(settings, started)
 
-    from molf.train.libraries import quiet_libraries
+        from molf.train.libraries import quiet_libraries
 
-    with quiet_libraries():
-        from molf.train.job import run_job
+        with quiet_libraries():
+            from molf.train.job import run_job
 
-        return run_job(resolved, task, forgetting_text, reporter or make_reporter(), started)
+            reporter = reporter or make_reporter()
+            result = run_job(resolved, task, forgetting_text, reporter, started)
+    return replace(result, silenced=str(errors[0])) if errors else result
 
 
 def dry_run(settings: TrainSettings, reporter: Reporter | None = None) -> DryRun:
@@ -56,14 +61,15 @@ def dry_run(settings: TrainSettings, reporter: Reporter | None = None) -> DryRun
     Raises:
         InputError: The options, the data or the model are wrong.
     """
-    resolved, task, _ = _opened(settings, datetime.now().astimezone())
+    with console_that_may_break():
+        resolved, task, _ = _opened(settings, datetime.now().astimezone())
 
-    from molf.train.libraries import quiet_libraries
+        from molf.train.libraries import quiet_libraries
 
-    with quiet_libraries():
-        from molf.train.dry_run import rehearse
+        with quiet_libraries():
+            from molf.train.dry_run import rehearse
 
-        return rehearse(resolved, task, reporter or make_reporter())
+            return rehearse(resolved, task, reporter or make_reporter())
 
 
 def _opened(settings: TrainSettings, started: datetime) -> tuple[ResolvedSettings, Task, str]:
@@ -74,7 +80,7 @@ def _opened(settings: TrainSettings, started: datetime) -> tuple[ResolvedSetting
     check_output(resolved.output_dir, overwrite=resolved.overwrite)
     inputs = ("model", "data", "eval_data", "forgetting_data")
     check_inputs_outside(resolved.output_dir, {name: getattr(resolved, name) for name in inputs})
-    check_results(resolved.output_dir.parent / RESULTS)
+    check_results(resolved.output_dir.parent)
     task = load_task(resolved.task_options)
     warn_of_equal_data(resolved)
     if resolved.forgetting_data is None:

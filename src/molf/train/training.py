@@ -12,6 +12,7 @@ from typing import Any
 
 from datasets import Dataset
 from peft import PeftModel
+from safetensors import SafetensorError
 from safetensors.torch import save_model as save_tensors
 from transformers import PrinterCallback, TrainerCallback
 from trl import SFTConfig, SFTTrainer
@@ -103,7 +104,7 @@ def run_training(
     without = ("grad_norm",) if settings.optimizer_in_backward else ()
     _warn_of_warmup(data.steps, arguments)
     with (
-        RoutingWriter(directory / ROUTING) as writer,
+        RoutingWriter(lambda: directory / ROUTING) as writer,
         reporter.training(data.steps) as show,
     ):
         trainer = _Trainer(
@@ -111,6 +112,7 @@ def run_training(
             prepared,
             wins,
             guard,
+            directory,
             model=prepared.model,
             args=arguments,
             train_dataset=Dataset.from_dict(
@@ -123,7 +125,7 @@ def run_training(
                 guard,
                 RoutingCallback(prepared, writer, wins),
                 FidelityCallback(),
-                MetricsCallback(directory / METRICS, show, without),
+                MetricsCallback(lambda: directory / METRICS, show, without),
                 *prepared.callbacks,
                 *callbacks,
             ],
@@ -134,7 +136,7 @@ def run_training(
         seconds = time.perf_counter() - started
     guard.check_weights(trainer.model, trainer.state)
     checkpoints = directory / CHECKPOINTS
-    if not any(checkpoints.iterdir()):
+    if checkpoints.is_dir() and not any(checkpoints.iterdir()):
         checkpoints.rmdir()  # the trainer makes it in any case
     # Without the trainer's autocast, in which the merge would be measured.
     model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
@@ -195,12 +197,14 @@ class _Trainer(SFTTrainer):
         prepared: Prepared,
         wins: Wins,
         guard: StepGuard,
+        directory: RunDirectory,
         **kwargs: Any,
     ) -> None:
         self.base = base
         self.prepared = prepared
         self.wins = wins
         self.guard = guard
+        self.directory = directory
         model = prepared.model
         trained = {p: p.data for p in model.parameters() if p.requires_grad}
         super().__init__(**kwargs)
@@ -216,6 +220,18 @@ class _Trainer(SFTTrainer):
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".* trained parameters are outside the adap")
             return super().create_optimizer(*args, **kwargs)
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        """Save a checkpoint into the run's directory, wherever that is now."""
+        place = self.directory / CHECKPOINTS
+        while True:
+            self.args.output_dir = str(place)
+            try:
+                super()._save_checkpoint(*args, **kwargs)
+                return
+            except (OSError, SafetensorError):
+                if place == (place := self.directory / CHECKPOINTS):
+                    raise  # the directory is where it was: something else is wrong
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         """Save a checkpoint: all weights where more is trained than the adapter, which PEFT saves.

@@ -1,0 +1,40 @@
+"""Tracebacks in files: a failed command says one line, and where the rest is."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import traceback
+from pathlib import Path
+
+from molf.train.ownership import ERROR_LOG
+from molf.train.run_directory import RunDirectory
+
+
+def write_traceback(directory: RunDirectory | None = None) -> str:
+    """Write the current traceback to a file.
+
+    Args:
+        directory: The run that failed; None without one.
+
+    Returns:
+        Where it is: in the run's directory, or else in the system's place for temporary files.
+        Where that is full as well, the reason why there is none.
+    """
+    text = traceback.format_exc()
+    try:
+        if directory is not None:
+            return str(_write(directory / ERROR_LOG, text))
+    except OSError:
+        pass  # such as a full disk; the system's may be another
+    try:
+        descriptor, name = tempfile.mkstemp(prefix="molf-error-", suffix=".log")
+        os.close(descriptor)
+        return str(_write(Path(name), text))
+    except OSError as error:
+        return f"not written: {error.strerror}"
+
+
+def _write(path: Path, text: str) -> Path:
+    path.write_text(text, encoding="utf-8", errors="backslashreplace")
+    return path
