@@ -77,9 +77,19 @@ class Silenced(_Stream):
 
 
 class Output(_Stream):
-    """Standard output whose errors bear their name, but for a reader that has gone."""
+    """Standard output whose errors bear their name, but for a reader that has gone.
+
+    Attributes:
+        is_given_up: Whether an error has been dealt with, so that there are no more.
+    """
+
+    def __init__(self, stream: IO[str]) -> None:
+        super().__init__(stream)
+        self.is_given_up = False
 
     def _try(self, act: Any) -> None:
+        if self.is_given_up:
+            return
         try:
             act(self._stream)
         except (BrokenPipeError, OutputError):
@@ -126,6 +136,8 @@ def result_on_disk(done: str) -> Iterator[None]:
         yield
         sys.stdout.flush()
     except OutputError as error:
+        if isinstance(sys.stdout, Output):
+            sys.stdout.is_given_up = True
         warnings.warn(f"{done}, but standard output cannot be written: {error}.", stacklevel=3)
 
 
@@ -161,9 +173,10 @@ def _settle(stream: TextIO | None) -> None:
         stream.flush()
     except (OSError, ValueError):
         with suppress(OSError, ValueError):
-            nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, stream.fileno())
-            os.close(nowhere)
+            if (descriptor := stream.fileno()) in (1, 2):  # the process's own
+                nowhere = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(nowhere, descriptor)
+                os.close(nowhere)
 
 
 def _write(stream: IO[str], text: str) -> None:

@@ -1,13 +1,9 @@
 """Files and directories appear whole or not at all."""
 
-import csv
-from concurrent.futures import ThreadPoolExecutor
-
 import pytest
 
 from molf.errors import InputError
 from molf.train.files import replacing_directory, replacing_file, write_json
-from molf.train.results import append_result, check_results
 from molf.train.run_directory import RunDirectory, check_output
 
 
@@ -196,66 +192,3 @@ def test_name_that_leaves_no_room_for_those_beside_it(tmp_path):
         check_output(tmp_path / ("x" * 201), overwrite=False)
     with pytest.raises(InputError, match=r"output_dir .*\.\.\. is not a path: File name too long"):
         check_output(tmp_path / ("x" * 300), overwrite=False)
-
-
-def read_results(path):
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def test_results_take_new_columns(tmp_path):
-    path = tmp_path / "results.csv"
-    append_result(path, {"run": "a", "es": 0.5})
-    append_result(path, {"run": "b, c", "accuracy": 0.25})
-    assert path.read_text().splitlines()[0] == "run,es,accuracy"
-    assert read_results(path) == [
-        {"run": "a", "es": "0.5", "accuracy": ""},
-        {"run": "b, c", "es": "", "accuracy": "0.25"},
-    ]
-
-
-def test_runs_that_finish_together_lose_no_row(tmp_path):
-    path = tmp_path / "results.csv"
-    with ThreadPoolExecutor(8) as pool:
-        list(pool.map(lambda i: append_result(path, {"run": i}), range(20)))
-    assert {row["run"] for row in read_results(path)} == {str(i) for i in range(20)}
-
-
-def test_results_have_one_row_of_a_run(tmp_path):
-    path = tmp_path / "results.csv"
-    for es, run in enumerate("aba"):
-        append_result(path, {"run": run, "es": es})
-    assert read_results(path) == [{"run": "b", "es": "1"}, {"run": "a", "es": "2"}]
-
-
-def test_results_from_a_spreadsheet_keep_their_columns(tmp_path):
-    path = tmp_path / "results.csv"
-    path.write_bytes(b"\xef\xbb\xbfrun,mine\r\na,1\r\n")
-    check_results(path)
-    append_result(path, {"run": "b", "es": 2})
-    assert read_results(path) == [
-        {"run": "a", "mine": "1", "es": ""},
-        {"run": "b", "mine": "", "es": "2"},
-    ]
-
-
-@pytest.mark.parametrize(
-    ("content", "fault"),
-    [
-        (b"run,task\na,b,c\n", "line 2 has 3 cells for 2 columns"),
-        (b"run,task\n\xe9,b\n", "'utf-8' codec can't decode"),
-        (b"name,task\na,b\n", "does not name the columns"),
-        (b"run,run\na,b\n", "does not name the columns"),
-        (None, "Is a directory"),
-    ],
-)
-def test_results_that_are_no_table_are_found_beforehand(tmp_path, content, fault):
-    path = tmp_path / "results.csv"
-    if content is None:
-        path.mkdir()
-    else:
-        path.write_bytes(content)
-    with pytest.raises(InputError) as error:
-        check_results(path)
-    assert str(path) in str(error.value)
-    assert fault in str(error.value)

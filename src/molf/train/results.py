@@ -74,6 +74,7 @@ def append_result(folder: Path, row: Mapping[str, Any]) -> Path:
     """
     for path in _tables(folder):
         try:
+            _read(path)  # a file that is not ours gets no lock beside it either
             _append(Path(os.path.realpath(path)), row)
         except NotOursError:
             continue
@@ -90,7 +91,6 @@ def _tables(folder: Path) -> Iterator[Path]:
 
 
 def _append(path: Path, row: Mapping[str, Any]) -> None:
-    _read(path)  # a file that is not ours gets no lock beside it either
     lock = path.with_name(f".{path.name}.lock")
     try:
         with FileLock(lock, timeout=LOCK_SECONDS):
