@@ -11,13 +11,18 @@ from molf.cli import main
 from molf.train.progress import Reporter, TerminalReporter
 
 
+def mend(file):
+    """Lead a file to nowhere: to close it is to flush it once more."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, file.fileno())
+    os.close(nowhere)
+
+
 @pytest.fixture
 def full():
     with open("/dev/full", "w", buffering=1) as file:
         yield file
-        nowhere = os.open(os.devnull, os.O_WRONLY)  # closing flushes once more
-        os.dup2(nowhere, file.fileno())
-        os.close(nowhere)
+        mend(file)
 
 
 @pytest.fixture
@@ -98,15 +103,15 @@ def test_a_terminal_that_is_closed(options, tmp_path, monkeypatch, stepping):
     assert is_complete(path)
     assert b"Evaluating the base model" in shown[0]
     assert not hooks
-    terminal.detach()
+    mend(terminal)
+    terminal.close()
 
 
 def test_closed_streams(options, tmp_path, monkeypatch):
     path = tmp_path / "run"
     for name in ("stdout", "stderr"):
-        closed = open(os.devnull, "w")
-        closed.close()
-        monkeypatch.setattr(sys, name, closed)
+        with open(os.devnull, "w") as closed:
+            monkeypatch.setattr(sys, name, closed)
     assert main([*options, "--output_dir", str(path)]) == 0
     assert is_complete(path)
 

@@ -49,8 +49,8 @@ def test_a_second_run_is_refused_and_the_first_goes_on(options, at_step, tmp_pat
     codes = []
 
     def others():
-        for given in ([], ["--overwrite"]):
-            codes.append(main([*options, *given, "--output_dir", str(path)]))
+        codes.append(main([*options, "--output_dir", str(path)]))
+        codes.append(main([*options, "--overwrite", "--output_dir", str(path)]))
         codes.append(main([*options, "--output_dir", str(path / "checkpoints" / "inner")]))
         codes.append(main(["export", str(path)]))
 
