@@ -134,6 +134,30 @@ def test_a_moved_run_goes_on_where_it_is(options, at_step, tmp_path, capsys):
     assert saved == ["checkpoint-1", "checkpoint-2", "checkpoint-3"]
 
 
+@pytest.mark.parametrize("evaluation", [1, 2])
+def test_a_run_that_is_deleted_while_it_is_measured(
+    options, monkeypatch, tmp_path, capsys, evaluation
+):
+    """Before the training the trainer would make the directory anew, after it weights are gone."""
+    from molf.train import job
+
+    path, evaluate, calls = tmp_path / "out", job.evaluate, []
+
+    def deleting(*given):
+        calls.append(given)
+        if len(calls) == evaluation:
+            shutil.rmtree(path)
+        return evaluate(*given)
+
+    monkeypatch.setattr(job, "evaluate", deleting)
+    assert main([*options, "--output_dir", str(path)]) == 0
+    assert not path.exists()
+    place = path.with_name("out.recovered-1")
+    assert f"writes to {place} from now on" in capsys.readouterr().err
+    assert is_whole(place)
+    assert main(["eval", str(place / "model"), *options[1:3], *options[5:7]]) == 0
+
+
 @pytest.mark.parametrize("replaced", [False, True])
 def test_a_deleted_run_keeps_its_weights(options, at_step, tmp_path, capsys, replaced):
     path = tmp_path / "runs" / "out"

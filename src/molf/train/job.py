@@ -262,7 +262,12 @@ class _Job:
         card = model_card(
             self.settings, description, before, after, routing=routed, saved=saved_record
         )
-        write_text(self.directory / MODEL / "README.md", card)
+        model_path = self.directory / MODEL
+        if model_path.is_dir():
+            write_text(model_path / "README.md", card)
+        else:  # it was deleted while it was measured
+            save_model(saved.model, self.base, self.storing, card, model_path)
+        self.write_config(training, saved_record)
         write_jsonl(self.directory / PREDICTIONS, after.predictions)
         write_json(
             self.directory / EVALUATION,

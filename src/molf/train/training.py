@@ -107,6 +107,7 @@ def run_training(
         RoutingWriter(lambda: directory / ROUTING) as writer,
         reporter.training(data.steps) as show,
     ):
+        arguments.output_dir = str(directory / CHECKPOINTS)  # made by the trainer
         trainer = _Trainer(
             base,
             prepared,
