@@ -134,6 +134,17 @@ def test_a_moved_run_goes_on_where_it_is(options, at_step, tmp_path, capsys):
     assert saved == ["checkpoint-1", "checkpoint-2", "checkpoint-3"]
 
 
+def test_a_run_whose_model_is_trained_on_is_not_replaced(molf_run, options, tmp_path, at_step):
+    given = [*options]
+    given[given.index("--model") + 1] = str(molf_run.path / "model")
+    codes = []
+    replacing = [*options, "--overwrite", "--output_dir", str(molf_run.path)]
+    at_step(lambda: codes.append(main(replacing)))
+    assert main([*given, "--output_dir", str(tmp_path / "second")]) == 0
+    assert codes == [2]
+    check_output(molf_run.path, overwrite=True)
+
+
 @pytest.mark.parametrize("evaluation", [1, 2])
 def test_a_run_that_is_deleted_while_it_is_measured(
     options, monkeypatch, tmp_path, capsys, evaluation

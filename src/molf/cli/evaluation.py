@@ -21,7 +21,7 @@ from molf.train.model_path import check_model
 from molf.train.ownership import AN_EVALUATION, EVALUATION, PREDICTIONS, predictions_in
 from molf.train.progress import make_reporter
 from molf.train.result import evaluation_record
-from molf.train.run_directory import check_output
+from molf.train.run_directory import check_output, runs_kept
 from molf.train.training_data import warn_of_other_splitting, warn_of_training_data
 
 _LOCK_SECONDS = 10.0  # another evaluation writes its files in less
@@ -50,7 +50,8 @@ def evaluate_checkpoint(model: str, options: EvalOptions) -> dict[str, Evaluatio
 
     from molf.train.libraries import quiet_libraries
 
-    with console_that_may_break(), quiet_libraries():
+    sources = (model, options.data, options.forgetting_data)
+    with console_that_may_break(), quiet_libraries(), runs_kept(sources):
         import torch
 
         from molf.train.model_loading import load_model, move

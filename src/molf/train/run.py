@@ -15,12 +15,14 @@ from molf.train.progress import Reporter, make_reporter
 from molf.train.resolved import ResolvedSettings, resolve
 from molf.train.result import RunResult
 from molf.train.results import check_results
-from molf.train.run_directory import check_output
+from molf.train.run_directory import check_output, runs_kept
 from molf.train.settings import TrainSettings
 from molf.train.training_data import warn_of_equal_data
 
 if TYPE_CHECKING:
     from molf.train.dry_run import DryRun
+
+_INPUTS = ("model", "data", "eval_data", "forgetting_data")
 
 
 def train(settings: TrainSettings, reporter: Reporter | None = None) -> RunResult:
@@ -43,7 +45,8 @@ def train(settings: TrainSettings, reporter: Reporter | None = None) -> RunResul
 
         from molf.train.libraries import quiet_libraries
 
-        with quiet_libraries():
+        sources = (getattr(resolved, name) for name in _INPUTS)
+        with quiet_libraries(), runs_kept(sources):
             from molf.train.job import run_job
 
             reporter = reporter or make_reporter()
@@ -78,8 +81,7 @@ def _opened(settings: TrainSettings, started: datetime) -> tuple[ResolvedSetting
     check_quantisation(resolved)
     check_model(resolved.model)
     check_output(resolved.output_dir, overwrite=resolved.overwrite)
-    inputs = ("model", "data", "eval_data", "forgetting_data")
-    check_inputs_outside(resolved.output_dir, {name: getattr(resolved, name) for name in inputs})
+    check_inputs_outside(resolved.output_dir, {name: getattr(resolved, name) for name in _INPUTS})
     check_results(resolved.output_dir.parent)
     task = load_task(resolved.task_options)
     warn_of_equal_data(resolved)

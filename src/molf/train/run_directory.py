@@ -6,6 +6,8 @@ import os
 import shutil
 import tempfile
 import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 
@@ -94,9 +96,29 @@ def _is_empty(path: Path) -> bool:
 
 def _in_use(path: Path) -> str:
     return (
-        f"output_dir {path} is in use: a run of molf train goes on there, or molf export reads it. "
-        "--overwrite does not replace it either. Wait for the end, or give another --output_dir."
+        f"output_dir {path} is in use: a run of molf train goes on there, or another command reads "
+        "what it holds. --overwrite does not replace it either. Wait for the end, or give another "
+        "--output_dir."
     )
+
+
+@contextmanager
+def runs_kept(sources: Iterable[str | Path | None]) -> Iterator[None]:
+    """Keep runs from being replaced during the block, because something in them is read.
+
+    Args:
+        sources: What is read; where it is no path, or lies in no run, nothing is kept.
+    """
+    with ExitStack() as stack:
+        for source in sources:
+            if source is None:
+                continue
+            path = Path(os.path.abspath(os.path.expanduser(source)))
+            for place in (path, *path.parents):
+                if (place / CONFIG).is_file():
+                    with suppress(OSError):  # its run goes on: nobody replaces it
+                        stack.enter_context(Lock(place, shared=True, wait=0))
+        yield
 
 
 class RunDirectory:
