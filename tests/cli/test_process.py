@@ -99,7 +99,7 @@ def test_output_that_cannot_be_written():
 
 def test_a_finished_command_whose_last_line_is_lost():
     code = (
-        "import sys; from molf.console import result_on_disk, standard_streams\n"
+        "import sys; from molf.streams import result_on_disk, standard_streams\n"
         "with standard_streams():\n"
         "    with result_on_disk('It is complete'): sys.stdout.write('done')\n"
     )

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
-from molf.console import OutputError, result_on_disk
 from molf.errors import InputError
 from molf.evaluate.harness import PREFIX
+from molf.streams import OutputError, result_on_disk
 from molf.tasks import TASKS, TaskOptions, check_task
 from molf.train.converters import words
 from molf.train.settings import DATA, EVALUATION, OUTPUT

@@ -8,11 +8,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from molf.cli.eval import EvalOptions
-from molf.console import console_that_may_break
 from molf.errors import InputError
 from molf.evaluate import Evaluation, EvaluationSettings, evaluate, read_plain_text
 from molf.evaluate.harness import PREFIX, Harness
 from molf.paths import check_inputs_outside, check_path
+from molf.streams import console_that_may_break
 from molf.tasks import Task, load_task
 from molf.tasks.files import Record, read_json
 from molf.train.files import write_json, write_jsonl

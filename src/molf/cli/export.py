@@ -8,8 +8,8 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from molf.console import console_that_may_break, result_on_disk
 from molf.errors import InputError
+from molf.streams import console_that_may_break, result_on_disk
 from molf.train.settings import DTYPES, SAVE_ROUNDINGS
 
 KINDS = ("model", "adapter")

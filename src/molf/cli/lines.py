@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from typing import TextIO
 
-from molf.console import silenced
+from molf.streams import silenced
 
 _LONGEST = 2000  # characters; input that is quoted may have any number of them
 

@@ -19,8 +19,8 @@ from cyclopts import CycloptsError, MissingArgumentError, UnknownOptionError, Un
 
 from molf.cli.app import app, join_booleans
 from molf.cli.lines import one_line, say
-from molf.console import OutputError, standard_streams
 from molf.errors import InputError
+from molf.streams import OutputError, standard_streams
 
 DONE, FAILED, WRONG_INPUT = 0, 1, 2
 _BY_SIGNAL = 128  # what shells add to the number of the signal that ended a command

@@ -28,7 +28,7 @@ def train_model(
         print_dry_run(dry_run(settings))
         return
     from molf.cli.summary import print_summary
-    from molf.console import result_on_disk
+    from molf.streams import result_on_disk
     from molf.train.run import train
 
     result = train(settings)

@@ -15,7 +15,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from molf.console import silenced
+from molf.streams import silenced
 
 ShowEvaluation = Callable[[str, int, int], None]
 ShowTraining = Callable[[int, Mapping[str, Any] | None], None]

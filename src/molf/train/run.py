@@ -6,9 +6,9 @@ from dataclasses import replace
 from datetime import datetime
 from typing import TYPE_CHECKING
 
-from molf.console import console_that_may_break
 from molf.evaluate import read_plain_text
 from molf.paths import check_inputs_outside
+from molf.streams import console_that_may_break
 from molf.tasks import Task, load_task
 from molf.train.model_path import check_model, check_quantisation
 from molf.train.progress import Reporter, make_reporter
