@@ -10,7 +10,8 @@ import yaml
 
 from molf.errors import InputError
 from molf.paths import check_path
-from molf.train.ownership import ADAPTER, CONFIG, MODEL, is_run_config
+from molf.train.ownership import ADAPTER, CONFIG, MODEL, is_run, is_run_config
+from molf.train.run_around import why_no_run
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,12 @@ class FinishedRun:
         """The name of the type that its base was stored in; None if the run does not say."""
         model = self.config["run"].get("model")
         return model.get("stored_dtype") if isinstance(model, dict) else None
+
+    @property
+    def routing_meaning(self) -> str:
+        """What its routing came to, in words; empty without routing, and before its end."""
+        routing = self.config["run"].get("routing")
+        return str(routing.get("meaning") or "") if isinstance(routing, dict) else ""
 
     def check(self, what: str) -> None:
         """Make sure that the run has a model or an adapter.
@@ -72,9 +79,7 @@ def read_run(path: Path) -> FinishedRun:
         InputError: The directory is no run of `molf train`.
     """
     path = path.expanduser()
-    check_path(path, "run")
-    if not path.is_dir():
-        raise InputError(f"{path} is not a directory. Give the directory of a run of `molf train`.")
+    check_run(path)
     try:
         config = yaml.safe_load((path / CONFIG).read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -84,3 +89,16 @@ def read_run(path: Path) -> FinishedRun:
     if not is_run_config(config):
         raise InputError(f"{path / CONFIG} is not that of a run of `molf train`.")
     return FinishedRun(path, config)
+
+
+def check_run(path: Path) -> None:
+    """Make sure that a path is not something else of a run, or beside one.
+
+    Raises:
+        InputError: It is no directory, or another path was meant, which the message names.
+    """
+    check_path(path, "run")
+    if not is_run(path) and (reason := why_no_run(path)) is not None:
+        raise InputError(reason)
+    if not path.is_dir():
+        raise InputError(f"{path} is not a directory. Give the directory of a run of `molf train`.")

@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 from molf.errors import InputError
 from molf.paths import check_path
 from molf.train.files import replacing_file
+from molf.train.finished_run import check_run
 from molf.train.ownership import CONFIG, ROUTING
 
 if TYPE_CHECKING:
@@ -99,10 +100,9 @@ def routing_parts(run: Path) -> list[Path]:
         InputError: `run` is no run directory, or its method routes nothing.
     """
     check_path(run, "run")
-    if not run.is_dir():
-        raise InputError(f"{run} is not a directory. Give the directory of a run of `molf train`.")
     parts = sorted((run / ROUTING).glob("part-*.parquet"))
     if not parts:
+        check_run(run)
         if (run / CONFIG).is_file():
             raise InputError(
                 f"{run} has no routing: only molf and molf-e route updates, and a run that goes "
