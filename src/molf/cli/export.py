@@ -44,19 +44,19 @@ def export_run(
         if value not in allowed:
             choices = ", ".join(filter(None, allowed))
             raise InputError(f"Invalid {name}={value!r}. Must be one of {choices}.")
+    from molf.train.export_place import export_place
     from molf.train.finished_run import read_run
 
     finished = read_run(run)
     finished.check(what)
+    path = export_place(finished, what, dtype, output_dir, overwrite=overwrite)
     from molf.train.libraries import quiet_libraries
 
     with quiet_libraries():
         from molf.train.export import export_adapter, export_model
 
         if what == "model":
-            path = export_model(
-                finished, dtype, output_dir, overwrite=overwrite, rounding=save_rounding
-            )
+            export_model(finished, dtype, path, rounding=save_rounding)
         else:
-            path = export_adapter(finished, dtype, output_dir, overwrite=overwrite)
+            export_adapter(finished, dtype, path)
     sys.stdout.write(f"{path}\n")

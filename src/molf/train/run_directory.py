@@ -10,17 +10,21 @@ from pathlib import Path
 from molf.errors import InputError
 from molf.paths import check_path
 from molf.train.ownership import A_RUN, Ownership
+from molf.train.room import existing
 
 _LONGEST_NAME = 200  # bytes; names beside it are longer than it, and systems allow 255
 
 
-def check_output(path: Path, *, overwrite: bool, ownership: Ownership = A_RUN) -> None:
+def check_output(
+    path: Path, *, overwrite: bool, ownership: Ownership = A_RUN, renames: bool = False
+) -> None:
     """Check that a run may be written to `path`, without writing anything.
 
     Args:
         path: The directory.
         overwrite: Whether the user allowed an earlier run there to be replaced.
         ownership: What an earlier directory must be, to be ours to replace.
+        renames: Whether the directory is made beside its place, so that the one above is written.
 
     Raises:
         InputError: There is something that must not be replaced, or the place cannot be written.
@@ -36,28 +40,31 @@ def check_output(path: Path, *, overwrite: bool, ownership: Ownership = A_RUN) -
         if not path.is_dir():
             raise InputError(f"output_dir {path} is a file. Give a directory that is new or empty.")
         if any(path.iterdir()):
-            if not overwrite:
+            fault = ownership.fault(path)
+            if not overwrite and fault is None:
                 raise InputError(
                     f"output_dir {path} exists and is not empty. Give --overwrite to replace it, "
                     "or another --output_dir."
                 )
-            fault = ownership.fault(path)
+            if not overwrite:
+                raise InputError(
+                    f"output_dir {path} exists and is not empty, and is not {ownership.what} alone "
+                    f"({fault}). Give a directory that is new or empty."
+                )
             if fault is not None:
                 raise InputError(
                     f"output_dir {path} is not {ownership.what} alone ({fault}), so --overwrite "
                     "does not replace it. Give another --output_dir."
                 )
-    existing = path.absolute()
-    while not existing.exists():
-        existing = existing.parent
-    if not existing.is_dir():
-        raise InputError(f"output_dir {path} cannot be made: {existing} is not a directory.")
+    place = existing(path.absolute().parent if renames else path)
+    if not place.is_dir():
+        raise InputError(f"output_dir {path} cannot be made: {place} is not a directory.")
     try:
         # Permissions do not tell (read-only file systems, /proc): only trying does.
-        tempfile.TemporaryDirectory(dir=existing, prefix=".molf-").cleanup()
+        tempfile.TemporaryDirectory(dir=place, prefix=".molf-").cleanup()
     except OSError as error:
         raise InputError(
-            f"output_dir {path} cannot be written: {existing}: {error.strerror}."
+            f"output_dir {path} cannot be written: {place}: {error.strerror}."
         ) from error
 
 
