@@ -15,24 +15,13 @@ from safetensors.torch import save_file
 
 from molf.core.merge import merge
 from molf.core.quantised import quantisation_of
-from molf.errors import InputError
-from molf.paths import check_inputs_outside, is_within, settled
-from molf.train.files import replacing_directory, write_json
+from molf.train.files import write_json
 from molf.train.finished_run import FinishedRun
 from molf.train.low_halves import Rounding, read_low_halves
 from molf.train.model_loading import LoadedModel, load_model
-from molf.train.model_saving import SaveError, save_model
-from molf.train.ownership import (
-    ADAPTER,
-    AN_EXPORT,
-    CHECKPOINTS,
-    EXPORT,
-    LOW_HALVES,
-    MODEL,
-    ROUTING,
-)
+from molf.train.model_saving import SaveError, save_model, saving
+from molf.train.ownership import ADAPTER, EXPORT, LOW_HALVES, MODEL
 from molf.train.quantised_base import load_quantised
-from molf.train.run_directory import check_output
 from molf.train.saved_tensors import Storing, default_dtype
 
 _ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -95,7 +84,8 @@ def export_adapter(run: FinishedRun, dtype: str | None, path: Path) -> None:
     if not all(bool(tensor.isfinite().all()) for tensor in tensors.values()):
         raise SaveError(f"the adapter has numbers that do not fit {wanted}; nothing was written")
     path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing_directory(path) as directory:
+    size = sum(tensor.nbytes for tensor in tensors.values())
+    with saving(path, size) as directory:
         shutil.copytree(source, directory, dirs_exist_ok=True)
         save_file(tensors, directory / _ADAPTER_WEIGHTS, {"format": "pt"})
         _marker(run, ADAPTER, wanted)(directory)

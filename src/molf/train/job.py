@@ -9,6 +9,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
@@ -28,7 +29,7 @@ from molf.train.memory import peak_memory, reset_peak_memory
 from molf.train.methods import Plan, TrainingData, plan
 from molf.train.model_card import model_card
 from molf.train.model_loading import LoadedModel, load_model, move
-from molf.train.model_saving import save_model
+from molf.train.model_saving import Keep, SaveError, save_model
 from molf.train.opening import open_training
 from molf.train.ownership import (
     CONFIG,
@@ -71,7 +72,7 @@ def run_job(
     base, encoded = opening.base, opening.encoded
     data = TrainingData(encoded, count_steps(arguments, len(encoded.input_ids)))
     planned = plan(base.model, settings, data)
-    check_saving(base, settings, planned, data.steps)
+    at_the_end = check_saving(base, settings, planned, data.steps, task.evaluation_count)
     storing = storing_of(base, settings)
     parameters = base.model.num_parameters()
     for note in opening.notes:
@@ -101,6 +102,7 @@ def run_job(
         opening.quantisation,
         directory,
         files,
+        at_the_end,
     )
     try:
         job.write_config()
@@ -116,7 +118,8 @@ def run_job(
     except Exception as error:
         cause = str(error).strip().split("\n")[0] or type(error).__name__
         log = _write_traceback(directory)
-        raise RunError(f"{cause} (traceback: {log}){_kept(directory)}") from error
+        where = f" (traceback: {log})" if log is not None else ""
+        raise RunError(f"{cause}{where}{_trained(directory)}{_kept(directory)}") from error
     results = directory.path.parent / RESULTS
     try:
         append_result(results, results_row(result, settings, started))
@@ -148,6 +151,7 @@ class _Job:
     quantisation: Quantisation | None
     directory: RunDirectory
     files: dict[str, list[dict[str, Any]]]
+    at_the_end: int
 
     def write_config(
         self, training: Training | None = None, saved: Mapping[str, Any] | None = None
@@ -220,25 +224,37 @@ class _Job:
         except InputError as error:  # such as records that are all too long
             raise _UnusableDataError(str(error)) from error
         training = run_training(
-            self.base, self.data, self.settings, self.arguments, self.directory, self.reporter
+            self.base,
+            self.data,
+            self.settings,
+            self.arguments,
+            self.directory,
+            self.reporter,
+            at_the_end=self.at_the_end,
         )
         if training.trained_parameters != self.plan.trained_parameters:  # known to EVA only now
             self.plan = replace(self.plan, trained_parameters=training.trained_parameters)
-        self.write_config(training)
         meaning = routed = self._meaning(training)
         if training.routing is not None:
             routed = f"{routing_shares_text(training.routing)} {meaning}"
         description = self.task.description()
         card = model_card(self.settings, description, before, after=None, routing=routed)
-        stored = save_model(
-            training.model,
-            self.base,
-            self.storing,
-            card,
-            model_path,
-            start_dtype=self._start_dtype(),
-            halves_path=self.directory / LOW_HALVES,
-        )
+        try:
+            # Before anything else is written: of what may fail, only this is lost with the process.
+            stored = save_model(
+                training.model,
+                self.base,
+                self.storing,
+                card,
+                model_path,
+                start_dtype=self._start_dtype(),
+                halves_path=self.directory / LOW_HALVES,
+                keep=Keep.of(self.settings),
+            )
+        except SaveError:
+            with suppress(OSError):
+                self.write_config(training)
+            raise
         saved_record = self._saved_record(stored)
         self.write_config(training, saved_record)
 
@@ -330,16 +346,25 @@ def _kept(directory: RunDirectory) -> str:
     return f" The earlier run is kept in {directory.replaced}." if directory.replaced else ""
 
 
-def _write_traceback(directory: RunDirectory) -> Path:
-    """Write the current traceback into the run; elsewhere if that cannot be written any more."""
+def _trained(directory: RunDirectory) -> str:
+    """Where the trained model is, if what failed came after it was saved."""
+    model = directory / MODEL
+    return f" The trained model is whole in {model}." if (model / "config.json").is_file() else ""
+
+
+def _write_traceback(directory: RunDirectory) -> Path | None:
+    """Write the current traceback into the run, or elsewhere; return where, None for nowhere."""
     text = traceback.format_exc()
     log = directory / ERROR_LOG
     try:
-        log.write_text(text, encoding="utf-8")
+        write_text(log, text)
     except OSError:
-        with tempfile.NamedTemporaryFile(
-            "w", prefix="molf-error-", suffix=".log", delete=False, encoding="utf-8"
-        ) as file:
-            file.write(text)
+        try:
+            with tempfile.NamedTemporaryFile(
+                "w", prefix="molf-error-", suffix=".log", delete=False, encoding="utf-8"
+            ) as file:
+                file.write(text)
+        except OSError:
+            return None
         return Path(file.name)
     return log

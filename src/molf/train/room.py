@@ -66,8 +66,7 @@ def check_room(path: Path, parts: Mapping[str, int], *, option: str, advice: str
         advice: What to do, the end of the message.
 
     Raises:
-        InputError: There is less room than the parts need together, or one part is larger than a
-            file may be.
+        InputError: There is less room than the parts need together.
     """
     total, free = sum(parts.values()), free_bytes(path)
     named = ", ".join(f"{name} {megabytes(size)}" for name, size in parts.items() if size)
@@ -78,19 +77,39 @@ def check_room(path: Path, parts: Mapping[str, int], *, option: str, advice: str
         )
 
 
+def require_room(path: Path, size: int) -> None:
+    """Fail as writing would, before anything is written.
+
+    Raises:
+        OSError: Where a path would be there is less room than this.
+    """
+    free = free_bytes(path)
+    if free is not None and free < size:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+
+def check_file_size(path: Path, size: int) -> None:
+    """Refuse files that are larger than this process may write.
+
+    Raises:
+        InputError: They are; the message names the limit.
+    """
+    limit = largest_file()
+    if limit is not None and size > limit:
+        raise InputError(
+            f"output_dir {path}: a file of {megabytes(size)} will be written, and this process may "
+            f"write files of {megabytes(limit)}. Raise the limit: ulimit -f unlimited."
+        )
+
+
 def megabytes(size: float) -> str:
     """A size for people."""
+    if 0 < size < 1e5:
+        return f"{size / 1e3:,.0f} kB"
     return f"{size / 1e6:,.1f} MB" if 0 < size < 1e7 else f"{size / 1e6:,.0f} MB"
 
 
 def directory_bytes(path: Path) -> int:
-    """Bytes of the files in a directory."""
-    return sum(entry.stat().st_size for entry in path.rglob("*") if entry.is_file())
-
-
-def same_disk(path: Path, other: Path) -> bool:
-    """Whether two places are on one file system."""
-    try:
-        return os.stat(existing(path)).st_dev == os.stat(existing(other)).st_dev
-    except OSError:
-        return False
+    """Bytes that the files in a directory take, in whole blocks where the system counts these."""
+    found = [entry.stat() for entry in path.rglob("*") if entry.is_file()]
+    return sum(max(file.st_size, getattr(file, "st_blocks", 0) * 512) for file in found)

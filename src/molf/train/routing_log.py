@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
@@ -35,12 +36,16 @@ class RoutingWriter:
     """Writes `part-00000.parquet`, `part-00001.parquet`, ... into a directory.
 
     A part is written beside its name and renamed, and holds whole steps only. Leaving the `with`
-    block writes what is pending, also when training fails. One writer owns the directory.
+    block writes what is pending, also when training fails. One writer owns the directory. A part
+    that cannot be written is tried again when the next one is due.
 
     Args:
         directory: Where the parts go; made with the first part.
         rows_per_part: Write a part when this many rows are pending ...
         seconds_per_part: ... or the oldest of them has waited this long.
+
+    Warns:
+        UserWarning: A part cannot be written; once, and again if that is so at the end.
     """
 
     def __init__(
@@ -52,6 +57,7 @@ class RoutingWriter:
         self._parts = 0
         self._pending: dict[str, list[Any]] = {name: [] for name in SCHEMA.names}
         self._waiting_since = 0.0
+        self._fails = False
 
     def __enter__(self) -> RoutingWriter:
         return self
@@ -62,7 +68,12 @@ class RoutingWriter:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self.flush()
+        if not self._written() and self._fails:
+            first, last = self._pending["step"][0] + 1, self._pending["step"][-1] + 1
+            warnings.warn(
+                f"The routing of steps {first} to {last} was not written to {self.directory}.",
+                stacklevel=2,
+            )
 
     def add(self, step: int, routing: Mapping[str, Decision]) -> None:
         """Add one step's decisions, layers in the optimizer's order."""
@@ -77,11 +88,34 @@ class RoutingWriter:
                 pending["score"].append(score)
                 pending["winner"].append(expert in decision.winners)
         waited = time.monotonic() - self._waiting_since
-        if len(pending["step"]) >= self.rows_per_part or waited >= self.seconds_per_part:
+        is_large = len(pending["step"]) >= self.rows_per_part and not self._fails
+        if is_large or waited >= self.seconds_per_part:
+            self._written()
+
+    def _written(self) -> bool:
+        """Write what is pending as one part, if it can be; return whether nothing is pending."""
+        try:
             self.flush()
+        except (OSError, pa.ArrowException) as error:
+            self._waiting_since = time.monotonic()
+            if not self._fails:
+                warnings.warn(
+                    f"The routing cannot be written to {self.directory}: "
+                    f"{getattr(error, 'strerror', None) or error}. Training goes on, and it is "
+                    "tried again.",
+                    stacklevel=3,
+                )
+            self._fails = True
+            return False
+        self._fails = False
+        return True
 
     def flush(self) -> None:
-        """Write what is pending as one part."""
+        """Write what is pending as one part.
+
+        Raises:
+            OSError: It cannot be written, and is still pending.
+        """
         if not self._pending["step"]:
             return
         self.directory.mkdir(exist_ok=True)

@@ -59,13 +59,28 @@ def check_output(
     place = existing(path.absolute().parent if renames else path)
     if not place.is_dir():
         raise InputError(f"output_dir {path} cannot be made: {place} is not a directory.")
+    _check_writable(place, f"output_dir {path}")
+
+
+def check_fallback(path: Path | None) -> None:
+    """Check that weights could be kept in a directory, without leaving anything there.
+
+    Raises:
+        InputError: It is no directory, or cannot be written.
+    """
+    if path is None:
+        return
+    if not path.is_dir():
+        raise InputError(f"fallback_dir {path} is not a directory. Give one that is there.")
+    _check_writable(path, f"fallback_dir {path}")
+
+
+def _check_writable(place: Path, given: str) -> None:
     try:
         # Permissions do not tell (read-only file systems, /proc): only trying does.
         tempfile.TemporaryDirectory(dir=place, prefix=".molf-").cleanup()
     except OSError as error:
-        raise InputError(
-            f"output_dir {path} cannot be written: {place}: {error.strerror}."
-        ) from error
+        raise InputError(f"{given} cannot be written: {place}: {error.strerror}.") from error
 
 
 class RunDirectory:

@@ -6,6 +6,7 @@ import copy
 import time
 import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from datasets import Dataset
 from peft import PeftModel
 from safetensors.torch import save_model as save_tensors
 from transformers import PrinterCallback, TrainerCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import SFTConfig, SFTTrainer
 
 from molf.core.adamw import AdamW
@@ -27,6 +29,7 @@ from molf.train.callbacks import (
     fidelity_figures,
     unwrapped,
 )
+from molf.train.checkpoints import Checkpoints
 from molf.train.defaults import ADAPTERS
 from molf.train.merging import merge_trained
 from molf.train.methods import Prepared, TrainingData, prepare
@@ -82,11 +85,12 @@ def run_training(
     directory: RunDirectory,
     reporter: Reporter,
     callbacks: Sequence[TrainerCallback] = (),
+    at_the_end: int = 0,
 ) -> Training:
     """Train `base.model` on the samples; the model is changed in place, or taken over.
 
     A trained adapter is saved before it is merged. `callbacks` are told of everything, as well as
-    the run's own.
+    the run's own. Checkpoints leave room for `at_the_end` bytes.
     """
     if settings.quantised is not None and quantisation_of(base.model.config) is None:
         reporter.say(f"Loading the base again ({settings.quantised})")
@@ -99,6 +103,7 @@ def run_training(
     prepared = prepare(base.model, settings, data)
     preparation_seconds = time.perf_counter() - started
     wins, guard = Wins(prepared.experts), StepGuard(settings)
+    checkpoints = Checkpoints(at_the_end)
     # Gradients that are freed in the backward pass leave the trainer a norm of 0.
     without = ("grad_norm",) if settings.optimizer_in_backward else ()
     _warn_of_warmup(data.steps, arguments)
@@ -111,6 +116,7 @@ def run_training(
             prepared,
             wins,
             guard,
+            checkpoints,
             model=prepared.model,
             args=arguments,
             train_dataset=Dataset.from_dict(
@@ -133,9 +139,9 @@ def run_training(
         output = trainer.train()
         seconds = time.perf_counter() - started
     guard.check_weights(trainer.model, trainer.state)
-    checkpoints = directory / CHECKPOINTS
-    if not any(checkpoints.iterdir()):
-        checkpoints.rmdir()  # the trainer makes it in any case
+    checkpoints.warn_of_missing()
+    with suppress(OSError):  # the trainer makes it in any case; not empty, it stays
+        (directory / CHECKPOINTS).rmdir()
     # Without the trainer's autocast, in which the merge would be measured.
     model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
     precision.restore()
@@ -195,12 +201,14 @@ class _Trainer(SFTTrainer):
         prepared: Prepared,
         wins: Wins,
         guard: StepGuard,
+        checkpoints: Checkpoints,
         **kwargs: Any,
     ) -> None:
         self.base = base
         self.prepared = prepared
         self.wins = wins
         self.guard = guard
+        self.checkpoints = checkpoints
         model = prepared.model
         trained = {p: p.data for p in model.parameters() if p.requires_grad}
         super().__init__(**kwargs)
@@ -216,6 +224,13 @@ class _Trainer(SFTTrainer):
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".* trained parameters are outside the adap")
             return super().create_optimizer(*args, **kwargs)
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        """Save a checkpoint where it can be written; elsewhere training goes on without it."""
+        step = self.state.global_step
+        directory = Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{step}"
+        save = super()._save_checkpoint
+        self.checkpoints.save(lambda: save(*args, **kwargs), directory, step)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         """Save a checkpoint: all weights where more is trained than the adapter, which PEFT saves.
