@@ -197,6 +197,18 @@ def test_adapter_is_kept(options, base, disk, place, trained, monkeypatch, capsy
     torch.testing.assert_close(logits_of(model), found["logits"], rtol=1e-4, atol=1e-4)
 
 
+def test_kept_adapter_can_be_exported(options, disk, place, trained, capsys):
+    trained(lambda: fill(disk))
+    given = [*options, "--method", "lora", "--output_dir", str(disk / "run")]
+    assert main([*given, "--fallback_dir", str(place)]) == 1
+    (kept,) = place.iterdir()
+    assert main(["export", str(kept), "--what", "adapter", "--dtype", "bfloat16"]) == 0
+    assert main(["export", str(kept)]) == 2
+    assert "has no model/: the run goes on, or failed before it was saved. It has" in last_line(
+        capsys
+    )
+
+
 def test_adapter_that_is_saved_is_enough(options, disk, place, monkeypatch, capsys):
     merge = training.merge_trained
 
@@ -409,3 +421,31 @@ def test_export_to_a_full_disk(molf_run, disk, monkeypatch, capsys):
     assert main(["export", str(molf_run.path), "--output_dir", str(disk / "x")]) == 1
     assert "the disk is full: saving the x to" in last_line(capsys)
     assert [path.name for path in disk.iterdir()] == ["full"]
+
+
+def test_evaluation_that_cannot_be_written_is_printed(molf_run, facts, disk, monkeypatch, capsys):
+    from molf.cli import evaluation
+
+    monkeypatch.setattr(evaluation, "_check_output", lambda options: None)
+    fill(disk)
+    given = ["eval", "--task", "fact", "--data", str(facts), "--output_dir", str(disk / "e")]
+    given += ["--predictions", str(molf_run.path / "predictions.jsonl")]
+    assert main(given) == 1
+    printed = capsys.readouterr()
+    assert "acc_new" in printed.out
+    assert "could not be written" in printed.err
+    assert "The metrics are those printed above." in printed.err
+
+
+def test_traceback_that_cannot_be_written_does_not_hide_the_error(
+    molf_run, tiny_disk, monkeypatch, capsys
+):
+    def fail(run):
+        raise ZeroDivisionError("a fault")
+
+    fill(tiny_disk)
+    monkeypatch.setattr("tempfile.tempdir", str(tiny_disk))
+    monkeypatch.setattr("molf.train.routing_shares.routing_shares", fail)
+    assert main(["routing", str(molf_run.path)]) == 1
+    error = last_line(capsys)
+    assert "ZeroDivisionError: a fault (its traceback could not be written: No space left" in error

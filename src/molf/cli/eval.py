@@ -141,14 +141,16 @@ def evaluate_model(
         options: The options.
         config: A YAML file of these options; the command line wins over it.
     """
-    from molf.cli.evaluation import evaluate_checkpoint, score_saved_texts
+    from molf.cli.evaluation import evaluate_checkpoint, score_saved_texts, write_evaluations
     from molf.cli.summary import print_evaluations
 
     if options.predictions is not None:
         if model is not None:
             warnings.warn(f"Saved texts are scored; {model} is not used.", stacklevel=1)
-        print_evaluations(score_saved_texts(options))
+        evaluations = score_saved_texts(options)
     elif model is not None:
-        print_evaluations(evaluate_checkpoint(model, options))
+        evaluations = evaluate_checkpoint(model, options)
     else:
         raise InputError("Give a model, or --predictions FILE with saved texts; given: neither.")
+    print_evaluations(evaluations)
+    write_evaluations(options, evaluations)

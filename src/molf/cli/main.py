@@ -110,11 +110,15 @@ def _describe(error: Exception) -> str:
 
     if isinstance(error, RunError):
         return str(error)
-    with tempfile.NamedTemporaryFile(
-        "w", prefix="molf-error-", suffix=".log", delete=False, encoding="utf-8"
-    ) as log:
-        traceback.print_exc(file=log)
-    return f"{type(error).__name__}: {error} (traceback: {log.name})"
+    message = f"{type(error).__name__}: {error}"
+    try:
+        with tempfile.NamedTemporaryFile(
+            "w", prefix="molf-error-", suffix=".log", delete=False, encoding="utf-8"
+        ) as log:
+            traceback.print_exc(file=log)
+    except OSError as failure:  # such as a full disk, which may be the error itself
+        return f"{message} (its traceback could not be written: {failure.strerror})"
+    return f"{message} (traceback: {log.name})"
 
 
 class _WarningLines:

@@ -88,6 +88,8 @@ def _cannot_write(error: Exception) -> bool:
     """Whether an error is one of writing, and not of what is written."""
     if isinstance(error, (OSError, SafetensorError)) or is_no_room(error):
         return True
+    if "(os error " in str(error):  # tokenizers raises Exception itself
+        return True
     return isinstance(error, RuntimeError) and any(x in str(error) for x in _TORCH_CANNOT_WRITE)
 
 

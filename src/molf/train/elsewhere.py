@@ -55,9 +55,12 @@ def places(given: Iterable[Path]) -> Iterator[Path]:
     """
     usual = (_temporary(), Path("/var/tmp"), Path(os.path.expanduser("~")), _current())
     # The last is memory: it is gone when the machine restarts, but it is often large.
-    seen = set()
+    seen: set[str] = set()
     for place in (*given, *usual, Path("/dev/shm")):
-        if place is not None and place.is_dir() and (real := place.resolve()) not in seen:
+        if place is None or not os.path.isdir(place):  # unlike Path's own, it raises nothing
+            continue
+        real = os.path.realpath(place)
+        if real not in seen:
             seen.add(real)
             yield place
 

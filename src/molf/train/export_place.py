@@ -15,7 +15,7 @@ from molf.errors import InputError
 from molf.paths import check_inputs_outside, is_within, settled
 from molf.train.finished_run import FinishedRun
 from molf.train.ownership import ADAPTER, AN_EXPORT, CHECKPOINTS, LOW_HALVES, MODEL, ROUTING
-from molf.train.room import check_room, directory_bytes
+from molf.train.room import check_file_size, check_room, directory_bytes
 from molf.train.run_directory import check_output
 
 _TYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
@@ -43,12 +43,14 @@ def export_place(
     _check_replaceable(path, run, name)
     check_output(path, overwrite=overwrite, ownership=AN_EXPORT, renames=True)
     check_inputs_outside(path, {"the run's base": run.config.get("model")})
+    weights = stored.bytes_in(dtype)
     check_room(
         path.parent,
-        {f"the {what} in {dtype or stored.dtype}": stored.bytes_in(dtype) + stored.other_bytes},
+        {f"the {what} in {dtype or stored.dtype}": weights + stored.other_bytes},
         option=f"output_dir {path}: the export",
         advice="Make room, or give another --output_dir.",
     )
+    check_file_size(path, weights)
     return path
 
 

@@ -54,11 +54,15 @@ class FinishedRun:
         Raises:
             InputError: It has none; the message says why, and what there is instead.
         """
+        has_adapter = (self.path / ADAPTER / "adapter_config.json").is_file()
+        if what == ADAPTER and has_adapter:
+            return
         if not (self.path / MODEL / "config.json").is_file():
             raise InputError(
                 f"{self.path} has no {MODEL}/: the run goes on, or failed before it was saved."
+                + (f" It has its adapter: {self.path / ADAPTER}." if has_adapter else "")
             )
-        if what == ADAPTER and not (self.path / ADAPTER / "adapter_config.json").is_file():
+        if what == ADAPTER:
             raise InputError(
                 f"{self.path} has no adapter: {self._why_no_adapter()}. Export the whole model "
                 "(--what model), or train with --method molf-e or lora."

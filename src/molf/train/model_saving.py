@@ -96,7 +96,7 @@ class Keep:
 
     @property
     def _given(self) -> tuple[Path, ...]:
-        beside = self.run.absolute().parent  # of another error than a full disk it may be free
+        beside = self.run.parent  # of another error than a full disk it may be free
         return (beside,) if self.chosen is None else (self.chosen, beside)
 
     def _no_place(self) -> str:

@@ -15,6 +15,7 @@ try:
 except ImportError:  # Windows has no such limits
     resource = None  # type: ignore[assignment]
 
+_LARGEST = 50 * 10**9  # bytes of the largest file that transformers writes for a model
 _NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 _NO_ROOM_TEXTS = ("No space left", "quota exceeded", "File too large")  # safetensors has no errno
 
@@ -89,12 +90,17 @@ def require_room(path: Path, size: int) -> None:
 
 
 def check_file_size(path: Path, size: int) -> None:
-    """Refuse files that are larger than this process may write.
+    """Refuse weights in files that are larger than this process may write.
+
+    Args:
+        path: Where the files go.
+        size: Bytes of the weights.
 
     Raises:
         InputError: They are; the message names the limit.
     """
     limit = largest_file()
+    size = min(size, _LARGEST)
     if limit is not None and size > limit:
         raise InputError(
             f"output_dir {path}: a file of {megabytes(size)} will be written, and this process may "

@@ -22,8 +22,6 @@ from molf.train.saved_tensors import (
 )
 from molf.train.stored import is_real
 
-_SHARD = 50 * 10**9  # bytes of the largest file that transformers writes for a model
-
 
 def storing_of(base: LoadedModel, settings: ResolvedSettings) -> Storing:
     """How a model that is trained from `base` is stored; `save_dtype` as the user gave it."""
@@ -81,7 +79,7 @@ def check_saving(
         option=f"output_dir {settings.output_dir}: the run",
         advice=f"{lower or 'Make room, or'} give another --output_dir.",
     )
-    check_file_size(settings.output_dir, max(min(model, _SHARD), further["adapter"]))
+    check_file_size(settings.output_dir, max(model, further["adapter"]))
     return at_the_end(parts)
 
 
