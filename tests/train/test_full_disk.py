@@ -10,6 +10,7 @@ import subprocess
 import pytest
 import torch
 from recorded import logits_of
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase, TrainerCallback
 
 from molf.cli import main
@@ -344,12 +345,40 @@ def test_checkpoint_leaves_room_for_the_model(options, disk, during, capsys):
     given = [*options, "--save_steps", "1", "--output_dir", str(disk / "run")]
     assert main(given) == 0
     error = capsys.readouterr().err
-    assert (
-        "The checkpoint of step 2 was not written: 1.5 MB are free, and about 0.2 MB are" in error
+    words = (
+        r"step 2 was not written: it takes about 0\.\d MB, the trained model will take 0\.\d MB, "
     )
+    assert re.search(words + r"and 1\.5 MB are free\. Training goes on", error)
     names = [path.name for path in (disk / "run" / "checkpoints").glob("checkpoint-*")]
     assert names == ["checkpoint-1"]
     assert (disk / "run" / "model" / "config.json").is_file()
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(122, "Disk quota exceeded"),
+        PermissionError(13, "Permission denied"),
+        SafetensorError("Error while serializing: I/O error: No space left on device"),
+        RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0"),
+        Exception("Read-only file system (os error 30)"),
+    ],
+    ids=str,
+)
+def test_any_error_of_writing_leaves_the_training_on(tmp_path, error):
+    from molf.train.checkpoints import Checkpoints
+    from molf.train.room_needed import Needed
+
+    def save():
+        (tmp_path / "checkpoint-1").mkdir()
+        (tmp_path / "checkpoint-1" / "model.safetensors").write_bytes(b"half")
+        raise error
+
+    checkpoints = Checkpoints(Needed())
+    with pytest.warns(UserWarning, match="checkpoint of step 1 was not written"):
+        checkpoints.save(save, tmp_path / "checkpoint-1", 1)
+    assert checkpoints.missing == [1]
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_error_in_what_a_checkpoint_holds_is_not_swallowed(options, tmp_path, monkeypatch, capsys):

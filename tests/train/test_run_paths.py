@@ -124,6 +124,12 @@ def test_file_of_a_run_and_directory_of_runs(run, refused, command, tmp_path):
     assert f"it holds {run}. Give one run." in refused(command, tmp_path)
 
 
+def test_predictions_of_a_run(run, refused):
+    (run / "predictions.jsonl").touch()
+    error = refused("eval", "--task", "fact", "--data", "x.jsonl", "--predictions", run)
+    assert f"Give its file: {run}/predictions.jsonl." in error
+
+
 def test_run_inside_of_another_is_a_run(run, refused):
     inner = run / "checkpoints" / "run"
     shutil.copytree(run / "model", inner / "model")

@@ -111,6 +111,8 @@ def _load_harness(options: EvalOptions) -> Harness | None:
 
 def _read_predictions(path: Path) -> list[Record]:
     check_path(path, "predictions")
+    if path.is_dir() and (path / PREDICTIONS).is_file():
+        raise InputError(f"predictions {path} is a directory. Give its file: {path / PREDICTIONS}.")
     try:
         return read_json(path)
     except InputError as error:

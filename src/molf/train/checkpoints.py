@@ -11,6 +11,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from molf.train.room import directory_bytes, free_bytes, is_no_room, megabytes
+from molf.train.room_needed import Needed
 
 _STATE = "trainer_state.json"  # the last file that the trainer writes
 _MARGIN = 1_000_000  # bytes: files take whole blocks, and the log goes on
@@ -21,15 +22,15 @@ class Checkpoints:
     """Saves checkpoints where that leaves room for the trained model.
 
     Args:
-        at_the_end: Bytes that are written when the training is over.
+        room: About how many bytes a checkpoint takes, and the trained model.
 
     Attributes:
         missing: Steps whose checkpoints were not written.
     """
 
-    def __init__(self, at_the_end: int) -> None:
-        self._at_the_end = at_the_end
-        self._largest = 0  # bytes of those written so far
+    def __init__(self, room: Needed) -> None:
+        self._at_the_end = room.at_the_end
+        self._one = room.checkpoint  # bytes: estimated, then those of the largest so far
         self.missing: list[int] = []
 
     def save(self, save: Callable[[], None], directory: Path, step: int) -> None:
@@ -44,12 +45,12 @@ class Checkpoints:
             UserWarning: It was not written; nothing of it is left.
         """
         free = free_bytes(directory)
-        needed = self._largest + self._at_the_end + _MARGIN
+        needed = self._one + self._at_the_end + _MARGIN
         if free is not None and free < needed:
             self._warn(
                 step,
-                f"{megabytes(free)} are free, and about {megabytes(self._at_the_end)} are kept for "
-                "the trained model",
+                f"it takes about {megabytes(self._one)}, the trained model will take "
+                f"{megabytes(self._at_the_end)}, and {megabytes(free)} are free",
             )
             return
         try:
@@ -62,7 +63,7 @@ class Checkpoints:
             reason = str(error).strip().split("\n")[0] or type(error).__name__
             self._warn(step, "the disk is full" if is_no_room(error) else reason)
         else:
-            self._largest = max(self._largest, directory_bytes(directory))
+            self._one = max(self._one, directory_bytes(directory))
 
     def _warn(self, step: int, reason: str) -> None:
         if not self.missing:

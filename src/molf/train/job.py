@@ -45,6 +45,7 @@ from molf.train.provenance import file_records
 from molf.train.resolved import ResolvedSettings
 from molf.train.result import RunError, RunResult, evaluation_record, results_row
 from molf.train.results import RESULTS, append_result
+from molf.train.room_needed import Needed
 from molf.train.routing_meaning import routing_meaning, routing_shares_text
 from molf.train.run_directory import RunDirectory
 from molf.train.saved_tensors import Stored, Storing, default_dtype
@@ -72,7 +73,7 @@ def run_job(
     base, encoded = opening.base, opening.encoded
     data = TrainingData(encoded, count_steps(arguments, len(encoded.input_ids)))
     planned = plan(base.model, settings, data)
-    at_the_end = check_saving(base, settings, planned, data.steps, task.evaluation_count)
+    room = check_saving(base, settings, planned, data.steps, task.evaluation_count)
     storing = storing_of(base, settings)
     parameters = base.model.num_parameters()
     for note in opening.notes:
@@ -102,7 +103,7 @@ def run_job(
         opening.quantisation,
         directory,
         files,
-        at_the_end,
+        room,
     )
     try:
         job.write_config()
@@ -151,7 +152,7 @@ class _Job:
     quantisation: Quantisation | None
     directory: RunDirectory
     files: dict[str, list[dict[str, Any]]]
-    at_the_end: int
+    room: Needed
 
     def write_config(
         self, training: Training | None = None, saved: Mapping[str, Any] | None = None
@@ -230,7 +231,7 @@ class _Job:
             self.arguments,
             self.directory,
             self.reporter,
-            at_the_end=self.at_the_end,
+            room=self.room,
         )
         if training.trained_parameters != self.plan.trained_parameters:  # known to EVA only now
             self.plan = replace(self.plan, trained_parameters=training.trained_parameters)

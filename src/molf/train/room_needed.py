@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,6 +17,19 @@ _MOMENTS = {"float32": 8.0, "8bit": 2.04}  # bytes for two of them
 _ROUTING_ROW = 11  # bytes of a row of the Parquet log: measured 9.4 and 10.3 with random scores
 _METRICS_LINE = 600  # bytes of a line of metrics.jsonl, as measured with three experts
 _PREDICTION = 1000  # bytes of a line of predictions.jsonl: an answer of 200 tokens
+
+
+@dataclass(frozen=True)
+class Needed:
+    """Bytes that a training is about to write.
+
+    Attributes:
+        checkpoint: Of one checkpoint; 0 without checkpoints.
+        at_the_end: Of all that is written when the training is over.
+    """
+
+    checkpoint: int = 0
+    at_the_end: int = 0
 
 
 def run_bytes(
@@ -55,27 +69,31 @@ def run_bytes(
         # What training left alone lost nothing where it was stored in the same type.
         alone = adapts and stored == torch.bfloat16
         low = 2 * (sum(x.in_features * x.out_features for x in plan.layers) if alone else weights)
-    checkpoints = 0
-    if settings.save_steps is not None:
-        one = beside + adapter + 8 * factors + dense * (_MOMENTS[settings.state_dtype] + exact)
-        if not adapts:
-            one += weights * (2 if half else 4) + (8 if settings.is_explicit else 4) * factors
-        written = -(-steps // settings.save_steps)
-        kept = min(written, (settings.save_total_limit or written) + 1)  # the oldest goes last
-        checkpoints = int(one * kept)
+    one = beside + adapter + 8 * factors + dense * (_MOMENTS[settings.state_dtype] + exact)
+    if not adapts:
+        one += weights * (2 if half else 4) + (8 if settings.is_explicit else 4) * factors
     lines = 2 + steps // settings.logging_steps
     return {
         "adapter": adapter,
         "lower halves": low,
-        "checkpoints": checkpoints,
+        "checkpoints": int(one * _kept(settings, steps)),
         "routing": _routing(settings, plan, steps),
         "metrics and predictions": lines * _METRICS_LINE + evaluated * _PREDICTION,
     }
 
 
-def at_the_end(parts: Mapping[str, int]) -> int:
-    """Bytes of what is written when the training is over."""
-    return sum(size for name, size in parts.items() if name not in ("checkpoints", "routing"))
+def needed(parts: Mapping[str, int], settings: ResolvedSettings, steps: int) -> Needed:
+    """Return what is kept free for a run, from the bytes of its parts by name."""
+    later = sum(size for name, size in parts.items() if name not in ("checkpoints", "routing"))
+    return Needed(parts["checkpoints"] // max(_kept(settings, steps), 1), later)
+
+
+def _kept(settings: ResolvedSettings, steps: int) -> int:
+    """How many checkpoints there are at the same time."""
+    if settings.save_steps is None:
+        return 0
+    written = -(-steps // settings.save_steps)
+    return min(written, (settings.save_total_limit or written) + 1)  # the oldest goes last
 
 
 def _routing(settings: ResolvedSettings, plan: Plan, steps: int) -> int:

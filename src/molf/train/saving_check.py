@@ -11,7 +11,7 @@ from molf.train.model_loading import LoadedModel
 from molf.train.model_saving import rehearse_saving
 from molf.train.resolved import ResolvedSettings
 from molf.train.room import check_file_size, check_room
-from molf.train.room_needed import at_the_end, run_bytes
+from molf.train.room_needed import Needed, needed, run_bytes
 from molf.train.saved_tensors import (
     Storing,
     Types,
@@ -37,7 +37,7 @@ def storing_of(base: LoadedModel, settings: ResolvedSettings) -> Storing:
 
 def check_saving(
     base: LoadedModel, settings: ResolvedSettings, plan: Plan, steps: int, evaluated: int
-) -> int:
+) -> Needed:
     """Make sure that what the run will leave can be saved, without leaving anything.
 
     Args:
@@ -48,7 +48,7 @@ def check_saving(
         evaluated: How many records are evaluated.
 
     Returns:
-        About how many bytes are written when the training is over.
+        About how many bytes the training will write.
 
     Raises:
         InputError: It cannot be saved, its numbers do not fit the type, or the disk is too small.
@@ -80,7 +80,7 @@ def check_saving(
         advice=f"{lower or 'Make room, or'} give another --output_dir.",
     )
     check_file_size(settings.output_dir, max(model, further["adapter"]))
-    return at_the_end(parts)
+    return needed(parts, settings, steps)
 
 
 def _check_types(base: LoadedModel, storing: Storing, name: str) -> int:

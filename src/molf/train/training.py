@@ -39,6 +39,7 @@ from molf.train.ownership import ADAPTER, CHECKPOINTS, METRICS, ROUTING
 from molf.train.progress import Reporter
 from molf.train.quantised_base import Precision, load_quantised
 from molf.train.resolved import ResolvedSettings
+from molf.train.room_needed import Needed
 from molf.train.routing_log import RoutingWriter
 from molf.train.run_directory import RunDirectory
 from molf.train.step_guard import StepGuard
@@ -85,12 +86,12 @@ def run_training(
     directory: RunDirectory,
     reporter: Reporter,
     callbacks: Sequence[TrainerCallback] = (),
-    at_the_end: int = 0,
+    room: Needed = Needed(),  # noqa: B008 (frozen)
 ) -> Training:
     """Train `base.model` on the samples; the model is changed in place, or taken over.
 
     A trained adapter is saved before it is merged. `callbacks` are told of everything, as well as
-    the run's own. Checkpoints leave room for `at_the_end` bytes.
+    the run's own. Checkpoints leave `room` for the trained model.
     """
     if settings.quantised is not None and quantisation_of(base.model.config) is None:
         reporter.say(f"Loading the base again ({settings.quantised})")
@@ -103,7 +104,7 @@ def run_training(
     prepared = prepare(base.model, settings, data)
     preparation_seconds = time.perf_counter() - started
     wins, guard = Wins(prepared.experts), StepGuard(settings)
-    checkpoints = Checkpoints(at_the_end)
+    checkpoints = Checkpoints(room)
     # Gradients that are freed in the backward pass leave the trainer a norm of 0.
     without = ("grad_norm",) if settings.optimizer_in_backward else ()
     _warn_of_warmup(data.steps, arguments)
