@@ -136,9 +136,14 @@ def result_on_disk(done: str) -> Iterator[None]:
         yield
         sys.stdout.flush()
     except OutputError as error:
-        if isinstance(sys.stdout, Output):
-            sys.stdout.is_given_up = True
+        give_up_output()
         warnings.warn(f"{done}, but standard output cannot be written: {error}.", stacklevel=3)
+
+
+def give_up_output() -> None:
+    """Have standard output raise no more errors: that it failed has been dealt with."""
+    if isinstance(sys.stdout, Output):
+        sys.stdout.is_given_up = True
 
 
 @contextmanager

@@ -113,6 +113,17 @@ def earlier_run(path):
     (path / "error.log").write_text("old")
 
 
+def test_disk_full_keeps_the_weights(disk_full, options, tmp_path, capsys):
+    """transformers can save nothing: the weights alone are written, and the configuration."""
+    (tmp_path / "other").mkdir()
+    given = ["--output_dir", str(tmp_path / "run"), "--fallback_dir", str(tmp_path / "other")]
+    assert main([*options, *given]) == 1
+    (kept,) = (tmp_path / "other").iterdir()
+    assert f"is kept, and was read back, in {kept / 'model'}" in capsys.readouterr().err
+    assert (kept / "config.yaml").is_file()
+    AutoModelForCausalLM.from_pretrained(kept / "model")
+
+
 def test_failed_overwrite_keeps_the_earlier_run(disk_full, options, tmp_path, capsys):
     path = tmp_path / "run"
     earlier_run(path)

@@ -14,7 +14,7 @@ from cyclopts import Parameter
 
 from molf.errors import InputError
 from molf.evaluate.harness import PREFIX
-from molf.streams import OutputError, result_on_disk
+from molf.streams import OutputError, give_up_output
 from molf.tasks import TASKS, TaskOptions, check_task
 from molf.train.converters import words
 from molf.train.settings import DATA, EVALUATION, OUTPUT
@@ -147,29 +147,34 @@ def evaluate_model(
         options: The options.
         config: A YAML file of these options; the command line wins over it.
     """
-    from molf.cli.evaluation import evaluate_checkpoint, score_saved_texts
+    from molf.cli.evaluation import evaluate_checkpoint, score_saved_texts, write_evaluations
 
     if options.predictions is not None:
         if model is not None:
             warnings.warn(f"Saved texts are scored; {model} is not used.", stacklevel=1)
-        _print(score_saved_texts(options), options.output_dir)
+        evaluations = score_saved_texts(options)
     elif model is not None:
-        _print(evaluate_checkpoint(model, options), options.output_dir)
+        evaluations = evaluate_checkpoint(model, options)
     else:
         raise InputError("Give a model, or --predictions FILE with saved texts; given: neither.")
+    lost = _print(evaluations)
+    write_evaluations(options, evaluations)
+    if lost is not None:
+        if options.output_dir is None:
+            raise lost
+        done = f"The evaluation in {options.output_dir} is complete"
+        warnings.warn(f"{done}, but standard output cannot be written: {lost}.", stacklevel=1)
 
 
-def _print(evaluations: Mapping[str, Evaluation], written_to: Path | None) -> None:
-    """Print evaluations; to standard error where standard output fails and no file has them."""
+def _print(evaluations: Mapping[str, Evaluation]) -> OutputError | None:
+    """Print evaluations; to standard error if standard output fails, which is returned."""
     from molf.cli.summary import print_evaluations
 
-    if written_to is not None:
-        with result_on_disk(f"The evaluation in {written_to} is complete"):
-            print_evaluations(evaluations)
-        return
     try:
         print_evaluations(evaluations)
         sys.stdout.flush()
-    except OutputError:
+    except OutputError as error:
+        give_up_output()
         print_evaluations(evaluations, stderr=True)
-        raise
+        return error
+    return None

@@ -20,7 +20,7 @@ from molf.train.locks import InUseError, Lock
 from molf.train.model_path import check_model
 from molf.train.ownership import AN_EVALUATION, EVALUATION, PREDICTIONS, predictions_in
 from molf.train.progress import make_reporter
-from molf.train.result import evaluation_record
+from molf.train.result import RunError, evaluation_record
 from molf.train.run_directory import check_output, runs_kept
 from molf.train.training_data import warn_of_other_splitting, warn_of_training_data
 
@@ -73,7 +73,6 @@ def evaluate_checkpoint(model: str, options: EvalOptions) -> dict[str, Evaluatio
                 reporter.say(title)  # the harness shows its own progress
                 found = harness.evaluate(loaded.model, loaded.tokenizer, name.removeprefix(PREFIX))
                 evaluations.update(found)
-    _write(options, evaluations)
     return evaluations
 
 
@@ -88,9 +87,7 @@ def score_saved_texts(options: EvalOptions) -> dict[str, Evaluation]:
     (task,) = options.task_options
     # Whatever stood before the questions, the texts are there: none has to be drawn.
     scored = load_task(replace(task, few_shot=0)).score_predictions(predictions)
-    evaluations = {task.name: scored}
-    _write(options, evaluations)
-    return evaluations
+    return {task.name: scored}
 
 
 def _warn_of_faults(evaluation: Evaluation) -> None:
@@ -119,6 +116,8 @@ def _load_harness(options: EvalOptions) -> Harness | None:
 
 def _read_predictions(path: Path) -> list[Record]:
     check_path(path, "predictions")
+    if path.is_dir() and (path / PREDICTIONS).is_file():
+        raise InputError(f"predictions {path} is a directory. Give its file: {path / PREDICTIONS}.")
     try:
         return read_json(path)
     except InputError as error:
@@ -134,21 +133,39 @@ def _check_output(options: EvalOptions) -> None:
     check_inputs_outside(path, {name: getattr(options, name) for name in inputs})
 
 
-def _write(options: EvalOptions, evaluations: Mapping[str, Evaluation]) -> None:
-    """Write eval.json, and the predictions: one file, or one per task where there are several.
+def write_evaluations(options: EvalOptions, evaluations: Mapping[str, Evaluation]) -> None:
+    """Write eval.json, and the predictions, where the options ask for it.
+
+    The metrics should have been shown by now: the evaluation may have taken hours.
+
+    Raises:
+        InputError: There is something by now that must not be replaced.
+        RunError: The disk is full or cannot be written.
+    """
+    if options.output_dir is None:
+        return
+    _check_output(options)
+    try:
+        _write(options.output_dir, evaluations)
+    except InUseError as error:
+        raise InputError(
+            f"output_dir {options.output_dir} is in use by another process."
+        ) from error
+    except OSError as error:
+        raise RunError(
+            f"The evaluation could not be written to {options.output_dir}: "
+            f"{error.strerror or error}. The metrics are those printed above."
+        ) from error
+
+
+def _write(directory: Path, evaluations: Mapping[str, Evaluation]) -> None:
+    """Write the predictions as one file, or one per task where there are several, and eval.json.
 
     Files of an earlier evaluation are replaced one by one; nothing else there is touched.
     """
-    directory = options.output_dir
-    if directory is None:
-        return
-    _check_output(options)  # the evaluation may have taken hours
     directory.mkdir(parents=True, exist_ok=True)
-    try:
-        with Lock(directory, wait=_LOCK_SECONDS):
-            _write_files(directory, evaluations)
-    except InUseError as error:
-        raise InputError(f"output_dir {directory} is in use by another process.") from error
+    with Lock(directory, wait=_LOCK_SECONDS):
+        _write_files(directory, evaluations)
 
 
 def _write_files(directory: Path, evaluations: Mapping[str, Evaluation]) -> None:

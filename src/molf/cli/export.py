@@ -45,20 +45,21 @@ def export_run(
         if value not in allowed:
             choices = ", ".join(filter(None, allowed))
             raise InputError(f"Invalid {name}={value!r}. Must be one of {choices}.")
+    from molf.train.export_place import export_place
     from molf.train.finished_run import read_run
 
     finished = read_run(run)
-    from molf.train.libraries import quiet_libraries
-
-    with finished.reading(), console_that_may_break(), quiet_libraries():
+    with finished.reading(), console_that_may_break():
         finished.check(what)
-        from molf.train.export import export_adapter, export_model
+        path = export_place(finished, what, dtype, output_dir, overwrite=overwrite)
+        from molf.train.libraries import quiet_libraries
 
-        if what == "model":
-            path = export_model(
-                finished, dtype, output_dir, overwrite=overwrite, rounding=save_rounding
-            )
-        else:
-            path = export_adapter(finished, dtype, output_dir, overwrite=overwrite)
+        with quiet_libraries():
+            from molf.train.export import export_adapter, export_model
+
+            if what == "model":
+                export_model(finished, dtype, path, rounding=save_rounding)
+            else:
+                export_adapter(finished, dtype, path)
     with result_on_disk(f"The export to {path} is complete"):
         sys.stdout.write(f"{path}\n")

@@ -112,7 +112,7 @@ def _describe(error: Exception) -> str:
 
     if isinstance(error, RunError):
         return str(error)
-    return f"{type(error).__name__}: {error} (traceback: {write_traceback()})"
+    return f"{type(error).__name__}: {error} {write_traceback()}"
 
 
 class _WarningLines:

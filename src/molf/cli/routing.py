@@ -16,12 +16,13 @@ def show_routing(
     *,
     jsonl: Annotated[bool, Parameter(negative=())] = False,
 ) -> None:
-    """Print which experts won, in total, per kind of module and per layer.
+    """Print which experts won, in total, per kind of module and per layer, and what that means.
 
     Args:
         run: Directory of a run of `molf train`.
         jsonl: Print every step as a line of JSON at full precision instead.
     """
+    run = run.expanduser()
     if jsonl:
         from molf.train.routing_log import iter_steps
 
@@ -32,6 +33,8 @@ def show_routing(
     from rich.console import Console
     from rich.table import Table
 
+    from molf.train.finished_run import read_run
+    from molf.train.ownership import is_run
     from molf.train.routing_shares import routing_shares
 
     shares = routing_shares(run)
@@ -46,3 +49,5 @@ def show_routing(
             table.add_row(name, *(f"{row[expert]:.1%}" for expert in shares.total))
         table.add_section()
     console.print(table)
+    if is_run(run) and (meaning := read_run(run).routing_meaning):
+        console.print(meaning, highlight=False, soft_wrap=True)

@@ -12,6 +12,7 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from molf.core.adamw import AdamW
+from molf.train.log_file import LogFile
 from molf.train.methods.base import Prepared
 from molf.train.routing_log import RoutingWriter
 from molf.train.wins import Wins
@@ -118,7 +119,7 @@ class MetricsCallback(TrainerCallback):
         show: Callable[[int, dict[str, Any] | None], None],
         without: tuple[str, ...] = (),
     ) -> None:
-        self._path = path
+        self._file = LogFile(path)
         self._show = show
         self._without = without
 
@@ -143,8 +144,7 @@ class MetricsCallback(TrainerCallback):
             return
         logs = {name: value for name, value in logs.items() if name not in self._without}
         record = {"step": state.global_step, **{k: _as_json(v) for k, v in logs.items()}}
-        with self._path().open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+        self._file.add(json.dumps(record))
         self._show(state.global_step, logs)
 
 

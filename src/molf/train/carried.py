@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
-
-_EXTRA = "model-carried.safetensors"
 
 
 class Carried:
@@ -35,6 +31,11 @@ class Carried:
         """The names of the tensors, sorted."""
         return tuple(sorted(self._files))
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensors as they are stored; no tensor is read."""
+        return sum(self._nbytes(name) for name in self.names)
+
     def describe(self) -> str | None:
         """One line for people; None if there are no tensors."""
         if not self._files:
@@ -44,36 +45,11 @@ class Carried:
             f"transformers does not load (first: {self.names[0]})."
         )
 
-    def add_to(self, directory: Path) -> None:
-        """Add the tensors to a checkpoint that transformers has just written, in its own form.
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Read the tensors, by their names in the files."""
+        return {name: self._open[self._files[name]].get_tensor(name) for name in self.names}
 
-        One file stays one file; beside several files there is one more, which the index names.
-        """
-        if not self._files:
-            return
-        single, index = directory / SAFE_WEIGHTS_NAME, directory / SAFE_WEIGHTS_INDEX_NAME
-        if not index.is_file():
-            with safe_open(single, "pt") as file:
-                written = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
-                metadata = file.metadata()
-                whole = directory / f"{SAFE_WEIGHTS_NAME}.whole"
-                save_file({**dict(self._tensors()), **written}, whole, metadata)
-                del written
-            whole.replace(single)
-            return
-        record = json.loads(index.read_text(encoding="utf-8"))
-        added = {n: t for n, t in self._tensors() if n not in record["weight_map"]}
-        save_file(added, directory / _EXTRA, {"format": "pt"})
-        record["weight_map"] |= dict.fromkeys(added, _EXTRA)
-        sizes = record.setdefault("metadata", {})
-        for key, size in (
-            ("total_size", sum(t.numel() * t.element_size() for t in added.values())),
-            ("total_parameters", sum(t.numel() for t in added.values())),
-        ):
-            if key in sizes:
-                sizes[key] += size
-        index.write_text(json.dumps(record, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-    def _tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        for name in self.names:
-            yield name, self._open[self._files[name]].get_tensor(name)
+    def _nbytes(self, name: str) -> int:
+        part = self._open[self._files[name]].get_slice(name)
+        bits = "".join(filter(str.isdigit, part.get_dtype().partition("_")[0]))  # of F8_E4M3: 8
+        return prod(part.get_shape()) * (int(bits) // 8 if bits else 1)

@@ -90,7 +90,7 @@ def rehearse(settings: ResolvedSettings, task: Task, reporter: Reporter) -> DryR
     if len(drawn) < len(samples):
         steps = count_steps(opening.arguments, round(len(samples) * examples / len(drawn)))
     made = plan(base.model, settings, TrainingData(encoded, drawn_steps))
-    check_saving(base, settings, made, steps)
+    check_saving(base, settings, made, steps, task.evaluation_count)
     with scratch_directory("dry-run") as scratch:
         short = replace(
             settings,

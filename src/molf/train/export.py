@@ -15,24 +15,13 @@ from safetensors.torch import save_file
 
 from molf.core.merge import merge
 from molf.core.quantised import quantisation_of
-from molf.errors import InputError
-from molf.paths import check_inputs_outside, is_within, settled
-from molf.train.files import replacing_directory, write_json
+from molf.train.files import write_json
 from molf.train.finished_run import FinishedRun
 from molf.train.low_halves import Rounding, read_low_halves
 from molf.train.model_loading import LoadedModel, load_model
-from molf.train.model_saving import SaveError, save_model
-from molf.train.ownership import (
-    ADAPTER,
-    AN_EXPORT,
-    CHECKPOINTS,
-    EXPORT,
-    LOW_HALVES,
-    MODEL,
-    ROUTING,
-)
+from molf.train.model_saving import SaveError, save_model, saving
+from molf.train.ownership import ADAPTER, EXPORT, LOW_HALVES, MODEL
 from molf.train.quantised_base import load_quantised
-from molf.train.run_directory import check_output
 from molf.train.saved_tensors import Storing, default_dtype
 
 _ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -40,14 +29,9 @@ _SAMPLE = torch.arange(16)[None]
 
 
 def export_model(
-    run: FinishedRun,
-    dtype: str | None,
-    output_dir: Path | None,
-    *,
-    overwrite: bool,
-    rounding: str | None = None,
-) -> Path:
-    """Write the merged model; return where.
+    run: FinishedRun, dtype: str | None, path: Path, *, rounding: str | None = None
+) -> None:
+    """Write the merged model.
 
     Where a wider type is asked for than the run saved its model in, the lower halves that the run
     kept are joined to it, or else its adapter is merged into the base once more, in float32.
@@ -55,19 +39,17 @@ def export_model(
     Args:
         run: A run with a model.
         dtype: Type of the weights; None for that of the run's model.
-        output_dir: Where it goes; None for a directory in the run.
-        overwrite: Replace an earlier export there.
+        path: Where it goes, as `export_place` has checked; an earlier export there is replaced.
         rounding: How the weights are rounded to a narrower type; None for as the run would.
 
     Raises:
-        InputError: The place is taken or cannot be written, or the base is not there any more.
+        InputError: The base is not there any more.
         SaveError: It could not be written; an earlier export is as it was.
     """
     source = run.path / MODEL
     loaded = load_model(str(source))
     main = default_dtype(loaded)
     wanted = main if dtype is None else getattr(torch, dtype)
-    path = _checked(run, MODEL, wanted, output_dir, overwrite=overwrite)
     halves = None
     if torch.promote_types(wanted, main) != main:
         if (run.path / LOW_HALVES).is_file():
@@ -84,33 +66,29 @@ def export_model(
     )
     finish = _marker(run, MODEL, wanted)
     save_model(loaded.model, loaded, storing, _card(source), path, finish, low_halves=halves)
-    return path
 
 
-def export_adapter(
-    run: FinishedRun, dtype: str | None, output_dir: Path | None, *, overwrite: bool
-) -> Path:
-    """Write the adapter; return where. The arguments are those of `export_model`.
+def export_adapter(run: FinishedRun, dtype: str | None, path: Path) -> None:
+    """Write the adapter. The arguments are those of `export_model`.
 
     Raises:
-        InputError: The place is taken or cannot be written.
-        SaveError: The numbers do not fit the type; nothing was written.
+        SaveError: The numbers do not fit the type, or it could not be written; an earlier export is
+            as it was.
     """
     source = run.path / ADAPTER
     with safe_open(source / _ADAPTER_WEIGHTS, "pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
     stored = next(tensor.dtype for tensor in tensors.values() if tensor.is_floating_point())
     wanted = stored if dtype is None else getattr(torch, dtype)
-    path = _checked(run, ADAPTER, wanted, output_dir, overwrite=overwrite)
     tensors = {n: t.to(wanted) if t.is_floating_point() else t for n, t in tensors.items()}
     if not all(bool(tensor.isfinite().all()) for tensor in tensors.values()):
         raise SaveError(f"the adapter has numbers that do not fit {wanted}; nothing was written")
     path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing_directory(path) as directory:
+    size = sum(tensor.nbytes for tensor in tensors.values())
+    with saving(path, size) as directory:
         shutil.copytree(source, directory, dirs_exist_ok=True)
         save_file(tensors, directory / _ADAPTER_WEIGHTS, {"format": "pt"})
         _marker(run, ADAPTER, wanted)(directory)
-    return path
 
 
 def _marker(run: FinishedRun, what: str, dtype: torch.dtype) -> Callable[[Path], None]:
@@ -132,27 +110,6 @@ def _card(source: Path) -> str | None:
     """The model's card; the user may have deleted it."""
     path = source / "README.md"
     return path.read_text(encoding="utf-8") if path.is_file() else None
-
-
-def _checked(
-    run: FinishedRun,
-    what: str,
-    dtype: torch.dtype,
-    output_dir: Path | None,
-    *,
-    overwrite: bool,
-) -> Path:
-    """Where the export goes, once that is known to be possible."""
-    name = f"{what}-{str(dtype).removeprefix('torch.')}"
-    path = run.path / name if output_dir is None else settled(output_dir)
-    kept = [run.path / part for part in (MODEL, ADAPTER, ROUTING, CHECKPOINTS, LOW_HALVES)]
-    if path.resolve() == run.path.resolve() or any(is_within(path, place) for place in kept):
-        raise InputError(
-            f"output_dir {path} is the run's own. Give another --output_dir, or none for {name}/."
-        )
-    check_output(path, overwrite=overwrite, ownership=AN_EXPORT)
-    check_inputs_outside(path, {"the run's base": run.config.get("model")})
-    return path
 
 
 def _in_full(run: FinishedRun, loaded: LoadedModel, wanted: torch.dtype) -> LoadedModel:

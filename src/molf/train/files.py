@@ -33,11 +33,22 @@ def replacing_file(path: Path) -> Iterator[Path]:
     with lock:
         try:
             yield temporary
-            with temporary.open("rb") as written:
-                os.fsync(written.fileno())  # a rename must not become durable before the bytes
+            flush(temporary)  # a rename must not become durable before the bytes
             temporary.replace(path)
         finally:
             temporary.unlink(missing_ok=True)
+
+
+def flush(path: Path) -> None:
+    """Have the system write a file, or those of a directory, to the disk.
+
+    Raises:
+        OSError: It cannot: a disk or a quota may prove full only now.
+    """
+    for file in [path] if path.is_file() else path.rglob("*"):
+        if file.is_file():
+            with file.open("rb") as written:
+                os.fsync(written.fileno())
 
 
 @contextmanager
@@ -54,6 +65,7 @@ def replacing_directory(path: Path) -> Iterator[Path]:
     with lock:
         try:
             yield temporary
+            flush(temporary)  # a rename must not become durable before the bytes
             if path.exists():  # a directory cannot be renamed over another: the old one steps aside
                 path.rename(replaced)
             temporary.rename(path)

@@ -14,7 +14,8 @@ from molf.errors import InputError
 from molf.paths import check_path
 from molf.train.files import clear_unfinished
 from molf.train.locks import InUseError, Lock
-from molf.train.ownership import ADAPTER, CONFIG, MODEL, is_run_config
+from molf.train.ownership import ADAPTER, CONFIG, MODEL, is_run, is_run_config
+from molf.train.run_around import why_no_run
 
 
 @dataclass(frozen=True)
@@ -45,17 +46,27 @@ class FinishedRun:
         model = self.config["run"].get("model")
         return model.get("stored_dtype") if isinstance(model, dict) else None
 
+    @property
+    def routing_meaning(self) -> str:
+        """What its routing came to, in words; empty without routing, and before its end."""
+        routing = self.config["run"].get("routing")
+        return str(routing.get("meaning") or "") if isinstance(routing, dict) else ""
+
     def check(self, what: str) -> None:
         """Make sure that the run has a model or an adapter.
 
         Raises:
             InputError: It has none; the message says why, and what there is instead.
         """
+        has_adapter = (self.path / ADAPTER / "adapter_config.json").is_file()
+        if what == ADAPTER and has_adapter:
+            return
         if not (self.path / MODEL / "config.json").is_file():
             raise InputError(
                 f"{self.path} has no {MODEL}/: the run goes on, or failed before it was saved."
+                + (f" It has its adapter: {self.path / ADAPTER}." if has_adapter else "")
             )
-        if what == ADAPTER and not (self.path / ADAPTER / "adapter_config.json").is_file():
+        if what == ADAPTER:
             raise InputError(
                 f"{self.path} has no adapter: {self._why_no_adapter()}. Export the whole model "
                 "(--what model), or train with --method molf-e or lora."
@@ -97,9 +108,7 @@ def read_run(path: Path) -> FinishedRun:
         InputError: The directory is no run of `molf train`.
     """
     path = path.expanduser()
-    check_path(path, "run")
-    if not path.is_dir():
-        raise InputError(f"{path} is not a directory. Give the directory of a run of `molf train`.")
+    check_run(path)
     try:
         config = yaml.safe_load((path / CONFIG).read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -109,3 +118,16 @@ def read_run(path: Path) -> FinishedRun:
     if not is_run_config(config):
         raise InputError(f"{path / CONFIG} is not that of a run of `molf train`.")
     return FinishedRun(path, config)
+
+
+def check_run(path: Path) -> None:
+    """Make sure that a path is not something else of a run, or beside one.
+
+    Raises:
+        InputError: It is no directory, or another path was meant, which the message names.
+    """
+    check_path(path, "run")
+    if not is_run(path) and (reason := why_no_run(path)) is not None:
+        raise InputError(reason)
+    if not path.is_dir():
+        raise InputError(f"{path} is not a directory. Give the directory of a run of `molf train`.")

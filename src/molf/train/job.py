@@ -6,6 +6,7 @@ import gc
 import time
 import warnings
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
@@ -25,7 +26,7 @@ from molf.train.memory import peak_memory, reset_peak_memory
 from molf.train.methods import Plan, TrainingData, plan
 from molf.train.model_card import model_card
 from molf.train.model_loading import LoadedModel, load_model, move
-from molf.train.model_saving import save_model
+from molf.train.model_saving import Keep, SaveError, save_model
 from molf.train.opening import open_training
 from molf.train.ownership import (
     CONFIG,
@@ -40,6 +41,7 @@ from molf.train.provenance import file_records
 from molf.train.resolved import ResolvedSettings
 from molf.train.result import RunError, RunResult, evaluation_record, results_row
 from molf.train.results import append_result
+from molf.train.room_needed import Needed
 from molf.train.routing_meaning import routing_meaning, routing_shares_text
 from molf.train.run_directory import RunDirectory
 from molf.train.saved_tensors import Stored, Storing, default_dtype
@@ -68,7 +70,7 @@ def run_job(
     base, encoded = opening.base, opening.encoded
     data = TrainingData(encoded, count_steps(arguments, len(encoded.input_ids)))
     planned = plan(base.model, settings, data)
-    check_saving(base, settings, planned, data.steps)
+    room = check_saving(base, settings, planned, data.steps, task.evaluation_count)
     storing = storing_of(base, settings)
     parameters = base.model.num_parameters()
     for note in opening.notes:
@@ -99,6 +101,7 @@ def run_job(
         directory,
         files,
         environment(arguments.device, started),
+        room,
     )
     with directory:
         try:
@@ -115,7 +118,7 @@ def run_job(
         except Exception as error:
             cause = str(error).strip().split("\n")[0] or type(error).__name__
             log = write_traceback(directory)
-            raise RunError(f"{cause} (traceback: {log}){directory.kept()}") from error
+            raise RunError(f"{cause} {log}{_trained(directory)}{directory.kept()}") from error
     return replace(result, results=_add_row(result, settings, started))
 
 
@@ -154,6 +157,7 @@ class _Job:
     directory: RunDirectory
     files: dict[str, list[dict[str, Any]]]
     environment: dict[str, Any]
+    room: Needed
 
     def write_config(
         self, training: Training | None = None, saved: Mapping[str, Any] | None = None
@@ -226,25 +230,37 @@ class _Job:
         except InputError as error:  # such as records that are all too long
             raise _UnusableDataError(str(error)) from error
         training = run_training(
-            self.base, self.data, self.settings, self.arguments, self.directory, self.reporter
+            self.base,
+            self.data,
+            self.settings,
+            self.arguments,
+            self.directory,
+            self.reporter,
+            room=self.room,
         )
         if training.trained_parameters != self.plan.trained_parameters:  # known to EVA only now
             self.plan = replace(self.plan, trained_parameters=training.trained_parameters)
-        self.write_config(training)
         meaning = routed = self._meaning(training)
         if training.routing is not None:
             routed = f"{routing_shares_text(training.routing)} {meaning}"
         description = self.task.description()
         card = model_card(self.settings, description, before, after=None, routing=routed)
-        stored = save_model(
-            training.model,
-            self.base,
-            self.storing,
-            card,
-            self.directory / MODEL,
-            start_dtype=self._start_dtype(),
-            halves_path=self.directory / LOW_HALVES,
-        )
+        try:
+            # Before anything else is written: of what may fail, only this is lost with the process.
+            stored = save_model(
+                training.model,
+                self.base,
+                self.storing,
+                card,
+                self.directory / MODEL,
+                start_dtype=self._start_dtype(),
+                halves_path=self.directory / LOW_HALVES,
+                keep=Keep.of(self.settings, self.directory.path),
+            )
+        except SaveError:
+            with suppress(OSError):
+                self.write_config(training)
+            raise
         saved_record = self._saved_record(stored)
         self.write_config(training, saved_record)
 
@@ -340,3 +356,9 @@ def _merge_base(settings: ResolvedSettings, quantisation: Quantisation | None) -
 
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
+
+
+def _trained(directory: RunDirectory) -> str:
+    """Where the trained model is, if what failed came after it was saved."""
+    model = directory / MODEL
+    return f" The trained model is whole in {model}." if (model / "config.json").is_file() else ""

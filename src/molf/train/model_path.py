@@ -8,6 +8,7 @@ from pathlib import Path
 
 from molf.errors import InputError
 from molf.paths import check_path
+from molf.train.run_around import why_no_model
 from molf.train.settings import TrainSettings
 
 
@@ -20,11 +21,8 @@ def check_model(model: str) -> None:
     path = Path(model).expanduser()
     check_path(path, "model")
     if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise InputError(
-                f"model {model} is a directory without a config.json. Give a checkpoint in "
-                "transformers format."
-            )
+        if (reason := why_no_model(path)) is not None:
+            raise InputError(f"model {model} {reason}")
     elif path.exists():
         raise InputError(f"model {model} is a file. Give the directory of a checkpoint.")
     elif not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", model):

@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
-import errno
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors.torch import save_file
 from transformers import GenerationConfig
+from transformers.utils import SAFE_WEIGHTS_NAME
 
 from molf.core.quantised import quantisation_of
 from molf.errors import InputError
+from molf.train.elsewhere import check_written, keep_elsewhere, places
 from molf.train.files import replacing_directory, scratch_directory
 from molf.train.low_halves import LowHalves
 from molf.train.model_card import adapter_card
 from molf.train.model_loading import LoadedModel
+from molf.train.ownership import ADAPTER, CHECKPOINTS, CONFIG, ENVIRONMENT, LOW_HALVES, MODEL
 from molf.train.resolved import ResolvedSettings
+from molf.train.result import RunError
+from molf.train.room import directory_bytes, free_bytes, is_no_room, megabytes, require_room
 from molf.train.saved_tensors import (
     Stored,
     Storing,
@@ -30,9 +35,76 @@ from molf.train.saved_tensors import (
 )
 from molf.train.stored import GENERATION_CONFIG
 
+_ADAPTER_CONFIG = "adapter_config.json"
 
-class SaveError(RuntimeError):
+
+class SaveError(RunError):
     """A checkpoint could not be written; nothing half-written bears its name."""
+
+
+@dataclass(frozen=True)
+class Keep:
+    """What becomes of trained weights that their place does not take.
+
+    Attributes:
+        run: The run's directory.
+        base: The model that was trained, as the user calls it.
+        chosen: Where the user wants them; None for the first place that has room.
+    """
+
+    run: Path
+    base: str
+    chosen: Path | None = None
+
+    @classmethod
+    def of(cls, settings: ResolvedSettings, run: Path) -> Keep:
+        """For a run with these settings in this directory."""
+        return cls(run, settings.model, settings.fallback_dir)
+
+    def model(self, write: Callable[[Path], None], size: int) -> str:
+        """Keep a whole model; return a sentence on where it is."""
+        if (self.run / ADAPTER / _ADAPTER_CONFIG).is_file():  # exact, and smaller
+            return f"The trained adapter is whole, and has all that was trained: {self._loads()}"
+        kept = self._keep(write, size)
+        if kept is None:
+            return f"The trained model is lost: {self._no_place()}"
+        return (
+            f"The trained model is kept, and was read back, in {kept / MODEL}: load it from there "
+            f"with transformers, or move it to {self.run / MODEL}."
+        )
+
+    def adapter(self, write: Callable[[Path], None], size: int) -> str:
+        """Keep an adapter; return a sentence on where it is."""
+        kept = self._keep(write, size)
+        if kept is None:
+            return f"The trained adapter is lost: {self._no_place()}"
+        return f"The trained adapter is kept, and was read back: {self._loads(kept)}"
+
+    def _loads(self, place: Path | None = None) -> str:
+        path = (place or self.run) / ADAPTER
+        return f"peft.PeftModel.from_pretrained(base, '{path}') puts it onto the base {self.base}."
+
+    def _keep(self, write: Callable[[Path], None], size: int) -> Path | None:
+        def write_all(directory: Path) -> None:
+            write(directory)
+            for name in (CONFIG, ENVIRONMENT):
+                with suppress(OSError):
+                    shutil.copy(self.run / name, directory)
+
+        return keep_elsewhere(write_all, f"molf-{self.run.name}", size, self._given)
+
+    @property
+    def _given(self) -> tuple[Path, ...]:
+        beside = self.run.parent  # of another error than a full disk it may be free
+        return (beside,) if self.chosen is None else (self.chosen, beside)
+
+    def _no_place(self) -> str:
+        tried = ", ".join(map(str, places(self._given)))
+        found = sorted(
+            (self.run / CHECKPOINTS).glob("checkpoint-*"), key=lambda path: path.stat().st_mtime
+        )
+        latest = f" The latest checkpoint is {found[-1]}." if found else ""
+        return f"no other place took it ({tried}).{latest}"
 
 
 def save_model(
@@ -46,6 +118,7 @@ def save_model(
     start_dtype: torch.dtype | None = None,
     low_halves: LowHalves | None = None,
     halves_path: Path | None = None,
+    keep: Keep | None = None,
 ) -> Stored:
     """Write `model` with the tokenizer and configurations of `base`, whole or not at all.
 
@@ -65,13 +138,14 @@ def save_model(
             the training is stored; None for no measurement.
         low_halves: What the model's bfloat16 numbers lack of float32 ones.
         halves_path: Where the lower halves go that `storing` has kept.
+        keep: Where the weights go if they cannot be written; None to give them up.
 
     Returns:
         What was stored, without the tensors.
 
     Raises:
-        SaveError: A weight does not fit its type, or the disk is full or cannot be written. An
-            earlier checkpoint is as it was.
+        SaveError: A weight does not fit its type, or the disk is full or cannot be written; the
+            message says where the weights are. An earlier checkpoint is as it was.
     """
     try:
         stored = take_tensors(model, base, storing, start_dtype=start_dtype, low_halves=low_halves)
@@ -79,27 +153,84 @@ def save_model(
         raise SaveError(str(error)) from error
     model.config = base.config
     tensors, stored.tensors = stored.tensors, {}
+    halves = LowHalves(stored.low_halves, storing.rounding)
     size = sum(tensor.nbytes for tensor in (*tensors.values(), *stored.low_halves.values()))
-    try:
-        with replacing_directory(path) as directory:
-            _write(model, base, tensors, directory)
-            if card is not None:
-                (directory / "README.md").write_text(card, encoding="utf-8")
-            if finish is not None:
-                finish(directory)
-            if halves_path is not None and stored.low_halves:
-                LowHalves(stored.low_halves, storing.rounding).write(halves_path)
-    except (OSError, SafetensorError) as error:
-        raise SaveError(_why_not_saved(path, size, error)) from error
+    size += base.carried.nbytes
+
+    def write(directory: Path, halves_path: Path | None) -> None:
+        _write(model, base, tensors, directory)
+        if card is not None:
+            (directory / "README.md").write_text(card, encoding="utf-8")
+        if halves_path is not None and halves.tensors:
+            halves.write(halves_path)
+
+    def write_kept(directory: Path) -> None:
+        (directory / MODEL).mkdir()
+        try:
+            write(directory / MODEL, directory / LOW_HALVES)
+        except Exception:  # such as a tokenizer that cannot be written: the weights alone
+            save_file(
+                {n: t.contiguous() for n, t in tensors.items()},
+                directory / MODEL / SAFE_WEIGHTS_NAME,
+            )
+        check_written(directory / MODEL, tensors)
+
+    def kept() -> str:
+        return "" if keep is None else keep.model(write_kept, size)
+
+    with saving(path, size, kept) as directory:
+        if stored.unfit is not None:
+            raise UnfitError(stored.unfit)
+        write(directory, halves_path)
+        if finish is not None:
+            finish(directory)
     return stored
+
+
+@contextmanager
+def saving(path: Path, size: int, keep: Callable[[], str] = str) -> Iterator[Path]:
+    """Yield a directory that takes the place of `path` once the block has succeeded.
+
+    Args:
+        path: The checkpoint's directory.
+        size: About how many bytes are written.
+        keep: Called where that fails: keeps the weights elsewhere, and returns a sentence on it.
+
+    Raises:
+        SaveError: The disk is full or cannot be written, or the block failed in another way.
+    """
+    try:
+        require_room(path, size)
+        with replacing_directory(path) as directory:
+            yield directory
+    except Exception as error:  # whatever it is, the weights are worth more
+        why = str(error) if isinstance(error, UnfitError) else _why_not_saved(path, size, error)
+        kept = keep()
+        raise SaveError(f"{why}. {kept}" if kept else why) from error
 
 
 def _write(model: Any, base: LoadedModel, tensors: dict[str, Any], directory: Path) -> None:
     """Write a checkpoint whose tensors have the names of its files already."""
-    with base_generation_config(model, base, directory):
-        model.save_pretrained(directory, state_dict=tensors, save_original_format=False)
-    base.carried.add_to(directory)
+    with base_generation_config(model, base, directory), _everything_saved(model):
+        model.save_pretrained(
+            directory,
+            state_dict={**base.carried.tensors(), **tensors},
+            save_original_format=False,
+        )
     base.tokenizer.save_pretrained(directory)
+
+
+@contextmanager
+def _everything_saved(model: Any) -> Iterator[None]:
+    """Have a model save the tensors that it is given, those included that its class leaves out.
+
+    Its own ones have been left out already, see `file_state`; what is carried may have such a name.
+    """
+    model._keys_to_ignore_on_save = None
+    try:
+        yield
+    finally:
+        del model._keys_to_ignore_on_save
 
 
 @contextmanager
@@ -149,19 +280,22 @@ def rehearse_saving(base: LoadedModel, name: str) -> int:
     Raises:
         InputError: It cannot be saved: after the training it could not be either.
     """
-    with scratch_directory("save") as directory:
-        try:
+    try:
+        with scratch_directory("save") as directory:
             if not is_quantised_model(base.model):
                 file_state(base.model)  # of shared tensors, some cannot be saved
             base.config.save_pretrained(directory)
             base.tokenizer.save_pretrained(directory)
             _write_generation_config(base, directory / GENERATION_CONFIG)
-        except Exception as error:  # whatever would end the run after the training
-            reason = str(error).strip().split("\n")[0] or type(error).__name__
+            return directory_bytes(directory)
+    except Exception as error:  # whatever would end the run after the training
+        reason = str(error).strip().split("\n")[0] or type(error).__name__
+        if isinstance(error, OSError) or is_no_room(error):
             raise InputError(
-                f"model {name} could not be saved after a training: {reason}"
+                f"The temporary folder cannot be written: {reason}. Make room there, or name "
+                "another folder: TMPDIR=FOLDER molf train ..."
             ) from error
-        return sum(entry.stat().st_size for entry in directory.rglob("*") if entry.is_file())
+        raise InputError(f"model {name} could not be saved after a training: {reason}") from error
 
 
 def save_adapter(
@@ -176,24 +310,37 @@ def save_adapter(
         path: The adapter's directory.
 
     Raises:
-        SaveError: The disk is full or cannot be written.
+        SaveError: The disk is full or cannot be written; the message says where the adapter is.
     """
-    try:
-        with replacing_directory(path) as directory:
-            save(model, directory)
-            card = adapter_card(settings, quantisation_of(model.config))
-            (directory / "README.md").write_text(card, encoding="utf-8")
-    except (OSError, SafetensorError) as error:
-        size = sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
-        raise SaveError(_why_not_saved(path, size, error)) from error
+    size = sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
+
+    def write(directory: Path) -> None:
+        save(model, directory)
+        card = adapter_card(settings, quantisation_of(model.config))
+        (directory / "README.md").write_text(card, encoding="utf-8")
+
+    def write_kept(directory: Path) -> None:
+        (directory / ADAPTER).mkdir()
+        write(directory / ADAPTER)
+        check_written(directory / ADAPTER, {})
+
+    with saving(
+        path, size, lambda: Keep.of(settings, path.parent).adapter(write_kept, size)
+    ) as directory:
+        write(directory)
 
 
 def _why_not_saved(path: Path, size: int, error: Exception) -> str:
-    full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
-    if not full:
-        return f"the {path.name} could not be saved to {path}: {error}"
-    free = shutil.disk_usage(path.parent).free
+    if not is_no_room(error):
+        reason = str(error).strip().split("\n")[0].rstrip(".") or type(error).__name__
+        return f"the {path.name} could not be saved to {path}: {reason}"
+    free = free_bytes(path)
+    if free is None or free >= size:  # a quota, or files that others have deleted since
+        return (
+            f"the disk is full: the {path.name} ({megabytes(size)}) could not be saved to {path}"
+            f"{'' if free is None else f', though {megabytes(free)} are free now'}"
+        )
     return (
-        f"the disk is full: saving the {path.name} to {path} needs about {size / 1e6:,.0f} MB, "
-        f"{free / 1e6:,.0f} MB are free"
+        f"the disk is full: saving the {path.name} to {path} needs about {megabytes(size)}, "
+        f"{megabytes(free)} are free"
     )

@@ -119,6 +119,11 @@ def is_run_config(config: Any) -> bool:
     return isinstance(config, dict) and "method" in config and isinstance(config.get("run"), dict)
 
 
+def is_run(path: Path) -> bool:
+    """Whether a directory is that of a run, whatever else it holds."""
+    return (path / CONFIG).is_file() and is_run_config(_read_yaml(path / CONFIG))
+
+
 def predictions_in(path: Path) -> list[Path]:
     """The files of predictions that an evaluation wrote into a directory."""
     return sorted(entry for entry in path.glob("predictions*.jsonl") if entry.is_file())

@@ -114,6 +114,9 @@ def resolve(settings: TrainSettings, now: datetime) -> ResolvedSettings:
     else:
         check_path(settings.output_dir, "output_dir")
         values["output_dir"] = settled(settings.output_dir)
+    if settings.fallback_dir is not None:
+        check_path(settings.fallback_dir, "fallback_dir")
+        values["fallback_dir"] = settled(settings.fallback_dir).absolute()
     for name in ("model", "data", "eval_data", "forgetting_data"):
         if values.get(name) is not None:  # what is written down must hold from anywhere
             values[name] = absolute(values[name])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
@@ -14,6 +15,7 @@ import pyarrow.parquet as pq
 from molf.errors import InputError
 from molf.paths import check_path
 from molf.train.files import replacing_file
+from molf.train.finished_run import check_run
 from molf.train.ownership import CONFIG, ROUTING
 
 if TYPE_CHECKING:
@@ -34,12 +36,16 @@ class RoutingWriter:
     """Writes `part-00000.parquet`, `part-00001.parquet`, ... into a directory.
 
     A part is written beside its name and renamed, and holds whole steps only. Leaving the `with`
-    block writes what is pending, also when training fails. One writer owns the directory.
+    block writes what is pending, also when training fails. One writer owns the directory. A part
+    that cannot be written is tried again when the next one is due.
 
     Args:
         directory: Where the parts go, or what tells when a part is written; made with the first.
         rows_per_part: Write a part when this many rows are pending ...
         seconds_per_part: ... or the oldest of them has waited this long.
+
+    Warns:
+        UserWarning: A part cannot be written; once, and again if that is so at the end.
     """
 
     def __init__(
@@ -55,6 +61,12 @@ class RoutingWriter:
         self._parts = 0
         self._pending: dict[str, list[Any]] = {name: [] for name in SCHEMA.names}
         self._waiting_since = 0.0
+        self._fails = False
+
+    @property
+    def directory(self) -> Path:
+        """Where the next part goes."""
+        return self._directory() if callable(self._directory) else self._directory
 
     def __enter__(self) -> RoutingWriter:
         return self
@@ -65,7 +77,12 @@ class RoutingWriter:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self.flush()
+        if not self._written() and self._fails:
+            first, last = self._pending["step"][0] + 1, self._pending["step"][-1] + 1
+            warnings.warn(
+                f"The routing of steps {first} to {last} was not written to {self.directory}.",
+                stacklevel=2,
+            )
 
     def add(self, step: int, routing: Mapping[str, Decision]) -> None:
         """Add one step's decisions, layers in the optimizer's order."""
@@ -80,14 +97,37 @@ class RoutingWriter:
                 pending["score"].append(score)
                 pending["winner"].append(expert in decision.winners)
         waited = time.monotonic() - self._waiting_since
-        if len(pending["step"]) >= self.rows_per_part or waited >= self.seconds_per_part:
+        is_large = len(pending["step"]) >= self.rows_per_part and not self._fails
+        if is_large or waited >= self.seconds_per_part:
+            self._written()
+
+    def _written(self) -> bool:
+        """Write what is pending as one part, if it can be; return whether nothing is pending."""
+        try:
             self.flush()
+        except (OSError, pa.ArrowException) as error:
+            self._waiting_since = time.monotonic()
+            if not self._fails:
+                warnings.warn(
+                    f"The routing cannot be written to {self.directory}: "
+                    f"{getattr(error, 'strerror', None) or error}. Training goes on, and it is "
+                    "tried again.",
+                    stacklevel=3,
+                )
+            self._fails = True
+            return False
+        self._fails = False
+        return True
 
     def flush(self) -> None:
-        """Write what is pending as one part."""
+        """Write what is pending as one part.
+
+        Raises:
+            OSError: It cannot be written, and is still pending.
+        """
         if not self._pending["step"]:
             return
-        directory = self._directory() if callable(self._directory) else self._directory
+        directory = self.directory
         directory.mkdir(exist_ok=True)
         table = pa.table(self._pending, schema=SCHEMA)
         with replacing_file(directory / f"part-{self._parts:05d}.parquet") as path:
@@ -104,10 +144,9 @@ def routing_parts(run: Path) -> list[Path]:
         InputError: `run` is no run directory, or its method routes nothing.
     """
     check_path(run, "run")
-    if not run.is_dir():
-        raise InputError(f"{run} is not a directory. Give the directory of a run of `molf train`.")
     parts = sorted((run / ROUTING).glob("part-*.parquet"))
     if not parts:
+        check_run(run)
         if (run / CONFIG).is_file():
             raise InputError(
                 f"{run} has no routing: only molf and molf-e route updates, and a run that goes "

@@ -15,7 +15,7 @@ from molf.train.progress import Reporter, make_reporter
 from molf.train.resolved import ResolvedSettings, resolve
 from molf.train.result import RunResult
 from molf.train.results import check_results
-from molf.train.run_directory import check_output, runs_kept
+from molf.train.run_directory import check_fallback, check_output, runs_kept
 from molf.train.settings import TrainSettings
 from molf.train.training_data import warn_of_equal_data
 
@@ -81,6 +81,7 @@ def _opened(settings: TrainSettings, started: datetime) -> tuple[ResolvedSetting
     check_quantisation(resolved)
     check_model(resolved.model)
     check_output(resolved.output_dir, overwrite=resolved.overwrite)
+    check_fallback(resolved.fallback_dir)
     check_inputs_outside(resolved.output_dir, {name: getattr(resolved, name) for name in _INPUTS})
     check_results(resolved.output_dir.parent)
     task = load_task(resolved.task_options)

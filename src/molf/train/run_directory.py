@@ -16,17 +16,21 @@ from molf.paths import check_path
 from molf.train.files import is_unfinished, making_directory
 from molf.train.locks import InUseError, Lock, in_use
 from molf.train.ownership import A_RUN, CONFIG, Ownership
+from molf.train.room import existing
 
 _LONGEST_NAME = 200  # bytes; names beside it are longer than it, and systems allow 255
 
 
-def check_output(path: Path, *, overwrite: bool, ownership: Ownership = A_RUN) -> None:
+def check_output(
+    path: Path, *, overwrite: bool, ownership: Ownership = A_RUN, renames: bool = False
+) -> None:
     """Check that a run may be written to `path`, without writing anything.
 
     Args:
         path: The directory.
         overwrite: Whether the user allowed an earlier run there to be replaced.
         ownership: What an earlier directory must be, to be ours to replace.
+        renames: Whether the directory is made beside its place, so that the one above is written.
 
     Raises:
         InputError: There is something that must not be replaced, or is being written, or the place
@@ -42,19 +46,32 @@ def check_output(path: Path, *, overwrite: bool, ownership: Ownership = A_RUN) -
     _check_not_in_use(path)
     if path.exists():
         _check_content(path, overwrite=overwrite, ownership=ownership)
-    existing = path.absolute()
-    while not existing.exists():
-        existing = existing.parent
-    if not existing.is_dir():
-        raise InputError(f"output_dir {path} cannot be made: {existing} is not a directory.")
+    place = existing(path.absolute().parent if renames else path)
+    if not place.is_dir():
+        raise InputError(f"output_dir {path} cannot be made: {place} is not a directory.")
+    _check_writable(place, f"output_dir {path}")
+
+
+def check_fallback(path: Path | None) -> None:
+    """Check that weights could be kept in a directory, without leaving anything there.
+
+    Raises:
+        InputError: It is no directory, or cannot be written.
+    """
+    if path is None:
+        return
+    if not path.is_dir():
+        raise InputError(f"fallback_dir {path} is not a directory. Give one that is there.")
+    _check_writable(path, f"fallback_dir {path}")
+
+
+def _check_writable(place: Path, given: str) -> None:
     try:
         # Permissions do not tell (read-only file systems, /proc): only trying does.
-        with making_directory(existing / "output_dir"):
+        with making_directory(place / "output_dir"):
             pass
     except OSError as error:
-        raise InputError(
-            f"output_dir {path} cannot be written: {existing}: {error.strerror}."
-        ) from error
+        raise InputError(f"{given} cannot be written: {place}: {error.strerror}.") from error
 
 
 def _check_not_in_use(path: Path) -> None:
@@ -76,12 +93,17 @@ def _check_content(path: Path, *, overwrite: bool, ownership: Ownership) -> None
         raise InputError(f"output_dir {path} is a file. Give a directory that is new or empty.")
     if _is_empty(path):
         return
-    if not overwrite:
+    fault = ownership.fault(path)
+    if not overwrite and fault is None:
         raise InputError(
             f"output_dir {path} exists and is not empty. Give --overwrite to replace it, "
             "or another --output_dir."
         )
-    fault = ownership.fault(path)
+    if not overwrite:
+        raise InputError(
+            f"output_dir {path} exists and is not empty, and is not {ownership.what} alone "
+            f"({fault}). Give a directory that is new or empty."
+        )
     if fault is not None:
         raise InputError(
             f"output_dir {path} is not {ownership.what} alone ({fault}), so --overwrite "

@@ -51,11 +51,13 @@ class Stored:
         tensors: The tensors by their names in the checkpoint's files.
         low_halves: int16, by the same names; tensors that lost nothing are left out.
         update: How much of the training they hold; None where that was not asked for.
+        unfit: What is wrong where a tensor does not fit its type and so is float32; else None.
     """
 
     tensors: dict[str, Tensor] = field(default_factory=dict)
     low_halves: dict[str, Tensor] = field(default_factory=dict)
     update: SavedUpdate | None = None
+    unfit: str | None = None
 
 
 def take_tensors(
@@ -78,7 +80,8 @@ def take_tensors(
         low_halves: What the model's bfloat16 numbers lack of float32 ones.
 
     Raises:
-        UnfitError: A number is not finite, or does not fit its type.
+        UnfitError: A trained number is not finite. (One that is, but does not fit its type, is
+            told of by what is returned.)
     """
     state = file_state(model)
     types = Types.of(model, base, storing.dtype)
@@ -102,7 +105,13 @@ def take_tensors(
         has_half = low_halves is not None and name in low_halves.tensors
         halves = low_halves if has_half else None
         _store(made, name, trained, dtype, storing, start, start_dtype, halves)
-        _check_finite(name, made.tensors[name], read)
+        try:
+            _check_finite(name, made.tensors[name], read)
+        except UnfitError as error:
+            if dtype == torch.float32 or not bool(trained.isfinite().all()):
+                raise
+            made.unfit = made.unfit or str(error)
+            made.tensors[name] = trained.detach().to(torch.float32)
     return made
 
 

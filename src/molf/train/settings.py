@@ -193,6 +193,10 @@ class TrainSettings:
     """The run's directory."""
     overwrite: Annotated[bool, Parameter(group=OUTPUT)] = False
     """Replace an earlier run in output_dir, once this one is complete."""
+    fallback_dir: Annotated[
+        Path | None, Parameter(group=OUTPUT, show_default="the temporary folder, then others")
+    ] = None
+    """Where trained weights are kept if output_dir cannot take them at the end."""
     dry_run: Annotated[bool, Parameter(group=OUTPUT, negative=())] = False
     """Check everything, take two steps, and print memory and time; nothing is written."""
     save_dtype: Annotated[

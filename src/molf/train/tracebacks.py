@@ -7,6 +7,7 @@ import tempfile
 import traceback
 from pathlib import Path
 
+from molf.train.files import replacing_file
 from molf.train.ownership import ERROR_LOG
 from molf.train.run_directory import RunDirectory
 
@@ -18,23 +19,24 @@ def write_traceback(directory: RunDirectory | None = None) -> str:
         directory: The run that failed; None without one.
 
     Returns:
-        Where it is: in the run's directory, or else in the system's place for temporary files.
-        Where that is full as well, the reason why there is none.
+        Where it is, in brackets, as a part of a message: in the run's directory, or else in the
+        system's place for temporary files. Where that is full as well, why there is none.
     """
     text = traceback.format_exc()
     try:
         if directory is not None:
-            return str(_write(directory / ERROR_LOG, text))
+            return f"(traceback: {_write(directory / ERROR_LOG, text)})"
     except OSError:
         pass  # such as a full disk; the system's may be another
     try:
         descriptor, name = tempfile.mkstemp(prefix="molf-error-", suffix=".log")
         os.close(descriptor)
-        return str(_write(Path(name), text))
+        return f"(traceback: {_write(Path(name), text)})"
     except OSError as error:
-        return f"not written: {error.strerror}"
+        return f"(its traceback could not be written: {error.strerror})"
 
 
 def _write(path: Path, text: str) -> Path:
-    path.write_text(text, encoding="utf-8", errors="backslashreplace")
+    with replacing_file(path) as temporary:  # not a part of it, on a full disk
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
     return path

@@ -6,15 +6,16 @@ import copy
 import time
 import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
 from peft import PeftModel
-from safetensors import SafetensorError
 from safetensors.torch import save_model as save_tensors
 from transformers import PrinterCallback, TrainerCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import SFTConfig, SFTTrainer
 
 from molf.core.adamw import AdamW
@@ -28,6 +29,7 @@ from molf.train.callbacks import (
     fidelity_figures,
     unwrapped,
 )
+from molf.train.checkpoints import Checkpoints
 from molf.train.defaults import ADAPTERS
 from molf.train.merging import merge_trained
 from molf.train.methods import Prepared, TrainingData, prepare
@@ -37,6 +39,7 @@ from molf.train.ownership import ADAPTER, CHECKPOINTS, METRICS, ROUTING
 from molf.train.progress import Reporter
 from molf.train.quantised_base import Precision, load_quantised
 from molf.train.resolved import ResolvedSettings
+from molf.train.room_needed import Needed
 from molf.train.routing_log import RoutingWriter
 from molf.train.run_directory import RunDirectory
 from molf.train.step_guard import StepGuard
@@ -83,11 +86,12 @@ def run_training(
     directory: RunDirectory,
     reporter: Reporter,
     callbacks: Sequence[TrainerCallback] = (),
+    room: Needed = Needed(),  # noqa: B008 (frozen)
 ) -> Training:
     """Train `base.model` on the samples; the model is changed in place, or taken over.
 
     A trained adapter is saved before it is merged. `callbacks` are told of everything, as well as
-    the run's own.
+    the run's own. Checkpoints leave `room` for the trained model.
     """
     if settings.quantised is not None and quantisation_of(base.model.config) is None:
         reporter.say(f"Loading the base again ({settings.quantised})")
@@ -100,6 +104,7 @@ def run_training(
     prepared = prepare(base.model, settings, data)
     preparation_seconds = time.perf_counter() - started
     wins, guard = Wins(prepared.experts), StepGuard(settings)
+    checkpoints = Checkpoints(room)
     # Gradients that are freed in the backward pass leave the trainer a norm of 0.
     without = ("grad_norm",) if settings.optimizer_in_backward else ()
     _warn_of_warmup(data.steps, arguments)
@@ -113,6 +118,7 @@ def run_training(
             prepared,
             wins,
             guard,
+            checkpoints,
             directory,
             model=prepared.model,
             args=arguments,
@@ -136,9 +142,9 @@ def run_training(
         output = trainer.train()
         seconds = time.perf_counter() - started
     guard.check_weights(trainer.model, trainer.state)
-    checkpoints = directory / CHECKPOINTS
-    if checkpoints.is_dir() and not any(checkpoints.iterdir()):
-        checkpoints.rmdir()  # the trainer makes it in any case
+    checkpoints.warn_of_missing()
+    with suppress(OSError):  # the trainer makes it in any case; not empty, it stays
+        (directory / CHECKPOINTS).rmdir()
     # Without the trainer's autocast, in which the merge would be measured.
     model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
     precision.restore()
@@ -198,6 +204,7 @@ class _Trainer(SFTTrainer):
         prepared: Prepared,
         wins: Wins,
         guard: StepGuard,
+        checkpoints: Checkpoints,
         directory: RunDirectory,
         **kwargs: Any,
     ) -> None:
@@ -205,6 +212,7 @@ class _Trainer(SFTTrainer):
         self.prepared = prepared
         self.wins = wins
         self.guard = guard
+        self.checkpoints = checkpoints
         self.directory = directory
         model = prepared.model
         trained = {p: p.data for p in model.parameters() if p.requires_grad}
@@ -223,16 +231,13 @@ class _Trainer(SFTTrainer):
             return super().create_optimizer(*args, **kwargs)
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        """Save a checkpoint into the run's directory, wherever that is now."""
-        place = self.directory / CHECKPOINTS
-        while True:
-            self.args.output_dir = str(place)
-            try:
-                super()._save_checkpoint(*args, **kwargs)
-                return
-            except (OSError, SafetensorError):
-                if place == (place := self.directory / CHECKPOINTS):
-                    raise  # the directory is where it was: something else is wrong
+        """Save a checkpoint where it can be written; elsewhere training goes on without it."""
+        place = self.directory / CHECKPOINTS  # it may have been moved
+        self.args.output_dir = str(place)
+        step = self.state.global_step
+        save = super()._save_checkpoint
+        directory = place / f"{PREFIX_CHECKPOINT_DIR}-{step}"
+        self.checkpoints.save(lambda: save(*args, **kwargs), directory, step)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         """Save a checkpoint: all weights where more is trained than the adapter, which PEFT saves.

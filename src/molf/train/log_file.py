@@ -1,0 +1,58 @@
+"""A file of lines that a run appends to, and that a full disk does not end the run by."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+
+class LogFile:
+    """Appends lines to a file. Those that cannot be written wait for the next line.
+
+    Args:
+        path: The file, or what tells where it is when a line is written; made with the first.
+
+    Warns:
+        UserWarning: A line could not be written; once for each time that writing begins to fail.
+    """
+
+    def __init__(self, path: Path | Callable[[], Path]) -> None:
+        self._path = path
+        self._waiting: list[str] = []
+        self._fails = False
+
+    def add(self, line: str) -> None:
+        """Append a line, after those that wait."""
+        self._waiting.append(f"{line}\n")
+        path = self._path() if callable(self._path) else self._path
+        try:
+            _append(path, "".join(self._waiting).encode())
+        except OSError as error:
+            if not self._fails:
+                self._fails = True
+                warnings.warn(
+                    f"{path} cannot be written: {error.strerror or error}. Training goes on, "
+                    "and its lines wait until it can.",
+                    stacklevel=2,
+                )
+        else:
+            self._fails = False
+            self._waiting.clear()
+
+
+def _append(path: Path, text: bytes) -> None:
+    """Append all of a text or nothing."""
+    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+    try:
+        size = os.fstat(file).st_size
+        try:
+            written = 0
+            while written < len(text):
+                written += os.write(file, text[written:])
+        except OSError:
+            os.ftruncate(file, size)
+            raise
+    finally:
+        os.close(file)

@@ -1,0 +1,113 @@
+"""How many bytes a run will leave, by name, before it has left any."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from molf.train.defaults import ADAPTERS, ROUTED
+from molf.train.methods import Plan
+from molf.train.methods.base import config_of
+from molf.train.resolved import ResolvedSettings
+
+_MOMENTS = {"float32": 8.0, "8bit": 2.04}  # bytes for two of them
+_ROUTING_ROW = 11  # bytes of a row of the Parquet log: measured 9.4 and 10.3 with random scores
+_METRICS_LINE = 600  # bytes of a line of metrics.jsonl, as measured with three experts
+_PREDICTION = 1000  # bytes of a line of predictions.jsonl: an answer of 200 tokens
+
+
+@dataclass(frozen=True)
+class Needed:
+    """Bytes that a training is about to write.
+
+    Attributes:
+        checkpoint: Of one checkpoint; 0 without checkpoints.
+        at_the_end: Of all that is written when the training is over.
+    """
+
+    checkpoint: int = 0
+    at_the_end: int = 0
+
+
+def run_bytes(
+    model: Any,
+    settings: ResolvedSettings,
+    plan: Plan,
+    steps: int,
+    *,
+    beside: int = 0,
+    stored: torch.dtype | None = None,
+    evaluated: int = 0,
+) -> dict[str, int]:
+    """Estimate the bytes of what a run leaves beside the weights of `model/`.
+
+    Args:
+        model: The base model.
+        settings: The run's settings.
+        plan: What will be trained.
+        steps: Optimizer steps of the run.
+        beside: Bytes of the tokenizer and the configurations, which each checkpoint has too.
+        stored: The type that most of the base is stored in; None if it is not known.
+        evaluated: How many records are evaluated.
+
+    Returns:
+        Bytes of the adapter, the lower halves, the checkpoints (those kept at the same time), the
+        routing, and of metrics and predictions.
+    """
+    weights = sum(parameter.numel() for parameter in model.parameters())
+    factors = _factors(settings, plan)
+    dense = plan.trained_parameters - factors
+    half = settings.dtype == "bfloat16"
+    exact = 2 if half and settings.weight_rounding == "exact" else 0
+    adapts = dense == 0  # an adapter is all that is trained
+    adapter = 4 * factors if adapts else 0
+    low = 0
+    if settings.keep_low_halves:
+        # What training left alone lost nothing where it was stored in the same type.
+        alone = adapts and stored == torch.bfloat16
+        low = 2 * (sum(x.in_features * x.out_features for x in plan.layers) if alone else weights)
+    one = beside + adapter + 8 * factors + dense * (_MOMENTS[settings.state_dtype] + exact)
+    if not adapts:
+        one += weights * (2 if half else 4) + (8 if settings.is_explicit else 4) * factors
+    lines = 2 + steps // settings.logging_steps
+    return {
+        "adapter": adapter,
+        "lower halves": low,
+        "checkpoints": int(one * _kept(settings, steps)),
+        "routing": _routing(settings, plan, steps),
+        "metrics and predictions": lines * _METRICS_LINE + evaluated * _PREDICTION,
+    }
+
+
+def needed(parts: Mapping[str, int], settings: ResolvedSettings, steps: int) -> Needed:
+    """Return what is kept free for a run, from the bytes of its parts by name."""
+    later = sum(size for name, size in parts.items() if name not in ("checkpoints", "routing"))
+    return Needed(parts["checkpoints"] // max(_kept(settings, steps), 1), later)
+
+
+def _kept(settings: ResolvedSettings, steps: int) -> int:
+    """How many checkpoints there are at the same time."""
+    if settings.save_steps is None:
+        return 0
+    written = -(-steps // settings.save_steps)
+    return min(written, (settings.save_total_limit or written) + 1)  # the oldest goes last
+
+
+def _routing(settings: ResolvedSettings, plan: Plan, steps: int) -> int:
+    if settings.method not in ROUTED:
+        return 0
+    return steps * len(plan.layers) * len(config_of(settings).experts) * _ROUTING_ROW
+
+
+def _factors(settings: ResolvedSettings, plan: Plan) -> int:
+    """Numbers in LoRA factors."""
+    if settings.method == "fft":
+        return 0
+    if settings.method in ADAPTERS:
+        return plan.trained_parameters
+    return sum(
+        layer.lora_parameters(rank) for layer in plan.layers for rank in config_of(settings).ranks
+    )
