@@ -29,9 +29,9 @@ def show_routing(
             sys.stdout.write(json.dumps(step) + "\n")
         sys.stdout.flush()
         return
-    from rich.console import Console
     from rich.table import Table
 
+    from molf.masking.console import Console
     from molf.train.routing_shares import routing_shares
 
     shares = routing_shares(run)

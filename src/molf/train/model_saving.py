@@ -15,7 +15,7 @@ from transformers import GenerationConfig
 
 from molf.core.quantised import quantisation_of
 from molf.errors import InputError
-from molf.train.files import replacing_directory, scratch_directory
+from molf.train.files import replacing_directory, scratch_directory, write_text
 from molf.train.low_halves import LowHalves
 from molf.train.model_card import adapter_card
 from molf.train.model_loading import LoadedModel
@@ -84,7 +84,7 @@ def save_model(
         with replacing_directory(path) as directory:
             _write(model, base, tensors, directory)
             if card is not None:
-                (directory / "README.md").write_text(card, encoding="utf-8")
+                write_text(directory / "README.md", card)
             if finish is not None:
                 finish(directory)
             if halves_path is not None and stored.low_halves:
@@ -182,7 +182,7 @@ def save_adapter(
         with replacing_directory(path) as directory:
             save(model, directory)
             card = adapter_card(settings, quantisation_of(model.config))
-            (directory / "README.md").write_text(card, encoding="utf-8")
+            write_text(directory / "README.md", card)
     except (OSError, SafetensorError) as error:
         size = sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
         raise SaveError(_why_not_saved(path, size, error)) from error
