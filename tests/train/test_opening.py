@@ -108,34 +108,6 @@ def test_dry_run_tries_the_quantised_layers_of_a_run(options, monkeypatch, capsy
     assert "load_in_4bit does not work here" in capsys.readouterr().err
 
 
-def test_secrets_are_written_nowhere(options, facts, tmp_path, monkeypatch):
-    """Signed addresses and tokens do end up in options; whole runs are shared."""
-    import io
-    import sys
-
-    url = "https://me:word5ecret@example.org/facts.jsonl?token=abc5ecret&page=2"
-    monkeypatch.setenv("MOLF_CACHE", str(tmp_path / "cache"))
-    content = facts.read_bytes()
-    monkeypatch.setattr("urllib.request.urlopen", lambda url, timeout: io.BytesIO(content))
-    arguments = [*options, "--output_dir", str(tmp_path / "run")]
-    arguments[arguments.index("--data") + 1] = url
-    command = ["molf", *arguments, "--api_key", "key5ecret", "--x.token=val5ecret"]
-    monkeypatch.setattr(sys, "argv", [*command, "hf_0123456789abcdef5ecret"])
-    assert main(arguments) == 0
-    texts = {
-        path: path.read_text()
-        for path in (tmp_path / "run").rglob("*")
-        if path.suffix in (".yaml", ".json", ".md", ".log", ".jsonl")
-    }
-    assert [str(path) for path, text in texts.items() if "5ecret" in text] == []
-    config = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
-    assert config["data"] == "https://***@example.org/facts.jsonl?token=***&page=2"
-    (file,) = config["run"]["data"]["files"]["data"]
-    assert file["bytes"] == len(content)
-    command = json.loads((tmp_path / "run" / "environment.json").read_text())["command"]
-    assert command[-3:] == ["***", "--x.token=***", "hf_***"]
-
-
 def test_files_are_recorded_and_found_from_anywhere(options, base, facts, tmp_path, monkeypatch):
     import hashlib
 

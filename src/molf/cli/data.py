@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated
 from cyclopts import Parameter
 
 from molf.errors import InputError
+from molf.masking import mask_text
 from molf.train.settings import DATA, OUTPUT, TrainSettings
 
 if TYPE_CHECKING:
@@ -64,7 +65,8 @@ def preview_data(
         if jsonl:
             _print_lines(records)
             return
-        _print(f"{resolved.task}: {resolved.data or 'the data of the task'}", data, list(records))
+        title = mask_text(f"{resolved.task}: {resolved.data or 'the data of the task'}")
+        _print(title, data, list(records))
         _print_examples(list(preview(tokenizer, _first(data, examples), limit)))
 
 

@@ -20,6 +20,7 @@ from cyclopts import CycloptsError, MissingArgumentError, UnknownOptionError, Un
 from molf.cli.app import app, join_booleans
 from molf.cli.lines import one_line, say
 from molf.errors import InputError
+from molf.masking import learn
 from molf.streams import OutputError, standard_streams
 
 DONE, FAILED, WRONG_INPUT = 0, 1, 2
@@ -40,6 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     # model ten times slower on a CPU that has anything else to do.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     arguments = join_booleans(sys.argv[1:] if argv is None else argv)
+    learn(arguments)
     with standard_streams(), warnings.catch_warnings(), _signals_as_interrupts():
         warnings.showwarning = _WarningLines()
         try:

@@ -12,6 +12,7 @@ from cyclopts import Parameter
 
 from molf.core.names import ROUNDINGS, STATE_DTYPES
 from molf.errors import InputError
+from molf.masking import mask
 from molf.plan.workload import (
     DEVICES,
     DTYPES,
@@ -174,7 +175,7 @@ def plan_model(options: PlanOptions) -> None:
         _warn_of_unused(options)
         plan = plan_training(options.model, config, workload)
     if options.json:
-        sys.stdout.write(json_module.dumps(plan.record(), indent=2) + "\n")
+        sys.stdout.write(json_module.dumps(mask(plan.record()), indent=2) + "\n")
         return
     from molf.cli.plan_report import print_plan
 

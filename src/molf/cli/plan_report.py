@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from rich.console import Console
 from rich.table import Table
 
+from molf.masking.console import Console
 from molf.plan.devices import DEVICES, show_bytes
 
 if TYPE_CHECKING:  # both take seconds to import

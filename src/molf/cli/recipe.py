@@ -12,6 +12,7 @@ from cyclopts.argument import update_argument_collection
 
 from molf.cli.shipped import find_recipe
 from molf.errors import InputError
+from molf.masking import learn
 
 _RECORD = "run"  # what a run's config.yaml holds beside options
 _NESTED = "training_args"
@@ -79,6 +80,7 @@ def read_recipe(path: Path, text: str) -> dict[str, Any]:
         options = read_options(text, _NESTED, _RECORD)
     except RecipeError as error:
         raise InputError(f"config {path} {error}") from error
+    learn(options)
     if "config" in options:
         raise InputError(f"config {path} names another config; a recipe stands alone.")
     if options.get(_RECORD) is not None:

@@ -33,8 +33,9 @@ def list_recipes(
     if as_json:
         sys.stdout.write(json.dumps(rows, indent=2, ensure_ascii=False) + "\n")
         return
-    from rich.console import Console
     from rich.table import Table
+
+    from molf.masking.console import Console
 
     table = Table(box=None, pad_edge=False)
     for column in ("name", *_SHOWN, "description"):

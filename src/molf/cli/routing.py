@@ -30,9 +30,9 @@ def show_routing(
             sys.stdout.write(json.dumps(step) + "\n")
         sys.stdout.flush()
         return
-    from rich.console import Console
     from rich.table import Table
 
+    from molf.masking.console import Console
     from molf.train.finished_run import read_run
     from molf.train.ownership import is_run
     from molf.train.routing_shares import routing_shares

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-from rich.console import Console
 from rich.table import Table
 
 from molf.evaluate import Evaluation
 from molf.evaluate.harness import PREFIX
 from molf.evaluate.meanings import meanings
+from molf.masking.console import Console
 from molf.train.model_card import show_metric
 from molf.train.ownership import ADAPTER, LOW_HALVES, MODEL
 from molf.train.result import RunResult

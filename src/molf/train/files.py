@@ -1,4 +1,7 @@
-"""Files that appear whole or not at all: written beside their place, then renamed into it."""
+"""Files that appear whole or not at all: written beside their place, then renamed into it.
+
+What they say is written without secrets.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +18,7 @@ from typing import Any
 
 import yaml
 
+from molf.masking import mask, mask_given, mask_text
 from molf.train.locks import Lock, is_abandoned
 
 _UNFINISHED = re.compile(r"\.(?P<name>.+)\.\d+\.tmp(?P<replaced>\.replaced)?")
@@ -148,21 +152,29 @@ def _made(path: Path, make: Callable[[Path], None]) -> tuple[Path, Lock]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file whole."""
-    with replacing_file(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+    """Write a text file whole, secrets masked."""
+    _write(path, mask_text(text))
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file whole, indented for readers."""
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    """Write a JSON file whole, indented for readers, secrets masked."""
+    _write(path, json.dumps(mask(value), indent=2, ensure_ascii=False) + "\n")
 
 
 def write_jsonl(path: Path, records: list[dict[str, Any]]) -> None:
-    """Write a JSONL file whole."""
-    write_text(path, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records))
+    """Write records of data as a JSONL file whole; secrets of this process are masked.
+
+    Texts of data are no one's to change otherwise: they are compared with the data again.
+    """
+    lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in mask_given(records))
+    _write(path, "".join(lines))
 
 
 def write_yaml(path: Path, value: Any) -> None:
-    """Write a YAML file whole, keys in the order given."""
-    write_text(path, yaml.safe_dump(value, sort_keys=False, allow_unicode=True, width=100))
+    """Write a YAML file whole, keys in the order given, secrets masked."""
+    _write(path, yaml.safe_dump(mask(value), sort_keys=False, allow_unicode=True, width=100))
+
+
+def _write(path: Path, text: str) -> None:
+    with replacing_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")

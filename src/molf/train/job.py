@@ -46,7 +46,6 @@ from molf.train.routing_meaning import routing_meaning, routing_shares_text
 from molf.train.run_directory import RunDirectory
 from molf.train.saved_tensors import Stored, Storing, default_dtype
 from molf.train.saving_check import check_saving, storing_of
-from molf.train.secrets import mask
 from molf.train.steps import count_steps
 from molf.train.tracebacks import write_traceback
 from molf.train.training import Training, run_training
@@ -205,7 +204,7 @@ class _Job:
             record["saved"] = dict(saved)
         # As a recipe, the file must not make a later run replace this one.
         options = replace(self.settings, overwrite=False).as_options()
-        write_yaml(self.directory / CONFIG, mask({**options, "run": record}))
+        write_yaml(self.directory / CONFIG, {**options, "run": record})
         write_json(self.directory / ENVIRONMENT, self.environment)
 
     def _meaning(self, training: Training) -> str:

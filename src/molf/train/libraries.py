@@ -6,7 +6,10 @@ import logging
 import os
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from typing import Any
+
+from molf.masking import mask_text
 
 _LIBRARIES = r"(torch|transformers|trl|peft|accelerate|datasets|huggingface_hub)\b"
 
@@ -17,6 +20,8 @@ _TALKATIVE = ("bitsandbytes", "torchao", "torch.utils._pytree")
 @contextmanager
 def quiet_libraries() -> Iterator[None]:
     """Turn off the libraries' progress bars and usage reports, and what they say to each other.
+
+    Their log shows no secrets.
 
     A deprecation of one library's name that another library uses is nothing a user can act on.
     """
@@ -31,12 +36,22 @@ def quiet_libraries() -> Iterator[None]:
     shown = [bars for bars in (datasets_bars, transformers_bars) if bars.is_progress_bar_enabled()]
     for bars in shown:
         bars.disable_progress_bar()
+    make_record = logging.getLogRecordFactory()
+
+    def make_masked(*given: Any, **options: Any) -> logging.LogRecord:
+        record = make_record(*given, **options)
+        with suppress(TypeError, ValueError):  # a message that does not fit its arguments
+            record.msg, record.args = mask_text(record.getMessage()), ()
+        return record
+
+    logging.setLogRecordFactory(make_masked)
     try:
         with warnings.catch_warnings():
             for category in (FutureWarning, DeprecationWarning):
                 warnings.filterwarnings("ignore", category=category, module=_LIBRARIES)
             yield
     finally:
+        logging.setLogRecordFactory(make_record)
         for bars in shown:
             bars.enable_progress_bar()
         for name, level in talking.items():

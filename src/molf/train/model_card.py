@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
 from molf.evaluate import Evaluation, Metric
+from molf.masking import mask, mask_text
 from molf.train.defaults import SUMMARIES
+from molf.train.markdown import code, front_matter, yaml_block
 from molf.train.resolved import ResolvedSettings
 from molf.train.saved_text import show_saved
-from molf.train.secrets import mask
 
 if TYPE_CHECKING:  # it imports torch, and wrong input must be found without
     from molf.core.quantised import Quantisation
@@ -42,24 +41,23 @@ def model_card(
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
         "tags": sorted({"molf", settings.method}),
+        **_base_model(settings),
     }
-    base = settings.model
-    if Path(base).is_dir():
-        base = Path(base).name
-    else:
-        front["base_model"] = base
-    name = settings.output_dir.name
-    options = mask(settings.as_options())
+    options = settings.as_options()
+    # A card is published with its model: it names files, and not where they were.
+    named = ("model", "data", "eval_data", "forgetting_data", "output_dir")
+    places = [
+        options[name] for name in named if options[name] and Path(options[name]).is_absolute()
+    ]
+    places.sort(key=len, reverse=True)  # one may lie within another
     shown = {key: value for key, value in options.items() if value not in (None, "", [], {})}
-    card = "\n".join(
+    return "\n".join(
         [
-            "---",
-            yaml.safe_dump(front, sort_keys=False).strip(),
-            "---",
-            f"# {name}",
+            front_matter(front),
+            f"# {code(settings.output_dir.name)}",
             "",
-            f"`{base}` fine-tuned on the task `{task['name']}` with {SUMMARIES[settings.method]}. "
-            "Trained with molf; loads with transformers alone.",
+            f"{code(_base_name(settings))} fine-tuned on the task `{task['name']}` with "
+            f"{SUMMARIES[settings.method]}. Trained with molf; loads with transformers alone.",
             "",
             "## Metrics",
             "95% intervals in brackets.",
@@ -71,23 +69,13 @@ def model_card(
             *(("## Routing", routing, "") if routing else ()),
             *([f"Saved in {shown_saved}.", ""] if (shown_saved := show_saved(saved)) else []),
             "## Settings",
-            "```yaml",
-            yaml.safe_dump(shown, sort_keys=False, allow_unicode=True).strip(),
-            "```",
+            yaml_block(_without_folders(mask(shown), places)),
             "",
             "## Data",
-            "```yaml",
-            yaml.safe_dump(mask(dict(task)), sort_keys=False, allow_unicode=True).strip(),
-            "```",
+            yaml_block(_without_folders(mask(dict(task)), places)),
             "",
         ]
     )
-    # A card is published with its model: it names files, and not where they were.
-    places = (settings.model, settings.data, settings.eval_data, settings.forgetting_data)
-    for place in (*places, options["output_dir"]):
-        if place and Path(place).is_absolute():
-            card = card.replace(place, Path(place).name)
-    return card
 
 
 def adapter_card(settings: ResolvedSettings, quantisation: Quantisation | None) -> str:
@@ -97,26 +85,40 @@ def adapter_card(settings: ResolvedSettings, quantisation: Quantisation | None) 
         settings: The run's settings.
         quantisation: How the base beside it was quantised.
     """
-    base = settings.model
-    front: dict[str, Any] = {"library_name": "peft", "tags": ["molf"]}
-    if Path(base).is_dir():
-        base = Path(base).name
-    else:
-        front["base_model"] = base
+    front = {"library_name": "peft", "tags": ["molf"], **_base_model(settings)}
     beside = f" beside the base in {quantisation.bits} bits" if quantisation else ""
     return "\n".join(
         [
-            "---",
-            yaml.safe_dump(front, sort_keys=False).strip(),
-            "---",
-            f"# {settings.output_dir.name}: adapter",
+            front_matter(front),
+            f"# {code(settings.output_dir.name)}: adapter",
             "",
-            f"For `{base}`, trained on the task `{settings.task}`{beside} with molf, "
-            f"method `{settings.method}`. Loads with PEFT alone. `model/` of the same run has the "
-            "merged model and its measurements.",
+            f"For {code(_base_name(settings))}, trained on the task `{settings.task}`{beside} "
+            f"with molf, method `{settings.method}`. Loads with PEFT alone. `model/` of the same "
+            "run has the merged model and its measurements.",
             "",
         ]
     )
+
+
+def _base_model(settings: ResolvedSettings) -> dict[str, str]:
+    """The base's id on the Hub, for the front of a card; nothing where it was a directory."""
+    return {} if Path(settings.model).is_dir() else {"base_model": mask_text(settings.model)}
+
+
+def _base_name(settings: ResolvedSettings) -> str:
+    base = settings.model
+    return Path(base).name if Path(base).is_dir() else mask_text(base)
+
+
+def _without_folders(value: Any, places: Sequence[str]) -> Any:
+    if isinstance(value, dict):
+        return {name: _without_folders(entry, places) for name, entry in value.items()}
+    if isinstance(value, list):
+        return [_without_folders(entry, places) for entry in value]
+    if isinstance(value, str):
+        for place in places:
+            value = value.replace(place, Path(place).name)
+    return value
 
 
 def _metric_row(name: str, before: Metric, after: Evaluation | None) -> str:

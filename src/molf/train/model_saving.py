@@ -17,7 +17,7 @@ from transformers.utils import SAFE_WEIGHTS_NAME
 from molf.core.quantised import quantisation_of
 from molf.errors import InputError
 from molf.train.elsewhere import check_written, keep_elsewhere, places
-from molf.train.files import replacing_directory, scratch_directory
+from molf.train.files import replacing_directory, scratch_directory, write_text
 from molf.train.low_halves import LowHalves
 from molf.train.model_card import adapter_card
 from molf.train.model_loading import LoadedModel
@@ -160,7 +160,7 @@ def save_model(
     def write(directory: Path, halves_path: Path | None) -> None:
         _write(model, base, tensors, directory)
         if card is not None:
-            (directory / "README.md").write_text(card, encoding="utf-8")
+            write_text(directory / "README.md", card)
         if halves_path is not None and halves.tensors:
             halves.write(halves_path)
 
@@ -317,7 +317,7 @@ def save_adapter(
     def write(directory: Path) -> None:
         save(model, directory)
         card = adapter_card(settings, quantisation_of(model.config))
-        (directory / "README.md").write_text(card, encoding="utf-8")
+        write_text(directory / "README.md", card)
 
     def write_kept(directory: Path) -> None:
         (directory / ADAPTER).mkdir()

@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from rich.console import Console
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -15,6 +14,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from molf.masking import mask_text
+from molf.masking.console import Console
 from molf.streams import silenced
 
 ShowEvaluation = Callable[[str, int, int], None]
@@ -66,6 +67,7 @@ class TerminalReporter(Reporter):
     @contextmanager
     def evaluating(self, title: str) -> Iterator[ShowEvaluation]:
         """Show an evaluation as a bar per kind of measurement."""
+        title = mask_text(title)
         with self._progress() as progress:
             bars: dict[str, Any] = {}
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from molf.masking import mask_text
 from molf.tasks.files import first_line
 from molf.train.files import replacing_file
 
@@ -23,6 +24,9 @@ _OURS = frozenset(
     {"run", "started", "task", "method", "model", "seed", "training_loss", "peak_memory_bytes"}
 )
 _NAMES_TRIED = 100
+
+_FORMULAS = ("=", "+", "-", "@", "\uff1d", "\uff0b", "\uff0d", "\uff20")
+"""What a formula begins with; the last four are the same in full width."""
 
 
 class NotOursError(ValueError):
@@ -102,6 +106,7 @@ def _append(path: Path, row: Mapping[str, Any]) -> None:
 
 
 def _rewrite(path: Path, row: Mapping[str, Any]) -> None:
+    row = {name: as_cell(value) for name, value in row.items()}
     columns, rows = _read(path)
     columns += [name for name in row if name not in columns]
     with (
@@ -113,6 +118,17 @@ def _rewrite(path: Path, row: Mapping[str, Any]) -> None:
         writer.writerows([*(other for other in rows if other.get("run") != row["run"]), row])
         if path.exists():
             shutil.copymode(path, temporary)
+
+
+def as_cell(value: Any) -> Any:
+    """A value for a table: a text that a spreadsheet would compute gets an apostrophe in front.
+
+    Secrets are masked. Line breaks and characters that cannot be seen are written as escapes.
+    """
+    if not isinstance(value, str):
+        return value
+    text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in mask_text(value))
+    return f"'{text}" if text.lstrip()[:1] in _FORMULAS else text
 
 
 def _read(path: Path) -> tuple[list[str], list[dict[str, str]]]:

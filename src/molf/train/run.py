@@ -7,6 +7,7 @@ from datetime import datetime
 from typing import TYPE_CHECKING
 
 from molf.evaluate import read_plain_text
+from molf.masking import learn
 from molf.paths import check_inputs_outside
 from molf.streams import console_that_may_break
 from molf.tasks import Task, load_task
@@ -77,6 +78,7 @@ def dry_run(settings: TrainSettings, reporter: Reporter | None = None) -> DryRun
 
 def _opened(settings: TrainSettings, started: datetime) -> tuple[ResolvedSettings, Task, str]:
     """What can be checked at once: options, model, output directory and data."""
+    learn(vars(settings))
     resolved = resolve(settings, started)
     check_quantisation(resolved)
     check_model(resolved.model)

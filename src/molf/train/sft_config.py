@@ -15,6 +15,7 @@ from transformers.integrations import get_available_reporting_integrations
 from trl import SFTConfig
 
 from molf.errors import InputError
+from molf.masking import mask_text
 from molf.train.ownership import CHECKPOINTS
 from molf.train.resolved import ResolvedSettings
 from molf.train.settings import TrainSettings
@@ -78,6 +79,7 @@ def sft_config(settings: ResolvedSettings) -> SFTConfig:
     """
     _check_trackers(settings.report_to)
     extra = parse_training_args(settings.training_args)
+    _check_secrets(settings.training_args)
     bf16 = settings.bf16
     if bf16 is None:
         bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
@@ -89,7 +91,7 @@ def sft_config(settings: ResolvedSettings) -> SFTConfig:
         "dataloader_pin_memory": torch.cuda.is_available(),
         "logging_first_step": True,
         "logging_nan_inf_filter": False,  # a loss that is not a number is to be seen
-        "run_name": settings.output_dir.name,
+        "run_name": mask_text(settings.output_dir.name),  # trackers show it
         "use_cpu": not torch.accelerator.is_available(),  # else bf16 is refused there
         **extra,  # these may be the user's; everything below has an option or is refused above
         "output_dir": str(settings.output_dir / CHECKPOINTS),
@@ -141,6 +143,17 @@ def sft_config(settings: ResolvedSettings) -> SFTConfig:
             "CUDA_VISIBLE_DEVICES."
         )
     return config
+
+
+def _check_secrets(given: Mapping[str, str]) -> None:
+    """Refuse what must not be recorded: the trainer's own files hold its arguments as they are."""
+    for name, value in given.items():
+        if mask_text(value) != value:
+            raise InputError(
+                f"training_args.{name} holds a secret, or an address with a query or a user, which "
+                "checkpoints and trackers would record. Give it by the environment variable that "
+                "its library reads, or leave it out."
+            )
 
 
 def _check_schedule(config: SFTConfig) -> None:

@@ -1,0 +1,105 @@
+"""Keeping secrets out of what is printed and written down: the one place that all of it passes.
+
+Secrets are told by their own form (`shapes`), by the name before them (`named`), by their place in
+an address (`addresses`), or because this process was given them (`known`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import PurePath
+from typing import Any
+
+from molf.masking.addresses import MASK, strip_addresses
+from molf.masking.known import is_secret_option, known_secrets, learn, mask_known
+from molf.masking.named import mask_named
+from molf.masking.names import is_secret_name, is_secret_of_any_form
+from molf.masking.shapes import mask_shapes
+
+__all__ = ["MASK", "learn", "mask", "mask_given", "mask_text"]
+
+_Known = tuple[tuple[str, str], ...]
+
+
+def mask_text(text: str) -> str:
+    """A text without the secrets in it; addresses lose user, password, query and fragment."""
+    return _mask_text(text, known_secrets())
+
+
+def mask(value: Any) -> Any:
+    """A value of JSON or YAML, or a command line as a list, without the secrets in it."""
+    return _mask(value, known_secrets())
+
+
+def mask_given(value: Any) -> Any:
+    """A value of JSON without the secrets that this process was given, and otherwise as it is.
+
+    For records of data and what a model answered, in which an address or `password=` is no secret.
+    """
+    return _mask_known(value, known_secrets())
+
+
+def _mask_text(text: str, known: _Known) -> str:
+    text = strip_addresses(mask_known(text, known))
+    return mask_named(mask_shapes(text))
+
+
+def _mask(value: Any, known: _Known) -> Any:
+    if isinstance(value, Mapping):
+        return {
+            name: _blank(entry) if _is_secret(name, entry) else _mask(entry, known)
+            for name, entry in value.items()
+        }
+    if isinstance(value, (list, tuple)):
+        return [
+            MASK if _is_value(before, entry) else _mask_argument(entry, known)
+            for before, entry in zip((None, *value), value, strict=False)
+        ]
+    if isinstance(value, PurePath):
+        value = str(value)
+    return _mask_text(value, known) if isinstance(value, str) else value
+
+
+def _is_secret(name: Any, entry: Any) -> bool:
+    """Whether an entry of a mapping is a secret: a number under `token` is none."""
+    if not isinstance(name, str) or not is_secret_name(name):
+        return False
+    if not entry or isinstance(entry, bool):
+        return False
+    return isinstance(entry, str) or is_secret_of_any_form(name)
+
+
+def _blank(entry: Any) -> Any:
+    """What is written for a secret; of several, numbers stay: they may measure what is so named."""
+    if isinstance(entry, Mapping):
+        return {
+            name: value if isinstance(value, (int, float, type(None))) else _blank(value)
+            for name, value in entry.items()
+        }
+    return [_blank(value) for value in entry] if isinstance(entry, (list, tuple)) else MASK
+
+
+def _is_value(before: Any, entry: Any) -> bool:
+    """Whether an entry of a command line is the value of the option before it."""
+    return (
+        isinstance(before, str)
+        and isinstance(entry, str)
+        and is_secret_option(before)
+        and not entry.startswith("--")
+    )
+
+
+def _mask_argument(entry: Any, known: _Known) -> Any:
+    if isinstance(entry, str):
+        name, has_value, _ = entry.partition("=")
+        if has_value and is_secret_option(name):
+            return f"{name}={MASK}"
+    return _mask(entry, known)
+
+
+def _mask_known(value: Any, known: _Known) -> Any:
+    if isinstance(value, Mapping):
+        return {name: _mask_known(entry, known) for name, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_mask_known(entry, known) for entry in value]
+    return mask_known(value, known) if isinstance(value, str) else value
