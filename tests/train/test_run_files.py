@@ -101,7 +101,7 @@ def test_an_empty_directory_is_taken(tmp_path):
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_foreign_files_are_never_taken(tmp_path, overwrite):
     (tmp_path / "thesis.tex").touch()
-    with pytest.raises(InputError, match="is not a run of molf train alone"):
+    with pytest.raises(InputError, match="overwrite"):
         RunDirectory(tmp_path, overwrite=overwrite)
     assert names(tmp_path) == ["thesis.tex"]
 

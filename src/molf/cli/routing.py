@@ -16,7 +16,7 @@ def show_routing(
     *,
     jsonl: Annotated[bool, Parameter(negative=())] = False,
 ) -> None:
-    """Print which experts won, in total, per kind of module and per layer, and what that means.
+    """Print which experts won, in total, per kind of module and per layer.
 
     Args:
         run: Directory of a run of `molf train`.

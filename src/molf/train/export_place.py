@@ -28,7 +28,7 @@ def export_place(
     """Return the directory that an export goes to, once that is known to be possible.
 
     Args:
-        run: A run that has what is exported.
+        run: A run that has the model or the adapter.
         what: `model` or `adapter`.
         dtype: Type of the weights; None for the one that they are stored in.
         output_dir: The directory; None for one in the run, named for the type.

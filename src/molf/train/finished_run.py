@@ -48,7 +48,7 @@ class FinishedRun:
 
     @property
     def routing_meaning(self) -> str:
-        """What its routing came to, in words; empty without routing, and before its end."""
+        """The meaning of its routing, in words; empty without routing, and before its end."""
         routing = self.config["run"].get("routing")
         return str(routing.get("meaning") or "") if isinstance(routing, dict) else ""
 

@@ -44,7 +44,7 @@ class SaveError(RunError):
 
 @dataclass(frozen=True)
 class Keep:
-    """What becomes of trained weights that their place does not take.
+    """Keeps trained weights elsewhere when their place does not take them.
 
     Attributes:
         run: The run's directory.
@@ -169,10 +169,11 @@ def save_model(
         try:
             write(directory / MODEL, directory / LOW_HALVES)
         except Exception:  # such as a tokenizer that cannot be written: the weights alone
-            save_file(
-                {n: t.contiguous() for n, t in tensors.items()},
-                directory / MODEL / SAFE_WEIGHTS_NAME,
-            )
+            alone = {name: tensor.contiguous() for name, tensor in tensors.items()}
+            save_file(alone, directory / MODEL / SAFE_WEIGHTS_NAME, {"format": "pt"})
+            for part in (base.config, base.tokenizer):
+                with suppress(Exception):
+                    part.save_pretrained(directory / MODEL)
         check_written(directory / MODEL, tensors)
 
     def kept() -> str:

@@ -102,7 +102,8 @@ def _check_content(path: Path, *, overwrite: bool, ownership: Ownership) -> None
     if not overwrite:
         raise InputError(
             f"output_dir {path} exists and is not empty, and is not {ownership.what} alone "
-            f"({fault}). Give a directory that is new or empty."
+            f"({fault}), so --overwrite would not replace it either. Give another "
+            "--output_dir."
         )
     if fault is not None:
         raise InputError(
