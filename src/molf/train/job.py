@@ -235,7 +235,7 @@ class _Job:
             self.arguments,
             self.directory,
             self.reporter,
-            room=self.room,
+            self.room,
         )
         if training.trained_parameters != self.plan.trained_parameters:  # known to EVA only now
             self.plan = replace(self.plan, trained_parameters=training.trained_parameters)

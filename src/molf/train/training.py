@@ -85,8 +85,8 @@ def run_training(
     arguments: SFTConfig,
     directory: RunDirectory,
     reporter: Reporter,
-    callbacks: Sequence[TrainerCallback] = (),
     room: Needed = Needed(),  # noqa: B008 (frozen)
+    callbacks: Sequence[TrainerCallback] = (),
 ) -> Training:
     """Train `base.model` on the samples; the model is changed in place, or taken over.
 
