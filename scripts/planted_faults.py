@@ -72,6 +72,24 @@ FAULTS = [
         [("live.append(own)\n    return live", "live.append(own)\n    return live[:1]")],
     ),
     Fault(
+        "moments of another shape are stepped with",
+        "test_torch_invariants.py",
+        "dense.py",
+        [("if x != values.shape), None)", "if x is None), None)")],
+    ),
+    Fault(
+        "the fused kernel gets factors' moments of another shape",
+        "test_torch_invariants.py",
+        "one_pass.py",
+        [("    _check_shapes(grad, exp_avg, exp_avg_sq)\n", "")],
+    ),
+    Fault(
+        "sharded gradients are taken for whole ones",
+        "test_torch_invariants.py",
+        "guard.py",
+        [('if hasattr(grad, "device_mesh"):', "if False:")],
+    ),
+    Fault(
         "bias left out of n_e",
         "test_golden.py",
         "routed.py",

@@ -434,3 +434,98 @@ def test_other_accumulation_is_refused_and_old_torch_named(monkeypatch):
     with pytest.raises(ImportError, match="needs a torch whose parameters have grad_dtype"):
         build("fft", torch.bfloat16, grad_accumulation_dtype="float32")
     build("fft", grad_accumulation_dtype="float32")  # nothing below float32: nothing to do
+
+
+# -- shallow copies -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("who", ["original", "copy", "both in turn", "copy alone"])
+@pytest.mark.parametrize("form", FORMS)
+def test_shallow_copy_shares_the_hooks(form, who):
+    """A layer moves once for every gradient, whichever of the two ends the pass."""
+    model, optimizer = build(form, optimizer_in_backward=True)
+    twin, ordinary = build(form)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        copied = copy.copy(optimizer)
+        own = {"original": [optimizer], "both in turn": [optimizer, copied]}.get(who, [copied])
+        del optimizer
+        for step in range(4):
+            run_model(model, step)
+            assert all(p.grad is None for p in model.parameters())
+            own[step % len(own)].step()
+            run_model(twin, step)
+            ordinary.step()
+            twin.zero_grad()
+            if form != "fft":
+                assert own[step % len(own)].routing == ordinary.routing
+            if who == "copy alone":
+                del own[:0]
+        assert_same_bits(snapshot(model, own[0]), snapshot(twin, ordinary))
+
+
+@pytest.mark.parametrize("form", ["folded", "fft"])
+def test_shallow_copy_of_an_ordinary_optimizer(form):
+    model, optimizer = build(form)
+    twin, ordinary = build(form)
+    copied = copy.copy(optimizer)
+    assert copied.param_groups is optimizer.param_groups
+    for step, own in enumerate([optimizer, copied, optimizer]):
+        run_model(model, step)
+        own.step()
+        model.zero_grad()
+        run_model(twin, step)
+        ordinary.step()
+        twin.zero_grad()
+    assert_same_bits(snapshot(model, copied), snapshot(twin, ordinary))
+
+
+def test_shallow_copy_that_loads_a_state_has_the_parameters_alone():
+    model, optimizer = build("folded", optimizer_in_backward=True)
+    run_model(model, 0)
+    optimizer.step()
+    copied = copy.copy(optimizer)
+    state = copy.deepcopy(optimizer.state_dict())
+    with pytest.warns(UserWarning, match="Another optimizer stepped these parameters"):
+        copied.load_state_dict(state)
+    run_model(model, 1)
+    copied.step()
+    assert copied.state[model.up.weight]["step"] == 2
+    assert optimizer.state[model.up.weight]["step"] == 1
+
+
+@pytest.mark.parametrize("in_backward", [False, True])
+def test_older_optimizer_does_not_come_back_while_the_newer_lives(in_backward):
+    model, old = build("folded", optimizer_in_backward=True)
+    with pytest.warns(UserWarning, match="Another optimizer stepped these parameters"):
+        new = MoLFAdamW.from_model(model, MoLFConfig(ranks=(2,)), optimizer_in_backward=in_backward)
+    for step in range(3):
+        run_model(model, step)
+        old.step()  # which has nothing to step any more
+        old.zero_grad() if in_backward else None
+        new.step()
+        new.zero_grad()
+    assert not old.state
+    assert {state["step"] for state in new.state.values()} == {3}
+    del new
+    run_model(model, 3)
+    old.step()
+    run_model(model, 4)
+    assert all(p.grad is None for p in model.parameters())
+    old.step()
+    assert {state["step"] for state in old.state.values()} == {2}
+
+
+def test_a_later_step_without_a_gradient_is_warned_of_once():
+    model, optimizer = build("folded", optimizer_in_backward=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for step in range(2):
+            run_model(model, step)
+            optimizer.step()
+    with pytest.warns(UserWarning, match="No parameter has a gradient") as caught:
+        optimizer.step()
+    assert [w.filename for w in caught] == [__file__]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optimizer.step()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from core_helpers import (
     tiny_model,
     tiny_optimizer,
 )
+from optimizer_forms import FORMS, in_form
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, OneCycleLR
 
@@ -99,16 +101,19 @@ def test_added_group_takes_plain_adamw_steps(model, optimizer):
         ({"eps": -1e-8}, "Invalid eps=-1e-08"),
         ({"betas": (0.9, 1.0)}, r"Invalid betas=\(0.9, 1.0\)"),
         ({"betas": 0.9}, "Invalid betas=0.9"),
-        ({"complex": True}, "complex"),
+        ({"conjugate": True}, "new is a conjugate view, into which no step can write"),
+        ({"layer": "new", "complex": True}, "The group of layer 'new' lacks transposed"),
         ({"duplicate": True}, "more than one parameter group"),
     ],
 )
 def test_wrong_group_is_refused_and_leaves_the_optimizer_as_it_was(
     model, optimizer, group, message
 ):
-    new = nn.Parameter(torch.zeros(2, dtype=torch.complex64 if "complex" in group else None))
+    group = dict(group)
+    new = nn.Parameter(torch.zeros(2, dtype=torch.complex64 if group.pop("complex", 0) else None))
+    if group.pop("conjugate", False):
+        new = nn.Parameter(torch.zeros(2, dtype=torch.complex64).conj())
     named = ("new", model.up.weight if group.pop("duplicate", False) else new)
-    group.pop("complex", None)
     before = [dict(g) for g in optimizer.param_groups]
     with pytest.raises(ValueError, match=message):
         optimizer.add_param_group({"params": [named], **group})
@@ -127,7 +132,7 @@ def test_wrong_group_is_refused_and_leaves_the_optimizer_as_it_was(
         ({"lora_lr_ratios": (1.0,)}, r"Invalid lora_lr_ratios=\(1.0,\) of layer 'up'"),
         ({"lora_weight_decays": 0.1}, "Invalid lora_weight_decays=0.1"),
         ({"scalings": (1.0, float("nan"))}, "Invalid scalings=nan"),
-        ({"weight_rounding": "exact"}, "weight_rounding='exact' has nothing to round"),
+        ({"weight_rounding": "up"}, "Invalid weight_rounding='up'"),
     ],
 )
 def test_every_value_of_a_routed_group_is_checked(model, optimizer, change, message):
@@ -143,7 +148,10 @@ def test_every_value_of_a_routed_group_is_checked(model, optimizer, change, mess
     run(model, optimizer, [0])
 
 
-def test_rounding_of_a_group_is_checked_with_its_own_parameters():
+def test_rounding_of_a_group_is_checked_with_its_own_parameters(model, optimizer):
+    groups = [dict(group) for group in optimizer.param_groups]
+    with pytest.raises(ValueError, match="weight_rounding='exact' has nothing to round"):
+        MoLFAdamW([{**groups[0], "weight_rounding": "exact"}, *groups[1:]])
     half = nn.Parameter(torch.ones(3, dtype=torch.float16))
     with pytest.raises(ValueError, match="weight_rounding='exact' is for bfloat16 weights"):
         AdamW([{"params": [half], "weight_rounding": "exact"}])
@@ -357,3 +365,131 @@ def test_model_and_config_of_another_kind_are_named(model, config, message):
     with pytest.raises(TypeError) as raised:
         MoLFAdamW.from_model(model, config)
     assert str(raised.value) == message
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_later_step_without_a_gradient_is_warned_of_once(form):
+    model, optimizer = in_form(form, tiny_model())
+    run(model, optimizer, [0, 1])
+    before = snapshot(model, optimizer)
+    optimizer.zero_grad()
+    with pytest.warns(UserWarning, match="No parameter has a gradient in this step") as caught:
+        optimizer.step()
+    assert [w.filename for w in caught] == [__file__]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optimizer.step()
+    assert_same_bits(snapshot(model, optimizer), before)
+
+
+# -- groups that are added ------------------------------------------------------------------------
+
+
+def extended(form: str, when: str = "later", **options):
+    """A pair, and a module without names whose parameters are added later or at the beginning."""
+    torch.manual_seed(3)
+    extra = nn.Linear(6, 6)
+    model, optimizer = in_form(form, tiny_model(), **{"lr": 1e-2, **options})
+    optimizer.add_param_group({"params": extra.parameters(), "lr": 0.1})
+    return model, extra, optimizer
+
+
+def train_extended(model, extra, optimizer, seeds):
+    for seed in seeds:
+        backward(model, seed)
+        feed(extra, seed)
+        optimizer.step()
+
+
+@pytest.mark.parametrize("options", [{}, {"optimizer_in_backward": True}], ids=str)
+@pytest.mark.parametrize("form", FORMS)
+def test_parameters_without_names_are_added_and_take_adamw_steps(form, options):
+    model, extra, optimizer = extended(form, **options)
+    twin = copy.deepcopy(extra)
+    adamw = torch.optim.AdamW(twin.parameters(), lr=0.1, weight_decay=0.1, fused=True)
+    group = optimizer.param_groups[-1]
+    adamw.param_groups[0]["weight_decay"] = group["weight_decay"]
+    assert group["layer"] is None
+    number = len(optimizer.param_groups) - 1
+    assert group["param_names"] == [f"parameter [{i}] of group {number}" for i in range(2)]
+    for seed in range(3):
+        backward(model, seed)
+        feed(extra, seed)
+        feed(twin, seed)
+        optimizer.step()
+        adamw.step()
+    for one, other in zip(extra.parameters(), twin.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_state_with_added_parameters_loads_in_the_same_order_of_construction(form, tmp_path):
+    model, extra, optimizer = extended(form)
+    train_extended(model, extra, optimizer, range(2))
+    torch.save(optimizer.state_dict(), tmp_path / "state.pt")
+    twin, its_extra, other = extended(form)
+    twin.load_state_dict(model.state_dict())
+    its_extra.load_state_dict(extra.state_dict())
+    other.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    train_extended(model, extra, optimizer, [2])
+    train_extended(twin, its_extra, other, [2])
+    assert_same_bits(snapshot(twin, other), snapshot(model, optimizer))
+    assert_same_bits(snapshot(its_extra, other), snapshot(extra, optimizer))
+    _, before = in_form(form, tiny_model())
+    count = len(before.param_groups)
+    with pytest.raises(ValueError, match=f"it has {count} parameter groups, this optimizer has"):
+        other.load_state_dict(before.state_dict())
+
+
+@pytest.mark.parametrize("first", ["named", "nameless"])
+def test_groups_with_and_without_names_go_together(first):
+    one, two = nn.Linear(2, 2), nn.Linear(2, 2)
+    groups = [{"params": one.parameters()}, {"params": two.named_parameters()}]
+    optimizer = AdamW(groups if first == "nameless" else groups[::-1])
+    names = [group["param_names"] for group in optimizer.param_groups]
+    place = 0 if first == "nameless" else 1
+    assert names[place] == [f"parameter [{i}] of group {place}" for i in range(2)]
+    assert names[1 - place] == ["weight", "bias"]
+
+
+@pytest.mark.parametrize("kind", ["tensor", "list", "tuple", "generator", "dict values"])
+def test_parameters_come_in_any_collection(model, optimizer, kind):
+    one = nn.Parameter(torch.zeros(2))
+    given = {
+        "tensor": one,
+        "list": [one],
+        "tuple": (one,),
+        "generator": (each for each in [one]),
+        "dict values": {"one": one}.values(),
+    }[kind]
+    optimizer.add_param_group({"params": given})
+    assert optimizer.param_groups[-1]["params"] == [one]
+    assert len(optimizer.param_groups[-1]["param_names"]) == 1
+
+
+def test_group_that_is_refused_leaves_no_names():
+    optimizer = AdamW([nn.Parameter(torch.zeros(2))])
+    before = [dict(group) for group in optimizer.param_groups]
+    with pytest.raises(ValueError, match="Invalid lr=-1"):
+        optimizer.add_param_group({"params": [("two", nn.Parameter(torch.zeros(2)))], "lr": -1.0})
+    with pytest.raises(ValueError, match="non-leaf"):
+        optimizer.add_param_group({"params": [("two", nn.Parameter(torch.zeros(2)) * 2)]})
+    assert [dict(group) for group in optimizer.param_groups] == before
+
+
+def test_unfreezing_as_lightnings_callback_does():
+    """`BaseFinetuning`: a frozen backbone's parameters are added once they are to be trained."""
+    backbone, head = nn.Linear(6, 6), nn.Linear(6, 3)
+    model = nn.Sequential(backbone, head)
+    backbone.requires_grad_(False)
+    optimizer = MoLFAdamW.from_model(model, MoLFConfig(ranks=(2,)), lr=1e-2)
+    held = {p for group in optimizer.param_groups for p in group["params"]}
+    backbone.requires_grad_(True)
+    new = [p for p in backbone.parameters() if p not in held]
+    optimizer.add_param_group({"params": new, "lr": optimizer.param_groups[0]["lr"] / 10.0})
+    before = [p.detach().clone() for p in backbone.parameters()]
+    model(torch.ones(2, 6)).square().sum().backward()
+    optimizer.step()
+    assert set(optimizer.routing) == {"1"}
+    for parameter, old in zip(backbone.parameters(), before, strict=True):
+        assert not torch.equal(parameter, old)

@@ -27,7 +27,16 @@ _SCORE_EPS = 1e-8  # of the score, whatever the optimizer's own eps
 
 def compute_dtype(weight: Tensor) -> torch.dtype:
     """Return the dtype of the arithmetic for a weight: float64 for float64, else float32."""
-    return torch.float64 if weight.dtype == torch.float64 else torch.float32
+    is_double = weight.dtype in (torch.float64, torch.complex128)
+    return torch.float64 if is_double else torch.float32
+
+
+def real_view(tensor: Tensor) -> Tensor:
+    """Return the real and imaginary parts of a complex tensor, [..., 2]; others as they are.
+
+    A complex number takes the steps of two real ones, as with `torch.optim.AdamW`.
+    """
+    return torch.view_as_real(tensor.detach()) if tensor.is_complex() else tensor
 
 
 def sum_dtype(device: torch.device) -> torch.dtype:
@@ -36,9 +45,15 @@ def sum_dtype(device: torch.device) -> torch.dtype:
 
 
 def gradient(parameter: Tensor) -> Tensor:
-    """Return the gradient of a parameter that has one."""
-    assert parameter.grad is not None, "parameters without a gradient are left out of the step"
-    return parameter.grad
+    """Return the gradient of a parameter that has one, as `real_view` of what memory holds."""
+    grad = parameter.grad
+    assert grad is not None, "parameters without a gradient are left out of the step"
+    if grad.is_complex() and grad.layout == torch.strided:
+        grad = torch.view_as_real(grad.resolve_conj())
+    # autograd may leave a view that is negated when it is read, or zeros without memory
+    if grad._is_zerotensor():
+        return grad.clone()
+    return grad.resolve_neg() if grad.is_neg() else grad
 
 
 def row_blocks(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 from typing import Any, NamedTuple
@@ -16,8 +15,9 @@ from molf.core.accumulation import accumulate_in_float32
 from molf.core.adam import gradient
 from molf.core.dense import DenseTensor
 from molf.core.fidelity import UpdateFidelity, UpdateTally
-from molf.core.groups import check_group, parameter_name
-from molf.core.guard import Guarded, NonFiniteError, bad_gradients
+from molf.core.groups import check_group, name_by_place, parameter_name
+from molf.core.guard import Guarded, NonFiniteError, bad_gradients, unusable
+from molf.core.hyper_parameters import readable, separate, storable
 from molf.core.in_backward import (
     BackwardSteps,
     Unit,
@@ -42,9 +42,11 @@ from molf.core.storage import (
     LOW,
     check_known_rounding,
     check_rounding,
+    fold_low,
     rounding_of,
     stored_values,
 )
+from molf.core.warn import warn
 
 _log = logging.getLogger(__name__)
 
@@ -55,11 +57,13 @@ class AdamW(Optimizer):
     Steps are computed in float32 (float64 for float64 weights). bfloat16 weights are exact by
     default: the 16 bits that they cannot hold are in the optimizer's state, and training follows
     float32 training bit for bit, given the same gradients. This is full fine-tuning to compare
-    `MoLFAdamW` with: both are made of the same code.
+    `MoLFAdamW` with: both are made of the same code. A complex parameter takes the steps of its
+    real and imaginary parts. `torch.compile` does not trace `step`.
 
     Args:
         params: Parameters or parameter groups, with or without names.
-        lr: Learning rate.
+        lr: Learning rate: a number, or a tensor with one element, which stays one; each group has
+            its own, and schedulers write into it. The same holds for `eps` and `weight_decay`.
         betas: Decay rates of the first and second moments.
         eps: Added to the denominator of a step.
         weight_decay: Decoupled decay.
@@ -91,6 +95,7 @@ class AdamW(Optimizer):
 
     Attributes:
         skipped_steps: How many steps `nonfinite="skip"` has skipped.
+        step_was_skipped: Whether the last one was.
         on_skipped: Called with the reason of each skipped step in place of the one warning, if set.
         measure_updates: Set it to True, and `update_fidelity` says of each following step what
             rounding has lost.
@@ -100,10 +105,13 @@ class AdamW(Optimizer):
         ImportError: `state_dtype="8bit"` without torchao, or `kernels="triton"` without triton.
     """
 
+    step_was_skipped = False
+    _has_warned_of_no_gradient = False
+
     def __init__(
         self,
         params: Iterable[Any],
-        lr: float = 1e-3,
+        lr: float | Tensor = 1e-3,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 1e-2,
@@ -155,17 +163,13 @@ class AdamW(Optimizer):
         check_rounding(self._parameters(), weight_rounding)
         _warn_of_rounding(self.param_groups)
         if state_dtype == "8bit" and not any(self._in_8bit(group) for group in self.param_groups):
-            warnings.warn(
+            warn(
                 "state_dtype='8bit' changes nothing: no trained tensor has 4,096 or more elements "
-                "in a multiple of 256 (the factors of LoRA experts are never 8-bit).",
-                stacklevel=2,
+                "in a multiple of 256 (the factors of LoRA experts are never 8-bit)."
             )
         self._prepare()
         if self._offload and not any(map(self._offload.moves, self._parameters())):
-            warnings.warn(
-                "state_offload=True is without effect: no trained parameter is on CUDA.",
-                stacklevel=2,
-            )
+            warn("state_offload=True is without effect: no trained parameter is on CUDA.")
         how = "the Triton kernels" if self._fused else "eager torch operations"
         if self._offload:
             how += ", and keeps its state in host memory"
@@ -175,10 +179,14 @@ class AdamW(Optimizer):
         """Say who computes, how and where things are kept, and when; also for copies."""
         self._check_processes()
         self._fused = fused_step(self.kernels)
-        self._backward: BackwardSteps | None = None
         # Then GradScaler says that it is there, so that it can be refused; it would only say that
         # there are no gradients.
         self._step_supports_amp_scaling = self.optimizer_in_backward
+        if hasattr(self, "_backward"):  # a shallow copy, which shares all that is made here
+            if self._backward is not None:
+                self._backward.share(self)
+            return
+        self._backward: BackwardSteps | None = None
         self._offload = StateOffload() if self.state_offload else None
         if self._offload is not None:
             self._offload.keep_all(self.state)
@@ -204,31 +212,43 @@ class AdamW(Optimizer):
     def _parameters(self) -> Iterator[Tensor]:
         return (p for group in self.param_groups for p in group["params"])
 
+    @torch._disable_dynamo
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group; without a `layer` it takes plain AdamW steps.
+        """Add a group; without a `layer` it takes plain AdamW steps, as linear layers in it do.
+
+        Parameters may come without names beside others that have some: they are named by place.
 
         Raises:
-            ValueError: A hyper-parameter is out of range, or a parameter is complex.
+            ValueError: A hyper-parameter is out of range, or a parameter is a conjugate view.
         """
+        if not isinstance(param_group, dict):
+            return super().add_param_group(param_group)  # which refuses it
         own_rounding = param_group.get("weight_rounding")  # not that of the whole optimizer
-        super().add_param_group(param_group)
-        group = self.param_groups[-1]
+        before = list(self.param_groups)
+        nameless = [group for group in before if "param_names" not in group]
         try:
+            name_by_place(param_group, before)
+            super().add_param_group(param_group)
+            group = self.param_groups[-1]
             check_group(group)
+            separate(group, before)
             check_known_rounding(group["weight_rounding"])
             check_rounding(group["params"], own_rounding)
             check_state_dtype(group["state_dtype"])
             if self.kernels == "triton":
-                check_kernel_group(group, len(self.param_groups) - 1, self._home())
+                check_kernel_group(group, len(before), self._home())
             if self.optimizer_in_backward:
                 check_no_float16(group["params"])
             if hasattr(self, "_backward"):  # later than the constructor, which does it for all
                 release(group["params"], self)
                 self._follow()
-        except (ValueError, ImportError):
-            self.param_groups.pop()
+        except Exception:
+            self.param_groups[:] = before
+            for group in nameless:
+                group.pop("param_names", None)
             raise
 
+    @torch._disable_dynamo
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Take one step; return the closure's loss, or None.
@@ -245,7 +265,8 @@ class AdamW(Optimizer):
                 overflow, or what `require_finite` was given is not finite, and `nonfinite="raise"`;
                 nothing has been written (with `optimizer_in_backward`: nothing of its layer). Also
                 for sparse gradients.
-            ValueError: There are several processes now, and an option is for one.
+            ValueError: There are several processes now, and an option is for one; or a rate, a
+                decay or a beta is no number that a step can use.
         """
         if self._backward is not None:
             check_no_scaler(self)
@@ -253,18 +274,23 @@ class AdamW(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        is_later = any(self.state.values())
         if self._backward is None:
+            has_gradient = any(p.grad is not None for p in self._parameters())
             self._begin()
             taken = self._take(range(len(self.param_groups)))
         else:
-            self._backward.finish()
-            taken = True
+            has_gradient, taken = self._backward.finish() > 0, True
+            self._take_over(self._backward.owner)
         self._end_step()
+        if is_later and not has_gradient:
+            self._warn_of_no_gradient()
         if taken:
             self._end()
         self._follow()
         return loss
 
+    @torch._disable_dynamo
     def require_finite(self, loss: Tensor, grad_norm: Tensor | None = None) -> None:
         """Have the next step refused, as for a bad gradient, if the loss is not finite.
 
@@ -287,6 +313,7 @@ class AdamW(Optimizer):
         if grad_norm is not None:
             self._required["grad_norm"] = grad_norm.detach()
 
+    @torch._disable_dynamo
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Reset the gradients, as torch does; an interrupted backward pass is forgotten."""
         super().zero_grad(set_to_none)
@@ -300,6 +327,7 @@ class AdamW(Optimizer):
         """Forget what the last step has left; `step` and the first gradient call it."""
         self._check_processes()
         self._tally = UpdateTally() if self.measure_updates else None
+        self.step_was_skipped = False
 
     def _end_step(self) -> None:
         """Have all state where it lives."""
@@ -314,6 +342,8 @@ class AdamW(Optimizer):
         """
         routed, rest = self._routed(indices), self._rest(indices, position)
         required, self._required = self._required, {}
+        self._check_kinds([p for group in routed for p in group["params"]])
+        self._check_kinds([one.parameter for one in rest])
         if self._offload is None:
             outcome = self._step(routed, rest, self.state, required)
         else:
@@ -324,8 +354,27 @@ class AdamW(Optimizer):
         self._finish(outcome)
         return not outcome.is_refused
 
+    def _check_kinds(self, parameters: Sequence[Tensor]) -> None:
+        """Refuse, by name, gradients of a kind that no step can use."""
+        for parameter in parameters:
+            if parameter.grad is not None and (reason := unusable(parameter)):
+                raise RuntimeError(f"The gradient of {self._name_of(parameter)} {reason}")
+
     def _end(self) -> None:
         """Look back on a step that was taken: nothing to see here."""
+
+    def _take_over(self, other: AdamW | None) -> None:
+        """Show what a step has left on the optimizer that took it, of which this is a copy."""
+        for key in self._OF_STEP:
+            setattr(self, key, getattr(other, key))
+
+    def _warn_of_no_gradient(self) -> None:
+        if not self._has_warned_of_no_gradient:
+            self._has_warned_of_no_gradient = True
+            warn(
+                "No parameter has a gradient in this step, and so none has moved: loss.backward() "
+                "comes between zero_grad() and step(). Later steps like this one are not reported."
+            )
 
     def _step(
         self,
@@ -381,6 +430,10 @@ class AdamW(Optimizer):
         for parameter in [parameters[i] for i in position] or parameters:
             parameter.grad = None
 
+    def _group(self, index: int) -> dict[str, Any]:
+        """A group as a step reads it."""
+        return readable(self.param_groups[index])
+
     def _routed(self, indices: Iterable[int]) -> list[dict[str, Any]]:
         """Those of some groups that are routed layers and have gradients: none here."""
         return []
@@ -397,7 +450,7 @@ class AdamW(Optimizer):
         """The parameters of some groups that have a gradient and are not routed."""
         return [
             _Unrouted(parameter, group, self._name(number, place))
-            for number, group in ((i, self.param_groups[i]) for i in indices)
+            for number, group in ((i, self._group(i)) for i in indices)
             if group["layer"] is None
             for place, parameter in enumerate(group["params"])
             if parameter.grad is not None and position in (None, place)
@@ -479,13 +532,11 @@ class AdamW(Optimizer):
         if self.nonfinite == "raise":
             raise NonFiniteError(message + " nonfinite='skip' would skip such steps.")
         self.skipped_steps += 1
+        self.step_was_skipped = True
         if self.on_skipped is not None:
             self.on_skipped(reason)
         elif self.skipped_steps == 1:
-            warnings.warn(
-                f"{message} Step skipped; later ones are only counted, in skipped_steps.",
-                stacklevel=5,
-            )
+            warn(f"{message} Step skipped; later ones are only counted, in skipped_steps.")
 
     def _describe(self, bad: list[Tensor]) -> str:
         """Say which gradients are no use, and why."""
@@ -525,22 +576,28 @@ class AdamW(Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """Return the state as `torch.optim.Optimizer` does, once all of it is where it lives."""
         self._settled_state()
-        return super().state_dict()
+        packed = super().state_dict()
+        for group in packed["param_groups"]:  # torch's copies
+            group.update({key: storable(value) for key, value in group.items()})
+        return packed
 
+    @torch._disable_dynamo
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state; every tensor keeps the saved dtype and so the saved bits.
+        """Load a state; every tensor keeps the saved bits, if the arithmetic has the same dtype.
 
-        `torch.optim.Optimizer` casts floating-point state to the parameter's dtype, which would
-        round float32 factors and moments of bfloat16 weights, and moves it all to the parameter's
-        device, where an offloaded state may have no room. So it is given none of the tensors. The
+        Otherwise moments and factors are converted, and the lower halves of exact bfloat16 weights
+        are added to the weights, which must be loaded before. `torch.optim.Optimizer` casts
+        floating-point state to the parameter's dtype, which would round float32 factors and moments
+        of bfloat16 weights, and moves it all to the parameter's device, where an offloaded state
+        may have no room. So it is given none of the tensors. The
         state of `torch.optim.AdamW` is taken too, without amsgrad. Parameters keep the names that
         they have here.
 
         Raises:
             ValueError: The saved groups route other layers, or with other ranks or scalings; their
-                parameters have other names (an adapter's own may differ); a value is out of range;
-                the state is another optimizer's; or moments are 8-bit, which the kernels cannot
-                use.
+                parameters have other names or shapes (an adapter's own name may differ); a value is
+                out of range; the state is another optimizer's; or moments are 8-bit, which the
+                kernels cannot use.
         """
         loaded: dict[str, Any] = {}
 
@@ -565,7 +622,10 @@ class AdamW(Optimizer):
 
     def _restore_bits(self, loaded: dict[str, Any]) -> None:
         self._settled_state()
+        for number, group in enumerate(self.param_groups):
+            separate(group, self.param_groups[:number])
         saved_ids = [i for group in loaded["param_groups"] for i in group["params"]]
+        lost = []
         for saved_id, parameter in zip(saved_ids, self._parameters(), strict=True):
             for key, value in loaded["state"].get(saved_id, {}).items():
                 if isinstance(value, Tensor):
@@ -578,10 +638,34 @@ class AdamW(Optimizer):
                 elif value == {}:
                     # What flattened distributed checkpoints load where nothing was saved.
                     del self.state[parameter][key]
+            if LOW in self.state.get(parameter, {}) and parameter.dtype != torch.bfloat16:
+                low = self.state[parameter].pop(LOW)
+                if not fold_low(parameter, low.to(parameter.device)):
+                    lost.append(parameter)
+        if lost:
+            warn(
+                f"The lower halves of {len(lost)} bfloat16 weights of the saved state are not used "
+                f"(first: {self._name_of(lost[0])}): the weights here are not those that they "
+                "belong to. Load the model before the optimizer."
+            )
 
+    def __copy__(self) -> AdamW:
+        """Return an optimizer of the same parameters, groups and state, as torch does.
+
+        With steps in the backward pass the hooks are shared too: a layer moves once, and `step` of
+        either ends the pass.
+        """
+        copied = type(self).__new__(type(self))
+        copied._backward, copied._offload = self._backward, self._offload
+        copied.__setstate__(self.__getstate__())
+        return copied
+
+    _OF_STEP: tuple[str, ...] = ("_tally",)
     _OWN: tuple[str, ...] = (
         "nonfinite",
         "skipped_steps",
+        "step_was_skipped",
+        "_has_warned_of_no_gradient",
         "measure_updates",
         "grad_accumulation_dtype",
         "optimizer_in_backward",
@@ -609,6 +693,10 @@ class AdamW(Optimizer):
         if not before:  # a copy, whose parameters are others
             self._prepare()
         elif hasattr(self, "_backward"):
+            if self._backward is not None and self._backward.leave(self):
+                # A shallow copy whose groups and state are its own from now on.
+                del self._backward
+                self._prepare()
             self._follow()
 
 
@@ -640,8 +728,7 @@ def _warn_of_rounding(groups: Sequence[dict[str, Any]]) -> None:
         way_out = "Leave weight_rounding out: bfloat16 weights are then exact."
         if dtype != torch.bfloat16:
             way_out = "Load the model in bfloat16, whose weights can be exact, or in float32."
-        warnings.warn(
+        warn(
             f"Trained weights are {dtype} and rounded to nearest, so small updates are lost (at lr "
-            f"2e-5, most of them). {way_out}",
-            stacklevel=3,
+            f"2e-5, most of them). {way_out}"
         )

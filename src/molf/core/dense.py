@@ -18,6 +18,7 @@ from molf.core.adam import (
     AdamWStep,
     MomentDecay,
     gradient,
+    real_view,
     row_blocks,
     sum_dtype,
 )
@@ -68,16 +69,24 @@ class DenseTensor:
         self, parameter: Tensor, group: dict[str, Any], state: dict[str, Any], name: str
     ) -> None:
         self.parameter, self.group, self.state = parameter, group, state
+        self._values = values = real_view(parameter)
         if "step" not in state:
-            state.update(moment_state(parameter, group["state_dtype"]))
+            state.update(moment_state(values, group["state_dtype"]))
         self._stored = StoredWeight(
-            parameter,
+            values,
             state,
-            rounding=rounding_of(parameter, group["weight_rounding"]),
+            rounding=rounding_of(values, group["weight_rounding"]),
             seed=group["seed"],
             name=name,
         )
         self._moments = moments_of(state)
+        other = next((x for x in self._moments.shapes if x != values.shape), None)
+        if other is not None:
+            raise RuntimeError(
+                f"A moment of {name} has shape {tuple(other)}, the parameter has "
+                f"{tuple(values.shape)}: one of them was replaced. Drop the old state with "
+                "optimizer.state.pop(parameter), or give it the new shape."
+            )
         self._decay: MomentDecay | None = None
         self._advanced = False
 
@@ -131,7 +140,7 @@ class DenseTensor:
         if step is None and product is None and self._moments.is_settled:
             return
         assert self._decay is not None, "moments move first"
-        parameter, grad, moments = self.parameter, gradient(self.parameter), self._moments
+        parameter, grad, moments = self._values, gradient(self.parameter), self._moments
         at_least = 1 if product is None else self._product_rows()
         for rows in row_blocks(parameter, at_least=at_least, multiple=moments.multiple):
             moved = moments.settle(rows, grad[rows], self._decay, advanced=self._advanced)

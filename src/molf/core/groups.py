@@ -10,15 +10,16 @@ keeps plain values.
 from __future__ import annotations
 
 import dataclasses
-import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from molf.core.adapted import AdaptedLayer, adapter_layers, find_adapted
 from molf.core.config import MoLFConfig
+from molf.core.hyper_parameters import number, pair_of_betas
 from molf.core.layers import LinearLayer, cleaner, find_layers, is_peft_model
 
 _NamedParameters = list[tuple[str, nn.Parameter]]
@@ -39,7 +40,7 @@ def build_groups(
     model: nn.Module,
     config: MoLFConfig,
     *,
-    lr: float,
+    lr: float | Tensor,
     lora_lr: float | Sequence[float] | None,
     weight_decay: float,
     lora_weight_decay: float | Sequence[float],
@@ -50,8 +51,8 @@ def build_groups(
         ValueError: A value is not allowed, or no layer can be routed (see `find_layers` and
             `find_adapted`).
     """
-    _check_range("lr", lr)
-    lora_lrs = _per_expert("lora_lr", lr if lora_lr is None else lora_lr, config)
+    rate = number("lr", lr, smallest=0)
+    lora_lrs = _per_expert("lora_lr", rate if lora_lr is None else lora_lr, config)
     lora_decays = _per_expert("lora_weight_decay", lora_weight_decay, config)
     common = {
         "ranks": config.ranks,
@@ -59,7 +60,7 @@ def build_groups(
         "score": config.score,
         "top_k": config.top_k,
         "seed": config.seed,
-        "lora_lr_ratios": _ratios(lora_lrs, lr),
+        "lora_lr_ratios": _ratios(lora_lrs, rate),
         "weight_decay": weight_decay,
         "lora_weight_decays": lora_decays,
         "bias_weight_decay": 0.0,
@@ -132,6 +133,8 @@ def _check_folded(model: nn.Module, config: MoLFConfig) -> None:
 
 def _per_expert(name: str, value: float | Sequence[float], config: MoLFConfig) -> tuple[float, ...]:
     count = len(config.ranks)
+    if getattr(value, "ndim", 0) == 1 and hasattr(value, "tolist"):  # a tensor, a NumPy array
+        value = value.tolist()
     values: tuple[Any, ...] = (value,) * count
     if isinstance(value, Sequence) and not isinstance(value, str):
         values = tuple(value)
@@ -139,9 +142,7 @@ def _per_expert(name: str, value: float | Sequence[float], config: MoLFConfig) -
         raise ValueError(
             f"Invalid {name}={list(values)}. Must be one number, or one per rank ({count} ranks)."
         )
-    for one in values:
-        _check_range(name, one)
-    return values
+    return tuple(number(name, one, smallest=0) for one in values)
 
 
 def _ratios(lora_lrs: tuple[float, ...], lr: float) -> tuple[float, ...]:
@@ -217,14 +218,18 @@ def _warn_of_saving(names: list[str]) -> None:
         )
 
 
-def check_group(group: dict[str, Any]) -> None:
+def check_group(group: dict[str, Any], *, smallest: float = 0.0) -> None:
     """Check every number of a group, given or filled in.
+
+    Args:
+        group: With its defaults filled in.
+        smallest: The smallest rate or decay that is allowed.
 
     Raises:
         ValueError: The first number out of range.
     """
     for name in ("lr", "eps", "weight_decay", "bias_weight_decay"):
-        _check_range(name, group.get(name, 0.0))
+        number(name, group.get(name, 0.0), smallest=smallest)
     if group.get("adapter_scaling") is not None and not group["adapter_scaling"] > 0:
         raise ValueError(f"Invalid adapter_scaling={group['adapter_scaling']!r}. Must be positive.")
     if group["layer"] is not None:
@@ -234,16 +239,19 @@ def check_group(group: dict[str, Any]) -> None:
                 f"The group of layer {group['layer']!r} lacks {', '.join(missing)}. Build routed "
                 "groups with MoLFAdamW.from_model(model, config)."
             )
-        _check_experts(group)
-    betas = group["betas"]
-    is_pair = isinstance(betas, (tuple, list)) and len(betas) == 2
-    if not is_pair or not all(isinstance(b, (int, float)) and 0 <= b < 1 for b in betas):
-        raise ValueError(f"Invalid betas={betas!r}. Must be two numbers in [0, 1).")
-    if any(parameter.is_complex() for parameter in group["params"]):
-        raise ValueError("MoLFAdamW does not support complex parameters.")
+        _check_experts(group, smallest)
+        if any(parameter.is_complex() for parameter in group["params"]):
+            raise ValueError(f"Layer {group['layer']}: complex weights cannot be routed.")
+    pair_of_betas(group["betas"])
+    for place, parameter in enumerate(group["params"]):
+        if not is_lazy(parameter) and parameter.is_conj():  # lazy: without a shape so far
+            raise ValueError(
+                f"{parameter_name(group, place)} is a conjugate view, into which no step can "
+                "write. Give parameter.resolve_conj()."
+            )
 
 
-def _check_experts(group: dict[str, Any]) -> None:
+def _check_experts(group: dict[str, Any], smallest: float) -> None:
     """Check what a routed group says of its experts."""
     ranks = group["ranks"]
     in_adapter = group.get("adapter_scaling") is not None
@@ -261,7 +269,7 @@ def _check_experts(group: dict[str, Any]) -> None:
                 f"per rank ({len(ranks)} ranks)."
             )
         for value in group[name]:
-            _check_range(name, value)
+            number(name, value, smallest=smallest)
 
 
 def parameter_name(group: dict[str, Any], index: int, number: int | None = None) -> str:
@@ -279,7 +287,23 @@ def parameter_name(group: dict[str, Any], index: int, number: int | None = None)
     return f"parameter [{index}] of group {number}"
 
 
-def _check_range(name: str, value: Any) -> None:
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not is_number or not math.isfinite(value) or value < 0:
-        raise ValueError(f"Invalid {name}={value!r}. Must be a finite number, at least 0.")
+def name_by_place(group: dict[str, Any], groups: list[dict[str, Any]]) -> None:
+    """Give a new group names, or those that are there, where only the others have some.
+
+    torch's optimizers want names for all groups or for none.
+
+    Args:
+        group: As `add_param_group` takes it.
+        groups: Those that are in the optimizer already.
+    """
+    given = group.get("params")
+    if not groups or isinstance(given, set) or not isinstance(given, (Tensor, Iterable)):
+        return  # torch refuses what is no collection with an order
+    group["params"] = params = [given] if isinstance(given, Tensor) else list(given)
+    is_named = "param_names" in group or any(isinstance(one, tuple) for one in params)
+    if is_named == ("param_names" in groups[0]):
+        return
+    nameless = groups if is_named else [{"layer": None, **group}]
+    for index, one in enumerate(nameless, 0 if is_named else len(groups)):
+        names = [parameter_name(one, place, index) for place in range(len(one["params"]))]
+        (one if is_named else group)["param_names"] = names

@@ -114,7 +114,7 @@ def reads_for_nothing(device: torch.device) -> bool:
 
 def _bound(one: Guarded) -> Tensor:
     """The largest norm of what is made of a gradient, over `largest_norm`, 0-dim."""
-    grad, dtype = plain_gradient(one.parameter), compute_dtype(one.parameter)
+    grad, dtype = gradient(one.parameter), compute_dtype(one.parameter)
     norm = _norm(grad, dtype) / largest_norm(dtype)
     if not one.factors:
         return norm * max(1.0, one.scale)
@@ -134,15 +134,13 @@ def _norm(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.linalg.vector_norm(torch.stack(parts or [tensor.new_zeros((), dtype=dtype)]))
 
 
-def plain_gradient(parameter: Tensor) -> Tensor:
-    """Return the gradient of a parameter that has one.
-
-    Raises:
-        RuntimeError: It is sparse or sharded.
-    """
+def unusable(parameter: Tensor) -> str | None:
+    """Return why no step can use the kind of gradient that a parameter has; None if one can."""
     grad = gradient(parameter)
     if grad.layout != torch.strided:
-        raise RuntimeError("MoLFAdamW does not support sparse gradients.")
+        return f"is sparse ({grad.layout}). Use dense ones: sparse=False in nn.Embedding."
     if hasattr(grad, "device_mesh"):
-        raise RuntimeError("MoLFAdamW does not support sharded parameters (DTensor) yet.")
-    return grad
+        return "is sharded (DTensor). Sharded parameters are not supported yet."
+    if grad.device.type == "meta":
+        return "is on the meta device, which holds no numbers. Load the weights first."
+    return None

@@ -7,15 +7,17 @@ routed layer (its weight, bias and adapter factors wait for each other), or one 
 from __future__ import annotations
 
 import threading
-import warnings
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
+from functools import partial
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakIdKeyDictionary
+
+from molf.core.warn import warn
 
 Unit = tuple[int, ...]
 """Number of a parameter group and, where it is not routed, a parameter's position in it."""
@@ -38,15 +40,17 @@ class Stepper(Protocol):
 class BackwardSteps:
     """Hooks on an optimizer's parameters that say when a unit's gradients are there.
 
-    Neither the hooks nor this keep the optimizer alive; without it the hooks are gone. Autograd
-    calls hooks from one thread for every device; units take their turns.
+    Neither the hooks nor this keep the optimizer alive; without it the hooks are gone. Shallow
+    copies of an optimizer share this: the first that is alive takes the steps. Autograd calls hooks
+    from one thread for every device; units take their turns.
 
     Args:
         optimizer: Whose parameters these are.
     """
 
     def __init__(self, optimizer: Stepper) -> None:
-        self._optimizer = weakref.ref(optimizer)
+        self._optimizers = [weakref.ref(optimizer)]
+        self._lost: Any = WeakIdKeyDictionary()  # parameter: weak reference to who has it now
         self._handles: list[RemovableHandle] = []
         self._watched: list[Tensor] = []
         self._ready: dict[Unit, set[int]] = {}
@@ -56,13 +60,34 @@ class BackwardSteps:
         weakref.finalize(self, _remove, self._handles).atexit = False
 
     @property
+    def owner(self) -> Any:
+        """The optimizer that takes the steps; None where none is alive."""
+        alive = (optimizer() for optimizer in self._optimizers)
+        return next((optimizer for optimizer in alive if optimizer is not None), None)
+
+    def serves(self, optimizer: object) -> bool:
+        """Whether an optimizer shares this."""
+        return any(each() is optimizer for each in self._optimizers)
+
+    def share(self, optimizer: Stepper) -> None:
+        """Serve a shallow copy too."""
+        self._optimizers.append(weakref.ref(optimizer))
+
+    def leave(self, optimizer: Stepper) -> bool:
+        """Forget an optimizer if another takes the steps; return whether that is so."""
+        if self.owner is optimizer:
+            return False
+        self._optimizers = [each for each in self._optimizers if each() is not optimizer]
+        return True
+
+    @property
     def is_open(self) -> bool:
         """Whether a backward pass has begun since the last `close`."""
         return bool(self._ready)
 
     def watch(self) -> None:
         """Put hooks on the parameters that are in the groups now, where they are not already."""
-        parameters = [p for group in self._groups() for p in group["params"]]
+        parameters = [p for _, members in self._units() for p in members]
         if len(parameters) == len(self._watched) and all(
             new is old for new, old in zip(parameters, self._watched, strict=True)
         ):
@@ -72,7 +97,10 @@ class BackwardSteps:
         for parameter in parameters:
             _watchers[parameter] = weakref.ref(self)
         self._handles += [
-            parameter.register_post_accumulate_grad_hook(self._hook(unit, members))
+            # Hooks live as long as their parameters, which may be longer than the optimizer.
+            parameter.register_post_accumulate_grad_hook(
+                partial(_on_gradient, weakref.ref(self), unit, members)
+            )
             for unit, members in self._units()
             for parameter in members
             if parameter.requires_grad
@@ -83,17 +111,29 @@ class BackwardSteps:
         _remove(self._handles)
         self._watched = []
 
-    def finish(self) -> None:
-        """End a backward pass: step the units with a gradient of which a part has got none."""
+    def lose(self, parameters: Iterable[Tensor], optimizer: object) -> None:
+        """Leave parameters to another optimizer, for as long as it lives."""
+        for parameter in parameters:
+            self._lost[parameter] = weakref.ref(optimizer)
+        self.unwatch()
+
+    def finish(self) -> int:
+        """End a backward pass: step the units with a gradient of which a part has got none.
+
+        Returns:
+            How many units have moved in it.
+        """
         try:
             if not self.is_open:
                 self._owner()._begin()
             for unit, members in list(self._units()):
                 if unit not in self._taken and any(p.grad is not None for p in members):
                     self._take(unit)
+            moved = self.count()
         finally:
             self.close()
         self.watch()  # libraries may have swapped parameters
+        return moved
 
     def close(self) -> None:
         """Forget the backward pass; the next gradient begins another."""
@@ -105,8 +145,8 @@ class BackwardSteps:
         return len(self._taken)
 
     def _owner(self) -> Stepper:
-        optimizer = self._optimizer()
-        assert optimizer is not None, "what holds this is the optimizer"
+        optimizer: Stepper | None = self.owner
+        assert optimizer is not None, "what holds this is an optimizer"
         return optimizer
 
     def _groups(self) -> list[dict[str, Any]]:
@@ -115,26 +155,20 @@ class BackwardSteps:
     def _units(self) -> Iterator[tuple[Unit, list[Tensor]]]:
         for number, group in enumerate(self._groups()):
             if group["layer"] is not None:
-                yield (number,), group["params"]
+                if not self._has_lost(group["params"]):
+                    yield (number,), group["params"]
             else:
                 for position, parameter in enumerate(group["params"]):
-                    yield (number, position), [parameter]
+                    if not self._has_lost([parameter]):
+                        yield (number, position), [parameter]
+
+    def _has_lost(self, members: list[Tensor]) -> bool:
+        """Whether another optimizer that is alive has one of these parameters."""
+        return bool(self._lost) and any(self._lost.get(p, _nobody)() is not None for p in members)
 
     def _take(self, unit: Unit) -> None:
         self._owner()._take_and_free(unit)
         self._taken.add(unit)
-
-    def _hook(self, unit: Unit, members: list[Tensor]) -> Callable[[Tensor], None]:
-        # Gradient hooks live as long as their parameters, which may be longer than the optimizer.
-        mine = weakref.ref(self)
-
-        def on_gradient(parameter: Tensor) -> None:
-            steps = mine()
-            if steps is not None and steps._optimizer() is not None:
-                with steps._turn:
-                    steps._on_gradient(unit, members, parameter)
-
-        return on_gradient
 
     def _on_gradient(self, unit: Unit, members: list[Tensor], parameter: Tensor) -> None:
         try:
@@ -158,6 +192,17 @@ class BackwardSteps:
             raise
 
 
+@torch._disable_dynamo
+def _on_gradient(
+    steps: weakref.ref[BackwardSteps], unit: Unit, members: list[Tensor], parameter: Tensor
+) -> None:
+    """Tell what watches a parameter, if it and an optimizer are alive, of its gradient."""
+    alive = steps()
+    if alive is not None and alive.owner is not None:
+        with alive._turn:
+            alive._on_gradient(unit, members, parameter)
+
+
 def _remove(handles: list[RemovableHandle]) -> None:
     for handle in handles:
         handle.remove()
@@ -170,15 +215,17 @@ def release(parameters: Iterable[Tensor], optimizer: object) -> None:
     Warns:
         UserWarning: There was one that is still alive: it takes no steps of its own any more.
     """
-    found = {id(steps): steps for p in parameters if (steps := _watchers.get(p, _nobody)())}
-    others = [steps for steps in found.values() if steps._optimizer() not in (None, optimizer)]
-    for steps in others:
-        steps.unwatch()
-    if others:
-        warnings.warn(
+    found: dict[int, tuple[BackwardSteps, list[Tensor]]] = {}
+    for parameter in parameters:
+        steps = _watchers.get(parameter, _nobody)()
+        if steps is not None and steps.owner is not None and not steps.serves(optimizer):
+            found.setdefault(id(steps), (steps, []))[1].append(parameter)
+    for steps, taken in found.values():
+        steps.lose(taken, optimizer)
+    if found:
+        warn(
             "Another optimizer stepped these parameters in the backward pass "
-            "(optimizer_in_backward=True); from now on this one has them. Delete the other.",
-            stacklevel=4,
+            "(optimizer_in_backward=True); from now on this one has them. Delete the other."
         )
 
 

@@ -117,6 +117,11 @@ def check_kernel_parameter(parameter: Tensor, name: str, home: torch.device) -> 
             f"kernels='triton' is for float32 and bfloat16 weights, and {name} is "
             f"{parameter.dtype}. Load the model in one of them, or leave kernels out."
         )
+    if parameter.is_neg():
+        raise ValueError(
+            f"kernels='triton' reads memory as it is, and {name} is a negative view. Give "
+            "parameter.resolve_neg(), or leave kernels out."
+        )
     check_kernel_device(parameter.device, name)
     if parameter.device != home:
         raise ValueError(

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from molf.core.adam import compute_dtype
-from molf.core.groups import check_group
+from molf.core.adam import compute_dtype, real_view
+from molf.core.groups import check_group, parameter_name
+from molf.core.hyper_parameters import storable
 from molf.core.layers import clean_name
-from molf.core.storage import check_known_rounding, check_rounding
+from molf.core.moments import fits_8bit, moments_of
+from molf.core.storage import LOW, check_known_rounding, check_rounding
 
 _STRUCTURE = ("layer", "transposed", "ranks", "scalings", "adapter_scaling")
 _OWN = "state_dtype"  # a key that all groups of this package have, and no others
-_ADAMW = {"step", "exp_avg", "exp_avg_sq"}
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+_ADAMW = {"step", *_MOMENTS}
 _HYPER_PARAMETERS = ("lr", "betas", "eps", "weight_decay", "initial_lr", "params", "layer")
 # PEFT writes the adapter's name after one of these.
 _ADAPTER = re.compile(r"\b(lora_\w+|modules_to_save|trainable_tokens_\w+)\.[^.]+")
@@ -24,39 +29,50 @@ _ADAPTER = re.compile(r"\b(lora_\w+|modules_to_save|trainable_tokens_\w+)\.[^.]+
 def loadable(given: dict[str, Any], groups: list[dict[str, Any]]) -> dict[str, Any]:
     """Return a saved state as an optimizer with these groups can take it.
 
-    The state of `torch.optim.AdamW` becomes ours: the counter an integer, moments in the dtype of
-    the arithmetic. Names of parameters stay the optimizer's own.
+    The counter becomes an integer, moments and factors get the dtype of the arithmetic, and so the
+    state of `torch.optim.AdamW` and that of weights of another dtype become ours. Names of
+    parameters stay the optimizer's own, and so does a rounding where the saved one is for weights
+    of another dtype.
 
     Raises:
         ValueError: The saved groups are of other layers, experts or parameters, or have a value out
-            of range; or the state is another optimizer's.
+            of range; or the state is another optimizer's, of another shape, or too large for the
+            dtype of the arithmetic.
     """
-    saved = given["param_groups"]
+    saved = [{key: storable(value) for key, value in one.items()} for one in given["param_groups"]]
     _check_same_structure(saved, groups)
     merged = [
         {**own, **one, "params": own["params"]} for one, own in zip(saved, groups, strict=True)
     ]
     for group in merged:
-        check_group(group)
+        check_group(group, smallest=-math.inf)  # schedules can make rates negative
         check_known_rounding(group["weight_rounding"])
-    for rounding in {group["weight_rounding"] for group in merged}:
-        check_rounding(
-            (p for g in merged if g["weight_rounding"] == rounding for p in g["params"]), rounding
-        )
     state = dict(given["state"])
     result = []
-    for one, own in zip(saved, groups, strict=True):
+    for number, (one, own) in enumerate(zip(saved, groups, strict=True)):
         group = {key: value for key, value in one.items() if key != "param_names"}
         if _OWN not in one:
             _check_adamw(one, (state.get(i, {}) for i in one["params"]))
-            for saved_id, parameter in zip(one["params"], own["params"], strict=True):
-                if saved_id in state:
-                    state[saved_id] = _converted(state[saved_id], parameter)
             group = {key: value for key, value in group.items() if key in _HYPER_PARAMETERS}
+        for place, saved_id in enumerate(one["params"]):
+            if saved_id in state:
+                state[saved_id] = _fitted(state[saved_id], own, place, number)
+        if not _can_have(group.get("weight_rounding"), merged):
+            group["weight_rounding"] = own["weight_rounding"]
         if "param_names" in own:
             group["param_names"] = list(own["param_names"])
         result.append(group)
     return {**given, "state": state, "param_groups": result}
+
+
+def _can_have(rounding: str | None, groups: list[dict[str, Any]]) -> bool:
+    """Whether the weights of all groups with a rounding can be rounded so."""
+    having = [group for group in groups if group["weight_rounding"] == rounding]
+    try:
+        check_rounding((p for group in having for p in group["params"]), rounding)
+    except ValueError:
+        return False
+    return True
 
 
 def _check_same_structure(saved_groups: list[dict[str, Any]], groups: list[dict[str, Any]]) -> None:
@@ -111,7 +127,65 @@ def _check_adamw(group: dict[str, Any], states: Iterable[dict[str, Any]]) -> Non
         )
 
 
-def _converted(state: dict[str, Any], parameter: Tensor) -> dict[str, Any]:
-    """AdamW's state of one tensor as ours."""
+def _fitted(
+    state: dict[str, Any], group: dict[str, Any], place: int, number: int
+) -> dict[str, Any]:
+    """One parameter's state in the dtypes of its steps.
+
+    Lower halves stay as they are: what they belong to is in the parameter.
+
+    Raises:
+        ValueError: It is the state of a parameter of another shape, or too large.
+    """
+    parameter: Tensor = group["params"][place]
+    name = parameter_name(group, place, number)
+    shapes = _shapes(parameter, group)
+    fitted = {
+        key: real_view(value) if isinstance(value, Tensor) else value
+        for key, value in state.items()
+    }
+    for key, value in fitted.items():
+        shape = shapes.get(key.removesuffix("_codes"))
+        if isinstance(value, Tensor) and shape is not None and value.shape != shape:
+            raise ValueError(
+                f"Cannot load the optimizer state: {key} of {name} has shape {tuple(value.shape)}, "
+                f"and here it has {tuple(shape)}."
+            )
+    if "exp_avg_codes" in fitted and not fits_8bit(parameter):
+        fitted = _without_codes(fitted)
     dtype = compute_dtype(parameter)
-    return {key: int(x) if key == "step" else x.to(dtype) for key, x in state.items()}
+    for key, value in fitted.items():
+        if key == "step" and value != {}:  # what a flattened checkpoint has for no state
+            fitted[key] = int(value)
+        elif key in shapes and key != LOW and isinstance(value, Tensor):
+            fitted[key] = value.to(dtype)
+            if value.dtype.itemsize > dtype.itemsize and _overflows(value, fitted[key]):
+                raise ValueError(
+                    f"Cannot load the optimizer state: {key} of {name} is too large for {dtype}. "
+                    f"Load the model in {value.dtype}, or start with a fresh state."
+                )
+    return fitted
+
+
+def _shapes(parameter: Tensor, group: dict[str, Any]) -> dict[str, torch.Size]:
+    """The shapes of what a parameter's state may hold."""
+    shape = real_view(parameter).shape
+    shapes = dict.fromkeys((*_MOMENTS, LOW), shape)
+    if group["layer"] is not None and len(shape) == 2:  # factors of the folded form
+        out_features, in_features = reversed(shape) if group["transposed"] else shape
+        rank = sum(group["ranks"])
+        for key in ("", *(f"_{moment}" for moment in _MOMENTS)):
+            shapes[f"lora_A{key}"] = torch.Size((rank, in_features))
+            shapes[f"lora_B{key}"] = torch.Size((out_features, rank))
+    return shapes
+
+
+def _without_codes(state: dict[str, Any]) -> dict[str, Any]:
+    """A state with 8-bit moments as one with the numbers that they stand for."""
+    rest = {key: x for key, x in state.items() if not key.endswith(("_codes", "_scales"))}
+    rows = slice(0, len(state["exp_avg_codes"]))
+    return {**rest, **dict(zip(_MOMENTS, moments_of(state).load(rows), strict=True))}
+
+
+def _overflows(before: Tensor, after: Tensor) -> bool:
+    return bool((before.isfinite() & ~after.isfinite()).any())

@@ -24,6 +24,7 @@ from molf.core.adam import (
     MomentDecay,
     cached_blocks,
     compute_dtype,
+    real_view,
     row_blocks,
     update_and_score,
     update_moments,
@@ -43,11 +44,13 @@ class Moments(ABC):
 
     Attributes:
         dtype: Of the arithmetic.
+        shapes: Of both; one, if all is well.
         multiple: What the first row of every block must be a multiple of.
         is_settled: Whether `advance` alone has stored the moments.
     """
 
     dtype: torch.dtype
+    shapes: set[torch.Size]
     multiple: int = 1
 
     is_settled: bool
@@ -93,7 +96,7 @@ class FloatMoments(Moments):
 
     def __init__(self, exp_avg: Tensor, exp_avg_sq: Tensor) -> None:
         self.exp_avg, self.exp_avg_sq = exp_avg, exp_avg_sq
-        self.dtype = exp_avg.dtype
+        self.dtype, self.shapes = exp_avg.dtype, {exp_avg.shape, exp_avg_sq.shape}
         self.multiple = one_pass.rows_of_whole_vectors(exp_avg)
 
     def blocks(self) -> Iterator[Rows]:
@@ -122,6 +125,7 @@ class EightBitMoments(Moments):
     def __init__(self, state: dict[str, Any]) -> None:
         self._codes = [state[f"{key}_codes"] for key in _KEYS]
         self._scales = [state[f"{key}_scales"] for key in _KEYS]
+        self.shapes = {codes.shape for codes in self._codes}
         self._row = self._codes[0].numel() // len(self._codes[0])
         self.multiple = _BLOCK // math.gcd(_BLOCK, self._row)
 
@@ -165,6 +169,7 @@ def check_state_dtype(state_dtype: str) -> None:
 
 def fits_8bit(parameter: Tensor) -> bool:
     """Whether a tensor's moments can be kept in 8 bits, and are large enough to matter."""
+    parameter = real_view(parameter)
     count = parameter.numel()
     fits = count >= _SMALLEST and count % _BLOCK == 0 and parameter.is_contiguous()
     return fits and compute_dtype(parameter) == torch.float32
@@ -174,6 +179,7 @@ def moment_state(parameter: Tensor, state_dtype: str = "float32") -> dict[str, A
     """State of a tensor that takes AdamW steps: `step`, and both moments, zero."""
     # The counter is a plain int: reading it never waits for a device.
     state: dict[str, Any] = {"step": 0}
+    parameter = real_view(parameter)
     for key in _KEYS:
         if state_dtype == "8bit" and fits_8bit(parameter):
             # With scale zero every code stands for zero.

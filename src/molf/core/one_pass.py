@@ -64,6 +64,7 @@ def fits(*tensors: Tensor) -> bool:
         and tensor.device.type == "cpu"
         and tensor.dtype == torch.float32
         and tensor.is_contiguous()
+        and not tensor.is_neg()
         for tensor in tensors
     )
 
@@ -84,6 +85,7 @@ def move(
     Returns:
         Memory that the next call with this scratch overwrites.
     """
+    _check_shapes(grad, exp_avg, exp_avg_sq)
     direction = scratch.take(exp_avg.numel()).view(exp_avg.shape)
     torch._fused_adamw_(
         [direction],
@@ -126,6 +128,7 @@ def descend(
         correction: `sqrt(1 - b2^t)`, more than 0 and at most 1.
         eps: Added to the root.
     """
+    _check_shapes(values, exp_avg, exp_avg_sq)
     mantissa, exponent = math.frexp(correction)
     rounded = round(mantissa * 2**24) / 2**24  # to float32, as the kernel would
     root, scale = 2 * _LEAST_ROOT * rounded, 2.0**exponent / (2 * _LEAST_ROOT)
@@ -159,6 +162,7 @@ def adamw(
     step: int,
 ) -> None:
     """Take a whole AdamW step in place, which is what the kernel is for."""
+    _check_shapes(values, grad, exp_avg, exp_avg_sq)
     torch._fused_adamw_(
         [values],
         [grad],
@@ -174,6 +178,16 @@ def adamw(
         amsgrad=False,
         maximize=False,
     )
+
+
+def _check_shapes(*tensors: Tensor) -> None:
+    """Refuse tensors of several shapes: the kernel would read and write past their ends."""
+    shapes = {tensor.shape for tensor in tensors}
+    if len(shapes) > 1:
+        raise RuntimeError(
+            f"A step cannot use tensors of the shapes {', '.join(map(str, map(tuple, shapes)))}. "
+            "Was the optimizer's state changed?"
+        )
 
 
 def _zeros_for(block: Tensor) -> Tensor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -16,10 +15,12 @@ from molf.core.config import MoLFConfig
 from molf.core.folded import FoldedLayer
 from molf.core.groups import build_groups
 from molf.core.guard import Guarded
+from molf.core.hyper_parameters import readable
 from molf.core.quantised import keep_differentiable
 from molf.core.routed import RoutedLayer, States
 from molf.core.routing import Decision
 from molf.core.step import Outcome
+from molf.core.warn import warn
 
 # The number of an element in a list that is itself in a numbered element.
 _EXPERT = re.compile(r"(\.\d+\..*\.)\d+(\.|$)")
@@ -63,7 +64,7 @@ class MoLFAdamW(AdamW):
     def __init__(
         self,
         params: Iterable[dict[str, Any]],
-        lr: float = 5e-5,
+        lr: float | Tensor = 5e-5,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 0.1,
@@ -106,7 +107,7 @@ class MoLFAdamW(AdamW):
         model: nn.Module,
         config: MoLFConfig | None = None,
         *,
-        lr: float = 5e-5,
+        lr: float | Tensor = 5e-5,
         lora_lr: float | Sequence[float] | None = None,
         weight_decay: float = 0.1,
         lora_weight_decay: float | Sequence[float] = 0.01,
@@ -215,8 +216,8 @@ class MoLFAdamW(AdamW):
 
     def _routed(self, indices: Iterable[int]) -> list[dict[str, Any]]:
         """Those of some groups that are routed layers and have gradients."""
-        groups = [self.param_groups[index] for index in indices]
-        routed = [group for group in groups if group["layer"] is not None]
+        indices = [i for i in indices if self.param_groups[i]["layer"] is not None]
+        routed = (self._group(index) for index in indices)
         return [group for group in routed if _form_of(group).takes_part(group)]
 
     def _layer(self, group: dict[str, Any], states: States) -> RoutedLayer:
@@ -277,13 +278,14 @@ class MoLFAdamW(AdamW):
         names = [group["layer"] for group in self.param_groups if group["layer"]]
         raise ValueError(f"No routed layer {layer!r}. Routed are: {', '.join(names[:8])}, ...")
 
+    _OF_STEP = (*AdamW._OF_STEP, "routing", "_is_first")
     _OWN = (*AdamW._OWN, "routing")
     _is_first = False  # whether the step that is being taken is the first
 
     def __repr__(self) -> str:
         """Return a summary; one line per layer would fill screens."""
         routed = [group for group in self.param_groups if group["layer"] is not None]
-        first = routed[0]
+        first = readable(routed[0])
         rest = sum(len(group["params"]) for group in self.param_groups if group["layer"] is None)
         return (
             f"{type(self).__name__}({len(routed)} routed layers, ranks={list(first['ranks'])}, "
@@ -309,10 +311,9 @@ def _warn_of_missing_gradients(layers: list[str], routed: Iterable[str]) -> None
     missing -= {x for x in missing if _EXPERT.search(x) and _EXPERT.sub(r"\1*\2", x) in places}
     if missing:
         first = next(name for name in layers if name in missing)
-        warnings.warn(
+        warn(
             f"{len(missing)} of {len(layers)} routed layers have no gradient in the first step "
             f"(first: {first}), and take no step without one. Either the model has not used them, "
             "as a text does not use a vision tower; or gradients were cut, as gradient "
-            "checkpointing does with use_reentrant=True (use False).",
-            stacklevel=6,
+            "checkpointing does with use_reentrant=True (use False)."
         )

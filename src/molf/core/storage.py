@@ -142,10 +142,29 @@ def stored_values(parameter: Tensor, state: dict[str, Any]) -> Tensor:
     return parameter.detach().to(dtype, copy=True)
 
 
+def fold_low(parameter: Tensor, low: Tensor) -> bool:
+    """Add the lower halves of a bfloat16 weight to a parameter of another dtype with its values.
+
+    Args:
+        parameter: Not of bfloat16.
+        low: The lower halves, of the parameter's shape and on its device.
+
+    Returns:
+        Whether it has the float32 values now; one that had other values stays as it is.
+    """
+    stored = parameter.detach()
+    high, _ = split_float32(stored.float())
+    values = _joined(high, low).to(stored.dtype)
+    if torch.equal(high.to(stored.dtype), stored):
+        stored.copy_(values)
+    return torch.equal(stored, values)
+
+
 def _joined(high: Tensor, low: Tensor) -> Tensor:
     """`join_float32`, also of a parameter that something else has set to zero meanwhile.
 
     A low half that has lost its high half is at most half a unit in the last place of whatever
     stands there now. Only below zero itself there is nothing but NaN.
     """
+    high = high.resolve_neg()  # whose bits are the values'
     return join_float32(high, torch.where(high == 0, low.clamp(min=0), low))

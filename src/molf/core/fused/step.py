@@ -12,14 +12,14 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from molf.core.adam import sum_dtype
+from molf.core.adam import gradient, sum_dtype
 from molf.core.dense import DenseTensor
 from molf.core.fidelity import UpdateTally
 from molf.core.fused.items import AdamW, Factor, LowRank, Moments
 from molf.core.fused.kernels import Kernels
 from molf.core.fused.layer import FusedLayer, Move
 from molf.core.fused.table import upload
-from molf.core.guard import bound_of, fits, largest_norm, may_happen, plain_gradient
+from molf.core.guard import bound_of, fits, largest_norm, may_happen
 from molf.core.kernels import check_kernel_parameter
 from molf.core.precision import full_precision
 from molf.core.routed import RoutedLayer, States
@@ -83,7 +83,7 @@ class FusedStep:
             check_kernel_parameter(tensor.parameter, tensor.stored.name, home)
         kernels = self._on(home)
         with full_precision([home.type]):
-            gradients = [plain_gradient(tensor.parameter) for tensor in tensors]
+            gradients = [gradient(tensor.parameter) for tensor in tensors]
             required = required or {}
             further = [bound_of(number).to(home).view(1) for number in required.values()]
             bounds = torch.cat([_bounds(kernels, gradients, fused), *further])

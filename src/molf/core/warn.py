@@ -1,0 +1,27 @@
+"""Warnings that name the line of the caller, through however many frames of ours and torch's."""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from pathlib import Path
+
+import torch
+
+import molf
+
+_INNER = tuple(f"{Path(file).parent}{os.sep}" for file in (molf.__file__, torch.__file__))
+
+
+def warn(message: str) -> None:
+    """Warn, as of the innermost line that is neither this package's nor torch's.
+
+    How many frames lie between is not fixed: schedulers, profiling hooks and compilers wrap `step`.
+    """
+    level = 2
+    frame = sys._getframe(1)
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(_INNER):
+        frame = frame.f_back
+        level += 1
+    warnings.warn(message, stacklevel=level)
