@@ -16,6 +16,7 @@ from molf.train.result import RunResult
 from molf.train.results import RESULTS, check_results
 from molf.train.run_directory import check_fallback, check_output
 from molf.train.settings import TrainSettings
+from molf.train.training_arguments import check_trackers, check_training_args
 from molf.train.training_data import warn_of_equal_data
 
 if TYPE_CHECKING:
@@ -70,6 +71,8 @@ def dry_run(settings: TrainSettings, reporter: Reporter | None = None) -> DryRun
 def _opened(settings: TrainSettings, started: datetime) -> tuple[ResolvedSettings, Task, str]:
     """What can be checked at once: options, model, output directory and data."""
     learn(vars(settings))
+    check_trackers(settings.report_to)
+    check_training_args(settings.training_args)
     resolved = resolve(settings, started)
     check_quantisation(resolved)
     check_model(resolved.model)
