@@ -9,6 +9,7 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from molf.errors import InputError
+from molf.shown import as_line
 from molf.train.settings import DTYPES, SAVE_ROUNDINGS
 
 KINDS = ("model", "adapter")
@@ -59,4 +60,4 @@ def export_run(
             export_model(finished, dtype, path, rounding=save_rounding)
         else:
             export_adapter(finished, dtype, path)
-    sys.stdout.write(f"{path}\n")
+    sys.stdout.write(f"{as_line(str(path))}\n")

@@ -5,6 +5,7 @@ SIGTERM and SIGHUP, which job schedulers and closed terminals send, end a comman
 
 from __future__ import annotations
 
+import io
 import os
 import signal
 import sys
@@ -23,6 +24,7 @@ from molf.cli.app import app, join_booleans
 from molf.cli.lines import one_line, say
 from molf.errors import InputError
 from molf.masking import learn, mask_text
+from molf.shown import LACKING, printable
 
 DONE, FAILED, WRONG_INPUT = 0, 1, 2
 _BY_SIGNAL = 128  # what shells add to the number of the signal that ended a command
@@ -41,6 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Read when torch is loaded. Threads that spin while they wait for one another make a small
     # model ten times slower on a CPU that has anything else to do.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    _show_any_character()
     arguments = join_booleans(sys.argv[1:] if argv is None else argv)
     learn(arguments)
     with warnings.catch_warnings(), _signals_as_interrupts():
@@ -65,6 +68,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             return DONE  # the same, met by rich
         except Exception as error:
             return _fail(FAILED, _describe(error))
+
+
+def _show_any_character() -> None:
+    """Spell out on standard output what its encoding lacks; Python does so on standard error."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors=LACKING)
 
 
 @contextmanager
@@ -117,7 +126,7 @@ def _describe(error: Exception) -> str:
         with tempfile.NamedTemporaryFile(
             "w", prefix="molf-error-", suffix=".log", delete=False, encoding="utf-8"
         ) as log:
-            log.write(mask_text(traceback.format_exc()))
+            log.write(printable(mask_text(traceback.format_exc())))
     except OSError as failure:  # such as a full disk, which may be the error itself
         return f"{message} (its traceback could not be written: {failure.strerror})"
     return f"{message} (traceback: {log.name})"

@@ -116,10 +116,10 @@ def _reader(command: str) -> App:
 
 def _parse(path: Path, command: str, options: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments that the command would be called with."""
-    from molf.cli.whole_numbers import check_whole_numbers
+    from molf.cli.values import check_values
 
     reader = _reader(command)
-    reader.config = (given_by(path, options), check_whole_numbers)
+    reader.config = (given_by(path, options), check_values)
     # The task of an evaluation may be left to the command line.
     task = ["--task", "sql"] if command == "eval" and not {"task", "tasks"} & set(options) else []
     _, bound, _ = reader.parse_args([command, *task], exit_on_error=False, print_error=False)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from molf.errors import InputError
+from molf.paths import expanded
 from molf.plan.advice import Suggestion, suggestions
 from molf.plan.devices import DEVICES, Device
 from molf.plan.memory import MemoryPlan, Planner
@@ -112,7 +112,7 @@ def read_model_config(model: str) -> Any:
     """
     from transformers import AutoConfig
 
-    path = Path(model).expanduser()
+    path = expanded(model)
     name = str(path) if path.is_dir() else model
     try:
         return AutoConfig.from_pretrained(name, trust_remote_code=False)

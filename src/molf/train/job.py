@@ -22,6 +22,7 @@ from molf.core.quantised import Quantisation
 from molf.errors import InputError
 from molf.evaluate import Evaluation, EvaluationSettings, evaluate
 from molf.masking import mask_text
+from molf.shown import printable
 from molf.tasks import Task
 from molf.train.defaults import ADAPTERS, MERGE_BASES
 from molf.train.environment import environment
@@ -355,7 +356,7 @@ def _trained(directory: RunDirectory) -> str:
 
 def _write_traceback(directory: RunDirectory) -> Path | None:
     """Write the current traceback into the run, or elsewhere; return where, None for nowhere."""
-    text = mask_text(traceback.format_exc())
+    text = printable(mask_text(traceback.format_exc()))
     log = directory / ERROR_LOG
     try:
         write_text(log, text)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+from rich.console import Console
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -14,8 +15,9 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from molf.console import PlainConsole
 from molf.masking import mask_text
-from molf.masking.console import Console
+from molf.shown import as_line
 
 ShowEvaluation = Callable[[str, int, int], None]
 ShowTraining = Callable[[int, Mapping[str, Any] | None], None]
@@ -65,13 +67,13 @@ class TerminalReporter(Reporter):
     @contextmanager
     def evaluating(self, title: str) -> Iterator[ShowEvaluation]:
         """Show an evaluation as a bar per kind of measurement."""
-        title = mask_text(title)
         with self._progress() as progress:
             bars: dict[str, Any] = {}
 
             def show(what: str, done: int, total: int) -> None:
                 if what not in bars:
-                    bars[what] = progress.add_task(f"{title}: {what}", total=total, detail="")
+                    name = as_line(mask_text(f"{title}: {what}"))
+                    bars[what] = progress.add_task(name, total=total, detail="")
                 progress.update(bars[what], completed=done, total=total)
 
             yield show
@@ -105,7 +107,7 @@ class TerminalReporter(Reporter):
         )
 
 
-class _ProgressConsole(Console):
+class _ProgressConsole(PlainConsole):
     """A console that falls silent when nobody reads it any more; rich would end the run."""
 
     def on_broken_pipe(self) -> None:
