@@ -32,6 +32,25 @@ def check_path(path: str | Path, what: str) -> None:
         raise InputError(f"{what} {shown} is not a path: {reason}.") from error
 
 
+def check_unicode(path: str | Path, what: str) -> None:
+    """Refuse a path of a model that safetensors and tokenizers could not open.
+
+    Args:
+        path: The path.
+        what: The option or argument that it was given by, for the message.
+
+    Raises:
+        InputError: It has bytes that are not UTF-8.
+    """
+    try:
+        os.fspath(path).encode()
+    except UnicodeEncodeError as error:
+        raise InputError(
+            f"{what} {path} has bytes that are not UTF-8, and safetensors cannot open such a path. "
+            "Rename it, or give another."
+        ) from error
+
+
 def expanded(path: str | Path) -> Path:
     """A path with `~` or `~user` at its beginning replaced by that home directory.
 

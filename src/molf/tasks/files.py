@@ -143,7 +143,8 @@ def _read_parquet(path: Path) -> list[Record]:
 
     check_ordinary(path, str(path))
     try:
-        rows: list[Record] = pyarrow.parquet.read_table(path).to_pylist()
+        with path.open("rb") as file:  # pyarrow takes no path whose bytes are not UTF-8
+            rows: list[Record] = pyarrow.parquet.read_table(file).to_pylist()
     except (pyarrow.ArrowException, OSError) as error:
         raise InputError(f"{path} is not a readable Parquet file: {first_line(error)}") from error
     return [without_nulls(row) for row in rows]

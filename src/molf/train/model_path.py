@@ -8,7 +8,7 @@ from pathlib import Path
 
 from molf.errors import InputError
 from molf.inputs import DIRECTORY, special_kind
-from molf.paths import check_path, expanded
+from molf.paths import check_path, check_unicode, expanded
 from molf.train.run_around import why_no_model
 from molf.train.settings import TrainSettings
 
@@ -21,6 +21,7 @@ def check_model(model: str) -> None:
     """
     path = expanded(model)
     check_path(path, "model")
+    check_unicode(path, "model")
     if path.is_dir():
         if (reason := why_no_model(path)) is not None:
             raise InputError(f"model {model} {reason}")

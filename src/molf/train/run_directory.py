@@ -8,7 +8,7 @@ import tempfile
 from pathlib import Path
 
 from molf.errors import InputError
-from molf.paths import check_path
+from molf.paths import check_path, check_unicode
 from molf.train.ownership import A_RUN, Ownership
 from molf.train.room import existing
 
@@ -30,6 +30,7 @@ def check_output(
         InputError: There is something that must not be replaced, or the place cannot be written.
     """
     check_path(path, "output_dir")
+    check_unicode(path, "output_dir")
     length = len(os.fsencode(path.name))
     if length > _LONGEST_NAME:
         raise InputError(
