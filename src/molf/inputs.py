@@ -88,7 +88,7 @@ _BINARY = getattr(os, "O_BINARY", 0)  # of Windows
 
 
 def _check_size(size: int, shown: str) -> None:
-    memory = _memory_bytes()
+    memory = memory_bytes()
     if memory is not None and size > memory:
         raise InputError(
             f"{shown} has {size:,} bytes, and it is read into memory, of which this "
@@ -96,7 +96,8 @@ def _check_size(size: int, shown: str) -> None:
         )
 
 
-def _memory_bytes() -> int | None:
+def memory_bytes() -> int | None:
+    """The bytes of this machine's memory, free or not; None where the system does not say it."""
     try:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (AttributeError, OSError, ValueError):  # not on this system

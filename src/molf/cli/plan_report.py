@@ -62,10 +62,16 @@ def print_dry_run(result: DryRun) -> None:
     PlainConsole().lines(*lines)
 
 
+_YEAR = 365.25 * 86400  # seconds
+
+
 def _duration(seconds: float) -> str:
     if seconds < 120:
         return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+    for size, unit in ((60, "min"), (3600, "h"), (86400, "days")):
+        if seconds < 120 * size:
+            return f"{seconds / size:.{0 if unit == 'min' else 1}f} {unit}"
+    return f"{seconds / _YEAR:,.1f} years"
 
 
 def _header(plan: TrainingPlan) -> list[str]:

@@ -92,7 +92,15 @@ def plan_training(
     _check_length(model, config, workload.length)
     planner = Planner(config)
     shape = planner.shape(workload)
-    memory = planner.memory(workload)
+    try:
+        memory = planner.memory(workload)
+    except RuntimeError as error:  # torch counts the bytes of a tensor in 63 bits
+        if "overflow" not in str(error).lower():
+            raise
+        raise InputError(
+            f"Invalid max_length={workload.length} with {workload.batch_size} examples at once: a "
+            "tensor of theirs would have 2**63 bytes or more."
+        ) from error
     kept, recomputed = (
         planner.memory(replace(workload, checkpointing=value)) for value in (False, True)
     )
