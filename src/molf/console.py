@@ -21,7 +21,7 @@ class PlainConsole(Console):
         super().__init__(markup=False, emoji=False, highlight=False, **settings)
 
     def render_str(self, text: str, **settings: Any) -> Text:
-        """Make a `Text`: secrets masked, before it is wrapped, and control characters spelled out."""
+        """Make a `Text` without secrets, which are masked before it is wrapped into lines."""
         return super().render_str(as_line(mask_text(text)), **settings)
 
     def lines(self, *lines: str) -> None:

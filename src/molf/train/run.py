@@ -67,13 +67,16 @@ def dry_run(settings: TrainSettings, reporter: Reporter | None = None) -> DryRun
 
         return rehearse(resolved, task, reporter or make_reporter())
 
+    learn(vars(settings))
+    resolved = checked(settings, started)
+    check_trackers(settings.report_to)
+    check_training_args(settings.training_args)
+    return resolve(settings, started)
+
 
 def _opened(settings: TrainSettings, started: datetime) -> tuple[ResolvedSettings, Task, str]:
     """What can be checked at once: options, model, output directory and data."""
-    learn(vars(settings))
-    check_trackers(settings.report_to)
-    check_training_args(settings.training_args)
-    resolved = resolve(settings, started)
+    resolved = checked(settings, started)
     check_quantisation(resolved)
     check_model(resolved.model)
     check_output(resolved.output_dir, overwrite=resolved.overwrite)
