@@ -61,7 +61,7 @@ def append_result(path: Path, row: Mapping[str, Any]) -> None:
         columns += [name for name in row if name not in columns]
         with (
             replacing_file(path) as temporary,
-            temporary.open("w", encoding="utf-8", errors="backslashreplace", newline="") as file,
+            temporary.open("w", encoding="utf-8", newline="") as file,
         ):
             writer = csv.DictWriter(file, columns, restval="")
             writer.writeheader()

@@ -67,8 +67,14 @@ def dry_run(settings: TrainSettings, reporter: Reporter | None = None) -> DryRun
 
         return rehearse(resolved, task, reporter or make_reporter())
 
+
+def checked(settings: TrainSettings, started: datetime) -> ResolvedSettings:
+    """What can be checked of the options alone, with every default filled in.
+
+    Raises:
+        InputError: One is wrong, or one is missing.
+    """
     learn(vars(settings))
-    resolved = checked(settings, started)
     check_trackers(settings.report_to)
     check_training_args(settings.training_args)
     return resolve(settings, started)
