@@ -41,7 +41,12 @@ def test_wrong_input_needs_no_torch():
     code = (
         "import sys; from molf.cli import main;"
         "assert main(['train', '--task', 'fact', '--model', '/nowhere', '--data', 'x']) == 2;"
-        "assert 'torch' not in sys.modules"
+        "assert main(['train', '--report_to', 'nothing']) == 2;"
+        "assert main(['train', '--training_args.nothing', 'x']) == 2;"
+        "assert main(['train', '--training_args.dataloader_num_workers', 'many']) == 2;"
+        "assert main(['train', '--training_args.packing', 'true']) == 2;"
+        "heavy = {'torch', 'transformers', 'trl'} & set(sys.modules);"
+        "assert not heavy, heavy"
     )
     run(sys.executable, "-c", code)
 

@@ -25,7 +25,13 @@ def web(facts, tmp_path, monkeypatch):
     """Every address holds the facts."""
     content = facts.read_bytes()
     monkeypatch.setenv("MOLF_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr("urllib.request.urlopen", lambda url, timeout: io.BytesIO(content))
+
+    def urlopen(url, timeout):
+        response = io.BytesIO(content)
+        response.headers = {}
+        return response
+
+    monkeypatch.setattr("urllib.request.urlopen", urlopen)
     return content
 
 

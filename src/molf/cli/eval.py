@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import warnings
 from collections.abc import Mapping
@@ -14,6 +13,7 @@ from cyclopts import Parameter
 
 from molf.errors import InputError
 from molf.evaluate.harness import PREFIX
+from molf.paths import expanded
 from molf.streams import OutputError, give_up_output
 from molf.tasks import TASKS, TaskOptions, check_task
 from molf.train.converters import words
@@ -67,7 +67,7 @@ class EvalOptions:
         for name in ("data", "forgetting_data", "predictions", "output_dir"):
             value = getattr(self, name)
             if value is not None and str(value).startswith("~"):
-                object.__setattr__(self, name, type(value)(os.path.expanduser(value)))
+                object.__setattr__(self, name, type(value)(expanded(value)))
         least = {"max_samples": 1, "max_length": 2, "per_device_eval_batch_size": 1, "seed": 0}
         for name, minimum in least.items():
             value = getattr(self, name)
@@ -75,6 +75,10 @@ class EvalOptions:
                 raise InputError(f"Invalid {name}={value}. Must be at least {minimum}.")
         if self.seed >= 2**32:  # what numpy's generators take
             raise InputError(f"Invalid seed={self.seed}. Must be below 2**32.")
+        if not self.task:
+            raise InputError(
+                f"Invalid task: empty. Give one of {', '.join(TASKS)}, or {PREFIX}NAME."
+            )
         for name in self.task:
             if self.task.count(name) > 1:
                 raise InputError(f"Invalid task={','.join(self.task)}: {name} comes twice.")

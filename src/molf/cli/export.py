@@ -9,6 +9,7 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from molf.errors import InputError
+from molf.shown import as_line
 from molf.streams import console_that_may_break, result_on_disk
 from molf.train.settings import DTYPES, SAVE_ROUNDINGS
 
@@ -62,4 +63,4 @@ def export_run(
             else:
                 export_adapter(finished, dtype, path)
     with result_on_disk(f"The export to {path} is complete"):
-        sys.stdout.write(f"{path}\n")
+        sys.stdout.write(f"{as_line(str(path))}\n")

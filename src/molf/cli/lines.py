@@ -6,6 +6,7 @@ import sys
 from typing import TextIO
 
 from molf.masking import mask_text
+from molf.shown import as_line
 from molf.streams import silenced
 
 _LONGEST = 2000  # characters; input that is quoted may have any number of them
@@ -22,6 +23,4 @@ def one_line(text: str) -> str:
     if len(line) > _LONGEST:
         half = _LONGEST // 2
         line = f"{line[:half]} ... {line[-half:]}"
-    if line.isprintable():
-        return line
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
+    return as_line(line)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from molf.errors import InputError
+from molf.paths import expanded
 from molf.plan.advice import Suggestion, suggestions
 from molf.plan.devices import DEVICES, Device
 from molf.plan.memory import MemoryPlan, Planner
@@ -92,7 +92,15 @@ def plan_training(
     _check_length(model, config, workload.length)
     planner = Planner(config)
     shape = planner.shape(workload)
-    memory = planner.memory(workload)
+    try:
+        memory = planner.memory(workload)
+    except RuntimeError as error:  # torch counts the bytes of a tensor in 63 bits
+        if "overflow" not in str(error).lower():
+            raise
+        raise InputError(
+            f"Invalid max_length={workload.length} with {workload.batch_size} examples at once: a "
+            "tensor of theirs would have 2**63 bytes or more."
+        ) from error
     kept, recomputed = (
         planner.memory(replace(workload, checkpointing=value)) for value in (False, True)
     )
@@ -112,7 +120,7 @@ def read_model_config(model: str) -> Any:
     """
     from transformers import AutoConfig
 
-    path = Path(model).expanduser()
+    path = expanded(model)
     name = str(path) if path.is_dir() else model
     try:
         return AutoConfig.from_pretrained(name, trust_remote_code=False)

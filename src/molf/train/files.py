@@ -1,12 +1,11 @@
 """Files that appear whole or not at all: written beside their place, then renamed into it.
 
-What they say is written without secrets.
+What they say is written without secrets and without control characters.
 """
 
 from __future__ import annotations
 
 import itertools
-import json
 import os
 import re
 import shutil
@@ -19,6 +18,7 @@ from typing import Any
 import yaml
 
 from molf.masking import mask, mask_given, mask_text
+from molf.shown import json_text, printable
 from molf.train.locks import Lock, is_abandoned
 
 _UNFINISHED = re.compile(r"\.(?P<name>.+)\.\d+\.tmp(?P<replaced>\.replaced)?")
@@ -152,13 +152,13 @@ def _made(path: Path, make: Callable[[Path], None]) -> tuple[Path, Lock]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file whole, secrets masked."""
+    """Write a text file whole: secrets masked, and control characters spelled out."""
     _write(path, mask_text(text))
 
 
 def write_json(path: Path, value: Any) -> None:
     """Write a JSON file whole, indented for readers, secrets masked."""
-    _write(path, json.dumps(mask(value), indent=2, ensure_ascii=False) + "\n")
+    _write(path, json_text(mask(value), indent=2) + "\n")
 
 
 def write_jsonl(path: Path, records: list[dict[str, Any]]) -> None:
@@ -166,15 +166,18 @@ def write_jsonl(path: Path, records: list[dict[str, Any]]) -> None:
 
     Texts of data are no one's to change otherwise: they are compared with the data again.
     """
-    lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in mask_given(records))
-    _write(path, "".join(lines))
+    _write(path, "".join(json_text(record) + "\n" for record in mask_given(records)))
 
 
 def write_yaml(path: Path, value: Any) -> None:
     """Write a YAML file whole, keys in the order given, secrets masked."""
-    _write(path, yaml.safe_dump(mask(value), sort_keys=False, allow_unicode=True, width=100))
+    masked = mask(value)
+    text = yaml.safe_dump(masked, sort_keys=False, allow_unicode=True, width=100)
+    if printable(text) != text:  # YAML has escapes of its own, which keep the values
+        text = yaml.safe_dump(masked, sort_keys=False, width=100)
+    _write(path, text)
 
 
 def _write(path: Path, text: str) -> None:
     with replacing_file(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(printable(text), encoding="utf-8")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -11,7 +12,8 @@ from typing import Any
 import yaml
 
 from molf.errors import InputError
-from molf.paths import check_path
+from molf.inputs import read_input
+from molf.paths import check_path, expanded
 from molf.train.files import clear_unfinished
 from molf.train.locks import InUseError, Lock
 from molf.train.ownership import ADAPTER, CONFIG, MODEL, is_run, is_run_config
@@ -107,13 +109,15 @@ def read_run(path: Path) -> FinishedRun:
     Raises:
         InputError: The directory is no run of `molf train`.
     """
-    path = path.expanduser()
+    path = expanded(path)
     check_run(path)
+    if not os.path.lexists(path / CONFIG):
+        raise InputError(f"{path} is not a run of `molf train`: it has no {CONFIG}.")
     try:
-        config = yaml.safe_load((path / CONFIG).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"{path} is not a run of `molf train`: it has no {CONFIG}.") from None
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        config = yaml.safe_load(read_input(path / CONFIG, f"{path / CONFIG}").decode())
+    except InputError:
+        raise
+    except (ValueError, RecursionError, yaml.YAMLError) as error:
         raise InputError(f"{path / CONFIG} cannot be read: {error}") from error
     if not is_run_config(config):
         raise InputError(f"{path / CONFIG} is not that of a run of `molf train`.")

@@ -13,6 +13,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from molf.masking import mask_text
+from molf.shown import as_line
 from molf.tasks.files import first_line
 from molf.train.files import replacing_file
 
@@ -127,7 +128,7 @@ def as_cell(value: Any) -> Any:
     """
     if not isinstance(value, str):
         return value
-    text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in mask_text(value))
+    text = as_line(mask_text(value))
     return f"'{text}" if text.lstrip()[:1] in _FORMULAS else text
 
 

@@ -18,6 +18,7 @@ from molf.train.result import RunResult
 from molf.train.results import check_results
 from molf.train.run_directory import check_fallback, check_output, runs_kept
 from molf.train.settings import TrainSettings
+from molf.train.training_arguments import check_trackers, check_training_args
 from molf.train.training_data import warn_of_equal_data
 
 if TYPE_CHECKING:
@@ -76,10 +77,21 @@ def dry_run(settings: TrainSettings, reporter: Reporter | None = None) -> DryRun
             return rehearse(resolved, task, reporter or make_reporter())
 
 
+def checked(settings: TrainSettings, started: datetime) -> ResolvedSettings:
+    """What can be checked of the options alone, with every default filled in.
+
+    Raises:
+        InputError: One is wrong, or one is missing.
+    """
+    learn(vars(settings))
+    check_trackers(settings.report_to)
+    check_training_args(settings.training_args)
+    return resolve(settings, started)
+
+
 def _opened(settings: TrainSettings, started: datetime) -> tuple[ResolvedSettings, Task, str]:
     """What can be checked at once: options, model, output directory and data."""
-    learn(vars(settings))
-    resolved = resolve(settings, started)
+    resolved = checked(settings, started)
     check_quantisation(resolved)
     check_model(resolved.model)
     check_output(resolved.output_dir, overwrite=resolved.overwrite)

@@ -12,7 +12,7 @@ from pathlib import Path
 from types import TracebackType
 
 from molf.errors import InputError
-from molf.paths import check_path
+from molf.paths import check_path, check_unicode
 from molf.train.files import is_unfinished, making_directory
 from molf.train.locks import InUseError, Lock, in_use
 from molf.train.ownership import A_RUN, CONFIG, Ownership
@@ -37,6 +37,7 @@ def check_output(
             cannot be written.
     """
     check_path(path, "output_dir")
+    check_unicode(path, "output_dir")
     length = len(os.fsencode(path.name))
     if length > _LONGEST_NAME:
         raise InputError(

@@ -8,6 +8,7 @@ import traceback
 from pathlib import Path
 
 from molf.masking import mask_text
+from molf.shown import printable
 from molf.train.files import replacing_file
 from molf.train.ownership import ERROR_LOG
 from molf.train.run_directory import RunDirectory
@@ -23,7 +24,7 @@ def write_traceback(directory: RunDirectory | None = None) -> str:
         Where it is, in brackets, as a part of a message: in the run's directory, or else in the
         system's place for temporary files. Where that is full as well, why there is none.
     """
-    text = mask_text(traceback.format_exc())
+    text = printable(mask_text(traceback.format_exc()))
     try:
         if directory is not None:
             return f"(traceback: {_write(directory / ERROR_LOG, text)})"
