@@ -55,6 +55,17 @@ def place(tmp_path, monkeypatch):
         Path(name).write_text(lines)
 
 
+def dpo_trainer(model, tokenizer):
+    """A trainer whose constructor takes no factory."""
+    from datasets import Dataset
+    from trl import DPOConfig, DPOTrainer
+
+    pair = {"prompt": "One two", "chosen": " three.", "rejected": " four."}
+    args = DPOConfig(output_dir="dpo", max_steps=2, use_cpu=True, bf16=False, report_to=[])
+    data = Dataset.from_list([pair] * 4)
+    return DPOTrainer(model, args=args, train_dataset=data, processing_class=tokenizer)
+
+
 @pytest.mark.parametrize("code", blocks("python"))
 def test_python_block(code, capsys):
     from datasets import Dataset
@@ -66,10 +77,12 @@ def test_python_block(code, capsys):
         "batch": tokenizer("One two three four.", return_tensors="pt").input_ids,
         "dataset": Dataset.from_list(RECORDS),
     }
+    if "trainer = " not in code and "trainer." in code:
+        names["trainer"] = dpo_trainer(names["model"], tokenizer)
     exec(compile(code, "README.md", "exec"), names)
     if "trainer" in names:
         assert type(names["trainer"].optimizer.optimizer).__name__ == "MoLFAdamW"
-        assert names["trainer"].state.global_step == 100
+        assert names["trainer"].state.global_step == (100 if "max_steps=100" in code else 2)
     (printed,) = re.findall(r"# (Decision\(winners=\(.*?\))", code) or [""]
     assert printed in capsys.readouterr().out
 

@@ -86,19 +86,31 @@ def test_adapters_that_cannot_be_trained():
     ("settings", "message"),
     [
         (peft.LoraConfig(r=5, target_modules=["q_proj"], use_dora=True), r"is DoRA, which is not"),
+        (peft.AdaLoraConfig(target_modules=["q_proj"], total_step=9), r"not LoRA \(adalora\.SVDL"),
+        (peft.LoraConfig(r=5, target_modules=[], target_parameters=["q_proj.weight"]),
+         r"adapts the parameter 'weight' of a Linear \(target_parameters\)"),
         (peft.LoHaConfig(r=5, target_modules=["q_proj"]), r"is not LoRA \(loha.Linear\)"),
         (peft.IA3Config(target_modules=["q_proj"], feedforward_modules=[]), r"\(ia3.Linear\)"),
         (peft.LoraConfig(r=5, target_modules=["q_proj", "embed_tokens"]),
          r"embed_tokens: adapter 'default' adapts a Embedding; only linear layers"),
         (peft.LoraConfig(r=5, target_modules=["lm_head"]), r"lm_head .* but exclude_modules="),
         (peft.PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM"),
-         r"PEFT model without a LoRA layer"),
+         r"PEFT model without a LoRA layer \(PROMPT_TUNING\)"),
     ],
-    ids=["dora", "loha", "ia3", "embedding", "head", "prompt"],
+    ids=["dora", "adalora", "parameters", "loha", "ia3", "embedding", "head", "prompt"],
 )  # fmt: skip
 def test_other_adapters_in_the_way(settings, message):
     model = peft.get_peft_model(tiny_qwen2(tied=False), settings)
     refused(model, E, message)
+
+
+def test_every_other_adapter_is_refused_by_its_kind():
+    """Whatever PEFT has: the message says which it is, and what can be had instead."""
+    kinds = [peft.LoKrConfig, peft.VeraConfig, peft.OFTConfig, peft.HRAConfig, peft.FourierFTConfig]
+    for kind in kinds:
+        model = peft.get_peft_model(tiny_qwen2(tied=False), kind(target_modules=["q_proj"]))
+        name = kind.__name__.removesuffix("Config").lower()
+        refused(model, E, rf"q_proj carries an adapter that is not LoRA \({name}\.")
 
 
 def test_rank_stabilised_and_other_variants_that_are_plain_lora_pass():

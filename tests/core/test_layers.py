@@ -11,7 +11,8 @@ from torch import nn
 
 import molf
 from molf import MoLFAdamW, MoLFConfig
-from molf.core.layers import clean_name, find_layers
+from molf.core.layers import find_layers
+from molf.core.module_names import clean_name
 
 
 class Attention(nn.Module):
@@ -203,7 +204,7 @@ def test_large_ranks_are_warned_of_with_their_share():
 def test_fused_expert_tensors_that_stay_frozen_are_said_to():
     model = Decoder()
     model.experts = nn.Parameter(torch.ones(3, 4, 4))
-    model.more = nn.Parameter(torch.ones(3, 4, 4), requires_grad=False)
+    model.more_experts = nn.Parameter(torch.ones(3, 4, 4), requires_grad=False)
     with pytest.warns(UserWarning, match=r"2 fused .* 1 take plain AdamW .* others stay frozen"):
         MoLFAdamW.from_model(model, MoLFConfig(ranks=(1,)))
     with pytest.warns(UserWarning, match=r"2 fused .* cannot be routed: they stay frozen"):
@@ -300,3 +301,100 @@ def test_layer_without_elements_is_not_routed():
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
     assert list(optimizer.routing) == ["b"]
+
+
+def lazy(model: nn.ModuleDict) -> None:
+    model["b"] = nn.LazyLinear(4)
+
+
+def transposed(model: nn.ModuleDict) -> None:
+    model["b"].weight = nn.Parameter(torch.zeros(6, 4))
+
+
+def cut(model: nn.ModuleDict) -> None:
+    model["b"].weight = nn.Parameter(torch.zeros(3, 6))
+
+
+def flat(model: nn.ModuleDict) -> None:
+    model["b"].weight = nn.Parameter(torch.zeros(24))
+
+
+def complex_numbers(model: nn.ModuleDict) -> None:
+    model["b"].to(torch.complex64)
+
+
+def sparse(model: nn.ModuleDict) -> None:
+    model["b"].weight = nn.Parameter(torch.eye(4, 6).to_sparse())
+
+
+def whole_numbers(model: nn.ModuleDict) -> None:
+    model["b"].weight = nn.Parameter(torch.zeros(4, 6, dtype=torch.int32), requires_grad=False)
+
+
+def on_meta(model: nn.ModuleDict) -> None:
+    model["b"].to("meta")
+
+
+def shared_bias(model: nn.ModuleDict) -> None:
+    model["b"].bias = model["a"].bias
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lazy, r"Layer b is lazy: its weight has no shape before the first forward pass"),
+        (transposed, r"Layer b has a transposed weight, of shape \(6, 4\) .* say \(4, 6\)"),
+        (cut, r"Layer b has a weight of shape \(3, 6\) where its features say \(4, 6\)"),
+        (flat, r"Layer b has a sharded weight, here of shape \(24,\)"),
+        (complex_numbers, r"Layer b has a complex weight \(torch.complex64\)"),
+        (sparse, r"Layer b has a sparse weight \(torch.sparse_coo\)"),
+        (whole_numbers, r"Layer b is quantised \(torch.int32\)"),
+        (on_meta, r"Parameter b.weight is on the meta device and has no values"),
+        (shared_bias, r"Layer b shares its bias with a: its gradient sums both uses"),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_weights_that_cannot_be_routed_say_why_by_name(change, message):
+    model = nn.ModuleDict({"a": nn.Linear(6, 4), "b": nn.Linear(6, 4)})
+    change(model)
+    with pytest.raises(ValueError, match=rf"^{message}") as raised:
+        MoLFAdamW.from_model(model, MoLFConfig(ranks=(1,)))
+    assert "\n" not in str(raised.value)
+    if change in (lazy, transposed, cut, complex_numbers):
+        with pytest.raises(ValueError, match=rf"^{message}"):
+            molf.with_adapter(model, MoLFConfig(ranks=(1, 1), freeze_base=True))
+    if change is not on_meta:
+        assert names(model, exclude_modules=["b"]) == ["a"]
+
+
+@pytest.mark.parametrize("module", [nn.LazyConv1d(3, 1), nn.LayerNorm(4, device="meta")])
+def test_other_parameters_without_values_are_refused(module):
+    model = nn.ModuleDict({"a": nn.Linear(4, 4), "b": module})
+    with pytest.raises(ValueError, match=r"^Parameter b.weight is (lazy|on the meta device)"):
+        MoLFAdamW.from_model(model, MoLFConfig(ranks=(1,)))
+
+
+def test_lazy_layers_are_routed_once_they_have_a_shape():
+    model = nn.Sequential(nn.LazyLinear(5), nn.LazyLinear(3))
+    model(torch.ones(2, 4))
+    assert names(model) == ["0", "1"]
+
+
+def test_bias_shared_with_a_layer_that_is_not_routed():
+    model = nn.ModuleDict({"a": nn.Linear(6, 4), "b": nn.Linear(6, 4)})
+    shared_bias(model)
+    assert names(model, exclude_modules=["b"]) == ["a"]
+    assert names(model, freeze_rest=True) == ["a", "b"]
+
+
+def test_weight_with_other_strides_is_routed():
+    model = nn.ModuleDict({"a": nn.Linear(6, 4)})
+    plain = nn.ModuleDict({"a": nn.Linear(6, 4)})
+    plain.load_state_dict(model.state_dict())
+    model["a"].weight = nn.Parameter(model["a"].weight.detach().t().contiguous().t())
+    for one in (model, plain):
+        optimizer = tiny_optimizer(one)
+        for seed in range(3):
+            feed(one, seed)
+            optimizer.step()
+    torch.testing.assert_close(model["a"].weight, plain["a"].weight)

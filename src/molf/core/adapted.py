@@ -16,17 +16,15 @@ from molf.core.config import MoLFConfig
 from molf.core.layers import (
     check_not_tied,
     check_patterns,
-    check_real_weight,
-    check_whole_weight,
-    cleaner,
     head_name,
     is_in_head,
-    is_linear,
     matches,
-    warn_of_fused_experts,
     warn_of_large_ranks,
 )
+from molf.core.module_names import cleaner
+from molf.core.places import is_linear
 from molf.core.quantised import is_repacked
+from molf.core.weights import check_real_weight, check_whole_weight, sides_of
 
 
 @dataclass(frozen=True)
@@ -48,6 +46,16 @@ class AdaptedLayer:
     scaling: float
     weight: nn.Parameter | None
     bias: nn.Parameter | None
+
+    @property
+    def weight_name(self) -> str:
+        """The base weight's name in the plain model."""
+        return f"{self.name}.weight"
+
+    @property
+    def bias_name(self) -> str:
+        """The base bias's."""
+        return f"{self.name}.bias"
 
     @property
     def in_features(self) -> int:
@@ -88,7 +96,6 @@ def find_adapted(model: nn.Module, config: MoLFConfig) -> list[AdaptedLayer]:
     layers = trained_layers(model, config)
     _warn_of_dropout(adapter_layers(model), config)
     warn_of_large_ranks(layers, max(config.ranks))
-    warn_of_fused_experts(model, trains_rest=not config.freezes_rest)
     return layers
 
 
@@ -97,7 +104,8 @@ def trained_layers(model: nn.Module, config: MoLFConfig) -> list[AdaptedLayer]:
     clean = cleaner(model)
     tuners = adapter_layers(model)
     for name, module in tuners.items():
-        if not hasattr(module, "lora_A"):
+        # AdaLoRA has a lora_A too, of parameters instead of layers.
+        if not isinstance(getattr(module, "lora_A", None), nn.ModuleDict):
             raise ValueError(
                 f"Layer {clean(name)} carries an adapter that is not LoRA ({_kind(module)}): "
                 "experts are slices of a LoRA adapter. Merge or remove it, or adapt the plain "
@@ -173,8 +181,13 @@ def _check_plain(name: str, module: Any, adapter: str) -> None:
             f"{own} is {variant}, which is not a sum of experts. Use a plain LoraConfig, such as "
             "molf.peft_config(config)."
         )
-    is_matrix = adapter in module.lora_A and isinstance(module.lora_A[adapter], nn.Linear)
-    if not is_matrix or type(module).__name__ == "ParamWrapper":
+    if type(module).__name__ == "ParamWrapper":
+        raise ValueError(
+            f"{own} adapts the parameter {module.parameter_name!r} of a "
+            f"{type(module.get_base_layer()).__name__} (target_parameters); only linear layers can "
+            "be routed. Use the LoraConfig's target_modules."
+        )
+    if not (adapter in module.lora_A and isinstance(module.lora_A[adapter], nn.Linear)):
         base = type(module.get_base_layer()).__name__
         raise ValueError(
             f"{own} adapts a {base}; only linear layers can be routed. Leave it out of the "
@@ -197,7 +210,8 @@ def _adapted_layer(
 ) -> AdaptedLayer:
     lora_A, lora_B = _factors(module, adapter)
     for part in ("lora_A", "lora_B"):
-        check_whole_weight(f"{name}.{part}", getattr(module, part)[adapter])
+        factor = getattr(module, part)[adapter]
+        check_whole_weight(f"{name}.{part}", factor.weight, sides_of(factor))
     total = sum(config.ranks)
     if lora_A.shape[0] != total:
         raise ValueError(
@@ -239,7 +253,7 @@ def _trainable_weight(name: str, base: nn.Module) -> nn.Parameter:
             "Use freeze_base=True (MoLF-Efficient), or leave it out of the adapter."
         )
     check_real_weight(name, weight)
-    check_whole_weight(name, base)
+    check_whole_weight(name, weight, sides_of(base))
     if not weight.requires_grad:
         raise ValueError(
             f"Layer {name}: the base weight is frozen, and with freeze_base=False the full expert "

@@ -17,10 +17,14 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from molf.core.adapted import AdaptedLayer, adapter_layers, find_adapted
+from molf.core.adapted import AdaptedLayer, adapter_layers, find_adapted, trained_adapter
 from molf.core.config import MoLFConfig
+from molf.core.decay import undecayed
 from molf.core.hyper_parameters import number, pair_of_betas
-from molf.core.layers import LinearLayer, cleaner, find_layers, is_peft_model
+from molf.core.layers import LinearLayer, find_layers
+from molf.core.module_names import cleaner, is_peft_model, unwrapped
+from molf.core.unrouted import Coverage, coverage_of, warn_of_unrouted
+from molf.core.weights import check_has_values
 
 _NamedParameters = list[tuple[str, nn.Parameter]]
 _ROUTED_KEYS = (
@@ -66,16 +70,41 @@ def build_groups(
         "bias_weight_decay": 0.0,
     }
     make = _adapter_groups if adapter_layers(model) else _folded_groups
-    routed = [{**group, **common} for group in make(model, config)]
+    routed = [{**common, **group} for group in make(model, config)]
     rest = _rest_of(model, routed, config)
     if config.freezes_rest:
+        biases = [] if config.freeze_rest else _adapter_biases(rest)
         if config.freeze_rest is None:
-            _warn_of_freezing(rest)
-        rest = []
-    groups = routed + _rest_groups(rest, weight_decay)
+            _warn_of_freezing([one for one in rest if not _is_adapter_bias(one[0])])
+        rest = biases
+    groups = routed + _rest_groups(model, rest, weight_decay)
+    for group in groups:
+        for name, parameter in group["params"]:
+            check_has_values(name, parameter)
     if make is _adapter_groups:
         _warn_of_saving([name for group in groups for name, _ in group["params"]])
     return groups
+
+
+def cover(model: nn.Module, groups: list[dict[str, Any]], config: MoLFConfig) -> Coverage:
+    """Count what `groups`, which `build_groups` has made, route of a model.
+
+    Warns:
+        UserWarning: There are matrices of another kind than linear layers (see
+            `warn_of_unrouted`).
+    """
+    layers = {group["layer"]: group for group in groups if group["layer"] is not None}
+    uses_adapter = bool(adapter_layers(model))
+    coverage = coverage_of(
+        model,
+        {p for group in layers.values() for p in group["params"]},
+        len(layers),
+        trains_rest=not config.freezes_rest,
+        uses_adapter=uses_adapter,
+        adapted=layers if uses_adapter else (),
+    )
+    warn_of_unrouted(coverage)
+    return coverage
 
 
 def _folded_groups(model: nn.Module, config: MoLFConfig) -> list[dict[str, Any]]:
@@ -89,6 +118,7 @@ def _folded_groups(model: nn.Module, config: MoLFConfig) -> list[dict[str, Any]]
             "params": _dense_parameters(layer),
             "layer": layer.name,
             "transposed": layer.transposed,
+            **_marked_decays(layer.weight, config),
         }
         for layer in layers
     ]
@@ -115,9 +145,14 @@ def _adapter_groups(model: nn.Module, config: MoLFConfig) -> list[dict[str, Any]
 def _check_folded(model: nn.Module, config: MoLFConfig) -> None:
     """Refuse settings that a model without LoRA layers cannot have."""
     if is_peft_model(model):
+        inner: Any = unwrapped(model)
+        kinds = {
+            str(getattr(c.peft_type, "value", c.peft_type)) for c in inner.peft_config.values()
+        }
         raise ValueError(
-            "The model is a PEFT model without a LoRA layer. Give the plain model, or one with the "
-            "adapter of molf.peft_config(config)."
+            f"The model is a PEFT model without a LoRA layer ({', '.join(sorted(kinds))}): experts "
+            "are slices of a LoRA adapter. Give the plain model, or one with the adapter of "
+            "molf.peft_config(config)."
         )
     if config.freeze_base:
         raise ValueError(
@@ -158,9 +193,15 @@ def _ratios(lora_lrs: tuple[float, ...], lr: float) -> tuple[float, ...]:
 
 
 def _dense_parameters(layer: LinearLayer | AdaptedLayer) -> _NamedParameters:
-    prefix = f"{layer.name}." if layer.name else ""  # the model may be a linear layer itself
-    dense = (("weight", layer.weight), ("bias", layer.bias))
-    return [(f"{prefix}{end}", parameter) for end, parameter in dense if parameter is not None]
+    dense = ((layer.weight_name, layer.weight), (layer.bias_name, layer.bias))
+    return [(name, parameter) for name, parameter in dense if parameter is not None]
+
+
+def _marked_decays(weight: nn.Parameter, config: MoLFConfig) -> dict[str, Any]:
+    """No decay at all of a layer whose weight the model marks so."""
+    if not getattr(weight, "_no_weight_decay", False):
+        return {}
+    return {"weight_decay": 0.0, "lora_weight_decays": (0.0,) * len(config.ranks)}
 
 
 def _rest_of(
@@ -168,10 +209,12 @@ def _rest_of(
 ) -> _NamedParameters:
     """Trainable parameters that no routed layer has; no frozen base weight, no other adapter."""
     taken = {parameter for group in routed for _, parameter in group["params"]}
-    for tuner in adapter_layers(model).values():
+    tuners = adapter_layers(model)
+    bias = f"lora_B.{trained_adapter(tuners)}.bias" if tuners else ""
+    for tuner in tuners.values():
         for name, parameter in tuner.named_parameters():
             is_base = name == "base_layer.weight"
-            if (is_base and config.freeze_base) or name.startswith("lora_"):
+            if (is_base and config.freeze_base) or (name.startswith("lora_") and name != bias):
                 taken.add(parameter)
     clean = cleaner(model)
     return [
@@ -181,18 +224,26 @@ def _rest_of(
     ]
 
 
-def _rest_groups(rest: _NamedParameters, weight_decay: float) -> list[dict[str, Any]]:
-    """Groups of what is not routed, with and without decay."""
+def _is_adapter_bias(name: str) -> bool:
+    """Whether a parameter is what `LoraConfig(lora_bias=True)` adds to an adapter."""
+    return ".lora_B." in name and name.endswith(".bias")
+
+
+def _adapter_biases(rest: _NamedParameters) -> _NamedParameters:
+    """The biases of adapters: asked for with the adapter, and no part of what it is put on."""
+    return [(name, parameter) for name, parameter in rest if _is_adapter_bias(name)]
+
+
+def _rest_groups(
+    model: nn.Module, rest: _NamedParameters, weight_decay: float
+) -> list[dict[str, Any]]:
+    """Groups of what is not routed, with and without decay (see `undecayed`)."""
+    without = undecayed(model)
     groups = [
-        {"params": [x for x in rest if _decays(*x)], "weight_decay": weight_decay},
-        {"params": [x for x in rest if not _decays(*x)], "weight_decay": 0.0},
+        {"params": [x for x in rest if x[1] not in without], "weight_decay": weight_decay},
+        {"params": [x for x in rest if x[1] in without], "weight_decay": 0.0},
     ]
     return [group for group in groups if group["params"]]
-
-
-def _decays(name: str, parameter: nn.Parameter) -> bool:
-    """Neither norms nor biases do; those of fused experts are [experts, out]."""
-    return parameter.dim() >= 2 and not name.endswith("bias")
 
 
 def _warn_of_freezing(rest: _NamedParameters) -> None:
@@ -242,6 +293,7 @@ def check_group(group: dict[str, Any], *, smallest: float = 0.0) -> None:
         _check_experts(group, smallest)
         if any(parameter.is_complex() for parameter in group["params"]):
             raise ValueError(f"Layer {group['layer']}: complex weights cannot be routed.")
+        _check_shapes(group)
     pair_of_betas(group["betas"])
     for place, parameter in enumerate(group["params"]):
         if not is_lazy(parameter) and parameter.is_conj():  # lazy: without a shape so far
@@ -270,6 +322,29 @@ def _check_experts(group: dict[str, Any], smallest: float) -> None:
             )
         for value in group[name]:
             number(name, value, smallest=smallest)
+
+
+def _check_shapes(group: dict[str, Any]) -> None:
+    """Check that a routed group holds the tensors of one layer: [weight, bias, lora_A, lora_B]."""
+    shapes = [tuple(parameter.shape) for parameter in group["params"]]
+    in_adapter = group.get("adapter_scaling") is not None
+    dense, factors = (shapes[:-2], shapes[-2:]) if in_adapter else (shapes, [])
+    are_whole = len(dense) <= 2 and all(len(shape) == 2 for shape in (*dense[:1], *factors))
+    if are_whole and in_adapter:
+        are_whole = len(factors) == 2 and factors[0][0] == factors[1][1] == sum(group["ranks"])
+        sides = (factors[1][0], factors[0][1]) if are_whole else ()
+        # The base may be a Conv1D, whose weight is [in, out].
+        are_whole = are_whole and (not dense or dense[0] in (sides, sides[::-1]))
+    elif are_whole:
+        are_whole = bool(dense)
+        sides = dense[0][::-1] if dense and group["transposed"] else tuple(*dense[:1])
+    if not are_whole or dense[1:] not in ([], [sides[:1]]):
+        raise ValueError(
+            f"The group of layer {group['layer']!r} has tensors of shape "
+            f"{', '.join(map(str, shapes)) or 'none'}. Must be a weight with two sides, or that "
+            "and its bias, with the adapter's two factors behind them in the adapter form, all "
+            "whole: were they flattened or split (FSDP, DeepSpeed)?"
+        )
 
 
 def parameter_name(group: dict[str, Any], index: int, number: int | None = None) -> str:

@@ -5,18 +5,18 @@ from __future__ import annotations
 import re
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import nn
 
 from molf.core.config import MoLFConfig
-from molf.core.quantised import is_quantised, kind_of
+from molf.core.module_names import cleaner
+from molf.core.places import is_conv1d, linear_modules, linear_places
+from molf.core.weights import check_real_weight, check_whole_weight, sides_of
 
-_WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
-_CONVOLUTIONS = (nn.modules.conv._ConvNd,)
 TASK_HEADS = ("score", "classifier", "qa_outputs")  # that PEFT trains as a whole by default
 
 
@@ -26,15 +26,20 @@ class LinearLayer:
 
     Attributes:
         name: The module's name in the model, without the prefixes of wrappers (DDP, compile, FSDP).
+            Of `nn.MultiheadAttention`, whose first layers have no module, with `in_proj` behind it.
         weight: [out, in], or [in, out] where `transposed`.
         bias: [out], or None if there is none or it is frozen.
         transposed: True for GPT-2's `Conv1D`, which stores its weight as [in, out].
+        weight_name: The weight's name in the model.
+        bias_name: The bias's; empty without one.
     """
 
     name: str
     weight: nn.Parameter
     bias: nn.Parameter | None
     transposed: bool
+    weight_name: str
+    bias_name: str
 
     @property
     def out_features(self) -> int:
@@ -63,90 +68,46 @@ class HasSides(Protocol):
         """Size of the output."""
 
 
-def clean_name(name: str, *, in_module: bool = True) -> str:
-    """Return a module's or parameter's name without the prefixes that wrappers add.
-
-    Args:
-        name: The name.
-        in_module: Whether a leading `module` is a wrapper's, see `is_in_module`.
-    """
-    parts = [part for part in name.split(".") if part not in _WRAPPERS]
-    if in_module and len(parts) > 1 and parts[0] == "module":
-        del parts[0]
-    return ".".join(parts)
-
-
-def is_in_module(model: nn.Module) -> bool:
-    """Whether all of the model is in an attribute `module`, where DDP and DataParallel put it.
-
-    Elsewhere `module` is the model's own name, and without it two layers could share one.
-    """
-    while len(children := dict(model.named_children())) == 1:
-        name, model = next(iter(children.items()))
-        if name == "module":
-            return True
-        if name not in _WRAPPERS:
-            return False
-    return False
-
-
-def is_peft_model(model: nn.Module) -> bool:
-    """Whether the model, without wrappers, is a `PeftModel`."""
-    inner = unwrapped(model)
-    return hasattr(inner, "peft_config") and "base_model" in dict(inner.named_children())
-
-
-def unwrapped(model: nn.Module) -> nn.Module:
-    """Return the model inside wrappers that hold nothing else (DDP, compile, FSDP1)."""
-    while len(children := dict(model.named_children())) == 1:
-        name, child = next(iter(children.items()))
-        if name not in ("module", *_WRAPPERS):
-            break
-        model = child
-    return model
-
-
-def cleaner(model: nn.Module) -> Callable[[str], str]:
-    """Return what turns names of `model`'s modules and parameters into the plain model's own."""
-    in_module, in_peft = is_in_module(model), is_peft_model(model)
-
-    def clean(name: str) -> str:
-        name = clean_name(name, in_module=in_module)
-        if not in_peft:
-            return name
-        return name.removeprefix("base_model.model.").replace(".base_layer.", ".")
-
-    return clean
-
-
 def find_layers(model: nn.Module, config: MoLFConfig) -> list[LinearLayer]:
     """Return the linear layers of a plain `model` that `config` routes, in the model's order.
 
-    Routed is every `nn.Linear` and every transformers `Conv1D` with a trainable weight whose name
-    matches `config.target_modules` and not `config.exclude_modules`. With `"all-linear"` the head
-    of a transformers model is left out as well: its output layer, or else its `score`, `classifier`
-    or `qa_outputs`.
+    Routed is every `nn.Linear`, every transformers `Conv1D` and the stacked q, k and v of every
+    `nn.MultiheadAttention` with a trainable weight whose name matches `config.target_modules` and
+    not `config.exclude_modules`. With `"all-linear"` the head of a transformers model is left out
+    as well: its output layer, or else its `score`, `classifier` or `qa_outputs`.
 
     Raises:
         ValueError: No layer is routed, a pattern matches nothing, a matching layer shares its
-            weight with another module (a tied head), or is quantised or sharded.
+            weight with another module (a tied head) or its bias with another layer, or its weight
+            is no whole matrix of real numbers (quantised, complex, sparse, lazy, sharded).
 
     Warns:
-        UserWarning: A rank exceeds a layer's smaller side, or linear weights exist that cannot be
-            routed (fused mixture-of-experts tensors).
+        UserWarning: A rank exceeds a layer's smaller side.
     """
     layers = trainable_layers(model, config)
     warn_of_large_ranks(layers, max(config.ranks))
-    warn_of_fused_experts(model, trains_rest=not config.freezes_rest)
     return layers
 
 
-def trainable_layers(model: nn.Module, config: MoLFConfig) -> list[LinearLayer]:
-    """`find_layers` without its warnings."""
-    linears = matching_linears(model, config)
+def trainable_layers(
+    model: nn.Module, config: MoLFConfig, *, in_adapter: bool = False
+) -> list[LinearLayer]:
+    """`find_layers` without its warnings.
+
+    Args:
+        model: A plain model.
+        config: The method's settings.
+        in_adapter: Whether the layers are to get an adapter: then only layers that are called.
+    """
+    places = {
+        place.name: place
+        for place in linear_places(model)
+        if not (in_adapter and place.is_bypassed)
+    }
+    names = _chosen_names(model, places, config)
     layers = []
-    for name, module in linears.items():
-        weight, bias = module.weight, module.bias
+    for name in names:
+        module, weight, bias = places[name].module, places[name].weight, places[name].bias
         if not isinstance(weight, nn.Parameter):
             raise ValueError(
                 f"Layer {name} computes its weight (a parametrization such as weight_norm), so "
@@ -155,18 +116,29 @@ def trainable_layers(model: nn.Module, config: MoLFConfig) -> list[LinearLayer]:
         check_real_weight(name, weight)
         if not weight.requires_grad:
             continue
-        check_whole_weight(name, module)
+        check_whole_weight(name, weight, sides_of(module))
         if not weight.numel():
             continue
         trainable_bias = bias if isinstance(bias, nn.Parameter) and bias.requires_grad else None
-        layers.append(LinearLayer(name, weight, trainable_bias, _is_conv1d(module)))
+        layers.append(
+            LinearLayer(
+                name, weight, trainable_bias, is_conv1d(module), *places[name].parameter_names
+            )
+        )
     if not layers:
         raise ValueError(
-            f"No layer can be routed: the weights of all {len(linears)} matching linear layers are "
+            f"No layer can be routed: the weights of all {len(names)} matching linear layers are "
             "frozen (requires_grad=False)."
         )
     check_not_tied(model, [(layer.name, layer.weight) for layer in layers])
+    if not config.freeze_rest:
+        _check_own_biases(layers)
     return layers
+
+
+def weights_of(layers: Iterable[LinearLayer]) -> list[nn.Parameter]:
+    """Weights and biases of layers."""
+    return [p for layer in layers for p in (layer.weight, layer.bias) if p is not None]
 
 
 def matching_linears(model: nn.Module, config: MoLFConfig) -> dict[str, nn.Module]:
@@ -176,47 +148,7 @@ def matching_linears(model: nn.Module, config: MoLFConfig) -> dict[str, nn.Modul
         ValueError: There are none, or a pattern matches nothing.
     """
     linears = linear_modules(model)
-    if not linears:
-        raise ValueError("No layer can be routed: the model has no nn.Linear and no Conv1D.")
-    names = _matching_names(linears, config, head=head_name(model))
-    return {name: linears[name] for name in names}
-
-
-def linear_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """Every `nn.Linear` (quantised ones are) and `Conv1D` of a plain model, by clean name."""
-    clean = cleaner(model)
-    return {clean(name): module for name, module in model.named_modules() if is_linear(module)}
-
-
-def check_real_weight(name: str, weight: torch.Tensor) -> None:
-    """Refuse a quantised weight where a `full` expert is wanted.
-
-    Raises:
-        ValueError: With what to do instead.
-    """
-    if is_quantised(weight):
-        raise ValueError(
-            f"Layer {name} is quantised ({kind_of(weight)}): the full expert needs real weights. "
-            "Use freeze_base=True with molf.with_adapter (MoLF-Efficient), load the model "
-            "unquantised, or put the layer into exclude_modules."
-        )
-
-
-def check_whole_weight(name: str, module: nn.Module) -> None:
-    """Refuse a linear layer of which this process holds a part only.
-
-    Raises:
-        ValueError: With what to do instead.
-    """
-    weight = module.weight
-    assert isinstance(weight, torch.Tensor)
-    sides: list[Any] = [getattr(module, side, None) for side in ("out_features", "in_features")]
-    is_part = weight.dim() != 2 or (None not in sides and list(weight.shape) != sides)
-    if is_part or hasattr(weight, "device_mesh"):
-        raise ValueError(
-            f"Layer {name} has a sharded weight, here of shape {tuple(weight.shape)} (DeepSpeed "
-            "ZeRO-3, FSDP): a step needs whole weights. Train with DDP or one process."
-        )
+    return {name: linears[name] for name in _chosen_names(model, linears, config)}
 
 
 def check_not_tied(
@@ -227,9 +159,9 @@ def check_not_tied(
     Raises:
         ValueError: The first of them, with what it is tied to.
     """
-    owners = _weight_owners(model)
+    uses = _uses(model)
     for name, weight in weights:
-        others = [owner for owner in owners[weight] if owner != name]
+        others = [one for one in uses[weight] if one != name]
         if others:
             reason = "its gradient sums both uses, so it cannot be routed"
             if use == "merged":
@@ -240,14 +172,22 @@ def check_not_tied(
             )
 
 
-def _is_conv1d(module: nn.Module) -> bool:
-    # transformers' Conv1D, recognised by name: core imports torch alone.
-    return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
+def _check_own_biases(layers: Iterable[LinearLayer]) -> None:
+    """Refuse two routed layers with one bias.
 
-
-def is_linear(module: nn.Module) -> bool:
-    """Whether a module is a linear layer, quantised or not, as PEFT counts them."""
-    return isinstance(module, nn.Linear) or _is_conv1d(module)
+    Raises:
+        ValueError: The first two of them.
+    """
+    owners: dict[torch.Tensor, str] = {}
+    for layer in layers:
+        if layer.bias is None:
+            continue
+        if layer.bias in owners:
+            raise ValueError(
+                f"Layer {layer.name} shares its bias with {owners[layer.bias]}: its gradient sums "
+                "both uses, and only one layer can move it. Put one of them into exclude_modules."
+            )
+        owners[layer.bias] = layer.name
 
 
 def head_name(model: nn.Module) -> str | None:
@@ -267,12 +207,15 @@ def head_name(model: nn.Module) -> str | None:
     return None
 
 
-def _matching_names(
-    linears: dict[str, nn.Module], config: MoLFConfig, head: str | None
-) -> list[str]:
+def _chosen_names(model: nn.Module, linears: Iterable[str], config: MoLFConfig) -> list[str]:
+    """Those names of linear layers that `config` selects."""
+    linears = list(linears)
+    if not linears:
+        raise ValueError("No layer can be routed: the model has no nn.Linear and no Conv1D.")
+    head, every = head_name(model), [place.name for place in linear_places(model)]
     default_exclude = MoLFConfig.exclude_modules
     if config.exclude_modules != default_exclude:
-        check_patterns("exclude_modules", config.exclude_modules, linears)
+        check_patterns("exclude_modules", config.exclude_modules, every)
     if config.target_modules == "all-linear":
         targeted = [name for name in linears if not is_in_head(name, head)]
     else:
@@ -299,9 +242,7 @@ def matches(name: str, patterns: str | tuple[str, ...]) -> bool:
     return any(name == ending or name.endswith(f".{ending}") for ending in patterns)
 
 
-def check_patterns(
-    option: str, patterns: str | tuple[str, ...], linears: dict[str, nn.Module]
-) -> None:
+def check_patterns(option: str, patterns: str | tuple[str, ...], linears: Iterable[str]) -> None:
     """Refuse a pattern that matches none of the linear layers.
 
     Raises:
@@ -316,7 +257,7 @@ def check_patterns(
             )
 
 
-def _endings(linears: dict[str, nn.Module]) -> str:
+def _endings(linears: Iterable[str]) -> str:
     return ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in linears))
 
 
@@ -324,15 +265,20 @@ def _shown(patterns: str | tuple[str, ...]) -> str:
     return patterns if isinstance(patterns, str) else ",".join(patterns)
 
 
-def _weight_owners(model: nn.Module) -> dict[torch.Tensor, list[str]]:
-    """Names of the modules that hold each parameter; more than one means a tied weight."""
-    owners = defaultdict(list)
+def _uses(model: nn.Module) -> dict[torch.Tensor, list[str]]:
+    """Where each parameter is kept; more than one place means that it is tied.
+
+    A place is a layer's name where the attribute is `weight` or `bias`.
+    """
+    places = defaultdict(list)
     clean = cleaner(model)
     for name, module in model.named_modules():
-        for parameter in module._parameters.values():
+        layer = clean(name).removesuffix(".base_layer")
+        for key, parameter in module._parameters.items():
             if parameter is not None:
-                owners[parameter].append(clean(name).removesuffix(".base_layer"))
-    return owners
+                own = "" if key in ("weight", "bias") else re.sub("_(weight|bias)$", "", key)
+                places[parameter].append(".".join(filter(None, (layer, own))))
+    return places
 
 
 def warn_of_large_ranks(layers: Sequence[HasSides], rank: int, *, in_adapter: bool = False) -> None:
@@ -352,37 +298,5 @@ def warn_of_large_ranks(layers: Sequence[HasSides], rank: int, *, in_adapter: bo
             f"Rank {rank} exceeds the smaller side of {len(small)} of {len(layers)} {layer} layers "
             f"({share:.0%} of their weights; first: {small[0].name}): there {factors} is no longer "
             "low-rank.",
-            stacklevel=3,
-        )
-
-
-def warn_of_fused_experts(model: nn.Module, *, trains_rest: bool, in_adapter: bool = False) -> None:
-    """Warn of 3-D weights, which hold many linear layers in one tensor and cannot be routed.
-
-    Args:
-        model: The model, with `requires_grad` as the user has set it.
-        trains_rest: Whether what is not routed is trained.
-        in_adapter: Whether one adapter is trained, which nothing routes.
-    """
-    fused = {
-        parameter
-        for module in model.modules()
-        if not isinstance(module, _CONVOLUTIONS)
-        for parameter in module._parameters.values()
-        if parameter is not None and parameter.dim() == 3 and parameter.shape[0] > 1
-    }
-    if fused:
-        own = (p for name, p in model.named_parameters() if ".lora_" not in name)
-        share = sum(map(torch.numel, fused)) / sum(map(torch.numel, own))
-        trained = sum(trains_rest and parameter.requires_grad for parameter in fused)
-        if not trained:
-            outcome = "they stay frozen"
-        elif trained == len(fused):
-            outcome = "they take plain AdamW steps"
-        else:
-            outcome = f"{trained} take plain AdamW steps, the others stay frozen"
-        warnings.warn(
-            f"{len(fused)} fused 3-D weights (mixture-of-experts; {share:.0%} of the parameters) "
-            f"cannot be {'adapted' if in_adapter else 'routed'}: {outcome}.",
             stacklevel=3,
         )

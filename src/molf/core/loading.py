@@ -13,7 +13,7 @@ from torch import Tensor
 from molf.core.adam import compute_dtype, real_view
 from molf.core.groups import check_group, parameter_name
 from molf.core.hyper_parameters import storable
-from molf.core.layers import clean_name
+from molf.core.module_names import clean_name
 from molf.core.moments import fits_8bit, moments_of
 from molf.core.storage import LOW, check_known_rounding, check_rounding
 

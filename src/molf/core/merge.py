@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from molf.core.adapted import adapter_layers
-from molf.core.layers import check_not_tied, is_peft_model, unwrapped
+from molf.core.layers import check_not_tied
+from molf.core.module_names import is_peft_model, unwrapped
 from molf.core.precision import full_precision
 from molf.core.quantised import dequantised, drop_quantisation, is_quantised, kind_of, real_layer
 

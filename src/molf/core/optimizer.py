@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -13,17 +12,16 @@ from molf.core.adamw import AdamW
 from molf.core.adapter import AdapterLayer
 from molf.core.config import MoLFConfig
 from molf.core.folded import FoldedLayer
-from molf.core.groups import build_groups
+from molf.core.groups import build_groups, cover
 from molf.core.guard import Guarded
 from molf.core.hyper_parameters import readable
+from molf.core.owners import Owners, without_gradient
 from molf.core.quantised import keep_differentiable
 from molf.core.routed import RoutedLayer, States
 from molf.core.routing import Decision
 from molf.core.step import Outcome
+from molf.core.unrouted import Coverage
 from molf.core.warn import warn
-
-# The number of an element in a list that is itself in a numbered element.
-_EXPERT = re.compile(r"(\.\d+\..*\.)\d+(\.|$)")
 
 
 class MoLFAdamW(AdamW):
@@ -59,6 +57,8 @@ class MoLFAdamW(AdamW):
 
     Attributes:
         routing: Decision of every layer in the last step, by layer name.
+        coverage: How much of the model is routed, and what is not, by kind and name;
+            `print(optimizer.coverage)`. None where the optimizer was not built by `from_model`.
     """
 
     def __init__(
@@ -85,6 +85,7 @@ class MoLFAdamW(AdamW):
                 "MoLFAdamW.from_model(model, config)."
             )
         self.routing: dict[str, Decision] = {}
+        self.coverage: Coverage | None = None
         super().__init__(
             groups,
             lr,
@@ -130,8 +131,9 @@ class MoLFAdamW(AdamW):
             config: What is routed and how; `MoLFConfig()` if not given.
             lr: Learning rate of the full experts and of everything that is not routed.
             lora_lr: Rate of the LoRA experts, one number or one per rank; None means `lr`.
-            weight_decay: Decay of routed weights, embeddings and an untied head; biases and norms
-                have none.
+            weight_decay: Decay of routed weights, embeddings, an untied head and other matrices;
+                biases, norms, vectors, rates of state-space layers (`A_log`) and what the model
+                marks have none (`molf.core.decay`).
             lora_weight_decay: Decay of the LoRA factors, one number or one per rank.
             betas: Decay rates of the moments.
             eps: Added to the denominator of a step.
@@ -195,6 +197,8 @@ class MoLFAdamW(AdamW):
             seed=config.seed,
         )
         keep_differentiable(model)
+        optimizer.coverage = cover(model, optimizer.param_groups, config)
+        optimizer._owners = Owners(model, optimizer.param_groups)
         owned = {p for group in optimizer.param_groups for p in group["params"]}
         for parameter in model.parameters():
             if (
@@ -208,11 +212,45 @@ class MoLFAdamW(AdamW):
         super()._begin()
         self.routing = {}
         self._is_first = not any(self.state.values())
+        if self._owners is not None:
+            self._owners.check(self.param_groups, self.state)
+            if self._is_first and self._backward is None:
+                routed = (p for group in self._layer_groups() for p in group["params"])
+                has_any = any(p.grad is not None for p in self._parameters())
+                if has_any and all(p.grad is None for p in routed):
+                    self._owners.refuse_without_gradients(self.param_groups)
 
     def _end(self) -> None:
         if self._is_first:
-            layers = [group["layer"] for group in self.param_groups if group["layer"] is not None]
-            _warn_of_missing_gradients(layers, self.routing)
+            if self._owners is not None and not self.routing and any(self.state.values()):
+                # With steps in the backward pass, the others have moved by now.
+                self._owners.refuse_without_gradients(self.param_groups)
+            self._warn_of_missing_gradients()
+
+    def _layer_groups(self) -> list[dict[str, Any]]:
+        return [group for group in self.param_groups if group["layer"] is not None]
+
+    def _warn_of_missing_gradients(self) -> None:
+        """A layer without a gradient in the very first step may never get one."""
+        groups = {group["layer"]: group for group in self._layer_groups()}
+        missing = without_gradient(list(groups), self.routing)
+        if not missing:
+            return
+        what = (
+            f"{len(missing)} of {len(groups)} routed layers have no gradient in the first step "
+            f"(first: {missing[0]})"
+        )
+        is_trained = any(p.requires_grad for name in missing for p in groups[name]["params"])
+        if is_trained and not any(self.state.values()):
+            what += (
+                ", nor has any other parameter: call loss.backward() before step(), on the loss of "
+                "the model that the optimizer was built from."
+            )
+        else:
+            what += ", and take no step without one."
+            if self._owners is not None:
+                what += f" {self._owners.why_without_gradient([groups[x] for x in missing])}"
+        warn(what)
 
     def _routed(self, indices: Iterable[int]) -> list[dict[str, Any]]:
         """Those of some groups that are routed layers and have gradients."""
@@ -279,7 +317,9 @@ class MoLFAdamW(AdamW):
         raise ValueError(f"No routed layer {layer!r}. Routed are: {', '.join(names[:8])}, ...")
 
     _OF_STEP = (*AdamW._OF_STEP, "routing", "_is_first")
-    _OWN = (*AdamW._OWN, "routing")
+    _OWN = (*AdamW._OWN, "routing", "coverage")
+    # Not of copies, whose model is another.
+    _owners: Owners | None = None
     _is_first = False  # whether the step that is being taken is the first
 
     def __repr__(self) -> str:
@@ -298,22 +338,3 @@ class MoLFAdamW(AdamW):
 def _form_of(group: dict[str, Any]) -> type[FoldedLayer] | type[AdapterLayer]:
     """Where a layer's LoRA experts live: in the state of its weight, or in a PEFT adapter."""
     return AdapterLayer if group.get("adapter_scaling") is not None else FoldedLayer
-
-
-def _warn_of_missing_gradients(layers: list[str], routed: Iterable[str]) -> None:
-    """A layer without a gradient in the very first step may never get one.
-
-    The experts of a mixture in a decoder layer do not all get tokens in every step: where one of
-    them has a gradient, the others may have one in a later step.
-    """
-    places = {_EXPERT.sub(r"\1*\2", name) for name in routed}
-    missing = set(layers) - set(routed)
-    missing -= {x for x in missing if _EXPERT.search(x) and _EXPERT.sub(r"\1*\2", x) in places}
-    if missing:
-        first = next(name for name in layers if name in missing)
-        warn(
-            f"{len(missing)} of {len(layers)} routed layers have no gradient in the first step "
-            f"(first: {first}), and take no step without one. Either the model has not used them, "
-            "as a text does not use a vision tower; or gradients were cut, as gradient "
-            "checkpointing does with use_reentrant=True (use False)."
-        )

@@ -16,14 +16,15 @@ from molf.core.factors import draw_lora_a
 from molf.core.layers import (
     TASK_HEADS,
     check_not_tied,
-    cleaner,
     head_name,
     is_in_head,
-    linear_modules,
     matching_linears,
     trainable_layers,
 )
+from molf.core.module_names import cleaner
+from molf.core.places import linear_places
 from molf.core.quantised import is_quantised, keep_differentiable
+from molf.core.weights import check_adaptable_weight, sides_of
 
 _FOR_TOKENS = ("TOKEN_CLS", "QUESTION_ANS")  # whose heads PEFT would both adapt and train
 
@@ -140,11 +141,12 @@ def _warn_of_frozen_head(model: nn.Module, trainable: set[nn.Parameter]) -> None
 def _names(model: nn.Module, config: MoLFConfig) -> list[str]:
     """Names of the layers to adapt: what is routed; with freeze_base what was frozen, too."""
     if not config.freeze_base:
-        return [layer.name for layer in trainable_layers(model, config)]
+        return [layer.name for layer in trainable_layers(model, config, in_adapter=True)]
     linears = matching_linears(model, config)
-    check_not_tied(
-        model, [(n, m.weight) for n, m in linears.items() if isinstance(m.weight, torch.Tensor)]
-    )
+    weights = [(n, m, m.weight) for n, m in linears.items() if isinstance(m.weight, torch.Tensor)]
+    for name, module, weight in weights:
+        check_adaptable_weight(name, weight, sides_of(module))
+    check_not_tied(model, [(name, weight) for name, _, weight in weights])
     return list(linears)
 
 
@@ -160,7 +162,7 @@ def _adapt(model: nn.Module, names: list[str], config: MoLFConfig, adapter_name:
     ]
     settings = peft_config(
         config,
-        target_modules=_exactly(names, linear_modules(model)),
+        target_modules=_exactly(names, (place.name for place in linear_places(model))),
         exclude_modules=None,
         # What makes PEFT's class for causal language models, which has `generate`.
         task_type="CAUSAL_LM" if hasattr(model, "prepare_inputs_for_generation") else None,

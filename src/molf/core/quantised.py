@@ -82,7 +82,7 @@ def is_quantised(weight: Tensor) -> bool:
     return (
         type(weight).__name__ in _BITSANDBYTES
         or _is_torchao(weight)
-        or not weight.is_floating_point()
+        or not (weight.is_floating_point() or weight.is_complex())
         or weight.dtype.itemsize < 2
     )
 

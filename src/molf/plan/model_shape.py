@@ -8,12 +8,8 @@ from typing import Any
 
 from torch import nn
 
-from molf.core.layers import (
-    LinearLayer,
-    trainable_layers,
-    warn_of_fused_experts,
-    warn_of_large_ranks,
-)
+from molf.core.layers import LinearLayer, trainable_layers, warn_of_large_ranks, weights_of
+from molf.core.unrouted import coverage_of, warn_of_unrouted
 from molf.errors import InputError
 from molf.plan.quantised_base import quantise
 from molf.plan.trainable import freeze, skeleton
@@ -111,12 +107,19 @@ def _layers(model: nn.Module, workload: Workload) -> list[LinearLayer]:
         return []
     config, in_adapter = workload.config, workload.method == "lora"
     try:
-        layers = trainable_layers(model, config)
+        layers = trainable_layers(model, config, in_adapter=workload.has_adapter)
     except ValueError as error:
         raise InputError(str(error)) from error
     warn_of_large_ranks(layers, max(config.ranks), in_adapter=in_adapter)
     trains_rest = not in_adapter and not config.freezes_rest
-    warn_of_fused_experts(model, trains_rest=trains_rest, in_adapter=in_adapter)
+    coverage = coverage_of(
+        model,
+        weights_of(layers),
+        len(layers),
+        trains_rest=trains_rest,
+        uses_adapter=workload.has_adapter,
+    )
+    warn_of_unrouted(coverage, in_adapter=in_adapter)
     return layers
 
 

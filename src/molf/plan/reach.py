@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from molf.core.layers import is_linear
+from molf.core.places import is_linear
 from molf.core.quantised import is_quantised
 
 

@@ -137,7 +137,9 @@ def _with_adapter(model: Any, workload: Workload) -> Any:
             lora_alpha=config.alphas[0],
             use_rslora=config.use_rslora,
             lora_dropout=config.lora_dropout,
-            target_modules=[layer.name for layer in trainable_layers(model, config)],
+            target_modules=[
+                layer.name for layer in trainable_layers(model, config, in_adapter=True)
+            ],
         )
         return get_peft_model(model, lora)
 

@@ -16,10 +16,11 @@ from molf.core.config import MoLFConfig
 from molf.core.layers import (
     matching_linears,
     trainable_layers,
-    warn_of_fused_experts,
     warn_of_large_ranks,
+    weights_of,
 )
 from molf.core.quantised import is_quantised
+from molf.core.unrouted import coverage_of, warn_of_unrouted
 from molf.errors import InputError
 from molf.tasks.encoding import EncodedSamples
 from molf.train.defaults import ADAPTERS
@@ -150,14 +151,21 @@ def find_adapted_layers(model: Any, settings: ResolvedSettings) -> tuple[Layer, 
                 Layer(name, module.in_features, module.out_features, False)
                 for name, module in linears.items()
             )
-        found = trainable_layers(model, config)
+        found = trainable_layers(model, config, in_adapter=settings.has_adapter)
     except ValueError as error:
         raise InputError(str(error)) from error
     in_adapter = settings.method in ADAPTERS
     if not in_adapter:  # an adapter's rank is known to its method
         warn_of_large_ranks(found, max(config.ranks))
     trains_rest = not in_adapter and not config.freezes_rest
-    warn_of_fused_experts(model, trains_rest=trains_rest, in_adapter=in_adapter)
+    coverage = coverage_of(
+        model,
+        weights_of(found),
+        len(found),
+        trains_rest=trains_rest,
+        uses_adapter=settings.has_adapter,
+    )
+    warn_of_unrouted(coverage, in_adapter=in_adapter)
     return tuple(Layer(x.name, x.in_features, x.out_features, x.transposed) for x in found)
 
 

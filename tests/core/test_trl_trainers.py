@@ -1,0 +1,104 @@
+"""TRL's preference and reward trainers take the factory after they were made."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+
+import molf
+from molf.world import BASE_PATH
+
+CONFIGS = {
+    "folded": molf.MoLFConfig(ranks=(2, 3)),
+    "adapter": molf.MoLFConfig(ranks=(2, 3), freeze_base=True),
+}
+OPTIONS = {
+    "max_steps": 2,
+    "use_cpu": True,
+    "bf16": False,
+    "save_strategy": "no",
+    "logging_strategy": "no",
+    "report_to": [],
+    "disable_tqdm": True,
+}
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(BASE_PATH)
+
+
+def tiny_model(tokenizer, folder):
+    """A model that lies in a folder, from where DPO loads its reference."""
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.eos_token_id,
+    )
+    Qwen2ForCausalLM(config).save_pretrained(folder)
+    return Qwen2ForCausalLM.from_pretrained(folder)
+
+
+def dpo(model, tokenizer, folder):
+    from datasets import Dataset
+    from trl import DPOConfig, DPOTrainer
+
+    pair = {"prompt": "One two", "chosen": " three.", "rejected": " four."}
+    args = DPOConfig(output_dir=str(folder), per_device_train_batch_size=2, **OPTIONS)
+    data = Dataset.from_list([pair] * 4)
+    return DPOTrainer(model, args=args, train_dataset=data, processing_class=tokenizer)
+
+
+def grpo(model, tokenizer, folder):
+    from datasets import Dataset
+    from trl import GRPOConfig, GRPOTrainer
+
+    def reward(completions, **_):
+        return [float(index % 2) for index, _ in enumerate(completions)]
+
+    args = GRPOConfig(
+        output_dir=str(folder),
+        per_device_train_batch_size=2,
+        num_generations=2,
+        max_completion_length=4,
+        **OPTIONS,
+    )
+    data = Dataset.from_list([{"prompt": "One two three"}] * 4)
+    return GRPOTrainer(
+        model, reward_funcs=reward, args=args, train_dataset=data, processing_class=tokenizer
+    )
+
+
+@pytest.mark.parametrize("form", CONFIGS)
+@pytest.mark.parametrize("make", [dpo, grpo], ids=lambda make: make.__name__)
+def test_every_layer_is_routed_and_moves(make, form, tokenizer, tmp_path):
+    config, model = CONFIGS[form], tiny_model(tokenizer, tmp_path / "model")
+    if form == "adapter":
+        model = molf.with_adapter(model, config)
+    trainer = make(model, tokenizer, tmp_path)
+    before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+    trainer.optimizer_cls_and_kwargs = molf.trainer_optimizer(config, lr=1e-2)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*no gradient")
+        trainer.train()
+    optimizer = trainer.optimizer.optimizer
+    assert isinstance(optimizer, molf.MoLFAdamW)
+    assert len(optimizer.routing) == 7
+    assert all(state["step"] == 2 for state in optimizer.state.values())
+    moved = {n for n, p in trainer.model.named_parameters() if not torch.equal(p, before[n])}
+    weights = {name for name in moved if name.endswith("proj.weight") or "lora_B" in name}
+    assert len(weights) == 7
+    assert form == "folded" or all("lora_" in name for name in moved)
