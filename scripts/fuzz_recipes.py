@@ -25,6 +25,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields
 from datetime import datetime
 from pathlib import Path
+from types import SimpleNamespace
 from unittest.mock import patch
 
 from molf.cli import main as molf
@@ -228,8 +229,12 @@ def fuzz(recipes: Iterator[bytes]) -> Figures:
 @contextlib.contextmanager
 def _without_work() -> Iterator[None]:
     """End `molf train` where its options are checked, and `molf eval` where they are read."""
+
+    def train(settings: TrainSettings) -> SimpleNamespace:
+        return SimpleNamespace(directory=run.checked(settings, datetime.now()).output_dir)
+
     patches = {
-        "molf.train.run.train": lambda settings: run.checked(settings, datetime.now()),
+        "molf.train.run.train": train,
         "molf.train.run.dry_run": lambda settings: run.checked(settings, datetime.now()),
         "molf.cli.evaluation.evaluate_checkpoint": lambda model, options: {},
         "molf.cli.evaluation.score_saved_texts": lambda options: {},

@@ -13,6 +13,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import IO, Any, TextIO, cast
 
+from molf.shown import LACKING
+
 
 class OutputError(OSError):
     """Standard output cannot be written."""
@@ -21,7 +23,7 @@ class OutputError(OSError):
 class _Stream:
     """A text stream around another, or around none.
 
-    Characters that the encoding lacks are written as escapes.
+    Characters that the encoding lacks are spelled out.
     """
 
     def __init__(self, stream: IO[str] | None) -> None:
@@ -189,4 +191,4 @@ def _write(stream: IO[str], text: str) -> None:
         stream.write(text)
     except UnicodeEncodeError:
         encoding = getattr(stream, "encoding", None) or "utf-8"
-        stream.write(text.encode(encoding, "backslashreplace").decode(encoding))
+        stream.write(text.encode(encoding, LACKING).decode(encoding))

@@ -5,7 +5,6 @@ SIGTERM and SIGHUP, which job schedulers and closed terminals send, end a comman
 
 from __future__ import annotations
 
-import io
 import os
 import signal
 import sys
@@ -22,7 +21,6 @@ from molf.cli.app import app, join_booleans
 from molf.cli.lines import one_line, say
 from molf.errors import InputError
 from molf.masking import learn
-from molf.shown import LACKING
 from molf.streams import OutputError, standard_streams
 
 DONE, FAILED, WRONG_INPUT = 0, 1, 2
@@ -42,7 +40,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Read when torch is loaded. Threads that spin while they wait for one another make a small
     # model ten times slower on a CPU that has anything else to do.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    _show_any_character()
     arguments = join_booleans(sys.argv[1:] if argv is None else argv)
     learn(arguments)
     with standard_streams(), warnings.catch_warnings(), _signals_as_interrupts():
@@ -69,12 +66,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             return DONE  # the same, met by rich
         except Exception as error:
             return _fail(FAILED, _describe(error))
-
-
-def _show_any_character() -> None:
-    """Spell out on standard output what its encoding lacks; Python does so on standard error."""
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors=LACKING)
 
 
 @contextmanager

@@ -54,9 +54,9 @@ def validate_recipe(path: Path) -> Findings:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of a part of the options; all together follow below
         accepted, errors = _sort_out(path, command, options)
-    if command == "eval":
-        return Findings(command, errors, [])
-    errors += _tracker_errors(path, accepted)
+        if command == "eval":
+            return Findings(command, errors, [])
+        errors += _tracker_errors(path, accepted)
     errors += _training_args_errors(accepted)
     return Findings(command, errors, _training_warnings(path, accepted))
 

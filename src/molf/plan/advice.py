@@ -13,7 +13,7 @@ from molf.plan.memory import Planner
 from molf.plan.workload import QUANTISABLE, QUANTISATIONS, Workload, method_config
 
 _LEAST_LENGTH = 128
-_MOST_GPUS = 64
+MOST_GPUS = 64
 
 _Option = Callable[[Workload], Iterator[tuple[str, Workload]]]
 """An option's further and further values: how to give each, and the training with it."""
@@ -194,7 +194,7 @@ def _frozen_base(method: str) -> _Option:
 
 def _gpus(workload: Workload) -> Iterator[tuple[str, Workload]]:
     count = 2 * workload.num_gpus
-    while count <= _MOST_GPUS and not workload.steps_in_backward:
+    while count <= MOST_GPUS and not workload.steps_in_backward:
         yield f"--num_gpus {count}", replace(workload, num_gpus=count)
         count *= 2
 

@@ -8,11 +8,13 @@ from typing import Any
 
 from molf.errors import InputError
 from molf.paths import expanded
-from molf.plan.advice import Suggestion, suggestions
-from molf.plan.devices import DEVICES, Device
+from molf.plan.advice import MOST_GPUS, Suggestion, suggestions
+from molf.plan.devices import DEVICES, Device, show_bytes
 from molf.plan.memory import MemoryPlan, Planner
 from molf.plan.model_shape import ModelShape
 from molf.plan.workload import Workload
+
+_FACTOR_BYTES = 12  # of a float32 and its two moments
 
 
 @dataclass(frozen=True)
@@ -92,6 +94,7 @@ def plan_training(
     _check_length(model, config, workload.length)
     planner = Planner(config)
     shape = planner.shape(workload)
+    _check_factors(shape, workload)
     try:
         memory = planner.memory(workload)
     except RuntimeError as error:  # torch counts the bytes of a tensor in 63 bits
@@ -110,6 +113,20 @@ def plan_training(
         if not device.fits(memory.peak)
     }
     return TrainingPlan(model, workload, shape, memory, kept, recomputed, advice)
+
+
+def _check_factors(shape: ModelShape, workload: Workload) -> None:
+    """Refuse LoRA factors that no devices hold: to plan such steps takes longer than to refuse."""
+    numbers = sum(count for name, count in shape.experts.items() if name != "full")
+    needed = _FACTOR_BYTES * numbers
+    largest = MOST_GPUS * DEVICES[-1].usable
+    if workload.config is not None and needed > largest:
+        ranks = ",".join(map(str, workload.config.ranks))
+        raise InputError(
+            f"Invalid ranks={ranks}: LoRA factors of {numbers:,} numbers take "
+            f"{show_bytes(needed)} with their moments, and {MOST_GPUS} GPUs of "
+            f"{DEVICES[-1].name} have {show_bytes(largest)}. Give smaller --ranks."
+        )
 
 
 def read_model_config(model: str) -> Any:
