@@ -32,9 +32,46 @@ def check_path(path: str | Path, what: str) -> None:
         raise InputError(f"{what} {shown} is not a path: {reason}.") from error
 
 
+def check_unicode(path: str | Path, what: str) -> None:
+    """Refuse a path of a model that safetensors and tokenizers could not open.
+
+    Args:
+        path: The path.
+        what: The option or argument that it was given by, for the message.
+
+    Raises:
+        InputError: It has bytes that are not UTF-8.
+    """
+    try:
+        os.fspath(path).encode()
+    except UnicodeEncodeError as error:
+        raise InputError(
+            f"{what} {path} has bytes that are not UTF-8, and safetensors cannot open such a path. "
+            "Rename it, or give another."
+        ) from error
+
+
+def expanded(path: str | Path) -> Path:
+    """A path with `~` or `~user` at its beginning replaced by that home directory.
+
+    Raises:
+        InputError: There is no such home directory, nor anything here that is called so.
+    """
+    given = os.fspath(path)
+    found = os.path.expanduser(given)  # unlike Path's own, it leaves unknown users alone
+    if found == given and given.startswith("~") and not os.path.lexists(given):
+        home = given.partition("/")[0]
+        raise InputError(f"{given}: no home directory is known for {home}. Give the whole path.")
+    return Path(found)
+
+
 def settled(path: Path) -> Path:
-    """The place that a path to be written means: `~` expanded, no link at its end, with a name."""
-    path = Path(os.path.expanduser(path))  # unlike Path's own, it leaves unknown users alone
+    """The place that a path to be written means: `~` expanded, no link at its end, with a name.
+
+    Raises:
+        InputError: There is no such home directory.
+    """
+    path = expanded(path)
     if path.is_symlink() or path.name in ("", ".."):
         return Path(os.path.realpath(path))
     return path
@@ -42,7 +79,7 @@ def settled(path: Path) -> Path:
 
 def absolute(source: str) -> str:
     """A source as it reads from any directory: what exists here becomes an absolute path."""
-    path = os.path.expanduser(source)
+    path = expanded(source) if source.startswith("~") else source
     if source.startswith("~") or os.path.exists(path):
         return os.path.abspath(path)
     return source  # a Hub id, a URL, or nothing: whoever reads it says so
@@ -52,8 +89,8 @@ def is_within(path: str | Path, directory: Path) -> bool:
     """Whether a path, links followed, is a directory or lies in it."""
     place = os.path.realpath(directory)
     try:
-        return os.path.commonpath([os.path.realpath(Path(path).expanduser()), place]) == place
-    except (ValueError, RuntimeError):  # on another drive, or no path
+        return os.path.commonpath([os.path.realpath(expanded(path)), place]) == place
+    except ValueError:  # on another drive, or no path
         return False
 
 
@@ -68,7 +105,7 @@ def check_inputs_outside(directory: Path, inputs: Mapping[str, str | Path | None
         InputError: One of them is the directory, or lies in it.
     """
     for option, source in inputs.items():
-        if source is None or not os.path.exists(os.path.expanduser(source)):
+        if source is None or not os.path.exists(expanded(source)):
             continue  # such as a Hub id
         if is_within(source, directory):
             raise InputError(

@@ -41,7 +41,12 @@ def test_wrong_input_needs_no_torch():
     code = (
         "import sys; from molf.cli import main;"
         "assert main(['train', '--task', 'fact', '--model', '/nowhere', '--data', 'x']) == 2;"
-        "assert 'torch' not in sys.modules"
+        "assert main(['train', '--report_to', 'nothing']) == 2;"
+        "assert main(['train', '--training_args.nothing', 'x']) == 2;"
+        "assert main(['train', '--training_args.dataloader_num_workers', 'many']) == 2;"
+        "assert main(['train', '--training_args.packing', 'true']) == 2;"
+        "heavy = {'torch', 'transformers', 'trl'} & set(sys.modules);"
+        "assert not heavy, heavy"
     )
     run(sys.executable, "-c", code)
 
@@ -74,3 +79,45 @@ def test_reader_that_leaves(tmp_path):
     finished = subprocess.run(command, shell=True, capture_output=True, text=True, check=True)
     assert finished.stdout.startswith('{"step": 0')
     assert finished.stderr == ""
+
+
+def exit_code(script):
+    """The exit code of a line of bash, and what it wrote to standard error."""
+    finished = subprocess.run(["bash", "-c", script], capture_output=True, text=True)
+    return finished.returncode, finished.stderr
+
+
+def test_output_that_cannot_be_written():
+    """Python would end with code 120 where the last flush fails, or with a traceback."""
+    assert exit_code(f"{MOLF} recipes ls > /dev/full") == (
+        1,
+        "molf: error: standard output cannot be written: No space left on device.\n",
+    )
+    assert exit_code(f"{MOLF} recipes ls --json >&-") == (
+        1,
+        "molf: error: standard output cannot be written: Bad file descriptor.\n",
+    )
+    assert exit_code(f"{MOLF} recipes ls > /dev/full 2> /dev/full")[0] == 1
+    assert exit_code(f"{MOLF} train --model /nowhere --task fact 2> /dev/full")[0] == 2
+    assert exit_code(f"{MOLF} train --model /nowhere --task fact >&- 2>&- <&-")[0] == 2
+
+
+def test_a_finished_command_whose_last_line_is_lost():
+    code = (
+        "import sys; from molf.streams import result_on_disk, standard_streams\n"
+        "with standard_streams():\n"
+        "    with result_on_disk('It is complete'): sys.stdout.write('done')\n"
+    )
+    script = f'{sys.executable} -c "{code}"'
+    returned, error = exit_code(f"{script} > /dev/full")
+    assert returned == 0
+    assert "It is complete, but standard output cannot be written: No space left" in error
+    assert exit_code(f"{script} > /dev/full 2> /dev/full") == (0, "")
+
+
+def test_names_that_the_terminal_cannot_show(tmp_path):
+    """A path is bytes; letters that the encoding lacks are no reason to fail."""
+    target = tmp_path / "r\u00e9cipe.yaml"
+    script = f"PYTHONUTF8=0 PYTHONIOENCODING=ascii {MOLF} recipes cp demo-fact-molf {target}"
+    assert exit_code(script) == (0, "")
+    assert target.is_file()

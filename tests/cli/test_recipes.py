@@ -305,8 +305,8 @@ def test_validate_lists_every_error(validate):
         ("warmup_ratio:", "[0, 1)"),
         ("few_shot:", "task=demo-fact"),
         ("bf16:", "maybe"),
-        ("training_args.optin", "optim"),
-        ("training_args:", "many"),
+        ("training_args.optin", "no argument of TRL"),
+        ("training_args.dataloader_num_workers", "many"),
     ]
     assert len(errors) == len(expected)
     for line, words in zip(errors, expected, strict=True):

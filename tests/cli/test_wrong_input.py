@@ -228,7 +228,7 @@ def test_output_dir_cannot_be_written(train):
 @pytest.mark.parametrize(
     ("name", "value", "words"),
     [
-        ("optin", "x", ["optin", "SFTConfig", "optim"]),
+        ("optim_target", "x", ["optim_target", "SFTConfig", "optim_target_modules"]),
         ("learning_rate", "1", ["--learning_rate"]),
         ("output_dir", "x", ["--output_dir"]),
         ("packing", "true", ["packing"]),
@@ -247,7 +247,7 @@ def test_output_dir_cannot_be_written(train):
 )
 def test_training_args(train, monkeypatch, name, value, words):
     if name == "use_liger_kernel":
-        monkeypatch.setattr("molf.train.sft_config.find_spec", lambda name: None)
+        monkeypatch.setattr("molf.train.training_arguments.find_spec", lambda name: None)
     error = train(f"--training_args.{name}", value)
     for word in words:
         assert word in error

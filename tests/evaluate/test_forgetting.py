@@ -74,7 +74,8 @@ def test_a_users_text_is_read_as_utf8(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("content", "message"), [(b"caf\xe9", "is not UTF-8"), (b" \n", "is empty"), (None, "no file")]
+    ("content", "message"),
+    [(b"caf\xe9", "is not UTF-8"), (b" \n", "is empty"), (None, "No such file")],
 )
 def test_an_unusable_text_file_is_refused(tmp_path, content, message):
     path = tmp_path / "text.txt"

@@ -130,13 +130,19 @@ def test_an_unreachable_hub_is_one_line(monkeypatch):
     )
 
 
+def answer(content):
+    response = io.BytesIO(content)
+    response.headers = {"Content-Length": str(len(content))}
+    return response
+
+
 def test_an_address_is_downloaded_once(monkeypatch, tmp_path):
     monkeypatch.setenv("MOLF_CACHE", str(tmp_path / "cache"))
     asked = []
 
     def urlopen(url, timeout):
         asked.append(url)
-        return io.BytesIO(b'[{"a": 1}]')
+        return answer(b'[{"a": 1}]')
 
     monkeypatch.setattr("urllib.request.urlopen", urlopen)
     for _ in range(2):
@@ -180,7 +186,7 @@ def test_unreachable_hub_is_asked_once(monkeypatch):
 
 def test_a_download_that_cannot_be_kept_leaves_nothing(monkeypatch, tmp_path):
     monkeypatch.setenv("MOLF_CACHE", str(tmp_path))
-    monkeypatch.setattr("urllib.request.urlopen", lambda url, timeout: io.BytesIO(b'[{"a": 1}]'))
+    monkeypatch.setattr("urllib.request.urlopen", lambda url, timeout: answer(b'[{"a": 1}]'))
 
     def full(source, target):
         raise OSError(28, "No space left on device")

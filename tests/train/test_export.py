@@ -202,3 +202,15 @@ def test_numbers_that_do_not_fit_are_not_written(run_of, tmp_path, capsys):
         assert main(given) == 1
         assert "fit torch.float16" in capsys.readouterr().err
         assert listing(run) == ["adapter", "config.yaml", "model"]
+
+
+def test_what_a_killed_export_left_is_removed(run_of, export):
+    """Whatever it was: the next may be of another type, and go to another place."""
+    run = run_of("molf")
+    for name in (".model-float16.123.tmp", ".model-float16.124.tmp.replaced", ".model.125.tmp"):
+        (run.path / name).mkdir()
+        (run.path / name / "model.safetensors").touch()
+    (run.path / "model-float16").mkdir()
+    export(run.path, "--dtype", "bfloat16")
+    assert not [name for name in listing(run.path) if name.startswith(".")]
+    (run.path / "model-float16").rmdir()

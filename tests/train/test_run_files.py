@@ -1,13 +1,21 @@
 """Files and directories appear whole or not at all."""
 
-import csv
-from concurrent.futures import ThreadPoolExecutor
+import signal
+import subprocess
+import sys
+import tempfile
 
 import pytest
 
 from molf.errors import InputError
-from molf.train.files import replacing_directory, replacing_file, write_json
-from molf.train.results import append_result, check_results
+from molf.train import files
+from molf.train.files import (
+    clear_unfinished,
+    replacing_directory,
+    replacing_file,
+    scratch_directory,
+    write_json,
+)
 from molf.train.run_directory import RunDirectory, check_output
 
 
@@ -191,71 +199,97 @@ def test_interrupt_between_the_renames_loses_neither_directory(tmp_path, monkeyp
     assert names(tmp_path) == ["model"]
 
 
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from molf.train import files
+path, when = Path(sys.argv[1]), sys.argv[2]
+die = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+if when == "between the renames":
+    Path.rename, rename = lambda self, to: (rename(self, to), die()), Path.rename
+with getattr(files, sys.argv[3])(path) as temporary:
+    if temporary.is_dir():
+        (temporary / "new").touch()
+    if when == "while writing":
+        die()
+"""
+
+
+def killed(path, when, function="replacing_directory"):
+    arguments = [sys.executable, "-c", KILLED, str(path), when, function]
+    assert subprocess.run(arguments).returncode == -signal.SIGKILL
+
+
+@pytest.mark.parametrize("function", ["replacing_directory", "replacing_file"])
+def test_the_next_removes_what_a_killed_process_left(tmp_path, function):
+    path = tmp_path / "model"
+    killed(path, "while writing", function)
+    (left,) = names(tmp_path)
+    assert left.startswith(".model.")
+    (tmp_path / ".model.77.tmp").mkdir()  # of an earlier release, or of a process of that number
+    (tmp_path / ".other.78.tmp").mkdir()  # another's
+    with getattr(files, function)(path):
+        pass
+    assert names(tmp_path) == [".other.78.tmp", "model"]
+
+
+def test_the_earlier_directory_of_a_killed_process_is_not_lost(tmp_path):
+    path = tmp_path / "model"
+    path.mkdir()
+    (path / "old").touch()
+    killed(path, "between the renames")
+    assert not path.exists()
+    clear_unfinished(tmp_path)
+    assert names(tmp_path) == ["model"]
+    assert names(path) == ["old"]
+
+
+def test_what_is_being_written_is_left_alone(tmp_path):
+    with (
+        replacing_directory(tmp_path / "model") as one,
+        replacing_directory(tmp_path / "model") as other,
+        replacing_file(tmp_path / "a.txt") as file,
+    ):
+        clear_unfinished(tmp_path)
+        assert one.is_dir()
+        assert other.is_dir()
+        assert file.is_file()
+        assert one != other
+    assert names(tmp_path) == ["a.txt", "model"]
+
+
+def test_scratch_of_a_killed_process_is_removed(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    with scratch_directory("steps") as directory:
+        assert directory.stat().st_mode & 0o777 == 0o700
+        killed("steps", "while writing", "scratch_directory")
+        assert len(names(tmp_path)) == 2
+        with scratch_directory("steps") as other:
+            assert names(tmp_path) == sorted([directory.name, other.name])
+    assert names(tmp_path) == []
+
+
+def test_a_check_that_was_killed_leaves_no_trace(tmp_path):
+    """It tries whether a directory can be made."""
+    path = tmp_path / "run"
+    write_run(path)
+    killed(path / "output_dir", "while writing", "making_directory")
+    killed(tmp_path / "output_dir", "while writing", "making_directory")
+    check_output(path, overwrite=True)
+    check_output(tmp_path / "other", overwrite=False)
+    assert names(tmp_path) == ["run"]
+
+
+def test_a_directory_with_leavings_alone_is_empty(tmp_path):
+    (tmp_path / ".config.yaml.123.tmp").touch()
+    with RunDirectory(tmp_path, overwrite=False) as directory:
+        write_json(directory / "config.yaml", {})
+    assert names(tmp_path) == ["config.yaml"]
+
+
 def test_name_that_leaves_no_room_for_those_beside_it(tmp_path):
     with pytest.raises(InputError, match=r"201 bytes\. Must be at most 200"):
         check_output(tmp_path / ("x" * 201), overwrite=False)
     with pytest.raises(InputError, match=r"output_dir .*\.\.\. is not a path: File name too long"):
         check_output(tmp_path / ("x" * 300), overwrite=False)
-
-
-def read_results(path):
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def test_results_take_new_columns(tmp_path):
-    path = tmp_path / "results.csv"
-    append_result(path, {"run": "a", "es": 0.5})
-    append_result(path, {"run": "b, c", "accuracy": 0.25})
-    assert path.read_text().splitlines()[0] == "run,es,accuracy"
-    assert read_results(path) == [
-        {"run": "a", "es": "0.5", "accuracy": ""},
-        {"run": "b, c", "es": "", "accuracy": "0.25"},
-    ]
-
-
-def test_runs_that_finish_together_lose_no_row(tmp_path):
-    path = tmp_path / "results.csv"
-    with ThreadPoolExecutor(8) as pool:
-        list(pool.map(lambda i: append_result(path, {"run": i}), range(20)))
-    assert {row["run"] for row in read_results(path)} == {str(i) for i in range(20)}
-
-
-def test_results_have_one_row_of_a_run(tmp_path):
-    path = tmp_path / "results.csv"
-    for es, run in enumerate("aba"):
-        append_result(path, {"run": run, "es": es})
-    assert read_results(path) == [{"run": "b", "es": "1"}, {"run": "a", "es": "2"}]
-
-
-def test_results_from_a_spreadsheet_keep_their_columns(tmp_path):
-    path = tmp_path / "results.csv"
-    path.write_bytes(b"\xef\xbb\xbfrun,mine\r\na,1\r\n")
-    check_results(path)
-    append_result(path, {"run": "b", "es": 2})
-    assert read_results(path) == [
-        {"run": "a", "mine": "1", "es": ""},
-        {"run": "b", "mine": "", "es": "2"},
-    ]
-
-
-@pytest.mark.parametrize(
-    ("content", "fault"),
-    [
-        (b"run,task\na,b,c\n", "line 2 has 3 cells for 2 columns"),
-        (b"run,task\n\xe9,b\n", "'utf-8' codec can't decode"),
-        (b"name,task\na,b\n", "does not name the columns"),
-        (b"run,run\na,b\n", "does not name the columns"),
-        (None, "Is a directory"),
-    ],
-)
-def test_results_that_are_no_table_are_found_beforehand(tmp_path, content, fault):
-    path = tmp_path / "results.csv"
-    if content is None:
-        path.mkdir()
-    else:
-        path.write_bytes(content)
-    with pytest.raises(InputError) as error:
-        check_results(path)
-    assert str(path) in str(error.value)
-    assert fault in str(error.value)

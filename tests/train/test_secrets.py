@@ -25,7 +25,13 @@ def web(facts, tmp_path, monkeypatch):
     """Every address holds the facts."""
     content = facts.read_bytes()
     monkeypatch.setenv("MOLF_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr("urllib.request.urlopen", lambda url, timeout: io.BytesIO(content))
+
+    def urlopen(url, timeout):
+        response = io.BytesIO(content)
+        response.headers = {}
+        return response
+
+    monkeypatch.setattr("urllib.request.urlopen", urlopen)
     return content
 
 
@@ -234,11 +240,12 @@ def test_names_become_no_markup(name, tmp_path):
             assert blocks[1]["prompt"] == name
 
     row = {"run": model.name, "model": name, "seed": 1, "training_loss": -0.5}
-    path = tmp_path / "o" / "results.csv"
-    path.parent.mkdir()
-    append_result(path, row)
-    append_result(path, {**row, "seed": 2})
-    append_result(path, {**row, "run": "other"})
+    row |= dict.fromkeys(("started", "task", "method", "peak_memory_bytes"), "x")
+    folder = tmp_path / "o"
+    folder.mkdir()
+    append_result(folder, row)
+    append_result(folder, {**row, "seed": 2})
+    path = append_result(folder, {**row, "run": "other"})
     with path.open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert [row["seed"] for row in rows] == ["2", "1"]

@@ -8,7 +8,7 @@ from importlib.metadata import version
 from cyclopts import App, Parameter
 
 from molf.cli.recipe import apply_recipe
-from molf.cli.whole_numbers import check_whole_numbers
+from molf.cli.values import check_directory, check_values
 
 
 def _as_written(name: str) -> str:
@@ -21,7 +21,8 @@ app = App(
     help="Fine-tune language models without choosing between full fine-tuning and LoRA.",
     help_format="plaintext",
     version=version("molf"),
-    config=(apply_recipe, check_whole_numbers),
+    # Texts are checked as they were given, and again with those of the recipe.
+    config=(check_directory, check_values, apply_recipe, check_values),
     default_parameter=Parameter(name_transform=_as_written, negative_iterable=()),
     result_action="return_value",
     suppress_keyboard_interrupt=False,  # main turns it into an exit code

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import warnings
 from collections import Counter
@@ -17,6 +16,7 @@ from cyclopts import Parameter
 
 from molf.errors import InputError
 from molf.masking import mask_text
+from molf.shown import as_line, json_text, printable
 from molf.train.settings import DATA, OUTPUT, TrainSettings
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ def _print_lines(records: Iterable[PreviewedRecord]) -> None:
     faults: Counter[str] = Counter()
     count = 0
     for record in records:
-        sys.stdout.write(json.dumps(_line(record), ensure_ascii=False) + "\n")
+        sys.stdout.write(json_text(_line(record)) + "\n")
         faults.update(record.faults)
         count += 1
     sys.stdout.flush()
@@ -124,12 +124,13 @@ def _print(title: str, data: DataRecords, records: list[PreviewedRecord]) -> Non
         ]
     faults = Counter(fault for record in records for fault in record.faults)
     lines += [f"doubtful   {count} of {len(records)}: {fault}" for fault, count in faults.items()]
-    sys.stdout.write("\n".join(lines) + "\n")
+    sys.stdout.write("".join(f"{as_line(line)}\n" for line in lines))
 
 
 def _print_examples(records: list[PreviewedRecord]) -> None:
     for record in records:
-        text = "".join(f"[[{part}]]" if loss else part for part, loss in record.segments)
+        parts = (f"[[{part}]]" if loss else part for part, loss in record.segments)
+        text = printable("".join(parts))
         sys.stdout.write(
             f"\nrecord {record.index}, {record.tokens} tokens; [[text]] carries loss:\n{text}\n"
         )

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
-import os
+import sys
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
 from molf.errors import InputError
 from molf.evaluate.harness import PREFIX
+from molf.paths import expanded
+from molf.streams import OutputError, give_up_output
 from molf.tasks import TASKS, TaskOptions, check_task
 from molf.train.converters import words
 from molf.train.settings import DATA, EVALUATION, OUTPUT
+
+if TYPE_CHECKING:
+    from molf.evaluate import Evaluation
 
 
 @Parameter(name="*")
@@ -61,7 +67,7 @@ class EvalOptions:
         for name in ("data", "forgetting_data", "predictions", "output_dir"):
             value = getattr(self, name)
             if value is not None and str(value).startswith("~"):
-                object.__setattr__(self, name, type(value)(os.path.expanduser(value)))
+                object.__setattr__(self, name, type(value)(expanded(value)))
         least = {"max_samples": 1, "max_length": 2, "per_device_eval_batch_size": 1, "seed": 0}
         for name, minimum in least.items():
             value = getattr(self, name)
@@ -69,6 +75,10 @@ class EvalOptions:
                 raise InputError(f"Invalid {name}={value}. Must be at least {minimum}.")
         if self.seed >= 2**32:  # what numpy's generators take
             raise InputError(f"Invalid seed={self.seed}. Must be below 2**32.")
+        if not self.task:
+            raise InputError(
+                f"Invalid task: empty. Give one of {', '.join(TASKS)}, or {PREFIX}NAME."
+            )
         for name in self.task:
             if self.task.count(name) > 1:
                 raise InputError(f"Invalid task={','.join(self.task)}: {name} comes twice.")
@@ -142,7 +152,6 @@ def evaluate_model(
         config: A YAML file of these options; the command line wins over it.
     """
     from molf.cli.evaluation import evaluate_checkpoint, score_saved_texts, write_evaluations
-    from molf.cli.summary import print_evaluations
 
     if options.predictions is not None:
         if model is not None:
@@ -152,5 +161,24 @@ def evaluate_model(
         evaluations = evaluate_checkpoint(model, options)
     else:
         raise InputError("Give a model, or --predictions FILE with saved texts; given: neither.")
-    print_evaluations(evaluations)
+    lost = _print(evaluations)
     write_evaluations(options, evaluations)
+    if lost is not None:
+        if options.output_dir is None:
+            raise lost
+        done = f"The evaluation in {options.output_dir} is complete"
+        warnings.warn(f"{done}, but standard output cannot be written: {lost}.", stacklevel=1)
+
+
+def _print(evaluations: Mapping[str, Evaluation]) -> OutputError | None:
+    """Print evaluations; to standard error if standard output fails, which is returned."""
+    from molf.cli.summary import print_evaluations
+
+    try:
+        print_evaluations(evaluations)
+        sys.stdout.flush()
+    except OutputError as error:
+        give_up_output()
+        print_evaluations(evaluations, stderr=True)
+        return error
+    return None

@@ -12,15 +12,19 @@ from molf.errors import InputError
 from molf.evaluate import Evaluation, EvaluationSettings, evaluate, read_plain_text
 from molf.evaluate.harness import PREFIX, Harness
 from molf.paths import check_inputs_outside, check_path
+from molf.streams import console_that_may_break
 from molf.tasks import Task, load_task
 from molf.tasks.files import Record, read_json
 from molf.train.files import write_json, write_jsonl
+from molf.train.locks import InUseError, Lock
 from molf.train.model_path import check_model
 from molf.train.ownership import AN_EVALUATION, EVALUATION, PREDICTIONS, predictions_in
 from molf.train.progress import make_reporter
 from molf.train.result import RunError, evaluation_record
-from molf.train.run_directory import check_output
+from molf.train.run_directory import check_output, runs_kept
 from molf.train.training_data import warn_of_other_splitting, warn_of_training_data
+
+_LOCK_SECONDS = 10.0  # another evaluation writes its files in less
 
 
 def evaluate_checkpoint(model: str, options: EvalOptions) -> dict[str, Evaluation]:
@@ -46,7 +50,8 @@ def evaluate_checkpoint(model: str, options: EvalOptions) -> dict[str, Evaluatio
 
     from molf.train.libraries import quiet_libraries
 
-    with quiet_libraries():
+    sources = (model, options.data, options.forgetting_data)
+    with console_that_may_break(), quiet_libraries(), runs_kept(sources):
         import torch
 
         from molf.train.model_loading import load_model, move
@@ -142,6 +147,10 @@ def write_evaluations(options: EvalOptions, evaluations: Mapping[str, Evaluation
     _check_output(options)
     try:
         _write(options.output_dir, evaluations)
+    except InUseError as error:
+        raise InputError(
+            f"output_dir {options.output_dir} is in use by another process."
+        ) from error
     except OSError as error:
         raise RunError(
             f"The evaluation could not be written to {options.output_dir}: "
@@ -155,6 +164,11 @@ def _write(directory: Path, evaluations: Mapping[str, Evaluation]) -> None:
     Files of an earlier evaluation are replaced one by one; nothing else there is touched.
     """
     directory.mkdir(parents=True, exist_ok=True)
+    with Lock(directory, wait=_LOCK_SECONDS):
+        _write_files(directory, evaluations)
+
+
+def _write_files(directory: Path, evaluations: Mapping[str, Evaluation]) -> None:
     earlier = predictions_in(directory)
     records, written = [], []
     for name, evaluation in evaluations.items():

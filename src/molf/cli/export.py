@@ -9,6 +9,8 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from molf.errors import InputError
+from molf.shown import as_line
+from molf.streams import console_that_may_break, result_on_disk
 from molf.train.settings import DTYPES, SAVE_ROUNDINGS
 
 KINDS = ("model", "adapter")
@@ -48,15 +50,17 @@ def export_run(
     from molf.train.finished_run import read_run
 
     finished = read_run(run)
-    finished.check(what)
-    path = export_place(finished, what, dtype, output_dir, overwrite=overwrite)
-    from molf.train.libraries import quiet_libraries
+    with finished.reading(), console_that_may_break():
+        finished.check(what)
+        path = export_place(finished, what, dtype, output_dir, overwrite=overwrite)
+        from molf.train.libraries import quiet_libraries
 
-    with quiet_libraries():
-        from molf.train.export import export_adapter, export_model
+        with quiet_libraries():
+            from molf.train.export import export_adapter, export_model
 
-        if what == "model":
-            export_model(finished, dtype, path, rounding=save_rounding)
-        else:
-            export_adapter(finished, dtype, path)
-    sys.stdout.write(f"{path}\n")
+            if what == "model":
+                export_model(finished, dtype, path, rounding=save_rounding)
+            else:
+                export_adapter(finished, dtype, path)
+    with result_on_disk(f"The export to {path} is complete"):
+        sys.stdout.write(f"{as_line(str(path))}\n")

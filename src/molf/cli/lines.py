@@ -6,13 +6,15 @@ import sys
 from typing import TextIO
 
 from molf.masking import mask_text
+from molf.shown import as_line
+from molf.streams import silenced
 
 _LONGEST = 2000  # characters; input that is quoted may have any number of them
 
 
 def say(kind: str, text: str, file: TextIO | None = None) -> None:
     """Write `molf: KIND: TEXT` as one line, to standard error unless another file is given."""
-    (file or sys.stderr).write(f"molf: {kind}: {one_line(mask_text(text))}\n")
+    silenced(file or sys.stderr).write(f"molf: {kind}: {one_line(mask_text(text))}\n")
 
 
 def one_line(text: str) -> str:
@@ -21,6 +23,4 @@ def one_line(text: str) -> str:
     if len(line) > _LONGEST:
         half = _LONGEST // 2
         line = f"{line[:half]} ... {line[-half:]}"
-    if line.isprintable():
-        return line
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
+    return as_line(line)

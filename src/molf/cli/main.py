@@ -8,9 +8,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
-import tempfile
 import threading
-import traceback
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -22,7 +20,8 @@ from cyclopts import CycloptsError, MissingArgumentError, UnknownOptionError, Un
 from molf.cli.app import app, join_booleans
 from molf.cli.lines import one_line, say
 from molf.errors import InputError
-from molf.masking import learn, mask_text
+from molf.masking import learn
+from molf.streams import OutputError, standard_streams
 
 DONE, FAILED, WRONG_INPUT = 0, 1, 2
 _BY_SIGNAL = 128  # what shells add to the number of the signal that ended a command
@@ -43,10 +42,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     arguments = join_booleans(sys.argv[1:] if argv is None else argv)
     learn(arguments)
-    with warnings.catch_warnings(), _signals_as_interrupts():
+    with standard_streams(), warnings.catch_warnings(), _signals_as_interrupts():
         warnings.showwarning = _WarningLines()
         try:
-            return app(arguments, exit_on_error=False, print_error=False) or DONE
+            code = app(arguments, exit_on_error=False, print_error=False) or DONE
+            sys.stdout.flush()
+            return code
         except CycloptsError as error:
             return _fail(WRONG_INPUT, _explain(error))
         except InputError as error:
@@ -55,10 +56,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _BY_SIGNAL + error.number
         except KeyboardInterrupt:
             return _BY_SIGNAL + signal.SIGINT
-        except BrokenPipeError:
-            # The reader has gone. Python would fail once more when it flushes at exit.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        except BrokenPipeError:  # the reader has gone
             return DONE
+        except OutputError as error:
+            return _fail(FAILED, f"standard output cannot be written: {error}.")
         except SystemExit as exiting:
             if not isinstance(exiting.__context__, BrokenPipeError):
                 raise
@@ -109,18 +110,11 @@ def _explain(error: CycloptsError) -> str:
 def _describe(error: Exception) -> str:
     """Return the error in a line, with where its traceback is."""
     from molf.train.result import RunError
+    from molf.train.tracebacks import write_traceback
 
     if isinstance(error, RunError):
         return str(error)
-    message = f"{type(error).__name__}: {error}"
-    try:
-        with tempfile.NamedTemporaryFile(
-            "w", prefix="molf-error-", suffix=".log", delete=False, encoding="utf-8"
-        ) as log:
-            log.write(mask_text(traceback.format_exc()))
-    except OSError as failure:  # such as a full disk, which may be the error itself
-        return f"{message} (its traceback could not be written: {failure.strerror})"
-    return f"{message} (traceback: {log.name})"
+    return f"{type(error).__name__}: {error} {write_traceback()}"
 
 
 class _WarningLines:

@@ -23,7 +23,7 @@ from molf.plan.workload import (
 )
 from molf.train.converters import numbers, patterns
 from molf.train.defaults import COMMON, STORAGE
-from molf.train.settings import DATA, METHOD, MODEL, OPTIMIZATION, OUTPUT
+from molf.train.settings import DATA, METHOD, MODEL, MOST_COUNTED, OPTIMIZATION, OUTPUT
 
 
 @Parameter(name="*")
@@ -116,6 +116,11 @@ class PlanOptions:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise InputError(f"Invalid {name}={value}. Must be finite and greater than 0.")
+            if value is not None and value >= MOST_COUNTED:
+                raise InputError(f"Invalid {name}={value}. Must be below 2**31.")
+        if max(self.ranks or (0,)) >= MOST_COUNTED:
+            given = ",".join(map(str, self.ranks or ()))
+            raise InputError(f"Invalid ranks={given}. Must be below 2**31.")
         if self.load_in_4bit and self.load_in_8bit:
             raise InputError("Invalid load_in_4bit with load_in_8bit. Give one of them.")
         if not self.model:

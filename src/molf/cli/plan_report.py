@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from rich.table import Table
 
-from molf.masking.console import Console
+from molf.console import PlainConsole
 from molf.plan.devices import DEVICES, show_bytes
 
 if TYPE_CHECKING:  # both take seconds to import
@@ -18,21 +18,19 @@ if TYPE_CHECKING:  # both take seconds to import
 
 def print_plan(plan: TrainingPlan) -> None:
     """Print a plan to standard output."""
-    console = Console(markup=False)
-    _say(console, *_header(plan))
+    console = PlainConsole()
+    console.lines(*_header(plan))
     console.print(_parameters(plan))
     console.print(_memory(plan))
     if plan.workload.num_gpus > 1:
-        _say(
-            console,
+        console.lines(
             f"Each of {plan.workload.num_gpus} GPUs: weights, gradients and optimizer state are "
             "divided (FSDP2's full sharding), activations are those of its own batch; embeddings, "
             "head and one decoder layer at a time are whole. An estimate, not measured; molf train "
             "itself runs on one device.",
         )
     console.print(_devices(plan))
-    _say(
-        console,
+    console.lines(
         "GB as sold, taken as GiB; usable is what an allowance of 1 GiB and 5% leaves for tensors.",
         *_advice(plan),
     )
@@ -61,13 +59,19 @@ def print_dry_run(result: DryRun) -> None:
         f"          about {_duration(result.estimated_seconds)} for {result.steps} steps, judged "
         "by the examples' lengths; evaluations not included",
     ]
-    _say(Console(markup=False), *lines)
+    PlainConsole().lines(*lines)
+
+
+_YEAR = 365.25 * 86400  # seconds
 
 
 def _duration(seconds: float) -> str:
     if seconds < 120:
         return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+    for size, unit in ((60, "min"), (3600, "h"), (86400, "days")):
+        if seconds < 120 * size:
+            return f"{seconds / size:.{0 if unit == 'min' else 1}f} {unit}"
+    return f"{seconds / _YEAR:,.1f} years"
 
 
 def _header(plan: TrainingPlan) -> list[str]:
@@ -175,8 +179,3 @@ def _table(title: str, *columns: str) -> Table:
     for index, column in enumerate(columns):
         table.add_column(column, justify="right" if index else "left")
     return table
-
-
-def _say(console: Console, *lines: str) -> None:
-    for line in lines:
-        console.print(line, markup=False, highlight=False, soft_wrap=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from cyclopts.argument import update_argument_collection
 
 from molf.cli.shipped import find_recipe
 from molf.errors import InputError
+from molf.inputs import read_input
 from molf.masking import learn
 
 _RECORD = "run"  # what a run's config.yaml holds beside options
@@ -50,18 +50,15 @@ def read_text(path: Path) -> str:
     """Read the text of a recipe.
 
     Raises:
-        InputError: The file is missing, not UTF-8, or too large.
+        InputError: The file is missing, no ordinary one, not UTF-8, or too large.
     """
+    content = read_input(path, f"config {path}", most=_MAX_BYTES)
+    if len(content) > _MAX_BYTES:
+        raise InputError(f"config {path} is no recipe: it is longer than {_MAX_BYTES:,} bytes.")
     try:
-        with open(os.path.expanduser(path), "rb") as file:
-            content = file.read(_MAX_BYTES + 1)  # of a device, reading could go on for ever
-        if len(content) > _MAX_BYTES:
-            raise InputError(f"config {path} is no recipe: it is longer than {_MAX_BYTES:,} bytes.")
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise InputError(f"config {path} is not UTF-8 text (byte {error.start}).") from error
-    except OSError as error:
-        raise InputError(f"config {path} cannot be read: {error.strerror}.") from error
 
 
 def read_recipe(path: Path, text: str) -> dict[str, Any]:

@@ -8,6 +8,7 @@ and a date of `model: 2026-01-01`.
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Iterator
 from typing import Any, NoReturn, TypeGuard
@@ -192,7 +193,7 @@ class _Reader:
             self._refuse_tag(node)
         text = str(node.value)
         try:
-            text.encode()
+            os.fsencode(text)  # paths may hold bytes that are no UTF-8, as halves of characters
         except UnicodeEncodeError as error:
             raise RecipeError(f"holds half a character{_place(node.start_mark)}.") from error
         if "\0" in text:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 import shlex
 import sys
 from pathlib import Path
@@ -13,7 +11,9 @@ from cyclopts import Parameter
 
 from molf.cli.shipped import recipe_names, shipped_recipe
 from molf.errors import InputError
-from molf.paths import check_path
+from molf.inputs import special_kind
+from molf.paths import check_path, expanded
+from molf.shown import as_line, json_text
 
 _SHOWN = ("method", "task", "model")
 _WRONG_INPUT = 2
@@ -31,18 +31,18 @@ def list_recipes(
     """
     rows = [_describe(shipped_recipe(name)) for name in recipe_names()]
     if as_json:
-        sys.stdout.write(json.dumps(rows, indent=2, ensure_ascii=False) + "\n")
+        sys.stdout.write(json_text(rows, indent=2) + "\n")
         return
     from rich.table import Table
 
-    from molf.masking.console import Console
+    from molf.console import PlainConsole
 
     table = Table(box=None, pad_edge=False)
     for column in ("name", *_SHOWN, "description"):
         table.add_column(column)
     for row in rows:
         table.add_row(*row.values())
-    Console(width=_WIDE, markup=False).print(table)
+    PlainConsole(width=_WIDE).print(table)
 
 
 def copy_recipe(
@@ -62,15 +62,18 @@ def copy_recipe(
     from molf.train.files import write_text
 
     source = shipped_recipe(name)
-    target = Path(source.name if destination is None else os.path.expanduser(destination))
+    target = Path(source.name if destination is None else expanded(destination))
     check_path(target, "dest")
     if target.is_dir():
         target /= source.name
+    kind = special_kind(target)
+    if kind is not None:
+        raise InputError(f"{target} is {kind}, which a recipe does not replace. Give another name.")
     if target.exists() and not overwrite:
         raise InputError(f"{target} exists. Give --overwrite to replace it, or another name.")
     if not target.parent.is_dir():
         raise InputError(f"{target} cannot be written: there is no directory {target.parent}.")
-    command = f"molf train --config {shlex.quote(str(target))}"
+    command = as_line(f"molf train --config {shlex.quote(str(target))}")
     _, _, rest = source.read_text(encoding="utf-8").partition("\n")
     try:
         write_text(target, f"# {command}\n{rest}")
@@ -109,7 +112,7 @@ def validate_recipes(*recipes: str) -> int:
         if found.errors:
             wrong = True
         else:
-            sys.stdout.write(f"{recipe}: ok (molf {found.command})\n")
+            sys.stdout.write(f"{as_line(recipe)}: ok (molf {found.command})\n")
     return _WRONG_INPUT if wrong else 0
 
 

@@ -32,14 +32,14 @@ def show_routing(
         return
     from rich.table import Table
 
-    from molf.masking.console import Console
+    from molf.console import PlainConsole
     from molf.train.finished_run import read_run
     from molf.train.ownership import is_run
     from molf.train.routing_shares import routing_shares
 
     shares = routing_shares(run)
-    console = Console(markup=False)
-    console.print(f"{run}: {shares.steps} steps, {len(shares.by_layer)} layers", highlight=False)
+    console = PlainConsole()
+    console.print(f"{run}: {shares.steps} steps, {len(shares.by_layer)} layers")
     table = Table(title="Share of updates won", title_justify="left")
     table.add_column("layers")
     for expert in shares.total:

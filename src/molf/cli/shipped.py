@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import difflib
-import os
 from pathlib import Path
 
 from molf.errors import InputError
-from molf.paths import check_path
+from molf.paths import check_path, expanded
 
 _FOLDER = Path(__file__).resolve().parents[1] / "recipes"
 _SUFFIX = ".yaml"
@@ -41,7 +40,11 @@ def find_recipe(text: str) -> Path:
     Raises:
         InputError: There is neither.
     """
-    path = Path(os.path.expanduser(text))  # unlike Path's own, it knows no unknown users
+    if not text.strip():
+        raise InputError(
+            "The name of a recipe is empty. Give a file, or a name of `molf recipes ls`."
+        )
+    path = expanded(text)
     check_path(path, "config")
     if path.exists():
         return path

@@ -6,20 +6,19 @@ from collections.abc import Iterable, Mapping
 
 from rich.table import Table
 
+from molf.console import PlainConsole
 from molf.evaluate import Evaluation
 from molf.evaluate.harness import PREFIX
 from molf.evaluate.meanings import meanings
-from molf.masking.console import Console
 from molf.train.model_card import show_metric
 from molf.train.ownership import ADAPTER, LOW_HALVES, MODEL
 from molf.train.result import RunResult
-from molf.train.results import RESULTS
 from molf.train.saved_text import show_saved
 
 
 def print_summary(result: RunResult) -> None:
     """Print a finished run to standard output."""
-    console = Console(markup=False)
+    console = PlainConsole()
     table = Table(title=f"{result.directory.name}", title_justify="left")
     for column in ("metric", "before", "after", "count"):
         table.add_column(column, justify="left" if column == "metric" else "right")
@@ -30,7 +29,7 @@ def print_summary(result: RunResult) -> None:
             name, show_metric(before), show_metric(after), str(known.count if known else 0)
         )
     console.print(table)
-    _print_lines(console, _legend({**result.before.metrics, **result.after.metrics}))
+    console.lines(*_legend({**result.before.metrics, **result.after.metrics}))
     skipped = f", {result.skipped_steps} of them skipped" if result.skipped_steps else ""
     lines = [
         f"time     training {result.training_seconds:.1f} s ({result.steps} steps{skipped}, "
@@ -60,16 +59,18 @@ def print_summary(result: RunResult) -> None:
             else []
         ),
         f"run      {result.directory}",
-        f"compare  {result.directory.parent / RESULTS}",
+        *([f"compare  {result.results}"] if result.results is not None else []),
     ]
+    if result.silenced:
+        lines.append(f"silent   progress was shown until standard error broke: {result.silenced}")
     if result.shares:
         lines.append(f"decided  molf routing {result.directory}")
-    _print_lines(console, [*_notes(result.after), *lines])
+    console.lines(*_notes(result.after), *lines)
 
 
-def print_evaluations(evaluations: Mapping[str, Evaluation]) -> None:
-    """Print the metrics of each task in a table of its own to standard output."""
-    console = Console(markup=False)
+def print_evaluations(evaluations: Mapping[str, Evaluation], *, stderr: bool = False) -> None:
+    """Print the metrics of each task in a table of its own to standard output, or error."""
+    console = PlainConsole(stderr=stderr)
     for name, evaluation in evaluations.items():
         table = Table(title=name, title_justify="left")
         table.add_column("metric")
@@ -80,7 +81,7 @@ def print_evaluations(evaluations: Mapping[str, Evaluation]) -> None:
         console.print(table)
         # The harness's metrics may share a name with ours and mean something else.
         known = () if name.startswith(PREFIX) else evaluation.metrics
-        _print_lines(console, [*_legend(known), *_notes(evaluation)])
+        console.lines(*_legend(known), *_notes(evaluation))
 
 
 def _legend(metrics: Iterable[str]) -> list[str]:
@@ -100,8 +101,3 @@ def _notes(evaluation: Evaluation) -> list[str]:
         if note:
             lines.append(f"{name.replace('_', ' ')}: {note}")
     return lines
-
-
-def _print_lines(console: Console, lines: list[str]) -> None:
-    for line in lines:
-        console.print(line, markup=False, highlight=False, soft_wrap=True)

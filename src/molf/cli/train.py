@@ -28,6 +28,9 @@ def train_model(
         print_dry_run(dry_run(settings))
         return
     from molf.cli.summary import print_summary
+    from molf.streams import result_on_disk
     from molf.train.run import train
 
-    print_summary(train(settings))
+    result = train(settings)
+    with result_on_disk(f"The run in {result.directory} is complete"):
+        print_summary(result)

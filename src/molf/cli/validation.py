@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import cache
@@ -54,8 +54,9 @@ def validate_recipe(path: Path) -> Findings:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of a part of the options; all together follow below
         accepted, errors = _sort_out(path, command, options)
-    if command == "eval":
-        return Findings(command, errors, [])
+        if command == "eval":
+            return Findings(command, errors, [])
+        errors += _tracker_errors(path, accepted)
     errors += _training_args_errors(accepted)
     return Findings(command, errors, _training_warnings(path, accepted))
 
@@ -115,36 +116,57 @@ def _reader(command: str) -> App:
 
 def _parse(path: Path, command: str, options: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments that the command would be called with."""
-    from molf.cli.whole_numbers import check_whole_numbers
+    from molf.cli.values import check_values
 
     reader = _reader(command)
-    reader.config = (given_by(path, options), check_whole_numbers)
+    reader.config = (given_by(path, options), check_values)
     # The task of an evaluation may be left to the command line.
     task = ["--task", "sql"] if command == "eval" and not {"task", "tasks"} & set(options) else []
     _, bound, _ = reader.parse_args([command, *task], exit_on_error=False, print_error=False)
     return dict(bound.arguments)
 
 
+def _tracker_errors(path: Path, options: Mapping[str, Any]) -> list[str]:
+    """What the trainer's own list of trackers says; which are installed may differ elsewhere."""
+    from molf.train.settings import TrainSettings
+    from molf.train.training_arguments import check_trackers
+
+    settings = _parse(path, "train", options).get("settings", TrainSettings())
+    try:
+        check_trackers(settings.report_to, must_be_installed=False)
+    except InputError as error:
+        return [str(error)]
+    return []
+
+
 def _training_args_errors(options: Mapping[str, Any]) -> list[str]:
-    """What TRL's own arguments say; asked only if there are some, as importing it takes seconds."""
+    """What TRL's own arguments say, at first by their source: importing it takes seconds."""
+    from molf.train.training_arguments import check_training_args
+
     extra = options.get("training_args")
-    if not isinstance(extra, dict):
+    if not isinstance(extra, dict) or not extra:
         return []
+    given = {name: str(value) for name, value in extra.items()}
+    errors = _refusals(check_training_args, given)
+    if errors:
+        return errors
     from molf.train.libraries import quiet_libraries
 
     with quiet_libraries():
-        found = [_training_arg_error(name, str(value)) for name, value in extra.items()]
-    return [error for error in found if error is not None]
+        from molf.train.sft_config import parse_training_args
+
+        return _refusals(parse_training_args, given)
 
 
-def _training_arg_error(name: str, value: str) -> str | None:
-    from molf.train.sft_config import parse_training_args
-
-    try:
-        parse_training_args({name: value})
-    except InputError as error:
-        return str(error)
-    return None
+def _refusals(check: Callable[[dict[str, str]], object], given: Mapping[str, str]) -> list[str]:
+    """The message for each argument that a check refuses."""
+    messages = []
+    for name, value in given.items():
+        try:
+            check({name: value})
+        except InputError as error:
+            messages.append(str(error))
+    return messages
 
 
 def _training_warnings(path: Path, options: Mapping[str, Any]) -> list[str]:

@@ -6,6 +6,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from molf.errors import InputError
+from molf.inputs import read_input
 
 
 def default_plain_text() -> str:
@@ -22,16 +23,11 @@ def read_plain_text(path: str | Path) -> str:
     Raises:
         InputError: The file is missing, unreadable, not UTF-8, or blank.
     """
+    shown = f"forgetting_data: {path}"
     try:
-        text = Path(path).read_text(encoding="utf-8-sig")
+        text = read_input(path, shown).decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise InputError(
-            f"forgetting_data: {path} is not UTF-8 text (byte {error.start})."
-        ) from error
-    except FileNotFoundError as error:
-        raise InputError(f"forgetting_data: there is no file {path}.") from error
-    except (OSError, ValueError) as error:
-        raise InputError(f"forgetting_data: cannot read {path}: {error}.") from error
+        raise InputError(f"{shown} is not UTF-8 text (byte {error.start}).") from error
     if not text.strip():
         raise InputError(f"forgetting_data: {path} is empty; a plain text is needed.")
     return text

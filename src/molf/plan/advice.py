@@ -13,7 +13,7 @@ from molf.plan.memory import Planner
 from molf.plan.workload import QUANTISABLE, QUANTISATIONS, Workload, method_config
 
 _LEAST_LENGTH = 128
-_MOST_GPUS = 64
+MOST_GPUS = 64
 
 _Option = Callable[[Workload], Iterator[tuple[str, Workload]]]
 """An option's further and further values: how to give each, and the training with it."""
@@ -68,11 +68,19 @@ def suggestions(planner: Planner, workload: Workload, device: Device) -> list[Su
 def _first_that_fits(
     planner: Planner, workload: Workload, device: Device, option: _Option
 ) -> Suggestion | None:
-    for text, changed in option(workload):
+    """The first of an option's values that fits; each of them takes less than those before it."""
+    values = list(option(workload))
+    found = None
+    low, high = 0, len(values)
+    while low < high:  # by halves: a batch of a million has twenty values
+        middle = (low + high) // 2
+        text, changed = values[middle]
         peak = _peak_below(planner, changed, device)
-        if peak is not None:
-            return Suggestion((text,), changed, peak)
-    return None
+        if peak is None:
+            low = middle + 1
+        else:
+            found, high = Suggestion((text,), changed, peak), middle
+    return found
 
 
 def _peak_below(planner: Planner, workload: Workload, device: Device) -> int | None:
@@ -186,7 +194,7 @@ def _frozen_base(method: str) -> _Option:
 
 def _gpus(workload: Workload) -> Iterator[tuple[str, Workload]]:
     count = 2 * workload.num_gpus
-    while count <= _MOST_GPUS and not workload.steps_in_backward:
+    while count <= MOST_GPUS and not workload.steps_in_backward:
         yield f"--num_gpus {count}", replace(workload, num_gpus=count)
         count *= 2
 

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from molf.errors import InputError
-from molf.plan.advice import Suggestion, suggestions
-from molf.plan.devices import DEVICES, Device
+from molf.paths import expanded
+from molf.plan.advice import MOST_GPUS, Suggestion, suggestions
+from molf.plan.devices import DEVICES, Device, show_bytes
 from molf.plan.memory import MemoryPlan, Planner
 from molf.plan.model_shape import ModelShape
 from molf.plan.workload import Workload
+
+_FACTOR_BYTES = 12  # of a float32 and its two moments
 
 
 @dataclass(frozen=True)
@@ -92,7 +94,16 @@ def plan_training(
     _check_length(model, config, workload.length)
     planner = Planner(config)
     shape = planner.shape(workload)
-    memory = planner.memory(workload)
+    _check_factors(shape, workload)
+    try:
+        memory = planner.memory(workload)
+    except RuntimeError as error:  # torch counts the bytes of a tensor in 63 bits
+        if "overflow" not in str(error).lower():
+            raise
+        raise InputError(
+            f"Invalid max_length={workload.length} with {workload.batch_size} examples at once: a "
+            "tensor of theirs would have 2**63 bytes or more."
+        ) from error
     kept, recomputed = (
         planner.memory(replace(workload, checkpointing=value)) for value in (False, True)
     )
@@ -104,6 +115,20 @@ def plan_training(
     return TrainingPlan(model, workload, shape, memory, kept, recomputed, advice)
 
 
+def _check_factors(shape: ModelShape, workload: Workload) -> None:
+    """Refuse LoRA factors that no devices hold: to plan such steps takes longer than to refuse."""
+    numbers = sum(count for name, count in shape.experts.items() if name != "full")
+    needed = _FACTOR_BYTES * numbers
+    largest = MOST_GPUS * DEVICES[-1].usable
+    if workload.config is not None and needed > largest:
+        ranks = ",".join(map(str, workload.config.ranks))
+        raise InputError(
+            f"Invalid ranks={ranks}: LoRA factors of {numbers:,} numbers take "
+            f"{show_bytes(needed)} with their moments, and {MOST_GPUS} GPUs of "
+            f"{DEVICES[-1].name} have {show_bytes(largest)}. Give smaller --ranks."
+        )
+
+
 def read_model_config(model: str) -> Any:
     """Read a model's configuration from a directory, or from the Hub: `config.json` alone.
 
@@ -112,7 +137,7 @@ def read_model_config(model: str) -> Any:
     """
     from transformers import AutoConfig
 
-    path = Path(model).expanduser()
+    path = expanded(model)
     name = str(path) if path.is_dir() else model
     try:
         return AutoConfig.from_pretrained(name, trust_remote_code=False)

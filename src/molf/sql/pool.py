@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import queue
-import tempfile
+import weakref
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any, TypeVar
 
 from molf.sql.worker import Worker
+from molf.train.files import scratch_directory
 
 Reply = TypeVar("Reply")
 
@@ -35,7 +37,9 @@ class WorkerPool:
         self._paths = paths
         self._size = size
         self._closed = False
-        self._folder = tempfile.TemporaryDirectory(prefix="molf-worker-")
+        scratch = ExitStack()
+        self._folder = scratch.enter_context(scratch_directory("worker"))
+        self._remove_folder = weakref.finalize(self, scratch.close)
         # None stands for a worker that is yet to be started, or to be replaced. The one used last
         # is used next, so that no more are started than are needed at once.
         self._idle: queue.LifoQueue[Worker | None] = queue.LifoQueue()
@@ -45,7 +49,7 @@ class WorkerPool:
     @property
     def folder(self) -> str:
         """The workers' working directory, which stays empty."""
-        return self._folder.name
+        return str(self._folder)
 
     def ask(
         self,
@@ -93,7 +97,7 @@ class WorkerPool:
             worker = self._idle.get()
             if worker is not None:
                 worker.close()
-        self._folder.cleanup()
+        self._remove_folder()
 
     def __enter__(self) -> WorkerPool:
         return self

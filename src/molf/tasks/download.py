@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-import http.client
 import os
-import tempfile
 import urllib.parse
-import urllib.request
 from pathlib import Path
 
 from molf.errors import InputError
-from molf.tasks.files import SUFFIXES, first_line
+from molf.tasks.fetch import FetchError, fetch, most_bytes
+from molf.tasks.files import SUFFIXES
+from molf.train.files import replacing_file
 
-_TIMEOUT = 60  # seconds without an answer
+_LONGEST_NAME = 60  # characters; systems allow 255 bytes
 
 
 def is_url(source: str) -> bool:
@@ -32,7 +31,7 @@ def cached(url: str) -> Path:
     """Where the local copy of a data file is, or would be."""
     name = Path(urllib.parse.urlparse(url).path).name
     digest = hashlib.sha256(url.encode()).hexdigest()[:16]
-    return cache_folder() / f"{digest}-{name}"
+    return cache_folder() / f"{digest}-{name[-_LONGEST_NAME:]}"
 
 
 def download(url: str, option: str) -> Path:
@@ -45,38 +44,28 @@ def download(url: str, option: str) -> Path:
     Raises:
         InputError: The address names no data file or does not answer.
     """
-    if Path(urllib.parse.urlparse(url).path).suffix.lower() not in SUFFIXES:
+    try:
+        suffix = Path(urllib.parse.urlparse(url).path).suffix
+    except ValueError as error:  # such as brackets that no IPv6 address is in
+        raise InputError(f"{option}: {url} is not an address: {error}.") from error
+    if suffix.lower() not in SUFFIXES:
         raise InputError(f"{option}: {url} is not the address of a {', '.join(SUFFIXES)} file.")
     target = cached(url)
-    if target.is_file():
+    if os.path.isfile(target):
         return target
     try:
-        with urllib.request.urlopen(url, timeout=_TIMEOUT) as response:
-            # read() without a size checks that all of the announced length has come.
-            content: bytes = response.read()
-    except (OSError, http.client.HTTPException, ValueError) as error:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        # Beside its place, then renamed: half of a file must not look like the whole.
+        with replacing_file(target) as partial:
+            fetch(url, partial, most_bytes())
+    except FetchError as error:
         raise InputError(
-            f"{option}: cannot download {url} ({first_line(error)}). "
-            f"Give a local copy of it with --{option} FILE."
+            f"{option}: cannot download {url} ({error}). Give a local copy of it with --{option} "
+            "FILE."
         ) from error
-    try:
-        _keep(content, target)
     except OSError as error:
         raise InputError(
             f"{option}: {url} cannot be kept in {target.parent}: {error.strerror}. Set MOLF_CACHE "
             f"to a folder that can be written, or give a local copy with --{option} FILE."
         ) from error
     return target
-
-
-def _keep(content: bytes, target: Path) -> None:
-    """Write a file beside its place and rename it: half of one must not look like the whole."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=target.parent, delete=False) as partial:
-        try:
-            partial.write(content)
-            partial.flush()
-            os.replace(partial.name, target)
-        except BaseException:
-            os.unlink(partial.name)
-            raise

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from molf.errors import InputError
+from molf.inputs import check_ordinary, read_input
 
 Record = dict[str, Any]
 
@@ -66,11 +67,9 @@ def first_line(error: BaseException) -> str:
 
 def _read_text(path: Path) -> str:
     try:
-        return path.read_bytes().decode("utf-8-sig")
+        return read_input(path, str(path)).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise InputError(f"{path} is not UTF-8 text (byte {error.start}).") from error
-    except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror}.") from error
 
 
 def read_json(path: Path) -> list[Record]:
@@ -142,8 +141,10 @@ def _read_parquet(path: Path) -> list[Record]:
     import pyarrow
     import pyarrow.parquet
 
+    check_ordinary(path, str(path))
     try:
-        rows: list[Record] = pyarrow.parquet.read_table(path).to_pylist()
+        with path.open("rb") as file:  # pyarrow takes no path whose bytes are not UTF-8
+            rows: list[Record] = pyarrow.parquet.read_table(file).to_pylist()
     except (pyarrow.ArrowException, OSError) as error:
         raise InputError(f"{path} is not a readable Parquet file: {first_line(error)}") from error
     return [without_nulls(row) for row in rows]

@@ -8,6 +8,8 @@ from collections.abc import Collection
 from pathlib import Path
 
 from molf.errors import InputError
+from molf.inputs import check_ordinary
+from molf.paths import expanded
 from molf.tasks.download import cached, download, is_url
 from molf.tasks.files import (
     SUFFIXES,
@@ -29,6 +31,7 @@ _SPLIT_WORDS = {
     "val": "validation",
     "dev": "validation",
 }
+_MOST_ENTRIES = 100_000  # of a folder, whatever they are called
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
@@ -74,7 +77,7 @@ def data_files(source: str) -> list[Path]:
     if is_url(source):
         copy = cached(source)
         return [copy] if copy.is_file() else []
-    path = Path(source).expanduser()
+    path = expanded(source)
     if os.path.isdir(path):
         return _files_in(path)
     return [path] if os.path.isfile(path) else []
@@ -83,7 +86,7 @@ def data_files(source: str) -> list[Path]:
 def _read(source: str, option: str) -> dict[str, list[Record]]:
     if is_url(source):
         return {"train": read_file(download(source, option))}
-    path = Path(source).expanduser()
+    path = expanded(source)
     try:
         is_folder, is_file = path.is_dir(), path.is_file()
     except (OSError, ValueError) as error:  # a name too long, a null byte
@@ -92,6 +95,7 @@ def _read(source: str, option: str) -> dict[str, list[Record]]:
         return _read_folder(path)
     if is_file:
         return {"train": read_file(path)}
+    check_ordinary(path, f"{option}: {source}")
     if _looks_local(source):
         raise InputError(f"{option}: file not found: there is no file or folder {source}.")
     return _read_hub(source, option)
@@ -125,11 +129,32 @@ def _read_folder(folder: Path) -> dict[str, list[Record]]:
 
 
 def _files_in(folder: Path) -> list[Path]:
-    return sorted(
-        path
-        for path in folder.rglob("*")
-        if path.suffix.lower() in SUFFIXES and path.is_file() and not path.name.startswith(".")
-    )
+    """The data files of a folder and of the folders in it, by path.
+
+    Raises:
+        InputError: A folder cannot be read, what is called as a data file is none, or there are so
+            many files that another folder must be meant.
+    """
+    found: list[Path] = []
+    seen = 0
+    for place, folders, names in os.walk(folder, onerror=_refuse_folder):
+        folders.sort()
+        seen += len(names) + len(folders)
+        if seen > _MOST_ENTRIES:
+            raise InputError(
+                f"{folder} holds more than {_MOST_ENTRIES:,} files. Give the folder of the data "
+                "files alone."
+            )
+        for name in names:
+            path = Path(place, name)
+            if path.suffix.lower() in SUFFIXES and not name.startswith("."):
+                check_ordinary(path, str(path))
+                found.append(path)
+    return sorted(found)
+
+
+def _refuse_folder(error: OSError) -> None:
+    raise InputError(f"{error.filename} cannot be read: {error.strerror}.") from error
 
 
 def _split_of(path: Path) -> str | None:

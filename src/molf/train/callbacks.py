@@ -108,14 +108,14 @@ class MetricsCallback(TrainerCallback):
     """Appends each of the trainer's log entries to `metrics.jsonl`, and shows it.
 
     Args:
-        path: The file.
+        path: Tells where the file is, each time that a line is written.
         show: Shows a step, and its log entry if it has one.
         without: Figures of the trainer's that mean nothing in this run.
     """
 
     def __init__(
         self,
-        path: Path,
+        path: Callable[[], Path],
         show: Callable[[int, dict[str, Any] | None], None],
         without: tuple[str, ...] = (),
     ) -> None:

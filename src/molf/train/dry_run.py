@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import random
-import tempfile
 import time
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +16,7 @@ from molf.plan.quantised_base import planned_as
 from molf.plan.workload import METHODS, Workload
 from molf.tasks import Task
 from molf.tasks.encoding import EncodedSamples
+from molf.train.files import scratch_directory
 from molf.train.methods import TrainingData, plan
 from molf.train.opening import Opening, open_training
 from molf.train.progress import Reporter
@@ -85,17 +84,18 @@ def rehearse(settings: ResolvedSettings, task: Task, reporter: Reporter) -> DryR
     for note in opening.notes:
         reporter.say(note)
     short_steps = _ADALORA_STEPS if settings.method == "adalora" else STEPS
-    longest = _longest(encoded, short_steps, settings)
+    batch = _actual_batch(settings, len(samples))
+    longest = _longest(encoded, short_steps, batch)
     examples = len(encoded.input_ids)
     steps = drawn_steps = count_steps(opening.arguments, examples)
     if len(drawn) < len(samples):
         steps = count_steps(opening.arguments, round(len(samples) * examples / len(drawn)))
     made = plan(base.model, settings, TrainingData(encoded, drawn_steps))
     check_saving(base, settings, made, steps, task.evaluation_count)
-    with tempfile.TemporaryDirectory(prefix="molf-dry-run-") as scratch:
+    with scratch_directory("dry-run") as scratch:
         short = replace(
-            settings,
-            output_dir=Path(scratch) / "run",
+            batch,
+            output_dir=scratch / "run",
             max_steps=short_steps,
             warmup_ratio=0.0,
             save_steps=None,
@@ -105,18 +105,19 @@ def rehearse(settings: ResolvedSettings, task: Task, reporter: Reporter) -> DryR
         )
         arguments = sft_config(short)
         arguments.train_sampling_strategy = "sequential"
-        planned, at_limit = _planned(opening, longest, settings, arguments)
+        planned, at_limit = _planned(opening, longest, batch, arguments)
         watch = _Watch(arguments.device)
         try:
-            run_training(
-                base,
-                TrainingData(longest, short_steps),
-                short,
-                arguments,
-                RunDirectory(short.output_dir, overwrite=False),
-                reporter,
-                callbacks=[watch],
-            )
+            with RunDirectory(short.output_dir, overwrite=False) as directory:
+                run_training(
+                    base,
+                    TrainingData(longest, short_steps),
+                    short,
+                    arguments,
+                    directory,
+                    reporter,
+                    callbacks=[watch],
+                )
         finally:
             watch.stop()
     on_cuda = arguments.device.type == "cuda"
@@ -124,7 +125,7 @@ def rehearse(settings: ResolvedSettings, task: Task, reporter: Reporter) -> DryR
         examples=len(samples),
         tokenized=len(drawn),
         left_out=encoded.left_out,
-        batch_size=settings.per_device_train_batch_size,
+        batch_size=batch.per_device_train_batch_size,
         length=max(map(len, longest.input_ids)),
         planned=planned,
         measured=watch.peak.bytes,
@@ -133,7 +134,7 @@ def rehearse(settings: ResolvedSettings, task: Task, reporter: Reporter) -> DryR
         limit=opening.max_length,
         seconds=watch.seconds,
         steps=steps,
-        estimated_seconds=watch.seconds * steps * _share_of_tokens(encoded, longest, settings),
+        estimated_seconds=watch.seconds * steps * _share_of_tokens(encoded, longest, batch),
     )
 
 
@@ -189,6 +190,17 @@ class _Watch(TrainerCallback):
     def _wait(self) -> None:
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
+
+
+def _actual_batch(settings: ResolvedSettings, examples: int) -> ResolvedSettings:
+    """The settings with a batch that the training will see: none has more than all examples."""
+    size = min(settings.per_device_train_batch_size, examples)
+    batches = -(-examples // size)
+    return replace(
+        settings,
+        per_device_train_batch_size=size,
+        gradient_accumulation_steps=min(settings.gradient_accumulation_steps, batches),
+    )
 
 
 def _longest(encoded: EncodedSamples, steps: int, settings: ResolvedSettings) -> EncodedSamples:

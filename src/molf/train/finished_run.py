@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,7 +12,10 @@ from typing import Any
 import yaml
 
 from molf.errors import InputError
-from molf.paths import check_path
+from molf.inputs import read_input
+from molf.paths import check_path, expanded
+from molf.train.files import clear_unfinished
+from molf.train.locks import InUseError, Lock
 from molf.train.ownership import ADAPTER, CONFIG, MODEL, is_run, is_run_config
 from molf.train.run_around import why_no_run
 
@@ -68,6 +74,27 @@ class FinishedRun:
                 "(--what model), or train with --method molf-e or lora."
             )
 
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        """Keep the run from being replaced during the block.
+
+        What killed processes have left in it is removed first.
+
+        Raises:
+            InputError: It goes on.
+        """
+        with ExitStack() as stack:
+            try:
+                stack.enter_context(Lock(self.path, shared=True))
+                clear_unfinished(self.path)
+            except InUseError as error:
+                raise InputError(
+                    f"{self.path} is in use: its run goes on. Wait for its end."
+                ) from error
+            except OSError:
+                pass  # not readable; what is in it may be
+            yield
+
     def _why_no_adapter(self) -> str:
         if self.method == "fft":
             return "method=fft trains the weights themselves"
@@ -82,13 +109,15 @@ def read_run(path: Path) -> FinishedRun:
     Raises:
         InputError: The directory is no run of `molf train`.
     """
-    path = path.expanduser()
+    path = expanded(path)
     check_run(path)
+    if not os.path.lexists(path / CONFIG):
+        raise InputError(f"{path} is not a run of `molf train`: it has no {CONFIG}.")
     try:
-        config = yaml.safe_load((path / CONFIG).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"{path} is not a run of `molf train`: it has no {CONFIG}.") from None
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        config = yaml.safe_load(read_input(path / CONFIG, f"{path / CONFIG}").decode())
+    except InputError:
+        raise
+    except (ValueError, RecursionError, yaml.YAMLError) as error:
         raise InputError(f"{path / CONFIG} cannot be read: {error}") from error
     if not is_run_config(config):
         raise InputError(f"{path / CONFIG} is not that of a run of `molf train`.")

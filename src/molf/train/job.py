@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import csv
 import gc
-import tempfile
 import time
-import traceback
 import warnings
 from collections.abc import Mapping
 from contextlib import suppress
@@ -21,7 +18,6 @@ from trl import SFTConfig
 from molf.core.quantised import Quantisation
 from molf.errors import InputError
 from molf.evaluate import Evaluation, EvaluationSettings, evaluate
-from molf.masking import mask_text
 from molf.tasks import Task
 from molf.train.defaults import ADAPTERS, MERGE_BASES
 from molf.train.environment import environment
@@ -35,7 +31,6 @@ from molf.train.opening import open_training
 from molf.train.ownership import (
     CONFIG,
     ENVIRONMENT,
-    ERROR_LOG,
     EVALUATION,
     LOW_HALVES,
     MODEL,
@@ -45,13 +40,14 @@ from molf.train.progress import Reporter
 from molf.train.provenance import file_records
 from molf.train.resolved import ResolvedSettings
 from molf.train.result import RunError, RunResult, evaluation_record, results_row
-from molf.train.results import RESULTS, append_result
+from molf.train.results import append_result
 from molf.train.room_needed import Needed
 from molf.train.routing_meaning import routing_meaning, routing_shares_text
 from molf.train.run_directory import RunDirectory
 from molf.train.saved_tensors import Stored, Storing, default_dtype
 from molf.train.saving_check import check_saving, storing_of
 from molf.train.steps import count_steps
+from molf.train.tracebacks import write_traceback
 from molf.train.training import Training, run_training
 
 
@@ -103,32 +99,39 @@ def run_job(
         opening.quantisation,
         directory,
         files,
+        environment(arguments.device, started),
         room,
     )
+    with directory:
+        try:
+            job.write_config()
+            result = job.run()
+            directory.complete()
+        except _UnusableDataError as error:
+            directory.discard()
+            raise InputError(str(error)) from error
+        except KeyboardInterrupt:
+            where = f"what was written is in {directory.path}.{directory.kept()}"
+            reporter.say(f"Interrupted; {where}")
+            raise
+        except Exception as error:
+            cause = str(error).strip().split("\n")[0] or type(error).__name__
+            log = write_traceback(directory)
+            raise RunError(f"{cause} {log}{_trained(directory)}{directory.kept()}") from error
+    return replace(result, results=_add_row(result, settings, started))
+
+
+def _add_row(result: RunResult, settings: ResolvedSettings, started: datetime) -> Path | None:
+    """Add the run's row to the table beside it; return the table, or None if that failed."""
+    folder = result.directory.parent
     try:
-        job.write_config()
-        write_json(directory / ENVIRONMENT, environment(arguments.device, started))
-        result = job.run()
-        directory.complete()
-    except _UnusableDataError as error:
-        directory.discard()
-        raise InputError(str(error)) from error
-    except KeyboardInterrupt:
-        reporter.say(f"Interrupted; what was written is in {directory.path}.{_kept(directory)}")
-        raise
-    except Exception as error:
-        cause = str(error).strip().split("\n")[0] or type(error).__name__
-        log = _write_traceback(directory)
-        where = f" (traceback: {log})" if log is not None else ""
-        raise RunError(f"{cause}{where}{_trained(directory)}{_kept(directory)}") from error
-    results = directory.path.parent / RESULTS
-    try:
-        append_result(results, results_row(result, settings, started))
-    except (OSError, ValueError, csv.Error) as error:
+        return append_result(folder, results_row(result, settings, started))
+    except (OSError, ValueError) as error:
         warnings.warn(
-            f"The run is complete, but its row was not added to {results}: {error}", stacklevel=2
+            f"The run is complete, but its row was not added to a table in {folder}: {error}",
+            stacklevel=3,
         )
-    return result
+        return None
 
 
 class _UnusableDataError(Exception):
@@ -152,12 +155,13 @@ class _Job:
     quantisation: Quantisation | None
     directory: RunDirectory
     files: dict[str, list[dict[str, Any]]]
+    environment: dict[str, Any]
     room: Needed
 
     def write_config(
         self, training: Training | None = None, saved: Mapping[str, Any] | None = None
     ) -> None:
-        """Write the settings, and what a reader has to know beside them.
+        """Write the settings and the environment, and what a reader has to know beside them.
 
         Args:
             training: What the training did, once that is known.
@@ -201,6 +205,7 @@ class _Job:
         # As a recipe, the file must not make a later run replace this one.
         options = replace(self.settings, overwrite=False).as_options()
         write_yaml(self.directory / CONFIG, {**options, "run": record})
+        write_json(self.directory / ENVIRONMENT, self.environment)
 
     def _meaning(self, training: Training) -> str:
         """What the routing came to, in words; empty without routing."""
@@ -212,7 +217,6 @@ class _Job:
     def run(self) -> RunResult:
         """Measure, train, save, measure what was saved, and write everything down."""
         device = self.arguments.device
-        model_path = self.directory / MODEL
         reset_peak_memory(device)
         left_out = self.data.samples.left_out
         if left_out:
@@ -247,10 +251,10 @@ class _Job:
                 self.base,
                 self.storing,
                 card,
-                model_path,
+                self.directory / MODEL,
                 start_dtype=self._start_dtype(),
                 halves_path=self.directory / LOW_HALVES,
-                keep=Keep.of(self.settings),
+                keep=Keep.of(self.settings, self.directory.path),
             )
         except SaveError:
             with suppress(OSError):
@@ -262,13 +266,23 @@ class _Job:
         training.model = self.base.model = None  # make room for what was saved
         del stored
         gc.collect()
+        model_path = self.directory / MODEL
+        if not model_path.is_dir():
+            raise FileNotFoundError(
+                f"the saved model was deleted before it was measured: {model_path}"
+            )
         saved = load_model(str(model_path), getattr(torch, self.settings.dtype))
         after, after_seconds = self._evaluate(saved, "Evaluating the saved model")
 
         card = model_card(
             self.settings, description, before, after, routing=routed, saved=saved_record
         )
-        write_text(model_path / "README.md", card)
+        model_path = self.directory / MODEL
+        if model_path.is_dir():
+            write_text(model_path / "README.md", card)
+        else:  # it was deleted while it was measured
+            save_model(saved.model, self.base, self.storing, card, model_path)
+        self.write_config(training, saved_record)
         write_jsonl(self.directory / PREDICTIONS, after.predictions)
         write_json(
             self.directory / EVALUATION,
@@ -343,29 +357,7 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _kept(directory: RunDirectory) -> str:
-    return f" The earlier run is kept in {directory.replaced}." if directory.replaced else ""
-
-
 def _trained(directory: RunDirectory) -> str:
     """Where the trained model is, if what failed came after it was saved."""
     model = directory / MODEL
     return f" The trained model is whole in {model}." if (model / "config.json").is_file() else ""
-
-
-def _write_traceback(directory: RunDirectory) -> Path | None:
-    """Write the current traceback into the run, or elsewhere; return where, None for nowhere."""
-    text = mask_text(traceback.format_exc())
-    log = directory / ERROR_LOG
-    try:
-        write_text(log, text)
-    except OSError:
-        try:
-            with tempfile.NamedTemporaryFile(
-                "w", prefix="molf-error-", suffix=".log", delete=False, encoding="utf-8"
-            ) as file:
-                file.write(text)
-        except OSError:
-            return None
-        return Path(file.name)
-    return log

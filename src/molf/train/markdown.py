@@ -8,13 +8,15 @@ from typing import Any
 
 import yaml
 
+from molf.shown import as_line
+
 
 def code(text: str) -> str:
     """A text as a code span, in which nothing but backticks means anything.
 
     Line breaks and characters that cannot be seen are written as escapes.
     """
-    shown = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text) or " "
+    shown = as_line(text) or " "
     fence = _backticks(shown, 1)
     space = " " if shown.startswith("`") or shown.endswith("`") else ""
     return f"{fence}{space}{shown}{space}{fence}"

@@ -10,11 +10,12 @@ from transformers import AutoConfig
 from transformers.utils import GENERATION_CONFIG_NAME, cached_file
 
 from molf.errors import InputError
+from molf.paths import expanded
 
 
 def place_of(model: str) -> str:
     """Return a model as transformers takes it: the path of a directory, or a Hub id."""
-    path = Path(model).expanduser()
+    path = expanded(model)
     return str(path) if path.is_dir() else model
 
 

@@ -7,7 +7,8 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from molf.errors import InputError
-from molf.paths import check_path
+from molf.inputs import DIRECTORY, special_kind
+from molf.paths import check_path, check_unicode, expanded
 from molf.train.run_around import why_no_model
 from molf.train.settings import TrainSettings
 
@@ -18,11 +19,13 @@ def check_model(model: str) -> None:
     Raises:
         InputError: It is not; the message says what was looked for.
     """
-    path = Path(model).expanduser()
+    path = expanded(model)
     check_path(path, "model")
+    check_unicode(path, "model")
     if path.is_dir():
         if (reason := why_no_model(path)) is not None:
             raise InputError(f"model {model} {reason}")
+        _check_entries(path)
     elif path.exists():
         raise InputError(f"model {model} is a file. Give the directory of a checkpoint.")
     elif not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", model):
@@ -31,6 +34,14 @@ def check_model(model: str) -> None:
         )
     else:
         _check_hub(model)
+
+
+def _check_entries(folder: Path) -> None:
+    """Refuse a pipe or a device among a checkpoint's files: transformers would wait for it."""
+    for entry in sorted(folder.iterdir()):
+        kind = special_kind(entry)
+        if kind not in (None, DIRECTORY):
+            raise InputError(f"model {folder}: {entry.name} is {kind}, and no ordinary file.")
 
 
 def check_quantisation(settings: TrainSettings) -> None:

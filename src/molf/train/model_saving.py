@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from transformers.utils import SAFE_WEIGHTS_NAME
 from molf.core.quantised import quantisation_of
 from molf.errors import InputError
 from molf.train.elsewhere import check_written, keep_elsewhere, places
-from molf.train.files import replacing_directory, write_text
+from molf.train.files import replacing_directory, scratch_directory, write_text
 from molf.train.low_halves import LowHalves
 from molf.train.model_card import adapter_card
 from molf.train.model_loading import LoadedModel
@@ -58,9 +57,9 @@ class Keep:
     chosen: Path | None = None
 
     @classmethod
-    def of(cls, settings: ResolvedSettings) -> Keep:
-        """For a run with these settings."""
-        return cls(settings.output_dir, settings.model, settings.fallback_dir)
+    def of(cls, settings: ResolvedSettings, run: Path) -> Keep:
+        """For a run with these settings in this directory."""
+        return cls(run, settings.model, settings.fallback_dir)
 
     def model(self, write: Callable[[Path], None], size: int) -> str:
         """Keep a whole model; return a sentence on where it is."""
@@ -283,8 +282,7 @@ def rehearse_saving(base: LoadedModel, name: str) -> int:
         InputError: It cannot be saved: after the training it could not be either.
     """
     try:
-        with tempfile.TemporaryDirectory(prefix="molf-save-") as scratch:
-            directory = Path(scratch)
+        with scratch_directory("save") as directory:
             if not is_quantised_model(base.model):
                 file_state(base.model)  # of shared tensors, some cannot be saved
             base.config.save_pretrained(directory)
@@ -327,7 +325,9 @@ def save_adapter(
         write(directory / ADAPTER)
         check_written(directory / ADAPTER, {})
 
-    with saving(path, size, lambda: Keep.of(settings).adapter(write_kept, size)) as directory:
+    with saving(
+        path, size, lambda: Keep.of(settings, path.parent).adapter(write_kept, size)
+    ) as directory:
         write(directory)
 
 

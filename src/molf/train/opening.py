@@ -20,6 +20,7 @@ from molf.evaluate.padding import right_padding_counts
 from molf.plan.reach import Reach, describe, find_reach
 from molf.tasks.encoding import EncodedSamples, encode_samples
 from molf.tasks.samples import Sample
+from molf.train.factors_memory import check_factors
 from molf.train.loss_check import check_loss
 from molf.train.methods import check
 from molf.train.methods.storage import check_kernels
@@ -70,6 +71,7 @@ def open_training(settings: ResolvedSettings, samples: Sequence[Sample]) -> Open
     check_device(quantisation, arguments.device)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Rank .* exceeds the smaller side")  # see `plan`
+        check_factors(skeleton, settings, arguments.device)
         check(skeleton, settings)
     base = load_model(settings.model, getattr(torch, settings.dtype))
     max_length = length_limit(base.model, settings.max_length)

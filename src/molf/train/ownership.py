@@ -6,13 +6,14 @@
 from __future__ import annotations
 
 import json
-import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, ClassVar
 
 import yaml
+
+from molf.train.files import is_unfinished
 
 CONFIG = "config.yaml"
 ENVIRONMENT = "environment.json"
@@ -42,7 +43,6 @@ _RUN_ENTRIES = frozenset(
         ERROR_LOG,
     }
 )
-_UNFINISHED = re.compile(r"\..+\.\d+\.tmp(\.replaced)?")  # what a killed process leaves
 
 
 class Ownership(ABC):
@@ -130,7 +130,7 @@ def predictions_in(path: Path) -> list[Path]:
 
 
 def _foreign(entries: Iterable[Path]) -> str | None:
-    names = sorted(entry.name for entry in entries if not _UNFINISHED.fullmatch(entry.name))
+    names = sorted(entry.name for entry in entries if not is_unfinished(entry.name))
     if not names:
         return None
     more = f" and {len(names) - 1} more" if len(names) > 1 else ""

@@ -14,8 +14,10 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from molf.console import PlainConsole
 from molf.masking import mask_text
-from molf.masking.console import Console
+from molf.shown import as_line
+from molf.streams import silenced
 
 ShowEvaluation = Callable[[str, int, int], None]
 ShowTraining = Callable[[int, Mapping[str, Any] | None], None]
@@ -30,7 +32,8 @@ class Reporter:
         console: Where to write; standard error, so that results can be piped.
     """
 
-    def __init__(self, console: Console) -> None:
+    def __init__(self, console: PlainConsole) -> None:
+        console.file = silenced(console.file)  # a run goes on where nobody can read of it
         self._console = console
 
     def say(self, text: str) -> None:
@@ -65,13 +68,13 @@ class TerminalReporter(Reporter):
     @contextmanager
     def evaluating(self, title: str) -> Iterator[ShowEvaluation]:
         """Show an evaluation as a bar per kind of measurement."""
-        title = mask_text(title)
         with self._progress() as progress:
             bars: dict[str, Any] = {}
 
             def show(what: str, done: int, total: int) -> None:
                 if what not in bars:
-                    bars[what] = progress.add_task(f"{title}: {what}", total=total, detail="")
+                    name = as_line(mask_text(f"{title}: {what}"))
+                    bars[what] = progress.add_task(name, total=total, detail="")
                 progress.update(bars[what], completed=done, total=total)
 
             yield show
@@ -105,16 +108,9 @@ class TerminalReporter(Reporter):
         )
 
 
-class _ProgressConsole(Console):
-    """A console that falls silent when nobody reads it any more; rich would end the run."""
-
-    def on_broken_pipe(self) -> None:
-        self.quiet = True
-
-
 def make_reporter() -> Reporter:
     """Return the reporter that fits standard error."""
-    console = _ProgressConsole(stderr=True)
+    console = PlainConsole(stderr=True)
     return TerminalReporter(console) if console.is_terminal else Reporter(console)
 
 

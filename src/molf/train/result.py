@@ -39,6 +39,8 @@ class RunResult:
         shares: Share of layers that each expert won; empty without routing.
         routing: What the routing came to, in words; empty without routing.
         saved: How the model was stored, and how much of the training that kept.
+        silenced: Why standard error took no more progress and warnings; empty if it took all.
+        results: The table that has the run's row; None if it could not be added.
         kernels: Who computed the optimizer's steps, eager torch or triton; None where that is not
             the run's to choose.
     """
@@ -61,6 +63,8 @@ class RunResult:
     skipped_steps: int = 0
     saved: dict[str, Any] = field(default_factory=dict)
     kernels: str | None = None
+    silenced: str = ""
+    results: Path | None = None
 
 
 def evaluation_record(evaluation: Evaluation) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -40,7 +40,7 @@ class RoutingWriter:
     that cannot be written is tried again when the next one is due.
 
     Args:
-        directory: Where the parts go; made with the first part.
+        directory: Where the parts go, or what tells when a part is written; made with the first.
         rows_per_part: Write a part when this many rows are pending ...
         seconds_per_part: ... or the oldest of them has waited this long.
 
@@ -49,15 +49,24 @@ class RoutingWriter:
     """
 
     def __init__(
-        self, directory: Path, *, rows_per_part: int = 250_000, seconds_per_part: float = 60.0
+        self,
+        directory: Path | Callable[[], Path],
+        *,
+        rows_per_part: int = 250_000,
+        seconds_per_part: float = 60.0,
     ) -> None:
-        self.directory = directory
+        self._directory = directory
         self.rows_per_part = rows_per_part
         self.seconds_per_part = seconds_per_part
         self._parts = 0
         self._pending: dict[str, list[Any]] = {name: [] for name in SCHEMA.names}
         self._waiting_since = 0.0
         self._fails = False
+
+    @property
+    def directory(self) -> Path:
+        """Where the next part goes."""
+        return self._directory() if callable(self._directory) else self._directory
 
     def __enter__(self) -> RoutingWriter:
         return self
@@ -118,9 +127,10 @@ class RoutingWriter:
         """
         if not self._pending["step"]:
             return
-        self.directory.mkdir(exist_ok=True)
+        directory = self.directory
+        directory.mkdir(exist_ok=True)
         table = pa.table(self._pending, schema=SCHEMA)
-        with replacing_file(self.directory / f"part-{self._parts:05d}.parquet") as path:
+        with replacing_file(directory / f"part-{self._parts:05d}.parquet") as path:
             pq.write_table(table, path)
         self._parts += 1
         for values in self._pending.values():

@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from datetime import datetime
 from typing import TYPE_CHECKING
 
 from molf.evaluate import read_plain_text
 from molf.masking import learn
 from molf.paths import check_inputs_outside
+from molf.streams import console_that_may_break
 from molf.tasks import Task, load_task
 from molf.train.model_path import check_model, check_quantisation
 from molf.train.progress import Reporter, make_reporter
 from molf.train.resolved import ResolvedSettings, resolve
 from molf.train.result import RunResult
-from molf.train.results import RESULTS, check_results
-from molf.train.run_directory import check_fallback, check_output
+from molf.train.results import check_results
+from molf.train.run_directory import check_fallback, check_output, runs_kept
 from molf.train.settings import TrainSettings
+from molf.train.training_arguments import check_trackers, check_training_args
 from molf.train.training_data import warn_of_equal_data
 
 if TYPE_CHECKING:
     from molf.train.dry_run import DryRun
+
+_INPUTS = ("model", "data", "eval_data", "forgetting_data")
 
 
 def train(settings: TrainSettings, reporter: Reporter | None = None) -> RunResult:
@@ -37,14 +42,18 @@ def train(settings: TrainSettings, reporter: Reporter | None = None) -> RunResul
         RunError: The run failed; its directory holds the traceback.
     """
     started = datetime.now().astimezone()
-    resolved, task, forgetting_text = _opened(settings, started)
+    with console_that_may_break() as errors:
+        resolved, task, forgetting_text = _opened(settings, started)
 
-    from molf.train.libraries import quiet_libraries
+        from molf.train.libraries import quiet_libraries
 
-    with quiet_libraries():
-        from molf.train.job import run_job
+        sources = (getattr(resolved, name) for name in _INPUTS)
+        with quiet_libraries(), runs_kept(sources):
+            from molf.train.job import run_job
 
-        return run_job(resolved, task, forgetting_text, reporter or make_reporter(), started)
+            reporter = reporter or make_reporter()
+            result = run_job(resolved, task, forgetting_text, reporter, started)
+    return replace(result, silenced=str(errors[0])) if errors else result
 
 
 def dry_run(settings: TrainSettings, reporter: Reporter | None = None) -> DryRun:
@@ -57,27 +66,38 @@ def dry_run(settings: TrainSettings, reporter: Reporter | None = None) -> DryRun
     Raises:
         InputError: The options, the data or the model are wrong.
     """
-    resolved, task, _ = _opened(settings, datetime.now().astimezone())
+    with console_that_may_break():
+        resolved, task, _ = _opened(settings, datetime.now().astimezone())
 
-    from molf.train.libraries import quiet_libraries
+        from molf.train.libraries import quiet_libraries
 
-    with quiet_libraries():
-        from molf.train.dry_run import rehearse
+        with quiet_libraries():
+            from molf.train.dry_run import rehearse
 
-        return rehearse(resolved, task, reporter or make_reporter())
+            return rehearse(resolved, task, reporter or make_reporter())
+
+
+def checked(settings: TrainSettings, started: datetime) -> ResolvedSettings:
+    """What can be checked of the options alone, with every default filled in.
+
+    Raises:
+        InputError: One is wrong, or one is missing.
+    """
+    learn(vars(settings))
+    check_trackers(settings.report_to)
+    check_training_args(settings.training_args)
+    return resolve(settings, started)
 
 
 def _opened(settings: TrainSettings, started: datetime) -> tuple[ResolvedSettings, Task, str]:
     """What can be checked at once: options, model, output directory and data."""
-    learn(vars(settings))
-    resolved = resolve(settings, started)
+    resolved = checked(settings, started)
     check_quantisation(resolved)
     check_model(resolved.model)
     check_output(resolved.output_dir, overwrite=resolved.overwrite)
     check_fallback(resolved.fallback_dir)
-    inputs = ("model", "data", "eval_data", "forgetting_data")
-    check_inputs_outside(resolved.output_dir, {name: getattr(resolved, name) for name in inputs})
-    check_results(resolved.output_dir.parent / RESULTS)
+    check_inputs_outside(resolved.output_dir, {name: getattr(resolved, name) for name in _INPUTS})
+    check_results(resolved.output_dir.parent)
     task = load_task(resolved.task_options)
     warn_of_equal_data(resolved)
     if resolved.forgetting_data is None:

@@ -5,11 +5,17 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from types import TracebackType
 
 from molf.errors import InputError
-from molf.paths import check_path
-from molf.train.ownership import A_RUN, Ownership
+from molf.paths import check_path, check_unicode
+from molf.train.files import is_unfinished, making_directory
+from molf.train.locks import InUseError, Lock, in_use
+from molf.train.ownership import A_RUN, CONFIG, Ownership
 from molf.train.room import existing
 
 _LONGEST_NAME = 200  # bytes; names beside it are longer than it, and systems allow 255
@@ -27,36 +33,20 @@ def check_output(
         renames: Whether the directory is made beside its place, so that the one above is written.
 
     Raises:
-        InputError: There is something that must not be replaced, or the place cannot be written.
+        InputError: There is something that must not be replaced, or is being written, or the place
+            cannot be written.
     """
     check_path(path, "output_dir")
+    check_unicode(path, "output_dir")
     length = len(os.fsencode(path.name))
     if length > _LONGEST_NAME:
         raise InputError(
             f"output_dir {path.name[:50]}... has a name of {length} bytes. Must be at most "
             f"{_LONGEST_NAME}."
         )
+    _check_not_in_use(path)
     if path.exists():
-        if not path.is_dir():
-            raise InputError(f"output_dir {path} is a file. Give a directory that is new or empty.")
-        if any(path.iterdir()):
-            fault = ownership.fault(path)
-            if not overwrite and fault is None:
-                raise InputError(
-                    f"output_dir {path} exists and is not empty. Give --overwrite to replace it, "
-                    "or another --output_dir."
-                )
-            if not overwrite:
-                raise InputError(
-                    f"output_dir {path} exists and is not empty, and is not {ownership.what} alone "
-                    f"({fault}), so --overwrite would not replace it either. Give another "
-                    "--output_dir."
-                )
-            if fault is not None:
-                raise InputError(
-                    f"output_dir {path} is not {ownership.what} alone ({fault}), so --overwrite "
-                    "does not replace it. Give another --output_dir."
-                )
+        _check_content(path, overwrite=overwrite, ownership=ownership)
     place = existing(path.absolute().parent if renames else path)
     if not place.is_dir():
         raise InputError(f"output_dir {path} cannot be made: {place} is not a directory.")
@@ -79,57 +69,225 @@ def check_fallback(path: Path | None) -> None:
 def _check_writable(place: Path, given: str) -> None:
     try:
         # Permissions do not tell (read-only file systems, /proc): only trying does.
-        tempfile.TemporaryDirectory(dir=place, prefix=".molf-").cleanup()
+        with making_directory(place / "output_dir"):
+            pass
     except OSError as error:
         raise InputError(f"{given} cannot be written: {place}: {error.strerror}.") from error
 
 
+def _check_not_in_use(path: Path) -> None:
+    """Refuse what another process writes or reads, and what lies in a run that goes on."""
+    if in_use(path):
+        raise InputError(_in_use(path))
+    for parent in path.absolute().parents:
+        # Locks of other programs on other directories mean nothing here.
+        if (parent / CONFIG).is_file() and in_use(parent, by_writers=True):
+            raise InputError(
+                f"output_dir {path} lies in {parent}, where a run of molf train goes on. Wait for "
+                "its end, or give another --output_dir."
+            )
+
+
+def _check_content(path: Path, *, overwrite: bool, ownership: Ownership) -> None:
+    """Refuse to replace what is there, unless it is ours alone and the user allowed it."""
+    if not path.is_dir():
+        raise InputError(f"output_dir {path} is a file. Give a directory that is new or empty.")
+    if _is_empty(path):
+        return
+    fault = ownership.fault(path)
+    if not overwrite and fault is None:
+        raise InputError(
+            f"output_dir {path} exists and is not empty. Give --overwrite to replace it, "
+            "or another --output_dir."
+        )
+    if not overwrite:
+        raise InputError(
+            f"output_dir {path} exists and is not empty, and is not {ownership.what} alone "
+            f"({fault}), so --overwrite would not replace it either. Give another "
+            "--output_dir."
+        )
+    if fault is not None:
+        raise InputError(
+            f"output_dir {path} is not {ownership.what} alone ({fault}), so --overwrite "
+            "does not replace it. Give another --output_dir."
+        )
+
+
+def _is_empty(path: Path) -> bool:
+    """Whether a directory holds nothing but what a process is, or was, about to write."""
+    return all(is_unfinished(entry.name) for entry in path.iterdir())
+
+
+def _in_use(path: Path) -> str:
+    return (
+        f"output_dir {path} is in use: a run of molf train goes on there, or another command reads "
+        "what it holds. --overwrite does not replace it either. Wait for the end, or give another "
+        "--output_dir."
+    )
+
+
+@contextmanager
+def runs_kept(sources: Iterable[str | Path | None]) -> Iterator[None]:
+    """Keep runs from being replaced during the block, because something in them is read.
+
+    Args:
+        sources: What is read; where it is no path, or lies in no run, nothing is kept.
+    """
+    with ExitStack() as stack:
+        for source in sources:
+            if source is None:
+                continue
+            path = Path(os.path.abspath(os.path.expanduser(source)))
+            for place in (path, *path.parents):
+                if (place / CONFIG).is_file():
+                    with suppress(OSError):  # its run goes on: nobody replaces it
+                        stack.enter_context(Lock(place, shared=True, wait=0))
+        yield
+
+
 class RunDirectory:
-    """A run's directory, made when the run starts.
+    """A run's directory, made when the run starts and locked until `release`.
 
     An earlier run that it replaces is moved aside and deleted only by `complete()`, so that a run
     that fails costs nothing that was there before.
 
+    Somebody may move, delete or replace a directory while its run goes on. The run then writes to
+    where its directory is now, or to a new one, and never to another's. Paths in it are therefore
+    asked for when something is written (`directory / NAME`), and not kept.
+
     Attributes:
         path: The directory.
         replaced: Where the earlier run is kept meanwhile, or None.
+
+    Raises:
+        InputError: There is something that must not be replaced, or the place cannot be written.
     """
 
     def __init__(self, path: Path, *, overwrite: bool) -> None:
         check_output(path, overwrite=overwrite)
         self.path = path
         self.replaced: Path | None = None
+        self._earlier: Lock | None = None
         try:
-            if path.is_dir() and any(path.iterdir()):
-                self.replaced = path.rename(_unused_name(path))
             path.mkdir(parents=True, exist_ok=True)
+            self._lock = Lock(path)
+            if not self._lock.is_at(path):
+                raise InUseError
+            # Another run may have begun, and even ended, since that was checked.
+            _check_content(path, overwrite=overwrite, ownership=A_RUN)
+            if not _is_empty(path):
+                self._set_aside()
+        except InUseError as error:
+            self._restore()
+            raise InputError(f"{_in_use(path)}{self.kept()}") from error
         except OSError as error:
             self._restore()
-            raise InputError(f"output_dir {path} cannot be made: {error.strerror}.") from error
+            raise InputError(
+                f"output_dir {path} cannot be made: {error.strerror}.{self.kept()}"
+            ) from error
+        except InputError:
+            self.release()
+            raise
+
+    def __enter__(self) -> RunDirectory:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.release()
 
     def __truediv__(self, name: str) -> Path:
+        """The place of a file of the run, to be written now.
+
+        Warns:
+            UserWarning: The directory was moved, deleted or replaced.
+        """
+        if self._lock.is_held and not self._lock.is_at(self.path):
+            self._follow()
         return self.path / name
 
     def complete(self) -> None:
-        """Delete the earlier run, now that this one is whole."""
-        if self.replaced is not None:
-            shutil.rmtree(self.replaced)
-            self.replaced = None
+        """Delete the earlier run, now that this one is whole.
+
+        Warns:
+            UserWarning: It cannot be deleted.
+        """
+        if self.replaced is None:
+            return
+        try:
+            if self._earlier is None or self._earlier.is_at(self.replaced):
+                shutil.rmtree(self.replaced)
+        except OSError as error:
+            warnings.warn(
+                f"The run is complete, but the earlier one was not deleted from {self.replaced}: "
+                f"{error}",
+                stacklevel=2,
+            )
+        self.replaced = None
 
     def discard(self) -> None:
         """Delete this run, which has nothing worth keeping, and bring the earlier one back."""
-        shutil.rmtree(self.path)
+        if self._lock.is_at(self.path):
+            shutil.rmtree(self.path)
         self._restore()
 
+    def kept(self) -> str:
+        """Where the earlier run is, as the end of a message; empty if there is none."""
+        return f" The earlier run is kept in {self.replaced}." if self.replaced else ""
+
+    def release(self) -> None:
+        """Let other processes have the directory: the run is over."""
+        for lock in (getattr(self, "_lock", None), self._earlier):
+            if lock is not None:
+                lock.release()
+
+    def _set_aside(self) -> None:
+        """Move the earlier run aside, and make a new directory in its place."""
+        self._earlier = self._lock
+        self.replaced = self.path.rename(_unused_name(self.path, "replaced"))
+        self.path.mkdir()
+        self._lock = Lock(self.path)
+
     def _restore(self) -> None:
-        if self.replaced is not None:
+        if self.replaced is not None and not os.path.lexists(self.path):
             self.replaced.rename(self.path)
+            self.replaced = None
+        self.release()
+
+    def _follow(self) -> None:
+        """Go on where the directory is now; in a new one, if it is nowhere any more."""
+        lost, place = self.path, self._lock.place()
+        if place is not None:
+            self.path = place
+            warnings.warn(
+                f"output_dir {lost} was moved while its run goes on: the run writes to {place} "
+                "from now on.",
+                stacklevel=4,
+            )
+            return
+        try:
+            self.path = _unused_name(lost, "recovered")
+            self.path.mkdir(parents=True)
+        except OSError:
+            self.path = Path(tempfile.mkdtemp(prefix=f"{lost.name}-"))
+        self._lock.release()
+        self._lock = Lock(self.path)
+        warnings.warn(
+            f"output_dir {lost} was deleted or replaced while its run goes on: the run writes to "
+            f"{self.path} from now on, and what it wrote before is not there.",
+            stacklevel=4,
+        )
 
 
-def _unused_name(path: Path) -> Path:
+def _unused_name(path: Path, suffix: str) -> Path:
+    """A name beside `path` that nothing has."""
     number = 0
     while True:
         number += 1
-        candidate = path.with_name(f"{path.name}.replaced-{number}")
+        candidate = path.with_name(f"{path.name}.{suffix}-{number}")
         if not candidate.exists():
             return candidate

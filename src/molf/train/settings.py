@@ -43,6 +43,8 @@ OPTIMIZATION = Group.create_ordered("Optimization")
 EVALUATION = Group.create_ordered("Evaluation")
 OUTPUT = Group.create_ordered("Output")
 
+MOST_COUNTED = 2**31  # of examples, tokens or ranks, which tensors of them would have as a size
+
 _AUTO = "by method and task"
 
 
@@ -255,6 +257,13 @@ class TrainSettings:
             value = getattr(self, name)
             if value is not None and not 0 <= value < math.inf:
                 raise InputError(f"Invalid {name}={value}. Must be finite and at least 0.")
+        for name in _COUNTED:
+            value = getattr(self, name)
+            if value is not None and value >= MOST_COUNTED:
+                raise InputError(f"Invalid {name}={value}. Must be below 2**31.")
+        if max(self.ranks or (0,)) >= MOST_COUNTED:
+            given = ",".join(map(str, self.ranks or ()))
+            raise InputError(f"Invalid ranks={given}. Must be below 2**31.")
         for name in ("warmup_ratio", "adam_beta1", "adam_beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise InputError(f"Invalid {name}={getattr(self, name)}. Must be in [0, 1).")
@@ -475,6 +484,13 @@ _POSITIVE = (
     "adam_epsilon",
     "learning_rate",
     "loraplus_lr_ratio",
+)
+_COUNTED = (
+    "num_train_epochs",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "per_device_eval_batch_size",
+    "max_length",
 )
 _NOT_NEGATIVE = (
     "lora_learning_rate",

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from dataclasses import fields
 from functools import cache
-from importlib.util import find_spec
 from typing import Any, NoReturn
 
 import torch
@@ -18,56 +16,7 @@ from molf.errors import InputError
 from molf.masking import mask_text
 from molf.train.ownership import CHECKPOINTS
 from molf.train.resolved import ResolvedSettings
-from molf.train.settings import TrainSettings
-
-# What a run decides itself, beside the options of its own. A user's value would be ignored, or
-# break what the run directory promises.
-_CONTROLLED = frozenset(
-    {
-        "activation_checkpointing",
-        "activation_checkpointing_kwargs",
-        "completion_only_loss",
-        "data_seed",
-        "dataset_kwargs",
-        "disable_tqdm",
-        "do_eval",
-        "do_train",
-        "eval_strategy",
-        "fp16",
-        "gradient_checkpointing_kwargs",
-        "include_num_input_tokens_seen",
-        "load_best_model_at_end",
-        "model_init_kwargs",
-        "optim",
-        "optim_args",
-        "packing",
-        "padding_free",
-        "push_to_hub",
-        "resume_from_checkpoint",
-        "save_strategy",
-        "shuffle_dataset",
-        "trust_remote_code",
-        "warmup_steps",
-    }
-)
-_TOKENIZER = "the model's tokenizer brings its own"
-_ONE_PROCESS = "molf train runs in one process on one device"
-_IMPOSSIBLE = {
-    "auto_find_batch_size": (
-        "it changes the batch, and so the number of steps, while the schedule runs; give "
-        "--per_device_train_batch_size"
-    ),
-    "assistant_only_loss": "the task says which tokens carry loss",
-    "eval_on_start": "the run measures the model before and after itself",
-    "eos_token": _TOKENIZER,
-    "pad_token": _TOKENIZER,
-    "chat_template_path": _TOKENIZER,
-    "fsdp": _ONE_PROCESS,
-    "fsdp_config": _ONE_PROCESS,
-    "deepspeed": _ONE_PROCESS,
-    "parallelism_config": _ONE_PROCESS,
-}
-_OPTIONS = frozenset(option.name for option in fields(TrainSettings))
+from molf.train.training_arguments import check_trackers, check_training_args, unknown_name
 
 
 def sft_config(settings: ResolvedSettings) -> SFTConfig:
@@ -77,7 +26,8 @@ def sft_config(settings: ResolvedSettings) -> SFTConfig:
         InputError: A name of `training_args` is unknown or not the user's to set, a value is not
             allowed, or a tracker of `report_to` is not installed.
     """
-    _check_trackers(settings.report_to)
+    check_trackers(settings.report_to)
+    _check_available(settings.report_to)
     extra = parse_training_args(settings.training_args)
     _check_secrets(settings.training_args)
     bf16 = settings.bf16
@@ -85,7 +35,9 @@ def sft_config(settings: ResolvedSettings) -> SFTConfig:
         bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
     # transformers renamed gradient checkpointing; the old name warns, the new one is not in 5.13.
     checkpointing = next(
-        name for name in ("activation_checkpointing", "gradient_checkpointing") if name in _known()
+        name
+        for name in ("activation_checkpointing", "gradient_checkpointing")
+        if name in SFTConfig.__dataclass_fields__
     )
     arguments = {
         "dataloader_pin_memory": torch.cuda.is_available(),
@@ -203,38 +155,18 @@ def parse_training_args(given: Mapping[str, str]) -> dict[str, Any]:
     Raises:
         InputError: A name is unknown or not the user's to set, or a value has the wrong type.
     """
-    known = _known()
-    tokens = []
-    for name, value in given.items():
-        if name in _CONTROLLED:
-            raise InputError(f"training_args.{name} cannot be set: a run decides it itself.")
-        if name in _IMPOSSIBLE:
-            raise InputError(f"training_args.{name} cannot be set: {_IMPOSSIBLE[name]}.")
-        if name.startswith("hub_"):
-            raise InputError(
-                f"training_args.{name} cannot be set: a run pushes nothing. Push model/ with the "
-                "Hub's own tools."
-            )
-        if name == "use_liger_kernel" and find_spec("liger_kernel") is None:
-            raise InputError(
-                "training_args.use_liger_kernel needs liger-kernel, which is not installed."
-            )
-        if name in _OPTIONS:
-            raise InputError(f"training_args.{name} is an option of its own: give --{name}.")
+    check_training_args(given)
+    known = {option.name for option in fields(SFTConfig) if option.init}
+    for name in given:  # again: a release may declare its fields where the source was not found
         if name not in known:
-            close = difflib.get_close_matches(name, known, n=1)
-            hint = f" Did you mean {close[0]}?" if close else ""
-            raise InputError(f"training_args.{name} is no argument of TRL's SFTConfig.{hint}")
-        tokens.append(f"--{name}={value}")
+            raise unknown_name(name, known)
+    tokens = [f"--{name}={value}" for name, value in given.items()]
     parsed = _parser().parse_args(tokens)
     return {name: getattr(parsed, name) for name in given}
 
 
-def _known() -> set[str]:
-    return {option.name for option in fields(SFTConfig) if option.init}
-
-
-def _check_trackers(names: tuple[str, ...]) -> None:
+def _check_available(names: tuple[str, ...]) -> None:
+    """Ask the trainer, which also reads the environment."""
     available = get_available_reporting_integrations()
     for name in names:
         if name not in ("none", "all", *available):

@@ -9,7 +9,6 @@ step.
 from __future__ import annotations
 
 import copy
-import tempfile
 from contextlib import suppress
 from typing import Any
 
@@ -27,6 +26,7 @@ from transformers import (
 from trl import SFTConfig
 
 from molf.errors import InputError
+from molf.train.files import scratch_directory
 
 
 class _CountedError(Exception):
@@ -85,10 +85,10 @@ def count_steps(arguments: SFTConfig, samples: int) -> int:
         InputError: There is not a single batch.
     """
     counter = _Counter()
-    with tempfile.TemporaryDirectory(prefix="molf-steps-") as scratch:
+    with scratch_directory("steps") as scratch:
         trainer = Trainer(
             model=_model_of_nothing(),
-            args=_without_effects(arguments, scratch),
+            args=_without_effects(arguments, str(scratch)),
             train_dataset=Dataset.from_dict({"input_ids": [[0]] * samples}),
             callbacks=[counter],
         )

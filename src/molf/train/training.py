@@ -109,15 +109,17 @@ def run_training(
     without = ("grad_norm",) if settings.optimizer_in_backward else ()
     _warn_of_warmup(data.steps, arguments)
     with (
-        RoutingWriter(directory / ROUTING) as writer,
+        RoutingWriter(lambda: directory / ROUTING) as writer,
         reporter.training(data.steps) as show,
     ):
+        arguments.output_dir = str(directory / CHECKPOINTS)  # made by the trainer
         trainer = _Trainer(
             base,
             prepared,
             wins,
             guard,
             checkpoints,
+            directory,
             model=prepared.model,
             args=arguments,
             train_dataset=Dataset.from_dict(
@@ -130,7 +132,7 @@ def run_training(
                 guard,
                 RoutingCallback(prepared, writer, wins),
                 FidelityCallback(),
-                MetricsCallback(directory / METRICS, show, without),
+                MetricsCallback(lambda: directory / METRICS, show, without),
                 *prepared.callbacks,
                 *callbacks,
             ],
@@ -203,6 +205,7 @@ class _Trainer(SFTTrainer):
         wins: Wins,
         guard: StepGuard,
         checkpoints: Checkpoints,
+        directory: RunDirectory,
         **kwargs: Any,
     ) -> None:
         self.base = base
@@ -210,6 +213,7 @@ class _Trainer(SFTTrainer):
         self.wins = wins
         self.guard = guard
         self.checkpoints = checkpoints
+        self.directory = directory
         model = prepared.model
         trained = {p: p.data for p in model.parameters() if p.requires_grad}
         super().__init__(**kwargs)
@@ -228,9 +232,11 @@ class _Trainer(SFTTrainer):
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         """Save a checkpoint where it can be written; elsewhere training goes on without it."""
+        place = self.directory / CHECKPOINTS  # it may have been moved
+        self.args.output_dir = str(place)
         step = self.state.global_step
-        directory = Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{step}"
         save = super()._save_checkpoint
+        directory = place / f"{PREFIX_CHECKPOINT_DIR}-{step}"
         self.checkpoints.save(lambda: save(*args, **kwargs), directory, step)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from pathlib import Path
 
 from molf.errors import InputError
-from molf.paths import absolute
+from molf.paths import absolute, expanded
 from molf.tasks import Task
 from molf.tasks.records import data_files
 from molf.train.finished_run import FinishedRun, read_run
@@ -58,7 +57,7 @@ def warn_of_other_splitting(model: str, *, split_special_tokens: bool) -> None:
 
 def _run_of(model: str) -> FinishedRun | None:
     """The run that a model is the result of; None where it is another model."""
-    path = Path(model).expanduser().resolve()
+    path = expanded(model).resolve()
     if path.name != MODEL or not (path.parent / CONFIG).is_file():
         return None
     try:

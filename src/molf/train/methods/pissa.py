@@ -7,14 +7,16 @@ weight keeps the rest, so that at the start the product of both is the weight as
 from __future__ import annotations
 
 import warnings
+import weakref
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from peft import LoraConfig
 
 from molf.errors import InputError
+from molf.train.files import scratch_directory
 from molf.train.methods.adapter import Adapter, AdapterPlan, lora_config
 from molf.train.methods.base import Prepared, TrainingData
 from molf.train.resolved import ResolvedSettings
@@ -55,8 +57,9 @@ class _Start:
     """The adapter as it was before the training, on disk until it has been used."""
 
     def __init__(self, model: Any) -> None:
-        self._directory = TemporaryDirectory(prefix="molf-pissa-")
-        self._path = Path(self._directory.name) / "initial"
+        scratch = ExitStack()
+        self._path = scratch.enter_context(scratch_directory("pissa")) / "initial"
+        self._remove = weakref.finalize(self, scratch.close)
         model.save_pretrained(self._path)
 
     def save_adapter(self, model: Any, path: Path) -> None:
@@ -68,4 +71,4 @@ class _Start:
             # For a moment the model has both adapters, which is what PEFT warns of.
             warnings.filterwarnings("ignore", message="PiSSA changes the base weights")
             model.save_pretrained(path, path_initial_model_for_weight_conversion=str(self._path))
-        self._directory.cleanup()
+        self._remove()

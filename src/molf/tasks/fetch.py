@@ -1,0 +1,130 @@
+"""Fetching one address into a file: no more than so many bytes, and not for ever."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+import urllib.request
+from pathlib import Path
+from typing import BinaryIO
+
+_CHUNK = 2**18
+_WITHOUT_ANSWER = 60.0  # seconds
+_LEAST_RATE = 1000  # bytes a second, on average over such a time
+
+
+class FetchError(Exception):
+    """The address was not fetched; the argument says why."""
+
+
+def fetch(url: str, path: Path, most: int) -> None:
+    """Fetch the content of an address into a file.
+
+    A server may also send its answer, or the head of it, byte by byte: each arrives in time, and
+    the whole never. So another thread fetches, and this one watches how far it is.
+
+    Args:
+        url: The http(s) address.
+        path: The file, which is written over.
+        most: The largest number of bytes.
+
+    Raises:
+        FetchError: It cannot be reached, is longer, or comes too slowly.
+    """
+    with path.open("wb") as file:
+        transfer = _Transfer(url, file, most)
+        transfer.start()
+        try:
+            transfer.watch()
+        finally:
+            transfer.stop()
+
+
+class _Transfer(threading.Thread):
+    """What fetches; as a daemon, it does not keep a process that ends."""
+
+    def __init__(self, url: str, file: BinaryIO, most: int) -> None:
+        super().__init__(daemon=True)
+        self._url = url
+        self._file = file
+        self._most = most
+        self._received = 0
+        self._error: BaseException | None = None
+        self._ended = threading.Event()
+        self._unwanted = threading.Event()
+        self._writing = threading.Lock()
+
+    def run(self) -> None:
+        """Fetch, and keep the error for the thread that watches."""
+        try:
+            self._fetch()
+        except BaseException as error:
+            self._error = error
+        finally:
+            self._ended.set()
+
+    def watch(self) -> None:
+        """Wait for the end, and raise what has gone wrong."""
+        while True:
+            before, since = self._received, time.monotonic()
+            if self._ended.wait(_WITHOUT_ANSWER):
+                break
+            rate = (self._received - before) / (time.monotonic() - since)
+            if rate < _LEAST_RATE:
+                raise FetchError(
+                    f"in {_WITHOUT_ANSWER:.0f} seconds came {self._received - before:,} bytes"
+                )
+        if self._error is not None:
+            raise FetchError(_reason(self._error)) from self._error
+
+    def stop(self) -> None:
+        """Make sure that nothing is written any more."""
+        self._unwanted.set()
+        with self._writing:
+            pass
+
+    def _fetch(self) -> None:
+        with urllib.request.urlopen(self._url, timeout=_WITHOUT_ANSWER) as response:
+            announced = response.headers.get("Content-Length")
+            length = int(announced) if announced and announced.isdecimal() else None
+            if length is not None and length > self._most:
+                raise self._too_long(f"{length:,} bytes, more")
+            while chunk := response.read1(_CHUNK):
+                self._received += len(chunk)
+                if self._received > self._most:
+                    raise self._too_long("more")
+                with self._writing:
+                    if self._unwanted.is_set():
+                        return
+                    self._file.write(chunk)
+            if length is not None and self._received < length:
+                raise FetchError(f"{self._received:,} of {length:,} bytes came")
+
+    def _too_long(self, found: str) -> FetchError:
+        return FetchError(
+            f"it has {found} than the {self._most:,} bytes allowed; {MOST_BYTES}=BYTES allows more"
+        )
+
+
+MOST_BYTES = "MOLF_MAX_DOWNLOAD"
+_DEFAULT_MOST = 4 * 2**30
+
+
+def most_bytes() -> int:
+    """The largest number of bytes that are fetched: the environment's, else 4 GiB.
+
+    Raises:
+        FetchError: What the environment says is no such number.
+    """
+    given = os.environ.get(MOST_BYTES)
+    if not given:
+        return _DEFAULT_MOST
+    if not given.isdecimal() or not 0 < int(given[:20]) < 2**63:
+        raise FetchError(f"{MOST_BYTES}={given} is no number of bytes")
+    return int(given)
+
+
+def _reason(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

@@ -1,0 +1,54 @@
+"""Whether the LoRA factors that were asked for can be in memory at all, before any is made."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+
+from molf.errors import InputError
+from molf.inputs import memory_bytes
+from molf.plan.devices import show_bytes
+from molf.train.methods.base import find_adapted_layers
+from molf.train.resolved import ResolvedSettings
+
+_NUMBER = 4  # bytes of a float32
+_MOMENTS = {"float32": 2 * _NUMBER, "8bit": 2}
+
+
+def check_factors(skeleton: Any, settings: ResolvedSettings, device: torch.device) -> None:
+    """Refuse factors that take more than the device's whole memory with their moments alone.
+
+    Args:
+        skeleton: The model without weights.
+        settings: The settings.
+        device: Where the training will be.
+
+    Raises:
+        InputError: They do; the message says the bytes.
+    """
+    config = settings.method_config
+    if config is None:
+        return
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the method's own check says them
+        layers = find_adapted_layers(skeleton, settings)
+    numbers = sum(layer.lora_parameters(rank) for layer in layers for rank in config.ranks)
+    # The factors are float32 whatever the type of the weights.
+    needed = numbers * (_NUMBER + _MOMENTS[settings.state_dtype])
+    there = _memory_of(device)
+    if there is not None and needed > there:
+        ranks = ",".join(map(str, config.ranks))
+        raise InputError(
+            f"Invalid ranks={ranks}: LoRA factors in {len(layers)} layers are {numbers:,} numbers "
+            f"and take {show_bytes(needed)} with their moments, and {device.type} has "
+            f"{show_bytes(there)}. Give smaller --ranks."
+        )
+
+
+def _memory_of(device: torch.device) -> int | None:
+    """The bytes of a device's memory, free or not; None where nothing says it."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    return memory_bytes()
