@@ -71,6 +71,16 @@ def late_carrier() -> Iterator[LateCarrier]:
     assert carrier.now == 0
 
 
+_USUAL_BLOCK = adam._CPU_BLOCK_ELEMENTS_PER_THREAD
+
+
+@contextmanager
+def on_a_cpu() -> Iterator[None]:
+    """As things are on a CPU, whatever else is in force."""
+    with blocks_of(_USUAL_BLOCK), host_reads(at_once=True):
+        yield
+
+
 def as_an_accelerator() -> AbstractContextManager[None]:
     """A device that the host waits for."""
     return host_reads(at_once=False)
@@ -79,7 +89,7 @@ def as_an_accelerator() -> AbstractContextManager[None]:
 IN_BACKWARD = {"optimizer_in_backward": True}
 OFFLOADED = {"state_offload": True}
 EXECUTORS = {
-    "eager": Executor(),
+    "eager": Executor({}, on_a_cpu),
     "blocks": Executor({}, lambda: blocks_of(600), has_eager_bits=False),
     "accelerator": Executor({}, as_an_accelerator, has_eager_bits=False),
     "backward": Executor(IN_BACKWARD),

@@ -71,7 +71,9 @@ def test_steps_are_those_of_torch_operations_on_whole_tensors(cell):
         training.optimizer.step()
         training.optimizer.zero_grad()
         cell.check_place(training)
-        agree(cell, training, plain.train(step))
+        with EXECUTORS["eager"].around():
+            plain.train(step)
+        agree(cell, training, plain)
         for schedule in schedules:
             schedule.step()
     assert training.optimizer.update_fidelity.kept == pytest.approx(1, abs=0.5)

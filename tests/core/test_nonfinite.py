@@ -41,11 +41,10 @@ def bad_step(model, optimizer, place: str, *values: float) -> None:
     optimizer.step()
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
 @pytest.mark.parametrize("score", ["epd", "pfn", "random"])
 @pytest.mark.parametrize("first", [False, True])
-def test_skipped_batch_might_as_well_not_have_been(dtype, score, first):
-    model, clean = tiny_model(dtype), tiny_model(dtype)
+def test_skipped_batch_might_as_well_not_have_been(score, first):
+    model, clean = tiny_model(), tiny_model()
     optimizer = tiny_optimizer(model, score=score, nonfinite="skip")
     reference = tiny_optimizer(clean, score=score)
     good = range(4)
