@@ -44,12 +44,6 @@ def run(model, optimizer, batches) -> None:
         optimizer.step()
 
 
-def fresh(model, freeze_base: bool, dtype: torch.dtype, **options):
-    twin, optimizer = made(freeze_base, dtype, **options)
-    twin.load_state_dict(model.state_dict())
-    return twin, optimizer
-
-
 @FORMS
 def test_accelerate_prepares_the_optimizer(freeze_base):
     from accelerate import Accelerator
