@@ -3,42 +3,21 @@
 from __future__ import annotations
 
 import copy
-import warnings
 
 import pytest
 import torch
 import torch.distributed as dist
-from core_helpers import snapshot, tiny_model
+from core_helpers import snapshot
+from optimizer_forms import build
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-import molf
-from molf import AdamW, MoLFAdamW, MoLFConfig
+from molf import AdamW
 
 FORMS = ["folded", "explicit", "frozen", "fft"]
 CASES = [(form, rounding) for form in FORMS for rounding in (None, "exact", "stochastic")]
 STEPS = 3
 LR = 1e-3
-
-
-def build(model: nn.Module, form: str, **options) -> torch.optim.Optimizer:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        if form == "fft":
-            return AdamW(model.named_parameters(), lr=LR, **options)
-        return MoLFAdamW.from_model(model, config_of(form), lr=LR, **options)
-
-
-def config_of(form: str) -> MoLFConfig:
-    return MoLFConfig(ranks=(2, 3), alpha=4.0, freeze_base=form == "frozen", freeze_rest=False)
-
-
-def start(form: str, dtype: torch.dtype) -> nn.Module:
-    model = tiny_model(dtype)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        adapted = form in ("explicit", "frozen")
-        return molf.with_adapter(model, config_of(form)) if adapted else model
 
 
 def loss_of(model: nn.Module, ids: Tensor) -> Tensor:
@@ -61,7 +40,7 @@ def train(rank: int, folder: str) -> None:
     store = dist.FileStore(f"{folder}/store", 2)
     found = {"refused": [], "late": []}
     late = {
-        name: (model := tiny_model(torch.bfloat16), build(model, "folded", **{name: value}))
+        name: build("folded", "exact", **{name: value})
         for name, value in (("optimizer_in_backward", True), ("grad_accumulation_dtype", "float32"))
     }
     dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
@@ -75,12 +54,11 @@ def train(rank: int, folder: str) -> None:
                 found["late"].append(str(error))
             try:
                 value = {"optimizer_in_backward": True}.get(name, "float32")
-                build(tiny_model(torch.bfloat16), "folded", **{name: value})
+                build("folded", "exact", **{name: value})
             except ValueError as error:
                 found["refused"].append(str(error))
         for form, rounding in CASES:
-            model = start(form, torch.bfloat16 if rounding else torch.float32)
-            optimizer = build(model, form, weight_rounding=rounding)
+            model, optimizer = build(form, rounding or "float32", lr=LR, lora_lr=None)
             wrapped = DistributedDataParallel(model)
             for step in range(STEPS):
                 optimizer.zero_grad()
@@ -128,9 +106,8 @@ def test_both_processes_have_the_same_bits(ranks, form, rounding):
 @pytest.mark.parametrize(("form", "rounding"), CASES)
 def test_as_one_process_with_the_joined_batch(ranks, form, rounding):
     """Up to the order in which gradients are averaged, and bfloat16 gradients are rounded."""
-    model = start(form, torch.bfloat16 if rounding else torch.float32)
+    model, optimizer = build(form, rounding or "float32", lr=LR, lora_lr=None)
     before = {name: p.detach().float().clone() for name, p in model.named_parameters()}
-    optimizer = build(model, form, weight_rounding=rounding)
     for step in range(STEPS):
         optimizer.zero_grad()
         loss_of(model, batch(step)).backward()

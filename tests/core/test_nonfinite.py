@@ -49,25 +49,10 @@ def bad_step(model, optimizer, place: str, *values: float) -> None:
     optimizer.step()
 
 
-@pytest.mark.parametrize("values", [(NAN,), (INF,), (-INF,), (INF, -INF)], ids=str)
-@pytest.mark.parametrize("place", PLACES)
-def test_raises_and_names_it_and_leaves_every_bit(place, values):
-    model = tiny_model()
-    optimizer = tiny_optimizer(model, top_k=2)
-    run(model, optimizer, range(2))
-    before = snapshot(model, optimizer)
-    with pytest.raises(RuntimeError, match=f"Non-finite gradient in {place}; no weight"):
-        bad_step(model, optimizer, place, *values)
-    assert_same_bits(snapshot(model, optimizer), before)
-    assert optimizer.skipped_steps == 0
-    run(model, optimizer, [2])
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
 @pytest.mark.parametrize("score", ["epd", "pfn", "random"])
 @pytest.mark.parametrize("first", [False, True])
-def test_skipped_batch_might_as_well_not_have_been(dtype, score, first):
-    model, clean = tiny_model(dtype), tiny_model(dtype)
+def test_skipped_batch_might_as_well_not_have_been(score, first):
+    model, clean = tiny_model(), tiny_model()
     optimizer = tiny_optimizer(model, score=score, nonfinite="skip")
     reference = tiny_optimizer(clean, score=score)
     good = range(4)

@@ -97,6 +97,7 @@ class AdamW(Optimizer):
         skipped_steps: How many steps `nonfinite="skip"` has skipped.
         step_was_skipped: Whether the last one was.
         on_skipped: Called with the reason of each skipped step in place of the one warning, if set.
+        executor: Runs the operations of a step; copies of the optimizer get a copy.
         measure_updates: Set it to True, and `update_fidelity` says of each following step what
             rounding has lost.
 
@@ -178,7 +179,8 @@ class AdamW(Optimizer):
     def _prepare(self) -> None:
         """Say who computes, how and where things are kept, and when; also for copies."""
         self._check_processes()
-        self.executor: Executor = executor_of(self.kernels)
+        if not hasattr(self, "executor"):
+            self.executor: Executor = executor_of(self.kernels)
         # Then GradScaler says that it is there, so that it can be refused; it would only say that
         # there are no gradients.
         self._step_supports_amp_scaling = self.optimizer_in_backward
@@ -610,6 +612,7 @@ class AdamW(Optimizer):
         "grad_accumulation_dtype",
         "optimizer_in_backward",
         "kernels",
+        "executor",
         "state_offload",
         "_tally",
     )

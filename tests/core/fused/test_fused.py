@@ -25,7 +25,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def run_checks(name: str, *, interpret: bool, cache: Path) -> None:
+def run_checks(name: str, *options: str, interpret: bool, cache: Path) -> None:
     """Run a file of checks; every one must pass, and there must be some."""
     variables = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     variables["TRITON_CACHE_DIR"] = str(cache)
@@ -33,7 +33,7 @@ def run_checks(name: str, *, interpret: bool, cache: Path) -> None:
     variables["PYTHONPATH"] = os.pathsep.join(filter(None, (helpers, os.environ.get("PYTHONPATH"))))
     if interpret:
         variables["TRITON_INTERPRET"] = "1"
-    options = ["-p", "no:cacheprovider", "-p", "no:xdist", "-p", "no:randomly"]
+    options = ("-p", "no:cacheprovider", "-p", "no:xdist", "-p", "no:randomly", *options)
     done = subprocess.run(
         [sys.executable, "-m", "pytest", *options, str(CHECKS / name)],
         env=variables,
@@ -49,6 +49,23 @@ def run_checks(name: str, *, interpret: bool, cache: Path) -> None:
 @pytest.mark.parametrize("name", INTERPRETED)
 def test_interpreted_on_the_cpu(name, tmp_path):
     run_checks(name, interpret=True, cache=tmp_path)
+
+
+def check_invariants(*, interpret: bool, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run the table of invariants with the kernels in place of its other executors."""
+    monkeypatch.setenv("MOLF_TEST_EXECUTOR", "triton")
+    rows = "steps_are or exact_bfloat16 or bad_gradient or moves_between or copies or depends_on"
+    rows = f"triton and ({rows})" if interpret else "triton"  # the interpreter is slow
+    run_checks("../../test_invariants.py", "-k", rows, interpret=interpret, cache=cache)
+
+
+def test_invariants_interpreted_on_the_cpu(tmp_path, monkeypatch):
+    check_invariants(interpret=True, cache=tmp_path, monkeypatch=monkeypatch)
+
+
+@pytest.mark.gpu
+def test_invariants_on_a_gpu(tmp_path, monkeypatch):
+    check_invariants(interpret=False, cache=tmp_path, monkeypatch=monkeypatch)
 
 
 def test_every_variant_compiles_for_sm_90(tmp_path):

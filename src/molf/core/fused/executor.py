@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,6 +43,10 @@ class Triton(Executor):
         super().__init__(can_read)
         self._chunk_bytes = chunk_bytes
         self._kernels: Kernels | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies make kernels of their own: these know addresses of tensors."""
+        return {**vars(self), "_kernels": None}
 
     def check(self, layers: Sequence[RoutedLayer], plain: Sequence[DenseTensor]) -> None:
         """Refuse parameters that the kernels cannot have; they may have been swapped or moved."""

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import copy
-import pickle
-import warnings
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -16,10 +15,11 @@ from core_helpers import (
     feed,
     snapshot,
 )
+from optimizer_forms import build
 from scenarios import DEVICE
 from torch import Tensor, nn
 
-from molf import AdamW, MoLFAdamW, MoLFConfig
+from molf import AdamW, MoLFConfig
 from molf.core.fused import Kernels
 from molf.core.fused.executor import Triton
 from molf.core.rounding import RoundingKey, round_stochastic
@@ -42,20 +42,17 @@ class Stack(nn.Module):
         self.lm_head = nn.Linear(16, 7, bias=False)
 
 
-def build(kernels: str | None, dtype: torch.dtype = torch.float32, **options):
+def made(
+    kernels: str | None,
+    storage: str = "float32",
+    *,
+    form: str = "folded",
+    model: Callable[[], nn.Module] = Stack,
+    **options: Any,
+) -> tuple[nn.Module, AdamW]:
     """The model, from weights that bfloat16 holds, and its optimizer."""
-    torch.manual_seed(3)
-    model = options.pop("model", Stack)().to(BF16).to(dtype).to(DEVICE)
-    plain = options.pop("plain", False)
-    names = MoLFConfig.__dataclass_fields__
-    config = {name: options.pop(name) for name in list(options) if name in names}
-    config = MoLFConfig(**{"ranks": (2, 3), "alpha": 4.0, "seed": SEED, **config})
-    options = {"lr": 1e-2, "kernels": kernels, **options}
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="(Rank|Trained weights are)")
-        if plain:
-            return model, AdamW(model.named_parameters(), weight_decay=0.1, **options)
-        return model, MoLFAdamW.from_model(model, config, **options)
+    options = {"seed": SEED, "weight_decay": 0.1, "lora_lr": None, "kernels": kernels, **options}
+    return build(form, storage, model=lambda: model().to(BF16).to(DEVICE), **options)
 
 
 def take_steps(model: nn.Module, optimizer: AdamW, seeds, accumulated: bool = False) -> list:
@@ -117,7 +114,7 @@ ROUTING = {
 def test_float32_is_the_eager_path(routing):
     runs = []
     for kernels in ("triton", "eager"):
-        model, optimizer = build(kernels, **ROUTING[routing], lora_lr=2e-2)
+        model, optimizer = made(kernels, **ROUTING[routing], lora_lr=2e-2)
         decisions = take_steps(model, optimizer, range(2))
         runs.append((decisions, snapshot(model, optimizer)))
     assert_same_decisions(runs[0][0], runs[1][0])
@@ -134,7 +131,7 @@ def test_bfloat16_is_the_eager_path(rounding, accumulated):
     runs = []
     for kernels in ("triton", "eager"):
         options = {"grad_accumulation_dtype": "float32"} if accumulated else {}
-        model, optimizer = build(kernels, BF16, weight_rounding=rounding, top_k=2, **options)
+        model, optimizer = made(kernels, rounding, top_k=2, **options)
         decisions = take_steps(model, optimizer, range(2), accumulated)
         if accumulated:
             assert {p.grad.dtype for p in model.parameters()} == {torch.float32}
@@ -143,26 +140,13 @@ def test_bfloat16_is_the_eager_path(rounding, accumulated):
     assert_close(runs[0][1], runs[1][1], near=2e-5 if rounding == "exact" else 2**-8)
 
 
-def test_exact_bfloat16_is_float32_bit_for_bit():
-    runs = {}
-    for dtype in (torch.float32, BF16):
-        model, optimizer = build("triton", dtype, score="random", top_k=2, lr=1e-4)
-        take_steps(model, optimizer, range(2))
-        runs[dtype] = state_of(model, optimizer)
-        if dtype == BF16:
-            assert any(optimizer.state[p]["low"].any() for p in model.parameters())
-    for key, value in runs[torch.float32].items():
-        other = runs[BF16][key]
-        assert torch.equal(other, value) if isinstance(value, Tensor) else other == value
-
-
 def test_stochastic_rounding_draws_what_the_eager_path_would():
     """The same float32 results, from the same seed, names and counters: the same bits."""
     options = {"score": "random", "top_k": 2}
-    model, optimizer = build("triton", **options)
+    model, optimizer = made("triton", **options)
     take_steps(model, optimizer, [0])
     results = values_of(model, optimizer)
-    model, optimizer = build("triton", BF16, weight_rounding="stochastic", **options)
+    model, optimizer = made("triton", "stochastic", **options)
     take_steps(model, optimizer, [0])
     for name, parameter in model.named_parameters():
         seed = next(g["seed"] for g in optimizer.param_groups if name in g["param_names"])
@@ -199,67 +183,11 @@ def test_the_twin_takes_the_same_path(score, top_k):
                 assert (B - exact_B.value).abs().max() <= 1e-6
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, BF16])
-def test_adamw_is_the_eager_one(dtype):
-    runs = []
-    for kernels in ("triton", None):
-        model, optimizer = build(kernels, dtype, plain=True)
-        take_steps(model, optimizer, range(2))
-        runs.append(state_of(model, optimizer))
-    assert_close(*runs, near=2e-6)
-
-
 # -- what a step must not do
 
 
-@pytest.mark.parametrize(("dtype", "plain"), [(BF16, False), (torch.float32, True)])
-def test_a_bad_step_writes_nothing(dtype, plain):
-    model, optimizer = build("triton", dtype, nonfinite="skip", plain=plain)
-    take_steps(model, optimizer, [0])
-    before = snapshot(model, optimizer)
-    feed(model, 1)
-    model.gate.weight.grad[1, 2] = float("nan")
-    model.norm.weight.grad[3] = float("inf")
-    with pytest.warns(UserWarning, match=r"gate\.weight, norm\.weight; .* skipped; later"):
-        optimizer.step()
-    assert_same_bits(snapshot(model, optimizer), before)
-    assert getattr(optimizer, "routing", {}) == {}
-    optimizer.nonfinite = "raise"
-    with pytest.raises(RuntimeError, match=r"Non-finite gradient in gate\.weight"):
-        optimizer.step()
-    assert_same_bits(snapshot(model, optimizer), before)
-    feed(model, 1)
-    optimizer.require_finite(torch.tensor(float("nan")), torch.tensor(1.0))
-    with pytest.raises(RuntimeError, match=r"Non-finite loss \(nan\)"):
-        optimizer.step()
-    assert_same_bits(snapshot(model, optimizer), before)
-
-
-@pytest.mark.parametrize("kernels", ["triton", None])
-@pytest.mark.parametrize("plain", [False, True])
-def test_gradients_whose_moments_would_overflow_are_refused_alike(kernels, plain):
-    model, optimizer = build(kernels, plain=plain)
-    take_steps(model, optimizer, [0])
-    before = snapshot(model, optimizer)
-    feed(model, 1)
-    model.gate.weight.grad.fill_(1e37)
-    with pytest.raises(RuntimeError, match=r"Gradient too large in gate\.weight \(finite, but"):
-        optimizer.step()
-    assert_same_bits(snapshot(model, optimizer), before)
-    if not plain:
-        factors = optimizer.lora_factors("gate")
-        optimizer.set_lora_factors("gate", [(A, B + 1e6) for A, B in factors])
-        before = snapshot(model, optimizer)
-        feed(model, 1, scale=1e14)
-        with pytest.raises(RuntimeError, match=r"Gradient too large in gate\.weight \(finite, but"):
-            optimizer.step()
-        assert_same_bits(snapshot(model, optimizer), before)
-        optimizer.set_lora_factors("gate", factors)
-    take_steps(model, optimizer, [2])
-
-
 def test_what_kernels_cannot_have_is_found_before_anything_is_written():
-    model, optimizer = build("triton", lr=1e-3)
+    model, optimizer = made("triton", lr=1e-3)
     take_steps(model, optimizer, [0])
     before = snapshot(model, optimizer)
     feed(model, 1)
@@ -280,7 +208,7 @@ def test_a_weight_that_was_set_to_zero_does_not_become_a_nan():
     """Whatever its low half was: as the eager path, which counts it as zero below zero."""
     runs = []
     for kernels in ("triton", "eager"):
-        model, optimizer = build(kernels, BF16, lr=1e-5)
+        model, optimizer = made(kernels, "exact", lr=1e-5)
         take_steps(model, optimizer, range(2))
         for parameter in model.parameters():
             low = optimizer.state[parameter]["low"]
@@ -296,27 +224,8 @@ def test_a_weight_that_was_set_to_zero_does_not_become_a_nan():
 # -- the state
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, BF16])
-def test_a_run_moves_between_the_paths(dtype):
-    """Saved in one and resumed in the other, there and back: bit for bit what was saved."""
-    expected_model, expected = build("eager", dtype, top_k=2)
-    take_steps(expected_model, expected, range(4))
-    model, optimizer = build("eager", dtype, top_k=2)
-    take_steps(model, optimizer, [0])
-    for kernels, seeds in (("triton", [1, 2]), ("eager", [3])):
-        saved, before = copy.deepcopy(optimizer.state_dict()), snapshot(model, optimizer)
-        weights = copy.deepcopy(model.state_dict())
-        model, optimizer = build(kernels, dtype, top_k=2)
-        model.load_state_dict(weights)
-        optimizer.load_state_dict(saved)
-        assert_same_bits(snapshot(model, optimizer), before)
-        take_steps(model, optimizer, seeds)
-        assert optimizer.kernels == kernels
-    assert_close(state_of(model, optimizer), state_of(expected_model, expected), near=2e-5)
-
-
 def test_8bit_states_are_refused_when_they_are_loaded():
-    _, optimizer = build("triton")
+    _, optimizer = made("triton")
     saved = optimizer.state_dict()
     saved["param_groups"][0]["state_dtype"] = "8bit"
     with pytest.raises(ValueError, match="does not support state_dtype='8bit'"):
@@ -324,16 +233,8 @@ def test_8bit_states_are_refused_when_they_are_loaded():
     assert optimizer.param_groups[0]["state_dtype"] == "float32"
 
 
-def test_copies_step_with_the_kernels():
-    model, optimizer = build("triton")
-    take_steps(model, optimizer, [0])
-    model, optimizer = pickle.loads(pickle.dumps((model, optimizer)))
-    assert isinstance(optimizer.executor, Triton)
-    take_steps(model, optimizer, [1])
-
-
 def test_groups_that_are_added_are_checked():
-    _, optimizer = build("triton", plain=True)
+    _, optimizer = made("triton", form="fft")
     count = len(optimizer.param_groups)
     with pytest.raises(ValueError, match=r"float64"):
         optimizer.add_param_group({"params": [("x", nn.Parameter(torch.ones(2).double()))]})
@@ -346,7 +247,7 @@ def test_groups_that_are_added_are_checked():
 def test_in_the_backward_pass():
     runs = []
     for in_backward in (False, True):
-        model, optimizer = build("triton", model=Chain, optimizer_in_backward=in_backward)
+        model, optimizer = made("triton", model=Chain, optimizer_in_backward=in_backward)
         for seed in range(2):
             generator = torch.Generator().manual_seed(seed)
             x = torch.randn(3, 6, generator=generator).to(DEVICE)
@@ -373,9 +274,7 @@ class Chain(nn.Module):
 def test_what_rounding_loses_is_measured(rounding):
     found = []
     for kernels in ("triton", "eager"):
-        model, optimizer = build(
-            kernels, BF16, weight_rounding=rounding, score="random", top_k=2, lr=3e-4
-        )
+        model, optimizer = made(kernels, rounding, score="random", top_k=2, lr=3e-4)
         optimizer.measure_updates = True
         take_steps(model, optimizer, range(2))
         found.append(optimizer.update_fidelity)
@@ -383,10 +282,10 @@ def test_what_rounding_loses_is_measured(rounding):
     assert (found[0].lost > 0.2) == (rounding == "nearest")
 
 
-@pytest.mark.parametrize("plain", [False, True], ids=["molf", "adamw"])
-def test_autograd_sees_that_weights_have_moved(plain):
+@pytest.mark.parametrize("form", ["folded", "fft"])
+def test_autograd_sees_that_weights_have_moved(form):
     """A graph from before the step is no use any more, as after a step of any other optimizer."""
-    model, optimizer = build("triton", plain=plain)
+    model, optimizer = made("triton", form=form)
     before = {name: x.detach().clone() for name, x in model.named_parameters()}
     losses = {name: x.square().sum() for name, x in model.named_parameters()}
     take_steps(model, optimizer, [0])
@@ -397,22 +296,10 @@ def test_autograd_sees_that_weights_have_moved(plain):
             losses[name].backward()
 
 
-@pytest.mark.parametrize("plain", [False, True], ids=["molf", "adamw"])
-def test_whatever_the_default_device(plain):
-    runs = []
-    for device in ("cpu", "meta"):
-        model, optimizer = build("triton", plain=plain)
-        feed(model, 0)
-        with torch.device(device):
-            optimizer.step()
-        runs.append(snapshot(model, optimizer))
-    assert_same_bits(*runs)
-
-
 def test_chunks_change_nothing():
     runs = []
     for size in (1, 5000, 64 << 20):
-        model, optimizer = build("triton", score="random", top_k=2)
+        model, optimizer = made("triton", score="random", top_k=2)
         optimizer.executor = Triton(size)
         take_steps(model, optimizer, [0])
         runs.append(snapshot(model, optimizer))
@@ -436,7 +323,7 @@ def test_launches_and_reads_do_not_grow_with_the_layers(score, monkeypatch):
     counts = []
     for layers in (2, 20):
         modules = [nn.Linear(16, 32) for _ in range(layers)] + [nn.LayerNorm(16)]
-        model, optimizer = build("triton", model=lambda m=modules: nn.ModuleList(m), score=score)
+        model, optimizer = made("triton", model=lambda m=modules: nn.ModuleList(m), score=score)
         optimizer.executor = Triton(can_read=lambda device: False)  # as on a GPU
         launches.clear()
         reads.clear()
