@@ -134,6 +134,63 @@ def test_float64_and_back_is_where_it_was(form):
     assert_same_bits(snapshot(twin, other), snapshot(model, optimizer))
 
 
+@pytest.mark.parametrize("options", [{}, {"state_offload": True}, {"optimizer_in_backward": True}])
+@pytest.mark.parametrize("after", DTYPES[:3])
+@pytest.mark.parametrize("before", DTYPES)
+@pytest.mark.parametrize("form", FORMS)
+def test_models_may_change_their_dtype_between_steps(form, before, after, options):
+    """As `module.double()` does: it is as if the state were saved, and loaded in the new dtype."""
+    if before == torch.float16 and "optimizer_in_backward" in options:
+        pytest.skip("Refused.")
+    model, optimizer = pair_of(form, before, **options)
+    run(model, optimizer, range(2))
+    exact = {p: values.to(after) for p, values in optimizer.float32_weights().items()}
+    model.to(after)
+    twin, other = pair_of(form, after, **options)
+    twin.to(after)
+    twin.load_state_dict(model.state_dict())
+    quietly(other.load_state_dict, copy.deepcopy(optimizer.state_dict()))
+    if before == torch.bfloat16 != after:  # the twin has the lower halves already
+        for parameter, own in zip(model.parameters(), twin.parameters(), strict=True):
+            if parameter in exact:
+                assert torch.equal(own, exact[parameter])
+        with torch.no_grad():
+            for parameter, own in zip(model.parameters(), twin.parameters(), strict=True):
+                if "low" in optimizer.state.get(parameter, {}):
+                    parameter.copy_(own)
+    for each, its_optimizer in ((model, optimizer), (twin, other)):
+        run(each, its_optimizer, [2])
+    assert_same_bits(snapshot(model, optimizer), snapshot(twin, other))
+    for parameter, state in optimizer.state.items():
+        assert "low" not in state or parameter.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_lower_halves_are_added_once_the_model_is_wider(dtype):
+    model, optimizer = pair_of("fft", torch.bfloat16)
+    run(model, optimizer, range(2))
+    exact = [values.to(dtype) for values in optimizer.float32_weights().values()]
+    model.to(dtype)
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+    run(model, optimizer, [2])
+    for parameter, values in zip(model.parameters(), exact, strict=True):
+        assert torch.equal(parameter, values)
+
+
+def test_codes_of_8_bits_are_decoded_once_the_model_is_float64():
+    torch.manual_seed(0)
+    model = nn.Linear(64, 64)
+    optimizer = AdamW(model.parameters(), state_dtype="8bit")
+    for dtype in (torch.float32, torch.float64):
+        model.to(dtype)(torch.randn(3, 64, dtype=dtype)).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    state = optimizer.state[model.weight]
+    assert state.keys() == {"step", "exp_avg", "exp_avg_sq"}
+    assert state["exp_avg"].dtype == torch.float64
+
+
 def test_moments_beyond_float32_are_refused():
     model, optimizer = pair_of("fft", torch.float64)
     run(model, optimizer, [0])

@@ -7,7 +7,15 @@ import warnings
 
 import pytest
 import torch
-from core_helpers import TinyModel, backward, run, snapshot, tiny_model, tiny_optimizer
+from core_helpers import (
+    TinyModel,
+    assert_same_bits,
+    backward,
+    run,
+    snapshot,
+    tiny_model,
+    tiny_optimizer,
+)
 from peft_helpers import tiny_qwen2
 from torch import nn
 
@@ -149,6 +157,63 @@ def test_harmless_changes_are_none(change):
     change(model, optimizer)
     run(model, optimizer, [0, 1])
     assert list(optimizer.routing) == ["up", "down"]
+
+
+def tie_two_layers(model: nn.Module) -> None:
+    model[1].weight = model[0].weight
+
+
+def tie_two_biases(model: nn.Module) -> None:
+    model[1].bias = model[0].bias
+
+
+def tie_a_layer_to_what_is_not_routed(model: nn.Module) -> None:
+    model[1].weight = model[2].weight
+
+
+def tie_what_is_not_routed_to_a_layer(model: nn.Module) -> None:
+    model[2].weight = model[0].weight
+
+
+TIED = {
+    tie_two_layers: "Layer 1: 1.weight .* of layer 0: ",
+    tie_two_biases: "Layer 1: 1.bias .* of layer 0: ",
+    tie_a_layer_to_what_is_not_routed: "Layer 1: 1.weight .* of a parameter that is not routed: ",
+    tie_what_is_not_routed_to_a_layer: "Parameter 2.weight .* of layer 0: ",
+}
+
+
+@pytest.mark.parametrize("in_backward", [False, True])
+@pytest.mark.parametrize("steps_before", [0, 2])
+@pytest.mark.parametrize("change", TIED, ids=lambda change: change.__name__)
+def test_layers_that_are_tied_later_are_refused_by_name(change, steps_before, in_backward):
+    """A layer would drop out of routing in silence, and the other's gradient sum two uses."""
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Linear(4, 4) for _ in range(3)))
+    config = MoLFConfig(ranks=(1, 2), exclude_modules=("2",))
+    optimizer = MoLFAdamW.from_model(model, config, optimizer_in_backward=in_backward)
+    for _ in range(steps_before):
+        model(torch.ones(2, 4)).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    change(model)
+    before = snapshot(model, optimizer)
+    with pytest.raises(RuntimeError, match=TIED[change]):
+        model(torch.ones(2, 4)).sum().backward()
+        optimizer.step()
+    assert_same_bits(snapshot(model, optimizer), before)
+
+
+def test_a_layers_new_weight_may_be_added_to_the_optimizer():
+    model = tiny_model()
+    optimizer = tiny_optimizer(model)
+    replace_weight(model)
+    optimizer.add_param_group({"params": [("new", model.up.weight)]})
+    model.up.bias.requires_grad_(False)
+    before = model.up.weight.detach().clone()
+    with pytest.warns(UserWarning, match=r"1 of 2 routed layers have no gradient .*first: up"):
+        run(model, optimizer, [0, 1])
+    assert not torch.equal(model.up.weight, before)
 
 
 def test_copies_train_with_the_model_that_was_copied_along():

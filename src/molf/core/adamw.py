@@ -30,7 +30,7 @@ from molf.core.kernels import (
     check_kernel_group,
     known_kernels,
 )
-from molf.core.loading import loadable
+from molf.core.loading import fitted, is_fitted, loadable
 from molf.core.moments import block_of_8bit, check_state_dtype
 from molf.core.offload import StateOffload
 from molf.core.one_by_one import take_one_by_one
@@ -345,6 +345,7 @@ class AdamW(Optimizer):
         units = [unit for unit in units if unit.takes_part()]
         required, self._required = self._required, {}
         self._check_kinds(units)
+        self._fit_states(units)
         if self._offload is None:
             outcome = take_step(units, self.state, self.executor, self._tally, required)
         else:
@@ -362,6 +363,20 @@ class AdamW(Optimizer):
         for parameter in (p for unit in units for p in unit.parameters):
             if parameter.grad is not None and (reason := unusable(parameter)):
                 raise RuntimeError(f"The gradient of {self._name_of(parameter)} {reason}")
+
+    def _fit_states(self, units: Iterable[Unit]) -> None:
+        """Convert the state of parameters whose dtype has changed, as `module.double()` does."""
+        for unit in units:
+            for place, parameter in enumerate(unit.parameters):
+                state = self.state.get(parameter)
+                if not state or is_fitted(parameter, state):
+                    continue
+                self._settled_state()
+                number, position = unit.key
+                new = fitted(state, unit.group, place if position is None else position, number)
+                state.clear()
+                state.update(_plain(new))
+                self._restore(parameter, new)
 
     def _end(self) -> None:
         """Look back on a step that was taken: nothing to see here."""
@@ -569,27 +584,36 @@ class AdamW(Optimizer):
         saved_ids = [i for group in loaded["param_groups"] for i in group["params"]]
         lost = []
         for saved_id, parameter in zip(saved_ids, self._parameters(), strict=True):
-            for key, value in loaded["state"].get(saved_id, {}).items():
-                if isinstance(value, Tensor):
-                    # A copy, also on the same device: two optimizers never share state.
-                    self.state[parameter][key] = (
-                        self._offload.keep(parameter, value)
-                        if self._offload is not None
-                        else value.to(parameter.device, copy=True)
-                    )
-                elif value == {}:
-                    # What flattened distributed checkpoints load where nothing was saved.
-                    del self.state[parameter][key]
-            if LOW in self.state.get(parameter, {}) and parameter.dtype != torch.bfloat16:
-                low = self.state[parameter].pop(LOW)
-                if not fold_low(parameter, low.to(parameter.device)):
-                    lost.append(parameter)
+            if not self._restore(parameter, loaded["state"].get(saved_id, {})):
+                lost.append(parameter)
         if lost:
             warn(
                 f"The lower halves of {len(lost)} bfloat16 weights of the saved state are not used "
                 f"(first: {self._name_of(lost[0])}): the weights here are not those that they "
                 "belong to. Load the model before the optimizer."
             )
+
+    def _restore(self, parameter: Tensor, values: Mapping[str, Any]) -> bool:
+        """Keep copies of the tensors of a parameter's state; lower halves go where they belong.
+
+        Returns:
+            Whether all are of use; lower halves are not, if the parameter has other values.
+        """
+        for key, value in values.items():
+            if isinstance(value, Tensor):
+                # A copy, also on the same device: two optimizers never share state.
+                self.state[parameter][key] = (
+                    self._offload.keep(parameter, value)
+                    if self._offload is not None
+                    else value.to(parameter.device, copy=True)
+                )
+            elif value == {}:
+                # What flattened distributed checkpoints load where nothing was saved.
+                del self.state[parameter][key]
+        if LOW not in self.state.get(parameter, {}) or parameter.dtype == torch.bfloat16:
+            return True
+        low = self.state[parameter].pop(LOW)
+        return fold_low(parameter, low.to(parameter.device))
 
     def __copy__(self) -> AdamW:
         """Return an optimizer of the same parameters, groups and state, as torch does.

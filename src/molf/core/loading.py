@@ -56,7 +56,7 @@ def loadable(given: dict[str, Any], groups: list[dict[str, Any]]) -> dict[str, A
             group = {key: value for key, value in group.items() if key in _HYPER_PARAMETERS}
         for place, saved_id in enumerate(one["params"]):
             if saved_id in state:
-                state[saved_id] = _fitted(state[saved_id], own, place, number)
+                state[saved_id] = fitted(state[saved_id], own, place, number)
         if not _can_have(group.get("weight_rounding"), merged):
             group["weight_rounding"] = own["weight_rounding"]
         if "param_names" in own:
@@ -127,12 +127,26 @@ def _check_adamw(group: dict[str, Any], states: Iterable[dict[str, Any]]) -> Non
         )
 
 
-def _fitted(
-    state: dict[str, Any], group: dict[str, Any], place: int, number: int
-) -> dict[str, Any]:
+def is_fitted(parameter: Tensor, state: dict[str, Any]) -> bool:
+    """Whether a state has the dtypes of a parameter's steps; `module.double()` changes them."""
+    if LOW in state and parameter.dtype != torch.bfloat16:
+        return False
+    dtype = compute_dtype(parameter)
+    if "exp_avg_codes" in state:
+        return dtype == torch.float32
+    return "exp_avg" not in state or state["exp_avg"].dtype == dtype
+
+
+def fitted(state: dict[str, Any], group: dict[str, Any], place: int, number: int) -> dict[str, Any]:
     """One parameter's state in the dtypes of its steps.
 
     Lower halves stay as they are: what they belong to is in the parameter.
+
+    Args:
+        state: As it was saved, or as it was before the parameter's dtype changed.
+        group: The parameter group.
+        place: The parameter's position in the group.
+        number: The group's number.
 
     Raises:
         ValueError: It is the state of a parameter of another shape, or too large.
@@ -140,32 +154,32 @@ def _fitted(
     parameter: Tensor = group["params"][place]
     name = parameter_name(group, place, number)
     shapes = _shapes(parameter, group)
-    fitted = {
+    result = {
         key: real_view(value) if isinstance(value, Tensor) else value
         for key, value in state.items()
     }
-    for key, value in fitted.items():
+    for key, value in result.items():
         shape = shapes.get(key.removesuffix("_codes"))
         if isinstance(value, Tensor) and shape is not None and value.shape != shape:
             raise ValueError(
                 f"Cannot load the optimizer state: {key} of {name} has shape {tuple(value.shape)}, "
                 f"and here it has {tuple(shape)}."
             )
-    fitted = in_present_layout(fitted)
-    if "exp_avg_codes" in fitted and block_of_8bit(parameter) is None:
-        fitted = _without_codes(fitted)
+    result = in_present_layout(result)
+    if "exp_avg_codes" in result and block_of_8bit(parameter) is None:
+        result = _without_codes(result)
     dtype = compute_dtype(parameter)
-    for key, value in fitted.items():
+    for key, value in result.items():
         if key == "step" and value != {}:  # what a flattened checkpoint has for no state
-            fitted[key] = int(value)
+            result[key] = int(value)
         elif key in shapes and key != LOW and isinstance(value, Tensor):
-            fitted[key] = value.to(dtype)
-            if value.dtype.itemsize > dtype.itemsize and _overflows(value, fitted[key]):
+            result[key] = value.to(dtype)
+            if value.dtype.itemsize > dtype.itemsize and _overflows(value, result[key]):
                 raise ValueError(
-                    f"Cannot load the optimizer state: {key} of {name} is too large for {dtype}. "
+                    f"Cannot use the optimizer state: {key} of {name} is too large for {dtype}. "
                     f"Load the model in {value.dtype}, or start with a fresh state."
                 )
-    return fitted
+    return result
 
 
 def _shapes(parameter: Tensor, group: dict[str, Any]) -> dict[str, torch.Size]:

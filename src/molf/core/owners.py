@@ -108,12 +108,15 @@ class Owners:
         if parameter is not place.parameter():  # something has swapped the group's
             if now is not None and now.shape != parameter.shape:
                 _refuse_shapes(group, group["params"])
-        elif not self._has(parameter) and not any(
-            one is now for other in groups for one in other["params"]
-        ):
-            _refuse_replaced(group, position)
+        elif not self._has(parameter):
+            owners = [number for number, g in enumerate(groups) if _is_among(now, g["params"])]
+            if not owners:
+                _refuse_replaced(group, position)
+            owner, was_there = groups[owners[0]], owners[0] < len(self._places)
+            if was_there and (group["layer"] is not None or owner["layer"] is not None):
+                _refuse_tied(group, position, owner)
         # Else a master copy; or it has moved within the model, as by torch.nn.utils.parametrize; or
-        # the new one was added to the optimizer.
+        # the new one was added to the optimizer, or tied to another that is not routed.
         place.is_watched = False
 
     def _has(self, parameter: Tensor) -> bool:
@@ -190,6 +193,21 @@ def _refuse_replaced(group: dict[str, Any], position: int) -> NoReturn:
         "the optimizer has a tensor that the model no longer uses. Resize, load and convert the "
         "model first, and build the optimizer then; or change values in place "
         "(parameter.data.copy_)."
+    )
+
+
+def _is_among(tensor: Tensor | None, others: Sequence[Tensor]) -> bool:
+    return any(other is tensor for other in others)
+
+
+def _refuse_tied(group: dict[str, Any], position: int, owner: dict[str, Any]) -> NoReturn:
+    whose = "a parameter that is not routed"
+    if owner["layer"] is not None:
+        whose = f"layer {owner['layer']}"
+    raise RuntimeError(
+        f"{_named(group, position)} was replaced in the model after the optimizer was built, by the "
+        f"tensor of {whose}: a gradient that sums two uses cannot be routed. Tie parameters first, "
+        "and build the optimizer then; exclude_modules leaves tied layers out."
     )
 
 
