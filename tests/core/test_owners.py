@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 import warnings
 
 import pytest
@@ -16,6 +17,7 @@ from core_helpers import (
     tiny_model,
     tiny_optimizer,
 )
+from optimizer_forms import in_form
 from peft_helpers import tiny_qwen2
 from torch import nn
 
@@ -198,9 +200,13 @@ def test_layers_that_are_tied_later_are_refused_by_name(change, steps_before, in
         optimizer.zero_grad()
     change(model)
     before = snapshot(model, optimizer)
-    with pytest.raises(RuntimeError, match=TIED[change]):
+
+    def step():
         model(torch.ones(2, 4)).sum().backward()
         optimizer.step()
+
+    with pytest.raises(RuntimeError, match=TIED[change]):
+        step()
     assert_same_bits(snapshot(model, optimizer), before)
 
 
@@ -249,6 +255,74 @@ def test_flattened_or_split_groups_are_refused_by_name():
         name = ("up", "down")[number]
         with pytest.raises(RuntimeError, match=rf"^Layer {name}: .* shape \(\d+,\) .*ZeRO"):
             optimizer.step()
+
+
+def flatten(group: dict) -> None:
+    group["params"] = [nn.Parameter(p.detach().flatten()) for p in group["params"]]
+
+
+def join(group: dict) -> None:
+    group["params"] = [nn.Parameter(torch.cat([p.detach().flatten() for p in group["params"]]))]
+
+
+def empty(group: dict) -> None:
+    group["params"] = []
+
+
+def fill(group: dict) -> None:
+    group["params"] = [nn.Parameter(torch.zeros(3, 3)) for _ in range(5)]
+
+
+@pytest.mark.parametrize("how", ["copied", "pickled", "built from groups"])
+@pytest.mark.parametrize("change", [flatten, join, empty, fill], ids=lambda one: one.__name__)
+@pytest.mark.parametrize("form", ["folded", "explicit", "frozen"])
+def test_groups_of_an_optimizer_that_knows_no_model_are_refused_too(form, change, how):
+    _, optimizer = in_form(form, tiny_model())
+    if how == "copied":
+        optimizer = copy.deepcopy(optimizer)
+    elif how == "pickled":
+        optimizer = pickle.loads(pickle.dumps(optimizer))
+    else:
+        optimizer = MoLFAdamW([dict(group) for group in optimizer.param_groups])
+    group = optimizer.param_groups[0]
+    change(group)
+    for parameter in group["params"]:
+        parameter.grad = torch.ones_like(parameter)
+    with pytest.raises(ValueError, match=r"group of layer .*up' has tensors of shape .* split"):
+        optimizer.step()
+
+
+def replace_embedded(model: TinyModel) -> None:
+    model.embed.weight = nn.Parameter(model.embed.weight.detach().clone())
+
+
+@pytest.mark.parametrize("steps_before", [0, 1])
+@pytest.mark.parametrize("change", [replace_embedding, replace_embedded])
+def test_one_of_two_tied_tensors_that_is_replaced_is_refused(change, steps_before):
+    """The model still has the old one, and would train without the new one."""
+    model = tiny_model()
+    model.lm_head.weight = model.embed.weight
+    optimizer = tiny_optimizer(model)
+    run(model, optimizer, range(steps_before))
+    change(model)
+    backward(model, 2)
+    with pytest.raises(RuntimeError, match=r"Parameter embed.weight was replaced"):
+        optimizer.step()
+
+
+def test_swapped_tensors_are_the_same_parameters():
+    """`module.to` swaps what parameters hold, if torch is told so."""
+    model = tiny_model()
+    optimizer = tiny_optimizer(model)
+    run(model, optimizer, [0])
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        model.double()
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
+    run(model, optimizer, [1, 2])
+    assert model.up.weight.dtype == torch.float64
+    assert set(optimizer.routing) == {"up", "down"}
 
 
 def test_master_copies_of_the_same_shape_are_taken():

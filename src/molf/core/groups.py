@@ -293,7 +293,7 @@ def check_group(group: dict[str, Any], *, smallest: float = 0.0) -> None:
         _check_experts(group, smallest)
         if any(parameter.is_complex() for parameter in group["params"]):
             raise ValueError(f"Layer {group['layer']}: complex weights cannot be routed.")
-        _check_shapes(group)
+        check_shapes(group)
     pair_of_betas(group["betas"])
     for place, parameter in enumerate(group["params"]):
         if not is_lazy(parameter) and parameter.is_conj():  # lazy: without a shape so far
@@ -324,8 +324,12 @@ def _check_experts(group: dict[str, Any], smallest: float) -> None:
             number(name, value, smallest=smallest)
 
 
-def _check_shapes(group: dict[str, Any]) -> None:
-    """Check that a routed group holds the tensors of one layer: [weight, bias, lora_A, lora_B]."""
+def check_shapes(group: dict[str, Any]) -> None:
+    """Check that a routed group holds the tensors of one layer: [weight, bias, lora_A, lora_B].
+
+    Raises:
+        ValueError: With the layer's name.
+    """
     shapes = [tuple(parameter.shape) for parameter in group["params"]]
     in_adapter = group.get("adapter_scaling") is not None
     dense, factors = (shapes[:-2], shapes[-2:]) if in_adapter else (shapes, [])

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from molf.core.adamw import AdamW
 from molf.core.config import MoLFConfig
-from molf.core.groups import build_groups, cover
+from molf.core.groups import build_groups, check_shapes, cover
 from molf.core.hyper_parameters import readable
 from molf.core.owners import Owners, without_gradient
 from molf.core.quantised import keep_differentiable
@@ -209,7 +209,10 @@ class MoLFAdamW(AdamW):
         super()._begin()
         self.routing = {}
         self._is_first = not any(self.state.values())
-        if self._owners is not None:
+        if self._owners is None:  # nobody else sees that something has split the groups
+            for group in self._layer_groups():
+                check_shapes(group)
+        else:
             self._owners.check(self.param_groups, self.state)
             if self._is_first and self._backward is None:
                 routed = (p for group in self._layer_groups() for p in group["params"])

@@ -21,12 +21,13 @@ _EXPERT = re.compile(r"(\.\d+\..*\.)\d+(\.|$)")
 
 @dataclass(slots=True)
 class _Place:
-    """Where the model keeps a parameter; nothing is kept alive from here.
+    """Where the model keeps a parameter; no module is kept alive from here.
 
     Attributes:
         module: The module.
         key: The attribute.
-        parameter: The parameter that was there when the optimizer was built.
+        parameter: The parameter that was there when the optimizer was built; None once the group
+            has another. A weak reference would keep `torch.utils.swap_tensors` from changing it.
         shape: Its shape then, or when it was changed before the first step.
         is_watched: Whether it is looked at; not any more once a change was found harmless.
         is_found: Whether it was looked for in the model, for want of a gradient, and found.
@@ -34,7 +35,7 @@ class _Place:
 
     module: weakref.ref[nn.Module]
     key: str
-    parameter: weakref.ref[Tensor]
+    parameter: Tensor | None
     shape: torch.Size
     is_watched: bool = True
     is_found: bool = False
@@ -55,9 +56,7 @@ class Owners:
         for module in model.modules():
             for key, parameter in module._parameters.items():
                 if parameter is not None and parameter not in found:
-                    found[parameter] = _Place(
-                        weakref.ref(module), key, weakref.ref(parameter), parameter.shape
-                    )
+                    found[parameter] = _Place(weakref.ref(module), key, parameter, parameter.shape)
         self._places = [[found[parameter] for parameter in group["params"]] for group in groups]
 
     def check(self, groups: Sequence[dict[str, Any]], states: States) -> None:
@@ -105,10 +104,13 @@ class Owners:
     ) -> None:
         """Refuse a parameter that is not the one of its module, unless that is harmless."""
         parameter: Tensor = group["params"][position]
-        if parameter is not place.parameter():  # something has swapped the group's
+        if parameter is not place.parameter:  # something has swapped the group's
+            place.parameter = None
             if now is not None and now.shape != parameter.shape:
                 _refuse_shapes(group, group["params"])
-        elif not self._has(parameter):
+        elif now is None and place.module() is None and self._has_stranger(groups):
+            _refuse_replaced(group, position)
+        elif now is not None or not self._has(parameter):
             owners = [number for number, g in enumerate(groups) if _is_among(now, g["params"])]
             if not owners:
                 _refuse_replaced(group, position)
@@ -123,6 +125,14 @@ class Owners:
         """Whether the model has a parameter; also where the model is gone and nobody can tell."""
         model = self._model()
         return model is None or any(one is parameter for one in model.parameters())
+
+    def _has_stranger(self, groups: Sequence[dict[str, Any]]) -> bool:
+        """Whether the model has a parameter to be trained that is in no group."""
+        model = self._model()
+        known = {p for group in groups for p in group["params"]}
+        return model is not None and any(
+            one.requires_grad and one not in known for one in model.parameters()
+        )
 
     def refuse_without_gradients(self, groups: Sequence[dict[str, Any]]) -> None:
         """Refuse a first step in which no routed layer has a gradient, though others have.
@@ -205,9 +215,9 @@ def _refuse_tied(group: dict[str, Any], position: int, owner: dict[str, Any]) ->
     if owner["layer"] is not None:
         whose = f"layer {owner['layer']}"
     raise RuntimeError(
-        f"{_named(group, position)} was replaced in the model after the optimizer was built, by the "
-        f"tensor of {whose}: a gradient that sums two uses cannot be routed. Tie parameters first, "
-        "and build the optimizer then; exclude_modules leaves tied layers out."
+        f"{_named(group, position)} was replaced in the model after the optimizer was built, by "
+        f"the tensor of {whose}: a gradient that sums two uses cannot be routed. Tie parameters "
+        "first, and build the optimizer then; exclude_modules leaves tied layers out."
     )
 
 
