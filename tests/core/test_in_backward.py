@@ -9,12 +9,13 @@ import warnings
 
 import pytest
 import torch
-from core_helpers import assert_same_bits, backward, snapshot, tiny_model
+from core_helpers import assert_same_bits, backward, run, snapshot, tiny_model, tiny_optimizer
 from optimizer_forms import FORMS, build, in_form
 from torch import nn
 
-from molf import MoLFAdamW, MoLFConfig
+from molf import AdamW, MoLFAdamW, MoLFConfig
 from molf.core import accumulation
+from molf.core.unit import PlainUnit
 
 
 def run_model(model: nn.Module, seed: int) -> torch.Tensor:
@@ -473,3 +474,34 @@ def test_a_later_step_without_a_gradient_is_warned_of_once():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         optimizer.step()
+
+
+def test_units_are_made_one_by_one(monkeypatch):
+    """Making all of a group for each of its parameters would cost their number squared."""
+    parameters = [nn.Parameter(torch.zeros(2)) for _ in range(40)]
+    optimizer = AdamW(parameters, optimizer_in_backward=True)
+    made = []
+
+    class Counted(PlainUnit):
+        def __init__(self, *args):
+            made.append(args)
+            super().__init__(*args)
+
+    monkeypatch.setattr("molf.core.adamw.PlainUnit", Counted)
+    sum(parameter.sum() for parameter in parameters).backward()
+    assert len(made) == len(optimizer.state) == len(parameters)
+
+
+def test_a_rate_that_is_no_number_is_refused_by_steps_alone():
+    model = tiny_model()
+    optimizer = tiny_optimizer(model, optimizer_in_backward=True)
+    run(model, optimizer, [0])
+    rates = [group["lr"] for group in optimizer.param_groups]
+    for group in optimizer.param_groups:
+        group["lr"] = float("nan")
+    with pytest.raises(ValueError, match="Invalid lr=nan"):
+        backward(model, 1)
+    optimizer.zero_grad()
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+    run(model, optimizer, [1])

@@ -394,10 +394,18 @@ class AdamW(Optimizer):
                 "comes between zero_grad() and step(). Later steps like this one are not reported."
             )
 
-    def _units(self) -> Iterator[Unit]:
-        """All units of the groups as they are now."""
+    def _units(self, *, to_step: bool = True) -> Iterator[Unit]:
+        """All units of the groups as they are now; `to_step` reads their hyper-parameters."""
         for number, group in enumerate(self.param_groups):
-            yield from self._units_of(number, readable(group))
+            yield from self._units_of(number, readable(group) if to_step else group)
+
+    def _unit_of(self, key: UnitKey) -> Unit:
+        """One unit, to step; the others of its group are not made."""
+        group = readable(self.param_groups[key.group])
+        if key.position is None:
+            (unit,) = self._units_of(key.group, group)
+            return unit
+        return PlainUnit(key, group, [group["params"][key.position]])
 
     def _units_of(self, number: int, group: dict[str, Any]) -> list[Unit]:
         """The units of a group: here every parameter is one."""
@@ -408,8 +416,7 @@ class AdamW(Optimizer):
 
     def _take_and_free(self, key: UnitKey) -> None:
         """Step a unit and free its gradients."""
-        units = self._units_of(key.group, readable(self.param_groups[key.group]))
-        unit = units[key.position or 0]
+        unit = self._unit_of(key)
         self._take([unit])
         unit.free_gradients()
 

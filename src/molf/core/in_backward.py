@@ -29,8 +29,8 @@ class Stepper(Protocol):
     def _begin(self) -> None:
         """Called with the first gradient of a backward pass."""
 
-    def _units(self) -> Iterator[Unit]:
-        """All units of the groups as they are now."""
+    def _units(self, *, to_step: bool = True) -> Iterator[Unit]:
+        """All units of the groups as they are now; `to_step` reads their hyper-parameters."""
 
     def _take_and_free(self, key: UnitKey) -> None:
         """Step a unit and free its gradients."""
@@ -152,7 +152,8 @@ class BackwardSteps:
 
     def _units(self) -> Iterator[Unit]:
         """The optimizer's units, as far as no other optimizer has them."""
-        return (unit for unit in self._owner()._units() if not self._has_lost(unit.parameters))
+        units = self._owner()._units(to_step=False)
+        return (unit for unit in units if not self._has_lost(unit.parameters))
 
     def _has_lost(self, members: list[Tensor]) -> bool:
         """Whether another optimizer that is alive has one of these parameters."""

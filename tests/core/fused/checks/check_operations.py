@@ -20,7 +20,7 @@ from scenarios import (
 )
 from torch import Tensor
 
-from molf.core.adam import MomentDecay, score_terms, update_moments
+from molf.core.adam import AdamWStep, MomentDecay, score_terms, update_moments
 from molf.core.fused import AdamW, Kernels, LowRank, Moments, Weight
 from molf.core.weight_step import Product
 
@@ -201,7 +201,7 @@ def test_adamw_is_torchs(kernels):
         grad = source.normal(71, 43)
         parameter.grad = grad
         torchs.step()
-        step = type(STEP).of(1e-2, 0.1, BETAS, 1e-6, t)
+        step = AdamWStep(1e-2, 0.1, BETAS, 1e-6, t)
         kernels.adamw([AdamW(weight, exp_avg, exp_avg_sq, step, grad, BETAS)], YES)
     torch.testing.assert_close(weight.values, parameter.detach(), rtol=1e-6, atol=1e-7)
 
@@ -210,7 +210,7 @@ def test_each_tensor_has_its_own_scalars(kernels):
     source = Source(9)
     weights = [source.normal(20) for _ in range(3)]
     moments = source.moments(20)
-    steps = [STEP._replace(kept=0.5 + i / 8, step_size=float(i), eps=float(i)) for i in range(3)]
+    steps = [AdamWStep(float(i), i / 8, BETAS, float(i), 3 + i) for i in range(3)]
     expected = [
         w.double() * s.kept
         - s.step_size * moments[0].double() / (moments[1].double().sqrt() / s.correction + s.eps)
