@@ -29,6 +29,11 @@ REFUSED_KEYWORDS = {
 }
 # Everything else that an optimizer of ours does otherwise, and means to.
 OTHER_DIFFERENCES = {
+    "a first step in which others have a gradient and no routed layer has one (`from_model`)": (
+        "Nothing would be routed. Layers that were all frozen are warned of."
+    ),
+    "a parameter that was replaced in the model, resized after a step, or flattened in its group "
+    "(`from_model`)": "The model would train without it.",
     "an infinite `lr`, `eps` or `weight_decay`": "No step could follow.",
     "one beta a number, the other a tensor": "Both are read as numbers.",
     "one tensor as the `lr` of several groups": "A scheduler would multiply it once per group.",
