@@ -25,7 +25,7 @@ def check_model(model: str) -> None:
     if path.is_dir():
         if (reason := why_no_model(path)) is not None:
             raise InputError(f"model {model} {reason}")
-        _check_entries(path)
+        check_entries(path, "model")
     elif path.exists():
         raise InputError(f"model {model} is a file. Give the directory of a checkpoint.")
     elif not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", model):
@@ -36,12 +36,20 @@ def check_model(model: str) -> None:
         _check_hub(model)
 
 
-def _check_entries(folder: Path) -> None:
-    """Refuse a pipe or a device among a checkpoint's files: transformers would wait for it."""
+def check_entries(folder: Path, what: str) -> None:
+    """Refuse a pipe or a device among a checkpoint's files: transformers would wait for it.
+
+    Args:
+        folder: The checkpoint.
+        what: How a message names it: "model" or "adapter".
+
+    Raises:
+        InputError: There is one.
+    """
     for entry in sorted(folder.iterdir()):
         kind = special_kind(entry)
         if kind not in (None, DIRECTORY):
-            raise InputError(f"model {folder}: {entry.name} is {kind}, and no ordinary file.")
+            raise InputError(f"{what} {folder}: {entry.name} is {kind}, and no ordinary file.")
 
 
 def check_quantisation(settings: TrainSettings) -> None:
