@@ -9,7 +9,8 @@ from pathlib import Path
 from molf.errors import InputError
 from molf.inputs import DIRECTORY, special_kind
 from molf.paths import check_path, check_unicode, expanded
-from molf.train.run_around import why_no_model
+from molf.train.ownership import is_run
+from molf.train.run_around import model_of, why_no_model
 from molf.train.settings import TrainSettings
 
 
@@ -28,12 +29,22 @@ def check_model(model: str) -> None:
         check_entries(path, "model")
     elif path.exists():
         raise InputError(f"model {model} is a file. Give the directory of a checkpoint.")
+    elif (run := _run_in(path)) is not None:  # no Hub id, though it may look like one
+        raise InputError(f"model {model} does not exist in the run {run}. {model_of(run)}")
     elif not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", model):
         raise InputError(
             f"model {model} does not exist, and does not have the form of a Hub id (owner/name)."
         )
     else:
         _check_hub(model)
+
+
+def _run_in(path: Path) -> Path | None:
+    """The run that a path names on its way; the working directory, which it does not name, is none.
+
+    A Hub id is one also where that is a run.
+    """
+    return next((place for place in path.parents if place != Path() and is_run(place)), None)
 
 
 def check_entries(folder: Path, what: str) -> None:

@@ -125,7 +125,7 @@ def is_run(path: Path) -> bool:
     return (path / CONFIG).is_file() and is_run_config(_read_yaml(path / CONFIG))
 
 
-def run_around(path: Path) -> Path | None:
+def run_of_part(path: Path) -> Path | None:
     """The run that a path is a part of, links followed, by its name or by one above it."""
     place = Path(os.path.realpath(path))
     for part in (place, *place.parents):

@@ -15,7 +15,7 @@ from molf.errors import InputError
 from molf.paths import check_path, check_unicode
 from molf.train.files import is_unfinished, making_directory
 from molf.train.locks import InUseError, Lock, in_use
-from molf.train.ownership import A_RUN, CONFIG, Ownership, run_around
+from molf.train.ownership import A_RUN, CONFIG, Ownership, run_of_part
 from molf.train.room import existing
 
 _LONGEST_NAME = 200  # bytes; names beside it are longer than it, and systems allow 255
@@ -91,7 +91,7 @@ def _check_not_in_use(path: Path) -> None:
 
 def _check_no_part(path: Path) -> None:
     """Refuse a place that --overwrite would delete with the run around it."""
-    run = run_around(path)
+    run = run_of_part(path)
     if run is not None:
         raise InputError(
             f"output_dir {path} lies in a part of {run}, a run of molf train that is replaced as a "
