@@ -177,6 +177,7 @@ def test_tokens_are_masked(token):
         "2026-11-28T19:05:41+00:00",
         "    def f(password: str, token=None, api_key=self.api_key, auth=get_auth()):",
         "Give --hub_token to push",
+        "Unknown option: --api-key. What is allowed is listed by `molf train --help`.",
         "Bearer of bad news",
         "lora0_r128 0.50 full 0.50",
         "signature mismatch at layer 3",

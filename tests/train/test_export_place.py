@@ -148,3 +148,13 @@ def test_damaged_weights(refused, run):
     assert "model.safetensors cannot be read as safetensors" in refused()
     (run / "model" / "model.safetensors").unlink()
     assert "has no weights" in refused()
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs pipes in the file system")
+@pytest.mark.parametrize("name", ["model.safetensors", "more.safetensors", "tokenizer.json"])
+def test_pipe_among_the_weights(refused, run, name):
+    (run / "model" / name).unlink(missing_ok=True)
+    os.mkfifo(run / "model" / name)
+    assert f"model {run / 'model'}: {name} is a pipe (FIFO)" in refused()
+    os.mkfifo(run / "adapter" / "more.safetensors")
+    assert "more.safetensors is a pipe (FIFO)" in refused("--what", "adapter")

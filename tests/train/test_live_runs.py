@@ -11,6 +11,7 @@ from molf.cli import main
 from molf.core.optimizer import MoLFAdamW
 from molf.errors import InputError
 from molf.train.locks import Lock, in_use
+from molf.train.ownership import AN_EVALUATION
 from molf.train.routing_log import read_routing
 from molf.train.run_directory import RunDirectory, check_output
 
@@ -109,6 +110,28 @@ def test_a_run_that_is_read_is_not_replaced(molf_run):
     with Lock(molf_run.path, shared=True), pytest.raises(InputError, match="in use"):
         check_output(molf_run.path, overwrite=True)
     check_output(molf_run.path, overwrite=True)
+
+
+def a_finished_run(path):
+    for part in ("model", "routing"):
+        (path / part).mkdir(parents=True)
+    (path / "config.yaml").write_text("method: molf\nrun: {}\n")
+    (path / "environment.json").write_text("{}")
+    return path
+
+
+@pytest.mark.parametrize("place", ["model/inner", "routing/a/b", "checkpoints/inner", "adapter"])
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_no_run_goes_into_what_another_one_would_delete(tmp_path, place, overwrite):
+    run = a_finished_run(tmp_path / "out")
+    (tmp_path / "link").symlink_to(run)
+    for around in (run, tmp_path / "link"):
+        with pytest.raises(InputError, match="lies in a part of"):
+            check_output(around / place, overwrite=overwrite)
+        with pytest.raises(InputError, match="lies in a part of"):
+            check_output(around / place, overwrite=overwrite, ownership=AN_EVALUATION)
+    check_output(tmp_path / "model", overwrite=overwrite)
+    check_output(run / "inner", overwrite=overwrite)
 
 
 def test_a_moved_run_goes_on_where_it_is(options, at_step, tmp_path, capsys):

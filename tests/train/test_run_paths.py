@@ -63,6 +63,21 @@ def test_model_that_was_meant(run, refused, command, part, words):
         assert word.format(run=run) in error
 
 
+@pytest.mark.parametrize("command", range(5))
+def test_missing_part_of_a_run_is_no_hub_id(run, refused, monkeypatch, command):
+    monkeypatch.chdir(run.parent)
+    shutil.rmtree(run / "adapter")
+    error = refused(*commands("run/adapter")[command])
+    assert "run/adapter does not exist in the run" in error
+    assert "run/model.\n" in error
+
+
+def test_hub_id_within_a_run(run, refused, monkeypatch):
+    monkeypatch.chdir(run)
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    assert "some/base is no local directory, and " in refused("plan", "--model", "some/base")
+
+
 def test_link_to_a_run(run, refused, tmp_path):
     link = tmp_path / "link"
     link.symlink_to(run)

@@ -48,6 +48,15 @@ def test_refused(name, value, words):
     assert words in str(raised.value)
 
 
+@pytest.mark.parametrize("name", ["run_name", "ddp_backend", "project"])
+@pytest.mark.parametrize(
+    "value", ["https://h.org/a?sig=SECRET", "ghp_" + "a1B2" * 9, "https://me:SECRET@h.org"]
+)
+def test_secrets_are_refused_without_torch(name, value):
+    with pytest.raises(InputError, match=f"training_args.{name} holds a secret"):
+        check_training_args({name: value})
+
+
 def test_accepted():
     check_training_args(
         {

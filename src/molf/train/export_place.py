@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from molf.errors import InputError
 from molf.paths import check_inputs_outside, is_within, settled
 from molf.train.finished_run import FinishedRun
+from molf.train.model_path import check_entries
 from molf.train.ownership import ADAPTER, AN_EXPORT, CHECKPOINTS, LOW_HALVES, MODEL, ROUTING
 from molf.train.room import check_file_size, check_room, directory_bytes
 from molf.train.run_directory import check_output
@@ -37,6 +38,7 @@ def export_place(
     Raises:
         InputError: The directory is not free for an export, cannot be written, or is too small.
     """
+    check_entries(run.path / what, what)
     stored = _read_headers(run.path / what)
     name = f"{what}-{dtype or stored.dtype}"
     path = run.path / name if output_dir is None else settled(output_dir)

@@ -9,7 +9,8 @@ from pathlib import Path
 from molf.errors import InputError
 from molf.inputs import DIRECTORY, special_kind
 from molf.paths import check_path, check_unicode, expanded
-from molf.train.run_around import why_no_model
+from molf.train.ownership import is_run
+from molf.train.run_around import model_of, why_no_model
 from molf.train.settings import TrainSettings
 
 
@@ -25,9 +26,11 @@ def check_model(model: str) -> None:
     if path.is_dir():
         if (reason := why_no_model(path)) is not None:
             raise InputError(f"model {model} {reason}")
-        _check_entries(path)
+        check_entries(path, "model")
     elif path.exists():
         raise InputError(f"model {model} is a file. Give the directory of a checkpoint.")
+    elif (run := _run_in(path)) is not None:  # no Hub id, though it may look like one
+        raise InputError(f"model {model} does not exist in the run {run}. {model_of(run)}")
     elif not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", model):
         raise InputError(
             f"model {model} does not exist, and does not have the form of a Hub id (owner/name)."
@@ -36,12 +39,28 @@ def check_model(model: str) -> None:
         _check_hub(model)
 
 
-def _check_entries(folder: Path) -> None:
-    """Refuse a pipe or a device among a checkpoint's files: transformers would wait for it."""
+def _run_in(path: Path) -> Path | None:
+    """The run that a path names on its way; the working directory, which it does not name, is none.
+
+    A Hub id is one also where that is a run.
+    """
+    return next((place for place in path.parents if place != Path() and is_run(place)), None)
+
+
+def check_entries(folder: Path, what: str) -> None:
+    """Refuse a pipe or a device among a checkpoint's files: transformers would wait for it.
+
+    Args:
+        folder: The checkpoint.
+        what: How a message names it: "model" or "adapter".
+
+    Raises:
+        InputError: There is one.
+    """
     for entry in sorted(folder.iterdir()):
         kind = special_kind(entry)
         if kind not in (None, DIRECTORY):
-            raise InputError(f"model {folder}: {entry.name} is {kind}, and no ordinary file.")
+            raise InputError(f"{what} {folder}: {entry.name} is {kind}, and no ordinary file.")
 
 
 def check_quantisation(settings: TrainSettings) -> None:

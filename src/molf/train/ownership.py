@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from pathlib import Path
@@ -122,6 +123,15 @@ def is_run_config(config: Any) -> bool:
 def is_run(path: Path) -> bool:
     """Whether a directory is that of a run, whatever else it holds."""
     return (path / CONFIG).is_file() and is_run_config(_read_yaml(path / CONFIG))
+
+
+def run_of_part(path: Path) -> Path | None:
+    """The run that a path is a part of, links followed, by its name or by one above it."""
+    place = Path(os.path.realpath(path))
+    for part in (place, *place.parents):
+        if part.name in _RUN_ENTRIES and is_run(part.parent):
+            return part.parent
+    return None
 
 
 def predictions_in(path: Path) -> list[Path]:

@@ -52,7 +52,7 @@ def why_no_model(path: Path) -> str | None:
         return None
     if run is not None:
         what = "is a run of molf train" if run == path else f"is a part of the run {run}"
-        return f"{what}. {_model_of(run)}"
+        return f"{what}. {model_of(run)}"
     models = [child for child in _children(path) if (child / MODEL_CONFIG).is_file()]
     if models:
         return f"is a directory without a {MODEL_CONFIG}. It holds {_listed(models)}: give a model."
@@ -62,7 +62,7 @@ def why_no_model(path: Path) -> str | None:
     return f"is a directory without a {MODEL_CONFIG}. Give a checkpoint in transformers format."
 
 
-def _model_of(run: Path) -> str:
+def model_of(run: Path) -> str:
     """Where a run's model is, or what there is instead."""
     if (run / MODEL / MODEL_CONFIG).is_file():
         return f"Give its model: {run / MODEL}."

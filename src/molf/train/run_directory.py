@@ -15,7 +15,7 @@ from molf.errors import InputError
 from molf.paths import check_path, check_unicode
 from molf.train.files import is_unfinished, making_directory
 from molf.train.locks import InUseError, Lock, in_use
-from molf.train.ownership import A_RUN, CONFIG, Ownership
+from molf.train.ownership import A_RUN, CONFIG, Ownership, run_of_part
 from molf.train.room import existing
 
 _LONGEST_NAME = 200  # bytes; names beside it are longer than it, and systems allow 255
@@ -45,6 +45,7 @@ def check_output(
             f"{_LONGEST_NAME}."
         )
     _check_not_in_use(path)
+    _check_no_part(path)
     if path.exists():
         _check_content(path, overwrite=overwrite, ownership=ownership)
     place = existing(path.absolute().parent if renames else path)
@@ -86,6 +87,16 @@ def _check_not_in_use(path: Path) -> None:
                 f"output_dir {path} lies in {parent}, where a run of molf train goes on. Wait for "
                 "its end, or give another --output_dir."
             )
+
+
+def _check_no_part(path: Path) -> None:
+    """Refuse a place that --overwrite would delete with the run around it."""
+    run = run_of_part(path)
+    if run is not None:
+        raise InputError(
+            f"output_dir {path} lies in a part of {run}, a run of molf train that is replaced as a "
+            "whole. Give another --output_dir."
+        )
 
 
 def _check_content(path: Path, *, overwrite: bool, ownership: Ownership) -> None:

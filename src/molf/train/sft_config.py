@@ -29,7 +29,6 @@ def sft_config(settings: ResolvedSettings) -> SFTConfig:
     check_trackers(settings.report_to)
     _check_available(settings.report_to)
     extra = parse_training_args(settings.training_args)
-    _check_secrets(settings.training_args)
     bf16 = settings.bf16
     if bf16 is None:
         bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
@@ -95,17 +94,6 @@ def sft_config(settings: ResolvedSettings) -> SFTConfig:
             "CUDA_VISIBLE_DEVICES."
         )
     return config
-
-
-def _check_secrets(given: Mapping[str, str]) -> None:
-    """Refuse what must not be recorded: the trainer's own files hold its arguments as they are."""
-    for name, value in given.items():
-        if mask_text(value) != value:
-            raise InputError(
-                f"training_args.{name} holds a secret, or an address with a query or a user, which "
-                "checkpoints and trackers would record. Give it by the environment variable that "
-                "its library reads, or leave it out."
-            )
 
 
 def _check_schedule(config: SFTConfig) -> None:

@@ -13,6 +13,7 @@ from functools import cache
 from importlib.util import find_spec
 
 from molf.errors import InputError
+from molf.masking import mask_text
 from molf.train.converters import TOO_LARGE, is_too_large
 from molf.train.declared_fields import package_folder, sft_config_fields
 from molf.train.settings import TrainSettings
@@ -92,7 +93,8 @@ def check_training_args(given: Mapping[str, str]) -> None:
     """Check the names, and the values whose types the source of SFTConfig declares.
 
     Raises:
-        InputError: A name is unknown or not the user's to set, or a value has the wrong type.
+        InputError: A name is unknown or not the user's to set, or a value has the wrong type or
+            holds a secret.
     """
     declared = sft_config_fields() if given else {}
     for name, value in given.items():
@@ -100,6 +102,7 @@ def check_training_args(given: Mapping[str, str]) -> None:
         if declared and name not in declared:
             raise unknown_name(name, declared)
         _check_value(name, value, declared.get(name, frozenset()) - {"None"})
+        _check_secrets(name, value)
 
 
 def check_name(name: str) -> None:
@@ -133,6 +136,16 @@ def unknown_name(name: str, known: Iterable[str]) -> InputError:
     if close:
         hint = f" Did you mean {f'--{close[0]}' if close[0] in _OPTIONS else close[0]}?"
     return InputError(f"training_args.{name} is no argument of TRL's SFTConfig.{hint}")
+
+
+def _check_secrets(name: str, value: str) -> None:
+    """Refuse what must not be recorded: the trainer's own files hold its arguments as they are."""
+    if mask_text(value) != value:
+        raise InputError(
+            f"training_args.{name} holds a secret, or an address with a query or a user, which "
+            "checkpoints and trackers would record. Give it by the environment variable that "
+            "its library reads, or leave it out."
+        )
 
 
 def _check_value(name: str, value: str, types: frozenset[str]) -> None:
