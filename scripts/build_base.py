@@ -34,8 +34,9 @@ from transformers import (
 )
 
 from molf.evaluate.settings import EvaluationSettings
+from molf.evaluate.tokens import IGNORED
 from molf.tasks.base import Task
-from molf.tasks.encoding import IGNORED, encode_samples
+from molf.tasks.encoding import encode_samples
 from molf.tasks.med import load_med
 from molf.tasks.options import TaskOptions
 from molf.tasks.samples import PromptCompletion

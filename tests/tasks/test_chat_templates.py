@@ -8,9 +8,10 @@ import trl
 from tiny_models import byte_level_tokenizer
 
 from molf.errors import InputError
+from molf.evaluate.tokens import IGNORED
 from molf.tasks import chat_template
 from molf.tasks.conversations import Conversation
-from molf.tasks.encoding import IGNORED, encode_samples
+from molf.tasks.encoding import encode_samples
 
 _FOLDER = Path(trl.__file__).parent / "chat_templates"
 ORIGINALS = sorted(

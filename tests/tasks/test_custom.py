@@ -13,8 +13,9 @@ from tiny_models import (
 from molf.errors import InputError
 from molf.evaluate import EvaluationSettings
 from molf.evaluate.generate import decode, generate_greedy
-from molf.tasks import TaskOptions, encoding, load_task
-from molf.tasks.encoding import encode_samples, tokenize
+from molf.evaluate.tokens import tokenize
+from molf.tasks import TaskOptions, answers, encoding, load_task
+from molf.tasks.encoding import encode_samples
 
 TURNS = [{"role": "user", "content": "Where?"}, {"role": "assistant", "content": "In Paris."}]
 
@@ -146,7 +147,8 @@ def test_records_are_tokenized_once(tmp_path, monkeypatch):
         texts.extend(some)
         return tokenize(tokenizer, some, **options)
 
-    monkeypatch.setattr(encoding, "tokenize", counted)
+    for module in (encoding, answers):
+        monkeypatch.setattr(module, "tokenize", counted)
     task = load(write(tmp_path / "a.jsonl", pairs(9)), evaluation_only=True)
     task.evaluate(tiny_qwen2(), byte_level_tokenizer(), EvaluationSettings(max_new_tokens=2))
     assert len(texts) == len(set(texts)) == 9

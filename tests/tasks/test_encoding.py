@@ -2,10 +2,10 @@ import pytest
 from tiny_models import LINES, byte_level_tokenizer, piece_tokenizer
 
 from molf.errors import InputError
+from molf.evaluate.tokens import tokenize
 from molf.tasks.encoding import (
     encode_samples,
     generation_contexts,
-    tokenize,
     tokenize_samples,
 )
 from molf.tasks.samples import PromptCompletion

@@ -5,16 +5,14 @@ Importing this package imports neither torch nor transformers.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from molf.evaluate.metric import Evaluation, Metric, bootstrap_mean, wilson
 from molf.evaluate.plain_text import default_plain_text, read_plain_text
 from molf.evaluate.settings import EvaluationSettings, Progress
 
-if TYPE_CHECKING:
-    from molf.tasks.base import Task
-
 __all__ = [
+    "Evaluable",
     "Evaluation",
     "EvaluationSettings",
     "Metric",
@@ -26,13 +24,27 @@ __all__ = [
     "wilson",
 ]
 
+
+class Evaluable(Protocol):
+    """Anything that measures a model, such as a `molf.tasks.Task`."""
+
+    def evaluate(
+        self,
+        model: Any,
+        tokenizer: Any,
+        settings: EvaluationSettings,
+        progress: Progress | None = None,
+    ) -> Evaluation:
+        """Measure a transformers causal language model."""
+
+
 _FORGETTING_WINDOW = 256  # tokens; short enough that a few pages give an interval over windows
 
 
 def evaluate(
     model: Any,
     tokenizer: Any,
-    task: Task,
+    task: Evaluable,
     forgetting_text: str,
     settings: EvaluationSettings | None = None,
     progress: Progress | None = None,

@@ -10,7 +10,7 @@ from molf.evaluate.inference import length_limit
 from molf.evaluate.likelihood import sequence_losses
 from molf.evaluate.metric import Metric, bootstrap_mean
 from molf.evaluate.settings import Progress
-from molf.tasks.encoding import IGNORED, TokenizedText, tokenize
+from molf.evaluate.tokens import IGNORED, TokenizedText, tokenize
 
 
 def forgetting_loss(

@@ -11,7 +11,7 @@ from torch import Tensor
 from molf.evaluate.inference import for_each_batch, inference, last_logits
 from molf.evaluate.padding import ANY, logits_batches
 from molf.evaluate.settings import Progress
-from molf.tasks.encoding import IGNORED
+from molf.evaluate.tokens import IGNORED
 
 
 class NextTokens:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from molf.evaluate.settings import EvaluationSettings, Progress
+from molf.evaluate.tokens import tokenize
 
 if TYPE_CHECKING:
     from molf.evaluate.generate import FirstLogits
@@ -75,6 +76,4 @@ def expected_answers(tokenizer: Any, contexts: Sequence[GenerationContext]) -> l
 
 def longest_answer(tokenizer: Any, answers: Sequence[str]) -> int:
     """Tokens of the longest of some texts."""
-    from molf.tasks.encoding import tokenize
-
     return max(len(answer.ids) for answer in tokenize(tokenizer, answers))

@@ -6,8 +6,6 @@ import re
 import weakref
 from typing import Any
 
-from molf.tasks.samples import Span
-
 _MARK = "\ue000"  # of Unicode's private use; nothing that a tokenizer knows has it
 
 _patterns: weakref.WeakKeyDictionary[Any, re.Pattern[str]] = weakref.WeakKeyDictionary()
@@ -40,7 +38,7 @@ def marked(tokenizer: Any, value: Any) -> Any:
     return value
 
 
-def unmarked(tokenizer: Any, text: str) -> tuple[str, tuple[Span, ...]]:
+def unmarked(tokenizer: Any, text: str) -> tuple[str, tuple[tuple[int, int], ...]]:
     """Return a text without its marks, and where the marked control tokens are in it."""
     plain = text.replace(_MARK, "")
     tokens = []

@@ -114,7 +114,7 @@ class FactTask(Task):
         """
         from molf.evaluate.generate import padding_id
         from molf.evaluate.inference import length_limit
-        from molf.tasks.encoding import check_tokenizer
+        from molf.evaluate.tokens import check_tokenizer
 
         check_tokenizer(tokenizer)
         limit = length_limit(model, settings.max_length) - 1  # the answer needs one position

@@ -14,7 +14,7 @@ from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from molf.evaluate.settings import Progress
-from molf.tasks.encoding import TokenizedText, tokenize
+from molf.evaluate.tokens import TokenizedText, tokenize
 
 if TYPE_CHECKING:
     from torch import Tensor

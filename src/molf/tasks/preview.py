@@ -6,8 +6,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from molf.evaluate.tokens import IGNORED
 from molf.tasks.base import DataRecords
-from molf.tasks.encoding import IGNORED, ids_and_labels, tokenize_samples
+from molf.tasks.encoding import ids_and_labels, tokenize_samples
 
 _AT_ONCE = 1000
 

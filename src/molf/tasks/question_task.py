@@ -161,7 +161,8 @@ class QuestionTask(Task, Generic[Q]):
     ) -> Asked:
         """The records to ask the model: those that can be scored and are not too long."""
         from molf.evaluate.inference import length_limit
-        from molf.tasks.encoding import check_tokenizer, generation_contexts, tokenize_samples
+        from molf.evaluate.tokens import check_tokenizer
+        from molf.tasks.encoding import generation_contexts, tokenize_samples
 
         check_tokenizer(tokenizer)
         left_out = self._unscorable(self._data.evaluated, progress)

@@ -7,6 +7,8 @@ from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Any
 
+from molf.tasks.control_tokens import control_tokens
+
 Span = tuple[int, int]
 """Start and end in characters of a text."""
 
@@ -94,8 +96,6 @@ class PromptCompletion(Sample):
 
     def render(self, tokenizer: Any) -> Rendered:
         """Join the two texts; the completion carries the loss."""
-        from molf.tasks.control_tokens import control_tokens
-
         text = self.prompt + self.completion
         start = len(self.prompt)
         # An EOS at the very end is where a completion ends anyway.
