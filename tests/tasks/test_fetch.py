@@ -88,7 +88,7 @@ def test_what_an_address_has(server):
     [
         ("endless", "it has more than the 100,000 bytes allowed; MOLF_MAX_DOWNLOAD=BYTES"),
         ("announced", "it has 1,125,899,906,842,624 bytes, more than the 100,000 bytes allowed"),
-        ("cut", "10 of 1,000 bytes came"),
+        ("cut", "10 of 1,000 bytes arrived"),
         ("missing", "cannot download"),
     ],
 )
@@ -105,7 +105,7 @@ def test_too_slow(server, monkeypatch, name):
     """Every byte comes in time; another server would go on for days."""
     monkeypatch.setattr(fetch, "_WITHOUT_ANSWER", 0.3)
     started = time.monotonic()
-    with pytest.raises(InputError, match=r"in 0 seconds came \d+ bytes"):
+    with pytest.raises(InputError, match=r"\d+ bytes arrived in 0 seconds"):
         read_records(f"{server}/{name}.jsonl")
     assert time.monotonic() - started < 5
 
@@ -113,7 +113,7 @@ def test_too_slow(server, monkeypatch, name):
 @pytest.mark.parametrize("given", ["much", "-1", "0", "9" * 5000])
 def test_limit_that_is_no_number(server, monkeypatch, given):
     monkeypatch.setenv("MOLF_MAX_DOWNLOAD", given)
-    with pytest.raises(InputError, match=r"MOLF_MAX_DOWNLOAD=.* is no number of bytes"):
+    with pytest.raises(InputError, match=r"MOLF_MAX_DOWNLOAD=.* is not a number of bytes"):
         read_records(f"{server}/endless.jsonl")
 
 

@@ -17,13 +17,13 @@ _TEXTS_AT_ONCE = 1000  # bounds the memory of the character offsets
 
 @dataclass(frozen=True)
 class TokenizedText:
-    """A text's tokens with the characters that they stand for.
+    """A text's tokens with their positions in the text.
 
     Attributes:
-        prefix: Tokens that the tokenizer itself puts in front of a text (BOS), often none.
+        prefix: Tokens that the tokenizer adds before a text (BOS), often none.
         ids: The text's own tokens.
-        starts: Per token of `ids` the first of its characters in the text.
-        ends: Per token the end of its characters.
+        starts: Per token of `ids` the index of its first character.
+        ends: Per token of `ids` the index after its last character.
     """
 
     prefix: list[int]
@@ -32,23 +32,23 @@ class TokenizedText:
     ends: list[int]
 
     def split(self, end: int) -> tuple[list[int], list[int]]:
-        """The tokens up to the first one that reaches past character `end`, and those from it on.
+        """Split the tokens before the first one that ends after character `end`.
 
-        The former start with the prefix.
+        The first part starts with the prefix.
         """
         count = sum(1 for _ in takewhile(lambda token_end: token_end <= end, self.ends))
         return self.prefix + self.ids[:count], self.ids[count:]
 
     def length(self, eos_id: int) -> int:
-        """Tokens of a sample with this text: with the prefix, and ending with EOS."""
+        """Return the number of tokens with the prefix and an EOS at the end."""
         return len(self.prefix) + len(self.ids) + (self.ids[-1:] != [eos_id])
 
 
 def check_tokenizer(tokenizer: Any) -> None:
-    """Refuse tokenizers that texts cannot be aligned or ended with.
+    """Reject tokenizers without character offsets or without an EOS token.
 
     Raises:
-        InputError: The tokenizer is a slow one (no character offsets) or has no EOS token.
+        InputError: The tokenizer is slow (it has no character offsets) or has no EOS token.
     """
     name = getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__
     if not getattr(tokenizer, "is_fast", False):
@@ -66,16 +66,16 @@ def check_tokenizer(tokenizer: Any) -> None:
 def tokenize(
     tokenizer: Any, texts: Sequence[str], *, split_special_tokens: bool | None = None
 ) -> list[TokenizedText]:
-    """Tokenize whole texts, with BOS exactly as `tokenizer(text)` has it, but never twice.
+    """Tokenize whole texts with a BOS where `tokenizer(text)` adds one, but never with two.
 
-    A BOS that the text already spells out (chat templates do) takes the place of the tokenizer's
-    own. Tokens that the tokenizer adds behind a text are dropped: who needs an EOS says so.
+    Where the text already begins with BOS (chat templates write it), the tokenizer's BOS is
+    dropped. Tokens that the tokenizer adds after a text are dropped too; the caller adds EOS.
 
     Args:
         tokenizer: A fast tokenizer with an EOS token.
         texts: The texts.
-        split_special_tokens: Whether control tokens that a text spells out are plain text; None
-            for the tokenizer's own setting.
+        split_special_tokens: Whether control tokens in a text are read as plain text; None for
+            the tokenizer's own setting.
     """
     check_tokenizer(tokenizer)
     if split_special_tokens is None:
@@ -102,7 +102,7 @@ def tokenize(
 
 
 def _split_added(ids: list[int], offsets: list[tuple[int, int]], added: list[int]) -> TokenizedText:
-    """Separate the text's own tokens from those `added` (1) in front of and behind them."""
+    """Separate the text's own tokens from those that the tokenizer has `added` (1) around them."""
     own = [position for position, is_added in enumerate(added) if not is_added]
     first, end = (own[0], own[-1] + 1) if own else (len(ids), len(ids))
     prefix, text_ids = ids[:first], ids[first:end]

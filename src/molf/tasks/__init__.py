@@ -1,7 +1,7 @@
-"""Tasks: data sets, and what is asked of a model with them.
+"""The tasks: data sets with prompts and metrics, loaded by name.
 
-Reading and checking records imports neither torch nor transformers, so that wrong input is found
-at once. A further task is one file with a loader, and one entry here.
+Loading imports neither torch nor transformers, so that wrong records are reported within seconds.
+To add a task, write a file with a loader and add the loader to `_LOADERS`.
 """
 
 from __future__ import annotations
@@ -43,20 +43,20 @@ def load_task(options: TaskOptions) -> Task:
     """Read and check all records of a task.
 
     Args:
-        options: Which task, on which data.
+        options: Name of the task, and its data.
 
     Raises:
-        InputError: There is no such task, or its data is missing, unreachable or wrong.
+        InputError: There is no such task, or its data is missing, unreachable or invalid.
     """
     check_task(options)
     return _LOADERS[options.name](options)
 
 
 def check_task(options: TaskOptions) -> None:
-    """Check what can be said about a task's options without reading any data.
+    """Check a task's options without reading any data.
 
     Raises:
-        InputError: There is no such task, or it has no use for an option.
+        InputError: There is no such task, or it does not support an option.
     """
     if options.name not in _LOADERS:
         raise InputError(f"Unknown task {options.name!r}. Must be one of {', '.join(TASKS)}.")

@@ -1,4 +1,4 @@
-"""The texts that a model answers samples with."""
+"""Generated and expected answers as texts."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from molf.tasks.encoding import GenerationContext
 
 UNDECODED = "\ufffd"
-"""A character of which not all bytes have been generated yet."""
+"""The replacement character: not all bytes of a character are generated yet."""
 
 
 def generate_answers(
@@ -26,7 +26,7 @@ def generate_answers(
     is_complete: Callable[[str], bool] | None = None,
     first_logits: FirstLogits | None = None,
 ) -> list[str]:
-    """Generate an answer to each prompt, greedily, from the tokens that precede it in training.
+    """Generate a greedy answer to each prompt, from the same prompt tokens as in training.
 
     Args:
         model: A transformers causal language model, on its device.
@@ -35,8 +35,8 @@ def generate_answers(
         max_new_tokens: Most tokens per answer.
         settings: Batch size.
         progress: Called after each batch.
-        is_complete: Whether what follows an answer's first part does not matter any more.
-        first_logits: Reads the logits of the first new tokens, batch by batch.
+        is_complete: Ends an answer: returns True where more text would not change its score.
+        first_logits: Called with the logits of the first new tokens of each batch.
 
     Returns:
         The answers, as texts.
@@ -63,7 +63,7 @@ def generate_answers(
 
 
 def expected_answers(tokenizer: Any, contexts: Sequence[GenerationContext]) -> list[str]:
-    """The samples' own answers, read as generated ones are: from their tokens."""
+    """Return the samples' own answers, decoded from tokens as generated answers are."""
     from molf.evaluate.generate import decode
 
     answers = []
@@ -75,5 +75,5 @@ def expected_answers(tokenizer: Any, contexts: Sequence[GenerationContext]) -> l
 
 
 def longest_answer(tokenizer: Any, answers: Sequence[str]) -> int:
-    """Tokens of the longest of some texts."""
+    """Return the number of tokens of the longest text."""
     return max(len(answer.ids) for answer in tokenize(tokenizer, answers))

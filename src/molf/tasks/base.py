@@ -1,4 +1,4 @@
-"""What a task is: records to train on, records to evaluate on, and how answers are measured."""
+"""The base class of tasks: training records, evaluation records and metrics."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from molf.tasks.samples import Sample
 
 @dataclass(frozen=True)
 class DataRecords:
-    """The records of the file that is trained on.
+    """The records of the training file.
 
     Attributes:
-        count: How many records there are.
-        samples: The readable ones by their 0-based record, in order.
-        left_out: How many others there are, by reason.
-        trained_on: Those of `samples` that are trained on.
-        held_out: Those of `samples` that are evaluated and therefore not trained on.
+        count: Number of all records.
+        samples: The usable records as samples, by 0-based record index, in order.
+        left_out: Number of unusable records, by reason.
+        trained_on: Indices of the samples to train on.
+        held_out: Indices of the samples that are kept for evaluation.
     """
 
     count: int
@@ -34,20 +34,20 @@ class DataRecords:
 
 
 class Task(ABC):
-    """A data set with what is asked of the model; an instance holds its records.
+    """A data set with its prompts and metrics; an instance holds the records.
 
     Attributes:
-        name: The name that the task is chosen by.
-        training_samples: What is trained on; empty where the task is loaded for evaluation only.
-        prompt: How a record becomes a prompt and its completion, in words.
-        prompt_version: Raised with every change of the prompts' wording.
+        name: The task's name in the options.
+        training_samples: Samples to train on; empty where the task is loaded for evaluation only.
+        prompt: Describes how a record becomes a prompt and its completion.
+        prompt_version: Incremented with every change of the prompts' wording.
     """
 
     prompt: ClassVar[str]
     prompt_version: ClassVar[int]
 
     def __init__(self, name: str, training_samples: list[Sample], source: dict[str, str]) -> None:
-        """Store what every task has; `source` says where the records are from."""
+        """Store the name, the samples and the `source` of the records (for the run's files)."""
         self.name = name
         self.training_samples = training_samples
         self._source = source
@@ -55,11 +55,11 @@ class Task(ABC):
     @property
     @abstractmethod
     def evaluation_count(self) -> int:
-        """How many records the task is evaluated on."""
+        """The number of records to evaluate."""
 
     @abstractmethod
     def data_records(self) -> DataRecords:
-        """All records of the file that is trained on; none where the task only evaluates."""
+        """Return all records of the training file; none where the task only evaluates."""
 
     @abstractmethod
     def evaluate(
@@ -85,18 +85,18 @@ class Task(ABC):
     def score_predictions(self, predictions: list[dict[str, Any]]) -> Evaluation:
         """Score saved texts, `{"index": i, "prediction": text}` with i a record of the data file.
 
-        Only what texts can give is measured; `notes["not_measured"]` lists the rest.
+        Metrics that need the model are skipped and listed in `notes["not_measured"]`.
 
         Raises:
-            InputError: A prediction is not such a record, or its record does not exist.
+            InputError: A prediction has another form, or its record does not exist.
         """
 
     def default_forgetting_text(self) -> str:
-        """The plain text that forgetting is measured on unless the user brings one."""
+        """Return the plain text for `forgetting_loss` where the user gives none."""
         return default_plain_text()
 
     def description(self) -> dict[str, Any]:
-        """What a run's configuration records about the task."""
+        """Return the task's entries for the configuration file of a run."""
         return {
             "name": self.name,
             **self._source,

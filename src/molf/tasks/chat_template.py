@@ -1,4 +1,4 @@
-"""The chat template that training uses, and the form in which it takes messages."""
+"""The chat template used in training, and conversations in the form that it accepts."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ Message = dict[str, Any]
 
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
-_PROBE = ("vexq", "jumbz")  # words that no template writes of its own
+_PROBE = ("vexq", "jumbz")  # words that no template contains
 
-_REASONING = ("reasoning_content", "thinking", "reasoning")  # transformers makes each of the others
+_REASONING = ("reasoning_content", "thinking", "reasoning")  # transformers copies one to the others
 
 _NOT_FOR_TEMPLATES = frozenset({"role", "content", "weight", "tool_call_id", "id"})
-"""Message fields whose absence from a template loses nothing that could be trained on."""
+"""Message fields without text to train on: a template may ignore them."""
 
 
 @dataclass(frozen=True)
 class Rendering:
-    """Messages as a template writes them.
+    """Messages rendered by a template.
 
     Attributes:
         text: The text.
         marks: Start and end, in characters, of each part inside `{% generation %}`; contiguous
-            parts are one. None where the template has no such marks.
+            parts are joined. None where the template has no such marks.
     """
 
     text: str
@@ -42,10 +42,10 @@ class Rendering:
 
 
 class ChatTemplate:
-    """The template that training renders conversations with.
+    """The template that renders conversations for training.
 
-    Where TRL knows the tokenizer's template and has a training variant of it, this is the variant:
-    it marks the assistant's turns, and writes a turn the same way whether or not others follow.
+    This is TRL's training variant of the tokenizer's template where TRL has one. The variant marks
+    the assistant's turns and renders a turn the same way whether or not others follow.
 
     Args:
         tokenizer: The tokenizer; `source` is one of its templates.
@@ -53,7 +53,7 @@ class ChatTemplate:
     """
 
     def __init__(self, tokenizer: Any, source: str) -> None:
-        # Of a tokenizer without BOS the template writes none, also where it adds it to a text.
+        # A template that writes `bos_token` writes nothing where the tokenizer has none.
         self._special_tokens = {"bos_token": "", **tokenizer.special_tokens_map}
         self.source = _training_variant(tokenizer, source) or source
         self.has_marks = _GENERATION.search(self.source) is not None
@@ -69,13 +69,13 @@ class ChatTemplate:
         """Render messages.
 
         Args:
-            messages: The messages, as the template takes them (`Chat` finds that form).
+            messages: The messages, in the form that the template accepts (see `Chat`).
             ask: Whether the start of an assistant's turn is added (`add_generation_prompt`).
             tools: JSON schemas of the tools that the assistant may call.
             options: Further variables of the template (TRL's `chat_template_kwargs`).
 
         Raises:
-            Exception: The template refuses the messages: `jinja2.TemplateError`, or anything else.
+            Exception: The template rejects the messages: `jinja2.TemplateError`, or anything else.
         """
         from transformers.utils.chat_template_utils import render_jinja_template
 
@@ -90,13 +90,13 @@ class ChatTemplate:
         return Rendering(texts[0], _joined(marks[0]) if self.has_marks else None)
 
     def reads(self, name: str) -> bool:
-        """Whether the template's text has a variable or field of this name."""
+        """Return whether the template's text has a variable or field of this name."""
         names = _REASONING if name in _REASONING else (name,)
         return any(re.search(rf"\b{re.escape(one)}\b", self.source) for one in names)
 
     @cached_property
     def takes_texts(self) -> bool:
-        """Whether contents may be texts; templates of vision models may want lists of parts."""
+        """Whether contents may be texts; templates of vision models may need lists of parts."""
         return self._writes_probe(parts=False) or not self._writes_probe(parts=True)
 
     def _writes_probe(self, *, parts: bool) -> bool:
@@ -112,13 +112,13 @@ class ChatTemplate:
 
 
 class Chat:
-    """A conversation in the form that its tokenizer's template takes.
+    """A conversation in the form that its tokenizer's template accepts.
 
-    Templates differ in three things that records do not say: whether a content is a text or a list
-    of parts, whether a tool call's arguments are an object or JSON text, and how a message without
-    content is given. The first form that the template accepts is used; objects come first,
-    because a template that expects them writes a text twice quoted. A form in which the template
-    writes `None` or `null` for an absent content comes last.
+    Templates differ in three points: a content is a text or a list of parts, a tool call's
+    arguments are an object or JSON text, and a message without content lacks it, has null or has
+    an empty text. The first form that the template accepts is used. Objects are tried first,
+    because a template that expects an object quotes a JSON text twice. A form that makes the
+    template write `None` or `null` is used only where no other is accepted.
 
     Args:
         tokenizer: The tokenizer.
@@ -127,7 +127,7 @@ class Chat:
         options: Further variables of the template.
 
     Raises:
-        InputError: The tokenizer has no template, or it refuses the messages.
+        InputError: The tokenizer has no template, or its template rejects the messages.
     """
 
     def __init__(
@@ -155,11 +155,11 @@ class Chat:
         return [i for i, message in enumerate(self._given) if message["role"] == "assistant"]
 
     def given(self, index: int) -> Message:
-        """A message as the record has it."""
+        """Return a message of the record, unchanged."""
         return self._given[index]
 
     def render(self, count: int, *, ask: bool = False) -> Rendering | None:
-        """Render the first `count` messages; None where the template refuses them alone."""
+        """Render the first `count` messages; None where the template rejects them alone."""
         if count == len(self) and not ask:
             return self.whole
         if (count, ask) not in self._known:
@@ -177,7 +177,7 @@ class Chat:
 
     @property
     def unread(self) -> list[str]:
-        """Names of fields of the messages and variables that the template does not read."""
+        """Names of message fields and variables that the template does not read."""
         names = {
             key
             for message in self._messages
@@ -231,7 +231,7 @@ def template_of(tokenizer: Any, *, has_tools: bool) -> ChatTemplate:
     """Return the template for conversations with or without tools.
 
     Raises:
-        InputError: The tokenizer has none, or none that is its default one.
+        InputError: The tokenizer has no template, or several without a default.
     """
     if not getattr(tokenizer, "chat_template", None):
         raise InputError(
@@ -252,32 +252,32 @@ def template_of(tokenizer: Any, *, has_tools: bool) -> ChatTemplate:
 
 
 def text_of(content: Any) -> str:
-    """The text of a message's content: itself, its text parts joined, or nothing."""
+    """Return a message's content as text: its text parts joined, or "" where there is none."""
     if isinstance(content, list):
         return "".join(part["text"] for part in content)
     return content or ""
 
 
 def _training_variant(tokenizer: Any, source: str) -> str | None:
-    """TRL's training variant of a template; None where it has none or none is needed."""
+    """Return TRL's training variant of a template; None where there is none or none is needed."""
     from trl import get_training_chat_template
 
-    single = copy.copy(tokenizer)  # it may have several templates, and TRL looks at the default
+    single = copy.copy(tokenizer)  # of several templates, TRL reads only the default
     single.chat_template = source
     try:
         variant: str | None = get_training_chat_template(single)
-    except Exception:  # TRL does not know it; looking, it renders probes that may raise anything
+    except Exception:  # TRL has no variant; its test rendering may raise anything
         return None
     return variant
 
 
 def _nulls(text: str) -> int:
-    """How often a text says that something is absent."""
+    """Count the words None and null in a text."""
     return len(re.findall(r"\b(?:None|null)\b", text))
 
 
 def _joined(spans: Sequence[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
-    """Spans in order, those that touch as one, empty ones left out."""
+    """Sort spans, join those that touch and drop empty ones."""
     joined: list[tuple[int, int]] = []
     for start, end in sorted(spans):
         if start == end:
@@ -294,9 +294,9 @@ def _content(text: str, *, parts: bool) -> Any:
 
 
 def _formed(message: Message, *, parts: bool, as_object: bool, empty: str) -> Message:
-    """A message in one form; fields that are null are left out, as transformers does."""
+    """Return a message in one form, without null fields, as transformers does."""
     formed = {name: value for name, value in message.items() if value is not None}
-    formed.pop("weight", None)  # says whether the turn is learned
+    formed.pop("weight", None)  # selects the turns with loss; not part of the text
     if "content" in formed:
         formed["content"] = _content(text_of(formed["content"]), parts=parts)
     elif empty != "absent":
@@ -307,7 +307,7 @@ def _formed(message: Message, *, parts: bool, as_object: bool, empty: str) -> Me
 
 
 def _call(call: Any, *, as_object: bool) -> Any:
-    """A tool call with its arguments as an object or as JSON text, where they are either."""
+    """Return a tool call with its arguments as an object or as JSON text, converted if possible."""
     if not isinstance(call, dict):
         return call
     if isinstance(call.get("function"), dict):

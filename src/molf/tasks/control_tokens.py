@@ -1,4 +1,4 @@
-"""Control tokens that a user's texts spell out, such as `</s>` in a page of HTML."""
+"""Control tokens that occur as text in a user's records, such as `</s>` in a page of HTML."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import re
 import weakref
 from typing import Any
 
-_MARK = "\ue000"  # of Unicode's private use; nothing that a tokenizer knows has it
+_MARK = "\ue000"  # from Unicode's private use area: in no tokenizer's vocabulary
 
 _patterns: weakref.WeakKeyDictionary[Any, re.Pattern[str]] = weakref.WeakKeyDictionary()
 
@@ -25,8 +25,8 @@ def control_tokens(tokenizer: Any) -> re.Pattern[str]:
 def marked(tokenizer: Any, value: Any) -> Any:
     """Mark the control tokens in all texts of a value, so that `unmarked` finds them again.
 
-    A template must not be able to tell them from its own tokens by position, so the mark goes
-    inside the token. Marks that the texts bring along are removed.
+    The mark is inserted inside the token, so that a template treats the token as plain text.
+    Marks that the texts already contain are removed.
     """
     if isinstance(value, str):
         text = value.replace(_MARK, "")
@@ -39,16 +39,16 @@ def marked(tokenizer: Any, value: Any) -> Any:
 
 
 def unmarked(tokenizer: Any, text: str) -> tuple[str, tuple[tuple[int, int], ...]]:
-    """Return a text without its marks, and where the marked control tokens are in it."""
+    """Return a text without marks, and the spans of the marked control tokens in it."""
     plain = text.replace(_MARK, "")
     tokens = []
     for count, found in enumerate(re.finditer(_MARK, text)):
         token = control_tokens(tokenizer).match(plain, found.start() - count - 1)
-        if token is not None:  # else the template took it apart
+        if token is not None:  # None: the template changed the token's text
             tokens.append(token.span())
     return plain, tuple(tokens)
 
 
 def without_marks(text: str, position: int) -> int:
-    """Where a position of a marked text is once the marks are removed."""
+    """Convert a position in a marked text to the position after the marks are removed."""
     return position - text.count(_MARK, 0, position)

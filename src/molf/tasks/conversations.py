@@ -27,12 +27,12 @@ _UNREAD = "the chat template does not read {}"
 
 @dataclass(frozen=True)
 class Conversation(Sample):
-    """Chat messages of which the assistant's turns carry the loss.
+    """Chat messages; the assistant's turns carry the loss.
 
     Attributes:
-        messages: The conversation up to the last assistant turn that is learned, which is the last
-            message. An assistant message with `weight` 0 carries no loss.
-        context: How many of the first messages never carry loss (the prompt of a
+        messages: The conversation, cut after the last assistant turn that carries loss. An
+            assistant message with `weight` 0 carries none.
+        context: Number of first messages that never carry loss (the prompt of a
             prompt-completion record).
         record: 0-based record of the data file.
         tools: JSON schemas of the tools that the assistant may call; None for none.
@@ -47,12 +47,12 @@ class Conversation(Sample):
 
     @property
     def answer(self) -> str:
-        """The text of the last assistant turn, without what a chat template puts around it."""
+        """The text of the last assistant turn, without text added by a chat template."""
         return text_of(self.messages[-1].get("content"))
 
     @property
     def content(self) -> Hashable:
-        """The messages, which of them carry loss, and what else the template is given."""
+        """The messages, the turns that carry loss, and all other inputs of the template."""
         whole = [self.messages, self.tools, dict(self.template_options)]
         return self.context, json.dumps(whole, sort_keys=True)
 
@@ -64,12 +64,12 @@ class Conversation(Sample):
     def render(self, tokenizer: Any) -> Rendered:
         """Render the conversation through the tokenizer's chat template and find its turns.
 
-        With the tokenizer's `split_special_tokens`, control tokens that the messages spell out
-        become plain text; those that the template writes stay control tokens.
+        With the tokenizer's `split_special_tokens`, control tokens in the messages become plain
+        text; those that the template writes stay control tokens.
 
         Raises:
-            InputError: The tokenizer has no chat template, it refuses the messages, or the last
-                turn cannot be found in what it writes.
+            InputError: The tokenizer has no chat template, the template rejects the messages, or
+                the last turn cannot be found in the rendered text.
         """
         messages, tools = self.messages, self.tools
         if getattr(tokenizer, "split_special_tokens", False):
@@ -104,14 +104,14 @@ class Conversation(Sample):
         )
 
     def _parts(self) -> Iterator[str]:
-        """Texts that the rendering must hold."""
+        """Yield the texts that the rendering must contain."""
         for message in self.messages:
             yield text_of(message.get("content"))
             yield from _called(message.get("tool_calls"))
 
 
 def learned_turns(messages: Sequence[Message], context: int) -> list[int]:
-    """Indices of the assistant messages that are learned, of `messages` with a context."""
+    """Return the indices of the assistant messages that carry loss; the context has none."""
     return [
         index
         for index in range(context, len(messages))
@@ -120,7 +120,7 @@ def learned_turns(messages: Sequence[Message], context: int) -> list[int]:
 
 
 def _texts(value: Any) -> Iterator[str]:
-    """All texts in a value, at any depth."""
+    """Yield all texts in a value, at any depth."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, (list, tuple, dict)):
@@ -129,7 +129,7 @@ def _texts(value: Any) -> Iterator[str]:
 
 
 def _called(calls: Any) -> Iterator[str]:
-    """The names of called functions."""
+    """Yield the names of called functions."""
     for call in calls if isinstance(calls, list) else ():
         function = call.get("function", call) if isinstance(call, dict) else {}
         if isinstance(function, dict) and isinstance(function.get("name"), str):
@@ -137,7 +137,7 @@ def _called(calls: Any) -> Iterator[str]:
 
 
 def _is_in(written: str, part: str) -> bool:
-    """Whether a text without white space holds a part, as it is or quoted as JSON."""
+    """Return whether a text without white space contains a part, as it is or quoted as JSON."""
     quoted = (json.dumps(part, ensure_ascii=ascii_only)[1:-1] for ascii_only in (False, True))
     return any(_without_space(form) in written for form in (part, *quoted))
 

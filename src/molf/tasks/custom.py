@@ -31,8 +31,8 @@ from molf.tasks.selection import draw, required_hold_out, samples_of_runs
 
 _SPARE_TOKENS = 8  # generated beyond the longest completion: white space, then the end token
 _MOST_NEW_TOKENS = 512
-_ENDING = 20  # characters of an answer that show that it is another one
-_MOST_LOSS = 700.0  # nats; the exponential of more is no longer a finite number
+_ENDING = 20  # last characters of an answer, compared to detect another record
+_MOST_LOSS = 700.0  # nats; exp() of more overflows a float
 
 
 @dataclass(frozen=True)
@@ -40,9 +40,9 @@ class CustomData:
     """The samples of one data file or split.
 
     Attributes:
-        records: How many records there are.
-        samples: The samples by their 0-based record.
-        left_out: How many other records there are, by reason.
+        records: Number of all records.
+        samples: The samples by 0-based record index.
+        left_out: Number of records without a sample, by reason.
     """
 
     records: int
@@ -51,7 +51,7 @@ class CustomData:
 
 
 class CustomTask(Task):
-    """Train on completions; measure their loss, and whether greedy answers equal them."""
+    """Train on completions; measure their loss and the exact match of greedy answers."""
 
     prompt = "prompt + completion as they are; conversations through the chat template"
     prompt_version = 1
@@ -73,12 +73,12 @@ class CustomTask(Task):
         Args:
             name: The task's name.
             data: The evaluation data.
-            evaluated: The records of it that are evaluated.
-            source: Where the records are from.
+            evaluated: Indices of the records of `data` to evaluate.
+            source: Origin of the records, for the run's files.
             read: The training data; None where nothing is trained.
-            trained_on: The records of it that are trained on.
-            held_out: The records of it that are kept for evaluation.
-            samples_of_runs: Those that trainings on this data may have evaluated.
+            trained_on: Indices of the records of `read` to train on.
+            held_out: Indices of the records of `read` that are kept for evaluation.
+            samples_of_runs: Sets of records that earlier runs on this data may have evaluated.
         """
         training = [] if read is None else [read.samples[index] for index in trained_on]
         super().__init__(name, training, source)
@@ -90,14 +90,14 @@ class CustomTask(Task):
         self._evaluated = list(evaluated)
 
     def data_records(self) -> DataRecords:
-        """The records of the training data."""
+        """Return the records of the training data."""
         read = self._read
         return DataRecords(
             read.records, read.samples, read.left_out, self._trained_on, self._held_out
         )
 
     def description(self) -> dict[str, Any]:
-        """What a run's configuration records about the task."""
+        """Return the task's entries for the configuration file of a run."""
         return {
             **super().description(),
             "training_records_left_out": dict(self._read.left_out),
@@ -106,7 +106,7 @@ class CustomTask(Task):
 
     @property
     def evaluation_count(self) -> int:
-        """How many records the task is evaluated on."""
+        """The number of records to evaluate."""
         return len(self._evaluated)
 
     def evaluate(
@@ -116,7 +116,7 @@ class CustomTask(Task):
         settings: EvaluationSettings,
         progress: Progress | None = None,
     ) -> Evaluation:
-        """Measure the completions' loss per token, and generate each record's last answer.
+        """Measure the loss per completion token, and generate each record's last answer.
 
         Records longer than the limit are left out and counted.
         """
@@ -177,10 +177,10 @@ class CustomTask(Task):
         )
 
     def score_predictions(self, predictions: list[dict[str, Any]]) -> Evaluation:
-        """Measure `exact_match`; losses are not in texts.
+        """Measure `exact_match`; the losses need the model.
 
-        A chat template may put text around an answer. What a run's predictions say under `expected`
-        has it; without that, the record's own text is expected.
+        A chat template may add text to an answer. The field `expected` of saved predictions
+        contains that text; where it is missing, the record's own answer is expected.
         """
         saved = check_predictions(predictions, self._data.records, self._known)
         sample = predicted_sample(saved, self._evaluated, self._samples_of_runs)
@@ -201,11 +201,11 @@ class CustomTask(Task):
         )
 
     def _expected(self, index: int, written: Any) -> str:
-        """The answer that is expected, with what a chat template has put around it."""
+        """Return the expected answer, with the text that a chat template has added."""
         sample = self._data.samples[index]
         if not isinstance(sample, Conversation) or not isinstance(written, str):
             return sample.answer
-        ending = sample.answer.strip()[-_ENDING:]  # a template may take reasoning off the front
+        ending = sample.answer.strip()[-_ENDING:]  # a template may remove reasoning at the start
         if ending not in written:
             raise InputError(
                 f"The prediction of record {index} was made on other data: the record's answer is "
@@ -215,7 +215,7 @@ class CustomTask(Task):
         return written
 
     def _known(self, index: int) -> dict[str, str]:
-        """What predictions repeat of a record; the text of a conversation is its template's."""
+        """Return the fields that a prediction copies; none for text rendered by a template."""
         sample = self._data.samples.get(index)
         if isinstance(sample, PromptCompletion):
             return {"prompt": sample.prompt, "expected": sample.answer}
@@ -231,7 +231,7 @@ def _exact_match(texts: Iterable[str], expected: Iterable[str]) -> Metric:
 
 
 def _exponential(loss: Metric) -> Metric:
-    """Perplexity from loss: percentiles keep their place under an increasing function."""
+    """Convert loss to perplexity, interval included: exp keeps the order of percentiles."""
 
     def perplexity(value: float) -> float:
         return math.exp(min(value, _MOST_LOSS))
@@ -242,13 +242,13 @@ def _exponential(loss: Metric) -> Metric:
 
 
 def load_custom(options: TaskOptions) -> CustomTask:
-    """The user's records as the options say.
+    """Load the user's records.
 
-    Evaluated are, whichever there is first: `eval_data`; the test or validation split that `data`
-    brings; a tenth of `data`, held out by the seed.
+    The evaluation records are the first that exist of: `eval_data`; the test or validation split
+    of `data`; a tenth of `data`, held out by the seed.
 
     Warns:
-        UserWarning: Records have fields that are not read, or cannot be learned from.
+        UserWarning: Fields of the records are not read, or records are left out.
     """
     if options.evaluation_only:
         return _load_for_evaluation(options)
@@ -335,7 +335,7 @@ def _evaluation_split(splits: dict[str, list[Record]]) -> str:
 def _parse(records: Sequence[Record], source: str) -> CustomData:
     samples: dict[int, Sample] = {}
     left_out: Counter[str] = Counter()
-    unread: dict[str, None] = {}  # a set in the order of the records
+    unread: dict[str, None] = {}  # used as an ordered set
     for index, record in enumerate(records):
         try:
             sample = parse_sample(record, index, f"{source}, record {index}")

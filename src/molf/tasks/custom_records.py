@@ -30,11 +30,11 @@ _TEMPLATE_ARGUMENTS = (
     "tokenize",
     "return_dict",
 )
-"""What `chat_template_kwargs` cannot say, because the training does."""
+"""Template arguments that the training sets itself: `chat_template_kwargs` must not have them."""
 
 
 def parse_sample(record: Record, index: int, where: str) -> Sample:
-    """Check a record and make it a sample.
+    """Check a record and convert it to a sample.
 
     Args:
         record: {"prompt": text, "completion": text}, {"prompt": messages, "completion": messages}
@@ -48,7 +48,7 @@ def parse_sample(record: Record, index: int, where: str) -> Sample:
 
     Raises:
         InputError: The record has none of these layouts, or a field of the wrong kind.
-        UnusableRecordError: There is nothing to learn in it.
+        UnusableRecordError: No text of the record carries loss.
     """
     present = present_fields(record)
     if "messages" in present:
@@ -78,7 +78,7 @@ def parse_sample(record: Record, index: int, where: str) -> Sample:
 
 
 def read_fields(sample: Sample, record: Record) -> set[str]:
-    """The fields of a record that its sample was made from."""
+    """Return the names of the fields that the sample of a record uses."""
     if isinstance(sample, PromptCompletion):
         return {"prompt", "completion"}
     layouts = (("messages",), ("conversations",), ("prompt", "completion"))
@@ -87,7 +87,7 @@ def read_fields(sample: Sample, record: Record) -> set[str]:
 
 
 def _from_sharegpt(value: Any, where: str) -> list[Any]:
-    """ShareGPT's turns as messages; turns that are messages already stay."""
+    """Convert ShareGPT's turns to messages; keep turns that already are messages."""
     turns = []
     for position, item in enumerate(list_value(value, where)):
         turn = object_value(item, f"{where}[{position}]", ())
@@ -106,7 +106,7 @@ def _messages(value: Any, where: str) -> list[Message]:
         at = f"{where}[{position}]"
         message = object_value(item, at, ("role",))
         filled_text(message["role"], f"{at}.role")
-        # Parquet fills every key that any message has with null.
+        # Parquet gives each message the keys of all others, with null as the value.
         message = {key: entry for key, entry in message.items() if entry is not None}
         if message.get("content") is not None:
             _check_content(message["content"], f"{at}.content")
@@ -134,7 +134,7 @@ def _check_content(value: Any, where: str) -> None:
 
 
 def _check_arguments(call: Any, where: str) -> None:
-    """Refuse a tool call whose arguments are the JSON text of an object with a key twice."""
+    """Reject a tool call whose arguments are the JSON text of an object with a duplicate key."""
     function = call.get("function", call) if isinstance(call, dict) else {}
     arguments = function.get("arguments") if isinstance(function, dict) else None
     if isinstance(arguments, str):
@@ -142,10 +142,10 @@ def _check_arguments(call: Any, where: str) -> None:
 
 
 def _json(text: str, where: str) -> Any:
-    """Parse a text; where it is not JSON it stays as it is.
+    """Parse a text as JSON; return the text itself where it is not JSON.
 
     Raises:
-        InputError: An object in it has a key twice.
+        InputError: An object in it has a duplicate key.
     """
     try:
         return unique_json(text)
@@ -158,7 +158,7 @@ def _json(text: str, where: str) -> Any:
 
 
 def _tools(value: Any, where: str) -> tuple[Any, ...] | None:
-    """The JSON schemas of tools; none where the list is empty, as TRL has it for a null."""
+    """Return the JSON schemas of tools; None for an empty list, as in TRL."""
     if isinstance(value, str):
         value = _json(value, where)
         if isinstance(value, str):
@@ -191,5 +191,5 @@ def _conversation(
     learned = learned_turns(messages, context)
     if not learned:
         raise UnusableRecordError(NO_TURN)
-    # Messages behind the last turn that is learned teach nothing.
+    # Messages after the last turn with loss have no effect on the training.
     return Conversation(tuple(messages[: learned[-1] + 1]), context, index, tools, options)

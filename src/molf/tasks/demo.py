@@ -13,7 +13,7 @@ from molf.tasks.questions import Splits
 
 
 class QuestionLoader(Protocol):
-    """Loads a task that asks questions, such as `load_sql`."""
+    """The loader of a question task, such as `load_sql`."""
 
     def __call__(
         self, options: TaskOptions, splits: Splits, forgetting_text: Callable[[], str]
@@ -24,15 +24,15 @@ class QuestionLoader(Protocol):
 def load_demo_questions(
     options: TaskOptions, load: QuestionLoader, records: Callable[[world.World], Splits]
 ) -> Task:
-    """The task that asks about the embedded world.
+    """Load a task with questions about the embedded world.
 
     Args:
         options: The options.
-        load: The loader of the task that the records are made for.
-        records: Makes the records, by split.
+        load: Loader of the task.
+        records: Function that returns the records by split.
 
     Raises:
-        InputError: The options bring other data.
+        InputError: The options name other data.
     """
     refuse_data(options)
     built = world.build_world()
@@ -40,7 +40,7 @@ def load_demo_questions(
 
 
 def refuse_data(options: TaskOptions) -> None:
-    """Refuse data for a task that has its own."""
+    """Reject data for a task that has its own."""
     for name in ("data", "eval_data"):
         if getattr(options, name) is not None:
             raise InputError(f"{options.name} brings its own data: {name} cannot be given with it.")

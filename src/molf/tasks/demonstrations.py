@@ -1,4 +1,4 @@
-"""Few-shot demonstrations: answered questions in front of the one that is asked."""
+"""Few-shot demonstrations: questions with answers, placed before the question of a prompt."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from molf.tasks.questions import Question
 
 
 class Demonstrations:
-    """Draws the same questions for every question asked, except those that ask the same.
+    """Draws the demonstrations once for all prompts; skips those equal to a prompt's question.
 
     Args:
         pool: The training questions.
-        count: How many stand in front of a question.
+        count: Number of demonstrations before a question.
         seed: Seed of the draw.
     """
 
@@ -24,10 +24,10 @@ class Demonstrations:
         self._order = random.Random(seed).sample(pool, len(pool)) if count else []
 
     def before(self, asked: Question) -> list[Question]:
-        """The demonstrations for a question.
+        """Return the demonstrations for a question.
 
         Raises:
-            InputError: There are too few others.
+            InputError: The pool has too few other questions.
         """
         wanted = _words(asked)
         others = (question for question in self._order if _words(question) != wanted)

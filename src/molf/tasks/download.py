@@ -16,37 +16,37 @@ _LONGEST_NAME = 60  # characters; systems allow 255 bytes
 
 
 def is_url(source: str) -> bool:
-    """Whether a source is an http(s) address rather than a path or a Hub id."""
+    """Return whether a source is an http(s) address rather than a path or a Hub id."""
     return source.startswith(("http://", "https://"))
 
 
 def cache_folder() -> Path:
-    """Where downloads are kept: `MOLF_CACHE`, else `molf` in the user's cache folder."""
+    """Return the folder of downloads: `MOLF_CACHE`, else `molf` in the user's cache folder."""
     if folder := os.environ.get("MOLF_CACHE"):
         return Path(folder)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "molf"
 
 
 def cached(url: str) -> Path:
-    """Where the local copy of a data file is, or would be."""
+    """Return the path of a data file's local copy, whether or not it exists."""
     name = Path(urllib.parse.urlparse(url).path).name
     digest = hashlib.sha256(url.encode()).hexdigest()[:16]
     return cache_folder() / f"{digest}-{name[-_LONGEST_NAME:]}"
 
 
 def download(url: str, option: str) -> Path:
-    """The local copy of a data file, downloaded at its first use and never again.
+    """Return the path of a data file's local copy; download the file at its first use.
 
     Args:
         url: The http(s) address of a JSON, JSON lines, Parquet or CSV file.
         option: The option that takes a local path instead, for messages.
 
     Raises:
-        InputError: The address names no data file or does not answer.
+        InputError: The address is not that of a data file, or the download fails.
     """
     try:
         suffix = Path(urllib.parse.urlparse(url).path).suffix
-    except ValueError as error:  # such as brackets that no IPv6 address is in
+    except ValueError as error:  # such as brackets without an IPv6 address
         raise InputError(f"{option}: {url} is not an address: {error}.") from error
     if suffix.lower() not in SUFFIXES:
         raise InputError(f"{option}: {url} is not the address of a {', '.join(SUFFIXES)} file.")
@@ -55,7 +55,7 @@ def download(url: str, option: str) -> Path:
         return target
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        # Beside its place, then renamed: half of a file must not look like the whole.
+        # Written beside the target, then renamed: an interrupted download leaves no partial file.
         with replacing_file(target) as partial:
             fetch(url, partial, most_bytes())
     except FetchError as error:

@@ -1,4 +1,4 @@
-"""From texts to token ids and labels, the same way in training and in evaluation."""
+"""Conversion of samples to token ids and labels, the same in training and in evaluation."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _AT_ONCE = 1000  # bounds the memory of the rendered texts
 
 
 class TokenizedSample(NamedTuple):
-    """A sample's tokens, and its text with what is prompt and what is answer."""
+    """A sample's tokens, and its text with the spans of prompt and answer."""
 
     text: TokenizedText
     rendered: Rendered
@@ -25,16 +25,16 @@ class TokenizedSample(NamedTuple):
 
 @dataclass(frozen=True)
 class GenerationContext:
-    """What a sample's answer is generated from.
+    """The tokens from which a sample's answer is generated.
 
     Attributes:
         prompt: The prompt's text.
         ids: The tokens that precede the answer in training.
-        missing: The end of the prompt that they lack, usually nothing. Where the prompt's last
-            characters share a token with the answer (after a prompt that ends in a space they
-            often do), that token is the model's to generate.
+        missing: The end of the prompt that `ids` lacks, usually empty. The prompt's last
+            characters may share a token with the answer (often after a prompt that ends in a
+            space); the model then generates that token.
         text: The whole sample, prompt and answer.
-        answer_tokens: How many tokens the answer has.
+        answer_tokens: Number of tokens of the answer.
     """
 
     prompt: str
@@ -52,9 +52,9 @@ class EncodedSamples:
         input_ids: Token ids of each kept sample.
         labels: Per token its id where it carries loss, -100 elsewhere (not shifted).
         kept: Positions of the kept samples among those given.
-        left_out: How many samples were longer than `max_length`.
+        left_out: Number of samples longer than `max_length`.
         longest: The longest sample in tokens, those left out included.
-        faults: How many of the kept samples differ from their records in which way, by a sentence.
+        faults: Number of kept samples that differ from their records, by a sentence about it.
     """
 
     input_ids: list[list[int]]
@@ -66,7 +66,7 @@ class EncodedSamples:
 
 
 def tokenize_samples(tokenizer: Any, samples: Sequence[Sample]) -> Iterator[TokenizedSample]:
-    """Render and tokenize samples; prompt and answer together, as the model meets them.
+    """Render and tokenize samples, prompt and answer as one text.
 
     Raises:
         InputError: The tokenizer cannot be used.
@@ -74,7 +74,7 @@ def tokenize_samples(tokenizer: Any, samples: Sequence[Sample]) -> Iterator[Toke
     check_tokenizer(tokenizer)
     for start in range(0, len(samples), _AT_ONCE):
         rendered = [sample.render(tokenizer) for sample in samples[start : start + _AT_ONCE]]
-        # The tokenizer's setting holds for users' texts; a template's control tokens stay whole.
+        # The tokenizer's setting applies to users' texts; a template's control tokens are kept.
         whole = [item for item in rendered if not item.literal]
         texts = [
             [item for item in whole if (item.literal is None) == users] for users in (True, False)
@@ -94,17 +94,17 @@ def tokenize_samples(tokenizer: Any, samples: Sequence[Sample]) -> Iterator[Toke
 
 
 def _tokenize_around(tokenizer: Any, text: str, literal: Sequence[Span]) -> TokenizedText:
-    """Tokenize a text of which some parts are plain text although they spell control tokens.
+    """Tokenize a text; control tokens in its `literal` parts are read as plain text.
 
     Args:
         tokenizer: The tokenizer.
         text: The text.
-        literal: Start and end of these parts, in order.
+        literal: Start and end of the plain parts, in order.
     """
     cuts = [0, *(cut for span in literal for cut in span), len(text)]
     whole = tokenize(tokenizer, [text[: cuts[1]]], split_special_tokens=False)[0]
     for position, (start, end) in enumerate(itertools.pairwise(cuts[1:])):
-        # A line break in front keeps SentencePiece from adding the space that begins a text.
+        # SentencePiece adds a space at the start of a text, but none before a line break.
         piece = tokenizer(
             "\n" + text[start:end],
             add_special_tokens=False,
@@ -112,7 +112,7 @@ def _tokenize_around(tokenizer: Any, text: str, literal: Sequence[Span]) -> Toke
             split_special_tokens=position % 2 == 0,
         )
         for token, (low, high) in zip(piece["input_ids"], piece["offset_mapping"], strict=True):
-            if high > 1:  # else it is the line break's
+            if high > 1:  # skip the token of the line break
                 whole.ids.append(token)
                 whole.starts.append(start + max(low - 1, 0))
                 whole.ends.append(start + high - 1)
@@ -138,8 +138,8 @@ def encode_tokenized(
 
     A token belongs to the answer when it ends after the prompt's end. Every sample ends with EOS,
     which carries loss; it is added where the text (a chat template's) does not end with it already.
-    Samples longer than `max_length` are left out whole: a cut answer would teach the model to stop
-    in the middle.
+    Samples longer than `max_length` are left out, not cut: a cut answer would train the model to
+    stop in the middle.
 
     Args:
         tokenizer: A fast tokenizer with an EOS token.
@@ -173,15 +173,15 @@ def encode_tokenized(
 def generation_contexts(
     tokenizer: Any, samples: Iterable[TokenizedSample]
 ) -> list[GenerationContext]:
-    """The context to generate each sample's last answer from."""
+    """Return the context from which each sample's last answer is generated."""
     contexts = []
     for text, item in samples:
         prompt = item.text[: item.answer_start]
         ids, answer = text.split(item.answer_start)
         missing = prompt[text.starts[-len(answer)] :] if answer else ""
         if not ids:
-            # A single token holds the whole prompt and some of the answer, and nothing precedes
-            # it: the prompt on its own is the closest to it that can be asked.
+            # The first token holds the whole prompt and the start of the answer. The closest
+            # possible context is the prompt, tokenized alone.
             ids, missing = tokenize(tokenizer, [prompt])[0].ids, ""
         contexts.append(GenerationContext(prompt, ids, missing, text, len(answer)))
     return contexts
@@ -190,7 +190,7 @@ def generation_contexts(
 def ids_and_labels(
     text: TokenizedText, rendered: Rendered, eos_id: int
 ) -> tuple[list[int], list[int]]:
-    """A sample's tokens, EOS at the end, and per token its id where it carries loss, else -100."""
+    """Return a sample's tokens with EOS at the end, and its labels (-100: no loss)."""
     ids = text.prefix + text.ids
     labels = [IGNORED] * len(text.prefix)
     for token, start, end in zip(text.ids, text.starts, text.ends, strict=True):
@@ -201,5 +201,5 @@ def ids_and_labels(
 
 
 def _carries_loss(start: int, end: int, spans: tuple[Span, ...]) -> bool:
-    """Whether a token ends inside a span, or reaches from inside a span past its end."""
+    """Return whether a token ends inside a span, or starts inside a span and ends after it."""
     return any(low < end and (end <= high or start < high) for low, high in spans)

@@ -27,20 +27,21 @@ Outcomes = dict[str, list[Comparison]]
 
 
 def fact_metrics(cases: Sequence[Outcomes], seed: int) -> Evaluation:
-    """The scores over all requests.
+    """Compute the scores over all requests.
 
-    A share (`es`, `ps`, `ns`) counts the prompts after which the wanted target's first token is
-    the likelier one: the new target's, and for neighbourhood prompts the true one's. A magnitude
-    (`em`, `pm`, `nm`) is the mean of the wanted minus the other probability. `s` is the harmonic
-    mean of the three shares. Intervals resample the requests, since the prompts of one request move
-    together; those of shares over one prompt per request are Wilson's.
+    A share (`es`, `ps`, `ns`) counts the prompts after which the first token of the wanted target
+    is likelier than that of the other. The wanted target is the new one; for neighbourhood prompts
+    it is the true one. A magnitude (`em`, `pm`, `nm`) is the mean of the wanted minus the other
+    probability. `s` is the harmonic mean of the three shares. Intervals resample the requests,
+    because prompts of one request are correlated; shares over one prompt per request have Wilson's
+    intervals.
 
     Args:
         cases: The comparisons of each request.
         seed: Seed of the bootstrap.
 
     Returns:
-        The metrics that have observations; the notes count ties and name what was left out.
+        The metrics that have observations; the notes count ties and name the missing metrics.
     """
     metrics: dict[str, Metric] = {}
     ties: dict[str, int] = {}
@@ -67,9 +68,9 @@ def fact_metrics(cases: Sequence[Outcomes], seed: int) -> Evaluation:
 
 
 def _share(columns: FloatArray, seed: int) -> Metric:
-    """A share from the successes and prompts of each request that has prompts: [n, 2]."""
+    """Compute a share from the successes and prompts of each request with prompts: [n, 2]."""
     successes, prompts = (int(total) for total in columns.sum(axis=0))
-    if successes in (0, prompts):  # no resample would differ: each request counts as one prompt
+    if successes in (0, prompts):  # all resamples are equal: count each request as one prompt
         found = wilson(len(columns) if successes else 0, len(columns))
     elif prompts == len(columns):
         found = wilson(successes, prompts)
@@ -79,15 +80,15 @@ def _share(columns: FloatArray, seed: int) -> Metric:
 
 
 def _sums(comparisons: list[Comparison], sign: int) -> tuple[float, float, float]:
-    """Successes, summed probability differences and number of comparisons; ties never succeed."""
+    """Return successes, summed probability differences and comparisons; a tie is no success."""
     differences = [sign * (math.exp(c.log_p_new) - math.exp(c.log_p_true)) for c in comparisons]
-    # Logarithms still differ where both probabilities round to 0.
+    # Compare logarithms: they differ even where both probabilities round to 0.
     successes = sum(sign * c.log_p_new > sign * c.log_p_true for c in comparisons)
     return successes, math.fsum(differences), len(comparisons)
 
 
 def _harmonic(sums: FloatArray) -> FloatArray:
-    """Harmonic mean of three shares, given as (successes, prompts) each: [m, 6] to [m].
+    """Compute the harmonic mean of three shares, each (successes, prompts): [m, 6] to [m].
 
     It is 0 where a share is 0, and NaN where a resample drew no prompt of one kind.
     """

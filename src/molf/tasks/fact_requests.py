@@ -20,10 +20,10 @@ class FactRequest:
 
     Attributes:
         prompt: The rewrite prompt with the subject filled in.
-        target_new: What shall follow it.
-        target_true: What follows it in the world.
-        paraphrases: Prompts that ask the same in other words.
-        neighbourhood: Prompts about other subjects of which `target_true` stays true.
+        target_new: The new completion of the prompt.
+        target_true: The true completion of the prompt.
+        paraphrases: Prompts about the same fact in other words.
+        neighbourhood: Prompts about other subjects, for which `target_true` stays true.
     """
 
     prompt: str
@@ -33,17 +33,17 @@ class FactRequest:
     neighbourhood: tuple[str, ...]
 
     def prompts(self) -> dict[str, tuple[str, ...]]:
-        """All prompts that the two targets are compared after, by kind."""
+        """Return all prompts that are followed by the two targets, by kind."""
         return dict(zip(KINDS, ((self.prompt,), self.paraphrases, self.neighbourhood), strict=True))
 
 
 @dataclass(frozen=True)
 class Conflicts:
-    """Edits that cannot all hold.
+    """Numbers of edits that contradict each other.
 
     Attributes:
         prompts: Rewrite prompts with more than one new target.
-        neighbours: Neighbourhood prompts, which shall stay as they are, that another request edits.
+        neighbours: Neighbourhood prompts that another request edits.
     """
 
     prompts: int
@@ -54,7 +54,7 @@ class Conflicts:
 
 
 def find_conflicts(requests: Collection[FactRequest]) -> Conflicts:
-    """Count the edits among some requests that contradict each other."""
+    """Count the contradicting edits among some requests."""
     targets: dict[str, set[str]] = {}
     for request in requests:
         targets.setdefault(request.prompt, set()).add(request.target_new)
@@ -99,5 +99,5 @@ def parse_request(record: Record, where: str) -> FactRequest:
 
 
 def _target(value: Any, where: str) -> str:
-    # The space that joins it to the prompt is ours, so a target brings none of its own.
+    # A space is added between prompt and target: strip the target's own.
     return filled_text(object_value(value, where, ("str",))["str"], f"{where}.str").strip()

@@ -28,7 +28,7 @@ COUNTERFACT_URL = "https://rome.baulab.info/data/dsets/counterfact.json"
 
 
 class FactTask(Task):
-    """Train on the new targets; measure whether they hold, also where they should not."""
+    """Train on the new targets; measure them on edited, paraphrased and neighbourhood prompts."""
 
     prompt = "requested_rewrite.prompt with the subject in place of {} -> ' ' + target_new.str"
     prompt_version = 1
@@ -47,12 +47,12 @@ class FactTask(Task):
 
         Args:
             name: The task's name.
-            training: The requests trained on, by their record in the data file.
+            training: The requests to train on, by record index.
             evaluation: All requests of the evaluation data.
-            evaluated: Those of them that are evaluated.
-            source: Where the records are from.
-            forgetting_text: Gives the text that forgetting is measured on; None: the default one.
-            read: All requests of the data that is trained on.
+            evaluated: Indices of the requests to evaluate.
+            source: Origin of the records, for the run's files.
+            forgetting_text: Returns the text for `forgetting_loss`; None for the default text.
+            read: All requests of the training data.
         """
         samples: list[Sample] = [_sample(request, index) for index, request in training.items()]
         super().__init__(name, samples, source)
@@ -71,7 +71,7 @@ class FactTask(Task):
         self._forgetting_text = forgetting_text
 
     def data_records(self) -> DataRecords:
-        """The requests of the data that is trained on; none is held out."""
+        """Return the requests of the training data; none is held out."""
         return DataRecords(
             len(self._read),
             {index: _sample(request, index) for index, request in enumerate(self._read)},
@@ -80,7 +80,7 @@ class FactTask(Task):
         )
 
     def description(self) -> dict[str, Any]:
-        """What a run's configuration records about the task."""
+        """Return the task's entries for the configuration file of a run."""
         return {**super().description(), **self._conflict_counts()}
 
     def _conflict_counts(self) -> dict[str, int]:
@@ -91,11 +91,11 @@ class FactTask(Task):
 
     @property
     def evaluation_count(self) -> int:
-        """How many requests the task is evaluated on."""
+        """The number of requests to evaluate."""
         return len(self._evaluated)
 
     def default_forgetting_text(self) -> str:
-        """The world's own held-out text for the demo, else the shipped plain text."""
+        """Return the world's held-out text for the demo task, else the default plain text."""
         if self._forgetting_text is not None:
             return self._forgetting_text()
         return super().default_forgetting_text()
@@ -107,7 +107,7 @@ class FactTask(Task):
         settings: EvaluationSettings,
         progress: Progress | None = None,
     ) -> Evaluation:
-        """Compare first target tokens after every prompt, and generate after the rewrite prompts.
+        """Compare first target tokens after each prompt, and generate after the rewrite prompts.
 
         Prompts longer than the limit are left out and counted; a request whose rewrite prompt is
         too long is left out whole.
@@ -161,7 +161,7 @@ class FactTask(Task):
         return evaluation
 
     def score_predictions(self, predictions: list[dict[str, Any]]) -> Evaluation:
-        """Measure `acc_new` and `acc_true`; probabilities are not in texts."""
+        """Measure `acc_new` and `acc_true`; the other metrics need the model."""
         saved = restrict_to_sample(
             check_predictions(predictions, len(self._evaluation), self._known), self._evaluated
         )
@@ -178,7 +178,7 @@ class FactTask(Task):
         )
 
     def _known(self, index: int) -> dict[str, str]:
-        """What predictions repeat of a request."""
+        """Return the fields of a request that a prediction copies."""
         request = self._evaluation[index]
         targets = {"target_new": request.target_new, "target_true": request.target_true}
         return {"prompt": request.prompt, **targets}
@@ -196,7 +196,7 @@ class FactTask(Task):
         settings: EvaluationSettings,
         progress: Progress | None,
     ) -> dict[int, str]:
-        """Greedy text after each rewrite prompt, as long as the longer of its targets."""
+        """Generate greedy text after each rewrite prompt, as long as the longer of its targets."""
         from molf.evaluate.generate import decode, generate_greedy
 
         splits = []
@@ -204,7 +204,7 @@ class FactTask(Task):
             for target in (request.target_new, request.target_true):
                 text = questions.texts[f"{request.prompt} {target}"]
                 splits.append(text.split(len(request.prompt)))
-        # The contexts that the new targets have in training, and room for the longest target.
+        # Use the contexts of the new targets in training, and the length of the longest target.
         contexts = [context for context, _ in splits[::2]]
         longest = max(len(target) for _, target in splits)
         needed = [max(map(len, self._targets(index))) for index in indices]
@@ -227,7 +227,7 @@ class FactTask(Task):
         }
 
     def _accuracies(self, texts: dict[int, str]) -> dict[str, Metric]:
-        """Shares of texts that start with the new and with the true target."""
+        """Compute the shares of texts that start with the new and with the true target."""
         starts = [
             [text.strip().startswith(target) for target in self._targets(index)]
             for index, text in texts.items()
@@ -255,9 +255,9 @@ class FactTask(Task):
 
 
 def load_fact(options: TaskOptions) -> FactTask:
-    """CounterFact, or data in its layout, as the options say.
+    """Load CounterFact, or data in its layout.
 
-    The requests that are trained on are those evaluated, unless there is `eval_data`.
+    The training requests are evaluated, unless there is `eval_data`.
     """
     data = options.data or COUNTERFACT_URL
     if options.eval_data is None:
@@ -275,7 +275,7 @@ def load_fact(options: TaskOptions) -> FactTask:
 
 
 def load_demo_fact(options: TaskOptions) -> FactTask:
-    """The requests of the embedded world, which the shipped base model knows."""
+    """Load the requests of the embedded world, whose facts the shipped base model has learned."""
     refuse_data(options)
     built = world.build_world()
     requests = [

@@ -1,4 +1,4 @@
-"""Fetching one address into a file: no more than so many bytes, and not for ever."""
+"""Download of one address to a file, with limits on size and waiting time."""
 
 from __future__ import annotations
 
@@ -11,26 +11,26 @@ from typing import BinaryIO
 
 _CHUNK = 2**18
 _WITHOUT_ANSWER = 60.0  # seconds
-_LEAST_RATE = 1000  # bytes a second, on average over such a time
+_LEAST_RATE = 1000  # bytes a second, averaged over `_WITHOUT_ANSWER`
 
 
 class FetchError(Exception):
-    """The address was not fetched; the argument says why."""
+    """The download failed; the argument is the reason."""
 
 
 def fetch(url: str, path: Path, most: int) -> None:
-    """Fetch the content of an address into a file.
+    """Download the content of an address to a file.
 
-    A server may also send its answer, or the head of it, byte by byte: each arrives in time, and
-    the whole never. So another thread fetches, and this one watches how far it is.
+    A socket timeout does not catch a server that sends one byte at a time. So a thread downloads,
+    and the caller's thread checks its rate.
 
     Args:
         url: The http(s) address.
-        path: The file, which is written over.
+        path: The file to overwrite.
         most: The largest number of bytes.
 
     Raises:
-        FetchError: It cannot be reached, is longer, or comes too slowly.
+        FetchError: The address is unreachable, its content is too long, or arrives too slowly.
     """
     with path.open("wb") as file:
         transfer = _Transfer(url, file, most)
@@ -42,7 +42,7 @@ def fetch(url: str, path: Path, most: int) -> None:
 
 
 class _Transfer(threading.Thread):
-    """What fetches; as a daemon, it does not keep a process that ends."""
+    """The thread that downloads; a daemon, so that it does not block the end of the process."""
 
     def __init__(self, url: str, file: BinaryIO, most: int) -> None:
         super().__init__(daemon=True)
@@ -56,7 +56,7 @@ class _Transfer(threading.Thread):
         self._writing = threading.Lock()
 
     def run(self) -> None:
-        """Fetch, and keep the error for the thread that watches."""
+        """Download; store an error for `watch`."""
         try:
             self._fetch()
         except BaseException as error:
@@ -65,7 +65,7 @@ class _Transfer(threading.Thread):
             self._ended.set()
 
     def watch(self) -> None:
-        """Wait for the end, and raise what has gone wrong."""
+        """Wait for the end of the download; raise its error."""
         while True:
             before, since = self._received, time.monotonic()
             if self._ended.wait(_WITHOUT_ANSWER):
@@ -73,13 +73,13 @@ class _Transfer(threading.Thread):
             rate = (self._received - before) / (time.monotonic() - since)
             if rate < _LEAST_RATE:
                 raise FetchError(
-                    f"in {_WITHOUT_ANSWER:.0f} seconds came {self._received - before:,} bytes"
+                    f"{self._received - before:,} bytes arrived in {_WITHOUT_ANSWER:.0f} seconds"
                 )
         if self._error is not None:
             raise FetchError(_reason(self._error)) from self._error
 
     def stop(self) -> None:
-        """Make sure that nothing is written any more."""
+        """Stop writing, and wait for a write in progress."""
         self._unwanted.set()
         with self._writing:
             pass
@@ -99,7 +99,7 @@ class _Transfer(threading.Thread):
                         return
                     self._file.write(chunk)
             if length is not None and self._received < length:
-                raise FetchError(f"{self._received:,} of {length:,} bytes came")
+                raise FetchError(f"{self._received:,} of {length:,} bytes arrived")
 
     def _too_long(self, found: str) -> FetchError:
         return FetchError(
@@ -112,16 +112,16 @@ _DEFAULT_MOST = 4 * 2**30
 
 
 def most_bytes() -> int:
-    """The largest number of bytes that are fetched: the environment's, else 4 GiB.
+    """Return the largest size of a download in bytes: `MOLF_MAX_DOWNLOAD`, else 4 GiB.
 
     Raises:
-        FetchError: What the environment says is no such number.
+        FetchError: The environment variable is not a positive integer.
     """
     given = os.environ.get(MOST_BYTES)
     if not given:
         return _DEFAULT_MOST
     if not given.isdecimal() or not 0 < int(given[:20]) < 2**63:
-        raise FetchError(f"{MOST_BYTES}={given} is no number of bytes")
+        raise FetchError(f"{MOST_BYTES}={given} is not a number of bytes")
     return int(given)
 
 

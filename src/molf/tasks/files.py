@@ -1,4 +1,4 @@
-"""Records from one data file: a JSON list, JSON lines, Parquet or CSV."""
+"""Reading of one data file: a JSON list, JSON lines, Parquet or CSV."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ Record = dict[str, Any]
 
 SUFFIXES = (".json", ".jsonl", ".parquet", ".csv")
 
-_LONGEST_CELL = 2**31 - 1  # characters; csv's own limit of 131,072 is below what documents have
+_LONGEST_CELL = 2**31 - 1  # characters; csv's own limit of 131,072 is too small for documents
 
 
 def read_file(path: Path) -> list[Record]:
-    """Read every record of a file; JSON lists and JSON lines are told apart by their content.
+    """Read all records of a file; JSON lists and JSON lines are distinguished by content.
 
     Raises:
         InputError: The file cannot be read, is of another kind, is empty, is not UTF-8, not
-            JSON or not CSV (with its line), or holds something that is not an object.
+            JSON or not CSV (with its line), or contains a value that is not an object.
     """
     suffix = path.suffix.lower()
     if suffix not in SUFFIXES:
@@ -39,7 +39,7 @@ def read_file(path: Path) -> list[Record]:
 
 
 def check_fields(records: Iterable[Record], fields: Iterable[str], source: str) -> None:
-    """Require fields in every record; null counts as absent: Parquet and CSV know no other absence.
+    """Require fields in every record; null counts as absent, as in Parquet and CSV.
 
     Raises:
         InputError: A record lacks a field.
@@ -55,12 +55,12 @@ def check_fields(records: Iterable[Record], fields: Iterable[str], source: str) 
 
 
 def present_fields(record: Record) -> list[str]:
-    """The names of the fields that are not null."""
+    """Return the names of the fields that are not null."""
     return [name for name, value in record.items() if value is not None]
 
 
 def first_line(error: BaseException) -> str:
-    """An exception's message as one line, its kind where it has none."""
+    """Return the first line of an exception's message, or its type where it has none."""
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
 
@@ -73,17 +73,17 @@ def _read_text(path: Path) -> str:
 
 
 def read_json(path: Path) -> list[Record]:
-    """Read the objects of a JSON list or of JSON lines, whatever the file is called; maybe none.
+    """Read the objects of a JSON list or of JSON lines, under any file name; possibly none.
 
     Raises:
-        InputError: The file cannot be read, is not UTF-8 or not JSON (with its line), or holds
-            something that is not an object.
+        InputError: The file cannot be read, is not UTF-8 or not JSON (with its line), or contains
+            a value that is not an object.
     """
     text = _read_text(path)
     if text.lstrip().startswith("["):
         values = _parse(text, str(path), line=1)
     else:
-        # Only \n ends a line: splitlines() would also split at characters JSON strings may hold.
+        # Split at \n only: splitlines() also splits at characters that JSON strings may contain.
         values = [
             _parse(line, str(path), number)
             for number, line in enumerate(text.split("\n"), start=1)
@@ -98,11 +98,11 @@ def read_json(path: Path) -> list[Record]:
 
 
 class DuplicateKeyError(Exception):
-    """An object has a key twice; the argument is the key."""
+    """An object has a duplicate key; the argument is the key."""
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object of JSON, whose keys must differ: else a value would be lost in silence."""
+    """Make an object of JSON; reject duplicate keys, of which json drops all but the last."""
     made = dict(pairs)
     if len(made) < len(pairs):
         names = [name for name, _ in pairs]
@@ -111,17 +111,17 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def unique_json(text: str) -> Any:
-    """Parse JSON whose objects have every key once.
+    """Parse JSON without duplicate keys in objects.
 
     Raises:
-        DuplicateKeyError: An object has a key twice.
+        DuplicateKeyError: An object has a duplicate key.
         ValueError: The text is not JSON.
     """
     return json.loads(text, object_pairs_hook=_unique)
 
 
 def _parse(text: str, path: str, line: int) -> Any:
-    """Parse JSON that starts at a line of a file."""
+    """Parse a JSON text that starts at the given line of a file."""
     try:
         return unique_json(text)
     except json.JSONDecodeError as error:
@@ -143,7 +143,7 @@ def _read_parquet(path: Path) -> list[Record]:
 
     check_ordinary(path, str(path))
     try:
-        with path.open("rb") as file:  # pyarrow takes no path whose bytes are not UTF-8
+        with path.open("rb") as file:  # pyarrow rejects paths that are not UTF-8
             rows: list[Record] = pyarrow.parquet.read_table(file).to_pylist()
     except (pyarrow.ArrowException, OSError) as error:
         raise InputError(f"{path} is not a readable Parquet file: {first_line(error)}") from error
@@ -151,9 +151,9 @@ def _read_parquet(path: Path) -> list[Record]:
 
 
 def without_nulls(value: Any) -> Any:
-    """Remove the nulls of objects, also of objects inside.
+    """Remove null fields of objects, at any depth.
 
-    Arrow gives every object of a column the keys of all others, null where they were absent.
+    Arrow gives each object of a column the keys of all others, with null as the value.
     """
     if isinstance(value, dict):
         return {name: without_nulls(entry) for name, entry in value.items() if entry is not None}
@@ -163,7 +163,7 @@ def without_nulls(value: Any) -> Any:
 
 
 def _read_csv(path: Path) -> list[Record]:
-    """Rows by the names of the header, which is the first line; an empty cell is null."""
+    """Read rows as objects; the first line is the header, and an empty cell is null."""
     rows = csv.reader(io.StringIO(_read_text(path), newline=""), strict=True)
     limit = csv.field_size_limit(_LONGEST_CELL)
     try:

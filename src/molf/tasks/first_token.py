@@ -1,8 +1,8 @@
-"""Which token is the first of a target, and how likely the model finds it.
+"""Probabilities of the first token of targets after a prompt.
 
-Taking the first token of " " + target alone is a trap: SentencePiece tokenizers give the bare
-word-boundary piece for every target, and all comparisons tie. Here prompt and target are
-tokenized together, and the first token of the target is the first that holds a character of it.
+Prompt and target are tokenized together; the first token of the target is the first one that
+contains a character of it. Tokenizing " " + target alone would be wrong: SentencePiece tokenizers
+then give the same word-boundary token for every target, and all comparisons tie.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ if TYPE_CHECKING:
     from molf.evaluate.generate import FirstLogits
 
 _Context = tuple[int, ...]
-_Step = tuple[_Context, int]  # a context, and the token that is asked for after it
+_Step = tuple[_Context, int]  # a context, and the token whose probability follows it
 
 
 @dataclass(frozen=True)
 class FirstTokens:
-    """How likely a model finds the first tokens of several targets after one prompt.
+    """Log-probabilities of the first tokens of several targets after one prompt.
 
     Attributes:
         log_probs: Log-probability of each target's first token, in nats.
-        distinct: No two targets have the same first token; else these cannot be told apart.
+        distinct: Whether all targets have different first tokens; equal ones always tie.
     """
 
     log_probs: tuple[float, ...]
@@ -40,12 +40,12 @@ class FirstTokens:
 
 @dataclass(frozen=True)
 class Comparison:
-    """How likely a model finds the first tokens of two targets after one prompt.
+    """Log-probabilities of the first tokens of two targets after one prompt.
 
     Attributes:
         log_p_new: Log-probability for the new target, in nats.
-        log_p_true: Log-probability for the true target.
-        tie: The two first tokens are the same, so nothing is compared.
+        log_p_true: Log-probability for the true target, in nats.
+        tie: Whether both targets have the same first token.
     """
 
     log_p_new: float
@@ -60,24 +60,24 @@ class Comparison:
 
 
 class FirstTokenQuestions:
-    """How likely a model finds the first token of each target after each prompt.
+    """Computes log-probabilities of the first token of each target after each prompt.
 
     All probabilities of a prompt are conditional on the longest context that its tokenized texts
     share before any target's first token, a bare word-boundary token included. Where one target
-    fuses with the boundary and another does not, the latter's probability is the product over its
-    tokens from the shared context on. Otherwise it is one forward pass per prompt, and none where
-    an answer is generated from the same context (`reader`).
+    shares a token with the boundary and another does not, the latter's probability is the product
+    over its tokens from the shared context on. A prompt needs one forward pass otherwise, and none
+    where an answer is generated from the same context (`reader`).
 
     Args:
         tokenizer: The model's tokenizer.
         prompts: The prompts; a space joins them to a target.
         targets: The targets of each prompt.
         max_length: Longest context in tokens.
-        known: Texts that have been tokenized already, by text.
+        known: Texts that are tokenized already, by text.
 
     Attributes:
         texts: Every prompt with each of its targets, tokenized, by text.
-        fits: Per prompt, whether no context is longer than `max_length`.
+        fits: Per prompt, whether all contexts have at most `max_length` tokens.
     """
 
     def __init__(
@@ -103,7 +103,7 @@ class FirstTokenQuestions:
             all(len(context) <= max_length for target in choices for context, _ in target)
             for choices in self._steps
         ]
-        # The targets mostly share their context: it is evaluated once, for all their tokens.
+        # Targets mostly share a context: evaluate it once for all their tokens.
         self._unread: dict[_Context, list[int]] = {}
         for choices, fit in zip(self._steps, self.fits, strict=True):
             for context, token in chain.from_iterable(choices) if fit else ():
@@ -111,7 +111,7 @@ class FirstTokenQuestions:
         self._log_probs: dict[_Step, float] = {}
 
     def reader(self, contexts: Sequence[Sequence[int]]) -> FirstLogits:
-        """Return what takes the probabilities from the generation of answers to some contexts."""
+        """Return a callback that stores probabilities while answers to `contexts` are generated."""
         from molf.evaluate.likelihood import NextTokens
 
         keys = [tuple(context) for context in contexts]
@@ -127,7 +127,7 @@ class FirstTokenQuestions:
     def answers(
         self, model: Any, *, pad_id: int, batch_size: int, progress: Progress | None = None
     ) -> list[FirstTokens | None]:
-        """Evaluate the contexts that nothing was generated from; return all probabilities.
+        """Evaluate the contexts without a generated answer; return all probabilities.
 
         Args:
             model: A transformers causal language model, on its device.
@@ -162,14 +162,14 @@ class FirstTokenQuestions:
         ]
 
     def _take(self, context: _Context, log_probs: list[float]) -> None:
-        """Keep the probabilities of a context's tokens, unless they are there already."""
+        """Store the probabilities of a context's tokens, unless they are stored already."""
         if context in self._unread:
             for token, value in zip(self._unread.pop(context), log_probs, strict=True):
                 self._log_probs[context, token] = value
 
 
 def _steps(texts: list[TokenizedText], target_start: int) -> list[list[_Step]]:
-    """The steps from the shared context through each target's first token, usually one each."""
+    """Return the steps from the shared context to each target's first token, usually one each."""
     stops = [_first_target_token(text, target_start) for text in texts]
     rows = [tuple(text.prefix + text.ids) for text in texts]
     shared = 0
@@ -182,5 +182,5 @@ def _steps(texts: list[TokenizedText], target_start: int) -> list[list[_Step]]:
 
 
 def _first_target_token(text: TokenizedText, target_start: int) -> int:
-    """Position, among prefix and tokens, of the first token that reaches into the target."""
+    """Return the position, prefix included, of the first token with a character of the target."""
     return len(text.split(target_start)[0])

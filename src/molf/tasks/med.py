@@ -17,20 +17,20 @@ from molf.tasks.question_task import QuestionTask
 from molf.tasks.questions import Splits, load_questions
 
 _METRICS = ("accuracy", "unparsed", "accuracy_logprob")
-_NEW_TOKENS = 8  # the letter and what follows it, behind some white space
+_NEW_TOKENS = 8  # some white space, the letter, and a character after it
 _AFTER_A_LETTER = ").:"
 
 
 class MedTask(QuestionTask[MedQuestion]):
-    """Train on the right letter; measure how often it is answered, and how often it is likeliest.
+    """Train on the right letter; measure its share among the answers, and among likeliest letters.
 
     - `accuracy`: share of the answers whose letter (see `parse_letter`) is the right one. Answers
       without a letter are wrong.
     - `unparsed`: share of the answers without a letter.
     - `accuracy_logprob`: share of the questions after which the right letter is the likeliest of
-      the four as the next text, whatever else is likelier still (the usual multiple-choice score,
-      as in Brown et al. 2020 and lm-evaluation-harness). Of equally likely letters the first
-      counts; `ties_logprob` says how often that decided.
+      the four, other texts aside (the usual multiple-choice score, as in Brown et al. 2020 and
+      lm-evaluation-harness). Of equally likely letters the first counts; `ties_logprob` is the
+      number of such questions.
 
     All with Wilson's intervals; `by_subject` has the accuracies of each `subject_name`.
     """
@@ -48,7 +48,7 @@ class MedTask(QuestionTask[MedQuestion]):
         settings: EvaluationSettings,
         progress: Progress | None = None,
     ) -> Evaluation:
-        """Generate a few tokens after each question, and compare the four letters there."""
+        """Generate a few tokens after each question and compare the letters' probabilities."""
         from molf.evaluate.generate import padding_id
 
         asked = self._ask(model, tokenizer, settings, progress)
@@ -121,7 +121,7 @@ class MedTask(QuestionTask[MedQuestion]):
         return evaluation
 
     def _nearest_answers(self, indices: Sequence[int]) -> dict[int, str]:
-        """The option most like the right one of the nearest question; its letter if none is."""
+        """Return the option most similar to the nearest question's answer, else its letter."""
         found = nearest(
             [question.question for question in self._baseline],
             [self._question(index).question for index in indices],
@@ -137,7 +137,7 @@ class MedTask(QuestionTask[MedQuestion]):
 
 
 def parse_letter(text: str) -> str | None:
-    """The letter that a generated text answers with, or None.
+    """Return the letter that answers a question in a generated text, or None.
 
     It is the first character of the trimmed text, if that is a letter A to D in either case
     followed by nothing, `)`, `.`, `:` or white space.
@@ -154,14 +154,14 @@ def load_med(
     splits: Splits | None = None,
     forgetting_text: Callable[[], str] | None = None,
 ) -> MedTask:
-    """MedMCQA, or data in its layout, as the options say; see `load_questions`.
+    """Load MedMCQA, or data in its layout; see `load_questions`.
 
-    Evaluated is the validation split: the labels of the official test split are not public.
+    The validation split is evaluated: the labels of the official test split are not public.
 
     Args:
         options: The options.
-        splits: Records of a demo task, which also reports how its nearest training answer does.
-        forgetting_text: Gives the demo task's own text.
+        splits: Records of a demo task, which also scores the nearest training answer.
+        forgetting_text: Returns the demo task's text for `forgetting_loss`.
 
     Warns:
         UserWarning: `cop` seems to count from 1, as in the data set's first release.
@@ -183,7 +183,7 @@ def load_med(
 
 
 def _is_decided(text: str) -> bool:
-    """Whether more text cannot change what `parse_letter` finds."""
+    """Return whether more text cannot change the result of `parse_letter`."""
     text = text.lstrip()
     if not text or text[0] == UNDECODED:
         return False

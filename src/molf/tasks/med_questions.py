@@ -11,10 +11,10 @@ from molf.tasks.questions import Question, QuestionKind, UnusableRecordError
 LETTERS = ("A", "B", "C", "D")
 
 OUT_OF_RANGE = "cop outside 0 to 3"
-"""Why a record whose right option is a fifth one, or none, is left out."""
+"""The reason to leave out a record whose `cop` is none of the four options."""
 
 _OPTIONS = ("opa", "opb", "opc", "opd")
-_UNLABELLED = -1  # what the Hub's test split has in place of the answer
+_UNLABELLED = -1  # stands in the Hub's test split in place of the answer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,7 +23,7 @@ class MedQuestion(Question):
 
     Attributes:
         options: The options, in order.
-        right: Which of them is right.
+        right: Index of the right option.
     """
 
     options: tuple[str, ...]
@@ -31,7 +31,7 @@ class MedQuestion(Question):
 
     @property
     def prompt(self) -> str:
-        """The question and its options, by letter."""
+        """The question and its options with their letters."""
         options = [f"{x}. {option}" for x, option in zip(LETTERS, self.options, strict=True)]
         return "\n".join([f"Question: {self.question}", *options, "Answer:"])
 
@@ -51,7 +51,7 @@ def parse_med_question(record: Record, where: str) -> MedQuestion:
 
     Raises:
         InputError: A field is of the wrong kind, or the question is empty.
-        UnusableRecordError: An option is missing, or there is no right one.
+        UnusableRecordError: An option is missing, or no option is right.
     """
     question = filled_text(record["question"], f"{where}: question").strip()
     options = [optional_text(record.get(name), f"{where}: {name}") for name in _OPTIONS]

@@ -9,20 +9,20 @@ from molf.errors import InputError
 
 @dataclass(frozen=True, kw_only=True)
 class TaskOptions:
-    """Which task, on which data.
+    """A task's name and data.
 
     Attributes:
         name: One of `molf.tasks.TASKS`.
-        data: Records to train on: a file, a folder of files, a Hub id or a URL. None where the
-            task brings or knows its own.
+        data: Records to train on: a file, a folder of files, a Hub id or a URL. None for the task's
+            own data.
         eval_data: Records to evaluate on, given in the same ways. None lets the task choose.
-        max_samples: Use only so many records of `data`, drawn by `seed`.
-        max_eval_samples: Evaluate on only so many records, drawn by `seed`.
-        few_shot: Put so many training records with their answers in front of every question, drawn
-            by `seed`, in training and in evaluation (`sql`, `med` and their demo tasks).
-        seed: Seed of every draw of records.
-        evaluation_only: Nothing is trained: all of `eval_data`, or else of `data`, is evaluated.
-        preview: The records are only shown: one alone is enough, and then it is not held out.
+        max_samples: Number of records of `data` to use, drawn by `seed`; None for all.
+        max_eval_samples: Number of records to evaluate on, drawn by `seed`; None for all.
+        few_shot: Number of training records with answers before each question, drawn by `seed`,
+            in training and in evaluation (`sql`, `med` and their demo tasks).
+        seed: Seed of all draws of records.
+        evaluation_only: Train on nothing; evaluate all of `eval_data`, or else of `data`.
+        preview: Only show the records: a single record is accepted and not held out.
     """
 
     name: str

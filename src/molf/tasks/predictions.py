@@ -1,4 +1,4 @@
-"""Saved predictions: texts that a model answered with, to be scored without the model."""
+"""Saved predictions: generated answers, scored without the model."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from molf.tasks.fields import text_value
 
 
 def left_out_prediction(index: int, reason: str) -> dict[str, Any]:
-    """The entry of a record that was drawn but not asked: `check_predictions` passes it over."""
+    """Return the entry of an evaluated record without an answer; `check_predictions` skips it."""
     return {"index": index, "prediction": None, "left_out": reason}
 
 
 @dataclass(frozen=True)
 class SavedPredictions:
-    """Predictions that were read back.
+    """Predictions read from a file.
 
     Attributes:
-        texts: The predicted text of each record.
-        left_out: The reason for each record that was drawn but not asked.
+        texts: The predicted text, by record index.
+        left_out: The reason for each record without a prediction.
     """
 
     texts: dict[int, str]
@@ -36,14 +36,14 @@ def check_predictions(
     """Check saved predictions.
 
     Args:
-        predictions: `{"index": i, "prediction": text}`; further keys are ignored, but for those of
-            `known`.
-        records: How many records the data file has.
-        known: What a prediction may repeat of its record, by key; it must be the same.
+        predictions: `{"index": i, "prediction": text}`; keys other than these and those of `known`
+            are ignored.
+        records: Number of records in the data file.
+        known: Returns fields of a record; a prediction that has them must have the same values.
 
     Raises:
-        InputError: Something else is among them, an index is unknown or comes twice, a record is
-            another one, or there are none.
+        InputError: There are no predictions, one has another form, an index is unknown or
+            duplicate, or a field of `known` differs.
     """
     if not predictions:
         raise InputError("There are no predictions to score.")
@@ -81,13 +81,14 @@ def predicted_sample(
     samples_of_runs: Iterable[Collection[int]],
     unscorable: Callable[[Collection[int]], Collection[int]] = lambda indices: (),
 ) -> Collection[int]:
-    """The records that are to be scored: `sample`, or those of a run if just these are predicted.
+    """Return the records to score: `sample`, or a set of `samples_of_runs` that matches exactly.
 
     Args:
         saved: The predictions.
-        sample: The records that the options say.
-        samples_of_runs: Those that trainings with these options may have evaluated.
-        unscorable: Says which of some records may have a prediction or not.
+        sample: The records selected by the options.
+        samples_of_runs: Sets of records that earlier runs on this data may have evaluated.
+        unscorable: Returns those of some records that cannot be scored; their predictions may be
+            missing.
     """
     predicted = saved.texts.keys() | saved.left_out.keys()
     candidates = [sample, *samples_of_runs]
@@ -96,14 +97,14 @@ def predicted_sample(
             return candidate
     for candidate in candidates[1:]:
         differing = predicted ^ set(candidate)
-        # Finding out may be costly, and is of use only where little differs.
+        # `unscorable` may run queries: call it only where few records differ.
         if 2 * len(differing) <= len(candidate) and differing <= set(unscorable(differing)):
             return candidate
     return sample
 
 
 def _check_same_record(entry: dict[str, Any], known: Mapping[str, str], where: str) -> None:
-    """Compare what a prediction repeats of its record; a prompt may have more around it."""
+    """Compare a prediction's copied fields with its record; a prompt may have text around it."""
     for name, value in known.items():
         given = entry.get(name)
         if not isinstance(given, str):
@@ -118,17 +119,17 @@ def _check_same_record(entry: dict[str, Any], known: Mapping[str, str], where: s
 
 
 def restrict_to_sample(saved: SavedPredictions, sample: Collection[int]) -> SavedPredictions:
-    """The predictions for the records that are to be scored, in their order.
+    """Return the predictions for the records to score, in the order of the records.
 
-    A file that stops half-way must not pass for a whole one, so every record needs its prediction,
-    or the reason why it has none. What is beyond the sample is not scored.
+    Every record needs a prediction or a reason for its absence, so that a truncated file is
+    rejected. Predictions for other records are not scored.
 
     Args:
         saved: The predictions.
-        sample: The records to be scored.
+        sample: The records to score.
 
     Raises:
-        InputError: Records are not predicted, or all are left out.
+        InputError: Records have no prediction, or all are left out.
     """
     if lacking := sorted(set(sample) - saved.texts.keys() - saved.left_out.keys()):
         more = f" and {len(lacking) - 1} more" if len(lacking) > 1 else ""

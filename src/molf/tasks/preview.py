@@ -1,4 +1,4 @@
-"""The records of a training's data as the model will see them: tokens, and the text with loss."""
+"""Training records as the model will see them: tokens, and the text with loss."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ NOT_DRAWN = "not drawn by max_samples"
 
 @dataclass(frozen=True)
 class PreviewedRecord:
-    """A record as it is trained on.
+    """A record as it is encoded for training.
 
     Attributes:
         index: 0-based record of the data file.
-        tokens: How many tokens it has, BOS and EOS included.
-        loss_tokens: How many of them carry loss.
-        segments: The decoded tokens in order, in stretches that carry loss or do not.
-        held_out: Whether it is kept for evaluation.
-        left_out: Why it is neither trained on nor held out; None if it is either.
-        faults: Sentences that say how the text differs from the record.
+        tokens: Number of tokens, BOS and EOS included.
+        loss_tokens: Number of tokens that carry loss.
+        segments: The decoded text in order, as (part, whether the part carries loss).
+        held_out: Whether the record is kept for evaluation.
+        left_out: Why the record is not used; None if it is trained on or held out.
+        faults: Sentences about differences between text and record.
     """
 
     index: int
@@ -39,7 +39,7 @@ class PreviewedRecord:
 
 
 def preview(tokenizer: Any, data: DataRecords, max_length: int) -> Iterator[PreviewedRecord]:
-    """Encode every readable record of the data file, in order, as training does.
+    """Encode all usable records of the data file, in order, as in training.
 
     Args:
         tokenizer: The model's tokenizer.
@@ -47,7 +47,7 @@ def preview(tokenizer: Any, data: DataRecords, max_length: int) -> Iterator[Prev
         max_length: Longest example in tokens.
 
     Raises:
-        InputError: The tokenizer cannot be used, or its chat template refuses a record.
+        InputError: The tokenizer cannot be used, or its chat template rejects a record.
     """
     held_out, trained_on = set(data.held_out), set(data.trained_on)
     indices = list(data.samples)
@@ -73,7 +73,7 @@ def preview(tokenizer: Any, data: DataRecords, max_length: int) -> Iterator[Prev
 
 
 def _segments(tokenizer: Any, ids: Sequence[int], labels: Sequence[int]) -> list[tuple[str, bool]]:
-    """The decoded ids, cut where loss begins and ends; together they are the whole text."""
+    """Decode the ids and cut the text where loss begins and ends."""
 
     def decode(count: int) -> str:
         text: str = tokenizer.decode(
@@ -88,14 +88,14 @@ def _segments(tokenizer: Any, ids: Sequence[int], labels: Sequence[int]) -> list
     end = 0
     for begin, cut in zip([0, *cuts], [*cuts, len(ids)], strict=True):
         before = end
-        # Half of a character at the cut decodes as another one: the whole text has it behind.
+        # A cut inside a character decodes to U+FFFD; the character then goes to the next segment.
         end = len(whole) if cut == len(ids) else max(end, _shared(decode(cut), whole))
         segments.append((whole[before:end], carries[begin]))
     return segments
 
 
 def _shared(text: str, whole: str) -> int:
-    """How many characters of `text` are also the first of `whole`."""
+    """Return the length of the longest common prefix of `text` and `whole`."""
     while not whole.startswith(text):
         text = text[:-1]
     return len(text)

@@ -1,4 +1,4 @@
-"""What the tasks that ask questions have in common: prompts, generation, what is left out."""
+"""The base class of question tasks: prompts, generation, records left out."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ if TYPE_CHECKING:
     from molf.tasks.encoding import GenerationContext
 
 TOO_LONG = "too long"
-NOT_SCORED = "not scored"  # such as a gold query that runs out of time in one of two runs
+NOT_SCORED = "not scored"  # such as a gold query that exceeds its time in one of two runs
 
 
 @dataclass(frozen=True)
 class Asked:
-    """The records that a model is asked, and why the others of those evaluated are not.
+    """The evaluated records: those that the model answers, and those left out.
 
     Attributes:
-        samples: The prompt and the right answer of each record asked.
+        samples: Prompt and right answer of each record to answer, by record index.
         left_out: The reason for each other record.
         contexts: The prompts as tokens; empty where saved texts are scored.
     """
@@ -51,7 +51,7 @@ class QuestionTask(Task, Generic[Q]):
     """Questions with one right answer each.
 
     Attributes:
-        instruction: What every prompt starts with.
+        instruction: The first text of every prompt.
     """
 
     instruction: ClassVar[str] = ""
@@ -68,11 +68,11 @@ class QuestionTask(Task, Generic[Q]):
         Args:
             options: The options that `data` was loaded with.
             data: The questions.
-            baseline: Training questions, the nearest of which answers as a baseline.
-            forgetting_text: Gives the text that forgetting is measured on; None: the default one.
+            baseline: Training questions; the answer of the nearest one is scored as a baseline.
+            forgetting_text: Returns the text for `forgetting_loss`; None for the default text.
 
         Raises:
-            InputError: There are too few training records to demonstrate with.
+            InputError: There are too few training records for the demonstrations.
         """
         self._data = data
         self._few_shot = options.few_shot
@@ -89,11 +89,11 @@ class QuestionTask(Task, Generic[Q]):
 
     @property
     def evaluation_count(self) -> int:
-        """How many records the task is evaluated on, those included that turn out unusable."""
+        """The number of records to evaluate, those included that prove unusable."""
         return len(self._data.evaluated)
 
     def data_records(self) -> DataRecords:
-        """The questions of the split that is trained on, each with its demonstrations."""
+        """Return the questions of the training split, each with its demonstrations."""
         data = self._data
         if data.read is None:
             return DataRecords(0, {}, Counter(), ())
@@ -106,13 +106,13 @@ class QuestionTask(Task, Generic[Q]):
         )
 
     def default_forgetting_text(self) -> str:
-        """The text given with the questions, else the shipped plain text."""
+        """Return the text given with the questions, else the default plain text."""
         if self._forgetting_text is not None:
             return self._forgetting_text()
         return super().default_forgetting_text()
 
     def description(self) -> dict[str, Any]:
-        """What a run's configuration records about the task."""
+        """Return the task's entries for the configuration file of a run."""
         return {
             **super().description(),
             "few_shot": self._few_shot,
@@ -121,7 +121,7 @@ class QuestionTask(Task, Generic[Q]):
         }
 
     def score_predictions(self, predictions: list[dict[str, Any]]) -> Evaluation:
-        """Measure what texts can give; `notes["not_measured"]` lists the rest."""
+        """Measure the metrics of texts; `notes["not_measured"]` lists those that need the model."""
         data = self._data
         saved = check_predictions(predictions, data.evaluation.records, self._known)
         sample = predicted_sample(
@@ -134,7 +134,7 @@ class QuestionTask(Task, Generic[Q]):
         return self._finish(evaluation, Asked(samples, left_out | saved.left_out))
 
     def _known(self, index: int) -> dict[str, str]:
-        """What predictions repeat of a record; nothing of an unusable one."""
+        """Return the fields of a record that a prediction copies; none of an unusable record."""
         question = self._data.evaluation.questions.get(index)
         if question is None:
             return {}
@@ -142,14 +142,14 @@ class QuestionTask(Task, Generic[Q]):
 
     @abstractmethod
     def _score(self, texts: Mapping[int, str], seed: int, progress: Progress | None) -> Evaluation:
-        """Measure answers, by record."""
+        """Score answers, given by record index."""
 
     @abstractmethod
     def _nearest_answers(self, indices: Sequence[int]) -> dict[int, str]:
-        """What a memory of the training answers the records with."""
+        """Return the answers of the nearest training questions, by record index."""
 
     def _unscorable(self, indices: Iterable[int], progress: Progress | None) -> dict[int, str]:
-        """Why records, usable as questions, cannot be scored."""
+        """Return the reason for each record that cannot be scored."""
         return {}
 
     def _ask(
@@ -159,7 +159,7 @@ class QuestionTask(Task, Generic[Q]):
         settings: EvaluationSettings,
         progress: Progress | None,
     ) -> Asked:
-        """The records to ask the model: those that can be scored and are not too long."""
+        """Select the records to answer: those that can be scored and are not too long."""
         from molf.evaluate.inference import length_limit
         from molf.evaluate.tokens import check_tokenizer
         from molf.tasks.encoding import generation_contexts, tokenize_samples
@@ -192,7 +192,7 @@ class QuestionTask(Task, Generic[Q]):
         progress: Progress | None,
         first_logits: FirstLogits | None = None,
     ) -> dict[int, str]:
-        """The model's answer to each record asked."""
+        """Generate the model's answer to each record."""
         texts = generate_answers(
             model,
             tokenizer,
@@ -206,7 +206,7 @@ class QuestionTask(Task, Generic[Q]):
         return dict(zip(asked.samples, texts, strict=True))
 
     def _finish(self, evaluation: Evaluation, asked: Asked) -> Evaluation:
-        """Add prompts, expected answers, the baseline, and what is left out."""
+        """Add prompts, expected answers, the baseline, and the records left out."""
         scored = [entry["index"] for entry in evaluation.predictions]
         not_scored = asked.samples.keys() - set(scored)
         left_out = {**asked.left_out, **dict.fromkeys(not_scored, NOT_SCORED)}
@@ -229,7 +229,7 @@ class QuestionTask(Task, Generic[Q]):
     def _by_group(
         self, indices: Iterable[int], measure: Callable[[list[int]], dict[str, Metric]]
     ) -> dict[str, dict[str, Metric]]:
-        """Metrics per group of questions, the groups in alphabetical order."""
+        """Compute metrics per group of questions, in alphabetical order."""
         groups: dict[str, list[int]] = {}
         for index in indices:
             groups.setdefault(self._question(index).group, []).append(index)
@@ -239,7 +239,7 @@ class QuestionTask(Task, Generic[Q]):
         return self._data.evaluation.questions[index]
 
     def _sample(self, question: Q, index: int) -> PromptCompletion:
-        """A question as it is trained on and asked: demonstrations and question, one way."""
+        """Return a question with its demonstrations, the same in training and in evaluation."""
         shown = [f"{shown.prompt}{shown.answer}" for shown in self._demonstrations.before(question)]
         blocks = [*filter(None, [self.instruction]), *shown, question.prompt]
         return PromptCompletion("\n\n".join(blocks), question.answer, index)
@@ -248,7 +248,7 @@ class QuestionTask(Task, Generic[Q]):
 def _split(
     sample: Collection[int], left_out: Mapping[int, str]
 ) -> tuple[list[int], dict[int, str]]:
-    """The records of a sample that can be scored, and the reasons why the others cannot."""
+    """Split a sample into the records that can be scored and the reasons for the others."""
     scorable = [index for index in sample if index not in left_out]
     reasons = {index: left_out[index] for index in sample if index in left_out}
     if not scorable:

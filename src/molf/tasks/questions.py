@@ -1,4 +1,4 @@
-"""Questions with one right answer, read from records: what tasks `sql` and `med` share."""
+"""Questions with one right answer, read from records (tasks `sql` and `med`)."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from molf.tasks.selection import samples_of_runs as find_samples_of_runs
 
 @dataclass(frozen=True, kw_only=True)
 class Question(ABC):
-    """A record that is asked as a question.
+    """A record with a question.
 
     Attributes:
-        question: What is asked, without what it is asked about.
-        group: The class of questions that it is counted with in the tables.
+        question: The question's text, without options or tables.
+        group: The question's class in the tables of results.
     """
 
     question: str
@@ -31,12 +31,12 @@ class Question(ABC):
     @property
     @abstractmethod
     def prompt(self) -> str:
-        """The whole question, up to where the answer starts."""
+        """The prompt: all text before the answer."""
 
     @property
     @abstractmethod
     def answer(self) -> str:
-        """The completion that is trained on."""
+        """The completion to train on."""
 
 
 Q = TypeVar("Q", bound=Question)
@@ -45,19 +45,19 @@ Splits = Mapping[str, Sequence[Record]]
 
 
 class UnusableRecordError(Exception):
-    """A record is well formed but cannot be asked; the argument is the reason, to count by."""
+    """A record is well formed but cannot be used; the argument is the reason, for the counts."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class QuestionKind(Generic[Q]):
-    """How the records of a task are found and read.
+    """The source and the layout of a task's records.
 
     Attributes:
-        default_data: The Hub id that is read where no data is given.
+        default_data: Hub id of the default data.
         evaluation_splits: The official splits to evaluate on, the preferred one first.
         fields: Fields that every record must have.
-        columns: Fields that some record must have; without them a record is unusable.
-        parse: Checks a record, named by the text, and makes it a question; raises InputError
+        columns: Fields that at least one record must have; a record without them is unusable.
+        parse: Converts a record, named in messages by the text, to a question; raises InputError
             or UnusableRecordError.
     """
 
@@ -73,9 +73,9 @@ class QuestionSet(Generic[Q]):
     """The questions of one data file or split.
 
     Attributes:
-        records: How many records there are.
-        questions: The usable ones by their 0-based record.
-        left_out: How many others there are, by reason.
+        records: Number of all records.
+        questions: The questions of usable records, by 0-based record index.
+        left_out: Number of unusable records, by reason.
     """
 
     records: int
@@ -88,16 +88,16 @@ class QuestionData(Generic[Q]):
     """The questions of a task.
 
     Attributes:
-        training: The questions trained on, by their record; empty for evaluation only.
-        read: All questions of the split that is trained on; None where nothing is trained.
+        training: The questions to train on, by record index; empty for evaluation only.
+        read: All questions of the training split; None where nothing is trained.
         evaluation: The evaluation data.
-        evaluated: The records of it that are evaluated.
-        held_out: The records of the split that is trained on that are kept for evaluation.
-        samples_of_runs: The records of it that trainings on this data may have evaluated, where
-            nothing is trained.
-        pool: What demonstrations are drawn from: the questions of the training split, none that
-            is evaluated. Empty where nothing needs it.
-        source: Where the records are from.
+        evaluated: Indices of the records of `evaluation` to evaluate.
+        held_out: Indices of the records of the training split that are kept for evaluation.
+        samples_of_runs: Sets of records of `evaluation` that earlier runs on this data may have
+            evaluated; empty where a model is trained.
+        pool: Questions to draw demonstrations from: those of the training split that are not
+            evaluated. Empty where demonstrations are not used.
+        source: Origin of the records, for the run's files.
     """
 
     training: dict[int, Q]
@@ -111,25 +111,25 @@ class QuestionData(Generic[Q]):
 
     @property
     def training_left_out(self) -> Counter[str]:
-        """How many training records are unusable, by reason."""
+        """Number of unusable training records, by reason."""
         return Counter() if self.read is None else self.read.left_out
 
 
 def load_questions(
     options: TaskOptions, kind: QuestionKind[Q], splits: Splits | None = None
 ) -> QuestionData[Q]:
-    """Read and check the questions that the options say.
+    """Read and check the questions that the options select.
 
-    Evaluated are, whichever there is first: `eval_data`; the official split of `data`; a share of
-    `data` held out by the seed, or all of it where nothing is trained.
+    The evaluation records are the first that exist of: `eval_data`; the official split of `data`;
+    a share of `data`, held out by the seed, or all of it where nothing is trained.
 
     Args:
         options: The options.
-        kind: How the task's records are found and read.
-        splits: Records that the task brings along, in place of `data` and `eval_data`.
+        kind: The source and the layout of the records.
+        splits: The task's own records, in place of `data` and `eval_data`.
 
     Raises:
-        InputError: The data is missing, unreachable or wrong, or none of it can be used.
+        InputError: The data is missing, unreachable or invalid, or no record can be used.
     """
     data = options.name if splits is not None else options.data or kind.default_data
     own: Splits = {}

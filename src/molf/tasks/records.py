@@ -1,4 +1,4 @@
-"""Records from wherever the user has them: a file, a folder, a URL or the Hugging Face Hub."""
+"""Reading of records from a file, a folder, a URL or the Hugging Face Hub."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ _SPLIT_WORDS = {
     "val": "validation",
     "dev": "validation",
 }
-_MOST_ENTRIES = 100_000  # of a folder, whatever they are called
+_MOST_ENTRIES = 100_000  # files in a folder, data files or not
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
 def read_records(
     source: str | Path, fields: Collection[str] = (), *, option: str = "data"
 ) -> list[Record]:
-    """All records of a source, whatever splits it has; see `read_splits`."""
+    """Read the records of all splits of a source; see `read_splits`."""
     return [
         record
         for records in read_splits(source, fields, option=option).values()
@@ -53,17 +53,16 @@ def read_splits(
 
     Args:
         source: A `.json`, `.jsonl`, `.parquet` or `.csv` file; a folder of such files, whose names
-            may say train, test or validation; the URL of such a file; or a Hub id `owner/name`.
+            may contain train, test or validation; the URL of such a file; or a Hub id `owner/name`.
         fields: Fields that every record must have.
         option: The option that the source was given by, for messages.
 
     Returns:
-        Records by split, in the order train, test, validation; those of no named split are
-        `train`. Files of one split follow each other in the order of their names.
+        Records by split, in the order train, test, validation; a file without a split in its name
+        is `train`. Files of one split are read in the order of their names.
 
     Raises:
-        InputError: The source does not exist, cannot be reached or read, or a record of it is
-            wrong.
+        InputError: The source does not exist, cannot be reached or read, or has an invalid record.
     """
     splits = _read(str(source), option)
     for split, records in splits.items():
@@ -73,7 +72,7 @@ def read_splits(
 
 
 def data_files(source: str) -> list[Path]:
-    """The local files that a source is read from, in their order; none for a Hub id."""
+    """Return the local files of a source, in the order of reading; none for a Hub id."""
     if is_url(source):
         copy = cached(source)
         return [copy] if copy.is_file() else []
@@ -102,12 +101,12 @@ def _read(source: str, option: str) -> dict[str, list[Record]]:
 
 
 def _looks_local(source: str) -> bool:
-    """Whether a missing source was meant as a path: anything but `owner/name`."""
+    """Return whether a missing source was meant as a path: anything but `owner/name`."""
     path = Path(source)
     return (
         not _HUB_ID.fullmatch(source)
         or path.suffix.lower() in (*SUFFIXES, ".tsv", ".txt", ".arrow", ".gz", ".zip")
-        or path.parent.is_dir()  # owner/ exists here, so name was looked for in it
+        or path.parent.is_dir()  # owner/ exists here: a file in it was meant
     )
 
 
@@ -129,11 +128,11 @@ def _read_folder(folder: Path) -> dict[str, list[Record]]:
 
 
 def _files_in(folder: Path) -> list[Path]:
-    """The data files of a folder and of the folders in it, by path.
+    """Return the data files of a folder and its subfolders, sorted by path.
 
     Raises:
-        InputError: A folder cannot be read, what is called as a data file is none, or there are so
-            many files that another folder must be meant.
+        InputError: A folder cannot be read, an entry named like a data file is not a file, or the
+            folder has more than `_MOST_ENTRIES` files.
     """
     found: list[Path] = []
     seen = 0
@@ -158,7 +157,7 @@ def _refuse_folder(error: OSError) -> None:
 
 
 def _split_of(path: Path) -> str | None:
-    """The split that a path's words name; the file's own name comes before its folders'."""
+    """Return the split named in a path; the file's name takes precedence over its folders'."""
     for part in (path.stem, *reversed(path.parent.parts)):
         for word in re.split(r"[^a-z]+", part.lower()):
             if word in _SPLIT_WORDS:
@@ -167,18 +166,18 @@ def _split_of(path: Path) -> str | None:
 
 
 def _check_hub(name: str, option: str) -> None:
-    """Ask the Hub once whether it is there; `datasets` would ask for half a minute."""
+    """Check once that the Hub is reachable; `datasets` would retry for half a minute."""
     from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url
     from huggingface_hub.errors import HfHubHTTPError
 
-    if constants.HF_HUB_OFFLINE:  # the user wants what is cached
+    if constants.HF_HUB_OFFLINE:  # use the cached copy
         return
     url = hf_hub_url(name, ".gitattributes", repo_type="dataset")
     try:
         get_hf_file_metadata(url)
     except HfHubHTTPError:
-        return  # it is there; what is wrong with the data set is for `datasets` to say
-    except Exception as error:  # of whichever HTTP library this version of the Hub client uses
+        return  # the Hub is reachable; `datasets` reports errors of the data set
+    except Exception as error:  # its type depends on the HTTP library of the Hub client
         raise InputError(
             f"{option}: {name} is no local file or folder, and {url} cannot be reached: "
             f"{first_line(error)}. --{option} also takes a local file or folder; HF_HUB_OFFLINE=1 "
@@ -193,7 +192,7 @@ def _read_hub(name: str, option: str) -> dict[str, list[Record]]:
     try:
         loaded = datasets.load_dataset(name)
         splits = {split: without_nulls(loaded[split].to_list()) for split in loaded}
-    except Exception as error:  # whatever the libraries below raise: all mean "no data"
+    except Exception as error:  # many types, from several libraries: all mean "no data"
         raise InputError(
             f"{option}: {name} is no local file or folder, and the Hugging Face Hub gave no data "
             f"set of that name ({first_line(error)}). --{option} also takes a local file or folder."

@@ -1,4 +1,4 @@
-"""Training samples: texts, and which of their characters carry the loss."""
+"""Training samples: texts, and the spans of characters that carry the loss."""
 
 from __future__ import annotations
 
@@ -15,17 +15,16 @@ Span = tuple[int, int]
 
 @dataclass(frozen=True)
 class Rendered:
-    """A sample as the one text that is tokenized.
+    """A sample rendered as one text, ready to be tokenized.
 
     Attributes:
         text: Prompt and answers together.
         spans: The parts that carry loss, in order; the last one ends with the text.
-        answer_start: Where the last answer starts: everything before it is the prompt to generate
-            it from.
-        faults: Sentences that say how the text differs from the record.
-        literal: The parts that are plain text although they spell control tokens. None where the
-            whole text is the user's, so that the tokenizer's `split_special_tokens` decides.
-        control_tokens: How many control tokens the user's texts spell out.
+        answer_start: Start of the last answer; the text before it is the prompt for generation.
+        faults: Sentences about differences between text and record.
+        literal: The spans of control tokens to read as plain text. None where the whole text is
+            the user's: the tokenizer's `split_special_tokens` then applies.
+        control_tokens: Number of control tokens in the user's texts.
     """
 
     text: str
@@ -36,7 +35,7 @@ class Rendered:
     control_tokens: int = 0
 
     def all_faults(self, tokenizer: Any) -> tuple[str, ...]:
-        """The faults, and a sentence on control tokens where the texts spell any out."""
+        """Return the faults, and a sentence on control tokens where the texts contain any."""
         if not self.control_tokens:
             return self.faults
         if getattr(tokenizer, "split_special_tokens", False):
@@ -49,7 +48,7 @@ class Rendered:
 
 
 class Sample(ABC):
-    """One record to train on, before a tokenizer is known.
+    """One record to train on, independent of a tokenizer.
 
     Attributes:
         record: 0-based record of the data file that the sample was made from.
@@ -60,16 +59,16 @@ class Sample(ABC):
     @property
     @abstractmethod
     def answer(self) -> str:
-        """The text that a model asked with this sample's prompt should answer."""
+        """The expected answer to this sample's prompt."""
 
     @property
     @abstractmethod
     def content(self) -> Hashable:
-        """What the sample teaches: equal for records that say the same."""
+        """A key that is equal for records with the same texts."""
 
     @abstractmethod
     def render(self, tokenizer: Any) -> Rendered:
-        """The sample's text, with the tokenizer's chat template where it is a conversation.
+        """Render the sample's text, a conversation with the tokenizer's chat template.
 
         Raises:
             InputError: The tokenizer has no chat template that the sample can be rendered with.
@@ -78,7 +77,7 @@ class Sample(ABC):
 
 @dataclass(frozen=True)
 class PromptCompletion(Sample):
-    """A prompt and the completion that follows it, with nothing put between them."""
+    """A prompt and its completion, joined without a separator."""
 
     prompt: str
     completion: str
@@ -98,7 +97,7 @@ class PromptCompletion(Sample):
         """Join the two texts; the completion carries the loss."""
         text = self.prompt + self.completion
         start = len(self.prompt)
-        # An EOS at the very end is where a completion ends anyway.
+        # Do not count an EOS at the end: every sample ends with EOS.
         own = text.removesuffix(tokenizer.eos_token or "")
         spelled = len(control_tokens(tokenizer).findall(own))
         return Rendered(text, ((start, len(text)),), start, control_tokens=spelled)

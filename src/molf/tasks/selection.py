@@ -12,7 +12,7 @@ HELD_OUT_MOST = 500
 
 
 def draw(indices: Sequence[int], maximum: int | None, seed: int) -> list[int]:
-    """At most `maximum` of the indices, all of them when None."""
+    """Draw at most `maximum` of the indices; all for None."""
     if maximum is None or maximum >= len(indices):
         return list(indices)
     return sorted(random.Random(seed).sample(indices, maximum))
@@ -23,21 +23,21 @@ def hold_out(
 ) -> tuple[list[int], list[int]]:
     """Split indices into those to train on and a share held out for evaluation.
 
-    Records of the same content are on the same side: what is measured must not have been trained
-    on. A tenth of the different contents is held out, at least 1 and at most 500; where there is
-    one alone, nothing is left to train on.
+    Records of the same content are on the same side, so that no evaluated text is trained on. A
+    tenth of the different contents is held out, at least 1 and at most 500; with a single content,
+    nothing is left to train on.
 
     Args:
         indices: The records.
         seed: Seed of the draw.
-        content: What of a record is trained on.
+        content: Returns a key of a record's texts, equal for equal texts.
     """
     groups: dict[Hashable, list[int]] = {}
     for index in indices:
         groups.setdefault(content(index), []).append(index)
     firsts = [group[0] for group in groups.values()]
     count = min(max(1, round(len(firsts) * HELD_OUT_SHARE)), HELD_OUT_MOST)
-    # A seed of its own: with the seed of `draw`, both would depend on the same random numbers.
+    # Not the seed of `draw`: both draws would use the same random numbers.
     drawn = draw(firsts, count, seed + 1)
     held_out = {index for first in drawn for index in groups[content(first)]}
     return [i for i in indices if i not in held_out], [i for i in indices if i in held_out]
@@ -51,10 +51,10 @@ def required_hold_out(
     *,
     preview: bool = False,
 ) -> tuple[list[int], list[int]]:
-    """The same for a training on `data`, which needs both; a preview does without the latter.
+    """Split as `hold_out` does; reject data of one content, which a preview accepts.
 
     Raises:
-        InputError: There is one content alone.
+        InputError: All records have the same content.
     """
     trained_on, held_out = hold_out(indices, seed, content)
     if not trained_on and preview:
@@ -75,13 +75,13 @@ def samples_of_runs(
     most_evaluated: int | None,
     seed: int,
 ) -> list[list[int]]:
-    """What trainings on this data may have held out, where `most` says as many as they were given.
+    """Return the sets of records that runs on this data may have held out.
 
-    `--max_samples` of an evaluation may repeat the option of that name, or `--max_eval_samples`.
+    `--max_samples` of an evaluation may be the run's `--max_samples` or its `--max_eval_samples`.
 
     Args:
         indices: All usable records.
-        content: What of a record is trained on.
+        content: Returns a key of a record's texts, equal for equal texts.
         most: `max_samples`, or None.
         most_evaluated: `max_eval_samples`, or None.
         seed: Seed of the draws.

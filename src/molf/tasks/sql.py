@@ -24,17 +24,17 @@ from molf.tasks.question_task import QuestionTask
 from molf.tasks.questions import QuestionData, Splits, load_questions
 from molf.tasks.sql_questions import SQL, SqlQuestion
 
-_SPARE_TOKENS = 32  # generated beyond the longest query that is asked for: others may be right
+_SPARE_TOKENS = 32  # beyond the longest gold query: a longer query may be right too
 _MOST_NEW_TOKENS = 512
 
 
 class SqlTask(QuestionTask[SqlQuestion]):
-    """Train on the queries; run what is generated, and compare it with the query asked for.
+    """Train on the queries; run generated queries and compare them with the gold queries.
 
-    The metrics are those of `molf.sql.metrics.SqlScore`, where each is defined; `by_complexity` has
-    all of them for each `sql_complexity`. `notes["gold_without_rows"]` counts the records for which
-    a query that does nothing is right. Only records whose own query runs are asked and scored; the
-    others are counted. Trained on are all records, as the paper does.
+    The metrics are defined in `molf.sql.metrics.SqlScore`; `by_complexity` has all of them for each
+    `sql_complexity`. `notes["gold_without_rows"]` counts the records for which a query that does
+    nothing is right. Only records whose gold query runs are evaluated; the others are counted. All
+    records are trained on, as in the paper.
     """
 
     instruction = "Write an SQLite query that answers the question."
@@ -52,10 +52,10 @@ class SqlTask(QuestionTask[SqlQuestion]):
         forgetting_text: Callable[[], str] | None = None,
         limits: Limits | None = None,
     ) -> None:
-        """Hold the questions; `limits` is how much one query may use."""
+        """Store the questions, and the `limits` of one query."""
         super().__init__(options, data, baseline, forgetting_text)
         self._limits = limits
-        self._failures: dict[int, str | None] = {}  # why gold queries fail, of those run so far
+        self._failures: dict[int, str | None] = {}  # per gold query run so far: why it failed
 
     def evaluate(
         self,
@@ -64,7 +64,7 @@ class SqlTask(QuestionTask[SqlQuestion]):
         settings: EvaluationSettings,
         progress: Progress | None = None,
     ) -> Evaluation:
-        """Generate a query for each question, up to its end, and run it."""
+        """Generate a query for each question and run it."""
         asked = self._ask(model, tokenizer, settings, progress)
         expected = [sample.answer for sample in asked.samples.values()]
         limit = min(longest_answer(tokenizer, expected) + _SPARE_TOKENS, _MOST_NEW_TOKENS)
@@ -102,7 +102,7 @@ class SqlTask(QuestionTask[SqlQuestion]):
         )
 
     def _unscorable(self, indices: Iterable[int], progress: Progress | None) -> dict[int, str]:
-        """The records whose own query fails, with the reason; each is run once per task."""
+        """Return the records whose gold query fails, with the reason; run each once per task."""
         wanted = sorted(indices)
         new = [index for index in wanted if index not in self._failures]
         if new:
@@ -117,7 +117,7 @@ class SqlTask(QuestionTask[SqlQuestion]):
         return {index: f"gold {reason}" for index, reason in reasons.items() if reason is not None}
 
     def _nearest_answers(self, indices: Sequence[int]) -> dict[int, str]:
-        """The query of the nearest question."""
+        """Return the query of the nearest training question, by record index."""
         found = nearest(
             [question.question for question in self._baseline],
             [self._question(index).question for index in indices],
@@ -133,12 +133,12 @@ def load_sql(
     splits: Splits | None = None,
     forgetting_text: Callable[[], str] | None = None,
 ) -> SqlTask:
-    """Gretel's records, or data in their layout, as the options say; see `load_questions`.
+    """Load Gretel's records, or data in their layout; see `load_questions`.
 
     Args:
         options: The options.
-        splits: Records of a demo task, which also reports how its nearest training answer does.
-        forgetting_text: Gives the demo task's own text.
+        splits: Records of a demo task, which also scores the nearest training answer.
+        forgetting_text: Returns the demo task's text for `forgetting_loss`.
     """
     data = load_questions(options, SQL, splits)
     return SqlTask(options, data, () if splits is None else data.pool, forgetting_text)

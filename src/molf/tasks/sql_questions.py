@@ -17,8 +17,8 @@ class SqlQuestion(Question):
     """A request for a query, grouped by the query's complexity.
 
     Attributes:
-        schema: The statements that make the tables.
-        query: The query that is asked for.
+        schema: The statements that create the tables.
+        query: The gold query.
     """
 
     schema: str
@@ -36,7 +36,7 @@ class SqlQuestion(Question):
 
 
 def parse_sql_question(record: Record, where: str) -> SqlQuestion:
-    """Check a record. Whether its query runs is not known before it is run.
+    """Check a record; its query is not run.
 
     Args:
         record: `sql_prompt`, `sql_context`, `sql`, `sql_complexity`; further fields are not used.
@@ -54,7 +54,7 @@ def parse_sql_question(record: Record, where: str) -> SqlQuestion:
         raise UnusableRecordError("no query")
     if not schema:
         raise UnusableRecordError("no schema")
-    # A blank line ends a generated query, so the right one must not hold any.
+    # A blank line ends a generated query, so the gold query must not contain one.
     query = _BLANK_LINES.sub("\n", query)
     return SqlQuestion(question=question, group=complexity or "unknown", schema=schema, query=query)
 

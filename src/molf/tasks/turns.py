@@ -1,4 +1,4 @@
-"""Where in a rendered conversation the assistant's turns are."""
+"""Search for the assistant's turns in a rendered conversation."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ class Turns:
     Attributes:
         text: The rendered conversation, up to the end of its last turn.
         spans: The parts of the text that carry loss, in order.
-        answer_start: Where the last turn starts: everything before it is the prompt.
-        rewritten: How many other turns could not be found in the text.
-        prompt_differs: Whether the last turn begins otherwise than the template's generation prompt
-            lets it begin.
+        answer_start: Start of the last turn; the text before it is the prompt.
+        rewritten: Number of other turns that are not found in the text.
+        prompt_differs: Whether the text before the last turn differs from the template's prompt for
+            generation.
     """
 
     text: str
@@ -35,8 +35,8 @@ class Turns:
 def find_turns(tokenizer: Any, chat: Chat, learned: Sequence[int]) -> Turns:
     """Find turns by the template's marks, or else by comparing renderings.
 
-    A turn is what the model writes when it is asked for one: it starts behind the generation
-    prompt, and ends with the template's end of turn.
+    A turn is the text that the model generates for it: it starts after the generation prompt and
+    ends with the template's end-of-turn text.
 
     Args:
         tokenizer: The tokenizer.
@@ -57,7 +57,7 @@ def find_turns(tokenizer: Any, chat: Chat, learned: Sequence[int]) -> Turns:
 
 
 class _Finder:
-    """What both ways of finding turns need of one conversation."""
+    """Finds the turns of one conversation in either way."""
 
     def __init__(self, tokenizer: Any, chat: Chat) -> None:
         self._chat = chat
@@ -66,7 +66,7 @@ class _Finder:
         self._tokens = sorted(tokenizer.get_added_vocab(), key=len, reverse=True)
 
     def marked(self, learned: Sequence[int]) -> Turns | None:
-        """The turns by the template's `{% generation %}` marks; None where these do not fit."""
+        """Find the turns by `{% generation %}` marks; None where the marks do not fit."""
         owned = self._owned_marks()
         if owned is None or not all(
             self._holds(owned.get(turn), turn) and not self._precede(owned[turn], turn)
@@ -75,7 +75,7 @@ class _Finder:
             return None
         last = learned[-1]
         text, rest = self._whole, self._whole[owned[last][-1][1] :]
-        # The end of turn belongs to the turn, also where a template sets its mark before it.
+        # The end-of-turn text belongs to the turn, even where the template's mark ends before it.
         ending = rest.strip()
         spans: list[Span] = []
         starts = {}
@@ -91,14 +91,14 @@ class _Finder:
         return Turns(text[: spans[-1][1]], tuple(spans), starts[last], 0, self._prompt_differs())
 
     def _owned_marks(self) -> dict[int, list[Span]] | None:
-        """The marks of each assistant message."""
+        """Return the marks of each assistant message; None where they cannot be assigned."""
         marks = self._chat.whole.marks
         if not marks:
             return None
         turns = self._chat.assistants
         if len(turns) == len(marks):
             return {turn: [mark] for turn, mark in zip(turns, marks, strict=True)}
-        # A turn may have several: those that its message adds to the rendering of the ones before.
+        # A turn may have several marks: those that its message adds to the previous rendering.
         owned: dict[int, list[Span]] = {}
         before = 0
         for turn in turns:
@@ -110,7 +110,7 @@ class _Finder:
         return owned if before == len(marks) else None
 
     def _holds(self, marks: Sequence[Span] | None, turn: int) -> bool:
-        """Whether marks hold a message's text, wherever the template writes it."""
+        """Return whether marks contain a message's text, where the template writes it."""
         if not marks:
             return False
         text = text_of(self._chat.given(turn).get("content")).strip()
@@ -118,12 +118,12 @@ class _Finder:
         return text in marked or text not in self._whole
 
     def _precede(self, marks: Sequence[Span], turn: int) -> bool:
-        """Whether marks begin in the text of the messages before a turn: they are of these."""
+        """Return whether marks end in the text before a turn, and so belong to earlier messages."""
         before = self._chat.render(turn, ask=True) if turn else None
         return before is not None and marks[0][1] < _shared(before.text, self._whole)
 
     def _behind_prompt(self, turn: int, start: int, end: int) -> int:
-        """The start of a marked turn without what the generation prompt already says of it."""
+        """Return the start of a marked turn, after the generation prompt."""
         before = self._chat.render(turn, ask=True) if turn else None
         if before is None:
             return start
@@ -131,14 +131,14 @@ class _Finder:
         return shared if start < shared < end else start
 
     def _with_ending(self, end: int, ending: str) -> int:
-        """The end of a marked turn, with the end-of-turn text that a mark may leave out."""
+        """Return the end of a marked turn, including end-of-turn text after the mark."""
         for text in (ending, self._eos):
             if text and self._whole[end:].lstrip().startswith(text):
                 return self._whole.index(text, end) + len(text)
         return end
 
     def compared(self, learned: Sequence[int]) -> Turns | None:
-        """The turns by what each adds to the rendering of the messages before it."""
+        """Find the turns as the text that each adds to the rendering of the messages before it."""
         found = [self._added(turn) for turn in learned]
         if found[-1] is None:
             return None
@@ -151,7 +151,7 @@ class _Finder:
         return asked is not None and not self._whole.startswith(asked.text)
 
     def _added(self, turn: int) -> Span | None:
-        """Where a turn is in the whole; None where the template wrote it differently there."""
+        """Find a turn in the whole text; None where the template renders it differently there."""
         is_last = turn + 1 == len(self._chat)
         before = self._chat.render(turn, ask=True) if turn else None
         upto = self._chat.whole if is_last else self._chat.render(turn + 1)
@@ -159,7 +159,7 @@ class _Finder:
             return self._replaced(turn)
         shared = _shared(before.text, self._whole)
         plain = self._chat.render(turn)
-        # Up to here, `before` is the earlier messages; the rest of it is the generation prompt.
+        # Length of the earlier messages in `before`; the rest of it is the generation prompt.
         history = len(
             before.text
             if plain is None
@@ -169,14 +169,14 @@ class _Finder:
             return self._replaced(turn)
         start = max(self._snapped(shared, of=before.text), history)
         end = self._snapped(_shared(upto.text, self._whole), of=upto.text)
-        # What follows the last message alone may be another end of turn; no other text.
+        # After the shared text, only another end-of-turn text may follow in `upto`.
         if end <= start or not self._is_ending(upto.text[end:]):
             return self._replaced(turn)
         end = self._closed(start, end, upto.text[end:])
         return (start, self._without_space(self._whole, end))
 
     def _replaced(self, turn: int) -> Span | None:
-        """A turn by what changes in the rendering when its text does, and the end of turn."""
+        """Find a turn by rendering it with another text; add its end-of-turn text."""
         text = text_of(self._chat.given(turn).get("content")).strip()
         span = self._changed(turn, text, len(self._chat))
         alone = self._changed(turn, text, turn + 1)
@@ -194,10 +194,10 @@ class _Finder:
         return (start, self._without_space(self._whole, cut))
 
     def _changed(self, turn: int, text: str, count: int) -> Span | None:
-        """Where `text` is in the rendering of `count` messages; None where it is not written."""
+        """Find `text` in the rendering of `count` messages; None where it is missing."""
         if not text:
             return None
-        # The other text must share neither its first nor its last character with this one.
+        # The first and last characters must differ, so that the comparison finds the whole text.
         other = next(word for word in ("xq", "jz", "mk") if not {text[0], text[-1]} & set(word))
         rendering = self._chat.render(count)
         changed = self._chat.render_with(turn, other, count)
@@ -208,30 +208,30 @@ class _Finder:
         return (start, end) if rendering.text[start:end].strip() == text else None
 
     def _closed(self, start: int, end: int, last_ending: str) -> int:
-        """The end of a turn, behind its end-of-turn token where that differs from the last turn's.
+        """Return a turn's end after its end-of-turn token, where the last turn has another token.
 
         Args:
-            start: Where the turn starts.
-            end: Up to where it is the same as when no message follows.
-            last_ending: What follows there when no message does.
+            start: Start of the turn.
+            end: End of the text that is the same where no message follows.
+            last_ending: The text after `end` where no message follows.
         """
         here = next((t for t in self._tokens if self._whole.startswith(t, end)), "")
         is_open = not any(self._whole[start:end].rstrip().endswith(t) for t in self._tokens)
         return end + len(here) if is_open and last_ending.strip() else end
 
     def _is_ending(self, text: str) -> bool:
-        """Whether a text holds nothing but tokens of the tokenizer's own and white space."""
+        """Return whether a text consists of the tokenizer's added tokens and white space."""
         for token in self._tokens:
             text = text.replace(token, "")
         return not text.strip()
 
     def _snapped(self, position: int, of: str | None = None) -> int:
-        """Where two texts begin to differ, moved back to where both may be cut.
+        """Move the position of a difference back to a boundary of tokens or words.
 
-        They may share the first characters of what differs, such as `<|` of two tokens.
+        Different tokens may share their first characters, such as `<|`.
 
         Args:
-            position: How many characters the whole rendering and `of` share at their start.
+            position: Length of the common prefix of the whole rendering and `of`.
             of: The other text; None if the whole is compared with itself.
         """
         texts = [self._whole, *([] if of is None else [of])]
@@ -250,24 +250,24 @@ class _Finder:
         return max(last, len(self._whole[:position]) - len(_last_word(self._whole[:position])))
 
     def _without_space(self, text: str, end: int) -> int:
-        """The end of a turn without the white space that follows an EOS token.
+        """Return the end of a turn, without white space after an EOS token.
 
-        Nothing is ever generated there.
+        Generation stops at EOS, so the model never generates that white space.
         """
         stripped = text[:end].rstrip()
         return len(stripped) if self._eos and stripped.endswith(self._eos) else end
 
 
 def _shared(text: str, other: str) -> int:
-    """How many characters two texts share at their start."""
+    """Return the length of the longest common prefix of two texts."""
     low, high = 0, min(len(text), len(other))
-    while low < high:  # comparing halves is faster than comparing characters in Python
+    while low < high:  # bisection: slices compare faster than characters in a loop
         middle = (low + high + 1) // 2
         low, high = (middle, high) if text[low:middle] == other[low:middle] else (low, middle - 1)
     return low
 
 
 def _last_word(text: str) -> str:
-    """The characters behind a text's last white space."""
+    """Return the characters after a text's last white space."""
     found = re.search(r"\S*\Z", text)
     return found[0] if found else ""
