@@ -1,4 +1,4 @@
-"""Measuring a model: a task's metrics, and how much the model has forgotten.
+"""Evaluation of a model: a task's metrics, and the loss on unrelated text (forgetting).
 
 Importing this package imports neither torch nor transformers.
 """
@@ -51,12 +51,12 @@ def evaluate(
 ) -> Evaluation:
     """Measure a model on a task and on held-out plain text.
 
-    The model is put into evaluation mode and left in the mode it came in.
+    The model runs in evaluation mode; its own mode is restored at the end.
 
     Args:
         model: Any transformers causal language model, or a PEFT model of one, on its device.
         tokenizer: Its tokenizer; must be a fast one with an EOS token.
-        task: The task, holding its records.
+        task: The task with its records.
         forgetting_text: Plain text for `forgetting_loss`, such as `task.default_forgetting_text()`.
         settings: Batch size, limits and seed.
         progress: Called after each batch.
@@ -67,7 +67,7 @@ def evaluate(
     from molf.evaluate.forgetting import forgetting_loss
 
     settings = settings or EvaluationSettings()
-    if settings.split_special_tokens:  # a tokenizer may also bring the setting itself
+    if settings.split_special_tokens:  # False keeps the tokenizer's own setting
         tokenizer.split_special_tokens = True
     evaluation = task.evaluate(model, tokenizer, settings, progress)
     evaluation.metrics["forgetting_loss"] = forgetting_loss(

@@ -1,4 +1,4 @@
-"""How well the model still predicts plain text that it was not fine-tuned on."""
+"""Forgetting: the loss on plain text that the model was not fine-tuned on."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ def forgetting_loss(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Metric:
-    """Mean next-token loss of a held-out plain text, in nats per token.
+    """Compute the mean next-token loss of a held-out plain text, in nats per token.
 
-    The text is tokenized once and cut into windows; every token is predicted exactly once, with
-    the context that its window gives it.
+    The text is tokenized once and cut into windows. Every token is predicted exactly once; its
+    context is the earlier part of its window.
 
     Args:
         model: A transformers causal language model, on its device.
@@ -38,10 +38,10 @@ def forgetting_loss(
         progress: Called after each batch.
 
     Returns:
-        The mean over tokens; its interval resamples the windows, which are its count.
+        The mean over tokens; the interval resamples windows, and `count` is their number.
 
     Raises:
-        InputError: The text is too short to hold a token to predict.
+        InputError: The text has fewer than two tokens.
     """
     windows = _windows(tokenize(tokenizer, [text])[0], length_limit(model, max_length))
     if not windows:
@@ -62,10 +62,10 @@ def forgetting_loss(
 def _windows(text: TokenizedText, max_length: int) -> list[tuple[list[int], list[int]]]:
     """Cut a text into (ids, labels) windows of at most `max_length` tokens.
 
-    A window starts with what the tokenizer puts in front of a text (BOS); where that is nothing,
-    with the token before it. Either is context only.
+    A window starts with the tokenizer's prefix (BOS), or else with the previous token of the text.
+    This part is context only.
     """
-    # Without a prefix the text's first token has nothing before it and is context as well.
+    # Without a prefix, nothing precedes the first token, so it cannot be predicted.
     first = 0 if text.prefix else 1
     step = max_length - max(len(text.prefix), 1)
     windows = []

@@ -20,7 +20,7 @@ from molf.evaluate.padding import ANY, generation_batches
 from molf.evaluate.settings import Progress
 
 Stop = Callable[[int, str], bool]
-"""Called after each token with a context's index and the answer so far; True ends the answer."""
+"""Called after each token with a context's index and its answer so far; True ends the answer."""
 
 FirstLogits = Callable[[list[int], Tensor], None]
 """Called with a batch's indices and the logits of its first new tokens, [rows, vocabulary]."""
@@ -37,29 +37,29 @@ def generate_greedy(
     first_logits: FirstLogits | None = None,
     progress: Progress | None = None,
 ) -> list[list[int]]:
-    """Generate the likeliest token again and again, until the end of sequence.
+    """Generate an answer to each context greedily, until its end token.
 
-    The model's own generation settings (sampling, penalties, ...) are put aside, so that the
-    same weights always give the same text; only its end tokens are kept. Answers that have ended
-    leave their batch whenever half of it has, and a batch ends with the last of them.
+    The model's own generation settings (sampling, penalties, ...) are ignored except for its end
+    tokens, so that the same weights always give the same text. Finished answers are removed from a
+    batch as soon as half of its rows are finished.
 
     Args:
         model: A transformers causal language model, on its device.
-        tokenizer: Its tokenizer; the EOS token ends an answer and stands in for a missing pad.
+        tokenizer: Its tokenizer; EOS ends an answer and replaces a missing padding token.
         contexts: Token ids of the prompts, at least one in each.
-        max_new_tokens: Most tokens per answer; fewer where its context leaves the model's
-            positions no room for them.
+        max_new_tokens: Most tokens per answer; fewer where context and answer together would
+            exceed the model's positions.
         batch_size: Contexts generated together.
         stop: Ends an answer before its end token.
-        first_logits: Reads what the model thinks of all tokens that may come first, which
-            generation computes anyway.
+        first_logits: Called with the logits of the first new tokens, so that no separate forward
+            pass is needed for them.
         progress: Called after each batch.
 
     Returns:
         The new tokens of each context, without the end token.
 
     Raises:
-        ValueError: A context fills all positions that the model has.
+        ValueError: A context fills all of the model's positions.
     """
     from transformers import GenerationConfig
 
@@ -74,7 +74,7 @@ def generate_greedy(
     room = [min(max_new_tokens, (limit or length + max_new_tokens) - length) for length in lengths]
     pad_id = padding_id(tokenizer)
     results: list[list[int]] = [[] for _ in contexts]
-    # Models with positions in several dimensions keep shifts of a batch's rows beside the cache.
+    # Models with multi-dimensional positions keep shifts of a batch's rows outside the cache.
     reuse = not any(hasattr(module, "rope_deltas") for module in inner.modules())
 
     def settings(tokens: int) -> GenerationConfig:
@@ -89,8 +89,8 @@ def generate_greedy(
         )
 
     def run(batch: list[int]) -> None:
-        # Answers with less room end earlier and on their own: beyond its positions a model may
-        # fail, and what the others of a batch may generate must not depend on it.
+        # One group per answer length: a model may fail beyond its positions, and a short answer
+        # must not end the longer ones of its batch.
         for tokens, group in groupby(batch, key=room.__getitem__):
             answers = _Answers(tokenizer, list(group), ends, stop)
             first = _first_only(answers.indices, first_logits)
@@ -106,7 +106,7 @@ def generate_greedy(
             for index, answer in zip(answers.indices, answers.tokens, strict=True):
                 results[index] = answer
 
-    # generate() fills what a passed configuration leaves open from the model's own.
+    # generate() takes unset values from the model's own configuration: replace that too.
     own_settings = inner.generation_config
     inner.generation_config = settings(max_new_tokens)
     try:
@@ -120,13 +120,13 @@ def generate_greedy(
 
 
 def padding_id(tokenizer: Any) -> int:
-    """The token that fills batches: the pad token, or EOS where there is none. Always masked."""
+    """Return the token that fills batches (masked): the pad token, or EOS where there is none."""
     pad: int | None = tokenizer.pad_token_id
     return pad if pad is not None else int(tokenizer.eos_token_id)
 
 
 def decode(tokenizer: Any, tokens: Sequence[int]) -> str:
-    """The text of generated tokens without special tokens, spaces left as the model put them."""
+    """Decode generated tokens without special tokens; keep spaces as generated."""
     text: str = tokenizer.decode(
         list(tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False
     )
@@ -134,29 +134,30 @@ def decode(tokenizer: Any, tokens: Sequence[int]) -> str:
 
 
 def _rows_of(made: Any, mask: Tensor, rows: list[int], reuse: bool) -> dict[str, Any]:
-    """What `generate()` goes on from, for some rows of what it has made.
+    """Return the inputs with which `generate()` continues some rows of its result.
 
     Args:
-        made: Its result; all tokens that it has made of these rows count.
-        mask: The attention mask that it began with.
-        rows: The rows.
-        reuse: Whether the cache may be used on, where it can be cut.
+        made: The result of `generate()`.
+        mask: The attention mask of that call.
+        rows: The rows to continue.
+        reuse: Whether to reuse the cache, if rows can be selected from it.
     """
     index = torch.tensor(rows, device=mask.device, dtype=torch.long)
     ids = made.sequences[index]
     new = mask.new_ones(len(rows), ids.shape[1] - mask.shape[1])
     inputs = {"input_ids": ids, "attention_mask": torch.cat([mask[index], new], dim=1)}
     cache = made.get("past_key_values")
-    if rows and reuse and _can_be_cut(cache):  # without it all is computed anew
+    if rows and reuse and _can_be_cut(cache):  # otherwise the whole text is computed again
         cache.batch_select_indices(index)
         inputs["past_key_values"] = cache
     return inputs
 
 
 def _can_be_cut(cache: Any) -> bool:
-    """Whether rows of a cache can be selected: those of states other than keys and values cannot.
+    """Return whether rows of a cache can be selected: only caches of keys and values allow it.
 
-    Recurrent layers inherit the method of attention layers, which leaves their own states alone.
+    Recurrent layers inherit `batch_select_indices` from attention layers, but it does not select
+    from their own states.
     """
     from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
@@ -167,7 +168,7 @@ def _can_be_cut(cache: Any) -> bool:
 
 
 def _first_only(indices: list[int], read: FirstLogits | None) -> Callable[[Tensor, Tensor], Tensor]:
-    """A logits processor of `generate()` that shows a batch's first logits, and changes none."""
+    """Return a logits processor for `generate()` that passes a batch's first logits to `read`."""
     left = [] if read is None else [read]
 
     def process(input_ids: Tensor, scores: Tensor) -> Tensor:
@@ -181,19 +182,19 @@ def _first_only(indices: list[int], read: FirstLogits | None) -> Callable[[Tenso
 class _Answers:
     """A stopping criterion of `generate()` that collects the answers of a batch.
 
-    It stops everything when half of the rows have ended, so that they can be dropped.
+    It stops all rows once half of them have ended, so that the ended ones can be dropped.
 
     Args:
-        tokenizer: Decodes what `stop` is asked about.
+        tokenizer: Decodes the answers for `stop`.
         indices: The context of each answer.
         ends: Tokens that end an answer and are not part of it.
-        stop: Ends an answer after the token that made it say so.
+        stop: Ends an answer after the token for which it returns True.
 
     Attributes:
         indices: As given.
         tokens: The tokens of each answer so far.
-        rows: The answer of each row that is being generated, as a position in `tokens`.
-        steps: Tokens made so far for each of these rows.
+        rows: For each row of the batch, the position of its answer in `tokens`.
+        steps: Number of tokens generated per row so far.
     """
 
     def __init__(
@@ -209,7 +210,7 @@ class _Answers:
         self._ended = [False] * len(indices)
 
     def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
-        """Take in the newest token of each row, and say which rows stop."""
+        """Store the newest token of each row; return whether each row stops, [rows]."""
         self.steps += 1
         for answer, token in zip(self.rows, input_ids[:, -1].tolist(), strict=True):
             if not self._ended[answer]:
@@ -220,7 +221,7 @@ class _Answers:
         return torch.tensor(ended, device=input_ids.device)
 
     def drop_ended(self) -> list[int]:
-        """Forget the rows that have ended; return the numbers of those that go on."""
+        """Drop the rows that have ended; return the indices of the others."""
         going = [row for row, answer in enumerate(self.rows) if not self._ended[answer]]
         self.rows = [self.rows[row] for row in going]
         return going
@@ -235,7 +236,7 @@ class _Answers:
 
 
 def _end_tokens(inner: Any, tokenizer: Any) -> set[int]:
-    """The tokenizer's EOS and the model's: chat models end a turn with a token of its own."""
+    """Return the EOS tokens of tokenizer and model: chat models end turns with another token."""
     configured = inner.generation_config.eos_token_id
     if configured is None:
         configured = []

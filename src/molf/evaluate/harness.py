@@ -1,7 +1,7 @@
-"""Tasks of lm-evaluation-harness (Gao et al., EleutherAI), on a model that is loaded already.
+"""Tasks of lm-evaluation-harness (Gao et al., EleutherAI), on a loaded model.
 
-The harness keeps its own data, prompts, lengths and seeds, so that its scores can be compared with
-those that others report.
+The harness uses its own data, prompts, lengths and seeds, so that its scores are comparable with
+published ones.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from molf.errors import InputError
 from molf.evaluate.metric import Evaluation, Metric
 
 PREFIX = "lm-eval:"
-"""What the names of the harness's tasks begin with here."""
+"""Prefix of the harness's task names in molf."""
 
 _Z = 1.959963984540054  # the standard normal's 97.5% quantile
 _NO_FILTER = "none"  # the harness names a metric "acc,none", or "exact_match,strict-match"
@@ -25,12 +25,12 @@ _STDERR = "_stderr"
 
 
 class Harness:
-    """The harness's tasks with these names, found and their data read before a model is loaded.
+    """The harness's tasks of these names; their data is read before a model is loaded.
 
     Args:
-        names: Tasks, groups or tags of the harness, without our prefix.
-        few_shot: Demonstrations before each question; None leaves it to the task.
-        max_samples: Use only the first so many records of each task.
+        names: Tasks, groups or tags of the harness, without `PREFIX`.
+        few_shot: Demonstrations before each question; None for the task's own number.
+        max_samples: Number of first records of each task to use; None for all.
         batch_size: Sequences per forward pass.
 
     Raises:
@@ -49,7 +49,7 @@ class Harness:
                 f"{PREFIX}{names[0]} needs lm-evaluation-harness, which is not installed: "
                 "pip install 'molf[lm-eval]'."
             )
-        # It tells of defaults that its own task files leave open: nothing a user can act on.
+        # Its warnings are about defaults of its own task files; users cannot act on them.
         logging.getLogger("lm_eval").setLevel(logging.ERROR)
         from lm_eval.tasks import TaskManager, get_task_dict
 
@@ -61,7 +61,7 @@ class Harness:
             _check_name(name, self._manager.all_tasks)
         try:
             get_task_dict(list(names), self._manager)
-        except OSError as error:  # data is not on this machine, and cannot be reached
+        except OSError as error:  # data is neither cached nor reachable
             lines = str(error).strip().splitlines() or [type(error).__name__]
             raise InputError(
                 f"Data of {', '.join(PREFIX + name for name in names)} cannot be read: {lines[0]}"
@@ -76,8 +76,8 @@ class Harness:
             name: One of the names given.
 
         Returns:
-            One evaluation, by the prefixed name; a group's has its tasks in the table `by_task`. A
-            name that stands for several tasks without a score of its own gives one for each.
+            One evaluation, by the prefixed name; that of a group has its tasks in the table
+            `by_task`. A tag without a score of its own gives one evaluation for each of its tasks.
         """
         import lm_eval
         from lm_eval.models.huggingface import HFLM
@@ -113,7 +113,7 @@ class Harness:
         }
 
     def _notes(self, results: Mapping[str, Any], row: str) -> dict[str, Any]:
-        """What a reader has to know to repeat the score."""
+        """Return the settings that are needed to reproduce the score."""
         notes = {
             "measured_by": f"lm-evaluation-harness {version('lm_eval')}",
             "task_version": results.get("versions", {}).get(row),
@@ -142,7 +142,7 @@ def _check_name(name: str, known: Sequence[str]) -> None:
 
 
 def _metrics(results: Mapping[str, Any], row: str) -> dict[str, Metric]:
-    """The metrics of a task or group; the interval is NaN where the harness gives no error."""
+    """Return a task's or group's metrics; the interval is NaN without a standard error."""
     values = results["results"][row]
     count = _count(results, row)
     metrics = {}
@@ -158,7 +158,7 @@ def _metrics(results: Mapping[str, Any], row: str) -> dict[str, Metric]:
 
 
 def _count(results: Mapping[str, Any], row: str) -> int:
-    """How many records a task has been measured on; of a group, all of its tasks together."""
+    """Return the number of records of a task, or of all tasks of a group."""
     counts = results["n-samples"].get(row)
     if counts is not None:
         return int(counts["effective"])

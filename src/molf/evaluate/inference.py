@@ -1,4 +1,4 @@
-"""Running a causal language model without training it: modes, padding, batches."""
+"""Inference with a causal language model: modes, padding, batches."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from molf.evaluate.settings import Progress
 
 @contextmanager
 def inference(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; every module gets its own mode back afterwards.
+    """Run in evaluation mode without gradients; restore the mode of each module at the end.
 
-    Modes are kept per module because users freeze parts of a model by leaving them in eval mode.
+    Modes are restored per module because users may keep parts of a model in evaluation mode.
     """
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
@@ -30,25 +30,25 @@ def inference(model: nn.Module) -> Iterator[None]:
 
 
 def inner_model(model: Any) -> Any:
-    """The transformers model inside a PEFT wrapper; any other model is returned as it is."""
+    """Return the transformers model inside a PEFT wrapper, or any other model unchanged."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def position_limit(config: Any) -> int | None:
-    """The most positions that a model was made for; None where its configuration does not say."""
+    """Return a model's maximum number of positions; None where its configuration has none."""
     limit = getattr(config.get_text_config(), "max_position_embeddings", None)
     return limit if isinstance(limit, int) and limit > 0 else None
 
 
 def length_limit(model: Any, max_length: int) -> int:
-    """The smaller of `max_length` and the model's own maximum, in tokens."""
+    """Return the smaller of `max_length` and the model's own maximum, in tokens."""
     return min(max_length, position_limit(inner_model(model).config) or max_length)
 
 
 def pad_left(rows: Sequence[Sequence[int]], pad_id: int, device: torch.device) -> dict[str, Tensor]:
     """Pad token rows on the left, so that all rows end in the last column.
 
-    The ends are what evaluation looks at: aligned, they can be cut out as one slice.
+    Evaluation reads the ends of rows: aligned, they are one slice.
 
     Returns:
         `input_ids` and `attention_mask`, both [rows, longest].
@@ -63,15 +63,15 @@ def pad_left(rows: Sequence[Sequence[int]], pad_id: int, device: torch.device) -
 
 
 def last_logits(model: Any, rows: Sequence[Sequence[int]], pad_id: int, keep: int) -> Tensor:
-    """The logits at the last `keep` positions of each row: [rows, keep, vocabulary].
+    """Compute the logits at the last `keep` positions of each row: [rows, keep, vocabulary].
 
-    The vocabulary is the largest dimension by far, so models that can are asked to compute no
-    other position. Rows shorter than `keep` hold padding at their front.
+    Models with `logits_to_keep` compute only these positions, which saves most of the memory: the
+    vocabulary is the largest dimension. Rows shorter than `keep` have padding at their front.
     """
     inputs: dict[str, Any] = pad_left(rows, pad_id, model.device)
     accepted = inspect.signature(inner_model(model).forward).parameters
     if "position_ids" in accepted and len({len(row) for row in rows}) > 1:
-        # Without padding the model's own are right; some begin with another number than 0.
+        # Set positions only with padding: some models' own positions do not start at 0.
         positions = inputs["attention_mask"].cumsum(dim=-1) - 1
         inputs["position_ids"] = positions.clamp(min=0)
     if "logits_to_keep" in accepted:
@@ -90,9 +90,9 @@ def for_each_batch(
 ) -> None:
     """Call `run` on batches of indices of similar length, the longest first.
 
-    Similar lengths leave little padding, and with the longest first a batch that is too big shows
-    at the start. One that runs out of memory is halved, and so are those that follow. What is
-    `allowed` in one batch is one of those of `molf.evaluate.padding`.
+    Similar lengths need little padding; the longest come first so that a lack of memory shows at
+    the start. A batch that runs out of memory is halved, and so are all later ones. `allowed`
+    limits the rows of one batch; it is a constant of `molf.evaluate.padding`.
     """
     if allowed == "single":
         batch_size = 1
@@ -110,7 +110,7 @@ def for_each_batch(
             fits = False
         else:
             fits = True
-        # Outside the handler: the exception would keep the failed batch's tensors alive.
+        # Not in the handler: there, the exception keeps the failed batch's tensors alive.
         if not fits:
             batch_size = len(batch) // 2
             if torch.cuda.is_available():

@@ -1,4 +1,4 @@
-"""Log-probabilities that a causal language model gives to tokens, in natural units (nats)."""
+"""Log-probabilities of tokens under a causal language model, in nats."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from molf.evaluate.tokens import IGNORED
 
 
 class NextTokens:
-    """Log-probabilities of chosen next tokens, taken from a model's logits.
+    """Log-probabilities of chosen next tokens, computed from a model's logits.
 
     Args:
-        wanted: Per context, the tokens whose probability as the next token is asked for.
+        wanted: Per context, the token ids whose log-probability as the next token is needed.
 
     Attributes:
         log_probs: Per context those of its wanted tokens, computed in float32; empty before `read`.
@@ -29,10 +29,10 @@ class NextTokens:
         self.log_probs: list[list[float]] = [[] for _ in wanted]
 
     def read(self, batch: list[int], logits: Tensor) -> None:
-        """Take in the next tokens' logits, [rows, vocabulary], of the contexts in a batch.
+        """Store log-probabilities from the next tokens' logits of a batch, [rows, vocabulary].
 
         Raises:
-            FloatingPointError: They are NaN, as those of a diverged training are.
+            FloatingPointError: The logits are NaN, as after a diverged training.
         """
         row_of = [row for row, index in enumerate(batch) for _ in self._wanted[index]]
         tokens = [token for index in batch for token in self._wanted[index]]
@@ -52,12 +52,12 @@ def next_token_log_probs(
     what: str = "probabilities",
     progress: Progress | None = None,
 ) -> list[list[float]]:
-    """Log-probabilities of chosen next tokens after each context.
+    """Compute log-probabilities of chosen next tokens after each context.
 
     Args:
         model: A transformers causal language model of any dtype, on its device.
         contexts: Token ids, at least one in each.
-        wanted: Per context, the tokens whose probability as the next token is asked for.
+        wanted: Per context, the token ids whose log-probability as the next token is needed.
         pad_id: Any id of the vocabulary; padded positions are masked.
         batch_size: Contexts per forward pass.
         what: Name shown with the progress.
@@ -67,7 +67,7 @@ def next_token_log_probs(
         Per context the log-probabilities of its wanted tokens, computed in float32.
 
     Raises:
-        FloatingPointError: The model's logits are NaN, as those of a diverged training are.
+        FloatingPointError: The model's logits are NaN, as after a diverged training.
     """
     found = NextTokens(wanted)
 
@@ -92,27 +92,27 @@ def sequence_losses(
     what: str = "loss",
     progress: Progress | None = None,
 ) -> list[tuple[float, int]]:
-    """Summed next-token loss of each sequence over its labelled tokens.
+    """Compute the summed next-token loss of each sequence over its labelled tokens.
 
     Args:
         model: A transformers causal language model of any dtype, on its device.
         sequences: Token ids.
         labels: The same ids where a token carries loss, -100 elsewhere. A label on the first
-            token is not counted: nothing predicts it.
+            token is not counted: no logits predict it.
         pad_id: Any id of the vocabulary; padded positions are masked.
         batch_size: Sequences per forward pass.
         what: Name shown with the progress.
         progress: Called after each batch.
 
     Returns:
-        Per sequence the summed negative log-likelihood, computed in float32, and the number of
-        tokens in it.
+        Per sequence the summed negative log-likelihood, computed in float32, and its number of
+        counted tokens.
 
     Raises:
-        FloatingPointError: The model's logits are NaN, as those of a diverged training are.
+        FloatingPointError: The model's logits are NaN, as after a diverged training.
     """
     results: list[tuple[float, int]] = [(0.0, 0)] * len(sequences)
-    # What is left of each sequence from its first counted token on; logits are needed only there.
+    # The labels from the first counted token on: only there are logits needed.
     tails = [_counted_tail(row) for row in labels]
 
     def run(batch: list[int]) -> None:
@@ -151,7 +151,7 @@ def _counted_tail(labels: Sequence[int]) -> list[int]:
 
 
 def _loss_sum(logits: Tensor, tail: list[int]) -> Tensor:
-    """Summed cross-entropy of the last len(tail) of logits [positions, vocabulary]."""
+    """Compute the summed cross-entropy of the last len(tail) logits [positions, vocabulary]."""
     target = torch.tensor(tail, device=logits.device)
     scores = logits[-len(tail) :].float()
     return torch.nn.functional.cross_entropy(

@@ -1,4 +1,4 @@
-"""What the metrics mean, in a line each, for those who read a table for the first time."""
+"""One line of explanation for each metric, shown under tables of results."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _MEANINGS = (
 
 
 def meanings(metrics: Iterable[str]) -> list[tuple[str, str]]:
-    """Return (names, meaning) for the metrics that occur, names joined by a comma."""
+    """Return (names, meaning) for the given metrics, names joined by a comma."""
     present = set(metrics)
     rows = []
     for names, meaning in _MEANINGS:

@@ -1,4 +1,4 @@
-"""Metrics with their 95% intervals, and the result of an evaluation."""
+"""Metrics with 95% intervals, and the result of an evaluation."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ class Metric:
 
     Attributes:
         value: The estimate.
-        low: Lower end of the interval; NaN where it is not known.
-        high: Upper end of the interval; NaN where it is not known.
-        count: How many observations the value is taken over.
+        low: Lower end of the interval; NaN where it is unknown.
+        high: Upper end of the interval; NaN where it is unknown.
+        count: Number of observations.
     """
 
     value: float
@@ -35,13 +35,13 @@ class Metric:
 
 @dataclass
 class Evaluation:
-    """What an evaluation found.
+    """The result of an evaluation.
 
     Attributes:
         metrics: Name to metric. A metric without observations is absent and explained in `notes`.
-        predictions: One record per evaluated record of the data file, JSON values only. For those
-            that could not be asked, `prediction` is None and `left_out` says why.
-        notes: What a reader of the metrics has to know: counts of ties, of records left out, ...
+        predictions: One entry per evaluated record of the data file, JSON values only. Where a
+            record has no answer, `prediction` is None and `left_out` is the reason.
+        notes: Further facts about the evaluation: counts of ties, of records left out, ...
         tables: Break-downs of metrics, each a name to {group: {metric name: metric}}.
     """
 
@@ -52,9 +52,9 @@ class Evaluation:
 
 
 def wilson(successes: int, n: int) -> Metric:
-    """The share of successes with its score interval (Wilson 1927, JASA 22).
+    """Compute the share of successes with its score interval (Wilson 1927, JASA 22).
 
-    Unlike the normal approximation it stays inside [0, 1] and does not collapse at 0 and n.
+    Unlike the normal approximation, the interval stays inside [0, 1] and has a width at 0 and n.
     """
     if not 0 <= successes <= n or n < 1:
         raise ValueError(
@@ -64,7 +64,7 @@ def wilson(successes: int, n: int) -> Metric:
     shrink = 1 / (1 + _Z**2 / n)
     centre = shrink * (share + _Z**2 / (2 * n))
     half = shrink * _Z * np.sqrt(share * (1 - share) / n + _Z**2 / (4 * n**2))
-    # At 0 and n successes the formula gives exactly 0 and 1; rounding must not leave them outside.
+    # At 0 and n successes an end is exactly 0 or 1: rounding could exclude the value itself.
     low = 0.0 if successes == 0 else float(centre - half)
     high = 1.0 if successes == n else float(centre + half)
     return Metric(share, low, high, n)
@@ -73,7 +73,7 @@ def wilson(successes: int, n: int) -> Metric:
 def bootstrap(
     columns: FloatArray, statistic: Callable[[FloatArray], FloatArray], seed: int = 0
 ) -> Metric:
-    """A statistic of column sums with its percentile bootstrap interval (Efron 1979).
+    """Compute a statistic of column sums with its percentile bootstrap interval (Efron 1979).
 
     Args:
         columns: One row per observation, the unit that is resampled: [n, k].
@@ -81,8 +81,8 @@ def bootstrap(
         seed: Seed of the resampling.
 
     Returns:
-        The statistic of all rows; its interval is taken over the resamples where it is defined. One
-        row says nothing about its spread, so there the ends are NaN.
+        The statistic of all rows. The interval uses the resamples in which the statistic is
+        defined; for a single row its ends are NaN.
     """
     n = len(columns)
     if n < 1:
@@ -101,7 +101,7 @@ def bootstrap(
 
 
 def ratio_of_sums(sums: FloatArray) -> FloatArray:
-    """Column 0 over column 1, [m, 2] to [m]; NaN where the denominator is 0."""
+    """Divide column 0 by column 1, [m, 2] to [m]; NaN where column 1 is 0."""
     with np.errstate(divide="ignore", invalid="ignore"):
         return np.where(sums[:, 1] > 0, sums[:, 0] / sums[:, 1], np.nan)
 
@@ -109,7 +109,7 @@ def ratio_of_sums(sums: FloatArray) -> FloatArray:
 def bootstrap_mean(
     values: Sequence[float], weights: Sequence[float] | None = None, seed: int = 0
 ) -> Metric:
-    """The (weighted) mean with its percentile bootstrap interval over the observations.
+    """Compute the (weighted) mean with its percentile bootstrap interval.
 
     Args:
         values: One value per observation.

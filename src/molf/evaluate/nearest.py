@@ -1,4 +1,4 @@
-"""The nearest training text: what a memory without understanding would answer with."""
+"""Search for the most similar training text, whose answer is a baseline of pure memory."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ _WORD = re.compile(r"\w+")
 
 
 def nearest(training: Sequence[str], asked: Sequence[str]) -> list[int]:
-    """For each text asked, the position of the most similar training text.
+    """Return the index of the most similar training text for each asked text.
 
-    Similarity is the share of different words (lower-cased) that two texts have in common
+    Similarity is the share of distinct words (lower-cased) that two texts have in common
     (Jaccard 1901); of equally similar texts the first is taken.
 
     Args:
         training: The texts to choose from, at least one.
-        asked: The texts.
+        asked: The texts to compare with them.
     """
     if not training:
         raise ValueError("There is no training text to be near to.")
     sizes = []
-    holders: dict[str, list[int]] = defaultdict(list)  # per word the texts that hold it
+    holders: dict[str, list[int]] = defaultdict(list)  # per word the texts that contain it
     for position, text in enumerate(training):
         words = _words(text)
         sizes.append(len(words))
@@ -32,7 +32,7 @@ def nearest(training: Sequence[str], asked: Sequence[str]) -> list[int]:
 
 
 def similarity(first: str, second: str) -> float:
-    """The share of different words that two texts have in common, in [0, 1]."""
+    """Return the share of distinct words that two texts have in common, in [0, 1]."""
     words, others = _words(first), _words(second)
     return len(words & others) / len(words | others) if words or others else 0.0
 

@@ -1,8 +1,8 @@
-"""Whether a model computes the same for a text when padding stands beside it in a batch.
+"""Test of whether padding in a batch changes a model's output for a text.
 
-Most models do: they mask padding and count positions without it. Recurrent ones may take it in
-(RWKV, xLSTM), and some count it as positions (decoders of BART's family) or compress attention in
-blocks that it shifts. No list of classes is kept: a model is asked, once, with two short rows.
+Most models mask padding and count positions without it. Some recurrent models read it (RWKV,
+xLSTM), decoders of BART's family count it as positions, and others compress attention in blocks
+that it shifts. A model is tested once, with two short rows, instead of by a list of classes.
 """
 
 from __future__ import annotations
@@ -19,25 +19,25 @@ from molf.core.quantised import quantisation_of
 from molf.evaluate.inference import inference, inner_model, last_logits, pad_left
 
 _LENGTHS = (33, 6)  # their difference is odd: it shifts blocks of any even size
-_EXACT = 1e-3  # of the largest logit; float32 sums in another order differ by less
-_ROUNDED = 0.03  # the same where products are rounded
+_EXACT = 1e-3  # of the largest logit; another order of float32 sums changes less
+_ROUNDED = 0.03  # the same for lower precision and quantised weights
 
 _known: WeakKeyDictionary[Any, dict[str, str]] = WeakKeyDictionary()
 
 
 ANY, EQUAL, SINGLE = "any", "equal", "single"
-"""Which rows may be in one batch: any, those of equal length, or one alone."""
+"""Rows allowed in one batch: any, rows of equal length, or a single row."""
 
 
 def logits_batches(model: Any, pad_id: int) -> str:
-    """Which rows may be in a batch, so that their last logits are those of each alone.
+    """Test which rows may share a batch without a change of their last logits.
 
     Args:
         model: A transformers causal language model, on its device.
-        pad_id: The padding token, which stands before shorter rows.
+        pad_id: The padding token, added before shorter rows.
 
     Returns:
-        ANY, EQUAL or SINGLE. Where it is not ANY, a warning says so the first time.
+        ANY, EQUAL or SINGLE. The first result for a model that is not ANY also warns.
     """
 
     def logits(rows: list[list[int]]) -> Tensor:
@@ -47,7 +47,7 @@ def logits_batches(model: Any, pad_id: int) -> str:
 
 
 def generation_batches(model: Any, pad_id: int) -> str:
-    """The same of the first two tokens that are generated: the second one goes by the cache."""
+    """Test the first two generated tokens in the same way: the second one uses the cache."""
 
     def logits(rows: list[list[int]]) -> Tensor:
         from transformers import GenerationConfig
@@ -68,7 +68,7 @@ def generation_batches(model: Any, pad_id: int) -> str:
 
 
 def right_padding_counts(model: Any, pad_id: int) -> bool:
-    """Whether logits of a row depend on padding after it, as training has it."""
+    """Return whether a row's logits depend on padding after it, which training batches have."""
 
     def logits(rows: list[list[int]]) -> Tensor:
         longest = max(map(len, rows))
@@ -83,7 +83,7 @@ def right_padding_counts(model: Any, pad_id: int) -> bool:
 
 
 def _ask(model: Any, what: str, logits: Callable[[list[list[int]]], Tensor], pad_id: int) -> str:
-    """The answer, found once for each model."""
+    """Return the result of a test, run once per model."""
     inner = inner_model(model)
     answers = _known.setdefault(inner, {})
     if what not in answers:
@@ -101,7 +101,7 @@ def _ask(model: Any, what: str, logits: Callable[[list[list[int]]], Tensor], pad
 
 
 def _rows(model: Any, pad_id: int, lengths: Sequence[int]) -> list[list[int]]:
-    """Rows of different tokens."""
+    """Return rows of different tokens with the given lengths."""
     size = inner_model(model).get_input_embeddings().weight.shape[0]
     tokens = [index for index in range(min(size, 100)) if index != pad_id]
     return [

@@ -1,4 +1,4 @@
-"""The plain text that forgetting is measured on."""
+"""The plain text for `forgetting_loss`."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from molf.inputs import read_input
 
 
 def default_plain_text() -> str:
-    """The English prose shipped with the package: short everyday and expository passages.
+    """Return the English prose shipped with the package: everyday and expository passages.
 
-    It was written for this purpose, so no model has been pre-trained on it before its release.
+    It was written for molf, so models older than molf were not pre-trained on it.
     """
     return files("molf.evaluate").joinpath("plain_text.txt").read_text(encoding="utf-8")
 

@@ -1,4 +1,4 @@
-"""How an evaluation is run: the settings that every task shares."""
+"""Settings of an evaluation, shared by all tasks."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from molf.errors import InputError
 
 Progress = Callable[[str, int, int], None]
-"""Called after each batch with what is being measured, how many are done, how many there are."""
+"""Called after each batch with the name of the measurement, the number done and the total."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,10 +19,10 @@ class EvaluationSettings:
         batch_size: Sequences per forward pass. A batch that does not fit in memory is halved.
         max_length: Longest text in tokens, prompt and answer together; longer ones are left out
             and counted. The model's own maximum applies as well.
-        max_new_tokens: Most tokens generated for one answer; None lets the task choose from the
-            longest expected answer.
+        max_new_tokens: Most tokens generated for one answer; None for a limit from the longest
+            expected answer.
         seed: Seed of the bootstrap intervals.
-        split_special_tokens: Whether control tokens that the records spell out are plain text.
+        split_special_tokens: Whether control tokens in the records are read as plain text.
     """
 
     batch_size: int = 16

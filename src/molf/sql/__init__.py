@@ -1,5 +1,5 @@
-"""Running and judging SQL that a language model wrote, which is hostile input.
+"""Execution and scoring of generated SQL, which is untrusted input.
 
-`molf.sql.sandbox` runs it in a locked-down process, `molf.sql.metrics` measures it. Nothing is
-imported here: the worker processes import this package and must start fast.
+`molf.sql.sandbox` runs it in a locked-down process; `molf.sql.metrics` scores it. This file imports
+nothing: worker processes import this package and must start fast.
 """

@@ -1,16 +1,16 @@
-"""What a statement may do: an allow list, asked by SQLite while it compiles the statement.
+"""An allow list of SQL actions; SQLite calls it while it compiles a statement.
 
-Runs in the worker, so it imports the standard library alone.
+This module runs in the worker and imports only the standard library.
 """
 
 from __future__ import annotations
 
 import sqlite3
 
-# SQLite's built-in functions that compute a value from values, as its documentation lists them
-# (lang_corefunc, lang_aggfunc, windowfunctions, lang_datefunc, lang_mathfunc, json1). Everything
-# else is denied, above all load_extension, fts3_tokenizer (takes and gives pointers), readfile,
-# writefile and edit (of SQLite's shell) and whatever future versions add.
+# SQLite's built-in functions that compute a value from values, from its documentation
+# (lang_corefunc, lang_aggfunc, windowfunctions, lang_datefunc, lang_mathfunc, json1). All others
+# are denied, above all load_extension, fts3_tokenizer (exposes pointers), readfile, writefile and
+# edit (of SQLite's shell) and functions of future versions.
 _VALUE_FUNCTIONS = """
 abs char coalesce concat concat_ws format glob hex ifnull iif instr last_insert_rowid length
 changes total_changes like likelihood likely unlikely lower ltrim max min nullif octet_length
@@ -31,7 +31,7 @@ json_type json_valid json_array_insert jsonb_array_insert
 json_group_array jsonb_group_array json_group_object jsonb_group_object -> ->>
 """
 
-# SQLite calls these itself for ALTER TABLE; it lets no statement name them.
+# Called by SQLite itself for ALTER TABLE; statements cannot call them.
 _ALTER_FUNCTIONS = """
 sqlite_rename_table sqlite_rename_column sqlite_rename_test sqlite_rename_quotefix
 sqlite_drop_column sqlite_fail sqlite_drop_constraint sqlite_add_constraint
@@ -63,8 +63,8 @@ _CHANGE_SCHEMA = frozenset(
     }
 )
 
-# Not among them: ATTACH (VACUUM needs it too), DETACH, PRAGMA (also as a table-valued function),
-# virtual tables, and actions that are yet to be invented.
+# Denied: ATTACH (VACUUM needs it too), DETACH, PRAGMA (also as a table-valued function), virtual
+# tables, and actions of future versions.
 _OTHER = frozenset(
     {
         sqlite3.SQLITE_ANALYZE,
@@ -81,13 +81,14 @@ _DENIED_TABLES = frozenset({"dbstat", "sqlite_dbpage", "sqlite_stmt"})  # show o
 
 
 class Authorizer:
-    """Decides on every action of a statement and remembers what the statement changes.
+    """Allows or denies each action of a statement and records the statement's changes.
 
     Attributes:
         denied: Whether an action has been denied.
-        changed_table: The table whose rows a statement itself changes, as (database, table); not
-            those that its triggers change, nor those in which SQLite keeps its books.
-        changes_schema: Whether a statement makes, alters or drops a table, view, index or trigger.
+        changed_table: The table whose rows the statement changes, as (database, table); tables
+            changed by triggers and SQLite's internal tables are not recorded.
+        changes_schema: Whether a statement creates, alters or drops a table, view, index or
+            trigger.
     """
 
     def __init__(self) -> None:
@@ -95,7 +96,7 @@ class Authorizer:
         self.begin_statement()
 
     def begin_statement(self) -> None:
-        """Forget what the statement before did."""
+        """Reset the recorded changes."""
         self.changed_table: tuple[str, str] | None = None
         self.changes_schema = False
 
@@ -107,7 +108,7 @@ class Authorizer:
         database: str | None,
         trigger: str | None,
     ) -> int:
-        """SQLite's authorizer callback; the arguments' meaning depends on the action."""
+        """Allow or deny an action for SQLite; the arguments' meaning depends on the action."""
         if self._allows(action, first, second):
             if _is_bookkeeping(first):
                 pass
@@ -130,12 +131,11 @@ class Authorizer:
 
 
 def _is_bookkeeping(name: str | None) -> bool:
-    """Whether only SQLite itself writes to a table.
+    """Return whether only SQLite itself writes to a table.
 
-    It asks about its own tables while it compiles statements of any kind: a table-valued function
-    such as json_each, opened to be read, asks to update sqlite_master; ANALYZE makes sqlite_stat1.
-    No statement may name the former as what it changes; sqlite_sequence alone is for users too, who
-    set counters back in it.
+    SQLite requests actions on internal tables while it compiles any statement: reading json_each
+    requests an update of sqlite_master, and ANALYZE creates sqlite_stat1. Statements cannot change
+    sqlite_master themselves. Users may change sqlite_sequence, to reset counters.
     """
     lower = (name or "").lower()
     return lower.startswith("sqlite_") and lower != "sqlite_sequence"

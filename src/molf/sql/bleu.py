@@ -7,16 +7,16 @@ from typing import Any
 
 
 def bleu(gold: str, predicted: str, order: int) -> float:
-    """Sentence BLEU of two queries, in [0, 1].
+    """Compute the sentence BLEU of two queries, in [0, 1].
 
-    White space separates tokens, case is ignored. N-grams that match nothing are smoothed
-    exponentially. A text shorter than `order` tokens is measured by the n-grams that it has, as in
-    `sacrebleu.sentence_bleu`; without that, a short query would not even match itself.
+    White space separates tokens; case is ignored. N-grams without a match are smoothed
+    exponentially. For a text shorter than `order` tokens, only the n-grams that it has count, as in
+    `sacrebleu.sentence_bleu`; otherwise a short query would score 0 against itself.
 
     Args:
         gold: The reference.
         predicted: The hypothesis; an empty one scores 0.
-        order: Longest n-grams counted: 4 for BLEU-4, 1 for BLEU-1 (precision of words alone).
+        order: Length of the longest n-grams: 4 for BLEU-4, 1 for BLEU-1 (precision of words).
     """
     hypothesis, reference = (" ".join(text.upper().split()) for text in (predicted, gold))
     score = _scorer(order).sentence_score(hypothesis, [reference]).score

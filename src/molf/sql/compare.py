@@ -1,4 +1,4 @@
-"""Whether two query results are the same."""
+"""Comparison of two query results."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from collections.abc import Sequence
 from molf.sql.result import QueryResult, Row, Value
 
 RELATIVE_TOLERANCE = 1e-9
-"""Of numbers that are not both integers: sums of floats depend on the order of summation."""
+"""For numbers that are not both integers: float sums depend on the order of summation."""
 
 ABSOLUTE_TOLERANCE = 1e-12
-"""Of the same numbers near 0, where differences of equal sums end up."""
+"""For the same numbers near 0, such as differences of equal sums."""
 
 
 def same_result(gold: QueryResult, predicted: QueryResult, *, ordered: bool) -> bool:
-    """Whether a prediction's result is the gold query's: execution accuracy (Zhong et al. 2017).
+    """Return whether two results are equal: execution accuracy (Zhong et al. 2017).
 
-    Unlike there, duplicates count, and so does the order where the gold query asks for one.
+    In contrast to that paper, duplicates count, and order counts where the gold query has one.
 
     Both must have the same number of columns; their names do not matter. Numbers are equal by value
     (1 and 1.0; with a float, up to `RELATIVE_TOLERANCE` or `ABSOLUTE_TOLERANCE`), texts and blobs
@@ -41,9 +41,9 @@ def same_result(gold: QueryResult, predicted: QueryResult, *, ordered: bool) -> 
 
 
 def same_set(gold: QueryResult, predicted: QueryResult) -> bool:
-    """Whether the sets of rows are equal, as the paper's reference code compares.
+    """Return whether the sets of rows are equal, as in the paper's reference code.
 
-    Duplicates and order are lost, numbers are equal by exact value.
+    Duplicates and order are ignored; numbers are compared by exact value.
     """
     return _comparable(gold, predicted) and set(gold.rows or []) == set(predicted.rows or [])
 
@@ -71,10 +71,11 @@ def _same_value(gold: Value, value: Value) -> bool:
 
 
 def _in_canonical_order(rows: Sequence[Row]) -> list[Row]:
-    """Sort rows so that equal multisets line up, numbers within tolerance included.
+    """Sort rows so that equal multisets have equal order, up to the tolerance of numbers.
 
-    Numbers are sorted by nine digits first, so that noise in one column does not decide over the
-    next one. Two rows could still be swapped where noise straddles a rounding boundary.
+    Numbers are sorted by nine digits first, so that rounding errors in one column do not take
+    precedence over the next column. Rows may still be swapped where such an error crosses a
+    rounding boundary.
     """
     return sorted(rows, key=lambda row: ([_coarse(v) for v in row], [_exact(v) for v in row]))
 
@@ -86,7 +87,7 @@ def _coarse(value: Value) -> tuple[int, float | str | bytes]:
 
 
 def _exact(value: Value) -> tuple[int, float | str | bytes]:
-    """A key in which values of every type can be compared: NULL, numbers, texts, blobs."""
+    """Return a sort key for values of any type: NULL, numbers, texts, blobs."""
     if value is None:
         return 0, 0
     if isinstance(value, (int, float)):

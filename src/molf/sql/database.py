@@ -1,6 +1,6 @@
 """The worker that runs SQL: one in-memory SQLite database per request.
 
-Runs in the worker, so it imports the standard library alone.
+This module runs in the worker and imports only the standard library.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from molf.sql.limits import Limits
 from molf.sql.serve import Handler, restrict_process, serve
 from molf.sql.text import first_word
 
-_INSTRUCTIONS_PER_CHECK = 2000  # of SQLite's virtual machine, between two looks at the clock
+_INSTRUCTIONS_PER_CHECK = 2000  # of SQLite's virtual machine, between two checks of the time
 _MAX_MESSAGE = 300  # characters of an error message, which may quote the query
 
 
@@ -28,8 +28,8 @@ class _LimitError(Exception):
 def main() -> None:
     """Serve requests; the settings are `Limits`.
 
-    A request is `{"schema": text, "query": text}`, or `{"schema": text, "table": text or null}` for
-    what `unchanged` gives.
+    A request is `{"schema": text, "query": text}` for `run`, or
+    `{"schema": text, "table": text or null}` for `unchanged`.
     """
     serve(_prepare)
 
@@ -60,7 +60,7 @@ def run(limits: Limits, schema: str, query: str) -> str:
 
 
 def unchanged(limits: Limits, schema: str, table: str | None) -> str:
-    """What a statement gives that changes rows of a table, but none; None: the schema instead.
+    """Return the result of a statement that changes no row of a table; None: of a schema change.
 
     Returns:
         JSON text as of `run`.
@@ -77,7 +77,7 @@ def unchanged(limits: Limits, schema: str, table: str | None) -> str:
 def _in_new_database(
     limits: Limits, schema: str, act: Callable[[sqlite3.Connection, Authorizer], str]
 ) -> str:
-    """The reply of what is done after a schema has been run; every failure is one, too."""
+    """Run a schema, then `act`; return its reply, or a reply with the failure."""
     deadline = time.monotonic() + limits.seconds
     authorizer = Authorizer()
     stage = "schema"
@@ -94,7 +94,7 @@ def _in_new_database(
         return _failure("memory", stage, "out of memory")
     except _LimitError as error:
         return _failure(str(error), stage, f"the result exceeds the limit on {error}")
-    except Exception as error:  # whatever hostile input can raise is a failed query
+    except Exception as error:  # hostile input may raise anything: it is a failed query
         kind = "sql"
         if authorizer.denied:
             kind = "denied"
@@ -106,7 +106,7 @@ def _in_new_database(
 
 
 def _open(limits: Limits, authorizer: Authorizer, deadline: float) -> sqlite3.Connection:
-    """A new database with every limit set; PRAGMA is denied from here on."""
+    """Open a new database with all limits set; afterwards PRAGMA is denied."""
     connection = sqlite3.connect(":memory:", isolation_level=None, cached_statements=0)
     connection.text_factory = lambda text: text.decode("utf-8", "surrogateescape")
     connection.execute(f"PRAGMA hard_heap_limit = {limits.memory_bytes}")
@@ -141,7 +141,7 @@ def _run_query(
     if not word:
         raise sqlite3.ProgrammingError("There is no statement.")
     rows = _encoded(cursor, limits)  # also where they are not the result: fetching runs the query
-    if word != "EXPLAIN":  # explains a change and makes none
+    if word != "EXPLAIN":  # EXPLAIN of a change does not run the change
         if authorizer.changes_schema:
             return _schema_reply(connection, limits)
         if authorizer.changed_table is not None:
@@ -169,18 +169,18 @@ def _width(cursor: sqlite3.Cursor) -> int:
 
 
 def _schema_rows(connection: sqlite3.Connection) -> Iterable[tuple[object, ...]]:
-    """Type, name, table and column names of every table, view, index and trigger, in any order."""
+    """Yield type, name, table and columns of every table, view, index and trigger, unordered."""
     for kind, name, table in connection.execute(
         "SELECT type, name, tbl_name FROM sqlite_master UNION ALL "
         "SELECT type, name, tbl_name FROM sqlite_temp_master"
     ).fetchall():
         if name.lower().startswith("sqlite_"):
-            continue  # SQLite's own
+            continue  # internal to SQLite
         columns = None
         if kind in ("table", "view"):
             try:
                 description = connection.execute(f"SELECT * FROM {_quoted(name)} LIMIT 0")
-            except sqlite3.OperationalError:  # a view of a table that has been dropped since
+            except sqlite3.OperationalError:  # a view of a dropped table
                 columns = "unusable"
             else:
                 columns = json.dumps([column[0].lower() for column in description.description])
@@ -188,14 +188,14 @@ def _schema_rows(connection: sqlite3.Connection) -> Iterable[tuple[object, ...]]
 
 
 def _encoded(rows: Iterable[tuple[object, ...]], limits: Limits) -> list[str]:
-    """Each row as JSON text, read no further than the limits allow."""
+    """Encode each row as JSON text; stop at the first row beyond a limit."""
     encoded: list[str] = []
     size = 0
     for row in rows:
         if len(encoded) == limits.rows:
             raise _LimitError("rows")
         lengths = (len(value) for value in row if isinstance(value, (str, bytes)))
-        if size + sum(lengths) > limits.result_bytes:  # not even worth encoding
+        if size + sum(lengths) > limits.result_bytes:  # known before encoding
             raise _LimitError("size")
         encoded.append(json.dumps([_plain(value) for value in row], separators=(",", ":")))
         size += len(encoded[-1]) + 1

@@ -19,8 +19,8 @@ def read_frame(stream: BinaryIO, max_bytes: int) -> bytes:
     """Read one message.
 
     Args:
-        stream: Where from; blocks until the message is complete.
-        max_bytes: A longer message is not read.
+        stream: The stream to read; the call waits until the message is complete.
+        max_bytes: Longest message in bytes.
 
     Raises:
         EOFError: The stream ended before or inside the message.

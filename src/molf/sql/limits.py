@@ -1,4 +1,4 @@
-"""How much of the machine a query may use."""
+"""Limits of time and memory for a query."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from typing import Any
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """Limits of one run: a schema and a query on it. What exceeds one is a failed query.
+    """Limits of one run, a schema and a query on it. A query that exceeds one fails.
 
     Attributes:
         seconds: Wall-clock time for the schema and the query together.
         rows: Rows of a result.
         result_bytes: Size of a result, encoded as JSON.
         value_bytes: Size of one text, blob or stored row.
-        sql_bytes: Size of the schema's text and of the query's, each, in UTF-8.
+        sql_bytes: Size of each of the two texts, schema and query, in UTF-8.
         memory_bytes: SQLite's heap. The worker's address space is limited to three times as much
-            and 128 MiB for Python.
+            plus 128 MiB for Python.
 
     Raises:
         ValueError: A limit is not positive.
@@ -48,6 +48,6 @@ class Limits:
 
 
 def is_longer(text: str, max_bytes: int) -> bool:
-    """Whether a text is longer than so many bytes of UTF-8; gigabytes are not encoded to see it."""
-    # Generated text can hold half surrogate pairs, which strict UTF-8 has no form for.
+    """Return whether a text has more than `max_bytes` in UTF-8, without encoding huge texts."""
+    # Generated text may contain unpaired surrogates, which strict UTF-8 cannot encode.
     return len(text) > max_bytes or len(text.encode("utf-8", "surrogatepass")) > max_bytes

@@ -1,4 +1,4 @@
-"""Logic match: whether two queries have the same normalised syntax tree."""
+"""Logic match: equality of the normalised syntax trees of two queries."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from molf.sql.limits import is_longer
 from molf.sql.pool import WorkerPool
 from molf.sql.worker import WorkerError
 
-_MAX_BYTES = 64 * 2**10  # of a text; real queries have a few hundred
+_MAX_BYTES = 64 * 2**10  # of one query; real queries have a few hundred
 _MAX_REPLY_BYTES = 2**21
 _ADDRESS_SPACE_BYTES = 2**30
 _GRACE_SECONDS = 0.5
 
 
 class LogicMatcher:
-    """Normalises queries with sqlglot in a process of its own. A context manager.
+    """Normalises queries with sqlglot in separate processes. A context manager.
 
-    A parser in pure Python can be made to run for as long as one likes; a process can be killed.
+    Hostile text can make a pure Python parser run almost forever; a process can be killed.
 
     Args:
-        seconds: Time for one text.
-        workers: How many texts are parsed at the same time, from as many threads.
+        seconds: Time limit for one text.
+        workers: Number of processes, each used by one thread at a time.
 
     Raises:
         ModuleNotFoundError: sqlglot is not installed.
@@ -41,7 +41,7 @@ class LogicMatcher:
         self._pool = WorkerPool("molf.sql.normal_form", settings, workers, (library,))
 
     def match(self, gold: str, predicted: str) -> bool:
-        """Whether both texts are one statement each, with the same normal form.
+        """Return whether both texts are one statement each, with the same normal form.
 
         The logical form accuracy of Zhong et al. 2017, on syntax trees instead of texts: parsed by
         sqlglot as SQLite's dialect, aliases dropped, printed normalised (`molf.sql.normal_form`). A
@@ -51,7 +51,7 @@ class LogicMatcher:
         return form is not None and form == self.normal_form(gold)
 
     def normal_form(self, sql: str) -> str | None:
-        """The normal form of a query; None where there is none. Nothing in the text raises.
+        """Return the normal form of a query; None where there is none. No text raises an error.
 
         Raises:
             RuntimeError: No worker could be started, or the matcher is closed.

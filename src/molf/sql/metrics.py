@@ -1,8 +1,8 @@
-"""The metrics of generated SQL, under the names of `eval.json`.
+"""The metrics of generated SQL, named as in `eval.json`.
 
-They are those of the paper's reference code, defined where each is computed. Execution accuracy and
-logical form accuracy go back to Zhong et al. 2017 (Seq2SQL, arXiv:1709.00103), BLEU to Papineni et
-al. 2002. A query is compared on the database of its own example alone.
+They are those of the paper's reference code; the functions that compute them define them. Execution
+accuracy and logical form accuracy are from Zhong et al. 2017 (Seq2SQL, arXiv:1709.00103), BLEU from
+Papineni et al. 2002. Queries are compared only on the database of their own example.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ MEANS = ("bleu_1", "bleu_4")
 
 _ORDER = (SHARES[0], WITH_ROWS, *SHARES[1:])
 
-_IN_FLIGHT_PER_WORKER = 8  # finished ones wait for a slow one before them, to be in order
+_IN_FLIGHT_PER_WORKER = 8  # results are yielded in order: finished ones wait for a slow one
 
 Item = TypeVar("Item")
 Judgement = TypeVar("Judgement")
@@ -44,12 +44,12 @@ Judgement = TypeVar("Judgement")
 
 @dataclass(frozen=True, kw_only=True)
 class Example:
-    """A query to be judged.
+    """A generated query to score.
 
     Attributes:
-        schema: The statements that make its database.
-        gold: The query that is asked for.
-        text: What the model generated.
+        schema: The statements that create its database.
+        gold: The gold query.
+        text: The generated text.
     """
 
     schema: str
@@ -59,21 +59,22 @@ class Example:
 
 @dataclass(frozen=True, kw_only=True)
 class SqlScore:
-    """How good one generated query is.
+    """The scores of one generated query.
 
     Attributes:
-        statement: The query that was found in the text.
+        statement: The query found in the text.
         error: Why it failed, such as "query: time"; None where it ran.
-        execution_accuracy: Its result is the gold query's, see `same_result`.
-        execution_accuracy_set: The same, compared as the reference does, see `same_set`.
-        exact_match: Its text is the gold query's, see `exact_match`.
-        logic_match: Its normalised syntax tree is the gold query's, see `LogicMatcher`.
+        execution_accuracy: Whether its result equals the gold query's, see `same_result`.
+        execution_accuracy_set: The same, compared as in the reference code, see `same_set`.
+        exact_match: Whether its text equals the gold query's, see `exact_match`.
+        logic_match: Whether its normalised syntax tree equals the gold query's, see `LogicMatcher`.
         bleu_1: Sentence BLEU of single words, in [0, 1].
         bleu_4: Sentence BLEU, in [0, 1].
-        valid_sql: It runs on the schema, within the limits.
+        valid_sql: Whether it runs on the schema, within the limits.
         gold_effect: Whether the gold query returns rows, changes a table or changes the schema.
-        gold_with_rows: It returns at least one row, or leaves the table or schema changed. If not,
-            a query that does nothing is right. A NULL or a count of 0 is a row.
+        gold_with_rows: Whether the gold query returns at least one row, or leaves the table or
+            schema changed; a NULL or a count of 0 is a row. Otherwise, a query that does nothing
+            is right.
     """
 
     statement: str
@@ -90,11 +91,11 @@ class SqlScore:
 
 
 class SqlScorer:
-    """Judges generated queries, each in the sandbox. A context manager.
+    """Scores generated queries by running them in the sandbox. A context manager.
 
     Args:
-        limits: How much a query may use.
-        workers: How many examples are judged at the same time.
+        limits: Limits of a query.
+        workers: Number of examples scored at the same time.
 
     Raises:
         ValueError: `workers` is below 1.
@@ -107,14 +108,14 @@ class SqlScorer:
         self._sandbox = Sandbox(limits, workers)
 
     def gold_failures(self, pairs: Iterable[tuple[str, str]]) -> Iterator[str | None]:
-        """For each (schema, gold query), in order, why it cannot be used; None if it runs.
+        """Yield for each (schema, gold query), in order, why it fails; None if it runs.
 
         Only examples whose gold query runs are scored.
         """
         return self._map(lambda pair: _reason(self._sandbox.run(*pair)), pairs)
 
     def scores(self, examples: Iterable[Example]) -> Iterator[SqlScore | None]:
-        """Judge examples, in order; None where the gold query fails.
+        """Score examples, in order; None where the gold query fails.
 
         Raises:
             RuntimeError: No worker could be started.
@@ -122,7 +123,7 @@ class SqlScorer:
         return self._map(self.score, examples)
 
     def score(self, example: Example) -> SqlScore | None:
-        """Judge one example; None where the gold query fails."""
+        """Score one example; None where the gold query fails."""
         gold = self._sandbox.run(example.schema, example.gold)
         if not gold.ok:
             return None
@@ -130,7 +131,7 @@ class SqlScorer:
         statement = first_statement(example.text)
         predicted = self._sandbox.run(example.schema, statement)
         ordered = has_outer_order(example.gold)
-        bare_gold = _bare(example.gold)  # the text is without its `;` too
+        bare_gold = _bare(example.gold)  # `statement` has no `;` either
         return SqlScore(
             statement=statement,
             error=_reason(predicted),
@@ -159,7 +160,7 @@ class SqlScorer:
     def _map(
         self, judge: Callable[[Item], Judgement], items: Iterable[Item]
     ) -> Iterator[Judgement]:
-        """Judge items in parallel and yield in order, a bounded number of them in flight."""
+        """Score items in parallel and yield the scores in order; bound the number in flight."""
         with ThreadPoolExecutor(self._workers) as threads:
             running: deque[Future[Judgement]] = deque()
             for item in items:
@@ -171,16 +172,16 @@ class SqlScorer:
 
 
 def exact_match(gold: str, predicted: str) -> bool:
-    """Whether texts are equal after trimming, dropping a trailing `;` and upper-casing."""
+    """Return whether texts are equal after trimming, dropping a trailing `;` and upper-casing."""
     return _bare(gold).upper() == _bare(predicted).upper()
 
 
 def sql_metrics(scores: Sequence[SqlScore], seed: int = 0) -> dict[str, Metric]:
-    """The metrics over judged queries: Wilson's intervals for shares, the bootstrap's for means.
+    """Compute the metrics over scores: shares with Wilson's intervals, means with bootstrap's.
 
     Args:
-        scores: One per example whose gold query runs; without any there are no metrics. Without
-            any of a gold query with rows there is no `execution_accuracy_with_rows`.
+        scores: One per example whose gold query runs. Without scores there are no metrics; without
+            a score of a gold query with rows there is no `execution_accuracy_with_rows`.
         seed: Seed of the bootstrap.
     """
     if not scores:
@@ -195,7 +196,7 @@ def sql_metrics(scores: Sequence[SqlScore], seed: int = 0) -> dict[str, Metric]:
 
 
 def gold_without_rows(scores: Iterable[SqlScore]) -> dict[str, int]:
-    """How many gold queries find nothing ("queries") or change nothing ("changes")."""
+    """Count the gold queries that find nothing ("queries") or change nothing ("changes")."""
     kinds = Counter(
         "queries" if score.gold_effect == "rows" else "changes"
         for score in scores

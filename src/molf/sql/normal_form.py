@@ -1,6 +1,6 @@
-"""The worker that normalises SQL: a syntax tree without aliases, printed one way.
+"""The worker that normalises SQL: it prints the syntax tree without aliases.
 
-Runs in the worker, so it imports the standard library and sqlglot alone.
+This module runs in the worker and imports only the standard library and sqlglot.
 """
 
 from __future__ import annotations
@@ -29,18 +29,17 @@ def _prepare(settings: dict[str, Any]) -> Handler:
 def _handle(request: dict[str, Any]) -> str:
     try:
         return json.dumps(normal_form(request["sql"]))
-    except Exception:  # too deep, too large, no SQL: whatever hostile text makes a parser raise
+    except Exception:  # too deep, too large, not SQL: hostile text may raise anything
         return "null"
 
 
 def normal_form(sql: str) -> str | None:
-    """The text that two queries share if they differ in layout, case and aliases alone.
+    """Return a text that is equal for queries that differ only in layout, case and aliases.
 
     Identifiers are lower-cased and unquoted (SQLite ignores their case). A table's alias is
     replaced by the table's name where the table occurs once, and the alias of a selected expression
     by the expression in GROUP BY, HAVING and ORDER BY of the same SELECT. Then aliases are dropped.
-    INNER and OUTER, which change no join, and ASC, the default, are printed alike whether written
-    or not.
+    INNER and OUTER, which do not change a join, are dropped, and so is ASC, the default.
 
     Returns:
         None where the text is not exactly one statement.

@@ -1,4 +1,4 @@
-"""Workers that are started when needed, replaced when broken, and gone at the end."""
+"""A pool of workers, started when needed and replaced when broken."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ Reply = TypeVar("Reply")
 
 
 class WorkerPool:
-    """Up to `size` workers, each asked by one thread at a time. A context manager.
+    """Up to `size` workers, each used by one thread at a time. A context manager.
 
     Args:
         module: The module that the workers run.
-        settings: Their first message.
-        size: How many workers there are at most.
-        paths: Folders that they import from beside the standard library and this package's own.
+        settings: The first message to each worker.
+        size: Largest number of workers.
+        paths: Import folders beside the standard library and this package.
 
     Raises:
         ValueError: `size` is below 1.
@@ -40,8 +40,8 @@ class WorkerPool:
         scratch = ExitStack()
         self._folder = scratch.enter_context(scratch_directory("worker"))
         self._remove_folder = weakref.finalize(self, scratch.close)
-        # None stands for a worker that is yet to be started, or to be replaced. The one used last
-        # is used next, so that no more are started than are needed at once.
+        # None is a worker to start, or to replace. Last in, first out: no more workers are started
+        # than are used at the same time.
         self._idle: queue.LifoQueue[Worker | None] = queue.LifoQueue()
         for _ in range(size):
             self._idle.put(None)
@@ -62,9 +62,9 @@ class WorkerPool:
 
         Args:
             request: JSON values.
-            seconds: When to kill the worker.
-            max_bytes: A larger reply is not read.
-            parse: Reads the reply; where it raises ValueError, the worker is replaced too.
+            seconds: Time after which the worker is killed.
+            max_bytes: Largest reply in bytes.
+            parse: Converts the reply; if it raises ValueError, the worker is replaced too.
 
         Raises:
             WorkerError: There is no reply; the next request gets a new worker.

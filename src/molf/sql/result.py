@@ -1,4 +1,4 @@
-"""What running a query gave, read from a worker's reply."""
+"""The result of a query, read from a worker's reply."""
 
 from __future__ import annotations
 
@@ -19,19 +19,18 @@ class QueryResult:
     """The result of a query, or why there is none.
 
     Attributes:
-        rows: What the query returned; for INSERT, UPDATE and DELETE the touched table's rows
-            afterwards, in no particular order; for a query that makes, alters or drops tables,
-            views, indexes or triggers one row for each there is afterwards (its type, name, table
-            and column names). None after a failure.
+        rows: For a query, its rows. For INSERT, UPDATE and DELETE, all rows of the changed table
+            afterwards, unordered. For a query that creates, alters or drops tables, views, indexes
+            or triggers, one row for each that exists afterwards (type, name, table, columns). None
+            after a failure.
         columns: Number of columns.
-        effect: Which of these three `rows` is.
-        table: The touched table, for `effect="table"`.
-        error: None, or what went wrong: `"sql"` (SQLite refuses the statement), `"denied"` (it does
-            what generated SQL may not), `"time"`, `"rows"`, `"size"`, `"memory"` (over a limit),
-            `"crash"` (the worker died).
-        stage: Whether the schema or the query failed. A worker that had to be killed cannot tell,
-            which counts as the query.
-        message: A failure in words.
+        effect: Which of these three kinds `rows` is: "rows", "table" or "schema".
+        table: The changed table, for `effect="table"`.
+        error: None, or the kind of failure: `"sql"` (SQLite rejects the statement), `"denied"`
+            (an action outside the allow list), `"time"`, `"rows"`, `"size"`, `"memory"` (a limit
+            is exceeded), `"crash"` (the worker died).
+        stage: Whether the schema or the query failed; "query" where the worker was killed.
+        message: The failure's message.
     """
 
     rows: list[Row] | None = None
@@ -49,20 +48,20 @@ class QueryResult:
 
     @property
     def reason(self) -> str:
-        """The failure in two words, such as "query: time", to count failures by."""
+        """Stage and kind of the failure, such as "query: time", for counts of failures."""
         return f"{self.stage}: {self.error}"
 
 
 def failure(kind: ErrorKind, message: str, stage: Stage = "query") -> QueryResult:
-    """The result of a query that failed."""
+    """Return the result of a failed query."""
     return QueryResult(error=kind, stage=stage, message=message)
 
 
 def parse_reply(payload: bytes) -> QueryResult:
-    """Read a worker's reply, which is not trusted: hostile SQL may have taken the worker over.
+    """Parse and check a worker's reply; it is untrusted, since hostile SQL may control the worker.
 
     Raises:
-        ValueError: The reply is not one that a worker gives.
+        ValueError: The reply has another form.
     """
     try:
         return _read(json.loads(payload))

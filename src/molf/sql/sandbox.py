@@ -1,4 +1,4 @@
-"""The one door through which SQL is run, generated or not."""
+"""The sandbox: all SQL, generated or gold, is run by it."""
 
 from __future__ import annotations
 
@@ -7,20 +7,20 @@ from molf.sql.pool import WorkerPool
 from molf.sql.result import QueryResult, Stage, failure, parse_reply
 from molf.sql.worker import WorkerError
 
-_GRACE_SECONDS = 0.5  # for a worker to notice the time itself, before it is killed
+_GRACE_SECONDS = 0.5  # for a worker to report its own time limit before it is killed
 _REPLY_OVERHEAD = 2**16  # bytes of a reply beside its rows
 
 
 class Sandbox:
     """Runs queries in locked-down processes. A context manager; threads may share it.
 
-    Each query gets an in-memory SQLite database of its own, which may neither attach another nor
-    load, read or write anything outside, in a process that may not open files. What exceeds
-    `limits`, kills its process or makes it hang is a failed query, and the process is replaced.
+    Each query gets a new in-memory SQLite database that cannot attach databases, load extensions,
+    or read or write files; its process cannot open files. A query that exceeds `limits`, or makes
+    its process crash or hang, fails, and the process is replaced.
 
     Args:
-        limits: How much a query may use.
-        workers: How many queries run at the same time, from as many threads.
+        limits: Limits of a query.
+        workers: Number of processes, each used by one thread at a time.
 
     Raises:
         ValueError: `workers` is below 1.
@@ -36,7 +36,7 @@ class Sandbox:
         return self._pool.folder
 
     def run(self, schema: str, query: str) -> QueryResult:
-        """Run a schema and one statement on it. Nothing in either text raises.
+        """Run a schema and one statement on it; no text of either raises an error.
 
         Args:
             schema: CREATE TABLE, INSERT and the like, any number of statements.
@@ -48,11 +48,11 @@ class Sandbox:
         return self._ask({"schema": schema, "query": query})
 
     def unchanged(self, schema: str, result: QueryResult) -> QueryResult:
-        """What a statement of the same kind gives that finds and changes nothing.
+        """Return the result of a statement of the same effect that finds and changes nothing.
 
         Args:
             schema: As in `run`.
-            result: A result on that schema: of the same effect is the one returned.
+            result: A result on that schema; only its effect, columns and table are used.
 
         Raises:
             RuntimeError: No worker could be started, or the sandbox is closed.

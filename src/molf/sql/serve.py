@@ -1,6 +1,6 @@
-"""The worker's side: answer requests from the pipe, in a process that can do little else.
+"""The worker's main loop: answer requests from a pipe in a restricted process.
 
-Runs in the worker, so it imports the standard library alone.
+This module runs in the worker and imports only the standard library.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ if sys.platform != "win32":
     import signal
 
 Handler = Callable[[dict[str, Any]], str]
-"""From a request to the JSON text of its reply."""
+"""Converts a request to the JSON text of its reply."""
 
-_MAX_REQUEST_BYTES = 2**30  # the parent is trusted; its own limits are far below
+_MAX_REQUEST_BYTES = 2**30  # the parent is trusted, and its own limits are far lower
 _ALARM_FACTOR = 2
 
 
 def serve(prepare: Callable[[dict[str, Any]], Handler]) -> None:
-    """Answer requests until the parent goes away; then remove the working directory, if empty.
+    """Answer requests until the parent ends; then remove the working directory, if empty.
 
     Args:
-        prepare: From the settings, the first message, to the handler of the requests. It locks the
-            process down. An exception of it is reported to the parent.
+        prepare: Converts the settings (the first message) to a handler of requests, and restricts
+            the process. Its exceptions are reported to the parent.
     """
     requests, replies = sys.stdin.buffer, sys.stdout.buffer
     settings = json.loads(read_frame(requests, _MAX_REQUEST_BYTES))
@@ -44,7 +44,7 @@ def serve(prepare: Callable[[dict[str, Any]], Handler]) -> None:
     while True:
         try:
             request = json.loads(read_frame(requests, _MAX_REQUEST_BYTES))
-        except EOFError:  # the parent is gone, and cannot clean up any more
+        except EOFError:  # the parent has ended without removing the folder
             with contextlib.suppress(OSError):
                 os.rmdir(os.getcwd())
             return
@@ -55,15 +55,15 @@ def serve(prepare: Callable[[dict[str, Any]], Handler]) -> None:
 
 
 def restrict_process(address_space_bytes: int, *, open_files: bool) -> None:
-    """Give up what a worker does not need: memory, files, processes, core dumps.
+    """Limit this process's memory, files, child processes and core dumps.
 
-    Windows has no such limits; there SQLite's own and the parent's clock have to do. macOS does
-    not enforce the address space.
+    Windows has no such limits: only SQLite's limits and the parent's timer apply. macOS does not
+    enforce the address space.
 
     Args:
         address_space_bytes: Limit of the process's virtual memory.
-        open_files: Whether files may still be opened, for reading alone. Without it, opening
-            anything fails, whatever it is that tries.
+        open_files: Whether files may still be opened for reading. Otherwise opening any file
+            fails.
     """
     if sys.platform == "win32":
         return
@@ -83,6 +83,6 @@ def _lower(limit: int, value: int) -> None:
 
 
 def _set_alarm(seconds: float) -> None:
-    """Have the kernel end this process after so long: nobody else would if the parent were gone."""
+    """Set a timer that kills this process, in case the parent has ended and cannot."""
     if sys.platform != "win32":
         signal.setitimer(signal.ITIMER_REAL, seconds)

@@ -1,7 +1,7 @@
-"""Finding the SQL in what a model generated: lexical rules, no parser.
+"""Extraction of SQL from generated text by lexical rules, without a parser.
 
-Quoted text ('...', "...", `...`, [...]) and comments (-- and /* */) are skipped as SQLite reads
-them, so that a `;` or a parenthesis inside them counts for nothing.
+Quoted text ('...', "...", `...`, [...]) and comments (-- and /* */) are skipped by SQLite's rules,
+so that a `;` or a parenthesis inside them has no effect.
 """
 
 from __future__ import annotations
@@ -30,33 +30,33 @@ _SQL_START = re.compile(
     r"attach|detach|begin|vacuum|reindex)\b|--|/\*|\(",
     re.IGNORECASE,
 )
-# An opening fence with what it says of the language, on a line of its own ("sql" also without).
+# An opening fence with the language's name on its line ("sql" may also be followed by the query).
 _OPENING = re.compile(r"```[ \t]*(?:(?:sql|sqlite)\b|\w+(?=[ \t]*\r?\n))?", re.IGNORECASE)
 _TAGGED_OPENING = re.compile(r"```[ \t]*(?:(?:sql|sqlite)\b|\w+[ \t]*\r?\n)", re.IGNORECASE)
 _CLOSED = re.compile(r"```[ \t]*\r?[^\w \t\r]")
 
 
 def first_statement(text: str) -> str:
-    """The statement that generated text begins with.
+    """Return the first statement of a generated text.
 
     The text is cut at the first `;` outside quotes and comments, or at the first blank line, and
-    trimmed. Of a fenced code block, also behind introductory words, the inside is taken. Blank
-    lines before the first word of the statement (around comments) do not count.
+    trimmed. If a fenced code block comes first or after introductory words, its inside is used.
+    Blank lines before the first word of the statement (around comments) do not count.
     """
     return _scan(text).statement
 
 
 def is_complete(text: str) -> bool:
-    """Whether more text would not change `first_statement`, so that generation can stop.
+    """Return whether more text cannot change `first_statement`, so that generation can stop.
 
-    Costs microseconds for a text of generated length. Words that are no SQL could still introduce a
-    code block, so they are complete only once it is closed or its statement ends.
+    It takes microseconds for a text of generated length. Words other than SQL may introduce a code
+    block, so such a text is complete only when the block or its statement ends.
     """
     return _scan(text).complete
 
 
 def has_outer_order(query: str) -> bool:
-    """Whether the order of a query's rows is asked for: ORDER BY outside parentheses."""
+    """Return whether a query orders its rows: ORDER BY outside parentheses."""
     depth = 0
     before = ""
     for match in _TOKEN.finditer(query):
@@ -75,7 +75,7 @@ def has_outer_order(query: str) -> bool:
 
 
 def first_word(query: str) -> str:
-    """The word that a statement begins with, in upper case; empty where there is none."""
+    """Return the first word of a statement in upper case; empty where there is none."""
     query = query.removeprefix("\ufeff")  # a byte order mark, which SQLite skips
     match = _WORD.match(query, _code_start(query))
     return match[0].upper() if match else ""
@@ -98,7 +98,7 @@ def _scan(text: str) -> _Scan:
 
 
 def _cut(text: str, *, in_block: bool) -> _Scan:
-    """Cut at the first of `;`, blank line and fence; a fence that opens a block leads into it."""
+    """Cut at the first `;`, blank line or fence; after an opening fence, continue in the block."""
     blank = _BLANK_LINE.search(text, _code_start(text))
     end = len(text) if blank is None else blank.start()
     for kind, start in _ends(text[:end]):
@@ -107,7 +107,7 @@ def _cut(text: str, *, in_block: bool) -> _Scan:
             opening = _TAGGED_OPENING.match(text, start)
             if opening is not None:
                 return _cut(text[opening.end() :].lstrip(), in_block=True)
-            # It may still turn out to open a block: a language's name can follow.
+            # The fence may still open a block: a language's name can follow.
             complete = _CLOSED.match(text, start) is not None
         return _Scan(text[:start].strip(), complete=complete)
     return _Scan(text[:end].strip(), complete=blank is not None)

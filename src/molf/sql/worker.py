@@ -1,4 +1,4 @@
-"""A process to ask that can be killed at any time."""
+"""A worker process that answers requests and can be killed at any time."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from typing import Any, BinaryIO, cast
 
 from molf.sql.frames import read_frame, write_frame
 
-_START_SECONDS = 60.0  # far above the fraction of a second that it takes on an idle machine
+_START_SECONDS = 60.0  # on an idle machine, a start takes a fraction of a second
 
-# Isolated (-I: no variables, no user's site), without site-packages (-S: no start-up hooks, which
-# may import anything) and without writing byte code (-B).
+# -I: ignore environment variables and the user's site; -S: no site-packages, whose start-up hooks
+# may import anything; -B: write no byte code.
 _OPTIONS = ("-I", "-S", "-B")
 _BOOT = (
     "import sys; sys.path += sys.argv[2:]; "
     "from importlib import import_module; import_module(sys.argv[1]).main()"
 )
-# Nothing of the environment is passed on but what an interpreter may need to start.
+# The only environment variables passed on: an interpreter may need them to start.
 _KEPT_VARIABLES = ("LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "SYSTEMROOT")
 
 
@@ -30,7 +30,7 @@ class WorkerError(RuntimeError):
     """A worker did not answer and has been killed.
 
     Attributes:
-        timed_out: Whether it took too long; else it died or answered nonsense.
+        timed_out: Whether the time limit was exceeded; else it died or its reply was invalid.
     """
 
     def __init__(self, message: str, *, timed_out: bool) -> None:
@@ -41,15 +41,15 @@ class WorkerError(RuntimeError):
 class Worker:
     """A process that runs `main()` of a module and answers one request at a time.
 
-    It is started as a fresh interpreter, not forked, since this process may hold threads, a GPU and
-    much memory. Messages are JSON: what comes back is read as data and never unpickled.
+    It is a new interpreter, not a fork, because this process may have threads, a GPU and much
+    memory. Messages are JSON: replies are parsed as data, never unpickled.
 
     Args:
         module: The module that the process runs; it uses `molf.sql.serve`.
-        settings: Its first message.
-        folder: Its working directory. If this process ends without closing it, it removes the
-            folder, provided that is empty.
-        paths: Folders to import from, beside the standard library and this package's own.
+        settings: The first message to the process.
+        folder: The working directory of the process. If this process ends without `close`, the
+            worker removes the folder if it is empty.
+        paths: Import folders beside the standard library and this package.
 
     Raises:
         RuntimeError: The process did not start.
@@ -86,27 +86,28 @@ class Worker:
 
     @property
     def usable(self) -> bool:
-        """Whether it can be asked."""
+        """Whether the process can answer requests."""
         return not self._expired and self._process.poll() is None
 
     def ask(self, request: dict[str, Any], seconds: float, max_bytes: int) -> bytes:
         """Send a request and wait for the reply.
 
-        Where this is interrupted, the process must be closed: the next reply would be this one's.
+        If this call is interrupted, close the process: the reply to this request would be taken
+        for that to the next one.
 
         Args:
             request: JSON values.
-            seconds: When to kill the process.
-            max_bytes: A larger reply is not read.
+            seconds: Time after which the process is killed.
+            max_bytes: Largest reply in bytes.
 
         Raises:
-            WorkerError: There is no reply; the process is gone.
+            WorkerError: There is no reply; the process has ended.
         """
         timer = threading.Timer(seconds, self._expire)
         timer.daemon = True
         timer.start()
         try:
-            # Both block, and both end when the timer kills the process.
+            # Both calls wait for the process; they end when the timer kills it.
             write_frame(cast(BinaryIO, self._process.stdin), json.dumps(request).encode())
             return read_frame(cast(BinaryIO, self._process.stdout), max_bytes)
         except (OSError, EOFError, ValueError) as error:
@@ -120,7 +121,7 @@ class Worker:
             timer.join()
 
     def close(self) -> None:
-        """Kill the process and wait until it is gone."""
+        """Kill the process and wait for its end."""
         self._process.kill()  # works on a stopped process too
         self._process.wait()
         for stream in (self._process.stdin, self._process.stdout):
