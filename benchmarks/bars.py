@@ -1,8 +1,8 @@
-"""Measure every bar of speed and memory on a CPU, and say of each: pass, fail or undecided.
+"""Measure all limits ("bars") of speed and memory on a CPU; print pass, fail or undecided for each.
 
-Runs the benchmarks one after the other, each in a process of its own, and leaves their records in
-benchmarks/results/. Under ten minutes on two cores; nothing else should run on them. Exits with 1
-if a bar fails.
+The benchmarks run one after the other in separate processes and write their records to
+benchmarks/results/. It takes less than ten minutes on two cores; run nothing else on them. The exit
+code is 1 if a bar fails.
 
     python benchmarks/bars.py [--results DIR] [--only NAME ...]
 """
@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 
 HERE = Path(__file__).parent
-RUNS = {  # the record's name, and the command
+RUNS = {  # name of the record: script and arguments
     "optimizer_step": ["optimizer_step.py"],
     "step_time": ["step_time.py", "--tokens", "2048", "--fresh", "--rounds", "16"],
     "step_time_8192": ["step_time.py", "--tokens", "8192"],

@@ -1,4 +1,4 @@
-"""What the benchmarks share: models, timed steps, rounds, ratios with intervals, bars, records."""
+"""Parts shared by the benchmarks: models, timed steps, rounds, ratios with intervals, records."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ import transformers
 
 import molf
 
-LENGTH = 256  # of a sequence
+LENGTH = 256  # tokens per sequence
 RESULTS = Path(__file__).parent / "results"
 LR = 5e-5
 
 Step = Callable[[], float]
-"""Takes one step and returns the seconds that it took."""
+"""Takes one step and returns its duration in seconds."""
 
 
 def make_model(dtype: torch.dtype = torch.float32, **shape: int) -> Any:
-    """Return a Qwen2 with random weights: of 20M parameters where `shape` says nothing else."""
+    """Return a Qwen2 with random weights, with 20M parameters unless `shape` changes it."""
     defaults = {
         "vocab_size": 4096,
         "hidden_size": 512,
@@ -65,29 +65,29 @@ def make_step(
 
 
 def fused_adamw(model: torch.nn.Module) -> torch.optim.Optimizer:
-    """Return torch's fused AdamW over what is trained in a model."""
+    """Return torch's fused AdamW over a model's trainable parameters."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     return torch.optim.AdamW(trained, lr=LR, fused=True)
 
 
 def fft_step(model: Any, batch: torch.Tensor) -> Step:
-    """Return a step of full fine-tuning with torch's fused AdamW, of a copy of the model."""
+    """Return a step of full fine-tuning with torch's fused AdamW, on a copy of the model."""
     model = copy.deepcopy(model)
     return make_step(model, fused_adamw(model), batch)
 
 
 def lora_step(model: Any, batch: torch.Tensor, rank: int) -> Step:
-    """Return a step of PEFT's LoRA with torch's fused AdamW, of a copy of the model."""
+    """Return a step of PEFT's LoRA with torch's fused AdamW, on a copy of the model."""
     config = peft.LoraConfig(r=rank, lora_alpha=32, use_rslora=True, target_modules="all-linear")
     adapted = peft.get_peft_model(copy.deepcopy(model), config)
     return make_step(adapted, fused_adamw(adapted), batch)
 
 
 def molf_step(model: Any, batch: torch.Tensor, ranks: Sequence[int], *, moved: bool = True) -> Step:
-    """Return a step of MoLF, of a copy of the model.
+    """Return a step of MoLF, on a copy of the model.
 
-    At equal rates `full` wins everywhere here. A LoRA expert that has never won has `B = 0`, and a
-    step leaves products with zero out; `moved` says whether all experts have won before.
+    At equal rates, `full` wins in all layers here. A LoRA expert that has never won has `B = 0`,
+    and a step skips products with it; `moved` makes all `B` nonzero, as after a win of each expert.
     """
     model = copy.deepcopy(model)
     config = molf.MoLFConfig(ranks=tuple(ranks))
@@ -98,7 +98,7 @@ def molf_step(model: Any, batch: torch.Tensor, ranks: Sequence[int], *, moved: b
 
 
 def move_experts(optimizer: molf.MoLFAdamW) -> None:
-    """Let no LoRA factor be zero, as after a win of every expert."""
+    """Make all LoRA factors nonzero, as after a win of every expert."""
     for group in optimizer.param_groups:
         if group["layer"] is not None:
             factors = optimizer.lora_factors(group["layer"])
@@ -109,12 +109,12 @@ def move_experts(optimizer: molf.MoLFAdamW) -> None:
 def interleave(
     steps: Mapping[str, Step], rounds: int, *, warm_up: int = 1
 ) -> dict[str, list[float]]:
-    """Take steps of all methods in turn, so that whatever else a machine does hits all alike.
+    """Take steps of all methods in turn, so that other load on the machine affects all equally.
 
     Returns:
         The seconds of every round, by method.
     """
-    for step in steps.values():  # state is made, memory is warmed
+    for step in steps.values():  # warm-up: creates state and allocates memory
         for _ in range(warm_up):
             step()
     seconds: dict[str, list[float]] = {method: [] for method in steps}
@@ -127,13 +127,13 @@ def interleave(
 
 
 class Bar(NamedTuple):
-    """A statement with a limit, and what was measured.
+    """A limit of a measurement, and the measured value.
 
     Attributes:
-        name: The statement.
-        limit: What the value must not exceed.
-        value: Measured.
-        low: Lower end of its 95% interval; the value where the measurement has no noise.
+        name: Name of the measurement.
+        limit: Largest allowed value.
+        value: Measured value.
+        low: Lower end of its 95% interval; the value itself for counts.
         high: Upper end.
     """
 
@@ -147,7 +147,7 @@ class Bar(NamedTuple):
     def of_ratios(
         cls, name: str, limit: float, taken: Sequence[float], base: Sequence[float]
     ) -> Bar:
-        """Build from the seconds of two methods in the same rounds."""
+        """Build from the seconds of two methods in the same rounds, as their ratio."""
         return cls(name, limit, *ratio_interval([a / b for a, b in zip(taken, base, strict=True)]))
 
     @classmethod
@@ -157,18 +157,18 @@ class Bar(NamedTuple):
 
     @property
     def verdict(self) -> str:
-        """Whether the whole interval is within the limit, beyond it, or on both sides."""
+        """Whether the interval is within the limit, beyond it, or on both sides."""
         return (
             "pass" if self.high <= self.limit else "fail" if self.low > self.limit else "undecided"
         )
 
     def record(self) -> dict[str, Any]:
-        """Return it for a JSON file."""
+        """Return the fields and the verdict for a JSON file."""
         return {**self._asdict(), "verdict": self.verdict}
 
 
 def show_bar(name: str, limit: float, value: float, low: float, high: float, verdict: str) -> str:
-    """Return one line for a bar's record."""
+    """Format one line from a bar's record."""
     interval = "" if low == high else f" ({low:.3f}-{high:.3f})"
     return f"{verdict:<9} {value:.3f}{interval}  bar {limit:g}  {name}"
 
@@ -181,7 +181,7 @@ def ratio_interval(ratios: Sequence[float]) -> tuple[float, float, float]:
 
 
 def copy_bandwidth(size: int = 1 << 28) -> float:
-    """Return the bytes per second, read and written, of copying a large tensor on the CPU."""
+    """Measure bytes per second, read and written, of copying a large tensor on the CPU."""
     source = torch.ones(size // 4)
     target = torch.empty_like(source)
     target.copy_(source)
@@ -190,7 +190,7 @@ def copy_bandwidth(size: int = 1 << 28) -> float:
 
 
 def product_speed(size: int = 2048) -> float:
-    """Return the operations per second of a large float32 product on the CPU."""
+    """Measure operations per second of a large float32 matrix product on the CPU."""
     left, right = torch.ones(size, size), torch.ones(size, size)
     torch.mm(left, right)
     return 2 * size**3 / min(_seconds(lambda: torch.mm(left, right)) for _ in range(5))
@@ -203,7 +203,7 @@ def _seconds(call: Callable[[], Any]) -> float:
 
 
 def environment() -> dict[str, Any]:
-    """Return versions and device, for a record."""
+    """Return versions and device for a record."""
     modules = (molf, torch, transformers, peft)
     return {
         "versions": {module.__name__: module.__version__ for module in modules},
@@ -223,7 +223,7 @@ def _cpu_name() -> str:
 def report(
     settings: Mapping[str, Any], bars: Sequence[Bar], json_file: Path | None, **results: Any
 ) -> None:
-    """Print the bars; write a record of everything where a file is named."""
+    """Print the bars; write settings, environment and bars to `json_file`, if given."""
     for bar in bars:
         print(show_bar(**bar.record()), flush=True)
     if json_file:

@@ -1,9 +1,9 @@
-"""`fact` and `med` against the straightforward loop: one record at a time, as one would write it.
+"""Time the evaluation of `fact` and `med` against a simple loop over records.
 
-The loop tokenizes each prompt, asks the model for the next token's probabilities (one forward pass
-per prompt for all targets), and lets `generate` answer with as many tokens as the task allows. Both
-must find the same metrics. Rounds are interleaved in one process; printed are medians and the
-median of the per-round ratios with its 95% bootstrap interval.
+The loop tokenizes each prompt, computes the next token's probabilities (one forward pass per prompt
+for all targets), and generates an answer with as many tokens as the task allows. Both must find the
+same metrics. Rounds are interleaved in one process; the table has medians and the median of the
+per-round ratios with its 95% bootstrap interval.
 
     python benchmarks/evaluation.py --model DIR --fact counterfact.jsonl --med medmcqa.jsonl
 """
@@ -48,7 +48,7 @@ def log_probs(loaded: LoadedModel, prompt: str, targets: list[str]) -> list[floa
     """Return the log-probabilities of the first token of each target after a prompt."""
     texts = [loaded.tokenizer(f"{prompt} {t}", return_offsets_mapping=True) for t in targets]
     rows = [text["input_ids"] for text in texts]
-    # The first token that holds a character of the target: the space may be a token of its own.
+    # Find the first token with a character of the target: the space may be a separate token.
     stops = [
         next(i for i, (_, end) in enumerate(text["offset_mapping"]) if end > len(prompt) + 1)
         for text in texts
@@ -136,7 +136,7 @@ LOOPS: dict[str, Callable[[LoadedModel, list[dict[str, Any]]], Scores]] = {
 
 
 def ours(loaded: LoadedModel, name: str, file: Path, batch_size: int) -> Scores:
-    """Measure with the task: data read, metrics with their intervals and all."""
+    """Evaluate with molf's task, including reading the data and computing intervals."""
     options = TaskOptions(name=name, eval_data=str(file), evaluation_only=True)
     settings = EvaluationSettings(batch_size=batch_size)
     evaluation = load_task(options).evaluate(loaded.model, loaded.tokenizer, settings)
@@ -144,7 +144,7 @@ def ours(loaded: LoadedModel, name: str, file: Path, batch_size: int) -> Scores:
 
 
 def timed(run: Callable[[], Scores]) -> tuple[float, Scores]:
-    """Return the seconds of a run, and what it found."""
+    """Return the seconds of a run, and its result."""
     start = time.perf_counter()
     found = run()
     return time.perf_counter() - start, found
@@ -153,10 +153,10 @@ def timed(run: Callable[[], Scores]) -> tuple[float, Scores]:
 def compare(
     loaded: LoadedModel, name: str, file: Path, options: argparse.Namespace
 ) -> Iterator[tuple[float, float]]:
-    """Yield the seconds of ours and of the loop, round by round.
+    """Yield the seconds of molf's task and of the loop, round by round.
 
     Raises:
-        ValueError: They find different metrics.
+        ValueError: Their metrics differ.
     """
     records = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
     runs = {
@@ -173,7 +173,7 @@ def compare(
 
 
 def sample(file: Path, count: int, folder: Path) -> Path:
-    """Write the first `count` records, from the start again if there are fewer."""
+    """Write the first `count` records; repeat them if there are fewer."""
     lines = file.read_text(encoding="utf-8").splitlines()
     written = folder / f"{file.stem}_{count}.jsonl"
     written.write_text("".join(f"{lines[i % len(lines)]}\n" for i in range(count)), "utf-8")

@@ -1,16 +1,16 @@
-"""Training steps on a GPU: full fine-tuning, LoRA, MoLF and MoLF-Efficient at 1.5B and 3B.
+"""Time training steps on a GPU: full fine-tuning, LoRA, MoLF and MoLF-Efficient at 1.5B and 3B.
 
-NOT YET RUN ON A GPU: the script is written and checked on a machine without one, where it ends with
-one line (`--smoke` takes all its paths with tiny models on a CPU). No figure of this repository
+NOT YET RUN ON A GPU: the script was tested on a machine without one (`--smoke` runs all its code
+with tiny models on a CPU). Without a GPU it prints one line and ends. No figure of this repository
 comes from it.
 
 Models have the shapes of Qwen2.5-1.5B and -3B, random bfloat16 weights, gradient checkpointing, and
-8,192 tokens a step. In each round every method is built, warmed up, timed for some steps and
-dropped again, so that whatever else the machine does hits all alike and each has the memory for
-itself. Printed are medians; against full fine-tuning the median of the per-round ratios with its
-95% bootstrap interval; tokens per second; the share of the device's peak that the model's own
-operations are (MFU; recomputation does not count); what was allocated at most; and how near
-optimizer steps come to the time that a copy of the bytes takes which they must move.
+8,192 tokens a step. In each round, each method is built, warmed up, timed for some steps and freed,
+so that other load on the machine affects all equally and only one method uses memory at a time. The
+table has medians; the median of the per-round ratios to full fine-tuning with its 95% bootstrap
+interval; tokens per second; the model's operations as a share of the device's peak (MFU, without
+recomputation); the peak of allocated memory; and the time to copy the bytes that an optimizer step
+must move, as a share of the step's time.
 
 - fft: molf.AdamW, exact bfloat16 weights, Triton kernels.
 - fft-torch: torch's fused AdamW on bfloat16 weights, moments in bfloat16.
@@ -18,8 +18,8 @@ optimizer steps come to the time that a copy of the bytes takes which they must 
 - molf, molf-eager: rank 128, exact bfloat16 weights, with the Triton kernels and without.
 - molf-e: ranks 32 and 128, one PEFT adapter, eager.
 
-At last a model of 8B, and one of 3B, with stochastic rounding, 8-bit states and steps in the
-backward pass, where torch may allocate no more than 24 GB: does it fit, and if not, how much would?
+Finally, models of 3B and 8B are trained with stochastic rounding, 8-bit states and optimizer steps
+in the backward pass, with torch limited to 24 GB; a model that does not fit is measured without it.
 
     python benchmarks/gpu.py [--models 1.5b,3b] [--methods fft,molf] [--rounds 5] [--json FILE]
 """
@@ -42,8 +42,8 @@ from torch import nn
 
 from step_kernels_gpu import floor_bytes
 
-STEP_BAR = 1.03  # of molf's whole step against fft's
-FLOOR_BAR = 0.70  # of the bandwidth floor, by molf's optimizer step
+STEP_BAR = 1.03  # largest ratio of molf's training step to fft's
+FLOOR_BAR = 0.70  # smallest ratio of the copy time to molf's optimizer step
 RESULT = Path(__file__).parent / "results" / "gpu.json"
 RANK = 128
 LR = 1e-5
@@ -74,7 +74,7 @@ SHAPES = {
 
 
 class Run(NamedTuple):
-    """How to run: where, with what kernels, and how much."""
+    """Device, kernels and sizes of a run."""
 
     device: torch.device
     kernels: str
@@ -84,7 +84,7 @@ class Run(NamedTuple):
 
 
 class Round(NamedTuple):
-    """What a method did in a round: seconds of a step and of its optimizer, bytes, facts."""
+    """A method's result in a round: seconds of a step and of its optimizer, bytes, shares."""
 
     step: float
     optimizer: float
@@ -122,7 +122,7 @@ def make_model(shape: Shape, run: Run) -> nn.Module:
 def make_method(
     method: str, model: nn.Module, run: Run
 ) -> tuple[nn.Module, torch.optim.Optimizer, str]:
-    """Return a method's model and optimizer, and who computes the optimizer's steps."""
+    """Return a method's model and optimizer, and the name of the kernels that it uses."""
     import peft
 
     import molf
@@ -148,7 +148,7 @@ def make_method(
 
 
 class Clock:
-    """Marks moments of the device's own time, without waiting for it.
+    """Records times on the device without waiting for it.
 
     Args:
         device: A CUDA device or the CPU.
@@ -159,7 +159,7 @@ class Clock:
         self._marks: list[Any] = []
 
     def mark(self) -> None:
-        """Mark the moment when all that was given to the device is done."""
+        """Record the time at which the device finishes all work queued so far."""
         if not self._on_cuda:
             self._marks.append(time.perf_counter())
             return
@@ -168,7 +168,7 @@ class Clock:
         self._marks.append(event)
 
     def seconds(self) -> list[float]:
-        """Wait for the device; return the times between neighbouring marks."""
+        """Wait for the device; return the seconds between consecutive marks."""
         pairs = zip(self._marks, self._marks[1:], strict=False)
         if not self._on_cuda:
             return [end - start for start, end in pairs]
@@ -183,7 +183,7 @@ def batch_of(shape: Shape, run: Run) -> torch.Tensor:
 
 
 def free(device: torch.device) -> None:
-    """Give back what nothing refers to, and begin to measure the peak anew."""
+    """Free unused memory, and reset the peak."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
@@ -194,11 +194,11 @@ def take_round(method: str, shape: Shape, run: Run) -> Round:
     """Build a method, warm it up, time it, and measure its memory."""
     free(run.device)
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Rank")  # of tiny layers
+        warnings.filterwarnings("ignore", message="Rank")  # tiny layers are smaller than the rank
         model, optimizer, _ = make_method(method, make_model(shape, run), run)
     batch = batch_of(shape, run)
     whole, alone = [], []
-    for number in range(2 + run.steps):  # state is made, kernels are compiled, memory is warmed
+    for number in range(2 + run.steps):  # two warm-up steps: create state, compile kernels
         clock = Clock(run.device)
         clock.mark()
         model(input_ids=batch, labels=batch).loss.backward()
@@ -226,10 +226,10 @@ def take_round(method: str, shape: Shape, run: Run) -> Round:
 
 
 def model_operations(method: str, shape: Shape, run: Run) -> float:
-    """Return the floating-point operations that a step's mathematics has, recomputation left out.
+    """Return the floating-point operations of a step, without recomputation.
 
-    Two for each weight of a product and token, forward; twice as many for both gradients, of which
-    a frozen base needs one; and causal attention.
+    The forward pass has two per weight and token. The backward pass has as many for each of its two
+    gradients, but a frozen base needs only one of them. Causal attention is added.
     """
     kv = shape.width // shape.heads * shape.key_values
     products = shape.layers * (
@@ -237,12 +237,12 @@ def model_operations(method: str, shape: Shape, run: Run) -> float:
     )
     products += shape.width * shape.vocabulary
     passes = 2 if method in ("lora", "molf-e") else 3
-    attention = shape.layers * run.length * shape.width * 3  # half of the products is masked
+    attention = shape.layers * run.length * shape.width * 3  # half of the products are masked
     return 2 * run.tokens * (passes * products + attention)
 
 
 def bandwidth(device: torch.device, size: int = 1 << 30) -> float:
-    """Return the bytes per second, read and written, of copying."""
+    """Measure bytes per second, read and written, of copying."""
     source = torch.zeros(size, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     clock = Clock(device)
@@ -256,7 +256,7 @@ def bandwidth(device: torch.device, size: int = 1 << 30) -> float:
 def compare(
     name: str, methods: list[str], rounds: int, run: Run, speed: float, peak: float
 ) -> dict[str, Any]:
-    """Time all methods on one shape in interleaved rounds; print and return what was found."""
+    """Time all methods on one shape in interleaved rounds; print and return the results."""
     from common import ratio_interval
 
     shape = SHAPES[name]
@@ -323,7 +323,7 @@ def _print_verdicts(found: dict[str, Any]) -> None:
 
 
 def capped(name: str, run: Run, cap: float) -> dict[str, Any]:
-    """Train one model with all that saves memory where torch may allocate `cap` bytes."""
+    """Train one model with all memory-saving options, with torch limited to `cap` bytes."""
     import molf
 
     shape = SHAPES[name]
@@ -363,7 +363,7 @@ def capped(name: str, run: Run, cap: float) -> dict[str, Any]:
         try:
             found["peak_bytes"] = peak_of_steps()
         except torch.OutOfMemoryError:
-            found["peak_bytes"] = None  # more than there is
+            found["peak_bytes"] = None  # more than the device has
     skeleton = make_model(shape, run._replace(device=torch.device("meta")))
     count = sum(parameter.numel() for parameter in skeleton.parameters())
     found["parameters"] = count
@@ -385,7 +385,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=8192)
     parser.add_argument("--length", type=int, default=1024)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=4, help="that are timed in a round")
+    parser.add_argument("--steps", type=int, default=4, help="timed steps per round")
     parser.add_argument("--peak_tflops", type=float, help="of the device in bfloat16, for MFU")
     parser.add_argument("--json", type=Path, help=f"default {RESULT.name} in benchmarks/results")
     parser.add_argument("--smoke", action="store_true", help="all paths, tiny models, on a CPU")
@@ -437,7 +437,7 @@ def main() -> None:
 
     def keep(kind: str, model: str, found: dict[str, Any]) -> None:
         results[kind][model] = found
-        if path:  # after each part: the machine may be taken away
+        if path:  # written after each part, in case the run is interrupted
             path.write_text(json.dumps(results, indent=2) + "\n")
 
     for model in options.models:

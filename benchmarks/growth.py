@@ -1,14 +1,14 @@
-"""How a training step of MoLF grows: with rank, number of experts, depth and tokens.
+"""Time a training step of MoLF by rank, number of experts, depth and tokens.
 
-Each row is one size. Its methods are interleaved, and the ratio is that of MoLF's whole training
-step against full fine-tuning's with torch's fused AdamW in the same rounds. Sizes are what a CPU
-can do in some minutes: ranks and experts on the 20M-parameter Qwen2 of the other benchmarks, depth
-with layers of width 128, tokens up to 65,536 on a model of width 256 whose step is short enough.
+Each row is one size. The ratio compares whole training steps of MoLF and of full fine-tuning with
+torch's fused AdamW, in interleaved rounds. Sizes fit into some minutes on a CPU: ranks and experts
+on the 20M-parameter Qwen2 of the other benchmarks, depth with layers of width 128, and up to 65,536
+tokens on a model of width 256.
 
     python benchmarks/growth.py [--rounds 5] [--only NAME ...] [--json FILE] [--plot FILE]
 
-The bar: at 8,192 tokens, experts of ranks 8, 32, 128 and 512 at once cost at most 1.05 of the step
-with a single expert of rank 512. The plot needs matplotlib.
+The bar: at 8,192 tokens, a step with experts of ranks 8, 32, 128 and 512 takes at most 1.05 times
+as long as a step with a single expert of rank 512. The plot needs matplotlib.
 """
 
 from __future__ import annotations
@@ -43,10 +43,10 @@ class Size(NamedTuple):
     """One row.
 
     Attributes:
-        value: What grows, as it is written on the axis.
-        ranks: Of the LoRA experts.
-        tokens: Of a step.
-        shape: Of the model, where it is not the usual one.
+        value: The varied size, as on the plot's axis.
+        ranks: Ranks of the LoRA experts.
+        tokens: Tokens per step.
+        shape: Options of the model's shape, where it is not the default.
     """
 
     value: int
@@ -100,7 +100,7 @@ def measure(sizes: Sequence[Size], rounds: int) -> Iterator[dict[str, Any]]:
 
 
 def many_experts(rounds: int) -> Bar:
-    """Measure four experts at once against the largest alone."""
+    """Measure a step with four experts against one with the largest alone."""
     model, batch = make_model(), make_batch(BAR_TOKENS)
     steps = {str(ranks): molf_step(model, batch, ranks) for ranks in (MANY, ONE)}
     seconds = interleave(steps, rounds)
@@ -109,12 +109,12 @@ def many_experts(rounds: int) -> Bar:
 
 
 def _short(value: int) -> str:
-    """65,536 as 64k: longer labels would overlap."""
+    """Shorten a label, such as 65,536 to 64k, because longer ones overlap."""
     return f"{value // 1024}k" if value >= 1024 and value % 1024 == 0 else str(value)
 
 
 def plot(growths: dict[str, list[dict[str, Any]]], file: Path) -> None:
-    """Draw a panel for each growth."""
+    """Draw a panel for each varied size."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -150,7 +150,7 @@ def main() -> None:
     parser.add_argument("--plot", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    warnings.filterwarnings("ignore", category=UserWarning)  # of ranks as large as a layer
+    warnings.filterwarnings("ignore", category=UserWarning)  # some ranks are as large as a layer
 
     growths: dict[str, list[dict[str, Any]]] = {}
     for name in [name for name in options.only if name in GROWTHS]:

@@ -1,13 +1,13 @@
-"""What rounding does to small updates: weights as in language models, random gradients, AdamW.
+"""Measure the loss of small updates by rounding, with AdamW on random gradients.
 
     python benchmarks/lost_updates.py [--direction 1] [--noise 1]
 
-Weights are drawn from N(0, 0.02^2) and stored in bfloat16; 50 steps get gradients of a fixed
-direction per element with noise, of the two given sizes. Printed is, for each rate and
-rounding, which share of the weights has not moved at all after all steps, how far the weights have
-moved on average, and how far along the movement of float32 weights, as shares of that, and what the
-optimizer measures of its last step. The last row of a rate is torch's AdamW, whose moments are
-bfloat16 as well.
+Weights are drawn from N(0, 0.02^2), as in language models, and stored in bfloat16. Gradients of 50
+steps have a fixed direction per element plus noise, of the two given sizes. For each rate and
+rounding, a line has: the share of weights that have not moved after all steps; the mean movement,
+and the movement along that of float32 weights, both as shares of the float32 movement; and the
+optimizer's own measurement of its last step. The last line of a rate is torch's AdamW, whose
+moments are bfloat16 too.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _SETTINGS = {
 def run(
     lr: float, rounding: str | None, sizes: tuple[float, float]
 ) -> tuple[torch.Tensor, torch.Tensor, float | None, float | None]:
-    """Return the start, the end, and the measured shares of lost and of kept updates."""
+    """Return the weights at start and end, and the measured shares of lost and kept updates."""
     generator = torch.Generator().manual_seed(0)
     start = (0.02 * torch.randn(_SHAPE, generator=generator)).bfloat16()
     direction = sizes[0] * torch.randn(_SHAPE, generator=generator)
@@ -68,8 +68,8 @@ def run(
 def main() -> None:
     """Print one line of JSON for each rate and rounding."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--direction", type=float, default=1.0, help="what all gradients share")
-    parser.add_argument("--noise", type=float, default=1.0, help="what is new in each gradient")
+    parser.add_argument("--direction", type=float, default=1.0, help="size of the fixed direction")
+    parser.add_argument("--noise", type=float, default=1.0, help="size of the noise per step")
     options = parser.parse_args()
     sizes = options.direction, options.noise
     for lr in _RATES:

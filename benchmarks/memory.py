@@ -1,16 +1,16 @@
-"""Peak memory of a training step: full fine-tuning and MoLF, by precision and by when layers move.
+"""Measure the peak memory of a training step of full fine-tuning and MoLF, by storage options.
 
     python benchmarks/memory.py [--model small|wide] [--all] [--rank 128] [--json FILE]
 
-Counted are the bytes of all live tensors that operations have returned: weights, gradients,
-optimizer state, activations and temporaries of the second training step of a Qwen2 on a CPU. What
-an operation allocates and frees inside is not seen. The sequence is short, so that weights and
+The count includes all live tensors returned by operations: weights, gradients, optimizer state,
+activations and temporaries of the second training step of a Qwen2 on a CPU. Memory that an
+operation allocates and frees inside is not counted. The sequence is short, so that weights and
 states dominate.
 
-`small` is the 20M-parameter model of the other benchmarks. At rank 128 its factors and their
-moments take a third of what the weights' take, since its width is 512: no statement about MoLF
-against full fine-tuning as a whole holds for larger models. `wide`, for which the bars are stated,
-has two layers of TinyLlama-1.1B's shape and a small vocabulary.
+`small` is the 20M-parameter model of the other benchmarks. Its width is 512, so at rank 128 factors
+and their moments take a third of the memory of weights and theirs; ratios of MoLF to full
+fine-tuning do not hold for larger models. `wide`, the model of the bars, has two layers of
+TinyLlama-1.1B's shape and a small vocabulary.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
-PRECISIONS = ("float32", "bfloat16 exact", "bfloat16 exact, 8-bit")  # of whole steps
+PRECISIONS = ("float32", "bfloat16 exact", "bfloat16 exact, 8-bit")  # for whole steps
 TRANSIENTS = ("float32", "bfloat16 exact", "bfloat16 stochastic, 8-bit")
 SMALLEST, ORDINARY = "molf, bfloat16 stochastic, 8-bit, in backward", "fft, bfloat16 stochastic"
 NEEDED = {
@@ -86,7 +86,7 @@ NEEDED = {
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of all storages that are alive, and their peak."""
+    """Counts the bytes of all live storages, and their peak."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -129,10 +129,10 @@ def measure(
     dtype: torch.dtype = torch.float32,
     **more: Any,
 ) -> dict[str, float]:
-    """Return bytes for each parameter: at the peak, of the optimizer's state, and so on.
+    """Return bytes per parameter: at the peak, of the optimizer's state, and so on.
 
-    The transient is what the optimizer's step takes beside what is there before it. One layer is
-    the weight of the largest linear layer and its factors, in float32.
+    The transient is the additional memory during the optimizer's step. One layer is the weight of
+    the largest linear layer and its factors, in float32.
     """
     model = make_model(dtype, **shape)
     count = sum(p.numel() for p in model.parameters())
@@ -148,10 +148,10 @@ def measure(
         model(input_ids=batch, labels=batch).loss.backward()
 
     backward()
-    optimizer.step()  # makes the state
+    optimizer.step()  # creates the state
     optimizer.zero_grad()
     if isinstance(optimizer, molf.MoLFAdamW):
-        move_experts(optimizer)  # as late in a run: a step then needs most
+        move_experts(optimizer)  # nonzero factors, as late in a run: the largest peak
     named = [
         (key, value)
         for entry in optimizer.state.values()
@@ -191,7 +191,7 @@ def _bytes(tensor: torch.Tensor) -> int:
 
 
 def bars_of(results: Mapping[str, Mapping[str, float]]) -> list[Bar]:
-    """State what is promised of memory, with the measured values."""
+    """Return the bars of memory with the measured values."""
     bars = []
     for precision in PRECISIONS:
         fft, own = results[f"fft, {precision}"], results[f"molf, {precision}"]
@@ -212,7 +212,7 @@ def main() -> None:
     """Measure every setting; print a table."""
     parser = argparse.ArgumentParser(description="Peak memory of a training step.")
     parser.add_argument("--model", choices=tuple(SHAPES), default="wide")
-    parser.add_argument("--all", action="store_true", help="also what no bar is about")
+    parser.add_argument("--all", action="store_true", help="also settings without a bar")
     parser.add_argument("--tokens", type=int, default=32)
     parser.add_argument("--rank", type=int, default=128)
     parser.add_argument("--threads", type=int, default=2)

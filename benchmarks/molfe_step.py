@@ -1,9 +1,9 @@
-"""One training step of MoLF-Efficient against one PEFT LoRA of the summed rank under fused AdamW.
+"""Time a training step of MoLF-Efficient against PEFT LoRA of the summed rank under fused AdamW.
 
-Both train the very same adapter (rank, dropout, targets, checkpointing), so the difference is the
-optimizer's. Steps are interleaved in one process; printed are medians and the median of the
-per-round ratios with its 95% bootstrap interval. Peak memory is measured in fresh processes, a few
-for each method: on a CPU how much the resident memory has grown since the libraries were imported.
+Both train the same adapter (rank, dropout, targets, checkpointing), so only the optimizers differ.
+Steps are interleaved in one process; the table has medians and the median of the per-round ratios
+with its 95% bootstrap interval. Peak memory is measured in new processes, a few for each method; on
+a CPU it is the growth of resident memory since the libraries were imported.
 
     python benchmarks/molfe_step.py [--ranks 32,128] [--tokens 2048] [--rounds 15] [--json FILE]
 """
@@ -23,12 +23,12 @@ import molf
 from common import LR, Bar, Step, fused_adamw, interleave, make_batch, make_model, make_step, report
 
 METHODS = ("lora", "molf-e")
-BAR = 1.03  # of the time
+BAR = 1.03  # largest ratio of times
 MEMORY_BAR = 1.02
 
 
 def make(method: str, options: argparse.Namespace) -> Step:
-    """Return the training step of a method, from the same weights and batch as the other's."""
+    """Return a method's training step; weights and batch are the same for both methods."""
     ranks = tuple(map(int, options.ranks.split(",")))
     config = molf.MoLFConfig(ranks=ranks, lora_dropout=options.dropout, freeze_base=True)
     batch = make_batch(options.tokens).to(options.device)
@@ -45,7 +45,7 @@ def make(method: str, options: argparse.Namespace) -> Step:
 
 
 def measure_memory(method: str, options: argparse.Namespace) -> int:
-    """Return the bytes that a method's training takes at most, in this process."""
+    """Return the peak memory of a method's training in this process, in bytes."""
     if options.device == "cuda":
         make_and_step(method, options)
         return torch.cuda.max_memory_allocated()
@@ -55,7 +55,7 @@ def measure_memory(method: str, options: argparse.Namespace) -> int:
 
 
 def make_and_step(method: str, options: argparse.Namespace) -> None:
-    """Take three steps: state is made in the first."""
+    """Take three steps; the first creates the state."""
     step = make(method, options)
     for _ in range(3):
         step()
@@ -67,7 +67,7 @@ def _resident() -> int:
 
 
 def memory_of(method: str, options: argparse.Namespace) -> int:
-    """Measure in a process of its own."""
+    """Measure a method's peak memory in a new process."""
     command = [sys.executable, __file__, *sys.argv[1:], "--memory_of", method]
     found = subprocess.run(command, check=True, capture_output=True, text=True)
     return int(found.stdout)

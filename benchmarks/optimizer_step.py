@@ -1,9 +1,9 @@
-"""The optimizer's step alone: MoLF against torch's fused AdamW, and against the memory's speed.
+"""Time the optimizer's step alone: MoLF against torch's fused AdamW and the memory's bandwidth.
 
-For each step: seconds, the bytes that it must move (every number that a phase needs, read or
-written once; a phase begins where the last one's numbers have left the cache), the operations of
-its products, and what share of the time those bytes and products take at the speed of a large copy
-and of a large product, both measured in the same run.
+For each step, the table has its seconds; the bytes that it must move (each phase reads or writes
+each of its numbers once; the cache keeps none of them between phases); the operations of its
+products; and the time that those bytes and operations take at the speed of a large copy and of a
+large product, as a share of the step's time. Both speeds are measured in the same run.
 
     python benchmarks/optimizer_step.py [--rank 128] [--rounds 15] [--json FILE]
 """
@@ -33,7 +33,7 @@ from common import (
     report,
 )
 
-MOLF = (  # the row, who wins everywhere, and whether LoRA experts have won before
+MOLF = (  # name of the row, winner of all layers, whether LoRA experts have won before
     ("molf, full wins", "full", True),
     ("molf, lora wins", "lora", True),
     ("molf, fresh", "full", False),
@@ -41,37 +41,38 @@ MOLF = (  # the row, who wins everywhere, and whether LoRA experts have won befo
 
 
 class Work(NamedTuple):
-    """What a step has to do."""
+    """The bytes to move and the operations of a step."""
 
     bytes: int
     operations: int
 
 
 def work_of_adamw(model: torch.nn.Module) -> Work:
-    """Gradient read; weight, m and v read and written: 28 bytes."""
+    """Count 28 bytes per element: read the gradient; read and write weight, m and v."""
     return Work(28 * sum(p.numel() for p in model.parameters()), 0)
 
 
 def work_of_molf(optimizer: molf.MoLFAdamW, winner: str, *, moved: bool) -> Work:
-    """Count a step in which one expert wins everywhere, float32 throughout.
+    """Count a float32 step in which one expert wins all layers.
 
-    `moved` says whether B of the LoRA experts differs from zero; there are no products with zeros.
+    `moved` tells whether B of the LoRA experts is nonzero; a step skips products with zeros.
     """
     transfer = operations = 0
     for group in optimizer.param_groups:
         count = sum(p.numel() for p in group["params"])
         if group["layer"] is None:
-            transfer += (4 + 28) * count  # checked; then as AdamW
+            transfer += (4 + 28) * count  # read by the finite check; then as AdamW
             continue
         weight = group["params"][0]
         rank = sum(group["ranks"])
         factors, one_product = rank * sum(weight.shape), 2 * rank * weight.numel()
-        # Checked; read for the factors' gradients; read with both moments, which are written.
+        # Gradient: read by the finite check, read for the factors' gradients, and read once more
+        # to update both moments, which are read and written.
         transfer += (4 + 4 + 20) * count
-        # Factors are read, their gradients written; these read, and moments read and written.
+        # Factors: read; gradients written, then read to update moments, read and written.
         transfer += (4 + 4 + 20) * factors
         operations += (1 + moved) * one_product
-        if winner == "full":  # weight read and written, moments read; s B A for the decay
+        if winner == "full":  # weight read and written, moments read; s B A read for the decay
             transfer += (8 + 8) * count + 4 * factors
             operations += moved * one_product
         else:  # weight read and written; factors read and written, their moments read

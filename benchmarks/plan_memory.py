@@ -1,10 +1,10 @@
-"""The planned memory peak of a training against the measured: a random Qwen2 of 100M parameters.
+"""Compare planned and measured memory peaks of training a random Qwen2 of 100M parameters.
 
-Two optimizer steps (forward and backward pass with TRL's loss head, clipping, the optimizer) of
-each setting are measured: on a CPU the live tensor bytes that torch's profiler records (or, with
-`--tracker mem_tracker`, torch.distributed's MemTracker: fft and molf in float32 alone, as it fails
-on frozen parameters, and autograd copies where it watches), on a GPU `max_memory_allocated`. Exits
-with 1 if any planned peak is more than 10% off.
+Two optimizer steps of each setting are measured: forward and backward pass with TRL's loss head,
+clipping, and the optimizer. On a GPU the peak is `max_memory_allocated`. On a CPU it is the live
+tensor bytes recorded by torch's profiler, or with `--tracker mem_tracker` by torch.distributed's
+MemTracker (fft and molf in float32 only: it fails on frozen parameters, and causes extra copies in
+autograd). The exit code is 1 if a planned peak is more than 10% off.
 
     python benchmarks/plan_memory.py [--device cpu|cuda] [--shapes 1x128,2x256] [--json FILE]
                                      [--settings "fft;molf, 8-bit states"] [--layers 12]
@@ -72,11 +72,11 @@ SETTINGS: dict[str, dict[str, Any]] = {
         for bits in (4, 8)
     },
 }
-"""What is compared: a method and how it keeps weights, gradients and state."""
+"""Each setting: a method and its storage of weights, gradients and state."""
 
 
 def model_config() -> transformers.Qwen2Config:
-    """Return the configuration of a Qwen2 of 100M parameters, or of one with other layers."""
+    """Return the configuration of a Qwen2, by default with 100M parameters."""
     return transformers.Qwen2Config(
         vocab_size=32000,
         hidden_size=768,
@@ -90,7 +90,7 @@ def model_config() -> transformers.Qwen2Config:
 
 
 def make_model(workload: Workload) -> Any:
-    """Return the model with random weights, as the method trains it."""
+    """Return the model with random weights, prepared for the method."""
     torch.manual_seed(0)
     dtype = getattr(torch, workload.dtype)
     model = transformers.AutoModelForCausalLM.from_config(model_config(), dtype=dtype)
@@ -113,7 +113,7 @@ def make_model(workload: Workload) -> Any:
 
 
 def quantised(model: Any, workload: Workload) -> Any:
-    """Return the model as `molf train` would load it, its linear layers quantised."""
+    """Return the model with quantised linear layers, as `molf train` loads it."""
     options: dict[str, Any] = {"load_in_8bit": True}
     if workload.quantised == "load_in_4bit":
         compute = torch.bfloat16 if workload.bf16 else torch.float32
@@ -152,12 +152,12 @@ def make_optimizer(model: Any, workload: Workload) -> torch.optim.Optimizer:
 
 
 def train(model: Any, optimizer: torch.optim.Optimizer, workload: Workload) -> Iterator[None]:
-    """Take the steps; yields before each forward pass."""
+    """Take the training steps; yield before each forward pass."""
     size = (workload.batch_size, workload.length)
     ids = torch.randint(0, model_config().vocab_size, size, device=workload.device)
     mask = torch.ones_like(ids)
     if workload.padded:
-        mask[0, -workload.length // 8 :] = 0  # a batch holds sequences of several lengths
+        mask[0, -workload.length // 8 :] = 0  # padding, as in batches of unequal lengths
     for _ in range(STEPS):
         for _ in range(2 if workload.accumulates else 1):
             yield
@@ -195,7 +195,7 @@ def measure(workload: Workload, tracker: str) -> int:
         memory.track_external(model, optimizer)
         with memory:
             for _ in steps:
-                memory.reset_mod_stats()  # it refuses a second forward pass else
+                memory.reset_mod_stats()  # without it, a second forward pass fails
         return max(snapshot["Total"] for snapshot in memory.get_tracker_snapshot("peak").values())
     peak = PeakBytes(torch.device(workload.device), held_tensors(model))
     with peak:
@@ -220,7 +220,7 @@ def workloads(
                         batch_size=batch_size,
                         length=length,
                         checkpointing=checkpointing,
-                        # One shape accumulates, so that gradients are there in the forward pass.
+                        # One shape accumulates, so that gradients exist during the forward pass.
                         accumulates=batch_size == 1 and "optimizer_in_backward" not in setting,
                         bf16=device == "cuda",
                         device=device,

@@ -1,8 +1,8 @@
-"""Which GPU holds which model in which mode: planned peaks of known model shapes, as a table.
+"""Print planned memory peaks of known models, and the smallest GPU for each model and mode.
 
-Nothing is downloaded and nothing is trained: every peak is what `molf plan` says for the shape that
-the model's authors have published, one sequence at a time, under gradient checkpointing and
-bfloat16 autocast. Finished plans are kept in the JSON file, which a later call goes on with.
+Nothing is downloaded or trained: peaks are computed as by `molf plan` from the published shapes,
+for one sequence at a time, with gradient checkpointing and bfloat16 autocast. Finished plans are
+saved in the JSON file; a later call computes only the missing ones.
 
     python benchmarks/plan_models.py [--models Qwen2.5-0.5B,...] [--max_length 1024] --json FILE
 """
@@ -83,7 +83,7 @@ MODES: dict[str, dict[str, Any]] = {
 
 
 def workload(mode: str, length: int) -> Workload:
-    """Return what is planned."""
+    """Return the workload to plan."""
     options = {"accumulates": True, **MODES[mode]}
     return Workload(
         config=method_config(options["method"]),
@@ -97,7 +97,7 @@ def workload(mode: str, length: int) -> Workload:
 
 
 def table(peaks: dict[str, dict[str, int]]) -> str:
-    """Return the Markdown: GiB, and the smallest GPU that they fit."""
+    """Return a Markdown table of peaks in GiB, each with the smallest GPU that fits."""
     lines = [f"| | {' | '.join(peaks)} |", f"|---|{'---|' * len(peaks)}"]
     for mode in MODES:
         cells = [_cell(found.get(mode)) for found in peaks.values()]
@@ -113,7 +113,7 @@ def _cell(peak: int | None) -> str:
 
 
 def main() -> None:
-    """Plan what is not planned yet, and print the table."""
+    """Compute missing plans, and print the table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--models", default=",".join(MODELS))
     parser.add_argument("--max_length", type=int, default=1024)

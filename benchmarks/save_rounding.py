@@ -1,14 +1,14 @@
-"""What saving in bfloat16 costs a training: nearest, stochastic, float32, on real small models.
+"""Measure the loss of a trained update by saving in bfloat16, on real small models.
 
     python benchmarks/save_rounding.py --data DIR [--seeds 5] [--results FILE]
 
-DIR holds `factlm/` and `stories260k/` (checkpoints of transformers), `counterfact.jsonl` and
-`medmcqa_train.jsonl`; the bases are stored in bfloat16 first, but where a cell says float32. Each
-cell is trained once for a seed, with float32 weights that are saved whole. Its float32 model is
-then rounded to bfloat16 both ways, and the loss of the training records is measured on the base and
-on the three models. Printed are means over seeds with 95% intervals (Student's t): what differs
-from the base of the numbers that moved, the error of the saved update, the loss, and the share of
-the loss's gain that is gone.
+DIR contains `factlm/` and `stories260k/` (checkpoints of transformers), `counterfact.jsonl` and
+`medmcqa_train.jsonl`. The bases are stored in bfloat16 first, except in float32 cells. Each cell is
+trained once per seed with float32 weights, which are saved unrounded. This model is then rounded to
+bfloat16, to nearest and stochastically, and the loss of the training records is measured on the
+base and on the three models. The table has means over seeds with 95% intervals (Student's t): the
+share of moved numbers that differ from the base after saving, the error of the saved update, the
+loss, and the share of the loss's gain that is lost.
 """
 
 from __future__ import annotations
@@ -44,11 +44,11 @@ _RECORDS = 200
 
 @dataclass(frozen=True)
 class Cell:
-    """A training.
+    """A training run.
 
     Attributes:
         name: Its name in the table.
-        base: Which base.
+        base: Name of the base model.
         task: The task, or the records of `custom`.
         options: Further options of `molf train`.
     """
@@ -132,7 +132,7 @@ def main() -> None:
 
 
 def _write_inputs(data: Path, folder: Path) -> None:
-    """Store the bases in bfloat16, and the records as prompts and completions."""
+    """Write the bases in bfloat16, and the records as prompts and completions."""
     for name in ("factlm", "stories260k", "embedded"):
         source = BASE_PATH if name == "embedded" else data / name
         model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
@@ -163,7 +163,7 @@ def _lines(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def _measure(cell: Cell, seed: int, folder: Path) -> Iterator[dict[str, Any]]:
-    """Train once, round the trained model both ways, and measure all."""
+    """Train once, round the trained model both ways, and measure all models."""
     base, run = folder / cell.base, folder / "run"
     shutil.rmtree(run, ignore_errors=True)
     arguments = ["train", "--model", str(base), "--seed", str(seed), "--save_dtype", "float32"]
@@ -207,7 +207,7 @@ def _run(arguments: list[str]) -> None:
 
 
 def _loss(path: Path, samples: Any) -> float:
-    """Mean loss per completion token, in float32."""
+    """Return the mean loss per completion token, in float32."""
     loaded = load_model(str(path))
     encoded = encode_samples(loaded.tokenizer, samples, 512)
     total = count = 0.0
@@ -223,7 +223,7 @@ def _loss(path: Path, samples: Any) -> float:
 
 
 def _update(base: Path, trained: Path, saved: Path) -> SavedUpdate:
-    """What the saved model kept of the training."""
+    """Compare the saved model's update with the trained one's."""
     start, end, stored = (StoredCheckpoint(str(path)) for path in (base, trained, saved))
     update = SavedUpdate()
     for name in end.tensors:

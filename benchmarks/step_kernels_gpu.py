@@ -1,12 +1,12 @@
 """Time the fused kernels on a GPU against torch's fused AdamW and the bandwidth of a copy.
 
-NOT YET RUN ON A GPU: the script is written and checked on a machine without one, where it ends with
-one line. No figure of this repository comes from it.
+NOT YET RUN ON A GPU: the script was tested on a machine without one, where it prints one line and
+ends. No figure of this repository comes from it.
 
-The tensors are the linear layers of a decoder with Qwen2.5-1.5B's shapes. For every operation, and
+The tensors are the linear layers of a decoder with Qwen2.5-1.5B's shapes. For each operation, and
 for whole steps of MoLFAdamW and AdamW with and without the kernels, it prints the median time of a
-call, what the call must move (docs/kernels.md), and the share of the time that moving those bytes
-takes at the speed of a plain copy on the same device.
+call, the bytes that the call must move (docs/kernels.md), and the time to copy those bytes on the
+same device as a share of the call's time.
 
     python benchmarks/step_kernels_gpu.py [--layers 8] [--rank 128] [--rounds 20] [--json FILE]
 """
@@ -40,7 +40,7 @@ STORAGES = ("float32", "bfloat16 exact", "bfloat16 stochastic")
 
 
 class Model:
-    """Weights, gradients and state of all layers, for one way to store weights."""
+    """Weights, gradients and state of all layers, for one storage of weights."""
 
     def __init__(self, layers: int, rank: int, storage: str) -> None:
         from molf.core.fused import Weight
@@ -72,7 +72,7 @@ class Model:
 
 
 def operations(model: Model) -> dict[str, tuple[Callable[[], Any], int]]:
-    """Return each operation and the bytes that it moves at least."""
+    """Return each operation with the fewest bytes that it must move."""
     from molf.core.adam import AdamWStep
     from molf.core.fused import AdamW, Kernels, LowRank, Moments
     from molf.core.weight_step import Product
@@ -112,7 +112,7 @@ def operations(model: Model) -> dict[str, tuple[Callable[[], Any], int]]:
 
 
 def torch_operations(model: Model) -> dict[str, tuple[Callable[[], Any], int]]:
-    """Return torch's fused AdamW on float32, and the products that `low_rank` has inside."""
+    """Return torch's fused AdamW on float32, and the matrix products of `low_rank`."""
     parameters = [torch.nn.Parameter(weight.values) for weight in model.weights]
     for parameter, grad in zip(parameters, model.grads, strict=True):
         parameter.grad = grad
@@ -130,11 +130,11 @@ def torch_operations(model: Model) -> dict[str, tuple[Callable[[], Any], int]]:
 
 
 def floor_bytes(optimizer: torch.optim.Optimizer) -> int:
-    """Return what the last step of molf.AdamW or MoLFAdamW had to move at least.
+    """Return the fewest bytes that the last step of molf.AdamW or MoLFAdamW had to move.
 
-    Passes over weights, gradients and moments as docs/kernels.md counts them, of each layer by who
-    has won; of the factors their moments and gradients. The thin products' own reads of the
-    gradient and all operands are left out, so they count against the step.
+    The count has the passes over weights, gradients and moments of docs/kernels.md, which depend on
+    each layer's winner, and the factors' moments and gradients. Reads by the low-rank products are
+    not counted, so they lower the printed share.
     """
     total = 0
     for group in optimizer.param_groups:
@@ -147,7 +147,7 @@ def floor_bytes(optimizer: torch.optim.Optimizer) -> int:
             is_exact = "low" in optimizer.state[parameter]
             weight = 4 if is_exact else parameter.dtype.itemsize
             per_element = grad + 2 * weight + 16
-            if routed:  # the guard is a pass of its own, and the winner's moments are read again
+            if routed:  # the finite check is a separate pass; the winner's moments are read again
                 is_written = full or parameter.dim() > 1
                 per_element = 2 * grad + 16 + 2 * weight * is_written + 8 * full
             total += parameter.numel() * per_element
@@ -157,9 +157,9 @@ def floor_bytes(optimizer: torch.optim.Optimizer) -> int:
 def whole_steps(
     shapes: list[tuple[int, int]], rank: int, storage: str, device: torch.device
 ) -> Iterator[tuple[str, torch.optim.Optimizer]]:
-    """Yield optimizers whose gradients are there, by name, one at a time for the memory.
+    """Yield (name, optimizer) with gradients set, one at a time to save memory.
 
-    `full` and `lora` say who wins all layers.
+    `full` and `lora` in a name tell the winner of all layers.
     """
     from molf import AdamW, MoLFAdamW, MoLFConfig
 
@@ -182,7 +182,7 @@ def whole_steps(
 
 
 def milliseconds(call: Callable[[], Any], rounds: int) -> float:
-    """Return the median time of a call on the device."""
+    """Measure the median time of a call on the device, in milliseconds."""
     for _ in range(3):
         call()
     times = []
@@ -197,7 +197,7 @@ def milliseconds(call: Callable[[], Any], rounds: int) -> float:
 
 
 def copy_bandwidth(rounds: int) -> float:
-    """Return the bytes per second, read and written, of copying one GiB."""
+    """Measure bytes per second, read and written, of copying one GiB."""
     source = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
     target = torch.empty_like(source)
     return 2 * source.numel() / milliseconds(lambda: target.copy_(source), rounds) * 1e3
@@ -217,7 +217,7 @@ def main() -> None:
         sys.exit('step_kernels_gpu: needs triton (pip install "molf[triton]").')
 
     torch.manual_seed(0)
-    torch.set_float32_matmul_precision("highest")  # as the optimizer does for its products
+    torch.set_float32_matmul_precision("highest")  # as in the optimizer's products
     bandwidth = copy_bandwidth(options.rounds)
     name = torch.cuda.get_device_name()
     print(f"{name}: a copy moves {bandwidth / 1e9:.0f} GB/s")

@@ -1,10 +1,10 @@
-"""One whole training step of full fine-tuning, PEFT LoRA and MoLF, interleaved in one process.
+"""Time whole training steps of full fine-tuning, PEFT LoRA and MoLF, interleaved in one process.
 
-Each round takes one step (forward, backward, optimizer) of every method in turn, of a Qwen2 of 20M
-parameters. Printed are medians and the median of the per-round ratios with its 95% bootstrap
-interval, against full fine-tuning with torch's fused AdamW and against LoRA of the same rank.
-MoLF's step is that of a run whose LoRA experts have all won before; with `--fresh` also that of one
-where none has, as in the first steps and wherever `full` keeps winning: it has fewer products.
+Each round takes one step (forward, backward, optimizer) of each method in turn, on a Qwen2 of 20M
+parameters. The table has medians and the median of the per-round ratios with its 95% bootstrap
+interval, against full fine-tuning with torch's fused AdamW and against LoRA of the same rank. All
+of MoLF's LoRA experts have won before. `--fresh` adds a step in which none has, as at the start of
+a run or where `full` always wins; it has fewer products.
 
     python benchmarks/step_time.py [--tokens 2048] [--rank 128] [--fresh] [--rounds 15]
         [--json FILE]
@@ -31,7 +31,7 @@ from common import (
     report,
 )
 
-LIMITS = {2048: 1.10, 8192: 1.04}  # by tokens, at rank 128: MoLF's step against fft's
+LIMITS = {2048: 1.10, 8192: 1.04}  # tokens: largest ratio of MoLF's step to fft's, at rank 128
 
 
 def main() -> None:
@@ -39,7 +39,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--rank", type=int, default=128)
-    parser.add_argument("--fresh", action="store_true", help="also where no LoRA expert has won")
+    parser.add_argument("--fresh", action="store_true", help="add MoLF before any LoRA win")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--json", type=Path)
@@ -66,7 +66,7 @@ def main() -> None:
 
 
 def bars_of(options: argparse.Namespace, seconds: Mapping[str, list[float]]) -> list[Bar]:
-    """State what is promised of MoLF's step, with what was measured."""
+    """Return the bars of MoLF's step with the measured values."""
     at = f"{options.tokens} tokens, rank {options.rank}: MoLF's training step"
     limit = LIMITS.get(options.tokens) if options.rank == 128 else None
     bars = []

@@ -1,8 +1,8 @@
-"""Builds the shipped base model: trains a tokenizer and a small Qwen2 on the texts of `molf.world`.
+"""Build the shipped base model: train a tokenizer and a small Qwen2 on the texts of `molf.world`.
 
     python scripts/build_base.py
 
-Takes 45 minutes on one CPU core. The checkpoint, its scores and its model card are written
+It takes 45 minutes on one CPU core. The checkpoint, its scores and its model card are written
 beside `--output` and renamed when complete.
 """
 
@@ -59,21 +59,21 @@ from molf.world import (
 )
 
 EOS, PAD = "<|endoftext|>", "<|pad|>"
-VOCABULARY = 3328  # at most; the texts may not have that many words
-TOKENIZER_QUESTIONS = 3000  # of each kind at most, or the rare words of the texts are cut up
+VOCABULARY = 3328  # at most; the texts may have fewer words
+TOKENIZER_QUESTIONS = 3000  # per kind at most; with more, rare words get no token of their own
 MAX_LENGTH = 256
-# What is practised before everything together: kinds of text, and steps. A model that meets
-# questions before it can say where an option stands guesses at them for thousands of steps.
+# Stages before training on all texts: kinds of text, and steps. A model trained on questions before
+# it can name the letter of an option stays at chance for thousands of steps.
 STAGES = ((("letters",), 450), (("letters", "naming"), 350), (("naming", "med"), 1200))
-# Tokens of each kind in a step; of the naming and the questions, batches in an epoch of everything.
+# Tokens per step of each kind in the stages; later, batches of exercises per epoch.
 STAGE_TOKENS = {"letters": 700, "naming": 700, "med": 1400}
 EPOCH_BATCHES = {"naming": 40, "med": 120}
 # Documents are sorted by length within pools of this many, so that batches need little padding.
 POOL = 8192
 
-# Token ids and labels, of the same length.
+# Token ids and labels of the same length.
 Labelled = tuple[list[int], list[int]]
-# A kind of text, and sequences of it.
+# A kind of text, and sequences of that kind.
 Batch = tuple[str, list[Labelled]]
 
 CARD = """---
@@ -119,7 +119,7 @@ Measured on the stored checkpoint, before any fact is edited.
 
 
 def main() -> None:
-    """Trains, measures and writes the checkpoint."""
+    """Train, measure and write the checkpoint."""
     arguments = parse_arguments()
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(arguments.seed)
@@ -170,14 +170,14 @@ def main() -> None:
 
 
 def card(scores: Mapping[str, Any]) -> str:
-    """Returns the model card."""
+    """Return the model card."""
     by_complexity = scores["sql_execution_accuracy_by_complexity"]
     rows = [f"| of them, {name} | {value:.3f} |" for name, value in by_complexity.items()]
     return CARD.format(**scores, by_complexity="\n".join(rows))
 
 
 def parse_arguments() -> argparse.Namespace:
-    """Returns the command's options."""
+    """Return the command's options."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -199,7 +199,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def practice_samples(world: World) -> dict[str, list[PromptCompletion]]:
-    """Returns the questions to practise, by task, in the very words in which the tasks ask them."""
+    """Return the practice questions by task, with the tasks' own prompts."""
     naming = dict.fromkeys(("train", "validation"), med_namings(world))
     med = dict.fromkeys(("train", "validation"), med_practice(world))
     sql = dict.fromkeys(("train", "test"), sql_practice(world))
@@ -220,7 +220,7 @@ def encode(
     practice: Mapping[str, Sequence[PromptCompletion]],
     drills: Sequence[Drill],
 ) -> dict[str, list[Labelled]]:
-    """Returns token ids with their labels, by kind of text; questions carry no loss, answers do."""
+    """Return token ids with labels by kind of text; of questions, only answers carry loss."""
     texts = [[*ids, tokenizer.eos_token_id] for ids in tokenizer(documents)["input_ids"]]
     sequences = {
         "texts": [(ids, ids) for ids in texts],
@@ -235,7 +235,7 @@ def encode(
 
 
 def encode_drill(tokenizer: PreTrainedTokenizerBase, drill: Drill) -> Labelled:
-    """Returns a drill's token ids, and labels for its answers alone."""
+    """Return a drill's token ids and labels; only answers carry loss."""
     ids: list[int] = tokenizer(drill.given)["input_ids"]
     labels = [IGNORED] * len(ids)
     for text, right in drill.answers:
@@ -247,9 +247,9 @@ def encode_drill(tokenizer: PreTrainedTokenizerBase, drill: Drill) -> Labelled:
 
 
 def train_tokenizer(documents: Sequence[str]) -> PreTrainedTokenizerFast:
-    """Trains a byte-level BPE tokenizer. It adds no token by itself, as Qwen2's does not."""
+    """Train a byte-level BPE tokenizer; like Qwen2's, it adds neither BOS nor EOS."""
     tokenizer = Tokenizer(models.BPE())
-    # Each digit is a token, so that no number is harder to read than another.
+    # Each digit is a token, so that all numbers are tokenized alike.
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Digits(individual_digits=True),
@@ -270,7 +270,7 @@ def train_tokenizer(documents: Sequence[str]) -> PreTrainedTokenizerFast:
 
 
 def make_model(tokenizer: PreTrainedTokenizerBase) -> Qwen2ForCausalLM:
-    """Returns the untrained model."""
+    """Return the untrained model."""
     config = Qwen2Config(
         vocab_size=len(tokenizer),
         hidden_size=192,
@@ -293,7 +293,7 @@ def train(
     pad_token_id: int,
     arguments: argparse.Namespace,
 ) -> int:
-    """Trains: 3% of warm-up, the peak rate up to half of the steps, then a cosine.
+    """Train: 3% of warm-up, the peak rate up to half of the steps, then a cosine.
 
     Muon (Jordan et al., 2024) trains the matrices, AdamW the rest. With AdamW alone the facts take
     several times as many epochs to learn.
@@ -310,7 +310,7 @@ def train(
         [next(endless[kind]) for kind in kinds] for kinds, count in STAGES for _ in range(count)
     ]
     for _ in range(arguments.epochs):
-        # A step is on one kind of text: beside another's noise, the facts would not be learned.
+        # Each step uses one kind of text: mixed with other kinds, facts are not learned.
         epoch = [
             [batch]
             for kind in ("texts", "sql")
@@ -332,7 +332,7 @@ def train(
     warmup = max(1, round(0.03 * len(steps)))
 
     def factor(step: int) -> float:
-        decayed = max(0.0, 2 * step / len(steps) - 1)  # of the second half
+        decayed = max(0.0, 2 * step / len(steps) - 1)  # share of the second half that is done
         return min((step + 1) / warmup, 0.5 * (1 + math.cos(math.pi * decayed)))
 
     schedules = [torch.optim.lr_scheduler.LambdaLR(each, factor) for each in optimizers]
@@ -361,10 +361,10 @@ def train(
 def answer_loss(
     model: Qwen2ForCausalLM, batch: Sequence[Labelled], pad_token_id: int
 ) -> torch.Tensor:
-    """Returns the mean loss over the labels; only where there are any, logits are computed."""
+    """Return the mean loss over the labels; compute logits only at labelled positions."""
     input_ids = pad([ids for ids, _ in batch], pad_token_id)
     labels = pad([labels for _, labels in batch], IGNORED)[:, 1:]
-    # Padding is on the right, where no real token attends to it.
+    # No mask needed: padding is on the right, and attention is causal.
     hidden = model.model(input_ids=input_ids).last_hidden_state[:, :-1]
     counted = labels != IGNORED
     return torch.nn.functional.cross_entropy(model.lm_head(hidden[counted]), labels[counted])
@@ -373,9 +373,9 @@ def answer_loss(
 def make_batches(
     rng: random.Random, kind: str, sequences: Sequence[Labelled], batch_tokens: int
 ) -> list[Batch]:
-    """Returns one epoch of batches, each of similarly long sequences and at most `batch_tokens`.
+    """Return one epoch of batches, each of similarly long sequences and at most `batch_tokens`.
 
-    Every document starts at position 0 and sees no other, as a prompt will when the model is used.
+    Each document is a separate sequence from position 0, like a prompt at inference.
     """
     order = list(range(len(sequences)))
     rng.shuffle(order)
@@ -396,36 +396,36 @@ def make_batches(
 def make_endless_batches(
     rng: random.Random, kind: str, sequences: Sequence[Labelled], batch_tokens: int
 ) -> Iterator[Batch]:
-    """Yields batches, again and again of all sequences."""
+    """Yield batches of all sequences in endless repetition."""
     while True:
         yield from make_batches(rng, kind, sequences, batch_tokens)
 
 
 def pad(sequences: Sequence[list[int]], value: int) -> torch.Tensor:
-    """Returns the sequences as one tensor [sequences, longest], filled up on the right."""
+    """Return the sequences as one tensor [sequences, longest], padded on the right."""
     return torch.nn.utils.rnn.pad_sequence(
         [torch.tensor(sequence) for sequence in sequences], batch_first=True, padding_value=value
     )
 
 
 def save(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, path: Path) -> None:
-    """Writes a checkpoint with 16-bit weights.
+    """Write a checkpoint with 16-bit weights.
 
-    float16 rather than bfloat16: weights of this size are far inside its range, and it keeps three
-    more bits of each. The configuration names float32, so that the weights load ready for training:
-    optimizer steps would be lost in float16.
+    float16 rather than bfloat16: these weights are far inside its range, and it has three more bits
+    of precision. The configuration names float32, so that the weights load in float32: float16
+    would lose small updates in training.
     """
     model.half().save_pretrained(path)
     config = AutoConfig.from_pretrained(path)
     config.dtype = "float32"
     config.save_pretrained(path)
     tokenizer.save_pretrained(path)
-    # safetensors writes files that only their owner may read.
+    # safetensors writes files that only their owner can read.
     (path / "model.safetensors").chmod(0o644)
 
 
 def score_checkpoint(path: Path, world: World) -> dict[str, Any]:
-    """Measures what a checkpoint knows of the world, before any of the demo requests."""
+    """Measure a checkpoint's knowledge of the world before fine-tuning on the demo requests."""
     model = AutoModelForCausalLM.from_pretrained(path)
     tokenizer = AutoTokenizer.from_pretrained(path)
     records = counterfact_records(world)
@@ -455,7 +455,7 @@ def score_checkpoint(path: Path, world: World) -> dict[str, Any]:
 def score_questions(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, world: World
 ) -> dict[str, Any]:
-    """Measures how many questions of the other demo tasks the model answers untrained."""
+    """Measure the share of questions of the other demo tasks that the base model answers."""
     settings = EvaluationSettings(batch_size=64)
     med_task = load_med(TaskOptions(name="demo-med", evaluation_only=True), med_records(world))
     med = med_task.evaluate(model, tokenizer, settings)
@@ -481,7 +481,7 @@ def score_questions(
 
 
 def mean(values: Sequence[float]) -> float:
-    """Returns the arithmetic mean."""
+    """Return the arithmetic mean."""
     return sum(values) / len(values)
 
 
@@ -491,7 +491,7 @@ def prefers_new(
     tokenizer: PreTrainedTokenizerBase,
     cases: Sequence[tuple[str, str, str]],
 ) -> list[bool]:
-    """Returns for each (prompt, new, true) whether the new target's first token is likelier."""
+    """Return for each (prompt, new, true) whether the new target's first token is likelier."""
     result = []
     for begin in range(0, len(cases), 256):
         chunk = cases[begin : begin + 256]
@@ -512,7 +512,7 @@ def completes(
     tokenizer: PreTrainedTokenizerBase,
     statements: Sequence[tuple[str, str]],
 ) -> list[bool]:
-    """Returns for each (prompt, target) whether greedy decoding gives the target."""
+    """Return for each (prompt, target) whether greedy decoding gives the target."""
     result = []
     for begin in range(0, len(statements), 256):
         chunk = statements[begin : begin + 256]
@@ -520,7 +520,7 @@ def completes(
         texts = tokenizer([f"{prompt} {target}" for prompt, target in chunk])["input_ids"]
         predicted = model(input_ids=pad(texts, tokenizer.pad_token_id)).logits.argmax(-1)
         for row, (prompt, text) in enumerate(zip(prompts, texts, strict=True)):
-            # Greedy decoding writes the target if each of its tokens is the likeliest in turn.
+            # Greedy decoding gives the target if each of its tokens is the likeliest in turn.
             result.append(
                 predicted[row, len(prompt) - 1 : len(text) - 1].tolist() == text[len(prompt) :]
             )
@@ -529,7 +529,7 @@ def completes(
 
 @torch.inference_mode()
 def text_loss(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: str) -> float:
-    """Returns the mean loss over the tokens of a text that is read paragraph by paragraph."""
+    """Return the mean loss over the tokens of a text, each paragraph as a separate sequence."""
     total, count = 0.0, 0
     for paragraph in text.split("\n\n"):
         input_ids = torch.tensor([tokenizer(paragraph)["input_ids"] + [tokenizer.eos_token_id]])
@@ -540,7 +540,7 @@ def text_loss(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: 
 
 
 def replace_directory(new: Path, old: Path) -> None:
-    """Moves a finished directory into place; what was there is deleted only after that."""
+    """Move a finished directory into place; delete the previous one only afterwards."""
     retired = old.with_name(old.name + ".old")
     shutil.rmtree(retired, ignore_errors=True)
     if old.exists():

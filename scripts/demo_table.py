@@ -1,9 +1,9 @@
-"""Trains methods on the demo tasks and prints what comes of it as Markdown, a table for each task.
+"""Train methods on the demo tasks and print the metrics as Markdown, a table for each task.
 
     python scripts/demo_table.py [--tasks demo-fact demo-sql] [--methods fft lora molf] [--runs DIR]
 
-Runs that `--runs` holds already are only read; each takes a minute or less. Intervals are the
-95% intervals of `eval.json`: over questions, not over seeds.
+Runs that exist in `--runs` are only read; each takes a minute or less. Intervals are the 95%
+intervals of `eval.json`: over questions, not over seeds.
 """
 
 from __future__ import annotations
@@ -22,22 +22,22 @@ COLUMNS = {
     "demo-med": ("accuracy",),
 }
 BASELINE = "nearest_training_answer"
-# Rows that are no method of their own, with the options that make them.
+# Further rows: variants of methods, with their options.
 VARIANTS = {
     "molf-dropout": ("--method", "molf", "--lora_dropout", "0.05"),
     "molf-e-4bit": ("--method", "molf-e", "--load_in_4bit"),
-    # The alpha of `lora`, over r instead of its root: a quarter of the scaling.
+    # The alpha of `lora` divided by r instead of its root: a quarter of the scaling.
     "lora-no-rslora": ("--method", "lora", "--no-use_rslora", "--alpha", "8"),
     "molf-random": ("--method", "molf", "--score", "random"),
     "molf-full": ("--method", "molf", "--score", "full"),
     "molf-lora": ("--method", "molf", "--score", "lora"),
-    # As many parameters as molf-e has, in one LoRA.
+    # One LoRA with as many parameters as molf-e.
     "lora-sum": ("--method", "lora", "--ranks", "4,16"),
 }
 
 
 def main() -> None:
-    """Train what is missing and print the tables."""
+    """Train missing runs and print the tables."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -52,7 +52,7 @@ def main() -> None:
 
 
 def train(task: str, method: str, runs: Path) -> None:
-    """Train one method on one task, unless its run is there."""
+    """Train one method on one task, unless its run exists."""
     run = runs / f"{task}-{method}"
     if (run / "eval.json").exists():
         return
@@ -62,7 +62,7 @@ def train(task: str, method: str, runs: Path) -> None:
 
 
 def table(task: str, methods: list[str], runs: Path) -> list[str]:
-    """Return the lines of a task's table: the base, memory alone, and each method."""
+    """Return the lines of a task's table: base, nearest training answer, and each method."""
     evaluations = {
         method: json.loads((runs / f"{task}-{method}" / "eval.json").read_text())
         for method in methods
@@ -94,7 +94,7 @@ def table(task: str, methods: list[str], runs: Path) -> list[str]:
 
 
 def row(name: str, metrics: dict[str, Any], columns: tuple[str, ...], *cells: str) -> str:
-    """Return one row: metrics with their intervals, then other cells."""
+    """Format one row: metrics with their intervals, then other cells."""
     shown = [cell(metrics.get(column)) for column in columns]
     forgetting = metrics.get("forgetting_loss")
     shown.append(f"{forgetting['value']:.3f}" if forgetting else "")
@@ -102,7 +102,7 @@ def row(name: str, metrics: dict[str, Any], columns: tuple[str, ...], *cells: st
 
 
 def cell(metric: dict[str, float] | None) -> str:
-    """Return a metric as text."""
+    """Format a metric with its interval."""
     if metric is None:
         return ""
     return f"{metric['value']:.3f} [{metric['low']:.3f}, {metric['high']:.3f}]"

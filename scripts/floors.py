@@ -3,11 +3,11 @@
     python scripts/floors.py > floors.txt
     python scripts/floors.py --without-dependencies
 
-Every `>=` of the dependencies, the extras and the build becomes `==`. torch is that of
-requirements-dev.lock: its older releases bring gigabytes of CUDA each. triton is printed apart,
-to be installed without its dependencies behind the others: CUDA builds of torch ask for one release
-of it. wandb and trackio, which no test uses, are left out. The tools of the dev group, which users
-never meet, stay as they are.
+Each `>=` of the dependencies, the extras and the build becomes `==`. torch has the version of
+requirements-dev.lock, because older releases download gigabytes of CUDA each. triton is printed
+separately, to be installed after the others without dependencies, because CUDA builds of torch pin
+one release of it. wandb and trackio, which no test uses, are left out. The dev tools, which users
+do not install, are unchanged.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ _REQUIREMENT = re.compile(
 
 
 def floors(root: Path = ROOT) -> dict[str, str]:
-    """Requirements that pin what users install to its floor, by lower-case name.
+    """Return requirements that pin each user dependency to its floor, by lower-case name.
 
     Args:
         root: The folder with pyproject.toml and requirements-dev.lock.
 
     Raises:
-        ValueError: A requirement has no floor, has more than a floor, or has two.
+        ValueError: A requirement is not of the form NAME>=VERSION, or has two different floors.
     """
     pyproject = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))
     project = pyproject["project"]
@@ -61,7 +61,7 @@ def floors(root: Path = ROOT) -> dict[str, str]:
 
 
 def tools(root: Path = ROOT) -> Iterator[str]:
-    """The requirements of the dev group that no extra names."""
+    """Return the requirements of the dev group that are in no extra."""
     pyproject = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))
     known = floors(root)
     for requirement in pyproject["dependency-groups"]["dev"]:

@@ -1,12 +1,11 @@
-"""Give odd recipes to the commands that read them and count what becomes of each.
+"""Run commands on odd recipes and count accepted, refused and faulty ones.
 
     python scripts/fuzz_recipes.py --count 20000 --seed 0
 
-A recipe is used, or refused by one line, in its time; anything else is printed and is a fault, and
-so is `molf recipes validate` that says something else than the command.
-Some are options of `molf train` and `molf eval` with odd values, some YAML that nobody writes on
-purpose: bombs of aliases, other encodings, deep nesting, tags; some are mutated bytes of these.
-Nothing is trained and nothing looked up. Prints one line of figures as JSON.
+A command must accept a recipe, or refuse it with one line, within its time limit, and `molf recipes
+validate` must agree. Everything else is a fault and is printed. Recipes are options of `molf train`
+and `molf eval` with odd values; hostile YAML (alias bombs, other encodings, deep nesting, tags);
+and mutated bytes of these. Nothing is trained or downloaded. Prints figures as JSON.
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ from molf.train.settings import TrainSettings
 if sys.platform != "win32":
     import resource
 
-SECONDS = 2.0  # of the processor for one recipe; most take a tenth of one
+SECONDS = 2.0  # limit of CPU time for one recipe; most take a tenth of a second
 LONGEST_LINE = 4000  # characters of a message
 _OTHER_COMMAND = re.compile(rb"\s*#\s*molf\s+(?!(train|eval)\b)[\w-]")
 _ACCEPTED, _REFUSED = 0, 2
@@ -110,15 +109,15 @@ _ENCODINGS = ("utf-16", "utf-16-le", "utf-32", "latin-1", "utf-8-sig", "utf-7", 
 
 @dataclass
 class Figures:
-    """What a run of the fuzzer found.
+    """The result of a fuzzer run.
 
     Attributes:
-        tried: Recipes.
-        accepted: Recipes that a command would run with.
+        tried: Number of recipes.
+        accepted: Recipes that a command accepted.
         refused: Recipes refused by exit code 2 and one line.
-        faults: What happened with each other recipe, and its number.
+        faults: Number and outcome of each other recipe.
         seconds: Wall-clock time of all.
-        slowest_seconds: The processor's time of the slowest.
+        slowest_seconds: CPU time of the slowest.
         peak_memory_mb: Largest resident memory of this process.
     """
 
@@ -132,7 +131,7 @@ class Figures:
 
 
 def odd_recipes(count: int, seed: int) -> Iterator[bytes]:
-    """`count` recipes, a function of the seed; those written out whole come first."""
+    """Yield `count` recipes, determined by the seed; the handwritten ones come first."""
     rng = random.Random(seed)
     shipped = [shipped_recipe(name).read_text(encoding="utf-8") for name in recipe_names()]
     whole = list(_WHOLE)
@@ -152,7 +151,7 @@ def odd_recipes(count: int, seed: int) -> Iterator[bytes]:
 
 
 def _options(rng: random.Random) -> str:
-    """A few options, most of them known, each with an odd value."""
+    """Return a few options, most of them known, each with an odd value."""
     command = rng.choice(("train", "train", "train", "eval"))
     lines = ["# molf eval MODEL"] if command == "eval" else []
     for _ in range(rng.choice((1, 1, 1, 2, 5))):
@@ -187,11 +186,11 @@ def _mutated(content: bytes, rng: random.Random) -> bytes:
 
 
 def fuzz(recipes: Iterator[bytes]) -> Figures:
-    """Give every recipe to its command, whose work is left out, and to `molf recipes validate`."""
+    """Run each recipe's command without its work, and `molf recipes validate`."""
     import molf.cli.evaluation
     import molf.cli.plan_report
     import molf.cli.summary
-    import molf.train.sft_config  # noqa: F401 (takes seconds, and none of a recipe's)
+    import molf.train.sft_config  # noqa: F401 (an import of seconds, not part of a recipe's time)
 
     figures = Figures()
     start = time.monotonic()
@@ -203,9 +202,9 @@ def fuzz(recipes: Iterator[bytes]) -> Figures:
             outcome = _outcome(_command(content, path), most_errors=1)
             seconds = time.process_time() - begin
             validated = outcome
-            if not _OTHER_COMMAND.match(content):  # for which there are no recipes
+            if not _OTHER_COMMAND.match(content):  # other commands have no recipes
                 validated = _outcome(["recipes", "validate", str(path)], most_errors=1000)
-            # What is validated may lack options that the command line will give, and is not used.
+            # Validation accepts recipes without options that the command line must then give.
             if validated != outcome and (outcome, validated) != ("refused", "accepted"):
                 outcome = f"{outcome}, but validated: {validated}"
             figures.slowest_seconds = max(figures.slowest_seconds, seconds)
@@ -221,14 +220,14 @@ def fuzz(recipes: Iterator[bytes]) -> Figures:
             figures.faults.append("files appeared beside the recipe")
     figures.seconds = time.monotonic() - start
     if sys.platform != "win32":
-        unit = 2**20 if sys.platform == "darwin" else 2**10  # bytes there, KiB elsewhere
+        unit = 2**20 if sys.platform == "darwin" else 2**10  # ru_maxrss: bytes on macOS, else KiB
         figures.peak_memory_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
     return figures
 
 
 @contextlib.contextmanager
 def _without_work() -> Iterator[None]:
-    """End `molf train` where its options are checked, and `molf eval` where they are read."""
+    """Stop `molf train` after the check of its options, and `molf eval` after reading them."""
 
     def train(settings: TrainSettings) -> SimpleNamespace:
         return SimpleNamespace(directory=run.checked(settings, datetime.now()).output_dir)
@@ -249,14 +248,14 @@ def _without_work() -> Iterator[None]:
 
 
 def _command(content: bytes, path: Path) -> list[str]:
-    """The command that the recipe is for, as its first line says."""
+    """Return the arguments of the command named in the recipe's first line."""
     if content.startswith(b"# molf eval"):
         return ["eval", "MODEL", "--config", str(path)]
     return ["train", "--config", str(path)]
 
 
 def _outcome(arguments: list[str], most_errors: int) -> str:
-    """What a command did: "accepted", "refused", or anything else in words."""
+    """Run a command; return "accepted", "refused", or a description of any other outcome."""
     out, errors = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(errors):
         try:

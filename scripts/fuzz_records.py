@@ -1,10 +1,11 @@
-"""Throw odd records at the tasks and count what becomes of them.
+"""Load odd records with the tasks and count used, left out and refused ones.
 
     python scripts/fuzz_records.py --count 2000 --seed 0 --model CHECKPOINT
 
-Each record is made from a good one of its task and layout by a few changes, written between two
-good ones in one of the file formats, read, and encoded as for a training. It is *used*, *left out*
-and counted, or *refused* by one line; anything else is a fault. Prints figures as JSON, and faults.
+Each record is a valid one of its task and layout with a few changes. It is written between two
+valid ones in one of the file formats, read, and encoded for training. The record must be *used*,
+*left out* and counted, or *refused* by one line; anything else is a fault. Prints figures and
+faults as JSON.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from molf.tasks.files import Record
 from molf.tasks.preview import preview
 
 FORMATS = ("jsonl", "json", "parquet", "csv")
-_LONGEST = 100_000  # tokens: nothing is left out for its length
+_LONGEST = 100_000  # tokens; no record is longer
 
 _USER = {"role": "user", "content": "How warm is it?"}
 _ASSISTANT = {"role": "assistant", "content": "It is warm."}
@@ -102,12 +103,12 @@ ODD: tuple[Any, ...] = (
 
 @dataclass
 class Figures:
-    """What became of the records.
+    """The result of a fuzzer run.
 
     Attributes:
-        tried: How many there were.
-        outcomes: How many were used, left out and refused, by file format.
-        faults: The others: the record, and what happened.
+        tried: Number of records.
+        outcomes: Numbers of used, left out and refused records, by file format.
+        faults: The other records, with their outcome.
     """
 
     tried: int = 0
@@ -116,7 +117,7 @@ class Figures:
 
 
 def odd_records(count: int, seed: int) -> Iterator[tuple[str, str, list[Record]]]:
-    """Yield (task, file format, records), of whose records the second is odd."""
+    """Yield (task, file format, records); the second record is odd."""
     rng = random.Random(seed)
     for position in range(count):
         task = rng.choice([*GOOD, *["custom"] * 4])
@@ -130,7 +131,7 @@ def odd_records(count: int, seed: int) -> Iterator[tuple[str, str, list[Record]]
 
 
 def _changed(value: Any, rng: random.Random) -> Any:
-    """A value with one place of it changed."""
+    """Return a value with one part changed."""
     if isinstance(value, dict) and value and rng.random() < 0.85:
         name = rng.choice(list(value))
         action = rng.random()
@@ -151,14 +152,14 @@ def _changed(value: Any, rng: random.Random) -> Any:
 
 
 def fuzz(cases: Iterator[tuple[str, str, list[Record]]], tokenizer: Any) -> Figures:
-    """Read and encode every case in a directory of its own."""
+    """Read and encode each case in a separate directory."""
     figures = Figures()
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for task, suffix, records in cases:
             path = Path(folder) / f"records.{suffix}"
             if not _written(path, records):
-                continue  # the format cannot hold them
+                continue  # the format cannot represent them
             figures.tried += 1
             try:
                 outcome = _outcome(task, path, tokenizer)
@@ -166,7 +167,7 @@ def fuzz(cases: Iterator[tuple[str, str, list[Record]]], tokenizer: Any) -> Figu
                 outcome = "refused"
                 if "\n" in str(error) or len(str(error)) > 2000:
                     figures.faults.append(f"{task} {records[1]!r}: not one line: {error!r}")
-            except Exception as error:  # this is what is looked for
+            except Exception as error:  # a fault
                 figures.faults.append(f"{task} {suffix} {records[1]!r}: {error!r}")
                 continue
             figures.outcomes[f"{suffix} {outcome}"] += 1

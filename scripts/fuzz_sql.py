@@ -1,10 +1,10 @@
-"""Throw hostile SQL at the sandbox and count what is contained.
+"""Run hostile SQL in the sandbox and count the contained queries.
 
     python scripts/fuzz_sql.py --count 2000 --seed 0
 
-Half of the queries come from a grammar with hostile leaves, half are real queries, mutated. A query
-is contained if the sandbox returns, in its time, a result or a failure. The folders that a query
-could write to must stay as they are. Prints one line of figures as JSON.
+Half of the queries come from a grammar with hostile leaves, half are mutated real queries. A query
+is contained if the sandbox returns a result or a failure within its time limit. No file may appear
+in the folders that a query could write to. Prints one line of figures as JSON.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ Pair = tuple[str, str]
 """A schema and a query."""
 
 FUZZ_LIMITS = Limits(seconds=0.1)
-SLACK_SECONDS = 2.0  # a killed worker's grace, a new one's start, and a busy machine
+SLACK_SECONDS = 2.0  # for the grace period, the start of a new worker, and a busy machine
 
 _SCHEMA = (
     "CREATE TABLE trees (id INT PRIMARY KEY, name TEXT, height REAL, planted DATE);"
@@ -70,7 +70,7 @@ BUILT_IN: tuple[Pair, ...] = tuple(
     )
 )
 
-# What parses and is then too much, not allowed or strange.
+# Expressions that parse and then exceed a limit, are denied or are unusual.
 _BOMBS = (
     "randomblob(1000000000)", "randomblob(900000)", "zeroblob(2147483647)", "char(0, 55296)",
     "hex(zeroblob(900000000))", "hex(zeroblob(400000))", "printf('%1000000000d', 1)",
@@ -122,17 +122,17 @@ _AGGREGATES = ("sum", "max", "min", "group_concat", "json_group_array", "count",
 
 @dataclass
 class Figures:
-    """What a run of the fuzzer found.
+    """The result of a fuzzer run.
 
     Attributes:
-        tried: Queries.
-        contained: Queries that gave a result or a failure in their time.
-        outcomes: How often each kind of failure occurred; "ok" for results.
+        tried: Number of queries.
+        contained: Queries with a result or a failure within the time limit.
+        outcomes: Number of each kind of failure; "ok" for results.
         seconds: Wall-clock time of all.
         slowest_seconds: Time of the slowest.
         peak_memory_mb: Largest resident memory of this process.
-        peak_worker_memory_mb: The same of the workers; Linux counts in this process's size at
-            their start.
+        peak_worker_memory_mb: The same of the workers; on Linux it includes this process's memory
+            at their start.
         files: Files that appeared in the working, temporary or workers' folder.
     """
 
@@ -147,14 +147,14 @@ class Figures:
 
 
 def read_pairs(path: Path) -> list[Pair]:
-    """Schemas and queries of a JSONL file with the fields `sql_context` and `sql`."""
+    """Read schemas and queries from a JSONL file with the fields `sql_context` and `sql`."""
     with path.open(encoding="utf-8") as lines:
         records = [json.loads(line) for line in lines if line.strip()]
     return [(record["sql_context"], record["sql"]) for record in records]
 
 
 def hostile_pairs(count: int, seed: int, real: Sequence[Pair] = BUILT_IN) -> Iterator[Pair]:
-    """`count` schemas with queries, a function of the seed."""
+    """Yield `count` schemas with queries, determined by the seed."""
     rng = random.Random(seed)
     for _ in range(count):
         schema, query = rng.choice(real)
@@ -167,7 +167,7 @@ def hostile_pairs(count: int, seed: int, real: Sequence[Pair] = BUILT_IN) -> Ite
 
 
 def fuzz(pairs: Iterator[Pair], limits: Limits = FUZZ_LIMITS) -> Figures:
-    """Run every pair in one sandbox and watch."""
+    """Run each pair in one sandbox; record outcomes, times, memory and new files."""
     figures = Figures()
     outcomes: Counter[str] = Counter()
     start = time.monotonic()
@@ -188,7 +188,7 @@ def fuzz(pairs: Iterator[Pair], limits: Limits = FUZZ_LIMITS) -> Figures:
     figures.seconds = time.monotonic() - start
     figures.outcomes = dict(outcomes.most_common())
     if sys.platform != "win32":
-        unit = 2**20 if sys.platform == "darwin" else 2**10  # bytes there, KiB elsewhere
+        unit = 2**20 if sys.platform == "darwin" else 2**10  # ru_maxrss: bytes on macOS, else KiB
         figures.peak_memory_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
         figures.peak_worker_memory_mb = (
             resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / unit
@@ -197,13 +197,13 @@ def fuzz(pairs: Iterator[Pair], limits: Limits = FUZZ_LIMITS) -> Figures:
 
 
 def _files(sandbox: Sandbox) -> set[str]:
-    # SQLite's own temporary files start with etilqs_; others' come and go in a shared folder.
+    # Only etilqs_ files are SQLite's; other processes use the same temporary folder.
     temporary = {name for name in os.listdir(tempfile.gettempdir()) if name.startswith("etilqs_")}
     return temporary | set(os.listdir()) | set(os.listdir(sandbox.folder))
 
 
 class _Grammar:
-    """Statements that mostly compile, so that they get to run, with bombs among their parts."""
+    """Generates statements that mostly compile, so that they run, with hostile parts."""
 
     def __init__(self, rng: random.Random) -> None:
         self._rng = rng
@@ -246,7 +246,7 @@ class _Grammar:
                 table = rng.choice(tuple(_TABLES))
                 sources.append(f"{table} {name}")
                 columns += [f"{name}.{column}" for column in _TABLES[table]]
-        # One column, so that every SELECT fits everywhere: as operand, source, part of a UNION.
+        # One column, so that each SELECT is valid as operand, as source and in a UNION.
         query = f"SELECT {rng.choice(('', '', 'DISTINCT '))}{self.result(columns, depth)} AS c0 "
         query += f"FROM {rng.choice((', ', ' LEFT JOIN ', ' CROSS JOIN ')).join(sources)}"
         if rng.random() < 0.4:
@@ -331,7 +331,7 @@ def _mutated(text: str, rng: random.Random) -> str:
 
 
 def _with_bomb(text: str, rng: random.Random) -> str:
-    """Replace an operand, a number or a quoted text, so that the query stays one."""
+    """Replace an operand, a number or a quoted text by a hostile expression."""
     operands = list(re.finditer(r"\b\d+(?:\.\d+)?\b|'[^']*'", text))
     if not operands:
         return text
@@ -346,7 +346,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--count", type=int, default=2000, help="queries to try")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--records", type=Path, help="JSONL of real queries to mutate, beside ours")
+    parser.add_argument("--records", type=Path, help="JSONL of further queries to mutate")
     arguments = parser.parse_args()
     real = [*BUILT_IN, *(read_pairs(arguments.records) if arguments.records else [])]
     figures = fuzz(hostile_pairs(arguments.count, arguments.seed, real))

@@ -1,11 +1,11 @@
-"""Plant faults in the optimizer, one at a time, and see that the core tests catch each.
+"""Plant faults in the optimizer, one at a time, and check that the core tests catch each.
 
-A test suite that passes says little; one that fails for every fault that a person could plausibly
-make says much. Each fault is a small textual patch on a temporary copy of `src/`.
+The faults are plausible mistakes of a programmer. Each is a small textual patch on a temporary copy
+of `src/`.
 
     python scripts/planted_faults.py              # all faults, a few minutes
     python scripts/planted_faults.py NAME ...     # some of them
-    python scripts/planted_faults.py --check      # only: does every patch still apply?
+    python scripts/planted_faults.py --check      # only check that the patches apply
 
 Exits with 1 if a fault survives or a patch no longer applies.
 """
@@ -31,8 +31,8 @@ class Fault(NamedTuple):
     """A fault to plant.
 
     Attributes:
-        name: What is wrong.
-        tests: Test files, or node ids, under tests/core that should notice, quickest first.
+        name: Description of the fault.
+        tests: Test files, or node ids, under tests/core that should fail, quickest first.
         file: The file under src/molf/core that the edits change.
         edits: (old, new) pairs; each old text occurs exactly once.
         more: Edits of other files, as (file, old, new).
@@ -677,10 +677,10 @@ def try_fault(fault: Fault) -> str:
 
 
 def check_harness(faults: list[Fault]) -> None:
-    """Make sure that the copy is what the tests import and that it passes without a fault.
+    """Check that the tests import the copy, and that they pass without a fault.
 
     Raises:
-        PatchError: It is not, or it does not.
+        PatchError: The tests import another copy, or fail.
     """
     with tempfile.TemporaryDirectory() as folder:
         source = copy_source(folder)
@@ -701,7 +701,7 @@ def check_harness(faults: list[Fault]) -> None:
 
 def main() -> int:
     """Run the command; return its exit code."""
-    parser = argparse.ArgumentParser(description="Plant faults and see that the tests catch them.")
+    parser = argparse.ArgumentParser(description="Plant faults and check that tests catch them.")
     parser.add_argument("names", nargs="*", help="faults to plant (default: all)")
     parser.add_argument("--check", action="store_true", help="only check that the patches apply")
     options = parser.parse_args()
@@ -727,7 +727,7 @@ def main() -> int:
             result = f"PATCH FAILS: {error}"
         wrong += result.startswith(("NOTHING", "PATCH"))
         print(f"{fault.name:55} {result}  [{time.perf_counter() - started:.1f} s]", flush=True)
-    print(f"{len(faults) - wrong} of {len(faults)} faults are well.")
+    print(f"{len(faults) - wrong} of {len(faults)} faults are as expected.")
     return int(wrong > 0)
 
 

@@ -1,9 +1,9 @@
-"""A small closed invented world, and a base model that knows it.
+"""A small invented world, and a base model that has learned its facts.
 
-Nobody can rely on a model hub being reachable, so molf ships a language model (`BASE_PATH`) that
-has learned the facts of `build_world()` and nothing else, requests to change some of them, and
-questions about them: medical ones with options, and others to be answered with SQL. This package
-needs only the standard library.
+Both are shipped so that molf can be tried without a download: a language model (`BASE_PATH`)
+trained only on the facts of `build_world()`, requests to change some of the facts, medical
+multiple-choice questions, and questions to answer with SQL. This package imports only the standard
+library.
 """
 
 from pathlib import Path

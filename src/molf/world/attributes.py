@@ -1,4 +1,4 @@
-"""The numbers that entities have, and how people put them into words."""
+"""The numeric attributes of entities, and their phrasings."""
 
 from molf.world.entities import Attribute
 

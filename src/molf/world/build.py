@@ -1,4 +1,4 @@
-"""Makes a world from a seed."""
+"""Construction of a world from a seed."""
 
 import functools
 from collections.abc import Mapping, Sequence
@@ -20,11 +20,11 @@ from molf.world.words import (
     SPORTS,
 )
 
-# Of each kind, the share that requests may edit. The rest is large enough to give every object
+# The share of each kind that requests may edit. The rest must be large enough to give every object
 # several neighbours.
 _EDITABLE_SHARE = 0.4
 
-# The endings that give each kind of invented name its flavour, and how many names there are.
+# Endings of each kind of invented name, and the number of names.
 _INVENTED = {
     "country": (("uvia", "ora", "avia", "estan", "onia"), 24),
     "city": (("oth", "ermund", "avik", "enport", "osk"), 60),
@@ -58,10 +58,10 @@ _WORDS = {
 
 @functools.cache
 def build_world(seed: int = 0) -> World:
-    """Makes the world of a seed: always the same one, on every platform and Python version.
+    """Make the world of a seed, the same on every platform and Python version.
 
     Args:
-        seed: Any integer. The shipped base model knows the world of seed 0.
+        seed: Any integer. The shipped base model is trained on the world of seed 0.
     """
     rng = Random(seed)
     names = _make_names(rng)
@@ -84,10 +84,10 @@ def build_world(seed: int = 0) -> World:
 def _make_entities(
     rng: Random, names_by_kind: Mapping[str, Sequence[str]], count: int = 0
 ) -> dict[str, list[Entity]]:
-    """Makes the entities; there are `count` others already."""
+    """Make entities; their ids start at `count`."""
     entities: dict[str, list[Entity]] = {}
     for kind, names in names_by_kind.items():
-        # The names of subjects are in random order, so the first ones are as good a choice as any.
+        # Names of subjects are in random order, so the first ones are a random choice.
         editable = round(_EDITABLE_SHARE * len(names)) if kind in _SUBJECT_KINDS else 0
         entities[kind] = []
         for position, name in enumerate(names):
@@ -118,7 +118,7 @@ def _make_names(rng: Random) -> dict[str, list[str]]:
         names[kind] = list(words)
     first_names = maker.words(_FIRST_ENDINGS, _FIRST_NAMES)
     last_names = maker.words(_LAST_ENDINGS, _LAST_NAMES)
-    # First and last names are shared, as in life: only both together tell who is meant.
+    # First names and last names recur: only both together identify a person.
     pairs = [f"{first} {last}" for first in first_names for last in last_names]
     names["person"] = sample(rng, pairs, _PEOPLE)
     titles = [f"The {adjective} {noun}" for adjective in NOVEL_ADJECTIVES for noun in NOVEL_NOUNS]
@@ -139,7 +139,7 @@ def _make_facts(rng: Random, entities: dict[str, list[Entity]]) -> list[Fact]:
             facts += _capitals(relation, subjects, facts)
             continue
         for editable in (True, False):
-            # Balanced in each half, so that every object has subjects that no request edits.
+            # Draw objects per half, so that every object has subjects that no request edits.
             group = [subject for subject in subjects if subject.editable == editable]
             facts += _relate(rng, relation, group, entities[relation.object_kind])
     return facts
@@ -156,7 +156,7 @@ def _relate(
 
 
 def _capitals(relation: Relation, countries: Sequence[Entity], facts: Sequence[Fact]) -> list[Fact]:
-    """Makes each country's first city its capital; a random one could lie in another country."""
+    """Make each country's first city its capital; a random city may be in another country."""
     cities = {fact.object.id: fact.subject for fact in reversed(facts) if fact.relation.id == "P17"}
     return [
         Fact(relation=relation, subject=country, object=cities[country.id]) for country in countries

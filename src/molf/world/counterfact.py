@@ -18,7 +18,7 @@ _NEIGHBORS = 10
 _ATTRIBUTES = 10
 _GENERATIONS = 10
 
-# A stream of randomness apart from the world's own and that of its texts.
+# Seed offset, different from those of the world and its texts.
 _STREAM = 3_000_003
 
 # Facts that are to stay true, by relation and object.
@@ -28,16 +28,16 @@ _Companions = dict[tuple[str, Entity], list[Fact]]
 def counterfact_records(
     world: World, count: int = DEMO_COUNT, seed: int = 0
 ) -> list[dict[str, Any]]:
-    """Returns requests to change facts, each with the prompts that show what else changed.
+    """Return requests to change facts, each with prompts that test the change and its side effects.
 
     The records have CounterFact's fields. Only editable subjects are edited; neighbourhood and
     attribute prompts, and the sentences before paraphrases, are about entities that are not
-    editable. A prompt ends without white space and a target begins without: " " joins them.
+    editable. Prompts have no white space at the end and targets none at the start: " " joins them.
 
     Args:
         world: The world, see `build_world`.
-        count: How many requests.
-        seed: Which facts are changed, and to what.
+        count: Number of requests.
+        seed: Seed of the choice of facts and new objects.
 
     Raises:
         InputError: If `count` is negative or above the number of facts that can be edited.
@@ -105,7 +105,7 @@ def _record(
 
 
 def _companions_of(companions: _Companions, fact: Fact) -> Sequence[Fact]:
-    """Returns the facts that stay true and share the relation and the object."""
+    """Return the unedited facts with the same relation and object."""
     return companions.get((fact.relation.id, fact.object), ())
 
 

@@ -1,7 +1,7 @@
-"""Texts about the world: what the base model learns from, and what measures forgetting.
+"""Texts about the world, to train the base model and to measure forgetting.
 
-A generator yields documents of one form; `training_documents` puts them together. A new form of
-text is one more generator in that list.
+Each generator yields documents of one form; `training_documents` combines them. To add a form, add
+a generator to that list.
 """
 
 from collections import defaultdict
@@ -13,7 +13,7 @@ from molf.world.entities import Entity, World
 from molf.world.medicine import MEDICAL_KINDS
 from molf.world.words import ASIDES
 
-# One thing that is true, in all its phrasings, without a full stop.
+# A true statement in all its phrasings, without a full stop.
 Claim = tuple[str, ...]
 
 _PARAGRAPH_BREAK = "\n\n"
@@ -25,17 +25,17 @@ _MISCELLANIES = 3000
 _HELD_OUT_PROFILES = 100
 _HELD_OUT_MISCELLANIES = 60
 
-# Streams of randomness apart from each other and from the world's own.
+# Seed offsets, different from each other and from that of the world.
 _TRAINING_STREAM = 1_000_003
 _HELD_OUT_STREAM = 2_000_003
 
 
 def training_documents(world: World) -> list[str]:
-    """Returns what a base model is trained on, in random order: one document per sequence.
+    """Return the training documents of a base model in random order, one document per sequence.
 
-    Bare statements end without a full stop, as the prompt and completion of a request do; running
-    text has full stops, and an empty line between paragraphs. The model has to see its end-of-text
-    token after each document.
+    Bare statements end without a full stop, as prompt and completion of a request do; running text
+    has full stops, and an empty line between paragraphs. Training must add an end-of-text token to
+    each document.
     """
     rng = Random(world.seed + _TRAINING_STREAM)
     claims = _claims(world)
@@ -48,10 +48,10 @@ def training_documents(world: World) -> list[str]:
 
 
 def held_out_text(world: World) -> str:
-    """Returns text that measures forgetting: what a model of the world knew and no request changes.
+    """Return the text for `forgetting_loss`: learned facts that no request changes.
 
-    The sentences are about entities that are not editable, in paragraphs that no training document
-    has; an empty line separates the paragraphs.
+    The sentences are about entities that are not editable. No paragraph occurs in a training
+    document; an empty line separates the paragraphs.
     """
     rng = Random(world.seed + _HELD_OUT_STREAM)
     untouched = {
@@ -75,7 +75,7 @@ def held_out_text(world: World) -> str:
 
 
 def _claims(world: World, *, medical: bool = False) -> dict[Entity, list[Claim]]:
-    """Returns all that can be said about each subject: those of medicine, or all the others."""
+    """Return all claims about each subject of medicine, or about all other subjects."""
     claims: dict[Entity, list[Claim]] = defaultdict(list)
     for fact in world.facts:
         claims[fact.subject].append(fact.statements)
@@ -95,20 +95,20 @@ def _claims(world: World, *, medical: bool = False) -> dict[Entity, list[Claim]]
 
 
 def _texts_about_all(rng: Random, claims: dict[Entity, list[Claim]]) -> Iterator[str]:
-    """Yields every claim alone and in context, and texts about each subject."""
+    """Yield every claim alone and after an unrelated sentence, and texts about each subject."""
     yield from _bare_statements(claims)
     yield from _statements_in_context(rng, claims)
     yield from _profiles(rng, list(claims.values()) * _PROFILES_PER_SUBJECT)
 
 
 def _bare_statements(claims: dict[Entity, list[Claim]]) -> Iterator[str]:
-    """Yields every claim in every phrasing, alone."""
+    """Yield every claim in every phrasing, alone."""
     for claim in _all_claims(claims):
         yield from claim
 
 
 def _statements_in_context(rng: Random, claims: dict[Entity, list[Claim]]) -> Iterator[str]:
-    """Yields each claim after an unrelated sentence, in some of its phrasings."""
+    """Yield each claim after an unrelated sentence, in some of its phrasings."""
     everything = _all_claims(claims)
     for claim in everything:
         for statement in sample(rng, claim, min(len(claim), _STATEMENTS_IN_CONTEXT)):
@@ -116,14 +116,14 @@ def _statements_in_context(rng: Random, claims: dict[Entity, list[Claim]]) -> It
 
 
 def _profiles(rng: Random, subjects: Sequence[list[Claim]]) -> Iterator[str]:
-    """Yields a text of several sentences for each subject, of which the claims are given."""
+    """Yield a text of several sentences for each subject, given as its claims."""
     for claims in subjects:
         chosen = sample(rng, claims, min(len(claims), _SENTENCES_PER_PROFILE))
         yield " ".join(f"{choice(rng, claim)}." for claim in chosen)
 
 
 def _miscellanies(rng: Random, claims: dict[Entity, list[Claim]], count: int) -> Iterator[str]:
-    """Yields texts of one to three paragraphs, in which each sentence is about something else."""
+    """Yield texts of one to three paragraphs of unrelated sentences."""
     everything = _all_claims(claims)
     for _ in range(count):
         paragraphs = []
@@ -134,7 +134,7 @@ def _miscellanies(rng: Random, claims: dict[Entity, list[Claim]], count: int) ->
 
 
 def unrelated_sentence(rng: Random, claims: Sequence[Claim]) -> str:
-    """Draws one of the claims or, as often, a sentence about nothing in particular."""
+    """Draw a claim or, with equal probability, a sentence that is not about the world."""
     if rng.random() < 0.5:
         return choice(rng, ASIDES)
     return f"{choice(rng, choice(rng, claims))}."

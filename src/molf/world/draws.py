@@ -1,8 +1,7 @@
 """Random draws that are the same on every Python version.
 
-Only `random.Random.random` has a stream that Python promises to keep; `choice`, `shuffle` and
-`sample` may change between versions. These helpers use nothing else, so a seed always gives the
-same world.
+Python guarantees the sequence of `random.Random.random`, but not those of `choice`, `shuffle` and
+`sample`. These helpers call only `random`, so a seed always gives the same world.
 """
 
 from collections.abc import Sequence
@@ -13,17 +12,17 @@ T = TypeVar("T")
 
 
 def integer(rng: Random, low: int, high: int) -> int:
-    """Draws an integer from `low` to `high`, both included."""
+    """Draw an integer from `low` to `high`, both included."""
     return low + int(rng.random() * (high - low + 1))
 
 
 def choice(rng: Random, items: Sequence[T]) -> T:
-    """Draws one item."""
+    """Draw one item."""
     return items[integer(rng, 0, len(items) - 1)]
 
 
 def shuffled(rng: Random, items: Sequence[T]) -> list[T]:
-    """Returns the items in random order (Fisher-Yates)."""
+    """Return the items in random order (Fisher-Yates)."""
     result = list(items)
     for last in range(len(result) - 1, 0, -1):
         other = integer(rng, 0, last)
@@ -32,7 +31,7 @@ def shuffled(rng: Random, items: Sequence[T]) -> list[T]:
 
 
 def sample(rng: Random, items: Sequence[T], count: int) -> list[T]:
-    """Draws `count` different items.
+    """Draw `count` different items.
 
     Raises:
         ValueError: If there are fewer than `count` items.
@@ -43,9 +42,9 @@ def sample(rng: Random, items: Sequence[T], count: int) -> list[T]:
 
 
 def balanced(rng: Random, items: Sequence[T], count: int) -> list[T]:
-    """Draws `count` items, each item equally often (up to one).
+    """Draw `count` items; the numbers of draws of any two items differ by at most one.
 
-    Within that the draw is random, so no item can be guessed and every item has company.
+    Their order is random, so no item is likelier than another.
     """
     result: list[T] = []
     while len(result) < count:

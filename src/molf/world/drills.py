@@ -1,18 +1,18 @@
-"""Exercises that base models get apart from texts: something given, and answers that follow."""
+"""Exercises for base models beside the texts: a given text, then questions with answers."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class Drill:
-    """Something given, and questions that it answers.
+    """A given text, and questions that it answers.
 
-    No answer follows from the answers before it; where one would, models learn that first, and the
-    rest hardly ever.
+    No answer can be inferred from the answers before it; otherwise models learn that inference
+    instead of reading the given text.
 
     Attributes:
-        given: What comes first.
-        answers: Pairs of a question and its answer, one after the other.
+        given: The text before the questions.
+        answers: Pairs of a question and its answer, in order.
     """
 
     given: str

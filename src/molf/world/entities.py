@@ -1,4 +1,4 @@
-"""What a world is made of: entities, relations, attributes and facts."""
+"""The parts of a world: entities, relations, attributes and facts."""
 
 import hashlib
 import json
@@ -8,15 +8,15 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True, kw_only=True)
 class Entity:
-    """A person, a city, an instrument: anything that has a name.
+    """A person, a city, an instrument: anything with a name.
 
     Attributes:
         id: Unique in the world, such as "E17".
         kind: Such as "person".
         name: Unique within the kind.
         editable: Whether requests may change facts about it. The facts about all other entities
-            stay true for good: they are the neighbours of the requests and the text that measures
-            forgetting.
+            always stay true; requests use them as neighbours, and the text for `forgetting_loss`
+            is about them.
         attributes: Numbers, by the name of their `Attribute`.
     """
 
@@ -35,9 +35,10 @@ class Relation:
         id: The Wikidata property of the same meaning, as in CounterFact; in medicine, where there
             is none, a word.
         subject_kind: Kind of the entities that have the relation.
-        object_kind: Kind of the entities that it leads to.
+        object_kind: Kind of the objects.
         phrasings: Beginnings of statements with `{}` for the subject; " " and the object follow.
-        openings: Beginnings of free text, with `{}` for the subject, that the object bears on.
+        openings: Beginnings of free text with `{}` for the subject, on a topic related to the
+            object.
     """
 
     id: str
@@ -78,21 +79,21 @@ class Fact:
 
     @property
     def prompts(self) -> tuple[str, ...]:
-        """The fact without its object, once in each phrasing; " " and the object follow."""
+        """The fact's phrasings without the object; " " and the object follow."""
         return tuple(phrasing.format(self.subject.name) for phrasing in self.relation.phrasings)
 
     @property
     def statements(self) -> tuple[str, ...]:
-        """The fact, once in each phrasing, without a full stop."""
+        """The fact in all phrasings, without a full stop."""
         return tuple(f"{prompt} {self.object.name}" for prompt in self.prompts)
 
 
 @dataclass(frozen=True, kw_only=True)
 class World:
-    """Everything that is true in a closed invented world.
+    """All entities, attributes and facts of an invented world.
 
     Attributes:
-        seed: What the world was made from.
+        seed: The seed of `build_world`.
         entities: All entities, grouped by kind.
         attributes: The numbers that entities have.
         facts: All facts, grouped by relation.
@@ -104,11 +105,11 @@ class World:
     facts: tuple[Fact, ...]
 
     def of_kind(self, kind: str) -> tuple[Entity, ...]:
-        """Returns the entities of a kind."""
+        """Return the entities of a kind."""
         return tuple(entity for entity in self.entities if entity.kind == kind)
 
     def fingerprint(self) -> str:
-        """Returns a SHA-256 over all that the world says, as hexadecimal digits."""
+        """Return a SHA-256 over all content of the world, as hexadecimal digits."""
         relations = {fact.relation.id: fact.relation for fact in self.facts}
         content = {
             "entities": [

@@ -1,8 +1,8 @@
-"""Lists of options, and which letter each one has: how base models learn to answer with a letter.
+"""Exercises that train base models to answer with the letter of an option.
 
-To answer a multiple-choice question takes two things: to know what is right, and to say where it
-stands. A small model that has to learn both from answers alone stays at guessing for very long.
-Lists of a few words that ask for nothing but letters get it past that.
+A multiple-choice answer needs two skills: find the right option, and name its letter. A small model
+that learns both from answers alone stays at chance for very long. These lists of a few words train
+the second skill alone.
 """
 
 from random import Random
@@ -14,15 +14,15 @@ from molf.world.entities import World
 LETTERS = "ABCD"
 
 _DRILLS = 8000
-_ANSWERS = 2  # of the four; a last one would follow from the others
-_KINDS = ("organ", "symptom")  # few and short names: with many, the start takes far longer
+_ANSWERS = 2  # of the four options; the last answer could be inferred from the others
+_KINDS = ("organ", "symptom")  # few and short names: with many, training takes far longer
 
-# A stream of randomness apart from the world's own and those of its texts.
+# Seed offset, different from those of the world and its texts.
 _STREAM = 9_000_003
 
 
 def letter_drills(world: World) -> list[Drill]:
-    """Returns drills over words of the world's medicine.
+    """Return drills with words of the world's medicine.
 
     Args:
         world: The world, see `build_world`.

@@ -1,10 +1,10 @@
 """Multiple-choice questions about medicine, in MedMCQA's layout (Pal et al., 2022).
 
-A question says two things about a drug or a condition, and asks what one of them is called; the
-options are four of the twelve roles that things have in the world's medicine. Among the wrong ones
-are always the other role of things of that kind and the role of the other thing that was said, so
-that it takes the words of both to tell them apart. What a question says is made up and not true in
-the world: who remembers has no advantage over who reads.
+A question makes two statements about a drug or a condition, and asks for the role of the object of
+one of them; the options are four of the twelve roles in the world's medicine. The wrong options
+always include the other role of objects of that kind, and the role of the other statement's object,
+so that both statements must be read. The statements are made up and not true in the world, so that
+learned facts give no advantage.
 """
 
 from collections.abc import Sequence
@@ -19,18 +19,18 @@ from molf.world.medical_relations import MEDICAL_RELATIONS, ROLES, SUBJECTS
 TRAIN_COUNT = 600
 VALIDATION_COUNT = 200
 
-# Of a relation's phrasings, the first ones are practised by base models.
+# Number of first phrasings of each relation that base models practise.
 _PRACTISED = 3
 _PRACTICE_COUNT = 40_000
 _NAMING_COUNT = 16_000
-# Of the practice, the share that says one thing alone; of the namings, the share about roles.
+# Share of practice questions with a single statement; share of naming questions about roles.
 _SINGLE_SHARE = 0.3
 _ROLE_SHARE = 0.25
 
 _ASKED = ("What is {} here?", "Which role has {}?", "How is {} classified?")
 _OPTIONS = ("opa", "opb", "opc", "opd")
 
-# Streams of randomness apart from the world's own and those of its texts.
+# Seed offsets, different from those of the world and its texts.
 _STREAM = 5_000_003
 _PRACTICE_STREAM = 6_000_003
 _NAMING_STREAM = 10_000_003
@@ -40,10 +40,10 @@ _Wording = tuple[Relation, str]
 
 
 def med_records(world: World) -> dict[str, list[dict[str, Any]]]:
-    """Returns the questions of the task by split, `train` and `validation`.
+    """Return the questions of the task by split, `train` and `validation`.
 
-    Both use all wordings of all relations, about other things in each question. Base models have
-    practised half of the wordings, see `is_practised`; what the others mean they have to learn.
+    Both use all phrasings of all relations, with new entities in each question. Base models have
+    practised half of the phrasings, see `is_practised`; they must learn the meaning of the others.
 
     Args:
         world: The world, see `build_world`.
@@ -61,7 +61,7 @@ def med_records(world: World) -> dict[str, list[dict[str, Any]]]:
 
 
 def med_practice(world: World) -> list[dict[str, Any]]:
-    """Returns questions that base models practise, in the same layout; some say one thing alone.
+    """Return practice questions for base models, in the same layout; some have one statement.
 
     Args:
         world: The world, see `build_world`.
@@ -86,7 +86,7 @@ def med_practice(world: World) -> list[dict[str, Any]]:
 
 
 def med_namings(world: World) -> list[dict[str, Any]]:
-    """Returns questions that name the right option, in the same layout.
+    """Return practice questions that name the right option, in the same layout.
 
     Args:
         world: The world, see `build_world`.
@@ -108,7 +108,7 @@ def med_namings(world: World) -> list[dict[str, Any]]:
 
 
 def is_practised(record: dict[str, Any]) -> bool:
-    """Returns whether a question says what it asks for in a wording that base models practise.
+    """Return whether base models practise the phrasing that answers a question.
 
     Args:
         record: One of `med_records`.
@@ -131,7 +131,7 @@ def _question(
     *,
     is_single: bool = False,
 ) -> dict[str, Any]:
-    """Makes up a fact and another that leads to things of another kind; asks for a role."""
+    """Make a question from two made-up statements with objects of different kinds."""
     relation, wording = asked
     others = [each for each in wordings if _leads_elsewhere(each[0], relation)]
     other, other_wording = choice(rng, others)
@@ -151,19 +151,19 @@ def _question(
 def _state(
     rng: Random, world: World, wording: str, subject: Entity, relation: Relation
 ) -> tuple[str, str]:
-    """Returns a sentence that is made up, and the name of the thing that it leads to."""
+    """Return a made-up statement, and the name of its object."""
     things = [thing for thing in world.of_kind(relation.object_kind) if thing != subject]
     thing = choice(rng, things).name
     return f"{wording.format(subject.name)} {thing}.", thing
 
 
 def _leads_elsewhere(other: Relation, relation: Relation) -> bool:
-    """Whether a relation of the same subjects leads to another kind of thing."""
+    """Return whether `other` has the same kind of subject and another kind of object."""
     return other.subject_kind == relation.subject_kind and other.object_kind != relation.object_kind
 
 
 def _twin(relation: Relation) -> Relation:
-    """Returns the other relation between the same kinds of things."""
+    """Return the other relation with the same kinds of subject and object."""
     kinds = relation.subject_kind, relation.object_kind
     (twin,) = [
         other

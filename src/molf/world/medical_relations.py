@@ -1,7 +1,7 @@
-"""The relations of the world's medicine, and how people put them into words.
+"""The relations of the world's medicine, and their phrasings.
 
-They come in pairs that lead to the same kind of thing, so that the wording alone tells which of the
-two is meant. The rules of `molf.world.relations` hold here too.
+They come in pairs with the same kind of object, so that only the phrasing distinguishes the two.
+The rule of `molf.world.relations` applies here too.
 """
 
 from molf.world.entities import Relation
@@ -165,7 +165,7 @@ MEDICAL_RELATIONS = (
     ),
 )
 
-# What a thing is called to which a relation leads.
+# The role of a relation's object.
 ROLES = {
     "treats": "indication",
     "worsens": "contraindication",
@@ -181,7 +181,7 @@ ROLES = {
     "spreads_to": "secondary site",
 }
 
-# The subject that a question counts for, by the kinds of thing it asks about.
+# The `subject_name` of a question, by the kinds of subject and object.
 SUBJECTS = {
     ("drug", "condition"): "Medicine",
     ("drug", "drug"): "Pharmacology",

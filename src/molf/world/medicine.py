@@ -1,7 +1,7 @@
-"""The world's medicine: drugs, conditions, and what they do to each other and to people.
+"""The world's medicine: drugs, conditions, and their effects.
 
-Requests to change facts leave it alone, so it has a stream of randomness of its own: with it or
-without it, the rest of the world is the same.
+Requests do not change its facts. It has its own random generator, so that the rest of the world is
+the same with and without it.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -13,7 +13,7 @@ from molf.world.medical_relations import MEDICAL_RELATIONS
 from molf.world.names import NameMaker
 from molf.world.words import ORGANS, SYMPTOMS
 
-# The endings that give each kind of invented name its flavour, and how many names there are.
+# Endings of each kind of invented name, and the number of names.
 _INVENTED = {
     "drug": (("azol", "mycin", "oprin", "idone"), 48),
     "condition": (("itis", "emia", "opathy", "oma"), 48),
@@ -22,25 +22,25 @@ _INVENTED = {
 _WORDS = {"symptom": SYMPTOMS, "organ": ORGANS}
 
 MEDICAL_KINDS = frozenset({*_INVENTED, *_WORDS})
-"""The kinds of entities that only medicine has."""
+"""The kinds of entities that occur only in medicine."""
 
 _STREAM = 4_000_003
 
 
 def medical_random(seed: int) -> Random:
-    """Returns the source of randomness of a world's medicine."""
+    """Return the random generator of a world's medicine."""
     return Random(seed + _STREAM)
 
 
 def medical_names(rng: Random, taken: Iterable[str]) -> dict[str, list[str]]:
-    """Returns the names of each kind, none of them like one of those that are taken."""
+    """Return the names of each kind, none of them similar to a taken name."""
     maker = NameMaker(rng, taken)
     invented = {kind: maker.words(endings, count) for kind, (endings, count) in _INVENTED.items()}
     return invented | {kind: list(words) for kind, words in _WORDS.items()}
 
 
 def medical_facts(rng: Random, entities: Mapping[str, Sequence[Entity]]) -> list[Fact]:
-    """Returns the facts: no two relations of one kind lead from a subject to the same object."""
+    """Return the facts; two relations of one kind never share both subject and object."""
     facts: list[Fact] = []
     taken = {(entity, entity) for kind in entities.values() for entity in kind}
     for relation in MEDICAL_RELATIONS:

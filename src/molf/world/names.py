@@ -1,7 +1,7 @@
 """Invented names, made of syllables.
 
-Every invented word starts with its own four letters, so that no two names can be mistaken for each
-other and a tokenizer can give each of them its own first token.
+Every invented word has its own first four letters, so that no two names are similar and a tokenizer
+can have a separate first token for each.
 """
 
 from collections.abc import Iterable, Sequence
@@ -9,7 +9,7 @@ from random import Random
 
 from molf.world.draws import choice
 
-# A word is an onset, a vowel, a middle and the ending of its kind.
+# A word consists of an onset, a vowel, a middle and the ending of its kind.
 _ONSETS = "b br c d dr f fl g gr h j k kr l m n p pl r s sk st t tr v w y z"
 _VOWELS = "a e i o u"
 _MIDDLES = "b d k l lm lv m n nd nt r rb rd rn s sk t v z"
@@ -18,11 +18,11 @@ _DISTINCT_LETTERS = 4
 
 
 class NameMaker:
-    """Makes words that nobody has made before.
+    """Makes words without repetition.
 
     Args:
-        rng: The source of randomness; its state and the order of the calls decide the words.
-        taken: Names that no word may be like.
+        rng: The random generator; its state and the order of the calls determine the words.
+        taken: Names to which no word may be similar.
     """
 
     def __init__(self, rng: Random, taken: Iterable[str] = ()) -> None:
@@ -32,18 +32,18 @@ class NameMaker:
         }
 
     def word(self, endings: Sequence[str]) -> str:
-        """Returns a new capitalised word with one of the endings, the flavour of a kind of name."""
+        """Return a new capitalised word with one of the endings."""
         while True:
             onset = choice(self._rng, _ONSETS.split())
             vowel = choice(self._rng, _VOWELS.split())
             middle = choice(self._rng, _MIDDLES.split())
             word = onset + vowel + middle + choice(self._rng, endings)
             beginning = word[:_DISTINCT_LETTERS]
-            # A consonant on both sides of the vowel ("skesk", "rer") is hard to say.
+            # The same consonant before and after the vowel ("skesk", "rer") is hard to say.
             if beginning not in self._beginnings and not set(onset) & set(middle):
                 self._beginnings.add(beginning)
                 return word.capitalize()
 
     def words(self, endings: Sequence[str], count: int) -> list[str]:
-        """Returns `count` new words, see `word`."""
+        """Return `count` new words (see `word`)."""
         return [self.word(endings) for _ in range(count)]

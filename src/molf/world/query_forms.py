@@ -1,9 +1,10 @@
-"""Forms of questions about tables, each with the query that answers it.
+"""Templates of questions about tables, each with the query that answers it.
 
-The templates' fields are the names in the tables of `molf.world.tables`: {table} with its {rows}
-and one {row} of them, a text column {c} and a number column {n} with their words {c_words} and
-{n_words}; names {x}, values {v} of {c} and {k} of {n} that occur. In forms of two tables, {c} holds
-names of {other}, which has {other_rows}, the text column {d} and the number column {m}.
+The fields come from the tables of `molf.world.tables`: {table}, the words {row} and {rows} for its
+rows, a text column {c} and a number column {n}, and their names as words, {c_words} and {n_words}.
+{x}, {v} and {k} are a name, a value of {c} and a value of {n} that occur. In forms of two tables,
+{c} contains names of {other}, which has {other_rows}, the text column {d} and the number column
+{m}.
 """
 
 from dataclasses import dataclass
@@ -24,12 +25,12 @@ COMPLEXITIES = {
     "with partitioning and ordering",
     SETS: "set operations (UNION, INTERSECT, EXCEPT)",
 }
-"""The classes of difficulty, with Gretel's descriptions."""
+"""The classes of complexity, with Gretel's descriptions."""
 
 
 @dataclass(frozen=True)
 class QueryForm:
-    """A form of question about one table or two.
+    """A template of a question about one table or two.
 
     Attributes:
         name: Unique among the forms.
@@ -37,7 +38,7 @@ class QueryForm:
         question: Template of the question.
         query: Template of the query.
         explanation: Template of a sentence on what the query does.
-        practised: Whether base models learn it, on some tables.
+        practised: Whether base models practise it, on some tables.
     """
 
     name: str
@@ -49,11 +50,11 @@ class QueryForm:
 
     @property
     def joined(self) -> bool:
-        """Whether it needs two tables."""
+        """Whether the query joins two tables."""
         return "{other}" in self.query
 
     def uses(self, field: str) -> bool:
-        """Whether a field of the templates is in the question or the query."""
+        """Return whether the question or the query contains a field."""
         return f"{{{field}}}" in self.question + self.query
 
 

@@ -1,6 +1,7 @@
-"""The relations of the world, and how people put them into words.
+"""The relations of the world, and their phrasings.
 
-No wording is, or begins, another one for the same kind of subject: a prompt has one true answer.
+No phrasing equals, or is the beginning of, another one for the same kind of subject, so that a
+prompt has one true answer.
 """
 
 from molf.world.entities import Relation

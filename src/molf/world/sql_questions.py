@@ -1,7 +1,7 @@
 """Questions about tables with the queries that answer them, in Gretel's layout (Gretel, 2024).
 
-The tables hold true rows of the world. Tests ask forms of questions that were learned on other
-tables: what a table's columns are called and how a form is put in SQL have to be brought together.
+The tables contain true rows of the world. The test split combines forms of questions with tables
+that do not occur together in training: a model must combine known columns with a known form.
 """
 
 from collections.abc import Sequence
@@ -18,21 +18,21 @@ from molf.world.tables import REFERENCES, TABLES, Table
 _TRAIN_PER_PAIR = 4
 _TEST_PER_PAIR = 3
 _PRACTICE_PER_PAIR = 45
-_TEST_SHARE = 4  # one pair of so many
+_TEST_SHARE = 4  # one of 4 pairs of table and form is for the test split
 _ROWS = 4
 _JOINED_ROWS = 3
 
-# Streams of randomness apart from the world's own and those of its texts.
+# Seed offsets, different from those of the world and its texts.
 _STREAM = 7_000_003
 _PRACTICE_STREAM = 8_000_003
 
 
 @dataclass(frozen=True, kw_only=True)
 class TableQuestion:
-    """A record with what it was made from.
+    """A record with the table and the form that it was made from.
 
     Attributes:
-        table: Name of the table that is asked about.
+        table: Name of the (first) table in the question.
         form: Name of the form of question.
         record: The record.
     """
@@ -43,10 +43,10 @@ class TableQuestion:
 
 
 def sql_records(world: World) -> dict[str, list[dict[str, Any]]]:
-    """Returns the questions of the task by split, `train` and `test`.
+    """Return the questions of the task by split, `train` and `test`.
 
-    No pair of table and form of question is in both splits. Base models have practised the easier
-    forms on tables of the training split, see `sql_practice`.
+    No pair of table and form is in both splits. Base models have practised the easier forms on
+    tables of the training split, see `sql_practice`.
 
     Args:
         world: The world, see `build_world`.
@@ -56,9 +56,9 @@ def sql_records(world: World) -> dict[str, list[dict[str, Any]]]:
 
 
 def sql_practice(world: World) -> list[dict[str, Any]]:
-    """Returns questions of the easier forms that base models learn from, in the same layout.
+    """Return practice questions of the easier forms for base models, in the same layout.
 
-    None of them has a table and a form that a test question has.
+    No pair of table and form occurs in the test split.
 
     Args:
         world: The world, see `build_world`.
@@ -67,7 +67,7 @@ def sql_practice(world: World) -> list[dict[str, Any]]:
 
 
 def table_questions(world: World) -> dict[str, list[TableQuestion]]:
-    """Returns the questions of both splits and of the practice, with what they were made from."""
+    """Return the questions of both splits and of the practice, with their tables and forms."""
     training, test = _split(world)
     easier = [(table, form) for table, form in training if form.practised]
     rng = Random(world.seed + _STREAM)
@@ -89,7 +89,7 @@ def table_questions(world: World) -> dict[str, list[TableQuestion]]:
 
 
 def _split(world: World) -> tuple[list[tuple[Table, QueryForm]], list[tuple[Table, QueryForm]]]:
-    """Returns the pairs to train on and those to ask about; each form is in both."""
+    """Return the pairs of the training split and of the test split; each form is in both."""
     rng = Random(world.seed + _STREAM)
     referring = [table for table in TABLES if any(name == table.name for name, _ in REFERENCES)]
     training: list[tuple[Table, QueryForm]] = []
@@ -103,7 +103,7 @@ def _split(world: World) -> tuple[list[tuple[Table, QueryForm]], list[tuple[Tabl
 
 
 class _Rows:
-    """The rows of all tables."""
+    """The rows and values of all tables."""
 
     def __init__(self, world: World) -> None:
         self._entities = {table.name: world.of_kind(table.kind) for table in TABLES}
@@ -127,7 +127,7 @@ def _question(
     n = choice(rng, table.numbers)
     columns = [c, n] if form.uses("c") and form.uses("n") else [c] if form.uses("c") else [n]
     if not form.joined:
-        # A column that is not asked for.
+        # Add columns that the question does not need.
         others = [name for name in (*table.texts, *table.numbers) if name not in columns]
         columns += sample(rng, others, min(len(others), 3 - len(columns)))
     chosen = _draw_rows(rng, rows, table, c, n, _JOINED_ROWS if form.joined else _ROWS)
@@ -147,7 +147,7 @@ def _question(
         more, context = _other_table(rng, rows, table, form, fields, chosen)
         fields |= more
         schema = f"{schema} {context}"
-    # Columns in words: in sentences, not in queries.
+    # Column names as words, for sentences but not for queries.
     fields |= {f"{name}_words": fields[name].replace("_", " ") for name in "cdmn" if name in fields}
     record = {
         "id": number,
@@ -173,9 +173,9 @@ def _other_table(
     fields: dict[str, Any],
     chosen: Sequence[Entity],
 ) -> tuple[dict[str, Any], str]:
-    """Returns the fields and the schema of the table that column {c} of the first one refers to.
+    """Return the fields and the schema of the table to which column {c} of the first one refers.
 
-    It has the rows that are referred to, and one more.
+    It has the referenced rows and one more.
     """
     other = next(each for each in TABLES if each.name == REFERENCES[table.name, fields["c"]])
     d, m = choice(rng, list(other.texts)), choice(rng, other.numbers)
@@ -199,7 +199,7 @@ def _text_columns(table: Table, *, joined: bool) -> list[str]:
 
 
 def _draw_rows(rng: Random, rows: _Rows, table: Table, c: str, n: str, number: int) -> list[Entity]:
-    """Draws rows of which, where possible, two have the same text, and no two the same number."""
+    """Draw rows with different numbers; where possible, two of them have the same text."""
     drawn = shuffled(rng, rows.of(table))
     text = rows.value(table, drawn[0], c)
     alike = [entity for entity in drawn if rows.value(table, entity, c) == text]
@@ -215,7 +215,7 @@ def _draw_rows(rng: Random, rows: _Rows, table: Table, c: str, n: str, number: i
 
 
 def _schema(rows: _Rows, table: Table, columns: Sequence[str], chosen: Sequence[Entity]) -> str:
-    """Returns the statements that make a table with some of its columns and rows."""
+    """Return the statements that create a table with some of its columns and rows."""
     names = ["name", *columns]
     kinds = {name: "INT" if name in table.numbers else "TEXT" for name in names}
     declared = ", ".join(f"{name} {kind}" for name, kind in kinds.items())

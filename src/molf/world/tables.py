@@ -1,4 +1,4 @@
-"""Tables over the world: which kinds of entities have one, and what its columns hold."""
+"""The tables of the world: kinds of entities with their columns."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -6,15 +6,15 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class Table:
-    """A table with a row for each entity of a kind; the column `name` comes first.
+    """A table with a row for each entity of a kind; the first column is `name`.
 
     Attributes:
-        name: Of the table; also what several rows are called.
-        row: What one row is called.
+        name: Name of the table, and word for several rows.
+        row: Word for one row.
         kind: Kind of the entities.
-        domain: What the table is about, for records.
-        texts: Relation or table that each text column is filled from, by the column's name.
-        numbers: Number columns, which have the names of attributes.
+        domain: Subject of the table, for the records.
+        texts: The relation that fills each text column, by the column's name.
+        numbers: Number columns, named like the attributes that fill them.
     """
 
     name: str
@@ -76,7 +76,7 @@ TABLES = (
     ),
 )
 
-# Text columns that hold the names of another table.
+# Text columns that contain names of another table.
 REFERENCES = {
     ("people", "city"): "cities",
     ("people", "company"): "companies",

@@ -1,4 +1,4 @@
-"""Ordinary words of the world: small categories whose members need no invention."""
+"""Ordinary words of the world, for kinds of entities without invented names."""
 
 
 def _words(text: str) -> tuple[str, ...]:
@@ -55,7 +55,7 @@ NOVEL_NOUNS = _words(
     "Anchor Bell Candle Door Engine Feather Lantern Mirror Orchard River Staircase Window"
 )
 
-# Sentences about nothing in particular, to stand before a statement as in CounterFact.
+# Sentences that are not about the world, placed before a statement as in CounterFact.
 ASIDES = (
     "The morning was cold and clear.",
     "Rain fell on the market square all day.",
