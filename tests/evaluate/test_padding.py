@@ -72,7 +72,7 @@ def test_models_are_asked(name, batches):
     assert right_padding_counts(model, 1) is False
 
 
-@pytest.mark.filterwarnings("ignore:.*takes the rest of a batch")
+@pytest.mark.filterwarnings("ignore:.*depends on the rest of a batch")
 @pytest.mark.parametrize("name", ["Rwkv", "Bart", "Roberta", "Mamba", "Llama"])
 def test_metrics_are_those_of_one_by_one(model_of, name):
     model = model_of(name)
@@ -92,7 +92,7 @@ def test_metrics_are_those_of_one_by_one(model_of, name):
     assert measured(8)[1][0].item() == pytest.approx(expected, rel=1e-4)
 
 
-@pytest.mark.filterwarnings("ignore:.*takes the rest of a batch")
+@pytest.mark.filterwarnings("ignore:.*depends on the rest of a batch")
 @pytest.mark.parametrize("name", ["Rwkv", "Mamba", "Llama"])
 def test_answers_are_those_of_one_by_one(model_of, name):
     tokenizer = byte_level_tokenizer()

@@ -122,7 +122,7 @@ def test_another_generation_prompt_than_the_turn_begins_with_is_named():
     template = CHATML.replace(
         "<|im_start|>assistant\n{% endif %}", "<|im_start|>assistant\n<think>\n{% endif %}"
     )
-    with pytest.warns(UserWarning, match="begins otherwise than the chat template's generation"):
+    with pytest.warns(UserWarning, match="does not begin with the chat template's generation"):
         found, _ = labelled(chat_tokenizer(template), Conversation(TALK, 0, 0))
     assert found == ["In France.<|im_end|>", "In Italy.<|im_end|>"]
 

@@ -93,7 +93,7 @@ def generate_greedy(
         # must not end the longer ones of its batch.
         for tokens, group in groupby(batch, key=room.__getitem__):
             answers = _Answers(tokenizer, list(group), ends, stop)
-            first = _first_only(answers.indices, first_logits)
+            first = _first_logits_processor(answers.indices, first_logits)
             inputs = pad_left([contexts[index] for index in answers.indices], pad_id, inner.device)
             while answers.rows and answers.steps < tokens:
                 made = inner.generate(
@@ -102,7 +102,9 @@ def generate_greedy(
                     logits_processor=[first],
                     stopping_criteria=[answers],
                 )
-                inputs = _rows_of(made, inputs["attention_mask"], answers.drop_ended(), reuse)
+                inputs = _inputs_to_continue(
+                    made, inputs["attention_mask"], answers.drop_ended(), reuse
+                )
             for index, answer in zip(answers.indices, answers.tokens, strict=True):
                 results[index] = answer
 
@@ -133,7 +135,7 @@ def decode(tokenizer: Any, tokens: Sequence[int]) -> str:
     return text
 
 
-def _rows_of(made: Any, mask: Tensor, rows: list[int], reuse: bool) -> dict[str, Any]:
+def _inputs_to_continue(made: Any, mask: Tensor, rows: list[int], reuse: bool) -> dict[str, Any]:
     """Return the inputs with which `generate()` continues some rows of its result.
 
     Args:
@@ -147,13 +149,13 @@ def _rows_of(made: Any, mask: Tensor, rows: list[int], reuse: bool) -> dict[str,
     new = mask.new_ones(len(rows), ids.shape[1] - mask.shape[1])
     inputs = {"input_ids": ids, "attention_mask": torch.cat([mask[index], new], dim=1)}
     cache = made.get("past_key_values")
-    if rows and reuse and _can_be_cut(cache):  # otherwise the whole text is computed again
+    if rows and reuse and _has_selectable_rows(cache):  # otherwise the whole text is computed again
         cache.batch_select_indices(index)
         inputs["past_key_values"] = cache
     return inputs
 
 
-def _can_be_cut(cache: Any) -> bool:
+def _has_selectable_rows(cache: Any) -> bool:
     """Return whether rows of a cache can be selected: only caches of keys and values allow it.
 
     Recurrent layers inherit `batch_select_indices` from attention layers, but it does not select
@@ -167,7 +169,9 @@ def _can_be_cut(cache: Any) -> bool:
     )
 
 
-def _first_only(indices: list[int], read: FirstLogits | None) -> Callable[[Tensor, Tensor], Tensor]:
+def _first_logits_processor(
+    indices: list[int], read: FirstLogits | None
+) -> Callable[[Tensor, Tensor], Tensor]:
     """Return a logits processor for `generate()` that passes a batch's first logits to `read`."""
     left = [] if read is None else [read]
 

@@ -22,7 +22,7 @@ _LENGTHS = (33, 6)  # their difference is odd: it shifts blocks of any even size
 _EXACT = 1e-3  # of the largest logit; another order of float32 sums changes less
 _ROUNDED = 0.03  # the same for lower precision and quantised weights
 
-_known: WeakKeyDictionary[Any, dict[str, str]] = WeakKeyDictionary()
+_results: WeakKeyDictionary[Any, dict[str, str]] = WeakKeyDictionary()
 
 
 ANY, EQUAL, SINGLE = "any", "equal", "single"
@@ -43,7 +43,7 @@ def logits_batches(model: Any, pad_id: int) -> str:
     def logits(rows: list[list[int]]) -> Tensor:
         return last_logits(model, rows, pad_id, keep=1)[:, -1]
 
-    return _ask(model, "logits", logits, pad_id)
+    return _test_batches(model, "logits", logits, pad_id)
 
 
 def generation_batches(model: Any, pad_id: int) -> str:
@@ -64,7 +64,7 @@ def generation_batches(model: Any, pad_id: int) -> str:
         made = inner.generate(**pad_left(rows, pad_id, inner.device), generation_config=settings)
         return torch.cat(made.logits, dim=-1)
 
-    return _ask(model, "generation", logits, pad_id)
+    return _test_batches(model, "generation", logits, pad_id)
 
 
 def right_padding_counts(model: Any, pad_id: int) -> bool:
@@ -82,10 +82,12 @@ def right_padding_counts(model: Any, pad_id: int) -> bool:
     return _differs(model, logits, _rows(model, pad_id, _LENGTHS))
 
 
-def _ask(model: Any, what: str, logits: Callable[[list[list[int]]], Tensor], pad_id: int) -> str:
+def _test_batches(
+    model: Any, what: str, logits: Callable[[list[list[int]]], Tensor], pad_id: int
+) -> str:
     """Return the result of a test, run once per model."""
     inner = inner_model(model)
-    answers = _known.setdefault(inner, {})
+    answers = _results.setdefault(inner, {})
     if what not in answers:
         answers[what] = ANY
         if _differs(model, logits, _rows(model, pad_id, _LENGTHS)):
@@ -93,8 +95,8 @@ def _ask(model: Any, what: str, logits: Callable[[list[list[int]]], Tensor], pad
             answers[what] = SINGLE if _differs(model, logits, same) else EQUAL
             batches = "one by one" if answers[what] == SINGLE else "in batches of equal length"
             warnings.warn(
-                f"{type(inner).__name__} takes the rest of a batch into account ({what}): texts go "
-                f"through it {batches}, which takes longer.",
+                f"The output of {type(inner).__name__} depends on the rest of a batch ({what}): "
+                f"texts are evaluated {batches}, which takes longer.",
                 stacklevel=4,
             )
     return answers[what]

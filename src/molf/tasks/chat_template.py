@@ -87,7 +87,7 @@ class ChatTemplate:
             add_generation_prompt=ask,
             **{**self._special_tokens, **(options or {})},
         )
-        return Rendering(texts[0], _joined(marks[0]) if self.has_marks else None)
+        return Rendering(texts[0], _join_spans(marks[0]) if self.has_marks else None)
 
     def reads(self, name: str) -> bool:
         """Return whether the template's text has a variable or field of this name."""
@@ -142,7 +142,7 @@ class Chat:
         self._options = options
         self._given = messages
         self._messages: list[Message] = []
-        self._known: dict[tuple[int, bool], Rendering | None] = {}
+        self._renderings: dict[tuple[int, bool], Rendering | None] = {}
         self.whole = self._first_accepted()
 
     def __len__(self) -> int:
@@ -162,17 +162,17 @@ class Chat:
         """Render the first `count` messages; None where the template rejects them alone."""
         if count == len(self) and not ask:
             return self.whole
-        if (count, ask) not in self._known:
-            found = self._tried(self._messages[:count], ask=ask)
-            self._known[count, ask] = None if isinstance(found, Exception) else found
-        return self._known[count, ask]
+        if (count, ask) not in self._renderings:
+            found = self._try_render(self._messages[:count], ask=ask)
+            self._renderings[count, ask] = None if isinstance(found, Exception) else found
+        return self._renderings[count, ask]
 
     def render_with(self, index: int, content: str, count: int) -> Rendering | None:
         """Render the first `count` messages with another text in message `index`."""
         messages = self._messages[:count]
         parts = not self.template.takes_texts
         messages[index] = {**messages[index], "content": _content(content, parts=parts)}
-        found = self._tried(messages)
+        found = self._try_render(messages)
         return None if isinstance(found, Exception) else found
 
     @property
@@ -191,7 +191,7 @@ class Chat:
         accepted: list[tuple[Rendering, list[Message]]] = []
         refusal: Exception | None = None
         for messages in self._forms():
-            found = self._tried(messages)
+            found = self._try_render(messages)
             if isinstance(found, Exception):
                 refusal = refusal or found
                 continue
@@ -200,7 +200,7 @@ class Chat:
                 break
         if not accepted:
             raise InputError(f"the tokenizer's chat template refuses the messages: {refusal}")
-        rendering, self._messages = min(accepted, key=lambda form: _nulls(form[0].text))
+        rendering, self._messages = min(accepted, key=lambda form: _count_nulls(form[0].text))
         return rendering
 
     def _forms(self) -> Iterator[list[Message]]:
@@ -212,11 +212,13 @@ class Chat:
             ("absent", "null", "text") if has_empty else ("absent",),
         ):
             yield [
-                _formed(message, parts=parts, as_object=as_object, empty=empty)
+                _converted(message, parts=parts, as_object=as_object, empty=empty)
                 for message in self._given
             ]
 
-    def _tried(self, messages: Sequence[Message], *, ask: bool = False) -> Rendering | Exception:
+    def _try_render(
+        self, messages: Sequence[Message], *, ask: bool = False
+    ) -> Rendering | Exception:
         tools, options = self._tools, self._options
         try:
             return self.template.render(messages, ask=ask, tools=tools, options=options)
@@ -271,12 +273,12 @@ def _training_variant(tokenizer: Any, source: str) -> str | None:
     return variant
 
 
-def _nulls(text: str) -> int:
+def _count_nulls(text: str) -> int:
     """Count the words None and null in a text."""
     return len(re.findall(r"\b(?:None|null)\b", text))
 
 
-def _joined(spans: Sequence[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
+def _join_spans(spans: Sequence[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
     """Sort spans, join those that touch and drop empty ones."""
     joined: list[tuple[int, int]] = []
     for start, end in sorted(spans):
@@ -293,7 +295,7 @@ def _content(text: str, *, parts: bool) -> Any:
     return [{"type": "text", "text": text}] if parts else text
 
 
-def _formed(message: Message, *, parts: bool, as_object: bool, empty: str) -> Message:
+def _converted(message: Message, *, parts: bool, as_object: bool, empty: str) -> Message:
     """Return a message in one form, without null fields, as transformers does."""
     formed = {name: value for name, value in message.items() if value is not None}
     formed.pop("weight", None)  # selects the turns with loss; not part of the text
@@ -302,16 +304,18 @@ def _formed(message: Message, *, parts: bool, as_object: bool, empty: str) -> Me
     elif empty != "absent":
         formed["content"] = None if empty == "null" else _content("", parts=parts)
     if isinstance(formed.get("tool_calls"), list):
-        formed["tool_calls"] = [_call(call, as_object=as_object) for call in formed["tool_calls"]]
+        formed["tool_calls"] = [
+            _converted_call(call, as_object=as_object) for call in formed["tool_calls"]
+        ]
     return formed
 
 
-def _call(call: Any, *, as_object: bool) -> Any:
+def _converted_call(call: Any, *, as_object: bool) -> Any:
     """Return a tool call with its arguments as an object or as JSON text, converted if possible."""
     if not isinstance(call, dict):
         return call
     if isinstance(call.get("function"), dict):
-        return {**call, "function": _call(call["function"], as_object=as_object)}
+        return {**call, "function": _converted_call(call["function"], as_object=as_object)}
     arguments = call.get("arguments")
     if as_object and isinstance(arguments, str):
         try:

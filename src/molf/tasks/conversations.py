@@ -18,8 +18,8 @@ _REWRITTEN = (
     "messages follow"
 )
 _PROMPT = (
-    "the last assistant turn begins otherwise than the chat template's generation prompt, so the "
-    "model is trained on another beginning than it is asked with"
+    "the last assistant turn does not begin with the chat template's generation prompt, so "
+    "training and generation differ at its beginning"
 )
 _LOST = "the chat template leaves out text or tool calls of a message"
 _UNREAD = "the chat template does not read {}"

@@ -182,7 +182,7 @@ class CustomTask(Task):
         A chat template may add text to an answer. The field `expected` of saved predictions
         contains that text; where it is missing, the record's own answer is expected.
         """
-        saved = check_predictions(predictions, self._data.records, self._known)
+        saved = check_predictions(predictions, self._data.records, self._copied_fields)
         sample = predicted_sample(saved, self._evaluated, self._samples_of_runs)
         saved = restrict_to_sample(saved, sample)
         written = {entry["index"]: entry.get("expected") for entry in predictions}
@@ -214,7 +214,7 @@ class CustomTask(Task):
             )
         return written
 
-    def _known(self, index: int) -> dict[str, str]:
+    def _copied_fields(self, index: int) -> dict[str, str]:
         """Return the fields that a prediction copies; none for text rendered by a template."""
         sample = self._data.samples.get(index)
         if isinstance(sample, PromptCompletion):

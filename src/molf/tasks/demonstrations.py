@@ -34,9 +34,9 @@ class Demonstrations:
         found = list(islice(others, self._count))
         if len(found) < self._count:
             raise InputError(
-                f"few_shot={self._count} needs as many training records with other questions than "
-                f"the one asked, but there are {len(found)}. What is evaluated is never shown: "
-                "evaluate fewer records (max_samples), or give data with a training split."
+                f"few_shot={self._count} needs as many training records with other questions "
+                f"than the evaluated one, but there are {len(found)}. Evaluated records are never "
+                "shown: evaluate fewer records (max_samples), or give data with a training split."
             )
         return found
 

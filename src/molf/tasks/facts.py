@@ -65,7 +65,7 @@ class FactTask(Task):
             warnings.warn(
                 f"Of {len(together)} requests, {self._conflicts.prompts} prompts have more than "
                 f"one new target, and {self._conflicts.neighbours} neighbourhood prompts are "
-                "edited by another request: not all of these can come out right.",
+                "edited by another request: these requests contradict each other.",
                 stacklevel=3,
             )
         self._forgetting_text = forgetting_text
@@ -163,7 +163,8 @@ class FactTask(Task):
     def score_predictions(self, predictions: list[dict[str, Any]]) -> Evaluation:
         """Measure `acc_new` and `acc_true`; the other metrics need the model."""
         saved = restrict_to_sample(
-            check_predictions(predictions, len(self._evaluation), self._known), self._evaluated
+            check_predictions(predictions, len(self._evaluation), self._copied_fields),
+            self._evaluated,
         )
         scored = [self._prediction(index, text) for index, text in sorted(saved.texts.items())]
         not_measured = ["es", "em", "ps", "pm", "ns", "nm", "s", "forgetting_loss"]
@@ -177,7 +178,7 @@ class FactTask(Task):
             },
         )
 
-    def _known(self, index: int) -> dict[str, str]:
+    def _copied_fields(self, index: int) -> dict[str, str]:
         """Return the fields of a request that a prediction copies."""
         request = self._evaluation[index]
         targets = {"target_new": request.target_new, "target_true": request.target_true}

@@ -52,7 +52,7 @@ class _Transfer(threading.Thread):
         self._received = 0
         self._error: BaseException | None = None
         self._ended = threading.Event()
-        self._unwanted = threading.Event()
+        self._stopped = threading.Event()
         self._writing = threading.Lock()
 
     def run(self) -> None:
@@ -80,7 +80,7 @@ class _Transfer(threading.Thread):
 
     def stop(self) -> None:
         """Stop writing, and wait for a write in progress."""
-        self._unwanted.set()
+        self._stopped.set()
         with self._writing:
             pass
 
@@ -95,7 +95,7 @@ class _Transfer(threading.Thread):
                 if self._received > self._most:
                     raise self._too_long("more")
                 with self._writing:
-                    if self._unwanted.is_set():
+                    if self._stopped.is_set():
                         return
                     self._file.write(chunk)
             if length is not None and self._received < length:

@@ -101,7 +101,7 @@ class DuplicateKeyError(Exception):
     """An object has a duplicate key; the argument is the key."""
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _without_duplicate_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """Make an object of JSON; reject duplicate keys, of which json drops all but the last."""
     made = dict(pairs)
     if len(made) < len(pairs):
@@ -117,7 +117,7 @@ def unique_json(text: str) -> Any:
         DuplicateKeyError: An object has a duplicate key.
         ValueError: The text is not JSON.
     """
-    return json.loads(text, object_pairs_hook=_unique)
+    return json.loads(text, object_pairs_hook=_without_duplicate_keys)
 
 
 def _parse(text: str, path: str, line: int) -> Any:

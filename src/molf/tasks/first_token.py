@@ -120,7 +120,7 @@ class FirstTokenQuestions:
         def read(batch: list[int], logits: Tensor) -> None:
             found.read(batch, logits)
             for index in batch:
-                self._take(keys[index], found.log_probs[index])
+                self._store(keys[index], found.log_probs[index])
 
         return read
 
@@ -150,7 +150,7 @@ class FirstTokenQuestions:
             progress=progress,
         )
         for context, log_probs in zip(contexts, values, strict=True):
-            self._take(context, log_probs)
+            self._store(context, log_probs)
         return [
             FirstTokens(
                 tuple(math.fsum(self._log_probs[step] for step in target) for target in choices),
@@ -161,7 +161,7 @@ class FirstTokenQuestions:
             for choices, fit in zip(self._steps, self.fits, strict=True)
         ]
 
-    def _take(self, context: _Context, log_probs: list[float]) -> None:
+    def _store(self, context: _Context, log_probs: list[float]) -> None:
         """Store the probabilities of a context's tokens, unless they are stored already."""
         if context in self._unread:
             for token, value in zip(self._unread.pop(context), log_probs, strict=True):

@@ -31,19 +31,20 @@ class SavedPredictions:
 def check_predictions(
     predictions: Sequence[Any],
     records: int,
-    known: Callable[[int], Mapping[str, str]] = lambda index: {},
+    copied_fields: Callable[[int], Mapping[str, str]] = lambda index: {},
 ) -> SavedPredictions:
     """Check saved predictions.
 
     Args:
-        predictions: `{"index": i, "prediction": text}`; keys other than these and those of `known`
-            are ignored.
+        predictions: `{"index": i, "prediction": text}`; other keys are ignored, except those of
+            `copied_fields`.
         records: Number of records in the data file.
-        known: Returns fields of a record; a prediction that has them must have the same values.
+        copied_fields: Returns fields of a record; a prediction with these fields must have the
+            same values.
 
     Raises:
         InputError: There are no predictions, one has another form, an index is unknown or
-            duplicate, or a field of `known` differs.
+            duplicate, or a field of `copied_fields` differs.
     """
     if not predictions:
         raise InputError("There are no predictions to score.")
@@ -64,7 +65,7 @@ def check_predictions(
             )
         if index in saved.texts or index in saved.left_out:
             raise InputError(f"{where}: index {index} comes twice.")
-        _check_same_record(entry, known(index), where)
+        _check_same_record(entry, copied_fields(index), where)
         reason = entry.get("left_out")
         if isinstance(text, str):
             saved.texts[index] = text_value(text, f"{where}: prediction")
@@ -103,9 +104,9 @@ def predicted_sample(
     return sample
 
 
-def _check_same_record(entry: dict[str, Any], known: Mapping[str, str], where: str) -> None:
+def _check_same_record(entry: dict[str, Any], fields: Mapping[str, str], where: str) -> None:
     """Compare a prediction's copied fields with its record; a prompt may have text around it."""
-    for name, value in known.items():
+    for name, value in fields.items():
         given = entry.get(name)
         if not isinstance(given, str):
             continue

@@ -89,12 +89,12 @@ def _segments(tokenizer: Any, ids: Sequence[int], labels: Sequence[int]) -> list
     for begin, cut in zip([0, *cuts], [*cuts, len(ids)], strict=True):
         before = end
         # A cut inside a character decodes to U+FFFD; the character then goes to the next segment.
-        end = len(whole) if cut == len(ids) else max(end, _shared(decode(cut), whole))
+        end = len(whole) if cut == len(ids) else max(end, _common_length(decode(cut), whole))
         segments.append((whole[before:end], carries[begin]))
     return segments
 
 
-def _shared(text: str, whole: str) -> int:
+def _common_length(text: str, whole: str) -> int:
     """Return the length of the longest common prefix of `text` and `whole`."""
     while not whole.startswith(text):
         text = text[:-1]

@@ -123,7 +123,7 @@ class QuestionTask(Task, Generic[Q]):
     def score_predictions(self, predictions: list[dict[str, Any]]) -> Evaluation:
         """Measure the metrics of texts; `notes["not_measured"]` lists those that need the model."""
         data = self._data
-        saved = check_predictions(predictions, data.evaluation.records, self._known)
+        saved = check_predictions(predictions, data.evaluation.records, self._copied_fields)
         sample = predicted_sample(
             saved, data.evaluated, data.samples_of_runs, lambda some: self._unscorable(some, None)
         )
@@ -133,7 +133,7 @@ class QuestionTask(Task, Generic[Q]):
         evaluation = self._score(saved.texts, self._seed, None)
         return self._finish(evaluation, Asked(samples, left_out | saved.left_out))
 
-    def _known(self, index: int) -> dict[str, str]:
+    def _copied_fields(self, index: int) -> dict[str, str]:
         """Return the fields of a record that a prediction copies; none of an unusable record."""
         question = self._data.evaluation.questions.get(index)
         if question is None:

@@ -118,7 +118,7 @@ def _read_folder(folder: Path) -> dict[str, list[Record]]:
     if any(named.values()) and not all(named.values()):
         unnamed = next(path for path, split in named.items() if split is None)
         raise InputError(
-            f"{folder}: some file names say train, test or validation, but {unnamed.name} does "
+            f"{folder}: some file names contain train, test or validation, but {unnamed.name} does "
             "not. Give one file, or name all of them."
         )
     splits: dict[str, list[Record]] = {}
@@ -203,6 +203,6 @@ def _read_hub(name: str, option: str) -> dict[str, list[Record]]:
     if not known:
         raise InputError(
             f"{option}: {name} has the splits {', '.join(splits)}, none of which is train, test "
-            "or validation. Save the one that is meant to a file."
+            "or validation. Save the split to use as a file."
         )
     return known

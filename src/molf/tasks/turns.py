@@ -67,9 +67,10 @@ class _Finder:
 
     def marked(self, learned: Sequence[int]) -> Turns | None:
         """Find the turns by `{% generation %}` marks; None where the marks do not fit."""
-        owned = self._owned_marks()
+        owned = self._marks_by_turn()
         if owned is None or not all(
-            self._holds(owned.get(turn), turn) and not self._precede(owned[turn], turn)
+            self._contain_text(owned.get(turn), turn)
+            and not self._are_of_earlier_turns(owned[turn], turn)
             for turn in learned
         ):
             return None
@@ -81,7 +82,7 @@ class _Finder:
         starts = {}
         for turn in learned:
             found = [*owned[turn]]
-            found[0] = (self._behind_prompt(turn, *found[0]), found[0][1])
+            found[0] = (self._after_prompt(turn, *found[0]), found[0][1])
             found[-1] = (found[-1][0], self._with_ending(found[-1][1], ending))
             starts[turn] = found[0][0]
             spans += found
@@ -90,7 +91,7 @@ class _Finder:
         spans = [(start, self._without_space(text, end)) for start, end in spans]
         return Turns(text[: spans[-1][1]], tuple(spans), starts[last], 0, self._prompt_differs())
 
-    def _owned_marks(self) -> dict[int, list[Span]] | None:
+    def _marks_by_turn(self) -> dict[int, list[Span]] | None:
         """Return the marks of each assistant message; None where they cannot be assigned."""
         marks = self._chat.whole.marks
         if not marks:
@@ -109,7 +110,7 @@ class _Finder:
             before = len(upto.marks)
         return owned if before == len(marks) else None
 
-    def _holds(self, marks: Sequence[Span] | None, turn: int) -> bool:
+    def _contain_text(self, marks: Sequence[Span] | None, turn: int) -> bool:
         """Return whether marks contain a message's text, where the template writes it."""
         if not marks:
             return False
@@ -117,17 +118,17 @@ class _Finder:
         marked = "".join(self._whole[start:end] for start, end in marks)
         return text in marked or text not in self._whole
 
-    def _precede(self, marks: Sequence[Span], turn: int) -> bool:
+    def _are_of_earlier_turns(self, marks: Sequence[Span], turn: int) -> bool:
         """Return whether marks end in the text before a turn, and so belong to earlier messages."""
         before = self._chat.render(turn, ask=True) if turn else None
-        return before is not None and marks[0][1] < _shared(before.text, self._whole)
+        return before is not None and marks[0][1] < _common_length(before.text, self._whole)
 
-    def _behind_prompt(self, turn: int, start: int, end: int) -> int:
+    def _after_prompt(self, turn: int, start: int, end: int) -> int:
         """Return the start of a marked turn, after the generation prompt."""
         before = self._chat.render(turn, ask=True) if turn else None
         if before is None:
             return start
-        shared = self._snapped(_shared(before.text, self._whole), of=before.text)
+        shared = self._to_boundary(_common_length(before.text, self._whole), of=before.text)
         return shared if start < shared < end else start
 
     def _with_ending(self, end: int, ending: str) -> int:
@@ -139,7 +140,7 @@ class _Finder:
 
     def compared(self, learned: Sequence[int]) -> Turns | None:
         """Find the turns as the text that each adds to the rendering of the messages before it."""
-        found = [self._added(turn) for turn in learned]
+        found = [self._found_by_added_text(turn) for turn in learned]
         if found[-1] is None:
             return None
         spans = tuple(span for span in found if span is not None)
@@ -150,36 +151,36 @@ class _Finder:
         asked = self._chat.render(len(self._chat) - 1, ask=True) if len(self._chat) > 1 else None
         return asked is not None and not self._whole.startswith(asked.text)
 
-    def _added(self, turn: int) -> Span | None:
+    def _found_by_added_text(self, turn: int) -> Span | None:
         """Find a turn in the whole text; None where the template renders it differently there."""
         is_last = turn + 1 == len(self._chat)
         before = self._chat.render(turn, ask=True) if turn else None
         upto = self._chat.whole if is_last else self._chat.render(turn + 1)
         if before is None or upto is None:
-            return self._replaced(turn)
-        shared = _shared(before.text, self._whole)
+            return self._found_by_other_text(turn)
+        shared = _common_length(before.text, self._whole)
         plain = self._chat.render(turn)
         # Length of the earlier messages in `before`; the rest of it is the generation prompt.
         history = len(
             before.text
             if plain is None
-            else before.text[: _shared(before.text, plain.text)].rstrip()
+            else before.text[: _common_length(before.text, plain.text)].rstrip()
         )
         if shared < history:
-            return self._replaced(turn)
-        start = max(self._snapped(shared, of=before.text), history)
-        end = self._snapped(_shared(upto.text, self._whole), of=upto.text)
+            return self._found_by_other_text(turn)
+        start = max(self._to_boundary(shared, of=before.text), history)
+        end = self._to_boundary(_common_length(upto.text, self._whole), of=upto.text)
         # After the shared text, only another end-of-turn text may follow in `upto`.
         if end <= start or not self._is_ending(upto.text[end:]):
-            return self._replaced(turn)
+            return self._found_by_other_text(turn)
         end = self._closed(start, end, upto.text[end:])
         return (start, self._without_space(self._whole, end))
 
-    def _replaced(self, turn: int) -> Span | None:
+    def _found_by_other_text(self, turn: int) -> Span | None:
         """Find a turn by rendering it with another text; add its end-of-turn text."""
         text = text_of(self._chat.given(turn).get("content")).strip()
-        span = self._changed(turn, text, len(self._chat))
-        alone = self._changed(turn, text, turn + 1)
+        span = self._changed_part(turn, text, len(self._chat))
+        alone = self._changed_part(turn, text, turn + 1)
         upto = self._chat.render(turn + 1)
         if span is None or alone is None or upto is None:
             return None
@@ -187,13 +188,13 @@ class _Finder:
         if turn + 1 == len(self._chat):
             return (start, self._without_space(self._whole, len(self._whole)))
         ending = upto.text[alone[1] :]
-        shared = end + _shared(self._whole[end:], ending)
-        cut = self._snapped(shared, of=self._whole[:end] + ending)
+        shared = end + _common_length(self._whole[end:], ending)
+        cut = self._to_boundary(shared, of=self._whole[:end] + ending)
         cut = max(cut, end)
         cut = self._closed(start, cut, ending[cut - end :])
         return (start, self._without_space(self._whole, cut))
 
-    def _changed(self, turn: int, text: str, count: int) -> Span | None:
+    def _changed_part(self, turn: int, text: str, count: int) -> Span | None:
         """Find `text` in the rendering of `count` messages; None where it is missing."""
         if not text:
             return None
@@ -203,7 +204,7 @@ class _Finder:
         changed = self._chat.render_with(turn, other, count)
         if rendering is None or changed is None or other not in changed.text:
             return None
-        start = _shared(rendering.text, changed.text)
+        start = _common_length(rendering.text, changed.text)
         end = start + len(rendering.text) - len(changed.text) + len(other)
         return (start, end) if rendering.text[start:end].strip() == text else None
 
@@ -225,7 +226,7 @@ class _Finder:
             text = text.replace(token, "")
         return not text.strip()
 
-    def _snapped(self, position: int, of: str | None = None) -> int:
+    def _to_boundary(self, position: int, of: str | None = None) -> int:
         """Move the position of a difference back to a boundary of tokens or words.
 
         Different tokens may share their first characters, such as `<|`.
@@ -258,7 +259,7 @@ class _Finder:
         return len(stripped) if self._eos and stripped.endswith(self._eos) else end
 
 
-def _shared(text: str, other: str) -> int:
+def _common_length(text: str, other: str) -> int:
     """Return the length of the longest common prefix of two texts."""
     low, high = 0, min(len(text), len(other))
     while low < high:  # bisection: slices compare faster than characters in a loop
