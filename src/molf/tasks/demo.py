@@ -1,4 +1,4 @@
-"""Demo tasks: records of the embedded world, which the shipped base model knows."""
+"""Demo tasks: records of the embedded world, whose facts the shipped base model has learned."""
 
 from __future__ import annotations
 
