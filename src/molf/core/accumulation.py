@@ -10,12 +10,12 @@ from torch import Tensor
 
 
 def has_grad_dtype() -> bool:
-    """Whether torch lets a gradient have another dtype than its parameter."""
+    """Return whether torch lets a gradient have another dtype than its parameter."""
     return hasattr(torch.Tensor, "grad_dtype")
 
 
 def is_low(parameter: Tensor) -> bool:
-    """Whether a parameter is trained in less than float32."""
+    """Return whether a parameter is trained in less than float32."""
     return parameter.dtype.itemsize < 4 and parameter.requires_grad
 
 

@@ -1,7 +1,6 @@
-"""AdamW's arithmetic on one block of a tensor: moments, score terms, steps.
+"""AdamW's arithmetic on one block of a tensor: moments, score terms, updates.
 
-All arithmetic is in float32, or float64 for float64 weights, whatever the dtype of the weight, its
-gradient and the stored state.
+It is in float32 (float64 for float64 weights) for every dtype of weight, gradient and state.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from torch import Tensor
 from molf.core import one_pass
 from molf.core.blocks import BLOCKS, Blocks
 
-_SCORE_EPS = 1e-8  # of the score, whatever the optimizer's own eps
+_SCORE_EPS = 1e-8  # of the score; independent of the optimizer's eps
 
 
 def compute_dtype(weight: Tensor) -> torch.dtype:
@@ -25,25 +24,25 @@ def compute_dtype(weight: Tensor) -> torch.dtype:
 
 
 def real_view(tensor: Tensor) -> Tensor:
-    """Return the real and imaginary parts of a complex tensor, [..., 2]; others as they are.
+    """Return the real and imaginary parts of a complex tensor, [..., 2]; others unchanged.
 
-    A complex number takes the steps of two real ones, as with `torch.optim.AdamW`.
+    A complex number takes the steps of two real numbers, as in `torch.optim.AdamW`.
     """
     return torch.view_as_real(tensor.detach()) if tensor.is_complex() else tensor
 
 
 def sum_dtype(device: torch.device) -> torch.dtype:
-    """Return the dtype in which sums over whole tensors are kept: float64 where a device has it."""
+    """Return the dtype of sums over whole tensors: float64, if the device has it."""
     return torch.float32 if device.type == "mps" else torch.float64
 
 
 def gradient(parameter: Tensor) -> Tensor:
-    """Return the gradient of a parameter that has one, as `real_view` of what memory holds."""
+    """Return the gradient of a parameter, as `real_view` and without lazy negation."""
     grad = parameter.grad
     assert grad is not None, "parameters without a gradient are left out of the step"
     if grad.is_complex() and grad.layout == torch.strided:
         grad = torch.view_as_real(grad.resolve_conj())
-    # autograd may leave a view that is negated when it is read, or zeros without memory
+    # Autograd may return a lazily negated view, or a zero tensor without memory.
     if grad._is_zerotensor():
         return grad.clone()
     return grad.resolve_neg() if grad.is_neg() else grad
@@ -51,18 +50,15 @@ def gradient(parameter: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class MomentDecay:
-    """How moments move in this step, as scalars on the device.
+    """Scalars of the moments' update, on the device."""
 
-    On an accelerator the host does not yet know whether every gradient is finite when moments are
-    updated; `finite` knows, on the device. Where it is False, gradients are replaced by zeros and
-    the moments multiplied by one, so that a bad step leaves the state bit for bit as it was.
-    """
-
+    # On an accelerator the host has not read `finite` when moments are updated. If it is False,
+    # the update multiplies moments by 1 and gradients by 0: the state keeps every bit.
     betas: tuple[float, float]
-    is_known_finite: bool  # to the host; then nothing need be asked of the device
-    finite: Tensor  # bool
-    new_share: Tensor  # 1 - beta1, or 0
-    kept_sq: Tensor  # beta2, or 1
+    is_known_finite: bool  # the host has read that `finite` is True
+    finite: Tensor  # 0-dim bool
+    new_share: Tensor  # 1 - beta1; 0 if not finite
+    kept_sq: Tensor  # beta2; 1 if not finite
     new_sq: float  # 1 - beta2
     scratch: one_pass.Scratch
 
@@ -75,7 +71,7 @@ class MomentDecay:
         *,
         is_known_finite: bool = False,
     ) -> MomentDecay:
-        """Build from the betas and a 0-dim bool tensor on the gradients' device."""
+        """Build from the betas and a 0-dim bool on the gradients' device."""
         beta1, beta2 = betas
         share = torch.full((), 1 - beta1, dtype=dtype, device=finite.device)
         kept = torch.full((), beta2, dtype=dtype, device=finite.device)
@@ -91,7 +87,7 @@ class MomentDecay:
 
 
 def update_moments(grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, decay: MomentDecay) -> None:
-    """`m <- b1 m + (1 - b1) g`, `v <- b2 v + (1 - b2) g*g`, in place, on one block."""
+    """Update `m <- b1 m + (1 - b1) g`, `v <- b2 v + (1 - b2) g*g` in place, on one block."""
     if _in_one_pass(exp_avg, exp_avg_sq, decay):
         _move_in_one_pass(grad, exp_avg, exp_avg_sq, decay)
         return
@@ -101,7 +97,7 @@ def update_moments(grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, decay: Mom
 
 
 def score_terms(exp_avg: Tensor, exp_avg_sq: Tensor, score: str) -> Tensor:
-    """Return the summands of a score, elementwise, on one block.
+    """Return the terms of a score, elementwise, on one block.
 
     EPD (Eq. 10): `m^2 / (sqrt(v) + eps)`. PFN (Eq. 11): `(m / (sqrt(v) + eps))^2`.
     """
@@ -116,7 +112,7 @@ def update_and_score(
     decay: MomentDecay,
     score: str,
 ) -> Tensor:
-    """`update_moments` on one block; return the sum of the score's terms, 0-dim."""
+    """Update moments of one block; return the sum of the score's terms, 0-dim."""
     if not _in_one_pass(exp_avg, exp_avg_sq, decay):
         update_moments(grad, exp_avg, exp_avg_sq, decay)
         return score_terms(exp_avg, exp_avg_sq, score).sum()
@@ -127,7 +123,7 @@ def update_and_score(
 def update_and_score_columns(
     grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, decay: MomentDecay, score: str
 ) -> Tensor:
-    """`update_moments` on one block; return the sums of the score's terms over its rows."""
+    """Update moments of one block [rows, R]; return the score's terms summed over rows, [R]."""
     if not _in_one_pass(exp_avg, exp_avg_sq, decay):
         update_moments(grad, exp_avg, exp_avg_sq, decay)
         return score_terms(exp_avg, exp_avg_sq, score).sum(0)
@@ -147,7 +143,7 @@ def _move_in_one_pass(
 
 
 def finish_score(total: float, *, score: str, lr: float, count: int) -> float:
-    """Turn the sum of an expert's terms over its `count` parameters into its score."""
+    """Return an expert's score from the sum of its terms and its parameter count."""
     return math.sqrt(total / count) if score == "pfn" else lr * total / count
 
 
@@ -157,7 +153,7 @@ class AdamWStep:
 
     Attributes:
         lr: The scheduled rate.
-        weight_decay: The decay, multiplied by `lr` in the step.
+        weight_decay: Decoupled decay; a step multiplies it by `lr`.
         betas: Decay rates of the moments.
         eps: Added to the root of the second moment.
         step: The counter t, 1 at the first step.
@@ -171,12 +167,12 @@ class AdamWStep:
 
     @property
     def decay(self) -> float:
-        """`lr wd`, the share of a weight that decay takes."""
+        """`lr wd`."""
         return self.lr * self.weight_decay
 
     @property
     def kept(self) -> float:
-        """`1 - lr wd`, the share that decay leaves."""
+        """`1 - lr wd`."""
         return 1 - self.decay
 
     @property
@@ -190,7 +186,7 @@ class AdamWStep:
         return math.sqrt(1 - self.betas[1] ** self.step)
 
     def denominator(self, exp_avg_sq: Tensor) -> Tensor:
-        """`sqrt(v) / sqrt(1 - b2^t) + eps`."""
+        """Return `sqrt(v) / sqrt(1 - b2^t) + eps`."""
         return exp_avg_sq.sqrt().div_(self.correction).add_(self.eps)
 
     def descend_(
@@ -202,13 +198,13 @@ class AdamWStep:
         scale: float = 1.0,
         blocks: Blocks = BLOCKS,
     ) -> None:
-        """`p <- p - lr m^ / (sqrt(v^) + eps)` in place; decay is the caller's.
+        """Update `p <- p - lr m^ / (sqrt(v^) + eps)` in place, without decay.
 
         Args:
-            values: `scale * p`, updated, in the moments' dtype.
-            exp_avg: m, of the gradient of p.
-            exp_avg_sq: v, of the gradient of p.
-            scale: How p is stored.
+            values: `scale * p`, in the moments' dtype.
+            exp_avg: m of p, in the shape of `values`.
+            exp_avg_sq: v of p, in the shape of `values`.
+            scale: `values` holds `scale` times p.
             blocks: Sizes of blocks.
         """
         step_size = self.step_size * scale
@@ -225,7 +221,8 @@ class AdamWStep:
     def increment(
         self, weight: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, *, blocks: Blocks = BLOCKS
     ) -> Tensor:
-        """Return `p' - p`, decay included, without the cancellation of a difference."""
+        """Return `p' - p`, decay included."""
+        # Built up from zero: the difference `p' - p` would cancel.
         direction = weight * -self.decay
         self.descend_(direction, exp_avg, exp_avg_sq, blocks=blocks)
         return direction

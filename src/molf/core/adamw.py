@@ -1,4 +1,4 @@
-"""AdamW with the optimizer's own storage of weights and moments, for what is not routed."""
+"""AdamW for weights of any precision; base class of `MoLFAdamW`."""
 
 from __future__ import annotations
 
@@ -55,54 +55,50 @@ class AdamW(Optimizer):
     """AdamW with decoupled decay, as `torch.optim.AdamW`, for weights of any precision.
 
     Steps are computed in float32 (float64 for float64 weights). bfloat16 weights are exact by
-    default: the 16 bits that they cannot hold are in the optimizer's state, and training follows
-    float32 training bit for bit, given the same gradients. This is full fine-tuning to compare
-    `MoLFAdamW` with: both are made of the same code. A complex parameter takes the steps of its
-    real and imaginary parts. `torch.compile` does not trace `step`.
+    default: the low 16 bits of their float32 values are in the optimizer's state, and training
+    equals float32 training bit for bit, given the same gradients. Compare `MoLFAdamW` with it: both
+    share their code. A complex parameter takes the steps of its real and imaginary parts.
+    `torch.compile` does not trace `step`.
 
     Args:
         params: Parameters or parameter groups, with or without names.
-        lr: Learning rate: a number, or a tensor with one element, which stays one; each group has
-            its own, and schedulers write into it. The same holds for `eps` and `weight_decay`.
+        lr: Learning rate: a number, or a tensor with one element, which schedulers write in place;
+            each group has its own. The same holds for `eps` and `weight_decay`.
         betas: Decay rates of the first and second moments.
         eps: Added to the denominator of a step.
         weight_decay: Decoupled decay.
-        weight_rounding: How bfloat16 weights are written: `"exact"`, `"stochastic"` (unbiased,
-            drawn from seed, parameter name and step alone) or `"nearest"` (small updates are lost;
-            to compare with). None is exact for bfloat16 weights, and nothing for float32 ones.
-        state_dtype: `"float32"`, or `"8bit"`: moments of matrices from 4,096 elements on are
-            kept in blocks of 8 bits (torchao), 64 to 256 numbers of a row to a scale.
-        seed: Of stochastic rounding.
-        nonfinite: What a gradient does that has infinity or NaN, or is so large that moments would
-            overflow, and a loss that `require_finite` was given; it is found before anything is
-            written. `"raise"` a RuntimeError (`NonFiniteError`), or `"skip"` the whole step: the
-            first warns, and all are counted in `skipped_steps`.
-        grad_accumulation_dtype: `"float32"` keeps the gradients of bfloat16 weights in float32, so
-            that micro-batches add up without rounding; for one process. None leaves them in
-            bfloat16.
-        optimizer_in_backward: Whether every parameter (of a routed layer: all together) moves as
-            soon as its gradient is complete, during the backward pass, and the gradient is freed.
-            `step` after each backward pass only finishes what is left. Nothing that needs all
-            gradients at once is possible: accumulation, clipping, loss scaling (float16), several
-            processes, `nonfinite="skip"`. The host waits for the device once per layer.
-        kernels: `"triton"` takes steps with the Triton kernels of `molf.core.fused` (CUDA, float32
-            or bfloat16 weights, float32 states). They have not run on a GPU yet. None and
-            `"eager"`: with torch operations.
-        state_offload: Whether the state of parameters on CUDA lives in pinned host memory and is on
-            the device layer by layer, while a layer takes its step: the same bits in less memory
-            and more time. The host waits for the device once per layer. Not with `"triton"`, and
-            not run on a GPU yet.
+        weight_rounding: Rounding of bfloat16 weights: `"exact"`, `"stochastic"` (unbiased, drawn
+            from seed, parameter name and step) or `"nearest"` (loses small updates). None: exact
+            for bfloat16 weights; float32 weights are not rounded.
+        state_dtype: `"float32"`, or `"8bit"`: moments of matrices with at least 4,096 elements are
+            8-bit (torchao), with one scale per 64 to 256 numbers of a row.
+        seed: Seed of stochastic rounding.
+        nonfinite: Reaction, before anything is written, to a gradient with infinity or NaN, to one
+            whose moments would overflow, and to a `require_finite` loss that is not finite.
+            `"raise"`: raise a RuntimeError (`NonFiniteError`). `"skip"`: skip the step and count it
+            in `skipped_steps`; the first one warns.
+        grad_accumulation_dtype: `"float32"`: gradients of bfloat16 weights are accumulated in
+            float32; one process only. None: in bfloat16.
+        optimizer_in_backward: Whether every parameter (all of a routed layer together) is updated
+            during the backward pass, as soon as its gradient is complete, and the gradient is
+            freed. Call `step` after each backward pass. Accumulation, clipping, loss scaling
+            (float16), several processes and `nonfinite="skip"` are refused. The host waits for the
+            device once per layer.
+        kernels: `"triton"`: Triton kernels of `molf.core.fused` (CUDA, float32 or bfloat16 weights,
+            float32 states), not yet run on a GPU. None and `"eager"`: torch operations.
+        state_offload: Whether the state of parameters on CUDA is in pinned host memory and copied
+            to the device layer by layer: the same bits in less memory and more time. The host waits
+            for the device once per layer. Not with `"triton"`; not yet run on a GPU.
 
     Attributes:
-        skipped_steps: How many steps `nonfinite="skip"` has skipped.
-        step_was_skipped: Whether the last one was.
-        on_skipped: Called with the reason of each skipped step in place of the one warning, if set.
+        skipped_steps: Number of steps that `nonfinite="skip"` has skipped.
+        step_was_skipped: Whether the last step was skipped.
+        on_skipped: If set, called with the reason of each skipped step; replaces the warning.
         executor: Runs the operations of a step; copies of the optimizer get a copy.
-        measure_updates: Set it to True, and `update_fidelity` says of each following step what
-            rounding has lost.
+        measure_updates: If True, `update_fidelity` is measured in each step.
 
     Raises:
-        ValueError: A value is not allowed, or nothing is there to be rounded as asked.
+        ValueError: A value is not allowed, or `weight_rounding` applies to no weight.
         ImportError: `state_dtype="8bit"` without torchao, or `kernels="triton"` without triton.
     """
 
@@ -177,14 +173,14 @@ class AdamW(Optimizer):
         _log.info("%s takes its steps with %s.", type(self).__name__, how)
 
     def _prepare(self) -> None:
-        """Say who computes, how and where things are kept, and when; also for copies."""
+        """Set up the executor, the hooks and the offload; also after a copy or unpickling."""
         self._check_processes()
         if not hasattr(self, "executor"):
             self.executor: Executor = executor_of(self.kernels)
-        # Then GradScaler says that it is there, so that it can be refused; it would only say that
-        # there are no gradients.
+        # GradScaler then calls `step` with its attributes, and `check_no_scaler` refuses it by
+        # name. Otherwise it would raise an error about missing gradients.
         self._step_supports_amp_scaling = self.optimizer_in_backward
-        if hasattr(self, "_backward"):  # a shallow copy, which shares all that is made here
+        if hasattr(self, "_backward"):  # a shallow copy, which shares hooks and offload
             if self._backward is not None:
                 self._backward.share(self)
             return
@@ -205,7 +201,7 @@ class AdamW(Optimizer):
         )
 
     def _follow(self) -> None:
-        """Prepare the parameters that are in the groups now; libraries may have swapped them."""
+        """Prepare the current parameters of the groups; libraries may have replaced them."""
         if self.grad_accumulation_dtype is not None:
             accumulate_in_float32(self._parameters())
         if self._backward is not None:
@@ -216,16 +212,16 @@ class AdamW(Optimizer):
 
     @torch._disable_dynamo
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group; without a `layer` it takes plain AdamW steps, as linear layers in it do.
+        """Add a group; without a `layer` its parameters, linear layers included, are not routed.
 
-        Parameters may come without names beside others that have some: they are named by place.
+        Parameters without names are named by position if others have names.
 
         Raises:
             ValueError: A hyper-parameter is out of range, or a parameter is a conjugate view.
         """
         if not isinstance(param_group, dict):
-            return super().add_param_group(param_group)  # which refuses it
-        own_rounding = param_group.get("weight_rounding")  # not that of the whole optimizer
+            return super().add_param_group(param_group)  # raises
+        own_rounding = param_group.get("weight_rounding")  # without the optimizer's default
         before = list(self.param_groups)
         nameless = [group for group in before if "param_names" not in group]
         try:
@@ -241,7 +237,7 @@ class AdamW(Optimizer):
                 check_kernel_group(group, len(before), self._home())
             if self.optimizer_in_backward:
                 check_no_float16(group["params"])
-            if hasattr(self, "_backward"):  # later than the constructor, which does it for all
+            if hasattr(self, "_backward"):  # after the constructor, which does this for all groups
                 release(group["params"], self)
                 self._follow()
         except Exception:
@@ -256,19 +252,17 @@ class AdamW(Optimizer):
         """Take one step; return the closure's loss, or None.
 
         The host waits for the device once; with `state_offload` once per layer. With
-        `optimizer_in_backward` most of the step is taken already, and what is left is finished;
-        `zero_grad` and `step` end a backward pass.
+        `optimizer_in_backward` it updates the remaining layers and ends the backward pass.
 
         Args:
             closure: Computes the loss and its gradients; called first, with gradients enabled.
 
         Raises:
-            RuntimeError: A gradient is infinite or NaN, or so large that its moments would
-                overflow, or what `require_finite` was given is not finite, and `nonfinite="raise"`;
-                nothing has been written (with `optimizer_in_backward`: nothing of its layer). Also
-                for sparse gradients.
-            ValueError: There are several processes now, and an option is for one; or a rate, a
-                decay or a beta is no number that a step can use.
+            RuntimeError: A gradient is infinite or NaN, its moments would overflow, or a number of
+                `require_finite` is not finite, and `nonfinite="raise"`. Nothing was written (with
+                `optimizer_in_backward`: nothing of its layer). Also for sparse gradients.
+            ValueError: An option does not support several processes; or a learning rate, decay or
+                beta is not a valid number.
         """
         if self._backward is not None:
             check_no_scaler(self)
@@ -294,22 +288,22 @@ class AdamW(Optimizer):
 
     @torch._disable_dynamo
     def require_finite(self, loss: Tensor, grad_norm: Tensor | None = None) -> None:
-        """Have the next step refused, as for a bad gradient, if the loss is not finite.
+        """Refuse the next step, as for a bad gradient, if the loss is not finite.
 
-        A loss of NaN may leave finite gradients. The numbers are read with those that the step
-        reads anyway: the host waits once for all.
+        The number is checked in `step`, without a further wait of the host.
 
         Args:
-            loss: The step's loss, of all its micro-batches, 0-dim.
-            grad_norm: The norm of its gradients, if that is known, 0-dim.
+            loss: Loss of all micro-batches of the step, 0-dim.
+            grad_norm: Norm of the step's gradients, 0-dim, if known.
 
         Raises:
-            ValueError: `optimizer_in_backward=True`: layers move before `step`.
+            ValueError: `optimizer_in_backward=True`: layers are updated before `step`.
         """
+        # A loss of NaN may have finite gradients.
         if self._backward is not None:
             raise ValueError(
                 "require_finite is not possible with optimizer_in_backward=True: layers move "
-                "before step(). Look at the loss before loss.backward()."
+                "before step(). Check the loss before loss.backward()."
             )
         self._required = {"loss": loss.detach()}
         if grad_norm is not None:
@@ -317,7 +311,7 @@ class AdamW(Optimizer):
 
     @torch._disable_dynamo
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Reset the gradients, as torch does; an interrupted backward pass is forgotten."""
+        """Reset the gradients, as torch does; discard an interrupted backward pass."""
         super().zero_grad(set_to_none)
         self._required = {}
         if self._backward is not None:
@@ -326,13 +320,13 @@ class AdamW(Optimizer):
         self._follow()
 
     def _begin(self) -> None:
-        """Forget what the last step has left; `step` and the first gradient call it."""
+        """Reset the results of the last step; `step` and the first gradient call it."""
         self._check_processes()
         self._tally = UpdateTally() if self.measure_updates else None
         self.step_was_skipped = False
 
     def _end_step(self) -> None:
-        """Have all state where it lives."""
+        """Wait until offloaded state is back on the host."""
         if self._offload is not None:
             self._offload.end_step()
 
@@ -340,7 +334,7 @@ class AdamW(Optimizer):
         """Step the units that have gradients.
 
         Returns:
-            Whether it was done; it may be skipped.
+            False if the step was skipped.
         """
         units = [unit for unit in units if unit.takes_part()]
         required, self._required = self._required, {}
@@ -353,13 +347,13 @@ class AdamW(Optimizer):
                 units, self.state, self._offload, self.executor, self._tally, required
             )
         if outcome.is_refused:
-            self._settled_state()  # the caller may catch the error and read it
+            self._settled_state()  # the caller may catch the error and read the state
             self._refuse(outcome.bad, {name: required[name] for name in outcome.wrong})
         self._finish(outcome)
         return not outcome.is_refused
 
     def _check_kinds(self, units: Iterable[Unit]) -> None:
-        """Refuse, by name, gradients of a kind that no step can use."""
+        """Refuse gradients that are sparse, sharded or on the meta device."""
         for parameter in (p for unit in units for p in unit.parameters):
             if parameter.grad is not None and (reason := unusable(parameter)):
                 raise RuntimeError(f"The gradient of {self._name_of(parameter)} {reason}")
@@ -379,10 +373,10 @@ class AdamW(Optimizer):
                 self._restore(parameter, new)
 
     def _end(self) -> None:
-        """Look back on a step that was taken: nothing to see here."""
+        """Run after a completed step; no-op here."""
 
     def _take_over(self, other: AdamW | None) -> None:
-        """Show what a step has left on the optimizer that took it, of which this is a copy."""
+        """Copy the results of a step from the optimizer that took it (this is a shallow copy)."""
         for key in self._OF_STEP:
             setattr(self, key, getattr(other, key))
 
@@ -390,17 +384,18 @@ class AdamW(Optimizer):
         if not self._has_warned_of_no_gradient:
             self._has_warned_of_no_gradient = True
             warn(
-                "No parameter has a gradient in this step, and so none has moved: loss.backward() "
-                "comes between zero_grad() and step(). Later steps like this one are not reported."
+                "No parameter has a gradient in this step, so none was updated: call "
+                "loss.backward() between zero_grad() and step(). Later steps are not reported."
             )
 
     def _units(self, *, to_step: bool = True) -> Iterator[Unit]:
-        """All units of the groups as they are now; `to_step` reads their hyper-parameters."""
+        """Yield all units of the current groups; `to_step` converts their hyper-parameters."""
         for number, group in enumerate(self.param_groups):
             yield from self._units_of(number, readable(group) if to_step else group)
 
     def _unit_of(self, key: UnitKey) -> Unit:
-        """One unit, to step; the others of its group are not made."""
+        """Return one unit for a step."""
+        # The other units of its group are not created: a group may have thousands.
         group = readable(self.param_groups[key.group])
         if key.position is None:
             (unit,) = self._units_of(key.group, group)
@@ -408,7 +403,7 @@ class AdamW(Optimizer):
         return PlainUnit(key, group, [group["params"][key.position]])
 
     def _units_of(self, number: int, group: dict[str, Any]) -> list[Unit]:
-        """The units of a group: here every parameter is one."""
+        """Return the units of a group; here every parameter is one unit."""
         return [
             PlainUnit(UnitKey(number, position), group, [parameter])
             for position, parameter in enumerate(group["params"])
@@ -421,11 +416,11 @@ class AdamW(Optimizer):
         unit.free_gradients()
 
     def _finish(self, outcome: Outcome) -> None:
-        """Keep what a subclass wants of a step."""
+        """Store the outcome of a step; no-op here."""
 
     @property
     def update_fidelity(self) -> UpdateFidelity | None:
-        """What rounding has lost of the last step's updates; None where it was not measured.
+        """Share of the last step's updates lost to rounding; None if not measured.
 
         The host waits for the device.
         """
@@ -433,9 +428,9 @@ class AdamW(Optimizer):
 
     @torch.no_grad()
     def float32_weights(self) -> dict[Tensor, Tensor]:
-        """Return a copy of every bfloat16 parameter's float32 values, lower halves included.
+        """Return copies of all bfloat16 parameters as float32, low halves included.
 
-        They are what a checkpoint in float32 should hold.
+        Use them for a float32 checkpoint.
         """
         states = self._settled_state()
         return {
@@ -447,11 +442,10 @@ class AdamW(Optimizer):
 
     @torch.no_grad()
     def restore_float32(self) -> None:
-        """Turn bfloat16 parameters into the float32 values they stand for, for good.
+        """Convert bfloat16 parameters to float32 in place; remove the low halves from the state.
 
-        The lower halves leave the state, one parameter after the other, so that exact bfloat16
-        weights take no more memory than before. A parameter ends up where its lower half was: with
-        `state_offload` in host memory. The optimizer must not step afterwards.
+        One parameter at a time, so that memory does not grow. With `state_offload` the parameters
+        are in host memory afterwards. The optimizer must not step any more.
         """
         states = self._settled_state()
         for group in self.param_groups:
@@ -461,27 +455,29 @@ class AdamW(Optimizer):
                     continue
                 low = state.pop(LOW)
                 high = parameter.detach().to(low.device)
-                parameter.data = stored_values(high, {LOW: low})  # the same one, so that ties stay
+                # `.data` keeps the parameter object, and with it tied weights.
+                parameter.data = stored_values(high, {LOW: low})
 
     def reset_low_halves(self) -> None:
-        """Forget the lower halves: bfloat16 parameters stand for what they are.
+        """Set the low halves to zero: the float32 values become the bfloat16 parameters.
 
-        To be called where their values were replaced for good from outside. Without it the next
-        step starts within half a unit in the last place of them.
+        Call it after the parameters were replaced. Without it the next step starts up to half a
+        unit in the last place away from the new values.
         """
         for state in self._settled_state().values():
             if LOW in state:
                 state[LOW].zero_()
 
     def _settled_state(self) -> States:
-        """The state, once all of it is where it lives."""
+        """Wait until offloaded state is back on the host; return the state."""
         if self._offload is not None:
             self._offload.finish()
         return self.state
 
     def _refuse(self, bad: list[Tensor], wrong: Mapping[str, Tensor]) -> None:
-        """Raise for, or count, a step with gradients or required numbers that are no use."""
-        if "loss" in wrong or not bad:  # else the gradients say more than their norm
+        """Raise, or count a skipped step."""
+        # A bad loss is the cause of bad gradients; a bad norm is their consequence.
+        if "loss" in wrong or not bad:
             name, number = next(iter(wrong.items()))
             reason = f"Non-finite {name.replace('grad_norm', 'gradient norm')} ({number.item()})"
         else:
@@ -503,7 +499,7 @@ class AdamW(Optimizer):
             warn(f"{message} Step skipped; later ones are only counted, in skipped_steps.")
 
     def _describe(self, bad: list[Tensor]) -> str:
-        """Say which gradients are no use, and why."""
+        """Return a message with the names of the bad gradients and the reason."""
         nonfinite = [p for p in bad if not gradient(p).isfinite().all()]
         named = nonfinite or bad
         names = [self._name_of(parameter) for parameter in named[:3]]
@@ -526,43 +522,41 @@ class AdamW(Optimizer):
         return parameter_name(self.param_groups[group_number], position, group_number)
 
     def _home(self) -> torch.device:
-        """The device of the first parameter."""
+        """Return the device of the first parameter."""
         return next((p.device for p in self._parameters()), torch.device("cpu"))
 
     @staticmethod
     def _in_8bit(group: dict[str, Any]) -> bool:
-        """Whether 8-bit moments would be kept for a group."""
+        """Return whether a group has a tensor with 8-bit moments under `state_dtype="8bit"`."""
         dense = group["params"]
         if group.get("adapter_scaling") is not None:
             dense = dense[:-2]
         return any(block_of_8bit(parameter) for parameter in dense)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state as `torch.optim.Optimizer` does, once all of it is where it lives."""
+        """Return the state as `torch.optim.Optimizer` does; wait for offloaded state."""
         self._settled_state()
         packed = super().state_dict()
-        for group in packed["param_groups"]:  # torch's copies
+        for group in packed["param_groups"]:  # copies that torch made
             group.update({key: storable(value) for key, value in group.items()})
         return packed
 
     @torch._disable_dynamo
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state; every tensor keeps the saved bits, if the arithmetic has the same dtype.
+        """Load a state; tensors keep their bits if the dtype of the arithmetic is the same.
 
-        Otherwise moments and factors are converted, and the lower halves of exact bfloat16 weights
-        are added to the weights, which must be loaded before. `torch.optim.Optimizer` casts
-        floating-point state to the parameter's dtype, which would round float32 factors and moments
-        of bfloat16 weights, and moves it all to the parameter's device, where an offloaded state
-        may have no room. So it is given none of the tensors. The
-        state of `torch.optim.AdamW` is taken too, without amsgrad. Parameters keep the names that
-        they have here.
+        Otherwise moments and factors are converted, and low halves are joined with the weights,
+        which must be loaded before. A state of `torch.optim.AdamW` without amsgrad is accepted.
+        Parameters keep their names.
 
         Raises:
-            ValueError: The saved groups route other layers, or with other ranks or scalings; their
-                parameters have other names or shapes (an adapter's own name may differ); a value is
-                out of range; the state is another optimizer's; or moments are 8-bit, which the
-                kernels cannot use.
+            ValueError: The saved groups have other layers, ranks or scalings; parameters have other
+                names or shapes (an adapter's own name may differ); a value is out of range; the
+                state is another optimizer's; or moments are 8-bit with `kernels="triton"`.
         """
+        # torch's `load_state_dict` casts floating-point state to the parameter's dtype, which would
+        # round float32 moments of bfloat16 weights, and moves it to the parameter's device, which
+        # may have no room for an offloaded state. So torch loads the state without its tensors.
         loaded: dict[str, Any] = {}
 
         def capture_last(_: Optimizer, given: dict[str, Any]) -> dict[str, Any]:
@@ -596,26 +590,26 @@ class AdamW(Optimizer):
         if lost:
             warn(
                 f"The lower halves of {len(lost)} bfloat16 weights of the saved state are not used "
-                f"(first: {self._name_of(lost[0])}): the weights here are not those that they "
-                "belong to. Load the model before the optimizer."
+                f"(first: {self._name_of(lost[0])}): they belong to other weights. Load the model "
+                "before the optimizer."
             )
 
     def _restore(self, parameter: Tensor, values: Mapping[str, Any]) -> bool:
-        """Keep copies of the tensors of a parameter's state; lower halves go where they belong.
+        """Copy tensors into a parameter's state; join low halves with a parameter not bfloat16.
 
         Returns:
-            Whether all are of use; lower halves are not, if the parameter has other values.
+            False if low halves were dropped, because they belong to other values.
         """
         for key, value in values.items():
             if isinstance(value, Tensor):
-                # A copy, also on the same device: two optimizers never share state.
+                # A copy, also on the same device: two optimizers must not share state.
                 self.state[parameter][key] = (
                     self._offload.keep(parameter, value)
                     if self._offload is not None
                     else value.to(parameter.device, copy=True)
                 )
             elif value == {}:
-                # What flattened distributed checkpoints load where nothing was saved.
+                # Flattened distributed checkpoints load {} for values that were not saved.
                 del self.state[parameter][key]
         if LOW not in self.state.get(parameter, {}) or parameter.dtype == torch.bfloat16:
             return True
@@ -623,10 +617,10 @@ class AdamW(Optimizer):
         return fold_low(parameter, low.to(parameter.device))
 
     def __copy__(self) -> AdamW:
-        """Return an optimizer of the same parameters, groups and state, as torch does.
+        """Return an optimizer that shares parameters, groups and state, as torch does.
 
-        With steps in the backward pass the hooks are shared too: a layer moves once, and `step` of
-        either ends the pass.
+        It also shares the hooks of `optimizer_in_backward`: a layer is updated once, and `step` of
+        either optimizer ends the pass.
         """
         copied = type(self).__new__(type(self))
         copied._backward, copied._offload = self._backward, self._offload
@@ -649,12 +643,12 @@ class AdamW(Optimizer):
     )
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return what copies and pickles hold: torch's part and our own attributes."""
+        """Return the attributes for copies and pickles."""
         self._settled_state()
         return {**super().__getstate__(), **{key: getattr(self, key) for key in self._OWN}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Restore, and give groups of older or foreign checkpoints the keys they lack."""
+        """Restore the attributes; add keys that groups of other checkpoints lack."""
         self._required = {}
         self.__dict__.setdefault("on_skipped", None)
         before = self.__dict__.get("param_groups", [])
@@ -664,18 +658,18 @@ class AdamW(Optimizer):
         for group, replaced in zip(self.param_groups, before, strict=False):
             for key, value in replaced.items():
                 group.setdefault(key, value)
-        if not before:  # a copy, whose parameters are others
+        if not before:  # a copy or an unpickled optimizer
             self._prepare()
         elif hasattr(self, "_backward"):
             if self._backward is not None and self._backward.leave(self):
-                # A shallow copy whose groups and state are its own from now on.
+                # This shallow copy no longer shares groups and state.
                 del self._backward
                 self._prepare()
             self._follow()
 
 
 def _plain(state: dict[str, Any]) -> dict[str, Any]:
-    """A parameter's state without its tensors."""
+    """Return a parameter's state without its tensors."""
     return {key: value for key, value in state.items() if not isinstance(value, Tensor)}
 
 

@@ -1,10 +1,9 @@
-"""The adapter form (docs/method.md, section 4): LoRA experts as slices of one PEFT adapter.
+"""The adapter form (docs/method.md, section 4): LoRA experts are slices of one PEFT adapter.
 
-The model computes `W x + s B (A x)` with one ordinary LoRA adapter of rank R = sum of ranks and
-scaling s. Expert i owns rows of A and columns of B; the columns hold `c_i B_i` with
-`c_i = s_i / s`, so that the adapter as a whole is `sum_i s_i B_i A_i`. The gradients are
-autograd's. With a frozen base there is no `full` expert (MoLF-Efficient); with a trainable one
-`full` is {W, b}, kept apart from the experts (the explicit form).
+The model computes `W x + s B (A x)` with one LoRA adapter of rank R = sum of ranks and scaling s.
+Expert i owns rows of A and columns of B. The columns hold `c_i B_i` with `c_i = s_i / s`, so the
+adapter is `sum_i s_i B_i A_i`. A frozen base has no `full` expert (MoLF-Efficient); a trained base
+is the `full` expert {W, b} (explicit form).
 """
 
 from __future__ import annotations
@@ -27,10 +26,10 @@ from molf.core.storage import StoredWeight, rounding_of, stored_values
 
 
 class AdapterLayer(RoutedLayer):
-    """A layer whose group ends in [lora_A, lora_B], after [weight] or [weight, bias] if trainable.
+    """Routed layer with the group [lora_A, lora_B], after [weight] or [weight, bias] if trained.
 
     `lora_A` is [R, in], `lora_B` [out, R], in any floating-point dtype. Moments are float32
-    (float64 for float64 adapters) and those of the paper's A_i and B_i, not of the stored columns.
+    (float64 for float64 adapters). They are moments of A_i and B_i, not of the stored `c_i B_i`.
     """
 
     def __init__(self, group: dict[str, Any], states: States) -> None:
@@ -38,23 +37,24 @@ class AdapterLayer(RoutedLayer):
         self.states = states[self.lora_A], states[self.lora_B]
         for parameter, state in zip((self.lora_A, self.lora_B), self.states, strict=True):
             if "step" not in state:
-                # Factors are small beside the weights: their moments are never 8-bit.
+                # Factors are small: 8-bit moments would save little.
                 state.update(moment_state(parameter))
         self._stored = _stored_factors(group, states)
         super().__init__(group, states, dense_tensors(group, dense, states))
 
     @classmethod
     def open(cls, group: dict[str, Any], states: States, can_read: CanRead) -> AdapterLayer:
-        """Return the layer of a group; state that is missing is made."""
+        """Return the layer of a group; create missing state."""
         return cls(group, states)
 
     @classmethod
     def takes_part(cls, group: dict[str, Any]) -> bool:
-        """Whether the factors, and the weight where it is trained, have a gradient.
+        """Return whether the factors, and a trained weight, have a gradient.
 
         Raises:
-            RuntimeError: Some have one and some have none: the experts' scores would not compare.
+            RuntimeError: Some have a gradient and some have none.
         """
+        # Scores compare only if every expert has a gradient of the same step.
         *dense, lora_A, lora_B = group["params"]
         named = {"lora_A": lora_A, "lora_B": lora_B} | ({"weight": dense[0]} if dense else {})
         missing = [name for name, parameter in named.items() if parameter.grad is None]
@@ -68,15 +68,15 @@ class AdapterLayer(RoutedLayer):
 
     @classmethod
     def gradients_of(cls, group: dict[str, Any], states: States) -> list[Guarded]:
-        """Of the tensors of `full`, then of the adapter's factors."""
+        """Return the gradients of `full`, then of the adapter's factors."""
         *dense, lora_A, lora_B = group["params"]
         full = [Guarded(parameter) for parameter in dense if parameter.grad is not None]
         return [*full, Guarded(lora_A), Guarded(lora_B, max(stored_scales(group)))]
 
     @classmethod
     def read_factors(cls, group: dict[str, Any], states: States) -> list[tuple[Tensor, Tensor]]:
-        """Copies of (A [r, in], B [out, r]) of each expert: the stored columns over `c_i`."""
-        # `get`: reading makes no state.
+        """Return copies of (A [r, in], B [out, r]) of each LoRA expert; create no state."""
+        # `get`: a defaultdict would create state.
         lora_A, lora_B = (stored_values(p, states.get(p) or {}) for p in group["params"][-2:])
         return split_factors(group["ranks"], lora_A, lora_B / _columns_scale(group, lora_B))
 
@@ -84,38 +84,39 @@ class AdapterLayer(RoutedLayer):
     def write_factors(
         cls, group: dict[str, Any], states: States, lora_A: Tensor, lora_B: Tensor
     ) -> None:
-        """Replace the adapter's weights by the stacked factors; its output changes with them."""
+        """Replace the adapter's weights by the stacked factors; the model's output changes."""
         new = lora_A, lora_B * _columns_scale(group, lora_B)
         for stored, values in zip(_stored_factors(group, states), new, strict=True):
             stored.assign(values)
 
     @property
     def steps_taken(self) -> int:
-        """How many steps this layer has taken."""
+        """Number of steps of this layer."""
         return self.states[0]["step"]
 
     @property
     def shape(self) -> tuple[int, int]:
-        """`out` and `in` of the layer."""
+        """(out, in) of the layer."""
         return self.lora_B.shape[0], self.lora_A.shape[1]
 
     def factor_gradients(self, blocks: Blocks) -> tuple[Tensor, Tensor]:
-        """Rows of A have their gradient as it is; that of B_i is `c_i` times its columns'."""
+        """Return `grad A` [R, in] and `grad B` [out, R], in the dtype of the moments."""
+        # The columns hold c_i B_i, so grad B_i = c_i times the gradient of the columns.
         grad_A = gradient(self.lora_A).to(self.states[0]["exp_avg"].dtype)
         grad_B = gradient(self.lora_B).to(self.states[1]["exp_avg"].dtype)
         return grad_A, grad_B * _columns_scale(self.group, grad_B)
 
     def factor_moments(self) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-        """`exp_avg` and `exp_avg_sq` of the stacked A, and of the stacked B."""
+        """Return (m, v) of the stacked A [R, in] and (m, v) of the stacked B [out, R]."""
         first, second = ((state["exp_avg"], state["exp_avg_sq"]) for state in self.states)
         return first, second
 
     def writes(self, winners: Sequence[int]) -> LayerWrites:
-        """Count the step for every expert; list the writes of the winners."""
+        """Increment the step counters of all experts; list the writes of the winners."""
         for state in (*(tensor.state for tensor in self.dense), *self.states):
             state["step"] += 1
         full = self.has_full and 0 in winners
-        # `zip` cuts: a bias may be missing.
+        # Not strict: a layer without a trained bias has one tensor.
         tensors = [
             TensorWrite(tensor, tensor.adamw_step(decay) if full else None)
             for tensor, decay in zip(
@@ -134,7 +135,7 @@ class AdapterLayer(RoutedLayer):
             AdapterSlice(own, of_A[0][own], of_A[1][own], step, 1.0)
             for own, step in zip(rows, steps, strict=True)
         ]
-        # The columns of B hold c_i B_i, so their increment is c_i dB_i.
+        # The columns hold c_i B_i, so their increment is c_i dB_i.
         slices_B = [
             AdapterSlice(own, of_B[0][own], of_B[1][own], step, scales[index])
             for index, own, step in zip(won, columns, steps, strict=True)
@@ -145,7 +146,8 @@ class AdapterLayer(RoutedLayer):
 
 
 def _stored_factors(group: dict[str, Any], states: States) -> list[StoredWeight]:
-    """A and B as they are stored; they are the last of the group."""
+    """Return A and B with their storage."""
+    # They are the last two parameters of the group.
     first = len(group["params"]) - 2
     return [
         StoredWeight(
@@ -160,10 +162,10 @@ def _stored_factors(group: dict[str, Any], states: States) -> list[StoredWeight]
 
 
 def stored_scales(group: dict[str, Any]) -> list[float]:
-    """`c_i = s_i / s`: what the columns of expert i are stored times."""
+    """Return `c_i = s_i / s` for each expert; the columns of expert i hold `c_i B_i`."""
     return [scaling / group["adapter_scaling"] for scaling in group["scalings"]]
 
 
 def _columns_scale(group: dict[str, Any], like: Tensor) -> Tensor:
-    """`c_i`, repeated for every column of B that expert i owns, [R]."""
+    """Return `c_i` for every column of B, [R]."""
     return per_rank(stored_scales(group), group["ranks"], like)

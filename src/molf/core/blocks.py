@@ -1,4 +1,4 @@
-"""Blocks of rows, in which eager operations go through a large tensor."""
+"""Blocks of rows in which eager operations process a large tensor."""
 
 from __future__ import annotations
 
@@ -17,19 +17,17 @@ Rows = slice | EllipsisType
 
 @dataclass(frozen=True)
 class Blocks:
-    """How large a block is.
-
-    On a CPU a block fits the cache, so that a chain of elementwise operations reads and writes main
-    memory once. Elsewhere a block bounds the temporaries of very large tensors.
+    """Sizes of blocks.
 
     Attributes:
-        cpu_elements: Elements of a block on the CPU, for each thread. torch gives each thread at
-            least 65,536 elements; the half dozen tensors of a chain then take 0.8 MB of its cache
-            in float32.
-        elements: Elements of a block elsewhere: 128 MB in float32.
+        cpu_elements: Elements of a block on the CPU, per thread.
+        elements: Elements of a block on other devices: 128 MB in float32.
     """
 
+    # On a CPU a block fits the cache, so that a chain of elementwise operations reads and writes
+    # main memory once: half a dozen float32 tensors of this size take 1.5 MiB per thread.
     cpu_elements: int = 65_536
+    # Elsewhere a block bounds the temporaries of very large tensors.
     elements: int = 1 << 25
 
     def of(
@@ -39,9 +37,9 @@ class Blocks:
 
         Args:
             tensor: Any shape.
-            at_least: Fewest rows of a block, where a matrix product needs some to be worth it.
+            at_least: Fewest rows of a block; products of few rows are slow.
             multiple: The first row of every block is a multiple of this.
-            stretch: How many times larger blocks may be, because few tensors share the cache.
+            stretch: Factor on the block size, for work that touches few tensors.
         """
         if not tensor.numel():
             return
@@ -58,13 +56,13 @@ class Blocks:
             yield slice(start, min(start + size, rows))
 
     def cached(self, tensor: Tensor) -> Iterator[Rows]:
-        """`of` a tensor of which nothing is copied, for work that may be one pass."""
-        # One pass is over four tensors: larger blocks of them still fit the cache.
+        """Yield blocks of a tensor for the one-pass kernel, which copies nothing."""
+        # One pass touches four tensors, not six: blocks of twice the size still fit the cache.
         stretch = 2 if one_pass.fits(tensor) else 1
-        # Blocks begin where the kernel's vectors do, so that their size changes no rounding.
+        # Blocks start at a vector of the kernel, so that the block size changes no rounding.
         multiple = one_pass.rows_of_whole_vectors(tensor)
         return self.of(tensor, multiple=multiple, stretch=stretch)
 
 
 BLOCKS = Blocks()
-"""The sizes that steps use."""
+"""Sizes that steps use."""

@@ -15,7 +15,7 @@ _RATES = re.compile(r"(^|_)logs?(_|$)|(^|_)decay$|^D$|^Ds$")
 
 
 def is_vector(key: str, parameter: torch.Tensor) -> bool:
-    """Whether a parameter is none of the matrices that decay is for, by its name and shape.
+    """Return whether a parameter is none of the matrices that decay is for, by its name and shape.
 
     Args:
         key: The attribute that it is, without the module's name.

@@ -1,4 +1,4 @@
-"""A dense tensor in a step: a weight, bias, embedding or norm, its storage and its moments."""
+"""A dense tensor in a step: parameter, storage and moments."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from molf.core.storage import StoredWeight, rounding_of
 
 
 class DenseTensor:
-    """A parameter with a gradient, for the length of one step.
+    """A weight, bias, embedding or norm with a gradient, for one step.
 
     Args:
-        parameter: The tensor.
-        group: The parameter group that it is in.
-        state: Its state; filled here if it is empty.
-        name: Its name.
-        place: Which part of the whole tensor it is.
+        parameter: The parameter.
+        group: Parameter group.
+        state: State of the parameter; created if it is empty.
+        name: Name of the parameter.
+        place: Location in the whole tensor.
 
     Attributes:
-        values: The parameter, or the real and imaginary parts of a complex one, [..., 2].
-        stored: How the parameter holds its values.
-        moments: Its moments.
+        values: The parameter; of a complex one the real and imaginary parts, [..., 2].
+        stored: Storage of the values.
+        moments: Storage of the moments.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class DenseTensor:
             )
 
     def adamw_step(self, weight_decay: str = "weight_decay") -> AdamWStep:
-        """The scalars of the step that the counter says; `weight_decay` names the group's key."""
+        """Return the AdamW scalars of the current step; `weight_decay` is the group's key."""
         group = self.group
         return AdamWStep(
             group["lr"], group[weight_decay], group["betas"], group["eps"], self.state["step"]
@@ -66,5 +66,5 @@ class DenseTensor:
 
     @property
     def is_plain(self) -> bool:
-        """Whether values and moments are kept as they are computed."""
+        """Whether values and moments are stored in the dtype of the arithmetic."""
         return self.stored.rounding == "none" and self.moments.is_settled

@@ -12,7 +12,7 @@ CanRead = Callable[[torch.device], bool]
 
 
 def is_host_memory(device: torch.device) -> bool:
-    """Whether the host reads a tensor on this device without waiting."""
+    """Return whether the host reads a tensor on this device without waiting."""
     return device.type == "cpu"
 
 

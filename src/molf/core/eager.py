@@ -1,4 +1,4 @@
-"""Runs a step's operations with torch, in blocks of rows; float32 on a CPU in one pass each."""
+"""Executor with torch operations, in blocks of rows; float32 on a CPU in one pass each."""
 
 from __future__ import annotations
 
@@ -27,13 +27,14 @@ from molf.core.operations import AdapterWrite, FactorWrite, Operand, TensorWrite
 from molf.core.routed import RoutedLayer
 from molf.core.weight_step import apply_step
 
-# Of a weight, for one product: fewer are slow. Where blocks are copies, more would take room.
+# Fewest elements of a weight in one product: smaller products are slow.
 _PRODUCT_ELEMENTS = 1 << 20
+# Rows in one product if blocks are float32 copies: more rows take more memory.
 _PRODUCT_ROWS_OF_COPIES = 128
 
 
 class Eager(Executor):
-    """Runs operations with torch, one after the other.
+    """Runs operations with torch, layer by layer.
 
     Args:
         blocks: Sizes of blocks.
@@ -45,10 +46,10 @@ class Eager(Executor):
         self.blocks = blocks
 
     def check(self, layers: Sequence[RoutedLayer], plain: Sequence[DenseTensor]) -> None:
-        """All tensors are accepted."""
+        """Accept all tensors."""
 
     def squares(self, tensors: Iterable[tuple[Tensor, torch.dtype]]) -> Tensor:
-        """Sum the squares of each tensor, one after the other; none is kept."""
+        """Sum the squares of each tensor, one tensor at a time."""
         found: list[Tensor] = []
         for tensor, dtype in tensors:
             one = self._squares(tensor, dtype)
@@ -58,11 +59,11 @@ class Eager(Executor):
 
     def _squares(self, tensor: Tensor, dtype: torch.dtype) -> Tensor:
         if tensor.dtype == dtype and tensor.device.type == "cpu" and tensor.is_contiguous():
-            flat = tensor.view(-1)  # twice as fast as vector_norm
+            flat = tensor.view(-1)  # dot is twice as fast as vector_norm
             return torch.dot(flat, flat)
         if tensor.dtype == dtype:
             return torch.linalg.vector_norm(tensor).square()
-        # In blocks: vector_norm copies the tensor to the other dtype.
+        # In blocks: vector_norm copies its input to the other dtype.
         parts = [
             torch.linalg.vector_norm(tensor[rows], dtype=dtype).square()
             for rows in self.blocks.of(tensor)
@@ -70,7 +71,7 @@ class Eager(Executor):
         return torch.stack(parts).sum() if parts else tensor.new_zeros((), dtype=dtype)
 
     def update_moments(self, layers: Sequence[RoutedLayer], guard: FiniteGuard) -> ScoreSums:
-        """Layer by layer; `full` in blocks of rows, the factors of all experts together."""
+        """Update moments layer by layer."""
         numbers: list[Tensor] = []
         owners: list[tuple[int, int]] = []
         for number, layer in enumerate(layers):
@@ -81,7 +82,7 @@ class Eager(Executor):
         return ScoreSums(torch.stack([one.to(home) for one in numbers]), owners)
 
     def _update_layer(self, layer: RoutedLayer, guard: FiniteGuard) -> list[list[Tensor]]:
-        """Return for each expert the parts of its sum, 0-dim; the host adds them up."""
+        """Return the partial score sums of each expert, 0-dim each."""
         ranks, score = list(layer.group["ranks"]), layer.group["score"]
         full = [part for tensor in layer.dense for part in self._update_dense(tensor, guard, score)]
         (grad_A, grad_B), (of_A, of_B) = layer.factor_gradients(self.blocks), layer.factor_moments()
@@ -95,7 +96,7 @@ class Eager(Executor):
                     for rows in self.blocks.cached(own[0])
                 ]
             )
-        # Experts own columns of B, which lie apart in memory: all are updated together.
+        # Columns of one expert are not contiguous in memory: update the columns of all together.
         for rows in self.blocks.cached(grad_B):
             block = _block(rows, grad_B, *of_B)
             if len(ranks) == 1:
@@ -119,7 +120,8 @@ class Eager(Executor):
         guard: FiniteGuard,
         tally: UpdateTally | None,
     ) -> None:
-        """Layer by layer, so that one layer's operands are alive at a time."""
+        """Write layer by layer."""
+        # `writes` allocates the operands: here, so that one layer's exist at a time.
         for layer, winners in layers:
             writes = layer.writes(winners)
             for factor in writes.factors:
@@ -134,7 +136,7 @@ class Eager(Executor):
     def _step_plain(
         self, tensor: DenseTensor, decay: MomentDecay, tally: UpdateTally | None
     ) -> None:
-        """Update moments, counter and values of a tensor that is not routed."""
+        """Update moments, counter and values of a plain tensor."""
         tensor.state["step"] += 1
         step = tensor.adamw_step()
         if tally is None and decay.is_known_finite and tensor.is_plain:
@@ -164,9 +166,9 @@ class Eager(Executor):
 
         Args:
             write: The write.
-            decay: How the tensor's moments are updated.
-            tally: Counts the losses of rounding, if given.
-            advanced: Whether `update_moments` has seen the tensor in this step.
+            decay: Scalars of the moments' update.
+            tally: Measures updates lost to rounding, if given.
+            advanced: Whether `update_moments` has run for the tensor in this step.
         """
         tensor, step, product, transposed = write
         moments, stored = tensor.moments, tensor.stored
@@ -219,7 +221,7 @@ def _decay_of(tensor: DenseTensor, guard: FiniteGuard) -> MomentDecay:
 
 
 def _fill(operand: Operand, old: Tensor, increment: Tensor) -> None:
-    """Write `old P + increment dP`; a share of 0 or 1 rounds nothing."""
+    """Write `old P + increment dP`; a coefficient of 0 or 1 adds no rounding."""
     if operand.increment == 0:
         torch.mul(old, operand.old, out=operand.values)
     elif operand.old == 0:
@@ -231,7 +233,7 @@ def _fill(operand: Operand, old: Tensor, increment: Tensor) -> None:
 
 
 def _product_rows(tensor: DenseTensor) -> int:
-    """Fewest rows of a block to which a product is added."""
+    """Return the fewest rows of a block that a product is added to."""
     if tensor.is_plain:
         return -(-_PRODUCT_ELEMENTS // max(1, tensor.parameter.shape[-1]))
     return _PRODUCT_ROWS_OF_COPIES

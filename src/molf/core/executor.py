@@ -1,4 +1,4 @@
-"""An executor runs the operations of a step: with torch (`eager.py`), or with Triton kernels."""
+"""Interface of the executors: torch (`eager.py`) and Triton (`fused/executor.py`)."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ Winners = tuple[int, ...]
 
 
 class ScoreSums(NamedTuple):
-    """Sums of score terms, still on the device.
+    """Partial sums of score terms, on the device.
 
     Attributes:
-        numbers: [n], of all tensors or blocks.
-        owners: (index of the layer, index of the expert) of each.
+        numbers: [n], one per tensor or block.
+        owners: (index of the layer, index of the expert) of each number.
     """
 
     numbers: Tensor
@@ -43,24 +43,27 @@ class Executor(ABC):
 
     @abstractmethod
     def check(self, layers: Sequence[RoutedLayer], plain: Sequence[DenseTensor]) -> None:
-        """Refuse tensors that this executor cannot take.
+        """Refuse tensors that this executor does not support, before anything is written.
 
         Raises:
-            ValueError: With what to change; nothing was written.
+            ValueError: The message names the parameter and a remedy.
         """
 
     @abstractmethod
     def squares(self, tensors: Iterable[tuple[Tensor, torch.dtype]]) -> Tensor:
-        """Sum the squares of each tensor, computed in the dtype beside it.
+        """Sum the squares of each tensor, in the dtype that comes with it.
 
         Returns:
-            [n], on the first tensor's device. Infinite or NaN where an element is, or where a
-            square overflows.
+            [n], on the first tensor's device. Infinite or NaN if an element is, or if a square
+            overflows.
         """
 
     @abstractmethod
     def update_moments(self, layers: Sequence[RoutedLayer], guard: FiniteGuard) -> ScoreSums:
-        """Update the moments of all experts of all layers; where `guard` refuses, change none."""
+        """Update the moments of all experts; change none if `guard` refuses the step.
+
+        8-bit moments are not stored here but in `write`.
+        """
 
     @abstractmethod
     def write(
@@ -70,11 +73,11 @@ class Executor(ABC):
         guard: FiniteGuard,
         tally: UpdateTally | None,
     ) -> None:
-        """Count the step for every expert; write the winners' steps and those of plain tensors.
+        """Increment step counters; write the winners and the plain tensors.
 
         Args:
-            layers: With the winners of each.
+            layers: Layers with their winners.
             plain: Tensors that are not routed; their moments are updated here.
-            guard: Of this step, which is known to be finite now.
-            tally: Counts the losses of rounding, if given.
+            guard: Guard of this step; the host has read that the step is finite.
+            tally: Measures updates lost to rounding, if given.
         """

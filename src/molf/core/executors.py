@@ -1,4 +1,4 @@
-"""The executors by name."""
+"""Choice of the executor by name."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ from molf.core.executor import Executor
 
 
 def executor_of(kernels: str) -> Executor:
-    """Return the executor that a choice of `known_kernels` names; triton is imported if needed."""
+    """Return the executor for "eager" or "triton"."""
     if kernels == "eager":
         return Eager()
+    # Imported here: eager steps run without triton installed.
     from molf.core.fused.executor import Triton
 
     return Triton()

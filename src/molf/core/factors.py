@@ -1,8 +1,8 @@
-"""LoRA factors of a layer, stacked: how they start, and which rows and columns an expert owns.
+"""Stacked LoRA factors of a layer: initial values and the slices of each expert.
 
-Expert i owns r_i rows of A [R, in] and the same r_i columns of B [out, R], R = sum of ranks. Both
-forms keep factors like this, so that a layer costs the same few operations however many experts it
-has, and one ordinary LoRA adapter holds them all.
+Expert i owns r_i rows of A [R, in] and the same r_i columns of B [out, R], R = sum of ranks. So the
+number of operations per layer does not depend on the number of experts, and one LoRA adapter holds
+all of them.
 """
 
 from __future__ import annotations
@@ -16,27 +16,27 @@ from torch import Tensor
 
 
 def owned_by(ranks: Sequence[int], index: int) -> slice:
-    """Rows of A, and columns of B, that belong to LoRA expert `index`."""
+    """Return the rows of A, which are the columns of B, of LoRA expert `index`."""
     start = sum(ranks[:index])
     return slice(start, start + ranks[index])
 
 
 def live_ranks(ranks: Sequence[int], lora_B: Tensor, *, can_read: bool) -> list[slice]:
-    """Columns of B [out, R] that may differ from zero; those of neighbouring experts are one slice.
+    """Return the columns of B that are not zero; neighbouring experts share a slice.
 
-    B of an expert that has not won yet is zero, and so is every product with it.
+    B of an expert is zero until it first wins, and so are products with it.
 
     Args:
-        ranks: Of the experts.
-        lora_B: The stacked B.
-        can_read: Whether the host reads B without waiting; if not, all columns may differ.
+        ranks: Ranks of the experts.
+        lora_B: Stacked B, [out, R].
+        can_read: Whether the host reads B without waiting; if not, all columns are returned.
     """
     if not can_read:
         return [slice(0, sum(ranks))]
     live: list[slice] = []
     for index in range(len(ranks)):
         own = owned_by(ranks, index)
-        # An expert that has won differs in its first row already, almost surely.
+        # The first row is checked first: after a win it is almost surely not zero.
         if not (lora_B[:1, own].any() or lora_B[:, own].abs().sum()):
             continue
         if live and live[-1].stop == own.start:
@@ -46,17 +46,16 @@ def live_ranks(ranks: Sequence[int], lora_B: Tensor, *, can_read: bool) -> list[
 
 
 def per_rank(values: Sequence[float], ranks: Sequence[int], like: Tensor) -> Tensor:
-    """One value per expert, repeated for every row of A that the expert owns, [R]."""
+    """Return one value per rank, [R], from one value per expert."""
     pairs = zip(values, ranks, strict=True)
-    # Filled on the device: a tensor made from a list would be copied there, and awaited.
+    # Filled on the device: a tensor built from a list would be copied, and the host would wait.
     return torch.cat([like.new_full((rank,), value) for value, rank in pairs])
 
 
 def draw_lora_a(seed: int, layer: str, ranks: Sequence[int], in_features: int) -> Tensor:
     """Draw the stacked A factors, [R, in], float32 on the CPU: U(-1/sqrt(in), 1/sqrt(in)).
 
-    Each expert's numbers depend on (seed, layer name, expert) alone, not on the process, the other
-    experts, or the order in which layers are met.
+    The values of an expert depend on (seed, layer name, expert index) and on nothing else.
     """
     bound = 1 / math.sqrt(in_features)
     factors = []
@@ -74,6 +73,6 @@ def draw_lora_a(seed: int, layer: str, ranks: Sequence[int], in_features: int) -
 def split_factors(
     ranks: Sequence[int], lora_A: Tensor, lora_B: Tensor
 ) -> list[tuple[Tensor, Tensor]]:
-    """Copies of the factors of each expert: A [r, in] and B [out, r]."""
+    """Return copies of the factors of each expert: A [r, in] and B [out, r]."""
     pairs = zip(lora_A.split(list(ranks), 0), lora_B.split(list(ranks), 1), strict=True)
     return [(A.clone(), B.clone()) for A, B in pairs]

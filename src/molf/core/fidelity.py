@@ -1,4 +1,4 @@
-"""How much of the updates arrives in the weights: what rounding loses, measured on a sample."""
+"""Measurement, on a sample, of the updates that rounding loses."""
 
 from __future__ import annotations
 
@@ -16,13 +16,12 @@ _SAMPLE = 65_536  # numbers of a tensor, in rows spread over it
 
 
 class UpdateFidelity(NamedTuple):
-    """What became of one step's updates.
+    """Measured losses of one step.
 
     Attributes:
-        lost: Share of the elements with an update that is not zero whose stored value stayed the
-            same.
-        kept: Movement of the stored values along the updates, as a share of the updates: 1 where
-            nothing is lost on average, as with unbiased rounding.
+        lost: Share of the elements with a non-zero update whose stored value did not change.
+        kept: Movement of the stored values along the updates, divided by the updates; 1 on average
+            with unbiased rounding.
     """
 
     lost: float
@@ -30,15 +29,15 @@ class UpdateFidelity(NamedTuple):
 
 
 def _every(tensor: Tensor) -> int:
-    """Every how many rows one is looked at."""
+    """Return n: every n-th row is in the sample."""
     return max(1, min(len(tensor), tensor.numel() // _SAMPLE))
 
 
 class UpdateTally:
-    """Counts, on the devices, what was meant to move and what has moved.
+    """Counts intended and stored updates, on the devices.
 
-    Updates are computed a second time for a sample of rows, from the same state in float64, so that
-    losses of float32 arithmetic itself show as well. Every tensor counts with all its elements.
+    Updates of a sample of rows are computed again in float64, so that losses of the float32
+    arithmetic count too. Every tensor counts with all its elements.
     """
 
     def __init__(self) -> None:
@@ -46,17 +45,16 @@ class UpdateTally:
 
     @staticmethod
     def sample(tensor: Tensor, rows: Rows = ...) -> Rows:
-        """Which rows of a block of a tensor are looked at.
-
-        They are every n-th of the whole tensor, so blocks do not change which.
+        """Return the sampled rows of a block.
 
         Args:
-            tensor: The tensor.
-            rows: The block; all of it, if not given.
+            tensor: The whole tensor.
+            rows: Rows of the block; default: all.
 
         Returns:
-            Indices within the block; there may be none.
+            Indices within the block, possibly none.
         """
+        # Every n-th row of the whole tensor, so that the block size does not change the sample.
         if tensor.dim() == 0:
             return ...
         start = 0 if rows is ... else rows.start
@@ -64,19 +62,19 @@ class UpdateTally:
 
     @staticmethod
     def weight(tensor: Tensor) -> float:
-        """How many elements each of the sample's stands for."""
+        """Return the number of elements that one sampled element represents."""
         if tensor.dim() == 0 or not len(tensor):
             return 1.0
         return len(tensor) / -(-len(tensor) // _every(tensor))
 
     def add(self, before: Tensor, intended: Tensor, after: Tensor, *, weight: float = 1.0) -> None:
-        """Count a sample's values before the step, after an exact one, and as they are stored.
+        """Count one sample.
 
         Args:
-            before: float64.
-            intended: float64.
-            after: float64.
-            weight: How many elements each of the sample's stands for.
+            before: Values before the step, float64.
+            intended: Values after the step in float64.
+            after: Stored values after the step, as float64.
+            weight: Number of elements that one sampled element represents.
         """
         update, movement = intended - before, after - before
         is_update = update != 0
@@ -89,7 +87,7 @@ class UpdateTally:
         self._sums.append(torch.stack([s.to(sum_dtype(before.device)) for s in sums]).mul_(weight))
 
     def result(self) -> UpdateFidelity | None:
-        """Read the counts; None where nothing was to move. The host waits for the device."""
+        """Return the counts; None if no update was non-zero. The host waits for the device."""
         if not self._sums:
             return None
         home = self._sums[0].device
@@ -98,10 +96,10 @@ class UpdateTally:
 
 
 class Sample:
-    """Some values of a tensor before a step; the same step is taken on a float64 copy of them.
+    """Sampled values of a tensor before a step, and a float64 copy that takes the same step.
 
     Args:
-        values: As they are stored before the step; copied.
+        values: Values before the step; copied.
     """
 
     def __init__(self, values: Tensor) -> None:
@@ -119,7 +117,7 @@ class Sample:
         transposed: bool = False,
         scale: float = 1.0,
     ) -> None:
-        """Take the step; arguments are those of `apply_step`, and the part that they are for."""
+        """Take the step on the float64 copy; arguments as in `apply_step`, for `index` of it."""
         apply_step(
             self._intended[index],
             [moment.to(self._wide) for moment in moments],
@@ -130,5 +128,5 @@ class Sample:
         )
 
     def compare(self, after: Tensor, tally: UpdateTally, *, weight: float = 1.0) -> None:
-        """Count the values as they are stored after the step."""
+        """Count the stored values after the step."""
         tally.add(self._before, self._intended, after.to(self._wide), weight=weight)

@@ -1,7 +1,7 @@
-"""The folded form (docs/method.md, section 3): LoRA experts as state of the optimizer.
+"""The folded form (docs/method.md, section 3): LoRA experts are optimizer state.
 
-The model holds `W_eff = W + sum_i s_i B_i A_i` and nothing else; A and B of all experts of a layer
-are stacked (`factors.py`) in the state of the weight.
+The model holds `W_eff = W + sum_i s_i B_i A_i`. The state of the weight holds A [R, in] and
+B [out, R], stacked over the layer's experts (`factors.py`).
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ _GRADIENT_ROWS = 256  # of a gradient in low precision, for one product: fewer w
 
 
 class FoldedLayer(RoutedLayer):
-    """A layer whose group is [weight] or [weight, bias].
+    """Routed layer with the group [weight] or [weight, bias].
 
     Args:
-        group: The layer's parameter group.
-        states: Of its parameters; filled here where they are empty.
+        group: Parameter group of the layer.
+        states: States of its parameters; missing ones are created.
         can_read: Whether the host reads a tensor on a device without waiting.
     """
 
@@ -42,19 +42,19 @@ class FoldedLayer(RoutedLayer):
         self.state = _state_of(group, states)
         lora_B = self.state["lora_B"]
         self._live = live_ranks(group["ranks"], lora_B, can_read=can_read(lora_B.device))
-        # Where all experts have one `s`, products are made with it at no cost.
+        # One `s` for all experts is the `alpha` of a product, which costs nothing.
         self._has_one_scaling = len(set(group["scalings"])) == 1
         self._alpha: float = group["scalings"][0] if self._has_one_scaling else 1.0
         super().__init__(group, states, dense_tensors(group, group["params"], states))
 
     @classmethod
     def open(cls, group: dict[str, Any], states: States, can_read: CanRead) -> FoldedLayer:
-        """Return the layer of a group; state that is missing is made."""
+        """Return the layer of a group; create missing state."""
         return cls(group, states, can_read)
 
     @classmethod
     def takes_part(cls, group: dict[str, Any]) -> bool:
-        """Whether the weight has a gradient; the bias may have none.
+        """Return whether the weight has a gradient; the bias may have none.
 
         Raises:
             RuntimeError: The bias alone has one.
@@ -70,7 +70,7 @@ class FoldedLayer(RoutedLayer):
 
     @classmethod
     def gradients_of(cls, group: dict[str, Any], states: States) -> list[Guarded]:
-        """Of the weight, which the factors' follow from, and of the bias where it has one."""
+        """Return the gradients of the weight (multiplied by the factors) and of the bias."""
         weight, *biases = [p for p in group["params"] if p.grad is not None]
         state = states.get(weight) or _initial_factors(group)
         factors = tuple(state[key] for key in _FACTORS)
@@ -78,7 +78,7 @@ class FoldedLayer(RoutedLayer):
 
     @classmethod
     def read_factors(cls, group: dict[str, Any], states: States) -> list[tuple[Tensor, Tensor]]:
-        """Copies of (A [r, in], B [out, r]) of each LoRA expert; makes no state."""
+        """Return copies of (A [r, in], B [out, r]) of each LoRA expert; create no state."""
         state = states.get(group["params"][0]) or _initial_factors(group)
         return split_factors(group["ranks"], state["lora_A"], state["lora_B"])
 
@@ -86,32 +86,35 @@ class FoldedLayer(RoutedLayer):
     def write_factors(
         cls, group: dict[str, Any], states: States, lora_A: Tensor, lora_B: Tensor
     ) -> None:
-        """Replace the stacked factors; the effective weight stays, its split changes."""
+        """Replace the stacked factors; `W_eff` stays, W changes."""
         state = _state_of(group, states)
         state["lora_A"].copy_(lora_A)
         state["lora_B"].copy_(lora_B)
 
     @property
     def steps_taken(self) -> int:
-        """How many steps this layer has taken."""
+        """Number of steps of this layer."""
         return self.state["step"]
 
     @property
     def shape(self) -> tuple[int, int]:
-        """`out` and `in` of the layer."""
+        """(out, in) of the layer."""
         out_features, in_features = _oriented(self.weight, self.group).shape
         return out_features, in_features
 
     def factor_gradients(self, blocks: Blocks) -> tuple[Tensor, Tensor]:
-        """`grad A_i = s_i B_i^T G` as [R, in] and `grad B_i = s_i G A_i^T` as [out, R]."""
-        grad = _oriented(gradient(self.weight), self.group)
+        """Return `grad A_i = s_i B_i^T G` [R, in] and `grad B_i = s_i G A_i^T` [out, R]."""
+        grad = _oriented(gradient(self.weight), self.group)  # [out, in]
         A, B, alpha = self.state["lora_A"], self.state["lora_B"], self._alpha
-        grad_A = torch.zeros_like(A)  # and stays so where B is zero
+        # Two products for all experts of the layer, because their factors are stacked.
+        # `grad A` of an expert with B = 0 is zero: it stays as allocated.
+        grad_A = torch.zeros_like(A)
         if grad.dtype == A.dtype:
             grad_B = torch.addmm(B, grad, A.t(), beta=0, alpha=alpha)
             for live in self._live:
                 grad_A[live].addmm_(B[:, live].t(), grad, beta=0, alpha=alpha)
-        else:  # in parts: a float32 copy of the whole is as large as the weight's moments
+        else:
+            # In parts: a float32 copy of all of G would be as large as a moment.
             grad_B = torch.empty_like(B)
             for rows in blocks.of(grad, at_least=_GRADIENT_ROWS):
                 part = grad[rows].to(A.dtype)
@@ -130,18 +133,19 @@ class FoldedLayer(RoutedLayer):
         return per_rank(self.group["scalings"], self.group["ranks"], self.state["lora_A"])
 
     def factor_moments(self) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-        """`exp_avg` and `exp_avg_sq` of the stacked A, and of the stacked B."""
+        """Return (m, v) of the stacked A [R, in] and (m, v) of the stacked B [out, R]."""
         first, second = (
             (self.state[f"{key}_exp_avg"], self.state[f"{key}_exp_avg_sq"]) for key in _FACTORS
         )
         return first, second
 
     def writes(self, winners: Sequence[int]) -> LayerWrites:
-        """Count the step for every expert; list the writes of the winners."""
+        """Increment the step counters of all experts; list the writes of the winners."""
         for tensor in self.dense:
             tensor.state["step"] += 1
         weight, *biases = self.dense
         full = weight.adamw_step() if 0 in winners else None
+        # W decays, and the model holds W_eff: `_product` adds the LoRA part of the decay back.
         decay = full.decay if full else 0.0
         product, factors = self._product(self._lora_winners(winners), decay)
         tensors = [TensorWrite(weight, full, product, self.group["transposed"])]
@@ -152,17 +156,16 @@ class FoldedLayer(RoutedLayer):
     def _product(
         self, won: Sequence[int], decay: float
     ) -> tuple[Product | None, list[FactorWrite]]:
-        """The weight's change of low rank, and the writes of factors that fill its operands.
+        """Return the low-rank change of the weight, and the factor writes that fill its operands.
 
-        A LoRA expert that has won changes the weight by `s (B' A' - B A) = s (dB A' + B dA)`. The
-        difference itself would cancel: in float32 its relative error is 300 times larger. Where
-        `full` has won, it is `W = W_eff - sum_i s_i B_i A_i` that decays, so `decay sum_i s_i B_i
-        A_i` is added back.
+        LoRA expert i won: `s_i (dB_i A_i' + B_i dA_i)`. `full` won: `decay sum_i s_i B_i A_i`.
 
         Args:
             won: Indices of the LoRA experts that have won.
-            decay: The share by which the `full` expert decays; 0 where it has not won.
+            decay: `lr wd` of the `full` expert; 0 if it has not won.
         """
+        # `s (B' A' - B A)` is the same number but cancels: its relative error in float32 is 300
+        # times larger.
         A, B, ranks = self.state["lora_A"], self.state["lora_B"], self.group["ranks"]
         live = self._live if decay else []
         if not won and not live:
@@ -171,9 +174,10 @@ class FoldedLayer(RoutedLayer):
         shares = self._scalings * (decay / alpha) if live else None
         if not won and self._has_one_scaling:
             alpha, shares = alpha * decay, None
-            if len(live) == 1:  # nothing is copied
+            if len(live) == 1:  # views: no copy
                 return Product(B[:, live[0]], A[live[0]], alpha), []
 
+        # Operands of all winners side by side: one product per layer.
         width = 2 * sum(ranks[index] for index in won) + sum(own.stop - own.start for own in live)
         left, right = B.new_empty(len(B), width), A.new_empty(width, A.shape[1])
         factors: list[FactorWrite] = []
@@ -199,7 +203,7 @@ class FoldedLayer(RoutedLayer):
     def _factor_writes(
         self, index: int, of_A: tuple[Operand, Operand], of_B: tuple[Operand, Operand]
     ) -> list[FactorWrite]:
-        """The writes of A and B of one LoRA expert; they are views of the state."""
+        """Return the writes of A and B of one LoRA expert, as views of the state."""
         own, step = owned_by(self.group["ranks"], index), self._lora_step(index)
         moments_A, moments_B = self.factor_moments()
         A, B = self.state["lora_A"][own], self.state["lora_B"][:, own]
@@ -209,7 +213,7 @@ class FoldedLayer(RoutedLayer):
 
 
 def initial_state(group: dict[str, Any]) -> dict[str, Any]:
-    """State of a routed weight before its first step: moments, factors and their moments."""
+    """Return the initial state of a routed weight: moments, factors and their moments."""
     state = moment_state(group["params"][0], group["state_dtype"]) | _initial_factors(group)
     for key in _FACTORS:
         state[f"{key}_exp_avg"] = torch.zeros_like(state[key])
@@ -218,7 +222,7 @@ def initial_state(group: dict[str, Any]) -> dict[str, Any]:
 
 
 def _initial_factors(group: dict[str, Any]) -> dict[str, Tensor]:
-    """A [R, in] and B [out, R] before the first step, by their keys in the state."""
+    """Return the initial A [R, in] and B [out, R] by their keys in the state."""
     weight: Tensor = group["params"][0]
     out_features, in_features = _oriented(weight, group).shape
     drawn = draw_lora_a(group["seed"], group["layer"], group["ranks"], in_features)
@@ -228,7 +232,7 @@ def _initial_factors(group: dict[str, Any]) -> dict[str, Tensor]:
 
 
 def _state_of(group: dict[str, Any], states: States) -> dict[str, Any]:
-    """State of a group's weight, made where there is none yet."""
+    """Return the state of a group's weight; create it if it is missing."""
     state = states[group["params"][0]]
     if "step" not in state:
         state.update(initial_state(group))
@@ -236,5 +240,5 @@ def _state_of(group: dict[str, Any], states: States) -> dict[str, Any]:
 
 
 def _oriented(tensor: Tensor, group: dict[str, Any]) -> Tensor:
-    """View a weight, or its gradient, as [out, in]."""
+    """Return a view of a weight, or of its gradient, as [out, in]."""
     return tensor.t() if group["transposed"] else tensor

@@ -225,7 +225,7 @@ def _rest_of(
 
 
 def _is_adapter_bias(name: str) -> bool:
-    """Whether a parameter is what `LoraConfig(lora_bias=True)` adds to an adapter."""
+    """Return whether a parameter is what `LoraConfig(lora_bias=True)` adds to an adapter."""
     return ".lora_B." in name and name.endswith(".bias")
 
 

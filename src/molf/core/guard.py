@@ -1,11 +1,6 @@
-"""The guard of a step: every moment that follows from its gradients fits its dtype.
+"""Check of a step's gradients, before anything is written: no moment may overflow or become NaN.
 
-A gradient with infinity or NaN must not reach the state, and neither must a finite one whose square
-overflows: a second moment of infinity never comes back, and the parameter would stand still for
-good. The gradients of LoRA factors, `s B^T G` and `s G A^T`, are made of G later and layer by
-layer; what they can be at most, `s ||A|| ||G||` and `s ||B|| ||G||`, is known from norms. So one
-number per gradient says, before anything is written, whether the step may happen. The loss, or
-another number that must be finite, is one number more.
+One number (bound) per gradient, on the device; below 1 means that the step may happen.
 """
 
 from __future__ import annotations
@@ -22,16 +17,16 @@ from molf.core.place import WHOLE, Place
 
 
 class NonFiniteError(RuntimeError):
-    """A step was refused, because a gradient or the loss is not finite; nothing was written."""
+    """A gradient or the loss is not finite: the step was refused, nothing was written."""
 
 
 class Guarded(NamedTuple):
-    """A gradient that a step uses, and what is made of it.
+    """A gradient that a step uses, and the factors that multiply it.
 
     Attributes:
-        parameter: It has the gradient.
-        scale: The gradient is also multiplied by this.
-        factors: And by these matrices, one at a time.
+        parameter: Parameter with the gradient G.
+        scale: s of the products `s B^T G` and `s G A^T`, or of `s G`.
+        factors: A [R, in] and B [out, R], or none.
     """
 
     parameter: Tensor
@@ -40,22 +35,21 @@ class Guarded(NamedTuple):
 
 
 Squares = Callable[[Iterable[tuple[Tensor, torch.dtype]]], Tensor]
-"""Sums of squares of tensors, each computed in the dtype beside it, [n]."""
+"""Sums of squares of tensors, each in the dtype that comes with it, [n]."""
 
 
 class FiniteGuard:
-    """Knows, on the devices, whether the gradients of a step let it happen.
+    """Bounds of a step's gradients, on the devices.
 
     Attributes:
-        bounds: One number per gradient, on the first parameter's device: below 1 where everything
-            that is made of it fits; then one per further number. The host learns from them which
-            are bad.
-        refuses: Whether the host knows already that the step must not happen.
+        bounds: [n], one per gradient, then one per required number, on the first parameter's
+            device. Below 1: finite, and no moment overflows.
+        refuses: Whether the host has read that the step must not happen.
 
     Args:
-        gradients: The gradients.
+        gradients: Gradients of the step.
         required: Further numbers that must be finite, 0-dim.
-        squares: Of the executor.
+        squares: `Executor.squares`.
         can_read: Whether the host reads a tensor on a device without waiting.
     """
 
@@ -72,7 +66,7 @@ class FiniteGuard:
         self.bounds = torch.cat([bounds, *further])
         self.finite = may_happen(self.bounds)
         self._finite = {home: self.finite}
-        # A number in the host's own memory is read at no cost: there it is known beforehand.
+        # Reading host memory costs nothing, so on a CPU a bad step ends here.
         self._is_known = all(can_read(one.parameter.device) for one in gradients)
         self.refuses = self._is_known and not self.finite.item()
         self._made: dict[Any, MomentDecay] = {}
@@ -80,7 +74,7 @@ class FiniteGuard:
     def decay_of(
         self, device: torch.device, dtype: torch.dtype, betas: tuple[float, float]
     ) -> MomentDecay:
-        """Return how moments on a device, computed in a dtype, are updated."""
+        """Return the scalars that update moments on a device, in a dtype."""
         key = (device, dtype, tuple(betas))
         if key not in self._made:
             finite = self._finite.setdefault(device, self.finite.to(device))
@@ -91,16 +85,16 @@ class FiniteGuard:
 
 
 def bounds_of(gradients: Iterable[Guarded], squares: Squares, place: Place = WHOLE) -> Tensor:
-    """Return the largest square of what is made of each gradient, over the largest allowed, [n].
-
-    Squares, because they add up over the parts of a tensor, which norms do not.
+    """Return the bound of each gradient, [n]: its largest square over the largest allowed.
 
     Args:
-        gradients: They are looked at one after the other and not kept; factors may be on another
-            device than the gradient.
-        squares: Of the executor.
-        place: Sums the squares over the parts.
+        gradients: Read one at a time; factors may be on another device than the gradient.
+        squares: `Executor.squares`.
+        place: Sums the squares over the parts of a tensor.
     """
+    # Gradients of LoRA factors, `s B^T G` and `s G A^T`, are computed later, layer by layer. They
+    # are at most `s ||B|| ||G||` and `s ||A|| ||G||`, so norms are enough to check them now.
+    # Squares, not norms: squares add up over the parts of a tensor.
     own: list[int] = []  # index of each gradient's square
     factors: list[tuple[int, int]] = []  # and of its factors'
     scales: list[float] = []
@@ -129,22 +123,22 @@ def bounds_of(gradients: Iterable[Guarded], squares: Squares, place: Place = WHO
 
 
 def may_happen(bounds: Tensor) -> Tensor:
-    """Whether all bounds let the step happen, a 0-dim bool; a NaN does not."""
+    """Return whether all bounds are below 1, a 0-dim bool; False for a NaN."""
     return (bounds < 1).all()
 
 
 def bound_of(number: Tensor) -> Tensor:
-    """Return what stands beside the bounds for a number that must be finite, 0-dim: 0 if it is."""
+    """Return the bound of a required number, 0-dim: 0 if it is finite, else infinity."""
     return torch.where(number.detach().isfinite(), 0.0, torch.inf)
 
 
 def fits(bound: float) -> bool:
-    """The same of one number, on the host."""
+    """Return whether a bound is below 1; False for a NaN."""
     return bound < 1
 
 
 def bad_gradients(gradients: Iterable[Guarded], squares: Squares) -> list[Tensor]:
-    """Return the parameters whose gradient forbids a step, before any step; the host waits."""
+    """Return the parameters whose gradient must not be used; the host waits."""
     parameters = []
 
     def noted() -> Iterable[Guarded]:
@@ -157,12 +151,13 @@ def bad_gradients(gradients: Iterable[Guarded], squares: Squares) -> list[Tensor
 
 
 def largest_square(dtype: torch.dtype) -> float:
-    """Sum of squares below which the square of every element fits a dtype, with a margin."""
+    """Return the largest sum of squares for which no second moment overflows, with a margin."""
+    # An infinite second moment never decays: the parameter would stop moving.
     return 0.25 * torch.finfo(dtype).max
 
 
 def unusable(parameter: Tensor) -> str | None:
-    """Return why no step can use the kind of gradient that a parameter has; None if one can."""
+    """Return the reason why a parameter's gradient is not supported; None if it is."""
     grad = gradient(parameter)
     if grad.layout != torch.strided:
         return f"is sparse ({grad.layout}). Use dense ones: sparse=False in nn.Embedding."

@@ -71,7 +71,7 @@ def readable(group: dict[str, Any]) -> dict[str, Any]:
 
 
 def _is_readable(group: dict[str, Any]) -> bool:
-    """Whether a group has nothing but finite floats: soon known, and nearly always so."""
+    """Return whether a group has nothing but finite floats: soon known, and nearly always so."""
     betas = group["betas"]
     values = [group[name] for name in _SINGLE if name in group]
     for name in _EACH_EXPERT:

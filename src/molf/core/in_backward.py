@@ -1,7 +1,6 @@
-"""Steps taken during the backward pass: a layer moves as soon as its gradient is complete.
+"""Steps in the backward pass: each unit is updated as soon as its gradients are complete.
 
-The gradient is freed at once, so that no more than one layer's is alive at a time. One unit is one
-routed layer (its weight, bias and adapter factors wait for each other), or one other parameter.
+Its gradients are freed at once, so that only one unit's gradients exist at a time.
 """
 
 from __future__ import annotations
@@ -20,41 +19,41 @@ from torch.utils.weak import WeakIdKeyDictionary
 from molf.core.unit import Unit, UnitKey
 from molf.core.warn import warn
 
-_watchers: Any = WeakIdKeyDictionary()  # parameter: weak reference to the BackwardSteps it is with
+_watchers: Any = WeakIdKeyDictionary()  # parameter: weak reference to its BackwardSteps
 
 
 class Stepper(Protocol):
-    """The optimizer, as far as its hooks know it."""
+    """Methods of the optimizer that the hooks call."""
 
     def _begin(self) -> None:
-        """Called with the first gradient of a backward pass."""
+        """Reset the results of the last step; called at the first gradient of a backward pass."""
 
     def _units(self, *, to_step: bool = True) -> Iterator[Unit]:
-        """All units of the groups as they are now; `to_step` reads their hyper-parameters."""
+        """Yield all units of the current groups; `to_step` converts their hyper-parameters."""
 
     def _take_and_free(self, key: UnitKey) -> None:
         """Step a unit and free its gradients."""
 
 
 class BackwardSteps:
-    """Hooks on an optimizer's parameters that say when a unit's gradients are there.
+    """Hooks on an optimizer's parameters that step a unit once its gradients are complete.
 
-    Neither the hooks nor this keep the optimizer alive; without it the hooks are gone. Shallow
-    copies of an optimizer share this: the first that is alive takes the steps. Autograd calls hooks
-    from one thread for every device; units take their turns.
+    Only weak references to the optimizer are kept; the hooks are removed with it. Shallow copies of
+    an optimizer share this object: the first that is alive takes the steps.
 
     Args:
-        optimizer: Whose parameters these are.
+        optimizer: Optimizer of the parameters.
     """
 
     def __init__(self, optimizer: Stepper) -> None:
         self._optimizers = [weakref.ref(optimizer)]
-        self._lost: Any = WeakIdKeyDictionary()  # parameter: weak reference to who has it now
+        self._lost: Any = WeakIdKeyDictionary()  # parameter: weak reference to its new optimizer
         self._handles: list[RemovableHandle] = []
         self._watched: list[Tensor] = []
         self._ready: dict[UnitKey, set[int]] = {}
         self._taken: set[UnitKey] = set()
-        # Held while a unit takes its step: that waits for its device, so other threads would run.
+        # Autograd calls hooks from one thread per device. A step waits for its device and so lets
+        # other threads run: units step one at a time.
         self._turn = threading.RLock()
         weakref.finalize(self, _remove, self._handles).atexit = False
 
@@ -65,15 +64,15 @@ class BackwardSteps:
         return next((optimizer for optimizer in alive if optimizer is not None), None)
 
     def serves(self, optimizer: object) -> bool:
-        """Whether an optimizer shares this."""
+        """Return whether an optimizer shares this."""
         return any(each() is optimizer for each in self._optimizers)
 
     def share(self, optimizer: Stepper) -> None:
-        """Serve a shallow copy too."""
+        """Add a shallow copy of the optimizer."""
         self._optimizers.append(weakref.ref(optimizer))
 
     def leave(self, optimizer: Stepper) -> bool:
-        """Forget an optimizer if another takes the steps; return whether that is so."""
+        """Remove an optimizer if another takes the steps; return whether it was removed."""
         if self.owner is optimizer:
             return False
         self._optimizers = [each for each in self._optimizers if each() is not optimizer]
@@ -85,7 +84,7 @@ class BackwardSteps:
         return bool(self._ready)
 
     def watch(self) -> None:
-        """Put hooks on the parameters that are in the groups now, where they are not already."""
+        """Register hooks on the parameters of the current groups, unless they have them."""
         units = list(self._units())
         parameters = [p for unit in units for p in unit.parameters]
         if len(parameters) == len(self._watched) and all(
@@ -97,7 +96,7 @@ class BackwardSteps:
         for parameter in parameters:
             _watchers[parameter] = weakref.ref(self)
         self._handles += [
-            # Hooks live as long as their parameters, which may be longer than the optimizer.
+            # A weak reference: parameters, and with them hooks, may outlive the optimizer.
             parameter.register_post_accumulate_grad_hook(
                 partial(_on_gradient, weakref.ref(self), unit.key, unit.parameters)
             )
@@ -107,21 +106,21 @@ class BackwardSteps:
         ]
 
     def unwatch(self) -> None:
-        """Take the hooks away."""
+        """Remove the hooks."""
         _remove(self._handles)
         self._watched = []
 
     def lose(self, parameters: Iterable[Tensor], optimizer: object) -> None:
-        """Leave parameters to another optimizer, for as long as it lives."""
+        """Skip these parameters for as long as another optimizer, which steps them, is alive."""
         for parameter in parameters:
             self._lost[parameter] = weakref.ref(optimizer)
         self.unwatch()
 
     def finish(self) -> int:
-        """End a backward pass: step the units with a gradient of which a part has got none.
+        """End a backward pass: step the units that got only some of their gradients.
 
         Returns:
-            How many units have moved in it.
+            Number of units that were updated in the pass.
         """
         try:
             if not self.is_open:
@@ -137,26 +136,26 @@ class BackwardSteps:
         return moved
 
     def close(self) -> None:
-        """Forget the backward pass; the next gradient begins another."""
+        """Reset; the next gradient starts a new backward pass."""
         self._ready.clear()
         self._taken.clear()
 
     def count(self) -> int:
-        """How many units have moved in this backward pass."""
+        """Return the number of units that were updated in this backward pass."""
         return len(self._taken)
 
     def _owner(self) -> Stepper:
         optimizer: Stepper | None = self.owner
-        assert optimizer is not None, "what holds this is an optimizer"
+        assert optimizer is not None, "an optimizer that is alive holds this object"
         return optimizer
 
     def _units(self) -> Iterator[Unit]:
-        """The optimizer's units, as far as no other optimizer has them."""
+        """Yield the optimizer's units, without those that another optimizer has taken over."""
         units = self._owner()._units(to_step=False)
         return (unit for unit in units if not self._has_lost(unit.parameters))
 
     def _has_lost(self, members: list[Tensor]) -> bool:
-        """Whether another optimizer that is alive has one of these parameters."""
+        """Return whether another optimizer that is alive has one of these parameters."""
         return bool(self._lost) and any(self._lost.get(p, _nobody)() is not None for p in members)
 
     def _take(self, key: UnitKey) -> None:
@@ -189,7 +188,7 @@ class BackwardSteps:
 def _on_gradient(
     steps: weakref.ref[BackwardSteps], key: UnitKey, members: list[Tensor], parameter: Tensor
 ) -> None:
-    """Tell what watches a parameter, if it and an optimizer are alive, of its gradient."""
+    """Hook of a parameter: pass its gradient on, if the optimizer is alive."""
     alive = steps()
     if alive is not None and alive.owner is not None:
         with alive._turn:
@@ -203,10 +202,10 @@ def _remove(handles: list[RemovableHandle]) -> None:
 
 
 def release(parameters: Iterable[Tensor], optimizer: object) -> None:
-    """Take away the hooks of other optimizers that would step these parameters.
+    """Remove the hooks of other optimizers on these parameters.
 
     Warns:
-        UserWarning: There was one that is still alive: it takes no steps of its own any more.
+        UserWarning: Such an optimizer is still alive; it no longer steps these parameters.
     """
     found: dict[int, tuple[BackwardSteps, list[Tensor]]] = {}
     for parameter in parameters:
@@ -218,7 +217,7 @@ def release(parameters: Iterable[Tensor], optimizer: object) -> None:
     if found:
         warn(
             "Another optimizer stepped these parameters in the backward pass "
-            "(optimizer_in_backward=True); from now on this one has them. Delete the other."
+            "(optimizer_in_backward=True); from now on this one steps them. Delete the other."
         )
 
 
@@ -245,14 +244,13 @@ def check_in_backward(nonfinite: str, grad_accumulation_dtype: str | None) -> No
 
 
 def check_no_scaler(optimizer: torch.optim.Optimizer) -> None:
-    """Refuse a step that `torch.amp.GradScaler` asks for, with what it has left on the optimizer.
-
-    It hands what it knows to optimizers with `_step_supports_amp_scaling`, as attributes that it
-    deletes after the step.
+    """Refuse a step that `torch.amp.GradScaler` calls.
 
     Raises:
         RuntimeError: With what to change.
     """
+    # GradScaler sets these attributes on optimizers with `_step_supports_amp_scaling` and deletes
+    # them after the step.
     left = [vars(optimizer).pop(name, None) for name in ("grad_scale", "found_inf")]
     if any(each is not None for each in left):
         raise RuntimeError(

@@ -231,7 +231,7 @@ def _chosen_names(model: nn.Module, linears: Iterable[str], config: MoLFConfig) 
 
 
 def is_in_head(name: str, head: str | None) -> bool:
-    """Whether a layer is the head, or a part of it."""
+    """Return whether a layer is the head, or a part of it."""
     return head is not None and (name == head or name.startswith(f"{head}."))
 
 

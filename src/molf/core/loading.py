@@ -66,7 +66,7 @@ def loadable(given: dict[str, Any], groups: list[dict[str, Any]]) -> dict[str, A
 
 
 def _can_have(rounding: str | None, groups: list[dict[str, Any]]) -> bool:
-    """Whether the weights of all groups with a rounding can be rounded so."""
+    """Return whether the weights of all groups with a rounding can be rounded so."""
     having = [group for group in groups if group["weight_rounding"] == rounding]
     try:
         check_rounding((p for group in having for p in group["params"]), rounding)

@@ -217,7 +217,7 @@ def _check_others(plain: nn.Module, quantised: dict[str, Any]) -> None:
 
 
 def _has_active(tuner: Any) -> bool:
-    """Whether an active adapter is on this very layer."""
+    """Return whether an active adapter is on this very layer."""
     parts = [getattr(tuner, part, ()) for part in tuner.adapter_layer_names]
     return any(adapter in part for part in parts for adapter in tuner.active_adapters)
 

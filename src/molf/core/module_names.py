@@ -1,4 +1,4 @@
-"""Names of a model's modules and parameters, without what wrappers put in front of them."""
+"""Names of a model's modules and parameters, without the prefixes of wrappers."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def clean_name(name: str, *, in_module: bool = True) -> str:
 
     Args:
         name: The name.
-        in_module: Whether a leading `module` is a wrapper's, see `is_in_module`.
+        in_module: Whether a leading `module` belongs to a wrapper (`is_in_module`).
     """
     parts = [part for part in name.split(".") if part not in _WRAPPERS]
     if in_module and len(parts) > 1 and parts[0] == "module":
@@ -23,10 +23,8 @@ def clean_name(name: str, *, in_module: bool = True) -> str:
 
 
 def is_in_module(model: nn.Module) -> bool:
-    """Whether all of the model is in an attribute `module`, where DDP and DataParallel put it.
-
-    Elsewhere `module` is the model's own name, and without it two layers could share one.
-    """
+    """Return whether the whole model is in an attribute `module`, as in DDP and DataParallel."""
+    # Elsewhere `module` is part of the model's own names: removing it could make two names equal.
     while len(children := dict(model.named_children())) == 1:
         name, model = next(iter(children.items()))
         if name == "module":
@@ -37,7 +35,7 @@ def is_in_module(model: nn.Module) -> bool:
 
 
 def is_peft_model(model: nn.Module) -> bool:
-    """Whether the model, without wrappers, is a `PeftModel`."""
+    """Return whether the model, without wrappers, is a `PeftModel`."""
     inner = unwrapped(model)
     return hasattr(inner, "peft_config") and "base_model" in dict(inner.named_children())
 
@@ -53,7 +51,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 def cleaner(model: nn.Module) -> Callable[[str], str]:
-    """Return what turns names of `model`'s modules and parameters into the plain model's own."""
+    """Return a function that turns names of `model`'s modules and parameters into plain ones."""
     in_module, in_peft = is_in_module(model), is_peft_model(model)
 
     def clean(name: str) -> str:

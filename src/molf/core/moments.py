@@ -1,10 +1,8 @@
-"""First and second moments of a tensor, in float32 or in blocks of 8 bits with a scale.
+"""Storage of the first and second moments of a tensor: float32, or 8-bit codes with scales.
 
-Where there are winners, a step looks at moments twice: `advance` before they are known, `settle`
-when they are. In float32, `advance` has moved them and `settle` only shows them. In 8 bits
-`advance` leaves the state alone and `settle` moves them again, from the same gradient, and stores
-them: so scores and steps are those of float32 moments, and what storing loses is felt in the next
-step only.
+A step with winners uses the moments twice: `advance` updates them and sums score terms, `settle`
+returns them for the write. Float moments are updated in place by `advance`. 8-bit moments are
+updated in both, from the same gradient, and stored by `settle`.
 """
 
 from __future__ import annotations
@@ -33,19 +31,19 @@ from molf.core.place import WHOLE, Place
 _KEYS = ("exp_avg", "exp_avg_sq")
 _BLOCK = 256  # most numbers that share a scale
 _SMALLEST_BLOCK = 64  # with fewer, scales would weigh more than 1/16 of the codes
-_SMALLEST = 4096  # smaller tensors stay float32: together they are nothing
+_SMALLEST = 4096  # smaller tensors stay float32: their sum is negligible
 
 Pair = tuple[Tensor, Tensor]
 
 
 class Moments(ABC):
-    """m and v of one tensor for the length of a step.
+    """m and v of one tensor, for one step.
 
     Attributes:
-        dtype: Of the arithmetic.
-        shapes: Of both; one, if all is well.
-        multiple: What the first row of every block must be a multiple of.
-        is_settled: Whether `advance` alone has stored the moments.
+        dtype: Dtype of the arithmetic.
+        shapes: Shapes of m and v; one element if they agree.
+        multiple: The first row of every block must be a multiple of this.
+        is_settled: Whether `advance` stores the updated moments.
     """
 
     dtype: torch.dtype
@@ -56,30 +54,30 @@ class Moments(ABC):
 
     @abstractmethod
     def load(self, rows: Rows) -> Pair:
-        """Return a block of m and v to compute with."""
+        """Return a block of m and v in `dtype`."""
 
     @abstractmethod
     def store(self, rows: Rows, moved: Pair) -> None:
-        """Keep a block that `load` has returned and that was changed in place."""
+        """Store a block that `load` returned and that was changed in place."""
 
     @abstractmethod
     def blocks(self, blocks: Blocks) -> Iterator[Rows]:
-        """Yield the blocks in which `advance` is called."""
+        """Yield the blocks for `advance`."""
 
     def advance(self, rows: Rows, grad: Tensor, decay: MomentDecay, score: str) -> Tensor:
-        """Move a block of m and v; return the sum of the score's terms, 0-dim."""
+        """Update a block of m and v; return the sum of the score's terms, 0-dim."""
         return update_and_score(grad, *self.load(rows), decay, score)
 
     def settle(
         self, rows: Rows, grad: Tensor, decay: MomentDecay, *, advanced: bool = True
     ) -> Pair:
-        """Return the moved block of m and v, and see that it is stored.
+        """Return the updated block of m and v; store it if `advance` has not.
 
         Args:
-            rows: The block.
-            grad: Its gradient.
-            decay: As for `advance`.
-            advanced: Whether `advance` came before, as it does where there is something to score.
+            rows: Rows of the block.
+            grad: Gradient of the block.
+            decay: As in `advance`.
+            advanced: Whether `advance` has run in this step; it runs for routed layers only.
         """
         moved = self.load(rows)
         if not (advanced and self.is_settled):
@@ -89,7 +87,7 @@ class Moments(ABC):
 
 
 class FloatMoments(Moments):
-    """Moments kept as they are computed, in float32 or float64."""
+    """Moments in the dtype of the arithmetic, float32 or float64."""
 
     is_settled = True
 
@@ -99,25 +97,27 @@ class FloatMoments(Moments):
         self.multiple = one_pass.rows_of_whole_vectors(exp_avg)
 
     def blocks(self, blocks: Blocks) -> Iterator[Rows]:
-        """Blocks for one pass, where it can be one."""
+        """Yield blocks for the one-pass kernel."""
         return blocks.cached(self.exp_avg)
 
     def load(self, rows: Rows) -> Pair:
-        """Views on the state."""
+        """Return views of the state."""
         return self.exp_avg[rows], self.exp_avg_sq[rows]
 
     def store(self, rows: Rows, moved: Pair) -> None:
-        """Nothing: they are the state."""
+        """Do nothing: `load` returned views of the state."""
 
 
 class EightBitMoments(Moments):
-    """Moments kept as torchao's block-scaled 8-bit codes (Dettmers et al., arXiv 2110.02861).
+    """Moments as torchao's block-scaled 8-bit codes (Dettmers et al., arXiv 2110.02861).
 
-    The state holds codes in the shape of the tensor, and one scale for each block of a row,
-    [rows, row length / block]: plain tensors both, so that any checkpoint takes them and shards of
-    rows cut both alike. A second moment that is not zero is never stored as zero: beside a first
-    moment that survives, its next step would be divided by eps.
+    The state holds codes in the shape of the tensor, uint8, and scales [rows, row length / block],
+    float32. Both are plain tensors, which any checkpoint format stores.
     """
+
+    # Not settled by `advance`: the winners are not known then, and a bad step must not change the
+    # state. `settle` computes them again from the same gradient, so scores and steps use moments
+    # before rounding.
 
     is_settled = False
     dtype = torch.float32
@@ -129,21 +129,21 @@ class EightBitMoments(Moments):
         self.multiple = one_pass.rows_of_whole_vectors(self._codes[0])
 
     def blocks(self, blocks: Blocks) -> Iterator[Rows]:
-        """Blocks of which copies fit the cache."""
+        """Yield blocks whose float32 copies fit the cache."""
         return blocks.of(self._codes[0], multiple=self.multiple)
 
     def load(self, rows: Rows) -> Pair:
-        """The numbers that the codes stand for."""
+        """Return the dequantised moments, float32."""
         exp_avg, exp_avg_sq = (block.dequantize() for block in self._blocks(rows))
         return exp_avg, exp_avg_sq
 
     def store(self, rows: Rows, moved: Pair) -> None:
-        """Round them to codes."""
+        """Round to codes."""
         for block, values in zip(self._blocks(rows), moved, strict=True):
             _store(block, values)
 
     def _blocks(self, rows: Rows) -> list[Any]:
-        """Both moments' codes and scales of some rows: torchao's tensors on the same memory."""
+        """Return some rows of m and v as torchao tensors on the same memory."""
         return [
             _as_torchao(codes[rows], scales[rows], is_signed)
             for codes, scales, is_signed in zip(
@@ -153,16 +153,16 @@ class EightBitMoments(Moments):
 
 
 def _as_torchao(codes: Tensor, scales: Tensor, is_signed: bool) -> Any:
-    """A tensor of torchao on this memory: codes [rows, ...], one scale for each block in order."""
+    """Return a torchao tensor on this memory: codes [rows, ...], one scale per block in order."""
     qmap = _map(is_signed, codes.device)
     return _torchao().OptimState8bit(codes, scales.reshape(-1), qmap, is_signed)
 
 
 def check_state_dtype(state_dtype: str) -> None:
-    """Refuse an unknown format, and one whose library is missing.
+    """Refuse an unknown storage of moments, and "8bit" without torchao.
 
     Raises:
-        ValueError: The format is unknown.
+        ValueError: The word is unknown.
         ImportError: torchao is not installed.
     """
     if state_dtype not in STATE_DTYPES:
@@ -172,13 +172,12 @@ def check_state_dtype(state_dtype: str) -> None:
 
 
 def block_of_8bit(parameter: Tensor, place: Place = WHOLE) -> int | None:
-    """How many moments of a tensor share a scale in 8 bits; None where they stay float32.
+    """Return the block length of 8-bit moments; None: the moments stay float32.
 
-    Blocks divide a row, so that the answer is the same for the whole tensor and for a shard of its
-    rows: 256 where that divides it, else the largest divisor from 64 on (192 of gemma-3-1b's 1152,
-    224 of Qwen2.5-0.5B's 896). Tensors of one dimension, whose shards would cut blocks, and those
-    below 4,096 elements stay float32.
+    It is the largest divisor of the row length in 64 ... 256 (192 for gemma-3-1b's 1152, 224 for
+    Qwen2.5-0.5B's 896). Tensors of one dimension or below 4,096 elements stay float32.
     """
+    # Blocks divide a row, so that shards of rows have the blocks of the whole tensor.
     parameter = real_view(parameter)
     if parameter.dim() < 2 or not parameter.numel() or not parameter.is_contiguous():
         return None
@@ -191,8 +190,8 @@ def block_of_8bit(parameter: Tensor, place: Place = WHOLE) -> int | None:
 def moment_state(
     parameter: Tensor, state_dtype: str = "float32", place: Place = WHOLE
 ) -> dict[str, Any]:
-    """State of a tensor that takes AdamW steps: `step`, and both moments, zero."""
-    # The counter is a plain int: reading it never waits for a device.
+    """Return the initial state of a tensor: `step` 0 and zero moments."""
+    # `step` is a Python int: reading it never waits for a device.
     state: dict[str, Any] = {"step": 0}
     parameter = real_view(parameter)
     block = block_of_8bit(parameter, place) if state_dtype == "8bit" else None
@@ -200,7 +199,7 @@ def moment_state(
         if block is None:
             state[key] = torch.zeros_like(parameter, dtype=compute_dtype(parameter))
             continue
-        # With scale zero every code stands for zero.
+        # Scale 0: every code means zero.
         rows = len(parameter)
         scales = torch.zeros(rows, parameter.numel() // rows // block, device=parameter.device)
         state[f"{key}_codes"] = torch.zeros_like(parameter, dtype=torch.uint8)
@@ -209,11 +208,11 @@ def moment_state(
 
 
 def in_present_layout(state: dict[str, Any]) -> dict[str, Any]:
-    """Return a saved state with 8-bit moments as they are kept now.
+    """Return a saved state with 8-bit moments in the present layout.
 
-    Older states have scales [elements / 256], of blocks that may cross rows. Where 256 divides the
-    row these are the same numbers; elsewhere the moments are rounded once more, to blocks that
-    divide it. Tensors of one dimension get float32 moments.
+    Older states have scales [elements / 256], of blocks that may cross rows. If 256 divides the
+    row length, the scales are reshaped. Otherwise the moments are rounded again, to blocks that
+    divide a row. Tensors of one dimension get float32 moments.
     """
     if "exp_avg_codes" not in state or state["exp_avg_scales"].dim() == 2:
         return state
@@ -243,16 +242,15 @@ def moments_of(state: dict[str, Any]) -> Moments:
 
 
 def _store(block: Any, values: Tensor) -> None:
-    """Round values to the nearest codes, after scaling each block of them by the largest.
-
-    torchao's own `copy_` goes through a dozen passes over 64-bit indices, meant to be compiled; a
-    search among the middles between neighbouring codes' numbers finds the same codes in one.
-    """
+    """Scale each block by its largest magnitude; round to the nearest codes."""
+    # torchao's own `copy_` takes a dozen passes over 64-bit indices and is meant to be compiled.
+    # A search among the midpoints of neighbouring codes finds the same codes in one pass.
     scaled = values.view(block.scale.numel(), -1)
     scale = scaled.abs().amax(-1).clip(1e-12)
     middles = _middles(block.signed, values.device)
     codes = torch.bucketize(scaled / scale[:, None], middles, right=True, out_int32=True)
     if not block.signed:
+        # A second moment above zero is never stored as zero: the next update would divide by eps.
         codes = torch.maximum(codes, (scaled > 0).to(torch.int32))
     block.codes.copy_(codes.view(values.shape))
     block.scale.copy_(scale)
@@ -278,5 +276,5 @@ def _torchao() -> ModuleType:
 
 @cache
 def _map(signed: bool, device: torch.device) -> Tensor:
-    """The numbers that codes stand for, before scaling, [256]."""
+    """Return the values of the codes before scaling, [256]."""
     return _torchao().OptimState8bit.zeros((_BLOCK,), signed, _BLOCK, device).qmap

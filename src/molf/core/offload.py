@@ -1,9 +1,6 @@
-"""Where the optimizer's state lives: in host memory, and on the device only while it is used.
+"""Optimizer state in host memory; each layer's state is on the device only for its own step.
 
-`StateOffload.lent` gives a layer's state as tensors on the device, for the length of one step of
-that layer; nothing else of the optimizer knows where state lives. Meanwhile the state of the layer
-that came next in the last step is on its way to the device, and that of the layer before on its way
-back. What moves tensors is a `Carrier`.
+While one layer steps, the next layer's state is copied to the device and the previous one's back.
 """
 
 from __future__ import annotations
@@ -22,42 +19,41 @@ Wait = Callable[[], None]
 
 
 class Carrier(ABC):
-    """Moves tensors between host memory and one device, perhaps while both do other things."""
+    """Copies tensors between host memory and one device, possibly asynchronously."""
 
     @abstractmethod
     def room(self, like: Tensor) -> Tensor:
-        """Make a tensor in host memory, of the same shape, strides and dtype."""
+        """Allocate a tensor in host memory, of the same shape, strides and dtype."""
 
     @abstractmethod
     def fetch(self, kept: Sequence[Tensor]) -> tuple[list[Tensor], Wait]:
-        """Begin to copy tensors from host memory to new ones on the device.
+        """Start to copy tensors from host memory to new tensors on the device.
 
         Returns:
-            The copies, and what makes the work that is given to the device afterwards wait for
-            them; before that they must not be used.
+            The copies, and a function that makes later device work wait for them. Call it before
+            the copies are used.
         """
 
     @abstractmethod
     def put_back(self, lent: Sequence[Tensor], kept: Sequence[Tensor]) -> Wait:
-        """Begin to copy what the work given to the device so far leaves in `lent` into `kept`.
+        """Start to copy `lent` into `kept`, after the device work that is queued so far.
 
         Returns:
-            What makes the host wait until it is there. Before that `lent` must not be freed, and
-            `kept` not be read.
+            A function that makes the host wait for the copy. Call it before `lent` is freed or
+            `kept` is read.
         """
 
     @abstractmethod
     def wait(self) -> None:
-        """Make the host wait for all that the device has been given."""
+        """Make the host wait for all queued device work."""
 
 
 class CudaCarrier(Carrier):
-    """Pinned memory, a stream for each direction, and events.
+    """Copies through pinned memory, with one CUDA stream per direction."""
 
-    Copies are allocated for the inbound stream and freed when the host has seen that they were
-    copied back. All use of them is over by then, so that their memory may be used again at once;
-    it needs no `record_stream`, whose memory would come back later and so be more.
-    """
+    # Device copies are allocated on the inbound stream and freed after the host has waited for the
+    # copy back. All their uses are over then, so `record_stream` is not needed; it would return the
+    # memory later and raise the peak.
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -65,11 +61,11 @@ class CudaCarrier(Carrier):
         self._outbound = torch.cuda.Stream(device)
 
     def room(self, like: Tensor) -> Tensor:
-        """Pinned: only then do copies run beside computations."""
+        """Allocate pinned memory; only from there copies overlap with kernels."""
         return torch.empty_like(like, device="cpu", pin_memory=True)
 
     def fetch(self, kept: Sequence[Tensor]) -> tuple[list[Tensor], Wait]:
-        """On the inbound stream; the stream that is current at the time of waiting waits."""
+        """Copy on the inbound stream; the current stream waits for it."""
         with torch.cuda.stream(self._inbound):
             lent = [torch.empty_like(tensor, device=self._device) for tensor in kept]
             for copy, tensor in zip(lent, kept, strict=True):
@@ -78,7 +74,7 @@ class CudaCarrier(Carrier):
         return lent, lambda: torch.cuda.current_stream(self._device).wait_event(arrived)
 
     def put_back(self, lent: Sequence[Tensor], kept: Sequence[Tensor]) -> Wait:
-        """On the outbound stream, after the work of the current one."""
+        """Copy on the outbound stream, after the work of the current stream."""
         self._outbound.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._outbound):
             for copy, tensor in zip(lent, kept, strict=True):
@@ -87,7 +83,7 @@ class CudaCarrier(Carrier):
         return returned.synchronize
 
     def wait(self) -> None:
-        """All streams."""
+        """Wait for all streams."""
         torch.cuda.synchronize(self._device)
 
 
@@ -100,10 +96,10 @@ _carrier_of: Callable[[torch.device], Carrier | None] = _cuda_alone
 
 @contextmanager
 def carried_by(carrier_of: Callable[[torch.device], Carrier | None]) -> Iterator[None]:
-    """Replace what moves states of optimizers made inside: for tests, and planning without CUDA.
+    """Replace the carrier of optimizers that are built inside: for tests and for planning.
 
     Args:
-        carrier_of: Gives the carrier of a device, or None if its states stay where they are.
+        carrier_of: Returns the carrier of a device; None: states stay on the device.
     """
     global _carrier_of
     before, _carrier_of = _carrier_of, carrier_of
@@ -114,11 +110,11 @@ def carried_by(carrier_of: Callable[[torch.device], Carrier | None]) -> Iterator
 
 
 class _Loan:
-    """States of some parameters while they are on the device, or on their way there or back.
+    """Device copies of the states of some parameters.
 
     Attributes:
-        parameters: Whose states they are.
-        states: By parameter, with tensors on the device.
+        parameters: The parameters.
+        states: Their states, with tensors on the device.
     """
 
     def __init__(self, parameters: Sequence[Tensor], carriers: Sequence[Carrier | None]) -> None:
@@ -128,11 +124,11 @@ class _Loan:
         self._waits: list[Wait] = []
 
     def is_for(self, parameters: Sequence[Tensor]) -> bool:
-        """Whether they are these parameters', in this order."""
+        """Return whether the loan is for these parameters, in this order."""
         return list(map(id, self.parameters)) == list(map(id, parameters))
 
     def fetch(self, states: States) -> None:
-        """Begin to bring them; `wait` before they are used."""
+        """Start to copy the states to the device; `wait` before they are used."""
         for parameter, carrier in self._carriers.items():
             if parameter not in states:
                 continue
@@ -146,7 +142,7 @@ class _Loan:
             self._waits.append(wait)
 
     def put_back(self, states: States) -> None:
-        """Begin to put them back, new tensors too; `wait` before they are used or freed."""
+        """Start to copy the states back, new tensors included; `wait` before they are freed."""
         for parameter, lent in self.states.items():
             carrier = self._carriers[parameter]
             if not lent:
@@ -163,13 +159,13 @@ class _Loan:
             own.update({**lent, **kept})
 
     def wait(self) -> None:
-        """Wait for what has begun: the device for what comes, the host for what goes back."""
+        """Wait for the copies: the device for inbound ones, the host for outbound ones."""
         for wait in self._waits:
             wait()
         self._waits.clear()
 
     def abandon(self) -> None:
-        """Make sure that nothing needs them any more."""
+        """Wait for all device work, so that the copies can be freed."""
         for carrier in self._carriers.values():
             if carrier is not None:
                 carrier.wait()
@@ -178,31 +174,30 @@ class _Loan:
 class StateOffload:
     """Keeps states in host memory and lends them to the device, layer by layer.
 
-    No more than three neighbouring layers' states are on the device: one is used, one comes, one
-    goes back.
+    At most three layers' states are on the device: one in use, one inbound, one outbound.
     """
 
     def __init__(self) -> None:
         self._make = _carrier_of
         self._carriers: dict[torch.device, Carrier | None] = {}
         self._coming: _Loan | None = None
-        self._going: deque[_Loan] = deque()  # the oldest first
-        self._order: list[tuple[Tensor, ...]] = []  # of the loans in this step
-        self._followers: dict[Tensor, tuple[Tensor, ...]] = {}  # as in the last step
+        self._going: deque[_Loan] = deque()  # oldest first
+        self._order: list[tuple[Tensor, ...]] = []  # loans of this step
+        self._followers: dict[Tensor, tuple[Tensor, ...]] = {}  # next loan, by the last step
 
     def moves(self, parameter: Tensor) -> bool:
-        """Whether the parameter's state lives elsewhere than the parameter."""
+        """Return whether the parameter's state is kept in host memory."""
         return self._carrier(parameter) is not None
 
     @contextmanager
     def lent(self, states: States, parameters: Sequence[Tensor]) -> Iterator[States]:
-        """Lend the states of some parameters, made there if there are none; changes are kept.
+        """Lend the states of a unit's parameters; copy changed and new tensors back afterwards.
 
-        Where the block raises, the states in host memory stay as they were.
+        If the block raises, the states in host memory stay unchanged.
 
         Args:
-            states: All states, as they live.
-            parameters: What takes a step together.
+            states: All states, in host memory.
+            parameters: Parameters of the unit.
         """
         self._order.append(tuple(parameters))
         loan, self._coming = self._coming, None
@@ -210,7 +205,7 @@ class StateOffload:
             loan = self._fetch(states, parameters)
         loan.wait()
         follower = self._followers.get(parameters[0])
-        # What is in use cannot be fetched ahead: it is about to change.
+        # A state in use is not prefetched: this step changes it.
         if follower is not None and not _overlap(follower, parameters):
             self._coming = self._fetch(states, follower)
         try:
@@ -219,17 +214,18 @@ class StateOffload:
             loan.abandon()
             self.finish()
             raise
-        self._going.append(loan)  # first: where putting back fails, what has begun is waited for
+        # Before `put_back`: if that fails, `finish` still waits for the copies that have started.
+        self._going.append(loan)
         loan.put_back(states)
 
     def finish(self) -> None:
-        """Wait until all states are in host memory, and none is on the device."""
+        """Wait until all states are back in host memory."""
         self._coming = None
         while self._going:
             self._await_oldest()
 
     def end_step(self) -> None:
-        """As `finish`; the next step is expected to borrow in the order of this one, if any."""
+        """Wait as `finish` does; the next step prefetches in the order of this step."""
         self.finish()
         if self._order:
             pairs = zip(self._order, self._order[1:], strict=False)
@@ -237,18 +233,18 @@ class StateOffload:
         self._order = []
 
     def forget_order(self) -> None:
-        """Expect nothing of the next step: it may borrow in another order than the last."""
+        """Prefetch nothing in the next step, whose order may differ."""
         self._followers, self._order = {}, []
 
     def keep(self, parameter: Tensor, tensor: Tensor) -> Tensor:
-        """Return a copy of a tensor of the parameter's state, where that state lives."""
+        """Return a copy of a state tensor in the memory that keeps the parameter's state."""
         carrier = self._carrier(parameter)
         if carrier is None:
             return tensor.to(parameter.device, copy=True)
         return carrier.room(tensor).copy_(tensor)
 
     def keep_all(self, states: States) -> None:
-        """Have all states where they live: after copying or unpickling an optimizer."""
+        """Move all states to the memory that keeps them, after a copy or unpickling."""
         for parameter, state in states.items():
             for key, tensor in _tensors(state).items():
                 state[key] = self.keep(parameter, tensor)
@@ -260,7 +256,8 @@ class StateOffload:
         return self._carriers[device]
 
     def _fetch(self, states: States, parameters: Sequence[Tensor]) -> _Loan:
-        """Begin to bring states; first, all but one of those that go have to be back."""
+        """Start to copy states to the device."""
+        # Wait first, so that at most three loans exist and no state is read before it is back.
         while len(self._going) > 1 or any(_overlap(g.parameters, parameters) for g in self._going):
             self._await_oldest()
         loan = _Loan(parameters, [self._carrier(parameter) for parameter in parameters])
@@ -268,7 +265,8 @@ class StateOffload:
         return loan
 
     def _await_oldest(self) -> None:
-        """Wait for the first of those that go; interrupted, it is still there to be waited for."""
+        """Wait for the oldest outbound loan."""
+        # Removed after the wait: an interrupted wait can be repeated.
         self._going[0].wait()
         self._going.popleft()
 

@@ -1,4 +1,4 @@
-"""Steps with offloaded state: unit by unit, each with its state on the device meanwhile."""
+"""Steps with offloaded state: unit by unit, each with its state on the device for its step."""
 
 from __future__ import annotations
 
@@ -23,10 +23,9 @@ def take_one_by_one(
     tally: UpdateTally | None,
     required: Mapping[str, Tensor],
 ) -> Outcome:
-    """Step units whose state lives in host memory; arguments and result are those of `take_step`.
-
-    All gradients are checked before anything is written, with the factors where their state lives.
-    """
+    """Step units whose state is in host memory; arguments and result are those of `take_step`."""
+    # All gradients are checked before the first unit is written. Norms of the factors are computed
+    # in host memory.
     wrong = [name for name, number in required.items() if not number.isfinite()]
     if len(units) > 1:
         gradients = (one for unit in units for one in unit.gradients(states))

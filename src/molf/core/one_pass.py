@@ -1,12 +1,8 @@
-"""Steps on a CPU in one pass over memory each: moments with a direction, and a descent.
+"""The CPU kernel of `torch.optim.AdamW(fused=True)`, split into its two halves.
 
-`torch.optim.AdamW(fused=True)` has a kernel that moves m, v and a float32 parameter in one
-vectorised pass. MoLF needs its halves, because a score lies between them: first the moments of all
-experts move, and later the weight of a winner. Each half is the whole kernel with something that
-does not count: `move` gives it scratch for the parameter, `descend` a gradient of zero and moments
-that stay. The same from single operations reads and writes a block seven times, and four.
-
-Both halves together are torch's fused step, bit for bit.
+The kernel updates m, v and a float32 parameter in one vectorised pass. MoLF updates the moments of
+all experts first (`move`) and the weight of a winner later (`descend`). Both halves together give
+the bits of torch's fused step (tried on x86 with AVX2 and AVX-512).
 """
 
 from __future__ import annotations
@@ -18,47 +14,46 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-# The kernel computes the last elements of a tensor, which fill no vector, one by one and may round
-# them otherwise: blocks of a tensor begin where vectors do.
+# Elements of a vector. The kernel computes the rest of a tensor one by one and may round it
+# differently, so blocks of a tensor start at a multiple of this.
 WIDTH = 16
-# Steps: `beta ** step` is 0. Counters are on the CPU whatever the default device: beside one that
-# is elsewhere the kernel may do nothing at all, without an error.
+# Step counter for which `beta ** step` is 0. Counters are on the CPU, also with another default
+# device: with a counter elsewhere the kernel may do nothing, without an error.
 _ENDLESS = torch.tensor(2.0**62, device="cpu")
 _FIRST = torch.tensor(1.0, device="cpu")
-# `1 - beta1` of a first moment that stays: beside a gradient of zero a float32 does not feel it.
+# `1 - beta1` that leaves m unchanged in float32, with a gradient of zero.
 _STILL = 2.0**-40
-# The root of `1 - beta2` of a second moment that stays lies between this and its double: then beta2
-# rounds to one in float32, and `1 - beta2` has digits enough for the root to be any float32.
+# For v to stay, the root of `1 - beta2` lies between this and its double: beta2 rounds to 1 in
+# float32, and `1 - beta2` in float64 still represents every float32 root.
 _LEAST_ROOT = 2.0**-14
 
 Betas = tuple[float, float]
 
 
 class Scratch:
-    """Memory for the directions of one block after the other, which stays in the cache.
+    """Reused memory for the result of `move`; it stays in the cache."""
 
-    It belongs to one step: what a moment of NaN has left there would spoil all that follows.
-    """
+    # One object per step: a NaN that it holds would reach all later results.
 
     def __init__(self) -> None:
         self._memory: Tensor | None = None
 
     def take(self, count: int) -> Tensor:
-        """Return `count` numbers, finite unless a direction was not."""
+        """Return `count` float32 numbers, finite unless an earlier result was not."""
         if self._memory is None or self._memory.numel() < count:
             self._memory = torch.zeros(count, dtype=torch.float32, device="cpu")
         return self._memory[:count]
 
 
 def rows_of_whole_vectors(tensor: Tensor) -> int:
-    """What the first row of a block must be a multiple of, for blocks to change no rounding."""
+    """Return the multiple of rows at which blocks may start without a change of rounding."""
     row = tensor.numel() // len(tensor) if tensor.numel() and tensor.dim() else 1
     return WIDTH // math.gcd(WIDTH, row)
 
 
 def fits(*tensors: Tensor) -> bool:
-    """Whether the kernel can have these; it takes elements in order of memory."""
-    # Fake tensors, by which memory is planned, share nothing with real ones.
+    """Return whether the kernel supports these tensors: contiguous float32 on the CPU."""
+    # Exact types: the planner's fake tensors have no memory.
     return all(
         type(tensor) in (Tensor, Parameter)
         and tensor.device.type == "cpu"
@@ -72,19 +67,22 @@ def fits(*tensors: Tensor) -> bool:
 def move(
     grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, betas: Betas, eps: float, scratch: Scratch
 ) -> Tensor:
-    """Move the moments of a block in place; return `m / (sqrt(v) + eps)`, in the block's shape.
+    """Update the moments of a block in place; return `m / (sqrt(v) + eps)`.
 
     Args:
-        grad: float32, contiguous like the moments; finite.
+        grad: float32, finite, contiguous, in the shape of the moments.
         exp_avg: m.
         exp_avg_sq: v.
         betas: Decay rates of the moments.
         eps: Added to the root.
-        scratch: Where the result is.
+        scratch: Memory of the result.
 
     Returns:
-        Memory that the next call with this scratch overwrites.
+        The direction, in the shape of the block. The next call with this scratch overwrites it.
     """
+    # The whole kernel on scratch as the parameter: decay clears it (lr = -1, wd = -1 keep 0 of it)
+    # and the update leaves `m / (sqrt(v) + eps)`. Single operations read and write a block seven
+    # times.
     _check_shapes(grad, exp_avg, exp_avg_sq)
     direction = scratch.take(exp_avg.numel()).view(exp_avg.shape)
     torch._fused_adamw_(
@@ -114,20 +112,20 @@ def descend(
     correction: float,
     eps: float,
 ) -> None:
-    """`p <- p - step_size m / (sqrt(v) / correction + eps)` in place, on one block.
-
-    The kernel divides by the root of `1 - beta2 ** step` and knows no other correction. At the
-    first step that is the root of `1 - beta2`, which has to be small for v to stay. So all of the
-    fraction is scaled by the same power of two, which rounds nothing.
+    """Update `p <- p - step_size m / (sqrt(v) / correction + eps)` in place, on one block.
 
     Args:
-        values: p.
-        exp_avg: m; written, as it was.
-        exp_avg_sq: v; written, as it was.
+        values: p, contiguous float32.
+        exp_avg: m, in the shape of p; keeps its bits.
+        exp_avg_sq: v, in the shape of p; keeps its bits.
         step_size: `lr / (1 - b1^t)`.
         correction: `sqrt(1 - b2^t)`, more than 0 and at most 1.
         eps: Added to the root.
     """
+    # The whole kernel with a gradient of zero and betas so near to 1 that m and v stay. Single
+    # operations read and write a block four times.
+    # At step 1 the kernel divides by the root of `1 - beta2`, which must be small for v to stay.
+    # So numerator and denominator are scaled by the same power of two, which rounds nothing.
     _check_shapes(values, exp_avg, exp_avg_sq)
     mantissa, exponent = math.frexp(correction)
     rounded = round(mantissa * 2**24) / 2**24  # to float32, as the kernel would
@@ -161,7 +159,7 @@ def adamw(
     eps: float,
     step: int,
 ) -> None:
-    """Take a whole AdamW step in place, which is what the kernel is for."""
+    """Take a whole AdamW step in place with the fused kernel."""
     _check_shapes(values, grad, exp_avg, exp_avg_sq)
     torch._fused_adamw_(
         [values],
@@ -181,7 +179,7 @@ def adamw(
 
 
 def _check_shapes(*tensors: Tensor) -> None:
-    """Refuse tensors of several shapes: the kernel would read and write past their ends."""
+    """Refuse tensors of different shapes: the kernel would access memory out of bounds."""
     shapes = {tensor.shape for tensor in tensors}
     if len(shapes) > 1:
         raise RuntimeError(
@@ -191,7 +189,7 @@ def _check_shapes(*tensors: Tensor) -> None:
 
 
 def _zeros_for(block: Tensor) -> Tensor:
-    """Zeros in the shape of a block; nothing writes to them."""
+    """Return shared zeros in the shape of a block; do not write to them."""
     count = max(1, block.numel())
     return _zeros(1 << (count - 1).bit_length())[: block.numel()].view(block.shape)
 

@@ -1,8 +1,6 @@
-"""The writes of a step, as values: a form lists them, an executor runs them.
+"""The writes of a step as values.
 
-A step updates moments, makes gradients of LoRA factors, and then writes factors and weights. Forms
-(`folded.py`, `adapter.py`) say which tensors take part and how; executors (`eager.py`,
-`fused/executor.py`) do the arithmetic.
+Forms (`folded.py`, `adapter.py`) list them; executors (`eager.py`, `fused/executor.py`) run them.
 """
 
 from __future__ import annotations
@@ -19,12 +17,12 @@ from molf.core.weight_step import Product
 
 
 class TensorWrite(NamedTuple):
-    """`p <- kept p + product - AdamW's descent`, rounded once; moments are stored.
+    """`p <- (1 - lr wd) p + product - AdamW update`, rounded once; 8-bit moments are stored.
 
     Attributes:
-        tensor: The weight, bias, embedding or norm.
-        step: The AdamW step with its decay; None: neither decay nor descent.
-        product: Added to the weight; None: nothing.
+        tensor: Weight, bias, embedding or norm.
+        step: AdamW scalars. None: no decay, no update.
+        product: Low-rank product that is added. None: no product.
         transposed: Whether the tensor is stored as [in, out].
     """
 
@@ -35,12 +33,12 @@ class TensorWrite(NamedTuple):
 
 
 class Operand(NamedTuple):
-    """A slice of a product's operand: `old P + increment dP`, with P from before the step.
+    """Slice of a product's operand: `old P + increment dP`, P before the step.
 
     Attributes:
-        values: Written; the factor's shape.
-        old: Share of the factor P.
-        increment: Share of its increment dP.
+        values: Output, in the shape of the factor.
+        old: Coefficient of the factor P.
+        increment: Coefficient of its increment dP.
     """
 
     values: Tensor
@@ -49,18 +47,17 @@ class Operand(NamedTuple):
 
 
 class FactorWrite(NamedTuple):
-    """`P <- P + dP` of one expert's LoRA factor in the state, and two operands of the product.
-
-    `W_eff` changes by `s (dB A' + B dA)`, so the product needs P and dP from the same step.
+    """`P <- P + dP` for one LoRA factor in the state; also fills two operands of the product.
 
     Attributes:
-        values: A or B of one expert.
-        exp_avg: Its m.
-        exp_avg_sq: Its v.
-        step: Its AdamW step.
+        values: A [r, in] or B [out, r] of one expert.
+        exp_avg: m, in the same shape.
+        exp_avg_sq: v, in the same shape.
+        step: AdamW scalars.
         operands: Slices of the product's operands.
     """
 
+    # W_eff changes by `s (dB A' + B dA)`: the product needs P and dP of the same step.
     values: Tensor
     exp_avg: Tensor
     exp_avg_sq: Tensor
@@ -69,14 +66,14 @@ class FactorWrite(NamedTuple):
 
 
 class AdapterSlice(NamedTuple):
-    """The part of an adapter's parameter that one expert owns, and its step.
+    """AdamW step of one expert's slice of an adapter's parameter.
 
     Attributes:
         where: Index of the slice.
-        exp_avg: m of the slice, of the paper's factor.
-        exp_avg_sq: v of the slice.
-        step: The AdamW step.
-        scale: The parameter stores the factor times this.
+        exp_avg: m of the paper's factor, in the shape of the slice.
+        exp_avg_sq: v of the paper's factor, in the shape of the slice.
+        step: AdamW scalars.
+        scale: The parameter holds `scale` times the factor.
     """
 
     where: tuple[Any, ...]
@@ -87,20 +84,21 @@ class AdapterSlice(NamedTuple):
 
 
 class AdapterWrite(NamedTuple):
-    """An adapter's parameter of which the winners' slices take their steps."""
+    """AdamW steps of the winners' slices of one adapter parameter."""
 
     stored: StoredWeight
     slices: Sequence[AdapterSlice]
 
 
 class LayerWrites(NamedTuple):
-    """All writes of one layer: factors first, because the product's operands come from them."""
+    """All writes of one layer."""
 
+    # Run factors first: they fill the operands of the tensors' products.
     factors: Sequence[FactorWrite] = ()
     tensors: Sequence[TensorWrite] = ()
     adapters: Sequence[AdapterWrite] = ()
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the operands that wait for the factors."""
+        """Bytes of the products' operands."""
         return sum(write.product.nbytes for write in self.tensors if write.product is not None)

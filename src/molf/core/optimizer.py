@@ -1,4 +1,4 @@
-"""MoLFAdamW: AdamW whose every linear layer chooses its expert at every step."""
+"""MoLFAdamW: AdamW that chooses, per linear layer and step, the experts that are updated."""
 
 from __future__ import annotations
 
@@ -24,38 +24,37 @@ from molf.core.warn import warn
 class MoLFAdamW(AdamW):
     """Full fine-tuning and LoRA in one optimizer (arXiv 2605.07111).
 
-    Build it with `from_model`. Of a plain model each routed weight holds `W + sum_i s_i B_i A_i`,
-    and the LoRA factors with all moments are optimizer state (the folded form). Of a PEFT LoRA
-    model the experts are slices of its adapter (the adapter form): alone where the base is frozen
-    (MoLF-Efficient), beside the base weight where it is trained. In each step every expert of a
-    layer gets its exact gradient and updates its moments; the `top_k` experts with the highest
-    score take an AdamW step.
+    Build it with `from_model`. For a plain model each routed weight holds `W + sum_i s_i B_i A_i`;
+    the LoRA factors and all moments are optimizer state (folded form). For a PEFT LoRA model the
+    experts are slices of its adapter (adapter form), with a frozen base (MoLF-Efficient) or beside
+    a trained base weight. In each step every expert of a layer gets its exact gradient and updates
+    its moments; the `top_k` experts with the highest score take an AdamW step.
 
-    Every routed layer is one parameter group that carries the layer's name and structure,
-    `[weight]` or `[weight, bias]`, followed by `[lora_A, lora_B]` in the adapter form; what is not
-    routed (embeddings, norms) follows in plain AdamW groups. The LoRA experts' rates are kept as
-    ratios to the group's `lr`, so schedulers scale both. Gradient clipping outside the optimizer
-    sees, in the folded form, the dense gradients only.
+    Every routed layer is one parameter group with the layer's name and structure: `[weight]` or
+    `[weight, bias]`, followed by `[lora_A, lora_B]` in the adapter form. Parameters that are not
+    routed (embeddings, norms) are in plain AdamW groups. Rates of LoRA experts are stored as ratios
+    to the group's `lr`, so schedulers scale both. In the folded form, gradient clipping uses the
+    dense gradients only.
 
     Args:
-        params: Parameter groups as `from_model` makes them.
-        lr: Learning rate of the full experts and of everything that is not routed.
+        params: Parameter groups of `from_model`.
+        lr: Learning rate of the full experts and of parameters that are not routed.
         betas: Decay rates of the first and second moments.
-        eps: Added to the denominator of a step (the score has its own, 1e-8).
-        weight_decay: Default decoupled decay of a group that sets none.
-        weight_rounding: As the following, a keyword of `AdamW`.
-        state_dtype: How moments are kept.
-        seed: Of stochastic rounding, where a group has none.
-        nonfinite: What a bad gradient does.
-        grad_accumulation_dtype: How gradients are kept.
-        optimizer_in_backward: Whether layers move during the backward pass.
-        kernels: Who computes the step.
-        state_offload: Whether the state lives in host memory.
+        eps: Added to the denominator of a step (the score uses 1e-8).
+        weight_decay: Decoupled decay of groups that set none.
+        weight_rounding: Rounding of bfloat16 weights; this and the following as in `AdamW`.
+        state_dtype: Storage of moments.
+        seed: Seed of stochastic rounding for groups that set none.
+        nonfinite: Reaction to a gradient that is not finite.
+        grad_accumulation_dtype: Dtype of accumulated gradients.
+        optimizer_in_backward: Whether layers are updated during the backward pass.
+        kernels: "eager" or "triton".
+        state_offload: Whether the state is in host memory.
 
     Attributes:
         routing: Decision of every layer in the last step, by layer name.
-        coverage: How much of the model is routed, and what is not, by kind and name;
-            `print(optimizer.coverage)`. None where the optimizer was not built by `from_model`.
+        coverage: Share of the model that is routed, and the rest by kind and name;
+            `print(optimizer.coverage)`. None unless the optimizer was built by `from_model`.
     """
 
     def __init__(
@@ -123,46 +122,45 @@ class MoLFAdamW(AdamW):
 
         Args:
             model: The model, plain or with a PEFT LoRA adapter whose rank is the sum of
-                `config.ranks`; nothing in it is wrapped or moved. What `config` freezes gets
+                `config.ranks`. It is not wrapped. Parameters that `config` freezes get
                 `requires_grad=False`.
-            config: What is routed and how; `MoLFConfig()` if not given.
-            lr: Learning rate of the full experts and of everything that is not routed.
-            lora_lr: Rate of the LoRA experts, one number or one per rank; None means `lr`.
-            weight_decay: Decay of routed weights, embeddings, an untied head and other matrices;
-                biases, norms, vectors, rates of state-space layers (`A_log`) and what the model
-                marks have none (`molf.core.decay`).
+            config: Settings of the method; default `MoLFConfig()`.
+            lr: Learning rate of the full experts and of parameters that are not routed.
+            lora_lr: Learning rate of the LoRA experts, one number or one per rank; None: `lr`.
+            weight_decay: Decay of routed weights, embeddings, an untied head and other matrices.
+                Biases, norms, vectors, rates of state-space layers (`A_log`) and parameters that
+                the model marks have none (`molf.core.decay`).
             lora_weight_decay: Decay of the LoRA factors, one number or one per rank.
             betas: Decay rates of the moments.
             eps: Added to the denominator of a step.
-            nonfinite: What a gradient does that has infinity or NaN, or is so large that moments
-                would overflow, and a loss that `require_finite` was given; it is found before any
-                state is written. `"raise"` a RuntimeError, or `"skip"` the whole step: the first
-                warns, and all are counted in `skipped_steps`.
-            weight_rounding: How bfloat16 weights are written: `"exact"` (the lower half of the
-                float32 value in the optimizer's state; what None means for them), `"stochastic"`
-                (unbiased, drawn from `config.seed`, parameter name and step) or `"nearest"` (small
-                updates are lost; to compare with).
-            state_dtype: `"float32"`, or `"8bit"`: moments of dense matrices from 4,096 elements
-                on are kept in blocks of 8 bits (torchao), 64 to 256 numbers of a row to a scale.
-            grad_accumulation_dtype: `"float32"` keeps the gradients of bfloat16 weights in float32,
-                so that micro-batches add up without rounding.
-            optimizer_in_backward: Whether each layer is routed and moved as soon as its gradients
-                are complete, during the backward pass, and the gradients are freed. `step` after
-                each backward pass only finishes what is left; accumulation, clipping and
-                `nonfinite="skip"` are not possible, and the host waits once per layer.
-            kernels: `"triton"` takes steps with the Triton kernels of `molf.core.fused` (a plain
-                model on CUDA, float32 or bfloat16 weights, float32 states). They have not run on a
-                GPU yet. None and `"eager"`: with torch operations.
-            state_offload: Whether the state of parameters on CUDA, folded LoRA factors included,
-                lives in pinned host memory and is on the device layer by layer, while a layer takes
-                its step: the same bits in less memory and more time. The host waits once per layer.
-                Not with `"triton"`, and not run on a GPU yet.
+            nonfinite: Reaction, before anything is written, to a gradient with infinity or NaN, to
+                one whose moments would overflow, and to a `require_finite` loss that is not finite.
+                `"raise"`: raise a RuntimeError. `"skip"`: skip the step and count it in
+                `skipped_steps`; the first one warns.
+            weight_rounding: Rounding of bfloat16 weights. `"exact"` (default): the low 16 bits of
+                the float32 value are in the optimizer's state. `"stochastic"`: unbiased, drawn from
+                `config.seed`, parameter name and step. `"nearest"`: loses small updates.
+            state_dtype: `"float32"`, or `"8bit"`: moments of dense matrices with at least 4,096
+                elements are 8-bit (torchao), with one scale per 64 to 256 numbers of a row.
+            grad_accumulation_dtype: `"float32"`: gradients of bfloat16 weights are accumulated in
+                float32.
+            optimizer_in_backward: Whether each layer is routed and updated during the backward
+                pass, as soon as its gradients are complete, and the gradients are freed. Call
+                `step` after each backward pass. Accumulation, clipping and `nonfinite="skip"` are
+                refused. The host waits once per layer.
+            kernels: `"triton"`: Triton kernels of `molf.core.fused` (a plain model on CUDA, float32
+                or bfloat16 weights, float32 states), not yet run on a GPU. None and `"eager"`:
+                torch operations.
+            state_offload: Whether the state of parameters on CUDA, folded LoRA factors included, is
+                in pinned host memory and copied to the device layer by layer: the same bits in less
+                memory and more time. The host waits once per layer. Not with `"triton"`; not yet
+                run on a GPU.
 
         Raises:
-            ValueError: A value is not allowed, no layer can be routed (see `find_layers`,
-                `find_adapted`), or no weight is there to be rounded as asked.
+            ValueError: A value is not allowed, no layer can be routed (`find_layers`,
+                `find_adapted`), or `weight_rounding` applies to no weight.
             ImportError: `state_dtype="8bit"` without torchao, or `kernels="triton"` without triton.
-            TypeError: The model is no module, or the configuration no `MoLFConfig`.
+            TypeError: `model` is not a module, or `config` not a `MoLFConfig`.
         """
         config = MoLFConfig() if config is None else config
         for name, value, kind in (("model", model, nn.Module), ("config", config, MoLFConfig)):
@@ -205,7 +203,7 @@ class MoLFAdamW(AdamW):
         return optimizer
 
     def _begin(self) -> None:
-        """Forget what the last step has left; `step` and the first gradient call it."""
+        """Reset the results of the last step; `step` and the first gradient call it."""
         super()._begin()
         self.routing = {}
         self._is_first = not any(self.state.values())
@@ -223,7 +221,7 @@ class MoLFAdamW(AdamW):
     def _end(self) -> None:
         if self._is_first:
             if self._owners is not None and not self.routing and any(self.state.values()):
-                # With steps in the backward pass, the others have moved by now.
+                # Not before: with steps in the backward pass this is known at their end only.
                 self._owners.refuse_without_gradients(self.param_groups)
             self._warn_of_missing_gradients()
 
@@ -231,7 +229,7 @@ class MoLFAdamW(AdamW):
         return [group for group in self.param_groups if group["layer"] is not None]
 
     def _warn_of_missing_gradients(self) -> None:
-        """A layer without a gradient in the very first step may never get one."""
+        """Warn of layers without a gradient in the first step, which may never get one."""
         groups = {group["layer"]: group for group in self._layer_groups()}
         missing = without_gradient(list(groups), self.routing)
         if not missing:
@@ -247,13 +245,13 @@ class MoLFAdamW(AdamW):
                 "the model that the optimizer was built from."
             )
         else:
-            what += ", and take no step without one."
+            what += ", and are not updated without one."
             if self._owners is not None:
                 what += f" {self._owners.why_without_gradient([groups[x] for x in missing])}"
         warn(what)
 
     def _units_of(self, number: int, group: dict[str, Any]) -> list[Unit]:
-        """The units of a group: a routed layer is one."""
+        """Return the units of a group; a routed layer is one unit."""
         if group["layer"] is None:
             return super()._units_of(number, group)
         return [LayerUnit(UnitKey(number, None), group, group["params"])]
@@ -264,7 +262,7 @@ class MoLFAdamW(AdamW):
     def lora_factors(self, layer: str) -> list[tuple[Tensor, Tensor]]:
         """Return copies of a layer's factors, one (A [r, in], B [out, r]) per LoRA expert.
 
-        They are where the state is: in host memory with `state_offload`.
+        With `state_offload` they are in host memory.
 
         Raises:
             ValueError: No routed layer has this name.
@@ -275,15 +273,14 @@ class MoLFAdamW(AdamW):
     def set_lora_factors(self, layer: str, factors: Sequence[tuple[Tensor, Tensor]]) -> None:
         """Replace a layer's factors.
 
-        Folded, the effective weight stays and its split into parts changes; of a PEFT model the
-        adapter changes.
+        In the folded form `W_eff` stays and W changes; in the adapter form the adapter changes.
 
         Args:
             layer: Name of a routed layer.
             factors: (A [r, in], B [out, r]) for each LoRA expert.
 
         Raises:
-            ValueError: No routed layer has this name, or a shape is wrong.
+            ValueError: No routed layer has this name, or shapes differ.
         """
         group = self._group_of(layer)
         expected = self.lora_factors(layer)
@@ -298,7 +295,7 @@ class MoLFAdamW(AdamW):
         )
         with torch.no_grad():
             form_of(group).write_factors(group, self._settled_state(), *stacked)
-            if self._offload is not None:  # what was made is beside the parameters
+            if self._offload is not None:  # new state is on the parameters' device
                 self._offload.keep_all({p: self.state.get(p, {}) for p in group["params"]})
 
     def _group_of(self, layer: str) -> dict[str, Any]:
@@ -310,12 +307,12 @@ class MoLFAdamW(AdamW):
 
     _OF_STEP = (*AdamW._OF_STEP, "routing", "_is_first")
     _OWN = (*AdamW._OWN, "routing", "coverage")
-    # Not of copies, whose model is another.
+    # Copies have none: their model is another one.
     _owners: Owners | None = None
-    _is_first = False  # whether the step that is being taken is the first
+    _is_first = False  # whether the current step is the first
 
     def __repr__(self) -> str:
-        """Return a summary; one line per layer would fill screens."""
+        """Return a summary in one line, not one per layer."""
         routed = [group for group in self.param_groups if group["layer"] is not None]
         first = readable(routed[0])
         rest = sum(len(group["params"]) for group in self.param_groups if group["layer"] is None)

@@ -1,4 +1,4 @@
-"""Whether the parameters of an optimizer are still those of the model that it was built from."""
+"""Check, in every step, that the model still has the optimizer's parameters."""
 
 from __future__ import annotations
 
@@ -15,23 +15,24 @@ from molf.core.module_names import unwrapped
 
 States = Mapping[Tensor, Mapping[str, Any]]
 
-# The number of an element in a list that is itself in a numbered element.
+# Index of an expert within a numbered decoder layer.
 _EXPERT = re.compile(r"(\.\d+\..*\.)\d+(\.|$)")
 
 
 @dataclass(slots=True)
 class _Place:
-    """Where the model keeps a parameter; no module is kept alive from here.
+    """Module (weak reference) and attribute of a parameter.
 
     Attributes:
-        module: The module.
-        key: The attribute.
-        parameter: The parameter that was there when the optimizer was built; None once the group
-            has another. A weak reference would keep `torch.utils.swap_tensors` from changing it.
-        shape: Its shape then, or when it was changed before the first step.
-        is_watched: Whether it is looked at; not any more once a change was found harmless.
-        is_found: Whether it was looked for in the model, for want of a gradient, and found.
+        module: Module.
+        key: Attribute.
+        parameter: Parameter at the time the optimizer was built; None once the group has another.
+        shape: Its shape, as of the last change before the first step.
+        is_watched: Whether it is checked; False after a harmless change.
+        is_found: Whether a search of the model for the parameter, which had no gradient, found it.
     """
+
+    # `parameter` is a strong reference: with a weak one `torch.utils.swap_tensors` would fail.
 
     module: weakref.ref[nn.Module]
     key: str
@@ -42,15 +43,15 @@ class _Place:
 
 
 class Owners:
-    """Where a model keeps the parameters of an optimizer's groups, by group and position.
+    """Modules of the optimizer's parameters, by group and position.
 
     Args:
-        model: The model; neither it nor its modules are kept alive.
-        groups: The optimizer's groups, as they were built for the model.
+        model: The model; only weak references are kept.
+        groups: Groups that were built for the model.
     """
 
     def __init__(self, model: nn.Module, groups: Sequence[dict[str, Any]]) -> None:
-        # A wrapper (torch.compile) may be gone before the model.
+        # A wrapper (torch.compile) may be deleted before the model.
         self._model = weakref.ref(unwrapped(model))
         found: dict[Tensor, _Place] = {}
         for module in model.modules():
@@ -60,19 +61,16 @@ class Owners:
         self._places = [[found[parameter] for parameter in group["params"]] for group in groups]
 
     def check(self, groups: Sequence[dict[str, Any]], states: States) -> None:
-        """Refuse a step where model and groups no longer have the same parameters.
-
-        Costs a look at some attributes per parameter. A parameter that lacks a gradient for the
-        first time is looked for in the whole model, once.
+        """Refuse a step if model and groups no longer have the same parameters.
 
         Args:
-            groups: The optimizer's groups as they are now.
-            states: The optimizer's state.
+            groups: Current groups of the optimizer.
+            states: State of the optimizer.
 
         Raises:
-            RuntimeError: With the layer's or the parameter's name.
+            RuntimeError: With the name of the layer or parameter.
         """
-        # `zip` cuts: groups that were added later are no concern of the model's.
+        # Not strict: groups that were added later do not belong to the model.
         for group, places in zip(groups, self._places, strict=False):
             parameters = group["params"]
             if group["layer"] is not None and len(parameters) != len(places):
@@ -90,6 +88,7 @@ class Owners:
                         _refuse_resized(group, position, place.shape)
                     place.shape = parameter.shape
                 elif parameter.grad is None and not place.is_found:
+                    # A search of the whole model, once per parameter.
                     place.is_found = self._has(parameter)
                     if not place.is_found:
                         _refuse_replaced(group, position)
@@ -102,9 +101,9 @@ class Owners:
         place: _Place,
         now: Tensor | None,
     ) -> None:
-        """Refuse a parameter that is not the one of its module, unless that is harmless."""
+        """Refuse a parameter that its module no longer has, unless that is harmless."""
         parameter: Tensor = group["params"][position]
-        if parameter is not place.parameter:  # something has swapped the group's
+        if parameter is not place.parameter:  # a library replaced it in the group
             place.parameter = None
             if now is not None and now.shape != parameter.shape:
                 _refuse_shapes(group, group["params"])
@@ -117,17 +116,17 @@ class Owners:
             owner, was_there = groups[owners[0]], owners[0] < len(self._places)
             if was_there and (group["layer"] is not None or owner["layer"] is not None):
                 _refuse_tied(group, position, owner)
-        # Else a master copy; or it has moved within the model, as by torch.nn.utils.parametrize; or
-        # the new one was added to the optimizer, or tied to another that is not routed.
+        # Harmless: a master copy; or the parameter is elsewhere in the model (parametrize); or the
+        # replacement was added to the optimizer, or is tied to another that is not routed.
         place.is_watched = False
 
     def _has(self, parameter: Tensor) -> bool:
-        """Whether the model has a parameter; also where the model is gone and nobody can tell."""
+        """Return whether the model has a parameter; True if the model was deleted."""
         model = self._model()
         return model is None or any(one is parameter for one in model.parameters())
 
     def _has_stranger(self, groups: Sequence[dict[str, Any]]) -> bool:
-        """Whether the model has a parameter to be trained that is in no group."""
+        """Return whether the model has a trainable parameter that is in no group."""
         model = self._model()
         known = {p for group in groups for p in group["params"]}
         return model is not None and any(
@@ -135,13 +134,13 @@ class Owners:
         )
 
     def refuse_without_gradients(self, groups: Sequence[dict[str, Any]]) -> None:
-        """Refuse a first step in which no routed layer has a gradient, though others have.
-
-        Layers that were all frozen on purpose may be trained later: they are only warned of.
+        """Refuse a first step in which other parameters have gradients and no routed layer has.
 
         Raises:
             RuntimeError: With the likely reason.
         """
+        # If all layers are frozen, that may be on purpose, and they may be trained later: the
+        # optimizer warns.
         layers = [group for group in groups if group["layer"] is not None]
         if not any(p.requires_grad for group in layers for p in group["params"]):
             return
@@ -152,30 +151,30 @@ class Owners:
         )
 
     def why_without_gradient(self, layers: Sequence[dict[str, Any]]) -> str:
-        """Say why layers have no gradient, the likely reason first.
+        """Return the likely reason why layers have no gradient.
 
         Args:
-            layers: Groups of routed layers that have none.
+            layers: Groups of routed layers without a gradient.
         """
         trained = [group for group in layers if any(p.requires_grad for p in group["params"])]
         if not trained:
             return (
-                "They were frozen (requires_grad=False) after the optimizer was built: by an "
-                "adapter, say, which is to be put on first. Unfrozen layers are routed again."
+                "They were frozen (requires_grad=False) after the optimizer was built, by an "
+                "adapter for example. Add adapters first. Unfrozen layers are routed again."
             )
         if self._has_reentrant_checkpointing():
             return (
-                "Most likely gradient checkpointing has cut them: with use_reentrant=True a part "
-                "whose input is frozen gets none. Use use_reentrant=False."
+                "Most likely gradient checkpointing drops them: with use_reentrant=True a part "
+                "whose input needs no gradient gets none. Use use_reentrant=False."
             )
         return (
-            "Most likely the loss does not depend on them, as a text does not use a vision tower "
-            "and most losses do not use BERT's pooler: exclude_modules leaves them out. Gradients "
-            "may also be cut, by detach or by gradient checkpointing with use_reentrant=True."
+            "Most likely the loss does not depend on them (a vision tower in training on text, "
+            "BERT's pooler): put them into exclude_modules. detach, or gradient checkpointing with "
+            "use_reentrant=True, may also stop gradients."
         )
 
     def _has_reentrant_checkpointing(self) -> bool:
-        """Whether a transformers model checkpoints with `use_reentrant=True`."""
+        """Return whether a transformers model checkpoints with `use_reentrant=True`."""
         model = self._model()
         for module in model.modules() if model is not None else ():
             call = getattr(module, "_gradient_checkpointing_func", None)
@@ -193,7 +192,7 @@ def _refuse_resized(group: dict[str, Any], position: int, before: torch.Size) ->
     raise RuntimeError(
         f"{_named(group, position)} had shape {tuple(before)} in the last step and has "
         f"{tuple(group['params'][position].shape)} now, which its state does not fit. Resize the "
-        "model first, and build the optimizer then."
+        "model before the optimizer is built."
     )
 
 
@@ -201,8 +200,7 @@ def _refuse_replaced(group: dict[str, Any], position: int) -> NoReturn:
     raise RuntimeError(
         f"{_named(group, position)} was replaced in the model after the optimizer was built, so "
         "the optimizer has a tensor that the model no longer uses. Resize, load and convert the "
-        "model first, and build the optimizer then; or change values in place "
-        "(parameter.data.copy_)."
+        "model before the optimizer is built, or change values in place (parameter.data.copy_)."
     )
 
 
@@ -227,22 +225,20 @@ def _refuse_shapes(group: dict[str, Any], parameters: Sequence[Tensor]) -> NoRet
     whose = f"Layer {group['layer']}" if group["layer"] is not None else "A group"
     raise RuntimeError(
         f"{whose}: the optimizer's group now holds tensors of shape {shapes} in place of "
-        f"{', '.join(names[:4])}. Something has flattened or split the parameter groups, as "
-        "DeepSpeed's ZeRO and FSDP1 do, and a step needs whole weights. Train with DDP or one "
-        "process."
+        f"{', '.join(names[:4])}. The parameter groups were flattened or split, as by DeepSpeed's "
+        "ZeRO and FSDP1, and a step needs whole weights. Train with DDP or one process."
     )
 
 
 def without_gradient(layers: Sequence[str], routed: Iterable[str]) -> list[str]:
-    """Return those layers that have no gradient in a step and perhaps never will.
-
-    The experts of a mixture in a decoder layer do not all get tokens in every step: where one of
-    them has a gradient, the others may have one in a later step.
+    """Return the layers without a gradient, except experts of a mixture in use.
 
     Args:
         layers: Names of all routed layers.
-        routed: Names of those with a gradient.
+        routed: Names of the layers with a gradient.
     """
+    # Experts of a mixture may get no token in a step. If one of a decoder layer's experts has a
+    # gradient, the others may get one in a later step.
     having = set(routed)
     places = {_EXPERT.sub(r"\1*\2", name) for name in having}
     return [

@@ -1,4 +1,4 @@
-"""Where the tensors of a unit are: which part of the whole this process has."""
+"""Location of a unit's tensors: the part of the whole tensor in this process."""
 
 from __future__ import annotations
 
@@ -9,26 +9,26 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Place:
-    """The tensors are whole and in this process.
+    """Whole tensors in this process.
 
-    Nothing else asks whether a tensor is whole: counts of elements, indices within the whole, and
-    sums over all elements come from here.
+    Element counts, indices within the whole tensor and sums over all elements come from here, so
+    that sharding needs a second class and no other change.
     """
 
     def count(self, tensor: Tensor) -> int:
-        """Elements of the whole tensor."""
+        """Return the number of elements of the whole tensor."""
         return tensor.numel()
 
     def rows(self, tensor: Tensor) -> int:
-        """Rows of the whole tensor; 1 of a 0-dim tensor."""
+        """Return the number of rows of the whole tensor; 1 for a 0-dim tensor."""
         return tensor.shape[0] if tensor.dim() else 1
 
     def first_row(self, tensor: Tensor) -> int:
-        """Index in the whole tensor of this process's first row."""
+        """Return the index, in the whole tensor, of this process's first row."""
         return 0
 
     def sum(self, numbers: Tensor) -> Tensor:
-        """Sums over whole tensors, from sums over the parts that this process has, [n]."""
+        """Return sums over whole tensors, [n], from sums over this process's parts, [n]."""
         return numbers
 
 

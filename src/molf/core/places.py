@@ -1,4 +1,4 @@
-"""Where a plain model keeps the weights of its linear layers."""
+"""The linear layers of a plain model and the attributes that hold their weights."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from torch import nn
 
 from molf.core.module_names import cleaner
 
-# Of nn.MultiheadAttention. q, k and v are rows of one weight, which is one layer, as GPT-2's c_attn
-# is; where keys or values have a size of their own there are three weights, and a common bias.
+# Projections of nn.MultiheadAttention. q, k and v are rows of one weight: one layer with one
+# decision, as GPT-2's c_attn. (Three decisions would need three layers in one parameter with one
+# state.) With `kdim` or `vdim` there are three weights and a common bias, which is not routed.
 _PROJECTIONS = (
     ("in_proj", "in_proj_weight", "in_proj_bias"),
     ("q_proj", "q_proj_weight", ""),
@@ -20,14 +21,15 @@ _PROJECTIONS = (
 
 
 class Place(NamedTuple):
-    """Where the weight of a linear layer is kept.
+    """Module and attributes of a linear layer's weight and bias.
 
     Attributes:
-        name: The layer's name.
-        module: What holds the weight.
-        owner: The module's name.
-        keys: The attributes that weight and bias are; that of the bias may be empty.
-        is_bypassed: Whether the model uses the weight without calling the layer.
+        name: Name of the layer.
+        module: Module that holds the weight.
+        owner: Name of the module.
+        keys: Attribute names of weight and bias; the second may be empty.
+        is_bypassed: Whether the model uses the weight without calling the layer, so that an adapter
+            on it would have no effect.
     """
 
     name: str
@@ -54,7 +56,7 @@ class Place(NamedTuple):
 
 
 def linear_places(model: nn.Module) -> Iterator[Place]:
-    """The linear layers of a plain model, in its order."""
+    """Yield the linear layers of a plain model, in its order."""
     clean = cleaner(model)
     bypassed = {
         module.out_proj for module in model.modules() if isinstance(module, nn.MultiheadAttention)
@@ -71,16 +73,16 @@ def linear_places(model: nn.Module) -> Iterator[Place]:
 
 
 def linear_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """Every linear layer that a plain model calls, by clean name: what can have an adapter."""
+    """Return the linear layers that a plain model calls, by clean name; these can be adapted."""
     return {place.name: place.module for place in linear_places(model) if not place.is_bypassed}
 
 
 def is_conv1d(module: nn.Module) -> bool:
-    """Whether a module is transformers' `Conv1D`, which stores its weight as [in, out]."""
-    # By its name: core imports torch alone.
+    """Return whether a module is transformers' `Conv1D`, which stores its weight as [in, out]."""
+    # By class name: core does not import transformers.
     return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether a module is a linear layer, quantised or not, as PEFT counts them."""
+    """Return whether a module is a linear layer, quantised or not, as PEFT counts them."""
     return isinstance(module, nn.Linear) or is_conv1d(module)

@@ -1,4 +1,4 @@
-"""The precision of the optimizer's matrix products, whatever the training loop has set."""
+"""Full precision for the optimizer's matrix products."""
 
 from __future__ import annotations
 
@@ -13,17 +13,16 @@ import torch
 def full_precision(device_types: Iterable[str]) -> Iterator[None]:
     """Compute products in the dtype of their operands: no TF32, no bf16 splitting, no autocast.
 
-    The thin products of the step (gradients of the factors, increments of the weight) are a small
-    share of a training step; TF32 would cost them ten bits of mantissa.
-
     Args:
-        device_types: Of all tensors that take part; autocast is a matter of each.
+        device_types: Device types of all tensors; autocast is set per type.
     """
+    # The step's thin products are a small share of a training step. TF32 would drop 13 bits of
+    # their mantissa.
     try:
         matmul_precision = torch.get_float32_matmul_precision()
     except RuntimeError:
-        # Set by backend (torch >= 2.9), as TrainingArguments(tf32=True) does. Torch then refuses
-        # to answer for all backends at once.
+        # TrainingArguments(tf32=True) sets precision per backend (torch >= 2.9). Then torch raises
+        # for the common getter.
         matmul_precision = None
     before = [(backend, backend.fp32_precision) for backend in _product_backends()]
     if matmul_precision is None:
@@ -44,13 +43,13 @@ def full_precision(device_types: Iterable[str]) -> Iterator[None]:
 
 
 def _product_backends() -> list[Any]:
-    """Backends whose products torch >= 2.9 can set one by one; none before."""
+    """Return the backends with a precision of their own (torch >= 2.9); none before."""
     candidates = (torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul", None))
     return [backend for backend in candidates if hasattr(backend, "fp32_precision")]
 
 
 def _restore(backend: Any, precision: str) -> None:
-    """Give a backend its precision back, inherited ("none") where that comes to the same."""
+    """Restore a backend's precision; inherited ("none") if that gives the same."""
     if backend.fp32_precision != precision:
         backend.fp32_precision = "none"
     if backend.fp32_precision != precision:

@@ -73,7 +73,7 @@ def _torchao_type(quant_type: Any) -> str:
 
 
 def is_quantised(weight: Tensor) -> bool:
-    """Whether a weight holds a quantised matrix and not its numbers.
+    """Return whether a weight holds a quantised matrix and not its numbers.
 
     By class where there is one: bitsandbytes may store four-bit numbers in a floating-point dtype,
     and torchao's tensors show the dtype that they stand for. Floating-point numbers of eight bits
@@ -95,7 +95,7 @@ def kind_of(weight: Tensor) -> str:
 
 
 def is_repacked(weight: Any) -> bool:
-    """Whether bitsandbytes keeps a 4-bit weight in the layout of its inference on CPUs.
+    """Return whether bitsandbytes keeps a 4-bit weight in the layout of its inference on CPUs.
 
     A forward pass in eval mode brings it into that layout, where `dequantize_4bit` reads other
     numbers and products have no gradient.
@@ -230,7 +230,7 @@ def drop_from_config(config: Any) -> None:
 
 
 def _is_reversible(conversion: Any) -> bool:
-    """Whether a step of loading is one of layout; unpacking cannot be reversed."""
+    """Return whether a step of loading is one of layout; unpacking cannot be reversed."""
     try:
         conversion.reverse_transform()
     except (NotImplementedError, ValueError):

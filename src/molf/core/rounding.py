@@ -1,10 +1,8 @@
-"""Float32 values in parameters of 16 bits: split without loss, or rounded without bias.
+"""Float32 values in 16-bit parameters: split without loss, or rounded without bias.
 
-An AdamW step is often smaller than half a unit in the last place of a bfloat16 weight; rounding to
-nearest then loses it. Two ways out: the 16 bits that rounding takes stay in the optimizer's state
-(`split_float32`, `join_float32`), or the direction of rounding is drawn so that its expectation is
-the float32 value (`round_stochastic`). Every function is elementwise, runs on any device, and never
-waits for it.
+`split_float32` and `join_float32` convert between float32 and bfloat16 + low half (int16).
+`round_stochastic` draws the direction of rounding. All functions are elementwise, run on any device
+and do not wait for it.
 """
 
 from __future__ import annotations
@@ -15,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-_MAGNITUDE = 0x7FFF  # of a bfloat16: all bits but the sign
+_MAGNITUDE = 0x7FFF  # of a bfloat16: all bits without the sign
 _INFINITY = 0x7F80
 _PAYLOAD = 0x007F  # of a bfloat16 NaN
 _QUIET = 0x0040
@@ -27,17 +25,15 @@ _LARGEST_FLOAT16 = 65504.0
 
 
 class RoundingKey(NamedTuple):
-    """64 bits that decide every draw for one tensor in one step; two unsigned 32-bit words."""
+    """64-bit key of all draws for one tensor in one step: two unsigned 32-bit words."""
 
     first: int
     second: int
 
     @classmethod
     def of(cls, seed: int, name: str, step: int) -> RoundingKey:
-        """Derive the key from the seed, the tensor's name and its step counter, and nothing else.
-
-        So every rank, and a resumed run, draws what one uninterrupted process would.
-        """
+        """Derive the key from the seed, the tensor's name and its step counter."""
+        # From nothing else: every rank, and a resumed run, makes the same draws.
         digest = hashlib.blake2b(f"{seed}/{name}/{step}".encode(), digest_size=8).digest()
         return cls(int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:], "little"))
 
@@ -46,12 +42,10 @@ def split_float32(values: Tensor) -> tuple[Tensor, Tensor]:
     """Split float32 into its nearest bfloat16, ties away from zero, and the 16 bits lost.
 
     `high = (bits + 0x8000) >> 16`, `low = bits - (high << 16)` in [-32768, 32767]; the lower end
-    is a tie. Finite values whose high part rounds to infinity come back finite.
+    is a tie. `join_float32` returns all finite values, also those whose high part is infinite.
 
-    A NaN is cut instead: the formula would turn 0x7FFFFFFF, the NaN that NVIDIA's GPUs compute,
-    into a weight of -0.0. Its high part is a NaN and its bits come back, but for one kind: a
-    signalling NaN whose payload lies in the low 16 bits alone becomes quiet, as in any arithmetic.
-    (There are fewer pairs with a NaN in the high part than there are NaNs.)
+    A NaN is truncated instead. `join_float32` returns its bits, except that a signalling NaN with
+    its payload in the low 16 bits alone becomes quiet.
 
     Args:
         values: float32, any shape.
@@ -60,12 +54,13 @@ def split_float32(values: Tensor) -> tuple[Tensor, Tensor]:
         The high part (bfloat16) and the low part (int16), in the shape of `values`.
     """
     bits = _bits(values)
+    # Rounding would turn 0x7FFFFFFF, the NaN that NVIDIA's GPUs compute, into -0.0.
     high = torch.where(values.isnan(), _cut(bits), (bits + 0x8000) >> 16)
     return _as_bfloat16(high), (bits - (high << 16)).to(torch.int16)
 
 
 def join_float32(high: Tensor, low: Tensor) -> Tensor:
-    """Return the float32 values that `split_float32` has split.
+    """Return the float32 values that `split_float32` split.
 
     Args:
         high: bfloat16, any shape.
@@ -82,22 +77,24 @@ def join_float32(high: Tensor, low: Tensor) -> Tensor:
 
 
 def round_stochastic(values: Tensor, key: RoundingKey, first: int = 0) -> Tensor:
-    """Round float32 to one of the two neighbouring bfloat16, up with the share of the way up.
+    """Round float32 up or down to bfloat16, so that the expectation is the float32 value.
 
-    The expectation over keys is the float32 value, exactly. Values that a bfloat16 holds stay as
-    they are, infinity and NaN included. A finite value beyond the largest finite bfloat16 becomes
-    that, never infinity.
+    Values of bfloat16 stay, infinity and NaN included. A finite value beyond the largest finite
+    bfloat16 becomes that, not infinity.
 
     Args:
         values: float32, any shape.
-        key: Of this tensor in this step.
-        first: Index of the first element in the whole tensor, where `values` is a part of it: draws
-            belong to elements, in row-major order, and not to the parts that hold them.
+        key: Key of this tensor and step.
+        first: Index of the first element in the whole tensor (row-major), if `values` is a part of
+            it; a draw depends on the element's index in the whole tensor.
+
+    Returns:
+        bfloat16, in the shape of `values`.
     """
     bits = _bits(values)
     draws = random_bits(key, first, values.numel(), values.device).view(values.shape)
     high = (bits + draws) >> 16
-    # Neither infinity nor NaN takes part, and nothing finite reaches them.
+    # Finite values stay finite; infinity and NaN are truncated, which keeps them.
     high = torch.where((high & _MAGNITUDE) >= _INFINITY, _cut(bits), high)
     return _as_bfloat16(torch.where(values.isfinite(), high, _cut(bits)))
 
@@ -105,21 +102,21 @@ def round_stochastic(values: Tensor, key: RoundingKey, first: int = 0) -> Tensor
 def low_bits(values: Tensor) -> Tensor:
     """Return the lower 16 bits of float32 values, as int16, in their shape.
 
-    With the result of `round_stochastic` they give the values back: `join_rounded`.
+    `join_rounded` joins them with the result of `round_stochastic`.
     """
     return (_bits(values) & 0xFFFF).to(torch.int16)
 
 
 def join_rounded(high: Tensor, low: Tensor, key: RoundingKey, first: int = 0) -> Tensor:
-    """Return the float32 values that `round_stochastic` has rounded; `low` is their `low_bits`.
+    """Return the float32 values that `round_stochastic` rounded.
 
-    Whether a value was rounded up is known from its draw, which is made once more. It holds for
-    finite values below the largest finite bfloat16 but one.
+    The draws are repeated to find which values were rounded up. Exact for finite values below the
+    second-largest finite bfloat16.
 
     Args:
-        high: bfloat16, what `round_stochastic` gave with the same `key` and `first`.
-        low: int16, the same shape.
-        key: Of this tensor in this step.
+        high: bfloat16, result of `round_stochastic` with the same `key` and `first`.
+        low: `low_bits` of the values, int16, the same shape.
+        key: Key of this tensor and step.
         first: Index of the first element in the whole tensor.
     """
     lower = low.to(torch.int32) & 0xFFFF
@@ -129,15 +126,18 @@ def join_rounded(high: Tensor, low: Tensor, key: RoundingKey, first: int = 0) ->
 
 
 def round_stochastic_float16(values: Tensor, key: RoundingKey, first: int = 0) -> Tensor:
-    """Round float32 to one of the two neighbouring float16, up with the share of the way up.
+    """Round float32 up or down to float16, so that the expectation is the float32 value.
 
-    Below 2^-14, where float16 is subnormal, that share is known to 16 bits. Values that a float16
-    holds stay as they are; values that the nearest float16 is finite for stay finite.
+    Below 2^-14, where float16 is subnormal, probabilities have 16 bits. Values of float16 stay. A
+    value whose nearest float16 is finite stays finite.
 
     Args:
         values: float32, any shape.
-        key: Of this tensor in this step.
+        key: Key of this tensor and step.
         first: Index of the first element in the whole tensor.
+
+    Returns:
+        float16, in the shape of `values`.
     """
     draws = random_bits(key, first, values.numel(), values.device).view(values.shape)
     nearest = values.to(torch.float16)
@@ -150,10 +150,10 @@ def round_stochastic_float16(values: Tensor, key: RoundingKey, first: int = 0) -
 
 
 def random_bits(key: RoundingKey, first: int, count: int, device: torch.device) -> Tensor:
-    """Return 16 random bits for each of `count` elements from index `first` on: int32, [count].
+    """Return 16 random bits for `count` elements from index `first` on: int32, [count].
 
-    A keyed hash of the element's index: no state, no order, the same on every device. For a random
-    key the 16 bits of an element are exactly uniform.
+    A keyed hash of the element's index, the same on every device. For a random key the 16 bits of
+    an element are exactly uniform.
     """
     index = torch.arange(first, first + count, dtype=torch.int64, device=device)
     low, high = index.to(torch.int32), (index >> 32).to(torch.int32)  # int32 wraps around
@@ -162,7 +162,7 @@ def random_bits(key: RoundingKey, first: int, count: int, device: torch.device) 
 
 
 def _mix(x: Tensor) -> Tensor:
-    """Mix the bits of int32 words, one-to-one; shifts are logical."""
+    """Mix the bits of int32 words (a bijection); shifts are logical."""
     x = (x ^ ((x >> 16) & 0xFFFF)) * _signed(_MIX_1)
     x = (x ^ ((x >> 13) & 0x7FFFF)) * _signed(_MIX_2)
     return x ^ ((x >> 16) & 0xFFFF)
@@ -180,7 +180,7 @@ def _bits(values: Tensor) -> Tensor:
 
 
 def _cut(bits: Tensor) -> Tensor:
-    """Return the upper 16 bits of float32 bits; those of a NaN stay a NaN's."""
+    """Return the upper 16 bits of float32 bits; a NaN stays a NaN."""
     high = bits >> 16
     is_nan = (bits & 0x7FFFFFFF) > (_INFINITY << 16)
     return torch.where(is_nan & ((high & _PAYLOAD) == 0), high | _QUIET, high)

@@ -1,4 +1,4 @@
-"""A routed layer in a step: a form of it says which tensors its experts have."""
+"""Base class of a routed layer; `folded.py` and `adapter.py` implement its two forms."""
 
 from __future__ import annotations
 
@@ -21,22 +21,20 @@ from molf.core.place import WHOLE, Place
 from molf.core.routing import Decision, select_winners
 
 States = dict[Tensor, dict[str, Any]]
-"""The optimizer's state, by parameter."""
+"""State of the optimizer, by parameter."""
 
 
 class RoutedLayer(ABC):
     """One routed layer for the length of one optimizer step.
 
-    Made from a parameter group and the states of its parameters. A form says where the experts'
-    factors, gradients and moments are, and lists the writes of the winners; an executor does the
-    arithmetic.
+    A subclass (form) returns the experts' factors, gradients and moments and lists the writes of
+    the winners. An executor computes.
 
     Attributes:
-        group: The layer's parameter group.
-        name: The layer's name in the model.
-        dense: The tensors of the `full` expert that have a gradient; the weight comes first. Empty
-            where the base is frozen.
-        gradients: The gradients that this step uses, and what is made of each.
+        group: Parameter group of the layer.
+        name: Name of the layer in the model.
+        dense: Tensors of the `full` expert with a gradient, weight first. Empty for a frozen base.
+        gradients: Gradients that this step uses, with the factors that multiply each.
         experts: Names of all experts, in the order that breaks ties.
     """
 
@@ -58,62 +56,65 @@ class RoutedLayer(ABC):
     @classmethod
     @abstractmethod
     def open(cls, group: dict[str, Any], states: States, can_read: CanRead) -> RoutedLayer:
-        """Return the layer of a group; state that is missing is made.
+        """Return the layer of a group; create missing state.
 
         Args:
-            group: The layer's parameter group.
-            states: Of its parameters.
+            group: Parameter group of the layer.
+            states: States of its parameters.
             can_read: Whether the host reads a tensor on a device without waiting.
         """
 
     @classmethod
     @abstractmethod
     def takes_part(cls, group: dict[str, Any]) -> bool:
-        """Whether the parameters of a group have the gradients that a step needs."""
+        """Return whether the parameters of a group have the gradients that a step needs."""
 
     @classmethod
     @abstractmethod
     def gradients_of(cls, group: dict[str, Any], states: States) -> list[Guarded]:
-        """The gradients that a step of a group uses, and what is made of each; makes no state."""
+        """Return the gradients that a step uses, with the factors that multiply each.
+
+        Creates no state.
+        """
 
     @classmethod
     @abstractmethod
     def read_factors(cls, group: dict[str, Any], states: States) -> list[tuple[Tensor, Tensor]]:
-        """Copies of (A [r, in], B [out, r]) of each LoRA expert, as the paper scales them."""
+        """Return copies of (A [r, in], B [out, r]) of each LoRA expert, in the paper's scale."""
 
     @classmethod
     @abstractmethod
     def write_factors(
         cls, group: dict[str, Any], states: States, lora_A: Tensor, lora_B: Tensor
     ) -> None:
-        """Replace the stacked factors, A [R, in] and B [out, R], as the paper scales them."""
+        """Replace the stacked factors A [R, in] and B [out, R], in the paper's scale."""
 
     @property
     @abstractmethod
     def steps_taken(self) -> int:
-        """How many steps this layer has taken."""
+        """Number of steps of this layer."""
 
     @property
     @abstractmethod
     def shape(self) -> tuple[int, int]:
-        """`out` and `in` of the layer."""
+        """(out, in) of the layer."""
 
     @abstractmethod
     def factor_gradients(self, blocks: Blocks) -> tuple[Tensor, Tensor]:
-        """`grad A` [R, in] and `grad B` [out, R] of the stacked factors, in the state's dtype."""
+        """Return `grad A` [R, in] and `grad B` [out, R], in the dtype of the state."""
 
     @abstractmethod
     def factor_moments(self) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-        """`exp_avg` and `exp_avg_sq` of the stacked A, and of the stacked B."""
+        """Return (m, v) of the stacked A [R, in] and (m, v) of the stacked B [out, R]."""
 
     @abstractmethod
     def writes(self, winners: Sequence[int]) -> LayerWrites:
-        """Count the step for every expert; list the writes of the winners.
+        """Increment the step counters of all experts; list the writes of the winners.
 
-        Every write starts from the values before the step. Memory of products is allocated here.
+        Every write starts from the values before the step. Operands of products are allocated here.
 
         Args:
-            winners: Indices of the experts.
+            winners: Indices of the winning experts.
         """
 
     @property
@@ -123,11 +124,11 @@ class RoutedLayer(ABC):
 
     @property
     def lora_lrs(self) -> tuple[float, ...]:
-        """Scheduled rate of each LoRA expert."""
+        """Scheduled learning rate of each LoRA expert."""
         return tuple(self.group["lr"] * ratio for ratio in self.group["lora_lr_ratios"])
 
     def decide(self, sums: Sequence[float]) -> tuple[tuple[int, ...], Decision]:
-        """Choose the winners from the score sums, now on the host.
+        """Choose the winners from the score sums, which the host has read.
 
         Raises:
             RuntimeError: A score is not finite.
@@ -137,7 +138,8 @@ class RoutedLayer(ABC):
         if not all(map(math.isfinite, scores)):
             raise RuntimeError(
                 f"Scores of layer {self.name} are not finite although its gradient is: {by_name}. "
-                "Its moments are not, which no step has done: was the state loaded or written?"
+                "Its moments are not finite. No step writes such moments: was the state loaded or "
+                "changed?"
             )
         winners = select_winners(
             scores,
@@ -151,7 +153,7 @@ class RoutedLayer(ABC):
         return winners, Decision(tuple(self.experts[winner] for winner in winners), by_name)
 
     def scores(self, sums: Sequence[float]) -> list[float]:
-        """Turn the score sums, now on the host, into one score per expert."""
+        """Return one score per expert from the score sums."""
         width = sum(self.shape)
         counts = [rank * width for rank in self.group["ranks"]]
         lrs = list(self.lora_lrs)
@@ -174,14 +176,14 @@ class RoutedLayer(ABC):
         )
 
     def _lora_winners(self, winners: Sequence[int]) -> list[int]:
-        """Indices of the winners among the LoRA experts."""
+        """Return the LoRA indices of the winners; `full` is left out."""
         return [w - self.has_full for w in winners if w >= self.has_full]
 
 
 def dense_tensors(
     group: dict[str, Any], parameters: Sequence[Tensor], states: States, place: Place = WHOLE
 ) -> list[DenseTensor]:
-    """The dense tensors of a routed group that have a gradient; the weight is first of all."""
+    """Return the dense tensors of a routed group that have a gradient, weight first."""
     return [
         DenseTensor(parameter, group, states[parameter], parameter_name(group, index), place)
         for index, parameter in enumerate(parameters)

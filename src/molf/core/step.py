@@ -1,4 +1,7 @@
-"""One optimizer step: check gradients, update moments, choose winners, write."""
+"""One optimizer step: check gradients, update moments, choose winners, write.
+
+docs/architecture.md has a drawing.
+"""
 
 from __future__ import annotations
 
@@ -19,14 +22,12 @@ from molf.core.unit import Unit
 
 
 class Outcome(NamedTuple):
-    """What a step has done.
+    """Result of a step. If `bad` or `wrong` has an entry, nothing was written.
 
     Attributes:
         routing: Decision of every layer, by name.
-        bad: Parameters whose gradient has infinity or NaN, or is so large that moments would
-            overflow.
-        wrong: Names of the required numbers that are not finite. If there is any of either, nothing
-            at all was written.
+        bad: Parameters with an infinite or NaN gradient, or one whose moments would overflow.
+        wrong: Names of the required numbers that are not finite.
     """
 
     routing: dict[str, Decision]
@@ -46,22 +47,19 @@ def take_step(
     tally: UpdateTally | None = None,
     required: Mapping[str, Tensor] | None = None,
 ) -> Outcome:
-    """Step units that all have gradients.
-
-    The host waits for the device once, for the checks of all gradients and the scores of all
-    layers.
+    """Step units that all have gradients. The host waits for the device once.
 
     Args:
-        units: Routed layers and other tensors.
-        states: The state of their parameters; filled here where it is empty.
+        units: Routed layers and plain tensors.
+        states: States of their parameters; missing ones are created.
         executor: Runs the operations.
-        tally: Counts the losses of rounding, if given.
-        required: Further numbers that must be finite for the step to happen, 0-dim, by name.
+        tally: Measures updates lost to rounding, if given.
+        required: Further numbers that must be finite, 0-dim, by name.
 
     Raises:
-        RuntimeError: The scores of a layer are not finite, because its moments were not; no weight
+        RuntimeError: The scores of a layer are not finite, because its moments were not. No weight
             has changed.
-        ValueError: The executor cannot take a parameter or gradient; nothing was written.
+        ValueError: The executor does not support a parameter or gradient. Nothing was written.
     """
     if not units:
         return Outcome({}, [])
@@ -73,19 +71,25 @@ def take_step(
     required = required or {}
     executor.check(layers, plain)
     with full_precision({one.parameter.device.type for one in gradients}):
+        # 1. Check gradients. Gradients of LoRA factors do not exist yet; norms bound them.
         guard = FiniteGuard(gradients, required.values(), executor.squares, executor.can_read)
         count = len(guard.bounds)
         owners: Sequence[tuple[int, int]] = ()
         numbers = guard.bounds
+        # 2. Update moments and sum score terms. On an accelerator the host does not know yet
+        # whether the gradients are finite; the update multiplies by `guard.finite` on the device,
+        # so a bad step changes no bit. On a CPU `refuses` is known here.
         if layers and not guard.refuses:
             sums, owners = executor.update_moments(layers, guard)
             numbers = torch.cat([numbers, sums])
-        on_host = numbers.tolist()  # the one wait
+        # 3. The only synchronisation: bounds and score sums together.
+        on_host = numbers.tolist()
 
         if not all(map(fits, on_host[:count])):
             return _refused([one.parameter for one in gradients], required, on_host[:count])
         decisions = _decide(layers, owners, on_host[count:])
         won = [winners for winners, _ in decisions]
+        # 4. Write. Losers keep their weights.
         executor.write(zip(layers, won, strict=True), plain, guard, tally)
     return Outcome({layer.name: one for layer, (_, one) in zip(layers, decisions, strict=True)}, [])
 
@@ -93,7 +97,7 @@ def take_step(
 def _decide(
     layers: Sequence[RoutedLayer], owners: Sequence[tuple[int, int]], numbers: Sequence[float]
 ) -> list[tuple[tuple[int, ...], Decision]]:
-    """Add up the score terms of each expert; choose the winners of every layer."""
+    """Add up the score sums of each expert; choose the winners of every layer."""
     sums = [[0.0] * len(layer.experts) for layer in layers]
     for (number, expert), total in zip(owners, numbers, strict=True):
         sums[number][expert] += total
@@ -103,7 +107,8 @@ def _decide(
 def _refused(
     parameters: Sequence[Tensor], required: Mapping[str, Tensor], bounds: Sequence[float]
 ) -> Outcome:
-    """Return the outcome of a step that the bounds forbid, those of parameters first."""
+    """Return the outcome of a refused step."""
+    # Bounds of the parameters come first, then those of the required numbers.
     bad = [not fits(bound) for bound in bounds]
     return Outcome(
         {},

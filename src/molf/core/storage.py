@@ -1,9 +1,7 @@
-"""How a parameter holds the values that a step computes.
+"""Storage of a step's float32 values in a parameter of any dtype.
 
-Steps are computed in float32 (float64 for float64 parameters). A bfloat16 parameter holds the upper
-half of such a value: with `weight_rounding="exact"` the optimizer's state has the lower half, so
-that the two are the float32 value; `"stochastic"` rounds without bias; `"nearest"` loses what is
-smaller than half a unit in the last place.
+A bfloat16 parameter is written in one of three ways: "exact" (bfloat16 in the parameter, the low 16
+bits in the state), "stochastic" (unbiased rounding) or "nearest".
 """
 
 from __future__ import annotations
@@ -19,11 +17,11 @@ from molf.core.names import ROUNDINGS
 from molf.core.place import WHOLE, Place
 from molf.core.rounding import RoundingKey, join_float32, round_stochastic, split_float32
 
-LOW = "low"  # key of the lower halves in a parameter's state
+LOW = "low"  # key of the low halves in a parameter's state
 
 
 def rounding_of(parameter: Tensor, weight_rounding: str | None) -> str:
-    """Return how a parameter is written: `"none"` where it holds what is computed."""
+    """Return how a parameter is written: "none" (as computed), or one of the three roundings."""
     if parameter.dtype.itemsize >= 4:
         return "none"
     if parameter.dtype != torch.bfloat16:
@@ -32,10 +30,10 @@ def rounding_of(parameter: Tensor, weight_rounding: str | None) -> str:
 
 
 def check_known_rounding(weight_rounding: str | None) -> None:
-    """Refuse a word that names no rounding.
+    """Refuse an unknown rounding.
 
     Raises:
-        ValueError: With what is allowed.
+        ValueError: With the allowed words.
     """
     if weight_rounding not in (None, *ROUNDINGS):
         allowed = ", ".join(map(repr, ROUNDINGS))
@@ -43,7 +41,7 @@ def check_known_rounding(weight_rounding: str | None) -> None:
 
 
 def check_rounding(parameters: Iterable[Tensor], weight_rounding: str | None) -> None:
-    """Refuse a rounding that was asked for where it cannot be had.
+    """Refuse a rounding that does not apply to the parameters' dtypes.
 
     Raises:
         ValueError: With what to change.
@@ -55,7 +53,7 @@ def check_rounding(parameters: Iterable[Tensor], weight_rounding: str | None) ->
     if not low:
         found = ", ".join(sorted(str(dtype) for dtype in dtypes))
         raise ValueError(
-            f"weight_rounding={weight_rounding!r} has nothing to round: what is trained is "
+            f"weight_rounding={weight_rounding!r} has nothing to round: the trained weights are "
             f"{found}. Load the model in bfloat16, or leave weight_rounding out."
         )
     other = low - {torch.bfloat16}
@@ -67,15 +65,15 @@ def check_rounding(parameters: Iterable[Tensor], weight_rounding: str | None) ->
 
 
 class StoredWeight:
-    """A parameter, read and written in blocks of rows as the float32 values that it stands for.
+    """Reads and writes a parameter as float32 values, in blocks of rows.
 
     Args:
         parameter: Any floating-point dtype.
-        state: Its state; the lower halves are made here where they are needed and missing.
-        rounding: Of `rounding_of`.
-        seed: With the name and the step counter, what stochastic draws depend on.
-        name: The parameter's name.
-        place: Which part of the whole parameter it is: draws depend on the index in the whole.
+        state: State of the parameter; missing low halves are created.
+        rounding: Result of `rounding_of`.
+        seed: Seed of stochastic rounding, with the name and the step counter.
+        name: Name of the parameter.
+        place: Location in the whole parameter; stochastic draws depend on the index there.
     """
 
     def __init__(
@@ -99,7 +97,7 @@ class StoredWeight:
             state[LOW] = torch.zeros_like(parameter, dtype=torch.int16)
 
     def read(self, rows: slice | EllipsisType = ...) -> Tensor:
-        """Return a block's values; where the parameter holds them, a view on it."""
+        """Return a block in float32; a view of the parameter if it has that dtype."""
         part = self.parameter.detach()[rows]
         if self.rounding == "none":
             return part
@@ -108,7 +106,7 @@ class StoredWeight:
         return part.float()
 
     def write(self, rows: slice | EllipsisType, values: Tensor) -> None:
-        """Store a block's values, which `read` has returned and the step has changed in place."""
+        """Store a block that `read` returned and that was changed in place."""
         if self.rounding == "none":
             return
         part = self.parameter.detach()[rows]
@@ -122,14 +120,14 @@ class StoredWeight:
             part.copy_(values)
 
     def assign(self, values: Tensor) -> None:
-        """Replace all values from outside a step: as exactly as the parameter can hold them."""
+        """Replace all values, outside a step; without stochastic rounding."""
         if self.rounding == "exact":
             self.write(..., values.to(self.parameter.device, torch.float32))
         else:
             self.parameter.detach().copy_(values)
 
     def first_index(self, rows: slice | EllipsisType = ...) -> int:
-        """Index in the whole parameter of a block's first element."""
+        """Return the index, in the whole parameter, of a block's first element."""
         parameter = self.parameter
         if parameter.dim() == 0 or not parameter.numel():
             return 0
@@ -138,34 +136,34 @@ class StoredWeight:
 
     @property
     def low(self) -> Tensor | None:
-        """The lower halves, where rounding is exact."""
+        """Low halves, int16; None unless rounding is exact."""
         return self._state[LOW] if self.rounding == "exact" else None
 
     def step_key(self) -> RoundingKey:
-        """Return what decides this step's stochastic draws; the counter has moved already."""
+        """Return the key of this step's stochastic draws; call it after `step` was incremented."""
         if self._key is None:
             self._key = RoundingKey.of(self._seed, self.name, self._state["step"])
         return self._key
 
 
 def stored_values(parameter: Tensor, state: dict[str, Any]) -> Tensor:
-    """Return a copy of the values that a parameter stands for; makes no state."""
+    """Return a copy of a parameter's values in float32 or float64; create no state."""
     if parameter.dtype == torch.bfloat16 and LOW in state:
-        low = state[LOW].to(parameter.device)  # an offloaded state is elsewhere
+        low = state[LOW].to(parameter.device)  # an offloaded state is in host memory
         return _joined(parameter.detach(), low)
     dtype = torch.promote_types(parameter.dtype, torch.float32)
     return parameter.detach().to(dtype, copy=True)
 
 
 def fold_low(parameter: Tensor, low: Tensor) -> bool:
-    """Add the lower halves of a bfloat16 weight to a parameter of another dtype with its values.
+    """Join saved low halves with a parameter that is no longer bfloat16.
 
     Args:
-        parameter: Not of bfloat16.
-        low: The lower halves, of the parameter's shape and on its device.
+        parameter: Float32 or float64, with the values of the bfloat16 weight.
+        low: Low halves, int16, of the parameter's shape and on its device.
 
     Returns:
-        Whether it has the float32 values now; one that had other values stays as it is.
+        Whether the parameter has the joined values; one with other values stays unchanged.
     """
     stored = parameter.detach()
     high, _ = split_float32(stored.float())
@@ -176,10 +174,8 @@ def fold_low(parameter: Tensor, low: Tensor) -> bool:
 
 
 def _joined(high: Tensor, low: Tensor) -> Tensor:
-    """`join_float32`, also of a parameter that something else has set to zero meanwhile.
-
-    A low half that has lost its high half is at most half a unit in the last place of whatever
-    stands there now. Only below zero itself there is nothing but NaN.
-    """
-    high = high.resolve_neg()  # whose bits are the values'
+    """Return `join_float32`, also for a parameter that something else has set to zero."""
+    # If something else replaced the high half, the old low half adds at most half a unit in the
+    # last place. Zero is the exception: with a negative low half its bits are those of a NaN.
+    high = high.resolve_neg()  # a negated view has other bits than its values
     return join_float32(high, torch.where(high == 0, low.clamp(min=0), low))

@@ -1,4 +1,4 @@
-"""A unit is what steps together: a routed layer, or one tensor that is not routed."""
+"""Units: the routed layer or the single plain tensor that the optimizer updates together."""
 
 from __future__ import annotations
 
@@ -18,25 +18,26 @@ from molf.core.routed import RoutedLayer, States
 
 
 class UnitKey(NamedTuple):
-    """Names a unit of an optimizer, also after libraries have swapped its parameters.
+    """Index of a unit in the optimizer.
 
     Attributes:
         group: Number of the parameter group.
-        position: Of the parameter in the group; None of a routed layer, which is the whole group.
+        position: Index of the parameter in the group; None for a routed layer (the whole group).
     """
 
+    # Indices, not parameters: accelerate and FSDP2 replace parameters and keep their order.
     group: int
     position: int | None
 
 
 @dataclass(frozen=True)
 class Unit(ABC):
-    """A unit with its parameters of the moment.
+    """A unit with its current parameters.
 
     Attributes:
-        key: Its name in the optimizer.
-        group: Its parameter group, with Python numbers for hyper-parameters.
-        parameters: Its parameters.
+        key: Index in the optimizer.
+        group: Parameter group, with Python numbers for hyper-parameters.
+        parameters: Current parameters.
     """
 
     key: UnitKey
@@ -45,39 +46,45 @@ class Unit(ABC):
 
     @abstractmethod
     def takes_part(self) -> bool:
-        """Whether the parameters have the gradients that a step needs.
+        """Return whether the parameters have the gradients that a step needs.
 
         Raises:
-            RuntimeError: Some have one and some lack one, so that no step can be taken.
+            RuntimeError: Some parameters have a gradient and some have none.
         """
 
     @abstractmethod
     def gradients(self, states: States) -> list[Guarded]:
-        """The gradients that a step uses, and what is made of each; makes no state."""
+        """Return the gradients that a step uses, with the factors that multiply each.
+
+        Creates no state.
+        """
 
     @abstractmethod
     def open(self, states: States, can_read: CanRead) -> RoutedLayer | DenseTensor:
-        """Return what an executor works on, for the length of one step; makes missing state."""
+        """Return the layer or tensor that an executor updates; create missing state.
+
+        The result is valid for one step.
+        """
 
     def free_gradients(self) -> None:
-        """Drop the gradients."""
+        """Set the gradients to None."""
         for parameter in self.parameters:
             parameter.grad = None
 
 
 class PlainUnit(Unit):
-    """One parameter that takes plain AdamW steps."""
+    """One parameter that is not routed: plain AdamW."""
 
     def takes_part(self) -> bool:
-        """Whether it has a gradient."""
+        """Return whether the parameter has a gradient."""
         return self.parameters[0].grad is not None
 
     def gradients(self, states: States) -> list[Guarded]:
-        """Its gradient."""
+        """Return the parameter's gradient."""
         return [Guarded(self.parameters[0])]
 
     def open(self, states: States, can_read: CanRead) -> DenseTensor:
-        """The tensor with its moments and its storage."""
+        """Return the tensor with its moments and its storage."""
         (parameter,), (number, position) = self.parameters, self.key
         assert position is not None, "a plain unit has a position"
         name = parameter_name(self.group, position, number)
@@ -88,30 +95,28 @@ class LayerUnit(Unit):
     """A routed layer: all parameters of its group.
 
     Attributes:
-        form: Where the LoRA experts live.
+        form: Class that stores the LoRA experts.
     """
 
     @property
     def form(self) -> type[RoutedLayer]:
-        """The class of the form: folded, or slices of an adapter."""
+        """`FoldedLayer` or `AdapterLayer`."""
         return form_of(self.group)
 
     def takes_part(self) -> bool:
-        """Whether the experts have the gradients that they need."""
+        """Return whether every expert has its gradient."""
         return self.form.takes_part(self.group)
 
     def gradients(self, states: States) -> list[Guarded]:
-        """Of the weight and the bias, or of the adapter's factors."""
+        """Return the gradients of weight and bias, or of the adapter's factors."""
         return self.form.gradients_of(self.group, states)
 
     def open(self, states: States, can_read: CanRead) -> RoutedLayer:
-        """The layer in its form."""
+        """Return the layer in its form."""
         return self.form.open(self.group, states, can_read)
 
 
 def form_of(group: dict[str, Any]) -> type[RoutedLayer]:
-    """Return the form of a routed group: where the LoRA experts live.
-
-    They are state of the weight (folded), or slices of a PEFT adapter, which has a scaling.
-    """
+    """Return the class that stores the LoRA experts of a routed group."""
+    # Only groups of the adapter form have an adapter's scaling.
     return AdapterLayer if group.get("adapter_scaling") is not None else FoldedLayer

@@ -211,7 +211,7 @@ def _own_parameters(model: nn.Module, *, uses_adapter: bool) -> Iterator[_Own]:
 
 
 def _is_adapters(raw: str, key: str, tuners: Collection[str]) -> bool:
-    """Whether a parameter belongs to an adapter, not to the model beside it."""
+    """Return whether a parameter belongs to an adapter, not to the model beside it."""
     inside = [name for name in tuners if raw == name or raw.startswith(f"{name}.")]
     return any(not raw.startswith(f"{name}.base_layer") for name in inside)
 
@@ -221,7 +221,7 @@ def _parent_class(name: str, modules: dict[str, nn.Module]) -> str:
 
 
 def _multiplies(owner: nn.Module, key: str, words: str, parameter: torch.Tensor) -> bool:
-    """Whether a parameter that is not routed is a matrix that one could expect to be."""
+    """Return whether a parameter that is not routed is a matrix that one could expect to be."""
     if is_vector(key, parameter):
         return False
     if isinstance(owner, _MATRICES):

@@ -1,4 +1,4 @@
-"""How one block of a weight changes in a step: decay, a product of low rank, AdamW's descent."""
+"""Update of one block of a weight: decay, low-rank product, AdamW update."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from molf.core.blocks import BLOCKS, Blocks, Rows
 
 
 class Product(NamedTuple):
-    """`alpha left @ right`, of low rank, to be added to a weight.
+    """Low-rank product `alpha left @ right` that is added to a weight.
 
     Attributes:
         left: [out, k].
         right: [k, in].
-        alpha: A number.
+        alpha: Python number.
     """
 
     left: Tensor
@@ -26,17 +26,17 @@ class Product(NamedTuple):
     alpha: float
 
     def stored_as(self, *, transposed: bool) -> Product:
-        """Return it for a weight that is stored as [in, out] if `transposed`; nothing is copied."""
+        """Return the product for a weight that is stored as [in, out] if `transposed`; no copy."""
         return Product(self.right.t(), self.left.t(), self.alpha) if transposed else self
 
     def rows(self, rows: Rows, *, transposed: bool) -> Product:
-        """Return the part for some rows of the stored tensor, which may be [in, out]."""
+        """Return the part for some rows of the stored tensor, [in, out] if `transposed`."""
         if transposed:
             return self._replace(right=self.right[:, rows])
         return self._replace(left=self.left[rows])
 
     def to(self, dtype: torch.dtype) -> Product:
-        """Return it in another dtype."""
+        """Return the product in another dtype."""
         return Product(self.left.to(dtype), self.right.to(dtype), self.alpha)
 
     @property
@@ -55,15 +55,15 @@ def apply_step(
     scale: float = 1.0,
     blocks: Blocks = BLOCKS,
 ) -> None:
-    """`p <- kept p + product - AdamW's descent` in place, on one block.
+    """Update `p <- (1 - lr wd) p + product - AdamW update` in place, on one block.
 
     Args:
-        values: `scale * p`; float32, or float64.
-        moments: m and v of the block, updated already, in the dtype of `values`.
-        step: The AdamW step; None: neither decay nor descent.
-        product: Of this block's rows, in the dtype of `values`.
+        values: `scale * p`, [rows, ...], float32 or float64.
+        moments: Updated m and v of the block, in the shape and dtype of `values`.
+        step: AdamW scalars. None: no decay, no update.
+        product: Product for this block's rows, in the dtype of `values`.
         transposed: Whether `values` is stored as [in, out].
-        scale: How p is stored.
+        scale: `values` holds `scale` times p.
         blocks: Sizes of blocks.
     """
     kept = step.kept if step else 1.0

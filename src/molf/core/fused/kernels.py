@@ -48,7 +48,7 @@ _Group = tuple[tuple[Any, ...], list[Entry], list[_Words]]
 
 
 def is_interpreted() -> bool:
-    """Whether Triton's interpreter runs the kernels, on the CPU (TRITON_INTERPRET=1)."""
+    """Return whether Triton's interpreter runs the kernels, on the CPU (TRITON_INTERPRET=1)."""
     return not isinstance(elementwise.moments_kernel, triton.JITFunction)
 
 

@@ -80,7 +80,7 @@ class Entry(NamedTuple):
         return [field for what, field in pairs if what.is_elementwise and field is not None]
 
     def is_aligned(self, layout: Layout) -> bool:
-        """Whether loads can be vectors: contiguous, no odd address, no odd length."""
+        """Return whether loads can be vectors: contiguous, no odd address, no odd length."""
         tensors = self.elementwise(layout)
         length = tensors[0].shape[-1] if layout.is_tiled else tensors[0].numel()
         return length % _ALIGNMENT == 0 and all(
