@@ -1,4 +1,4 @@
-"""Gradients of low-precision parameters, accumulated over micro-batches in float32."""
+"""Accumulation of low-precision gradients in float32."""
 
 from __future__ import annotations
 
@@ -20,14 +20,13 @@ def is_low(parameter: Tensor) -> bool:
 
 
 def accumulate_in_float32(parameters: Iterable[Tensor]) -> None:
-    """Have the gradients of parameters below float32 kept in float32, those there are included.
+    """Set the dtype of gradients to float32 for parameters below float32; convert existing ones.
 
-    Each micro-batch's gradient is computed in the parameter's dtype and added in float32; clipping
-    and the step then see float32 gradients. This costs two more bytes for every element of a
-    bfloat16 parameter. Parameters for which it is so already are left alone.
+    Each micro-batch's gradient is computed in the parameter's dtype and added in float32. It costs
+    two more bytes per element of a bfloat16 parameter.
 
     Raises:
-        ImportError: torch is too old.
+        ImportError: torch has no `grad_dtype`.
     """
     low: list[Any] = [p for p in parameters if is_low(p)]
     if low and not has_grad_dtype():
@@ -39,6 +38,6 @@ def accumulate_in_float32(parameters: Iterable[Tensor]) -> None:
         if parameter.grad_dtype == torch.float32:
             continue
         grad = parameter.grad
-        parameter.grad = None  # torch refuses the change beside a gradient of the other dtype
+        parameter.grad = None  # torch refuses the change while a gradient of another dtype exists
         parameter.grad_dtype = torch.float32
         parameter.grad = None if grad is None else grad.float()

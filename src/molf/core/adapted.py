@@ -1,6 +1,6 @@
-"""Which layers of a PEFT model are routed: those that carry the one adapter that is trained.
+"""The routed layers of a PEFT model: all layers with the trained adapter.
 
-PEFT's layers are recognised by what they have, so nothing here imports peft.
+PEFT's layers are recognised by their attributes; peft is not imported.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ class AdaptedLayer:
     """A routed layer of a PEFT model.
 
     Attributes:
-        name: The module's name in the plain model, without prefixes of PEFT or of wrappers.
-        A: The adapter's first factor, [R, in], with its name in the PEFT model.
-        B: Its second, [out, R].
-        scaling: s, what PEFT multiplies the adapter's output by.
-        weight: The base layer's weight, or None with a frozen base.
-        bias: The base layer's bias, or None if there is none, or it is frozen.
+        name: Name in the plain model, without prefixes of PEFT or of wrappers.
+        A: First factor, [R, in], after its name in the PEFT model.
+        B: Second factor, [out, R], after its name.
+        scaling: s, by which PEFT multiplies the adapter's output.
+        weight: Weight of the base layer; None with a frozen base.
+        bias: Bias of the base layer; None if missing or frozen.
     """
 
     name: str
@@ -49,12 +49,12 @@ class AdaptedLayer:
 
     @property
     def weight_name(self) -> str:
-        """The base weight's name in the plain model."""
+        """Name of the base weight in the plain model."""
         return f"{self.name}.weight"
 
     @property
     def bias_name(self) -> str:
-        """The base bias's."""
+        """Name of the base bias in the plain model."""
         return f"{self.name}.bias"
 
     @property
@@ -69,29 +69,29 @@ class AdaptedLayer:
 
 
 def adapter_layers(model: nn.Module) -> dict[str, Any]:
-    """PEFT's layers in a model, of any method that wraps layers, by their raw name."""
+    """Return the PEFT layers of a model, of any method that wraps layers, by raw name."""
     return {
         name: module
         for name, module in model.named_modules()
         if hasattr(module, "base_layer")
         and hasattr(module, "adapter_layer_names")
-        and not hasattr(module, "trainable_tokens_delta")  # replaces rows, multiplies no matrix
+        and not hasattr(module, "trainable_tokens_delta")  # replaces rows of an embedding
     }
 
 
 def find_adapted(model: nn.Module, config: MoLFConfig) -> list[AdaptedLayer]:
-    """Return the layers of a PEFT model that carry its trained adapter, in the model's order.
+    """Return the layers of a PEFT model with its trained adapter, in the model's order.
 
-    The adapter is the one that is active and not frozen; others may be on the model. Every layer
-    that it adapts is routed, so `config`'s patterns must not leave one out.
+    The trained adapter is active and not frozen. Every layer with it is routed, so the patterns of
+    `config` must select all of them.
 
     Raises:
-        ValueError: There is no such adapter or more than one; it is no plain LoRA, or on layers
+        ValueError: There is no such adapter or more than one; it is not plain LoRA, or on layers
             that are not linear; its rank is not the sum of `config.ranks`; or, with
             `freeze_base=False`, a base weight is quantised, frozen or tied.
 
     Warns:
-        UserWarning: As `find_layers`; and where the adapter lacks the dropout that `config` has.
+        UserWarning: As `find_layers`; and if dropout of adapter and `config` differ.
     """
     layers = trained_layers(model, config)
     _warn_of_dropout(adapter_layers(model), config)
@@ -100,11 +100,11 @@ def find_adapted(model: nn.Module, config: MoLFConfig) -> list[AdaptedLayer]:
 
 
 def trained_layers(model: nn.Module, config: MoLFConfig) -> list[AdaptedLayer]:
-    """`find_adapted` without its warnings."""
+    """Return the layers as `find_adapted` does, without warnings."""
     clean = cleaner(model)
     tuners = adapter_layers(model)
     for name, module in tuners.items():
-        # AdaLoRA has a lora_A too, of parameters instead of layers.
+        # AdaLoRA has a lora_A too, which holds parameters instead of layers.
         if not isinstance(getattr(module, "lora_A", None), nn.ModuleDict):
             raise ValueError(
                 f"Layer {clean(name)} carries an adapter that is not LoRA ({_kind(module)}): "
@@ -160,19 +160,19 @@ def trained_adapter(tuners: dict[str, Any]) -> str:
 
 
 def _kind(module: nn.Module) -> str:
-    """A PEFT layer's method and class, "ia3.Linear"."""
+    """Return a PEFT layer's method and class, such as "ia3.Linear"."""
     return f"{type(module).__module__.split('.')[-2]}.{type(module).__name__}"
 
 
 def _factors(module: Any, adapter: str) -> list[nn.Parameter]:
-    """Parameters of a LoRA layer's factors, for embeddings too."""
+    """Return the factors of a LoRA layer, also of embeddings."""
     if adapter in module.lora_embedding_A:
         return [module.lora_embedding_A[adapter], module.lora_embedding_B[adapter]]
     return [module.lora_A[adapter].weight, module.lora_B[adapter].weight]
 
 
 def _check_plain(name: str, module: Any, adapter: str) -> None:
-    """Refuse everything whose output is not `W x + s B (A x)` of a linear layer."""
+    """Refuse layers whose output is not `W x + s B (A x)` of a linear layer."""
     own = f"Layer {name}: adapter {adapter!r}"
     if adapter in getattr(module, "lora_variant", {}) or module.use_dora.get(adapter):
         variant = type(getattr(module, "lora_variant", {}).get(adapter)).__name__
@@ -241,10 +241,10 @@ def _adapted_layer(
 
 
 def _trainable_weight(name: str, base: nn.Module) -> nn.Parameter:
-    """Return the weight of a base layer as a part of the `full` expert.
+    """Return the weight of a base layer for the `full` expert.
 
     Raises:
-        ValueError: It is quantised, frozen, or the layer has none.
+        ValueError: It is missing, quantised or frozen.
     """
     weight = getattr(base, "weight", None)
     if not is_linear(base) or not isinstance(weight, nn.Parameter):
@@ -269,7 +269,7 @@ def _trainable_bias(base: nn.Module) -> nn.Parameter | None:
 
 
 def _check_selected(names: list[str], head: str | None, config: MoLFConfig) -> None:
-    """The adapter decides what is routed; patterns that say otherwise are an error."""
+    """Refuse patterns of the configuration that do not select all adapted layers."""
     adapted = dict.fromkeys(names, nn.Module())
     if config.target_modules != "all-linear":
         check_patterns("target_modules", config.target_modules, adapted)
@@ -300,6 +300,6 @@ def _warn_of_dropout(tuners: dict[str, Any], config: MoLFConfig) -> None:
     if config.lora_dropout and rates != {config.lora_dropout}:
         warnings.warn(
             f"lora_dropout={config.lora_dropout} of the configuration is not that of adapter "
-            f"{adapter!r} ({', '.join(map(str, sorted(rates)))}): the adapter's holds.",
+            f"{adapter!r} ({', '.join(map(str, sorted(rates)))}): the adapter's is used.",
             stacklevel=3,
         )

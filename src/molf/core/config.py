@@ -1,4 +1,4 @@
-"""The settings of the method, checked when they are made. Needs the standard library alone."""
+"""Settings of the method; checked on construction. Imports the standard library only."""
 
 from __future__ import annotations
 
@@ -16,31 +16,31 @@ SCORES = ("epd", "pfn", "random", "full", "lora")
 
 @dataclass(frozen=True, kw_only=True)
 class MoLFConfig:
-    """What is routed and how.
+    """Settings of the method.
 
     Attributes:
-        ranks: One LoRA expert per entry; an int means one expert.
+        ranks: Rank of each LoRA expert; an int means one expert.
         alpha: LoRA alpha, one number for all experts or one per rank.
         use_rslora: Scale by `alpha / sqrt(rank)` (rank-stabilised) instead of `alpha / rank`.
-        lora_dropout: Dropout before the factors, in [0, 1). Only 0 can be folded into the weight;
-            more needs the adapter form (`molf.with_adapter`).
+        lora_dropout: Dropout before the factors, in [0, 1). Above 0 it needs the adapter form
+            (`molf.with_adapter`).
         score: `"epd"` (expected preconditioned descent, Eq. 10), `"pfn"` (preconditioned Frobenius
             norm, Eq. 11), or a control: `"random"` (seeded), `"full"` (the full expert always
             wins), `"lora"` (the best LoRA expert by EPD always wins).
-        top_k: How many experts of a layer take the update at each step.
-        target_modules: `"all-linear"`, a list of name endings, or a regular expression that the
-            whole module name matches, as in PEFT.
-        exclude_modules: Name endings or a regular expression; these modules are never routed.
-        freeze_base: Train LoRA experts alone, slices of a PEFT adapter (MoLF-Efficient).
-        freeze_rest: Freeze what is not routed (norms, embeddings, biases). None: trained with
-            `freeze_base=False`, frozen with `freeze_base=True`.
-        seed: Seed of the A factors' init and of `score="random"`.
+        top_k: Number of experts of a layer that are updated in each step.
+        target_modules: `"all-linear"`, a list of name endings, or a regular expression for the
+            whole module name, as in PEFT.
+        exclude_modules: Name endings or a regular expression; these modules are not routed.
+        freeze_base: Train LoRA experts only, as slices of a PEFT adapter (MoLF-Efficient).
+        freeze_rest: Freeze parameters that are not routed (norms, embeddings, biases). None: train
+            them with `freeze_base=False`, freeze them with `freeze_base=True`.
+        seed: Seed of the initial A factors and of `score="random"`.
 
     Raises:
-        ValueError: A value is not allowed; the message says what was given and what is allowed.
+        ValueError: A value is not allowed; the message has the value and the allowed ones.
 
     Warns:
-        UserWarning: Nothing is routed: every expert takes every update.
+        UserWarning: Every expert is updated in every step: nothing is routed.
     """
 
     ranks: tuple[int, ...] = (128,)
@@ -56,7 +56,7 @@ class MoLFConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        """Normalise sequences to tuples and check every value."""
+        """Convert sequences to tuples and check every value."""
         self._set("ranks", _as_tuple(self.ranks))
         if isinstance(self.alpha, Iterable):
             self._set("alpha", _as_tuple(self.alpha))
@@ -124,16 +124,16 @@ class MoLFConfig:
             )
 
     def without(self, modules: Iterable[str]) -> MoLFConfig:
-        """Return the same settings with further modules, and all in them, in `exclude_modules`.
+        """Return a copy that also excludes some modules and their children.
 
         Args:
-            modules: Whole names of modules.
+            modules: Full names of modules.
         """
         patterns, flags = self.exclude_modules, ""
         if not isinstance(patterns, str):
             endings = "|".join(map(re.escape, patterns))
             patterns = rf"(?:.*\.)?(?:{endings})" if endings else "(?!)"
-        elif found := re.match(r"\(\?[aiLmsux]+\)", patterns):  # flags stand at the very beginning
+        elif found := re.match(r"\(\?[aiLmsux]+\)", patterns):  # global flags must come first
             flags, patterns = found[0], patterns[found.end() :]
         names = "|".join(map(re.escape, modules))
         excluded = rf"{flags}(?:{patterns})|(?:{names})(?:\..*)?"
@@ -157,14 +157,14 @@ class MoLFConfig:
 
     @property
     def eligible(self) -> tuple[str, ...]:
-        """Names of the experts that `score` chooses from; the controls leave some out."""
+        """Names of the experts that `score` chooses from; the controls exclude some."""
         if self.score == "full":
             return ("full",)
         return self.lora_experts if self.score == "lora" else self.experts
 
     @property
     def freezes_rest(self) -> bool:
-        """`freeze_rest`, or what None means."""
+        """`freeze_rest`, with the default resolved."""
         return self.freeze_base if self.freeze_rest is None else self.freeze_rest
 
     @property
@@ -179,7 +179,7 @@ class MoLFConfig:
 
 
 def lora_expert_names(ranks: Iterable[int]) -> tuple[str, ...]:
-    """Names of the LoRA experts with these ranks: `lora{i}_r{rank}`."""
+    """Return the names of the LoRA experts with these ranks: `lora{i}_r{rank}`."""
     return tuple(f"lora{i}_r{rank}" for i, rank in enumerate(ranks))
 
 
@@ -189,7 +189,7 @@ def _as_tuple(value: Any) -> tuple[Any, ...]:
 
 
 def _as_patterns(name: str, value: Any) -> str | tuple[str, ...]:
-    """Check module patterns as far as that is possible without a model."""
+    """Check module patterns without a model."""
     if isinstance(value, str):
         try:
             re.compile(value)

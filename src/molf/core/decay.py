@@ -1,4 +1,4 @@
-"""Which of the parameters that are not routed decay by default."""
+"""Default weight decay of parameters that are not routed: matrices and tables decay."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from torch import nn
 from molf.core.places import linear_places
 
 # Logarithms and rates of state-space layers: A_log, A_logs, A_b_log, log_dt, dt_bias, time_decay.
-# They are no scale that decay could shrink: a logarithm of 0 is a rate of 1.
+# Decay would not shrink them: a logarithm of 0 is a rate of 1.
 _RATES = re.compile(r"(^|_)logs?(_|$)|(^|_)decay$|^D$|^Ds$")
 
 
 def is_vector(key: str, parameter: torch.Tensor) -> bool:
-    """Return whether a parameter is none of the matrices that decay is for, by its name and shape.
+    """Return whether a parameter is a bias, a rate or a vector, by name and shape.
 
     Args:
-        key: The attribute that it is, without the module's name.
-        parameter: With its shape.
+        key: Attribute name, without the module's name.
+        parameter: The parameter.
     """
     # The biases of fused experts are [experts, out].
     is_named = key.endswith("bias") or _RATES.search(key) is not None
@@ -29,10 +29,9 @@ def is_vector(key: str, parameter: torch.Tensor) -> bool:
 def undecayed(model: nn.Module) -> set[nn.Parameter]:
     """Return the parameters of a model that have no weight decay by default.
 
-    They are biases and norms; vectors, and what is one but for sides of 1 (a magnitude of
-    weight_norm, a class token); logarithms and rates of state-space layers (`A_log`); and what the
-    model itself says: a parameter with `_no_weight_decay`, as Mamba marks them, and names that its
-    method `no_weight_decay` returns, as timm's models have it.
+    They are biases, norms and vectors (sides of 1 do not count: a magnitude of weight_norm, a class
+    token); logarithms and rates of state-space layers (`A_log`); parameters with `_no_weight_decay`
+    (Mamba); and the names that a method `no_weight_decay` returns (timm).
     """
     linear = {place.weight for place in linear_places(model)}
     found = set(_named_by_model(model))
@@ -56,6 +55,6 @@ def _named_by_model(model: nn.Module) -> list[nn.Parameter]:
         own = dict(module.named_parameters())
         try:
             found += [own[name] for name in names() if name in own]
-        except TypeError:  # something else of this name, which takes arguments
+        except TypeError:  # another method of this name, with arguments
             continue
     return found

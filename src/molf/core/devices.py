@@ -1,4 +1,4 @@
-"""Devices and the host: which memory the host reads, and how it sends numbers."""
+"""Host access to devices: which memory the host reads without waiting, and uploads."""
 
 from __future__ import annotations
 
@@ -17,12 +17,13 @@ def is_host_memory(device: torch.device) -> bool:
 
 
 def upload(values: Tensor, device: torch.device) -> Tensor:
-    """Copy to the device without waiting for it: CUDA reads pinned memory when it gets there.
+    """Copy from the CPU to a device; the host does not wait.
 
     Args:
-        values: On the CPU, which is not always torch's default device.
+        values: On the CPU (torch's default device may be another one).
         device: The destination.
     """
+    # A copy from pageable memory would make the host wait.
     if device.type == "cuda":
         return values.pin_memory().to(device, non_blocking=True)
     return values.to(device)

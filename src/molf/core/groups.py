@@ -1,11 +1,11 @@
-"""Parameter groups of the optimizer: one per routed layer, then what is not routed.
+"""Parameter groups of the optimizer: one per routed layer, then the parameters not routed.
 
-A group carries a layer's structure as plain values and refers to its parameters by position:
-`[weight]` or `[weight, bias]` in the folded form, `[lora_A, lora_B]` after them, or alone, in the
-adapter form, which the key `adapter_scaling` marks. Whatever swaps the parameters later
-(accelerate, FSDP2) keeps positions, and whatever saves groups (state_dict, distributed checkpoints)
-keeps plain values.
+Parameters of a routed group: `[weight]` or `[weight, bias]` in the folded form; in the adapter form
+(key `adapter_scaling`) `[lora_A, lora_B]` after them, or alone. All other entries are plain values.
 """
+
+# Positions and plain values, because libraries that replace parameters (accelerate, FSDP2) keep
+# positions, and libraries that save groups (distributed checkpoints) keep plain values.
 
 from __future__ import annotations
 
@@ -87,11 +87,10 @@ def build_groups(
 
 
 def cover(model: nn.Module, groups: list[dict[str, Any]], config: MoLFConfig) -> Coverage:
-    """Count what `groups`, which `build_groups` has made, route of a model.
+    """Count the parameters of a model that the groups of `build_groups` route.
 
     Warns:
-        UserWarning: There are matrices of another kind than linear layers (see
-            `warn_of_unrouted`).
+        UserWarning: The model has matrices that cannot be routed (`warn_of_unrouted`).
     """
     layers = {group["layer"]: group for group in groups if group["layer"] is not None}
     uses_adapter = bool(adapter_layers(model))
@@ -108,7 +107,7 @@ def cover(model: nn.Module, groups: list[dict[str, Any]], config: MoLFConfig) ->
 
 
 def _folded_groups(model: nn.Module, config: MoLFConfig) -> list[dict[str, Any]]:
-    """Parameters and structure of each layer of a plain model."""
+    """Return the routed groups of a plain model."""
     _check_folded(model, config)
     layers = find_layers(model, config)
     if config.freeze_rest:
@@ -125,7 +124,7 @@ def _folded_groups(model: nn.Module, config: MoLFConfig) -> list[dict[str, Any]]
 
 
 def _adapter_groups(model: nn.Module, config: MoLFConfig) -> list[dict[str, Any]]:
-    """Parameters and structure of each layer that carries the trained adapter."""
+    """Return the routed groups of a PEFT model."""
     layers = find_adapted(model, config)
     clean = cleaner(model)
     groups: list[dict[str, Any]] = []
@@ -135,7 +134,7 @@ def _adapter_groups(model: nn.Module, config: MoLFConfig) -> list[dict[str, Any]
             {
                 "params": _dense_parameters(layer) + factors,
                 "layer": layer.name,
-                "transposed": False,  # PEFT's factors never are
+                "transposed": False,  # PEFT's factors are never transposed
                 "adapter_scaling": layer.scaling,
             }
         )
@@ -143,7 +142,7 @@ def _adapter_groups(model: nn.Module, config: MoLFConfig) -> list[dict[str, Any]
 
 
 def _check_folded(model: nn.Module, config: MoLFConfig) -> None:
-    """Refuse settings that a model without LoRA layers cannot have."""
+    """Refuse settings that need a LoRA adapter."""
     if is_peft_model(model):
         inner: Any = unwrapped(model)
         kinds = {
@@ -181,12 +180,12 @@ def _per_expert(name: str, value: float | Sequence[float], config: MoLFConfig) -
 
 
 def _ratios(lora_lrs: tuple[float, ...], lr: float) -> tuple[float, ...]:
-    """Rates of the LoRA experts as multiples of `lr`."""
+    """Return the learning rates of the LoRA experts as multiples of `lr`."""
     if lr == 0:
         if any(lora_lrs):
             raise ValueError(
                 f"Invalid lora_lr={list(lora_lrs)} with lr=0. The LoRA rate is kept as a ratio to "
-                "lr, so lr must be positive; a scheduler may bring it to 0."
+                "lr, so lr must be positive; a scheduler may set it to 0."
             )
         return (1.0,) * len(lora_lrs)
     return tuple(rate / lr for rate in lora_lrs)
@@ -198,7 +197,7 @@ def _dense_parameters(layer: LinearLayer | AdaptedLayer) -> _NamedParameters:
 
 
 def _marked_decays(weight: nn.Parameter, config: MoLFConfig) -> dict[str, Any]:
-    """No decay at all of a layer whose weight the model marks so."""
+    """Return zero decays for a layer whose weight the model marks with `_no_weight_decay`."""
     if not getattr(weight, "_no_weight_decay", False):
         return {}
     return {"weight_decay": 0.0, "lora_weight_decays": (0.0,) * len(config.ranks)}
@@ -207,7 +206,7 @@ def _marked_decays(weight: nn.Parameter, config: MoLFConfig) -> dict[str, Any]:
 def _rest_of(
     model: nn.Module, routed: list[dict[str, Any]], config: MoLFConfig
 ) -> _NamedParameters:
-    """Trainable parameters that no routed layer has; no frozen base weight, no other adapter."""
+    """Return the trainable parameters outside the routed layers, base weights and adapters."""
     taken = {parameter for group in routed for _, parameter in group["params"]}
     tuners = adapter_layers(model)
     bias = f"lora_B.{trained_adapter(tuners)}.bias" if tuners else ""
@@ -225,19 +224,19 @@ def _rest_of(
 
 
 def _is_adapter_bias(name: str) -> bool:
-    """Return whether a parameter is what `LoraConfig(lora_bias=True)` adds to an adapter."""
+    """Return whether a parameter is a bias of `LoraConfig(lora_bias=True)`."""
     return ".lora_B." in name and name.endswith(".bias")
 
 
 def _adapter_biases(rest: _NamedParameters) -> _NamedParameters:
-    """The biases of adapters: asked for with the adapter, and no part of what it is put on."""
+    """Return the biases of adapters; `freeze_base` alone does not freeze them."""
     return [(name, parameter) for name, parameter in rest if _is_adapter_bias(name)]
 
 
 def _rest_groups(
     model: nn.Module, rest: _NamedParameters, weight_decay: float
 ) -> list[dict[str, Any]]:
-    """Groups of what is not routed, with and without decay (see `undecayed`)."""
+    """Return the groups of parameters that are not routed, with and without decay."""
     without = undecayed(model)
     groups = [
         {"params": [x for x in rest if x[1] not in without], "weight_decay": weight_decay},
@@ -250,34 +249,34 @@ def _warn_of_freezing(rest: _NamedParameters) -> None:
     if rest:
         warnings.warn(
             f"freeze_base=True freezes {len(rest)} trainable parameters outside the adapter as "
-            f"well (first: {rest[0][0]}). freeze_rest=False trains them with plain AdamW steps; "
-            "freeze_rest=True says that this is meant.",
+            f"well (first: {rest[0][0]}). Set freeze_rest=False to train them with plain AdamW, or "
+            "freeze_rest=True to freeze them without this warning.",
             stacklevel=3,
         )
 
 
 def _warn_of_saving(names: list[str]) -> None:
-    """Warn of what is trained and not in the adapter, which is all that PEFT saves."""
+    """Warn of trained parameters outside the adapter, which PEFT does not save."""
     saved = ("lora_", "modules_to_save", "trainable_tokens", "bias")
     lost = [name for name in names if not any(part in name for part in saved)]
     if lost:
         warnings.warn(
             f"{len(lost)} trained parameters are outside the adapter (first: {lost[0]}), and "
-            "PEFT's save_pretrained, which trainers call for checkpoints, saves the adapter alone. "
+            "PEFT's save_pretrained, which trainers call for checkpoints, saves the adapter only. "
             "Keep model.state_dict() for checkpoints and molf.merge(model) for the result.",
             stacklevel=4,
         )
 
 
 def check_group(group: dict[str, Any], *, smallest: float = 0.0) -> None:
-    """Check every number of a group, given or filled in.
+    """Check every number of a group.
 
     Args:
-        group: With its defaults filled in.
-        smallest: The smallest rate or decay that is allowed.
+        group: Group with all defaults.
+        smallest: Smallest allowed rate or decay.
 
     Raises:
-        ValueError: The first number out of range.
+        ValueError: For the first number out of range.
     """
     for name in ("lr", "eps", "weight_decay", "bias_weight_decay"):
         number(name, group.get(name, 0.0), smallest=smallest)
@@ -296,7 +295,7 @@ def check_group(group: dict[str, Any], *, smallest: float = 0.0) -> None:
         check_shapes(group)
     pair_of_betas(group["betas"])
     for place, parameter in enumerate(group["params"]):
-        if not is_lazy(parameter) and parameter.is_conj():  # lazy: without a shape so far
+        if not is_lazy(parameter) and parameter.is_conj():  # lazy parameters have no shape yet
             raise ValueError(
                 f"{parameter_name(group, place)} is a conjugate view, into which no step can "
                 "write. Give parameter.resolve_conj()."
@@ -304,10 +303,10 @@ def check_group(group: dict[str, Any], *, smallest: float = 0.0) -> None:
 
 
 def _check_experts(group: dict[str, Any], smallest: float) -> None:
-    """Check what a routed group says of its experts."""
+    """Check the experts of a routed group."""
     ranks = group["ranks"]
     in_adapter = group.get("adapter_scaling") is not None
-    MoLFConfig(  # which checks them
+    MoLFConfig(  # its constructor checks the values
         ranks=ranks,
         score=group["score"],
         top_k=group["top_k"],
@@ -325,7 +324,7 @@ def _check_experts(group: dict[str, Any], smallest: float) -> None:
 
 
 def check_shapes(group: dict[str, Any]) -> None:
-    """Check that a routed group holds the tensors of one layer: [weight, bias, lora_A, lora_B].
+    """Check that a routed group has the tensors of one layer: [weight, bias, lora_A, lora_B].
 
     Raises:
         ValueError: With the layer's name.
@@ -345,19 +344,19 @@ def check_shapes(group: dict[str, Any]) -> None:
     if not are_whole or dense[1:] not in ([], [sides[:1]]):
         raise ValueError(
             f"The group of layer {group['layer']!r} has tensors of shape "
-            f"{', '.join(map(str, shapes)) or 'none'}. Must be a weight with two sides, or that "
-            "and its bias, with the adapter's two factors behind them in the adapter form, all "
+            f"{', '.join(map(str, shapes)) or 'none'}. Must be a weight with two sides and "
+            "optionally its bias, followed by the adapter's two factors in the adapter form, all "
             "whole: were they flattened or split (FSDP, DeepSpeed)?"
         )
 
 
 def parameter_name(group: dict[str, Any], index: int, number: int | None = None) -> str:
-    """A parameter's name, for messages and seeds; its place, where it was given without one.
+    """Return a parameter's name, or its position if it has none, for messages and seeds.
 
     Args:
-        group: Its group.
-        index: Its position there.
-        number: The group's number in the optimizer; that of a routed layer needs none.
+        group: Group of the parameter.
+        index: Position in the group.
+        number: Number of the group in the optimizer; not needed for a routed layer.
     """
     if names := group.get("param_names"):
         return str(names[index])
@@ -367,17 +366,16 @@ def parameter_name(group: dict[str, Any], index: int, number: int | None = None)
 
 
 def name_by_place(group: dict[str, Any], groups: list[dict[str, Any]]) -> None:
-    """Give a new group names, or those that are there, where only the others have some.
-
-    torch's optimizers want names for all groups or for none.
+    """Name the parameters of a new group, or of the existing ones, if only the others have names.
 
     Args:
-        group: As `add_param_group` takes it.
-        groups: Those that are in the optimizer already.
+        group: Argument of `add_param_group`.
+        groups: Groups in the optimizer.
     """
+    # torch's optimizers need names for all groups or for none.
     given = group.get("params")
     if not groups or isinstance(given, set) or not isinstance(given, (Tensor, Iterable)):
-        return  # torch refuses what is no collection with an order
+        return  # torch refuses collections without an order
     group["params"] = params = [given] if isinstance(given, Tensor) else list(given)
     is_named = "param_names" in group or any(isinstance(one, tuple) for one in params)
     if is_named == ("param_names" in groups[0]):

@@ -1,8 +1,8 @@
-"""Hyper-parameters of a parameter group, read as Python numbers whatever they are kept as.
+"""Hyper-parameters of a parameter group as Python numbers.
 
-A group may keep a tensor, into which schedulers write in place as with torch's optimizers, or a
-number of NumPy, which schedules return. A step computes with Python numbers, and a saved state has
-Python numbers and tensors, which `torch.load(weights_only=True)` reads.
+A group may hold tensors, which schedulers write in place, or NumPy numbers, which schedules return.
+A step uses Python numbers. A saved state has Python numbers and tensors, for
+`torch.load(weights_only=True)`.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ def number(name: str, value: Any, *, smallest: float = -math.inf) -> float:
     """Return a hyper-parameter as a Python number.
 
     Args:
-        name: The hyper-parameter's name.
-        value: A number, or a tensor or NumPy array with one element. The host waits for the device
-            that a tensor is on.
-        smallest: The smallest value that is allowed.
+        name: Name of the hyper-parameter.
+        value: A number, or a tensor or NumPy array with one element. For a tensor the host waits
+            for its device.
+        smallest: Smallest allowed value.
 
     Raises:
-        ValueError: It is no such number, or not finite, or too small.
+        ValueError: The value is not a number, not finite or too small.
     """
     found = _as_number(value)
     if found is None or not math.isfinite(found) or found < smallest:
@@ -53,12 +53,12 @@ def pair_of_betas(value: Any) -> tuple[float, float]:
 
 
 def readable(group: dict[str, Any]) -> dict[str, Any]:
-    """Return a parameter group whose hyper-parameters are Python numbers, for one step.
+    """Return a parameter group with Python numbers as hyper-parameters, for one step.
 
-    Rates and decays may be negative, as schedules can make them and torch's optimizers take them.
+    Rates and decays may be negative, as in torch's optimizers.
 
     Raises:
-        ValueError: One is not a finite number, or a beta is outside [0, 1).
+        ValueError: A value is not a finite number, or a beta is outside [0, 1).
     """
     if _is_readable(group):
         return group
@@ -71,7 +71,7 @@ def readable(group: dict[str, Any]) -> dict[str, Any]:
 
 
 def _is_readable(group: dict[str, Any]) -> bool:
-    """Return whether a group has nothing but finite floats: soon known, and nearly always so."""
+    """Return whether all hyper-parameters are finite floats (the fast, usual case)."""
     betas = group["betas"]
     values = [group[name] for name in _SINGLE if name in group]
     for name in _EACH_EXPERT:
@@ -88,7 +88,7 @@ def _is_readable(group: dict[str, Any]) -> bool:
 
 
 def storable(value: Any) -> Any:
-    """Return a value of a group as a saved state has it: Python numbers in place of NumPy's."""
+    """Return a value of a group with NumPy numbers converted to Python numbers."""
     if isinstance(value, (tuple, list)):
         return type(value)(map(storable, value)) if type(value) in (tuple, list) else value
     if value is None or isinstance(value, (str, Tensor)) or type(value) in (bool, int, float):
@@ -98,11 +98,9 @@ def storable(value: Any) -> Any:
 
 
 def separate(group: dict[str, Any], others: Sequence[dict[str, Any]]) -> None:
-    """Give a group tensors of its own where it shares a hyper-parameter with other groups.
-
-    A scheduler goes from group to group and writes into the tensor of each: what they share it
-    would write, or multiply, once for every group.
-    """
+    """Copy the hyper-parameter tensors that a group shares with other groups."""
+    # A scheduler writes into the tensor of each group: a shared one it would multiply once per
+    # group.
     for name in _SINGLE:
         value = group.get(name)
         if isinstance(value, Tensor) and any(other.get(name) is value for other in others):
@@ -116,7 +114,7 @@ def _each(name: str, values: Any) -> Sequence[Any]:
 
 
 def _as_number(value: Any) -> float | None:
-    """A Python number; None where the value is none, or too large to be one."""
+    """Return a Python number; None if the value is not a number or too large for a float."""
     if type(value) in (float, int):
         return _as_float(value) if type(value) is int and abs(value) >> 53 else value
     if isinstance(value, Tensor):
@@ -140,7 +138,7 @@ def _as_float(value: Any) -> float | None:
 
 
 def _shown(value: Any) -> str:
-    """A value in one line."""
+    """Return a value in one line, for messages."""
     if isinstance(value, Tensor) and value.numel() != 1:
         return f"a tensor of shape {tuple(value.shape)}"
     text = " ".join(repr(value).split())

@@ -1,7 +1,6 @@
-"""What the Triton kernels of `molf.core.fused` can step: `kernels="triton"`.
+"""Checks for `kernels="triton"`: unsupported parameters and options are refused, without fallback.
 
-Nothing here imports triton unless kernels are asked for, and nothing falls back: what the kernels
-cannot do is refused with what to change.
+triton is imported only with `kernels="triton"`.
 """
 
 from __future__ import annotations
@@ -19,10 +18,10 @@ _DTYPES = (torch.float32, torch.bfloat16)
 
 
 def known_kernels(kernels: str | None) -> str:
-    """Return the choice that a keyword stands for; None is eager.
+    """Return "eager" or "triton"; None is eager.
 
     Raises:
-        ValueError: The word names no choice.
+        ValueError: The word is unknown.
         ImportError: triton is not installed.
     """
     if kernels not in (None, *KERNELS):
@@ -37,12 +36,12 @@ def known_kernels(kernels: str | None) -> str:
 
 
 def check_kernel_group(group: dict[str, Any], number: int, home: torch.device) -> None:
-    """Refuse a parameter group that the kernels cannot step.
+    """Refuse a parameter group that the kernels do not support.
 
     Args:
-        group: With its defaults filled in.
-        number: The group's number in the optimizer.
-        home: The device of the optimizer's first parameter.
+        group: Group with all defaults.
+        number: Number of the group in the optimizer.
+        home: Device of the optimizer's first parameter.
 
     Raises:
         ValueError: With what to change.
@@ -58,7 +57,7 @@ def check_kernel_group(group: dict[str, Any], number: int, home: torch.device) -
 
 
 def check_float32_moments(group: dict[str, Any]) -> None:
-    """Refuse moments of 8 bits.
+    """Refuse 8-bit moments.
 
     Raises:
         ValueError: With what to change.
@@ -74,8 +73,8 @@ def check_kernel_device(device: torch.device, name: str) -> None:
     """Refuse a device that does not run the kernels.
 
     Args:
-        device: Where they are to run.
-        name: What is on it.
+        device: Device of a parameter.
+        name: Name of the parameter, for the message.
 
     Raises:
         ValueError: With what to change.
@@ -95,7 +94,7 @@ def check_kernel_device(device: torch.device, name: str) -> None:
 
 
 def check_kernel_parameter(parameter: Tensor, name: str, home: torch.device) -> None:
-    """Refuse a parameter whose dtype, device or layout the kernels cannot have.
+    """Refuse a parameter whose dtype, device or layout the kernels do not support.
 
     Raises:
         ValueError: With what to change.

@@ -1,4 +1,4 @@
-"""Which linear layers of a model are routed."""
+"""Selection of the routed linear layers of a model."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from molf.core.module_names import cleaner
 from molf.core.places import is_conv1d, linear_modules, linear_places
 from molf.core.weights import check_real_weight, check_whole_weight, sides_of
 
-TASK_HEADS = ("score", "classifier", "qa_outputs")  # that PEFT trains as a whole by default
+TASK_HEADS = ("score", "classifier", "qa_outputs")  # PEFT trains these whole by default
 
 
 @dataclass(frozen=True)
@@ -25,13 +25,13 @@ class LinearLayer:
     """A routed linear layer of a model.
 
     Attributes:
-        name: The module's name in the model, without the prefixes of wrappers (DDP, compile, FSDP).
-            Of `nn.MultiheadAttention`, whose first layers have no module, with `in_proj` behind it.
-        weight: [out, in], or [in, out] where `transposed`.
-        bias: [out], or None if there is none or it is frozen.
+        name: Name of the module, without prefixes of wrappers (DDP, compile, FSDP). For the first
+            layers of `nn.MultiheadAttention`, which have no module, followed by `in_proj`.
+        weight: [out, in], or [in, out] if `transposed`.
+        bias: [out]; None if missing or frozen.
         transposed: True for GPT-2's `Conv1D`, which stores its weight as [in, out].
-        weight_name: The weight's name in the model.
-        bias_name: The bias's; empty without one.
+        weight_name: Name of the weight in the model.
+        bias_name: Name of the bias; empty without one.
     """
 
     name: str
@@ -53,11 +53,11 @@ class LinearLayer:
 
 
 class HasSides(Protocol):
-    """A layer whose two sides are known."""
+    """A layer with a name and two sizes."""
 
     @property
     def name(self) -> str:
-        """The layer's name."""
+        """Name of the layer."""
 
     @property
     def in_features(self) -> int:
@@ -71,15 +71,15 @@ class HasSides(Protocol):
 def find_layers(model: nn.Module, config: MoLFConfig) -> list[LinearLayer]:
     """Return the linear layers of a plain `model` that `config` routes, in the model's order.
 
-    Routed is every `nn.Linear`, every transformers `Conv1D` and the stacked q, k and v of every
+    These are every `nn.Linear`, every transformers `Conv1D` and the stacked q, k and v of every
     `nn.MultiheadAttention` with a trainable weight whose name matches `config.target_modules` and
-    not `config.exclude_modules`. With `"all-linear"` the head of a transformers model is left out
-    as well: its output layer, or else its `score`, `classifier` or `qa_outputs`.
+    not `config.exclude_modules`. `"all-linear"` also excludes the head of a transformers model: its
+    output layer, or else its `score`, `classifier` or `qa_outputs`.
 
     Raises:
-        ValueError: No layer is routed, a pattern matches nothing, a matching layer shares its
-            weight with another module (a tied head) or its bias with another layer, or its weight
-            is no whole matrix of real numbers (quantised, complex, sparse, lazy, sharded).
+        ValueError: No layer is routed; a pattern matches nothing; a matching layer shares its
+            weight (a tied head) or its bias; or its weight is not a whole real matrix (quantised,
+            complex, sparse, lazy, sharded).
 
     Warns:
         UserWarning: A rank exceeds a layer's smaller side.
@@ -92,12 +92,12 @@ def find_layers(model: nn.Module, config: MoLFConfig) -> list[LinearLayer]:
 def trainable_layers(
     model: nn.Module, config: MoLFConfig, *, in_adapter: bool = False
 ) -> list[LinearLayer]:
-    """`find_layers` without its warnings.
+    """Return the layers as `find_layers` does, without warnings.
 
     Args:
         model: A plain model.
-        config: The method's settings.
-        in_adapter: Whether the layers are to get an adapter: then only layers that are called.
+        config: Settings of the method.
+        in_adapter: Whether an adapter will be added; then layers that are not called are left out.
     """
     places = {
         place.name: place
@@ -137,15 +137,15 @@ def trainable_layers(
 
 
 def weights_of(layers: Iterable[LinearLayer]) -> list[nn.Parameter]:
-    """Weights and biases of layers."""
+    """Return the weights and biases of layers."""
     return [p for layer in layers for p in (layer.weight, layer.bias) if p is not None]
 
 
 def matching_linears(model: nn.Module, config: MoLFConfig) -> dict[str, nn.Module]:
-    """Return the linear modules whose names `config` selects, trainable or not, by name.
+    """Return the linear modules that `config` selects, trainable or not, by name.
 
     Raises:
-        ValueError: There are none, or a pattern matches nothing.
+        ValueError: No module is selected, or a pattern matches nothing.
     """
     linears = linear_modules(model)
     return {name: linears[name] for name in _chosen_names(model, linears, config)}
@@ -154,10 +154,10 @@ def matching_linears(model: nn.Module, config: MoLFConfig) -> dict[str, nn.Modul
 def check_not_tied(
     model: nn.Module, weights: Iterable[tuple[str, torch.Tensor]], *, use: str = "routed"
 ) -> None:
-    """Refuse layers that share their weight with another module, and so cannot be routed or merged.
+    """Refuse layers that share their weight with another module.
 
     Raises:
-        ValueError: The first of them, with what it is tied to.
+        ValueError: For the first such layer, with the names of the others.
     """
     uses = _uses(model)
     for name, weight in weights:
@@ -176,7 +176,7 @@ def _check_own_biases(layers: Iterable[LinearLayer]) -> None:
     """Refuse two routed layers with one bias.
 
     Raises:
-        ValueError: The first two of them.
+        ValueError: For the first two.
     """
     owners: dict[torch.Tensor, str] = {}
     for layer in layers:
@@ -185,14 +185,14 @@ def _check_own_biases(layers: Iterable[LinearLayer]) -> None:
         if layer.bias in owners:
             raise ValueError(
                 f"Layer {layer.name} shares its bias with {owners[layer.bias]}: its gradient sums "
-                "both uses, and only one layer can move it. Put one of them into exclude_modules."
+                "both uses, and only one layer can update it. Put one of them into exclude_modules."
             )
         owners[layer.bias] = layer.name
 
 
 def head_name(model: nn.Module) -> str | None:
-    """Name of a transformers model's output layer or task head, never routed by default."""
-    # Behind wrappers (DDP, compile, PEFT) the method is the inner model's.
+    """Return the name of a transformers model's output layer or task head; None without one."""
+    # Within wrappers (DDP, compile, PEFT) the inner model has the method.
     for name, module in model.named_modules():
         inner = set(dict(module.named_children()))
         if callable(getattr(module, "get_output_embeddings", None)) and "base_model" not in inner:
@@ -208,7 +208,7 @@ def head_name(model: nn.Module) -> str | None:
 
 
 def _chosen_names(model: nn.Module, linears: Iterable[str], config: MoLFConfig) -> list[str]:
-    """Those names of linear layers that `config` selects."""
+    """Return the names of linear layers that `config` selects."""
     linears = list(linears)
     if not linears:
         raise ValueError("No layer can be routed: the model has no nn.Linear and no Conv1D.")
@@ -231,22 +231,22 @@ def _chosen_names(model: nn.Module, linears: Iterable[str], config: MoLFConfig) 
 
 
 def is_in_head(name: str, head: str | None) -> bool:
-    """Return whether a layer is the head, or a part of it."""
+    """Return whether a layer is the head or a part of it."""
     return head is not None and (name == head or name.startswith(f"{head}."))
 
 
 def matches(name: str, patterns: str | tuple[str, ...]) -> bool:
-    """Match as PEFT does: a string is a regular expression, a list holds name endings."""
+    """Match as PEFT does: a string is a regular expression, a tuple has name endings."""
     if isinstance(patterns, str):
         return re.fullmatch(patterns, name) is not None
     return any(name == ending or name.endswith(f".{ending}") for ending in patterns)
 
 
 def check_patterns(option: str, patterns: str | tuple[str, ...], linears: Iterable[str]) -> None:
-    """Refuse a pattern that matches none of the linear layers.
+    """Refuse a pattern that matches no linear layer.
 
     Raises:
-        ValueError: The first such pattern, with the endings that there are.
+        ValueError: For the first such pattern, with the existing name endings.
     """
     for pattern in (patterns,) if isinstance(patterns, str) else patterns:
         single = patterns if isinstance(patterns, str) else (pattern,)
@@ -266,9 +266,9 @@ def _shown(patterns: str | tuple[str, ...]) -> str:
 
 
 def _uses(model: nn.Module) -> dict[torch.Tensor, list[str]]:
-    """Where each parameter is kept; more than one place means that it is tied.
+    """Return the places of each parameter; a tied one has several.
 
-    A place is a layer's name where the attribute is `weight` or `bias`.
+    A place is the name of the layer; for attributes other than `weight` and `bias`, with theirs.
     """
     places = defaultdict(list)
     clean = cleaner(model)
@@ -282,12 +282,12 @@ def _uses(model: nn.Module) -> dict[torch.Tensor, list[str]]:
 
 
 def warn_of_large_ranks(layers: Sequence[HasSides], rank: int, *, in_adapter: bool = False) -> None:
-    """Warn of layers for whose smaller side a rank is too large.
+    """Warn of layers whose smaller side is below a rank.
 
     Args:
         layers: The layers.
-        rank: The largest of an expert, or that of an adapter.
-        in_adapter: Whether it is the rank of one adapter, which nothing routes.
+        rank: Largest rank of an expert, or the rank of an adapter.
+        in_adapter: Whether it is the rank of a plain adapter (no routing).
     """
     small = [layer for layer in layers if rank > min(layer.in_features, layer.out_features)]
     if small:

@@ -1,4 +1,4 @@
-"""What a saved optimizer state must be, to be loaded; and AdamW's, made into one of ours."""
+"""Checks and conversion of saved optimizer states, including those of `torch.optim.AdamW`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from molf.core.moments import block_of_8bit, in_present_layout, moments_of
 from molf.core.storage import LOW, check_known_rounding, check_rounding
 
 _STRUCTURE = ("layer", "transposed", "ranks", "scalings", "adapter_scaling")
-_OWN = "state_dtype"  # a key that all groups of this package have, and no others
+_OWN = "state_dtype"  # all groups of this package have this key; torch's have not
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 _ADAMW = {"step", *_MOMENTS}
 _HYPER_PARAMETERS = ("lr", "betas", "eps", "weight_decay", "initial_lr", "params", "layer")
@@ -27,17 +27,16 @@ _ADAPTER = re.compile(r"\b(lora_\w+|modules_to_save|trainable_tokens_\w+)\.[^.]+
 
 
 def loadable(given: dict[str, Any], groups: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return a saved state as an optimizer with these groups can take it.
+    """Convert a saved state for an optimizer with these groups.
 
-    The counter becomes an integer, moments and factors get the dtype of the arithmetic, and so the
-    state of `torch.optim.AdamW` and that of weights of another dtype become ours. Names of
-    parameters stay the optimizer's own, and so does a rounding where the saved one is for weights
-    of another dtype.
+    The counter becomes an integer; moments and factors get the dtype of the arithmetic. So states
+    of `torch.optim.AdamW` and of weights of another dtype load. Parameters keep the names of this
+    optimizer, and its rounding if the saved one does not fit the weights' dtype.
 
     Raises:
-        ValueError: The saved groups are of other layers, experts or parameters, or have a value out
-            of range; or the state is another optimizer's, of another shape, or too large for the
-            dtype of the arithmetic.
+        ValueError: The saved groups have other layers, experts or parameters, or a value out of
+            range; or the state is another optimizer's, has another shape, or overflows the dtype of
+            the arithmetic.
     """
     saved = [{key: storable(value) for key, value in one.items()} for one in given["param_groups"]]
     _check_same_structure(saved, groups)
@@ -66,7 +65,7 @@ def loadable(given: dict[str, Any], groups: list[dict[str, Any]]) -> dict[str, A
 
 
 def _can_have(rounding: str | None, groups: list[dict[str, Any]]) -> bool:
-    """Return whether the weights of all groups with a rounding can be rounded so."""
+    """Return whether a rounding fits the weights of all groups that have it."""
     having = [group for group in groups if group["weight_rounding"] == rounding]
     try:
         check_rounding((p for group in having for p in group["params"]), rounding)
@@ -76,7 +75,7 @@ def _can_have(rounding: str | None, groups: list[dict[str, Any]]) -> bool:
 
 
 def _check_same_structure(saved_groups: list[dict[str, Any]], groups: list[dict[str, Any]]) -> None:
-    """Refuse saved groups that were built for other layers, experts or parameters."""
+    """Refuse saved groups of other layers, experts or parameters."""
     if len(saved_groups) != len(groups):
         raise ValueError(
             f"Cannot load the optimizer state: it has {len(saved_groups)} parameter groups, this "
@@ -95,7 +94,7 @@ def _check_same_structure(saved_groups: list[dict[str, Any]], groups: list[dict[
                 f"Cannot load the optimizer state: a group has {len(saved['params'])} parameters "
                 f"where this optimizer has {len(own['params'])}."
             )
-        # Parameters may be given without names.
+        # Not strict: parameters may have no names.
         names = saved.get("param_names", ()), own.get("param_names", ())
         for name, expected in zip(*names, strict=False):
             if _without_adapter(name) != _without_adapter(expected):
@@ -114,7 +113,7 @@ def _without_adapter(name: str) -> str:
 
 
 def _check_adamw(group: dict[str, Any], states: Iterable[dict[str, Any]]) -> None:
-    """Refuse a group of another optimizer whose state is not just AdamW's."""
+    """Refuse a group of another optimizer than plain AdamW."""
     found = next((keys for s in states if (keys := set(s)) and keys != _ADAMW), _ADAMW)
     other = [key for key in ("amsgrad", "maximize") if group.get(key)]
     if group.get("weight_decay") and group.get("decoupled_weight_decay") is False:
@@ -128,7 +127,8 @@ def _check_adamw(group: dict[str, Any], states: Iterable[dict[str, Any]]) -> Non
 
 
 def is_fitted(parameter: Tensor, state: dict[str, Any]) -> bool:
-    """Whether a state has the dtypes of a parameter's steps; `module.double()` changes them."""
+    """Return whether a state has the dtypes of a parameter's steps."""
+    # `module.double()` changes a parameter's dtype between steps.
     if LOW in state and parameter.dtype != torch.bfloat16:
         return False
     dtype = compute_dtype(parameter)
@@ -138,18 +138,16 @@ def is_fitted(parameter: Tensor, state: dict[str, Any]) -> bool:
 
 
 def fitted(state: dict[str, Any], group: dict[str, Any], place: int, number: int) -> dict[str, Any]:
-    """One parameter's state in the dtypes of its steps.
-
-    Lower halves stay as they are: what they belong to is in the parameter.
+    """Return one parameter's state in the dtype of the arithmetic; low halves stay int16.
 
     Args:
-        state: As it was saved, or as it was before the parameter's dtype changed.
-        group: The parameter group.
-        place: The parameter's position in the group.
-        number: The group's number.
+        state: Saved state, or the state before the parameter's dtype changed.
+        group: Parameter group.
+        place: Position of the parameter in the group.
+        number: Number of the group.
 
     Raises:
-        ValueError: It is the state of a parameter of another shape, or too large.
+        ValueError: The state belongs to another shape, or overflows.
     """
     parameter: Tensor = group["params"][place]
     name = parameter_name(group, place, number)
@@ -170,7 +168,7 @@ def fitted(state: dict[str, Any], group: dict[str, Any], place: int, number: int
         result = _without_codes(result)
     dtype = compute_dtype(parameter)
     for key, value in result.items():
-        if key == "step" and value != {}:  # what a flattened checkpoint has for no state
+        if key == "step" and value != {}:  # {}: a flattened checkpoint without this state
             result[key] = int(value)
         elif key in shapes and key != LOW and isinstance(value, Tensor):
             result[key] = value.to(dtype)
@@ -183,7 +181,7 @@ def fitted(state: dict[str, Any], group: dict[str, Any], place: int, number: int
 
 
 def _shapes(parameter: Tensor, group: dict[str, Any]) -> dict[str, torch.Size]:
-    """The shapes of what a parameter's state may hold."""
+    """Return the shapes of the tensors that a parameter's state may have."""
     shape = real_view(parameter).shape
     shapes = dict.fromkeys((*_MOMENTS, LOW), shape)
     if group["layer"] is not None and len(shape) == 2:  # factors of the folded form
@@ -196,7 +194,7 @@ def _shapes(parameter: Tensor, group: dict[str, Any]) -> dict[str, torch.Size]:
 
 
 def _without_codes(state: dict[str, Any]) -> dict[str, Any]:
-    """A state with 8-bit moments as one with the numbers that they stand for."""
+    """Return a state with dequantised moments."""
     rest = {key: x for key, x in state.items() if not key.endswith(("_codes", "_scales"))}
     rows = slice(0, len(state["exp_avg_codes"]))
     return {**rest, **dict(zip(_MOMENTS, moments_of(state).load(rows), strict=True))}

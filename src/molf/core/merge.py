@@ -1,4 +1,4 @@
-"""From a PEFT model back to a plain one, with the error of the merge."""
+"""Merge of a PEFT model into a plain model, with the error of the merge."""
 
 from __future__ import annotations
 
@@ -21,18 +21,17 @@ _BASES = ("dequantised", "original")
 
 @dataclass
 class MergeReport:
-    """What a merge did to the model.
+    """Errors of a merge.
 
     Attributes:
-        layers: How many adapted layers were merged.
-        base: `"dequantised"` or `"original"`, what a quantised base was merged into; else None.
-        weight_error: Distance of the merged weights from `W + s B A` of the model that was trained,
-            computed in float32, relative in Frobenius norm: the rounding of what is stored and,
-            for `"original"`, what quantisation had taken. By base; a base that is not quantised
-            is called `"base"`.
+        layers: Number of merged layers.
+        base: Base that replaced a quantised one: `"dequantised"` or `"original"`; else None.
+        weight_error: Distance of the merged weights from `W + s B A` of the trained model, computed
+            in float32, relative in Frobenius norm: the rounding of the stored weights and, for
+            `"original"`, the error of the quantisation. By base; `"base"` if it is not quantised.
         logit_difference: Largest difference between the logits of the merged and the unmerged
             model on the sample, by base; empty without a sample.
-        largest_logit: The unmerged model's largest logit, by absolute value, as a scale.
+        largest_logit: Largest absolute logit of the unmerged model, as a scale.
     """
 
     layers: int
@@ -42,7 +41,7 @@ class MergeReport:
     largest_logit: float | None = None
 
     def __str__(self) -> str:
-        """One line for people."""
+        """Return one line for people."""
         into = f" into the {self.base} base" if self.base else ""
         text = f"Merged {self.layers} layers{into}."
         if self.logit_difference:
@@ -68,29 +67,28 @@ def merge(
 ) -> Any:
     """Merge a PEFT model's active adapters into its base and return the plain model.
 
-    Sums are formed in float32 (float64 for float64 weights) and rounded once to the dtype of the
+    Sums are computed in float32 (float64 for float64 weights) and rounded once to the dtype of the
     weight. Tied weights stay tied. The base model is changed in place and returned; a model without
-    an adapter comes back untouched. What was frozen stays frozen.
+    an adapter is returned unchanged. Frozen parameters stay frozen.
 
-    A quantised base gets real weights, and you say which: `"dequantised"` are the numbers that the
-    adapter was trained beside, `"original"` those of `original`, the unquantised model, without the
-    quantisation's error but not what the adapter has seen. Where `original` is given, the report
-    has the error of both.
+    A quantised base gets real weights: the dequantised numbers, beside which the adapter was
+    trained, or the weights of `original`, the unquantised model. With `original` the report has the
+    error of both.
 
     Args:
         model: A `PeftModel`, a transformers model with native adapters, or a plain model; wrappers
-            (DDP, compile) are taken off.
+            (DDP, compile) are removed.
         base: `"dequantised"` or `"original"` for a quantised base, else None.
-        original: The plain model that was quantised; its linear layers are only read.
-        sample: `input_ids` [batch, length], or a mapping of the model's inputs, on which the logits
-            before and after are compared.
-        report: Gets a `MergeReport` if there is a sample or the base is quantised.
+        original: The plain model before quantisation; it is not changed.
+        sample: `input_ids` [batch, length], or a mapping of the model's inputs, for a comparison of
+            the logits before and after.
+        report: Called with a `MergeReport` if there is a sample or the base is quantised.
 
     Raises:
-        ValueError: `base` is missing or does not apply, the adapter cannot be merged (it is not
-            finite, on a tied weight, or no plain LoRA on a quantised layer), or `original` does not
-            fit. Nothing has been changed then. Or a merged weight overflows float16, which shows
-            only when it is reached.
+        ValueError: `base` is missing or does not apply; the adapter cannot be merged (not finite,
+            on a tied weight, or not plain LoRA on a quantised layer); or `original` does not fit.
+            The model is unchanged then. Or a merged weight overflows float16; earlier layers are
+            merged then.
     """
     tuners = adapter_layers(model)
     if not tuners and not is_peft_model(model):
@@ -109,7 +107,7 @@ def merge(
     with (
         torch.no_grad(),
         full_precision([device]),
-    ):  # logits before and after by the same arithmetic
+    ):  # the same arithmetic for the logits before and after
         before = _logits(model, sample)
         if before is not None:
             made.largest_logit = before.abs().max().item()
@@ -135,7 +133,7 @@ def merge(
 
 
 def _plain_part(model: nn.Module) -> nn.Module:
-    """The base model inside wrappers and `PeftModel`, with its adapter layers still in place."""
+    """Return the base model inside wrappers and `PeftModel`, with its adapter layers."""
     inner = unwrapped(model)
     return inner.get_submodule("base_model.model") if is_peft_model(inner) else inner
 
@@ -148,24 +146,24 @@ def _check(
     base: str | None,
     original: nn.Module | None,
 ) -> None:
-    """Refuse what cannot be merged, before anything is changed.
+    """Refuse a merge that is not possible, before the model is changed.
 
     Raises:
-        ValueError: The first reason.
+        ValueError: With the first reason.
     """
     if not tuners:
         raise ValueError(
             "The model's PEFT adapter wraps no layer (prompt or prefix tuning): there is nothing "
-            "that could be merged."
+            "to merge."
         )
     if base not in (None, *_BASES):
         raise ValueError(f"Invalid base={base!r}. Must be one of {', '.join(_BASES)}, or None.")
     if quantised and base is None:
         kind = kind_of(next(iter(quantised.values())).weight)
         raise ValueError(
-            f"The base is quantised ({kind}). Say what to merge into: base='dequantised' (the "
-            "numbers that the adapter was trained beside), or base='original' with original=the "
-            "unquantised model."
+            f"The base is quantised ({kind}). Choose the weights to merge into: base='dequantised' "
+            "(the numbers that the adapter was trained beside), or base='original' with "
+            "original=the unquantised model."
         )
     for name, value in (("base", base), ("original", original)):
         if value is not None and not quantised:
@@ -192,7 +190,7 @@ def _check(
             kind = type(tuner.get_base_layer()).__name__
             raise ValueError(
                 f"Layer {name}: its base layer ({kind}) has no weight to merge into. PEFT's own "
-                "merge_and_unload may know it."
+                "merge_and_unload may support it."
             )
         weights.append((name, weight))
     check_not_tied(plain, weights, use="merged")
@@ -202,10 +200,10 @@ def _check(
 
 
 def _check_others(plain: nn.Module, quantised: dict[str, Any]) -> None:
-    """Refuse a model of which something would stay quantised.
+    """Refuse a model with quantised weights outside linear layers.
 
     Raises:
-        ValueError: A module that is no linear layer has a quantised weight.
+        ValueError: For the first such weight.
     """
     known = {parameter for module in quantised.values() for parameter in module.parameters()}
     for name, parameter in plain.named_parameters():
@@ -217,7 +215,7 @@ def _check_others(plain: nn.Module, quantised: dict[str, Any]) -> None:
 
 
 def _has_active(tuner: Any) -> bool:
-    """Return whether an active adapter is on this very layer."""
+    """Return whether this layer has an active adapter."""
     parts = [getattr(tuner, part, ()) for part in tuner.adapter_layer_names]
     return any(adapter in part for part in parts for adapter in tuner.active_adapters)
 
@@ -253,10 +251,10 @@ class _Error:
         self.distance = self.size = 0.0
 
     def add(self, stored: Tensor, exact: Tensor) -> None:
-        """Count one layer's weight.
+        """Add one layer's weight.
 
         Raises:
-            ValueError: It does not fit into its dtype.
+            ValueError: The weight overflows its dtype.
         """
         if not bool(stored.isfinite().all()):
             raise ValueError(
@@ -267,12 +265,12 @@ class _Error:
 
     @property
     def relative(self) -> float:
-        """The distance over the size."""
+        """Distance divided by size."""
         return (self.distance / self.size) ** 0.5 if self.size else 0.0
 
 
 def _merge_real(tuners: list[Any]) -> _Error:
-    """Let PEFT merge layers with real weights, each in float32 for the while."""
+    """Merge layers with real weights by PEFT, each temporarily in float32."""
     error = _Error()
     for tuner in tuners:
         parameters = [p for p in tuner.parameters() if p.is_floating_point()]
@@ -290,7 +288,7 @@ def _merge_real(tuners: list[Any]) -> _Error:
 
 
 def _unload(plain: Any) -> None:
-    """Put the base layers back in the place of PEFT's."""
+    """Replace PEFT's layers by the base layers."""
     while tuners := adapter_layers(plain):  # an adapter may be inside a module that is saved whole
         for name, tuner in tuners.items():
             plain.set_submodule(name, tuner.get_base_layer())
@@ -312,7 +310,7 @@ def _unload(plain: Any) -> None:
 
 
 def _keep_ties_honest(plain: Any) -> None:
-    """A head that training has untied must not be tied again by whoever loads the model."""
+    """Set `tie_word_embeddings=False` if training made tied embeddings differ."""
     config: Any = getattr(plain, "config", None)
     if not getattr(config, "tie_word_embeddings", False):
         return
@@ -337,15 +335,15 @@ def _install(
     tuner: Any | None,
     error: _Error,
 ) -> None:
-    """Put a layer with real weights, its adapter merged, in the place of a quantised one.
+    """Replace a quantised layer by one with real weights and the merged adapter.
 
     Args:
         plain: The model.
-        name: The layer's name in it.
+        name: Name of the layer.
         module: The quantised layer.
-        source: The layer with the original weight; None for the dequantised one.
+        source: The layer with the original weight; None: dequantise.
         tuner: PEFT's layer with the adapter, if there is one.
-        error: Counts what is stored against what was trained.
+        error: Sums the difference between stored and trained weights.
     """
     trained = dequantised(module)
     update = _update(tuner, trained) if tuner is not None else torch.zeros_like(trained)
@@ -358,7 +356,7 @@ def _install(
 
 
 def _update(tuner: Any, like: Tensor) -> Tensor:
-    """`s B A` of the active adapters of a plain LoRA layer, [out, in], in `like`'s dtype."""
+    """Return `s B A` of the active adapters of a plain LoRA layer, [out, in], as `like`."""
     total = torch.zeros_like(like)
     for adapter in tuner.active_adapters:
         if adapter in tuner.lora_A:
@@ -368,8 +366,8 @@ def _update(tuner: Any, like: Tensor) -> Tensor:
 
 
 def _logits(model: nn.Module, sample: Tensor | Mapping[str, Any] | None) -> Tensor | None:
-    """Logits on the sample, float32 or better, on the CPU; without dropout."""
-    # Of 4-bit layers the product that training uses: on CPUs, eval mode has a coarser one.
+    """Return the logits on the sample, in float32 or float64, on the CPU; without dropout."""
+    # 4-bit layers stay in training mode: on CPUs, their product in eval mode is less precise.
     if sample is None:
         return None
     device = next(model.parameters()).device

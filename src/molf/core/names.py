@@ -1,10 +1,10 @@
-"""The words that options take; without torch, so that the command line is fast."""
+"""Allowed words of options. Does not import torch: the command line imports it at start."""
 
 ROUNDINGS = ("exact", "stochastic", "nearest")
-"""How bfloat16 weights are written."""
+"""Roundings of bfloat16 weights."""
 
 STATE_DTYPES = ("float32", "8bit")
-"""How moments are kept."""
+"""Storage of moments."""
 
 KERNELS = ("eager", "triton")
-"""Who computes the optimizer's step."""
+"""Executors of the optimizer's step."""

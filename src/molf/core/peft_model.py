@@ -1,4 +1,4 @@
-"""Ordinary PEFT adapters that hold the LoRA experts: their configuration, and models with one."""
+"""PEFT adapters for the LoRA experts: configuration, and models with such an adapter."""
 
 from __future__ import annotations
 
@@ -26,21 +26,21 @@ from molf.core.places import linear_places
 from molf.core.quantised import is_quantised, keep_differentiable
 from molf.core.weights import check_adaptable_weight, sides_of
 
-_FOR_TOKENS = ("TOKEN_CLS", "QUESTION_ANS")  # whose heads PEFT would both adapt and train
+_FOR_TOKENS = ("TOKEN_CLS", "QUESTION_ANS")  # PEFT would both adapt and train their heads
 
 
 def peft_config(config: MoLFConfig, **options: Any) -> Any:
-    """Return the `peft.LoraConfig` of one adapter that holds all LoRA experts of `config`.
+    """Return the `peft.LoraConfig` of one adapter for all LoRA experts of `config`.
 
     Its rank is the sum of the experts' ranks and its scaling 1, so the columns of B hold `s_i B_i`.
-    PEFT draws A itself (seed the process before `get_peft_model`); `with_adapter` draws it from
+    PEFT draws A (seed the process before `get_peft_model`); `with_adapter` draws it from
     `config.seed`.
 
     Args:
-        config: The method's settings.
-        **options: Further keywords of `LoraConfig` (`task_type`, `modules_to_save`, ...); not those
-            that `config` decides. A model with another head than a language model's needs its
-            `task_type`, so that PEFT leaves the head out.
+        config: Settings of the method.
+        **options: Further keywords of `LoraConfig` (`task_type`, `modules_to_save`, ...), except
+            those that `config` sets. For a head other than a language model's give `task_type`, so
+            that PEFT excludes the head.
     """
     from peft import LoraConfig
 
@@ -48,7 +48,7 @@ def peft_config(config: MoLFConfig, **options: Any) -> Any:
     is_default = config.exclude_modules == MoLFConfig.exclude_modules
     excluded: Any = config.exclude_modules
     if targets == "all-linear" and is_default:
-        # PEFT leaves out other heads by itself, and warns of exclusions that exclude nothing.
+        # PEFT excludes other heads itself, and warns of exclusions that match nothing.
         excluded = TASK_HEADS if options.get("task_type") in _FOR_TOKENS else ()
     chosen = {
         "target_modules": targets if isinstance(targets, str) else list(targets),
@@ -70,29 +70,27 @@ _FACTOR_PARTS = ("lora_", "modules_to_save", "token_adapter", "original_module")
 def with_adapter(
     model: nn.Module, config: MoLFConfig | None = None, *, adapter_name: str = "default"
 ) -> Any:
-    """Give a model the adapter that holds `config`'s LoRA experts, and freeze what `config` says.
+    """Add an adapter for `config`'s LoRA experts to a model; set `requires_grad` as configured.
 
-    A plain model is wrapped by `peft.get_peft_model`; A starts as in the folded form, a function of
-    (seed, layer name, expert), B at zero. With `freeze_base=False` the base weights of the adapted
-    layers stay trainable (the explicit form). Of what is not routed, `freeze_rest` freezes all, and
-    otherwise each parameter stays as trainable as it was. A model that has a LoRA adapter already
-    keeps it as it is: only what is trainable changes, and frozen parameters of the base are
-    made trainable where `config` trains them.
+    A plain model is wrapped by `peft.get_peft_model`. A is drawn from (seed, layer name, expert) as
+    in the folded form; B is zero. With `freeze_base=False` the base weights of the adapted layers
+    are trained (explicit form). `freeze_rest` freezes all parameters that are not routed; otherwise
+    their `requires_grad` stays. A model with a LoRA adapter keeps it; only `requires_grad` is set.
 
-    PEFT saves adapters alone. What is trained besides (the base of the explicit form, norms and
-    embeddings with `freeze_rest=False`) is in `model.state_dict()` and in `molf.merge(model)`.
+    PEFT saves only the adapter. Other trained parameters (base weights of the explicit form; norms
+    and embeddings with `freeze_rest=False`) are in `model.state_dict()` and `molf.merge(model)`.
 
     Args:
         model: A plain model, or a PEFT LoRA model.
-        config: What is routed and how; `MoLFConfig()` if not given.
+        config: Settings of the method; default `MoLFConfig()`.
         adapter_name: Name of the new adapter.
 
     Returns:
-        A `peft.PeftModel`; the base model in it is `model`, changed in place.
+        A `peft.PeftModel`; its base model is `model`, changed in place.
 
     Raises:
-        ValueError: No layer can be adapted (see `find_layers`), PEFT cannot adapt one (the model is
-            then as it was), or an adapter of the model does not fit (see `find_adapted`).
+        ValueError: No layer can be adapted (`find_layers`); PEFT does not support one (the model is
+            unchanged then); or the model's adapter does not fit (`find_adapted`).
     """
     config = MoLFConfig() if config is None else config
     keep_differentiable(model)
@@ -122,7 +120,7 @@ def with_adapter(
 
 
 def _warn_of_frozen_head(model: nn.Module, trainable: set[nn.Parameter]) -> None:
-    """A task's head has often just been drawn; that of a language model never."""
+    """Warn of a frozen task head, which is often newly initialised."""
     head, clean = head_name(model), cleaner(model)
     if head is None or head.rpartition(".")[2] not in TASK_HEADS:
         return
@@ -131,15 +129,15 @@ def _warn_of_frozen_head(model: nn.Module, trainable: set[nn.Parameter]) -> None
         for name, parameter in model.named_parameters()
     ):
         warnings.warn(
-            f"The head {head} is no part of the adapter, and freeze_base=True freezes it. "
-            "freeze_rest=False trains it with plain AdamW steps; freeze_rest=True says that this "
-            "is meant.",
+            f"The head {head} is no part of the adapter, and freeze_base=True freezes it. Set "
+            "freeze_rest=False to train it with plain AdamW, or freeze_rest=True to freeze it "
+            "without this warning.",
             stacklevel=3,
         )
 
 
 def _names(model: nn.Module, config: MoLFConfig) -> list[str]:
-    """Names of the layers to adapt: what is routed; with freeze_base what was frozen, too."""
+    """Return the names of the layers to adapt; with `freeze_base` also frozen ones."""
     if not config.freeze_base:
         return [layer.name for layer in trainable_layers(model, config, in_adapter=True)]
     linears = matching_linears(model, config)
@@ -151,7 +149,7 @@ def _names(model: nn.Module, config: MoLFConfig) -> list[str]:
 
 
 def _adapt(model: nn.Module, names: list[str], config: MoLFConfig, adapter_name: str) -> Any:
-    """Wrap the model by PEFT; if PEFT cannot, put its layers back and say why in one line."""
+    """Wrap the model by PEFT; on an error restore its layers and raise one line."""
     from peft import get_peft_model
 
     clean = cleaner(model)
@@ -164,13 +162,14 @@ def _adapt(model: nn.Module, names: list[str], config: MoLFConfig, adapter_name:
         config,
         target_modules=_exactly(names, (place.name for place in linear_places(model))),
         exclude_modules=None,
-        # What makes PEFT's class for causal language models, which has `generate`.
+        # With this task type PEFT uses its class with `generate`.
         task_type="CAUSAL_LM" if hasattr(model, "prepare_inputs_for_generation") else None,
     )
     had_config = hasattr(model, "peft_config")
     before = {parameter: parameter.requires_grad for parameter in model.parameters()}
     try:
-        with torch.random.fork_rng(devices=[]):  # PEFT draws an A of its own
+        # PEFT draws A too; the process's generator must not change.
+        with torch.random.fork_rng(devices=[]):
             return get_peft_model(model, settings, adapter_name=adapter_name)
     except (ValueError, TypeError, NotImplementedError) as error:
         for parent, attribute, module in originals:
@@ -182,13 +181,13 @@ def _adapt(model: nn.Module, names: list[str], config: MoLFConfig, adapter_name:
         kinds = dict.fromkeys(type(module).__name__ for _, _, module in originals)
         reason = " ".join(str(error).split())
         raise ValueError(
-            f"PEFT cannot adapt the layers ({', '.join(kinds)}); put those it does not know into "
+            f"PEFT cannot adapt the layers ({', '.join(kinds)}); put unsupported ones into "
             f"exclude_modules. PEFT says: {reason[:300]}"
         ) from error
 
 
 def _exactly(names: list[str], linears: Iterable[str]) -> list[str] | str:
-    """What PEFT matches with these modules and no other: names, else a regular expression."""
+    """Return a PEFT pattern that matches these modules only: names, or a regular expression."""
     others = set(linears) - set(names)
     if any(other.endswith(f".{name}") for other in others for name in names):
         return "|".join(map(re.escape, names))
@@ -196,12 +195,12 @@ def _exactly(names: list[str], linears: Iterable[str]) -> list[str] | str:
 
 
 def _set_trainable(model: nn.Module, rest: set[nn.Parameter], config: MoLFConfig) -> None:
-    """Set `requires_grad` of the base as `config` says; the adapters' is PEFT's matter.
+    """Set `requires_grad` of the base; PEFT sets that of the adapters.
 
     Args:
         model: A PEFT LoRA model.
-        rest: What outside the routed layers is trained unless `config` freezes it.
-        config: The method's settings.
+        rest: Parameters outside the routed layers that are trained unless `config` freezes them.
+        config: Settings of the method.
     """
     tuners = adapter_layers(model).values()
     weights = {p for t in tuners for n, p in t.named_parameters() if n == "base_layer.weight"}

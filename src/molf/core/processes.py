@@ -1,4 +1,4 @@
-"""What several processes that train one model (DDP) rule out."""
+"""Checks of options that do not support several processes (DDP)."""
 
 from __future__ import annotations
 
@@ -16,13 +16,12 @@ def check_processes(
     optimizer_in_backward: bool,
     grad_accumulation_dtype: str | None,
 ) -> None:
-    """Refuse options that several processes cannot have.
-
-    They may be started after the optimizer is built, so every step asks again.
+    """Refuse options that do not support several processes.
 
     Raises:
         ValueError: With what to change.
     """
+    # Every step calls this: the process group may be created after the optimizer.
     count = _world_size()
     if count < 2:
         return

@@ -16,12 +16,12 @@ _TORCHAO = {"Int8WeightOnlyConfig": "int8"}  # float8 takes no input of another 
 
 @dataclass(frozen=True)
 class Quantisation:
-    """How the weights of a transformers model are quantised.
+    """Quantisation of a transformers model.
 
     Attributes:
-        method: As `quant_method` of its configuration has it: "bitsandbytes", "gptq", "fp8", ...
-        kind: What of that method: "4-bit", "8-bit", "int8"; empty where the method says it all.
-        is_adaptable: Whether PEFT trains an adapter beside such weights that `merge` merges.
+        method: `quant_method` of its configuration: "bitsandbytes", "gptq", "fp8", ...
+        kind: Variant of the method: "4-bit", "8-bit", "int8"; empty without variants.
+        is_adaptable: Whether PEFT trains an adapter beside such weights and `merge` merges it.
     """
 
     method: str
@@ -29,21 +29,18 @@ class Quantisation:
     is_adaptable: bool = False
 
     def __str__(self) -> str:
-        """For messages: "bitsandbytes 4-bit", "gptq"."""
+        """Return a name for messages: "bitsandbytes 4-bit", "gptq"."""
         return f"{self.method} {self.kind}".strip()
 
     @property
     def bits(self) -> int | None:
-        """Bits of a number that an adapter can be trained beside."""
+        """Bits of a weight, for adaptable kinds."""
         known = {"4-bit": 4, "8-bit": 8, **dict.fromkeys(_TORCHAO.values(), 8)}
         return known.get(self.kind)
 
 
 def quantisation_of(config: Any) -> Quantisation | None:
-    """Read from a model's configuration how its weights are quantised; None if they are not.
-
-    Of a loaded model it is what was loaded, of a checkpoint what is stored. Nothing is imported.
-    """
+    """Return the quantisation in a model's configuration; None if it is not quantised."""
     configs = [config]
     if callable(getattr(config, "get_text_config", None)):
         configs.append(config.get_text_config())
@@ -64,7 +61,7 @@ def quantisation_of(config: Any) -> Quantisation | None:
 
 
 def _torchao_type(quant_type: Any) -> str:
-    """The name of torchao's own configuration in that of transformers, as object or as stored."""
+    """Return the name of torchao's configuration in a transformers configuration."""
     if isinstance(quant_type, Mapping):
         quant_type = quant_type.get("default", quant_type)
     if isinstance(quant_type, Mapping):
@@ -73,12 +70,9 @@ def _torchao_type(quant_type: Any) -> str:
 
 
 def is_quantised(weight: Tensor) -> bool:
-    """Return whether a weight holds a quantised matrix and not its numbers.
-
-    By class where there is one: bitsandbytes may store four-bit numbers in a floating-point dtype,
-    and torchao's tensors show the dtype that they stand for. Floating-point numbers of eight bits
-    and fewer have scales beside them.
-    """
+    """Return whether a weight is quantised."""
+    # By class first: bitsandbytes may store 4-bit codes in a floating-point dtype, and torchao's
+    # tensors report the dequantised dtype. Floating-point dtypes of 8 bits or fewer need scales.
     return (
         type(weight).__name__ in _BITSANDBYTES
         or _is_torchao(weight)
@@ -88,23 +82,23 @@ def is_quantised(weight: Tensor) -> bool:
 
 
 def kind_of(weight: Tensor) -> str:
-    """What a quantised weight is, for messages: "bitsandbytes 4-bit", "torchao ...", a dtype."""
+    """Return the kind of a quantised weight, for messages: "bitsandbytes 4-bit", a dtype."""
     if type(weight).__name__ in _BITSANDBYTES:
         return f"bitsandbytes {_BITSANDBYTES[type(weight).__name__]}"
     return f"torchao {type(weight).__name__}" if _is_torchao(weight) else str(weight.dtype)
 
 
 def is_repacked(weight: Any) -> bool:
-    """Return whether bitsandbytes keeps a 4-bit weight in the layout of its inference on CPUs.
+    """Return whether bitsandbytes has re-packed a 4-bit weight for inference on CPUs.
 
-    A forward pass in eval mode brings it into that layout, where `dequantize_4bit` reads other
-    numbers and products have no gradient.
+    On CPUs with AVX512-BF16 the first forward pass in eval mode does this. It rounds scales to
+    bf16; afterwards `dequantize_4bit` returns wrong numbers and products have no gradient.
     """
     return getattr(getattr(weight, "quant_state", None), "packing_format_for_cpu", False)
 
 
 def keep_differentiable(model: nn.Module) -> None:
-    """Keep 4-bit layers out of that layout, so that evaluation may come between training steps."""
+    """Disable the re-packing of 4-bit layers, so that training can go on after an evaluation."""
     module: Any
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
@@ -116,14 +110,14 @@ def _is_torchao(weight: Tensor) -> bool:
 
 
 def require(library: str, purpose: str) -> None:
-    """Make sure that an optional library is installed.
+    """Check that an optional library is installed.
 
     Args:
-        library: `"bitsandbytes"` or `"torchao"`; molf has an extra of the same name.
-        purpose: What needs it, the subject of the message.
+        library: `"bitsandbytes"` or `"torchao"`; also the name of the extra.
+        purpose: Subject of the message.
 
     Raises:
-        ValueError: It is not; the message names the extra.
+        ValueError: It is not installed; the message names the extra.
     """
     if find_spec(library) is None:
         raise ValueError(
@@ -132,22 +126,22 @@ def require(library: str, purpose: str) -> None:
 
 
 def dequantised(module: Any) -> Tensor:
-    """Return the numbers that a quantised linear layer stands for, [out, in], float32 or better.
+    """Return the dequantised weight of a linear layer, [out, in], float32 or float64.
 
     Raises:
-        ValueError: The library that can tell is not installed, or cannot.
+        ValueError: The library is not installed, or does not support the weight.
     """
     weight = module.weight
     if type(weight).__name__ in _BITSANDBYTES:
         require("bitsandbytes", "A base quantised by bitsandbytes")
     elif _is_torchao(weight):
         require("torchao", "A base quantised by torchao")
-    else:  # PEFT would take the stored numbers for real ones
+    else:  # PEFT would return the stored codes as weights
         raise ValueError(
             f"Cannot dequantise {kind_of(weight)} weights: only those of bitsandbytes and torchao."
         )
     if is_repacked(weight):
-        module.state_dict()  # bitsandbytes undoes the layout of inference when it saves
+        module.state_dict()  # bitsandbytes undoes the re-packing on save
     try:
         numbers = _numbers(module).detach()
     except (NotImplementedError, TypeError, ValueError) as error:
@@ -157,7 +151,8 @@ def dequantised(module: Any) -> Tensor:
 
 
 def _numbers(module: Any) -> Tensor:
-    """What the weight stands for, in float32: both libraries round it to the dtype it came from."""
+    """Return the dequantised weight in float32."""
+    # float32 is set explicitly: by default both libraries round to the dtype before quantisation.
     weight = module.weight
     if _is_torchao(weight):
         numbers: Tensor = weight.dequantize(output_dtype=torch.float32)
@@ -175,16 +170,16 @@ def _numbers(module: Any) -> Tensor:
 
 
 def real_layer(module: Any, source: Any | None, dtype: torch.dtype) -> Any:
-    """Make a layer that can take the place of a quantised one in an unquantised model.
+    """Return an unquantised layer that replaces a quantised one.
 
     Args:
-        module: The quantised linear layer. Its bias is kept, in the dtype of the weight:
-            bitsandbytes may have brought it to the one that it computes in.
-        source: The layer of the unquantised model, whose weight is copied; or None.
-        dtype: Of the weight where there is no `source`.
+        module: The quantised linear layer. Its bias is kept, in the dtype of the weight
+            (bitsandbytes may have converted it to its compute dtype).
+        source: Layer of the unquantised model whose weight is copied, or None.
+        dtype: Dtype of the weight without `source`.
 
     Returns:
-        An `nn.Linear`, or a transposed `Conv1D` where the unquantised model has one.
+        An `nn.Linear`, or a transposed `Conv1D` if the unquantised model has one.
     """
     device = module.weight.device
     kind = type(source) if source is not None else getattr(module, "source_cls", None)
@@ -205,7 +200,7 @@ def real_layer(module: Any, source: Any | None, dtype: torch.dtype) -> Any:
 
 
 def drop_quantisation(model: Any) -> None:
-    """Make a transformers model forget that it was quantised, once its weights are real."""
+    """Remove the quantisation from a transformers model whose weights are real."""
     config: Any = getattr(model, "config", None)
     if config is not None:
         drop_from_config(config)
@@ -213,7 +208,7 @@ def drop_quantisation(model: Any) -> None:
         model.__dict__.pop(name, None)
     if hasattr(model, "is_quantized"):
         model.is_quantized = False
-    # How it was loaded is how transformers would save it, packing included.
+    # transformers reverses these conversions when it saves; unpacking cannot be reversed.
     conversions = getattr(model, "_weight_conversions", None)
     if conversions:
         model._weight_conversions = [entry for entry in conversions if _is_reversible(entry)]
@@ -230,7 +225,7 @@ def drop_from_config(config: Any) -> None:
 
 
 def _is_reversible(conversion: Any) -> bool:
-    """Return whether a step of loading is one of layout; unpacking cannot be reversed."""
+    """Return whether a conversion of loading can be reversed."""
     try:
         conversion.reverse_transform()
     except (NotImplementedError, ValueError):

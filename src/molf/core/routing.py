@@ -1,4 +1,4 @@
-"""From scores to winners: which experts of a layer take this step's update."""
+"""Choice of the winning experts of a layer from their scores."""
 
 from __future__ import annotations
 
@@ -8,12 +8,11 @@ from typing import NamedTuple
 
 
 class Decision(NamedTuple):
-    """What one layer decided in one step.
+    """Winners and scores of one layer in one step.
 
     Attributes:
-        winners: Names of the experts that took the update, in expert order.
-        scores: Score of every expert of the layer. With a control score these are the EPD scores,
-            which the control did not follow.
+        winners: Names of the updated experts, in expert order.
+        scores: Score of every expert. With a control these are the EPD scores, which it ignores.
     """
 
     winners: tuple[str, ...]
@@ -32,24 +31,23 @@ def select_winners(
 ) -> tuple[int, ...]:
     """Return the indices of the winning experts of one layer, ascending.
 
-    The highest scores win; among equals the lowest index does. The controls look at less: `"full"`
-    at nothing, `"lora"` at the LoRA experts alone, and `"random"` draws `top_k` experts with a
-    generator that depends on (seed, layer, step) only, so that a resumed or differently sharded run
-    draws the same.
+    The highest scores win; ties go to the lowest index. Controls: `"full"` returns expert 0,
+    `"lora"` the best LoRA experts, `"random"` draws `top_k` experts from (seed, layer, step).
 
     Args:
         scores: One score per expert, in expert order.
-        score: The kind of score, see `MoLFConfig.score`.
-        top_k: How many experts win.
+        score: `MoLFConfig.score`.
+        top_k: Number of winners.
         has_full: Whether expert 0 is `full`.
-        layer: The layer's name.
-        step: The layer's step counter before this step.
+        layer: Name of the layer.
+        step: Step counter of the layer before this step.
         seed: `MoLFConfig.seed`.
     """
     experts = range(len(scores))
     if score == "full":
         return (0,)
     if score == "random":
+        # From nothing else, so that a resumed or differently sharded run draws the same.
         drawn = random.Random(f"{seed}/{layer}/{step}").sample(experts, top_k)
         return tuple(sorted(drawn))
     eligible = experts[1:] if score == "lora" and has_full else experts

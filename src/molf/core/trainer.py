@@ -1,4 +1,4 @@
-"""The way into Hugging Face's Trainer and TRL: a factory for their documented optimizer slot."""
+"""Optimizer factory for the `optimizer_cls_and_kwargs` slot of Hugging Face's Trainer and TRL."""
 
 from __future__ import annotations
 
@@ -11,11 +11,10 @@ from molf.core.optimizer import MoLFAdamW
 
 
 class MoLFFactory:
-    """Builds the optimizer once the trainer knows the model.
+    """Builds the optimizer from the trainer's model."""
 
-    The Trainer calls `factory()(model, **kwargs)` for anything in the slot that is not an optimizer
-    class; unlike a class, a factory sees module names.
-    """
+    # The Trainer calls `factory()(model, **kwargs)` if the slot holds no optimizer class. A class
+    # would get parameters without module names.
 
     def __call__(self, model: nn.Module, **kwargs: Any) -> MoLFAdamW:
         """Return `MoLFAdamW.from_model(model, **kwargs)`."""
@@ -25,14 +24,14 @@ class MoLFFactory:
 def trainer_optimizer(
     config: MoLFConfig | None = None, *, lr: float, **kwargs: Any
 ) -> tuple[type[MoLFFactory], dict[str, Any]]:
-    """Return what `Trainer(..., optimizer_cls_and_kwargs=...)` takes.
+    """Return the value for `Trainer(..., optimizer_cls_and_kwargs=...)`.
 
-    The Trainer hands a factory the model and these keywords, and nothing else: `learning_rate`,
-    `weight_decay` and the Adam options of its own arguments are not read. Its schedule applies.
+    The Trainer's own `learning_rate`, `weight_decay` and Adam options are ignored. Its schedule is
+    applied.
 
     Args:
-        config: The method's settings.
-        lr: Learning rate; what the Trainer's arguments say does not matter.
+        config: Settings of the method; default `MoLFConfig()`.
+        lr: Learning rate; the Trainer's is ignored.
         **kwargs: Further keywords of `MoLFAdamW.from_model` (`lora_lr`, `weight_decay`, ...).
 
     Example:

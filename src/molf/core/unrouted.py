@@ -1,4 +1,4 @@
-"""What share of a model's parameters is not routed, by kind of module and by name."""
+"""Parameters of a model that are not routed, by kind of module and by name."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from molf.core.module_names import cleaner
 from molf.core.places import linear_places
 from molf.core.warn import warn
 
-_SMALLEST_SHARE = 0.01  # of the parameters: kinds below it are counted, and not warned of
+_SMALLEST_SHARE = 0.01  # of the parameters; kinds below it are counted without a warning
 _TABLES = (nn.Embedding, nn.EmbeddingBag)
 _TABLE = re.compile(r"embed|position|token|(^|[._])pos([._]|$)", re.IGNORECASE)
 _EXPERTS = re.compile(r"expert|moe|mixture", re.IGNORECASE)
-# Classes of torch that say what their parameters are, whatever these are called.
+# Classes of torch whose parameters are matrices, whatever their names.
 _MATRICES = (nn.RNNBase, nn.RNNCellBase, nn.Bilinear)
 _OF_TORCH = (*_MATRICES, nn.modules.conv._ConvNd)
 
@@ -30,14 +30,13 @@ class Unrouted:
     """Parameters of one kind that no layer routes.
 
     Attributes:
-        kind: Class of the modules that hold them: `"LSTM"`, `"Embedding"`, `"LayerNorm"`.
-        names: Their names in the model.
-        parameters: How many numbers they are.
-        trained: How many of the tensors take plain AdamW steps; the others are frozen.
-        is_matrix: Whether they multiply as a linear layer does (recurrent weights, convolutions,
-            fused experts, a module's own matrices), not embeddings, norms, biases, a head or linear
-            layers that the configuration leaves out.
-        is_fused: Whether they are 3-D weights of a mixture's experts.
+        kind: Class of their modules: `"LSTM"`, `"Embedding"`, `"LayerNorm"`.
+        names: Names in the model.
+        parameters: Number of elements.
+        trained: Number of tensors that are trained by plain AdamW; the others are frozen.
+        is_matrix: True for recurrent weights, convolutions, fused experts and other matrices. False
+            for embeddings, norms, biases, a head and excluded linear layers.
+        is_fused: True for 3-D weights of a mixture's experts.
     """
 
     kind: str
@@ -50,13 +49,13 @@ class Unrouted:
 
 @dataclass(frozen=True)
 class Coverage:
-    """What an optimizer routes of a model; `print` shows it as a table.
+    """Share of a model that is routed; `print` shows a table.
 
     Attributes:
-        layers: How many layers are routed.
-        routed: Numbers in their weights and biases; in the adapter form in the adapted weights.
-        parameters: Numbers in the model, without adapters.
-        unrouted: The others by kind, the largest first.
+        layers: Number of routed layers.
+        routed: Elements of their weights and biases; in the adapter form of the adapted weights.
+        parameters: Elements of the model, without adapters.
+        unrouted: Other parameters by kind, largest first.
     """
 
     layers: int
@@ -66,11 +65,11 @@ class Coverage:
 
     @property
     def share(self) -> float:
-        """The share of the parameters that is routed."""
+        """Routed share of the parameters."""
         return self.routed / self.parameters
 
     def __str__(self) -> str:
-        """One line per kind."""
+        """Return one line per kind."""
         lines = [
             f"{self.share:6.1%} of {self.parameters:,} parameters are routed, in {self.layers} "
             "layers; not routed are:"
@@ -94,21 +93,21 @@ def coverage_of(
     uses_adapter: bool = False,
     adapted: Collection[str] = (),
 ) -> Coverage:
-    """Count what is routed and what is not.
+    """Count routed and other parameters.
 
     Args:
         model: The model, plain or with an adapter.
         routed: Weights and biases of routed layers.
-        layers: How many layers are routed.
-        trains_rest: Whether what is not routed is trained where it has `requires_grad`.
-        uses_adapter: Whether only layers can be routed that the model calls.
-        adapted: Names of adapted layers, whose weights count as routed.
+        layers: Number of routed layers.
+        trains_rest: Whether parameters that are not routed are trained if they require gradients.
+        uses_adapter: Whether the adapter form is used, which routes only layers that are called.
+        adapted: Names of adapted layers; their weights count as routed.
     """
     taken, kinds = set(routed), dict[tuple[str, bool, bool], list[_Own]]()
     total = counted = 0
     for own in _own_parameters(model, uses_adapter=uses_adapter):
         total += own.parameter.numel()
-        # By name: PEFT makes new parameters of attention whenever modules are listed.
+        # By name: PEFT creates new parameters of attention each time modules are listed.
         if own.parameter in taken or (own.owner in adapted and own.parameter.dim() == 2):
             counted += own.parameter.numel()
         else:
@@ -129,14 +128,14 @@ def coverage_of(
 
 
 def warn_of_unrouted(coverage: Coverage, *, in_adapter: bool = False) -> None:
-    """Warn of matrices that could be expected to be routed and cannot be.
+    """Warn of matrices that cannot be routed.
 
     Args:
-        coverage: Of the model.
-        in_adapter: Whether one adapter is trained, which nothing routes.
+        coverage: Coverage of the model.
+        in_adapter: Whether a plain adapter is trained (no routing).
 
     Warns:
-        UserWarning: With kind, share and first name of each kind from one percent on.
+        UserWarning: With kind, share and first name of each kind of at least 1% of the parameters.
     """
     named = [
         one
@@ -166,7 +165,7 @@ def warn_of_unrouted(coverage: Coverage, *, in_adapter: bool = False) -> None:
 
 
 class _Own(NamedTuple):
-    """A parameter of the model, and what it is."""
+    """A parameter of the model and its kind."""
 
     name: str
     owner: str
@@ -177,7 +176,7 @@ class _Own(NamedTuple):
 
 
 def _own_parameters(model: nn.Module, *, uses_adapter: bool) -> Iterator[_Own]:
-    """Every parameter once, but those of adapters."""
+    """Yield every parameter once, without those of adapters."""
     clean, head = cleaner(model), head_name(model)
     places = {place.weight: place for place in linear_places(model)}
     modules = dict(model.named_modules())
@@ -188,7 +187,7 @@ def _own_parameters(model: nn.Module, *, uses_adapter: bool) -> Iterator[_Own]:
             if parameter is None or parameter in seen or _is_adapters(raw, key, tuners):
                 continue
             seen.add(parameter)
-            # A parametrization's tensors are kept below the module whose weight it computes.
+            # Tensors of a parametrization are children of the module whose weight it computes.
             owner_name = re.sub(r"(^|\.)parametrizations\.\w+$", "", raw)
             owner = modules[owner_name]
             name = clean(".".join(filter(None, (raw, key))))
@@ -197,7 +196,7 @@ def _own_parameters(model: nn.Module, *, uses_adapter: bool) -> Iterator[_Own]:
             if place is not None and place.is_bypassed:
                 kind = nn.MultiheadAttention.__name__
             words = ".".join((name, type(owner).__name__, _parent_class(owner_name, modules)))
-            # A linear layer that nothing routes is left out by the configuration, or frozen.
+            # A linear layer that is not routed is excluded by the configuration, or frozen.
             is_matrix = (
                 uses_adapter and place.is_bypassed
                 if place
@@ -211,7 +210,7 @@ def _own_parameters(model: nn.Module, *, uses_adapter: bool) -> Iterator[_Own]:
 
 
 def _is_adapters(raw: str, key: str, tuners: Collection[str]) -> bool:
-    """Return whether a parameter belongs to an adapter, not to the model beside it."""
+    """Return whether a parameter belongs to an adapter."""
     inside = [name for name in tuners if raw == name or raw.startswith(f"{name}.")]
     return any(not raw.startswith(f"{name}.base_layer") for name in inside)
 
@@ -221,7 +220,7 @@ def _parent_class(name: str, modules: dict[str, nn.Module]) -> str:
 
 
 def _multiplies(owner: nn.Module, key: str, words: str, parameter: torch.Tensor) -> bool:
-    """Return whether a parameter that is not routed is a matrix that one could expect to be."""
+    """Return whether a parameter is a matrix other than an embedding or a norm."""
     if is_vector(key, parameter):
         return False
     if isinstance(owner, _MATRICES):

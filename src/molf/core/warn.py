@@ -1,4 +1,4 @@
-"""Warnings that name the line of the caller, through however many frames of ours and torch's."""
+"""Warnings with the line of the caller outside this package and torch."""
 
 from __future__ import annotations
 
@@ -15,10 +15,8 @@ _INNER = tuple(f"{Path(file).parent}{os.sep}" for file in (molf.__file__, torch.
 
 
 def warn(message: str) -> None:
-    """Warn, as of the innermost line that is neither this package's nor torch's.
-
-    How many frames lie between is not fixed: schedulers, profiling hooks and compilers wrap `step`.
-    """
+    """Warn with the innermost line outside this package and torch."""
+    # The number of frames varies: schedulers, profiling hooks and compilers wrap `step`.
     level = 2
     frame = sys._getframe(1)
     while frame.f_back is not None and frame.f_code.co_filename.startswith(_INNER):

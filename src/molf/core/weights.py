@@ -1,4 +1,4 @@
-"""Which tensors can be the weight of a routed layer, and the sentence for each that cannot."""
+"""Checks of the weights of routed layers."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from molf.core.quantised import is_quantised, kind_of
 
 
 def check_real_weight(name: str, weight: torch.Tensor) -> None:
-    """Refuse a weight that holds something other than real numbers where `full` needs them.
+    """Refuse a weight that the `full` expert cannot train: lazy, quantised, complex or sparse.
 
-    A frozen weight of another kind than a quantised one is no layer's business: it is not trained.
+    A frozen complex or sparse weight passes: it is not trained.
 
     Raises:
-        ValueError: With the layer's name and with what to do instead.
+        ValueError: With the layer's name and a remedy.
     """
     _check_not_lazy(name, weight)
     if is_quantised(weight):
@@ -37,19 +37,19 @@ def check_real_weight(name: str, weight: torch.Tensor) -> None:
 
 
 def check_adaptable_weight(name: str, weight: torch.Tensor, sides: tuple[Any, Any]) -> None:
-    """Refuse a frozen weight beside which no adapter of real numbers can be; quantised ones pass.
+    """Refuse a frozen weight that no adapter supports; quantised weights pass.
 
     Args:
-        name: The layer's name.
-        weight: Its weight.
-        sides: The shape that the layer says, None where it does not.
+        name: Name of the layer.
+        weight: Weight of the layer.
+        sides: (out, in) by the layer's attributes; None if it has none.
 
     Raises:
-        ValueError: With the layer's name and with what to do instead.
+        ValueError: With the layer's name and a remedy.
     """
     _check_not_lazy(name, weight)
     _check_not_complex(name, weight)
-    if not is_quantised(weight) and weight.dim() == 2:  # an adapter is made by the layer's sides
+    if not is_quantised(weight) and weight.dim() == 2:  # PEFT sizes the adapter by the attributes
         check_whole_weight(name, weight, sides)
 
 
@@ -73,12 +73,12 @@ def check_whole_weight(name: str, weight: torch.Tensor, sides: tuple[Any, Any]) 
     """Refuse a weight that is not the whole matrix of its layer.
 
     Args:
-        name: The layer's name.
-        weight: Its weight.
-        sides: The shape that the layer says, None where it does not.
+        name: Name of the layer.
+        weight: Weight of the layer.
+        sides: (out, in) by the layer's attributes; None if it has none.
 
     Raises:
-        ValueError: With what to do instead.
+        ValueError: With the layer's name and a remedy.
     """
     shape = tuple(weight.shape)
     if hasattr(weight, "device_mesh") or len(shape) != 2:
@@ -101,15 +101,15 @@ def check_whole_weight(name: str, weight: torch.Tensor, sides: tuple[Any, Any]) 
 
 
 def sides_of(module: nn.Module) -> tuple[Any, Any]:
-    """The shape [out, in] that a linear module says its weight has; None where it does not."""
+    """Return (out, in) by the attributes of a linear module; None if it has none."""
     return getattr(module, "out_features", None), getattr(module, "in_features", None)
 
 
 def check_has_values(name: str, parameter: torch.Tensor) -> None:
-    """Refuse a trained parameter that has no values yet.
+    """Refuse a trained parameter without values.
 
     Raises:
-        ValueError: With what to do first.
+        ValueError: With the parameter's name and a remedy.
     """
     if is_lazy(parameter):
         raise ValueError(

@@ -1,7 +1,7 @@
-"""The optimizer's elementwise work and low-rank writes as Triton kernels, opt-in.
+"""Triton kernels for the elementwise operations and low-rank writes of a step; opt-in.
 
-Importing this package needs triton (`pip install "molf[triton]"`); nothing else in the core imports
-it. docs/kernels.md explains the passes and what has been checked on which hardware.
+Importing this package needs triton (`pip install "molf[triton]"`). docs/kernels.md describes the
+passes and the hardware that they were checked on.
 """
 
 from molf.core.fused.items import AdamW, LowRank, Moments, Weight

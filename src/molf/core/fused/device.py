@@ -1,9 +1,4 @@
-"""What the kernels share on the device: reading the table, AdamW's arithmetic, rounding.
-
-bfloat16 tensors are read and written as 16-bit words and converted with integer arithmetic, so that
-the bits are the same on every GPU and in Triton's interpreter. Roots and quotients are rounded
-correctly (`sqrt_rn`, `div_rn`), as torch's are; Triton's own `/` and `sqrt` on float32 are not.
-"""
+"""Device functions of the kernels: reading the table, AdamW's arithmetic, rounding."""
 
 from __future__ import annotations
 
@@ -11,21 +6,21 @@ import triton
 import triton.language as tl
 
 # Columns of a table row (`table.py` writes them): the header, then three for every field.
-SLOT = tl.constexpr(0)  # where in the result this entry's number goes
+SLOT = tl.constexpr(0)  # index of the entry's number in the result
 FIRST_BLOCK = tl.constexpr(1)
 BLOCKS = tl.constexpr(2)
 ROWS = tl.constexpr(3)
 COLS = tl.constexpr(4)
 FIRST_INDEX = tl.constexpr(5)  # of the entry's first element in the whole tensor
 INNER = tl.constexpr(6)  # K of a low-rank product [rows, K] @ [K, cols]
-IS_FULL = tl.constexpr(7)  # whether moments take part in the write
+IS_FULL = tl.constexpr(7)  # whether the write uses moments
 HEADER = tl.constexpr(8)
 ADDRESS = tl.constexpr(0)
 STRIDE_0 = tl.constexpr(1)
 STRIDE_1 = tl.constexpr(2)
 FIELD = tl.constexpr(3)
 
-# Words of an entry that may change with every step: float32, but for the rounding key.
+# Words of an entry that may change with every step: float32, except the rounding key.
 NEW_SHARE = tl.constexpr(0)  # 1 - b1
 KEPT_SQ = tl.constexpr(1)  # b2
 NEW_SQ = tl.constexpr(2)  # 1 - b2
@@ -34,7 +29,7 @@ DECAY = tl.constexpr(4)  # lr wd
 STEP_SIZE = tl.constexpr(5)  # lr / (1 - b1^t)
 INVERSE_CORRECTION = tl.constexpr(6)  # 1 / sqrt(1 - b2^t)
 EPS = tl.constexpr(7)
-OLD_1 = tl.constexpr(8)  # the shares that two outputs have of a value and its increment
+OLD_1 = tl.constexpr(8)  # coefficients of a value and its increment in two outputs
 INCREMENT_1 = tl.constexpr(9)
 OLD_2 = tl.constexpr(10)
 INCREMENT_2 = tl.constexpr(11)
@@ -43,7 +38,7 @@ KEY_FIRST = tl.constexpr(13)
 KEY_SECOND = tl.constexpr(14)
 WORDS = tl.constexpr(15)
 
-_SCORE_EPS = tl.constexpr(1e-8)  # of the score, whatever the optimizer's own eps
+_SCORE_EPS = tl.constexpr(1e-8)  # of the score; independent of the optimizer's eps
 _MIX_1 = tl.constexpr(0x85EBCA6B)  # as in molf.core.rounding
 _MIX_2 = tl.constexpr(0xC2B2AE35)
 _GOLDEN = tl.constexpr(0x9E3779B9)
@@ -53,7 +48,7 @@ _GOLDEN = tl.constexpr(0x9E3779B9)
 def entry_row(
     table: tl.tensor, blocks: tl.tensor, FIELDS: tl.constexpr
 ) -> tuple[tl.tensor, tl.tensor]:
-    """Return the table row of this program's entry, and the entry's number."""
+    """Return the table row and the index of this program's entry."""
     entry = tl.load(blocks + tl.program_id(0)).to(tl.int64)
     return table + entry * (HEADER + FIELDS * FIELD), entry
 
@@ -82,7 +77,7 @@ def elements(
     cols = tl.load(row + COLS)
     count = cols * tl.load(row + ROWS)
     if ALIGNED:
-        # Contiguous, and a multiple of 16: the mask is constant over every vector load.
+        # Contiguous with a multiple of 16 elements: the mask is constant within a vector load.
         count = tl.multiple_of(cols, 16)
     return index, cols, index < count
 
@@ -113,6 +108,8 @@ def pointers(
 @triton.jit
 def load_float32(source: tl.tensor, mask: tl.tensor, BITS: tl.constexpr) -> tl.tensor:
     """Load float32, or (BITS = 16) bfloat16 as float32; zeros where masked."""
+    # bfloat16 as 16-bit words and integer arithmetic: the same bits on every GPU and in Triton's
+    # interpreter.
     if BITS == 16:
         high = tl.load(source, mask=mask, other=0).to(tl.uint32)
         value = (high << 16).to(tl.float32, bitcast=True)
@@ -130,16 +127,17 @@ def moved_moments(
     kept_sq: tl.tensor,
     new_sq: tl.tensor,
 ) -> tuple[tl.tensor, tl.tensor]:
-    """`m + (1 - b1)(g - m)` and `b2 v + (1 - b2) g*g`."""
+    """Return `m + (1 - b1)(g - m)` and `b2 v + (1 - b2) g*g`."""
     change = grad - exp_avg
-    # As torch.lerp does, from the nearer end: with b1 = 0, m is g exactly.
+    # As torch.lerp: from the nearer end, so that with b1 = 0 m is exactly g.
     near, far = exp_avg + new_share * change, grad - (1 - new_share) * change
     return tl.where(new_share < 0.5, near, far), exp_avg_sq * kept_sq + (new_sq * grad) * grad
 
 
 @triton.jit
 def score_terms(exp_avg: tl.tensor, exp_avg_sq: tl.tensor, SCORE: tl.constexpr) -> tl.tensor:
-    """EPD: `m^2 / (sqrt(v) + eps)`. PFN: `(m / (sqrt(v) + eps))^2`."""
+    """Return the score's terms. EPD: `m^2 / (sqrt(v) + eps)`. PFN: `(m / (sqrt(v) + eps))^2`."""
+    # `sqrt_rn` and `div_rn` are correctly rounded, as in torch; Triton's `/` and `sqrt` are not.
     preconditioned = tl.div_rn(exp_avg, tl.sqrt_rn(exp_avg_sq) + _SCORE_EPS)
     return preconditioned * (preconditioned if SCORE == "pfn" else exp_avg)
 
@@ -148,7 +146,7 @@ def score_terms(exp_avg: tl.tensor, exp_avg_sq: tl.tensor, SCORE: tl.constexpr) 
 def descent(
     exp_avg: tl.tensor, exp_avg_sq: tl.tensor, words: tl.tensor, entry: tl.tensor
 ) -> tl.tensor:
-    """`lr / (1 - b1^t) * m / (sqrt(v) / sqrt(1 - b2^t) + eps)`: what a step takes off."""
+    """Return AdamW's update `lr / (1 - b1^t) * m / (sqrt(v) / sqrt(1 - b2^t) + eps)`."""
     root = tl.sqrt_rn(exp_avg_sq) * word(words, entry, INVERSE_CORRECTION)
     return word(words, entry, STEP_SIZE) * tl.div_rn(exp_avg, root + word(words, entry, EPS))
 
@@ -157,17 +155,17 @@ def descent(
 def load_weight(
     weight: tl.tensor, low: tl.tensor, mask: tl.tensor, ROUNDING: tl.constexpr
 ) -> tl.tensor:
-    """Load a weight as float32, joined with its low half where rounding is exact."""
+    """Load a weight as float32, joined with its low half if rounding is exact."""
     if ROUNDING == "none":
         value = tl.load(weight, mask=mask, other=0.0)
     else:
         bits = tl.load(weight, mask=mask, other=0).to(tl.uint32) << 16
         if ROUNDING == "exact":
             lower = tl.load(low, mask=mask, other=0).to(tl.uint32)
-            # A negative remainder borrows from the high half. (A NaN's payload may change, as in
-            # any arithmetic, but it stays a NaN.)
+            # A negative remainder borrows from the high half. A NaN stays a NaN.
             lower = tl.where(lower >= 0x8000, lower | 0xFFFF0000, lower)
-            # Below zero itself there is nothing but NaN: something else has set the weight to zero.
+            # Something else may have set the weight to zero, which a negative remainder would turn
+            # into a NaN.
             is_zero = (bits & 0x7FFFFFFF) == 0
             lower = tl.where(is_zero & (lower >= 0x8000), 0, lower)
             bits = tl.add(bits, lower, sanitize_overflow=False)
@@ -186,9 +184,9 @@ def store_weight(
     entry: tl.tensor,
     ROUNDING: tl.constexpr,
 ) -> None:
-    """Store float32 as it is, or rounded to bfloat16 in one of three ways.
+    """Store float32 values, or round them to bfloat16 in one of three ways.
 
-    `index` [like value] is each element's index in the whole tensor, int64.
+    `index` (int64, in the shape of `value`) is each element's index in the whole tensor.
     """
     if ROUNDING == "none":
         tl.store(weight, value, mask=mask)
@@ -197,11 +195,11 @@ def store_weight(
         magnitude = bits & 0x7FFFFFFF
         cut = bits >> 16
         hidden_nan = (magnitude > 0x7F800000) & ((cut & 0x7F) == 0)
-        cut = tl.where(hidden_nan, cut | 0x40, cut)  # so that it stays a NaN
+        cut = tl.where(hidden_nan, cut | 0x40, cut)  # stays a NaN
         if ROUNDING == "exact":
             nearest = tl.add(bits, 0x8000, sanitize_overflow=False) >> 16
             high = tl.where(magnitude > 0x7F800000, cut, nearest)
-            # The remainder's 16 bits are those that were cut, whether it is negative or not.
+            # The remainder's 16 bits are the low bits, for either sign.
             tl.store(low, (bits & 0xFFFF).to(tl.uint16), mask=mask)
         elif ROUNDING == "nearest":
             even = 0x7FFF + ((bits >> 16) & 1)
@@ -209,7 +207,7 @@ def store_weight(
             high = tl.where(magnitude > 0x7F800000, cut, nearest)
         else:
             drawn = tl.add(bits, draws(index, words, entry), sanitize_overflow=False) >> 16
-            # Neither infinity nor NaN takes part, and nothing finite reaches them.
+            # Finite values stay finite; infinity and NaN are truncated, which keeps them.
             stays = (magnitude >= 0x7F800000) | ((drawn & 0x7FFF) >= 0x7F80)
             high = tl.where(stays, cut, drawn)
         tl.store(weight, high.to(tl.uint16), mask=mask)
@@ -227,7 +225,7 @@ def draws(index: tl.tensor, words: tl.tensor, entry: tl.tensor) -> tl.tensor:
 
 @triton.jit
 def mix(x: tl.tensor) -> tl.tensor:
-    """Mix the bits of unsigned 32-bit words, one-to-one."""
+    """Mix the bits of unsigned 32-bit words (a bijection)."""
     x = tl.mul(x ^ (x >> 16), _MIX_1, sanitize_overflow=False)
     x = tl.mul(x ^ (x >> 13), _MIX_2, sanitize_overflow=False)
     return x ^ (x >> 16)

@@ -1,8 +1,8 @@
-"""Kernels that go through tensors element by element, many tensors in one launch.
+"""Elementwise kernels over many tensors per launch.
 
-Each program takes BLOCK elements of one tensor and looks up in `table` where they lie. With ALIGNED
-all tensors of the launch are contiguous, of a multiple of 16 elements, at addresses that are
-multiples of 16 bytes, and loads are vectors; otherwise rows may lie apart.
+Each program processes BLOCK elements of one tensor, whose address and strides are in `table`. With
+ALIGNED all tensors of the launch are contiguous, with a multiple of 16 elements, at multiples of 16
+bytes, and loads are vectors. Otherwise rows may have gaps.
 """
 
 from __future__ import annotations
@@ -65,9 +65,9 @@ def moments_kernel(
     ALIGNED: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
-    """Move m and v and sum the score's terms. Fields: gradient, m, v. Reads g, m, v; writes m, v.
+    """Update m, v and sum the score's terms. Fields: gradient, m, v. Reads g, m, v; writes m, v.
 
-    Where `finite` is False nothing is written and the sum is 0.
+    If `finite` is False nothing is written and the sum is 0.
     """
     partial = 0.0
     if tl.load(finite):
@@ -101,10 +101,10 @@ def adamw_kernel(
     ALIGNED: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
-    """AdamW with decoupled decay. Fields: weight, its low half, m, v, gradient.
+    """Take an AdamW step with decoupled decay. Fields: weight, low half, m, v, gradient.
 
-    With GRAD_BITS = 0 the moments have moved already: reads w, m, v; writes w. Otherwise they move
-    here: reads w, m, v, g; writes w, m, v.
+    With GRAD_BITS = 0 the moments are updated already: reads w, m, v; writes w. Otherwise they are
+    updated here: reads w, m, v, g; writes w, m, v.
     """
     if tl.load(finite):
         row, entry = entry_row(table, blocks, 5)
@@ -142,10 +142,10 @@ def factor_kernel(
     ALIGNED: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
-    """AdamW for a LoRA factor, and what the weight's product needs of it.
+    """Take the AdamW step of a LoRA factor and write two operands of the weight's product.
 
-    Fields: factor P, m, v, two outputs. With the increment `dP`, formed without the cancellation of
-    a difference, P becomes `P + dP` and each output `old P + increment dP`, P from before the step.
+    Fields: factor P, m, v, two outputs. P becomes `P + dP`; each output is `old P + increment dP`
+    with P before the step.
     """
     if tl.load(finite):
         row, entry = entry_row(table, blocks, 5)

@@ -1,7 +1,6 @@
-"""Runs a step's operations with the Triton kernels (`kernels="triton"`).
+"""Executor with Triton kernels (`kernels="triton"`); opt-in, not yet run on a GPU.
 
-Opt-in, and not yet run on a GPU. The state is that of the eager executor, so a run may be saved in
-one and resumed in the other.
+The state is that of the eager executor: save with one, resume with the other.
 """
 
 from __future__ import annotations
@@ -31,11 +30,11 @@ _CHUNK_BYTES = 64 << 20
 
 
 class Triton(Executor):
-    """Runs operations on many tensors in one launch; all parameters are on one device.
+    """Runs operations on many tensors per launch; all parameters are on one device.
 
     Args:
-        chunk_bytes: Layers are taken together until the gradients or the operands of their factors
-            take this much: so launches are few and memory is bounded.
+        chunk_bytes: Size of a chunk of layers, counted in the gradients or operands of their
+            factors. Larger chunks need fewer launches and more memory.
         can_read: Whether the host reads a tensor on a device without waiting.
     """
 
@@ -45,11 +44,13 @@ class Triton(Executor):
         self._kernels: Kernels | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        """Copies make kernels of their own: these know addresses of tensors."""
+        """Return the state for copies, without kernels."""
+        # Kernels hold addresses of this optimizer's tensors; a copy creates its own.
         return {**vars(self), "_kernels": None}
 
     def check(self, layers: Sequence[RoutedLayer], plain: Sequence[DenseTensor]) -> None:
-        """Refuse parameters that the kernels cannot have; they may have been swapped or moved."""
+        """Refuse parameters that the kernels do not support."""
+        # In every step: libraries may have replaced or moved parameters.
         tensors = [*(tensor for layer in layers for tensor in layer.dense), *plain]
         home = tensors[0].parameter.device
         for tensor in tensors:
@@ -61,21 +62,21 @@ class Triton(Executor):
         return self._kernels
 
     def squares(self, tensors: Iterable[tuple[Tensor, torch.dtype]]) -> Tensor:
-        """Sum the squares of all tensors at once, float32 within a block of 2,048 elements."""
+        """Sum the squares of each tensor, in float32 within a block of 2,048 elements."""
         found = [tensor for tensor, _ in tensors]
         return self._on(found[0].device).squares(found)
 
     def update_moments(self, layers: Sequence[RoutedLayer], guard: FiniteGuard) -> ScoreSums:
-        """Dense tensors together; gradients of factors are made for some layers at a time."""
+        """Update all dense tensors in one launch, factors in chunks of layers."""
         kernels = self._on(guard.bounds.device)
         numbers: list[Tensor] = []
         owners: list[tuple[int, int]] = []
 
         def update(items: Sequence[Moments], score: str) -> None:
-            # Each call of a step has its own table of addresses.
+            # `part`: each call of a step keeps its own table of addresses.
             numbers.append(kernels.moments(items, guard.finite, score, part=len(numbers)))
 
-        for score in ("epd", "pfn"):  # controls are scored by EPD
+        for score in ("epd", "pfn"):  # controls have EPD scores
             scored = [
                 (number, layer)
                 for number, layer in enumerate(layers)
@@ -88,7 +89,7 @@ class Triton(Executor):
             items: list[Moments] = []
             for number, layer in scored:
                 found = _factor_moments(layer)
-                # A and B of expert 1, of expert 2, ...
+                # Order: A and B of expert 1, A and B of expert 2, ...
                 owners += [(number, 1 + place // 2) for place in range(len(found))]
                 items += found
                 if sum(item.grad.nbytes for item in items) >= self._chunk_bytes:
@@ -104,7 +105,7 @@ class Triton(Executor):
         guard: FiniteGuard,
         tally: UpdateTally | None,
     ) -> None:
-        """Factors and products of some layers at a time, then all that needs no product."""
+        """Write factors and products in chunks of layers, then all tensors without a product."""
         kernels, finite = self._on(guard.bounds.device), guard.finite
         late: list[TensorWrite] = []
         for part, chunk in enumerate(self._chunks(layers)):
@@ -125,7 +126,7 @@ class Triton(Executor):
             _mark_written([*late, *steps])
 
     def _chunks(self, layers: Iterable[tuple[RoutedLayer, Winners]]) -> Iterator[list[LayerWrites]]:
-        """List the writes of layers, until their operands take `chunk_bytes`."""
+        """Yield the writes of layers in chunks whose operands take `chunk_bytes`."""
         chunk: list[LayerWrites] = []
         for layer, winners in layers:
             chunk.append(layer.writes(winners))
@@ -137,7 +138,7 @@ class Triton(Executor):
 
 
 def _dense_moments(layer: RoutedLayer) -> list[Moments]:
-    """The moments of `full`: of the weight, and of the bias if there is one."""
+    """Return the moments of `full`: of the weight and of a bias."""
     betas = layer.group["betas"]
     return [
         Moments(gradient(tensor.parameter), *tensor.moments.load(...), betas)
@@ -146,7 +147,7 @@ def _dense_moments(layer: RoutedLayer) -> list[Moments]:
 
 
 def _factor_moments(layer: RoutedLayer) -> list[Moments]:
-    """The moments of A and B of each LoRA expert in turn; makes their gradients."""
+    """Compute the factors' gradients; return the moments of A and B of each LoRA expert."""
     grad_A, grad_B = layer.factor_gradients(BLOCKS)
     (m_A, v_A), (m_B, v_B) = layer.factor_moments()
     betas = layer.group["betas"]
@@ -159,7 +160,7 @@ def _factor_moments(layer: RoutedLayer) -> list[Moments]:
 
 
 def _weight(tensor: DenseTensor) -> Weight:
-    """The parameter as it is stored; the counter has been increased already."""
+    """Return the stored parameter; call it after `step` was incremented."""
     stored = tensor.stored
     key = stored.step_key() if stored.rounding == "stochastic" else None
     return Weight(tensor.parameter.detach(), stored.low, key, stored.first_index())
@@ -177,20 +178,21 @@ def _adamw(write: TensorWrite, *, has_moments: bool) -> AdamW:
     tensor, step, _, _ = write
     assert step is not None, "it is a write with a step"
     moments = tensor.moments.load(...)
-    if has_moments:  # updated already
+    if has_moments:  # `update_moments` has updated them
         return AdamW(_weight(tensor), *moments, step)
     grad, betas = gradient(tensor.parameter), tensor.group["betas"]
     return AdamW(_weight(tensor), *moments, step, grad, betas)
 
 
 def _mark_written(writes: Sequence[TensorWrite]) -> None:
-    # Autograd does not see the kernels write, and must not go backward through older values.
+    # Autograd does not track the kernels' writes. With a new version it refuses a backward pass
+    # through the old values.
     torch.autograd.graph.increment_version([write.tensor.parameter for write in writes])
 
 
 @contextmanager
 def _measured(writes: Sequence[TensorWrite], tally: UpdateTally | None) -> Iterator[None]:
-    """Compare some rows of each tensor before and after its write, if there is a tally."""
+    """Compare sampled rows of each tensor before and after its write, if there is a tally."""
     if tally is None:
         yield
         return

@@ -1,4 +1,4 @@
-"""Arguments of the kernels beside `molf.core.operations`: tensors as they are stored."""
+"""Arguments of the kernels, besides those in `molf.core.operations`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from molf.core.weight_step import Product
 
 
 class Moments(NamedTuple):
-    """Moments to move and to score. All tensors have one shape and contiguous rows.
+    """Moments to update and score. All tensors have one shape and contiguous rows.
 
     Attributes:
         grad: float32 or bfloat16.
@@ -29,15 +29,14 @@ class Moments(NamedTuple):
 
 
 class Weight(NamedTuple):
-    """A weight and how it is stored: float32, or bfloat16 with one of three roundings.
+    """A float32 weight, or a bfloat16 weight with one of three roundings.
 
     Attributes:
         values: float32 or bfloat16.
-        low: int16 low half (`molf.core.rounding`); the bfloat16 weight is then exact.
-        key: Of this tensor and step; the bfloat16 weight is then rounded stochastically. Without
-            `low` and `key` it is rounded to nearest, ties to even.
-        first_index: Index of the first element in the whole tensor, of which this may be a shard
-            of rows.
+        low: Low half, int16 (`molf.core.rounding`): rounding is exact.
+        key: Key of this tensor and step: rounding is stochastic. Without `low` and `key` bfloat16
+            is rounded to nearest, ties to even.
+        first_index: Index of the first element in the whole tensor.
     """
 
     values: Tensor
@@ -62,8 +61,8 @@ class AdamW(NamedTuple):
         weight: The tensor.
         exp_avg: m, float32.
         exp_avg_sq: v, float32.
-        step: The step's scalars.
-        grad: float32 or bfloat16: the moments move in the same pass. None: they have moved.
+        step: AdamW scalars.
+        grad: float32 or bfloat16: moments are updated in the same pass. None: they are updated.
         betas: (b1, b2), used with `grad`.
     """
 
@@ -76,14 +75,12 @@ class AdamW(NamedTuple):
 
 
 class LowRank(NamedTuple):
-    """A routed weight: `W <- kept W + alpha left @ right`, minus the descent for `full`.
+    """A routed weight: `W <- (1 - lr wd) W + alpha left @ right - AdamW update`.
 
     Attributes:
         weight: [rows, cols], contiguous.
-        product: In the orientation of the weight: float32, left [rows, K], right [K, cols], any
-            strides.
-        full: (m, v, the AdamW step) where `full` has won; None where it has not, and all of W is
-            kept.
+        product: float32, left [rows, K], right [K, cols], any strides.
+        full: (m, v, AdamW scalars) if `full` has won. None: no decay, no update.
     """
 
     weight: Weight

@@ -1,6 +1,6 @@
-"""The fused optimizer step: five operations over lists of tensors, a few launches each.
+"""Launches of the kernels: five operations over lists of tensors.
 
-`docs/kernels.md` says what each pass moves. No operation waits for the device; results stay there.
+No operation waits for the device; results stay there. docs/kernels.md lists the bytes of each pass.
 """
 
 from __future__ import annotations
@@ -53,19 +53,17 @@ def is_interpreted() -> bool:
 
 
 class Kernels:
-    """The fused kernels on one device.
+    """Kernels on one device.
 
-    A launch reads a table with the addresses and sizes of its tensors. Tables are kept: they are
-    built and sent when a launch first sees its tensors, and again when any of them has moved.
-    An operation that is called several times in a step, for other tensors each time, gets the
-    number of the call as `part`, so that each call finds its own. Scalars go along with every
-    launch. Tensors without an element are allowed, empty lists too.
+    A launch reads a table with the addresses and sizes of its tensors. Tables are cached and
+    rebuilt when a tensor has moved. Scalars are sent with every launch. Empty tensors and empty
+    lists are allowed.
 
-    Every operation that writes takes `finite`, a 0-dim bool tensor on the device ("this step may
-    happen"). Where it is False, nothing is written: the state stays as it was, bit for bit.
+    Every operation that writes takes `finite`, a 0-dim bool tensor on the device. If it is False,
+    nothing is written: the state keeps every bit.
 
     Args:
-        device: A CUDA device; the CPU only, and only then, under Triton's interpreter.
+        device: A CUDA device; under Triton's interpreter the CPU.
 
     Raises:
         ValueError: The device cannot run the kernels.
@@ -87,7 +85,7 @@ class Kernels:
 
         Returns:
             One sum per tensor, float64 [n]: in float32 within a block of 2,048 elements, in float64
-            over blocks. Infinite or NaN where an element is, or where a square overflows.
+            over blocks. Infinite or NaN if an element is, or if a square overflows.
         """
         totals = torch.zeros(len(tensors), dtype=torch.float64, device=self.device)
         items = ((_bits(one), Entry((one,), slot), _words()) for slot, one in enumerate(tensors))
@@ -106,20 +104,20 @@ class Kernels:
     def moments(
         self, items: Sequence[Moments], finite: Tensor, score: str, *, part: int = 0
     ) -> Tensor:
-        """Move m and v in place and sum the score's terms of the moved moments.
+        """Update m and v in place and sum the score's terms of the updated moments.
 
         Args:
-            items: What to move.
-            finite: Whether to; sums are 0 where not.
+            items: Moments and gradients.
+            finite: 0-dim bool; if False nothing is updated and sums are 0.
             score: `"epd"`: `m^2 / (sqrt(v) + 1e-8)`; `"pfn"`: `(m / (sqrt(v) + 1e-8))^2`.
-            part: Which of several calls of a step this is.
+            part: Number of the call within a step; each call keeps its own table.
 
         Returns:
             One sum per item, float64 [n]: in float32 within a block of 2,048 elements, in float64
             over blocks, always in the same order.
 
         Raises:
-            ValueError: The score is neither, or a tensor is not what `Moments` says.
+            ValueError: The score is unknown, or a tensor does not fit `Moments`.
         """
         self._check_flag(finite)
         if score not in ("epd", "pfn"):
@@ -142,10 +140,10 @@ class Kernels:
         return totals
 
     def adamw(self, items: Sequence[AdamW], finite: Tensor) -> None:
-        """Take plain AdamW steps in place; moments move in the same pass where `grad` is given.
+        """Take plain AdamW steps in place; update moments in the same pass if `grad` is given.
 
         Raises:
-            ValueError: A tensor is not what `AdamW` says.
+            ValueError: A tensor does not fit `AdamW`.
         """
         self._check_flag(finite)
         given = (
@@ -172,7 +170,7 @@ class Kernels:
         """Take the AdamW steps of LoRA factors in place and write the operands of products.
 
         Raises:
-            ValueError: A tensor is not what `FactorWrite` says.
+            ValueError: A tensor does not fit `FactorWrite`.
         """
         self._check_flag(finite)
         given = (
@@ -193,10 +191,10 @@ class Kernels:
             )
 
     def low_rank(self, items: Sequence[LowRank], finite: Tensor, *, part: int = 0) -> None:
-        """Write routed weights in place: decay, low-rank product, descent, one rounding.
+        """Write routed weights in place: decay, low-rank product, update, one rounding.
 
         Raises:
-            ValueError: A tensor is not what `LowRank` says.
+            ValueError: A tensor does not fit `LowRank`.
         """
         self._check_flag(finite)
         given = (
@@ -241,7 +239,7 @@ class Kernels:
         layout: Layout,
         part: int = 0,
     ) -> Table:
-        """Return the table of such a launch: the last one, if every tensor is where it was."""
+        """Return the cached table of a launch, rebuilt if a tensor has moved."""
         wanted = tuple(entry.signature() for entry in entries)
         known = self._tables.get((kernel, variant, part))
         if known is None or known[0] != wanted:
@@ -270,7 +268,7 @@ class Kernels:
     def _launch(
         self, kernel: Any, grid: int, arguments: tuple[Tensor, ...], constants: dict[str, Any]
     ) -> None:
-        """Start one kernel on the device's current stream; arguments are tensors on the device."""
+        """Start one kernel on the device's current stream."""
         if not grid:
             return
         if self.device.type == "cuda":
@@ -283,7 +281,7 @@ class Kernels:
 def _grouped(
     items: Iterable[tuple[tuple[Any, ...], Entry, _Words]], layout: Layout
 ) -> list[_Group]:
-    """Gather what one launch can take: one variant of the kernel, with aligned tensors or not."""
+    """Group items by launch: one kernel variant, aligned or not."""
     groups: dict[tuple[Any, ...], _Group] = {}
     for variant, entry, words in items:
         key = (*variant, entry.is_aligned(layout))
@@ -294,7 +292,7 @@ def _grouped(
 
 
 def _bits(grad: Tensor) -> tuple[int]:
-    """Return the width of a gradient's elements; its dtype is checked with the table."""
+    """Return the bits of a gradient's elements; the table checks its dtype."""
     return (8 * grad.element_size(),)
 
 
@@ -324,7 +322,7 @@ def _words(
     alpha: float = 1.0,
     key: RoundingKey | None = None,
 ) -> _Words:
-    """Order an entry's scalars as device.py names them; no step: all is kept, nothing taken off."""
+    """Return an entry's scalars in the order of device.py; no step: no decay, no update."""
     numbers = [1 - betas[0], betas[1], 1 - betas[1]]
     if step is None:
         numbers += [1.0, 0.0, 0.0, 1.0, 1.0]

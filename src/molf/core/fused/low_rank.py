@@ -1,4 +1,4 @@
-"""The kernel that writes a routed weight, with the low-rank product inside."""
+"""Kernel that writes a routed weight and computes the low-rank product."""
 
 from __future__ import annotations
 
@@ -39,11 +39,10 @@ def low_rank_kernel(
     BLOCK_COLS: tl.constexpr,
     BLOCK_INNER: tl.constexpr,
 ) -> None:
-    """`W <- kept W + alpha left @ right - descent`, rounded once; the descent where `full` has won.
+    """Update `W <- kept W + alpha left @ right - update`, rounded once; the update if `full` won.
 
-    Fields: weight [rows, cols], its low half, m, v, left [rows, K], right [K, cols]. Reads w, both
-    factors and, for `full`, m and v; writes w. Each program owns a tile of the weight. The product
-    is float32 throughout: `ieee` keeps Triton from its default, TF32.
+    Fields: weight [rows, cols], low half, m, v, left [rows, K], right [K, cols]. Reads w, both
+    operands and, for `full`, m and v; writes w. Each program writes a tile of the weight.
     """
     if tl.load(finite):
         row, entry = entry_row(table, blocks, 6)
@@ -79,6 +78,7 @@ def low_rank_kernel(
                 mask=(k[:, None] < inner) & (c[None, :] < cols),
                 other=0.0,
             )
+            # `ieee`: Triton's default is TF32.
             product = tl.dot(left_part, right_part, product, input_precision="ieee")
 
         WEIGHT_BITS: tl.constexpr = 32 if ROUNDING == "none" else 16

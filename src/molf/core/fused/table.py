@@ -1,4 +1,4 @@
-"""Where the tensors of many layers lie, as a table on the device that one launch can read."""
+"""Table of tensor addresses, sizes and strides on the device; one launch reads many tensors."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ _ALIGNMENT = 16  # bytes of an address, and elements in a row, that vector loads
 
 
 class Field(NamedTuple):
-    """What a kernel expects of one of its tensors.
+    """Requirements of a kernel for one of its tensors.
 
     Attributes:
-        name: For messages.
-        dtypes: What it can read.
+        name: Name for messages.
+        dtypes: Supported dtypes.
         is_elementwise: Whether the tensor has the shape of the entry.
     """
 
@@ -31,13 +31,12 @@ class Field(NamedTuple):
 
 
 class Layout(NamedTuple):
-    """What a kernel expects of an entry, and how it divides the work.
+    """Requirements of a kernel for an entry, and its block size.
 
     Attributes:
-        fields: Its tensors, in the order of the kernel's fields.
-        block: Rows and columns of one program's share. One row: tensors are taken as vectors where
-            they are contiguous, and may otherwise have gaps between rows. More rows: a tile of a
-            contiguous matrix.
+        fields: Tensors in the order of the kernel's fields.
+        block: Rows and columns of one program. One row: contiguous tensors are read as vectors,
+            others may have gaps between rows. More rows: a tile of a contiguous matrix.
     """
 
     fields: tuple[Field, ...]
@@ -45,19 +44,19 @@ class Layout(NamedTuple):
 
     @property
     def is_tiled(self) -> bool:
-        """Whether a program takes a tile of a matrix."""
+        """Whether a program processes a tile of a matrix."""
         return self.block[0] > 1
 
 
 class Entry(NamedTuple):
-    """One tensor to work on, with all that belongs to it.
+    """One unit of work: tensors and sizes.
 
     Attributes:
-        fields: In the layout's order; None where the kernel will not look.
-        slot: Where in the result this entry's number goes.
+        fields: Tensors in the layout's order; None for fields that the kernel does not read.
+        slot: Index of this entry's number in the result.
         first_index: Index of the first element in the whole tensor, for stochastic rounding.
         inner: K of a low-rank product.
-        is_full: Whether moments take part in the write.
+        is_full: Whether the write uses moments.
     """
 
     fields: tuple[Tensor | None, ...]
@@ -67,7 +66,7 @@ class Entry(NamedTuple):
     is_full: bool = False
 
     def signature(self) -> tuple[object, ...]:
-        """Everything that the entry's row depends on, as plain values."""
+        """Return all values that the entry's row depends on, as a key."""
         places = [
             None if field is None else (field.data_ptr(), field.shape, field.stride(), field.dtype)
             for field in self.fields
@@ -80,7 +79,7 @@ class Entry(NamedTuple):
         return [field for what, field in pairs if what.is_elementwise and field is not None]
 
     def is_aligned(self, layout: Layout) -> bool:
-        """Return whether loads can be vectors: contiguous, no odd address, no odd length."""
+        """Return whether loads can be vectors: contiguous, aligned address and length."""
         tensors = self.elementwise(layout)
         length = tensors[0].shape[-1] if layout.is_tiled else tensors[0].numel()
         return length % _ALIGNMENT == 0 and all(
@@ -88,10 +87,10 @@ class Entry(NamedTuple):
         )
 
     def check(self, layout: Layout, device: torch.device) -> None:
-        """Refuse what a kernel would misread.
+        """Refuse tensors that a kernel would misread.
 
         Raises:
-            ValueError: A dtype, device, shape or layout is not the kernel's; the first one.
+            ValueError: For the first unsupported dtype, device, shape or layout.
         """
         shapes = {}
         for what, field in zip(layout.fields, self.fields, strict=True):
@@ -117,18 +116,18 @@ class Entry(NamedTuple):
 
 
 class Table:
-    """The rows of a launch's entries, and which block belongs to which entry, on the device.
+    """Table of a launch, on the device.
 
     Args:
-        entries: At least one.
-        layout: Of the kernel.
-        device: Where the kernel will run.
+        entries: At least one entry.
+        layout: Layout of the kernel.
+        device: Device of the launch.
 
     Attributes:
         rows: int64 [entries, columns].
-        blocks: int32 [grid], the entry of every block.
-        grid: How many blocks the launch has.
-        columns: Of a row.
+        blocks: int32 [grid], index of the entry of every block.
+        grid: Number of blocks.
+        columns: Number of columns of a row.
     """
 
     def __init__(self, entries: Sequence[Entry], layout: Layout, device: torch.device) -> None:
@@ -149,7 +148,7 @@ class Table:
             counts.append(blocks)
             self.grid += blocks
         self.rows = upload(torch.tensor(rows, dtype=torch.int64, device="cpu"), device)
-        # Spread on the device: the host sends a number per entry, not per block.
+        # Expanded on the device: the host sends one number per entry, not per block.
         self.blocks = torch.repeat_interleave(
             torch.arange(len(entries), dtype=torch.int32, device=device),
             upload(torch.tensor(counts, dtype=torch.int64, device="cpu"), device),
@@ -158,7 +157,7 @@ class Table:
 
 
 def _shape(tensors: list[Tensor], layout: Layout) -> tuple[int, int]:
-    """Return rows and columns; one row where no tensor of a vector kernel has gaps."""
+    """Return rows and columns; one row if no tensor of a vector kernel has gaps."""
     if not layout.is_tiled and all(tensor.is_contiguous() for tensor in tensors):
         return 1, tensors[0].numel()
     rows, cols = tensors[0].shape
