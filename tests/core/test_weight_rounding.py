@@ -249,9 +249,9 @@ def test_state_without_low_halves_goes_on_from_the_weights():
 @pytest.mark.parametrize(
     ("dtype", "rounding", "message"),
     [
-        (torch.float32, "exact", "nothing to round: what is trained is torch.float32. Load"),
+        (torch.float32, "exact", "nothing to round: the trained weights are torch.float32. Load"),
         (torch.float32, "nearest", "nothing to round"),
-        (torch.float64, "stochastic", "nothing to round: what is trained is torch.float64"),
+        (torch.float64, "stochastic", "nothing to round: the trained weights are torch.float64"),
         (torch.float16, "exact", "is for bfloat16 weights, and some are torch.float16"),
         (torch.float16, "stochastic", "is for bfloat16 weights"),
         (BF16, "kahan", "Must be 'exact', 'stochastic', 'nearest' or None"),

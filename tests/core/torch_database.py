@@ -27,31 +27,33 @@ REFUSED_KEYWORDS = {
     "capturable": "The host reads the scores in every step, and a CUDA graph has no host.",
     "differentiable": "A step writes weights in place.",
 }
-# Everything else that an optimizer of ours does otherwise, and means to.
+# All other intended differences.
 OTHER_DIFFERENCES = {
-    "a first step in which others have a gradient and no routed layer has one (`from_model`)": (
-        "Nothing would be routed. Layers that were all frozen are warned of."
+    "an infinite `lr`, `eps` or `weight_decay`": "No valid step exists.",
+    "one beta a number, the other a tensor": "Both are read as numbers.",
+    "one tensor as the `lr` of several groups": "A scheduler would multiply it once per group.",
+    "a group without names beside groups with names": "Names are used for messages and seeds only.",
+    "keys of `param_groups`": "The keywords of the missing keys are not accepted.",
+    "an infinite or NaN gradient": "NaN would never leave the moments.",
+    "a later step without any gradient": "It is nearly always an error in the training loop.",
+    "a first step with gradients, but none in a routed layer (`from_model`)": (
+        "Nothing would be routed."
     ),
     "a parameter that was replaced in the model, resized after a step, or flattened in its group "
     "(`from_model`)": "The model would train without it.",
-    "an infinite `lr`, `eps` or `weight_decay`": "No step could follow.",
-    "one beta a number, the other a tensor": "Both are read as numbers.",
-    "one tensor as the `lr` of several groups": "A scheduler would multiply it once per group.",
-    "a group without names beside groups with names": "Names serve messages and seeds only.",
-    "keys of `param_groups`": "They would speak of keywords that are not taken.",
-    "an infinite or NaN gradient": "It would stay in the moments for good.",
-    "a later step without any gradient": "It is nearly always a mistake of the training loop.",
     "complex weights of layers": "Scores are defined for real weights.",
     "weights below float32": "Small updates would be rounded away.",
     '`state[parameter]["step"]`': "Reading a number never waits for a device.",
-    "a saved state of another optimizer": "Its numbers mean something else.",
-    "a saved state of parameters with other names": "Moments would go to the wrong parameters.",
-    "names in a saved state": "The names here are those of this model.",
+    "a saved state of another optimizer": "Its numbers have another meaning.",
+    "a saved state of parameters with other names": (
+        "Moments would be loaded into the wrong parameters."
+    ),
+    "names in a saved state": "The optimizer has the names of its own model.",
     "tensors of a loaded state": "Two optimizers would write to the same moments.",
     "moments of another shape": "The fused kernel would write past the ends of memory.",
     "sharded parameters (DTensor)": "A score is a sum over a whole layer.",
     "`torch.compile` of a step": "The host chooses the winners in the middle of a step.",
-    "`MoLFAdamW(module.parameters())`": "Routing needs to know the layers.",
+    "`MoLFAdamW(module.parameters())`": "Routing needs the layers.",
 }
 
 

@@ -347,7 +347,7 @@ class AdamW(Optimizer):
                 units, self.state, self._offload, self.executor, self._tally, required
             )
         if outcome.is_refused:
-            self._settled_state()  # the caller may catch the error and read the state
+            self._settled_state()  # the caller may catch the error and read it
             self._refuse(outcome.bad, {name: required[name] for name in outcome.wrong})
         self._finish(outcome)
         return not outcome.is_refused
