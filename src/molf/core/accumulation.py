@@ -28,6 +28,7 @@ def accumulate_in_float32(parameters: Iterable[Tensor]) -> None:
     Raises:
         ImportError: torch has no `grad_dtype`.
     """
+    # Clipping and the step then use float32 sums.
     low: list[Any] = [p for p in parameters if is_low(p)]
     if low and not has_grad_dtype():
         raise ImportError(

@@ -150,6 +150,7 @@ class Eager(Executor):
         increment = write.step.increment(
             write.values, write.exp_avg, write.exp_avg_sq, blocks=self.blocks
         )
+        # Operands first: they need P before the step.
         for operand in write.operands:
             _fill(operand, write.values, increment)
         write.values.add_(increment)

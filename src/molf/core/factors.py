@@ -62,6 +62,7 @@ def draw_lora_a(seed: int, layer: str, ranks: Sequence[int], in_features: int) -
     for index, rank in enumerate(ranks):
         key = f"{seed}/{layer}/{index}".encode()
         digest = int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little")
+        # On the CPU, because generators of other devices draw other numbers.
         generator = torch.Generator("cpu").manual_seed(digest)
         uniform = torch.rand(
             rank, in_features, generator=generator, dtype=torch.float32, device="cpu"

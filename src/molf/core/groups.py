@@ -230,6 +230,7 @@ def _is_adapter_bias(name: str) -> bool:
 
 def _adapter_biases(rest: _NamedParameters) -> _NamedParameters:
     """Return the biases of adapters; `freeze_base` alone does not freeze them."""
+    # They were requested with the adapter, belong to no expert and not to the base.
     return [(name, parameter) for name, parameter in rest if _is_adapter_bias(name)]
 
 

@@ -75,6 +75,7 @@ class FiniteGuard:
         self, device: torch.device, dtype: torch.dtype, betas: tuple[float, float]
     ) -> MomentDecay:
         """Return the scalars that update moments on a device, in a dtype."""
+        # Made once per step: the scalars are copied to the device.
         key = (device, dtype, tuple(betas))
         if key not in self._made:
             finite = self._finite.setdefault(device, self.finite.to(device))

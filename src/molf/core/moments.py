@@ -191,7 +191,8 @@ def moment_state(
     parameter: Tensor, state_dtype: str = "float32", place: Place = WHOLE
 ) -> dict[str, Any]:
     """Return the initial state of a tensor: `step` 0 and zero moments."""
-    # `step` is a Python int: reading it never waits for a device.
+    # Tensors and Python numbers only, which `torch.load(weights_only=True)` and distributed
+    # checkpoints load. `step` is an int: reading it never waits for a device.
     state: dict[str, Any] = {"step": 0}
     parameter = real_view(parameter)
     block = block_of_8bit(parameter, place) if state_dtype == "8bit" else None

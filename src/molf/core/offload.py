@@ -250,6 +250,7 @@ class StateOffload:
                 state[key] = self.keep(parameter, tensor)
 
     def _carrier(self, parameter: Tensor) -> Carrier | None:
+        # One per device: streams belong to a device.
         device = parameter.device
         if device not in self._carriers:
             self._carriers[device] = self._make(device)

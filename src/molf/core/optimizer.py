@@ -191,6 +191,7 @@ class MoLFAdamW(AdamW):
             state_offload=state_offload,
             seed=config.seed,
         )
+        # An evaluation between steps must not re-pack 4-bit weights.
         keep_differentiable(model)
         optimizer.coverage = cover(model, optimizer.param_groups, config)
         optimizer._owners = Owners(model, optimizer.param_groups)

@@ -154,6 +154,7 @@ class RoutedLayer(ABC):
 
     def scores(self, sums: Sequence[float]) -> list[float]:
         """Return one score per expert from the score sums."""
+        # n_e of each expert: A [r, in] and B [out, r] have r (in + out) elements.
         width = sum(self.shape)
         counts = [rank * width for rank in self.group["ranks"]]
         lrs = list(self.lora_lrs)

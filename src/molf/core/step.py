@@ -69,6 +69,7 @@ def take_step(
     gradients = [one for layer in layers for one in layer.gradients]
     gradients += [Guarded(tensor.parameter) for tensor in plain]
     required = required or {}
+    # In every step, before anything is written: libraries may have replaced parameters.
     executor.check(layers, plain)
     with full_precision({one.parameter.device.type for one in gradients}):
         # 1. Check gradients. Gradients of LoRA factors do not exist yet; norms bound them.

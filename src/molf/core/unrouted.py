@@ -225,6 +225,6 @@ def _multiplies(owner: nn.Module, key: str, words: str, parameter: torch.Tensor)
         return False
     if isinstance(owner, _MATRICES):
         return True
-    # A convolution may embed the patches of an image.
+    # By name too: a convolution may embed the patches of an image.
     is_table = isinstance(owner, _TABLES) or _TABLE.search(words) is not None
     return not (is_table or "norm" in type(owner).__name__.lower())

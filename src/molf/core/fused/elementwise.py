@@ -70,6 +70,7 @@ def moments_kernel(
     If `finite` is False nothing is written and the sum is 0.
     """
     partial = 0.0
+    # Read before any write: a write could not be undone bit for bit.
     if tl.load(finite):
         row, entry = entry_row(table, blocks, 3)
         index, cols, mask = elements(row, ALIGNED, BLOCK)
@@ -155,6 +156,7 @@ def factor_kernel(
         exp_avg_sq = load_float32(pointers(row, index, cols, 2, 32, ALIGNED), mask, 32)
         factor = load_float32(factor_at, mask, 32)
         decay = word(words, entry, DECAY)
+        # Not `new - old`, which cancels.
         increment = -descent(exp_avg, exp_avg_sq, words, entry) - decay * factor
         one = word(words, entry, OLD_1) * factor + word(words, entry, INCREMENT_1) * increment
         two = word(words, entry, OLD_2) * factor + word(words, entry, INCREMENT_2) * increment
@@ -172,6 +174,7 @@ def total_kernel(
     LANES: tl.constexpr,
 ) -> None:
     """Sum the partial sums of one entry in float64, always in the same order."""
+    # No atomics: their order, and with it the last bits, would differ between runs.
     row = table + tl.program_id(0).to(tl.int64) * COLUMNS
     first, count = tl.load(row + FIRST_BLOCK), tl.load(row + BLOCKS)
     lane = tl.arange(0, LANES)

@@ -107,6 +107,7 @@ class Triton(Executor):
     ) -> None:
         """Write factors and products in chunks of layers, then all tensors without a product."""
         kernels, finite = self._on(guard.bounds.device), guard.finite
+        # Tensors without a product need no operands: one launch for all of them at the end.
         late: list[TensorWrite] = []
         for part, chunk in enumerate(self._chunks(layers)):
             tensors = [write for writes in chunk for write in writes.tensors]

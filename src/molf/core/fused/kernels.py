@@ -249,6 +249,7 @@ class Kernels:
 
     def _send(self, words: list[_Words]) -> Tensor:
         """Pack scalars and keys as 32-bit words, int32 [entries, 15], on the device."""
+        # One tensor for numbers and keys, so that one copy sends both.
         numbers = torch.tensor([given for given, _ in words], dtype=torch.float64, device="cpu")
         keys = torch.tensor([key for _, key in words], dtype=torch.int64, device="cpu")
         packed = torch.cat([numbers.to(torch.float32).view(torch.int32), keys.to(torch.int32)], 1)

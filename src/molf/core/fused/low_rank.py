@@ -65,6 +65,7 @@ def low_rank_kernel(
         left_step = tl.load(row + left_at + STRIDE_1)
         right_step = tl.load(row + right_at + STRIDE_0)
         inner = tl.load(row + INNER)
+        # In this kernel, because a separate product would read and write the weight once more.
         product = tl.zeros([BLOCK_ROWS, BLOCK_COLS], dtype=tl.float32)
         for start in range(0, inner, BLOCK_INNER):
             k = start + tl.arange(0, BLOCK_INNER)
