@@ -1,7 +1,6 @@
 """MoLF: full fine-tuning and LoRA in one optimizer, routed per layer and per step.
 
-Names are imported when first used, so that `import molf` (and `molf --help`) stay fast: the
-optimizer needs torch alone, and nothing here imports transformers.
+Names are imported on first use. The optimizer needs torch alone.
 """
 
 from __future__ import annotations
@@ -17,6 +16,7 @@ if TYPE_CHECKING:
     from molf.core.peft_model import peft_config, with_adapter
     from molf.core.trainer import trainer_optimizer
 
+# Imported on first use, so that `import molf` and `molf --help` stay fast.
 _HOMES = {
     "AdamW": "molf.core.adamw",
     "Decision": "molf.core.routing",

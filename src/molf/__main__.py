@@ -1,4 +1,4 @@
-"""`python -m molf`."""
+"""Run the command line as `python -m molf`."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""The console that tables and progress are printed on: no markup, no secrets."""
+"""The console for tables and progress: markup is off, secrets are masked."""
 
 from __future__ import annotations
 
@@ -12,19 +12,20 @@ from molf.shown import as_line
 
 
 class PlainConsole(Console):
-    """A console of rich that reads no markup, no emoji and no control characters in texts.
+    """A rich console that prints markup, emoji codes and control characters literally.
 
-    Every text that is given as such, in a table or a title as well, is shown on one line.
+    Each string, also in a table or a title, is shown on one line.
     """
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(markup=False, emoji=False, highlight=False, **settings)
 
     def render_str(self, text: str, **settings: Any) -> Text:
-        """Make a `Text` without secrets, which are masked before it is wrapped into lines."""
+        """Return the text with secrets masked, as a rich `Text`."""
+        # Masked before rich wraps the text: a secret broken over two lines would not be found.
         return super().render_str(as_line(mask_text(text)), **settings)
 
     def lines(self, *lines: str) -> None:
-        """Print lines, none of which is broken however narrow the terminal is."""
+        """Print lines without wrapping them at the width of the terminal."""
         for line in lines:
             self.print(line, soft_wrap=True)

@@ -1,11 +1,11 @@
-"""The one error that means: the user's input is wrong."""
+"""The error for wrong user input."""
 
 from __future__ import annotations
 
 
 class InputError(ValueError):
-    """Wrong input: one line with what was given and what is allowed.
+    """Wrong input: one line with the given value and the allowed ones.
 
-    The command line prints it without a traceback and exits with code 2. It is raised before
-    anything is downloaded, trained or written.
+    Raised before anything is downloaded, trained or written. The command line prints the message
+    without a traceback and exits with code 2.
     """

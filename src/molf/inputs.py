@@ -1,4 +1,4 @@
-"""Reading files that a user named: at once, whole, and never from what could go on for ever."""
+"""Read files that a user named. Pipes, sockets and devices are rejected: they may never end."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ _KINDS = (
 
 
 def special_kind(path: str | Path) -> str | None:
-    """What a path is if it is there and no ordinary file, links followed: "a device", and so on.
+    """Return the kind of a path that is no ordinary file, such as "a device"; otherwise None.
 
-    A link that leads nowhere is one of these; a path that is not there at all is not.
+    Links are followed. A broken link is a kind; a missing path is None.
     """
     try:
         mode = os.stat(path).st_mode
@@ -33,11 +33,11 @@ def special_kind(path: str | Path) -> str | None:
 
 
 def check_ordinary(path: str | Path, shown: str) -> None:
-    """Refuse what is no ordinary file, without opening it; a path that is not there passes.
+    """Reject a directory, pipe, socket or device without opening it; a missing path passes.
 
     Args:
         path: The file.
-        shown: How a message names it, such as `config a.yaml`.
+        shown: Its name in the message, such as `config a.yaml`.
 
     Raises:
         InputError: It is a directory, a pipe, a socket or a device.
@@ -54,20 +54,19 @@ def read_input(path: str | Path, shown: str, *, most: int | None = None) -> byte
 
     Args:
         path: The file.
-        shown: How a message names it, such as `config a.yaml`.
-        most: The largest number of bytes to read; one more shows that the file is longer. By
-            default the machine's memory.
+        shown: Its name in the message, such as `config a.yaml`.
+        most: The largest number of bytes to read; by default the machine's memory.
 
     Returns:
-        The bytes, at most `most + 1`.
+        The bytes; `most + 1` of them if the file is longer than `most`.
 
     Raises:
-        InputError: It is no ordinary file, cannot be read, or has more bytes than the machine has
-            memory.
+        InputError: It is no ordinary file, cannot be read, or is larger than the memory.
     """
     check_ordinary(path, shown)
     try:
-        # What was an ordinary file a moment ago may be a pipe now; without this, open() would wait.
+        # O_NONBLOCK: the file may have been replaced by a pipe since the check, and opening a pipe
+        # would wait for a writer.
         descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | _BINARY)
         with open(descriptor, "rb") as file:
             found = os.fstat(descriptor)
@@ -84,20 +83,20 @@ def read_input(path: str | Path, shown: str, *, most: int | None = None) -> byte
         raise InputError(f"{shown} cannot be read: {reason}.") from error
 
 
-_BINARY = getattr(os, "O_BINARY", 0)  # of Windows
+_BINARY = getattr(os, "O_BINARY", 0)  # Windows only
 
 
 def _check_size(size: int, shown: str) -> None:
     memory = memory_bytes()
     if memory is not None and size > memory:
         raise InputError(
-            f"{shown} has {size:,} bytes, and it is read into memory, of which this "
-            f"machine has {memory:,}. Give a part of it."
+            f"{shown} has {size:,} bytes and is read into memory, but this machine has only "
+            f"{memory:,} bytes of memory. Give a part of it."
         )
 
 
 def memory_bytes() -> int | None:
-    """The bytes of this machine's memory, free or not; None where the system does not say it."""
+    """Return the machine's total memory in bytes, or None where the system does not report it."""
     try:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (AttributeError, OSError, ValueError):  # not on this system

@@ -1,4 +1,4 @@
-"""What can be said of a path that a user gave, before anything is read or written there."""
+"""Check and expand paths that a user gave, before anything is read or written there."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ _SHOWN = 120  # characters of a path in a message
 
 
 def check_path(path: str | Path, what: str) -> None:
-    """Make sure that the system can be asked about a path at all, whether it exists or not.
+    """Reject a path that the system cannot look up: too long, or with a null byte.
 
     Args:
-        path: The path.
-        what: The option or argument that it was given by, for the message.
+        path: The path; it need not exist.
+        what: The option or argument that gave it, for the message.
 
     Raises:
         InputError: It is too long, or holds a null byte.
@@ -24,7 +24,7 @@ def check_path(path: str | Path, what: str) -> None:
     try:
         os.lstat(path)
     except (FileNotFoundError, NotADirectoryError, PermissionError):
-        pass  # for whoever reads or writes there to say
+        pass  # reported where the path is read or written
     except (OSError, ValueError) as error:
         text = str(path).replace("\0", "\\0")
         shown = text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
@@ -33,11 +33,11 @@ def check_path(path: str | Path, what: str) -> None:
 
 
 def check_unicode(path: str | Path, what: str) -> None:
-    """Refuse a path of a model that safetensors and tokenizers could not open.
+    """Reject a model path that is not UTF-8: safetensors and tokenizers cannot open it.
 
     Args:
         path: The path.
-        what: The option or argument that it was given by, for the message.
+        what: The option or argument that gave it, for the message.
 
     Raises:
         InputError: It has bytes that are not UTF-8.
@@ -52,13 +52,13 @@ def check_unicode(path: str | Path, what: str) -> None:
 
 
 def expanded(path: str | Path) -> Path:
-    """A path with `~` or `~user` at its beginning replaced by that home directory.
+    """Return the path with a leading `~` or `~user` replaced by that home directory.
 
     Raises:
-        InputError: There is no such home directory, nor anything here that is called so.
+        InputError: No such home directory is known, and no file has that name.
     """
     given = os.fspath(path)
-    found = os.path.expanduser(given)  # unlike Path's own, it leaves unknown users alone
+    found = os.path.expanduser(given)  # Path.expanduser raises an error for an unknown user
     if found == given and given.startswith("~") and not os.path.lexists(given):
         home = given.partition("/")[0]
         raise InputError(f"{given}: no home directory is known for {home}. Give the whole path.")
@@ -66,7 +66,7 @@ def expanded(path: str | Path) -> Path:
 
 
 def settled(path: Path) -> Path:
-    """The place that a path to be written means: `~` expanded, no link at its end, with a name.
+    """Return a path to write to: `~` expanded, a link at its end followed, with a name.
 
     Raises:
         InputError: There is no such home directory.
@@ -78,15 +78,15 @@ def settled(path: Path) -> Path:
 
 
 def absolute(source: str) -> str:
-    """A source as it reads from any directory: what exists here becomes an absolute path."""
+    """Return a source that is valid from any directory: an existing path becomes absolute."""
     path = expanded(source) if source.startswith("~") else source
     if source.startswith("~") or os.path.exists(path):
         return os.path.abspath(path)
-    return source  # a Hub id, a URL, or nothing: whoever reads it says so
+    return source  # a Hub id, a URL, or missing: reported where it is read
 
 
 def is_within(path: str | Path, directory: Path) -> bool:
-    """Whether a path, links followed, is a directory or lies in it."""
+    """Return whether a path, links followed, is the directory or lies in it."""
     place = os.path.realpath(directory)
     try:
         return os.path.commonpath([os.path.realpath(expanded(path)), place]) == place
@@ -95,11 +95,11 @@ def is_within(path: str | Path, directory: Path) -> bool:
 
 
 def check_inputs_outside(directory: Path, inputs: Mapping[str, str | Path | None]) -> None:
-    """Refuse to replace a directory that holds what is to be read.
+    """Reject an output directory whose replacement would delete an input.
 
     Args:
-        directory: What is to be replaced.
-        inputs: Sources by the option that they were given by; those that are no path pass.
+        directory: The directory to be replaced.
+        inputs: Sources by option. A source that is no existing path passes.
 
     Raises:
         InputError: One of them is the directory, or lies in it.

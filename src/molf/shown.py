@@ -1,8 +1,7 @@
-"""Texts as they may be shown: what would steer a terminal, or is not to be seen, is spelled out.
+"""Escape control and invisible characters in text before it is printed or logged.
 
-File names, columns, keys and messages may hold escape sequences, characters that turn the direction
-of writing, or bytes that are no UTF-8 (in paths, as lone surrogates). Whatever is printed or logged
-goes through here; texts of JSON keep their value, those of people are for reading alone.
+File names, columns, keys and messages may hold escape sequences, characters that change the writing
+direction, or bytes that are not UTF-8 (in paths: lone surrogates). JSON text keeps its value.
 """
 
 from __future__ import annotations
@@ -13,14 +12,14 @@ import unicodedata
 from collections.abc import Callable
 from typing import Any
 
-LACKING = "molf.spelled"  # the handler of characters that an encoding lacks, for `errors=`
+LACKING = "molf.spelled"  # value for `errors=`: escape characters that the encoding lacks
 
 _LAYOUT = "\n\t"
-_JOINERS = "\u200c\u200d"  # Persian and emoji are written with them, and they move nothing else
+_JOINERS = "\u200c\u200d"  # Persian and emoji need them; they do not move other characters
 
 
 class _Escapes(dict[int, "int | str"]):
-    """What `str.translate` puts for each character; worked out when one is first met."""
+    """A table for `str.translate`, filled when a character is first looked up."""
 
     def __init__(self, escape: Callable[[int], str], keep: str) -> None:
         super().__init__()
@@ -32,7 +31,7 @@ class _Escapes(dict[int, "int | str"]):
         is_seen = (
             character.isprintable()
             or character in self._keep
-            or unicodedata.category(character) == "Zs"  # spaces, which Python takes for unprintable
+            or unicodedata.category(character) == "Zs"  # spaces, unprintable for `isprintable`
         )
         self[code] = code if is_seen else self._escape(code)
         return self[code]
@@ -47,7 +46,8 @@ def _spelled_in_json(code: int) -> str:
 
 
 def _replace_lacking(error: UnicodeError) -> tuple[str, int]:
-    """Spell characters out as JSON does, so that JSON keeps its value in any encoding."""
+    """Escape the characters that an encoding lacks; a handler for `codecs.register_error`."""
+    # In JSON's form, so that JSON keeps its value in any encoding.
     if not isinstance(error, UnicodeEncodeError):
         raise error
     lacking = error.object[error.start : error.end]
@@ -62,16 +62,16 @@ _IN_JSON = _Escapes(_spelled_in_json, _LAYOUT + _JOINERS)
 
 
 def printable(text: str) -> str:
-    """A text with its line breaks and tabs, and with other control characters spelled out."""
+    """Return the text with control characters escaped, except line breaks and tabs."""
     return text if text.isprintable() else text.translate(_IN_TEXT)
 
 
 def as_line(text: str) -> str:
-    """The same on one line: line breaks and tabs are spelled out as well."""
+    """Return the text on one line, with all control characters escaped."""
     return text if text.isprintable() else text.translate(_IN_LINE)
 
 
 def json_text(value: Any, indent: int | None = None) -> str:
-    """A value as JSON that any terminal and any encoding of Unicode can take, and of that value."""
+    """Return a value as JSON with control characters escaped; it parses to the same value."""
     text = json.dumps(value, ensure_ascii=False, indent=indent)
     return text if text.isprintable() else text.translate(_IN_JSON)

@@ -1,7 +1,7 @@
-"""Standard output and standard error that may break: a closed terminal, a full disk, a closed pipe.
+"""Wrap standard output and error, which may break: closed terminal, full disk, closed pipe.
 
-Progress and warnings are an aside: at the first error they fall silent, and the work goes on.
-What a command was asked to print is not: an error there is an `OutputError`.
+Progress and warnings stop printing at the first error, and the work continues. The output of a
+command raises `OutputError`.
 """
 
 from __future__ import annotations
@@ -17,14 +17,11 @@ from molf.shown import LACKING
 
 
 class OutputError(OSError):
-    """Standard output cannot be written."""
+    """Raised when standard output cannot be written."""
 
 
 class _Stream:
-    """A text stream around another, or around none.
-
-    Characters that the encoding lacks are spelled out.
-    """
+    """A wrapper of a text stream, or of None; escapes characters that its encoding lacks."""
 
     def __init__(self, stream: IO[str] | None) -> None:
         self._stream = stream
@@ -35,22 +32,22 @@ class _Stream:
         return len(text)
 
     def flush(self) -> None:
-        """Hand on what is buffered."""
+        """Flush the wrapped stream."""
         self._try(lambda stream: stream.flush())
 
     def writelines(self, lines: Any) -> None:
-        """Write texts."""
+        """Write several texts."""
         for line in lines:
             self.write(line)
 
     def isatty(self) -> bool:
-        """Whether it is a terminal."""
+        """Return whether the stream is a terminal."""
         with suppress(OSError, ValueError):  # closed
             return self._stream is not None and self._stream.isatty()
         return False
 
     def __getattr__(self, name: str) -> Any:
-        if name == "_stream":  # while it is copied
+        if name == "_stream":  # not yet set while a copy is made: avoids endless recursion
             raise AttributeError(name)
         return getattr(self._stream, name)
 
@@ -58,11 +55,11 @@ class _Stream:
         raise NotImplementedError
 
 
-class Silenced(_Stream):
-    """A stream that falls silent at its first error.
+class BestEffort(_Stream):
+    """A stream that stops printing at its first error, such as a broken pipe.
 
     Attributes:
-        error: What silenced it; None while it speaks.
+        error: The first error; None before it.
     """
 
     def __init__(self, stream: IO[str] | None) -> None:
@@ -74,23 +71,23 @@ class Silenced(_Stream):
             return
         try:
             act(self._stream)
-        except (OSError, ValueError) as error:  # the latter: closed by somebody
+        except (OSError, ValueError) as error:  # ValueError: the stream was closed
             self.error = error
 
 
 class Output(_Stream):
-    """Standard output whose errors bear their name, but for a reader that has gone.
+    """Standard output that raises `OutputError`; a closed pipe stays a `BrokenPipeError`.
 
     Attributes:
-        is_given_up: Whether an error has been dealt with, so that there are no more.
+        is_stopped: Whether an error was handled; nothing is written from then on.
     """
 
     def __init__(self, stream: IO[str]) -> None:
         super().__init__(stream)
-        self.is_given_up = False
+        self.is_stopped = False
 
     def _try(self, act: Any) -> None:
-        if self.is_given_up:
+        if self.is_stopped:
             return
         try:
             act(self._stream)
@@ -100,21 +97,21 @@ class Output(_Stream):
             raise OutputError(getattr(error, "strerror", None) or str(error)) from error
 
 
-def silenced(stream: IO[str] | None) -> TextIO:
-    """The stream, silent from its first error on."""
-    return cast(TextIO, stream if isinstance(stream, Silenced) else Silenced(stream))
+def best_effort(stream: IO[str] | None) -> TextIO:
+    """Return the stream wrapped so that it stops printing at its first error."""
+    return cast(TextIO, stream if isinstance(stream, BestEffort) else BestEffort(stream))
 
 
 @contextmanager
-def console_that_may_break() -> Iterator[list[Exception]]:
-    """Have nothing in the block fail because it, or a library, cannot print.
+def ignoring_print_errors() -> Iterator[list[Exception]]:
+    """Ignore print errors in the block, including those of libraries.
 
     Yields:
-        After the block, why standard error fell silent; empty if it did not.
+        A list that holds, after the block, the error of standard error, if there was one.
     """
     before = sys.stdout, sys.stderr
     errors: list[Exception] = []
-    sys.stdout, sys.stderr = output, error = silenced(sys.stdout), silenced(sys.stderr)
+    sys.stdout, sys.stderr = output, error = best_effort(sys.stdout), best_effort(sys.stderr)
     try:
         yield errors
     finally:
@@ -122,41 +119,37 @@ def console_that_may_break() -> Iterator[list[Exception]]:
             sys.stdout = before[0]
         if sys.stderr is error:
             sys.stderr = before[1]
-        fault = cast(Silenced, error).error
+        fault = cast(BestEffort, error).error
         if fault is not None:
             errors.append(fault)
 
 
 @contextmanager
 def result_on_disk(done: str) -> Iterator[None]:
-    """Print in the block what is in files as well: the command has not failed if that fails.
+    """Warn instead of failing where standard output breaks, as the result is on disk as well.
 
     Args:
-        done: What is complete, and where, as the beginning of a warning.
+        done: The finished work and its place, as the beginning of the warning.
     """
     try:
         yield
         sys.stdout.flush()
     except OutputError as error:
-        give_up_output()
+        stop_output()
         warnings.warn(f"{done}, but standard output cannot be written: {error}.", stacklevel=3)
 
 
-def give_up_output() -> None:
-    """Have standard output raise no more errors: that it failed has been dealt with."""
+def stop_output() -> None:
+    """Write no more to standard output, after its error was handled."""
     if isinstance(sys.stdout, Output):
-        sys.stdout.is_given_up = True
+        sys.stdout.is_stopped = True
 
 
 @contextmanager
 def standard_streams() -> Iterator[None]:
-    """Make standard output an `Output` and standard error `Silenced` for the block.
-
-    Descriptors that the process was started without are opened, so that no file of ours gets their
-    numbers, and what a library writes to standard error. At the end of the process Python flushes
-    both streams once more, and a failure there would be its exit code: a broken one is led to
-    nowhere.
-    """
+    """Make standard output an `Output` and standard error `BestEffort` for the block."""
+    # Open descriptors that the process was started without. Otherwise the next opened file would
+    # get number 2, and receive all that libraries write to standard error.
     for descriptor in (0, 1, 2):
         try:
             os.fstat(descriptor)
@@ -164,23 +157,25 @@ def standard_streams() -> Iterator[None]:
             os.open(os.devnull, os.O_RDONLY)  # the lowest free number; writing fails, as before
     before = sys.stdout, sys.stderr
     output = sys.stdout if sys.stdout is not None else os.fdopen(1, "w", closefd=False)
-    sys.stdout, sys.stderr = cast(TextIO, Output(output)), silenced(sys.stderr)
+    sys.stdout, sys.stderr = cast(TextIO, Output(output)), best_effort(sys.stderr)
     try:
         yield
     finally:
         sys.stdout, sys.stderr = before
         for stream in (output, sys.stderr):
-            _settle(stream)
+            _flush_or_discard(stream)
 
 
-def _settle(stream: TextIO | None) -> None:
+def _flush_or_discard(stream: TextIO | None) -> None:
+    # Python flushes both streams again at exit, and a failure there would set the exit code.
+    # Therefore a broken stream is redirected to the null device.
     if stream is None:
         return
     try:
         stream.flush()
     except (OSError, ValueError):
         with suppress(OSError, ValueError):
-            if (descriptor := stream.fileno()) in (1, 2):  # the process's own
+            if (descriptor := stream.fileno()) in (1, 2):  # the process's own, not a replacement
                 nowhere = os.open(os.devnull, os.O_WRONLY)
                 os.dup2(nowhere, descriptor)
                 os.close(nowhere)

@@ -97,7 +97,7 @@ def test_a_file_larger_than_memory(tmp_path):
     path = tmp_path / "large.jsonl"
     with path.open("wb") as file:
         file.truncate(2**43)  # of no blocks
-    with pytest.raises(ValueError, match="8,796,093,022,208 bytes, and it is read into memory"):
+    with pytest.raises(ValueError, match="8,796,093,022,208 bytes and is read into memory"):
         read_input(path, "large")
 
 

@@ -181,8 +181,8 @@ CASES = {
     broken_generation_config: "generation_config.json is broken: Expecting value",
     list_as_generation_config: "generation_config.json is broken: it is a list",
     end_token_that_is_no_id: "eos_token_id is [0, '<|end|>'] in its generation configuration",
-    only_said_to_be_4bit: "stored quantised (bitsandbytes 4-bit), and no tensor in its files is",
-    only_said_to_be_8bit: "stored quantised (bitsandbytes 8-bit), and no tensor in its files is",
+    only_said_to_be_4bit: "declares quantised weights (bitsandbytes 4-bit), but its files",
+    only_said_to_be_8bit: "declares quantised weights (bitsandbytes 8-bit), but its files",
 }
 
 

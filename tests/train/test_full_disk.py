@@ -205,7 +205,7 @@ def test_kept_adapter_can_be_exported(options, disk, place, trained, capsys):
     (kept,) = place.iterdir()
     assert main(["export", str(kept), "--what", "adapter", "--dtype", "bfloat16"]) == 0
     assert main(["export", str(kept)]) == 2
-    assert "has no model/: the run goes on, or failed before it was saved. It has" in last_line(
+    assert "has no model/: the run is not over, or failed before it was saved. It has" in last_line(
         capsys
     )
 
@@ -430,16 +430,16 @@ def test_failure_after_saving_says_where_the_model_is(options, tmp_path, monkeyp
 def test_fallback_is_checked_at_once(options, tmp_path, capsys):
     given = [*options, "--output_dir", str(tmp_path / "run"), "--fallback_dir"]
     assert main([*given, str(tmp_path / "none")]) == 2
-    assert "is not a directory. Give one that is there." in last_line(capsys)
+    assert "is not a directory. Give one that exists." in last_line(capsys)
     assert main([*given, "/proc/sys"]) == 2
     assert "fallback_dir /proc/sys cannot be written" in last_line(capsys)
 
 
 def test_full_disk_is_known_by_any_library_s_words():
-    assert room.is_no_room(OSError(28, "x"))
-    assert room.is_no_room(OSError(122, "Disk quota exceeded"))
-    assert room.is_no_room(Exception("No space left on device (os error 28)"))  # tokenizers
-    assert not room.is_no_room(OSError(30, "Read-only file system"))
+    assert room.is_disk_full(OSError(28, "x"))
+    assert room.is_disk_full(OSError(122, "Disk quota exceeded"))
+    assert room.is_disk_full(Exception("No space left on device (os error 28)"))  # tokenizers
+    assert not room.is_disk_full(OSError(30, "Read-only file system"))
 
 
 def test_export_to_a_full_disk(molf_run, disk, monkeypatch, capsys):

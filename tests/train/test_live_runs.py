@@ -60,8 +60,8 @@ def test_a_second_run_is_refused_and_the_first_goes_on(options, at_step, tmp_pat
     assert codes == [2, 2, 2, 2]
     error = capsys.readouterr().err
     assert error.count(f"molf: error: output_dir {path} is in use") == 2
-    assert f"lies in {path}, where a run of molf train goes on" in error
-    assert f"{path} is in use: its run goes on" in error
+    assert f"lies in {path}, where a run of molf train is not over" in error
+    assert f"{path} is in use: its run is not over" in error
     assert is_whole(path)
     assert steps_in(path) == [1, 2, 3]
     assert sorted(p.name for p in tmp_path.iterdir()) == [
@@ -146,7 +146,7 @@ def test_a_moved_run_goes_on_where_it_is(options, at_step, tmp_path, capsys):
     at_step(move)
     assert main([*options, "--save_steps", "1", "--output_dir", str(path)]) == 0
     captured = capsys.readouterr()
-    assert captured.err.count(f"output_dir {path} was moved while its run goes on") == 1
+    assert captured.err.count(f"output_dir {path} was moved during its run") == 1
     assert f"writes to {moved} from now on" in captured.err
     assert f"run      {moved}" in captured.out
     assert [p.name for p in path.iterdir()] == ["notes.txt"]

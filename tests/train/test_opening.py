@@ -203,7 +203,7 @@ def test_evaluation_data_that_is_the_training_data_warns(custom, tmp_path, capsy
     data = str(tmp_path / "pairs.jsonl")
     assert main([*custom, "--eval_data", data, "--dry_run"]) == 0
     assert "eval_data" in (error := capsys.readouterr().err)
-    assert "holds what data holds" in error
+    assert "has the records of data" in error
     other = write_pairs(tmp_path / "other.jsonl", 5)
     assert main([*custom, "--eval_data", other, "--dry_run"]) == 0
-    assert "holds what data holds" not in capsys.readouterr().err
+    assert "has the records of data" not in capsys.readouterr().err

@@ -96,7 +96,7 @@ def test_relative_path_is_answered_by_one(run, refused, monkeypatch):
 def test_unfinished_run(run, refused):
     shutil.rmtree(run / "model")
     error = refused(*commands(run)[3])
-    assert "It has no model/: it goes on, or failed" in error
+    assert "It has no model/: the run is not over, or failed" in error
     assert f"Its adapter is {run}/adapter. Load it onto its base, some/base," in error
     shutil.rmtree(run / "adapter")
     assert f"Its latest checkpoint is {run}/checkpoints/checkpoint-3." in refused(*commands(run)[3])

@@ -245,7 +245,7 @@ def test_export_of_a_broken_file_of_halves_is_one_line(train, half_base, capsys)
     [
         (["--save_dtype", "float32"], "keep_low_halves with save_dtype=float32"),
         (["--dtype", "bfloat16", "--weight_rounding", "nearest"], "weight_rounding=nearest"),
-        ([], "is saved in float32, of which nothing is rounded off"),
+        ([], "is saved in float32, and only bfloat16 has low halves"),
         (["--save_rounding", "up"], "nearest"),
     ],
 )

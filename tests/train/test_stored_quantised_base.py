@@ -194,7 +194,11 @@ def refused(options, model, *more, capsys, tmp_path):
         (_EIGHT, "--method lora --load_in_4bit", ["Invalid load_in_4bit", "8-bit"]),
         (_FOUR, "--method lora --dtype bfloat16", ["Invalid dtype=bfloat16", "4-bit"]),
         (_FOUR, "--method molf-e --no-freeze_rest", ["Invalid freeze_rest=False", "4-bit"]),
-        (_FOUR, "--method lora --merge_base original", ["merge_base=original", "not there"]),
+        (
+            _FOUR,
+            "--method lora --merge_base original",
+            ["merge_base=original", "no original weights"],
+        ),
     ],
 )
 def test_refused_before_weights_are_read(

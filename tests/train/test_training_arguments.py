@@ -80,7 +80,7 @@ def test_without_the_source_the_names_are_left_to_the_class(monkeypatch):
     ("name", "words"),
     [
         ("tensorbord", "Did you mean tensorboard?"),
-        ("nothing", "is no tracker that the trainer knows: azure_ml, "),
+        ("nothing", "is no tracker of the trainer: azure_ml, "),
         ("wandb", "needs wandb, which is not installed"),
     ],
 )

@@ -1,4 +1,4 @@
-"""The command line. `main` is the console script `molf`."""
+"""The command line; `main` is the console script `molf`."""
 
 from molf.cli.main import main
 

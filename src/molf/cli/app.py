@@ -1,4 +1,4 @@
-"""The commands and how their options are read."""
+"""Register the commands and set how their options are parsed."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from molf.cli.values import check_directory, check_values
 
 
 def _as_written(name: str) -> str:
-    """Keep underscores: options are spelled as in TrainingArguments (dashes work as well)."""
+    """Keep underscores in options, as in TrainingArguments; dashes work as well."""
     return name
 
 
@@ -21,13 +21,13 @@ app = App(
     help="Fine-tune language models without choosing between full fine-tuning and LoRA.",
     help_format="plaintext",
     version=version("molf"),
-    # Texts are checked as they were given, and again with those of the recipe.
+    # check_values runs twice: on the command line, then with the values of the recipe added.
     config=(check_directory, check_values, apply_recipe, check_values),
     default_parameter=Parameter(name_transform=_as_written, negative_iterable=()),
     result_action="return_value",
     suppress_keyboard_interrupt=False,  # main turns it into an exit code
 )
-# Commands are imported when they are used, so that `molf --help` answers at once.
+# Each command is imported on use, so that `molf --help` needs no torch.
 app.command(
     "molf.cli.train:train_model",
     name="train",
@@ -42,9 +42,13 @@ app.command(
 app.command(
     "molf.cli.plan:plan_model",
     name="plan",
-    help="Say what a training will take: parameters, memory, and which GPUs it fits.",
+    help="Predict the parameters and memory of a training, and which GPUs it fits.",
 )
-app.command("molf.cli.routing:show_routing", name="routing", help="Print what was routed where.")
+app.command(
+    "molf.cli.routing:show_routing",
+    name="routing",
+    help="Print the share of updates that each expert won.",
+)
 app.command(
     "molf.cli.export:export_run",
     name="export",
@@ -63,7 +67,7 @@ app.command(recipes)
 
 
 def join_booleans(tokens: Sequence[str]) -> list[str]:
-    """Let `--bf16 true` mean `--bf16=true`, as the Trainer's own parser has it."""
+    """Return the arguments with `--bf16 true` as `--bf16=true`, like transformers' own parser."""
     if not any(token.lower() in ("true", "false") for token in tokens):
         return list(tokens)
     booleans = _boolean_options()

@@ -1,4 +1,4 @@
-"""`molf data`: the records that a training would be made on, before any training."""
+"""`molf data`: show the records of a training without training."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def preview_data(
 
 
 def _print_lines(records: Iterable[PreviewedRecord]) -> None:
-    """Print a line of JSON for each record, then warn of how their texts differ from the file."""
+    """Print each record as a line of JSON, then warn of texts that differ from the file."""
     faults: Counter[str] = Counter()
     count = 0
     for record in records:
@@ -97,7 +97,7 @@ def _line(record: PreviewedRecord) -> dict[str, object]:
 
 
 def _first(data: DataRecords, count: int) -> DataRecords:
-    """The first records that are trained on."""
+    """Return the data with only its first `count` training records."""
     indices = list(data.trained_on)[:count]
     return replace(data, samples={index: data.samples[index] for index in indices})
 

@@ -1,4 +1,4 @@
-"""`molf eval`."""
+"""`molf eval`: options, and printing of the metrics."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from cyclopts import Parameter
 from molf.errors import InputError
 from molf.evaluate.harness import PREFIX
 from molf.paths import expanded
-from molf.streams import OutputError, give_up_output
+from molf.streams import OutputError, stop_output
 from molf.tasks import TASKS, TaskOptions, check_task
 from molf.train.converters import words
 from molf.train.settings import DATA, EVALUATION, OUTPUT
@@ -63,7 +63,7 @@ class EvalOptions:
     """Replace an earlier evaluation in output_dir."""
 
     def __post_init__(self) -> None:
-        """Check what can be said without reading any data."""
+        """Check the options, without reading data."""
         for name in ("data", "forgetting_data", "predictions", "output_dir"):
             value = getattr(self, name)
             if value is not None and str(value).startswith("~"):
@@ -73,7 +73,7 @@ class EvalOptions:
             value = getattr(self, name)
             if value is not None and value < minimum:
                 raise InputError(f"Invalid {name}={value}. Must be at least {minimum}.")
-        if self.seed >= 2**32:  # what numpy's generators take
+        if self.seed >= 2**32:  # the limit of numpy's generators
             raise InputError(f"Invalid seed={self.seed}. Must be below 2**32.")
         if not self.task:
             raise InputError(
@@ -100,7 +100,7 @@ class EvalOptions:
 
     @property
     def task_options(self) -> list[TaskOptions]:
-        """What each of our own tasks is loaded with."""
+        """The options to load each built-in task with."""
         return [
             TaskOptions(
                 name=name,
@@ -120,7 +120,7 @@ class EvalOptions:
         return [name.removeprefix(PREFIX) for name in self.task if name.startswith(PREFIX)]
 
     def _check_data(self) -> None:
-        """Data, and a task that lives by it, cannot be shared by several tasks."""
+        """Reject data, or the task `custom`, that would be shared by several tasks."""
         own = [options.name for options in self.task_options]
         for option in ("data", "forgetting_data"):
             if getattr(self, option) is not None and not own:
@@ -171,14 +171,14 @@ def evaluate_model(
 
 
 def _print(evaluations: Mapping[str, Evaluation]) -> OutputError | None:
-    """Print evaluations; to standard error if standard output fails, which is returned."""
+    """Print evaluations; if standard output fails, use standard error and return the failure."""
     from molf.cli.summary import print_evaluations
 
     try:
         print_evaluations(evaluations)
         sys.stdout.flush()
     except OutputError as error:
-        give_up_output()
+        stop_output()
         print_evaluations(evaluations, stderr=True)
         return error
     return None

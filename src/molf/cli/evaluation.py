@@ -1,4 +1,4 @@
-"""The work of `molf eval`: a model or saved texts, measured, and written where asked."""
+"""Run `molf eval`: measure a model or saved texts, and write the results."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from molf.errors import InputError
 from molf.evaluate import Evaluation, EvaluationSettings, evaluate, read_plain_text
 from molf.evaluate.harness import PREFIX, Harness
 from molf.paths import check_inputs_outside, check_path
-from molf.streams import console_that_may_break
+from molf.streams import ignoring_print_errors
 from molf.tasks import Task, load_task
 from molf.tasks.files import Record, read_json
 from molf.train.files import write_json, write_jsonl
@@ -21,14 +21,14 @@ from molf.train.model_path import check_model
 from molf.train.ownership import AN_EVALUATION, EVALUATION, PREDICTIONS, predictions_in
 from molf.train.progress import make_reporter
 from molf.train.result import RunError, evaluation_record
-from molf.train.run_directory import check_output, runs_kept
+from molf.train.run_directory import check_output, locking_runs
 from molf.train.training_data import warn_of_other_splitting, warn_of_training_data
 
-_LOCK_SECONDS = 10.0  # another evaluation writes its files in less
+_LOCK_SECONDS = 10.0  # longer than another evaluation takes to write its files
 
 
 def evaluate_checkpoint(model: str, options: EvalOptions) -> dict[str, Evaluation]:
-    """Measure a checkpoint, loaded once, on each task; return the evaluations by task.
+    """Load a checkpoint once and measure it on each task; return the evaluations by task.
 
     Raises:
         InputError: The options, the data or the model are wrong.
@@ -51,7 +51,7 @@ def evaluate_checkpoint(model: str, options: EvalOptions) -> dict[str, Evaluatio
     from molf.train.libraries import quiet_libraries
 
     sources = (model, options.data, options.forgetting_data)
-    with console_that_may_break(), quiet_libraries(), runs_kept(sources):
+    with ignoring_print_errors(), quiet_libraries(), locking_runs(sources):
         import torch
 
         from molf.train.model_loading import load_model, move
@@ -77,7 +77,7 @@ def evaluate_checkpoint(model: str, options: EvalOptions) -> dict[str, Evaluatio
 
 
 def score_saved_texts(options: EvalOptions) -> dict[str, Evaluation]:
-    """Score the texts of `--predictions`, without a model; return the evaluation by task.
+    """Score the texts of `--predictions` without a model; return the evaluation by task.
 
     Raises:
         InputError: The options, the data or the predictions are wrong.
@@ -85,13 +85,13 @@ def score_saved_texts(options: EvalOptions) -> dict[str, Evaluation]:
     predictions = _read_predictions(Path(str(options.predictions)))
     _check_output(options)
     (task,) = options.task_options
-    # Whatever stood before the questions, the texts are there: none has to be drawn.
+    # The answers exist already, so no few-shot examples are drawn for their questions.
     scored = load_task(replace(task, few_shot=0)).score_predictions(predictions)
     return {task.name: scored}
 
 
 def _warn_of_faults(evaluation: Evaluation) -> None:
-    """Warn where the texts that were measured differ from their records."""
+    """Warn where measured texts differ from their records."""
     count = len([entry for entry in evaluation.predictions if entry.get("left_out") is None])
     for fault, number in evaluation.notes.get("records_with_faults", {}).items():
         warnings.warn(f"{number} of {count} examples: {fault}.", stacklevel=2)
@@ -134,12 +134,12 @@ def _check_output(options: EvalOptions) -> None:
 
 
 def write_evaluations(options: EvalOptions, evaluations: Mapping[str, Evaluation]) -> None:
-    """Write eval.json, and the predictions, where the options ask for it.
+    """Write eval.json and the predictions to `output_dir`, if one is given.
 
-    The metrics should have been shown by now: the evaluation may have taken hours.
+    Print the metrics first: the evaluation may have taken hours, and writing may fail.
 
     Raises:
-        InputError: There is something by now that must not be replaced.
+        InputError: The directory meanwhile holds files that must not be replaced.
         RunError: The disk is full or cannot be written.
     """
     if options.output_dir is None:
@@ -159,9 +159,9 @@ def write_evaluations(options: EvalOptions, evaluations: Mapping[str, Evaluation
 
 
 def _write(directory: Path, evaluations: Mapping[str, Evaluation]) -> None:
-    """Write the predictions as one file, or one per task where there are several, and eval.json.
+    """Write eval.json and the predictions, one file per task.
 
-    Files of an earlier evaluation are replaced one by one; nothing else there is touched.
+    The files of an earlier evaluation are replaced; other files in the directory stay.
     """
     directory.mkdir(parents=True, exist_ok=True)
     with Lock(directory, wait=_LOCK_SECONDS):

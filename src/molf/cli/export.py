@@ -1,4 +1,4 @@
-"""`molf export`."""
+"""`molf export`: options and checks."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from cyclopts import Parameter
 
 from molf.errors import InputError
 from molf.shown import as_line
-from molf.streams import console_that_may_break, result_on_disk
+from molf.streams import ignoring_print_errors, result_on_disk
 from molf.train.settings import DTYPES, SAVE_ROUNDINGS
 
 KINDS = ("model", "adapter")
@@ -50,7 +50,7 @@ def export_run(
     from molf.train.finished_run import read_run
 
     finished = read_run(run)
-    with finished.reading(), console_that_may_break():
+    with finished.reading(), ignoring_print_errors():
         finished.check(what)
         path = export_place(finished, what, dtype, output_dir, overwrite=overwrite)
         from molf.train.libraries import quiet_libraries

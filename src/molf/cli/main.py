@@ -1,6 +1,6 @@
-"""Running a command, and ending as the shell expects: 0 done, 2 wrong input, 1 failed.
+"""Run a command and return its exit code: 0 done, 2 wrong input, 1 failed.
 
-SIGTERM and SIGHUP, which job schedulers and closed terminals send, end a command as Ctrl-C does.
+SIGTERM (job schedulers) and SIGHUP (closed terminals) end a command like Ctrl-C.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from molf.masking import learn
 from molf.streams import OutputError, standard_streams
 
 DONE, FAILED, WRONG_INPUT = 0, 1, 2
-_BY_SIGNAL = 128  # what shells add to the number of the signal that ended a command
+_BY_SIGNAL = 128  # shells report a command ended by signal N as 128 + N
 
 
 class _TerminatedError(KeyboardInterrupt):
-    """The process was told to end; what cleans up behind Ctrl-C does so behind this."""
+    """SIGTERM or SIGHUP arrived. A KeyboardInterrupt, so that clean-up code handles both alike."""
 
     def __init__(self, number: int) -> None:
         super().__init__()
@@ -37,8 +37,8 @@ class _TerminatedError(KeyboardInterrupt):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `molf` with these arguments (those of the process if None); return the exit code."""
-    # Read when torch is loaded. Threads that spin while they wait for one another make a small
-    # model ten times slower on a CPU that has anything else to do.
+    # OpenMP reads this when torch is loaded. With the default, waiting threads spin, which makes a
+    # small model ten times slower on a CPU that other processes use as well.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     arguments = join_booleans(sys.argv[1:] if argv is None else argv)
     learn(arguments)
@@ -56,29 +56,29 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _BY_SIGNAL + error.number
         except KeyboardInterrupt:
             return _BY_SIGNAL + signal.SIGINT
-        except BrokenPipeError:  # the reader has gone
+        except BrokenPipeError:  # the reader of the pipe has ended
             return DONE
         except OutputError as error:
             return _fail(FAILED, f"standard output cannot be written: {error}.")
         except SystemExit as exiting:
             if not isinstance(exiting.__context__, BrokenPipeError):
                 raise
-            return DONE  # the same, met by rich
+            return DONE  # rich turns a broken pipe into SystemExit
         except Exception as error:
             return _fail(FAILED, _describe(error))
 
 
 @contextmanager
 def _signals_as_interrupts() -> Iterator[None]:
-    """Raise for the signals that would end the process on the spot; ignored ones stay ignored."""
+    """Raise an exception on SIGTERM and SIGHUP, unless they are ignored or handled already."""
 
     def terminate(number: int, frame: FrameType | None) -> None:
         raise _TerminatedError(number)
 
-    names = ("SIGTERM", "SIGHUP")  # the latter is not on Windows
+    names = ("SIGTERM", "SIGHUP")  # Windows has no SIGHUP
     numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
     if threading.current_thread() is not threading.main_thread():
-        numbers = []  # only the main thread may
+        numbers = []  # Python allows handlers in the main thread only
     replaced = [number for number in numbers if signal.getsignal(number) == signal.SIG_DFL]
     for number in replaced:
         signal.signal(number, terminate)
@@ -95,7 +95,7 @@ def _fail(code: int, message: str) -> int:
 
 
 def _explain(error: CycloptsError) -> str:
-    """Return the parser's message, with where to find what is allowed if it does not say."""
+    """Return the parser's message; add a reference to `--help` if it suggests no option."""
     message = str(error)
     if isinstance(error, UnusedCliTokensError):
         message = f"Unexpected {' '.join(error.unused_tokens or ())!r}."
@@ -108,7 +108,7 @@ def _explain(error: CycloptsError) -> str:
 
 
 def _describe(error: Exception) -> str:
-    """Return the error in a line, with where its traceback is."""
+    """Return the error with the path of its traceback."""
     from molf.train.result import RunError
     from molf.train.tracebacks import write_traceback
 
@@ -118,7 +118,7 @@ def _describe(error: Exception) -> str:
 
 
 class _WarningLines:
-    """Shows each warning once, as one line: where in the code it arose does not help a user."""
+    """Prints each warning once, as one line without its place in the code."""
 
     def __init__(self) -> None:
         self._shown: set[str] = set()

@@ -1,4 +1,4 @@
-"""What `molf plan` prints: parameters, bytes, devices, and what would make it fit."""
+"""Print a plan: parameters, memory, devices, and changes that make it fit."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ def print_plan(plan: TrainingPlan) -> None:
         )
     console.print(_devices(plan))
     console.lines(
-        "GB as sold, taken as GiB; usable is what an allowance of 1 GiB and 5% leaves for tensors.",
+        "GB are taken as GiB; usable: for tensors, after an allowance of 1 GiB and 5%.",
         *_advice(plan),
     )
 
 
 def print_dry_run(result: DryRun) -> None:
-    """Print what two steps showed to standard output."""
+    """Print the result of a dry run to standard output."""
     shape = f"{result.batch_size} x {result.length} tokens"
     planned = "not known for this method"
     if result.planned is not None:
@@ -87,7 +87,7 @@ def _header(plan: TrainingPlan) -> list[str]:
 
 
 def _storage(workload: Workload) -> list[str]:
-    """How numbers are kept, in words."""
+    """Return the storage and execution options in words."""
     words = [f"{workload.dtype} weights"]
     if workload.weight_rounding is not None:
         words.append(f"{workload.weight_rounding} rounding")
@@ -164,7 +164,7 @@ def _short_of(memory: MemoryPlan, usable: int) -> str:
 
 
 def _advice(plan: TrainingPlan) -> list[str]:
-    """For each device that is too small, the changes with their planned peaks."""
+    """Return the changes that make the plan fit each device that is too small, with their peaks."""
     lines: list[str] = []
     for device, found in plan.advice.items():
         lines += ["", f"To fit {device.name}{', any of' if len(found) > 1 else ''}:"]

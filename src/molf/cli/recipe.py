@@ -1,4 +1,4 @@
-"""`--config RECIPE.yaml`: the options of a command, flat, in a file; the command line wins."""
+"""`--config RECIPE.yaml`: read options from a file; the command line takes precedence."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from molf.errors import InputError
 from molf.inputs import read_input
 from molf.masking import learn
 
-_RECORD = "run"  # what a run's config.yaml holds beside options
+_RECORD = "run"  # the record of the run in its config.yaml; no option
 _NESTED = "training_args"
-_MAX_BYTES = 64 * 2**10  # those shipped have two KiB; YAML of this size is read in two seconds
+_MAX_BYTES = 64 * 2**10  # shipped recipes have 2 KiB; YAML of this size takes 2 s to parse
 
 
 def apply_recipe(app: App, commands: tuple[str, ...], arguments: ArgumentCollection) -> None:
-    """Give the options of the recipe, if one is named, to those that the command line left out.
+    """Apply the recipe of `--config`, if given, to options absent from the command line.
 
     Raises:
         InputError: The file is missing, not UTF-8, no YAML, or no mapping.
@@ -33,11 +33,9 @@ def apply_recipe(app: App, commands: tuple[str, ...], arguments: ArgumentCollect
 
 
 def given_by(path: Path, options: Mapping[str, Any]) -> Callable[..., None]:
-    """What gives options of a recipe to a command.
+    """Return a cyclopts config function that applies the options of a recipe."""
 
-    Cyclopts' own `Dict` would pass over, in silence, options that are called as a command is.
-    """
-
+    # Not cyclopts' own `Dict`: it skips options that have the name of a command.
     def give(app: App, commands: tuple[str, ...], arguments: ArgumentCollection) -> None:
         update_argument_collection(
             dict(options), str(path), arguments, root_keys=(), allow_unknown=False
@@ -50,7 +48,7 @@ def read_text(path: Path) -> str:
     """Read the text of a recipe.
 
     Raises:
-        InputError: The file is missing, no ordinary one, not UTF-8, or too large.
+        InputError: The file is missing, no ordinary file, not UTF-8, or too large.
     """
     content = read_input(path, f"config {path}", most=_MAX_BYTES)
     if len(content) > _MAX_BYTES:
@@ -66,10 +64,10 @@ def read_recipe(path: Path, text: str) -> dict[str, Any]:
 
     Args:
         path: Its file, for messages.
-        text: What that holds.
+        text: The content of the file.
 
     Raises:
-        InputError: The text is no YAML, no mapping of names, or holds what no option takes.
+        InputError: The text is not YAML, not a mapping of names, or has a value of a wrong kind.
     """
     from molf.cli.recipe_yaml import RecipeError, read_options
 

@@ -1,8 +1,7 @@
-"""From the YAML of a recipe to plain values: what options can be given as, and nothing else.
+"""Read the YAML of a recipe into plain option values.
 
-Scalars stay the text that they are written as, because the option says what that text means: the
-same as on the command line. YAML's own reading would make 1.1 of `model: 1.10`, 8 of `seed: 010`
-and a date of `model: 2026-01-01`.
+Scalars stay text, and the option's type converts them, as on the command line. YAML's own types
+would turn `model: 1.10` into 1.1, `seed: 010` into 8 and `model: 2026-01-01` into a date.
 """
 
 from __future__ import annotations
@@ -17,11 +16,9 @@ import yaml
 
 Value = str | int | bool | None
 
-_MAX_VALUES = (
-    10_000  # once aliases are written out: nine aliases in a row can stand for 10^9 values
-)
-_MAX_NAMES = 100  # of one mapping; no command has as many options
-_MAX_ENTRIES = 1000  # of a list; the parser of options takes seconds for some thousands
+_MAX_VALUES = 10_000  # with aliases expanded: nine nested aliases can stand for 10^9 values
+_MAX_NAMES = 100  # per mapping; no command has as many options
+_MAX_ENTRIES = 1000  # per list; cyclopts takes seconds for some thousands
 _MAX_DEPTH = 20
 
 _PREFIX = "tag:yaml.org,2002:"
@@ -32,11 +29,11 @@ _LIST, _MAPPING, _NULL = _PREFIX + "seq", _PREFIX + "map", _PREFIX + "null"
 
 _NAME = re.compile(r"[A-Za-z_][\w.-]*")
 _PLAIN_INTEGER = re.compile(r"0|-?[1-9][0-9]{0,17}")
-_SWITCHES = {"on": True, "off": False}  # the truth values of YAML that no option reads itself
+_SWITCHES = {"on": True, "off": False}  # YAML's booleans that cyclopts does not convert
 
 
 class RecipeError(ValueError):
-    """The text is no recipe; the argument says why, to go behind the name of the file."""
+    """The text is no recipe. The message continues a sentence that begins with the file name."""
 
 
 def read_options(text: str, nested: str, ignored: str) -> dict[str, Any]:
@@ -45,15 +42,15 @@ def read_options(text: str, nested: str, ignored: str) -> dict[str, Any]:
     Args:
         text: The recipe.
         nested: The option that is a mapping itself. Lists and mappings in it become JSON.
-        ignored: A name that may hold anything; its value is not read.
+        ignored: A name with any value, which is not read.
 
     Returns:
-        By name a text, whole number, truth value, None or list; a mapping for `nested`, a true
-        placeholder for `ignored` where it is not null.
+        By name a string, integer, boolean, None or list; a mapping for `nested`; True for
+        `ignored` if it is not null.
 
     Raises:
-        RecipeError: The text is no YAML, no mapping of names, too large, or holds what no option
-            takes.
+        RecipeError: The text is not YAML, not a mapping of names, too large, or has a value of a
+            wrong kind.
     """
     root = _compose(text)
     if root is None or root.tag == _NULL:
@@ -74,14 +71,14 @@ def read_options(text: str, nested: str, ignored: str) -> dict[str, Any]:
 
 
 def _compose(text: str) -> yaml.Node | None:
-    """The nodes of the text, before any value is made of them."""
+    """Return the node tree of the text, without converting values."""
     try:
         node: yaml.Node | None = yaml.compose(text, yaml.SafeLoader)
     except yaml.MarkedYAMLError as error:
         raise RecipeError(f"is not YAML: {error.problem}{_place(error.problem_mark)}.") from error
     except RecursionError as error:
         raise RecipeError("is nested too deeply for a recipe.") from error
-    except (yaml.YAMLError, ValueError, OverflowError) as error:  # such as characters of no code
+    except (yaml.YAMLError, ValueError, OverflowError) as error:  # such as an escape "\UFFFFFFFF"
         raise RecipeError(f"is not YAML: {error}.") from error
     return node
 
@@ -99,13 +96,13 @@ def _place(mark: yaml.Mark | None) -> str:
 
 
 class _Reader:
-    """Makes values of nodes, and counts them."""
+    """Converts nodes to values, and counts the values."""
 
     def __init__(self) -> None:
         self._values = 0
 
     def items(self, node: yaml.MappingNode) -> Iterator[tuple[str, yaml.Node]]:
-        """The entries of a mapping, each name once."""
+        """Yield the entries of a mapping; reject a repeated or wrong name."""
         seen: set[str] = set()
         if len(node.value) > _MAX_NAMES:
             raise RecipeError(
@@ -126,7 +123,7 @@ class _Reader:
             yield name, value
 
     def option(self, name: str, node: yaml.Node) -> Value | list[Value]:
-        """A scalar, or a list of scalars."""
+        """Return a scalar or a list of scalars."""
         if isinstance(node, yaml.ScalarNode):
             return self._scalar(node)
         if not _is_list(node):
@@ -143,7 +140,7 @@ class _Reader:
         return found
 
     def argument(self, node: yaml.Node) -> Value:
-        """A scalar, or the JSON of a list or a mapping."""
+        """Return a scalar, or a list or mapping as JSON."""
         if isinstance(node, yaml.ScalarNode):
             return self._scalar(node)
         try:
@@ -164,7 +161,7 @@ class _Reader:
                 value = yaml.constructor.SafeConstructor().construct_document(node)
             except (yaml.YAMLError, ValueError, OverflowError) as error:
                 raise RecipeError(
-                    f"holds what is no value{_place(node.start_mark)}: {error}."
+                    f"holds an invalid value{_place(node.start_mark)}: {error}."
                 ) from error
             return value if isinstance(value, (int, float, type(None))) else text
         self._count()
@@ -193,7 +190,7 @@ class _Reader:
             self._refuse_tag(node)
         text = str(node.value)
         try:
-            os.fsencode(text)  # paths may hold bytes that are no UTF-8, as halves of characters
+            os.fsencode(text)  # accepts paths with bytes that are not UTF-8, as lone surrogates
         except UnicodeEncodeError as error:
             raise RecipeError(f"holds half a character{_place(node.start_mark)}.") from error
         if "\0" in text:

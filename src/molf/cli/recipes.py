@@ -17,7 +17,7 @@ from molf.shown import as_line, json_text
 
 _SHOWN = ("method", "task", "model")
 _WRONG_INPUT = 2
-_WIDE = 1000  # columns: a recipe is one line, for grep, however narrow the terminal
+_WIDE = 1000  # columns; keeps each recipe on one line for grep
 
 
 def list_recipes(
@@ -117,7 +117,7 @@ def validate_recipes(*recipes: str) -> int:
 
 
 def _describe(path: Path) -> dict[str, str]:
-    """A recipe in a line: its name, its main options, and the second line of the file."""
+    """Return a recipe's name, main options and description, the second line of its file."""
     import yaml
 
     text = path.read_text(encoding="utf-8")

@@ -1,4 +1,4 @@
-"""`molf routing`: what was routed where."""
+"""`molf routing`: print the routing decisions of a run."""
 
 from __future__ import annotations
 

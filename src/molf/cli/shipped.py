@@ -1,4 +1,4 @@
-"""The recipes that come with the package: YAML files, each found by the name of its file."""
+"""Find the recipes that come with the package, YAML files, by name."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ _SUFFIX = ".yaml"
 
 
 def recipe_names() -> list[str]:
-    """The names of the shipped recipes, in alphabetical order."""
+    """Return the names of the shipped recipes in alphabetical order."""
     return sorted(path.stem for path in _FOLDER.glob(f"*{_SUFFIX}"))
 
 
 def shipped_recipe(name: str) -> Path:
-    """The file of a shipped recipe, given its name with or without `.yaml`.
+    """Return the file of a shipped recipe, given its name with or without `.yaml`.
 
     Raises:
-        InputError: There is no such recipe; those of similar names are named.
+        InputError: There is no such recipe; the message suggests similar names.
     """
     name = name.removesuffix(_SUFFIX)
     names = recipe_names()
@@ -35,10 +35,10 @@ def shipped_recipe(name: str) -> Path:
 
 
 def find_recipe(text: str) -> Path:
-    """What `--config TEXT` means: the file of that name, or else the shipped recipe.
+    """Return the file for `--config TEXT`: the file of that name, else the shipped recipe.
 
     Raises:
-        InputError: There is neither.
+        InputError: Neither exists.
     """
     if not text.strip():
         raise InputError(

@@ -1,4 +1,4 @@
-"""What a finished run prints: metrics before and after, cost, routing, and where things are."""
+"""Print the summary of a run: metrics before and after, cost, routing, and paths."""
 
 from __future__ import annotations
 
@@ -61,15 +61,15 @@ def print_summary(result: RunResult) -> None:
         f"run      {result.directory}",
         *([f"compare  {result.results}"] if result.results is not None else []),
     ]
-    if result.silenced:
-        lines.append(f"silent   progress was shown until standard error broke: {result.silenced}")
+    if result.print_error:
+        lines.append(f"stderr   broke, so progress was shown only until then: {result.print_error}")
     if result.shares:
         lines.append(f"decided  molf routing {result.directory}")
     console.lines(*_notes(result.after), *lines)
 
 
 def print_evaluations(evaluations: Mapping[str, Evaluation], *, stderr: bool = False) -> None:
-    """Print the metrics of each task in a table of its own to standard output, or error."""
+    """Print a table of metrics per task to standard output, or to standard error."""
     console = PlainConsole(stderr=stderr)
     for name, evaluation in evaluations.items():
         table = Table(title=name, title_justify="left")
@@ -79,7 +79,7 @@ def print_evaluations(evaluations: Mapping[str, Evaluation], *, stderr: bool = F
         for metric_name, metric in evaluation.metrics.items():
             table.add_row(metric_name, show_metric(metric), str(metric.count))
         console.print(table)
-        # The harness's metrics may share a name with ours and mean something else.
+        # A metric of lm-evaluation-harness may have the name of one of ours, but another meaning.
         known = () if name.startswith(PREFIX) else evaluation.metrics
         console.lines(*_legend(known), *_notes(evaluation))
 
@@ -91,7 +91,7 @@ def _legend(metrics: Iterable[str]) -> list[str]:
 
 
 def _notes(evaluation: Evaluation) -> list[str]:
-    """What a reader of the metrics has to know, counts of nothing left out."""
+    """Return the notes of an evaluation as lines, without counts of zero."""
     lines = []
     for name, note in evaluation.notes.items():
         if isinstance(note, dict):

@@ -1,4 +1,4 @@
-"""`molf train`."""
+"""`molf train`: run a training, or a dry run, and print the result."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every error of a recipe, found without running anything."""
+"""Check a recipe and report all its errors, without running anything."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ _COMMANDS = ("train", "eval")
 
 @dataclass(frozen=True)
 class Findings:
-    """What is to be said about a recipe.
+    """Errors and warnings of a recipe.
 
     Attributes:
-        command: The command that it is for.
-        errors: A line for each thing that is wrong.
-        warnings: A line for each thing that is doubtful.
+        command: The command that the recipe is for.
+        errors: One line per error.
+        warnings: One line per warning.
     """
 
     command: str
@@ -36,10 +36,10 @@ class Findings:
 
 
 def validate_recipe(path: Path) -> Findings:
-    """Check every option of a recipe as its command would.
+    """Check every option of a recipe with the checks of its command.
 
-    Which command that is, the first line of the file says (`# molf eval ...`); else it is `train`.
-    Whether data and models exist is not looked up.
+    The command is taken from the first line of the file (`# molf eval ...`); otherwise it is
+    `train`. Data and models need not exist.
     """
     try:
         text = read_text(path)
@@ -52,7 +52,8 @@ def validate_recipe(path: Path) -> Findings:
             command, [f"molf {command} takes no recipe; {' and '.join(_COMMANDS)} do."], []
         )
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of a part of the options; all together follow below
+        # Parts of the options warn for no reason; warnings are collected below from all together.
+        warnings.simplefilter("ignore")
         accepted, errors = _sort_out(path, command, options)
         if command == "eval":
             return Findings(command, errors, [])
@@ -70,16 +71,13 @@ def _command(text: str) -> str:
 def _sort_out(
     path: Path, command: str, options: Mapping[str, Any]
 ) -> tuple[dict[str, Any], list[str]]:
-    """Divide options into those that go together, and an error for each of the others.
-
-    An option is taken in where the settings that are there already and it are accepted. Those
-    refused get another chance when others have joined: whether a value is allowed may depend on an
-    option that comes later in the file.
-    """
+    """Return the options that are valid together, and an error for each other option."""
     if _error(path, command, options) is None:
         return dict(options), []
     accepted: dict[str, Any] = {}
-    # What others depend on, first: an error belongs to the option that does not fit the method.
+    # Options are added one at a time, as long as all added ones are valid together. `method` and
+    # `task` come first, so that an error names the option that does not fit them. A rejected
+    # option is tried again, because it may depend on an option later in the file.
     waiting = sorted(options, key=lambda name: name not in ("method", "task", "tasks"))
     while True:
         errors: dict[str, str] = {}
@@ -98,14 +96,14 @@ def _error(path: Path, command: str, options: Mapping[str, Any]) -> str | None:
     try:
         _parse(path, command, options)
     except (CycloptsError, InputError) as error:
-        # The line begins with the file and the name already.
+        # The printed line begins with the file and the option already.
         return " ".join(str(error).replace(f" from {path}", "").split())
     return None
 
 
 @cache
 def _reader(command: str) -> App:
-    """What reads the options of a command; making it takes longer than reading."""
+    """Return the parser of a command. Cached: making it takes longer than parsing."""
     from molf.cli.app import app
 
     functions = {"train": "molf.cli.train:train_model", "eval": "molf.cli.eval:evaluate_model"}
@@ -115,22 +113,23 @@ def _reader(command: str) -> App:
 
 
 def _parse(path: Path, command: str, options: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments that the command would be called with."""
+    """Return the arguments that the command would be called with."""
     from molf.cli.values import check_values
 
     reader = _reader(command)
     reader.config = (given_by(path, options), check_values)
-    # The task of an evaluation may be left to the command line.
+    # A recipe of `molf eval` may leave its required task to the command line.
     task = ["--task", "sql"] if command == "eval" and not {"task", "tasks"} & set(options) else []
     _, bound, _ = reader.parse_args([command, *task], exit_on_error=False, print_error=False)
     return dict(bound.arguments)
 
 
 def _tracker_errors(path: Path, options: Mapping[str, Any]) -> list[str]:
-    """What the trainer's own list of trackers says; which are installed may differ elsewhere."""
+    """Return an error if `report_to` names a tracker that transformers does not have."""
     from molf.train.settings import TrainSettings
     from molf.train.training_arguments import check_trackers
 
+    # The recipe may be run on another machine, so its trackers need not be installed here.
     settings = _parse(path, "train", options).get("settings", TrainSettings())
     try:
         check_trackers(settings.report_to, must_be_installed=False)
@@ -140,13 +139,14 @@ def _tracker_errors(path: Path, options: Mapping[str, Any]) -> list[str]:
 
 
 def _training_args_errors(options: Mapping[str, Any]) -> list[str]:
-    """What TRL's own arguments say, at first by their source: importing it takes seconds."""
+    """Return the errors of `training_args`."""
     from molf.train.training_arguments import check_training_args
 
     extra = options.get("training_args")
     if not isinstance(extra, dict) or not extra:
         return []
     given = {name: str(value) for name, value in extra.items()}
+    # First checked against TRL's source: importing TRL takes seconds.
     errors = _refusals(check_training_args, given)
     if errors:
         return errors
@@ -159,7 +159,7 @@ def _training_args_errors(options: Mapping[str, Any]) -> list[str]:
 
 
 def _refusals(check: Callable[[dict[str, str]], object], given: Mapping[str, str]) -> list[str]:
-    """The message for each argument that a check refuses."""
+    """Return the message for each argument that the check rejects."""
     messages = []
     for name, value in given.items():
         try:
@@ -170,7 +170,7 @@ def _refusals(check: Callable[[dict[str, str]], object], given: Mapping[str, str
 
 
 def _training_warnings(path: Path, options: Mapping[str, Any]) -> list[str]:
-    """What `molf train` would warn of, and what it would still need."""
+    """Return the warnings of `molf train`, and a line for a missing required option."""
     from molf.train.resolved import resolve
     from molf.train.settings import TrainSettings
 
@@ -180,7 +180,7 @@ def _training_warnings(path: Path, options: Mapping[str, Any]) -> list[str]:
         settings = _parse(path, "train", options).get("settings", TrainSettings())
         try:
             resolve(settings, datetime.now())
-        except InputError as error:  # may be given on the command line
+        except InputError as error:  # no model: it may follow on the command line
             lines.append(str(error))
             resolve(replace(settings, model="MODEL"), datetime.now())
     return list(dict.fromkeys([*(str(warning.message) for warning in caught), *lines]))

@@ -1,7 +1,6 @@
-"""What is checked of every option's text before it is converted, from a recipe as well.
+"""Check the text of each option before it is converted, from the command line or a recipe.
 
-A whole number is not rounded, nor what no machine counts to; a path or a name is not empty: an
-empty path would be the current directory.
+Integers with a fraction, integers that are too large, and empty paths or names are rejected.
 """
 
 from __future__ import annotations
@@ -16,8 +15,8 @@ from cyclopts import App, Argument, ArgumentCollection, CoercionError
 from molf.errors import InputError
 from molf.train.converters import TOO_LARGE, is_too_large
 
-_EMPTY = "is empty: leave it out for the default"
-_FREE = "--training_args"  # what trackers and trainers are given may be empty
+_EMPTY = "is empty: leave it out for the default"  # Path("") would be the current directory
+_FREE = "--training_args"  # its values may be empty
 
 
 def check_values(app: App, commands: tuple[str, ...], arguments: ArgumentCollection) -> None:
@@ -40,10 +39,10 @@ def check_values(app: App, commands: tuple[str, ...], arguments: ArgumentCollect
 
 
 def check_directory(app: App, commands: tuple[str, ...], arguments: ArgumentCollection) -> None:
-    """Refuse to work in a directory that is gone: half of what is called would fail, and late.
+    """Reject a deleted working directory, in which libraries would fail later.
 
     Raises:
-        InputError: The working directory cannot be asked for.
+        InputError: The system has no path for the working directory.
     """
     try:
         os.getcwd()
@@ -66,7 +65,7 @@ def _fault(argument: Argument, text: str) -> str | None:
 
 
 def _kinds(hint: Any) -> set[Any]:
-    """The types that a hint allows beside None."""
+    """Return the types of a hint, without None."""
     alternatives = set(get_args(hint)) if NoneType in get_args(hint) else {hint}
     return alternatives - {NoneType}
 
@@ -74,5 +73,5 @@ def _kinds(hint: Any) -> set[Any]:
 def _has_fraction(text: str) -> bool:
     try:
         return not float(text).is_integer()
-    except ValueError:  # no decimal number at all: the conversion says so
+    except ValueError:  # not a number: the conversion reports it
         return False

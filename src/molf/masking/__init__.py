@@ -1,7 +1,7 @@
-"""Keeping secrets out of what is printed and written down: the one place that all of it passes.
+"""Mask secrets in all text that is printed or written to files.
 
-Secrets are told by their own form (`shapes`), by the name before them (`named`), by their place in
-an address (`addresses`), or because this process was given them (`known`).
+A secret is recognised by its form (`shapes`), by the name before it (`named`), by its place in an
+address (`addresses`), or because it was given to this process (`known`).
 """
 
 from __future__ import annotations
@@ -22,20 +22,18 @@ _Known = tuple[tuple[str, str], ...]
 
 
 def mask_text(text: str) -> str:
-    """A text without the secrets in it; addresses lose user, password, query and fragment."""
+    """Return the text with secrets masked; addresses lose user, password, query and fragment."""
     return _mask_text(text, known_secrets())
 
 
 def mask(value: Any) -> Any:
-    """A value of JSON or YAML, or a command line as a list, without the secrets in it."""
+    """Return a JSON or YAML value, or a command line as a list, with secrets masked."""
     return _mask(value, known_secrets())
 
 
 def mask_given(value: Any) -> Any:
-    """A value of JSON without the secrets that this process was given, and otherwise as it is.
-
-    For records of data and what a model answered, in which an address or `password=` is no secret.
-    """
+    """Return a JSON value with only those secrets masked that were given to this process."""
+    # For data records and model answers, in which an address or `password=` is no secret.
     return _mask_known(value, known_secrets())
 
 
@@ -61,7 +59,7 @@ def _mask(value: Any, known: _Known) -> Any:
 
 
 def _is_secret(name: Any, entry: Any) -> bool:
-    """Whether an entry of a mapping is a secret: a number under `token` is none."""
+    """Return whether an entry of a mapping is a secret. A number named `token` is none."""
     if not isinstance(name, str) or not is_secret_name(name):
         return False
     if not entry or isinstance(entry, bool):
@@ -70,7 +68,7 @@ def _is_secret(name: Any, entry: Any) -> bool:
 
 
 def _blank(entry: Any) -> Any:
-    """What is written for a secret; of several, numbers stay: they may measure what is so named."""
+    """Return the mask for a secret; in a mapping, numbers stay, as they may be counts."""
     if isinstance(entry, Mapping):
         return {
             name: value if isinstance(value, (int, float, type(None))) else _blank(value)
@@ -80,7 +78,7 @@ def _blank(entry: Any) -> Any:
 
 
 def _is_value(before: Any, entry: Any) -> bool:
-    """Whether an entry of a command line is the value of the option before it."""
+    """Return whether an entry of a command line is the value of a secret option before it."""
     return (
         isinstance(before, str)
         and isinstance(entry, str)

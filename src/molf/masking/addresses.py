@@ -1,4 +1,4 @@
-"""Addresses as they may be written down: without user, password, query and fragment."""
+"""Remove user, password, query and fragment from addresses in text."""
 
 from __future__ import annotations
 
@@ -20,19 +20,18 @@ _OTHERS = (
     ),
 )
 _WHOLE = re.compile(r"([A-Za-z][A-Za-z0-9+.-]{0,30})://(.+)", re.DOTALL)
-_AFTER = ".,:;!)]}"
-"""A sentence goes on with these behind an address."""
-_TOKEN = 16  # characters; a shorter user or value without a name is an ordinary word
+_AFTER = ".,:;!)]}"  # punctuation of the sentence around an address
+_TOKEN = 16  # characters; a shorter user or unnamed value is taken for an ordinary word
 _PORT = re.compile(r"\[[^\]]*\](?::\d*)?|[^:]*(?::\d*)?")
 
-# Their addresses have no port, so `:` stands between a key and its secret, which may hold a slash.
+# Schemes without a port: `:` separates a key from its secret, which may hold a slash.
 _BUCKETS = frozenset({"s3", "s3a", "s3n", "gs", "gcs", "az", "adl", "r2", "oss", "cos"})
-# Theirs name a container before the `@`.
+# Schemes with the name of a container before the `@`.
 _CONTAINERS = frozenset({"abfs", "abfss", "wasb", "wasbs"})
 
 
 class _Parts(NamedTuple):
-    """An address: `scheme://user@place?query`; `user` and `query` are what may be secret."""
+    """An address, `scheme://user@place?query`. `user` and `query` may be secret."""
 
     scheme: str
     user: str
@@ -41,7 +40,7 @@ class _Parts(NamedTuple):
 
 
 def strip_addresses(text: str) -> str:
-    """A text in which every address has lost its user, password, query and fragment."""
+    """Return the text with user, password, query and fragment removed from each address."""
     text = _ADDRESS.sub(lambda found: _stripped(found[1], found[2]), text)
     for pattern in _OTHERS:
         text = pattern.sub(rf"\g<1>{MASK}@", text)
@@ -49,20 +48,20 @@ def strip_addresses(text: str) -> str:
 
 
 def secrets_of(text: str) -> Iterator[tuple[str, str]]:
-    """What must not be written of the addresses in a text.
+    """Yield the secret parts of the addresses in a text.
 
     Args:
-        text: An option or a variable's value. If it begins as an address, then all of it is one.
+        text: An option or a variable's value. If it begins as an address, all of it is one.
 
     Yields:
-        A literal, and what to write in its place.
+        A literal, and its replacement.
     """
     whole = _WHOLE.fullmatch(text.strip())
     for scheme, rest in [whole.groups()] if whole else _ADDRESS.findall(text):
         parts = _split(scheme, rest)
         if parts.user or parts.query:
             yield f"{scheme}://{rest}", f"{scheme}://{parts.place}"
-        if ":" in parts.user or len(parts.user) >= _TOKEN:  # else it is a name
+        if ":" in parts.user or len(parts.user) >= _TOKEN:  # otherwise a user name, no secret
             yield parts.user.rpartition(":")[2], MASK
         for name, value in parse_qsl(parts.query):
             if is_secret_in_query(name) or len(value) >= _TOKEN:
@@ -82,13 +81,13 @@ def _split(scheme: str, rest: str) -> _Parts:
         user, _, host = host.rpartition("@")
         rest = rest[len(user) + 1 :]
     is_cut = not _PORT.fullmatch(host) or (scheme.lower() in _BUCKETS and ":" in host)
-    if is_cut:  # what stands behind the colon is no port but a password that holds a slash
+    if is_cut:  # the text after the colon is a password with a slash, not a port
         more, _, rest = rest.rpartition("@")
         user = ":".join(filter(None, (user, more or rest)))
-        rest = rest if more else MASK  # or one that was cut short
+        rest = rest if more else MASK  # no `@`: the address was cut short
         host = re.split(r"[/?#;\\]", rest, maxsplit=1)[0]
     path = re.split(r"[?#]", rest[len(host) :], maxsplit=1)[0]
-    if path.startswith(";"):  # SQL Server's
+    if path.startswith(";"):  # SQL Server: properties such as `;password=...`
         path = ""
     place = host + path
     return _Parts(scheme, user, place, rest[len(place) + 1 :])

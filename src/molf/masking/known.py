@@ -1,7 +1,7 @@
-"""Secrets that this process was given, to be masked literally wherever they turn up.
+"""Collect the secrets given to this process, in options, recipes and environment variables.
 
-They are in options, recipes and environment variables. A library may quote a part of an address, or
-a token that has no form of its own.
+They are masked literally in all text: a library may quote a part of an address, or a token without
+a recognisable form.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from urllib.parse import quote, unquote
 from molf.masking.addresses import MASK, secrets_of
 from molf.masking.names import is_secret_name
 
-_SHORTEST = 6  # characters; a shorter one would be masked in ordinary words
-_SHORTEST_WORD = 8  # the same for what has letters alone, in the environment
-_LONG = 16  # from here on, one inside a longer word is masked too
+_SHORTEST = 6  # characters; a shorter secret would be masked inside ordinary words
+_SHORTEST_WORD = 8  # characters, for values of letters only in the environment
+_LONG = 16  # characters; a secret this long is also masked inside a longer word
 
 _learned: dict[str, str] = {}
 
 
 def learn(value: Any) -> None:
-    """Remember the secrets among options, so that no message and no file shows them.
+    """Store the secrets among options, so that messages and files mask them.
 
     Args:
         value: Options by name, or the arguments of a command.
@@ -36,7 +36,7 @@ def learn(value: Any) -> None:
 
 
 def known_secrets() -> tuple[tuple[str, str], ...]:
-    """Each literal that must not be written, with what to write in its place; longest first."""
+    """Return pairs of a secret literal and its replacement, longest first."""
     known = dict(_learned)
     for name, value in os.environ.items():
         if is_secret_name(name) and not _is_place(value) and _is_rare(value):
@@ -49,7 +49,7 @@ def known_secrets() -> tuple[tuple[str, str], ...]:
 
 
 def mask_known(text: str, known: tuple[tuple[str, str], ...]) -> str:
-    """A text in which these literals are replaced."""
+    """Return the text with the literals replaced."""
     if not known:
         return text
     replacements = dict(known)
@@ -85,7 +85,7 @@ def _secrets_in(value: Any) -> Iterator[tuple[str, str]]:
 
 
 def _option_values(arguments: Iterable[Any]) -> Iterator[str]:
-    """The values of a command line's secret options."""
+    """Yield the values of secret options in a command line."""
     before = ""
     for argument in map(str, arguments):
         if is_secret_option(before) and not argument.startswith("--"):
@@ -97,14 +97,14 @@ def _option_values(arguments: Iterable[Any]) -> Iterator[str]:
 
 
 def is_secret_option(argument: str) -> bool:
-    """Whether an argument is the name of an option whose value is a secret."""
+    """Return whether an argument is the name of an option with a secret value."""
     return re.fullmatch(r"--[\w.-]+", argument) is not None and (
         argument == "--key" or is_secret_name(argument)
     )
 
 
 def _forms(secret: str) -> Iterator[str]:
-    """A secret as it may stand in addresses, messages and files."""
+    """Return the spellings of a secret in addresses, messages and files."""
     forms = (
         secret,
         secret.strip(),
@@ -117,12 +117,12 @@ def _forms(secret: str) -> Iterator[str]:
 
 
 def _is_rare(value: str) -> bool:
-    """Whether a variable's value can be masked everywhere: `disabled`, say, would be too common."""
+    """Return whether a value is rare enough to be masked everywhere; `false`, say, is not."""
     return len(value) >= _SHORTEST_WORD or (
         len(value) >= _SHORTEST and re.search(r"\d", value) is not None
     )
 
 
 def _is_place(value: str) -> bool:
-    """Whether a variable names a file that holds a secret."""
+    """Return whether a value is the path of a file, which may hold a secret but is none."""
     return value.startswith(("/", "~", ".")) or os.path.exists(value)

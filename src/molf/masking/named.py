@@ -1,4 +1,4 @@
-"""Secrets that the name before them tells: `password=...`, `--api-key ...`, `"token": "..."`."""
+"""Mask values after a secret name: `password=...`, `--api-key ...`, `"token": "..."`."""
 
 from __future__ import annotations
 
@@ -25,24 +25,25 @@ _NAME = re.compile(
     r"(?<![\w.-])(?P<lead>[?&]|--|\\?[\"'](?:--)?)?(?P<name>[A-Za-z_](?:[\w.-]{0,79}[\w-])?)"
     r"(?P<sep>\\?[\"']?\s*(?::=|=>|->|=)\s*|\\?[\"']\s*:\s*|\s?:\s*|\\?[\"']?,?\s+)"
 )
+# A secret name in the query of an address that is URL-encoded inside another address.
 _ENCODED = re.compile(r"(?i)((?:%3f|%26)([\w.-]{1,80}?)%3d)((?:(?!%26)[^\s&\"'<>])+)")
-"""The same in an address that is a part of another."""
 _QUOTED = re.compile(r"(\\?[\"'])([^\n]{0,1000}?)\1(?!\w)")
 _QUOTE = re.compile(r"(?:\\?[\"'])?")
 _PLAIN = re.compile(r"(?:(?!,\s*[\w-]+=)[^\s&;\"'<>])+")
-_LOOKED_AT = 200  # characters of a value, to tell whether it looks random
+_LOOKED_AT = 200  # leading characters of a value that are searched for a digit
 _AFTER = ".,:;!)]}"
 _NUMBER = re.compile(r"-?\d{0,7}(?:\.\d+)?(?:e-?\d+)?")
+# Values after a name in source code, which tracebacks quote, such as a call.
+# Values after a name in source code, which tracebacks quote, such as a call.
 _CODE = re.compile(
     r"None|True|False|null|true|false|\*{3}|[A-Za-z_][\w.]*[(\[].*|(?:args|os|self)\..*"
     r"|Any|bool|bytes|dict|float|int|str"
 )
-"""What stands behind a name in source code, which tracebacks quote; a call, say."""
 _PROSE = re.compile("a|an|and|as|at|by|cannot|for|from|in|is|must|of|on|or|takes|the|to|with")
 
 
 def mask_named(text: str) -> str:
-    """A text in which the values of names such as `password` are masked."""
+    """Return the text with the values of names such as `password` masked."""
     for header in _HEADERS:
         text = header.sub(rf"\g<1>{MASK}", text)
     text = _ENCODED.sub(
@@ -57,11 +58,12 @@ def mask_named(text: str) -> str:
         if quoted is not None:
             quote, given = quoted.groups()
         else:
-            # The quotation marks may have no end, or one far away.
+            # No closing quotation mark, or one far away: mask up to the end of the word.
             opening = _QUOTE.match(text, found.end())
             quote = opening[0] if opening else ""
             start = found.end() + len(quote)
-            if start >= plain_end:  # else this stands within the value looked at before
+            # Matched once per value: matching again at each name inside it is quadratic in time.
+            if start >= plain_end:
                 plain = _PLAIN.match(text, start)
                 plain_end = start if plain is None else plain.end()
             given = text[start:plain_end].rstrip(_AFTER)
@@ -76,14 +78,14 @@ def _is_secret(found: re.Match[str]) -> bool:
     name = found["name"]
     lead = found["lead"] or ""
     if not set(found["sep"]) & set(":=-") and not lead.endswith("--"):
-        return False  # nothing but space behind a word
+        return False  # only a space after a word: prose
     if lead in ("?", "&"):
         return is_secret_in_query(name)
     return is_secret_name(name) or (lead.endswith("--") and name == "key")
 
 
 def _is_ordinary(found: re.Match[str], value: str, *, is_quoted: bool) -> bool:
-    """Whether a value is none that could be a secret: a number of tokens, or source code."""
+    """Return whether a value cannot be a secret, such as a number of tokens, or source code."""
     name, lead, sep = found["name"], found["lead"] or "", found["sep"]
     if value == MASK:
         return True
@@ -95,7 +97,7 @@ def _is_ordinary(found: re.Match[str], value: str, *, is_quoted: bool) -> bool:
         return not is_quoted and _is_code(value)
     if _NUMBER.fullmatch(value) or (not is_quoted and _is_code(value)):
         return True
-    # In prose, only what looks random is one: "token: the".
+    # In prose, such as "token: the", only a long value with a digit is taken for a secret.
     is_prose = ":" in sep and not lead and not is_quoted
     return is_prose and not (len(value) >= 8 and re.search(r"\d", value[:_LOOKED_AT]) is not None)
 

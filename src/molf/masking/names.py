@@ -1,4 +1,4 @@
-"""Which names say that their value is a secret: `--api-key`, `HF_TOKEN`, `"clientSecret"`."""
+"""Recognise names whose value is a secret: `--api-key`, `HF_TOKEN`, `"clientSecret"`."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ def _set(words: str) -> frozenset[str]:
 
 
 _WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+")
+# Last words that end in one of these: `password`, `dbpassword`.
 _SECRET = (
     "password",
     "passwd",
@@ -28,15 +29,14 @@ _SECRET = (
     "sessionid",
     "sessid",
 )
-"""A word that ends in one of these: `password`, `dbpassword`."""
 _WORDS = ("password", "passwd", "passphrase", "passcode", "secret", "credential")
 _PLURALS = _set("credentials keys passphrases passwords secrets")
 _SECRET_WORDS = _set("auth authorization bearer cookie jwt pwd sas sig")
+# Words before `token` for a tokenizer's tokens: `eos_token`, `loss per token`.
 _TOKENS_OF_TEXT = _set(
     "a an audio begin bos boi by class cls each end eoi eos every first image last mask new "
     "next of other pad per prefix sep special start stop suffix the this unk video vision"
 )
-"""Before `token`, these mean one of a tokenizer: `eos_token`, `loss per token`."""
 _KEYS = _set(
     "access account admin api app auth client deploy encryption host license master private "
     "secret security service session shared sign signing ssh storage subscription webhook "
@@ -48,10 +48,10 @@ _IN_QUERIES = _set("key code policy state ticket session sid")
 
 @lru_cache(maxsize=4096)
 def is_secret_name(name: str) -> bool:
-    """Whether the value of an option, variable, field or header of this name is a secret.
+    """Return whether an option, variable, field or header of this name has a secret value.
 
     Args:
-        name: In any spelling: `hub_token`, `--api-key`, `training_args.hub_token`, `AccountKey`.
+        name: Any spelling: `hub_token`, `--api-key`, `training_args.hub_token`, `AccountKey`.
     """
     words = _words(name)
     if not words:
@@ -64,22 +64,22 @@ def is_secret_name(name: str) -> bool:
         return before in _KEYS
     if last == "pass":
         return not before or before in _PASSES
-    if last == "id":  # AWS's access_key_id
+    if last == "id":  # AWS: access_key_id
         return before == "key" and len(words) > 2 and words[-3] in _KEYS
     if last == "string":
         return before == "connection"
-    if last == "base":  # Rails' and Django's
+    if last == "base":  # Rails and Django: secret_key_base
         return before == "key" and words[-3:-2] == ["secret"]
     return last in _SECRET_WORDS or last.endswith(_SECRET)
 
 
 def is_secret_in_query(name: str) -> bool:
-    """The same for a name between `?` or `&` and `=`, where also `key` and `code` are secrets."""
+    """Return whether a name in the query of an address has a secret value; `key` and `code` do."""
     return name.lower() in _IN_QUERIES or is_secret_name(name)
 
 
 def is_secret_of_any_form(name: str) -> bool:
-    """Whether a secret of this name may be any word or number: a password, but not a token."""
+    """Return whether a secret of this name may be any word or number (password, but not token)."""
     last = _words(name)[-1]
     return last in ("id", "key", "pwd") or last.endswith(("key", *_WORDS))
 

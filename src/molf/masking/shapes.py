@@ -1,4 +1,4 @@
-"""Secrets that are told by their own form, such as `ghp_...`."""
+"""Mask secrets with a recognisable form, such as `ghp_...`."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import re
 
 from molf.masking.addresses import MASK
 
+# Not followed by more of a word, nor by the extension of a file.
 _NO_FILE = (
     r"(?![\w-])"
     r"(?!\.(?:bin|csv|gz|jsonl?|log|md|parquet|pt|py|safetensors|toml|tsv|txt|ya?ml|zip)\b)"
 )
-"""Not followed by more of a word, nor by what makes it the name of a file."""
 
 _SHAPES = re.compile(
     r"(?<![A-Za-z0-9_-])(?:"
@@ -21,7 +21,7 @@ _SHAPES = re.compile(
             r"github_pat_\w{16,}",
             r"hf_[A-Za-z0-9]{16,}",  # Hugging Face
             r"glpat-[\w-]{16,}",  # GitLab
-            # OpenAI, Anthropic: one part is long and no word.
+            # OpenAI, Anthropic: one part is long and has a digit or a capital letter.
             rf"sk-(?:[A-Za-z0-9_]+-)*(?=[a-z_]*[0-9A-Z])\w{{16,}}[\w-]*{_NO_FILE}",
             rf"sk-[a-z]{{20,}}{_NO_FILE}",
             r"[rs]k_(?:live|test)_[A-Za-z0-9]{16,}",  # Stripe
@@ -41,5 +41,5 @@ _SHAPES = re.compile(
 
 
 def mask_shapes(text: str) -> str:
-    """A text in which tokens and private keys are masked."""
+    """Return the text with tokens and private keys masked."""
     return _SHAPES.sub(MASK, text)

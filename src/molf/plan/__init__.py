@@ -1,4 +1,4 @@
-"""What a training will cost, known from the model's configuration alone.
+"""Predict parameters and memory of a training from the model's configuration.
 
-`plan_training` is the entry; importing this package needs neither torch nor transformers.
+The entry point is `plan_training`. Importing this package needs neither torch nor transformers.
 """

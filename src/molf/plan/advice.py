@@ -1,4 +1,4 @@
-"""What would make a training fit a device: changes of the plan, each with its own planned peak."""
+"""Find changes that make a training fit a device, each with its planned peak."""
 
 from __future__ import annotations
 
@@ -15,16 +15,17 @@ from molf.plan.workload import QUANTISABLE, QUANTISATIONS, Workload, method_conf
 _LEAST_LENGTH = 128
 MOST_GPUS = 64
 
+# Yields values of an option, each with lower memory than the last: its text on the command line,
+# and the workload with it.
 _Option = Callable[[Workload], Iterator[tuple[str, Workload]]]
-"""An option's further and further values: how to give each, and the training with it."""
 
 
 @dataclass(frozen=True)
 class Suggestion:
-    """A change, or several together, after which the training fits.
+    """One or more changes with which the training fits.
 
     Attributes:
-        changes: What to give to `molf plan`, option by option.
+        changes: The options for `molf plan`.
         workload: The changed training.
         peak: Its planned peak in bytes.
     """
@@ -37,10 +38,7 @@ class Suggestion:
 def suggestions(planner: Planner, workload: Workload, device: Device) -> list[Suggestion]:
     """Find changes that make a training fit a device.
 
-    Every option is tried alone, and the first value of each that fits is suggested. Where none
-    does, what costs least is taken for granted (checkpointing, a batch of one, 8-bit states,
-    bfloat16 weights, steps in the backward pass, stochastic rounding, state in host memory, one
-    after the other) and the others are tried on top.
+    Each option is tried alone, and its first value that fits is suggested.
 
     Args:
         planner: Of the model.
@@ -48,14 +46,16 @@ def suggestions(planner: Planner, workload: Workload, device: Device) -> list[Su
         device: The device.
 
     Returns:
-        The suggestions; empty if nothing that was tried is enough.
+        The suggestions; empty if no tried change is enough.
     """
+    # Where no single option is enough, the changes of _CHEAP are made one after the other,
+    # and each option is tried again on top of them.
     granted: tuple[str, ...] = ()
-    for option in (None, *_GRANTED):
+    for option in (None, *_CHEAP):
         if option is not None:
             further = list(option(workload))
             if not further:
-                continue  # it is so already
+                continue  # set already
             text, workload = further[-1]
             granted = (*granted, text)
         tried = (_first_that_fits(planner, workload, device, option) for option in _OPTIONS)
@@ -68,11 +68,11 @@ def suggestions(planner: Planner, workload: Workload, device: Device) -> list[Su
 def _first_that_fits(
     planner: Planner, workload: Workload, device: Device, option: _Option
 ) -> Suggestion | None:
-    """The first of an option's values that fits; each of them takes less than those before it."""
+    """Return the first value of an option that fits; each value takes less than the last."""
     values = list(option(workload))
     found = None
     low, high = 0, len(values)
-    while low < high:  # by halves: a batch of a million has twenty values
+    while low < high:  # binary search: a batch of a million has twenty values
         middle = (low + high) // 2
         text, changed = values[middle]
         peak = _peak_below(planner, changed, device)
@@ -84,14 +84,15 @@ def _first_that_fits(
 
 
 def _peak_below(planner: Planner, workload: Workload, device: Device) -> int | None:
-    """The planned peak if it fits; the pass need not be traced where the step alone does not."""
+    """Return the planned peak if it fits, else None."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of doubtful settings that nobody has chosen yet
+        warnings.simplefilter("ignore")  # the user has not chosen these settings
         try:
+            # The step is traced first: it is faster, and often too large alone.
             if not device.fits(planner.step_peak(workload)):
                 return None
             peak = planner.memory(workload).peak
-        except InputError:  # a method that does not go with this model's layers
+        except InputError:  # the method does not support this model's layers
             return None
     return peak if device.fits(peak) else None
 
@@ -102,7 +103,7 @@ def _checkpointing(workload: Workload) -> Iterator[tuple[str, Workload]]:
 
 
 def _batch_size(workload: Workload) -> Iterator[tuple[str, Workload]]:
-    """Half the batch and half again; the examples of a step are kept by accumulation."""
+    """Halve the batch repeatedly; accumulation keeps the number of examples per step."""
     size = workload.batch_size
     while size > 1:
         size //= 2
@@ -135,7 +136,7 @@ def _dtype(workload: Workload) -> Iterator[tuple[str, Workload]]:
 
 
 def _rounding(workload: Workload) -> Iterator[tuple[str, Workload]]:
-    """Bfloat16 weights without their lower halves."""
+    """Use bfloat16 weights without their lower halves."""
     if workload.trains_dense and workload.weight_rounding in (None, "exact"):
         text = "--weight_rounding stochastic"
         changed = replace(workload, dtype="bfloat16", weight_rounding="stochastic")
@@ -143,7 +144,7 @@ def _rounding(workload: Workload) -> Iterator[tuple[str, Workload]]:
 
 
 def _in_backward(workload: Workload) -> Iterator[tuple[str, Workload]]:
-    """Steps in the backward pass; accumulation, which they exclude, is given up."""
+    """Step in the backward pass, and without accumulation, which it excludes."""
     if workload.trains_dense and not workload.optimizer_in_backward and workload.num_gpus == 1:
         changed = replace(
             workload, optimizer_in_backward=True, accumulates=False, grad_accumulation_dtype=None
@@ -153,7 +154,7 @@ def _in_backward(workload: Workload) -> Iterator[tuple[str, Workload]]:
 
 
 def _offload(workload: Workload) -> Iterator[tuple[str, Workload]]:
-    """The optimizer's state in host memory."""
+    """Keep the optimizer's state in host memory."""
     changed = replace(workload, state_offload=True)
     if workload.trains_dense and changed.offloads and not workload.offloads:
         yield "--state_offload", changed
@@ -168,7 +169,7 @@ def _quantised(workload: Workload) -> Iterator[tuple[str, Workload]]:
 
 
 def _frozen_base(method: str) -> _Option:
-    """The method with its default ranks, on the same layers; beside a quantised base if need be."""
+    """Use a method with its default ranks on the same layers, then also with a quantised base."""
 
     def change(workload: Workload) -> Iterator[tuple[str, Workload]]:
         if workload.method in ("fft", "molf"):
@@ -199,7 +200,7 @@ def _gpus(workload: Workload) -> Iterator[tuple[str, Workload]]:
         count *= 2
 
 
-_GRANTED: tuple[_Option, ...] = (
+_CHEAP: tuple[_Option, ...] = (
     _checkpointing,
     _batch_size,
     _states,
@@ -208,7 +209,7 @@ _GRANTED: tuple[_Option, ...] = (
     _rounding,
     _offload,
 )
-# Those that change nothing but time come first, then how numbers are kept, then what is trained.
+# First options that change only the time, then the storage types, then the trained parameters.
 _OPTIONS: tuple[_Option, ...] = (
     _checkpointing,
     _batch_size,

@@ -1,4 +1,4 @@
-"""GPU sizes, and what of them a training can use."""
+"""GPU sizes and their usable memory."""
 
 from __future__ import annotations
 
@@ -6,34 +6,34 @@ from dataclasses import dataclass
 
 GIB = 2**30
 
-# What the driver, the CUDA context, kernels' workspaces and the allocator's fragmentation may take.
-# An allowance, not a measurement: they differ by card, driver and library.
+# An allowance for driver, CUDA context, workspaces of kernels, and fragmentation of the allocator.
+# Not measured: they differ by card, driver and library.
 _RESERVED = GIB
 _FRAGMENTED = 0.05
 
 
 @dataclass(frozen=True)
 class Device:
-    """A size of GPU, as cards are sold; GB are taken as GiB.
+    """A GPU of a size that cards are sold in; GB are taken as GiB.
 
     Attributes:
-        gib: Its memory.
+        gib: Its memory in GiB.
     """
 
     gib: int
 
     @property
     def name(self) -> str:
-        """Its name, such as `24 GB`."""
+        """The name, such as `24 GB`."""
         return f"{self.gib} GB"
 
     @property
     def usable(self) -> int:
-        """Bytes that tensors may take: less 1 GiB and 5%."""
+        """Bytes available for tensors: 95% of the memory, minus 1 GiB."""
         return int(self.gib * GIB * (1 - _FRAGMENTED)) - _RESERVED
 
     def fits(self, peak: int) -> bool:
-        """Whether a training with this peak in bytes fits."""
+        """Return whether a training with this peak in bytes fits."""
         return peak <= self.usable
 
 
@@ -41,5 +41,5 @@ DEVICES = tuple(Device(gib) for gib in (24, 40, 80, 141))
 
 
 def show_bytes(size: float) -> str:
-    """A size for people: GiB from one GiB on, else MiB."""
+    """Return a size in bytes as text, in GiB from 1 GiB on, else in MiB."""
     return f"{size / GIB:,.2f} GiB" if size >= GIB else f"{size / 2**20:,.1f} MiB"

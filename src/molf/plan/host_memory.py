@@ -1,4 +1,4 @@
-"""States in host memory, as a plan sees them: there, and counted on the device while lent."""
+"""Offloaded state in a plan: counted only while its copies are on the device."""
 
 from __future__ import annotations
 
@@ -11,28 +11,28 @@ from molf.core.offload import Carrier, Wait
 
 
 def pinned_bytes(tensor: Tensor) -> int:
-    """What torch allocates for a tensor in pinned memory: a power of two."""
+    """Return the bytes that torch allocates for a tensor in pinned memory: a power of two."""
     size = tensor.untyped_storage().nbytes()
     return 1 << (size - 1).bit_length() if size else 0
 
 
 class PlannedCarrier(Carrier):
-    """Moves nothing: host memory is the meta device, which is not counted."""
+    """A carrier that copies nothing; the meta device, which is not counted, is its host memory."""
 
     def room(self, like: Tensor) -> Tensor:
-        """Of the same size."""
+        """Return a tensor of the same size in host memory."""
         return torch.empty_like(like, device="meta")
 
     def fetch(self, kept: Sequence[Tensor]) -> tuple[list[Tensor], Wait]:
-        """What the copies take."""
+        """Return device tensors of the sizes of the copies."""
         return [torch.empty_like(tensor, device="cpu") for tensor in kept], _at_once
 
     def put_back(self, lent: Sequence[Tensor], kept: Sequence[Tensor]) -> Wait:
-        """Nothing; `lent` is alive until it is waited for."""
+        """Copy nothing; the caller keeps `lent` alive until it waits."""
         return _at_once
 
     def wait(self) -> None:
-        """There is nothing to wait for."""
+        """Return at once; no copy is pending."""
 
 
 def _at_once() -> None:

@@ -1,4 +1,4 @@
-"""Counting the bytes of live tensors while operations run, on tensors with or without data."""
+"""Count the bytes of live tensors while operations run, on tensors with or without data."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from torch.utils._pytree import tree_iter
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts storages made inside the context until nothing refers to them any more.
+    """Counts the bytes of storages that are made inside the context, until they are freed.
 
-    Views share their storage and count once; tensors of the meta device count nothing. A kernel's
-    own workspace, which is no tensor, is not seen.
+    Views share a storage and count once. Tensors on the meta device are not counted, nor are
+    workspaces of kernels, which are no tensors.
 
     Args:
-        known: Tensors that exist already and are not counted.
-        scalar: What the host reads from a tensor without data, `None` if it must not read any.
+        known: Existing tensors, which are not counted.
+        scalar: The value that `.item()` returns for a tensor without data; None to forbid reads.
 
     Attributes:
         now: Bytes of the counted storages that are alive.
-        scalar: As given; it may be changed.
-        peak: The most that `now` has been since the start or `reset_peak`.
+        scalar: As given; may be changed.
+        peak: The maximum of `now` since the start or `reset_peak`.
         gradients: Bytes reported to `count_gradient` so far.
         gradients_at_peak: `gradients` when `peak` was reached.
     """
@@ -39,20 +39,20 @@ class LiveBytes(TorchDispatchMode):
             self._count(tensor, 0)
 
     def reset_peak(self) -> None:
-        """Forget the peak, not what is alive."""
+        """Set the peak to the bytes alive now."""
         self.peak = self.now
 
     def count_gradient(self, parameter: Tensor) -> None:
-        """Note that a parameter has its gradient now; a post-accumulate-grad hook."""
+        """Add the bytes of a parameter's gradient; a post-accumulate-grad hook."""
         if parameter.grad is not None:
             self.gradients += parameter.grad.untyped_storage().nbytes()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten._local_scalar_dense.default and self.scalar is not None:
             return self.scalar
-        if func is torch.ops.aten.add.Tensor and _is_autograds_own():
-            # Where two gradients of a tensor meet, autograd adds one to the other in place; but not
-            # while a mode like this one is watching.
+        if func is torch.ops.aten.add.Tensor and _is_autograd():
+            # Autograd adds two gradients of a tensor in place, but out of place under a dispatch
+            # mode. Adding in place here gives the memory of a training without the mode.
             func = torch.ops.aten.add_.Tensor
         result = func(*args, **(kwargs or {}))
         for value in tree_iter(result):
@@ -61,7 +61,7 @@ class LiveBytes(TorchDispatchMode):
         return result
 
     def _count(self, tensor: Tensor, size: int) -> None:
-        if tensor.device.type == "meta":  # what a plan keeps elsewhere
+        if tensor.device.type == "meta":  # a plan's host memory
             return
         storage = tensor.untyped_storage()
         key = storage._cdata
@@ -78,10 +78,10 @@ class LiveBytes(TorchDispatchMode):
             self.peak, self.gradients_at_peak = self.now, self.gradients
 
 
-def _is_autograds_own() -> bool:
-    """Whether the engine of the backward pass calls, and neither user code nor a recomputation."""
-    node = torch._C._current_autograd_node()  # the node whose result is handed on
+def _is_autograd() -> bool:
+    """Return whether the autograd engine runs the operation, not user code or a recomputation."""
+    node = torch._C._current_autograd_node()  # the node whose gradients are accumulated
     from_user = node is None or isinstance(node, torch.autograd.function.BackwardCFunction)
-    # A leaf's node hands nothing on: it is an optimizer's hook that calls.
-    is_leafs = node is not None and "AccumulateGrad" in node.name()
-    return not (from_user or is_leafs or torch.is_grad_enabled())
+    # In a leaf's node, the operations are those of an optimizer's hook.
+    is_hook = node is not None and "AccumulateGrad" in node.name()
+    return not (from_user or is_hook or torch.is_grad_enabled())

@@ -1,4 +1,4 @@
-"""The measured peak of live tensors: on CUDA its allocator's, on a CPU that of torch's profiler."""
+"""Measure the peak of live tensors, with CUDA's allocator or torch's profiler (CPU)."""
 
 from __future__ import annotations
 
@@ -11,18 +11,17 @@ from torch import Tensor, nn
 
 
 class PeakBytes:
-    """Measures the most bytes that tensors take inside the context.
+    """Measures the peak memory of tensors inside the context.
 
-    On CUDA that is `max_memory_allocated`. On a CPU every allocation and release of torch's
-    allocator is recorded by torch's profiler, kernels' temporaries included, and added to what was
-    there before. Only the thread that enters is seen, and those that it starts for autograd.
+    On CUDA this is `max_memory_allocated`. On a CPU, torch's profiler records each allocation and
+    release, including temporaries of kernels, of the entering thread and its autograd threads.
 
     Args:
-        device: Where the tensors are.
-        held: On a CPU, tensors that are there when the context is entered (`held_tensors`).
+        device: The device of the tensors.
+        held: On a CPU, the tensors alive when the context is entered (`held_tensors`).
 
     Attributes:
-        bytes: The peak, once the context is left.
+        bytes: The peak, after the context.
     """
 
     def __init__(self, device: torch.device, held: Iterable[Tensor] = ()) -> None:
@@ -36,7 +35,7 @@ class PeakBytes:
         if self._device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self._device)
         else:
-            os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it writes to standard error else
+            os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else it prints to standard error
             self._profiler = torch.profiler.profile(
                 activities=[torch.profiler.ProfilerActivity.CPU],
                 profile_memory=True,
@@ -59,7 +58,7 @@ class PeakBytes:
 
 
 def held_tensors(model: nn.Module) -> Iterator[Tensor]:
-    """Yield a model's parameters and buffers, and what bitsandbytes keeps beside its weights."""
+    """Yield a model's parameters and buffers, and the scales of bitsandbytes' weights."""
     yield from model.buffers()
     for parameter in model.parameters():
         yield parameter

@@ -1,10 +1,9 @@
-"""From what is held and what a step takes to the peak of a training, on one device or several.
+"""Compute the memory peak of a training, in bytes, on one device or several.
 
-The peak is the larger of two phases that follow each other: the forward and backward pass (weights,
-optimizer state, activations, and the gradients that are there by then) and the optimizer's step
-(weights, state, all gradients, and the step's temporaries). Where layers move in the backward pass,
-the first phase is all there is, and gradients and temporaries are among its activations. All
-figures are bytes.
+The peak is the larger of two phases: the forward and backward pass (weights, optimizer state,
+activations, gradients so far) and the optimizer step (weights, state, all gradients, temporaries).
+With steps in the backward pass there is only the first phase; its activations include gradients
+and temporaries.
 """
 
 from __future__ import annotations
@@ -24,15 +23,15 @@ class MemoryPlan:
     """The memory of a training on each device, in bytes.
 
     Attributes:
-        weights: All parameters and buffers, an adapter's included.
+        weights: All parameters and buffers, including an adapter's.
         gradients: Gradients of all trained parameters.
         moments: First and second moments, and the low halves of bfloat16 weights.
         factors: LoRA factors that the optimizer keeps.
-        activations: What forward and backward pass take at their peak, beside gradients.
-        pass_gradients: Gradients that are there at that peak.
+        activations: Memory of the forward and backward pass at its peak, without gradients.
+        pass_gradients: Gradients that exist at that peak.
         transient: Temporaries of the optimizer's step.
-        gathered: With several devices, weights that are whole on each for a while.
-        host: What moments and factors take in pinned host memory instead; no part of any peak.
+        gathered: With several devices, weights that are temporarily whole on each.
+        host: Moments and factors in pinned host memory, with offload; part of no peak.
     """
 
     weights: int
@@ -47,7 +46,7 @@ class MemoryPlan:
 
     @property
     def held(self) -> int:
-        """What is there throughout: weights and optimizer state."""
+        """Memory held throughout: weights and optimizer state."""
         return self.weights + self.moments + self.factors
 
     @property
@@ -73,7 +72,7 @@ class MemoryPlan:
 
 
 class Planner:
-    """Plans trainings of one model; what two of them share is found out once.
+    """Plans trainings of one model; traces that they share are cached.
 
     Args:
         config: The model's transformers configuration.
@@ -95,21 +94,20 @@ class Planner:
         return self._shape(_shape_alone(self._reached(workload)))
 
     def step_peak(self, workload: Workload) -> int:
-        """Peak of the optimizer's step on each device: below the peak, and found faster."""
+        """Return the peak of the optimizer's step on each device; faster than `memory`."""
         return self._plan(self._reached(workload), PassTrace(0, 0)).step_peak
 
     def memory(self, workload: Workload) -> MemoryPlan:
         """Plan the memory of each device.
 
         Raises:
-            InputError: The model cannot be made, or not be planned without data, or no layer can be
-                adapted.
+            InputError: The model cannot be made or traced without data, or no layer can be adapted.
         """
         workload = self._reached(workload)
         return self._plan(workload, self._pass(replace(workload, num_gpus=1)))
 
     def _reached(self, workload: Workload) -> Workload:
-        """The workload without the modules that no text reaches, as `molf train` has it."""
+        """Return the workload without modules that text input does not reach, as in training."""
         reach = self._reach()
         left_out = (*reach.unreached, *(reach.bypassed if workload.has_adapter else ()))
         if workload.unreached or not left_out:
@@ -134,7 +132,7 @@ class Planner:
 
 
 def _shape_alone(workload: Workload) -> Workload:
-    """The workload as far as weights and optimizer depend on it."""
+    """Return the workload with defaults for all that weights and optimizer do not depend on."""
     return replace(
         workload,
         batch_size=1,
@@ -148,11 +146,9 @@ def _shape_alone(workload: Workload) -> Workload:
 
 
 def _sharded(plan: MemoryPlan, shape: ModelShape, devices: int) -> MemoryPlan:
-    """Split weights, gradients and state over devices, as FSDP2's full sharding does.
-
-    Activations are those of each device's own batch. Whole on each device are what belongs to no
-    decoder layer (embeddings, head, last norm) and one decoder layer at a time.
-    """
+    """Divide weights, gradients and state over devices, as FSDP2's full sharding does."""
+    # Each device holds the activations of its own batch. Whole on each device are the modules
+    # outside of decoder layers (embeddings, head, last norm) and one decoder layer at a time.
     if devices == 1:
         return plan
     split = ("weights", "gradients", "moments", "factors", "pass_gradients", "host")

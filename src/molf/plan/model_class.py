@@ -1,4 +1,4 @@
-"""The class of transformers that holds all of a checkpoint and trains on text."""
+"""Choose the transformers class that loads all of a checkpoint and trains on text."""
 
 from __future__ import annotations
 
@@ -8,10 +8,7 @@ from molf.errors import InputError
 
 
 def auto_class(config: Any) -> Any:
-    """Return the auto class of a configuration: that of the class which the checkpoint names.
-
-    A multimodal configuration belongs to two classes, of which the text model's leaves out the
-    other towers. Without a known name the one with all towers is chosen.
+    """Return the auto class of the model class that a configuration names.
 
     Args:
         config: A transformers configuration.
@@ -24,8 +21,10 @@ def auto_class(config: Any) -> Any:
     """
     from transformers import AutoModelForCausalLM, AutoModelForMultimodalLM
 
+    # A multimodal configuration belongs to both. The text model leaves out the other towers, so
+    # the class with all towers comes first, and is the default if `architectures` is unknown.
     kinds: list[Any] = [AutoModelForMultimodalLM, AutoModelForCausalLM]
-    if config.is_encoder_decoder:  # a decoder alone is a language model, both halves are none
+    if config.is_encoder_decoder:  # only its decoder alone is a causal language model
         kinds = [AutoModelForCausalLM]
     found = []
     for kind in kinds:
@@ -49,20 +48,20 @@ def _as_tuple(classes: Any) -> tuple[Any, ...]:
 
 
 def make_skeleton(config: Any, **options: Any) -> Any:
-    """Make the model of a configuration, on the device of the context.
+    """Create the model of a configuration on the device of the context.
 
     Args:
         config: A transformers configuration.
-        **options: Of `from_config`, such as `dtype`.
+        **options: Options of `from_config`, such as `dtype`.
 
     Raises:
-        InputError: The configuration makes no model that generates text.
+        InputError: The configuration is not that of a model that generates text.
     """
     kind = auto_class(config)
     try:
         return kind.from_config(config, trust_remote_code=False, **options)
-    except Exception as error:  # values that do not fit together fail wherever they are first used
+    except Exception as error:  # inconsistent values fail with any error where they are first used
         reason = str(error).strip().split("\n")[0] or type(error).__name__
         raise InputError(
-            f"The configuration makes no {config.model_type} model: {reason}"
+            f"No {config.model_type} model can be made from the configuration: {reason}"
         ) from error

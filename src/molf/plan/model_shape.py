@@ -1,4 +1,4 @@
-"""How many parameters a model has, where they are, and which of them a method trains."""
+"""Count a model's parameters, by part, and those that a method trains."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from molf.plan.quantised_base import quantise
 from molf.plan.trainable import freeze, skeleton
 from molf.plan.workload import Workload
 
+# A head that is tied to the embeddings has no parameters of its own.
 PARTS = ("embeddings", "head", "attention", "mlp", "norms", "other")
-"""Parts of a model; a head tied to the embeddings has no parameters of its own."""
 
-# How the modules of a decoder layer are called in transformers.
+# Names of the modules of a decoder layer in transformers.
 _ATTENTION = ("attn", "attention")
 _MLP = ("mlp", "feed_forward", "ffn", "ff", "experts", "moe", "fc1", "fc2")
 
 
 @dataclass(frozen=True)
 class Part:
-    """A part of the model: its parameters, and how many of them are trained."""
+    """A part of the model, with the number of its parameters and of its trained ones."""
 
     name: str
     parameters: int
@@ -34,19 +34,19 @@ class Part:
 
 @dataclass(frozen=True)
 class ModelShape:
-    """The numbers of a model under a method.
+    """Parameter counts and sizes of a model under a method.
 
     Attributes:
-        model_type: The architecture, as transformers names it.
+        model_type: The architecture's name in transformers.
         parameters: Parameters of the model itself.
-        trained: All numbers that the optimizer moves, LoRA factors included.
-        experts: These numbers by what they belong to: `full` and the LoRA experts, or `adapter`,
-            and `not routed` or `all`.
+        trained: All numbers that the optimizer updates, including LoRA factors.
+        experts: The same by expert: `full` and the LoRA experts, or `adapter`, and `not routed`
+            or `all`.
         layers: Linear layers that are routed or adapted.
-        tied: Whether the head is the embeddings.
+        tied: Whether head and embeddings share their weight.
         parts: The model's parameters by part.
-        weight_bytes: Bytes of all parameters and buffers, an adapter's included.
-        gathered_bytes: Bytes of the largest decoder layer and of all that is in none.
+        weight_bytes: Bytes of all parameters and buffers, including an adapter's.
+        gathered_bytes: Bytes of the largest decoder layer and of the modules outside of layers.
     """
 
     model_type: str
@@ -61,17 +61,17 @@ class ModelShape:
 
 
 def describe_model(config: Any, workload: Workload) -> ModelShape:
-    """Count a model's parameters without making any.
+    """Count a model's parameters without allocating any.
 
     Args:
         config: The model's transformers configuration.
         workload: The method and the type of the weights.
 
     Raises:
-        InputError: The configuration makes no model, or no layer can be adapted.
+        InputError: The model cannot be made, or no layer can be adapted.
 
     Warns:
-        UserWarning: As `molf.core.layers.find_layers`, by what the method does.
+        UserWarning: A rank is large for a layer, or layers are not routed.
     """
     model = skeleton(config, workload.dtype)
     freeze(model, workload.unreached)
@@ -124,7 +124,7 @@ def _layers(model: nn.Module, workload: Workload) -> list[LinearLayer]:
 
 
 def _trained(model: nn.Module, layers: list[LinearLayer], workload: Workload) -> set[nn.Parameter]:
-    """The model's own parameters that get gradients."""
+    """Return the model's own parameters that get gradients, without an adapter's."""
     trainable = {parameter for parameter in model.parameters() if parameter.requires_grad}
     if workload.method == "fft":
         return trainable
@@ -140,7 +140,7 @@ def _trained(model: nn.Module, layers: list[LinearLayer], workload: Workload) ->
 def _experts(
     layers: list[LinearLayer], trained: set[nn.Parameter], workload: Workload
 ) -> dict[str, int]:
-    """Trained numbers by expert."""
+    """Return the number of trained parameters by expert."""
     total = sum(parameter.numel() for parameter in trained)
     if workload.config is None:
         return {"all": total}
@@ -157,7 +157,7 @@ def _experts(
 
 
 def _by_part(model: Any) -> Iterator[tuple[str, nn.Parameter]]:
-    """Every parameter once, with the part that it belongs to."""
+    """Yield each parameter once, after the name of its part."""
     head = model.get_output_embeddings()
     seen: set[nn.Parameter] = set()
     for module_name, module in model.named_modules():
@@ -168,7 +168,7 @@ def _by_part(model: Any) -> Iterator[tuple[str, nn.Parameter]]:
 
 
 def _part(name: str, module: nn.Module) -> str:
-    """The part of a module: by its class, or by the names on its path, the innermost first."""
+    """Return the part of a module, by its class, else by the names on its path from the inside."""
     if isinstance(module, nn.Embedding):
         return "embeddings"
     if "norm" in type(module).__name__.lower():
@@ -182,7 +182,7 @@ def _part(name: str, module: nn.Module) -> str:
 
 
 def _gathered(model: Any, own: int) -> int:
-    """Bytes of the largest decoder layer and of all that is in none of them."""
+    """Return the bytes of the largest decoder layer and of the modules outside of layers."""
     layers = max(
         (module for module in model.modules() if isinstance(module, nn.ModuleList)),
         key=_bytes,

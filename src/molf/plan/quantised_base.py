@@ -1,7 +1,7 @@
-"""Stand-ins for bitsandbytes' linear layers, which take the memory that those take.
+"""Stand-ins for bitsandbytes' linear layers, with the same memory but without data.
 
-bitsandbytes' own kernels need weights that were quantised, and so a device and data. What is here
-holds tensors of the same sizes, and allocates in forward and backward pass what bitsandbytes does.
+bitsandbytes' kernels need quantised weights, and so a device and data. The stand-ins hold tensors
+of the same sizes, and allocate the same in the forward and backward pass.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _BLOCK = 64  # four-bit numbers that share a scale, in `BitsAndBytesConfig`'s de
 
 
 def planned_as(quantisation: Quantisation | None) -> str | None:
-    """The option that makes a base of the same memory; None where there is none."""
+    """Return the option for a base of the same memory, or None if there is none."""
     if quantisation is None or quantisation.method != "bitsandbytes":
         return None
     return f"load_in_{quantisation.bits}bit"
@@ -28,17 +28,17 @@ def planned_as(quantisation: Quantisation | None) -> str | None:
 def planned_quantisation(
     model: str, config: Any, method: str, dtype: str, asked: str | None
 ) -> str | None:
-    """How the base of a planned training is quantised: as it is stored, or as an option asks.
+    """Return the quantisation of a planned base: the stored one, else that of the option.
 
     Args:
         model: The model's name, for messages.
         config: Its configuration.
         method: The method.
-        dtype: Type of what is not quantised.
+        dtype: Type of the tensors that are not quantised.
         asked: `load_in_4bit`, `load_in_8bit` or None.
 
     Raises:
-        InputError: The stored base does not go with these, or cannot be planned.
+        InputError: The stored base excludes these options, or cannot be planned.
     """
     stored = quantisation_of(config)
     if stored is None:
@@ -47,8 +47,8 @@ def planned_quantisation(
     planned = planned_as(stored)
     if planned is None:
         raise InputError(
-            f"Invalid {base}: of stored quantised models, those of bitsandbytes can be planned "
-            "(4-bit, 8-bit). Give one of these, or the unquantised model."
+            f"Invalid {base}: only models quantised by bitsandbytes (4-bit, 8-bit) can be planned. "
+            "Give one of these, or the unquantised model."
         )
     if method not in QUANTISABLE:
         raise InputError(
@@ -57,8 +57,8 @@ def planned_quantisation(
         )
     if dtype != "float32":
         raise InputError(
-            f"Invalid dtype={dtype} with {base}: what is not quantised is float32. Leave dtype "
-            "out, or give the unquantised model."
+            f"Invalid dtype={dtype} with {base}: its other tensors are float32. Leave dtype out, "
+            "or give the unquantised model."
         )
     if asked not in (None, planned):
         raise InputError(
@@ -68,17 +68,17 @@ def planned_quantisation(
 
 
 def quantise(model: Any, quantised: str, compute_dtype: torch.dtype | None = None) -> None:
-    """Put stand-ins in the place of a model's frozen linear layers, as transformers does.
+    """Replace a model's frozen linear layers, those that transformers quantises, by stand-ins.
 
     Args:
         model: A transformers model, or a PEFT model of one, whose adapter stays.
         quantised: `load_in_4bit` or `load_in_8bit`.
-        compute_dtype: What four-bit layers compute in; None for float32.
+        compute_dtype: Type that 4-bit layers compute in; None for float32.
     """
     head = model.get_output_embeddings()
     for parent in list(model.modules()):
         for name, layer in list(parent.named_children()):
-            is_adapters = isinstance(parent, nn.ModuleDict)  # PEFT keeps lora_A and lora_B in them
+            is_adapters = isinstance(parent, nn.ModuleDict)  # PEFT's lora_A and lora_B
             if type(layer) is nn.Linear and layer is not head and not is_adapters:
                 stand_in = (
                     _FourBit(layer, compute_dtype or torch.float32)
@@ -89,11 +89,11 @@ def quantise(model: Any, quantised: str, compute_dtype: torch.dtype | None = Non
 
 
 class _FourBit(nn.Module):
-    """`Linear4bit`: numbers are unpacked for every product, and nothing is kept for the backward.
+    """`Linear4bit`: unpacks the weight for each product, and saves nothing for the backward pass.
 
     Args:
         layer: The linear layer.
-        compute_dtype: Of the products.
+        compute_dtype: Type of the products.
     """
 
     def __init__(self, layer: nn.Linear, compute_dtype: torch.dtype) -> None:
@@ -106,7 +106,7 @@ class _FourBit(nn.Module):
         self.register_buffer("scales", torch.empty(-(-count // _BLOCK), device=device))
 
     def forward(self, x: Tensor) -> Tensor:
-        """PEFT makes a copy of the result."""
+        """Return the output `[..., out]`, as the copy that PEFT makes of it."""
         out: Tensor = _FourBitProduct.apply(x.to(self.compute_dtype), self.shape)
         if self.bias is not None:
             out = out + self.bias
@@ -121,12 +121,12 @@ class _FourBitProduct(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        weight = grad.new_empty(ctx.shape, dtype=torch.float32)  # the type that was quantised
+        weight = grad.new_empty(ctx.shape, dtype=torch.float32)  # the type before quantising
         return grad @ weight.to(grad.dtype), None
 
 
 class _EightBit(nn.Module):
-    """`Linear8bitLt` (LLM.int8): inputs are quantised too, and kept as they came.
+    """`Linear8bitLt` (LLM.int8): quantises its input too, but saves the original for backward.
 
     Args:
         layer: The linear layer.
@@ -140,7 +140,7 @@ class _EightBit(nn.Module):
         self.register_buffer("scales", torch.empty(len(weight), device=weight.device))
 
     def forward(self, x: Tensor) -> Tensor:
-        """With the bias inside the product's kernel."""
+        """Return the output `[..., out]`; the kernel of the product adds the bias."""
         out: Tensor = _EightBitProduct.apply(x, self.codes)
         return out
 

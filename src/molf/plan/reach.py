@@ -1,4 +1,4 @@
-"""Which modules of a model a text never reaches, such as the vision tower of a multimodal model."""
+"""Find modules that text input never reaches, such as a multimodal model's vision tower."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from molf.core.quantised import is_quantised
 
 
 class Reach(NamedTuple):
-    """What one forward pass does not touch.
+    """Modules that a forward pass does not use, or does not call.
 
     Attributes:
-        unreached: Modules of which it uses nothing, the outermost of each branch.
-        bypassed: Linear layers whose weights it reads without calling them, so that an adapter
-            beside them would do nothing.
+        unreached: Unused modules, the outermost of each branch.
+        bypassed: Linear layers whose weights are read without a call, so that an adapter beside
+            them would have no effect.
     """
 
     unreached: tuple[str, ...] = ()
@@ -30,17 +30,14 @@ class Reach(NamedTuple):
 
 
 def find_reach(model: nn.Module, run: Callable[[], object]) -> Reach:
-    """Find out which modules of a model the forward pass does not use.
+    """Find the modules of a model that the forward pass does not use.
 
-    A module is used if it is called, or if an operation reads one of its parameters. What chooses
-    among like modules by the data (the experts of a mixture) may choose others the next time: an
-    unused element of a list counts as reached if one of its own class is used. There are two
-    passes: in evaluation mode nothing is dropped, and some layers are called in training otherwise.
-    Modes and buffers are as they were afterwards.
+    A module is used if it is called, or if an operation reads one of its parameters. An element of
+    a module list counts as used if another element of its class is. Modes and buffers are restored.
 
     Args:
         model: A plain model.
-        run: Runs it on a text.
+        run: Runs the model on a text.
     """
     used: set[nn.Parameter] = set()
     called: set[nn.Module] = set()
@@ -57,6 +54,8 @@ def find_reach(model: nn.Module, run: Callable[[], object]) -> Reach:
                 stack.callback(module.register_forward_pre_hook(note).remove)
         stack.enter_context(torch.no_grad())
         try:
+            # Two passes: evaluation mode drops no layers; in training mode some layers read their
+            # weights in another way.
             evaluation_mode(model)
             with ParameterReads() as reads:
                 run()
@@ -80,7 +79,7 @@ def find_reach(model: nn.Module, run: Callable[[], object]) -> Reach:
 
 
 def evaluation_mode(model: nn.Module) -> None:
-    """Set evaluation mode, but for quantised layers: on a CPU, those would lose their gradient."""
+    """Set evaluation mode, except for quantised layers, which would lose their gradient on CPU."""
     model.eval()
     for module in model.modules():
         weight = getattr(module, "weight", None)
@@ -89,10 +88,10 @@ def evaluation_mode(model: nn.Module) -> None:
 
 
 class ParameterReads(TorchDispatchMode):
-    """Notes the parameters that operations read: a layer's weight may be used without the layer.
+    """Records the parameters that operations read, also without a call of their module.
 
     Attributes:
-        seen: They.
+        seen: The parameters.
     """
 
     def __init__(self) -> None:
@@ -108,9 +107,10 @@ class ParameterReads(TorchDispatchMode):
 
 
 def _unused(name: str, module: nn.Module, used: set[nn.Parameter]) -> Iterator[str]:
-    """Names of the outermost unused modules in a used one."""
+    """Yield the names of the outermost unused modules in a used one."""
     children = dict(module.named_children())
     parts = {key: set(child.parameters()) for key, child in children.items()}
+    # A mixture chooses among its experts by the data: those unused here may be used later.
     chosen = {type(child) for key, child in children.items() if parts[key] & used}
     by_data = isinstance(module, (nn.ModuleList, nn.ModuleDict))
     for key, child in children.items():
@@ -122,11 +122,11 @@ def _unused(name: str, module: nn.Module, used: set[nn.Parameter]) -> Iterator[s
 
 
 def describe(model: nn.Module, reach: Reach, *, in_adapter: bool) -> str | None:
-    """One line on what is left out of a training: how much, and where; None for nothing.
+    """Return one line on the modules that are not trained, or None if there are none.
 
     Args:
         model: The model.
-        reach: Of a text in it.
+        reach: The result of `find_reach` for it.
         in_adapter: Whether layers are adapted beside their weights.
     """
     lines = []
@@ -135,8 +135,8 @@ def describe(model: nn.Module, reach: Reach, *, in_adapter: bool) -> str | None:
         layers = sum(is_linear(one) for module in inner for one in module.modules())
         size = sum(p.numel() for p in {p for module in inner for p in module.parameters()})
         lines.append(
-            f"{layers} linear layers ({size:,} parameters in all) that a text does not reach, in "
-            f"{_places(reach.unreached)}; they stay as they are."
+            f"{layers} linear layers ({size:,} parameters in all) that text does not reach, in "
+            f"{_places(reach.unreached)}; they are not trained."
         )
     if reach.bypassed and in_adapter:
         lines.append(
@@ -147,6 +147,6 @@ def describe(model: nn.Module, reach: Reach, *, in_adapter: bool) -> str | None:
 
 
 def _places(names: tuple[str, ...]) -> str:
-    """Names, those that differ in a number once."""
+    """Return the names as text; names that differ only in a number are given once."""
     places = list(dict.fromkeys(re.sub(r"\.\d+(?=\.|$)", ".*", name) for name in names))
     return ", ".join(places[:4]) + (", ..." if len(places) > 4 else "")

@@ -1,8 +1,7 @@
-"""What one training step takes beyond the weights, found by running it on tensors without data.
+"""Count the memory of a training step beyond the weights, by running it on tensors without data.
 
-The forward and backward pass are those of TRL's `SFTTrainer`, the step is the optimizer's own: what
-they allocate is counted, so that architecture, attention, loss, checkpointing and the optimizer's
-temporaries need no formulas.
+The pass is that of TRL's `SFTTrainer`, and the step that of the real optimizer. Therefore no
+formulas for architecture, attention, loss, checkpointing or temporaries are needed.
 """
 
 from __future__ import annotations
@@ -25,17 +24,17 @@ from molf.plan.live_bytes import LiveBytes
 from molf.plan.trainable import Trainable, trainable
 from molf.plan.workload import Workload
 
-_HEAD_OUTPUTS = ("log_probs", "entropy", "is_top1")  # what SFTTrainer asks of the fused head
+_HEAD_OUTPUTS = ("log_probs", "entropy", "is_top1")  # SFTTrainer's outputs of the fused head
 _MOST_BLOCKS = 300
 
 
 @dataclass(frozen=True)
 class PassTrace:
-    """The memory peak of a forward and backward pass, bytes beyond weights and optimizer state.
+    """The memory peak of a forward and backward pass, in bytes without weights and state.
 
     Attributes:
-        gradients: Gradients of parameters that were there at the peak.
-        activations: All else: saved activations and temporaries.
+        gradients: Gradients of parameters at the peak.
+        activations: The rest: saved activations and temporaries.
     """
 
     gradients: int
@@ -44,15 +43,14 @@ class PassTrace:
 
 @dataclass(frozen=True)
 class StepTrace:
-    """What the optimizer holds and takes, in bytes.
+    """The memory of the optimizer and its step, in bytes.
 
     Attributes:
         gradients: Gradients of all trained parameters.
-        moments: First and second moments of all experts and of what is not routed, and the low
-            halves of bfloat16 weights.
+        moments: First and second moments, and the low halves of bfloat16 weights.
         factors: LoRA factors that the optimizer keeps (molf); an adapter's are weights.
-        pinned: What moments and factors take in pinned host memory, if they live there.
-        transient: Temporaries at the peak of a step; states lent from host memory are among them.
+        pinned: Size of moments and factors in pinned host memory, with offload.
+        transient: Temporaries at the peak of a step, including device copies of offloaded state.
     """
 
     gradients: int
@@ -83,7 +81,7 @@ def trace_pass(config: Any, workload: Workload) -> PassTrace:
         if not workload.accumulates:
             for parameter in made.trained:
                 parameter.register_post_accumulate_grad_hook(counter.count_gradient)
-        gc.collect()  # what other models left behind must not be freed, and subtracted, meanwhile
+        gc.collect()  # garbage of other models, freed during the count, would be subtracted
         with counter:
             _run_pass(config, made.model, workload, counter)
         kept = _bytes(p.grad for p in made.trained) if workload.accumulates else 0
@@ -94,22 +92,22 @@ def trace_pass(config: Any, workload: Workload) -> PassTrace:
 
 
 def trace_step(config: Any, workload: Workload) -> StepTrace:
-    """Take two steps of the optimizer: the full experts win one, the LoRA experts the other.
+    """Take one step in which the full experts win, and one in which the LoRA experts win.
 
     Raises:
         InputError: The model cannot be made, or no layer can be adapted.
     """
     with trainable(config, workload) as made, _blocks(made, workload):
-        if workload.steps_in_backward:  # what a step takes beside the state is the pass's
+        if workload.steps_in_backward:  # gradients and temporaries are counted in the pass
             _make_state(made)
             return StepTrace(0, *_state_bytes(made.optimizer), 0)
         _give_gradients(made)
-        # The host reads equal scores, so the first experts win.
+        # All scores that the host reads are equal, so the first experts win.
         counter = LiveBytes(_tensors(made), scalar=0.5)
         with counter:
-            made.optimizer.step()  # this one makes the state as well, which is there at its end
+            made.optimizer.step()  # creates the state, which `now` includes afterwards
             transient = counter.peak - counter.now
-            if workload.offloads:  # the second one knows what to fetch ahead
+            if workload.offloads:  # from the second step on, state is fetched ahead
                 made.optimizer.step()
                 transient = max(transient, counter.peak - counter.now)
             _let_lora_win(made.optimizer)
@@ -121,18 +119,18 @@ def trace_step(config: Any, workload: Workload) -> StepTrace:
 
 
 def _trace_steps_in_backward(config: Any, made: Trainable, workload: Workload) -> PassTrace:
-    """Passes in which layers move: the full experts win the first, the LoRA experts another."""
+    """Run passes with steps inside: the full experts win first, then the LoRA experts."""
     with _blocks(made, workload):
         _make_state(made)
         offload: StateOffload | None = getattr(made.optimizer, "_offload", None)
         if offload is not None:
-            offload.forget_order()  # trainings have taken no step outside of a pass
+            offload.forget_order()  # the order of _make_state's step, which no training takes
         counter = LiveBytes(_tensors(made))
         gc.collect()
         with counter:
             _run_pass(config, made.model, workload, counter, scalar=0.5)
             made.optimizer.step()
-            if workload.offloads:  # the second one knows what to fetch ahead
+            if workload.offloads:  # from the second step on, state is fetched ahead
                 _run_pass(config, made.model, workload, counter, scalar=0.5)
                 made.optimizer.step()
             if _let_lora_win(made.optimizer):
@@ -143,21 +141,21 @@ def _trace_steps_in_backward(config: Any, made: Trainable, workload: Workload) -
 def _run_pass(
     config: Any, model: Any, workload: Workload, counter: LiveBytes, scalar: float | None = None
 ) -> None:
-    """The forward and backward pass of SFTTrainer's training step.
+    """Run the forward and backward pass of SFTTrainer's training step.
 
     Args:
         config: The model's configuration, for messages.
         model: The model.
         workload: Shape and types.
-        counter: Of the bytes.
-        scalar: What the host reads in the backward pass.
+        counter: The counter of bytes.
+        scalar: The value that `.item()` returns in the backward pass.
     """
-    inputs = _inputs(workload)  # alive in the backward pass too, as a trainer's batch is
+    inputs = _inputs(workload)  # kept alive in the backward pass, like a trainer's batch
     try:
         loss = _loss(model, inputs, bf16=workload.bf16)
         counter.scalar = scalar
         loss.backward()
-    except Exception as error:  # models fail in ways of their own without data
+    except Exception as error:  # operations that need data raise errors of many types
         reason = str(error).strip().split("\n")[0] or type(error).__name__
         raise InputError(
             f"The forward and backward pass of {config.model_type} cannot be planned "
@@ -168,14 +166,15 @@ def _run_pass(
 
 
 def _inputs(workload: Workload) -> dict[str, Tensor]:
-    """A batch. Without a mask, transformers lets attention be causal, as for one of ones alone."""
+    """Return a batch of token ids and labels `[batch, length]`, with a mask if it is padded."""
     ids = torch.zeros(workload.batch_size, workload.length, dtype=torch.long)
+    # Without a mask, transformers uses causal attention, as it does for a mask of ones.
     mask = {"attention_mask": torch.ones_like(ids)} if workload.padded else {}
     return {"input_ids": ids, "labels": ids, **mask}
 
 
 def _loss(model: Any, inputs: dict[str, Tensor], *, bf16: bool) -> Tensor:
-    """The loss of SFTTrainer's training step."""
+    """Return the loss of SFTTrainer's training step."""
     with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
         outputs = model(**inputs, use_cache=False, fused_lm_head=True)
     loss: Tensor = -outputs.log_probs.sum() / inputs["input_ids"].numel()
@@ -184,7 +183,7 @@ def _loss(model: Any, inputs: dict[str, Tensor], *, bf16: bool) -> Tensor:
 
 @contextmanager
 def _trl_head(made: Trainable, workload: Workload) -> Iterator[None]:
-    """Give the model SFTTrainer's output head, which makes no logits of the whole batch."""
+    """Give the model SFTTrainer's output head, which computes logits in chunks."""
     from trl.kernels import chunked_logprob
     from trl.trainer.utils import add_fused_lm_head
 
@@ -193,7 +192,7 @@ def _trl_head(made: Trainable, workload: Workload) -> Iterator[None]:
     add_fused_lm_head(inner, outputs=_HEAD_OUTPUTS)
     with ExitStack() as stack:
         if workload.device == "cuda":
-            # There, kernels fold a tile of logits where it lies; the CPU makes copies of it.
+            # On CUDA, kernels reduce a tile of logits in place. The CPU's code makes copies.
             for name in ("_forward_tile", "_backward_tile", "_addmm_fp32"):
                 stack.enter_context(_replaced(chunked_logprob, name, lambda *_, **__: None))
         yield
@@ -201,11 +200,11 @@ def _trl_head(made: Trainable, workload: Workload) -> Iterator[None]:
 
 @contextmanager
 def _blocks(made: Trainable, workload: Workload) -> Iterator[None]:
-    """Let the optimizer go through tensors as it does on the planned device."""
+    """Give the optimizer the block sizes of the planned device."""
     threads = torch.get_num_threads()
     elements = -(-BLOCKS.elements // threads)
     if workload.device == "cpu":
-        # Thousands of blocks would take minutes; a block of 1 in 300 weighs little either.
+        # Tracing thousands of blocks takes minutes. With at most 300, a block is still small.
         least = sum(p.numel() for p in made.trained) // _MOST_BLOCKS // threads
         elements = max(BLOCKS.cpu_elements, least)
     with _replaced(made.optimizer, "executor", Eager(Blocks(cpu_elements=elements))):
@@ -223,8 +222,8 @@ def _replaced(module: Any, name: str, value: Any) -> Iterator[None]:
 
 
 def _checkpoint(model: Any) -> None:
-    """Recompute activations, as the trainer would."""
-    # transformers renamed it; the old name warns, the new one is not in 5.13.
+    """Enable activation checkpointing, as the trainer does."""
+    # transformers renamed the method: the old name warns, and 5.13 lacks the new one.
     enable = getattr(model, "activation_checkpointing_enable", None)
     if enable is None:
         model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -235,7 +234,7 @@ def _checkpoint(model: Any) -> None:
 
 
 def _let_lora_win(optimizer: torch.optim.Optimizer) -> bool:
-    """Have LoRA experts take the next step where the optimizer routes and they can; can any?"""
+    """Let LoRA experts win the next step where they are routed; return whether any can."""
     groups = [
         group
         for group in optimizer.param_groups
@@ -253,9 +252,9 @@ def _give_gradients(made: Trainable) -> None:
 
 
 def _make_state(made: Trainable) -> None:
-    """Take a step outside of a backward pass, so that the state is there in the next one."""
+    """Create the optimizer's state, by a step outside of a backward pass."""
     _give_gradients(made)
-    # What it takes is not asked for: whole tensors, not blocks, are the fewest operations.
+    # Not counted, so tensors are processed whole, which takes the fewest operations.
     whole = _replaced(made.optimizer, "executor", Eager(Blocks(cpu_elements=1 << 40)))
     with whole, LiveBytes(scalar=0.5):
         made.optimizer.step()
@@ -270,7 +269,7 @@ def _tensors(made: Trainable) -> list[Tensor]:
 
 
 def _state_bytes(optimizer: torch.optim.Optimizer) -> tuple[int, int, int]:
-    """Bytes of moments (scalar counters included), of factors, and of both in pinned memory."""
+    """Return the bytes of moments (with step counts), of factors, and of both if pinned."""
     moments = factors = pinned = 0
     for state in optimizer.state.values():
         for name, value in state.items():

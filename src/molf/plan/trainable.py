@@ -1,4 +1,4 @@
-"""A model as a method trains it, and the optimizer that does: on tensors without data."""
+"""Make a method's model and optimizer on tensors without data."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ from molf.plan.workload import Workload
 
 
 class Trainable(NamedTuple):
-    """What is trained.
+    """A model and its optimizer.
 
     Attributes:
-        model: The model, with its PEFT adapter where the method has one.
-        optimizer: The optimizer that `molf train` would use.
+        model: The model, with its PEFT adapter if the method has one.
+        optimizer: The optimizer of `molf train`.
     """
 
     model: Any
@@ -42,11 +42,11 @@ class Trainable(NamedTuple):
 
 
 def skeleton(config: Any, dtype: str = "float32") -> Any:
-    """Make a transformers model on the meta device: names and shapes, no memory.
+    """Create a transformers model on the meta device, with names and shapes but no memory.
 
     Args:
         config: The model's transformers configuration.
-        dtype: Type of the weights, whatever the configuration says.
+        dtype: Type of the weights, instead of the configuration's.
 
     Raises:
         InputError: The configuration is not that of a model that generates text.
@@ -56,15 +56,15 @@ def skeleton(config: Any, dtype: str = "float32") -> Any:
 
 
 def freeze(model: nn.Module, modules: tuple[str, ...]) -> None:
-    """Freeze modules of a plain model that no text reaches."""
+    """Freeze the named modules of a plain model, which text input does not reach."""
     for name in modules:
         model.get_submodule(name).requires_grad_(False)
 
 
 def find_reach_of(config: Any) -> Reach:
-    """What of a multimodal model a text does not reach, found on tensors without data.
+    """Find the modules of a multimodal model that text input does not reach, without data.
 
-    Of another model, and of one whose forward pass needs data, nothing is said.
+    Empty for other models, and where the forward pass needs data.
     """
     if not config.sub_configs:
         return Reach()
@@ -76,29 +76,29 @@ def find_reach_of(config: Any) -> Reach:
             with FakeTensorMode(allow_non_fake_inputs=True):
                 _leave_meta(model)
                 return find_reach(model, lambda: model(input_ids=ids, use_cache=False))
-        except Exception:  # whatever an operation raises that must read a number
+        except Exception:  # operations that read data raise errors of many types
             return Reach()
 
 
 @contextmanager
 def trainable(config: Any, workload: Workload) -> Iterator[Trainable]:
-    """Give a model and its optimizer whose tensors have shape, type and device, but no memory.
+    """Yield a model and its optimizer on tensors with shape, type and device, but no memory.
 
-    Operations on them inside the context compute nothing, and take memory nowhere.
+    Operations inside the context compute nothing.
 
     Args:
         config: The model's transformers configuration.
-        workload: What is trained, and how.
+        workload: The planned training.
 
     Raises:
-        InputError: The configuration makes no model, or no layer can be adapted.
+        InputError: The model cannot be made, or no layer can be adapted.
     """
     with warnings.catch_warnings(), _silent("torch._subclasses.fake_tensor"):
-        warnings.simplefilter("ignore")  # `describe_model` gives those that matter, once
+        warnings.simplefilter("ignore")  # `describe_model` gives the relevant ones once
         model = skeleton(config, workload.dtype)
         freeze(model, workload.unreached)
         model = _with_adapter(model, workload)
-        # Constants that the model has made are real; they are small.
+        # Constants that the model's code creates are real tensors; they are small.
         with FakeTensorMode(allow_non_fake_inputs=True):
             _leave_meta(model)
             with carried_by(lambda _: PlannedCarrier()):
@@ -111,7 +111,7 @@ def trainable(config: Any, workload: Workload) -> Iterator[Trainable]:
 
 @contextmanager
 def _silent(logger: str) -> Iterator[None]:
-    """Keep a logger from printing a traceback beside the error that it raises."""
+    """Disable a logger, which would print a traceback in addition to the raised error."""
     found = logging.getLogger(logger)
     before = found.disabled
     found.disabled = True
@@ -122,7 +122,7 @@ def _silent(logger: str) -> Iterator[None]:
 
 
 def _with_adapter(model: Any, workload: Workload) -> Any:
-    """Put the method's adapter, if it has one, into a model on the meta device."""
+    """Return the model, on the meta device, with the method's adapter if it has one."""
     config = workload.config
     with torch.device("meta"):
         if config is None or not workload.has_adapter:
@@ -145,7 +145,8 @@ def _with_adapter(model: Any, workload: Workload) -> Any:
 
 
 def _leave_meta(model: nn.Module) -> None:
-    """Replace tensors of the meta device by those of a CPU; tied ones stay tied (`to` unties)."""
+    """Replace tensors on the meta device by tensors on the CPU."""
+    # Not `Module.to_empty`, which unties shared tensors.
     made: dict[torch.Tensor, torch.Tensor] = {}
     for module in model.modules():
         tables: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
@@ -187,7 +188,7 @@ def _optimizer(model: nn.Module, workload: Workload) -> torch.optim.Optimizer:
 
 
 def _make_tables() -> None:
-    """Take a real step with 8-bit moments: the tables that are made once need their data."""
+    """Take a real step with 8-bit moments, so that torchao's cached tables have data."""
     with unset_fake_temporarily():
         parameter = nn.Parameter(torch.zeros(4096))
         parameter.grad = torch.zeros_like(parameter)

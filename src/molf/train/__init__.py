@@ -1,4 +1,4 @@
-"""Training runs: settings, the job itself, and what it leaves on disk.
+"""Training runs: settings, the job, and its files on disk.
 
-Importing this package needs neither torch nor transformers; `molf.train.run` does.
+Importing this package needs neither torch nor transformers; `molf.train.run` needs both.
 """

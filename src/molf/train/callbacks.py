@@ -1,4 +1,4 @@
-"""What happens around the trainer's steps: checks, the routing log, metrics and progress."""
+"""Trainer callbacks: checks, the routing log, metrics and progress."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from molf.train.wins import Wins
 
 
 class RoutingCallback(TrainerCallback):
-    """After each optimizer step: checks the optimizer once, logs and counts its decisions.
+    """Checks the optimizer once, and logs and counts its decisions after each step.
 
     Args:
-        prepared: What the trainer was given.
-        writer: Where decisions are logged.
-        wins: Where they are counted.
+        prepared: The optimizer class and layers that the trainer was given.
+        writer: The log of decisions.
+        wins: The counts of decisions.
     """
 
     def __init__(self, prepared: Prepared, writer: RoutingWriter, wins: Wins) -> None:
@@ -41,7 +41,7 @@ class RoutingCallback(TrainerCallback):
         optimizer: Any = None,
         **kwargs: Any,
     ) -> None:
-        """Log the step that was just taken."""
+        """Log the completed step."""
         optimizer = unwrapped(optimizer)
         routing = getattr(optimizer, "routing", None)
         skipped = not routing and getattr(optimizer, "skipped_steps", 0) > 0
@@ -53,7 +53,8 @@ class RoutingCallback(TrainerCallback):
             self._wins.add(routing, state.global_step + 1)
 
     def _check(self, optimizer: Any) -> None:
-        """Whatever wrapped or replaced the optimizer on the way would train something else."""
+        """Check that the trainer uses the given optimizer, and that it routes all layers."""
+        # A library that wrapped or replaced the optimizer would train with another method.
         expected = self._prepared.optimizer_class
         if type(optimizer) is not expected:
             raise RuntimeError(
@@ -75,7 +76,7 @@ class RoutingCallback(TrainerCallback):
 
 
 class FidelityCallback(TrainerCallback):
-    """Has what rounding loses measured in the steps that will be logged."""
+    """Makes the optimizer measure updates lost by rounding, in the steps that are logged."""
 
     def on_step_begin(
         self,
@@ -85,7 +86,7 @@ class FidelityCallback(TrainerCallback):
         optimizer: Any = None,
         **kwargs: Any,
     ) -> None:
-        """Say whether the coming step is one of them."""
+        """Set `measure_updates` for the next step."""
         optimizer = unwrapped(optimizer)
         if isinstance(optimizer, AdamW):
             step = state.global_step + 1
@@ -94,13 +95,13 @@ class FidelityCallback(TrainerCallback):
 
 
 def fidelity_figures(optimizer: Any) -> dict[str, float]:
-    """What rounding lost of the last step's updates, for the log; empty if not measured."""
+    """Return the last step's updates lost by rounding, for the log; empty if not measured."""
     measured = getattr(unwrapped(optimizer), "update_fidelity", None)
     return {} if measured is None else {"lost_updates": measured.lost, "update_kept": measured.kept}
 
 
 def unwrapped(optimizer: Any) -> Any:
-    """The optimizer without accelerate's wrapper."""
+    """Return the optimizer without accelerate's wrapper."""
     return getattr(optimizer, "optimizer", optimizer)
 
 
@@ -108,9 +109,9 @@ class MetricsCallback(TrainerCallback):
     """Appends each of the trainer's log entries to `metrics.jsonl`, and shows it.
 
     Args:
-        path: Tells where the file is, each time that a line is written.
+        path: Returns the path of the file; called for each line, as the run may be moved.
         show: Shows a step, and its log entry if it has one.
-        without: Figures of the trainer's that mean nothing in this run.
+        without: Names of the trainer's figures that have no meaning in this run.
     """
 
     def __init__(
@@ -126,7 +127,7 @@ class MetricsCallback(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Move the progress on, and have the last step logged as well."""
+        """Advance the progress bar, and request a log entry for the last step."""
         self._show(state.global_step, None)
         if state.global_step >= state.max_steps:
             control.should_log = True
@@ -139,7 +140,8 @@ class MetricsCallback(TrainerCallback):
         logs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Write one line; the trainer's closing summary is not one of them."""
+        """Write one line."""
+        # The trainer's closing summary, which has no "loss", is left out.
         if not logs or "loss" not in logs:
             return
         logs = {name: value for name, value in logs.items() if name not in self._without}
@@ -149,19 +151,23 @@ class MetricsCallback(TrainerCallback):
 
 
 def _as_json(value: Any) -> Any:
-    """JSON has no NaN and no infinity."""
+    """Return the value, or None for NaN and infinity, which JSON lacks."""
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 class Throughput:
-    """Tokens per second since the last look."""
+    """Measures tokens per second between calls."""
 
     def __init__(self) -> None:
         self._tokens = 0
         self._time = time.perf_counter()
 
     def since_last(self, tokens: int) -> float:
-        """Return the rate, given how many tokens have been seen in all."""
+        """Return the tokens per second since the last call.
+
+        Args:
+            tokens: Tokens since the start.
+        """
         now = time.perf_counter()
         rate = (tokens - self._tokens) / max(now - self._time, 1e-9)
         self._tokens, self._time = tokens, now

@@ -1,4 +1,4 @@
-"""Stored tensors that the model has no place for, and that its checkpoint keeps all the same."""
+"""Stored tensors that transformers does not load; they are copied into the trained checkpoint."""
 
 from __future__ import annotations
 
@@ -12,9 +12,7 @@ from safetensors import safe_open
 
 
 class Carried:
-    """Tensors of a checkpoint that are written into the trained one as they are stored.
-
-    The files are kept open: a base that is moved or deleted meanwhile can still be read.
+    """Tensors that are copied from the base's files into the trained checkpoint unchanged.
 
     Args:
         files: The file of each tensor, by the tensor's name.
@@ -22,6 +20,7 @@ class Carried:
 
     def __init__(self, files: Mapping[str, Path]) -> None:
         self._files = dict(files)
+        # Kept open, so that the tensors can be read if the base is moved or deleted meanwhile.
         self._open: dict[Path, Any] = {
             path: safe_open(path, "pt") for path in sorted(set(files.values()))
         }
@@ -33,11 +32,11 @@ class Carried:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the tensors as they are stored; no tensor is read."""
+        """Bytes of the tensors on disk, from the headers."""
         return sum(self._nbytes(name) for name in self.names)
 
     def describe(self) -> str | None:
-        """One line for people; None if there are no tensors."""
+        """Return one line for the user; None if there are no tensors."""
         if not self._files:
             return None
         return (
@@ -51,5 +50,5 @@ class Carried:
 
     def _nbytes(self, name: str) -> int:
         part = self._open[self._files[name]].get_slice(name)
-        bits = "".join(filter(str.isdigit, part.get_dtype().partition("_")[0]))  # of F8_E4M3: 8
+        bits = "".join(filter(str.isdigit, part.get_dtype().partition("_")[0]))  # F8_E4M3 -> 8
         return prod(part.get_shape()) * (int(bits) // 8 if bits else 1)

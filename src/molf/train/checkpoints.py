@@ -1,4 +1,4 @@
-"""Checkpoints of a training that goes on: one that cannot be written does not end it."""
+"""Save checkpoints during training; one that cannot be written does not end the training."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from molf.train.room import directory_bytes, free_bytes, is_no_room, megabytes
+from molf.train.room import directory_bytes, free_bytes, is_disk_full, megabytes
 from molf.train.room_needed import Needed
 
 _STATE = "trainer_state.json"  # the last file that the trainer writes
-_MARGIN = 1_000_000  # bytes: files take whole blocks, and the log goes on
+_MARGIN = 1_000_000  # bytes; files take whole blocks, and the log grows
 _TORCH_CANNOT_WRITE = ("PytorchStreamWriter", "inline_container", "Parent directory")
 
 
 class Checkpoints:
-    """Saves checkpoints where that leaves room for the trained model.
+    """Saves checkpoints if enough disk space for the trained model remains.
 
     Args:
-        room: About how many bytes a checkpoint takes, and the trained model.
+        room: The estimated bytes of a checkpoint and of the trained model.
 
     Attributes:
         missing: Steps whose checkpoints were not written.
@@ -30,19 +30,19 @@ class Checkpoints:
 
     def __init__(self, room: Needed) -> None:
         self._at_the_end = room.at_the_end
-        self._one = room.checkpoint  # bytes: estimated, then those of the largest so far
+        self._one = room.checkpoint  # bytes; estimated, then those of the largest checkpoint
         self.missing: list[int] = []
 
     def save(self, save: Callable[[], None], directory: Path, step: int) -> None:
-        """Have the trainer save a checkpoint, or warn.
+        """Save a checkpoint, or warn if it cannot be written.
 
         Args:
-            save: Saves it.
-            directory: Where.
-            step: The optimizer step that was just taken.
+            save: Writes the checkpoint.
+            directory: Its directory.
+            step: The completed optimizer step.
 
         Warns:
-            UserWarning: It was not written; nothing of it is left.
+            UserWarning: It was not written; its incomplete files are deleted.
         """
         free = free_bytes(directory)
         needed = self._one + self._at_the_end + _MARGIN
@@ -61,7 +61,7 @@ class Checkpoints:
             if not _is_whole(directory):
                 shutil.rmtree(directory, ignore_errors=True)
             reason = str(error).strip().split("\n")[0] or type(error).__name__
-            self._warn(step, "the disk is full" if is_no_room(error) else reason)
+            self._warn(step, "the disk is full" if is_disk_full(error) else reason)
         else:
             self._one = max(self._one, directory_bytes(directory))
 
@@ -75,7 +75,7 @@ class Checkpoints:
         self.missing.append(step)
 
     def warn_of_missing(self) -> None:
-        """Warn once more at the end, where more than one is missing."""
+        """Warn at the end of the training if several checkpoints are missing."""
         if len(self.missing) > 1:
             steps = ", ".join(map(str, self.missing[:5]))
             more = ", ..." if len(self.missing) > 5 else ""
@@ -86,10 +86,10 @@ class Checkpoints:
 
 
 def _cannot_write(error: Exception) -> bool:
-    """Whether an error is one of writing, and not of what is written."""
-    if isinstance(error, (OSError, SafetensorError)) or is_no_room(error):
+    """Return whether an error comes from writing to disk."""
+    if isinstance(error, (OSError, SafetensorError)) or is_disk_full(error):
         return True
-    if "(os error " in str(error):  # tokenizers raises Exception itself
+    if "(os error " in str(error):  # tokenizers raises a plain Exception
         return True
     return isinstance(error, RuntimeError) and any(x in str(error) for x in _TORCH_CANNOT_WRITE)
 

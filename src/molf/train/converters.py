@@ -1,4 +1,4 @@
-"""From the text of an option to its value, the same on the command line and in YAML."""
+"""Convert the text of options to values, from the command line or YAML."""
 
 from __future__ import annotations
 
@@ -32,15 +32,15 @@ def numbers(kind: type[int] | type[float]) -> Callable[[Any, Sequence[Token]], t
 
 
 def is_too_large(text: str) -> bool:
-    """Whether a text is a whole number that torch has no type for."""
+    """Return whether a text is an integer that exceeds torch's int64."""
     try:
         return abs(int(text)) >= 2**63
-    except ValueError:  # no whole number, or thousands of digits
+    except ValueError:  # no integer, or more digits than `int` converts
         return text.strip("+-").isdecimal()
 
 
 def words(type_: Any, tokens: Sequence[Token]) -> tuple[str, ...]:
-    """Convert words separated by commas, or a YAML list of them; an empty text holds none."""
+    """Convert words separated by commas, or a YAML list of them; an empty text gives ()."""
     found = _split(tokens)
     if not all(found):
         raise _wrong(tokens, "must be words separated by commas")
@@ -48,11 +48,8 @@ def words(type_: Any, tokens: Sequence[Token]) -> tuple[str, ...]:
 
 
 def patterns(type_: Any, tokens: Sequence[Token]) -> str | tuple[str, ...]:
-    """Convert module patterns: `all-linear`, name endings, or a regular expression.
-
-    Names of modules are words joined by dots; a text with anything else in it is meant as a
-    regular expression.
-    """
+    """Convert module patterns: `all-linear`, name endings, or a regular expression."""
+    # Module names consist of words and dots, so a text with other characters is an expression.
     if len(tokens) == 1:
         text = tokens[0].value
         if text == "all-linear" or not re.fullmatch(r"[\w.,\s-]*", text):
@@ -67,7 +64,7 @@ def _split(tokens: Sequence[Token]) -> tuple[str, ...]:
 
 
 def _wrong(tokens: Sequence[Token], rule: str) -> CoercionError:
-    """An error that names the option and, for a recipe, the file."""
+    """Return an error that names the option and, for a recipe, the file."""
     given = ",".join(token.value for token in tokens)
     source = tokens[0].source
     origin = f" from {source}" if source not in ("", "cli") else ""

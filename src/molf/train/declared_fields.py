@@ -1,4 +1,4 @@
-"""The fields of a library's settings class, read from its source: importing it takes seconds."""
+"""Read the fields of TRL's settings class from its source; importing it takes seconds."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
-# Where a class is that another package exports lazily, so that no import statement says it.
+# Files of classes that a package exports lazily, so that no import statement leads to them.
 _HOMES = {("transformers", "TrainingArguments"): "training_args.py"}
 
 
 @cache
 def sft_config_fields() -> dict[str, frozenset[str]]:
-    """The settable fields of TRL's `SFTConfig`, with those of the classes that it extends.
+    """Return the settable fields of TRL's `SFTConfig` and its base classes.
 
     Returns:
-        By name the types that the annotation allows, as written: {"int", "None"}. Empty where the
-        installed release keeps its classes elsewhere; whoever imports them then checks later.
+        By name the types of the annotation, as written: {"int", "None"}. Empty if the classes are
+        not found in the installed release; fields are then checked after the import.
     """
     folder = package_folder("trl")
     if folder is None:
@@ -29,7 +29,7 @@ def sft_config_fields() -> dict[str, frozenset[str]]:
 
 
 def package_folder(name: str) -> Path | None:
-    """The folder of an installed package, which is not imported."""
+    """Return the folder of an installed package without importing it."""
     try:
         spec = find_spec(name)
     except (ImportError, ValueError):
@@ -39,7 +39,7 @@ def package_folder(name: str) -> Path | None:
 
 
 class _NotFoundError(Exception):
-    """A class is not where it was looked for."""
+    """A class is not in the expected file."""
 
 
 def _fields_of(name: str, file: Path) -> dict[str, frozenset[str]]:
@@ -63,7 +63,7 @@ def _fields_of(name: str, file: Path) -> dict[str, frozenset[str]]:
 
 
 def _home(name: str, module: ast.Module, file: Path) -> Path:
-    """The file that defines a class which a module imports."""
+    """Return the file that defines a class imported by a module."""
     for node in module.body:
         if not isinstance(node, ast.ImportFrom) or name not in {one.name for one in node.names}:
             continue
@@ -91,7 +91,7 @@ def _is_settable(statement: ast.AnnAssign) -> bool:
 
 
 def _alternatives(annotation: ast.expr) -> frozenset[str]:
-    """The types of `int | None`, or of `Optional[int]`, each as it is written."""
+    """Return the types in `int | None` or `Optional[int]`, as written."""
     if isinstance(annotation, ast.BinOp):
         return _alternatives(annotation.left) | _alternatives(annotation.right)
     if isinstance(annotation, ast.Subscript) and isinstance(annotation.value, ast.Name):

@@ -1,7 +1,7 @@
-"""The methods and their default hyper-parameters: the paper's and each method's own publication's.
+"""The methods and their default hyper-parameters, from the paper and each method's publication.
 
-A value that the user gave wins over the task's, the task's over the method's. Learning rate, batch
-and schedule are the same for all methods: they belong to the comparison, not to a method.
+A value of the user has precedence over the task's, and the task's over the method's. Learning rate,
+batch and schedule are the same for all methods, so that results can be compared.
 """
 
 from __future__ import annotations
@@ -22,18 +22,19 @@ SUMMARIES = {
 }
 METHODS = tuple(SUMMARIES)
 
+# Methods whose optimizer chooses between experts.
 ROUTED = ("molf", "molf-e")
-"""Methods whose optimizer chooses between experts."""
 
+# Methods that train one PEFT adapter on a frozen base.
 ADAPTERS = ("lora", "lora+", "dora", "pissa", "eva", "adalora")
-"""Methods that train one PEFT adapter on a frozen base."""
 
+# Methods that support a 4-bit or 8-bit base, and merging into its weights.
 QUANTISABLE = ("molf-e", "lora", "lora+", "eva")
-"""Methods that can train beside a 4-bit or 8-bit base, and be merged into its weights."""
 
+# Weights that an adapter trained beside a quantised base can be merged into.
 MERGE_BASES = ("dequantised", "original")
-"""What an adapter trained beside a quantised base is merged into."""
 
+# Options of the optimizers of fft, molf and molf-e. Adapters use torch's AdamW.
 STORAGE = (
     "weight_rounding",
     "state_dtype",
@@ -42,10 +43,9 @@ STORAGE = (
     "state_offload",
     "kernels",
 )
-"""Options of the optimizers of fft, molf and molf-e; the adapters' optimizer is torch's."""
 
+# Meaning of `--ranks` for an adapter: its rank, or the rank of a LoRA with as many parameters.
 MATCHES = ("rank", "parameters")
-"""What `--ranks` says of an adapter: its rank, or the LoRA whose parameters it gets."""
 
 # The paper's runs: effective batch 32 as 8 x 4, two epochs.
 COMMON: dict[str, Any] = {
@@ -55,12 +55,12 @@ COMMON: dict[str, Any] = {
     "gradient_accumulation_steps": 4,
 }
 
-# Rank 32 is the paper's for its LoRA baseline. The rest is what a method's authors set; alpha is
-# here where `default_alpha` has no rule for it.
+# Rank 32 is that of the paper's LoRA baseline; the rest are the values of each method's authors.
+# Alpha is given here if `default_alpha` does not compute it.
 METHOD: dict[str, dict[str, Any]] = {
     "fft": {},
     "lora": {"ranks": (32,), "use_rslora": True, "lora_dropout": 0.05},
-    # Hayou et al. 2024: the rate of B is lambda = 2^4 times that of A; the rest is LoRA's.
+    # Hayou et al. 2024: the rate of B is lambda = 2^4 times that of A; the rest as LoRA.
     "lora+": {
         "ranks": (32,),
         "use_rslora": True,
@@ -73,15 +73,15 @@ METHOD: dict[str, dict[str, Any]] = {
     "pissa": {"ranks": (32,), "use_rslora": False, "lora_dropout": 0.0},
     # Paischer et al. 2024: alpha 1, no dropout; rho and tau are in methods/eva.py.
     "eva": {"ranks": (32,), "alpha": 1.0, "use_rslora": False, "lora_dropout": 0.0},
-    # Zhang et al. 2023; their schedule is in methods/adalora.py. They have alpha 16 at every rank;
-    # here it is LoRA's, so that the two compare.
+    # Zhang et al. 2023; their schedule is in methods/adalora.py. They use alpha 16 at every rank;
+    # here alpha is that of LoRA, so that the two can be compared.
     "adalora": {"ranks": (32,), "use_rslora": False, "lora_dropout": 0.0},
-    # The paper trains MoLF with dropout 0.05, which takes the explicit form; the folded needs 0.
+    # The paper trains MoLF with dropout 0.05. The folded form supports only 0.
     "molf": {"ranks": (128,), "alpha": 32.0, "use_rslora": True, "lora_dropout": 0.0},
     "molf-e": {"ranks": (32, 128), "alpha": 32.0, "use_rslora": True, "lora_dropout": 0.05},
 }
 
-# The shipped base is tiny and its tasks are small: high rates and many epochs do within a minute.
+# The shipped base and its tasks are tiny: high rates and many epochs suffice, in under a minute.
 _DEMO: dict[str, dict[str, Any]] = {
     "demo-fact": {
         "learning_rate": 1e-3,
@@ -102,8 +102,9 @@ _DEMO: dict[str, dict[str, Any]] = {
         "gradient_accumulation_steps": 1,
     },
 }
-# The rate of LoRA's factors, as a multiple of the task's rate. MoLF's experts win about as often as
-# each other at this one; the others' are the best of three on demo-fact (README); DoRA has LoRA's.
+# Learning rate of the LoRA factors, as a multiple of the task's rate. With MoLF's value, its
+# experts win about equally often. The others are the best of three on demo-fact (README); DoRA
+# uses LoRA's.
 _DEMO_RATIO = {
     "molf": 2,
     "molf-e": 3,
@@ -117,8 +118,8 @@ _DEMO_RATIO = {
 _DEMO_METHOD: dict[str, dict[str, Any]] = {
     "fft": {},
     "molf": {"ranks": (16,), "alpha": 8.0},
-    # At the paper's one alpha for all, the expert of the lowest rank, whose scaling is the largest,
-    # wins every update of so short a training. Here all experts have the scaling of LoRA's.
+    # With the paper's single alpha, the expert of the lowest rank has the largest scaling and wins
+    # every update of such a short training. With None, each expert has LoRA's alpha for its rank.
     "molf-e": {"ranks": (4, 16), "alpha": None},
     **{name: {"ranks": (16,)} for name in ADAPTERS},
 }
@@ -136,10 +137,10 @@ def defaults_for(method: str, task: str) -> dict[str, Any]:
 
 
 def default_alpha(method: str, rank: int, *, use_rslora: bool) -> float:
-    """Return an adapter's alpha where none is given.
+    """Return the default alpha of an adapter.
 
-    PiSSA's makes the scaling 1 (Meng et al. 2024). The others have that of the paper's LoRA
-    baseline: `2 sqrt(r)` rounded, or `2 r` without rsLoRA; their scaling is about 2.
+    PiSSA: scaling 1 (Meng et al. 2024). Others: the scaling of the paper's LoRA baseline, about 2,
+    so alpha is `2 sqrt(r)` rounded, or `2 r` without rsLoRA.
     """
     root = math.sqrt(max(rank, 0))
     if method == "pissa":

@@ -1,4 +1,4 @@
-"""Trained weights that their place cannot take: kept in another, and read back there."""
+"""Save trained weights in another directory if the intended one fails, and verify them."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from molf.train.room import free_bytes
 def keep_elsewhere(
     write: Callable[[Path], None], name: str, size: int, given: Iterable[Path]
 ) -> Path | None:
-    """Write into a new directory in the first place that takes it.
+    """Write into a new directory in the first place where that succeeds.
 
     Args:
-        write: Writes into a directory that is there, and checks what it has written.
+        write: Writes into an existing directory, and verifies the result.
         name: The beginning of the directory's name.
-        size: About how many bytes will be written.
+        size: The estimated bytes.
         given: Places to try first.
 
     Returns:
-        The directory; None if no place took it.
+        The directory; None if all places failed.
     """
     for place in places(given):
         free = free_bytes(place)
@@ -40,7 +40,7 @@ def keep_elsewhere(
         try:
             write(directory)
             flush(directory)
-        except Exception:  # whatever it is, the next place may take it
+        except Exception:  # of any type: the next place may work
             shutil.rmtree(directory, ignore_errors=True)
             continue
         return directory
@@ -48,16 +48,16 @@ def keep_elsewhere(
 
 
 def places(given: Iterable[Path]) -> Iterator[Path]:
-    """Directories that are there, in the order in which they are tried; each once.
+    """Yield existing directories to try, each once.
 
     Args:
         given: Places to try first.
     """
     usual = (_temporary(), Path("/var/tmp"), Path(os.path.expanduser("~")), _current())
-    # The last is memory: it is gone when the machine restarts, but it is often large.
+    # /dev/shm comes last: it is memory, often large, but lost when the machine restarts.
     seen: set[str] = set()
     for place in (*given, *usual, Path("/dev/shm")):
-        if place is None or not os.path.isdir(place):  # unlike Path's own, it raises nothing
+        if place is None or not os.path.isdir(place):  # Path.is_dir may raise an error
             continue
         real = os.path.realpath(place)
         if real not in seen:
@@ -68,7 +68,7 @@ def places(given: Iterable[Path]) -> Iterator[Path]:
 def _temporary() -> Path | None:
     try:
         return Path(tempfile.gettempdir())
-    except OSError:  # none can be written
+    except OSError:  # no temporary directory can be written
         return None
 
 
@@ -80,14 +80,14 @@ def _current() -> Path | None:
 
 
 def check_written(directory: Path, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Read tensors back and compare them, bit by bit.
+    """Read tensors back and compare them bit by bit.
 
     Args:
-        directory: Where they were written, in safetensors files.
+        directory: The directory of the safetensors files.
         tensors: The tensors by their names in the files.
 
     Raises:
-        OSError: One is not there, or differs.
+        OSError: One is missing or differs.
     """
     found = set()
     for path in sorted(directory.glob("*.safetensors")):

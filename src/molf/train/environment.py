@@ -1,4 +1,4 @@
-"""Where a run ran: versions, device, source revision and command, for `environment.json`."""
+"""Collect versions, device, source revision and command of a run, for `environment.json`."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _PACKAGES = (
 
 
 def environment(device: torch.device, started: datetime) -> dict[str, Any]:
-    """Describe the machine and the software of this process."""
+    """Return the record of the machine and of this process."""
     return {
         "started": started.isoformat(timespec="seconds"),
         "command": sys.argv,

@@ -1,4 +1,4 @@
-"""A run's model or adapter in another type, or in another place."""
+"""Export the model or adapter of a run in another type or place."""
 
 from __future__ import annotations
 
@@ -33,18 +33,18 @@ def export_model(
 ) -> None:
     """Write the merged model.
 
-    Where a wider type is asked for than the run saved its model in, the lower halves that the run
-    kept are joined to it, or else its adapter is merged into the base once more, in float32.
+    For a wider type than that of the saved model, the low halves that the run kept are used. If it
+    kept none, its adapter is merged into the base again, in float32.
 
     Args:
         run: A run with a model.
         dtype: Type of the weights; None for that of the run's model.
-        path: Where it goes, as `export_place` has checked; an earlier export there is replaced.
-        rounding: How the weights are rounded to a narrower type; None for as the run would.
+        path: The directory, checked by `export_place`; an earlier export there is replaced.
+        rounding: Rounding to a narrower type; None for that of the run.
 
     Raises:
-        InputError: The base is not there any more.
-        SaveError: It could not be written; an earlier export is as it was.
+        InputError: The base no longer exists.
+        SaveError: It could not be written; an earlier export is unchanged.
     """
     source = run.path / MODEL
     loaded = load_model(str(source))
@@ -55,7 +55,7 @@ def export_model(
         if (run.path / LOW_HALVES).is_file():
             halves = read_low_halves(run.path / LOW_HALVES)
         else:
-            loaded = _in_full(run, loaded, wanted)
+            loaded = _unrounded(run, loaded, wanted)
     path.parent.mkdir(parents=True, exist_ok=True)
     base_dtype = None if run.base_dtype is None else getattr(torch, run.base_dtype)
     storing = Storing(
@@ -69,11 +69,11 @@ def export_model(
 
 
 def export_adapter(run: FinishedRun, dtype: str | None, path: Path) -> None:
-    """Write the adapter. The arguments are those of `export_model`.
+    """Write the adapter; the arguments are those of `export_model`.
 
     Raises:
-        SaveError: The numbers do not fit the type, or it could not be written; an earlier export is
-            as it was.
+        SaveError: A number overflows the type, or the files could not be written; an earlier export
+            is unchanged.
     """
     source = run.path / ADAPTER
     with safe_open(source / _ADAPTER_WEIGHTS, "pt") as file:
@@ -92,8 +92,9 @@ def export_adapter(run: FinishedRun, dtype: str | None, path: Path) -> None:
 
 
 def _marker(run: FinishedRun, what: str, dtype: torch.dtype) -> Callable[[Path], None]:
-    """What writes the file by which `--overwrite` knows an export: where it is from, its files."""
+    """Return a function that writes the record of an export into its directory."""
 
+    # --overwrite deletes only directories with this record.
     def write(directory: Path) -> None:
         record = {
             "run": run.path.resolve().name,
@@ -107,13 +108,13 @@ def _marker(run: FinishedRun, what: str, dtype: torch.dtype) -> Callable[[Path],
 
 
 def _card(source: Path) -> str | None:
-    """The model's card; the user may have deleted it."""
+    """Return the text of the model card, or None if the user deleted it."""
     path = source / "README.md"
     return path.read_text(encoding="utf-8") if path.is_file() else None
 
 
-def _in_full(run: FinishedRun, loaded: LoadedModel, wanted: torch.dtype) -> LoadedModel:
-    """The model before it was rounded to the type that the run saved it in, where it can be had."""
+def _unrounded(run: FinishedRun, loaded: LoadedModel, wanted: torch.dtype) -> LoadedModel:
+    """Return the model before rounding, if the run has an adapter to merge; else warn."""
     if not (run.path / ADAPTER).is_dir():
         warnings.warn(
             f"{run.path / MODEL} is stored in {loaded.stored.main_dtype}, and nothing more exact "
@@ -129,10 +130,10 @@ def _in_full(run: FinishedRun, loaded: LoadedModel, wanted: torch.dtype) -> Load
 
 
 def _quantise_as_trained(run: FinishedRun, base: LoadedModel) -> str | None:
-    """Have the base quantised if the run's model was merged into its dequantised numbers.
+    """Quantise the base if the run merged its adapter into the dequantised weights.
 
     Returns:
-        What the adapter is to be merged into: "dequantised", or None for real weights.
+        "dequantised", or None to merge into the unquantised weights.
     """
     if run.config.get("merge_base") != "dequantised":
         return None

@@ -1,4 +1,4 @@
-"""Where an export goes: checked before anything is loaded, torch included."""
+"""Choose and check the directory of an export, before anything, even torch, is loaded."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ _BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
 def export_place(
     run: FinishedRun, what: str, dtype: str | None, output_dir: Path | None, *, overwrite: bool
 ) -> Path:
-    """Return the directory that an export goes to, once that is known to be possible.
+    """Return the directory for an export, after checking that it can be written there.
 
     Args:
         run: A run that has the model or the adapter.
         what: `model` or `adapter`.
-        dtype: Type of the weights; None for the one that they are stored in.
-        output_dir: The directory; None for one in the run, named for the type.
+        dtype: Type of the weights; None for the stored one.
+        output_dir: The directory; None for one in the run, named after the type.
         overwrite: Replace an earlier export there.
 
     Raises:
-        InputError: The directory is not free for an export, cannot be written, or is too small.
+        InputError: The directory holds other files, cannot be written, or has too little space.
     """
     check_entries(run.path / what, what)
     stored = _read_headers(run.path / what)
@@ -57,11 +57,8 @@ def export_place(
 
 
 def _check_replaceable(path: Path, run: FinishedRun, name: str) -> None:
-    """Refuse directories that an export must not take the place of, whatever they hold.
-
-    An export is written beside its place and renamed, so an earlier directory, even an empty one,
-    is deleted.
-    """
+    """Reject directories that an export must not replace, even if empty."""
+    # An export is written to a temporary directory and renamed, which deletes the one at `path`.
     kept = [run.path / part for part in (MODEL, ADAPTER, ROUTING, CHECKPOINTS, LOW_HALVES)]
     if path.resolve() == run.path.resolve() or any(is_within(path, place) for place in kept):
         raise InputError(
@@ -88,12 +85,12 @@ def _check_replaceable(path: Path, run: FinishedRun, name: str) -> None:
 
 @dataclass(frozen=True)
 class _Stored:
-    """Weights on disk, by their files' headers.
+    """Weights on disk, from the headers of their files.
 
     Attributes:
-        dtype: The type that they count as: of most numbers, or a wider one that is declared.
+        dtype: The declared type if it is wider than `main`, else `main`.
         main: The type of most numbers.
-        numbers: How many numbers there are of each real type.
+        numbers: The count of numbers of each floating-point type.
         other_bytes: Bytes of everything else in the directory.
     """
 
@@ -103,7 +100,8 @@ class _Stored:
     other_bytes: int
 
     def bytes_in(self, dtype: str | None) -> int:
-        """Bytes of the real numbers in another type; those not of the main type never narrowed."""
+        """Return the bytes of the floating-point numbers in another type."""
+        # Only numbers of the main type are narrowed.
         wanted = _BYTES[dtype or self.dtype]
         return sum(
             count * (wanted if name == self.main else max(wanted, _BYTES[name]))
@@ -112,10 +110,10 @@ class _Stored:
 
 
 def _read_headers(path: Path) -> _Stored:
-    """Read which types the tensors in a directory have, without reading the tensors.
+    """Read the types of the tensors in a directory from the headers.
 
     Raises:
-        InputError: There are none, or a file is damaged.
+        InputError: There are no tensors, or a file is damaged.
     """
     numbers: Counter[str] = Counter()
     for file in sorted(path.glob("*.safetensors")):
@@ -138,7 +136,7 @@ def _read_headers(path: Path) -> _Stored:
 
 
 def _declared(path: Path, main: str) -> str:
-    """The type that a configuration declares where it is wider than most tensors, else theirs."""
+    """Return the type that the configuration declares if it is wider than `main`, else `main`."""
     try:
         config = json.loads((path / "config.json").read_text(encoding="utf-8"))
         declared = config.get("dtype", config.get("torch_dtype"))

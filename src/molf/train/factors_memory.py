@@ -1,4 +1,4 @@
-"""Whether the LoRA factors that were asked for can be in memory at all, before any is made."""
+"""Check that the requested LoRA factors fit into memory, before any is allocated."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ _MOMENTS = {"float32": 2 * _NUMBER, "8bit": 2}
 
 
 def check_factors(skeleton: Any, settings: ResolvedSettings, device: torch.device) -> None:
-    """Refuse factors that take more than the device's whole memory with their moments alone.
+    """Reject LoRA factors that exceed the device's total memory together with their moments.
 
     Args:
         skeleton: The model without weights.
         settings: The settings.
-        device: Where the training will be.
+        device: The device of the training.
 
     Raises:
-        InputError: They do; the message says the bytes.
+        InputError: The factors are too large; the message gives the bytes.
     """
     config = settings.method_config
     if config is None:
         return
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the method's own check says them
+        warnings.simplefilter("ignore")  # given later by the method's own check
         layers = find_adapted_layers(skeleton, settings)
     numbers = sum(layer.lora_parameters(rank) for layer in layers for rank in config.ranks)
-    # The factors are float32 whatever the type of the weights.
+    # The factors are float32 for all types of weights.
     needed = numbers * (_NUMBER + _MOMENTS[settings.state_dtype])
     there = _memory_of(device)
     if there is not None and needed > there:
@@ -48,7 +48,7 @@ def check_factors(skeleton: Any, settings: ResolvedSettings, device: torch.devic
 
 
 def _memory_of(device: torch.device) -> int | None:
-    """The bytes of a device's memory, free or not; None where nothing says it."""
+    """Return the total memory of a device in bytes, or None if it is not known."""
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).total_memory)
     return memory_bytes()

@@ -1,6 +1,6 @@
-"""Files that appear whole or not at all: written beside their place, then renamed into it.
+"""Write files and directories atomically: to a temporary path beside them, then renamed.
 
-What they say is written without secrets and without control characters.
+Secrets are masked, and control characters escaped.
 """
 
 from __future__ import annotations
@@ -27,27 +27,27 @@ _numbers = itertools.count()
 
 @contextmanager
 def replacing_file(path: Path) -> Iterator[Path]:
-    """Yield an empty file beside `path` to write to; it takes its place when the block succeeds.
+    """Yield an empty temporary file; it replaces `path` when the block succeeds.
 
-    When the block fails, what it wrote is removed and an earlier file at `path` is as it was. What
-    killed processes have left of the same is removed first.
+    If the block fails, the temporary file is deleted and an earlier file at `path` is unchanged.
+    Leftovers of killed processes are deleted first.
     """
     clear_unfinished(path.parent, path.name)
-    temporary, lock = _made(path, lambda name: name.touch(exist_ok=False))
+    temporary, lock = _make_locked(path, lambda name: name.touch(exist_ok=False))
     with lock:
         try:
             yield temporary
-            flush(temporary)  # a rename must not become durable before the bytes
+            flush(temporary)  # else a crash could leave the renamed file without its content
             temporary.replace(path)
         finally:
             temporary.unlink(missing_ok=True)
 
 
 def flush(path: Path) -> None:
-    """Have the system write a file, or those of a directory, to the disk.
+    """Flush a file, or the files in a directory, to the disk.
 
     Raises:
-        OSError: It cannot: a disk or a quota may prove full only now.
+        OSError: The write fails; some systems report a full disk or quota only here.
     """
     for file in [path] if path.is_file() else path.rglob("*"):
         if file.is_file():
@@ -57,20 +57,19 @@ def flush(path: Path) -> None:
 
 @contextmanager
 def replacing_directory(path: Path) -> Iterator[Path]:
-    """Yield an empty directory beside `path`; it takes `path`'s place when the block succeeds.
+    """Yield an empty temporary directory; it replaces `path` when the block succeeds.
 
-    When anything fails, an interrupt between two renames included, an earlier directory at `path`
-    is as it was; it is deleted only after the new one bears its name. What killed processes have
-    left of the same is removed.
+    On failure, also on an interrupt between the two renames, an earlier directory at `path` is
+    unchanged. Leftovers of killed processes are deleted first.
     """
     clear_unfinished(path.parent, path.name)
-    temporary, lock = _made(path, Path.mkdir)
+    temporary, lock = _make_locked(path, Path.mkdir)
     replaced = path.with_name(f"{temporary.name}.replaced")
     with lock:
         try:
             yield temporary
-            flush(temporary)  # a rename must not become durable before the bytes
-            if path.exists():  # a directory cannot be renamed over another: the old one steps aside
+            flush(temporary)  # else a crash could leave renamed files without their content
+            if path.exists():  # renaming over a directory fails, so the old one is renamed first
                 path.rename(replaced)
             temporary.rename(path)
         finally:
@@ -82,12 +81,12 @@ def replacing_directory(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def making_directory(path: Path) -> Iterator[Path]:
-    """Yield an empty directory of this user's alone beside `path`; it is removed after the block.
+    """Yield an empty directory beside `path`, for this user only; it is deleted after the block.
 
-    What killed processes have left of the same is removed first.
+    Leftovers of killed processes are deleted first.
     """
     clear_unfinished(path.parent, path.name)
-    temporary, lock = _made(path, lambda made: made.mkdir(0o700))
+    temporary, lock = _make_locked(path, lambda made: made.mkdir(0o700))
     with lock:
         try:
             yield temporary
@@ -97,27 +96,27 @@ def making_directory(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def scratch_directory(purpose: str) -> Iterator[Path]:
-    """The same, in the system's place for temporary files; `purpose` is a part of its name."""
+    """Yield a directory in the system's temporary folder; it is deleted after the block."""
     with making_directory(Path(tempfile.gettempdir()) / f"molf-{purpose}") as directory:
         yield directory
 
 
 def is_unfinished(name: str) -> bool:
-    """Whether a file or directory has the name of something that was being written."""
+    """Return whether a name is that of a temporary file or directory."""
     return _UNFINISHED.fullmatch(name) is not None
 
 
 def clear_unfinished(directory: Path, name: str | None = None) -> None:
-    """Remove what killed processes were writing, as far as nobody writes it any more.
+    """Delete temporary files and directories of killed processes.
 
     Args:
-        directory: Where they wrote.
-        name: What they wrote there; None for anything, where all in the directory is ours.
+        directory: The directory to clear.
+        name: The file or directory that they were written for; None for all, in a run's directory.
     """
     try:
         entries = list(directory.iterdir())
     except OSError:
-        return  # whoever writes there will see
+        return  # reported by the next write there
     for entry in entries:
         found = _UNFINISHED.fullmatch(entry.name)
         if found is None or name not in (None, found["name"]):
@@ -135,15 +134,16 @@ def clear_unfinished(directory: Path, name: str | None = None) -> None:
                 shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
 
 
-def _made(path: Path, make: Callable[[Path], None]) -> tuple[Path, Lock]:
-    """Make something new beside `path`, locked: others know by it that it is being written."""
+def _make_locked(path: Path, make: Callable[[Path], None]) -> tuple[Path, Lock]:
+    """Create a temporary file or directory beside `path`, and lock it."""
+    # The lock shows other processes that it is still being written.
     while True:
         temporary = path.with_name(f".{path.name}.{os.getpid()}{next(_numbers):03d}.tmp")
         try:
             make(temporary)
         except FileExistsError:
             continue
-        # Another process may take it for abandoned before it is locked.
+        # Before it is locked, another process may take it for a leftover and delete it.
         with suppress(FileNotFoundError):
             lock = Lock(temporary)
             if lock.is_at(temporary):
@@ -152,28 +152,26 @@ def _made(path: Path, make: Callable[[Path], None]) -> tuple[Path, Lock]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file whole: secrets masked, and control characters spelled out."""
+    """Write a text file atomically, with secrets masked and control characters escaped."""
     _write(path, mask_text(text))
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file whole, indented for readers, secrets masked."""
+    """Write an indented JSON file atomically, with secrets masked."""
     _write(path, json_text(mask(value), indent=2) + "\n")
 
 
 def write_jsonl(path: Path, records: list[dict[str, Any]]) -> None:
-    """Write records of data as a JSONL file whole; secrets of this process are masked.
-
-    Texts of data are no one's to change otherwise: they are compared with the data again.
-    """
+    """Write data records as a JSONL file atomically; only secrets of this process are masked."""
+    # Other masking would change texts, which are compared with the data again.
     _write(path, "".join(json_text(record) + "\n" for record in mask_given(records)))
 
 
 def write_yaml(path: Path, value: Any) -> None:
-    """Write a YAML file whole, keys in the order given, secrets masked."""
+    """Write a YAML file atomically, keys in the given order, with secrets masked."""
     masked = mask(value)
     text = yaml.safe_dump(masked, sort_keys=False, allow_unicode=True, width=100)
-    if printable(text) != text:  # YAML has escapes of its own, which keep the values
+    if printable(text) != text:  # use YAML's own escapes, which keep the values
         text = yaml.safe_dump(masked, sort_keys=False, width=100)
     _write(path, text)
 

@@ -1,4 +1,4 @@
-"""A run that has ended, read from its directory: what it was, and what of it can be used."""
+"""Read a finished run from its directory: its settings, and whether it has a model or adapter."""
 
 from __future__ import annotations
 
@@ -34,38 +34,38 @@ class FinishedRun:
 
     @property
     def method(self) -> str:
-        """How it was trained."""
+        """The method that it was trained with."""
         return str(self.config.get("method"))
 
     @property
     def seed(self) -> int:
-        """Its seed."""
+        """The seed of the run."""
         return int(self.config.get("seed") or 0)
 
     @property
     def base_dtype(self) -> str | None:
-        """The name of the type that its base was stored in; None if the run does not say."""
+        """The type that its base was stored in; None if it was not recorded."""
         model = self.config["run"].get("model")
         return model.get("stored_dtype") if isinstance(model, dict) else None
 
     @property
     def routing_meaning(self) -> str:
-        """The meaning of its routing, in words; empty without routing, and before its end."""
+        """The interpretation of its routing; empty without routing, and before the run ends."""
         routing = self.config["run"].get("routing")
         return str(routing.get("meaning") or "") if isinstance(routing, dict) else ""
 
     def check(self, what: str) -> None:
-        """Make sure that the run has a model or an adapter.
+        """Check that the run has the model or the adapter.
 
         Raises:
-            InputError: It has none; the message says why, and what there is instead.
+            InputError: It is missing; the message gives the reason and an alternative.
         """
         has_adapter = (self.path / ADAPTER / "adapter_config.json").is_file()
         if what == ADAPTER and has_adapter:
             return
         if not (self.path / MODEL / "config.json").is_file():
             raise InputError(
-                f"{self.path} has no {MODEL}/: the run goes on, or failed before it was saved."
+                f"{self.path} has no {MODEL}/: the run is not over, or failed before it was saved."
                 + (f" It has its adapter: {self.path / ADAPTER}." if has_adapter else "")
             )
         if what == ADAPTER:
@@ -76,12 +76,12 @@ class FinishedRun:
 
     @contextmanager
     def reading(self) -> Iterator[None]:
-        """Keep the run from being replaced during the block.
+        """Lock the run during the block, so that it is not replaced.
 
-        What killed processes have left in it is removed first.
+        Leftovers of killed processes are deleted first.
 
         Raises:
-            InputError: It goes on.
+            InputError: The run is not finished.
         """
         with ExitStack() as stack:
             try:
@@ -89,10 +89,10 @@ class FinishedRun:
                 clear_unfinished(self.path)
             except InUseError as error:
                 raise InputError(
-                    f"{self.path} is in use: its run goes on. Wait for its end."
+                    f"{self.path} is in use: its run is not over. Wait for its end."
                 ) from error
             except OSError:
-                pass  # not readable; what is in it may be
+                pass  # the directory is not readable, but its files may be
             yield
 
     def _why_no_adapter(self) -> str:
@@ -104,7 +104,7 @@ class FinishedRun:
 
 
 def read_run(path: Path) -> FinishedRun:
-    """Read what a run says of itself.
+    """Read the settings of a run.
 
     Raises:
         InputError: The directory is no run of `molf train`.
@@ -125,10 +125,10 @@ def read_run(path: Path) -> FinishedRun:
 
 
 def check_run(path: Path) -> None:
-    """Make sure that a path is not something else of a run, or beside one.
+    """Reject a path inside or beside a run instead of the run itself.
 
     Raises:
-        InputError: It is no directory, or another path was meant, which the message names.
+        InputError: It is no directory, or the message names the path that was probably meant.
     """
     check_path(path, "run")
     if not is_run(path) and (reason := why_no_run(path)) is not None:

@@ -1,4 +1,4 @@
-"""The run itself, in order: load, measure, train, save, reload, measure, write down."""
+"""A training run in order: load, measure, train, save, reload, measure, write the records."""
 
 from __future__ import annotations
 
@@ -58,11 +58,11 @@ def run_job(
     reporter: Reporter,
     started: datetime,
 ) -> RunResult:
-    """Run a training whose settings, task and output directory have been checked.
+    """Run a training, after its settings, task and output directory were checked.
 
     Raises:
         InputError: The model cannot be used, or the settings do not fit it. Nothing was written.
-        RunError: The run failed; its directory holds what was written, and the traceback.
+        RunError: The run failed; its directory holds the files written so far and the traceback.
     """
     opening = open_training(settings, task.training_samples)
     settings, arguments = opening.settings, opening.arguments
@@ -81,7 +81,7 @@ def run_job(
         max_length=opening.max_length,
         save_dtype=settings.save_dtype or _name(default_dtype(base)),
     )
-    # The task may have brought the address of its data.
+    # A task may have a default address of its data.
     sources = {"data": task.description().get("data"), "eval_data": settings.eval_data}
     files = file_records({**sources, "forgetting_data": settings.forgetting_data})
     directory = RunDirectory(settings.output_dir, overwrite=settings.overwrite)
@@ -122,7 +122,7 @@ def run_job(
 
 
 def _add_row(result: RunResult, settings: ResolvedSettings, started: datetime) -> Path | None:
-    """Add the run's row to the table beside it; return the table, or None if that failed."""
+    """Add the run to the table of results; return the table's path, or None on failure."""
     folder = result.directory.parent
     try:
         return append_result(folder, results_row(result, settings, started))
@@ -135,12 +135,12 @@ def _add_row(result: RunResult, settings: ResolvedSettings, started: datetime) -
 
 
 class _UnusableDataError(Exception):
-    """The base model cannot be measured on the data: found before anything was trained."""
+    """The base model cannot be measured on the data. Raised before training."""
 
 
 @dataclass
 class _Job:
-    """The parts of a run that its steps share."""
+    """The data that the steps of a run share."""
 
     settings: ResolvedSettings
     task: Task
@@ -161,11 +161,11 @@ class _Job:
     def write_config(
         self, training: Training | None = None, saved: Mapping[str, Any] | None = None
     ) -> None:
-        """Write the settings and the environment, and what a reader has to know beside them.
+        """Write the settings, the environment, and a record of the run.
 
         Args:
-            training: What the training did, once that is known.
-            saved: How the model was saved and what that kept of the training, once that is known.
+            training: The result of the training, after it.
+            saved: The record of the saved model, after saving.
         """
         samples = self.data.samples
         record = {
@@ -202,20 +202,20 @@ class _Job:
                 record["merge"] = training.merge
         if saved is not None:
             record["saved"] = dict(saved)
-        # As a recipe, the file must not make a later run replace this one.
+        # The file can be used as a recipe, which must not replace this run.
         options = replace(self.settings, overwrite=False).as_options()
         write_yaml(self.directory / CONFIG, {**options, "run": record})
         write_json(self.directory / ENVIRONMENT, self.environment)
 
     def _meaning(self, training: Training) -> str:
-        """What the routing came to, in words; empty without routing."""
+        """Return the interpretation of the routing; empty without routing."""
         config = self.settings.method_config
         if training.routing is None or config is None:
             return ""
         return routing_meaning(training.routing, config, training.steps)
 
     def run(self) -> RunResult:
-        """Measure, train, save, measure what was saved, and write everything down."""
+        """Measure the base, train, save, measure the saved model, and write the records."""
         device = self.arguments.device
         reset_peak_memory(device)
         left_out = self.data.samples.left_out
@@ -226,7 +226,7 @@ class _Job:
             )
         try:
             before, before_seconds = self._evaluate(self.base, "Evaluating the base model")
-        except InputError as error:  # such as records that are all too long
+        except InputError as error:  # for example, all records are too long
             raise _UnusableDataError(str(error)) from error
         training = run_training(
             self.base,
@@ -237,7 +237,8 @@ class _Job:
             self.reporter,
             self.room,
         )
-        if training.trained_parameters != self.plan.trained_parameters:  # known to EVA only now
+        # EVA chooses its ranks, and so the number of parameters, from the data.
+        if training.trained_parameters != self.plan.trained_parameters:
             self.plan = replace(self.plan, trained_parameters=training.trained_parameters)
         meaning = routed = self._meaning(training)
         if training.routing is not None:
@@ -245,7 +246,7 @@ class _Job:
         description = self.task.description()
         card = model_card(self.settings, description, before, after=None, routing=routed)
         try:
-            # Before anything else is written: of what may fail, only this is lost with the process.
+            # Saved first: if another file fails to be written, the training is not lost.
             stored = save_model(
                 training.model,
                 self.base,
@@ -263,7 +264,7 @@ class _Job:
         saved_record = self._saved_record(stored)
         self.write_config(training, saved_record)
 
-        training.model = self.base.model = None  # make room for what was saved
+        training.model = self.base.model = None  # free memory for the saved model
         del stored
         gc.collect()
         model_path = self.directory / MODEL
@@ -280,7 +281,7 @@ class _Job:
         model_path = self.directory / MODEL
         if model_path.is_dir():
             write_text(model_path / "README.md", card)
-        else:  # it was deleted while it was measured
+        else:  # the directory was deleted during the evaluation
             save_model(saved.model, self.base, self.storing, card, model_path)
         self.write_config(training, saved_record)
         write_jsonl(self.directory / PREDICTIONS, after.predictions)
@@ -316,13 +317,13 @@ class _Job:
         )
 
     def _start_dtype(self) -> torch.dtype | None:
-        """The type that the base was trained in, where it is what the result differs from."""
+        """Return the type of the base in training; None if the trained base was dequantised."""
         if self.settings.merge_base == "dequantised":
-            return None  # a base of other numbers was trained
+            return None  # the trained base differs from the stored one
         return cast(torch.dtype, getattr(torch, self.settings.dtype))
 
     def _saved_record(self, stored: Stored) -> dict[str, Any]:
-        """How the model was stored, and what that kept of the training."""
+        """Return the record of the saved model: type, rounding, and lost updates."""
         record: dict[str, Any] = {
             "dtype": self.settings.save_dtype,
             "rounding": self.storing.rounding.kind,
@@ -332,7 +333,7 @@ class _Job:
         return {**record, **(stored.update.record() if stored.update is not None else {})}
 
     def _evaluate(self, loaded: LoadedModel, title: str) -> tuple[Evaluation, float]:
-        """Measure a model in the run's own type, whatever it is stored in, and time it."""
+        """Measure a model in the run's type; return the evaluation and its seconds."""
         move(loaded.model, self.arguments.device)
         settings = EvaluationSettings(
             batch_size=self.settings.per_device_eval_batch_size,
@@ -349,7 +350,7 @@ class _Job:
 
 
 def _merge_base(settings: ResolvedSettings, quantisation: Quantisation | None) -> str | None:
-    """What the trained adapter is merged into: a choice only beside a quantised base."""
+    """Return the base that the adapter is merged into; None if the base is not quantised."""
     return None if quantisation is None else settings.merge_base or MERGE_BASES[0]
 
 
@@ -358,6 +359,6 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def _trained(directory: RunDirectory) -> str:
-    """Where the trained model is, if what failed came after it was saved."""
+    """Return a sentence with the path of the trained model, if it was saved before the failure."""
     model = directory / MODEL
     return f" The trained model is whole in {model}." if (model / "config.json").is_file() else ""

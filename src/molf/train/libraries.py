@@ -1,4 +1,4 @@
-"""Keeping the libraries' own chatter away from the user's screen."""
+"""Turn off progress bars, usage reports and irrelevant warnings of libraries."""
 
 from __future__ import annotations
 
@@ -13,19 +13,17 @@ from molf.masking import mask_text
 
 _LIBRARIES = r"(torch|transformers|trl|peft|accelerate|datasets|huggingface_hub)\b"
 
-# They log, as warnings, which kernels of theirs this machine has not, and every cast.
+# They log each missing kernel and each cast as a warning.
 _TALKATIVE = ("bitsandbytes", "torchao", "torch.utils._pytree")
 
 
 @contextmanager
 def quiet_libraries() -> Iterator[None]:
-    """Turn off the libraries' progress bars and usage reports, and what they say to each other.
+    """Turn off libraries' progress bars, usage reports and deprecation warnings in the block.
 
-    Their log shows no secrets.
-
-    A deprecation of one library's name that another library uses is nothing a user can act on.
+    Secrets in their log messages are masked.
     """
-    # TRL reports every training to the Hub unless told not to; read when the library is imported.
+    # TRL reports each training to the Hub unless this is set before it is imported.
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     from datasets.utils import logging as datasets_bars
     from transformers.utils import logging as transformers_bars
@@ -40,13 +38,14 @@ def quiet_libraries() -> Iterator[None]:
 
     def make_masked(*given: Any, **options: Any) -> logging.LogRecord:
         record = make_record(*given, **options)
-        with suppress(TypeError, ValueError):  # a message that does not fit its arguments
+        with suppress(TypeError, ValueError):  # the format does not match the arguments
             record.msg, record.args = mask_text(record.getMessage()), ()
         return record
 
     logging.setLogRecordFactory(make_masked)
     try:
         with warnings.catch_warnings():
+            # They concern calls from one library to another, which a user cannot change.
             for category in (FutureWarning, DeprecationWarning):
                 warnings.filterwarnings("ignore", category=category, module=_LIBRARIES)
             yield

@@ -1,9 +1,7 @@
-"""Locks on directories and files: a process holds one while it writes there.
+"""Locks on directories and files, held by a process while it writes there.
 
-The kernel keeps them (flock) and releases them when the process ends, however it ends. Nothing is
-written for it: the lock is on the directory or file itself, goes with it when it is renamed, and
-tells whether a path still leads to it. Directories of network file systems are locked against
-processes of the same machine alone.
+They are flock locks on the directory or file itself: the kernel releases them when the process
+ends, and a rename keeps them. On network file systems they hold only for one machine.
 """
 
 from __future__ import annotations
@@ -19,9 +17,9 @@ from types import TracebackType
 if sys.platform != "win32":
     import fcntl
 
-_WAIT = 0.5  # seconds; somebody who only looks (`in_use`) holds a lock for a moment
+_WAIT = 0.5  # seconds; `in_use` holds a lock for a moment
 _PAUSE = 0.02
-_LOOK = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0)  # a FIFO would wait for its writer
+_LOOK = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0)  # opening a FIFO would wait for a writer
 _HELD = (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES)
 
 
@@ -30,18 +28,18 @@ class InUseError(OSError):
 
 
 class Lock:
-    """A lock on a directory or file that exists, held until `release` or the end of the process.
+    """A lock on an existing directory or file, held until `release` or the end of the process.
 
-    File systems without locks are taken as they are: nothing is locked there, `is_at` works.
+    On a file system without locks, nothing is locked; `is_at` works.
 
     Args:
         path: The directory or file.
-        shared: Others may hold it as well, if all of them share it.
-        wait: Seconds to try for.
+        shared: Take a shared lock instead of an exclusive one.
+        wait: Seconds until giving up.
 
     Raises:
         InUseError: It is held elsewhere.
-        OSError: There is nothing at `path`, or it cannot be read.
+        OSError: `path` does not exist or cannot be read.
     """
 
     def __init__(self, path: Path, *, shared: bool = False, wait: float = _WAIT) -> None:
@@ -66,29 +64,29 @@ class Lock:
 
     @property
     def is_held(self) -> bool:
-        """Whether it has not been released yet."""
+        """Whether the lock is not released yet."""
         return self._descriptor is not None
 
     def release(self) -> None:
-        """Let others have it; a second time does nothing."""
+        """Release the lock; a second call is a no-op."""
         if self._descriptor is not None:
             os.close(self._descriptor)
             self._descriptor = None
 
     def is_at(self, path: Path) -> bool:
-        """Whether a path leads to what is locked: not if that was moved, deleted or replaced."""
+        """Return whether the path is still the locked file, not moved, deleted or replaced."""
         if self._descriptor is None:
             return False
         try:
             there = os.stat(path)
         except (FileNotFoundError, NotADirectoryError):
             return False
-        except OSError:  # the file system does not answer: whoever writes there will see
+        except OSError:  # the file system does not answer; reported by the next write
             return True
         return os.path.samestat(there, os.fstat(self._descriptor))
 
     def place(self) -> Path | None:
-        """Where what is locked is now; None if it was deleted, or the system cannot say."""
+        """Return the current path of the locked file; None if deleted or not known."""
         try:
             path = Path(os.readlink(f"/proc/self/fd/{self._descriptor}"))
         except OSError:
@@ -100,10 +98,8 @@ _open_locks: weakref.WeakSet[Lock] = weakref.WeakSet()
 
 
 def _release_in_child() -> None:
-    """Close what a forked process inherits: it would hold the lock after its parent's death.
-
-    The parent keeps its lock.
-    """
+    """Close the locks that a forked process inherits; the parent keeps them."""
+    # Otherwise the child would hold the lock after its parent has ended.
     for lock in _open_locks:
         lock.release()
 
@@ -113,11 +109,11 @@ if hasattr(os, "register_at_fork"):
 
 
 def in_use(path: Path, *, by_writers: bool = False) -> bool:
-    """Whether somebody holds a lock on a directory or file.
+    """Return whether a directory or file is locked.
 
     Args:
-        path: The directory or file; nothing there is not in use.
-        by_writers: Shared locks do not count.
+        path: The directory or file; False if it does not exist.
+        by_writers: Ignore shared locks.
     """
     try:
         Lock(path, shared=by_writers).release()
@@ -129,7 +125,7 @@ def in_use(path: Path, *, by_writers: bool = False) -> bool:
 
 
 def is_abandoned(path: Path) -> bool:
-    """Whether it is known that nobody holds a lock on a directory or file any more."""
+    """Return whether a directory or file is known not to be locked any more."""
     if sys.platform == "win32":
         return False
     try:

@@ -1,4 +1,4 @@
-"""A file of lines that a run appends to, and that a full disk does not end the run by."""
+"""A log file whose write errors, such as a full disk, do not end the run."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from pathlib import Path
 
 
 class LogFile:
-    """Appends lines to a file. Those that cannot be written wait for the next line.
+    """Appends lines to a file. Lines that cannot be written are kept and retried with the next.
 
     Args:
-        path: The file, or what tells where it is when a line is written; made with the first.
+        path: The file, or a function that returns it; created with the first line.
 
     Warns:
-        UserWarning: A line could not be written; once for each time that writing begins to fail.
+        UserWarning: A line could not be written; once per series of failures.
     """
 
     def __init__(self, path: Path | Callable[[], Path]) -> None:
@@ -24,7 +24,7 @@ class LogFile:
         self._fails = False
 
     def add(self, line: str) -> None:
-        """Append a line, after those that wait."""
+        """Append a line, after those that could not be written before."""
         self._waiting.append(f"{line}\n")
         path = self._path() if callable(self._path) else self._path
         try:
@@ -43,7 +43,7 @@ class LogFile:
 
 
 def _append(path: Path, text: bytes) -> None:
-    """Append all of a text or nothing."""
+    """Append the whole text or nothing."""
     file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
     try:
         size = os.fstat(file).st_size

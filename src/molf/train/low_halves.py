@@ -1,8 +1,8 @@
-"""The lower halves of weights that were stored in bfloat16, in a file beside the model.
+"""Store the low halves of float32 weights beside a model that was saved in bfloat16.
 
-With them `molf export RUN --dtype float32` gives the float32 weights that the training ended with.
-A tensor of the file has the name of the model's, its shape, and 16 of the 32 bits (int16). How the
-two halves go together depends on the rounding, which the file names.
+With them, `molf export RUN --dtype float32` restores the exact float32 weights of the training.
+Each tensor has the name and shape of the model's, as int16 (16 of the 32 bits). The file records
+the rounding, which determines how the halves are joined.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ from molf.train.files import replacing_file
 
 @dataclass(frozen=True)
 class Rounding:
-    """How float32 becomes bfloat16, and back.
+    """Rounding of float32 to bfloat16, and its inverse.
 
     Attributes:
         kind: `"nearest"` (ties away from zero) or `"stochastic"`.
-        seed: Of the draws; with the tensor's name it decides each of them.
+        seed: Seed of the random bits, which also depend on the tensor's name.
     """
 
     kind: str = "nearest"
@@ -44,68 +44,67 @@ class Rounding:
     def chosen(
         cls, kind: str | None, seed: int, base: torch.dtype | None, target: torch.dtype
     ) -> Rounding:
-        """The rounding that was asked for, or the one that loses less of a training.
-
-        Numbers that began as those of the target type go back to them when they are rounded to the
-        nearest, however many small steps they have taken: they are rounded stochastically. Others
-        begin anywhere between two of that type, so that nearest has no bias either and errs less.
+        """Return the requested rounding, or the one that loses less of a training.
 
         Args:
-            kind: What was asked for, or None.
-            seed: Of the draws.
-            base: The type that training began with, as stored; None if it is not known.
-            target: What is rounded to.
+            kind: The requested rounding, or None.
+            seed: Seed of the random bits.
+            base: The stored type of the base; None if it is not known.
+            target: The type to round to.
         """
+        # Weights that started as numbers of the target type return to them under nearest rounding
+        # if their updates are small: stochastic. Other weights start anywhere between two numbers
+        # of that type, so nearest has no bias and a smaller error.
         is_on_grid = base is not None and torch.promote_types(base, target) == target
         return cls(kind or ("stochastic" if is_on_grid else "nearest"), seed)
 
     def split(self, values: Tensor, name: str, first: int = 0) -> tuple[Tensor, Tensor]:
-        """Return the bfloat16 and the lower half (int16) of float32 numbers.
+        """Return the bfloat16 numbers and the low halves (int16) of float32 numbers.
 
         Args:
-            values: float32, a part of a flattened tensor.
+            values: float32 `[n]`, a part of a flattened tensor.
             name: The tensor's name.
-            first: Where in the tensor the part begins.
+            first: Index of the part's first element in the tensor.
         """
         if self.kind == "stochastic":
             return round_stochastic(values, self.key(name), first), low_bits(values)
         return split_float32(values)
 
     def join(self, high: Tensor, low: Tensor, name: str, first: int = 0) -> Tensor:
-        """Return the float32 numbers that `split` has split."""
+        """Return the float32 numbers `[n]` from the two results of `split`."""
         if self.kind == "stochastic":
             return join_rounded(high, low, self.key(name), first)
         return join_float32(high, low)
 
     def key(self, name: str) -> RoundingKey:
-        """What decides the draws for a tensor."""
+        """Return the key of the random bits for a tensor."""
         return RoundingKey.of(self.seed, f"saved/{name}", 0)
 
 
 @dataclass(frozen=True)
 class LowHalves:
-    """What a model's file lacks of float32 weights.
+    """The low halves of a model's float32 weights.
 
     Attributes:
-        tensors: int16, by the names in the model's file; tensors that lost nothing are left out.
-        rounding: How the halves came about.
+        tensors: int16, by the names in the model's file; tensors stored exactly are left out.
+        rounding: The rounding that they belong to.
     """
 
     tensors: Mapping[str, Tensor]
     rounding: Rounding
 
     def write(self, path: Path) -> None:
-        """Write them whole or not at all."""
+        """Write the file atomically."""
         metadata = {"rounding": self.rounding.kind, "seed": str(self.rounding.seed)}
         with replacing_file(path) as temporary:
             save_file({n: t.contiguous() for n, t in self.tensors.items()}, temporary, metadata)
 
 
 def read_low_halves(path: Path) -> LowHalves:
-    """Read what `LowHalves.write` has written.
+    """Read a file of `LowHalves.write`.
 
     Raises:
-        InputError: The file is not whole, or not one of these.
+        InputError: The file is damaged or of another kind.
     """
     try:
         with safe_open(path, "pt") as file:

@@ -1,4 +1,4 @@
-"""The most memory that a run needed."""
+"""Measure the peak memory of a run."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ import torch
 
 
 def reset_peak_memory(device: torch.device) -> None:
-    """Start counting, where the device counts."""
+    """Reset the peak of a CUDA device; no-op elsewhere."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
 
 
 def peak_memory(device: torch.device) -> tuple[int, str]:
-    """Return the peak in bytes and what it is the peak of.
+    """Return the peak in bytes, and the name of the measure.
 
-    On CUDA it is what tensors took; elsewhere the resident memory of the whole process since it
-    started, libraries and evaluations included. Windows does not tell (0).
+    On CUDA, the memory of tensors. Elsewhere, the resident memory of the process since its start,
+    including libraries and evaluations. On Windows it is not known (0).
     """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device), "CUDA tensors"

@@ -1,4 +1,4 @@
-"""From the trained model to the plain one that is saved, with the error of the merge."""
+"""Merge the trained adapter into the plain model that is saved, and report the error."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ _SAMPLE_TOKENS = 512
 def merge_trained(
     model: Any, settings: ResolvedSettings, data: TrainingData, reporter: Reporter
 ) -> tuple[Any, dict[str, Any]]:
-    """Merge the adapter in float32, say how far the logits of a training example move.
+    """Merge the adapter in float32, and report the change of a training example's logits.
 
     Returns:
-        The plain model, and the merge's record. A model without an adapter comes back as it is,
-        and the record is empty.
+        The plain model, and the record of the merge. A model without an adapter is returned
+        unchanged, with an empty record.
     """
     base = None
     if quantisation_of(model.config) is not None:
         base = settings.merge_base or MERGE_BASES[0]
     elif isinstance(model, PeftModel):
-        model.float()  # a bfloat16 weight would lose small changes
+        model.float()  # merging in bfloat16 would lose small changes
     reports: list[MergeReport] = []
     original = load_model(settings.model).model if base == "original" else None
     sample = torch.tensor([data.samples.input_ids[0][:_SAMPLE_TOKENS]])

@@ -1,4 +1,4 @@
-"""The model card that a saved checkpoint carries: how it was made and how it measured."""
+"""Write the model cards of saved checkpoints and adapters: settings, data and metrics."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from molf.train.markdown import code, front_matter, yaml_block
 from molf.train.resolved import ResolvedSettings
 from molf.train.saved_text import show_saved
 
-if TYPE_CHECKING:  # it imports torch, and wrong input must be found without
+if TYPE_CHECKING:  # imports torch, which must not delay errors of wrong input
     from molf.core.quantised import Quantisation
 
 
@@ -27,15 +27,15 @@ def model_card(
     routing: str = "",
     saved: Mapping[str, Any] | None = None,
 ) -> str:
-    """Return the card's text.
+    """Return the text of a model's card.
 
     Args:
         settings: The run's settings.
         task: The task's description.
         before: Metrics of the base model.
-        after: Metrics of the saved model; None while it has not been measured.
-        routing: Which experts won and what that comes to, in words; empty without routing.
-        saved: How much of the training was saved; None while that is not known.
+        after: Metrics of the saved model; None before it is measured.
+        routing: Shares of the experts and their interpretation; empty without routing.
+        saved: The record of the saved model; None before it is measured.
     """
     front: dict[str, Any] = {
         "library_name": "transformers",
@@ -44,12 +44,12 @@ def model_card(
         **_base_model(settings),
     }
     options = settings.as_options()
-    # A card is published with its model: it names files, and not where they were.
+    # A card is published with its model, so it has the names of files but not their folders.
     named = ("model", "data", "eval_data", "forgetting_data", "output_dir")
     places = [
         options[name] for name in named if options[name] and Path(options[name]).is_absolute()
     ]
-    places.sort(key=len, reverse=True)  # one may lie within another
+    places.sort(key=len, reverse=True)  # one may be inside another
     shown = {key: value for key, value in options.items() if value not in (None, "", [], {})}
     return "\n".join(
         [
@@ -79,11 +79,11 @@ def model_card(
 
 
 def adapter_card(settings: ResolvedSettings, quantisation: Quantisation | None) -> str:
-    """Return the text of the card that a saved adapter carries.
+    """Return the text of an adapter's card.
 
     Args:
         settings: The run's settings.
-        quantisation: How the base beside it was quantised.
+        quantisation: The quantisation of the base in training; None for none.
     """
     front = {"library_name": "peft", "tags": ["molf"], **_base_model(settings)}
     beside = f" beside the base in {quantisation.bits} bits" if quantisation else ""
@@ -101,7 +101,7 @@ def adapter_card(settings: ResolvedSettings, quantisation: Quantisation | None) 
 
 
 def _base_model(settings: ResolvedSettings) -> dict[str, str]:
-    """The base's id on the Hub, for the front of a card; nothing where it was a directory."""
+    """Return the base's Hub id for the front matter; empty if the base is a directory."""
     return {} if Path(settings.model).is_dir() else {"base_model": mask_text(settings.model)}
 
 
@@ -127,7 +127,7 @@ def _metric_row(name: str, before: Metric, after: Evaluation | None) -> str:
 
 
 def show_metric(metric: Metric | None) -> str:
-    """Return a value with its interval, where that is known."""
+    """Return a metric's value as text, with its interval if known."""
     if metric is None:
         return "-"
     if math.isnan(metric.low):

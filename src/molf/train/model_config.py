@@ -1,4 +1,4 @@
-"""A checkpoint's configurations, and where the checkpoint is."""
+"""Find a checkpoint, and read and check its configurations."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from molf.paths import expanded
 
 
 def place_of(model: str) -> str:
-    """Return a model as transformers takes it: the path of a directory, or a Hub id."""
+    """Return the expanded path of a directory, or the Hub id, for transformers."""
     path = expanded(model)
     return str(path) if path.is_dir() else model
 
@@ -23,23 +23,24 @@ def read_config(model: str) -> Any:
     """Read the transformers configuration of a directory or a Hub id.
 
     Raises:
-        InputError: There is none, or its values are wrong.
+        InputError: The configuration is missing, or its values are wrong.
     """
     try:
         return AutoConfig.from_pretrained(place_of(model), trust_remote_code=False)
-    except Exception as error:  # configurations check their values in ways of their own
+    except Exception as error:  # checks of configurations raise errors of many types
         raise not_loaded(model, error) from error
 
 
 def check_generation_config(model: str) -> None:
-    """Refuse a broken generation configuration, in whose place transformers would use another.
+    """Reject a broken generation configuration.
 
     Args:
-        model: A directory or a Hub id, whose file is fetched.
+        model: A directory, or a Hub id, whose file is downloaded.
 
     Raises:
         InputError: The file is no JSON object.
     """
+    # transformers would silently use a default one instead.
     file = cached_file(
         place_of(model),
         GENERATION_CONFIG_NAME,
@@ -64,7 +65,7 @@ def check_generation_config(model: str) -> None:
 
 
 def check_token_ids(model: str, generation: Any) -> None:
-    """Refuse a generation configuration whose special tokens are no ids.
+    """Reject a generation configuration whose special tokens are not ids.
 
     Args:
         model: The checkpoint, for messages.
@@ -84,7 +85,7 @@ def check_token_ids(model: str, generation: Any) -> None:
 
 
 def not_loaded(model: str, error: Exception) -> InputError:
-    """An error in one line, for what is raised when a checkpoint is loaded."""
+    """Return an InputError of one line for an error raised while a checkpoint is loaded."""
     lines = str(error).strip().split("\n")
     reason = lines[0] or type(error).__name__
     if reason.endswith(":") and len(lines) > 1:

@@ -1,4 +1,4 @@
-"""The model to start from: found, checked and loaded, without running anything it ships."""
+"""Find, check and load the base model, without running code that comes with it."""
 
 from __future__ import annotations
 
@@ -32,17 +32,17 @@ from molf.train.whole import check_whole
 
 @dataclass
 class LoadedModel:
-    """A model with what belongs to it.
+    """A loaded model with its tokenizer, configurations and files.
 
     Attributes:
-        model: The model, every weight in the type that it was asked for in.
+        model: The model, with all weights in the requested type.
         tokenizer: Its tokenizer.
-        dtype: The type its weights are stored in.
-        config: The configuration it came with; trainers change the model's own. A quantisation is
-            left out, because what is saved has real weights.
-        generation_config: The generation configuration it came with.
+        dtype: The stored type of its weights.
+        config: A copy of its configuration, as trainers change the model's own. Without
+            quantisation, because saved models are not quantised.
+        generation_config: A copy of its generation configuration.
         stored: Its files.
-        carried: Stored tensors that the model has no place for, to be saved with it.
+        carried: Stored tensors that transformers does not load, to be saved with the model.
     """
 
     model: Any
@@ -55,10 +55,10 @@ class LoadedModel:
 
 
 def load_skeleton(model: str) -> Any:
-    """Make the model on the meta device, from its configuration alone: names and shapes.
+    """Create the model on the meta device from its configuration, with names and shapes only.
 
     Raises:
-        InputError: The configuration is not there, or not that of a model that generates text.
+        InputError: The configuration is missing, or not that of a model that generates text.
     """
     config = read_config(model)
     try:
@@ -69,18 +69,17 @@ def load_skeleton(model: str) -> Any:
 
 
 def load_model(model: str, dtype: torch.dtype = torch.float32) -> LoadedModel:
-    """Load a model that generates text, whole, and its tokenizer.
+    """Load a complete model that generates text, and its tokenizer.
 
-    The class is that which the checkpoint names: a multimodal model keeps all its towers. Only
-    safetensors weights are read and no code that came with the model is run.
+    The class is the one named by the checkpoint, so a multimodal model keeps all its towers. Only
+    safetensors weights are read, and no code of the checkpoint is run.
 
     Args:
         model: A directory or a Hub id.
-        dtype: The type that its weights get.
+        dtype: The type to load the weights in.
 
     Raises:
-        InputError: The model is not there, is none that can be trained here, or a part of it is
-            missing or would be lost.
+        InputError: The model is missing or not supported, lacks weights, or has unknown ones.
     """
     name = place_of(model)
     config = read_config(model)
@@ -98,19 +97,19 @@ def load_model(model: str, dtype: torch.dtype = torch.float32) -> LoadedModel:
     if stored_as is not None:
         check_stored(stored_as, files, model)
     try:
-        with _told_briefly():
+        with _without_tables():
             loaded, found = _from_pretrained(kind, name, dtype)
     except (torch.OutOfMemoryError, MemoryError):
         raise
-    # The classes fail in any way on what they do not expect; an assertion is how torch refuses a
-    # padding token beyond the embeddings.
+    # Model classes raise errors of any type on unexpected values. For a padding token beyond the
+    # embeddings, torch raises an AssertionError.
     except Exception as error:
         raise not_loaded(model, error) from error
     carried = check_whole(model, loaded, files, found)
     check_token_ids(model, loaded.generation_config)
     _check_vocabulary(model, loaded, tokenizer)
     own_config = copy.deepcopy(loaded.config)
-    for part in own_config.sub_configs:  # loading notes its type in them
+    for part in own_config.sub_configs:  # loading has set the loaded type in them
         if (inner := getattr(own_config, part, None)) is not None:
             inner.dtype = getattr(getattr(config, part, None), "dtype", None)
     if stored_as is not None:
@@ -128,18 +127,17 @@ def load_model(model: str, dtype: torch.dtype = torch.float32) -> LoadedModel:
 
 
 def move(model: Any, device: torch.device) -> None:
-    """Bring a model to a device, unless it is there: quantised ones are loaded where they stay."""
+    """Move a model to a device."""
+    # Quantised models are loaded on their device, and some cannot be moved.
     if model.device.type != device.type:
         model.to(device)
 
 
 def _check_vocabulary(name: str, model: Any, tokenizer: Any) -> None:
-    """Refuse a tokenizer whose tokens the model has no embeddings for.
-
-    Some models have fewer embeddings than their tokenizer has added tokens, which do not occur. A
-    padding token among these would, though it is always masked: EOS takes its place.
-    """
+    """Reject a tokenizer with tokens that the model has no embeddings for."""
     rows = model.get_input_embeddings().weight.shape[0]
+    # Some models have no embeddings for tokens that were added to their tokenizer but never used.
+    # A padding token without embedding is replaced by EOS, as padding is looked up, then masked.
     added = {*tokenizer.all_special_ids, *getattr(tokenizer, "added_tokens_decoder", ())}
     needed = {tokenizer.eos_token_id, tokenizer.bos_token_id} - {None}
     ids = [index for index in tokenizer.get_vocab().values() if index not in added]
@@ -161,24 +159,24 @@ def _check_vocabulary(name: str, model: Any, tokenizer: Any) -> None:
 
 
 def _from_pretrained(kind: Any, name: str, dtype: torch.dtype) -> tuple[Any, dict[str, Any]]:
-    """A model, and the names of what is missing, left out, or of another shape."""
+    """Return the model, and the names of missing, unused and mismatched tensors."""
     loaded, found = kind.from_pretrained(
         name,
         dtype=dtype,
         trust_remote_code=False,
         use_safetensors=True,
         output_loading_info=True,
-        ignore_mismatched_sizes=True,  # they are told of by name
+        ignore_mismatched_sizes=True,  # reported by name in check_whole
     )
     return loaded, found
 
 
 @contextmanager
-def _told_briefly() -> Iterator[None]:
-    """Keep transformers from printing tables of names; what they are about is an error of ours.
+def _without_tables() -> Iterator[None]:
+    """Suppress transformers' tables of tensor names; molf raises its own errors for them.
 
     Raises:
-        ValueError: In the place of an error that only refers to such a table.
+        ValueError: Instead of an error that only refers to such a table.
     """
     tables: list[str] = []
 

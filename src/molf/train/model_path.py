@@ -1,4 +1,4 @@
-"""What can be said about the base model without importing torch or downloading anything."""
+"""Check the path or Hub id of the base model, without torch and without downloading weights."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from molf.train.settings import TrainSettings
 
 
 def check_model(model: str) -> None:
-    """Check that a model is there: a directory with a configuration, or a repository of the Hub.
+    """Check that a model exists: a directory with a configuration, or a repository of the Hub.
 
     Raises:
-        InputError: It is not; the message says what was looked for.
+        InputError: It does not exist, or is not a model.
     """
     path = expanded(model)
     check_path(path, "model")
@@ -40,19 +40,17 @@ def check_model(model: str) -> None:
 
 
 def _run_in(path: Path) -> Path | None:
-    """The run that a path names on its way; the working directory, which it does not name, is none.
-
-    A Hub id is one also where that is a run.
-    """
+    """Return the run among the parents in a path, or None."""
+    # The working directory does not count: there, `owner/name` is still a Hub id.
     return next((place for place in path.parents if place != Path() and is_run(place)), None)
 
 
 def check_entries(folder: Path, what: str) -> None:
-    """Refuse a pipe or a device among a checkpoint's files: transformers would wait for it.
+    """Reject a pipe or a device among a checkpoint's files; reading it would wait for ever.
 
     Args:
         folder: The checkpoint.
-        what: How a message names it: "model" or "adapter".
+        what: Its name in the message: "model" or "adapter".
 
     Raises:
         InputError: There is one.
@@ -64,10 +62,10 @@ def check_entries(folder: Path, what: str) -> None:
 
 
 def check_quantisation(settings: TrainSettings) -> None:
-    """Make sure that the library that quantises is installed, if the settings need it.
+    """Check that bitsandbytes is installed, if the settings need it.
 
     Raises:
-        InputError: It is not; the message names the extra.
+        InputError: It is not installed; the message names the extra.
     """
     if settings.quantised is not None and find_spec("bitsandbytes") is None:
         raise InputError(
@@ -77,7 +75,8 @@ def check_quantisation(settings: TrainSettings) -> None:
 
 
 def _check_hub(model: str) -> None:
-    """Ask for the configuration once; transformers would ask again and again for half a minute."""
+    """Check that the Hub has the model's configuration."""
+    # One request: transformers would retry for half a minute.
     from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
 
     if isinstance(try_to_load_from_cache(model, "config.json"), str):
@@ -85,7 +84,7 @@ def _check_hub(model: str) -> None:
     url = hf_hub_url(model, "config.json")
     try:
         get_hf_file_metadata(url)
-    except Exception as error:  # of whichever HTTP library this version of the Hub client uses
+    except Exception as error:  # the type depends on the HTTP library of the Hub client
         reason = str(error).strip().split("\n")[0].rstrip(".")
         raise InputError(
             f"model {model} is no local directory, and {url} cannot be reached: {reason}. Give the "

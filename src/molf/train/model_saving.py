@@ -1,4 +1,4 @@
-"""The trained model on disk: checkpoints of transformers and PEFT that need nothing of molf."""
+"""Save trained models and adapters as checkpoints that transformers and PEFT load without molf."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from molf.train.model_loading import LoadedModel
 from molf.train.ownership import ADAPTER, CHECKPOINTS, CONFIG, ENVIRONMENT, LOW_HALVES, MODEL
 from molf.train.resolved import ResolvedSettings
 from molf.train.result import RunError
-from molf.train.room import directory_bytes, free_bytes, is_no_room, megabytes, require_room
+from molf.train.room import directory_bytes, free_bytes, is_disk_full, megabytes, require_room
 from molf.train.saved_tensors import (
     Stored,
     Storing,
@@ -39,17 +39,17 @@ _ADAPTER_CONFIG = "adapter_config.json"
 
 
 class SaveError(RunError):
-    """A checkpoint could not be written; nothing half-written bears its name."""
+    """A checkpoint could not be written; its path holds no incomplete files."""
 
 
 @dataclass(frozen=True)
 class Keep:
-    """Keeps trained weights elsewhere when their place does not take them.
+    """Saves trained weights in another place when saving to the run fails.
 
     Attributes:
         run: The run's directory.
-        base: The model that was trained, as the user calls it.
-        chosen: Where the user wants them; None for the first place that has room.
+        base: The base model, as given by the user.
+        chosen: The user's fallback directory; None for the first place with enough space.
     """
 
     run: Path
@@ -58,12 +58,12 @@ class Keep:
 
     @classmethod
     def of(cls, settings: ResolvedSettings, run: Path) -> Keep:
-        """For a run with these settings in this directory."""
+        """Return the fallback for a run with these settings in this directory."""
         return cls(run, settings.model, settings.fallback_dir)
 
     def model(self, write: Callable[[Path], None], size: int) -> str:
-        """Keep a whole model; return a sentence on where it is."""
-        if (self.run / ADAPTER / _ADAPTER_CONFIG).is_file():  # exact, and smaller
+        """Save a whole model elsewhere; return a sentence with its place."""
+        if (self.run / ADAPTER / _ADAPTER_CONFIG).is_file():  # already saved, exact and smaller
             return f"The trained adapter is whole, and has all that was trained: {self._loads()}"
         kept = self._keep(write, size)
         if kept is None:
@@ -74,7 +74,7 @@ class Keep:
         )
 
     def adapter(self, write: Callable[[Path], None], size: int) -> str:
-        """Keep an adapter; return a sentence on where it is."""
+        """Save an adapter elsewhere; return a sentence with its place."""
         kept = self._keep(write, size)
         if kept is None:
             return f"The trained adapter is lost: {self._no_place()}"
@@ -95,7 +95,7 @@ class Keep:
 
     @property
     def _given(self) -> tuple[Path, ...]:
-        beside = self.run.parent  # of another error than a full disk it may be free
+        beside = self.run.parent  # works if the error was not a full disk
         return (beside,) if self.chosen is None else (self.chosen, beside)
 
     def _no_place(self) -> str:
@@ -120,32 +120,30 @@ def save_model(
     halves_path: Path | None = None,
     keep: Keep | None = None,
 ) -> Stored:
-    """Write `model` with the tokenizer and configurations of `base`, whole or not at all.
+    """Write `model` with the tokenizer and configurations of `base`, atomically.
 
-    The model is used up: its numbers are taken out of it one tensor after the other, so that no
-    second copy is held.
+    The model is consumed: its tensors are freed one by one, so that no second copy is held.
 
     Args:
         model: The trained plain model.
-        base: What it was trained from. Each tensor keeps the type that it has there, and its
-            configurations are saved, as the trainer changes those of the model (caching off,
-            padding token).
-        storing: How the numbers are stored.
+        base: The base that it was trained from. Each tensor is saved in its type there. Its
+            configurations are saved, as the trainer changes the model's (caching, padding token).
+        storing: Type and rounding of the saved numbers.
         card: Text of the model card; None for none.
         path: The checkpoint's directory.
-        finish: Called with the directory once everything is in it, before it gets its name.
-        start_dtype: The type in which `base` was loaded for the training, to measure how much of
-            the training is stored; None for no measurement.
-        low_halves: What the model's bfloat16 numbers lack of float32 ones.
-        halves_path: Where the lower halves go that `storing` has kept.
-        keep: Where the weights go if they cannot be written; None to give them up.
+        finish: Called with the temporary directory when it is complete, before the rename.
+        start_dtype: The type that `base` was loaded in for training, to measure the saved share
+            of the update; None for no measurement.
+        low_halves: Low halves of the model's weights, if these are bfloat16 halves of float32.
+        halves_path: File for the low halves that `storing` keeps.
+        keep: The fallback if the weights cannot be written; None for none.
 
     Returns:
-        What was stored, without the tensors.
+        The measurements and low halves, without the tensors.
 
     Raises:
-        SaveError: A weight does not fit its type, or the disk is full or cannot be written; the
-            message says where the weights are. An earlier checkpoint is as it was.
+        SaveError: A weight overflows its type, or the disk is full or cannot be written; the
+            message names the place of the weights. An earlier checkpoint is unchanged.
     """
     try:
         stored = take_tensors(model, base, storing, start_dtype=start_dtype, low_halves=low_halves)
@@ -168,7 +166,7 @@ def save_model(
         (directory / MODEL).mkdir()
         try:
             write(directory / MODEL, directory / LOW_HALVES)
-        except Exception:  # such as a tokenizer that cannot be written: the weights alone
+        except Exception:  # such as a tokenizer that cannot be written: save the weights alone
             alone = {name: tensor.contiguous() for name, tensor in tensors.items()}
             save_file(alone, directory / MODEL / SAFE_WEIGHTS_NAME, {"format": "pt"})
             for part in (base.config, base.tokenizer):
@@ -190,12 +188,12 @@ def save_model(
 
 @contextmanager
 def saving(path: Path, size: int, keep: Callable[[], str] = str) -> Iterator[Path]:
-    """Yield a directory that takes the place of `path` once the block has succeeded.
+    """Yield a temporary directory that replaces `path` when the block succeeds.
 
     Args:
         path: The checkpoint's directory.
-        size: About how many bytes are written.
-        keep: Called where that fails: keeps the weights elsewhere, and returns a sentence on it.
+        size: The estimated bytes.
+        keep: Called on failure; saves the weights elsewhere and returns a sentence with the place.
 
     Raises:
         SaveError: The disk is full or cannot be written, or the block failed in another way.
@@ -204,15 +202,15 @@ def saving(path: Path, size: int, keep: Callable[[], str] = str) -> Iterator[Pat
         require_room(path, size)
         with replacing_directory(path) as directory:
             yield directory
-    except Exception as error:  # whatever it is, the weights are worth more
+    except Exception as error:  # of any type: the trained weights must not be lost
         why = str(error) if isinstance(error, UnfitError) else _why_not_saved(path, size, error)
         kept = keep()
         raise SaveError(f"{why}. {kept}" if kept else why) from error
 
 
 def _write(model: Any, base: LoadedModel, tensors: dict[str, Any], directory: Path) -> None:
-    """Write a checkpoint whose tensors have the names of its files already."""
-    with base_generation_config(model, base, directory), _everything_saved(model):
+    """Write a checkpoint; the tensors have the names of its files already."""
+    with base_generation_config(model, base, directory), _saving_all_tensors(model):
         model.save_pretrained(
             directory,
             state_dict={**base.carried.tensors(), **tensors},
@@ -222,11 +220,9 @@ def _write(model: Any, base: LoadedModel, tensors: dict[str, Any], directory: Pa
 
 
 @contextmanager
-def _everything_saved(model: Any) -> Iterator[None]:
-    """Have a model save the tensors that it is given, those included that its class leaves out.
-
-    Its own ones have been left out already, see `file_state`; what is carried may have such a name.
-    """
+def _saving_all_tensors(model: Any) -> Iterator[None]:
+    """Make a model save all tensors of `state_dict`, also names that its class ignores."""
+    # `file_state` has removed the ignored ones already, but carried tensors may have such names.
     model._keys_to_ignore_on_save = None
     try:
         yield
@@ -236,17 +232,15 @@ def _everything_saved(model: Any) -> Iterator[None]:
 
 @contextmanager
 def base_generation_config(model: Any, base: LoadedModel, directory: Path) -> Iterator[None]:
-    """Have what is saved within the block carry the base's generation configuration.
-
-    transformers refuses to save one that it finds fault with, and the trainer changes it (padding
-    token). So a harmless one stands in while the model is saved, and the base's takes its place:
-    its very file if there is one.
+    """Save the base's generation configuration with the model that the block saves.
 
     Args:
         model: The model that is saved.
-        base: What it was trained from.
-        directory: Where it is saved to.
+        base: The base that it was trained from.
+        directory: The directory of the save.
     """
+    # The trainer changes the model's (padding token), and transformers rejects the save of some. An
+    # empty one is used for the save, then replaced by the base's file, unchanged.
     if getattr(model, "generation_config", None) is None or base.generation_config is None:
         yield
         return
@@ -269,29 +263,29 @@ def _write_generation_config(base: LoadedModel, path: Path) -> None:
 
 
 def rehearse_saving(base: LoadedModel, name: str) -> int:
-    """Save all of a model but its weights, to a place that is thrown away.
+    """Save all files of a model except its weights to a temporary directory, as a test.
 
     Args:
         base: The model that will be trained.
-        name: What the user calls it.
+        name: The model, as given by the user.
 
     Returns:
-        How many bytes there are beside the weights.
+        The bytes of the files.
 
     Raises:
-        InputError: It cannot be saved: after the training it could not be either.
+        InputError: It cannot be saved, so saving would also fail after the training.
     """
     try:
         with scratch_directory("save") as directory:
             if not is_quantised_model(base.model):
-                file_state(base.model)  # of shared tensors, some cannot be saved
+                file_state(base.model)  # raises an error for shared tensors that cannot be saved
             base.config.save_pretrained(directory)
             base.tokenizer.save_pretrained(directory)
             _write_generation_config(base, directory / GENERATION_CONFIG)
             return directory_bytes(directory)
-    except Exception as error:  # whatever would end the run after the training
+    except Exception as error:  # of any type: it would end the run after the training
         reason = str(error).strip().split("\n")[0] or type(error).__name__
-        if isinstance(error, OSError) or is_no_room(error):
+        if isinstance(error, OSError) or is_disk_full(error):
             raise InputError(
                 f"The temporary folder cannot be written: {reason}. Make room there, or name "
                 "another folder: TMPDIR=FOLDER molf train ..."
@@ -302,16 +296,16 @@ def rehearse_saving(base: LoadedModel, name: str) -> int:
 def save_adapter(
     save: Callable[[Any, Path], None], model: Any, settings: ResolvedSettings, path: Path
 ) -> None:
-    """Write a trained adapter, in the type that it was trained in, whole or not at all.
+    """Write a trained adapter atomically, in the type that it was trained in.
 
     Args:
-        save: Writes it into a directory.
-        model: The model that carries it.
+        save: Writes the adapter of a model into a directory.
+        model: The model with the adapter.
         settings: The run's settings, for the card.
         path: The adapter's directory.
 
     Raises:
-        SaveError: The disk is full or cannot be written; the message says where the adapter is.
+        SaveError: The disk is full or cannot be written; the message names the adapter's place.
     """
     size = sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
 
@@ -332,11 +326,11 @@ def save_adapter(
 
 
 def _why_not_saved(path: Path, size: int, error: Exception) -> str:
-    if not is_no_room(error):
+    if not is_disk_full(error):
         reason = str(error).strip().split("\n")[0].rstrip(".") or type(error).__name__
         return f"the {path.name} could not be saved to {path}: {reason}"
     free = free_bytes(path)
-    if free is None or free >= size:  # a quota, or files that others have deleted since
+    if free is None or free >= size:  # a quota, or other files were deleted meanwhile
         return (
             f"the disk is full: the {path.name} ({megabytes(size)}) could not be saved to {path}"
             f"{'' if free is None else f', though {megabytes(free)} are free now'}"

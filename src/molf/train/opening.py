@@ -1,4 +1,4 @@
-"""How a training begins, whether it is run or rehearsed: everything that may refuse it."""
+"""Prepare a training or a dry run: check settings and model, load it, encode the examples."""
 
 from __future__ import annotations
 
@@ -34,16 +34,16 @@ _TRIED_TOKENS = 256
 
 @dataclass
 class Opening:
-    """A training that may begin.
+    """A checked training with its model and data.
 
     Attributes:
-        settings: The settings, with what the model has shown of them.
+        settings: The settings, with the modules that text does not reach.
         arguments: The trainer's arguments.
-        base: The model to start from.
-        quantisation: How it will be quantised in training; None for real weights.
-        max_length: The longest example allowed, in tokens: by the settings and by the model.
+        base: The base model.
+        quantisation: The quantisation of the base in training; None for none.
+        max_length: The longest example in tokens that settings and model allow.
         encoded: The examples.
-        notes: What the user should know of the model, a line for each.
+        notes: Notes on the model for the user, one line each.
     """
 
     settings: ResolvedSettings
@@ -56,7 +56,7 @@ class Opening:
 
 
 def open_training(settings: ResolvedSettings, samples: Sequence[Sample]) -> Opening:
-    """Check the settings where the training will be, load the model, and encode its examples.
+    """Check the settings on the device, load the model, and encode the examples.
 
     Raises:
         InputError: The model cannot be used, or the settings or the examples do not fit it. Nothing
@@ -64,8 +64,8 @@ def open_training(settings: ResolvedSettings, samples: Sequence[Sample]) -> Open
     """
     arguments = sft_config(settings)
     check_kernels(settings, arguments.device)
-    set_seed(settings.seed)  # before anything random, such as adapters
-    # The layers are known from the configuration: wrong patterns must not cost a download.
+    set_seed(settings.seed)  # before random initialisation, such as that of adapters
+    # The configuration alone gives the layers, so that wrong patterns fail before a download.
     skeleton = load_skeleton(settings.model)
     quantisation = check_quantisation(skeleton.config, settings)
     check_device(quantisation, arguments.device)
@@ -75,7 +75,7 @@ def open_training(settings: ResolvedSettings, samples: Sequence[Sample]) -> Open
         check(skeleton, settings)
     base = load_model(settings.model, getattr(torch, settings.dtype))
     max_length = length_limit(base.model, settings.max_length)
-    if settings.split_special_tokens:  # a tokenizer may also bring the setting itself
+    if settings.split_special_tokens:  # if False, the tokenizer's own setting stays
         base.tokenizer.split_special_tokens = True
     encoded = encode_samples(base.tokenizer, samples, max_length)
     _check_ids(base, encoded, settings.model)
@@ -102,20 +102,20 @@ def open_training(settings: ResolvedSettings, samples: Sequence[Sample]) -> Open
 def _reach(
     base: LoadedModel, encoded: EncodedSamples, model: str, router_coefficient: float | None
 ) -> Reach:
-    """Run the beginning of the longest example, and see which modules it does not reach.
+    """Run the beginning of the longest example, and return the modules it does not reach.
 
     Raises:
-        InputError: The model does not take text alone, or the trainer does not fit it.
+        InputError: The model needs more than text, or TRL's trainer does not support it.
     """
     longest = max(encoded.input_ids, key=len)[:_TRIED_TOKENS]
     pad = padding_id(base.tokenizer)
     devices = [base.model.device] if base.model.device.type == "cuda" else []
     try:
-        with torch.random.fork_rng(devices):  # a model in training mode may draw
+        with torch.random.fork_rng(devices):  # a model in training mode may use random numbers
             reach = find_reach(base.model, lambda: last_logits(base.model, [longest], pad, keep=1))
     except torch.OutOfMemoryError:
         raise
-    except Exception as error:  # each model fails in its own way without its other inputs
+    except Exception as error:  # without their other inputs, models raise errors of many types
         reason = str(error).strip().split("\n")[0] or type(error).__name__
         raise InputError(
             f"model {model}: {type(base.model).__name__} fails on the text of an example: {reason}"
@@ -125,7 +125,7 @@ def _reach(
 
 
 def _check_reached(model: Any, settings: ResolvedSettings, reach: Reach) -> None:
-    """Refuse settings that choose nothing but layers that training would not move."""
+    """Reject settings whose chosen layers are all left out of the training."""
     config = settings.method_config
     if config is None:
         return
@@ -140,7 +140,7 @@ def _check_reached(model: Any, settings: ResolvedSettings, reach: Reach) -> None
 
 
 def _check_ids(base: LoadedModel, encoded: EncodedSamples, model: str) -> None:
-    """Refuse examples with tokens that were added to the tokenizer, and not to the model."""
+    """Reject examples with tokens that the tokenizer has and the model's embeddings lack."""
     highest = max(map(max, encoded.input_ids))
     rows = base.model.get_input_embeddings().weight.shape[0]
     if highest >= rows:
@@ -152,9 +152,9 @@ def _check_ids(base: LoadedModel, encoded: EncodedSamples, model: str) -> None:
 
 
 def _check_padding(base: LoadedModel, encoded: EncodedSamples, settings: ResolvedSettings) -> None:
-    """Refuse batches whose padding would change what the model learns from a text.
+    """Reject batches whose padding would change the loss.
 
-    Padding stands after the texts, where few models see it: those whose tokens see later ones.
+    Padding follows the text, so this concerns only models whose tokens depend on later ones.
     """
     lengths = set(map(len, encoded.input_ids))
     size = settings.per_device_train_batch_size

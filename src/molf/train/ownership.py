@@ -1,6 +1,6 @@
-"""What molf wrote: by what a directory is known as a run, an evaluation or an export.
+"""Recognise directories that molf wrote: runs, evaluations and exports.
 
-`--overwrite` deletes, so a directory counts as ours only if it says so itself and holds no more.
+`--overwrite` deletes, so a directory qualifies only if it has molf's record and no other files.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class Ownership(ABC):
 
     @abstractmethod
     def fault(self, path: Path) -> str | None:
-        """Why a directory is not one of ours, or holds more than we wrote; None if neither."""
+        """Return why a directory is not of this kind, or a foreign file in it; None if it is."""
 
 
 class _Run(Ownership):
@@ -116,12 +116,12 @@ AN_EXPORT = _Export()
 
 
 def is_run_config(config: Any) -> bool:
-    """Whether the content of a `config.yaml` is that of a run."""
+    """Return whether the content of a `config.yaml` is that of a run."""
     return isinstance(config, dict) and "method" in config and isinstance(config.get("run"), dict)
 
 
 def is_run(path: Path) -> bool:
-    """Whether a directory is that of a run, whatever else it holds."""
+    """Return whether a directory is that of a run; other files in it are allowed."""
     return (path / CONFIG).is_file() and is_run_config(_read_yaml(path / CONFIG))
 
 
@@ -135,7 +135,7 @@ def run_of_part(path: Path) -> Path | None:
 
 
 def predictions_in(path: Path) -> list[Path]:
-    """The files of predictions that an evaluation wrote into a directory."""
+    """Return the prediction files of an evaluation in a directory."""
     return sorted(entry for entry in path.glob("predictions*.jsonl") if entry.is_file())
 
 

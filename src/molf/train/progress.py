@@ -1,4 +1,4 @@
-"""Showing how far a run is: bars on a terminal, a handful of lines anywhere else."""
+"""Show the progress of a run: bars on a terminal, a few lines elsewhere."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ from rich.progress import (
 from molf.console import PlainConsole
 from molf.masking import mask_text
 from molf.shown import as_line
-from molf.streams import silenced
+from molf.streams import best_effort
 
 ShowEvaluation = Callable[[str, int, int], None]
 ShowTraining = Callable[[int, Mapping[str, Any] | None], None]
 
-_LINES = 10  # of a training, where there is no terminal
+_LINES = 10  # per training, without a terminal
 
 
 class Reporter:
-    """Says in plain lines what a run does; for logs and pipes.
+    """Prints the progress of a run in plain lines, for logs and pipes.
 
     Args:
-        console: Where to write; standard error, so that results can be piped.
+        console: The console; standard error, so that results can be piped.
     """
 
     def __init__(self, console: PlainConsole) -> None:
-        console.file = silenced(console.file)  # a run goes on where nobody can read of it
+        console.file = best_effort(console.file)  # a closed terminal must not end the run
         self._console = console
 
     def say(self, text: str) -> None:
@@ -42,13 +42,13 @@ class Reporter:
 
     @contextmanager
     def evaluating(self, title: str) -> Iterator[ShowEvaluation]:
-        """Show an evaluation; the function given is told what is done of how much."""
+        """Show an evaluation; yield a function of (measurement, done, total)."""
         self.say(title)
         yield lambda what, done, total: None
 
     @contextmanager
     def training(self, steps: int) -> Iterator[ShowTraining]:
-        """Show a training; the function given is told of each step, and of each log entry."""
+        """Show a training; yield a function of (step, log entry or None)."""
         every = max(1, steps // _LINES)
         last_shown = 0
 
@@ -63,7 +63,7 @@ class Reporter:
 
 
 class TerminalReporter(Reporter):
-    """Says the same with bars that move."""
+    """Shows the progress of a run as bars."""
 
     @contextmanager
     def evaluating(self, title: str) -> Iterator[ShowEvaluation]:
@@ -109,13 +109,13 @@ class TerminalReporter(Reporter):
 
 
 def make_reporter() -> Reporter:
-    """Return the reporter that fits standard error."""
+    """Return a reporter for standard error: bars on a terminal, lines elsewhere."""
     console = PlainConsole(stderr=True)
     return TerminalReporter(console) if console.is_terminal else Reporter(console)
 
 
 def describe(logs: Mapping[str, Any]) -> str:
-    """Loss, speed and the share of layers that each expert won, in one line."""
+    """Return loss, speed and the share of layers won by each expert in one line."""
     parts = [f"loss {logs['loss']:.3f}", f"{logs['tokens_per_second']:,.0f} tokens/s"]
     shares = [
         f"{name.removeprefix('won/')} {share:.0%}"

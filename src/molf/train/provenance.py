@@ -1,4 +1,4 @@
-"""Which files a run read: path, size and SHA-256, so that they can be told apart later."""
+"""Record path, size and SHA-256 of the files that a run reads."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ _CHUNK = 2**20
 
 
 def file_records(sources: Mapping[str, str | None]) -> dict[str, list[dict[str, Any]]]:
-    """Describe the files of each source, by the option that it was given by.
+    """Return the records of each source's files, by option.
 
     Args:
-        sources: Files, folders or addresses; those without files here (Hub ids, None) are left out.
+        sources: Files, folders or addresses by option; Hub ids and None are left out.
     """
     found = {
         option: [_record(path) for path in data_files(source)]
@@ -27,7 +27,7 @@ def file_records(sources: Mapping[str, str | None]) -> dict[str, list[dict[str, 
 
 
 def same_files(one: str, other: str) -> bool:
-    """Whether two sources are the same, or have files of the same contents."""
+    """Return whether two sources are the same, or have files with the same contents."""
     if one == other:
         return True
     found = file_records({"one": one, "other": other})
@@ -35,7 +35,7 @@ def same_files(one: str, other: str) -> bool:
 
 
 def contents(records: Iterable[Mapping[str, Any]]) -> frozenset[str]:
-    """What some files hold, by the SHA-256 of each."""
+    """Return the SHA-256 of each file of the records."""
     return frozenset(str(record.get("sha256")) for record in records)
 
 

@@ -1,4 +1,4 @@
-"""A frozen quantised base to train an adapter beside: stored so, or quantised when it is loaded."""
+"""Check and load a frozen quantised base: stored quantised, or quantised when it is loaded."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ _QUANTISED_WHEN_LOADED = {
 
 
 def check_quantisation(config: Any, settings: ResolvedSettings) -> Quantisation | None:
-    """Find out how the base will be quantised in training, and whether it can be trained so.
+    """Return the quantisation of the base in training, after checking that it is supported.
 
     Args:
-        config: Its configuration, which says how it is stored; no weight is read.
+        config: The base's configuration.
         settings: The run's settings.
 
     Raises:
-        InputError: The method or an option does not go with it.
+        InputError: The method or an option excludes it.
 
     Warns:
         UserWarning: An option has no effect on it.
@@ -64,17 +64,17 @@ def check_quantisation(config: Any, settings: ResolvedSettings) -> Quantisation 
         )
     if settings.merge_base == "original":
         raise InputError(
-            f"Invalid merge_base=original with {model}: its original weights are not there. Leave "
+            f"Invalid merge_base=original with {model}: it has no original weights. Leave "
             "merge_base out, or give the unquantised model with --load_in_4bit or --load_in_8bit."
         )
     return stored
 
 
 def check_library(stored: Quantisation, model: str) -> None:
-    """Make sure that the library that reads a stored quantised model is installed.
+    """Check that the library that reads a stored quantised model is installed.
 
     Raises:
-        InputError: It is not; the message names the extra.
+        InputError: It is not installed; the message names the extra.
     """
     if stored.is_adaptable and find_spec(stored.method) is None:
         raise InputError(
@@ -84,10 +84,10 @@ def check_library(stored: Quantisation, model: str) -> None:
 
 
 def check_stored(stored: Quantisation, tensors: Collection[str], model: str) -> None:
-    """Make sure that a checkpoint's files hold what bitsandbytes needs to read its weights.
+    """Check that a checkpoint with a bitsandbytes configuration has quantised tensors.
 
     Args:
-        stored: How its configuration says that it is stored.
+        stored: The quantisation in its configuration.
         tensors: Names of the tensors in its files.
         model: The checkpoint, for messages.
 
@@ -99,14 +99,14 @@ def check_stored(stored: Quantisation, tensors: Collection[str], model: str) -> 
         return
     option = "load_in_4bit" if stored.bits == 4 else "load_in_8bit"
     raise InputError(
-        f"model {model}: its config.json says that it is stored quantised ({stored}), and no "
-        "tensor in its files is. Take quantization_config out of the config.json; to quantise the "
-        f"base for a training, give --{option}."
+        f"model {model}: its config.json declares quantised weights ({stored}), but its files "
+        "have none. Remove quantization_config from config.json; to quantise the base for a "
+        f"training, give --{option}."
     )
 
 
 def check_device(quantisation: Quantisation | None, device: torch.device) -> None:
-    """Try a small layer quantised by bitsandbytes where the training will be.
+    """Try a small layer quantised by bitsandbytes on the device of the training.
 
     Raises:
         InputError: It does not work there.
@@ -121,7 +121,7 @@ def check_device(quantisation: Quantisation | None, device: torch.device) -> Non
         else:
             layer = bitsandbytes.nn.Linear8bitLt(64, 64, has_fp16_weights=False)
         layer.to(device)(torch.ones(2, 64, device=device)).sum().item()
-    except Exception as error:  # whatever a backend that is missing or broken raises
+    except Exception as error:  # a missing or broken backend raises errors of many types
         reason = str(error).strip().split("\n")[0] or type(error).__name__
         raise InputError(
             f"{quantisation} layers do not work on {device} with this bitsandbytes: {reason}"
@@ -134,7 +134,7 @@ def load_quantised(name: str, option: str, device: torch.device) -> Any:
     Args:
         name: A directory or a Hub id.
         option: `load_in_4bit` (NF4 without double quantisation) or `load_in_8bit`.
-        device: Where to.
+        device: The device to load it on.
     """
     if option == "load_in_4bit":
         quantisation = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
@@ -153,7 +153,8 @@ def load_quantised(name: str, option: str, device: torch.device) -> Any:
 
 
 def prepare_stored(model: Any, dtype: torch.dtype) -> None:
-    """Bring what is not quantised to a type: transformers leaves parts of it as they are stored."""
+    """Convert the parameters that are not quantised to a type."""
+    # transformers leaves some of them in their stored type.
     for parameter in model.parameters():
         if not is_quantised(parameter):
             parameter.data = parameter.data.to(dtype)
@@ -161,29 +162,25 @@ def prepare_stored(model: Any, dtype: torch.dtype) -> None:
 
 
 def prepare_quantised(model: Any, dtype: torch.dtype) -> None:
-    """Have 4-bit layers compute in a type, and stay able to be trained beside.
-
-    The type that a checkpoint asks for may be float16, in which training overflows.
-    """
+    """Set the type that 4-bit layers compute in, and keep the model differentiable."""
     keep_differentiable(model)
+    # A checkpoint may request float16, in which training overflows.
     for layer in model.modules():
         if hasattr(layer, "compute_dtype"):
             layer.compute_dtype = dtype
 
 
 class Precision:
-    """What quantised layers compute in while they are trained beside.
-
-    bitsandbytes rounds their biases to that type, for good: they are kept for the merge. Autocast
-    does not reach its layers.
+    """The type that quantised layers compute in during training; autocast does not affect them.
 
     Args:
-        model: The model as it was loaded.
+        model: The loaded model.
         bf16: Whether to compute in bfloat16.
     """
 
     def __init__(self, model: torch.nn.Module, *, bf16: bool) -> None:
         self._model = model
+        # bitsandbytes rounds biases to that type permanently, so they are copied for the merge.
         self._layers: list[Any] = [
             module
             for module in model.modules()
@@ -194,7 +191,7 @@ class Precision:
             prepare_quantised(model, torch.bfloat16)
 
     def restore(self) -> None:
-        """Bring the biases back, and compute in float32 from now on."""
+        """Restore the biases, and compute in float32 from now on."""
         for layer, bias in zip(self._layers, self._biases, strict=True):
             if bias is not None:
                 layer.bias.data = bias.to(layer.bias.device)

@@ -1,7 +1,7 @@
-"""The git commit of the working directory, found without running anything that its repository says.
+"""Find the git commit of the working directory, without running programs of its repository.
 
-A repository's configuration names programs: file system monitors, hooks, filters, pagers. Any
-folder can hold one, so git is asked for changes beside a configuration of our own.
+A repository's configuration can name programs (file system monitors, hooks, filters, pagers), and
+any folder may contain one. Therefore git searches for changes with a configuration of molf.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 _TIMEOUT = 10  # seconds; a huge folder of new files takes longer
+# Variables passed on to git. Others may name another repository, or programs.
 _ALLOWED = (
     "GIT_CEILING_DIRECTORIES",
     "GIT_CONFIG_GLOBAL",
@@ -22,7 +23,6 @@ _ALLOWED = (
     "GIT_DISCOVERY_ACROSS_FILESYSTEM",
     "GIT_EXEC_PATH",
 )
-"""Variables that are kept. Others may name another repository, or programs."""
 _OPTIONS = ("--no-pager", "-c", "core.fsmonitor=false", "-c", f"core.hooksPath={os.devnull}")
 
 
@@ -35,11 +35,11 @@ class _Repository(NamedTuple):
 
 
 def repository() -> dict[str, Any] | None:
-    """Commit of the working directory's repository, and whether it has uncommitted changes.
+    """Return the commit of the working directory's repository, and whether it has changes.
 
     Returns:
-        `commit`, and `dirty`, which is None where git cannot say. None without git, without a
-        repository, without a commit, and in a repository that belongs to another user.
+        `commit` and `dirty`; `dirty` is None if it is not known. None without git, repository or
+        commit, and in a repository of another user.
     """
     try:
         found = _find()
@@ -53,7 +53,7 @@ def repository() -> dict[str, Any] | None:
 
 
 def _find() -> _Repository:
-    # This reads names alone: no file of the tree and no index, for which programs could be run.
+    # Reads names only. Reading the tree or the index could run programs.
     lines = _git(
         *("rev-parse", "--path-format=absolute", "--show-toplevel"),
         *("--git-path", "objects", "--git-path", "index", "--show-object-format", "HEAD"),
@@ -78,7 +78,7 @@ def _is_dirty(found: _Repository) -> bool:
             "GIT_OBJECT_DIRECTORY": found.objects,
             "GIT_INDEX_FILE": found.index_file,
         }
-        # Within a submodule, git would read its configuration.
+        # Submodules are ignored, because git would read their configuration.
         return bool(_git("status", "--porcelain", "--ignore-submodules=all", variables=where))
 
 

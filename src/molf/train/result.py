@@ -1,4 +1,4 @@
-"""What a finished run hands back and writes down, and how a failed one ends."""
+"""The result of a run, its records in files, and the error of a failed run."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from molf.train.resolved import ResolvedSettings
 
 
 class RunError(RuntimeError):
-    """A run failed after it had begun to write: one line with the cause and where to look."""
+    """A run failed after it had begun to write; one line with cause and path of the traceback."""
 
 
 @dataclass(frozen=True)
@@ -25,24 +25,23 @@ class RunResult:
         directory: The run's directory.
         before: Metrics of the base model.
         after: Metrics of the saved model.
-        steps: Optimizer steps, skipped ones included.
-        skipped_steps: How many of them were skipped, because something was not finite.
+        steps: Optimizer steps, including skipped ones.
+        skipped_steps: Steps skipped because of a loss or gradient that was not finite.
         training_loss: Mean loss over the training.
-        trained_parameters: How many numbers were trained.
-        lora_parameters: How many plain LoRA of the settings' rank trains; None without an adapter.
-        tokens: Tokens trained on, padding left out.
-        preparation_seconds: Time of putting in the adapter.
+        trained_parameters: Number of trained parameters.
+        lora_parameters: Number that plain LoRA of the same rank trains; None without an adapter.
+        tokens: Tokens trained on, without padding.
+        preparation_seconds: Time to add the adapter.
         training_seconds: Time of the training.
         evaluation_seconds: Time of both evaluations.
-        peak_memory_bytes: The most memory needed.
-        peak_memory_of: What that is the memory of.
-        shares: Share of layers that each expert won; empty without routing.
-        routing: What the routing came to, in words; empty without routing.
-        saved: How the model was stored, and how much of the training that kept.
-        silenced: Why standard error took no more progress and warnings; empty if it took all.
-        results: The table that has the run's row; None if it could not be added.
-        kernels: Who computed the optimizer's steps, eager torch or triton; None where that is not
-            the run's to choose.
+        peak_memory_bytes: Peak memory in bytes.
+        peak_memory_of: The measured memory: CUDA tensors, or the process.
+        shares: Share of layer updates won by each expert; empty without routing.
+        routing: Interpretation of the routing; empty without routing.
+        saved: Record of the saved model: type, rounding, kept share of the update.
+        print_error: Error after which progress and warnings were no longer printed; else empty.
+        results: The table with the run's row; None if it could not be added.
+        kernels: Executor of the optimizer's steps, eager or triton; None if it has no choice.
     """
 
     directory: Path
@@ -63,14 +62,14 @@ class RunResult:
     skipped_steps: int = 0
     saved: dict[str, Any] = field(default_factory=dict)
     kernels: str | None = None
-    silenced: str = ""
+    print_error: str = ""
     results: Path | None = None
 
 
 def evaluation_record(evaluation: Evaluation) -> dict[str, Any]:
-    """Return an evaluation in the form of `eval.json`: metrics by name, then tables by name.
+    """Return an evaluation as in `eval.json`: metrics by name, then tables by name.
 
-    An end of an interval that is not known (NaN) is written as null, which JSON has.
+    NaN, an unknown end of an interval, becomes null, as JSON has no NaN.
     """
     record: dict[str, Any] = _without_nan(
         {

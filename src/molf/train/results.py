@@ -1,4 +1,4 @@
-"""One row per run in `results.csv`, beside the run directories."""
+"""Add a row per run to `results.csv`, beside the run directories."""
 
 from __future__ import annotations
 
@@ -20,26 +20,26 @@ from molf.train.files import replacing_file
 RESULTS = "results.csv"
 LOCK_SECONDS = 10.0  # writing a row takes milliseconds
 
-# Columns of every table of runs, whichever release wrote it. A table without them is not ours.
-_OURS = frozenset(
+# Columns of each table of runs, in all releases. A table without them was not written by molf.
+_RUN_COLUMNS = frozenset(
     {"run", "started", "task", "method", "model", "seed", "training_loss", "peak_memory_bytes"}
 )
 _NAMES_TRIED = 100
 
+# First characters of a formula; the last four are full-width.
 _FORMULAS = ("=", "+", "-", "@", "\uff1d", "\uff0b", "\uff0d", "\uff20")
-"""What a formula begins with; the last four are the same in full width."""
 
 
-class NotOursError(ValueError):
-    """A file is no table of runs, or is damaged: it is left as it is."""
+class ForeignTableError(ValueError):
+    """A file is no table of runs, or is damaged; it is not changed."""
 
 
 def check_results(folder: Path) -> None:
-    """Say beforehand where the row of a run in a folder will be, without writing anything.
+    """Warn before a run if its row cannot be added to `results.csv`; nothing is written.
 
     Warns:
-        UserWarning: `results.csv` is another's, or damaged, so that the row goes elsewhere; or the
-            folder cannot be written, so that the run will be complete without its row.
+        UserWarning: `results.csv` is no table of runs, or damaged, so the row is written to another
+            file; or the folder cannot be written, so the run gets no row.
     """
     if folder.is_dir() and not os.access(folder, os.W_OK):
         warnings.warn(
@@ -50,12 +50,12 @@ def check_results(folder: Path) -> None:
     for path in _tables(folder):
         try:
             _read(path)
-        except NotOursError as error:
+        except ForeignTableError as error:
             fault = fault or error
             continue
         if fault is not None:
             warnings.warn(
-                f"{folder / RESULTS} is not a table of molf's runs ({fault}). It stays as it is; "
+                f"{folder / RESULTS} is not a table of molf's runs ({fault}). It is not changed; "
                 f"the run's row goes to {path.name}.",
                 stacklevel=2,
             )
@@ -63,32 +63,30 @@ def check_results(folder: Path) -> None:
 
 
 def append_result(folder: Path, row: Mapping[str, Any]) -> Path:
-    """Append a row to the folder's table of runs, in place of an earlier one of the same run.
+    """Append a row to the folder's table of runs; an earlier row of the same run is replaced.
 
     The table is `results.csv`, or the first of `results.molf.csv`, `results.molf-2.csv`, ... that
-    is ours to write: a new file, or one that holds runs. Columns that it does not have yet are
-    added at the right. Several runs may finish at the same time, so a lock is held while the file
-    is rewritten.
+    is new or a table of runs. Missing columns are added at the right.
 
     Returns:
-        The table.
+        The path of the table.
 
     Raises:
-        OSError: The folder cannot be written, or another process does not give the lock back.
-        NotOursError: No name is free.
+        OSError: The folder cannot be written, or another process does not release the lock.
+        ForeignTableError: No name is free.
     """
     for path in _tables(folder):
         try:
-            _read(path)  # a file that is not ours gets no lock beside it either
+            _read(path)  # first, so that no lock file is made beside another program's table
             _append(Path(os.path.realpath(path)), row)
-        except NotOursError:
+        except ForeignTableError:
             continue
         return path
-    raise NotOursError(f"none of {_NAMES_TRIED} names like {RESULTS} is free")
+    raise ForeignTableError(f"none of {_NAMES_TRIED} names like {RESULTS} is free")
 
 
 def _tables(folder: Path) -> Iterator[Path]:
-    """Where a row may go, in this order."""
+    """Yield the possible tables for a row, in order."""
     yield folder / RESULTS
     stem, suffix = os.path.splitext(RESULTS)
     for number in range(1, _NAMES_TRIED):
@@ -98,6 +96,7 @@ def _tables(folder: Path) -> Iterator[Path]:
 def _append(path: Path, row: Mapping[str, Any]) -> None:
     lock = path.with_name(f".{path.name}.lock")
     try:
+        # Several runs may finish at the same time, and each rewrites the file.
         with FileLock(lock, timeout=LOCK_SECONDS):
             _rewrite(path, row)
     except Timeout as error:
@@ -122,9 +121,9 @@ def _rewrite(path: Path, row: Mapping[str, Any]) -> None:
 
 
 def as_cell(value: Any) -> Any:
-    """A value for a table: a text that a spreadsheet would compute gets an apostrophe in front.
+    """Return a value for a table; text that a spreadsheet would compute gets a leading apostrophe.
 
-    Secrets are masked. Line breaks and characters that cannot be seen are written as escapes.
+    Secrets are masked. Line breaks and invisible characters are escaped.
     """
     if not isinstance(value, str):
         return value
@@ -133,29 +132,31 @@ def as_cell(value: Any) -> Any:
 
 
 def _read(path: Path) -> tuple[list[str], list[dict[str, str]]]:
-    """The columns and rows of a table of runs; spreadsheets save it with a byte order mark.
+    """Return the columns and rows of a table of runs; empty if there is no file.
 
     Raises:
-        NotOursError: There is something else.
+        ForeignTableError: The file is no table of runs.
     """
     if not os.path.lexists(path):
         return [], []
     if not path.is_file():
-        raise NotOursError("it is no file")
+        raise ForeignTableError("it is no file")
     try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
+        with path.open(encoding="utf-8-sig", newline="") as file:  # spreadsheets add a BOM
             reader = csv.reader(file, strict=True)
             columns = next(reader, [])
-            if not _OURS.issubset(columns) or len(set(columns)) < len(columns):
-                raise NotOursError("its first line does not name the columns of runs, each once")
+            if not _RUN_COLUMNS.issubset(columns) or len(set(columns)) < len(columns):
+                raise ForeignTableError(
+                    "its first line does not name the columns of runs, each once"
+                )
             rows = []
             for cells in reader:
                 if len(cells) > len(columns):
-                    raise NotOursError(
+                    raise ForeignTableError(
                         f"line {reader.line_num} has {len(cells)} cells for {len(columns)} columns"
                     )
                 if cells:
                     rows.append(dict(zip(columns, cells, strict=False)))
             return columns, rows
     except (OSError, UnicodeError, csv.Error) as error:
-        raise NotOursError(first_line(error)) from error
+        raise ForeignTableError(first_line(error)) from error

@@ -1,4 +1,4 @@
-"""Room on a disk: how much there is, and whether an error says that there is none."""
+"""Check free disk space and file size limits."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ _NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 _NO_ROOM_TEXTS = ("No space left", "quota exceeded", "File too large")  # safetensors has no errno
 
 
-def existing(path: Path) -> Path:
-    """The directory that exists, of a path and those above it."""
+def nearest_existing(path: Path) -> Path:
+    """Return the path, or its nearest parent that exists."""
     place = path.absolute()
     while not place.exists():
         place = place.parent
@@ -29,45 +29,45 @@ def existing(path: Path) -> Path:
 
 
 def free_bytes(path: Path) -> int | None:
-    """Bytes that a user may write where a path is, or would be; None if the system does not know.
+    """Return the free bytes at a path, which need not exist; None if not known.
 
-    Quotas are not part of it: only writing shows them.
+    Quotas are not included: they show only in a write.
     """
     try:
-        usage = shutil.disk_usage(existing(path))
+        usage = shutil.disk_usage(nearest_existing(path))
     except OSError:
         return None
-    if usage.free == 0 and usage.total == 0:  # some network file systems do not count
+    if usage.free == 0 and usage.total == 0:  # some network file systems report 0 for both
         return None
     return int(usage.free)
 
 
 def largest_file() -> int | None:
-    """Bytes that a file may have by this process's limit (`ulimit -f`); None without a limit."""
+    """Return this process's limit on file size (`ulimit -f`) in bytes; None without a limit."""
     if resource is None:
         return None
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
     return None if limit == resource.RLIM_INFINITY else int(limit)
 
 
-def is_no_room(error: BaseException) -> bool:
-    """Whether an error says that a disk, a quota or a file's limit is full."""
+def is_disk_full(error: BaseException) -> bool:
+    """Return whether an error means a full disk, an exceeded quota or file size limit."""
     if getattr(error, "errno", None) in _NO_ROOM:
         return True
     return any(text.lower() in str(error).lower() for text in _NO_ROOM_TEXTS)
 
 
 def check_room(path: Path, parts: Mapping[str, int], *, option: str, advice: str) -> None:
-    """Refuse a place that is too small for files that are still to be made.
+    """Reject a place with too little space for files that will be written.
 
     Args:
-        path: Where the files go.
-        parts: Bytes by the name of what takes them.
-        option: The option and what it needs the room for, the beginning of the message.
-        advice: What to do, the end of the message.
+        path: The place of the files.
+        parts: Bytes by name.
+        option: The option and the purpose of the space, as the beginning of the message.
+        advice: Advice, as the end of the message.
 
     Raises:
-        InputError: There is less room than the parts need together.
+        InputError: There is less space than the parts need together.
     """
     total, free = sum(parts.values()), free_bytes(path)
     named = ", ".join(f"{name} {megabytes(size)}" for name, size in parts.items() if size)
@@ -79,10 +79,10 @@ def check_room(path: Path, parts: Mapping[str, int], *, option: str, advice: str
 
 
 def require_room(path: Path, size: int) -> None:
-    """Fail as writing would, before anything is written.
+    """Raise the error of a full disk before anything is written.
 
     Raises:
-        OSError: Where a path would be there is less room than this.
+        OSError: There is less space than `size` at the path.
     """
     free = free_bytes(path)
     if free is not None and free < size:
@@ -90,14 +90,14 @@ def require_room(path: Path, size: int) -> None:
 
 
 def check_file_size(path: Path, size: int) -> None:
-    """Refuse weights in files that are larger than this process may write.
+    """Reject weights whose files exceed this process's limit.
 
     Args:
-        path: Where the files go.
+        path: The place of the files.
         size: Bytes of the weights.
 
     Raises:
-        InputError: They are; the message names the limit.
+        InputError: A file would exceed the limit, which the message names.
     """
     limit = largest_file()
     size = min(size, _LARGEST)
@@ -109,13 +109,13 @@ def check_file_size(path: Path, size: int) -> None:
 
 
 def megabytes(size: float) -> str:
-    """A size for people."""
+    """Return a size in bytes as text in kB or MB."""
     if 0 < size < 1e5:
         return f"{size / 1e3:,.0f} kB"
     return f"{size / 1e6:,.1f} MB" if 0 < size < 1e7 else f"{size / 1e6:,.0f} MB"
 
 
 def directory_bytes(path: Path) -> int:
-    """Bytes that the files in a directory take, in whole blocks where the system counts these."""
+    """Return the disk space of the files in a directory, in whole blocks if these are known."""
     found = [entry.stat() for entry in path.rglob("*") if entry.is_file()]
     return sum(max(file.st_size, getattr(file, "st_blocks", 0) * 512) for file in found)

@@ -1,4 +1,4 @@
-"""How many bytes a run will leave, by name, before it has left any."""
+"""Estimate the bytes that a run will write, by name."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from molf.train.methods import Plan
 from molf.train.methods.base import config_of
 from molf.train.resolved import ResolvedSettings
 
-_MOMENTS = {"float32": 8.0, "8bit": 2.04}  # bytes for two of them
-_ROUTING_ROW = 11  # bytes of a row of the Parquet log: measured 9.4 and 10.3 with random scores
-_METRICS_LINE = 600  # bytes of a line of metrics.jsonl, as measured with three experts
-_PREDICTION = 1000  # bytes of a line of predictions.jsonl: an answer of 200 tokens
+_MOMENTS = {"float32": 8.0, "8bit": 2.04}  # bytes for both moments of a number
+_ROUTING_ROW = 11  # bytes per row of the Parquet log; measured 9.4 and 10.3 with random scores
+_METRICS_LINE = 600  # bytes per line of metrics.jsonl; measured with three experts
+_PREDICTION = 1000  # bytes per line of predictions.jsonl; an answer of 200 tokens
 
 
 @dataclass(frozen=True)
 class Needed:
-    """Bytes that a training is about to write.
+    """Estimated bytes that a training will write.
 
     Attributes:
-        checkpoint: Of one checkpoint; 0 without checkpoints.
-        at_the_end: Of all that is written when the training is over.
+        checkpoint: Bytes of one checkpoint; 0 without checkpoints.
+        at_the_end: Bytes of all files written after the training.
     """
 
     checkpoint: int = 0
@@ -42,19 +42,19 @@ def run_bytes(
     stored: torch.dtype | None = None,
     evaluated: int = 0,
 ) -> dict[str, int]:
-    """Estimate the bytes of what a run leaves beside the weights of `model/`.
+    """Estimate the bytes of a run's files, without the weights of `model/`.
 
     Args:
         model: The base model.
         settings: The run's settings.
-        plan: What will be trained.
+        plan: The planned method.
         steps: Optimizer steps of the run.
-        beside: Bytes of the tokenizer and the configurations, which each checkpoint has too.
+        beside: Bytes of tokenizer and configurations, which each checkpoint contains.
         stored: The type that most of the base is stored in; None if it is not known.
-        evaluated: How many records are evaluated.
+        evaluated: Number of evaluated records.
 
     Returns:
-        Bytes of the adapter, the lower halves, the checkpoints (those kept at the same time), the
+        Bytes of the adapter, the low halves, the checkpoints that exist at the same time, the
         routing, and of metrics and predictions.
     """
     weights = sum(parameter.numel() for parameter in model.parameters())
@@ -62,11 +62,11 @@ def run_bytes(
     dense = plan.trained_parameters - factors
     half = settings.dtype == "bfloat16"
     exact = 2 if half and settings.weight_rounding == "exact" else 0
-    adapts = dense == 0  # an adapter is all that is trained
+    adapts = dense == 0  # only an adapter is trained
     adapter = 4 * factors if adapts else 0
     low = 0
     if settings.keep_low_halves:
-        # What training left alone lost nothing where it was stored in the same type.
+        # Weights that are not trained lose nothing if they were stored in bfloat16.
         alone = adapts and stored == torch.bfloat16
         low = 2 * (sum(x.in_features * x.out_features for x in plan.layers) if alone else weights)
     one = beside + adapter + 8 * factors + dense * (_MOMENTS[settings.state_dtype] + exact)
@@ -83,17 +83,18 @@ def run_bytes(
 
 
 def needed(parts: Mapping[str, int], settings: ResolvedSettings, steps: int) -> Needed:
-    """Return what is kept free for a run, from the bytes of its parts by name."""
+    """Return the space to keep free during training, from `run_bytes` and the model's bytes."""
     later = sum(size for name, size in parts.items() if name not in ("checkpoints", "routing"))
     return Needed(parts["checkpoints"] // max(_kept(settings, steps), 1), later)
 
 
 def _kept(settings: ResolvedSettings, steps: int) -> int:
-    """How many checkpoints there are at the same time."""
+    """Return the number of checkpoints that exist at the same time."""
     if settings.save_steps is None:
         return 0
     written = -(-steps // settings.save_steps)
-    return min(written, (settings.save_total_limit or written) + 1)  # the oldest goes last
+    # One more than the limit: the oldest is deleted after the newest is written.
+    return min(written, (settings.save_total_limit or written) + 1)
 
 
 def _routing(settings: ResolvedSettings, plan: Plan, steps: int) -> int:
@@ -103,7 +104,7 @@ def _routing(settings: ResolvedSettings, plan: Plan, steps: int) -> int:
 
 
 def _factors(settings: ResolvedSettings, plan: Plan) -> int:
-    """Numbers in LoRA factors."""
+    """Return the number of elements in LoRA factors."""
     if settings.method == "fft":
         return 0
     if settings.method in ADAPTERS:

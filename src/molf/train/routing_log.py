@@ -1,4 +1,4 @@
-"""The routing of a run on disk: every layer, step, score and winner, as Parquet parts."""
+"""Write and read the routing log of a run: step, layer, scores and winners, as Parquet."""
 
 from __future__ import annotations
 
@@ -35,17 +35,16 @@ SCHEMA = pa.schema(
 class RoutingWriter:
     """Writes `part-00000.parquet`, `part-00001.parquet`, ... into a directory.
 
-    A part is written beside its name and renamed, and holds whole steps only. Leaving the `with`
-    block writes what is pending, also when training fails. One writer owns the directory. A part
-    that cannot be written is tried again when the next one is due.
+    Each part is written atomically and contains whole steps. The end of the `with` block writes the
+    pending rows, also when training fails. A failed write is retried with the next part.
 
     Args:
-        directory: Where the parts go, or what tells when a part is written; made with the first.
+        directory: The directory, or a function that returns it; created with the first part.
         rows_per_part: Write a part when this many rows are pending ...
-        seconds_per_part: ... or the oldest of them has waited this long.
+        seconds_per_part: ... or when the oldest row has been pending this long.
 
     Warns:
-        UserWarning: A part cannot be written; once, and again if that is so at the end.
+        UserWarning: A part cannot be written; once, and again if it still fails at the end.
     """
 
     def __init__(
@@ -65,7 +64,7 @@ class RoutingWriter:
 
     @property
     def directory(self) -> Path:
-        """Where the next part goes."""
+        """The directory of the next part."""
         return self._directory() if callable(self._directory) else self._directory
 
     def __enter__(self) -> RoutingWriter:
@@ -102,7 +101,7 @@ class RoutingWriter:
             self._written()
 
     def _written(self) -> bool:
-        """Write what is pending as one part, if it can be; return whether nothing is pending."""
+        """Try to write the pending rows as one part; return whether none are pending."""
         try:
             self.flush()
         except (OSError, pa.ArrowException) as error:
@@ -120,10 +119,10 @@ class RoutingWriter:
         return True
 
     def flush(self) -> None:
-        """Write what is pending as one part.
+        """Write the pending rows as one part.
 
         Raises:
-            OSError: It cannot be written, and is still pending.
+            OSError: They cannot be written, and stay pending.
         """
         if not self._pending["step"]:
             return
@@ -141,7 +140,7 @@ def routing_parts(run: Path) -> list[Path]:
     """Return the routing parts of a run in order.
 
     Raises:
-        InputError: `run` is no run directory, or its method routes nothing.
+        InputError: `run` is no run directory, or its method does not route.
     """
     check_path(run, "run")
     parts = sorted((run / ROUTING).glob("part-*.parquet"))
@@ -149,8 +148,8 @@ def routing_parts(run: Path) -> list[Path]:
         check_run(run)
         if (run / CONFIG).is_file():
             raise InputError(
-                f"{run} has no routing: only molf and molf-e route updates, and a run that goes "
-                "on, or was killed, has none before its first part is written."
+                f"{run} has no routing: only molf and molf-e route updates, and an unfinished run "
+                "has none before its first part is written."
             )
         raise InputError(
             f"{run} is not a run of `molf train`: it has no {CONFIG} and no {ROUTING}/."
@@ -162,7 +161,7 @@ def read_routing(run: Path) -> pa.Table:
     """Return the whole routing of a run: columns step, layer, expert, score, winner.
 
     Raises:
-        InputError: `run` is no run directory, its method routes nothing, or a part is damaged.
+        InputError: `run` is no run directory, its method does not route, or a part is damaged.
     """
     return pa.concat_tables(_read(part) for part in routing_parts(run))
 
@@ -170,7 +169,7 @@ def read_routing(run: Path) -> pa.Table:
 def iter_steps(run: Path) -> Iterator[dict[str, Any]]:
     """Yield `{"step": i, "selections": {layer: {"winners": [...], "scores": {...}}}}` per step."""
     for part in routing_parts(run):
-        # Parts hold whole steps, so one part at a time is enough memory for any run.
+        # Parts contain whole steps, so only one part is in memory at a time.
         current: dict[str, Any] | None = None
         for row in _read(part).to_pylist():
             if current is None or current["step"] != row["step"]:

@@ -1,4 +1,4 @@
-"""What the routing of a run comes to, in a sentence or two."""
+"""Describe the routing of a run in one or two sentences."""
 
 from __future__ import annotations
 
@@ -7,19 +7,17 @@ from collections.abc import Sequence
 from molf.core.config import MoLFConfig
 from molf.train.wins import RoutingSummary
 
-ONE_SIDED = 0.99
-"""Share of all updates from which on one expert has practically all."""
-
-_FIXED = 0.9  # share of layers that never changed from which on routing is called fixed
-_EARLY = 0.1  # share of the steps; later changes are no matter of the beginning
+ONE_SIDED = 0.99  # share of updates at or above which routing is called one-sided
+_FIXED = 0.9  # share of unchanged layers at or above which routing is called nearly fixed
+_EARLY = 0.1  # share of the steps; with no change after it, routing is called fixed early
 
 
 def routing_meaning(summary: RoutingSummary, config: MoLFConfig, steps: int) -> str:
-    """Say whether routing was one-sided or stood still, and what that means.
+    """Return whether routing was one-sided or fixed, and the equivalent method.
 
     Args:
-        summary: How the layers were routed.
-        config: What there was to choose from.
+        summary: The routing of the run.
+        config: The experts and the score.
         steps: Optimizer steps of the run.
     """
     layers = _layers(summary.layers)
@@ -45,7 +43,7 @@ def routing_meaning(summary: RoutingSummary, config: MoLFConfig, steps: int) -> 
 
 
 def routing_shares_text(summary: RoutingSummary) -> str:
-    """Return the share of each expert and how often layers changed, in a sentence."""
+    """Return the share of each expert and the changes per layer in a sentence."""
     shares = ", ".join(f"{name} {share:.1%}" for name, share in summary.won.items())
     return (
         f"Updates of the {_layers(summary.layers)} won: {shares}; "
@@ -54,7 +52,7 @@ def routing_shares_text(summary: RoutingSummary) -> str:
 
 
 def _movement(summary: RoutingSummary, config: MoLFConfig, steps: int) -> str:
-    """How often layers changed, once it is clear that several experts had their part."""
+    """Describe how often layers changed their winner, if several experts won."""
     layers = _layers(summary.layers)
     if summary.decisions <= summary.layers:
         return f"There was one decision for each of the {layers}."
@@ -78,7 +76,7 @@ def _movement(summary: RoutingSummary, config: MoLFConfig, steps: int) -> str:
 
 
 def _kind(experts: Sequence[str], config: MoLFConfig) -> str:
-    """What training only these experts is called."""
+    """Return the name of a training with only these experts."""
     if tuple(experts) == ("full",):
         return "full fine-tuning"
     ranks = dict(zip(config.lora_experts, config.ranks, strict=True))

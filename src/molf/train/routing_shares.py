@@ -1,4 +1,4 @@
-"""Who won how often, from a run's routing log."""
+"""Compute each expert's share of won updates from a run's routing log."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ Shares = dict[str, float]
 
 @dataclass(frozen=True)
 class RoutingShares:
-    """Share of the updates that each expert won.
+    """Each expert's share of won updates.
 
     Attributes:
-        steps: How many steps were routed.
+        steps: Number of routed steps.
         total: By expert.
         by_kind: By kind of module (the last part of its name), then by expert.
         by_layer: By layer, then by expert.
@@ -33,10 +33,10 @@ class RoutingShares:
 
 
 def routing_shares(run: Path) -> RoutingShares:
-    """Summarise a run's routing; layers, kinds and experts in the optimizer's order.
+    """Return the shares of a run; layers, kinds and experts in the optimizer's order.
 
     Raises:
-        InputError: `run` is no run directory, its method routes nothing, or nothing was decided.
+        InputError: `run` is no run directory, its method does not route, or it decided nothing.
     """
     everything = read_routing(run)
     routing = everything.filter(_decided(everything))
@@ -53,8 +53,8 @@ def routing_shares(run: Path) -> RoutingShares:
 
 
 def _decided(routing: pa.Table) -> pa.Array:
-    """Which rows belong to a decision: at rate 0 all experts score 0, and a tie is no win."""
-    # A decision is a block of rows, one per expert.
+    """Return a mask of the rows of decisions with a score above 0."""
+    # At rate 0 all experts score 0, and a tie is no win. Each decision has one row per expert.
     experts = pc.count_distinct(routing["expert"]).as_py()
     scores = routing["score"].to_numpy().reshape(-1, experts)
     return pa.array(np.repeat(scores.any(axis=1), experts))

@@ -1,4 +1,4 @@
-"""A training run from its options to its result."""
+"""Run a training, or a dry run, from its options."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING
 from molf.evaluate import read_plain_text
 from molf.masking import learn
 from molf.paths import check_inputs_outside
-from molf.streams import console_that_may_break
+from molf.streams import ignoring_print_errors
 from molf.tasks import Task, load_task
 from molf.train.model_path import check_model, check_quantisation
 from molf.train.progress import Reporter, make_reporter
 from molf.train.resolved import ResolvedSettings, resolve
 from molf.train.result import RunResult
 from molf.train.results import check_results
-from molf.train.run_directory import check_fallback, check_output, runs_kept
+from molf.train.run_directory import check_fallback, check_output, locking_runs
 from molf.train.settings import TrainSettings
 from molf.train.training_arguments import check_trackers, check_training_args
 from molf.train.training_data import warn_of_equal_data
@@ -28,45 +28,43 @@ _INPUTS = ("model", "data", "eval_data", "forgetting_data")
 
 
 def train(settings: TrainSettings, reporter: Reporter | None = None) -> RunResult:
-    """Fine-tune a model, measure it before and after, and leave a complete run directory.
-
-    What can be checked without torch and transformers is checked first: importing them takes
-    seconds, and a typing error should not.
+    """Fine-tune a model, measure it before and after, and write the run directory.
 
     Args:
         settings: The options.
-        reporter: Where progress is shown; standard error if not given.
+        reporter: Shows the progress; on standard error if not given.
 
     Raises:
-        InputError: The options, the data or the model are wrong. Nothing has been written.
+        InputError: The options, the data or the model are wrong. Nothing was written.
         RunError: The run failed; its directory holds the traceback.
     """
     started = datetime.now().astimezone()
-    with console_that_may_break() as errors:
+    with ignoring_print_errors() as errors:
+        # Checked before torch and transformers are imported, which takes seconds.
         resolved, task, forgetting_text = _opened(settings, started)
 
         from molf.train.libraries import quiet_libraries
 
         sources = (getattr(resolved, name) for name in _INPUTS)
-        with quiet_libraries(), runs_kept(sources):
+        with quiet_libraries(), locking_runs(sources):
             from molf.train.job import run_job
 
             reporter = reporter or make_reporter()
             result = run_job(resolved, task, forgetting_text, reporter, started)
-    return replace(result, silenced=str(errors[0])) if errors else result
+    return replace(result, print_error=str(errors[0])) if errors else result
 
 
 def dry_run(settings: TrainSettings, reporter: Reporter | None = None) -> DryRun:
-    """Check a run as `train` does, and take two of its steps; nothing is written.
+    """Run the checks of `train` and two steps; nothing is written.
 
     Args:
         settings: The options.
-        reporter: Where progress is shown; standard error if not given.
+        reporter: Shows the progress; on standard error if not given.
 
     Raises:
         InputError: The options, the data or the model are wrong.
     """
-    with console_that_may_break():
+    with ignoring_print_errors():
         resolved, task, _ = _opened(settings, datetime.now().astimezone())
 
         from molf.train.libraries import quiet_libraries
@@ -78,10 +76,10 @@ def dry_run(settings: TrainSettings, reporter: Reporter | None = None) -> DryRun
 
 
 def checked(settings: TrainSettings, started: datetime) -> ResolvedSettings:
-    """What can be checked of the options alone, with every default filled in.
+    """Check the options alone, and return them with all defaults resolved.
 
     Raises:
-        InputError: One is wrong, or one is missing.
+        InputError: An option is wrong or missing.
     """
     learn(vars(settings))
     check_trackers(settings.report_to)
@@ -90,7 +88,7 @@ def checked(settings: TrainSettings, started: datetime) -> ResolvedSettings:
 
 
 def _opened(settings: TrainSettings, started: datetime) -> tuple[ResolvedSettings, Task, str]:
-    """What can be checked at once: options, model, output directory and data."""
+    """Check options, model, output directory and data; return settings, task and plain text."""
     resolved = checked(settings, started)
     check_quantisation(resolved)
     check_model(resolved.model)

@@ -1,4 +1,4 @@
-"""A path that is close to the right one: which run it belongs to, and what to give instead."""
+"""Suggest the right path for one that is near a run: inside it, beside it, or above it."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from molf.train.ownership import ADAPTER, CHECKPOINTS, MODEL, is_run
 MODEL_CONFIG = "config.json"
 ADAPTER_CONFIG = "adapter_config.json"
 
-_DEEPEST = 4  # folders that a path may lie below its run: RUN/checkpoints/checkpoint-5/FILE
-_NAMED = 3  # directories that a message lists
+_DEEPEST = 4  # parents to search for a run: RUN/checkpoints/checkpoint-5/FILE
+_NAMED = 3  # directories listed in a message
 
 
 def run_around(path: Path) -> Path | None:
-    """Return the run that a path lies in; None if it lies in none. A run does not lie in itself."""
-    written = path.parents  # as the user gave it: shown where it reaches the run
+    """Return the run that contains a path, or None; a run does not contain itself."""
+    written = path.parents  # returned in the user's spelling if it includes the run
     for depth, parent in enumerate(path.absolute().parents[:_DEEPEST]):
         if is_run(parent):
             return written[depth] if depth < len(written) else parent
@@ -24,10 +24,10 @@ def run_around(path: Path) -> Path | None:
 
 
 def why_no_run(path: Path) -> str | None:
-    """Return a sentence on the run that was meant by a path that is no run; None if none is near.
+    """Return a sentence that suggests a run near a path that is no run; None if none is near.
 
     Args:
-        path: Where a run's directory was expected.
+        path: The path given for a run's directory.
     """
     run = run_around(path)
     if run is not None:
@@ -40,10 +40,10 @@ def why_no_run(path: Path) -> str | None:
 
 
 def why_no_model(path: Path) -> str | None:
-    """Return a sentence on the model that was meant by a directory; None if it may be a model.
+    """Return why a directory is no model, with a suggestion; None if it may be a model.
 
     Args:
-        path: A directory where a checkpoint of a whole model was expected.
+        path: The directory given for a model.
     """
     run = path if is_run(path) else run_around(path)
     if (path / ADAPTER_CONFIG).is_file():
@@ -63,10 +63,10 @@ def why_no_model(path: Path) -> str | None:
 
 
 def model_of(run: Path) -> str:
-    """Where a run's model is, or what there is instead."""
+    """Return a sentence with the path of a run's model, or of its adapter or checkpoint."""
     if (run / MODEL / MODEL_CONFIG).is_file():
         return f"Give its model: {run / MODEL}."
-    reason = f"It has no {MODEL}/: it goes on, or failed before its model was saved."
+    reason = f"It has no {MODEL}/: the run is not over, or failed before its model was saved."
     if (run / ADAPTER / ADAPTER_CONFIG).is_file():
         return f"{reason} Its adapter is {run / ADAPTER}. {_how_to_merge(run / ADAPTER)}"
     whole = [

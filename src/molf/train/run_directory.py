@@ -1,4 +1,4 @@
-"""The directory of a run: made fresh, never taken from an earlier run without being told to."""
+"""Create and lock the directory of a run; an earlier run is replaced only with `--overwrite`."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from molf.paths import check_path, check_unicode
 from molf.train.files import is_unfinished, making_directory
 from molf.train.locks import InUseError, Lock, in_use
 from molf.train.ownership import A_RUN, CONFIG, Ownership, run_of_part
-from molf.train.room import existing
+from molf.train.room import nearest_existing
 
-_LONGEST_NAME = 200  # bytes; names beside it are longer than it, and systems allow 255
+_LONGEST_NAME = 200  # bytes; temporary names beside it are longer, and the limit is 255
 
 
 def check_output(
@@ -28,13 +28,13 @@ def check_output(
 
     Args:
         path: The directory.
-        overwrite: Whether the user allowed an earlier run there to be replaced.
-        ownership: What an earlier directory must be, to be ours to replace.
-        renames: Whether the directory is made beside its place, so that the one above is written.
+        overwrite: Whether an earlier run there may be replaced.
+        ownership: The kind of directory that may be replaced.
+        renames: Whether the directory is written beside `path` and renamed, so that its parent
+            must be writable.
 
     Raises:
-        InputError: There is something that must not be replaced, or is being written, or the place
-            cannot be written.
+        InputError: The directory must not be replaced, is in use, or cannot be written.
     """
     check_path(path, "output_dir")
     check_unicode(path, "output_dir")
@@ -48,14 +48,14 @@ def check_output(
     _check_no_part(path)
     if path.exists():
         _check_content(path, overwrite=overwrite, ownership=ownership)
-    place = existing(path.absolute().parent if renames else path)
+    place = nearest_existing(path.absolute().parent if renames else path)
     if not place.is_dir():
         raise InputError(f"output_dir {path} cannot be made: {place} is not a directory.")
     _check_writable(place, f"output_dir {path}")
 
 
 def check_fallback(path: Path | None) -> None:
-    """Check that weights could be kept in a directory, without leaving anything there.
+    """Check that the fallback directory can be written.
 
     Raises:
         InputError: It is no directory, or cannot be written.
@@ -63,13 +63,13 @@ def check_fallback(path: Path | None) -> None:
     if path is None:
         return
     if not path.is_dir():
-        raise InputError(f"fallback_dir {path} is not a directory. Give one that is there.")
+        raise InputError(f"fallback_dir {path} is not a directory. Give one that exists.")
     _check_writable(path, f"fallback_dir {path}")
 
 
 def _check_writable(place: Path, given: str) -> None:
     try:
-        # Permissions do not tell (read-only file systems, /proc): only trying does.
+        # Only a write shows it: permissions miss read-only file systems and /proc.
         with making_directory(place / "output_dir"):
             pass
     except OSError as error:
@@ -77,20 +77,20 @@ def _check_writable(place: Path, given: str) -> None:
 
 
 def _check_not_in_use(path: Path) -> None:
-    """Refuse what another process writes or reads, and what lies in a run that goes on."""
+    """Reject a directory that another process uses, or that is inside a running run."""
     if in_use(path):
         raise InputError(_in_use(path))
     for parent in path.absolute().parents:
-        # Locks of other programs on other directories mean nothing here.
+        # Only directories of runs count: other programs lock directories as well.
         if (parent / CONFIG).is_file() and in_use(parent, by_writers=True):
             raise InputError(
-                f"output_dir {path} lies in {parent}, where a run of molf train goes on. Wait for "
-                "its end, or give another --output_dir."
+                f"output_dir {path} lies in {parent}, where a run of molf train is not over. Wait "
+                "for its end, or give another --output_dir."
             )
 
 
 def _check_no_part(path: Path) -> None:
-    """Refuse a place that --overwrite would delete with the run around it."""
+    """Reject a directory inside a run, which --overwrite would delete with that run."""
     run = run_of_part(path)
     if run is not None:
         raise InputError(
@@ -100,7 +100,7 @@ def _check_no_part(path: Path) -> None:
 
 
 def _check_content(path: Path, *, overwrite: bool, ownership: Ownership) -> None:
-    """Refuse to replace what is there, unless it is ours alone and the user allowed it."""
+    """Reject an existing directory, unless molf wrote all of it and `overwrite` is set."""
     if not path.is_dir():
         raise InputError(f"output_dir {path} is a file. Give a directory that is new or empty.")
     if _is_empty(path):
@@ -125,24 +125,24 @@ def _check_content(path: Path, *, overwrite: bool, ownership: Ownership) -> None
 
 
 def _is_empty(path: Path) -> bool:
-    """Whether a directory holds nothing but what a process is, or was, about to write."""
+    """Return whether a directory has no files except temporary ones of molf."""
     return all(is_unfinished(entry.name) for entry in path.iterdir())
 
 
 def _in_use(path: Path) -> str:
     return (
-        f"output_dir {path} is in use: a run of molf train goes on there, or another command reads "
-        "what it holds. --overwrite does not replace it either. Wait for the end, or give another "
+        f"output_dir {path} is in use: a run of molf train is writing there, or another command is "
+        "reading it. --overwrite does not replace it either. Wait for the end, or give another "
         "--output_dir."
     )
 
 
 @contextmanager
-def runs_kept(sources: Iterable[str | Path | None]) -> Iterator[None]:
-    """Keep runs from being replaced during the block, because something in them is read.
+def locking_runs(sources: Iterable[str | Path | None]) -> Iterator[None]:
+    """Lock runs that inputs are read from, so that they are not replaced during the block.
 
     Args:
-        sources: What is read; where it is no path, or lies in no run, nothing is kept.
+        sources: Paths of the inputs; those outside of runs are ignored.
     """
     with ExitStack() as stack:
         for source in sources:
@@ -151,27 +151,27 @@ def runs_kept(sources: Iterable[str | Path | None]) -> Iterator[None]:
             path = Path(os.path.abspath(os.path.expanduser(source)))
             for place in (path, *path.parents):
                 if (place / CONFIG).is_file():
-                    with suppress(OSError):  # its run goes on: nobody replaces it
+                    with suppress(OSError):  # locked by its own run, so it is not replaced
                         stack.enter_context(Lock(place, shared=True, wait=0))
         yield
 
 
 class RunDirectory:
-    """A run's directory, made when the run starts and locked until `release`.
+    """A run's directory, created when the run starts and locked until `release`.
 
-    An earlier run that it replaces is moved aside and deleted only by `complete()`, so that a run
-    that fails costs nothing that was there before.
+    A replaced run is renamed first and deleted only by `complete()`, so that a failed run does not
+    destroy it.
 
-    Somebody may move, delete or replace a directory while its run goes on. The run then writes to
-    where its directory is now, or to a new one, and never to another's. Paths in it are therefore
-    asked for when something is written (`directory / NAME`), and not kept.
+    A user may move, delete or replace the directory during the run. The run then writes to the
+    moved directory, or to a new one. Therefore paths in it are computed for each write
+    (`directory / NAME`), and not stored.
 
     Attributes:
         path: The directory.
-        replaced: Where the earlier run is kept meanwhile, or None.
+        replaced: The path of the renamed earlier run, or None.
 
     Raises:
-        InputError: There is something that must not be replaced, or the place cannot be written.
+        InputError: The directory must not be replaced, or cannot be written.
     """
 
     def __init__(self, path: Path, *, overwrite: bool) -> None:
@@ -184,7 +184,7 @@ class RunDirectory:
             self._lock = Lock(path)
             if not self._lock.is_at(path):
                 raise InUseError
-            # Another run may have begun, and even ended, since that was checked.
+            # Checked again under the lock: another run may have written there since.
             _check_content(path, overwrite=overwrite, ownership=A_RUN)
             if not _is_empty(path):
                 self._set_aside()
@@ -212,7 +212,7 @@ class RunDirectory:
         self.release()
 
     def __truediv__(self, name: str) -> Path:
-        """The place of a file of the run, to be written now.
+        """Return the path of a file of the run, for a write at once.
 
         Warns:
             UserWarning: The directory was moved, deleted or replaced.
@@ -222,7 +222,7 @@ class RunDirectory:
         return self.path / name
 
     def complete(self) -> None:
-        """Delete the earlier run, now that this one is whole.
+        """Delete the earlier run, after this one is complete.
 
         Warns:
             UserWarning: It cannot be deleted.
@@ -241,23 +241,23 @@ class RunDirectory:
         self.replaced = None
 
     def discard(self) -> None:
-        """Delete this run, which has nothing worth keeping, and bring the earlier one back."""
+        """Delete this run, and restore the earlier one."""
         if self._lock.is_at(self.path):
             shutil.rmtree(self.path)
         self._restore()
 
     def kept(self) -> str:
-        """Where the earlier run is, as the end of a message; empty if there is none."""
+        """Return a sentence with the path of the earlier run; empty if there is none."""
         return f" The earlier run is kept in {self.replaced}." if self.replaced else ""
 
     def release(self) -> None:
-        """Let other processes have the directory: the run is over."""
+        """Release the locks at the end of the run."""
         for lock in (getattr(self, "_lock", None), self._earlier):
             if lock is not None:
                 lock.release()
 
     def _set_aside(self) -> None:
-        """Move the earlier run aside, and make a new directory in its place."""
+        """Rename the earlier run, and create a new directory at its path."""
         self._earlier = self._lock
         self.replaced = self.path.rename(_unused_name(self.path, "replaced"))
         self.path.mkdir()
@@ -270,12 +270,12 @@ class RunDirectory:
         self.release()
 
     def _follow(self) -> None:
-        """Go on where the directory is now; in a new one, if it is nowhere any more."""
+        """Set `path` to where the directory was moved; if it was deleted, to a new one."""
         lost, place = self.path, self._lock.place()
         if place is not None:
             self.path = place
             warnings.warn(
-                f"output_dir {lost} was moved while its run goes on: the run writes to {place} "
+                f"output_dir {lost} was moved during its run: the run writes to {place} "
                 "from now on.",
                 stacklevel=4,
             )
@@ -288,14 +288,14 @@ class RunDirectory:
         self._lock.release()
         self._lock = Lock(self.path)
         warnings.warn(
-            f"output_dir {lost} was deleted or replaced while its run goes on: the run writes to "
-            f"{self.path} from now on, and what it wrote before is not there.",
+            f"output_dir {lost} was deleted or replaced during its run: the run writes to "
+            f"{self.path} from now on, and its earlier files are not there.",
             stacklevel=4,
         )
 
 
 def _unused_name(path: Path, suffix: str) -> Path:
-    """A name beside `path` that nothing has."""
+    """Return an unused name beside `path`."""
     number = 0
     while True:
         number += 1

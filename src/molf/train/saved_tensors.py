@@ -1,6 +1,6 @@
-"""The numbers of a trained model as they are stored: each tensor in its type, rounded, measured.
+"""Convert the tensors of a trained model for saving: choose types, round, measure the loss.
 
-Tensors are taken out of the model one by one, so that there is no second copy of it.
+Tensors are taken from the model one by one and freed, so that there is no second copy.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from molf.train.model_loading import LoadedModel
 from molf.train.saved_update import SavedUpdate
 from molf.train.stored import StoredTensor, is_real
 
-_CHUNK = 1 << 22  # numbers that are worked on at once
+_CHUNK = 1 << 22  # numbers converted at a time
 
 
 class UnfitError(ValueError):
@@ -30,12 +30,13 @@ class UnfitError(ValueError):
 
 @dataclass(frozen=True)
 class Storing:
-    """How numbers are stored.
+    """Type and rounding of saved numbers.
 
     Attributes:
-        dtype: Type of the tensors that the checkpoint has in its main type; None for that type.
-        rounding: How, where a type holds less than float32.
-        keep_low_halves: Keep what bfloat16 cannot hold. Ties are then rounded away from zero.
+        dtype: Type for tensors that the base stores in its main type; None for that type.
+        rounding: Rounding to types of 16 bits.
+        keep_low_halves: Keep the low halves of float32 numbers saved in bfloat16. Nearest
+            rounding then rounds ties away from zero.
     """
 
     dtype: torch.dtype | None = None
@@ -45,13 +46,13 @@ class Storing:
 
 @dataclass
 class Stored:
-    """What is stored.
+    """Converted tensors, ready to be saved.
 
     Attributes:
         tensors: The tensors by their names in the checkpoint's files.
-        low_halves: int16, by the same names; tensors that lost nothing are left out.
-        update: How much of the training they hold; None where that was not asked for.
-        unfit: What is wrong where a tensor does not fit its type and so is float32; else None.
+        low_halves: int16, by the same names; tensors stored exactly are left out.
+        update: The measured share of the update that they hold; None if not requested.
+        unfit: A message if a tensor overflows its type and was left in float32; else None.
     """
 
     tensors: dict[str, Tensor] = field(default_factory=dict)
@@ -68,20 +69,20 @@ def take_tensors(
     start_dtype: torch.dtype | None = None,
     low_halves: LowHalves | None = None,
 ) -> Stored:
-    """Take the numbers out of a model, which is used up, as they are to be stored.
+    """Convert a model's tensors for saving, and free them in the model.
 
     Args:
-        model: The plain model. Its parameters hold nothing afterwards.
-        base: What it was loaded as, with the files: each tensor keeps its type there.
-        storing: How they are stored.
-        start_dtype: The type that the checkpoint was loaded in before it was trained, to measure
-            the update; None to measure nothing. Numbers that training left alone are then stored as
-            the checkpoint has them.
-        low_halves: What the model's bfloat16 numbers lack of float32 ones.
+        model: The plain model. Its parameters are empty afterwards.
+        base: The base that it was trained from; each tensor is saved in its type there.
+        storing: Type and rounding of the saved numbers.
+        start_dtype: The type that the base was loaded in for training, to measure the update; None
+            for no measurement. With it, numbers that training did not change are saved as the base
+            stores them.
+        low_halves: Low halves of the model's weights, if these are bfloat16 halves of float32.
 
     Raises:
-        UnfitError: A trained number is not finite. (One that is, but does not fit its type, is
-            told of by what is returned.)
+        UnfitError: A trained number is not finite. A finite number that overflows its type is
+            reported in `Stored.unfit`.
     """
     state = file_state(model)
     types = Types.of(model, base, storing.dtype)
@@ -116,24 +117,24 @@ def take_tensors(
 
 
 def counterpart(base: LoadedModel, model: Any, name: str, tensor: Tensor) -> str | None:
-    """The name in the base's files of the tensor that a tensor of the model was loaded from."""
+    """Return the name in the base's files of a tensor of the model; None without one."""
     found = base.stored.find(name, getattr(model, "base_model_prefix", ""))
     same = found is not None and base.stored.tensors[found].shape == tuple(tensor.shape)
     return found if same else None
 
 
 def is_quantised_model(model: Any) -> bool:
-    """Whether a model was loaded with quantised weights, which are not saved as they are."""
+    """Return whether a model was loaded with quantised weights, which are not saved as such."""
     return getattr(model, "hf_quantizer", None) is not None
 
 
 def file_state(model: Any) -> dict[str, Tensor]:
     """Return a model's tensors by their names in a checkpoint's files, tied ones once.
 
-    They share the model's memory, but for those that the files have in another form.
+    They share the model's memory, except tensors that the files store in another form.
 
     Raises:
-        RuntimeError: Tensors share memory in a way that no checkpoint can express.
+        RuntimeError: Tensors share memory in a way that a checkpoint cannot express.
     """
     state: dict[str, Tensor] = dict(model.state_dict())
     for name in getattr(model, "_keys_to_ignore_on_save", None) or ():
@@ -144,15 +145,14 @@ def file_state(model: Any) -> dict[str, Tensor]:
 
 @dataclass(frozen=True)
 class Types:
-    """Which type each tensor of a checkpoint is stored in: the one that it has there.
+    """The saved type of each tensor, by default its type in the base's files.
 
     Attributes:
-        main: The type that most of the checkpoint is in.
-        target: What takes its place: the type that was asked for, or that the configuration
-            declares where that is a wider one.
-        asked: Whether it was asked for. Tensors of another type than `main` are never narrowed by
-            that, and widened if it is wider.
-        keeps_float32: Whether the model's code keeps a tensor in float32 whatever it is loaded in.
+        main: The type of most stored numbers.
+        target: The type that replaces `main`: the requested one, or the configuration's if wider.
+        asked: Whether it was requested. Tensors of other types than `main` are then widened to it
+            if it is wider, and never narrowed.
+        keeps_float32: Whether the model's code keeps a tensor of this name in float32.
     """
 
     main: torch.dtype
@@ -162,7 +162,7 @@ class Types:
 
     @classmethod
     def of(cls, model: Any, base: LoadedModel, asked: torch.dtype | None) -> Types:
-        """The types for a model that was loaded as `base`."""
+        """Return the types for a model that was loaded as `base`."""
         main = base.stored.main_dtype or base.dtype
         target = asked or default_dtype(base)
         return cls(main, target, asked is not None, float32_names(model))
@@ -173,7 +173,7 @@ class Types:
         Args:
             name: Its name in the files.
             dtype: Its type in the model.
-            stored: The tensor in the checkpoint; None if there is none of this name and shape.
+            stored: The tensor in the base's files; None if none has this name and shape.
         """
         known = None if stored is None else stored.dtype
         if not dtype.is_floating_point:
@@ -189,16 +189,16 @@ class Types:
 
 
 def default_dtype(base: LoadedModel) -> torch.dtype:
-    """The type that a model is saved in where none is asked for.
+    """Return the default type of a saved model.
 
-    It is that of the base's files, or the one that its configuration declares where that is wider.
+    It is that of the base's files, or the type that its configuration declares if wider.
     """
     main = base.stored.main_dtype
     return base.dtype if main is None or lossless(main, base.dtype) else main
 
 
 def float32_names(model: Any) -> Callable[[str], bool]:
-    """Whether the code of a model keeps a tensor of this name in float32."""
+    """Return a function of a tensor's name: whether the model's code keeps it in float32."""
     names = {
         name
         for module in model.modules()
@@ -210,7 +210,7 @@ def float32_names(model: Any) -> Callable[[str], bool]:
 
 
 def _empty(model: Any, dtype: torch.dtype) -> None:
-    """Let go of a model's numbers; shapes stay, and the type is what transformers will write."""
+    """Free a model's numbers; shapes stay, and the type is the one transformers records."""
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.is_floating_point():
@@ -227,11 +227,10 @@ def _store(
     start_dtype: torch.dtype | None,
     low_halves: LowHalves | None,
 ) -> None:
-    """Store one tensor, part by part."""
+    """Convert one tensor in chunks, and measure its update."""
     flat = trained.detach().reshape(-1)
-    if (
-        lossless(trained.dtype, dtype) and low_halves is None and start is None
-    ):  # nothing is lost, and nothing is compared
+    # Nothing is rounded, joined or compared: convert at once.
+    if lossless(trained.dtype, dtype) and low_halves is None and start is None:
         made.tensors[name] = trained.detach().to(dtype)
         return
     saved = torch.empty(flat.shape, dtype=dtype, device=flat.device)
@@ -263,12 +262,12 @@ def _store(
 
 
 def lossless(source: torch.dtype, target: torch.dtype) -> bool:
-    """Whether every number of one type is one of another."""
+    """Return whether the target type holds every number of the source type."""
     return torch.promote_types(source, target) == target
 
 
 def _rounded(values: Tensor, dtype: torch.dtype, name: str, storing: Storing, first: int) -> Tensor:
-    """float32 numbers in another type."""
+    """Return float32 numbers rounded to another type."""
     if storing.rounding.kind == "stochastic":
         key = storing.rounding.key(name)
         if dtype == torch.bfloat16:
@@ -279,7 +278,7 @@ def _rounded(values: Tensor, dtype: torch.dtype, name: str, storing: Storing, fi
 
 
 def _check_finite(name: str, tensor: Tensor, read: Callable[[], Tensor | None]) -> None:
-    """Refuse infinity and NaN, but for those that the checkpoint has in the same place.
+    """Reject infinity and NaN, except those that the base stores in the same place.
 
     Raises:
         UnfitError: There are others.

@@ -1,4 +1,4 @@
-"""How much of a training was saved, in words."""
+"""Describe the saved share of a training's update in words."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 
 def show_saved(record: Mapping[str, Any] | None) -> str | None:
-    """Return the figures of a run's `saved` record as a sentence; None if they are not known."""
+    """Return a run's `saved` record as a sentence; None without measurements."""
     if not record or "moved_share" not in record:
         return None
     how = str(record["dtype"])

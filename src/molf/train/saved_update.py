@@ -1,4 +1,4 @@
-"""How much of a training a saved checkpoint holds, counted tensor by tensor while it is saved."""
+"""Measure the share of a training's update that a saved checkpoint holds, tensor by tensor."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from torch import Tensor
 
 @dataclass
 class SavedUpdate:
-    """What became of the update, which is the trained numbers less those training began with.
+    """Sums over the update (trained numbers minus initial ones) and the stored update.
 
     Attributes:
-        numbers: Numbers that were compared.
-        moved: How many of them training changed.
-        kept: How many of these are stored with another value than before the training.
+        numbers: Count of compared numbers.
+        moved: Count of numbers changed by training.
+        kept: Count of these whose stored value differs from the initial one.
         update_square: Squared norm of the update.
-        error_square: Squared norm of the difference of the stored numbers from the trained ones.
+        error_square: Squared norm of (stored numbers - trained numbers).
         along: Scalar product of the stored update with the update.
     """
 
@@ -30,13 +30,13 @@ class SavedUpdate:
     along: float = 0.0
 
     def add(self, start: Tensor, trained: Tensor, saved: Tensor, moved: Tensor) -> None:
-        """Count some numbers.
+        """Add numbers to the sums; all arguments have the same shape.
 
         Args:
-            start: What training began with, float32.
-            trained: What it ended with, float32.
-            saved: What is stored, of any type.
-            moved: Which of them training changed.
+            start: Initial numbers, float32.
+            trained: Trained numbers, float32.
+            saved: Stored numbers, of any type.
+            moved: Mask of the numbers changed by training.
         """
         stored = saved.to(torch.float32)
         self.numbers += trained.numel()
@@ -51,12 +51,12 @@ class SavedUpdate:
 
     @property
     def moved_share(self) -> float:
-        """Share of the numbers that training changed."""
+        """Share of the numbers changed by training."""
         return self.moved / self.numbers if self.numbers else 0.0
 
     @property
     def kept_share(self) -> float:
-        """Share of the numbers that are stored with another value than before the training."""
+        """Share of the numbers whose stored value differs from the initial one."""
         return self.kept / self.numbers if self.numbers else 0.0
 
     @property
@@ -66,9 +66,9 @@ class SavedUpdate:
 
     @property
     def update_kept(self) -> float:
-        """How far the stored numbers moved along the update, as a share of the update.
+        """Projection of the stored update on the update, as a share of the update.
 
-        It is 1 where all is stored. Stochastic rounding keeps 1 on average, whatever its error.
+        1 if all is stored exactly. With stochastic rounding it is 1 on average.
         """
         return self.along / self.update_square if self.update_square else 1.0
 

@@ -1,4 +1,4 @@
-"""Saving can fail only when a training is over: it is tried, and its room found, before that."""
+"""Check before a training that its result can be saved: formats, types and disk space."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from molf.train.stored import is_real
 
 
 def storing_of(base: LoadedModel, settings: ResolvedSettings) -> Storing:
-    """How a model that is trained from `base` is stored; `save_dtype` as the user gave it."""
+    """Return type and rounding for a model trained from `base`; `save_dtype` is the user's."""
     dtype = None if settings.save_dtype is None else getattr(torch, settings.save_dtype)
     target = dtype or default_dtype(base)
     stored = base.stored.main_dtype
@@ -38,27 +38,28 @@ def storing_of(base: LoadedModel, settings: ResolvedSettings) -> Storing:
 def check_saving(
     base: LoadedModel, settings: ResolvedSettings, plan: Plan, steps: int, evaluated: int
 ) -> Needed:
-    """Make sure that what the run will leave can be saved, without leaving anything.
+    """Check that the run's files can be saved, without keeping any.
 
     Args:
         base: The model that will be trained.
-        settings: The run's settings; `save_dtype` as the user gave it.
-        plan: What will be trained.
+        settings: The run's settings; `save_dtype` is the user's.
+        plan: The planned method.
         steps: Optimizer steps of the run.
-        evaluated: How many records are evaluated.
+        evaluated: Number of evaluated records.
 
     Returns:
-        About how many bytes the training will write.
+        The estimated bytes that the training will write.
 
     Raises:
-        InputError: It cannot be saved, its numbers do not fit the type, or the disk is too small.
+        InputError: The model cannot be saved, a number overflows the type, or there is too little
+            disk space.
     """
     storing = storing_of(base, settings)
     dtype = storing.dtype or default_dtype(base)
     if storing.keep_low_halves and dtype != torch.bfloat16:
         raise InputError(
-            f"Invalid keep_low_halves: model {settings.model} is saved in {_name(dtype)}, of which "
-            "nothing is rounded off. Give --save_dtype bfloat16, or leave keep_low_halves out."
+            f"Invalid keep_low_halves: model {settings.model} is saved in {_name(dtype)}, and only "
+            "bfloat16 has low halves. Give --save_dtype bfloat16, or leave keep_low_halves out."
         )
     beside = rehearse_saving(base, settings.model)
     model = _check_types(base, storing, settings.model) + base.carried.nbytes
@@ -84,8 +85,8 @@ def check_saving(
 
 
 def _check_types(base: LoadedModel, storing: Storing, name: str) -> int:
-    """Return how many bytes the model's tensors will take; refuse numbers that do not fit."""
-    if is_quantised_model(base.model):  # its tensors are codes, and real ones when it is saved
+    """Return the bytes of the model's tensors; reject numbers that overflow their type."""
+    if is_quantised_model(base.model):  # its tensors are codes, but it is saved unquantised
         return int(base.model.num_parameters() * (storing.dtype or default_dtype(base)).itemsize)
     total = 0
     types = Types.of(base.model, base, storing.dtype)

@@ -1,4 +1,4 @@
-"""From our settings to TRL's `SFTConfig`, with `--training_args.NAME VALUE` passed through."""
+"""Convert settings to TRL's `SFTConfig`; `--training_args.NAME VALUE` is passed through."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ def sft_config(settings: ResolvedSettings) -> SFTConfig:
     """Return the trainer's arguments.
 
     Raises:
-        InputError: A name of `training_args` is unknown or not the user's to set, a value is not
-            allowed, or a tracker of `report_to` is not installed.
+        InputError: A name of `training_args` is unknown or reserved, a value is not allowed, or a
+            tracker of `report_to` is not installed.
     """
     check_trackers(settings.report_to)
     _check_available(settings.report_to)
@@ -32,7 +32,7 @@ def sft_config(settings: ResolvedSettings) -> SFTConfig:
     bf16 = settings.bf16
     if bf16 is None:
         bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
-    # transformers renamed gradient checkpointing; the old name warns, the new one is not in 5.13.
+    # transformers renamed gradient checkpointing: the old name warns, and 5.13 lacks the new one.
     checkpointing = next(
         name
         for name in ("activation_checkpointing", "gradient_checkpointing")
@@ -41,10 +41,10 @@ def sft_config(settings: ResolvedSettings) -> SFTConfig:
     arguments = {
         "dataloader_pin_memory": torch.cuda.is_available(),
         "logging_first_step": True,
-        "logging_nan_inf_filter": False,  # a loss that is not a number is to be seen
+        "logging_nan_inf_filter": False,  # show a loss of NaN
         "run_name": mask_text(settings.output_dir.name),  # trackers show it
-        "use_cpu": not torch.accelerator.is_available(),  # else bf16 is refused there
-        **extra,  # these may be the user's; everything below has an option or is refused above
+        "use_cpu": not torch.accelerator.is_available(),  # without it, bf16 on CPU is rejected
+        **extra,  # the user's: may replace those above; those below are rejected in it
         "output_dir": str(settings.output_dir / CHECKPOINTS),
         "num_train_epochs": settings.num_train_epochs,
         "max_steps": settings.max_steps or -1,
@@ -53,7 +53,7 @@ def sft_config(settings: ResolvedSettings) -> SFTConfig:
         "learning_rate": settings.learning_rate,
         "weight_decay": settings.weight_decay,
         "lr_scheduler_type": settings.lr_scheduler_type,
-        "warmup_steps": settings.warmup_ratio,  # below 1 it is a share of the steps
+        "warmup_steps": settings.warmup_ratio,  # a value below 1 is a share of the steps
         "max_grad_norm": settings.max_grad_norm,
         checkpointing: settings.gradient_checkpointing,
         f"{checkpointing}_kwargs": {"use_reentrant": False},
@@ -66,7 +66,7 @@ def sft_config(settings: ResolvedSettings) -> SFTConfig:
         "report_to": list(settings.report_to),
         "disable_tqdm": True,  # molf shows its own progress
         "include_num_input_tokens_seen": "non_padding",
-        # The data comes tokenized, with labels; nothing may be cut or packed behind our back.
+        # The data is tokenized and has labels: TRL must not truncate or pack it.
         "max_length": None,
         "packing": False,
         "dataset_kwargs": {"skip_prepare_dataset": True},
@@ -97,7 +97,8 @@ def sft_config(settings: ResolvedSettings) -> SFTConfig:
 
 
 def _check_schedule(config: SFTConfig) -> None:
-    """Make the schedule once, for an optimizer of nothing: the trainer does so after loading."""
+    """Check the schedule by creating it for a dummy optimizer."""
+    # The trainer would create it only after the model is loaded.
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=config.learning_rate)
     try:
         get_scheduler(
@@ -116,7 +117,8 @@ def _check_schedule(config: SFTConfig) -> None:
 
 
 def _check_accumulation(config: SFTConfig) -> None:
-    """Refuse the second way to accumulate gradients: `config.yaml` would say something else."""
+    """Reject accelerate's own option for gradient accumulation."""
+    # It would override the number that is recorded in config.yaml.
     given = config.accelerator_config.gradient_accumulation_kwargs or {}
     if "num_steps" in given:
         raise InputError(
@@ -126,7 +128,7 @@ def _check_accumulation(config: SFTConfig) -> None:
 
 
 class _Parser(HfArgumentParser):
-    """The Trainer's own parser, raising what argparse would print and exit with."""
+    """transformers' parser; it raises an InputError where argparse would print and exit."""
 
     def error(self, message: str) -> NoReturn:
         raise InputError(f"training_args: {message}")
@@ -138,14 +140,14 @@ def _parser() -> _Parser:
 
 
 def parse_training_args(given: Mapping[str, str]) -> dict[str, Any]:
-    """Give each value the type that SFTConfig declares for its name.
+    """Convert each value to the type that SFTConfig declares.
 
     Raises:
-        InputError: A name is unknown or not the user's to set, or a value has the wrong type.
+        InputError: A name is unknown or reserved, or a value has the wrong type.
     """
     check_training_args(given)
     known = {option.name for option in fields(SFTConfig) if option.init}
-    for name in given:  # again: a release may declare its fields where the source was not found
+    for name in given:  # again, in case the source of SFTConfig was not found above
         if name not in known:
             raise unknown_name(name, known)
     tokens = [f"--{name}={value}" for name, value in given.items()]
@@ -154,7 +156,7 @@ def parse_training_args(given: Mapping[str, str]) -> dict[str, Any]:
 
 
 def _check_available(names: tuple[str, ...]) -> None:
-    """Ask the trainer, which also reads the environment."""
+    """Check trackers against those that transformers finds, also by environment variables."""
     available = get_available_reporting_integrations()
     for name in names:
         if name not in ("none", "all", *available):

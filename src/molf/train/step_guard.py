@@ -1,7 +1,7 @@
-"""A loss or a gradient that is infinite or NaN: the step is not taken, and the run ends or goes on.
+"""Skip the step, or end the run, if the loss or a gradient is infinite or NaN.
 
-The optimizers of `molf.core` look for bad gradients themselves, in the one read that a step takes,
-and are given the loss for it. Before torch's AdamW, loss and norm are read here, once per step.
+The optimizers of `molf.core` check loss and gradients in their one host read per step. For torch's
+AdamW, loss and norm are read here, once per step.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ _SHOWN = 3  # names in a message
 
 
 class StepGuard(TrainerCallback):
-    """Lets only steps happen whose loss and gradients are finite, and keeps the mean loss of these.
+    """Skips steps with a loss or gradient that is not finite, and averages the other losses.
 
-    The trainer hands it every loss and has it clip the gradients; the decision falls between the
-    clipping and the optimizer's step.
+    The trainer calls it with each loss and to clip gradients. The decision is made after clipping,
+    before the optimizer's step.
 
     Attributes:
-        skipped_steps: How many steps were skipped.
+        skipped_steps: Number of skipped steps.
 
     Args:
-        settings: What is done about the others.
+        settings: The run's settings; `nonfinite` and `max_skipped_steps` are used.
     """
 
     def __init__(self, settings: ResolvedSettings) -> None:
@@ -43,37 +43,36 @@ class StepGuard(TrainerCallback):
         self._settings = settings
         self._in_a_row = 0
         self._has_moved = False
-        self._reason: str | None = None  # why this step is not taken
-        self._loss: Tensor | None = None  # of this step, all micro-batches
+        self._reason: str | None = None  # why this step is skipped
+        self._loss: Tensor | None = None  # sum over the micro-batches of this step
         self._norm: Tensor | None = None
         self._recent = _Mean()
         self._whole = _Mean()
 
     def add_loss(self, loss: Tensor) -> None:
-        """Take the loss of a micro-batch, whose backward pass is over."""
+        """Add the loss of a micro-batch, after its backward pass."""
         self._loss = loss if self._loss is None else self._loss + loss
 
     def check_before_backward(self, loss: Tensor) -> None:
-        """Refuse a loss before its backward pass, where that already moves the weights.
+        """Check a loss before its backward pass, if that pass updates the weights.
 
         Raises:
-            NonFiniteError: It is not finite.
+            NonFiniteError: The loss is not finite.
         """
         if self._settings.optimizer_in_backward and not math.isfinite(value := loss.item()):
             raise NonFiniteError(f"Non-finite loss ({value})")
 
     def clip(self, parameters: Iterable[Tensor], max_norm: float, norm_type: float = 2.0) -> Tensor:
-        """Clip as accelerate does, but leave all gradients as they are if their norm is not finite.
-
-        Torch would multiply all of them by NaN, and nobody could say which was the first.
+        """Clip as accelerate does, but leave gradients unchanged if their norm is not finite.
 
         Returns:
-            The norm before, 0-dim.
+            The norm before clipping, 0-dim.
         """
         parameters = list(parameters)
         gradients = [p.grad for p in parameters if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients, norm_type)
         if max_norm < math.inf:
+            # torch would multiply all gradients by NaN, which hides the bad parameter.
             known = torch.where(norm.isfinite(), norm, 0.0)
             torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, known)
         self._norm = norm
@@ -88,7 +87,7 @@ class StepGuard(TrainerCallback):
         optimizer: Any = None,
         **kwargs: Any,
     ) -> None:
-        """Decide, or have the optimizer decide."""
+        """Decide about the step, or pass the loss to the optimizer, which decides."""
         optimizer = unwrapped(optimizer)
         assert self._loss is not None, "the trainer hands over every loss"
         if not isinstance(optimizer, AdamW):
@@ -114,14 +113,14 @@ class StepGuard(TrainerCallback):
             reason = f"Non-finite loss ({loss})"
         if self._settings.nonfinite == "raise":
             raise NonFiniteError(reason)
-        # Without gradients torch's optimizers move nothing, moments and decay included.
+        # Without gradients, torch's optimizers skip parameters, also their moments and decay.
         for group in optimizer.param_groups:
             for parameter in group["params"]:
                 parameter.grad = None
         self._note(reason)
 
     def _note(self, reason: str) -> None:
-        """Remember that this step is not taken."""
+        """Store the reason why this step is skipped."""
         self._reason = reason
 
     def on_optimizer_step(
@@ -136,7 +135,7 @@ class StepGuard(TrainerCallback):
         """Count the step as taken or as skipped.
 
         Raises:
-            RunError: Too many were skipped in a row, or skipping cannot help.
+            RunError: Too many were skipped in a row, or the weights are not finite.
         """
         loss, reason = self._loss, self._reason
         self._loss = self._norm = self._reason = None
@@ -152,7 +151,7 @@ class StepGuard(TrainerCallback):
         step = f"Step {state.global_step + 1} of {state.max_steps}"
         bad = nonfinite_weights(model)
         if bad:
-            raise self._of_weights(f"{step}: {reason}", bad)
+            raise self._weights_error(f"{step}: {reason}", bad)
         if self._in_a_row >= self._settings.max_skipped_steps:
             many = f"{self._in_a_row} steps in a row" if self._in_a_row > 1 else "1 step"
             raise RunError(
@@ -165,36 +164,37 @@ class StepGuard(TrainerCallback):
             )
 
     def stopped(self, error: NonFiniteError, state: TrainerState, model: Any) -> RunError:
-        """Return the error that ends the run, with the step, the cause and what to try."""
+        """Return the error that ends the run, with the step, the cause and advice."""
         reason = str(error).split("; no weight")[0].rstrip(".")
         step = f"Step {state.global_step + 1} of {state.max_steps}"
         bad = nonfinite_weights(model)
         if bad:
-            return self._of_weights(f"{step}: {reason}", bad)
+            return self._weights_error(f"{step}: {reason}", bad)
         return RunError(f"{step}: {reason}. {self._advice()}")
 
     def check_weights(self, model: Any, state: TrainerState) -> None:
-        """Look at the weights once the last step is taken: no later loss will tell.
+        """Check the weights after the last step.
 
         Raises:
             RunError: Some are not finite.
         """
+        # No later loss would show weights that the last step made infinite or NaN.
         bad = nonfinite_weights(model)
         if bad:
-            raise self._of_weights(f"Step {state.global_step} of {state.max_steps}", bad)
+            raise self._weights_error(f"Step {state.global_step} of {state.max_steps}", bad)
 
-    def _of_weights(self, what: str, bad: list[str]) -> RunError:
+    def _weights_error(self, what: str, bad: list[str]) -> RunError:
         return RunError(
             f"{what}, with non-finite weights in {_listed(bad)}: {self._advice(are_weights=True)}"
         )
 
     def take_mean_loss(self) -> float:
-        """Mean loss of the steps taken since the last call; NaN if there were none."""
+        """Return the mean loss of the steps since the last call; NaN if there were none."""
         recent, self._recent = self._recent, _Mean()
         return recent.value()
 
     def mean_loss(self) -> float:
-        """Mean loss of all steps taken; NaN if there were none."""
+        """Return the mean loss of all steps; NaN if there were none."""
         return self._whole.value()
 
     def _advice(self, *, are_weights: bool = False) -> str:
@@ -205,7 +205,7 @@ class StepGuard(TrainerCallback):
             way = "--no-bf16 or " if settings.bf16 else ""
             way += "--dtype float32 or " if settings.dtype != "float32" else ""
             return (
-                "No weight has moved yet, so the model gives it for these examples as it is. Try "
+                "No weight has moved yet: the base model gives it for these examples. Try "
                 f"{way}other --data."
             )
         rates = "--learning_rate"
@@ -222,7 +222,7 @@ class StepGuard(TrainerCallback):
 
 
 class _Mean:
-    """The mean of losses, added up where they are."""
+    """The mean of losses, summed on their device, without a host read per step."""
 
     def __init__(self) -> None:
         self._sum: Tensor | None = None
@@ -237,14 +237,15 @@ class _Mean:
 
 
 def nonfinite_weights(model: nn.Module) -> list[str]:
-    """Return the names of the trained weights that are not all finite; the host waits."""
+    """Return the names of trained weights with infinity or NaN; synchronizes with the device."""
     return _not_finite(
         (name, p.detach()) for name, p in model.named_parameters() if p.requires_grad
     )
 
 
 def _not_finite(tensors: Iterable[tuple[str, Tensor | None]]) -> list[str]:
-    """Names of the tensors with infinity or NaN, found without a mask of their size."""
+    """Return the names of the tensors with infinity or NaN."""
+    # By minimum and maximum: `isfinite` would allocate a mask of the tensor's size.
     extremes = [
         (name, torch.stack(torch.aminmax(tensor)).float())
         for name, tensor in tensors

@@ -1,9 +1,8 @@
-"""How many optimizer steps a training has: the trainer counts them itself, before it begins.
+"""Count the optimizer steps of a training in advance, with the trainer's own code.
 
-Batches that are dropped, accumulation, fractions of epochs and further arguments all change the
-number, and the schedule, AdaLoRA's ranks and the progress must end with the training. So a trainer
-with the run's arguments and a model of nothing is started, asked, and stopped before its first
-step.
+Dropped batches, accumulation, fractions of epochs and other arguments change the number, and the
+schedule, AdaLoRA's ranks and the progress depend on it. So a trainer with the run's arguments and a
+tiny model is started, and stopped before its first step.
 """
 
 from __future__ import annotations
@@ -30,11 +29,11 @@ from molf.train.files import scratch_directory
 
 
 class _CountedError(Exception):
-    """Ends a training that was only counted."""
+    """Stops the trainer after its steps are counted."""
 
 
 class _Counter(TrainerCallback):
-    """Reads what the trainer has counted and stops it."""
+    """Reads the trainer's step count, and stops it."""
 
     def __init__(self) -> None:
         self.steps = 0
@@ -48,16 +47,16 @@ class _Counter(TrainerCallback):
         train_dataloader: Any = None,
         **kwargs: Any,
     ) -> None:
-        """Nothing has been trained yet."""
+        """Store the counts, and stop before the first step."""
         self.steps, self.batches = state.max_steps, len(train_dataloader)
         raise _CountedError
 
 
 class StepsCheck(TrainerCallback):
-    """Stops a training that would not end with the schedule that was made for it.
+    """Stops a training whose number of steps differs from that of its schedule.
 
     Args:
-        steps: As `count_steps` has counted them.
+        steps: The result of `count_steps`.
     """
 
     def __init__(self, steps: int) -> None:
@@ -66,7 +65,7 @@ class StepsCheck(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """The trainer has counted again, with the real model."""
+        """Compare with the trainer's count for the real model."""
         if state.max_steps != self._steps:
             raise RuntimeError(
                 f"The trainer takes {state.max_steps} steps, and {self._steps} were counted "
@@ -75,14 +74,14 @@ class StepsCheck(TrainerCallback):
 
 
 def count_steps(arguments: SFTConfig, samples: int) -> int:
-    """Return the optimizer steps that the trainer will take; nothing is written.
+    """Return the number of optimizer steps that the trainer will take.
 
     Args:
         arguments: The trainer's arguments.
-        samples: How many examples there are.
+        samples: Number of examples.
 
     Raises:
-        InputError: There is not a single batch.
+        InputError: There is no batch.
     """
     counter = _Counter()
     with scratch_directory("steps") as scratch:
@@ -93,7 +92,7 @@ def count_steps(arguments: SFTConfig, samples: int) -> int:
             callbacks=[counter],
         )
         trainer.remove_callback(PrinterCallback)
-        # It collects garbage, which takes longer than all the rest.
+        # Its garbage collection would take longer than the rest.
         trainer.accelerator.free_memory = lambda *objects: None
         with suppress(_CountedError):
             trainer.train()
@@ -107,21 +106,21 @@ def count_steps(arguments: SFTConfig, samples: int) -> int:
 
 
 def _without_effects(arguments: SFTConfig, directory: str) -> SFTConfig:
-    """The arguments without what reaches beyond the trainer: none of it changes the steps."""
+    """Return the arguments without side effects; these do not change the number of steps."""
     arguments = copy.copy(arguments)
-    # Trainers write to it.
+    # Copied, because trainers change it.
     arguments.accelerator_config = copy.deepcopy(arguments.accelerator_config)
-    arguments.output_dir = directory  # made by the trainer in any case
+    arguments.output_dir = directory  # always created by the trainer
     arguments.report_to = []
-    arguments.use_liger_kernel = False  # changes the classes of models
+    arguments.use_liger_kernel = False  # patches model classes
     arguments.torch_compile = False
-    arguments.enable_jit_checkpoint = False  # answers signals
-    arguments.full_determinism = False  # for the whole process
+    arguments.enable_jit_checkpoint = False  # installs signal handlers
+    arguments.full_determinism = False  # set for the whole process
     return arguments
 
 
 def _model_of_nothing() -> LlamaForCausalLM:
-    """A model for the trainer to hold; it is never run."""
+    """Return a tiny model for the trainer, which never runs it."""
     return LlamaForCausalLM(
         LlamaConfig(
             vocab_size=1,

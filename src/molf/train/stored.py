@@ -1,4 +1,4 @@
-"""The weights of a checkpoint as they are stored: files, names, types, shapes, and the numbers."""
+"""Read the stored weights of a checkpoint: files, names, types, shapes and numbers."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class StoredTensor(NamedTuple):
 
     Attributes:
         file: The file.
-        dtype: Its type; None for one that torch has no name for here.
+        dtype: Its type; None for a type not in `_DTYPES`.
         shape: Its shape.
     """
 
@@ -56,8 +56,8 @@ class StoredCheckpoint:
     """A checkpoint's files, read on demand.
 
     Attributes:
-        name: The directory, or a Hub id, whose files are fetched.
-        explicit: The file of weights that its configuration names (`transformers_weights`), if any.
+        name: The directory, or a Hub id, whose files are downloaded.
+        explicit: The weights file in its configuration (`transformers_weights`), if any.
     """
 
     name: str
@@ -66,11 +66,10 @@ class StoredCheckpoint:
 
     @cached_property
     def tensors(self) -> Mapping[str, StoredTensor]:
-        """Every tensor by its name in the files, from their headers.
+        """All tensors by their names in the files, from the headers.
 
         Raises:
-            InputError: There are no safetensors files, one that the index names is not there, or
-                one cannot be read; the message names the file.
+            InputError: There are no safetensors files, or one is missing or cannot be read.
         """
         found: dict[str, StoredTensor] = {}
         for path in _weight_files(self.name, self.explicit):
@@ -79,7 +78,7 @@ class StoredCheckpoint:
 
     @cached_property
     def main_dtype(self) -> torch.dtype | None:
-        """The floating type of 16 bits or more that most numbers have; None if none has."""
+        """The floating-point type (16 bits or more) of most numbers; None if there is none."""
         sizes: Counter[torch.dtype] = Counter()
         for tensor in self.tensors.values():
             if tensor.dtype is not None and is_real(tensor.dtype):
@@ -88,7 +87,7 @@ class StoredCheckpoint:
 
     @property
     def generation_config(self) -> bytes | None:
-        """The generation configuration's file, as it is; None if there is none."""
+        """The bytes of the generation configuration's file; None if there is none."""
         path = _found(self.name, GENERATION_CONFIG)
         return None if path is None else path.read_bytes()
 
@@ -110,7 +109,7 @@ class StoredCheckpoint:
 
 
 def is_real(dtype: torch.dtype) -> bool:
-    """Whether a type holds weights as they are, and not the codes of quantised ones."""
+    """Return whether a type holds unquantised weights, not codes of quantised ones."""
     return dtype.is_floating_point and dtype.itemsize >= 2
 
 
@@ -131,7 +130,7 @@ def _tensors_in(name: str, path: Path) -> dict[str, StoredTensor]:
 
 
 def _weight_files(name: str, explicit: str | None) -> list[Path]:
-    """The files that transformers would load, one or those of an index."""
+    """Return the files that transformers would load: one, or those of an index."""
     first = SAFE_WEIGHTS_NAME if explicit is None else explicit
     if (single := _found(name, first)) is not None and single.suffix != ".json":
         return [single]
@@ -155,7 +154,7 @@ def _weight_files(name: str, explicit: str | None) -> list[Path]:
 
 
 def _found(name: str, file: str) -> Path | None:
-    """A file of the checkpoint, fetched if it is a Hub id's; None if it has none of this name."""
+    """Return the path of a checkpoint's file, downloaded for a Hub id; None if it is missing."""
     found = cached_file(
         name,
         file,
@@ -167,7 +166,7 @@ def _found(name: str, file: str) -> Path | None:
 
 
 def _instead(name: str) -> str:
-    """What a directory has in the place of safetensors, and what to do about it."""
+    """Return which other weights a directory has instead of safetensors, with advice."""
     path = Path(name)
     files = sorted(path.iterdir()) if path.is_dir() else []
     other = [file.name for file in files if file.suffix in _OTHER_FORMATS]

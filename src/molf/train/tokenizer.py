@@ -1,4 +1,4 @@
-"""A checkpoint's tokenizer, read and tried before anything depends on it."""
+"""Load and test a checkpoint's tokenizer."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from molf.train.model_config import place_of, read_config
 # Parts of the names of files that hold a vocabulary.
 _VOCABULARIES = ("tokenizer.", "vocab", "spiece", "sentencepiece", "tekken", "tiktoken", "merges")
 _JSON_FILES = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
-# A tokenizer of one script or of one kind of sequence may know none of the others' characters.
+# Several scripts, as a tokenizer for one script or for DNA may lack all other characters.
 _TRIED = "The year 1984: ACGT, мир, 世界, سلام, नमस्ते."
 
 
 def load_tokenizer_and_limit(model: str, max_length: int) -> tuple[Any, int]:
-    """Load a tokenizer, and the longest example that its model takes.
+    """Load a tokenizer; return it with the longest example that model and settings allow.
 
     Args:
         model: A directory or a Hub id.
-        max_length: The longest example that the settings allow, in tokens.
+        max_length: The limit of the settings, in tokens.
 
     Raises:
         InputError: The tokenizer or the configuration cannot be loaded.
@@ -35,19 +35,19 @@ def load_tokenizer_and_limit(model: str, max_length: int) -> tuple[Any, int]:
 
 
 def load_tokenizer(model: str) -> Any:
-    """Load a tokenizer, and make sure that it gives tokens.
+    """Load a tokenizer, and check that it encodes text.
 
     Args:
         model: A directory or a Hub id.
 
     Raises:
-        InputError: There is no tokenizer, a file of it is broken, or it has no tokens for text.
+        InputError: There is no tokenizer, a file is broken, or it returns no tokens for text.
     """
     name = place_of(model)
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         tokens = tokenizer(_TRIED, add_special_tokens=False)["input_ids"]
-    except Exception as error:  # of whichever library reads the files
+    except Exception as error:  # the type depends on the library that reads the files
         broken = _broken_file(Path(name))
         reason = broken or str(error).strip().split("\n")[0] or type(error).__name__
         raise InputError(f"model {model}: its tokenizer cannot be loaded: {reason}") from error
@@ -61,7 +61,7 @@ def load_tokenizer(model: str) -> Any:
 
 
 def _broken_file(directory: Path) -> str | None:
-    """Which file of a local tokenizer is missing or broken, and why; None if none is."""
+    """Return which file of a local tokenizer is missing or broken; None if none is."""
     files = [path.name for path in directory.iterdir()] if directory.is_dir() else None
     if files is not None and not any(part in name for name in files for part in _VOCABULARIES):
         return "the directory has no tokenizer.json. Copy the tokenizer's files into it."
@@ -69,7 +69,7 @@ def _broken_file(directory: Path) -> str | None:
     if whole.is_file():
         try:
             PreTrainedTokenizerFast(tokenizer_file=str(whole))
-        except Exception as error:  # the library raises nothing more special
+        except Exception as error:  # tokenizers raises plain exceptions
             return f"{whole.name} is broken: {str(error).strip()}"
     for name in _JSON_FILES:
         if (path := directory / name).is_file():
@@ -81,7 +81,7 @@ def _broken_file(directory: Path) -> str | None:
 
 
 def _why(directory: Path) -> str:
-    """What the user may do about a tokenizer without tokens."""
+    """Return advice for a tokenizer that returns no tokens."""
     if directory.is_dir() and not (directory / "tokenizer.json").is_file():
         return "The directory has no tokenizer.json: copy the tokenizer's files into it."
     return "Its files are not those of a trained tokenizer."

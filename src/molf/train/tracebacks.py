@@ -1,4 +1,4 @@
-"""Tracebacks in files: a failed command says one line, and where the rest is."""
+"""Write tracebacks to files, so that a failed command prints one line with the path."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ def write_traceback(directory: RunDirectory | None = None) -> str:
         directory: The run that failed; None without one.
 
     Returns:
-        Where it is, in brackets, as a part of a message: in the run's directory, or else in the
-        system's place for temporary files. Where that is full as well, why there is none.
+        Its path in brackets, for a message: in the run's directory, else in the system's temporary
+        folder. If both fail, the reason.
     """
     text = printable(mask_text(traceback.format_exc()))
     try:
         if directory is not None:
             return f"(traceback: {_write(directory / ERROR_LOG, text)})"
     except OSError:
-        pass  # such as a full disk; the system's may be another
+        pass  # such as a full disk; the temporary folder may be on another
     try:
         descriptor, name = tempfile.mkstemp(prefix="molf-error-", suffix=".log")
         os.close(descriptor)
@@ -39,6 +39,6 @@ def write_traceback(directory: RunDirectory | None = None) -> str:
 
 
 def _write(path: Path, text: str) -> Path:
-    with replacing_file(path) as temporary:  # not a part of it, on a full disk
+    with replacing_file(path) as temporary:  # atomic: no partial file on a full disk
         temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
     return path

@@ -1,4 +1,4 @@
-"""The training itself: TRL's SFTTrainer with our optimizer in its factory slot."""
+"""Train a model with TRL's SFTTrainer and the method's optimizer."""
 
 from __future__ import annotations
 
@@ -51,19 +51,19 @@ ALL_WEIGHTS = "model.safetensors"
 
 @dataclass
 class Training:
-    """What a training did.
+    """The result of a training.
 
     Attributes:
-        model: The trained plain model, adapters merged.
-        trained_parameters: How many numbers were trained.
-        steps: Optimizer steps, skipped ones included.
-        skipped_steps: How many of them moved nothing, because something was not finite.
-        seconds: Time they took.
-        preparation_seconds: Time before them, such as that of a decomposition.
-        tokens: Tokens seen, padding left out.
+        model: The trained plain model, with adapters merged.
+        trained_parameters: Number of trained parameters.
+        steps: Optimizer steps, including skipped ones.
+        skipped_steps: Steps skipped because of a loss or gradient that was not finite.
+        seconds: Time of the steps.
+        preparation_seconds: Time before the steps, such as that of a decomposition.
+        tokens: Tokens seen, without padding.
         loss: Mean training loss of the steps that were not skipped.
-        routing: How layers were routed; None without routing.
-        merge: What the merge did to the model; empty where nothing was merged.
+        routing: Summary of the routing; None without routing.
+        merge: Record of the merge; empty if nothing was merged.
     """
 
     model: Any
@@ -88,16 +88,16 @@ def run_training(
     room: Needed = Needed(),  # noqa: B008 (frozen)
     callbacks: Sequence[TrainerCallback] = (),
 ) -> Training:
-    """Train `base.model` on the samples; the model is changed in place, or taken over.
+    """Train `base.model` on the samples, in place, and merge its adapter.
 
-    A trained adapter is saved before it is merged. `callbacks` are told of everything, as well as
-    the run's own. Checkpoints leave `room` for the trained model.
+    A trained adapter is saved before the merge. `callbacks` are added to the run's own. `room` is
+    the disk space that checkpoints leave free for the trained model.
     """
     if settings.quantised is not None and quantisation_of(base.model.config) is None:
         reporter.say(f"Loading the base again ({settings.quantised})")
-        base.model = None  # make room
+        base.model = None  # free memory for the quantised base
         base.model = load_quantised(settings.model, settings.quantised, arguments.device)
-    if settings.method in ADAPTERS:  # for PiSSA and EVA this may take its time
+    if settings.method in ADAPTERS:  # takes long for PiSSA and EVA
         reporter.say("Putting in the adapter")
     precision = Precision(base.model, bf16=arguments.bf16)
     started = time.perf_counter()
@@ -105,14 +105,14 @@ def run_training(
     preparation_seconds = time.perf_counter() - started
     wins, guard = Wins(prepared.experts), StepGuard(settings)
     checkpoints = Checkpoints(room)
-    # Gradients that are freed in the backward pass leave the trainer a norm of 0.
+    # Gradients freed in the backward pass would be logged with a norm of 0.
     without = ("grad_norm",) if settings.optimizer_in_backward else ()
     _warn_of_warmup(data.steps, arguments)
     with (
         RoutingWriter(lambda: directory / ROUTING) as writer,
         reporter.training(data.steps) as show,
     ):
-        arguments.output_dir = str(directory / CHECKPOINTS)  # made by the trainer
+        arguments.output_dir = str(directory / CHECKPOINTS)  # created by the trainer
         trainer = _Trainer(
             base,
             prepared,
@@ -143,14 +143,14 @@ def run_training(
         seconds = time.perf_counter() - started
     guard.check_weights(trainer.model, trainer.state)
     checkpoints.warn_of_missing()
-    with suppress(OSError):  # the trainer makes it in any case; not empty, it stays
+    with suppress(OSError):  # the trainer always creates it; fails if it has checkpoints
         (directory / CHECKPOINTS).rmdir()
-    # Without the trainer's autocast, in which the merge would be measured.
+    # Remove the trainer's autocast, which would affect the measurement of the merge.
     model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
     precision.restore()
     restore_float32(trainer.optimizer)
     if settings.state_offload and isinstance(model, PeftModel):
-        model.to(arguments.device)  # where its adapter is, to be merged
+        model.to(arguments.device)  # the merge needs base and adapter on one device
     if prepared.save_adapter is not None:
         save_adapter(prepared.save_adapter, model, settings, directory / ADAPTER)
     plain, record = merge_trained(model, settings, data, reporter)
@@ -176,14 +176,15 @@ def _trains_more_than_its_adapter(model: Any) -> bool:
 
 
 def restore_float32(optimizer: Any) -> None:
-    """Give exact bfloat16 weights the halves that they do not hold: they become float32."""
+    """Convert bfloat16 weights with low halves in the optimizer to exact float32."""
     optimizer = unwrapped(optimizer)
     if isinstance(optimizer, AdamW):
         optimizer.restore_float32()
 
 
 def _warn_of_warmup(steps: int, arguments: SFTConfig) -> None:
-    """Warn where nothing can move: warm-up starts at rate 0, and its share is rounded up."""
+    """Warn if the warm-up takes all steps."""
+    # It starts at rate 0 and its share is rounded up: a run of one step would not train at all.
     if arguments.lr_scheduler_type != "constant" and arguments.get_warmup_steps(steps) >= steps:
         warnings.warn(
             f"The warm-up takes all {steps} steps and starts at learning rate 0. Give "
@@ -193,9 +194,9 @@ def _warn_of_warmup(steps: int, arguments: SFTConfig) -> None:
 
 
 class _Trainer(SFTTrainer):
-    """SFTTrainer with a method's own term of the loss and figures in the log, for trackers too.
+    """SFTTrainer with a method's additional loss and log figures.
 
-    The guard sees every loss and clips the gradients.
+    The guard checks each loss and clips the gradients.
     """
 
     def __init__(
@@ -218,21 +219,21 @@ class _Trainer(SFTTrainer):
         trained = {p: p.data for p in model.parameters() if p.requires_grad}
         super().__init__(**kwargs)
         for parameter, data in trained.items():
-            # TRL rounds what is trained beside a quantised base to bfloat16, which loses small
-            # updates.
+            # Beside a quantised base, TRL rounds trained parameters to bfloat16, which loses small
+            # updates. Restore their type.
             if parameter.dtype != data.dtype:
                 parameter.data = data.to(parameter.device)
         self.accelerator.clip_grad_norm_ = guard.clip
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
-        """Make the optimizer, without its advice on checkpoints, which `_save` follows."""
+        """Create the optimizer, without its warning about checkpoints, which `_save` resolves."""
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".* trained parameters are outside the adap")
             return super().create_optimizer(*args, **kwargs)
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        """Save a checkpoint where it can be written; elsewhere training goes on without it."""
-        place = self.directory / CHECKPOINTS  # it may have been moved
+        """Save a checkpoint; if it cannot be written, warn and continue."""
+        place = self.directory / CHECKPOINTS  # the run may have been moved
         self.args.output_dir = str(place)
         step = self.state.global_step
         save = super()._save_checkpoint
@@ -240,9 +241,10 @@ class _Trainer(SFTTrainer):
         self.checkpoints.save(lambda: save(*args, **kwargs), directory, step)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        """Save a checkpoint: all weights where more is trained than the adapter, which PEFT saves.
+        """Save the model of a checkpoint.
 
-        The names are those of the model with its adapter.
+        PEFT saves the adapter alone. If more is trained, all weights are saved as well, with the
+        names of the model with its adapter.
         """
         model = self.accelerator.unwrap_model(self.model)
         with base_generation_config(model, self.base, Path(output_dir or self.args.output_dir)):
@@ -272,7 +274,7 @@ class _Trainer(SFTTrainer):
             self.guard.check_before_backward(loss)
         if self.prepared.penalty is None or not model.training:
             return loss
-        # Where TRL divides by the tokens of the whole step, the trainer only sums.
+        # If TRL divides by the tokens of the whole step, the trainer sums the micro-batches.
         sums = num_items_in_batch is not None
         share = self.current_gradient_accumulation_steps if sums else 1
         return loss + self.prepared.penalty().to(loss.device) / share
@@ -282,7 +284,7 @@ class _Trainer(SFTTrainer):
             logs["loss"] = self.guard.take_mean_loss()
             if self.guard.skipped_steps:
                 logs["skipped_steps"] = self.guard.skipped_steps
-            # The trainer logs the rate of its first group alone.
+            # The trainer logs only the rate of the first group.
             for name, ratio in self.prepared.rates.items():
                 logs[name] = logs["learning_rate"] * ratio
             logs |= self.prepared.measure()

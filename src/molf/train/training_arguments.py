@@ -1,4 +1,4 @@
-"""What can be said of `--training_args.NAME VALUE` and `--report_to` without importing TRL."""
+"""Check `--training_args.NAME VALUE` and `--report_to` without importing TRL."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from molf.train.converters import TOO_LARGE, is_too_large
 from molf.train.declared_fields import package_folder, sft_config_fields
 from molf.train.settings import TrainSettings
 
-# What a run decides itself, beside the options of its own. A user's value would be ignored, or
-# break what the run directory promises.
+# Arguments set by the run, in addition to those with an option of molf. A user's value would be
+# ignored, or would break the run directory.
 _CONTROLLED = frozenset(
     {
         "activation_checkpointing",
@@ -55,7 +55,7 @@ _IMPOSSIBLE = {
         "it changes the batch, and so the number of steps, while the schedule runs; give "
         "--per_device_train_batch_size"
     ),
-    "assistant_only_loss": "the task says which tokens carry loss",
+    "assistant_only_loss": "the task defines which tokens carry loss",
     "eval_on_start": "the run measures the model before and after itself",
     "eos_token": _TOKENIZER,
     "pad_token": _TOKENIZER,
@@ -69,10 +69,10 @@ _REFUSED = _CONTROLLED | set(_IMPOSSIBLE)
 _OPTIONS = frozenset(option.name for option in fields(TrainSettings))
 _TRUTH = frozenset(
     ["yes", "true", "t", "y", "1", "no", "false", "f", "n", "0"]
-)  # as transformers' parser reads them
-_MOST_WORKERS = 16  # processes of a data loader, for each CPU core
+)  # values of booleans in transformers' parser
+_MOST_WORKERS = 16  # processes of a data loader per CPU core
 
-# The packages of which a tracker needs one; of those that are not named, transformers says it.
+# Packages of a tracker, of which it needs one. transformers checks trackers that are not listed.
 _TRACKER_PACKAGES = {
     "azure_ml": ("azureml",),
     "clearml": ("clearml",),
@@ -90,11 +90,10 @@ _TRACKER_PACKAGES = {
 
 
 def check_training_args(given: Mapping[str, str]) -> None:
-    """Check the names, and the values whose types the source of SFTConfig declares.
+    """Check the names, and the types of values against the source of SFTConfig.
 
     Raises:
-        InputError: A name is unknown or not the user's to set, or a value has the wrong type or
-            holds a secret.
+        InputError: A name is unknown or reserved, or a value has the wrong type or a secret.
     """
     declared = sft_config_fields() if given else {}
     for name, value in given.items():
@@ -106,10 +105,10 @@ def check_training_args(given: Mapping[str, str]) -> None:
 
 
 def check_name(name: str) -> None:
-    """Refuse an argument that is not the user's to set.
+    """Reject a reserved argument.
 
     Raises:
-        InputError: A run decides it itself, it has an option of its own, or it needs a package.
+        InputError: The run sets it, it has an option of molf, or it needs a package.
     """
     if name in _CONTROLLED:
         raise InputError(f"training_args.{name} cannot be set: a run decides it itself.")
@@ -129,7 +128,7 @@ def check_name(name: str) -> None:
 
 
 def unknown_name(name: str, known: Iterable[str]) -> InputError:
-    """The error for an argument that SFTConfig does not have; it names one that may be meant."""
+    """Return the error for an argument that SFTConfig lacks, with a suggestion."""
     allowed = [one for one in known if one not in _REFUSED and not one.startswith("hub_")]
     close = difflib.get_close_matches(name, {*allowed, *_OPTIONS}, n=1)
     hint = ""
@@ -139,7 +138,8 @@ def unknown_name(name: str, known: Iterable[str]) -> InputError:
 
 
 def _check_secrets(name: str, value: str) -> None:
-    """Refuse what must not be recorded: the trainer's own files hold its arguments as they are."""
+    """Reject an argument that contains a secret."""
+    # The trainer writes its arguments to checkpoints and trackers unmasked.
     if mask_text(value) != value:
         raise InputError(
             f"training_args.{name} holds a secret, or an address with a query or a user, which "
@@ -149,7 +149,7 @@ def _check_secrets(name: str, value: str) -> None:
 
 
 def _check_value(name: str, value: str, types: frozenset[str]) -> None:
-    """Refuse a text that cannot be of the only type that is declared; others pass."""
+    """Reject a text that does not fit the declared type, if only one is declared."""
     fault = None
     if types == {"int"}:
         fault = _whole_number_fault(value)
@@ -191,7 +191,8 @@ def _json_fault(value: str) -> str | None:
 
 
 def _workers_fault(workers: int) -> str | None:
-    """Each of them is a process, all started before the first step."""
+    """Return why a number of data loader workers is not allowed; None if it is."""
+    # Each worker is a process, and all are started before the first step.
     most = _MOST_WORKERS * (os.cpu_count() or 1)
     if 0 <= workers <= most:
         return None
@@ -202,11 +203,11 @@ def check_trackers(names: tuple[str, ...], *, must_be_installed: bool = True) ->
     """Check `--report_to`.
 
     Args:
-        names: What was given.
+        names: The given trackers.
         must_be_installed: Whether the tracker will be used in this environment.
 
     Raises:
-        InputError: The trainer knows no such tracker, or it is not installed.
+        InputError: transformers has no such tracker, or it is not installed.
     """
     given = [name for name in names if name not in ("none", "all")]
     known = _known_trackers() if given else frozenset()
@@ -215,7 +216,7 @@ def check_trackers(names: tuple[str, ...], *, must_be_installed: bool = True) ->
             close = difflib.get_close_matches(name, known, n=1)
             hint = f" Did you mean {close[0]}?" if close else ""
             raise InputError(
-                f"report_to={name} is no tracker that the trainer knows: "
+                f"report_to={name} is no tracker of the trainer: "
                 f"{', '.join(sorted(known))}; all, none.{hint}"
             )
         packages = _TRACKER_PACKAGES.get(name, ())
@@ -231,7 +232,7 @@ def check_trackers(names: tuple[str, ...], *, must_be_installed: bool = True) ->
 
 @cache
 def _known_trackers() -> frozenset[str]:
-    """The names in transformers' table of trackers; none if it is not where it is today."""
+    """Return the names in transformers' table of trackers; empty if the table is not found."""
     folder = package_folder("transformers")
     if folder is None:
         return frozenset()

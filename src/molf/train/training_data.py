@@ -1,4 +1,4 @@
-"""Doubtful evaluations: on records that the model was trained on."""
+"""Warn of evaluations on records that the model was trained on."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from molf.train.ownership import CONFIG, MODEL
 from molf.train.provenance import contents, file_records, same_files
 from molf.train.resolved import ResolvedSettings
 
+# Tasks that edit facts, and measure them on the requests of the training.
 _EVALUATES_ON_TRAINING = ("fact", "demo-fact")
-"""Tasks that measure what was changed, on the very requests that changed it."""
 
 
 def warn_of_training_data(model: str, task: Task) -> None:
-    """Warn where a run's model is evaluated on the records that the run drew its training from.
+    """Warn if a run's model is evaluated on the data that the run was trained on.
 
     Args:
-        model: What is evaluated; a run's `model/` has its `config.yaml` beside it.
+        model: The evaluated model; a run's `model/` has its `config.yaml` beside it.
         task: The task, loaded for evaluation only.
     """
     description = task.description()
@@ -36,14 +36,14 @@ def warn_of_training_data(model: str, task: Task) -> None:
     evaluated_on = contents(file_records({"data": data}).get("data", []))
     if data == run.config.get("data") or trained_on & evaluated_on:
         warnings.warn(
-            f"{data} is what {run.path} was trained on, so this measures what it remembers. Give "
+            f"{run.path} was trained on {data}, so this measures memorised records. Give "
             "other records with --data; those that the run held out are measured in its eval.json.",
             stacklevel=2,
         )
 
 
 def warn_of_other_splitting(model: str, *, split_special_tokens: bool) -> None:
-    """Warn where a run's model is evaluated with another `split_special_tokens` than the run's."""
+    """Warn if a run's model is evaluated with another `split_special_tokens` than the run's."""
     run = _run_of(model)
     if run is None or bool(run.config.get("split_special_tokens")) == split_special_tokens:
         return
@@ -56,25 +56,25 @@ def warn_of_other_splitting(model: str, *, split_special_tokens: bool) -> None:
 
 
 def _run_of(model: str) -> FinishedRun | None:
-    """The run that a model is the result of; None where it is another model."""
+    """Return the run that a model is the result of; None for another model."""
     path = expanded(model).resolve()
     if path.name != MODEL or not (path.parent / CONFIG).is_file():
         return None
     try:
         return read_run(path.parent)
-    except InputError:  # a config.yaml of something else
+    except InputError:  # config.yaml is not that of a run
         return None
 
 
 def warn_of_equal_data(settings: ResolvedSettings) -> None:
-    """Warn where the records evaluated are those trained on, and the task means others."""
+    """Warn if training and evaluation data are the same, unless the task intends it."""
     data, eval_data = settings.data, settings.eval_data
     if settings.task in _EVALUATES_ON_TRAINING or data is None or eval_data is None:
         return
-    # Of a folder with splits one is trained on and another evaluated.
+    # From a folder with splits, one split is trained on and another is evaluated.
     if len(data_files(eval_data)) == 1 and same_files(data, eval_data):
         warnings.warn(
-            f"eval_data {eval_data} holds what data holds, so the evaluation measures what is "
-            "trained on. Leave eval_data out to have a tenth of data held out.",
+            f"eval_data {eval_data} has the records of data, so the evaluation measures the "
+            "training records. Leave eval_data out to have a tenth of data held out.",
             stacklevel=2,
         )

@@ -1,4 +1,4 @@
-"""Whether the model that was made of a checkpoint has all of it, and nothing else."""
+"""Check that a loaded model has all tensors of its checkpoint, and no others."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 
 from molf.errors import InputError
 
-# Buffers that transformers computes today and stored once, in files of any model.
+# Buffers that transformers computes now, but stored in files of earlier versions.
 _COMPUTED = (r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$")
 _SHOWN = 3
 
@@ -21,24 +21,24 @@ _SHOWN = 3
 def check_whole(
     name: str, model: Any, stored: Mapping[str, Path], found: Mapping[str, Any]
 ) -> dict[str, Path]:
-    """Compare the tensors of a checkpoint with those of the model that was loaded from it.
+    """Compare the tensors of a checkpoint with those of the model loaded from it.
 
     Args:
         name: The checkpoint, for messages.
         model: The model.
-        stored: The file of every stored tensor, by its name.
-        found: What `from_pretrained` says with `output_loading_info`.
+        stored: The file of each stored tensor, by its name.
+        found: The `output_loading_info` of `from_pretrained`.
 
     Returns:
-        Of the stored tensors that the model has no place for, those to carry into a saved one:
-        heads that predict further tokens, and what transformers knows and leaves out.
+        The files of unused tensors to copy into the saved model: heads that predict further tokens,
+        and tensors that transformers is known to ignore.
 
     Raises:
-        InputError: A weight of the model is not stored, or has another shape; or a stored tensor
-            has no place and is not known.
+        InputError: A weight of the model is not stored or has another shape, or a stored tensor is
+            unused for an unknown reason.
 
     Warns:
-        UserWarning: A buffer of the model is not stored, so that it is as the class makes it.
+        UserWarning: A buffer of the model is not stored, so it has its initial value.
     """
     _check_shapes(name, found["mismatched_keys"])
     buffers = {buffer for buffer, _ in model.named_buffers()}
@@ -87,14 +87,14 @@ def _check_shapes(name: str, mismatched: Collection[tuple[str, Any, Any]]) -> No
 
 
 def _left_out(model: Any, stored: Mapping[str, Path]) -> dict[str, str]:
-    """The stored tensors that loading has not used: the model's name for each, by its own."""
+    """Return the stored tensors that loading did not use, with their renamed form."""
     expected = model.state_dict()
     conversions = get_model_conversion_mapping(model, None, getattr(model, "hf_quantizer", None))
     renamings = [one for one in conversions if isinstance(one, WeightRenaming)]
     converters = [one for one in conversions if isinstance(one, WeightConverter)]
 
     def place_of(tensor: str) -> str:
-        # The same two tries as those of `from_pretrained`.
+        # The same two attempts as in `from_pretrained`.
         prefix = model.base_model_prefix
         place, _ = rename_source_key(tensor, renamings, converters, prefix, expected)
         if place not in expected and tensor in expected:
@@ -106,7 +106,7 @@ def _left_out(model: Any, stored: Mapping[str, Path]) -> dict[str, str]:
 
 
 def _predicts_further(tensor: str, config: Any) -> bool:
-    """Whether a tensor belongs to a head that predicts further tokens, which only serving uses."""
+    """Return whether a tensor belongs to a head that predicts further tokens, for serving only."""
     parts = tensor.split(".")
     if any(part.startswith("mtp") for part in parts):
         return True

@@ -1,4 +1,4 @@
-"""Counting which experts win, and how often layers change their winner."""
+"""Count the wins of experts, and the changes of winner per layer."""
 
 from __future__ import annotations
 
@@ -10,24 +10,23 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from molf.core.routing import Decision
 
-Winners = tuple[str, ...]
-"""The experts that take an update together, in the order of all experts."""
+Winners = tuple[str, ...]  # the winning experts of a layer, in the order of all experts
 
 
 @dataclass(frozen=True)
 class RoutingSummary:
-    """How the layers of a run were routed.
+    """Summary of a run's routing decisions.
 
     Attributes:
-        layers: How many layers were routed.
-        decisions: Their decisions, of all steps; those at rate 0 are not counted.
-        first_step: The first step with a decision that counts; steps count from 1.
-        won: Share of the decisions that each expert won.
+        layers: Number of routed layers.
+        decisions: Number of decisions in all steps, without those at rate 0.
+        first_step: The first step with a counted decision, from 1.
+        won: Each expert's share of the decisions.
         most: The winners of most decisions.
         most_won: Their share.
-        unchanged: Layers that never changed their winners.
-        winners_of_unchanged: How many of these each winner has, by its names joined with +.
-        changes: How often layers changed their winners, in all.
+        unchanged: Number of layers that never changed their winners.
+        winners_of_unchanged: Number of these layers by winners, joined with +.
+        changes: Number of changes of winners in all layers.
         last_change: The step of the last change; None if there was none.
     """
 
@@ -48,12 +47,12 @@ class RoutingSummary:
 
 
 class Wins:
-    """Share of layers that each expert won, over the whole run and since the last look.
+    """Counts each expert's wins, over the whole run and since the last call of `take_recent`.
 
     With `top_k` above 1 several experts win a layer, and the shares sum to `top_k`.
 
     Args:
-        experts: Names of all experts, so that one that never wins is reported with 0.
+        experts: Names of all experts; one that never wins is reported with 0.
     """
 
     def __init__(self, experts: Iterable[str]) -> None:
@@ -69,16 +68,14 @@ class Wins:
         self._last_change: int | None = None
 
     def add(self, routing: Mapping[str, Decision], step: int) -> None:
-        """Count one step's decisions, but for layers whose experts all score 0.
-
-        That is every layer in the first step of a warm-up: the rate is 0, nothing moves, and a tie
-        is no win.
+        """Count one step's decisions, except layers whose experts all score 0.
 
         Args:
             routing: The decisions by layer.
             step: The step's number, from 1.
         """
         for layer, decision in routing.items():
+            # All scores are 0 in the first step of a warm-up, at rate 0: a tie is no win.
             if not any(decision.scores.values()):
                 continue
             self._recent.update(decision.winners)
@@ -92,12 +89,12 @@ class Wins:
                 self._last_change = step
 
     def shares(self) -> dict[str, float]:
-        """Share of all decisions that each expert won."""
+        """Return each expert's share of all decisions."""
         self.take_recent()
         return self._divide(self._total, self._decisions)
 
     def take_recent(self) -> dict[str, float]:
-        """Share of the decisions since the last call."""
+        """Return each expert's share of the decisions since the last call."""
         shares = self._divide(self._recent, self._recent_decisions)
         self._total += self._recent
         self._decisions += self._recent_decisions
@@ -106,7 +103,7 @@ class Wins:
         return shares
 
     def summary(self) -> RoutingSummary | None:
-        """Return how the layers were routed; None if nothing was."""
+        """Return the summary; None without decisions."""
         shares = self.shares()
         if not self._decisions:
             return None

@@ -1,4 +1,4 @@
-"""The ways to train, a file for each: what happens to the model, and which optimizer drives it."""
+"""The training methods, one file each: changes to the model, and the optimizer."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ _METHODS: dict[str, Method] = {
 
 
 def check(skeleton: Any, settings: ResolvedSettings) -> None:
-    """Find out on a model without weights whether the method can train it.
+    """Check on a model without weights that the method can train it.
 
     Args:
-        skeleton: The model on the meta device. It is used up: an adapter may be put into it.
+        skeleton: The model on the meta device; it is not usable afterwards.
         settings: The run's settings.
 
     Raises:
@@ -46,7 +46,7 @@ def check(skeleton: Any, settings: ResolvedSettings) -> None:
 
 
 def plan(model: Any, settings: ResolvedSettings, data: TrainingData) -> Plan:
-    """Say what will be trained; nothing changes but that what no text reaches is frozen.
+    """Return the plan of the method; modules that text does not reach are frozen.
 
     Raises:
         InputError: The settings do not fit the model or the data.
@@ -56,17 +56,15 @@ def plan(model: Any, settings: ResolvedSettings, data: TrainingData) -> Plan:
 
 
 def prepare(model: Any, settings: ResolvedSettings, data: TrainingData) -> Prepared:
-    """Make a model ready to be trained with `settings.method`; it is changed in place.
+    """Prepare a model for training with `settings.method`, in place.
 
-    Its weights are float32, or quantised where the settings say so.
-
-    Random initialisation depends on `settings.seed` alone.
+    Random initialisation depends on `settings.seed` only.
     """
     _freeze_unreached(model, settings)
     return _METHODS[settings.method].prepare(model, settings, data)
 
 
 def _freeze_unreached(model: Any, settings: ResolvedSettings) -> None:
-    """Freeze modules that would get no gradient, so that nothing counts or keeps state for them."""
+    """Freeze modules that get no gradient, so that they are not counted and have no state."""
     for name in settings.unreached:
         model.get_submodule(name).requires_grad_(False)

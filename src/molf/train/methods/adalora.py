@@ -1,8 +1,8 @@
-"""AdaLoRA (Zhang et al. 2023, arXiv 2303.10512): layers that need ranks less lose them.
+"""AdaLoRA (Zhang et al. 2023, arXiv 2303.10512): LoRA that moves ranks between layers.
 
-An increment is `B diag(E) A`, with A and B held near orthogonality by a penalty. After each step
-the allocator updates the importance of every singular value, and now and then sets the least
-important ones to zero, until `rank` per layer are left on average.
+An increment is `B diag(E) A`; a penalty keeps A and B near orthogonality. After each step the
+allocator updates the importance of each singular value. At intervals it sets the least important
+ones to zero, until `rank` per layer remain on average.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from molf.train.methods.base import Layer, Prepared, TrainingData
 from molf.train.resolved import ResolvedSettings
 from molf.train.result import RunError
 
-# The authors' quick start has 3,000 steps, of which 500 keep the initial ranks and 1,500 the final
-# ones, an allocation every 10 steps, and ranks from 12 to 8; betas are those of all their runs. The
-# weight of the penalty is PEFT's default; theirs is from 0.1 to 0.5 by task.
+# The authors' quick start: 3,000 steps, the first 500 at the initial ranks, the last 1,500 at the
+# final ones, an allocation every 10 steps, ranks from 12 to 8. Betas are those of all their runs.
+# The weight of the penalty is PEFT's default; theirs is 0.1 to 0.5, depending on the task.
 INITIAL_RANKS = 1.5
 WARM_UP = 1 / 6
 FINAL = 1 / 2
@@ -36,10 +36,10 @@ _LEAST_STEPS = 3  # one before the last allocation, one for it, one after
 
 
 class AdaLora(Adapter):
-    """PEFT's AdaLoRA, whose allocator is called after every step."""
+    """PEFT's AdaLoRA, with its allocator called after each step."""
 
     def config(self, plan: AdapterPlan, settings: ResolvedSettings, steps: int) -> AdaLoraConfig:
-        """The authors' schedule, stretched to the steps of this run."""
+        """Return PEFT's configuration, with the authors' schedule scaled to the run's steps."""
         rank = initial_rank(plan.rank)
         return AdaLoraConfig(
             target_r=plan.rank,
@@ -56,12 +56,12 @@ class AdaLora(Adapter):
         )
 
     def parameters(self, layer: Layer, rank: int) -> int:
-        """All ranks that it starts with are trained, each with a singular value."""
+        """Count the factors of the initial rank, and a singular value per rank."""
         initial = initial_rank(rank)
         return layer.lora_parameters(initial) + initial
 
     def plan(self, model: Any, settings: ResolvedSettings, data: TrainingData) -> AdapterPlan:
-        """As for any adapter, if there are steps enough to learn what is important."""
+        """Return the plan, after checking that the steps suffice to move ranks."""
         if data.steps < _LEAST_STEPS:
             raise InputError(
                 f"method=adalora needs at least {_LEAST_STEPS} optimizer steps to move ranks; this "
@@ -70,7 +70,7 @@ class AdaLora(Adapter):
         return super().plan(model, settings, data)
 
     def prepare(self, model: Any, settings: ResolvedSettings, data: TrainingData) -> Prepared:
-        """The adapter with its allocator and its penalty."""
+        """Add the adapter, its allocator and its penalty."""
         prepared = super().prepare(model, settings, data)
         penalty = _Penalty(prepared.model)
         allocator = _Allocator(prepared.model)
@@ -89,12 +89,12 @@ class AdaLora(Adapter):
 
 
 def initial_rank(rank: int) -> int:
-    """The rank to start with: 1.5 times the final one, and always above it."""
+    """Return the initial rank: 1.5 times the final one, and at least one more."""
     return max(rank + 1, round(INITIAL_RANKS * rank))
 
 
 class _Allocator(TrainerCallback):
-    """Has PEFT's allocator look at every step: gradients are there, and the step is taken."""
+    """Calls PEFT's allocator after each step, while gradients exist."""
 
     def __init__(self, model: Any) -> None:
         self._model = model
@@ -105,10 +105,11 @@ class _Allocator(TrainerCallback):
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Steps count from 1: with the last of the schedule's, ranks are final.
+        """Update the importance of singular values, and move ranks.
 
-        A step that was skipped has left no gradients: there is nothing to learn of it.
+        A skipped step has no gradients, and does not count.
         """
+        # Steps count from 1. From `last` on, the ranks are final.
         step, last = state.global_step + 1, self._config.total_step - self._config.tfinal
         if step < last:
             if not self._has_gradients():
@@ -125,7 +126,7 @@ class _Allocator(TrainerCallback):
         return any(p.grad is not None for p in self._model.parameters())
 
     def mean_rank(self) -> float:
-        """Singular values per layer that are not held at zero."""
+        """Return the mean number of singular values per layer that are not set to zero."""
         pattern = self._config.rank_pattern
         if pattern is None:
             return float(self._config.init_r)
@@ -133,12 +134,10 @@ class _Allocator(TrainerCallback):
 
 
 class _Penalty:
-    """The mean of `||A A^T - 1||` and `||B^T B - 1||` over all layers, weighted.
+    """The weighted mean of `||A A^T - 1||` and `||B^T B - 1||` over all layers."""
 
-    PEFT adds it to the loss that the model returns. TRL makes its loss of log-probabilities
-    instead, so PEFT's weight is 0 and the trainer adds this.
-    """
-
+    # PEFT adds it to the loss that the model returns. TRL computes its loss from log-probabilities
+    # instead, so PEFT's weight is 0, and the trainer adds this penalty.
     def __init__(self, model: Any) -> None:
         self._rows = [p for name, p in model.named_parameters() if "lora_A" in name]
         self._columns = [p for name, p in model.named_parameters() if "lora_B" in name]
@@ -151,6 +150,6 @@ class _Penalty:
 
 
 def _save_adapter(model: Any, path: Path) -> None:
-    """Save with the weight that the penalty had."""
+    """Save the adapter, with the weight of the penalty in its configuration."""
     model.peft_config["default"].orth_reg_weight = PENALTY
     model.save_pretrained(path)

@@ -1,4 +1,4 @@
-"""What all methods have in common that train one PEFT adapter on a frozen base."""
+"""The base class of methods that train one PEFT adapter on a frozen base."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ from molf.train.resolved import ResolvedSettings
 
 @dataclass(frozen=True)
 class AdapterPlan(Plan):
-    """An adapter's shape.
+    """A plan with an adapter.
 
     Attributes:
-        rank: The rank that it gets; `ranks` in the settings, unless parameters are matched.
-        scaling: What its product is multiplied by, whatever the rank it gets.
+        rank: The adapter's rank: `ranks` of the settings, unless parameters are matched.
+        scaling: The factor of its product, the same for any rank.
     """
 
     rank: int = 0
@@ -42,19 +42,19 @@ class AdapterPlan(Plan):
 
 
 class Adapter(Method):
-    """One PEFT adapter; the layers are the very ones that molf would route."""
+    """One PEFT adapter, on the layers that molf would route."""
 
     def check(self, skeleton: Any, settings: ResolvedSettings) -> None:
-        """Put the adapter into a model that has no weights: PEFT says what it cannot adapt."""
+        """Add the adapter to a model without weights; PEFT raises an error if it cannot."""
         plan = self._plan(skeleton, settings)
         self.check_layers(plan)
         config = self.config(plan, settings, steps=100)
-        config.init_lora_weights = False  # there is nothing to decompose
+        config.init_lora_weights = False  # no weights to decompose
         try:
             with torch.device("meta"):
                 get_peft_model(skeleton, config)
         except (ValueError, TypeError, NotImplementedError, AttributeError) as error:
-            _check_not_redirected(plan, config, settings)  # which may be why
+            _check_not_redirected(plan, config, settings)  # the likely cause, with a better message
             reason = str(error).strip().split("\n")[0]
             raise InputError(
                 f"method={settings.method}: PEFT cannot adapt {settings.model}: {reason}"
@@ -62,22 +62,22 @@ class Adapter(Method):
         _check_not_redirected(plan, config, settings)
 
     def check_layers(self, plan: AdapterPlan) -> None:
-        """Raise `InputError` if a layer is too small for what the method needs."""
+        """Raise `InputError` if a layer is too small for the method."""
 
     def plan(self, model: Any, settings: ResolvedSettings, data: TrainingData) -> AdapterPlan:
-        """The adapter's rank and size, beside those of plain LoRA with the settings' rank."""
+        """Return the adapter's rank and size, and those of plain LoRA with the settings' rank."""
         return self._plan(model, settings)
 
     @abstractmethod
     def config(self, plan: AdapterPlan, settings: ResolvedSettings, steps: int) -> LoraConfig:
-        """PEFT's configuration of the adapter."""
+        """Return PEFT's configuration of the adapter."""
 
     def parameters(self, layer: Layer, rank: int) -> int:
-        """How many numbers the adapter trains in a layer."""
+        """Return the number of parameters that the adapter trains in a layer."""
         return layer.lora_parameters(rank)
 
     def prepare(self, model: Any, settings: ResolvedSettings, data: TrainingData) -> Prepared:
-        """The model with the adapter in it and all else frozen."""
+        """Add the adapter to the model, and freeze all other parameters."""
         plan = self._plan(model, settings)
         torch.manual_seed(settings.seed)
         wrapped = get_peft_model(model, self.config(plan, settings, data.steps))
@@ -94,10 +94,10 @@ class Adapter(Method):
     def initialise(
         self, model: Any, plan: AdapterPlan, settings: ResolvedSettings, data: TrainingData
     ) -> None:
-        """Do what PEFT does not when it makes the adapter."""
+        """Initialise the adapter further than PEFT does; no-op by default."""
 
     def optimizer_arguments(self, settings: ResolvedSettings) -> dict[str, Any]:
-        """AdamW's keywords."""
+        """Return AdamW's keywords."""
         return {
             "lr": settings.lora_learning_rate,
             "weight_decay": settings.lora_weight_decay,
@@ -128,11 +128,10 @@ class Adapter(Method):
 
 
 def _check_not_redirected(plan: AdapterPlan, config: Any, settings: ResolvedSettings) -> None:
-    """Refuse layers in whose place PEFT would adapt fused experts, which cannot be merged.
-
-    In mixtures that transformers 4 had as single layers, PEFT takes these layers' names for the
-    fused experts, also where a dense or shared expert has the name. It notes them in `config`.
-    """
+    """Reject layers whose names PEFT would apply to fused experts, which cannot be merged."""
+    # For mixtures whose experts were separate layers in transformers 4, PEFT applies the names of
+    # those layers to the fused experts, even if a dense or shared expert has the name. It records
+    # this in `config.target_parameters`.
     if not getattr(config, "target_parameters", None):
         return
     names = {layer.name for layer in plan.layers} - set(config.target_modules)
@@ -145,7 +144,7 @@ def _check_not_redirected(plan: AdapterPlan, config: Any, settings: ResolvedSett
 
 
 def common_config(plan: AdapterPlan, settings: ResolvedSettings) -> dict[str, Any]:
-    """The keywords of PEFT's configurations that do not depend on the method."""
+    """Return the keywords of PEFT's configurations that are the same for all methods."""
     config = config_of(settings)
     return {
         "task_type": "CAUSAL_LM",
@@ -156,7 +155,7 @@ def common_config(plan: AdapterPlan, settings: ResolvedSettings) -> dict[str, An
 
 
 def lora_config(plan: AdapterPlan, settings: ResolvedSettings, **further: Any) -> LoraConfig:
-    """PEFT's configuration of a LoRA adapter; `further` says what kind."""
+    """Return PEFT's configuration of a LoRA adapter; `further` selects the kind."""
     config = config_of(settings)
     alpha = config.alphas[0]
     if plan.rank != config.ranks[0]:
@@ -171,7 +170,7 @@ def lora_config(plan: AdapterPlan, settings: ResolvedSettings, **further: Any) -
 
 
 def save_adapter(model: Any, path: Path) -> None:
-    """Write the adapter as PEFT does."""
+    """Write the adapter with PEFT."""
     model.save_pretrained(path)
 
 

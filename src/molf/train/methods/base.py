@@ -1,4 +1,4 @@
-"""What a method is to the rest of the run: a plan, a prepared model, and its end."""
+"""The interface of training methods: a plan, and a prepared model."""
 
 from __future__ import annotations
 
@@ -43,17 +43,17 @@ class Layer(NamedTuple):
     transposed: bool
 
     def lora_parameters(self, rank: int) -> int:
-        """Parameters of LoRA factors of this rank: A [rank, in] and B [out, rank]."""
+        """Return the number of parameters of the factors A `[rank, in]` and B `[out, rank]`."""
         return rank * (self.in_features + self.out_features)
 
 
 @dataclass(frozen=True)
 class TrainingData:
-    """What a method may want to know of the training before it begins.
+    """The data and length of a training.
 
     Attributes:
         samples: The encoded training samples.
-        steps: Optimizer steps that will be taken.
+        steps: Number of optimizer steps.
     """
 
     samples: EncodedSamples
@@ -62,12 +62,12 @@ class TrainingData:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a method will train.
+    """The layers and parameters that a method will train.
 
     Attributes:
         layers: The layers that are routed or adapted; empty for fft.
-        trained_parameters: How many numbers it trains.
-        details: Further facts, for the record.
+        trained_parameters: Number of trained parameters.
+        details: Further entries of the record.
     """
 
     layers: tuple[Layer, ...]
@@ -85,21 +85,21 @@ class Plan:
 
 @dataclass(frozen=True)
 class Prepared:
-    """A model ready for the trainer, and what has to happen around and after the training.
+    """A model ready for the trainer, with its optimizer, callbacks and log figures.
 
     Attributes:
         model: The model to train, wrapped if there is an adapter.
         optimizer: The trainer's `optimizer_cls_and_kwargs`.
-        optimizer_class: What the trainer must end up with.
-        layers: Names of the layers that are routed.
-        trained_parameters: How many numbers are trained.
-        experts: What the optimizer routes between; empty without routing.
-        save_adapter: Writes the trained model's adapter into a directory; None where there is none,
-            or more than the adapter is trained.
+        optimizer_class: The class of the optimizer that the trainer must create.
+        layers: Names of the routed layers.
+        trained_parameters: Number of trained parameters.
+        experts: Names of the routed experts; empty without routing.
+        save_adapter: Writes the trained model's adapter into a directory; None if there is no
+            adapter, or if other weights are trained as well.
         rates: Further learning rates, as multiples of the one that the trainer logs.
-        penalty: A term of the loss beside the task's, once for each optimizer step.
-        measure: What is to be logged beside the trainer's figures.
-        callbacks: What else happens at the trainer's steps.
+        penalty: An additional loss, added once per optimizer step.
+        measure: Returns further figures for the log.
+        callbacks: Further callbacks of the trainer.
     """
 
     model: Any
@@ -116,29 +116,29 @@ class Prepared:
 
 
 class Method(ABC):
-    """One way to train."""
+    """A training method."""
 
     def check(self, skeleton: Any, settings: ResolvedSettings) -> None:
-        """Raise `InputError` if a model of these shapes cannot be trained so."""
+        """Raise `InputError` if the method cannot train a model of these shapes."""
         find_adapted_layers(skeleton, settings)
 
     @abstractmethod
     def plan(self, model: Any, settings: ResolvedSettings, data: TrainingData) -> Plan:
-        """Say what will be trained, or raise `InputError`."""
+        """Return the plan, or raise `InputError`."""
 
     @abstractmethod
     def prepare(self, model: Any, settings: ResolvedSettings, data: TrainingData) -> Prepared:
-        """Make the model ready."""
+        """Prepare the model for training, in place."""
 
 
 def find_adapted_layers(model: Any, settings: ResolvedSettings) -> tuple[Layer, ...]:
-    """The layers that the settings' patterns choose; empty for fft.
+    """Return the layers that match the settings' patterns; empty for fft.
 
     Raises:
         InputError: A pattern matches nothing, or no layer is left.
 
     Warns:
-        UserWarning: As `molf.core.layers.find_layers`, by what the method does.
+        UserWarning: A rank is large for a layer, or layers are not routed.
     """
     config = settings.method_config
     if config is None:
@@ -146,7 +146,7 @@ def find_adapted_layers(model: Any, settings: ResolvedSettings) -> tuple[Layer, 
     try:
         linears: dict[str, Any] = dict(matching_linears(model, config))
         if any(is_quantised(module.weight) for module in linears.values()):
-            # Their weights are packed and the modules never transposed, whatever they replaced.
+            # Quantised weights are packed. Their modules are never transposed, not even GPT-2's.
             return tuple(
                 Layer(name, module.in_features, module.out_features, False)
                 for name, module in linears.items()
@@ -155,7 +155,7 @@ def find_adapted_layers(model: Any, settings: ResolvedSettings) -> tuple[Layer, 
     except ValueError as error:
         raise InputError(str(error)) from error
     in_adapter = settings.method in ADAPTERS
-    if not in_adapter:  # an adapter's rank is known to its method
+    if not in_adapter:  # Adapter warns itself, as it chooses the rank
         warn_of_large_ranks(found, max(config.ranks))
     trains_rest = not in_adapter and not config.freezes_rest
     coverage = coverage_of(
@@ -170,7 +170,7 @@ def find_adapted_layers(model: Any, settings: ResolvedSettings) -> tuple[Layer, 
 
 
 def config_of(settings: ResolvedSettings) -> MoLFConfig:
-    """The settings' experts or adapter; only for methods that have one."""
+    """Return the experts or adapter of the settings; only for methods with one."""
     config = settings.method_config
     if config is None:
         raise ValueError(f"method={settings.method} has no adapter.")
@@ -178,5 +178,5 @@ def config_of(settings: ResolvedSettings) -> MoLFConfig:
 
 
 def count_trainable(model: Any) -> int:
-    """How many numbers of a model are trained; tied weights count once."""
+    """Return the number of trained parameters of a model; tied weights count once."""
     return sum(p.numel() for p in model.parameters() if p.requires_grad)

@@ -1,6 +1,6 @@
-"""DoRA (Liu et al. 2024, arXiv 2402.09353): LoRA for the direction of a weight, and its magnitude.
+"""DoRA (Liu et al. 2024, arXiv 2402.09353): LoRA updates directions, beside trained magnitudes.
 
-Each row of the weight, one per output, has a trained magnitude; LoRA moves its direction.
+Each row of the weight, one per output, has a trained magnitude. LoRA updates its direction.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from molf.train.resolved import ResolvedSettings
 
 
 class Dora(Adapter):
-    """LoRA and a magnitude for each output."""
+    """LoRA with a magnitude per output."""
 
     def config(self, plan: AdapterPlan, settings: ResolvedSettings, steps: int) -> LoraConfig:
-        """LoRA with PEFT's switch."""
+        """Return PEFT's LoRA configuration with `use_dora`."""
         return lora_config(plan, settings, use_dora=True)
 
     def parameters(self, layer: Layer, rank: int) -> int:
-        """The magnitudes count."""
+        """Count the factors and the magnitudes."""
         return layer.lora_parameters(rank) + layer.out_features

@@ -1,8 +1,8 @@
-"""EVA (Paischer et al. 2024, arXiv 2410.07170): LoRA that starts from the data.
+"""EVA (Paischer et al. 2024, arXiv 2410.07170): LoRA initialised from the data.
 
-A begins with the directions in which a layer's inputs vary most, and layers with more variance to
-explain get more of the ranks. PEFT finds the directions by an incremental decomposition over
-batches of the training data, on the completion's tokens.
+A is initialised with the directions of largest variance of a layer's inputs, and layers with more
+variance get higher ranks. PEFT computes the directions by an incremental SVD over batches of the
+training data, on the tokens of the completions.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from molf.train.methods.adapter import Adapter, AdapterPlan, lora_config
 from molf.train.methods.base import Prepared, TrainingData
 from molf.train.resolved import ResolvedSettings
 
-# The authors' values, which are PEFT's defaults: a layer's rank is at most rho times the mean, and
-# directions are found when their cosine with those of the batch before is tau.
+# The authors' values, also PEFT's defaults. A layer's rank is at most rho times the mean.
+# Directions have converged when their cosine with those of the previous batch reaches tau.
 RHO = 2.0
 TAU = 0.99
 
@@ -32,15 +32,15 @@ _IGNORED = -100  # the label of a token without loss
 
 
 class Eva(Adapter):
-    """PEFT's initialisation from the data."""
+    """LoRA with PEFT's initialisation from the data."""
 
     def config(self, plan: AdapterPlan, settings: ResolvedSettings, steps: int) -> LoraConfig:
-        """LoRA with that initialisation."""
+        """Return PEFT's LoRA configuration with this initialisation."""
         eva = EvaConfig(rho=RHO, tau=TAU, label_mask_value=_IGNORED)
         return lora_config(plan, settings, init_lora_weights="eva", eva_config=eva)
 
     def check_layers(self, plan: AdapterPlan) -> None:
-        """The decomposition cannot find more directions than inputs have."""
+        """Reject layers whose inputs have fewer features than directions are needed."""
         needed = _tokens_needed(plan.rank)
         small = [layer for layer in plan.layers if needed > layer.in_features]
         if small:
@@ -52,7 +52,7 @@ class Eva(Adapter):
             )
 
     def plan(self, model: Any, settings: ResolvedSettings, data: TrainingData) -> AdapterPlan:
-        """The size before ranks are moved between layers; there must be data enough for that."""
+        """Return the plan before ranks are moved, after checking that there are enough tokens."""
         plan = super().plan(model, settings, data)
         needed = _tokens_needed(plan.rank)
         there = sum(map(_learned_tokens, data.samples.labels))
@@ -64,7 +64,7 @@ class Eva(Adapter):
         return plan
 
     def prepare(self, model: Any, settings: ResolvedSettings, data: TrainingData) -> Prepared:
-        """As for any adapter, without PEFT's advice on memory, which the base model decides."""
+        """Add the adapter, without PEFT's warning on memory, which does not apply."""
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*low_cpu_mem_usage")
             return super().prepare(model, settings, data)
@@ -72,7 +72,7 @@ class Eva(Adapter):
     def initialise(
         self, model: Any, plan: AdapterPlan, settings: ResolvedSettings, data: TrainingData
     ) -> None:
-        """Run the model over training data until the directions stand still."""
+        """Run the model over training data until the directions converge."""
         batches = _batches(
             data.samples,
             least_tokens=_tokens_needed(plan.rank),
@@ -81,7 +81,7 @@ class Eva(Adapter):
         )
         samples = list(zip(data.samples.input_ids, data.samples.labels, strict=True))
         loader: DataLoader[Any] = DataLoader(
-            cast("Dataset[Any]", samples),  # a list does for it
+            cast("Dataset[Any]", samples),  # a list works as a dataset
             batch_sampler=batches,
             collate_fn=_collate,
         )
@@ -89,7 +89,7 @@ class Eva(Adapter):
 
 
 class _Forward:
-    """One forward pass over a batch, without the loss; gives up where directions never settle."""
+    """A forward pass without loss; raises an error if the directions do not converge."""
 
     def __init__(self) -> None:
         self._batches = 0
@@ -107,7 +107,8 @@ class _Forward:
 
 
 def _tokens_needed(rank: int) -> int:
-    """PEFT decomposes into twice the directions that it keeps, which takes as many tokens."""
+    """Return the tokens that a batch needs for a decomposition."""
+    # PEFT computes twice the directions that it keeps, and needs as many tokens.
     return 2 * round(RHO * rank)
 
 
@@ -118,7 +119,7 @@ def _learned_tokens(labels: list[int]) -> int:
 def _batches(
     samples: EncodedSamples, *, least_tokens: int, least_samples: int, seed: int
 ) -> list[list[int]]:
-    """Samples in an order drawn by the seed, in batches with enough tokens; without the rest."""
+    """Return shuffled indices in batches with enough tokens; an incomplete last one is dropped."""
     order = torch.randperm(
         len(samples.labels), generator=torch.Generator().manual_seed(seed)
     ).tolist()

@@ -13,18 +13,18 @@ from molf.train.resolved import ResolvedSettings
 
 
 class FullFineTuning(Method):
-    """Every weight moves; norms and biases do not decay."""
+    """AdamW on all weights; norms and biases do not decay."""
 
     def plan(self, model: Any, settings: ResolvedSettings, data: TrainingData) -> Plan:
-        """All parameters."""
+        """Return the plan, with all parameters."""
         return Plan((), count_trainable(model))
 
     def prepare(self, model: Any, settings: ResolvedSettings, data: TrainingData) -> Prepared:
-        """The model as it is."""
+        """Return the model unchanged, with AdamW."""
         optimizer_class, options = _optimizer(settings)
         return Prepared(
             model=model,
-            # For a class in the slot the trainer makes the groups with and without decay.
+            # Given a class, the trainer creates the groups with and without decay.
             optimizer=(
                 optimizer_class,
                 {

@@ -12,8 +12,8 @@ from molf.train.resolved import ResolvedSettings
 
 
 class Lora(Adapter):
-    """A [rank, in] random, B [out, rank] zero."""
+    """A `[rank, in]` starts random, B `[out, rank]` zero."""
 
     def config(self, plan: AdapterPlan, settings: ResolvedSettings, steps: int) -> LoraConfig:
-        """PEFT's defaults."""
+        """Return PEFT's LoRA configuration."""
         return lora_config(plan, settings)

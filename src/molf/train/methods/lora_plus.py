@@ -18,7 +18,7 @@ class LoraPlus(Lora):
     """LoRA under PEFT's optimizer with two rates; `lora_learning_rate` is that of A."""
 
     def prepare(self, model: Any, settings: ResolvedSettings, data: TrainingData) -> Prepared:
-        """LoRA's model with the other optimizer."""
+        """Add the LoRA adapter, with the optimizer of two rates."""
         arguments = self.optimizer_arguments(settings)
         ratio = float(settings.loraplus_lr_ratio or 1)
         return replace(
@@ -29,7 +29,7 @@ class LoraPlus(Lora):
 
 
 class _LoraPlusAdamW:
-    """Builds the optimizer once the trainer knows the model, see `molf.core.trainer`."""
+    """Creates the optimizer for the trainer's model, see `molf.core.trainer`."""
 
     def __call__(
         self, model: nn.Module, *, weight_decay: float, **kwargs: Any

@@ -1,4 +1,4 @@
-"""The rank that gives an adapter as many parameters as plain LoRA."""
+"""Find the rank at which an adapter has as many parameters as plain LoRA."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from collections.abc import Callable
 
 
 def matching_rank(parameters: Callable[[int], int], wanted: int) -> int:
-    """Return the rank whose parameters come closest to a number; the lower of two as close.
+    """Return the rank whose number of parameters is closest to `wanted`; of two, the lower.
 
     Args:
-        parameters: Parameters of the adapter with a rank; more with every rank.
-        wanted: How many there should be.
+        parameters: Number of parameters by rank, increasing.
+        wanted: The target number.
     """
     rank = 1
     while parameters(rank) < wanted:

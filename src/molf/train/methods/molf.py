@@ -1,7 +1,7 @@
-"""MoLF: full-rank and low-rank experts of every layer under the optimizer that routes.
+"""MoLF: full-rank and low-rank experts of each layer, with the routing optimizer.
 
-Folded where it can be, and then the model is as it is. LoRA dropout needs a branch to drop from:
-then the LoRA experts are one adapter beside weights that are trained as well (the explicit form).
+In the folded form the model is unchanged. LoRA dropout needs a separate branch, so with dropout the
+LoRA experts are one adapter beside weights that are trained as well (the explicit form).
 """
 
 from __future__ import annotations
@@ -14,18 +14,18 @@ from molf.train.resolved import ResolvedSettings
 
 
 class Molf(Routed):
-    """The weights of every layer, and LoRA experts."""
+    """Routing between the weights of each layer and LoRA experts."""
 
     def check(self, skeleton: Any, settings: ResolvedSettings) -> None:
-        """The layers must be there; in the explicit form PEFT must be able to adapt them."""
+        """Check that layers match, and, in the explicit form, that PEFT can adapt them."""
         super().check(skeleton, settings)
         if settings.is_explicit:
             check_adapter(skeleton, settings)
 
     def prepare(self, model: Any, settings: ResolvedSettings, data: TrainingData) -> Prepared:
-        """The model as it is, or with the adapter.
+        """Return the model, with the adapter in the explicit form.
 
-        The weights move beside the adapter, so that it alone is not the result: it is not saved.
+        The adapter is not saved, because the weights beside it are trained as well.
         """
         plan = self.plan(model, settings, data)
         if settings.is_explicit:

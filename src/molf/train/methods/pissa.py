@@ -1,7 +1,7 @@
-"""PiSSA (Meng et al. 2024, arXiv 2404.02948): LoRA that starts from the largest singular vectors.
+"""PiSSA (Meng et al. 2024, arXiv 2404.02948): LoRA initialised with the top singular vectors.
 
-The factors take the part of the weight that has the `rank` largest singular values, and the frozen
-weight keeps the rest, so that at the start the product of both is the weight as it was.
+The factors hold the part of the weight with the `rank` largest singular values, and the frozen
+weight the rest. At the start their sum is the original weight.
 """
 
 from __future__ import annotations
@@ -23,20 +23,21 @@ from molf.train.resolved import ResolvedSettings
 
 
 class Pissa(Adapter):
-    """PEFT's initialisation by an exact decomposition."""
+    """LoRA with PEFT's initialisation by an exact SVD."""
 
     def config(self, plan: AdapterPlan, settings: ResolvedSettings, steps: int) -> LoraConfig:
-        """LoRA with that initialisation."""
+        """Return PEFT's LoRA configuration with this initialisation."""
         return lora_config(plan, settings, init_lora_weights="pissa")
 
     def check(self, skeleton: Any, settings: ResolvedSettings) -> None:
-        """As for any adapter; a rank too large is an error here, and needs no warning before it."""
+        """Check that PEFT can adapt the layers, and that they are large enough."""
+        # Here a large rank is an error, so the warning is not needed.
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Rank .* exceeds the smaller side")
             super().check(skeleton, settings)
 
     def check_layers(self, plan: AdapterPlan) -> None:
-        """A matrix has no more singular values than its smaller side."""
+        """Reject layers with fewer singular values than the rank."""
         small = [x for x in plan.layers if plan.rank > min(x.in_features, x.out_features)]
         if small:
             side = min(small[0].in_features, small[0].out_features)
@@ -47,14 +48,14 @@ class Pissa(Adapter):
             )
 
     def prepare(self, model: Any, settings: ResolvedSettings, data: TrainingData) -> Prepared:
-        """Keep what the adapter was at the start: the base model as others have it needs it."""
+        """Add the adapter, and store its initial weights, which saving needs."""
         prepared = super().prepare(model, settings, data)
         start = _Start(prepared.model)
         return replace(prepared, save_adapter=start.save_adapter)
 
 
 class _Start:
-    """The adapter as it was before the training, on disk until it has been used."""
+    """The adapter's initial weights, on disk until the trained adapter is saved."""
 
     def __init__(self, model: Any) -> None:
         scratch = ExitStack()
@@ -63,12 +64,10 @@ class _Start:
         model.save_pretrained(self._path)
 
     def save_adapter(self, model: Any, path: Path) -> None:
-        """Write the change since then as plain LoRA of twice the rank, for the unchanged base.
-
-        The frozen weight that the trained factors belong to is in no checkpoint.
-        """
+        """Write the trained change as plain LoRA of twice the rank, for the original base."""
+        # The trained factors need the changed frozen weight, which no checkpoint contains.
         with warnings.catch_warnings():
-            # For a moment the model has both adapters, which is what PEFT warns of.
+            # PEFT warns because it loads the initial adapter beside the trained one.
             warnings.filterwarnings("ignore", message="PiSSA changes the base weights")
             model.save_pretrained(path, path_initial_model_for_weight_conversion=str(self._path))
         self._remove()

@@ -1,4 +1,4 @@
-"""What MoLF and MoLF-Efficient have in common: experts, and the optimizer that routes."""
+"""The base class of MoLF and MoLF-Efficient: experts, and the routing optimizer."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ from molf.train.resolved import ResolvedSettings
 
 
 class Routed(Method):
-    """Experts of every layer, of which the optimizer gives one each update."""
+    """Methods whose optimizer routes each layer's update to one of its experts."""
 
     def plan(self, model: Any, settings: ResolvedSettings, data: TrainingData) -> Plan:
-        """The factors of all experts, and of the dense weights what is trained."""
+        """Return the plan, with the factors of all experts and the trained dense weights."""
         layers = find_adapted_layers(model, settings)
         return Plan(layers, trained_parameters(model, layers, config_of(settings)))
 
     def prepared(self, model: Any, settings: ResolvedSettings, plan: Plan) -> Prepared:
-        """A model, plain or with the experts' adapter, under the optimizer."""
+        """Return a model, plain or with the experts' adapter, with the routing optimizer."""
         config = config_of(settings)
         lora_lr = settings.lora_learning_rate
         lr = settings.learning_rate if settings.trains_dense else lora_lr
@@ -60,7 +60,7 @@ class Routed(Method):
 
 
 def check_adapter(skeleton: Any, settings: ResolvedSettings) -> None:
-    """Raise `InputError` if PEFT cannot adapt a model of these shapes; it is used up."""
+    """Raise `InputError` if PEFT cannot adapt the skeleton, which is not usable afterwards."""
     try:
         with torch.device("meta"):
             add_adapter(skeleton, settings)
@@ -69,15 +69,15 @@ def check_adapter(skeleton: Any, settings: ResolvedSettings) -> None:
 
 
 def add_adapter(model: Any, settings: ResolvedSettings) -> Any:
-    """Give the model the adapter that holds the experts; the rest is frozen as they demand."""
+    """Add the adapter of the experts to the model, and freeze the rest as configured."""
     with warnings.catch_warnings():
-        # It finds out by itself that GPT-2 stores weights as [in, out], and says so.
+        # PEFT warns that it detects GPT-2's weights, stored as [in, out], itself.
         warnings.filterwarnings("ignore", message="fan_in_fan_out is set to False")
         return with_adapter(model, config_of(settings))
 
 
 def trained_parameters(model: Any, layers: tuple[Layer, ...], config: MoLFConfig) -> int:
-    """How many numbers of a plain model and of its experts will be trained."""
+    """Return the number of trained parameters of a plain model and its experts."""
     total = sum(layer.lora_parameters(rank) for layer in layers for rank in config.ranks)
     weights = {model.get_submodule(layer.name).weight for layer in layers}
     for parameter in model.parameters():

@@ -1,4 +1,4 @@
-"""How the methods that train dense weights keep weights, gradients and state, and who steps."""
+"""Storage and executor options of the methods that train dense weights."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def is_plain(settings: ResolvedSettings) -> bool:
 
 
 def check_kernels(settings: ResolvedSettings, device: torch.device) -> None:
-    """Find out whether the kernels that are wanted run where the training will be.
+    """Check that the requested kernels run on the device.
 
     Raises:
         InputError: They do not.
