@@ -7,7 +7,7 @@ from molf.core.executor import Executor
 
 
 def executor_of(kernels: str) -> Executor:
-    """Return the executor that a choice of `known_kernels` names; triton is imported if needed."""
+    """Return the executor of this name in `options.KERNELS`; imports triton if needed."""
     if kernels == "eager":
         return Eager()
     from molf.core.fused.executor import Triton

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from molf.core.blocks import BLOCKS, Blocks
 from molf.core.eager import Eager
-from molf.core.offload import StateOffload
+from molf.core.unit_optimizer import UnitOptimizer
 from molf.errors import InputError
 from molf.plan.host_memory import pinned_bytes
 from molf.plan.live_bytes import LiveBytes
@@ -124,9 +124,8 @@ def _trace_steps_in_backward(config: Any, made: Trainable, workload: Workload) -
     """Passes in which layers move: the full experts win the first, the LoRA experts another."""
     with _blocks(made, workload):
         _make_state(made)
-        offload: StateOffload | None = getattr(made.optimizer, "_offload", None)
-        if offload is not None:
-            offload.forget_order()  # trainings have taken no step outside of a pass
+        if isinstance(made.optimizer, UnitOptimizer) and made.optimizer.offload is not None:
+            made.optimizer.offload.forget_order()  # trainings have taken no step outside of a pass
         counter = LiveBytes(_tensors(made))
         gc.collect()
         with counter:
@@ -208,7 +207,17 @@ def _blocks(made: Trainable, workload: Workload) -> Iterator[None]:
         # Thousands of blocks would take minutes; a block of 1 in 300 weighs little either.
         least = sum(p.numel() for p in made.trained) // _MOST_BLOCKS // threads
         elements = max(BLOCKS.cpu_elements, least)
-    with _replaced(made.optimizer, "executor", Eager(Blocks(cpu_elements=elements))):
+    with _in_blocks_of(made.optimizer, elements):
+        yield
+
+
+@contextmanager
+def _in_blocks_of(optimizer: torch.optim.Optimizer, elements: int) -> Iterator[None]:
+    """Have an optimizer go through tensors in blocks of so many elements; torch's has no blocks."""
+    if not isinstance(optimizer, UnitOptimizer):
+        yield
+        return
+    with _replaced(optimizer, "executor", Eager(Blocks(cpu_elements=elements))):
         yield
 
 
@@ -256,8 +265,7 @@ def _make_state(made: Trainable) -> None:
     """Take a step outside of a backward pass, so that the state is there in the next one."""
     _give_gradients(made)
     # What it takes is not asked for: whole tensors, not blocks, are the fewest operations.
-    whole = _replaced(made.optimizer, "executor", Eager(Blocks(cpu_elements=1 << 40)))
-    with whole, LiveBytes(scalar=0.5):
+    with _in_blocks_of(made.optimizer, 1 << 40), LiveBytes(scalar=0.5):
         made.optimizer.step()
 
 
