@@ -14,7 +14,7 @@ from molf.core.options import (
 )
 from molf.errors import InputError
 
-QUANTISABLE = ("lora", "molf-e")
+QUANTISABLE = ("molf-e", "lora")
 METHODS = ("fft", "lora", "molf", "molf-e")
 """What can be planned; molf-e is MoLF-Efficient, LoRA experts alone on a frozen base."""
 DTYPES = ("float32", "bfloat16")
@@ -128,43 +128,11 @@ class Workload(OptimizerOptions):
         return self.method != "molf" or self.config.lora_dropout > 0
 
 
-def method_config(
-    method: str,
-    *,
-    ranks: tuple[int, ...] | None = None,
-    lora_dropout: float | None = None,
-    **options: Any,
-) -> MoLFConfig | None:
-    """What a method adapts or routes; None for fft.
-
-    Args:
-        method: One of `METHODS`.
-        ranks: One per LoRA expert; the method's default if not given. For lora they are summed,
-            as `molf train` does.
-        lora_dropout: Dropout before the factors; the method's default if not given.
-        **options: Further settings of `MoLFConfig`.
-
-    Raises:
-        InputError: A value is not allowed.
-    """
-    if method == "fft":
-        return None
-    defaults = _DEFAULTS[method]
-    ranks = defaults["ranks"] if ranks is None else ranks
-    try:
-        return MoLFConfig(
-            ranks=(sum(ranks),) if method == "lora" else ranks,
-            lora_dropout=defaults["lora_dropout"] if lora_dropout is None else lora_dropout,
-            freeze_base=method == "molf-e",
-            **options,
-        )
-    except ValueError as error:
-        raise InputError(str(error)) from error
-
-
-# Those of `molf train`; for molf-e the paper's.
-_DEFAULTS: dict[str, dict[str, Any]] = {
-    "lora": {"ranks": (32,), "lora_dropout": 0.05},
-    "molf": {"ranks": (128,), "lora_dropout": 0.0},
-    "molf-e": {"ranks": (32, 128), "lora_dropout": 0.05},
-}
+def why_not_planned(method: str, kernels: str | None) -> str | None:
+    """Return why a training with this method and these kernels cannot be planned, or None."""
+    if method not in METHODS:
+        return f"Invalid method={method}. Planned are {', '.join(METHODS)}."
+    if kernels == "triton":
+        # The kernels' temporaries differ from those of torch's operations, which are planned.
+        return f"Invalid kernels={kernels}: eager steps are planned. Leave kernels out."
+    return None
