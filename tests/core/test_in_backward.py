@@ -487,7 +487,7 @@ def test_units_are_made_one_by_one(monkeypatch):
             made.append(args)
             super().__init__(*args)
 
-    monkeypatch.setattr("molf.core.adamw.PlainUnit", Counted)
+    monkeypatch.setattr("molf.core.unit_optimizer.PlainUnit", Counted)
     sum(parameter.sum() for parameter in parameters).backward()
     assert len(made) == len(optimizer.state) == len(parameters)
 
