@@ -37,7 +37,8 @@ from molf.plan.devices import show_bytes
 from molf.plan.measure import PeakBytes, held_tensors
 from molf.plan.memory import Planner
 from molf.plan.trainable import skeleton
-from molf.plan.workload import METHODS, Workload, method_config
+from molf.plan.workload import METHODS, Workload
+from molf.train.settings import TrainSettings
 
 BAR = 0.10
 STEPS = 2
@@ -87,6 +88,11 @@ def model_config() -> transformers.Qwen2Config:
         max_position_embeddings=2048,
         tie_word_embeddings=True,
     )
+
+
+def method_config(method: str, **options: Any) -> molf.MoLFConfig | None:
+    """Return a method's adapter or experts, with the defaults of `molf train`."""
+    return TrainSettings(task="custom", method=method, **options).method_config
 
 
 def make_model(workload: Workload) -> Any:

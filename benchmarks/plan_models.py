@@ -21,7 +21,8 @@ import transformers
 
 from molf.plan.devices import DEVICES, GIB
 from molf.plan.memory import Planner
-from molf.plan.workload import Workload, method_config
+from molf.plan.workload import Workload
+from plan_memory import method_config
 
 
 def _qwen(hidden: int, inner: int, layers: int, heads: int, kv_heads: int, **more: Any) -> Any:

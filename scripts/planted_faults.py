@@ -278,7 +278,7 @@ FAULTS = [
     Fault(
         "what one step requires holds for the next",
         "test_nonfinite.py",
-        "adamw.py",
+        "unit_optimizer.py",
         [("required, self._required = self._required, {}", "required = self._required")],
     ),
     Fault(
@@ -518,7 +518,7 @@ FAULTS = [
     Fault(
         "several processes are asked about in the constructor alone",
         "test_in_backward.py",
-        "adamw.py",
+        "unit_optimizer.py",
         [("        self._check_processes()\n        self._tally", "        self._tally")],
     ),
     Fault(
@@ -560,14 +560,14 @@ FAULTS = [
     Fault(
         "offloaded states stay on the device where zero_grad ends the backward pass",
         "test_offload.py",
-        "adamw.py",
+        "unit_optimizer.py",
         [("            self._backward.close()\n            self._end_step()\n",
           "            self._backward.close()\n")],
     ),
     Fault(
         "a bad gradient leaves offloaded states on their way",
         "test_offload.py",
-        "adamw.py",
+        "unit_optimizer.py",
         [("            self._settled_state()  # the caller may catch the error and read it\n", "")],
     ),
     Fault(

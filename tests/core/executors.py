@@ -14,13 +14,12 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from offload_helpers import LateCarrier
+from offload_helpers import LateCarrier, carried_by
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from molf.core.blocks import Blocks
 from molf.core.eager import Eager
-from molf.core.offload import carried_by
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 

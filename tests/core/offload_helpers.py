@@ -3,12 +3,24 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
-from molf.core.offload import Carrier
+from molf.core import offload
+from molf.core.offload import Carrier, CarrierOf
+
+
+@contextmanager
+def carried_by(carrier_of: CarrierOf) -> Iterator[None]:
+    """Replace the carrier of optimizers that are built inside."""
+    before, offload.cuda_carrier = offload.cuda_carrier, carrier_of
+    try:
+        yield
+    finally:
+        offload.cuda_carrier = before
 
 
 class LateCarrier(Carrier):

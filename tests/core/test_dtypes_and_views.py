@@ -8,12 +8,11 @@ import warnings
 import pytest
 import torch
 from core_helpers import assert_same_bits, run, snapshot, tiny_model
-from offload_helpers import LateCarrier
+from offload_helpers import LateCarrier, carried_by
 from optimizer_forms import FORMS, in_form
 from torch import Tensor, nn
 
 from molf import AdamW, MoLFAdamW, MoLFConfig
-from molf.core.offload import carried_by
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 

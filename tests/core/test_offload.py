@@ -7,14 +7,14 @@ from contextlib import ExitStack, nullcontext
 import pytest
 import torch
 from core_helpers import Conv1D, TinyModel, assert_same_bits, feed, snapshot, tiny_optimizer
-from offload_helpers import LateCarrier
+from offload_helpers import LateCarrier, carried_by
 from optimizer_forms import ADAPTERS, FORMS, STORAGES, build
 from torch import Tensor, nn
 
 import molf
 from molf import AdamW, MoLFAdamW, MoLFConfig
 from molf.core.guard import largest_square
-from molf.core.offload import CudaCarrier, StateOffload, carried_by
+from molf.core.offload import CudaCarrier, StateOffload
 
 
 @pytest.fixture
@@ -293,8 +293,8 @@ def test_parameters_whose_states_stay(carrier):
     model, ordinary = made("folded")
     with carried_by(lambda device: None):
         twin, optimizer = made("folded", state_offload=False)
-    optimizer._offload = StateOffload()
-    optimizer._offload._carrier = lambda p: carrier if p.dim() == 2 else None
+    optimizer.offload = StateOffload()
+    optimizer.offload._carrier = lambda p: carrier if p.dim() == 2 else None
     for step in range(3):
         run(model, ordinary, step)
         run(twin, optimizer, step)
@@ -317,7 +317,9 @@ def test_without_effect_beside_a_cpu(form):
 
 def test_kernels_are_refused():
     pytest.importorskip("triton")
-    with pytest.raises(ValueError, match=r"'triton' does not support state_offload=True.*Leave"):
+    with pytest.raises(
+        ValueError, match=r"'triton' is not possible with state_offload=True.*Leave"
+    ):
         AdamW(nn.Linear(4, 4).parameters(), kernels="triton", state_offload=True)
 
 

@@ -7,7 +7,8 @@ import pytest
 from molf.plan.advice import suggestions
 from molf.plan.devices import DEVICES, GIB, Device, show_bytes
 from molf.plan.memory import Planner
-from molf.plan.workload import Workload, method_config
+from molf.plan.workload import Workload
+from plan_memory import method_config
 
 
 @dataclass(frozen=True)
@@ -33,8 +34,12 @@ def workload():
     )
 
 
+MODULES = ("q_proj", "up_proj")
+FROZEN_BASE = {m: method_config(m, target_modules=MODULES) for m in ("molf-e", "lora")}
+
+
 def find(planner, workload, room):
-    return suggestions(planner, workload, Small(0, room))
+    return suggestions(planner, workload, Small(0, room), FROZEN_BASE)
 
 
 def test_single_changes_come_first(planner, workload):
@@ -79,9 +84,8 @@ def test_changes_together(planner):
 
 
 def test_a_frozen_base(tiny):
-    """On the same layers, with the method's own ranks."""
     wide = type(tiny)(**{**tiny.to_dict(), "hidden_size": 512, "intermediate_size": 2048})
-    config = method_config("molf", ranks=(8,), target_modules=("q_proj", "up_proj"))
+    config = method_config("molf", ranks=(8,), target_modules=MODULES)
     workload = Workload(method="molf", config=config, batch_size=1, length=100)
     planner = Planner(wide)
     found = find(planner, workload, planner.memory(workload).peak // 2)
@@ -90,7 +94,7 @@ def test_a_frozen_base(tiny):
     few = find(planner, workload, planner.memory(methods[("--method lora",)]).peak - 1)
     assert "--method lora --load_in_8bit" in [" ".join(s.changes) for s in few]
     for changed in methods.values():
-        assert changed.config == method_config(changed.method, target_modules=("q_proj", "up_proj"))
+        assert changed.config == FROZEN_BASE[changed.method]
 
 
 def test_nothing_is_enough(planner, workload):

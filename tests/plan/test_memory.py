@@ -14,7 +14,8 @@ from molf.errors import InputError
 from molf.plan.memory import Planner
 from molf.plan.trace import trace_pass, trace_step
 from molf.plan.trainable import skeleton
-from molf.plan.workload import Workload, method_config
+from molf.plan.workload import Workload
+from plan_memory import method_config
 
 RANKS = {"lora": (4,), "molf": (4, 8), "molf-e": (4, 8)}
 

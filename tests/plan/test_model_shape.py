@@ -8,7 +8,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import molf
 from molf.plan.model_shape import describe_model
-from molf.plan.workload import Workload, method_config
+from molf.plan.workload import Workload
+from plan_memory import method_config
 
 QWEN = {
     "model_type": "qwen2",

@@ -8,7 +8,7 @@ from checkpoints import write_checkpoint, write_facts
 
 from molf.cli import main
 
-COMMON = ("--per_device_train_batch_size", "2", "--max_length", "64")
+COMMON = ("--task", "custom", "--per_device_train_batch_size", "2", "--max_length", "64")
 
 
 @pytest.fixture(scope="module")
@@ -50,12 +50,14 @@ def asked_for(config_alone, monkeypatch):
     def run(*options):
         asked = []
 
-        def record(model, config, workload):
+        def record(model, config, workload, frozen_base):
             asked.append(workload)
             return SimpleNamespace(record=dict)
 
         monkeypatch.setattr(request, "plan_training", record)
-        assert main(["plan", "--model", str(config_alone), "--json", *options]) == 0
+        task = [] if "--task" in options else ["--task", "custom"]
+        arguments = ["--model", str(config_alone), "--json", *task, *options]
+        assert main(["plan", *arguments]) == 0
         return asked[0]
 
     return run
@@ -68,13 +70,55 @@ def test_defaults_are_those_of_training(asked_for):
     assert workload.batch_size == COMMON["per_device_train_batch_size"]
     assert workload.accumulates == (COMMON["gradient_accumulation_steps"] > 1)
     assert (workload.method, workload.config.ranks) == ("molf", (128,))
-    assert (workload.length, workload.dtype, workload.device) == (1024, "float32", "cuda")
+    assert (workload.dtype, workload.device) == ("float32", "cuda")
     assert workload.bf16
     assert workload.padded
     assert not workload.checkpointing
     assert asked_for("--method", "lora").config.ranks == (32,)
     assert asked_for("--method", "molf-e").config.ranks == (32, 128)
     assert asked_for("--method", "fft").config is None
+
+
+def test_the_length_is_what_fits_the_model(asked_for, config_alone):
+    positions = json.loads((config_alone / "config.json").read_text())["max_position_embeddings"]
+    assert asked_for().length == min(positions, 1024) < 1024
+    assert asked_for("--max_length", str(positions - 1)).length == positions - 1
+
+
+def test_a_recipe_is_planned_as_it_is_trained(asked_for):
+    from datetime import datetime
+
+    from molf.train.resolved import resolve
+    from molf.train.settings import TrainSettings
+
+    settings = TrainSettings(task="demo-fact", method="molf", ranks=(16,))
+    resolved = resolve(settings, datetime(2026, 1, 1))
+    workload = asked_for("--task", "demo-fact", "--config", "demo-fact-molf")
+    assert workload.config == resolved.method_config
+    assert workload.batch_size == resolved.per_device_train_batch_size
+    assert workload.accumulates == (resolved.gradient_accumulation_steps > 1)
+
+
+@pytest.mark.parametrize(
+    "options",
+    ["--learning_rate 3 --num_train_epochs 9", "--report_to nothing", "--data nowhere --dry_run"],
+)
+def test_options_of_training_alone_are_ignored(asked_for, capsys, options):
+    assert asked_for(*options.split()) == asked_for()
+    assert not capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "line"),
+    [
+        ("--method dora", "Invalid method=dora. Planned are fft, lora, molf, molf-e."),
+        ("--kernels triton", "Invalid kernels=triton"),
+    ],
+)
+def test_what_cannot_be_planned_is_one_line(capsys, options, line):
+    assert main(["plan", *options.split()]) == 2
+    (error,) = capsys.readouterr().err.splitlines()
+    assert line in error
 
 
 @pytest.mark.parametrize(
@@ -140,8 +184,8 @@ def test_base_that_is_stored_quantised_is_planned_so(asked_for, stored, bits):
 @pytest.mark.parametrize(
     ("method", "more", "words"),
     [
-        ("bitsandbytes", "", ["with method=molf, which trains the base", "molf-e or lora"]),
-        ("bitsandbytes", "--method fft", ["with method=fft", "molf-e or lora"]),
+        ("bitsandbytes", "", ["with method=molf: its full expert trains the base", "molf-e"]),
+        ("bitsandbytes", "--method fft", ["with method=fft: it trains the base", "molf-e"]),
         ("bitsandbytes", "--method lora --load_in_8bit", ["Invalid load_in_8bit", "4-bit"]),
         ("bitsandbytes", "--method lora --dtype bfloat16", ["Invalid dtype=bfloat16", "4-bit"]),
         ("gptq", "--method lora", ["stored quantised: gptq", "bitsandbytes"]),
@@ -185,7 +229,7 @@ def test_table_says_what_would_fit(tmp_path, capsys):
         num_attention_heads=32,
         num_key_value_heads=32,
     ).save_pretrained(tmp_path)
-    arguments = ["--model", str(tmp_path), "--method", "fft", "--num_gpus", "2"]
+    arguments = ["--model", str(tmp_path), "--method", "fft", "--num_gpus", "2", "--task", "custom"]
     assert main(["plan", *arguments, "--per_device_train_batch_size", "64"]) == 0
     printed = capsys.readouterr().out
     assert "To fit 24 GB" in printed

@@ -10,7 +10,6 @@ import yaml
 from safetensors.torch import load_file
 
 from molf.cli import main
-from molf.core.offload import carried_by
 from molf.errors import InputError
 from molf.train.resolved import resolve
 from molf.train.settings import TrainSettings
@@ -129,7 +128,7 @@ def test_in_backward_is_the_ordinary_run_without_clipping(tmp_path):
 )
 def test_state_in_host_memory_changes_no_bit(options, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(Path(__file__).resolve().parents[1] / "core")
-    from offload_helpers import LateCarrier
+    from offload_helpers import LateCarrier, carried_by
 
     # fft with a plain state would be torch's own AdamW.
     options = (*options, "--state_dtype", "8bit")
@@ -190,13 +189,13 @@ def test_what_cannot_be_is_one_line(given, message):
 
 
 def test_8bit_without_torchao_names_the_extra(monkeypatch):
-    monkeypatch.setattr("molf.train.settings.find_spec", lambda name: None)
+    monkeypatch.setattr("molf.core.options.find_spec", lambda name: None)
     with pytest.raises(InputError, match=r"molf\[torchao\]"):
         TrainSettings(state_dtype="8bit")
 
 
 def test_kernels_without_triton_name_the_extra(monkeypatch):
-    monkeypatch.setattr("molf.train.settings.find_spec", lambda name: None)
+    monkeypatch.setattr("molf.core.options.find_spec", lambda name: None)
     with pytest.raises(InputError, match=r"kernels=triton: it needs triton.*molf\[triton\]"):
         TrainSettings(kernels="triton")
 

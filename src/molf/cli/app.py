@@ -85,12 +85,11 @@ def _boolean_options() -> set[str]:
     from dataclasses import fields
 
     from molf.cli.eval import EvalOptions
-    from molf.cli.plan import PlanOptions
     from molf.train.settings import TrainSettings
 
     return {
         option.name
-        for options in (TrainSettings, EvalOptions, PlanOptions)
+        for options in (TrainSettings, EvalOptions)
         for option in fields(options)
         if str(option.type).startswith("Annotated[bool")
     }

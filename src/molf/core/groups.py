@@ -366,6 +366,12 @@ def parameter_name(group: dict[str, Any], index: int, number: int | None = None)
     return f"parameter [{index}] of group {number}"
 
 
+def dense_parameters(group: dict[str, Any]) -> list[Tensor]:
+    """Return a group's parameters without the factors of an adapter, which come last."""
+    parameters: list[Tensor] = list(group["params"])
+    return parameters if group.get("adapter_scaling") is None else parameters[:-2]
+
+
 def name_by_place(group: dict[str, Any], groups: list[dict[str, Any]]) -> None:
     """Name the parameters of a new group, or of the existing ones, if only the others have names.
 

@@ -157,6 +157,26 @@ def largest_square(dtype: torch.dtype) -> float:
     return 0.25 * torch.finfo(dtype).max
 
 
+def describe_number(name: str, number: Tensor) -> str:
+    """Return the reason to refuse a step whose loss or gradient norm is not finite."""
+    return f"Non-finite {name.replace('grad_norm', 'gradient norm')} ({number.item()})"
+
+
+def describe_bad(bad: Sequence[Tensor], name_of: Callable[[Tensor], str]) -> str:
+    """Return the reason to refuse a step with bad gradients, with the names of the first."""
+    nonfinite = [p for p in bad if not gradient(p).isfinite().all()]
+    named = nonfinite or bad
+    names = ", ".join(map(name_of, named[:3])) + (
+        f" and {len(named) - 3} more" if len(named) > 3 else ""
+    )
+    if nonfinite:
+        return f"Non-finite gradient in {names}"
+    return (
+        f"Gradient too large in {names} (finite, but its moments or those of the LoRA factors "
+        "would overflow)"
+    )
+
+
 def unusable(parameter: Tensor) -> str | None:
     """Return the reason why a parameter's gradient is not supported; None if it is."""
     grad = gradient(parameter)

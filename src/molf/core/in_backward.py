@@ -225,24 +225,6 @@ def _nobody() -> None:
     return None
 
 
-def check_in_backward(nonfinite: str, grad_accumulation_dtype: str | None) -> None:
-    """Refuse what steps in the backward pass cannot do.
-
-    Raises:
-        ValueError: With what to change.
-    """
-    if nonfinite == "skip":
-        raise ValueError(
-            "nonfinite='skip' is not possible with optimizer_in_backward=True: when a bad gradient "
-            "is found, other layers have moved already. Use nonfinite='raise'."
-        )
-    if grad_accumulation_dtype is not None:
-        raise ValueError(
-            "grad_accumulation_dtype with optimizer_in_backward=True has nothing to accumulate: a "
-            "layer moves after each backward pass. Leave one of them out."
-        )
-
-
 def check_no_scaler(optimizer: torch.optim.Optimizer) -> None:
     """Refuse a step that `torch.amp.GradScaler` calls.
 

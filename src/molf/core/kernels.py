@@ -5,34 +5,15 @@ triton is imported only with `kernels="triton"`.
 
 from __future__ import annotations
 
-import importlib.util
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from molf.core.groups import parameter_name
-from molf.core.names import KERNELS
+from molf.core.options import check_exclusions
 
 _DTYPES = (torch.float32, torch.bfloat16)
-
-
-def known_kernels(kernels: str | None) -> str:
-    """Return "eager" or "triton"; None is eager.
-
-    Raises:
-        ValueError: The word is unknown.
-        ImportError: triton is not installed.
-    """
-    if kernels not in (None, *KERNELS):
-        allowed = ", ".join(map(repr, KERNELS))
-        raise ValueError(f"Invalid kernels={kernels!r}. Must be {allowed} or None.")
-    if kernels == "triton" and importlib.util.find_spec("triton") is None:
-        raise ImportError(
-            "kernels='triton' needs triton: pip install 'molf[triton]' (Linux), or leave kernels "
-            "out."
-        )
-    return kernels or "eager"
 
 
 def check_kernel_group(group: dict[str, Any], number: int, home: torch.device) -> None:
@@ -62,11 +43,7 @@ def check_float32_moments(group: dict[str, Any]) -> None:
     Raises:
         ValueError: With what to change.
     """
-    if group.get("state_dtype", "float32") != "float32":
-        raise ValueError(
-            f"kernels='triton' does not support state_dtype={group['state_dtype']!r}. Use "
-            "state_dtype='float32', or leave kernels out."
-        )
+    check_exclusions({"kernels": "triton", "state_dtype": group.get("state_dtype")})
 
 
 def check_kernel_device(device: torch.device, name: str) -> None:

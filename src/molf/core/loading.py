@@ -1,21 +1,24 @@
-"""Checks and conversion of saved optimizer states, including those of `torch.optim.AdamW`."""
+"""Loading of saved optimizer states, those of `torch.optim.AdamW` included."""
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from molf.core.adam import compute_dtype, real_view
 from molf.core.groups import check_group, parameter_name
-from molf.core.hyper_parameters import storable
+from molf.core.hyper_parameters import separate, storable
 from molf.core.module_names import clean_name
 from molf.core.moments import block_of_8bit, in_present_layout, moments_of
-from molf.core.storage import LOW, check_known_rounding, check_rounding
+from molf.core.options import check_word
+from molf.core.storage import LOW, check_rounding, fold_low
+from molf.core.warn import warn
 
 _STRUCTURE = ("layer", "transposed", "ranks", "scalings", "adapter_scaling")
 _OWN = "state_dtype"  # all groups of this package have this key; torch's have not
@@ -45,7 +48,7 @@ def loadable(given: dict[str, Any], groups: list[dict[str, Any]]) -> dict[str, A
     ]
     for group in merged:
         check_group(group, smallest=-math.inf)  # schedules can make rates negative
-        check_known_rounding(group["weight_rounding"])
+        check_word("weight_rounding", group["weight_rounding"])
     state = dict(given["state"])
     result = []
     for number, (one, own) in enumerate(zip(saved, groups, strict=True)):
@@ -62,6 +65,103 @@ def loadable(given: dict[str, Any], groups: list[dict[str, Any]]) -> dict[str, A
             group["param_names"] = list(own["param_names"])
         result.append(group)
     return {**given, "state": state, "param_groups": result}
+
+
+def load(
+    optimizer: Optimizer,
+    state_dict: dict[str, Any],
+    load_groups: Callable[[dict[str, Any]], None],
+    keep: Callable[[Tensor, Tensor], Tensor],
+    check_saved_group: Callable[[dict[str, Any]], None],
+) -> None:
+    """Load a state into an optimizer; every tensor keeps the saved bits where dtypes allow.
+
+    `torch.optim.Optimizer.load_state_dict` casts floating-point state to the parameter's dtype,
+    which would round the float32 moments of bfloat16 weights, and moves it to the parameter's
+    device, where an offloaded state may not fit. It gets the state without tensors.
+
+    Args:
+        optimizer: The optimizer.
+        state_dict: The saved state.
+        load_groups: torch's own `load_state_dict` of this optimizer.
+        keep: Returns a copy of a tensor of a parameter's state, on the device of that state.
+        check_saved_group: Refuses a saved group that the optimizer cannot step.
+    """
+    loaded: dict[str, Any] = {}
+
+    # Hooks, so that those of users run before, and see the state as it was saved.
+    def capture_last(_: Optimizer, given: dict[str, Any]) -> dict[str, Any]:
+        loaded.update(loadable(given, optimizer.param_groups))
+        for group in loaded["param_groups"]:
+            check_saved_group(group)
+        own = {i for group in loaded["param_groups"] for i in group["params"]}
+        bare = {i: without_tensors(s) if i in own else s for i, s in loaded["state"].items()}
+        return {**loaded, "state": bare}
+
+    capture = optimizer.register_load_state_dict_pre_hook(capture_last)
+    restore = optimizer.register_load_state_dict_post_hook(
+        lambda _: _restore_bits(optimizer, loaded, keep), prepend=True
+    )
+    try:
+        load_groups(state_dict)
+    finally:
+        capture.remove()
+        restore.remove()
+
+
+def _restore_bits(
+    optimizer: Optimizer, loaded: dict[str, Any], keep: Callable[[Tensor, Tensor], Tensor]
+) -> None:
+    """Copy the tensors of a loaded state, and add lower halves to weights that can hold them."""
+    groups = optimizer.param_groups
+    for number, group in enumerate(groups):
+        separate(group, groups[:number])
+    saved_ids = [i for group in loaded["param_groups"] for i in group["params"]]
+    names = {
+        p: parameter_name(group, place, number)
+        for number, group in enumerate(groups)
+        for place, p in enumerate(group["params"])
+    }
+    parameters = [p for group in groups for p in group["params"]]
+    lost = []
+    for saved_id, parameter in zip(saved_ids, parameters, strict=True):
+        if not restore(optimizer.state, parameter, loaded["state"].get(saved_id, {}), keep):
+            lost.append(names[parameter])
+    if lost:
+        warn(
+            f"The lower halves of {len(lost)} bfloat16 weights of the saved state are not used "
+            f"(first: {lost[0]}): the weights here are not those that they belong to. Load the "
+            "model before the optimizer."
+        )
+
+
+def restore(
+    states: Any,
+    parameter: Tensor,
+    values: dict[str, Any],
+    keep: Callable[[Tensor, Tensor], Tensor],
+) -> bool:
+    """Copy the tensors of a parameter's state; add lower halves to a weight that can hold them.
+
+    Returns:
+        Whether all are used; lower halves are not, if the parameter has other values.
+    """
+    for key, value in values.items():
+        if isinstance(value, Tensor):
+            # A copy, also on the same device: two optimizers never share state.
+            states[parameter][key] = keep(parameter, value)
+        elif value == {}:
+            # What flattened distributed checkpoints load where nothing was saved.
+            del states[parameter][key]
+    if LOW not in states.get(parameter, {}) or parameter.dtype == torch.bfloat16:
+        return True
+    low = states[parameter].pop(LOW)
+    return fold_low(parameter, low.to(parameter.device))
+
+
+def without_tensors(state: dict[str, Any]) -> dict[str, Any]:
+    """Return a parameter's state without its tensors."""
+    return {key: value for key, value in state.items() if not isinstance(value, Tensor)}
 
 
 def _can_have(rounding: str | None, groups: list[dict[str, Any]]) -> bool:

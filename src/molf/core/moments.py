@@ -8,7 +8,7 @@ updated in both, from the same gradient, and stored by `settle`.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import cache
 from types import ModuleType
 from typing import Any
@@ -25,8 +25,9 @@ from molf.core.adam import (
     update_moments,
 )
 from molf.core.blocks import Blocks, Rows
-from molf.core.names import STATE_DTYPES
+from molf.core.options import check_word, missing_library
 from molf.core.place import WHOLE, Place
+from molf.core.warn import warn
 
 _KEYS = ("exp_avg", "exp_avg_sq")
 _BLOCK = 256  # most numbers that share a scale
@@ -165,10 +166,18 @@ def check_state_dtype(state_dtype: str) -> None:
         ValueError: The word is unknown.
         ImportError: torchao is not installed.
     """
-    if state_dtype not in STATE_DTYPES:
-        raise ValueError(f"Invalid state_dtype={state_dtype!r}. Must be 'float32' or '8bit'.")
+    check_word("state_dtype", state_dtype)
     if state_dtype == "8bit":
         _torchao()
+
+
+def warn_without_8bit(parameters: Iterable[Tensor]) -> None:
+    """Warn if none of these parameters can have 8-bit moments."""
+    if not any(map(block_of_8bit, parameters)):
+        warn(
+            "state_dtype='8bit' changes nothing: no trained tensor has 4,096 or more elements "
+            "in rows that blocks of 64 to 256 divide (LoRA factors are never 8-bit)."
+        )
 
 
 def block_of_8bit(parameter: Tensor, place: Place = WHOLE) -> int | None:
@@ -268,10 +277,7 @@ def _torchao() -> ModuleType:
     try:
         from torchao.optim import subclass_8bit
     except ImportError as error:
-        raise ImportError(
-            "state_dtype='8bit' needs torchao: pip install 'molf[torchao]', or use "
-            "state_dtype='float32'."
-        ) from error
+        raise missing_library("state_dtype", "8bit") from error
     return subclass_8bit
 
 

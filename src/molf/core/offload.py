@@ -87,26 +87,12 @@ class CudaCarrier(Carrier):
         torch.cuda.synchronize(self._device)
 
 
-def _cuda_alone(device: torch.device) -> Carrier | None:
+def cuda_carrier(device: torch.device) -> Carrier | None:
+    """Return the carrier of a device; None for other devices than CUDA, whose states stay."""
     return CudaCarrier(device) if device.type == "cuda" else None
 
 
-_carrier_of: Callable[[torch.device], Carrier | None] = _cuda_alone
-
-
-@contextmanager
-def carried_by(carrier_of: Callable[[torch.device], Carrier | None]) -> Iterator[None]:
-    """Replace the carrier of optimizers that are built inside: for tests and for planning.
-
-    Args:
-        carrier_of: Returns the carrier of a device; None: states stay on the device.
-    """
-    global _carrier_of
-    before, _carrier_of = _carrier_of, carrier_of
-    try:
-        yield
-    finally:
-        _carrier_of = before
+CarrierOf = Callable[[torch.device], Carrier | None]
 
 
 class _Loan:
@@ -175,10 +161,14 @@ class StateOffload:
     """Keeps states in host memory and lends them to the device, layer by layer.
 
     At most three layers' states are on the device: one in use, one inbound, one outbound.
+
+    Args:
+        carrier_of: Returns the carrier of a device, or None if states stay there; `cuda_carrier`
+            if not given.
     """
 
-    def __init__(self) -> None:
-        self._make = _carrier_of
+    def __init__(self, carrier_of: CarrierOf | None = None) -> None:
+        self._make = carrier_of or cuda_carrier
         self._carriers: dict[torch.device, Carrier | None] = {}
         self._coming: _Loan | None = None
         self._going: deque[_Loan] = deque()  # oldest first

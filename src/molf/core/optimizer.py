@@ -12,6 +12,7 @@ from molf.core.adamw import AdamW
 from molf.core.config import MoLFConfig
 from molf.core.groups import build_groups, check_shapes, cover
 from molf.core.hyper_parameters import readable
+from molf.core.options import OptimizerOptions
 from molf.core.owners import Owners, without_gradient
 from molf.core.quantised import keep_differentiable
 from molf.core.routing import Decision
@@ -42,14 +43,9 @@ class MoLFAdamW(AdamW):
         betas: Decay rates of the first and second moments.
         eps: Added to the denominator of a step (the score uses 1e-8).
         weight_decay: Decoupled decay of groups that set none.
-        weight_rounding: Rounding of bfloat16 weights; this and the following as in `AdamW`.
-        state_dtype: Storage of moments.
         seed: Seed of stochastic rounding for groups that set none.
-        nonfinite: Reaction to a gradient that is not finite.
-        grad_accumulation_dtype: Dtype of accumulated gradients.
-        optimizer_in_backward: Whether layers are updated during the backward pass.
-        kernels: "eager" or "triton".
-        state_offload: Whether the state is in host memory.
+        **options: The other keywords of `AdamW`: `weight_rounding`, `state_dtype`, `nonfinite`,
+            `grad_accumulation_dtype`, `optimizer_in_backward`, `kernels`, `state_offload`.
 
     Attributes:
         routing: Decision of every layer in the last step, by layer name.
@@ -65,14 +61,8 @@ class MoLFAdamW(AdamW):
         eps: float = 1e-8,
         weight_decay: float = 0.1,
         *,
-        weight_rounding: str | None = None,
-        state_dtype: str = "float32",
         seed: int = 0,
-        nonfinite: str = "raise",
-        grad_accumulation_dtype: str | None = None,
-        optimizer_in_backward: bool = False,
-        kernels: str | None = None,
-        state_offload: bool = False,
+        **options: Any,
     ) -> None:
         groups = list(params)
         if not any(isinstance(group, dict) and group.get("layer") is not None for group in groups):
@@ -88,14 +78,8 @@ class MoLFAdamW(AdamW):
             betas,
             eps,
             weight_decay,
-            weight_rounding=weight_rounding,
-            state_dtype=state_dtype,
             seed=seed,
-            nonfinite=nonfinite,
-            grad_accumulation_dtype=grad_accumulation_dtype,
-            optimizer_in_backward=optimizer_in_backward,
-            kernels=kernels,
-            state_offload=state_offload,
+            **options,
         )
 
     @classmethod
@@ -168,6 +152,15 @@ class MoLFAdamW(AdamW):
                 raise TypeError(
                     f"Invalid {name} of type {type(value).__name__}. Must be {kind.__name__}."
                 )
+        options = OptimizerOptions(
+            weight_rounding=weight_rounding,
+            state_dtype=state_dtype,
+            grad_accumulation_dtype=grad_accumulation_dtype,
+            optimizer_in_backward=optimizer_in_backward,
+            state_offload=state_offload,
+            kernels=kernels,
+            nonfinite=nonfinite,
+        )
         groups = build_groups(
             model,
             config,
@@ -182,14 +175,8 @@ class MoLFAdamW(AdamW):
             betas,
             eps,
             weight_decay,
-            nonfinite=nonfinite,
-            weight_rounding=weight_rounding,
-            state_dtype=state_dtype,
-            grad_accumulation_dtype=grad_accumulation_dtype,
-            optimizer_in_backward=optimizer_in_backward,
-            kernels=kernels,
-            state_offload=state_offload,
             seed=config.seed,
+            **options.as_keywords(),
         )
         # An evaluation between steps must not re-pack 4-bit weights.
         keep_differentiable(model)
@@ -296,8 +283,8 @@ class MoLFAdamW(AdamW):
         )
         with torch.no_grad():
             form_of(group).write_factors(group, self._settled_state(), *stacked)
-            if self._offload is not None:  # new state is on the parameters' device
-                self._offload.keep_all({p: self.state.get(p, {}) for p in group["params"]})
+            if self.offload is not None:  # new tensors are on the parameter's device
+                self.offload.keep_all({p: self.state.get(p, {}) for p in group["params"]})
 
     def _group_of(self, layer: str) -> dict[str, Any]:
         for group in self.param_groups:

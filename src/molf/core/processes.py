@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from molf.core.accumulation import is_low
+from molf.core.options import check_exclusions
 
 
 def check_processes(
@@ -25,17 +27,10 @@ def check_processes(
     count = _world_size()
     if count < 2:
         return
-    if optimizer_in_backward:
-        raise ValueError(
-            f"optimizer_in_backward=True with {count} processes is not possible: a layer would "
-            "move before its gradients are summed over them. Leave it out."
-        )
-    if grad_accumulation_dtype is not None and any(map(is_low, parameters)):
-        raise ValueError(
-            f"grad_accumulation_dtype={grad_accumulation_dtype!r} with {count} processes is not "
-            "possible: DDP keeps gradients in buckets of the parameter's dtype. Leave it out, or "
-            "load the model in float32."
-        )
+    settings: dict[str, Any] = {"processes": count, "optimizer_in_backward": optimizer_in_backward}
+    if any(map(is_low, parameters)):
+        settings["grad_accumulation_dtype"] = grad_accumulation_dtype
+    check_exclusions(settings)
 
 
 def _world_size() -> int:

@@ -6,16 +6,16 @@ bits in the state), "stochastic" (unbiased rounding) or "nearest".
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from types import EllipsisType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from molf.core.names import ROUNDINGS
 from molf.core.place import WHOLE, Place
 from molf.core.rounding import RoundingKey, join_float32, round_stochastic, split_float32
+from molf.core.warn import warn
 
 LOW = "low"  # key of the low halves in a parameter's state
 
@@ -27,17 +27,6 @@ def rounding_of(parameter: Tensor, weight_rounding: str | None) -> str:
     if parameter.dtype != torch.bfloat16:
         return "nearest"
     return weight_rounding or "exact"
-
-
-def check_known_rounding(weight_rounding: str | None) -> None:
-    """Refuse an unknown rounding.
-
-    Raises:
-        ValueError: With the allowed words.
-    """
-    if weight_rounding not in (None, *ROUNDINGS):
-        allowed = ", ".join(map(repr, ROUNDINGS))
-        raise ValueError(f"Invalid weight_rounding={weight_rounding!r}. Must be {allowed} or None.")
 
 
 def check_rounding(parameters: Iterable[Tensor], weight_rounding: str | None) -> None:
@@ -61,6 +50,23 @@ def check_rounding(parameters: Iterable[Tensor], weight_rounding: str | None) ->
         raise ValueError(
             f"weight_rounding={weight_rounding!r} is for bfloat16 weights, and some are "
             f"{next(iter(other))}. Load the model in bfloat16."
+        )
+
+
+def warn_of_nearest(roundings: Iterable[tuple[Tensor, str | None]]) -> None:
+    """Warn of weights that are rounded to nearest.
+
+    Args:
+        roundings: Parameters, each with its `weight_rounding`.
+    """
+    nearest = {p.dtype for p, rounding in roundings if rounding_of(p, rounding) == "nearest"}
+    for dtype in nearest:
+        way_out = "Leave weight_rounding out: bfloat16 weights are then exact."
+        if dtype != torch.bfloat16:
+            way_out = "Load the model in bfloat16, whose weights can be exact, or in float32."
+        warn(
+            f"Trained weights are {dtype} and rounded to nearest, so small updates are lost (at lr "
+            f"2e-5, most of them). {way_out}"
         )
 
 
@@ -171,6 +177,20 @@ def fold_low(parameter: Tensor, low: Tensor) -> bool:
     if torch.equal(high.to(stored.dtype), stored):
         stored.copy_(values)
     return torch.equal(stored, values)
+
+
+def join_in_place(parameters: Iterable[Tensor], states: Mapping[Tensor, dict[str, Any]]) -> None:
+    """Turn bfloat16 parameters into their float32 values, on the device of their lower halves.
+
+    The lower halves leave the state, one parameter after the other.
+    """
+    for parameter in parameters:
+        state = states.get(parameter) or {}
+        if parameter.dtype != torch.bfloat16 or LOW not in state:
+            continue
+        low = state.pop(LOW)
+        high = parameter.detach().to(low.device)
+        parameter.data = stored_values(high, {LOW: low})  # the same object, so that ties stay
 
 
 def _joined(high: Tensor, low: Tensor) -> Tensor:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 
+from molf.core.config import MoLFConfig
+from molf.core.options import OptimizerOptions
 from molf.errors import InputError
 from molf.plan.devices import Device
 from molf.plan.memory import Planner
-from molf.plan.workload import QUANTISABLE, QUANTISATIONS, Workload, method_config
+from molf.plan.workload import QUANTISABLE, QUANTISATIONS, Workload
 
 _LEAST_LENGTH = 128
 MOST_GPUS = 64
@@ -35,7 +37,12 @@ class Suggestion:
     peak: int
 
 
-def suggestions(planner: Planner, workload: Workload, device: Device) -> list[Suggestion]:
+def suggestions(
+    planner: Planner,
+    workload: Workload,
+    device: Device,
+    frozen_base: Mapping[str, MoLFConfig],
+) -> list[Suggestion]:
     """Find changes that make a training fit a device.
 
     Each option is tried alone, and its first value that fits is suggested.
@@ -44,13 +51,16 @@ def suggestions(planner: Planner, workload: Workload, device: Device) -> list[Su
         planner: Of the model.
         workload: A training that does not fit.
         device: The device.
+        frozen_base: Methods that freeze the base, each with its adapter.
 
     Returns:
         The suggestions; empty if no tried change is enough.
     """
-    # Where no single option is enough, the changes of _CHEAP are made one after the other,
-    # and each option is tried again on top of them.
+    # Where no single option is enough, the changes of _CHEAP are made one after the other, and
+    # each option is tried again on top of them.
     granted: tuple[str, ...] = ()
+    methods = [_with_method(method, config) for method, config in frozen_base.items()]
+    options = (*_OPTIONS, *methods, _gpus)
     for option in (None, *_CHEAP):
         if option is not None:
             further = list(option(workload))
@@ -58,7 +68,7 @@ def suggestions(planner: Planner, workload: Workload, device: Device) -> list[Su
                 continue  # set already
             text, workload = further[-1]
             granted = (*granted, text)
-        tried = (_first_that_fits(planner, workload, device, option) for option in _OPTIONS)
+        tried = (_first_that_fits(planner, workload, device, option) for option in options)
         found = [replace(s, changes=(*granted, *s.changes)) for s in tried if s is not None]
         if found:
             return found
@@ -168,23 +178,14 @@ def _quantised(workload: Workload) -> Iterator[tuple[str, Workload]]:
             yield f"--{option}{dtype}", changed
 
 
-def _frozen_base(method: str) -> _Option:
-    """Use a method with its default ranks on the same layers, then also with a quantised base."""
+def _with_method(method: str, config: MoLFConfig) -> _Option:
+    """A method that freezes the base; beside a quantised base if need be."""
 
     def change(workload: Workload) -> Iterator[tuple[str, Workload]]:
         if workload.method in ("fft", "molf"):
-            config = workload.config
-            modules = ("target_modules", "exclude_modules")
-            same = {name: getattr(config, name) for name in modules} if config else {}
+            # Options of storage are for trained base weights.
             changed = replace(
-                workload,
-                method=method,
-                config=method_config(method, **same),
-                optimizer_in_backward=False,
-                state_offload=False,
-                grad_accumulation_dtype=None,
-                weight_rounding=None,
-                state_dtype="float32",
+                workload, method=method, config=config, **OptimizerOptions().as_keywords()
             )
             yield f"--method {method}", changed
             for text, quantised in _quantised(changed):
@@ -220,7 +221,4 @@ _OPTIONS: tuple[_Option, ...] = (
     _offload,
     _length,
     _quantised,
-    _frozen_base("molf-e"),
-    _frozen_base("lora"),
-    _gpus,
 )

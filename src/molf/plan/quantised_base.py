@@ -11,9 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from molf.core.quantised import Quantisation, quantisation_of
-from molf.errors import InputError
-from molf.plan.workload import QUANTISABLE
+from molf.core.quantised import Quantisation
 
 _BLOCK = 64  # four-bit numbers that share a scale, in `BitsAndBytesConfig`'s default
 
@@ -23,48 +21,6 @@ def planned_as(quantisation: Quantisation | None) -> str | None:
     if quantisation is None or quantisation.method != "bitsandbytes":
         return None
     return f"load_in_{quantisation.bits}bit"
-
-
-def planned_quantisation(
-    model: str, config: Any, method: str, dtype: str, asked: str | None
-) -> str | None:
-    """Return the quantisation of a planned base: the stored one, else that of the option.
-
-    Args:
-        model: The model's name, for messages.
-        config: Its configuration.
-        method: The method.
-        dtype: Type of the tensors that are not quantised.
-        asked: `load_in_4bit`, `load_in_8bit` or None.
-
-    Raises:
-        InputError: The stored base excludes these options, or cannot be planned.
-    """
-    stored = quantisation_of(config)
-    if stored is None:
-        return asked
-    base = f"model {model} (stored quantised: {stored})"
-    planned = planned_as(stored)
-    if planned is None:
-        raise InputError(
-            f"Invalid {base}: only models quantised by bitsandbytes (4-bit, 8-bit) can be planned. "
-            "Give one of these, or the unquantised model."
-        )
-    if method not in QUANTISABLE:
-        raise InputError(
-            f"Invalid {base} with method={method}, which trains the base. Use --method "
-            f"{' or '.join(QUANTISABLE[::-1])}, or give the unquantised model."
-        )
-    if dtype != "float32":
-        raise InputError(
-            f"Invalid dtype={dtype} with {base}: its other tensors are float32. Leave dtype out, "
-            "or give the unquantised model."
-        )
-    if asked not in (None, planned):
-        raise InputError(
-            f"Invalid {asked} with {base}. Leave {asked} out, or give the unquantised model."
-        )
-    return planned
 
 
 def quantise(model: Any, quantised: str, compute_dtype: torch.dtype | None = None) -> None:

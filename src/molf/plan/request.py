@@ -1,11 +1,12 @@
-"""A plan from the options of `molf plan`: checked, with defaults filled in as in `molf train`."""
+"""The plan of a training: parameters, memory, and what would make it fit."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from molf.core.config import MoLFConfig
 from molf.errors import InputError
 from molf.paths import expanded
 from molf.plan.advice import MOST_GPUS, Suggestion, suggestions
@@ -77,7 +78,11 @@ class TrainingPlan:
 
 
 def plan_training(
-    model: str, config: Any, workload: Workload, devices: Iterable[Device] = DEVICES
+    model: str,
+    config: Any,
+    workload: Workload,
+    frozen_base: Mapping[str, MoLFConfig],
+    devices: Iterable[Device] = DEVICES,
 ) -> TrainingPlan:
     """Plan a training from the model's configuration alone.
 
@@ -85,13 +90,13 @@ def plan_training(
         model: The model's name, for the record.
         config: Its transformers configuration.
         workload: What is trained, and how.
+        frozen_base: Methods that freeze the base, to be suggested, each with its adapter.
         devices: Sizes of GPU to give advice for.
 
     Raises:
-        InputError: The model cannot be made, or not be planned without data; no layer can be
-            adapted; or the length is above the model's positions.
+        InputError: The model cannot be made, or not be planned without data; or no layer can be
+            adapted.
     """
-    _check_length(model, config, workload.length)
     planner = Planner(config)
     shape = planner.shape(workload)
     _check_factors(shape, workload)
@@ -108,7 +113,7 @@ def plan_training(
         planner.memory(replace(workload, checkpointing=value)) for value in (False, True)
     )
     advice = {
-        device: suggestions(planner, workload, device)
+        device: suggestions(planner, workload, device, frozen_base)
         for device in devices
         if not device.fits(memory.peak)
     }
@@ -144,12 +149,3 @@ def read_model_config(model: str) -> Any:
     except (OSError, ValueError, ImportError, KeyError) as error:
         reason = str(error).strip().split("\n")[0]
         raise InputError(f"model {model} cannot be planned: {reason}") from error
-
-
-def _check_length(model: str, config: Any, length: int) -> None:
-    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
-    if isinstance(limit, int) and 0 < limit < length:
-        raise InputError(
-            f"Invalid max_length={length} with model {model}. Must be at most {limit}, the "
-            "positions that it was made for."
-        )

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from molf.core.blocks import BLOCKS, Blocks
 from molf.core.eager import Eager
-from molf.core.offload import StateOffload
+from molf.core.unit_optimizer import UnitOptimizer
 from molf.errors import InputError
 from molf.plan.host_memory import pinned_bytes
 from molf.plan.live_bytes import LiveBytes
@@ -122,9 +122,8 @@ def _trace_steps_in_backward(config: Any, made: Trainable, workload: Workload) -
     """Run passes with steps inside: the full experts win first, then the LoRA experts."""
     with _blocks(made, workload):
         _make_state(made)
-        offload: StateOffload | None = getattr(made.optimizer, "_offload", None)
-        if offload is not None:
-            offload.forget_order()  # the order of _make_state's step, which no training takes
+        if isinstance(made.optimizer, UnitOptimizer) and made.optimizer.offload is not None:
+            made.optimizer.offload.forget_order()  # no training has _make_state's order
         counter = LiveBytes(_tensors(made))
         gc.collect()
         with counter:
@@ -207,7 +206,17 @@ def _blocks(made: Trainable, workload: Workload) -> Iterator[None]:
         # Tracing thousands of blocks takes minutes. With at most 300, a block is still small.
         least = sum(p.numel() for p in made.trained) // _MOST_BLOCKS // threads
         elements = max(BLOCKS.cpu_elements, least)
-    with _replaced(made.optimizer, "executor", Eager(Blocks(cpu_elements=elements))):
+    with _in_blocks_of(made.optimizer, elements):
+        yield
+
+
+@contextmanager
+def _in_blocks_of(optimizer: torch.optim.Optimizer, elements: int) -> Iterator[None]:
+    """Have an optimizer go through tensors in blocks of so many elements; torch's has no blocks."""
+    if not isinstance(optimizer, UnitOptimizer):
+        yield
+        return
+    with _replaced(optimizer, "executor", Eager(Blocks(cpu_elements=elements))):
         yield
 
 
@@ -255,8 +264,7 @@ def _make_state(made: Trainable) -> None:
     """Create the optimizer's state, by a step outside of a backward pass."""
     _give_gradients(made)
     # Not counted, so tensors are processed whole, which takes the fewest operations.
-    whole = _replaced(made.optimizer, "executor", Eager(Blocks(cpu_elements=1 << 40)))
-    with whole, LiveBytes(scalar=0.5):
+    with _in_blocks_of(made.optimizer, 1 << 40), LiveBytes(scalar=0.5):
         made.optimizer.step()
 
 

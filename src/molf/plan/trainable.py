@@ -6,6 +6,7 @@ import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -14,8 +15,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 
 from molf.core.adamw import AdamW
 from molf.core.layers import trainable_layers
-from molf.core.offload import carried_by
+from molf.core.offload import StateOffload
 from molf.core.optimizer import MoLFAdamW
+from molf.core.options import OptimizerOptions
 from molf.core.peft_model import with_adapter
 from molf.plan.host_memory import PlannedCarrier
 from molf.plan.model_class import make_skeleton
@@ -101,8 +103,9 @@ def trainable(config: Any, workload: Workload) -> Iterator[Trainable]:
         # Constants that the model's code creates are real tensors; they are small.
         with FakeTensorMode(allow_non_fake_inputs=True):
             _leave_meta(model)
-            with carried_by(lambda _: PlannedCarrier()):
-                optimizer = _optimizer(model, workload)
+            optimizer = _optimizer(model, workload)
+            if isinstance(optimizer, AdamW) and workload.offloads:
+                optimizer.offload = StateOffload(lambda _: PlannedCarrier())
             if workload.quantised is not None:
                 compute = torch.bfloat16 if workload.bf16 else torch.float32
                 quantise(model, workload.quantised, compute)
@@ -164,26 +167,17 @@ def _leave_meta(model: nn.Module) -> None:
 
 
 def _optimizer(model: nn.Module, workload: Workload) -> torch.optim.Optimizer:
-    storage: dict[str, Any] = {
-        "state_dtype": workload.state_dtype,
-        "grad_accumulation_dtype": workload.grad_accumulation_dtype,
-        "optimizer_in_backward": workload.optimizer_in_backward,
-        "state_offload": workload.offloads,
-    }
-    if workload.method != "molf-e":  # PEFT's factors are float32
-        storage["weight_rounding"] = workload.weight_rounding
+    # The planned tensors are not on CUDA, so `trainable` sets up the offload.
+    options = replace(OptimizerOptions.of(workload), state_offload=False)
+    if workload.method == "molf-e":  # PEFT's factors are float32
+        options = replace(options, weight_rounding=None)
     if workload.state_dtype == "8bit":
         _make_tables()
     if workload.method in ("molf", "molf-e"):
-        return MoLFAdamW.from_model(model, workload.config, **storage)
+        return MoLFAdamW.from_model(model, workload.config, **options.as_keywords())
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    is_plain = (
-        workload.dtype == workload.state_dtype == "float32"
-        and not workload.optimizer_in_backward
-        and not workload.offloads
-    )
-    if workload.method == "fft" and not is_plain:
-        return AdamW(trained, **storage)
+    if workload.method == "fft" and not workload.is_plain(workload.dtype):
+        return AdamW(trained, **options.as_keywords())
     return torch.optim.AdamW(trained, fused=True)
 
 

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from importlib.util import find_spec
 from typing import Any
 
 from molf.core.config import MoLFConfig
-from molf.core.names import ROUNDINGS, STATE_DTYPES
+from molf.core.options import (
+    MissingLibraryError,
+    OptimizerOptions,
+    OptionError,
+    check_exclusions,
+)
 from molf.errors import InputError
 
-QUANTISABLE = ("lora", "molf-e")
+QUANTISABLE = ("molf-e", "lora")
 METHODS = ("fft", "lora", "molf", "molf-e")
 """What can be planned; molf-e is MoLF-Efficient, LoRA experts alone on a frozen base."""
 DTYPES = ("float32", "bfloat16")
@@ -20,8 +24,8 @@ QUANTISATIONS = ("load_in_4bit", "load_in_8bit")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Workload:
-    """A training as far as its memory depends on it.
+class Workload(OptimizerOptions):
+    """A training as far as its memory depends on it, with the options of its optimizer.
 
     Attributes:
         method: One of `METHODS`.
@@ -36,11 +40,6 @@ class Workload:
         padded: Whether a batch holds sequences of different lengths. Attention then takes a mask,
             and the plan is that of the longest sequence.
         num_gpus: Devices that share weights, gradients and optimizer state.
-        weight_rounding: How bfloat16 weights are written; None for exact.
-        state_dtype: How moments of dense weights are kept.
-        grad_accumulation_dtype: Type of the gradients; None for that of the weights.
-        optimizer_in_backward: Whether steps are taken in the backward pass.
-        state_offload: Whether the optimizer's state is in host memory; on CUDA only.
         quantised: The option that asks for a quantised base, one of `QUANTISATIONS`, or None.
         unreached: Modules that no text reaches, which are frozen; found by the planner.
 
@@ -59,11 +58,6 @@ class Workload:
     device: str = "cuda"
     padded: bool = True
     num_gpus: int = 1
-    weight_rounding: str | None = None
-    state_dtype: str = "float32"
-    grad_accumulation_dtype: str | None = None
-    optimizer_in_backward: bool = False
-    state_offload: bool = False
     quantised: str | None = None
     unreached: tuple[str, ...] = ()
 
@@ -73,9 +67,6 @@ class Workload:
             "method": METHODS,
             "dtype": DTYPES,
             "device": DEVICES,
-            "weight_rounding": (*ROUNDINGS, None),
-            "state_dtype": STATE_DTYPES,
-            "grad_accumulation_dtype": ("float32", None),
             "quantised": (*QUANTISATIONS, None),
         }
         for name, allowed in words.items():
@@ -95,43 +86,24 @@ class Workload:
                 f"Invalid ranks={','.join(map(str, self.config.ranks))} with method=lora. Must be "
                 "one rank; molf and molf-e take several."
             )
-        self._check_storage()
-
-    def _check_storage(self) -> None:
-        """Refuse what `molf train` refuses."""
-        if self.weight_rounding is not None and self.dtype == "float32":
+        if self.quantised is not None and self.method not in QUANTISABLE:
             raise InputError(
-                f"Invalid weight_rounding={self.weight_rounding} with dtype=float32: there is "
-                "nothing to round. Give --dtype bfloat16, or leave weight_rounding out."
+                f"Invalid {self.quantised} with method={self.method}, which trains the base. "
+                "Use --method molf-e or lora, or leave it out."
             )
-        if self.state_dtype == "8bit" and find_spec("torchao") is None:
-            raise InputError(
-                "Invalid state_dtype=8bit: it needs torchao. Install it with pip install "
-                "'molf[torchao]', or give --state_dtype float32."
+        try:
+            super().__post_init__()
+            check_exclusions(
+                {
+                    **self.as_keywords(),
+                    "gradient_accumulation_steps": "above 1" if self.accumulates else 1,
+                    "num_gpus": self.num_gpus,
+                    "float32_weights": self.dtype == "float32",
+                }
             )
-        for name in ("accumulates", "grad_accumulation_dtype"):
-            if self.optimizer_in_backward and getattr(self, name):
-                given = {"accumulates": "gradient_accumulation_steps above 1"}.get(name, name)
-                raise InputError(
-                    f"Invalid {given} with optimizer_in_backward: each layer moves as soon as its "
-                    "own gradient is there. Leave one of the two out."
-                )
-        if self.steps_in_backward and self.num_gpus > 1:
-            raise InputError(
-                f"Invalid num_gpus={self.num_gpus} with optimizer_in_backward: a layer would move "
-                "before its gradients are summed over them. Leave one of the two out."
-            )
-        if self.quantised is not None:
-            if self.method not in QUANTISABLE:
-                raise InputError(
-                    f"Invalid {self.quantised} with method={self.method}, which trains the base. "
-                    "Use --method molf-e or lora, or leave it out."
-                )
-            if self.dtype != "float32":
-                raise InputError(
-                    f"Invalid dtype={self.dtype} with {self.quantised}: what is not quantised is "
-                    "float32. Leave one of the two out."
-                )
+            self.check_libraries()
+        except (OptionError, MissingLibraryError) as error:
+            raise InputError(error.as_option) from error
 
     @property
     def steps_in_backward(self) -> bool:
@@ -156,43 +128,11 @@ class Workload:
         return self.method != "molf" or self.config.lora_dropout > 0
 
 
-def method_config(
-    method: str,
-    *,
-    ranks: tuple[int, ...] | None = None,
-    lora_dropout: float | None = None,
-    **options: Any,
-) -> MoLFConfig | None:
-    """What a method adapts or routes; None for fft.
-
-    Args:
-        method: One of `METHODS`.
-        ranks: One per LoRA expert; the method's default if not given. For lora they are summed,
-            as `molf train` does.
-        lora_dropout: Dropout before the factors; the method's default if not given.
-        **options: Further settings of `MoLFConfig`.
-
-    Raises:
-        InputError: A value is not allowed.
-    """
-    if method == "fft":
-        return None
-    defaults = _DEFAULTS[method]
-    ranks = defaults["ranks"] if ranks is None else ranks
-    try:
-        return MoLFConfig(
-            ranks=(sum(ranks),) if method == "lora" else ranks,
-            lora_dropout=defaults["lora_dropout"] if lora_dropout is None else lora_dropout,
-            freeze_base=method == "molf-e",
-            **options,
-        )
-    except ValueError as error:
-        raise InputError(str(error)) from error
-
-
-# Those of `molf train`; for molf-e the paper's.
-_DEFAULTS: dict[str, dict[str, Any]] = {
-    "lora": {"ranks": (32,), "lora_dropout": 0.05},
-    "molf": {"ranks": (128,), "lora_dropout": 0.0},
-    "molf-e": {"ranks": (32, 128), "lora_dropout": 0.05},
-}
+def why_not_planned(method: str, kernels: str | None) -> str | None:
+    """Return why a training with this method and these kernels cannot be planned, or None."""
+    if method not in METHODS:
+        return f"Invalid method={method}. Planned are {', '.join(METHODS)}."
+    if kernels == "triton":
+        # The kernels' temporaries differ from those of torch's operations, which are planned.
+        return f"Invalid kernels={kernels}: eager steps are planned. Leave kernels out."
+    return None

@@ -9,6 +9,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from molf.core.options import OPTIONS
+
 SUMMARIES = {
     "fft": "full fine-tuning (AdamW on all weights)",
     "lora": "LoRA (arXiv 2106.09685), merged into the weights",
@@ -35,14 +37,7 @@ QUANTISABLE = ("molf-e", "lora", "lora+", "eva")
 MERGE_BASES = ("dequantised", "original")
 
 # Options of the optimizers of fft, molf and molf-e. Adapters use torch's AdamW.
-STORAGE = (
-    "weight_rounding",
-    "state_dtype",
-    "grad_accumulation_dtype",
-    "optimizer_in_backward",
-    "state_offload",
-    "kernels",
-)
+STORAGE = tuple(name for name in OPTIONS if name != "nonfinite")
 
 # Meaning of `--ranks` for an adapter: its rank, or the rank of a LoRA with as many parameters.
 MATCHES = ("rank", "parameters")

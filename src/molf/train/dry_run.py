@@ -13,12 +13,13 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from molf.plan.measure import PeakBytes, held_tensors
 from molf.plan.memory import MemoryPlan, Planner
 from molf.plan.quantised_base import planned_as
-from molf.plan.workload import METHODS, Workload
+from molf.plan.workload import why_not_planned
 from molf.tasks import Task
 from molf.tasks.encoding import EncodedSamples
 from molf.train.files import scratch_directory
 from molf.train.methods import TrainingData, plan
 from molf.train.opening import Opening, open_training
+from molf.train.planned import workload_of
 from molf.train.progress import Reporter
 from molf.train.resolved import ResolvedSettings
 from molf.train.run_directory import RunDirectory
@@ -224,28 +225,17 @@ def _planned(
     arguments: Any,
 ) -> tuple[int | None, int | None]:
     """The planned peaks: of the steps that are taken, and of those with the longest allowed."""
-    # The kernels' temporaries differ from those of torch's operations, which are planned.
-    if settings.method not in METHODS or settings.kernels != "eager":
+    if why_not_planned(settings.method, settings.kernels) is not None:
         return None, None
     if opening.quantisation is not None and planned_as(opening.quantisation) is None:
         return None, None
     lengths = set(map(len, longest.input_ids))
-    workload = Workload(
-        method=settings.method,
-        config=settings.method_config,
-        batch_size=settings.per_device_train_batch_size,
+    workload = workload_of(
+        settings,
         length=max(lengths),
-        accumulates=settings.gradient_accumulation_steps > 1,
-        checkpointing=settings.gradient_checkpointing,
-        bf16=arguments.bf16,
-        dtype=settings.dtype,
-        device="cuda" if arguments.device.type == "cuda" else "cpu",
         padded=len(lengths) > 1,
-        weight_rounding=settings.weight_rounding,
-        state_dtype=settings.state_dtype,
-        grad_accumulation_dtype=settings.grad_accumulation_dtype,
-        optimizer_in_backward=settings.optimizer_in_backward,
-        state_offload=settings.state_offload,
+        device="cuda" if arguments.device.type == "cuda" else "cpu",
+        bf16=arguments.bf16,
         quantised=planned_as(opening.quantisation),
     )
     at_limit = replace(

@@ -8,14 +8,23 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
 
 from cyclopts import Group, Parameter
 
 from molf.core.config import SCORES, MoLFConfig
-from molf.core.names import KERNELS, ROUNDINGS, STATE_DTYPES
+from molf.core.options import (
+    GRADIENT_DTYPES,
+    KERNELS,
+    NONFINITE,
+    ROUNDINGS,
+    STATE_DTYPES,
+    MissingLibraryError,
+    OptimizerOptions,
+    OptionError,
+    check_exclusions,
+)
 from molf.errors import InputError
 from molf.tasks import TASKS, TaskOptions, check_task
 from molf.train.converters import numbers, patterns, words
@@ -31,7 +40,6 @@ from molf.train.defaults import (
 )
 
 SCHEDULERS = ("cosine", "linear", "constant", "constant_with_warmup")
-NONFINITE = ("raise", "skip")
 DTYPES = ("float32", "bfloat16", "float16")
 WEIGHT_DTYPES = ("float32", "bfloat16")
 SAVE_ROUNDINGS = ("nearest", "stochastic")
@@ -132,7 +140,7 @@ class TrainSettings:
     """How fft and molf keep the moments of weights: float32, or 8bit (needs torchao)."""
     grad_accumulation_dtype: Annotated[
         str | None,
-        Parameter(choices=("float32",), group=OPTIMIZATION, show_default="that of the weights"),
+        Parameter(choices=GRADIENT_DTYPES, group=OPTIMIZATION, show_default="that of the weights"),
     ] = None
     """float32 adds the gradients of bfloat16 weights up without rounding (fft, molf)."""
     optimizer_in_backward: Annotated[bool, Parameter(group=OPTIMIZATION)] = False
@@ -234,15 +242,10 @@ class TrainSettings:
             ("method", METHODS),
             ("match", MATCHES),
             ("lr_scheduler_type", SCHEDULERS),
-            ("nonfinite", NONFINITE),
             ("save_dtype", (None, *DTYPES)),
             ("save_rounding", (None, *SAVE_ROUNDINGS)),
             ("merge_base", (None, *MERGE_BASES)),
             ("dtype", WEIGHT_DTYPES),
-            ("weight_rounding", (None, *ROUNDINGS)),
-            ("state_dtype", STATE_DTYPES),
-            ("grad_accumulation_dtype", (None, "float32")),
-            ("kernels", KERNELS),
         ):
             if getattr(self, name) not in allowed:
                 choices = ", ".join(choice for choice in allowed if choice)
@@ -278,20 +281,7 @@ class TrainSettings:
                     f"Invalid report_to={','.join(self.report_to)}: {name} stands alone. Give "
                     f"trackers, or {name}."
                 )
-        if self.weight_rounding is not None and self.dtype == "float32":
-            raise InputError(
-                f"Invalid weight_rounding={self.weight_rounding} with dtype=float32: there is "
-                "nothing to round. Give --dtype bfloat16, or leave weight_rounding out."
-            )
-        if self.optimizer_in_backward:
-            self._check_in_backward()
-        if self.state_dtype == "8bit" and find_spec("torchao") is None:
-            raise InputError(
-                "Invalid state_dtype=8bit: it needs torchao. Install it with pip install "
-                "'molf[torchao]', or give --state_dtype float32."
-            )
-        if self.kernels == "triton":
-            self._check_kernels()
+        self._check_optimizer()
         if self.save_total_limit is not None and self.save_steps is None:
             raise InputError(
                 "Invalid save_total_limit without save_steps: no checkpoints are written."
@@ -302,20 +292,34 @@ class TrainSettings:
         check_task(self.task_options)
         self.method_config  # noqa: B018 (raises where the method's own settings are wrong)
 
-    def _check_in_backward(self) -> None:
-        """Refuse what needs the gradients of all layers at once, where it was asked for."""
-        impossible = {
-            "gradient_accumulation_steps": (self.gradient_accumulation_steps or 1) > 1,
-            "max_grad_norm": (self.max_grad_norm or 0) > 0,
-            "nonfinite": self.nonfinite == "skip",
-            "grad_accumulation_dtype": self.grad_accumulation_dtype is not None,
-        }
-        for name, is_impossible in impossible.items():
-            if is_impossible:
-                raise InputError(
-                    f"Invalid {name}={getattr(self, name)} with optimizer_in_backward: each layer "
-                    "moves as soon as its own gradient is there. Leave one of the two out."
-                )
+    @property
+    def optimizer_options(self) -> OptimizerOptions:
+        """The optimizer's options of storage and execution."""
+        return OptimizerOptions.of(self)
+
+    def _check_optimizer(self) -> None:
+        """Refuse options of the optimizer that cannot be, or not beside others."""
+        try:
+            options = self.optimizer_options
+            check_exclusions(
+                {
+                    **options.as_keywords(),
+                    "gradient_accumulation_steps": self.gradient_accumulation_steps,
+                    "max_grad_norm": self.max_grad_norm,
+                    "float32_weights": self.dtype == "float32",
+                    "adapter_of": self._adapter_of() if self.kernels == "triton" else None,
+                }
+            )
+            options.check_libraries()
+        except (OptionError, MissingLibraryError) as error:
+            raise InputError(error.as_option) from error
+
+    def _adapter_of(self) -> str | None:
+        """The options by which LoRA experts are in a PEFT adapter, for messages."""
+        config = self.method_config
+        if self.method == "molf" and config is not None and config.lora_dropout:
+            return "molf and lora_dropout"
+        return self.method if self.method == "molf-e" else None
 
     def _check_low_halves(self) -> None:
         """Refuse to keep halves that there cannot be."""
@@ -328,31 +332,6 @@ class TrainSettings:
             raise InputError(
                 f"Invalid keep_low_halves with weight_rounding={self.weight_rounding}: the weights "
                 "have no lower halves in training either. Leave one of the two out."
-            )
-
-    def _check_kernels(self) -> None:
-        """Refuse what the kernels cannot do."""
-        config = self.method_config
-        if self.method == "molf-e" or (self.method == "molf" and config and config.lora_dropout):
-            given = "molf-e" if self.method == "molf-e" else "molf and lora_dropout"
-            raise InputError(
-                f"Invalid kernels=triton with method={given}: LoRA experts in a PEFT adapter take "
-                "eager steps. Leave kernels out."
-            )
-        if self.state_dtype == "8bit":
-            raise InputError(
-                "Invalid kernels=triton with state_dtype=8bit: the kernels keep float32 moments. "
-                "Leave one of the two out."
-            )
-        if self.state_offload:
-            raise InputError(
-                "Invalid kernels=triton with state_offload: the kernels go through all states at "
-                "once. Leave one of the two out."
-            )
-        if find_spec("triton") is None:
-            raise InputError(
-                "Invalid kernels=triton: it needs triton. Install it with pip install "
-                "'molf[triton]' (Linux), or leave kernels out."
             )
 
     @property

@@ -8,7 +8,6 @@ import torch
 
 from molf.core.adamw import AdamW
 from molf.train.methods.base import Method, Plan, Prepared, TrainingData, count_trainable
-from molf.train.methods.storage import is_plain, storage_options
 from molf.train.resolved import ResolvedSettings
 
 
@@ -42,7 +41,7 @@ class FullFineTuning(Method):
 
 def _optimizer(settings: ResolvedSettings) -> tuple[type[torch.optim.Optimizer], dict[str, Any]]:
     """Torch's fused AdamW where it has what is wanted, else the one that molf is made of."""
-    if is_plain(settings):
+    options = settings.optimizer_options
+    if options.is_plain(settings.dtype):
         return torch.optim.AdamW, {"fused": True}
-    own = {"seed": settings.seed, "nonfinite": settings.nonfinite}
-    return AdamW, {**own, **storage_options(settings)}
+    return AdamW, {"seed": settings.seed, **options.as_keywords()}

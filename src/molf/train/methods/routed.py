@@ -21,7 +21,6 @@ from molf.train.methods.base import (
     config_of,
     find_adapted_layers,
 )
-from molf.train.methods.storage import storage_options
 from molf.train.resolved import ResolvedSettings
 
 
@@ -48,8 +47,7 @@ class Routed(Method):
                 lora_weight_decay=settings.lora_weight_decay,
                 betas=(settings.adam_beta1, settings.adam_beta2),
                 eps=settings.adam_epsilon,
-                nonfinite=settings.nonfinite,
-                **storage_options(settings),
+                **settings.optimizer_options.as_keywords(),
             ),
             optimizer_class=MoLFAdamW,
             layers=tuple(layer.name for layer in plan.layers),
