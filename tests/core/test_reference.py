@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import copy
 import io
+import json
 
+import numpy as np
 import pytest
 import torch
+from test_golden import GOLDEN, TRACES, golden_layer
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import GPT2Config, GPT2LMHeadModel, Qwen2Config, Qwen2ForCausalLM
 
 import molf
 from molf import MoLFAdamW, MoLFConfig
-from molf.core.reference import ReferenceMoLFAdamW
+from molf.core.reference import ReferenceMoLFAdamW, new_slot
 
 OPTIONS = {
     "lr": 3e-3,
@@ -83,6 +86,37 @@ def test_reference_and_optimizer_train_a_model_to_the_same_weights(build, settin
     for (name, one), (_, another) in pairs:
         assert one.requires_grad == another.requires_grad
         torch.testing.assert_close(one, another, rtol=0, atol=1e-10, msg=name)
+
+
+@pytest.mark.parametrize("trace", TRACES)
+def test_reference_follows_the_traces_of_the_papers_implementation(trace):
+    setup = json.loads((GOLDEN / f"{trace}.json").read_text())
+    with np.load(GOLDEN / f"{trace}.npz") as file:
+        arrays = {key: torch.from_numpy(value) for key, value in file.items()}
+    names = ("ranks", "use_rslora", "score", "top_k")
+    config = MoLFConfig(alpha=setup["alphas"], **{name: setup[name] for name in names})
+    names = ("lr", "lora_lr", "weight_decay", "lora_weight_decay", "betas", "eps")
+    model = nn.ModuleDict({n: golden_layer(sizes, False) for n, sizes in setup["layers"].items()})
+    optimizer = ReferenceMoLFAdamW(model, config, **{name: setup[name] for name in names})
+    for name, layer in model.items():
+        optimizer.state[layer.weight] = {
+            "W": new_slot(arrays[f"{name}/W0"]),
+            "b": None if layer.bias is None else new_slot(arrays[f"{name}/bias0"]),
+            "A": [new_slot(arrays[f"{name}/A0.{k}"]) for k in range(len(config.ranks))],
+            "B": [new_slot(arrays[f"{name}/B0.{k}"]) for k in range(len(config.ranks))],
+        }
+    schedule = LambdaLR(optimizer, lambda step: setup["lr_multipliers"][step])
+    for step in range(setup["steps"]):
+        for name, layer in model.items():
+            layer.weight.grad = arrays[f"{name}/G"][step]
+            if layer.bias is not None:
+                layer.bias.grad = arrays[f"{name}/gbias"][step]
+        optimizer.step()
+        schedule.step()
+        for name, layer in model.items():
+            assert list(optimizer.routing[name].winners) == setup["routing"][step][name]
+            merged = arrays[f"{name}/merged"][step]
+            torch.testing.assert_close(layer.weight.detach(), merged, rtol=0, atol=1e-9)
 
 
 def test_frozen_base_takes_the_path_of_the_adapter():
