@@ -328,7 +328,7 @@ def _(restore):
     return shared
 
 
-@fault("AdamW's moments are loaded in the weight's dtype", "test_optimizer_state.py", "_fitted")
+@fault("AdamW's moments are loaded in the weight's dtype", "test_optimizer_state.py", "fitted")
 def _(fitted):
     def unconverted(state, *args):
         kept = {k: v for k, v in state.items() if k in ("exp_avg", "exp_avg_sq")}
