@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +14,7 @@ from molf.core.adamw import AdamW
 from molf.core.config import MoLFConfig
 from molf.core.eager import Eager
 from molf.core.optimizer import MoLFAdamW
-from molf.core.reference import ReferenceDecision, ReferenceLayer
+from molf.core.reference import ReferenceMoLFAdamW, best, effective_weight, new_slot
 
 
 class Conv1D(nn.Module):
@@ -129,6 +130,90 @@ class Rates:
     eps: float
 
 
+class TwinDecision(NamedTuple):
+    """The reference's winners and scores in one step, by index."""
+
+    winners: tuple[int, ...]
+    scores: tuple[float, ...]
+
+
+class Twin:
+    """The reference optimizer (`molf.core.reference`) over one layer, in float64.
+
+    Args:
+        W: [out, in].
+        factors: (A_i, B_i) of each LoRA expert.
+        config: The method's settings; `score="random"` follows the winners that `step` is given.
+        rates: The hyper-parameters.
+        bias: [out], or None.
+    """
+
+    def __init__(
+        self,
+        W: Tensor,
+        factors: Sequence[tuple[Tensor, Tensor]],
+        config: MoLFConfig,
+        rates: Rates,
+        bias: Tensor | None = None,
+    ) -> None:
+        self.layer = nn.Linear(W.shape[1], W.shape[0], bias=bias is not None).double()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            self.optimizer = ReferenceMoLFAdamW(
+                nn.ModuleDict({"layer": self.layer}),
+                config,
+                lr=rates.lr,
+                lora_lr=rates.lora_lrs,
+                weight_decay=rates.weight_decay,
+                lora_weight_decay=rates.lora_weight_decays,
+                betas=rates.betas,
+                eps=rates.eps,
+            )
+        self.rates = rates
+        self.state = {
+            "W": new_slot(W),
+            "b": None if bias is None else new_slot(bias),
+            "A": [new_slot(A) for A, _ in factors],
+            "B": [new_slot(B) for _, B in factors],
+        }
+        self.W, self.b, self.A, self.B = self.state.values()
+        self.optimizer.state[self.layer.weight] = self.state
+
+    def effective_weight(self) -> Tensor:
+        """`W + sum_i s_i B_i A_i`."""
+        return effective_weight(self.state, self.optimizer.config.scalings)
+
+    def set_effective_weight(self, value: Tensor) -> None:
+        """Move W so that `W_eff` becomes `value`: the effect of storing it in fewer bits."""
+        self.W["value"] = self.W["value"] + (value - self.effective_weight())
+
+    @torch.no_grad()
+    def step(
+        self,
+        grad: Tensor,
+        grad_bias: Tensor | None = None,
+        *,
+        factor: float = 1.0,
+        winners: Sequence[int],
+        factor_grads: Sequence[tuple[Tensor, Tensor]] | None = None,
+    ) -> TwinDecision:
+        """Take one step with these winners; rates are scaled by `factor`."""
+        self.layer.weight.grad = grad
+        if self.layer.bias is not None:
+            self.layer.bias.grad = grad_bias
+        group = self.optimizer.param_groups[0]
+        group["lr"] = self.rates.lr * factor
+        decision = self.optimizer.step_layer(group, winners, factor_grads)
+        torch.testing.assert_close(
+            self.layer.weight.detach(), self.effective_weight(), rtol=0, atol=0
+        )
+        return TwinDecision(tuple(winners), tuple(decision.scores.values()))
+
+    def best(self, scores: Sequence[float]) -> tuple[int, ...]:
+        """The winners that the reference would choose."""
+        return best(scores, self.optimizer.config, "layer", 0)
+
+
 class Pair:
     """The fast optimizer over a model of linear layers, beside one reference twin per layer.
 
@@ -172,25 +257,13 @@ class Pair:
                 self.optimizer.set_lora_factors(name, factors)
         self.twins = {name: self._twin(name) for name in layers}
 
-    def _twin(self, name: str) -> ReferenceLayer:
-        config, rates, module = self.config, self.rates, self.layers[name]
+    def _twin(self, name: str) -> Twin:
+        module = self.layers[name]
         factors = [(A.double(), B.double()) for A, B in self.optimizer.lora_factors(name)]
-        effective = self.weight(name).double()
-        parts = zip(config.scalings, factors, strict=True)
-        return ReferenceLayer(
-            effective - sum(s * B @ A for s, (A, B) in parts),
-            factors,
-            config.scalings,
-            bias=None if module.bias is None else module.bias.detach().double(),
-            lr=rates.lr,
-            lora_lrs=rates.lora_lrs,
-            weight_decay=rates.weight_decay,
-            lora_weight_decays=rates.lora_weight_decays,
-            betas=rates.betas,
-            eps=rates.eps,
-            score="epd" if config.score == "random" else config.score,
-            top_k=config.top_k,
-        )
+        parts = zip(self.config.scalings, factors, strict=True)
+        W = self.weight(name).double() - sum(s * B @ A for s, (A, B) in parts)
+        bias = None if module.bias is None else module.bias.detach().double()
+        return Twin(W, factors, self.config, self.rates, bias)
 
     def weight(self, name: str) -> Tensor:
         """The layer's weight now, as [out, in]."""
@@ -199,7 +272,7 @@ class Pair:
 
     def step(
         self, grads: dict[str, tuple[Tensor, Tensor | None] | None], factor: float, near: float
-    ) -> dict[str, tuple[ReferenceDecision, tuple[float, ...]]]:
+    ) -> dict[str, tuple[TwinDecision, tuple[float, ...]]]:
         """Take the step on both sides and check the winners.
 
         The twin follows the fast side's winners. Where they differ from its own choice, the

@@ -179,23 +179,21 @@ def test_no_transient_has_the_size_of_a_weight(form, monkeypatch):
     assert 0 < max(seen) <= BLOCKS.cpu_elements * torch.get_num_threads()
 
 
-def test_losers_moments_move_in_8bit_too():
-    torch.manual_seed(0)
+@pytest.mark.parametrize("form", ["folded", "explicit"])
+def test_losers_moments_move_in_8bit_too(form):
+    """Folded, the weight is written for the LoRA expert that wins; explicit, it is not."""
     layer = nn.Linear(64, 64, bias=False)
-    optimizer = MoLFAdamW.from_model(
-        layer, MoLFConfig(ranks=(2,), score="lora"), state_dtype="8bit", weight_decay=0.0
-    )
-    for step in range(2):
-        feed(layer, step)
-        optimizer.step()
-    state = optimizer.state[layer.weight]
+    options = {"ranks": (2,), "score": "lora", "weight_decay": 0.0}
+    model, optimizer = build(form, "float32 8bit", model=lambda: nn.Sequential(layer), **options)
     reference = {"exp_avg": torch.zeros(64, 64), "exp_avg_sq": torch.zeros(64, 64)}
     decay = MomentDecay.of((0.9, 0.999), torch.tensor(True), torch.float32)
     for step in range(2):
-        feed(layer, step)
+        feed(model, step)
         adam.update_moments(layer.weight.grad, *reference.values(), decay)
+        optimizer.step()
     rows = slice(0, 64)
-    got = [block.dequantize() for block in EightBitMoments(state)._blocks(rows)]
+    stored = EightBitMoments(optimizer.state[layer.weight])
+    got = [block.dequantize() for block in stored._blocks(rows)]
     torch.testing.assert_close(got[0], reference["exp_avg"], atol=2e-2, rtol=0.1)
     torch.testing.assert_close(got[1].sqrt(), reference["exp_avg_sq"].sqrt(), atol=1e-2, rtol=0.1)
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import peft
 import pytest
 import torch
-from core_helpers import Pair, Rates
+from core_helpers import Pair, Rates, Twin
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -17,7 +17,6 @@ from transformers.pytorch_utils import Conv1D
 import molf
 from molf.core.config import MoLFConfig
 from molf.core.optimizer import MoLFAdamW
-from molf.core.reference import ReferenceLayer
 
 STEPS = 6
 SIZES = st.sampled_from((1, 2, 3, 5, 8))
@@ -39,7 +38,7 @@ class AdapterPair:
     seed: int
     dtype: torch.dtype
     weight_rounding: str | None = None
-    twins: dict[str, ReferenceLayer] = field(default_factory=dict)
+    twins: dict[str, Twin] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         settings = molf.peft_config(self.config, target_modules=list(self.layers))
@@ -67,20 +66,9 @@ class AdapterPair:
                 for factor in self.factors(tuner):
                     factor.copy_(self.random(factor, 0.3))
             base, config = tuner.base_layer, self.config
-            self.twins[name] = ReferenceLayer(
-                self.weight(base).double(),
-                self.parts(tuner),
-                config.scalings,
-                bias=None if base.bias is None else base.bias.detach().double(),
-                lr=self.rates.lr,
-                lora_lrs=self.rates.lora_lrs,
-                weight_decay=self.rates.weight_decay,
-                lora_weight_decays=self.rates.lora_weight_decays,
-                betas=self.rates.betas,
-                eps=self.rates.eps,
-                score="epd" if config.score == "random" else config.score,
-                top_k=config.top_k,
-                freeze_base=config.freeze_base,
+            bias = None if base.bias is None else base.bias.detach().double()
+            self.twins[name] = Twin(
+                self.weight(base).double(), self.parts(tuner), config, self.rates, bias
             )
 
     def random(self, like: Tensor, scale: float) -> Tensor:
@@ -155,23 +143,23 @@ class AdapterPair:
         A, B = self.factors(tuner)
         base = tuner.base_layer
         got = {"W": self.weight(base)}
-        expected = {"W": twin.W.value}
+        expected = {"W": twin.W["value"]}
         if base.bias is not None:
-            got["b"], expected["b"] = base.bias.detach(), twin.b.value
+            got["b"], expected["b"] = base.bias.detach(), twin.b["value"]
         read = self.optimizer.lora_factors(name)
         for i, (A_i, B_i) in enumerate(self.parts(tuner)):
-            got[f"A{i}"], expected[f"A{i}"] = A_i, twin.A[i].value
-            got[f"B{i}"], expected[f"B{i}"] = B_i, twin.B[i].value
-            got[f"read A{i}"], expected[f"read A{i}"] = read[i][0], twin.A[i].value
-            got[f"read B{i}"], expected[f"read B{i}"] = read[i][1], twin.B[i].value
+            got[f"A{i}"], expected[f"A{i}"] = A_i, twin.A[i]["value"]
+            got[f"B{i}"], expected[f"B{i}"] = B_i, twin.B[i]["value"]
+            got[f"read A{i}"], expected[f"read A{i}"] = read[i][0], twin.A[i]["value"]
+            got[f"read B{i}"], expected[f"read B{i}"] = read[i][1], twin.B[i]["value"]
         for key, moment in (("exp_avg", "m"), ("exp_avg_sq", "v")):
             for i, (mA, mB) in enumerate(self.slices(state[A][key], state[B][key])):
-                got[f"A{i} {moment}"], expected[f"A{i} {moment}"] = mA, getattr(twin.A[i], moment)
-                got[f"B{i} {moment}"], expected[f"B{i} {moment}"] = mB, getattr(twin.B[i], moment)
+                got[f"A{i} {moment}"], expected[f"A{i} {moment}"] = mA, twin.A[i][moment]
+                got[f"B{i} {moment}"], expected[f"B{i} {moment}"] = mB, twin.B[i][moment]
             if not self.config.freeze_base:
                 dense = state[base.weight][key]
                 got[moment] = dense.t() if isinstance(base, Conv1D) else dense
-                expected[moment] = getattr(twin.W, moment)
+                expected[moment] = twin.W[moment]
         assert (base.weight in state and bool(state[base.weight])) is not self.config.freeze_base
         for key, value in expected.items():
             error = (got[key].double() - value).abs().max()
@@ -251,12 +239,12 @@ def test_bfloat16_factors_are_rounded_once_per_step(freeze_base):
         pair.step(1.0, 1.0, near=1e-3, relative=2**-7)
         for i, (A, B) in enumerate(pair.parts(tuner)):
             c = config.scalings[i] / pair.s
-            for stored, exact in ((A, twin.A[i].value), (B * c, twin.B[i].value * c)):
+            for stored, exact in ((A, twin.A[i]["value"]), (B * c, twin.B[i]["value"] * c)):
                 best = (exact.bfloat16().double() - exact).abs()
                 assert ((stored - exact).abs() <= best + 1e-5 * exact.abs().max()).all()
-            twin.A[i].value, twin.B[i].value = A, B  # go on from what is stored
-        twin.W.value = pair.weight(tuner.base_layer).double()
-        twin.b.value = tuner.base_layer.bias.detach().double()
+            twin.A[i]["value"], twin.B[i]["value"] = A, B  # go on from what is stored
+        twin.W["value"] = pair.weight(tuner.base_layer).double()
+        twin.b["value"] = tuner.base_layer.bias.detach().double()
     states = pair.optimizer.state.values()
     tensors = [v for state in states for v in state.values() if isinstance(v, Tensor)]
     assert {v.dtype for v in tensors} == {torch.float32}

@@ -91,19 +91,19 @@ def check_equal(pair: Pair, relative: float) -> None:
         got = {"W_eff": pair.weight(name)}
         expected = {"W_eff": twin.effective_weight()}
         if module.bias is not None:
-            got["b"], expected["b"] = module.bias.detach(), twin.b.value
+            got["b"], expected["b"] = module.bias.detach(), twin.b["value"]
         for i, (A, B) in enumerate(pair.optimizer.lora_factors(name)):
-            got[f"A{i}"], expected[f"A{i}"] = A, twin.A[i].value
-            got[f"B{i}"], expected[f"B{i}"] = B, twin.B[i].value
+            got[f"A{i}"], expected[f"A{i}"] = A, twin.A[i]["value"]
+            got[f"B{i}"], expected[f"B{i}"] = B, twin.B[i]["value"]
         if layer_state:
             for key, moment in (("exp_avg", "m"), ("exp_avg_sq", "v")):
                 dense = layer_state[key]
                 got[moment] = dense.t() if isinstance(module, Conv1D) else dense
-                expected[moment] = getattr(twin.W, moment)
+                expected[moment] = twin.W[moment]
                 got[f"A_{moment}"] = layer_state[f"lora_A_{key}"]
-                expected[f"A_{moment}"] = torch.cat([getattr(A, moment) for A in twin.A], 0)
+                expected[f"A_{moment}"] = torch.cat([A[moment] for A in twin.A], 0)
                 got[f"B_{moment}"] = layer_state[f"lora_B_{key}"]
-                expected[f"B_{moment}"] = torch.cat([getattr(B, moment) for B in twin.B], 1)
+                expected[f"B_{moment}"] = torch.cat([B[moment] for B in twin.B], 1)
         for key, value in expected.items():
             error = (got[key].double() - value).abs().max()
             limit = relative * value.abs().max()
@@ -154,8 +154,8 @@ def test_bfloat16_weights_are_rounded_once_per_step(score, top_k):
             twin.set_effective_weight(stored)
             if twin.b is not None:
                 bias = pair.layers[name].bias.detach().double()
-                assert (twin.b.value - bias).abs().max() <= 2**-8 * bias.abs().max()
-                twin.b.value = bias
+                assert (twin.b["value"] - bias).abs().max() <= 2**-8 * bias.abs().max()
+                twin.b["value"] = bias
         state = pair.optimizer.state[layers["plain"].weight]
         assert {v.dtype for k, v in state.items() if k != "step"} == {torch.float32}
 

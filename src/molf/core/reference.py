@@ -1,198 +1,249 @@
-"""The method's step, slow and literal: a twin of the optimizer, to read and to test against.
+"""The paper on one screen (arXiv 2605.07111): MoLF as a slow, literal optimizer.
 
-Here a layer keeps its dense weight `W` and every factor `A_i`, `B_i` apart, as in the paper
-(arXiv 2605.07111); `MoLFAdamW` keeps one effective weight, or the slices of one adapter. All must
-take the same path. Nothing is shared with the fast code, nothing is fast, and no step is saved:
-equations first.
+It trains a plain model in any loop and takes the path of `MoLFAdamW`, which is tested against it.
+The two share which layers are routed and how A starts, and no arithmetic: here W and every factor
+A_i, B_i are tensors of their own in the state, and each step ends with the model's weight set to
+`W_eff = W + sum_i s_i B_i A_i`. The equations are those of docs/method.md, section 2.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import NamedTuple
+import random
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from molf.core.config import MoLFConfig
+from molf.core.decay import undecayed
+from molf.core.factors import draw_lora_a
+from molf.core.layers import find_layers
+from molf.core.routing import Decision
 
 SCORE_EPS = 1e-8
 
-
-class ReferenceTensor:
-    """One tensor of an expert, with its moments and its step counter."""
-
-    def __init__(self, value: Tensor) -> None:
-        self.value = value.clone()
-        self.m = torch.zeros_like(value)
-        self.v = torch.zeros_like(value)
-        self.t = 0
-
-    def observe(self, grad: Tensor, betas: tuple[float, float]) -> None:
-        """`m <- b1 m + (1 - b1) g`, `v <- b2 v + (1 - b2) g*g`, `t <- t + 1`."""
-        beta1, beta2 = betas
-        self.m = beta1 * self.m + (1 - beta1) * grad
-        self.v = beta2 * self.v + (1 - beta2) * grad * grad
-        self.t += 1
-
-    def adamw(self, lr: float, weight_decay: float, betas: tuple[float, float], eps: float) -> None:
-        """`p <- p (1 - lr wd)`, then `p <- p - lr m^ / (sqrt(v^) + eps)`, bias-corrected."""
-        beta1, beta2 = betas
-        self.value = self.value * (1 - lr * weight_decay)
-        direction = self.m / (1 - beta1**self.t)
-        denominator = torch.sqrt(self.v) / math.sqrt(1 - beta2**self.t) + eps
-        self.value = self.value - lr * direction / denominator
+Slot = dict[str, Any]
+"""One tensor of an expert: its value, moments m and v, and step counter t."""
 
 
-class ReferenceDecision(NamedTuple):
-    """Winners of a step, as expert indices, and the score of every expert.
+class ReferenceMoLFAdamW(Optimizer):
+    """MoLF for models with linear layers; the arguments are those of `MoLFAdamW.from_model`.
 
-    Index 0 is `full`, or, where the base is frozen, the first LoRA expert.
-    """
-
-    winners: tuple[int, ...]
-    scores: tuple[float, ...]
-
-
-class ReferenceLayer:
-    """One routed linear layer, `W_eff = W + sum_i s_i B_i A_i`, with the step of docs/method.md.
+    With `config.freeze_base` (MoLF-Efficient) W, b and all else stay, and G is computed anyway.
 
     Args:
-        weight: W, [out, in], in any floating-point dtype; all arithmetic happens in it.
-        factors: (A_i [r_i, in], B_i [out, r_i]) of each LoRA expert.
-        scalings: s_i of each LoRA expert.
-        bias: b, [out], a part of the `full` expert; or None.
-        lr: Rate of the full expert.
-        lora_lrs: Rate of each LoRA expert.
-        weight_decay: Decay of W; the bias has none.
-        lora_weight_decays: Decay of A_i and B_i.
+        model: A plain model with float32 or float64 weights.
+        config: What is routed and how; `MoLFConfig()` if not given. No dropout.
+        lr: Rate of the full experts and of what is not routed; schedulers scale all rates by it.
+        lora_lr: Rate of the LoRA experts, one number or one per rank; None means `lr`.
+        weight_decay: Decay of matrices; biases, norms and vectors have none.
+        lora_weight_decay: Decay of A_i and B_i, one number or one per rank.
         betas: Decay rates of the moments.
         eps: Of the step; the score has its own.
-        score: `"epd"`, `"pfn"`, or a control that ranks by EPD: `"full"`, `"lora"`.
-        top_k: How many experts win.
-        freeze_base: There is no `full` expert; W and b never move (section 4).
+
+    Attributes:
+        routing: Decision of every layer in the last step, by layer name.
+
+    Raises:
+        ValueError: No layer can be routed, dropout is asked for, or weights have another dtype.
     """
 
     def __init__(
         self,
-        weight: Tensor,
-        factors: Sequence[tuple[Tensor, Tensor]],
-        scalings: Sequence[float],
-        *,
-        lr: float,
-        lora_lrs: Sequence[float],
-        bias: Tensor | None = None,
-        weight_decay: float = 0.0,
-        lora_weight_decays: Sequence[float] | None = None,
+        model: nn.Module,
+        config: MoLFConfig | None = None,
+        lr: float = 5e-5,
+        lora_lr: float | Sequence[float] | None = None,
+        weight_decay: float = 0.1,
+        lora_weight_decay: float | Sequence[float] = 0.01,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
-        score: str = "epd",
-        top_k: int = 1,
-        freeze_base: bool = False,
     ) -> None:
-        self.W = ReferenceTensor(weight)
-        self.b = None if bias is None else ReferenceTensor(bias)
-        self.A = [ReferenceTensor(A) for A, _ in factors]
-        self.B = [ReferenceTensor(B) for _, B in factors]
-        self.s = list(scalings)
-        self.lr, self.lora_lrs = lr, list(lora_lrs)
-        self.weight_decay = weight_decay
-        self.lora_weight_decays = list(lora_weight_decays or [0.0] * len(factors))
-        self.betas, self.eps = betas, eps
-        self.score, self.top_k = score, top_k
-        self.freeze_base = freeze_base
+        self.config = config = MoLFConfig() if config is None else config
+        if config.lora_dropout:
+            raise ValueError("The reference has no dropout. Use lora_dropout=0.")
+        if low := {p.dtype for p in model.parameters()} - {torch.float32, torch.float64}:
+            raise ValueError(f"Invalid dtype {low.pop()}. The reference needs float32 or float64.")
+        rates = per_expert(lr if lora_lr is None else lora_lr, config)
+        still = undecayed(model)
+        groups: list[dict[str, Any]] = []
+        for layer in find_layers(model, config):
+            has_bias = layer.bias is not None and not config.freezes_rest
+            marked = layer.weight in still
+            groups.append(
+                {
+                    "params": [layer.weight, layer.bias] if has_bias else [layer.weight],
+                    "layer": layer.name,
+                    "transposed": layer.transposed,  # stored as [in, out]
+                    "weight_decay": 0.0 if marked else weight_decay,
+                    "lora_lr_ratios": [rate / lr for rate in rates],
+                    "lora_weight_decays": per_expert(0.0 if marked else lora_weight_decay, config),
+                }
+            )
+        routed = {parameter for group in groups for parameter in group["params"]}
+        for p in model.parameters():
+            if p not in routed and p.requires_grad:
+                p.requires_grad_(not config.freezes_rest)
+                groups.append({"params": [p], "weight_decay": 0.0 if p in still else weight_decay})
+        self.routing: dict[str, Decision] = {}
+        super().__init__(groups, {"lr": lr, "betas": betas, "eps": eps, "layer": None})
 
-    def effective_weight(self) -> Tensor:
-        """`W + sum_i s_i B_i A_i`, what the forward pass uses."""
-        total = self.W.value
-        for s, A, B in zip(self.s, self.A, self.B, strict=True):
-            total = total + s * B.value @ A.value
-        return total
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Take one step of every layer and parameter with a gradient; return the closure's loss.
 
-    def set_effective_weight(self, value: Tensor) -> None:
-        """Move W so that `W_eff` becomes `value`: what storing it in fewer bits comes to."""
-        self.W.value = self.W.value + (value - self.effective_weight())
+        Raises:
+            RuntimeError: A gradient is not finite; nothing was changed.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        pairs = [(group, p) for group in self.param_groups for p in group["params"]]
+        if not all(p.grad is None or p.grad.isfinite().all() for _, p in pairs):
+            raise RuntimeError("A gradient is not finite; no weight and no state was changed.")
+        self.routing = {}
+        for group in self.param_groups:
+            first = group["params"][0]
+            if first.grad is None:
+                continue
+            if group["layer"] is not None:
+                self.routing[group["layer"]] = self.step_layer(group)
+                continue
+            slot = self.state[first].setdefault("p", new_slot(first))  # what is not routed
+            observe(slot, first.grad, group["betas"])
+            adamw(slot, group["lr"], group["weight_decay"], group["betas"], group["eps"])
+            first.copy_(slot["value"])
+        return loss
 
-    def step(
+    def step_layer(
         self,
-        grad: Tensor,
-        grad_bias: Tensor | None = None,
-        *,
-        factor: float = 1.0,
+        group: dict[str, Any],
         winners: Sequence[int] | None = None,
         factor_grads: Sequence[tuple[Tensor, Tensor]] | None = None,
-    ) -> ReferenceDecision:
-        """Take one step (docs/method.md, section 2).
+    ) -> Decision:
+        """Take one step of a routed layer.
 
         Args:
-            grad: G, the gradient of `W_eff`, [out, in].
-            grad_bias: Gradient of the bias, [out]; None leaves the bias out of this step.
-            factor: What the schedule multiplies every rate by.
-            winners: Take these instead of the best (to follow another path at a near-tie).
-            factor_grads: Gradients of (A_i, B_i), where dropout makes them others than section 1's.
+            group: The layer's parameter group.
+            winners: These experts win instead of the best (to follow another path at a near-tie).
+            factor_grads: Gradients of (A_i, B_i) to use, where dropout makes them differ from G's.
         """
-        # The exact gradients of the factors, from the factors of this moment (section 1).
-        grads_A = [s * B.value.T @ grad for s, B in zip(self.s, self.B, strict=True)]
-        grads_B = [s * grad @ A.value.T for s, A in zip(self.s, self.A, strict=True)]
-        if factor_grads is not None:
-            grads_A = [grad_A for grad_A, _ in factor_grads]
-            grads_B = [grad_B for _, grad_B in factor_grads]
+        weight, *biases = group["params"]
+        G = weight.grad.T if group["transposed"] else weight.grad  # [out, in]
+        state = self.state[weight] = self.state[weight] or self._start(group)
+        W, b, A, B = state["W"], state["b"], state["A"], state["B"]
+        s = self.config.scalings
+        lr, betas, eps = group["lr"], group["betas"], group["eps"]
 
-        # 1. All moments of all experts.
-        full = []
-        if not self.freeze_base:
-            full.append(self.W)
-            self.W.observe(grad, self.betas)
-            if self.b is not None and grad_bias is not None:
-                full.append(self.b)
-                self.b.observe(grad_bias, self.betas)
-        for A, grad_A in zip(self.A, grads_A, strict=True):
-            A.observe(grad_A, self.betas)
-        for B, grad_B in zip(self.B, grads_B, strict=True):
-            B.observe(grad_B, self.betas)
+        # The exact gradients of the factors, from the factors before the step (section 1).
+        if factor_grads is None:
+            factor_grads = [
+                (s_i * B_i["value"].T @ G, s_i * G @ A_i["value"].T)
+                for s_i, A_i, B_i in zip(s, A, B, strict=True)
+            ]
 
-        # 2. The scores, without bias correction, with the scheduled rate of each expert.
-        lr = factor * self.lr
-        lora_lrs = [factor * lora_lr for lora_lr in self.lora_lrs]
-        scores = [] if self.freeze_base else [self._score(full, lr)]
-        for A, B, lora_lr in zip(self.A, self.B, lora_lrs, strict=True):
-            scores.append(self._score([A, B], lora_lr))
+        # 1. All moments of all experts. An expert: its tensors, its scheduled rate, its decay.
+        experts: list[tuple[list[Slot], float, float]] = []
+        if not self.config.freeze_base:
+            observe(W, G, betas)
+            moving = [bias for bias in biases if bias.grad is not None]
+            for bias in moving:
+                observe(b, bias.grad, betas)
+            experts.append(([W, b] if moving else [W], lr, group["weight_decay"]))
+        for i, (grad_A, grad_B) in enumerate(factor_grads):
+            observe(A[i], grad_A, betas)
+            observe(B[i], grad_B, betas)
+            rate = lr * group["lora_lr_ratios"][i]
+            experts.append(([A[i], B[i]], rate, group["lora_weight_decays"][i]))
 
-        # 3. The winners: highest score first, among equals the lowest index.
+        # 2. The scores. 3. The winners.
+        scores = [score_of(slots, rate, self.config.score) for slots, rate, _ in experts]
         if winners is None:
-            winners = self.best(scores)
+            winners = best(scores, self.config, group["layer"], A[0]["t"] - 1)
 
         # 4. AdamW for the winners' weights; nothing for the others', not even decay.
-        if 0 in winners and not self.freeze_base:
-            self.W.adamw(lr, self.weight_decay, self.betas, self.eps)
-            for bias in full[1:]:
-                bias.adamw(lr, 0.0, self.betas, self.eps)
-        for i, (A, B) in enumerate(zip(self.A, self.B, strict=True)):
-            if i + (0 if self.freeze_base else 1) in winners:
-                A.adamw(lora_lrs[i], self.lora_weight_decays[i], self.betas, self.eps)
-                B.adamw(lora_lrs[i], self.lora_weight_decays[i], self.betas, self.eps)
-        return ReferenceDecision(tuple(winners), tuple(scores))
+        for winner in winners:
+            slots, rate, decay = experts[winner]
+            for slot in slots:
+                adamw(slot, rate, 0.0 if slot is b else decay, betas, eps)
 
-    def best(self, scores: Sequence[float]) -> tuple[int, ...]:
-        """Return the indices of the experts that these scores make the winners, ascending."""
-        if self.score == "full":
-            return (0,)
-        candidates = list(range(len(scores)))
-        if self.score == "lora" and not self.freeze_base:
-            candidates.remove(0)
-        chosen: list[int] = []
-        while len(chosen) < self.top_k:
-            left = [i for i in candidates if i not in chosen]
-            chosen.append(max(left, key=lambda i: (scores[i], -i)))
-        return tuple(sorted(chosen))
+        W_eff = effective_weight(state, s)
+        weight.copy_(W_eff.T if group["transposed"] else W_eff)
+        for bias in biases:
+            bias.copy_(b["value"])
+        names = self.config.experts
+        by_name = dict(zip(names, scores, strict=True))
+        return Decision(tuple(names[winner] for winner in winners), by_name)
 
-    def _score(self, tensors: list[ReferenceTensor], lr: float) -> float:
-        """EPD (Eq. 10) or PFN (Eq. 11) of the expert that owns `tensors`."""
-        n = sum(tensor.value.numel() for tensor in tensors)
-        total = 0.0
-        for tensor in tensors:
-            preconditioned = tensor.m / (torch.sqrt(tensor.v) + SCORE_EPS)
-            if self.score == "pfn":
-                total += float((preconditioned**2).sum())
-            else:
-                total += float((tensor.m * preconditioned).sum())
-        return math.sqrt(total) / math.sqrt(n) if self.score == "pfn" else lr / n * total
+    def _start(self, group: dict[str, Any]) -> dict[str, Any]:
+        """Return a layer's state before its first step: B_i = 0, so W is the model's weight."""
+        weight, *biases = group["params"]
+        W = weight.T if group["transposed"] else weight
+        ranks = self.config.ranks
+        A = draw_lora_a(self.config.seed, group["layer"], ranks, W.shape[1]).to(W)
+        return {
+            "W": new_slot(W),
+            "b": new_slot(biases[0]) if biases else None,
+            "A": [new_slot(A_i) for A_i in A.split(list(ranks))],
+            "B": [new_slot(W.new_zeros(len(W), rank)) for rank in ranks],
+        }
+
+
+def new_slot(value: Tensor) -> Slot:
+    """Return the state of one tensor of an expert before its first step."""
+    value = value.detach().clone()
+    return {"value": value, "m": torch.zeros_like(value), "v": torch.zeros_like(value), "t": 0}
+
+
+def observe(slot: Slot, grad: Tensor, betas: tuple[float, float]) -> None:
+    """`m <- b1 m + (1 - b1) g`, `v <- b2 v + (1 - b2) g*g`, `t <- t + 1`."""
+    slot["m"] = betas[0] * slot["m"] + (1 - betas[0]) * grad
+    slot["v"] = betas[1] * slot["v"] + (1 - betas[1]) * grad * grad
+    slot["t"] += 1
+
+
+def adamw(
+    slot: Slot, lr: float, weight_decay: float, betas: tuple[float, float], eps: float
+) -> None:
+    """`p <- p (1 - lr wd)`, then `p <- p - lr m^ / (sqrt(v^) + eps)`, bias-corrected."""
+    m_hat = slot["m"] / (1 - betas[0] ** slot["t"])
+    v_hat_root = torch.sqrt(slot["v"]) / math.sqrt(1 - betas[1] ** slot["t"])
+    slot["value"] = slot["value"] * (1 - lr * weight_decay) - lr * m_hat / (v_hat_root + eps)
+
+
+def score_of(slots: Sequence[Slot], lr: float, score: str) -> float:
+    """PFN (Eq. 11), or else EPD (Eq. 10), of the expert that owns these tensors."""
+    n = sum(slot["value"].numel() for slot in slots)
+    directions = [slot["m"] / (torch.sqrt(slot["v"]) + SCORE_EPS) for slot in slots]
+    if score == "pfn":
+        return math.sqrt(sum(float((d**2).sum()) for d in directions)) / math.sqrt(n)
+    products = [slot["m"] * d for slot, d in zip(slots, directions, strict=True)]
+    return lr / n * sum(float(product.sum()) for product in products)
+
+
+def best(scores: Sequence[float], config: MoLFConfig, layer: str, t: int) -> tuple[int, ...]:
+    """Return the indices of the winners, ascending; among equal scores the lowest index wins."""
+    experts = range(len(scores))
+    if config.score == "random":
+        drawn = random.Random(f"{config.seed}/{layer}/{t}").sample(experts, config.top_k)
+        return tuple(sorted(drawn))
+    eligible = [i for i in experts if config.experts[i] in config.eligible]
+    ranking = sorted(eligible, key=lambda i: scores[i], reverse=True)  # stable
+    return tuple(sorted(ranking[: config.top_k]))
+
+
+def effective_weight(state: dict[str, Any], scalings: Sequence[float]) -> Tensor:
+    """`W + sum_i s_i B_i A_i`, the weight of the forward pass, [out, in]."""
+    total: Tensor = state["W"]["value"]
+    for s_i, A_i, B_i in zip(scalings, state["A"], state["B"], strict=True):
+        total = total + s_i * B_i["value"] @ A_i["value"]
+    return total
+
+
+def per_expert(value: float | Sequence[float], config: MoLFConfig) -> list[float]:
+    """Return one number per LoRA expert."""
+    return list(value) if isinstance(value, Sequence) else [value] * len(config.ranks)

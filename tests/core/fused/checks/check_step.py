@@ -7,13 +7,14 @@ from dataclasses import dataclass, field
 
 import pytest
 import torch
+from core_helpers import Rates, Twin
 from scenarios import DEVICE, Source
 from torch import Tensor
 
 from molf.core.adam import AdamWStep
+from molf.core.config import MoLFConfig
 from molf.core.fused import AdamW, Kernels, LowRank, Moments, Weight
 from molf.core.operations import FactorWrite, Operand
-from molf.core.reference import ReferenceLayer
 from molf.core.rounding import join_float32, split_float32
 from molf.core.weight_step import Product
 
@@ -61,24 +62,20 @@ def make_layer(shape: tuple[int, int], source: Source, kind: str, storage: str) 
     )
 
 
-def make_twin(layer: Layer, score: str, top_k: int) -> ReferenceLayer:
+def make_twin(layer: Layer, score: str, top_k: int) -> Twin:
     A, B = layer.factor_a.double(), layer.factor_b.double()
     factors = [(A[own], B[:, own]) for own in (ONE_A, ONE_B)]
-    W = layer.effective().double()
-    return ReferenceLayer(
-        W - sum(s * b @ a for s, (a, b) in zip(SCALINGS, factors, strict=True)),
-        factors,
-        SCALINGS,
-        bias=None if layer.bias is None else layer.bias.double(),
-        lr=LR,
-        lora_lrs=(LORA_LR, LORA_LR),
-        weight_decay=DECAY,
-        lora_weight_decays=(LORA_DECAY, LORA_DECAY),
-        betas=BETAS,
-        eps=EPS,
+    W, parts = layer.effective().double(), zip(SCALINGS, factors, strict=True)
+    config = MoLFConfig(
+        ranks=RANKS,
+        alpha=[s * rank for s, rank in zip(SCALINGS, RANKS, strict=True)],
+        use_rslora=False,
         score=score,
         top_k=top_k,
     )
+    rates = Rates(LR, (LORA_LR, LORA_LR), DECAY, (LORA_DECAY, LORA_DECAY), BETAS, EPS)
+    bias = None if layer.bias is None else layer.bias.double()
+    return Twin(W - sum(s * b @ a for s, (a, b) in parts), factors, config, rates, bias)
 
 
 def take_step(
@@ -195,17 +192,17 @@ def test_the_twin_takes_the_same_path(score, top_k, storage):
             assert_same_layer(layer, twin)
 
 
-def assert_same_layer(layer: Layer, twin: ReferenceLayer) -> None:
+def assert_same_layer(layer: Layer, twin: Twin) -> None:
     def near(got: Tensor, exact: Tensor) -> None:
         torch.testing.assert_close(got.double(), exact, rtol=1e-5, atol=1e-5)
 
     near(layer.effective(), twin.effective_weight())
     if layer.bias is not None:
-        near(layer.bias, twin.b.value)
+        near(layer.bias, twin.b["value"])
     for own, A, B in zip((ONE_A, ONE_B), twin.A, twin.B, strict=True):
-        near(layer.factor_a[own], A.value)
-        near(layer.factor_b[:, own], B.value)
+        near(layer.factor_a[own], A["value"])
+        near(layer.factor_b[:, own], B["value"])
         for name, moments in (("factor_a", A), ("factor_b", B)):
             place = own if name == "factor_a" else (slice(None), own)
-            near(layer.state[name][0][place], moments.m)
-            near(layer.state[name][1][place], moments.v)
+            near(layer.state[name][0][place], moments["m"])
+            near(layer.state[name][1][place], moments["v"])
