@@ -174,7 +174,7 @@ def total_kernel(
     LANES: tl.constexpr,
 ) -> None:
     """Sum the partial sums of one entry in float64, always in the same order."""
-    # No atomics: their order, and with it the last bits, would differ between runs.
+    # One program adds all partial sums in order, so that the last bits do not differ between runs.
     row = table + tl.program_id(0).to(tl.int64) * COLUMNS
     first, count = tl.load(row + FIRST_BLOCK), tl.load(row + BLOCKS)
     lane = tl.arange(0, LANES)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -80,7 +82,7 @@ def test_exact_weights_take_the_path_of_float32_weights():
     """For 20 steps at a rate far below a bfloat16's resolution."""
     source, kernels = Source(2), Kernels(DEVICE)
     start = source.normal(300)
-    step = STEP._replace(step_size=1e-6)
+    step = replace(STEP, lr=1e-6)
     whole, split = Weight(start.clone()), Weight(*split_float32(start))
     for _ in range(20):
         moments = source.moments(300)
