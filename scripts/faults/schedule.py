@@ -31,7 +31,7 @@ def is_called_by(name: str) -> bool:
 # -- the backward pass --------------------------------------------------------------------------
 
 
-@fault("what one step requires holds for the next", "test_nonfinite.py", "AdamW._take")
+@fault("what one step requires holds for the next", "test_nonfinite.py", "UnitOptimizer._take")
 def _(take):
     def kept(self, units):
         required = self._required
@@ -77,7 +77,7 @@ def _(init, watch):
 
 
 @fault("several processes are asked about in the constructor alone", "test_in_backward.py",
-       "AdamW._begin")  # fmt: skip
+       "UnitOptimizer._begin")  # fmt: skip
 def _(begin):
     def unasked(self):
         with replaced(self, "_check_processes", lambda: None):
@@ -114,7 +114,7 @@ def _(overlap):
 
 
 @fault("offloaded states stay on the device where zero_grad ends the backward pass",
-       "test_offload.py", "AdamW.zero_grad")  # fmt: skip
+       "test_offload.py", "UnitOptimizer.zero_grad")  # fmt: skip
 def _(zero_grad):
     def left(self, set_to_none=True):
         with replaced(self, "_end_step", lambda: None):
@@ -123,7 +123,7 @@ def _(zero_grad):
     return left
 
 
-@fault("a bad gradient leaves offloaded states on their way", "test_offload.py", "AdamW._take")
+@fault("a bad gradient leaves offloaded states on their way", "test_offload.py", "UnitOptimizer._take")
 def _(take):
     def on_their_way(self, units):
         with replaced(self, "_settled_state", lambda: self.state):

@@ -301,31 +301,25 @@ def _(update_layer):
 
 
 @fault("load_state_dict casts to the weight's dtype", "test_optimizer_state.py",
-       "AdamW._restore_bits")  # fmt: skip
+       "loadable:restore")  # fmt: skip
 def _(restore):
-    def cast(self, loaded):
-        restore(self, loaded)
-        for parameter, state in self.state.items():
-            for key, value in state.items():
-                if isinstance(value, Tensor) and value.is_floating_point():
-                    state[key] = value.to(parameter.dtype)
+    def cast(states, parameter, values, keep):
+        used = restore(states, parameter, values, keep)
+        for key, value in states.get(parameter, {}).items():
+            if isinstance(value, Tensor) and value.is_floating_point():
+                states[parameter][key] = value.to(parameter.dtype)
+        return used
 
     return cast
 
 
 @fault("loaded state shares the source's tensors",
        "test_invariants.py::test_a_saved_state_resumes_with_the_same_bits",
-       "AdamW._restore_bits")  # fmt: skip
+       "loadable:restore")  # fmt: skip
 def _(restore):
-    def shared(self, loaded):
-        restore(self, loaded)
-        ids = [i for group in loaded["param_groups"] for i in group["params"]]
-        for saved_id, parameter in zip(ids, self._parameters(), strict=True):
-            for key, value in loaded["state"].get(saved_id, {}).items():
-                if isinstance(value, Tensor):
-                    self.state[parameter][key] = value
-
-    return shared
+    return lambda states, parameter, values, keep: restore(
+        states, parameter, values, lambda parameter, value: value
+    )
 
 
 @fault("AdamW's moments are loaded in the weight's dtype", "test_optimizer_state.py", "fitted")
