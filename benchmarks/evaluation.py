@@ -26,10 +26,10 @@ import tokenizers
 import torch
 import transformers
 
-from molf.evaluate import EvaluationSettings
+from molf.job.model.loading import LoadedModel, load_model
+from molf.measure import EvaluationSettings
 from molf.tasks import TaskOptions, load_task
 from molf.tasks.med import parse_letter
-from molf.train.model_loading import LoadedModel, load_model
 from step_time import ratio_interval
 
 TOLERANCE = 1e-5

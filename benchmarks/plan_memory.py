@@ -32,13 +32,13 @@ from torch.distributed._tools.mem_tracker import MemTracker
 from trl.trainer.utils import add_fused_lm_head
 
 import molf
-from molf.core.quantised import keep_differentiable
-from molf.plan.devices import show_bytes
-from molf.plan.measure import PeakBytes, held_tensors
-from molf.plan.memory import Planner
-from molf.plan.trainable import skeleton
-from molf.plan.workload import METHODS, Workload
-from molf.train.settings import TrainSettings
+from molf.core.model.quantised import keep_differentiable
+from molf.job.settings.settings import TrainSettings
+from molf.planning.devices import show_bytes
+from molf.planning.measure import PeakBytes, held_tensors
+from molf.planning.memory import Planner
+from molf.planning.trainable import skeleton
+from molf.planning.workload import METHODS, Workload
 
 BAR = 0.10
 STEPS = 2

@@ -19,9 +19,9 @@ from typing import Any
 import torch
 import transformers
 
-from molf.plan.devices import DEVICES, GIB
-from molf.plan.memory import Planner
-from molf.plan.workload import Workload
+from molf.planning.devices import DEVICES, GIB
+from molf.planning.memory import Planner
+from molf.planning.workload import Workload
 from plan_memory import method_config
 
 

@@ -29,11 +29,11 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from molf.cli import main as molf
+from molf.data.encoding import encode_samples
+from molf.job.model.loading import load_model
+from molf.job.model.saved_update import SavedUpdate
+from molf.job.model.stored import StoredCheckpoint
 from molf.tasks import TaskOptions, load_task
-from molf.tasks.encoding import encode_samples
-from molf.train.model_loading import load_model
-from molf.train.saved_update import SavedUpdate
-from molf.train.stored import StoredCheckpoint
 from molf.world import BASE_PATH
 
 _ROUNDINGS = ("nearest", "stochastic")

@@ -43,8 +43,8 @@ class Model:
     """Weights, gradients and state of all layers, for one storage of weights."""
 
     def __init__(self, layers: int, rank: int, storage: str) -> None:
-        from molf.core.fused import Weight
-        from molf.core.rounding import RoundingKey, split_float32
+        from molf.core.execute.triton import Weight
+        from molf.core.storage.rounding import RoundingKey, split_float32
 
         shapes = SHAPES * layers
         dtype = torch.float32 if storage == "float32" else torch.bfloat16
@@ -73,9 +73,9 @@ class Model:
 
 def operations(model: Model) -> dict[str, tuple[Callable[[], Any], int]]:
     """Return each operation with the fewest bytes that it must move."""
-    from molf.core.adam import AdamWStep
-    from molf.core.fused import AdamW, Kernels, LowRank, Moments
-    from molf.core.weight_step import Product
+    from molf.core.arithmetic.adam import AdamWStep
+    from molf.core.arithmetic.weight_step import Product
+    from molf.core.execute.triton import AdamW, Kernels, LowRank, Moments
 
     kernels = Kernels(torch.device("cuda"))
     finite = torch.ones((), dtype=torch.bool, device="cuda")

@@ -33,13 +33,13 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from molf.evaluate.settings import EvaluationSettings
-from molf.evaluate.tokens import IGNORED
+from molf.data.encoding import encode_samples
+from molf.data.samples import PromptCompletion
+from molf.measure.settings import EvaluationSettings
+from molf.measure.tokens import IGNORED
 from molf.tasks.base import Task
-from molf.tasks.encoding import encode_samples
 from molf.tasks.med import load_med
 from molf.tasks.options import TaskOptions
-from molf.tasks.samples import PromptCompletion
 from molf.tasks.sql import load_sql
 from molf.world import (
     BASE_PATH,

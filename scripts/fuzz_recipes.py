@@ -30,8 +30,8 @@ from unittest.mock import patch
 from molf.cli import main as molf
 from molf.cli.eval import EvalOptions
 from molf.cli.shipped import recipe_names, shipped_recipe
-from molf.train import run
-from molf.train.settings import TrainSettings
+from molf.job import run
+from molf.job.settings.settings import TrainSettings
 
 if sys.platform != "win32":
     import resource
@@ -190,7 +190,7 @@ def fuzz(recipes: Iterator[bytes]) -> Figures:
     import molf.cli.evaluation
     import molf.cli.plan_report
     import molf.cli.summary
-    import molf.train.sft_config  # noqa: F401 (an import of seconds, not part of a recipe's time)
+    import molf.job.settings.sft_config  # noqa: F401 (an import of seconds, not part of a recipe's time)
 
     figures = Figures()
     start = time.monotonic()
@@ -233,8 +233,8 @@ def _without_work() -> Iterator[None]:
         return SimpleNamespace(directory=run.checked(settings, datetime.now()).output_dir)
 
     patches = {
-        "molf.train.run.train": train,
-        "molf.train.run.dry_run": lambda settings: run.checked(settings, datetime.now()),
+        "molf.job.run.train": train,
+        "molf.job.run.dry_run": lambda settings: run.checked(settings, datetime.now()),
         "molf.cli.evaluation.evaluate_checkpoint": lambda model, options: {},
         "molf.cli.evaluation.score_saved_texts": lambda options: {},
         "molf.cli.summary.print_summary": lambda result: None,

@@ -28,9 +28,9 @@ from typing import Any
 import pyarrow
 import pyarrow.parquet
 
+from molf.data.files import Record
 from molf.errors import InputError
 from molf.tasks import TaskOptions, load_task
-from molf.tasks.files import Record
 from molf.tasks.preview import preview
 
 FORMATS = ("jsonl", "json", "parquet", "csv")

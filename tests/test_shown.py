@@ -7,8 +7,8 @@ import pytest
 import yaml
 
 from molf.console import PlainConsole
+from molf.disk.files import write_json, write_text, write_yaml
 from molf.shown import LACKING, as_line, json_text, printable
-from molf.train.files import write_json, write_text, write_yaml
 
 HOSTILE = [
     "\x1b[2J", "\x9b31m", "\x07", "\x7f", "\u202e", "\u2066", "\u200e", "\u2028", "\ufeff",

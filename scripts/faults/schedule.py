@@ -123,7 +123,9 @@ def _(zero_grad):
     return left
 
 
-@fault("a bad gradient leaves offloaded states on their way", "test_offload.py", "UnitOptimizer._take")
+@fault(
+    "a bad gradient leaves offloaded states on their way", "test_offload.py", "UnitOptimizer._take"
+)
 def _(take):
     def on_their_way(self, units):
         with replaced(self, "_settled_state", lambda: self.state):

@@ -11,22 +11,22 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from molf.core.adamw import AdamW
     from molf.core.config import MoLFConfig
-    from molf.core.merge import MergeReport, merge
+    from molf.core.model.merge import MergeReport, merge
+    from molf.core.model.peft_model import peft_config, with_adapter
     from molf.core.optimizer import Decision, MoLFAdamW
-    from molf.core.peft_model import peft_config, with_adapter
     from molf.core.trainer import trainer_optimizer
 
 # Imported on first use, so that `import molf` and `molf --help` stay fast.
 _HOMES = {
     "AdamW": "molf.core.adamw",
-    "Decision": "molf.core.routing",
-    "MergeReport": "molf.core.merge",
+    "Decision": "molf.core.step.routing",
+    "MergeReport": "molf.core.model.merge",
     "MoLFAdamW": "molf.core.optimizer",
     "MoLFConfig": "molf.core.config",
-    "merge": "molf.core.merge",
-    "peft_config": "molf.core.peft_model",
+    "merge": "molf.core.model.merge",
+    "peft_config": "molf.core.model.peft_model",
     "trainer_optimizer": "molf.core.trainer",
-    "with_adapter": "molf.core.peft_model",
+    "with_adapter": "molf.core.model.peft_model",
 }
 
 __all__ = [

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from molf.cli import main
-from molf.tasks.conversations import Conversation
-from molf.tasks.encoding import encode_samples
+from molf.data.conversations import Conversation
+from molf.data.encoding import encode_samples
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "evaluate"))  # for tiny_models
 from tiny_models import CHATML, LINES, byte_level_tokenizer, piece_tokenizer

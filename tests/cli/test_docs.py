@@ -115,7 +115,7 @@ def test_commands_of_methods(tmp_path, monkeypatch):
 
 
 def test_methods_described():
-    from molf.train.defaults import METHODS as TRAINED
+    from molf.job.settings.defaults import METHODS as TRAINED
 
     rows = re.findall(r"^\| `([^`]+)` \|", METHODS.split("## Equal rank")[0], re.M)
     assert rows[0] == "--method"

@@ -64,7 +64,7 @@ def evaluate(data, capsys):
     ],
 )
 def test_several_tasks(evaluate, monkeypatch, tasks):
-    from molf.train import model_loading
+    from molf.job.model import loading as model_loading
 
     loads = []
     load = model_loading.load_model

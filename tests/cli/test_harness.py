@@ -176,7 +176,7 @@ def test_no_metric_at_all_fails(stub, capsys):
     ],
 )
 def test_found_before_the_model_is_loaded(stub, monkeypatch, capsys, task, words):
-    monkeypatch.setattr("molf.train.model_loading.load_model", None)
+    monkeypatch.setattr("molf.job.model.loading.load_model", None)
     assert main(["eval", str(BASE_PATH), "--tasks", task]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1

@@ -4,7 +4,7 @@ import pytest
 
 from molf.cli import main
 from molf.cli.app import app
-from molf.train.settings import TrainSettings
+from molf.job.settings.settings import TrainSettings
 
 
 def read(*tokens: str) -> TrainSettings:

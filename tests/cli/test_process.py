@@ -60,7 +60,7 @@ def test_reader_of_the_help_leaves():
 def test_progress_that_nobody_reads_any_more():
     """The run goes on: rich would end the process."""
     code = (
-        "import os, sys; from molf.train.progress import make_reporter;"
+        "import os, sys; from molf.job.progress import make_reporter;"
         "reading, writing = os.pipe(); os.dup2(writing, 2); os.close(reading);"
         "reporter = make_reporter(); reporter.say('one'); reporter.say('two'); print('done')"
     )
@@ -69,8 +69,8 @@ def test_progress_that_nobody_reads_any_more():
 
 
 def test_reader_that_leaves(tmp_path):
-    from molf.core.routing import Decision
-    from molf.train.routing_log import RoutingWriter
+    from molf.core.step.routing import Decision
+    from molf.job.record.routing_log import RoutingWriter
 
     with RoutingWriter(tmp_path / "routing") as writer:
         for step in range(5000):

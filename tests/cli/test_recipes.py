@@ -13,9 +13,9 @@ import yaml
 from molf.cli import main
 from molf.cli.app import app
 from molf.cli.shipped import recipe_names, shipped_recipe
+from molf.job.settings.resolved import resolve
+from molf.job.settings.settings import TrainSettings
 from molf.tasks import TASKS
-from molf.train.resolved import resolve
-from molf.train.settings import TrainSettings
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1] / name) for name in ("evaluate", "train")]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from molf.evaluate.meanings import meanings
+from molf.measure.meanings import meanings
 
 FACT = ["es", "em", "ps", "pm", "ns", "nm", "s", "acc_new", "acc_true"]
 MED = ["accuracy", "unparsed", "accuracy_logprob"]

@@ -130,7 +130,7 @@ def test_data(train, tmp_path, content, words):
 
 
 def test_library_that_quantises_is_missing(train, monkeypatch):
-    monkeypatch.setattr("molf.train.model_path.find_spec", lambda name: None)
+    monkeypatch.setattr("molf.job.model.path.find_spec", lambda name: None)
     error = train("--method", "molf-e", "--load_in_4bit")
     assert "load_in_4bit needs bitsandbytes" in error
     assert "pip install 'molf[bitsandbytes]'" in error
@@ -248,7 +248,7 @@ def test_output_dir_cannot_be_written(train):
 )
 def test_training_args(train, monkeypatch, name, value, words):
     if name == "use_liger_kernel":
-        monkeypatch.setattr("molf.train.training_arguments.find_spec", lambda name: None)
+        monkeypatch.setattr("molf.job.settings.training_arguments.find_spec", lambda name: None)
     error = train(f"--training_args.{name}", value)
     for word in words:
         assert word in error

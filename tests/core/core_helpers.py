@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from molf.core.adamw import AdamW
 from molf.core.config import MoLFConfig
-from molf.core.eager import Eager
+from molf.core.execute.eager import Eager
 from molf.core.optimizer import MoLFAdamW
 from molf.core.reference import ReferenceMoLFAdamW, best, effective_weight, new_slot
 

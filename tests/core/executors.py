@@ -18,8 +18,8 @@ from offload_helpers import LateCarrier, carried_by
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from molf.core.blocks import Blocks
-from molf.core.eager import Eager
+from molf.core.arithmetic.blocks import Blocks
+from molf.core.execute.eager import Eager
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 

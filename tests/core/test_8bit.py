@@ -15,11 +15,12 @@ from torch import Tensor, nn
 from torchao.optim.subclass_8bit import OptimState8bit
 
 from molf import AdamW, MoLFAdamW, MoLFConfig
-from molf.core import adam, moments
-from molf.core.adam import MomentDecay
-from molf.core.blocks import BLOCKS, Blocks
-from molf.core.eager import Eager
-from molf.core.moments import EightBitMoments, _map, moment_state, moments_of
+from molf.core.arithmetic import adam
+from molf.core.arithmetic.adam import MomentDecay
+from molf.core.arithmetic.blocks import BLOCKS, Blocks
+from molf.core.execute.eager import Eager
+from molf.core.storage.moments import EightBitMoments, _map, moment_state, moments_of
+from molf.core.storage.weights import moments
 
 
 class Layers(nn.Module):

@@ -8,9 +8,9 @@ from core_helpers import feed, snapshot, tiny_model, tiny_optimizer
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from molf.core import factors
-from molf.core.eager import Eager
-from molf.core.factors import live_ranks
+from molf.core.execute.eager import Eager
+from molf.core.step.factors import live_ranks
+from molf.core.step.step import factors
 
 RANKS = (2, 3, 1)
 

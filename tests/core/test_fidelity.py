@@ -10,9 +10,9 @@ from core_helpers import feed, tiny_model, tiny_optimizer
 from torch import nn
 
 from molf import AdamW
-from molf.core import fidelity
-from molf.core.blocks import Blocks
-from molf.core.eager import Eager
+from molf.core.arithmetic.blocks import Blocks
+from molf.core.execute.eager import Eager
+from molf.core.step.step import fidelity
 
 BF16 = torch.bfloat16
 

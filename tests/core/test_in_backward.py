@@ -14,8 +14,8 @@ from optimizer_forms import FORMS, build, in_form
 from torch import nn
 
 from molf import AdamW, MoLFAdamW, MoLFConfig
-from molf.core import accumulation
-from molf.core.unit import PlainUnit
+from molf.core.step.unit import PlainUnit
+from molf.core.storage.weights import accumulation
 
 
 def run_model(model: nn.Module, seed: int) -> torch.Tensor:
@@ -487,7 +487,7 @@ def test_units_are_made_one_by_one(monkeypatch):
             made.append(args)
             super().__init__(*args)
 
-    monkeypatch.setattr("molf.core.unit_optimizer.PlainUnit", Counted)
+    monkeypatch.setattr("molf.core.schedule.unit_optimizer.PlainUnit", Counted)
     sum(parameter.sum() for parameter in parameters).backward()
     assert len(made) == len(optimizer.state) == len(parameters)
 

@@ -89,9 +89,9 @@ def test_the_adapter_form_is_refused(freeze):
     ],
 )
 def test_devices_and_layouts_are_refused(device, layout, message, monkeypatch):
-    from molf.core import kernels
+    from molf.core.execute import kernel_checks as kernels
 
-    monkeypatch.setattr("molf.core.fused.kernels.is_interpreted", lambda: True)
+    monkeypatch.setattr("molf.core.execute.triton.kernels.is_interpreted", lambda: True)
     values = torch.ones(2, 3, 4, 5)
     parameter = nn.Parameter(values if layout is None else values.to(memory_format=layout))
     group = {"params": [parameter], "layer": None, "state_dtype": "float32"}

@@ -11,8 +11,8 @@ from torch import nn
 
 import molf
 from molf import MoLFAdamW, MoLFConfig
-from molf.core.layers import find_layers
-from molf.core.module_names import clean_name
+from molf.core.model.linear_layers import find_layers
+from molf.core.model.module_names import clean_name
 
 
 class Attention(nn.Module):

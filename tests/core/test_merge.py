@@ -12,7 +12,7 @@ from peft_helpers import IDS, logits, quantised_qwen2, spread, tiny_qwen2
 from torch import nn
 
 import molf
-from molf.core.quantised import is_quantised
+from molf.core.model.quantised import is_quantised
 
 
 def adapted(model: nn.Module, **config) -> nn.Module:
@@ -279,7 +279,7 @@ def test_only_linear_layers_lose_their_quantisation(tmp_path):
 
 
 def test_numbers_of_unknown_kinds_are_not_taken_for_real_ones():
-    from molf.core.quantised import dequantised
+    from molf.core.model.quantised import dequantised
 
     layer = nn.Linear(4, 4)
     layer.weight = nn.Parameter(layer.weight.data.to(torch.float8_e4m3fn), requires_grad=False)
@@ -355,7 +355,7 @@ def test_only_layers_with_the_active_adapter_count():
 
 
 def test_missing_library_names_the_extra(monkeypatch):
-    from molf.core import quantised
+    from molf.core.model import quantised
 
     monkeypatch.setattr(quantised, "find_spec", lambda name: None)
     for library in ("bitsandbytes", "torchao"):

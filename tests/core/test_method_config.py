@@ -13,7 +13,7 @@ import pytest
 
 import molf
 from molf import MoLFConfig
-from molf.core.routing import select_winners
+from molf.core.step.routing import select_winners
 
 
 def test_defaults_are_the_paper_s():

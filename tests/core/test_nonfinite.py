@@ -18,7 +18,7 @@ from core_helpers import (
     tiny_model,
 )
 
-from molf.core.guard import NonFiniteError
+from molf.core.step.guard import NonFiniteError
 
 NAN, INF = float("nan"), float("inf")
 PLACES = ["up.weight", "up.bias", "embed.weight", "down.weight", "lm_head.weight", "norm.bias"]

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 import molf
 from molf import AdamW, MoLFAdamW, MoLFConfig
-from molf.core.guard import largest_square
-from molf.core.offload import CudaCarrier, StateOffload
+from molf.core.step.guard import largest_square
+from molf.core.storage.offload import CudaCarrier, StateOffload
 
 
 @pytest.fixture

@@ -10,8 +10,8 @@ import torch
 from core_helpers import Conv1D, as_on_an_accelerator, feed, snapshot, tiny_optimizer
 from torch import nn
 
-from molf.core import adam, one_pass
-from molf.core.adam import (
+from molf.core.arithmetic import adam, one_pass
+from molf.core.arithmetic.adam import (
     AdamWStep,
     MomentDecay,
     score_terms,
@@ -226,7 +226,7 @@ import sys, torch
 when = sys.argv[1]
 if when == "import":
     torch.set_default_device("meta")
-from molf.core import one_pass
+from molf.core.arithmetic import one_pass
 block = [torch.ones(20, device="cpu") for _ in range(3)]
 values = torch.zeros(20, device="cpu")
 torch.set_default_device("meta" if when == "use" else "cpu")

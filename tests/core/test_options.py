@@ -9,7 +9,7 @@ import pytest
 
 from molf import AdamW, MoLFAdamW
 from molf.core.options import EXCLUSIONS, OPTIONS, WORDS, OptimizerOptions, OptionError
-from molf.train.settings import TrainSettings
+from molf.job.settings.settings import TrainSettings
 
 DEFAULTS = {field.name: field.default for field in fields(OptimizerOptions)}
 

@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from molf import MoLFAdamW, MoLFConfig
-from molf.core.precision import full_precision
+from molf.core.arithmetic.precision import full_precision
 
 
 def relative(got: torch.Tensor, exact: torch.Tensor) -> float:

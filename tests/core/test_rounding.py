@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from molf.core.rounding import (
+from molf.core.storage.rounding import (
     RoundingKey,
     join_float32,
     join_rounded,

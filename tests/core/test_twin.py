@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from molf.core.blocks import Blocks
+from molf.core.arithmetic.blocks import Blocks
 from molf.core.config import MoLFConfig
-from molf.core.eager import Eager
+from molf.core.execute.eager import Eager
 
 STEPS = 8
 SIZES = st.sampled_from((1, 2, 3, 5, 8))

@@ -23,8 +23,8 @@ from torch import Tensor, nn
 
 import molf
 from molf import AdamW
-from molf.core.blocks import Blocks
-from molf.core.eager import Eager
+from molf.core.arithmetic.blocks import Blocks
+from molf.core.execute.eager import Eager
 
 BF16 = torch.bfloat16
 

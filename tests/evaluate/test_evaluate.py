@@ -6,7 +6,7 @@ import pytest
 import torch
 from tiny_models import LINES, byte_level_tokenizer, tiny_qwen2
 
-from molf.evaluate import EvaluationSettings, default_plain_text, evaluate
+from molf.measure import EvaluationSettings, default_plain_text, evaluate
 from molf.tasks import TaskOptions, load_task
 
 
@@ -49,7 +49,7 @@ def test_records_are_checked_without_importing_torch(tmp_path):
     code = (
         "import sys\n"
         "from molf.tasks import TaskOptions, load_task\n"
-        "from molf.evaluate import EvaluationSettings\n"
+        "from molf.measure import EvaluationSettings\n"
         f"load_task(TaskOptions(name='custom', data={str(path)!r}))\n"
         "load_task(TaskOptions(name='demo-fact'))\n"
         "print([name for name in ('torch', 'transformers', 'datasets') if name in sys.modules])\n"

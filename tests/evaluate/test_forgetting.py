@@ -9,8 +9,8 @@ from tiny_models import (
 )
 
 from molf.errors import InputError
-from molf.evaluate import default_plain_text, read_plain_text
-from molf.evaluate.forgetting import forgetting_loss
+from molf.measure import default_plain_text, read_plain_text
+from molf.measure.forgetting import forgetting_loss
 
 TEXT = " ".join(LINES[:4])
 

@@ -15,8 +15,8 @@ from transformers import (
     Qwen3NextConfig,
 )
 
-from molf.evaluate.generate import decode, generate_greedy, padding_id
-from molf.evaluate.padding import generation_batches
+from molf.measure.generate import decode, generate_greedy, padding_id
+from molf.measure.padding import generation_batches
 
 CONTEXTS = [[7, 8, 9, 10, 11], [3], [400, 5, 6], [12, 13, 14, 15, 16, 17, 18, 19], [20, 21]]
 

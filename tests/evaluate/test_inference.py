@@ -5,8 +5,8 @@ import torch
 from tiny_models import tiny_llama, tiny_qwen2
 
 from molf.errors import InputError
-from molf.evaluate import EvaluationSettings
-from molf.evaluate.inference import (
+from molf.measure import EvaluationSettings
+from molf.measure.inference import (
     for_each_batch,
     inference,
     inner_model,

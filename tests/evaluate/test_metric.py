@@ -3,7 +3,7 @@ import math
 import numpy as np
 import pytest
 
-from molf.evaluate.metric import bootstrap, bootstrap_mean, ratio_of_sums, wilson
+from molf.measure.metric import bootstrap, bootstrap_mean, ratio_of_sums, wilson
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@ import random
 
 import pytest
 
-from molf.evaluate.nearest import nearest, similarity
+from molf.measure.nearest import nearest, similarity
 
 WORDS = ["what", "is", "the", "height", "of", "tower", "River", "name", "list", "all"]
 

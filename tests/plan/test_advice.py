@@ -4,10 +4,10 @@ from dataclasses import dataclass, replace
 
 import pytest
 
-from molf.plan.advice import suggestions
-from molf.plan.devices import DEVICES, GIB, Device, show_bytes
-from molf.plan.memory import Planner
-from molf.plan.workload import Workload
+from molf.planning.advice import suggestions
+from molf.planning.devices import DEVICES, GIB, Device, show_bytes
+from molf.planning.memory import Planner
+from molf.planning.workload import Workload
 from plan_memory import method_config
 
 

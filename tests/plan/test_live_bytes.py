@@ -2,8 +2,8 @@
 
 import torch
 
-from molf.plan.live_bytes import LiveBytes
-from molf.plan.measure import PeakBytes
+from molf.planning.live_bytes import LiveBytes
+from molf.planning.measure import PeakBytes
 
 
 def test_storages_count_once_and_until_they_are_freed():

@@ -9,12 +9,12 @@ from transformers import AutoModelForCausalLM
 
 import molf
 import plan_memory
-from molf.core.blocks import BLOCKS
+from molf.core.arithmetic.blocks import BLOCKS
 from molf.errors import InputError
-from molf.plan.memory import Planner
-from molf.plan.trace import trace_pass, trace_step
-from molf.plan.trainable import skeleton
-from molf.plan.workload import Workload
+from molf.planning.memory import Planner
+from molf.planning.trace import trace_pass, trace_step
+from molf.planning.trainable import skeleton
+from molf.planning.workload import Workload
 from plan_memory import method_config
 
 RANKS = {"lora": (4,), "molf": (4, 8), "molf-e": (4, 8)}

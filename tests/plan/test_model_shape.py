@@ -7,8 +7,8 @@ from checkpoints import make_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import molf
-from molf.plan.model_shape import describe_model
-from molf.plan.workload import Workload
+from molf.planning.model_shape import describe_model
+from molf.planning.workload import Workload
 from plan_memory import method_config
 
 QWEN = {

@@ -45,7 +45,7 @@ def asked_for(config_alone, monkeypatch):
     """What the command asks to be planned; nothing is."""
     from types import SimpleNamespace
 
-    from molf.plan import request
+    from molf.planning import request
 
     def run(*options):
         asked = []
@@ -64,7 +64,7 @@ def asked_for(config_alone, monkeypatch):
 
 
 def test_defaults_are_those_of_training(asked_for):
-    from molf.train.defaults import COMMON
+    from molf.job.settings.defaults import COMMON
 
     workload = asked_for()
     assert workload.batch_size == COMMON["per_device_train_batch_size"]
@@ -88,8 +88,8 @@ def test_the_length_is_what_fits_the_model(asked_for, config_alone):
 def test_a_recipe_is_planned_as_it_is_trained(asked_for):
     from datetime import datetime
 
-    from molf.train.resolved import resolve
-    from molf.train.settings import TrainSettings
+    from molf.job.settings.resolved import resolve
+    from molf.job.settings.settings import TrainSettings
 
     settings = TrainSettings(task="demo-fact", method="molf", ranks=(16,))
     resolved = resolve(settings, datetime(2026, 1, 1))

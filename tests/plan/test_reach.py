@@ -4,8 +4,8 @@ import torch
 from torch import nn
 
 from molf import MoLFAdamW, MoLFConfig
-from molf.core.layers import find_layers
-from molf.plan.reach import Reach, describe, find_reach
+from molf.core.model.linear_layers import find_layers
+from molf.planning.reach import Reach, describe, find_reach
 
 
 class Expert(nn.Module):

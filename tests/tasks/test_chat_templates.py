@@ -7,11 +7,11 @@ import pytest
 import trl
 from tiny_models import byte_level_tokenizer
 
+from molf.data import chat_template
+from molf.data.conversations import Conversation
+from molf.data.encoding import encode_samples
 from molf.errors import InputError
-from molf.evaluate.tokens import IGNORED
-from molf.tasks import chat_template
-from molf.tasks.conversations import Conversation
-from molf.tasks.encoding import encode_samples
+from molf.measure.tokens import IGNORED
 
 _FOLDER = Path(trl.__file__).parent / "chat_templates"
 ORIGINALS = sorted(

@@ -10,12 +10,13 @@ from tiny_models import (
     tiny_qwen2,
 )
 
+from molf.data import encoding
+from molf.data.encoding import encode_samples
 from molf.errors import InputError
-from molf.evaluate import EvaluationSettings
-from molf.evaluate.generate import decode, generate_greedy
-from molf.evaluate.tokens import tokenize
-from molf.tasks import TaskOptions, answers, encoding, load_task
-from molf.tasks.encoding import encode_samples
+from molf.measure import EvaluationSettings
+from molf.measure.generate import decode, generate_greedy
+from molf.measure.tokens import tokenize
+from molf.tasks import TaskOptions, answers, load_task
 
 TURNS = [{"role": "user", "content": "Where?"}, {"role": "assistant", "content": "In Paris."}]
 

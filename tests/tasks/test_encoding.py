@@ -1,14 +1,14 @@
 import pytest
 from tiny_models import LINES, byte_level_tokenizer, piece_tokenizer
 
-from molf.errors import InputError
-from molf.evaluate.tokens import tokenize
-from molf.tasks.encoding import (
+from molf.data.encoding import (
     encode_samples,
     generation_contexts,
     tokenize_samples,
 )
-from molf.tasks.samples import PromptCompletion
+from molf.data.samples import PromptCompletion
+from molf.errors import InputError
+from molf.measure.tokens import tokenize
 
 PAIRS = [
     ("The capital of France is", " Paris"),

@@ -12,10 +12,10 @@ from tiny_models import (
     tiny_qwen2,
 )
 
+from molf.data.encoding import encode_samples
 from molf.errors import InputError
-from molf.evaluate import EvaluationSettings
+from molf.measure import EvaluationSettings
 from molf.tasks import TASKS, TaskOptions, load_task
-from molf.tasks.encoding import encode_samples
 from molf.tasks.fact_metrics import fact_metrics
 from molf.tasks.facts import COUNTERFACT_URL
 from molf.tasks.first_token import Comparison, FirstTokenQuestions
@@ -128,7 +128,7 @@ def test_predictions_hold_texts_and_probabilities(data):
 
 
 def test_only_as_many_tokens_are_generated_as_the_longest_target_needs(data, monkeypatch):
-    from molf.evaluate import generate
+    from molf.measure import generate
 
     asked, generate_greedy = [], generate.generate_greedy
 
@@ -370,7 +370,7 @@ def test_the_published_data_is_the_default(monkeypatch):
     def download(url, option):
         raise InputError(f"{option}: asked for {url}")
 
-    monkeypatch.setattr("molf.tasks.records.download", download)
+    monkeypatch.setattr("molf.data.records.download", download)
     with pytest.raises(InputError, match=f"data: asked for {COUNTERFACT_URL}"):
         load(None)
 
@@ -449,7 +449,7 @@ def outcomes(successes, prompts):
 
 
 def test_prompts_of_one_request_are_no_independent_observations():
-    from molf.evaluate.metric import bootstrap, ratio_of_sums, wilson
+    from molf.measure.metric import bootstrap, ratio_of_sums, wilson
 
     cases = [outcomes(5 * (i % 2), 5) for i in range(40)]  # all of a request, or none
     metrics = fact_metrics(cases, seed=0).metrics
@@ -464,7 +464,7 @@ def test_prompts_of_one_request_are_no_independent_observations():
 
 
 def test_shares_that_no_resample_changes_count_requests():
-    from molf.evaluate.metric import wilson
+    from molf.measure.metric import wilson
 
     metrics = fact_metrics([outcomes(5, 5)] * 10, seed=0).metrics
     expected = wilson(10, 10)
@@ -473,8 +473,8 @@ def test_shares_that_no_resample_changes_count_requests():
 
 
 def test_one_request_gives_no_interval_of_means():
-    from molf.train.model_card import show_metric
-    from molf.train.result import evaluation_record
+    from molf.job.model.card import show_metric
+    from molf.job.record.result import evaluation_record
 
     evaluation = fact_metrics([outcomes(1, 2)], seed=0)
     for name in ("em", "pm", "ps", "s"):

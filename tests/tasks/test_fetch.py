@@ -7,9 +7,9 @@ import time
 
 import pytest
 
+from molf.data import fetch
+from molf.data.records import read_records
 from molf.errors import InputError
-from molf.tasks import fetch
-from molf.tasks.records import read_records
 
 
 class Handler(http.server.BaseHTTPRequestHandler):

@@ -5,8 +5,8 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from molf.data.files import check_fields, read_file
 from molf.errors import InputError
-from molf.tasks.files import check_fields, read_file
 
 RECORDS = [{"a": "x\u2028y", "n": {"b": [1, 2]}}, {"a": "é", "n": {"b": []}}]
 

@@ -15,10 +15,10 @@ from tiny_models import (
     tiny_qwen2,
 )
 
-from molf.evaluate import EvaluationSettings
-from molf.evaluate.metric import wilson
+from molf.data.encoding import encode_samples
+from molf.measure import EvaluationSettings
+from molf.measure.metric import wilson
 from molf.tasks import TaskOptions, load_task
-from molf.tasks.encoding import encode_samples
 from molf.tasks.med import parse_letter
 
 TEXT = ["Question: A. B. C. D.\nAnswer: A", "Answer: B", "Answer: C", "Answer: D"]

@@ -15,9 +15,9 @@ from tiny_models import (
     tiny_qwen2,
 )
 
-from molf.evaluate import EvaluationSettings
-from molf.evaluate.generate import padding_id
-from molf.evaluate.padding import generation_batches, logits_batches
+from molf.measure import EvaluationSettings
+from molf.measure.generate import padding_id
+from molf.measure.padding import generation_batches, logits_batches
 from molf.tasks import TaskOptions, load_task
 from molf.tasks.med import parse_letter
 
@@ -49,7 +49,7 @@ def made(pieces):
 
 
 def loaded(name):
-    from molf.train.model_loading import load_model
+    from molf.job.model.loading import load_model
 
     checkpoint = load_model(str(SHARED / name))
     return checkpoint.model.eval(), checkpoint.tokenizer

@@ -4,8 +4,8 @@ import urllib.error
 
 import pytest
 
+from molf.data.records import read_records, read_splits
 from molf.errors import InputError
-from molf.tasks.records import read_records, read_splits
 
 
 def write(path, *values):

@@ -8,11 +8,11 @@ from question_records import sql, texts, values, write
 from shared_data import SHARED, needs_shared
 from tiny_models import byte_level_tokenizer, piece_tokenizer, tiny_llama, tiny_qwen2
 
+from molf.data.encoding import encode_samples
 from molf.errors import InputError
-from molf.evaluate import EvaluationSettings
+from molf.measure import EvaluationSettings
 from molf.sql.limits import Limits
 from molf.tasks import TaskOptions, load_task
-from molf.tasks.encoding import encode_samples
 from molf.tasks.questions import load_questions
 from molf.tasks.sql import SqlTask
 from molf.tasks.sql_questions import SQL

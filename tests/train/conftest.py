@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from molf.cli import main
-from molf.train.defaults import METHODS
+from molf.job.settings.defaults import METHODS
 
 torch.set_num_threads(1)
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "evaluate"))  # for tiny_models
@@ -47,7 +47,7 @@ def record():
     from recorded import Recorded, logits_of, parameters_of
 
     from molf.core.optimizer import MoLFAdamW
-    from molf.train import job, training
+    from molf.job import job, training
 
     def run(arguments, path):
         recorded = Recorded(path, arguments)

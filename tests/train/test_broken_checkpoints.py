@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from molf.cli import main
 from molf.errors import InputError
-from molf.train.model_loading import load_model
+from molf.job.model.loading import load_model
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -254,7 +254,7 @@ def test_a_model_without_a_declared_type_is_loaded_once(llama, tmp_path, monkeyp
 
 
 def test_a_missing_buffer_is_a_warning(llama, tmp_path):
-    from molf.train.whole import check_whole
+    from molf.job.model.whole import check_whole
 
     base = load_model(str(llama))
     base.model.register_buffer("scale", torch.ones(1))

@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 from molf.cli import main
-from molf.train.progress import Reporter, TerminalReporter
+from molf.job.progress import Reporter, TerminalReporter
 
 
 def mend(file):

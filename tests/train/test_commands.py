@@ -6,7 +6,7 @@ import shutil
 import pytest
 
 from molf.cli import main
-from molf.train.routing_shares import routing_shares
+from molf.job.record.routing_shares import routing_shares
 
 
 def test_routing_jsonl(molf_run, capsys):
@@ -81,7 +81,7 @@ def test_eval_of_the_base_is_the_before(any_run, base, facts, tmp_path):
 
 
 def test_eval_of_saved_predictions_needs_no_model(molf_run, facts, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("molf.train.model_loading.load_model", None)
+    monkeypatch.setattr("molf.job.model.loading.load_model", None)
     predictions = molf_run.path / "predictions.jsonl"
     arguments = ["eval", "--task", "fact", "--data", str(facts), "--predictions", str(predictions)]
     assert main([*arguments, "--output_dir", str(tmp_path / "e")]) == 0

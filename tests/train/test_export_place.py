@@ -37,7 +37,7 @@ def refused(run, capsys, monkeypatch):
     def never(*given, **options):
         raise AssertionError("something was loaded")
 
-    monkeypatch.setattr("molf.train.libraries.quiet_libraries", never)
+    monkeypatch.setattr("molf.job.libraries.quiet_libraries", never)
 
     def check(*arguments):
         before = sorted(run.parent.rglob("*"))
@@ -135,8 +135,8 @@ def test_room_is_checked_first(refused, run, free, tmp_path, what):
 
 
 def test_disk_that_does_not_count_is_not_full(run, free):
-    from molf.train.export_place import export_place
-    from molf.train.finished_run import read_run
+    from molf.job.model.export_place import export_place
+    from molf.job.record.finished_run import read_run
 
     free(0, total=0)
     found = export_place(read_run(run), "model", None, None, overwrite=False)

@@ -14,7 +14,10 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase, TrainerCallback
 
 from molf.cli import main
-from molf.train import elsewhere, job, model_saving, room, training
+from molf.disk import room
+from molf.job import job, training
+from molf.job.model import elsewhere
+from molf.job.model import saving as model_saving
 
 
 def mounted(path, size):
@@ -321,7 +324,7 @@ def test_copy_that_differs_is_not_taken(tmp_path):
 
 def test_checkpoint_that_cannot_be_written(options, disk, during, monkeypatch, capsys):
     """Training goes on; later checkpoints and the model are written when there is room."""
-    monkeypatch.setattr("molf.train.checkpoints.free_bytes", lambda path: None)
+    monkeypatch.setattr("molf.job.record.checkpoints.free_bytes", lambda path: None)
     during(Fill(disk, 0, 2))
     given = [*options, "--save_steps", "1", "--output_dir", str(disk / "run")]
     assert main(given) == 0
@@ -367,8 +370,8 @@ def test_checkpoint_leaves_room_for_the_model(options, disk, during, capsys):
     ids=str,
 )
 def test_any_error_of_writing_leaves_the_training_on(tmp_path, error):
-    from molf.train.checkpoints import Checkpoints
-    from molf.train.room_needed import Needed
+    from molf.job.model.room_needed import Needed
+    from molf.job.record.checkpoints import Checkpoints
 
     def save():
         (tmp_path / "checkpoint-1").mkdir()
@@ -394,7 +397,7 @@ def test_error_in_what_a_checkpoint_holds_is_not_swallowed(options, tmp_path, mo
 
 def test_logs_wait_for_room(options, disk, during, monkeypatch, capsys):
     monkeypatch.setattr(
-        "molf.train.routing_log.time.monotonic", iter(range(0, 10**6, 100)).__next__
+        "molf.job.record.routing_log.time.monotonic", iter(range(0, 10**6, 100)).__next__
     )
     during(Fill(disk, 0, 2))
     assert main([*options, "--output_dir", str(disk / "run")]) == 0
@@ -403,7 +406,7 @@ def test_logs_wait_for_room(options, disk, during, monkeypatch, capsys):
     assert "warning: The routing cannot be written to" in error
     lines = (disk / "run" / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [1, 2, 3]
-    from molf.train.routing_log import iter_steps
+    from molf.job.record.routing_log import iter_steps
 
     assert [step["step"] for step in iter_steps(disk / "run")] == [0, 1, 2]
 
@@ -446,7 +449,7 @@ def test_export_to_a_full_disk(molf_run, disk, monkeypatch, capsys):
     fill(disk)
     assert main(["export", str(molf_run.path), "--output_dir", str(disk / "x")]) == 2
     assert "0 MB are free" in last_line(capsys)
-    monkeypatch.setattr("molf.train.export_place.check_room", lambda *given, **named: None)
+    monkeypatch.setattr("molf.job.model.export_place.check_room", lambda *given, **named: None)
     monkeypatch.setattr(model_saving, "require_room", lambda *given: None)
     assert main(["export", str(molf_run.path), "--output_dir", str(disk / "x")]) == 1
     assert "the disk is full: saving the x to" in last_line(capsys)
@@ -475,7 +478,7 @@ def test_traceback_that_cannot_be_written_does_not_hide_the_error(
 
     fill(tiny_disk)
     monkeypatch.setattr("tempfile.tempdir", str(tiny_disk))
-    monkeypatch.setattr("molf.train.routing_shares.routing_shares", fail)
+    monkeypatch.setattr("molf.job.record.routing_shares.routing_shares", fail)
     assert main(["routing", str(molf_run.path)]) == 1
     error = last_line(capsys)
     assert "ZeroDivisionError: a fault (its traceback could not be written: No space left" in error

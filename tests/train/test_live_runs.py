@@ -9,11 +9,11 @@ import yaml
 
 from molf.cli import main
 from molf.core.optimizer import MoLFAdamW
+from molf.disk.locks import Lock, in_use
 from molf.errors import InputError
-from molf.train.locks import Lock, in_use
-from molf.train.ownership import AN_EVALUATION
-from molf.train.routing_log import read_routing
-from molf.train.run_directory import RunDirectory, check_output
+from molf.job.record.directory import RunDirectory, check_output
+from molf.job.record.ownership import AN_EVALUATION
+from molf.job.record.routing_log import read_routing
 
 
 @pytest.fixture
@@ -173,7 +173,7 @@ def test_a_run_that_is_deleted_while_it_is_measured(
     options, monkeypatch, tmp_path, capsys, evaluation
 ):
     """Before the training the trainer would make the directory anew, after it weights are gone."""
-    from molf.train import job
+    from molf.job import job
 
     path, evaluate, calls = tmp_path / "out", job.evaluate, []
 

@@ -9,12 +9,12 @@ import time
 
 import pytest
 
-from molf.train.locks import InUseError, Lock, in_use, is_abandoned
+from molf.disk.locks import InUseError, Lock, in_use, is_abandoned
 
 HOLD = """
 import os, sys, time
 from pathlib import Path
-from molf.train.locks import Lock
+from molf.disk.locks import Lock
 lock = Lock(Path(sys.argv[1]))
 child = os.fork()
 if child == 0:

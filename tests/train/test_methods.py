@@ -20,13 +20,13 @@ from transformers import AutoModelForCausalLM
 
 import molf
 from molf.cli import main
+from molf.data.encoding import EncodedSamples
 from molf.errors import InputError
-from molf.tasks.encoding import EncodedSamples
-from molf.train.defaults import ADAPTERS
-from molf.train.methods import TrainingData, check, plan, prepare
-from molf.train.methods.matching import matching_rank
-from molf.train.resolved import resolve
-from molf.train.settings import TrainSettings
+from molf.job.methods import TrainingData, check, plan, prepare
+from molf.job.methods.matching import matching_rank
+from molf.job.settings.defaults import ADAPTERS
+from molf.job.settings.resolved import resolve
+from molf.job.settings.settings import TrainSettings
 
 LAYERS = 14  # of the tiny checkpoints: 2 blocks of 7
 TRAINED = {  # per adapter and layer, by the names that PEFT gives
@@ -382,7 +382,7 @@ def test_eva_records_what_it_trains(run_of):
 
 
 def test_eva_gives_up_where_directions_never_settle(monkeypatch):
-    monkeypatch.setattr("molf.train.methods.eva._MOST_BATCHES", 1)
+    monkeypatch.setattr("molf.job.methods.eva._MOST_BATCHES", 1)
     with pytest.raises(RuntimeError, match="no stable directions in 1 batches"):
         prepare(make_model("qwen2"), settings_of("eva"), training_data())
 
@@ -606,7 +606,7 @@ def test_what_peft_cannot_adapt_is_one_line(monkeypatch, method):
     def refuse(model, config):
         raise ValueError("Target module Odd() is not supported.\nMore of it.")
 
-    monkeypatch.setattr("molf.train.methods.adapter.get_peft_model", refuse)
+    monkeypatch.setattr("molf.job.methods.adapter.get_peft_model", refuse)
     with pytest.raises(InputError) as caught:
         check(make_model("qwen2"), settings_of(method))
     assert str(caught.value) == (

@@ -11,9 +11,9 @@ import yaml
 from molf.cli import main
 from molf.core.adamw import AdamW
 from molf.core.optimizer import MoLFAdamW
-from molf.train import training
-from molf.train.defaults import METHODS
-from molf.train.step_guard import StepGuard
+from molf.job import training
+from molf.job.settings.defaults import METHODS
+from molf.job.step_guard import StepGuard
 
 NAN = float("nan")
 FORMS = {
@@ -270,9 +270,9 @@ def test_the_host_waits_once_for_loss_and_gradients(optimizer_class, monkeypatch
     """Where the optimizer reads its gradients' norms, the loss goes with them."""
     from types import SimpleNamespace
 
-    from molf.core.eager import Eager
-    from molf.train.resolved import resolve
-    from molf.train.settings import TrainSettings
+    from molf.core.execute.eager import Eager
+    from molf.job.settings.resolved import resolve
+    from molf.job.settings.settings import TrainSettings
 
     model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 2))
     options = {"fused": True} if optimizer_class is torch.optim.AdamW else {}
@@ -311,8 +311,8 @@ def training_time():
 
 
 def test_clipping_is_torchs(monkeypatch):
-    from molf.train.resolved import resolve
-    from molf.train.settings import TrainSettings
+    from molf.job.settings.resolved import resolve
+    from molf.job.settings.settings import TrainSettings
 
     watch = StepGuard(resolve(TrainSettings(method="fft"), training_time()))
     own, torchs = ([torch.nn.Parameter(torch.ones(n)) for n in (3, 5)] for _ in range(2))

@@ -103,7 +103,7 @@ def test_dry_run_tries_the_quantised_layers_of_a_run(options, monkeypatch, capsy
     def refuse(quantisation, device):
         raise InputError("load_in_4bit does not work here")
 
-    monkeypatch.setattr("molf.train.opening.check_device", refuse)
+    monkeypatch.setattr("molf.job.opening.check_device", refuse)
     assert main([*options, "--dry_run"]) == 2
     assert "load_in_4bit does not work here" in capsys.readouterr().err
 

@@ -38,7 +38,7 @@ def test_metrics_do_not_depend_on_the_batch_size(rwkv, facts, tmp_path, capsys):
 
 
 def test_training_where_padding_would_count(options, monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr("molf.train.opening.right_padding_counts", lambda model, pad_id: True)
+    monkeypatch.setattr("molf.job.opening.right_padding_counts", lambda model, pad_id: True)
     out = tmp_path / "run"
     assert main([*options, "--output_dir", str(out)]) == 2
     error = capsys.readouterr().err.splitlines()[-1]

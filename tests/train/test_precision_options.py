@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 
 from molf.cli import main
 from molf.errors import InputError
-from molf.train.resolved import resolve
-from molf.train.settings import TrainSettings
+from molf.job.settings.resolved import resolve
+from molf.job.settings.settings import TrainSettings
 
 
 def settings_of(**given):
@@ -74,7 +74,7 @@ def test_bfloat16_runs_record_how_they_round_and_what_is_lost(
 
 
 def test_only_logged_steps_are_measured(tmp_path, monkeypatch):
-    from molf.core.fidelity import UpdateTally
+    from molf.core.step.fidelity import UpdateTally
 
     made = []
     init = UpdateTally.__init__

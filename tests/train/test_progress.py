@@ -5,7 +5,7 @@ import io
 import pytest
 from rich.console import Console
 
-from molf.train.progress import Reporter, TerminalReporter
+from molf.job.progress import Reporter, TerminalReporter
 
 LOGS = {"loss": 1.25, "tokens_per_second": 1234.5, "won/full": 0.25, "won/lora0_r4": 0.75}
 

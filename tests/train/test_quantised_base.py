@@ -11,9 +11,9 @@ from recorded import logits_of
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from molf.core.quantised import Quantisation
+from molf.core.model.quantised import Quantisation
 from molf.errors import InputError
-from molf.train import quantised_base
+from molf.job.model import quantised as quantised_base
 
 pytest.importorskip("bitsandbytes", reason="4-bit and 8-bit bases need the extra bitsandbytes")
 

@@ -8,7 +8,7 @@ from datetime import datetime
 import pytest
 import torch
 
-from molf.train.environment import environment
+from molf.job.record.environment import environment
 
 pytestmark = pytest.mark.skipif(shutil.which("git") is None, reason="needs git")
 

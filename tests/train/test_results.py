@@ -9,8 +9,8 @@ import pytest
 from filelock import FileLock
 
 from molf.cli import main
-from molf.train import results
-from molf.train.results import append_result, check_results
+from molf.job.record import results
+from molf.job.record.results import append_result, check_results
 
 COLUMNS = "run,started,task,method,model,seed,training_loss,peak_memory_bytes"
 

@@ -5,11 +5,11 @@ import math
 import pyarrow.parquet as pq
 import pytest
 
-from molf.core.routing import Decision
+from molf.core.step.routing import Decision
 from molf.errors import InputError
-from molf.train import routing_log
-from molf.train.routing_log import RoutingWriter, iter_steps, read_routing, routing_parts
-from molf.train.wins import Wins
+from molf.job.record import routing_log
+from molf.job.record.routing_log import RoutingWriter, iter_steps, read_routing, routing_parts
+from molf.job.record.wins import Wins
 
 
 def decisions(step):

@@ -7,9 +7,9 @@ import yaml
 
 from molf.cli import main
 from molf.core.config import MoLFConfig
-from molf.core.routing import Decision
-from molf.train.routing_meaning import routing_meaning
-from molf.train.wins import Wins
+from molf.core.step.routing import Decision
+from molf.job.record.routing_meaning import routing_meaning
+from molf.job.record.wins import Wins
 
 LAYERS = [f"layer{number}" for number in range(10)]
 

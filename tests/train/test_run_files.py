@@ -7,16 +7,16 @@ import tempfile
 
 import pytest
 
-from molf.errors import InputError
-from molf.train import files
-from molf.train.files import (
+from molf.disk import files
+from molf.disk.files import (
     clear_unfinished,
     replacing_directory,
     replacing_file,
     scratch_directory,
     write_json,
 )
-from molf.train.run_directory import RunDirectory, check_output
+from molf.errors import InputError
+from molf.job.record.directory import RunDirectory, check_output
 
 
 class BrokenError(Exception):
@@ -202,7 +202,7 @@ def test_interrupt_between_the_renames_loses_neither_directory(tmp_path, monkeyp
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from molf.train import files
+from molf.disk import files
 path, when = Path(sys.argv[1]), sys.argv[2]
 die = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
 if when == "between the renames":

@@ -9,8 +9,8 @@ import yaml
 from recorded import logits_of
 
 from molf.cli import main
-from molf.train.defaults import ADAPTERS
-from molf.train.routing_log import read_routing
+from molf.job.record.routing_log import read_routing
+from molf.job.settings.defaults import ADAPTERS
 
 BASE_METRICS = {"es", "em", "ps", "pm", "ns", "nm", "s", "acc_new", "acc_true", "forgetting_loss"}
 

@@ -11,8 +11,8 @@ from tiny_models import byte_level_tokenizer
 from transformers import AutoModelForCausalLM, MambaConfig, MambaForCausalLM
 
 from molf.cli import main
-from molf.train.low_halves import Rounding
-from molf.train.saved_update import SavedUpdate
+from molf.job.model.low_halves import Rounding
+from molf.job.model.saved_update import SavedUpdate
 
 WEIGHTS = "model.safetensors"
 
@@ -114,9 +114,9 @@ def test_what_was_not_trained_is_stored_as_it_was(train, mixed_base, dtype):
 
 def test_numbers_and_codes_that_are_not_floating_keep_their_types(train, half_base, monkeypatch):
     """Buffers of integers and truth values, and one of float64, which no model here has."""
-    from molf.train.model_loading import load_model
-    from molf.train.saved_tensors import Storing, take_tensors
-    from molf.train.stored import StoredCheckpoint, StoredTensor
+    from molf.job.model.loading import load_model
+    from molf.job.model.saved_tensors import Storing, take_tensors
+    from molf.job.model.stored import StoredCheckpoint, StoredTensor
 
     loaded = load_model(str(half_base))
     stored = dict(loaded.stored.tensors)
@@ -282,7 +282,7 @@ def test_an_export_to_bfloat16_rounds_as_the_run_would(train, half_base, tmp_pat
 
 
 def test_a_file_in_shards_is_read_through_its_index(half_base, tmp_path):
-    from molf.train.stored import StoredCheckpoint
+    from molf.job.model.stored import StoredCheckpoint
 
     model = AutoModelForCausalLM.from_pretrained(half_base, dtype="auto")
     model.save_pretrained(tmp_path, max_shard_size="20KB")

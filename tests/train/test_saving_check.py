@@ -114,7 +114,8 @@ def test_full_disk_is_refused_at_opening(train, own_base, free, capsys, options)
     ids=str,
 )
 def test_estimate_of_the_room_is_that_of_the_files(train, own_base, monkeypatch, options):
-    from molf.train import job, saving_check
+    from molf.job import job
+    from molf.job.model import saving_check
 
     estimates = []
 
@@ -186,7 +187,7 @@ def test_numbers_beyond_float16_are_refused_at_opening(train, own_base, capsys):
 
 
 def test_disk_that_fills_up_meanwhile_is_one_line(train, own_base, monkeypatch, capsys):
-    from molf.train.low_halves import LowHalves
+    from molf.job.model.low_halves import LowHalves
 
     def write(self, path):
         raise OSError(errno.ENOSPC, "No space left on device")

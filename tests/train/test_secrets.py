@@ -96,7 +96,7 @@ def test_a_run_holds_no_secrets(options, web, tmp_path, monkeypatch, capsys):
 
 
 def test_a_failed_run_quotes_no_secrets(options, web, tmp_path, monkeypatch, capsys):
-    from molf.train import job
+    from molf.job import job
 
     monkeypatch.setenv("WANDB_API_KEY", "env5ecretnoform")
 
@@ -118,7 +118,7 @@ def test_a_failed_run_quotes_no_secrets(options, web, tmp_path, monkeypatch, cap
     assert "5ecret" not in log
     assert "nonnumeric port: '***@example.org'" in log
 
-    monkeypatch.setattr("molf.train.run.resolve", fail)
+    monkeypatch.setattr("molf.job.run.resolve", fail)
     assert main(arguments) == 1
     error = capsys.readouterr().err
     assert "5ecret" not in error
@@ -181,7 +181,7 @@ def test_a_recipe_is_quoted_without_secrets(tmp_path, capsys):
 def test_logs_of_libraries_hold_no_secrets(caplog):
     import logging
 
-    from molf.train.libraries import quiet_libraries
+    from molf.job.libraries import quiet_libraries
 
     logger = logging.getLogger("transformers.some")
     with quiet_libraries():
@@ -211,9 +211,9 @@ def test_names_become_no_markup(name, tmp_path):
     from huggingface_hub import ModelCard
     from markdown_it import MarkdownIt
 
-    from molf.evaluate.metric import Evaluation
-    from molf.train.model_card import adapter_card, model_card
-    from molf.train.results import append_result
+    from molf.job.model.card import adapter_card, model_card
+    from molf.job.record.results import append_result
+    from molf.measure.metric import Evaluation
 
     settings = some_settings()
     model = tmp_path / name.replace("/", "_")
@@ -258,7 +258,7 @@ def test_names_become_no_markup(name, tmp_path):
 def some_settings():
     from datetime import datetime
 
-    from molf.train.resolved import resolve
-    from molf.train.settings import TrainSettings
+    from molf.job.settings.resolved import resolve
+    from molf.job.settings.settings import TrainSettings
 
     return resolve(TrainSettings(task="fact", model="m", data="d"), datetime.now().astimezone())

@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from molf.cli import main
-from molf.core.quantised import quantisation_of
-from molf.train import quantised_base
+from molf.core.model.quantised import quantisation_of
+from molf.job.model import quantised as quantised_base
 
 _NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
 BITSANDBYTES = {

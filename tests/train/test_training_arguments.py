@@ -5,9 +5,9 @@ from dataclasses import fields
 import pytest
 
 from molf.errors import InputError
-from molf.train import training_arguments
-from molf.train.declared_fields import sft_config_fields
-from molf.train.training_arguments import check_trackers, check_training_args
+from molf.job.settings import training_arguments
+from molf.job.settings.declared_fields import sft_config_fields
+from molf.job.settings.training_arguments import check_trackers, check_training_args
 
 
 def test_the_source_declares_the_fields_of_the_class():

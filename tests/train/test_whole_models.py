@@ -122,9 +122,9 @@ def test_evaluation_and_export_see_the_same_model(gemma, options, facts, tmp_pat
 
 
 def test_a_plan_counts_the_whole_model(gemma):
-    from molf.plan.memory import Planner
-    from molf.plan.request import read_model_config
-    from molf.plan.workload import Workload
+    from molf.planning.memory import Planner
+    from molf.planning.request import read_model_config
+    from molf.planning.workload import Workload
 
     before = stored(gemma)
     planner = Planner(read_model_config(str(gemma)))
@@ -207,7 +207,7 @@ def test_a_head_that_the_trainer_leaves_out_is_refused(options, facts, tmp_path,
     ],
 )
 def test_the_class_is_the_one_that_the_checkpoint_names(architectures, expected):
-    from molf.plan.model_class import auto_class
+    from molf.planning.model_class import auto_class
 
     config = multimodal.qwen3_5()
     config.architectures = architectures
@@ -216,8 +216,8 @@ def test_the_class_is_the_one_that_the_checkpoint_names(architectures, expected)
 
 def test_answers_of_models_with_positions_in_several_dimensions(tmp_path):
     """They keep a number for each row beside the cache; rows that end early must not shift it."""
-    from molf.evaluate.generate import generate_greedy
-    from molf.train.model_loading import load_model
+    from molf.job.model.loading import load_model
+    from molf.measure.generate import generate_greedy
 
     write_multimodal(tmp_path, multimodal.qwen2_5_vl())
     base = load_model(str(tmp_path))

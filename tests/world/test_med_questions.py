@@ -3,7 +3,7 @@ from collections import Counter
 
 import pytest
 
-from molf.evaluate.nearest import nearest
+from molf.measure.nearest import nearest
 from molf.world import build_world, is_practised, med_namings, med_practice, med_records
 from molf.world.medical_relations import MEDICAL_RELATIONS, ROLES, SUBJECTS
 from molf.world.medicine import MEDICAL_KINDS

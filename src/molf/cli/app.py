@@ -85,7 +85,7 @@ def _boolean_options() -> set[str]:
     from dataclasses import fields
 
     from molf.cli.eval import EvalOptions
-    from molf.train.settings import TrainSettings
+    from molf.job.settings.settings import TrainSettings
 
     return {
         option.name

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Annotated
 from cyclopts import Parameter
 
 from molf.errors import InputError
+from molf.job.settings.settings import DATA, OUTPUT, TrainSettings
 from molf.masking import mask_text
 from molf.shown import as_line, json_text, printable
-from molf.train.settings import DATA, OUTPUT, TrainSettings
 
 if TYPE_CHECKING:
     from molf.tasks.base import DataRecords
@@ -44,19 +44,19 @@ def preview_data(
     """
     if examples < 0:
         raise InputError(f"Invalid examples={examples}. Must be at least 0.")
+    from molf.job.model.path import check_model
+    from molf.job.settings.resolved import resolve
     from molf.tasks import load_task
-    from molf.train.model_path import check_model
-    from molf.train.resolved import resolve
 
     resolved = resolve(settings, datetime.now().astimezone())
     check_model(resolved.model)
     data = load_task(replace(resolved.task_options, preview=True)).data_records()
 
-    from molf.train.libraries import quiet_libraries
+    from molf.job.libraries import quiet_libraries
 
     with quiet_libraries():
+        from molf.job.model.tokenizer import load_tokenizer_and_limit
         from molf.tasks.preview import preview
-        from molf.train.tokenizer import load_tokenizer_and_limit
 
         tokenizer, limit = load_tokenizer_and_limit(resolved.model, resolved.max_length)
         if resolved.split_special_tokens:

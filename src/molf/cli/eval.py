@@ -12,15 +12,15 @@ from typing import TYPE_CHECKING, Annotated
 from cyclopts import Parameter
 
 from molf.errors import InputError
-from molf.evaluate.harness import PREFIX
+from molf.job.settings.converters import words
+from molf.job.settings.settings import DATA, EVALUATION, OUTPUT
+from molf.measure.harness import PREFIX
 from molf.paths import expanded
 from molf.streams import OutputError, stop_output
 from molf.tasks import TASKS, TaskOptions, check_task
-from molf.train.converters import words
-from molf.train.settings import DATA, EVALUATION, OUTPUT
 
 if TYPE_CHECKING:
-    from molf.evaluate import Evaluation
+    from molf.measure import Evaluation
 
 
 @Parameter(name="*")

@@ -8,21 +8,21 @@ from dataclasses import replace
 from pathlib import Path
 
 from molf.cli.eval import EvalOptions
+from molf.data.files import Record, read_json
+from molf.disk.files import write_json, write_jsonl
+from molf.disk.locks import InUseError, Lock
 from molf.errors import InputError
-from molf.evaluate import Evaluation, EvaluationSettings, evaluate, read_plain_text
-from molf.evaluate.harness import PREFIX, Harness
+from molf.job.model.path import check_model
+from molf.job.progress import make_reporter
+from molf.job.record.directory import check_output, locking_runs
+from molf.job.record.ownership import AN_EVALUATION, EVALUATION, PREDICTIONS, predictions_in
+from molf.job.record.result import RunError, evaluation_record
+from molf.job.training_data import warn_of_other_splitting, warn_of_training_data
+from molf.measure import Evaluation, EvaluationSettings, evaluate, read_plain_text
+from molf.measure.harness import PREFIX, Harness
 from molf.paths import check_inputs_outside, check_path
 from molf.streams import ignoring_print_errors
 from molf.tasks import Task, load_task
-from molf.tasks.files import Record, read_json
-from molf.train.files import write_json, write_jsonl
-from molf.train.locks import InUseError, Lock
-from molf.train.model_path import check_model
-from molf.train.ownership import AN_EVALUATION, EVALUATION, PREDICTIONS, predictions_in
-from molf.train.progress import make_reporter
-from molf.train.result import RunError, evaluation_record
-from molf.train.run_directory import check_output, locking_runs
-from molf.train.training_data import warn_of_other_splitting, warn_of_training_data
 
 _LOCK_SECONDS = 10.0  # longer than another evaluation takes to write its files
 
@@ -48,13 +48,13 @@ def evaluate_checkpoint(model: str, options: EvalOptions) -> dict[str, Evaluatio
     if tasks:
         warn_of_other_splitting(model, split_special_tokens=options.split_special_tokens)
 
-    from molf.train.libraries import quiet_libraries
+    from molf.job.libraries import quiet_libraries
 
     sources = (model, options.data, options.forgetting_data)
     with ignoring_print_errors(), quiet_libraries(), locking_runs(sources):
         import torch
 
-        from molf.train.model_loading import load_model, move
+        from molf.job.model.loading import load_model, move
 
         harness = _load_harness(options)
         loaded = load_model(model)

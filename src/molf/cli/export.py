@@ -9,9 +9,9 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from molf.errors import InputError
+from molf.job.settings.settings import DTYPES, SAVE_ROUNDINGS
 from molf.shown import as_line
 from molf.streams import ignoring_print_errors, result_on_disk
-from molf.train.settings import DTYPES, SAVE_ROUNDINGS
 
 KINDS = ("model", "adapter")
 
@@ -46,17 +46,17 @@ def export_run(
         if value not in allowed:
             choices = ", ".join(filter(None, allowed))
             raise InputError(f"Invalid {name}={value!r}. Must be one of {choices}.")
-    from molf.train.export_place import export_place
-    from molf.train.finished_run import read_run
+    from molf.job.model.export_place import export_place
+    from molf.job.record.finished_run import read_run
 
     finished = read_run(run)
     with finished.reading(), ignoring_print_errors():
         finished.check(what)
         path = export_place(finished, what, dtype, output_dir, overwrite=overwrite)
-        from molf.train.libraries import quiet_libraries
+        from molf.job.libraries import quiet_libraries
 
         with quiet_libraries():
-            from molf.train.export import export_adapter, export_model
+            from molf.job.model.export import export_adapter, export_model
 
             if what == "model":
                 export_model(finished, dtype, path, rounding=save_rounding)

@@ -109,8 +109,8 @@ def _explain(error: CycloptsError) -> str:
 
 def _describe(error: Exception) -> str:
     """Return the error with the path of its traceback."""
-    from molf.train.result import RunError
-    from molf.train.tracebacks import write_traceback
+    from molf.job.record.result import RunError
+    from molf.job.record.tracebacks import write_traceback
 
     if isinstance(error, RunError):
         return str(error)

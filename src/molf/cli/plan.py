@@ -11,9 +11,9 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from molf.errors import InputError
+from molf.job.settings.settings import DATA, MODEL, MOST_COUNTED, OUTPUT, TrainSettings
 from molf.masking import learn, mask
-from molf.plan.workload import DEVICES, why_not_planned
-from molf.train.settings import DATA, MODEL, MOST_COUNTED, OUTPUT, TrainSettings
+from molf.planning.workload import DEVICES, why_not_planned
 
 
 def plan_model(
@@ -33,8 +33,8 @@ def plan_model(
         num_gpus: Devices that share weights, gradients and optimizer state: an estimate.
         json: Print the plan as JSON, sizes in bytes.
     """
-    from molf.train.model_path import check_model
-    from molf.train.resolved import resolve
+    from molf.job.model.path import check_model
+    from molf.job.settings.resolved import resolve
 
     if not 0 < num_gpus < MOST_COUNTED:
         raise InputError(f"Invalid num_gpus={num_gpus}. Must be at least 1 and below 2**31.")
@@ -43,16 +43,16 @@ def plan_model(
     if reason := why_not_planned(resolved.method, resolved.kernels):
         raise InputError(reason)
     check_model(resolved.model)
-    from molf.train.libraries import quiet_libraries
+    from molf.job.libraries import quiet_libraries
 
     with quiet_libraries():
-        from molf.evaluate.inference import position_limit
-        from molf.plan.request import plan_training, read_model_config
-        from molf.train.planned import (
+        from molf.job.settings.planned import (
             configs_with_frozen_base,
             planned_quantisation,
             workload_of,
         )
+        from molf.measure.inference import position_limit
+        from molf.planning.request import plan_training, read_model_config
 
         model = read_model_config(resolved.model)
         workload = workload_of(

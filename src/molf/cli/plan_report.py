@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING
 from rich.table import Table
 
 from molf.console import PlainConsole
-from molf.plan.devices import DEVICES, show_bytes
+from molf.planning.devices import DEVICES, show_bytes
 
 if TYPE_CHECKING:  # both take seconds to import
-    from molf.plan.memory import MemoryPlan
-    from molf.plan.request import TrainingPlan
-    from molf.plan.workload import Workload
-    from molf.train.dry_run import DryRun
+    from molf.job.dry_run import DryRun
+    from molf.planning.memory import MemoryPlan
+    from molf.planning.request import TrainingPlan
+    from molf.planning.workload import Workload
 
 
 def print_plan(plan: TrainingPlan) -> None:

@@ -59,7 +59,7 @@ def copy_recipe(
         destination: A file or a directory; NAME.yaml here if not given.
         overwrite: Replace a file that is there.
     """
-    from molf.train.files import write_text
+    from molf.disk.files import write_text
 
     source = shipped_recipe(name)
     target = Path(source.name if destination is None else expanded(destination))

@@ -24,7 +24,7 @@ def show_routing(
     """
     run = run.expanduser()
     if jsonl:
-        from molf.train.routing_log import iter_steps
+        from molf.job.record.routing_log import iter_steps
 
         for step in iter_steps(run):
             sys.stdout.write(json.dumps(step) + "\n")
@@ -33,9 +33,9 @@ def show_routing(
     from rich.table import Table
 
     from molf.console import PlainConsole
-    from molf.train.finished_run import read_run
-    from molf.train.ownership import is_run
-    from molf.train.routing_shares import routing_shares
+    from molf.job.record.finished_run import read_run
+    from molf.job.record.ownership import is_run
+    from molf.job.record.routing_shares import routing_shares
 
     shares = routing_shares(run)
     console = PlainConsole()

@@ -7,13 +7,13 @@ from collections.abc import Iterable, Mapping
 from rich.table import Table
 
 from molf.console import PlainConsole
-from molf.evaluate import Evaluation
-from molf.evaluate.harness import PREFIX
-from molf.evaluate.meanings import meanings
-from molf.train.model_card import show_metric
-from molf.train.ownership import ADAPTER, LOW_HALVES, MODEL
-from molf.train.result import RunResult
-from molf.train.saved_text import show_saved
+from molf.job.model.card import show_metric
+from molf.job.model.saved_text import show_saved
+from molf.job.record.ownership import ADAPTER, LOW_HALVES, MODEL
+from molf.job.record.result import RunResult
+from molf.measure import Evaluation
+from molf.measure.harness import PREFIX
+from molf.measure.meanings import meanings
 
 
 def print_summary(result: RunResult) -> None:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from molf.train.settings import DATA, TrainSettings
+from molf.job.settings.settings import DATA, TrainSettings
 
 
 def train_model(
@@ -23,13 +23,13 @@ def train_model(
     """
     if settings.dry_run:
         from molf.cli.plan_report import print_dry_run
-        from molf.train.run import dry_run
+        from molf.job.run import dry_run
 
         print_dry_run(dry_run(settings))
         return
     from molf.cli.summary import print_summary
+    from molf.job.run import train
     from molf.streams import result_on_disk
-    from molf.train.run import train
 
     result = train(settings)
     with result_on_disk(f"The run in {result.directory} is complete"):

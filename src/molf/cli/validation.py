@@ -126,8 +126,8 @@ def _parse(path: Path, command: str, options: Mapping[str, Any]) -> dict[str, An
 
 def _tracker_errors(path: Path, options: Mapping[str, Any]) -> list[str]:
     """Return an error if `report_to` names a tracker that transformers does not have."""
-    from molf.train.settings import TrainSettings
-    from molf.train.training_arguments import check_trackers
+    from molf.job.settings.settings import TrainSettings
+    from molf.job.settings.training_arguments import check_trackers
 
     # The recipe may be run on another machine, so its trackers need not be installed here.
     settings = _parse(path, "train", options).get("settings", TrainSettings())
@@ -140,7 +140,7 @@ def _tracker_errors(path: Path, options: Mapping[str, Any]) -> list[str]:
 
 def _training_args_errors(options: Mapping[str, Any]) -> list[str]:
     """Return the errors of `training_args`."""
-    from molf.train.training_arguments import check_training_args
+    from molf.job.settings.training_arguments import check_training_args
 
     extra = options.get("training_args")
     if not isinstance(extra, dict) or not extra:
@@ -150,10 +150,10 @@ def _training_args_errors(options: Mapping[str, Any]) -> list[str]:
     errors = _refusals(check_training_args, given)
     if errors:
         return errors
-    from molf.train.libraries import quiet_libraries
+    from molf.job.libraries import quiet_libraries
 
     with quiet_libraries():
-        from molf.train.sft_config import parse_training_args
+        from molf.job.settings.sft_config import parse_training_args
 
         return _refusals(parse_training_args, given)
 
@@ -171,8 +171,8 @@ def _refusals(check: Callable[[dict[str, str]], object], given: Mapping[str, str
 
 def _training_warnings(path: Path, options: Mapping[str, Any]) -> list[str]:
     """Return the warnings of `molf train`, and a line for a missing required option."""
-    from molf.train.resolved import resolve
-    from molf.train.settings import TrainSettings
+    from molf.job.settings.resolved import resolve
+    from molf.job.settings.settings import TrainSettings
 
     lines = []
     with warnings.catch_warnings(record=True) as caught:

@@ -13,7 +13,7 @@ from typing import Any, get_args
 from cyclopts import App, Argument, ArgumentCollection, CoercionError
 
 from molf.errors import InputError
-from molf.train.converters import TOO_LARGE, is_too_large
+from molf.job.settings.converters import TOO_LARGE, is_too_large
 
 _EMPTY = "is empty: leave it out for the default"  # Path("") would be the current directory
 _FREE = "--training_args"  # its values may be empty

@@ -9,16 +9,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from molf.core.fidelity import UpdateFidelity
-from molf.core.groups import check_group, dense_parameters, name_by_place
+from molf.core.execute.kernel_checks import check_float32_moments, check_kernel_group
 from molf.core.hyper_parameters import separate, storable
-from molf.core.in_backward import check_no_float16, release
-from molf.core.kernels import check_float32_moments, check_kernel_group
 from molf.core.loading import load
-from molf.core.moments import check_state_dtype, warn_without_8bit
+from molf.core.model.groups import check_group, dense_parameters, name_by_place
 from molf.core.options import OptimizerOptions, check_word
-from molf.core.storage import LOW, check_rounding, join_in_place, stored_values, warn_of_nearest
-from molf.core.unit_optimizer import UnitOptimizer
+from molf.core.schedule.in_backward import check_no_float16, release
+from molf.core.schedule.unit_optimizer import UnitOptimizer
+from molf.core.step.fidelity import UpdateFidelity
+from molf.core.storage.moments import check_state_dtype, warn_without_8bit
+from molf.core.storage.weights import (
+    LOW,
+    check_rounding,
+    join_in_place,
+    stored_values,
+    warn_of_nearest,
+)
 from molf.core.warn import warn
 
 _log = logging.getLogger(__name__)
@@ -58,9 +64,8 @@ class AdamW(UnitOptimizer):
             `step` after each backward pass only finishes what is left. Nothing that needs all
             gradients at once is possible: accumulation, clipping, loss scaling (float16), several
             processes, `nonfinite="skip"`. The host waits for the device once per layer.
-        kernels: `"triton"` takes steps with the Triton kernels of `molf.core.fused` (CUDA, float32
-            or bfloat16 weights, float32 states). They have not run on a GPU yet. None and
-            `"eager"`: with torch operations.
+        kernels: `"triton"` Triton kernels (`molf.core.execute.triton`; CUDA, float32 or bfloat16
+            weights, float32 states), not yet run on a GPU. None and `"eager"`: torch operations.
         state_offload: Whether the state of parameters on CUDA lives in pinned host memory and is on
             the device layer by layer, while a layer takes its step: the same bits in less memory
             and more time. The host waits for the device once per layer. Not with `"triton"`, and

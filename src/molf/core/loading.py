@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from molf.core.adam import compute_dtype, real_view
-from molf.core.groups import check_group, parameter_name
+from molf.core.arithmetic.adam import compute_dtype, real_view
 from molf.core.hyper_parameters import separate, storable
-from molf.core.module_names import clean_name
-from molf.core.moments import block_of_8bit, in_present_layout, moments_of
+from molf.core.model.groups import check_group, parameter_name
+from molf.core.model.module_names import clean_name
 from molf.core.options import check_word
-from molf.core.storage import LOW, check_rounding, fold_low
+from molf.core.storage.moments import block_of_8bit, in_present_layout, moments_of
+from molf.core.storage.weights import LOW, check_rounding, fold_low
 from molf.core.warn import warn
 
 _STRUCTURE = ("layer", "transposed", "ranks", "scalings", "adapter_scaling")

@@ -10,15 +10,15 @@ from torch import Tensor, nn
 
 from molf.core.adamw import AdamW
 from molf.core.config import MoLFConfig
-from molf.core.groups import build_groups, check_shapes, cover
 from molf.core.hyper_parameters import readable
+from molf.core.model.coverage import Coverage
+from molf.core.model.groups import build_groups, check_shapes, cover
+from molf.core.model.owners import Owners, without_gradient
+from molf.core.model.quantised import keep_differentiable
 from molf.core.options import OptimizerOptions
-from molf.core.owners import Owners, without_gradient
-from molf.core.quantised import keep_differentiable
-from molf.core.routing import Decision
-from molf.core.step import Outcome
-from molf.core.unit import LayerUnit, Unit, UnitKey, form_of
-from molf.core.unrouted import Coverage
+from molf.core.step.routing import Decision
+from molf.core.step.step import Outcome
+from molf.core.step.unit import LayerUnit, Unit, UnitKey, form_of
 from molf.core.warn import warn
 
 
@@ -113,7 +113,7 @@ class MoLFAdamW(AdamW):
             lora_lr: Learning rate of the LoRA experts, one number or one per rank; None: `lr`.
             weight_decay: Decay of routed weights, embeddings, an untied head and other matrices.
                 Biases, norms, vectors, rates of state-space layers (`A_log`) and parameters that
-                the model marks have none (`molf.core.decay`).
+                the model marks have none (`molf.core.model.decay`).
             lora_weight_decay: Decay of the LoRA factors, one number or one per rank.
             betas: Decay rates of the moments.
             eps: Added to the denominator of a step.
@@ -132,8 +132,8 @@ class MoLFAdamW(AdamW):
                 pass, as soon as its gradients are complete, and the gradients are freed. Call
                 `step` after each backward pass. Accumulation, clipping and `nonfinite="skip"` are
                 refused. The host waits once per layer.
-            kernels: `"triton"`: Triton kernels of `molf.core.fused` (a plain model on CUDA, float32
-                or bfloat16 weights, float32 states), not yet run on a GPU. None and `"eager"`:
+            kernels: `"triton"`: Triton kernels (`molf.core.execute.triton`; a plain model on CUDA,
+                float32 or bfloat16 weights, float32 states), not yet run on a GPU. None and `"eager"`:
                 torch operations.
             state_offload: Whether the state of parameters on CUDA, folded LoRA factors included, is
                 in pinned host memory and copied to the device layer by layer: the same bits in less

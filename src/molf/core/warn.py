@@ -9,9 +9,7 @@ from pathlib import Path
 
 import torch
 
-import molf
-
-_INNER = tuple(f"{Path(file).parent}{os.sep}" for file in (molf.__file__, torch.__file__))
+_INNER = (f"{Path(__file__).parents[1]}{os.sep}", f"{Path(torch.__file__).parent}{os.sep}")
 
 
 def warn(message: str) -> None:

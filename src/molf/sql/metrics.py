@@ -13,7 +13,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TypeVar
 
-from molf.evaluate.metric import Metric, bootstrap_mean, wilson
+from molf.measure.metric import Metric, bootstrap_mean, wilson
 from molf.sql.bleu import bleu
 from molf.sql.compare import same_result, same_set
 from molf.sql.limits import Limits

@@ -8,8 +8,8 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any, TypeVar
 
+from molf.disk.files import scratch_directory
 from molf.sql.worker import Worker
-from molf.train.files import scratch_directory
 
 Reply = TypeVar("Reply")
 

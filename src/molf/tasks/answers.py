@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from molf.evaluate.settings import EvaluationSettings, Progress
-from molf.evaluate.tokens import tokenize
+from molf.measure.settings import EvaluationSettings, Progress
+from molf.measure.tokens import tokenize
 
 if TYPE_CHECKING:
-    from molf.evaluate.generate import FirstLogits
-    from molf.tasks.encoding import GenerationContext
+    from molf.data.encoding import GenerationContext
+    from molf.measure.generate import FirstLogits
 
 UNDECODED = "\ufffd"
 """The replacement character: not all bytes of a character are generated yet."""
@@ -41,7 +41,7 @@ def generate_answers(
     Returns:
         The answers, as texts.
     """
-    from molf.evaluate.generate import decode, generate_greedy
+    from molf.measure.generate import decode, generate_greedy
 
     def answer(index: int, text: str) -> str:
         return text.lstrip().removeprefix(contexts[index].missing.strip())
@@ -64,7 +64,7 @@ def generate_answers(
 
 def expected_answers(tokenizer: Any, contexts: Sequence[GenerationContext]) -> list[str]:
     """Return the samples' own answers, decoded from tokens as generated answers are."""
-    from molf.evaluate.generate import decode
+    from molf.measure.generate import decode
 
     answers = []
     for context in contexts:

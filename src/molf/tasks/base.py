@@ -8,10 +8,10 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from molf.evaluate.metric import Evaluation
-from molf.evaluate.plain_text import default_plain_text
-from molf.evaluate.settings import EvaluationSettings, Progress
-from molf.tasks.samples import Sample
+from molf.data.samples import Sample
+from molf.measure.metric import Evaluation
+from molf.measure.plain_text import default_plain_text
+from molf.measure.settings import EvaluationSettings, Progress
 
 
 @dataclass(frozen=True)

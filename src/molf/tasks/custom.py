@@ -9,14 +9,17 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from molf.data.conversations import Conversation
+from molf.data.files import Record, present_fields
+from molf.data.records import read_splits
+from molf.data.samples import PromptCompletion, Sample
+from molf.data.selection import draw, required_hold_out, samples_of_runs
 from molf.errors import InputError
-from molf.evaluate.metric import Evaluation, Metric, bootstrap_mean, wilson
-from molf.evaluate.settings import EvaluationSettings, Progress
+from molf.measure.metric import Evaluation, Metric, bootstrap_mean, wilson
+from molf.measure.settings import EvaluationSettings, Progress
 from molf.tasks.answers import expected_answers, generate_answers
 from molf.tasks.base import DataRecords, Task
-from molf.tasks.conversations import Conversation
 from molf.tasks.custom_records import parse_sample, read_fields
-from molf.tasks.files import Record, present_fields
 from molf.tasks.options import TaskOptions
 from molf.tasks.predictions import (
     check_predictions,
@@ -25,9 +28,6 @@ from molf.tasks.predictions import (
     restrict_to_sample,
 )
 from molf.tasks.questions import UnusableRecordError
-from molf.tasks.records import read_splits
-from molf.tasks.samples import PromptCompletion, Sample
-from molf.tasks.selection import draw, required_hold_out, samples_of_runs
 
 _SPARE_TOKENS = 8  # generated beyond the longest completion: white space, then the end token
 _MOST_NEW_TOKENS = 512
@@ -120,10 +120,10 @@ class CustomTask(Task):
 
         Records longer than the limit are left out and counted.
         """
-        from molf.evaluate.generate import padding_id
-        from molf.evaluate.inference import length_limit
-        from molf.evaluate.likelihood import sequence_losses
-        from molf.tasks.encoding import encode_tokenized, generation_contexts, tokenize_samples
+        from molf.data.encoding import encode_tokenized, generation_contexts, tokenize_samples
+        from molf.measure.generate import padding_id
+        from molf.measure.inference import length_limit
+        from molf.measure.likelihood import sequence_losses
 
         samples = [self._data.samples[index] for index in self._evaluated]
         tokenized = list(tokenize_samples(tokenizer, samples))

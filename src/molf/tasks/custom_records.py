@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+from molf.data.chat_template import Message
+from molf.data.conversations import Conversation, learned_turns
+from molf.data.fields import filled_text, list_value, object_value, text_value
+from molf.data.files import DuplicateKeyError, Record, present_fields, unique_json
+from molf.data.samples import PromptCompletion, Sample
 from molf.errors import InputError
-from molf.tasks.chat_template import Message
-from molf.tasks.conversations import Conversation, learned_turns
-from molf.tasks.fields import filled_text, list_value, object_value, text_value
-from molf.tasks.files import DuplicateKeyError, Record, present_fields, unique_json
 from molf.tasks.questions import UnusableRecordError
-from molf.tasks.samples import PromptCompletion, Sample
 
 NO_TURN = "no assistant message to learn"
 

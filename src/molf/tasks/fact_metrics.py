@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from molf.evaluate.metric import (
+from molf.measure.metric import (
     Evaluation,
     FloatArray,
     Metric,

@@ -6,10 +6,10 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
+from molf.data.fields import filled_text, object_value, text_list
+from molf.data.files import Record
 from molf.errors import InputError
 from molf.tasks.fact_metrics import KINDS
-from molf.tasks.fields import filled_text, object_value, text_list
-from molf.tasks.files import Record
 
 FIELDS = ("requested_rewrite", "paraphrase_prompts", "neighborhood_prompts")
 

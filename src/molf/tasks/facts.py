@@ -9,9 +9,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from molf import world
+from molf.data.records import read_records
+from molf.data.samples import PromptCompletion, Sample
+from molf.data.selection import draw
 from molf.errors import InputError
-from molf.evaluate.metric import Evaluation, Metric, wilson
-from molf.evaluate.settings import EvaluationSettings, Progress
+from molf.measure.metric import Evaluation, Metric, wilson
+from molf.measure.settings import EvaluationSettings, Progress
 from molf.tasks.answers import UNDECODED
 from molf.tasks.base import DataRecords, Task
 from molf.tasks.demo import refuse_data
@@ -20,9 +23,6 @@ from molf.tasks.fact_requests import FIELDS, FactRequest, find_conflicts, parse_
 from molf.tasks.first_token import Comparison, FirstTokenQuestions
 from molf.tasks.options import TaskOptions
 from molf.tasks.predictions import check_predictions, left_out_prediction, restrict_to_sample
-from molf.tasks.records import read_records
-from molf.tasks.samples import PromptCompletion, Sample
-from molf.tasks.selection import draw
 
 COUNTERFACT_URL = "https://rome.baulab.info/data/dsets/counterfact.json"
 
@@ -112,9 +112,9 @@ class FactTask(Task):
         Prompts longer than the limit are left out and counted; a request whose rewrite prompt is
         too long is left out whole.
         """
-        from molf.evaluate.generate import padding_id
-        from molf.evaluate.inference import length_limit
-        from molf.evaluate.tokens import check_tokenizer
+        from molf.measure.generate import padding_id
+        from molf.measure.inference import length_limit
+        from molf.measure.tokens import check_tokenizer
 
         check_tokenizer(tokenizer)
         limit = length_limit(model, settings.max_length) - 1  # the answer needs one position
@@ -198,7 +198,7 @@ class FactTask(Task):
         progress: Progress | None,
     ) -> dict[int, str]:
         """Generate greedy text after each rewrite prompt, as long as the longer of its targets."""
-        from molf.evaluate.generate import decode, generate_greedy
+        from molf.measure.generate import decode, generate_greedy
 
         splits = []
         for request in (self._evaluation[index] for index in indices):

@@ -13,13 +13,13 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
-from molf.evaluate.settings import Progress
-from molf.evaluate.tokens import TokenizedText, tokenize
+from molf.measure.settings import Progress
+from molf.measure.tokens import TokenizedText, tokenize
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from molf.evaluate.generate import FirstLogits
+    from molf.measure.generate import FirstLogits
 
 _Context = tuple[int, ...]
 _Step = tuple[_Context, int]  # a context, and the token whose probability follows it
@@ -112,7 +112,7 @@ class FirstTokenQuestions:
 
     def reader(self, contexts: Sequence[Sequence[int]]) -> FirstLogits:
         """Return a callback that stores probabilities while answers to `contexts` are generated."""
-        from molf.evaluate.likelihood import NextTokens
+        from molf.measure.likelihood import NextTokens
 
         keys = [tuple(context) for context in contexts]
         found = NextTokens([self._unread.get(key, []) for key in keys])
@@ -138,7 +138,7 @@ class FirstTokenQuestions:
         Returns:
             One entry per prompt; None where its context is longer than `max_length`.
         """
-        from molf.evaluate.likelihood import next_token_log_probs
+        from molf.measure.likelihood import next_token_log_probs
 
         contexts = list(self._unread)
         values = next_token_log_probs(

@@ -6,9 +6,9 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from molf.evaluate.metric import Evaluation, Metric, wilson
-from molf.evaluate.nearest import nearest, similarity
-from molf.evaluate.settings import EvaluationSettings, Progress
+from molf.measure.metric import Evaluation, Metric, wilson
+from molf.measure.nearest import nearest, similarity
+from molf.measure.settings import EvaluationSettings, Progress
 from molf.tasks.answers import UNDECODED
 from molf.tasks.first_token import FirstTokenQuestions, FirstTokens
 from molf.tasks.med_questions import LETTERS, MED, OUT_OF_RANGE, MedQuestion
@@ -49,7 +49,7 @@ class MedTask(QuestionTask[MedQuestion]):
         progress: Progress | None = None,
     ) -> Evaluation:
         """Generate a few tokens after each question and compare the letters' probabilities."""
-        from molf.evaluate.generate import padding_id
+        from molf.measure.generate import padding_id
 
         asked = self._ask(model, tokenizer, settings, progress)
         samples = list(asked.samples.values())

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from molf.tasks.fields import filled_text, integer_value, optional_text
-from molf.tasks.files import Record
+from molf.data.fields import filled_text, integer_value, optional_text
+from molf.data.files import Record
 from molf.tasks.questions import Question, QuestionKind, UnusableRecordError
 
 LETTERS = ("A", "B", "C", "D")

@@ -6,8 +6,8 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from molf.data.fields import text_value
 from molf.errors import InputError
-from molf.tasks.fields import text_value
 
 
 def left_out_prediction(index: int, reason: str) -> dict[str, Any]:

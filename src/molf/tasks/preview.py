@@ -6,9 +6,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from molf.evaluate.tokens import IGNORED
+from molf.data.encoding import ids_and_labels, tokenize_samples
+from molf.measure.tokens import IGNORED
 from molf.tasks.base import DataRecords
-from molf.tasks.encoding import ids_and_labels, tokenize_samples
 
 _AT_ONCE = 1000
 

@@ -8,9 +8,10 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Generic
 
+from molf.data.samples import PromptCompletion, Sample
 from molf.errors import InputError
-from molf.evaluate.metric import Evaluation, Metric
-from molf.evaluate.settings import EvaluationSettings, Progress
+from molf.measure.metric import Evaluation, Metric
+from molf.measure.settings import EvaluationSettings, Progress
 from molf.tasks.answers import generate_answers
 from molf.tasks.base import DataRecords, Task
 from molf.tasks.demonstrations import Demonstrations
@@ -22,11 +23,10 @@ from molf.tasks.predictions import (
     restrict_to_sample,
 )
 from molf.tasks.questions import Q, QuestionData
-from molf.tasks.samples import PromptCompletion, Sample
 
 if TYPE_CHECKING:
-    from molf.evaluate.generate import FirstLogits
-    from molf.tasks.encoding import GenerationContext
+    from molf.data.encoding import GenerationContext
+    from molf.measure.generate import FirstLogits
 
 TOO_LONG = "too long"
 NOT_SCORED = "not scored"  # such as a gold query that exceeds its time in one of two runs
@@ -160,9 +160,9 @@ class QuestionTask(Task, Generic[Q]):
         progress: Progress | None,
     ) -> Asked:
         """Select the records to answer: those that can be scored and are not too long."""
-        from molf.evaluate.inference import length_limit
-        from molf.evaluate.tokens import check_tokenizer
-        from molf.tasks.encoding import generation_contexts, tokenize_samples
+        from molf.data.encoding import generation_contexts, tokenize_samples
+        from molf.measure.inference import length_limit
+        from molf.measure.tokens import check_tokenizer
 
         check_tokenizer(tokenizer)
         left_out = self._unscorable(self._data.evaluated, progress)

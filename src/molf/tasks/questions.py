@@ -8,12 +8,12 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
+from molf.data.files import Record, check_fields, present_fields
+from molf.data.records import read_splits
+from molf.data.selection import draw, required_hold_out
+from molf.data.selection import samples_of_runs as find_samples_of_runs
 from molf.errors import InputError
-from molf.tasks.files import Record, check_fields, present_fields
 from molf.tasks.options import TaskOptions
-from molf.tasks.records import read_splits
-from molf.tasks.selection import draw, required_hold_out
-from molf.tasks.selection import samples_of_runs as find_samples_of_runs
 
 
 @dataclass(frozen=True, kw_only=True)

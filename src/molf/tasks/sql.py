@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from molf.evaluate.metric import Evaluation
-from molf.evaluate.nearest import nearest
-from molf.evaluate.settings import EvaluationSettings, Progress
+from molf.measure.metric import Evaluation
+from molf.measure.nearest import nearest
+from molf.measure.settings import EvaluationSettings, Progress
 from molf.sql.limits import Limits
 from molf.sql.metrics import (
     Example,

@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from molf.tasks.fields import filled_text, optional_text
-from molf.tasks.files import Record
+from molf.data.fields import filled_text, optional_text
+from molf.data.files import Record
 from molf.tasks.questions import Question, QuestionKind, UnusableRecordError
 
 _BLANK_LINES = re.compile(r"\n(?:[^\S\n]*\n)+")

@@ -11,7 +11,7 @@ from scenarios import run_everything
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from molf.core.fused import Kernels, elementwise, low_rank
+from molf.core.execute.triton import Kernels, elementwise, low_rank
 
 POINTERS = {
     torch.int64: "*i64",

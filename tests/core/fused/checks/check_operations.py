@@ -1,4 +1,4 @@
-"""Each operation against float64 formulas and the eager arithmetic of molf.core.adam."""
+"""Each operation against float64 formulas and the eager arithmetic of molf.core.arithmetic.adam."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from scenarios import (
 )
 from torch import Tensor
 
-from molf.core.adam import AdamWStep, MomentDecay, score_terms, update_moments
-from molf.core.fused import AdamW, Kernels, LowRank, Moments, Weight
-from molf.core.weight_step import Product
+from molf.core.arithmetic.adam import AdamWStep, MomentDecay, score_terms, update_moments
+from molf.core.arithmetic.weight_step import Product
+from molf.core.execute.triton import AdamW, Kernels, LowRank, Moments, Weight
 
 YES = torch.ones((), dtype=torch.bool, device=DEVICE)
 NO = torch.zeros((), dtype=torch.bool, device=DEVICE)

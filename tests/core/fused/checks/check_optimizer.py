@@ -20,9 +20,9 @@ from scenarios import DEVICE
 from torch import Tensor, nn
 
 from molf import AdamW, MoLFConfig
-from molf.core.fused import Kernels
-from molf.core.fused.executor import Triton
-from molf.core.rounding import RoundingKey, round_stochastic
+from molf.core.execute.triton import Kernels
+from molf.core.execute.triton.executor import Triton
+from molf.core.storage.rounding import RoundingKey, round_stochastic
 
 BF16 = torch.bfloat16
 SEED = 5

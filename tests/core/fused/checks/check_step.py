@@ -11,12 +11,12 @@ from core_helpers import Rates, Twin
 from scenarios import DEVICE, Source
 from torch import Tensor
 
-from molf.core.adam import AdamWStep
+from molf.core.arithmetic.adam import AdamWStep
+from molf.core.arithmetic.weight_step import Product
 from molf.core.config import MoLFConfig
-from molf.core.fused import AdamW, Kernels, LowRank, Moments, Weight
-from molf.core.operations import FactorWrite, Operand
-from molf.core.rounding import join_float32, split_float32
-from molf.core.weight_step import Product
+from molf.core.execute.triton import AdamW, Kernels, LowRank, Moments, Weight
+from molf.core.step.operations import FactorWrite, Operand
+from molf.core.storage.rounding import join_float32, split_float32
 
 BETAS, EPS = (0.9, 0.99), 1e-6
 LR, LORA_LR = 1e-2, 2e-2

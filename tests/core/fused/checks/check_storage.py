@@ -1,4 +1,4 @@
-"""How weights are stored: bit for bit what molf.core.rounding does to the float32 result."""
+"""How weights are stored: the bits of molf.core.storage.rounding of the float32 result."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import torch
 from scenarios import DEVICE, GRADS, STEP, Source, adamw_items, low_rank_items
 from torch import Tensor
 
-from molf.core.adam import AdamWStep
-from molf.core.fused import AdamW, Kernels, Weight
-from molf.core.rounding import RoundingKey, join_float32, round_stochastic, split_float32
+from molf.core.arithmetic.adam import AdamWStep
+from molf.core.execute.triton import AdamW, Kernels, Weight
+from molf.core.storage.rounding import RoundingKey, join_float32, round_stochastic, split_float32
 
 YES = torch.ones((), dtype=torch.bool, device=DEVICE)
 ROUNDED = ["nearest", "exact", "stochastic"]

@@ -7,11 +7,11 @@ import os
 import torch
 from torch import Tensor
 
-from molf.core.adam import AdamWStep
-from molf.core.fused import AdamW, Kernels, LowRank, Moments, Weight
-from molf.core.operations import FactorWrite, Operand
-from molf.core.rounding import RoundingKey, split_float32
-from molf.core.weight_step import Product
+from molf.core.arithmetic.adam import AdamWStep
+from molf.core.arithmetic.weight_step import Product
+from molf.core.execute.triton import AdamW, Kernels, LowRank, Moments, Weight
+from molf.core.step.operations import FactorWrite, Operand
+from molf.core.storage.rounding import RoundingKey, split_float32
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = torch.device("cpu" if INTERPRETED else "cuda")

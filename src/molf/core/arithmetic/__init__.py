@@ -1,0 +1,1 @@
+"""AdamW's arithmetic on blocks of tensors, and the precision it runs in."""

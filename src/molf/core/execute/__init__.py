@@ -1,0 +1,1 @@
+"""Executors of a step's operations: torch, or Triton kernels."""

@@ -1,0 +1,1 @@
+"""The model that is trained: its linear layers, adapters, parameter groups, merging."""

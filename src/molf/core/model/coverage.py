@@ -1,0 +1,230 @@
+"""Parameters of a model that are not routed, by kind of module and by name."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from molf.core.model.decay import is_vector
+from molf.core.model.linear_layers import head_name, is_in_head
+from molf.core.model.linear_places import linear_places
+from molf.core.model.module_names import cleaner
+from molf.core.warn import warn
+
+_SMALLEST_SHARE = 0.01  # of the parameters; kinds below it are counted without a warning
+_TABLES = (nn.Embedding, nn.EmbeddingBag)
+_TABLE = re.compile(r"embed|position|token|(^|[._])pos([._]|$)", re.IGNORECASE)
+_EXPERTS = re.compile(r"expert|moe|mixture", re.IGNORECASE)
+# Classes of torch whose parameters are matrices, whatever their names.
+_MATRICES = (nn.RNNBase, nn.RNNCellBase, nn.Bilinear)
+_OF_TORCH = (*_MATRICES, nn.modules.conv._ConvNd)
+
+
+@dataclass(frozen=True)
+class Unrouted:
+    """Parameters of one kind that no layer routes.
+
+    Attributes:
+        kind: Class of their modules: `"LSTM"`, `"Embedding"`, `"LayerNorm"`.
+        names: Names in the model.
+        parameters: Number of elements.
+        trained: Number of tensors that are trained by plain AdamW; the others are frozen.
+        is_matrix: True for recurrent weights, convolutions, fused experts and other matrices. False
+            for embeddings, norms, biases, a head and excluded linear layers.
+        is_fused: True for 3-D weights of a mixture's experts.
+    """
+
+    kind: str
+    names: tuple[str, ...]
+    parameters: int
+    trained: int
+    is_matrix: bool = False
+    is_fused: bool = False
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """Share of a model that is routed; `print` shows a table.
+
+    Attributes:
+        layers: Number of routed layers.
+        routed: Elements of their weights and biases; in the adapter form of the adapted weights.
+        parameters: Elements of the model, without adapters.
+        unrouted: Other parameters by kind, largest first.
+    """
+
+    layers: int
+    routed: int
+    parameters: int
+    unrouted: tuple[Unrouted, ...]
+
+    @property
+    def share(self) -> float:
+        """Routed share of the parameters."""
+        return self.routed / self.parameters
+
+    def __str__(self) -> str:
+        """Return one line per kind."""
+        lines = [
+            f"{self.share:6.1%} of {self.parameters:,} parameters are routed, in {self.layers} "
+            "layers; not routed are:"
+        ]
+        for one in self.unrouted:
+            fate = {0: "frozen", len(one.names): "plain AdamW"}.get(
+                one.trained, f"{one.trained} plain AdamW, others frozen"
+            )
+            names = ", ".join(one.names[:3]) + (", ..." if len(one.names) > 3 else "")
+            share = one.parameters / self.parameters
+            lines.append(f"{share:6.1%} {one.kind}, {len(one.names)} tensors ({fate}): {names}")
+        return "\n".join(lines)
+
+
+def coverage_of(
+    model: nn.Module,
+    routed: Collection[Tensor],
+    layers: int,
+    *,
+    trains_rest: bool,
+    uses_adapter: bool = False,
+    adapted: Collection[str] = (),
+) -> Coverage:
+    """Count routed and other parameters.
+
+    Args:
+        model: The model, plain or with an adapter.
+        routed: Weights and biases of routed layers.
+        layers: Number of routed layers.
+        trains_rest: Whether parameters that are not routed are trained if they require gradients.
+        uses_adapter: Whether the adapter form is used, which routes only layers that are called.
+        adapted: Names of adapted layers; their weights count as routed.
+    """
+    taken, kinds = set(routed), dict[tuple[str, bool, bool], list[_Own]]()
+    total = counted = 0
+    for own in _own_parameters(model, uses_adapter=uses_adapter):
+        total += own.parameter.numel()
+        # By name: PEFT creates new parameters of attention each time modules are listed.
+        if own.parameter in taken or (own.owner in adapted and own.parameter.dim() == 2):
+            counted += own.parameter.numel()
+        else:
+            kinds.setdefault((own.kind, own.is_matrix, own.is_fused), []).append(own)
+    unrouted = [
+        Unrouted(
+            kind,
+            tuple(own.name for own in found),
+            sum(own.parameter.numel() for own in found),
+            sum(trains_rest and own.parameter.requires_grad for own in found),
+            is_matrix,
+            is_fused,
+        )
+        for (kind, is_matrix, is_fused), found in kinds.items()
+    ]
+    unrouted.sort(key=lambda one: -one.parameters)
+    return Coverage(layers, counted, max(total, 1), tuple(unrouted))
+
+
+def warn_of_unrouted(coverage: Coverage, *, in_adapter: bool = False) -> None:
+    """Warn of matrices that cannot be routed.
+
+    Args:
+        coverage: Coverage of the model.
+        in_adapter: Whether a plain adapter is trained (no routing).
+
+    Warns:
+        UserWarning: With kind, share and first name of each kind of at least 1% of the parameters.
+    """
+    named = [
+        one
+        for one in coverage.unrouted
+        if one.is_matrix and one.parameters >= _SMALLEST_SHARE * coverage.parameters
+    ]
+    if not named:
+        return
+    trained, tensors = sum(one.trained for one in named), sum(len(one.names) for one in named)
+    outcome = f"{trained} take plain AdamW steps, the others stay frozen"
+    if not trained:
+        outcome = "they stay frozen"
+    elif trained == tensors:
+        outcome = "they take plain AdamW steps"
+    parts = []
+    for one in named:
+        share = f"{one.parameters / coverage.parameters:.0%} of the parameters"
+        what = (
+            "fused 3-D weights (mixture-of-experts; " if one.is_fused else f"{one.kind} weights ("
+        )
+        parts.append(f"{len(one.names)} {what}{share}; first: {one.names[0]})")
+    more = f" and {len(parts) - 4} kinds more" if len(parts) > 4 else ""
+    warn(
+        f"{', '.join(parts[:4])}{more} cannot be {'adapted' if in_adapter else 'routed'}: "
+        f"{outcome}."
+    )
+
+
+class _Own(NamedTuple):
+    """A parameter of the model and its kind."""
+
+    name: str
+    owner: str
+    parameter: nn.Parameter
+    kind: str
+    is_matrix: bool
+    is_fused: bool
+
+
+def _own_parameters(model: nn.Module, *, uses_adapter: bool) -> Iterator[_Own]:
+    """Yield every parameter once, without those of adapters."""
+    clean, head = cleaner(model), head_name(model)
+    places = {place.weight: place for place in linear_places(model)}
+    modules = dict(model.named_modules())
+    tuners = [name for name, m in modules.items() if hasattr(m, "adapter_layer_names")]
+    seen: set[nn.Parameter] = set()
+    for raw, module in modules.items():
+        for key, parameter in module._parameters.items():
+            if parameter is None or parameter in seen or _is_adapters(raw, key, tuners):
+                continue
+            seen.add(parameter)
+            # Tensors of a parametrization are children of the module whose weight it computes.
+            owner_name = re.sub(r"(^|\.)parametrizations\.\w+$", "", raw)
+            owner = modules[owner_name]
+            name = clean(".".join(filter(None, (raw, key))))
+            kind = type(owner).__name__.removeprefix("Parametrized")
+            place = places.get(parameter)
+            if place is not None and place.is_bypassed:
+                kind = nn.MultiheadAttention.__name__
+            words = ".".join((name, type(owner).__name__, _parent_class(owner_name, modules)))
+            # A linear layer that is not routed is excluded by the configuration, or frozen.
+            is_matrix = (
+                uses_adapter and place.is_bypassed
+                if place
+                else _multiplies(owner, key, words, parameter)
+            )
+            is_matrix = is_matrix and not is_in_head(clean(owner_name), head)
+            is_fused = is_matrix and parameter.dim() == 3 and not isinstance(owner, _OF_TORCH)
+            is_fused = is_fused and _EXPERTS.search(words) is not None
+            layer = clean(owner_name).removesuffix(".base_layer")
+            yield _Own(name, layer, parameter, kind, is_matrix, is_fused)
+
+
+def _is_adapters(raw: str, key: str, tuners: Collection[str]) -> bool:
+    """Return whether a parameter belongs to an adapter."""
+    inside = [name for name in tuners if raw == name or raw.startswith(f"{name}.")]
+    return any(not raw.startswith(f"{name}.base_layer") for name in inside)
+
+
+def _parent_class(name: str, modules: dict[str, nn.Module]) -> str:
+    return type(modules[name.rpartition(".")[0]]).__name__ if "." in name else ""
+
+
+def _multiplies(owner: nn.Module, key: str, words: str, parameter: torch.Tensor) -> bool:
+    """Return whether a parameter is a matrix other than an embedding or a norm."""
+    if is_vector(key, parameter):
+        return False
+    if isinstance(owner, _MATRICES):
+        return True
+    # By name too: a convolution may embed the patches of an image.
+    is_table = isinstance(owner, _TABLES) or _TABLE.search(words) is not None
+    return not (is_table or "norm" in type(owner).__name__.lower())

@@ -1,0 +1,213 @@
+"""PEFT adapters for the LoRA experts: configuration, and models with such an adapter."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from molf.core.config import MoLFConfig
+from molf.core.model.adapted_layers import adapter_layers, trained_layers
+from molf.core.model.linear_layers import (
+    TASK_HEADS,
+    check_not_tied,
+    head_name,
+    is_in_head,
+    matching_linears,
+    trainable_layers,
+)
+from molf.core.model.linear_places import linear_places
+from molf.core.model.module_names import cleaner
+from molf.core.model.quantised import is_quantised, keep_differentiable
+from molf.core.model.weight_checks import check_adaptable_weight, sides_of
+from molf.core.step.factors import draw_lora_a
+
+_FOR_TOKENS = ("TOKEN_CLS", "QUESTION_ANS")  # PEFT would both adapt and train their heads
+
+
+def peft_config(config: MoLFConfig, **options: Any) -> Any:
+    """Return the `peft.LoraConfig` of one adapter for all LoRA experts of `config`.
+
+    Its rank is the sum of the experts' ranks and its scaling 1, so the columns of B hold `s_i B_i`.
+    PEFT draws A (seed the process before `get_peft_model`); `with_adapter` draws it from
+    `config.seed`.
+
+    Args:
+        config: Settings of the method.
+        **options: Further keywords of `LoraConfig` (`task_type`, `modules_to_save`, ...), except
+            those that `config` sets. For a head other than a language model's give `task_type`, so
+            that PEFT excludes the head.
+    """
+    from peft import LoraConfig
+
+    targets: Any = config.target_modules
+    is_default = config.exclude_modules == MoLFConfig.exclude_modules
+    excluded: Any = config.exclude_modules
+    if targets == "all-linear" and is_default:
+        # PEFT excludes other heads itself, and warns of exclusions that match nothing.
+        excluded = TASK_HEADS if options.get("task_type") in _FOR_TOKENS else ()
+    chosen = {
+        "target_modules": targets if isinstance(targets, str) else list(targets),
+        "exclude_modules": (excluded if isinstance(excluded, str) else list(excluded)) or None,
+    }
+    total = sum(config.ranks)
+    return LoraConfig(
+        r=total,
+        lora_alpha=total,
+        use_rslora=False,
+        lora_dropout=config.lora_dropout,
+        **{**chosen, **options},
+    )
+
+
+_FACTOR_PARTS = ("lora_", "modules_to_save", "token_adapter", "original_module")
+
+
+def with_adapter(
+    model: nn.Module, config: MoLFConfig | None = None, *, adapter_name: str = "default"
+) -> Any:
+    """Add an adapter for `config`'s LoRA experts to a model; set `requires_grad` as configured.
+
+    A plain model is wrapped by `peft.get_peft_model`. A is drawn from (seed, layer name, expert) as
+    in the folded form; B is zero. With `freeze_base=False` the base weights of the adapted layers
+    are trained (explicit form). `freeze_rest` freezes all parameters that are not routed; otherwise
+    their `requires_grad` stays. A model with a LoRA adapter keeps it; only `requires_grad` is set.
+
+    PEFT saves only the adapter. Other trained parameters (base weights of the explicit form; norms
+    and embeddings with `freeze_rest=False`) are in `model.state_dict()` and `molf.merge(model)`.
+
+    Args:
+        model: A plain model, or a PEFT LoRA model.
+        config: Settings of the method; default `MoLFConfig()`.
+        adapter_name: Name of the new adapter.
+
+    Returns:
+        A `peft.PeftModel`; its base model is `model`, changed in place.
+
+    Raises:
+        ValueError: No layer can be adapted (`find_layers`); PEFT does not support one (the model is
+            unchanged then); or the model's adapter does not fit (`find_adapted`).
+    """
+    config = MoLFConfig() if config is None else config
+    keep_differentiable(model)
+    before = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    is_new = not adapter_layers(model)
+    if is_new:
+        names = _names(model, config)
+        trainable = {parameter for parameter, was in before.items() if was}
+        adapted = _adapt(model, names, config, adapter_name)
+    else:
+        adapted, trainable = model, set(before)
+    try:
+        _set_trainable(adapted, trainable, config)
+        if is_new and config.freeze_rest is None:
+            _warn_of_frozen_head(adapted, trainable)
+        layers = trained_layers(adapted, config)
+    except ValueError:
+        for parameter, was in before.items():
+            parameter.requires_grad_(was)
+        raise
+    if is_new:
+        with torch.no_grad():
+            for layer in layers:
+                drawn = draw_lora_a(config.seed, layer.name, config.ranks, layer.in_features)
+                layer.A[1].copy_(drawn)
+    return adapted
+
+
+def _warn_of_frozen_head(model: nn.Module, trainable: set[nn.Parameter]) -> None:
+    """Warn of a frozen task head, which is often newly initialised."""
+    head, clean = head_name(model), cleaner(model)
+    if head is None or head.rpartition(".")[2] not in TASK_HEADS:
+        return
+    if any(
+        parameter in trainable and not parameter.requires_grad and is_in_head(clean(name), head)
+        for name, parameter in model.named_parameters()
+    ):
+        warnings.warn(
+            f"The head {head} is no part of the adapter, and freeze_base=True freezes it. Set "
+            "freeze_rest=False to train it with plain AdamW, or freeze_rest=True to freeze it "
+            "without this warning.",
+            stacklevel=3,
+        )
+
+
+def _names(model: nn.Module, config: MoLFConfig) -> list[str]:
+    """Return the names of the layers to adapt; with `freeze_base` also frozen ones."""
+    if not config.freeze_base:
+        return [layer.name for layer in trainable_layers(model, config, in_adapter=True)]
+    linears = matching_linears(model, config)
+    weights = [(n, m, m.weight) for n, m in linears.items() if isinstance(m.weight, torch.Tensor)]
+    for name, module, weight in weights:
+        check_adaptable_weight(name, weight, sides_of(module))
+    check_not_tied(model, [(name, weight) for name, _, weight in weights])
+    return list(linears)
+
+
+def _adapt(model: nn.Module, names: list[str], config: MoLFConfig, adapter_name: str) -> Any:
+    """Wrap the model by PEFT; on an error restore its layers and raise one line."""
+    from peft import get_peft_model
+
+    clean = cleaner(model)
+    originals = [
+        (*raw.rpartition(".")[::2], module)
+        for raw, module in model.named_modules()
+        if clean(raw) in names
+    ]
+    settings = peft_config(
+        config,
+        target_modules=_exactly(names, (place.name for place in linear_places(model))),
+        exclude_modules=None,
+        # With this task type PEFT uses its class with `generate`.
+        task_type="CAUSAL_LM" if hasattr(model, "prepare_inputs_for_generation") else None,
+    )
+    had_config = hasattr(model, "peft_config")
+    before = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    try:
+        # PEFT draws A too; the process's generator must not change.
+        with torch.random.fork_rng(devices=[]):
+            return get_peft_model(model, settings, adapter_name=adapter_name)
+    except (ValueError, TypeError, NotImplementedError) as error:
+        for parent, attribute, module in originals:
+            setattr(model.get_submodule(parent), attribute, module)
+        for parameter, was in before.items():
+            parameter.requires_grad_(was)
+        if not had_config and hasattr(model, "peft_config"):
+            del model.peft_config
+        kinds = dict.fromkeys(type(module).__name__ for _, _, module in originals)
+        reason = " ".join(str(error).split())
+        raise ValueError(
+            f"PEFT cannot adapt the layers ({', '.join(kinds)}); put unsupported ones into "
+            f"exclude_modules. PEFT says: {reason[:300]}"
+        ) from error
+
+
+def _exactly(names: list[str], linears: Iterable[str]) -> list[str] | str:
+    """Return a PEFT pattern that matches these modules only: names, or a regular expression."""
+    others = set(linears) - set(names)
+    if any(other.endswith(f".{name}") for other in others for name in names):
+        return "|".join(map(re.escape, names))
+    return names
+
+
+def _set_trainable(model: nn.Module, rest: set[nn.Parameter], config: MoLFConfig) -> None:
+    """Set `requires_grad` of the base; PEFT sets that of the adapters.
+
+    Args:
+        model: A PEFT LoRA model.
+        rest: Parameters outside the routed layers that are trained unless `config` freezes them.
+        config: Settings of the method.
+    """
+    tuners = adapter_layers(model).values()
+    weights = {p for t in tuners for n, p in t.named_parameters() if n == "base_layer.weight"}
+    for name, parameter in model.named_parameters():
+        if any(part.startswith(_FACTOR_PARTS) for part in name.split(".")):
+            continue
+        trained = not config.freeze_base if parameter in weights else parameter in rest
+        if parameter not in weights and config.freezes_rest:
+            trained = False
+        parameter.requires_grad_(trained and not is_quantised(parameter))

@@ -1,0 +1,1 @@
+"""One optimizer step: units, forms, operations, checks and routing."""

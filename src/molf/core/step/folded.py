@@ -1,0 +1,244 @@
+"""The folded form (docs/method.md, section 3): LoRA experts are optimizer state.
+
+The model holds `W_eff = W + sum_i s_i B_i A_i`. The state of the weight holds A [R, in] and
+B [out, R], stacked over the layer's experts (`factors.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from molf.core.arithmetic.adam import compute_dtype, gradient
+from molf.core.arithmetic.blocks import Blocks
+from molf.core.arithmetic.devices import CanRead, is_host_memory
+from molf.core.arithmetic.weight_step import Product
+from molf.core.step.factors import draw_lora_a, live_ranks, owned_by, per_rank, split_factors
+from molf.core.step.guard import Guarded
+from molf.core.step.layer import RoutedLayer, States, dense_tensors
+from molf.core.step.operations import FactorWrite, LayerWrites, Operand, TensorWrite
+from molf.core.storage.moments import moment_state
+
+_FACTORS = ("lora_A", "lora_B")
+_GRADIENT_ROWS = 256  # of a gradient in low precision, for one product: fewer would be slow
+
+
+class FoldedLayer(RoutedLayer):
+    """Routed layer with the group [weight] or [weight, bias].
+
+    Args:
+        group: Parameter group of the layer.
+        states: States of its parameters; missing ones are created.
+        can_read: Whether the host reads a tensor on a device without waiting.
+    """
+
+    def __init__(
+        self, group: dict[str, Any], states: States, can_read: CanRead = is_host_memory
+    ) -> None:
+        self.weight: Tensor = group["params"][0]
+        self.state = _state_of(group, states)
+        lora_B = self.state["lora_B"]
+        self._live = live_ranks(group["ranks"], lora_B, can_read=can_read(lora_B.device))
+        # One `s` for all experts is the `alpha` of a product, which costs nothing.
+        self._has_one_scaling = len(set(group["scalings"])) == 1
+        self._alpha: float = group["scalings"][0] if self._has_one_scaling else 1.0
+        super().__init__(group, states, dense_tensors(group, group["params"], states))
+
+    @classmethod
+    def open(cls, group: dict[str, Any], states: States, can_read: CanRead) -> FoldedLayer:
+        """Return the layer of a group; create missing state."""
+        return cls(group, states, can_read)
+
+    @classmethod
+    def takes_part(cls, group: dict[str, Any]) -> bool:
+        """Return whether the weight has a gradient; the bias may have none.
+
+        Raises:
+            RuntimeError: The bias alone has one.
+        """
+        weight, *biases = group["params"]
+        if weight.grad is None and any(bias.grad is not None for bias in biases):
+            raise RuntimeError(
+                f"Layer {group['layer']}: the weight got no gradient while the bias did. Every "
+                "expert needs its gradient at every step: was the weight frozen after the "
+                "optimizer was built?"
+            )
+        return weight.grad is not None
+
+    @classmethod
+    def gradients_of(cls, group: dict[str, Any], states: States) -> list[Guarded]:
+        """Return the gradients of the weight (multiplied by the factors) and of the bias."""
+        weight, *biases = [p for p in group["params"] if p.grad is not None]
+        state = states.get(weight) or _initial_factors(group)
+        factors = tuple(state[key] for key in _FACTORS)
+        return [Guarded(weight, max(group["scalings"]), factors), *map(Guarded, biases)]
+
+    @classmethod
+    def read_factors(cls, group: dict[str, Any], states: States) -> list[tuple[Tensor, Tensor]]:
+        """Return copies of (A [r, in], B [out, r]) of each LoRA expert; create no state."""
+        state = states.get(group["params"][0]) or _initial_factors(group)
+        return split_factors(group["ranks"], state["lora_A"], state["lora_B"])
+
+    @classmethod
+    def write_factors(
+        cls, group: dict[str, Any], states: States, lora_A: Tensor, lora_B: Tensor
+    ) -> None:
+        """Replace the stacked factors; `W_eff` stays, W changes."""
+        state = _state_of(group, states)
+        state["lora_A"].copy_(lora_A)
+        state["lora_B"].copy_(lora_B)
+
+    @property
+    def steps_taken(self) -> int:
+        """Number of steps of this layer."""
+        return self.state["step"]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in) of the layer."""
+        out_features, in_features = _oriented(self.weight, self.group).shape
+        return out_features, in_features
+
+    def factor_gradients(self, blocks: Blocks) -> tuple[Tensor, Tensor]:
+        """Return `grad A_i = s_i B_i^T G` [R, in] and `grad B_i = s_i G A_i^T` [out, R]."""
+        grad = _oriented(gradient(self.weight), self.group)  # [out, in]
+        A, B, alpha = self.state["lora_A"], self.state["lora_B"], self._alpha
+        # Two products for all experts of the layer, because their factors are stacked.
+        # `grad A` of an expert with B = 0 is zero: it stays as allocated.
+        grad_A = torch.zeros_like(A)
+        if grad.dtype == A.dtype:
+            grad_B = torch.addmm(B, grad, A.t(), beta=0, alpha=alpha)
+            for live in self._live:
+                grad_A[live].addmm_(B[:, live].t(), grad, beta=0, alpha=alpha)
+        else:
+            # In parts: a float32 copy of all of G would be as large as a moment.
+            grad_B = torch.empty_like(B)
+            for rows in blocks.of(grad, at_least=_GRADIENT_ROWS):
+                part = grad[rows].to(A.dtype)
+                grad_B[rows].addmm_(part, A.t(), beta=0, alpha=alpha)
+                for live in self._live:
+                    grad_A[live].addmm_(B[rows, live].t(), part, alpha=alpha)
+        if not self._has_one_scaling:
+            scalings = self._scalings
+            grad_A.mul_(scalings[:, None])
+            grad_B.mul_(scalings)
+        return grad_A, grad_B
+
+    @property
+    def _scalings(self) -> Tensor:
+        """`s_i` for each rank, [R]."""
+        return per_rank(self.group["scalings"], self.group["ranks"], self.state["lora_A"])
+
+    def factor_moments(self) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        """Return (m, v) of the stacked A [R, in] and (m, v) of the stacked B [out, R]."""
+        first, second = (
+            (self.state[f"{key}_exp_avg"], self.state[f"{key}_exp_avg_sq"]) for key in _FACTORS
+        )
+        return first, second
+
+    def writes(self, winners: Sequence[int]) -> LayerWrites:
+        """Increment the step counters of all experts; list the writes of the winners."""
+        for tensor in self.dense:
+            tensor.state["step"] += 1
+        weight, *biases = self.dense
+        full = weight.adamw_step() if 0 in winners else None
+        # W decays, and the model holds W_eff: `_product` adds the LoRA part of the decay back.
+        decay = full.decay if full else 0.0
+        product, factors = self._product(self._lora_winners(winners), decay)
+        tensors = [TensorWrite(weight, full, product, self.group["transposed"])]
+        steps = [bias.adamw_step("bias_weight_decay") if full else None for bias in biases]
+        tensors += [TensorWrite(bias, step) for bias, step in zip(biases, steps, strict=True)]
+        return LayerWrites(factors, tensors)
+
+    def _product(
+        self, won: Sequence[int], decay: float
+    ) -> tuple[Product | None, list[FactorWrite]]:
+        """Return the low-rank change of the weight, and the factor writes that fill its operands.
+
+        LoRA expert i won: `s_i (dB_i A_i' + B_i dA_i)`. `full` won: `decay sum_i s_i B_i A_i`.
+
+        Args:
+            won: Indices of the LoRA experts that have won.
+            decay: `lr wd` of the `full` expert; 0 if it has not won.
+        """
+        # `s (B' A' - B A)` is the same number but cancels: its relative error in float32 is 300
+        # times larger.
+        A, B, ranks = self.state["lora_A"], self.state["lora_B"], self.group["ranks"]
+        live = self._live if decay else []
+        if not won and not live:
+            return None, []
+        alpha = self._alpha
+        shares = self._scalings * (decay / alpha) if live else None
+        if not won and self._has_one_scaling:
+            alpha, shares = alpha * decay, None
+            if len(live) == 1:  # views: no copy
+                return Product(B[:, live[0]], A[live[0]], alpha), []
+
+        # Operands of all winners side by side: one product per layer.
+        width = 2 * sum(ranks[index] for index in won) + sum(own.stop - own.start for own in live)
+        left, right = B.new_empty(len(B), width), A.new_empty(width, A.shape[1])
+        factors: list[FactorWrite] = []
+        start = 0
+        for index in won:
+            middle, end = start + ranks[index], start + 2 * ranks[index]
+            share = self.group["scalings"][index] / alpha
+            # left @ right = share (dB A' + B dA)
+            of_A = Operand(right[start:middle], 1.0, 1.0), Operand(right[middle:end], 0.0, 1.0)
+            of_B = (
+                Operand(left[:, start:middle], 0.0, share),
+                Operand(left[:, middle:end], share, 0.0),
+            )
+            factors += self._factor_writes(index, of_A, of_B)
+            start = end
+        for own in live:
+            end = start + own.stop - own.start
+            right[start:end] = A[own]
+            left[:, start:end] = B[:, own] if shares is None else B[:, own] * shares[own]
+            start = end
+        return Product(left, right, alpha), factors
+
+    def _factor_writes(
+        self, index: int, of_A: tuple[Operand, Operand], of_B: tuple[Operand, Operand]
+    ) -> list[FactorWrite]:
+        """Return the writes of A and B of one LoRA expert, as views of the state."""
+        own, step = owned_by(self.group["ranks"], index), self._lora_step(index)
+        moments_A, moments_B = self.factor_moments()
+        A, B = self.state["lora_A"][own], self.state["lora_B"][:, own]
+        m_A, v_A = (moment[own] for moment in moments_A)
+        m_B, v_B = (moment[:, own] for moment in moments_B)
+        return [FactorWrite(A, m_A, v_A, step, of_A), FactorWrite(B, m_B, v_B, step, of_B)]
+
+
+def initial_state(group: dict[str, Any]) -> dict[str, Any]:
+    """Return the initial state of a routed weight: moments, factors and their moments."""
+    state = moment_state(group["params"][0], group["state_dtype"]) | _initial_factors(group)
+    for key in _FACTORS:
+        state[f"{key}_exp_avg"] = torch.zeros_like(state[key])
+        state[f"{key}_exp_avg_sq"] = torch.zeros_like(state[key])
+    return state
+
+
+def _initial_factors(group: dict[str, Any]) -> dict[str, Tensor]:
+    """Return the initial A [R, in] and B [out, R] by their keys in the state."""
+    weight: Tensor = group["params"][0]
+    out_features, in_features = _oriented(weight, group).shape
+    drawn = draw_lora_a(group["seed"], group["layer"], group["ranks"], in_features)
+    lora_A = drawn.to(weight.device, compute_dtype(weight))
+    lora_B = lora_A.new_zeros(out_features, sum(group["ranks"]))
+    return dict(zip(_FACTORS, (lora_A, lora_B), strict=True))
+
+
+def _state_of(group: dict[str, Any], states: States) -> dict[str, Any]:
+    """Return the state of a group's weight; create it if it is missing."""
+    state = states[group["params"][0]]
+    if "step" not in state:
+        state.update(initial_state(group))
+    return state
+
+
+def _oriented(tensor: Tensor, group: dict[str, Any]) -> Tensor:
+    """Return a view of a weight, or of its gradient, as [out, in]."""
+    return tensor.t() if group["transposed"] else tensor

@@ -1,0 +1,192 @@
+"""Base class of a routed layer; `folded.py` and `adapter.py` implement its two forms."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from molf.core.arithmetic.adam import AdamWStep, finish_score
+from molf.core.arithmetic.blocks import Blocks
+from molf.core.arithmetic.devices import CanRead
+from molf.core.config import lora_expert_names
+from molf.core.model.groups import parameter_name
+from molf.core.step.dense import DenseTensor
+from molf.core.step.guard import Guarded
+from molf.core.step.operations import LayerWrites
+from molf.core.step.routing import Decision, select_winners
+from molf.core.storage.place import WHOLE, Place
+
+States = dict[Tensor, dict[str, Any]]
+"""State of the optimizer, by parameter."""
+
+
+class RoutedLayer(ABC):
+    """One routed layer for the length of one optimizer step.
+
+    A subclass (form) returns the experts' factors, gradients and moments and lists the writes of
+    the winners. An executor computes.
+
+    Attributes:
+        group: Parameter group of the layer.
+        name: Name of the layer in the model.
+        dense: Tensors of the `full` expert with a gradient, weight first. Empty for a frozen base.
+        gradients: Gradients that this step uses, with the factors that multiply each.
+        experts: Names of all experts, in the order that breaks ties.
+    """
+
+    def __init__(
+        self,
+        group: dict[str, Any],
+        states: States,
+        dense: list[DenseTensor],
+        place: Place = WHOLE,
+    ) -> None:
+        self.group = group
+        self.place = place
+        self.name: str = group["layer"]
+        self.dense = dense
+        self.gradients = self.gradients_of(group, states)
+        names = lora_expert_names(group["ranks"])
+        self.experts = ("full", *names) if dense else names
+
+    @classmethod
+    @abstractmethod
+    def open(cls, group: dict[str, Any], states: States, can_read: CanRead) -> RoutedLayer:
+        """Return the layer of a group; create missing state.
+
+        Args:
+            group: Parameter group of the layer.
+            states: States of its parameters.
+            can_read: Whether the host reads a tensor on a device without waiting.
+        """
+
+    @classmethod
+    @abstractmethod
+    def takes_part(cls, group: dict[str, Any]) -> bool:
+        """Return whether the parameters of a group have the gradients that a step needs."""
+
+    @classmethod
+    @abstractmethod
+    def gradients_of(cls, group: dict[str, Any], states: States) -> list[Guarded]:
+        """Return the gradients that a step uses, with the factors that multiply each.
+
+        Creates no state.
+        """
+
+    @classmethod
+    @abstractmethod
+    def read_factors(cls, group: dict[str, Any], states: States) -> list[tuple[Tensor, Tensor]]:
+        """Return copies of (A [r, in], B [out, r]) of each LoRA expert, in the paper's scale."""
+
+    @classmethod
+    @abstractmethod
+    def write_factors(
+        cls, group: dict[str, Any], states: States, lora_A: Tensor, lora_B: Tensor
+    ) -> None:
+        """Replace the stacked factors A [R, in] and B [out, R], in the paper's scale."""
+
+    @property
+    @abstractmethod
+    def steps_taken(self) -> int:
+        """Number of steps of this layer."""
+
+    @property
+    @abstractmethod
+    def shape(self) -> tuple[int, int]:
+        """(out, in) of the layer."""
+
+    @abstractmethod
+    def factor_gradients(self, blocks: Blocks) -> tuple[Tensor, Tensor]:
+        """Return `grad A` [R, in] and `grad B` [out, R], in the dtype of the state."""
+
+    @abstractmethod
+    def factor_moments(self) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        """Return (m, v) of the stacked A [R, in] and (m, v) of the stacked B [out, R]."""
+
+    @abstractmethod
+    def writes(self, winners: Sequence[int]) -> LayerWrites:
+        """Increment the step counters of all experts; list the writes of the winners.
+
+        Every write starts from the values before the step. Operands of products are allocated here.
+
+        Args:
+            winners: Indices of the winning experts.
+        """
+
+    @property
+    def has_full(self) -> bool:
+        """Whether expert 0 is `full`."""
+        return bool(self.dense)
+
+    @property
+    def lora_lrs(self) -> tuple[float, ...]:
+        """Scheduled learning rate of each LoRA expert."""
+        return tuple(self.group["lr"] * ratio for ratio in self.group["lora_lr_ratios"])
+
+    def decide(self, sums: Sequence[float]) -> tuple[tuple[int, ...], Decision]:
+        """Choose the winners from the score sums, which the host has read.
+
+        Raises:
+            RuntimeError: A score is not finite.
+        """
+        scores = self.scores(sums)
+        by_name = dict(zip(self.experts, scores, strict=True))
+        if not all(map(math.isfinite, scores)):
+            raise RuntimeError(
+                f"Scores of layer {self.name} are not finite although its gradient is: {by_name}. "
+                "Its moments are not finite. No step writes such moments: was the state loaded or "
+                "changed?"
+            )
+        winners = select_winners(
+            scores,
+            score=self.group["score"],
+            top_k=self.group["top_k"],
+            has_full=self.has_full,
+            layer=self.name,
+            step=self.steps_taken,
+            seed=self.group["seed"],
+        )
+        return winners, Decision(tuple(self.experts[winner] for winner in winners), by_name)
+
+    def scores(self, sums: Sequence[float]) -> list[float]:
+        """Return one score per expert from the score sums."""
+        # n_e of each expert: A [r, in] and B [out, r] have r (in + out) elements.
+        width = sum(self.shape)
+        counts = [rank * width for rank in self.group["ranks"]]
+        lrs = list(self.lora_lrs)
+        if self.has_full:
+            counts.insert(0, sum(self.place.count(tensor.parameter) for tensor in self.dense))
+            lrs.insert(0, self.group["lr"])
+        return [
+            finish_score(total, score=self.group["score"], lr=lr, count=count)
+            for total, lr, count in zip(sums, lrs, counts, strict=True)
+        ]
+
+    def _lora_step(self, index: int) -> AdamWStep:
+        group = self.group
+        return AdamWStep(
+            self.lora_lrs[index],
+            group["lora_weight_decays"][index],
+            group["betas"],
+            group["eps"],
+            self.steps_taken,
+        )
+
+    def _lora_winners(self, winners: Sequence[int]) -> list[int]:
+        """Return the LoRA indices of the winners; `full` is left out."""
+        return [w - self.has_full for w in winners if w >= self.has_full]
+
+
+def dense_tensors(
+    group: dict[str, Any], parameters: Sequence[Tensor], states: States, place: Place = WHOLE
+) -> list[DenseTensor]:
+    """Return the dense tensors of a routed group that have a gradient, weight first."""
+    return [
+        DenseTensor(parameter, group, states[parameter], parameter_name(group, index), place)
+        for index, parameter in enumerate(parameters)
+        if parameter.grad is not None
+    ]

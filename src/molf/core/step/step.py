@@ -1,0 +1,118 @@
+"""One optimizer step: check gradients, update moments, choose winners, write.
+
+docs/architecture.md has a drawing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from molf.core.arithmetic.precision import full_precision
+from molf.core.step.dense import DenseTensor
+from molf.core.step.executor import Executor
+from molf.core.step.fidelity import UpdateTally
+from molf.core.step.guard import FiniteGuard, Guarded, fits
+from molf.core.step.layer import RoutedLayer, States
+from molf.core.step.routing import Decision
+from molf.core.step.unit import Unit
+
+
+class Outcome(NamedTuple):
+    """Result of a step. If `bad` or `wrong` has an entry, nothing was written.
+
+    Attributes:
+        routing: Decision of every layer, by name.
+        bad: Parameters with an infinite or NaN gradient, or one whose moments would overflow.
+        wrong: Names of the required numbers that are not finite.
+    """
+
+    routing: dict[str, Decision]
+    bad: list[Tensor]
+    wrong: Sequence[str] = ()
+
+    @property
+    def is_refused(self) -> bool:
+        """Whether the step was not taken."""
+        return bool(self.bad or self.wrong)
+
+
+def take_step(
+    units: Sequence[Unit],
+    states: States,
+    executor: Executor,
+    tally: UpdateTally | None = None,
+    required: Mapping[str, Tensor] | None = None,
+) -> Outcome:
+    """Step units that all have gradients. The host waits for the device once.
+
+    Args:
+        units: Routed layers and plain tensors.
+        states: States of their parameters; missing ones are created.
+        executor: Runs the operations.
+        tally: Measures updates lost to rounding, if given.
+        required: Further numbers that must be finite, 0-dim, by name.
+
+    Raises:
+        RuntimeError: The scores of a layer are not finite, because its moments were not. No weight
+            has changed.
+        ValueError: The executor does not support a parameter or gradient. Nothing was written.
+    """
+    if not units:
+        return Outcome({}, [])
+    opened = [unit.open(states, executor.can_read) for unit in units]
+    layers = [one for one in opened if isinstance(one, RoutedLayer)]
+    plain = [one for one in opened if isinstance(one, DenseTensor)]
+    gradients = [one for layer in layers for one in layer.gradients]
+    gradients += [Guarded(tensor.parameter) for tensor in plain]
+    required = required or {}
+    # In every step, before anything is written: libraries may have replaced parameters.
+    executor.check(layers, plain)
+    with full_precision({one.parameter.device.type for one in gradients}):
+        # 1. Check gradients. Gradients of LoRA factors do not exist yet; norms bound them.
+        guard = FiniteGuard(gradients, required.values(), executor.squares, executor.can_read)
+        count = len(guard.bounds)
+        owners: Sequence[tuple[int, int]] = ()
+        numbers = guard.bounds
+        # 2. Update moments and sum score terms. On an accelerator the host does not know yet
+        # whether the gradients are finite; the update multiplies by `guard.finite` on the device,
+        # so a bad step changes no bit. On a CPU `refuses` is known here.
+        if layers and not guard.refuses:
+            sums, owners = executor.update_moments(layers, guard)
+            numbers = torch.cat([numbers, sums])
+        # 3. The only synchronisation: bounds and score sums together.
+        on_host = numbers.tolist()
+
+        if not all(map(fits, on_host[:count])):
+            return _refused([one.parameter for one in gradients], required, on_host[:count])
+        decisions = _decide(layers, owners, on_host[count:])
+        won = [winners for winners, _ in decisions]
+        # 4. Write. Losers keep their weights.
+        executor.write(zip(layers, won, strict=True), plain, guard, tally)
+    return Outcome({layer.name: one for layer, (_, one) in zip(layers, decisions, strict=True)}, [])
+
+
+def _decide(
+    layers: Sequence[RoutedLayer], owners: Sequence[tuple[int, int]], numbers: Sequence[float]
+) -> list[tuple[tuple[int, ...], Decision]]:
+    """Add up the score sums of each expert; choose the winners of every layer."""
+    sums = [[0.0] * len(layer.experts) for layer in layers]
+    for (number, expert), total in zip(owners, numbers, strict=True):
+        sums[number][expert] += total
+    return [layer.decide(own) for layer, own in zip(layers, sums, strict=True)]
+
+
+def _refused(
+    parameters: Sequence[Tensor], required: Mapping[str, Tensor], bounds: Sequence[float]
+) -> Outcome:
+    """Return the outcome of a refused step."""
+    # Bounds of the parameters come first, then those of the required numbers.
+    bad = [not fits(bound) for bound in bounds]
+    return Outcome(
+        {},
+        [parameter for parameter, is_bad in zip(parameters, bad, strict=False) if is_bad],
+        [name for name, is_bad in zip(required, bad[len(parameters) :], strict=True) if is_bad],
+    )

@@ -1,0 +1,1 @@
+"""How weights, moments and gradients are stored, and where."""

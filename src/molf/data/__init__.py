@@ -1,0 +1,1 @@
+"""Records, chats and their tokens."""

@@ -1,0 +1,208 @@
+"""Reading of records from a file, a folder, a URL or the Hugging Face Hub."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Collection
+from pathlib import Path
+
+from molf.data.download import cached, download, is_url
+from molf.data.files import (
+    SUFFIXES,
+    Record,
+    check_fields,
+    first_line,
+    read_file,
+    without_nulls,
+)
+from molf.errors import InputError
+from molf.inputs import check_ordinary
+from molf.paths import expanded
+
+_SPLIT_WORDS = {
+    "train": "train",
+    "training": "train",
+    "test": "test",
+    "eval": "test",
+    "evaluation": "test",
+    "validation": "validation",
+    "valid": "validation",
+    "val": "validation",
+    "dev": "validation",
+}
+_MOST_ENTRIES = 100_000  # files in a folder, data files or not
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+
+
+def read_records(
+    source: str | Path, fields: Collection[str] = (), *, option: str = "data"
+) -> list[Record]:
+    """Read the records of all splits of a source; see `read_splits`."""
+    return [
+        record
+        for records in read_splits(source, fields, option=option).values()
+        for record in records
+    ]
+
+
+def read_splits(
+    source: str | Path, fields: Collection[str] = (), *, option: str = "data"
+) -> dict[str, list[Record]]:
+    """Read records by split.
+
+    Args:
+        source: A `.json`, `.jsonl`, `.parquet` or `.csv` file; a folder of such files, whose names
+            may contain train, test or validation; the URL of such a file; or a Hub id `owner/name`.
+        fields: Fields that every record must have.
+        option: The option that the source was given by, for messages.
+
+    Returns:
+        Records by split, in the order train, test, validation; a file without a split in its name
+        is `train`. Files of one split are read in the order of their names.
+
+    Raises:
+        InputError: The source does not exist, cannot be reached or read, or has an invalid record.
+    """
+    splits = _read(str(source), option)
+    for split, records in splits.items():
+        where = str(source) if len(splits) == 1 else f"{source} ({split})"
+        check_fields(records, fields, where)
+    return {split: splits[split] for split in ("train", "test", "validation") if split in splits}
+
+
+def data_files(source: str) -> list[Path]:
+    """Return the local files of a source, in the order of reading; none for a Hub id."""
+    if is_url(source):
+        copy = cached(source)
+        return [copy] if copy.is_file() else []
+    path = expanded(source)
+    if os.path.isdir(path):
+        return _files_in(path)
+    return [path] if os.path.isfile(path) else []
+
+
+def _read(source: str, option: str) -> dict[str, list[Record]]:
+    if is_url(source):
+        return {"train": read_file(download(source, option))}
+    path = expanded(source)
+    try:
+        is_folder, is_file = path.is_dir(), path.is_file()
+    except (OSError, ValueError) as error:  # a name too long, a null byte
+        raise InputError(f"{option}: {source!r:.300} is not a path: {first_line(error)}") from error
+    if is_folder:
+        return _read_folder(path)
+    if is_file:
+        return {"train": read_file(path)}
+    check_ordinary(path, f"{option}: {source}")
+    if _looks_local(source):
+        raise InputError(f"{option}: file not found: there is no file or folder {source}.")
+    return _read_hub(source, option)
+
+
+def _looks_local(source: str) -> bool:
+    """Return whether a missing source was meant as a path: anything but `owner/name`."""
+    path = Path(source)
+    return (
+        not _HUB_ID.fullmatch(source)
+        or path.suffix.lower() in (*SUFFIXES, ".tsv", ".txt", ".arrow", ".gz", ".zip")
+        or path.parent.is_dir()  # owner/ exists here: a file in it was meant
+    )
+
+
+def _read_folder(folder: Path) -> dict[str, list[Record]]:
+    files = _files_in(folder)
+    if not files:
+        raise InputError(f"{folder} holds no data files ({', '.join(SUFFIXES)}).")
+    named = {path: _split_of(path.relative_to(folder)) for path in files}
+    if any(named.values()) and not all(named.values()):
+        unnamed = next(path for path, split in named.items() if split is None)
+        raise InputError(
+            f"{folder}: some file names contain train, test or validation, but {unnamed.name} does "
+            "not. Give one file, or name all of them."
+        )
+    splits: dict[str, list[Record]] = {}
+    for path, split in named.items():
+        splits.setdefault(split or "train", []).extend(read_file(path))
+    return splits
+
+
+def _files_in(folder: Path) -> list[Path]:
+    """Return the data files of a folder and its subfolders, sorted by path.
+
+    Raises:
+        InputError: A folder cannot be read, an entry named like a data file is not a file, or the
+            folder has more than `_MOST_ENTRIES` files.
+    """
+    found: list[Path] = []
+    seen = 0
+    for place, folders, names in os.walk(folder, onerror=_refuse_folder):
+        folders.sort()
+        seen += len(names) + len(folders)
+        if seen > _MOST_ENTRIES:
+            raise InputError(
+                f"{folder} holds more than {_MOST_ENTRIES:,} files. Give the folder of the data "
+                "files alone."
+            )
+        for name in names:
+            path = Path(place, name)
+            if path.suffix.lower() in SUFFIXES and not name.startswith("."):
+                check_ordinary(path, str(path))
+                found.append(path)
+    return sorted(found)
+
+
+def _refuse_folder(error: OSError) -> None:
+    raise InputError(f"{error.filename} cannot be read: {error.strerror}.") from error
+
+
+def _split_of(path: Path) -> str | None:
+    """Return the split named in a path; the file's name takes precedence over its folders'."""
+    for part in (path.stem, *reversed(path.parent.parts)):
+        for word in re.split(r"[^a-z]+", part.lower()):
+            if word in _SPLIT_WORDS:
+                return _SPLIT_WORDS[word]
+    return None
+
+
+def _check_hub(name: str, option: str) -> None:
+    """Check once that the Hub is reachable; `datasets` would retry for half a minute."""
+    from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url
+    from huggingface_hub.errors import HfHubHTTPError
+
+    if constants.HF_HUB_OFFLINE:  # use the cached copy
+        return
+    url = hf_hub_url(name, ".gitattributes", repo_type="dataset")
+    try:
+        get_hf_file_metadata(url)
+    except HfHubHTTPError:
+        return  # the Hub is reachable; `datasets` reports errors of the data set
+    except Exception as error:  # its type depends on the HTTP library of the Hub client
+        raise InputError(
+            f"{option}: {name} is no local file or folder, and {url} cannot be reached: "
+            f"{first_line(error)}. --{option} also takes a local file or folder; HF_HUB_OFFLINE=1 "
+            "uses a cached copy."
+        ) from error
+
+
+def _read_hub(name: str, option: str) -> dict[str, list[Record]]:
+    import datasets
+
+    _check_hub(name, option)
+    try:
+        loaded = datasets.load_dataset(name)
+        splits = {split: without_nulls(loaded[split].to_list()) for split in loaded}
+    except Exception as error:  # many types, from several libraries: all mean "no data"
+        raise InputError(
+            f"{option}: {name} is no local file or folder, and the Hugging Face Hub gave no data "
+            f"set of that name ({first_line(error)}). --{option} also takes a local file or folder."
+        ) from error
+    if len(splits) == 1:
+        return {"train": next(iter(splits.values()))}
+    known = {split: records for split, records in splits.items() if split in _SPLIT_WORDS.values()}
+    if not known:
+        raise InputError(
+            f"{option}: {name} has the splits {', '.join(splits)}, none of which is train, test "
+            "or validation. Save the split to use as a file."
+        )
+    return known

@@ -1,0 +1,1 @@
+"""Files that are written whole, locks, and room on the disk."""

@@ -1,0 +1,257 @@
+"""Two real steps of a run, in a directory that is thrown away: does it work, what will it take?"""
+
+from __future__ import annotations
+
+import random
+import time
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from molf.data.encoding import EncodedSamples
+from molf.disk.files import scratch_directory
+from molf.job.methods import TrainingData, plan
+from molf.job.model.saving_check import check_saving
+from molf.job.opening import Opening, open_training
+from molf.job.progress import Reporter
+from molf.job.record.directory import RunDirectory
+from molf.job.settings.planned import workload_of
+from molf.job.settings.resolved import ResolvedSettings
+from molf.job.settings.sft_config import sft_config
+from molf.job.steps import count_steps
+from molf.job.training import run_training
+from molf.planning.measure import PeakBytes, held_tensors
+from molf.planning.memory import MemoryPlan, Planner
+from molf.planning.quantised_base import planned_as
+from molf.planning.workload import why_not_planned
+from molf.tasks import Task
+
+STEPS = 2
+_ADALORA_STEPS = 3  # its schedule has three phases
+_SAMPLES = 1000
+
+
+@dataclass(frozen=True)
+class DryRun:
+    """What two steps showed.
+
+    Attributes:
+        examples: Examples of the task's training data.
+        tokenized: How many of them were tokenized, drawn by the seed.
+        left_out: How many of these are longer than the limit.
+        batch_size: Examples per forward pass.
+        length: The longest example of those tokenized; the steps were taken with the longest.
+        planned: The planned peak in bytes; None for a method that cannot be planned.
+        measured: The measured peak in bytes.
+        measured_of: What was measured.
+        planned_at_limit: The planned peak with examples as long as allowed, in bytes, or None.
+        limit: The longest example allowed, in tokens.
+        seconds: How long the second step took.
+        steps: Optimizer steps of the whole run.
+        estimated_seconds: How long they will take, judged by the lengths of the examples.
+    """
+
+    examples: int
+    tokenized: int
+    left_out: int
+    batch_size: int
+    length: int
+    planned: int | None
+    measured: int
+    measured_of: str
+    planned_at_limit: int | None
+    limit: int
+    seconds: float
+    steps: int
+    estimated_seconds: float
+
+
+def rehearse(settings: ResolvedSettings, task: Task, reporter: Reporter) -> DryRun:
+    """Do all that a run does up to its first two steps; nothing is left on disk.
+
+    Evaluations are left out. The steps are taken with the longest examples, and with the optimizer
+    state that the first of them makes.
+
+    Raises:
+        InputError: As the run would.
+    """
+    samples = task.training_samples
+    drawn = random.Random(settings.seed).sample(samples, min(len(samples), _SAMPLES))
+    opening = open_training(settings, drawn)
+    settings = opening.settings
+    base, encoded = opening.base, opening.encoded
+    for note in opening.notes:
+        reporter.say(note)
+    short_steps = _ADALORA_STEPS if settings.method == "adalora" else STEPS
+    batch = _actual_batch(settings, len(samples))
+    longest = _longest(encoded, short_steps, batch)
+    examples = len(encoded.input_ids)
+    steps = drawn_steps = count_steps(opening.arguments, examples)
+    if len(drawn) < len(samples):
+        steps = count_steps(opening.arguments, round(len(samples) * examples / len(drawn)))
+    made = plan(base.model, settings, TrainingData(encoded, drawn_steps))
+    check_saving(base, settings, made, steps, task.evaluation_count)
+    with scratch_directory("dry-run") as scratch:
+        short = replace(
+            batch,
+            output_dir=scratch / "run",
+            max_steps=short_steps,
+            warmup_ratio=0.0,
+            save_steps=None,
+            save_total_limit=None,
+            logging_steps=1,
+            report_to=("none",),
+        )
+        arguments = sft_config(short)
+        arguments.train_sampling_strategy = "sequential"
+        planned, at_limit = _planned(opening, longest, batch, arguments)
+        watch = _Watch(arguments.device)
+        try:
+            with RunDirectory(short.output_dir, overwrite=False) as directory:
+                run_training(
+                    base,
+                    TrainingData(longest, short_steps),
+                    short,
+                    arguments,
+                    directory,
+                    reporter,
+                    callbacks=[watch],
+                )
+        finally:
+            watch.stop()
+    on_cuda = arguments.device.type == "cuda"
+    return DryRun(
+        examples=len(samples),
+        tokenized=len(drawn),
+        left_out=encoded.left_out,
+        batch_size=batch.per_device_train_batch_size,
+        length=max(map(len, longest.input_ids)),
+        planned=planned,
+        measured=watch.peak.bytes,
+        measured_of="max_memory_allocated" if on_cuda else "live tensors, by torch's profiler",
+        planned_at_limit=at_limit,
+        limit=opening.max_length,
+        seconds=watch.seconds,
+        steps=steps,
+        estimated_seconds=watch.seconds * steps * _share_of_tokens(encoded, longest, batch),
+    )
+
+
+class _Watch(TrainerCallback):
+    """Measures the peak of the whole training, and the time of its last step."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._started = 0.0
+        self.seconds = 0.0
+        self.peak = PeakBytes(device)
+        self._is_measuring = False
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        """The model is on its device, and there is no gradient and no state yet."""
+        self.peak = PeakBytes(self._device, held_tensors(model))
+        self.peak.__enter__()
+        self._is_measuring = True
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Start the clock."""
+        self._wait()
+        self._started = time.perf_counter()
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Stop the clock; the last step's time stays."""
+        self._wait()
+        self.seconds = time.perf_counter() - self._started
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Stop measuring."""
+        self.stop()
+
+    def stop(self) -> None:
+        """Stop measuring, if that has begun; a profiler left on crashes the process at its end."""
+        if self._is_measuring:
+            self._is_measuring = False
+            self.peak.__exit__(None, None, None)
+
+    def _wait(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+
+
+def _actual_batch(settings: ResolvedSettings, examples: int) -> ResolvedSettings:
+    """The settings with a batch that the training will see: none has more than all examples."""
+    size = min(settings.per_device_train_batch_size, examples)
+    batches = -(-examples // size)
+    return replace(
+        settings,
+        per_device_train_batch_size=size,
+        gradient_accumulation_steps=min(settings.gradient_accumulation_steps, batches),
+    )
+
+
+def _longest(encoded: EncodedSamples, steps: int, settings: ResolvedSettings) -> EncodedSamples:
+    """The longest examples, enough for a batch, again and again in every forward pass."""
+    size = settings.per_device_train_batch_size
+    order = sorted(range(len(encoded.kept)), key=lambda i: len(encoded.input_ids[i]), reverse=True)
+    batch = [order[i % len(order)] for i in range(size)]
+    rows = batch * settings.gradient_accumulation_steps * steps
+    return replace(
+        encoded,
+        input_ids=[encoded.input_ids[row] for row in rows],
+        labels=[encoded.labels[row] for row in rows],
+        kept=[encoded.kept[row] for row in rows],
+    )
+
+
+def _planned(
+    opening: Opening,
+    longest: EncodedSamples,
+    settings: ResolvedSettings,
+    arguments: Any,
+) -> tuple[int | None, int | None]:
+    """The planned peaks: of the steps that are taken, and of those with the longest allowed."""
+    if why_not_planned(settings.method, settings.kernels) is not None:
+        return None, None
+    if opening.quantisation is not None and planned_as(opening.quantisation) is None:
+        return None, None
+    lengths = set(map(len, longest.input_ids))
+    workload = workload_of(
+        settings,
+        length=max(lengths),
+        padded=len(lengths) > 1,
+        device="cuda" if arguments.device.type == "cuda" else "cpu",
+        bf16=arguments.bf16,
+        quantised=planned_as(opening.quantisation),
+    )
+    at_limit = replace(
+        workload, length=opening.max_length, padded=settings.per_device_train_batch_size > 1
+    )
+    planner = Planner(opening.base.config)
+    plans: list[MemoryPlan] = [planner.memory(planned) for planned in (workload, at_limit)]
+    return plans[0].peak, plans[1].peak
+
+
+def _share_of_tokens(
+    encoded: EncodedSamples, longest: EncodedSamples, settings: ResolvedSettings
+) -> float:
+    """Tokens of a batch as they are drawn, padding included, over those of the longest batch."""
+    size = settings.per_device_train_batch_size
+    lengths = [len(row) for row in encoded.input_ids]
+    batches = [lengths[start : start + size] for start in range(0, len(lengths), size)]
+    drawn = sum(max(batch) * size for batch in batches) / len(batches)
+    return drawn / (size * max(map(len, longest.input_ids)))

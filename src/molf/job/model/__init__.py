@@ -1,0 +1,1 @@
+"""Loading, merging, saving and exporting the model of a job."""

@@ -1,0 +1,54 @@
+"""Check that the requested LoRA factors fit into memory, before any is allocated."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+
+from molf.errors import InputError
+from molf.inputs import memory_bytes
+from molf.job.methods.base import find_adapted_layers
+from molf.job.settings.resolved import ResolvedSettings
+from molf.planning.devices import show_bytes
+
+_NUMBER = 4  # bytes of a float32
+_MOMENTS = {"float32": 2 * _NUMBER, "8bit": 2}
+
+
+def check_factors(skeleton: Any, settings: ResolvedSettings, device: torch.device) -> None:
+    """Reject LoRA factors that exceed the device's total memory together with their moments.
+
+    Args:
+        skeleton: The model without weights.
+        settings: The settings.
+        device: The device of the training.
+
+    Raises:
+        InputError: The factors are too large; the message gives the bytes.
+    """
+    config = settings.method_config
+    if config is None:
+        return
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # given later by the method's own check
+        layers = find_adapted_layers(skeleton, settings)
+    numbers = sum(layer.lora_parameters(rank) for layer in layers for rank in config.ranks)
+    # The factors are float32 for all types of weights.
+    needed = numbers * (_NUMBER + _MOMENTS[settings.state_dtype])
+    there = _memory_of(device)
+    if there is not None and needed > there:
+        ranks = ",".join(map(str, config.ranks))
+        raise InputError(
+            f"Invalid ranks={ranks}: LoRA factors in {len(layers)} layers are {numbers:,} numbers "
+            f"and take {show_bytes(needed)} with their moments, and {device.type} has "
+            f"{show_bytes(there)}. Give smaller --ranks."
+        )
+
+
+def _memory_of(device: torch.device) -> int | None:
+    """Return the total memory of a device in bytes, or None if it is not known."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    return memory_bytes()

@@ -1,0 +1,169 @@
+"""Prepare a training or a dry run: check settings and model, load it, encode the examples."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from transformers import set_seed
+from trl import SFTConfig
+
+from molf.core.model.linear_layers import matching_linears
+from molf.core.model.quantised import Quantisation
+from molf.data.encoding import EncodedSamples, encode_samples
+from molf.data.samples import Sample
+from molf.errors import InputError
+from molf.job.loss_check import check_loss
+from molf.job.methods import check
+from molf.job.methods.storage import check_kernels
+from molf.job.model.factors_memory import check_factors
+from molf.job.model.loading import LoadedModel, load_model, load_skeleton
+from molf.job.model.quantised import check_device, check_quantisation
+from molf.job.settings.resolved import ResolvedSettings
+from molf.job.settings.sft_config import sft_config
+from molf.measure.generate import padding_id
+from molf.measure.inference import last_logits, length_limit
+from molf.measure.padding import right_padding_counts
+from molf.planning.reach import Reach, describe, find_reach
+
+_TRIED_TOKENS = 256
+
+
+@dataclass
+class Opening:
+    """A checked training with its model and data.
+
+    Attributes:
+        settings: The settings, with the modules that text does not reach.
+        arguments: The trainer's arguments.
+        base: The base model.
+        quantisation: The quantisation of the base in training; None for none.
+        max_length: The longest example in tokens that settings and model allow.
+        encoded: The examples.
+        notes: Notes on the model for the user, one line each.
+    """
+
+    settings: ResolvedSettings
+    arguments: SFTConfig
+    base: LoadedModel
+    quantisation: Quantisation | None
+    max_length: int
+    encoded: EncodedSamples
+    notes: tuple[str, ...]
+
+
+def open_training(settings: ResolvedSettings, samples: Sequence[Sample]) -> Opening:
+    """Check the settings on the device, load the model, and encode the examples.
+
+    Raises:
+        InputError: The model cannot be used, or the settings or the examples do not fit it. Nothing
+            was written.
+    """
+    arguments = sft_config(settings)
+    check_kernels(settings, arguments.device)
+    set_seed(settings.seed)  # before random initialisation, such as that of adapters
+    # The configuration alone gives the layers, so that wrong patterns fail before a download.
+    skeleton = load_skeleton(settings.model)
+    quantisation = check_quantisation(skeleton.config, settings)
+    check_device(quantisation, arguments.device)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Rank .* exceeds the smaller side")  # see `plan`
+        check_factors(skeleton, settings, arguments.device)
+        check(skeleton, settings)
+    base = load_model(settings.model, getattr(torch, settings.dtype))
+    max_length = length_limit(base.model, settings.max_length)
+    if settings.split_special_tokens:  # if False, the tokenizer's own setting stays
+        base.tokenizer.split_special_tokens = True
+    encoded = encode_samples(base.tokenizer, samples, max_length)
+    _check_ids(base, encoded, settings.model)
+    base.model.to(arguments.device)
+    reach = _reach(base, encoded, settings.model, arguments.router_aux_loss_coef)
+    _check_reached(base.model, settings, reach)
+    settings = replace(settings, unreached=reach.unreached, bypassed=reach.bypassed)
+    notes = (
+        describe(base.model, reach, in_adapter=settings.has_adapter),
+        base.carried.describe(),
+    )
+    _check_padding(base, encoded, settings)
+    return Opening(
+        settings,
+        arguments,
+        base,
+        quantisation,
+        max_length,
+        encoded,
+        tuple(filter(None, notes)),
+    )
+
+
+def _reach(
+    base: LoadedModel, encoded: EncodedSamples, model: str, router_coefficient: float | None
+) -> Reach:
+    """Run the beginning of the longest example, and return the modules it does not reach.
+
+    Raises:
+        InputError: The model needs more than text, or TRL's trainer does not support it.
+    """
+    longest = max(encoded.input_ids, key=len)[:_TRIED_TOKENS]
+    pad = padding_id(base.tokenizer)
+    devices = [base.model.device] if base.model.device.type == "cuda" else []
+    try:
+        with torch.random.fork_rng(devices):  # a model in training mode may use random numbers
+            reach = find_reach(base.model, lambda: last_logits(base.model, [longest], pad, keep=1))
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # without their other inputs, models raise errors of many types
+        reason = str(error).strip().split("\n")[0] or type(error).__name__
+        raise InputError(
+            f"model {model}: {type(base.model).__name__} fails on the text of an example: {reason}"
+        ) from error
+    check_loss(model, base.model, longest, pad, router_coefficient)
+    return reach
+
+
+def _check_reached(model: Any, settings: ResolvedSettings, reach: Reach) -> None:
+    """Reject settings whose chosen layers are all left out of the training."""
+    config = settings.method_config
+    if config is None:
+        return
+    left_out = (*reach.unreached, *(reach.bypassed if settings.has_adapter else ()))
+    chosen = matching_linears(model, config)
+    if all(any(f"{name}.".startswith(f"{one}.") for one in left_out) for name in chosen):
+        raise InputError(
+            f"No text reaches the {len(chosen)} layers that the settings choose, such as "
+            f"{next(iter(chosen))}: training would not move them. Choose others with "
+            "--target_modules and --exclude_modules."
+        )
+
+
+def _check_ids(base: LoadedModel, encoded: EncodedSamples, model: str) -> None:
+    """Reject examples with tokens that the tokenizer has and the model's embeddings lack."""
+    highest = max(map(max, encoded.input_ids))
+    rows = base.model.get_input_embeddings().weight.shape[0]
+    if highest >= rows:
+        raise InputError(
+            f"model {model}: the examples have the token "
+            f"{base.tokenizer.convert_ids_to_tokens(highest)!r} (id {highest}), and the model has "
+            f"{rows} embeddings. Resize them, or give data without it."
+        )
+
+
+def _check_padding(base: LoadedModel, encoded: EncodedSamples, settings: ResolvedSettings) -> None:
+    """Reject batches whose padding would change the loss.
+
+    Padding follows the text, so this concerns only models whose tokens depend on later ones.
+    """
+    lengths = set(map(len, encoded.input_ids))
+    size = settings.per_device_train_batch_size
+    if size == 1 or len(lengths) == 1:
+        return
+    if right_padding_counts(base.model, padding_id(base.tokenizer)):
+        raise InputError(
+            f"Invalid per_device_train_batch_size={size} with model {settings.model}: "
+            f"{type(base.model).__name__} takes the padding after a text into account, so the loss "
+            "would depend on the batch. Give --per_device_train_batch_size 1 and as many "
+            "--gradient_accumulation_steps as a step has examples."
+        )

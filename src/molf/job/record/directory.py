@@ -1,0 +1,304 @@
+"""Create and lock the directory of a run; an earlier run is replaced only with `--overwrite`."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+from types import TracebackType
+
+from molf.disk.files import is_unfinished, making_directory
+from molf.disk.locks import InUseError, Lock, in_use
+from molf.disk.room import nearest_existing
+from molf.errors import InputError
+from molf.job.record.ownership import A_RUN, CONFIG, Ownership, run_of_part
+from molf.paths import check_path, check_unicode
+
+_LONGEST_NAME = 200  # bytes; temporary names beside it are longer, and the limit is 255
+
+
+def check_output(
+    path: Path, *, overwrite: bool, ownership: Ownership = A_RUN, renames: bool = False
+) -> None:
+    """Check that a run may be written to `path`, without writing anything.
+
+    Args:
+        path: The directory.
+        overwrite: Whether an earlier run there may be replaced.
+        ownership: The kind of directory that may be replaced.
+        renames: Whether the directory is written beside `path` and renamed, so that its parent
+            must be writable.
+
+    Raises:
+        InputError: The directory must not be replaced, is in use, or cannot be written.
+    """
+    check_path(path, "output_dir")
+    check_unicode(path, "output_dir")
+    length = len(os.fsencode(path.name))
+    if length > _LONGEST_NAME:
+        raise InputError(
+            f"output_dir {path.name[:50]}... has a name of {length} bytes. Must be at most "
+            f"{_LONGEST_NAME}."
+        )
+    _check_not_in_use(path)
+    _check_no_part(path)
+    if path.exists():
+        _check_content(path, overwrite=overwrite, ownership=ownership)
+    place = nearest_existing(path.absolute().parent if renames else path)
+    if not place.is_dir():
+        raise InputError(f"output_dir {path} cannot be made: {place} is not a directory.")
+    _check_writable(place, f"output_dir {path}")
+
+
+def check_fallback(path: Path | None) -> None:
+    """Check that the fallback directory can be written.
+
+    Raises:
+        InputError: It is no directory, or cannot be written.
+    """
+    if path is None:
+        return
+    if not path.is_dir():
+        raise InputError(f"fallback_dir {path} is not a directory. Give one that exists.")
+    _check_writable(path, f"fallback_dir {path}")
+
+
+def _check_writable(place: Path, given: str) -> None:
+    try:
+        # Only a write shows it: permissions miss read-only file systems and /proc.
+        with making_directory(place / "output_dir"):
+            pass
+    except OSError as error:
+        raise InputError(f"{given} cannot be written: {place}: {error.strerror}.") from error
+
+
+def _check_not_in_use(path: Path) -> None:
+    """Reject a directory that another process uses, or that is inside a running run."""
+    if in_use(path):
+        raise InputError(_in_use(path))
+    for parent in path.absolute().parents:
+        # Only directories of runs count: other programs lock directories as well.
+        if (parent / CONFIG).is_file() and in_use(parent, by_writers=True):
+            raise InputError(
+                f"output_dir {path} lies in {parent}, where a run of molf train is not over. Wait "
+                "for its end, or give another --output_dir."
+            )
+
+
+def _check_no_part(path: Path) -> None:
+    """Reject a directory inside a run, which --overwrite would delete with that run."""
+    run = run_of_part(path)
+    if run is not None:
+        raise InputError(
+            f"output_dir {path} lies in a part of {run}, a run of molf train that is replaced as a "
+            "whole. Give another --output_dir."
+        )
+
+
+def _check_content(path: Path, *, overwrite: bool, ownership: Ownership) -> None:
+    """Reject an existing directory, unless molf wrote all of it and `overwrite` is set."""
+    if not path.is_dir():
+        raise InputError(f"output_dir {path} is a file. Give a directory that is new or empty.")
+    if _is_empty(path):
+        return
+    fault = ownership.fault(path)
+    if not overwrite and fault is None:
+        raise InputError(
+            f"output_dir {path} exists and is not empty. Give --overwrite to replace it, "
+            "or another --output_dir."
+        )
+    if not overwrite:
+        raise InputError(
+            f"output_dir {path} exists and is not empty, and is not {ownership.what} alone "
+            f"({fault}), so --overwrite would not replace it either. Give another "
+            "--output_dir."
+        )
+    if fault is not None:
+        raise InputError(
+            f"output_dir {path} is not {ownership.what} alone ({fault}), so --overwrite "
+            "does not replace it. Give another --output_dir."
+        )
+
+
+def _is_empty(path: Path) -> bool:
+    """Return whether a directory has no files except temporary ones of molf."""
+    return all(is_unfinished(entry.name) for entry in path.iterdir())
+
+
+def _in_use(path: Path) -> str:
+    return (
+        f"output_dir {path} is in use: a run of molf train is writing there, or another command is "
+        "reading it. --overwrite does not replace it either. Wait for the end, or give another "
+        "--output_dir."
+    )
+
+
+@contextmanager
+def locking_runs(sources: Iterable[str | Path | None]) -> Iterator[None]:
+    """Lock runs that inputs are read from, so that they are not replaced during the block.
+
+    Args:
+        sources: Paths of the inputs; those outside of runs are ignored.
+    """
+    with ExitStack() as stack:
+        for source in sources:
+            if source is None:
+                continue
+            path = Path(os.path.abspath(os.path.expanduser(source)))
+            for place in (path, *path.parents):
+                if (place / CONFIG).is_file():
+                    with suppress(OSError):  # locked by its own run, so it is not replaced
+                        stack.enter_context(Lock(place, shared=True, wait=0))
+        yield
+
+
+class RunDirectory:
+    """A run's directory, created when the run starts and locked until `release`.
+
+    A replaced run is renamed first and deleted only by `complete()`, so that a failed run does not
+    destroy it.
+
+    A user may move, delete or replace the directory during the run. The run then writes to the
+    moved directory, or to a new one. Therefore paths in it are computed for each write
+    (`directory / NAME`), and not stored.
+
+    Attributes:
+        path: The directory.
+        replaced: The path of the renamed earlier run, or None.
+
+    Raises:
+        InputError: The directory must not be replaced, or cannot be written.
+    """
+
+    def __init__(self, path: Path, *, overwrite: bool) -> None:
+        check_output(path, overwrite=overwrite)
+        self.path = path
+        self.replaced: Path | None = None
+        self._earlier: Lock | None = None
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            self._lock = Lock(path)
+            if not self._lock.is_at(path):
+                raise InUseError
+            # Checked again under the lock: another run may have written there since.
+            _check_content(path, overwrite=overwrite, ownership=A_RUN)
+            if not _is_empty(path):
+                self._set_aside()
+        except InUseError as error:
+            self._restore()
+            raise InputError(f"{_in_use(path)}{self.kept()}") from error
+        except OSError as error:
+            self._restore()
+            raise InputError(
+                f"output_dir {path} cannot be made: {error.strerror}.{self.kept()}"
+            ) from error
+        except InputError:
+            self.release()
+            raise
+
+    def __enter__(self) -> RunDirectory:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.release()
+
+    def __truediv__(self, name: str) -> Path:
+        """Return the path of a file of the run, for a write at once.
+
+        Warns:
+            UserWarning: The directory was moved, deleted or replaced.
+        """
+        if self._lock.is_held and not self._lock.is_at(self.path):
+            self._follow()
+        return self.path / name
+
+    def complete(self) -> None:
+        """Delete the earlier run, after this one is complete.
+
+        Warns:
+            UserWarning: It cannot be deleted.
+        """
+        if self.replaced is None:
+            return
+        try:
+            if self._earlier is None or self._earlier.is_at(self.replaced):
+                shutil.rmtree(self.replaced)
+        except OSError as error:
+            warnings.warn(
+                f"The run is complete, but the earlier one was not deleted from {self.replaced}: "
+                f"{error}",
+                stacklevel=2,
+            )
+        self.replaced = None
+
+    def discard(self) -> None:
+        """Delete this run, and restore the earlier one."""
+        if self._lock.is_at(self.path):
+            shutil.rmtree(self.path)
+        self._restore()
+
+    def kept(self) -> str:
+        """Return a sentence with the path of the earlier run; empty if there is none."""
+        return f" The earlier run is kept in {self.replaced}." if self.replaced else ""
+
+    def release(self) -> None:
+        """Release the locks at the end of the run."""
+        for lock in (getattr(self, "_lock", None), self._earlier):
+            if lock is not None:
+                lock.release()
+
+    def _set_aside(self) -> None:
+        """Rename the earlier run, and create a new directory at its path."""
+        self._earlier = self._lock
+        self.replaced = self.path.rename(_unused_name(self.path, "replaced"))
+        self.path.mkdir()
+        self._lock = Lock(self.path)
+
+    def _restore(self) -> None:
+        if self.replaced is not None and not os.path.lexists(self.path):
+            self.replaced.rename(self.path)
+            self.replaced = None
+        self.release()
+
+    def _follow(self) -> None:
+        """Set `path` to where the directory was moved; if it was deleted, to a new one."""
+        lost, place = self.path, self._lock.place()
+        if place is not None:
+            self.path = place
+            warnings.warn(
+                f"output_dir {lost} was moved during its run: the run writes to {place} "
+                "from now on.",
+                stacklevel=4,
+            )
+            return
+        try:
+            self.path = _unused_name(lost, "recovered")
+            self.path.mkdir(parents=True)
+        except OSError:
+            self.path = Path(tempfile.mkdtemp(prefix=f"{lost.name}-"))
+        self._lock.release()
+        self._lock = Lock(self.path)
+        warnings.warn(
+            f"output_dir {lost} was deleted or replaced during its run: the run writes to "
+            f"{self.path} from now on, and its earlier files are not there.",
+            stacklevel=4,
+        )
+
+
+def _unused_name(path: Path, suffix: str) -> Path:
+    """Return an unused name beside `path`."""
+    number = 0
+    while True:
+        number += 1
+        candidate = path.with_name(f"{path.name}.{suffix}-{number}")
+        if not candidate.exists():
+            return candidate

@@ -1,0 +1,161 @@
+"""Recognise directories that molf wrote: runs, evaluations and exports.
+
+`--overwrite` deletes, so a directory qualifies only if it has molf's record and no other files.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, ClassVar
+
+import yaml
+
+from molf.disk.files import is_unfinished
+
+CONFIG = "config.yaml"
+ENVIRONMENT = "environment.json"
+METRICS = "metrics.jsonl"
+ROUTING = "routing"
+CHECKPOINTS = "checkpoints"
+ADAPTER = "adapter"
+MODEL = "model"
+LOW_HALVES = "low_halves.safetensors"
+EVALUATION = "eval.json"
+PREDICTIONS = "predictions.jsonl"
+ERROR_LOG = "error.log"
+EXPORT = "molf_export.json"
+
+_RUN_ENTRIES = frozenset(
+    {
+        CONFIG,
+        ENVIRONMENT,
+        METRICS,
+        ROUTING,
+        CHECKPOINTS,
+        ADAPTER,
+        MODEL,
+        LOW_HALVES,
+        EVALUATION,
+        PREDICTIONS,
+        ERROR_LOG,
+    }
+)
+
+
+class Ownership(ABC):
+    """A kind of directory that molf writes.
+
+    Attributes:
+        what: Its name, for messages.
+    """
+
+    what: ClassVar[str]
+
+    @abstractmethod
+    def fault(self, path: Path) -> str | None:
+        """Return why a directory is not of this kind, or a foreign file in it; None if it is."""
+
+
+class _Run(Ownership):
+    what = "a run of molf train"
+
+    def fault(self, path: Path) -> str | None:
+        if not (path / CONFIG).is_file():
+            return f"it has no {CONFIG}"
+        if not is_run_config(_read_yaml(path / CONFIG)):
+            return f"its {CONFIG} is not that of a run"
+        if not (path / ENVIRONMENT).is_file():
+            return f"it has no {ENVIRONMENT}"
+        return _foreign(
+            entry
+            for entry in path.iterdir()
+            if entry.name not in _RUN_ENTRIES
+            and not (entry.is_dir() and not entry.is_symlink() and AN_EXPORT.fault(entry) is None)
+        )
+
+
+class _Evaluation(Ownership):
+    what = "an evaluation of molf eval"
+
+    def fault(self, path: Path) -> str | None:
+        for name in (CONFIG, MODEL):
+            if (path / name).exists():
+                return f"it has a {name}, as a run does"
+        if not (path / EVALUATION).is_file():
+            return f"it has no {EVALUATION}"
+        record = _read_json(path / EVALUATION)
+        if not isinstance(record, dict) or not ("tasks" in record or "metrics" in record):
+            return f"its {EVALUATION} is not that of an evaluation"
+        return _foreign(
+            entry
+            for entry in path.iterdir()
+            if entry.name != EVALUATION and entry not in predictions_in(path)
+        )
+
+
+class _Export(Ownership):
+    what = "an export of molf export"
+
+    def fault(self, path: Path) -> str | None:
+        if not (path / EXPORT).is_file():
+            return f"it has no {EXPORT}"
+        record = _read_json(path / EXPORT)
+        files = record.get("files") if isinstance(record, dict) else None
+        if not isinstance(files, list):
+            return f"its {EXPORT} is not that of an export"
+        return _foreign(entry for entry in path.iterdir() if entry.name not in (EXPORT, *files))
+
+
+A_RUN = _Run()
+AN_EVALUATION = _Evaluation()
+AN_EXPORT = _Export()
+
+
+def is_run_config(config: Any) -> bool:
+    """Return whether the content of a `config.yaml` is that of a run."""
+    return isinstance(config, dict) and "method" in config and isinstance(config.get("run"), dict)
+
+
+def is_run(path: Path) -> bool:
+    """Return whether a directory is that of a run; other files in it are allowed."""
+    return (path / CONFIG).is_file() and is_run_config(_read_yaml(path / CONFIG))
+
+
+def run_of_part(path: Path) -> Path | None:
+    """The run that a path is a part of, links followed, by its name or by one above it."""
+    place = Path(os.path.realpath(path))
+    for part in (place, *place.parents):
+        if part.name in _RUN_ENTRIES and is_run(part.parent):
+            return part.parent
+    return None
+
+
+def predictions_in(path: Path) -> list[Path]:
+    """Return the prediction files of an evaluation in a directory."""
+    return sorted(entry for entry in path.glob("predictions*.jsonl") if entry.is_file())
+
+
+def _foreign(entries: Iterable[Path]) -> str | None:
+    names = sorted(entry.name for entry in entries if not is_unfinished(entry.name))
+    if not names:
+        return None
+    more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+    return f"it holds {names[0]}{more}, which molf did not write there"
+
+
+def _read_yaml(path: Path) -> Any:
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError, yaml.YAMLError):
+        return None
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None

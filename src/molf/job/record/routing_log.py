@@ -1,0 +1,194 @@
+"""Write and read the routing log of a run: step, layer, scores and winners, as Parquet."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from molf.disk.files import replacing_file
+from molf.errors import InputError
+from molf.job.record.finished_run import check_run
+from molf.job.record.ownership import CONFIG, ROUTING
+from molf.paths import check_path
+
+if TYPE_CHECKING:
+    from molf.core.step.routing import Decision
+
+SCHEMA = pa.schema(
+    [
+        ("step", pa.int64()),
+        ("layer", pa.string()),
+        ("expert", pa.string()),
+        ("score", pa.float64()),
+        ("winner", pa.bool_()),
+    ]
+)
+
+
+class RoutingWriter:
+    """Writes `part-00000.parquet`, `part-00001.parquet`, ... into a directory.
+
+    Each part is written atomically and contains whole steps. The end of the `with` block writes the
+    pending rows, also when training fails. A failed write is retried with the next part.
+
+    Args:
+        directory: The directory, or a function that returns it; created with the first part.
+        rows_per_part: Write a part when this many rows are pending ...
+        seconds_per_part: ... or when the oldest row has been pending this long.
+
+    Warns:
+        UserWarning: A part cannot be written; once, and again if it still fails at the end.
+    """
+
+    def __init__(
+        self,
+        directory: Path | Callable[[], Path],
+        *,
+        rows_per_part: int = 250_000,
+        seconds_per_part: float = 60.0,
+    ) -> None:
+        self._directory = directory
+        self.rows_per_part = rows_per_part
+        self.seconds_per_part = seconds_per_part
+        self._parts = 0
+        self._pending: dict[str, list[Any]] = {name: [] for name in SCHEMA.names}
+        self._waiting_since = 0.0
+        self._fails = False
+
+    @property
+    def directory(self) -> Path:
+        """The directory of the next part."""
+        return self._directory() if callable(self._directory) else self._directory
+
+    def __enter__(self) -> RoutingWriter:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if not self._written() and self._fails:
+            first, last = self._pending["step"][0] + 1, self._pending["step"][-1] + 1
+            warnings.warn(
+                f"The routing of steps {first} to {last} was not written to {self.directory}.",
+                stacklevel=2,
+            )
+
+    def add(self, step: int, routing: Mapping[str, Decision]) -> None:
+        """Add one step's decisions, layers in the optimizer's order."""
+        pending = self._pending
+        if not pending["step"]:
+            self._waiting_since = time.monotonic()
+        for layer, decision in routing.items():
+            for expert, score in decision.scores.items():
+                pending["step"].append(step)
+                pending["layer"].append(layer)
+                pending["expert"].append(expert)
+                pending["score"].append(score)
+                pending["winner"].append(expert in decision.winners)
+        waited = time.monotonic() - self._waiting_since
+        is_large = len(pending["step"]) >= self.rows_per_part and not self._fails
+        if is_large or waited >= self.seconds_per_part:
+            self._written()
+
+    def _written(self) -> bool:
+        """Try to write the pending rows as one part; return whether none are pending."""
+        try:
+            self.flush()
+        except (OSError, pa.ArrowException) as error:
+            self._waiting_since = time.monotonic()
+            if not self._fails:
+                warnings.warn(
+                    f"The routing cannot be written to {self.directory}: "
+                    f"{getattr(error, 'strerror', None) or error}. Training goes on, and it is "
+                    "tried again.",
+                    stacklevel=3,
+                )
+            self._fails = True
+            return False
+        self._fails = False
+        return True
+
+    def flush(self) -> None:
+        """Write the pending rows as one part.
+
+        Raises:
+            OSError: They cannot be written, and stay pending.
+        """
+        if not self._pending["step"]:
+            return
+        directory = self.directory
+        directory.mkdir(exist_ok=True)
+        table = pa.table(self._pending, schema=SCHEMA)
+        with replacing_file(directory / f"part-{self._parts:05d}.parquet") as path:
+            pq.write_table(table, path)
+        self._parts += 1
+        for values in self._pending.values():
+            values.clear()
+
+
+def routing_parts(run: Path) -> list[Path]:
+    """Return the routing parts of a run in order.
+
+    Raises:
+        InputError: `run` is no run directory, or its method does not route.
+    """
+    check_path(run, "run")
+    parts = sorted((run / ROUTING).glob("part-*.parquet"))
+    if not parts:
+        check_run(run)
+        if (run / CONFIG).is_file():
+            raise InputError(
+                f"{run} has no routing: only molf and molf-e route updates, and an unfinished run "
+                "has none before its first part is written."
+            )
+        raise InputError(
+            f"{run} is not a run of `molf train`: it has no {CONFIG} and no {ROUTING}/."
+        )
+    return parts
+
+
+def read_routing(run: Path) -> pa.Table:
+    """Return the whole routing of a run: columns step, layer, expert, score, winner.
+
+    Raises:
+        InputError: `run` is no run directory, its method does not route, or a part is damaged.
+    """
+    return pa.concat_tables(_read(part) for part in routing_parts(run))
+
+
+def iter_steps(run: Path) -> Iterator[dict[str, Any]]:
+    """Yield `{"step": i, "selections": {layer: {"winners": [...], "scores": {...}}}}` per step."""
+    for part in routing_parts(run):
+        # Parts contain whole steps, so only one part is in memory at a time.
+        current: dict[str, Any] | None = None
+        for row in _read(part).to_pylist():
+            if current is None or current["step"] != row["step"]:
+                if current is not None:
+                    yield current
+                current = {"step": row["step"], "selections": {}}
+            selection = current["selections"].setdefault(
+                row["layer"], {"winners": [], "scores": {}}
+            )
+            selection["scores"][row["expert"]] = row["score"]
+            if row["winner"]:
+                selection["winners"].append(row["expert"])
+        if current is not None:
+            yield current
+
+
+def _read(part: Path) -> pa.Table:
+    try:
+        return pq.read_table(part, schema=SCHEMA)
+    except (pa.ArrowException, OSError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise InputError(f"{part} is not a readable Parquet file: {reason}") from error

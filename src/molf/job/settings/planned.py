@@ -1,0 +1,100 @@
+"""The workload of a training, for `molf plan` and the dry run."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import replace
+from typing import Any
+
+from molf.core.config import MoLFConfig
+from molf.core.model.quantised import Quantisation, quantisation_of
+from molf.errors import InputError
+from molf.job.settings.resolved import ResolvedSettings
+from molf.job.settings.settings import TrainSettings
+from molf.planning.quantised_base import planned_as
+from molf.planning.workload import QUANTISABLE, Workload
+
+
+def workload_of(
+    settings: ResolvedSettings,
+    *,
+    length: int,
+    padded: bool,
+    device: str,
+    bf16: bool,
+    quantised: str | None,
+    num_gpus: int = 1,
+) -> Workload:
+    """Return what `molf.planning` plans of a training.
+
+    Args:
+        settings: The settings of the training, with a method of `planning.workload.METHODS`.
+        length: Tokens of the longest example.
+        padded: Whether a batch holds examples of different lengths.
+        device: `cuda` or `cpu`.
+        bf16: Whether the forward pass runs under bfloat16 autocast.
+        quantised: `load_in_4bit`, `load_in_8bit` or None.
+        num_gpus: Devices that share weights, gradients and state.
+
+    Raises:
+        InputError: The options exclude each other.
+    """
+    return Workload(
+        method=settings.method,
+        config=settings.method_config,
+        batch_size=settings.per_device_train_batch_size,
+        length=length,
+        accumulates=settings.gradient_accumulation_steps > 1,
+        checkpointing=settings.gradient_checkpointing,
+        dtype=settings.dtype,
+        bf16=bf16,
+        device=device,
+        padded=padded,
+        num_gpus=num_gpus,
+        quantised=quantised,
+        **settings.optimizer_options.as_keywords(),
+    )
+
+
+def planned_quantisation(model: Any, settings: ResolvedSettings) -> str | None:
+    """Return how the base of a planned training is quantised: as stored, or as an option asks.
+
+    Args:
+        model: The model's transformers configuration.
+        settings: The settings of the training.
+
+    Raises:
+        InputError: The stored base does not go with these, or cannot be planned.
+    """
+    stored: Quantisation | None = quantisation_of(model)
+    asked = settings.quantised
+    if stored is None:
+        return asked
+    base = f"model {settings.model} (stored quantised: {stored})"
+    planned = planned_as(stored)
+    if planned is None:
+        raise InputError(
+            f"Invalid {base}: of stored quantised models, those of bitsandbytes can be planned "
+            "(4-bit, 8-bit). Give one of these, or the unquantised model."
+        )
+    settings.check_beside_quantised(base, "give the unquantised model")
+    if asked not in (None, planned):
+        raise InputError(
+            f"Invalid {asked} with {base}. Leave {asked} out, or give the unquantised model."
+        )
+    return planned
+
+
+def configs_with_frozen_base(settings: TrainSettings) -> dict[str, MoLFConfig]:
+    """Return the adapters of the methods that freeze the base, by method, with these settings."""
+    configs = {}
+    for method in QUANTISABLE:
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of settings that nobody has chosen yet
+                config = replace(settings, method=method).method_config
+        except InputError:  # an option is for other methods
+            continue
+        if config is not None:
+            configs[method] = config
+    return configs

@@ -1,0 +1,214 @@
+"""The settings once what depends on the method, the task and the time is filled in."""
+
+from __future__ import annotations
+
+import secrets
+import warnings
+from dataclasses import asdict, dataclass, fields
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from molf.core.config import MoLFConfig
+from molf.errors import InputError
+from molf.job.settings.defaults import ADAPTERS, MERGE_BASES, QUANTISABLE, STORAGE, defaults_for
+from molf.job.settings.settings import TrainSettings
+from molf.paths import absolute, check_path, settled
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResolvedSettings(TrainSettings):
+    """The settings with no such default left open.
+
+    Attributes:
+        unreached: Modules that no text reaches, which are left out; known once the model is loaded.
+        bypassed: Layers that the model uses without calling them, which no adapter can change.
+    """
+
+    model: str
+    learning_rate: float
+    lora_learning_rate: float
+    num_train_epochs: float
+    per_device_train_batch_size: int
+    gradient_accumulation_steps: int
+    max_grad_norm: float
+    output_dir: Path
+    unreached: tuple[str, ...] = ()
+    bypassed: tuple[str, ...] = ()
+
+    @property
+    def method_config(self) -> MoLFConfig | None:
+        """The experts or the adapter, without the layers that these cannot train."""
+        config = super().method_config
+        if config is None:
+            return None
+        return config.without((*self.unreached, *(self.bypassed if self.has_adapter else ())))
+
+    @property
+    def has_adapter(self) -> bool:
+        """Whether what is trained is, or is beside, a PEFT adapter."""
+        return self.method in (*ADAPTERS, "molf-e") or self.is_explicit
+
+    @property
+    def trains_dense(self) -> bool:
+        """Whether anything is trained beside LoRA factors, and so by `learning_rate`."""
+        if self.method in ADAPTERS:
+            return False
+        config = self.method_config
+        return config is None or not (config.freeze_base and config.freezes_rest)
+
+    @property
+    def is_explicit(self) -> bool:
+        """Whether MoLF's experts are an adapter beside trained weights, as dropout demands."""
+        config = super().method_config
+        return self.method == "molf" and config is not None and config.lora_dropout > 0
+
+    def as_options(self) -> dict[str, Any]:
+        """Return the settings as plain values: a recipe that `molf train --config` accepts."""
+        options = asdict(self)
+        for name in ("unreached", "bypassed"):  # no options: the next run finds them by itself
+            del options[name]
+        for name, value in options.items():
+            if isinstance(value, Path):
+                options[name] = str(value)
+            elif isinstance(value, tuple):
+                options[name] = list(value)
+        return options
+
+
+def resolve(settings: TrainSettings, now: datetime) -> ResolvedSettings:
+    """Fill in every default that depends on the method, the task or the time.
+
+    Raises:
+        InputError: The task needs an option that was not given.
+
+    Warns:
+        UserWarning: Options that do nothing with these others were given, or several ranks for one
+            adapter.
+    """
+    _warn_of_unused(settings)
+    _warn_of_ranks(settings)
+    given = {name: value for name, value in vars(settings).items() if value is not None}
+    values = {**defaults_for(settings.method, settings.task), **given}
+    for name in _unused(settings):
+        values[name] = _DEFAULTS[name]
+    if settings.quantised is not None and settings.merge_base is None:
+        values["merge_base"] = MERGE_BASES[0]
+    config = settings.method_config
+    if config is not None:
+        values |= {"ranks": config.ranks, "alpha": config.alphas, "use_rslora": config.use_rslora}
+    if settings.lora_learning_rate is None and settings.learning_rate is not None:
+        values["lora_learning_rate"] = None  # a task's own rate goes with the task's other rate
+    if values.get("lora_learning_rate") is None:
+        values["lora_learning_rate"] = values["learning_rate"]
+    if "optimizer_in_backward" in _UNUSED[settings.method] or not settings.optimizer_in_backward:
+        values.setdefault("max_grad_norm", 1.0)
+    else:
+        _use_in_backward(values)
+    is_rounded = settings.dtype == "bfloat16" and "weight_rounding" not in _UNUSED[settings.method]
+    if is_rounded and settings.weight_rounding is None:
+        values["weight_rounding"] = "exact"  # what the optimizers make of None
+    values["model"] = settings.model or _task_model(settings.task)
+    if settings.output_dir is None:
+        values["output_dir"] = _fresh_directory(settings, values["model"], now)
+    else:
+        check_path(settings.output_dir, "output_dir")
+        values["output_dir"] = settled(settings.output_dir)
+    if settings.fallback_dir is not None:
+        check_path(settings.fallback_dir, "fallback_dir")
+        values["fallback_dir"] = settled(settings.fallback_dir).absolute()
+    for name in ("model", "data", "eval_data", "forgetting_data"):
+        if values.get(name) is not None:  # what is written down must hold from anywhere
+            values[name] = absolute(values[name])
+    return ResolvedSettings(**values)
+
+
+_DEFAULTS = {
+    option.name: option.default
+    for option in fields(TrainSettings)
+    if option.name != "training_args"
+}
+_ROUTING = ("score", "top_k", "freeze_rest")
+_ADAPTER = (
+    "ranks",
+    "alpha",
+    "use_rslora",
+    "lora_dropout",
+    "target_modules",
+    "exclude_modules",
+    "lora_learning_rate",
+    "lora_weight_decay",
+)
+_UNUSED = {
+    "fft": (*_ADAPTER, "match", "loraplus_lr_ratio", *_ROUTING),
+    "molf": ("match", "loraplus_lr_ratio"),
+    "molf-e": ("match", "loraplus_lr_ratio", "weight_rounding"),  # PEFT's factors are float32
+    **dict.fromkeys(ADAPTERS, ("weight_decay", "loraplus_lr_ratio", *_ROUTING, *STORAGE)),
+    "lora+": ("weight_decay", *_ROUTING, *STORAGE),
+}
+
+
+def _unused(settings: TrainSettings) -> tuple[str, ...]:
+    """Names of the options that do nothing with these others."""
+    unused = _UNUSED[settings.method]
+    if settings.method == "molf-e" and settings.freeze_rest is not False:
+        unused = ("weight_decay", *unused)
+    if settings.method not in QUANTISABLE:
+        unused = (*unused, "merge_base")
+    return unused
+
+
+def _use_in_backward(values: dict[str, Any]) -> None:
+    """Turn off what steps in the backward pass cannot do; the user did not ask for it."""
+    values["max_grad_norm"] = 0.0
+    steps = values["gradient_accumulation_steps"]
+    if steps > 1:
+        batch = values["per_device_train_batch_size"]
+        warnings.warn(
+            f"optimizer_in_backward accumulates no gradients: a step has {batch} examples instead "
+            f"of {batch * steps}. Raise per_device_train_batch_size if that fits.",
+            stacklevel=3,
+        )
+        values["gradient_accumulation_steps"] = 1
+
+
+def _warn_of_unused(settings: TrainSettings) -> None:
+    unused = [name for name in _unused(settings) if getattr(settings, name) != _DEFAULTS[name]]
+    if unused:
+        warnings.warn(
+            f"Without effect with method={settings.method}: {', '.join(unused)}.", stacklevel=3
+        )
+    limit = settings.max_skipped_steps
+    if settings.nonfinite == "raise" and limit != _DEFAULTS["max_skipped_steps"]:
+        warnings.warn(
+            f"Without effect with nonfinite=raise: max_skipped_steps={limit}. Give --nonfinite "
+            "skip to have steps skipped.",
+            stacklevel=3,
+        )
+
+
+def _warn_of_ranks(settings: TrainSettings) -> None:
+    config = settings.method_config
+    if settings.method in ADAPTERS and config and len(settings.ranks or ()) > 1:
+        given = ",".join(map(str, settings.ranks or ()))
+        warnings.warn(
+            f"method={settings.method} trains one adapter: ranks={given} give it their sum, "
+            f"{config.ranks[0]}.",
+            stacklevel=3,
+        )
+
+
+def _task_model(task: str) -> str:
+    if not task.startswith("demo-"):
+        raise InputError(
+            f"task={task} needs --model: a local directory in transformers format, or a Hub id."
+        )
+    from molf.world import BASE_PATH
+
+    return str(BASE_PATH)
+
+
+def _fresh_directory(settings: TrainSettings, model: str, now: datetime) -> Path:
+    """A directory name that no other run takes, even one that starts in the same second."""
+    name = f"{settings.task}-{settings.method}-{Path(model).name}-{now:%Y%m%d-%H%M%S}"
+    return Path("runs") / f"{name}-{secrets.token_hex(3)}"

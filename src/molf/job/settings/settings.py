@@ -1,0 +1,485 @@
+"""Every option of `molf train`, declared once: type, default, help text, group and check.
+
+The command line and the YAML recipes are made from these fields. `TrainSettings` holds what the
+user said; `molf.job.settings.resolved` fills in what depends on the method and the task.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+from cyclopts import Group, Parameter
+
+from molf.core.config import SCORES, MoLFConfig
+from molf.core.options import (
+    GRADIENT_DTYPES,
+    KERNELS,
+    NONFINITE,
+    ROUNDINGS,
+    STATE_DTYPES,
+    MissingLibraryError,
+    OptimizerOptions,
+    OptionError,
+    check_exclusions,
+)
+from molf.errors import InputError
+from molf.job.settings.converters import numbers, patterns, words
+from molf.job.settings.defaults import (
+    ADAPTERS,
+    MATCHES,
+    MERGE_BASES,
+    METHODS,
+    QUANTISABLE,
+    ROUTED,
+    default_alpha,
+    defaults_for,
+)
+from molf.tasks import TASKS, TaskOptions, check_task
+
+SCHEDULERS = ("cosine", "linear", "constant", "constant_with_warmup")
+DTYPES = ("float32", "bfloat16", "float16")
+WEIGHT_DTYPES = ("float32", "bfloat16")
+SAVE_ROUNDINGS = ("nearest", "stochastic")
+
+DATA = Group.create_ordered("Data")
+MODEL = Group.create_ordered("Model")
+METHOD = Group.create_ordered("Method")
+OPTIMIZATION = Group.create_ordered("Optimization")
+EVALUATION = Group.create_ordered("Evaluation")
+OUTPUT = Group.create_ordered("Output")
+
+MOST_COUNTED = 2**31  # of examples, tokens or ranks, which tensors of them would have as a size
+
+_AUTO = "by method and task"
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class TrainSettings:
+    """The options of a training run as the user gave them; None stands for the default."""
+
+    task: Annotated[str, Parameter(choices=TASKS, group=DATA)] = "demo-fact"
+    """What is learned and measured."""
+    data: Annotated[str | None, Parameter(group=DATA)] = None
+    """Records to train on: a JSON, JSONL, Parquet or CSV file, a folder, a URL, or a Hub id."""
+    eval_data: Annotated[str | None, Parameter(group=DATA)] = None
+    """Records to evaluate on, where the task does not evaluate on those it trains on."""
+    max_samples: Annotated[int | None, Parameter(group=DATA)] = None
+    """Train on at most this many records, drawn by the seed."""
+    max_eval_samples: Annotated[int | None, Parameter(group=DATA)] = None
+    """Evaluate on at most this many records, drawn by the seed."""
+    few_shot: Annotated[int, Parameter(group=DATA)] = 0
+    """Answered training questions before each question, drawn by seed (sql, med, their demos)."""
+    max_length: Annotated[int, Parameter(group=DATA)] = 1024
+    """Longest example in tokens; longer ones are left out and counted, never cut."""
+    split_special_tokens: Annotated[bool, Parameter(group=DATA)] = False
+    """Make control tokens that the records spell out (such as </s>) plain text."""
+
+    model: Annotated[str | None, Parameter(group=MODEL)] = None
+    """A local directory in transformers format, or a Hub id. Demo tasks bring their own."""
+    gradient_checkpointing: Annotated[bool, Parameter(group=MODEL)] = False
+    """Recompute activations in the backward pass: slower, less memory."""
+    bf16: Annotated[bool | None, Parameter(group=MODEL, show_default="where CUDA has it")] = None
+    """bfloat16 autocast in training, whatever the type of the weights."""
+    dtype: Annotated[str, Parameter(choices=WEIGHT_DTYPES, group=MODEL)] = "float32"
+    """Type of the weights in training; bfloat16 takes half the memory for weights and gradients."""
+    load_in_4bit: Annotated[bool, Parameter(group=MODEL, negative=())] = False
+    """Train beside a frozen 4-bit base (bitsandbytes, NF4): molf-e, lora, lora+, eva."""
+    load_in_8bit: Annotated[bool, Parameter(group=MODEL, negative=())] = False
+    """The same with 8 bits (LLM.int8)."""
+    merge_base: Annotated[
+        str | None, Parameter(choices=MERGE_BASES, group=MODEL, show_default="dequantised")
+    ] = None
+    """What model/ is merged into: the quantised weights' numbers, as trained, or the original."""
+
+    method: Annotated[str, Parameter(choices=METHODS, group=METHOD)] = "molf"
+    """fft: all weights. molf, molf-e: routed per layer and step. Others train a PEFT adapter."""
+    ranks: Annotated[
+        tuple[int, ...] | None,
+        Parameter(group=METHOD, converter=numbers(int), n_tokens=1, show_default=_AUTO),
+    ] = None
+    """Rank of each LoRA expert, separated by commas; an adapter has their sum."""
+    match: Annotated[str, Parameter(choices=MATCHES, group=METHOD)] = "rank"
+    """Give an adapter this rank, or the one that trains as many parameters as LoRA of this rank."""
+    alpha: Annotated[
+        tuple[float, ...] | None,
+        Parameter(group=METHOD, converter=numbers(float), n_tokens=1, show_default=_AUTO),
+    ] = None
+    """LoRA alpha: one number, or one per rank."""
+    use_rslora: Annotated[bool | None, Parameter(group=METHOD, show_default="by method")] = None
+    """Scale by alpha / sqrt(rank) instead of alpha / rank."""
+    lora_dropout: Annotated[float | None, Parameter(group=METHOD, show_default=_AUTO)] = None
+    """Dropout before the LoRA factors. With molf, above 0 takes an adapter beside the weights."""
+    loraplus_lr_ratio: Annotated[float | None, Parameter(group=METHOD, show_default="16")] = None
+    """With lora+, the learning rate of B as a multiple of that of A (lora_learning_rate)."""
+    score: Annotated[str, Parameter(choices=SCORES, group=METHOD)] = "epd"
+    """How molf scores experts; random, full and lora are controls."""
+    top_k: Annotated[int, Parameter(group=METHOD)] = 1
+    """How many experts of a layer take each update."""
+    target_modules: Annotated[
+        str | tuple[str, ...], Parameter(group=METHOD, converter=patterns, n_tokens=1)
+    ] = "all-linear"
+    """Layers to adapt: all-linear, name endings separated by commas, or a regular expression."""
+    exclude_modules: Annotated[
+        str | tuple[str, ...], Parameter(group=METHOD, converter=patterns, n_tokens=1)
+    ] = ("lm_head",)
+    """Layers never to adapt, in the same form."""
+    freeze_rest: Annotated[
+        bool | None, Parameter(group=METHOD, show_default="molf trains it, molf-e does not")
+    ] = None
+    """Freeze what is not routed (norms, embeddings, biases)."""
+
+    weight_rounding: Annotated[
+        str | None, Parameter(choices=ROUNDINGS, group=OPTIMIZATION, show_default="exact")
+    ] = None
+    """How fft and molf write bfloat16 weights: exact (as float32), stochastic, or nearest."""
+    state_dtype: Annotated[str, Parameter(choices=STATE_DTYPES, group=OPTIMIZATION)] = "float32"
+    """How fft and molf keep the moments of weights: float32, or 8bit (needs torchao)."""
+    grad_accumulation_dtype: Annotated[
+        str | None,
+        Parameter(choices=GRADIENT_DTYPES, group=OPTIMIZATION, show_default="that of the weights"),
+    ] = None
+    """float32 adds the gradients of bfloat16 weights up without rounding (fft, molf)."""
+    optimizer_in_backward: Annotated[bool, Parameter(group=OPTIMIZATION)] = False
+    """Move each layer in the backward pass and free its gradient; no clipping, no accumulation."""
+    state_offload: Annotated[bool, Parameter(group=OPTIMIZATION)] = False
+    """Keep the optimizer's state in host memory, on the GPU layer by layer (not run on one yet)."""
+    kernels: Annotated[str, Parameter(choices=KERNELS, group=OPTIMIZATION)] = "eager"
+    """triton: the steps of fft and molf by Triton kernels (CUDA; not run on a GPU yet)."""
+    learning_rate: Annotated[float | None, Parameter(group=OPTIMIZATION, show_default=_AUTO)] = None
+    """Peak learning rate."""
+    lora_learning_rate: Annotated[
+        float | None, Parameter(group=OPTIMIZATION, show_default="learning_rate")
+    ] = None
+    """Peak learning rate of the LoRA factors."""
+    weight_decay: Annotated[float, Parameter(group=OPTIMIZATION)] = 0.1
+    """Decoupled decay of dense weights; norms and biases have none."""
+    lora_weight_decay: Annotated[float, Parameter(group=OPTIMIZATION)] = 0.01
+    """Decoupled decay of the LoRA factors."""
+    num_train_epochs: Annotated[float | None, Parameter(group=OPTIMIZATION, show_default=_AUTO)] = (
+        None
+    )
+    """Passes over the data."""
+    max_steps: Annotated[int | None, Parameter(group=OPTIMIZATION)] = None
+    """Stop after this many optimizer steps, whatever num_train_epochs says."""
+    per_device_train_batch_size: Annotated[
+        int | None, Parameter(group=OPTIMIZATION, show_default=_AUTO)
+    ] = None
+    """Examples per forward pass."""
+    gradient_accumulation_steps: Annotated[
+        int | None, Parameter(group=OPTIMIZATION, show_default=_AUTO)
+    ] = None
+    """Forward passes per optimizer step."""
+    lr_scheduler_type: Annotated[str, Parameter(choices=SCHEDULERS, group=OPTIMIZATION)] = "cosine"
+    """How the learning rates fall."""
+    warmup_ratio: Annotated[float, Parameter(group=OPTIMIZATION)] = 0.1
+    """Share of the steps in which the learning rates rise."""
+    max_grad_norm: Annotated[float | None, Parameter(group=OPTIMIZATION, show_default="1")] = None
+    """Clip the gradients to this norm; 0 turns clipping off."""
+    nonfinite: Annotated[str, Parameter(choices=NONFINITE, group=OPTIMIZATION)] = "raise"
+    """What an infinite or NaN loss or gradient does: stop the run, or skip the step."""
+    max_skipped_steps: Annotated[int, Parameter(group=OPTIMIZATION)] = 10
+    """With nonfinite skip, stop the run when so many steps in a row were skipped."""
+    adam_beta1: Annotated[float, Parameter(group=OPTIMIZATION)] = 0.9
+    """Decay rate of the first moment."""
+    adam_beta2: Annotated[float, Parameter(group=OPTIMIZATION)] = 0.999
+    """Decay rate of the second moment."""
+    adam_epsilon: Annotated[float, Parameter(group=OPTIMIZATION)] = 1e-8
+    """Added to the denominator of the update."""
+    seed: Annotated[int, Parameter(group=OPTIMIZATION)] = 42
+    """Seed of everything random."""
+
+    per_device_eval_batch_size: Annotated[int, Parameter(group=EVALUATION)] = 32
+    """Examples per forward pass in evaluation."""
+    forgetting_data: Annotated[str | None, Parameter(group=EVALUATION)] = None
+    """Plain text whose loss before and after shows what was forgotten; the task brings one."""
+
+    output_dir: Annotated[
+        Path | None, Parameter(group=OUTPUT, show_default="runs/TASK-METHOD-MODEL-TIME")
+    ] = None
+    """The run's directory."""
+    overwrite: Annotated[bool, Parameter(group=OUTPUT)] = False
+    """Replace an earlier run in output_dir, once this one is complete."""
+    fallback_dir: Annotated[
+        Path | None, Parameter(group=OUTPUT, show_default="the temporary folder, then others")
+    ] = None
+    """Where trained weights are kept if output_dir cannot take them at the end."""
+    dry_run: Annotated[bool, Parameter(group=OUTPUT, negative=())] = False
+    """Check everything, take two steps, and print memory and time; nothing is written."""
+    save_dtype: Annotated[
+        str | None, Parameter(choices=DTYPES, group=OUTPUT, show_default="the base's")
+    ] = None
+    """Type of the saved weights; tensors that the base keeps in float32 stay so."""
+    save_rounding: Annotated[
+        str | None,
+        Parameter(
+            choices=SAVE_ROUNDINGS, group=OUTPUT, show_default="stochastic on a base of that type"
+        ),
+    ] = None
+    """How weights are rounded to a saved type of 16 bits: nearest, or stochastic by the seed."""
+    keep_low_halves: Annotated[bool, Parameter(group=OUTPUT, negative=())] = False
+    """Keep what a bfloat16 model/ lacks of float32 beside it, for molf export: 2 bytes a weight."""
+    logging_steps: Annotated[int, Parameter(group=OUTPUT)] = 10
+    """Optimizer steps between two lines of metrics.jsonl."""
+    save_steps: Annotated[int | None, Parameter(group=OUTPUT)] = None
+    """Optimizer steps between two checkpoints; none are kept by default."""
+    save_total_limit: Annotated[int | None, Parameter(group=OUTPUT)] = None
+    """Keep only this many checkpoints."""
+    report_to: Annotated[tuple[str, ...], Parameter(group=OUTPUT, converter=words, n_tokens=1)] = (
+        "none",
+    )
+    """Trackers separated by commas: wandb, tensorboard, trackio, ..."""
+    training_args: Annotated[dict[str, str], Parameter(group=OUTPUT)] = field(default_factory=dict)
+    """Anything else of TRL's SFTConfig, as --training_args.NAME VALUE."""
+
+    def __post_init__(self) -> None:
+        """Check every value that was given."""
+        for name, allowed in (
+            ("task", TASKS),
+            ("method", METHODS),
+            ("match", MATCHES),
+            ("lr_scheduler_type", SCHEDULERS),
+            ("save_dtype", (None, *DTYPES)),
+            ("save_rounding", (None, *SAVE_ROUNDINGS)),
+            ("merge_base", (None, *MERGE_BASES)),
+            ("dtype", WEIGHT_DTYPES),
+        ):
+            if getattr(self, name) not in allowed:
+                choices = ", ".join(choice for choice in allowed if choice)
+                raise InputError(
+                    f"Invalid {name}={getattr(self, name)!r}. Must be one of {choices}."
+                )
+        for name in _POSITIVE:
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise InputError(f"Invalid {name}={value}. Must be finite and greater than 0.")
+        for name in _NOT_NEGATIVE:
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < math.inf:
+                raise InputError(f"Invalid {name}={value}. Must be finite and at least 0.")
+        for name in _COUNTED:
+            value = getattr(self, name)
+            if value is not None and value >= MOST_COUNTED:
+                raise InputError(f"Invalid {name}={value}. Must be below 2**31.")
+        if max(self.ranks or (0,)) >= MOST_COUNTED:
+            given = ",".join(map(str, self.ranks or ()))
+            raise InputError(f"Invalid ranks={given}. Must be below 2**31.")
+        for name in ("warmup_ratio", "adam_beta1", "adam_beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise InputError(f"Invalid {name}={getattr(self, name)}. Must be in [0, 1).")
+        if self.seed >= 2**32:  # what numpy's generators take
+            raise InputError(f"Invalid seed={self.seed}. Must be below 2**32.")
+        for name in ("model", "data", "eval_data", "forgetting_data"):
+            if getattr(self, name) == "":
+                raise InputError(f"Invalid {name}: empty. Leave the option out for the default.")
+        for name in ("none", "all"):
+            if name in self.report_to and len(self.report_to) > 1:
+                raise InputError(
+                    f"Invalid report_to={','.join(self.report_to)}: {name} stands alone. Give "
+                    f"trackers, or {name}."
+                )
+        self._check_optimizer()
+        if self.save_total_limit is not None and self.save_steps is None:
+            raise InputError(
+                "Invalid save_total_limit without save_steps: no checkpoints are written."
+            )
+        if self.keep_low_halves:
+            self._check_low_halves()
+        self._check_quantised()
+        check_task(self.task_options)
+        self.method_config  # noqa: B018 (raises where the method's own settings are wrong)
+
+    @property
+    def optimizer_options(self) -> OptimizerOptions:
+        """The optimizer's options of storage and execution."""
+        return OptimizerOptions.of(self)
+
+    def _check_optimizer(self) -> None:
+        """Refuse options of the optimizer that cannot be, or not beside others."""
+        try:
+            options = self.optimizer_options
+            check_exclusions(
+                {
+                    **options.as_keywords(),
+                    "gradient_accumulation_steps": self.gradient_accumulation_steps,
+                    "max_grad_norm": self.max_grad_norm,
+                    "float32_weights": self.dtype == "float32",
+                    "adapter_of": self._adapter_of() if self.kernels == "triton" else None,
+                }
+            )
+            options.check_libraries()
+        except (OptionError, MissingLibraryError) as error:
+            raise InputError(error.as_option) from error
+
+    def _adapter_of(self) -> str | None:
+        """The options by which LoRA experts are in a PEFT adapter, for messages."""
+        config = self.method_config
+        if self.method == "molf" and config is not None and config.lora_dropout:
+            return "molf and lora_dropout"
+        return self.method if self.method == "molf-e" else None
+
+    def _check_low_halves(self) -> None:
+        """Refuse to keep halves that there cannot be."""
+        if self.save_dtype not in (None, "bfloat16"):
+            raise InputError(
+                f"Invalid keep_low_halves with save_dtype={self.save_dtype}: only bfloat16 is the "
+                "upper half of float32. Leave one of the two out."
+            )
+        if self.weight_rounding in ("stochastic", "nearest"):
+            raise InputError(
+                f"Invalid keep_low_halves with weight_rounding={self.weight_rounding}: the weights "
+                "have no lower halves in training either. Leave one of the two out."
+            )
+
+    @property
+    def task_options(self) -> TaskOptions:
+        """What the task is loaded with."""
+        return TaskOptions(
+            name=self.task,
+            data=self.data,
+            eval_data=self.eval_data,
+            max_samples=self.max_samples,
+            max_eval_samples=self.max_eval_samples,
+            few_shot=self.few_shot,
+            seed=self.seed,
+        )
+
+    @property
+    def quantised(self) -> str | None:
+        """The option that asks for a quantised base, or None."""
+        options = ("load_in_4bit", "load_in_8bit")
+        return next((name for name in options if getattr(self, name)), None)
+
+    def _check_quantised(self) -> None:
+        if self.quantised is None:
+            return
+        if self.load_in_4bit and self.load_in_8bit:
+            raise InputError("Invalid load_in_4bit with load_in_8bit. Give one of them.")
+        self.check_beside_quantised(self.quantised, f"leave {self.quantised} out")
+
+    def check_beside_quantised(self, base: str, otherwise: str) -> None:
+        """Refuse what cannot be trained beside a quantised base.
+
+        Args:
+            base: What makes the base a quantised one, for the message.
+            otherwise: What to do to have another base.
+
+        Raises:
+            InputError: The method, or an option, does not go with it.
+        """
+        if self.method not in QUANTISABLE:
+            raise InputError(
+                f"Invalid {base} with method={self.method}: {_NOT_QUANTISABLE[self.method]}. Use "
+                f"--method {', '.join(QUANTISABLE[:-1])} or {QUANTISABLE[-1]}, or {otherwise}."
+            )
+        if self.dtype != "float32":
+            raise InputError(
+                f"Invalid dtype={self.dtype} with {base}: what is not quantised is float32. Leave "
+                f"dtype out, or {otherwise}."
+            )
+        if self.method in ROUTED and self.freeze_rest is False:
+            raise InputError(
+                f"Invalid freeze_rest=False with {base}: beside a quantised base the adapter alone "
+                f"is trained. Leave freeze_rest out, or {otherwise}."
+            )
+
+    @property
+    def method_config(self) -> MoLFConfig | None:
+        """The experts of a routed method, or one adapter of the summed rank. None for fft.
+
+        Raises:
+            InputError: A value is not allowed, or not with this method.
+        """
+        if self.method == "fft":
+            return None
+        defaults = defaults_for(self.method, self.task)
+        ranks = self.ranks or defaults["ranks"]
+        alpha: Any = self.alpha if self.alpha is not None else defaults.get("alpha")
+        if isinstance(alpha, tuple) and len(alpha) == 1:
+            alpha = alpha[0]
+        rslora = defaults["use_rslora"] if self.use_rslora is None else self.use_rslora
+        if self.method in ADAPTERS:
+            if isinstance(alpha, tuple):
+                raise InputError(
+                    f"Invalid alpha={_commas(alpha)} with method={self.method}. Must be one "
+                    "number: it trains one adapter."
+                )
+            if min(ranks) >= 1:  # else refused below, as given
+                ranks = (sum(ranks),)
+            if alpha is None:
+                alpha = default_alpha(self.method, ranks[0], use_rslora=rslora)
+        elif alpha is None:
+            alpha = [default_alpha(self.method, rank, use_rslora=rslora) for rank in ranks]
+        dropout = self.lora_dropout if self.lora_dropout is not None else defaults["lora_dropout"]
+        routes = self.method in ROUTED
+        freezes = self.method == "molf-e"
+        if freezes and self.score == "full":
+            raise InputError(
+                "Invalid score='full' with method=molf-e: its base is frozen, so it has no full "
+                "expert. Use another score, or --method molf."
+            )
+        try:
+            return MoLFConfig(
+                ranks=ranks,
+                alpha=alpha,
+                use_rslora=rslora,
+                lora_dropout=dropout,
+                target_modules=self.target_modules,
+                exclude_modules=self.exclude_modules,
+                score=self.score if routes else MoLFConfig.score,
+                top_k=self.top_k if routes else MoLFConfig.top_k,
+                freeze_base=freezes,
+                freeze_rest=self.freeze_rest if routes else None,
+                seed=self.seed,
+            )
+        except ValueError as error:
+            raise InputError(str(error)) from error
+
+
+_NOT_QUANTISABLE = {
+    "fft": "it trains the base weights, which quantised ones cannot be",
+    "molf": "its full expert trains the base weights, which quantised ones cannot be",
+    "dora": "its magnitudes are the norms of weights, and it cannot be merged into quantised ones",
+    "pissa": "it decomposes the base weights, which must be real numbers",
+    "adalora": "it cannot be merged into quantised weights",
+}
+
+_POSITIVE = (
+    "max_samples",
+    "max_eval_samples",
+    "max_length",
+    "num_train_epochs",
+    "max_steps",
+    "max_skipped_steps",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "per_device_eval_batch_size",
+    "logging_steps",
+    "save_steps",
+    "save_total_limit",
+    "adam_epsilon",
+    "learning_rate",
+    "loraplus_lr_ratio",
+)
+_COUNTED = (
+    "num_train_epochs",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "per_device_eval_batch_size",
+    "max_length",
+)
+_NOT_NEGATIVE = (
+    "lora_learning_rate",
+    "weight_decay",
+    "lora_weight_decay",
+    "max_grad_norm",
+    "few_shot",
+    "seed",
+)
+
+
+def _commas(values: tuple[float, ...]) -> str:
+    return ",".join(f"{value:g}" for value in values)

@@ -1,0 +1,166 @@
+"""Convert settings to TRL's `SFTConfig`; `--training_args.NAME VALUE` is passed through."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import fields
+from functools import cache
+from typing import Any, NoReturn
+
+import torch
+from transformers import HfArgumentParser, get_scheduler
+from transformers.integrations import get_available_reporting_integrations
+from trl import SFTConfig
+
+from molf.errors import InputError
+from molf.job.record.ownership import CHECKPOINTS
+from molf.job.settings.resolved import ResolvedSettings
+from molf.job.settings.training_arguments import check_trackers, check_training_args, unknown_name
+from molf.masking import mask_text
+
+
+def sft_config(settings: ResolvedSettings) -> SFTConfig:
+    """Return the trainer's arguments.
+
+    Raises:
+        InputError: A name of `training_args` is unknown or reserved, a value is not allowed, or a
+            tracker of `report_to` is not installed.
+    """
+    check_trackers(settings.report_to)
+    _check_available(settings.report_to)
+    extra = parse_training_args(settings.training_args)
+    bf16 = settings.bf16
+    if bf16 is None:
+        bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+    # transformers renamed gradient checkpointing: the old name warns, and 5.13 lacks the new one.
+    checkpointing = next(
+        name
+        for name in ("activation_checkpointing", "gradient_checkpointing")
+        if name in SFTConfig.__dataclass_fields__
+    )
+    arguments = {
+        "dataloader_pin_memory": torch.cuda.is_available(),
+        "logging_first_step": True,
+        "logging_nan_inf_filter": False,  # show a loss of NaN
+        "run_name": mask_text(settings.output_dir.name),  # trackers show it
+        "use_cpu": not torch.accelerator.is_available(),  # without it, bf16 on CPU is rejected
+        **extra,  # the user's: may replace those above; those below are rejected in it
+        "output_dir": str(settings.output_dir / CHECKPOINTS),
+        "num_train_epochs": settings.num_train_epochs,
+        "max_steps": settings.max_steps or -1,
+        "per_device_train_batch_size": settings.per_device_train_batch_size,
+        "gradient_accumulation_steps": settings.gradient_accumulation_steps,
+        "learning_rate": settings.learning_rate,
+        "weight_decay": settings.weight_decay,
+        "lr_scheduler_type": settings.lr_scheduler_type,
+        "warmup_steps": settings.warmup_ratio,  # a value below 1 is a share of the steps
+        "max_grad_norm": settings.max_grad_norm,
+        checkpointing: settings.gradient_checkpointing,
+        f"{checkpointing}_kwargs": {"use_reentrant": False},
+        "bf16": bf16,
+        "seed": settings.seed,
+        "logging_steps": settings.logging_steps,
+        "save_strategy": "no" if settings.save_steps is None else "steps",
+        "save_steps": settings.save_steps or 1,
+        "save_total_limit": settings.save_total_limit,
+        "report_to": list(settings.report_to),
+        "disable_tqdm": True,  # molf shows its own progress
+        "include_num_input_tokens_seen": "non_padding",
+        # The data is tokenized and has labels: TRL must not truncate or pack it.
+        "max_length": None,
+        "packing": False,
+        "dataset_kwargs": {"skip_prepare_dataset": True},
+    }
+    if not settings.trains_dense:
+        arguments |= {
+            "learning_rate": settings.lora_learning_rate,
+            "weight_decay": settings.lora_weight_decay,
+        }
+    try:
+        config = SFTConfig(**arguments)
+    except (ValueError, TypeError, ImportError) as error:
+        first_line = str(error).strip().split("\n")[0]
+        raise InputError(f"The trainer does not accept these settings: {first_line}") from error
+    _check_schedule(config)
+    _check_accumulation(config)
+    if config.world_size > 1:
+        raise InputError(
+            f"WORLD_SIZE={config.world_size}: molf train runs in one process. Start it without "
+            "torchrun or accelerate launch."
+        )
+    if config.n_gpu > 1:
+        raise InputError(
+            f"{config.n_gpu} GPUs are visible: molf train uses one. Choose it with "
+            "CUDA_VISIBLE_DEVICES."
+        )
+    return config
+
+
+def _check_schedule(config: SFTConfig) -> None:
+    """Check the schedule by creating it for a dummy optimizer."""
+    # The trainer would create it only after the model is loaded.
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=config.learning_rate)
+    try:
+        get_scheduler(
+            config.lr_scheduler_type,
+            optimizer,
+            num_warmup_steps=0,
+            num_training_steps=2,
+            scheduler_specific_kwargs=config.lr_scheduler_kwargs,
+        )
+    except (TypeError, ValueError, AttributeError, KeyError) as error:
+        first_line = str(error).strip().split("\n")[0]
+        raise InputError(
+            f"training_args.lr_scheduler_kwargs={config.lr_scheduler_kwargs} does not go with "
+            f"lr_scheduler_type={config.lr_scheduler_type.value}: {first_line}."
+        ) from error
+
+
+def _check_accumulation(config: SFTConfig) -> None:
+    """Reject accelerate's own option for gradient accumulation."""
+    # It would override the number that is recorded in config.yaml.
+    given = config.accelerator_config.gradient_accumulation_kwargs or {}
+    if "num_steps" in given:
+        raise InputError(
+            "training_args.accelerator_config: num_steps of gradient_accumulation_kwargs is an "
+            "option of its own: give --gradient_accumulation_steps."
+        )
+
+
+class _Parser(HfArgumentParser):
+    """transformers' parser; it raises an InputError where argparse would print and exit."""
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"training_args: {message}")
+
+
+@cache
+def _parser() -> _Parser:
+    return _Parser(SFTConfig, allow_abbrev=False)
+
+
+def parse_training_args(given: Mapping[str, str]) -> dict[str, Any]:
+    """Convert each value to the type that SFTConfig declares.
+
+    Raises:
+        InputError: A name is unknown or reserved, or a value has the wrong type.
+    """
+    check_training_args(given)
+    known = {option.name for option in fields(SFTConfig) if option.init}
+    for name in given:  # again, in case the source of SFTConfig was not found above
+        if name not in known:
+            raise unknown_name(name, known)
+    tokens = [f"--{name}={value}" for name, value in given.items()]
+    parsed = _parser().parse_args(tokens)
+    return {name: getattr(parsed, name) for name in given}
+
+
+def _check_available(names: tuple[str, ...]) -> None:
+    """Check trackers against those that transformers finds, also by environment variables."""
+    available = get_available_reporting_integrations()
+    for name in names:
+        if name not in ("none", "all", *available):
+            raise InputError(
+                f"report_to={name} is unknown or not installed. Available here: "
+                f"{', '.join(['none', *available])}."
+            )

@@ -1,0 +1,244 @@
+"""Check `--training_args.NAME VALUE` and `--report_to` without importing TRL."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import math
+import os
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import fields
+from functools import cache
+from importlib.util import find_spec
+
+from molf.errors import InputError
+from molf.job.settings.converters import TOO_LARGE, is_too_large
+from molf.job.settings.declared_fields import package_folder, sft_config_fields
+from molf.job.settings.settings import TrainSettings
+from molf.masking import mask_text
+
+# Arguments set by the run, in addition to those with an option of molf. A user's value would be
+# ignored, or would break the run directory.
+_CONTROLLED = frozenset(
+    {
+        "activation_checkpointing",
+        "activation_checkpointing_kwargs",
+        "completion_only_loss",
+        "data_seed",
+        "dataset_kwargs",
+        "disable_tqdm",
+        "do_eval",
+        "do_train",
+        "eval_strategy",
+        "fp16",
+        "gradient_checkpointing_kwargs",
+        "include_num_input_tokens_seen",
+        "load_best_model_at_end",
+        "model_init_kwargs",
+        "optim",
+        "optim_args",
+        "packing",
+        "padding_free",
+        "push_to_hub",
+        "resume_from_checkpoint",
+        "save_strategy",
+        "shuffle_dataset",
+        "trust_remote_code",
+        "warmup_steps",
+    }
+)
+_TOKENIZER = "the model's tokenizer brings its own"
+_ONE_PROCESS = "molf train runs in one process on one device"
+_IMPOSSIBLE = {
+    "auto_find_batch_size": (
+        "it changes the batch, and so the number of steps, while the schedule runs; give "
+        "--per_device_train_batch_size"
+    ),
+    "assistant_only_loss": "the task defines which tokens carry loss",
+    "eval_on_start": "the run measures the model before and after itself",
+    "eos_token": _TOKENIZER,
+    "pad_token": _TOKENIZER,
+    "chat_template_path": _TOKENIZER,
+    "fsdp": _ONE_PROCESS,
+    "fsdp_config": _ONE_PROCESS,
+    "deepspeed": _ONE_PROCESS,
+    "parallelism_config": _ONE_PROCESS,
+}
+_REFUSED = _CONTROLLED | set(_IMPOSSIBLE)
+_OPTIONS = frozenset(option.name for option in fields(TrainSettings))
+_TRUTH = frozenset(
+    ["yes", "true", "t", "y", "1", "no", "false", "f", "n", "0"]
+)  # values of booleans in transformers' parser
+_MOST_WORKERS = 16  # processes of a data loader per CPU core
+
+# Packages of a tracker, of which it needs one. transformers checks trackers that are not listed.
+_TRACKER_PACKAGES = {
+    "azure_ml": ("azureml",),
+    "clearml": ("clearml",),
+    "codecarbon": ("codecarbon",),
+    "comet_ml": ("comet_ml",),
+    "dagshub": ("dagshub",),
+    "dvclive": ("dvclive",),
+    "mlflow": ("mlflow",),
+    "neptune": ("neptune",),
+    "swanlab": ("swanlab",),
+    "tensorboard": ("tensorboard", "tensorboardX"),
+    "trackio": ("trackio",),
+    "wandb": ("wandb",),
+}
+
+
+def check_training_args(given: Mapping[str, str]) -> None:
+    """Check the names, and the types of values against the source of SFTConfig.
+
+    Raises:
+        InputError: A name is unknown or reserved, or a value has the wrong type or a secret.
+    """
+    declared = sft_config_fields() if given else {}
+    for name, value in given.items():
+        check_name(name)
+        if declared and name not in declared:
+            raise unknown_name(name, declared)
+        _check_value(name, value, declared.get(name, frozenset()) - {"None"})
+        _check_secrets(name, value)
+
+
+def check_name(name: str) -> None:
+    """Reject a reserved argument.
+
+    Raises:
+        InputError: The run sets it, it has an option of molf, or it needs a package.
+    """
+    if name in _CONTROLLED:
+        raise InputError(f"training_args.{name} cannot be set: a run decides it itself.")
+    if name in _IMPOSSIBLE:
+        raise InputError(f"training_args.{name} cannot be set: {_IMPOSSIBLE[name]}.")
+    if name.startswith("hub_"):
+        raise InputError(
+            f"training_args.{name} cannot be set: a run pushes nothing. Push model/ with the "
+            "Hub's own tools."
+        )
+    if name == "use_liger_kernel" and find_spec("liger_kernel") is None:
+        raise InputError(
+            "training_args.use_liger_kernel needs liger-kernel, which is not installed."
+        )
+    if name in _OPTIONS:
+        raise InputError(f"training_args.{name} is an option of its own: give --{name}.")
+
+
+def unknown_name(name: str, known: Iterable[str]) -> InputError:
+    """Return the error for an argument that SFTConfig lacks, with a suggestion."""
+    allowed = [one for one in known if one not in _REFUSED and not one.startswith("hub_")]
+    close = difflib.get_close_matches(name, {*allowed, *_OPTIONS}, n=1)
+    hint = ""
+    if close:
+        hint = f" Did you mean {f'--{close[0]}' if close[0] in _OPTIONS else close[0]}?"
+    return InputError(f"training_args.{name} is no argument of TRL's SFTConfig.{hint}")
+
+
+def _check_secrets(name: str, value: str) -> None:
+    """Reject an argument that contains a secret."""
+    # The trainer writes its arguments to checkpoints and trackers unmasked.
+    if mask_text(value) != value:
+        raise InputError(
+            f"training_args.{name} holds a secret, or an address with a query or a user, which "
+            "checkpoints and trackers would record. Give it by the environment variable that "
+            "its library reads, or leave it out."
+        )
+
+
+def _check_value(name: str, value: str, types: frozenset[str]) -> None:
+    """Reject a text that does not fit the declared type, if only one is declared."""
+    fault = None
+    if types == {"int"}:
+        fault = _whole_number_fault(value)
+    elif types == {"float"}:
+        fault = _number_fault(value)
+    elif types == {"bool"} and value.lower() not in _TRUTH:
+        fault = "must be true or false"
+    elif value.startswith("{") and any(one.startswith("dict") for one in types):
+        fault = _json_fault(value)
+    if fault is None and name == "dataloader_num_workers":
+        fault = _workers_fault(int(value))
+    if fault is not None:
+        raise InputError(f"training_args.{name}={value!r} {fault}.")
+
+
+def _whole_number_fault(value: str) -> str | None:
+    if is_too_large(value):
+        return TOO_LARGE
+    try:
+        int(value)
+    except ValueError:
+        return "must be a whole number"
+    return None
+
+
+def _number_fault(value: str) -> str | None:
+    try:
+        return None if math.isfinite(float(value)) else "must be finite"
+    except ValueError:
+        return "must be a number"
+
+
+def _json_fault(value: str) -> str | None:
+    try:
+        json.loads(value)
+    except (ValueError, RecursionError) as error:
+        return f"is not JSON ({error})"
+    return None
+
+
+def _workers_fault(workers: int) -> str | None:
+    """Return why a number of data loader workers is not allowed; None if it is."""
+    # Each worker is a process, and all are started before the first step.
+    most = _MOST_WORKERS * (os.cpu_count() or 1)
+    if 0 <= workers <= most:
+        return None
+    return f"must be from 0 to {most}, {_MOST_WORKERS} processes for each CPU core"
+
+
+def check_trackers(names: tuple[str, ...], *, must_be_installed: bool = True) -> None:
+    """Check `--report_to`.
+
+    Args:
+        names: The given trackers.
+        must_be_installed: Whether the tracker will be used in this environment.
+
+    Raises:
+        InputError: transformers has no such tracker, or it is not installed.
+    """
+    given = [name for name in names if name not in ("none", "all")]
+    known = _known_trackers() if given else frozenset()
+    for name in given:
+        if known and name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            hint = f" Did you mean {close[0]}?" if close else ""
+            raise InputError(
+                f"report_to={name} is no tracker of the trainer: "
+                f"{', '.join(sorted(known))}; all, none.{hint}"
+            )
+        packages = _TRACKER_PACKAGES.get(name, ())
+        if must_be_installed and packages and not any(find_spec(one) for one in packages):
+            installed = [
+                other for other, needed in _TRACKER_PACKAGES.items() if any(map(find_spec, needed))
+            ]
+            raise InputError(
+                f"report_to={name} needs {packages[0]}, which is not installed. Available here: "
+                f"{', '.join(['none', *installed])}."
+            )
+
+
+@cache
+def _known_trackers() -> frozenset[str]:
+    """Return the names in transformers' table of trackers; empty if the table is not found."""
+    folder = package_folder("transformers")
+    if folder is None:
+        return frozenset()
+    try:
+        text = (folder / "integrations" / "integration_utils.py").read_text(encoding="utf-8")
+    except (OSError, ValueError):
+        return frozenset()
+    table = re.search(r"^INTEGRATION_TO_CALLBACK = \{(.*?)^\}", text, re.MULTILINE | re.DOTALL)
+    return frozenset(re.findall(r'^\s*"(\w+)":', table[1], re.MULTILINE)) if table else frozenset()

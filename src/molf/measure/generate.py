@@ -1,0 +1,249 @@
+"""Greedy generation in batches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import groupby
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from molf.measure.inference import (
+    for_each_batch,
+    inference,
+    inner_model,
+    pad_left,
+    position_limit,
+)
+from molf.measure.padding import ANY, generation_batches
+from molf.measure.settings import Progress
+
+Stop = Callable[[int, str], bool]
+"""Called after each token with a context's index and its answer so far; True ends the answer."""
+
+FirstLogits = Callable[[list[int], Tensor], None]
+"""Called with a batch's indices and the logits of its first new tokens, [rows, vocabulary]."""
+
+
+def generate_greedy(
+    model: Any,
+    tokenizer: Any,
+    contexts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    batch_size: int,
+    stop: Stop | None = None,
+    first_logits: FirstLogits | None = None,
+    progress: Progress | None = None,
+) -> list[list[int]]:
+    """Generate an answer to each context greedily, until its end token.
+
+    The model's own generation settings (sampling, penalties, ...) are ignored except for its end
+    tokens, so that the same weights always give the same text. Finished answers are removed from a
+    batch as soon as half of its rows are finished.
+
+    Args:
+        model: A transformers causal language model, on its device.
+        tokenizer: Its tokenizer; EOS ends an answer and replaces a missing padding token.
+        contexts: Token ids of the prompts, at least one in each.
+        max_new_tokens: Most tokens per answer; fewer where context and answer together would
+            exceed the model's positions.
+        batch_size: Contexts generated together.
+        stop: Ends an answer before its end token.
+        first_logits: Called with the logits of the first new tokens, so that no separate forward
+            pass is needed for them.
+        progress: Called after each batch.
+
+    Returns:
+        The new tokens of each context, without the end token.
+
+    Raises:
+        ValueError: A context fills all of the model's positions.
+    """
+    from transformers import GenerationConfig
+
+    if not contexts:
+        return []
+    inner = inner_model(model)
+    ends = _end_tokens(inner, tokenizer)
+    limit = position_limit(inner_model(model).config)
+    lengths = [len(context) for context in contexts]
+    if limit is not None and max(lengths) >= limit:
+        raise ValueError(f"A context fills all of the model's {limit} positions.")
+    room = [min(max_new_tokens, (limit or length + max_new_tokens) - length) for length in lengths]
+    pad_id = padding_id(tokenizer)
+    results: list[list[int]] = [[] for _ in contexts]
+    # Models with multi-dimensional positions keep shifts of a batch's rows outside the cache.
+    reuse = not any(hasattr(module, "rope_deltas") for module in inner.modules())
+
+    def settings(tokens: int) -> GenerationConfig:
+        return GenerationConfig(
+            do_sample=False,
+            num_beams=1,
+            max_new_tokens=tokens,
+            eos_token_id=sorted(ends),
+            pad_token_id=pad_id,
+            use_cache=True,
+            return_dict_in_generate=True,
+        )
+
+    def run(batch: list[int]) -> None:
+        # One group per answer length: a model may fail beyond its positions, and a short answer
+        # must not end the longer ones of its batch.
+        for tokens, group in groupby(batch, key=room.__getitem__):
+            answers = _Answers(tokenizer, list(group), ends, stop)
+            first = _first_logits_processor(answers.indices, first_logits)
+            inputs = pad_left([contexts[index] for index in answers.indices], pad_id, inner.device)
+            while answers.rows and answers.steps < tokens:
+                made = inner.generate(
+                    **inputs,
+                    generation_config=settings(tokens - answers.steps),
+                    logits_processor=[first],
+                    stopping_criteria=[answers],
+                )
+                inputs = _inputs_to_continue(
+                    made, inputs["attention_mask"], answers.drop_ended(), reuse
+                )
+            for index, answer in zip(answers.indices, answers.tokens, strict=True):
+                results[index] = answer
+
+    # generate() takes unset values from the model's own configuration: replace that too.
+    own_settings = inner.generation_config
+    inner.generation_config = settings(max_new_tokens)
+    try:
+        several = min(batch_size, len(contexts)) > 1
+        allowed = generation_batches(model, pad_id) if several else ANY
+        with inference(model):
+            for_each_batch(lengths, batch_size, run, "generation", progress, allowed=allowed)
+    finally:
+        inner.generation_config = own_settings
+    return results
+
+
+def padding_id(tokenizer: Any) -> int:
+    """Return the token that fills batches (masked): the pad token, or EOS where there is none."""
+    pad: int | None = tokenizer.pad_token_id
+    return pad if pad is not None else int(tokenizer.eos_token_id)
+
+
+def decode(tokenizer: Any, tokens: Sequence[int]) -> str:
+    """Decode generated tokens without special tokens; keep spaces as generated."""
+    text: str = tokenizer.decode(
+        list(tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False
+    )
+    return text
+
+
+def _inputs_to_continue(made: Any, mask: Tensor, rows: list[int], reuse: bool) -> dict[str, Any]:
+    """Return the inputs with which `generate()` continues some rows of its result.
+
+    Args:
+        made: The result of `generate()`.
+        mask: The attention mask of that call.
+        rows: The rows to continue.
+        reuse: Whether to reuse the cache, if rows can be selected from it.
+    """
+    index = torch.tensor(rows, device=mask.device, dtype=torch.long)
+    ids = made.sequences[index]
+    new = mask.new_ones(len(rows), ids.shape[1] - mask.shape[1])
+    inputs = {"input_ids": ids, "attention_mask": torch.cat([mask[index], new], dim=1)}
+    cache = made.get("past_key_values")
+    if rows and reuse and _has_selectable_rows(cache):  # otherwise the whole text is computed again
+        cache.batch_select_indices(index)
+        inputs["past_key_values"] = cache
+    return inputs
+
+
+def _has_selectable_rows(cache: Any) -> bool:
+    """Return whether rows of a cache can be selected: only caches of keys and values allow it.
+
+    Recurrent layers inherit `batch_select_indices` from attention layers, but it does not select
+    from their own states.
+    """
+    from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+    layers = getattr(cache, "layers", [])
+    return bool(layers) and all(
+        type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers
+    )
+
+
+def _first_logits_processor(
+    indices: list[int], read: FirstLogits | None
+) -> Callable[[Tensor, Tensor], Tensor]:
+    """Return a logits processor for `generate()` that passes a batch's first logits to `read`."""
+    left = [] if read is None else [read]
+
+    def process(input_ids: Tensor, scores: Tensor) -> Tensor:
+        if left:
+            left.pop()(indices, scores)
+        return scores
+
+    return process
+
+
+class _Answers:
+    """A stopping criterion of `generate()` that collects the answers of a batch.
+
+    It stops all rows once half of them have ended, so that the ended ones can be dropped.
+
+    Args:
+        tokenizer: Decodes the answers for `stop`.
+        indices: The context of each answer.
+        ends: Tokens that end an answer and are not part of it.
+        stop: Ends an answer after the token for which it returns True.
+
+    Attributes:
+        indices: As given.
+        tokens: The tokens of each answer so far.
+        rows: For each row of the batch, the position of its answer in `tokens`.
+        steps: Number of tokens generated per row so far.
+    """
+
+    def __init__(
+        self, tokenizer: Any, indices: list[int], ends: set[int], stop: Stop | None
+    ) -> None:
+        self.indices = indices
+        self.tokens: list[list[int]] = [[] for _ in indices]
+        self.rows = list(range(len(indices)))
+        self.steps = 0
+        self._tokenizer = tokenizer
+        self._ends = ends
+        self._stop = stop
+        self._ended = [False] * len(indices)
+
+    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
+        """Store the newest token of each row; return whether each row stops, [rows]."""
+        self.steps += 1
+        for answer, token in zip(self.rows, input_ids[:, -1].tolist(), strict=True):
+            if not self._ended[answer]:
+                self._ended[answer] = self._ends_with(answer, token)
+        ended = [self._ended[answer] for answer in self.rows]
+        if 2 * sum(ended) >= len(ended):
+            ended = [True] * len(ended)
+        return torch.tensor(ended, device=input_ids.device)
+
+    def drop_ended(self) -> list[int]:
+        """Drop the rows that have ended; return the indices of the others."""
+        going = [row for row, answer in enumerate(self.rows) if not self._ended[answer]]
+        self.rows = [self.rows[row] for row in going]
+        return going
+
+    def _ends_with(self, answer: int, token: int) -> bool:
+        if token in self._ends:
+            return True
+        self.tokens[answer].append(token)
+        if self._stop is None:
+            return False
+        return self._stop(self.indices[answer], decode(self._tokenizer, self.tokens[answer]))
+
+
+def _end_tokens(inner: Any, tokenizer: Any) -> set[int]:
+    """Return the EOS tokens of tokenizer and model: chat models end turns with another token."""
+    configured = inner.generation_config.eos_token_id
+    if configured is None:
+        configured = []
+    elif isinstance(configured, int):
+        configured = [configured]
+    return {int(tokenizer.eos_token_id), *configured}

@@ -1,0 +1,121 @@
+"""Inference with a causal language model: modes, padding, batches."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from molf.measure.settings import Progress
+
+
+@contextmanager
+def inference(model: nn.Module) -> Iterator[None]:
+    """Run in evaluation mode without gradients; restore the mode of each module at the end.
+
+    Modes are restored per module because users may keep parts of a model in evaluation mode.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.inference_mode():
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def inner_model(model: Any) -> Any:
+    """Return the transformers model inside a PEFT wrapper, or any other model unchanged."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def position_limit(config: Any) -> int | None:
+    """Return a model's maximum number of positions; None where its configuration has none."""
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return limit if isinstance(limit, int) and limit > 0 else None
+
+
+def length_limit(model: Any, max_length: int) -> int:
+    """Return the smaller of `max_length` and the model's own maximum, in tokens."""
+    return min(max_length, position_limit(inner_model(model).config) or max_length)
+
+
+def pad_left(rows: Sequence[Sequence[int]], pad_id: int, device: torch.device) -> dict[str, Tensor]:
+    """Pad token rows on the left, so that all rows end in the last column.
+
+    Evaluation reads the ends of rows: aligned, they are one slice.
+
+    Returns:
+        `input_ids` and `attention_mask`, both [rows, longest].
+    """
+    longest = max(len(row) for row in rows)
+    ids = [[pad_id] * (longest - len(row)) + list(row) for row in rows]
+    mask = [[0] * (longest - len(row)) + [1] * len(row) for row in rows]
+    return {
+        "input_ids": torch.tensor(ids, device=device),
+        "attention_mask": torch.tensor(mask, device=device),
+    }
+
+
+def last_logits(model: Any, rows: Sequence[Sequence[int]], pad_id: int, keep: int) -> Tensor:
+    """Compute the logits at the last `keep` positions of each row: [rows, keep, vocabulary].
+
+    Models with `logits_to_keep` compute only these positions, which saves most of the memory: the
+    vocabulary is the largest dimension. Rows shorter than `keep` have padding at their front.
+    """
+    inputs: dict[str, Any] = pad_left(rows, pad_id, model.device)
+    accepted = inspect.signature(inner_model(model).forward).parameters
+    if "position_ids" in accepted and len({len(row) for row in rows}) > 1:
+        # Set positions only with padding: some models' own positions do not start at 0.
+        positions = inputs["attention_mask"].cumsum(dim=-1) - 1
+        inputs["position_ids"] = positions.clamp(min=0)
+    if "logits_to_keep" in accepted:
+        inputs["logits_to_keep"] = keep
+    return model(**inputs, use_cache=False).logits[:, -keep:]
+
+
+def for_each_batch(
+    lengths: Sequence[int],
+    batch_size: int,
+    run: Callable[[list[int]], None],
+    what: str,
+    progress: Progress | None = None,
+    *,
+    allowed: str = "any",
+) -> None:
+    """Call `run` on batches of indices of similar length, the longest first.
+
+    Similar lengths need little padding; the longest come first so that a lack of memory shows at
+    the start. A batch that runs out of memory is halved, and so are all later ones. `allowed`
+    limits the rows of one batch; it is a constant of `molf.measure.padding`.
+    """
+    if allowed == "single":
+        batch_size = 1
+    order = sorted(range(len(lengths)), key=lambda index: lengths[index], reverse=True)
+    start = 0
+    while start < len(order):
+        batch = order[start : start + batch_size]
+        if allowed == "equal":
+            batch = [index for index in batch if lengths[index] == lengths[batch[0]]]
+        try:
+            run(batch)
+        except torch.OutOfMemoryError:
+            if len(batch) == 1:
+                raise
+            fits = False
+        else:
+            fits = True
+        # Not in the handler: there, the exception keeps the failed batch's tensors alive.
+        if not fits:
+            batch_size = len(batch) // 2
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            continue
+        start += len(batch)
+        if progress is not None:
+            progress(what, start, len(order))

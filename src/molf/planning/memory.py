@@ -1,0 +1,156 @@
+"""Compute the memory peak of a training, in bytes, on one device or several.
+
+The peak is the larger of two phases: the forward and backward pass (weights, optimizer state,
+activations, gradients so far) and the optimizer step (weights, state, all gradients, temporaries).
+With steps in the backward pass there is only the first phase; its activations include gradients
+and temporaries.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any
+
+from molf.planning.model_shape import ModelShape, describe_model
+from molf.planning.trace import PassTrace, StepTrace, trace_pass, trace_step
+from molf.planning.trainable import find_reach_of
+from molf.planning.workload import Workload
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """The memory of a training on each device, in bytes.
+
+    Attributes:
+        weights: All parameters and buffers, including an adapter's.
+        gradients: Gradients of all trained parameters.
+        moments: First and second moments, and the low halves of bfloat16 weights.
+        factors: LoRA factors that the optimizer keeps.
+        activations: Memory of the forward and backward pass at its peak, without gradients.
+        pass_gradients: Gradients that exist at that peak.
+        transient: Temporaries of the optimizer's step.
+        gathered: With several devices, weights that are temporarily whole on each.
+        host: Moments and factors in pinned host memory, with offload; part of no peak.
+    """
+
+    weights: int
+    gradients: int
+    moments: int
+    factors: int
+    activations: int
+    pass_gradients: int
+    transient: int
+    gathered: int = 0
+    host: int = 0
+
+    @property
+    def held(self) -> int:
+        """Memory held throughout: weights and optimizer state."""
+        return self.weights + self.moments + self.factors
+
+    @property
+    def pass_peak(self) -> int:
+        """Peak of the forward and backward pass."""
+        return self.held + self.pass_gradients + self.activations + self.gathered
+
+    @property
+    def step_peak(self) -> int:
+        """Peak of the optimizer's step."""
+        return self.held + self.gradients + self.transient
+
+    @property
+    def peak(self) -> int:
+        """Peak of the training."""
+        return max(self.pass_peak, self.step_peak)
+
+    def record(self) -> dict[str, int]:
+        """Return all figures by name."""
+        return {**vars(self), "pass_peak": self.pass_peak, "step_peak": self.step_peak} | {
+            "peak": self.peak
+        }
+
+
+class Planner:
+    """Plans trainings of one model; traces that they share are cached.
+
+    Args:
+        config: The model's transformers configuration.
+    """
+
+    def __init__(self, config: Any) -> None:
+        self.config = config
+        self._pass = lru_cache(maxsize=None)(lambda w: trace_pass(config, w))
+        self._step = lru_cache(maxsize=None)(lambda w: trace_step(config, w))
+        self._shape = lru_cache(maxsize=None)(lambda w: describe_model(config, w))
+        self._reach = lru_cache(maxsize=None)(lambda: find_reach_of(config))
+
+    def shape(self, workload: Workload) -> ModelShape:
+        """Count the parameters.
+
+        Raises:
+            InputError: The model cannot be made, or no layer can be adapted.
+        """
+        return self._shape(_shape_alone(self._reached(workload)))
+
+    def step_peak(self, workload: Workload) -> int:
+        """Return the peak of the optimizer's step on each device; faster than `memory`."""
+        return self._plan(self._reached(workload), PassTrace(0, 0)).step_peak
+
+    def memory(self, workload: Workload) -> MemoryPlan:
+        """Plan the memory of each device.
+
+        Raises:
+            InputError: The model cannot be made or traced without data, or no layer can be adapted.
+        """
+        workload = self._reached(workload)
+        return self._plan(workload, self._pass(replace(workload, num_gpus=1)))
+
+    def _reached(self, workload: Workload) -> Workload:
+        """Return the workload without modules that text input does not reach, as in training."""
+        reach = self._reach()
+        left_out = (*reach.unreached, *(reach.bypassed if workload.has_adapter else ()))
+        if workload.unreached or not left_out:
+            return workload
+        config = None if workload.config is None else workload.config.without(left_out)
+        return replace(workload, config=config, unreached=reach.unreached)
+
+    def _plan(self, workload: Workload, passing: PassTrace) -> MemoryPlan:
+        shape = self.shape(workload)
+        step: StepTrace = self._step(_shape_alone(workload))
+        plan = MemoryPlan(
+            weights=shape.weight_bytes,
+            gradients=step.gradients,
+            moments=0 if workload.offloads else step.moments,
+            factors=0 if workload.offloads else step.factors,
+            host=step.pinned if workload.offloads else 0,
+            activations=passing.activations,
+            pass_gradients=passing.gradients,
+            transient=step.transient,
+        )
+        return _sharded(plan, shape, workload.num_gpus)
+
+
+def _shape_alone(workload: Workload) -> Workload:
+    """Return the workload with defaults for all that weights and optimizer do not depend on."""
+    return replace(
+        workload,
+        batch_size=1,
+        length=1,
+        accumulates=False,
+        checkpointing=False,
+        bf16=False,
+        padded=False,
+        num_gpus=1,
+    )
+
+
+def _sharded(plan: MemoryPlan, shape: ModelShape, devices: int) -> MemoryPlan:
+    """Divide weights, gradients and state over devices, as FSDP2's full sharding does."""
+    # Each device holds the activations of its own batch. Whole on each device are the modules
+    # outside of decoder layers (embeddings, head, last norm) and one decoder layer at a time.
+    if devices == 1:
+        return plan
+    split = ("weights", "gradients", "moments", "factors", "pass_gradients", "host")
+    parts = {name: -(-getattr(plan, name) // devices) for name in split}
+    return replace(plan, **parts, gathered=shape.gathered_bytes)

@@ -1,0 +1,201 @@
+"""Count a model's parameters, by part, and those that a method trains."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from molf.core.model.coverage import coverage_of, warn_of_unrouted
+from molf.core.model.linear_layers import (
+    LinearLayer,
+    trainable_layers,
+    warn_of_large_ranks,
+    weights_of,
+)
+from molf.errors import InputError
+from molf.planning.quantised_base import quantise
+from molf.planning.trainable import freeze, skeleton
+from molf.planning.workload import Workload
+
+# A head that is tied to the embeddings has no parameters of its own.
+PARTS = ("embeddings", "head", "attention", "mlp", "norms", "other")
+
+# Names of the modules of a decoder layer in transformers.
+_ATTENTION = ("attn", "attention")
+_MLP = ("mlp", "feed_forward", "ffn", "ff", "experts", "moe", "fc1", "fc2")
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part of the model, with the number of its parameters and of its trained ones."""
+
+    name: str
+    parameters: int
+    trained: int
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """Parameter counts and sizes of a model under a method.
+
+    Attributes:
+        model_type: The architecture's name in transformers.
+        parameters: Parameters of the model itself.
+        trained: All numbers that the optimizer updates, including LoRA factors.
+        experts: The same by expert: `full` and the LoRA experts, or `adapter`, and `not routed`
+            or `all`.
+        layers: Linear layers that are routed or adapted.
+        tied: Whether head and embeddings share their weight.
+        parts: The model's parameters by part.
+        weight_bytes: Bytes of all parameters and buffers, including an adapter's.
+        gathered_bytes: Bytes of the largest decoder layer and of the modules outside of layers.
+    """
+
+    model_type: str
+    parameters: int
+    trained: int
+    experts: dict[str, int]
+    layers: int
+    tied: bool
+    parts: tuple[Part, ...]
+    weight_bytes: int
+    gathered_bytes: int
+
+
+def describe_model(config: Any, workload: Workload) -> ModelShape:
+    """Count a model's parameters without allocating any.
+
+    Args:
+        config: The model's transformers configuration.
+        workload: The method and the type of the weights.
+
+    Raises:
+        InputError: The model cannot be made, or no layer can be adapted.
+
+    Warns:
+        UserWarning: A rank is large for a layer, or layers are not routed.
+    """
+    model = skeleton(config, workload.dtype)
+    freeze(model, workload.unreached)
+    layers = _layers(model, workload)
+    base_trained = _trained(model, layers, workload)
+    parts = {name: [0, 0] for name in PARTS}
+    for part, parameter in _by_part(model):
+        parts[part][0] += parameter.numel()
+        parts[part][1] += parameter.numel() if parameter in base_trained else 0
+    experts = _experts(layers, base_trained, workload)
+    adapter = sum(experts.values()) - sum(p.numel() for p in base_trained)
+    in_weights = 4 * adapter if workload.has_adapter else 0  # PEFT keeps factors in float32
+    parameters = sum(p.numel() for p in model.parameters())
+    tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    if workload.quantised is not None:
+        quantise(model, workload.quantised)
+    own = _bytes(model)
+    return ModelShape(
+        model_type=config.model_type,
+        parameters=parameters,
+        trained=sum(experts.values()),
+        experts=experts,
+        layers=len(layers),
+        tied=tied,
+        parts=tuple(Part(name, *counts) for name, counts in parts.items()),
+        weight_bytes=own + in_weights,
+        gathered_bytes=_gathered(model, own),
+    )
+
+
+def _layers(model: nn.Module, workload: Workload) -> list[LinearLayer]:
+    if workload.config is None:
+        return []
+    config, in_adapter = workload.config, workload.method == "lora"
+    try:
+        layers = trainable_layers(model, config, in_adapter=workload.has_adapter)
+    except ValueError as error:
+        raise InputError(str(error)) from error
+    warn_of_large_ranks(layers, max(config.ranks), in_adapter=in_adapter)
+    trains_rest = not in_adapter and not config.freezes_rest
+    coverage = coverage_of(
+        model,
+        weights_of(layers),
+        len(layers),
+        trains_rest=trains_rest,
+        uses_adapter=workload.has_adapter,
+    )
+    warn_of_unrouted(coverage, in_adapter=in_adapter)
+    return layers
+
+
+def _trained(model: nn.Module, layers: list[LinearLayer], workload: Workload) -> set[nn.Parameter]:
+    """Return the model's own parameters that get gradients, without an adapter's."""
+    trainable = {parameter for parameter in model.parameters() if parameter.requires_grad}
+    if workload.method == "fft":
+        return trainable
+    if workload.method == "molf" and workload.config is not None:
+        if workload.config.freeze_rest:
+            return {layer.weight for layer in layers}
+        return trainable
+    if workload.method == "molf-e" and workload.config and not workload.config.freezes_rest:
+        return trainable - {layer.weight for layer in layers}
+    return set()
+
+
+def _experts(
+    layers: list[LinearLayer], trained: set[nn.Parameter], workload: Workload
+) -> dict[str, int]:
+    """Return the number of trained parameters by expert."""
+    total = sum(parameter.numel() for parameter in trained)
+    if workload.config is None:
+        return {"all": total}
+    size = sum(layer.in_features + layer.out_features for layer in layers)
+    if workload.method == "lora":
+        return {"adapter": sum(workload.config.ranks) * size}
+    names = zip(workload.config.lora_experts, workload.config.ranks, strict=True)
+    lora = {name: rank * size for name, rank in names}
+    if workload.method == "molf-e":
+        return lora | ({"not routed": total} if total else {})
+    routed = {p for layer in layers for p in (layer.weight, layer.bias) if p in trained}
+    full = sum(parameter.numel() for parameter in routed)
+    return {"full": full, **lora, "not routed": total - full}
+
+
+def _by_part(model: Any) -> Iterator[tuple[str, nn.Parameter]]:
+    """Yield each parameter once, after the name of its part."""
+    head = model.get_output_embeddings()
+    seen: set[nn.Parameter] = set()
+    for module_name, module in model.named_modules():
+        for parameter in module._parameters.values():
+            if parameter is not None and parameter not in seen:
+                seen.add(parameter)
+                yield "head" if module is head else _part(module_name, module), parameter
+
+
+def _part(name: str, module: nn.Module) -> str:
+    """Return the part of a module, by its class, else by the names on its path from the inside."""
+    if isinstance(module, nn.Embedding):
+        return "embeddings"
+    if "norm" in type(module).__name__.lower():
+        return "norms"
+    for word in reversed(name.lower().split(".")):
+        if any(key in word for key in _ATTENTION):
+            return "attention"
+        if any(word == key or key in word.split("_") for key in _MLP) or "mlp" in word:
+            return "mlp"
+    return "other"
+
+
+def _gathered(model: Any, own: int) -> int:
+    """Return the bytes of the largest decoder layer and of the modules outside of layers."""
+    layers = max(
+        (module for module in model.modules() if isinstance(module, nn.ModuleList)),
+        key=_bytes,
+        default=nn.ModuleList(),
+    )
+    sizes = [_bytes(layer) for layer in layers]
+    return own - sum(sizes) + max(sizes, default=0)
+
+
+def _bytes(module: nn.Module) -> int:
+    return sum(t.numel() * t.itemsize for t in (*module.parameters(), *module.buffers()))

@@ -1,4 +1,0 @@
-"""Training runs: settings, the job, and its files on disk.
-
-Importing this package needs neither torch nor transformers; `molf.train.run` needs both.
-"""

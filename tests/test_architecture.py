@@ -1,0 +1,100 @@
+"""Folders and files: sizes, no circles of imports, and names that stay free."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import pkgutil
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import molf
+
+ROOT = Path(molf.__file__).parent
+MOST_FILES, MOST_LINES = 22, 450  # of a folder, of a file
+# Importing these needs an extra that the tests do without, or starts a program.
+NOT_IMPORTED = ("molf.__main__", "molf.core.execute.triton", "molf.sql.serve")
+
+
+def modules() -> dict[str, Path]:
+    """Every module of the package, by name."""
+    found = {}
+    for path in ROOT.rglob("*.py"):
+        parts = ("molf", *path.relative_to(ROOT).with_suffix("").parts)
+        found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return found
+
+
+def imports(path: Path, known: Mapping[str, Path]) -> set[str]:
+    """The modules of the package that a file imports, also in functions and for types alone."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+            found |= {name if name in known else node.module for name in names}
+    return {name for name in found if name in known}
+
+
+def circles(edges: Mapping[str, Iterable[str]]) -> list[set[str]]:
+    """The groups of nodes that reach one another."""
+    reached: dict[str, set[str]] = {}
+    for start in edges:
+        seen, waiting = set(), list(edges[start])
+        while waiting:
+            node = waiting.pop()
+            if node not in seen:
+                seen.add(node)
+                waiting += edges.get(node, ())
+        reached[start] = seen
+    groups = {
+        frozenset(other for other in reached if node in reached[other] and other in reached[node])
+        for node in reached
+    }
+    return [set(group) for group in groups if len(group) > 1]
+
+
+def folder_of(name: str) -> str:
+    """The folder under `src/molf` that a module is in; its own name for a file there."""
+    return name.split(".")[1] if "." in name else name
+
+
+def test_no_circle_of_files():
+    known = modules()
+    edges = {name: imports(path, known) - {name, "molf"} for name, path in known.items()}
+    assert circles(edges) == []
+
+
+def test_no_circle_of_folders():
+    known = modules()
+    edges: dict[str, set[str]] = {}
+    for name, path in known.items():
+        if name != "molf":
+            own = edges.setdefault(folder_of(name), set())
+            own |= {folder_of(one) for one in imports(path, known) if one != "molf"}
+    assert circles({name: found - {name} for name, found in edges.items()}) == []
+
+
+def test_circles_are_found():
+    assert circles({"a": ["b"], "b": ["c"], "c": ["a"], "d": ["a"]}) == [{"a", "b", "c"}]
+    assert circles({"a": ["b"], "b": ["c"], "c": []}) == []
+
+
+def test_folders_and_files_stay_small():
+    known = modules()
+    files = Counter(path.parent for path in known.values())
+    assert {str(folder): count for folder, count in files.items() if count > MOST_FILES} == {}
+    lines = {name: len(path.read_text("utf-8").splitlines()) for name, path in known.items()}
+    assert {name: count for name, count in lines.items() if count > MOST_LINES} == {}
+
+
+def test_every_module_is_imported_and_public_names_stay_free():
+    """No package is called `molf.train`, `molf.evaluate` or `molf.plan`: these will be functions."""
+    for found in pkgutil.walk_packages(molf.__path__, "molf."):
+        if not found.name.startswith(NOT_IMPORTED):
+            importlib.import_module(found.name)
+    for name in ("train", "evaluate", "plan"):
+        assert not hasattr(molf, name)
+        assert not (ROOT / name).exists()
