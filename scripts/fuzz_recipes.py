@@ -28,7 +28,7 @@ from types import SimpleNamespace
 from unittest.mock import patch
 
 from molf.cli import main as molf
-from molf.cli.eval import EvalOptions
+from molf.cli.eval_options import EvalOptions
 from molf.cli.shipped import recipe_names, shipped_recipe
 from molf.job import run
 from molf.job.settings.settings import TrainSettings

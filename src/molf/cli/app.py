@@ -84,7 +84,7 @@ def join_booleans(tokens: Sequence[str]) -> list[str]:
 def _boolean_options() -> set[str]:
     from dataclasses import fields
 
-    from molf.cli.eval import EvalOptions
+    from molf.cli.eval_options import EvalOptions
     from molf.job.settings.settings import TrainSettings
 
     return {

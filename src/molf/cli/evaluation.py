@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from molf.cli.eval import EvalOptions
+from molf.cli.eval_options import EvalOptions
 from molf.data.files import Record, read_json
 from molf.disk.files import write_json, write_jsonl
 from molf.disk.locks import InUseError, Lock

@@ -133,8 +133,8 @@ class MoLFAdamW(AdamW):
                 `step` after each backward pass. Accumulation, clipping and `nonfinite="skip"` are
                 refused. The host waits once per layer.
             kernels: `"triton"`: Triton kernels (`molf.core.execute.triton`; a plain model on CUDA,
-                float32 or bfloat16 weights, float32 states), not yet run on a GPU. None and `"eager"`:
-                torch operations.
+                float32 or bfloat16 weights, float32 states), not yet run on a GPU. None and
+                `"eager"`: torch operations.
             state_offload: Whether the state of parameters on CUDA, folded LoRA factors included, is
                 in pinned host memory and copied to the device layer by layer: the same bits in less
                 memory and more time. The host waits once per layer. Not with `"triton"`; not yet

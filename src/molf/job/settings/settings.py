@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 from cyclopts import Group, Parameter
 
@@ -28,15 +28,13 @@ from molf.core.options import (
 from molf.errors import InputError
 from molf.job.settings.converters import numbers, patterns, words
 from molf.job.settings.defaults import (
-    ADAPTERS,
     MATCHES,
     MERGE_BASES,
     METHODS,
     QUANTISABLE,
     ROUTED,
-    default_alpha,
-    defaults_for,
 )
+from molf.job.settings.experts import method_config
 from molf.tasks import TASKS, TaskOptions, check_task
 
 SCHEDULERS = ("cosine", "linear", "constant", "constant_with_warmup")
@@ -393,50 +391,20 @@ class TrainSettings:
         Raises:
             InputError: A value is not allowed, or not with this method.
         """
-        if self.method == "fft":
-            return None
-        defaults = defaults_for(self.method, self.task)
-        ranks = self.ranks or defaults["ranks"]
-        alpha: Any = self.alpha if self.alpha is not None else defaults.get("alpha")
-        if isinstance(alpha, tuple) and len(alpha) == 1:
-            alpha = alpha[0]
-        rslora = defaults["use_rslora"] if self.use_rslora is None else self.use_rslora
-        if self.method in ADAPTERS:
-            if isinstance(alpha, tuple):
-                raise InputError(
-                    f"Invalid alpha={_commas(alpha)} with method={self.method}. Must be one "
-                    "number: it trains one adapter."
-                )
-            if min(ranks) >= 1:  # else refused below, as given
-                ranks = (sum(ranks),)
-            if alpha is None:
-                alpha = default_alpha(self.method, ranks[0], use_rslora=rslora)
-        elif alpha is None:
-            alpha = [default_alpha(self.method, rank, use_rslora=rslora) for rank in ranks]
-        dropout = self.lora_dropout if self.lora_dropout is not None else defaults["lora_dropout"]
-        routes = self.method in ROUTED
-        freezes = self.method == "molf-e"
-        if freezes and self.score == "full":
-            raise InputError(
-                "Invalid score='full' with method=molf-e: its base is frozen, so it has no full "
-                "expert. Use another score, or --method molf."
-            )
-        try:
-            return MoLFConfig(
-                ranks=ranks,
-                alpha=alpha,
-                use_rslora=rslora,
-                lora_dropout=dropout,
-                target_modules=self.target_modules,
-                exclude_modules=self.exclude_modules,
-                score=self.score if routes else MoLFConfig.score,
-                top_k=self.top_k if routes else MoLFConfig.top_k,
-                freeze_base=freezes,
-                freeze_rest=self.freeze_rest if routes else None,
-                seed=self.seed,
-            )
-        except ValueError as error:
-            raise InputError(str(error)) from error
+        return method_config(
+            self.method,
+            self.task,
+            ranks=self.ranks,
+            alpha=self.alpha,
+            use_rslora=self.use_rslora,
+            lora_dropout=self.lora_dropout,
+            score=self.score,
+            top_k=self.top_k,
+            freeze_rest=self.freeze_rest,
+            target_modules=self.target_modules,
+            exclude_modules=self.exclude_modules,
+            seed=self.seed,
+        )
 
 
 _NOT_QUANTISABLE = {
@@ -479,7 +447,3 @@ _NOT_NEGATIVE = (
     "few_shot",
     "seed",
 )
-
-
-def _commas(values: tuple[float, ...]) -> str:
-    return ",".join(f"{value:g}" for value in values)

@@ -1,0 +1,130 @@
+"""The options of `molf eval`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Parameter
+
+from molf.errors import InputError
+from molf.job.settings.converters import words
+from molf.job.settings.settings import DATA, EVALUATION, OUTPUT
+from molf.measure.harness import PREFIX
+from molf.paths import expanded
+from molf.tasks import TASKS, TaskOptions, check_task
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class EvalOptions:
+    """The options of `molf eval`."""
+
+    task: Annotated[
+        tuple[str, ...],
+        Parameter(
+            name=("--task", "--tasks"),
+            converter=words,
+            n_tokens=1,
+            group=DATA,
+            help=f"What is measured, separated by commas: {', '.join(TASKS)}, or {PREFIX}NAME "
+            "for a task of lm-evaluation-harness.",
+        ),
+    ]
+    data: Annotated[str | None, Parameter(group=DATA)] = None
+    """Records to evaluate on: a JSON, JSONL, Parquet or CSV file, a folder, a URL, or a Hub id."""
+    max_samples: Annotated[int | None, Parameter(group=DATA)] = None
+    """Evaluate on at most this many records, drawn by the seed."""
+    few_shot: Annotated[int | None, Parameter(group=DATA, show_default="0")] = None
+    """Answered training questions before each question, drawn by seed (sql, med, their demos)."""
+    max_length: Annotated[int, Parameter(group=DATA)] = 1024
+    """Longest text in tokens; longer ones are left out and counted."""
+    split_special_tokens: Annotated[bool, Parameter(group=DATA)] = False
+    """Make control tokens that the records spell out (such as </s>) plain text."""
+    forgetting_data: Annotated[str | None, Parameter(group=EVALUATION)] = None
+    """Plain text to measure the loss on; the task brings one."""
+    predictions: Annotated[Path | None, Parameter(group=EVALUATION)] = None
+    """Score these saved texts instead of a model: JSONL of {"index": i, "prediction": text}."""
+    per_device_eval_batch_size: Annotated[int, Parameter(group=EVALUATION)] = 32
+    """Examples per forward pass."""
+    seed: Annotated[int, Parameter(group=EVALUATION)] = 42
+    """Seed of the draw of records and of the intervals."""
+    output_dir: Annotated[Path | None, Parameter(group=OUTPUT)] = None
+    """Write eval.json and the predictions here."""
+    overwrite: Annotated[bool, Parameter(group=OUTPUT)] = False
+    """Replace an earlier evaluation in output_dir."""
+
+    def __post_init__(self) -> None:
+        """Check the options, without reading data."""
+        for name in ("data", "forgetting_data", "predictions", "output_dir"):
+            value = getattr(self, name)
+            if value is not None and str(value).startswith("~"):
+                object.__setattr__(self, name, type(value)(expanded(value)))
+        least = {"max_samples": 1, "max_length": 2, "per_device_eval_batch_size": 1, "seed": 0}
+        for name, minimum in least.items():
+            value = getattr(self, name)
+            if value is not None and value < minimum:
+                raise InputError(f"Invalid {name}={value}. Must be at least {minimum}.")
+        if self.seed >= 2**32:  # the limit of numpy's generators
+            raise InputError(f"Invalid seed={self.seed}. Must be below 2**32.")
+        if not self.task:
+            raise InputError(
+                f"Invalid task: empty. Give one of {', '.join(TASKS)}, or {PREFIX}NAME."
+            )
+        for name in self.task:
+            if self.task.count(name) > 1:
+                raise InputError(f"Invalid task={','.join(self.task)}: {name} comes twice.")
+            if name in ("", PREFIX):
+                raise InputError(f"Invalid task={name!r}. Name the task of the harness as well.")
+        for options in self.task_options:
+            check_task(options)
+        self._check_data()
+        if self.predictions is not None and len(self.task) > 1:
+            raise InputError(
+                f"Invalid predictions with {len(self.task)} tasks: saved texts answer one. "
+                "Run molf eval once for each file of predictions."
+            )
+        if self.predictions is not None and self.harness_tasks:
+            raise InputError(
+                f"Invalid predictions with {self.task[0]}: lm-evaluation-harness measures models, "
+                "not saved texts."
+            )
+
+    @property
+    def task_options(self) -> list[TaskOptions]:
+        """The options to load each built-in task with."""
+        return [
+            TaskOptions(
+                name=name,
+                data=self.data,
+                max_samples=self.max_samples,
+                few_shot=self.few_shot or 0,
+                seed=self.seed,
+                evaluation_only=True,
+            )
+            for name in self.task
+            if not name.startswith(PREFIX)
+        ]
+
+    @property
+    def harness_tasks(self) -> list[str]:
+        """The names of lm-evaluation-harness's tasks, without their prefix."""
+        return [name.removeprefix(PREFIX) for name in self.task if name.startswith(PREFIX)]
+
+    def _check_data(self) -> None:
+        """Reject data, or the task `custom`, that would be shared by several tasks."""
+        own = [options.name for options in self.task_options]
+        for option in ("data", "forgetting_data"):
+            if getattr(self, option) is not None and not own:
+                raise InputError(
+                    f"Invalid {option}={getattr(self, option)} with {','.join(self.task)}: "
+                    "lm-evaluation-harness brings its own data. Leave it out."
+                )
+        if len(own) > 1 and (self.data is not None or "custom" in own):
+            given = "task=custom" if self.data is None else f"data={self.data}"
+            raise InputError(
+                f"Invalid {given} with the tasks {','.join(own)}: data belongs to one task. "
+                "Run molf eval once with --task NAME --data FILE for each task that needs data, "
+                "and once for the others."
+            )
