@@ -141,7 +141,7 @@ BOMB = "training_args:\n  a0: &a0 [x]\n" + "".join(
         ("seed: &a [*a]\n", ["a list in a list", "seed"]),
         ("seed: " + "[" * 600 + "\n", ["nested too deeply"]),
         ("training_args: {x: {y: .nan}}\n", ["not finite"]),
-        ("training_args: {x: [" + "9" * 5000 + "]}\n", ["no value"]),
+        ("training_args: {x: [" + "9" * 5000 + "]}\n", ["invalid"]),
         ("seed: {a: 1}\n", ["a mapping", "seed"]),
         ("ranks: [4, ~]\n", ["an empty entry", "ranks"]),
         ("<<: {seed: 1}\n", ["<< is not the name of an option"]),

@@ -234,7 +234,7 @@ def test_output_dir_cannot_be_written(train):
         ("output_dir", "x", ["--output_dir"]),
         ("packing", "true", ["packing"]),
         ("dataloader_num_workers", "many", ["dataloader_num_workers", "many"]),
-        ("assistant_only_loss", "true", ["assistant_only_loss", "the task says which tokens"]),
+        ("assistant_only_loss", "true", ["assistant_only_loss", "the task defines which tokens"]),
         ("eval_on_start", "true", ["eval_on_start", "before and after"]),
         ("use_liger_kernel", "true", ["use_liger_kernel", "not installed"]),
         ("fsdp", "full_shard", ["fsdp", "one process"]),

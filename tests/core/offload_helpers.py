@@ -9,8 +9,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from molf.core.storage import offload
 from molf.core.storage.offload import Carrier, CarrierOf
-from molf.core.storage.weights import offload
 
 
 @contextmanager

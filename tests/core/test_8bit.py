@@ -19,8 +19,8 @@ from molf.core.arithmetic import adam
 from molf.core.arithmetic.adam import MomentDecay
 from molf.core.arithmetic.blocks import BLOCKS, Blocks
 from molf.core.execute.eager import Eager
+from molf.core.storage import moments
 from molf.core.storage.moments import EightBitMoments, _map, moment_state, moments_of
-from molf.core.storage.weights import moments
 
 
 class Layers(nn.Module):

@@ -12,7 +12,7 @@ from torch import nn
 from molf import AdamW
 from molf.core.arithmetic.blocks import Blocks
 from molf.core.execute.eager import Eager
-from molf.core.step.step import fidelity
+from molf.core.step import fidelity
 
 BF16 = torch.bfloat16
 

@@ -15,7 +15,7 @@ from torch import nn
 
 from molf import AdamW, MoLFAdamW, MoLFConfig
 from molf.core.step.unit import PlainUnit
-from molf.core.storage.weights import accumulation
+from molf.core.storage import accumulation
 
 
 def run_model(model: nn.Module, seed: int) -> torch.Tensor:

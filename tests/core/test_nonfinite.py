@@ -210,5 +210,5 @@ def test_the_gradient_is_named_rather_than_the_norm():
 
 def test_a_loss_is_required_before_layers_move():
     optimizer = tiny_optimizer(tiny_model(), optimizer_in_backward=True)
-    with pytest.raises(ValueError, match=r"Check the loss before loss.backward"):
+    with pytest.raises(ValueError, match=r"Look at the loss before loss.backward"):
         optimizer.require_finite(torch.tensor(NAN))

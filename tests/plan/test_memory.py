@@ -83,7 +83,8 @@ def test_what_storage_saves(untied):
     planner = Planner(untied)
     plain, small = (planner.memory(make("fft", **options)) for options in ({}, SMALL))
     assert small.weights == pytest.approx(plain.weights / 2, rel=0.01)
-    assert small.moments < 0.3 * plain.moments
+    # Rows of 64 have a scale each: 2 + 2 * 4 / 64 bytes a number, of 8, and vectors in float32.
+    assert small.moments < 0.32 * plain.moments
     assert (small.gradients, small.pass_gradients, small.transient) == (0, 0, 0)
     assert small.peak == small.pass_peak
     base = planner.memory(make("lora"))

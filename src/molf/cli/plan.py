@@ -39,10 +39,11 @@ def plan_model(
     if not 0 < num_gpus < MOST_COUNTED:
         raise InputError(f"Invalid num_gpus={num_gpus}. Must be at least 1 and below 2**31.")
     learn(vars(settings))
-    resolved = resolve(settings, datetime.now().astimezone())
-    if reason := why_not_planned(resolved.method, resolved.kernels):
+    if reason := why_not_planned(settings.method, settings.kernels):
         raise InputError(reason)
-    check_model(resolved.model)
+    if settings.model is not None:
+        check_model(settings.model)
+    resolved = resolve(settings, datetime.now().astimezone())
     from molf.job.libraries import quiet_libraries
 
     with quiet_libraries():

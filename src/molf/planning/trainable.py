@@ -184,6 +184,6 @@ def _optimizer(model: nn.Module, workload: Workload) -> torch.optim.Optimizer:
 def _make_tables() -> None:
     """Take a real step with 8-bit moments, so that torchao's cached tables have data."""
     with unset_fake_temporarily():
-        parameter = nn.Parameter(torch.zeros(4096))
+        parameter = nn.Parameter(torch.zeros(16, 256))  # matrices alone have 8-bit moments
         parameter.grad = torch.zeros_like(parameter)
         AdamW([parameter], state_dtype="8bit").step()

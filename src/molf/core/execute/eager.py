@@ -45,8 +45,8 @@ class Eager(Executor):
         super().__init__(can_read)
         self.blocks = blocks
 
-    def check(self, layers: Sequence[RoutedLayer], plain: Sequence[DenseTensor]) -> None:
-        """Accept all tensors."""
+    def check(self, parameters: Iterable[tuple[str, Tensor]]) -> None:
+        """Accept all parameters."""
 
     def squares(self, tensors: Iterable[tuple[Tensor, torch.dtype]]) -> Tensor:
         """Sum the squares of each tensor, one tensor at a time."""

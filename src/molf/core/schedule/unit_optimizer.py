@@ -192,6 +192,7 @@ class UnitOptimizer(Optimizer):
         units = [unit for unit in units if unit.takes_part()]
         required, self._required = self._required, {}
         self._check_kinds(units)
+        self.executor.check(named for unit in units for named in unit.named_parameters())
         self._fit_states(units)
         if self.offload is None:
             outcome = take_step(units, self.state, self.executor, self._tally, required)

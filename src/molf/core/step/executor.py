@@ -42,8 +42,11 @@ class Executor(ABC):
         self.can_read = can_read
 
     @abstractmethod
-    def check(self, layers: Sequence[RoutedLayer], plain: Sequence[DenseTensor]) -> None:
-        """Refuse tensors that this executor does not support, before anything is written.
+    def check(self, parameters: Iterable[tuple[str, Tensor]]) -> None:
+        """Refuse parameters that this executor does not support, before anything is written.
+
+        Args:
+            parameters: Name and parameter of all that step.
 
         Raises:
             ValueError: The message names the parameter and a remedy.

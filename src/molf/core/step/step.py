@@ -70,7 +70,6 @@ def take_step(
     gradients += [Guarded(tensor.parameter) for tensor in plain]
     required = required or {}
     # In every step, before anything is written: libraries may have replaced parameters.
-    executor.check(layers, plain)
     with full_precision({one.parameter.device.type for one in gradients}):
         # 1. Check gradients. Gradients of LoRA factors do not exist yet; norms bound them.
         guard = FiniteGuard(gradients, required.values(), executor.squares, executor.can_read)

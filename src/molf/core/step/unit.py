@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -65,6 +66,13 @@ class Unit(ABC):
 
         The result is valid for one step.
         """
+
+    def named_parameters(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield name and parameter of those with a gradient."""
+        number, position = self.key
+        for place, parameter in enumerate(self.parameters, position or 0):
+            if parameter.grad is not None:
+                yield parameter_name(self.group, place, number), parameter
 
     def free_gradients(self) -> None:
         """Set the gradients to None."""

@@ -179,8 +179,8 @@ def test_the_twin_takes_the_same_path(score, top_k):
             for (A, B), exact_A, exact_B in zip(
                 pair.optimizer.lora_factors(name), twin.A, twin.B, strict=True
             ):
-                assert (A - exact_A.value).abs().max() <= 1e-6
-                assert (B - exact_B.value).abs().max() <= 1e-6
+                assert (A - exact_A["value"]).abs().max() <= 1e-6
+                assert (B - exact_B["value"]).abs().max() <= 1e-6
 
 
 # -- what a step must not do

@@ -48,13 +48,13 @@ class Triton(Executor):
         # Kernels hold addresses of this optimizer's tensors; a copy creates its own.
         return {**vars(self), "_kernels": None}
 
-    def check(self, layers: Sequence[RoutedLayer], plain: Sequence[DenseTensor]) -> None:
+    def check(self, parameters: Iterable[tuple[str, Tensor]]) -> None:
         """Refuse parameters that the kernels do not support."""
         # In every step: libraries may have replaced or moved parameters.
-        tensors = [*(tensor for layer in layers for tensor in layer.dense), *plain]
-        home = tensors[0].parameter.device
-        for tensor in tensors:
-            check_kernel_parameter(tensor.parameter, tensor.stored.name, home)
+        home: torch.device | None = None
+        for name, parameter in parameters:
+            home = home or parameter.device
+            check_kernel_parameter(parameter, name, home)
 
     def _on(self, device: torch.device) -> Kernels:
         if self._kernels is None or self._kernels.device != device:
