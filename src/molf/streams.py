@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import sys
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import IO, Any, TextIO, cast
@@ -20,7 +21,7 @@ class OutputError(OSError):
     """Raised when standard output cannot be written."""
 
 
-class _Stream:
+class _Stream(ABC):
     """A wrapper of a text stream, or of None; escapes characters that its encoding lacks."""
 
     def __init__(self, stream: IO[str] | None) -> None:
@@ -51,8 +52,9 @@ class _Stream:
             raise AttributeError(name)
         return getattr(self._stream, name)
 
+    @abstractmethod
     def _try(self, act: Any) -> None:
-        raise NotImplementedError
+        """Call `act` with the stream; the subclass handles its errors."""
 
 
 class BestEffort(_Stream):

@@ -133,14 +133,20 @@ def test_float64_and_back_is_where_it_was(form):
     assert_same_bits(snapshot(twin, other), snapshot(model, optimizer))
 
 
-@pytest.mark.parametrize("options", [{}, {"state_offload": True}, {"optimizer_in_backward": True}])
+@pytest.mark.parametrize(
+    ("before", "options"),
+    [
+        (before, options)
+        for before in DTYPES
+        for options in ({}, {"state_offload": True}, {"optimizer_in_backward": True})
+        # Refused: float16 needs loss scaling, which steps in the backward pass do not support.
+        if not (before == torch.float16 and "optimizer_in_backward" in options)
+    ],
+)
 @pytest.mark.parametrize("after", DTYPES[:3])
-@pytest.mark.parametrize("before", DTYPES)
 @pytest.mark.parametrize("form", FORMS)
 def test_models_may_change_their_dtype_between_steps(form, before, after, options):
     """As `module.double()` does: it is as if the state were saved, and loaded in the new dtype."""
-    if before == torch.float16 and "optimizer_in_backward" in options:
-        pytest.skip("Refused.")
     model, optimizer = pair_of(form, before, **options)
     run(model, optimizer, range(2))
     exact = {p: values.to(after) for p, values in optimizer.float32_weights().items()}

@@ -8,6 +8,7 @@ import warnings
 import pytest
 import torch
 from core_helpers import as_on_an_accelerator, feed, run, tiny_model, tiny_optimizer
+from executors import ReadsOfTheHost
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -59,28 +60,6 @@ def test_only_moments_have_the_size_of_a_weight():
         alive = [x for x in found if x.shape == (37, 53)]
     storages = {x.untyped_storage().data_ptr() for x in alive}
     assert len(storages) == 4  # weight, gradient, exp_avg, exp_avg_sq
-
-
-class ReadsOfTheHost(TorchDispatchMode):
-    """Counts what makes the host wait for a device."""
-
-    def __init__(self, patch: pytest.MonkeyPatch) -> None:
-        super().__init__()
-        self.count = 0
-        for name in ("tolist", "numpy", "cpu", "__array__"):
-            patch.setattr(Tensor, name, self._counted(getattr(Tensor, name)))
-
-    def _counted(self, method):
-        def wrapper(*args, **kwargs):
-            self.count += 1
-            return method(*args, **kwargs)
-
-        return wrapper
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        waiting = ("_local_scalar_dense", "is_nonzero", "equal", "nonzero", "masked_select")
-        self.count += func.overloadpacket.__name__ in waiting
-        return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("layers", [2, 20])
