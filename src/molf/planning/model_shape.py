@@ -8,12 +8,11 @@ from typing import Any
 
 from torch import nn
 
-from molf.core.model.coverage import coverage_of, warn_of_unrouted
+from molf.core.model.coverage import warn_before_training
 from molf.core.model.linear_layers import (
     LinearLayer,
     trainable_layers,
     warn_of_large_ranks,
-    weights_of,
 )
 from molf.errors import InputError
 from molf.planning.quantised_base import quantise
@@ -116,15 +115,9 @@ def _layers(model: nn.Module, workload: Workload) -> list[LinearLayer]:
     except ValueError as error:
         raise InputError(str(error)) from error
     warn_of_large_ranks(layers, max(config.ranks), in_adapter=in_adapter)
-    trains_rest = not in_adapter and not config.freezes_rest
-    coverage = coverage_of(
-        model,
-        weights_of(layers),
-        len(layers),
-        trains_rest=trains_rest,
-        uses_adapter=workload.has_adapter,
+    warn_before_training(
+        model, layers, config, in_adapter=in_adapter, has_adapter=workload.has_adapter
     )
-    warn_of_unrouted(coverage, in_adapter=in_adapter)
     return layers
 
 

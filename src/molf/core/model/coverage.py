@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from molf.core.config import MoLFConfig
 from molf.core.model.decay import is_vector
-from molf.core.model.linear_layers import head_name, is_in_head
+from molf.core.model.linear_layers import LinearLayer, head_name, is_in_head, weights_of
 from molf.core.model.linear_places import linear_places
 from molf.core.model.module_names import cleaner
 from molf.core.warn import warn
@@ -125,6 +126,33 @@ def coverage_of(
     ]
     unrouted.sort(key=lambda one: -one.parameters)
     return Coverage(layers, counted, max(total, 1), tuple(unrouted))
+
+
+def warn_before_training(
+    model: nn.Module,
+    layers: Sequence[LinearLayer],
+    config: MoLFConfig,
+    *,
+    in_adapter: bool,
+    has_adapter: bool,
+) -> None:
+    """Give the warnings of `warn_of_unrouted` for a plain model before its optimizer is built.
+
+    Args:
+        model: The model, with or without values.
+        layers: Layers that will be routed, or adapted.
+        config: The method's settings.
+        in_adapter: Whether a plain adapter will be trained (no routing).
+        has_adapter: Whether the factors will be in a PEFT adapter.
+    """
+    coverage = coverage_of(
+        model,
+        weights_of(layers),
+        len(layers),
+        trains_rest=not in_adapter and not config.freezes_rest,
+        uses_adapter=has_adapter,
+    )
+    warn_of_unrouted(coverage, in_adapter=in_adapter)
 
 
 def warn_of_unrouted(coverage: Coverage, *, in_adapter: bool = False) -> None:

@@ -13,12 +13,11 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from molf.core.config import MoLFConfig
-from molf.core.model.coverage import coverage_of, warn_of_unrouted
+from molf.core.model.coverage import warn_before_training
 from molf.core.model.linear_layers import (
     matching_linears,
     trainable_layers,
     warn_of_large_ranks,
-    weights_of,
 )
 from molf.core.model.quantised import is_quantised
 from molf.data.encoding import EncodedSamples
@@ -157,15 +156,9 @@ def find_adapted_layers(model: Any, settings: ResolvedSettings) -> tuple[Layer, 
     in_adapter = settings.method in ADAPTERS
     if not in_adapter:  # Adapter warns itself, as it chooses the rank
         warn_of_large_ranks(found, max(config.ranks))
-    trains_rest = not in_adapter and not config.freezes_rest
-    coverage = coverage_of(
-        model,
-        weights_of(found),
-        len(found),
-        trains_rest=trains_rest,
-        uses_adapter=settings.has_adapter,
+    warn_before_training(
+        model, found, config, in_adapter=in_adapter, has_adapter=settings.has_adapter
     )
-    warn_of_unrouted(coverage, in_adapter=in_adapter)
     return tuple(Layer(x.name, x.in_features, x.out_features, x.transposed) for x in found)
 
 
