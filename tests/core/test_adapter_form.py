@@ -14,7 +14,7 @@ from torch import nn
 
 import molf
 from molf import MoLFAdamW, MoLFConfig
-from molf.core.step.factors import draw_lora_a
+from molf.core.model.factors import draw_lora_a
 
 RANKS = (2, 3)
 UP = "model.layers.0.mlp.up_proj"

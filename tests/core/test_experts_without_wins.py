@@ -9,8 +9,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from molf.core.execute.eager import Eager
-from molf.core.step import factors
-from molf.core.step.factors import live_ranks
+from molf.core.model import factors
+from molf.core.model.factors import live_ranks
 
 RANKS = (2, 3, 1)
 

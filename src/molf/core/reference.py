@@ -19,8 +19,8 @@ from torch.optim import Optimizer
 
 from molf.core.config import MoLFConfig
 from molf.core.model.decay import undecayed
+from molf.core.model.factors import draw_lora_a
 from molf.core.model.linear_layers import find_layers
-from molf.core.step.factors import draw_lora_a
 from molf.core.step.routing import Decision
 
 SCORE_EPS = 1e-8

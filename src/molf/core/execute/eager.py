@@ -19,9 +19,9 @@ from molf.core.arithmetic.adam import (
 from molf.core.arithmetic.blocks import BLOCKS, Blocks, Rows
 from molf.core.arithmetic.devices import CanRead, is_host_memory
 from molf.core.arithmetic.weight_step import apply_step
+from molf.core.model.factors import owned_by
 from molf.core.step.dense import DenseTensor
 from molf.core.step.executor import Executor, ScoreSums, Winners
-from molf.core.step.factors import owned_by
 from molf.core.step.fidelity import Sample, UpdateTally
 from molf.core.step.guard import FiniteGuard
 from molf.core.step.layer import RoutedLayer

@@ -12,6 +12,7 @@ from torch import nn
 
 from molf.core.config import MoLFConfig
 from molf.core.model.adapted_layers import adapter_layers, trained_layers
+from molf.core.model.factors import draw_lora_a
 from molf.core.model.linear_layers import (
     TASK_HEADS,
     check_not_tied,
@@ -24,7 +25,6 @@ from molf.core.model.linear_places import linear_places
 from molf.core.model.module_names import cleaner
 from molf.core.model.quantised import is_quantised, keep_differentiable
 from molf.core.model.weight_checks import check_adaptable_weight, sides_of
-from molf.core.step.factors import draw_lora_a
 
 _FOR_TOKENS = ("TOKEN_CLS", "QUESTION_ANS")  # PEFT would both adapt and train their heads
 

@@ -16,8 +16,8 @@ from torch import Tensor
 from molf.core.arithmetic.adam import gradient
 from molf.core.arithmetic.blocks import Blocks
 from molf.core.arithmetic.devices import CanRead
+from molf.core.model.factors import owned_by, per_rank, split_factors
 from molf.core.model.groups import parameter_name
-from molf.core.step.factors import owned_by, per_rank, split_factors
 from molf.core.step.guard import Guarded
 from molf.core.step.layer import RoutedLayer, States, dense_tensors
 from molf.core.step.operations import AdapterSlice, AdapterWrite, LayerWrites, TensorWrite

@@ -16,7 +16,7 @@ from molf.core.arithmetic.adam import compute_dtype, gradient
 from molf.core.arithmetic.blocks import Blocks
 from molf.core.arithmetic.devices import CanRead, is_host_memory
 from molf.core.arithmetic.weight_step import Product
-from molf.core.step.factors import draw_lora_a, live_ranks, owned_by, per_rank, split_factors
+from molf.core.model.factors import draw_lora_a, live_ranks, owned_by, per_rank, split_factors
 from molf.core.step.guard import Guarded
 from molf.core.step.layer import RoutedLayer, States, dense_tensors
 from molf.core.step.operations import FactorWrite, LayerWrites, Operand, TensorWrite

@@ -18,9 +18,9 @@ from molf.core.arithmetic.devices import CanRead, is_host_memory
 from molf.core.execute.kernel_checks import check_kernel_parameter
 from molf.core.execute.triton.items import AdamW, LowRank, Moments, Weight
 from molf.core.execute.triton.kernels import Kernels
+from molf.core.model.factors import owned_by
 from molf.core.step.dense import DenseTensor
 from molf.core.step.executor import Executor, ScoreSums, Winners
-from molf.core.step.factors import owned_by
 from molf.core.step.fidelity import Sample, UpdateTally
 from molf.core.step.guard import FiniteGuard
 from molf.core.step.layer import RoutedLayer
