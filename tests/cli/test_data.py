@@ -1,16 +1,12 @@
 """`molf data`: what a training would see, from tokenizer and configuration alone."""
 
 import json
-import sys
-from pathlib import Path
 
 import pytest
 
 from molf.cli import main
 from molf.data.conversations import Conversation
 from molf.data.encoding import encode_samples
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "evaluate"))  # for tiny_models
 from tiny_models import CHATML, LINES, byte_level_tokenizer, piece_tokenizer
 
 TALK = [

@@ -1,7 +1,6 @@
 """The shipped recipes: what they say, that they run, and the commands around them."""
 
 import json
-import sys
 import warnings
 from dataclasses import replace
 from datetime import datetime
@@ -16,8 +15,6 @@ from molf.cli.shipped import recipe_names, shipped_recipe
 from molf.job.settings.resolved import resolve
 from molf.job.settings.settings import TrainSettings
 from molf.tasks import TASKS
-
-sys.path[:0] = [str(Path(__file__).resolve().parents[1] / name) for name in ("evaluate", "train")]
 
 NAMES = recipe_names()
 METHODS = ("fft", "lora", "molf", "molf-e")

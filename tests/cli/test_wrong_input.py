@@ -1,12 +1,9 @@
 """Wrong input: one line with what was given and what is allowed, code 2, nothing written."""
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
-
-sys.path[:0] = [str(Path(__file__).resolve().parents[1] / name) for name in ("evaluate", "train")]
 
 
 @pytest.mark.parametrize(

@@ -9,11 +9,10 @@ from functools import partial
 
 import pytest
 import torch
-from core_helpers import Conv1D, assert_same_bits, feed, snapshot
-from optimizer_forms import build
 from torch import Tensor, nn
 from torchao.optim.subclass_8bit import OptimState8bit
 
+from core_helpers import Conv1D, assert_same_bits, feed, snapshot
 from molf import AdamW, MoLFAdamW, MoLFConfig
 from molf.core.arithmetic import adam
 from molf.core.arithmetic.adam import MomentDecay
@@ -21,6 +20,7 @@ from molf.core.arithmetic.blocks import BLOCKS, Blocks
 from molf.core.execute.eager import Eager
 from molf.core.storage import moments
 from molf.core.storage.moments import EightBitMoments, _map, moment_state, moments_of
+from optimizer_forms import build
 
 
 class Layers(nn.Module):

@@ -5,10 +5,10 @@ from __future__ import annotations
 import peft
 import pytest
 import torch
-from peft_helpers import IDS, tiny_qwen2
 
 import molf
 from molf import MoLFAdamW, MoLFConfig
+from peft_helpers import IDS, tiny_qwen2
 
 BIAS = "model.layers.0.self_attn.q_proj.lora_B.default.bias"
 

@@ -9,12 +9,12 @@ import warnings
 import peft
 import pytest
 import torch
-from peft_helpers import IDS, logits, quantised_qwen2, spread, tiny_qwen2
 from torch import nn
 
 import molf
 from molf import MoLFAdamW, MoLFConfig
 from molf.core.model.factors import draw_lora_a
+from peft_helpers import IDS, logits, quantised_qwen2, spread, tiny_qwen2
 
 RANKS = (2, 3)
 UP = "model.layers.0.mlp.up_proj"

@@ -8,12 +8,12 @@ import warnings
 
 import pytest
 import torch
-from core_helpers import assert_same_bits, snapshot, tiny_model
-from peft_helpers import IDS, tiny_qwen2
 from torch import nn
 
 import molf
+from core_helpers import assert_same_bits, snapshot, tiny_model
 from molf import MoLFAdamW, MoLFConfig
+from peft_helpers import IDS, tiny_qwen2
 
 FORMS = pytest.mark.parametrize("freeze_base", [True, False], ids=["frozen", "explicit"])
 

@@ -8,13 +8,13 @@ from dataclasses import dataclass, field
 import peft
 import pytest
 import torch
-from core_helpers import Pair, Rates, Twin
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 import molf
+from core_helpers import Pair, Rates, Twin
 from molf.core.config import MoLFConfig
 from molf.core.optimizer import MoLFAdamW
 

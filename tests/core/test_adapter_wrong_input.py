@@ -7,12 +7,12 @@ import copy
 import peft
 import pytest
 import torch
-from core_helpers import Conv1D, tiny_model
-from peft_helpers import IDS, quantised_qwen2, spread, tiny_qwen2
 from torch import nn
 
 import molf
+from core_helpers import Conv1D, tiny_model
 from molf import MoLFAdamW, MoLFConfig
+from peft_helpers import IDS, quantised_qwen2, spread, tiny_qwen2
 
 E = MoLFConfig(ranks=(2, 3), freeze_base=True)
 FULL = MoLFConfig(ranks=(2, 3))

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from core_helpers import assert_same_bits, snapshot, tiny_optimizer
 from torch import nn
 
+from core_helpers import assert_same_bits, snapshot, tiny_optimizer
 from molf import MoLFAdamW, MoLFConfig
 
 IN = "self_attn.in_proj"

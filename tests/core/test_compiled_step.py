@@ -6,11 +6,12 @@ import warnings
 
 import pytest
 import torch
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+
 from core_helpers import assert_same_bits, snapshot, tiny_model
 from offload_helpers import LateCarrier, carried_by
 from optimizer_forms import FORMS, in_form
-from torch import Tensor, nn
-from torch.optim.lr_scheduler import LambdaLR
 
 OPTIONS = {
     "plain": {},

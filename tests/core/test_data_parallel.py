@@ -7,12 +7,12 @@ import copy
 import pytest
 import torch
 import torch.distributed as dist
-from core_helpers import snapshot
-from optimizer_forms import build
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from core_helpers import snapshot
 from molf import AdamW
+from optimizer_forms import build
 
 FORMS = ["folded", "explicit", "frozen", "fft"]
 CASES = [(form, rounding) for form in FORMS for rounding in (None, "exact", "stochastic")]

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import torch
-from core_helpers import tiny_optimizer
 from torch import nn
 
+from core_helpers import tiny_optimizer
 from molf import MoLFAdamW, MoLFConfig
 
 

@@ -7,12 +7,12 @@ import warnings
 
 import pytest
 import torch
-from core_helpers import assert_same_bits, run, snapshot, tiny_model
-from offload_helpers import LateCarrier, carried_by
-from optimizer_forms import FORMS, in_form
 from torch import Tensor, nn
 
+from core_helpers import assert_same_bits, run, snapshot, tiny_model
 from molf import AdamW, MoLFAdamW, MoLFConfig
+from offload_helpers import LateCarrier, carried_by
+from optimizer_forms import FORMS, in_form
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 

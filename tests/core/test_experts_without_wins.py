@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from core_helpers import feed, snapshot, tiny_model, tiny_optimizer
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from core_helpers import feed, snapshot, tiny_model, tiny_optimizer
 from molf.core.execute.eager import Eager
 from molf.core.model import factors
 from molf.core.model.factors import live_ranks

@@ -7,9 +7,9 @@ import warnings
 
 import pytest
 import torch
-from core_helpers import backward, run, tiny_model, tiny_optimizer
 from torch import Tensor, nn
 
+from core_helpers import backward, run, tiny_model, tiny_optimizer
 from molf import MoLFAdamW, MoLFConfig
 
 

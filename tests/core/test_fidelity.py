@@ -6,9 +6,9 @@ import warnings
 
 import pytest
 import torch
-from core_helpers import feed, tiny_model, tiny_optimizer
 from torch import nn
 
+from core_helpers import feed, tiny_model, tiny_optimizer
 from molf import AdamW
 from molf.core.arithmetic.blocks import Blocks
 from molf.core.execute.eager import Eager

@@ -6,10 +6,10 @@ import warnings
 
 import pytest
 import torch
-from core_helpers import Conv1D, assert_same_bits, run, snapshot, tiny_model, tiny_optimizer
 from torch import nn
 
 import molf
+from core_helpers import Conv1D, assert_same_bits, run, snapshot, tiny_model, tiny_optimizer
 
 
 def tiny_qwen2(*, tied: bool = True):

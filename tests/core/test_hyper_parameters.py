@@ -10,8 +10,6 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from core_helpers import assert_same_bits, backward, run, snapshot, tiny_model, tiny_optimizer
-from optimizer_forms import FORMS, in_form
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -26,7 +24,9 @@ from torch.optim.lr_scheduler import (
     SequentialLR,
 )
 
+from core_helpers import assert_same_bits, backward, run, snapshot, tiny_model, tiny_optimizer
 from molf import AdamW, MoLFAdamW, MoLFConfig
+from optimizer_forms import FORMS, in_form
 
 RATES = {
     "numpy": np.float32(0.03125),

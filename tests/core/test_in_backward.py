@@ -9,13 +9,13 @@ import warnings
 
 import pytest
 import torch
-from core_helpers import assert_same_bits, backward, run, snapshot, tiny_model, tiny_optimizer
-from optimizer_forms import FORMS, build, in_form
 from torch import nn
 
+from core_helpers import assert_same_bits, backward, run, snapshot, tiny_model, tiny_optimizer
 from molf import AdamW, MoLFAdamW, MoLFConfig
 from molf.core.step.unit import PlainUnit
 from molf.core.storage import accumulation
+from optimizer_forms import FORMS, build, in_form
 
 
 def run_model(model: nn.Module, seed: int) -> torch.Tensor:

@@ -18,9 +18,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from core_helpers import assert_same_bits
-from executors import EXECUTORS, ReadsOfTheHost
-from optimizer_cells import ROUTED, Cell, Training, cells
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -28,6 +25,10 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 from torch.optim.lr_scheduler import LambdaLR
+
+from core_helpers import assert_same_bits
+from executors import EXECUTORS, ReadsOfTheHost
+from optimizer_cells import ROUTED, Cell, Training, cells
 
 # torch's, of the missing process group
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed:UserWarning")

@@ -8,10 +8,10 @@ import warnings
 
 import pytest
 import torch
-from core_helpers import run, tiny_model, tiny_optimizer
 from torch import nn
 
 import molf
+from core_helpers import run, tiny_model, tiny_optimizer
 from molf import AdamW, MoLFAdamW, MoLFConfig
 
 needs_triton = pytest.mark.skipif(

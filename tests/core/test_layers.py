@@ -6,10 +6,10 @@ import warnings
 
 import pytest
 import torch
-from core_helpers import Conv1D, feed, tiny_model, tiny_optimizer
 from torch import nn
 
 import molf
+from core_helpers import Conv1D, feed, tiny_model, tiny_optimizer
 from molf import MoLFAdamW, MoLFConfig
 from molf.core.model.linear_layers import find_layers
 from molf.core.model.module_names import clean_name

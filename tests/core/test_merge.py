@@ -7,12 +7,12 @@ import copy
 import peft
 import pytest
 import torch
-from core_helpers import tiny_model
-from peft_helpers import IDS, logits, quantised_qwen2, spread, tiny_qwen2
 from torch import nn
 
 import molf
+from core_helpers import tiny_model
 from molf.core.model.quantised import is_quantised
+from peft_helpers import IDS, logits, quantised_qwen2, spread, tiny_qwen2
 
 
 def adapted(model: nn.Module, **config) -> nn.Module:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import re
 import warnings
 
-import core_helpers
 import pytest
 import torch
+
+import core_helpers
 from core_helpers import (
     as_on_an_accelerator,
     assert_same_bits,
@@ -17,7 +18,6 @@ from core_helpers import (
     snapshot,
     tiny_model,
 )
-
 from molf.core.step.guard import NonFiniteError
 
 NAN, INF = float("nan"), float("inf")

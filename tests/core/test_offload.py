@@ -6,15 +6,15 @@ from contextlib import ExitStack, nullcontext
 
 import pytest
 import torch
-from core_helpers import Conv1D, TinyModel, assert_same_bits, feed, snapshot, tiny_optimizer
-from offload_helpers import LateCarrier, carried_by
-from optimizer_forms import ADAPTERS, FORMS, STORAGES, build
 from torch import Tensor, nn
 
 import molf
+from core_helpers import Conv1D, TinyModel, assert_same_bits, feed, snapshot, tiny_optimizer
 from molf import AdamW, MoLFAdamW, MoLFConfig
 from molf.core.step.guard import largest_square
 from molf.core.storage.offload import CudaCarrier, StateOffload
+from offload_helpers import LateCarrier, carried_by
+from optimizer_forms import ADAPTERS, FORMS, STORAGES, build
 
 
 @pytest.fixture

@@ -7,9 +7,9 @@ import sys
 
 import pytest
 import torch
-from core_helpers import Conv1D, as_on_an_accelerator, feed, snapshot, tiny_optimizer
 from torch import nn
 
+from core_helpers import Conv1D, as_on_an_accelerator, feed, snapshot, tiny_optimizer
 from molf.core.arithmetic import adam, one_pass
 from molf.core.arithmetic.adam import (
     AdamWStep,

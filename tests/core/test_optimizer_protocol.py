@@ -7,6 +7,9 @@ import warnings
 
 import pytest
 import torch
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, OneCycleLR
+
 from core_helpers import (
     assert_same_bits,
     backward,
@@ -16,11 +19,8 @@ from core_helpers import (
     tiny_model,
     tiny_optimizer,
 )
-from optimizer_forms import FORMS, in_form
-from torch import Tensor, nn
-from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, OneCycleLR
-
 from molf import AdamW, MoLFAdamW, MoLFConfig
+from optimizer_forms import FORMS, in_form
 
 
 @pytest.fixture

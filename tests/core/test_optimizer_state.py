@@ -7,14 +7,6 @@ import copy
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from core_helpers import (
-    assert_same_bits,
-    backward,
-    run,
-    snapshot,
-    tiny_model,
-    tiny_optimizer,
-)
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -24,6 +16,14 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.optim.lr_scheduler import LambdaLR
 
 import molf
+from core_helpers import (
+    assert_same_bits,
+    backward,
+    run,
+    snapshot,
+    tiny_model,
+    tiny_optimizer,
+)
 from molf import AdamW, MoLFAdamW, MoLFConfig
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float64]

@@ -8,6 +8,9 @@ import warnings
 
 import pytest
 import torch
+from torch import nn
+
+import molf
 from core_helpers import (
     TinyModel,
     assert_same_bits,
@@ -17,12 +20,9 @@ from core_helpers import (
     tiny_model,
     tiny_optimizer,
 )
+from molf import MoLFAdamW, MoLFConfig
 from optimizer_forms import in_form
 from peft_helpers import tiny_qwen2
-from torch import nn
-
-import molf
-from molf import MoLFAdamW, MoLFConfig
 
 
 def replace_weight(model: TinyModel) -> None:

@@ -6,10 +6,10 @@ import copy
 
 import pytest
 import torch
-from core_helpers import assert_same_bits, feed, run, snapshot, tiny_model, tiny_optimizer
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from core_helpers import assert_same_bits, feed, run, snapshot, tiny_model, tiny_optimizer
 from molf import MoLFAdamW, MoLFConfig
 from molf.core.arithmetic.precision import full_precision
 

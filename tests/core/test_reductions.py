@@ -6,11 +6,11 @@ import copy
 
 import pytest
 import torch
-from core_helpers import backward, tiny_model, tiny_optimizer
 from torch import Tensor, nn
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
+from core_helpers import backward, tiny_model, tiny_optimizer
 from molf import MoLFAdamW, MoLFConfig
 
 STEPS = 12

@@ -7,9 +7,10 @@ import warnings
 
 import pytest
 import torch
+from torch.optim.lr_scheduler import LambdaLR
+
 from core_helpers import backward, run, tiny_model
 from optimizer_forms import FORMS, in_form
-from torch.optim.lr_scheduler import LambdaLR
 
 
 def pair_of(form: str = "folded"):

@@ -7,10 +7,11 @@ import warnings
 
 import pytest
 import torch
-from core_helpers import as_on_an_accelerator, feed, run, tiny_model, tiny_optimizer
-from executors import ReadsOfTheHost
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from core_helpers import as_on_an_accelerator, feed, run, tiny_model, tiny_optimizer
+from executors import ReadsOfTheHost
 
 
 def test_state_is_made_in_the_first_step():

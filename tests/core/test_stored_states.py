@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from stored_states.make import AFTER, BEFORE, STORAGES, build, continue_for, machine
+
 from core_helpers import assert_same_bits, snapshot
 from optimizer_forms import FORMS
-from stored_states.make import AFTER, BEFORE, STORAGES, build, continue_for, machine
 
 HERE = Path(__file__).parent / "stored_states"
 

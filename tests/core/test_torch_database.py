@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch.optim.lr_scheduler import ReduceLROnPlateau
+
 from torch_database import (
     LIKE_TORCH,
     OTHER_DIFFERENCES,

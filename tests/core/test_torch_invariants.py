@@ -12,9 +12,9 @@ import torch
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, distribute_tensor
-from torch_database import LIKE_TORCH, SUBJECTS, Problem, assert_equal
 
 from molf import AdamW, MoLFAdamW
+from torch_database import LIKE_TORCH, SUBJECTS, Problem, assert_equal
 
 each_subject = pytest.mark.parametrize("subject", SUBJECTS, ids=lambda one: one.name)
 

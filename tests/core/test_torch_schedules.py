@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 from torch.optim import lr_scheduler, swa_utils
+
 from torch_database import LIKE_TORCH, Problem
 
 SCHEDULES = {

@@ -16,9 +16,9 @@ from torch.optim.optimizer import (
     register_optimizer_step_post_hook,
     register_optimizer_step_pre_hook,
 )
-from torch_database import SUBJECTS, Problem, assert_equal
 
 from molf import AdamW
+from torch_database import SUBJECTS, Problem, assert_equal
 
 each_subject = pytest.mark.parametrize("subject", SUBJECTS, ids=lambda one: one.name)
 PLAIN_KEYS = {"params", "lr", "betas", "eps", "weight_decay"}

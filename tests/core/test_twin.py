@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from core_helpers import Conv1D, Pair, Rates
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from core_helpers import Conv1D, Pair, Rates
 from molf.core.arithmetic.blocks import Blocks
 from molf.core.config import MoLFConfig
 from molf.core.execute.eager import Eager

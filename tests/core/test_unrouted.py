@@ -8,10 +8,10 @@ import warnings
 
 import pytest
 import torch
-from core_helpers import tiny_model, tiny_optimizer
 from torch import nn
 
 import molf
+from core_helpers import tiny_model, tiny_optimizer
 from molf import MoLFAdamW, MoLFConfig
 
 SMALL = MoLFConfig(ranks=(2,))

@@ -9,6 +9,9 @@ from functools import partial
 
 import pytest
 import torch
+from torch import Tensor, nn
+
+import molf
 from core_helpers import (
     Conv1D,
     assert_same_bits,
@@ -18,13 +21,10 @@ from core_helpers import (
     tiny_model,
     tiny_optimizer,
 )
-from optimizer_forms import build
-from torch import Tensor, nn
-
-import molf
 from molf import AdamW
 from molf.core.arithmetic.blocks import Blocks
 from molf.core.execute.eager import Eager
+from optimizer_forms import build
 
 BF16 = torch.bfloat16
 

@@ -5,13 +5,13 @@ from pathlib import Path
 
 import pytest
 import trl
-from tiny_models import byte_level_tokenizer
 
 from molf.data import chat_template
 from molf.data.conversations import Conversation
 from molf.data.encoding import encode_samples
 from molf.errors import InputError
 from molf.measure.tokens import IGNORED
+from tiny_models import byte_level_tokenizer
 
 _FOLDER = Path(trl.__file__).parent / "chat_templates"
 ORIGINALS = sorted(

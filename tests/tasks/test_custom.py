@@ -2,13 +2,6 @@ import json
 import math
 
 import pytest
-from tiny_models import (
-    CHATML,
-    LINES,
-    byte_level_tokenizer,
-    next_log_probs,
-    tiny_qwen2,
-)
 
 from molf.data import encoding
 from molf.data.encoding import encode_samples
@@ -17,6 +10,13 @@ from molf.measure import EvaluationSettings
 from molf.measure.generate import decode, generate_greedy
 from molf.measure.tokens import tokenize
 from molf.tasks import TaskOptions, answers, load_task
+from tiny_models import (
+    CHATML,
+    LINES,
+    byte_level_tokenizer,
+    next_log_probs,
+    tiny_qwen2,
+)
 
 TURNS = [{"role": "user", "content": "Where?"}, {"role": "assistant", "content": "In Paris."}]
 

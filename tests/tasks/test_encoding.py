@@ -1,5 +1,4 @@
 import pytest
-from tiny_models import LINES, byte_level_tokenizer, piece_tokenizer
 
 from molf.data.encoding import (
     encode_samples,
@@ -9,6 +8,7 @@ from molf.data.encoding import (
 from molf.data.samples import PromptCompletion
 from molf.errors import InputError
 from molf.measure.tokens import tokenize
+from tiny_models import LINES, byte_level_tokenizer, piece_tokenizer
 
 PAIRS = [
     ("The capital of France is", " Paris"),

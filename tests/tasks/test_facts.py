@@ -3,14 +3,6 @@ import math
 
 import numpy as np
 import pytest
-from shared_data import SHARED, needs_shared
-from tiny_models import (
-    byte_level_tokenizer,
-    next_log_probs,
-    piece_tokenizer,
-    tiny_llama,
-    tiny_qwen2,
-)
 
 from molf.data.encoding import encode_samples
 from molf.errors import InputError
@@ -19,6 +11,14 @@ from molf.tasks import TASKS, TaskOptions, load_task
 from molf.tasks.fact_metrics import fact_metrics
 from molf.tasks.facts import COUNTERFACT_URL
 from molf.tasks.first_token import Comparison, FirstTokenQuestions
+from shared_data import SHARED, needs_shared
+from tiny_models import (
+    byte_level_tokenizer,
+    next_log_probs,
+    piece_tokenizer,
+    tiny_llama,
+    tiny_qwen2,
+)
 
 
 def record(prompt, subject, new, true, paraphrases=(), neighbourhood=()):

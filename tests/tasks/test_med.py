@@ -4,6 +4,12 @@ import time
 
 import pytest
 import torch
+
+from molf.data.encoding import encode_samples
+from molf.measure import EvaluationSettings
+from molf.measure.metric import wilson
+from molf.tasks import TaskOptions, load_task
+from molf.tasks.med import parse_letter
 from question_records import TOWNS, med, meds, texts, values, write
 from shared_data import SHARED, needs_shared
 from tiny_models import (
@@ -14,12 +20,6 @@ from tiny_models import (
     tiny_llama,
     tiny_qwen2,
 )
-
-from molf.data.encoding import encode_samples
-from molf.measure import EvaluationSettings
-from molf.measure.metric import wilson
-from molf.tasks import TaskOptions, load_task
-from molf.tasks.med import parse_letter
 
 TEXT = ["Question: A. B. C. D.\nAnswer: A", "Answer: B", "Answer: C", "Answer: D"]
 

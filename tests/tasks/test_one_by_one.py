@@ -5,6 +5,12 @@ import json
 
 import pytest
 import torch
+
+from molf.measure import EvaluationSettings
+from molf.measure.generate import padding_id
+from molf.measure.padding import generation_batches, logits_batches
+from molf.tasks import TaskOptions, load_task
+from molf.tasks.med import parse_letter
 from question_records import med, write
 from shared_data import SHARED, needs_shared
 from tiny_models import (
@@ -14,12 +20,6 @@ from tiny_models import (
     tiny_llama,
     tiny_qwen2,
 )
-
-from molf.measure import EvaluationSettings
-from molf.measure.generate import padding_id
-from molf.measure.padding import generation_batches, logits_batches
-from molf.tasks import TaskOptions, load_task
-from molf.tasks.med import parse_letter
 
 QUESTIONS = [med(f"{i}?", i % 4, options=["a", "b", "c", "d"]) for i in range(9)]
 NAMES = ["Anna", "Bruno", "Paris is Rome", "A man"]

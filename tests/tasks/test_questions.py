@@ -7,7 +7,6 @@ import warnings
 import pyarrow
 import pyarrow.parquet
 import pytest
-from question_records import SCHEMA, med, meds, sql, texts, write
 
 from molf.errors import InputError
 from molf.tasks import TASKS, TaskOptions, load_task
@@ -15,6 +14,7 @@ from molf.tasks.demo import load_demo_questions
 from molf.tasks.med import load_med
 from molf.tasks.sql import load_sql
 from molf.world import build_world, held_out_text
+from question_records import SCHEMA, med, meds, sql, texts, write
 
 
 def load(path, name="med", **options):

@@ -3,6 +3,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from tiny_models import CHATML, byte_level_tokenizer
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "fuzz_records.py"

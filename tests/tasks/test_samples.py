@@ -1,9 +1,9 @@
 import pytest
-from tiny_models import CHATML, byte_level_tokenizer, piece_tokenizer
 
 from molf.data.conversations import Conversation
 from molf.data.encoding import encode_samples, generation_contexts, tokenize_samples
 from molf.errors import InputError
+from tiny_models import CHATML, byte_level_tokenizer, piece_tokenizer
 
 TALK = (
     {"role": "system", "content": "Be brief."},

@@ -4,9 +4,6 @@ import time
 
 import pytest
 import torch
-from question_records import sql, texts, values, write
-from shared_data import SHARED, needs_shared
-from tiny_models import byte_level_tokenizer, piece_tokenizer, tiny_llama, tiny_qwen2
 
 from molf.data.encoding import encode_samples
 from molf.errors import InputError
@@ -16,6 +13,9 @@ from molf.tasks import TaskOptions, load_task
 from molf.tasks.questions import load_questions
 from molf.tasks.sql import SqlTask
 from molf.tasks.sql_questions import SQL
+from question_records import sql, texts, values, write
+from shared_data import SHARED, needs_shared
+from tiny_models import byte_level_tokenizer, piece_tokenizer, tiny_llama, tiny_qwen2
 
 NAMES = [
     "execution_accuracy",

@@ -15,7 +15,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE.parent))
+sys.path.insert(0, str(HERE.parents[1] / "helpers"))
 
 from core_helpers import TinyModel, feed, snapshot  # noqa: E402
 from optimizer_forms import FORMS, in_form  # noqa: E402

@@ -7,6 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+from scenarios import DEVICE
+from torch import Tensor, nn
+
 from core_helpers import (
     Conv1D,
     Pair,
@@ -15,14 +18,11 @@ from core_helpers import (
     feed,
     snapshot,
 )
-from optimizer_forms import build
-from scenarios import DEVICE
-from torch import Tensor, nn
-
 from molf import AdamW, MoLFConfig
 from molf.core.execute.triton import Kernels
 from molf.core.execute.triton.executor import Triton
 from molf.core.storage.rounding import RoundingKey, round_stochastic
+from optimizer_forms import build
 
 BF16 = torch.bfloat16
 SEED = 5

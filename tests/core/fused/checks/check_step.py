@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 
 import pytest
 import torch
-from core_helpers import Rates, Twin
 from scenarios import DEVICE, Source
 from torch import Tensor
 
+from core_helpers import Rates, Twin
 from molf.core.arithmetic.adam import AdamWStep
 from molf.core.arithmetic.weight_step import Product
 from molf.core.config import MoLFConfig

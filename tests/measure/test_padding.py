@@ -4,11 +4,11 @@ import warnings
 
 import pytest
 import torch
-from tiny_models import byte_level_tokenizer, tiny_llama, tiny_qwen2
 
 from molf.measure.generate import generate_greedy
 from molf.measure.likelihood import next_token_log_probs, sequence_losses
 from molf.measure.padding import generation_batches, logits_batches, right_padding_counts
+from tiny_models import byte_level_tokenizer, tiny_llama, tiny_qwen2
 
 ROWS = [[7, 8, 9, 10, 11], [3, 4], [400, 5, 6], [12, 13, 14, 15, 16], [20, 21], [30, 31, 32]]
 _COMMON = {"vocab_size": 512, "bos_token_id": None, "eos_token_id": 0, "pad_token_id": 1}

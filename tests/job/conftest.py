@@ -1,6 +1,3 @@
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -8,7 +5,6 @@ from molf.cli import main
 from molf.job.settings.defaults import METHODS
 
 torch.set_num_threads(1)
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "evaluate"))  # for tiny_models
 
 
 @pytest.fixture(scope="session")
@@ -44,10 +40,9 @@ def options(base, facts):
 @pytest.fixture(scope="session")
 def record():
     """Run a training in this process, recording what was trained and the optimizer's decisions."""
-    from recorded import Recorded, logits_of, parameters_of
-
     from molf.core.optimizer import MoLFAdamW
     from molf.job import job, training
+    from recorded import Recorded, logits_of, parameters_of
 
     def run(arguments, path):
         recorded = Recorded(path, arguments)

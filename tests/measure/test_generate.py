@@ -1,12 +1,5 @@
 import pytest
 import torch
-from tiny_models import (
-    byte_level_tokenizer,
-    next_log_probs,
-    piece_tokenizer,
-    tiny_llama,
-    tiny_qwen2,
-)
 from transformers import (
     AutoModelForCausalLM,
     Gemma3TextConfig,
@@ -17,6 +10,13 @@ from transformers import (
 
 from molf.measure.generate import decode, generate_greedy, padding_id
 from molf.measure.padding import generation_batches
+from tiny_models import (
+    byte_level_tokenizer,
+    next_log_probs,
+    piece_tokenizer,
+    tiny_llama,
+    tiny_qwen2,
+)
 
 CONTEXTS = [[7, 8, 9, 10, 11], [3], [400, 5, 6], [12, 13, 14, 15, 16, 17, 18, 19], [20, 21]]
 

@@ -6,11 +6,11 @@ import json
 import pytest
 import torch
 import yaml
-from recorded import logits_of
 
 from molf.cli import main
 from molf.job.record.routing_log import read_routing
 from molf.job.settings.defaults import ADAPTERS
+from recorded import logits_of
 
 BASE_METRICS = {"es", "em", "ps", "pm", "ns", "nm", "s", "acc_new", "acc_true", "forgetting_loss"}
 

@@ -13,12 +13,11 @@ import peft
 import pytest
 import torch
 import yaml
-from checkpoints import make_model
-from recorded import PROBE, logits_of, parameters_of
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import molf
+from checkpoints import make_model
 from molf.cli import main
 from molf.data.encoding import EncodedSamples
 from molf.errors import InputError
@@ -27,6 +26,7 @@ from molf.job.methods.matching import matching_rank
 from molf.job.settings.defaults import ADAPTERS
 from molf.job.settings.resolved import resolve
 from molf.job.settings.settings import TrainSettings
+from recorded import PROBE, logits_of, parameters_of
 
 LAYERS = 14  # of the tiny checkpoints: 2 blocks of 7
 TRAINED = {  # per adapter and layer, by the names that PEFT gives

@@ -9,11 +9,11 @@ import sys
 
 import pytest
 import torch
-from checkpoints import write_checkpoint
-from recorded import PROBE, logits_of
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from checkpoints import write_checkpoint
 from molf.cli import main
+from recorded import PROBE, logits_of
 
 RELOAD = """
 import json, sys, torch

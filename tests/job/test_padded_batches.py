@@ -4,9 +4,9 @@ import json
 
 import pytest
 import torch
-from tiny_models import byte_level_tokenizer
 
 from molf.cli import main
+from tiny_models import byte_level_tokenizer
 
 
 @pytest.fixture(scope="module")

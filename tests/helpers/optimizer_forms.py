@@ -8,10 +8,10 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
-from core_helpers import tiny_model
 from torch import nn
 
 import molf
+from core_helpers import tiny_model
 from molf import AdamW, MoLFAdamW, MoLFConfig
 
 FORMS = ["folded", "folded-top2", "explicit", "frozen", "fft"]

@@ -14,12 +14,12 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from offload_helpers import LateCarrier, carried_by
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from molf.core.arithmetic.blocks import Blocks
 from molf.core.execute.eager import Eager
+from offload_helpers import LateCarrier, carried_by
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 

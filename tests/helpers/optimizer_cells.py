@@ -11,13 +11,13 @@ from typing import Any
 
 import pytest
 import torch
-from core_helpers import Conv1D, snapshot
-from executors import EXECUTORS, Executor
-from offload_helpers import LateCarrier
-from optimizer_forms import ADAPTERS, FORMS, STORAGES, build
 from torch import Tensor, nn
 
+from core_helpers import Conv1D, snapshot
+from executors import EXECUTORS, Executor
 from molf import AdamW
+from offload_helpers import LateCarrier
+from optimizer_forms import ADAPTERS, FORMS, STORAGES, build
 
 # Triton cannot run beside the others: fused/test_fused.py starts a process that has it alone.
 ONLY = os.environ.get("MOLF_TEST_EXECUTOR")

@@ -3,10 +3,10 @@
 import peft
 import pytest
 import torch
-from checkpoints import make_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import molf
+from checkpoints import make_model
 from molf.planning.model_shape import describe_model
 from molf.planning.workload import Workload
 from plan_memory import method_config

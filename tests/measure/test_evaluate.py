@@ -4,10 +4,10 @@ import sys
 
 import pytest
 import torch
-from tiny_models import LINES, byte_level_tokenizer, tiny_qwen2
 
 from molf.measure import EvaluationSettings, default_plain_text, evaluate
 from molf.tasks import TaskOptions, load_task
+from tiny_models import LINES, byte_level_tokenizer, tiny_qwen2
 
 
 @pytest.fixture

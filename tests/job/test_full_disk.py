@@ -9,7 +9,6 @@ import subprocess
 
 import pytest
 import torch
-from recorded import logits_of
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase, TrainerCallback
 
@@ -18,6 +17,7 @@ from molf.disk import room
 from molf.job import job, training
 from molf.job.model import elsewhere
 from molf.job.model import saving as model_saving
+from recorded import logits_of
 
 
 def mounted(path, size):

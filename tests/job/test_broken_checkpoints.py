@@ -5,15 +5,15 @@ import shutil
 
 import pytest
 import torch
-from checkpoints import make_model, write_checkpoint
 from safetensors.torch import load_file, save_file
-from tiny_models import byte_level_tokenizer
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
+from checkpoints import make_model, write_checkpoint
 from molf.cli import main
 from molf.errors import InputError
 from molf.job.model.loading import load_model
+from tiny_models import byte_level_tokenizer
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"

@@ -4,8 +4,9 @@ import re
 
 import pytest
 import torch
-from tiny_models import byte_level_tokenizer
 from transformers import MixtralConfig, MixtralForCausalLM
+
+from tiny_models import byte_level_tokenizer
 
 
 @pytest.fixture(scope="module")

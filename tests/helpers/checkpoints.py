@@ -3,7 +3,6 @@
 import json
 
 import torch
-from tiny_models import byte_level_tokenizer
 from transformers import (
     Gemma3ForCausalLM,
     Gemma3TextConfig,
@@ -14,6 +13,8 @@ from transformers import (
     Qwen2Config,
     Qwen2ForCausalLM,
 )
+
+from tiny_models import byte_level_tokenizer
 
 NAMES = ("Anna", "Bruno", "Clara", "David", "Emma", "Felix", "Greta", "Hugo", "Irma", "Jonas")
 _TOWNS = ("Paris", "Rome", "London", "Lisbon")

@@ -2,7 +2,6 @@ import contextlib
 
 import pytest
 import torch
-from tiny_models import tiny_llama, tiny_qwen2
 
 from molf.errors import InputError
 from molf.measure import EvaluationSettings
@@ -13,6 +12,7 @@ from molf.measure.inference import (
     last_logits,
     length_limit,
 )
+from tiny_models import tiny_llama, tiny_qwen2
 
 
 def test_batches_are_of_similar_length_the_longest_first():

@@ -1,13 +1,7 @@
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
 torch.set_num_threads(1)
-ROOT = Path(__file__).resolve().parents[2]
-for folder in ("benchmarks", "tests/train", "tests/evaluate"):  # plan_memory, checkpoints
-    sys.path.insert(0, str(ROOT / folder))
 
 SIZES = {
     "hidden_size": 64,

@@ -6,14 +6,14 @@ import peft
 import pytest
 import torch
 import yaml
-from checkpoints import write_checkpoint
-from recorded import logits_of
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from checkpoints import write_checkpoint
 from molf.core.model.quantised import Quantisation
 from molf.errors import InputError
 from molf.job.model import quantised as quantised_base
+from recorded import logits_of
 
 pytest.importorskip("bitsandbytes", reason="4-bit and 8-bit bases need the extra bitsandbytes")
 

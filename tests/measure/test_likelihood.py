@@ -1,8 +1,8 @@
 import pytest
 import torch
-from tiny_models import next_log_probs, tiny_llama, tiny_qwen2
 
 from molf.measure.likelihood import next_token_log_probs, sequence_losses
+from tiny_models import next_log_probs, tiny_llama, tiny_qwen2
 
 ROWS = [[7, 8, 9, 10, 11], [3], [400, 5, 6], [12, 13, 14, 15, 16, 17, 18, 19], [20, 21]]
 

@@ -1,6 +1,7 @@
 """Tiny random multimodal checkpoints, whose texts do not reach all of their layers."""
 
 import torch
+
 from tiny_models import byte_level_tokenizer
 
 _TEXT = {

@@ -5,12 +5,12 @@ import shutil
 
 import pytest
 import torch
-from checkpoints import write_checkpoint
-from recorded import logits_of
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from checkpoints import write_checkpoint
 from molf.cli import main
+from recorded import logits_of
 
 
 @pytest.fixture

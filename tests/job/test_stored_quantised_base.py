@@ -6,14 +6,14 @@ import shutil
 import pytest
 import torch
 import yaml
-from checkpoints import write_checkpoint
-from recorded import logits_of
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
+from checkpoints import write_checkpoint
 from molf.cli import main
 from molf.core.model.quantised import quantisation_of
 from molf.job.model import quantised as quantised_base
+from recorded import logits_of
 
 _NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
 BITSANDBYTES = {

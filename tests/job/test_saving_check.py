@@ -8,10 +8,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from checkpoints import write_checkpoint
 from safetensors.torch import load_file, save_file
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
+from checkpoints import write_checkpoint
 from molf.cli import main
 
 UNSAVABLE = {"do_sample": False, "temperature": 0.9, "top_p": 0.6, "eos_token_id": 0}

@@ -2,13 +2,13 @@
 
 import json
 
-import multimodal
 import pytest
 import torch
-from multimodal import write_multimodal
 from safetensors.torch import load_file, save_file
 
+import multimodal
 from molf.cli import main
+from multimodal import write_multimodal
 
 WEIGHTS = "model.safetensors"
 
@@ -171,8 +171,9 @@ def test_heads_that_predict_further_tokens_are_carried(options, tmp_path, capsys
 
 def test_a_head_that_the_trainer_leaves_out_is_refused(options, facts, tmp_path, capsys):
     """TRL multiplies hidden states by the embeddings; this head has a layer and a norm as well."""
-    from tiny_models import byte_level_tokenizer
     from transformers import BertConfig, BertLMHeadModel
+
+    from tiny_models import byte_level_tokenizer
 
     torch.manual_seed(0)
     config = BertConfig(

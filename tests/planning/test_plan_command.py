@@ -4,8 +4,8 @@ import json
 import re
 
 import pytest
-from checkpoints import write_checkpoint, write_facts
 
+from checkpoints import write_checkpoint, write_facts
 from molf.cli import main
 
 COMMON = ("--task", "custom", "--per_device_train_batch_size", "2", "--max_length", "64")

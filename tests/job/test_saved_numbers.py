@@ -5,14 +5,14 @@ import json
 import pytest
 import torch
 import yaml
-from checkpoints import write_checkpoint
 from safetensors.torch import load_file, save_file
-from tiny_models import byte_level_tokenizer
 from transformers import AutoModelForCausalLM, MambaConfig, MambaForCausalLM
 
+from checkpoints import write_checkpoint
 from molf.cli import main
 from molf.job.model.low_halves import Rounding
 from molf.job.model.saved_update import SavedUpdate
+from tiny_models import byte_level_tokenizer
 
 WEIGHTS = "model.safetensors"
 

@@ -1,4 +1,8 @@
 import pytest
+
+from molf.errors import InputError
+from molf.measure import default_plain_text, read_plain_text
+from molf.measure.forgetting import forgetting_loss
 from tiny_models import (
     LINES,
     byte_level_tokenizer,
@@ -7,10 +11,6 @@ from tiny_models import (
     tiny_llama,
     tiny_qwen2,
 )
-
-from molf.errors import InputError
-from molf.measure import default_plain_text, read_plain_text
-from molf.measure.forgetting import forgetting_loss
 
 TEXT = " ".join(LINES[:4])
 
