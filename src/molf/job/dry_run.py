@@ -12,6 +12,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from molf.data.encoding import EncodedSamples
 from molf.disk.files import scratch_directory
+from molf.job.inputs import Inputs
 from molf.job.methods import TrainingData, plan
 from molf.job.model.saving_check import check_saving
 from molf.job.opening import Opening, open_training
@@ -68,7 +69,7 @@ class DryRun:
     estimated_seconds: float
 
 
-def rehearse(settings: ResolvedSettings, task: Task, reporter: Reporter) -> DryRun:
+def rehearse(settings: ResolvedSettings, task: Task, reporter: Reporter, inputs: Inputs) -> DryRun:
     """Do all that a run does up to its first two steps; nothing is left on disk.
 
     Evaluations are left out. The steps are taken with the longest examples, and with the optimizer
@@ -79,7 +80,7 @@ def rehearse(settings: ResolvedSettings, task: Task, reporter: Reporter) -> DryR
     """
     samples = task.training_samples
     drawn = random.Random(settings.seed).sample(samples, min(len(samples), _SAMPLES))
-    opening = open_training(settings, drawn)
+    opening = open_training(settings, drawn, inputs)
     settings = opening.settings
     base, encoded = opening.base, opening.encoded
     for note in opening.notes:

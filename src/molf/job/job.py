@@ -18,6 +18,7 @@ from trl import SFTConfig
 from molf.core.model.quantised import Quantisation
 from molf.disk.files import write_json, write_jsonl, write_text, write_yaml
 from molf.errors import InputError
+from molf.job.inputs import EvaluationKey, Inputs
 from molf.job.memory import peak_memory, reset_peak_memory
 from molf.job.methods import Plan, TrainingData, plan
 from molf.job.model.card import model_card
@@ -57,6 +58,7 @@ def run_job(
     forgetting_text: str,
     reporter: Reporter,
     started: datetime,
+    inputs: Inputs,
 ) -> RunResult:
     """Run a training, after its settings, task and output directory were checked.
 
@@ -64,7 +66,7 @@ def run_job(
         InputError: The model cannot be used, or the settings do not fit it. Nothing was written.
         RunError: The run failed; its directory holds the files written so far and the traceback.
     """
-    opening = open_training(settings, task.training_samples)
+    opening = open_training(settings, task.training_samples, inputs)
     settings, arguments = opening.settings, opening.arguments
     base, encoded = opening.base, opening.encoded
     data = TrainingData(encoded, count_steps(arguments, len(encoded.input_ids)))
@@ -101,6 +103,7 @@ def run_job(
         files,
         environment(arguments.device, started),
         room,
+        inputs,
     )
     with directory:
         try:
@@ -157,6 +160,7 @@ class _Job:
     files: dict[str, list[dict[str, Any]]]
     environment: dict[str, Any]
     room: Needed
+    inputs: Inputs
 
     def write_config(
         self, training: Training | None = None, saved: Mapping[str, Any] | None = None
@@ -225,7 +229,7 @@ class _Job:
                 f"are longer than {self.settings.max_length} tokens."
             )
         try:
-            before, before_seconds = self._evaluate(self.base, "Evaluating the base model")
+            before, before_seconds = self._evaluate_base()
         except InputError as error:  # for example, all records are too long
             raise _UnusableDataError(str(error)) from error
         training = run_training(
@@ -332,15 +336,37 @@ class _Job:
             record["low_halves_bytes"] = sum(half.nbytes for half in stored.low_halves.values())
         return {**record, **(stored.update.record() if stored.update is not None else {})}
 
-    def _evaluate(self, loaded: LoadedModel, title: str) -> tuple[Evaluation, float]:
-        """Measure a model in the run's type; return the evaluation and its seconds."""
-        move(loaded.model, self.arguments.device)
-        settings = EvaluationSettings(
+    def _evaluate_base(self) -> tuple[Evaluation, float]:
+        """Return the evaluation of the base, and the seconds that it took."""
+        settings, device = self.settings, self.arguments.device
+        key = EvaluationKey(
+            model=settings.model,
+            dtype=settings.dtype,
+            device=str(device),
+            task=settings.task_options,
+            forgetting_data=settings.forgetting_data,
+            settings=self._evaluation_settings(),
+        )
+        started = time.perf_counter()
+        # A base that is measured and one that was measured before must give the same training.
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            evaluation = self.inputs.base_evaluation(
+                key, lambda: self._evaluate(self.base, "Evaluating the base model")[0]
+            )
+        return evaluation, time.perf_counter() - started
+
+    def _evaluation_settings(self) -> EvaluationSettings:
+        return EvaluationSettings(
             batch_size=self.settings.per_device_eval_batch_size,
             max_length=self.settings.max_length,
             seed=self.settings.seed,
             split_special_tokens=self.settings.split_special_tokens,
         )
+
+    def _evaluate(self, loaded: LoadedModel, title: str) -> tuple[Evaluation, float]:
+        """Measure a model in the run's type; return the evaluation and its seconds."""
+        move(loaded.model, self.arguments.device)
+        settings = self._evaluation_settings()
         started = time.perf_counter()
         with self.reporter.evaluating(title) as show:
             evaluation = evaluate(

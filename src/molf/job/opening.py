@@ -16,11 +16,12 @@ from molf.core.model.quantised import Quantisation
 from molf.data.encoding import EncodedSamples, encode_samples
 from molf.data.samples import Sample
 from molf.errors import InputError
+from molf.job.inputs import Inputs
 from molf.job.loss_check import check_loss
 from molf.job.methods import check
 from molf.job.methods.storage import check_kernels
 from molf.job.model.factors_memory import check_factors
-from molf.job.model.loading import LoadedModel, load_model, load_skeleton
+from molf.job.model.loading import LoadedModel, load_skeleton
 from molf.job.model.quantised import check_device, check_quantisation
 from molf.job.settings.resolved import ResolvedSettings
 from molf.job.settings.sft_config import sft_config
@@ -55,7 +56,7 @@ class Opening:
     notes: tuple[str, ...]
 
 
-def open_training(settings: ResolvedSettings, samples: Sequence[Sample]) -> Opening:
+def open_training(settings: ResolvedSettings, samples: Sequence[Sample], inputs: Inputs) -> Opening:
     """Check the settings on the device, load the model, and encode the examples.
 
     Raises:
@@ -73,7 +74,9 @@ def open_training(settings: ResolvedSettings, samples: Sequence[Sample]) -> Open
         warnings.filterwarnings("ignore", message="Rank .* exceeds the smaller side")  # see `plan`
         check_factors(skeleton, settings, arguments.device)
         check(skeleton, settings)
-    base = load_model(settings.model, getattr(torch, settings.dtype))
+    devices = [arguments.device] if arguments.device.type == "cuda" else []
+    with torch.random.fork_rng(devices):  # loading and a copy must give the same training
+        base = inputs.base(settings.model, getattr(torch, settings.dtype))
     max_length = length_limit(base.model, settings.max_length)
     if settings.split_special_tokens:  # if False, the tokenizer's own setting stays
         base.tokenizer.split_special_tokens = True

@@ -6,6 +6,7 @@ from dataclasses import replace
 from datetime import datetime
 from typing import TYPE_CHECKING
 
+from molf.job.inputs import Inputs
 from molf.job.model.path import check_model, check_quantisation
 from molf.job.progress import Reporter, make_reporter
 from molf.job.record.directory import check_fallback, check_output, locking_runs
@@ -19,7 +20,7 @@ from molf.masking import learn
 from molf.measure import read_plain_text
 from molf.paths import check_inputs_outside
 from molf.streams import ignoring_print_errors
-from molf.tasks import Task, load_task
+from molf.tasks import Task
 
 if TYPE_CHECKING:
     from molf.job.dry_run import DryRun
@@ -27,21 +28,25 @@ if TYPE_CHECKING:
 _INPUTS = ("model", "data", "eval_data", "forgetting_data")
 
 
-def train(settings: TrainSettings, reporter: Reporter | None = None) -> RunResult:
+def train(
+    settings: TrainSettings, reporter: Reporter | None = None, inputs: Inputs | None = None
+) -> RunResult:
     """Fine-tune a model, measure it before and after, and write the run directory.
 
     Args:
         settings: The options.
         reporter: Shows the progress; on standard error if not given.
+        inputs: Returns task, base and the base's evaluation; loaded and measured if not given.
 
     Raises:
         InputError: The options, the data or the model are wrong. Nothing was written.
         RunError: The run failed; its directory holds the traceback.
     """
     started = datetime.now().astimezone()
+    inputs = inputs or Inputs()
     with ignoring_print_errors() as errors:
         # Checked before torch and transformers are imported, which takes seconds.
-        resolved, task, forgetting_text = _opened(settings, started)
+        resolved, task, forgetting_text = _opened(settings, started, inputs)
 
         from molf.job.libraries import quiet_libraries
 
@@ -50,29 +55,33 @@ def train(settings: TrainSettings, reporter: Reporter | None = None) -> RunResul
             from molf.job.job import run_job
 
             reporter = reporter or make_reporter()
-            result = run_job(resolved, task, forgetting_text, reporter, started)
+            result = run_job(resolved, task, forgetting_text, reporter, started, inputs)
     return replace(result, print_error=str(errors[0])) if errors else result
 
 
-def dry_run(settings: TrainSettings, reporter: Reporter | None = None) -> DryRun:
+def dry_run(
+    settings: TrainSettings, reporter: Reporter | None = None, inputs: Inputs | None = None
+) -> DryRun:
     """Run the checks of `train` and two steps; nothing is written.
 
     Args:
         settings: The options.
         reporter: Shows the progress; on standard error if not given.
+        inputs: Returns task and base; loaded if not given.
 
     Raises:
         InputError: The options, the data or the model are wrong.
     """
+    inputs = inputs or Inputs()
     with ignoring_print_errors():
-        resolved, task, _ = _opened(settings, datetime.now().astimezone())
+        resolved, task, _ = _opened(settings, datetime.now().astimezone(), inputs)
 
         from molf.job.libraries import quiet_libraries
 
         with quiet_libraries():
             from molf.job.dry_run import rehearse
 
-            return rehearse(resolved, task, reporter or make_reporter())
+            return rehearse(resolved, task, reporter or make_reporter(), inputs)
 
 
 def checked(settings: TrainSettings, started: datetime) -> ResolvedSettings:
@@ -87,7 +96,9 @@ def checked(settings: TrainSettings, started: datetime) -> ResolvedSettings:
     return resolve(settings, started)
 
 
-def _opened(settings: TrainSettings, started: datetime) -> tuple[ResolvedSettings, Task, str]:
+def _opened(
+    settings: TrainSettings, started: datetime, inputs: Inputs
+) -> tuple[ResolvedSettings, Task, str]:
     """Check options, model, output directory and data; return settings, task and plain text."""
     resolved = checked(settings, started)
     check_quantisation(resolved)
@@ -96,7 +107,7 @@ def _opened(settings: TrainSettings, started: datetime) -> tuple[ResolvedSetting
     check_fallback(resolved.fallback_dir)
     check_inputs_outside(resolved.output_dir, {name: getattr(resolved, name) for name in _INPUTS})
     check_results(resolved.output_dir.parent)
-    task = load_task(resolved.task_options)
+    task = inputs.task(resolved.task_options)
     warn_of_equal_data(resolved)
     if resolved.forgetting_data is None:
         return resolved, task, task.default_forgetting_text()

@@ -8,7 +8,7 @@ import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -52,6 +52,12 @@ class LoadedModel:
     generation_config: Any
     stored: StoredCheckpoint
     carried: Carried = field(default_factory=lambda: Carried({}))
+
+    def copy(self) -> LoadedModel:
+        """Return a copy with its own weights and tokenizer, for a training in place."""
+        return replace(
+            self, model=copy.deepcopy(self.model), tokenizer=copy.deepcopy(self.tokenizer)
+        )
 
 
 def load_skeleton(model: str) -> Any:
