@@ -190,7 +190,7 @@ def fuzz(recipes: Iterator[bytes]) -> Figures:
     import molf.cli.evaluation
     import molf.cli.plan_report
     import molf.cli.summary
-    import molf.job.settings.sft_config  # noqa: F401 (an import of seconds, not part of a recipe's time)
+    import molf.job.trainer.sft_config  # noqa: F401 (an import of seconds, not part of a recipe's time)
 
     figures = Figures()
     start = time.monotonic()

@@ -77,6 +77,43 @@ def test_no_circle_of_folders():
     assert circles({name: found - {name} for name, found in edges.items()}) == []
 
 
+def children(folder: str, known: Mapping[str, Path]) -> dict[str, set[str]]:
+    """The folders and files in a folder, by name, with those of them that each imports."""
+    edges: dict[str, set[str]] = {}
+    for name, path in known.items():
+        if name.startswith(f"{folder}."):
+            own = name.removeprefix(f"{folder}.").split(".")[0]
+            found = {one for one in imports(path, known) if one.startswith(f"{folder}.")}
+            reached = {one.removeprefix(f"{folder}.").split(".")[0] for one in found}
+            edges.setdefault(own, set()).update(reached - {own})
+    return edges
+
+
+def test_no_circle_of_subfolders():
+    """The folders inside of a folder are in layers, also by way of the files beside them."""
+    known = modules()
+    folders = {name for name, path in known.items() if path.name == "__init__.py"}
+    found = [
+        (folder, circle)
+        for folder in sorted(folders)
+        for circle in circles(children(folder, known))
+        if sum(f"{folder}.{name}" in folders for name in circle) > 1
+    ]
+    assert found == []
+
+
+def test_circles_of_subfolders_are_found(tmp_path):
+    for name, text in (("a/x", "import p.b.y"), ("f", "from p.a import x"), ("b/y", "import p.f")):
+        path = tmp_path / f"{name}.py"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+    known = {
+        ".".join(("p", *path.relative_to(tmp_path).with_suffix("").parts)): path
+        for path in tmp_path.rglob("*.py")
+    }
+    assert circles(children("p", known)) == [{"a", "b", "f"}]
+
+
 def test_circles_are_found():
     assert circles({"a": ["b"], "b": ["c"], "c": ["a"], "d": ["a"]}) == [{"a", "b", "c"}]
     assert circles({"a": ["b"], "b": ["c"], "c": []}) == []

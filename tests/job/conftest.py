@@ -41,12 +41,12 @@ def options(base, facts):
 def record():
     """Run a training in this process, recording what was trained and the optimizer's decisions."""
     from molf.core.optimizer import MoLFAdamW
-    from molf.job import job, training
+    from molf.job import trained_model, training
     from recorded import Recorded, logits_of, parameters_of
 
     def run(arguments, path):
         recorded = Recorded(path, arguments)
-        save, prepare, step = job.save_model, training.prepare, MoLFAdamW.step
+        save, prepare, step = trained_model.save_model, training.prepare, MoLFAdamW.step
         merge = training.merge_trained
 
         def saving(model, *given, **options):
@@ -72,7 +72,7 @@ def record():
             return loss
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(job, "save_model", saving)
+            patch.setattr(trained_model, "save_model", saving)
             patch.setattr(training, "prepare", preparing)
             patch.setattr(training, "merge_trained", merging)
             patch.setattr(MoLFAdamW, "step", stepping)

@@ -11,10 +11,11 @@ import pytest
 import torch
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase, TrainerCallback
+from trl import SFTTrainer
 
 from molf.cli import main
 from molf.disk import room
-from molf.job import job, training
+from molf.job import records, trained_model, training
 from molf.job.model import elsewhere
 from molf.job.model import saving as model_saving
 from recorded import logits_of
@@ -70,11 +71,13 @@ class Fill(TrainerCallback):
 @pytest.fixture
 def during(monkeypatch):
     """Have a callback take part in the training."""
-    run = job.run_training
+    run = training.run_training
 
     def take(callback):
         monkeypatch.setattr(
-            job, "run_training", lambda *given, **named: run(*given, **named, callbacks=[callback])
+            training,
+            "run_training",
+            lambda *given, **named: run(*given, **named, callbacks=[callback]),
         )
 
     return take
@@ -87,7 +90,7 @@ def trained(monkeypatch):
     merge = training.merge_trained
 
     def after(happens):
-        save_adapter, save_model = training.save_adapter, job.save_model
+        save_adapter, save_model = training.save_adapter, trained_model.save_model
 
         def saving_adapter(save, model, *given):
             found["logits"] = logits_of(model)
@@ -102,7 +105,7 @@ def trained(monkeypatch):
             return save_model(model, *given, **named)
 
         monkeypatch.setattr(training, "save_adapter", saving_adapter)
-        monkeypatch.setattr(job, "save_model", saving_model)
+        monkeypatch.setattr(trained_model, "save_model", saving_model)
         return found
 
     assert merge is training.merge_trained
@@ -293,13 +296,13 @@ def test_tokenizer_that_cannot_be_saved_does_not_cost_the_weights(
 
 
 def test_numbers_that_do_not_fit_are_kept_in_float32(options, place, tmp_path, monkeypatch, capsys):
-    save = job.save_model
+    save = trained_model.save_model
 
     def saving(model, *given, **named):
         model.model.norm.weight.data[0] = 1e5
         return save(model, *given, **named)
 
-    monkeypatch.setattr(job, "save_model", saving)
+    monkeypatch.setattr(trained_model, "save_model", saving)
     given = [*options, "--save_dtype", "float16", "--output_dir", str(tmp_path / "run")]
     assert main([*given, "--fallback_dir", str(place)]) == 1
     (kept,) = place.iterdir()
@@ -324,7 +327,7 @@ def test_copy_that_differs_is_not_taken(tmp_path):
 
 def test_checkpoint_that_cannot_be_written(options, disk, during, monkeypatch, capsys):
     """Training goes on; later checkpoints and the model are written when there is room."""
-    monkeypatch.setattr("molf.job.record.checkpoints.free_bytes", lambda path: None)
+    monkeypatch.setattr("molf.job.trainer.checkpoints.free_bytes", lambda path: None)
     during(Fill(disk, 0, 2))
     given = [*options, "--save_steps", "1", "--output_dir", str(disk / "run")]
     assert main(given) == 0
@@ -371,7 +374,7 @@ def test_checkpoint_leaves_room_for_the_model(options, disk, during, capsys):
 )
 def test_any_error_of_writing_leaves_the_training_on(tmp_path, error):
     from molf.job.model.room_needed import Needed
-    from molf.job.record.checkpoints import Checkpoints
+    from molf.job.trainer.checkpoints import Checkpoints
 
     def save():
         (tmp_path / "checkpoint-1").mkdir()
@@ -389,7 +392,7 @@ def test_error_in_what_a_checkpoint_holds_is_not_swallowed(options, tmp_path, mo
     def fail(self, *given, **named):
         raise ValueError("a fault")
 
-    monkeypatch.setattr(training.SFTTrainer, "_save_optimizer_and_scheduler", fail)
+    monkeypatch.setattr(SFTTrainer, "_save_optimizer_and_scheduler", fail)
     given = [*options, "--save_steps", "1", "--output_dir", str(tmp_path / "run")]
     assert main(given) == 1
     assert "a fault" in last_line(capsys)
@@ -425,7 +428,7 @@ def test_failure_after_saving_says_where_the_model_is(options, tmp_path, monkeyp
     def fail(path, value):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(job, "write_jsonl", fail)
+    monkeypatch.setattr(records, "write_jsonl", fail)
     assert main([*options, "--output_dir", str(tmp_path / "run")]) == 1
     assert f"The trained model is whole in {tmp_path}/run/model." in last_line(capsys)
 

@@ -173,9 +173,9 @@ def test_a_run_that_is_deleted_while_it_is_measured(
     options, monkeypatch, tmp_path, capsys, evaluation
 ):
     """Before the training the trainer would make the directory anew, after it weights are gone."""
-    from molf.job import job
+    from molf.job import evaluating
 
-    path, evaluate, calls = tmp_path / "out", job.evaluate, []
+    path, evaluate, calls = tmp_path / "out", evaluating.evaluate, []
 
     def deleting(*given):
         calls.append(given)
@@ -183,7 +183,7 @@ def test_a_run_that_is_deleted_while_it_is_measured(
             shutil.rmtree(path)
         return evaluate(*given)
 
-    monkeypatch.setattr(job, "evaluate", deleting)
+    monkeypatch.setattr(evaluating, "evaluate", deleting)
     assert main([*options, "--output_dir", str(path)]) == 0
     assert not path.exists()
     place = path.with_name("out.recovered-1")

@@ -7,13 +7,14 @@ import math
 import pytest
 import torch
 import yaml
+from trl import SFTTrainer
 
 from molf.cli import main
 from molf.core.adamw import AdamW
 from molf.core.optimizer import MoLFAdamW
 from molf.job import training
 from molf.job.settings.defaults import METHODS
-from molf.job.step_guard import StepGuard
+from molf.job.trainer.step_guard import StepGuard
 
 NAN = float("nan")
 FORMS = {
@@ -88,7 +89,7 @@ def spoil(monkeypatch):
 
     def patch(how):
         count = 0
-        compute = training.SFTTrainer.compute_loss
+        compute = SFTTrainer.compute_loss
 
         def compute_loss(self, model, inputs, *args, **kwargs):
             nonlocal count
@@ -96,7 +97,7 @@ def spoil(monkeypatch):
             count += 1
             return how[count](loss, model) if count in how else loss
 
-        monkeypatch.setattr(training.SFTTrainer, "compute_loss", compute_loss)
+        monkeypatch.setattr(SFTTrainer, "compute_loss", compute_loss)
 
     return patch
 

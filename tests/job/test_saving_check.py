@@ -114,7 +114,7 @@ def test_full_disk_is_refused_at_opening(train, own_base, free, capsys, options)
     ids=str,
 )
 def test_estimate_of_the_room_is_that_of_the_files(train, own_base, monkeypatch, options):
-    from molf.job import job
+    from molf.job import opening
     from molf.job.model import saving_check
 
     estimates = []
@@ -123,7 +123,7 @@ def test_estimate_of_the_room_is_that_of_the_files(train, own_base, monkeypatch,
         estimates.append(parts)
 
     monkeypatch.setattr(saving_check, "check_room", check_room)
-    assert job.check_saving is saving_check.check_saving
+    assert opening.check_saving is saving_check.check_saving
     run = train(own_base, *options, "--save_steps", "1")
     whole = {"model": "model", "adapter": "adapter", "lower halves": "low_halves.safetensors"}
     found = {name: size_of(run / part) for name, part in whole.items()}

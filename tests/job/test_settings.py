@@ -231,8 +231,8 @@ def test_wrong_values_are_found_without_the_command_line():
 
 
 def test_wrong_optimizer_is_noticed():
-    from molf.job.callbacks import RoutingCallback
     from molf.job.methods import Prepared
+    from molf.job.trainer.callbacks import RoutingCallback
 
     weight = torch.nn.Parameter(torch.zeros(2))
     prepared = Prepared(None, (None, {}), torch.optim.AdamW, (), 0)
@@ -243,8 +243,8 @@ def test_wrong_optimizer_is_noticed():
 
 def test_unrouted_layer_is_noticed():
     from molf import Decision, MoLFAdamW, MoLFConfig
-    from molf.job.callbacks import RoutingCallback
     from molf.job.methods import Prepared
+    from molf.job.trainer.callbacks import RoutingCallback
 
     model = torch.nn.Linear(4, 4)
     wrapped = torch.nn.Sequential(model)
@@ -258,8 +258,8 @@ def test_unrouted_layer_is_noticed():
 
 
 def test_a_skipped_first_step_is_no_unrouted_layer():
-    from molf.job.callbacks import RoutingCallback
     from molf.job.methods import prepare
+    from molf.job.trainer.callbacks import RoutingCallback
 
     wrapped = torch.nn.Sequential(torch.nn.Linear(4, 4))
     prepared = prepare(wrapped, resolved(method="molf", ranks=(1,), nonfinite="skip"), None)
@@ -274,7 +274,7 @@ def test_a_skipped_first_step_is_no_unrouted_layer():
 
 
 def test_autocast_is_possible_on_a_cpu():
-    from molf.job.settings import sft_config
+    from molf.job.trainer import sft_config
 
     assert sft_config.sft_config(resolved(bf16=True)).bf16 is True
 
@@ -289,7 +289,7 @@ def test_autocast_is_possible_on_a_cpu():
     ],
 )
 def test_warm_up_that_takes_all_steps(steps, given, warns):
-    from molf.job.settings.sft_config import sft_config
+    from molf.job.trainer.sft_config import sft_config
     from molf.job.training import _warn_of_warmup
 
     with warnings.catch_warnings(record=True) as caught:
@@ -309,7 +309,7 @@ def test_warm_up_that_takes_all_steps(steps, given, warns):
 
 def test_training_args_win_over_our_own_choices():
     """What is passed through and not refused may not be overridden in silence."""
-    from molf.job.settings import sft_config
+    from molf.job.trainer import sft_config
 
     settings = resolved(training_args={"run_name": "mine", "logging_first_step": "false"})
     config = sft_config.sft_config(settings)

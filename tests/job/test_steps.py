@@ -15,7 +15,7 @@ EPOCHS = ["--num_train_epochs", "2", "--warmup_ratio", "0", "--lr_scheduler_type
 
 
 def arguments_of(training_args=None, **given):
-    from molf.job.settings.sft_config import sft_config
+    from molf.job.trainer.sft_config import sft_config
 
     given = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 3, **given}
     settings = TrainSettings(method="fft", training_args=training_args or {}, **given)
@@ -39,7 +39,7 @@ def arguments_of(training_args=None, **given):
     ],
 )
 def test_steps_are_counted_by_the_trainer(given, training_args, steps, tmp_path, monkeypatch):
-    from molf.job.steps import count_steps
+    from molf.job.trainer.steps import count_steps
 
     monkeypatch.chdir(tmp_path)
     arguments = arguments_of(training_args, **{"num_train_epochs": 2.0, **given})
@@ -97,7 +97,7 @@ def test_what_has_no_certain_number_of_steps_is_refused(
 
 
 def test_a_training_of_another_length_than_counted_is_stopped():
-    from molf.job.steps import StepsCheck
+    from molf.job.trainer.steps import StepsCheck
 
     with pytest.raises(RuntimeError, match="takes 5 steps, and 4 were counted"):
         StepsCheck(4).on_train_begin(None, SimpleNamespace(max_steps=5), None)

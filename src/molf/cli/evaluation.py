@@ -12,12 +12,12 @@ from molf.data.files import Record, read_json
 from molf.disk.files import write_json, write_jsonl
 from molf.disk.locks import InUseError, Lock
 from molf.errors import InputError
+from molf.job.evaluated_data import warn_of_other_splitting, warn_of_training_data
 from molf.job.model.path import check_model
 from molf.job.progress import make_reporter
 from molf.job.record.directory import check_output, locking_runs
 from molf.job.record.ownership import AN_EVALUATION, EVALUATION, PREDICTIONS, predictions_in
 from molf.job.record.result import RunError, evaluation_record
-from molf.job.training_data import warn_of_other_splitting, warn_of_training_data
 from molf.measure import Evaluation, EvaluationSettings, evaluate, read_plain_text
 from molf.measure.harness import PREFIX, Harness
 from molf.paths import check_inputs_outside, check_path

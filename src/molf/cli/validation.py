@@ -153,7 +153,7 @@ def _training_args_errors(options: Mapping[str, Any]) -> list[str]:
     from molf.job.libraries import quiet_libraries
 
     with quiet_libraries():
-        from molf.job.settings.sft_config import parse_training_args
+        from molf.job.trainer.sft_config import parse_training_args
 
         return _refusals(parse_training_args, given)
 

@@ -13,15 +13,14 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from molf.data.encoding import EncodedSamples
 from molf.disk.files import scratch_directory
 from molf.job.inputs import Inputs
-from molf.job.methods import TrainingData, plan
-from molf.job.model.saving_check import check_saving
+from molf.job.methods import TrainingData
+from molf.job.model.room_needed import Needed
 from molf.job.opening import Opening, open_training
 from molf.job.progress import Reporter
 from molf.job.record.directory import RunDirectory
 from molf.job.settings.planned import workload_of
 from molf.job.settings.resolved import ResolvedSettings
-from molf.job.settings.sft_config import sft_config
-from molf.job.steps import count_steps
+from molf.job.trainer.sft_config import sft_config
 from molf.job.training import run_training
 from molf.planning.measure import PeakBytes, held_tensors
 from molf.planning.memory import MemoryPlan, Planner
@@ -80,20 +79,13 @@ def rehearse(settings: ResolvedSettings, task: Task, reporter: Reporter, inputs:
     """
     samples = task.training_samples
     drawn = random.Random(settings.seed).sample(samples, min(len(samples), _SAMPLES))
-    opening = open_training(settings, drawn, inputs)
-    settings = opening.settings
-    base, encoded = opening.base, opening.encoded
+    opening = open_training(settings, task, inputs, drawn)
     for note in opening.notes:
         reporter.say(note)
+    settings, encoded = opening.settings, opening.data.samples
     short_steps = _ADALORA_STEPS if settings.method == "adalora" else STEPS
     batch = _actual_batch(settings, len(samples))
     longest = _longest(encoded, short_steps, batch)
-    examples = len(encoded.input_ids)
-    steps = drawn_steps = count_steps(opening.arguments, examples)
-    if len(drawn) < len(samples):
-        steps = count_steps(opening.arguments, round(len(samples) * examples / len(drawn)))
-    made = plan(base.model, settings, TrainingData(encoded, drawn_steps))
-    check_saving(base, settings, made, steps, task.evaluation_count)
     with scratch_directory("dry-run") as scratch:
         short = replace(
             batch,
@@ -111,15 +103,14 @@ def rehearse(settings: ResolvedSettings, task: Task, reporter: Reporter, inputs:
         watch = _Watch(arguments.device)
         try:
             with RunDirectory(short.output_dir, overwrite=False) as directory:
-                run_training(
-                    base,
-                    TrainingData(longest, short_steps),
-                    short,
-                    arguments,
-                    directory,
-                    reporter,
-                    callbacks=[watch],
+                rehearsed = replace(
+                    opening,
+                    settings=short,
+                    arguments=arguments,
+                    data=TrainingData(longest, short_steps),
+                    room=Needed(),  # no checkpoints are written
                 )
+                run_training(rehearsed, directory, reporter, callbacks=[watch])
         finally:
             watch.stop()
     on_cuda = arguments.device.type == "cuda"
@@ -133,10 +124,10 @@ def rehearse(settings: ResolvedSettings, task: Task, reporter: Reporter, inputs:
         measured=watch.peak.bytes,
         measured_of="max_memory_allocated" if on_cuda else "live tensors, by torch's profiler",
         planned_at_limit=at_limit,
-        limit=opening.max_length,
+        limit=settings.max_length,
         seconds=watch.seconds,
-        steps=steps,
-        estimated_seconds=watch.seconds * steps * _share_of_tokens(encoded, longest, batch),
+        steps=opening.steps,
+        estimated_seconds=watch.seconds * opening.steps * _share_of_tokens(encoded, longest, batch),
     )
 
 
@@ -240,7 +231,7 @@ def _planned(
         quantised=planned_as(opening.quantisation),
     )
     at_limit = replace(
-        workload, length=opening.max_length, padded=settings.per_device_train_batch_size > 1
+        workload, length=settings.max_length, padded=settings.per_device_train_batch_size > 1
     )
     planner = Planner(opening.base.config)
     plans: list[MemoryPlan] = [planner.memory(planned) for planned in (workload, at_limit)]

@@ -1,4 +1,4 @@
-"""Prepare a training or a dry run: check settings and model, load it, encode the examples."""
+"""Open a training or a dry run: check settings and model, load it, encode, plan."""
 
 from __future__ import annotations
 
@@ -18,32 +18,41 @@ from molf.data.samples import Sample
 from molf.errors import InputError
 from molf.job.inputs import Inputs
 from molf.job.loss_check import check_loss
-from molf.job.methods import check
+from molf.job.methods import Plan, TrainingData, check, plan
 from molf.job.methods.storage import check_kernels
 from molf.job.model.factors_memory import check_factors
 from molf.job.model.loading import LoadedModel, load_skeleton
 from molf.job.model.quantised import check_device, check_quantisation
+from molf.job.model.room_needed import Needed
+from molf.job.model.saved_tensors import Storing, default_dtype
+from molf.job.model.saving_check import check_saving, storing_of
+from molf.job.settings.defaults import MERGE_BASES
 from molf.job.settings.resolved import ResolvedSettings
-from molf.job.settings.sft_config import sft_config
+from molf.job.trainer.sft_config import sft_config
+from molf.job.trainer.steps import count_steps
 from molf.measure.generate import padding_id
 from molf.measure.inference import last_logits, length_limit
 from molf.measure.padding import right_padding_counts
 from molf.planning.reach import Reach, describe, find_reach
+from molf.tasks import Task
 
 _TRIED_TOKENS = 256
 
 
 @dataclass
 class Opening:
-    """A checked training with its model and data.
+    """A checked training with its model and data. Nothing was written for it yet.
 
     Attributes:
-        settings: The settings, with the modules that text does not reach.
+        settings: The settings, with all that follows from device and model.
         arguments: The trainer's arguments.
-        base: The base model.
+        base: The base model, which is trained in place.
         quantisation: The quantisation of the base in training; None for none.
-        max_length: The longest example in tokens that settings and model allow.
-        encoded: The examples.
+        data: The examples, and the number of steps with these.
+        steps: The number of steps with all of the task's examples.
+        plan: The layers and parameters that the method will train.
+        storing: Type and rounding of the saved model.
+        room: Estimated bytes that the training will write.
         notes: Notes on the model for the user, one line each.
     """
 
@@ -51,55 +60,112 @@ class Opening:
     arguments: SFTConfig
     base: LoadedModel
     quantisation: Quantisation | None
-    max_length: int
-    encoded: EncodedSamples
+    data: TrainingData
+    steps: int
+    plan: Plan
+    storing: Storing
+    room: Needed
     notes: tuple[str, ...]
 
 
-def open_training(settings: ResolvedSettings, samples: Sequence[Sample], inputs: Inputs) -> Opening:
-    """Check the settings on the device, load the model, and encode the examples.
+def open_training(
+    settings: ResolvedSettings,
+    task: Task,
+    inputs: Inputs,
+    samples: Sequence[Sample] | None = None,
+) -> Opening:
+    """Check the settings on the device, load the model, encode the examples, and plan the training.
+
+    Args:
+        settings: The settings, without what follows from the model.
+        task: The task with its records.
+        inputs: Returns the base.
+        samples: A part of the task's training samples to open instead of all. The space on the
+            disk is still that of the whole training.
 
     Raises:
-        InputError: The model cannot be used, or the settings or the examples do not fit it. Nothing
-            was written.
+        InputError: The model cannot be used or saved, or the settings or the examples do not fit
+            it. Nothing was written.
     """
     arguments = sft_config(settings)
     check_kernels(settings, arguments.device)
     set_seed(settings.seed)  # before random initialisation, such as that of adapters
-    # The configuration alone gives the layers, so that wrong patterns fail before a download.
-    skeleton = load_skeleton(settings.model)
-    quantisation = check_quantisation(skeleton.config, settings)
-    check_device(quantisation, arguments.device)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Rank .* exceeds the smaller side")  # see `plan`
-        check_factors(skeleton, settings, arguments.device)
-        check(skeleton, settings)
-    devices = [arguments.device] if arguments.device.type == "cuda" else []
-    with torch.random.fork_rng(devices):  # loading and a copy must give the same training
-        base = inputs.base(settings.model, getattr(torch, settings.dtype))
+    quantisation = _check_layers(settings, arguments.device)
+    base = _load_base(settings, arguments.device, inputs)
+
+    samples = task.training_samples if samples is None else samples
     max_length = length_limit(base.model, settings.max_length)
-    if settings.split_special_tokens:  # if False, the tokenizer's own setting stays
-        base.tokenizer.split_special_tokens = True
     encoded = encode_samples(base.tokenizer, samples, max_length)
     _check_ids(base, encoded, settings.model)
+
     base.model.to(arguments.device)
     reach = _reach(base, encoded, settings.model, arguments.router_aux_loss_coef)
     _check_reached(base.model, settings, reach)
     settings = replace(settings, unreached=reach.unreached, bypassed=reach.bypassed)
+    _check_padding(base, encoded, settings)
+
+    examples = len(encoded.input_ids)
+    data = TrainingData(encoded, count_steps(arguments, examples))
+    planned = plan(base.model, settings, data)
+    steps = data.steps
+    if len(samples) < (every := len(task.training_samples)):
+        steps = count_steps(arguments, round(every * examples / len(samples)))
+    room = check_saving(base, settings, planned, steps, task.evaluation_count)
     notes = (
         describe(base.model, reach, in_adapter=settings.has_adapter),
         base.carried.describe(),
     )
-    _check_padding(base, encoded, settings)
     return Opening(
-        settings,
+        replace(
+            settings,
+            bf16=arguments.bf16,
+            merge_base=_merge_base(settings, quantisation),
+            max_length=max_length,
+            save_dtype=settings.save_dtype or dtype_name(default_dtype(base)),
+        ),
         arguments,
         base,
         quantisation,
-        max_length,
-        encoded,
+        data,
+        steps,
+        planned,
+        storing_of(base, settings),  # of the user's `save_dtype`
+        room,
         tuple(filter(None, notes)),
     )
+
+
+def _check_layers(settings: ResolvedSettings, device: torch.device) -> Quantisation | None:
+    """Check on the configuration alone; return the quantisation of the base in training."""
+    # The configuration gives the layers, so that wrong patterns fail before a download.
+    skeleton = load_skeleton(settings.model)
+    quantisation = check_quantisation(skeleton.config, settings)
+    check_device(quantisation, device)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Rank .* exceeds the smaller side")  # see `plan`
+        check_factors(skeleton, settings, device)
+        check(skeleton, settings)
+    return quantisation
+
+
+def _load_base(settings: ResolvedSettings, device: torch.device, inputs: Inputs) -> LoadedModel:
+    """Return the base model in host memory."""
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices):  # loading and a copy must give the same training
+        base = inputs.base(settings.model, getattr(torch, settings.dtype))
+    if settings.split_special_tokens:  # if False, the tokenizer's own setting stays
+        base.tokenizer.split_special_tokens = True
+    return base
+
+
+def _merge_base(settings: ResolvedSettings, quantisation: Quantisation | None) -> str | None:
+    """Return the base that the adapter is merged into; None if the base is not quantised."""
+    return None if quantisation is None else settings.merge_base or MERGE_BASES[0]
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """Return the name of a type as options have it, such as `float32`."""
+    return str(dtype).removeprefix("torch.")
 
 
 def _reach(

@@ -8,45 +8,37 @@ import warnings
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
 from peft import PeftModel
-from safetensors.torch import save_model as save_tensors
 from transformers import PrinterCallback, TrainerCallback
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
-from trl import SFTConfig, SFTTrainer
+from trl import SFTConfig
 
 from molf.core.adamw import AdamW
 from molf.core.model.quantised import quantisation_of
-from molf.core.step.guard import NonFiniteError
-from molf.job.callbacks import (
-    FidelityCallback,
-    MetricsCallback,
-    RoutingCallback,
-    Throughput,
-    fidelity_figures,
-    unwrapped,
-)
-from molf.job.methods import Prepared, TrainingData, prepare
-from molf.job.model.loading import LoadedModel
+from molf.job.methods import prepare
 from molf.job.model.merging import merge_trained
 from molf.job.model.quantised import Precision, load_quantised
-from molf.job.model.room_needed import Needed
-from molf.job.model.saving import base_generation_config, save_adapter
+from molf.job.model.saving import save_adapter
+from molf.job.opening import Opening
 from molf.job.progress import Reporter
-from molf.job.record.checkpoints import Checkpoints
 from molf.job.record.directory import RunDirectory
 from molf.job.record.ownership import ADAPTER, CHECKPOINTS, METRICS, ROUTING
 from molf.job.record.routing_log import RoutingWriter
+from molf.job.record.routing_meaning import routing_meaning, routing_shares_text
 from molf.job.record.wins import RoutingSummary, Wins
 from molf.job.settings.defaults import ADAPTERS
-from molf.job.settings.resolved import ResolvedSettings
-from molf.job.step_guard import StepGuard
-from molf.job.steps import StepsCheck
-
-ALL_WEIGHTS = "model.safetensors"
+from molf.job.trainer.callbacks import (
+    FidelityCallback,
+    MetricsCallback,
+    RoutingCallback,
+    unwrapped,
+)
+from molf.job.trainer.checkpoints import Checkpoints
+from molf.job.trainer.step_guard import StepGuard
+from molf.job.trainer.steps import StepsCheck
+from molf.job.trainer.trainer import Trainer
 
 
 @dataclass
@@ -63,6 +55,7 @@ class Training:
         tokens: Tokens seen, without padding.
         loss: Mean training loss of the steps that were not skipped.
         routing: Summary of the routing; None without routing.
+        meaning: Interpretation of the routing; empty without routing.
         merge: Record of the merge; empty if nothing was merged.
     """
 
@@ -75,24 +68,29 @@ class Training:
     tokens: int
     loss: float
     routing: RoutingSummary | None
+    meaning: str
     merge: dict[str, Any]
+
+    @property
+    def shares_and_meaning(self) -> str:
+        """The experts' shares and their interpretation, for a card; empty without routing."""
+        if self.routing is None:
+            return ""
+        return f"{routing_shares_text(self.routing)} {self.meaning}"
 
 
 def run_training(
-    base: LoadedModel,
-    data: TrainingData,
-    settings: ResolvedSettings,
-    arguments: SFTConfig,
+    opening: Opening,
     directory: RunDirectory,
     reporter: Reporter,
-    room: Needed = Needed(),  # noqa: B008 (frozen)
     callbacks: Sequence[TrainerCallback] = (),
 ) -> Training:
-    """Train `base.model` on the samples, in place, and merge its adapter.
+    """Train the opening's model on its samples, in place, and merge its adapter.
 
-    A trained adapter is saved before the merge. `callbacks` are added to the run's own. `room` is
-    the disk space that checkpoints leave free for the trained model.
+    A trained adapter is saved before the merge. `callbacks` are added to the run's own.
     """
+    settings, arguments = opening.settings, opening.arguments
+    base, data = opening.base, opening.data
     if settings.quantised is not None and quantisation_of(base.model.config) is None:
         reporter.say(f"Loading the base again ({settings.quantised})")
         base.model = None  # free memory for the quantised base
@@ -104,7 +102,7 @@ def run_training(
     prepared = prepare(base.model, settings, data)
     preparation_seconds = time.perf_counter() - started
     wins, guard = Wins(prepared.experts), StepGuard(settings)
-    checkpoints = Checkpoints(room)
+    checkpoints = Checkpoints(opening.room)
     # Gradients freed in the backward pass would be logged with a norm of 0.
     without = ("grad_norm",) if settings.optimizer_in_backward else ()
     _warn_of_warmup(data.steps, arguments)
@@ -113,7 +111,7 @@ def run_training(
         reporter.training(data.steps) as show,
     ):
         arguments.output_dir = str(directory / CHECKPOINTS)  # created by the trainer
-        trainer = _Trainer(
+        trainer = Trainer(
             base,
             prepared,
             wins,
@@ -154,6 +152,7 @@ def run_training(
     if prepared.save_adapter is not None:
         save_adapter(prepared.save_adapter, model, settings, directory / ADAPTER)
     plain, record = merge_trained(model, settings, data, reporter)
+    routing, config = wins.summary(), settings.method_config
     return Training(
         model=plain,
         trained_parameters=prepared.trained_parameters,
@@ -163,15 +162,9 @@ def run_training(
         preparation_seconds=preparation_seconds,
         tokens=trainer.state.num_input_tokens_seen,
         loss=guard.mean_loss(),
-        routing=wins.summary(),
+        routing=routing,
+        meaning=routing_meaning(routing, config, output.global_step) if routing and config else "",
         merge=record,
-    )
-
-
-def _trains_more_than_its_adapter(model: Any) -> bool:
-    return hasattr(model, "peft_config") and any(
-        parameter.requires_grad and ".lora_" not in name
-        for name, parameter in model.named_parameters()
     )
 
 
@@ -191,105 +184,3 @@ def _warn_of_warmup(steps: int, arguments: SFTConfig) -> None:
             "--warmup_ratio 0 to train at the full rate from the start.",
             stacklevel=2,
         )
-
-
-class _Trainer(SFTTrainer):
-    """SFTTrainer with a method's additional loss and log figures.
-
-    The guard checks each loss and clips the gradients.
-    """
-
-    def __init__(
-        self,
-        base: LoadedModel,
-        prepared: Prepared,
-        wins: Wins,
-        guard: StepGuard,
-        checkpoints: Checkpoints,
-        directory: RunDirectory,
-        **kwargs: Any,
-    ) -> None:
-        self.base = base
-        self.prepared = prepared
-        self.wins = wins
-        self.guard = guard
-        self.checkpoints = checkpoints
-        self.directory = directory
-        model = prepared.model
-        trained = {p: p.data for p in model.parameters() if p.requires_grad}
-        super().__init__(**kwargs)
-        for parameter, data in trained.items():
-            # Beside a quantised base, TRL rounds trained parameters to bfloat16, which loses small
-            # updates. Restore their type.
-            if parameter.dtype != data.dtype:
-                parameter.data = data.to(parameter.device)
-        self.accelerator.clip_grad_norm_ = guard.clip
-
-    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
-        """Create the optimizer, without its warning about checkpoints, which `_save` resolves."""
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".* trained parameters are outside the adap")
-            return super().create_optimizer(*args, **kwargs)
-
-    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        """Save a checkpoint; if it cannot be written, warn and continue."""
-        place = self.directory / CHECKPOINTS  # the run may have been moved
-        self.args.output_dir = str(place)
-        step = self.state.global_step
-        save = super()._save_checkpoint
-        directory = place / f"{PREFIX_CHECKPOINT_DIR}-{step}"
-        self.checkpoints.save(lambda: save(*args, **kwargs), directory, step)
-
-    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        """Save the model of a checkpoint.
-
-        PEFT saves the adapter alone. If more is trained, all weights are saved as well, with the
-        names of the model with its adapter.
-        """
-        model = self.accelerator.unwrap_model(self.model)
-        with base_generation_config(model, self.base, Path(output_dir or self.args.output_dir)):
-            super()._save(output_dir, state_dict)
-        if self.args.should_save and _trains_more_than_its_adapter(model):
-            save_tensors(model, str(Path(output_dir or self.args.output_dir) / ALL_WEIGHTS))
-
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        self._throughput = Throughput()
-        try:
-            return super().train(*args, **kwargs)
-        except NonFiniteError as error:
-            raise self.guard.stopped(error, self.state, self.model) from error
-
-    def training_step(self, *args: Any, **kwargs: Any) -> Any:
-        loss = super().training_step(*args, **kwargs)
-        self.guard.add_loss(loss)
-        return loss
-
-    def compute_loss(
-        self, model: Any, inputs: Any, *args: Any, num_items_in_batch: Any = None, **kwargs: Any
-    ) -> Any:
-        loss = super().compute_loss(
-            model, inputs, *args, num_items_in_batch=num_items_in_batch, **kwargs
-        )
-        if model.training:
-            self.guard.check_before_backward(loss)
-        if self.prepared.penalty is None or not model.training:
-            return loss
-        # If TRL divides by the tokens of the whole step, the trainer sums the micro-batches.
-        sums = num_items_in_batch is not None
-        share = self.current_gradient_accumulation_steps if sums else 1
-        return loss + self.prepared.penalty().to(loss.device) / share
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if "loss" in logs:
-            logs["loss"] = self.guard.take_mean_loss()
-            if self.guard.skipped_steps:
-                logs["skipped_steps"] = self.guard.skipped_steps
-            # The trainer logs only the rate of the first group.
-            for name, ratio in self.prepared.rates.items():
-                logs[name] = logs["learning_rate"] * ratio
-            logs |= self.prepared.measure()
-            logs |= fidelity_figures(self.optimizer)
-            tokens = int(self.state.num_input_tokens_seen)
-            logs["tokens_per_second"] = self._throughput.since_last(tokens)
-            logs |= {f"won/{name}": share for name, share in self.wins.take_recent().items()}
-        super().log(logs, start_time)

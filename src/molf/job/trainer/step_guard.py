@@ -17,10 +17,10 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from molf.core.adamw import AdamW
 from molf.core.step.guard import NonFiniteError
-from molf.job.callbacks import unwrapped
 from molf.job.record.result import RunError
 from molf.job.settings.defaults import ADAPTERS
 from molf.job.settings.resolved import ResolvedSettings
+from molf.job.trainer.callbacks import unwrapped
 
 _SHOWN = 3  # names in a message
 

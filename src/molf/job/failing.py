@@ -1,0 +1,46 @@
+"""End a run that fails after its directory was made: discard the directory, or say where it is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from molf.errors import InputError
+from molf.job.progress import Reporter
+from molf.job.record.directory import RunDirectory
+from molf.job.record.ownership import MODEL
+from molf.job.record.result import RunError
+from molf.job.record.tracebacks import write_traceback
+
+
+class UnusableDataError(Exception):
+    """The base model cannot be measured on the data. Raised before training."""
+
+
+@contextmanager
+def failing_in(directory: RunDirectory, reporter: Reporter) -> Iterator[None]:
+    """Convert errors of the block, and leave the run's directory as they demand.
+
+    Raises:
+        InputError: The base cannot be measured. The directory was deleted, the earlier run is back.
+        RunError: Any other error; the directory holds the files written so far and the traceback.
+        KeyboardInterrupt: After a line with the path of the files.
+    """
+    try:
+        yield
+    except UnusableDataError as error:
+        directory.discard()
+        raise InputError(str(error)) from error
+    except KeyboardInterrupt:
+        reporter.say(f"Interrupted; what was written is in {directory.path}.{directory.kept()}")
+        raise
+    except Exception as error:
+        cause = str(error).strip().split("\n")[0] or type(error).__name__
+        log = write_traceback(directory)
+        raise RunError(f"{cause} {log}{_trained(directory)}{directory.kept()}") from error
+
+
+def _trained(directory: RunDirectory) -> str:
+    """Return a sentence with the path of the trained model, if it was saved before the failure."""
+    model = directory / MODEL
+    return f" The trained model is whole in {model}." if (model / "config.json").is_file() else ""

@@ -1,0 +1,171 @@
+"""Write the records of a run: settings, environment, evaluation, and its row of the table."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import replace
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from molf.disk.files import write_json, write_jsonl, write_yaml
+from molf.job.memory import peak_memory
+from molf.job.opening import Opening, dtype_name
+from molf.job.record.directory import RunDirectory
+from molf.job.record.environment import environment
+from molf.job.record.ownership import CONFIG, ENVIRONMENT, EVALUATION, PREDICTIONS
+from molf.job.record.provenance import file_records
+from molf.job.record.result import RunResult, evaluation_record, results_row
+from molf.job.record.results import append_result
+from molf.job.settings.defaults import ADAPTERS
+from molf.job.settings.resolved import ResolvedSettings
+from molf.job.training import Training
+from molf.measure import Evaluation
+from molf.tasks import Task
+
+
+def input_files(settings: ResolvedSettings, task: Task) -> dict[str, list[dict[str, Any]]]:
+    """Return names, sizes and hashes of a run's data files, by option."""
+    # A task may have a default address of its data.
+    sources = {"data": task.description().get("data"), "eval_data": settings.eval_data}
+    return file_records({**sources, "forgetting_data": settings.forgetting_data})
+
+
+class ConfigRecord:
+    """`config.yaml` and `environment.json` of a run; written again when more is known.
+
+    Args:
+        opening: The run's settings, model and data, before the training.
+        task: The task with its records.
+        files: The result of `input_files`.
+        started: Start of the run.
+    """
+
+    def __init__(
+        self,
+        opening: Opening,
+        task: Task,
+        files: Mapping[str, list[dict[str, Any]]],
+        started: datetime,
+    ) -> None:
+        settings, base, samples = opening.settings, opening.base, opening.data.samples
+        quantisation = opening.quantisation
+        # The file can be used as a recipe, which must not replace this run.
+        self._options = replace(settings, overwrite=False).as_options()
+        self._environment = environment(opening.arguments.device, started)
+        self._run: dict[str, Any] = {
+            "task": task.description(),
+            "data": {
+                "examples": len(samples.input_ids),
+                "left_out_too_long": samples.left_out,
+                "longest_tokens": samples.longest,
+                "doubtful": dict(samples.faults),
+                "files": files,
+            },
+            "model": {
+                "parameters": base.model.num_parameters(),
+                "dtype": dtype_name(base.dtype),
+                **({"quantised": str(quantisation)} if quantisation else {}),
+                "not_reached": list(settings.unreached),
+                "carried_tensors": len(base.carried.names),
+                "stored_dtype": dtype_name(base.stored.main_dtype or base.dtype),
+                **opening.plan.record(),
+            },
+            "training": {"steps": opening.data.steps},
+        }
+
+    def add_training(self, training: Training) -> None:
+        """Add the result of the training; nothing is written."""
+        # EVA chooses its ranks, and so the number of parameters, from the data.
+        self._run["model"]["trained_parameters"] = training.trained_parameters
+        self._run["training"] = {
+            "steps": training.steps,
+            "skipped_steps": training.skipped_steps,
+        }
+        if training.routing is not None:
+            self._run["routing"] = {**training.routing.record(), "meaning": training.meaning}
+        if training.merge:
+            self._run["merge"] = training.merge
+
+    def add_saved(self, saved: Mapping[str, Any]) -> None:
+        """Add the record of the saved model; nothing is written."""
+        self._run["saved"] = dict(saved)
+
+    def write(self, directory: RunDirectory) -> None:
+        """Write both files."""
+        write_yaml(directory / CONFIG, {**self._options, "run": self._run})
+        write_json(directory / ENVIRONMENT, self._environment)
+
+
+def write_evaluations(
+    directory: RunDirectory, task: Task, before: Evaluation, after: Evaluation
+) -> None:
+    """Write the predictions of the saved model, and the metrics of both."""
+    write_jsonl(directory / PREDICTIONS, after.predictions)
+    write_json(
+        directory / EVALUATION,
+        {
+            "task": task.name,
+            "before": evaluation_record(before),
+            "after": evaluation_record(after),
+            "notes": {"before": before.notes, "after": after.notes},
+        },
+    )
+
+
+def add_row(result: RunResult, settings: ResolvedSettings, started: datetime) -> Path | None:
+    """Add the run to the table of results; return the table's path, or None on failure."""
+    folder = result.directory.parent
+    try:
+        return append_result(folder, results_row(result, settings, started))
+    except (OSError, ValueError) as error:
+        warnings.warn(
+            f"The run is complete, but its row was not added to a table in {folder}: {error}",
+            stacklevel=3,
+        )
+        return None
+
+
+def run_result(
+    opening: Opening,
+    directory: RunDirectory,
+    training: Training,
+    before: Evaluation,
+    after: Evaluation,
+    saved: Mapping[str, Any],
+    evaluation_seconds: float,
+) -> RunResult:
+    """Return the result of a finished run, without its table.
+
+    Args:
+        opening: The run's settings and plan.
+        directory: The run's directory.
+        training: The result of the training.
+        before: Metrics of the base model.
+        after: Metrics of the saved model.
+        saved: The record of the saved model.
+        evaluation_seconds: Time of both evaluations.
+    """
+    settings = opening.settings
+    peak, peak_of = peak_memory(opening.arguments.device)
+    return RunResult(
+        directory=directory.path,
+        before=before,
+        after=after,
+        steps=training.steps,
+        skipped_steps=training.skipped_steps,
+        training_loss=training.loss,
+        trained_parameters=training.trained_parameters,
+        lora_parameters=opening.plan.details.get("lora_parameters"),
+        tokens=training.tokens,
+        preparation_seconds=training.preparation_seconds,
+        training_seconds=training.seconds,
+        evaluation_seconds=evaluation_seconds,
+        peak_memory_bytes=peak,
+        peak_memory_of=peak_of,
+        shares=training.routing.won if training.routing else {},
+        routing=training.meaning,
+        saved=dict(saved),
+        kernels=None if settings.method in ADAPTERS else settings.kernels,
+    )

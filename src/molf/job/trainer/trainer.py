@@ -1,0 +1,137 @@
+"""TRL's SFTTrainer with a method's loss, log figures, guard and checkpoints."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_model as save_tensors
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from trl import SFTTrainer
+
+from molf.core.step.guard import NonFiniteError
+from molf.job.methods import Prepared
+from molf.job.model.loading import LoadedModel
+from molf.job.model.saving import base_generation_config
+from molf.job.record.directory import RunDirectory
+from molf.job.record.ownership import CHECKPOINTS
+from molf.job.record.wins import Wins
+from molf.job.trainer.callbacks import Throughput, fidelity_figures
+from molf.job.trainer.checkpoints import Checkpoints
+from molf.job.trainer.step_guard import StepGuard
+
+ALL_WEIGHTS = "model.safetensors"
+
+
+class Trainer(SFTTrainer):
+    """SFTTrainer with a method's additional loss and log figures.
+
+    The guard checks each loss and clips the gradients.
+    """
+
+    def __init__(
+        self,
+        base: LoadedModel,
+        prepared: Prepared,
+        wins: Wins,
+        guard: StepGuard,
+        checkpoints: Checkpoints,
+        directory: RunDirectory,
+        **kwargs: Any,
+    ) -> None:
+        self.base = base
+        self.prepared = prepared
+        self.wins = wins
+        self.guard = guard
+        self.checkpoints = checkpoints
+        self.directory = directory
+        model = prepared.model
+        trained = {p: p.data for p in model.parameters() if p.requires_grad}
+        super().__init__(**kwargs)
+        for parameter, data in trained.items():
+            # Beside a quantised base, TRL rounds trained parameters to bfloat16, which loses small
+            # updates. Restore their type.
+            if parameter.dtype != data.dtype:
+                parameter.data = data.to(parameter.device)
+        self.accelerator.clip_grad_norm_ = guard.clip
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        """Create the optimizer, without its warning about checkpoints, which `_save` resolves."""
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".* trained parameters are outside the adap")
+            return super().create_optimizer(*args, **kwargs)
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        """Save a checkpoint; if it cannot be written, warn and continue."""
+        place = self.directory / CHECKPOINTS  # the run may have been moved
+        self.args.output_dir = str(place)
+        step = self.state.global_step
+        save = super()._save_checkpoint
+        directory = place / f"{PREFIX_CHECKPOINT_DIR}-{step}"
+        self.checkpoints.save(lambda: save(*args, **kwargs), directory, step)
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        """Save the model of a checkpoint.
+
+        PEFT saves the adapter alone. If more is trained, all weights are saved as well, with the
+        names of the model with its adapter.
+        """
+        model = self.accelerator.unwrap_model(self.model)
+        with base_generation_config(model, self.base, Path(output_dir or self.args.output_dir)):
+            super()._save(output_dir, state_dict)
+        if self.args.should_save and _trains_more_than_its_adapter(model):
+            save_tensors(model, str(Path(output_dir or self.args.output_dir) / ALL_WEIGHTS))
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Train; an error of the optimizer names the step and the parameters."""
+        self._throughput = Throughput()
+        try:
+            return super().train(*args, **kwargs)
+        except NonFiniteError as error:
+            raise self.guard.stopped(error, self.state, self.model) from error
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        """Run forward and backward pass of a micro-batch, and pass its loss to the guard."""
+        loss = super().training_step(*args, **kwargs)
+        self.guard.add_loss(loss)
+        return loss
+
+    def compute_loss(
+        self, model: Any, inputs: Any, *args: Any, num_items_in_batch: Any = None, **kwargs: Any
+    ) -> Any:
+        """Return the loss of a micro-batch, with the method's penalty."""
+        loss = super().compute_loss(
+            model, inputs, *args, num_items_in_batch=num_items_in_batch, **kwargs
+        )
+        if model.training:
+            self.guard.check_before_backward(loss)
+        if self.prepared.penalty is None or not model.training:
+            return loss
+        # If TRL divides by the tokens of the whole step, the trainer sums the micro-batches.
+        sums = num_items_in_batch is not None
+        share = self.current_gradient_accumulation_steps if sums else 1
+        return loss + self.prepared.penalty().to(loss.device) / share
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log the trainer's figures with those of guard, method and routing."""
+        if "loss" in logs:
+            logs["loss"] = self.guard.take_mean_loss()
+            if self.guard.skipped_steps:
+                logs["skipped_steps"] = self.guard.skipped_steps
+            # The trainer logs only the rate of the first group.
+            for name, ratio in self.prepared.rates.items():
+                logs[name] = logs["learning_rate"] * ratio
+            logs |= self.prepared.measure()
+            logs |= fidelity_figures(self.optimizer)
+            tokens = int(self.state.num_input_tokens_seen)
+            logs["tokens_per_second"] = self._throughput.since_last(tokens)
+            logs |= {f"won/{name}": share for name, share in self.wins.take_recent().items()}
+        super().log(logs, start_time)
+
+
+def _trains_more_than_its_adapter(model: Any) -> bool:
+    return hasattr(model, "peft_config") and any(
+        parameter.requires_grad and ".lora_" not in name
+        for name, parameter in model.named_parameters()
+    )
