@@ -21,7 +21,6 @@ def workload_of(
     length: int,
     padded: bool,
     device: str,
-    bf16: bool,
     quantised: str | None,
     num_gpus: int = 1,
 ) -> Workload:
@@ -32,7 +31,6 @@ def workload_of(
         length: Tokens of the longest example.
         padded: Whether a batch holds examples of different lengths.
         device: `cuda` or `cpu`.
-        bf16: Whether the forward pass runs under bfloat16 autocast.
         quantised: `load_in_4bit`, `load_in_8bit` or None.
         num_gpus: Devices that share weights, gradients and state.
 
@@ -47,7 +45,7 @@ def workload_of(
         accumulates=settings.gradient_accumulation_steps > 1,
         checkpointing=settings.gradient_checkpointing,
         dtype=settings.dtype,
-        bf16=bf16,
+        bf16=device == "cuda" if settings.bf16 is None else settings.bf16,
         device=device,
         padded=padded,
         num_gpus=num_gpus,

@@ -35,11 +35,12 @@ from molf.job.settings.defaults import (
     ROUTED,
 )
 from molf.job.settings.experts import method_config
+from molf.planning.workload import DTYPES as WEIGHT_DTYPES
+from molf.planning.workload import QUANTISATIONS
 from molf.tasks import TASKS, TaskOptions, check_task
 
 SCHEDULERS = ("cosine", "linear", "constant", "constant_with_warmup")
 DTYPES = ("float32", "bfloat16", "float16")
-WEIGHT_DTYPES = ("float32", "bfloat16")
 SAVE_ROUNDINGS = ("nearest", "stochastic")
 
 DATA = Group.create_ordered("Data")
@@ -348,8 +349,7 @@ class TrainSettings:
     @property
     def quantised(self) -> str | None:
         """The option that asks for a quantised base, or None."""
-        options = ("load_in_4bit", "load_in_8bit")
-        return next((name for name in options if getattr(self, name)), None)
+        return next((name for name in QUANTISATIONS if getattr(self, name)), None)
 
     def _check_quantised(self) -> None:
         if self.quantised is None:
