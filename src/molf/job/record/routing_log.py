@@ -19,7 +19,7 @@ from molf.job.record.ownership import CONFIG, ROUTING
 from molf.paths import check_path
 
 if TYPE_CHECKING:
-    from molf.core.step.routing import Decision
+    from molf.core.step.decision import Decision
 
 SCHEMA = pa.schema(
     [

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from molf.core.config import MoLFConfig
+from molf.core.scores.registry import routing
 from molf.errors import InputError
 from molf.job.settings.defaults import ADAPTERS, ROUTED, default_alpha, defaults_for
 
@@ -62,12 +63,12 @@ def method_config(
     dropout = lora_dropout if lora_dropout is not None else defaults["lora_dropout"]
     routes = method in ROUTED
     freezes = method == "molf-e"
-    if freezes and score == "full":
-        raise InputError(
-            "Invalid score='full' with method=molf-e: its base is frozen, so it has no full "
-            "expert. Use another score, or --method molf."
-        )
     try:
+        if freezes and routing(score).rule.needs_full:
+            raise InputError(
+                f"Invalid score='{score}' with method=molf-e: its base is frozen, so it has no "
+                "full expert. Use another score, or --method molf."
+            )
         return MoLFConfig(
             ranks=chosen,
             alpha=alphas,

@@ -13,7 +13,7 @@ from typing import Annotated
 
 from cyclopts import Group, Parameter
 
-from molf.core.config import SCORES, MoLFConfig
+from molf.core.config import MoLFConfig
 from molf.core.options import (
     GRADIENT_DTYPES,
     KERNELS,
@@ -24,6 +24,7 @@ from molf.core.options import (
     OptimizerOptions,
     OptionError,
     check_exclusions,
+    score_exclusions,
 )
 from molf.errors import InputError
 from molf.job.settings.converters import numbers, patterns, words
@@ -114,8 +115,9 @@ class TrainSettings:
     """Dropout before the LoRA factors. With molf, above 0 takes an adapter beside the weights."""
     loraplus_lr_ratio: Annotated[float | None, Parameter(group=METHOD, show_default="16")] = None
     """With lora+, the learning rate of B as a multiple of that of A (lora_learning_rate)."""
-    score: Annotated[str, Parameter(choices=SCORES, group=METHOD)] = "epd"
-    """How molf scores experts; random, full and lora are controls."""
+    score: Annotated[str, Parameter(group=METHOD)] = "epd"
+    """How molf scores experts: epd, pfn, gsnr, fresh, descent, epd-balanced or epd-corrected;
+    share:Q:SCORE; the controls random, random:Q, full, lora and shuffled:SCORE (docs/scores.md)."""
     top_k: Annotated[int, Parameter(group=METHOD)] = 1
     """How many experts of a layer take each update."""
     target_modules: Annotated[
@@ -307,6 +309,7 @@ class TrainSettings:
                     "max_grad_norm": self.max_grad_norm,
                     "float32_weights": self.dtype == "float32",
                     "adapter_of": self._adapter_of() if self.kernels == "triton" else None,
+                    **self._score_exclusions(),
                 }
             )
             options.check_libraries()
@@ -319,6 +322,11 @@ class TrainSettings:
         if self.method == "molf" and config is not None and config.lora_dropout:
             return "molf and lora_dropout"
         return self.method if self.method == "molf-e" else None
+
+    def _score_exclusions(self) -> dict[str, str | None]:
+        """The settings that the score of a routed method sets, for the check of exclusions."""
+        is_routed = self.method in ROUTED and self.method_config is not None
+        return score_exclusions(self.score) if is_routed else {}
 
     def _check_low_halves(self) -> None:
         """Refuse to keep halves that there cannot be."""
