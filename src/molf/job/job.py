@@ -24,7 +24,7 @@ from molf.job.model.card import model_card
 from molf.job.model.loading import LoadedModel, load_model, move
 from molf.job.model.room_needed import Needed
 from molf.job.model.saved_tensors import Stored, Storing, default_dtype
-from molf.job.model.saving import Keep, SaveError, save_model
+from molf.job.model.saving import Fallback, SaveError, save_model
 from molf.job.model.saving_check import check_saving, storing_of
 from molf.job.opening import open_training
 from molf.job.progress import Reporter
@@ -182,7 +182,7 @@ class _Job:
                 "dtype": _name(self.base.dtype),
                 **({"quantised": str(self.quantisation)} if self.quantisation else {}),
                 "not_reached": list(self.settings.unreached),
-                "carried_tensors": len(self.base.carried.names),
+                "carried_tensors": len(self.base.unused_tensors.names),
                 "stored_dtype": _name(self.base.stored.main_dtype or self.base.dtype),
                 **self.plan.record(),
             },
@@ -255,7 +255,7 @@ class _Job:
                 self.directory / MODEL,
                 start_dtype=self._start_dtype(),
                 halves_path=self.directory / LOW_HALVES,
-                keep=Keep.of(self.settings, self.directory.path),
+                fallback=Fallback.of(self.settings, self.directory.path),
             )
         except SaveError:
             with suppress(OSError):

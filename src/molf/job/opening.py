@@ -85,7 +85,7 @@ def open_training(settings: ResolvedSettings, samples: Sequence[Sample]) -> Open
     settings = replace(settings, unreached=reach.unreached, bypassed=reach.bypassed)
     notes = (
         describe(base.model, reach, in_adapter=settings.has_adapter),
-        base.carried.describe(),
+        base.unused_tensors.describe(),
     )
     _check_padding(base, encoded, settings)
     return Opening(
