@@ -37,6 +37,7 @@ def model_card(
         routing: Shares of the experts and their interpretation; empty without routing.
         saved: The record of the saved model; None before it is measured.
     """
+    # The Hub reads the front matter: which library loads the model, and which base it has.
     front: dict[str, Any] = {
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
@@ -49,7 +50,8 @@ def model_card(
     places = [
         options[name] for name in named if options[name] and Path(options[name]).is_absolute()
     ]
-    places.sort(key=len, reverse=True)  # one may be inside another
+    # The longest first: one path may be inside another.
+    places.sort(key=len, reverse=True)
     shown = {key: value for key, value in options.items() if value not in (None, "", [], {})}
     return "\n".join(
         [
@@ -130,6 +132,7 @@ def show_metric(metric: Metric | None) -> str:
     """Return a metric's value as text, with its interval if known."""
     if metric is None:
         return "-"
+    # A metric of lm-evaluation-harness may have no standard error.
     if math.isnan(metric.low):
         return f"{metric.value:.3f}"
     return f"{metric.value:.3f} [{metric.low:.3f}, {metric.high:.3f}]"

@@ -30,7 +30,9 @@ def merge_trained(
     if base is None and isinstance(model, PeftModel):
         model.float()  # merging in bfloat16 would lose small changes
     reports: list[MergeReport] = []
+    # The training does not keep the unquantised weights in memory.
     original = load_model(settings.model).model if base == "original" else None
+    # The first training example: it has the template and the language of the task.
     sample = torch.tensor([data.samples.input_ids[0][:_SAMPLE_TOKENS]])
     plain = merge(model, base=base, original=original, sample=sample, report=reports.append)
     record: dict[str, Any] = {}

@@ -65,7 +65,7 @@ class FinishedRun:
             return
         if not (self.path / MODEL / "config.json").is_file():
             raise InputError(
-                f"{self.path} has no {MODEL}/: the run is not over, or failed before it was saved."
+                f"{self.path} has no {MODEL}/: the run has not ended, or failed before saving it."
                 + (f" It has its adapter: {self.path / ADAPTER}." if has_adapter else "")
             )
         if what == ADAPTER:
@@ -89,7 +89,7 @@ class FinishedRun:
                 clear_unfinished(self.path)
             except InUseError as error:
                 raise InputError(
-                    f"{self.path} is in use: its run is not over. Wait for its end."
+                    f"{self.path} is in use: its run has not ended. Wait for its end."
                 ) from error
             except OSError:
                 pass  # the directory is not readable, but its files may be
@@ -99,8 +99,8 @@ class FinishedRun:
         if self.method == "fft":
             return "method=fft trains the weights themselves"
         if self.method == "molf" and not self.config.get("lora_dropout"):
-            return "the experts of method=molf are folded into the weights, which moved as well"
-        return f"method={self.method} trained weights beside it, so that it alone is not the result"
+            return "method=molf folds its experts into the weights, which it trains as well"
+        return f"method={self.method} also trained weights outside of the adapter"
 
 
 def read_run(path: Path) -> FinishedRun:
@@ -111,6 +111,7 @@ def read_run(path: Path) -> FinishedRun:
     """
     path = expanded(path)
     check_run(path)
+    # `lexists`: a broken link gets the message of `read_input`, which names it.
     if not os.path.lexists(path / CONFIG):
         raise InputError(f"{path} is not a run of `molf train`: it has no {CONFIG}.")
     try:

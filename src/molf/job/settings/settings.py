@@ -1,12 +1,13 @@
 """Every option of `molf train`, declared once: type, default, help text, group and check.
 
-The command line and the YAML recipes are made from these fields. `TrainSettings` holds what the
-user said; `molf.job.settings.resolved` fills in what depends on the method and the task.
+The command line and the YAML recipes are made from these fields. `TrainSettings` holds the user's
+values; `molf.job.settings.resolved` adds the defaults that depend on the method and the task.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
@@ -27,6 +28,7 @@ from molf.core.options import (
     score_exclusions,
 )
 from molf.errors import InputError
+from molf.inputs import check_choice
 from molf.job.settings.converters import numbers, patterns, words
 from molf.job.settings.defaults import (
     MATCHES,
@@ -59,10 +61,10 @@ _AUTO = "by method and task"
 @Parameter(name="*")
 @dataclass(frozen=True, kw_only=True)
 class TrainSettings:
-    """The options of a training run as the user gave them; None stands for the default."""
+    """The options of a training run as the user gave them; None selects the default."""
 
     task: Annotated[str, Parameter(choices=TASKS, group=DATA)] = "demo-fact"
-    """What is learned and measured."""
+    """The task to train and to measure."""
     data: Annotated[str | None, Parameter(group=DATA)] = None
     """Records to train on: a JSON, JSONL, Parquet or CSV file, a folder, a URL, or a Hub id."""
     eval_data: Annotated[str | None, Parameter(group=DATA)] = None
@@ -76,14 +78,14 @@ class TrainSettings:
     max_length: Annotated[int, Parameter(group=DATA)] = 1024
     """Longest example in tokens; longer ones are left out and counted, never cut."""
     split_special_tokens: Annotated[bool, Parameter(group=DATA)] = False
-    """Make control tokens that the records spell out (such as </s>) plain text."""
+    """Treat control tokens in the records' texts (such as </s>) as plain text."""
 
     model: Annotated[str | None, Parameter(group=MODEL)] = None
     """A local directory in transformers format, or a Hub id. Demo tasks bring their own."""
     gradient_checkpointing: Annotated[bool, Parameter(group=MODEL)] = False
     """Recompute activations in the backward pass: slower, less memory."""
     bf16: Annotated[bool | None, Parameter(group=MODEL, show_default="where CUDA has it")] = None
-    """bfloat16 autocast in training, whatever the type of the weights."""
+    """bfloat16 autocast in training, for weights of any type."""
     dtype: Annotated[str, Parameter(choices=WEIGHT_DTYPES, group=MODEL)] = "float32"
     """Type of the weights in training; bfloat16 takes half the memory for weights and gradients."""
     load_in_4bit: Annotated[bool, Parameter(group=MODEL, negative=())] = False
@@ -93,7 +95,7 @@ class TrainSettings:
     merge_base: Annotated[
         str | None, Parameter(choices=MERGE_BASES, group=MODEL, show_default="dequantised")
     ] = None
-    """What model/ is merged into: the quantised weights' numbers, as trained, or the original."""
+    """Base of the merged model/: the dequantised weights, as in training, or the original ones."""
 
     method: Annotated[str, Parameter(choices=METHODS, group=METHOD)] = "molf"
     """fft: all weights. molf, molf-e: routed per layer and step. Others train a PEFT adapter."""
@@ -145,7 +147,7 @@ class TrainSettings:
     ] = None
     """float32 adds the gradients of bfloat16 weights up without rounding (fft, molf)."""
     optimizer_in_backward: Annotated[bool, Parameter(group=OPTIMIZATION)] = False
-    """Move each layer in the backward pass and free its gradient; no clipping, no accumulation."""
+    """Update each layer in the backward pass, free its gradient; no clipping, no accumulation."""
     state_offload: Annotated[bool, Parameter(group=OPTIMIZATION)] = False
     """Keep the optimizer's state in host memory, on the GPU layer by layer (not run on one yet)."""
     kernels: Annotated[str, Parameter(choices=KERNELS, group=OPTIMIZATION)] = "eager"
@@ -165,7 +167,7 @@ class TrainSettings:
     )
     """Passes over the data."""
     max_steps: Annotated[int | None, Parameter(group=OPTIMIZATION)] = None
-    """Stop after this many optimizer steps, whatever num_train_epochs says."""
+    """Number of optimizer steps; overrides num_train_epochs."""
     per_device_train_batch_size: Annotated[
         int | None, Parameter(group=OPTIMIZATION, show_default=_AUTO)
     ] = None
@@ -181,7 +183,7 @@ class TrainSettings:
     max_grad_norm: Annotated[float | None, Parameter(group=OPTIMIZATION, show_default="1")] = None
     """Clip the gradients to this norm; 0 turns clipping off."""
     nonfinite: Annotated[str, Parameter(choices=NONFINITE, group=OPTIMIZATION)] = "raise"
-    """What an infinite or NaN loss or gradient does: stop the run, or skip the step."""
+    """On an infinite or NaN loss or gradient: stop the run (raise), or skip the step."""
     max_skipped_steps: Annotated[int, Parameter(group=OPTIMIZATION)] = 10
     """With nonfinite skip, stop the run when so many steps in a row were skipped."""
     adam_beta1: Annotated[float, Parameter(group=OPTIMIZATION)] = 0.9
@@ -196,7 +198,7 @@ class TrainSettings:
     per_device_eval_batch_size: Annotated[int, Parameter(group=EVALUATION)] = 32
     """Examples per forward pass in evaluation."""
     forgetting_data: Annotated[str | None, Parameter(group=EVALUATION)] = None
-    """Plain text whose loss before and after shows what was forgotten; the task brings one."""
+    """Plain text to measure forgetting: its loss before and after; default: a text of the task."""
 
     output_dir: Annotated[
         Path | None, Parameter(group=OUTPUT, show_default="runs/TASK-METHOD-MODEL-TIME")
@@ -207,7 +209,7 @@ class TrainSettings:
     fallback_dir: Annotated[
         Path | None, Parameter(group=OUTPUT, show_default="the temporary folder, then others")
     ] = None
-    """Where trained weights are kept if output_dir cannot take them at the end."""
+    """Where trained weights are saved if they cannot be written to output_dir."""
     dry_run: Annotated[bool, Parameter(group=OUTPUT, negative=())] = False
     """Check everything, take two steps, and print memory and time; nothing is written."""
     save_dtype: Annotated[
@@ -222,7 +224,7 @@ class TrainSettings:
     ] = None
     """How weights are rounded to a saved type of 16 bits: nearest, or stochastic by the seed."""
     keep_low_halves: Annotated[bool, Parameter(group=OUTPUT, negative=())] = False
-    """Keep what a bfloat16 model/ lacks of float32 beside it, for molf export: 2 bytes a weight."""
+    """Also save the low 16 bits of float32 weights beside a bfloat16 model/, for molf export."""
     logging_steps: Annotated[int, Parameter(group=OUTPUT)] = 10
     """Optimizer steps between two lines of metrics.jsonl."""
     save_steps: Annotated[int | None, Parameter(group=OUTPUT)] = None
@@ -234,7 +236,7 @@ class TrainSettings:
     )
     """Trackers separated by commas: wandb, tensorboard, trackio, ..."""
     training_args: Annotated[dict[str, str], Parameter(group=OUTPUT)] = field(default_factory=dict)
-    """Anything else of TRL's SFTConfig, as --training_args.NAME VALUE."""
+    """Other fields of TRL's SFTConfig, as --training_args.NAME VALUE."""
 
     def __post_init__(self) -> None:
         """Check every value that was given."""
@@ -248,31 +250,15 @@ class TrainSettings:
             ("merge_base", (None, *MERGE_BASES)),
             ("dtype", WEIGHT_DTYPES),
         ):
-            if getattr(self, name) not in allowed:
-                choices = ", ".join(choice for choice in allowed if choice)
-                raise InputError(
-                    f"Invalid {name}={getattr(self, name)!r}. Must be one of {choices}."
-                )
-        for name in _POSITIVE:
-            value = getattr(self, name)
-            if value is not None and not 0 < value < math.inf:
-                raise InputError(f"Invalid {name}={value}. Must be finite and greater than 0.")
-        for name in _NOT_NEGATIVE:
-            value = getattr(self, name)
-            if value is not None and not 0 <= value < math.inf:
-                raise InputError(f"Invalid {name}={value}. Must be finite and at least 0.")
-        for name in _COUNTED:
-            value = getattr(self, name)
-            if value is not None and value >= MOST_COUNTED:
-                raise InputError(f"Invalid {name}={value}. Must be below 2**31.")
+            check_choice(name, getattr(self, name), allowed)
+        for names, is_allowed, rule in _RANGES:
+            for name in names:
+                value = getattr(self, name)
+                if value is not None and not is_allowed(value):
+                    raise InputError(f"Invalid {name}={value}. Must be {rule}.")
         if max(self.ranks or (0,)) >= MOST_COUNTED:
             given = ",".join(map(str, self.ranks or ()))
             raise InputError(f"Invalid ranks={given}. Must be below 2**31.")
-        for name in ("warmup_ratio", "adam_beta1", "adam_beta2"):
-            if not 0 <= getattr(self, name) < 1:
-                raise InputError(f"Invalid {name}={getattr(self, name)}. Must be in [0, 1).")
-        if self.seed >= 2**32:  # what numpy's generators take
-            raise InputError(f"Invalid seed={self.seed}. Must be below 2**32.")
         for name in ("model", "data", "eval_data", "forgetting_data"):
             if getattr(self, name) == "":
                 raise InputError(f"Invalid {name}: empty. Leave the option out for the default.")
@@ -299,7 +285,7 @@ class TrainSettings:
         return OptimizerOptions.of(self)
 
     def _check_optimizer(self) -> None:
-        """Refuse options of the optimizer that cannot be, or not beside others."""
+        """Reject options of the optimizer that are not allowed, or exclude each other."""
         try:
             options = self.optimizer_options
             check_exclusions(
@@ -317,7 +303,7 @@ class TrainSettings:
             raise InputError(error.as_option) from error
 
     def _adapter_of(self) -> str | None:
-        """The options by which LoRA experts are in a PEFT adapter, for messages."""
+        """Return the options that put LoRA experts into a PEFT adapter, for messages."""
         config = self.method_config
         if self.method == "molf" and config is not None and config.lora_dropout:
             return "molf and lora_dropout"
@@ -329,7 +315,7 @@ class TrainSettings:
         return score_exclusions(self.score) if is_routed else {}
 
     def _check_low_halves(self) -> None:
-        """Refuse to keep halves that there cannot be."""
+        """Reject low halves for other types than bfloat16, or of weights without them."""
         if self.save_dtype not in (None, "bfloat16"):
             raise InputError(
                 f"Invalid keep_low_halves with save_dtype={self.save_dtype}: only bfloat16 is the "
@@ -337,13 +323,13 @@ class TrainSettings:
             )
         if self.weight_rounding in ("stochastic", "nearest"):
             raise InputError(
-                f"Invalid keep_low_halves with weight_rounding={self.weight_rounding}: the weights "
-                "have no lower halves in training either. Leave one of the two out."
+                f"Invalid keep_low_halves with weight_rounding={self.weight_rounding}: rounded "
+                "weights have no low halves. Leave one of the two out."
             )
 
     @property
     def task_options(self) -> TaskOptions:
-        """What the task is loaded with."""
+        """The options to load the task with."""
         return TaskOptions(
             name=self.task,
             data=self.data,
@@ -356,7 +342,7 @@ class TrainSettings:
 
     @property
     def quantised(self) -> str | None:
-        """The option that asks for a quantised base, or None."""
+        """The option that quantises the base, or None."""
         return next((name for name in QUANTISATIONS if getattr(self, name)), None)
 
     def _check_quantised(self) -> None:
@@ -367,11 +353,11 @@ class TrainSettings:
         self.check_beside_quantised(self.quantised, f"leave {self.quantised} out")
 
     def check_beside_quantised(self, base: str, otherwise: str) -> None:
-        """Refuse what cannot be trained beside a quantised base.
+        """Reject options that exclude a quantised base.
 
         Args:
-            base: What makes the base a quantised one, for the message.
-            otherwise: What to do to have another base.
+            base: The option or model that makes the base a quantised one, for the message.
+            otherwise: How to get another base, for the message.
 
         Raises:
             InputError: The method, or an option, does not go with it.
@@ -383,13 +369,13 @@ class TrainSettings:
             )
         if self.dtype != "float32":
             raise InputError(
-                f"Invalid dtype={self.dtype} with {base}: what is not quantised is float32. Leave "
-                f"dtype out, or {otherwise}."
+                f"Invalid dtype={self.dtype} with {base}: weights that are not quantised stay "
+                f"float32. Leave dtype out, or {otherwise}."
             )
         if self.method in ROUTED and self.freeze_rest is False:
             raise InputError(
-                f"Invalid freeze_rest=False with {base}: beside a quantised base the adapter alone "
-                f"is trained. Leave freeze_rest out, or {otherwise}."
+                f"Invalid freeze_rest=False with {base}: only an adapter is trained on a quantised "
+                f"base. Leave freeze_rest out, or {otherwise}."
             )
 
     @property
@@ -399,20 +385,7 @@ class TrainSettings:
         Raises:
             InputError: A value is not allowed, or not with this method.
         """
-        return method_config(
-            self.method,
-            self.task,
-            ranks=self.ranks,
-            alpha=self.alpha,
-            use_rslora=self.use_rslora,
-            lora_dropout=self.lora_dropout,
-            score=self.score,
-            top_k=self.top_k,
-            freeze_rest=self.freeze_rest,
-            target_modules=self.target_modules,
-            exclude_modules=self.exclude_modules,
-            seed=self.seed,
-        )
+        return method_config(self)
 
 
 _NOT_QUANTISABLE = {
@@ -454,4 +427,12 @@ _NOT_NEGATIVE = (
     "max_grad_norm",
     "few_shot",
     "seed",
+)
+_SHARES = ("warmup_ratio", "adam_beta1", "adam_beta2")
+_RANGES: tuple[tuple[tuple[str, ...], Callable[[float], bool], str], ...] = (
+    (_POSITIVE, lambda value: 0 < value < math.inf, "finite and greater than 0"),
+    (_NOT_NEGATIVE, lambda value: 0 <= value < math.inf, "finite and at least 0"),
+    (_COUNTED, lambda value: value < MOST_COUNTED, "below 2**31"),
+    (_SHARES, lambda value: 0 <= value < 1, "in [0, 1)"),
+    (("seed",), lambda value: value < 2**32, "below 2**32"),  # the limit of numpy's generators
 )
