@@ -6,8 +6,6 @@ values; `molf.job.settings.resolved` adds the defaults that depend on the method
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
@@ -38,9 +36,10 @@ from molf.job.settings.defaults import (
     ROUTED,
 )
 from molf.job.settings.experts import method_config
+from molf.job.settings.ranges import check_ranges
 from molf.planning.workload import DTYPES as WEIGHT_DTYPES
 from molf.planning.workload import QUANTISATIONS
-from molf.tasks import TASKS, TaskOptions, check_task
+from molf.tasks import EVAL_PARTS, TASKS, VALIDATION_SHARE, TaskOptions, check_task
 
 SCHEDULERS = ("cosine", "linear", "constant", "constant_with_warmup")
 DTYPES = ("float32", "bfloat16", "float16")
@@ -52,8 +51,6 @@ METHOD = Group.create_ordered("Method")
 OPTIMIZATION = Group.create_ordered("Optimization")
 EVALUATION = Group.create_ordered("Evaluation")
 OUTPUT = Group.create_ordered("Output")
-
-MOST_COUNTED = 2**31  # of examples, tokens or ranks, which tensors of them would have as a size
 
 _AUTO = "by method and task"
 
@@ -75,6 +72,14 @@ class TrainSettings:
     """Evaluate on at most this many records, drawn by the seed."""
     few_shot: Annotated[int, Parameter(group=DATA)] = 0
     """Answered training questions before each question, drawn by seed (sql, med, their demos)."""
+    eval_part: Annotated[str, Parameter(choices=EVAL_PARTS, group=DATA)] = "test"
+    """Measure the task's records, or a part of the training data, which is then not trained on."""
+    validation_share: Annotated[
+        float | None, Parameter(group=DATA, show_default=f"{VALIDATION_SHARE:g}")
+    ] = None
+    """Share of the training data in the validation part (fact: set aside from both parts)."""
+    label_noise: Annotated[float, Parameter(group=DATA)] = 0.0
+    """Share of the training records with a wrong answer, drawn by the seed (med, demo-med)."""
     max_length: Annotated[int, Parameter(group=DATA)] = 1024
     """Longest example in tokens; longer ones are left out and counted, never cut."""
     split_special_tokens: Annotated[bool, Parameter(group=DATA)] = False
@@ -242,6 +247,7 @@ class TrainSettings:
         """Check every value that was given."""
         for name, allowed in (
             ("task", TASKS),
+            ("eval_part", EVAL_PARTS),
             ("method", METHODS),
             ("match", MATCHES),
             ("lr_scheduler_type", SCHEDULERS),
@@ -251,14 +257,7 @@ class TrainSettings:
             ("dtype", WEIGHT_DTYPES),
         ):
             check_choice(name, getattr(self, name), allowed)
-        for names, is_allowed, rule in _RANGES:
-            for name in names:
-                value = getattr(self, name)
-                if value is not None and not is_allowed(value):
-                    raise InputError(f"Invalid {name}={value}. Must be {rule}.")
-        if max(self.ranks or (0,)) >= MOST_COUNTED:
-            given = ",".join(map(str, self.ranks or ()))
-            raise InputError(f"Invalid ranks={given}. Must be below 2**31.")
+        check_ranges(vars(self))
         for name in ("model", "data", "eval_data", "forgetting_data"):
             if getattr(self, name) == "":
                 raise InputError(f"Invalid {name}: empty. Leave the option out for the default.")
@@ -337,6 +336,9 @@ class TrainSettings:
             max_samples=self.max_samples,
             max_eval_samples=self.max_eval_samples,
             few_shot=self.few_shot,
+            eval_part=self.eval_part,
+            validation_share=self.validation_share,
+            label_noise=self.label_noise,
             seed=self.seed,
         )
 
@@ -395,44 +397,3 @@ _NOT_QUANTISABLE = {
     "pissa": "it decomposes the base weights, which must be real numbers",
     "adalora": "it cannot be merged into quantised weights",
 }
-
-_POSITIVE = (
-    "max_samples",
-    "max_eval_samples",
-    "max_length",
-    "num_train_epochs",
-    "max_steps",
-    "max_skipped_steps",
-    "per_device_train_batch_size",
-    "gradient_accumulation_steps",
-    "per_device_eval_batch_size",
-    "logging_steps",
-    "save_steps",
-    "save_total_limit",
-    "adam_epsilon",
-    "learning_rate",
-    "loraplus_lr_ratio",
-)
-_COUNTED = (
-    "num_train_epochs",
-    "per_device_train_batch_size",
-    "gradient_accumulation_steps",
-    "per_device_eval_batch_size",
-    "max_length",
-)
-_NOT_NEGATIVE = (
-    "lora_learning_rate",
-    "weight_decay",
-    "lora_weight_decay",
-    "max_grad_norm",
-    "few_shot",
-    "seed",
-)
-_SHARES = ("warmup_ratio", "adam_beta1", "adam_beta2")
-_RANGES: tuple[tuple[tuple[str, ...], Callable[[float], bool], str], ...] = (
-    (_POSITIVE, lambda value: 0 < value < math.inf, "finite and greater than 0"),
-    (_NOT_NEGATIVE, lambda value: 0 <= value < math.inf, "finite and at least 0"),
-    (_COUNTED, lambda value: value < MOST_COUNTED, "below 2**31"),
-    (_SHARES, lambda value: 0 <= value < 1, "in [0, 1)"),
-    (("seed",), lambda value: value < 2**32, "below 2**32"),  # the limit of numpy's generators
-)
