@@ -68,7 +68,7 @@ def test_commands_of_tasks(tmp_path, monkeypatch, capsys):
     write(tmp_path / "quiz" / "train.jsonl", quiz)
     write(tmp_path / "quiz" / "validation.jsonl", quiz[:3])
     write(tmp_path / "records.jsonl", records("custom")[:1])  # the base has no chat template
-    train, again, saved, shown, lines, few_shot, several, install, harness = [
+    train, again, saved, validated, chosen, shown, lines, few_shot, several, install, harness = [
         line for block in blocks(TASKS, "bash") for line in block.splitlines()
     ]
     capsys.readouterr()
@@ -84,6 +84,8 @@ def test_commands_of_tasks(tmp_path, monkeypatch, capsys):
     # What a training held out is what its predictions are about.
     assert 0 < len(Path("out/predictions.jsonl").read_text().splitlines()) < 20
     assert run(saved) == 0
+    assert run(validated, *SHORT, "--max_eval_samples", "4") == 0
+    assert run(chosen, *SHORT, "--max_eval_samples", "4") == 0
     assert run(few_shot) == 0
     for line in (several, harness):  # these need the network; here they must be understood
         app.parse_args(shlex.split(line)[1:], exit_on_error=False, print_error=False)

@@ -13,7 +13,7 @@ from molf.job.settings.converters import words
 from molf.job.settings.settings import DATA, EVALUATION, OUTPUT
 from molf.measure.harness import PREFIX
 from molf.paths import expanded
-from molf.tasks import TASKS, TaskOptions, check_task
+from molf.tasks import EVAL_PARTS, TASKS, VALIDATION_SHARE, TaskOptions, check_task
 
 
 @Parameter(name="*")
@@ -38,6 +38,12 @@ class EvalOptions:
     """Evaluate on at most this many records, drawn by the seed."""
     few_shot: Annotated[int | None, Parameter(group=DATA, show_default="0")] = None
     """Answered training questions before each question, drawn by seed (sql, med, their demos)."""
+    eval_part: Annotated[str, Parameter(choices=EVAL_PARTS, group=DATA)] = "test"
+    """Measure the task's records, or the part of its training data that a run validated on."""
+    validation_share: Annotated[
+        float | None, Parameter(group=DATA, show_default=f"{VALIDATION_SHARE:g}")
+    ] = None
+    """Share of the training data in the validation part (fact: set aside from both parts)."""
     max_length: Annotated[int, Parameter(group=DATA)] = 1024
     """Longest text in tokens; longer ones are left out and counted."""
     split_special_tokens: Annotated[bool, Parameter(group=DATA)] = False
@@ -100,6 +106,8 @@ class EvalOptions:
                 data=self.data,
                 max_samples=self.max_samples,
                 few_shot=self.few_shot or 0,
+                eval_part=self.eval_part,
+                validation_share=self.validation_share,
                 seed=self.seed,
                 evaluation_only=True,
             )
@@ -115,8 +123,8 @@ class EvalOptions:
     def _check_data(self) -> None:
         """Reject data, or the task `custom`, that would be shared by several tasks."""
         own = [options.name for options in self.task_options]
-        for option in ("data", "forgetting_data"):
-            if getattr(self, option) is not None and not own:
+        for option in ("data", "forgetting_data", "eval_part", "validation_share"):
+            if getattr(self, option) not in (None, "test") and not own:
                 raise InputError(
                     f"Invalid {option}={getattr(self, option)} with {','.join(self.task)}: "
                     "lm-evaluation-harness brings its own data. Leave it out."

@@ -11,7 +11,8 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from molf.errors import InputError
-from molf.job.settings.settings import DATA, MODEL, MOST_COUNTED, OUTPUT, TrainSettings
+from molf.job.settings.ranges import MOST_COUNTED
+from molf.job.settings.settings import DATA, MODEL, OUTPUT, TrainSettings
 from molf.masking import learn, mask
 from molf.planning.workload import DEVICES, why_not_planned
 

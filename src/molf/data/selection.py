@@ -10,6 +10,8 @@ from molf.errors import InputError
 HELD_OUT_SHARE = 0.1
 HELD_OUT_MOST = 500
 
+_VALIDATION_SEED = 20_261  # fixed, so that the validation part is the same for runs of all seeds
+
 
 def draw(indices: Sequence[int], maximum: int | None, seed: int) -> list[int]:
     """Draw at most `maximum` of the indices; all for None."""
@@ -32,13 +34,38 @@ def hold_out(
         seed: Seed of the draw.
         content: Returns a key of a record's texts, equal for equal texts.
     """
+    # Not the seed of `draw`: both draws would use the same random numbers.
+    return _split(indices, content, HELD_OUT_SHARE, HELD_OUT_MOST, seed + 1)
+
+
+def validation_part(
+    indices: Sequence[int], share: float, content: Callable[[int], Hashable]
+) -> tuple[list[int], list[int]]:
+    """Split indices into the rest and the validation part, the same for runs of all seeds.
+
+    Records of the same content are on the same side. With a single content, the rest is empty.
+
+    Args:
+        indices: The records.
+        share: Share of the different contents in the validation part, at least one of them.
+        content: Returns a key of a record's texts, equal for equal texts.
+    """
+    return _split(indices, content, share, len(indices), _VALIDATION_SEED)
+
+
+def _split(
+    indices: Sequence[int],
+    content: Callable[[int], Hashable],
+    share: float,
+    most: int,
+    seed: int,
+) -> tuple[list[int], list[int]]:
+    """Split indices into the rest and a drawn share of their contents."""
     groups: dict[Hashable, list[int]] = {}
     for index in indices:
         groups.setdefault(content(index), []).append(index)
     firsts = [group[0] for group in groups.values()]
-    count = min(max(1, round(len(firsts) * HELD_OUT_SHARE)), HELD_OUT_MOST)
-    # Not the seed of `draw`: both draws would use the same random numbers.
-    drawn = draw(firsts, count, seed + 1)
+    drawn = draw(firsts, min(max(1, round(len(firsts) * share)), most), seed)
     held_out = {index for first in drawn for index in groups[content(first)]}
     return [i for i in indices if i not in held_out], [i for i in indices if i in held_out]
 

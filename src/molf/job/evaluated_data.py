@@ -25,7 +25,12 @@ def warn_of_training_data(model: str, task: Task) -> None:
         task: The task, loaded for evaluation only.
     """
     description = task.description()
-    if task.name in _EVALUATES_ON_TRAINING or description.get("evaluated_split") != "train":
+    if task.name in _EVALUATES_ON_TRAINING:
+        return
+    if description.get("eval_part") == "validation":
+        _warn_of_validation_part(model, task)
+        return
+    if description.get("evaluated_split") != "train":
         return
     run = _run_of(model)
     if run is None:
@@ -39,6 +44,27 @@ def warn_of_training_data(model: str, task: Task) -> None:
             f"{run.path} was trained on {data}, so this measures memorised records. Give "
             "other records with --data; those that the run held out are measured in its eval.json.",
             stacklevel=2,
+        )
+
+
+def _warn_of_validation_part(model: str, task: Task) -> None:
+    """Warn if a run's model is evaluated on a validation part that the run was trained on."""
+    run = _run_of(model)
+    if run is None or run.config.get("task") != task.name:
+        return
+    data = str(task.description()["data"])
+    recorded = run.config.get("data")
+    if recorded is not None and absolute(data) != recorded:
+        return
+    validated = run.config["run"]["task"]
+    if (validated.get("eval_part"), validated.get("validation_share")) != (
+        task.description()["eval_part"],
+        task.description()["validation_share"],
+    ):
+        warnings.warn(
+            f"{run.path} was not trained beside this validation part of {data}, so this measures "
+            "memorised records. Give the eval_part and the validation_share of the run.",
+            stacklevel=3,
         )
 
 

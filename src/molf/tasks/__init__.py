@@ -16,12 +16,14 @@ from molf.tasks.custom import load_custom
 from molf.tasks.demo import load_demo_questions
 from molf.tasks.facts import load_demo_fact, load_fact
 from molf.tasks.med import load_med
-from molf.tasks.options import TaskOptions
+from molf.tasks.options import EVAL_PARTS, VALIDATION_SHARE, TaskOptions
 from molf.tasks.sql import load_sql
 
 # Tasks that can show demonstrations before a question (`few_shot`).
 _QUESTIONS: dict[str, Callable[[TaskOptions], Task]] = {
-    "demo-sql": partial(load_demo_questions, load=load_sql, records=world.sql_records),
+    "demo-sql": partial(
+        load_demo_questions, load=load_sql, records=world.sql_records, groups=world.sql_groups
+    ),
     "demo-med": partial(load_demo_questions, load=load_med, records=world.med_records),
     "sql": load_sql,
     "med": load_med,
@@ -34,9 +36,20 @@ _LOADERS: dict[str, Callable[[TaskOptions], Task]] = {
     "custom": load_custom,
 }
 
+# Tasks whose answers can be made wrong (`label_noise`).
+_NOISY = ("demo-med", "med")
+
 TASKS: tuple[str, ...] = tuple(_LOADERS)
 
-__all__ = ["TASKS", "Task", "TaskOptions", "check_task", "load_task"]
+__all__ = [
+    "EVAL_PARTS",
+    "TASKS",
+    "VALIDATION_SHARE",
+    "Task",
+    "TaskOptions",
+    "check_task",
+    "load_task",
+]
 
 
 def load_task(options: TaskOptions) -> Task:
@@ -64,4 +77,25 @@ def check_task(options: TaskOptions) -> None:
         raise InputError(
             f"Invalid few_shot={options.few_shot} with task={options.name}. "
             f"Must be 0; demonstrations are for {', '.join(_QUESTIONS)}."
+        )
+    if options.label_noise and options.name not in _NOISY:
+        raise InputError(
+            f"Invalid label_noise={options.label_noise} with task={options.name}. "
+            f"Must be 0; wrong answers are for {', '.join(_NOISY)}."
+        )
+    if options.name == "demo-fact" and options.validation_share is not None:
+        raise InputError(
+            f"Invalid validation_share={options.validation_share} with task=demo-fact: its "
+            "validation part has 200 other facts. Leave validation_share out."
+        )
+    if (
+        options.name == "fact"
+        and options.validates
+        and options.eval_data is None
+        and options.validation_share is None
+    ):
+        raise InputError(
+            "Invalid eval_part=validation with task=fact and no validation_share: the requests "
+            "that are trained are the measured ones, so each part needs its own. Give the same "
+            "validation_share, such as 0.3, to the runs of both parts."
         )

@@ -28,6 +28,7 @@ from molf.tasks.predictions import (
     restrict_to_sample,
 )
 from molf.tasks.questions import UnusableRecordError
+from molf.tasks.validation import part_record, split_for_validation
 
 _SPARE_TOKENS = 8  # generated beyond the longest completion: white space, then the end token
 _MOST_NEW_TOKENS = 512
@@ -245,11 +246,14 @@ def load_custom(options: TaskOptions) -> CustomTask:
     """Load the user's records.
 
     The evaluation records are the first that exist of: `eval_data`; the test or validation split
-    of `data`; a tenth of `data`, held out by the seed.
+    of `data`; a tenth of `data`, held out by the seed. With `eval_part="validation"` they are a
+    fixed part of the training records.
 
     Warns:
         UserWarning: Fields of the records are not read, or records are left out.
     """
+    if options.validates:
+        return _load_validation(options)
     if options.evaluation_only:
         return _load_for_evaluation(options)
     path = _required_data(options)
@@ -285,6 +289,39 @@ def load_custom(options: TaskOptions) -> CustomTask:
         read=read,
         trained_on=drawn,
         held_out=held_out,
+    )
+
+
+def _load_validation(options: TaskOptions) -> CustomTask:
+    path = _required_data(options)
+    splits = read_splits(path)
+    if "train" not in splits:
+        raise InputError(f"data: {path} has no training records (only {', '.join(splits)}).")
+    read = _parse(splits["train"], path)
+    test = None
+    if options.eval_data is not None:
+        test = _read_for_evaluation(options.eval_data, "eval_data")
+    elif len(splits) > 1:
+        split = _evaluation_split(splits)
+        test = _parse(splits[split], f"{path} ({split})")
+    rest, part = split_for_validation(
+        options,
+        list(read.samples),
+        lambda index: read.samples[index].content,
+        None if test is None else {sample.content for sample in test.samples.values()},
+        path,
+    )
+    only = options.evaluation_only
+    evaluated = draw(part, options.max_samples if only else None, options.seed)
+    return CustomTask(
+        options.name,
+        read,
+        draw(evaluated, options.max_eval_samples, options.seed),
+        {"data": path, **part_record(options, part, path)},
+        read=None if only else read,
+        trained_on=[] if only else draw(rest, options.max_samples, options.seed),
+        held_out=[] if only else part,
+        samples_of_runs=[part] if only else (),
     )
 
 

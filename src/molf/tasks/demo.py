@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Sequence
 from typing import Protocol
 
 from molf import world
@@ -16,13 +16,20 @@ class QuestionLoader(Protocol):
     """The loader of a question task, such as `load_sql`."""
 
     def __call__(
-        self, options: TaskOptions, splits: Splits, forgetting_text: Callable[[], str]
+        self,
+        options: TaskOptions,
+        splits: Splits,
+        forgetting_text: Callable[[], str],
+        groups: Sequence[Hashable] | None,
     ) -> Task:
-        """Load the task from records by split."""
+        """Load the task from records by split; the validation part has whole groups of them."""
 
 
 def load_demo_questions(
-    options: TaskOptions, load: QuestionLoader, records: Callable[[world.World], Splits]
+    options: TaskOptions,
+    load: QuestionLoader,
+    records: Callable[[world.World], Splits],
+    groups: Callable[[world.World], Sequence[Hashable]] | None = None,
 ) -> Task:
     """Load a task with questions about the embedded world.
 
@@ -30,13 +37,16 @@ def load_demo_questions(
         options: The options.
         load: Loader of the task.
         records: Function that returns the records by split.
+        groups: Function that returns a key for each training record; the validation part has all
+            records of a key or none. None for single records.
 
     Raises:
         InputError: The options name other data.
     """
     refuse_data(options)
     built = world.build_world()
-    return load(options, records(built), lambda: world.held_out_text(built))
+    keys = None if groups is None else groups(built)
+    return load(options, records(built), lambda: world.held_out_text(built), keys)
 
 
 def refuse_data(options: TaskOptions) -> None:

@@ -23,6 +23,7 @@ from molf.tasks.fact_requests import FIELDS, FactRequest, find_conflicts, parse_
 from molf.tasks.first_token import Comparison, FirstTokenQuestions
 from molf.tasks.options import TaskOptions
 from molf.tasks.predictions import check_predictions, left_out_prediction, restrict_to_sample
+from molf.tasks.validation import part_record, split_for_validation
 
 COUNTERFACT_URL = "https://rome.baulab.info/data/dsets/counterfact.json"
 
@@ -42,6 +43,7 @@ class FactTask(Task):
         source: dict[str, str],
         forgetting_text: Callable[[], str] | None = None,
         read: Sequence[FactRequest] = (),
+        held_out: Sequence[int] = (),
     ) -> None:
         """Hold the requests.
 
@@ -53,10 +55,12 @@ class FactTask(Task):
             source: Origin of the records, for the run's files.
             forgetting_text: Returns the text for `forgetting_loss`; None for the default text.
             read: All requests of the training data.
+            held_out: Indices of the requests of `read` that are set aside.
         """
         samples: list[Sample] = [_sample(request, index) for index, request in training.items()]
         super().__init__(name, samples, source)
         self._read = read
+        self._held_out = held_out
         self._evaluation = evaluation
         self._evaluated = list(evaluated)
         together = training.values() or [evaluation[index] for index in evaluated]
@@ -71,12 +75,13 @@ class FactTask(Task):
         self._forgetting_text = forgetting_text
 
     def data_records(self) -> DataRecords:
-        """Return the requests of the training data; none is held out."""
+        """Return the requests of the training data."""
         return DataRecords(
             len(self._read),
             {index: _sample(request, index) for index, request in enumerate(self._read)},
             Counter(),
             [sample.record for sample in self.training_samples],
+            self._held_out,
         )
 
     def description(self) -> dict[str, Any]:
@@ -258,12 +263,15 @@ class FactTask(Task):
 def load_fact(options: TaskOptions) -> FactTask:
     """Load CounterFact, or data in its layout.
 
-    The training requests are evaluated, unless there is `eval_data`.
+    The training requests are evaluated, unless there is `eval_data`. With `validation_share`, the
+    requests of the validation part are trained and evaluated with `eval_part="validation"` alone.
     """
     data = options.data or COUNTERFACT_URL
     if options.eval_data is None:
         return _train_and_evaluate_on(_read(data, "data"), options, {"data": data})
     evaluation = _read(options.eval_data, "eval_data")
+    if options.validates:
+        return _validate_on_training_data(options, _read(data, "data"), evaluation, data)
     evaluated = draw(range(len(evaluation)), options.max_eval_samples, options.seed)
     source = {"eval_data": options.eval_data}
     training, requests = {}, []
@@ -279,12 +287,20 @@ def load_demo_fact(options: TaskOptions) -> FactTask:
     """Load the requests of the embedded world, whose facts the shipped base model has learned."""
     refuse_data(options)
     built = world.build_world()
+    source = {"data": "the embedded world"}
+    records = world.counterfact_records
+    if options.validates:
+        records = world.counterfact_validation_records
+        source |= {
+            "evaluated_on": "requests of the validation part",
+            "eval_part": options.eval_part,
+        }
     requests = [
         parse_request(record, f"{options.name}, record {index}")
-        for index, record in enumerate(world.counterfact_records(built))
+        for index, record in enumerate(records(built))
     ]
     return _train_and_evaluate_on(
-        requests, options, {"data": "the embedded world"}, lambda: world.held_out_text(built)
+        requests, options, source, lambda: world.held_out_text(built), has_parts=False
     )
 
 
@@ -300,12 +316,53 @@ def _train_and_evaluate_on(
     options: TaskOptions,
     source: dict[str, str],
     forgetting_text: Callable[[], str] | None = None,
+    *,
+    has_parts: bool = True,
 ) -> FactTask:
-    drawn = draw(range(len(requests)), options.max_samples, options.seed)
+    """Train and evaluate the same requests: all, or those of one part if `requests` has parts."""
+    usable = list(range(len(requests)))
+    others: list[int] = []
+    if has_parts and options.validation_share is not None:
+        usable, others = split_for_validation(
+            options, usable, lambda index: requests[index].prompt, (), source["data"]
+        )
+        if options.validates:
+            usable, others = others, usable
+            source = {**source, **part_record(options, usable, source["data"])}
+    drawn = draw(usable, options.max_samples, options.seed)
     training = {} if options.evaluation_only else {index: requests[index] for index in drawn}
     evaluated = draw(drawn, options.max_eval_samples, options.seed)
-    read = () if options.evaluation_only else requests
-    return FactTask(options.name, training, requests, evaluated, source, forgetting_text, read)
+    if options.evaluation_only:
+        return FactTask(options.name, {}, requests, evaluated, source, forgetting_text)
+    return FactTask(
+        options.name, training, requests, evaluated, source, forgetting_text, requests, others
+    )
+
+
+def _validate_on_training_data(
+    options: TaskOptions,
+    requests: Sequence[FactRequest],
+    tested: Sequence[FactRequest],
+    data: str,
+) -> FactTask:
+    """Evaluate the validation part of the training data, and train on its other requests."""
+    rest, part = split_for_validation(
+        options,
+        range(len(requests)),
+        lambda index: requests[index].prompt,
+        {request.prompt for request in tested},
+        data,
+    )
+    trained_on = [] if options.evaluation_only else draw(rest, options.max_samples, options.seed)
+    return FactTask(
+        options.name,
+        {index: requests[index] for index in trained_on},
+        requests,
+        draw(part, options.max_eval_samples, options.seed),
+        {"data": data, **part_record(options, part, data)},
+        read=() if options.evaluation_only else requests,
+        held_out=part,
+    )
 
 
 def _sample(request: FactRequest, index: int) -> PromptCompletion:

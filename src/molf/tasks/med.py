@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import random
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from molf.measure.metric import Evaluation, Metric, wilson
@@ -153,6 +155,7 @@ def load_med(
     options: TaskOptions,
     splits: Splits | None = None,
     forgetting_text: Callable[[], str] | None = None,
+    groups: Sequence[Hashable] | None = None,
 ) -> MedTask:
     """Load MedMCQA, or data in its layout; see `load_questions`.
 
@@ -162,11 +165,12 @@ def load_med(
         options: The options.
         splits: Records of a demo task, which also scores the nearest training answer.
         forgetting_text: Returns the demo task's text for `forgetting_loss`.
+        groups: See `load_questions`.
 
     Warns:
         UserWarning: `cop` seems to count from 1, as in the data set's first release.
     """
-    data = load_questions(options, MED, splits)
+    data = load_questions(options, MED, splits, groups)
     read = (
         (data.evaluation.questions, data.evaluation.left_out),
         (data.training, data.training_left_out),
@@ -179,7 +183,35 @@ def load_med(
             "counting from 0.",
             stacklevel=3,
         )
-    return MedTask(options, data, () if splits is None else data.pool, forgetting_text)
+    baseline = () if splits is None else data.pool
+    if options.label_noise:
+        data = replace(
+            data,
+            training=with_wrong_answers(data.training, options.label_noise, options.seed),
+            source={**data.source, "label_noise": f"{options.label_noise:g}"},
+        )
+    return MedTask(options, data, baseline, forgetting_text)
+
+
+def with_wrong_answers(
+    questions: Mapping[int, MedQuestion], share: float, seed: int
+) -> dict[int, MedQuestion]:
+    """Give a share of questions one of their three wrong answers.
+
+    Args:
+        questions: The questions, by record index.
+        share: Share of the questions, in [0, 1]; their number is rounded.
+        seed: Seed of the draws.
+    """
+    rng = random.Random(f"label noise {seed}")  # not the numbers that draw the records
+    chosen = set(rng.sample(sorted(questions), round(share * len(questions))))
+    noisy = {}
+    for index, question in questions.items():
+        if index in chosen:
+            wrong = [option for option in range(len(LETTERS)) if option != question.right]
+            question = replace(question, right=rng.choice(wrong))
+        noisy[index] = question
+    return noisy
 
 
 def _is_decided(text: str) -> bool:

@@ -6,6 +6,12 @@ from dataclasses import dataclass
 
 from molf.errors import InputError
 
+EVAL_PARTS = ("test", "validation")
+"""Records to measure: those of the task, or a part of its training data."""
+
+VALIDATION_SHARE = 0.2
+"""Share of the training data in the validation part where none is given."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class TaskOptions:
@@ -20,6 +26,13 @@ class TaskOptions:
         max_eval_samples: Number of records to evaluate on, drawn by `seed`; None for all.
         few_shot: Number of training records with answers before each question, drawn by `seed`,
             in training and in evaluation (`sql`, `med` and their demo tasks).
+        eval_part: One of `EVAL_PARTS`. `validation` measures a fixed part of the training data,
+            which is neither trained on nor measured with `test`.
+        validation_share: Share of the training data in the validation part, in (0, 1); None for
+            `VALIDATION_SHARE`. `fact` without `eval_data` sets the part aside in both parts, and
+            has none by default.
+        label_noise: Share of the training records that get a wrong answer, drawn by `seed`, in
+            [0, 1) (`med` and its demo task).
         seed: Seed of all draws of records.
         evaluation_only: Train on nothing; evaluate all of `eval_data`, or else of `data`.
         preview: Only show the records: a single record is accepted and not held out.
@@ -31,6 +44,9 @@ class TaskOptions:
     max_samples: int | None = None
     max_eval_samples: int | None = None
     few_shot: int = 0
+    eval_part: str = "test"
+    validation_share: float | None = None
+    label_noise: float = 0.0
     seed: int = 0
     evaluation_only: bool = False
     preview: bool = False
@@ -42,3 +58,23 @@ class TaskOptions:
                 raise InputError(f"Invalid {name}={value}. Must be at least 1.")
         if self.few_shot < 0:
             raise InputError(f"Invalid few_shot={self.few_shot}. Must be at least 0.")
+        if self.eval_part not in EVAL_PARTS:
+            raise InputError(
+                f"Invalid eval_part={self.eval_part!r}. Must be one of {', '.join(EVAL_PARTS)}."
+            )
+        if self.validation_share is not None and not 0 < self.validation_share < 1:
+            raise InputError(
+                f"Invalid validation_share={self.validation_share}. Must be above 0 and below 1."
+            )
+        if not 0 <= self.label_noise < 1:
+            raise InputError(f"Invalid label_noise={self.label_noise}. Must be in [0, 1).")
+
+    @property
+    def validates(self) -> bool:
+        """Whether the validation part is measured."""
+        return self.eval_part == "validation"
+
+    @property
+    def part_share(self) -> float:
+        """The share of the training data in the validation part."""
+        return VALIDATION_SHARE if self.validation_share is None else self.validation_share

@@ -99,7 +99,10 @@ class QuestionTask(Task, Generic[Q]):
             return DataRecords(0, {}, Counter(), ())
         return DataRecords(
             data.read.records,
-            {index: self._sample(q, index) for index, q in data.read.questions.items()},
+            {
+                index: self._sample(data.training.get(index, question), index)
+                for index, question in data.read.questions.items()
+            },
             data.read.left_out,
             data.training.keys(),
             data.held_out,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
@@ -14,6 +14,7 @@ from molf.data.selection import draw, required_hold_out
 from molf.data.selection import samples_of_runs as find_samples_of_runs
 from molf.errors import InputError
 from molf.tasks.options import TaskOptions
+from molf.tasks.validation import part_record, split_for_validation
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,17 +117,23 @@ class QuestionData(Generic[Q]):
 
 
 def load_questions(
-    options: TaskOptions, kind: QuestionKind[Q], splits: Splits | None = None
+    options: TaskOptions,
+    kind: QuestionKind[Q],
+    splits: Splits | None = None,
+    groups: Sequence[Hashable] | None = None,
 ) -> QuestionData[Q]:
     """Read and check the questions that the options select.
 
     The evaluation records are the first that exist of: `eval_data`; the official split of `data`;
-    a share of `data`, held out by the seed, or all of it where nothing is trained.
+    a share of `data`, held out by the seed, or all of it where nothing is trained. With
+    `eval_part="validation"` they are a fixed part of the training records.
 
     Args:
         options: The options.
         kind: The source and the layout of the records.
         splits: The task's own records, in place of `data` and `eval_data`.
+        groups: For each of the task's own training records, a key; the validation part has all
+            records of a key or none. None for keys by content.
 
     Raises:
         InputError: The data is missing, unreachable or invalid, or no record can be used.
@@ -135,10 +142,15 @@ def load_questions(
     own: Splits = {}
     if splits is not None:
         own = splits
-    elif options.eval_data is None or not options.evaluation_only or options.few_shot:
+    elif (
+        options.eval_data is None
+        or not options.evaluation_only
+        or options.few_shot
+        or options.validates
+    ):
         own = read_splits(data)
     training = None
-    if not options.evaluation_only or options.few_shot or splits is not None:
+    if not options.evaluation_only or options.few_shot or splits is not None or options.validates:
         training = _training_set(own, kind, data)
 
     if options.eval_data is not None:
@@ -156,9 +168,13 @@ def load_questions(
         evaluated = list(evaluation.questions)
         evaluated_on = f"the {split} split of {data}" if len(own) > 1 else data
 
+    if options.validates and training is not None:
+        return _validation_data(
+            options, training, None if evaluation is training else evaluation, data, groups
+        )
+
     def content(index: int) -> tuple[str, str]:
-        question = evaluation.questions[index]
-        return question.prompt, question.answer
+        return _content(evaluation.questions[index])
 
     drawn = [] if training is None else list(training.questions)
     samples_of_runs: list[list[int]] = []
@@ -204,6 +220,42 @@ def load_questions(
             **({} if official or not options.evaluation_only else {"evaluated_split": "train"}),
         },
     )
+
+
+def _validation_data(
+    options: TaskOptions,
+    training: QuestionSet[Q],
+    test: QuestionSet[Q] | None,
+    data: str,
+    groups: Sequence[Hashable] | None,
+) -> QuestionData[Q]:
+    """Measure the validation part of the training records, and train on others."""
+    questions = training.questions
+    rest, part = split_for_validation(
+        options,
+        list(questions),
+        lambda index: _content(questions[index]),
+        None if test is None else {_content(question) for question in test.questions.values()},
+        data,
+        None if groups is None else lambda index: groups[index],
+    )
+    trained_on = [] if options.evaluation_only else draw(rest, options.max_samples, options.seed)
+    most = options.max_samples if options.evaluation_only else None
+    evaluated = draw(draw(part, most, options.seed), options.max_eval_samples, options.seed)
+    return QuestionData(
+        training={index: questions[index] for index in trained_on},
+        read=training,
+        evaluation=training,
+        evaluated=evaluated,
+        held_out=part,
+        samples_of_runs=[part] if options.evaluation_only else [],
+        pool=[questions[index] for index in rest],
+        source={"data": data, **part_record(options, part, data)},
+    )
+
+
+def _content(question: Question) -> tuple[str, str]:
+    return question.prompt, question.answer
 
 
 def _training_set(splits: Splits, kind: QuestionKind[Q], data: str) -> QuestionSet[Q]:

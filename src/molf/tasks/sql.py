@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -132,6 +132,7 @@ def load_sql(
     options: TaskOptions,
     splits: Splits | None = None,
     forgetting_text: Callable[[], str] | None = None,
+    groups: Sequence[Hashable] | None = None,
 ) -> SqlTask:
     """Load Gretel's records, or data in their layout; see `load_questions`.
 
@@ -139,6 +140,7 @@ def load_sql(
         options: The options.
         splits: Records of a demo task, which also scores the nearest training answer.
         forgetting_text: Returns the demo task's text for `forgetting_loss`.
+        groups: See `load_questions`.
     """
-    data = load_questions(options, SQL, splits)
+    data = load_questions(options, SQL, splits, groups)
     return SqlTask(options, data, () if splits is None else data.pool, forgetting_text)

@@ -20,6 +20,7 @@ _GENERATIONS = 10
 
 # Seed offset, different from those of the world and its texts.
 _STREAM = 3_000_003
+_VALIDATION_STREAM = 11_000_003
 
 # Facts that are to stay true, by relation and object.
 _Companions = dict[tuple[str, Entity], list[Fact]]
@@ -42,24 +43,65 @@ def counterfact_records(
     Raises:
         InputError: If `count` is negative or above the number of facts that can be edited.
     """
-    companions: _Companions = defaultdict(list)
-    for fact in world.facts:
-        if not fact.subject.editable and fact.subject.kind not in MEDICAL_KINDS:
-            companions[fact.relation.id, fact.object].append(fact)
-    candidates = [
-        (index, fact)
-        for index, fact in enumerate(world.facts)
-        if fact.subject.editable and len(_prompts(_companions_of(companions, fact))) >= _NEIGHBORS
-    ]
+    companions = _all_companions(world)
+    candidates = _candidates(world, companions)
     if not 0 <= count <= len(candidates):
         raise InputError(
             f"Invalid count={count}. Must be in 0..{len(candidates)}, the number of editable facts."
         )
-    truths = [fact.statements for facts in companions.values() for fact in facts]
     rng = Random(_STREAM + seed)
+    return _records(rng, sample(rng, candidates, count), companions)
+
+
+def counterfact_validation_records(
+    world: World, count: int = DEMO_COUNT, seed: int = 0
+) -> list[dict[str, Any]]:
+    """Return requests to change other facts than `counterfact_records` with its default count.
+
+    Args:
+        world: The world, see `build_world`.
+        count: Number of requests.
+        seed: Seed of the choice of facts and new objects, the same as that of the other requests.
+
+    Raises:
+        InputError: If `count` is negative or above the number of other facts that can be edited.
+    """
+    companions = _all_companions(world)
+    candidates = _candidates(world, companions)
+    taken = {index for index, _ in sample(Random(_STREAM + seed), candidates, DEMO_COUNT)}
+    others = [(index, fact) for index, fact in candidates if index not in taken]
+    if not 0 <= count <= len(others):
+        raise InputError(
+            f"Invalid count={count}. Must be in 0..{len(others)}, the number of other facts."
+        )
+    rng = Random(_VALIDATION_STREAM + seed)
+    return _records(rng, sample(rng, others, count), companions)
+
+
+def _all_companions(world: World) -> _Companions:
+    companions: _Companions = defaultdict(list)
+    for fact in world.facts:
+        if not fact.subject.editable and fact.subject.kind not in MEDICAL_KINDS:
+            companions[fact.relation.id, fact.object].append(fact)
+    return companions
+
+
+def _candidates(world: World, companions: _Companions) -> list[tuple[int, Fact]]:
+    """Return the facts that can be edited, with their positions in the world."""
+    return [
+        (index, fact)
+        for index, fact in enumerate(world.facts)
+        if fact.subject.editable and len(_prompts(_companions_of(companions, fact))) >= _NEIGHBORS
+    ]
+
+
+def _records(
+    rng: Random, chosen: Sequence[tuple[int, Fact]], companions: _Companions
+) -> list[dict[str, Any]]:
+    truths = [fact.statements for facts in companions.values() for fact in facts]
     return [
         _record(rng, case_id, index, fact, companions, truths)
-        for case_id, (index, fact) in enumerate(sample(rng, candidates, count))
+        for case_id, (index, fact) in enumerate(chosen)
     ]
 
 

@@ -55,6 +55,18 @@ def sql_records(world: World) -> dict[str, list[dict[str, Any]]]:
     return {split: [each.record for each in questions[split]] for split in ("train", "test")}
 
 
+def sql_groups(world: World) -> list[tuple[str, str]]:
+    """Return the table and the form of each training record of `sql_records`, in its order.
+
+    A validation part of whole groups differs from the other training records as the test split
+    does: it has other pairs of table and form.
+
+    Args:
+        world: The world, see `build_world`.
+    """
+    return [(each.table, each.form) for each in table_questions(world)["train"]]
+
+
 def sql_practice(world: World) -> list[dict[str, Any]]:
     """Return practice questions of the easier forms for base models, in the same layout.
 

@@ -93,6 +93,7 @@ def results_row(result: RunResult, settings: ResolvedSettings, started: datetime
         "run": result.directory.name,
         "started": started.isoformat(timespec="seconds"),
         "task": settings.task,
+        "eval_part": settings.eval_part,
         "method": settings.method,
         "model": settings.model,
         "seed": settings.seed,

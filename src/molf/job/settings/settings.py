@@ -6,7 +6,6 @@ user said; `molf.job.settings.resolved` fills in what depends on the method and 
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
@@ -35,7 +34,8 @@ from molf.job.settings.defaults import (
     ROUTED,
 )
 from molf.job.settings.experts import method_config
-from molf.tasks import TASKS, TaskOptions, check_task
+from molf.job.settings.ranges import check_ranges
+from molf.tasks import EVAL_PARTS, TASKS, VALIDATION_SHARE, TaskOptions, check_task
 
 SCHEDULERS = ("cosine", "linear", "constant", "constant_with_warmup")
 DTYPES = ("float32", "bfloat16", "float16")
@@ -48,8 +48,6 @@ METHOD = Group.create_ordered("Method")
 OPTIMIZATION = Group.create_ordered("Optimization")
 EVALUATION = Group.create_ordered("Evaluation")
 OUTPUT = Group.create_ordered("Output")
-
-MOST_COUNTED = 2**31  # of examples, tokens or ranks, which tensors of them would have as a size
 
 _AUTO = "by method and task"
 
@@ -71,6 +69,14 @@ class TrainSettings:
     """Evaluate on at most this many records, drawn by the seed."""
     few_shot: Annotated[int, Parameter(group=DATA)] = 0
     """Answered training questions before each question, drawn by seed (sql, med, their demos)."""
+    eval_part: Annotated[str, Parameter(choices=EVAL_PARTS, group=DATA)] = "test"
+    """Measure the task's records, or a part of the training data, which is then not trained on."""
+    validation_share: Annotated[
+        float | None, Parameter(group=DATA, show_default=f"{VALIDATION_SHARE:g}")
+    ] = None
+    """Share of the training data in the validation part (fact: set aside from both parts)."""
+    label_noise: Annotated[float, Parameter(group=DATA)] = 0.0
+    """Share of the training records with a wrong answer, drawn by the seed (med, demo-med)."""
     max_length: Annotated[int, Parameter(group=DATA)] = 1024
     """Longest example in tokens; longer ones are left out and counted, never cut."""
     split_special_tokens: Annotated[bool, Parameter(group=DATA)] = False
@@ -237,6 +243,7 @@ class TrainSettings:
         """Check every value that was given."""
         for name, allowed in (
             ("task", TASKS),
+            ("eval_part", EVAL_PARTS),
             ("method", METHODS),
             ("match", MATCHES),
             ("lr_scheduler_type", SCHEDULERS),
@@ -250,26 +257,7 @@ class TrainSettings:
                 raise InputError(
                     f"Invalid {name}={getattr(self, name)!r}. Must be one of {choices}."
                 )
-        for name in _POSITIVE:
-            value = getattr(self, name)
-            if value is not None and not 0 < value < math.inf:
-                raise InputError(f"Invalid {name}={value}. Must be finite and greater than 0.")
-        for name in _NOT_NEGATIVE:
-            value = getattr(self, name)
-            if value is not None and not 0 <= value < math.inf:
-                raise InputError(f"Invalid {name}={value}. Must be finite and at least 0.")
-        for name in _COUNTED:
-            value = getattr(self, name)
-            if value is not None and value >= MOST_COUNTED:
-                raise InputError(f"Invalid {name}={value}. Must be below 2**31.")
-        if max(self.ranks or (0,)) >= MOST_COUNTED:
-            given = ",".join(map(str, self.ranks or ()))
-            raise InputError(f"Invalid ranks={given}. Must be below 2**31.")
-        for name in ("warmup_ratio", "adam_beta1", "adam_beta2"):
-            if not 0 <= getattr(self, name) < 1:
-                raise InputError(f"Invalid {name}={getattr(self, name)}. Must be in [0, 1).")
-        if self.seed >= 2**32:  # what numpy's generators take
-            raise InputError(f"Invalid seed={self.seed}. Must be below 2**32.")
+        check_ranges(vars(self))
         for name in ("model", "data", "eval_data", "forgetting_data"):
             if getattr(self, name) == "":
                 raise InputError(f"Invalid {name}: empty. Leave the option out for the default.")
@@ -342,6 +330,9 @@ class TrainSettings:
             max_samples=self.max_samples,
             max_eval_samples=self.max_eval_samples,
             few_shot=self.few_shot,
+            eval_part=self.eval_part,
+            validation_share=self.validation_share,
+            label_noise=self.label_noise,
             seed=self.seed,
         )
 
@@ -414,36 +405,3 @@ _NOT_QUANTISABLE = {
     "pissa": "it decomposes the base weights, which must be real numbers",
     "adalora": "it cannot be merged into quantised weights",
 }
-
-_POSITIVE = (
-    "max_samples",
-    "max_eval_samples",
-    "max_length",
-    "num_train_epochs",
-    "max_steps",
-    "max_skipped_steps",
-    "per_device_train_batch_size",
-    "gradient_accumulation_steps",
-    "per_device_eval_batch_size",
-    "logging_steps",
-    "save_steps",
-    "save_total_limit",
-    "adam_epsilon",
-    "learning_rate",
-    "loraplus_lr_ratio",
-)
-_COUNTED = (
-    "num_train_epochs",
-    "per_device_train_batch_size",
-    "gradient_accumulation_steps",
-    "per_device_eval_batch_size",
-    "max_length",
-)
-_NOT_NEGATIVE = (
-    "lora_learning_rate",
-    "weight_decay",
-    "lora_weight_decay",
-    "max_grad_norm",
-    "few_shot",
-    "seed",
-)

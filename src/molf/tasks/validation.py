@@ -1,0 +1,66 @@
+"""The validation part of a task's training data (`eval_part="validation"`).
+
+Rates and other settings are chosen on it, so that the test records stay unseen. It depends on the
+data and `validation_share` alone, not on the seed of a run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Hashable, Sequence
+
+from molf.data.selection import validation_part
+from molf.errors import InputError
+from molf.tasks.options import TaskOptions
+
+
+def split_for_validation(
+    options: TaskOptions,
+    indices: Sequence[int],
+    content: Callable[[int], Hashable],
+    tested: Collection[Hashable] | None,
+    data: str,
+    group: Callable[[int], Hashable] | None = None,
+) -> tuple[list[int], list[int]]:
+    """Split the training records into those to train on and the validation part.
+
+    A record of the part that has the content of a test record is in neither.
+
+    Args:
+        options: The options of the task, with `eval_part="validation"`.
+        indices: The usable records of the training data.
+        content: Returns a key of a record's texts, equal for equal texts.
+        tested: The contents of the records that runs with `eval_part="test"` measure; None if
+            these runs hold out records of `data` by their seeds.
+        data: The training data, for messages.
+        group: Returns a key of a record; records of equal keys stay together. None for `content`.
+
+    Raises:
+        InputError: The part could contain test records, or one of the two sides is empty.
+    """
+    if tested is None and not options.evaluation_only:
+        raise InputError(
+            f"Invalid eval_part=validation with data={data}: its test records are held out by the "
+            "seed of each run, so that any record may be one. Give eval_data, or a folder with "
+            "test records."
+        )
+    rest, drawn = validation_part(indices, options.part_share, group or content)
+    known = set(tested or ())
+    part = [index for index in drawn if content(index) not in known]
+    if not part or not rest:
+        side = "to train on" if part else "in the validation part"
+        raise InputError(
+            f"Invalid eval_part=validation with data={data}: of {len(indices)} records, none is "
+            f"left {side} (validation_share {options.part_share:g}). Give more records, or "
+            "another validation_share."
+        )
+    return rest, part
+
+
+def part_record(options: TaskOptions, part: Sequence[int], data: str) -> dict[str, str]:
+    """Return the description of a validation part of that many records, for the run's files."""
+    return {
+        "evaluated_on": f"{len(part)} records of the validation part of {data} "
+        f"(share {options.part_share:g})",
+        "eval_part": options.eval_part,
+        "validation_share": f"{options.part_share:g}",
+    }
