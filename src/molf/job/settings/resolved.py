@@ -148,6 +148,11 @@ _UNUSED = {
 }
 
 
+def without_effect(method: str) -> tuple[str, ...]:
+    """Return the options that a method never uses."""
+    return _UNUSED.get(method, ())
+
+
 def _unused(settings: TrainSettings) -> tuple[str, ...]:
     """Names of the options that do nothing with these others."""
     unused = _UNUSED[settings.method]
