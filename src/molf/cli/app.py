@@ -65,6 +65,15 @@ recipes.command(
 )
 app.command(recipes)
 
+study = App(name="study", help="Run many trainings from one file, and compare methods fairly.")
+for _name, _function, _help in (
+    ("run", "run_study", "Run the trials of a study with workers on this machine."),
+    ("work", "work_on_study", "Run trials of a study as one of many workers."),
+    ("stop", "stop_study", "Let the workers of a study end after their trial."),
+):
+    study.command(f"molf.cli.study:{_function}", name=_name, help=_help)
+app.command(study)
+
 
 def join_booleans(tokens: Sequence[str]) -> list[str]:
     """Return the arguments with `--bf16 true` as `--bf16=true`, like transformers' own parser."""

@@ -44,19 +44,20 @@ def given_by(path: Path, options: Mapping[str, Any]) -> Callable[..., None]:
     return give
 
 
-def read_text(path: Path) -> str:
-    """Read the text of a recipe.
+def read_text(path: Path, kind: str = "config") -> str:
+    """Read the text of a recipe or a study; `kind` names it in messages.
 
     Raises:
         InputError: The file is missing, no ordinary file, not UTF-8, or too large.
     """
-    content = read_input(path, f"config {path}", most=_MAX_BYTES)
+    content = read_input(path, f"{kind} {path}", most=_MAX_BYTES)
     if len(content) > _MAX_BYTES:
-        raise InputError(f"config {path} is no recipe: it is longer than {_MAX_BYTES:,} bytes.")
+        what = "recipe" if kind == "config" else kind
+        raise InputError(f"{kind} {path} is no {what}: it is longer than {_MAX_BYTES:,} bytes.")
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise InputError(f"config {path} is not UTF-8 text (byte {error.start}).") from error
+        raise InputError(f"{kind} {path} is not UTF-8 text (byte {error.start}).") from error
 
 
 def read_recipe(path: Path, text: str) -> dict[str, Any]:

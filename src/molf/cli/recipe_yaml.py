@@ -70,6 +70,22 @@ def read_options(text: str, nested: str, ignored: str) -> dict[str, Any]:
     return options
 
 
+def read_nested(text: str) -> dict[str, Any]:
+    """Read a mapping with lists and mappings inside, such as a study.
+
+    Returns:
+        By name a string, integer, boolean, None, list or mapping.
+
+    Raises:
+        RecipeError: As `read_options`.
+    """
+    root = _compose(text)
+    if root is None or not _is_mapping(root):
+        raise RecipeError("must hold a mapping of names to values.")
+    reader = _Reader()
+    return {name: reader.plain(node, 1) for name, node in reader.items(root)}
+
+
 def _compose(text: str) -> yaml.Node | None:
     """Return the node tree of the text, without converting values."""
     try:
@@ -151,6 +167,19 @@ class _Reader:
             raise RecipeError(
                 f"holds a number that is not finite{_place(node.start_mark)}."
             ) from error
+
+    def plain(self, node: yaml.Node, depth: int) -> Any:
+        """Return a scalar as `option` does, or a list or mapping of them, at any depth."""
+        if depth > _MAX_DEPTH:
+            raise RecipeError(f"is nested too deeply{_place(node.start_mark)}.")
+        if isinstance(node, yaml.ScalarNode):
+            return self._scalar(node)
+        self._count()
+        if _is_list(node):
+            return [self.plain(entry, depth + 1) for entry in node.value]
+        if not _is_mapping(node):
+            self._refuse_tag(node)
+        return {key: self.plain(entry, depth + 1) for key, entry in self.items(node)}
 
     def _nested(self, node: yaml.Node, depth: int) -> Any:
         if depth > _MAX_DEPTH:

@@ -94,7 +94,7 @@ def _sort_out(
 
 def _error(path: Path, command: str, options: Mapping[str, Any]) -> str | None:
     try:
-        _parse(path, command, options)
+        parse_options(path, command, options)
     except (CycloptsError, InputError) as error:
         # The printed line begins with the file and the option already.
         return " ".join(str(error).replace(f" from {path}", "").split())
@@ -112,8 +112,13 @@ def _reader(command: str) -> App:
     return reader
 
 
-def _parse(path: Path, command: str, options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the arguments that the command would be called with."""
+def parse_options(path: Path, command: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments that a command would be called with, given the options of a recipe.
+
+    Raises:
+        CycloptsError: An option is unknown, or cannot be converted.
+        InputError: A value is wrong.
+    """
     from molf.cli.values import check_values
 
     reader = _reader(command)
@@ -130,7 +135,7 @@ def _tracker_errors(path: Path, options: Mapping[str, Any]) -> list[str]:
     from molf.job.settings.training_arguments import check_trackers
 
     # The recipe may be run on another machine, so its trackers need not be installed here.
-    settings = _parse(path, "train", options).get("settings", TrainSettings())
+    settings = parse_options(path, "train", options).get("settings", TrainSettings())
     try:
         check_trackers(settings.report_to, must_be_installed=False)
     except InputError as error:
@@ -177,7 +182,7 @@ def _training_warnings(path: Path, options: Mapping[str, Any]) -> list[str]:
     lines = []
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        settings = _parse(path, "train", options).get("settings", TrainSettings())
+        settings = parse_options(path, "train", options).get("settings", TrainSettings())
         try:
             resolve(settings, datetime.now())
         except InputError as error:  # no model: it may follow on the command line

@@ -38,3 +38,13 @@ def meanings(metrics: Iterable[str]) -> list[tuple[str, str]]:
         if shown:
             rows.append((", ".join(shown), meaning))
     return rows
+
+
+def metric_names() -> tuple[str, ...]:
+    """Return the names of all metrics."""
+    return tuple(name for names, _ in _MEANINGS for name in names)
+
+
+def is_lower_better(metric: str) -> bool:
+    """Return whether a lower value of a metric is better."""
+    return any(metric in names and "lower is better" in text for names, text in _MEANINGS)

@@ -151,6 +151,11 @@ _UNUSED = {
 }
 
 
+def without_effect(method: str) -> tuple[str, ...]:
+    """Return the options that a method never uses."""
+    return _UNUSED.get(method, ())
+
+
 def _unused(settings: TrainSettings) -> tuple[str, ...]:
     """Return the names of the options that have no effect with these settings."""
     unused = _UNUSED[settings.method]

@@ -1,0 +1,80 @@
+"""Read study files, recipes and options of `molf train` for studies."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from cyclopts import CycloptsError
+
+from molf.cli.recipe import read_recipe, read_text
+from molf.cli.recipe_yaml import RecipeError, read_nested
+from molf.cli.shipped import find_recipe
+from molf.cli.validation import parse_options
+from molf.errors import InputError
+from molf.job.settings.settings import TrainSettings
+from molf.masking import learn
+from molf.paths import expanded
+from molf.study.definition import Cell, Method, Study
+from molf.study.plan import TrialMaker
+from molf.study.reading import read_study
+
+
+class CliOptions:
+    """Reads options as the command line does.
+
+    Args:
+        folder: The folder of the study file, where its recipes are searched first.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def recipe(self, name: str) -> dict[str, Any]:
+        """Return the options of a recipe: a file, or a shipped one by name."""
+        beside = self._folder / name
+        path = beside if beside.is_file() else find_recipe(name)
+        return read_recipe(path, read_text(path))
+
+    def settings(self, options: Mapping[str, Any]) -> TrainSettings:
+        """Return checked settings from options as in a recipe."""
+        try:
+            found = parse_options(Path("study"), "train", options).get("settings", TrainSettings())
+        except CycloptsError as error:
+            message = " ".join(str(error).replace(" from study", "").split())
+            raise InputError(message) from error
+        if not isinstance(found, TrainSettings):
+            raise TypeError(f"no settings: {found!r}")
+        return found
+
+
+def open_study(path: Path) -> tuple[Study, TrialMaker]:
+    """Read a study file; return the study, and a function that makes its trials.
+
+    Raises:
+        InputError: The file cannot be read, or is wrong.
+    """
+    path = expanded(path)
+    try:
+        content = read_nested(read_text(path, "study"))
+    except RecipeError as error:
+        raise InputError(f"study {path} {error}") from error
+    learn(content)
+    options = CliOptions(path.absolute().parent)
+    study = read_study(path, content, options)
+    made: dict[tuple[str, str, str | None], TrainSettings] = {}
+
+    def settings(cell: Cell, method: Method, score: str | None) -> TrainSettings:
+        place = (cell.name, method.name, score)
+        if place not in made:
+            given = {**cell.options, **method.options}
+            if score is not None:
+                given["score"] = score
+            try:
+                made[place] = options.settings(given)
+            except InputError as error:
+                raise InputError(f"cell {cell.name}, method {method.name}: {error}") from error
+        return made[place]
+
+    return study, TrialMaker(study, settings)

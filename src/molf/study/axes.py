@@ -1,0 +1,136 @@
+"""Options that belong to cells, options that belong to methods, and axes over both."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import cache
+from typing import Any, get_type_hints
+
+from molf.job.settings.resolved import without_effect
+from molf.job.settings.settings import METHOD, TrainSettings
+from molf.study.definition import EVAL_PART, RATES, Cell, Method
+from molf.study.values import StudyFileError
+
+# Set by the study for each trial.
+_OWN = ("seed", "output_dir", "overwrite", "dry_run", EVAL_PART, "fallback_dir", "resume")
+_MOST_VARIANTS = 1000
+# Layers have other names in other models.
+_OF_MODELS = ("target_modules", "exclude_modules")
+
+
+@cache
+def method_options() -> frozenset[str]:
+    """Return the options of `molf train` that belong to a method."""
+    hints = get_type_hints(TrainSettings, include_extras=True)
+    found = {
+        name
+        for name, hint in hints.items()
+        for entry in getattr(hint, "__metadata__", ())
+        if METHOD in (getattr(entry, "group", None) or ())
+    }
+    return frozenset((found | {"lora_weight_decay"}) - set(_OF_MODELS))
+
+
+def cell_options(recipe: Mapping[str, Any], given: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Return the options of a cell: a recipe's without its method and rates, then its own.
+
+    Raises:
+        StudyFileError: An option of its own belongs to the methods, the rates or the study.
+    """
+    for name in given:
+        if name in RATES:
+            raise StudyFileError(
+                f"{where}: {name} is given by `rates` alone, in the methods or in the cell."
+            )
+        if name in _OWN:
+            raise StudyFileError(f"{where}: {name} is set by the study.")
+        if name in method_options():
+            raise StudyFileError(f"{where}: {name} belongs to methods.")
+    apart = {*method_options(), *RATES, *_OWN}
+    return {**{k: v for k, v in recipe.items() if k not in apart}, **given}
+
+
+def check_method_options(method: Method) -> None:
+    """Check that no option of a method is set by the study or by `rates`.
+
+    Raises:
+        StudyFileError: One is.
+    """
+    for name in method.options:
+        if name in RATES:
+            raise StudyFileError(f"methods, {method.name}: {name} is given by `rates` alone.")
+        if name in _OWN:
+            raise StudyFileError(f"methods, {method.name}: {name} is set by the study.")
+
+
+def with_axes(
+    cells: Sequence[Cell], methods: Sequence[Method], axes: Mapping[str, Any]
+) -> tuple[list[Cell], list[Method]]:
+    """Return one cell or method for each combination of the axes' values.
+
+    Options of methods make methods, and all other options make cells. A method without effect of
+    an option has no variants of it.
+
+    Args:
+        cells: The cells.
+        methods: The methods.
+        axes: A list of values by name of an option.
+
+    Raises:
+        StudyFileError: An axis has no values, or is set elsewhere.
+    """
+    for method in methods:
+        check_method_options(method)
+    of_methods: dict[str, list[Any]] = {}
+    of_cells: dict[str, list[Any]] = {}
+    for name, values in axes.items():
+        if not isinstance(values, list) or not values:
+            raise StudyFileError(f"axes, {name}: give a list of values.")
+        if name in RATES or name in _OWN:
+            raise StudyFileError(
+                f"axes, {name}: rates are given with the methods, seeds with the phases."
+            )
+        (of_methods if name in method_options() else of_cells)[name] = values
+    new_cells = [
+        replace(cell, name=cell.name + suffix, options={**cell.options, **values})
+        for cell in cells
+        for suffix, values in _combinations(of_cells)
+    ]
+    new_methods: list[Method] = []
+    bases: list[str] = []
+    for method in methods:
+        unused = without_effect(str(method.options.get("method", "molf")))
+        here = {name: values for name, values in of_methods.items() if name not in unused}
+        for suffix, values in _combinations(here):
+            share_of = method.share_of + suffix if method.share_of is not None else None
+            options = {**method.options, **values}
+            new_methods.append(
+                replace(method, name=method.name + suffix, options=options, share_of=share_of)
+            )
+            bases.append(method.name)
+    named = [(method.name, base) for method, base in zip(new_methods, bases, strict=True)]
+    new_cells = [
+        replace(cell, rates={name: cell.rates[base] for name, base in named if base in cell.rates})
+        for cell in new_cells
+    ]
+    return new_cells, new_methods
+
+
+def _combinations(axes: Mapping[str, Sequence[Any]]) -> list[tuple[str, dict[str, Any]]]:
+    combined = []
+    for values in itertools.product(*axes.values()):
+        chosen = dict(zip(axes, values, strict=True))
+        suffix = "".join(f"+{name}={_word(value)}" for name, value in chosen.items())
+        combined.append((suffix, chosen))
+        if len(combined) > _MOST_VARIANTS:
+            raise StudyFileError(
+                f"axes: more than {_MOST_VARIANTS} combinations. Give fewer values."
+            )
+    return combined
+
+
+def _word(value: Any) -> str:
+    text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
+    return text.rstrip("/").rsplit("/", 1)[-1].replace(",", "_").replace(":", "_")

@@ -1,0 +1,213 @@
+"""The directory of a study, and what changes in its file mean for finished trials."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from molf.disk.files import is_unfinished, making_directory, write_json
+from molf.disk.room import nearest_existing
+from molf.errors import InputError
+from molf.paths import check_path, check_unicode
+from molf.study.definition import Rates, Study
+from molf.study.outcome import TrialResult, all_results
+from molf.study.plan import COMPLETE, Outcome, Plan, TrialMaker
+
+RECORD = "study.json"
+_SHOWN = 12  # differences in a message
+
+
+@dataclass(frozen=True)
+class Change:
+    """The difference between a study's file and its finished trials.
+
+    Attributes:
+        differences: One text each.
+        kept: Finished trials that are part of the changed study.
+        left_out: Finished trials that are not.
+    """
+
+    differences: list[str]
+    kept: int
+    left_out: int
+
+
+def definition_of(study: Study) -> dict[str, Any]:
+    """Return everything of a study that decides its trials and tables, as JSON values."""
+    definition = {
+        "cells": {
+            cell.name: {
+                "options": dict(cell.options),
+                "metric": cell.metric,
+                "minimize": cell.minimize,
+                "rates": {name: _rates(rates) for name, rates in cell.rates.items()},
+            }
+            for cell in study.cells
+        },
+        "methods": {
+            method.name: {
+                "options": dict(method.options),
+                "rates": _rates(method.rates),
+                "share_of": method.share_of,
+            }
+            for method in study.methods
+        },
+        "choose": {
+            "sampler": study.choose.sampler,
+            "trials": study.choose.trials,
+            "seeds": list(study.choose.seeds),
+            "prune": study.choose.prune,
+        },
+        "report": {"seeds": list(study.report.seeds), "baseline": list(study.report.baseline)},
+    }
+    plain: dict[str, Any] = json.loads(json.dumps(definition, default=str))
+    return plain
+
+
+def _rates(rates: Rates) -> Any:
+    if rates.ranges:
+        return {name: {"low": one.low, "high": one.high} for name, one in rates.ranges.items()}
+    return [dict(point) for point in rates.points]
+
+
+def check_directory(study: Study) -> None:
+    """Check that the study's directory can be used, without writing anything.
+
+    Raises:
+        InputError: It belongs to another study, holds other files, or cannot be written.
+    """
+    path = study.output_dir
+    check_path(path, "output_dir")
+    check_unicode(path, "output_dir")
+    if path.exists() and not path.is_dir():
+        raise InputError(f"output_dir {path} is a file. Give a directory.")
+    record = read_record(path)
+    if record is not None and record.get("study") != study.name:
+        raise InputError(
+            f"output_dir {path} is that of the study {record.get('study')!r}, not of "
+            f"{study.name!r}. Give another output_dir, or the same name."
+        )
+    if record is None and path.is_dir():
+        foreign = [e.name for e in path.iterdir() if not is_unfinished(e.name)]
+        if foreign and not _is_starting(foreign):
+            raise InputError(
+                f"output_dir {path} holds {sorted(foreign)[0]} and is not that of a study. Give a "
+                "directory that is new or empty."
+            )
+    place = nearest_existing(path)
+    try:
+        with making_directory(place / "study"):
+            pass
+    except OSError as error:
+        raise InputError(f"output_dir {path} cannot be written: {error.strerror}.") from error
+
+
+def _is_starting(names: list[str]) -> bool:
+    """Return whether these are files of a study that another worker is just starting."""
+    return all(name.startswith((".optuna", "optuna.sqlite")) for name in names)
+
+
+def read_record(path: Path) -> dict[str, Any] | None:
+    """Return the record of a study's directory; None if it has none."""
+    try:
+        record = json.loads((path / RECORD).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return record if isinstance(record, dict) else None
+
+
+def find_change(study: Study, make: TrialMaker) -> Change | None:
+    """Return how the file differs from the definition of finished trials; None if it does not."""
+    record = read_record(study.output_dir)
+    if record is None or record.get("definition") == definition_of(study):
+        return None
+    results = all_results(study)
+    plan = Plan(study, outcomes_of(results, study), make, drawn_by(results))
+    kept = sum(key in plan.by_key for key in results)
+    differences = list(_differences(record.get("definition") or {}, definition_of(study), ""))
+    return Change(differences, kept, len(results) - kept)
+
+
+def check_unchanged(change: Change | None, *, accepted: bool) -> None:
+    """Reject a changed study file with finished trials, unless the change is accepted.
+
+    Raises:
+        InputError: It changed; the message has the differences and their effect.
+    """
+    if change is None or accepted or change.kept + change.left_out == 0:
+        return
+    shown = "; ".join(change.differences[:_SHOWN])
+    more = len(change.differences) - _SHOWN
+    shown += f"; and {more} more" if more > 0 else ""
+    total = change.kept + change.left_out
+    raise InputError(
+        f"The study file differs from that of its {total} finished trials: {shown}. "
+        f"{change.kept} of them are also trials of the changed study and are not repeated; "
+        f"{change.left_out} are left out of its tables. Give --accept_changes to go on, or "
+        "another output_dir."
+    )
+
+
+def write_record(study: Study) -> None:
+    """Create the study's directory, and write its record."""
+    study.output_dir.mkdir(parents=True, exist_ok=True)
+    record = {"study": study.name, "definition": definition_of(study)}
+    if read_record(study.output_dir) != record:
+        write_json(study.output_dir / RECORD, record)
+
+
+def outcomes_of(results: Mapping[str, TrialResult], study: Study) -> dict[str, Outcome]:
+    """Return the outcomes of finished trials by key, from their files alone."""
+    metrics = {cell.name: cell.metric for cell in study.cells}
+    outcomes = {}
+    for key, result in results.items():
+        row = result.row
+        value = row.get(f"after/{metrics.get(str(row.get('cell')))}")
+        outcomes[key] = Outcome(
+            state=COMPLETE,
+            value=float(value) if isinstance(value, (int, float)) else None,
+            point=point_of(row),
+            full_share=row.get("won/full"),
+            seconds=float(row.get("seconds") or 0.0),
+        )
+    return outcomes
+
+
+def point_of(row: Mapping[str, Any]) -> dict[str, float]:
+    """Return the rates of a row as a point."""
+    names = ["learning_rate", "lora_lr_ratio"]
+    if row.get("lora_lr_ratio") in (None, ""):
+        names = ["learning_rate", "lora_learning_rate"]
+    return {name: float(row[name]) for name in names if row.get(name) not in (None, "")}
+
+
+def drawn_by(results: Mapping[str, TrialResult]) -> dict[tuple[str, str, int], dict[str, float]]:
+    """Return the points of the first phase by cell, method and number."""
+    return {
+        (str(row["cell"]), str(row["method"]), int(row["point"])): point_of(row)
+        for row in (result.row for result in results.values())
+        if row.get("phase") == "choose"
+    }
+
+
+def _differences(old: Any, new: Any, where: str) -> Iterator[str]:
+    """Yield one text for each value that differs."""
+    if isinstance(old, Mapping) and isinstance(new, Mapping):
+        for name in (*old, *(name for name in new if name not in old)):
+            place = f"{where}.{name}" if where else str(name)
+            if name not in new:
+                yield f"{place} removed"
+            elif name not in old:
+                yield f"{place} added"
+            else:
+                yield from _differences(old[name], new[name], place)
+    elif old != new:
+        yield f"{where} {_brief(old)} -> {_brief(new)}"
+
+
+def _brief(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -1,0 +1,293 @@
+"""Read a study from its file: check names, options, rates, seeds and size."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from molf.errors import InputError
+from molf.job.settings.settings import TrainSettings
+from molf.measure.meanings import is_lower_better, metric_names
+from molf.paths import expanded
+from molf.study.axes import cell_options, with_axes
+from molf.study.definition import (
+    GRID,
+    KEEP_RECORDS,
+    KEPT,
+    PRUNERS,
+    SAMPLERS,
+    Cell,
+    Choose,
+    Method,
+    Rates,
+    Report,
+    Study,
+)
+from molf.study.rates import check_equal_numbers, read_rates
+from molf.study.values import (
+    StudyFileError,
+    integers,
+    mapping,
+    mappings,
+    names,
+    number,
+    reject_unknown,
+    text,
+    whole_number,
+)
+
+_NAME = re.compile(r"[A-Za-z0-9][\w.+=-]{0,63}")
+FEWEST_SEEDS = 5  # of the second phase
+MOST_TRIALS = 20_000
+_YEAR = 365.25 * 86400
+_STUDY = (
+    *("study", "about", "output_dir", "storage", "cells", "methods", "axes", "choose", "report"),
+    *("keep", "seconds", "heartbeat", "retries"),
+)
+
+
+class Options(Protocol):
+    """Reads options of `molf train`, for a study."""
+
+    def recipe(self, name: str) -> dict[str, Any]:
+        """Return the options of a recipe: a file, or a shipped one by name.
+
+        Raises:
+            InputError: There is none, or it cannot be read.
+        """
+
+    def settings(self, options: Mapping[str, Any]) -> TrainSettings:
+        """Return checked settings from options as in a recipe.
+
+        Raises:
+            InputError: An option is unknown, or its value is wrong.
+        """
+
+
+def read_study(path: Path, content: Mapping[str, Any], options: Options) -> Study:
+    """Return the study that a file describes.
+
+    Args:
+        path: The file, for messages and for the study's default name.
+        content: The content: mappings, lists, and scalars as text, integers or booleans.
+        options: Reads recipes and options of `molf train`.
+
+    Raises:
+        InputError: A name is unknown, a value is wrong, the phases share a seed, methods have
+            different numbers of rate trials, or the study is too large.
+    """
+    try:
+        study = _study(path, content, options)
+        check_equal_numbers(study)
+        _check_size(study)
+    except StudyFileError as error:
+        raise InputError(f"study {path}: {error}") from error
+    return study
+
+
+def _study(path: Path, content: Mapping[str, Any], options: Options) -> Study:
+    reject_unknown(content, _STUDY, "the study")
+    name = _name(content.get("study", path.stem), "study")
+    choose = _choose(mapping(content.get("choose", {}), "choose"))
+    report = mapping(content.get("report", {}), "report")
+    methods = [_method(entry, choose) for entry in mappings(content, "methods")]
+    _check_once(methods, "methods")
+    cells = [_cell(entry, methods, choose, options) for entry in mappings(content, "cells")]
+    _check_once(cells, "cells")
+    axes = mapping(content.get("axes", {}), "axes")
+    cells, methods = with_axes(cells, methods, axes)
+    _check_once(cells, "cells")
+    _check_once(methods, "methods")
+    for method in methods:
+        _check_share_of(method, methods)
+    keep = text(content.get("keep", KEEP_RECORDS), "keep")
+    if keep not in KEPT:
+        raise StudyFileError(f"Invalid keep={keep!r}. Must be one of {', '.join(KEPT)}.")
+    where = content.get("output_dir")
+    storage = content.get("storage")
+    return Study(
+        name=name,
+        output_dir=Path("studies") / name if where is None else expanded(text(where, "output_dir")),
+        storage=None if storage is None else text(storage, "storage"),
+        cells=tuple(cells),
+        methods=tuple(methods),
+        choose=choose,
+        report=_report(report, choose, methods),
+        keep=keep,
+        seconds=number(content.get("seconds", 30), "seconds"),
+        heartbeat=whole_number(content.get("heartbeat", 20), "heartbeat"),
+        retries=whole_number(content.get("retries", 3), "retries", least=0),
+        about=text(content.get("about", ""), "about"),
+    )
+
+
+def _choose(content: Mapping[str, Any]) -> Choose:
+    reject_unknown(content, ("sampler", "trials", "seeds", "prune"), "choose")
+    sampler = text(content.get("sampler", GRID), "choose.sampler")
+    if sampler not in SAMPLERS:
+        raise StudyFileError(
+            f"Invalid choose.sampler={sampler!r}. Must be one of {', '.join(SAMPLERS)}."
+        )
+    trials = content.get("trials")
+    if (trials is None) != (sampler == GRID):
+        raise StudyFileError(
+            "choose.trials is the number of rate trials of the samplers random and tpe; a grid "
+            "tries all its points. "
+            + ("Leave it out." if sampler == GRID else f"Give it with sampler={sampler}.")
+        )
+    prune = content.get("prune")
+    if prune is not None and prune not in PRUNERS:
+        raise StudyFileError(
+            f"Invalid choose.prune={prune!r}. Must be one of {', '.join(PRUNERS)}."
+        )
+    return Choose(
+        sampler=sampler,
+        trials=None if trials is None else whole_number(trials, "choose.trials"),
+        seeds=integers(content.get("seeds", [1]), "choose.seeds"),
+        prune=prune,
+    )
+
+
+def _report(content: Mapping[str, Any], choose: Choose, methods: Iterable[Method]) -> Report:
+    reject_unknown(content, ("seeds", "baseline"), "report")
+    seeds = integers(content.get("seeds", [11, 12, 13, 14, 15]), "report.seeds")
+    if len(seeds) < FEWEST_SEEDS:
+        raise StudyFileError(
+            f"report.seeds has {len(seeds)} of the at least {FEWEST_SEEDS} seeds that an interval "
+            "needs. Add seeds."
+        )
+    shared = sorted(set(seeds) & set(choose.seeds))
+    if shared:
+        raise StudyFileError(
+            f"choose.seeds and report.seeds share {', '.join(map(str, shared))}: a rate that was "
+            "chosen on a seed is too good there. Give other seeds to one of them."
+        )
+    known = [method.name for method in methods]
+    baseline = names(content.get("baseline", known[0]), "report.baseline")
+    for name in baseline:
+        _check_known(name, known, "report.baseline", "methods")
+    return Report(seeds, baseline)
+
+
+def _method(content: Mapping[str, Any], choose: Choose) -> Method:
+    name = _name(content.get("name"), "methods: name")
+    where = f"methods, {name}"
+    given = {k: v for k, v in content.items() if k not in ("name", "rates", "share_of", "about")}
+    share_of = content.get("share_of")
+    if share_of is not None and "score" in given:
+        raise StudyFileError(f"{where}: share_of makes the score random:Q. Leave score out.")
+    if share_of is not None and "rates" in content:
+        raise StudyFileError(
+            f"{where}: share_of takes the rates of {share_of} too. Leave rates out."
+        )
+    if share_of is None and "rates" not in content:
+        raise StudyFileError(
+            f"{where}: rates are missing, such as rates: {{learning_rate: [1e-4, 3e-4]}}."
+        )
+    return Method(
+        name=name,
+        options=given,
+        rates=Rates() if share_of else read_rates(content["rates"], choose, f"{where}, rates"),
+        share_of=None if share_of is None else text(share_of, f"{where}, share_of"),
+        about=text(content.get("about", ""), f"{where}, about"),
+    )
+
+
+def _cell(
+    content: Mapping[str, Any], methods: list[Method], choose: Choose, options: Options
+) -> Cell:
+    name = _name(content.get("name"), "cells: name")
+    where = f"cells, {name}"
+    own = ("name", "config", "metric", "minimize", "rates", "about")
+    given = {key: value for key, value in content.items() if key not in own}
+    recipe = {}
+    if "config" in content:
+        recipe = options.recipe(text(content["config"], f"{where}, config"))
+    metric = text(content.get("metric"), f"{where}, metric")
+    _check_known(metric, metric_names(), f"{where}, metric", "metrics")
+    minimize = content.get("minimize", is_lower_better(metric))
+    if not isinstance(minimize, bool):
+        raise StudyFileError(f"{where}: Invalid minimize={minimize!r}. Must be true or false.")
+    known = [method.name for method in methods]
+    rates = {}
+    for method, entry in mapping(content.get("rates", {}), f"{where}, rates").items():
+        _check_known(method, known, f"{where}, rates", "methods")
+        rates[method] = read_rates(entry, choose, f"{where}, rates of {method}")
+    return Cell(
+        name=name,
+        options=cell_options(recipe, given, where),
+        metric=metric,
+        minimize=minimize,
+        rates=rates,
+        about=text(content.get("about", ""), f"{where}, about"),
+    )
+
+
+def _check_share_of(method: Method, methods: Iterable[Method]) -> None:
+    known = {other.name: other for other in methods}
+    if method.share_of is None:
+        return
+    where = f"methods, {method.name}, share_of"
+    _check_known(method.share_of, known, where, "methods")
+    model = known[method.share_of]
+    if model.share_of is not None or model.options.get("method", "molf") != "molf":
+        raise StudyFileError(
+            f"{where}: {method.share_of} is no routed method with the expert full and a score of "
+            "its own."
+        )
+
+
+def _check_size(study: Study) -> None:
+    if study.size > MOST_TRIALS:
+        seconds = study.size * study.seconds
+        raise StudyFileError(
+            f"{study.size:,} trials: at about {study.seconds:g} s each, one worker takes "
+            f"{duration(seconds)}. At most {MOST_TRIALS:,} are allowed. Try fewer rates or axes, "
+            "or the samplers random and tpe with choose.trials."
+        )
+
+
+def duration(seconds: float) -> str:
+    """Return a time as text, such as `3 h 20 min`."""
+    if seconds >= 2 * _YEAR:
+        return f"{seconds / _YEAR:,.0f} years"
+    minutes = round(seconds / 60)
+    days, hours = divmod(minutes // 60, 24)
+    if days >= 3:
+        return f"{days} days"
+    if days or hours:
+        return f"{24 * days + hours} h {minutes % 60} min"
+    return f"{minutes} min" if seconds >= 90 else f"{seconds:.0f} s"
+
+
+def _name(value: Any, where: str) -> str:
+    if value is None:
+        raise StudyFileError(f"{where}: a name is missing.")
+    name = str(value)
+    if not _NAME.fullmatch(name):
+        raise StudyFileError(
+            f"{where}: {name!r} is no name. Letters, digits and . _ + = - are allowed, at most 64."
+        )
+    return name
+
+
+def _check_once(parts: Iterable[Cell | Method], where: str) -> None:
+    seen: set[str] = set()
+    for part in parts:
+        # Folders of trials have these names, and some file systems ignore case.
+        if part.name.lower() in seen:
+            raise StudyFileError(f"{where}: the name {part.name} is given twice (case is ignored).")
+        seen.add(part.name.lower())
+
+
+def _check_known(name: str, known: Iterable[str], where: str, what: str) -> None:
+    allowed = list(known)
+    if name not in allowed:
+        close = difflib.get_close_matches(name, allowed, n=1)
+        hint = f" Did you mean {close[0]}?" if close else ""
+        raise StudyFileError(
+            f"{where}: {name!r} is none of the {what}: {', '.join(allowed)}.{hint}"
+        )

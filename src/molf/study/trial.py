@@ -1,0 +1,271 @@
+"""Run one trial as an ordinary run of `molf train`, and keep its records."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from molf.console import PlainConsole
+from molf.errors import InputError
+from molf.job.progress import Reporter, ShowTraining
+from molf.job.record.ownership import (
+    ADAPTER,
+    CHECKPOINTS,
+    CONFIG,
+    ENVIRONMENT,
+    MODEL,
+)
+from molf.job.record.result import RunError, RunResult
+from molf.study.definition import CHOOSE, KEEP_RECORDS, Point, Study
+from molf.study.outcome import (
+    TrialResult,
+    read_result,
+    result_file,
+    run_directory,
+    write_result,
+)
+from molf.study.plan import COMPLETE, FAILED, PRUNED, Outcome, Planned
+from molf.study.questions import question_scores
+
+if TYPE_CHECKING:
+    from optuna.trial import Trial
+
+    from molf.job.inputs import Inputs
+
+FULL = "full"
+_PACKAGES = ("molf", "torch", "transformers", "trl", "peft")
+
+
+class TrialRunner:
+    """Runs trials one after another in this process.
+
+    Args:
+        study: The study.
+        inputs: Task, base model and its evaluation, kept between trials.
+    """
+
+    def __init__(self, study: Study, inputs: Inputs | None) -> None:
+        self._study = study
+        self._inputs = inputs
+
+    def __call__(self, planned: Planned, point: Point, trial: Trial | None = None) -> Outcome:
+        """Run a trial, unless its result is on disk; return its outcome, also of a failure.
+
+        Args:
+            planned: The trial.
+            point: Its rates.
+            trial: The trial of Optuna, for pruning.
+        """
+        study, label = self._study, planned.label(point)
+        place = (planned.cell.name, planned.method.name, label)
+        file = result_file(study, *place)
+        found = read_result(file)
+        if found is not None and found.key == planned.key:
+            return outcome_of(found, planned, point)
+        started = time.perf_counter()
+        directory = run_directory(study, *place)
+        try:
+            run = self._train(planned, point, directory, trial)
+        except _PrunedError:
+            return Outcome(PRUNED, None, point, seconds=time.perf_counter() - started)
+        except Exception as error:
+            if isinstance(error.__cause__, _PrunedError):
+                return Outcome(PRUNED, None, point, seconds=time.perf_counter() - started)
+            seconds = time.perf_counter() - started
+            return Outcome(FAILED, None, point, seconds=seconds, error=_first_line(error))
+        finally:
+            if study.keep == KEEP_RECORDS:
+                for part in (MODEL, ADAPTER, CHECKPOINTS):
+                    shutil.rmtree(directory / part, ignore_errors=True)
+        result = TrialResult(
+            planned.key,
+            trial_row(planned, point, run, time.perf_counter() - started),
+            question_scores(run.after.predictions),
+        )
+        write_result(file, result)
+        return outcome_of(result, planned, point)
+
+    def _train(
+        self, planned: Planned, point: Point, directory: Path, trial: Trial | None
+    ) -> RunResult:
+        from molf.job.run import train
+
+        settings = replace(planned.at(point), output_dir=directory, overwrite=True)
+        clear_leftovers(directory)
+        prunes = trial is not None and self._study.choose.prune and planned.phase == CHOOSE
+        reporter = (
+            _PruningReporter(trial, -1 if not planned.cell.minimize else 1)
+            if trial is not None and prunes
+            else _QuietReporter()
+        )
+        return train(settings, reporter, self._inputs)
+
+
+def clear_leftovers(directory: Path) -> None:
+    """Delete what a killed worker left of a trial; molf train replaces only whole runs.
+
+    Raises:
+        InputError: A process still writes there.
+    """
+    from molf.disk.locks import in_use
+
+    if not directory.exists():
+        return
+    if in_use(directory):
+        raise InputError(f"{directory} is in use: another process runs this trial.")
+    shutil.rmtree(directory)
+
+
+def outcome_of(result: TrialResult, planned: Planned, point: Point) -> Outcome:
+    """Return the outcome of a finished trial; a failure if the cell's metric is missing."""
+    row = result.row
+    value = row.get(f"after/{planned.cell.metric}")
+    seconds = float(row.get("seconds") or 0.0)
+    share = row.get(f"won/{FULL}")
+    if not isinstance(value, (int, float)) or not math.isfinite(value):
+        metrics = ", ".join(k.removeprefix("after/") for k in row if k.startswith("after/"))
+        error = f"the run has no finite metric {planned.cell.metric}; it has {metrics}"
+        return Outcome(FAILED, None, point, share, seconds, error)
+    return Outcome(COMPLETE, float(value), point, share, seconds)
+
+
+def trial_row(planned: Planned, point: Point, run: RunResult, seconds: float) -> dict[str, Any]:
+    """Return the row of a finished trial: no absolute paths, and the same columns for all."""
+    config = _read_yaml(run.directory / CONFIG)
+    environment = _read_json(run.directory / ENVIRONMENT)
+    git = environment.get("git") or {}
+    parameters = int(((config.get("run") or {}).get("model") or {}).get("parameters") or 0)
+    device = environment.get("device") or {}
+    packages = environment.get("packages") or {}
+    settings = planned.at(point)
+    return {
+        "cell": planned.cell.name,
+        "method": planned.method.name,
+        "phase": planned.phase,
+        "point": planned.index,
+        "seed": planned.seed,
+        **{name: point.get(name) for name in ("learning_rate", "lora_lr_ratio")},
+        "lora_learning_rate": settings.lora_learning_rate,
+        "score": settings.score,
+        "key": planned.key,
+        **metric_columns("before", run.before.metrics),
+        **metric_columns("after", run.after.metrics),
+        **{f"won/{name}": round(share, 6) for name, share in run.shares.items()},
+        "steps": run.steps,
+        "skipped_steps": run.skipped_steps,
+        "training_loss": run.training_loss,
+        "tokens": run.tokens,
+        "parameters": parameters,
+        "trained_parameters": run.trained_parameters,
+        "training_flops": training_flops(parameters, run.trained_parameters, run.tokens),
+        "seconds": round(seconds, 2),
+        "training_seconds": round(run.training_seconds, 2),
+        "evaluation_seconds": round(run.evaluation_seconds, 2),
+        "peak_memory_bytes": run.peak_memory_bytes,
+        "started": environment.get("started"),
+        "commit": git.get("commit"),
+        "dirty": git.get("dirty"),
+        "device": f"{device.get('type', '')} {device.get('name', '')}".strip(),
+        "cpu_count": environment.get("cpu_count"),
+        "torch_threads": environment.get("torch_threads"),
+        "python": environment.get("python"),
+        **{f"version/{name}": packages.get(name) for name in _PACKAGES},
+    }
+
+
+def training_flops(parameters: int, trained: int, tokens: int) -> int:
+    """Estimate the floating-point operations of a training.
+
+    Per token 2 for each parameter in the forward pass, 2 for the gradients of activations, and 2
+    for the gradient of each trained parameter (Kaplan et al. 2020, arXiv 2001.08361, section 2.1,
+    split by use). Attention over positions and the optimizer are left out.
+    """
+    return tokens * (4 * parameters + 2 * trained)
+
+
+def metric_columns(prefix: str, metrics: Mapping[str, Any]) -> dict[str, float | None]:
+    """Return value and interval of each metric as columns; None where an end is unknown."""
+    columns: dict[str, float | None] = {}
+    for name, metric in metrics.items():
+        columns[f"{prefix}/{name}"] = _finite(metric.value)
+        columns[f"{prefix}/{name}/low"] = _finite(metric.low)
+        columns[f"{prefix}/{name}/high"] = _finite(metric.high)
+    return columns
+
+
+def _finite(value: float) -> float | None:
+    return float(f"{value:.8g}") if math.isfinite(value) else None
+
+
+class _PrunedError(RuntimeError):
+    """The pruner ended the trial."""
+
+
+class _QuietReporter(Reporter):
+    """Prints nothing of a run; the worker prints one line per trial."""
+
+    def __init__(self) -> None:
+        super().__init__(PlainConsole(stderr=True))
+
+    def say(self, text: str) -> None:
+        """Print nothing."""
+
+
+class _PruningReporter(_QuietReporter):
+    """Reports training losses to the pruner, and ends the training when it asks to.
+
+    Metrics are measured at the end alone, so losses of the same step are compared.
+
+    Args:
+        trial: The trial of Optuna.
+        sign: -1 if Optuna maximises, as a low loss is good.
+    """
+
+    def __init__(self, trial: Trial, sign: int) -> None:
+        super().__init__()
+        self._trial = trial
+        self._sign = sign
+
+    @contextmanager
+    def training(self, steps: int) -> Iterator[ShowTraining]:
+        """Yield a function of (step, log entry or None) that ends a training by an exception."""
+
+        def show(step: int, logs: Mapping[str, Any] | None) -> None:
+            loss = (logs or {}).get("loss")
+            if isinstance(loss, float):
+                self._trial.report(self._sign * loss, step)
+                if step < steps and self._trial.should_prune():
+                    raise _PrunedError("ended by the pruner")
+
+        yield show
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip().split("\n")[0] or type(error).__name__
+    kind = "" if isinstance(error, (InputError, RunError)) else f"{type(error).__name__}: "
+    return f"{kind}{text}"[:1000]
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}

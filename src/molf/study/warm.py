@@ -1,0 +1,63 @@
+"""Task data, base models and their evaluations, kept in memory between a worker's trials."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
+from typing import TYPE_CHECKING, Generic, TypeVar
+
+from molf.job.inputs import EvaluationKey, Inputs
+from molf.measure import Evaluation
+from molf.tasks import Task, TaskOptions
+
+if TYPE_CHECKING:
+    import torch
+
+    from molf.job.model.loading import LoadedModel
+
+T = TypeVar("T")
+
+_TASKS, _BASES, _EVALUATIONS = 16, 1, 64
+
+
+class WarmInputs(Inputs):
+    """Loads and measures once. A trial gets the same values as from `molf train` alone.
+
+    The least recently used task, model or evaluation is dropped first. The files of data and model
+    must not change while a worker runs.
+    """
+
+    def __init__(self) -> None:
+        self._tasks: _Kept[Task] = _Kept(_TASKS)
+        self._bases: _Kept[LoadedModel] = _Kept(_BASES)
+        self._evaluations: _Kept[Evaluation] = _Kept(_EVALUATIONS)
+
+    def task(self, options: TaskOptions) -> Task:
+        """Return the task with its records."""
+        return self._tasks.get(options, lambda: super(WarmInputs, self).task(options))
+
+    def base(self, model: str, dtype: torch.dtype) -> LoadedModel:
+        """Return a copy of the base model, which a training changes."""
+        load = super().base
+        return self._bases.get((model, dtype), lambda: load(model, dtype)).copy()
+
+    def base_evaluation(self, key: EvaluationKey, measure: Callable[[], Evaluation]) -> Evaluation:
+        """Return the evaluation of the base."""
+        return self._evaluations.get(key, measure)
+
+
+class _Kept(Generic[T]):
+    """Values by key, at most `most` of them."""
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._values: OrderedDict[Hashable, T] = OrderedDict()
+
+    def get(self, key: Hashable, make: Callable[[], T]) -> T:
+        """Return the value of a key; make it if it is not kept."""
+        if key not in self._values:
+            while len(self._values) >= self._most:
+                self._values.popitem(last=False)  # first, so that two models are never in memory
+            self._values[key] = make()
+        self._values.move_to_end(key)
+        return self._values[key]

@@ -1,0 +1,122 @@
+"""A study of real trainings on a tiny model, from the file to its tables."""
+
+import hashlib
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from checkpoints import write_checkpoint
+from molf.cli import main
+from molf.cli.study_options import open_study
+from molf.job.run import train
+from molf.study.outcome import all_results, run_directory
+from molf.study.plan import Plan
+from study_helpers import study_of, write_study
+
+torch.set_num_threads(1)
+FFT = {"name": "fft", "method": "fft", "rates": {"learning_rate": [1e-2]}}
+MOLF = {
+    "name": "molf",
+    "method": "molf",
+    "ranks": 2,
+    "rates": {"learning_rate": [1e-2], "lora_lr_ratio": [3]},
+}
+
+
+def _records(path, first, count):
+    lines = [
+        json.dumps({"prompt": f"{i} and {i + 1} make", "completion": f" {2 * i + 1}"})
+        for i in range(first, first + count)
+    ]
+    path.write_text("".join(line + "\n" for line in lines))
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A study of twelve trials, run by one worker in this process."""
+    folder = tmp_path_factory.mktemp("study")
+    cell = {
+        "name": "sums",
+        "task": "custom",
+        "model": str(write_checkpoint(folder / "base")),
+        "data": _records(folder / "train.jsonl", 0, 20),
+        "eval_data": _records(folder / "test.jsonl", 20, 6),
+        "max_steps": 2,
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 1,
+        "metric": "loss",
+    }
+    path = write_study(folder, cells=[cell], methods=[FFT, MOLF], keep="models")
+    assert main(["study", "run", str(path)]) == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def study(folder):
+    return open_study(folder / "study.yaml")
+
+
+def test_every_trial_is_a_run_with_a_row(study):
+    opened, _ = study
+    results = all_results(opened)
+    assert len(results) == opened.size == 12
+    for result in results.values():
+        row = result.row
+        assert row["after/loss"] != row["before/loss"]
+        assert row["steps"] == 2
+        assert row["training_flops"] == row["tokens"] * (
+            4 * row["parameters"] + 2 * row["trained_parameters"]
+        )
+        assert "/" not in json.dumps([v for v in row.values() if isinstance(v, str)])
+        assert result.questions.keys() == {"exact_match"}
+    labels = sorted(path.name for path in (opened.output_dir / "trials/sums/molf").glob("*-*"))
+    assert labels[0] == "choose-lr0.01-ratio3-seed1"
+    assert labels[1:] == [f"report-lr0.01-ratio3-seed{seed}" for seed in range(11, 16)]
+
+
+def test_rates_are_chosen_on_the_validation_part_and_confirmed_on_the_test_part(study):
+    opened, _ = study
+    for label, part in (
+        ("choose-lr0.01-seed1", "validation"),
+        ("report-lr0.01-seed11", "test"),
+    ):
+        run = run_directory(opened, "sums", "fft", label)
+        config = (run / "config.yaml").read_text()
+        assert f"eval_part: {part}\n" in config
+    found = {r.row["phase"]: r.questions["exact_match"] for r in all_results(opened).values()}
+    assert len(found["report"]) == 6
+    assert found["choose"].keys() != found["report"].keys()
+
+
+def _hashes(directory):
+    return {
+        name: hashlib.sha256((directory / name).read_bytes()).hexdigest()
+        for name in ("model/model.safetensors", "predictions.jsonl", "eval.json")
+    }
+
+
+@pytest.mark.parametrize("method", ["fft", "molf"])
+def test_a_warm_trial_has_the_bits_of_molf_train_alone(study, tmp_path, method):
+    opened, make = study
+    trials = [t for t in Plan(opened, {}, make, {}).trials if t.method.name == method]
+    last = replace(trials[0].settings, eval_part="test", seed=15, output_dir=tmp_path / "alone")
+    alone = train(last).directory
+    point = trials[0].point
+    label = trials[0].label(point).replace("choose", "report").replace("seed1", "seed15")
+    assert _hashes(run_directory(opened, "sums", method, label)) == _hashes(alone)
+
+
+def test_a_second_run_repeats_nothing(folder, study, capsys):
+    opened, _ = study
+    before = {path: path.stat().st_mtime_ns for path in opened.output_dir.rglob("*.json*")}
+    assert main(["study", "run", str(folder / "study.yaml")]) == 0
+    assert "0 trials run here; no trial is left" in capsys.readouterr().err
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+
+
+def test_records_alone_are_kept_by_default(folder, tmp_path):
+    study, _ = study_of(tmp_path)
+    assert study.keep == "records"

@@ -1,0 +1,219 @@
+"""Several worker processes, some of them killed: nothing runs twice, and nothing is lost."""
+
+import signal
+import time
+from collections import Counter
+
+import optuna
+import pytest
+
+from molf.errors import InputError
+from molf.study.ledger import Ledger, StorageError, storage_address
+from molf.study.outcome import all_results
+from molf.study.plan import Plan
+from study_helpers import LORA, Pretended, start_worker, study_of, work, write_study
+
+
+def _events(log):
+    lines = log.read_text().splitlines() if log.exists() else []
+    return [tuple(line.split(" ", 2)) for line in lines]
+
+
+def _running(log):
+    """The worker and label of each trial that started and did not end."""
+    events = _events(log)
+    ended = {(pid, label) for event, pid, label in events if event == "end"}
+    return [(pid, label) for event, pid, label in events if event == "start"
+            if (pid, label) not in ended]  # fmt: skip
+
+
+def test_four_workers_two_killed_in_mid_trial(tmp_path):
+    path = write_study(tmp_path, heartbeat=1, choose={"seeds": [1, 2]})
+    log = tmp_path / "log"
+    workers = {str(worker.pid): worker for worker in (start_worker(path, log, 0.4) for _ in "1234")}
+    killed = {}
+    deadline = time.monotonic() + 120
+    while len(killed) < 2 and time.monotonic() < deadline:
+        for pid, label in _running(log):
+            if pid not in killed and len(killed) < 2:
+                workers[pid].send_signal(signal.SIGKILL)
+                workers[pid].wait()
+                # It may have ended its trial before the signal.
+                if (pid, label) in _running(log):
+                    killed[pid] = label
+        time.sleep(0.01)
+    assert len(killed) == 2
+    for pid, worker in workers.items():
+        assert worker.wait(120) == (-signal.SIGKILL if pid in killed else 0)
+
+    study, make = study_of(tmp_path, heartbeat=1, choose={"seeds": [1, 2]})
+    results = all_results(study)
+    events = _events(log)
+    ended = Counter(label for event, _, label in events if event == "end")
+    started = Counter(label for event, _, label in events if event == "start")
+    assert len(ended) == len(results) == study.size == 2 * (3 * 2 + 5)
+    assert set(ended.values()) == {1}
+    # A killed trial starts once more; no other one does.
+    assert started == ended + Counter(killed.values())
+    snapshot = Ledger(study).read()
+    plan = Plan(study, snapshot.outcomes, make, snapshot.drawn)
+    assert not plan.unfinished
+    assert not snapshot.running
+    assert not snapshot.waiting
+
+
+def test_a_trial_that_kills_its_workers_is_given_up(tmp_path):
+    study, make = study_of(tmp_path, heartbeat=1, retries=1)
+    (tmp_path / "out").mkdir()
+    ledger = Ledger(study)
+    plan = Plan(study, {}, make, {})
+    bad = plan.trials[0]
+    for _ in range(2):
+        ledger.enqueue([bad], ledger.read())
+        one = ledger._at(bad.cell, bad.method, bad.phase)
+        trial = one.ask()
+        one.tell(trial, state=optuna.trial.TrialState.FAIL)  # as if its worker had died
+    outcome = ledger.read().outcomes[bad.key]
+    assert outcome.state == "failed"
+    assert outcome.error == "its worker died 2 times"
+    assert ledger.enqueue([bad], ledger.read()) == 0
+
+
+def test_two_queued_trials_of_one_identity_run_once(tmp_path):
+    study, make = study_of(tmp_path)
+    (tmp_path / "out").mkdir()
+    ledger = Ledger(study)
+    empty = ledger.read()
+    plan = Plan(study, {}, make, {})
+    assert ledger.enqueue(plan.trials, empty) == 6
+    assert ledger.enqueue(plan.trials, empty) == 6  # another worker at the same moment
+    runner = Pretended(study)
+    done, _ = work(study, make, runner)
+    assert done.done == study.size == len(runner.ran) == len(set(runner.ran))
+
+
+def test_failed_trials_are_recorded_and_the_study_goes_on(tmp_path):
+    study, make = study_of(tmp_path)
+    done, lines = work(study, make, Pretended(study, fails=["lora/choose-lora_lr0.003"]))
+    assert (done.failed, done.ended) == (1, "finished")
+    assert any("failed the run has no finite metric es" in line for line in lines)
+    snapshot = Ledger(study).read()
+    plan = Plan(study, snapshot.outcomes, make, snapshot.drawn)
+    assert plan.choices["facts", "lora"].point == {"lora_learning_rate": 1e-3}
+    assert plan.choices["facts", "fft"].point == {"learning_rate": 1e-3}
+    assert len(snapshot.failed) == 1
+
+
+def test_failed_trials_run_again_on_request(tmp_path):
+    study, make = study_of(tmp_path)
+    work(study, make, Pretended(study, fails=["fft/report-lr0.001-seed13"]))
+    for path in (study.output_dir / "results/facts/fft").glob("report-*-seed13.json"):
+        path.unlink()
+    runner = Pretended(study)
+    done, lines = work(study, make, runner, retry_failed=True)
+    assert lines[0] == "1 failed trials are queued again"
+    assert runner.ran == ["facts/fft/report-lr0.001-seed13"]
+    assert done.failed == 0
+    assert not Ledger(study).read().failed
+
+
+def test_a_lost_storage_repeats_no_finished_trial(tmp_path):
+    study, make = study_of(tmp_path)
+    work(study, make, Pretended(study))
+    ledger = Ledger(study)
+    (study.output_dir / "optuna.sqlite").unlink()
+    with pytest.raises(StorageError, match=r"is gone\. Finished trials are in .*none of them"):
+        ledger.check_present()
+    runner = Pretended(study)
+    done, _ = work(study, make, runner)
+    assert runner.ran == []
+    assert done.done == study.size
+
+
+def test_workers_stop_after_their_trial(tmp_path):
+    study, make = study_of(tmp_path)
+
+    class Stopping(Pretended):
+        def __call__(self, planned, point, trial=None):
+            if len(self.ran) == 2:
+                Ledger(study).stop(time.time() + 1)
+            return super().__call__(planned, point, trial)
+
+    done, _ = work(study, make, Stopping(study))
+    assert (done.done, done.ended) == (3, "stopped")
+
+
+def test_a_changed_file_ends_workers(tmp_path):
+    study, make = study_of(tmp_path)
+
+    class Changing(Pretended):
+        def __call__(self, planned, point, trial=None):
+            from molf.study.place import write_record
+
+            write_record(study_of(tmp_path, methods=[LORA])[0])
+            return super().__call__(planned, point, trial)
+
+    done, _ = work(study, make, Changing(study))
+    assert (done.done, done.ended) == (1, "changed")
+
+
+def test_tpe_draws_exactly_the_asked_number_of_rates(tmp_path):
+    def ranged(method, name):
+        return {**method, "rates": {name: {"low": 1e-4, "high": 1e-2}}}
+
+    study, make = study_of(
+        tmp_path,
+        choose={"sampler": "tpe", "trials": 4, "seeds": [1, 2]},
+        methods=[ranged(LORA, "lora_learning_rate")],
+    )
+    runner = Pretended(study)
+    work(study, make, runner)
+    tried = [label for label in runner.ran if "/choose-" in label]
+    rates = Counter(label.split("-seed")[0] for label in tried)
+    assert len(tried) == 8
+    assert set(rates.values()) == {2}  # each rate with both seeds
+    assert len([label for label in runner.ran if "/report-" in label]) == 5
+    (study.output_dir / "optuna.sqlite").unlink()
+    again = Pretended(study)
+    done, _ = work(study, make, again)
+    assert again.ran == []  # no other rates are drawn
+    assert done.done == study.size
+
+
+def test_interrupted_trials_are_queued_again(tmp_path):
+    study, make = study_of(tmp_path, retries=0)
+
+    class Interrupted(Pretended):
+        def __call__(self, planned, point, trial=None):
+            raise KeyboardInterrupt
+
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            work(study, make, Interrupted(study))
+    done, _ = work(study, make, Pretended(study))
+    assert (done.done, done.failed) == (study.size, 0)
+
+
+def test_storage_that_cannot_be_opened(tmp_path):
+    (tmp_path / "out").mkdir()
+    for address, message in (
+        ("nothing://host/name", r"nothing://host/name cannot be opened: .*nothing"),
+        ("sqlite:////proc/none/x.sqlite", r"cannot be opened: unable to open database file"),
+    ):
+        study, _ = study_of(tmp_path, storage=address)
+        with pytest.raises(InputError, match=message):
+            Ledger(study)
+    (tmp_path / "out" / "optuna.sqlite").write_text("no database " * 100)
+    study, _ = study_of(tmp_path)
+    with pytest.raises(InputError, match="cannot be opened: file is not a database"):
+        Ledger(study)
+
+
+def test_passwords_of_addresses_are_not_printed(tmp_path):
+    (tmp_path / "out").mkdir()
+    study, _ = study_of(tmp_path, storage="postgresql://anna:geheim@127.0.0.1:1/none")
+    assert storage_address(study).startswith("postgresql+psycopg://anna:geheim@")
+    with pytest.raises(InputError) as raised:
+        Ledger(study)
+    assert "geheim" not in str(raised.value)
+    assert "\n" not in str(raised.value)
