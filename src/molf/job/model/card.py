@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -66,7 +66,7 @@ def model_card(
             "",
             "| metric | before | after | count |",
             "|---|---|---|---|",
-            *(_metric_row(name, metric, after) for name, metric in before.metrics.items()),
+            *_metric_rows(before, after),
             "",
             *(("## Routing", routing, "") if routing else ()),
             *([f"Saved in {shown_saved}.", ""] if (shown_saved := show_saved(saved)) else []),
@@ -123,9 +123,12 @@ def _without_folders(value: Any, places: Sequence[str]) -> Any:
     return value
 
 
-def _metric_row(name: str, before: Metric, after: Evaluation | None) -> str:
-    now = after.metrics.get(name) if after is not None else None
-    return f"| {name} | {show_metric(before)} | {show_metric(now)} | {before.count} |"
+def _metric_rows(before: Evaluation, after: Evaluation | None) -> Iterator[str]:
+    found = after.metrics if after is not None else {}
+    for name in {**before.metrics, **found}:
+        was, now = before.metrics.get(name), found.get(name)
+        count = next(metric.count for metric in (was, now) if metric is not None)
+        yield f"| {name} | {show_metric(was)} | {show_metric(now)} | {count} |"
 
 
 def show_metric(metric: Metric | None) -> str:

@@ -43,6 +43,12 @@ class FinishedRun:
         return int(self.config.get("seed") or 0)
 
     @property
+    def base(self) -> str | None:
+        """The directory or Hub id of the model that it was trained from; None if not recorded."""
+        model = self.config.get("model")
+        return model if isinstance(model, str) and model else None
+
+    @property
     def base_dtype(self) -> str | None:
         """The type that its base was stored in; None if it was not recorded."""
         model = self.config["run"].get("model")
@@ -123,6 +129,17 @@ def read_run(path: Path) -> FinishedRun:
     if not is_run_config(config):
         raise InputError(f"{path / CONFIG} is not that of a run of `molf train`.")
     return FinishedRun(path, config)
+
+
+def run_of(model: str) -> FinishedRun | None:
+    """Return the run that a model is the result of; None for another model."""
+    path = expanded(model).resolve()
+    if path.name != MODEL or not (path.parent / CONFIG).is_file():
+        return None
+    try:
+        return read_run(path.parent)
+    except InputError:  # config.yaml is not that of a run
+        return None
 
 
 def check_run(path: Path) -> None:
