@@ -47,7 +47,7 @@ def warn_of_training_data(model: str, task: Task) -> None:
 
 def _warn_of_validation_part(model: str, task: Task) -> None:
     """Warn if a run's model is evaluated on a validation part that the run was trained on."""
-    run = _run_of(model)
+    run = run_of(model)
     if run is None or run.config.get("task") != task.name:
         return
     data = str(task.description()["data"])
