@@ -60,6 +60,7 @@ class EvalOptions:
         for name in ("data", "forgetting_data", "predictions", "output_dir"):
             value = getattr(self, name)
             if value is not None and str(value).startswith("~"):
+                # The dataclass is frozen; `~` is expanded once, here.
                 object.__setattr__(self, name, type(value)(expanded(value)))
         least = {"max_samples": 1, "max_length": 2, "per_device_eval_batch_size": 1, "seed": 0}
         for name, minimum in least.items():
@@ -121,6 +122,7 @@ class EvalOptions:
                     f"Invalid {option}={getattr(self, option)} with {','.join(self.task)}: "
                     "lm-evaluation-harness brings its own data. Leave it out."
                 )
+        # Records of one task have not the fields of another.
         if len(own) > 1 and (self.data is not None or "custom" in own):
             given = "task=custom" if self.data is None else f"data={self.data}"
             raise InputError(
