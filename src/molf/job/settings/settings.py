@@ -9,8 +9,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NamedTuple, get_args, get_type_hints
 
 from cyclopts import Group, Parameter
 
@@ -56,6 +57,20 @@ MOST_COUNTED = 2**31  # of examples, tokens or ranks, which tensors of them woul
 _AUTO = "by method and task"
 
 
+class _Range(NamedTuple):
+    """The range of an option's numbers, beside its type."""
+
+    allows: Callable[[float], bool]
+    text: str
+
+
+_POSITIVE = _Range(lambda value: 0 < value < math.inf, "finite and greater than 0")
+_NOT_NEGATIVE = _Range(lambda value: 0 <= value < math.inf, "finite and at least 0")
+_BELOW_2_31 = _Range(lambda value: value < MOST_COUNTED, "below 2**31")
+_SHARE = _Range(lambda value: 0 <= value < 1, "in [0, 1)")
+_BELOW_2_32 = _Range(lambda value: value < 2**32, "below 2**32")  # the limit of numpy's generators
+
+
 @Parameter(name="*")
 @dataclass(frozen=True, kw_only=True)
 class TrainSettings:
@@ -67,19 +82,19 @@ class TrainSettings:
     """Records to train on: a JSON, JSONL, Parquet or CSV file, a folder, a URL, or a Hub id."""
     eval_data: Annotated[str | None, Parameter(group=DATA)] = None
     """Records to evaluate on, where the task does not evaluate on those it trains on."""
-    max_samples: Annotated[int | None, Parameter(group=DATA)] = None
+    max_samples: Annotated[int | None, Parameter(group=DATA), _POSITIVE] = None
     """Train on at most this many records, drawn by the seed."""
-    max_eval_samples: Annotated[int | None, Parameter(group=DATA)] = None
+    max_eval_samples: Annotated[int | None, Parameter(group=DATA), _POSITIVE] = None
     """Evaluate on at most this many records, drawn by the seed."""
-    few_shot: Annotated[int, Parameter(group=DATA)] = 0
+    few_shot: Annotated[int, Parameter(group=DATA), _NOT_NEGATIVE] = 0
     """Answered training questions before each question, drawn by seed (sql, med, their demos)."""
-    max_length: Annotated[int, Parameter(group=DATA)] = 1024
+    max_length: Annotated[int, Parameter(group=DATA), _POSITIVE, _BELOW_2_31] = 1024
     """Longest example in tokens; longer ones are left out and counted, never cut."""
     split_special_tokens: Annotated[bool, Parameter(group=DATA)] = False
     """Treat control tokens in the records' texts (such as </s>) as plain text."""
 
     model: Annotated[str | None, Parameter(group=MODEL)] = None
-    """A local directory in transformers format, or a Hub id. Demo tasks bring their own."""
+    """A local directory in transformers format, or a Hub id. Demo tasks have their own."""
     gradient_checkpointing: Annotated[bool, Parameter(group=MODEL)] = False
     """Recompute activations in the backward pass: slower, less memory."""
     bf16: Annotated[bool | None, Parameter(group=MODEL, show_default="where CUDA has it")] = None
@@ -113,7 +128,9 @@ class TrainSettings:
     """Scale by alpha / sqrt(rank) instead of alpha / rank."""
     lora_dropout: Annotated[float | None, Parameter(group=METHOD, show_default=_AUTO)] = None
     """Dropout before the LoRA factors. With molf, above 0 takes an adapter beside the weights."""
-    loraplus_lr_ratio: Annotated[float | None, Parameter(group=METHOD, show_default="16")] = None
+    loraplus_lr_ratio: Annotated[
+        float | None, Parameter(group=METHOD, show_default="16"), _POSITIVE
+    ] = None
     """With lora+, the learning rate of B as a multiple of that of A (lora_learning_rate)."""
     score: Annotated[str, Parameter(choices=SCORES, group=METHOD)] = "epd"
     """How molf scores experts; random, full and lora are controls."""
@@ -149,50 +166,56 @@ class TrainSettings:
     """Keep the optimizer's state in host memory, on the GPU layer by layer (not run on one yet)."""
     kernels: Annotated[str, Parameter(choices=KERNELS, group=OPTIMIZATION)] = "eager"
     """triton: the steps of fft and molf by Triton kernels (CUDA; not run on a GPU yet)."""
-    learning_rate: Annotated[float | None, Parameter(group=OPTIMIZATION, show_default=_AUTO)] = None
+    learning_rate: Annotated[
+        float | None, Parameter(group=OPTIMIZATION, show_default=_AUTO), _POSITIVE
+    ] = None
     """Peak learning rate."""
     lora_learning_rate: Annotated[
-        float | None, Parameter(group=OPTIMIZATION, show_default="learning_rate")
+        float | None, Parameter(group=OPTIMIZATION, show_default="learning_rate"), _NOT_NEGATIVE
     ] = None
     """Peak learning rate of the LoRA factors."""
-    weight_decay: Annotated[float, Parameter(group=OPTIMIZATION)] = 0.1
+    weight_decay: Annotated[float, Parameter(group=OPTIMIZATION), _NOT_NEGATIVE] = 0.1
     """Decoupled decay of dense weights; norms and biases have none."""
-    lora_weight_decay: Annotated[float, Parameter(group=OPTIMIZATION)] = 0.01
+    lora_weight_decay: Annotated[float, Parameter(group=OPTIMIZATION), _NOT_NEGATIVE] = 0.01
     """Decoupled decay of the LoRA factors."""
-    num_train_epochs: Annotated[float | None, Parameter(group=OPTIMIZATION, show_default=_AUTO)] = (
-        None
-    )
+    num_train_epochs: Annotated[
+        float | None, Parameter(group=OPTIMIZATION, show_default=_AUTO), _POSITIVE, _BELOW_2_31
+    ] = None
     """Passes over the data."""
-    max_steps: Annotated[int | None, Parameter(group=OPTIMIZATION)] = None
+    max_steps: Annotated[int | None, Parameter(group=OPTIMIZATION), _POSITIVE] = None
     """Number of optimizer steps; overrides num_train_epochs."""
     per_device_train_batch_size: Annotated[
-        int | None, Parameter(group=OPTIMIZATION, show_default=_AUTO)
+        int | None, Parameter(group=OPTIMIZATION, show_default=_AUTO), _POSITIVE, _BELOW_2_31
     ] = None
     """Examples per forward pass."""
     gradient_accumulation_steps: Annotated[
-        int | None, Parameter(group=OPTIMIZATION, show_default=_AUTO)
+        int | None, Parameter(group=OPTIMIZATION, show_default=_AUTO), _POSITIVE, _BELOW_2_31
     ] = None
     """Forward passes per optimizer step."""
     lr_scheduler_type: Annotated[str, Parameter(choices=SCHEDULERS, group=OPTIMIZATION)] = "cosine"
     """How the learning rates fall."""
-    warmup_ratio: Annotated[float, Parameter(group=OPTIMIZATION)] = 0.1
+    warmup_ratio: Annotated[float, Parameter(group=OPTIMIZATION), _SHARE] = 0.1
     """Share of the steps in which the learning rates rise."""
-    max_grad_norm: Annotated[float | None, Parameter(group=OPTIMIZATION, show_default="1")] = None
+    max_grad_norm: Annotated[
+        float | None, Parameter(group=OPTIMIZATION, show_default="1"), _NOT_NEGATIVE
+    ] = None
     """Clip the gradients to this norm; 0 turns clipping off."""
     nonfinite: Annotated[str, Parameter(choices=NONFINITE, group=OPTIMIZATION)] = "raise"
     """On an infinite or NaN loss or gradient: stop the run (raise), or skip the step."""
-    max_skipped_steps: Annotated[int, Parameter(group=OPTIMIZATION)] = 10
+    max_skipped_steps: Annotated[int, Parameter(group=OPTIMIZATION), _POSITIVE] = 10
     """With nonfinite skip, stop the run when so many steps in a row were skipped."""
-    adam_beta1: Annotated[float, Parameter(group=OPTIMIZATION)] = 0.9
+    adam_beta1: Annotated[float, Parameter(group=OPTIMIZATION), _SHARE] = 0.9
     """Decay rate of the first moment."""
-    adam_beta2: Annotated[float, Parameter(group=OPTIMIZATION)] = 0.999
+    adam_beta2: Annotated[float, Parameter(group=OPTIMIZATION), _SHARE] = 0.999
     """Decay rate of the second moment."""
-    adam_epsilon: Annotated[float, Parameter(group=OPTIMIZATION)] = 1e-8
+    adam_epsilon: Annotated[float, Parameter(group=OPTIMIZATION), _POSITIVE] = 1e-8
     """Added to the denominator of the update."""
-    seed: Annotated[int, Parameter(group=OPTIMIZATION)] = 42
+    seed: Annotated[int, Parameter(group=OPTIMIZATION), _NOT_NEGATIVE, _BELOW_2_32] = 42
     """Seed of everything random."""
 
-    per_device_eval_batch_size: Annotated[int, Parameter(group=EVALUATION)] = 32
+    per_device_eval_batch_size: Annotated[
+        int, Parameter(group=EVALUATION), _POSITIVE, _BELOW_2_31
+    ] = 32
     """Examples per forward pass in evaluation."""
     forgetting_data: Annotated[str | None, Parameter(group=EVALUATION)] = None
     """Plain text to measure forgetting: its loss before and after; default: a text of the task."""
@@ -222,11 +245,11 @@ class TrainSettings:
     """How weights are rounded to a saved type of 16 bits: nearest, or stochastic by the seed."""
     keep_low_halves: Annotated[bool, Parameter(group=OUTPUT, negative=())] = False
     """Also save the low 16 bits of float32 weights beside a bfloat16 model/, for molf export."""
-    logging_steps: Annotated[int, Parameter(group=OUTPUT)] = 10
+    logging_steps: Annotated[int, Parameter(group=OUTPUT), _POSITIVE] = 10
     """Optimizer steps between two lines of metrics.jsonl."""
-    save_steps: Annotated[int | None, Parameter(group=OUTPUT)] = None
+    save_steps: Annotated[int | None, Parameter(group=OUTPUT), _POSITIVE] = None
     """Optimizer steps between two checkpoints; none are kept by default."""
-    save_total_limit: Annotated[int | None, Parameter(group=OUTPUT)] = None
+    save_total_limit: Annotated[int | None, Parameter(group=OUTPUT), _POSITIVE] = None
     """Keep only this many checkpoints."""
     report_to: Annotated[tuple[str, ...], Parameter(group=OUTPUT, converter=words, n_tokens=1)] = (
         "none",
@@ -248,11 +271,11 @@ class TrainSettings:
             ("dtype", WEIGHT_DTYPES),
         ):
             check_choice(name, getattr(self, name), allowed)
-        for names, is_allowed, rule in _RANGES:
-            for name in names:
-                value = getattr(self, name)
-                if value is not None and not is_allowed(value):
-                    raise InputError(f"Invalid {name}={value}. Must be {rule}.")
+        for name, rules in _ranges().items():
+            value = getattr(self, name)
+            for rule in rules:
+                if value is not None and not rule.allows(value):
+                    raise InputError(f"Invalid {name}={value}. Must be {rule.text}.")
         if max(self.ranks or (0,)) >= MOST_COUNTED:
             given = ",".join(map(str, self.ranks or ()))
             raise InputError(f"Invalid ranks={given}. Must be below 2**31.")
@@ -388,43 +411,12 @@ _NOT_QUANTISABLE = {
     "adalora": "it cannot be merged into quantised weights",
 }
 
-_POSITIVE = (
-    "max_samples",
-    "max_eval_samples",
-    "max_length",
-    "num_train_epochs",
-    "max_steps",
-    "max_skipped_steps",
-    "per_device_train_batch_size",
-    "gradient_accumulation_steps",
-    "per_device_eval_batch_size",
-    "logging_steps",
-    "save_steps",
-    "save_total_limit",
-    "adam_epsilon",
-    "learning_rate",
-    "loraplus_lr_ratio",
-)
-_COUNTED = (
-    "num_train_epochs",
-    "per_device_train_batch_size",
-    "gradient_accumulation_steps",
-    "per_device_eval_batch_size",
-    "max_length",
-)
-_NOT_NEGATIVE = (
-    "lora_learning_rate",
-    "weight_decay",
-    "lora_weight_decay",
-    "max_grad_norm",
-    "few_shot",
-    "seed",
-)
-_SHARES = ("warmup_ratio", "adam_beta1", "adam_beta2")
-_RANGES: tuple[tuple[tuple[str, ...], Callable[[float], bool], str], ...] = (
-    (_POSITIVE, lambda value: 0 < value < math.inf, "finite and greater than 0"),
-    (_NOT_NEGATIVE, lambda value: 0 <= value < math.inf, "finite and at least 0"),
-    (_COUNTED, lambda value: value < MOST_COUNTED, "below 2**31"),
-    (_SHARES, lambda value: 0 <= value < 1, "in [0, 1)"),
-    (("seed",), lambda value: value < 2**32, "below 2**32"),  # the limit of numpy's generators
-)
+
+@cache
+def _ranges() -> dict[str, list[_Range]]:
+    """Return the ranges of each option, from the annotations of `TrainSettings`."""
+    hints = get_type_hints(TrainSettings, include_extras=True)
+    return {
+        name: [entry for entry in get_args(hint) if isinstance(entry, _Range)]
+        for name, hint in hints.items()
+    }
