@@ -182,14 +182,14 @@ def _measure(cell: Cell, seed: int, folder: Path) -> Iterator[dict[str, Any]]:
     samples = load_task(options).training_samples[:_LOSS_SAMPLES]
     losses = {name: _loss(path, samples) for name, path in models.items()}
     for name in (*_ROUNDINGS, "float32"):
-        update = _update(base, models["float32"], models[name])
+        update = _update(base, models["float32"], models[name]).record()
         yield {
             "cell": cell.name,
             "seed": seed,
             "saved": name,
-            "moved_share": update.moved_share,
-            "kept_share": update.kept_share,
-            "update_error": update.error,
+            "moved_share": update["moved_share"],
+            "kept_share": update["kept_share"],
+            "update_error": update["update_error"],
             "loss_base": losses["base"],
             "loss": losses[name],
             "gain_lost": (losses[name] - losses["float32"]) / (losses["base"] - losses["float32"]),

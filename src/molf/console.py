@@ -5,10 +5,19 @@ from __future__ import annotations
 from typing import Any
 
 from rich.console import Console
+from rich.table import Table
 from rich.text import Text
 
 from molf.masking import mask_text
 from molf.shown import as_line
+
+
+def new_table(title: str, *columns: str) -> Table:
+    """Return a table with the first column left-aligned and the others right-aligned."""
+    table = Table(title=title, title_justify="left")
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="right" if index else "left")
+    return table
 
 
 class PlainConsole(Console):
@@ -18,6 +27,7 @@ class PlainConsole(Console):
     """
 
     def __init__(self, **settings: Any) -> None:
+        # Text of users may look like markup, such as `[red]`.
         super().__init__(markup=False, emoji=False, highlight=False, **settings)
 
     def render_str(self, text: str, **settings: Any) -> Text:

@@ -22,6 +22,7 @@ def check_path(path: str | Path, what: str) -> None:
         InputError: It is too long, or holds a null byte.
     """
     try:
+        # A look-up without following links or opening anything.
         os.lstat(path)
     except (FileNotFoundError, NotADirectoryError, PermissionError):
         pass  # reported where the path is read or written
@@ -72,6 +73,7 @@ def settled(path: Path) -> Path:
         InputError: There is no such home directory.
     """
     path = expanded(path)
+    # The directory is renamed when it is replaced, which needs its real name.
     if path.is_symlink() or path.name in ("", ".."):
         return Path(os.path.realpath(path))
     return path

@@ -10,7 +10,7 @@ import codecs
 import difflib
 import json
 import unicodedata
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 LACKING = "molf.spelled"  # value for `errors=`: escape characters that the encoding lacks
@@ -72,10 +72,26 @@ def as_line(text: str) -> str:
     return text if text.isprintable() else text.translate(_IN_LINE)
 
 
+def map_texts(value: Any, change: Callable[[str], str]) -> Any:
+    """Return a JSON value with all texts in lists and objects changed; keys stay."""
+    if isinstance(value, str):
+        return change(value)
+    if isinstance(value, Mapping):
+        return {name: map_texts(entry, change) for name, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(map_texts(entry, change) for entry in value)
+    return value
+
+
 def listed(names: Sequence[object], most: int) -> str:
     """Return names separated by commas; of more than `most`, the number of the others."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(map(str, names[:most])) + more
+
+
+def counted(count: int, noun: str) -> str:
+    """Return a count with its noun, "1 layer" or "1,200 layers"."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
 def suggestion(name: str, known: Iterable[str], most: int = 1) -> str:

@@ -29,6 +29,7 @@ class _Stream(ABC):
 
     def write(self, text: str) -> int:
         """Write a text; return its length."""
+        # rich and warnings ignore the length, so it is returned even where nothing was written.
         self._try(lambda stream: _write(stream, text))
         return len(text)
 
@@ -117,6 +118,7 @@ def ignoring_print_errors() -> Iterator[list[Exception]]:
     try:
         yield errors
     finally:
+        # A library may have replaced it meanwhile.
         if sys.stdout is output:
             sys.stdout = before[0]
         if sys.stderr is error:

@@ -205,7 +205,9 @@ def test_fused_expert_tensors_that_stay_frozen_are_said_to():
     model = Decoder()
     model.experts = nn.Parameter(torch.ones(3, 4, 4))
     model.more_experts = nn.Parameter(torch.ones(3, 4, 4), requires_grad=False)
-    with pytest.warns(UserWarning, match=r"2 fused .* 1 take plain AdamW .* others stay frozen"):
+    with pytest.warns(
+        UserWarning, match=r"2 fused .* plain AdamW trains 1 of 2, the others stay frozen"
+    ):
         MoLFAdamW.from_model(model, MoLFConfig(ranks=(1,)))
     with pytest.warns(UserWarning, match=r"2 fused .* cannot be routed: they stay frozen"):
         MoLFAdamW.from_model(model, MoLFConfig(ranks=(1,), freeze_rest=True))
@@ -216,7 +218,7 @@ def test_fused_expert_tensors_are_warned_of_and_take_plain_steps():
     model.experts = nn.Parameter(torch.ones(3, 4, 4))
     model.conv = nn.Conv1d(2, 2, 3)  # 3-D as well, but no linear layers
     share = 48 / sum(p.numel() for p in model.parameters())
-    with pytest.warns(UserWarning, match=rf"1 fused 3-D weights .*{share:.0%} of the parameters"):
+    with pytest.warns(UserWarning, match=rf"1 fused 3-D weight .*{share:.0%} of the parameters"):
         optimizer = MoLFAdamW.from_model(model, MoLFConfig(ranks=(1,)))
     feed(model, 0)
     optimizer.step()

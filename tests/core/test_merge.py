@@ -355,11 +355,11 @@ def test_only_layers_with_the_active_adapter_count():
 
 
 def test_missing_library_names_the_extra(monkeypatch):
-    from molf.core.model import quantised
+    from molf import inputs
 
-    monkeypatch.setattr(quantised, "find_spec", lambda name: None)
+    monkeypatch.setattr(inputs, "find_spec", lambda name: None)
     for library in ("bitsandbytes", "torchao"):
         with pytest.raises(
             ValueError, match=rf"^A 4-bit base needs {library}, .*molf\[{library}\]"
         ):
-            quantised.require(library, "A 4-bit base")
+            inputs.check_installed(library, "A 4-bit base")

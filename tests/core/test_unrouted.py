@@ -70,7 +70,7 @@ def test_recurrent_weights_are_named_with_their_share(kind):
 )  # fmt: skip
 def test_other_matrices_are_no_mixture_of_experts(module, kind, first):
     _, (text,) = said(nn.ModuleDict({"fc": nn.Linear(8, 8), "more": module}))
-    assert text.startswith(f"1 {kind} weights (")
+    assert text.startswith(f"1 {kind} weight (")
     assert f"; first: {first})" in text
     assert "mixture" not in text
 
@@ -80,7 +80,7 @@ def test_weight_norm_of_old_is_named_too():
         warnings.simplefilter("ignore")
         conv = torch.nn.utils.weight_norm(nn.Conv1d(8, 8, 3))
     optimizer, (text,) = said(nn.ModuleDict({"fc": nn.Linear(8, 8), "more": conv}))
-    assert text.startswith("1 Conv1d weights (")
+    assert text.startswith("1 Conv1d weight (")
     without = next(g for g in optimizer.param_groups if not g["layer"] and not g["weight_decay"])
     assert "more.weight_g" in without["param_names"]
 
@@ -95,7 +95,7 @@ def test_weight_norm_of_old_is_named_too():
 )
 def test_experts_are_known_by_a_name_or_a_class(model):
     _, (text,) = said(model)
-    assert text.startswith("1 fused 3-D weights (mixture-of-experts; ")
+    assert text.startswith("1 fused 3-D weight (mixture-of-experts; ")
 
 
 @pytest.mark.parametrize(
@@ -137,7 +137,7 @@ def test_coverage_counts_everything_once():
     assert by_kind["Linear", False].trained == 0
     assert by_kind["Linear", False].names == ("frozen.weight", "frozen.bias")
     text = str(coverage)
-    assert f"{81 / total:.1%} of {total:,} parameters are routed, in 1 layers" in text
+    assert f"{81 / total:.1%} of {total:,} parameters are routed, in 1 layer" in text
     assert "LSTM, 2 tensors (plain AdamW): rnn.weight_ih_l0, rnn.weight_hh_l0" in text
     assert "Linear, 2 tensors (frozen): frozen.weight, frozen.bias" in text
 

@@ -298,4 +298,5 @@ def test_a_file_in_shards_is_read_through_its_index(half_base, tmp_path):
 def test_update_of_nothing_has_no_error():
     update = SavedUpdate()
     update.add(torch.ones(2), torch.ones(2), torch.ones(2), torch.zeros(2, dtype=torch.bool))
-    assert (update.moved_share, update.kept_share, update.error) == (0, 0, 0)
+    record = update.record()
+    assert (record["moved_share"], record["kept_share"], record["update_error"]) == (0, 0, 0)

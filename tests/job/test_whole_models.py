@@ -122,12 +122,12 @@ def test_evaluation_and_export_see_the_same_model(gemma, options, facts, tmp_pat
 
 
 def test_a_plan_counts_the_whole_model(gemma):
+    from molf.job.model.config import read_config
     from molf.planning.memory import Planner
-    from molf.planning.request import read_model_config
     from molf.planning.workload import Workload
 
     before = stored(gemma)
-    planner = Planner(read_model_config(str(gemma)))
+    planner = Planner(read_config(str(gemma)))
     shape = planner.shape(Workload(method="fft", config=None, batch_size=1, length=8))
     assert shape.parameters == sum(tensor.numel() for tensor in before.values())
     assert shape.trained == sum(x.numel() for name, x in before.items() if is_text(name))

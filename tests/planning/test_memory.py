@@ -216,29 +216,9 @@ def test_bfloat16_weights(untied):
         assert half.moments == pytest.approx(full.moments + full.weights / 2, rel=0.01)
 
 
-@pytest.mark.parametrize(
-    ("changes", "words"),
-    [
-        ({"method": "magic"}, ["magic", "molf-e"]),
-        ({"batch_size": 0}, ["batch_size=0"]),
-        ({"dtype": "int8"}, ["int8", "bfloat16"]),
-        ({"method": "lora", "config": molf.MoLFConfig(ranks=(4, 8))}, ["4,8", "one rank"]),
-        ({"method": "molf-e", "config": molf.MoLFConfig()}, ["freeze_base"]),
-        ({"method": "molf", "config": None}, ["config"]),
-        ({"weight_rounding": "exact"}, ["weight_rounding=exact", "float32"]),
-        ({"weight_rounding": "up", "dtype": "bfloat16"}, ["'up'", "stochastic"]),
-        ({"state_dtype": "4bit"}, ["'4bit'", "8bit"]),
-        ({"quantised": "load_in_4bit"}, ["load_in_4bit", "molf-e"]),
-        ({"optimizer_in_backward": True, "num_gpus": 2}, ["num_gpus=2", "backward"]),
-        ({"optimizer_in_backward": True, "accumulates": True}, ["accumulation", "backward"]),
-    ],
-)
-def test_wrong_workloads(changes, words):
-    good = {"method": "fft", "config": None, "batch_size": 1, "length": 8}
-    with pytest.raises(InputError) as raised:
-        Workload(**{**good, **changes})
-    for word in words:
-        assert word in str(raised.value)
+def test_steps_in_the_backward_pass_exclude_several_devices():
+    with pytest.raises(InputError, match="Invalid optimizer_in_backward with num_gpus=2"):
+        make("fft", optimizer_in_backward=True, num_gpus=2)
 
 
 def test_a_model_that_cannot_be_planned(capfd):

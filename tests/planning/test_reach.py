@@ -139,7 +139,7 @@ def test_layers_without_a_gradient_are_named_without_blame():
 def test_one_line_says_what_is_left_out():
     model = Model()
     text = describe(model, Reach(UNREACHED), in_adapter=False)
-    assert text.startswith("Left out of the training: 7 linear layers (148 parameters in all)")
+    assert text.startswith("Left out of the training: 7 linear layers (148 parameters) that")
     assert "blocks.*.vision_experts, blocks.*, blocks.*.k_proj, tower" in text
     assert describe(model, Reach((), ("blocks.0.by_weight",)), in_adapter=False) is None
     assert "blocks.*.by_weight" in describe(

@@ -120,8 +120,8 @@ def test_logic_match_does_not_wait(matcher, tmp_path, monkeypatch):
         "    serve(lambda settings: lambda request: time.sleep(60))\n"
     )
     with LogicMatcher(seconds=0.2) as stuck:
-        monkeypatch.setattr(stuck._pool, "_module", "stuck")
-        monkeypatch.setattr(stuck._pool, "_paths", (str(tmp_path),))
+        monkeypatch.setattr(stuck, "_module", "stuck")
+        monkeypatch.setattr(stuck, "_paths", (str(tmp_path),))
         assert not stuck.match("SELECT 1", "SELECT 1")
 
 

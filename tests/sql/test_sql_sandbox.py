@@ -27,7 +27,7 @@ def sandbox():
 
 def worker_pid(sandbox):
     assert sandbox.run("", "SELECT 1").ok
-    return sandbox._pool._idle.queue[-1].pid
+    return sandbox._idle.queue[-1]._process.pid
 
 
 def is_gone(pid):
@@ -342,7 +342,7 @@ def test_threads_share_the_workers():
 def test_worker_ends_with_its_parent():
     script = (
         "import os\nfrom molf.sql.sandbox import Sandbox\ns = Sandbox()\ns.run('', 'SELECT 1')\n"
-        "print(s._pool._idle.queue[-1].pid, s.folder, flush=True)\nos._exit(0)"
+        "print(s._idle.queue[-1]._process.pid, s.folder, flush=True)\nos._exit(0)"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, check=True)
     pid, folder = done.stdout.split()
@@ -440,16 +440,16 @@ def test_worker_that_answers_nonsense_is_replaced(tmp_path, monkeypatch):
         "    read_frame(sys.stdin.buffer, 10**6)\n"
         "    write_frame(sys.stdout.buffer, b'{\"ready\": true}')\n"
         "    query = read_frame(sys.stdin.buffer, 10**6)\n"
-        "    sys.stdout.buffer.write(b'\\xff' * 100 if b'long' in query else b'\\0\\0\\0\\2{}')\n"
+        "    sys.stdout.buffer.write(b'x' * 10**7 if b'long' in query else b'{}\\n')\n"
         "    sys.stdout.buffer.flush()\n"
         "    time.sleep(60)\n"
     )
     with Sandbox() as sandbox:
-        monkeypatch.setattr(sandbox._pool, "_module", "mad")
-        monkeypatch.setattr(sandbox._pool, "_paths", (str(tmp_path),))
+        monkeypatch.setattr(sandbox, "_module", "mad")
+        monkeypatch.setattr(sandbox, "_paths", (str(tmp_path),))
         assert sandbox.run("", "SELECT long").reason == "query: crash"
         assert sandbox.run("", "SELECT short").reason == "query: crash"
-        monkeypatch.setattr(sandbox._pool, "_module", "molf.sql.database")
+        monkeypatch.setattr(sandbox, "_module", "molf.sql.database")
         assert sandbox.run("", "SELECT 1").ok
 
 

@@ -27,42 +27,20 @@ app = App(
     result_action="return_value",
     suppress_keyboard_interrupt=False,  # main turns it into an exit code
 )
-# Each command is imported on use, so that `molf --help` needs no torch.
-app.command(
-    "molf.cli.train:train_model",
-    name="train",
-    help="Fine-tune a model and measure it before and after; without options, the shipped demo.",
-)
-app.command("molf.cli.eval:evaluate_model", name="eval", help="Measure a model on tasks.")
-app.command(
-    "molf.cli.data:preview_data",
-    name="data",
-    help="Show the records of a training as the model will see them, and which text carries loss.",
-)
-app.command(
-    "molf.cli.plan:plan_model",
-    name="plan",
-    help="Predict the parameters and memory of a training, and which GPUs it fits.",
-)
-app.command(
-    "molf.cli.routing:show_routing",
-    name="routing",
-    help="Print the share of updates that each expert won.",
-)
-app.command(
-    "molf.cli.export:export_run",
-    name="export",
-    help="Write a run's merged model, or its adapter, in another type.",
-)
-
 recipes = App(name="recipes", help="List, copy and check recipes: files of options for --config.")
-recipes.command("molf.cli.recipes:list_recipes", name="ls", help="Print the shipped recipes.")
-recipes.command("molf.cli.recipes:copy_recipe", name="cp", help="Copy a shipped recipe.")
-recipes.command(
-    "molf.cli.recipes:validate_recipes",
-    name="validate",
-    help="Check every option of recipes without running anything.",
-)
+# Each command is imported on use, so that `molf --help` needs no torch.
+for parent, name, function, text in (
+    (app, "train", "train:train_model", "Fine-tune and measure a model; without options, a demo."),
+    (app, "eval", "eval:evaluate_model", "Measure a model on tasks."),
+    (app, "data", "data:preview_data", "Show the records of a training, and the text with loss."),
+    (app, "plan", "plan:plan_model", "Predict parameters, memory and fitting GPUs of a training."),
+    (app, "routing", "routing:show_routing", "Print the share of updates that each expert won."),
+    (app, "export", "export:export_run", "Write a run's model or adapter in another type."),
+    (recipes, "ls", "recipes:list_recipes", "Print the shipped recipes."),
+    (recipes, "cp", "recipes:copy_recipe", "Copy a shipped recipe."),
+    (recipes, "validate", "recipes:validate_recipes", "Check recipes without running anything."),
+):
+    parent.command(f"molf.cli.{function}", name=name, help=text)
 app.command(recipes)
 
 study = App(name="study", help="Run many trainings from one file, and compare methods fairly.")
@@ -77,11 +55,13 @@ app.command(study)
 
 def join_booleans(tokens: Sequence[str]) -> list[str]:
     """Return the arguments with `--bf16 true` as `--bf16=true`, like transformers' own parser."""
+    # Fast path: reading the options imports the settings.
     if not any(token.lower() in ("true", "false") for token in tokens):
         return list(tokens)
     booleans = _boolean_options()
     joined: list[str] = []
     for token in tokens:
+        # Only after a boolean option: `true` may also be the value of another one.
         name = joined[-1].lstrip("-").replace("-", "_") if joined else ""
         if token.lower() in ("true", "false") and name in booleans:
             joined[-1] += f"={token.lower()}"

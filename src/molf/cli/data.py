@@ -37,7 +37,7 @@ def preview_data(
 
     Args:
         settings: The options of `molf train`; those that do not concern the data have no effect.
-        config: A YAML file of these options, or a recipe by name; the command line wins over it.
+        config: A YAML file of these options, or a recipe by name; the command line has precedence.
         jsonl: Print every readable record in the file's order as a line of JSON: `index`, `tokens`,
             `segments` ([text, carries loss] pairs), and `held_out` or `left_out` where it is.
         examples: How many of the first examples are printed.
@@ -48,8 +48,10 @@ def preview_data(
     from molf.job.settings.resolved import resolve
     from molf.tasks import load_task
 
+    # The output directory is not used, so any time will do.
     resolved = resolve(settings, datetime.now().astimezone())
     check_model(resolved.model)
+    # Before torch is imported, so that wrong data is reported at once.
     data = load_task(replace(resolved.task_options, preview=True)).data_records()
 
     from molf.job.libraries import quiet_libraries
@@ -115,6 +117,7 @@ def _print(title: str, data: DataRecords, records: list[PreviewedRecord]) -> Non
     ]
     if used:
         lengths = sorted(record.tokens for record in used)
+        # `quantiles` needs two values; with one, all percentiles are that length.
         cuts = quantiles(lengths, n=20, method="inclusive") if len(lengths) > 1 else lengths * 19
         total, with_loss = sum(lengths), sum(record.loss_tokens for record in used)
         lines += [
@@ -130,6 +133,7 @@ def _print(title: str, data: DataRecords, records: list[PreviewedRecord]) -> Non
 def _print_examples(records: list[PreviewedRecord]) -> None:
     for record in records:
         parts = (f"[[{part}]]" if loss else part for part, loss in record.segments)
+        # Line breaks stay, so that a chat reads as the model sees it.
         text = printable("".join(parts))
         sys.stdout.write(
             f"\nrecord {record.index}, {record.tokens} tokens; [[text]] carries loss:\n{text}\n"

@@ -31,7 +31,7 @@ def evaluate_model(
     Args:
         model: A local directory in transformers format, or a Hub id.
         options: The options.
-        config: A YAML file of these options; the command line wins over it.
+        config: A YAML file of these options; the command line has precedence.
     """
     from molf.cli.evaluation import evaluate_checkpoint, score_saved_texts, write_evaluations
 
@@ -43,6 +43,7 @@ def evaluate_model(
         evaluations = evaluate_checkpoint(model, options)
     else:
         raise InputError("Give a model, or --predictions FILE with saved texts; given: neither.")
+    # Before the files: an evaluation may have taken hours, and writing may fail.
     lost = _print(evaluations)
     write_evaluations(options, evaluations)
     if lost is not None:

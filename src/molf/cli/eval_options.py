@@ -68,6 +68,7 @@ class EvalOptions:
         for name in ("data", "forgetting_data", "base", "predictions", "output_dir"):
             value = getattr(self, name)
             if value is not None and str(value).startswith("~"):
+                # The dataclass is frozen; `~` is expanded once, here.
                 object.__setattr__(self, name, type(value)(expanded(value)))
         least = {"max_samples": 1, "max_length": 2, "per_device_eval_batch_size": 1, "seed": 0}
         for name, minimum in least.items():
@@ -141,6 +142,7 @@ class EvalOptions:
                 f"Invalid base={self.base} with {','.join(self.task)}: tasks of "
                 "lm-evaluation-harness are not compared with a base. Leave it out."
             )
+        # Records of one task have not the fields of another.
         if len(own) > 1 and (self.data is not None or "custom" in own):
             given = "task=custom" if self.data is None else f"data={self.data}"
             raise InputError(

@@ -58,6 +58,7 @@ def evaluate_checkpoint(model: str, options: EvalOptions) -> dict[str, Evaluatio
 
         from molf.job.model.loading import load_model, move
 
+        # Before the model, so that a wrong task of the harness is reported in seconds.
         harness = _load_harness(options)
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         reporter = make_reporter()
@@ -194,20 +195,17 @@ def _write(directory: Path, evaluations: Mapping[str, Evaluation]) -> None:
     """
     directory.mkdir(parents=True, exist_ok=True)
     with Lock(directory, wait=_LOCK_SECONDS):
-        _write_files(directory, evaluations)
-
-
-def _write_files(directory: Path, evaluations: Mapping[str, Evaluation]) -> None:
-    earlier = predictions_in(directory)
-    records, written = [], []
-    for name, evaluation in evaluations.items():
-        if evaluation.predictions:
-            file = PREDICTIONS if len(evaluations) == 1 else f"predictions-{name}.jsonl"
-            written.append(directory / file)
-            write_jsonl(written[-1], evaluation.predictions)
-        metrics = evaluation_record(evaluation)
-        records.append({"task": name, "metrics": metrics, "notes": evaluation.notes})
-    write_json(directory / EVALUATION, records[0] if len(records) == 1 else {"tasks": records})
-    for path in earlier:
-        if path not in written:
-            path.unlink()
+        earlier = predictions_in(directory)
+        records, written = [], []
+        for name, evaluation in evaluations.items():
+            if evaluation.predictions:
+                file = PREDICTIONS if len(evaluations) == 1 else f"predictions-{name}.jsonl"
+                written.append(directory / file)
+                write_jsonl(written[-1], evaluation.predictions)
+            metrics = evaluation_record(evaluation)
+            records.append({"task": name, "metrics": metrics, "notes": evaluation.notes})
+        write_json(directory / EVALUATION, records[0] if len(records) == 1 else {"tasks": records})
+        # Last: until then an earlier evaluation is complete.
+        for path in earlier:
+            if path not in written:
+                path.unlink()

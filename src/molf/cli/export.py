@@ -8,7 +8,6 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from molf.errors import InputError
 from molf.job.settings.settings import DTYPES, SAVE_ROUNDINGS
 from molf.shown import as_line
 from molf.streams import ignoring_print_errors, result_on_disk
@@ -38,20 +37,13 @@ def export_run(
         output_dir: Where it goes.
         overwrite: Replace an earlier export there.
     """
-    for name, value, allowed in (
-        ("what", what, KINDS),
-        ("dtype", dtype, (None, *DTYPES)),
-        ("save_rounding", save_rounding, (None, *SAVE_ROUNDINGS)),
-    ):
-        if value not in allowed:
-            choices = ", ".join(filter(None, allowed))
-            raise InputError(f"Invalid {name}={value!r}. Must be one of {choices}.")
     from molf.job.model.export_place import export_place
     from molf.job.record.finished_run import read_run
 
     finished = read_run(run)
     with finished.reading(), ignoring_print_errors():
         finished.check(what)
+        # Before torch is imported, so that a wrong place is reported at once.
         path = export_place(finished, what, dtype, output_dir, overwrite=overwrite)
         from molf.job.libraries import quiet_libraries
 

@@ -19,6 +19,7 @@ def say(kind: str, text: str, file: TextIO | None = None) -> None:
 
 def one_line(text: str) -> str:
     """Return the text without line breaks and control characters, shortened in the middle."""
+    # Messages of libraries may have several lines and indentation.
     line = " ".join(text.split())
     if len(line) > _LONGEST:
         half = _LONGEST // 2

@@ -41,11 +41,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     # small model ten times slower on a CPU that other processes use as well.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     arguments = join_booleans(sys.argv[1:] if argv is None else argv)
+    # Before anything is printed, because a message may quote an argument with a token.
     learn(arguments)
     with standard_streams(), warnings.catch_warnings(), _signals_as_interrupts():
         warnings.showwarning = _WarningLines()
         try:
             code = app(arguments, exit_on_error=False, print_error=False) or DONE
+            # A full disk or closed terminal may show only when the buffer is flushed.
             sys.stdout.flush()
             return code
         except CycloptsError as error:
@@ -132,6 +134,7 @@ class _WarningLines:
         file: TextIO | None = None,
         line: str | None = None,
     ) -> None:
+        # Libraries repeat warnings, once per layer or per step.
         text = one_line(str(message))
         if text not in self._shown:
             self._shown.add(text)

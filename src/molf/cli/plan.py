@@ -25,12 +25,12 @@ def plan_model(
     num_gpus: Annotated[int, Parameter(group=MODEL)] = 1,
     json: Annotated[bool, Parameter(group=OUTPUT, negative=())] = False,
 ) -> None:
-    """Print what a training will take, from the model's configuration alone.
+    """Print the parameters and memory of a training, from the model's configuration alone.
 
     Args:
-        settings: The options of `molf train`; those that change no memory change no plan.
-        config: A YAML file of these options, or a recipe by name; the command line wins over it.
-        device: Kind of device that the training will run on.
+        settings: The options of `molf train`; those that change no memory have no effect.
+        config: A YAML file of these options, or a recipe by name; the command line has precedence.
+        device: Kind of device of the training.
         num_gpus: Devices that share weights, gradients and optimizer state: an estimate.
         json: Print the plan as JSON, sizes in bytes.
     """
@@ -39,7 +39,9 @@ def plan_model(
 
     if not 0 < num_gpus < MOST_COUNTED:
         raise InputError(f"Invalid num_gpus={num_gpus}. Must be at least 1 and below 2**31.")
+    # The model may be an address with a token, which the plan repeats.
     learn(vars(settings))
+    # Before the model is looked up, which may need the network.
     if reason := why_not_planned(settings.method, settings.kernels):
         raise InputError(reason)
     if settings.model is not None:
@@ -48,15 +50,16 @@ def plan_model(
     from molf.job.libraries import quiet_libraries
 
     with quiet_libraries():
+        from molf.job.model.config import read_config
         from molf.job.settings.planned import (
             configs_with_frozen_base,
             planned_quantisation,
             workload_of,
         )
         from molf.measure.inference import position_limit
-        from molf.planning.request import plan_training, read_model_config
+        from molf.planning.request import plan_training
 
-        model = read_model_config(resolved.model)
+        model = read_config(resolved.model)
         workload = workload_of(
             resolved,
             length=min(resolved.max_length, position_limit(model) or resolved.max_length),

@@ -6,12 +6,11 @@ from typing import TYPE_CHECKING
 
 from rich.table import Table
 
-from molf.console import PlainConsole
+from molf.console import PlainConsole, new_table
 from molf.planning.devices import DEVICES, show_bytes
 
 if TYPE_CHECKING:  # both take seconds to import
     from molf.job.dry_run import DryRun
-    from molf.planning.memory import MemoryPlan
     from molf.planning.request import TrainingPlan
     from molf.planning.workload import Workload
 
@@ -51,13 +50,13 @@ def print_dry_run(result: DryRun) -> None:
     ]
     if result.planned_at_limit is not None and result.limit > result.length:
         lines.append(
-            f"          {show_bytes(result.planned_at_limit)} should examples of {result.limit} "
-            "tokens come"
+            f"          {show_bytes(result.planned_at_limit)} if examples have {result.limit} "
+            "tokens"
         )
     lines += [
         f"time      {result.seconds:.2f} s per step with the longest examples",
-        f"          about {_duration(result.estimated_seconds)} for {result.steps} steps, judged "
-        "by the examples' lengths; evaluations not included",
+        f"          about {_duration(result.estimated_seconds)} for {result.steps} steps, by the "
+        "examples' lengths, without evaluations",
     ]
     PlainConsole().lines(*lines)
 
@@ -66,6 +65,7 @@ _YEAR = 365.25 * 86400  # seconds
 
 
 def _duration(seconds: float) -> str:
+    # Two units of each size, so that a figure has two digits or more.
     if seconds < 120:
         return f"{seconds:.0f} s"
     for size, unit in ((60, "min"), (3600, "h"), (86400, "days")):
@@ -106,7 +106,7 @@ def _storage(workload: Workload) -> list[str]:
 
 def _parameters(plan: TrainingPlan) -> Table:
     shape = plan.shape
-    table = _table("Parameters", "", "total", "trained")
+    table = new_table("Parameters", "", "total", "trained")
     for part in shape.parts:
         if part.parameters or part.name == "head":
             note = " (tied to the embeddings)" if part.name == "head" and shape.tied else ""
@@ -122,7 +122,7 @@ def _parameters(plan: TrainingPlan) -> Table:
 
 def _memory(plan: TrainingPlan) -> Table:
     chosen = "with" if plan.workload.checkpointing else "without"
-    table = _table(f"Memory per device (asked for: {chosen} checkpointing)", "", "", "")
+    table = new_table(f"Memory per device (requested: {chosen} checkpointing)", "", "", "")
     table.columns[1].header = "without checkpointing"
     table.columns[2].header = "with"
     plans = (plan.without_checkpointing, plan.with_checkpointing)
@@ -152,15 +152,12 @@ def _memory(plan: TrainingPlan) -> Table:
 
 
 def _devices(plan: TrainingPlan) -> Table:
-    table = _table("Does it fit?", "GPU", "usable", "")
+    table = new_table("Does it fit?", "GPU", "usable", "")
     for device in DEVICES:
-        fits = "fits" if device.fits(plan.memory.peak) else _short_of(plan.memory, device.usable)
+        short = show_bytes(plan.memory.peak - device.usable)
+        fits = "fits" if device.fits(plan.memory.peak) else f"{short} short"
         table.add_row(device.name, show_bytes(device.usable), fits)
     return table
-
-
-def _short_of(memory: MemoryPlan, usable: int) -> str:
-    return f"{show_bytes(memory.peak - usable)} short"
 
 
 def _advice(plan: TrainingPlan) -> list[str]:
@@ -170,12 +167,5 @@ def _advice(plan: TrainingPlan) -> list[str]:
         lines += ["", f"To fit {device.name}{', any of' if len(found) > 1 else ''}:"]
         lines += [f"  {' '.join(s.changes)}  ->  {show_bytes(s.peak)}" for s in found]
         if not found:
-            lines.append("  nothing that was tried is enough, all together included")
+            lines.append("  no change that was tried suffices, alone or together")
     return lines
-
-
-def _table(title: str, *columns: str) -> Table:
-    table = Table(title=title, title_justify="left")
-    for index, column in enumerate(columns):
-        table.add_column(column, justify="right" if index else "left")
-    return table

@@ -11,7 +11,7 @@ from cyclopts.argument import update_argument_collection
 
 from molf.cli.shipped import find_recipe
 from molf.errors import InputError
-from molf.inputs import read_input
+from molf.inputs import read_text
 from molf.masking import learn
 
 _RECORD = "run"  # the record of the run in its config.yaml; no option
@@ -29,7 +29,7 @@ def apply_recipe(app: App, commands: tuple[str, ...], arguments: ArgumentCollect
     if option is None or not option.tokens:
         return
     path = find_recipe(option.tokens[0].value)
-    given_by(path, read_recipe(path, read_text(path)))(app, commands, arguments)
+    given_by(path, read_recipe(path, read_recipe_text(path)))(app, commands, arguments)
 
 
 def given_by(path: Path, options: Mapping[str, Any]) -> Callable[..., None]:
@@ -44,20 +44,13 @@ def given_by(path: Path, options: Mapping[str, Any]) -> Callable[..., None]:
     return give
 
 
-def read_text(path: Path, kind: str = "config") -> str:
+def read_recipe_text(path: Path, kind: str = "config") -> str:
     """Read the text of a recipe or a study; `kind` names it in messages.
 
     Raises:
         InputError: The file is missing, no ordinary file, not UTF-8, or too large.
     """
-    content = read_input(path, f"{kind} {path}", most=_MAX_BYTES)
-    if len(content) > _MAX_BYTES:
-        what = "recipe" if kind == "config" else kind
-        raise InputError(f"{kind} {path} is no {what}: it is longer than {_MAX_BYTES:,} bytes.")
-    try:
-        return content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise InputError(f"{kind} {path} is not UTF-8 text (byte {error.start}).") from error
+    return read_text(path, f"{kind} {path}", most=_MAX_BYTES)
 
 
 def read_recipe(path: Path, text: str) -> dict[str, Any]:
@@ -76,9 +69,11 @@ def read_recipe(path: Path, text: str) -> dict[str, Any]:
         options = read_options(text, _NESTED, _RECORD)
     except RecipeError as error:
         raise InputError(f"config {path} {error}") from error
+    # Options of a recipe may hold tokens, as those of the command line.
     learn(options)
     if "config" in options:
         raise InputError(f"config {path} names another config; a recipe stands alone.")
+    # A run's config.yaml is a recipe as well.
     if options.get(_RECORD) is not None:
         options.pop(_RECORD)
     return options

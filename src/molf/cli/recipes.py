@@ -74,6 +74,7 @@ def copy_recipe(
     if not target.parent.is_dir():
         raise InputError(f"{target} cannot be written: there is no directory {target.parent}.")
     command = as_line(f"molf train --config {shlex.quote(str(target))}")
+    # The first line is the run command, which now names the copy.
     _, _, rest = source.read_text(encoding="utf-8").partition("\n")
     try:
         write_text(target, f"# {command}\n{rest}")

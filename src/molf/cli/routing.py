@@ -30,9 +30,7 @@ def show_routing(
             sys.stdout.write(json.dumps(step) + "\n")
         sys.stdout.flush()
         return
-    from rich.table import Table
-
-    from molf.console import PlainConsole
+    from molf.console import PlainConsole, new_table
     from molf.job.record.finished_run import read_run
     from molf.job.record.ownership import is_run
     from molf.job.record.routing_shares import routing_shares
@@ -40,14 +38,12 @@ def show_routing(
     shares = routing_shares(run)
     console = PlainConsole()
     console.print(f"{run}: {shares.steps} steps, {len(shares.by_layer)} layers")
-    table = Table(title="Share of updates won", title_justify="left")
-    table.add_column("layers")
-    for expert in shares.total:
-        table.add_column(expert, justify="right")
+    table = new_table("Share of updates won", "layers", *shares.total)
     for section in ({"all": shares.total}, shares.by_kind, shares.by_layer):
         for name, row in section.items():
             table.add_row(name, *(f"{row[expert]:.1%}" for expert in shares.total))
         table.add_section()
     console.print(table)
+    # The routing may have been copied without the run.
     if is_run(run) and (meaning := read_run(run).routing_meaning):
         console.print(meaning, highlight=False, soft_wrap=True)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 from pathlib import Path
 
 from molf.errors import InputError
 from molf.paths import check_path, expanded
+from molf.shown import suggestion
 
 _FOLDER = Path(__file__).resolve().parents[1] / "recipes"
 _SUFFIX = ".yaml"
@@ -26,10 +26,9 @@ def shipped_recipe(name: str) -> Path:
     name = name.removesuffix(_SUFFIX)
     names = recipe_names()
     if name not in names:
-        close = difflib.get_close_matches(name, names, n=3)
-        hint = f" Did you mean {', '.join(close)}?" if close else ""
+        hint = suggestion(name, names, most=3)
         raise InputError(
-            f"No shipped recipe is called {name!r}.{hint} `molf recipes ls` lists them."
+            f"No shipped recipe is named {name!r}.{hint} `molf recipes ls` lists them."
         )
     return _FOLDER / f"{name}{_SUFFIX}"
 

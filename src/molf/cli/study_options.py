@@ -8,7 +8,7 @@ from typing import Any
 
 from cyclopts import CycloptsError
 
-from molf.cli.recipe import read_recipe, read_text
+from molf.cli.recipe import read_recipe, read_recipe_text
 from molf.cli.recipe_yaml import RecipeError, read_nested
 from molf.cli.shipped import find_recipe
 from molf.cli.validation import parse_options
@@ -35,7 +35,7 @@ class CliOptions:
         """Return the options of a recipe: a file, or a shipped one by name."""
         beside = self._folder / name
         path = beside if beside.is_file() else find_recipe(name)
-        return read_recipe(path, read_text(path))
+        return read_recipe(path, read_recipe_text(path))
 
     def settings(self, options: Mapping[str, Any]) -> TrainSettings:
         """Return checked settings from options as in a recipe."""
@@ -57,7 +57,7 @@ def open_study(path: Path) -> tuple[Study, TrialMaker]:
     """
     path = expanded(path)
     try:
-        content = read_nested(read_text(path, "study"))
+        content = read_nested(read_recipe_text(path, "study"))
     except RecipeError as error:
         raise InputError(f"study {path} {error}") from error
     learn(content)

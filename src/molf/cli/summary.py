@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-from rich.table import Table
-
-from molf.console import PlainConsole
+from molf.console import PlainConsole, new_table
 from molf.job.model.card import show_metric
 from molf.job.model.saved_text import show_saved
 from molf.job.record.ownership import ADAPTER, LOW_HALVES, MODEL
@@ -19,9 +17,8 @@ from molf.measure.meanings import meanings
 def print_summary(result: RunResult) -> None:
     """Print a finished run to standard output."""
     console = PlainConsole()
-    table = Table(title=f"{result.directory.name}", title_justify="left")
-    for column in ("metric", "before", "after", "count"):
-        table.add_column(column, justify="left" if column == "metric" else "right")
+    table = new_table(result.directory.name, "metric", "before", "after", "count")
+    # A metric may be missing before or after, such as one of an empty set of answers.
     for name in {**result.before.metrics, **result.after.metrics}:
         before, after = result.before.metrics.get(name), result.after.metrics.get(name)
         known = after or before
@@ -46,23 +43,14 @@ def print_summary(result: RunResult) -> None:
         lines.append(f"routing  {result.routing}")
     if saved := show_saved(result.saved):
         lines.append(f"saved    {saved}")
-    lines += [
-        f"model    {result.directory / MODEL}",
-        *(
-            [f"adapter  {result.directory / ADAPTER}"]
-            if (result.directory / ADAPTER).exists()
-            else []
-        ),
-        *(
-            [f"halves   {result.directory / LOW_HALVES}"]
-            if (result.directory / LOW_HALVES).exists()
-            else []
-        ),
-        f"run      {result.directory}",
-        *([f"compare  {result.results}"] if result.results is not None else []),
-    ]
+    for name, part in (("model", MODEL), ("adapter", ADAPTER), ("halves", LOW_HALVES)):
+        if (result.directory / part).exists():
+            lines.append(f"{name:<7}  {result.directory / part}")
+    lines.append(f"run      {result.directory}")
+    if result.results is not None:
+        lines.append(f"compare  {result.results}")
     if result.print_error:
-        lines.append(f"stderr   broke, so progress was shown only until then: {result.print_error}")
+        lines.append(f"stderr   failed; progress was not shown from then on: {result.print_error}")
     if result.shares:
         lines.append(f"decided  molf routing {result.directory}")
     console.lines(*_notes(result.after), *lines)
@@ -72,10 +60,7 @@ def print_evaluations(evaluations: Mapping[str, Evaluation], *, stderr: bool = F
     """Print a table of metrics per task to standard output, or to standard error."""
     console = PlainConsole(stderr=stderr)
     for name, evaluation in evaluations.items():
-        table = Table(title=name, title_justify="left")
-        table.add_column("metric")
-        table.add_column("value", justify="right")
-        table.add_column("count", justify="right")
+        table = new_table(name, "metric", "value", "count")
         for metric_name, metric in evaluation.metrics.items():
             table.add_row(metric_name, show_metric(metric), str(metric.count))
         console.print(table)

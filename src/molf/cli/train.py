@@ -19,7 +19,7 @@ def train_model(
 
     Args:
         settings: The options.
-        config: A YAML file of these options, or a recipe by name; the command line wins over it.
+        config: A YAML file of these options, or a recipe by name; the command line has precedence.
     """
     if settings.dry_run:
         from molf.cli.plan_report import print_dry_run

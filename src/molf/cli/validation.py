@@ -13,7 +13,7 @@ from typing import Any
 
 from cyclopts import App, CycloptsError
 
-from molf.cli.recipe import given_by, read_recipe, read_text
+from molf.cli.recipe import given_by, read_recipe, read_recipe_text
 from molf.errors import InputError
 
 _RUN_COMMAND = re.compile(r"\s*#\s*molf\s+([\w-]+)")
@@ -42,7 +42,7 @@ def validate_recipe(path: Path) -> Findings:
     `train`. Data and models need not exist.
     """
     try:
-        text = read_text(path)
+        text = read_recipe_text(path)
         options = read_recipe(path, text)
     except InputError as error:
         return Findings("", [str(error)], [])

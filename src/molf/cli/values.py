@@ -59,6 +59,7 @@ def _fault(argument: Argument, text: str) -> str | None:
         if _has_fraction(text):
             return "must be a whole number"
         return TOO_LARGE if is_too_large(text) else None
+    # Booleans and numbers report an empty text themselves.
     if kinds <= {str, Path} and not text.strip() and not argument.name.startswith(_FREE):
         return _EMPTY
     return None

@@ -167,6 +167,7 @@ class AdamW(UnitOptimizer):
                 release(group["params"], self)
                 self._follow()
         except Exception:
+            # A rejected group must not stay: the optimizer goes on without it.
             self.param_groups[:] = before
             for group in nameless:
                 group.pop("param_names", None)

@@ -60,6 +60,7 @@ def readable(group: dict[str, Any]) -> dict[str, Any]:
     Raises:
         ValueError: A value is not a finite number, or a beta is outside [0, 1).
     """
+    # This runs for each group in each step, so the usual case is tested first.
     if _is_readable(group):
         return group
     found: dict[str, Any] = {name: number(name, group[name]) for name in _SINGLE if name in group}
@@ -123,6 +124,7 @@ def _as_number(value: Any) -> float | None:
         value = value.detach().item()
     elif getattr(value, "size", None) == 1 and hasattr(value, "item"):  # NumPy's
         value = value.item()
+    # True would otherwise be a rate of 1.
     if isinstance(value, bool):
         return None
     if type(value) in (float, int):

@@ -40,11 +40,11 @@ WORDS: dict[str, tuple[str | None, ...]] = {
 """The values of each option that takes words."""
 
 
-class OptionError(ValueError):
-    """An option has a value that is not allowed, or not beside another.
+class _TwoMessages(Exception):  # noqa: N818 (a base class of errors)
+    """An error with a message for Python and one for the command line.
 
     Attributes:
-        as_option: The message in the words of the command line.
+        as_option: The message with the option as on the command line.
     """
 
     def __init__(self, as_keyword: str, as_option: str) -> None:
@@ -52,16 +52,12 @@ class OptionError(ValueError):
         self.as_option = as_option
 
 
-class MissingLibraryError(ImportError):
-    """An option needs a library that is not installed.
+class OptionError(_TwoMessages, ValueError):
+    """An option has a value that is not allowed, or excludes another."""
 
-    Attributes:
-        as_option: The message in the words of the command line.
-    """
 
-    def __init__(self, as_keyword: str, as_option: str) -> None:
-        super().__init__(as_keyword)
-        self.as_option = as_option
+class MissingLibraryError(_TwoMessages, ImportError):
+    """An option needs a library that is not installed."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -38,4 +38,5 @@ def trainer_optimizer(
         >>> trainer = SFTTrainer(model, args=args, train_dataset=data,
         ...     optimizer_cls_and_kwargs=molf.trainer_optimizer(config, lr=5e-5))
     """
+    # The class, not an instance: the Trainer calls it first.
     return MoLFFactory, {"config": config or MoLFConfig(), "lr": lr, **kwargs}

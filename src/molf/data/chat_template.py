@@ -19,6 +19,8 @@ Message = dict[str, Any]
 
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
+_NULL = re.compile(r"\b(?:None|null)\b")  # written by templates for a missing value
+
 _PROBE = ("vexq", "jumbz")  # words that no template contains
 
 _REASONING = ("reasoning_content", "thinking", "reasoning")  # transformers copies one to the others
@@ -126,6 +128,10 @@ class Chat:
         tools: JSON schemas of tools.
         options: Further variables of the template.
 
+    Attributes:
+        given: The messages of the record, unchanged.
+        whole: All messages, rendered.
+
     Raises:
         InputError: The tokenizer has no template, or its template rejects the messages.
     """
@@ -140,7 +146,7 @@ class Chat:
         self.template = template_of(tokenizer, has_tools=tools is not None)
         self._tools = tools
         self._options = options
-        self._given = messages
+        self.given = messages
         self._messages: list[Message] = []
         self._renderings: dict[tuple[int, bool], Rendering | None] = {}
         self.whole = self._first_accepted()
@@ -149,19 +155,11 @@ class Chat:
         """The number of messages."""
         return len(self._messages)
 
-    @property
-    def assistants(self) -> list[int]:
-        """Indices of the assistant's messages."""
-        return [i for i, message in enumerate(self._given) if message["role"] == "assistant"]
-
-    def given(self, index: int) -> Message:
-        """Return a message of the record, unchanged."""
-        return self._given[index]
-
     def render(self, count: int, *, ask: bool = False) -> Rendering | None:
         """Render the first `count` messages; None where the template rejects them alone."""
         if count == len(self) and not ask:
             return self.whole
+        # Cached: the search for turns renders the same prefixes repeatedly.
         if (count, ask) not in self._renderings:
             found = self._try_render(self._messages[:count], ask=ask)
             self._renderings[count, ask] = None if isinstance(found, Exception) else found
@@ -196,24 +194,25 @@ class Chat:
                 refusal = refusal or found
                 continue
             accepted.append((found, messages))
+            # A form with all contents present cannot write None or null for them.
             if all(message.get("content") is not None for message in messages):
                 break
         if not accepted:
             raise InputError(f"the tokenizer's chat template refuses the messages: {refusal}")
-        rendering, self._messages = min(accepted, key=lambda form: _count_nulls(form[0].text))
+        rendering, self._messages = min(accepted, key=lambda form: len(_NULL.findall(form[0].text)))
         return rendering
 
     def _forms(self) -> Iterator[list[Message]]:
         parts = not self.template.takes_texts
-        has_calls = any(message.get("tool_calls") for message in self._given)
-        has_empty = any(message.get("content") is None for message in self._given)
+        has_calls = any(message.get("tool_calls") for message in self.given)
+        has_empty = any(message.get("content") is None for message in self.given)
         for as_object, empty in itertools.product(
             (True, False) if has_calls else (True,),
             ("absent", "null", "text") if has_empty else ("absent",),
         ):
             yield [
                 _converted(message, parts=parts, as_object=as_object, empty=empty)
-                for message in self._given
+                for message in self.given
             ]
 
     def _try_render(
@@ -247,6 +246,7 @@ def template_of(tokenizer: Any, *, has_tools: bool) -> ChatTemplate:
             "the tokenizer has several chat templates, and none is its default one (they are: "
             f"{', '.join(tokenizer.chat_template)})."
         ) from error
+    # Cached by tokenizer: looking for the training variant renders several chats.
     known = _templates.setdefault(tokenizer, {})
     if source not in known:
         known[source] = ChatTemplate(tokenizer, source)
@@ -271,11 +271,6 @@ def _training_variant(tokenizer: Any, source: str) -> str | None:
     except Exception:  # TRL has no variant; its test rendering may raise anything
         return None
     return variant
-
-
-def _count_nulls(text: str) -> int:
-    """Count the words None and null in a text."""
-    return len(re.findall(r"\b(?:None|null)\b", text))
 
 
 def _join_spans(spans: Sequence[tuple[int, int]]) -> tuple[tuple[int, int], ...]:

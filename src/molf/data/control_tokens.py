@@ -6,6 +6,8 @@ import re
 import weakref
 from typing import Any
 
+from molf.shown import map_texts
+
 _MARK = "\ue000"  # from Unicode's private use area: in no tokenizer's vocabulary
 
 _patterns: weakref.WeakKeyDictionary[Any, re.Pattern[str]] = weakref.WeakKeyDictionary()
@@ -28,14 +30,13 @@ def marked(tokenizer: Any, value: Any) -> Any:
     The mark is inserted inside the token, so that a template treats the token as plain text.
     Marks that the texts already contain are removed.
     """
-    if isinstance(value, str):
-        text = value.replace(_MARK, "")
-        return control_tokens(tokenizer).sub(lambda found: found[0][0] + _MARK + found[0][1:], text)
-    if isinstance(value, dict):
-        return {name: marked(tokenizer, entry) for name, entry in value.items()}
-    if isinstance(value, (list, tuple)):
-        return type(value)(marked(tokenizer, entry) for entry in value)
-    return value
+    pattern = control_tokens(tokenizer)
+
+    def mark(text: str) -> str:
+        text = text.replace(_MARK, "")
+        return pattern.sub(lambda token: token[0][0] + _MARK + token[0][1:], text)
+
+    return map_texts(value, mark)
 
 
 def unmarked(tokenizer: Any, text: str) -> tuple[str, tuple[tuple[int, int], ...]]:

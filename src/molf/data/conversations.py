@@ -56,11 +56,6 @@ class Conversation(Sample):
         whole = [self.messages, self.tools, dict(self.template_options)]
         return self.context, json.dumps(whole, sort_keys=True)
 
-    @property
-    def learned(self) -> list[int]:
-        """Indices of the messages that carry loss."""
-        return learned_turns(self.messages, self.context)
-
     def render(self, tokenizer: Any) -> Rendered:
         """Render the conversation through the tokenizer's chat template and find its turns.
 
@@ -76,7 +71,7 @@ class Conversation(Sample):
             messages, tools = marked(tokenizer, messages), marked(tokenizer, tools)
         try:
             chat = Chat(tokenizer, messages, tools, self.template_options)
-            turns = find_turns(tokenizer, chat, self.learned)
+            turns = find_turns(tokenizer, chat, learned_turns(self.messages, self.context))
         except InputError as error:
             raise InputError(f"Record {self.record}: {error}") from error
         text, literal = unmarked(tokenizer, turns.text)
@@ -85,6 +80,7 @@ class Conversation(Sample):
             faults.append(_REWRITTEN)
         if turns.prompt_differs:
             faults.append(_PROMPT)
+        # Templates strip and indent texts, so white space is not compared.
         written = _without_space(text)
         if not all(_is_in(written, part) for part in self._parts()):
             faults.append(_LOST)

@@ -30,6 +30,7 @@ def cache_folder() -> Path:
 def cached(url: str) -> Path:
     """Return the path of a data file's local copy, whether or not it exists."""
     name = Path(urllib.parse.urlparse(url).path).name
+    # By address: two files of one name do not replace each other.
     digest = hashlib.sha256(url.encode()).hexdigest()[:16]
     return cache_folder() / f"{digest}-{name[-_LONGEST_NAME:]}"
 

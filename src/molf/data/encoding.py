@@ -74,23 +74,18 @@ def tokenize_samples(tokenizer: Any, samples: Sequence[Sample]) -> Iterator[Toke
     check_tokenizer(tokenizer)
     for start in range(0, len(samples), _AT_ONCE):
         rendered = [sample.render(tokenizer) for sample in samples[start : start + _AT_ONCE]]
-        # The tokenizer's setting applies to users' texts; a template's control tokens are kept.
-        whole = [item for item in rendered if not item.literal]
-        texts = [
-            [item for item in whole if (item.literal is None) == users] for users in (True, False)
-        ]
-        done = {
-            id(item): text
-            for some, split in zip(texts, (None, False), strict=True)
-            for item, text in zip(
-                some,
-                tokenize(tokenizer, [item.text for item in some], split_special_tokens=split),
-                strict=True,
-            )
-        }
-        for item in rendered:
-            text = done.get(id(item)) or _tokenize_around(tokenizer, item.text, item.literal or ())
-            yield TokenizedSample(text, item)
+        tokenized: dict[int, TokenizedText] = {}  # by position
+        # The tokenizer's setting (None) applies to texts that are wholly the user's; the control
+        # tokens that a template writes are kept.
+        for literal, split in ((None, None), ((), False)):
+            group = [i for i, item in enumerate(rendered) if item.literal == literal]
+            texts = [rendered[i].text for i in group]
+            found = tokenize(tokenizer, texts, split_special_tokens=split)
+            tokenized.update(zip(group, found, strict=True))
+        for position, item in enumerate(rendered):
+            if item.literal:
+                tokenized[position] = _tokenize_around(tokenizer, item.text, item.literal)
+            yield TokenizedSample(tokenized[position], item)
 
 
 def _tokenize_around(tokenizer: Any, text: str, literal: Sequence[Span]) -> TokenizedText:
@@ -166,6 +161,7 @@ def encode_tokenized(
         kept=kept,
         left_out=len(rows) - len(kept),
         longest=longest,
+        # Samples that are left out are not trained on, so their faults do not count.
         faults=Counter(fault for position in kept for fault in faults[position]),
     )
 
@@ -195,6 +191,7 @@ def ids_and_labels(
     labels = [IGNORED] * len(text.prefix)
     for token, start, end in zip(text.ids, text.starts, text.ends, strict=True):
         labels.append(token if _carries_loss(start, end, rendered.spans) else IGNORED)
+    # Without EOS the model would not learn to stop.
     if labels[-1:] != [eos_id]:
         ids, labels = [*ids, eos_id], [*labels, eos_id]
     return ids, labels

@@ -9,6 +9,8 @@ import urllib.request
 from pathlib import Path
 from typing import BinaryIO
 
+from molf.errors import reason_of
+
 _CHUNK = 2**18
 _WITHOUT_ANSWER = 60.0  # seconds
 _LEAST_RATE = 1000  # bytes a second, averaged over `_WITHOUT_ANSWER`
@@ -76,7 +78,7 @@ class _Transfer(threading.Thread):
                     f"{self._received - before:,} bytes arrived in {_WITHOUT_ANSWER:.0f} seconds"
                 )
         if self._error is not None:
-            raise FetchError(_reason(self._error)) from self._error
+            raise FetchError(reason_of(self._error)) from self._error
 
     def stop(self) -> None:
         """Stop writing, and wait for a write in progress."""
@@ -90,7 +92,9 @@ class _Transfer(threading.Thread):
             length = int(announced) if announced and announced.isdecimal() else None
             if length is not None and length > self._most:
                 raise self._too_long(f"{length:,} bytes, more")
+            # `read1` returns the bytes that have arrived; `read` would wait for a whole chunk.
             while chunk := response.read1(_CHUNK):
+                # Counted before the write, so that a file without a length stays below the limit.
                 self._received += len(chunk)
                 if self._received > self._most:
                     raise self._too_long("more")
@@ -98,6 +102,7 @@ class _Transfer(threading.Thread):
                     if self._stopped.is_set():
                         return
                     self._file.write(chunk)
+            # urllib does not report a connection that ends early.
             if length is not None and self._received < length:
                 raise FetchError(f"{self._received:,} of {length:,} bytes arrived")
 
@@ -123,8 +128,3 @@ def most_bytes() -> int:
     if not given.isdecimal() or not 0 < int(given[:20]) < 2**63:
         raise FetchError(f"{MOST_BYTES}={given} is not a number of bytes")
     return int(given)
-
-
-def _reason(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

@@ -46,6 +46,7 @@ def integer_value(value: Any, where: str) -> int:
         return int(value)
     if isinstance(value, float) and value.is_integer():
         return int(value)  # columns with nulls become floats in pandas
+    # True and False are integers in Python.
     if isinstance(value, int) and not isinstance(value, bool):
         return value
     raise InputError(f"{where} must be a whole number, not {value!r:.100}.")

@@ -9,8 +9,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from molf.errors import InputError
-from molf.inputs import check_ordinary, read_input
+from molf.errors import InputError, reason_of
+from molf.inputs import check_ordinary, read_text
 
 Record = dict[str, Any]
 
@@ -59,19 +59,6 @@ def present_fields(record: Record) -> list[str]:
     return [name for name, value in record.items() if value is not None]
 
 
-def first_line(error: BaseException) -> str:
-    """Return the first line of an exception's message, or its type where it has none."""
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return read_input(path, str(path)).decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path} is not UTF-8 text (byte {error.start}).") from error
-
-
 def read_json(path: Path) -> list[Record]:
     """Read the objects of a JSON list or of JSON lines, under any file name; possibly none.
 
@@ -79,7 +66,8 @@ def read_json(path: Path) -> list[Record]:
         InputError: The file cannot be read, is not UTF-8 or not JSON (with its line), or contains
             a value that is not an object.
     """
-    text = _read_text(path)
+    text = read_text(path, str(path))
+    # A line of JSON lines must be an object, so a list is the whole file.
     if text.lstrip().startswith("["):
         values = _parse(text, str(path), line=1)
     else:
@@ -134,7 +122,7 @@ def _parse(text: str, path: str, line: int) -> Any:
             f"{path}, line {line}: the key {error.args[0]!r:.100} comes twice in one object."
         ) from error
     except (ValueError, RecursionError) as error:  # a number too long, brackets too deep
-        raise InputError(f"{path}, line {line}: not usable JSON ({first_line(error)}).") from error
+        raise InputError(f"{path}, line {line}: not usable JSON ({reason_of(error)}).") from error
 
 
 def _read_parquet(path: Path) -> list[Record]:
@@ -146,7 +134,7 @@ def _read_parquet(path: Path) -> list[Record]:
         with path.open("rb") as file:  # pyarrow rejects paths that are not UTF-8
             rows: list[Record] = pyarrow.parquet.read_table(file).to_pylist()
     except (pyarrow.ArrowException, OSError) as error:
-        raise InputError(f"{path} is not a readable Parquet file: {first_line(error)}") from error
+        raise InputError(f"{path} is not a readable Parquet file: {reason_of(error)}") from error
     return [without_nulls(row) for row in rows]
 
 
@@ -164,7 +152,8 @@ def without_nulls(value: Any) -> Any:
 
 def _read_csv(path: Path) -> list[Record]:
     """Read rows as objects; the first line is the header, and an empty cell is null."""
-    rows = csv.reader(io.StringIO(_read_text(path), newline=""), strict=True)
+    rows = csv.reader(io.StringIO(read_text(path, str(path)), newline=""), strict=True)
+    # A setting of the process, restored below.
     limit = csv.field_size_limit(_LONGEST_CELL)
     try:
         names = next(rows, [])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 from collections.abc import Collection
@@ -12,11 +13,10 @@ from molf.data.files import (
     SUFFIXES,
     Record,
     check_fields,
-    first_line,
     read_file,
     without_nulls,
 )
-from molf.errors import InputError
+from molf.errors import InputError, reason_of
 from molf.inputs import check_ordinary
 from molf.paths import expanded
 
@@ -39,11 +39,7 @@ def read_records(
     source: str | Path, fields: Collection[str] = (), *, option: str = "data"
 ) -> list[Record]:
     """Read the records of all splits of a source; see `read_splits`."""
-    return [
-        record
-        for records in read_splits(source, fields, option=option).values()
-        for record in records
-    ]
+    return list(itertools.chain(*read_splits(source, fields, option=option).values()))
 
 
 def read_splits(
@@ -89,7 +85,7 @@ def _read(source: str, option: str) -> dict[str, list[Record]]:
     try:
         is_folder, is_file = path.is_dir(), path.is_file()
     except (OSError, ValueError) as error:  # a name too long, a null byte
-        raise InputError(f"{option}: {source!r:.300} is not a path: {first_line(error)}") from error
+        raise InputError(f"{option}: {source!r:.300} is not a path: {reason_of(error)}") from error
     if is_folder:
         return _read_folder(path)
     if is_file:
@@ -115,6 +111,7 @@ def _read_folder(folder: Path) -> dict[str, list[Record]]:
     if not files:
         raise InputError(f"{folder} holds no data files ({', '.join(SUFFIXES)}).")
     named = {path: _split_of(path.relative_to(folder)) for path in files}
+    # A file without a split would silently become training data.
     if any(named.values()) and not all(named.values()):
         unnamed = next(path for path, split in named.items() if split is None)
         raise InputError(
@@ -137,8 +134,10 @@ def _files_in(folder: Path) -> list[Path]:
     found: list[Path] = []
     seen = 0
     for place, folders, names in os.walk(folder, onerror=_refuse_folder):
+        # In place: os.walk then visits subfolders in this order.
         folders.sort()
         seen += len(names) + len(folders)
+        # Such as a home directory given by mistake.
         if seen > _MOST_ENTRIES:
             raise InputError(
                 f"{folder} holds more than {_MOST_ENTRIES:,} files. Give the folder of the data "
@@ -180,7 +179,7 @@ def _check_hub(name: str, option: str) -> None:
     except Exception as error:  # its type depends on the HTTP library of the Hub client
         raise InputError(
             f"{option}: {name} is no local file or folder, and {url} cannot be reached: "
-            f"{first_line(error)}. --{option} also takes a local file or folder; HF_HUB_OFFLINE=1 "
+            f"{reason_of(error)}. --{option} also takes a local file or folder; HF_HUB_OFFLINE=1 "
             "uses a cached copy."
         ) from error
 
@@ -195,8 +194,9 @@ def _read_hub(name: str, option: str) -> dict[str, list[Record]]:
     except Exception as error:  # many types, from several libraries: all mean "no data"
         raise InputError(
             f"{option}: {name} is no local file or folder, and the Hugging Face Hub gave no data "
-            f"set of that name ({first_line(error)}). --{option} also takes a local file or folder."
+            f"set of that name ({reason_of(error)}). --{option} also takes a local file or folder."
         ) from error
+    # A single split is the data, whatever its name.
     if len(splits) == 1:
         return {"train": next(iter(splits.values()))}
     known = {split: records for split, records in splits.items() if split in _SPLIT_WORDS.values()}

@@ -17,6 +17,7 @@ def draw(indices: Sequence[int], maximum: int | None, seed: int) -> list[int]:
     """Draw at most `maximum` of the indices; all for None."""
     if maximum is None or maximum >= len(indices):
         return list(indices)
+    # Not torch's generator: the draw must not depend on its version.
     return sorted(random.Random(seed).sample(indices, maximum))
 
 
@@ -84,6 +85,7 @@ def required_hold_out(
         InputError: All records have the same content.
     """
     trained_on, held_out = hold_out(indices, seed, content)
+    # A preview shows all records, so none needs to be left to evaluate on.
     if not trained_on and preview:
         return held_out, []
     if not trained_on:

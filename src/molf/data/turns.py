@@ -46,6 +46,7 @@ def find_turns(tokenizer: Any, chat: Chat, learned: Sequence[int]) -> Turns:
     Raises:
         InputError: The last turn cannot be found.
     """
+    # Marks first: a comparison fails where the template rewrites earlier turns.
     finder = _Finder(tokenizer, chat)
     turns = finder.marked(learned) or finder.compared(learned)
     if turns is None:
@@ -63,6 +64,7 @@ class _Finder:
         self._chat = chat
         self._whole = chat.whole.text
         self._eos = tokenizer.eos_token or ""
+        # The longest first: one token may be the beginning of another.
         self._tokens = sorted(tokenizer.get_added_vocab(), key=len, reverse=True)
 
     def marked(self, learned: Sequence[int]) -> Turns | None:
@@ -96,7 +98,8 @@ class _Finder:
         marks = self._chat.whole.marks
         if not marks:
             return None
-        turns = self._chat.assistants
+        messages = enumerate(self._chat.given)
+        turns = [index for index, message in messages if message["role"] == "assistant"]
         if len(turns) == len(marks):
             return {turn: [mark] for turn, mark in zip(turns, marks, strict=True)}
         # A turn may have several marks: those that its message adds to the previous rendering.
@@ -114,7 +117,7 @@ class _Finder:
         """Return whether marks contain a message's text, where the template writes it."""
         if not marks:
             return False
-        text = text_of(self._chat.given(turn).get("content")).strip()
+        text = text_of(self._chat.given[turn].get("content")).strip()
         marked = "".join(self._whole[start:end] for start, end in marks)
         return text in marked or text not in self._whole
 
@@ -178,7 +181,7 @@ class _Finder:
 
     def _found_by_other_text(self, turn: int) -> Span | None:
         """Find a turn by rendering it with another text; add its end-of-turn text."""
-        text = text_of(self._chat.given(turn).get("content")).strip()
+        text = text_of(self._chat.given[turn].get("content")).strip()
         span = self._changed_part(turn, text, len(self._chat))
         alone = self._changed_part(turn, text, turn + 1)
         upto = self._chat.render(turn + 1)
@@ -248,7 +251,8 @@ class _Finder:
             last = max(last, start + len(token) if start >= 0 else 0)
         if last == position or any(text[position].isspace() for text in texts):
             return position
-        return max(last, len(self._whole[:position]) - len(_last_word(self._whole[:position])))
+        before = self._whole[:position]
+        return max(last, len(before) - len(re.split(r"\s", before)[-1]))
 
     def _without_space(self, text: str, end: int) -> int:
         """Return the end of a turn, without white space after an EOS token.
@@ -266,9 +270,3 @@ def _common_length(text: str, other: str) -> int:
         middle = (low + high + 1) // 2
         low, high = (middle, high) if text[low:middle] == other[low:middle] else (low, middle - 1)
     return low
-
-
-def _last_word(text: str) -> str:
-    """Return the characters after a text's last white space."""
-    found = re.search(r"\S*\Z", text)
-    return found[0] if found else ""

@@ -32,15 +32,10 @@ def replacing_file(path: Path) -> Iterator[Path]:
     If the block fails, the temporary file is deleted and an earlier file at `path` is unchanged.
     Leftovers of killed processes are deleted first.
     """
-    clear_unfinished(path.parent, path.name)
-    temporary, lock = _make_locked(path, lambda name: name.touch(exist_ok=False))
-    with lock:
-        try:
-            yield temporary
-            flush(temporary)  # else a crash could leave the renamed file without its content
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
+    with _temporary(path, lambda made: made.touch(exist_ok=False)) as temporary:
+        yield temporary
+        flush(temporary)  # else a crash could leave the renamed file without its content
+        temporary.replace(path)
 
 
 def flush(path: Path) -> None:
@@ -52,6 +47,7 @@ def flush(path: Path) -> None:
     for file in [path] if path.is_file() else path.rglob("*"):
         if file.is_file():
             with file.open("rb") as written:
+                # A file opened for reading is flushed as well.
                 os.fsync(written.fileno())
 
 
@@ -62,10 +58,8 @@ def replacing_directory(path: Path) -> Iterator[Path]:
     On failure, also on an interrupt between the two renames, an earlier directory at `path` is
     unchanged. Leftovers of killed processes are deleted first.
     """
-    clear_unfinished(path.parent, path.name)
-    temporary, lock = _make_locked(path, Path.mkdir)
-    replaced = path.with_name(f"{temporary.name}.replaced")
-    with lock:
+    with _temporary(path, Path.mkdir) as temporary:
+        replaced = path.with_name(f"{temporary.name}.replaced")
         try:
             yield temporary
             flush(temporary)  # else a crash could leave renamed files without their content
@@ -75,8 +69,7 @@ def replacing_directory(path: Path) -> Iterator[Path]:
         finally:
             if replaced.exists() and not path.exists():
                 replaced.rename(path)
-            shutil.rmtree(temporary, ignore_errors=True)
-            shutil.rmtree(replaced, ignore_errors=True)
+            _delete(replaced)
 
 
 @contextmanager
@@ -85,13 +78,8 @@ def making_directory(path: Path) -> Iterator[Path]:
 
     Leftovers of killed processes are deleted first.
     """
-    clear_unfinished(path.parent, path.name)
-    temporary, lock = _make_locked(path, lambda made: made.mkdir(0o700))
-    with lock:
-        try:
-            yield temporary
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+    with _temporary(path, lambda made: made.mkdir(0o700)) as temporary:
+        yield temporary
 
 
 @contextmanager
@@ -130,8 +118,29 @@ def clear_unfinished(directory: Path, name: str | None = None) -> None:
                     entry.rename(place)
                 continue
         if is_abandoned(entry):
-            with suppress(OSError):
-                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+            _delete(entry)
+
+
+@contextmanager
+def _temporary(path: Path, make: Callable[[Path], None]) -> Iterator[Path]:
+    """Yield a locked temporary file or directory beside `path`; delete it after the block."""
+    clear_unfinished(path.parent, path.name)
+    temporary, lock = _make_locked(path, make)
+    with lock:
+        try:
+            yield temporary
+        finally:
+            _delete(temporary)
+
+
+def _delete(path: Path) -> None:
+    """Delete a file or directory as far as possible."""
+    # Errors are ignored: another process may have deleted it, and leftovers are deleted later.
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with suppress(OSError):
+            path.unlink()
 
 
 def _make_locked(path: Path, make: Callable[[Path], None]) -> tuple[Path, Lock]:
@@ -141,6 +150,7 @@ def _make_locked(path: Path, make: Callable[[Path], None]) -> tuple[Path, Lock]:
         temporary = path.with_name(f".{path.name}.{os.getpid()}{next(_numbers):03d}.tmp")
         try:
             make(temporary)
+        # Another process with this number in another container.
         except FileExistsError:
             continue
         # Before it is locked, another process may take it for a leftover and delete it.

@@ -43,6 +43,7 @@ class Lock:
 
     def __init__(self, path: Path, *, shared: bool = False, wait: float = _WAIT) -> None:
         self._descriptor: int | None = os.open(path, _LOOK)
+        # Before the lock is taken: a fork in between would keep the descriptor.
         _open_locks.add(self)
         try:
             _flock(self._descriptor, shared=shared, until=time.monotonic() + wait)

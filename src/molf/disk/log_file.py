@@ -52,6 +52,7 @@ def _append(path: Path, text: bytes) -> None:
             while written < len(text):
                 written += os.write(file, text[written:])
         except OSError:
+            # Else the next try would append to half a line.
             os.ftruncate(file, size)
             raise
     finally:

@@ -100,6 +100,7 @@ def check_file_size(path: Path, size: int) -> None:
         InputError: A file would exceed the limit, which the message names.
     """
     limit = largest_file()
+    # transformers splits larger models into several files.
     size = min(size, _LARGEST)
     if limit is not None and size > limit:
         raise InputError(
@@ -117,5 +118,6 @@ def megabytes(size: float) -> str:
 
 def directory_bytes(path: Path) -> int:
     """Return the disk space of the files in a directory, in whole blocks if these are known."""
+    # Small files take whole blocks, sparse ones less than their size.
     found = [entry.stat() for entry in path.rglob("*") if entry.is_file()]
     return sum(max(file.st_size, getattr(file, "st_blocks", 0) * 512) for file in found)

@@ -15,6 +15,7 @@ from molf.masking.known import is_secret_option, known_secrets, learn, mask_know
 from molf.masking.named import mask_named
 from molf.masking.names import is_secret_name, is_secret_of_any_form
 from molf.masking.shapes import mask_shapes
+from molf.shown import map_texts
 
 __all__ = ["MASK", "learn", "mask", "mask_given", "mask_text"]
 
@@ -34,10 +35,12 @@ def mask(value: Any) -> Any:
 def mask_given(value: Any) -> Any:
     """Return a JSON value with only those secrets masked that were given to this process."""
     # For data records and model answers, in which an address or `password=` is no secret.
-    return _mask_known(value, known_secrets())
+    known = known_secrets()
+    return map_texts(value, lambda text: mask_known(text, known))
 
 
 def _mask_text(text: str, known: _Known) -> str:
+    # Known secrets first: an address that holds one is found as a whole.
     text = strip_addresses(mask_known(text, known))
     return mask_named(mask_shapes(text))
 
@@ -93,11 +96,3 @@ def _mask_argument(entry: Any, known: _Known) -> Any:
         if has_value and is_secret_option(name):
             return f"{name}={MASK}"
     return _mask(entry, known)
-
-
-def _mask_known(value: Any, known: _Known) -> Any:
-    if isinstance(value, Mapping):
-        return {name: _mask_known(entry, known) for name, entry in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_mask_known(entry, known) for entry in value]
-    return mask_known(value, known) if isinstance(value, str) else value

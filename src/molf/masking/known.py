@@ -32,6 +32,7 @@ def learn(value: Any) -> None:
     """
     for literal, replacement in _secrets_in(value):
         for form in _forms(literal):
+            # The first replacement stays: that of a whole address tells more than the mask.
             _learned[form] = _learned.get(form, replacement)
 
 

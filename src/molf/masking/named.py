@@ -34,7 +34,6 @@ _LOOKED_AT = 200  # leading characters of a value that are searched for a digit
 _AFTER = ".,:;!)]}"
 _NUMBER = re.compile(r"-?\d{0,7}(?:\.\d+)?(?:e-?\d+)?")
 # Values after a name in source code, which tracebacks quote, such as a call.
-# Values after a name in source code, which tracebacks quote, such as a call.
 _CODE = re.compile(
     r"None|True|False|null|true|false|\*{3}|[A-Za-z_][\w.]*[(\[].*|(?:args|os|self)\..*"
     r"|Any|bool|bytes|dict|float|int|str"

@@ -12,24 +12,14 @@ def _set(words: str) -> frozenset[str]:
 
 _WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+")
 # Last words that end in one of these: `password`, `dbpassword`.
-_SECRET = (
-    "password",
-    "passwd",
-    "passphrase",
-    "passcode",
-    "secret",
-    "token",
-    "apikey",
-    "accesskey",
-    "secretkey",
-    "privatekey",
-    "accountkey",
-    "credential",
-    "signature",
-    "sessionid",
-    "sessid",
+_SECRET = tuple(
+    _set(
+        "accesskey accountkey apikey credential passcode passphrase passwd password privatekey "
+        "secret secretkey sessid sessionid signature token"
+    )
 )
-_WORDS = ("password", "passwd", "passphrase", "passcode", "secret", "credential")
+# Secrets that people choose, so that they may be any word.
+_WORDS = tuple(_set("credential passcode passphrase passwd password secret"))
 _PLURALS = _set("credentials keys passphrases passwords secrets")
 _SECRET_WORDS = _set("auth authorization bearer cookie jwt pwd sas sig")
 # Words before `token` for a tokenizer's tokens: `eos_token`, `loss per token`.

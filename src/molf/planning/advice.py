@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import warnings
+from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import cache, partial
 from importlib.util import find_spec
 
 from molf.core.config import MoLFConfig
@@ -60,12 +62,15 @@ def suggestions(
     # each option is tried again on top of them.
     granted: tuple[str, ...] = ()
     methods = [_with_method(method, config) for method, config in frozen_base.items()]
+    # Other methods and more GPUs come last: they change the result or the cost.
     options = (*_OPTIONS, *methods, _gpus)
+    # None: first without a granted change.
     for option in (None, *_CHEAP):
         if option is not None:
             further = list(option(workload))
             if not further:
                 continue  # set already
+            # The last value of an option saves the most.
             text, workload = further[-1]
             granted = (*granted, text)
         tried = (_first_that_fits(planner, workload, device, option) for option in options)
@@ -80,17 +85,13 @@ def _first_that_fits(
 ) -> Suggestion | None:
     """Return the first value of an option that fits; each value takes less than the last."""
     values = list(option(workload))
-    found = None
-    low, high = 0, len(values)
-    while low < high:  # binary search: a batch of a million has twenty values
-        middle = (low + high) // 2
-        text, changed = values[middle]
-        peak = _peak_below(planner, changed, device)
-        if peak is None:
-            low = middle + 1
-        else:
-            found, high = Suggestion((text,), changed, peak), middle
-    return found
+    peaks = [cache(partial(_peak_below, planner, changed, device)) for _, changed in values]
+    # Bisection, because a plan takes seconds, and a batch of a million has twenty values.
+    first = bisect_left(peaks, True, key=lambda peak: peak() is not None)
+    if first == len(values) or (peak := peaks[first]()) is None:
+        return None
+    text, changed = values[first]
+    return Suggestion((text,), changed, peak)
 
 
 def _peak_below(planner: Planner, workload: Workload, device: Device) -> int | None:

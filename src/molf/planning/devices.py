@@ -37,6 +37,7 @@ class Device:
         return peak <= self.usable
 
 
+# RTX 3090/4090, A100 40 GB, A100/H100 80 GB, H200.
 DEVICES = tuple(Device(gib) for gib in (24, 40, 80, 141))
 
 

@@ -13,6 +13,7 @@ from molf.core.storage.offload import Carrier, Wait
 def pinned_bytes(tensor: Tensor) -> int:
     """Return the bytes that torch allocates for a tensor in pinned memory: a power of two."""
     size = tensor.untyped_storage().nbytes()
+    # torch's caching allocator of pinned memory rounds sizes up.
     return 1 << (size - 1).bit_length() if size else 0
 
 

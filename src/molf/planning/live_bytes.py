@@ -35,6 +35,7 @@ class LiveBytes(TorchDispatchMode):
         self.now = self.peak = self.gradients = self.gradients_at_peak = 0
         self.scalar = scalar
         self._seen: dict[int, weakref.ref[Any]] = {}
+        # With size 0: they are recognised and never subtracted.
         for tensor in known:
             self._count(tensor, 0)
 
@@ -64,6 +65,7 @@ class LiveBytes(TorchDispatchMode):
         if tensor.device.type == "meta":  # a plan's host memory
             return
         storage = tensor.untyped_storage()
+        # The address identifies a storage: Python objects of it come and go.
         key = storage._cdata
         if key in self._seen:
             return

@@ -26,6 +26,7 @@ class PeakBytes:
 
     def __init__(self, device: torch.device, held: Iterable[Tensor] = ()) -> None:
         self._device = device
+        # By storage: tied weights and views count once.
         storages = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in held}
         self._before = sum(storages.values())
         self._profiler: Any = None
@@ -52,6 +53,7 @@ class PeakBytes:
         events = self._profiler.profiler.kineto_results.events()
         changes = [(e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]"]
         now = self.bytes = self._before
+        # Threads record events in their own order.
         for _, change in sorted(changes, key=lambda event: event[0]):
             now += change
             self.bytes = max(self.bytes, now)

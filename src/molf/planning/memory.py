@@ -80,6 +80,7 @@ class Planner:
 
     def __init__(self, config: Any) -> None:
         self.config = config
+        # Advice plans dozens of workloads, most of which share a pass or a step.
         self._pass = lru_cache(maxsize=None)(lambda w: trace_pass(config, w))
         self._step = lru_cache(maxsize=None)(lambda w: trace_step(config, w))
         self._shape = lru_cache(maxsize=None)(lambda w: describe_model(config, w))
@@ -104,6 +105,7 @@ class Planner:
             InputError: The model cannot be made or traced without data, or no layer can be adapted.
         """
         workload = self._reached(workload)
+        # A device runs its own batch, so the pass does not depend on their number.
         return self._plan(workload, self._pass(replace(workload, num_gpus=1)))
 
     def _reached(self, workload: Workload) -> Workload:

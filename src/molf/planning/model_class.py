@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from molf.errors import InputError
+from molf.errors import InputError, reason_of
 
 
 def auto_class(config: Any) -> Any:
@@ -31,20 +31,17 @@ def auto_class(config: Any) -> Any:
         if type(config) not in kind._model_mapping:
             continue
         known = kind._model_mapping[type(config)]
-        classes = [one for one in _as_tuple(known) if one.can_generate()]
-        if {one.__name__ for one in classes} & set(config.architectures or ()):
+        classes = known if isinstance(known, tuple) else (known,)
+        names = {model_class.__name__ for model_class in classes if model_class.can_generate()}
+        if names & set(config.architectures or ()):
             return kind
-        found += [kind] if classes else []
+        found += [kind] if names else []
     if not found:
         raise InputError(
             f"transformers has no causal language model of model_type={config.model_type}. Give a "
             "model that continues text (decoder-only, or multimodal with such a decoder)."
         )
     return found[0]
-
-
-def _as_tuple(classes: Any) -> tuple[Any, ...]:
-    return classes if isinstance(classes, tuple) else (classes,)
 
 
 def make_skeleton(config: Any, **options: Any) -> Any:
@@ -61,7 +58,6 @@ def make_skeleton(config: Any, **options: Any) -> Any:
     try:
         return kind.from_config(config, trust_remote_code=False, **options)
     except Exception as error:  # inconsistent values fail with any error where they are first used
-        reason = str(error).strip().split("\n")[0] or type(error).__name__
         raise InputError(
-            f"No {config.model_type} model can be made from the configuration: {reason}"
+            f"No {config.model_type} model can be made from the configuration: {reason_of(error)}"
         ) from error

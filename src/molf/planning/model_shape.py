@@ -79,6 +79,7 @@ def describe_model(config: Any, workload: Workload) -> ModelShape:
     """
     model = skeleton(config, workload.dtype)
     freeze(model, workload.unreached)
+    # Before quantising, because the stand-ins are no linear layers.
     layers = _layers(model, workload)
     base_trained = _trained(model, layers, workload)
     parts = {name: [0, 0] for name in PARTS}
@@ -183,6 +184,7 @@ def _gathered(model: Any, own: int) -> int:
     """Return the bytes of the largest decoder layer and of the modules outside of layers."""
     layers = max(
         (module for module in model.modules() if isinstance(module, nn.ModuleList)),
+        # The decoder layers: other lists (experts, blocks of a vision tower) are smaller.
         key=_bytes,
         default=nn.ModuleList(),
     )

@@ -63,6 +63,7 @@ class _FourBit(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the output `[..., out]`, as the copy that PEFT makes of it."""
+        # The compute type is that of bitsandbytes, which casts input and output.
         out: Tensor = _FourBitProduct.apply(x.to(self.compute_dtype), self.shape)
         if self.bias is not None:
             out = out + self.bias
@@ -105,6 +106,7 @@ class _EightBitProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, codes: Tensor) -> Tensor:
         ctx.save_for_backward(x, codes)
+        # The temporaries of LLM.int8: the input in float16, then quantised.
         x.to(torch.float16).to(torch.int8)
         products = x.new_empty((*x.shape[:-1], len(codes)), dtype=torch.int32)
         return products.to(x.dtype)

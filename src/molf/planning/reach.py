@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_iter
 
 from molf.core.model.linear_places import is_linear
 from molf.core.model.quantised import is_quantised
+from molf.shown import counted
 
 
 class Reach(NamedTuple):
@@ -50,21 +51,19 @@ def find_reach(model: nn.Module, run: Callable[[], object]) -> Reach:
 
     with ExitStack() as stack:
         for module in model.modules():
+            # Leaves alone: a container counts as used if a part of it is.
             if not any(module.children()):
                 stack.callback(module.register_forward_pre_hook(note).remove)
         stack.enter_context(torch.no_grad())
         try:
             # Two passes: evaluation mode drops no layers; in training mode some layers read their
-            # weights in another way.
-            evaluation_mode(model)
-            with ParameterReads() as reads:
-                run()
-            used |= reads.seen
-            called.clear()
-            model.train()
-            with ParameterReads() as reads:
-                run()
-            used |= reads.seen
+            # weights in another way. The second one decides which layers are called.
+            for set_mode in (evaluation_mode, nn.Module.train):
+                set_mode(model)
+                called.clear()
+                with ParameterReads() as reads:
+                    run()
+                used |= reads.seen
         finally:
             for module, training in modes:
                 module.training = training
@@ -132,16 +131,16 @@ def describe(model: nn.Module, reach: Reach, *, in_adapter: bool) -> str | None:
     lines = []
     if reach.unreached:
         inner = [model.get_submodule(name) for name in reach.unreached]
-        layers = sum(is_linear(one) for module in inner for one in module.modules())
+        layers = sum(is_linear(part) for module in inner for part in module.modules())
         size = sum(p.numel() for p in {p for module in inner for p in module.parameters()})
         lines.append(
-            f"{layers} linear layers ({size:,} parameters in all) that text does not reach, in "
-            f"{_places(reach.unreached)}; they are not trained."
+            f"{counted(layers, 'linear layer')} ({size:,} parameters) that text input does not "
+            f"use, in {_places(reach.unreached)}."
         )
     if reach.bypassed and in_adapter:
         lines.append(
-            f"{len(reach.bypassed)} linear layers that the model uses without calling them, where "
-            f"an adapter would do nothing: {_places(reach.bypassed)}."
+            f"{counted(len(reach.bypassed), 'linear layer')} that the model uses without a call, "
+            f"where an adapter has no effect: {_places(reach.bypassed)}."
         )
     return f"Left out of the training: {' Also '.join(lines)}" if lines else None
 

@@ -1,4 +1,4 @@
-"""The plan of a training: parameters, memory, and what would make it fit."""
+"""The plan of a training: parameters, memory, and changes that make it fit a GPU."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from typing import Any
 
 from molf.core.config import MoLFConfig
 from molf.errors import InputError
-from molf.paths import expanded
 from molf.planning.advice import MOST_GPUS, Suggestion, suggestions
 from molf.planning.devices import DEVICES, Device, show_bytes
 from molf.planning.memory import MemoryPlan, Planner
@@ -20,16 +19,16 @@ _FACTOR_BYTES = 12  # of a float32 and its two moments
 
 @dataclass(frozen=True)
 class TrainingPlan:
-    """What a training will take.
+    """The parameters and memory of a training.
 
     Attributes:
         model: The model's name or path.
-        workload: What was planned.
+        workload: The planned training.
         shape: Its parameters.
-        memory: Its memory on each device, as asked for.
+        memory: Its memory on each device, with the requested checkpointing.
         without_checkpointing: The same with all activations kept.
         with_checkpointing: The same with activations recomputed.
-        advice: For each size of GPU that it does not fit, what would make it fit.
+        advice: For each size of GPU that is too small, changes with which it suffices.
     """
 
     model: str
@@ -89,7 +88,7 @@ def plan_training(
     Args:
         model: The model's name, for the record.
         config: Its transformers configuration.
-        workload: What is trained, and how.
+        workload: The training to plan.
         frozen_base: Methods that freeze the base, to be suggested, each with its adapter.
         devices: Sizes of GPU to give advice for.
 
@@ -106,8 +105,8 @@ def plan_training(
         if "overflow" not in str(error).lower():
             raise
         raise InputError(
-            f"Invalid max_length={workload.length} with {workload.batch_size} examples at once: a "
-            "tensor of theirs would have 2**63 bytes or more."
+            f"Invalid max_length={workload.length} with {workload.batch_size} examples in a batch: "
+            "a tensor would have 2**63 bytes or more."
         ) from error
     kept, recomputed = (
         planner.memory(replace(workload, checkpointing=value)) for value in (False, True)
@@ -121,7 +120,9 @@ def plan_training(
 
 
 def _check_factors(shape: ModelShape, workload: Workload) -> None:
-    """Refuse LoRA factors that no devices hold: to plan such steps takes longer than to refuse."""
+    """Reject LoRA factors that exceed the memory of all planned devices."""
+    # Tracing such steps would take hours.
+    # `full` is the model itself, whose size the user has not chosen.
     numbers = sum(count for name, count in shape.experts.items() if name != "full")
     needed = _FACTOR_BYTES * numbers
     largest = MOST_GPUS * DEVICES[-1].usable
@@ -132,20 +133,3 @@ def _check_factors(shape: ModelShape, workload: Workload) -> None:
             f"{show_bytes(needed)} with their moments, and {MOST_GPUS} GPUs of "
             f"{DEVICES[-1].name} have {show_bytes(largest)}. Give smaller --ranks."
         )
-
-
-def read_model_config(model: str) -> Any:
-    """Read a model's configuration from a directory, or from the Hub: `config.json` alone.
-
-    Raises:
-        InputError: There is none, or it needs code that comes with the model.
-    """
-    from transformers import AutoConfig
-
-    path = expanded(model)
-    name = str(path) if path.is_dir() else model
-    try:
-        return AutoConfig.from_pretrained(name, trust_remote_code=False)
-    except (OSError, ValueError, ImportError, KeyError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise InputError(f"model {model} cannot be planned: {reason}") from error

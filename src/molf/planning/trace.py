@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from molf.core.arithmetic.blocks import BLOCKS, Blocks
 from molf.core.execute.eager import Eager
 from molf.core.schedule.unit_optimizer import UnitOptimizer
-from molf.errors import InputError
+from molf.errors import InputError, reason_of
 from molf.planning.host_memory import pinned_bytes
 from molf.planning.live_bytes import LiveBytes
 from molf.planning.trainable import Trainable, trainable
@@ -155,10 +155,9 @@ def _run_pass(
         counter.scalar = scalar
         loss.backward()
     except Exception as error:  # operations that need data raise errors of many types
-        reason = str(error).strip().split("\n")[0] or type(error).__name__
         raise InputError(
             f"The forward and backward pass of {config.model_type} cannot be planned "
-            f"without data: {reason}"
+            f"without data: {reason_of(error)}"
         ) from error
     finally:
         counter.scalar = None

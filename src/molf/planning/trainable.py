@@ -68,6 +68,7 @@ def find_reach_of(config: Any) -> Reach:
 
     Empty for other models, and where the forward pass needs data.
     """
+    # A text model has no part that text does not reach; the pass takes seconds.
     if not config.sub_configs:
         return Reach()
     ids = torch.zeros(1, 16, dtype=torch.long)
@@ -105,6 +106,7 @@ def trainable(config: Any, workload: Workload) -> Iterator[Trainable]:
             _leave_meta(model)
             optimizer = _optimizer(model, workload)
             if isinstance(optimizer, AdamW) and workload.offloads:
+                # Its host memory is the meta device, which is not counted.
                 optimizer.offload = StateOffload(lambda _: PlannedCarrier())
             if workload.quantised is not None:
                 compute = torch.bfloat16 if workload.bf16 else torch.float32

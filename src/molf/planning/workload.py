@@ -3,21 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from molf.core.config import MoLFConfig
-from molf.core.options import (
-    MissingLibraryError,
-    OptimizerOptions,
-    OptionError,
-    check_exclusions,
-)
+from molf.core.options import OptimizerOptions, OptionError, check_exclusions
 from molf.errors import InputError
 
 QUANTISABLE = ("molf-e", "lora")
 METHODS = ("fft", "lora", "molf", "molf-e")
-"""What can be planned; molf-e is MoLF-Efficient, LoRA experts alone on a frozen base."""
-DTYPES = ("float32", "bfloat16")
+"""Methods that can be planned."""
 DEVICES = ("cuda", "cpu")
 QUANTISATIONS = ("load_in_4bit", "load_in_8bit")
 """The options that ask for a quantised base."""
@@ -34,7 +27,7 @@ class Workload(OptimizerOptions):
         length: Tokens of a sequence, padding included.
         accumulates: Whether gradients of earlier forward passes are kept through a later one.
         checkpointing: Whether activations are recomputed in the backward pass.
-        dtype: Type of the weights, one of `DTYPES`.
+        dtype: Type of the weights, "float32" or "bfloat16".
         bf16: Whether the forward pass runs under bfloat16 autocast.
         device: Kind of device, one of `DEVICES`; its kernels need different temporaries.
         padded: Whether a batch holds sequences of different lengths. Attention then takes a mask,
@@ -44,7 +37,7 @@ class Workload(OptimizerOptions):
         unreached: Modules that no text reaches, which are frozen; found by the planner.
 
     Raises:
-        InputError: A value is not allowed.
+        InputError: An option excludes several devices.
     """
 
     method: str
@@ -62,47 +55,11 @@ class Workload(OptimizerOptions):
     unreached: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        """Check every value that can be checked without the model."""
-        words: dict[str, tuple[str | None, ...]] = {
-            "method": METHODS,
-            "dtype": DTYPES,
-            "device": DEVICES,
-            "quantised": (*QUANTISATIONS, None),
-        }
-        for name, allowed in words.items():
-            value: Any = getattr(self, name)
-            if value not in allowed:
-                choices = ", ".join(choice for choice in allowed if choice)
-                raise InputError(f"Invalid {name}={value!r}. Must be one of {choices}.")
-        for name in ("batch_size", "length", "num_gpus"):
-            if getattr(self, name) < 1:
-                raise InputError(f"Invalid {name}={getattr(self, name)}. Must be at least 1.")
-        if (self.config is None) != (self.method == "fft"):
-            raise InputError(f"method={self.method} does not go with config={self.config}.")
-        if self.config is not None and self.config.freeze_base != (self.method == "molf-e"):
-            raise InputError(f"method={self.method} needs another freeze_base than its config has.")
-        if self.method == "lora" and self.config is not None and len(self.config.ranks) > 1:
-            raise InputError(
-                f"Invalid ranks={','.join(map(str, self.config.ranks))} with method=lora. Must be "
-                "one rank; molf and molf-e take several."
-            )
-        if self.quantised is not None and self.method not in QUANTISABLE:
-            raise InputError(
-                f"Invalid {self.quantised} with method={self.method}, which trains the base. "
-                "Use --method molf-e or lora, or leave it out."
-            )
+        """Check the options beside the number of devices."""
+        # All others come from `TrainSettings`, which has checked them.
         try:
-            super().__post_init__()
-            check_exclusions(
-                {
-                    **self.as_keywords(),
-                    "gradient_accumulation_steps": "above 1" if self.accumulates else 1,
-                    "num_gpus": self.num_gpus,
-                    "float32_weights": self.dtype == "float32",
-                }
-            )
-            self.check_libraries()
-        except (OptionError, MissingLibraryError) as error:
+            check_exclusions({**self.as_keywords(), "num_gpus": self.num_gpus})
+        except OptionError as error:
             raise InputError(error.as_option) from error
 
     @property
@@ -131,8 +88,8 @@ class Workload(OptimizerOptions):
 def why_not_planned(method: str, kernels: str | None) -> str | None:
     """Return why a training with this method and these kernels cannot be planned, or None."""
     if method not in METHODS:
-        return f"Invalid method={method}. Planned are {', '.join(METHODS)}."
+        return f"Invalid method={method}. Only {', '.join(METHODS)} can be planned."
     if kernels == "triton":
         # The kernels' temporaries differ from those of torch's operations, which are planned.
-        return f"Invalid kernels={kernels}: eager steps are planned. Leave kernels out."
+        return f"Invalid kernels={kernels}: only eager steps can be planned. Leave kernels out."
     return None

@@ -37,7 +37,8 @@ def same_result(gold: QueryResult, predicted: QueryResult, *, ordered: bool) -> 
         return False
     if not (ordered and gold.effect == "rows"):
         gold_rows, rows = _in_canonical_order(gold_rows), _in_canonical_order(rows)
-    return all(map(_same_row, gold_rows, rows))
+    pairs = zip(gold_rows, rows, strict=True)
+    return all(all(map(_same_value, gold_row, row)) for gold_row, row in pairs)
 
 
 def same_set(gold: QueryResult, predicted: QueryResult) -> bool:
@@ -56,10 +57,6 @@ def _comparable(gold: QueryResult, predicted: QueryResult) -> bool:
         and gold.effect == predicted.effect
         and (gold.table or "").lower() == (predicted.table or "").lower()
     )
-
-
-def _same_row(gold: Row, row: Row) -> bool:
-    return all(map(_same_value, gold, row))
 
 
 def _same_value(gold: Value, value: Value) -> bool:

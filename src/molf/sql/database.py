@@ -97,6 +97,7 @@ def _in_new_database(
     except Exception as error:  # hostile input may raise anything: it is a failed query
         kind = "sql"
         if authorizer.denied:
+            # By the authorizer's record: the messages of SQLite differ between versions.
             kind = "denied"
         elif time.monotonic() > deadline:
             kind = "time"
@@ -107,10 +108,13 @@ def _in_new_database(
 
 def _open(limits: Limits, authorizer: Authorizer, deadline: float) -> sqlite3.Connection:
     """Open a new database with all limits set; afterwards PRAGMA is denied."""
+    # No cache of statements: each request has its own database.
     connection = sqlite3.connect(":memory:", isolation_level=None, cached_statements=0)
     connection.text_factory = lambda text: text.decode("utf-8", "surrogateescape")
     connection.execute(f"PRAGMA hard_heap_limit = {limits.memory_bytes}")
+    # Sorting must not open temporary files.
     connection.execute("PRAGMA temp_store = MEMORY")
+    # Views and triggers of a hostile schema cannot call functions with side effects.
     connection.execute("PRAGMA trusted_schema = OFF")
     for category, value in (
         (sqlite3.SQLITE_LIMIT_LENGTH, limits.value_bytes),
@@ -129,6 +133,7 @@ def _open(limits: Limits, authorizer: Authorizer, deadline: float) -> sqlite3.Co
     connection.set_progress_handler(
         lambda: int(time.monotonic() > deadline), _INSTRUCTIONS_PER_CHECK
     )
+    # Last, because it denies the pragmas above.
     connection.set_authorizer(authorizer)
     return connection
 

@@ -1,17 +1,13 @@
-"""Messages between this process and a worker: a length and that many bytes of JSON."""
+"""Messages between this process and a worker: one line of JSON each."""
 
 from __future__ import annotations
 
-import struct
 from typing import BinaryIO
-
-_HEADER = struct.Struct(">I")
 
 
 def write_frame(stream: BinaryIO, payload: bytes) -> None:
-    """Write one message and flush it."""
-    stream.write(_HEADER.pack(len(payload)))
-    stream.write(payload)
+    """Write one message, JSON without line breaks, and flush it."""
+    stream.write(payload + b"\n")
     stream.flush()
 
 
@@ -26,13 +22,10 @@ def read_frame(stream: BinaryIO, max_bytes: int) -> bytes:
         EOFError: The stream ended before or inside the message.
         ValueError: The message is longer than allowed.
     """
-    header = stream.read(_HEADER.size)
-    if len(header) < _HEADER.size:
-        raise EOFError("The stream ended.")
-    (length,) = _HEADER.unpack(header)
-    if length > max_bytes:
-        raise ValueError(f"A message of {length} bytes, more than {max_bytes}.")
-    payload = stream.read(length)
-    if len(payload) < length:
-        raise EOFError("The stream ended inside a message.")
-    return payload
+    # A limit, because hostile SQL may control the worker and write without end.
+    line = stream.readline(max_bytes + 1)
+    if line.endswith(b"\n"):
+        return line[:-1]
+    if len(line) > max_bytes:
+        raise ValueError(f"A message of more than {max_bytes} bytes.")
+    raise EOFError("The stream ended inside a message." if line else "The stream ended.")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass
-from typing import Any
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,11 +39,8 @@ class Limits:
     @property
     def address_space_bytes(self) -> int:
         """The worker's address space: SQLite's heap, copies of its values, and Python."""
+        # Values are copied to Python and then to JSON.
         return 3 * self.memory_bytes + 128 * 2**20
-
-    def as_settings(self) -> dict[str, Any]:
-        """The limits as JSON values."""
-        return asdict(self)
 
 
 def is_longer(text: str, max_bytes: int) -> bool:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
+from importlib.util import find_spec
 from pathlib import Path
 
 from molf.sql.limits import is_longer
@@ -16,7 +16,7 @@ _ADDRESS_SPACE_BYTES = 2**30
 _GRACE_SECONDS = 0.5
 
 
-class LogicMatcher:
+class LogicMatcher(WorkerPool):
     """Normalises queries with sqlglot in separate processes. A context manager.
 
     Hostile text can make a pure Python parser run almost forever; a process can be killed.
@@ -24,21 +24,15 @@ class LogicMatcher:
     Args:
         seconds: Time limit for one text.
         workers: Number of processes, each used by one thread at a time.
-
-    Raises:
-        ModuleNotFoundError: sqlglot is not installed.
     """
 
     def __init__(self, seconds: float = 2.0, workers: int = 1) -> None:
-        spec = importlib.util.find_spec("sqlglot")
-        if spec is None or spec.origin is None:
-            raise ModuleNotFoundError(
-                "Logic match needs sqlglot: pip install sqlglot", name="sqlglot"
-            )
         settings = {"seconds": seconds, "address_space_bytes": _ADDRESS_SPACE_BYTES}
-        library = str(Path(spec.origin).parents[1])
         self._seconds = seconds
-        self._pool = WorkerPool("molf.sql.normal_form", settings, workers, (library,))
+        # Workers start without site-packages, so they get the folder that sqlglot is in.
+        sqlglot = find_spec("sqlglot")
+        folder = str(Path(str(sqlglot and sqlglot.origin)).parents[1])
+        super().__init__("molf.sql.normal_form", settings, workers, (folder,))
 
     def match(self, gold: str, predicted: str) -> bool:
         """Return whether both texts are one statement each, with the same normal form.
@@ -47,6 +41,7 @@ class LogicMatcher:
         sqlglot as SQLite's dialect, aliases dropped, printed normalised (`molf.sql.normal_form`). A
         text that cannot be parsed, or not in time, matches nothing.
         """
+        # The prediction first: most that fail cannot be parsed.
         form = self.normal_form(predicted)
         return form is not None and form == self.normal_form(gold)
 
@@ -60,19 +55,9 @@ class LogicMatcher:
             return None
         seconds = self._seconds + _GRACE_SECONDS
         try:
-            return self._pool.ask({"sql": sql}, seconds, _MAX_REPLY_BYTES, _parse_reply)
+            return self.ask({"sql": sql}, seconds, _MAX_REPLY_BYTES, _parse_reply)
         except (WorkerError, ValueError):
             return None
-
-    def close(self) -> None:
-        """End the workers."""
-        self._pool.close()
-
-    def __enter__(self) -> LogicMatcher:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
 
 def _parse_reply(payload: bytes) -> str | None:

@@ -99,7 +99,6 @@ class SqlScorer:
 
     Raises:
         ValueError: `workers` is below 1.
-        ModuleNotFoundError: sqlglot is not installed.
     """
 
     def __init__(self, limits: Limits | None = None, workers: int = 2) -> None:
@@ -127,6 +126,7 @@ class SqlScorer:
         gold = self._sandbox.run(example.schema, example.gold)
         if not gold.ok:
             return None
+        # To count examples in which a query that does nothing is right.
         nothing = self._sandbox.unchanged(example.schema, gold)
         statement = first_statement(example.text)
         predicted = self._sandbox.run(example.schema, statement)

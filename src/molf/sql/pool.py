@@ -6,7 +6,7 @@ import queue
 import weakref
 from collections.abc import Callable
 from contextlib import ExitStack
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 from molf.disk.files import scratch_directory
 from molf.sql.worker import Worker
@@ -99,7 +99,7 @@ class WorkerPool:
                 worker.close()
         self._remove_folder()
 
-    def __enter__(self) -> WorkerPool:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -83,6 +83,7 @@ def _read(reply: dict[str, Any]) -> QueryResult:
     ):
         raise ValueError("an unknown effect")
     rows = [tuple(_value(value) for value in row) for row in reply["rows"]]
+    # `compare` relies on equal lengths.
     if any(len(row) != columns for row in rows):
         raise ValueError("rows of the wrong length")
     return QueryResult(rows=rows, columns=columns, effect=effect, table=table)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
+
 from molf.sql.limits import Limits, is_longer
 from molf.sql.pool import WorkerPool
 from molf.sql.result import QueryResult, Stage, failure, parse_reply
@@ -11,7 +13,7 @@ _GRACE_SECONDS = 0.5  # for a worker to report its own time limit before it is k
 _REPLY_OVERHEAD = 2**16  # bytes of a reply beside its rows
 
 
-class Sandbox:
+class Sandbox(WorkerPool):
     """Runs queries in locked-down processes. A context manager; threads may share it.
 
     Each query gets a new in-memory SQLite database that cannot attach databases, load extensions,
@@ -28,12 +30,7 @@ class Sandbox:
 
     def __init__(self, limits: Limits | None = None, workers: int = 1) -> None:
         self.limits = limits or Limits()
-        self._pool = WorkerPool("molf.sql.database", self.limits.as_settings(), workers)
-
-    @property
-    def folder(self) -> str:
-        """The workers' working directory, which stays empty."""
-        return self._pool.folder
+        super().__init__("molf.sql.database", asdict(self.limits), workers)
 
     def run(self, schema: str, query: str) -> QueryResult:
         """Run a schema and one statement on it; no text of either raises an error.
@@ -45,7 +42,7 @@ class Sandbox:
         Raises:
             RuntimeError: No worker could be started, or the sandbox is closed.
         """
-        return self._ask({"schema": schema, "query": query})
+        return self._ask_result({"schema": schema, "query": query})
 
     def unchanged(self, schema: str, result: QueryResult) -> QueryResult:
         """Return the result of a statement of the same effect that finds and changes nothing.
@@ -59,16 +56,17 @@ class Sandbox:
         """
         if result.effect == "rows":
             return QueryResult(rows=[], columns=result.columns)
-        return self._ask({"schema": schema, "table": result.table})
+        return self._ask_result({"schema": schema, "table": result.table})
 
-    def _ask(self, request: dict[str, str | None]) -> QueryResult:
+    def _ask_result(self, request: dict[str, str | None]) -> QueryResult:
         stages: tuple[Stage, ...] = ("schema", "query")
         for stage in stages:
+            # Before the text is sent: it may have gigabytes.
             if is_longer(request.get(stage) or "", self.limits.sql_bytes):
                 message = f"longer than {self.limits.sql_bytes} bytes"
                 return failure("size", message, stage)
         try:
-            return self._pool.ask(
+            return self.ask(
                 request,
                 self.limits.seconds + _GRACE_SECONDS,
                 self.limits.result_bytes + _REPLY_OVERHEAD,
@@ -78,13 +76,3 @@ class Sandbox:
             return failure("time" if error.timed_out else "crash", str(error))
         except ValueError as error:
             return failure("crash", str(error))
-
-    def close(self) -> None:
-        """Wait for running queries and end the workers."""
-        self._pool.close()
-
-    def __enter__(self) -> Sandbox:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()

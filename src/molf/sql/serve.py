@@ -48,6 +48,7 @@ def serve(prepare: Callable[[dict[str, Any]], Handler]) -> None:
             with contextlib.suppress(OSError):
                 os.rmdir(os.getcwd())
             return
+        # Later than the parent's timer, which knows the reason.
         _set_alarm(_ALARM_FACTOR * settings["seconds"] + 1)
         reply = handle(request).encode()
         _set_alarm(0)
@@ -77,6 +78,7 @@ def restrict_process(address_space_bytes: int, *, open_files: bool) -> None:
 
 
 def _lower(limit: int, value: int) -> None:
+    # A process cannot raise its hard limit again.
     hard = resource.getrlimit(limit)[1]
     value = value if hard == resource.RLIM_INFINITY else min(value, hard)
     resource.setrlimit(limit, (value, value))

@@ -89,6 +89,7 @@ class _Scan:
 
 def _scan(text: str) -> _Scan:
     text = text.lstrip()
+    # A text that begins with SQL is no introduction of a code block.
     if _SQL_START.match(text):
         return _cut(text, in_block=False)
     opening = _OPENING.search(text)

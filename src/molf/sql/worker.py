@@ -59,11 +59,13 @@ class Worker:
         self, module: str, settings: dict[str, Any], folder: str, paths: tuple[str, ...] = ()
     ) -> None:
         package_root = str(Path(__file__).resolve().parents[2])
+        # Tokens in other variables stay out of reach of hostile SQL.
         environment = {k: os.environ[k] for k in _KEPT_VARIABLES if k in os.environ}
         self._process = subprocess.Popen(
             [sys.executable, *_OPTIONS, "-c", _BOOT, module, package_root, *paths],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
+            # A traceback would be mixed with the progress.
             stderr=subprocess.DEVNULL,
             cwd=folder,
             env={**environment, "TZ": "UTC"},  # the same local time everywhere
@@ -78,11 +80,6 @@ class Worker:
         if not ready["ready"]:
             self.close()
             raise RuntimeError(f"A worker for {module} did not start: {ready['error']}")
-
-    @property
-    def pid(self) -> int:
-        """The process's id."""
-        return self._process.pid
 
     @property
     def usable(self) -> bool:

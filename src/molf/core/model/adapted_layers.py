@@ -142,6 +142,7 @@ def trained_adapter(tuners: dict[str, Any]) -> str:
                 state = "frozen"
             else:
                 state = "trained"
+            # An adapter counts as trained if one of its layers is.
             if states.get(adapter) != "trained":
                 states[adapter] = state
     trained = [adapter for adapter, state in states.items() if state == "trained"]
@@ -211,6 +212,7 @@ def _adapted_layer(
     lora_A, lora_B = _factors(module, adapter)
     for part in ("lora_A", "lora_B"):
         factor = getattr(module, part)[adapter]
+        # DeepSpeed and FSDP shard the factors as well.
         check_whole_weight(f"{name}.{part}", factor.weight, sides_of(factor))
     total = sum(config.ranks)
     if lora_A.shape[0] != total:
@@ -226,17 +228,21 @@ def _adapted_layer(
             "the layout of inference on a CPU, which has no gradient. Load the model again."
         )
     scaling = float(module.scaling[adapter])
+    # The step divides by it.
     if not math.isfinite(scaling) or scaling <= 0:
         raise ValueError(
             f"Layer {name}: adapter {adapter!r} has scaling {scaling}. Must be positive and finite."
         )
+    bias = getattr(base, "bias", None)
+    is_trained = isinstance(bias, nn.Parameter) and bias.requires_grad
+    is_trained = is_trained and not (config.freeze_base or config.freezes_rest)
     return AdaptedLayer(
         name,
         (f"{raw}.lora_A.{adapter}.weight", lora_A),
         (f"{raw}.lora_B.{adapter}.weight", lora_B),
         scaling,
         None if config.freeze_base else _trainable_weight(name, base),
-        _trainable_bias(base) if not (config.freeze_base or config.freezes_rest) else None,
+        bias if is_trained else None,
     )
 
 
@@ -261,11 +267,6 @@ def _trainable_weight(name: str, base: nn.Module) -> nn.Parameter:
             "(MoLF-Efficient)."
         )
     return weight
-
-
-def _trainable_bias(base: nn.Module) -> nn.Parameter | None:
-    bias = base.bias
-    return bias if isinstance(bias, nn.Parameter) and bias.requires_grad else None
 
 
 def _check_selected(names: list[str], head: str | None, config: MoLFConfig) -> None:

@@ -16,6 +16,7 @@ from molf.core.model.linear_layers import LinearLayer, head_name, is_in_head, we
 from molf.core.model.linear_places import linear_places
 from molf.core.model.module_names import cleaner
 from molf.core.warn import warn
+from molf.shown import counted, listed
 
 _SMALLEST_SHARE = 0.01  # of the parameters; kinds below it are counted without a warning
 _TABLES = (nn.Embedding, nn.EmbeddingBag)
@@ -72,16 +73,17 @@ class Coverage:
     def __str__(self) -> str:
         """Return one line per kind."""
         lines = [
-            f"{self.share:6.1%} of {self.parameters:,} parameters are routed, in {self.layers} "
-            "layers; not routed are:"
+            f"{self.share:6.1%} of {self.parameters:,} parameters are routed, in "
+            f"{counted(self.layers, 'layer')}; not routed are:"
         ]
-        for one in self.unrouted:
-            fate = {0: "frozen", len(one.names): "plain AdamW"}.get(
-                one.trained, f"{one.trained} plain AdamW, others frozen"
+        for kind in self.unrouted:
+            training = {0: "frozen", len(kind.names): "plain AdamW"}.get(
+                kind.trained, f"{kind.trained} plain AdamW, others frozen"
             )
-            names = ", ".join(one.names[:3]) + (", ..." if len(one.names) > 3 else "")
-            share = one.parameters / self.parameters
-            lines.append(f"{share:6.1%} {one.kind}, {len(one.names)} tensors ({fate}): {names}")
+            names = ", ".join(kind.names[:3]) + (", ..." if len(kind.names) > 3 else "")
+            share = kind.parameters / self.parameters
+            tensors = counted(len(kind.names), "tensor")
+            lines.append(f"{share:6.1%} {kind.kind}, {tensors} ({training}): {names}")
         return "\n".join(lines)
 
 
@@ -104,28 +106,28 @@ def coverage_of(
         uses_adapter: Whether the adapter form is used, which routes only layers that are called.
         adapted: Names of adapted layers; their weights count as routed.
     """
-    taken, kinds = set(routed), dict[tuple[str, bool, bool], list[_Own]]()
-    total = counted = 0
+    weights, kinds = set(routed), dict[tuple[str, bool, bool], list[_Own]]()
+    total = in_layers = 0
     for own in _own_parameters(model, uses_adapter=uses_adapter):
         total += own.parameter.numel()
         # By name: PEFT creates new parameters of attention each time modules are listed.
-        if own.parameter in taken or (own.owner in adapted and own.parameter.dim() == 2):
-            counted += own.parameter.numel()
+        if own.parameter in weights or (own.owner in adapted and own.parameter.dim() == 2):
+            in_layers += own.parameter.numel()
         else:
             kinds.setdefault((own.kind, own.is_matrix, own.is_fused), []).append(own)
     unrouted = [
         Unrouted(
             kind,
-            tuple(own.name for own in found),
-            sum(own.parameter.numel() for own in found),
-            sum(trains_rest and own.parameter.requires_grad for own in found),
+            tuple(own.name for own in members),
+            sum(own.parameter.numel() for own in members),
+            sum(trains_rest and own.parameter.requires_grad for own in members),
             is_matrix,
             is_fused,
         )
-        for (kind, is_matrix, is_fused), found in kinds.items()
+        for (kind, is_matrix, is_fused), members in kinds.items()
     ]
-    unrouted.sort(key=lambda one: -one.parameters)
-    return Coverage(layers, counted, max(total, 1), tuple(unrouted))
+    unrouted.sort(key=lambda kind: -kind.parameters)
+    return Coverage(layers, in_layers, max(total, 1), tuple(unrouted))
 
 
 def warn_before_training(
@@ -165,31 +167,26 @@ def warn_of_unrouted(coverage: Coverage, *, in_adapter: bool = False) -> None:
     Warns:
         UserWarning: With kind, share and first name of each kind of at least 1% of the parameters.
     """
-    named = [
-        one
-        for one in coverage.unrouted
-        if one.is_matrix and one.parameters >= _SMALLEST_SHARE * coverage.parameters
+    kinds = [
+        kind
+        for kind in coverage.unrouted
+        if kind.is_matrix and kind.parameters >= _SMALLEST_SHARE * coverage.parameters
     ]
-    if not named:
+    if not kinds:
         return
-    trained, tensors = sum(one.trained for one in named), sum(len(one.names) for one in named)
-    outcome = f"{trained} take plain AdamW steps, the others stay frozen"
-    if not trained:
-        outcome = "they stay frozen"
+    trained, tensors = sum(kind.trained for kind in kinds), sum(len(kind.names) for kind in kinds)
+    outcome = f"plain AdamW trains {trained} of {tensors}, the others stay frozen"
+    if trained == 0:
+        outcome = "it stays frozen" if tensors == 1 else "they stay frozen"
     elif trained == tensors:
-        outcome = "they take plain AdamW steps"
+        outcome = f"{'it takes' if tensors == 1 else 'they take'} plain AdamW steps"
     parts = []
-    for one in named:
-        share = f"{one.parameters / coverage.parameters:.0%} of the parameters"
-        what = (
-            "fused 3-D weights (mixture-of-experts; " if one.is_fused else f"{one.kind} weights ("
-        )
-        parts.append(f"{len(one.names)} {what}{share}; first: {one.names[0]})")
-    more = f" and {len(parts) - 4} kinds more" if len(parts) > 4 else ""
-    warn(
-        f"{', '.join(parts[:4])}{more} cannot be {'adapted' if in_adapter else 'routed'}: "
-        f"{outcome}."
-    )
+    for kind in kinds:
+        weights = "fused 3-D weight" if kind.is_fused else f"{kind.kind} weight"
+        share = f"{kind.parameters / coverage.parameters:.0%} of the parameters"
+        details = f"{'mixture-of-experts; ' * kind.is_fused}{share}; first: {kind.names[0]}"
+        parts.append(f"{counted(len(kind.names), weights)} ({details})")
+    warn(f"{listed(parts, 4)} cannot be {'adapted' if in_adapter else 'routed'}: {outcome}.")
 
 
 class _Own(NamedTuple):
@@ -212,6 +209,7 @@ def _own_parameters(model: nn.Module, *, uses_adapter: bool) -> Iterator[_Own]:
     seen: set[nn.Parameter] = set()
     for raw, module in modules.items():
         for key, parameter in module._parameters.items():
+            # A tied parameter counts once, at its first place.
             if parameter is None or parameter in seen or _is_adapters(raw, key, tuners):
                 continue
             seen.add(parameter)

@@ -36,6 +36,7 @@ def undecayed(model: nn.Module) -> set[nn.Parameter]:
     linear = {place.weight for place in linear_places(model)}
     found = set(_named_by_model(model))
     for module in model.modules():
+        # By class name: models define norms of their own. A block with children is no norm.
         is_norm = "norm" in type(module).__name__.lower() and not list(module.children())
         for key, parameter in module._parameters.items():
             if parameter is None or isinstance(parameter, nn.UninitializedParameter):

@@ -30,6 +30,7 @@ from molf.core.model.decay import undecayed
 from molf.core.model.linear_layers import LinearLayer, find_layers
 from molf.core.model.module_names import cleaner, is_peft_model, unwrapped
 from molf.core.model.weight_checks import check_has_values
+from molf.shown import counted
 
 _NamedParameters = list[tuple[str, nn.Parameter]]
 _ROUTED_KEYS = (
@@ -74,14 +75,16 @@ def build_groups(
         "lora_weight_decays": lora_decays,
         "bias_weight_decay": 0.0,
     }
+    # The model decides about the form: an adapter holds the experts, or the weight does.
     make = _adapter_groups if adapter_layers(model) else _folded_groups
     routed = [{**common, **group} for group in make(model, config)]
     rest = _rest_of(model, routed, config)
     if config.freezes_rest:
-        biases = [] if config.freeze_rest else _adapter_biases(rest)
         if config.freeze_rest is None:
-            _warn_of_freezing([one for one in rest if not _is_adapter_bias(one[0])])
-        rest = biases
+            _warn_of_freezing([x for x in rest if not _is_adapter_bias(x[0])])
+        # `freeze_base` alone does not freeze biases of the adapter: the user asked for them with
+        # the adapter, and they belong to no expert and not to the base.
+        rest = [] if config.freeze_rest else [x for x in rest if _is_adapter_bias(x[0])]
     groups = routed + _rest_groups(model, rest, weight_decay)
     for group in groups:
         for name, parameter in group["params"]:
@@ -181,7 +184,7 @@ def _per_expert(name: str, value: float | Sequence[float], config: MoLFConfig) -
         raise ValueError(
             f"Invalid {name}={list(values)}. Must be one number, or one per rank ({count} ranks)."
         )
-    return tuple(number(name, one, smallest=0) for one in values)
+    return tuple(number(name, value, smallest=0) for value in values)
 
 
 def _ratios(lora_lrs: tuple[float, ...], lr: float) -> tuple[float, ...]:
@@ -192,6 +195,7 @@ def _ratios(lora_lrs: tuple[float, ...], lr: float) -> tuple[float, ...]:
                 f"Invalid lora_lr={list(lora_lrs)} with lr=0. The LoRA rate is kept as a ratio to "
                 "lr, so lr must be positive; a scheduler may set it to 0."
             )
+        # All rates are 0: any ratio gives 0.
         return (1.0,) * len(lora_lrs)
     return tuple(rate / lr for rate in lora_lrs)
 
@@ -217,6 +221,7 @@ def _rest_of(
     bias = f"lora_B.{trained_adapter(tuners)}.bias" if tuners else ""
     for tuner in tuners.values():
         for name, parameter in tuner.named_parameters():
+            # Its bias is not routed and may be trained; other adapters stay as they are.
             is_base = name == "base_layer.weight"
             if (is_base and config.freeze_base) or (name.startswith("lora_") and name != bias):
                 taken.add(parameter)
@@ -231,12 +236,6 @@ def _rest_of(
 def _is_adapter_bias(name: str) -> bool:
     """Return whether a parameter is a bias of `LoraConfig(lora_bias=True)`."""
     return ".lora_B." in name and name.endswith(".bias")
-
-
-def _adapter_biases(rest: _NamedParameters) -> _NamedParameters:
-    """Return the biases of adapters; `freeze_base` alone does not freeze them."""
-    # They were requested with the adapter, belong to no expert and not to the base.
-    return [(name, parameter) for name, parameter in rest if _is_adapter_bias(name)]
 
 
 def _rest_groups(
@@ -254,9 +253,9 @@ def _rest_groups(
 def _warn_of_freezing(rest: _NamedParameters) -> None:
     if rest:
         warnings.warn(
-            f"freeze_base=True freezes {len(rest)} trainable parameters outside the adapter as "
-            f"well (first: {rest[0][0]}). Set freeze_rest=False to train them with plain AdamW, or "
-            "freeze_rest=True to freeze them without this warning.",
+            f"freeze_base=True also freezes {counted(len(rest), 'trainable parameter')} outside "
+            f"the adapter (first: {rest[0][0]}). Set freeze_rest=False to train with plain AdamW "
+            "outside the adapter, or freeze_rest=True to omit this warning.",
             stacklevel=3,
         )
 
@@ -267,7 +266,7 @@ def _warn_of_saving(names: list[str]) -> None:
     lost = [name for name in names if not any(part in name for part in saved)]
     if lost:
         warnings.warn(
-            f"{len(lost)} trained parameters are outside the adapter (first: {lost[0]}), and "
+            f"{counted(len(lost), 'trained parameter')} outside the adapter (first: {lost[0]}): "
             "PEFT's save_pretrained, which trainers call for checkpoints, saves the adapter only. "
             "Keep model.state_dict() for checkpoints and molf.merge(model) for the result.",
             stacklevel=4,
@@ -389,10 +388,10 @@ def name_by_place(group: dict[str, Any], groups: list[dict[str, Any]]) -> None:
     if not groups or isinstance(given, set) or not isinstance(given, (Tensor, Iterable)):
         return  # torch refuses collections without an order
     group["params"] = params = [given] if isinstance(given, Tensor) else list(given)
-    is_named = "param_names" in group or any(isinstance(one, tuple) for one in params)
+    is_named = "param_names" in group or any(isinstance(entry, tuple) for entry in params)
     if is_named == ("param_names" in groups[0]):
         return
     nameless = groups if is_named else [{"layer": None, **group}]
-    for index, one in enumerate(nameless, 0 if is_named else len(groups)):
-        names = [parameter_name(one, place, index) for place in range(len(one["params"]))]
-        (one if is_named else group)["param_names"] = names
+    for index, unnamed in enumerate(nameless, 0 if is_named else len(groups)):
+        names = [parameter_name(unnamed, place, index) for place in range(len(unnamed["params"]))]
+        (unnamed if is_named else group)["param_names"] = names

@@ -7,7 +7,7 @@ import warnings
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any
 
 import torch
 from torch import nn
@@ -50,22 +50,6 @@ class LinearLayer:
     def in_features(self) -> int:
         """Size of the layer's input."""
         return self.weight.shape[0 if self.transposed else 1]
-
-
-class HasSides(Protocol):
-    """A layer with a name and two sizes."""
-
-    @property
-    def name(self) -> str:
-        """Name of the layer."""
-
-    @property
-    def in_features(self) -> int:
-        """Size of the input."""
-
-    @property
-    def out_features(self) -> int:
-        """Size of the output."""
 
 
 def find_layers(model: nn.Module, config: MoLFConfig) -> list[LinearLayer]:
@@ -159,6 +143,7 @@ def check_not_tied(
     Raises:
         ValueError: For the first such layer, with the names of the others.
     """
+    # By tensor, because frameworks tie by assigning the same parameter.
     uses = _uses(model)
     for name, weight in weights:
         others = [one for one in uses[weight] if one != name]
@@ -202,6 +187,7 @@ def head_name(model: nn.Module) -> str | None:
                 head = next((one for one in heads if isinstance(one, nn.Module)), None)
             found = [n for n, m in model.named_modules() if m is head]
             return cleaner(model)(found[0]) if head is not None and found else None
+        # The model is at most two wrappers deep (DDP in a compiled module).
         if name.count(".") > 1:
             break
     return None
@@ -281,11 +267,11 @@ def _uses(model: nn.Module) -> dict[torch.Tensor, list[str]]:
     return places
 
 
-def warn_of_large_ranks(layers: Sequence[HasSides], rank: int, *, in_adapter: bool = False) -> None:
+def warn_of_large_ranks(layers: Sequence[Any], rank: int, *, in_adapter: bool = False) -> None:
     """Warn of layers whose smaller side is below a rank.
 
     Args:
-        layers: The layers.
+        layers: The layers; each has `name`, `in_features` and `out_features`.
         rank: Largest rank of an expert, or the rank of an adapter.
         in_adapter: Whether it is the rank of a plain adapter (no routing).
     """

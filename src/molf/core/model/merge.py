@@ -21,6 +21,7 @@ from molf.core.model.quantised import (
     kind_of,
     real_layer,
 )
+from molf.shown import counted
 
 _BASES = ("dequantised", "original")
 
@@ -49,7 +50,7 @@ class MergeReport:
     def __str__(self) -> str:
         """Return one line for people."""
         into = f" into the {self.base} base" if self.base else ""
-        text = f"Merged {self.layers} layers{into}."
+        text = f"Merged {counted(self.layers, 'layer')}{into}."
         if self.logit_difference:
             difference = self._shown("logit_difference")
             text += f" Largest logit difference from the unmerged model: {difference}"
@@ -99,7 +100,9 @@ def merge(
     tuners = adapter_layers(model)
     if not tuners and not is_peft_model(model):
         return model
-    plain = _plain_part(model)
+    inner = unwrapped(model)
+    # Inside of `PeftModel`; a transformers model with native adapters has no such wrapper.
+    plain = inner.get_submodule("base_model.model") if is_peft_model(inner) else inner
     tuners = adapter_layers(plain)
     quantised = {
         name.removesuffix(".base_layer"): module
@@ -110,18 +113,18 @@ def merge(
     made = MergeReport(sum(map(_has_active, tuners.values())), base)
 
     device = next(plain.parameters()).device.type
-    with (
-        torch.no_grad(),
-        full_precision([device]),
-    ):  # the same arithmetic for the logits before and after
+    # Full precision, so that TF32 does not add to the measured difference of the logits.
+    with torch.no_grad(), full_precision([device]):
         before = _logits(model, sample)
         if before is not None:
             made.largest_logit = before.abs().max().item()
+        # Before the quantised layers, which are replaced without PEFT.
         error = _merge_real([t for name, t in tuners.items() if name not in quantised])
         _unload(plain)
         if not quantised:
             made.weight_error["base"] = error.relative
             _measure(made, "base", plain, sample, before)
+        # The chosen base last: its layers stay in the model.
         kinds = [base] if original is None else sorted(_BASES, key=lambda kind: kind == base)
         for kind in kinds if quantised else ():
             assert kind is not None
@@ -136,12 +139,6 @@ def merge(
     if sample is not None or quantised:
         report(made)
     return plain
-
-
-def _plain_part(model: nn.Module) -> nn.Module:
-    """Return the base model inside wrappers and `PeftModel`, with its adapter layers."""
-    inner = unwrapped(model)
-    return inner.get_submodule("base_model.model") if is_peft_model(inner) else inner
 
 
 def _check(
@@ -180,6 +177,7 @@ def _check(
         if tuner.disable_adapters:
             raise ValueError(f"Layer {name}: its adapter is disabled. Enable it before merging.")
         values = [p for n, p in tuner.named_parameters() if not n.startswith("base_layer.")]
+        # PEFT checks this while it merges, when other layers are changed already.
         if not all(bool(value.isfinite().all()) for value in values):
             raise ValueError(f"Layer {name}: its adapter is not finite; nothing was merged.")
         if name in quantised and not _is_plain_lora(tuner):
@@ -312,10 +310,10 @@ def _unload(plain: Any) -> None:
         del plain.peft_config
     if getattr(plain, "_hf_peft_config_loaded", False):
         plain._hf_peft_config_loaded = False
-    _keep_ties_honest(plain)
+    _untie_different_embeddings(plain)
 
 
-def _keep_ties_honest(plain: Any) -> None:
+def _untie_different_embeddings(plain: Any) -> None:
     """Set `tie_word_embeddings=False` if training made tied embeddings differ."""
     config: Any = getattr(plain, "config", None)
     if not getattr(config, "tie_word_embeddings", False):

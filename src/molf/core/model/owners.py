@@ -110,7 +110,9 @@ class Owners:
         elif now is None and place.module() is None and self._has_stranger(groups):
             _refuse_replaced(group, position)
         elif now is not None or not self._has(parameter):
-            owners = [number for number, g in enumerate(groups) if _is_among(now, g["params"])]
+            owners = [
+                number for number, g in enumerate(groups) if any(now is p for p in g["params"])
+            ]
             if not owners:
                 _refuse_replaced(group, position)
             owner, was_there = groups[owners[0]], owners[0] < len(self._places)
@@ -123,14 +125,14 @@ class Owners:
     def _has(self, parameter: Tensor) -> bool:
         """Return whether the model has a parameter; True if the model was deleted."""
         model = self._model()
-        return model is None or any(one is parameter for one in model.parameters())
+        return model is None or any(own is parameter for own in model.parameters())
 
     def _has_stranger(self, groups: Sequence[dict[str, Any]]) -> bool:
         """Return whether the model has a trainable parameter that is in no group."""
         model = self._model()
         known = {p for group in groups for p in group["params"]}
         return model is not None and any(
-            one.requires_grad and one not in known for one in model.parameters()
+            own.requires_grad and own not in known for own in model.parameters()
         )
 
     def refuse_without_gradients(self, groups: Sequence[dict[str, Any]]) -> None:
@@ -202,10 +204,6 @@ def _refuse_replaced(group: dict[str, Any], position: int) -> NoReturn:
         "the optimizer has a tensor that the model no longer uses. Resize, load and convert the "
         "model before the optimizer is built, or change values in place (parameter.data.copy_)."
     )
-
-
-def _is_among(tensor: Tensor | None, others: Sequence[Tensor]) -> bool:
-    return any(other is tensor for other in others)
 
 
 def _refuse_tied(group: dict[str, Any], position: int, owner: dict[str, Any]) -> NoReturn:

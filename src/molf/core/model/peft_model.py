@@ -94,15 +94,15 @@ def with_adapter(
     """
     config = MoLFConfig() if config is None else config
     keep_differentiable(model)
+    # PEFT freezes the base, and a failure must leave the model unchanged.
     before = {parameter: parameter.requires_grad for parameter in model.parameters()}
     is_new = not adapter_layers(model)
-    if is_new:
-        names = _names(model, config)
-        trainable = {parameter for parameter, was in before.items() if was}
-        adapted = _adapt(model, names, config, adapter_name)
-    else:
-        adapted, trainable = model, set(before)
+    adapted, trainable = model, set(before)
+    names = _names(model, config) if is_new else []
     try:
+        if is_new:
+            trainable = {parameter for parameter, was in before.items() if was}
+            adapted = _adapt(model, names, config, adapter_name)
         _set_trainable(adapted, trainable, config)
         if is_new and config.freeze_rest is None:
             _warn_of_frozen_head(adapted, trainable)
@@ -166,23 +166,21 @@ def _adapt(model: nn.Module, names: list[str], config: MoLFConfig, adapter_name:
         task_type="CAUSAL_LM" if hasattr(model, "prepare_inputs_for_generation") else None,
     )
     had_config = hasattr(model, "peft_config")
-    before = {parameter: parameter.requires_grad for parameter in model.parameters()}
     try:
         # PEFT draws A too; the process's generator must not change.
         with torch.random.fork_rng(devices=[]):
             return get_peft_model(model, settings, adapter_name=adapter_name)
     except (ValueError, TypeError, NotImplementedError) as error:
         for parent, attribute, module in originals:
+            # PEFT may have wrapped some layers before it rejects one.
             setattr(model.get_submodule(parent), attribute, module)
-        for parameter, was in before.items():
-            parameter.requires_grad_(was)
         if not had_config and hasattr(model, "peft_config"):
             del model.peft_config
         kinds = dict.fromkeys(type(module).__name__ for _, _, module in originals)
         reason = " ".join(str(error).split())
         raise ValueError(
             f"PEFT cannot adapt the layers ({', '.join(kinds)}); put unsupported ones into "
-            f"exclude_modules. PEFT says: {reason[:300]}"
+            f"exclude_modules. PEFT's error: {reason[:300]}"
         ) from error
 
 

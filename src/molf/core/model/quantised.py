@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from molf.inputs import check_installed
+
 _BITSANDBYTES = {"Params4bit": "4-bit", "Int8Params": "8-bit"}
+_CONFIG_NAMES = ("quantization_config", "compression_config")  # the second: compressed-tensors
 _TORCHAO = {"Int8WeightOnlyConfig": "int8"}  # float8 takes no input of another type than its own
 
 
@@ -41,11 +43,8 @@ class Quantisation:
 
 def quantisation_of(config: Any) -> Quantisation | None:
     """Return the quantisation in a model's configuration; None if it is not quantised."""
-    configs = [config]
-    if callable(getattr(config, "get_text_config", None)):
-        configs.append(config.get_text_config())
-    names = ("quantization_config", "compression_config")
-    found = next(filter(None, (getattr(c, name, None) for c in configs for name in names)), None)
+    parts = (getattr(part, name, None) for part in _parts(config) for name in _CONFIG_NAMES)
+    found = next(filter(None, parts), None)
     if found is None:
         return None
     given: Mapping[str, Any] = found if isinstance(found, Mapping) else found.to_dict()
@@ -109,22 +108,6 @@ def _is_torchao(weight: Tensor) -> bool:
     return type(weight).__module__.startswith("torchao.")
 
 
-def require(library: str, purpose: str) -> None:
-    """Check that an optional library is installed.
-
-    Args:
-        library: `"bitsandbytes"` or `"torchao"`; also the name of the extra.
-        purpose: Subject of the message.
-
-    Raises:
-        ValueError: It is not installed; the message names the extra.
-    """
-    if find_spec(library) is None:
-        raise ValueError(
-            f"{purpose} needs {library}, which is not installed: pip install 'molf[{library}]'."
-        )
-
-
 def dequantised(module: Any) -> Tensor:
     """Return the dequantised weight of a linear layer, [out, in], float32 or float64.
 
@@ -133,9 +116,9 @@ def dequantised(module: Any) -> Tensor:
     """
     weight = module.weight
     if type(weight).__name__ in _BITSANDBYTES:
-        require("bitsandbytes", "A base quantised by bitsandbytes")
+        check_installed("bitsandbytes", "A base quantised by bitsandbytes")
     elif _is_torchao(weight):
-        require("torchao", "A base quantised by torchao")
+        check_installed("torchao", "A base quantised by torchao")
     else:  # PEFT would return the stored codes as weights
         raise ValueError(
             f"Cannot dequantise {kind_of(weight)} weights: only those of bitsandbytes and torchao."
@@ -185,6 +168,7 @@ def real_layer(module: Any, source: Any | None, dtype: torch.dtype) -> Any:
     kind = type(source) if source is not None else getattr(module, "source_cls", None)
     with torch.device("meta"):
         if kind is not None and kind.__name__ == "Conv1D":
+            # On the meta device: the weight is replaced below.
             layer: Any = kind(module.out_features, module.in_features)
         else:
             layer = nn.Linear(module.in_features, module.out_features, bias=False)
@@ -216,12 +200,15 @@ def drop_quantisation(model: Any) -> None:
 
 def drop_from_config(config: Any) -> None:
     """Remove the quantisation from a model's configuration, in place."""
-    configs = [config]
-    if callable(getattr(config, "get_text_config", None)):
-        configs.append(config.get_text_config())
-    for part in configs:
-        for name in ("quantization_config", "compression_config"):
+    for part in _parts(config):
+        for name in _CONFIG_NAMES:
             part.__dict__.pop(name, None)
+
+
+def _parts(config: Any) -> list[Any]:
+    """Return a configuration and, of a multimodal model, that of its text model."""
+    has_text = callable(getattr(config, "get_text_config", None))
+    return [config, config.get_text_config()] if has_text else [config]
 
 
 def _is_reversible(conversion: Any) -> bool:

@@ -88,6 +88,7 @@ def check_whole_weight(name: str, weight: torch.Tensor, sides: tuple[Any, Any]) 
         )
     if None in sides or shape == sides:
         return
+    # A common mistake of hand-written layers, with a remedy of its own.
     if shape == sides[::-1]:
         raise ValueError(
             f"Layer {name} has a transposed weight, of shape {shape} where its features say "

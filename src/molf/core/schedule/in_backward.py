@@ -166,6 +166,7 @@ class BackwardSteps:
         try:
             if not self.is_open:
                 self._owner()._begin()
+            # By id: tensors compare elementwise.
             ready = self._ready.setdefault(key, set())
             if id(parameter) in ready:
                 raise RuntimeError(
@@ -176,6 +177,7 @@ class BackwardSteps:
                     "was interrupted, call optimizer.zero_grad()."
                 )
             ready.add(id(parameter))
+            # A frozen bias of a layer gets no gradient.
             if len(ready) == sum(member.requires_grad for member in members):
                 with torch.no_grad():
                     self._take(key)

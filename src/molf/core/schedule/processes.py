@@ -24,16 +24,10 @@ def check_processes(
         ValueError: With what to change.
     """
     # Every step calls this: the process group may be created after the optimizer.
-    count = _world_size()
-    if count < 2:
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return
+    count = torch.distributed.get_world_size()
     settings: dict[str, Any] = {"processes": count, "optimizer_in_backward": optimizer_in_backward}
     if any(map(is_low, parameters)):
         settings["grad_accumulation_dtype"] = grad_accumulation_dtype
     check_exclusions(settings)
-
-
-def _world_size() -> int:
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return 1
-    return torch.distributed.get_world_size()

@@ -58,6 +58,7 @@ class UnitOptimizer(Optimizer):
     def _prepare(self) -> None:
         """Set up the executor, hooks and offload; also after copying and unpickling."""
         self._check_processes()
+        # A copy keeps the executor of the original, with its caches.
         if not hasattr(self, "executor"):
             self.executor: Executor = executor_of(self.kernels)
         # GradScaler sets attributes on optimizers that declare this, so that `check_no_scaler` can
@@ -123,6 +124,7 @@ class UnitOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        # The first step warns of layers without gradients by itself.
         is_later = any(self.state.values())
         if self._backward is None:
             has_gradient = any(p.grad is not None for p in self._parameters())

@@ -189,6 +189,7 @@ def block_of_8bit(parameter: Tensor, place: Place = WHOLE) -> int | None:
     """
     # Blocks divide a row, so that shards of rows have the blocks of the whole tensor.
     parameter = real_view(parameter)
+    # torchao reads the codes in memory order.
     if parameter.dim() < 2 or not parameter.numel() or not parameter.is_contiguous():
         return None
     if place.count(parameter) < _SMALLEST or compute_dtype(parameter) != torch.float32:
@@ -257,6 +258,7 @@ def _store(block: Any, values: Tensor) -> None:
     # torchao's own `copy_` takes a dozen passes over 64-bit indices and is meant to be compiled.
     # A search among the midpoints of neighbouring codes finds the same codes in one pass.
     scaled = values.view(block.scale.numel(), -1)
+    # The bound of torchao: a block of zeros must not divide by zero.
     scale = scaled.abs().amax(-1).clip(1e-12)
     middles = _middles(block.signed, values.device)
     codes = torch.bucketize(scaled / scale[:, None], middles, right=True, out_int32=True)

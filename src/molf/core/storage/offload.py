@@ -75,6 +75,7 @@ class CudaCarrier(Carrier):
 
     def put_back(self, lent: Sequence[Tensor], kept: Sequence[Tensor]) -> Wait:
         """Copy on the outbound stream, after the work of the current stream."""
+        # The step writes the copies on the current stream.
         self._outbound.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._outbound):
             for copy, tensor in zip(lent, kept, strict=True):
@@ -142,6 +143,7 @@ class _Loan:
                 for key, tensor in tensors.items()
             }
             self._waits.append(carrier.put_back(list(tensors.values()), list(kept.values())))
+            # Numbers, such as the step count, are copied at once.
             own.update({**lent, **kept})
 
     def wait(self) -> None:

@@ -142,6 +142,7 @@ def round_stochastic_float16(values: Tensor, key: RoundingKey, first: int = 0) -
     draws = random_bits(key, first, values.numel(), values.device).view(values.shape)
     nearest = values.to(torch.float16)
     normal = ((_bits(values) + (draws >> 3)) & ~0x1FFF).view(torch.float32)
+    # Rounding up from the largest finite float16 would give infinity.
     normal = normal.clamp(-_LARGEST_FLOAT16, _LARGEST_FLOAT16)
     units = values.double().abs() * 2**24  # of the spacing of subnormal numbers
     subnormal = (units + draws / 2**16).floor() / 2**24 * values.double().sign()

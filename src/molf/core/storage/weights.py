@@ -99,6 +99,7 @@ class StoredWeight:
         self._seed = seed
         self._place = place
         self._key: RoundingKey | None = None
+        # Zeros: the weight starts as its bfloat16 value.
         if rounding == "exact" and LOW not in state:
             state[LOW] = torch.zeros_like(parameter, dtype=torch.int16)
 
@@ -174,6 +175,7 @@ def fold_low(parameter: Tensor, low: Tensor) -> bool:
     stored = parameter.detach()
     high, _ = split_float32(stored.float())
     values = _joined(high, low).to(stored.dtype)
+    # Only if the weight still has the values that the low halves belong to.
     if torch.equal(high.to(stored.dtype), stored):
         stored.copy_(values)
     return torch.equal(stored, values)

@@ -13,6 +13,7 @@ from molf.job.settings.defaults import SUMMARIES
 from molf.job.settings.resolved import ResolvedSettings
 from molf.masking import mask, mask_text
 from molf.measure import Evaluation, Metric
+from molf.shown import map_texts
 
 if TYPE_CHECKING:  # imports torch, which must not delay errors of wrong input
     from molf.core.model.quantised import Quantisation
@@ -113,14 +114,12 @@ def _base_name(settings: ResolvedSettings) -> str:
 
 
 def _without_folders(value: Any, places: Sequence[str]) -> Any:
-    if isinstance(value, dict):
-        return {name: _without_folders(entry, places) for name, entry in value.items()}
-    if isinstance(value, list):
-        return [_without_folders(entry, places) for entry in value]
-    if isinstance(value, str):
+    def shorten(text: str) -> str:
         for place in places:
-            value = value.replace(place, Path(place).name)
-    return value
+            text = text.replace(place, Path(place).name)
+        return text
+
+    return map_texts(value, shorten)
 
 
 def _metric_rows(before: Evaluation, after: Evaluation | None) -> Iterator[str]:

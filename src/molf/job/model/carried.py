@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
+from molf.shown import counted
+
 
 class UnusedTensors:
     """Tensors that are copied from the base's files into the trained checkpoint unchanged.
@@ -40,8 +42,8 @@ class UnusedTensors:
         if not self._files:
             return None
         return (
-            f"Copied into the trained model unchanged: {len(self._files)} stored tensors that "
-            f"transformers does not load (first: {self.names[0]})."
+            f"Copied into the trained model unchanged: {counted(len(self._files), 'stored tensor')}"
+            f" that transformers does not load (first: {self.names[0]})."
         )
 
     def tensors(self) -> dict[str, torch.Tensor]:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 from transformers import AutoConfig
-from transformers.utils import GENERATION_CONFIG_NAME, cached_file
+from transformers.utils import GENERATION_CONFIG_NAME
 
 from molf.errors import InputError
+from molf.job.model.stored import find_file
 from molf.paths import expanded
 
 
@@ -41,27 +41,18 @@ def check_generation_config(model: str) -> None:
         InputError: The file is no JSON object.
     """
     # transformers would silently use a default one instead.
-    file = cached_file(
-        place_of(model),
-        GENERATION_CONFIG_NAME,
-        _raise_exceptions_for_gated_repo=False,
-        _raise_exceptions_for_missing_entries=False,
-        _raise_exceptions_for_connection_errors=False,
-    )
+    file = find_file(place_of(model), GENERATION_CONFIG_NAME)
     if file is None:
         return
     try:
-        given = json.loads(Path(file).read_text(encoding="utf-8"))
+        given = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(given, dict):
+            raise ValueError(f"it is a {type(given).__name__} and must be a JSON object")
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(
             f"model {model}: {GENERATION_CONFIG_NAME} is broken: {error}. Copy or download it "
             "again, or delete it."
         ) from error
-    if not isinstance(given, dict):
-        raise InputError(
-            f"model {model}: {GENERATION_CONFIG_NAME} is broken: it is a {type(given).__name__} "
-            "and must be a JSON object. Copy or download it again, or delete it."
-        )
 
 
 def check_token_ids(model: str, generation: Any) -> None:
@@ -78,7 +69,7 @@ def check_token_ids(model: str, generation: Any) -> None:
         given = getattr(generation, name, None)
         ids = given if isinstance(given, list) else [given]
         # By type, because `isinstance(True, int)` is true.
-        if given is not None and not all(type(one) is int for one in ids):
+        if given is not None and not all(type(token) is int for token in ids):
             raise InputError(
                 f"model {model}: {name} is {given!r} in its generation configuration. Must be a "
                 "whole number, or a list of them."

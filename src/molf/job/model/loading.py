@@ -105,7 +105,14 @@ def load_model(model: str, dtype: torch.dtype = torch.float32) -> LoadedModel:
         check_stored(stored_as, files, model)
     try:
         with _without_tables():
-            loaded, loading_info = _from_pretrained(kind, name, dtype)
+            loaded, loading_info = kind.from_pretrained(
+                name,
+                dtype=dtype,
+                trust_remote_code=False,
+                use_safetensors=True,
+                output_loading_info=True,  # names of missing, unused and mismatched tensors
+                ignore_mismatched_sizes=True,  # reported by name in check_whole
+            )
     # Not wrong input: the model may fit another machine.
     except (torch.OutOfMemoryError, MemoryError):
         raise
@@ -165,19 +172,6 @@ def _check_vocabulary(name: str, model: Any, tokenizer: Any) -> None:
             stacklevel=3,
         )
         tokenizer.pad_token = tokenizer.eos_token
-
-
-def _from_pretrained(kind: Any, name: str, dtype: torch.dtype) -> tuple[Any, dict[str, Any]]:
-    """Return the model, and the names of missing, unused and mismatched tensors."""
-    loaded, loading_info = kind.from_pretrained(
-        name,
-        dtype=dtype,
-        trust_remote_code=False,
-        use_safetensors=True,
-        output_loading_info=True,
-        ignore_mismatched_sizes=True,  # reported by name in check_whole
-    )
-    return loaded, loading_info
 
 
 @contextmanager

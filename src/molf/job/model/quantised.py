@@ -141,10 +141,8 @@ def load_quantised(name: str, option: str, device: torch.device) -> Any:
         option: `load_in_4bit` (NF4 without double quantisation) or `load_in_8bit`.
         device: The device to load it on.
     """
-    if option == "load_in_4bit":
-        quantisation = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
-    else:
-        quantisation = BitsAndBytesConfig(load_in_8bit=True)
+    # The type of 4-bit weights has no effect on 8-bit ones.
+    quantisation = BitsAndBytesConfig(**{option: True}, bnb_4bit_quant_type="nf4")
     model = auto_class(read_config(name)).from_pretrained(
         place_of(name),
         quantization_config=quantisation,

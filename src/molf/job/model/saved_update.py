@@ -49,35 +49,20 @@ class SavedUpdate:
         self.error_square += float(error.double().square().sum())
         self.along += float((update.double() * (update + error).double()).sum())
 
-    @property
-    def moved_share(self) -> float:
-        """Share of the numbers changed by training."""
-        return self.moved / self.numbers if self.numbers else 0.0
-
-    @property
-    def kept_share(self) -> float:
-        """Share of the numbers whose stored value differs from the initial one."""
-        return self.kept / self.numbers if self.numbers else 0.0
-
-    @property
-    def error(self) -> float:
-        """Error of the stored update relative to the update, by Frobenius norms."""
-        return (self.error_square / self.update_square) ** 0.5 if self.update_square else 0.0
-
-    @property
-    def update_kept(self) -> float:
-        """Projection of the stored update on the update, as a share of the update.
-
-        1 if all is stored exactly. With stochastic rounding it is 1 on average.
-        """
-        return self.along / self.update_square if self.update_square else 1.0
-
     def record(self) -> dict[str, Any]:
-        """Return the figures for a run's `config.yaml`."""
+        """Return the figures for a run's `config.yaml`.
+
+        Returns:
+            `numbers`; `moved_share`, the share of them changed by training; `kept_share`, whose
+            stored value differs from the initial one; `update_kept`, the projection of the stored
+            update on the update as a share of it (1 if all is stored exactly; with stochastic
+            rounding 1 on average); `update_error`, relative to the update by Frobenius norms.
+        """
+        numbers, square = max(self.numbers, 1), self.update_square
         return {
             "numbers": self.numbers,
-            "moved_share": self.moved_share,
-            "kept_share": self.kept_share,
-            "update_kept": self.update_kept,
-            "update_error": self.error,
+            "moved_share": self.moved / numbers,
+            "kept_share": self.kept / numbers,
+            "update_kept": self.along / square if square else 1.0,
+            "update_error": (self.error_square / square) ** 0.5 if square else 0.0,
         }

@@ -90,7 +90,7 @@ class StoredCheckpoint:
     @property
     def generation_config(self) -> bytes | None:
         """The bytes of the generation configuration's file; None if there is none."""
-        path = _found(self.name, GENERATION_CONFIG)
+        path = find_file(self.name, GENERATION_CONFIG)
         return None if path is None else path.read_bytes()
 
     def find(self, name: str, prefix: str = "") -> str | None:
@@ -136,15 +136,15 @@ def _weight_files(name: str, explicit: str | None) -> list[Path]:
     """Return the files that transformers would load: one, or those of an index."""
     # The order of `from_pretrained`.
     first = SAFE_WEIGHTS_NAME if explicit is None else explicit
-    if (single := _found(name, first)) is not None and single.suffix != ".json":
+    if (single := find_file(name, first)) is not None and single.suffix != ".json":
         return [single]
-    index = single or _found(name, SAFE_WEIGHTS_INDEX_NAME)
+    index = single or find_file(name, SAFE_WEIGHTS_INDEX_NAME)
     if index is None:
         raise InputError(f"model {name} has no {first}{_instead(name)}")
     try:
         # An index of another program may have any content.
         names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        files = {file: _found(name, file) for file in sorted(names)}
+        files = {file: find_file(name, file) for file in sorted(names)}
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise InputError(
             f"model {name}: {index.name} is no index of weights: {type(error).__name__}: {error}"
@@ -158,16 +158,16 @@ def _weight_files(name: str, explicit: str | None) -> list[Path]:
     return [path for path in files.values() if path is not None]
 
 
-def _found(name: str, file: str) -> Path | None:
+def find_file(name: str, file: str) -> Path | None:
     """Return the path of a checkpoint's file, downloaded for a Hub id; None if it is missing."""
-    found = cached_file(
+    path = cached_file(
         name,
         file,
         _raise_exceptions_for_gated_repo=False,
         _raise_exceptions_for_missing_entries=False,
         _raise_exceptions_for_connection_errors=False,
     )
-    return None if found is None else Path(found)
+    return None if path is None else Path(path)
 
 
 def _instead(name: str) -> str:

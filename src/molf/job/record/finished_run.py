@@ -14,7 +14,7 @@ import yaml
 from molf.disk.files import clear_unfinished
 from molf.disk.locks import InUseError, Lock
 from molf.errors import InputError
-from molf.inputs import read_input
+from molf.inputs import read_text
 from molf.job.record.ownership import ADAPTER, CONFIG, MODEL, is_run, is_run_config
 from molf.job.record.run_around import why_no_run
 from molf.paths import check_path, expanded
@@ -120,10 +120,9 @@ def read_run(path: Path) -> FinishedRun:
     # `lexists`: a broken link gets the message of `read_input`, which names it.
     if not os.path.lexists(path / CONFIG):
         raise InputError(f"{path} is not a run of `molf train`: it has no {CONFIG}.")
+    text = read_text(path / CONFIG, str(path / CONFIG))
     try:
-        config = yaml.safe_load(read_input(path / CONFIG, f"{path / CONFIG}").decode())
-    except InputError:
-        raise
+        config = yaml.safe_load(text)
     except (ValueError, RecursionError, yaml.YAMLError) as error:
         raise InputError(f"{path / CONFIG} cannot be read: {error}") from error
     if not is_run_config(config):

@@ -12,8 +12,8 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from molf.data.files import first_line
 from molf.disk.files import replacing_file
+from molf.errors import reason_of
 from molf.masking import mask_text
 from molf.shown import as_line
 
@@ -161,4 +161,4 @@ def _read(path: Path) -> tuple[list[str], list[dict[str, str]]]:
                     rows.append(dict(zip(columns, cells, strict=False)))
             return columns, rows
     except (OSError, UnicodeError, csv.Error) as error:
-        raise ForeignTableError(first_line(error)) from error
+        raise ForeignTableError(reason_of(error)) from error

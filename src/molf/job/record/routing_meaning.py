@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from molf.core.config import MoLFConfig
 from molf.job.record.wins import RoutingSummary
+from molf.shown import counted
 
 ONE_SIDED = 0.99  # share of updates at or above which routing is called one-sided
 _FIXED = 0.9  # share of unchanged layers at or above which routing is called nearly fixed
@@ -20,7 +21,7 @@ def routing_meaning(summary: RoutingSummary, config: MoLFConfig, steps: int) -> 
         config: The experts and the score.
         steps: Optimizer steps of the run.
     """
-    layers = _layers(summary.layers)
+    layers = counted(summary.layers, "layer")
     eligible = config.eligible
     if len(eligible) == config.top_k:
         why = f"top_k={config.top_k}: there was nothing to choose"
@@ -46,14 +47,14 @@ def routing_shares_text(summary: RoutingSummary) -> str:
     """Return the share of each expert and the changes per layer in a sentence."""
     shares = ", ".join(f"{name} {share:.1%}" for name, share in summary.won.items())
     return (
-        f"Updates of the {_layers(summary.layers)} won: {shares}; "
+        f"Updates of the {counted(summary.layers, 'layer')} won: {shares}; "
         f"{summary.changes / summary.layers:.1f} changes of winner per layer."
     )
 
 
 def _movement(summary: RoutingSummary, config: MoLFConfig, steps: int) -> str:
     """Describe how often layers changed their winner, if several experts won."""
-    layers = _layers(summary.layers)
+    layers = counted(summary.layers, "layer")
     if summary.decisions <= summary.layers:
         return f"There was one decision for each of the {layers}."
     split = ", ".join(f"{name} {count}" for name, count in summary.winners_of_unchanged.items())
@@ -95,7 +96,3 @@ def _way_out(config: MoLFConfig) -> str:
 
 def _names(experts: Sequence[str]) -> str:
     return " and ".join(experts)
-
-
-def _layers(count: int) -> str:
-    return f"{count} layer" if count == 1 else f"{count} layers"

@@ -52,16 +52,12 @@ COMMON: dict[str, Any] = {
 
 # Rank 32 is that of the paper's LoRA baseline; the rest are the values of each method's authors.
 # Alpha is given here if `default_alpha` does not compute it.
+_LORA: dict[str, Any] = {"ranks": (32,), "use_rslora": True, "lora_dropout": 0.05}
 METHOD: dict[str, dict[str, Any]] = {
     "fft": {},
-    "lora": {"ranks": (32,), "use_rslora": True, "lora_dropout": 0.05},
-    # Hayou et al. 2024: the rate of B is lambda = 2^4 times that of A; the rest as LoRA.
-    "lora+": {
-        "ranks": (32,),
-        "use_rslora": True,
-        "lora_dropout": 0.05,
-        "loraplus_lr_ratio": 16.0,
-    },
+    "lora": _LORA,
+    # Hayou et al. 2024: the rate of B is lambda = 2^4 times that of A.
+    "lora+": {**_LORA, "loraplus_lr_ratio": 16.0},
     # Liu et al. 2024, commonsense reasoning: rank 32, alpha 64, dropout 0.05.
     "dora": {"ranks": (32,), "use_rslora": False, "lora_dropout": 0.05},
     # Meng et al. 2024: alpha equals the rank, no dropout.
@@ -76,26 +72,21 @@ METHOD: dict[str, dict[str, Any]] = {
     "molf-e": {"ranks": (32, 128), "alpha": 32.0, "use_rslora": True, "lora_dropout": 0.05},
 }
 
+
 # The shipped base and its tasks are tiny: high rates and many epochs suffice, in under a minute.
-_DEMO: dict[str, dict[str, Any]] = {
-    "demo-fact": {
-        "learning_rate": 1e-3,
-        "num_train_epochs": 10.0,
-        "per_device_train_batch_size": 32,
+def _demo(learning_rate: float, epochs: float, batch_size: int) -> dict[str, Any]:
+    return {
+        "learning_rate": learning_rate,
+        "num_train_epochs": epochs,
+        "per_device_train_batch_size": batch_size,
         "gradient_accumulation_steps": 1,
-    },
-    "demo-sql": {
-        "learning_rate": 2e-3,
-        "num_train_epochs": 5.0,
-        "per_device_train_batch_size": 16,
-        "gradient_accumulation_steps": 1,
-    },
-    "demo-med": {
-        "learning_rate": 1e-3,
-        "num_train_epochs": 5.0,
-        "per_device_train_batch_size": 16,
-        "gradient_accumulation_steps": 1,
-    },
+    }
+
+
+_DEMO = {
+    "demo-fact": _demo(1e-3, 10.0, 32),
+    "demo-sql": _demo(2e-3, 5.0, 16),
+    "demo-med": _demo(1e-3, 5.0, 16),
 }
 # Learning rate of the LoRA factors, as a multiple of the task's rate. With MoLF's value, its
 # experts win about equally often. The others are the best of three on demo-fact (README); DoRA

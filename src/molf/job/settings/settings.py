@@ -36,13 +36,21 @@ from molf.job.settings.defaults import (
     ROUTED,
 )
 from molf.job.settings.experts import method_config
-from molf.job.settings.ranges import check_ranges
-from molf.planning.workload import DTYPES as WEIGHT_DTYPES
+from molf.job.settings.ranges import (
+    BELOW_2_31,
+    BELOW_2_32,
+    MOST_COUNTED,
+    NOT_NEGATIVE,
+    POSITIVE,
+    SHARE,
+    check_ranges,
+)
 from molf.planning.workload import QUANTISATIONS
 from molf.tasks import EVAL_PARTS, TASKS, VALIDATION_SHARE, TaskOptions, check_task
 
 SCHEDULERS = ("cosine", "linear", "constant", "constant_with_warmup")
 DTYPES = ("float32", "bfloat16", "float16")
+WEIGHT_DTYPES = ("float32", "bfloat16")
 SAVE_ROUNDINGS = ("nearest", "stochastic")
 
 DATA = Group.create_ordered("Data")
@@ -66,11 +74,11 @@ class TrainSettings:
     """Records to train on: a JSON, JSONL, Parquet or CSV file, a folder, a URL, or a Hub id."""
     eval_data: Annotated[str | None, Parameter(group=DATA)] = None
     """Records to evaluate on, where the task does not evaluate on those it trains on."""
-    max_samples: Annotated[int | None, Parameter(group=DATA)] = None
+    max_samples: Annotated[int | None, Parameter(group=DATA), POSITIVE] = None
     """Train on at most this many records, drawn by the seed."""
-    max_eval_samples: Annotated[int | None, Parameter(group=DATA)] = None
+    max_eval_samples: Annotated[int | None, Parameter(group=DATA), POSITIVE] = None
     """Evaluate on at most this many records, drawn by the seed."""
-    few_shot: Annotated[int, Parameter(group=DATA)] = 0
+    few_shot: Annotated[int, Parameter(group=DATA), NOT_NEGATIVE] = 0
     """Answered training questions before each question, drawn by seed (sql, med, their demos)."""
     eval_part: Annotated[str, Parameter(choices=EVAL_PARTS, group=DATA)] = "test"
     """Measure the task's records, or a part of the training data, which is then not trained on."""
@@ -80,13 +88,13 @@ class TrainSettings:
     """Share of the training data in the validation part (fact: set aside from both parts)."""
     label_noise: Annotated[float, Parameter(group=DATA)] = 0.0
     """Share of the training records with a wrong answer, drawn by the seed (med, demo-med)."""
-    max_length: Annotated[int, Parameter(group=DATA)] = 1024
+    max_length: Annotated[int, Parameter(group=DATA), POSITIVE, BELOW_2_31] = 1024
     """Longest example in tokens; longer ones are left out and counted, never cut."""
     split_special_tokens: Annotated[bool, Parameter(group=DATA)] = False
     """Treat control tokens in the records' texts (such as </s>) as plain text."""
 
     model: Annotated[str | None, Parameter(group=MODEL)] = None
-    """A local directory in transformers format, or a Hub id. Demo tasks bring their own."""
+    """A local directory in transformers format, or a Hub id. Demo tasks have their own."""
     gradient_checkpointing: Annotated[bool, Parameter(group=MODEL)] = False
     """Recompute activations in the backward pass: slower, less memory."""
     bf16: Annotated[bool | None, Parameter(group=MODEL, show_default="where CUDA has it")] = None
@@ -120,7 +128,9 @@ class TrainSettings:
     """Scale by alpha / sqrt(rank) instead of alpha / rank."""
     lora_dropout: Annotated[float | None, Parameter(group=METHOD, show_default=_AUTO)] = None
     """Dropout before the LoRA factors. With molf, above 0 takes an adapter beside the weights."""
-    loraplus_lr_ratio: Annotated[float | None, Parameter(group=METHOD, show_default="16")] = None
+    loraplus_lr_ratio: Annotated[
+        float | None, Parameter(group=METHOD, show_default="16"), POSITIVE
+    ] = None
     """With lora+, the learning rate of B as a multiple of that of A (lora_learning_rate)."""
     score: Annotated[str, Parameter(group=METHOD)] = "epd"
     """How molf scores experts: epd, pfn, gsnr, fresh, descent, epd-balanced or epd-corrected;
@@ -157,50 +167,56 @@ class TrainSettings:
     """Keep the optimizer's state in host memory, on the GPU layer by layer (not run on one yet)."""
     kernels: Annotated[str, Parameter(choices=KERNELS, group=OPTIMIZATION)] = "eager"
     """triton: the steps of fft and molf by Triton kernels (CUDA; not run on a GPU yet)."""
-    learning_rate: Annotated[float | None, Parameter(group=OPTIMIZATION, show_default=_AUTO)] = None
+    learning_rate: Annotated[
+        float | None, Parameter(group=OPTIMIZATION, show_default=_AUTO), POSITIVE
+    ] = None
     """Peak learning rate."""
     lora_learning_rate: Annotated[
-        float | None, Parameter(group=OPTIMIZATION, show_default="learning_rate")
+        float | None, Parameter(group=OPTIMIZATION, show_default="learning_rate"), NOT_NEGATIVE
     ] = None
     """Peak learning rate of the LoRA factors."""
-    weight_decay: Annotated[float, Parameter(group=OPTIMIZATION)] = 0.1
+    weight_decay: Annotated[float, Parameter(group=OPTIMIZATION), NOT_NEGATIVE] = 0.1
     """Decoupled decay of dense weights; norms and biases have none."""
-    lora_weight_decay: Annotated[float, Parameter(group=OPTIMIZATION)] = 0.01
+    lora_weight_decay: Annotated[float, Parameter(group=OPTIMIZATION), NOT_NEGATIVE] = 0.01
     """Decoupled decay of the LoRA factors."""
-    num_train_epochs: Annotated[float | None, Parameter(group=OPTIMIZATION, show_default=_AUTO)] = (
-        None
-    )
+    num_train_epochs: Annotated[
+        float | None, Parameter(group=OPTIMIZATION, show_default=_AUTO), POSITIVE, BELOW_2_31
+    ] = None
     """Passes over the data."""
-    max_steps: Annotated[int | None, Parameter(group=OPTIMIZATION)] = None
+    max_steps: Annotated[int | None, Parameter(group=OPTIMIZATION), POSITIVE] = None
     """Number of optimizer steps; overrides num_train_epochs."""
     per_device_train_batch_size: Annotated[
-        int | None, Parameter(group=OPTIMIZATION, show_default=_AUTO)
+        int | None, Parameter(group=OPTIMIZATION, show_default=_AUTO), POSITIVE, BELOW_2_31
     ] = None
     """Examples per forward pass."""
     gradient_accumulation_steps: Annotated[
-        int | None, Parameter(group=OPTIMIZATION, show_default=_AUTO)
+        int | None, Parameter(group=OPTIMIZATION, show_default=_AUTO), POSITIVE, BELOW_2_31
     ] = None
     """Forward passes per optimizer step."""
     lr_scheduler_type: Annotated[str, Parameter(choices=SCHEDULERS, group=OPTIMIZATION)] = "cosine"
     """How the learning rates fall."""
-    warmup_ratio: Annotated[float, Parameter(group=OPTIMIZATION)] = 0.1
+    warmup_ratio: Annotated[float, Parameter(group=OPTIMIZATION), SHARE] = 0.1
     """Share of the steps in which the learning rates rise."""
-    max_grad_norm: Annotated[float | None, Parameter(group=OPTIMIZATION, show_default="1")] = None
+    max_grad_norm: Annotated[
+        float | None, Parameter(group=OPTIMIZATION, show_default="1"), NOT_NEGATIVE
+    ] = None
     """Clip the gradients to this norm; 0 turns clipping off."""
     nonfinite: Annotated[str, Parameter(choices=NONFINITE, group=OPTIMIZATION)] = "raise"
     """On an infinite or NaN loss or gradient: stop the run (raise), or skip the step."""
-    max_skipped_steps: Annotated[int, Parameter(group=OPTIMIZATION)] = 10
+    max_skipped_steps: Annotated[int, Parameter(group=OPTIMIZATION), POSITIVE] = 10
     """With nonfinite skip, stop the run when so many steps in a row were skipped."""
-    adam_beta1: Annotated[float, Parameter(group=OPTIMIZATION)] = 0.9
+    adam_beta1: Annotated[float, Parameter(group=OPTIMIZATION), SHARE] = 0.9
     """Decay rate of the first moment."""
-    adam_beta2: Annotated[float, Parameter(group=OPTIMIZATION)] = 0.999
+    adam_beta2: Annotated[float, Parameter(group=OPTIMIZATION), SHARE] = 0.999
     """Decay rate of the second moment."""
-    adam_epsilon: Annotated[float, Parameter(group=OPTIMIZATION)] = 1e-8
+    adam_epsilon: Annotated[float, Parameter(group=OPTIMIZATION), POSITIVE] = 1e-8
     """Added to the denominator of the update."""
-    seed: Annotated[int, Parameter(group=OPTIMIZATION)] = 42
+    seed: Annotated[int, Parameter(group=OPTIMIZATION), NOT_NEGATIVE, BELOW_2_32] = 42
     """Seed of everything random."""
 
-    per_device_eval_batch_size: Annotated[int, Parameter(group=EVALUATION)] = 32
+    per_device_eval_batch_size: Annotated[
+        int, Parameter(group=EVALUATION), POSITIVE, BELOW_2_31
+    ] = 32
     """Examples per forward pass in evaluation."""
     forgetting_data: Annotated[str | None, Parameter(group=EVALUATION)] = None
     """Plain text to measure forgetting: its loss before and after; default: a text of the task."""
@@ -230,11 +246,11 @@ class TrainSettings:
     """How weights are rounded to a saved type of 16 bits: nearest, or stochastic by the seed."""
     keep_low_halves: Annotated[bool, Parameter(group=OUTPUT, negative=())] = False
     """Also save the low 16 bits of float32 weights beside a bfloat16 model/, for molf export."""
-    logging_steps: Annotated[int, Parameter(group=OUTPUT)] = 10
+    logging_steps: Annotated[int, Parameter(group=OUTPUT), POSITIVE] = 10
     """Optimizer steps between two lines of metrics.jsonl."""
-    save_steps: Annotated[int | None, Parameter(group=OUTPUT)] = None
+    save_steps: Annotated[int | None, Parameter(group=OUTPUT), POSITIVE] = None
     """Optimizer steps between two checkpoints; none are kept by default."""
-    save_total_limit: Annotated[int | None, Parameter(group=OUTPUT)] = None
+    save_total_limit: Annotated[int | None, Parameter(group=OUTPUT), POSITIVE] = None
     """Keep only this many checkpoints."""
     report_to: Annotated[tuple[str, ...], Parameter(group=OUTPUT, converter=words, n_tokens=1)] = (
         "none",
@@ -257,7 +273,10 @@ class TrainSettings:
             ("dtype", WEIGHT_DTYPES),
         ):
             check_choice(name, getattr(self, name), allowed)
-        check_ranges(vars(self))
+        check_ranges(self)
+        if max(self.ranks or (0,)) >= MOST_COUNTED:
+            given = ",".join(map(str, self.ranks or ()))
+            raise InputError(f"Invalid ranks={given}. Must be below 2**31.")
         for name in ("model", "data", "eval_data", "forgetting_data"):
             if getattr(self, name) == "":
                 raise InputError(f"Invalid {name}: empty. Leave the option out for the default.")
