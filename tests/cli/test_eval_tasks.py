@@ -5,6 +5,7 @@ import json
 import pytest
 
 from molf.cli import main
+from molf.errors import InputError
 from molf.world import BASE_PATH
 
 MED = {
@@ -54,16 +55,30 @@ def evaluate(data, capsys):
     return run
 
 
-@pytest.mark.parametrize(
-    "tasks",
-    [
-        ["--task", "demo-fact,sql,med"],
-        ["--task", "demo-fact", "--task", "sql", "--task", "med"],
-        ["--tasks", "demo-fact,sql", "--tasks", "med"],
-        ["--tasks=demo-fact, sql, med"],
-    ],
-)
-def test_several_tasks(evaluate, monkeypatch, tasks):
+WAYS = [
+    ["--task", "demo-fact,sql,med"],
+    ["--task", "demo-fact", "--task", "sql", "--task", "med"],
+    ["--tasks", "demo-fact,sql", "--tasks", "med"],
+    ["--tasks=demo-fact, sql, med"],
+]
+
+
+@pytest.mark.parametrize("tasks", WAYS)
+def test_several_tasks_are_given_in_any_way(data, monkeypatch, tasks):
+    from molf.cli import evaluation
+
+    given = []
+
+    def stop(model, options):
+        given.extend(options.task)
+        raise InputError("far enough")
+
+    monkeypatch.setattr(evaluation, "evaluate_checkpoint", stop)
+    assert main(["eval", str(BASE_PATH), *tasks, *SHORT]) == 2
+    assert given == ["demo-fact", "sql", "med"]
+
+
+def test_several_tasks(evaluate, monkeypatch):
     from molf.job.model import loading as model_loading
 
     loads = []
@@ -71,7 +86,7 @@ def test_several_tasks(evaluate, monkeypatch, tasks):
     monkeypatch.setattr(
         model_loading, "load_model", lambda model: loads.append(model) or load(model)
     )
-    out, path = evaluate(*tasks)
+    out, path = evaluate(*WAYS[-1])
     assert loads == [str(BASE_PATH)]
     record = json.loads((path / "eval.json").read_text())
     assert list(record) == ["tasks"]

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import molf
-from core_helpers import assert_same_bits, snapshot, tiny_model
+from core_helpers import tiny_model
 from molf import MoLFAdamW, MoLFConfig
 from peft_helpers import IDS, tiny_qwen2
 
@@ -42,20 +42,6 @@ def run(model, optimizer, batches) -> None:
     for batch in batches:
         backward(model, batch)
         optimizer.step()
-
-
-@FORMS
-def test_accelerate_prepares_the_optimizer(freeze_base):
-    from accelerate import Accelerator
-
-    model, optimizer = made(freeze_base)
-    plain, reference = made(freeze_base)
-    run(model, optimizer, range(2))
-    run(plain, reference, range(2))
-    _, prepared = Accelerator(cpu=True).prepare(model, optimizer)
-    run(model, prepared, [2, 3])
-    run(plain, reference, [2, 3])
-    assert_same_bits(snapshot(model, optimizer), snapshot(plain, reference))
 
 
 def test_golden_state_dict():

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 import molf
-from core_helpers import Conv1D, assert_same_bits, run, snapshot, tiny_model, tiny_optimizer
+from core_helpers import Conv1D, assert_same_bits, run, snapshot, tiny_optimizer
+from optimizer_forms import build
 
 
 def tiny_qwen2(*, tied: bool = True):
@@ -28,13 +29,16 @@ def tiny_qwen2(*, tied: bool = True):
     return Qwen2ForCausalLM(config)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("form", "storage"),
+    [("folded", "float32"), ("folded", "exact"), ("explicit", "float32"), ("frozen", "float32")],
+)
 @pytest.mark.parametrize("steps_before", [0, 2])
-def test_accelerate_prepares_the_optimizer(steps_before, dtype):
+def test_accelerate_prepares_the_optimizer(steps_before, form, storage):
     from accelerate import Accelerator
 
-    model, plain = tiny_model(dtype), tiny_model(dtype)
-    optimizer, reference = tiny_optimizer(model), tiny_optimizer(plain)
+    model, optimizer = build(form, storage)
+    plain, reference = build(form, storage)
     run(model, optimizer, range(steps_before))
     run(plain, reference, range(steps_before))
     _, prepared = Accelerator(cpu=True).prepare(model, optimizer)  # loads the state into itself

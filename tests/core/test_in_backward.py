@@ -461,21 +461,6 @@ def test_older_optimizer_does_not_come_back_while_the_newer_lives(in_backward):
     assert {state["step"] for state in old.state.values()} == {2}
 
 
-def test_a_later_step_without_a_gradient_is_warned_of_once():
-    model, optimizer = build("folded", optimizer_in_backward=True)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        for step in range(2):
-            run_model(model, step)
-            optimizer.step()
-    with pytest.warns(UserWarning, match="No parameter has a gradient") as caught:
-        optimizer.step()
-    assert [w.filename for w in caught] == [__file__]
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        optimizer.step()
-
-
 def test_units_are_made_one_by_one(monkeypatch):
     """Making all of a group for each of its parameters would cost their number squared."""
     parameters = [nn.Parameter(torch.zeros(2)) for _ in range(40)]

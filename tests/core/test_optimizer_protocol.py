@@ -305,8 +305,9 @@ def test_model_and_config_of_another_kind_are_named(model, config, message):
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_a_later_step_without_a_gradient_is_warned_of_once(form):
-    model, optimizer = in_form(form, tiny_model())
+@pytest.mark.parametrize("in_backward", [False, True], ids=["step", "in backward"])
+def test_a_later_step_without_a_gradient_is_warned_of_once(form, in_backward):
+    model, optimizer = in_form(form, tiny_model(), optimizer_in_backward=in_backward)
     run(model, optimizer, [0, 1])
     before = snapshot(model, optimizer)
     optimizer.zero_grad()

@@ -38,12 +38,12 @@ def test_everything_is_contained(fuzz_sql, tmp_path, monkeypatch, capsys, memory
     if RECORDS.exists():
         real += fuzz_sql.read_pairs(RECORDS)
     monkeypatch.chdir(tmp_path)
-    figures = fuzz_sql.fuzz(fuzz_sql.hostile_pairs(2000, SEED, real))
+    figures = fuzz_sql.fuzz(fuzz_sql.hostile_pairs(1000, SEED, real))
     with capsys.disabled():
         sys.stdout.write(f"\n{asdict(figures)}\n")
-    assert figures.contained == figures.tried == 2000
+    assert figures.contained == figures.tried == 1000
     assert figures.files == []
     assert memory_growth() < 500 * 2**20
     # Otherwise the queries would be too tame, or too broken to get anywhere.
-    assert figures.outcomes["ok"] > 400
+    assert figures.outcomes["ok"] > 200
     assert {"sql", "denied", "time", "size"} <= figures.outcomes.keys()

@@ -1,4 +1,4 @@
-"""Runs the checks of the fused kernels, each file in a process of its own.
+"""Runs the checks of the fused kernels, those that interpret them in one process of its own.
 
 Triton decides when it is imported whether kernels are interpreted (TRITON_INTERPRET), so one
 process cannot both interpret and compile them, nor share either with other tests.
@@ -19,14 +19,15 @@ import pytest
 CHECKS = Path(__file__).parent / "checks"
 INTERPRETED = ["check_operations.py", "check_storage.py", "check_step.py"]
 INTERPRETED += ["check_optimizer.py", "check_command.py"]
+INVARIANTS = "../../test_invariants.py"
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="needs triton (extra `triton`)"
 )
 
 
-def run_checks(name: str, *options: str, interpret: bool, cache: Path) -> None:
-    """Run a file of checks; every one must pass, and there must be some."""
+def run_checks(names: list[str], *options: str, interpret: bool, cache: Path) -> None:
+    """Run files of checks; every one must pass, and there must be some."""
     variables = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     variables["TRITON_CACHE_DIR"] = str(cache)
     helpers = str(CHECKS.parents[1])  # core_helpers
@@ -35,7 +36,7 @@ def run_checks(name: str, *options: str, interpret: bool, cache: Path) -> None:
         variables["TRITON_INTERPRET"] = "1"
     options = ("-p", "no:cacheprovider", "-p", "no:xdist", "-p", "no:randomly", *options)
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", *options, str(CHECKS / name)],
+        [sys.executable, "-m", "pytest", *options, *(str(CHECKS / name) for name in names)],
         env=variables,
         capture_output=True,
         text=True,
@@ -46,36 +47,32 @@ def run_checks(name: str, *options: str, interpret: bool, cache: Path) -> None:
     assert "skipped" not in last, done.stdout
 
 
-@pytest.mark.parametrize("name", INTERPRETED)
-def test_interpreted_on_the_cpu(name, tmp_path):
-    run_checks(name, interpret=True, cache=tmp_path)
+def test_interpreted_on_the_cpu(tmp_path, monkeypatch):
+    """The checks, and the table of invariants with the kernels in place of other executors.
 
-
-def check_invariants(*, interpret: bool, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Run the table of invariants with the kernels in place of its other executors."""
+    One process: the imports of each would take longer than most of its checks.
+    """
     monkeypatch.setenv("MOLF_TEST_EXECUTOR", "triton")
+    # Not all invariants, because the interpreter is slow.
     rows = "steps_are or exact_bfloat16 or bad_gradient or moves_between or copies or depends_on"
-    rows = f"triton and ({rows})" if interpret else "triton"  # the interpreter is slow
-    run_checks("../../test_invariants.py", "-k", rows, interpret=interpret, cache=cache)
-
-
-def test_invariants_interpreted_on_the_cpu(tmp_path, monkeypatch):
-    check_invariants(interpret=True, cache=tmp_path, monkeypatch=monkeypatch)
+    chosen = f"check_ or (triton and ({rows}))"
+    run_checks([*INTERPRETED, INVARIANTS], "-k", chosen, interpret=True, cache=tmp_path)
 
 
 @pytest.mark.gpu
 def test_invariants_on_a_gpu(tmp_path, monkeypatch):
-    check_invariants(interpret=False, cache=tmp_path, monkeypatch=monkeypatch)
+    monkeypatch.setenv("MOLF_TEST_EXECUTOR", "triton")
+    run_checks([INVARIANTS], "-k", "triton", interpret=False, cache=tmp_path)
 
 
 def test_every_variant_compiles_for_sm_90(tmp_path):
-    run_checks("check_compile.py", interpret=False, cache=tmp_path)
+    run_checks(["check_compile.py"], interpret=False, cache=tmp_path)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", INTERPRETED)
 def test_on_a_gpu(name, tmp_path):
-    run_checks(name, interpret=False, cache=tmp_path)
+    run_checks([name], interpret=False, cache=tmp_path)
 
 
 def test_no_file_of_checks_is_forgotten():

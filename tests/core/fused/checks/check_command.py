@@ -2,37 +2,30 @@
 
 from __future__ import annotations
 
-import shutil
-
 import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
 from scenarios import INTERPRETED
-from transformers import AutoConfig, AutoModelForCausalLM
 
+from checkpoints import write_checkpoint, write_facts
 from molf.cli import main
-from molf.world import BASE_PATH
 
 LR = 1e-4
 
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
-    """One narrow layer with the embedded model's tokenizer: the interpreter is slow."""
-    path = tmp_path_factory.mktemp("model") / "tiny"
-    shutil.copytree(BASE_PATH, path)
-    config = AutoConfig.from_pretrained(BASE_PATH)
-    config.num_hidden_layers, config.layer_types = 1, ["full_attention"]
-    config.hidden_size, config.intermediate_size = 32, 48
-    torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(config).save_pretrained(path)
-    return path
+    """Options of one narrow layer and its records: the interpreter is slow."""
+    path = tmp_path_factory.mktemp("model")
+    base = write_checkpoint(path / "tiny", num_hidden_layers=1)
+    facts = write_facts(path / "facts.jsonl", count=4)
+    return ["--model", str(base), "--task", "fact", "--data", str(facts)]
 
 
 def train(run, tiny, kernels, capsys, *options):
     """A short run; its lines of metrics and its weights."""
-    command = ["train", "--model", str(tiny), "--kernels", kernels, "--output_dir", str(run)]
+    command = ["train", *tiny, "--kernels", kernels, "--output_dir", str(run)]
     command += ["--max_steps", "2", "--max_eval_samples", "2", "--warmup_ratio", "0"]
     command += ["--learning_rate", str(LR), "--lr_scheduler_type", "constant"]
     command += ["--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "1"]
