@@ -86,6 +86,7 @@ def _demo(learning_rate: float, epochs: float, batch_size: int) -> dict[str, Any
 _DEMO = {
     "demo-fact": _demo(1e-3, 10.0, 32),
     "demo-sql": _demo(2e-3, 5.0, 16),
+    "demo-forms": _demo(2e-3, 3.0, 4),
     "demo-med": _demo(1e-3, 5.0, 16),
 }
 # Learning rate of the LoRA factors, as a multiple of the task's rate. With MoLF's value, its

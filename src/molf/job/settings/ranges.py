@@ -37,7 +37,7 @@ def check_ranges(options: Any) -> None:
     Raises:
         InputError: A number is out of its range.
     """
-    for name, ranges in _ranges(type(options)).items():
+    for name, ranges in _ranges(options.__class__).items():
         value = getattr(options, name)
         for one in ranges:
             if value is not None and not one.allows(value):
