@@ -17,6 +17,7 @@ from trl import SFTConfig
 
 from molf.core.adamw import AdamW
 from molf.core.model.quantised import quantisation_of
+from molf.job.labelled_logits import labelled_logits
 from molf.job.methods import prepare
 from molf.job.model.merging import merge_trained
 from molf.job.model.quantised import Precision, load_quantised
@@ -137,7 +138,8 @@ def run_training(
         )
         trainer.remove_callback(PrinterCallback)
         started = time.perf_counter()
-        output = trainer.train()
+        with labelled_logits():
+            output = trainer.train()
         seconds = time.perf_counter() - started
     guard.check_weights(trainer.model, trainer.state)
     checkpoints.warn_of_missing()
