@@ -6,7 +6,7 @@ from trl.trainer import utils
 
 from checkpoints import make_model
 from molf.cli import main
-from molf.job.labelled_logits import labelled_logits
+from molf.job.trainer.labelled_logits import labelled_logits
 
 
 @pytest.fixture
@@ -67,7 +67,7 @@ def test_the_choice_of_trl_is_restored():
 def test_a_release_without_that_choice_trains_as_before(monkeypatch, scored):
     labels = torch.full((2, 9), -100)
     labels[0, 4] = 3
-    monkeypatch.setattr("molf.job.labelled_logits._CHOICE", "_absent")
+    monkeypatch.setattr("molf.job.trainer.labelled_logits._CHOICE", "_absent")
     with labelled_logits():
         loss_and_gradients(labels)
     assert scored == [16]

@@ -17,7 +17,6 @@ from trl import SFTConfig
 
 from molf.core.adamw import AdamW
 from molf.core.model.quantised import quantisation_of
-from molf.job.labelled_logits import labelled_logits
 from molf.job.methods import prepare
 from molf.job.model.merging import merge_trained
 from molf.job.model.quantised import Precision, load_quantised
@@ -37,6 +36,7 @@ from molf.job.trainer.callbacks import (
     unwrapped,
 )
 from molf.job.trainer.checkpoints import Checkpoints
+from molf.job.trainer.labelled_logits import labelled_logits
 from molf.job.trainer.step_guard import StepGuard
 from molf.job.trainer.steps import StepsCheck
 from molf.job.trainer.trainer import Trainer
