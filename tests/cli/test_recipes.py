@@ -35,7 +35,8 @@ DATA = {
     "fact": "https://rome.baulab.info/data/dsets/counterfact.json",
 }
 DEMOS = [name for name in NAMES if name.startswith("demo-")]
-CELLS = [name for name in NAMES if name.startswith("cell-")]
+REAL_CELLS = [name for name in NAMES if name.startswith("cell-real-")]
+CELLS = [name for name in NAMES if name.startswith("cell-") and name not in REAL_CELLS]
 CHATS = [name for name in NAMES if name.endswith("-chat")]
 
 
@@ -95,7 +96,7 @@ def test_cell_of_the_paper(cell):
     assert settings.max_eval_samples is None
 
 
-@pytest.mark.parametrize("name", [n for n in NAMES if n not in (*DEMOS, *CELLS)])
+@pytest.mark.parametrize("name", [n for n in NAMES if n not in (*DEMOS, *CELLS, *REAL_CELLS)])
 def test_variant_trains_like_the_paper(name):
     check_trained_like_the_paper(recipe_settings(name), dropout="-dropout-" in name)
 
@@ -135,7 +136,7 @@ def test_recipe_is_valid_and_explains_itself(name, capsys):
     assert lines[1].endswith(".")
     assert "# What to change first:" in lines
     options = yaml.safe_load("\n".join(lines))
-    assert name.startswith(f"{options['task']}-{options['method']}")
+    assert name.removeprefix("cell-real-").startswith(f"{options['task']}-{options['method']}")
     if options["method"] == "molf":
         dropout = "0.05" if "-dropout-" in name else "0"
         assert any(line.startswith(f"lora_dropout: {dropout}  # ") for line in lines)
@@ -189,6 +190,47 @@ def test_demo_recipe_runs(name, tmp_path):
     short = ["--max_steps", "2", "--max_samples", "20", "--max_eval_samples", "5"]
     assert main(["train", "--config", name, *short, "--output_dir", str(run)]) == 0
     assert (run / "model" / "model.safetensors").is_file()
+
+
+def test_cells_on_a_real_model_differ_in_the_method_alone():
+    """The rates are those that docs/cells-real.md gives figures for."""
+    rates = {"fft": (5e-5, None), "lora": (None, 5e-4), "molf": (5e-5, 5e-4)}
+    expected = {"fact": (64, None, 1024, 8), "med": (160, 300, 52, 2)}
+    assert sorted(REAL_CELLS) == sorted(f"cell-real-{t}-{m}" for t in expected for m in rates)
+    for task, size in expected.items():
+        for method, (rate, lora_rate) in rates.items():
+            settings = recipe_settings(f"cell-real-{task}-{method}")
+            found = (settings.max_samples, settings.max_eval_samples, settings.max_length)
+            assert (*found, settings.num_train_epochs) == size
+            assert settings.per_device_train_batch_size == 16
+            assert settings.gradient_accumulation_steps == 1
+            assert (settings.learning_rate, settings.lora_learning_rate) == (rate, lora_rate)
+            assert settings.data is None  # given by the user
+            if method != "fft":
+                assert (settings.method_config.ranks, settings.method_config.alphas) == (
+                    (16,),
+                    (8,),
+                )
+
+
+@pytest.mark.parametrize(("task", "method"), [("fact", "lora"), ("med", "molf")])
+def test_cell_on_a_real_model_runs(task, method, tmp_path):
+    from checkpoints import write_checkpoint, write_facts
+    from question_records import med
+
+    model, data = write_checkpoint(tmp_path / "model"), tmp_path / "data.jsonl"
+    if task == "fact":
+        write_facts(data)
+    else:
+        data.write_text("\n".join(json.dumps(med(f"Where is {n}?", n % 4)) for n in range(40)))
+    given = ["--model", str(model), "--data", str(data), "--max_length", "128"]
+    run = tmp_path / "run"
+    name = f"cell-real-{task}-{method}"
+    assert (
+        main(["train", "--config", name, *given, "--max_steps", "2", "--output_dir", str(run)]) == 0
+    )
+    metrics = json.loads((run / "eval.json").read_text())["after"]
+    assert {"fact": "es", "med": "accuracy_logprob"}[task] in metrics
 
 
 @pytest.mark.parametrize("name", CHATS)

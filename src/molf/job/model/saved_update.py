@@ -35,17 +35,23 @@ class SavedUpdate:
         Args:
             start: Initial numbers, float32.
             trained: Trained numbers, float32.
-            saved: Stored numbers, of any type.
-            moved: Mask of the numbers changed by training.
+            saved: Stored numbers, of any type; `trained` itself if they are stored exactly.
+            moved: Mask of the numbers changed by training; they differ from `start`.
         """
-        stored = saved.to(torch.float32)
         self.numbers += trained.numel()
-        self.moved += int(moved.sum())
-        self.kept += int((moved & (stored != start)).sum())
+        count = int(moved.count_nonzero())
+        self.moved += count
         zero = torch.zeros((), dtype=torch.float32, device=trained.device)
         update = torch.where(moved, trained - start, zero)
+        square = float(update.double().square().sum())
+        self.update_square += square
+        if saved is trained:  # nothing was rounded: the sums below have the same results
+            self.kept += count
+            self.along += square
+            return
+        stored = saved.to(torch.float32)
+        self.kept += int((moved & (stored != start)).count_nonzero())
         error = torch.where(moved, stored - trained, zero)
-        self.update_square += float(update.double().square().sum())
         self.error_square += float(error.double().square().sum())
         self.along += float((update.double() * (update + error).double()).sum())
 
