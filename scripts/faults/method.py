@@ -7,92 +7,116 @@ from __future__ import annotations
 import dataclasses
 import math
 import random
+import sys
 
 import torch
 
 from faults.planting import fault
+from molf.core.scores.score import Block
 
 # -- scores and winners -------------------------------------------------------------------------
 
 
-@fault("bias left out of n_e", "test_golden.py", "RoutedLayer.scores")
-def _(scores):
-    def without_bias(self, sums):
-        dense, self.dense = self.dense, self.dense[:1]
-        try:
-            return scores(self, sums)
-        finally:
-            self.dense = dense
+@fault("bias left out of n_e", "test_golden.py", "RoutedLayer._parts")
+def _(parts):
+    def without_bias(self, index):
+        return [(name, 0 if name == "bias" else count) for name, count in parts(self, index)]
 
     return without_bias
 
 
-@fault("eps inside the root of the score", "test_one_pass.py", "MomentDecay:score_terms")
-def _(score_terms):
-    def inside(exp_avg, exp_avg_sq, score):
-        direction = exp_avg / (exp_avg_sq + 1e-8).sqrt()
-        return direction.square() if score == "pfn" else direction * exp_avg
-
-    return inside
+@fault("eps inside the root of the score", "test_one_pass.py", "Block.direction")
+def _(direction):
+    return property(lambda self: self.exp_avg / (self.exp_avg_sq + 1e-8).sqrt())
 
 
 @fault(
     "the optimizer's eps used in the score",
     "test_twin.py",
     "Eager._update_layer",
-    "MomentDecay:score_terms",
+    "MomentDecay:_update",
 )
-def _(update_layer, score_terms):
+def _(update_layer, update):
     def with_eps(self, layer, guard):
-        score_terms.__globals__["_SCORE_EPS"] = layer.group["eps"]
-        return update_layer(self, layer, guard)
+        for values in (update.__globals__, vars(sys.modules[Block.__module__])):
+            values["SCORE_EPS"] = layer.group["eps"]
+        yield from update_layer(self, layer, guard)
 
-    return with_eps, score_terms
+    return with_eps, update
 
 
-@fault("bias correction in the score", "test_golden.py", "RoutedLayer.scores")
-def _(scores):
+@fault("bias correction in the score", "test_golden.py", "RoutedLayer.candidates")
+def _(candidates):
     def corrected(self, sums):
         correction = 1 - self.group["betas"][0] ** (self.steps_taken + 1)
-        return scores(self, [total / correction for total in sums])
+        return candidates(self, {key: total / correction for key, total in sums.items()})
 
     return corrected
 
 
-@fault("rate missing in EPD", "test_golden.py", "finish_score")
-def _(finish):
-    return lambda total, *, score, lr, count: finish(total, score=score, lr=1.0, count=count)
+@fault("rate missing in EPD", "test_golden.py", "RoutedLayer._numbers")
+def _(numbers):
+    return lambda self, index: (numbers(self, index)[0], 1.0, numbers(self, index)[2])
 
 
 @fault("score of an expert over the other's factors", "test_golden.py", "update_and_score_columns")
 def _(update_and_score_columns):
-    return lambda *args: update_and_score_columns(*args).flip(0)
+    return lambda *args: [sums.flip(0) for sums in update_and_score_columns(*args)]
 
 
-@fault("ties go to the highest index", "test_method_config.py", "select_winners")
-def _(select):
-    def highest(scores, *, score, **rest):
-        if score not in ("epd", "pfn"):
-            return select(scores, score=score, **rest)
-        turned = select(scores[::-1], score=score, **rest)
-        return tuple(sorted(len(scores) - 1 - winner for winner in turned))
+@fault("ties go to the highest index", "test_method_config.py", "Candidates._highest")
+def _(highest):
+    def turned(self, eligible, count):
+        best_first = sorted(eligible, key=lambda expert: (-self.scores[expert], -expert))
+        return tuple(sorted(best_first[:count]))
 
-    return highest
+    return turned
 
 
-@fault("random winners drawn from the global generator", "test_method_config.py", "select_winners")
-def _(select):
-    def drawn(scores, *, score, top_k, **rest):
-        if score == "random":
-            return tuple(sorted(random.sample(range(len(scores)), top_k)))
-        return select(scores, score=score, top_k=top_k, **rest)
-
-    return drawn
+@fault("random winners drawn from the global generator", "test_method_config.py", "Candidates.draw")
+def _(draw):
+    return lambda self: random
 
 
-@fault("a frozen base has a full expert", "test_adapter_twin.py", "select_winners")
-def _(select):
-    return lambda scores, **rest: select(scores, **{**rest, "has_full": True})
+@fault("a frozen base has a full expert", "test_adapter_twin.py", "RoutedLayer.candidates")
+def _(candidates):
+    return lambda self, sums: dataclasses.replace(candidates(self, sums), has_full=True)
+
+
+@fault("one draw for all layers", "test_scores.py", "Candidates.draw")
+def _(draw):
+    return lambda self: random.Random(f"{self.seed}/{self.step}")
+
+
+@fault("shuffled winners keep their layers", "test_scores.py", "Shuffled.choose")
+def _(choose):
+    return lambda self, layers: [layer.best for layer in layers]
+
+
+@fault("share counts layers where full leads least", "test_scores.py", "Candidates.margin")
+def _(margin):
+    return property(lambda self: -margin.fget(self))
+
+
+@fault("an average of a score is not kept", "test_scores.py", "RoutedLayer._value")
+def _(value):
+    def forgotten(self, score, index, sums):
+        before = dict(self.kept)
+        found = value(self, score, index, sums)
+        for key in self.kept.keys() - before.keys():
+            del self.kept[key]
+        return found
+
+    return forgotten
+
+
+@fault("fresh descent from moments after the update", "test_twin.py", "MomentDecay:_update")
+def _(update):
+    def after(grad, exp_avg, exp_avg_sq, decay, terms):
+        late = [dataclasses.replace(term, is_before=False) for term in terms]
+        return update(grad, exp_avg, exp_avg_sq, decay, late)
+
+    return after
 
 
 @fault("the winner's slice is the next expert's", "test_adapter_golden.py",

@@ -13,18 +13,24 @@ if TYPE_CHECKING:
     from molf.core.config import MoLFConfig
     from molf.core.model.merge import MergeReport, merge
     from molf.core.model.peft_model import peft_config, with_adapter
-    from molf.core.optimizer import Decision, MoLFAdamW
+    from molf.core.optimizer import MoLFAdamW
+    from molf.core.scores.registry import register_score
+    from molf.core.scores.score import Score, ScoreTerm
+    from molf.core.step.decision import Decision
     from molf.core.trainer import trainer_optimizer
 
 # Imported on first use, so that `import molf` and `molf --help` stay fast.
 _HOMES = {
     "AdamW": "molf.core.adamw",
-    "Decision": "molf.core.step.routing",
+    "Decision": "molf.core.step.decision",
     "MergeReport": "molf.core.model.merge",
     "MoLFAdamW": "molf.core.optimizer",
     "MoLFConfig": "molf.core.config",
+    "Score": "molf.core.scores.score",
+    "ScoreTerm": "molf.core.scores.score",
     "merge": "molf.core.model.merge",
     "peft_config": "molf.core.model.peft_model",
+    "register_score": "molf.core.scores.registry",
     "trainer_optimizer": "molf.core.trainer",
     "with_adapter": "molf.core.model.peft_model",
 }
@@ -35,8 +41,11 @@ __all__ = [
     "MergeReport",
     "MoLFAdamW",
     "MoLFConfig",
+    "Score",
+    "ScoreTerm",
     "merge",
     "peft_config",
+    "register_score",
     "trainer_optimizer",
     "with_adapter",
 ]

@@ -1,12 +1,14 @@
-"""Read files that a user named. Pipes, sockets and devices are rejected: they may never end."""
+"""Check values and read files that a user gave."""
 
 from __future__ import annotations
 
 import os
 import stat
+from collections.abc import Iterable
+from importlib.util import find_spec
 from pathlib import Path
 
-from molf.errors import InputError
+from molf.errors import InputError, system_reason
 
 DIRECTORY = "a directory"
 _KINDS = (
@@ -16,6 +18,38 @@ _KINDS = (
     (stat.S_ISCHR, "a device"),
     (stat.S_ISBLK, "a device"),
 )
+
+
+def check_choice(name: str, value: str | None, allowed: Iterable[str | None]) -> None:
+    """Reject a value that an option does not have.
+
+    Args:
+        name: The option.
+        value: The given value.
+        allowed: The values of the option; None if it may be left out.
+
+    Raises:
+        InputError: The value is not one of them.
+    """
+    if value not in (allowed := tuple(allowed)):
+        choices = ", ".join(filter(None, allowed))
+        raise InputError(f"Invalid {name}={value!r}. Must be one of {choices}.")
+
+
+def check_installed(library: str, purpose: str) -> None:
+    """Check that an optional library is installed, without importing it.
+
+    Args:
+        library: Its name, also that of molf's extra.
+        purpose: Subject of the message.
+
+    Raises:
+        InputError: It is not installed; the message names the extra.
+    """
+    if find_spec(library) is None:
+        raise InputError(
+            f"{purpose} needs {library}, which is not installed: pip install 'molf[{library}]'."
+        )
 
 
 def special_kind(path: str | Path) -> str | None:
@@ -49,6 +83,21 @@ def check_ordinary(path: str | Path, shown: str) -> None:
         raise InputError(f"{shown} is {kind}. Give an ordinary file.")
 
 
+def read_text(path: str | Path, shown: str, *, most: int | None = None) -> str:
+    """Read a UTF-8 file that the user named; the arguments and errors are those of `read_input`.
+
+    Raises:
+        InputError: It is not UTF-8, or longer than `most` bytes.
+    """
+    content = read_input(path, shown, most=most)
+    if most is not None and len(content) > most:
+        raise InputError(f"{shown} is longer than {most:,} bytes.")
+    try:
+        return content.decode("utf-8-sig")  # spreadsheets and Windows editors add a BOM
+    except UnicodeDecodeError as error:
+        raise InputError(f"{shown} is not UTF-8 text (byte {error.start}).") from error
+
+
 def read_input(path: str | Path, shown: str, *, most: int | None = None) -> bytes:
     """Read a file that the user named.
 
@@ -79,8 +128,7 @@ def read_input(path: str | Path, shown: str, *, most: int | None = None) -> byte
     except InputError:
         raise
     except (OSError, ValueError) as error:  # a null byte
-        reason = getattr(error, "strerror", None) or str(error)
-        raise InputError(f"{shown} cannot be read: {reason}.") from error
+        raise InputError(f"{shown} cannot be read: {system_reason(error)}.") from error
 
 
 _BINARY = getattr(os, "O_BINARY", 0)  # Windows only

@@ -7,9 +7,10 @@ direction, or bytes that are not UTF-8 (in paths: lone surrogates). JSON text ke
 from __future__ import annotations
 
 import codecs
+import difflib
 import json
 import unicodedata
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 LACKING = "molf.spelled"  # value for `errors=`: escape characters that the encoding lacks
@@ -69,6 +70,18 @@ def printable(text: str) -> str:
 def as_line(text: str) -> str:
     """Return the text on one line, with all control characters escaped."""
     return text if text.isprintable() else text.translate(_IN_LINE)
+
+
+def listed(names: Sequence[object], most: int) -> str:
+    """Return names separated by commas; of more than `most`, the number of the others."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(map(str, names[:most])) + more
+
+
+def suggestion(name: str, known: Iterable[str], most: int = 1) -> str:
+    """Return a question with the known names most similar to a wrong one; empty without any."""
+    close = difflib.get_close_matches(name, list(known), n=most)
+    return f" Did you mean {', '.join(close)}?" if close else ""
 
 
 def json_text(value: Any, indent: int | None = None) -> str:

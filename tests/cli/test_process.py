@@ -69,7 +69,7 @@ def test_progress_that_nobody_reads_any_more():
 
 
 def test_reader_that_leaves(tmp_path):
-    from molf.core.step.routing import Decision
+    from molf.core.step.decision import Decision
     from molf.job.record.routing_log import RoutingWriter
 
     with RoutingWriter(tmp_path / "routing") as writer:

@@ -17,6 +17,7 @@ import molf
 from core_helpers import Pair, Rates, Twin
 from molf.core.config import MoLFConfig
 from molf.core.optimizer import MoLFAdamW
+from reference_scores import FURTHER
 
 STEPS = 6
 SIZES = st.sampled_from((1, 2, 3, 5, 8))
@@ -170,7 +171,8 @@ class AdapterPair:
 def pairs(draw, dtype: torch.dtype) -> tuple[AdapterPair, list[float], float]:
     freeze_base = draw(st.booleans())
     ranks = draw(st.lists(st.sampled_from((1, 2, 2, 4, 7)), min_size=1, max_size=3))
-    scores = ("epd", "epd", "pfn", "pfn", "random", "lora", *(() if freeze_base else ("full",)))
+    scores = ("epd", "epd", "pfn", *FURTHER, "random", "lora")
+    scores += () if freeze_base else ("full",)
     score = draw(st.sampled_from(scores))
     count = len(ranks)
     most = {"full": 1, "lora": count}.get(score, count + (not freeze_base))

@@ -13,7 +13,8 @@ import pytest
 
 import molf
 from molf import MoLFConfig
-from molf.core.step.routing import select_winners
+from molf.core.scores.registry import routing
+from molf.core.scores.rules import Candidates
 
 
 def test_defaults_are_the_paper_s():
@@ -62,7 +63,10 @@ def test_settings_cannot_be_changed_or_given_by_position():
         ({"lora_dropout": 1.0}, "Invalid lora_dropout=1.0. Must be in [0, 1)."),
         ({"lora_dropout": -0.1}, "Invalid lora_dropout=-0.1."),
         ({"lora_dropout": float("nan")}, "Invalid lora_dropout=nan."),
-        ({"score": "EPD"}, "Invalid score='EPD'. Must be one of epd, pfn, random, full, lora."),
+        ({"score": "EPD"}, "Invalid score='EPD'. Must be one of epd, pfn, gsnr, fresh, descent, "
+         "epd-balanced, epd-corrected, random, full, lora, random:Q, share:Q:SCORE, "
+         "shuffled:SCORE (0 < Q < 1; SCORE: epd, pfn, gsnr, fresh, descent, epd-balanced, "
+         "epd-corrected)."),
         ({"score": None}, "Invalid score=None."),
         ({"seed": 1.5}, "Invalid seed=1.5. Must be an integer."),
         ({"seed": None}, "Invalid seed=None."),
@@ -95,9 +99,10 @@ def test_wrong_values_are_named_with_what_is_allowed(settings, message):
 
 
 def choose(scores, score="epd", top_k=1, has_full=True, step=0, seed=0, layer="a"):
-    return select_winners(
-        scores, score=score, top_k=top_k, has_full=has_full, layer=layer, step=step, seed=seed
+    (winners,) = routing(score).rule.choose(
+        [Candidates(layer, scores, has_full, top_k, step, seed)]
     )
+    return winners
 
 
 @pytest.mark.parametrize(

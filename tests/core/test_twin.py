@@ -12,6 +12,7 @@ from core_helpers import Conv1D, Pair, Rates
 from molf.core.arithmetic.blocks import Blocks
 from molf.core.config import MoLFConfig
 from molf.core.execute.eager import Eager
+from reference_scores import FURTHER
 
 STEPS = 8
 SIZES = st.sampled_from((1, 2, 3, 5, 8))
@@ -21,7 +22,7 @@ DECAYS = st.sampled_from((0.0, 0.01, 0.3))
 @st.composite
 def configs(draw) -> MoLFConfig:
     ranks = draw(st.lists(st.sampled_from((1, 2, 4, 7)), min_size=1, max_size=3))
-    score = draw(st.sampled_from(("epd", "epd", "pfn", "pfn", "random", "full", "lora")))
+    score = draw(st.sampled_from(("epd", "epd", "pfn", *FURTHER, "random", "full", "lora")))
     most = {"full": 1, "lora": len(ranks)}.get(score, len(ranks) + 1)
     alpha = st.sampled_from((0.5, 4.0, 16.0))
     return MoLFConfig(

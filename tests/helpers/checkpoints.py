@@ -29,16 +29,17 @@ _SIZES = {
 }
 
 
-def make_model(architecture):
+def make_model(architecture, **sizes):
     """A random model; its vocabulary holds the tokenizer's."""
     torch.manual_seed(0)
     common = {"vocab_size": 512, "bos_token_id": None, "eos_token_id": 0}
+    sizes = {**_SIZES, **sizes}
     if architecture == "qwen2":
-        return Qwen2ForCausalLM(Qwen2Config(tie_word_embeddings=True, **common, **_SIZES))
+        return Qwen2ForCausalLM(Qwen2Config(tie_word_embeddings=True, **common, **sizes))
     if architecture == "llama":
-        return LlamaForCausalLM(LlamaConfig(tie_word_embeddings=False, **common, **_SIZES))
+        return LlamaForCausalLM(LlamaConfig(tie_word_embeddings=False, **common, **sizes))
     if architecture == "gemma3":
-        return Gemma3ForCausalLM(Gemma3TextConfig(head_dim=8, pad_token_id=1, **common, **_SIZES))
+        return Gemma3ForCausalLM(Gemma3TextConfig(head_dim=8, pad_token_id=1, **common, **sizes))
     if architecture == "gpt2":
         return GPT2LMHeadModel(
             GPT2Config(n_embd=32, n_layer=2, n_head=4, n_positions=128, **common)
@@ -46,8 +47,8 @@ def make_model(architecture):
     raise ValueError(architecture)
 
 
-def write_checkpoint(path, architecture="qwen2", dtype=torch.float32):
-    make_model(architecture).to(dtype).save_pretrained(path)
+def write_checkpoint(path, architecture="qwen2", dtype=torch.float32, **sizes):
+    make_model(architecture, **sizes).to(dtype).save_pretrained(path)
     byte_level_tokenizer().save_pretrained(path)
     return path
 

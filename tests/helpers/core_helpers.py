@@ -14,7 +14,8 @@ from molf.core.adamw import AdamW
 from molf.core.config import MoLFConfig
 from molf.core.execute.eager import Eager
 from molf.core.optimizer import MoLFAdamW
-from molf.core.reference import ReferenceMoLFAdamW, best, effective_weight, new_slot
+from molf.core.reference import best, effective_weight, new_slot
+from reference_scores import ScoredReference
 
 
 class Conv1D(nn.Module):
@@ -159,7 +160,7 @@ class Twin:
         self.layer = nn.Linear(W.shape[1], W.shape[0], bias=bias is not None).double()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            self.optimizer = ReferenceMoLFAdamW(
+            self.optimizer = ScoredReference(
                 nn.ModuleDict({"layer": self.layer}),
                 config,
                 lr=rates.lr,

@@ -166,7 +166,9 @@ def test_model_is_kept(options, disk, place, trained, monkeypatch, capsys, known
     (kept,) = place.iterdir()
     assert kept.name.startswith("molf-run-")
     assert f"the disk is full: saving the model to {disk / 'run' / 'model'} needs about" in error
-    assert f"The trained model is kept, and was read back, in {kept / 'model'}: load it" in error
+    assert (
+        f"The trained model was saved in {kept / 'model'} instead, and verified: load it" in error
+    )
     assert not (disk / "run" / "model").exists()
     if not halves:
         model = AutoModelForCausalLM.from_pretrained(kept / "model")
@@ -195,9 +197,10 @@ def test_adapter_is_kept(options, base, disk, place, trained, monkeypatch, capsy
     (kept,) = place.iterdir()
     assert "the disk is full: saving the adapter" in error
     assert (
-        "The trained adapter is kept, and was read back: peft.PeftModel.from_pretrained(" in error
+        "The trained adapter was saved elsewhere, and verified: peft.PeftModel.from_pretrained("
+        in error
     )
-    assert f"'{kept / 'adapter'}') puts it onto the base {base}." in error
+    assert f"'{kept / 'adapter'}') adds it to the base {base}." in error
     model = peft.PeftModel.from_pretrained(
         AutoModelForCausalLM.from_pretrained(base), kept / "adapter"
     )
@@ -211,7 +214,7 @@ def test_kept_adapter_can_be_exported(options, disk, place, trained, capsys):
     (kept,) = place.iterdir()
     assert main(["export", str(kept), "--what", "adapter", "--dtype", "bfloat16"]) == 0
     assert main(["export", str(kept)]) == 2
-    assert "has no model/: the run is not over, or failed before it was saved. It has" in last_line(
+    assert "has no model/: the run has not ended, or failed before saving it. It has" in last_line(
         capsys
     )
 
@@ -228,7 +231,7 @@ def test_adapter_that_is_saved_is_enough(options, disk, place, monkeypatch, caps
     assert main([*given, "--fallback_dir", str(place)]) == 1
     error = last_line(capsys)
     assert "saving the model" in error
-    assert "The trained adapter is whole, and has all that was trained" in error
+    assert "The adapter, which holds the whole training, is saved: " in error
     assert f"'{disk / 'run' / 'adapter'}'" in error
     assert list(place.iterdir()) == []
 
@@ -255,7 +258,10 @@ def test_nothing_takes_it(options, disk, trained, monkeypatch, capsys):
     given = [*options, "--save_steps", "2", "--output_dir", str(disk / "run")]
     assert main(given) == 1
     error = last_line(capsys)
-    assert f"The trained model is lost: no other place took it ({disk})." in error
+    assert (
+        f"The trained model is lost: it could not be saved in any other directory ({disk})."
+        in error
+    )
     assert f"The latest checkpoint is {disk}/run/checkpoints/checkpoint-3." in error
 
 
@@ -308,7 +314,7 @@ def test_numbers_that_do_not_fit_are_kept_in_float32(options, place, tmp_path, m
     (kept,) = place.iterdir()
     error = last_line(capsys)
     assert "model.norm.weight has numbers that are not finite, or do not fit torch.float16" in error
-    assert f"is kept, and was read back, in {kept / 'model'}" in error
+    assert f"was saved in {kept / 'model'} instead, and verified" in error
     model = AutoModelForCausalLM.from_pretrained(kept / "model", dtype=torch.float32)
     assert model.model.norm.weight[0] == 1e5
 

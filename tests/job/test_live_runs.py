@@ -60,8 +60,8 @@ def test_a_second_run_is_refused_and_the_first_goes_on(options, at_step, tmp_pat
     assert codes == [2, 2, 2, 2]
     error = capsys.readouterr().err
     assert error.count(f"molf: error: output_dir {path} is in use") == 2
-    assert f"lies in {path}, where a run of molf train is not over" in error
-    assert f"{path} is in use: its run is not over" in error
+    assert f"lies in {path}, where a run of molf train has not ended" in error
+    assert f"{path} is in use: its run has not ended" in error
     assert is_whole(path)
     assert steps_in(path) == [1, 2, 3]
     assert sorted(p.name for p in tmp_path.iterdir()) == [

@@ -2,17 +2,18 @@
 
 import json
 import math
-from pathlib import Path
 
 import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
 
+from checkpoints import write_checkpoint
 from molf.cli import main
 from molf.errors import InputError
 from molf.job.settings.resolved import resolve
 from molf.job.settings.settings import TrainSettings
+from offload_helpers import LateCarrier, carried_by
 
 
 def settings_of(**given):
@@ -21,28 +22,34 @@ def settings_of(**given):
     return resolve(TrainSettings(**{"task": "demo-fact", **given}), datetime(2026, 1, 1))
 
 
-def train(path, *options: str, steps: int = 3, logging: int = 1):
+@pytest.fixture(scope="module")
+def train(facts, tmp_path_factory):
     """A short run; its metrics, configuration and saved weights."""
-    arguments = [
-        "train",
-        "--task",
-        "demo-fact",
-        "--max_steps",
-        str(steps),
-        "--max_eval_samples",
-        "4",
-    ]
-    arguments += ["--warmup_ratio", "0", "--logging_steps", str(logging), "--learning_rate", "2e-5"]
-    code = main([*arguments, "--output_dir", str(path), *options])
-    assert code == 0
-    lines = (path / "metrics.jsonl").read_text().splitlines()
-    config = yaml.safe_load((path / "config.yaml").read_text())
-    return [json.loads(line) for line in lines], config, load_file(path / "model/model.safetensors")
+    base = tmp_path_factory.mktemp("wide") / "base"
+    wide = {"hidden_size": 64, "intermediate_size": 128}  # tensors that have 8-bit moments
+    write_checkpoint(base, **wide)
+
+    def run(path, *options: str, steps: int = 3, logging: int = 1):
+        arguments = ["train", "--task", "fact", "--model", str(base), "--data", str(facts)]
+        arguments += ["--max_steps", str(steps), "--max_eval_samples", "4"]
+        arguments += ["--per_device_train_batch_size", "8", "--gradient_accumulation_steps", "1"]
+        arguments += ["--warmup_ratio", "0", "--logging_steps", str(logging)]
+        arguments += ["--learning_rate", "2e-5", "--ranks", "4"]
+        assert main([*arguments, "--output_dir", str(path), *options]) == 0
+        lines = (path / "metrics.jsonl").read_text().splitlines()
+        config = yaml.safe_load((path / "config.yaml").read_text())
+        weights = load_file(path / "model/model.safetensors")
+        return [json.loads(line) for line in lines], config, weights
+
+    return run
+
+
+FULL = ("--method", "molf", "--score", "full")  # `full` wins every layer: fft and molf are one
 
 
 @pytest.fixture(scope="module")
-def float32(tmp_path_factory):
-    return train(tmp_path_factory.mktemp("runs") / "float32", "--method", "molf")
+def float32(train, tmp_path_factory):
+    return train(tmp_path_factory.mktemp("runs") / "float32", *FULL)
 
 
 @pytest.mark.parametrize(
@@ -55,7 +62,7 @@ def float32(tmp_path_factory):
     ],
 )
 def test_bfloat16_runs_record_how_they_round_and_what_is_lost(
-    method, rounding, lost, kept, tmp_path
+    method, rounding, lost, kept, train, tmp_path
 ):
     options = [] if rounding is None else ["--weight_rounding", rounding]
     metrics, config, weights = train(
@@ -73,7 +80,7 @@ def test_bfloat16_runs_record_how_they_round_and_what_is_lost(
     assert {str(w.dtype).removeprefix("torch.") for w in weights.values()} == {stored}
 
 
-def test_only_logged_steps_are_measured(tmp_path, monkeypatch):
+def test_only_logged_steps_are_measured(train, tmp_path, monkeypatch):
     from molf.core.step.fidelity import UpdateTally
 
     made = []
@@ -85,33 +92,27 @@ def test_only_logged_steps_are_measured(tmp_path, monkeypatch):
     assert all("lost_updates" in line for line in metrics)
 
 
-def test_exact_bfloat16_saves_float32_weights_with_their_lower_halves(tmp_path):
-    _, _, weights = train(
-        tmp_path / "run", "--dtype", "bfloat16", "--save_dtype", "float32", "--method", "molf"
-    )
+def test_exact_bfloat16_saves_float32_weights_with_their_lower_halves(train, tmp_path):
+    _, _, weights = train(tmp_path / "run", "--dtype", "bfloat16", "--save_dtype", "float32", *FULL)
     moved = [w for w in weights.values() if not torch.equal(w.bfloat16().float(), w)]
     assert {w.dtype for w in weights.values()} == {torch.float32}
     assert len(moved) == len(weights)
 
 
-@pytest.mark.parametrize(
-    ("method", "options"), [("molf", ()), ("fft", ("--optimizer_in_backward",))], ids=str
-)
-def test_8bit_states_through_the_command_line(method, options, tmp_path, float32):
+@pytest.mark.parametrize("options", [FULL, ("--method", "fft", "--optimizer_in_backward")], ids=str)
+def test_8bit_states_through_the_command_line(options, train, tmp_path, float32):
     _, _, expected = float32
-    metrics, config, weights = train(
-        tmp_path / "run", "--method", method, "--state_dtype", "8bit", *options
-    )
+    metrics, config, weights = train(tmp_path / "run", "--state_dtype", "8bit", *options)
     assert len(metrics) == 3
     assert all("lost_updates" in line for line in metrics)
     assert config["state_dtype"] == "8bit"
-    assert config["optimizer_in_backward"] == bool(options)
-    # At this rate `full` wins every layer, so fft and molf are one; clipping hardly matters.
+    assert config["optimizer_in_backward"] == ("--optimizer_in_backward" in options)
+    # Clipping, which steps in the backward pass lack, hardly matters.
     changes = [(w.float() - expected[name].float()).abs().max() for name, w in weights.items()]
     assert max(changes) < 2e-4
 
 
-def test_in_backward_is_the_ordinary_run_without_clipping(tmp_path):
+def test_in_backward_is_the_ordinary_run_without_clipping(train, tmp_path):
     runs = {}
     for name, options in (
         ("ordinary", ["--max_grad_norm", "0"]),
@@ -126,10 +127,7 @@ def test_in_backward_is_the_ordinary_run_without_clipping(tmp_path):
 @pytest.mark.parametrize(
     "options", [("--method", "molf", "--dtype", "bfloat16"), ("--method", "fft")], ids=str
 )
-def test_state_in_host_memory_changes_no_bit(options, tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(Path(__file__).resolve().parents[1] / "core")
-    from offload_helpers import LateCarrier, carried_by
-
+def test_state_in_host_memory_changes_no_bit(options, train, tmp_path):
     # fft with a plain state would be torch's own AdamW.
     options = (*options, "--state_dtype", "8bit")
     _, config, ordinary = train(tmp_path / "ordinary", *options)
@@ -143,7 +141,7 @@ def test_state_in_host_memory_changes_no_bit(options, tmp_path, monkeypatch):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="it has an effect on CUDA")
-def test_state_in_host_memory_is_without_effect_on_a_cpu(tmp_path, capsys):
+def test_state_in_host_memory_is_without_effect_on_a_cpu(train, tmp_path, capsys):
     train(tmp_path / "run", "--state_offload", steps=1)
     error = capsys.readouterr().err
     assert error.count("state_offload=True is without effect: no trained parameter is on") == 1
@@ -151,7 +149,7 @@ def test_state_in_host_memory_is_without_effect_on_a_cpu(tmp_path, capsys):
         assert settings_of(method="lora", state_offload=True).state_offload is False
 
 
-def test_lora_beside_a_bfloat16_base_is_merged_in_float32(tmp_path):
+def test_lora_beside_a_bfloat16_base_is_merged_in_float32(train, tmp_path):
     metrics, config, weights = train(
         tmp_path / "run", "--method", "lora", "--dtype", "bfloat16", "--save_dtype", "float32"
     )

@@ -5,7 +5,7 @@ import math
 import pyarrow.parquet as pq
 import pytest
 
-from molf.core.step.routing import Decision
+from molf.core.step.decision import Decision
 from molf.errors import InputError
 from molf.job.record import routing_log
 from molf.job.record.routing_log import RoutingWriter, iter_steps, read_routing, routing_parts

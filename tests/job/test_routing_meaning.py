@@ -7,7 +7,7 @@ import yaml
 
 from molf.cli import main
 from molf.core.config import MoLFConfig
-from molf.core.step.routing import Decision
+from molf.core.step.decision import Decision
 from molf.job.record.routing_meaning import routing_meaning
 from molf.job.record.wins import Wins
 

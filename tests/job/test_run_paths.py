@@ -96,12 +96,12 @@ def test_relative_path_is_answered_by_one(run, refused, monkeypatch):
 def test_unfinished_run(run, refused):
     shutil.rmtree(run / "model")
     error = refused(*commands(run)[3])
-    assert "It has no model/: the run is not over, or failed" in error
+    assert "It has no model/: the run has not ended, or failed" in error
     assert f"Its adapter is {run}/adapter. Load it onto its base, some/base," in error
     shutil.rmtree(run / "adapter")
     assert f"Its latest checkpoint is {run}/checkpoints/checkpoint-3." in refused(*commands(run)[3])
     shutil.rmtree(run / "checkpoints")
-    assert refused(*commands(run)[3]).endswith("failed before its model was saved.\n")
+    assert refused(*commands(run)[3]).endswith("failed before saving its model.\n")
 
 
 def test_adapter_of_no_run(run, refused, tmp_path):

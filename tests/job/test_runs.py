@@ -56,7 +56,8 @@ def test_eval_json(any_run):
     evaluation = read_json(any_run.path / "eval.json")
     assert evaluation["task"] == "fact"
     for when in ("before", "after"):
-        assert set(evaluation[when]) == BASE_METRICS
+        expected = BASE_METRICS | ({"kl_neutral", "kl_task"} if when == "after" else set())
+        assert set(evaluation[when]) == expected
         for metric in evaluation[when].values():
             assert set(metric) == {"value", "low", "high", "count"}
 

@@ -127,7 +127,7 @@ def test_numbers_and_codes_that_are_not_floating_keep_their_types(train, half_ba
         ("exact", torch.tensor([0.1, -torch.inf], dtype=torch.float64)),
     ):
         loaded.model.register_buffer(name, tensor)
-        stored[name] = StoredTensor(half_base, tensor.dtype, tuple(tensor.shape))
+        stored[name] = StoredTensor(name, half_base, tensor.dtype, tuple(tensor.shape))
     vars(loaded.stored)["tensors"] = stored
     monkeypatch.setattr(
         StoredCheckpoint, "read", lambda self, name: torch.tensor([0.1, -torch.inf]).double()

@@ -119,7 +119,7 @@ def test_disk_full_keeps_the_weights(disk_full, options, tmp_path, capsys):
     given = ["--output_dir", str(tmp_path / "run"), "--fallback_dir", str(tmp_path / "other")]
     assert main([*options, *given]) == 1
     (kept,) = (tmp_path / "other").iterdir()
-    assert f"is kept, and was read back, in {kept / 'model'}" in capsys.readouterr().err
+    assert f"was saved in {kept / 'model'} instead, and verified" in capsys.readouterr().err
     assert (kept / "config.yaml").is_file()
     AutoModelForCausalLM.from_pretrained(kept / "model")
 

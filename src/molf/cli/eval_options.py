@@ -50,6 +50,8 @@ class EvalOptions:
     """Make control tokens that the records spell out (such as </s>) plain text."""
     forgetting_data: Annotated[str | None, Parameter(group=EVALUATION)] = None
     """Plain text to measure the loss on; the task brings one."""
+    base: Annotated[str | None, Parameter(group=EVALUATION, show_default="that of its run")] = None
+    """The model that the measured one was tuned from, for kl_neutral and kl_task."""
     predictions: Annotated[Path | None, Parameter(group=EVALUATION)] = None
     """Score these saved texts instead of a model: JSONL of {"index": i, "prediction": text}."""
     per_device_eval_batch_size: Annotated[int, Parameter(group=EVALUATION)] = 32
@@ -63,7 +65,7 @@ class EvalOptions:
 
     def __post_init__(self) -> None:
         """Check the options, without reading data."""
-        for name in ("data", "forgetting_data", "predictions", "output_dir"):
+        for name in ("data", "forgetting_data", "base", "predictions", "output_dir"):
             value = getattr(self, name)
             if value is not None and str(value).startswith("~"):
                 object.__setattr__(self, name, type(value)(expanded(value)))
@@ -90,6 +92,11 @@ class EvalOptions:
             raise InputError(
                 f"Invalid predictions with {len(self.task)} tasks: saved texts answer one. "
                 "Run molf eval once for each file of predictions."
+            )
+        if self.base is not None and self.predictions is not None:
+            raise InputError(
+                f"Invalid base={self.base} with predictions: saved texts hold no probabilities. "
+                "Leave one of them out."
             )
         if self.predictions is not None and self.harness_tasks:
             raise InputError(
@@ -129,6 +136,11 @@ class EvalOptions:
                     f"Invalid {option}={getattr(self, option)} with {','.join(self.task)}: "
                     "lm-evaluation-harness brings its own data. Leave it out."
                 )
+        if self.base is not None and not own:
+            raise InputError(
+                f"Invalid base={self.base} with {','.join(self.task)}: tasks of "
+                "lm-evaluation-harness are not compared with a base. Leave it out."
+            )
         if len(own) > 1 and (self.data is not None or "custom" in own):
             given = "task=custom" if self.data is None else f"data={self.data}"
             raise InputError(

@@ -12,6 +12,7 @@ from molf.data.files import Record, read_json
 from molf.disk.files import write_json, write_jsonl
 from molf.disk.locks import InUseError, Lock
 from molf.errors import InputError
+from molf.job.base_model import NoBaseError, find_base, read_base_model
 from molf.job.evaluated_data import warn_of_other_splitting, warn_of_training_data
 from molf.job.model.path import check_model
 from molf.job.progress import make_reporter
@@ -34,6 +35,7 @@ def evaluate_checkpoint(model: str, options: EvalOptions) -> dict[str, Evaluatio
         InputError: The options, the data or the model are wrong.
     """
     check_model(model)
+    base, no_base = _find_base(model, options)
     _check_output(options)
     settings = EvaluationSettings(
         batch_size=options.per_device_eval_batch_size,
@@ -50,30 +52,57 @@ def evaluate_checkpoint(model: str, options: EvalOptions) -> dict[str, Evaluatio
 
     from molf.job.libraries import quiet_libraries
 
-    sources = (model, options.data, options.forgetting_data)
+    sources = (model, base, options.data, options.forgetting_data)
     with ignoring_print_errors(), quiet_libraries(), locking_runs(sources):
         import torch
 
         from molf.job.model.loading import load_model, move
 
         harness = _load_harness(options)
-        loaded = load_model(model)
-        move(loaded.model, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         reporter = make_reporter()
+        bases = {}
+        if base is not None and tasks:
+            measured = {name: (task, texts[name]) for name, task in tasks.items()}
+            with reporter.evaluating(f"Reading the base model {base}") as show:
+                try:
+                    bases = read_base_model(base, model, measured, settings, device, show)
+                except InputError as error:
+                    if options.base is not None:
+                        raise
+                    no_base = f"the base of the run cannot be read: {error}"
+        loaded = load_model(model)
+        move(loaded.model, device)
         evaluations: dict[str, Evaluation] = {}
         for name in options.task:
             title = f"Evaluating {model} on {name}"
             if name in tasks:
                 with reporter.evaluating(title) as show:
                     evaluations[name] = evaluate(
-                        loaded.model, loaded.tokenizer, tasks[name], texts[name], settings, show
+                        loaded.model,
+                        loaded.tokenizer,
+                        tasks[name],
+                        texts[name],
+                        settings,
+                        show,
+                        base=bases.get(name),
                     )
+                if name not in bases:
+                    evaluations[name].notes["kl_not_measured"] = no_base
                 _warn_of_faults(evaluations[name])
             elif harness is not None:
                 reporter.say(title)  # the harness shows its own progress
                 found = harness.evaluate(loaded.model, loaded.tokenizer, name.removeprefix(PREFIX))
                 evaluations.update(found)
     return evaluations
+
+
+def _find_base(model: str, options: EvalOptions) -> tuple[str | None, str]:
+    """Return the base to compare with, or None and the reason why there is none."""
+    try:
+        return find_base(model, options.base), ""
+    except NoBaseError as error:
+        return None, str(error)
 
 
 def score_saved_texts(options: EvalOptions) -> dict[str, Evaluation]:

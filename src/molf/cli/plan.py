@@ -62,7 +62,6 @@ def plan_model(
             length=min(resolved.max_length, position_limit(model) or resolved.max_length),
             padded=resolved.per_device_train_batch_size > 1,
             device=device,
-            bf16=device == "cuda" if resolved.bf16 is None else resolved.bf16,
             quantised=planned_quantisation(model, resolved),
             num_gpus=num_gpus,
         )

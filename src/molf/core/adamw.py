@@ -236,10 +236,10 @@ class AdamW(UnitOptimizer):
                 out of range; the state is another optimizer's; or moments are 8-bit, which the
                 kernels cannot use.
         """
-
-        def check_saved_group(group: dict[str, Any]) -> None:
-            if self.kernels == "triton":
-                check_float32_moments(group)
-
         self._settled_state()
-        load(self, state_dict, super().load_state_dict, self._keep, check_saved_group)
+        load(self, state_dict, super().load_state_dict, self._keep, self._check_saved_group)
+
+    def _check_saved_group(self, group: dict[str, Any]) -> None:
+        """Refuse a saved group that the options of this optimizer do not support."""
+        if self.kernels == "triton":
+            check_float32_moments(group)

@@ -10,8 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-SCORES = ("epd", "pfn", "random", "full", "lora")
-"""Routing scores: two of the paper (Eq. 10 and 11) and three controls."""
+from molf.core.scores.registry import Routing, routing
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,8 +24,11 @@ class MoLFConfig:
         lora_dropout: Dropout before the factors, in [0, 1). Above 0 it needs the adapter form
             (`molf.with_adapter`).
         score: `"epd"` (expected preconditioned descent, Eq. 10), `"pfn"` (preconditioned Frobenius
-            norm, Eq. 11), or a control: `"random"` (seeded), `"full"` (the full expert always
-            wins), `"lora"` (the best LoRA expert by EPD always wins).
+            norm, Eq. 11), another score (`molf.core.scores`, docs/scores.md) or a control:
+            `"random"` (seeded), `"full"` (the full expert always wins), `"lora"` (the best LoRA
+            expert by EPD always wins), `"random:Q"` (`full` wins with probability Q),
+            `"shuffled:SCORE"` (in each step `full` wins in as many layers as by SCORE, drawn at
+            random). `"share:Q:SCORE"`: `full` wins in the share Q of layers where it leads most.
         top_k: Number of experts of a layer that are updated in each step.
         target_modules: `"all-linear"`, a list of name endings, or a regular expression for the
             whole module name, as in PEFT.
@@ -34,7 +36,7 @@ class MoLFConfig:
         freeze_base: Train LoRA experts only, as slices of a PEFT adapter (MoLF-Efficient).
         freeze_rest: Freeze parameters that are not routed (norms, embeddings, biases). None: train
             them with `freeze_base=False`, freeze them with `freeze_base=True`.
-        seed: Seed of the initial A factors and of `score="random"`.
+        seed: Seed of the initial A factors and of scores that draw.
 
     Raises:
         ValueError: A value is not allowed; the message has the value and the allowed ones.
@@ -86,8 +88,7 @@ class MoLFConfig:
             raise ValueError(f"Invalid alpha={self.alpha}. Must be positive and finite.")
         if not (_is_number(self.lora_dropout) and 0 <= self.lora_dropout < 1):
             raise ValueError(f"Invalid lora_dropout={self.lora_dropout}. Must be in [0, 1).")
-        if self.score not in SCORES:
-            raise ValueError(f"Invalid score={self.score!r}. Must be one of {', '.join(SCORES)}.")
+        routing(self.score)
         if not _is_int(self.seed):
             raise ValueError(f"Invalid seed={self.seed!r}. Must be an integer.")
         if not self.target_modules:
@@ -99,15 +100,17 @@ class MoLFConfig:
 
     def _check_experts(self) -> None:
         """Check the settings that depend on which experts there are."""
-        if self.freeze_base and self.score == "full":
+        if self.freeze_base and self.routing.rule.needs_full:
             raise ValueError(
-                "Invalid score='full' with freeze_base=True: there is no full expert. "
+                f"Invalid score={self.score!r} with freeze_base=True: there is no full expert. "
                 "Use freeze_base=False or another score."
             )
         eligible = len(self.eligible)
-        if not _is_int(self.top_k) or not 1 <= self.top_k <= eligible:
+        most = self.routing.rule.most_winners(self.experts, self.lora_experts)
+        if not _is_int(self.top_k) or not 1 <= self.top_k <= most:
+            reason = "the number of experts" if most == eligible else "the number of LoRA experts"
             raise ValueError(
-                f"Invalid top_k={self.top_k}. Must be from 1 to {eligible}, the number of experts "
+                f"Invalid top_k={self.top_k}. Must be from 1 to {most}, {reason} "
                 f"that score={self.score!r} can choose from ({', '.join(self.experts)})."
             )
         if len(self.experts) == 1:
@@ -156,11 +159,14 @@ class MoLFConfig:
         )
 
     @property
+    def routing(self) -> Routing:
+        """Score and rule that `score` names."""
+        return routing(self.score)
+
+    @property
     def eligible(self) -> tuple[str, ...]:
         """Names of the experts that `score` chooses from; the controls exclude some."""
-        if self.score == "full":
-            return ("full",)
-        return self.lora_experts if self.score == "lora" else self.experts
+        return self.routing.rule.eligible(self.experts, self.lora_experts)
 
     @property
     def freezes_rest(self) -> bool:

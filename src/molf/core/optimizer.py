@@ -15,8 +15,8 @@ from molf.core.model.coverage import Coverage
 from molf.core.model.groups import build_groups, check_shapes, cover
 from molf.core.model.owners import Owners, without_gradient
 from molf.core.model.quantised import keep_differentiable
-from molf.core.options import OptimizerOptions
-from molf.core.step.routing import Decision
+from molf.core.options import OptimizerOptions, check_exclusions, score_exclusions
+from molf.core.step.decision import Decision
 from molf.core.step.step import Outcome
 from molf.core.step.unit import LayerUnit, Unit, UnitKey, form_of
 from molf.core.warn import warn
@@ -189,6 +189,34 @@ class MoLFAdamW(AdamW):
             ):  # freeze_base, freeze_rest; and adapters that are not trained
                 parameter.requires_grad_(False)
         return optimizer
+
+    @torch._disable_dynamo
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group; one with a `layer` is a routed layer, with the keys of `from_model`.
+
+        Raises:
+            ValueError: A value is not allowed.
+        """
+        if isinstance(param_group, dict):
+            self._check_score(param_group)
+        super().add_param_group(param_group)
+
+    def _check_saved_group(self, group: dict[str, Any]) -> None:
+        super()._check_saved_group(group)
+        self._check_score(group)
+
+    def _check_score(self, group: dict[str, Any]) -> None:
+        """Refuse a score that these options of the optimizer do not support."""
+        if group.get("layer") is None or "score" not in group:
+            return
+        check_exclusions(
+            {
+                **score_exclusions(group["score"]),
+                "kernels": self.kernels,
+                "optimizer_in_backward": self.optimizer_in_backward,
+                "state_offload": self.state_offload,
+            }
+        )
 
     def _begin(self) -> None:
         """Reset the results of the last step; `step` and the first gradient call it."""

@@ -10,6 +10,8 @@ from dataclasses import dataclass, fields
 from importlib.util import find_spec
 from typing import Any, NamedTuple
 
+from molf.core.scores.registry import routing
+
 ROUNDINGS = ("exact", "stochastic", "nearest")
 """How bfloat16 weights are written."""
 
@@ -21,6 +23,9 @@ GRADIENT_DTYPES = ("float32",)
 
 KERNELS = ("eager", "triton")
 """What computes the optimizer's step."""
+
+KERNEL_TERMS = ("descent", "norm")
+"""Terms of scores that the Triton kernels sum, one in a step."""
 
 NONFINITE = ("raise", "skip")
 """What a step with an infinite or NaN gradient does."""
@@ -155,6 +160,14 @@ EXCLUSIONS = (
         "DDP keeps gradients in buckets of the parameter's dtype",
         "Leave grad_accumulation_dtype out, or load the model in float32.",
     ),
+    Exclusion("score_of_layers", "optimizer_in_backward", f"it compares layers, and {_AT_ONCE}"),
+    Exclusion("score_of_layers", "state_offload", "it compares layers, which take turns"),
+    Exclusion(
+        "kernels",
+        "further_score",
+        f"the kernels sum one of the terms {' and '.join(KERNEL_TERMS)}",
+        "Leave kernels out, or give another score, such as epd.",
+    ),
     Exclusion("kernels", "state_dtype", "the kernels keep float32 moments"),
     Exclusion("kernels", "state_offload", "the kernels go through all states at once"),
     Exclusion(
@@ -180,6 +193,9 @@ _NEUTRAL: dict[str, Any] = {
     "num_gpus": 1,
     "processes": 1,
 }
+
+
+_SHOWN = {"score_of_layers": "score", "further_score": "score"}
 
 
 def check_word(name: str, value: Any) -> None:
@@ -219,6 +235,24 @@ def check_exclusions(settings: Mapping[str, Any]) -> None:
         )
 
 
+def score_exclusions(score: str) -> dict[str, str | None]:
+    """Return the settings of `check_exclusions` that a score sets.
+
+    Args:
+        score: `MoLFConfig.score`.
+
+    Raises:
+        ValueError: The score is unknown.
+    """
+    chosen = routing(score)
+    terms = [term.name for term in chosen.score.terms]
+    is_in_kernels = len(terms) == 1 and terms[0] in KERNEL_TERMS
+    return {
+        "score_of_layers": score if chosen.rule.compares_layers else None,
+        "further_score": None if is_in_kernels else score,
+    }
+
+
 def missing_library(name: str, value: str) -> MissingLibraryError:
     """Return the error for an option whose library is not installed; it names the extra."""
     library, where = _LIBRARIES[name, value]
@@ -234,6 +268,7 @@ def _excludes(name: str, settings: Mapping[str, Any]) -> bool:
 
 
 def _as_keyword(name: str, value: Any) -> str:
+    name = _SHOWN.get(name, name)
     return f"{value} processes" if name == "processes" else f"{name}={value!r}"
 
 
@@ -242,4 +277,4 @@ def _as_option(name: str, value: Any) -> str:
         return f"method={value}"
     if name == "float32_weights":
         return "dtype=float32"
-    return name if value is True else f"{name}={value}"
+    return name if value is True else f"{_SHOWN.get(name, name)}={value}"

@@ -21,7 +21,7 @@ from molf.core.config import MoLFConfig
 from molf.core.model.decay import undecayed
 from molf.core.model.factors import draw_lora_a
 from molf.core.model.linear_layers import find_layers
-from molf.core.step.routing import Decision
+from molf.core.step.decision import Decision
 
 SCORE_EPS = 1e-8
 
@@ -51,6 +51,8 @@ class ReferenceMoLFAdamW(Optimizer):
         ValueError: No layer can be routed, dropout is asked for, or weights have another dtype.
     """
 
+    SCORES: tuple[str, ...] = ("epd", "pfn", "random", "full", "lora")
+
     def __init__(
         self,
         model: nn.Module,
@@ -65,6 +67,10 @@ class ReferenceMoLFAdamW(Optimizer):
         self.config = config = MoLFConfig() if config is None else config
         if config.lora_dropout:
             raise ValueError("The reference has no dropout. Use lora_dropout=0.")
+        if config.score not in self.SCORES:
+            raise ValueError(
+                f"Invalid score={config.score!r}. The reference has {', '.join(self.SCORES)}."
+            )
         if low := {p.dtype for p in model.parameters()} - {torch.float32, torch.float64}:
             raise ValueError(f"Invalid dtype {low.pop()}. The reference needs float32 or float64.")
         rates = per_expert(lr if lora_lr is None else lora_lr, config)
@@ -161,7 +167,7 @@ class ReferenceMoLFAdamW(Optimizer):
             experts.append(([A[i], B[i]], rate, group["lora_weight_decays"][i]))
 
         # 2. The scores. 3. The winners.
-        scores = [score_of(slots, rate, self.config.score) for slots, rate, _ in experts]
+        scores = [self.score(slots, rate) for slots, rate, _ in experts]
         if winners is None:
             winners = best(scores, self.config, group["layer"], A[0]["t"] - 1)
 
@@ -178,6 +184,10 @@ class ReferenceMoLFAdamW(Optimizer):
         names = self.config.experts
         by_name = dict(zip(names, scores, strict=True))
         return Decision(tuple(names[winner] for winner in winners), by_name)
+
+    def score(self, slots: Sequence[Slot], lr: float) -> float:
+        """Return the score of the expert that owns these tensors."""
+        return score_of(slots, lr, self.config.score)
 
     def _start(self, group: dict[str, Any]) -> dict[str, Any]:
         """Return a layer's state before its first step: B_i = 0, so W is the model's weight."""

@@ -12,7 +12,6 @@ import sys
 import time
 import weakref
 from pathlib import Path
-from types import TracebackType
 
 if sys.platform != "win32":
     import fcntl
@@ -54,12 +53,7 @@ class Lock:
     def __enter__(self) -> Lock:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.release()
 
     @property

@@ -227,7 +227,6 @@ def _planned(
         length=max(lengths),
         padded=len(lengths) > 1,
         device="cuda" if arguments.device.type == "cuda" else "cpu",
-        bf16=arguments.bf16,
         quantised=planned_as(opening.quantisation),
     )
     at_limit = replace(

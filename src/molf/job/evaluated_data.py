@@ -5,12 +5,10 @@ from __future__ import annotations
 import warnings
 
 from molf.data.records import data_files
-from molf.errors import InputError
-from molf.job.record.finished_run import FinishedRun, read_run
-from molf.job.record.ownership import CONFIG, MODEL
+from molf.job.record.finished_run import run_of
 from molf.job.record.provenance import contents, file_records, same_files
 from molf.job.settings.resolved import ResolvedSettings
-from molf.paths import absolute, expanded
+from molf.paths import absolute
 from molf.tasks import Task
 
 # Tasks that edit facts, and measure them on the requests of the training.
@@ -32,7 +30,7 @@ def warn_of_training_data(model: str, task: Task) -> None:
         return
     if description.get("evaluated_split") != "train":
         return
-    run = _run_of(model)
+    run = run_of(model)
     if run is None:
         return
     data = absolute(str(description["evaluated_on"]))
@@ -49,7 +47,7 @@ def warn_of_training_data(model: str, task: Task) -> None:
 
 def _warn_of_validation_part(model: str, task: Task) -> None:
     """Warn if a run's model is evaluated on a validation part that the run was trained on."""
-    run = _run_of(model)
+    run = run_of(model)
     if run is None or run.config.get("task") != task.name:
         return
     data = str(task.description()["data"])
@@ -70,7 +68,7 @@ def _warn_of_validation_part(model: str, task: Task) -> None:
 
 def warn_of_other_splitting(model: str, *, split_special_tokens: bool) -> None:
     """Warn if a run's model is evaluated with another `split_special_tokens` than the run's."""
-    run = _run_of(model)
+    run = run_of(model)
     if run is None or bool(run.config.get("split_special_tokens")) == split_special_tokens:
         return
     trained, give = ("with", "Give") if not split_special_tokens else ("without", "Leave out")
@@ -79,17 +77,6 @@ def warn_of_other_splitting(model: str, *, split_special_tokens: bool) -> None:
         f"spell out are other tokens here than in training. {give} --split_special_tokens.",
         stacklevel=2,
     )
-
-
-def _run_of(model: str) -> FinishedRun | None:
-    """Return the run that a model is the result of; None for another model."""
-    path = expanded(model).resolve()
-    if path.name != MODEL or not (path.parent / CONFIG).is_file():
-        return None
-    try:
-        return read_run(path.parent)
-    except InputError:  # config.yaml is not that of a run
-        return None
 
 
 def warn_of_equal_data(settings: ResolvedSettings) -> None:

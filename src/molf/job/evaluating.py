@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import time
+import warnings
 
 import torch
 
@@ -13,6 +15,7 @@ from molf.job.model.loading import LoadedModel, move
 from molf.job.progress import Reporter
 from molf.job.settings.resolved import ResolvedSettings
 from molf.measure import Evaluation, EvaluationSettings, evaluate
+from molf.measure.divergence import BaseLogits, read_base
 from molf.tasks import Task
 
 
@@ -27,7 +30,7 @@ class Evaluator:
         reporter: Shows the progress.
 
     Attributes:
-        seconds: Time of all evaluations.
+        seconds: Time of all evaluations, and of reading the base again.
     """
 
     def __init__(
@@ -77,14 +80,50 @@ class Evaluator:
         finally:
             self.seconds += time.perf_counter() - started
 
-    def saved(self, saved: LoadedModel) -> Evaluation:
-        """Return the evaluation of the saved model."""
+    def base_logits(self, inputs: Inputs) -> BaseLogits | None:
+        """Return the base's logits, computed after the training or as `inputs` kept them.
+
+        Warns:
+            UserWarning: The base cannot be loaded any more; the result is None.
+        """
         started = time.perf_counter()
-        evaluation = self._evaluate(saved, "Evaluating the saved model")
+        try:
+            return inputs.base_logits(self._key, lambda: self._read_base(inputs))
+        except (InputError, OSError) as error:  # the training is not lost for it
+            warnings.warn(
+                "kl_neutral and kl_task are not measured, since the base cannot be read again: "
+                f"{error}",
+                stacklevel=2,
+            )
+            return None
+        finally:
+            self.seconds += time.perf_counter() - started
+
+    def saved(self, saved: LoadedModel, base: BaseLogits | None) -> Evaluation:
+        """Return the evaluation of the saved model, compared with the base's logits."""
+        started = time.perf_counter()
+        evaluation = self._evaluate(saved, "Evaluating the saved model", base)
         self.seconds += time.perf_counter() - started
         return evaluation
 
-    def _evaluate(self, loaded: LoadedModel, title: str) -> Evaluation:
+    def _read_base(self, inputs: Inputs) -> BaseLogits:
+        with (
+            self._reporter.evaluating("Reading the base model again") as show,
+            warnings.catch_warnings(),
+        ):
+            warnings.simplefilter("ignore")  # given when the base was loaded first
+            base = inputs.base(self._key.model, getattr(torch, self._key.dtype))
+            move(base.model, self._device)
+            logits = read_base(
+                base.model, base.tokenizer, self._task, self._forgetting_text, self._settings, show
+            )
+        del base
+        gc.collect()  # models hold references to themselves
+        return logits
+
+    def _evaluate(
+        self, loaded: LoadedModel, title: str, base: BaseLogits | None = None
+    ) -> Evaluation:
         move(loaded.model, self._device)
         with self._reporter.evaluating(title) as show:
             return evaluate(
@@ -94,4 +133,5 @@ class Evaluator:
                 self._forgetting_text,
                 self._settings,
                 show,
+                base=base,
             )

@@ -1,7 +1,7 @@
 """The inputs of a run that several runs of one process can share.
 
-A run calls `Inputs` for the task's data, the base model and the base's evaluation. A caller that
-makes many runs passes a subclass that keeps them in memory.
+A run calls `Inputs` for the task's data, the base model, and the base's evaluation and logits. A
+caller that makes many runs passes a subclass that keeps them in memory.
 """
 
 from __future__ import annotations
@@ -17,11 +17,12 @@ if TYPE_CHECKING:
     import torch
 
     from molf.job.model.loading import LoadedModel
+    from molf.measure.divergence import BaseLogits
 
 
 @dataclass(frozen=True)
 class EvaluationKey:
-    """Everything that the evaluation of a base depends on, apart from the contents of files.
+    """Everything that the evaluation and logits of a base depend on, apart from file contents.
 
     Attributes:
         model: A directory or a Hub id.
@@ -79,5 +80,19 @@ class Inputs:
 
         Raises:
             InputError: The base cannot be measured on the task.
+        """
+        return measure()
+
+    def base_logits(self, key: EvaluationKey, measure: Callable[[], BaseLogits]) -> BaseLogits:
+        """Return the base's logits, which the saved model is compared with.
+
+        Called after the training, when neither base nor trained model is in memory.
+
+        Args:
+            key: Equal keys have equal logits. It is hashable.
+            measure: Calls `base` again, computes the logits, and frees the model.
+
+        Raises:
+            InputError: The base cannot be loaded again.
         """
         return measure()

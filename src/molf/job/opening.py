@@ -113,7 +113,7 @@ def open_training(
     room = check_saving(base, settings, planned, steps, task.evaluation_count)
     notes = (
         describe(base.model, reach, in_adapter=settings.has_adapter),
-        base.carried.describe(),
+        base.unused_tensors.describe(),
     )
     return Opening(
         replace(

@@ -68,7 +68,7 @@ class ConfigRecord:
                 "dtype": dtype_name(base.dtype),
                 **({"quantised": str(quantisation)} if quantisation else {}),
                 "not_reached": list(settings.unreached),
-                "carried_tensors": len(base.carried.names),
+                "carried_tensors": len(base.unused_tensors.names),
                 "stored_dtype": dtype_name(base.stored.main_dtype or base.dtype),
                 **opening.plan.record(),
             },

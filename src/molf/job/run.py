@@ -119,9 +119,10 @@ def _train(
         record.add_saved(saved)
         record.write(directory)
 
-        # Load the saved model, and measure it.
+        # Read the base once more, then load the saved model and compare it: one model at a time.
+        base_logits = evaluator.base_logits(inputs)
         loaded = trained.load()
-        after = evaluator.saved(loaded)
+        after = evaluator.saved(loaded, base_logits)
 
         # Write the records.
         trained.write_card(loaded, after, saved)

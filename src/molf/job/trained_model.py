@@ -12,7 +12,7 @@ from molf.disk.files import write_text
 from molf.job.model.card import model_card
 from molf.job.model.loading import LoadedModel, load_model
 from molf.job.model.saved_tensors import Stored
-from molf.job.model.saving import Keep, save_model
+from molf.job.model.saving import Fallback, save_model
 from molf.job.opening import Opening
 from molf.job.record.directory import RunDirectory
 from molf.job.record.ownership import LOW_HALVES, MODEL
@@ -64,7 +64,7 @@ class TrainedModel:
             directory / MODEL,
             start_dtype=None if dequantised else getattr(torch, settings.dtype),
             halves_path=directory / LOW_HALVES,
-            keep=Keep.of(settings, directory.path),
+            fallback=Fallback.of(settings, directory.path),
         )
         record = {"dtype": settings.save_dtype, "rounding": storing.rounding.kind, **_sizes(stored)}
         self._training.model = opening.base.model = None  # free memory for the saved model

@@ -5,11 +5,14 @@ Importing this package imports neither torch nor transformers.
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from molf.measure.metric import Evaluation, Metric, bootstrap_mean, wilson
 from molf.measure.plain_text import default_plain_text, read_plain_text
 from molf.measure.settings import EvaluationSettings, Progress
+
+if TYPE_CHECKING:
+    from molf.measure.divergence import BaseLogits
 
 __all__ = [
     "Evaluable",
@@ -48,6 +51,8 @@ def evaluate(
     forgetting_text: str,
     settings: EvaluationSettings | None = None,
     progress: Progress | None = None,
+    *,
+    base: BaseLogits | None = None,
 ) -> Evaluation:
     """Measure a model on a task and on held-out plain text.
 
@@ -60,15 +65,22 @@ def evaluate(
         forgetting_text: Plain text for `forgetting_loss`, such as `task.default_forgetting_text()`.
         settings: Batch size, limits and seed.
         progress: Called after each batch.
+        base: Logits of the model that this one was tuned from (`molf.measure.divergence`).
 
     Returns:
-        The task's evaluation with `forgetting_loss` added to its metrics.
+        The task's evaluation with `forgetting_loss` added to its metrics, and with `base` also
+        `kl_neutral` and `kl_task`.
+
+    Raises:
+        InputError: The task or the text cannot be measured, or the base has another vocabulary.
     """
     from molf.measure.forgetting import forgetting_loss
 
     settings = settings or EvaluationSettings()
     if settings.split_special_tokens:  # False keeps the tokenizer's own setting
         tokenizer.split_special_tokens = True
+    # First, so that a base of another vocabulary is refused before a long evaluation.
+    divergences = _divergences(model, base, settings, progress)
     evaluation = task.evaluate(model, tokenizer, settings, progress)
     evaluation.metrics["forgetting_loss"] = forgetting_loss(
         model,
@@ -79,4 +91,15 @@ def evaluate(
         seed=settings.seed,
         progress=progress,
     )
+    evaluation.metrics.update(divergences)
     return evaluation
+
+
+def _divergences(
+    model: Any, base: BaseLogits | None, settings: EvaluationSettings, progress: Progress | None
+) -> dict[str, Metric]:
+    if base is None:
+        return {}
+    from molf.measure.divergence import kl_metrics
+
+    return kl_metrics(model, base, settings, progress)

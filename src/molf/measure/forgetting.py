@@ -43,9 +43,7 @@ def forgetting_loss(
     Raises:
         InputError: The text has fewer than two tokens.
     """
-    windows = _windows(tokenize(tokenizer, [text])[0], length_limit(model, max_length))
-    if not windows:
-        raise InputError("The text for forgetting_loss is too short: it needs at least two tokens.")
+    windows = plain_text_windows(tokenizer, text, length_limit(model, max_length))
     losses = sequence_losses(
         model,
         [ids for ids, _ in windows],
@@ -59,12 +57,24 @@ def forgetting_loss(
     return bootstrap_mean(means, weights=[count for _, count in losses], seed=seed)
 
 
-def _windows(text: TokenizedText, max_length: int) -> list[tuple[list[int], list[int]]]:
-    """Cut a text into (ids, labels) windows of at most `max_length` tokens.
+def plain_text_windows(
+    tokenizer: Any, text: str, max_length: int
+) -> list[tuple[list[int], list[int]]]:
+    """Cut a text into windows of at most `max_length` tokens, and return their ids and labels.
 
     A window starts with the tokenizer's prefix (BOS), or else with the previous token of the text.
     This part is context only.
+
+    Raises:
+        InputError: The text has fewer than two tokens.
     """
+    windows = _windows(tokenize(tokenizer, [text])[0], max_length)
+    if not windows:
+        raise InputError("The text for forgetting_loss is too short: it needs at least two tokens.")
+    return windows
+
+
+def _windows(text: TokenizedText, max_length: int) -> list[tuple[list[int], list[int]]]:
     # Without a prefix, nothing precedes the first token, so it cannot be predicted.
     first = 0 if text.prefix else 1
     step = max_length - max(len(text.prefix), 1)

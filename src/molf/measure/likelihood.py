@@ -37,7 +37,7 @@ class NextTokens:
         row_of = [row for row, index in enumerate(batch) for _ in self._wanted[index]]
         tokens = [token for index in batch for token in self._wanted[index]]
         log_probs = logits.float().log_softmax(dim=-1)
-        values = iter(_finite(log_probs[row_of, tokens]).tolist())
+        values = iter(check_not_nan(log_probs[row_of, tokens]).tolist())
         for index in batch:
             self.log_probs[index] = [next(values) for _ in self._wanted[index]]
 
@@ -76,7 +76,7 @@ def next_token_log_probs(
         found.read(batch, last_logits(model, rows, pad_id, keep=1)[:, -1])
 
     lengths = [len(context) for context in contexts]
-    allowed = logits_batches(model, pad_id) if _pads(lengths, batch_size) else ANY
+    allowed = logits_batches(model, pad_id) if pads(lengths, batch_size) else ANY
     with inference(model):
         for_each_batch(lengths, batch_size, run, what, progress, allowed=allowed)
     return found.log_probs
@@ -123,12 +123,12 @@ def sequence_losses(
         sums = torch.stack(
             [_loss_sum(logits[row], tails[index]) for row, index in enumerate(batch)]
         )
-        for index, total in zip(batch, _finite(sums).tolist(), strict=True):
+        for index, total in zip(batch, check_not_nan(sums).tolist(), strict=True):
             results[index] = (total, sum(label != IGNORED for label in tails[index]))
 
     counted = [index for index, tail in enumerate(tails) if tail]
     lengths = [len(sequences[index]) for index in counted]
-    allowed = logits_batches(model, pad_id) if _pads(lengths, batch_size) else ANY
+    allowed = logits_batches(model, pad_id) if pads(lengths, batch_size) else ANY
     with inference(model):
         for_each_batch(
             lengths,
@@ -141,7 +141,8 @@ def sequence_losses(
     return results
 
 
-def _pads(lengths: Sequence[int], batch_size: int) -> bool:
+def pads(lengths: Sequence[int], batch_size: int) -> bool:
+    """Return whether batches of rows of these lengths contain padding."""
     return batch_size > 1 and len(set(lengths)) > 1
 
 
@@ -159,7 +160,12 @@ def _loss_sum(logits: Tensor, tail: list[int]) -> Tensor:
     ).double()
 
 
-def _finite(values: Tensor) -> Tensor:
+def check_not_nan(values: Tensor) -> Tensor:
+    """Return the values.
+
+    Raises:
+        FloatingPointError: One is NaN.
+    """
     if values.isnan().any():
         raise FloatingPointError("The model's output is NaN: its weights are not usable.")
     return values

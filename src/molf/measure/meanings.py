@@ -26,6 +26,8 @@ _MEANINGS = (
     (("loss",), "nats per completion token (lower is better)"),
     (("perplexity",), "exp of that (lower is better)"),
     (("forgetting_loss",), "nats per token of held-out text (lower is better)"),
+    (("kl_neutral",), "KL(base || model) on that text, nats per token (0: the base's predictions)"),
+    (("kl_task",), "the same on the task's prompts, without answers"),
 )
 
 

@@ -63,6 +63,22 @@ def check_tokenizer(tokenizer: Any) -> None:
         )
 
 
+def other_token(tokenizer: Any, other: Any) -> str | None:
+    """Return a sentence on a token with different ids in two tokenizers; None if there is none.
+
+    A token that only one of them has is ignored: tokens are often added to a tuned model's.
+    """
+    ours, theirs = tokenizer.get_vocab(), other.get_vocab()
+    for token, index in ours.items():
+        if theirs.get(token, index) != index:
+            return f"{token!r} is token {index} of one and {theirs[token]} of the other"
+    names = {index: token for token, index in theirs.items()}
+    for token, index in ours.items():
+        if names.get(index, token) != token:
+            return f"token {index} is {token!r} in one and {names[index]!r} in the other"
+    return None
+
+
 def tokenize(
     tokenizer: Any, texts: Sequence[str], *, split_special_tokens: bool | None = None
 ) -> list[TokenizedText]:

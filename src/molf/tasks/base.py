@@ -62,6 +62,25 @@ class Task(ABC):
         """Return all records of the training file; none where the task only evaluates."""
 
     @abstractmethod
+    def evaluated_samples(self, most: int) -> list[Sample]:
+        """Return at most `most` of the records to evaluate, spread evenly over them."""
+
+    def prompts(self, tokenizer: Any, most: int) -> list[list[int]]:
+        """Return the token ids before the answers of at most `most` records to evaluate.
+
+        Args:
+            tokenizer: A fast tokenizer with an EOS token.
+            most: Number of records, spread evenly over all; their lengths are not limited.
+
+        Raises:
+            InputError: The tokenizer cannot be used.
+        """
+        from molf.data.encoding import generation_contexts, tokenize_samples
+
+        tokenized = tokenize_samples(tokenizer, self.evaluated_samples(most))
+        return [context.ids for context in generation_contexts(tokenizer, tokenized)]
+
+    @abstractmethod
     def evaluate(
         self,
         model: Any,

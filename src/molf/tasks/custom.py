@@ -17,6 +17,7 @@ from molf.data.selection import draw, required_hold_out, samples_of_runs
 from molf.errors import InputError
 from molf.measure.metric import Evaluation, Metric, bootstrap_mean, wilson
 from molf.measure.settings import EvaluationSettings, Progress
+from molf.measure.spread import spread
 from molf.tasks.answers import expected_answers, generate_answers
 from molf.tasks.base import DataRecords, Task
 from molf.tasks.custom_records import parse_sample, read_fields
@@ -109,6 +110,10 @@ class CustomTask(Task):
     def evaluation_count(self) -> int:
         """The number of records to evaluate."""
         return len(self._evaluated)
+
+    def evaluated_samples(self, most: int) -> list[Sample]:
+        """Return evaluated records."""
+        return [self._data.samples[index] for index in spread(self._evaluated, most)]
 
     def evaluate(
         self,

@@ -15,6 +15,7 @@ from molf.data.selection import draw
 from molf.errors import InputError
 from molf.measure.metric import Evaluation, Metric, wilson
 from molf.measure.settings import EvaluationSettings, Progress
+from molf.measure.spread import spread
 from molf.tasks.answers import UNDECODED
 from molf.tasks.base import DataRecords, Task
 from molf.tasks.demo import refuse_data
@@ -98,6 +99,10 @@ class FactTask(Task):
     def evaluation_count(self) -> int:
         """The number of requests to evaluate."""
         return len(self._evaluated)
+
+    def evaluated_samples(self, most: int) -> list[Sample]:
+        """Return evaluated requests: the rewrite prompts with their new targets."""
+        return [_sample(self._evaluation[index], index) for index in spread(self._evaluated, most)]
 
     def default_forgetting_text(self) -> str:
         """Return the world's held-out text for the demo task, else the default plain text."""

@@ -12,6 +12,7 @@ from molf.data.samples import PromptCompletion, Sample
 from molf.errors import InputError
 from molf.measure.metric import Evaluation, Metric
 from molf.measure.settings import EvaluationSettings, Progress
+from molf.measure.spread import spread
 from molf.tasks.answers import generate_answers
 from molf.tasks.base import DataRecords, Task
 from molf.tasks.demonstrations import Demonstrations
@@ -91,6 +92,11 @@ class QuestionTask(Task, Generic[Q]):
     def evaluation_count(self) -> int:
         """The number of records to evaluate, those included that prove unusable."""
         return len(self._data.evaluated)
+
+    def evaluated_samples(self, most: int) -> list[Sample]:
+        """Return evaluated questions, each with its demonstrations."""
+        chosen = spread(self._data.evaluated, most)
+        return [self._sample(self._question(index), index) for index in chosen]
 
     def data_records(self) -> DataRecords:
         """Return the questions of the training split, each with its demonstrations."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 
 import torch
@@ -20,8 +20,9 @@ from molf.core.arithmetic.blocks import BLOCKS, Blocks, Rows
 from molf.core.arithmetic.devices import CanRead, is_host_memory
 from molf.core.arithmetic.weight_step import apply_step
 from molf.core.model.factors import owned_by
+from molf.core.scores.rules import Winners
 from molf.core.step.dense import DenseTensor
-from molf.core.step.executor import Executor, ScoreSums, Winners
+from molf.core.step.executor import Executor, Owner, ScoreSums
 from molf.core.step.fidelity import Sample, UpdateTally
 from molf.core.step.guard import FiniteGuard
 from molf.core.step.layer import RoutedLayer
@@ -73,45 +74,41 @@ class Eager(Executor):
     def update_moments(self, layers: Sequence[RoutedLayer], guard: FiniteGuard) -> ScoreSums:
         """Update moments layer by layer."""
         numbers: list[Tensor] = []
-        owners: list[tuple[int, int]] = []
+        owners: list[Owner] = []
         for number, layer in enumerate(layers):
-            for expert, parts in enumerate(self._update_layer(layer, guard)):
-                numbers += parts
-                owners += [(number, expert)] * len(parts)
+            terms = layer.score.terms
+            for expert, part, sums in self._update_layer(layer, guard):
+                numbers += sums
+                owners += [Owner(number, expert, part, term.name) for term in terms]
         home = guard.bounds.device
         return ScoreSums(torch.stack([one.to(home) for one in numbers]), owners)
 
-    def _update_layer(self, layer: RoutedLayer, guard: FiniteGuard) -> list[list[Tensor]]:
-        """Return the partial score sums of each expert, 0-dim each."""
-        ranks, score = list(layer.group["ranks"]), layer.group["score"]
-        full = [part for tensor in layer.dense for part in self._update_dense(tensor, guard, score)]
+    def _update_layer(
+        self, layer: RoutedLayer, guard: FiniteGuard
+    ) -> Iterator[tuple[int, int, list[Tensor]]]:
+        """Yield expert, part and partial sums of every term, 0-dim each, for every block."""
+        ranks, terms = list(layer.group["ranks"]), layer.score.terms
+        for part, tensor in enumerate(layer.dense):
+            decay, grad = _decay_of(tensor, guard), gradient(tensor.parameter)
+            moments = tensor.moments
+            for rows in moments.blocks(self.blocks):
+                yield 0, part, moments.advance(rows, grad[rows], decay, terms)
+        first = int(layer.has_full)
         (grad_A, grad_B), (of_A, of_B) = layer.factor_gradients(self.blocks), layer.factor_moments()
         decay = guard.decay_of(grad_A.device, of_A[0].dtype, layer.group["betas"])
-        lora: list[list[Tensor]] = []
         for index in range(len(ranks)):
             own = _block(owned_by(ranks, index), grad_A, *of_A)
-            lora.append(
-                [
-                    update_and_score(*_block(rows, *own), decay, score)
-                    for rows in self.blocks.cached(own[0])
-                ]
-            )
+            for rows in self.blocks.cached(own[0]):
+                yield first + index, 0, update_and_score(*_block(rows, *own), decay, terms)
         # Columns of one expert are not contiguous in memory: update the columns of all together.
         for rows in self.blocks.cached(grad_B):
             block = _block(rows, grad_B, *of_B)
             if len(ranks) == 1:
-                lora[0].append(update_and_score(*block, decay, score))
+                yield first, 1, update_and_score(*block, decay, terms)
                 continue
-            columns = update_and_score_columns(*block, decay, score).split(ranks)
-            for parts, own_columns in zip(lora, columns, strict=True):
-                parts.append(own_columns.sum())
-        return [full, *lora] if layer.has_full else lora
-
-    def _update_dense(self, tensor: DenseTensor, guard: FiniteGuard, score: str) -> list[Tensor]:
-        decay, grad, moments = _decay_of(tensor, guard), gradient(tensor.parameter), tensor.moments
-        return [
-            moments.advance(rows, grad[rows], decay, score) for rows in moments.blocks(self.blocks)
-        ]
+            columns = [sums.split(ranks) for sums in update_and_score_columns(*block, decay, terms)]
+            for index, own_columns in enumerate(zip(*columns, strict=True)):
+                yield first + index, 1, [sums.sum() for sums in own_columns]
 
     def write(
         self,

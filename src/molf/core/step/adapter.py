@@ -95,6 +95,11 @@ class AdapterLayer(RoutedLayer):
         return self.states[0]["step"]
 
     @property
+    def kept(self) -> dict[str, Any]:
+        """State of `lora_A`."""
+        return self.states[0]
+
+    @property
     def shape(self) -> tuple[int, int]:
         """(out, in) of the layer."""
         return self.lora_B.shape[0], self.lora_A.shape[1]

@@ -10,25 +10,39 @@ import torch
 from torch import Tensor
 
 from molf.core.arithmetic.devices import CanRead, is_host_memory
+from molf.core.scores.rules import Winners
 from molf.core.step.dense import DenseTensor
 from molf.core.step.fidelity import UpdateTally
 from molf.core.step.guard import FiniteGuard
 from molf.core.step.layer import RoutedLayer
 
-Winners = tuple[int, ...]
-"""Indices of a layer's winning experts."""
+
+class Owner(NamedTuple):
+    """Tensor and term that a partial sum belongs to.
+
+    Attributes:
+        layer: Index of the layer.
+        expert: Index of the expert.
+        part: Index of the tensor: weight 0 and bias 1 of `full`, A 0 and B 1 of a LoRA expert.
+        term: Name of the term.
+    """
+
+    layer: int
+    expert: int
+    part: int
+    term: str
 
 
 class ScoreSums(NamedTuple):
     """Partial sums of score terms, on the device.
 
     Attributes:
-        numbers: [n], one per tensor or block.
-        owners: (index of the layer, index of the expert) of each number.
+        numbers: [n], one per tensor or block and term.
+        owners: Owner of each number.
     """
 
     numbers: Tensor
-    owners: list[tuple[int, int]]
+    owners: list[Owner]
 
 
 class Executor(ABC):

@@ -97,6 +97,11 @@ class FoldedLayer(RoutedLayer):
         return self.state["step"]
 
     @property
+    def kept(self) -> dict[str, Any]:
+        """State of the weight."""
+        return self.state
+
+    @property
     def shape(self) -> tuple[int, int]:
         """(out, in) of the layer."""
         out_features, in_features = _oriented(self.weight, self.group).shape

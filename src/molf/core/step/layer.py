@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 
-from molf.core.arithmetic.adam import AdamWStep, finish_score
+from molf.core.arithmetic.adam import AdamWStep
 from molf.core.arithmetic.blocks import Blocks
 from molf.core.arithmetic.devices import CanRead
 from molf.core.config import lora_expert_names
 from molf.core.model.groups import parameter_name
+from molf.core.scores.registry import routing
+from molf.core.scores.rules import Candidates
+from molf.core.scores.score import Expert, Part, Score
 from molf.core.step.dense import DenseTensor
 from molf.core.step.guard import Guarded
 from molf.core.step.operations import LayerWrites
-from molf.core.step.routing import Decision, select_winners
 from molf.core.storage.place import WHOLE, Place
 
 States = dict[Tensor, dict[str, Any]]
@@ -127,44 +129,68 @@ class RoutedLayer(ABC):
         """Scheduled learning rate of each LoRA expert."""
         return tuple(self.group["lr"] * ratio for ratio in self.group["lora_lr_ratios"])
 
-    def decide(self, sums: Sequence[float]) -> tuple[tuple[int, ...], Decision]:
-        """Choose the winners from the score sums, which the host has read.
+    @property
+    def score(self) -> Score:
+        """Score of the experts."""
+        return routing(self.group["score"]).score
+
+    @property
+    @abstractmethod
+    def kept(self) -> dict[str, Any]:
+        """State that holds the numbers of a score that keeps some."""
+
+    def candidates(self, sums: Mapping[tuple[int, int, str], float]) -> Candidates:
+        """Return the scores of the experts, for the choice of the winners.
+
+        Args:
+            sums: Sum of each term over each tensor, by (expert, part, term).
 
         Raises:
             RuntimeError: A score is not finite.
         """
-        scores = self.scores(sums)
-        by_name = dict(zip(self.experts, scores, strict=True))
+        score = self.score
+        scores = [self._value(score, index, sums) for index in range(len(self.experts))]
         if not all(map(math.isfinite, scores)):
+            by_name = dict(zip(self.experts, scores, strict=True))
             raise RuntimeError(
                 f"Scores of layer {self.name} are not finite although its gradient is: {by_name}. "
                 "Its moments are not finite. No step writes such moments: was the state loaded or "
                 "changed?"
             )
-        winners = select_winners(
-            scores,
-            score=self.group["score"],
-            top_k=self.group["top_k"],
-            has_full=self.has_full,
-            layer=self.name,
-            step=self.steps_taken,
-            seed=self.group["seed"],
+        group = self.group
+        return Candidates(
+            self.name, scores, self.has_full, group["top_k"], self.steps_taken, group["seed"]
         )
-        return winners, Decision(tuple(self.experts[winner] for winner in winners), by_name)
 
-    def scores(self, sums: Sequence[float]) -> list[float]:
-        """Return one score per expert from the score sums."""
-        # n_e of each expert: A [r, in] and B [out, r] have r (in + out) elements.
-        width = sum(self.shape)
-        counts = [rank * width for rank in self.group["ranks"]]
-        lrs = list(self.lora_lrs)
-        if self.has_full:
-            counts.insert(0, sum(self.place.count(tensor.parameter) for tensor in self.dense))
-            lrs.insert(0, self.group["lr"])
-        return [
-            finish_score(total, score=self.group["score"], lr=lr, count=count)
-            for total, lr, count in zip(sums, lrs, counts, strict=True)
-        ]
+    def _value(self, score: Score, index: int, sums: Mapping[tuple[int, int, str], float]) -> float:
+        """Return the score of an expert; store the numbers that the score keeps."""
+        keys = {name: f"score_{self.experts[index]}_{name}" for name in score.kept}
+        kept = {name: self.kept.get(keys[name], start) for name, start in score.kept.items()}
+        parts = tuple(
+            Part(name, count, {term.name: sums[index, place, term.name] for term in score.terms})
+            for place, (name, count) in enumerate(self._parts(index))
+        )
+        value = score.value(
+            Expert(self.experts[index], *self._numbers(index), self.shape, parts, kept)
+        )
+        self.kept.update({keys[name]: number for name, number in kept.items()})
+        return value
+
+    def _parts(self, index: int) -> list[tuple[str, int]]:
+        """Return name and number of elements of each tensor of an expert."""
+        if self.has_full and index == 0:
+            counts = [self.place.count(tensor.parameter) for tensor in self.dense]
+            return list(zip(("weight", "bias"), counts, strict=False))
+        rank = self.group["ranks"][index - self.has_full]
+        out_features, in_features = self.shape
+        return [("lora_A", rank * in_features), ("lora_B", rank * out_features)]
+
+    def _numbers(self, index: int) -> tuple[int | None, float, float]:
+        """Return rank, learning rate and scaling of an expert."""
+        if self.has_full and index == 0:
+            return None, self.group["lr"], 1.0
+        lora = index - self.has_full
+        return self.group["ranks"][lora], self.lora_lrs[lora], self.group["scalings"][lora]
 
     def _lora_step(self, index: int) -> AdamWStep:
         group = self.group

@@ -5,6 +5,7 @@ docs/architecture.md has a drawing.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -12,12 +13,14 @@ import torch
 from torch import Tensor
 
 from molf.core.arithmetic.precision import full_precision
+from molf.core.scores.registry import routing
+from molf.core.scores.rules import Winners
+from molf.core.step.decision import Decision
 from molf.core.step.dense import DenseTensor
-from molf.core.step.executor import Executor
+from molf.core.step.executor import Executor, Owner
 from molf.core.step.fidelity import UpdateTally
 from molf.core.step.guard import FiniteGuard, Guarded, fits
 from molf.core.step.layer import RoutedLayer, States
-from molf.core.step.routing import Decision
 from molf.core.step.unit import Unit
 
 
@@ -74,7 +77,7 @@ def take_step(
         # 1. Check gradients. Gradients of LoRA factors do not exist yet; norms bound them.
         guard = FiniteGuard(gradients, required.values(), executor.squares, executor.can_read)
         count = len(guard.bounds)
-        owners: Sequence[tuple[int, int]] = ()
+        owners: Sequence[Owner] = ()
         numbers = guard.bounds
         # 2. Update moments and sum score terms. On an accelerator the host does not know yet
         # whether the gradients are finite; the update multiplies by `guard.finite` on the device,
@@ -95,13 +98,24 @@ def take_step(
 
 
 def _decide(
-    layers: Sequence[RoutedLayer], owners: Sequence[tuple[int, int]], numbers: Sequence[float]
-) -> list[tuple[tuple[int, ...], Decision]]:
-    """Add up the score sums of each expert; choose the winners of every layer."""
-    sums = [[0.0] * len(layer.experts) for layer in layers]
-    for (number, expert), total in zip(owners, numbers, strict=True):
-        sums[number][expert] += total
-    return [layer.decide(own) for layer, own in zip(layers, sums, strict=True)]
+    layers: Sequence[RoutedLayer], owners: Sequence[Owner], numbers: Sequence[float]
+) -> list[tuple[Winners, Decision]]:
+    """Add up the sums of each tensor; choose the winners of every layer."""
+    sums: list[defaultdict[tuple[int, int, str], float]] = [defaultdict(float) for _ in layers]
+    for (number, expert, part, term), total in zip(owners, numbers, strict=True):
+        sums[number][expert, part, term] += total
+    candidates = [layer.candidates(own) for layer, own in zip(layers, sums, strict=True)]
+    winners: list[Winners] = [()] * len(layers)
+    # All layers have one score, unless groups were edited.
+    for text in {layer.group["score"]: None for layer in layers}:
+        own = [number for number, layer in enumerate(layers) if layer.group["score"] == text]
+        chosen = routing(text).rule.choose([candidates[number] for number in own])
+        for number, won in zip(own, chosen, strict=True):
+            winners[number] = won
+    return [
+        (won, Decision.of(layer.experts, won, one.scores))
+        for layer, won, one in zip(layers, winners, candidates, strict=True)
+    ]
 
 
 def _refused(

@@ -19,6 +19,7 @@ from torch import Tensor
 from molf.core.arithmetic import one_pass
 from molf.core.arithmetic.adam import (
     MomentDecay,
+    Terms,
     compute_dtype,
     real_view,
     update_and_score,
@@ -65,9 +66,9 @@ class Moments(ABC):
     def blocks(self, blocks: Blocks) -> Iterator[Rows]:
         """Yield the blocks for `advance`."""
 
-    def advance(self, rows: Rows, grad: Tensor, decay: MomentDecay, score: str) -> Tensor:
-        """Update a block of m and v; return the sum of the score's terms, 0-dim."""
-        return update_and_score(grad, *self.load(rows), decay, score)
+    def advance(self, rows: Rows, grad: Tensor, decay: MomentDecay, terms: Terms) -> list[Tensor]:
+        """Update a block of m and v; return the sum of each term, 0-dim."""
+        return update_and_score(grad, *self.load(rows), decay, terms)
 
     def settle(
         self, rows: Rows, grad: Tensor, decay: MomentDecay, *, advanced: bool = True

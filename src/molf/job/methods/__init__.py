@@ -15,6 +15,7 @@ from molf.job.methods.molf import Molf
 from molf.job.methods.molf_e import MolfEfficient
 from molf.job.methods.pissa import Pissa
 from molf.job.settings.resolved import ResolvedSettings
+from molf.planning.trainable import freeze
 
 __all__ = ["Plan", "Prepared", "TrainingData", "check", "plan", "prepare"]
 
@@ -51,7 +52,7 @@ def plan(model: Any, settings: ResolvedSettings, data: TrainingData) -> Plan:
     Raises:
         InputError: The settings do not fit the model or the data.
     """
-    _freeze_unreached(model, settings)
+    freeze(model, settings.unreached)  # without a gradient: neither counted nor given state
     return _METHODS[settings.method].plan(model, settings, data)
 
 
@@ -60,11 +61,5 @@ def prepare(model: Any, settings: ResolvedSettings, data: TrainingData) -> Prepa
 
     Random initialisation depends on `settings.seed` only.
     """
-    _freeze_unreached(model, settings)
+    freeze(model, settings.unreached)
     return _METHODS[settings.method].prepare(model, settings, data)
-
-
-def _freeze_unreached(model: Any, settings: ResolvedSettings) -> None:
-    """Freeze modules that get no gradient, so that they are not counted and have no state."""
-    for name in settings.unreached:
-        model.get_submodule(name).requires_grad_(False)

@@ -13,7 +13,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from molf.core.model.linear_layers import warn_of_large_ranks
-from molf.errors import InputError
+from molf.errors import InputError, reason_of
 from molf.job.methods.base import (
     Layer,
     Method,
@@ -55,9 +55,8 @@ class Adapter(Method):
                 get_peft_model(skeleton, config)
         except (ValueError, TypeError, NotImplementedError, AttributeError) as error:
             _check_not_redirected(plan, config, settings)  # the likely cause, with a better message
-            reason = str(error).strip().split("\n")[0]
             raise InputError(
-                f"method={settings.method}: PEFT cannot adapt {settings.model}: {reason}"
+                f"method={settings.method}: PEFT cannot adapt {settings.model}: {reason_of(error)}"
             ) from error
         _check_not_redirected(plan, config, settings)
 
@@ -79,6 +78,7 @@ class Adapter(Method):
     def prepare(self, model: Any, settings: ResolvedSettings, data: TrainingData) -> Prepared:
         """Add the adapter to the model, and freeze all other parameters."""
         plan = self._plan(model, settings)
+        # PEFT draws A from the global generator.
         torch.manual_seed(settings.seed)
         wrapped = get_peft_model(model, self.config(plan, settings, data.steps))
         self.initialise(wrapped, plan, settings, data)
@@ -159,6 +159,7 @@ def lora_config(plan: AdapterPlan, settings: ResolvedSettings, **further: Any) -
     config = config_of(settings)
     alpha = config.alphas[0]
     if plan.rank != config.ranks[0]:
+        # A matched rank keeps the scaling of the given one.
         alpha = plan.scaling * (math.sqrt(plan.rank) if config.use_rslora else plan.rank)
     return LoraConfig(
         r=plan.rank,

@@ -143,6 +143,7 @@ def find_adapted_layers(model: Any, settings: ResolvedSettings) -> tuple[Layer, 
     if config is None:
         return ()
     try:
+        # Not `trainable_layers`, which rejects quantised weights; an adapter supports them.
         linears: dict[str, Any] = dict(matching_linears(model, config))
         if any(is_quantised(module.weight) for module in linears.values()):
             # Quantised weights are packed. Their modules are never transposed, not even GPT-2's.

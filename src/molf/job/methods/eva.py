@@ -73,6 +73,7 @@ class Eva(Adapter):
         self, model: Any, plan: AdapterPlan, settings: ResolvedSettings, data: TrainingData
     ) -> None:
         """Run the model over training data until the directions converge."""
+        # PEFT decomposes batch by batch, so each needs enough tokens for all directions.
         batches = _batches(
             data.samples,
             least_tokens=_tokens_needed(plan.rank),

@@ -42,6 +42,7 @@ class FullFineTuning(Method):
 def _optimizer(settings: ResolvedSettings) -> tuple[type[torch.optim.Optimizer], dict[str, Any]]:
     """Torch's fused AdamW where it has what is wanted, else the one that molf is made of."""
     options = settings.optimizer_options
+    # torch's fused kernel is faster, and has no other storage.
     if options.is_plain(settings.dtype):
         return torch.optim.AdamW, {"fused": True}
     return AdamW, {"seed": settings.seed, **options.as_keywords()}

@@ -12,6 +12,7 @@ def matching_rank(parameters: Callable[[int], int], wanted: int) -> int:
         parameters: Number of parameters by rank, increasing.
         wanted: The target number.
     """
+    # Ranks are small, and each count takes microseconds.
     rank = 1
     while parameters(rank) < wanted:
         rank += 1

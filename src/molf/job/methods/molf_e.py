@@ -23,4 +23,5 @@ class MolfEfficient(Routed):
         """Add the experts' adapter; it is saved if nothing else is trained."""
         plan = self.plan(model, settings, data)
         prepared = self.prepared(add_adapter(model, settings), settings, plan)
+        # An adapter alone is not the result if norms or embeddings are trained too.
         return prepared if settings.trains_dense else replace(prepared, save_adapter=save_adapter)

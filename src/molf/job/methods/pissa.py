@@ -58,6 +58,7 @@ class _Start:
     """The adapter's initial weights, on disk until the trained adapter is saved."""
 
     def __init__(self, model: Any) -> None:
+        # Closed by `finalize`, also when the training fails before the adapter is saved.
         scratch = ExitStack()
         self._path = scratch.enter_context(scratch_directory("pissa")) / "initial"
         self._remove = weakref.finalize(self, scratch.close)

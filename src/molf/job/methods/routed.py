@@ -36,6 +36,7 @@ class Routed(Method):
         """Return a model, plain or with the experts' adapter, with the routing optimizer."""
         config = config_of(settings)
         lora_lr = settings.lora_learning_rate
+        # The optimizer keeps LoRA rates as multiples of `lr`, which therefore must not be 0.
         lr = settings.learning_rate if settings.trains_dense else lora_lr
         return Prepared(
             model=model,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,6 +37,7 @@ def model_card(
         routing: Shares of the experts and their interpretation; empty without routing.
         saved: The record of the saved model; None before it is measured.
     """
+    # The Hub reads the front matter: which library loads the model, and which base it has.
     front: dict[str, Any] = {
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
@@ -49,7 +50,8 @@ def model_card(
     places = [
         options[name] for name in named if options[name] and Path(options[name]).is_absolute()
     ]
-    places.sort(key=len, reverse=True)  # one may be inside another
+    # The longest first: one path may be inside another.
+    places.sort(key=len, reverse=True)
     shown = {key: value for key, value in options.items() if value not in (None, "", [], {})}
     return "\n".join(
         [
@@ -64,7 +66,7 @@ def model_card(
             "",
             "| metric | before | after | count |",
             "|---|---|---|---|",
-            *(_metric_row(name, metric, after) for name, metric in before.metrics.items()),
+            *_metric_rows(before, after),
             "",
             *(("## Routing", routing, "") if routing else ()),
             *([f"Saved in {shown_saved}.", ""] if (shown_saved := show_saved(saved)) else []),
@@ -121,15 +123,19 @@ def _without_folders(value: Any, places: Sequence[str]) -> Any:
     return value
 
 
-def _metric_row(name: str, before: Metric, after: Evaluation | None) -> str:
-    now = after.metrics.get(name) if after is not None else None
-    return f"| {name} | {show_metric(before)} | {show_metric(now)} | {before.count} |"
+def _metric_rows(before: Evaluation, after: Evaluation | None) -> Iterator[str]:
+    found = after.metrics if after is not None else {}
+    for name in {**before.metrics, **found}:
+        was, now = before.metrics.get(name), found.get(name)
+        count = next(metric.count for metric in (was, now) if metric is not None)
+        yield f"| {name} | {show_metric(was)} | {show_metric(now)} | {count} |"
 
 
 def show_metric(metric: Metric | None) -> str:
     """Return a metric's value as text, with its interval if known."""
     if metric is None:
         return "-"
+    # A metric of lm-evaluation-harness may have no standard error.
     if math.isnan(metric.low):
         return f"{metric.value:.3f}"
     return f"{metric.value:.3f} [{metric.low:.3f}, {metric.high:.3f}]"

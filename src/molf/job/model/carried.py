@@ -11,7 +11,7 @@ import torch
 from safetensors import safe_open
 
 
-class Carried:
+class UnusedTensors:
     """Tensors that are copied from the base's files into the trained checkpoint unchanged.
 
     Args:
@@ -40,7 +40,7 @@ class Carried:
         if not self._files:
             return None
         return (
-            f"Carried into the trained model unchanged: {len(self._files)} stored tensors that "
+            f"Copied into the trained model unchanged: {len(self._files)} stored tensors that "
             f"transformers does not load (first: {self.names[0]})."
         )
 

@@ -77,6 +77,7 @@ def check_token_ids(model: str, generation: Any) -> None:
     for name in ("eos_token_id", "pad_token_id", "bos_token_id"):
         given = getattr(generation, name, None)
         ids = given if isinstance(given, list) else [given]
+        # By type, because `isinstance(True, int)` is true.
         if given is not None and not all(type(one) is int for one in ids):
             raise InputError(
                 f"model {model}: {name} is {given!r} in its generation configuration. Must be a "
@@ -88,6 +89,7 @@ def not_loaded(model: str, error: Exception) -> InputError:
     """Return an InputError of one line for an error raised while a checkpoint is loaded."""
     lines = str(error).strip().split("\n")
     reason = lines[0] or type(error).__name__
+    # huggingface_hub's validation puts the reason on the second line.
     if reason.endswith(":") and len(lines) > 1:
         reason = f"{reason} {lines[1].strip()}"
     return InputError(f"model {model} cannot be loaded: {reason}")

@@ -6,6 +6,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -15,7 +16,7 @@ from molf.disk.files import flush
 from molf.disk.room import free_bytes
 
 
-def keep_elsewhere(
+def save_elsewhere(
     write: Callable[[Path], None], name: str, size: int, given: Iterable[Path]
 ) -> Path | None:
     """Write into a new directory in the first place where that succeeds.
@@ -30,6 +31,7 @@ def keep_elsewhere(
         The directory; None if all places failed.
     """
     for place in places(given):
+        # None (not known) does not exclude a place: the write shows it.
         free = free_bytes(place)
         if free is not None and free < size:
             continue
@@ -39,6 +41,7 @@ def keep_elsewhere(
             continue
         try:
             write(directory)
+            # A full disk or quota may show only when the system writes its buffers.
             flush(directory)
         except Exception:  # of any type: the next place may work
             shutil.rmtree(directory, ignore_errors=True)
@@ -53,30 +56,19 @@ def places(given: Iterable[Path]) -> Iterator[Path]:
     Args:
         given: Places to try first.
     """
-    usual = (_temporary(), Path("/var/tmp"), Path(os.path.expanduser("~")), _current())
+    candidates = list(map(str, given))
+    with suppress(OSError):  # no temporary directory can be written
+        candidates.append(tempfile.gettempdir())
+    candidates += ["/var/tmp", os.path.expanduser("~")]
+    with suppress(OSError):  # the current directory was deleted
+        candidates.append(os.getcwd())
     # /dev/shm comes last: it is memory, often large, but lost when the machine restarts.
-    seen: set[str] = set()
-    for place in (*given, *usual, Path("/dev/shm")):
-        if place is None or not os.path.isdir(place):  # Path.is_dir may raise an error
-            continue
-        real = os.path.realpath(place)
-        if real not in seen:
-            seen.add(real)
-            yield place
-
-
-def _temporary() -> Path | None:
-    try:
-        return Path(tempfile.gettempdir())
-    except OSError:  # no temporary directory can be written
-        return None
-
-
-def _current() -> Path | None:
-    try:
-        return Path.cwd()
-    except OSError:  # it was deleted
-        return None
+    candidates.append("/dev/shm")
+    # Not Path.is_dir, which raises an error for a directory without permissions.
+    directories: dict[str, Path] = {}
+    for place in candidates:
+        directories.setdefault(os.path.realpath(place), Path(place))
+    yield from filter(os.path.isdir, directories.values())
 
 
 def check_written(directory: Path, tensors: Mapping[str, torch.Tensor]) -> None:
@@ -89,23 +81,24 @@ def check_written(directory: Path, tensors: Mapping[str, torch.Tensor]) -> None:
     Raises:
         OSError: One is missing or differs.
     """
-    found = set()
+    read_back = set()
     for path in sorted(directory.glob("*.safetensors")):
         with safe_open(path, "pt") as file:
             for name in file.keys():  # noqa: SIM118 (no mapping)
                 read = file.get_tensor(name)
                 if name in tensors and not _same_bits(read, tensors[name]):
                     raise OSError(f"{path}: {name} is not as it was written")
-                found.add(name)
-    missing = tensors.keys() - found
+                read_back.add(name)
+    missing = tensors.keys() - read_back
     if missing:
         raise OSError(f"{directory} lacks {len(missing)} tensors, the first is {min(missing)}")
 
 
-def _same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
-    def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
-        return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-
-    if one.dtype != other.dtype or one.shape != other.shape:
+def _same_bits(tensor: torch.Tensor, other: torch.Tensor) -> bool:
+    if tensor.dtype != other.dtype or tensor.shape != other.shape:
         return False
-    return torch.equal(as_bytes(one), as_bytes(other))
+    # As bytes, because NaN is not equal to itself.
+    ours, theirs = (
+        some.detach().cpu().contiguous().reshape(-1).view(torch.uint8) for some in (tensor, other)
+    )
+    return torch.equal(ours, theirs)

@@ -10,8 +10,7 @@ from pathlib import Path
 
 import torch
 from peft import PeftModel
-from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from molf.core.model.merge import merge
 from molf.core.model.quantised import quantisation_of
@@ -51,6 +50,7 @@ def export_model(
     main = default_dtype(loaded)
     wanted = main if dtype is None else getattr(torch, dtype)
     halves = None
+    # A narrower type needs no more bits than the saved model has.
     if torch.promote_types(wanted, main) != main:
         if (run.path / LOW_HALVES).is_file():
             halves = read_low_halves(run.path / LOW_HALVES)
@@ -76,8 +76,7 @@ def export_adapter(run: FinishedRun, dtype: str | None, path: Path) -> None:
             is unchanged.
     """
     source = run.path / ADAPTER
-    with safe_open(source / _ADAPTER_WEIGHTS, "pt") as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+    tensors = load_file(source / _ADAPTER_WEIGHTS)
     stored = next(tensor.dtype for tensor in tensors.values() if tensor.is_floating_point())
     wanted = stored if dtype is None else getattr(torch, dtype)
     tensors = {n: t.to(wanted) if t.is_floating_point() else t for n, t in tensors.items()}
@@ -138,7 +137,9 @@ def _quantise_as_trained(run: FinishedRun, base: LoadedModel) -> str | None:
     if run.config.get("merge_base") != "dequantised":
         return None
     if quantisation_of(base.model.config) is None:
+        # A base that is stored quantised was loaded as such, so only molf's own option remains.
         option = "load_in_4bit" if run.config.get("load_in_4bit") else "load_in_8bit"
+        # bitsandbytes quantises on the device that the model is loaded on.
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         base.model = load_quantised(str(run.config["model"]), option, device)
     return "dequantised"

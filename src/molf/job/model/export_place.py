@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections import Counter
 from dataclasses import dataclass
@@ -16,7 +15,15 @@ from molf.errors import InputError
 from molf.job.model.path import check_entries
 from molf.job.record.directory import check_output
 from molf.job.record.finished_run import FinishedRun
-from molf.job.record.ownership import ADAPTER, AN_EXPORT, CHECKPOINTS, LOW_HALVES, MODEL, ROUTING
+from molf.job.record.ownership import (
+    ADAPTER,
+    AN_EXPORT,
+    CHECKPOINTS,
+    LOW_HALVES,
+    MODEL,
+    ROUTING,
+    read_json,
+)
 from molf.paths import check_inputs_outside, is_within, settled
 
 _TYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
@@ -38,6 +45,7 @@ def export_place(
     Raises:
         InputError: The directory holds other files, cannot be written, or has too little space.
     """
+    # A pipe among the files would block the reading of the headers.
     check_entries(run.path / what, what)
     stored = _read_headers(run.path / what)
     name = f"{what}-{dtype or stored.dtype}"
@@ -76,6 +84,7 @@ def _check_replaceable(path: Path, run: FinishedRun, name: str) -> None:
                 f"output_dir {path} {what} {holds}, which an export would replace. Give a "
                 f"directory of its own, such as {path / name}."
             )
+    # A mount point cannot be renamed, which replacing a directory does.
     if os.path.ismount(path):
         raise InputError(
             f"output_dir {path} is where a disk is mounted, which an export would replace. Give a "
@@ -129,6 +138,7 @@ def _read_headers(path: Path) -> _Stored:
             ) from error
     if not numbers:
         raise InputError(f"{path} has no weights: it has no file that ends in .safetensors.")
+    # As `StoredCheckpoint.main_dtype`, which needs torch.
     main = max(numbers, key=lambda dtype: numbers[dtype])
     tensors = sum(count * _BYTES[dtype] for dtype, count in numbers.items())
     other = max(directory_bytes(path) - tensors, 0)
@@ -137,9 +147,8 @@ def _read_headers(path: Path) -> _Stored:
 
 def _declared(path: Path, main: str) -> str:
     """Return the type that the configuration declares if it is wider than `main`, else `main`."""
-    try:
-        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
-        declared = config.get("dtype", config.get("torch_dtype"))
-    except (OSError, ValueError, AttributeError, RecursionError):
+    config = read_json(path / "config.json")
+    if not isinstance(config, dict):
         return main
-    return declared if _BYTES.get(str(declared), 0) > _BYTES[main] else main
+    declared = config.get("dtype", config.get("torch_dtype"))  # the name before transformers 5
+    return str(declared) if _BYTES.get(str(declared), 0) > _BYTES[main] else main

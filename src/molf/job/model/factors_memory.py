@@ -38,6 +38,7 @@ def check_factors(skeleton: Any, settings: ResolvedSettings, device: torch.devic
     # The factors are float32 for all types of weights.
     needed = numbers * (_NUMBER + _MOMENTS[settings.state_dtype])
     there = _memory_of(device)
+    # The total, not the free memory: other processes may end before the training starts.
     if there is not None and needed > there:
         ranks = ",".join(map(str, config.ranks))
         raise InputError(

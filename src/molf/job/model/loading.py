@@ -15,7 +15,7 @@ import torch
 
 from molf.core.model.quantised import drop_from_config, quantisation_of
 from molf.errors import InputError
-from molf.job.model.carried import Carried
+from molf.job.model.carried import UnusedTensors
 from molf.job.model.config import (
     check_generation_config,
     check_token_ids,
@@ -42,7 +42,7 @@ class LoadedModel:
             quantisation, because saved models are not quantised.
         generation_config: A copy of its generation configuration.
         stored: Its files.
-        carried: Stored tensors that transformers does not load, to be saved with the model.
+        unused_tensors: Stored tensors that transformers does not load, to be saved with the model.
     """
 
     model: Any
@@ -51,7 +51,7 @@ class LoadedModel:
     config: Any
     generation_config: Any
     stored: StoredCheckpoint
-    carried: Carried = field(default_factory=lambda: Carried({}))
+    unused_tensors: UnusedTensors = field(default_factory=lambda: UnusedTensors({}))
 
     def copy(self) -> LoadedModel:
         """Return a copy with its own weights and tokenizer, for a training in place."""
@@ -96,6 +96,7 @@ def load_model(model: str, dtype: torch.dtype = torch.float32) -> LoadedModel:
             check_library(stored_as, model)
     except InputError as error:
         raise not_loaded(model, error) from error
+    # The tokenizer first: it takes a second, and the weights of a large model take minutes.
     tokenizer = load_tokenizer(model)
     check_generation_config(model)
     stored = StoredCheckpoint(name, getattr(config, "transformers_weights", None))
@@ -104,14 +105,15 @@ def load_model(model: str, dtype: torch.dtype = torch.float32) -> LoadedModel:
         check_stored(stored_as, files, model)
     try:
         with _without_tables():
-            loaded, found = _from_pretrained(kind, name, dtype)
+            loaded, loading_info = _from_pretrained(kind, name, dtype)
+    # Not wrong input: the model may fit another machine.
     except (torch.OutOfMemoryError, MemoryError):
         raise
     # Model classes raise errors of any type on unexpected values. For a padding token beyond the
     # embeddings, torch raises an AssertionError.
     except Exception as error:
         raise not_loaded(model, error) from error
-    carried = check_whole(model, loaded, files, found)
+    unused = check_whole(model, loaded, files, loading_info)
     check_token_ids(model, loaded.generation_config)
     _check_vocabulary(model, loaded, tokenizer)
     own_config = copy.deepcopy(loaded.config)
@@ -127,7 +129,7 @@ def load_model(model: str, dtype: torch.dtype = torch.float32) -> LoadedModel:
         dtype=config.dtype or stored.main_dtype or loaded.dtype,
         config=own_config,
         generation_config=copy.deepcopy(loaded.generation_config),
-        carried=Carried(carried),
+        unused_tensors=UnusedTensors(unused),
         stored=stored,
     )
 
@@ -141,6 +143,7 @@ def move(model: Any, device: torch.device) -> None:
 
 def _check_vocabulary(name: str, model: Any, tokenizer: Any) -> None:
     """Reject a tokenizer with tokens that the model has no embeddings for."""
+    # An id beyond the embeddings fails in the first batch, on CUDA without its name.
     rows = model.get_input_embeddings().weight.shape[0]
     # Some models have no embeddings for tokens that were added to their tokenizer but never used.
     # A padding token without embedding is replaced by EOS, as padding is looked up, then masked.
@@ -166,7 +169,7 @@ def _check_vocabulary(name: str, model: Any, tokenizer: Any) -> None:
 
 def _from_pretrained(kind: Any, name: str, dtype: torch.dtype) -> tuple[Any, dict[str, Any]]:
     """Return the model, and the names of missing, unused and mismatched tensors."""
-    loaded, found = kind.from_pretrained(
+    loaded, loading_info = kind.from_pretrained(
         name,
         dtype=dtype,
         trust_remote_code=False,
@@ -174,7 +177,7 @@ def _from_pretrained(kind: Any, name: str, dtype: torch.dtype) -> tuple[Any, dic
         output_loading_info=True,
         ignore_mismatched_sizes=True,  # reported by name in check_whole
     )
-    return loaded, found
+    return loaded, loading_info
 
 
 @contextmanager
@@ -198,9 +201,9 @@ def _without_tables() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        told = re.search(r"on tensors destined for (\S+?)\.?\s", "".join(tables))
-        if told is None:
+        name = re.search(r"on tensors destined for (\S+?)\.?\s", "".join(tables))
+        if name is None:
             raise
-        raise ValueError(f"the shapes of the tensors stored for {told[1]} differ") from error
+        raise ValueError(f"the shapes of the tensors stored for {name[1]} differ") from error
     finally:
         logger.removeFilter(is_no_table)

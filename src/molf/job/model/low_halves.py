@@ -96,6 +96,7 @@ class LowHalves:
     def write(self, path: Path) -> None:
         """Write the file atomically."""
         metadata = {"rounding": self.rounding.kind, "seed": str(self.rounding.seed)}
+        # safetensors rejects tensors that are not contiguous.
         with replacing_file(path) as temporary:
             save_file({n: t.contiguous() for n, t in self.tensors.items()}, temporary, metadata)
 

@@ -9,11 +9,9 @@ import torch
 from peft import PeftModel
 
 from molf.core.model.merge import MergeReport, merge
-from molf.core.model.quantised import quantisation_of
 from molf.job.methods import TrainingData
 from molf.job.model.loading import load_model
 from molf.job.progress import Reporter
-from molf.job.settings.defaults import MERGE_BASES
 from molf.job.settings.resolved import ResolvedSettings
 
 _SAMPLE_TOKENS = 512
@@ -28,13 +26,13 @@ def merge_trained(
         The plain model, and the record of the merge. A model without an adapter is returned
         unchanged, with an empty record.
     """
-    base = None
-    if quantisation_of(model.config) is not None:
-        base = settings.merge_base or MERGE_BASES[0]
-    elif isinstance(model, PeftModel):
+    base = settings.merge_base  # None without a quantised base
+    if base is None and isinstance(model, PeftModel):
         model.float()  # merging in bfloat16 would lose small changes
     reports: list[MergeReport] = []
+    # The training does not keep the unquantised weights in memory.
     original = load_model(settings.model).model if base == "original" else None
+    # The first training example: it has the template and the language of the task.
     sample = torch.tensor([data.samples.input_ids[0][:_SAMPLE_TOKENS]])
     plain = merge(model, base=base, original=original, sample=sample, report=reports.append)
     record: dict[str, Any] = {}

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import re
-from importlib.util import find_spec
 from pathlib import Path
 
-from molf.errors import InputError
-from molf.inputs import DIRECTORY, special_kind
+from molf.errors import InputError, reason_of
+from molf.inputs import DIRECTORY, check_installed, special_kind
 from molf.job.record.ownership import is_run
 from molf.job.record.run_around import model_of, why_no_model
 from molf.job.settings.settings import TrainSettings
@@ -67,11 +66,8 @@ def check_quantisation(settings: TrainSettings) -> None:
     Raises:
         InputError: It is not installed; the message names the extra.
     """
-    if settings.quantised is not None and find_spec("bitsandbytes") is None:
-        raise InputError(
-            f"{settings.quantised} needs bitsandbytes, which is not installed: "
-            "pip install 'molf[bitsandbytes]'."
-        )
+    if settings.quantised is not None:
+        check_installed("bitsandbytes", settings.quantised)
 
 
 def _check_hub(model: str) -> None:
@@ -85,8 +81,7 @@ def _check_hub(model: str) -> None:
     try:
         get_hf_file_metadata(url)
     except Exception as error:  # the type depends on the HTTP library of the Hub client
-        reason = str(error).strip().split("\n")[0].rstrip(".")
         raise InputError(
-            f"model {model} is no local directory, and {url} cannot be reached: {reason}. Give the "
-            "path of a local checkpoint with --model."
+            f"model {model} is no local directory, and {url} cannot be reached: "
+            f"{reason_of(error).rstrip('.')}. Give the path of a local checkpoint with --model."
         ) from error

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Collection
-from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -16,7 +15,8 @@ from molf.core.model.quantised import (
     keep_differentiable,
     quantisation_of,
 )
-from molf.errors import InputError
+from molf.errors import InputError, reason_of
+from molf.inputs import check_installed
 from molf.job.model.config import place_of, read_config
 from molf.job.settings.resolved import ResolvedSettings
 from molf.planning.model_class import auto_class
@@ -40,15 +40,15 @@ def check_quantisation(config: Any, settings: ResolvedSettings) -> Quantisation 
     Warns:
         UserWarning: An option has no effect on it.
     """
-    stored, asked = quantisation_of(config), settings.quantised
+    stored, option = quantisation_of(config), settings.quantised
     if stored is None:
-        if asked is None and settings.merge_base is not None:
+        if option is None and settings.merge_base is not None:
             warnings.warn(
                 f"Without effect: merge_base={settings.merge_base}. {settings.model} is not "
                 "quantised.",
                 stacklevel=2,
             )
-        return None if asked is None else _QUANTISED_WHEN_LOADED[asked]
+        return None if option is None else _QUANTISED_WHEN_LOADED[option]
     model = f"model {settings.model} (stored quantised: {stored})"
     settings.check_beside_quantised(model, "give the unquantised model")
     if not stored.is_adaptable:
@@ -58,13 +58,13 @@ def check_quantisation(config: Any, settings: ResolvedSettings) -> Quantisation 
             "(Int8WeightOnlyConfig)."
         )
     check_library(stored, settings.model)
-    if asked is not None and _QUANTISED_WHEN_LOADED[asked] != stored:
+    if option is not None and _QUANTISED_WHEN_LOADED[option] != stored:
         raise InputError(
-            f"Invalid {asked} with {model}. Leave {asked} out, or give the unquantised model."
+            f"Invalid {option} with {model}. Leave {option} out, or give the unquantised model."
         )
-    if asked is not None:
+    if option is not None:
         warnings.warn(
-            f"Without effect: {asked}. {settings.model} is stored in {stored.bits} bits already.",
+            f"Without effect: {option}. {settings.model} is stored in {stored.bits} bits already.",
             stacklevel=2,
         )
     if settings.merge_base == "original":
@@ -81,11 +81,9 @@ def check_library(stored: Quantisation, model: str) -> None:
     Raises:
         InputError: It is not installed; the message names the extra.
     """
-    if stored.is_adaptable and find_spec(stored.method) is None:
-        raise InputError(
-            f"model {model} (stored quantised: {stored}) needs {stored.method}, which is not "
-            f"installed: pip install 'molf[{stored.method}]'."
-        )
+    # Only adaptable methods have an extra; transformers names the library of others.
+    if stored.is_adaptable:
+        check_installed(stored.method, f"model {model} (stored quantised: {stored})")
 
 
 def check_stored(stored: Quantisation, tensors: Collection[str], model: str) -> None:
@@ -99,6 +97,7 @@ def check_stored(stored: Quantisation, tensors: Collection[str], model: str) -> 
     Raises:
         InputError: None of its weights is quantised.
     """
+    # Parts of the names of tensors that bitsandbytes stores beside a quantised weight.
     marks = {"4-bit": ".quant_state.", "8-bit": ".SCB"}
     if stored.method != "bitsandbytes" or any(marks[stored.kind] in name for name in tensors):
         return
@@ -125,11 +124,12 @@ def check_device(quantisation: Quantisation | None, device: torch.device) -> Non
             layer: torch.nn.Module = bitsandbytes.nn.Linear4bit(64, 64, quant_type="nf4")
         else:
             layer = bitsandbytes.nn.Linear8bitLt(64, 64, has_fp16_weights=False)
+        # `.item()` waits for the device, which reports errors of kernels late.
         layer.to(device)(torch.ones(2, 64, device=device)).sum().item()
     except Exception as error:  # a missing or broken backend raises errors of many types
-        reason = str(error).strip().split("\n")[0] or type(error).__name__
         raise InputError(
-            f"{quantisation} layers do not work on {device} with this bitsandbytes: {reason}"
+            f"{quantisation} layers do not work on {device} with this bitsandbytes: "
+            f"{reason_of(error)}"
         ) from error
 
 

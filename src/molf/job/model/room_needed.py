@@ -69,6 +69,7 @@ def run_bytes(
         # Weights that are not trained lose nothing if they were stored in bfloat16.
         alone = adapts and stored == torch.bfloat16
         low = 2 * (sum(x.in_features * x.out_features for x in plan.layers) if alone else weights)
+    # Moments of the factors are float32 (8 bytes) for every `state_dtype`.
     one = beside + adapter + 8 * factors + dense * (_MOMENTS[settings.state_dtype] + exact)
     if not adapts:
         one += weights * (2 if half else 4) + (8 if settings.is_explicit else 4) * factors

@@ -90,24 +90,19 @@ def take_tensors(
     made = Stored(update=None if start_dtype is None else SavedUpdate())
     for name in list(state):
         trained = state.pop(name)
-        found = counterpart(base, model, name, trained)
-        stored = base.stored.tensors[found] if found is not None else None
+        stored = counterpart(base, model, name, trained)
         dtype = types.of_tensor(name, trained.dtype, stored)
         if not trained.is_floating_point():
             made.tensors[name] = trained.to(dtype)
             continue
-
-        def read(found: str | None = found) -> Tensor | None:
-            return None if found is None else base.stored.read(found)
-
         start = None
-        if start_dtype is not None and stored is not None and is_real(stored.dtype or torch.int8):
-            start = read()
+        if start_dtype is not None and stored is not None and is_real(stored.dtype):
+            start = base.stored.read(stored.name)
         has_half = low_halves is not None and name in low_halves.tensors
         halves = low_halves if has_half else None
         _store(made, name, trained, dtype, storing, start, start_dtype, halves)
         try:
-            _check_finite(name, made.tensors[name], read)
+            _check_finite(name, made.tensors[name], base, stored)
         except UnfitError as error:
             if dtype == torch.float32 or not bool(trained.isfinite().all()):
                 raise
@@ -116,11 +111,11 @@ def take_tensors(
     return made
 
 
-def counterpart(base: LoadedModel, model: Any, name: str, tensor: Tensor) -> str | None:
-    """Return the name in the base's files of a tensor of the model; None without one."""
-    found = base.stored.find(name, getattr(model, "base_model_prefix", ""))
-    same = found is not None and base.stored.tensors[found].shape == tuple(tensor.shape)
-    return found if same else None
+def counterpart(base: LoadedModel, model: Any, name: str, tensor: Tensor) -> StoredTensor | None:
+    """Return the tensor of the base's files that has this name and shape; None without one."""
+    file_name = base.stored.find(name, getattr(model, "base_model_prefix", ""))
+    stored = None if file_name is None else base.stored.tensors[file_name]
+    return stored if stored is not None and stored.shape == tuple(tensor.shape) else None
 
 
 def is_quantised_model(model: Any) -> bool:
@@ -139,6 +134,7 @@ def file_state(model: Any) -> dict[str, Tensor]:
     state: dict[str, Tensor] = dict(model.state_dict())
     for name in getattr(model, "_keys_to_ignore_on_save", None) or ():
         state.pop(name, None)
+    # safetensors rejects tensors that share memory.
     state = remove_tied_weights_from_state_dict(state, model)
     return dict(revert_weight_conversion(model, state))
 
@@ -150,22 +146,21 @@ class Types:
     Attributes:
         main: The type of most stored numbers.
         target: The type that replaces `main`: the requested one, or the configuration's if wider.
-        asked: Whether it was requested. Tensors of other types than `main` are then widened to it
-            if it is wider, and never narrowed.
+        is_requested: Whether it was requested. Then it also replaces other types that are narrower.
         keeps_float32: Whether the model's code keeps a tensor of this name in float32.
     """
 
     main: torch.dtype
     target: torch.dtype
-    asked: bool
+    is_requested: bool
     keeps_float32: Callable[[str], bool]
 
     @classmethod
-    def of(cls, model: Any, base: LoadedModel, asked: torch.dtype | None) -> Types:
+    def of(cls, model: Any, base: LoadedModel, requested: torch.dtype | None) -> Types:
         """Return the types for a model that was loaded as `base`."""
         main = base.stored.main_dtype or base.dtype
-        target = asked or default_dtype(base)
-        return cls(main, target, asked is not None, float32_names(model))
+        target = requested or default_dtype(base)
+        return cls(main, target, requested is not None, float32_names(model))
 
     def of_tensor(self, name: str, dtype: torch.dtype, stored: StoredTensor | None) -> torch.dtype:
         """Return a tensor's type.
@@ -181,7 +176,7 @@ class Types:
         if known is None or not is_real(known):
             known = self.main
         if known != self.main:
-            wider = self.asked and self.target.itemsize > known.itemsize
+            wider = self.is_requested and self.target.itemsize > known.itemsize
             return self.target if wider else known
         if known == torch.float32 and self.target.itemsize < 4 and self.keeps_float32(name):
             return known
@@ -214,6 +209,7 @@ def _empty(model: Any, dtype: torch.dtype) -> None:
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.is_floating_point():
+                # One element in memory, expanded: shape and type stay readable.
                 parameter.data = torch.zeros((), dtype=dtype).expand(parameter.shape)
 
 
@@ -236,6 +232,7 @@ def _store(
     saved = torch.empty(flat.shape, dtype=dtype, device=flat.device)
     keeps = storing.keep_low_halves and dtype == torch.bfloat16
     halves = torch.empty(flat.shape, dtype=torch.int16, device=flat.device) if keeps else None
+    # In chunks: float32 copies of a whole embedding would take gigabytes.
     for begin in range(0, flat.numel(), _CHUNK):
         part = slice(begin, begin + _CHUNK)
         values = flat[part]
@@ -253,6 +250,7 @@ def _store(
             moved = (values != loaded) & (values != before.to(torch.float32))
             if made.update is not None:
                 made.update.add(loaded, values, rounded, moved)
+            # Loading has rounded the base: numbers that training left unchanged are saved exactly.
             if not lossless(before.dtype, start_dtype) and lossless(before.dtype, dtype):
                 rounded = torch.where(moved, rounded, before.to(dtype))
         saved[part] = rounded
@@ -277,7 +275,9 @@ def _rounded(values: Tensor, dtype: torch.dtype, name: str, storing: Storing, fi
     return values.to(dtype)
 
 
-def _check_finite(name: str, tensor: Tensor, read: Callable[[], Tensor | None]) -> None:
+def _check_finite(
+    name: str, tensor: Tensor, base: LoadedModel, stored: StoredTensor | None
+) -> None:
     """Reject infinity and NaN, except those that the base stores in the same place.
 
     Raises:
@@ -286,6 +286,8 @@ def _check_finite(name: str, tensor: Tensor, read: Callable[[], Tensor | None]) 
     bad = ~tensor.isfinite()
     if not bool(bad.any()):
         return
-    stored = read()
-    if stored is None or bool((bad & stored.to(bad.device).isfinite()).any()):
+    # Models may store infinity on purpose, such as in an attention mask.
+    if stored is None or bool(
+        (bad & base.stored.read(stored.name).to(bad.device).isfinite()).any()
+    ):
         raise UnfitError(f"{name} has numbers that are not finite, or do not fit {tensor.dtype}")

@@ -17,9 +17,9 @@ from transformers.utils import SAFE_WEIGHTS_NAME
 from molf.core.model.quantised import quantisation_of
 from molf.disk.files import replacing_directory, scratch_directory, write_text
 from molf.disk.room import directory_bytes, free_bytes, is_disk_full, megabytes, require_room
-from molf.errors import InputError
+from molf.errors import InputError, reason_of
 from molf.job.model.card import adapter_card
-from molf.job.model.elsewhere import check_written, keep_elsewhere, places
+from molf.job.model.elsewhere import check_written, places, save_elsewhere
 from molf.job.model.loading import LoadedModel
 from molf.job.model.low_halves import LowHalves
 from molf.job.model.saved_tensors import (
@@ -43,8 +43,8 @@ class SaveError(RunError):
 
 
 @dataclass(frozen=True)
-class Keep:
-    """Saves trained weights in another place when saving to the run fails.
+class Fallback:
+    """Saves trained weights in another directory when saving to the run fails.
 
     Attributes:
         run: The run's directory.
@@ -57,41 +57,43 @@ class Keep:
     chosen: Path | None = None
 
     @classmethod
-    def of(cls, settings: ResolvedSettings, run: Path) -> Keep:
+    def of(cls, settings: ResolvedSettings, run: Path) -> Fallback:
         """Return the fallback for a run with these settings in this directory."""
         return cls(run, settings.model, settings.fallback_dir)
 
     def model(self, write: Callable[[Path], None], size: int) -> str:
         """Save a whole model elsewhere; return a sentence with its place."""
-        if (self.run / ADAPTER / _ADAPTER_CONFIG).is_file():  # already saved, exact and smaller
-            return f"The trained adapter is whole, and has all that was trained: {self._loads()}"
-        kept = self._keep(write, size)
-        if kept is None:
+        # The adapter is written before the merged model, exact, and much smaller.
+        if (self.run / ADAPTER / _ADAPTER_CONFIG).is_file():
+            return f"The adapter, which holds the whole training, is saved: {self._loads()}"
+        directory = self._save(write, size)
+        if directory is None:
             return f"The trained model is lost: {self._no_place()}"
         return (
-            f"The trained model is kept, and was read back, in {kept / MODEL}: load it from there "
-            f"with transformers, or move it to {self.run / MODEL}."
+            f"The trained model was saved in {directory / MODEL} instead, and verified: load it "
+            f"from there with transformers, or move it to {self.run / MODEL}."
         )
 
     def adapter(self, write: Callable[[Path], None], size: int) -> str:
         """Save an adapter elsewhere; return a sentence with its place."""
-        kept = self._keep(write, size)
-        if kept is None:
+        directory = self._save(write, size)
+        if directory is None:
             return f"The trained adapter is lost: {self._no_place()}"
-        return f"The trained adapter is kept, and was read back: {self._loads(kept)}"
+        return f"The trained adapter was saved elsewhere, and verified: {self._loads(directory)}"
 
     def _loads(self, place: Path | None = None) -> str:
         path = (place or self.run) / ADAPTER
-        return f"peft.PeftModel.from_pretrained(base, '{path}') puts it onto the base {self.base}."
+        return f"peft.PeftModel.from_pretrained(base, '{path}') adds it to the base {self.base}."
 
-    def _keep(self, write: Callable[[Path], None], size: int) -> Path | None:
+    def _save(self, write: Callable[[Path], None], size: int) -> Path | None:
         def write_all(directory: Path) -> None:
             write(directory)
+            # The settings explain the weights if the run's directory is lost.
             for name in (CONFIG, ENVIRONMENT):
                 with suppress(OSError):
                     shutil.copy(self.run / name, directory)
 
-        return keep_elsewhere(write_all, f"molf-{self.run.name}", size, self._given)
+        return save_elsewhere(write_all, f"molf-{self.run.name}", size, self._given)
 
     @property
     def _given(self) -> tuple[Path, ...]:
@@ -100,11 +102,10 @@ class Keep:
 
     def _no_place(self) -> str:
         tried = ", ".join(map(str, places(self._given)))
-        found = sorted(
-            (self.run / CHECKPOINTS).glob("checkpoint-*"), key=lambda path: path.stat().st_mtime
-        )
-        latest = f" The latest checkpoint is {found[-1]}." if found else ""
-        return f"no other place took it ({tried}).{latest}"
+        checkpoints = (self.run / CHECKPOINTS).glob("checkpoint-*")
+        latest = max(checkpoints, key=lambda path: path.stat().st_mtime, default=None)
+        advice = f" The latest checkpoint is {latest}." if latest else ""
+        return f"it could not be saved in any other directory ({tried}).{advice}"
 
 
 def save_model(
@@ -118,7 +119,7 @@ def save_model(
     start_dtype: torch.dtype | None = None,
     low_halves: LowHalves | None = None,
     halves_path: Path | None = None,
-    keep: Keep | None = None,
+    fallback: Fallback | None = None,
 ) -> Stored:
     """Write `model` with the tokenizer and configurations of `base`, atomically.
 
@@ -136,7 +137,7 @@ def save_model(
             of the update; None for no measurement.
         low_halves: Low halves of the model's weights, if these are bfloat16 halves of float32.
         halves_path: File for the low halves that `storing` keeps.
-        keep: The fallback if the weights cannot be written; None for none.
+        fallback: Saves the weights elsewhere if they cannot be written; None for none.
 
     Returns:
         The measurements and low halves, without the tensors.
@@ -149,11 +150,12 @@ def save_model(
         stored = take_tensors(model, base, storing, start_dtype=start_dtype, low_halves=low_halves)
     except UnfitError as error:
         raise SaveError(str(error)) from error
+    # The trainer has changed the model's own configuration (caching, padding token).
     model.config = base.config
     tensors, stored.tensors = stored.tensors, {}
     halves = LowHalves(stored.low_halves, storing.rounding)
     size = sum(tensor.nbytes for tensor in (*tensors.values(), *stored.low_halves.values()))
-    size += base.carried.nbytes
+    size += base.unused_tensors.nbytes
 
     def write(directory: Path, halves_path: Path | None) -> None:
         _write(model, base, tensors, directory)
@@ -162,7 +164,7 @@ def save_model(
         if halves_path is not None and halves.tensors:
             halves.write(halves_path)
 
-    def write_kept(directory: Path) -> None:
+    def write_elsewhere(directory: Path) -> None:
         (directory / MODEL).mkdir()
         try:
             write(directory / MODEL, directory / LOW_HALVES)
@@ -174,10 +176,10 @@ def save_model(
                     part.save_pretrained(directory / MODEL)
         check_written(directory / MODEL, tensors)
 
-    def kept() -> str:
-        return "" if keep is None else keep.model(write_kept, size)
+    def save_to_fallback() -> str:
+        return "" if fallback is None else fallback.model(write_elsewhere, size)
 
-    with saving(path, size, kept) as directory:
+    with saving(path, size, save_to_fallback) as directory:
         if stored.unfit is not None:
             raise UnfitError(stored.unfit)
         write(directory, halves_path)
@@ -187,25 +189,26 @@ def save_model(
 
 
 @contextmanager
-def saving(path: Path, size: int, keep: Callable[[], str] = str) -> Iterator[Path]:
+def saving(path: Path, size: int, on_failure: Callable[[], str] = str) -> Iterator[Path]:
     """Yield a temporary directory that replaces `path` when the block succeeds.
 
     Args:
         path: The checkpoint's directory.
         size: The estimated bytes.
-        keep: Called on failure; saves the weights elsewhere and returns a sentence with the place.
+        on_failure: Saves the weights elsewhere; returns a sentence with the place.
 
     Raises:
         SaveError: The disk is full or cannot be written, or the block failed in another way.
     """
     try:
+        # Before the write, so that no other program meets a full disk.
         require_room(path, size)
         with replacing_directory(path) as directory:
             yield directory
     except Exception as error:  # of any type: the trained weights must not be lost
         why = str(error) if isinstance(error, UnfitError) else _why_not_saved(path, size, error)
-        kept = keep()
-        raise SaveError(f"{why}. {kept}" if kept else why) from error
+        saved = on_failure()
+        raise SaveError(f"{why}. {saved}" if saved else why) from error
 
 
 def _write(model: Any, base: LoadedModel, tensors: dict[str, Any], directory: Path) -> None:
@@ -213,7 +216,7 @@ def _write(model: Any, base: LoadedModel, tensors: dict[str, Any], directory: Pa
     with base_generation_config(model, base, directory), _saving_all_tensors(model):
         model.save_pretrained(
             directory,
-            state_dict={**base.carried.tensors(), **tensors},
+            state_dict={**base.unused_tensors.tensors(), **tensors},
             save_original_format=False,
         )
     base.tokenizer.save_pretrained(directory)
@@ -222,7 +225,7 @@ def _write(model: Any, base: LoadedModel, tensors: dict[str, Any], directory: Pa
 @contextmanager
 def _saving_all_tensors(model: Any) -> Iterator[None]:
     """Make a model save all tensors of `state_dict`, also names that its class ignores."""
-    # `file_state` has removed the ignored ones already, but carried tensors may have such names.
+    # `file_state` has removed the ignored ones already; unused tensors may have such names.
     model._keys_to_ignore_on_save = None
     try:
         yield
@@ -279,12 +282,13 @@ def rehearse_saving(base: LoadedModel, name: str) -> int:
         with scratch_directory("save") as directory:
             if not is_quantised_model(base.model):
                 file_state(base.model)  # raises an error for shared tensors that cannot be saved
+            # Each library checks its values again when it saves them.
             base.config.save_pretrained(directory)
             base.tokenizer.save_pretrained(directory)
             _write_generation_config(base, directory / GENERATION_CONFIG)
             return directory_bytes(directory)
     except Exception as error:  # of any type: it would end the run after the training
-        reason = str(error).strip().split("\n")[0] or type(error).__name__
+        reason = reason_of(error)
         if isinstance(error, OSError) or is_disk_full(error):
             raise InputError(
                 f"The temporary folder cannot be written: {reason}. Make room there, or name "
@@ -314,20 +318,21 @@ def save_adapter(
         card = adapter_card(settings, quantisation_of(model.config))
         write_text(directory / "README.md", card)
 
-    def write_kept(directory: Path) -> None:
+    def write_elsewhere(directory: Path) -> None:
         (directory / ADAPTER).mkdir()
         write(directory / ADAPTER)
+        # No tensors to compare: PEFT renames them. All files are read back.
         check_written(directory / ADAPTER, {})
 
     with saving(
-        path, size, lambda: Keep.of(settings, path.parent).adapter(write_kept, size)
+        path, size, lambda: Fallback.of(settings, path.parent).adapter(write_elsewhere, size)
     ) as directory:
         write(directory)
 
 
 def _why_not_saved(path: Path, size: int, error: Exception) -> str:
     if not is_disk_full(error):
-        reason = str(error).strip().split("\n")[0].rstrip(".") or type(error).__name__
+        reason = reason_of(error).rstrip(".")
         return f"the {path.name} could not be saved to {path}: {reason}"
     free = free_bytes(path)
     if free is None or free >= size:  # a quota, or other files were deleted meanwhile

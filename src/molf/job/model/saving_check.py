@@ -62,7 +62,7 @@ def check_saving(
             "bfloat16 has low halves. Give --save_dtype bfloat16, or leave keep_low_halves out."
         )
     beside = rehearse_saving(base, settings.model)
-    model = _check_types(base, storing, settings.model) + base.carried.nbytes
+    model = _check_types(base, storing, settings.model) + base.unused_tensors.nbytes
     further = run_bytes(
         base.model,
         settings,
@@ -91,18 +91,18 @@ def _check_types(base: LoadedModel, storing: Storing, name: str) -> int:
     total = 0
     types = Types.of(base.model, base, storing.dtype)
     for key, tensor in file_state(base.model).items():
-        found = counterpart(base, base.model, key, tensor)
-        stored = base.stored.tensors[found] if found is not None else None
+        stored = counterpart(base, base.model, key, tensor)
         dtype = types.of_tensor(key, tensor.dtype, stored)
         total += tensor.numel() * dtype.itemsize
-        if stored is None or found is None or dtype != torch.float16 or dtype == stored.dtype:
+        # Of the types that can be chosen, only float16 has a smaller range than the others.
+        if dtype != torch.float16 or stored is None or stored.dtype == dtype:
             continue
-        if stored.dtype is None or not is_real(stored.dtype):
+        if not is_real(stored.dtype):
             continue
-        values = base.stored.read(found)
+        values = base.stored.read(stored.name)
         if not torch.equal(values.isfinite(), values.to(dtype).isfinite()):
             raise InputError(
-                f"model {name}: {found} has numbers that do not fit {_name(dtype)}. Give "
+                f"model {name}: {stored.name} has numbers that do not fit {_name(dtype)}. Give "
                 "--save_dtype bfloat16 or float32."
             )
     return total

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -41,11 +41,13 @@ class StoredTensor(NamedTuple):
     """A tensor in a file.
 
     Attributes:
+        name: Its name there.
         file: The file.
         dtype: Its type; None for a type not in `_DTYPES`.
         shape: Its shape.
     """
 
+    name: str
     file: Path
     dtype: torch.dtype | None
     shape: tuple[int, ...]
@@ -81,7 +83,7 @@ class StoredCheckpoint:
         """The floating-point type (16 bits or more) of most numbers; None if there is none."""
         sizes: Counter[torch.dtype] = Counter()
         for tensor in self.tensors.values():
-            if tensor.dtype is not None and is_real(tensor.dtype):
+            if is_real(tensor.dtype):
                 sizes[tensor.dtype] += torch.Size(tensor.shape).numel()
         return max(sizes, key=lambda dtype: sizes[dtype]) if sizes else None
 
@@ -103,14 +105,15 @@ class StoredCheckpoint:
         """Read one tensor."""
         path = self.tensors[name].file
         if path not in self._open:
+            # Kept open: a model has hundreds of tensors in one file, and opening parses the header.
             self._open[path] = safe_open(path, "pt").__enter__()
         tensor: Tensor = self._open[path].get_tensor(name)
         return tensor
 
 
-def is_real(dtype: torch.dtype) -> bool:
-    """Return whether a type holds unquantised weights, not codes of quantised ones."""
-    return dtype.is_floating_point and dtype.itemsize >= 2
+def is_real(dtype: torch.dtype | None) -> TypeGuard[torch.dtype]:
+    """Return whether a type is known and holds unquantised weights, not codes of quantised ones."""
+    return dtype is not None and dtype.is_floating_point and dtype.itemsize >= 2
 
 
 def _tensors_in(name: str, path: Path) -> dict[str, StoredTensor]:
@@ -120,7 +123,7 @@ def _tensors_in(name: str, path: Path) -> dict[str, StoredTensor]:
             for tensor in file.keys():  # noqa: SIM118 (no mapping)
                 part = file.get_slice(tensor)
                 dtype = _DTYPES.get(part.get_dtype())
-                found[tensor] = StoredTensor(path, dtype, tuple(part.get_shape()))
+                found[tensor] = StoredTensor(tensor, path, dtype, tuple(part.get_shape()))
     except (OSError, SafetensorError) as error:
         raise InputError(
             f"model {name}: {path.name} cannot be read as safetensors (cut short, or of another "
@@ -131,6 +134,7 @@ def _tensors_in(name: str, path: Path) -> dict[str, StoredTensor]:
 
 def _weight_files(name: str, explicit: str | None) -> list[Path]:
     """Return the files that transformers would load: one, or those of an index."""
+    # The order of `from_pretrained`.
     first = SAFE_WEIGHTS_NAME if explicit is None else explicit
     if (single := _found(name, first)) is not None and single.suffix != ".json":
         return [single]
@@ -138,6 +142,7 @@ def _weight_files(name: str, explicit: str | None) -> list[Path]:
     if index is None:
         raise InputError(f"model {name} has no {first}{_instead(name)}")
     try:
+        # An index of another program may have any content.
         names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
         files = {file: _found(name, file) for file in sorted(names)}
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:

@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from molf.errors import InputError
+from molf.errors import InputError, reason_of
 from molf.job.model.config import place_of, read_config
 
 # Parts of the names of files that hold a vocabulary.
@@ -49,8 +49,9 @@ def load_tokenizer(model: str) -> Any:
         tokens = tokenizer(_TRIED, add_special_tokens=False)["input_ids"]
     except Exception as error:  # the type depends on the library that reads the files
         broken = _broken_file(Path(name))
-        reason = broken or str(error).strip().split("\n")[0] or type(error).__name__
-        raise InputError(f"model {model}: its tokenizer cannot be loaded: {reason}") from error
+        raise InputError(
+            f"model {model}: its tokenizer cannot be loaded: {broken or reason_of(error)}"
+        ) from error
     if not tokens:
         kind = type(tokenizer).__name__
         raise InputError(

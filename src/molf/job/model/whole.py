@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from molf.errors import InputError
+from molf.shown import listed
 
 # Buffers that transformers computes now, but stored in files of earlier versions.
 _COMPUTED = (r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$")
@@ -19,7 +20,7 @@ _SHOWN = 3
 
 
 def check_whole(
-    name: str, model: Any, stored: Mapping[str, Path], found: Mapping[str, Any]
+    name: str, model: Any, stored: Mapping[str, Path], loading_info: Mapping[str, Any]
 ) -> dict[str, Path]:
     """Compare the tensors of a checkpoint with those of the model loaded from it.
 
@@ -27,7 +28,7 @@ def check_whole(
         name: The checkpoint, for messages.
         model: The model.
         stored: The file of each stored tensor, by its name.
-        found: The `output_loading_info` of `from_pretrained`.
+        loading_info: The `output_loading_info` of `from_pretrained`.
 
     Returns:
         The files of unused tensors to copy into the saved model: heads that predict further tokens,
@@ -40,39 +41,39 @@ def check_whole(
     Warns:
         UserWarning: A buffer of the model is not stored, so it has its initial value.
     """
-    _check_shapes(name, found["mismatched_keys"])
+    _check_shapes(name, loading_info["mismatched_keys"])
     buffers = {buffer for buffer, _ in model.named_buffers()}
-    absent = sorted(found["missing_keys"])
+    absent = sorted(loading_info["missing_keys"])
     weights = [key for key in absent if key not in buffers]
     kind = type(model).__name__
     if weights:
         raise InputError(
             f"model {name}: its files lack weights of {kind}, as config.json describes it, which "
-            f"would be random: {_list(weights)}. Give the files and the config.json that belong "
+            f"would be random: {listed(weights, _SHOWN)}. Give files and a config.json that belong "
             "together."
         )
     if absent:
         warnings.warn(
-            f"model {name}: its files lack buffers of {kind}, which are as the class makes them: "
-            f"{_list(absent)}.",
+            f"model {name}: its files lack buffers of {kind}, which have their initial values: "
+            f"{listed(absent, _SHOWN)}.",
             stacklevel=3,
         )
-    left = _left_out(model, stored)
+    unused = _unused(model, stored)
     known = [*_COMPUTED, *(model._keys_to_ignore_on_load_unexpected or ())]
-    carried, lost = {}, []
-    for tensor, renamed in left.items():
-        patterns = (re.search(one, text) for one in known for text in (tensor, renamed))
-        if any(patterns) or _predicts_further(tensor, model.config):
-            carried[tensor] = stored[tensor]
+    ignored, unknown = {}, []
+    for tensor, renamed in unused.items():
+        matches = (re.search(pattern, text) for pattern in known for text in (tensor, renamed))
+        if any(matches) or _predicts_further(tensor, model.config):
+            ignored[tensor] = stored[tensor]
         else:
-            lost.append(tensor)
-    if lost:
+            unknown.append(tensor)
+    if unknown:
         raise InputError(
             f"model {name}: its files have tensors without a place in {kind}, as config.json "
-            f"describes it, which would be lost: {_list(lost)}. Give the config.json that belongs "
-            "to these files, or files without these tensors."
+            f"describes it, which would be lost: {listed(unknown, _SHOWN)}. Give the config.json "
+            "that belongs to these files, or files without these tensors."
         )
-    return carried
+    return ignored
 
 
 def _check_shapes(name: str, mismatched: Collection[tuple[str, Any, Any]]) -> None:
@@ -86,12 +87,12 @@ def _check_shapes(name: str, mismatched: Collection[tuple[str, Any, Any]]) -> No
     )
 
 
-def _left_out(model: Any, stored: Mapping[str, Path]) -> dict[str, str]:
+def _unused(model: Any, stored: Mapping[str, Path]) -> dict[str, str]:
     """Return the stored tensors that loading did not use, with their renamed form."""
     expected = model.state_dict()
     conversions = get_model_conversion_mapping(model, None, getattr(model, "hf_quantizer", None))
-    renamings = [one for one in conversions if isinstance(one, WeightRenaming)]
-    converters = [one for one in conversions if isinstance(one, WeightConverter)]
+    renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in conversions if isinstance(entry, WeightConverter)]
 
     def place_of(tensor: str) -> str:
         # The same two attempts as in `from_pretrained`.
@@ -117,8 +118,3 @@ def _predicts_further(tensor: str, config: Any) -> bool:
     if found is None or not isinstance(layers, int) or not isinstance(further, int):
         return False
     return layers <= int(found[1]) < layers + further
-
-
-def _list(names: Sequence[str]) -> str:
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return ", ".join(names[:_SHOWN]) + more

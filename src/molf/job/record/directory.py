@@ -9,7 +9,6 @@ import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from types import TracebackType
 
 from molf.disk.files import is_unfinished, making_directory
 from molf.disk.locks import InUseError, Lock, in_use
@@ -84,8 +83,8 @@ def _check_not_in_use(path: Path) -> None:
         # Only directories of runs count: other programs lock directories as well.
         if (parent / CONFIG).is_file() and in_use(parent, by_writers=True):
             raise InputError(
-                f"output_dir {path} lies in {parent}, where a run of molf train is not over. Wait "
-                "for its end, or give another --output_dir."
+                f"output_dir {path} lies in {parent}, where a run of molf train has not ended. "
+                "Wait for its end, or give another --output_dir."
             )
 
 
@@ -182,6 +181,7 @@ class RunDirectory:
         try:
             path.mkdir(parents=True, exist_ok=True)
             self._lock = Lock(path)
+            # Another run may have renamed the directory between `mkdir` and the lock.
             if not self._lock.is_at(path):
                 raise InUseError
             # Checked again under the lock: another run may have written there since.
@@ -203,12 +203,7 @@ class RunDirectory:
     def __enter__(self) -> RunDirectory:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.release()
 
     def __truediv__(self, name: str) -> Path:
@@ -230,6 +225,7 @@ class RunDirectory:
         if self.replaced is None:
             return
         try:
+            # Not if the user has moved it, or put another directory in its place.
             if self._earlier is None or self._earlier.is_at(self.replaced):
                 shutil.rmtree(self.replaced)
         except OSError as error:
@@ -258,6 +254,7 @@ class RunDirectory:
 
     def _set_aside(self) -> None:
         """Rename the earlier run, and create a new directory at its path."""
+        # The lock belongs to the renamed directory, which stays locked until it is deleted.
         self._earlier = self._lock
         self.replaced = self.path.rename(_unused_name(self.path, "replaced"))
         self.path.mkdir()
@@ -281,6 +278,7 @@ class RunDirectory:
             )
             return
         try:
+            # Not the old path: it may hold something new of the user's.
             self.path = _unused_name(lost, "recovered")
             self.path.mkdir(parents=True)
         except OSError:

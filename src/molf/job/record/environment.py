@@ -34,6 +34,7 @@ def environment(device: torch.device, started: datetime) -> dict[str, Any]:
     """Return the record of the machine and of this process."""
     return {
         "started": started.isoformat(timespec="seconds"),
+        # As given; `write_json` masks secrets in it.
         "command": sys.argv,
         "python": platform.python_version(),
         "packages": {name: _version(name) for name in _PACKAGES},

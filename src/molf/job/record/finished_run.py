@@ -43,6 +43,12 @@ class FinishedRun:
         return int(self.config.get("seed") or 0)
 
     @property
+    def base(self) -> str | None:
+        """The directory or Hub id of the model that it was trained from; None if not recorded."""
+        model = self.config.get("model")
+        return model if isinstance(model, str) and model else None
+
+    @property
     def base_dtype(self) -> str | None:
         """The type that its base was stored in; None if it was not recorded."""
         model = self.config["run"].get("model")
@@ -65,7 +71,7 @@ class FinishedRun:
             return
         if not (self.path / MODEL / "config.json").is_file():
             raise InputError(
-                f"{self.path} has no {MODEL}/: the run is not over, or failed before it was saved."
+                f"{self.path} has no {MODEL}/: the run has not ended, or failed before saving it."
                 + (f" It has its adapter: {self.path / ADAPTER}." if has_adapter else "")
             )
         if what == ADAPTER:
@@ -89,7 +95,7 @@ class FinishedRun:
                 clear_unfinished(self.path)
             except InUseError as error:
                 raise InputError(
-                    f"{self.path} is in use: its run is not over. Wait for its end."
+                    f"{self.path} is in use: its run has not ended. Wait for its end."
                 ) from error
             except OSError:
                 pass  # the directory is not readable, but its files may be
@@ -99,8 +105,8 @@ class FinishedRun:
         if self.method == "fft":
             return "method=fft trains the weights themselves"
         if self.method == "molf" and not self.config.get("lora_dropout"):
-            return "the experts of method=molf are folded into the weights, which moved as well"
-        return f"method={self.method} trained weights beside it, so that it alone is not the result"
+            return "method=molf folds its experts into the weights, which it trains as well"
+        return f"method={self.method} also trained weights outside of the adapter"
 
 
 def read_run(path: Path) -> FinishedRun:
@@ -111,6 +117,7 @@ def read_run(path: Path) -> FinishedRun:
     """
     path = expanded(path)
     check_run(path)
+    # `lexists`: a broken link gets the message of `read_input`, which names it.
     if not os.path.lexists(path / CONFIG):
         raise InputError(f"{path} is not a run of `molf train`: it has no {CONFIG}.")
     try:
@@ -122,6 +129,17 @@ def read_run(path: Path) -> FinishedRun:
     if not is_run_config(config):
         raise InputError(f"{path / CONFIG} is not that of a run of `molf train`.")
     return FinishedRun(path, config)
+
+
+def run_of(model: str) -> FinishedRun | None:
+    """Return the run that a model is the result of; None for another model."""
+    path = expanded(model).resolve()
+    if path.name != MODEL or not (path.parent / CONFIG).is_file():
+        return None
+    try:
+        return read_run(path.parent)
+    except InputError:  # config.yaml is not that of a run
+        return None
 
 
 def check_run(path: Path) -> None:

@@ -15,6 +15,7 @@ def code(text: str) -> str:
     """Return a text as a code span; line breaks and invisible characters are escaped."""
     shown = as_line(text) or " "
     fence = _backticks(shown, 1)
+    # CommonMark removes one space at each end of a code span.
     space = " " if shown.startswith("`") or shown.endswith("`") else ""
     return f"{fence}{space}{shown}{space}{fence}"
 

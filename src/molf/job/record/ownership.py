@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import json
 import os
-from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import yaml
 
 from molf.disk.files import is_unfinished
+from molf.shown import listed
 
 CONFIG = "config.yaml"
 ENVIRONMENT = "environment.json"
@@ -46,73 +47,64 @@ _RUN_ENTRIES = frozenset(
 )
 
 
-class Ownership(ABC):
+@dataclass(frozen=True)
+class Ownership:
     """A kind of directory that molf writes.
 
     Attributes:
         what: Its name, for messages.
+        fault: Returns why a directory is not of this kind, or a foreign file in it; None if it is.
     """
 
-    what: ClassVar[str]
-
-    @abstractmethod
-    def fault(self, path: Path) -> str | None:
-        """Return why a directory is not of this kind, or a foreign file in it; None if it is."""
+    what: str
+    fault: Callable[[Path], str | None]
 
 
-class _Run(Ownership):
-    what = "a run of molf train"
-
-    def fault(self, path: Path) -> str | None:
-        if not (path / CONFIG).is_file():
-            return f"it has no {CONFIG}"
-        if not is_run_config(_read_yaml(path / CONFIG)):
-            return f"its {CONFIG} is not that of a run"
-        if not (path / ENVIRONMENT).is_file():
-            return f"it has no {ENVIRONMENT}"
-        return _foreign(
-            entry
-            for entry in path.iterdir()
-            if entry.name not in _RUN_ENTRIES
-            and not (entry.is_dir() and not entry.is_symlink() and AN_EXPORT.fault(entry) is None)
-        )
+def _run_fault(path: Path) -> str | None:
+    if not (path / CONFIG).is_file():
+        return f"it has no {CONFIG}"
+    if not is_run_config(_read_yaml(path / CONFIG)):
+        return f"its {CONFIG} is not that of a run"
+    if not (path / ENVIRONMENT).is_file():
+        return f"it has no {ENVIRONMENT}"
+    return _foreign(
+        entry
+        for entry in path.iterdir()
+        if entry.name not in _RUN_ENTRIES
+        # A link may lead to an export outside of the run, which is not molf's to delete.
+        and not (entry.is_dir() and not entry.is_symlink() and _export_fault(entry) is None)
+    )
 
 
-class _Evaluation(Ownership):
-    what = "an evaluation of molf eval"
-
-    def fault(self, path: Path) -> str | None:
-        for name in (CONFIG, MODEL):
-            if (path / name).exists():
-                return f"it has a {name}, as a run does"
-        if not (path / EVALUATION).is_file():
-            return f"it has no {EVALUATION}"
-        record = _read_json(path / EVALUATION)
-        if not isinstance(record, dict) or not ("tasks" in record or "metrics" in record):
-            return f"its {EVALUATION} is not that of an evaluation"
-        return _foreign(
-            entry
-            for entry in path.iterdir()
-            if entry.name != EVALUATION and entry not in predictions_in(path)
-        )
+def _evaluation_fault(path: Path) -> str | None:
+    for name in (CONFIG, MODEL):
+        if (path / name).exists():
+            return f"it has a {name}, as a run does"
+    if not (path / EVALUATION).is_file():
+        return f"it has no {EVALUATION}"
+    record = read_json(path / EVALUATION)
+    if not isinstance(record, dict) or not ("tasks" in record or "metrics" in record):
+        return f"its {EVALUATION} is not that of an evaluation"
+    return _foreign(
+        entry
+        for entry in path.iterdir()
+        if entry.name != EVALUATION and entry not in predictions_in(path)
+    )
 
 
-class _Export(Ownership):
-    what = "an export of molf export"
-
-    def fault(self, path: Path) -> str | None:
-        if not (path / EXPORT).is_file():
-            return f"it has no {EXPORT}"
-        record = _read_json(path / EXPORT)
-        files = record.get("files") if isinstance(record, dict) else None
-        if not isinstance(files, list):
-            return f"its {EXPORT} is not that of an export"
-        return _foreign(entry for entry in path.iterdir() if entry.name not in (EXPORT, *files))
+def _export_fault(path: Path) -> str | None:
+    if not (path / EXPORT).is_file():
+        return f"it has no {EXPORT}"
+    record = read_json(path / EXPORT)
+    files = record.get("files") if isinstance(record, dict) else None
+    if not isinstance(files, list):
+        return f"its {EXPORT} is not that of an export"
+    return _foreign(entry for entry in path.iterdir() if entry.name not in (EXPORT, *files))
 
 
-A_RUN = _Run()
-AN_EVALUATION = _Evaluation()
-AN_EXPORT = _Export()
+A_RUN = Ownership("a run of molf train", _run_fault)
+AN_EVALUATION = Ownership("an evaluation of molf eval", _evaluation_fault)
+AN_EXPORT = Ownership("an export of molf export", _export_fault)
 
 
 def is_run_config(config: Any) -> bool:
@@ -126,8 +118,9 @@ def is_run(path: Path) -> bool:
 
 
 def run_of_part(path: Path) -> Path | None:
-    """The run that a path is a part of, links followed, by its name or by one above it."""
+    """Return the run that a path, links followed, is or lies in a part of; None without one."""
     place = Path(os.path.realpath(path))
+    # By the entry's name: a folder of runs inside a run is no part of it.
     for part in (place, *place.parents):
         if part.name in _RUN_ENTRIES and is_run(part.parent):
             return part.parent
@@ -141,10 +134,7 @@ def predictions_in(path: Path) -> list[Path]:
 
 def _foreign(entries: Iterable[Path]) -> str | None:
     names = sorted(entry.name for entry in entries if not is_unfinished(entry.name))
-    if not names:
-        return None
-    more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-    return f"it holds {names[0]}{more}, which molf did not write there"
+    return f"it holds {listed(names, 1)}, which molf did not write there" if names else None
 
 
 def _read_yaml(path: Path) -> Any:
@@ -154,7 +144,8 @@ def _read_yaml(path: Path) -> Any:
         return None
 
 
-def _read_json(path: Path) -> Any:
+def read_json(path: Path) -> Any:
+    """Return the content of a JSON file; None if it is missing or cannot be read."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):

@@ -9,8 +9,6 @@ from typing import Any
 
 from molf.data.records import data_files
 
-_CHUNK = 2**20
-
 
 def file_records(sources: Mapping[str, str | None]) -> dict[str, list[dict[str, Any]]]:
     """Return the records of each source's files, by option.
@@ -26,12 +24,14 @@ def file_records(sources: Mapping[str, str | None]) -> dict[str, list[dict[str, 
     return {option: records for option, records in found.items() if records}
 
 
-def same_files(one: str, other: str) -> bool:
+def same_files(source: str, other: str) -> bool:
     """Return whether two sources are the same, or have files with the same contents."""
-    if one == other:
+    if source == other:
         return True
-    found = file_records({"one": one, "other": other})
-    return bool(found) and contents(found.get("one", ())) == contents(found.get("other", ()))
+    records = file_records({"source": source, "other": other})
+    return bool(records) and contents(records.get("source", ())) == contents(
+        records.get("other", ())
+    )
 
 
 def contents(records: Iterable[Mapping[str, Any]]) -> frozenset[str]:
@@ -40,10 +40,8 @@ def contents(records: Iterable[Mapping[str, Any]]) -> frozenset[str]:
 
 
 def _record(path: Path) -> dict[str, Any]:
-    digest = hashlib.sha256()
     with path.open("rb") as file:
-        while chunk := file.read(_CHUNK):
-            digest.update(chunk)
+        digest = hashlib.file_digest(file, "sha256")
     return {
         "path": str(path.resolve()),
         "bytes": path.stat().st_size,

@@ -97,6 +97,7 @@ def results_row(result: RunResult, settings: ResolvedSettings, started: datetime
         "method": settings.method,
         "model": settings.model,
         "seed": settings.seed,
+        # Empty cells, not zeros, where a method has no such value.
         "ranks": ",".join(map(str, config.ranks)) if config else "",
         "alpha": ",".join(f"{alpha:g}" for alpha in config.alphas) if config else "",
         "match": settings.match if settings.method in ADAPTERS else "",

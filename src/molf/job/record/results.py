@@ -115,8 +115,10 @@ def _rewrite(path: Path, row: Mapping[str, Any]) -> None:
     ):
         writer = csv.DictWriter(file, columns, restval="")
         writer.writeheader()
+        # A run with --overwrite replaces its earlier row.
         writer.writerows([*(other for other in rows if other.get("run") != row["run"]), row])
         if path.exists():
+            # The table may be shared with a group.
             shutil.copymode(path, temporary)
 
 

@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from operator import itemgetter
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from molf.disk.files import replacing_file
-from molf.errors import InputError
+from molf.errors import InputError, reason_of, system_reason
 from molf.job.record.finished_run import check_run
 from molf.job.record.ownership import CONFIG, ROUTING
 from molf.paths import check_path
 
 if TYPE_CHECKING:
-    from molf.core.step.routing import Decision
+    from molf.core.step.decision import Decision
 
 SCHEMA = pa.schema(
     [
@@ -70,12 +71,7 @@ class RoutingWriter:
     def __enter__(self) -> RoutingWriter:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         if not self._written() and self._fails:
             first, last = self._pending["step"][0] + 1, self._pending["step"][-1] + 1
             warnings.warn(
@@ -96,6 +92,7 @@ class RoutingWriter:
                 pending["score"].append(score)
                 pending["winner"].append(expert in decision.winners)
         waited = time.monotonic() - self._waiting_since
+        # After a failure only the time counts: a retry in each step would slow the training.
         is_large = len(pending["step"]) >= self.rows_per_part and not self._fails
         if is_large or waited >= self.seconds_per_part:
             self._written()
@@ -109,8 +106,7 @@ class RoutingWriter:
             if not self._fails:
                 warnings.warn(
                     f"The routing cannot be written to {self.directory}: "
-                    f"{getattr(error, 'strerror', None) or error}. Training goes on, and it is "
-                    "tried again.",
+                    f"{system_reason(error)}. Training continues, and molf tries again.",
                     stacklevel=3,
                 )
             self._fails = True
@@ -129,6 +125,7 @@ class RoutingWriter:
         directory = self.directory
         directory.mkdir(exist_ok=True)
         table = pa.table(self._pending, schema=SCHEMA)
+        # A reader never sees a part without its Parquet footer.
         with replacing_file(directory / f"part-{self._parts:05d}.parquet") as path:
             pq.write_table(table, path)
         self._parts += 1
@@ -170,25 +167,18 @@ def iter_steps(run: Path) -> Iterator[dict[str, Any]]:
     """Yield `{"step": i, "selections": {layer: {"winners": [...], "scores": {...}}}}` per step."""
     for part in routing_parts(run):
         # Parts contain whole steps, so only one part is in memory at a time.
-        current: dict[str, Any] | None = None
-        for row in _read(part).to_pylist():
-            if current is None or current["step"] != row["step"]:
-                if current is not None:
-                    yield current
-                current = {"step": row["step"], "selections": {}}
-            selection = current["selections"].setdefault(
-                row["layer"], {"winners": [], "scores": {}}
-            )
-            selection["scores"][row["expert"]] = row["score"]
-            if row["winner"]:
-                selection["winners"].append(row["expert"])
-        if current is not None:
-            yield current
+        for step, rows in itertools.groupby(_read(part).to_pylist(), itemgetter("step")):
+            selections: dict[str, Any] = {}
+            for row in rows:
+                selection = selections.setdefault(row["layer"], {"winners": [], "scores": {}})
+                selection["scores"][row["expert"]] = row["score"]
+                if row["winner"]:
+                    selection["winners"].append(row["expert"])
+            yield {"step": step, "selections": selections}
 
 
 def _read(part: Path) -> pa.Table:
     try:
         return pq.read_table(part, schema=SCHEMA)
     except (pa.ArrowException, OSError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise InputError(f"{part} is not a readable Parquet file: {reason}") from error
+        raise InputError(f"{part} is not a readable Parquet file: {reason_of(error)}") from error

@@ -31,8 +31,8 @@ def routing_meaning(summary: RoutingSummary, config: MoLFConfig, steps: int) -> 
             f"{_names(eligible)} took every update ({why}): for the {layers} this run was "
             f"{_kind(eligible, config)}."
         )
-    if config.score == "random":
-        return "Winners were drawn at random (score=random, a control)."
+    if config.routing.rule.draws:
+        return f"Winners were drawn at random (score={config.score}, a control)."
     if summary.most_won >= ONE_SIDED:
         share = "every update" if summary.most_won == 1 else f"{summary.most_won:.1%} of updates"
         return (

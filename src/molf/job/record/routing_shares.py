@@ -43,6 +43,7 @@ def routing_shares(run: Path) -> RoutingShares:
     if not len(routing):
         raise InputError(f"{run} took no step at a rate above 0, so no expert won anything.")
     layers = routing["layer"]
+    # layers.3.mlp.up_proj is of the kind up_proj.
     kinds = pc.replace_substring_regex(layers, r"^.*\.", "")
     return RoutingShares(
         steps=pc.count_distinct(everything["step"]).as_py(),

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
-from molf.job.record.ownership import ADAPTER, CHECKPOINTS, MODEL, is_run
+from molf.job.record.ownership import ADAPTER, CHECKPOINTS, MODEL, is_run, read_json
+from molf.shown import listed
 
 MODEL_CONFIG = "config.json"
 ADAPTER_CONFIG = "adapter_config.json"
@@ -35,7 +35,9 @@ def why_no_run(path: Path) -> str | None:
         return f"{path} is a {kind} of the run {run}. Give {run}."
     runs = [child for child in _children(path) if is_run(child)]
     if runs:
-        return f"{path} is not a run of `molf train`: it holds {_listed(runs)}. Give one run."
+        return (
+            f"{path} is not a run of `molf train`: it holds {listed(runs, _NAMED)}. Give one run."
+        )
     return None
 
 
@@ -46,6 +48,7 @@ def why_no_model(path: Path) -> str | None:
         path: The directory given for a model.
     """
     run = path if is_run(path) else run_around(path)
+    # The adapter before the model: PEFT's directory may have a config.json as well.
     if (path / ADAPTER_CONFIG).is_file():
         return f"is a PEFT adapter, not a whole model. {_merged(path, run)}"
     if (path / MODEL_CONFIG).is_file():
@@ -55,7 +58,8 @@ def why_no_model(path: Path) -> str | None:
         return f"{what}. {model_of(run)}"
     models = [child for child in _children(path) if (child / MODEL_CONFIG).is_file()]
     if models:
-        return f"is a directory without a {MODEL_CONFIG}. It holds {_listed(models)}: give a model."
+        found = listed(models, _NAMED)
+        return f"is a directory without a {MODEL_CONFIG}. It holds {found}: give a model."
     runs = [child for child in _children(path) if is_run(child)]
     if runs:
         return f"holds runs of molf train. Give the model of one, such as {runs[0] / MODEL}."
@@ -66,7 +70,7 @@ def model_of(run: Path) -> str:
     """Return a sentence with the path of a run's model, or of its adapter or checkpoint."""
     if (run / MODEL / MODEL_CONFIG).is_file():
         return f"Give its model: {run / MODEL}."
-    reason = f"It has no {MODEL}/: the run is not over, or failed before its model was saved."
+    reason = f"It has no {MODEL}/: the run has not ended, or failed before saving its model."
     if (run / ADAPTER / ADAPTER_CONFIG).is_file():
         return f"{reason} Its adapter is {run / ADAPTER}. {_how_to_merge(run / ADAPTER)}"
     whole = [
@@ -87,11 +91,8 @@ def _merged(adapter: Path, run: Path | None) -> str:
 
 
 def _how_to_merge(adapter: Path) -> str:
-    try:
-        config = json.loads((adapter / ADAPTER_CONFIG).read_text(encoding="utf-8"))
-        base = config["base_model_name_or_path"]
-    except (OSError, ValueError, LookupError, TypeError, RecursionError):
-        base = None
+    config = read_json(adapter / ADAPTER_CONFIG)
+    base = config.get("base_model_name_or_path") if isinstance(config, dict) else None
     on = f" onto its base, {base}," if isinstance(base, str) and base else ""
     return (
         f"Load it{on} with peft.AutoPeftModelForCausalLM.from_pretrained('{adapter}'), then save "
@@ -104,9 +105,3 @@ def _children(path: Path) -> list[Path]:
         return sorted(child for child in path.iterdir() if child.is_dir())
     except OSError:
         return []
-
-
-def _listed(paths: list[Path]) -> str:
-    shown = ", ".join(map(str, paths[:_NAMED]))
-    more = len(paths) - _NAMED
-    return f"{shown} and {more} more" if more > 0 else shown

@@ -24,6 +24,7 @@ def write_traceback(directory: RunDirectory | None = None) -> str:
         Its path in brackets, for a message: in the run's directory, else in the system's temporary
         folder. If both fail, the reason.
     """
+    # A traceback quotes arguments, which may hold tokens.
     text = printable(mask_text(traceback.format_exc()))
     try:
         if directory is not None:

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from molf.core.step.routing import Decision
+    from molf.core.step.decision import Decision
 
 Winners = tuple[str, ...]  # the winning experts of a layer, in the order of all experts
 

@@ -24,6 +24,7 @@ def numbers(kind: type[int] | type[float]) -> Callable[[Any, Sequence[Token]], t
             raise _wrong(tokens, rule) from None
         if not converted:
             raise _wrong(tokens, rule)
+        # torch stores integers in 64 bits.
         if kind is int and any(map(is_too_large, _split(tokens))):
             raise _wrong(tokens, TOO_LARGE)
         return converted

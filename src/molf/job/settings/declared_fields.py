@@ -7,8 +7,12 @@ from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
-# Files of classes that a package exports lazily, so that no import statement leads to them.
-_HOMES = {("transformers", "TrainingArguments"): "training_args.py"}
+# `SFTConfig`, after its base classes: package, file, class.
+_CLASSES = (
+    ("transformers", "training_args.py", "TrainingArguments"),
+    ("trl", "trainer/base_config.py", "_BaseConfig"),
+    ("trl", "trainer/sft_config.py", "SFTConfig"),
+)
 
 
 @cache
@@ -19,13 +23,21 @@ def sft_config_fields() -> dict[str, frozenset[str]]:
         By name the types of the annotation, as written: {"int", "None"}. Empty if the classes are
         not found in the installed release; fields are then checked after the import.
     """
-    folder = package_folder("trl")
-    if folder is None:
-        return {}
-    try:
-        return _fields_of("SFTConfig", folder / "trainer" / "sft_config.py")
-    except (_NotFoundError, OSError, SyntaxError, ValueError):
-        return {}
+    fields: dict[str, frozenset[str]] = {}
+    base: list[str] = []
+    for package, file, name in _CLASSES:
+        found = _find_class(package, file, name)
+        # Other base classes may have further fields, which would be rejected as unknown.
+        if found is None or (base and list(map(ast.unparse, found.bases)) != base):
+            return {}
+        base = [name]
+        for statement in found.body:
+            if isinstance(statement, ast.AnnAssign):
+                field = ast.unparse(statement.target)
+                fields.pop(field, None)  # a class may redeclare a field as not settable
+                if _is_settable(statement):
+                    fields[field] = _alternatives(statement.annotation)
+    return fields
 
 
 def package_folder(name: str) -> Path | None:
@@ -38,56 +50,24 @@ def package_folder(name: str) -> Path | None:
     return Path(locations[0]) if locations else None
 
 
-class _NotFoundError(Exception):
-    """A class is not in the expected file."""
-
-
-def _fields_of(name: str, file: Path) -> dict[str, frozenset[str]]:
-    module = ast.parse(file.read_text(encoding="utf-8"))
-    classes = {node.name: node for node in module.body if isinstance(node, ast.ClassDef)}
-    if name not in classes:
-        raise _NotFoundError(name)
-    fields: dict[str, frozenset[str]] = {}
-    for base in reversed(classes[name].bases):
-        if not isinstance(base, ast.Name):
-            raise _NotFoundError(ast.unparse(base))
-        place = file if base.id in classes else _home(base.id, module, file)
-        fields |= _fields_of(base.id, place)
-    for statement in classes[name].body:
-        if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
-            if not _is_settable(statement):
-                fields.pop(statement.target.id, None)
-                continue
-            fields[statement.target.id] = _alternatives(statement.annotation)
-    return fields
-
-
-def _home(name: str, module: ast.Module, file: Path) -> Path:
-    """Return the file that defines a class imported by a module."""
-    for node in module.body:
-        if not isinstance(node, ast.ImportFrom) or name not in {one.name for one in node.names}:
-            continue
-        parts = (node.module or "").split(".")
-        if node.level:
-            return file.parents[node.level - 1].joinpath(*parts).with_suffix(".py")
-        folder = package_folder(parts[0])
-        relative = _HOMES.get((node.module or "", name))
-        if folder is not None and relative is not None:
-            return folder / relative
-    raise _NotFoundError(name)
+def _find_class(package: str, file: str, name: str) -> ast.ClassDef | None:
+    folder = package_folder(package)
+    if folder is None:
+        return None
+    try:
+        module = ast.parse((folder / file).read_text(encoding="utf-8"))
+    except (OSError, SyntaxError, ValueError):
+        return None
+    classes = (node for node in module.body if isinstance(node, ast.ClassDef))
+    return next((node for node in classes if node.name == name), None)
 
 
 def _is_settable(statement: ast.AnnAssign) -> bool:
+    """Return whether a field is an argument of the class's constructor."""
     if ast.unparse(statement.annotation).startswith("ClassVar"):
         return False
-    value = statement.value
-    return not (
-        isinstance(value, ast.Call)
-        and any(
-            word.arg == "init" and isinstance(word.value, ast.Constant) and not word.value.value
-            for word in value.keywords
-        )
-    )
+    words = statement.value.keywords if isinstance(statement.value, ast.Call) else []
+    return "init=False" not in map(ast.unparse, words)
 
 
 def _alternatives(annotation: ast.expr) -> frozenset[str]:

@@ -21,18 +21,16 @@ def workload_of(
     length: int,
     padded: bool,
     device: str,
-    bf16: bool,
     quantised: str | None,
     num_gpus: int = 1,
 ) -> Workload:
-    """Return what `molf.planning` plans of a training.
+    """Return the workload of a training for `molf.planning`.
 
     Args:
         settings: The settings of the training, with a method of `planning.workload.METHODS`.
         length: Tokens of the longest example.
         padded: Whether a batch holds examples of different lengths.
         device: `cuda` or `cpu`.
-        bf16: Whether the forward pass runs under bfloat16 autocast.
         quantised: `load_in_4bit`, `load_in_8bit` or None.
         num_gpus: Devices that share weights, gradients and state.
 
@@ -47,7 +45,7 @@ def workload_of(
         accumulates=settings.gradient_accumulation_steps > 1,
         checkpointing=settings.gradient_checkpointing,
         dtype=settings.dtype,
-        bf16=bf16,
+        bf16=device == "cuda" if settings.bf16 is None else settings.bf16,
         device=device,
         padded=padded,
         num_gpus=num_gpus,
@@ -57,30 +55,30 @@ def workload_of(
 
 
 def planned_quantisation(model: Any, settings: ResolvedSettings) -> str | None:
-    """Return how the base of a planned training is quantised: as stored, or as an option asks.
+    """Return the option for the quantised base of a planned training: stored, or quantised by molf.
 
     Args:
         model: The model's transformers configuration.
         settings: The settings of the training.
 
     Raises:
-        InputError: The stored base does not go with these, or cannot be planned.
+        InputError: The settings exclude the stored base, or it cannot be planned.
     """
     stored: Quantisation | None = quantisation_of(model)
-    asked = settings.quantised
+    option = settings.quantised
     if stored is None:
-        return asked
+        return option
     base = f"model {settings.model} (stored quantised: {stored})"
     planned = planned_as(stored)
     if planned is None:
         raise InputError(
-            f"Invalid {base}: of stored quantised models, those of bitsandbytes can be planned "
-            "(4-bit, 8-bit). Give one of these, or the unquantised model."
+            f"Invalid {base}: of stored quantised models, only those of bitsandbytes can be "
+            "planned (4-bit, 8-bit). Give one of these, or the unquantised model."
         )
     settings.check_beside_quantised(base, "give the unquantised model")
-    if asked not in (None, planned):
+    if option not in (None, planned):
         raise InputError(
-            f"Invalid {asked} with {base}. Leave {asked} out, or give the unquantised model."
+            f"Invalid {option} with {base}. Leave {option} out, or give the unquantised model."
         )
     return planned
 
@@ -91,7 +89,7 @@ def configs_with_frozen_base(settings: TrainSettings) -> dict[str, MoLFConfig]:
     for method in QUANTISABLE:
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of settings that nobody has chosen yet
+                warnings.simplefilter("ignore")  # the user has not chosen these settings
                 config = replace(settings, method=method).method_config
         except InputError:  # an option is for other methods
             continue

@@ -1,4 +1,4 @@
-"""The settings once what depends on the method, the task and the time is filled in."""
+"""The settings with all defaults that depend on the method, the task and the time."""
 
 from __future__ import annotations
 
@@ -18,11 +18,12 @@ from molf.paths import absolute, check_path, settled
 
 @dataclass(frozen=True, kw_only=True)
 class ResolvedSettings(TrainSettings):
-    """The settings with no such default left open.
+    """The settings with all defaults set.
 
     Attributes:
-        unreached: Modules that no text reaches, which are left out; known once the model is loaded.
-        bypassed: Layers that the model uses without calling them, which no adapter can change.
+        unreached: Modules that text input does not use, which are left out; set once the model is
+            loaded.
+        bypassed: Layers that the model uses without calling them, so that an adapter has no effect.
     """
 
     model: str
@@ -46,12 +47,12 @@ class ResolvedSettings(TrainSettings):
 
     @property
     def has_adapter(self) -> bool:
-        """Whether what is trained is, or is beside, a PEFT adapter."""
+        """Whether the trained model has a PEFT adapter."""
         return self.method in (*ADAPTERS, "molf-e") or self.is_explicit
 
     @property
     def trains_dense(self) -> bool:
-        """Whether anything is trained beside LoRA factors, and so by `learning_rate`."""
+        """Whether parameters other than LoRA factors are trained, which use `learning_rate`."""
         if self.method in ADAPTERS:
             return False
         config = self.method_config
@@ -59,14 +60,14 @@ class ResolvedSettings(TrainSettings):
 
     @property
     def is_explicit(self) -> bool:
-        """Whether MoLF's experts are an adapter beside trained weights, as dropout demands."""
+        """Whether MoLF's experts are an adapter beside trained weights, which dropout needs."""
         config = super().method_config
         return self.method == "molf" and config is not None and config.lora_dropout > 0
 
     def as_options(self) -> dict[str, Any]:
         """Return the settings as plain values: a recipe that `molf train --config` accepts."""
         options = asdict(self)
-        for name in ("unreached", "bypassed"):  # no options: the next run finds them by itself
+        for name in ("unreached", "bypassed"):  # no options: each run finds them in its model
             del options[name]
         for name, value in options.items():
             if isinstance(value, Path):
@@ -77,19 +78,19 @@ class ResolvedSettings(TrainSettings):
 
 
 def resolve(settings: TrainSettings, now: datetime) -> ResolvedSettings:
-    """Fill in every default that depends on the method, the task or the time.
+    """Set every default that depends on the method, the task or the time.
 
     Raises:
         InputError: The task needs an option that was not given.
 
     Warns:
-        UserWarning: Options that do nothing with these others were given, or several ranks for one
-            adapter.
+        UserWarning: Options without effect were given, or several ranks for one adapter.
     """
     _warn_of_unused(settings)
     _warn_of_ranks(settings)
     given = {name: value for name, value in vars(settings).items() if value is not None}
     values = {**defaults_for(settings.method, settings.task), **given}
+    # The record has the defaults of unused options, so that it does not warn as a recipe.
     for name in _unused(settings):
         values[name] = _DEFAULTS[name]
     if settings.quantised is not None and settings.merge_base is None:
@@ -98,7 +99,8 @@ def resolve(settings: TrainSettings, now: datetime) -> ResolvedSettings:
     if config is not None:
         values |= {"ranks": config.ranks, "alpha": config.alphas, "use_rslora": config.use_rslora}
     if settings.lora_learning_rate is None and settings.learning_rate is not None:
-        values["lora_learning_rate"] = None  # a task's own rate goes with the task's other rate
+        # A demo task's LoRA rate belongs to its learning rate, which the user has replaced.
+        values["lora_learning_rate"] = None
     if values.get("lora_learning_rate") is None:
         values["lora_learning_rate"] = values["learning_rate"]
     if "optimizer_in_backward" in _UNUSED[settings.method] or not settings.optimizer_in_backward:
@@ -107,7 +109,7 @@ def resolve(settings: TrainSettings, now: datetime) -> ResolvedSettings:
         _use_in_backward(values)
     is_rounded = settings.dtype == "bfloat16" and "weight_rounding" not in _UNUSED[settings.method]
     if is_rounded and settings.weight_rounding is None:
-        values["weight_rounding"] = "exact"  # what the optimizers make of None
+        values["weight_rounding"] = "exact"  # the optimizers' default for bfloat16, for the record
     values["model"] = settings.model or _task_model(settings.task)
     if settings.output_dir is None:
         values["output_dir"] = _fresh_directory(settings, values["model"], now)
@@ -118,7 +120,8 @@ def resolve(settings: TrainSettings, now: datetime) -> ResolvedSettings:
         check_path(settings.fallback_dir, "fallback_dir")
         values["fallback_dir"] = settled(settings.fallback_dir).absolute()
     for name in ("model", "data", "eval_data", "forgetting_data"):
-        if values.get(name) is not None:  # what is written down must hold from anywhere
+        # The record of the run must be valid from any working directory.
+        if values.get(name) is not None:
             values[name] = absolute(values[name])
     return ResolvedSettings(**values)
 
@@ -154,7 +157,7 @@ def without_effect(method: str) -> tuple[str, ...]:
 
 
 def _unused(settings: TrainSettings) -> tuple[str, ...]:
-    """Names of the options that do nothing with these others."""
+    """Return the names of the options that have no effect with these settings."""
     unused = _UNUSED[settings.method]
     if settings.method == "molf-e" and settings.freeze_rest is not False:
         unused = ("weight_decay", *unused)
@@ -164,7 +167,8 @@ def _unused(settings: TrainSettings) -> tuple[str, ...]:
 
 
 def _use_in_backward(values: dict[str, Any]) -> None:
-    """Turn off what steps in the backward pass cannot do; the user did not ask for it."""
+    """Turn off clipping and accumulation, which steps in the backward pass exclude."""
+    # Both are only defaults here; given by the user, they are errors.
     values["max_grad_norm"] = 0.0
     steps = values["gradient_accumulation_steps"]
     if steps > 1:
@@ -214,6 +218,6 @@ def _task_model(task: str) -> str:
 
 
 def _fresh_directory(settings: TrainSettings, model: str, now: datetime) -> Path:
-    """A directory name that no other run takes, even one that starts in the same second."""
+    """Return a directory name that is unique, also among runs that start in the same second."""
     name = f"{settings.task}-{settings.method}-{Path(model).name}-{now:%Y%m%d-%H%M%S}"
     return Path("runs") / f"{name}-{secrets.token_hex(3)}"

@@ -1,7 +1,7 @@
 """Every option of `molf train`, declared once: type, default, help text, group and check.
 
-The command line and the YAML recipes are made from these fields. `TrainSettings` holds what the
-user said; `molf.job.settings.resolved` fills in what depends on the method and the task.
+The command line and the YAML recipes are made from these fields. `TrainSettings` holds the user's
+values; `molf.job.settings.resolved` adds the defaults that depend on the method and the task.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Annotated
 
 from cyclopts import Group, Parameter
 
-from molf.core.config import SCORES, MoLFConfig
+from molf.core.config import MoLFConfig
 from molf.core.options import (
     GRADIENT_DTYPES,
     KERNELS,
@@ -23,8 +23,10 @@ from molf.core.options import (
     OptimizerOptions,
     OptionError,
     check_exclusions,
+    score_exclusions,
 )
 from molf.errors import InputError
+from molf.inputs import check_choice
 from molf.job.settings.converters import numbers, patterns, words
 from molf.job.settings.defaults import (
     MATCHES,
@@ -35,11 +37,12 @@ from molf.job.settings.defaults import (
 )
 from molf.job.settings.experts import method_config
 from molf.job.settings.ranges import check_ranges
+from molf.planning.workload import DTYPES as WEIGHT_DTYPES
+from molf.planning.workload import QUANTISATIONS
 from molf.tasks import EVAL_PARTS, TASKS, VALIDATION_SHARE, TaskOptions, check_task
 
 SCHEDULERS = ("cosine", "linear", "constant", "constant_with_warmup")
 DTYPES = ("float32", "bfloat16", "float16")
-WEIGHT_DTYPES = ("float32", "bfloat16")
 SAVE_ROUNDINGS = ("nearest", "stochastic")
 
 DATA = Group.create_ordered("Data")
@@ -55,10 +58,10 @@ _AUTO = "by method and task"
 @Parameter(name="*")
 @dataclass(frozen=True, kw_only=True)
 class TrainSettings:
-    """The options of a training run as the user gave them; None stands for the default."""
+    """The options of a training run as the user gave them; None selects the default."""
 
     task: Annotated[str, Parameter(choices=TASKS, group=DATA)] = "demo-fact"
-    """What is learned and measured."""
+    """The task to train and to measure."""
     data: Annotated[str | None, Parameter(group=DATA)] = None
     """Records to train on: a JSON, JSONL, Parquet or CSV file, a folder, a URL, or a Hub id."""
     eval_data: Annotated[str | None, Parameter(group=DATA)] = None
@@ -80,14 +83,14 @@ class TrainSettings:
     max_length: Annotated[int, Parameter(group=DATA)] = 1024
     """Longest example in tokens; longer ones are left out and counted, never cut."""
     split_special_tokens: Annotated[bool, Parameter(group=DATA)] = False
-    """Make control tokens that the records spell out (such as </s>) plain text."""
+    """Treat control tokens in the records' texts (such as </s>) as plain text."""
 
     model: Annotated[str | None, Parameter(group=MODEL)] = None
     """A local directory in transformers format, or a Hub id. Demo tasks bring their own."""
     gradient_checkpointing: Annotated[bool, Parameter(group=MODEL)] = False
     """Recompute activations in the backward pass: slower, less memory."""
     bf16: Annotated[bool | None, Parameter(group=MODEL, show_default="where CUDA has it")] = None
-    """bfloat16 autocast in training, whatever the type of the weights."""
+    """bfloat16 autocast in training, for weights of any type."""
     dtype: Annotated[str, Parameter(choices=WEIGHT_DTYPES, group=MODEL)] = "float32"
     """Type of the weights in training; bfloat16 takes half the memory for weights and gradients."""
     load_in_4bit: Annotated[bool, Parameter(group=MODEL, negative=())] = False
@@ -97,7 +100,7 @@ class TrainSettings:
     merge_base: Annotated[
         str | None, Parameter(choices=MERGE_BASES, group=MODEL, show_default="dequantised")
     ] = None
-    """What model/ is merged into: the quantised weights' numbers, as trained, or the original."""
+    """Base of the merged model/: the dequantised weights, as in training, or the original ones."""
 
     method: Annotated[str, Parameter(choices=METHODS, group=METHOD)] = "molf"
     """fft: all weights. molf, molf-e: routed per layer and step. Others train a PEFT adapter."""
@@ -119,8 +122,9 @@ class TrainSettings:
     """Dropout before the LoRA factors. With molf, above 0 takes an adapter beside the weights."""
     loraplus_lr_ratio: Annotated[float | None, Parameter(group=METHOD, show_default="16")] = None
     """With lora+, the learning rate of B as a multiple of that of A (lora_learning_rate)."""
-    score: Annotated[str, Parameter(choices=SCORES, group=METHOD)] = "epd"
-    """How molf scores experts; random, full and lora are controls."""
+    score: Annotated[str, Parameter(group=METHOD)] = "epd"
+    """How molf scores experts: epd, pfn, gsnr, fresh, descent, epd-balanced or epd-corrected;
+    share:Q:SCORE; the controls random, random:Q, full, lora and shuffled:SCORE (docs/scores.md)."""
     top_k: Annotated[int, Parameter(group=METHOD)] = 1
     """How many experts of a layer take each update."""
     target_modules: Annotated[
@@ -148,7 +152,7 @@ class TrainSettings:
     ] = None
     """float32 adds the gradients of bfloat16 weights up without rounding (fft, molf)."""
     optimizer_in_backward: Annotated[bool, Parameter(group=OPTIMIZATION)] = False
-    """Move each layer in the backward pass and free its gradient; no clipping, no accumulation."""
+    """Update each layer in the backward pass, free its gradient; no clipping, no accumulation."""
     state_offload: Annotated[bool, Parameter(group=OPTIMIZATION)] = False
     """Keep the optimizer's state in host memory, on the GPU layer by layer (not run on one yet)."""
     kernels: Annotated[str, Parameter(choices=KERNELS, group=OPTIMIZATION)] = "eager"
@@ -168,7 +172,7 @@ class TrainSettings:
     )
     """Passes over the data."""
     max_steps: Annotated[int | None, Parameter(group=OPTIMIZATION)] = None
-    """Stop after this many optimizer steps, whatever num_train_epochs says."""
+    """Number of optimizer steps; overrides num_train_epochs."""
     per_device_train_batch_size: Annotated[
         int | None, Parameter(group=OPTIMIZATION, show_default=_AUTO)
     ] = None
@@ -184,7 +188,7 @@ class TrainSettings:
     max_grad_norm: Annotated[float | None, Parameter(group=OPTIMIZATION, show_default="1")] = None
     """Clip the gradients to this norm; 0 turns clipping off."""
     nonfinite: Annotated[str, Parameter(choices=NONFINITE, group=OPTIMIZATION)] = "raise"
-    """What an infinite or NaN loss or gradient does: stop the run, or skip the step."""
+    """On an infinite or NaN loss or gradient: stop the run (raise), or skip the step."""
     max_skipped_steps: Annotated[int, Parameter(group=OPTIMIZATION)] = 10
     """With nonfinite skip, stop the run when so many steps in a row were skipped."""
     adam_beta1: Annotated[float, Parameter(group=OPTIMIZATION)] = 0.9
@@ -199,7 +203,7 @@ class TrainSettings:
     per_device_eval_batch_size: Annotated[int, Parameter(group=EVALUATION)] = 32
     """Examples per forward pass in evaluation."""
     forgetting_data: Annotated[str | None, Parameter(group=EVALUATION)] = None
-    """Plain text whose loss before and after shows what was forgotten; the task brings one."""
+    """Plain text to measure forgetting: its loss before and after; default: a text of the task."""
 
     output_dir: Annotated[
         Path | None, Parameter(group=OUTPUT, show_default="runs/TASK-METHOD-MODEL-TIME")
@@ -210,7 +214,7 @@ class TrainSettings:
     fallback_dir: Annotated[
         Path | None, Parameter(group=OUTPUT, show_default="the temporary folder, then others")
     ] = None
-    """Where trained weights are kept if output_dir cannot take them at the end."""
+    """Where trained weights are saved if they cannot be written to output_dir."""
     dry_run: Annotated[bool, Parameter(group=OUTPUT, negative=())] = False
     """Check everything, take two steps, and print memory and time; nothing is written."""
     save_dtype: Annotated[
@@ -225,7 +229,7 @@ class TrainSettings:
     ] = None
     """How weights are rounded to a saved type of 16 bits: nearest, or stochastic by the seed."""
     keep_low_halves: Annotated[bool, Parameter(group=OUTPUT, negative=())] = False
-    """Keep what a bfloat16 model/ lacks of float32 beside it, for molf export: 2 bytes a weight."""
+    """Also save the low 16 bits of float32 weights beside a bfloat16 model/, for molf export."""
     logging_steps: Annotated[int, Parameter(group=OUTPUT)] = 10
     """Optimizer steps between two lines of metrics.jsonl."""
     save_steps: Annotated[int | None, Parameter(group=OUTPUT)] = None
@@ -237,7 +241,7 @@ class TrainSettings:
     )
     """Trackers separated by commas: wandb, tensorboard, trackio, ..."""
     training_args: Annotated[dict[str, str], Parameter(group=OUTPUT)] = field(default_factory=dict)
-    """Anything else of TRL's SFTConfig, as --training_args.NAME VALUE."""
+    """Other fields of TRL's SFTConfig, as --training_args.NAME VALUE."""
 
     def __post_init__(self) -> None:
         """Check every value that was given."""
@@ -252,11 +256,7 @@ class TrainSettings:
             ("merge_base", (None, *MERGE_BASES)),
             ("dtype", WEIGHT_DTYPES),
         ):
-            if getattr(self, name) not in allowed:
-                choices = ", ".join(choice for choice in allowed if choice)
-                raise InputError(
-                    f"Invalid {name}={getattr(self, name)!r}. Must be one of {choices}."
-                )
+            check_choice(name, getattr(self, name), allowed)
         check_ranges(vars(self))
         for name in ("model", "data", "eval_data", "forgetting_data"):
             if getattr(self, name) == "":
@@ -284,7 +284,7 @@ class TrainSettings:
         return OptimizerOptions.of(self)
 
     def _check_optimizer(self) -> None:
-        """Refuse options of the optimizer that cannot be, or not beside others."""
+        """Reject options of the optimizer that are not allowed, or exclude each other."""
         try:
             options = self.optimizer_options
             check_exclusions(
@@ -294,6 +294,7 @@ class TrainSettings:
                     "max_grad_norm": self.max_grad_norm,
                     "float32_weights": self.dtype == "float32",
                     "adapter_of": self._adapter_of() if self.kernels == "triton" else None,
+                    **self._score_exclusions(),
                 }
             )
             options.check_libraries()
@@ -301,14 +302,19 @@ class TrainSettings:
             raise InputError(error.as_option) from error
 
     def _adapter_of(self) -> str | None:
-        """The options by which LoRA experts are in a PEFT adapter, for messages."""
+        """Return the options that put LoRA experts into a PEFT adapter, for messages."""
         config = self.method_config
         if self.method == "molf" and config is not None and config.lora_dropout:
             return "molf and lora_dropout"
         return self.method if self.method == "molf-e" else None
 
+    def _score_exclusions(self) -> dict[str, str | None]:
+        """The settings that the score of a routed method sets, for the check of exclusions."""
+        is_routed = self.method in ROUTED and self.method_config is not None
+        return score_exclusions(self.score) if is_routed else {}
+
     def _check_low_halves(self) -> None:
-        """Refuse to keep halves that there cannot be."""
+        """Reject low halves for other types than bfloat16, or of weights without them."""
         if self.save_dtype not in (None, "bfloat16"):
             raise InputError(
                 f"Invalid keep_low_halves with save_dtype={self.save_dtype}: only bfloat16 is the "
@@ -316,13 +322,13 @@ class TrainSettings:
             )
         if self.weight_rounding in ("stochastic", "nearest"):
             raise InputError(
-                f"Invalid keep_low_halves with weight_rounding={self.weight_rounding}: the weights "
-                "have no lower halves in training either. Leave one of the two out."
+                f"Invalid keep_low_halves with weight_rounding={self.weight_rounding}: rounded "
+                "weights have no low halves. Leave one of the two out."
             )
 
     @property
     def task_options(self) -> TaskOptions:
-        """What the task is loaded with."""
+        """The options to load the task with."""
         return TaskOptions(
             name=self.task,
             data=self.data,
@@ -338,9 +344,8 @@ class TrainSettings:
 
     @property
     def quantised(self) -> str | None:
-        """The option that asks for a quantised base, or None."""
-        options = ("load_in_4bit", "load_in_8bit")
-        return next((name for name in options if getattr(self, name)), None)
+        """The option that quantises the base, or None."""
+        return next((name for name in QUANTISATIONS if getattr(self, name)), None)
 
     def _check_quantised(self) -> None:
         if self.quantised is None:
@@ -350,11 +355,11 @@ class TrainSettings:
         self.check_beside_quantised(self.quantised, f"leave {self.quantised} out")
 
     def check_beside_quantised(self, base: str, otherwise: str) -> None:
-        """Refuse what cannot be trained beside a quantised base.
+        """Reject options that exclude a quantised base.
 
         Args:
-            base: What makes the base a quantised one, for the message.
-            otherwise: What to do to have another base.
+            base: The option or model that makes the base a quantised one, for the message.
+            otherwise: How to get another base, for the message.
 
         Raises:
             InputError: The method, or an option, does not go with it.
@@ -366,13 +371,13 @@ class TrainSettings:
             )
         if self.dtype != "float32":
             raise InputError(
-                f"Invalid dtype={self.dtype} with {base}: what is not quantised is float32. Leave "
-                f"dtype out, or {otherwise}."
+                f"Invalid dtype={self.dtype} with {base}: weights that are not quantised stay "
+                f"float32. Leave dtype out, or {otherwise}."
             )
         if self.method in ROUTED and self.freeze_rest is False:
             raise InputError(
-                f"Invalid freeze_rest=False with {base}: beside a quantised base the adapter alone "
-                f"is trained. Leave freeze_rest out, or {otherwise}."
+                f"Invalid freeze_rest=False with {base}: only an adapter is trained on a quantised "
+                f"base. Leave freeze_rest out, or {otherwise}."
             )
 
     @property
@@ -382,20 +387,7 @@ class TrainSettings:
         Raises:
             InputError: A value is not allowed, or not with this method.
         """
-        return method_config(
-            self.method,
-            self.task,
-            ranks=self.ranks,
-            alpha=self.alpha,
-            use_rslora=self.use_rslora,
-            lora_dropout=self.lora_dropout,
-            score=self.score,
-            top_k=self.top_k,
-            freeze_rest=self.freeze_rest,
-            target_modules=self.target_modules,
-            exclude_modules=self.exclude_modules,
-            seed=self.seed,
-        )
+        return method_config(self)
 
 
 _NOT_QUANTISABLE = {

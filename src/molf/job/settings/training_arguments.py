@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import math
 import os
@@ -17,6 +16,7 @@ from molf.job.settings.converters import TOO_LARGE, is_too_large
 from molf.job.settings.declared_fields import package_folder, sft_config_fields
 from molf.job.settings.settings import TrainSettings
 from molf.masking import mask_text
+from molf.shown import suggestion
 
 # Arguments set by the run, in addition to those with an option of molf. A user's value would be
 # ignored, or would break the run directory.
@@ -129,11 +129,8 @@ def check_name(name: str) -> None:
 
 def unknown_name(name: str, known: Iterable[str]) -> InputError:
     """Return the error for an argument that SFTConfig lacks, with a suggestion."""
-    allowed = [one for one in known if one not in _REFUSED and not one.startswith("hub_")]
-    close = difflib.get_close_matches(name, {*allowed, *_OPTIONS}, n=1)
-    hint = ""
-    if close:
-        hint = f" Did you mean {f'--{close[0]}' if close[0] in _OPTIONS else close[0]}?"
+    fields = {field for field in known if not field.startswith("hub_")} - _REFUSED - _OPTIONS
+    hint = suggestion(name, fields | {f"--{option}" for option in _OPTIONS})
     return InputError(f"training_args.{name} is no argument of TRL's SFTConfig.{hint}")
 
 
@@ -157,7 +154,7 @@ def _check_value(name: str, value: str, types: frozenset[str]) -> None:
         fault = _number_fault(value)
     elif types == {"bool"} and value.lower() not in _TRUTH:
         fault = "must be true or false"
-    elif value.startswith("{") and any(one.startswith("dict") for one in types):
+    elif value.startswith("{") and any(kind.startswith("dict") for kind in types):
         fault = _json_fault(value)
     if fault is None and name == "dataloader_num_workers":
         fault = _workers_fault(int(value))
@@ -213,14 +210,12 @@ def check_trackers(names: tuple[str, ...], *, must_be_installed: bool = True) ->
     known = _known_trackers() if given else frozenset()
     for name in given:
         if known and name not in known:
-            close = difflib.get_close_matches(name, known, n=1)
-            hint = f" Did you mean {close[0]}?" if close else ""
             raise InputError(
-                f"report_to={name} is no tracker of the trainer: "
-                f"{', '.join(sorted(known))}; all, none.{hint}"
+                f"report_to={name} is no tracker of the trainer: {', '.join(sorted(known))}; all, "
+                f"none.{suggestion(name, known)}"
             )
         packages = _TRACKER_PACKAGES.get(name, ())
-        if must_be_installed and packages and not any(find_spec(one) for one in packages):
+        if must_be_installed and packages and not any(map(find_spec, packages)):
             installed = [
                 other for other, needed in _TRACKER_PACKAGES.items() if any(map(find_spec, needed))
             ]

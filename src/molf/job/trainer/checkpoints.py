@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import warnings
 from collections.abc import Callable
@@ -11,7 +10,9 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from molf.disk.room import directory_bytes, free_bytes, is_disk_full, megabytes
+from molf.errors import reason_of
 from molf.job.model.room_needed import Needed
+from molf.job.record.ownership import read_json
 
 _STATE = "trainer_state.json"  # the last file that the trainer writes
 _MARGIN = 1_000_000  # bytes; files take whole blocks, and the log grows
@@ -46,6 +47,7 @@ class Checkpoints:
         """
         free = free_bytes(directory)
         needed = self._one + self._at_the_end + _MARGIN
+        # The trained model matters more than a checkpoint, so its space is left free.
         if free is not None and free < needed:
             self._warn(
                 step,
@@ -58,24 +60,25 @@ class Checkpoints:
         except Exception as error:
             if not _cannot_write(error):
                 raise
-            if not _is_whole(directory):
+            # The trainer deletes old checkpoints last, which may fail after this one is whole.
+            if read_json(directory / _STATE) is None:
                 shutil.rmtree(directory, ignore_errors=True)
-            reason = str(error).strip().split("\n")[0] or type(error).__name__
-            self._warn(step, "the disk is full" if is_disk_full(error) else reason)
+            self._warn(step, "the disk is full" if is_disk_full(error) else reason_of(error))
         else:
             self._one = max(self._one, directory_bytes(directory))
 
     def _warn(self, step: int, reason: str) -> None:
         if not self.missing:
             warnings.warn(
-                f"The checkpoint of step {step} was not written: {reason}. Training goes on; the "
-                "next checkpoint and the trained model are tried again.",
+                f"The checkpoint of step {step} was not written: {reason}. Training continues, "
+                "and molf tries to write the next checkpoint.",
                 stacklevel=2,
             )
         self.missing.append(step)
 
     def warn_of_missing(self) -> None:
         """Warn at the end of the training if several checkpoints are missing."""
+        # One missing checkpoint has its own warning already.
         if len(self.missing) > 1:
             steps = ", ".join(map(str, self.missing[:5]))
             more = ", ..." if len(self.missing) > 5 else ""
@@ -92,11 +95,3 @@ def _cannot_write(error: Exception) -> bool:
     if "(os error " in str(error):  # tokenizers raises a plain Exception
         return True
     return isinstance(error, RuntimeError) and any(x in str(error) for x in _TORCH_CANNOT_WRITE)
-
-
-def _is_whole(directory: Path) -> bool:
-    try:
-        json.loads((directory / _STATE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return True

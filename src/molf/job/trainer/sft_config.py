@@ -12,7 +12,7 @@ from transformers import HfArgumentParser, get_scheduler
 from transformers.integrations import get_available_reporting_integrations
 from trl import SFTConfig
 
-from molf.errors import InputError
+from molf.errors import InputError, reason_of
 from molf.job.record.ownership import CHECKPOINTS
 from molf.job.settings.resolved import ResolvedSettings
 from molf.job.settings.training_arguments import check_trackers, check_training_args, unknown_name
@@ -79,8 +79,7 @@ def sft_config(settings: ResolvedSettings) -> SFTConfig:
     try:
         config = SFTConfig(**arguments)
     except (ValueError, TypeError, ImportError) as error:
-        first_line = str(error).strip().split("\n")[0]
-        raise InputError(f"The trainer does not accept these settings: {first_line}") from error
+        raise InputError(f"The trainer rejects these settings: {reason_of(error)}") from error
     _check_schedule(config)
     _check_accumulation(config)
     if config.world_size > 1:
@@ -109,10 +108,9 @@ def _check_schedule(config: SFTConfig) -> None:
             scheduler_specific_kwargs=config.lr_scheduler_kwargs,
         )
     except (TypeError, ValueError, AttributeError, KeyError) as error:
-        first_line = str(error).strip().split("\n")[0]
         raise InputError(
-            f"training_args.lr_scheduler_kwargs={config.lr_scheduler_kwargs} does not go with "
-            f"lr_scheduler_type={config.lr_scheduler_type.value}: {first_line}."
+            f"Invalid training_args.lr_scheduler_kwargs={config.lr_scheduler_kwargs} with "
+            f"lr_scheduler_type={config.lr_scheduler_type.value}: {reason_of(error)}."
         ) from error
 
 

@@ -20,7 +20,7 @@ from scenarios import (
 )
 from torch import Tensor
 
-from molf.core.arithmetic.adam import AdamWStep, MomentDecay, score_terms, update_moments
+from molf.core.arithmetic.adam import AdamWStep, MomentDecay, update_moments
 from molf.core.arithmetic.weight_step import Product
 from molf.core.execute.triton import AdamW, Kernels, LowRank, Moments, Weight
 
@@ -94,29 +94,30 @@ def test_squares_of_extreme_gradients(kernels, dtype):
 # -- moments and scores
 
 
-@pytest.mark.parametrize("score", ["epd", "pfn"])
+@pytest.mark.parametrize("term", ["descent", "norm"])
 @pytest.mark.parametrize("dtype", FLOATS)
-def test_moments_and_score_sums(kernels, dtype, score):
+def test_moments_and_score_sums(kernels, dtype, term):
     items = moments_items(dtype, Source(2))
     expected = [exact_moments(item) for item in items]
     scales = [(abs(item.exp_avg) + abs(item.grad)).clone() for item in items]
     grads = [item.grad.clone() for item in items]
-    totals = kernels.moments(items, YES, score)
+    totals = kernels.moments(items, YES, term)
     assert totals.dtype == torch.float64
     for item, (exp_avg, exp_avg_sq), scale in zip(items, expected, scales, strict=True):
         assert_near(item.exp_avg, exp_avg, scale)
         assert_near(item.exp_avg_sq, exp_avg_sq, exp_avg_sq)
     for item, grad, total in zip(items, grads, totals.tolist(), strict=True):
         assert torch.equal(item.grad, grad)
-        terms = score_terms(item.exp_avg.double(), item.exp_avg_sq.double(), score)
-        assert total == pytest.approx(terms.sum().item(), rel=1e-6)
+        root = item.exp_avg_sq.double().sqrt() + 1e-8
+        exact = item.exp_avg.double() ** 2 / (root if term == "descent" else root**2)
+        assert total == pytest.approx(exact.sum().item(), rel=1e-6)
 
 
 def test_moments_are_those_of_the_eager_path(kernels):
     items = moments_items(torch.float32, Source(3))
     eager = [(item.exp_avg.clone(), item.exp_avg_sq.clone()) for item in items]
     for _ in range(3):
-        kernels.moments(items, YES, "epd")
+        kernels.moments(items, YES, "descent")
         for item, (exp_avg, exp_avg_sq) in zip(items, eager, strict=True):
             decay = MomentDecay.of(item.betas, YES, torch.float32)
             update_moments(item.grad, exp_avg, exp_avg_sq, decay)
@@ -128,13 +129,13 @@ def test_moments_are_those_of_the_eager_path(kernels):
 def test_without_momentum_the_first_moment_is_the_gradient(kernels):
     source = Source(4)
     item = Moments(1e-6 * source.normal(33), *source.moments(33), (0.0, 0.9))
-    kernels.moments([item], YES, "epd")
+    kernels.moments([item], YES, "descent")
     assert same_bits(item.exp_avg, item.grad)
 
 
 def test_zero_moments_score_zero(kernels):
     zeros = [torch.zeros(50, device=DEVICE) for _ in range(3)]
-    assert kernels.moments([Moments(*zeros, BETAS)], YES, "pfn").tolist() == [0]
+    assert kernels.moments([Moments(*zeros, BETAS)], YES, "norm").tolist() == [0]
 
 
 def test_experts_that_share_stacked_factors_are_scored_apart(kernels):
@@ -144,9 +145,9 @@ def test_experts_that_share_stacked_factors_are_scored_apart(kernels):
     parts = [tuple(t.clone() for t in whole[:3]) for _ in range(2)]
     by_column = [Moments(*(t[:, s] for t in parts[0]), BETAS) for s in (slice(2), slice(2, 6))]
     by_row = [Moments(*(t[s] for t in parts[1]), BETAS) for s in (slice(7), slice(7, 40))]
-    total = kernels.moments([whole], YES, "epd").item()
+    total = kernels.moments([whole], YES, "descent").item()
     for split, stacked in ((by_column, parts[0]), (by_row, parts[1])):
-        sums = kernels.moments(split, YES, "epd").tolist()
+        sums = kernels.moments(split, YES, "descent").tolist()
         assert sum(sums) == pytest.approx(total, rel=1e-6)
         assert torch.equal(stacked[1], whole.exp_avg)
         assert torch.equal(stacked[2], whole.exp_avg_sq)
@@ -156,7 +157,7 @@ def test_a_sum_has_the_same_bits_in_every_run_and_company(kernels):
     sums = []
     for company in ((0, 1, 2, 3, 4), (0, 1, 2, 3, 4), (2,), (3, 2)):
         items = moments_items(torch.float32, Source(6))
-        totals = kernels.moments([items[i] for i in company], YES, "epd")
+        totals = kernels.moments([items[i] for i in company], YES, "descent")
         sums.append(totals[company.index(2)].item())
     assert len(set(sums)) == 1
 
@@ -167,7 +168,7 @@ def test_sum_over_blocks_is_in_float64(kernels):
     terms[:2048] = 2.0**24
     # b1 = 0.5 halves m, b2 = 1 keeps v at 1, and 1e-8 rounds away beside 1: PFN's terms are exact.
     item = Moments(torch.zeros_like(terms), 2 * terms.sqrt(), torch.ones_like(terms), (0.5, 1.0))
-    assert kernels.moments([item], YES, "pfn").item() == 2**35 + 3 * 2048
+    assert kernels.moments([item], YES, "norm").item() == 2**35 + 3 * 2048
 
 
 # -- steps
@@ -286,7 +287,7 @@ def guarded(kernels: Kernels, grad: float) -> list[Tensor]:
     squares = kernels.squares([item.grad for item in (*moments, *plain)])
     assert not squares.isfinite().any()
     finite = squares.isfinite().all()
-    assert kernels.moments(moments, finite, "epd").tolist() == [0] * len(moments)
+    assert kernels.moments(moments, finite, "descent").tolist() == [0] * len(moments)
     kernels.adamw(plain, finite)
     kernels.factors(factors, finite)
     kernels.low_rank(weights, finite)
@@ -304,7 +305,7 @@ def test_one_bad_gradient_stops_all_tensors(kernels):
     items[0].grad[0] = float("nan")
     before = [t.clone() for item in items for t in item[1:3]]
     finite = kernels.squares([item.grad for item in items]).isfinite().all()
-    kernels.moments(items, finite, "pfn")
+    kernels.moments(items, finite, "norm")
     assert all(map(same_bits, (t for item in items for t in item[1:3]), before))
 
 
@@ -333,7 +334,7 @@ def test_launches_do_not_grow_with_layers(layers):
         for _ in range(layers)
     ]
     finite = kernels.squares([item.grad for item in items]).isfinite().all()
-    kernels.moments([Moments(item.grad, *item[1:3], BETAS) for item in items], finite, "epd")
+    kernels.moments([Moments(item.grad, *item[1:3], BETAS) for item in items], finite, "descent")
     kernels.adamw(items, finite)
     assert kernels.launches == 5  # two of them add up
 
@@ -367,8 +368,8 @@ def test_same_memory_with_another_shape_is_another_table(kernels):
 def test_nothing_to_do(kernels):
     empty = [torch.empty(0, device=DEVICE) for _ in range(3)]
     assert kernels.squares([]).shape == (0,)
-    assert kernels.moments([], YES, "epd").shape == (0,)
-    assert kernels.moments([Moments(*empty, BETAS)], YES, "epd").tolist() == [0]
+    assert kernels.moments([], YES, "descent").shape == (0,)
+    assert kernels.moments([Moments(*empty, BETAS)], YES, "descent").tolist() == [0]
     kernels.adamw([], YES)
     kernels.factors([], YES)
     kernels.low_rank([], YES)
@@ -428,11 +429,11 @@ def test_wrong_flag_is_refused(kernels):
             with pytest.raises(ValueError, match=r"Invalid finite: .* Must be one torch.bool on"):
                 call([], flag)
         with pytest.raises(ValueError, match="Invalid finite"):
-            kernels.moments([], flag, "epd")
+            kernels.moments([], flag, "descent")
 
 
-def test_wrong_score_and_device_are_refused(kernels):
-    with pytest.raises(ValueError, match=r"Invalid score='EPD'\. Must be 'epd' or 'pfn'"):
+def test_wrong_term_and_device_are_refused(kernels):
+    with pytest.raises(ValueError, match=r"Invalid term='EPD'\. Must be 'descent' or 'norm'"):
         kernels.moments([], YES, "EPD")
     other = torch.device("cuda" if INTERPRETED else "cpu")
     with pytest.raises(ValueError, match=f"Invalid device {other.type}"):

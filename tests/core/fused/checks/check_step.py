@@ -108,7 +108,7 @@ def take_step(
             items.append(Moments(grad_A, *(m[own] for m in state["factor_a"]), BETAS))
             items.append(Moments(grad_B, *(m[:, own] for m in state["factor_b"]), BETAS))
             owners += [(number, index + 1)] * 2
-    totals = kernels.moments(items, finite, score).tolist()
+    totals = kernels.moments(items, finite, "norm" if score == "pfn" else "descent").tolist()
 
     sums = [[0.0] * 3 for _ in layers]
     counts = [[0] * 3 for _ in layers]

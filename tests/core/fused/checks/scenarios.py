@@ -109,8 +109,8 @@ def run_everything(kernels: Kernels, device: torch.device = DEVICE) -> None:
     for grad in (torch.float32, torch.bfloat16):
         items = moments_items(grad, source)
         kernels.squares([item.grad for item in items])
-        for score in ("epd", "pfn"):
-            kernels.moments(items, finite, score)
+        for term in ("descent", "norm"):
+            kernels.moments(items, finite, term)
     for rounding in ROUNDINGS:
         for grad in GRADS.values():
             kernels.adamw(adamw_items(rounding, grad, source), finite)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from molf.core.scores.score import SCORE_EPS
+
 # Columns of a table row (`table.py` writes them): the header, then three for every field.
 SLOT = tl.constexpr(0)  # index of the entry's number in the result
 FIRST_BLOCK = tl.constexpr(1)
@@ -38,7 +40,7 @@ KEY_FIRST = tl.constexpr(13)
 KEY_SECOND = tl.constexpr(14)
 WORDS = tl.constexpr(15)
 
-_SCORE_EPS = tl.constexpr(1e-8)  # of the score; independent of the optimizer's eps
+_SCORE_EPS = tl.constexpr(SCORE_EPS)
 _MIX_1 = tl.constexpr(0x85EBCA6B)  # as in molf.core.storage.rounding
 _MIX_2 = tl.constexpr(0xC2B2AE35)
 _GOLDEN = tl.constexpr(0x9E3779B9)
@@ -135,11 +137,11 @@ def moved_moments(
 
 
 @triton.jit
-def score_terms(exp_avg: tl.tensor, exp_avg_sq: tl.tensor, SCORE: tl.constexpr) -> tl.tensor:
-    """Return the score's terms. EPD: `m^2 / (sqrt(v) + eps)`. PFN: `(m / (sqrt(v) + eps))^2`."""
+def score_term(exp_avg: tl.tensor, exp_avg_sq: tl.tensor, TERM: tl.constexpr) -> tl.tensor:
+    """Return a term. Descent: `m^2 / (sqrt(v) + eps)`. Norm: `(m / (sqrt(v) + eps))^2`."""
     # `sqrt_rn` and `div_rn` are correctly rounded, as in torch; Triton's `/` and `sqrt` are not.
     preconditioned = tl.div_rn(exp_avg, tl.sqrt_rn(exp_avg_sq) + _SCORE_EPS)
-    return preconditioned * (preconditioned if SCORE == "pfn" else exp_avg)
+    return preconditioned * (preconditioned if TERM == "norm" else exp_avg)
 
 
 @triton.jit

@@ -31,7 +31,7 @@ from molf.core.execute.triton.device import (
     load_weight,
     moved_moments,
     pointers,
-    score_terms,
+    score_term,
     store_weight,
     word,
 )
@@ -61,11 +61,11 @@ def moments_kernel(
     finite: tl.tensor,
     partials: tl.tensor,
     GRAD_BITS: tl.constexpr,
-    SCORE: tl.constexpr,
+    TERM: tl.constexpr,
     ALIGNED: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
-    """Update m, v and sum the score's terms. Fields: gradient, m, v. Reads g, m, v; writes m, v.
+    """Update m, v and sum a score's term. Fields: gradient, m, v. Reads g, m, v; writes m, v.
 
     If `finite` is False nothing is written and the sum is 0.
     """
@@ -87,7 +87,7 @@ def moments_kernel(
         )
         tl.store(avg_at, exp_avg, mask=mask)
         tl.store(sq_at, exp_avg_sq, mask=mask)
-        partial = tl.sum(score_terms(exp_avg, exp_avg_sq, SCORE))
+        partial = tl.sum(score_term(exp_avg, exp_avg_sq, TERM))
     tl.store(partials + tl.program_id(0), partial)
 
 

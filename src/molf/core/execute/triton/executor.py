@@ -19,8 +19,10 @@ from molf.core.execute.kernel_checks import check_kernel_parameter
 from molf.core.execute.triton.items import AdamW, LowRank, Moments, Weight
 from molf.core.execute.triton.kernels import Kernels
 from molf.core.model.factors import owned_by
+from molf.core.options import KERNEL_TERMS
+from molf.core.scores.rules import Winners
 from molf.core.step.dense import DenseTensor
-from molf.core.step.executor import Executor, ScoreSums, Winners
+from molf.core.step.executor import Executor, Owner, ScoreSums
 from molf.core.step.fidelity import Sample, UpdateTally
 from molf.core.step.guard import FiniteGuard
 from molf.core.step.layer import RoutedLayer
@@ -70,32 +72,38 @@ class Triton(Executor):
         """Update all dense tensors in one launch, factors in chunks of layers."""
         kernels = self._on(guard.bounds.device)
         numbers: list[Tensor] = []
-        owners: list[tuple[int, int]] = []
+        owners: list[Owner] = []
 
-        def update(items: Sequence[Moments], score: str) -> None:
+        def update(items: Sequence[Moments], term: str) -> None:
             # `part`: each call of a step keeps its own table of addresses.
-            numbers.append(kernels.moments(items, guard.finite, score, part=len(numbers)))
+            numbers.append(kernels.moments(items, guard.finite, term, part=len(numbers)))
 
-        for score in ("epd", "pfn"):  # controls have EPD scores
+        for term in KERNEL_TERMS:
             scored = [
                 (number, layer)
                 for number, layer in enumerate(layers)
-                if (layer.group["score"] == "pfn") == (score == "pfn")
+                if layer.score.terms[0].name == term
             ]
             if not scored:
                 continue
-            update([item for _, layer in scored for item in _dense_moments(layer)], score)
-            owners += [(number, 0) for number, layer in scored for _ in layer.dense]
+            update([item for _, layer in scored for item in _dense_moments(layer)], term)
+            owners += [
+                Owner(number, 0, part, term)
+                for number, layer in scored
+                for part in range(len(layer.dense))
+            ]
             items: list[Moments] = []
             for number, layer in scored:
                 found = _factor_moments(layer)
                 # Order: A and B of expert 1, A and B of expert 2, ...
-                owners += [(number, 1 + place // 2) for place in range(len(found))]
+                owners += [
+                    Owner(number, 1 + place // 2, place % 2, term) for place in range(len(found))
+                ]
                 items += found
                 if sum(item.grad.nbytes for item in items) >= self._chunk_bytes:
-                    update(items, score)
+                    update(items, term)
                     items = []
-            update(items, score)
+            update(items, term)
         return ScoreSums(torch.cat(numbers), owners)
 
     def write(

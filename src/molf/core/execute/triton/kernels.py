@@ -18,6 +18,7 @@ from molf.core.execute.triton import elementwise
 from molf.core.execute.triton.items import AdamW, LowRank, Moments
 from molf.core.execute.triton.low_rank import low_rank_kernel
 from molf.core.execute.triton.table import Entry, Field, Layout, Table
+from molf.core.options import KERNEL_TERMS
 from molf.core.step.operations import FactorWrite, Operand
 from molf.core.storage.rounding import RoundingKey
 
@@ -102,14 +103,14 @@ class Kernels:
         return totals
 
     def moments(
-        self, items: Sequence[Moments], finite: Tensor, score: str, *, part: int = 0
+        self, items: Sequence[Moments], finite: Tensor, term: str, *, part: int = 0
     ) -> Tensor:
-        """Update m and v in place and sum the score's terms of the updated moments.
+        """Update m and v in place and sum a score's term over the updated moments.
 
         Args:
             items: Moments and gradients.
             finite: 0-dim bool; if False nothing is updated and sums are 0.
-            score: `"epd"`: `m^2 / (sqrt(v) + 1e-8)`; `"pfn"`: `(m / (sqrt(v) + 1e-8))^2`.
+            term: `"descent"`: `m^2 / (sqrt(v) + 1e-8)`; `"norm"`: `(m / (sqrt(v) + 1e-8))^2`.
             part: Number of the call within a step; each call keeps its own table.
 
         Returns:
@@ -117,11 +118,12 @@ class Kernels:
             over blocks, always in the same order.
 
         Raises:
-            ValueError: The score is unknown, or a tensor does not fit `Moments`.
+            ValueError: The term is unknown, or a tensor does not fit `Moments`.
         """
         self._check_flag(finite)
-        if score not in ("epd", "pfn"):
-            raise ValueError(f"Invalid score={score!r}. Must be 'epd' or 'pfn'.")
+        if term not in KERNEL_TERMS:
+            allowed = " or ".join(map(repr, KERNEL_TERMS))
+            raise ValueError(f"Invalid term={term!r}. Must be {allowed}.")
         totals = torch.zeros(len(items), dtype=torch.float64, device=self.device)
         given = (
             (_bits(item.grad), Entry(item[:3], slot), _words(betas=item.betas))
@@ -134,7 +136,7 @@ class Kernels:
                 elementwise.moments_kernel,
                 table.grid,
                 (table.rows, self._send(words), table.blocks, finite, partials),
-                {"GRAD_BITS": bits, "SCORE": score, "ALIGNED": aligned, "BLOCK": _BLOCK},
+                {"GRAD_BITS": bits, "TERM": term, "ALIGNED": aligned, "BLOCK": _BLOCK},
             )
             self._add_up(table, partials, totals)
         return totals

@@ -1,0 +1,1 @@
+"""Scores of experts and rules that choose the winners. Imports the standard library only."""
