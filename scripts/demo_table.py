@@ -19,6 +19,7 @@ from typing import Any
 COLUMNS = {
     "demo-fact": ("es", "ps", "ns", "s"),
     "demo-sql": ("execution_accuracy", "exact_match", "valid_sql"),
+    "demo-forms": ("execution_accuracy", "exact_match", "valid_sql"),
     "demo-med": ("accuracy",),
 }
 BASELINE = "nearest_training_answer"

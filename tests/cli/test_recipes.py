@@ -5,6 +5,7 @@ import warnings
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
+from typing import get_type_hints
 
 import pytest
 import yaml
@@ -13,18 +14,19 @@ from molf.cli import main
 from molf.cli.app import app
 from molf.cli.shipped import recipe_names, shipped_recipe
 from molf.job.settings.resolved import resolve
-from molf.job.settings.settings import TrainSettings
+from molf.job.settings.settings import METHOD, TrainSettings
 from molf.tasks import TASKS
 
 NAMES = recipe_names()
 METHODS = ("fft", "lora", "molf", "molf-e")
 FORMS = (*METHODS, "molf-dropout")
+DOCS = Path(__file__).parents[2] / "docs"
 MODELS = {
     "gemma-3-1b": "google/gemma-3-1b-pt",
     "qwen2.5-1.5b": "Qwen/Qwen2.5-1.5B",
     "qwen2.5-3b": "Qwen/Qwen2.5-3B",
 }
-CELLS = [
+PAPER = [
     (task, method, model) for task in ("sql", "med", "fact") for method in FORMS for model in MODELS
 ]
 DATA = {
@@ -33,6 +35,7 @@ DATA = {
     "fact": "https://rome.baulab.info/data/dsets/counterfact.json",
 }
 DEMOS = [name for name in NAMES if name.startswith("demo-")]
+CELLS = [name for name in NAMES if name.startswith("cell-")]
 CHATS = [name for name in NAMES if name.endswith("-chat")]
 
 
@@ -74,7 +77,7 @@ def check_trained_like_the_paper(settings: TrainSettings, *, dropout: bool = Tru
         assert config.exclude_modules == ("lm_head",)
 
 
-@pytest.mark.parametrize("cell", CELLS, ids="-".join)
+@pytest.mark.parametrize("cell", PAPER, ids="-".join)
 def test_cell_of_the_paper(cell):
     task, method, model = cell
     settings = recipe_settings("-".join(cell))
@@ -92,7 +95,7 @@ def test_cell_of_the_paper(cell):
     assert settings.max_eval_samples is None
 
 
-@pytest.mark.parametrize("name", [n for n in NAMES if n not in DEMOS])
+@pytest.mark.parametrize("name", [n for n in NAMES if n not in (*DEMOS, *CELLS)])
 def test_variant_trains_like_the_paper(name):
     check_trained_like_the_paper(recipe_settings(name), dropout="-dropout-" in name)
 
@@ -121,7 +124,7 @@ def test_every_demo_task_has_its_recipes():
     assert sorted(DEMOS) == sorted(f"{task}-{method}" for task in demos for method in METHODS)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [n for n in NAMES if n not in CELLS])
 def test_recipe_is_valid_and_explains_itself(name, capsys):
     assert main(["recipes", "validate", name]) == 0
     captured = capsys.readouterr()
@@ -139,6 +142,45 @@ def test_recipe_is_valid_and_explains_itself(name, capsys):
     # Stated in the file, so that a recipe stays what it is when a default changes.
     assert {"num_train_epochs", "per_device_train_batch_size", "seed"} <= options.keys()
     assert {"learning_rate", "lora_learning_rate"} & options.keys()
+
+
+def options_of_methods_and_studies() -> set[str]:
+    """The options that a study gives to a method or to a trial, and no cell."""
+    hints = get_type_hints(TrainSettings, include_extras=True)
+    groups = {
+        name: [getattr(part, "group", ()) for part in getattr(hint, "__metadata__", ())]
+        for name, hint in hints.items()
+    }
+    found = {name for name, of in groups.items() if any(METHOD in (g or ()) for g in of)}
+    assert {"method", "ranks", "score"} <= found
+    return found | {"learning_rate", "lora_learning_rate", "seed", "eval_part", "output_dir"}
+
+
+@pytest.mark.parametrize("name", CELLS)
+def test_cell_is_valid_and_leaves_method_rates_and_seed_to_the_study(name, capsys):
+    assert main(["recipes", "validate", name]) == 0
+    captured = capsys.readouterr()
+    assert (captured.out, captured.err) == (f"{name}: ok (molf train)\n", "")
+    lines = shipped_recipe(name).read_text().splitlines()
+    assert lines[0] == f"# molf train --config {name}.yaml"
+    assert lines[1].endswith(".")
+    options = yaml.safe_load("\n".join(lines))
+    assert not options_of_methods_and_studies() & options.keys()
+    assert options["task"].startswith("demo-")
+    assert {"num_train_epochs", "per_device_train_batch_size"} <= options.keys()
+    assert f"`{name}`" in (DOCS / "cells.md").read_text()
+
+
+@pytest.mark.parametrize("name", CELLS)
+@pytest.mark.parametrize("part", ["validation", "test"])
+def test_cell_runs_with_other_methods(name, part, tmp_path):
+    short = ["--max_steps", "1", "--max_eval_samples", "5", "--max_samples", "16"]
+    given = ["--method", "lora", "--eval_part", part, "--output_dir", str(tmp_path / "run")]
+    assert main(["train", "--config", name, *short, *given]) == 0
+
+
+def test_at_most_eight_cells_span_both_parts_of_the_question():
+    assert 6 <= len(CELLS) <= 8
 
 
 @pytest.mark.parametrize("name", DEMOS)

@@ -8,7 +8,13 @@ from molf.errors import InputError
 from molf.tasks import TaskOptions, load_task
 from molf.tasks.med import with_wrong_answers
 from molf.tasks.med_questions import MedQuestion
-from molf.world import build_world, counterfact_records, counterfact_validation_records, sql_groups
+from molf.world import (
+    build_world,
+    counterfact_records,
+    counterfact_validation_records,
+    new_form_groups,
+    sql_groups,
+)
 from question_records import med, meds, sql, write
 from shared_data import SHARED, needs_shared
 
@@ -77,7 +83,7 @@ def folder(tmp_path):
     return make
 
 
-DEMOS = ("demo-fact", "demo-sql", "demo-med")
+DEMOS = ("demo-fact", "demo-sql", "demo-forms", "demo-med")
 
 
 @pytest.mark.parametrize("name", [*RECORDS, *DEMOS])
@@ -165,9 +171,12 @@ def test_demonstrations_are_not_from_the_part(folder):
     assert not any(q.prompt in sample.prompt for q in questions for sample in task.training_samples)
 
 
-def test_demo_sql_validates_on_other_pairs_of_table_and_form():
-    task = load("demo-sql", eval_part="validation", validation_share=0.3)
-    groups = sql_groups(build_world())
+@pytest.mark.parametrize(
+    ("name", "groups_of"), [("demo-sql", sql_groups), ("demo-forms", new_form_groups)]
+)
+def test_demo_queries_validate_on_other_pairs_of_table_and_form(name, groups_of):
+    task = load(name, eval_part="validation", validation_share=0.3)
+    groups = groups_of(build_world())
     records = [sample.record for sample in task.training_samples]
     assert not {groups[i] for i in measures(task)} & {groups[i] for i in records}
     assert len(measures(task)) + len(records) == len(groups)

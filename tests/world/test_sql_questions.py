@@ -1,10 +1,18 @@
 import json
+import re
 import sqlite3
 
 import pytest
 
 from molf.sql.sandbox import Sandbox
-from molf.world import build_world, sql_practice, sql_records
+from molf.world import (
+    build_world,
+    new_form_groups,
+    new_form_records,
+    sql_groups,
+    sql_practice,
+    sql_records,
+)
 from molf.world.query_forms import COMPLEXITIES, FORMS
 from molf.world.sql_questions import table_questions
 from molf.world.tables import REFERENCES, TABLES
@@ -13,7 +21,9 @@ WORLD = build_world()
 QUESTIONS = table_questions(WORLD)
 RECORDS = sql_records(WORLD)
 PRACTICE = sql_practice(WORLD)
+NEW = new_form_records(WORLD)
 EVERY_RECORD = [*RECORDS["train"], *RECORDS["test"], *PRACTICE]
+NEW_RECORDS = [*NEW["train"], *NEW["test"]]
 
 FIELDS = (
     *("id", "domain", "domain_description", "sql_complexity", "sql_complexity_description"),
@@ -24,6 +34,16 @@ FIELDS = (
 
 def pairs(split: str) -> set[tuple[str, str]]:
     return {(question.table, question.form) for question in QUESTIONS[split]}
+
+
+def query_words(record: dict) -> str:
+    """The words of a query that are in capital letters."""
+    return " ".join(re.findall(r"[A-Z]{2,}", re.sub("'[^']*'", "", record["sql"])))
+
+
+def table_and_words(record: dict) -> tuple[str, str]:
+    (table,) = [table.name for table in TABLES if f"FROM {table.name}" in record["sql"]]
+    return table, query_words(record)
 
 
 def tables(record: dict) -> sqlite3.Connection:
@@ -45,7 +65,7 @@ class TestRecords:
             assert records == [question.record for question in QUESTIONS[split]]
 
     def test_have_the_fields_of_the_original(self):
-        for record in EVERY_RECORD:
+        for record in [*EVERY_RECORD, *NEW_RECORDS]:
             assert tuple(record) == FIELDS
             assert record["sql_complexity_description"] == COMPLEXITIES[record["sql_complexity"]]
             for name in ("sql_prompt", "sql_context", "sql", "sql_explanation"):
@@ -68,7 +88,7 @@ class TestRecords:
     def test_every_gold_query_runs_in_the_sandbox_and_most_return_rows(self):
         rows = []
         with Sandbox() as sandbox:
-            for split in RECORDS.values():
+            for split in (*RECORDS.values(), NEW_RECORDS):
                 for record in split:
                     result = sandbox.run(record["sql_context"], record["sql"])
                     assert result.ok, (record, result)
@@ -83,7 +103,7 @@ class TestRecords:
     def test_tables_hold_true_rows(self):
         objects = {(fact.relation.id, fact.subject): fact.object.name for fact in WORLD.facts}
         entities = {(entity.kind, entity.name): entity for entity in WORLD.entities}
-        for record in EVERY_RECORD:
+        for record in [*EVERY_RECORD, *NEW_RECORDS]:
             with tables(record) as connection:
                 connection.row_factory = sqlite3.Row
                 for table in TABLES:
@@ -99,7 +119,7 @@ class TestRecords:
 
     def test_order_is_never_left_open(self):
         # A gold order with ties would count right answers as wrong.
-        for record in EVERY_RECORD:
+        for record in [*EVERY_RECORD, *NEW_RECORDS]:
             if "ORDER BY" not in record["sql"]:
                 continue
             column = record["sql"].split("ORDER BY ")[1].split()[0].strip(";)")
@@ -130,6 +150,45 @@ class TestSplits:
 
         assert not asked(RECORDS["test"]) & asked(RECORDS["train"])
         assert not asked(RECORDS["test"]) & asked(PRACTICE)
+
+
+class TestNewForms:
+    def test_counts(self):
+        assert (len(NEW["train"]), len(NEW["test"])) == (384, 96)
+        assert new_form_records(build_world(0)) == NEW
+        assert len({record["id"] for record in NEW_RECORDS}) == len(NEW_RECORDS)
+
+    def test_base_models_have_practised_none(self):
+        practised = {query_words(record) for record in PRACTICE}
+        new = {query_words(record) for record in NEW_RECORDS}
+        assert len(new) == 4
+        assert not new & practised
+
+    def test_tables_have_three_rows_and_the_columns_of_the_question(self):
+        for record in NEW_RECORDS:
+            with tables(record) as connection:
+                (table,) = [t.name for t in TABLES if f"FROM {t.name}" in record["sql"]]
+                found = connection.execute(f"SELECT * FROM {table}")
+                names = [column[0] for column in found.description]
+                assert len(found.fetchall()) == 3
+            assert all(name == "name" or name in record["sql"] for name in names)
+
+    def test_no_table_and_form_is_trained_and_tested(self):
+        pairs = [{table_and_words(record) for record in NEW[split]} for split in ("train", "test")]
+        assert not pairs[0] & pairs[1]
+        assert (len(pairs[0]), len(pairs[1])) == (16, 8)
+
+    def test_each_group_has_every_form_with_a_table_of_its_own(self):
+        found = {}
+        for record, group in zip(NEW["train"], new_form_groups(WORLD), strict=True):
+            found.setdefault(group, set()).add(table_and_words(record))
+        assert len(found) == 4
+        assert all(len(pairs) == 4 for pairs in found.values())
+        assert len(set().union(*found.values())) == 16
+
+
+def test_groups_are_those_of_the_training_records():
+    assert sql_groups(WORLD) == [(each.table, each.form) for each in QUESTIONS["train"]]
 
 
 @pytest.mark.parametrize("form", FORMS, ids=lambda form: form.name)

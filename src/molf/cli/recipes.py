@@ -15,7 +15,7 @@ from molf.inputs import special_kind
 from molf.paths import check_path, expanded
 from molf.shown import as_line, json_text
 
-_SHOWN = ("method", "task", "model")
+_SHOWN = {"method": "any", "task": "", "model": "shipped"}  # with the text where it is not given
 _WRONG_INPUT = 2
 _WIDE = 1000  # columns; keeps each recipe on one line for grep
 
@@ -124,6 +124,6 @@ def _describe(path: Path) -> dict[str, str]:
     options = yaml.safe_load(text)
     return {
         "name": path.stem,
-        **{name: str(options.get(name, "shipped")) for name in _SHOWN},
+        **{name: str(options.get(name, other)) for name, other in _SHOWN.items()},
         "description": text.splitlines()[1].lstrip("# "),
     }

@@ -24,6 +24,12 @@ _QUESTIONS: dict[str, Callable[[TaskOptions], Task]] = {
     "demo-sql": partial(
         load_demo_questions, load=load_sql, records=world.sql_records, groups=world.sql_groups
     ),
+    "demo-forms": partial(
+        load_demo_questions,
+        load=load_sql,
+        records=world.new_form_records,
+        groups=world.new_form_groups,
+    ),
     "demo-med": partial(load_demo_questions, load=load_med, records=world.med_records),
     "sql": load_sql,
     "med": load_med,

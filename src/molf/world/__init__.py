@@ -15,7 +15,13 @@ from molf.world.drills import Drill
 from molf.world.entities import Attribute, Entity, Fact, Relation, World
 from molf.world.letters import letter_drills
 from molf.world.med_questions import is_practised, med_namings, med_practice, med_records
-from molf.world.sql_questions import sql_groups, sql_practice, sql_records
+from molf.world.sql_questions import (
+    new_form_groups,
+    new_form_records,
+    sql_groups,
+    sql_practice,
+    sql_records,
+)
 
 BASE_PATH = Path(__file__).parent / "base"
 """Directory of the shipped base model, a transformers checkpoint."""
@@ -37,6 +43,8 @@ __all__ = [
     "med_namings",
     "med_practice",
     "med_records",
+    "new_form_groups",
+    "new_form_records",
     "sql_groups",
     "sql_practice",
     "sql_records",

@@ -22,9 +22,17 @@ _TEST_SHARE = 4  # one of 4 pairs of table and form is for the test split
 _ROWS = 4
 _JOINED_ROWS = 3
 
+# Forms near to practised ones, so that a short training learns them.
+_NEW_FORMS = ("two conditions", "one condition of two", "average each", "groups of several")
+_NEW_TRAIN_PER_PAIR = 24
+_NEW_TEST_PER_PAIR = 12
+_NEW_TEST_TABLES = 2
+_NEW_ROWS = 3
+
 # Seed offsets, different from those of the world and its texts.
 _STREAM = 7_000_003
 _PRACTICE_STREAM = 8_000_003
+_NEW_STREAM = 12_000_003
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +73,61 @@ def sql_groups(world: World) -> list[tuple[str, str]]:
         world: The world, see `build_world`.
     """
     return [(each.table, each.form) for each in table_questions(world)["train"]]
+
+
+def new_form_records(world: World) -> dict[str, list[dict[str, Any]]]:
+    """Return questions of forms that base models have never practised, by split.
+
+    Each is about one small table with the columns of the question. The splits are `train` and
+    `test`; no pair of table and form is in both.
+
+    Args:
+        world: The world, see `build_world`.
+    """
+    questions = _new_form_questions(world)
+    return {split: [each.record for each in chosen] for split, chosen in questions.items()}
+
+
+def new_form_groups(world: World) -> list[int]:
+    """Return a number for each training record of `new_form_records`, in its order.
+
+    It is the place of the record's table among the training tables of its form, so that each group
+    has all forms, each with another table than the other groups.
+
+    Args:
+        world: The world, see `build_world`.
+    """
+    tables = _new_form_tables(Random(world.seed + _NEW_STREAM))
+    places = {
+        (table.name, form.name): place
+        for form, order in tables
+        for place, table in enumerate(order[_NEW_TEST_TABLES:])
+    }
+    return [places[each.table, each.form] for each in _new_form_questions(world)["train"]]
+
+
+def _new_form_tables(rng: Random) -> list[tuple[QueryForm, list[Table]]]:
+    """Return the new forms with the tables of the test split first, then those of training."""
+    return [(form, shuffled(rng, TABLES)) for form in FORMS if form.name in _NEW_FORMS]
+
+
+def _new_form_questions(world: World) -> dict[str, list[TableQuestion]]:
+    rng = Random(world.seed + _NEW_STREAM)
+    forms = _new_form_tables(rng)
+    pairs = {
+        "train": [(t, form) for form, order in forms for t in order[_NEW_TEST_TABLES:]],
+        "test": [(t, form) for form, order in forms for t in order[:_NEW_TEST_TABLES]],
+    }
+    times = {"train": _NEW_TRAIN_PER_PAIR, "test": _NEW_TEST_PER_PAIR}
+    rows = _Rows(world)
+    number = count()
+    return {
+        split: [
+            _question(rng, rows, table, form, next(number), small=True)
+            for table, form in shuffled(rng, chosen * times[split])
+        ]
+        for split, chosen in pairs.items()
+    }
 
 
 def sql_practice(world: World) -> list[dict[str, Any]]:
@@ -133,16 +196,23 @@ class _Rows:
 
 
 def _question(
-    rng: Random, rows: _Rows, table: Table, form: QueryForm, number: int
+    rng: Random,
+    rows: _Rows,
+    table: Table,
+    form: QueryForm,
+    number: int,
+    *,
+    small: bool = False,
 ) -> TableQuestion:
     c = choice(rng, _text_columns(table, joined=form.joined))
     n = choice(rng, table.numbers)
     columns = [c, n] if form.uses("c") and form.uses("n") else [c] if form.uses("c") else [n]
-    if not form.joined:
+    if not form.joined and not small:
         # Add columns that the question does not need.
         others = [name for name in (*table.texts, *table.numbers) if name not in columns]
         columns += sample(rng, others, min(len(others), 3 - len(columns)))
-    chosen = _draw_rows(rng, rows, table, c, n, _JOINED_ROWS if form.joined else _ROWS)
+    count_of_rows = _NEW_ROWS if small else _JOINED_ROWS if form.joined else _ROWS
+    chosen = _draw_rows(rng, rows, table, c, n, count_of_rows)
     schema = _schema(rows, table, shuffled(rng, columns), chosen)
     subject = choice(rng, chosen)
     fields: dict[str, Any] = {

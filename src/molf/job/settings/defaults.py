@@ -90,6 +90,12 @@ _DEMO: dict[str, dict[str, Any]] = {
         "per_device_train_batch_size": 16,
         "gradient_accumulation_steps": 1,
     },
+    "demo-forms": {
+        "learning_rate": 2e-3,
+        "num_train_epochs": 3.0,
+        "per_device_train_batch_size": 4,
+        "gradient_accumulation_steps": 1,
+    },
     "demo-med": {
         "learning_rate": 1e-3,
         "num_train_epochs": 5.0,
