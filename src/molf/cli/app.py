@@ -47,6 +47,8 @@ study = App(name="study", help="Run many trainings from one file, and compare me
 for _name, _function, _help in (
     ("run", "run_study", "Run the trials of a study with workers on this machine."),
     ("work", "work_on_study", "Run trials of a study as one of many workers."),
+    ("status", "show_status", "Print progress, expected end, failures and best trials."),
+    ("report", "report_study", "Write tables, figures and CSV files of a study."),
     ("stop", "stop_study", "Let the workers of a study end after their trial."),
 ):
     study.command(f"molf.cli.study:{_function}", name=_name, help=_help)

@@ -15,6 +15,7 @@ from molf.streams import best_effort
 if TYPE_CHECKING:
     from molf.study.definition import Study
     from molf.study.plan import TrialMaker
+    from molf.study.status import Status
 
 _SWITCH = Parameter(negative=())
 
@@ -37,18 +38,23 @@ def run_study(
         retry_failed: Run failed trials again.
         dry_run: Check everything, and print the number of trials and the expected time.
     """
+    from molf.study.checks import check_data
     from molf.study.launch import run_workers
+    from molf.study.place import write_record
+    from molf.study.warm import WarmInputs
 
     if workers < 1:
         raise InputError(f"Invalid workers={workers}. Must be at least 1.")
-    opened, make = _open(study, accept_changes=accept_changes, write=not dry_run)
-    if dry_run:
-        _print_plan(opened, make, workers)
-        return 0
-    if workers == 1:
-        return _work(opened, make, retry_failed=retry_failed)
-    if retry_failed:
+    if workers > 1 and retry_failed:
         raise InputError("retry_failed is for one worker. Run `molf study work` with it first.")
+    if workers == 1 and not dry_run:
+        return work_on_study(study, accept_changes=accept_changes, retry_failed=retry_failed)
+    opened, make = _open(study, accept_changes=accept_changes)
+    check_data(opened, make, WarmInputs())
+    if dry_run:
+        _print_plan(opened, workers)
+        return 0
+    write_record(opened)
     failed = run_workers(["study", "work", str(study)], workers, opened.retries, _say)
     return 1 if failed else 0
 
@@ -67,47 +73,17 @@ def work_on_study(
         accept_changes: Go on with a study file that changed since its finished trials.
         retry_failed: Run failed trials again.
     """
-    opened, make = _open(study, accept_changes=accept_changes, write=True)
-    return _work(opened, make, retry_failed=retry_failed)
-
-
-def stop_study(study: Path, /) -> None:
-    """Let all workers of a study end after their trial.
-
-    Args:
-        study: The study file.
-    """
-    from molf.study.ledger import Ledger
-
-    opened, _ = _open(study, accept_changes=True, write=False)
-    _check_started(opened)
-    ledger = Ledger(opened)
-    ledger.stop(time.time())
-    running = ledger.read().running
-    _print(f"{len(running)} running trials will be finished; no other one starts.")
-
-
-def _open(study: Path, *, accept_changes: bool, write: bool) -> tuple[Study, TrialMaker]:
-    from molf.cli.study_options import open_study
-    from molf.study.place import check_directory, check_unchanged, find_change, write_record
-    from molf.study.worker import check_trials
-
-    opened, make = open_study(study)
-    check_trials(opened, make)
-    check_directory(opened)
-    check_unchanged(find_change(opened, make), accepted=accept_changes)
-    if write:
-        write_record(opened)
-    return opened, make
-
-
-def _work(study: Study, make: TrialMaker, *, retry_failed: bool) -> int:
+    from molf.study.checks import check_data
+    from molf.study.place import write_record
     from molf.study.trial import TrialRunner
     from molf.study.warm import WarmInputs
     from molf.study.worker import Worker
 
-    runner = TrialRunner(study, WarmInputs())
-    worker = Worker(study, make, runner, _say, retry_failed=retry_failed)
+    opened, make = _open(study, accept_changes=accept_changes)
+    inputs = WarmInputs()
+    check_data(opened, make, inputs)
+    write_record(opened)
+    worker = Worker(opened, make, TrialRunner(opened, inputs), _say, retry_failed=retry_failed)
     work = worker.work()
     failures = f", {work.failed} of them failed" if work.failed else ""
     ends = {
@@ -119,6 +95,96 @@ def _work(study: Study, make: TrialMaker, *, retry_failed: bool) -> int:
     return 0
 
 
+def stop_study(study: Path, /) -> None:
+    """Let all workers of a study end after their trial.
+
+    Args:
+        study: The study file.
+    """
+    from molf.study.ledger import Ledger
+
+    opened, _ = _open(study, accept_changes=True)
+    _check_started(opened)
+    ledger = Ledger(opened)
+    ledger.stop(time.time())
+    running = ledger.read().running
+    _print(f"{len(running)} running trials will be finished; no other one starts.")
+
+
+def show_status(study: Path, /) -> None:
+    """Print progress, expected end, failures and the best trials of a study.
+
+    Args:
+        study: The study file.
+    """
+    from molf.study.ledger import Ledger
+    from molf.study.plan import Plan
+    from molf.study.status import status_of
+
+    opened, make = _open(study, accept_changes=True)
+    _check_started(opened)
+    snapshot = Ledger(opened).read()
+    plan = Plan(opened, snapshot.outcomes, make, snapshot.drawn)
+    _print_status(opened, status_of(opened, plan, snapshot))
+
+
+def report_study(
+    study: Path,
+    /,
+    *,
+    to: Path | None = None,
+    figures: Annotated[bool, Parameter(negative="--no_figures")] = True,
+) -> None:
+    """Write the tables, figures and CSV files of a study.
+
+    Args:
+        study: The study file; or a folder that this command wrote, whose report is made again from
+            its CSV files alone.
+        to: The folder to write to; by default the folder `report` in the study's directory.
+        figures: Draw figures (needs matplotlib).
+    """
+    from molf.paths import expanded
+    from molf.study.report.markdown import write_report
+
+    given = expanded(study)
+    if given.is_dir():
+        if to is not None:
+            raise InputError(f"{given} is a stored study; its report is written there. Leave --to.")
+        _print(str(write_report(given, figures=figures)))
+        return
+    folder = _store(given, None if to is None else expanded(to))
+    _print(str(write_report(folder, figures=figures)))
+
+
+def _store(study: Path, to: Path | None) -> Path:
+    """Write the records of a study to a folder; return it."""
+    from molf.study.ledger import Ledger
+    from molf.study.outcome import all_results
+    from molf.study.plan import Plan
+    from molf.study.report.records import check_folder, write_records
+
+    opened, make = _open(study, accept_changes=True)
+    _check_started(opened)
+    folder = opened.output_dir / "report" if to is None else to
+    check_folder(folder, opened.name)
+    snapshot = Ledger(opened).read()
+    plan = Plan(opened, snapshot.outcomes, make, snapshot.drawn)
+    write_records(folder, opened, plan, snapshot.outcomes, all_results(opened))
+    return folder
+
+
+def _open(study: Path, *, accept_changes: bool) -> tuple[Study, TrialMaker]:
+    from molf.cli.study_options import open_study
+    from molf.study.checks import check_options
+    from molf.study.place import check_directory, check_unchanged, find_change
+
+    opened, make = open_study(study)
+    check_options(opened, make)
+    check_directory(opened)
+    check_unchanged(find_change(opened, make), accepted=accept_changes)
+    return opened, make
+
+
 def _check_started(study: Study) -> None:
     from molf.study.ledger import STORAGE
 
@@ -126,7 +192,7 @@ def _check_started(study: Study) -> None:
         raise InputError(f"The study {study.name} has not started: {study.output_dir} is missing.")
 
 
-def _print_plan(study: Study, make: TrialMaker, workers: int) -> None:
+def _print_plan(study: Study, workers: int) -> None:
     from molf.study.reading import duration
 
     pairs = len(study.cells) * len(study.methods)
@@ -145,6 +211,37 @@ def _print_plan(study: Study, make: TrialMaker, workers: int) -> None:
         f"  about {duration(seconds)} with {workers} workers at {study.seconds:g} s a trial "
         "(the file's `seconds`)"
     )
+
+
+def _print_status(study: Study, status: Status) -> None:
+    from datetime import datetime, timedelta
+
+    from molf.study.reading import duration
+
+    _print(
+        f"{study.name}: {status.complete} of {status.size} trials complete, {len(status.failed)} "
+        f"failed, {status.pruned} pruned, {len(status.running)} running, {status.left} left; rates "
+        f"are chosen for {status.chosen} of {len(study.cells) * len(study.methods)} methods in "
+        "cells"
+    )
+    if status.left:
+        workers = max(1, len(status.running))
+        end = datetime.now() + timedelta(seconds=status.seconds)
+        source = "measured" if status.measured else "from the study file"
+        when = f"{end:%Y-%m-%d %H:%M}" if status.running else "no worker is running; otherwise"
+        _print(
+            f"  end: {when} in {duration(status.seconds)} with {workers} "
+            f"worker{'s' if workers > 1 else ''} (seconds per trial {source})"
+        )
+    for trial, worker in status.running.items():
+        _print(f"  running: {trial} ({worker})")
+    for best in status.best:
+        _print(
+            f"  best rate trial in {best.cell.name}: {best.cell.metric} {best.value:.4g}, "
+            f"{best.method}, {best.label}"
+        )
+    for failure in status.failed:
+        _print(f"  failed: {failure}")
 
 
 def _say(text: str) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -198,11 +197,4 @@ def rate_options(point: Mapping[str, float]) -> dict[str, float]:
 def point_text(point: Mapping[str, float]) -> str:
     """Return a point as part of a path, such as `lr0.001-ratio3`."""
     short = {LEARNING_RATE: "lr", LORA_RATE: "lora_lr", RATIO: "ratio"}
-    return "-".join(f"{short[name]}{point[name]:.4g}" for name in RATES if name in point)
-
-
-def same_point(one: Mapping[str, float], other: Mapping[str, float]) -> bool:
-    """Return whether two points are equal to six digits."""
-    return json.dumps({k: f"{one[k]:.6g}" for k in sorted(one)}) == json.dumps(
-        {k: f"{other[k]:.6g}" for k in sorted(other)}
-    )
+    return "-".join(f"{short[name]}{point[name]:.6g}" for name in RATES if name in point)

@@ -8,6 +8,7 @@ queue it at the same moment; the one of the lower number runs.
 from __future__ import annotations
 
 import datetime
+import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import contextmanager, suppress
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from filelock import FileLock
 
 from molf.errors import InputError
-from molf.study.definition import HYPERBAND, MEDIAN, TPE, Cell, Method, Point, Study
+from molf.study.definition import CHOOSE, HYPERBAND, MEDIAN, TPE, Cell, Method, Point, Study
 from molf.study.plan import PRUNED, Outcome, Planned
 from molf.study.rates import limits, number_of
 from molf.study.snapshot import (
@@ -38,9 +39,10 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from optuna import Study as OptunaStudy
-    from optuna.trial import Trial
+    from optuna.trial import FrozenTrial, Trial
 
 STORAGE = "optuna.sqlite"
+_ATTEMPTS = 5
 Direction = Literal["minimize", "maximize"]
 _DRIVERS = {"postgresql": "postgresql+psycopg", "postgres": "postgresql+psycopg"}
 _LOCKED_SECONDS = 60  # that SQLite waits for another process's transaction
@@ -79,6 +81,7 @@ class Ledger:
         self._is_file = study.storage is None
         self._storage = self._open()
         self._studies: dict[Place, OptunaStudy] = {}
+        self._over: dict[Place, list[FrozenTrial]] = {}
         with self.failing():
             self._control = self._create(study.name, "minimize")
 
@@ -89,7 +92,8 @@ class Ledger:
         if address.startswith("sqlite"):
             options["connect_args"] = {"timeout": _LOCKED_SECONDS}
         retry = optuna.storages.RetryHeartbeatStaleTrialCallback(max_retry=self._study.retries)
-        try:
+
+        def connect() -> Any:
             with self._creating():
                 return optuna.storages.RDBStorage(
                     address,
@@ -98,6 +102,9 @@ class Ledger:
                     grace_period=3 * self._study.heartbeat,
                     heartbeat_stale_trial_callback=retry,
                 )
+
+        try:
+            return _again_if_made_elsewhere(connect)
         except ImportError as error:
             raise InputError(
                 f"The storage {_shown(address)} needs a driver that is not installed: {error}. "
@@ -182,16 +189,26 @@ class Ledger:
 
     def read(self) -> Snapshot:
         """Return the state of all trials."""
+        found: dict[Place, list[FrozenTrial]] = {}
         with self.failing():
-            return Snapshot(
-                {
-                    (cell.name, method.name, phase): self._at(cell, method, phase).get_trials(
-                        deepcopy=False
-                    )
-                    for cell, method, phase in self._places()
-                },
-                self._study.retries,
-            )
+            for cell, method, phase in self._places():
+                place = (cell.name, method.name, phase)
+                if place not in self._over:
+                    found[place] = self._at(cell, method, phase).get_trials(deepcopy=False)
+                    if self._is_over(cell, method, phase, found[place]):
+                        self._over[place] = found[place]
+                else:
+                    found[place] = self._over[place]
+        return Snapshot(found, self._study.retries)
+
+    def _is_over(
+        self, cell: Cell, method: Method, phase: str, trials: Iterable[FrozenTrial]
+    ) -> bool:
+        """Return whether all trials of a place have succeeded: it is not read again."""
+        tried = self._study.points(cell, method) if phase == CHOOSE else 1
+        complete = {t.user_attrs.get(KEY) for t in trials if t.state.name == "COMPLETE"}
+        waiting = any(trial.state.name in ("WAITING", "RUNNING") for trial in trials)
+        return not waiting and len(complete) >= tried * len(self._study.seeds[phase])
 
     def enqueue(
         self,
@@ -227,6 +244,7 @@ class Ledger:
         given = point or {}
         attributes = {KEY: trial.key, INDEX: trial.index, SEED: trial.seed, POINT: given}
         one = self._at(trial.cell, trial.method, trial.phase)
+        self._over.pop((trial.cell.name, trial.method.name, trial.phase), None)
         one.enqueue_trial(given, user_attrs=attributes)
 
     def fail_stale(self, places: Iterable[Place]) -> None:
@@ -364,6 +382,20 @@ class Ledger:
         if kind == HYPERBAND:
             return optuna.pruners.HyperbandPruner()
         return optuna.pruners.NopPruner()
+
+
+def _again_if_made_elsewhere(connect: Callable[[], Any]) -> Any:
+    """Connect; again after a moment if another worker was making the tables of a new database."""
+    import sqlalchemy.exc
+
+    for attempt in range(_ATTEMPTS):
+        try:
+            return connect()
+        except (sqlalchemy.exc.IntegrityError, sqlalchemy.exc.ProgrammingError):
+            if attempt == _ATTEMPTS - 1:
+                raise
+            time.sleep(1 + attempt)
+    raise AssertionError(attempt)
 
 
 def _optuna() -> Any:

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from molf.job.settings.resolved import without_effect
 from molf.study.definition import (
     GRID,
     LEARNING_RATE,
@@ -24,7 +25,7 @@ from molf.study.definition import (
     Range,
     Rates,
     Study,
-    same_point,
+    point_text,
 )
 from molf.study.values import StudyFileError, mapping, number, reject_unknown
 
@@ -101,9 +102,12 @@ def _grid(content: Any, where: str) -> tuple[Point, ...]:
         ]
     if not points:
         raise StudyFileError(f"{where} are missing.")
-    for one, other in itertools.combinations(points[:1000], 2):
-        if same_point(one, other):
-            raise StudyFileError(f"{where}: a point is given twice: {one}.")
+    seen = set()
+    for point in points:
+        text = point_text(point)
+        if text in seen:
+            raise StudyFileError(f"{where}: a point is given twice: {text}.")
+        seen.add(text)
     return tuple(points)
 
 
@@ -122,6 +126,23 @@ def check_equal_numbers(study: Study) -> None:
                 f"cells, {cell.name}: methods have different numbers of rate trials ({listed}). "
                 f"With {most - fewest} more, one method would be tuned better. Give each the same."
             )
+
+
+def check_effect(study: Study) -> None:
+    """Check that every method uses its rates.
+
+    Raises:
+        StudyFileError: A method has no LoRA factors, and a rate for them.
+    """
+    for cell in study.cells:
+        for method in study.methods:
+            kind = str(method.options.get("method", "molf"))
+            for name in limits(study.rates(cell, method)):
+                if name != LEARNING_RATE and LORA_RATE in without_effect(kind):
+                    raise StudyFileError(
+                        f"cells, {cell.name}: {name} has no effect with method={kind} "
+                        f"({method.name}). Give {LEARNING_RATE} alone."
+                    )
 
 
 def drawn_points(study: Study, cell: Cell, method: Method) -> tuple[Point, ...] | None:

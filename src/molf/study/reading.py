@@ -26,7 +26,7 @@ from molf.study.definition import (
     Report,
     Study,
 )
-from molf.study.rates import check_equal_numbers, read_rates
+from molf.study.rates import check_effect, check_equal_numbers, read_rates
 from molf.study.values import (
     StudyFileError,
     integers,
@@ -81,6 +81,7 @@ def read_study(path: Path, content: Mapping[str, Any], options: Options) -> Stud
     """
     try:
         study = _study(path, content, options)
+        check_effect(study)
         check_equal_numbers(study)
         _check_size(study)
     except StudyFileError as error:

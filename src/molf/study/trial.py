@@ -25,6 +25,7 @@ from molf.job.record.ownership import (
     MODEL,
 )
 from molf.job.record.result import RunError, RunResult
+from molf.job.settings.defaults import ROUTED
 from molf.study.definition import CHOOSE, KEEP_RECORDS, Point, Study
 from molf.study.outcome import (
     TrialResult,
@@ -155,7 +156,7 @@ def trial_row(planned: Planned, point: Point, run: RunResult, seconds: float) ->
         "seed": planned.seed,
         **{name: point.get(name) for name in ("learning_rate", "lora_lr_ratio")},
         "lora_learning_rate": settings.lora_learning_rate,
-        "score": settings.score,
+        "score": settings.score if settings.method in ROUTED else None,
         "key": planned.key,
         **metric_columns("before", run.before.metrics),
         **metric_columns("after", run.after.metrics),

@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from molf.errors import InputError
 from molf.study.definition import Study
 from molf.study.ledger import Ledger, Place, Snapshot
 from molf.study.outcome import all_results
@@ -123,15 +122,3 @@ class Worker:
             result = f"{outcome.state} {outcome.error}".strip()
         self._say(f"{name}: {result} ({duration(outcome.seconds)})")
         return outcome
-
-
-def check_trials(study: Study, make: TrialMaker) -> Plan:
-    """Make the trials that are known before any result, which checks their options.
-
-    Raises:
-        InputError: The options of a cell and a method do not fit together.
-    """
-    try:
-        return Plan(study, {}, make, {})
-    except InputError as error:
-        raise InputError(f"study {study.name}: {error}") from error

@@ -1,0 +1,1 @@
+"""The report of a study: stored records, their statistics, tables and figures."""

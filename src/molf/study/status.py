@@ -1,0 +1,123 @@
+"""The progress of a study: finished trials, expected end, failures, best so far."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from statistics import fmean
+
+from molf.study.definition import Cell, Method, Study
+from molf.study.plan import COMPLETE, FAILED, PRUNED, Outcome, Plan
+from molf.study.snapshot import Snapshot
+
+
+@dataclass(frozen=True)
+class Best:
+    """The best trial of the first phase so far in a cell.
+
+    Attributes:
+        cell: The cell.
+        method: The method.
+        label: The trial.
+        value: The cell's metric.
+    """
+
+    cell: Cell
+    method: str
+    label: str
+    value: float
+
+
+@dataclass(frozen=True)
+class Status:
+    """The progress of a study.
+
+    Attributes:
+        size: Trials of both phases.
+        complete: Finished trials.
+        failed: Failed trials, each as `CELL/METHOD/TRIAL: ERROR`.
+        pruned: Number of pruned trials.
+        running: By trial, the name of its worker.
+        seconds: Expected seconds until the end with the running workers; with one worker if none
+            is running.
+        measured: Whether these come from finished trials, and not from the study file.
+        best: Per cell, the best trial of the first phase.
+        chosen: Number of methods and cells with chosen rates.
+    """
+
+    size: int
+    complete: int
+    failed: list[str]
+    pruned: int
+    running: dict[str, str]
+    seconds: float
+    measured: bool
+    best: list[Best]
+    chosen: int
+
+    @property
+    def left(self) -> int:
+        """The number of trials that have not ended."""
+        return max(0, self.size - self.complete - self.pruned - len(self.failed))
+
+
+def status_of(study: Study, plan: Plan, snapshot: Snapshot) -> Status:
+    """Return the progress of a study."""
+    ended = [(trial, snapshot.outcomes[trial.key]) for trial in plan.trials
+             if trial.key in snapshot.outcomes]  # fmt: skip
+    failed = [
+        f"{t.cell.name}/{t.method.name}/{t.label(o.point or t.point or {})}: {o.error}"
+        for t, o in ended
+        if o.state == FAILED
+    ]
+    running = {
+        f"{t.cell.name}/{t.method.name}/{t.phase} seed {t.seed}": snapshot.running[t.key]
+        for t in plan.trials
+        if t.key in snapshot.running
+    }
+    seconds, measured = _seconds_left(study, plan, snapshot.outcomes)
+    best = []
+    for cell in study.cells:
+        values = [
+            Best(cell, t.method.name, t.label(o.point), o.value)
+            for t, o in ended
+            if t.cell == cell and t.phase == "choose" and o.value is not None
+        ]
+        sign = 1 if cell.minimize else -1
+        best += sorted(values, key=lambda one: sign * one.value)[:1]
+    return Status(
+        size=study.size,
+        complete=sum(o.state == COMPLETE for _, o in ended),
+        failed=failed,
+        pruned=sum(o.state == PRUNED for _, o in ended),
+        running=running,
+        seconds=seconds / max(1, len(running)),
+        measured=measured,
+        best=best,
+        chosen=len(plan.choices),
+    )
+
+
+def _seconds_left(study: Study, plan: Plan, outcomes: Mapping[str, Outcome]) -> tuple[float, bool]:
+    """Return the seconds of all trials that have not ended, one after another."""
+    measured: dict[tuple[str, str], list[float]] = {}
+    for trial in plan.trials:
+        outcome = outcomes.get(trial.key)
+        if outcome is not None and outcome.state == COMPLETE and outcome.seconds > 0:
+            measured.setdefault((trial.cell.name, trial.method.name), []).append(outcome.seconds)
+
+    def expected(cell: Cell, method: Method) -> float:
+        same = measured.get((cell.name, method.name))
+        cells = [s for (name, _), found in measured.items() if name == cell.name for s in found]
+        every = [s for found in measured.values() for s in found]
+        return fmean(same or cells or every or [study.seconds])
+
+    total = 0.0
+    for cell in study.cells:
+        for method in study.methods:
+            size = study.points(cell, method) * len(study.choose.seeds) + len(study.report.seeds)
+            done = sum(
+                t.cell == cell and t.method == method and t.key in outcomes for t in plan.trials
+            )
+            total += max(0, size - done) * expected(cell, method)
+    return total, bool(measured)

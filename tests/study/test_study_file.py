@@ -1,0 +1,199 @@
+"""Study files: refusals in one line, before anything is written, and the number of trials."""
+
+import re
+
+import pytest
+
+from molf.cli import main
+from molf.errors import InputError
+from study_helpers import FFT, LORA, MOLF, content, study_of, write_study
+
+
+def _with(part, index=0, **changes):
+    """A change of a cell or a method of the study."""
+    entries = [dict(entry) for entry in content(".")[part]]
+    entries[index] |= changes
+    return {part: entries}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"cels": []}, r"the study has no 'cels'\. It has .*\. Did you mean cells\?"),
+        ({"cells": []}, "cells must be a list with at least one entry"),
+        ({"methods": "fft"}, "methods must be a list"),
+        (_with("cells", metric="ess"), r"cells, facts, metric: 'ess' is none of the metrics: .*es"),
+        (_with("cells", task="demo-fats"), r"cell facts, method fft: .*demo-fats"),
+        (_with("cells", num_epochs=3), r"cell facts, method fft: .*num_epochs"),
+        (_with("cells", config="nothing"), r"config nothing: there is no such file"),
+        (_with("cells", learning_rate="1e-3"), "learning_rate is given by `rates` alone"),
+        (_with("cells", ranks=4), "cells, facts: ranks belongs to methods"),
+        (_with("cells", seed=4), "cells, facts: seed is set by the study"),
+        (_with("cells", eval_part="test"), "cells, facts: eval_part is set by the study"),
+        (_with("cells", rates={"fit": {"learning_rate": 1}}), r"'fit' is none of the methods: fft"),
+        (_with("cells", minimize="perhaps"), "Invalid minimize='perhaps'. Must be true or false"),
+        (_with("cells", name="../out"), r"'\.\./out' is no name"),
+        (_with("methods", method="ftf"), "cell facts, method fft: .*ftf"),
+        (_with("methods", seed=1), "methods, fft: seed is set by the study"),
+        (_with("methods", learning_rate=1), "methods, fft: learning_rate is given by `rates`"),
+        (_with("methods", rates={}), "methods, fft, rates are missing"),
+        (_with("methods", rates=None), "methods, fft, rates are missing"),
+        (_with("methods", rates={"rate": 1}), "rates has no 'rate'"),
+        (_with("methods", rates={"learning_rate": [0]}), "0 is no finite number above 0"),
+        (_with("methods", rates={"learning_rate": ["1e-3", "0.001", 1]}), "a point is given twice"),
+        (_with("methods", rates={"lora_lr_ratio": [3, 4, 5]}), "is a multiple of learning_rate"),
+        (_with("methods", rates={"learning_rate": {"low": 1, "high": 2}}), "a grid tries a list"),
+        (
+            _with("methods", rates={"lora_learning_rate": [1e-3, 1e-2, 1]}),
+            "cells, facts: lora_learning_rate has no effect with method=fft",
+        ),
+        (
+            _with("methods", rates={"learning_rate": [1e-3]}),
+            r"different numbers of rate trials \(fft 1, lora 3\)\. With 2 more",
+        ),
+        (_with("methods", share_of="lora"), "share_of takes the rates of lora too"),
+        ({"methods": [FFT, {**FFT, "name": "FFT"}]}, "the name FFT is given twice"),
+        ({"choose": {"seeds": [11]}}, "choose.seeds and report.seeds share 11: a rate that was"),
+        ({"choose": {"seeds": [1, 1]}}, "a list of different whole numbers"),
+        (
+            {"choose": {"sampler": "best"}},
+            "Invalid choose.sampler=.best.. Must be one of grid",
+        ),
+        ({"choose": {"trials": 3}}, "a grid tries all its points. Leave it out"),
+        ({"choose": {"sampler": "tpe"}}, "Give it with sampler=tpe"),
+        ({"choose": {"sampler": "tpe", "trials": 3}}, "sampler=tpe draws from a range"),
+        ({"choose": {"prune": "all"}}, "Invalid choose.prune='all'. Must be one of median, hyper"),
+        ({"report": {"seeds": [2, 3, 4]}}, "report.seeds has 3 of the at least 5 seeds"),
+        ({"report": {"baseline": "sft"}}, r"'sft' is none of the methods: fft, lora"),
+        ({"keep": "all"}, "Invalid keep='all'. Must be one of records, models"),
+        ({"heartbeat": 0}, "heartbeat: 0 is no whole number of at least 1"),
+        ({"axes": {"max_samples": []}}, "axes, max_samples: give a list of values"),
+        ({"axes": {"seed": [1, 2]}}, "seeds with the phases"),
+        ({"axes": {"max_sample": [1, 2]}}, r"cell facts\+max_sample=1, method fft: .*max_sample"),
+    ],
+)
+def test_wrong_files_are_refused_in_one_line(tmp_path, changes, message, capsys):
+    path = write_study(tmp_path, **changes)
+    for command in (["run", "--dry_run"], ["status"]):
+        assert main(["study", command[0], str(path), *command[1:]]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("molf: error: ")
+        assert error.count("\n") == 1
+        assert re.search(message, error), error
+        assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "must hold a mapping of names to values"),
+        ("- 1", "must hold a mapping"),
+        ("a: [", "is not YAML"),
+        ("study: a\nstudy: b", "'study' is given twice"),
+        ("cells: !!python/object:os.system {}", "holds a value of the kind"),
+    ],
+)
+def test_files_that_are_no_study(tmp_path, text, message, capsys):
+    path = tmp_path / "study.yaml"
+    path.write_text(text)
+    assert main(["study", "run", str(path), "--dry_run"]) == 2
+    assert message in capsys.readouterr().err
+    assert main(["study", "run", str(tmp_path / "none.yaml"), "--dry_run"]) == 2
+    assert "none.yaml" in capsys.readouterr().err
+
+
+def test_a_grid_of_millions_is_refused_with_number_and_time(tmp_path, capsys):
+    rates = [f"{i}e-6" for i in range(1, 101)]
+    grid = {"learning_rate": rates, "lora_lr_ratio": rates}
+    cells = [{**content(tmp_path)["cells"][0], "name": f"cell{i}"} for i in range(100)]
+    path = write_study(tmp_path, methods=[{**MOLF, "rates": grid}], cells=cells, seconds=40)
+    assert main(["study", "run", str(path), "--dry_run"]) == 2
+    error = capsys.readouterr().err
+    assert "1,000,500 trials: at about 40 s each, one worker takes 463 days" in error
+    grid = {"learning_rate": [f"{i}e-6" for i in range(1, 1001)], "lora_lr_ratio": rates}
+    write_study(tmp_path, methods=[{**MOLF, "rates": grid}])
+    assert main(["study", "run", str(path), "--dry_run"]) == 2
+    assert "100,000 points per method, cell and seed" in capsys.readouterr().err
+
+
+def test_axes_multiply_cells_and_methods(tmp_path):
+    study, _ = study_of(
+        tmp_path,
+        methods=[FFT, MOLF],
+        axes={"ranks": [4, 16], "lr_scheduler_type": ["cosine", "linear"]},
+    )
+    assert [cell.name for cell in study.cells] == [
+        "facts+lr_scheduler_type=cosine",
+        "facts+lr_scheduler_type=linear",
+    ]
+    # fft has no ranks.
+    assert [method.name for method in study.methods] == ["fft", "molf+ranks=4", "molf+ranks=16"]
+    assert study.size == 2 * 3 * (3 + 5)
+
+
+def test_a_cell_takes_a_recipe_without_its_method(tmp_path):
+    cell = {"name": "facts", "config": "demo-fact-molf", "num_train_epochs": 3, "metric": "s"}
+    study, _ = study_of(tmp_path, cells=[cell])
+    assert dict(study.cells[0].options) == {
+        "task": "demo-fact",
+        "num_train_epochs": 3,
+        "per_device_train_batch_size": 32,
+        "gradient_accumulation_steps": 1,
+    }
+
+
+def test_lower_is_better_where_the_metric_says_so(tmp_path):
+    cell = {"name": "facts", "task": "demo-fact"}
+    for metric, minimize in (("forgetting_loss", True), ("s", False)):
+        study, _ = study_of(tmp_path, cells=[{**cell, "metric": metric}])
+        assert study.cells[0].minimize is minimize
+
+
+def test_rates_of_a_cell_replace_those_of_the_method(tmp_path):
+    cell = {
+        "name": "facts",
+        "task": "demo-fact",
+        "metric": "s",
+        "rates": {"fft": [{"learning_rate": rate} for rate in (1e-5, 2e-5, 3e-5)]},
+    }
+    study, _ = study_of(tmp_path, cells=[cell])
+    points = study.rates(study.cells[0], study.method("fft")).points
+    assert [point["learning_rate"] for point in points] == [1e-5, 2e-5, 3e-5]
+
+
+def test_directories_of_others_are_refused(tmp_path):
+    (tmp_path / "out").mkdir()
+    path = write_study(tmp_path)
+    (tmp_path / "out" / "notes.txt").write_text("mine")
+    assert main(["study", "run", str(path), "--dry_run"]) == 2
+    (tmp_path / "out" / "notes.txt").unlink()
+    study, _ = study_of(tmp_path)
+    from molf.study.place import check_directory, write_record
+
+    write_record(study)
+    other, _ = study_of(tmp_path, study="another")
+    with pytest.raises(InputError, match="is that of the study 'tried', not of 'another'"):
+        check_directory(other)
+
+
+def test_dry_run_counts_and_writes_nothing(tmp_path, capsys):
+    path = write_study(tmp_path, methods=[FFT, LORA, MOLF])
+    assert main(["study", "run", str(path), "--workers", "2", "--dry_run"]) == 0
+    printed = capsys.readouterr().out
+    assert "1 cells, 3 methods, 24 trials" in printed
+    assert "3 rates x 1 seeds per method by es on the validation part" in printed
+    assert "about 6 min with 2 workers at 30 s a trial" in printed
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_status_and_stop_before_the_start(tmp_path, capsys):
+    path = write_study(tmp_path)
+    for command in ("status", "stop", "report"):
+        assert main(["study", command, str(path)]) == 2
+        assert "has not started" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_number_of_workers(tmp_path, capsys):
+    assert main(["study", "run", str(write_study(tmp_path)), "--workers", "0"]) == 2
+    assert "Invalid workers=0" in capsys.readouterr().err
