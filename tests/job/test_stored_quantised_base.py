@@ -9,10 +9,10 @@ import yaml
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
+import molf.inputs
 from checkpoints import write_checkpoint
 from molf.cli import main
 from molf.core.model.quantised import quantisation_of
-from molf.job.model import quantised as quantised_base
 from recorded import logits_of
 
 _NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
@@ -245,7 +245,7 @@ def test_quantisation_in_the_text_part_counts(described):
 
 
 def test_library_that_is_not_installed(described, options, monkeypatch, capsys, tmp_path, facts):
-    monkeypatch.setattr(quantised_base, "find_spec", lambda name: None)
+    monkeypatch.setattr(molf.inputs, "find_spec", lambda name: None)
     ao = {"quant_type": {"default": {"_type": "Int8WeightOnlyConfig", "_data": {}}}}
     kinds = {
         "bitsandbytes": _FOUR,
