@@ -101,15 +101,19 @@ def test_it_is_printed_and_an_older_table_gets_the_columns(options, tmp_path, ca
 
 
 def test_one_model_is_in_memory_at_a_time(monkeypatch, options, base, facts, tmp_path, capsys):
-    loaded, load = [], loading._from_pretrained
+    loaded, auto_class = [], loading.auto_class
 
-    def loading_one(*given):
-        assert [name for name, model in loaded if model() is not None] == []
-        model, found = load(*given)
-        loaded.append((given[1], weakref.ref(model)))
-        return model, found
+    class Loading:
+        def __init__(self, config):
+            self.kind = auto_class(config)
 
-    monkeypatch.setattr(loading, "_from_pretrained", loading_one)
+        def from_pretrained(self, name, **options):
+            assert [name for name, model in loaded if model() is not None] == []
+            model, info = self.kind.from_pretrained(name, **options)
+            loaded.append((name, weakref.ref(model)))
+            return model, info
+
+    monkeypatch.setattr(loading, "auto_class", Loading)
     out = tmp_path / "run"
     assert main([*options, "--output_dir", str(out)]) == 0
     assert [name for name, _ in loaded] == [str(base), str(base), str(out / "model")]

@@ -152,9 +152,9 @@ def test_rows_are_spread_and_bounded(monkeypatch):
     rows = [[i % 500] * 30 for i in range(200)]
     model, tokenizer = tiny_qwen2(), byte_level_tokenizer()
     read = read_base(model, tokenizer, Prompts(rows), default_plain_text(), SETTINGS)
-    assert [row[0] for row in read.task.rows][:3] == [0, 9, 21]  # of 64 prompts, 17 are read
-    assert len(read.task.rows) == 17
-    assert len(read.neutral.rows) == 16
+    assert [row[0] for row in read.task.rows][:3] == [0, 15, 31]  # of 64 prompts, 12 are read
+    assert len(read.task.rows) == 12
+    assert len(read.neutral.rows) == 12
     assert {len(row) for row in read.neutral.rows} == {32}
     # Of long prompts the last positions are compared, as many of each.
     monkeypatch.setattr(divergence, "_POSITIONS", 80)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import gc
 import warnings
-from collections.abc import Mapping
-from typing import TYPE_CHECKING
+import weakref
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, TypeVar
 
 from molf.errors import InputError
 from molf.job.model.path import check_model
@@ -16,7 +17,10 @@ from molf.tasks import Task
 if TYPE_CHECKING:
     import torch
 
+    from molf.job.model.loading import LoadedModel
     from molf.measure.divergence import BaseLogits, Logits
+
+T = TypeVar("T")
 
 
 class NoBaseError(Exception):
@@ -80,11 +84,9 @@ def read_base_model(
     from molf.measure.divergence import read_base
     from molf.measure.tokens import other_token
 
-    with warnings.catch_warnings():
-        # The tuned model gives the same warnings: of its padding token, of its batches.
-        warnings.simplefilter("ignore")
-        tokenizer = load_tokenizer(model)
-        loaded = load_model(base, dtype or torch.float32)
+    tokenizer = load_tokenizer(model)
+
+    def read(loaded: LoadedModel) -> dict[str, BaseLogits]:
         if (difference := other_token(loaded.tokenizer, tokenizer)) is not None:
             raise InputError(
                 f"Invalid base={base}: its tokenizer is not that of {model} ({difference}), so "
@@ -95,15 +97,28 @@ def read_base_model(
         neutral: dict[str, Logits] = {}  # by text, as tasks may share one
         for name, (task, text) in measured.items():
             found[name] = read_base(
-                loaded.model,
-                tokenizer,
-                task,
-                text,
-                settings,
-                progress,
-                neutral=neutral.get(text),
+                loaded.model, tokenizer, task, text, settings, progress, neutral=neutral.get(text)
             )
             neutral[text] = found[name].neutral
+        return found
+
+    return read_and_free(lambda: load_model(base, dtype or torch.float32), read)
+
+
+def read_and_free(load: Callable[[], LoadedModel], read: Callable[[LoadedModel], T]) -> T:
+    """Load a base model again, compute a result with it, and free it.
+
+    Args:
+        load: Loads the model.
+        read: Returns the result, which holds no part of the model.
+    """
+    with warnings.catch_warnings():
+        # Given for the tuned model, or when the base was loaded first: on padding, on batches.
+        warnings.simplefilter("ignore")
+        loaded = load()
+        model = weakref.ref(loaded.model)
+        result = read(loaded)
     del loaded
-    gc.collect()  # models hold references to themselves
-    return found
+    if model() is not None:  # some models hold references to themselves; a collection takes 0.1 s
+        gc.collect()
+    return result

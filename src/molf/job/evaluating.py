@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import gc
 import time
 import warnings
 
 import torch
 
 from molf.errors import InputError
+from molf.job.base_model import read_and_free
 from molf.job.failing import UnusableDataError
 from molf.job.inputs import EvaluationKey, Inputs
 from molf.job.model.loading import LoadedModel, move
@@ -107,19 +107,15 @@ class Evaluator:
         return evaluation
 
     def _read_base(self, inputs: Inputs) -> BaseLogits:
-        with (
-            self._reporter.evaluating("Reading the base model again") as show,
-            warnings.catch_warnings(),
-        ):
-            warnings.simplefilter("ignore")  # given when the base was loaded first
-            base = inputs.base(self._key.model, getattr(torch, self._key.dtype))
+        def read(base: LoadedModel) -> BaseLogits:
             move(base.model, self._device)
-            logits = read_base(
+            return read_base(
                 base.model, base.tokenizer, self._task, self._forgetting_text, self._settings, show
             )
-        del base
-        gc.collect()  # models hold references to themselves
-        return logits
+
+        dtype = getattr(torch, self._key.dtype)
+        with self._reporter.evaluating("Reading the base model again") as show:
+            return read_and_free(lambda: inputs.base(self._key.model, dtype), read)
 
     def _evaluate(
         self, loaded: LoadedModel, title: str, base: BaseLogits | None = None

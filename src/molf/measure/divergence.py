@@ -24,12 +24,12 @@ from molf.measure.padding import ANY, logits_batches
 from molf.measure.settings import EvaluationSettings, Progress
 from molf.measure.spread import spread
 
-_TOKENS = 512  # of the neutral text, and of prompts; bounds the time
+_TOKENS = 384  # of the neutral text, and of prompts; bounds the time
 _FEWEST_ROWS = 8  # for an interval; long rows exceed `_TOKENS`
 _MOST_PROMPTS = 64
 _POSITIONS = 1024  # most positions of the neutral text, and of prompts; bounds the memory
 _WINDOW = 32  # tokens; longer windows were too few for an interval
-_AT_ONCE = 32  # positions converted to float64 together; larger blocks leave a CPU's cache
+_AT_ONCE = 2**15  # logits converted to float64 together; larger blocks leave a CPU's cache
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ def read_base(
 ) -> BaseLogits:
     """Compute the logits of a base model that `kl_metrics` compares with.
 
-    Windows of the text and prompts of the task's evaluated records are spread evenly: about 512
+    Windows of the text and prompts of the task's evaluated records are spread evenly: about 384
     tokens of each, in at least 8 rows. Of long prompts the last positions are compared.
 
     Args:
@@ -212,7 +212,8 @@ def _divergences(
                 "Give a base with the model's vocabulary."
             )
         total = torch.zeros((), dtype=torch.float64, device=logits.device)
-        for part, ours in zip(theirs.split(_AT_ONCE), logits.split(_AT_ONCE), strict=True):
+        size = max(1, _AT_ONCE // logits.shape[-1])
+        for part, ours in zip(theirs.split(size), logits.split(size), strict=True):
             total += _divergence(part.to(ours.device), ours)
         sums[index] = check_not_nan(total).item()
 
@@ -223,9 +224,11 @@ def _divergences(
 def _divergence(base: Tensor, model: Tensor) -> Tensor:
     """Return KL(base || model) from logits [positions, vocabulary], summed over positions."""
     log_p, log_q = base.double().log_softmax(-1), model.double().log_softmax(-1)
-    terms = (log_p - log_q).mul_(log_p.exp())
-    # Models give some tokens a logit of -inf. They have no term: their limit is 0.
-    return terms.masked_fill_(log_p == -torch.inf, 0.0).sum()
+    # Models exclude tokens by logits of -inf: if both do, 0 * (-inf + inf) must be 0, and not NaN.
+    least = torch.finfo(torch.float64).min
+    log_p.clamp_(min=least)
+    log_q.clamp_(min=least)
+    return torch.dot(log_p.exp().flatten(), log_p.sub_(log_q).flatten())
 
 
 def _run(
