@@ -1,11 +1,14 @@
 """Study files: refusals in one line, before anything is written, and the number of trials."""
 
 import re
+from pathlib import Path
 
 import pytest
 
 from molf.cli import main
+from molf.cli.study_options import open_study
 from molf.errors import InputError
+from molf.study.checks import check_options
 from study_helpers import FFT, LORA, MOLF, content, study_of, write_study
 
 
@@ -192,6 +195,31 @@ def test_status_and_stop_before_the_start(tmp_path, capsys):
         assert main(["study", command, str(path)]) == 2
         assert "has not started" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_the_file_in_the_docs_is_a_study(tmp_path):
+    docs = Path(__file__).resolve().parents[2] / "docs" / "studies.md"
+    path = tmp_path / "facts.yaml"
+    path.write_text(re.findall(r"^```yaml\n(.*?)^```", docs.read_text(), re.M | re.S)[0])
+    study, make = open_study(path)
+    check_options(study, make)
+    assert study.size == 2 * 4 * (3 + 5)
+
+
+def test_data_is_checked_before_the_first_trial(tmp_path, capsys):
+    cell = {
+        "name": "own",
+        "task": "custom",
+        "data": "none.jsonl",
+        "model": "base",
+        "metric": "loss",
+    }
+    path = write_study(tmp_path, cells=[cell])
+    (tmp_path / "base").mkdir()
+    for command in (["run", "--dry_run"], ["work"]):
+        assert main(["study", command[0], str(path), *command[1:]]) == 2
+        assert "study tried, cell own, eval_part=validation: " in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_number_of_workers(tmp_path, capsys):
