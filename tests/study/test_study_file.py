@@ -1,12 +1,14 @@
 """Study files: refusals in one line, before anything is written, and the number of trials."""
 
 import re
+import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from molf.cli import main
-from molf.cli.study_options import open_study
+from molf.cli.study_options import find_study, open_study, study_names
 from molf.errors import InputError
 from molf.study.checks import check_options
 from study_helpers import FFT, LORA, MOLF, content, study_of, write_study
@@ -204,6 +206,30 @@ def test_the_file_in_the_docs_is_a_study(tmp_path):
     study, make = open_study(path)
     check_options(study, make)
     assert study.size == 2 * 4 * (3 + 5)
+
+
+@pytest.mark.parametrize("name", study_names())
+def test_shipped_studies_are_valid(name):
+    study, make = open_study(Path(name))
+    assert study.name == name
+    assert find_study(Path(name)).read_text().startswith(f"# molf study run {name}\n")
+    assert {len(study.rates(cell, method).points) for cell in study.cells
+            for method in study.methods} == {3}  # fmt: skip
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of top_k
+        check_options(replace(study, cells=(study.cells[0],)), make)
+
+
+def test_shipped_studies_have_a_demo_each():
+    names = {name.partition("-")[2] for name in study_names()}
+    assert study_names() == sorted(f"{kind}-{name}" for name in names for kind in ("demo", "paper"))
+
+
+def test_unknown_studies_name_the_shipped_ones(tmp_path, capsys):
+    assert main(["study", "run", "demo-mian", "--dry_run"]) == 2
+    error = capsys.readouterr().err
+    assert "study demo-mian: there is no such file, and no shipped study of that name" in error
+    assert "demo-main" in error
 
 
 def test_data_is_checked_before_the_first_trial(tmp_path, capsys):
