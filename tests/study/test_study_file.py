@@ -1,11 +1,16 @@
 """Study files: refusals in one line, before anything is written, and the number of trials."""
 
 import re
+import warnings
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from molf.cli import main
+from molf.cli.study_options import find_study, open_study, study_names
 from molf.errors import InputError
+from molf.study.checks import check_options
 from study_helpers import FFT, LORA, MOLF, content, study_of, write_study
 
 
@@ -192,6 +197,55 @@ def test_status_and_stop_before_the_start(tmp_path, capsys):
         assert main(["study", command, str(path)]) == 2
         assert "has not started" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_the_file_in_the_docs_is_a_study(tmp_path):
+    docs = Path(__file__).resolve().parents[2] / "docs" / "studies.md"
+    path = tmp_path / "facts.yaml"
+    path.write_text(re.findall(r"^```yaml\n(.*?)^```", docs.read_text(), re.M | re.S)[0])
+    study, make = open_study(path)
+    check_options(study, make)
+    assert study.size == 2 * 4 * (3 + 5)
+
+
+@pytest.mark.parametrize("name", study_names())
+def test_shipped_studies_are_valid(name):
+    study, make = open_study(Path(name))
+    assert study.name == name
+    assert find_study(Path(name)).read_text().startswith(f"# molf study run {name}\n")
+    assert {len(study.rates(cell, method).points) for cell in study.cells
+            for method in study.methods} == {3}  # fmt: skip
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of top_k
+        check_options(replace(study, cells=(study.cells[0],)), make)
+
+
+def test_shipped_studies_have_a_demo_each():
+    names = {name.partition("-")[2] for name in study_names()}
+    assert study_names() == sorted(f"{kind}-{name}" for name in names for kind in ("demo", "paper"))
+
+
+def test_unknown_studies_name_the_shipped_ones(tmp_path, capsys):
+    assert main(["study", "run", "demo-mian", "--dry_run"]) == 2
+    error = capsys.readouterr().err
+    assert "study demo-mian: there is no such file, and no shipped study of that name" in error
+    assert "demo-main" in error
+
+
+def test_data_is_checked_before_the_first_trial(tmp_path, capsys):
+    cell = {
+        "name": "own",
+        "task": "custom",
+        "data": "none.jsonl",
+        "model": "base",
+        "metric": "loss",
+    }
+    path = write_study(tmp_path, cells=[cell])
+    (tmp_path / "base").mkdir()
+    for command in (["run", "--dry_run"], ["work"]):
+        assert main(["study", command[0], str(path), *command[1:]]) == 2
+        assert "study tried, cell own, eval_part=validation: " in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_number_of_workers(tmp_path, capsys):

@@ -2,6 +2,7 @@
 
 import math
 import shutil
+from dataclasses import replace
 from typing import ClassVar
 
 import numpy as np
@@ -52,24 +53,35 @@ class Measured(Pretended):
         return outcome
 
 
-@pytest.fixture
-def finished(tmp_path):
-    """A finished study with a share-matched control, and its stored form."""
-    control = {"name": "coin", "method": "molf", "share_of": "molf"}
-    methods = [FFT, LORA, MOLF, control]
-    study, make = study_of(tmp_path, methods=methods, report={"baseline": ["fft", "lora"]})
+class Shared(Measured):
+    """The expert full takes a quarter of the updates of molf."""
 
-    class Shared(Measured):
-        def __call__(self, planned, point, trial=None):
-            outcome = super().__call__(planned, point, trial)
-            if planned.method.name == "molf":
-                from dataclasses import replace
+    def __call__(self, planned, point, trial=None):
+        outcome = super().__call__(planned, point, trial)
+        is_routed = planned.method.name == "molf"
+        return replace(outcome, full_share=0.25) if is_routed else outcome
 
-                return replace(outcome, full_share=0.25)
-            return outcome
 
+CONTROL = {"name": "coin", "method": "molf", "share_of": "molf"}
+CHANGES = {"methods": [FFT, LORA, MOLF, CONTROL], "report": {"baseline": ["fft", "lora"]}}
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory):
+    """A finished study with a share-matched control; the trials that ran."""
+    folder = tmp_path_factory.mktemp("finished")
+    study, make = study_of(folder, **CHANGES)
     runner = Shared(study)
     work(study, make, runner)
+    return study.output_dir, runner
+
+
+@pytest.fixture
+def finished(original, tmp_path):
+    """A copy of the finished study, for one test."""
+    directory, runner = original
+    study, _ = study_of(tmp_path, **CHANGES)
+    shutil.copytree(directory, study.output_dir)
     return tmp_path, study, runner
 
 

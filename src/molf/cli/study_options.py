@@ -15,10 +15,12 @@ from molf.cli.validation import parse_options
 from molf.errors import InputError
 from molf.job.settings.settings import TrainSettings
 from molf.masking import learn
-from molf.paths import expanded
+from molf.paths import check_path, expanded
 from molf.study.definition import Cell, Method, Study
 from molf.study.plan import TrialMaker
 from molf.study.reading import read_study
+
+_SHIPPED = Path(__file__).resolve().parents[1] / "studies"
 
 
 class CliOptions:
@@ -49,13 +51,35 @@ class CliOptions:
         return found
 
 
+def study_names() -> list[str]:
+    """Return the names of the shipped studies in alphabetical order."""
+    return sorted(path.stem for path in _SHIPPED.glob("*.yaml"))
+
+
+def find_study(given: Path) -> Path:
+    """Return the file of a study: the given path, else the shipped study of that name.
+
+    Raises:
+        InputError: Neither exists.
+    """
+    path = expanded(given)
+    check_path(path, "study")
+    shipped = _SHIPPED / f"{str(given).removesuffix('.yaml')}.yaml"
+    if path.exists() or (len(given.parts) == 1 and shipped.is_file()):
+        return path if path.exists() else shipped
+    raise InputError(
+        f"study {given}: there is no such file, and no shipped study of that name "
+        f"({', '.join(study_names())})."
+    )
+
+
 def open_study(path: Path) -> tuple[Study, TrialMaker]:
     """Read a study file; return the study, and a function that makes its trials.
 
     Raises:
         InputError: The file cannot be read, or is wrong.
     """
-    path = expanded(path)
+    path = find_study(path)
     try:
         content = read_nested(read_recipe_text(path, "study"))
     except RecipeError as error:

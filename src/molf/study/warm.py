@@ -14,10 +14,12 @@ if TYPE_CHECKING:
     import torch
 
     from molf.job.model.loading import LoadedModel
+    from molf.measure.divergence import BaseLogits
 
 T = TypeVar("T")
 
 _TASKS, _BASES, _EVALUATIONS = 16, 1, 64
+_LOGITS = 2  # up to 200 MB each for a vocabulary of 50,000
 
 
 class WarmInputs(Inputs):
@@ -31,6 +33,7 @@ class WarmInputs(Inputs):
         self._tasks: _Kept[Task] = _Kept(_TASKS)
         self._bases: _Kept[LoadedModel] = _Kept(_BASES)
         self._evaluations: _Kept[Evaluation] = _Kept(_EVALUATIONS)
+        self._logits: _Kept[BaseLogits] = _Kept(_LOGITS)
 
     def task(self, options: TaskOptions) -> Task:
         """Return the task with its records."""
@@ -44,6 +47,10 @@ class WarmInputs(Inputs):
     def base_evaluation(self, key: EvaluationKey, measure: Callable[[], Evaluation]) -> Evaluation:
         """Return the evaluation of the base."""
         return self._evaluations.get(key, measure)
+
+    def base_logits(self, key: EvaluationKey, measure: Callable[[], BaseLogits]) -> BaseLogits:
+        """Return the logits of the base, which the trained model is compared with."""
+        return self._logits.get(key, measure)
 
 
 class _Kept(Generic[T]):

@@ -7,6 +7,7 @@ import platform
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from molf.study.definition import Study
 from molf.study.ledger import Ledger, Place, Snapshot
@@ -15,6 +16,9 @@ from molf.study.place import definition_of, point_of, read_record
 from molf.study.plan import COMPLETE, Outcome, Plan, Planned, TrialMaker
 from molf.study.reading import duration
 from molf.study.trial import TrialRunner
+
+if TYPE_CHECKING:
+    from optuna.trial import Trial
 
 _LONGEST_POLL = 10.0  # seconds
 
@@ -112,9 +116,9 @@ class Worker:
         own = [place for place in places if place[0] == self._cell]
         return next(iter(own or places), None)
 
-    def _run_one(self, planned: Planned, point: dict[str, float], trial: object) -> Outcome:
+    def _run_one(self, planned: Planned, point: dict[str, float], trial: Trial) -> Outcome:
         self._cell = planned.cell.name
-        outcome = self._run(planned, point, trial)  # type: ignore[arg-type]
+        outcome = self._run(planned, point, trial)
         name = f"{planned.cell.name}/{planned.method.name}/{planned.label(point)}"
         if outcome.state == COMPLETE:
             result = f"{planned.cell.metric} {outcome.value:.4g}"
