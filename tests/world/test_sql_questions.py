@@ -1,13 +1,13 @@
 import json
 import re
 import sqlite3
+from collections import Counter
 
 import pytest
 
 from molf.sql.sandbox import Sandbox
 from molf.world import (
     build_world,
-    new_form_groups,
     new_form_records,
     sql_groups,
     sql_practice,
@@ -154,37 +154,31 @@ class TestSplits:
 
 class TestNewForms:
     def test_counts(self):
-        assert (len(NEW["train"]), len(NEW["test"])) == (384, 96)
+        assert (len(NEW["train"]), len(NEW["test"])) == (360, 108)
         assert new_form_records(build_world(0)) == NEW
-        assert len({record["id"] for record in NEW_RECORDS}) == len(NEW_RECORDS)
+        assert [record["id"] for record in NEW_RECORDS] == list(range(468))
 
     def test_base_models_have_practised_none(self):
-        practised = {query_words(record) for record in PRACTICE}
         new = {query_words(record) for record in NEW_RECORDS}
-        assert len(new) == 4
-        assert not new & practised
+        assert len(new) == 6
+        assert not new & {query_words(record) for record in PRACTICE}
 
     def test_tables_have_three_rows_and_the_columns_of_the_question(self):
         for record in NEW_RECORDS:
             with tables(record) as connection:
-                (table,) = [t.name for t in TABLES if f"FROM {t.name}" in record["sql"]]
-                found = connection.execute(f"SELECT * FROM {table}")
+                found = connection.execute(f"SELECT * FROM {table_and_words(record)[0]}")
                 names = [column[0] for column in found.description]
                 assert len(found.fetchall()) == 3
             assert all(name == "name" or name in record["sql"] for name in names)
 
-    def test_no_table_and_form_is_trained_and_tested(self):
-        pairs = [{table_and_words(record) for record in NEW[split]} for split in ("train", "test")]
-        assert not pairs[0] & pairs[1]
-        assert (len(pairs[0]), len(pairs[1])) == (16, 8)
-
-    def test_each_group_has_every_form_with_a_table_of_its_own(self):
-        found = {}
-        for record, group in zip(NEW["train"], new_form_groups(WORLD), strict=True):
-            found.setdefault(group, set()).add(table_and_words(record))
-        assert len(found) == 4
-        assert all(len(pairs) == 4 for pairs in found.values())
-        assert len(set().union(*found.values())) == 16
+    def test_both_splits_have_all_forms_and_tables_evenly_and_no_question_twice(self):
+        for split, count in (("train", 20), ("test", 6)):
+            drawn = Counter(table_and_words(record) for record in NEW[split])
+            assert len(drawn) == 18
+            assert max(drawn.values()) - min(drawn.values()) <= 1
+            assert count in drawn.values()
+        questions = {record["sql_prompt"] + record["sql_context"] for record in NEW_RECORDS}
+        assert len(questions) == len(NEW_RECORDS)
 
 
 def test_groups_are_those_of_the_training_records():

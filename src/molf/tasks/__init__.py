@@ -28,7 +28,6 @@ _QUESTIONS: dict[str, Callable[[TaskOptions], Task]] = {
         load_demo_questions,
         load=load_sql,
         records=world.new_form_records,
-        groups=world.new_form_groups,
     ),
     "demo-med": partial(load_demo_questions, load=load_med, records=world.med_records),
     "sql": load_sql,

@@ -16,7 +16,6 @@ from molf.world.entities import Attribute, Entity, Fact, Relation, World
 from molf.world.letters import letter_drills
 from molf.world.med_questions import is_practised, med_namings, med_practice, med_records
 from molf.world.sql_questions import (
-    new_form_groups,
     new_form_records,
     sql_groups,
     sql_practice,
@@ -43,7 +42,6 @@ __all__ = [
     "med_namings",
     "med_practice",
     "med_records",
-    "new_form_groups",
     "new_form_records",
     "sql_groups",
     "sql_practice",

@@ -10,7 +10,7 @@ from itertools import count, islice
 from random import Random
 from typing import Any
 
-from molf.world.draws import choice, sample, shuffled
+from molf.world.draws import balanced, choice, sample, shuffled
 from molf.world.entities import Entity, World
 from molf.world.query_forms import COMPLEXITIES, FORMS, QueryForm
 from molf.world.tables import REFERENCES, TABLES, Table
@@ -22,11 +22,17 @@ _TEST_SHARE = 4  # one of 4 pairs of table and form is for the test split
 _ROWS = 4
 _JOINED_ROWS = 3
 
-# Forms near to practised ones, so that a short training learns them.
-_NEW_FORMS = ("two conditions", "one condition of two", "average each", "groups of several")
-_NEW_TRAIN_PER_PAIR = 24
-_NEW_TEST_PER_PAIR = 12
-_NEW_TEST_TABLES = 2
+# Forms with few words to copy, so that a short training learns them.
+_NEW_FORMS = (
+    "average each",
+    "groups of several",
+    "above average",
+    "rank",
+    "running total",
+    "average within",
+)
+_NEW_TABLES = 3
+_NEW_COUNTS = {"train": 360, "test": 108}
 _NEW_ROWS = 3
 
 # Seed offsets, different from those of the world and its texts.
@@ -79,55 +85,28 @@ def new_form_records(world: World) -> dict[str, list[dict[str, Any]]]:
     """Return questions of forms that base models have never practised, by split.
 
     Each is about one small table with the columns of the question. The splits are `train` and
-    `test`; no pair of table and form is in both.
+    `test`: the same forms and tables with other rows, so that no question has the same rows.
 
     Args:
         world: The world, see `build_world`.
     """
-    questions = _new_form_questions(world)
-    return {split: [each.record for each in chosen] for split, chosen in questions.items()}
-
-
-def new_form_groups(world: World) -> list[int]:
-    """Return a number for each training record of `new_form_records`, in its order.
-
-    It is the place of the record's table among the training tables of its form, so that each group
-    has all forms, each with another table than the other groups.
-
-    Args:
-        world: The world, see `build_world`.
-    """
-    tables = _new_form_tables(Random(world.seed + _NEW_STREAM))
-    places = {
-        (table.name, form.name): place
-        for form, order in tables
-        for place, table in enumerate(order[_NEW_TEST_TABLES:])
-    }
-    return [places[each.table, each.form] for each in _new_form_questions(world)["train"]]
-
-
-def _new_form_tables(rng: Random) -> list[tuple[QueryForm, list[Table]]]:
-    """Return the new forms with the tables of the test split first, then those of training."""
-    return [(form, shuffled(rng, TABLES)) for form in FORMS if form.name in _NEW_FORMS]
-
-
-def _new_form_questions(world: World) -> dict[str, list[TableQuestion]]:
     rng = Random(world.seed + _NEW_STREAM)
-    forms = _new_form_tables(rng)
-    pairs = {
-        "train": [(t, form) for form, order in forms for t in order[_NEW_TEST_TABLES:]],
-        "test": [(t, form) for form, order in forms for t in order[:_NEW_TEST_TABLES]],
-    }
-    times = {"train": _NEW_TRAIN_PER_PAIR, "test": _NEW_TEST_PER_PAIR}
+    tables = sample(rng, TABLES, _NEW_TABLES)
+    pairs = [(table, form) for form in FORMS if form.name in _NEW_FORMS for table in tables]
     rows = _Rows(world)
-    number = count()
-    return {
-        split: [
-            _question(rng, rows, table, form, next(number), small=True)
-            for table, form in shuffled(rng, chosen * times[split])
-        ]
-        for split, chosen in pairs.items()
-    }
+    turns = balanced(rng, pairs, sum(_NEW_COUNTS.values()))
+    records: dict[str, list[dict[str, Any]]] = {split: [] for split in _NEW_COUNTS}
+    asked: set[str] = set()
+    for table, form in turns:
+        split = "train" if len(records["train"]) < _NEW_COUNTS["train"] else "test"
+        while True:
+            number = sum(map(len, records.values()))
+            record = _question(rng, rows, table, form, number, small=True).record
+            if record["sql_prompt"] + record["sql_context"] not in asked:
+                break
+        asked.add(record["sql_prompt"] + record["sql_context"])
+        records[split].append(record)
+    return records
 
 
 def sql_practice(world: World) -> list[dict[str, Any]]:
