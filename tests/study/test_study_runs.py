@@ -13,6 +13,7 @@ from molf.cli.study_options import open_study
 from molf.job.run import train
 from molf.study.outcome import all_results, run_directory
 from molf.study.plan import Plan
+from molf.study.trial import TrialRunner
 from study_helpers import study_of, write_study
 
 torch.set_num_threads(1)
@@ -115,6 +116,35 @@ def test_a_second_run_repeats_nothing(folder, study, capsys):
     assert main(["study", "run", str(folder / "study.yaml")]) == 0
     assert "0 trials run here; no trial is left" in capsys.readouterr().err
     assert {path: path.stat().st_mtime_ns for path in before} == before
+
+
+class Hopeless:
+    """A trial of Optuna that is to be ended at its first report."""
+
+    def __init__(self):
+        self.reports = []
+
+    def report(self, value, step):
+        self.reports.append((value, step))
+
+    def should_prune(self):
+        return True
+
+
+def test_the_pruner_ends_a_training_by_its_loss(study, tmp_path):
+    opened, make = study
+    pruned = replace(
+        opened, output_dir=tmp_path, keep="records", choose=replace(opened.choose, prune="median")
+    )
+    planned = Plan(opened, {}, make, {}).trials[0]
+    planned = replace(planned, settings=replace(planned.settings, logging_steps=1))
+    trial = Hopeless()
+    outcome = TrialRunner(pruned, None)(planned, planned.point, trial)
+    assert (outcome.state, outcome.value) == ("pruned", None)
+    ((loss, step),) = trial.reports
+    assert (loss > 0, step) == (True, 1)  # the metric is a loss, so Optuna minimises
+    assert not all_results(pruned)
+    assert not list(tmp_path.rglob("model.safetensors"))
 
 
 def test_records_alone_are_kept_by_default(folder, tmp_path):

@@ -104,6 +104,13 @@ def test_failed_trials_are_recorded_and_the_study_goes_on(tmp_path):
     assert len(snapshot.failed) == 1
 
 
+def test_a_method_without_a_working_rate_is_named(tmp_path):
+    study, make = study_of(tmp_path)
+    done, _ = work(study, make, Pretended(study, fails=["lora/choose"]))
+    assert done.without_rates == ("facts/lora",)
+    assert (done.done, done.failed) == (3 + 5 + 3, 3)
+
+
 def test_failed_trials_run_again_on_request(tmp_path):
     study, make = study_of(tmp_path)
     work(study, make, Pretended(study, fails=["fft/report-lr0.001-seed13"]))

@@ -86,6 +86,8 @@ def work_on_study(
     worker = Worker(opened, make, TrialRunner(opened, inputs), _say, retry_failed=retry_failed)
     work = worker.work()
     failures = f", {work.failed} of them failed" if work.failed else ""
+    if work.without_rates:
+        failures += f"; every rate failed for {', '.join(work.without_rates)}"
     ends = {
         "finished": "no trial is left",
         "stopped": "the study was stopped",
@@ -216,6 +218,7 @@ def _print_plan(study: Study, workers: int) -> None:
 def _print_status(study: Study, status: Status) -> None:
     from datetime import datetime, timedelta
 
+    from molf.shown import counted
     from molf.study.reading import duration
 
     _print(
@@ -225,14 +228,18 @@ def _print_status(study: Study, status: Status) -> None:
         "cells"
     )
     if status.left:
-        workers = max(1, len(status.running))
-        end = datetime.now() + timedelta(seconds=status.seconds)
         source = "measured" if status.measured else "from the study file"
-        when = f"{end:%Y-%m-%d %H:%M}" if status.running else "no worker is running; otherwise"
-        _print(
-            f"  end: {when} in {duration(status.seconds)} with {workers} "
-            f"worker{'s' if workers > 1 else ''} (seconds per trial {source})"
-        )
+        if status.running:
+            end = datetime.now() + timedelta(seconds=status.seconds)
+            _print(
+                f"  end: about {end:%Y-%m-%d %H:%M}, in {duration(status.seconds)} with "
+                f"{counted(len(status.running), 'worker')} (seconds per trial {source})"
+            )
+        else:
+            _print(
+                f"  end: no worker is running; one takes about {duration(status.seconds)} "
+                f"(seconds per trial {source})"
+            )
     for trial, worker in status.running.items():
         _print(f"  running: {trial} ({worker})")
     for best in status.best:

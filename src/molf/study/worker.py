@@ -31,11 +31,13 @@ class Work:
         done: Finished trials of this worker.
         failed: Failed ones among them.
         ended: Why it ended: `finished`, `stopped` or `changed`.
+        without_rates: Methods, each as `CELL/METHOD`, of which every rate trial failed.
     """
 
     done: int = 0
     failed: int = 0
     ended: str = "finished"
+    without_rates: tuple[str, ...] = ()
 
 
 class Worker:
@@ -104,6 +106,9 @@ class Worker:
                 self._ledger.fail_stale(snapshot.running_at)
                 time.sleep(min(_LONGEST_POLL, self._study.heartbeat / 2))
             elif not plan.unfinished:
+                work.without_rates = tuple(
+                    "/".join(place) for place, choice in plan.choices.items() if choice is None
+                )
                 return work
 
     def _plan(self, snapshot: Snapshot) -> Plan:
