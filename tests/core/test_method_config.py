@@ -64,9 +64,9 @@ def test_settings_cannot_be_changed_or_given_by_position():
         ({"lora_dropout": -0.1}, "Invalid lora_dropout=-0.1."),
         ({"lora_dropout": float("nan")}, "Invalid lora_dropout=nan."),
         ({"score": "EPD"}, "Invalid score='EPD'. Must be one of epd, pfn, gsnr, fresh, descent, "
-         "epd-balanced, epd-corrected, random, full, lora, random:Q, share:Q:SCORE, "
+         "epd-balanced, epd-corrected, shape, random, full, lora, random:Q, share:Q:SCORE, "
          "shuffled:SCORE (0 < Q < 1; SCORE: epd, pfn, gsnr, fresh, descent, epd-balanced, "
-         "epd-corrected)."),
+         "epd-corrected, shape)."),
         ({"score": None}, "Invalid score=None."),
         ({"seed": 1.5}, "Invalid seed=1.5. Must be an integer."),
         ({"seed": None}, "Invalid seed=None."),

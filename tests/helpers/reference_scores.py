@@ -10,7 +10,7 @@ import torch
 
 from molf.core.reference import SCORE_EPS, ReferenceMoLFAdamW, Slot
 
-FURTHER = ("gsnr", "fresh", "descent", "epd-balanced", "epd-corrected")
+FURTHER = ("gsnr", "fresh", "descent", "epd-balanced", "epd-corrected", "shape")
 
 
 class ScoredReference(ReferenceMoLFAdamW):
@@ -44,13 +44,13 @@ class ScoredReference(ReferenceMoLFAdamW):
         if name == "epd-corrected":
             moving = sum(n for n, product in zip(counts, products, strict=True) if product)
             return lr * sum(products) / moving if moving else 0.0
-        if name == "epd-balanced":
+        if name in ("epd-balanced", "shape"):
             mean = sum(products) / sum(counts)
-            s = self._scalings.get(id(slots[0]))
-            if s is None:
-                return mean
-            n_in, n_out = slots[0]["value"].shape[1], slots[1]["value"].shape[0]
-            return mean / (s / math.sqrt(3) * n_out / (n_in + n_out))
+            noise = 1.0
+            if (s := self._scalings.get(id(slots[0]))) is not None:
+                n_in, n_out = slots[0]["value"].shape[1], slots[1]["value"].shape[0]
+                noise = s / math.sqrt(3) * n_out / (n_in + n_out)
+            return lr * noise if name == "shape" else mean / noise
         fresh = sum(float(self._fresh(slot)) for slot in slots)
         slots[0]["ema"] = 0.9 * slots[0].get("ema", 0.0) + 0.1 * fresh
         return lr / sum(counts) * slots[0]["ema"]

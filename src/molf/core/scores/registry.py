@@ -24,10 +24,11 @@ from molf.core.scores.rules import (
     Shuffled,
 )
 from molf.core.scores.score import Score
+from molf.core.scores.shape import SHAPE
 
 _SHIPPED = {
     score.name: score
-    for score in (EPD, PFN, GSNR, FRESH_DESCENT, DESCENT_SUM, EPD_BALANCED, EPD_CORRECTED)
+    for score in (EPD, PFN, GSNR, FRESH_DESCENT, DESCENT_SUM, EPD_BALANCED, EPD_CORRECTED, SHAPE)
 }
 _CONTROLS: dict[str, Rule] = {"random": Random(), "full": AlwaysFull(), "lora": AlwaysLora()}
 SCORES = (*_SHIPPED, *_CONTROLS)

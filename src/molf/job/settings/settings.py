@@ -134,7 +134,7 @@ class TrainSettings:
     """With lora+, the learning rate of B as a multiple of that of A (lora_learning_rate)."""
     score: Annotated[str, Parameter(group=METHOD)] = "epd"
     """How molf scores experts: epd, pfn, gsnr, fresh, descent, epd-balanced or epd-corrected;
-    share:Q:SCORE; the controls random, random:Q, full, lora and shuffled:SCORE (docs/scores.md)."""
+    share:Q:SCORE; controls: shape, random, random:Q, full, lora, shuffled:SCORE."""
     top_k: Annotated[int, Parameter(group=METHOD)] = 1
     """How many experts of a layer take each update."""
     target_modules: Annotated[
