@@ -112,9 +112,9 @@ def _(value):
 
 @fault("fresh descent from moments after the update", "test_twin.py", "MomentDecay:_update")
 def _(update):
-    def after(grad, exp_avg, exp_avg_sq, decay, terms):
+    def after(grad, exp_avg, exp_avg_sq, decay, terms, reduce):
         late = [dataclasses.replace(term, is_before=False) for term in terms]
-        return update(grad, exp_avg, exp_avg_sq, decay, late)
+        return update(grad, exp_avg, exp_avg_sq, decay, late, reduce)
 
     return after
 

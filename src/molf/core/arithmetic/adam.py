@@ -6,7 +6,7 @@ It is in float32 (float64 for float64 weights) for every dtype of weight, gradie
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -91,59 +91,67 @@ class MomentDecay:
 
 def update_moments(grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, decay: MomentDecay) -> None:
     """Update `m <- b1 m + (1 - b1) g`, `v <- b2 v + (1 - b2) g*g` in place, on one block."""
-    _update(grad, exp_avg, exp_avg_sq, decay, ())
+    _update(grad, exp_avg, exp_avg_sq, decay, (), _sum)
 
 
 def update_and_score(
     grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, decay: MomentDecay, terms: Terms
 ) -> list[Tensor]:
     """Update moments of one block; return the sum of each term, 0-dim."""
-    is_one_pass = _in_one_pass(exp_avg, exp_avg_sq, decay)
-    return [
-        _dot(*factors) if is_one_pass and len(factors) == 2 else _product(*factors).sum()
-        for factors in _update(grad, exp_avg, exp_avg_sq, decay, terms)
-    ]
+    # A dot product takes one pass, but needs contiguous blocks.
+    reduce = _dot if _in_one_pass(exp_avg, exp_avg_sq, decay) else _sum
+    return _update(grad, exp_avg, exp_avg_sq, decay, terms, reduce)
 
 
 def update_and_score_columns(
     grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, decay: MomentDecay, terms: Terms
 ) -> list[Tensor]:
     """Update moments of one block [rows, R]; return each term summed over rows, [R]."""
-    found = _update(grad, exp_avg, exp_avg_sq, decay, terms)
-    return [_product(*factors).sum(0) for factors in found]
+    return _update(grad, exp_avg, exp_avg_sq, decay, terms, _sum_of_columns)
 
 
 def _update(
-    grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, decay: MomentDecay, terms: Terms
-) -> list[tuple[Tensor, ...]]:
-    """Update moments of one block; return the factors of each term."""
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    decay: MomentDecay,
+    terms: Terms,
+    reduce: Callable[..., Tensor],
+) -> list[Tensor]:
+    """Update moments of one block; return the reduced factors of each term."""
     is_one_pass = _in_one_pass(exp_avg, exp_avg_sq, decay)
     if is_one_pass:
         grad = grad.to(exp_avg.dtype).contiguous()
     else:
         grad = torch.where(decay.finite, grad, 0.0).to(exp_avg.dtype)
-    # Multiplied here: the tensors that the factors read are changed below.
-    before = {
-        term.name: (_product(*term.factors(Block(grad, exp_avg, exp_avg_sq))),)
-        for term in terms
-        if term.is_before
-    }
+    before = Block(grad, exp_avg, exp_avg_sq)
+    sums = {term.name: reduce(*term.factors(before)) for term in terms if term.is_before}
     direction = None
     if is_one_pass:
         direction = one_pass.move(grad, exp_avg, exp_avg_sq, decay.betas, SCORE_EPS, decay.scratch)
     else:
         exp_avg.lerp_(grad, decay.new_share)
         exp_avg_sq.mul_(decay.kept_sq).addcmul_(grad, grad, value=decay.new_sq)
-    block = Block(grad, exp_avg, exp_avg_sq, direction)
-    return [before[term.name] if term.is_before else term.factors(block) for term in terms]
+    after = Block(grad, exp_avg, exp_avg_sq, direction)
+    sums |= {term.name: reduce(*term.factors(after)) for term in terms if not term.is_before}
+    return [sums[term.name] for term in terms]
 
 
 def _product(first: Tensor, second: Tensor | None = None) -> Tensor:
     return first if second is None else first * second
 
 
-def _dot(first: Tensor, second: Tensor) -> Tensor:
-    # One pass, and twice as fast as a product and its sum.
+def _sum(*factors: Tensor) -> Tensor:
+    return _product(*factors).sum()
+
+
+def _sum_of_columns(*factors: Tensor) -> Tensor:
+    return _product(*factors).sum(0)
+
+
+def _dot(first: Tensor, second: Tensor | None = None) -> Tensor:
+    if second is None:
+        return first.sum()
     return torch.dot(first.reshape(-1), second.reshape(-1))
 
 

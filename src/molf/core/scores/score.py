@@ -32,6 +32,7 @@ class Block:
     def direction(self) -> Tensor:
         """`m / (sqrt(v) + 1e-8)`, without bias correction."""
         if self.known_direction is None:
+            # m * (1 / root) would round once more than m / root.
             self.known_direction = self.exp_avg / self.exp_avg_sq.sqrt().add_(SCORE_EPS)
         return self.known_direction
 

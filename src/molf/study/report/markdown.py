@@ -64,8 +64,7 @@ def report_text(
     outline = records.outline
     parts = [f"# {outline['study']}", str(outline.get("about") or "")]
     parts += [_origin(records), _missing(cells), _overview(cells)]
-    for cell in cells:
-        parts.append(_cell(cell, pictures.get(cell.name, [])))
+    parts += [_cell(cell, pictures.get(cell.name, [])) for cell in cells if cell.trials]
     parts.append(_notes(outline, cells))
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -103,8 +102,9 @@ def _missing(cells: Sequence[CellSummary]) -> str:
         f"- {cell.name}, {one.name}: {'; '.join(one.missing)}"
         for cell in cells
         for one in cell.methods
-        if one.missing
+        if one.missing and cell.trials
     ]
+    lines += [f"- {cell.name}: all rows" for cell in cells if not cell.trials]
     failures = [
         f"- {cell.name}, {one.name}, {text}"
         for cell in cells
@@ -122,6 +122,19 @@ def _missing(cells: Sequence[CellSummary]) -> str:
 
 
 def _overview(cells: Sequence[CellSummary]) -> str:
+    return "\n".join(
+        [
+            "## Difference to the baseline",
+            "",
+            "Bold: the 95% interval excludes 0. The baseline's column has its value.",
+            "",
+            *differences_table(cells),
+        ]
+    )
+
+
+def differences_table(cells: Sequence[CellSummary]) -> list[str]:
+    """Return the table of all methods' differences to the baseline, a row per cell."""
     names = [one.name for one in cells[0].methods] if cells else []
     header = ["cell", "metric", "baseline", *names]
     rows = []
@@ -135,21 +148,13 @@ def _overview(cells: Sequence[CellSummary]) -> str:
                 *(_difference(cell, known[name]) for name in names),
             ]
         )
-    return "\n".join(
-        [
-            "## Difference to the baseline",
-            "",
-            "Bold: the 95% interval excludes 0. The baseline's column has its value.",
-            "",
-            *_table(header, rows),
-        ]
-    )
+    return table(header, rows)
 
 
 def _difference(cell: CellSummary, one: MethodSummary) -> str:
     if one.name == cell.baseline:
-        return "" if one.value is None else _number(one.value.value)
-    return "missing" if one.comparison is None else _signed(one.comparison.estimate)
+        return "" if one.value is None else number_text(one.value.value)
+    return "missing" if one.comparison is None else signed(one.comparison.estimate)
 
 
 def _cell(cell: CellSummary, pictures: Sequence[str]) -> str:
@@ -166,13 +171,13 @@ def _cell(cell: CellSummary, pictures: Sequence[str]) -> str:
             [
                 one.name,
                 one.rates or "missing",
-                _estimate(one.value),
+                estimate_text(one.value),
                 "" if one.name == cell.baseline else _compared(found),
                 "" if found is None else f"{found.better} of {found.seeds}",
-                *(_estimate(one.harm.get(harm)) for harm in harms),
+                *(estimate_text(one.harm.get(harm)) for harm in harms),
                 "" if one.full_share is None else f"{one.full_share:.1%}",
                 *(
-                    (_number(curve.area), _number(curve.worst), f"{curve.decades:.2g}")
+                    (number_text(curve.area), number_text(curve.worst), f"{curve.decades:.2g}")
                     if curve
                     else ("", "", "")
                 ),
@@ -181,24 +186,22 @@ def _cell(cell: CellSummary, pictures: Sequence[str]) -> str:
                 f"{one.flops:.2g}",
             ]
         )
-    base = "" if cell.base is None else f" Before training: {_number(cell.base)}."
+    base = "" if cell.base is None else f" Before training: {number_text(cell.base)}."
     direction = "lower" if cell.minimize else "higher"
     parts = [
         f"## {cell.name}",
         f"{cell.about} {cell.metric}: {direction} is better.{base}".strip(),
-        "\n".join(_table(header, rows)),
+        "\n".join(table(header, rows)),
     ]
     if cell.controls:
         lines = [
-            [method, found.other, _signed(found.estimate), f"{found.better} of {found.seeds}"]
+            [method, found.other, signed(found.estimate), f"{found.better} of {found.seeds}"]
             for method, comparisons in cell.controls.items()
             for found in comparisons
         ]
         columns = ["method", "control", f"{cell.metric}: method minus control", "better seeds"]
         parts.append(
-            "\n".join(
-                ["Controls with the same share of full updates:", "", *_table(columns, lines)]
-            )
+            "\n".join(["Controls with the same share of full updates:", "", *table(columns, lines)])
         )
     parts += [
         f"Not beaten in both {cell.metric} and {harm}: {', '.join(front)}."
@@ -240,7 +243,8 @@ def _metrics(cells: Sequence[CellSummary]) -> Iterable[set[str]]:
         yield {cell.metric} | {harm for one in cell.methods for harm in one.harm}
 
 
-def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """Return the lines of a table."""
     return [
         "| " + " | ".join(header) + " |",
         "|" + "---|" * len(header),
@@ -248,23 +252,26 @@ def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
     ]
 
 
-def _number(value: float) -> str:
+def number_text(value: float) -> str:
+    """Return a number with three decimals; empty for NaN."""
     return "" if math.isnan(value) else f"{value:.3f}"
 
 
-def _estimate(found: Estimate | None) -> str:
+def estimate_text(found: Estimate | None) -> str:
+    """Return a value with its interval."""
     if found is None:
         return "missing"
     if math.isnan(found.low):
-        return _number(found.value)
+        return number_text(found.value)
     return f"{found.value:.3f} [{found.low:.3f}, {found.high:.3f}]"
 
 
 def _compared(found: Comparison | None) -> str:
-    return "missing" if found is None else _signed(found.estimate)
+    return "missing" if found is None else signed(found.estimate)
 
 
-def _signed(found: Estimate) -> str:
+def signed(found: Estimate) -> str:
+    """Return a difference with its interval; bold if the interval excludes 0."""
     if math.isnan(found.low):
         return f"{found.value:+.3f}"
     text = f"{found.value:+.3f} [{found.low:+.3f}, {found.high:+.3f}]"

@@ -111,6 +111,11 @@ class CellSummary:
     methods: list[MethodSummary]
     controls: dict[str, list[Comparison]]
 
+    @property
+    def trials(self) -> int:
+        """Number of ended trials."""
+        return sum(method.trials for method in self.methods)
+
 
 def summarise(records: Records) -> list[CellSummary]:
     """Return a summary of each cell."""
