@@ -109,6 +109,7 @@ def shares(study: Study) -> str:
 def tally(study: Study, method: str, control: str | None = None) -> str:
     """Return in how many cells a method is better or worse than the baseline or a control."""
     better, worse, equal = [], [], []
+    leads = [cell.name for cell in study.cells if control is None and cell.baseline == method]
     for cell in study.cells:
         estimate = _estimate(cell, method, control)
         if estimate is None:
@@ -119,14 +120,15 @@ def tally(study: Study, method: str, control: str | None = None) -> str:
             better.append(cell.name)
         else:
             worse.append(cell.name)
-    total = len(better) + len(worse) + len(equal)
+    total = len(leads) + len(better) + len(worse) + len(equal)
 
     def count(names: Sequence[str], word: str) -> str:
         listed = f" ({', '.join(names)})" if names else ""
         return f"{word} in {len(names)}{listed}"
 
+    first = f"{count(leads, 'the baseline')}, " if leads else ""
     return (
-        f"{count(better, 'better')}, {count(worse, 'worse')}, undecided in {len(equal)} of "
+        f"{first}{count(better, 'better')}, {count(worse, 'worse')}, undecided in {len(equal)} of "
         f"{total} cells"
     )
 

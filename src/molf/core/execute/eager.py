@@ -118,17 +118,28 @@ class Eager(Executor):
         tally: UpdateTally | None,
     ) -> None:
         """Write layer by layer."""
-        # `writes` allocates the operands: here, so that one layer's exist at a time.
         for layer, winners in layers:
-            writes = layer.writes(winners)
-            for factor in writes.factors:
-                self._write_factor(factor)
-            for write in writes.tensors:
-                self._write_tensor(write, _decay_of(write.tensor, guard), tally)
-            for adapter in writes.adapters:
-                self._write_adapter(adapter, tally)
+            self._write_layer(layer, winners, guard, tally)
         for tensor in plain:
             self._step_plain(tensor, _decay_of(tensor, guard), tally)
+
+    def _write_layer(
+        self,
+        layer: RoutedLayer,
+        winners: Winners,
+        guard: FiniteGuard,
+        tally: UpdateTally | None,
+    ) -> None:
+        """Write the winners of one layer."""
+        # A function, so that the operands, which `writes` allocates, are freed on return: those of
+        # one layer exist at a time.
+        writes = layer.writes(winners)
+        for factor in writes.factors:
+            self._write_factor(factor)
+        for write in writes.tensors:
+            self._write_tensor(write, _decay_of(write.tensor, guard), tally)
+        for adapter in writes.adapters:
+            self._write_adapter(adapter, tally)
 
     def _step_plain(
         self, tensor: DenseTensor, decay: MomentDecay, tally: UpdateTally | None
