@@ -17,12 +17,9 @@ from molf.core.scores.score import Block
 # -- scores and winners -------------------------------------------------------------------------
 
 
-@fault("bias left out of n_e", "test_golden.py", "RoutedLayer._parts")
-def _(parts):
-    def without_bias(self, index):
-        return [(name, 0 if name == "bias" else count) for name, count in parts(self, index)]
-
-    return without_bias
+@fault("bias left out of n_e", "test_golden.py", "Expert.size")
+def _(size):
+    return property(lambda self: sum(part.size for part in self.parts if part.name != "bias"))
 
 
 @fault("eps inside the root of the score", "test_one_pass.py", "Block.direction")
@@ -34,7 +31,7 @@ def _(direction):
     "the optimizer's eps used in the score",
     "test_twin.py",
     "Eager._update_layer",
-    "MomentDecay:_update",
+    "update_and_score",
 )
 def _(update_layer, update):
     def with_eps(self, layer, guard):
@@ -54,14 +51,18 @@ def _(candidates):
     return corrected
 
 
-@fault("rate missing in EPD", "test_golden.py", "RoutedLayer._numbers")
-def _(numbers):
-    return lambda self, index: (numbers(self, index)[0], 1.0, numbers(self, index)[2])
+@fault("rate missing in EPD", "test_golden.py", "RoutedLayer._value")
+def _(value):
+    return lambda self, score, expert: value(self, score, expert._replace(lr=1.0))
 
 
-@fault("score of an expert over the other's factors", "test_golden.py", "update_and_score_columns")
-def _(update_and_score_columns):
-    return lambda *args: [sums.flip(0) for sums in update_and_score_columns(*args)]
+@fault("score of an expert over the other's factors", "test_golden.py", "update_and_score")
+def _(update_and_score):
+    def turned(*args, by_column=False):
+        sums = update_and_score(*args, by_column=by_column)
+        return [one.flip(0) for one in sums] if by_column else sums
+
+    return turned
 
 
 @fault("ties go to the highest index", "test_method_config.py", "Candidates._highest")
@@ -100,9 +101,9 @@ def _(margin):
 
 @fault("an average of a score is not kept", "test_scores.py", "RoutedLayer._value")
 def _(value):
-    def forgotten(self, score, index, sums):
+    def forgotten(self, score, expert):
         before = dict(self.kept)
-        found = value(self, score, index, sums)
+        found = value(self, score, expert)
         for key in self.kept.keys() - before.keys():
             del self.kept[key]
         return found
@@ -110,11 +111,11 @@ def _(value):
     return forgotten
 
 
-@fault("fresh descent from moments after the update", "test_twin.py", "MomentDecay:_update")
+@fault("fresh descent from moments after the update", "test_twin.py", "update_and_score")
 def _(update):
-    def after(grad, exp_avg, exp_avg_sq, decay, terms, reduce):
+    def after(grad, exp_avg, exp_avg_sq, decay, terms, **how):
         late = [dataclasses.replace(term, is_before=False) for term in terms]
-        return update(grad, exp_avg, exp_avg_sq, decay, late, reduce)
+        return update(grad, exp_avg, exp_avg_sq, decay, late, **how)
 
     return after
 

@@ -15,7 +15,6 @@ from molf.core.arithmetic.adam import (
     AdamWStep,
     MomentDecay,
     update_and_score,
-    update_and_score_columns,
     update_moments,
 )
 from molf.core.scores.terms import DESCENT, FRESH, NOISE, NORM
@@ -157,7 +156,9 @@ def test_descent_is_the_formula(scale):
 @pytest.mark.parametrize("score", ["epd", "pfn"])
 def test_sums_by_column(score):
     grad, exp_avg, exp_avg_sq = moments((32, 10), torch.float32)
-    (got,) = update_and_score_columns(grad, exp_avg, exp_avg_sq, decay(known=True), [TERMS[score]])
+    (got,) = update_and_score(
+        grad, exp_avg, exp_avg_sq, decay(known=True), [TERMS[score]], by_column=True
+    )
     root = exp_avg_sq.double().sqrt() + 1e-8
     exact = exp_avg.double() ** 2 / (root if score == "epd" else root**2)
     torch.testing.assert_close(got.double(), exact.sum(0), rtol=1e-5, atol=0)

@@ -298,7 +298,7 @@ def test_saved_groups_are_checked_as_well():
 def largest(name: str = "largest") -> molf.Score:
     """Sum of the gradient's fourth powers: a term that no other score has."""
     term = molf.ScoreTerm("fourth", lambda block: (block.grad.pow(2), block.grad.pow(2)))
-    return molf.Score(name, (term,), lambda expert: expert.total("fourth") / expert.count)
+    return molf.Score(name, (term,), lambda expert: expert.total("fourth") / expert.size)
 
 
 @pytest.mark.usefixtures("own_scores")

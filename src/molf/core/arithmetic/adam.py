@@ -6,7 +6,7 @@ It is in float32 (float64 for float64 weights) for every dtype of weight, gradie
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -91,41 +91,42 @@ class MomentDecay:
 
 def update_moments(grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, decay: MomentDecay) -> None:
     """Update `m <- b1 m + (1 - b1) g`, `v <- b2 v + (1 - b2) g*g` in place, on one block."""
-    _update(grad, exp_avg, exp_avg_sq, decay, (), _sum)
+    update_and_score(grad, exp_avg, exp_avg_sq, decay, ())
 
 
 def update_and_score(
-    grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, decay: MomentDecay, terms: Terms
-) -> list[Tensor]:
-    """Update moments of one block; return the sum of each term, 0-dim."""
-    # A dot product takes one pass, but needs contiguous blocks.
-    reduce = _dot if _in_one_pass(exp_avg, exp_avg_sq, decay) else _sum
-    return _update(grad, exp_avg, exp_avg_sq, decay, terms, reduce)
-
-
-def update_and_score_columns(
-    grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, decay: MomentDecay, terms: Terms
-) -> list[Tensor]:
-    """Update moments of one block [rows, R]; return each term summed over rows, [R]."""
-    return _update(grad, exp_avg, exp_avg_sq, decay, terms, _sum_of_columns)
-
-
-def _update(
     grad: Tensor,
     exp_avg: Tensor,
     exp_avg_sq: Tensor,
     decay: MomentDecay,
     terms: Terms,
-    reduce: Callable[..., Tensor],
+    *,
+    by_column: bool = False,
 ) -> list[Tensor]:
-    """Update moments of one block; return the reduced factors of each term."""
-    is_one_pass = _in_one_pass(exp_avg, exp_avg_sq, decay)
+    """Update moments of one block; return the sum of each term.
+
+    Args:
+        grad: Gradient of the block.
+        exp_avg: m, updated in place.
+        exp_avg_sq: v, updated in place.
+        decay: Scalars of the update.
+        terms: Terms to sum.
+        by_column: Whether to sum over rows alone, of a block [rows, R].
+
+    Returns:
+        A 0-dim tensor per term; [R] by column.
+    """
+    is_one_pass = decay.is_known_finite and one_pass.fits(exp_avg, exp_avg_sq)
     if is_one_pass:
         grad = grad.to(exp_avg.dtype).contiguous()
     else:
         grad = torch.where(decay.finite, grad, 0.0).to(exp_avg.dtype)
-    before = Block(grad, exp_avg, exp_avg_sq)
-    sums = {term.name: reduce(*term.factors(before)) for term in terms if term.is_before}
+    # A dot product takes one pass, but needs contiguous blocks.
+    reduce = _sum_of_columns if by_column else _dot if is_one_pass else _sum
+    sums = [
+        reduce(*term.factors(Block(grad, exp_avg, exp_avg_sq))) if term.is_before else None
+        for term in terms
+    ]
     direction = None
     if is_one_pass:
         direction = one_pass.move(grad, exp_avg, exp_avg_sq, decay.betas, SCORE_EPS, decay.scratch)
@@ -133,8 +134,10 @@ def _update(
         exp_avg.lerp_(grad, decay.new_share)
         exp_avg_sq.mul_(decay.kept_sq).addcmul_(grad, grad, value=decay.new_sq)
     after = Block(grad, exp_avg, exp_avg_sq, direction)
-    sums |= {term.name: reduce(*term.factors(after)) for term in terms if not term.is_before}
-    return [sums[term.name] for term in terms]
+    return [
+        reduce(*term.factors(after)) if early is None else early
+        for term, early in zip(terms, sums, strict=True)
+    ]
 
 
 def _product(first: Tensor, second: Tensor | None = None) -> Tensor:
@@ -153,10 +156,6 @@ def _dot(first: Tensor, second: Tensor | None = None) -> Tensor:
     if second is None:
         return first.sum()
     return torch.dot(first.reshape(-1), second.reshape(-1))
-
-
-def _in_one_pass(exp_avg: Tensor, exp_avg_sq: Tensor, decay: MomentDecay) -> bool:
-    return decay.is_known_finite and one_pass.fits(exp_avg, exp_avg_sq)
 
 
 @dataclass(frozen=True)

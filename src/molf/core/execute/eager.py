@@ -14,7 +14,6 @@ from molf.core.arithmetic.adam import (
     gradient,
     sum_dtype,
     update_and_score,
-    update_and_score_columns,
 )
 from molf.core.arithmetic.blocks import BLOCKS, Blocks, Rows
 from molf.core.arithmetic.devices import CanRead, is_host_memory
@@ -106,7 +105,8 @@ class Eager(Executor):
             if len(ranks) == 1:
                 yield first, 1, update_and_score(*block, decay, terms)
                 continue
-            columns = [sums.split(ranks) for sums in update_and_score_columns(*block, decay, terms)]
+            sums = update_and_score(*block, decay, terms, by_column=True)
+            columns = [one.split(ranks) for one in sums]
             for index, own_columns in enumerate(zip(*columns, strict=True)):
                 yield first + index, 1, [sums.sum() for sums in own_columns]
 

@@ -10,7 +10,7 @@ def epd_balanced(expert: Expert) -> float:
 
     Rates cancel. With pure noise all experts start equal, so that only evidence tips the choice.
     """
-    return expert.total("descent") / expert.count / noise_share(expert)
+    return expert.total("descent") / expert.size / noise_share(expert)
 
 
 EPD_BALANCED = Score("epd-balanced", (DESCENT,), epd_balanced)

@@ -9,7 +9,7 @@ def epd_corrected(expert: Expert) -> float:
 
     While B = 0, A has none, and EPD divides the sum over B by the parameters of both.
     """
-    count = sum(part.count for part in expert.parts if part.sums["descent"])
+    count = sum(part.size for part in expert.parts if part.sums["descent"])
     return expert.lr * expert.total("descent") / count if count else 0.0
 
 

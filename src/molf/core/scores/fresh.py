@@ -15,7 +15,7 @@ def fresh(expert: Expert) -> float:
     """
     kept = expert.kept
     kept["ema"] = _DECAY * kept["ema"] + (1 - _DECAY) * expert.total("fresh")
-    return expert.lr * kept["ema"] / expert.count
+    return expert.lr * kept["ema"] / expert.size
 
 
 FRESH_DESCENT = Score("fresh", (FRESH,), fresh, kept={"ema": 0.0})

@@ -8,7 +8,7 @@ from molf.core.scores.terms import NORM
 
 def pfn(expert: Expert) -> float:
     """Return `sqrt(sum (m / (sqrt(v) + eps))^2 / n_e)` (arXiv 2605.07111, Eq. 11)."""
-    return math.sqrt(expert.total("norm") / expert.count)
+    return math.sqrt(expert.total("norm") / expert.size)
 
 
 PFN = Score("pfn", (NORM,), pfn)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -54,23 +54,21 @@ class ScoreTerm:
     is_before: bool = False
 
 
-@dataclass(frozen=True)
-class Part:
+class Part(NamedTuple):
     """One tensor of an expert.
 
     Attributes:
         name: "weight", "bias", "lora_A" or "lora_B".
-        count: Number of elements of the whole tensor.
+        size: Number of elements of the whole tensor.
         sums: Sum of each term of the score, by the term's name.
     """
 
     name: str
-    count: int
+    size: int
     sums: Mapping[str, float]
 
 
-@dataclass(frozen=True)
-class Expert:
+class Expert(NamedTuple):
     """An expert in one step, as a score reads it.
 
     Attributes:
@@ -89,16 +87,16 @@ class Expert:
     scaling: float
     shape: tuple[int, int]
     parts: tuple[Part, ...]
-    kept: dict[str, float] = field(default_factory=dict)
+    kept: dict[str, float]
 
     def total(self, term: str) -> float:
         """Return the sum of a term over all tensors."""
         return sum(part.sums[term] for part in self.parts)
 
     @property
-    def count(self) -> int:
+    def size(self) -> int:
         """Number of parameters, n_e."""
-        return sum(part.count for part in self.parts)
+        return sum(part.size for part in self.parts)
 
 
 @dataclass(frozen=True)

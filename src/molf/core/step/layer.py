@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -149,7 +149,7 @@ class RoutedLayer(ABC):
             RuntimeError: A score is not finite.
         """
         score = self.score
-        scores = [self._value(score, index, sums) for index in range(len(self.experts))]
+        scores = [self._value(score, expert) for expert in self._experts_of(score, sums)]
         if not all(map(math.isfinite, scores)):
             by_name = dict(zip(self.experts, scores, strict=True))
             raise RuntimeError(
@@ -162,35 +162,48 @@ class RoutedLayer(ABC):
             self.name, scores, self.has_full, group["top_k"], self.steps_taken, group["seed"]
         )
 
-    def _value(self, score: Score, index: int, sums: Mapping[tuple[int, int, str], float]) -> float:
+    def _experts_of(
+        self, score: Score, sums: Mapping[tuple[int, int, str], float]
+    ) -> Iterator[Expert]:
+        """Yield the experts as a score reads them."""
+        group, shape = self.group, self.shape
+        terms = [term.name for term in score.terms]
+
+        def part(name: str, size: int, expert: int, place: int) -> Part:
+            return Part(name, size, {term: sums[expert, place, term] for term in terms})
+
+        if self.has_full:
+            parts = tuple(
+                part(name, self.place.count(tensor.parameter), 0, place)
+                # Not strict: a layer without a trained bias has one tensor.
+                for place, (name, tensor) in enumerate(
+                    zip(("weight", "bias"), self.dense, strict=False)
+                )
+            )
+            yield Expert("full", None, group["lr"], 1.0, shape, parts, self._kept_by(score, "full"))
+        out_features, in_features = shape
+        numbers = zip(group["ranks"], self.lora_lrs, group["scalings"], strict=True)
+        for index, (rank, lr, scaling) in enumerate(numbers, int(self.has_full)):
+            parts = (
+                part("lora_A", rank * in_features, index, 0),
+                part("lora_B", rank * out_features, index, 1),
+            )
+            name = self.experts[index]
+            yield Expert(name, rank, lr, scaling, shape, parts, self._kept_by(score, name))
+
+    def _kept_by(self, score: Score, expert: str) -> dict[str, float]:
+        """Return the numbers that a score keeps for an expert."""
+        state = self.kept if score.kept else {}
+        return {
+            name: state.get(f"score_{expert}_{name}", start) for name, start in score.kept.items()
+        }
+
+    def _value(self, score: Score, expert: Expert) -> float:
         """Return the score of an expert; store the numbers that the score keeps."""
-        keys = {name: f"score_{self.experts[index]}_{name}" for name in score.kept}
-        kept = {name: self.kept.get(keys[name], start) for name, start in score.kept.items()}
-        parts = tuple(
-            Part(name, count, {term.name: sums[index, place, term.name] for term in score.terms})
-            for place, (name, count) in enumerate(self._parts(index))
-        )
-        value = score.value(
-            Expert(self.experts[index], *self._numbers(index), self.shape, parts, kept)
-        )
-        self.kept.update({keys[name]: number for name, number in kept.items()})
+        value = score.value(expert)
+        for name, number in expert.kept.items():
+            self.kept[f"score_{expert.name}_{name}"] = number
         return value
-
-    def _parts(self, index: int) -> list[tuple[str, int]]:
-        """Return name and number of elements of each tensor of an expert."""
-        if self.has_full and index == 0:
-            counts = [self.place.count(tensor.parameter) for tensor in self.dense]
-            return list(zip(("weight", "bias"), counts, strict=False))
-        rank = self.group["ranks"][index - self.has_full]
-        out_features, in_features = self.shape
-        return [("lora_A", rank * in_features), ("lora_B", rank * out_features)]
-
-    def _numbers(self, index: int) -> tuple[int | None, float, float]:
-        """Return rank, learning rate and scaling of an expert."""
-        if self.has_full and index == 0:
-            return None, self.group["lr"], 1.0
-        lora = index - self.has_full
-        return self.group["ranks"][lora], self.lora_lrs[lora], self.group["scalings"][lora]
 
     def _lora_step(self, index: int) -> AdamWStep:
         group = self.group
