@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import warnings
+import weakref
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from core_helpers import as_on_an_accelerator, feed, run, tiny_model, tiny_optimizer
 from executors import ReadsOfTheHost
+from molf.core.step.folded import FoldedLayer
 
 
 def test_state_is_made_in_the_first_step():
@@ -81,3 +83,24 @@ def test_the_host_waits_once_per_step(layers, score, requires, monkeypatch):
     with reads:
         bool(model[0].bias.sum() > 0)  # the counter counts
     assert reads.count == 2
+
+
+def test_operands_of_one_layer_exist_at_a_time(monkeypatch):
+    """They are as large as a layer's factors, and a step may have hundreds of layers."""
+    alive: list[weakref.ref] = []
+    counts = []
+    writes = FoldedLayer.writes
+
+    def recorded(layer, winners):
+        counts.append(sum(ref() is not None for ref in alive))
+        found = writes(layer, winners)
+        alive.extend(weakref.ref(write.product.left) for write in found.tensors if write.product)
+        return found
+
+    monkeypatch.setattr(FoldedLayer, "writes", recorded)
+    model = nn.ModuleList([nn.Linear(8, 8) for _ in range(5)])
+    optimizer = tiny_optimizer(model, score="lora")
+    feed(model, 0)
+    optimizer.step()
+    assert len(alive) == 5
+    assert counts == [0] * 5
