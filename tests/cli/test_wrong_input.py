@@ -127,7 +127,7 @@ def test_data(train, tmp_path, content, words):
 
 
 def test_library_that_quantises_is_missing(train, monkeypatch):
-    monkeypatch.setattr("molf.job.model.path.find_spec", lambda name: None)
+    monkeypatch.setattr("molf.inputs.find_spec", lambda name: None)
     error = train("--method", "molf-e", "--load_in_4bit")
     assert "load_in_4bit needs bitsandbytes" in error
     assert "pip install 'molf[bitsandbytes]'" in error

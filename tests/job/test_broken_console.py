@@ -66,7 +66,7 @@ def test_a_full_disk(options, tmp_path, monkeypatch, capsys, full, stepping, str
         assert f"The run in {path} is complete, but standard output cannot be" in captured.err
         assert "No space left on device" in captured.err
     else:
-        assert "broke, so progress was shown only until then" in captured.out
+        assert "failed; progress was not shown from then on" in captured.out
         assert f"run      {path}" in captured.out
 
 

@@ -76,8 +76,8 @@ def test_adapter(run_of, base, export, method):
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("molf", ["folded into the weights", "--what model", "molf-e"]),
-        ("molf-dropout", ["trained weights beside it", "--what model"]),
+        ("molf", ["folds its experts into the weights", "--what model", "molf-e"]),
+        ("molf-dropout", ["also trained weights outside of the adapter", "--what model"]),
         ("fft", ["method=fft trains the weights themselves", "--what model"]),
     ],
 )

@@ -339,7 +339,7 @@ def test_checkpoint_that_cannot_be_written(options, disk, during, monkeypatch, c
     assert main(given) == 0
     error = capsys.readouterr().err
     assert (
-        "warning: The checkpoint of step 1 was not written: the disk is full. Training go" in error
+        "warning: The checkpoint of step 1 was not written: the disk is full. Training con" in error
     )
     assert "warning: 2 checkpoints were not written (steps 1, 2)." in error
     written = [path.name for path in (disk / "run" / "checkpoints").glob("checkpoint-*")]
@@ -361,7 +361,7 @@ def test_checkpoint_leaves_room_for_the_model(options, disk, during, capsys):
     words = (
         r"step 2 was not written: it takes about 0\.\d MB, the trained model will take 0\.\d MB, "
     )
-    assert re.search(words + r"and 1\.5 MB are free\. Training goes on", error)
+    assert re.search(words + r"and 1\.5 MB are free\. Training continues", error)
     names = [path.name for path in (disk / "run" / "checkpoints").glob("checkpoint-*")]
     assert names == ["checkpoint-1"]
     assert (disk / "run" / "model" / "config.json").is_file()

@@ -177,11 +177,11 @@ def test_a_run_that_is_deleted_while_it_is_measured(
 
     path, evaluate, calls = tmp_path / "out", evaluating.evaluate, []
 
-    def deleting(*given):
+    def deleting(*given, **named):
         calls.append(given)
         if len(calls) == evaluation:
             shutil.rmtree(path)
-        return evaluate(*given)
+        return evaluate(*given, **named)
 
     monkeypatch.setattr(evaluating, "evaluate", deleting)
     assert main([*options, "--output_dir", str(path)]) == 0

@@ -200,3 +200,11 @@ def test_too_long_examples_are_counted_and_said(options, workplace, capsys):
     left_out = config["run"]["data"]["left_out_too_long"]
     assert 0 < left_out < 12
     assert f"Left out: {left_out} of 12" in capsys.readouterr().err
+
+
+def test_checkpoints_of_a_run_are_whole_so_it_gives_no_warning_of_them(options, tmp_path, capsys):
+    """PEFT alone would save the adapter; the trainer of a run saves all trained weights."""
+    path = tmp_path / "out"
+    given = ["--method", "molf", "--lora_dropout", "0.05", "--output_dir", str(path)]
+    assert main([*options, *given]) == 0
+    assert "saves the adapter only" not in capsys.readouterr().err

@@ -36,7 +36,6 @@ from molf.job.trainer.callbacks import (
     unwrapped,
 )
 from molf.job.trainer.checkpoints import Checkpoints
-from molf.job.trainer.labelled_logits import labelled_logits
 from molf.job.trainer.step_guard import StepGuard
 from molf.job.trainer.steps import StepsCheck
 from molf.job.trainer.trainer import Trainer
@@ -138,8 +137,7 @@ def run_training(
         )
         trainer.remove_callback(PrinterCallback)
         started = time.perf_counter()
-        with labelled_logits():
-            output = trainer.train()
+        output = trainer.train()
         seconds = time.perf_counter() - started
     guard.check_weights(trainer.model, trainer.state)
     checkpoints.warn_of_missing()

@@ -32,6 +32,9 @@ from molf.core.model.module_names import cleaner, is_peft_model, unwrapped
 from molf.core.model.weight_checks import check_has_values
 from molf.shown import counted
 
+NOT_SAVED = "PEFT's save_pretrained, which trainers call for checkpoints, saves the adapter only"
+"""Words of the warning about trained parameters that PEFT does not save, for filters."""
+
 _NamedParameters = list[tuple[str, nn.Parameter]]
 _ROUTED_KEYS = (
     "transposed",
@@ -267,8 +270,8 @@ def _warn_of_saving(names: list[str]) -> None:
     if lost:
         warnings.warn(
             f"{counted(len(lost), 'trained parameter')} outside the adapter (first: {lost[0]}): "
-            "PEFT's save_pretrained, which trainers call for checkpoints, saves the adapter only. "
-            "Keep model.state_dict() for checkpoints and molf.merge(model) for the result.",
+            f"{NOT_SAVED}. Keep model.state_dict() for checkpoints and molf.merge(model) for the "
+            "result.",
             stacklevel=4,
         )
 

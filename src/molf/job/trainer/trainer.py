@@ -10,6 +10,7 @@ from safetensors.torch import save_model as save_tensors
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import SFTTrainer
 
+from molf.core.model.groups import NOT_SAVED
 from molf.core.step.guard import NonFiniteError
 from molf.job.methods import Prepared
 from molf.job.model.loading import LoadedModel
@@ -59,7 +60,7 @@ class Trainer(SFTTrainer):
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         """Create the optimizer, without its warning about checkpoints, which `_save` resolves."""
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".* trained parameters are outside the adap")
+            warnings.filterwarnings("ignore", message=f".*{NOT_SAVED}")
             return super().create_optimizer(*args, **kwargs)
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
