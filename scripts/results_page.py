@@ -1,7 +1,9 @@
-"""Write docs/results.md from its template and the stored studies: no figure is typed by hand.
+"""Write docs/results.md and docs/choosing.md from templates and the stored studies.
+
+No figure is typed by hand: a page NAME.md is made from NAME.template.md.
 
 `docs/studies/NAME` holds the CSV files that `molf study report NAME --to docs/studies/NAME` wrote.
-In the template, `{{WORDS}}` is replaced:
+In a template, `{{WORDS}}` is replaced:
 
     differences STUDY         table of differences to the baseline, by cell and method
     controls STUDY            table of methods against controls with their share of full updates
@@ -37,8 +39,9 @@ from molf.study.report.statistics import Estimate
 from molf.study.report.summary import CellSummary, MethodSummary, summarise
 
 DOCS = Path(__file__).parents[1] / "docs"
-TEMPLATE, PAGE, STUDIES = DOCS / "results.template.md", DOCS / "results.md", DOCS / "studies"
-NOTICE = "<!-- Written by scripts/results_page.py from results.template.md and docs/studies. -->"
+STUDIES = DOCS / "studies"
+SUFFIX = ".template.md"
+NOTICE = "<!-- Written by scripts/results_page.py from a template and docs/studies. -->"
 
 
 class Study:
@@ -201,15 +204,24 @@ def page(template: str, folder: Path = STUDIES) -> str:
     return f"{NOTICE}\n\n{re.sub(r'{{(.+?)}}', replaced, template)}"
 
 
+def pages(folder: Path = DOCS) -> dict[Path, str]:
+    """Return the pages of all templates, by path."""
+    return {
+        path.with_name(path.name.replace(SUFFIX, ".md")): page(path.read_text(encoding="utf-8"))
+        for path in sorted(folder.glob(f"*{SUFFIX}"))
+    }
+
+
 def main(arguments: Iterable[str] | None = None) -> int:
-    """Write the page, or compare it with the stored one."""
+    """Write the pages, or compare them with the stored ones."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--check", action="store_true", help="compare with the page, write nothing")
+    parser.add_argument("--check", action="store_true", help="compare alone, write nothing")
     options = parser.parse_args(None if arguments is None else list(arguments))
-    text = page(TEMPLATE.read_text(encoding="utf-8"))
+    found = pages()
     if options.check:
-        return 0 if PAGE.read_text(encoding="utf-8") == text else 1
-    PAGE.write_text(text, encoding="utf-8")
+        return int(any(path.read_text(encoding="utf-8") != text for path, text in found.items()))
+    for path, text in found.items():
+        path.write_text(text, encoding="utf-8")
     return 0
 
 

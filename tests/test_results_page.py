@@ -1,4 +1,4 @@
-"""docs/results.md holds the figures of the stored studies, and no other."""
+"""Pages of results hold the figures of the stored studies, and no other."""
 
 from __future__ import annotations
 
@@ -18,19 +18,21 @@ def script(monkeypatch):
     sys.modules.pop("results_page")
 
 
-def test_the_page_is_that_of_the_stored_studies(script):
+def test_the_pages_are_those_of_the_stored_studies(script):
     assert script.main(["--check"]) == 0, "run python scripts/results_page.py"
 
 
-def test_the_template_has_no_measured_figure(script):
-    text = re.sub(r"{{.+?}}", "", script.TEMPLATE.read_text())
-    assert not re.findall(r"\d\.\d|\d%", text.replace("95%", ""))
+def test_the_templates_have_no_measured_figure(script):
+    templates = sorted(script.DOCS.glob("*.template.md"))
+    assert templates
+    for path in templates:
+        text = re.sub(r"{{.+?}}", "", path.read_text())
+        assert not re.findall(r"\d\.\d|\d%", text.replace("95%", ""))
 
 
-def test_a_changed_figure_is_found(script, monkeypatch, tmp_path):
-    page = tmp_path / "results.md"
-    page.write_text(script.PAGE.read_text().replace("0.", "1.", 1))
-    monkeypatch.setattr(script, "PAGE", page)
+def test_a_changed_figure_is_found(script, monkeypatch):
+    (path, text), *_ = script.pages().items()
+    monkeypatch.setattr(script, "pages", lambda: {path: text.replace("0.", "1.", 1)})
     assert script.main(["--check"]) == 1
 
 
