@@ -79,7 +79,7 @@ def _(draw):
     return lambda self: random
 
 
-@fault("a frozen base has a full expert", "test_adapter_twin.py", "RoutedLayer.candidates")
+@fault("a frozen base has a full expert", "test_scores.py", "RoutedLayer.candidates")
 def _(candidates):
     return lambda self, sums: dataclasses.replace(candidates(self, sums), has_full=True)
 

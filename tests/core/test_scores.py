@@ -249,12 +249,19 @@ def test_layers_without_scores_are_no_tie_of_the_share():
     assert routing("share:0.5:epd").rule.choose(layers) == [(0,), (0,), (1,), (1,)]
 
 
+def test_the_first_lora_expert_of_a_frozen_base_can_win():
+    model, optimizer = build("frozen", score="lora", alpha=(40.0, 0.1))
+    run(model, optimizer, range(3))
+    assert all(one.winners == ("lora0_r2",) for one in optimizer.routing.values())
+
+
 # -- words --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     "text",
-    ["random:0", "random:1", "random:1.0", "random:x", "random:.", "random:", "random:0.5:epd",
+    ["random:0", "random:1", "random:0.\u0665", "random:0.99999999999999999999",
+     "random:1.0", "random:x", "random:.", "random:", "random:0.5:epd",
      "share:0.5", "share:0.5:random", "share:2:epd", "shuffled", "shuffled:full", "epd:0.5",
      "shuffled:share:0.5:epd", "random:nan", "random:1e-3", "random: 0.5", "", ["epd"], 5],
 )  # fmt: skip

@@ -149,9 +149,17 @@ def test_a_cell_takes_a_recipe_without_its_method(tmp_path):
 
 def test_lower_is_better_where_the_metric_says_so(tmp_path):
     cell = {"name": "facts", "task": "demo-fact"}
-    for metric, minimize in (("forgetting_loss", True), ("s", False)):
+    falling = ("forgetting_loss", "loss", "perplexity", "unparsed", "kl_neutral", "kl_task")
+    for metric in (*falling, "s"):
         study, _ = study_of(tmp_path, cells=[{**cell, "metric": metric}])
-        assert study.cells[0].minimize is minimize
+        assert study.cells[0].minimize is (metric in falling)
+
+
+@pytest.mark.parametrize("minimize", [True, False])
+def test_the_direction_can_be_given(tmp_path, minimize):
+    cell = {"name": "facts", "task": "demo-fact", "metric": "s", "minimize": minimize}
+    study, _ = study_of(tmp_path, cells=[cell])
+    assert study.cells[0].minimize is minimize
 
 
 def test_rates_of_a_cell_replace_those_of_the_method(tmp_path):

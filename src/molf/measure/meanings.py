@@ -30,6 +30,15 @@ _MEANINGS = (
     (("kl_task",), "the same on the task's prompts, without answers"),
 )
 
+_LOWER_IS_BETTER = (
+    "unparsed",
+    "loss",
+    "perplexity",
+    "forgetting_loss",
+    "kl_neutral",
+    "kl_task",
+)
+
 
 def meanings(metrics: Iterable[str]) -> list[tuple[str, str]]:
     """Return (names, meaning) for the given metrics, names joined by a comma."""
@@ -49,4 +58,4 @@ def metric_names() -> tuple[str, ...]:
 
 def is_lower_better(metric: str) -> bool:
     """Return whether a lower value of a metric is better."""
-    return any(metric in names and "lower is better" in text for names, text in _MEANINGS)
+    return metric in _LOWER_IS_BETTER

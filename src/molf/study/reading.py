@@ -36,6 +36,7 @@ from molf.study.values import (
     number,
     reject_unknown,
     text,
+    truth,
     whole_number,
 )
 
@@ -209,9 +210,7 @@ def _cell(
         recipe = options.recipe(text(content["config"], f"{where}, config"))
     metric = text(content.get("metric"), f"{where}, metric")
     _check_known(metric, metric_names(), f"{where}, metric", "metrics")
-    minimize = content.get("minimize", is_lower_better(metric))
-    if not isinstance(minimize, bool):
-        raise StudyFileError(f"{where}: Invalid minimize={minimize!r}. Must be true or false.")
+    minimize = truth(content.get("minimize", is_lower_better(metric)), f"{where}: Invalid minimize")
     known = [method.name for method in methods]
     rates = {}
     for method, entry in mapping(content.get("rates", {}), f"{where}, rates").items():

@@ -21,6 +21,14 @@ def reject_unknown(content: Mapping[str, Any], known: Collection[str], where: st
             raise StudyFileError(f"{where} has no {name!r}. It has {', '.join(known)}.{hint}")
 
 
+def truth(value: Any, where: str) -> bool:
+    """Return true or false; YAML files are read as text."""
+    known = {True: True, False: False, "true": True, "false": False}
+    if not isinstance(value, (bool, str)) or value not in known:
+        raise StudyFileError(f"{where}={value!r}. Must be true or false.")
+    return known[value]
+
+
 def mapping(value: Any, where: str) -> Mapping[str, Any]:
     """Return a mapping; None is an empty one."""
     if value is None:

@@ -122,6 +122,7 @@ def _parsed(text: str) -> Routing | None:
 
 def _share(text: str) -> float | None:
     """Return a share above 0 and below 1; None for another text."""
-    if not re.fullmatch(r"0?\.\d+", text):
+    if not re.fullmatch(r"0?\.[0-9]+", text):
         return None
-    return float(text) or None
+    share = float(text)
+    return share if 0 < share < 1 else None

@@ -11,7 +11,7 @@ class Decision(NamedTuple):
 
     Attributes:
         winners: Names of the updated experts, in expert order.
-        scores: Score of every expert. With a control these are the EPD scores, which it ignores.
+        scores: Score of every expert. Controls have EPD scores, or those of the score they name.
     """
 
     winners: tuple[str, ...]
