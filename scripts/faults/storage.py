@@ -260,11 +260,11 @@ def _(largest_square, squares):
     return of_elements, lambda self, tensor, dtype: tensor.double().square().sum()
 
 
-@fault("a bad step reaches the moments", "test_nonfinite.py", "update_moments")
-def _(update_moments):
-    def unchecked(grad, exp_avg, exp_avg_sq, decay):
-        always = torch.ones_like(decay.finite)
-        update_moments(grad, exp_avg, exp_avg_sq, dataclasses.replace(decay, finite=always))
+@fault("a bad step reaches the moments", "test_nonfinite.py", "update_and_score")
+def _(update_and_score):
+    def unchecked(grad, exp_avg, exp_avg_sq, decay, terms, **how):
+        decay = dataclasses.replace(decay, finite=torch.ones_like(decay.finite))
+        return update_and_score(grad, exp_avg, exp_avg_sq, decay, terms, **how)
 
     return unchecked
 
