@@ -1,4 +1,4 @@
-"""Write docs/results.md and docs/choosing.md from templates and the stored studies.
+"""Write the pages of results from their templates and the stored studies.
 
 No figure is typed by hand: a page NAME.md is made from NAME.template.md.
 

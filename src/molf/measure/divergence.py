@@ -127,9 +127,9 @@ def kl_metrics(
     """Compute KL(base || model) of the next token's distribution, in nats per token.
 
     `kl_neutral` is the mean over positions of a text that was not trained on. `kl_task` is the
-    mean over positions of the new task's prompts, without answers; it predicts forgetting
-    (Shenfeld et al. 2025, "RL's Razor", arXiv 2509.04259). Both sum over the whole vocabulary, in
-    float64.
+    mean over positions of the new task's prompts, without answers. "RL's Razor" (Shenfeld et al.
+    2025, arXiv 2509.04259) relates the divergence on the new task to forgetting. Both sum over the
+    whole vocabulary, in float64.
 
     Args:
         model: The tuned model, on its device, in the base's dtype (another dtype adds the

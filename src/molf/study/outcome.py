@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -66,9 +65,3 @@ def all_results(study: Study) -> dict[str, TrialResult]:
         if result is not None:
             found[result.key] = result
     return found
-
-
-def text_of(row: Mapping[str, Any], name: str) -> str:
-    """Return a value of a row as text; empty if it is missing."""
-    value = row.get(name)
-    return "" if value is None else str(value)

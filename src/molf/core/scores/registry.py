@@ -45,7 +45,7 @@ class Routing:
     """Meaning of a text of `MoLFConfig.score`.
 
     Attributes:
-        score: Score of the experts; controls record it and ignore it.
+        score: Score of the experts. `full` and `random` record it and ignore it.
         rule: Choice of the winners.
     """
 
