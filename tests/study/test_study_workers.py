@@ -1,6 +1,7 @@
 """Several worker processes, some of them killed: nothing runs twice, and nothing is lost."""
 
 import signal
+import sqlite3
 import time
 from collections import Counter
 
@@ -60,6 +61,25 @@ def test_four_workers_two_killed_in_mid_trial(tmp_path):
     assert not plan.unfinished
     assert not snapshot.running
     assert not snapshot.waiting
+
+
+def test_a_running_trial_has_a_sign_of_life_from_its_start(tmp_path, monkeypatch):
+    """The worker may be killed before the thread of the heart-beats has run once."""
+    for name in ("start", "join"):
+        monkeypatch.setattr(f"optuna.storages._heartbeat.HeartbeatThread.{name}", lambda self: None)
+    study, make = study_of(tmp_path)
+    (tmp_path / "out").mkdir()
+    pretended, signs = Pretended(study), []
+
+    def run(planned, point, trial):
+        with sqlite3.connect(tmp_path / "out" / "optuna.sqlite") as database:
+            found = database.execute("select trial_id from trial_heartbeats").fetchall()
+        signs.append((trial._trial_id,) in found)
+        return pretended(planned, point, trial)
+
+    work(study, make, run)
+    assert len(signs) == study.size
+    assert all(signs)
 
 
 def test_a_trial_that_kills_its_workers_is_given_up(tmp_path):

@@ -302,6 +302,9 @@ class Ledger:
             if entry is None or self._is_taken(one, trial.number, entry.key):
                 trial.set_user_attr(DROPPED, True)
                 raise Dropped
+            # Optuna's own first heart-beat comes from a thread. A trial whose worker dies before it
+            # has none, is never stale, and would run for ever.
+            self._storage.record_heartbeat(trial._trial_id)
             trial.set_user_attr(WORKER, worker)
             point = self._suggest(trial, cell, method)
             try:

@@ -102,10 +102,10 @@ class Worker:
                 if outcome is not None:
                     work.done += 1
                     work.failed += outcome.state == "failed"
-            elif snapshot.running_at:
+            elif snapshot.running_at or plan.unfinished:
                 self._ledger.fail_stale(snapshot.running_at)
                 time.sleep(min(_LONGEST_POLL, self._study.heartbeat / 2))
-            elif not plan.unfinished:
+            else:
                 work.without_rates = tuple(
                     "/".join(place) for place, choice in plan.choices.items() if choice is None
                 )
