@@ -76,6 +76,10 @@ GOOD: dict[str, tuple[Record, ...]] = {
             "subject_name": "Anatomy",
         },
     ),
+    "math": (
+        {"query": "How many?", "response": "The answer is: 3", "type": "GSM_AnsAug"},
+        {"question": "How many?", "answer": "#### 3"},
+    ),
     "fact": (
         {
             "requested_rewrite": {

@@ -37,14 +37,14 @@ def write(path: Path, lines: list[dict]) -> Path:
     return path
 
 
-@pytest.mark.parametrize("task", ["sql", "med", "fact", "custom"])
+@pytest.mark.parametrize("task", ["sql", "med", "math", "fact", "custom"])
 def test_records(tmp_path, task):
     data = write(tmp_path / "records.jsonl", records(task))
     loaded = load_task(TaskOptions(name=task, data=str(data), evaluation_only=True))
     assert loaded.evaluation_count == len(records(task))
 
 
-@pytest.mark.parametrize("task", ["sql", "med"])
+@pytest.mark.parametrize("task", ["sql", "med", "math"])
 def test_prompts(tmp_path, task):
     """The prompt shown is the one that the record shown is asked with."""
     data = write(tmp_path / "records.jsonl", records(task) * 2)

@@ -37,6 +37,7 @@ DATA = {
 DEMOS = [name for name in NAMES if name.startswith("demo-")]
 REAL_CELLS = [name for name in NAMES if name.startswith("cell-real-")]
 CELLS = [name for name in NAMES if name.startswith("cell-") and name not in REAL_CELLS]
+BOARD = [name for name in NAMES if name.startswith("peft-math-")]
 CHATS = [name for name in NAMES if name.endswith("-chat")]
 
 
@@ -96,7 +97,10 @@ def test_cell_of_the_paper(cell):
     assert settings.max_eval_samples is None
 
 
-@pytest.mark.parametrize("name", [n for n in NAMES if n not in (*DEMOS, *CELLS, *REAL_CELLS)])
+OTHERS = (*DEMOS, *CELLS, *REAL_CELLS, *BOARD)
+
+
+@pytest.mark.parametrize("name", [n for n in NAMES if n not in OTHERS])
 def test_variant_trains_like_the_paper(name):
     check_trained_like_the_paper(recipe_settings(name), dropout="-dropout-" in name)
 
@@ -136,7 +140,8 @@ def test_recipe_is_valid_and_explains_itself(name, capsys):
     assert lines[1].endswith(".")
     assert "# What to change first:" in lines
     options = yaml.safe_load("\n".join(lines))
-    assert name.removeprefix("cell-real-").startswith(f"{options['task']}-{options['method']}")
+    bare = name.removeprefix("cell-real-").removeprefix("peft-")
+    assert bare.startswith(f"{options['task']}-{options['method']}")
     if options["method"] == "molf":
         dropout = "0.05" if "-dropout-" in name else "0"
         assert any(line.startswith(f"lora_dropout: {dropout}  # ") for line in lines)
@@ -211,6 +216,46 @@ def test_cells_on_a_real_model_differ_in_the_method_alone():
                     (16,),
                     (8,),
                 )
+
+
+@pytest.mark.parametrize("method", ["fft", "lora", "molf"])
+def test_the_recipes_of_pefts_comparison_differ_in_the_method_alone(method):
+    """The values are those of PEFT's default_training_params.json and of its experiments."""
+    assert len(BOARD) == 3
+    settings = recipe_settings(f"peft-math-{method}-llama-3.2-3b")
+    assert (settings.task, settings.method) == ("math", method)
+    assert settings.model == "meta-llama/Llama-3.2-3B"
+    assert (settings.data, settings.eval_data) == ("meta-math/MetaMathQA", "openai/gsm8k:main")
+    assert (settings.max_steps, settings.per_device_train_batch_size) == (5000, 4)
+    assert settings.gradient_accumulation_steps == 1
+    assert settings.max_samples == settings.max_steps * 4
+    assert (settings.max_length, settings.max_grad_norm, settings.seed) == (768, 1, 0)
+    assert (settings.lr_scheduler_type, settings.warmup_ratio) == ("cosine", 0.1)
+    assert (settings.dtype, settings.bf16) == ("bfloat16", True)
+    rates = {"fft": (1e-5, None), "lora": (None, 1e-4), "molf": (1e-5, 1e-4)}
+    assert (settings.learning_rate, settings.lora_learning_rate) == rates[method]
+    decays = {"fft": (0.1, 0.01), "lora": (0.1, 0.1), "molf": (0.1, 0.1)}
+    assert (settings.weight_decay, settings.lora_weight_decay) == decays[method]
+    if method == "lora":
+        config = settings.method_config
+        assert (config.ranks, config.alphas, config.use_rslora) == ((32,), (64.0,), False)
+        assert config.lora_dropout == (0,)
+        assert list(config.target_modules) == ["q_proj", "v_proj"]
+
+
+@pytest.mark.parametrize("method", ["fft", "lora", "molf"])
+def test_recipe_of_pefts_comparison_runs(method, tmp_path):
+    from checkpoints import write_checkpoint
+    from question_records import gsm8k, maths, write
+
+    model = write_checkpoint(tmp_path / "model")
+    data = write(tmp_path / "train.jsonl", maths(12))
+    test = write(tmp_path / "test.jsonl", [gsm8k(f"{i} pens?", i) for i in range(4)])
+    given = ["--model", str(model), "--data", data, "--eval_data", test, "--max_steps", "2"]
+    run = tmp_path / "run"
+    name = f"peft-math-{method}-llama-3.2-3b"
+    assert main(["train", "--config", name, *given, "--output_dir", str(run)]) == 0
+    assert json.loads((run / "eval.json").read_text())["after"]["accuracy"]["count"] == 4
 
 
 @pytest.mark.parametrize(("task", "method"), [("fact", "lora"), ("med", "molf")])

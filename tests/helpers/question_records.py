@@ -1,4 +1,4 @@
-"""Small data in the layouts of MedMCQA and Gretel's text-to-SQL."""
+"""Small data in the layouts of MedMCQA, Gretel's text-to-SQL, MetaMathQA and GSM8K."""
 
 import json
 
@@ -37,6 +37,26 @@ def sql(question, query, *, complexity="basic SQL", **changes):
         "sql": query,
         **changes,
     }
+
+
+def metamath(query, number, *, kind="GSM_Rephrased", **changes):
+    """A record of MetaMathQA, with all its fields."""
+    return {
+        "type": kind,
+        "query": query,
+        "original_question": query,
+        "response": f"We add both.\nThe answer is: {number}",
+        **changes,
+    }
+
+
+def gsm8k(question, number):
+    """A record of GSM8K."""
+    return {"question": question, "answer": f"3 + 4 = <<3+4=7>>7 pens.\n#### {number}"}
+
+
+def maths(count, tag=""):
+    return [metamath(f"{tag}{i}: how many pens?", i) for i in range(count)]
 
 
 def meds(count, tag=""):

@@ -231,6 +231,7 @@ def test_shipped_studies_are_valid(name):
 def test_shipped_studies_have_a_demo_each():
     names = [name.removeprefix("paper-") for name in study_names() if name.startswith("paper-")]
     assert len(names) >= 6
+    names.remove("math")  # no demo: the embedded model does not calculate
     assert {f"demo-{name}" for name in names} <= set(study_names())
 
 

@@ -14,7 +14,7 @@ from molf.world import (
     counterfact_validation_records,
     sql_groups,
 )
-from question_records import med, meds, sql, write
+from question_records import maths, med, meds, sql, write
 from shared_data import SHARED, needs_shared
 
 
@@ -67,7 +67,7 @@ def sqls(count, tag=""):
     return [sql(f"{tag}{i}?", f"SELECT {i}") for i in range(count)]
 
 
-RECORDS = {"med": meds, "sql": sqls, "custom": pairs}
+RECORDS = {"med": meds, "sql": sqls, "math": maths, "custom": pairs}
 
 
 @pytest.fixture

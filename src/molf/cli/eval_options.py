@@ -37,7 +37,7 @@ class EvalOptions:
     max_samples: Annotated[int | None, Parameter(group=DATA)] = None
     """Evaluate on at most this many records, drawn by the seed."""
     few_shot: Annotated[int | None, Parameter(group=DATA, show_default="0")] = None
-    """Answered training questions before each question, drawn by seed (sql, med, their demos)."""
+    """Answered training questions before each question, drawn by seed (sql, med, math, demos)."""
     eval_part: Annotated[str, Parameter(choices=EVAL_PARTS, group=DATA)] = "test"
     """Measure the task's records, or the part of its training data that a run validated on."""
     validation_share: Annotated[

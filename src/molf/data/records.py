@@ -32,7 +32,7 @@ _SPLIT_WORDS = {
     "dev": "validation",
 }
 _MOST_ENTRIES = 100_000  # files in a folder, data files or not
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(?::[\w.-]+)?")  # :configuration
 
 
 def read_records(
@@ -49,7 +49,8 @@ def read_splits(
 
     Args:
         source: A `.json`, `.jsonl`, `.parquet` or `.csv` file; a folder of such files, whose names
-            may contain train, test or validation; the URL of such a file; or a Hub id `owner/name`.
+            may contain train, test or validation; the URL of such a file; or a Hub id `owner/name`
+            or `owner/name:configuration`.
         fields: Fields that every record must have.
         option: The option that the source was given by, for messages.
 
@@ -187,9 +188,10 @@ def _check_hub(name: str, option: str) -> None:
 def _read_hub(name: str, option: str) -> dict[str, list[Record]]:
     import datasets
 
-    _check_hub(name, option)
+    path, _, configuration = name.partition(":")
+    _check_hub(path, option)
     try:
-        loaded = datasets.load_dataset(name)
+        loaded = datasets.load_dataset(path, *filter(None, [configuration]))
         splits = {split: without_nulls(loaded[split].to_list()) for split in loaded}
     except Exception as error:  # many types, from several libraries: all mean "no data"
         raise InputError(

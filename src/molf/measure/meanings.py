@@ -11,7 +11,7 @@ _MEANINGS = (
     (("s",), "harmonic mean of es, ps and ns"),
     (("acc_new", "acc_true"), "greedy text after the edited prompt begins with that target"),
     (("accuracy",), "share of questions answered rightly in the generated text"),
-    (("unparsed",), "share of answers that name no option (lower is better)"),
+    (("unparsed",), "share of answers without an option or a number (lower is better)"),
     (("accuracy_logprob",), "share of questions whose likeliest option letter is right"),
     (("execution_accuracy",), "query returns the gold rows: duplicates count, order where asked"),
     (

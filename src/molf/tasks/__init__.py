@@ -15,6 +15,7 @@ from molf.tasks.base import Task
 from molf.tasks.custom import load_custom
 from molf.tasks.demo import load_demo_questions
 from molf.tasks.facts import load_demo_fact, load_fact
+from molf.tasks.math import load_math
 from molf.tasks.med import load_med
 from molf.tasks.options import EVAL_PARTS, VALIDATION_SHARE, TaskOptions
 from molf.tasks.sql import load_sql
@@ -32,6 +33,7 @@ _QUESTIONS: dict[str, Callable[[TaskOptions], Task]] = {
     "demo-med": partial(load_demo_questions, load=load_med, records=world.med_records),
     "sql": load_sql,
     "med": load_med,
+    "math": load_math,
 }
 
 _LOADERS: dict[str, Callable[[TaskOptions], Task]] = {

@@ -25,7 +25,7 @@ class TaskOptions:
         max_samples: Number of records of `data` to use, drawn by `seed`; None for all.
         max_eval_samples: Number of records to evaluate on, drawn by `seed`; None for all.
         few_shot: Number of training records with answers before each question, drawn by `seed`,
-            in training and in evaluation (`sql`, `med` and their demo tasks).
+            in training and in evaluation (`sql`, `med`, `math` and the demo tasks of questions).
         eval_part: One of `EVAL_PARTS`. `validation` measures a fixed part of the training data,
             which is neither trained on nor measured with `test`.
         validation_share: Share of the training data in the validation part, in (0, 1); None for

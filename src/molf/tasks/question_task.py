@@ -147,7 +147,7 @@ class QuestionTask(Task, Generic[Q]):
         question = self._data.evaluation.questions.get(index)
         if question is None:
             return {}
-        return {"prompt": question.prompt, "expected": question.answer}
+        return {"prompt": question.prompt, "expected": question.expected}
 
     @abstractmethod
     def _score(self, texts: Mapping[int, str], seed: int, progress: Progress | None) -> Evaluation:
@@ -223,9 +223,8 @@ class QuestionTask(Task, Generic[Q]):
             nearest = self._score(self._nearest_answers(scored), 0, None)
             evaluation.tables["baselines"] = {"nearest_training_answer": nearest.metrics}
         for entry in evaluation.predictions:
-            sample = asked.samples[entry["index"]]
-            entry["expected"] = sample.answer.strip()
-            entry["prompt"] = sample.prompt
+            entry["expected"] = self._question(entry["index"]).expected
+            entry["prompt"] = asked.samples[entry["index"]].prompt
         evaluation.predictions += [
             left_out_prediction(index, reason) for index, reason in left_out.items()
         ]

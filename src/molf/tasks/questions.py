@@ -1,4 +1,4 @@
-"""Questions with one right answer, read from records (tasks `sql` and `med`)."""
+"""Questions with one right answer, read from records (tasks `sql`, `med` and `math`)."""
 
 from __future__ import annotations
 
@@ -38,6 +38,16 @@ class Question(ABC):
     @abstractmethod
     def answer(self) -> str:
         """The completion to train on."""
+
+    @property
+    def expected(self) -> str:
+        """The answer in the record of predictions."""
+        return self.answer.strip()
+
+    @property
+    def content(self) -> Hashable:
+        """A key: records of equal keys are all trained on, or all held out."""
+        return self.prompt, self.answer
 
 
 Q = TypeVar("Q", bound=Question)
@@ -173,8 +183,8 @@ def load_questions(
             options, training, None if evaluation is training else evaluation, data, groups
         )
 
-    def content(index: int) -> tuple[str, str]:
-        return _content(evaluation.questions[index])
+    def content(index: int) -> Hashable:
+        return evaluation.questions[index].content
 
     drawn = [] if training is None else list(training.questions)
     samples_of_runs: list[list[int]] = []
@@ -234,8 +244,8 @@ def _validation_data(
     rest, part = split_for_validation(
         options,
         list(questions),
-        lambda index: _content(questions[index]),
-        None if test is None else {_content(question) for question in test.questions.values()},
+        lambda index: questions[index].content,
+        None if test is None else {question.content for question in test.questions.values()},
         data,
         None if groups is None else lambda index: groups[index],
     )
@@ -252,10 +262,6 @@ def _validation_data(
         pool=[questions[index] for index in rest],
         source={"data": data, **part_record(options, part, data)},
     )
-
-
-def _content(question: Question) -> tuple[str, str]:
-    return question.prompt, question.answer
 
 
 def _training_set(splits: Splits, kind: QuestionKind[Q], data: str) -> QuestionSet[Q]:

@@ -79,7 +79,7 @@ class TrainSettings:
     max_eval_samples: Annotated[int | None, Parameter(group=DATA), POSITIVE] = None
     """Evaluate on at most this many records, drawn by the seed."""
     few_shot: Annotated[int, Parameter(group=DATA), NOT_NEGATIVE] = 0
-    """Answered training questions before each question, drawn by seed (sql, med, their demos)."""
+    """Answered training questions before each question, drawn by seed (sql, med, math, demos)."""
     eval_part: Annotated[str, Parameter(choices=EVAL_PARTS, group=DATA)] = "test"
     """Measure the task's records, or a part of the training data, which is then not trained on."""
     validation_share: Annotated[
