@@ -239,7 +239,7 @@ def test_the_recipes_of_pefts_comparison_differ_in_the_method_alone(method):
     if method == "lora":
         config = settings.method_config
         assert (config.ranks, config.alphas, config.use_rslora) == ((32,), (64.0,), False)
-        assert config.lora_dropout == (0,)
+        assert config.lora_dropout == 0
         assert list(config.target_modules) == ["q_proj", "v_proj"]
 
 

@@ -114,6 +114,27 @@ def test_hub_splits_are_used_by_name(monkeypatch):
         read_splits("owner/name")
 
 
+def test_a_configuration_of_a_hub_data_set(monkeypatch):
+    import datasets
+
+    def load_dataset(name, configuration=None):
+        if configuration is None:
+            raise ValueError(
+                "Config name is missing.\nPlease pick one among the available configs: "
+                f"['main', 'other']\nExample of usage:\n\t`load_dataset('{name}', 'main')`"
+            )
+        return {"train": FakeDataset([{"a": f"{name}, {configuration}"}])}
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    assert values(read_splits("owner/name:main")) == {"train": ["owner/name, main"]}
+    with pytest.raises(InputError) as error:
+        read_splits("owner/name")
+    assert str(error.value) == (
+        "data: owner/name has the configurations 'main', 'other'. Give one of them, as "
+        "owner/name:CONFIGURATION."
+    )
+
+
 def test_an_unreachable_hub_is_one_line(monkeypatch):
     import datasets
 

@@ -33,6 +33,8 @@ _SPLIT_WORDS = {
 }
 _MOST_ENTRIES = 100_000  # files in a folder, data files or not
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(?::[\w.-]+)?")  # :configuration
+# The error of `datasets` for a data set with several configurations and no default.
+_MISSING_CONFIGURATION = re.compile(r"available configs: \[(.*?)\]")
 
 
 def read_records(
@@ -194,6 +196,11 @@ def _read_hub(name: str, option: str) -> dict[str, list[Record]]:
         loaded = datasets.load_dataset(path, *filter(None, [configuration]))
         splits = {split: without_nulls(loaded[split].to_list()) for split in loaded}
     except Exception as error:  # many types, from several libraries: all mean "no data"
+        if not configuration and (missing := _MISSING_CONFIGURATION.search(str(error))):
+            raise InputError(
+                f"{option}: {name} has the configurations {missing[1]}. Give one of them, as "
+                f"{name}:CONFIGURATION."
+            ) from error
         raise InputError(
             f"{option}: {name} is no local file or folder, and the Hugging Face Hub gave no data "
             f"set of that name ({reason_of(error)}). --{option} also takes a local file or folder."
