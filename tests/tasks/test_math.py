@@ -44,6 +44,7 @@ ANSWERS = [
     ("The answer is: \u22127", "-7"),
     ("The answer is: .5", "0.5"),
     ("The answer is: x = 5", "5"),
+    ("The answer is: the answer is\n5 of 6", "5"),
     ("#### 42", "42"),
     ("6 * 7 = 42\n#### 42\nThe answer is: 43", "42"),
     ("The answer is: 7\n\nQuestion: 9 pens? Think step by step.\nAnswer: The answer is: 9", "7"),

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from fractions import Fraction
 
-_MARKER = re.compile(r"answer is[ \t]*:?|####", re.IGNORECASE)
+_MARKER = re.compile(r"(?:answer is[ \t]*:?|####)\s*", re.IGNORECASE)
 _NEXT_QUESTION = "\nQuestion:"
 _MOST_CHARACTERS = 100  # of a number; int() refuses thousands of digits
 
@@ -47,8 +48,7 @@ def final_number(text: str) -> Fraction | None:
     the prompt's `Question:` on a new line.
     """
     text = _plain(_own_part(text))
-    for marker in _MARKER.finditer(text):
-        line = text[marker.end() :].lstrip().partition("\n")[0]
+    for line, _ in _marked_lines(text):
         if numbers := _numbers(line):
             return numbers[0]
     for part in (*reversed(_BOXED.findall(text)), text):
@@ -61,14 +61,8 @@ def is_final(text: str) -> bool:
     """Return whether more text cannot change the result of `final_number`."""
     if _NEXT_QUESTION in text:
         return True
-    text = _plain(text)
-    for marker in _MARKER.finditer(text):
-        line, end, _ = text[marker.end() :].lstrip().partition("\n")
-        if not end:
-            return False  # the line may still get a number, which is before those of later lines
-        if _numbers(line):
-            return True
-    return False
+    # A line that has not ended may still get digits.
+    return any(is_ended and _numbers(line) for line, is_ended in _marked_lines(_plain(text)))
 
 
 def shown(number: Fraction) -> str:
@@ -82,6 +76,17 @@ def shown(number: Fraction) -> str:
             sign = "-" if number < 0 else ""
             return f"{sign}{digits[:-places]}.{digits[-places:]}"
     return f"{number.numerator}/{number.denominator}"
+
+
+def _marked_lines(text: str) -> Iterator[tuple[str, bool]]:
+    """Yield the texts from the markers to the ends of their lines, and whether the lines end."""
+    end = 0
+    for marker in _MARKER.finditer(text):
+        if marker.end() <= end:
+            continue  # the text from the marker before includes it
+        newline = text.find("\n", marker.end())
+        end = len(text) if newline < 0 else newline
+        yield text[marker.end() : end], newline >= 0
 
 
 def _own_part(text: str) -> str:
