@@ -8,16 +8,19 @@ FLOOR := .venv-floor
 # Files in the order of their names; xdist's own order has those with few and long tests last.
 TWO := -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test test-floor check format faults base bench bench-growth bench-gpu clean
+.PHONY: demo test test-slow test-floor check format faults base bench bench-growth bench-gpu clean
 
 demo: $(READY)  ## Fine-tune the embedded model on the embedded facts: one minute, nothing to download
 	$(BIN)/molf train
 
-test: $(READY)  ## Lint, types and every test (no network, no GPU)
+test: $(READY)  ## Lint, types and every test not marked slow (no network, no GPU)
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
-	$(BIN)/python -m pytest $(TWO)
+	$(BIN)/python -m pytest $(TWO) -m "not slow"
+
+test-slow: $(READY)  ## The tests marked slow
+	$(BIN)/python -m pytest $(TWO) -m slow
 
 test-floor: $(FLOOR)/.ready  ## Every test with the oldest versions that pyproject.toml allows
 	$(FLOOR)/bin/python -m pytest $(TWO)
