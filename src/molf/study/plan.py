@@ -11,6 +11,7 @@ from statistics import fmean
 from typing import Any
 
 from molf.job.settings.settings import TrainSettings
+from molf.study.choice import choose_point
 from molf.study.definition import (
     CHOOSE,
     EVAL_PART,
@@ -275,21 +276,13 @@ class Plan:
         points: dict[int, Point] = {}
         for trial in trials:
             outcome = self._outcomes[trial.key]
-            usable = outcome.state == COMPLETE and outcome.value is not None
-            values.setdefault(trial.index, []).append(
-                outcome.value if usable and outcome.value is not None else math.nan
-            )
+            value = outcome.value if outcome.state == COMPLETE else None
+            values.setdefault(trial.index, []).append(math.nan if value is None else value)
             points[trial.index] = outcome.point or trial.point or {}
-        means = {
-            index: fmean(found)
-            for index, found in values.items()
-            if not any(map(math.isnan, found))
-        }
-        if not means:
+        chosen = choose_point(values, minimize=cell.minimize)
+        if chosen is None:
             return None
-        sign = 1 if cell.minimize else -1
-        best = min(means, key=lambda index: (sign * means[index], index))
-        return Choice(best, points[best], means[best])
+        return Choice(chosen.index, points[chosen.index], chosen.value)
 
 
 def with_rates(settings: TrainSettings, point: Point) -> TrainSettings:

@@ -12,21 +12,30 @@ from typing import Any
 
 from molf.disk.files import replacing_file, write_text
 from molf.measure.meanings import meanings
+from molf.study.choice import HARMS
 from molf.study.reading import duration
 from molf.study.report.records import Records, read_records
+from molf.study.report.second_phase import MATCHED
+from molf.study.report.sensitivity import WIDTH
 from molf.study.report.statistics import Estimate
-from molf.study.report.summary import (
-    FORGETTING,
-    HARMS,
-    CellSummary,
-    Comparison,
-    MethodSummary,
-    front_of,
-    summarise,
+from molf.study.report.summary import CellSummary, front_of, summarise
+from molf.study.report.tables import (
+    controls_table,
+    differences_table,
+    harms_of,
+    methods_table,
+    sensitivity_table,
 )
+from molf.study.report.texts import number_text
 
 REPORT_FILE, SUMMARY = "report.md", "summary.csv"
 _SHOWN_FAILURES = 20
+_CONTROLS = (
+    "- Controls at equal rates have the rates of their method. Shares of full updates that differ "
+    f"by more than {MATCHED * 100:g} points are marked as not share-matched; then the difference "
+    "is also one of shares. shuffled:SCORE counts the layers that SCORE gives to full under its "
+    "own moments, which are not those of a run of SCORE."
+)
 
 
 def write_report(folder: Path, *, figures: bool = True) -> Path:
@@ -79,14 +88,14 @@ def _origin(records: Records) -> str:
     flops = sum(row.get("training_flops", 0.0) for row in rows)
 
     def values(name: str) -> str:
-        found = Counter(str(row[name]) for row in rows if name in row)
+        found = Counter(_plain(row[name]) for row in rows if name in row)
         return ", ".join(value for value, _ in found.most_common())
 
     lines = [
         f"- trials: {counts}",
         f"- time: {duration(seconds)} of workers; training {flops:.3g} FLOP (estimated)",
-        f"- device: {values('device')}; {values('cpu_count')} CPUs, "
-        f"{values('torch_threads')} torch threads",
+        f"- device: {values('device')}; CPUs: {values('cpu_count')}, torch threads: "
+        f"{values('torch_threads')}",
         f"- commit: {', '.join(one[:12] for one in values('commit').split(', '))}",
         "- versions: "
         + ", ".join(
@@ -95,6 +104,11 @@ def _origin(records: Records) -> str:
         ),
     ]
     return "\n".join(lines)
+
+
+def _plain(value: Any) -> str:
+    """Return a value of a row as text; a whole number without decimals."""
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _missing(cells: Sequence[CellSummary]) -> str:
@@ -111,9 +125,18 @@ def _missing(cells: Sequence[CellSummary]) -> str:
         for one in cell.methods
         for text in one.failures
     ]
+    failed = [
+        f"- {cell.name}, {one.name}: seeds {', '.join(map(str, one.failed_seeds))}; "
+        f"{len(one.seeds)} are complete. Values are means of these, and comparisons are incomplete."
+        for cell in cells
+        for one in cell.methods
+        if one.failed_seeds
+    ]
     parts = []
     if lines:
         parts.append("\n".join(["## Missing rows", "", *lines]))
+    if failed:
+        parts.append("\n".join(["## Failed seeds on the test part", "", *failed]))
     if failures:
         more = len(failures) - _SHOWN_FAILURES
         shown = failures[:_SHOWN_FAILURES] + ([f"- and {more} more"] if more > 0 else [])
@@ -126,90 +149,56 @@ def _overview(cells: Sequence[CellSummary]) -> str:
         [
             "## Difference to the baseline",
             "",
-            "Bold: the 95% interval excludes 0. The baseline's column has its value.",
+            "Bold: the 95% interval excludes 0. The baseline's column has its value. A comparison "
+            "that lacks seeds is incomplete and is never bold.",
             "",
             *differences_table(cells),
         ]
     )
 
 
-def differences_table(cells: Sequence[CellSummary]) -> list[str]:
-    """Return the table of all methods' differences to the baseline, a row per cell."""
-    names = [one.name for one in cells[0].methods] if cells else []
-    header = ["cell", "metric", "baseline", *names]
-    rows = []
-    for cell in cells:
-        known = {one.name: one for one in cell.methods}
-        rows.append(
-            [
-                cell.name,
-                cell.metric + (" (lower is better)" if cell.minimize else ""),
-                cell.baseline or "",
-                *(_difference(cell, known[name]) for name in names),
-            ]
-        )
-    return table(header, rows)
-
-
-def _difference(cell: CellSummary, one: MethodSummary) -> str:
-    if one.name == cell.baseline:
-        return "" if one.value is None else number_text(one.value.value)
-    return "missing" if one.comparison is None else signed(one.comparison.estimate)
-
-
 def _cell(cell: CellSummary, pictures: Sequence[str]) -> str:
-    harms = [harm for harm in HARMS if any(harm in one.harm for one in cell.methods)]
-    header = [
-        *("method", "rates", cell.metric, f"minus {cell.baseline or 'baseline'}", "better seeds"),
-        *("forgetting (change)" if harm == FORGETTING else harm for harm in harms),
-        *("full's share", "mean over rates", "worst", "decades", "trials", "minutes", "FLOP"),
-    ]
-    rows = []
-    for one in cell.methods:
-        found, curve = one.comparison, one.sensitivity
-        rows.append(
-            [
-                one.name,
-                one.rates or "missing",
-                estimate_text(one.value),
-                "" if one.name == cell.baseline else _compared(found),
-                "" if found is None else f"{found.better} of {found.seeds}",
-                *(estimate_text(one.harm.get(harm)) for harm in harms),
-                "" if one.full_share is None else f"{one.full_share:.1%}",
-                *(
-                    (number_text(curve.area), number_text(curve.worst), f"{curve.decades:.2g}")
-                    if curve
-                    else ("", "", "")
-                ),
-                str(one.trials),
-                f"{one.seconds / 60:.1f}",
-                f"{one.flops:.2g}",
-            ]
-        )
     base = "" if cell.base is None else f" Before training: {number_text(cell.base)}."
     direction = "lower" if cell.minimize else "higher"
     parts = [
         f"## {cell.name}",
         f"{cell.about} {cell.metric}: {direction} is better.{base}".strip(),
-        "\n".join(table(header, rows)),
+        "\n".join(methods_table(cell)),
+        _edges(cell),
     ]
     if cell.controls:
-        lines = [
-            [method, found.other, signed(found.estimate), f"{found.better} of {found.seeds}"]
-            for method, comparisons in cell.controls.items()
-            for found in comparisons
-        ]
-        columns = ["method", "control", f"{cell.metric}: method minus control", "better seeds"]
-        parts.append(
-            "\n".join(["Controls with the same share of full updates:", "", *table(columns, lines)])
-        )
+        lead = "Scores against controls of their share of full updates (method minus control):"
+        parts.append("\n".join([lead, "", *controls_table(cell)]))
+    if curves := sensitivity_table(cell):
+        lead = "The metric over the decade of rates around the chosen one, on the validation part:"
+        parts.append("\n".join([lead, "", *curves]))
     parts += [
         f"Not beaten in both {cell.metric} and {harm}: {', '.join(front)}."
-        for harm in harms
+        for harm in harms_of(cell)
         if (front := front_of(cell, harm))
     ]
+    parts.append(_unmoved(cell))
     parts += [f"![{name.removesuffix('.png')}]({name})" for name in pictures]
-    return "\n\n".join(parts)
+    return "\n\n".join(part for part in parts if part)
+
+
+def _edges(cell: CellSummary) -> str:
+    names = [one.name for one in cell.methods if one.edges]
+    if not names:
+        return ""
+    return (
+        f"Chosen at the edge of the tried rates: {', '.join(names)}. A better rate may lie outside."
+    )
+
+
+def _unmoved(cell: CellSummary) -> str:
+    lines = [
+        f"{one.name}: {one.trained:,} parameters have optimizer state, and updates changed "
+        f"{one.moved:,} of them."
+        for one in cell.methods
+        if one.trained is not None and one.moved is not None and one.moved < one.trained
+    ]
+    return " ".join(lines)
 
 
 def _notes(outline: dict[str, Any], cells: Sequence[CellSummary]) -> str:
@@ -222,15 +211,22 @@ def _notes(outline: dict[str, Any], cells: Sequence[CellSummary]) -> str:
         "cell had the same number of rate trials.",
         f"- Values are those of the chosen rates on the test part, seeds "
         f"{', '.join(map(str, report['seeds']))}.",
-        "- Intervals are 95%. Where scores per question exist, seeds and questions were resampled "
-        "together for both methods (pigeonhole bootstrap); else Student's t over seeds.",
+        "- Intervals are 95%, for new seeds and new questions. Where scores per question exist, the "
+        "value is computed again without each seed, and without each question (jackknife); each "
+        "variance has Student's quantile for its number, and the squares of the half widths are "
+        "added. Else Student's t over seeds.",
         "- Baseline of a cell: of "
         + ", ".join(report["baseline"])
         + ", the best in the first phase.",
-        "- Mean over rates, worst: of the first phase, at the chosen ratio of rates; the mean is "
-        "over the logarithm of the rate. A failed trial counts as the worst value of the cell.",
+        *([_CONTROLS] if any(cell.controls for cell in cells) else []),
+        f"- Mean and worst over rates: on the validation part, over {WIDTH:g} decade of the main "
+        "rate, the chosen one in its middle and other rates as chosen; the mean is over the "
+        "logarithm, interpolated linearly. Each method has a decade of its own, since scales of "
+        "rates differ. Only methods with all of their decade tried compare. A failed trial counts "
+        "as the worst value in the cell; a pruned one is left out.",
         "- Trials, minutes and FLOP include the rate trials. FLOP of training are estimated: 4 per "
-        "token and parameter, and 2 per token and trained parameter.",
+        "token and parameter, and 2 per token and parameter with optimizer state. MoLF computes "
+        "the gradient of every routed weight in each step, also where full never wins.",
     ]
     shown = dict.fromkeys([*(cell.metric for cell in cells), *HARMS])
     known = [name for name in shown if any(name in one for one in _metrics(cells))]
@@ -241,41 +237,6 @@ def _notes(outline: dict[str, Any], cells: Sequence[CellSummary]) -> str:
 def _metrics(cells: Sequence[CellSummary]) -> Iterable[set[str]]:
     for cell in cells:
         yield {cell.metric} | {harm for one in cell.methods for harm in one.harm}
-
-
-def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    """Return the lines of a table."""
-    return [
-        "| " + " | ".join(header) + " |",
-        "|" + "---|" * len(header),
-        *("| " + " | ".join(text.replace("|", "\\|") for text in row) + " |" for row in rows),
-    ]
-
-
-def number_text(value: float) -> str:
-    """Return a number with three decimals; empty for NaN."""
-    return "" if math.isnan(value) else f"{value:.3f}"
-
-
-def estimate_text(found: Estimate | None) -> str:
-    """Return a value with its interval."""
-    if found is None:
-        return "missing"
-    if math.isnan(found.low):
-        return number_text(found.value)
-    return f"{found.value:.3f} [{found.low:.3f}, {found.high:.3f}]"
-
-
-def _compared(found: Comparison | None) -> str:
-    return "missing" if found is None else signed(found.estimate)
-
-
-def signed(found: Estimate) -> str:
-    """Return a difference with its interval; bold if the interval excludes 0."""
-    if math.isnan(found.low):
-        return f"{found.value:+.3f}"
-    text = f"{found.value:+.3f} [{found.low:+.3f}, {found.high:+.3f}]"
-    return f"**{text}**" if found.differs else text
 
 
 def _write_summary(path: Path, cells: Sequence[CellSummary]) -> None:
@@ -295,13 +256,18 @@ def _write_summary(path: Path, cells: Sequence[CellSummary]) -> None:
             }
             for harm in HARMS:
                 row |= _columns(harm, one.harm.get(harm))
+            curve = one.sensitivity
             row |= {
                 "full_share": _cell_text(one.full_share),
-                "area_over_rates": _cell_text(one.sensitivity.area if one.sensitivity else None),
-                "worst_over_rates": _cell_text(one.sensitivity.worst if one.sensitivity else None),
+                "mean_over_decade": _cell_text(curve.area if curve else None),
+                "worst_over_decade": _cell_text(curve.worst if curve else None),
+                "tried_of_decade": _cell_text(curve.covered if curve else None),
                 "trials": one.trials,
                 "seconds": round(one.seconds, 1),
                 "training_flops": f"{one.flops:.6g}",
+                "trained_parameters": "" if one.trained is None else one.trained,
+                "moved_parameters": "" if one.moved is None else one.moved,
+                "failed_seeds": " ".join(map(str, one.failed_seeds)),
                 "missing": "; ".join(one.missing),
             }
             rows.append(row)

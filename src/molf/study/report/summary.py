@@ -1,44 +1,18 @@
-"""What the rows of a study say about each method in each cell."""
+"""The rows of a study, summarised for each method in each cell."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from statistics import fmean
-from typing import Any
 
-from molf.study.definition import CHOOSE, LEARNING_RATE, LORA_RATE, RATIO, REPORT, point_text
+from molf.study.choice import HARMS, choose_point, point_means
+from molf.study.definition import CHOOSE, Point
+from molf.study.plan import PRUNED
+from molf.study.report.rates import curve_points, edges, rates_of, rates_text, tried_names
 from molf.study.report.records import Records, Row, is_complete
-from molf.study.report.statistics import (
-    Estimate,
-    SeedScores,
-    Sensitivity,
-    difference_of_questions,
-    mean_of_questions,
-    over_seeds,
-    pareto_front,
-    sensitivity,
-)
-
-FORGETTING = "forgetting_loss"
-HARMS = (FORGETTING, "kl_neutral", "kl_task")
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """A difference to another method at the chosen rates, over common seeds.
-
-    Attributes:
-        other: The other method.
-        estimate: This method's metric minus the other's.
-        better: Seeds with a better value than the other method's.
-        seeds: Common seeds.
-    """
-
-    other: str
-    estimate: Estimate
-    better: int
-    seeds: int
+from molf.study.report.sensitivity import Sensitivity, sensitivity
+from molf.study.report.statistics import Estimate, over_seeds, pareto_front
+from molf.study.report.second_phase import Comparison, Control, Measured, SecondPhase
 
 
 @dataclass
@@ -48,43 +22,62 @@ class MethodSummary:
     Attributes:
         name: The method.
         point: The chosen rates; None before the first phase is over, or if every rate failed.
+        edges: The rates of these that are the lowest or the highest tried, with that text.
         chosen_value: Mean of the metric in the first phase at these rates.
         value: The metric in the second phase; None without rows.
         seeds: Seeds of the second phase with rows.
+        planned_seeds: Number of seeds that the study plans.
+        failed_seeds: Seeds of the second phase whose trial failed.
         harm: By metric of `HARMS`, its mean in the second phase (of forgetting: the change).
         comparison: The difference to the baseline; None for the baseline itself.
-        control_of: The method whose share of full updates this one has; None for others.
-        curve: The metric by rate in the first phase, at the chosen ratio.
+        control_of: The method whose share of full updates this one should have; None for others.
+        tried: The lowest and the highest main rate of the first phase; None without rows.
+        curve: The metric by main rate in the first phase; other rates are the chosen ones.
         sensitivity: Its dependence on the rate.
+        pruned: Rates left out of the curve, because a trial was ended early.
         full_share: Mean share of updates that the expert full took; None without it.
         trials: Ended trials of both phases.
         seconds: Their seconds.
         flops: Their estimated floating-point operations in training.
+        trained: Parameters with optimizer state; None without rows.
+        moved: Those of them that an update changed in any of the rows; None where unknown.
         missing: Texts that name missing rows.
-        failures: Texts of failed trials.
+        failures: Texts of failed and pruned trials.
     """
 
     name: str
-    point: dict[str, float] | None = None
+    point: Point | None = None
+    edges: dict[str, str] = field(default_factory=dict)
     chosen_value: float = math.nan
     value: Estimate | None = None
     seeds: tuple[int, ...] = ()
+    planned_seeds: int = 0
+    failed_seeds: tuple[int, ...] = ()
     harm: dict[str, Estimate] = field(default_factory=dict)
     comparison: Comparison | None = None
     control_of: str | None = None
+    tried: tuple[float, float] | None = None
     curve: dict[float, float] = field(default_factory=dict)
     sensitivity: Sensitivity | None = None
+    pruned: list[str] = field(default_factory=list)
     full_share: float | None = None
     trials: int = 0
     seconds: float = 0.0
     flops: float = 0.0
+    trained: int | None = None
+    moved: int | None = None
     missing: list[str] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
 
     @property
+    def is_complete(self) -> bool:
+        """Whether the second phase has a row of every planned seed."""
+        return 0 < self.planned_seeds == len(self.seeds)
+
+    @property
     def rates(self) -> str:
-        """The chosen rates as text."""
-        return "" if self.point is None else point_text(self.point).replace("-lora", " lora")
+        """The chosen rates as text, those at the edge of the tried ones marked."""
+        return "" if self.point is None else rates_text(self.point, self.edges)
 
 
 @dataclass
@@ -99,7 +92,7 @@ class CellSummary:
         base: The metric before training, on the test part; None without rows.
         baseline: The method that others are compared with; None before it is known.
         methods: The methods in the order of the study.
-        controls: Differences of methods to their share-matched controls, by method.
+        controls: Methods against their controls, by method.
     """
 
     name: str
@@ -109,12 +102,16 @@ class CellSummary:
     base: float | None
     baseline: str | None
     methods: list[MethodSummary]
-    controls: dict[str, list[Comparison]]
+    controls: dict[str, list[Control]]
 
     @property
     def trials(self) -> int:
         """Number of ended trials."""
         return sum(method.trials for method in self.methods)
+
+    def method(self, name: str) -> MethodSummary | None:
+        """Return the method of a name; None without it."""
+        return next((one for one in self.methods if one.name == name), None)
 
 
 def summarise(records: Records) -> list[CellSummary]:
@@ -129,9 +126,13 @@ class _Cell:
         self._name = name
         self._metric = f"after/{self._entry['metric']}"
         self._minimize = bool(self._entry["minimize"])
-        self._questions = records.questions.get(name, {})
         self._rows = [row for row in records.rows if row["cell"] == name]
         self._worst = self._worst_value()
+        self._seeds: list[int] = self._outline["report"]["seeds"]
+        questions = records.questions.get(name, {})
+        self._second = SecondPhase(
+            self._rows, questions, self._entry["metric"], self._minimize, self._seeds
+        )
 
     def summary(self) -> CellSummary:
         """Return the summary of the cell."""
@@ -140,32 +141,30 @@ class _Cell:
         baseline = self._baseline(known)
         for one in methods:
             if baseline is not None and one.name != baseline:
-                one.comparison = self._compare(one, known[baseline])
+                one.comparison = self._own(one, known[baseline])
         controls = {}
         for one in methods:
-            of = [other for other in methods if other.control_of == one.name]
-            found = [comparison for other in of if (comparison := self._compare(one, other))]
-            if found:
+            of = [self._control(one, other) for other in methods if other.control_of == one.name]
+            if found := [control for control in of if control.own or control.equal]:
                 controls[one.name] = found
-        before = [
-            row[f"before/{self._entry['metric']}"]
-            for row in self._rows
-            if row["phase"] == REPORT and f"before/{self._entry['metric']}" in row
-        ]
         return CellSummary(
             name=self._name,
             about=str(self._entry.get("about") or ""),
             metric=self._entry["metric"],
             minimize=self._minimize,
-            base=fmean(before) if before else None,
+            base=self._second.base(),
             baseline=baseline,
             methods=methods,
             controls=controls,
         )
 
     def _worst_value(self) -> float:
-        """Return the worst value that any method has in the first phase: that of a failed trial."""
-        values = [r[self._metric] for r in self._rows if is_complete(r) and self._metric in r]
+        """Return the worst value of any method on the validation part: that of a failed trial."""
+        values = [
+            row[self._metric]
+            for row in self._rows
+            if row["phase"] == CHOOSE and is_complete(row) and self._metric in row
+        ]
         return (max if self._minimize else min)(values, default=math.nan)
 
     def _baseline(self, methods: dict[str, MethodSummary]) -> str | None:
@@ -181,132 +180,123 @@ class _Cell:
 
     def _method(self, name: str) -> MethodSummary:
         rows = [row for row in self._rows if row["method"] == name]
-        summary = MethodSummary(name, control_of=self._control_of(name))
+        entry = self._outline["methods"][name]
+        summary = MethodSummary(name, control_of=entry.get("control_of") or entry.get("share_of"))
+        summary.planned_seeds = len(self._seeds)
         summary.trials = len(rows)
         summary.seconds = sum(row.get("seconds", 0.0) for row in rows)
         summary.flops = sum(row.get("training_flops", 0.0) for row in rows)
+        summary.trained = _most(rows, "trained_parameters")
+        summary.moved = _most(rows, "moved_parameters")
         summary.failures = [
-            f"{row['phase']} {point_text(_point(row))} seed {row['seed']}: "
+            f"{row['phase']} {rates_text(rates_of(row))} seed {row['seed']}: "
             f"{row.get('error') or row['state']}"
             for row in rows
             if not is_complete(row)
         ]
         self._add_choice(summary, [row for row in rows if row["phase"] == CHOOSE])
-        self._add_report(summary, [row for row in rows if row["phase"] == REPORT])
+        self._add_second(summary)
         return summary
 
-    def _control_of(self, name: str) -> str | None:
-        """Return the method whose number of full updates this one has, or None."""
-        methods = self._outline["methods"]
-        if methods[name].get("share_of"):
-            return str(methods[name]["share_of"])
-        score = str(methods[name]["options"].get("score", ""))
-        if not score.startswith("shuffled:"):
-            return None
-        for other, entry in methods.items():
-            if entry["options"].get("method", "molf") == "molf" and (
-                entry["options"].get("score", "epd") == score.removeprefix("shuffled:")
-            ):
-                return str(other)
-        return None
+    def _expected(self, name: str) -> int:
+        """Return the number of a method's rate trials.
+
+        A control that takes its model's share has no trials at rates where the model failed.
+        """
+        seeds = len(self._outline["choose"]["seeds"])
+        points = int(self._entry["points"][name])
+        model = self._outline["methods"][name].get("share_of")
+        if model:
+            rows: dict[int, list[Row]] = {}
+            for row in self._rows:
+                if row["method"] == model and row["phase"] == CHOOSE:
+                    rows.setdefault(row["point"], []).append(row)
+            points -= sum(
+                len(found) == seeds and not any("won/full" in row for row in found)
+                for found in rows.values()
+            )
+        return points * seeds
 
     def _add_choice(self, summary: MethodSummary, rows: list[Row]) -> None:
-        seeds = self._outline["choose"]["seeds"]
-        expected = self._entry["points"][summary.name] * len(seeds)
-        if len(rows) < expected:
-            summary.missing.append(f"{expected - len(rows)} of {expected} rate trials")
+        expected = self._expected(summary.name)
         values: dict[int, list[float]] = {}
-        points: dict[int, dict[str, float]] = {}
+        points: dict[int, Point] = {}
         for row in rows:
             value = row.get(self._metric, math.nan) if is_complete(row) else math.nan
             values.setdefault(row["point"], []).append(value)
-            points[row["point"]] = _point(row)
-        whole = {point: fmean(found) for point, found in values.items() if len(found) == len(seeds)}
-        means = {point: mean for point, mean in whole.items() if not math.isnan(mean)}
-        if not means or len(rows) < expected:
+            points[row["point"]] = rates_of(row)
+        names = tried_names(self._outline, self._name, summary.name)
+        main = [point[names[0]] for point in points.values() if names[0] in point]
+        summary.tried = (min(main), max(main)) if main else None
+        if len(rows) < expected:
+            summary.missing.append(f"{expected - len(rows)} of {expected} rate trials")
             return
-        sign = 1 if self._minimize else -1
-        best = min(means, key=lambda point: (sign * means[point], point))
-        summary.point, summary.chosen_value = points[best], means[best]
-        ratio = points[best].get(RATIO)
-        for point, mean in whole.items():
-            rates = points[point]
-            if rates.get(RATIO) == ratio and rates:
-                rate = rates.get(LEARNING_RATE, rates.get(LORA_RATE, math.nan))
+        chosen = choose_point(values, minimize=self._minimize)
+        if chosen is None:
+            return
+        summary.point, summary.chosen_value = points[chosen.index], chosen.value
+        summary.edges = edges(points, chosen.index, names)
+        pruned = {row["point"] for row in rows if row["state"] == PRUNED}
+        summary.pruned = [rates_text(points[index]) for index in sorted(pruned)]
+        means = point_means(values)
+        for rate, index in curve_points(points, chosen.index, names).items():
+            if index not in pruned:
+                mean = means[index]
                 summary.curve[rate] = self._worst if math.isnan(mean) else mean
-        summary.sensitivity = sensitivity(summary.curve, minimize=self._minimize)
+        center = summary.point[names[0]]
+        summary.sensitivity = sensitivity(summary.curve, center, minimize=self._minimize)
 
-    def _add_report(self, summary: MethodSummary, rows: list[Row]) -> None:
-        if summary.point is None and not rows:
-            summary.missing.append(f"all {len(self._outline['report']['seeds'])} seeds")
+    def _add_second(self, summary: MethodSummary) -> None:
+        if summary.point is None:
+            if summary.missing:
+                summary.missing.append(f"all {len(self._seeds)} seeds")
             return
-        found = {row["seed"]: row for row in rows if is_complete(row) and self._metric in row}
-        lacking = [seed for seed in self._outline["report"]["seeds"] if seed not in found]
-        if lacking:
-            summary.missing.append(f"seeds {', '.join(map(str, lacking))}")
-        if not found:
-            return
-        summary.seeds = tuple(sorted(found))
-        summary.value = mean_of_questions(self._entry["metric"], self._scores(summary))
-        if summary.value is None:
-            summary.value = over_seeds([found[seed][self._metric] for seed in summary.seeds])
+        found = self._second.at(summary.name, summary.point)
+        if found.missing:
+            summary.missing.append(f"seeds {_listed(found.missing)}")
+        summary.seeds, summary.failed_seeds = tuple(found.rows), found.failed
+        summary.value = self._second.value(found)
         for harm in HARMS:
-            values = [
-                row[f"after/{harm}"]
-                - (row.get(f"before/{harm}", 0.0) if harm == FORGETTING else 0.0)
-                for row in found.values()
-                if f"after/{harm}" in row
-            ]
-            if values:
-                summary.harm[harm] = over_seeds(values)
-        shares = [row["won/full"] for row in found.values() if "won/full" in row]
-        summary.full_share = fmean(shares) if shares else None
+            if values := found.harm(harm):
+                summary.harm[harm] = over_seeds(list(values.values()))
+        summary.full_share = found.full_share
 
-    def _scores(self, summary: MethodSummary) -> dict[str, SeedScores]:
-        """Return the scores of questions in the second phase, by metric and seed."""
-        found: dict[str, dict[int, Any]] = {}
-        for (method, phase, _, seed), scores in self._questions.items():
-            if method == summary.name and phase == REPORT and seed in summary.seeds:
-                for metric, questions in scores.items():
-                    found.setdefault(metric, {})[seed] = questions
-        return dict(found)
-
-    def _compare(self, one: MethodSummary, other: MethodSummary) -> Comparison | None:
-        mine, theirs = self._values(one), self._values(other)
-        seeds = sorted(mine.keys() & theirs.keys())
-        if not seeds:
+    def _own(self, one: MethodSummary, other: MethodSummary) -> Comparison | None:
+        if one.point is None or other.point is None:
             return None
-        estimate = difference_of_questions(
-            self._entry["metric"], self._scores(one), self._scores(other)
+        return self._second.compare(
+            self._second.at(one.name, one.point), self._second.at(other.name, other.point)
         )
-        if estimate is None:
-            estimate = over_seeds([mine[seed] - theirs[seed] for seed in seeds])
-        sign = -1 if self._minimize else 1
-        better = sum(sign * mine[seed] > sign * theirs[seed] for seed in seeds)
-        return Comparison(other.name, estimate, better, len(seeds))
 
-    def _values(self, summary: MethodSummary) -> dict[int, float]:
-        return {
-            row["seed"]: row[self._metric]
-            for row in self._rows
-            if row["method"] == summary.name
-            and row["phase"] == REPORT
-            and is_complete(row)
-            and self._metric in row
-        }
+    def _control(self, one: MethodSummary, control: MethodSummary) -> Control:
+        equal = None
+        if one.point is not None:
+            there: Measured = self._second.at(control.name, one.point)
+            equal = self._second.compare(self._second.at(one.name, one.point), there)
+            if control.point != one.point and there.missing:
+                at = f"at the rates of {one.name}"
+                control.missing.append(f"seeds {_listed(there.missing)} {at}")
+        return Control(control.name, self._own(one, control), equal)
 
 
-def _point(row: Row) -> dict[str, float]:
-    names = (LEARNING_RATE, RATIO) if RATIO in row else (LEARNING_RATE, LORA_RATE)
-    return {name: row[name] for name in names if name in row}
+def _most(rows: list[Row], name: str) -> int | None:
+    found = [int(row[name]) for row in rows if name in row]
+    return max(found) if found else None
+
+
+def _listed(numbers: tuple[int, ...]) -> str:
+    return ", ".join(map(str, numbers))
 
 
 def front_of(cell: CellSummary, harm: str) -> list[str]:
-    """Return the methods on the Pareto front of the cell's metric against a measure of harm."""
+    """Return the methods on the Pareto front of the cell's metric against a measure of harm.
+
+    Methods that lack seeds are left out. Empty for fewer than two methods.
+    """
     sign = -1 if cell.minimize else 1
     points = {
         one.name: (one.harm[harm].value, sign * one.value.value)
         for one in cell.methods
-        if one.value is not None and harm in one.harm
+        if one.value is not None and harm in one.harm and one.is_complete
     }
-    return pareto_front(points)
+    return pareto_front(points) if len(points) > 1 else []
