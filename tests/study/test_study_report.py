@@ -17,7 +17,6 @@ from molf.study.report.statistics import (
     mean_of_questions,
     over_seeds,
     pareto_front,
-    sensitivity,
 )
 from molf.study.report.summary import summarise
 from study_helpers import FFT, LORA, MOLF, Pretended, study_of, work, write_study
@@ -102,15 +101,16 @@ def test_report_of_a_finished_study(finished, capsys):
     assert (known["molf"].comparison.better, known["molf"].comparison.seeds) == (5, 5)
     assert known["molf"].value.value == pytest.approx(0.7)
     assert known["molf"].harm["forgetting_loss"].value == pytest.approx(1.413)
-    assert known["molf"].point == {"learning_rate": 1e-3, "lora_lr_ratio": 3.0}
+    assert known["molf"].point == {"learning_rate": 1e-3, "lora_learning_rate": 3e-3}
     assert known["fft"].trials == 3 + 5
     assert known["fft"].flops == 8e9
     assert known["fft"].curve == {1e-4: 0.75, 1e-3: 1.0, 1e-2: 0.75}
-    assert known["fft"].sensitivity.area == pytest.approx(0.875)
-    assert known["fft"].sensitivity.worst == 0.75
+    assert known["fft"].sensitivity.area == pytest.approx(0.9375)
+    assert known["fft"].sensitivity.worst == pytest.approx(0.875)
     (control,) = cell.controls["molf"]
-    assert control.other == "coin"
-    assert control.estimate.value == pytest.approx(0.15)
+    assert control.name == control.own.other == "coin"
+    assert control.own.estimate.value == pytest.approx(0.15)
+    assert control.equal == control.own  # the control has chosen the same rates
     for name in ("rates-facts.png", "pareto-facts.png"):
         assert (folder / "stored" / name).stat().st_size > 5000
 
@@ -170,8 +170,11 @@ def test_missing_and_failed_rows_are_named(tmp_path):
     work(study, make, Measured(study, fails=["lora/report-lora_lr0.003-seed12"]))
     main(["study", "report", str(tmp_path / "study.yaml"), "--no_figures"])
     text = (study.output_dir / "report" / "report.md").read_text()
-    assert "- facts, lora: seeds 12" in text
-    assert "- facts, lora, report lora_lr0.003 seed 12: the run has no finite metric es" in text
+    assert "Missing rows" not in text
+    failed = "- facts, lora: seeds 12; 4 are complete. Values are means of these"
+    assert failed in text.partition("## Failed seeds on the test part")[2]
+    assert "(incomplete: 4 of 5 seeds)" in text
+    assert "- facts, lora, report lora_lr 0.003 seed 12: the run has no finite metric es" in text
 
 
 def test_unfinished_studies_have_a_report(tmp_path):
@@ -232,7 +235,7 @@ def test_a_changed_study_shows_the_difference(finished, capsys):
     assert done.done == 8
 
 
-def test_pigeonhole_intervals():
+def test_intervals_of_questions_and_seeds():
     rng = np.random.default_rng(0)
     scores = {
         seed: {str(i): (float(rng.random() < 0.6), 1.0) for i in range(200)} for seed in range(5)
@@ -270,11 +273,7 @@ def test_students_interval():
     assert math.isnan(over_seeds([1.0]).low)
 
 
-def test_sensitivity_and_front():
-    found = sensitivity({1e-4: 0.2, 1e-3: 0.8, 1e-2: 0.4}, minimize=False)
-    assert (found.area, found.worst, found.decades) == pytest.approx((0.55, 0.2, 2.0))
-    assert sensitivity({1e-4: 2.0, 1e-2: 4.0}, minimize=True).worst == 4.0
-    assert sensitivity({1e-4: 2.0}, minimize=True) is None
+def test_points_that_no_other_one_beats():
     points = {"a": (1.0, 0.5), "b": (2.0, 0.9), "c": (3.0, 0.9), "d": (1.0, 0.5), "e": (1.5, 0.4)}
     assert pareto_front(points) == ["a", "b", "d"]
 

@@ -211,10 +211,10 @@ def _notes(outline: dict[str, Any], cells: Sequence[CellSummary]) -> str:
         "cell had the same number of rate trials.",
         f"- Values are those of the chosen rates on the test part, seeds "
         f"{', '.join(map(str, report['seeds']))}.",
-        "- Intervals are 95%, for new seeds and new questions. Where scores per question exist, the "
-        "value is computed again without each seed, and without each question (jackknife); each "
-        "variance has Student's quantile for its number, and the squares of the half widths are "
-        "added. Else Student's t over seeds.",
+        "- Intervals are 95%, for new seeds and new questions. Where scores per question exist, "
+        "the value is computed again without each seed, and without each question (jackknife); "
+        "each variance has Student's quantile for its number, and the squares of the half widths "
+        "are added. Else Student's t over seeds.",
         "- Baseline of a cell: of "
         + ", ".join(report["baseline"])
         + ", the best in the first phase.",

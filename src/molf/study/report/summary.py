@@ -10,9 +10,9 @@ from molf.study.definition import CHOOSE, Point
 from molf.study.plan import PRUNED
 from molf.study.report.rates import curve_points, edges, rates_of, rates_text, tried_names
 from molf.study.report.records import Records, Row, is_complete
+from molf.study.report.second_phase import Comparison, Control, Measured, SecondPhase
 from molf.study.report.sensitivity import Sensitivity, sensitivity
 from molf.study.report.statistics import Estimate, over_seeds, pareto_front
-from molf.study.report.second_phase import Comparison, Control, Measured, SecondPhase
 
 
 @dataclass

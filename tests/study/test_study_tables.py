@@ -1,0 +1,360 @@
+"""The tables of a study, from rows that are made here."""
+
+import math
+
+import numpy as np
+import pytest
+
+from molf.study.choice import choose_point
+from molf.study.report.figures import draw_figures
+from molf.study.report.markdown import report_text
+from molf.study.report.records import Records
+from molf.study.report.sensitivity import sensitivity
+from molf.study.report.statistics import difference_of_questions, mean_of_questions
+from molf.study.report.summary import front_of, summarise
+
+SEEDS = [11, 12, 13, 14, 15]
+GRID = [1e-4, 1e-3, 1e-2]
+
+
+def method(rates, **entry):
+    return {"options": {}, "rates": rates, "share_of": None, "control_of": None, **entry}
+
+
+def grid(**lists):
+    """The points of a grid of rates, the last rate varying first."""
+    points = [{}]
+    for name, values in lists.items():
+        points = [{**point, name: value} for point in points for value in values]
+    return points
+
+
+FFT = method(grid(learning_rate=GRID))
+EPD = method(grid(learning_rate=GRID, lora_lr_ratio=[2]))
+SHUFFLED = method(EPD["rates"], control_of="epd")
+
+
+def trial(name, phase, point, seed, value, rates, **more):
+    """A row as it is stored; without a value a failed one."""
+    row = {
+        "cell": "facts",
+        "method": name,
+        "phase": phase,
+        "point": point,
+        "seed": seed,
+        "state": "failed" if value is None else "complete",
+        **rates,
+    }
+    if "lora_lr_ratio" in rates:
+        row["lora_learning_rate"] = rates["learning_rate"] * rates["lora_lr_ratio"]
+    if value is not None:
+        row |= {"after/es": value, "before/es": 0.0}
+    return row | more
+
+
+def choosing(name, entry, values):
+    """The rows of the first phase, with one seed."""
+    return [
+        trial(name, "choose", index, 1, value, entry["rates"][index])
+        for index, value in enumerate(values)
+    ]
+
+
+def reported(name, entry, index, values, **more):
+    """The rows of the second phase at one point; None fails."""
+    return [
+        trial(name, "report", index, seed, value, entry["rates"][index], **more)
+        for seed, value in zip(SEEDS, values, strict=True)
+    ]
+
+
+def records(methods, rows, *, minimize=False, baseline=("fft",)):
+    return Records(
+        {
+            "study": "made",
+            "about": "",
+            "cells": {
+                "facts": {
+                    "metric": "es",
+                    "minimize": minimize,
+                    "rates": {},
+                    "points": {name: len(entry["rates"]) for name, entry in methods.items()},
+                }
+            },
+            "methods": methods,
+            "choose": {"seeds": [1], "sampler": "grid"},
+            "report": {"seeds": SEEDS, "baseline": list(baseline)},
+        },
+        rows,
+        {},
+    )
+
+
+def cell_of(methods, rows, **options):
+    (cell,) = summarise(records(methods, rows, **options))
+    return cell
+
+
+def text_of(methods, rows, **options):
+    stored = records(methods, rows, **options)
+    return report_text(stored, summarise(stored), {})
+
+
+# -- the choice of a point ----------------------------------------------------------------------
+
+
+def test_the_best_mean_wins_and_the_first_of_equal_means():
+    nan = math.nan
+    assert choose_point({2: [0.5, 0.7], 0: [0.6, 0.6], 1: [0.9, nan]}, minimize=False).index == 0
+    assert choose_point({0: [0.6], 1: [0.5]}, minimize=True).value == 0.5
+    assert choose_point({0: [nan], 1: []}, minimize=True) is None
+
+
+def test_rows_at_other_rates_are_no_rows_of_the_chosen_point():
+    """A control has rows at the rates of its method too; they were taken for its own."""
+    methods = {"fft": FFT, "epd": EPD, "shuffled": SHUFFLED}
+    rows = choosing("fft", FFT, [0.1, 0.5, 0.2]) + reported("fft", FFT, 1, [0.5] * 5)
+    rows += choosing("epd", EPD, [0.1, 0.5, 0.2]) + reported("epd", EPD, 1, [0.6] * 5)
+    rows += choosing("shuffled", SHUFFLED, [0.1, 0.4, 0.5])
+    rows += reported("shuffled", SHUFFLED, 2, [0.4] * 5)
+    rows += reported("shuffled", SHUFFLED, 1, [0.3] * 5)
+    cell = cell_of(methods, rows)
+    shuffled = cell.method("shuffled")
+    assert shuffled.value.value == pytest.approx(0.4)
+    assert shuffled.point == {"learning_rate": 1e-2, "lora_learning_rate": 2e-2}
+    (control,) = cell.controls["epd"]
+    assert control.own.estimate.value == pytest.approx(0.2)
+    assert control.equal.estimate.value == pytest.approx(0.3)
+    assert control.equal.other_point == control.equal.point
+    # Without these rows they are missing, also where the others are whole.
+    left = [r for r in rows if (r["method"], r["phase"], r["point"]) != ("shuffled", "report", 1)]
+    cell = cell_of(methods, left)
+    assert cell.controls["epd"][0].equal is None
+    assert cell.method("shuffled").missing == ["seeds 11, 12, 13, 14, 15 at the rates of epd"]
+
+
+def test_controls_are_those_that_the_study_names():
+    """Not those whose score has the text of another one's."""
+    by_text = method(EPD["rates"], options={"score": "shuffled:epd"})
+    methods = {"fft": FFT, "epd": EPD, "other": by_text, "coin": method([], share_of="epd")}
+    cell = cell_of(methods, [])
+    assert [one.control_of for one in cell.methods] == [None, None, None, "epd"]
+
+
+# -- controls -----------------------------------------------------------------------------------
+
+
+def with_shares(share, of_control):
+    harm = {"before/forgetting_loss": 1.0, "after/kl_neutral": 0.1}
+    methods = {"fft": FFT, "epd": EPD, "shuffled": SHUFFLED}
+    rows = choosing("epd", EPD, [0.1, 0.5, 0.2]) + choosing("shuffled", SHUFFLED, [0.1, 0.4, 0.5])
+    own = {"won/full": share, "after/forgetting_loss": 1.2, **harm}
+    rows += reported("epd", EPD, 1, [0.6, 0.61, 0.6, 0.6, 0.59], **own)
+    for index, loss in ((1, 1.3), (2, 1.9)):
+        more = {"won/full": of_control, "after/forgetting_loss": loss, **harm}
+        rows += reported("shuffled", SHUFFLED, index, [0.5] * 5, **more)
+    return methods, rows
+
+
+def test_harm_and_shares_are_compared_at_equal_rates():
+    cell = cell_of(*with_shares(0.30, 0.03))
+    (control,) = cell.controls["epd"]
+    assert control.own.harm["forgetting_loss"].value == pytest.approx(-0.7)
+    assert control.equal.harm["forgetting_loss"].value == pytest.approx(-0.1)
+    assert control.equal.harm["kl_neutral"].value == 0
+    assert not control.equal.is_matched
+    text = text_of(*with_shares(0.30, 0.03))
+    assert "| lr 0.001, lora_lr 0.002 / lr 0.01, lora_lr 0.02 | 30.0% / 3.0%, not share" in text
+    assert "| equal rates | lr 0.001, lora_lr 0.002 | 30.0% / 3.0%, not share-matched |" in text
+    assert "differ by more than 2 points" in text
+
+
+@pytest.mark.parametrize(("share", "matched"), [(0.12, True), (0.1, True), (0.125, False)])
+def test_shares_that_differ_by_two_points_are_matched(share, matched):
+    (control,) = cell_of(*with_shares(0.10, share)).controls["epd"]
+    assert control.equal.is_matched is matched
+    assert ("not share-matched |" in text_of(*with_shares(0.10, share))) is not matched
+
+
+# -- rates --------------------------------------------------------------------------------------
+
+
+def test_a_grid_of_two_rates_has_the_curve_at_the_chosen_second_rate():
+    both = method(grid(learning_rate=GRID, lora_learning_rate=[1e-3, 1e-2]))
+    rows = choosing("both", both, [0.1, 0.2, 0.3, 0.9, 0.5, 0.6])
+    cell = cell_of({"both": both}, rows, baseline=["both"])
+    found = cell.method("both")
+    assert found.point == {"learning_rate": 1e-3, "lora_learning_rate": 1e-2}
+    assert found.curve == {1e-4: 0.2, 1e-3: 0.9, 1e-2: 0.6}
+
+
+def test_a_grid_of_a_rate_and_a_ratio_has_the_curve_at_the_chosen_ratio():
+    both = method(grid(learning_rate=[1e-3, 2e-3], lora_lr_ratio=[1, 2]))
+    rows = choosing("both", both, [0.1, 0.2, 0.3, 0.4])
+    found = cell_of({"both": both}, rows, baseline=["both"]).method("both")
+    assert found.curve == {1e-3: 0.2, 2e-3: 0.4}
+    assert found.rates == "lr 0.002 (highest tried), lora_lr 0.004, ratio 2 (highest tried)"
+
+
+def test_pairs_of_rates_have_the_curve_of_their_ratio():
+    pairs = method([{"learning_rate": r, "lora_learning_rate": 3 * r} for r in GRID])
+    found = cell_of({"pairs": pairs}, choosing("pairs", pairs, [0.1, 0.3, 0.2]), baseline=["pairs"])
+    assert found.method("pairs").curve == {1e-4: 0.1, 1e-3: 0.3, 1e-2: 0.2}
+
+
+def test_choices_at_the_edge_of_the_grid_are_marked():
+    lora = method(grid(lora_learning_rate=GRID))
+    rows = choosing("fft", FFT, [0.1, 0.5, 0.2]) + choosing("lora", lora, [0.6, 0.5, 0.2])
+    cell = cell_of({"fft": FFT, "lora": lora}, rows)
+    assert cell.method("fft").rates == "lr 0.001"
+    assert cell.method("lora").rates == "lora_lr 0.0001 (lowest tried)"
+    text = text_of({"fft": FFT, "lora": lora}, rows)
+    assert "Chosen at the edge of the tried rates: lora. A better rate may lie outside." in text
+
+
+def test_the_decade_is_around_the_rate_of_each_method():
+    values = {1e-4: 0.2, 1e-3: 0.8, 1e-2: 0.4}
+    found = sensitivity(values, 1e-3, minimize=False)
+    # 0.5 at 3.2e-4, 0.8, 0.6 at 3.2e-3
+    assert (found.area, found.worst, found.covered) == pytest.approx((0.675, 0.5, 1.0))
+    tenfold = sensitivity({10 * rate: v for rate, v in values.items()}, 1e-2, minimize=False)
+    assert tenfold.area == pytest.approx(found.area)
+    at_the_edge = sensitivity(values, 1e-4, minimize=False)
+    assert (at_the_edge.covered, at_the_edge.is_whole) == (pytest.approx(0.5), False)
+    assert sensitivity({1e-4: 2.0, 1e-3: 4.0}, 1e-4, minimize=True).worst == pytest.approx(3.0)
+    assert sensitivity({1e-4: 2.0}, 1e-4, minimize=True) is None
+
+
+def test_a_decade_that_was_not_tried_is_named_with_the_range():
+    lora = method(grid(lora_learning_rate=[1e-3, 1e-2]))
+    text = text_of({"lora": lora}, choosing("lora", lora, [0.6, 0.5]), baseline=["lora"])
+    assert "| lora | 0.001 to 0.01 | 0.575 | 0.550 | 50% |  |" in text
+
+
+def test_failed_rates_have_the_worst_validation_value_and_pruned_ones_none():
+    rows = choosing("fft", FFT, [None, 0.5, 0.4]) + reported("fft", FFT, 1, [0.01] * 5)
+    pruned = choosing("epd", EPD, [0.3, 0.5, None])
+    pruned[2]["state"] = "pruned"
+    methods = {"fft": FFT, "epd": EPD}
+    cell = cell_of(methods, rows + pruned)
+    assert cell.method("fft").curve == {1e-4: 0.3, 1e-3: 0.5, 1e-2: 0.4}
+    assert cell.method("epd").curve == {1e-4: 0.3, 1e-3: 0.5}
+    assert cell.method("epd").pruned == ["lr 0.01, lora_lr 0.02"]
+    assert "| 50% | lr 0.01, lora_lr 0.02 |" in text_of(methods, rows + pruned).replace(
+        "all", "50%"
+    )
+
+
+def test_a_control_has_no_trial_at_rates_where_its_method_failed():
+    coin = method([], share_of="epd")
+    rows = [{**row, "won/full": 0.1} for row in choosing("epd", EPD, [0.2, 0.5])]
+    rows += [trial("epd", "choose", 2, 1, None, EPD["rates"][2])]
+    rows += [
+        trial("coin", "choose", index, 1, 0.3, EPD["rates"][index], score="random:0.100")
+        for index in (0, 1)
+    ]
+    stored = records({"epd": EPD, "coin": coin}, rows, baseline=["epd"])
+    stored.outline["cells"]["facts"]["points"]["coin"] = 3
+    (cell,) = summarise(stored)
+    assert cell.method("coin").point == {"learning_rate": 1e-4, "lora_learning_rate": 2e-4}
+    assert cell.method("coin").missing[0] == "seeds 11, 12, 13, 14, 15"
+
+
+# -- lacking seeds ------------------------------------------------------------------------------
+
+
+def failing():
+    rows = choosing("fft", FFT, [0.1, 0.5, 0.2]) + reported(
+        "fft", FFT, 1, [0.5, 0.5, 0.5, 0.5, 0.51]
+    )
+    rows += choosing("epd", EPD, [0.1, 0.5, 0.2])
+    rows += reported("epd", EPD, 1, [0.9, None, 0.9, 0.9, 0.91])
+    for row in rows:
+        if "after/es" in row:
+            row |= {"after/kl_neutral": 0.1 if row["method"] == "epd" else 0.2}
+    return {"fft": FFT, "epd": EPD}, rows
+
+
+def test_failed_seeds_make_a_comparison_incomplete():
+    cell = cell_of(*failing())
+    epd = cell.method("epd")
+    assert (epd.failed_seeds, epd.missing, epd.is_complete) == ((12,), [], False)
+    assert epd.comparison.estimate.differs
+    assert not epd.comparison.differs
+    text = text_of(*failing())
+    assert "+0.400 [+0.400, +0.400] (incomplete: 4 of 5 seeds)" in text
+    assert "(4 of 5 seeds, 1 failed)" in text
+    assert "- facts, epd: seeds 12; 4 are complete." in text
+    assert front_of(cell, "kl_neutral") == []  # it would be epd alone
+
+
+def test_figures_name_lacking_seeds_and_have_one_legend(tmp_path, monkeypatch):
+    from matplotlib.figure import Figure
+
+    drawn = []
+    monkeypatch.setattr(Figure, "savefig", lambda self, *_, **__: drawn.append(self))
+    draw_figures(tmp_path, summarise(records(*failing())))
+    rates, front = drawn
+    assert [text.get_text() for text in front.legends[0].get_texts()] == [
+        "fft",
+        "epd (4 of 5 seeds, 1 failed)",
+    ]
+    for figure in (rates, front):
+        assert len(figure.legends) == 1
+        assert not any(axis.get_legend() for axis in figure.axes)
+        figure.canvas.draw()
+        legend = figure.legends[0].get_window_extent()
+        assert not any(legend.overlaps(axis.get_window_extent()) for axis in figure.axes)
+
+
+def test_parameters_that_never_moved_are_named():
+    rows = choosing("epd", EPD, [0.1, 0.5, 0.2])
+    rows = [{**row, "trained_parameters": 3408576.0, "moved_parameters": 1500.0} for row in rows]
+    text = text_of({"epd": EPD}, rows, baseline=["epd"])
+    assert "epd: 3,408,576 parameters have optimizer state, and updates changed 1,500 of" in text
+
+
+def test_counts_have_no_decimals():
+    rows = [{**row, "cpu_count": 2.0, "torch_threads": 1.0} for row in choosing("fft", FFT, [0.1])]
+    assert "CPUs: 2, torch threads: 1\n" in text_of({"fft": FFT}, rows)
+
+
+# -- intervals ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("of_seeds", "of_questions", "is_drawn"),
+    [(0.12, 0.0, True), (0.02, 0.4, True), (0.1, 0.25, True), (0.1, 0.3, False)],
+    ids=["seeds", "questions", "both", "both-without-draws"],
+)
+def test_intervals_cover_differences_of_new_seeds_and_questions(of_seeds, of_questions, is_drawn):
+    """Five seeds, forty questions: the true difference is 0, and 95% of intervals contain it."""
+    rng = np.random.default_rng(5)
+    shape, repeats, covered = (5, 40), 400, 0
+    for _ in range(repeats):
+        methods = []
+        for _ in range(2):
+            seeds, questions = (
+                rng.normal(0, deviation, size)
+                for deviation, size in ((of_seeds, (5, 1)), (of_questions, (1, 40)))
+            )
+            right = 0.5 + seeds + questions
+            if is_drawn:  # answers, right or wrong
+                right = rng.random(shape) < right
+            scores = {
+                seed: {str(i): (float(x), 1.0) for i, x in enumerate(row)}
+                for seed, row in enumerate(right)
+            }
+            methods.append({"es": scores})
+        found = difference_of_questions("es", *methods)
+        covered += found.low <= 0 <= found.high
+    assert covered / repeats >= 0.94
+
+
+def test_intervals_of_one_seed_are_unknown_and_those_of_shares_end_at_one():
+    one = {"es": {1: {str(i): (1.0, 1.0) for i in range(9)}}}
+    assert math.isnan(mean_of_questions("es", one).low)
+    right = {seed: {str(i): (float(i + seed > 0), 1.0) for i in range(4)} for seed in range(5)}
+    found = mean_of_questions("es", {"es": right})
+    assert (found.value, found.high) == (0.95, 1.0)
+    assert found.low < 0.9
