@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import pickle
+import re
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from molf import MoLFAdamW, MoLFConfig
 from molf.core.scores import registry
 from molf.core.scores.registry import FORMS, SCORES, routing
 from molf.core.scores.rules import Candidates
+from molf.core.scores.terms import DESCENT
 from optimizer_forms import build
 
 TEXTS = (*SCORES, "random:0.3", "share:0.5:gsnr", "shuffled:fresh")
@@ -343,6 +345,12 @@ def test_names_that_are_taken_or_cannot_be_given(name):
         molf.register_score(largest(name))
 
 
+def made(value=lambda expert: expert.total("squares"), factors=None, name="squares", **kept):
+    """A score of the user with one term."""
+    term = molf.ScoreTerm(name, factors or (lambda block: (block.grad, block.grad)))
+    return molf.Score("own", (term,), value, kept)
+
+
 @pytest.mark.usefixtures("own_scores")
 def test_terms_need_names_of_their_own():
     term = molf.ScoreTerm("one", lambda block: (block.grad,))
@@ -351,3 +359,77 @@ def test_terms_need_names_of_their_own():
             molf.register_score(molf.Score("own", terms, lambda expert: 0.0))
     with pytest.raises(TypeError, match="Invalid score of type str"):
         molf.register_score("epd")
+    for name in ("Squares", "a b", "", 3):
+        with pytest.raises(ValueError, match=f"Invalid name {name!r} of a term of score 'own'"):
+            molf.register_score(made(name=name))
+
+
+@pytest.mark.usefixtures("own_scores")
+def test_a_term_with_the_name_of_a_shipped_one_is_that_one():
+    """The kernels compute shipped terms by name, and would ignore other factors."""
+    own = molf.Score("own", (DESCENT,), lambda expert: expert.total("descent"))
+    molf.register_score(own)
+    with pytest.raises(ValueError, match=r"'descent' of a term .* A shipped term has it"):
+        molf.register_score(made(lambda expert: expert.total("descent"), name="descent"))
+
+
+@pytest.mark.usefixtures("own_scores")
+@pytest.mark.parametrize(
+    ("score", "message"),
+    [
+        (made(lambda expert: expert.total("cubes")), "raised KeyError: 'cubes'. Declared terms"),
+        (made(lambda expert: expert.kept["ema"]), "raised KeyError: 'ema'. .* kept: nothing"),
+        (made(lambda expert: expert.kept.update(ema=1.0) or 1.0), "its function keeps ema"),
+        (made(lambda expert: expert.kept.clear() or 1.0, ema=0.0), "its function keeps nothing"),
+        (made(lambda expert: torch.tensor(1.0)), "its function returned Tensor, not a float"),
+        (made(lambda expert: None), "its function returned NoneType, not a float"),
+        (made(lambda expert: 1.0, lambda block: block.grad), "not a tensor .3, 4."),
+        (made(lambda expert: 1.0, lambda block: (block.grad.sum(),)), "not .a tensor ..."),
+        (made(lambda expert: 1.0, lambda block: (block.momentum,)), "raised AttributeError"),
+        (made(lambda expert: 1.0, lambda block: (block.exp_avg.mul_(2),)), "in place"),
+    ],
+)  # fmt: skip
+def test_scores_that_fail_are_refused_before_a_training(score, message):
+    with pytest.raises(ValueError, match=f"of (the term 'squares' of )?score 'own'.*{message}"):
+        molf.register_score(score)
+    with pytest.raises(ValueError, match="Invalid score='own'"):
+        MoLFConfig(score="own")
+
+
+@pytest.mark.usefixtures("own_scores")
+@pytest.mark.parametrize("kept", [{"ema": "zero"}, {"E M A": 0.0}, {"ema": True}])
+def test_kept_numbers_have_names_and_initial_values(kept):
+    with pytest.raises(ValueError, match=re.escape(f"Invalid kept={kept} of score 'own'")):
+        molf.register_score(made(**kept))
+
+
+@pytest.mark.usefixtures("own_scores")
+@pytest.mark.parametrize("function", [3, lambda: 1.0, lambda expert, other: 1.0])
+def test_functions_of_scores_take_one_argument(function):
+    with pytest.raises(TypeError, match="Invalid value of score 'own'"):
+        molf.register_score(made(value=function))
+    with pytest.raises(TypeError, match="Invalid factors of the term 'squares' of score 'own'"):
+        molf.register_score(made(factors=function))
+
+
+@pytest.mark.usefixtures("own_scores")
+@pytest.mark.parametrize(
+    ("late", "message"),
+    [
+        (lambda expert: math.nan, "its function returned nan .*although all of its sums are fini"),
+        (lambda expert: 1 / 0, "its function raised ZeroDivisionError: division by zero. Declared"),
+        (lambda expert: expert.kept.update(ema=math.inf) or 1.0, "kept: {'ema': inf}"),
+        (lambda expert: expert.kept.update(more=1.0) or 1.0, "its function keeps ema, more"),
+    ],
+)
+def test_a_score_that_fails_later_is_named_and_changes_no_weight(late, message):
+    good = [True]
+    molf.register_score(made(lambda e: e.total("squares") if good else late(e), ema=0.0))
+    model, optimizer = build("folded", score="own")
+    run(model, optimizer, range(2))
+    good.clear()
+    before = [one.clone() for one in model.parameters()]
+    backward(model, 2)
+    with pytest.raises(RuntimeError, match=f"score=own, expert full of layer .*{message}"):
+        optimizer.step()
+    assert all(map(torch.equal, before, model.parameters()))

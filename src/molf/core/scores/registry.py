@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass
 from functools import cache
 
+from molf.core.scores.checks import check_score
 from molf.core.scores.descent import DESCENT_SUM
 from molf.core.scores.epd import EPD
 from molf.core.scores.epd_balanced import EPD_BALANCED
@@ -60,25 +61,13 @@ def register_score(score: Score) -> None:
     again replaces the score; the shipped ones cannot be replaced.
 
     Args:
-        score: The score.
+        score: The score. Its terms and its function are tried on small tensors of 3 x 4 weights.
 
     Raises:
-        TypeError: It is no `Score`.
-        ValueError: Its name is not allowed, or two of its terms have one name.
+        TypeError: It is no `Score`, or a part of it has a wrong type.
+        ValueError: A name is not allowed or given twice, or the trial fails.
     """
-    if not isinstance(score, Score):
-        raise TypeError(f"Invalid score of type {type(score).__name__}. Must be molf.Score.")
-    if not re.fullmatch("[a-z][a-z0-9-]*", score.name) or score.name in (*SCORES, *_WORDS):
-        raise ValueError(
-            f"Invalid name {score.name!r} of a score. Must be lower-case letters, digits and "
-            f"hyphens, and none of {', '.join((*SCORES, *_WORDS))}."
-        )
-    names = [term.name for term in score.terms]
-    if not names or len(set(names)) < len(names):
-        raise ValueError(
-            f"Invalid terms {names} of score {score.name!r}. Must be one or more, with different "
-            "names."
-        )
+    check_score(score, (*SCORES, *_WORDS))
     _registered[score.name] = score
     _parsed.cache_clear()
 

@@ -106,8 +106,8 @@ class Score:
     Attributes:
         name: Value of `MoLFConfig.score`: lower-case letters, digits and hyphens.
         terms: Sums that the score needs.
-        value: Returns the score of an expert; the highest score of a layer wins. It may change
-            `Expert.kept`.
+        value: Returns the score of an expert, a finite float; the highest score of a layer wins. It
+            may change the numbers of `Expert.kept`.
         kept: Initial values of the numbers that the score keeps for each expert. They are part of
             the optimizer's state.
     """

@@ -15,3 +15,6 @@ NOISE = ScoreTerm("noise", lambda block: (block.exp_avg_sq.sqrt(),))
 
 FRESH = ScoreTerm("fresh", lambda block: (block.direction, block.grad), is_before=True)
 """`sum g_t m_{t-1} / (sqrt(v_{t-1}) + eps)`."""
+
+SHIPPED_TERMS = {term.name: term for term in (DESCENT, NORM, NOISE, FRESH)}
+"""The terms above by name."""

@@ -14,6 +14,7 @@ from molf.core.arithmetic.blocks import Blocks
 from molf.core.arithmetic.devices import CanRead
 from molf.core.config import lora_expert_names
 from molf.core.model.groups import parameter_name
+from molf.core.scores.checks import ScoreError, value_of
 from molf.core.scores.registry import routing
 from molf.core.scores.rules import Candidates
 from molf.core.scores.score import Expert, Part, Score
@@ -146,17 +147,10 @@ class RoutedLayer(ABC):
             sums: Sum of each term over each tensor, by (expert, part, term).
 
         Raises:
-            RuntimeError: A score is not finite.
+            RuntimeError: A score is not finite, or its function failed.
         """
         score = self.score
         scores = [self._value(score, expert) for expert in self._experts_of(score, sums)]
-        if not all(map(math.isfinite, scores)):
-            by_name = dict(zip(self.experts, scores, strict=True))
-            raise RuntimeError(
-                f"Scores of layer {self.name} are not finite although its gradient is: {by_name}. "
-                "Its moments are not finite. No step writes such moments: was the state loaded or "
-                "changed?"
-            )
         group = self.group
         return Candidates(
             self.name, scores, self.has_full, group["top_k"], self.steps_taken, group["seed"]
@@ -200,7 +194,28 @@ class RoutedLayer(ABC):
 
     def _value(self, score: Score, expert: Expert) -> float:
         """Return the score of an expert; store the numbers that the score keeps."""
-        value = score.value(expert)
+        where = f"score={score.name}, expert {expert.name} of layer {self.name}"
+        wrong = [
+            f"{name} of {part.name}"
+            for part in expert.parts
+            for name, total in part.sums.items()
+            if not math.isfinite(total)
+        ]
+        if wrong:
+            raise ScoreError(
+                f"{where}: sums are not finite although the gradient is ({', '.join(wrong)}). "
+                "Either the term overflows, or the moments are not finite. No step writes such "
+                "moments: was the state loaded or changed?"
+            )
+        try:
+            value = value_of(score, expert)
+        except ScoreError as error:
+            raise ScoreError(f"{where}: {error}") from error.__cause__
+        if not all(map(math.isfinite, (value, *expert.kept.values()))):
+            raise ScoreError(
+                f"{where}: its function returned {value} (kept: {expert.kept}) although all of its "
+                "sums are finite."
+            )
         for name, number in expert.kept.items():
             self.kept[f"score_{expert.name}_{name}"] = number
         return value
