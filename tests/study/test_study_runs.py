@@ -6,10 +6,12 @@ from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from checkpoints import write_checkpoint
 from molf.cli import main
 from molf.cli.study_options import open_study
+from molf.job.record.routing_log import iter_steps
 from molf.job.run import train
 from molf.study.outcome import all_results, run_directory
 from molf.study.plan import Plan
@@ -76,6 +78,35 @@ def test_every_trial_is_a_run_with_a_row(study):
     labels = sorted(path.name for path in (opened.output_dir / "trials/sums/molf").glob("*-*"))
     assert labels[0] == "choose-lr0.01-ratio3-seed1"
     assert labels[1:] == [f"report-lr0.01-ratio3-seed{seed}" for seed in range(11, 16)]
+
+
+def test_parameters_of_experts_without_a_win_have_not_moved(study):
+    """Counted layer by layer from the routing log and the saved weights."""
+    opened, _ = study
+    for result in all_results(opened).values():
+        row = result.row
+        if row["method"] == "fft":
+            assert row["moved_parameters"] == row["trained_parameters"]
+            continue
+        label = f"{row['phase']}-lr0.01-ratio3-seed{row['seed']}"
+        run = run_directory(opened, "sums", "molf", label)
+        weights = load_file(run / "model" / "model.safetensors")
+        won = {}
+        for step in iter_steps(run):
+            for layer, one in step["selections"].items():
+                own = won.setdefault(layer, set())
+                if any(one["scores"].values()):  # none in the first step, whose rate is 0
+                    own.update(one["winners"])
+        routed = {layer: weights[f"{layer}.weight"] for layer in won}
+        dense = sum(weight.numel() for weight in weights.values())
+        for layer, weight in routed.items():
+            if "full" not in won[layer]:
+                dense -= weight.numel()
+                bias = weights.get(f"{layer}.bias")  # routed with its weight
+                dense -= 0 if bias is None else bias.numel()
+        rank = MOLF["ranks"]
+        factors = sum(rank * sum(routed[layer].shape) for layer in routed if won[layer] - {"full"})
+        assert row["moved_parameters"] == dense + factors < row["trained_parameters"]
 
 
 def test_rates_are_chosen_on_the_validation_part_and_confirmed_on_the_test_part(study):

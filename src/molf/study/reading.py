@@ -13,6 +13,7 @@ from molf.job.settings.settings import TrainSettings
 from molf.measure.meanings import is_lower_better, metric_names
 from molf.paths import expanded
 from molf.study.axes import cell_options, with_axes
+from molf.study.choice import HARMS
 from molf.study.definition import (
     GRID,
     KEEP_RECORDS,
@@ -210,6 +211,12 @@ def _cell(
         recipe = options.recipe(text(content["config"], f"{where}, config"))
     metric = text(content.get("metric"), f"{where}, metric")
     _check_known(metric, metric_names(), f"{where}, metric", "metrics")
+    if metric in HARMS:
+        raise StudyFileError(
+            f"{where}, metric: {metric} is lowest without training, so it would choose the "
+            f"lowest rate; the report has {', '.join(HARMS)} beside every metric. Give a metric of "
+            "the task."
+        )
     minimize = truth(content.get("minimize", is_lower_better(metric)), f"{where}: Invalid minimize")
     known = [method.name for method in methods]
     rates = {}

@@ -27,6 +27,7 @@ from molf.job.record.ownership import (
 from molf.job.record.result import RunError, RunResult
 from molf.job.settings.defaults import ROUTED
 from molf.study.definition import CHOOSE, KEEP_RECORDS, Point, Study
+from molf.study.moved import moved_parameters
 from molf.study.outcome import (
     TrialResult,
     read_result,
@@ -167,6 +168,7 @@ def trial_row(planned: Planned, point: Point, run: RunResult, seconds: float) ->
         "tokens": run.tokens,
         "parameters": parameters,
         "trained_parameters": run.trained_parameters,
+        "moved_parameters": moved_parameters(run),
         "training_flops": training_flops(parameters, run.trained_parameters, run.tokens),
         "seconds": round(seconds, 2),
         "training_seconds": round(run.training_seconds, 2),
@@ -189,6 +191,12 @@ def training_flops(parameters: int, trained: int, tokens: int) -> int:
     Per token 2 for each parameter in the forward pass, 2 for the gradients of activations, and 2
     for the gradient of each trained parameter (Kaplan et al. 2020, arXiv 2001.08361, section 2.1,
     split by use). Attention over positions and the optimizer are left out.
+
+    Args:
+        parameters: Parameters of the base.
+        trained: Parameters with optimizer state. MoLF computes the gradient of each routed weight
+            in every step, also if full never wins and the weight never moves; it counts.
+        tokens: Tokens trained on.
     """
     return tokens * (4 * parameters + 2 * trained)
 

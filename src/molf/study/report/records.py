@@ -30,7 +30,7 @@ _FIRST = (
 )
 _LAST = (
     *("steps", "skipped_steps", "training_loss", "tokens", "parameters", "trained_parameters"),
-    *("training_flops", "seconds", "training_seconds", "evaluation_seconds"),
+    *("moved_parameters", "training_flops", "seconds", "training_seconds", "evaluation_seconds"),
     *("peak_memory_bytes", "started", "commit", "dirty", "device", "cpu_count", "torch_threads"),
     *("python", "key"),
 )
