@@ -3,16 +3,28 @@
 No figure is typed by hand: a page NAME.md is made from NAME.template.md.
 
 `docs/studies/NAME` holds the CSV files that `molf study report NAME --to docs/studies/NAME` wrote.
-In a template, `{{WORDS}}` is replaced:
+A study without it has no rows yet. In a template, `{{WORDS}}` is replaced. Tables:
 
-    differences STUDY         table of differences to the baseline, by cell and method
-    controls STUDY            table of methods against controls with their share of full updates
-    rates STUDY               table of the mean and the worst value over the tried rates
-    harm STUDY METRIC         table of forgetting_loss, kl_neutral or kl_task at the chosen rates
-    shares STUDY              table of the share of updates that the expert full took
-    tally STUDY METHOD        cells in which a method is better or worse than the baseline
-    tally STUDY METHOD OTHER  the same against a share-matched control
-    value STUDY CELL METHOD   metric with its interval
+    chosen STUDY              chosen rates of every method, those at the edge of the grid marked
+    differences STUDY         differences to the baseline, by cell and method
+    controls STUDY            methods against controls of their share of full updates, by cell
+    sensitivity STUDY         mean and worst value over the decade around the chosen rate
+    harm STUDY METRIC         forgetting_loss, kl_neutral or kl_task at the chosen rates
+    shares STUDY              share of updates that the expert full took
+
+Sentences:
+
+    tally STUDY METHOD                cells in which a method is better or worse than the baseline
+    tally STUDY METHOD CONTROL AT     the same against a control; AT is own (rates) or equal
+    harm_tally STUDY METRIC METHOD    cells with less or more harm than the baseline
+    robust STUDY METHOD OTHER         cells with a higher mean over each one's decade of rates
+    spread STUDY                      loss by a wrong rate beside differences between methods
+    harm_by_rate STUDY METRIC         harm at the lowest against the highest tried rate
+    settings STUDY METHOD             chosen rates by cell
+    cost STUDY METHOD OTHER           training time and memory of a run as multiples of another's
+    advice STUDY                      preferred baselines, and methods that are better
+    decided STUDY                     counts of comparisons with and without a difference
+    value STUDY CELL METHOD           metric with its interval
     trials STUDY, hours STUDY, missing STUDY
 
     python scripts/results_page.py [--check]
@@ -23,74 +35,96 @@ from __future__ import annotations
 import argparse
 import re
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from statistics import fmean, median
 from typing import Any
 
-from molf.study.report.markdown import (
-    differences_table,
-    estimate_text,
-    number_text,
-    signed,
-    table,
-)
-from molf.study.report.records import read_records
-from molf.study.report.statistics import Estimate
+from molf.study.definition import CHOOSE, LEARNING_RATE, LORA_RATE, REPORT
+from molf.study.report.rates import rates_of
+from molf.study.report.records import Row, is_complete, read_records
+from molf.study.report.second_phase import Comparison
 from molf.study.report.summary import CellSummary, MethodSummary, summarise
+from molf.study.report.tables import controls_table, covered_text, differences_table
+from molf.study.report.texts import estimate_text, number_text, table
 
 DOCS = Path(__file__).parents[1] / "docs"
 STUDIES = DOCS / "studies"
 SUFFIX = ".template.md"
 NOTICE = "<!-- Written by scripts/results_page.py from a template and docs/studies. -->"
+NO_ROWS = "no rows yet"
 
 
 class Study:
-    """A stored study.
+    """A stored study; without a folder, one that has no rows yet.
 
     Attributes:
         cells: Cells that have rows.
         planned: Names of all cells.
+        rows: All rows.
+        own: Names of the methods that are no controls.
+        contenders: Names of the methods of which the baseline of a cell is one.
     """
 
     def __init__(self, folder: Path) -> None:
-        records = read_records(folder)
-        found = summarise(records)
-        self.planned = [cell.name for cell in found]
-        self.cells = [cell for cell in found if cell.trials]
-        self.seconds = sum(row.get("seconds", 0.0) for row in records.rows)
-        self.trials = len(records.rows)
+        self.cells: list[CellSummary] = []
+        self.planned: list[str] = []
+        self.rows: list[Row] = []
+        self.own: list[str] = []
+        self.contenders: list[str] = []
+        if folder.is_dir():
+            records = read_records(folder)
+            found = summarise(records)
+            self.planned = [cell.name for cell in found]
+            self.cells = [cell for cell in found if cell.trials]
+            self.rows = records.rows
+            self.contenders = records.outline["report"]["baseline"]
+            self.own = [one.name for one in found[0].methods if one.control_of is None]
 
-    def method(self, cell: str, name: str) -> MethodSummary:
-        """Return a method in a cell."""
-        found = next(one for one in self.cells if one.name == cell)
-        return next(one for one in found.methods if one.name == name)
+    def of(self, name: str) -> list[tuple[CellSummary, MethodSummary]]:
+        """Return a method in each cell with rows.
+
+        Raises:
+            KeyError: The study has no such method.
+        """
+        found = [(cell, one) for cell in self.cells if (one := cell.method(name))]
+        if self.cells and not found:
+            raise KeyError(name)
+        return found
+
+
+# -- tables -------------------------------------------------------------------------------------
+
+
+def chosen(study: Study) -> str:
+    """Return the table of chosen rates."""
+    return _by_method(study, lambda one: one.rates or _lacking(one))
 
 
 def differences(study: Study) -> str:
     """Return the table of differences to the baseline."""
-    return "\n".join(differences_table(study.cells))
+    return "\n".join(differences_table(study.cells)) if study.cells else NO_ROWS
 
 
 def controls(study: Study) -> str:
-    """Return the table of methods against their share-matched controls."""
-    pairs = sorted(
-        {(name, one.other) for cell in study.cells for name, all_ in cell.controls.items()
-         for one in all_}
-    )  # fmt: skip
-    rows = []
-    for cell in study.cells:
-        known = {(n, c.other): c.estimate for n, all_ in cell.controls.items() for c in all_}
-        shown = [signed(known[pair]) if pair in known else "missing" for pair in pairs]
-        rows.append([cell.name, cell.metric, *shown])
-    return "\n".join(table(["cell", "metric", *(f"{a} - {b}" for a, b in pairs)], rows))
+    """Return the tables of methods against controls."""
+    parts = [
+        "\n".join([f"`{cell.name}`, {cell.metric}:", "", *controls_table(cell)])
+        for cell in study.cells
+        if cell.controls
+    ]
+    return "\n\n".join(parts) or NO_ROWS
 
 
-def rates(study: Study) -> str:
-    """Return the table of the mean and the worst value over the rates."""
+def sensitivity(study: Study) -> str:
+    """Return the table of the mean and the worst value over the decade around the chosen rate."""
 
     def text(one: MethodSummary) -> str:
         found = one.sensitivity
-        return f"{number_text(found.area)} ({number_text(found.worst)})" if found else "missing"
+        if found is None:
+            return _lacking(one)
+        covered = "" if found.is_whole else f", {covered_text(found)} tried"
+        return f"{number_text(found.area)} ({number_text(found.worst)}{covered})"
 
     return _by_method(study, text)
 
@@ -102,94 +136,301 @@ def harm(study: Study, metric: str) -> str:
 
 def shares(study: Study) -> str:
     """Return the table of the shares of updates that `full` took."""
-
-    def text(one: MethodSummary) -> str:
-        return "" if one.full_share is None else f"{one.full_share:.0%}"
-
-    return _by_method(study, text)
-
-
-def tally(study: Study, method: str, control: str | None = None) -> str:
-    """Return in how many cells a method is better or worse than the baseline or a control."""
-    better, worse, equal = [], [], []
-    leads = [cell.name for cell in study.cells if control is None and cell.baseline == method]
-    for cell in study.cells:
-        estimate = _estimate(cell, method, control)
-        if estimate is None:
-            continue
-        if not estimate.differs:
-            equal.append(cell.name)
-        elif (estimate.value > 0) != cell.minimize:
-            better.append(cell.name)
-        else:
-            worse.append(cell.name)
-    total = len(leads) + len(better) + len(worse) + len(equal)
-
-    def count(names: Sequence[str], word: str) -> str:
-        listed = f" ({', '.join(names)})" if names else ""
-        return f"{word} in {len(names)}{listed}"
-
-    first = f"{count(leads, 'the baseline')}, " if leads else ""
-    return (
-        f"{first}{count(better, 'better')}, {count(worse, 'worse')}, undecided in {len(equal)} of "
-        f"{total} cells"
-    )
-
-
-def _estimate(cell: CellSummary, method: str, control: str | None) -> Estimate | None:
-    if control is not None:
-        found = (one for one in cell.controls.get(method, []) if one.other == control)
-        return next((one.estimate for one in found), None)
-    summary = next(one for one in cell.methods if one.name == method)
-    return summary.comparison.estimate if summary.comparison else None
-
-
-def value(study: Study, cell: str, method: str) -> str:
-    """Return the metric of a method in a cell."""
-    return estimate_text(study.method(cell, method).value)
-
-
-def trials(study: Study) -> str:
-    """Return the number of ended trials."""
-    return str(study.trials)
-
-
-def hours(study: Study) -> str:
-    """Return the hours of all workers."""
-    return f"{study.seconds / 3600:.1f}"
-
-
-def missing(study: Study) -> str:
-    """Return the missing rows."""
-    known = {cell.name for cell in study.cells}
-    lines = [f"- {name}: all rows" for name in study.planned if name not in known]
-    lines += [
-        f"- {cell.name}, {one.name}: {'; '.join(one.missing)}"
-        for cell in study.cells
-        for one in cell.methods
-        if one.missing
-    ]
-    return "\n".join(lines) or "none"
+    return _by_method(study, lambda one: "" if one.full_share is None else f"{one.full_share:.0%}")
 
 
 def _by_method(study: Study, text: Callable[[MethodSummary], str]) -> str:
+    if not study.cells:
+        return NO_ROWS
     names = [one.name for one in study.cells[0].methods]
     rows = ([cell.name, *(text(one) for one in cell.methods)] for cell in study.cells)
     return "\n".join(table(["cell", *names], rows))
 
 
-_WORDS = (differences, controls, rates, harm, shares, tally, value, trials, hours, missing)
+def _lacking(one: MethodSummary) -> str:
+    return "missing" if one.missing else "none: every rate failed" if one.point is None else ""
 
 
-def page(template: str, folder: Path = STUDIES) -> str:
+# -- sentences ----------------------------------------------------------------------------------
+
+
+def tally(study: Study, method: str, control: str | None = None, at: str = "own") -> str:
+    """Return in which cells a method is better or worse than the baseline or a control."""
+    groups: dict[str, list[str]] = {
+        "the baseline itself": [],
+        "better": [],
+        "worse": [],
+        "no difference shown": [],
+        "incomplete": [],
+        NO_ROWS: [name for name in study.planned if name not in _names(study.cells)],
+    }
+    unmatched = []
+    for cell, summary in study.of(method):
+        if control is None and cell.baseline == method:
+            groups["the baseline itself"].append(cell.name)
+            continue
+        found = summary.comparison
+        if control is not None:
+            pair = next((one for one in cell.controls.get(method, []) if one.name == control), None)
+            found = None if pair is None else {"own": pair.own, "equal": pair.equal}[at]
+            if found is not None and not found.is_matched:
+                unmatched.append(cell.name)
+        groups[_outcome(cell, found)].append(cell.name)
+    remark = f"; not share-matched in {_listed(unmatched)}" if unmatched else ""
+    return _counts(groups) + remark
+
+
+def _outcome(cell: CellSummary, found: Comparison | None) -> str:
+    if found is None:
+        return NO_ROWS
+    if not found.is_complete:
+        return "incomplete"
+    if not found.differs:
+        return "no difference shown"
+    return "better" if (found.estimate.value > 0) != cell.minimize else "worse"
+
+
+def harm_tally(study: Study, metric: str, method: str) -> str:
+    """Return in which cells a method does less or more harm than the baseline, at chosen rates."""
+    groups: dict[str, list[str]] = {
+        "the baseline itself": [],
+        "less": [],
+        "more": [],
+        "no difference shown": [],
+        NO_ROWS: [name for name in study.planned if name not in _names(study.cells)],
+    }
+    for cell, summary in study.of(method):
+        found = summary.comparison
+        if cell.baseline == method:
+            groups["the baseline itself"].append(cell.name)
+        elif found is None or not found.is_complete or metric not in found.harm:
+            groups[NO_ROWS].append(cell.name)
+        elif not found.harm[metric].differs:
+            groups["no difference shown"].append(cell.name)
+        else:
+            groups["less" if found.harm[metric].value < 0 else "more"].append(cell.name)
+    return _counts(groups)
+
+
+def robust(study: Study, method: str, other: str) -> str:
+    """Return in which cells a method keeps a better mean over its decade of rates than another."""
+    groups: dict[str, list[str]] = {
+        "a better mean": [],
+        "a worse mean": [],
+        "an equal mean": [],
+        "less than a decade tried": [],
+        NO_ROWS: [name for name in study.planned if name not in _names(study.cells)],
+    }
+    for (cell, one), (_, two) in zip(study.of(method), study.of(other), strict=True):
+        mine, theirs = one.sensitivity, two.sensitivity
+        if mine is None or theirs is None:
+            groups[NO_ROWS].append(cell.name)
+        elif not (mine.is_whole and theirs.is_whole):
+            groups["less than a decade tried"].append(cell.name)
+        elif mine.area == theirs.area:
+            groups["an equal mean"].append(cell.name)
+        else:
+            is_better = (mine.area > theirs.area) != cell.minimize
+            groups["a better mean" if is_better else "a worse mean"].append(cell.name)
+    return _counts(groups)
+
+
+def spread(study: Study) -> str:
+    """Return the loss by a wrong rate, and the size of differences between methods."""
+    by_rate = [
+        abs(one.chosen_value - one.sensitivity.worst)
+        for cell in study.cells
+        for one in cell.methods
+        if one.sensitivity is not None and one.sensitivity.is_whole
+    ]
+    by_method = [
+        abs(one.comparison.estimate.value)
+        for cell in study.cells
+        for one in cell.methods
+        if one.comparison is not None and one.comparison.is_complete
+    ]
+    if not by_rate or not by_method:
+        return NO_ROWS
+    rate, method = median(by_rate), median(by_method)
+    first, second = ("rate", "method") if rate > method else ("method", "rate")
+    return (
+        f"the worst rate within half a decade of the chosen one costs {rate:.3f} of the metric "
+        f"(median over {len(by_rate)} methods and cells), and a method differs from the baseline "
+        f"by {method:.3f} (median over {len(by_method)}): here the {first} matters more than the "
+        f"{second}"
+    )
+
+
+def harm_by_rate(study: Study, metric: str) -> str:
+    """Return in how many methods and cells the lowest rate does less harm than the highest."""
+    ends: dict[tuple[str, str], list[tuple[float, float]]] = {}
+    for row in study.rows:
+        point = rates_of(row)
+        if row["phase"] == CHOOSE and is_complete(row) and f"after/{metric}" in row and point:
+            rate = point.get(LEARNING_RATE, point.get(LORA_RATE, 0.0))
+            ends.setdefault((row["cell"], row["method"]), []).append((rate, row[f"after/{metric}"]))
+    whole = [sorted(found) for found in ends.values() if len({rate for rate, _ in found}) > 1]
+    if not whole:
+        return NO_ROWS
+    less = sum(found[0][1] < found[-1][1] for found in whole)
+    return (
+        f"in {less} of {len(whole)} pairs of method and cell {metric} is lower at the lowest tried "
+        "rate than at the highest"
+    )
+
+
+def settings(study: Study, method: str) -> str:
+    """Return the chosen rates of a method by cell."""
+    found = [f"{one.rates} in {cell.name}" for cell, one in study.of(method) if one.point]
+    return "; ".join(found) or NO_ROWS
+
+
+def cost(study: Study, method: str, other: str) -> str:
+    """Return training time and memory of a run as multiples of another method's."""
+    parts = []
+    for column, name in (
+        ("training_seconds", "the training time"),
+        ("peak_memory_bytes", "the peak memory"),
+    ):
+        ratios = [
+            median(mine) / median(theirs)
+            for cell in study.cells
+            if (mine := _column(study, cell, method, column))
+            and (theirs := _column(study, cell, other, column))
+        ]
+        if ratios:
+            parts.append(f"{fmean(ratios):.2f} times {name}")
+    return f"{' and '.join(parts)} of `{other}`" if parts else NO_ROWS
+
+
+def _column(study: Study, cell: CellSummary, method: str, column: str) -> list[float]:
+    return [
+        row[column]
+        for row in study.rows
+        if (row["cell"], row["method"], row["phase"]) == (cell.name, method, REPORT)
+        and is_complete(row)
+        and row.get(column)
+    ]
+
+
+def advice(study: Study) -> str:
+    """Return which baseline the first phase prefers, and which methods are better than it."""
+    leads: dict[str, list[str]] = {}
+    better: dict[str, list[str]] = {}
+    for cell in study.cells:
+        if cell.baseline is None:
+            continue
+        leads.setdefault(cell.baseline, []).append(cell.name)
+        for name in study.own:
+            one = cell.method(name)
+            if one is not None and _outcome(cell, one.comparison) == "better":
+                better.setdefault(name, []).append(cell.name)
+    if not leads:
+        return f"{NO_ROWS.capitalize()}."
+    most = sorted(leads.items(), key=lambda item: -len(item[1]))
+    first = "The validation part prefers " + ", ".join(
+        f"`{name}` in {_listed(cells)}" for name, cells in most
+    )
+    if better:
+        second = "Shown to be better than this baseline: " + "; ".join(
+            f"`{name}` in {_listed(cells)}" for name, cells in better.items()
+        )
+    else:
+        second = "No other method is shown to be better than this baseline in any cell"
+    lacking = {
+        name: cells
+        for name in study.contenders
+        if (cells := [c.name for c, one in study.of(name) if c.baseline and one.value is None])
+    }
+    third = [f"`{name}` has no rows yet in {_listed(cells)}" for name, cells in lacking.items()]
+    if rest := [name for name in study.planned if name not in sum(leads.values(), [])]:
+        third.append(f"nothing is known yet of {_listed(rest)}")
+    text = f"{first}. {second}."
+    return f"{text} But {', and '.join(third)}." if third else text
+
+
+def decided(study: Study) -> str:
+    """Return how many comparisons of methods with the baseline show a difference."""
+    if not study.cells:
+        return NO_ROWS
+    others = len(study.own) - 1  # one of them is the baseline
+    counts = dict.fromkeys(("better", "worse", "no difference shown", "incomplete", NO_ROWS), 0)
+    counts[NO_ROWS] = others * (len(study.planned) - len(study.cells))
+    for cell in study.cells:
+        if cell.baseline is None:
+            counts[NO_ROWS] += others
+            continue
+        for one in cell.methods:
+            if one.name in study.own and one.name != cell.baseline:
+                counts[_outcome(cell, one.comparison)] += 1
+    listed = ", ".join(f"{word} {count}" for word, count in counts.items())
+    total = sum(counts.values())
+    return f"{total} comparisons of a method with the baseline of its cell: {listed}"
+
+
+def value(study: Study, cell: str, method: str) -> str:
+    """Return the metric of a method in a cell."""
+    found = (one for own, one in study.of(method) if own.name == cell)
+    return next((estimate_text(one.value) for one in found), NO_ROWS)
+
+
+def trials(study: Study) -> str:
+    """Return the number of ended trials."""
+    return str(len(study.rows))
+
+
+def hours(study: Study) -> str:
+    """Return the hours of all workers."""
+    return f"{sum(row.get('seconds', 0.0) for row in study.rows) / 3600:.1f}"
+
+
+def missing(study: Study) -> str:
+    """Return the missing and failed rows."""
+    if not study.planned:
+        return NO_ROWS
+    known = _names(study.cells)
+    lines = [f"- {name}: all rows" for name in study.planned if name not in known]
+    for cell in study.cells:
+        for one in cell.methods:
+            lacking = list(one.missing)
+            if one.failed_seeds:
+                lacking.append(f"failed seeds {', '.join(map(str, one.failed_seeds))}")
+            if lacking:
+                lines.append(f"- {cell.name}, {one.name}: {'; '.join(lacking)}")
+    return "\n".join(lines) or "none"
+
+
+def _names(cells: Iterable[CellSummary]) -> list[str]:
+    return [cell.name for cell in cells]
+
+
+def _listed(names: Sequence[str]) -> str:
+    return f"{len(names)} cell{'s' if len(names) > 1 else ''} ({', '.join(names)})"
+
+
+def _counts(groups: Mapping[str, Sequence[str]]) -> str:
+    found = [f"{word} in {_listed(names)}" for word, names in groups.items() if names]
+    lacking = len(groups[NO_ROWS])
+    if found and lacking:  # the list of missing rows has their names
+        found[-1] = f"{NO_ROWS} in {lacking} cell{'s' if lacking > 1 else ''}"
+    return ", ".join(found) or NO_ROWS
+
+
+_WORDS = (
+    *(chosen, differences, controls, sensitivity, harm, shares, tally, harm_tally, robust),
+    *(spread, harm_by_rate, settings, cost, advice, decided, value, trials, hours, missing),
+)
+
+
+def page(template: str, folder: Path | None = None) -> str:
     """Return the page.
 
     Args:
         template: Text with `{{WORDS}}`.
-        folder: A folder per stored study.
+        folder: A folder per stored study; None for that of the repository.
 
     Raises:
-        KeyError: The template has a word that does not exist.
+        KeyError: The template has a word that does not exist, or a method that the study lacks.
     """
     known: dict[str, Any] = {function.__name__: function for function in _WORDS}
     studies: dict[str, Study] = {}
@@ -197,7 +438,7 @@ def page(template: str, folder: Path = STUDIES) -> str:
     def replaced(match: re.Match[str]) -> str:
         word, name, *arguments = match[1].split()
         if name not in studies:
-            studies[name] = Study(folder / name)
+            studies[name] = Study((folder or STUDIES) / name)
         text: str = known[word](studies[name], *arguments)
         return text
 
@@ -219,7 +460,12 @@ def main(arguments: Iterable[str] | None = None) -> int:
     options = parser.parse_args(None if arguments is None else list(arguments))
     found = pages()
     if options.check:
-        return int(any(path.read_text(encoding="utf-8") != text for path, text in found.items()))
+        return int(
+            any(
+                not path.is_file() or path.read_text(encoding="utf-8") != text
+                for path, text in found.items()
+            )
+        )
     for path, text in found.items():
         path.write_text(text, encoding="utf-8")
     return 0

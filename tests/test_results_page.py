@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -36,7 +38,49 @@ def test_a_changed_figure_is_found(script, monkeypatch):
     assert script.main(["--check"]) == 1
 
 
+def test_studies_that_come_later_fill_the_page(script, tmp_path):
+    """Until then their places have no rows."""
+    template = (script.DOCS / "choosing.template.md").read_text()
+    stored = script.STUDIES / "demo-scores"
+    assert "`molf-e`: no rows yet." in script.page(template)
+    for name in ("demo-scores", "smollm2-scores", "demo-candidates"):
+        shutil.copytree(stored, tmp_path / name, ignore=shutil.ignore_patterns("*.png"))
+    family = tmp_path / "demo-family"
+    family.mkdir()
+    for name in ("study.json", "trials.csv"):
+        text = (stored / name).read_text()
+        for own, other in {"lora-rest": "molf-e", "epd": "dora", "gsnr": "pissa"}.items():
+            text = text.replace(f'"{own}"', f'"{other}"').replace(f",{own},", f",{other},")
+        (family / name).write_text(text)
+    text = script.page(template, tmp_path)
+    assert "`molf-e`: worse in 2 cells (facts, facts-narrow)" in text
+    assert text.count("The validation part prefers `fft`") == 3
+
+
+def test_outcomes_are_counted_in_plain_words(script):
+    study = script.Study(script.STUDIES / "demo-scores")
+    cells = {cell.name: cell for cell in study.cells}
+    found = script.tally(study, "fft")
+    assert found.startswith(f"the baseline itself in {len(cells)} cells (facts, ")
+    one = cells["facts"].method("gsnr")
+    assert one.comparison.differs
+    assert "facts" in re.search(r"worse in \d cells? \((.+?)\)", script.tally(study, "gsnr"))[1]
+    one.comparison = replace(one.comparison, seeds=4)
+    assert "incomplete in 1 cell (facts)" in script.tally(study, "gsnr")
+    (shuffled,) = (c for c in cells["facts"].controls["epd"] if c.name == "epd-shuffled")
+    assert not shuffled.own.is_matched
+    remark = script.tally(study, "epd", "epd-shuffled", "own").partition("; ")[2]
+    assert re.match(r"not share-matched in \d cells? \(facts", remark)
+
+
+def test_a_study_without_a_folder_has_no_rows(script):
+    for word in ("advice", "decided", "missing", "chosen", "controls", "spread"):
+        assert script.page(f"{{{{{word} none}}}}").lower().strip(".").endswith("no rows yet")
+
+
 def test_unknown_words_of_the_template(script):
     study = next(path.name for path in script.STUDIES.iterdir())
     with pytest.raises(KeyError, match="sum"):
         script.page(f"{{{{sum {study}}}}}")
+    with pytest.raises(KeyError, match="epdd"):
+        script.page(f"{{{{tally {study} epdd}}}}")
