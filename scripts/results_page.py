@@ -21,6 +21,7 @@ Sentences:
     spread STUDY                      loss by a wrong rate beside differences between methods
     harm_by_rate STUDY METRIC         harm at the lowest against the highest tried rate
     settings STUDY METHOD             chosen rates by cell
+    ranges STUDY                      lowest and highest tried rate of the methods
     cost STUDY METHOD OTHER           training time and memory of a run as multiples of another's
     advice STUDY                      preferred baselines, and methods that are better
     decided STUDY                     counts of comparisons with and without a difference
@@ -45,7 +46,7 @@ from molf.study.report.rates import rates_of
 from molf.study.report.records import Row, is_complete, read_records
 from molf.study.report.second_phase import Comparison
 from molf.study.report.summary import CellSummary, MethodSummary, summarise
-from molf.study.report.tables import controls_table, covered_text, differences_table
+from molf.study.report.tables import controls_table, covered_text, differences_table, seeds_text
 from molf.study.report.texts import estimate_text, number_text, table
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -131,7 +132,7 @@ def sensitivity(study: Study) -> str:
 
 def harm(study: Study, metric: str) -> str:
     """Return the table of a measure of harm."""
-    return _by_method(study, lambda one: estimate_text(one.harm.get(metric)))
+    return _by_method(study, lambda one: estimate_text(one.harm.get(metric)) + seeds_text(one))
 
 
 def shares(study: Study) -> str:
@@ -285,6 +286,17 @@ def settings(study: Study, method: str) -> str:
     return "; ".join(found) or NO_ROWS
 
 
+def ranges(study: Study) -> str:
+    """Return the lowest and highest tried main rate of each method."""
+    tried: dict[tuple[float, ...], list[str]] = {}
+    for name in (one.name for one in (study.cells[0].methods if study.cells else ())):
+        ends = [rate for _, one in study.of(name) for rate in one.tried or ()]
+        if ends:
+            tried.setdefault((min(ends), max(ends)), []).append(f"`{name}`")
+    found = [f"{low:g} to {high:g} ({', '.join(names)})" for (low, high), names in tried.items()]
+    return "; ".join(found) or NO_ROWS
+
+
 def cost(study: Study, method: str, other: str) -> str:
     """Return training time and memory of a run as multiples of another method's."""
     parts = []
@@ -343,7 +355,8 @@ def advice(study: Study) -> str:
         if (cells := [c.name for c, one in study.of(name) if c.baseline and one.value is None])
     }
     third = [f"`{name}` has no rows yet in {_listed(cells)}" for name, cells in lacking.items()]
-    if rest := [name for name in study.planned if name not in sum(leads.values(), [])]:
+    known = {name for cells in leads.values() for name in cells}
+    if rest := [name for name in study.planned if name not in known]:
         third.append(f"nothing is known yet of {_listed(rest)}")
     text = f"{first}. {second}."
     return f"{text} But {', and '.join(third)}." if third else text
@@ -418,7 +431,7 @@ def _counts(groups: Mapping[str, Sequence[str]]) -> str:
 
 _WORDS = (
     *(chosen, differences, controls, sensitivity, harm, shares, tally, harm_tally, robust),
-    *(spread, harm_by_rate, settings, cost, advice, decided, value, trials, hours, missing),
+    *(spread, harm_by_rate, settings, ranges, cost, advice, decided, value, trials, hours, missing),
 )
 
 
