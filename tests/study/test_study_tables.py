@@ -68,7 +68,7 @@ def reported(name, entry, index, values, **more):
     ]
 
 
-def records(methods, rows, *, minimize=False, baseline=("fft",)):
+def records(methods, rows, *, minimize=False, baseline=("fft",), **points):
     return Records(
         {
             "study": "made",
@@ -78,7 +78,10 @@ def records(methods, rows, *, minimize=False, baseline=("fft",)):
                     "metric": "es",
                     "minimize": minimize,
                     "rates": {},
-                    "points": {name: len(entry["rates"]) for name, entry in methods.items()},
+                    "points": {
+                        name: points.get(name, len(entry["rates"]))
+                        for name, entry in methods.items()
+                    },
                 }
             },
             "methods": methods,
@@ -245,19 +248,25 @@ def test_failed_rates_have_the_worst_validation_value_and_pruned_ones_none():
     )
 
 
-def test_a_control_has_no_trial_at_rates_where_its_method_failed():
-    coin = method([], share_of="epd")
-    rows = [{**row, "won/full": 0.1} for row in choosing("epd", EPD, [0.2, 0.5])]
-    rows += [trial("epd", "choose", 2, 1, None, EPD["rates"][2])]
-    rows += [
-        trial("coin", "choose", index, 1, 0.3, EPD["rates"][index], score="random:0.100")
-        for index in (0, 1)
+def test_a_control_without_rates_has_those_of_its_method():
+    control = method([], control_of="epd")
+    rows = choosing("epd", EPD, [0.2, 0.5, 0.1]) + choosing("control", EPD, [0.1, 0.2, 0.5])
+    cell = cell_of({"epd": EPD, "control": control}, rows, baseline=["epd"], control=3)
+    found = cell.method("control")
+    assert found.curve == {1e-4: 0.1, 1e-3: 0.2, 1e-2: 0.5}
+    assert found.missing == [
+        "seeds 11, 12, 13, 14, 15",
+        "seeds 11, 12, 13, 14, 15 at the rates of epd",
     ]
-    stored = records({"epd": EPD, "coin": coin}, rows, baseline=["epd"])
-    stored.outline["cells"]["facts"]["points"]["coin"] = 3
-    (cell,) = summarise(stored)
-    assert cell.method("coin").point == {"learning_rate": 1e-4, "lora_learning_rate": 2e-4}
-    assert cell.method("coin").missing[0] == "seeds 11, 12, 13, 14, 15"
+
+
+def test_a_control_of_a_method_that_always_failed_lacks_no_rows():
+    methods = {"epd": EPD, "coin": method([], share_of="epd")}
+    failed = choosing("epd", EPD, [None, None, None])
+    assert cell_of(methods, failed, baseline=["epd"], coin=3).method("coin").missing == []
+    shared = [{**row, "won/full": 0.1} for row in choosing("epd", EPD, [0.2, 0.5, 0.1])]
+    missing = cell_of(methods, shared, baseline=["epd"], coin=3).method("coin").missing
+    assert missing == ["3 of 3 rate trials", "all 5 seeds"]
 
 
 # -- lacking seeds ------------------------------------------------------------------------------

@@ -24,12 +24,13 @@ def tried_names(outline: Mapping[str, Any], cell: str, method: str) -> tuple[str
     Args:
         outline: The stored outline of the study.
         cell: A cell.
-        method: A method; one with `share_of` has the rates of its model.
+        method: A method; a control without rates of its own has those of its method.
     """
     entry = outline["methods"][method]
-    if entry.get("share_of"):
-        return tried_names(outline, cell, entry["share_of"])
     rates = outline["cells"][cell]["rates"].get(method, entry["rates"])
+    of = entry.get("control_of") or entry.get("share_of")
+    if not rates and of:
+        return tried_names(outline, cell, of)
     given = rates if isinstance(rates, Mapping) else {name for point in rates for name in point}
     return tuple(name for name in RATES if name in given)
 

@@ -199,23 +199,17 @@ class _Cell:
         return summary
 
     def _expected(self, name: str) -> int:
-        """Return the number of a method's rate trials.
+        """Return the number of a method's rate trials; 0 for a control of a share that is unknown.
 
-        A control that takes its model's share has no trials at rates where the model failed.
+        That is so where every rate trial of its method failed.
         """
-        seeds = len(self._outline["choose"]["seeds"])
-        points = int(self._entry["points"][name])
+        count = int(self._entry["points"][name]) * len(self._outline["choose"]["seeds"])
         model = self._outline["methods"][name].get("share_of")
         if model:
-            rows: dict[int, list[Row]] = {}
-            for row in self._rows:
-                if row["method"] == model and row["phase"] == CHOOSE:
-                    rows.setdefault(row["point"], []).append(row)
-            points -= sum(
-                len(found) == seeds and not any("won/full" in row for row in found)
-                for found in rows.values()
-            )
-        return points * seeds
+            rows = [r for r in self._rows if r["method"] == model and r["phase"] == CHOOSE]
+            if len(rows) >= self._expected(model) and not any("won/full" in row for row in rows):
+                return 0
+        return count
 
     def _add_choice(self, summary: MethodSummary, rows: list[Row]) -> None:
         expected = self._expected(summary.name)
@@ -273,7 +267,7 @@ class _Cell:
         if one.point is not None:
             there: Measured = self._second.at(control.name, one.point)
             equal = self._second.compare(self._second.at(one.name, one.point), there)
-            if control.point != one.point and there.missing:
+            if control.point not in (None, one.point) and there.missing:
                 at = f"at the rates of {one.name}"
                 control.missing.append(f"seeds {_listed(there.missing)} {at}")
         return Control(control.name, self._own(one, control), equal)
