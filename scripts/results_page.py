@@ -198,14 +198,17 @@ def harm_tally(study: Study, metric: str, method: str) -> str:
         "less": [],
         "more": [],
         "no difference shown": [],
+        "incomplete": [],
         NO_ROWS: [name for name in study.planned if name not in _names(study.cells)],
     }
     for cell, summary in study.of(method):
         found = summary.comparison
         if cell.baseline == method:
             groups["the baseline itself"].append(cell.name)
-        elif found is None or not found.is_complete or metric not in found.harm:
+        elif found is None or metric not in found.harm:
             groups[NO_ROWS].append(cell.name)
+        elif not found.is_complete:
+            groups["incomplete"].append(cell.name)
         elif not found.harm[metric].differs:
             groups["no difference shown"].append(cell.name)
         else:

@@ -6,7 +6,6 @@ import re
 from dataclasses import dataclass
 from functools import cache
 
-from molf.core.scores.checks import check_score
 from molf.core.scores.descent import DESCENT_SUM
 from molf.core.scores.epd import EPD
 from molf.core.scores.epd_balanced import EPD_BALANCED
@@ -67,6 +66,8 @@ def register_score(score: Score) -> None:
         TypeError: It is no `Score`, or a part of it has a wrong type.
         ValueError: A name is not allowed or given twice, or the trial fails.
     """
+    from molf.core.scores.checks import check_score  # it imports torch, which names need not
+
     check_score(score, (*SCORES, *_WORDS))
     _registered[score.name] = score
     _parsed.cache_clear()

@@ -203,9 +203,10 @@ class RoutedLayer(ABC):
         ]
         if wrong:
             raise ScoreError(
-                f"{where}: sums are not finite although the gradient is ({', '.join(wrong)}). "
-                "Either the term overflows, or the moments are not finite. No step writes such "
-                "moments: was the state loaded or changed?"
+                f"Scores of layer {self.name} are not finite although its gradient is: "
+                f"{', '.join(wrong)} of expert {expert.name} (score={score.name}). Its moments are "
+                "not finite, or a term overflows. No step writes such moments: was the state "
+                "loaded or changed?"
             )
         try:
             value = value_of(score, expert)
