@@ -9,9 +9,10 @@ import optuna
 import pytest
 
 from molf.errors import InputError
-from molf.study.ledger import Ledger, StorageError, storage_address
+from molf.study.ledger import Ledger
 from molf.study.outcome import all_results
 from molf.study.plan import Plan
+from molf.study.storage import StorageError, check_present, storage_address
 from study_helpers import LORA, Pretended, start_worker, study_of, work, write_study
 
 
@@ -147,10 +148,9 @@ def test_failed_trials_run_again_on_request(tmp_path):
 def test_a_lost_storage_repeats_no_finished_trial(tmp_path):
     study, make = study_of(tmp_path)
     work(study, make, Pretended(study))
-    ledger = Ledger(study)
     (study.output_dir / "optuna.sqlite").unlink()
-    with pytest.raises(StorageError, match=r"is gone\. Finished trials are in .*none of them"):
-        ledger.check_present()
+    with pytest.raises(StorageError, match=r"is gone\. 16 finished trials in .*repeats none"):
+        check_present(study)
     runner = Pretended(study)
     done, _ = work(study, make, runner)
     assert runner.ran == []

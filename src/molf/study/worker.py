@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING
 
 from molf.study.definition import Study
 from molf.study.ledger import Ledger, Place, Snapshot
-from molf.study.outcome import all_results
-from molf.study.place import definition_of, point_of, read_record
+from molf.study.place import definition_of, read_record
 from molf.study.plan import COMPLETE, Outcome, Plan, Planned, TrialMaker
 from molf.study.reading import duration
+from molf.study.storage import check_present
 from molf.study.trial import TrialRunner
 
 if TYPE_CHECKING:
@@ -68,7 +68,6 @@ class Worker:
         self._name = f"{platform.node()}:{os.getpid()}"
         self._definition = definition_of(study)
         self._ledger = Ledger(study)
-        self._on_disk = {key: point_of(r.row) for key, r in all_results(study).items()}
         self._cell = ""  # of the last trial: its task and base model are in memory
         if retry_failed:
             snapshot = self._ledger.read()
@@ -83,7 +82,7 @@ class Worker:
         """
         work = Work()
         while True:
-            self._ledger.check_present()
+            check_present(self._study)
             if self._ledger.stopped_at > self._started:
                 work.ended = "stopped"
                 return work
@@ -93,7 +92,7 @@ class Worker:
                 return work
             snapshot = self._ledger.read()
             plan = self._plan(snapshot)
-            queued = self._ledger.enqueue(plan.unfinished, snapshot, self._on_disk)
+            queued = self._ledger.enqueue(plan.unfinished, snapshot)
             if queued:
                 snapshot = self._ledger.read()
             place = self._next_place(plan, snapshot)
