@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import pickle
+import warnings
 
 import pytest
 import torch
@@ -206,6 +207,15 @@ def test_a_share_of_layers_goes_to_full_where_it_leads_most():
             for name, one in optimizer.routing.items()
         }
         assert chosen == set(sorted(ratio, key=ratio.__getitem__)[-3:])
+
+
+@pytest.mark.parametrize(("share", "who"), [("0.04", "none: LoRA"), ("0.96", "all: full")])
+def test_a_share_that_rounds_to_no_choice_warns(share, who):
+    with pytest.warns(UserWarning, match=f"{share} of 10 routed layers rounds to {who} takes"):
+        wide(score=f"share:{share}:epd")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        wide(score="share:0.06:epd")
 
 
 def test_shuffled_gives_full_as_many_layers_at_random():
