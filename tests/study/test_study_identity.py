@@ -39,8 +39,10 @@ def test_cells_that_differ_in_their_metric_alone_share_trainings_but_not_rows(tm
     cells = [FACTS, {**FACTS, "name": "near", "metric": "ns"}]
     study, make = study_of(tmp_path, cells=cells, methods=[FFT])
     runner = Opposed(study)
-    done, _ = work(study, make, runner)
+    done, lines = work(study, make, runner)
     assert done.done == study.size == len(all_results(study)) == 16
+    assert done.reused == 3
+    assert any(line.endswith("near/fft/choose-lr0.01-seed1: ns 2 (reused)") for line in lines)
     plan = _plan(study, make)
     assert (plan.choices["facts", "fft"].index, plan.choices["near", "fft"].index) == (0, 2)
     # The first phase is trained once; the second one has other rates.

@@ -73,6 +73,7 @@ def work_on_study(
         accept_changes: Go on with a study file that changed since its finished trials.
         retry_failed: Run failed trials again.
     """
+    from molf.shown import counted
     from molf.study.checks import check_data
     from molf.study.place import write_record
     from molf.study.trial import TrialRunner
@@ -85,7 +86,9 @@ def work_on_study(
     write_record(opened)
     worker = Worker(opened, make, TrialRunner(opened, inputs), _say, retry_failed=retry_failed)
     work = worker.work()
-    failures = f", {work.failed} of them failed" if work.failed else ""
+    failures = f", {work.reused} of them reused" if work.reused else ""
+    if work.failed:
+        failures += f", {work.failed} of them failed"
     if work.without_rates:
         failures += f"; every rate failed for {', '.join(work.without_rates)}"
     ends = {
@@ -93,7 +96,7 @@ def work_on_study(
         "stopped": "the study was stopped",
         "changed": "the study file was changed by another worker",
     }
-    _say(f"{work.done} trials run here{failures}; {ends[work.ended]}")
+    _say(f"{counted(work.done, 'trial')} run here{failures}; {ends[work.ended]}")
     return 0
 
 

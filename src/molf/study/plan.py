@@ -44,6 +44,7 @@ class Outcome:
         full_share: Share of updates that the expert full took; None without it.
         seconds: Its duration.
         error: The first line of its error; empty without one.
+        is_reused: Whether its result was on disk, so that nothing was trained.
     """
 
     state: str
@@ -52,6 +53,7 @@ class Outcome:
     full_share: float | None = None
     seconds: float = 0.0
     error: str = ""
+    is_reused: bool = False
 
 
 Identity = tuple[str, str, str, int, int]
@@ -338,7 +340,7 @@ class Plan:
             values.setdefault(trial.index, []).append(
                 outcome.value if usable and outcome.value is not None else math.nan
             )
-            points[trial.index] = trial.point or outcome.point or {}
+            points[trial.index] = outcome.point or trial.point or {}
         means = {
             index: fmean(found)
             for index, found in values.items()

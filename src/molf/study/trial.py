@@ -75,7 +75,7 @@ class TrialRunner:
         if found is not None:
             if found.key not in self._results.by_key:
                 write_result(file, found)
-            return outcome_of(found, planned.cell.metric)
+            return replace(outcome_of(found, planned.cell.metric), is_reused=True)
         started = time.perf_counter()
         directory = run_directory(study, *place)
         try:

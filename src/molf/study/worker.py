@@ -30,12 +30,14 @@ class Work:
     Attributes:
         done: Finished trials of this worker.
         failed: Failed ones among them.
+        reused: Those among them whose result was on disk.
         ended: Why it ended: `finished`, `stopped` or `changed`.
         without_rates: Methods, each as `CELL/METHOD`, of which every rate trial failed.
     """
 
     done: int = 0
     failed: int = 0
+    reused: int = 0
     ended: str = "finished"
     without_rates: tuple[str, ...] = ()
 
@@ -101,6 +103,7 @@ class Worker:
                 if outcome is not None:
                     work.done += 1
                     work.failed += outcome.state == "failed"
+                    work.reused += outcome.is_reused
             elif snapshot.running_at or plan.unfinished:
                 self._ledger.fail_stale(snapshot.running_at)
                 time.sleep(min(_LONGEST_POLL, self._study.heartbeat / 2))
@@ -128,5 +131,6 @@ class Worker:
             result = f"{planned.cell.metric} {outcome.value:.4g}"
         else:
             result = f"{outcome.state} {outcome.error}".strip()
-        self._say(f"{name}: {result} ({duration(outcome.seconds)})")
+        took = "reused" if outcome.is_reused else duration(outcome.seconds)
+        self._say(f"{name}: {result} ({took})")
         return outcome
