@@ -210,6 +210,17 @@ def test_a_share_of_layers_goes_to_full_where_it_leads_most():
         assert chosen == set(sorted(ratio, key=ratio.__getitem__)[-3:])
 
 
+@pytest.mark.parametrize(("share", "who"), [("0.04", "none: LoRA"), ("0.96", "all: full")])
+def test_a_share_that_rounds_to_no_choice_warns(share, who):
+    with pytest.warns(UserWarning, match=f"{share} of 10 routed layers rounds to {who} takes"):
+        wide(score=f"share:{share}:epd")
+
+
+def test_a_share_that_rounds_to_a_layer_does_not_warn(recwarn):
+    wide(score="share:0.06:epd")
+    assert not recwarn.list
+
+
 def test_shuffled_gives_full_as_many_layers_at_random():
     texts = ("epd", "shuffled:epd")
     pairs = [wide(score=text, lora_lr=0.0155) for text in texts]

@@ -8,15 +8,14 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import yaml
 
 from molf.cli.study_options import open_study
-from molf.study.outcome import TrialResult, read_result, result_file, write_result
+from molf.study.outcome import Results, TrialResult, outcome_of, result_file, write_result
 from molf.study.place import write_record
-from molf.study.plan import Plan
-from molf.study.trial import outcome_of
 from molf.study.worker import Worker
 
 FFT = {"name": "fft", "method": "fft", "rates": {"learning_rate": [1e-4, 1e-3, 1e-2]}}
@@ -62,7 +61,7 @@ def result_of(planned, point, value, **row):
         "seconds": 1.0,
         **row,
     }
-    return TrialResult(planned.key, columns, {})
+    return TrialResult(planned.key, columns, {}, planned.settings_key(point))
 
 
 class Pretended:
@@ -75,14 +74,16 @@ class Pretended:
     def __init__(self, study, seconds=0.0, log=None, fails=(), full_share=None):
         self.study, self.seconds, self.log, self.fails = study, seconds, log, fails
         self.full_share = full_share
+        self.results = Results(study)
         self.ran = []
 
     def __call__(self, planned, point, trial=None):
         place = (planned.cell.name, planned.method.name, planned.label(point))
         file = result_file(self.study, *place)
-        found = read_result(file)
-        if found is not None and found.key == planned.key:
-            return outcome_of(found, planned, point)
+        found = self.results.refresh().of(planned, point)
+        if found is not None:
+            write_result(file, found)
+            return replace(outcome_of(found, planned.cell.metric), is_reused=True)
         label = "/".join(place)
         self._note("start", label)
         self.ran.append(label)
@@ -92,7 +93,7 @@ class Pretended:
             result.row["won/full"] = self.full_share
         write_result(file, result)
         self._note("end", label)
-        return outcome_of(result, planned, point)
+        return outcome_of(result, planned.cell.metric)
 
     def value(self, planned, point, label):
         if any(part in label for part in self.fails):
@@ -112,14 +113,6 @@ def work(study, make, runner, **options):
     write_record(study)
     lines = []
     return Worker(study, make, runner, lines.append, **options).work(), lines
-
-
-def plan_of(study, make, results=()):
-    """The plan of a study after these finished trials."""
-    outcomes = {
-        planned.key: outcome_of(result, planned, point) for planned, point, result in results
-    }
-    return Plan(study, outcomes, make, {})
 
 
 def start_worker(path, log, seconds):

@@ -1,5 +1,6 @@
 """Study files: refusals in one line, before anything is written, and the number of trials."""
 
+import json
 import re
 import warnings
 from dataclasses import replace
@@ -7,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from checkpoints import write_checkpoint
 from molf.cli import main
 from molf.cli.study_options import find_study, open_study, study_names
 from molf.errors import InputError
@@ -62,6 +64,48 @@ def _with(part, index=0, **changes):
             r"different numbers of rate trials \(fft 1, lora 3\)\. With 2 more",
         ),
         (_with("methods", share_of="lora"), "share_of takes the rates of lora too"),
+        (_with("methods", control_of="lora"), "control_of takes the rates of lora too"),
+        (_with("methods", max_steps=3), "methods, fft: max_steps belongs to cells. A method may"),
+        (_with("methods", task="demo-med"), "methods, fft: task belongs to cells. .* top_k"),
+        (_with("methods", rank=3), r"methods, fft has no 'rank'\. .* Did you mean ranks\?"),
+        ({"methods": [FFT, {"name": "a", "control_of": "ftf"}]}, "control_of: 'ftf' is none of"),
+        (
+            {"methods": [FFT, {"name": "a", "control_of": "fft", "share_of": "fft"}]},
+            "methods, a: share_of makes a control of fft. Leave control_of out",
+        ),
+        (
+            {"methods": [FFT, {"name": "a", "share_of": "fft"}]},
+            "methods, a, share_of: fft is no routed method with the expert full",
+        ),
+        (
+            {
+                "methods": [
+                    FFT,
+                    {"name": "a", "method": "fft", "control_of": "fft"},
+                    {"name": "b", "method": "fft", "control_of": "a"},
+                ]
+            },
+            "methods, b, control_of: a is a control of fft itself",
+        ),
+        (
+            {
+                "methods": [MOLF, {"name": "a", "method": "molf", "control_of": "molf"}],
+                **_with("cells", rates={"a": {"learning_rate": [1e-3]}}),
+            },
+            "cells, facts, rates of a: a control has the rates of its method. Give those of molf",
+        ),
+        (
+            {"methods": [MOLF, {"name": "a", "method": "molf", "ranks": 3, "share_of": "molf"}]},
+            r"methods, a: ranks=\(3,\) differs from that of molf, None\. With share_of only the",
+        ),
+        (
+            {"methods": [{**LORA, "rates": {"learning_rate": [1e-3], "lora_learning_rate": [1]}}]},
+            "learning_rate is no rate of method=lora .lora., which trains LoRA factors alone",
+        ),
+        (
+            {"methods": [{**MOLF, "method": "molf-e"}]},
+            "learning_rate is no rate of method=molf-e .molf., which trains LoRA factors alone",
+        ),
         ({"methods": [FFT, {**FFT, "name": "FFT"}]}, "the name FFT is given twice"),
         ({"choose": {"seeds": [11]}}, "choose.seeds and report.seeds share 11: a rate that was"),
         ({"choose": {"seeds": [1, 1]}}, "a list of different whole numbers"),
@@ -198,8 +242,8 @@ def test_dry_run_counts_and_writes_nothing(tmp_path, capsys):
     path = write_study(tmp_path, methods=[FFT, LORA, MOLF])
     assert main(["study", "run", str(path), "--workers", "2", "--dry_run"]) == 0
     printed = capsys.readouterr().out
-    assert "1 cells, 3 methods, 24 trials" in printed
-    assert "3 rates x 1 seeds per method by es on the validation part" in printed
+    assert "1 cell, 3 methods, 24 trials" in printed
+    assert "3 rates x 1 seed per method by es on the validation part" in printed
     assert "about 6 min with 2 workers at 30 s a trial" in printed
     assert list(tmp_path.iterdir()) == [path]
 
@@ -218,7 +262,8 @@ def test_the_file_in_the_docs_is_a_study(tmp_path):
     path.write_text(re.findall(r"^```yaml\n(.*?)^```", docs.read_text(), re.M | re.S)[0])
     study, make = open_study(path)
     check_options(study, make)
-    assert study.size == 2 * 4 * (3 + 5)
+    # The control `coin` may have two points in the second phase.
+    assert study.size == 2 * (4 * (3 + 5) + 5)
 
 
 @pytest.mark.parametrize("name", study_names())
@@ -260,6 +305,49 @@ def test_data_is_checked_before_the_first_trial(tmp_path, capsys):
     for command in (["run", "--dry_run"], ["work"]):
         assert main(["study", command[0], str(path), *command[1:]]) == 2
         assert "study tried, cell own, eval_part=validation: " in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("cell", "message"),
+    [
+        (
+            {"task": "demo-med", "metric": "es"},
+            "task=demo-med does not measure es on this data. It measures accuracy, unparsed, "
+            "accuracy_logprob, forgetting_loss, kl_neutral, kl_task.",
+        ),
+        (
+            {"task": "fact", "metric": "s", "validation_share": 0.5},
+            "task=fact does not measure s on this data. It measures es, em, ns, nm, acc_new, "
+            "acc_true, forgetting_loss, kl_neutral, kl_task.",
+        ),
+    ],
+)
+def test_a_metric_that_is_not_measured_is_refused_before_the_first_trial(
+    tmp_path, capsys, cell, message
+):
+    if cell["task"] == "fact":  # without paraphrases
+        records = [
+            {
+                "case_id": i,
+                "requested_rewrite": {
+                    "prompt": "{} is in",
+                    "subject": f"Town {i}",
+                    "target_new": {"str": "Rome"},
+                    "target_true": {"str": "Bonn"},
+                },
+                "paraphrase_prompts": [],
+                "neighborhood_prompts": ["Turin is in"],
+            }
+            for i in range(8)
+        ]
+        (tmp_path / "facts.json").write_text(json.dumps(records))
+        write_checkpoint(tmp_path / "base")
+        cell = {**cell, "data": str(tmp_path / "facts.json"), "model": str(tmp_path / "base")}
+    path = write_study(tmp_path, cells=[{"name": "own", **cell}])
+    for command in (["run", "--dry_run"], ["work"]):
+        assert main(["study", command[0], str(path), *command[1:]]) == 2
+        assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 

@@ -35,9 +35,10 @@ class Measured(Pretended):
         easy = rng.permutation(20)
         right = self.right[planned.method.name]
         scores = {str(i): (float(easy[i] < right), 1.0) for i in range(20)}
+        value = None if outcome.value is None else right / 20
         row = {
             **all_results(self.study)[planned.key].row,
-            "after/es": right / 20 if planned.phase == "report" else outcome.value,
+            "after/es": value if planned.phase == "report" else outcome.value,
             "before/es": 0.25,
             "after/forgetting_loss": 1 + right / 10 + planned.seed / 1000,
             "before/forgetting_loss": 1.0,
@@ -223,7 +224,7 @@ def test_a_changed_study_shows_the_difference(finished, capsys):
     path = write_study(folder, methods=changed)
     assert main(["study", "run", str(path)]) == 2
     error = capsys.readouterr().err
-    assert "differs from that of its 32 finished trials" in error
+    assert "differ from those of its 32 finished trials" in error
     assert "methods.lora.options.ranks added" in error
     assert "methods.molf removed" in error
     # The trials of fft stay: three rates and five seeds.

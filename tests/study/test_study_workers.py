@@ -4,14 +4,17 @@ import signal
 import sqlite3
 import time
 from collections import Counter
+from dataclasses import replace
 
 import optuna
 import pytest
 
+from molf.cli import main
 from molf.errors import InputError
-from molf.study.ledger import Ledger, StorageError, storage_address
-from molf.study.outcome import all_results
+from molf.study.ledger import Ledger
+from molf.study.outcome import all_results, read_result, result_file, write_result
 from molf.study.plan import Plan
+from molf.study.storage import StorageError, check_present, storage_address
 from study_helpers import LORA, Pretended, start_worker, study_of, work, write_study
 
 
@@ -82,6 +85,69 @@ def test_a_running_trial_has_a_sign_of_life_from_its_start(tmp_path, monkeypatch
     assert all(signs)
 
 
+def test_a_worker_that_slept_while_its_trial_was_given_up_goes_on(tmp_path):
+    """Suspended past the grace of the heart-beats: its trial is queued again, and not trained."""
+    study, make = study_of(tmp_path)
+    pretended, slept = Pretended(study), []
+
+    def run(planned, point, trial):
+        outcome = pretended(planned, point, trial)
+        if not slept:
+            slept.append(planned.key)
+            ledger = Ledger(study)
+            storage, failed = ledger._storage, optuna.trial.TrialState.FAIL
+            storage.set_trial_state_values(trial._trial_id, state=failed)
+            stale = storage.get_trial(trial._trial_id)
+            one = ledger._at(planned.cell, planned.method, planned.phase)
+            storage.get_heartbeat_stale_trial_callback()(one, stale)
+        return outcome
+
+    done, _ = work(study, make, run)
+    assert (done.done, done.failed, done.ended) == (study.size + 1, 0, "finished")
+    assert len(pretended.ran) == len(set(pretended.ran)) == study.size
+    assert slept[0] in Ledger(study).read().outcomes
+
+
+def test_a_worker_whose_trial_was_given_up_before_it_ran_goes_on(tmp_path, monkeypatch):
+    study, make = study_of(tmp_path)
+    suggest, lost = Ledger._suggest, []
+
+    def fail_first(self, trial, cell, method):
+        if not lost:
+            lost.append(trial.number)
+            state = optuna.trial.TrialState.FAIL
+            self._storage.set_trial_state_values(trial._trial_id, state=state)
+            trial.set_user_attr("worker", "late")
+        return suggest(self, trial, cell, method)
+
+    monkeypatch.setattr(Ledger, "_suggest", fail_first)
+    done, _ = work(study, make, Pretended(study))
+    assert (done.done, done.failed) == (study.size, 0)
+    assert len(all_results(study)) == study.size
+
+
+def test_status_names_several_commits_and_uncommitted_changes(tmp_path, capsys):
+    study, make = study_of(tmp_path)
+
+    class Committed(Pretended):
+        def __call__(self, planned, point, trial=None):
+            outcome = super().__call__(planned, point, trial)
+            path = result_file(study, planned.cell.name, planned.method.name, planned.label(point))
+            result = read_result(path)
+            is_lora = planned.method.name == "lora"
+            commit = "a" * 40 if is_lora else "b" * 40
+            row = {**result.row, "commit": commit, "dirty": is_lora}
+            write_result(path, replace(result, row=row))
+            return outcome
+
+    work(study, make, Committed(study))
+    said = "rows come from 2 commits: bbbbbbbbbbbb (8), aaaaaaaaaaaa (8); 8 of 16 rows had"
+    assert main(["study", "status", str(tmp_path / "study.yaml")]) == 0
+    assert f"{said} uncommitted changes" in capsys.readouterr().out
+    assert main(["study", "report", str(tmp_path / "study.yaml"), "--no_figures"]) == 0
+    assert f"molf: warning: {said} uncommitted changes." in capsys.readouterr().err
+
+
 def test_a_trial_that_kills_its_workers_is_given_up(tmp_path):
     study, make = study_of(tmp_path, heartbeat=1, retries=1)
     (tmp_path / "out").mkdir()
@@ -147,10 +213,9 @@ def test_failed_trials_run_again_on_request(tmp_path):
 def test_a_lost_storage_repeats_no_finished_trial(tmp_path):
     study, make = study_of(tmp_path)
     work(study, make, Pretended(study))
-    ledger = Ledger(study)
     (study.output_dir / "optuna.sqlite").unlink()
-    with pytest.raises(StorageError, match=r"is gone\. Finished trials are in .*none of them"):
-        ledger.check_present()
+    with pytest.raises(StorageError, match=r"is gone\. 16 finished trials in .*repeats none"):
+        check_present(study)
     runner = Pretended(study)
     done, _ = work(study, make, runner)
     assert runner.ran == []

@@ -45,6 +45,7 @@ def evaluated(task):
     evaluation = task.evaluate(
         tiny_qwen2(), byte_level_tokenizer(), EvaluationSettings(max_new_tokens=1)
     )
+    assert task.metric_names()[:-3] == tuple(evaluation.metrics)
     return [entry["index"] for entry in evaluation.predictions]
 
 

@@ -101,6 +101,7 @@ def test_the_metrics_are_those_of_a_plain_loop(data, batch_size):
     assert list(evaluation.metrics) == [
         "es", "em", "ps", "pm", "ns", "nm", "s", "acc_new", "acc_true",
     ]  # fmt: skip
+    assert task.metric_names()[:-3] == tuple(evaluation.metrics)
     for name, values in expected.items():
         metric = evaluation.metrics[name]
         assert metric.value == pytest.approx(sum(values) / len(values), abs=1e-6), name
@@ -197,6 +198,7 @@ def test_a_metric_without_prompts_is_left_out_and_noted(data):
     task = load(data([record("{} is in", "Paris", "Italy", "France", [], ["Rome is in"])]))
     evaluation = task.evaluate(tiny_qwen2(), byte_level_tokenizer(), EvaluationSettings())
     assert list(evaluation.metrics) == ["es", "em", "ns", "nm", "acc_new", "acc_true"]
+    assert task.metric_names()[:-3] == tuple(evaluation.metrics)
     assert set(evaluation.notes["metrics_left_out"]) == {"ps", "pm", "s"}
 
 

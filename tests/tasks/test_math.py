@@ -281,6 +281,7 @@ def test_a_model_that_has_learned_the_solutions_scores_full(tmp_path):
         optimizer.zero_grad()
     evaluation = task.evaluate(model, tokenizer, EvaluationSettings())
     assert values(evaluation.metrics) == {"accuracy": 1, "unparsed": 0}
+    assert task.metric_names()[:-3] == tuple(evaluation.metrics)
     assert evaluation.metrics["accuracy"].count == 3
     assert evaluation.notes["records_left_out"] == {"too long": 1}
     assert evaluation.notes["max_new_tokens"] == 300

@@ -99,6 +99,7 @@ def test_accuracy_logprob_is_that_of_a_plain_loop(tmp_path, batch_size):
     assert evaluation.metrics["accuracy_logprob"] == wilson(right, 12)
     assert evaluation.tables["by_subject"]["Towns"]["accuracy_logprob"] == wilson(right, 12)
     assert list(evaluation.metrics) == ["accuracy", "unparsed", "accuracy_logprob"]
+    assert task.metric_names()[:-3] == tuple(evaluation.metrics)
     for entry, found in zip(evaluation.predictions, likeliest, strict=True):
         assert max(entry["log_probs"], key=entry["log_probs"].get) == "ABCD"[found]
 

@@ -185,6 +185,7 @@ def test_a_model_that_has_learned_the_queries_scores_full(tmp_path, pieces):
         model, tokenizer, EvaluationSettings(), lambda what, done, count: seen.append(what)
     )
     assert values(evaluation.metrics) == dict.fromkeys(NAMES, 1)
+    assert task.metric_names()[:-3] == tuple(evaluation.metrics)
     assert [entry["prediction"] for entry in evaluation.predictions] == queries
     assert set(seen) == {"gold queries", "generation", "execution"}
 

@@ -73,6 +73,7 @@ def work_on_study(
         accept_changes: Go on with a study file that changed since its finished trials.
         retry_failed: Run failed trials again.
     """
+    from molf.shown import counted
     from molf.study.checks import check_data
     from molf.study.place import write_record
     from molf.study.trial import TrialRunner
@@ -85,7 +86,9 @@ def work_on_study(
     write_record(opened)
     worker = Worker(opened, make, TrialRunner(opened, inputs), _say, retry_failed=retry_failed)
     work = worker.work()
-    failures = f", {work.failed} of them failed" if work.failed else ""
+    failures = f", {work.reused} of them reused" if work.reused else ""
+    if work.failed:
+        failures += f", {work.failed} of them failed"
     if work.without_rates:
         failures += f"; every rate failed for {', '.join(work.without_rates)}"
     ends = {
@@ -93,7 +96,7 @@ def work_on_study(
         "stopped": "the study was stopped",
         "changed": "the study file was changed by another worker",
     }
-    _say(f"{work.done} trials run here{failures}; {ends[work.ended]}")
+    _say(f"{counted(work.done, 'trial')} run here{failures}; {ends[work.ended]}")
     return 0
 
 
@@ -120,6 +123,7 @@ def show_status(study: Path, /) -> None:
         study: The study file.
     """
     from molf.study.ledger import Ledger
+    from molf.study.outcome import all_results
     from molf.study.plan import Plan
     from molf.study.status import status_of
 
@@ -127,7 +131,9 @@ def show_status(study: Path, /) -> None:
     _check_started(opened)
     snapshot = Ledger(opened).read()
     plan = Plan(opened, snapshot.outcomes, make, snapshot.drawn)
-    _print_status(opened, status_of(opened, plan, snapshot))
+    results = all_results(opened)
+    rows = [results[trial.key].row for trial in plan.trials if trial.key in results]
+    _print_status(opened, status_of(opened, plan, snapshot, rows))
 
 
 def report_study(
@@ -147,15 +153,19 @@ def report_study(
     """
     from molf.paths import expanded
     from molf.study.report.markdown import write_report
+    from molf.study.report.records import read_records
+    from molf.study.status import origin_of
 
     given = expanded(study)
     if given.is_dir():
         if to is not None:
             raise InputError(f"{given} is a stored study; its report is written there. Leave --to.")
-        _print(str(write_report(given, figures=figures)))
-        return
-    folder = _store(given, None if to is None else expanded(to))
+        folder = given
+    else:
+        folder = _store(given, None if to is None else expanded(to))
     _print(str(write_report(folder, figures=figures)))
+    if origin := origin_of(read_records(folder).rows):
+        _warn(f"{origin}.")
 
 
 def _store(study: Path, to: Path | None) -> Path:
@@ -183,35 +193,53 @@ def _open(study: Path, *, accept_changes: bool) -> tuple[Study, TrialMaker]:
     opened, make = open_study(study)
     check_options(opened, make)
     check_directory(opened)
-    check_unchanged(find_change(opened, make), accepted=accept_changes)
+    change = find_change(opened, make)
+    check_unchanged(change, accepted=accept_changes)
+    if change is not None and change.left_out:
+        _warn(str(change))
     return opened, make
 
 
 def _check_started(study: Study) -> None:
-    from molf.study.ledger import STORAGE
+    from molf.study.place import RECORD
+    from molf.study.storage import gone, storage_file
 
-    if study.storage is None and not (study.output_dir / STORAGE).is_file():
-        raise InputError(f"The study {study.name} has not started: {study.output_dir} is missing.")
+    if not (study.output_dir / RECORD).is_file():
+        raise InputError(
+            f"The study {study.name} has not started: {study.output_dir} has no {RECORD}. `molf "
+            "study run` starts it."
+        )
+    if study.storage is None and not storage_file(study).is_file():
+        raise InputError(gone(study))
 
 
 def _print_plan(study: Study, workers: int) -> None:
+    from molf.shown import counted
     from molf.study.reading import duration
 
     pairs = len(study.cells) * len(study.methods)
     seconds = study.size * study.seconds / workers
+    controls = sum(method.control_of is not None for method in study.methods)
+    most = "at most " if controls else ""
     _print(
-        f"{study.name}: {len(study.cells)} cells, {len(study.methods)} methods, {study.size} trials"
+        f"{study.name}: {counted(len(study.cells), 'cell')}, "
+        f"{counted(len(study.methods), 'method')}, {most}{counted(study.size, 'trial')}"
     )
     for cell in study.cells:
         points = study.points(cell, study.methods[0])
         _print(
-            f"  {cell.name}: {points} rates x {len(study.choose.seeds)} seeds per method by "
-            f"{cell.metric} on the validation part"
+            f"  {cell.name}: {counted(points, 'rate')} x "
+            f"{counted(len(study.choose.seeds), 'seed')} per method by {cell.metric} on the "
+            "validation part"
         )
-    _print(f"  {pairs} x {len(study.report.seeds)} seeds at the chosen rates on the test part")
+    seeds = counted(len(study.report.seeds), "seed")
+    _print(f"  {pairs} x {seeds} at the chosen rates on the test part")
+    if controls:
+        again = len(study.cells) * controls
+        _print(f"  {again} x {seeds} of controls at the chosen rates of their methods")
     _print(
-        f"  about {duration(seconds)} with {workers} workers at {study.seconds:g} s a trial "
-        "(the file's `seconds`)"
+        f"  {most or 'about '}{duration(seconds)} with {counted(workers, 'worker')} at "
+        f"{study.seconds:g} s a trial (the file's `seconds`)"
     )
 
 
@@ -249,6 +277,8 @@ def _print_status(study: Study, status: Status) -> None:
         )
     for failure in status.failed:
         _print(f"  failed: {failure}")
+    if status.origin:
+        _print(f"  {status.origin}")
 
 
 def _say(text: str) -> None:
@@ -258,6 +288,12 @@ def _say(text: str) -> None:
     stream = best_effort(sys.stderr)
     stream.write(f"{time.strftime('%H:%M:%S')} {one_line(mask_text(text))}\n")
     stream.flush()
+
+
+def _warn(text: str) -> None:
+    from molf.cli.lines import say
+
+    say("warning", text)
 
 
 def _print(text: str) -> None:

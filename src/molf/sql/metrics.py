@@ -35,6 +35,7 @@ SHARES = (
 MEANS = ("bleu_1", "bleu_4")
 
 _ORDER = (SHARES[0], WITH_ROWS, *SHARES[1:])
+METRICS = (*_ORDER, *MEANS)
 
 _IN_FLIGHT_PER_WORKER = 8  # results are yielded in order: finished ones wait for a slow one
 

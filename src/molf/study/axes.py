@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import cache
 from typing import Any, get_type_hints
 
 from molf.job.settings.resolved import without_effect
 from molf.job.settings.settings import METHOD, TrainSettings
 from molf.study.definition import EVAL_PART, RATES, Cell, Method
-from molf.study.values import StudyFileError
+from molf.study.values import StudyFileError, reject_unknown
 
 # Set by the study for each trial.
 _OWN = ("seed", "output_dir", "overwrite", "dry_run", EVAL_PART, "fallback_dir", "resume")
@@ -53,16 +53,24 @@ def cell_options(recipe: Mapping[str, Any], given: Mapping[str, Any], where: str
 
 
 def check_method_options(method: Method) -> None:
-    """Check that no option of a method is set by the study or by `rates`.
+    """Check that all options of a method belong to methods.
 
     Raises:
-        StudyFileError: One is.
+        StudyFileError: One belongs to cells, to `rates` or to the study.
     """
+    allowed = sorted({*method_options(), *_OF_MODELS})
+    of_cells = {option.name for option in fields(TrainSettings)}.difference(allowed)
+    where = f"methods, {method.name}"
     for name in method.options:
         if name in RATES:
-            raise StudyFileError(f"methods, {method.name}: {name} is given by `rates` alone.")
+            raise StudyFileError(f"{where}: {name} is given by `rates` alone.")
         if name in _OWN:
-            raise StudyFileError(f"methods, {method.name}: {name} is set by the study.")
+            raise StudyFileError(f"{where}: {name} is set by the study.")
+        if name in of_cells:
+            raise StudyFileError(
+                f"{where}: {name} belongs to cells. A method may set {', '.join(allowed)}."
+            )
+    reject_unknown(method.options, allowed, where)
 
 
 def with_axes(
@@ -100,14 +108,26 @@ def with_axes(
     ]
     new_methods: list[Method] = []
     bases: list[str] = []
+    own = {
+        method.name: [name for name in of_methods if name not in _unused(method)]
+        for method in methods
+    }
     for method in methods:
-        unused = without_effect(str(method.options.get("method", "molf")))
-        here = {name: values for name, values in of_methods.items() if name not in unused}
-        for suffix, values in _combinations(here):
-            share_of = method.share_of + suffix if method.share_of is not None else None
-            options = {**method.options, **values}
+        for suffix, values in _combinations({name: of_methods[name] for name in own[method.name]}):
+            control_of = method.control_of
+            if control_of is not None:
+                # The variant with the same values, of the options that it uses.
+                control_of += _suffix(
+                    {n: values[n] for n in own.get(control_of, ()) if n in values}
+                )
             new_methods.append(
-                replace(method, name=method.name + suffix, options=options, share_of=share_of)
+                replace(
+                    method,
+                    name=method.name + suffix,
+                    options={**method.options, **values},
+                    control_of=control_of,
+                    share_of=None if method.share_of is None else control_of,
+                )
             )
             bases.append(method.name)
     named = [(method.name, base) for method, base in zip(new_methods, bases, strict=True)]
@@ -122,13 +142,20 @@ def _combinations(axes: Mapping[str, Sequence[Any]]) -> list[tuple[str, dict[str
     combined = []
     for values in itertools.product(*axes.values()):
         chosen = dict(zip(axes, values, strict=True))
-        suffix = "".join(f"+{name}={_word(value)}" for name, value in chosen.items())
-        combined.append((suffix, chosen))
+        combined.append((_suffix(chosen), chosen))
         if len(combined) > _MOST_VARIANTS:
             raise StudyFileError(
                 f"axes: more than {_MOST_VARIANTS} combinations. Give fewer values."
             )
     return combined
+
+
+def _suffix(values: Mapping[str, Any]) -> str:
+    return "".join(f"+{name}={_word(value)}" for name, value in values.items())
+
+
+def _unused(method: Method) -> tuple[str, ...]:
+    return without_effect(str(method.options.get("method", "molf")))
 
 
 def _word(value: Any) -> str:

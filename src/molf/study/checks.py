@@ -2,30 +2,69 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from datetime import datetime
 
 from molf.errors import InputError
 from molf.job.inputs import Inputs
 from molf.job.model.path import check_model
 from molf.job.run import checked
-from molf.study.definition import EVAL_PART, PARTS, Study
+from molf.job.settings.resolved import without_effect
+from molf.study.definition import EVAL_PART, LEARNING_RATE, LORA_RATE, PARTS, Cell, Method, Study
 from molf.study.plan import Plan, TrialMaker
+from molf.study.rates import limits
 
 
 def check_options(study: Study, make: TrialMaker) -> None:
     """Make the trials that are known before any result, which checks their options.
 
     Raises:
-        InputError: The options of a cell and a method do not fit together.
+        InputError: The options of a cell and a method do not fit together, a rate has no effect, or
+            a share-matched control differs from its method in more than the score.
     """
     try:
+        for cell in study.cells:
+            for method in study.methods:
+                _check_effect(study, make, cell, method)
+                _check_share_of(study, make, cell, method)
         Plan(study, {}, make, {})
     except InputError as error:
         raise InputError(f"study {study.name}: {error}") from error
 
 
+def _check_effect(study: Study, make: TrialMaker, cell: Cell, method: Method) -> None:
+    settings = make.options(cell, method)
+    kind = settings.method
+    for name in limits(study.rates(cell, method)):
+        if name != LEARNING_RATE and LORA_RATE in without_effect(kind):
+            raise InputError(
+                f"cells, {cell.name}: {name} has no effect with method={kind} ({method.name}). "
+                f"Give {LEARNING_RATE} alone."
+            )
+        if name != LORA_RATE and not settings.trains_dense:
+            raise InputError(
+                f"cells, {cell.name}: {name} is no rate of method={kind} ({method.name}), which "
+                f"trains LoRA factors alone. Give {LORA_RATE} alone."
+            )
+
+
+def _check_share_of(study: Study, make: TrialMaker, cell: Cell, method: Method) -> None:
+    if method.share_of is None:
+        return
+    model = study.method(method.share_of)
+    own = make.options(cell, method)
+    wanted = replace(make.options(cell, model), score=own.score)
+    names = [name for name, value in vars(own).items() if getattr(wanted, name) != value]
+    if names:
+        name = names[0]
+        raise InputError(
+            f"methods, {method.name}: {name}={getattr(own, name)} differs from that of "
+            f"{model.name}, {getattr(wanted, name)}. With share_of only the score may differ."
+        )
+
+
 def check_data(study: Study, make: TrialMaker, inputs: Inputs) -> None:
-    """Load the data of each cell in both phases, and check that its model exists.
+    """Load the data of each cell in both phases; check its model and its metric.
 
     Args:
         study: The study.
@@ -33,7 +72,8 @@ def check_data(study: Study, make: TrialMaker, inputs: Inputs) -> None:
         inputs: Loads the data; what it keeps is not loaded again by trials.
 
     Raises:
-        InputError: Data or a model is missing or invalid, or has no validation part.
+        InputError: Data or a model is missing or invalid, the data has no validation part, or the
+            task does not measure the metric on it.
     """
     for cell in study.cells:
         for phase, seeds in study.seeds.items():
@@ -41,7 +81,12 @@ def check_data(study: Study, make: TrialMaker, inputs: Inputs) -> None:
             try:
                 settings = checked(trial.settings, datetime.now())
                 check_model(settings.model)
-                inputs.task(settings.task_options)
+                metrics = inputs.task(settings.task_options).metric_names()
+                if cell.metric not in metrics:
+                    raise InputError(
+                        f"task={settings.task} does not measure {cell.metric} on this data. It "
+                        f"measures {', '.join(metrics)}."
+                    )
             except InputError as error:
                 part = f"{EVAL_PART}={PARTS[phase]}"
                 raise InputError(

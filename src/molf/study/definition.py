@@ -79,14 +79,16 @@ class Method:
         name: Its name in tables and paths.
         options: Options of `molf train` that belong to the method.
         rates: The rates to try.
-        share_of: A method whose measured share of full updates becomes the probability of this
-            one's score `random:Q`; None for a method with a score of its own.
+        control_of: The method that this one is a control of, whose rates it has; None for others.
+        share_of: `control_of`, if the measured share of full updates there becomes the probability
+            of this one's score `random:Q`; None for a method with a score of its own.
         about: A description for the report.
     """
 
     name: str
     options: Mapping[str, Any]
     rates: Rates
+    control_of: str | None = None
     share_of: str | None = None
     about: str = ""
 
@@ -163,9 +165,9 @@ class Study:
         return next(method for method in self.methods if method.name == name)
 
     def rates(self, cell: Cell, method: Method) -> Rates:
-        """Return the rates of a method in a cell; a share-matched control has its model's."""
-        if method.share_of is not None:
-            return self.rates(cell, self.method(method.share_of))
+        """Return the rates of a method in a cell; a control has those of its method."""
+        if method.control_of is not None:
+            return self.rates(cell, self.method(method.control_of))
         return cell.rates.get(method.name, method.rates)
 
     def points(self, cell: Cell, method: Method) -> int:
@@ -177,12 +179,25 @@ class Study:
         """The seeds of each phase."""
         return {CHOOSE: self.choose.seeds, REPORT: self.report.seeds}
 
+    def most_trials(self, cell: Cell, method: Method, phase: str) -> int:
+        """Return the number of trials of a method in a cell and a phase.
+
+        Of a control it is an upper bound: its second phase has two points, its own chosen one and
+        that of its method, unless these are the same.
+        """
+        if phase == CHOOSE:
+            return self.points(cell, method) * len(self.choose.seeds)
+        return (1 if method.control_of is None else 2) * len(self.report.seeds)
+
     @property
     def size(self) -> int:
-        """The number of trials in both phases."""
-        pairs = len(self.cells) * len(self.methods)
-        tried = sum(self.points(cell, method) for cell in self.cells for method in self.methods)
-        return tried * len(self.choose.seeds) + pairs * len(self.report.seeds)
+        """The number of trials in both phases; with controls an upper bound."""
+        return sum(
+            self.most_trials(cell, method, phase)
+            for cell in self.cells
+            for method in self.methods
+            for phase in PHASES
+        )
 
 
 def rate_options(point: Mapping[str, float]) -> dict[str, float]:
@@ -192,6 +207,11 @@ def rate_options(point: Mapping[str, float]) -> dict[str, float]:
         # 3e-3, not 0.0030000000000000005
         options[LORA_RATE] = float(f"{point[LEARNING_RATE] * point[RATIO]:.6g}")
     return options
+
+
+def rate_columns(point: Mapping[str, float]) -> dict[str, float]:
+    """Return the rates of a point as columns of a row: as given, and as options."""
+    return {**point, **rate_options(point)}
 
 
 def point_text(point: Mapping[str, float]) -> str:

@@ -1,23 +1,20 @@
 """The state of all trials in Optuna's storage, shared by all workers.
 
-Each cell, method and phase is a study of Optuna, named `STUDY/CELL/METHOD/PHASE`. A trial there
-carries the identity of a planned trial. Two trials of one identity may be queued, when workers
-queue it at the same moment; the one of the lower number runs.
+Each cell, method and phase is a study of Optuna, named `STUDY/CELL/METHOD/PHASE/DIRECTION-METRIC`.
+A trial there carries the identity of a planned trial. Two trials of one identity may be queued,
+when workers queue it at the same moment; the one of the lower number runs.
 """
 
 from __future__ import annotations
 
 import datetime
-import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Literal
 
-from filelock import FileLock
-
-from molf.errors import InputError
-from molf.study.definition import CHOOSE, HYPERBAND, MEDIAN, TPE, Cell, Method, Point, Study
+from molf.study.definition import HYPERBAND, MEDIAN, TPE, Cell, Method, Point, Study
+from molf.study.outcome import Results, TrialResult, point_of
 from molf.study.plan import PRUNED, Outcome, Planned
 from molf.study.rates import limits, number_of
 from molf.study.snapshot import (
@@ -34,36 +31,18 @@ from molf.study.snapshot import (
     Place,
     Snapshot,
 )
+from molf.study.storage import failing, open_storage
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from optuna import Study as OptunaStudy
     from optuna.trial import FrozenTrial, Trial
 
-STORAGE = "optuna.sqlite"
-_ATTEMPTS = 5
 Direction = Literal["minimize", "maximize"]
-_DRIVERS = {"postgresql": "postgresql+psycopg", "postgres": "postgresql+psycopg"}
-_LOCKED_SECONDS = 60  # that SQLite waits for another process's transaction
 _STOP = "stop"
-
-
-class StorageError(RuntimeError):
-    """The storage failed while the study ran; one line."""
 
 
 class Dropped(Exception):  # noqa: N818 (no error: the trial is another's, or was never planned)
     """A queued trial that must not run."""
-
-
-def storage_address(study: Study) -> str:
-    """Return the address of the study's storage."""
-    if study.storage is None:
-        return f"sqlite:///{(study.output_dir / STORAGE).absolute()}"
-    scheme, separator, rest = study.storage.partition("://")
-    # SQLAlchemy's default driver is psycopg2; the extra installs its successor.
-    return f"{_DRIVERS.get(scheme, scheme)}{separator}{rest}"
 
 
 class Ledger:
@@ -79,81 +58,12 @@ class Ledger:
     def __init__(self, study: Study) -> None:
         self._study = study
         self._is_file = study.storage is None
-        self._storage = self._open()
+        self._storage = open_storage(study)
         self._studies: dict[Place, OptunaStudy] = {}
         self._over: dict[Place, list[FrozenTrial]] = {}
-        with self.failing():
+        self._results = Results(study)
+        with failing(self._study):
             self._control = self._create(study.name, "minimize")
-
-    def _open(self) -> Any:
-        optuna = _optuna()
-        address = storage_address(self._study)
-        options: dict[str, Any] = {"pool_pre_ping": True}
-        if address.startswith("sqlite"):
-            options["connect_args"] = {"timeout": _LOCKED_SECONDS}
-        retry = optuna.storages.RetryHeartbeatStaleTrialCallback(max_retry=self._study.retries)
-
-        def connect() -> Any:
-            with self._creating():
-                return optuna.storages.RDBStorage(
-                    address,
-                    engine_kwargs=options,
-                    heartbeat_interval=self._study.heartbeat,
-                    grace_period=3 * self._study.heartbeat,
-                    heartbeat_stale_trial_callback=retry,
-                )
-
-        try:
-            return _again_if_made_elsewhere(connect)
-        except ImportError as error:
-            raise InputError(
-                f"The storage {_shown(address)} needs a driver that is not installed: {error}. "
-                "Run: pip install 'molf[study]'."
-            ) from error
-        except Exception as error:
-            raise InputError(
-                f"The storage {_shown(address)} cannot be opened: {_cause(error)}."
-            ) from error
-
-    @contextmanager
-    def _creating(self) -> Iterator[None]:
-        """Let one process at a time make the tables of a SQLite file."""
-        if not self._is_file:
-            yield
-            return
-        with FileLock(self._study.output_dir / f".{STORAGE}.lock", timeout=_LOCKED_SECONDS):
-            yield
-
-    def check_present(self) -> None:
-        """Check that a storage file is still there.
-
-        Raises:
-            StorageError: It was deleted.
-        """
-        if self._is_file and not (self._study.output_dir / STORAGE).is_file():
-            raise StorageError(
-                f"The storage {self._study.output_dir / STORAGE} is gone. Finished trials are in "
-                f"{self._study.output_dir / 'results'}: start again, and none of them is repeated."
-            )
-
-    @contextmanager
-    def failing(self) -> Iterator[None]:
-        """Turn errors of the storage in the block into one line.
-
-        Raises:
-            StorageError: The storage failed.
-        """
-        import optuna
-        import sqlalchemy.exc
-
-        try:
-            yield
-        except (optuna.exceptions.StorageInternalError, sqlalchemy.exc.SQLAlchemyError) as error:
-            address = _shown(storage_address(self._study))
-            raise StorageError(
-                f"The storage {address} failed: {_cause(error)}. Finished trials are kept; start "
-                "again when it is reachable."
-            ) from error
 
     def _create(self, name: str, direction: Direction) -> OptunaStudy:
         import optuna
@@ -165,8 +75,10 @@ class Ledger:
     def _at(self, cell: Cell, method: Method, phase: str) -> OptunaStudy:
         place = (cell.name, method.name, phase)
         if place not in self._studies:
-            name = "/".join((self._study.name, *place))
-            self._studies[place] = self._create(name, "minimize" if cell.minimize else "maximize")
+            direction: Direction = "minimize" if cell.minimize else "maximize"
+            # Values of another metric would mislead a sampler.
+            name = "/".join((self._study.name, *place, f"{direction}-{cell.metric}"))
+            self._studies[place] = self._create(name, direction)
         return self._studies[place]
 
     def _places(self) -> Iterable[tuple[Cell, Method, str]]:
@@ -190,46 +102,61 @@ class Ledger:
     def read(self) -> Snapshot:
         """Return the state of all trials."""
         found: dict[Place, list[FrozenTrial]] = {}
-        with self.failing():
+        with failing(self._study):
             for cell, method, phase in self._places():
                 place = (cell.name, method.name, phase)
-                if place not in self._over:
-                    found[place] = self._at(cell, method, phase).get_trials(deepcopy=False)
-                    if self._is_over(cell, method, phase, found[place]):
-                        self._over[place] = found[place]
-                else:
-                    found[place] = self._over[place]
-        return Snapshot(found, self._study.retries)
+                found[place] = self._over.get(place) or self._at(cell, method, phase).get_trials(
+                    deepcopy=False
+                )
+        # After the trials, because a trial's file is written before it is complete.
+        results = self._results.refresh().by_key
+        self._over = {
+            (cell.name, method.name, phase): trials
+            for cell, method, phase in self._places()
+            if self._is_over(
+                cell, method, phase, trials := found[cell.name, method.name, phase], results
+            )
+        }
+        return Snapshot(
+            found,
+            self._study.retries,
+            results,
+            {cell.name: cell.metric for cell in self._study.cells},
+            patience=0 if self._is_file else 3 * self._study.heartbeat,
+        )
 
     def _is_over(
-        self, cell: Cell, method: Method, phase: str, trials: Iterable[FrozenTrial]
+        self,
+        cell: Cell,
+        method: Method,
+        phase: str,
+        trials: Iterable[FrozenTrial],
+        results: Mapping[str, TrialResult],
     ) -> bool:
         """Return whether all trials of a place have succeeded: it is not read again."""
-        tried = self._study.points(cell, method) if phase == CHOOSE else 1
         complete = {t.user_attrs.get(KEY) for t in trials if t.state.name == "COMPLETE"}
         waiting = any(trial.state.name in ("WAITING", "RUNNING") for trial in trials)
-        return not waiting and len(complete) >= tried * len(self._study.seeds[phase])
+        most = self._study.most_trials(cell, method, phase)
+        return not waiting and len(complete & results.keys()) >= most
 
-    def enqueue(
-        self,
-        planned: Iterable[Planned],
-        snapshot: Snapshot,
-        drawn: Mapping[str, Point] | None = None,
-    ) -> int:
+    def enqueue(self, planned: Iterable[Planned], snapshot: Snapshot) -> int:
         """Queue the planned trials that the storage lacks; return their number.
+
+        A trial that is finished on disk, or has lost its file, keeps the point drawn for it.
 
         Args:
             planned: The trials.
             snapshot: The state of the storage.
-            drawn: Points by identity of trials that are finished on disk, so that the sampler draws
-                no others for them.
         """
         count = 0
-        with self.failing():
+        with failing(self._study):
             for trial in planned:
                 if trial.key in snapshot.known:
                     continue
-                self._queue(trial, trial.point or (drawn or {}).get(trial.key))
+                point = trial.point or snapshot.drawn.get(trial.key)
+                if point is None and trial.key in self._results.by_key:
+                    point = point_of(self._results.by_key[trial.key].row)
+                self._queue(trial, point)
                 count += 1
         return count
 
@@ -237,7 +164,7 @@ class Ledger:
         """Queue failed trials again; return their number."""
         failed = [planned[key] for key in snapshot.failed if key in planned]
         for trial in failed:
-            self._queue(trial, trial.point)
+            self._queue(trial, trial.point or snapshot.drawn.get(trial.key))
         return len(failed)
 
     def _queue(self, trial: Planned, point: Point | None) -> None:
@@ -251,7 +178,7 @@ class Ledger:
         """Fail running trials whose worker died; Optuna queues them again."""
         import optuna
 
-        with warnings.catch_warnings(), self.failing():
+        with warnings.catch_warnings(), failing(self._study):
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
             for cell, method, phase in places:
                 one = self._at(self._study.cell(cell), self._study.method(method), phase)
@@ -295,8 +222,21 @@ class Ledger:
         cell, method = self._study.cell(place[0]), self._study.method(place[1])
         one = self._at(cell, method, place[2])
         outcomes: list[Outcome] = []
+        settled: list[BaseException | None] = []  # the trial has ended, perhaps by an interrupt
 
         def objective(trial: Trial) -> float:
+            try:
+                value = attempt(trial)
+            except optuna.exceptions.UpdateFinishedTrialError as error:
+                settled.append(None)
+                raise Dropped from error
+            except (Dropped, optuna.TrialPruned):
+                settled.append(None)
+                raise
+            settled.append(None)
+            return value
+
+        def attempt(trial: Trial) -> float:
             attributes = trial.user_attrs
             entry = planned.get(attributes.get(KEY, ""))
             if entry is None or self._is_taken(one, trial.number, entry.key):
@@ -309,9 +249,12 @@ class Ledger:
             point = self._suggest(trial, cell, method)
             try:
                 outcome = run(entry, point, trial)
-            except KeyboardInterrupt:
-                trial.set_user_attr(INTERRUPTED, True)
+            except KeyboardInterrupt as interrupt:
+                with suppress(optuna.exceptions.UpdateFinishedTrialError):
+                    trial.set_user_attr(INTERRUPTED, True)
+                settled.append(interrupt)
                 raise
+            outcomes.append(outcome)
             for name, value in (
                 (SHARE, outcome.full_share),
                 (SECONDS, outcome.seconds),
@@ -319,7 +262,6 @@ class Ledger:
             ):
                 if value is not None:
                     trial.set_user_attr(name, value)
-            outcomes.append(outcome)
             if outcome.state == PRUNED:
                 raise optuna.TrialPruned
             if outcome.value is None:
@@ -327,23 +269,26 @@ class Ledger:
             return outcome.value
 
         one.sampler, one.pruner = self._sampler(one, place), self._pruner()
-        with self.failing():
+        with failing(self._study):
             try:
                 one.optimize(objective, n_trials=1, catch=(Dropped,))
             except (optuna.exceptions.UpdateFinishedTrialError, ValueError):
-                # The trial was failed as stale while its worker slept. Its result is on disk, and
-                # the worker that takes it next reads it there.
-                if not outcomes:
+                # The trial was failed as stale while its worker slept, so that Optuna cannot end
+                # it. It is queued again; the worker that takes it reads a result from disk.
+                if not settled:
                     raise
+                if settled[0] is not None:
+                    raise settled[0] from None
         return outcomes[0] if outcomes else None
 
     def _is_taken(self, one: OptunaStudy, number: int, key: str) -> bool:
         """Return whether another trial of this identity runs, is finished, or comes first."""
+        results = self._results.refresh().by_key
         for other in one.get_trials(deepcopy=False):
             if other.number == number or other.user_attrs.get(KEY) != key:
                 continue
             state = other.state.name
-            if state in ("COMPLETE", "PRUNED"):
+            if state == "PRUNED" or (state == "COMPLETE" and key in results):
                 return True
             if state in ("RUNNING", "WAITING") and other.number < number:
                 return True
@@ -385,46 +330,3 @@ class Ledger:
         if kind == HYPERBAND:
             return optuna.pruners.HyperbandPruner()
         return optuna.pruners.NopPruner()
-
-
-def _again_if_made_elsewhere(connect: Callable[[], Any]) -> Any:
-    """Connect; again after a moment if another worker was making the tables of a new database."""
-    import sqlalchemy.exc
-
-    for attempt in range(_ATTEMPTS):
-        try:
-            return connect()
-        except (sqlalchemy.exc.IntegrityError, sqlalchemy.exc.ProgrammingError):
-            if attempt == _ATTEMPTS - 1:
-                raise
-            time.sleep(1 + attempt)
-    raise AssertionError(attempt)
-
-
-def _optuna() -> Any:
-    try:
-        import optuna
-    except ImportError as error:
-        raise InputError(
-            "Studies need optuna, which is not installed. Run: pip install 'molf[study]'."
-        ) from error
-    optuna.logging.set_verbosity(optuna.logging.CRITICAL)
-    warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
-    return optuna
-
-
-def _shown(address: str) -> str:
-    """Return an address without its password."""
-    from sqlalchemy.engine import make_url
-
-    try:
-        return make_url(address).render_as_string(hide_password=True)
-    except Exception:  # not an address
-        return address.split("@")[-1]
-
-
-def _cause(error: BaseException) -> str:
-    while error.__cause__ is not None:
-        error = error.__cause__
-    lines = str(error).strip().split("\n")
-    return lines[0].rstrip(".") or type(error).__name__

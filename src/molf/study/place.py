@@ -13,10 +13,13 @@ from molf.disk.room import nearest_existing
 from molf.errors import InputError
 from molf.paths import check_path, check_unicode
 from molf.study.definition import Rates, Study
-from molf.study.outcome import TrialResult, all_results
-from molf.study.plan import COMPLETE, Outcome, Plan, TrialMaker
+from molf.study.identity import contents_of
+from molf.study.outcome import RESULTS, TRIALS, Results, outcome_of, point_of
+from molf.study.plan import Plan, TrialMaker
 
 RECORD = "study.json"
+_FORMAT = 2  # of the record and of the results; others have other identities
+_OWN = (RESULTS, TRIALS, "report")
 _SHOWN = 12  # differences in a message
 
 
@@ -34,6 +37,23 @@ class Change:
     kept: int
     left_out: int
 
+    def __str__(self) -> str:
+        """The differences and their effect in one line."""
+        shown = "; ".join(self.differences[:_SHOWN])
+        more = len(self.differences) - _SHOWN
+        shown += f"; and {more} more" if more > 0 else ""
+        total = self.kept + self.left_out
+        if total == 0:
+            return (
+                "The study file differs from that of the study in its output_dir, which has no "
+                f"finished trials yet: {shown}."
+            )
+        return (
+            f"The study file or its data differ from those of its {total} finished trials: "
+            f"{shown}. {self.kept} of them are also trials of the changed study and are not "
+            f"repeated; {self.left_out} are left out of its tables."
+        )
+
 
 def definition_of(study: Study) -> dict[str, Any]:
     """Return everything of a study that decides its trials and tables, as JSON values."""
@@ -41,6 +61,7 @@ def definition_of(study: Study) -> dict[str, Any]:
         "cells": {
             cell.name: {
                 "options": dict(cell.options),
+                "contents": contents_of(cell.options),
                 "metric": cell.metric,
                 "minimize": cell.minimize,
                 "rates": {name: _rates(rates) for name, rates in cell.rates.items()},
@@ -51,6 +72,7 @@ def definition_of(study: Study) -> dict[str, Any]:
             method.name: {
                 "options": dict(method.options),
                 "rates": _rates(method.rates),
+                "control_of": method.control_of,
                 "share_of": method.share_of,
             }
             for method in study.methods
@@ -90,8 +112,18 @@ def check_directory(study: Study) -> None:
             f"output_dir {path} is that of the study {record.get('study')!r}, not of "
             f"{study.name!r}. Give another output_dir, or the same name."
         )
+    if record is not None and record.get("format") != _FORMAT:
+        raise InputError(
+            f"output_dir {path} is that of another version of molf, whose trials this one cannot "
+            "continue. Give another output_dir."
+        )
     if record is None and path.is_dir():
         foreign = [e.name for e in path.iterdir() if not is_unfinished(e.name)]
+        if any(name in _OWN for name in foreign):
+            raise InputError(
+                f"output_dir {path} has trials of a study, but its record {RECORD} is missing or "
+                "damaged. Restore it, or give another output_dir."
+            )
         if foreign and not _is_starting(foreign):
             raise InputError(
                 f"output_dir {path} holds {sorted(foreign)[0]} and is not that of a study. Give a "
@@ -124,73 +156,38 @@ def find_change(study: Study, make: TrialMaker) -> Change | None:
     record = read_record(study.output_dir)
     if record is None or record.get("definition") == definition_of(study):
         return None
-    results = all_results(study)
-    plan = Plan(study, outcomes_of(results, study), make, drawn_by(results))
-    kept = sum(key in plan.by_key for key in results)
+    results = Results(study).refresh().by_key
+    metrics = {cell.name: cell.metric for cell in study.cells}
+    outcomes = {
+        key: outcome_of(result, metrics[result.row["cell"]])
+        for key, result in results.items()
+        if result.row.get("cell") in metrics
+    }
+    drawn = {key: point_of(result.row) for key, result in results.items()}
+    plan = Plan(study, outcomes, make, drawn)
+    # A trial of another place with equal settings is reused.
+    settings = {trial.settings_key(trial.point) for trial in plan.trials if trial.point}
+    kept = sum(key in plan.by_key or result.settings in settings for key, result in results.items())
     differences = list(_differences(record.get("definition") or {}, definition_of(study), ""))
     return Change(differences, kept, len(results) - kept)
 
 
 def check_unchanged(change: Change | None, *, accepted: bool) -> None:
-    """Reject a changed study file with finished trials, unless the change is accepted.
+    """Reject a changed study file, or another one with the same directory, unless accepted.
 
     Raises:
         InputError: It changed; the message has the differences and their effect.
     """
-    if change is None or accepted or change.kept + change.left_out == 0:
-        return
-    shown = "; ".join(change.differences[:_SHOWN])
-    more = len(change.differences) - _SHOWN
-    shown += f"; and {more} more" if more > 0 else ""
-    total = change.kept + change.left_out
-    raise InputError(
-        f"The study file differs from that of its {total} finished trials: {shown}. "
-        f"{change.kept} of them are also trials of the changed study and are not repeated; "
-        f"{change.left_out} are left out of its tables. Give --accept_changes to go on, or "
-        "another output_dir."
-    )
+    if change is not None and not accepted:
+        raise InputError(f"{change} Give --accept_changes to go on, or another output_dir.")
 
 
 def write_record(study: Study) -> None:
     """Create the study's directory, and write its record."""
     study.output_dir.mkdir(parents=True, exist_ok=True)
-    record = {"study": study.name, "definition": definition_of(study)}
+    record = {"study": study.name, "format": _FORMAT, "definition": definition_of(study)}
     if read_record(study.output_dir) != record:
         write_json(study.output_dir / RECORD, record)
-
-
-def outcomes_of(results: Mapping[str, TrialResult], study: Study) -> dict[str, Outcome]:
-    """Return the outcomes of finished trials by key, from their files alone."""
-    metrics = {cell.name: cell.metric for cell in study.cells}
-    outcomes = {}
-    for key, result in results.items():
-        row = result.row
-        value = row.get(f"after/{metrics.get(str(row.get('cell')))}")
-        outcomes[key] = Outcome(
-            state=COMPLETE,
-            value=float(value) if isinstance(value, (int, float)) else None,
-            point=point_of(row),
-            full_share=row.get("won/full"),
-            seconds=float(row.get("seconds") or 0.0),
-        )
-    return outcomes
-
-
-def point_of(row: Mapping[str, Any]) -> dict[str, float]:
-    """Return the rates of a row as a point."""
-    names = ["learning_rate", "lora_lr_ratio"]
-    if row.get("lora_lr_ratio") in (None, ""):
-        names = ["learning_rate", "lora_learning_rate"]
-    return {name: float(row[name]) for name in names if row.get(name) not in (None, "")}
-
-
-def drawn_by(results: Mapping[str, TrialResult]) -> dict[tuple[str, str, int], dict[str, float]]:
-    """Return the points of the first phase by cell, method and number."""
-    return {
-        (str(row["cell"]), str(row["method"]), int(row["point"])): point_of(row)
-        for row in (result.row for result in results.values())
-        if row.get("phase") == "choose"
-    }
 
 
 def _differences(old: Any, new: Any, where: str) -> Iterator[str]:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import Any
 
@@ -15,6 +13,7 @@ from molf.study.choice import choose_point
 from molf.study.definition import (
     CHOOSE,
     EVAL_PART,
+    GRID,
     PARTS,
     REPORT,
     Cell,
@@ -24,13 +23,12 @@ from molf.study.definition import (
     point_text,
     rate_options,
 )
+from molf.study.identity import settings_key, trial_key
 from molf.study.rates import drawn_points
 
 COMPLETE, PRUNED, FAILED = "complete", "pruned", "failed"
 # A share of full updates this near to 0 or 1 has a control without a coin.
 _NEAR = 5e-4
-# Options without effect on what a trial measures.
-_NOT_IDENTITY = ("output_dir", "overwrite", "fallback_dir", "report_to", "dry_run", "save_steps")
 
 MakeSettings = Callable[[Cell, Method, str | None], TrainSettings]
 """Returns checked settings of a cell and a method, with this score if one is given."""
@@ -47,6 +45,7 @@ class Outcome:
         full_share: Share of updates that the expert full took; None without it.
         seconds: Its duration.
         error: The first line of its error; empty without one.
+        is_reused: Whether its result was on disk, so that nothing was trained.
     """
 
     state: str
@@ -55,6 +54,7 @@ class Outcome:
     full_share: float | None = None
     seconds: float = 0.0
     error: str = ""
+    is_reused: bool = False
 
 
 Identity = tuple[str, str, str, int, int]
@@ -74,7 +74,8 @@ class Planned:
         seed: Its seed.
         point: Its rates; None if the sampler draws them at the start.
         settings: Its settings without output directory; also without rates if these are drawn.
-        key: Hash of the settings; equal keys are equal trials.
+        key: Its identity: a hash of its place in the study and of its settings.
+        is_drawn: Whether a sampler draws the points, so that two of them may be equal.
     """
 
     cell: Cell
@@ -85,6 +86,7 @@ class Planned:
     point: Point | None
     settings: TrainSettings
     key: str
+    is_drawn: bool = False
 
     @property
     def identity(self) -> Identity:
@@ -95,9 +97,14 @@ class Planned:
         """Return the settings with these rates."""
         return with_rates(self.settings, point)
 
+    def settings_key(self, point: Point) -> str:
+        """Return the hash of the settings with these rates; equal ones are equal trainings."""
+        return settings_key(self.at(point))
+
     def label(self, point: Point) -> str:
         """Return the trial's name among those of its cell and method, part of paths."""
-        return f"{self.phase}-{point_text(point)}-seed{self.seed}"
+        number = f"-point{self.index}" if self.is_drawn else ""
+        return f"{self.phase}-{point_text(point)}{number}-seed{self.seed}"
 
 
 @dataclass(frozen=True)
@@ -149,12 +156,20 @@ class TrialMaker:
                     (name, one.low, one.high)
                     for name, one in sorted(self._study.rates(cell, method).ranges.items())
                 ]
-                key = trial_key(settings, [self._study.choose.sampler, index, ranges])
+                own_key = settings_key(settings, [self._study.choose.sampler, ranges])
             else:
                 settings = with_rates(settings, point)
-                key = trial_key(settings)
-            self._made[place] = Planned(cell, method, phase, index, seed, point, settings, key)
+                own_key = settings_key(settings)
+            key = trial_key((cell.name, method.name, phase, index, seed), own_key)
+            is_drawn = self._study.choose.sampler != GRID
+            self._made[place] = Planned(
+                cell, method, phase, index, seed, point, settings, key, is_drawn
+            )
         return self._made[place]
+
+    def options(self, cell: Cell, method: Method) -> TrainSettings:
+        """Return the settings of a cell and a method without seed, part and rates."""
+        return self._settings(cell, method, None)
 
 
 class Plan:
@@ -164,12 +179,14 @@ class Plan:
         study: The study.
         outcomes: Finished trials by key.
         make: Makes the trials.
-        drawn: Points that the sampler tpe has drawn so far, by cell, method and number.
+        drawn: Points that the sampler tpe has drawn so far, by the key of the trial it drew for.
 
     Attributes:
         trials: The trials, finished ones too.
         choices: By cell and method, the chosen rates; None if every rate failed; absent before the
             first phase is over.
+        sizes: By cell and method, the number of trials of both phases; an upper bound until all are
+            known.
     """
 
     def __init__(
@@ -177,7 +194,7 @@ class Plan:
         study: Study,
         outcomes: Mapping[str, Outcome],
         make: TrialMaker,
-        drawn: Mapping[tuple[str, str, int], Point],
+        drawn: Mapping[str, Point],
     ) -> None:
         self._study = study
         self._outcomes = outcomes
@@ -185,11 +202,13 @@ class Plan:
         self._drawn = drawn
         self.trials: list[Planned] = []
         self.choices: dict[tuple[str, str], Choice | None] = {}
+        self.sizes: dict[tuple[str, str], int] = {}
         self._chosen: dict[tuple[str, str], list[Planned]] = {}
+        self._whole: set[tuple[str, str]] = set()
         self._reported: dict[tuple[str, str], list[Planned]] = {}
         for cell in study.cells:
-            # Controls follow their models, so that their shares are known.
-            for method in sorted(study.methods, key=lambda one: one.share_of is not None):
+            # Controls follow their methods, so that shares and chosen points are known.
+            for method in sorted(study.methods, key=lambda one: one.control_of is not None):
                 self._add(cell, method)
 
     @property
@@ -211,65 +230,107 @@ class Plan:
         first, whole = self._first_phase(cell, method)
         self._chosen[place] = first
         self.trials += first
+        size = len(first) if whole else self._study.most_trials(cell, method, CHOOSE)
+        most = self._study.most_trials(cell, method, REPORT)
+        self.sizes[place] = size + most
         if not whole or any(trial.key not in self._outcomes for trial in first):
             return
+        self._whole.add(place)
         choice = self.choices[place] = self._choice(cell, first)
         if choice is None:
+            self.sizes[place] = size
             return
-        reported = [
-            self._planned(cell, method, REPORT, choice.index, seed, choice.point, score)
-            for seed in self._study.report.seeds
-            for score in self._scores(cell, method, REPORT, choice.index) or ()
-        ]
+        reported, whole = self._second_phase(cell, method, choice)
         self._reported[place] = reported
         self.trials += reported
+        if whole:
+            self.sizes[place] = size + len(reported)
 
     def _first_phase(self, cell: Cell, method: Method) -> tuple[list[Planned], bool]:
         """Return the known trials of the first phase, and whether these are all of them."""
         study = self._study
         points = drawn_points(study, cell, method)
-        source = method.share_of or method.name
         planned: list[Planned] = []
         whole = True
         for index in range(study.points(cell, method)):
-            point = points[index] if points is not None else None
-            shared = point or self._drawn.get((cell.name, source, index))
+            point = points[index] if points is not None else self._drawn_point(cell, method, index)
             scores = self._scores(cell, method, CHOOSE, index)
             whole = whole and scores is not None
             for score in scores or ():
                 for number, seed in enumerate(study.choose.seeds):
                     # The sampler draws in the trial of the first seed.
-                    draws = number == 0 and method.share_of is None
-                    here = point if draws else shared
-                    if here is None and not draws:
+                    draws = points is None and number == 0 and method.control_of is None
+                    if point is None and not draws:
                         whole = False
                         continue
+                    here = None if draws else point
                     planned.append(self._planned(cell, method, CHOOSE, index, seed, here, score))
         return planned, whole
+
+    def _drawn_point(self, cell: Cell, method: Method, index: int) -> Point | None:
+        """Return a point that the sampler tpe drew for a method, or for that of a control."""
+        source = method if method.control_of is None else self._study.method(method.control_of)
+        seed = self._study.choose.seeds[0]
+        return self._drawn.get(self._planned(cell, source, CHOOSE, index, seed, None, None).key)
+
+    def _second_phase(
+        self, cell: Cell, method: Method, choice: Choice
+    ) -> tuple[list[Planned], bool]:
+        """Return the known trials of the second phase, and whether these are all of them."""
+        chosen = [choice]
+        whole = True
+        if method.control_of is not None:
+            model = (cell.name, method.control_of)
+            whole = model in self.choices
+            other = self.choices.get(model)
+            if other is not None and other.index != choice.index:
+                chosen.append(other)
+        reported = []
+        for one in chosen:
+            scores = self._scores(cell, method, REPORT, one.index)
+            whole = whole and scores is not None
+            reported += [
+                self._planned(cell, method, REPORT, one.index, seed, one.point, score)
+                for seed in self._study.report.seeds
+                for score in scores or ()
+            ]
+        return reported, whole
 
     def _scores(
         self, cell: Cell, method: Method, phase: str, index: int
     ) -> tuple[str | None, ...] | None:
         """Return the score of a share-matched control, one of None for other methods.
 
-        Empty if its model failed there; None before its model's trials are over.
+        Empty if its method has no share at all; None before the share is known.
         """
         if method.share_of is None:
             return (None,)
-        place = (cell.name, method.share_of)
-        if phase == CHOOSE:
-            model = [trial for trial in self._chosen[place] if trial.index == index]
-            expected = len(self._study.choose.seeds)
-        else:
-            model = self._reported.get(place, [])
-            expected = len(self._study.report.seeds)
-        outcomes = [self._outcomes.get(trial.key) for trial in model]
-        if len(model) < expected or None in outcomes:
-            if phase == REPORT and self.choices.get(place, ()) is None:
-                return ()
+        model = (cell.name, method.share_of)
+        if phase == REPORT:
+            choice = self.choices.get(model)
+            if choice is not None and choice.index == index:
+                trials = [trial for trial in self._reported[model] if trial.index == index]
+                shares = self._shares(trials, len(self._study.report.seeds))
+                if shares is None or shares:
+                    return None if shares is None else (control_score(fmean(shares)),)
+        trials = [trial for trial in self._chosen[model] if trial.index == index]
+        shares = self._shares(trials, len(self._study.choose.seeds))
+        if shares is not None and not shares:
+            # All its method's trials at this point failed. The control has as many rate trials as
+            # others, so it gets the mean share of the other points.
+            if model not in self._whole:
+                return None
+            shares = self._shares(self._chosen[model], len(self._chosen[model])) or []
+        if shares is None:
             return None
-        shares = [o.full_share for o in outcomes if o is not None and o.full_share is not None]
         return (control_score(fmean(shares)),) if shares else ()
+
+    def _shares(self, trials: list[Planned], expected: int) -> list[float] | None:
+        """Return the shares of full updates of trials that have one; None before their end."""
+        outcomes = [self._outcomes.get(trial.key) for trial in trials]
+        if len(trials) < expected or None in outcomes:
+            return None
+        return [o.full_share for o in outcomes if o is not None and o.full_share is not None]
 
     def _choice(self, cell: Cell, trials: list[Planned]) -> Choice | None:
         values: dict[int, list[float]] = {}
@@ -298,18 +359,3 @@ def control_score(share: float) -> str:
     if share >= 1 - _NEAR:
         return "full"
     return f"random:{share:.3f}"
-
-
-def trial_key(settings: TrainSettings, more: Any = None) -> str:
-    """Return the identity of a trial: a hash of the options that differ from their defaults.
-
-    New options of later releases leave it unchanged.
-    """
-    defaults = {option.name: option.default for option in fields(TrainSettings)}
-    given = {
-        name: value
-        for name, value in vars(settings).items()
-        if name not in _NOT_IDENTITY and value != defaults.get(name) and value != {}
-    }
-    text = json.dumps([given, more], sort_keys=True, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()[:20]

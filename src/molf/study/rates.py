@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 
-from molf.job.settings.resolved import without_effect
 from molf.study.definition import (
     GRID,
     LEARNING_RATE,
@@ -128,23 +127,6 @@ def check_equal_numbers(study: Study) -> None:
             )
 
 
-def check_effect(study: Study) -> None:
-    """Check that every method uses its rates.
-
-    Raises:
-        StudyFileError: A method has no LoRA factors, and a rate for them.
-    """
-    for cell in study.cells:
-        for method in study.methods:
-            kind = str(method.options.get("method", "molf"))
-            for name in limits(study.rates(cell, method)):
-                if name != LEARNING_RATE and LORA_RATE in without_effect(kind):
-                    raise StudyFileError(
-                        f"cells, {cell.name}: {name} has no effect with method={kind} "
-                        f"({method.name}). Give {LEARNING_RATE} alone."
-                    )
-
-
 def drawn_points(study: Study, cell: Cell, method: Method) -> tuple[Point, ...] | None:
     """Return the points that are known before any trial; None if the sampler is tpe.
 
@@ -155,7 +137,7 @@ def drawn_points(study: Study, cell: Cell, method: Method) -> tuple[Point, ...] 
         return rates.points
     if study.choose.sampler != RANDOM:
         return None
-    source = method.share_of or method.name
+    source = method.control_of or method.name
     points = []
     for index in range(study.choose.trials or 0):
         rng = np.random.default_rng(number_of(study.name, cell.name, source, str(index)))

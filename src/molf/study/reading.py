@@ -27,7 +27,7 @@ from molf.study.definition import (
     Report,
     Study,
 )
-from molf.study.rates import check_effect, check_equal_numbers, read_rates
+from molf.study.rates import check_equal_numbers, read_rates
 from molf.study.values import (
     StudyFileError,
     integers,
@@ -45,6 +45,7 @@ _NAME = re.compile(r"[A-Za-z0-9][\w.+=-]{0,63}")
 FEWEST_SEEDS = 5  # of the second phase
 MOST_TRIALS = 20_000
 _YEAR = 365.25 * 86400
+_CONTROLS = ("control_of", "share_of")
 _STUDY = (
     *("study", "about", "output_dir", "storage", "cells", "methods", "axes", "choose", "report"),
     *("keep", "seconds", "heartbeat", "retries"),
@@ -83,7 +84,6 @@ def read_study(path: Path, content: Mapping[str, Any], options: Options) -> Stud
     """
     try:
         study = _study(path, content, options)
-        check_effect(study)
         check_equal_numbers(study)
         _check_size(study)
     except StudyFileError as error:
@@ -105,7 +105,7 @@ def _study(path: Path, content: Mapping[str, Any], options: Options) -> Study:
     _check_once(cells, "cells")
     _check_once(methods, "methods")
     for method in methods:
-        _check_share_of(method, methods)
+        _check_control(method, methods, cells)
     keep = text(content.get("keep", KEEP_RECORDS), "keep")
     if keep not in KEPT:
         raise StudyFileError(f"Invalid keep={keep!r}. Must be one of {', '.join(KEPT)}.")
@@ -178,23 +178,30 @@ def _report(content: Mapping[str, Any], choose: Choose, methods: Iterable[Method
 def _method(content: Mapping[str, Any], choose: Choose) -> Method:
     name = _name(content.get("name"), "methods: name")
     where = f"methods, {name}"
-    given = {k: v for k, v in content.items() if k not in ("name", "rates", "share_of", "about")}
-    share_of = content.get("share_of")
-    if share_of is not None and "score" in given:
-        raise StudyFileError(f"{where}: share_of makes the score random:Q. Leave score out.")
-    if share_of is not None and "rates" in content:
+    own = ("name", "rates", *_CONTROLS, "about")
+    given = {key: value for key, value in content.items() if key not in own}
+    controls = [key for key in _CONTROLS if content.get(key) is not None]
+    if len(controls) > 1:
         raise StudyFileError(
-            f"{where}: share_of takes the rates of {share_of} too. Leave rates out."
+            f"{where}: share_of makes a control of {content['share_of']}. Leave control_of out."
         )
-    if share_of is None and "rates" not in content:
+    of = text(content[controls[0]], f"{where}, {controls[0]}") if controls else None
+    if "share_of" in controls and "score" in given:
+        raise StudyFileError(f"{where}: share_of makes the score random:Q. Leave score out.")
+    if of is not None and "rates" in content:
+        raise StudyFileError(
+            f"{where}: {controls[0]} takes the rates of {of} too. Leave rates out."
+        )
+    if of is None and "rates" not in content:
         raise StudyFileError(
             f"{where}: rates are missing, such as rates: {{learning_rate: [1e-4, 3e-4]}}."
         )
     return Method(
         name=name,
         options=given,
-        rates=Rates() if share_of else read_rates(content["rates"], choose, f"{where}, rates"),
-        share_of=None if share_of is None else text(share_of, f"{where}, share_of"),
+        rates=Rates() if of else read_rates(content["rates"], choose, f"{where}, rates"),
+        control_of=of,
+        share_of=of if "share_of" in controls else None,
         about=text(content.get("about", ""), f"{where}, about"),
     )
 
@@ -233,18 +240,29 @@ def _cell(
     )
 
 
-def _check_share_of(method: Method, methods: Iterable[Method]) -> None:
-    known = {other.name: other for other in methods}
-    if method.share_of is None:
+def _check_control(method: Method, methods: Iterable[Method], cells: Iterable[Cell]) -> None:
+    if method.control_of is None:
         return
-    where = f"methods, {method.name}, share_of"
-    _check_known(method.share_of, known, where, "methods")
-    model = known[method.share_of]
-    if model.share_of is not None or model.options.get("method", "molf") != "molf":
+    key = "control_of" if method.share_of is None else "share_of"
+    where = f"methods, {method.name}, {key}"
+    known = {other.name: other for other in methods}
+    _check_known(method.control_of, known, where, "methods")
+    model = known[method.control_of]
+    if model.control_of is not None:
         raise StudyFileError(
-            f"{where}: {method.share_of} is no routed method with the expert full and a score of "
-            "its own."
+            f"{where}: {model.name} is a control of {model.control_of} itself. Give a method that "
+            "is no control."
         )
+    if method.share_of is not None and model.options.get("method", "molf") != "molf":
+        raise StudyFileError(
+            f"{where}: {model.name} is no routed method with the expert full (method=molf)."
+        )
+    for cell in cells:
+        if method.name in cell.rates:
+            raise StudyFileError(
+                f"cells, {cell.name}, rates of {method.name}: a control has the rates of its "
+                f"method. Give those of {model.name}."
+            )
 
 
 def _check_size(study: Study) -> None:

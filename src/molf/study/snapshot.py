@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import datetime
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from molf.study.definition import CHOOSE, Point
-from molf.study.plan import COMPLETE, FAILED, PRUNED, Outcome
+from molf.study.outcome import TrialResult, outcome_of
+from molf.study.plan import FAILED, PRUNED, Outcome
 
 if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
@@ -26,22 +28,36 @@ class Snapshot:
     Args:
         trials: Trials of Optuna by place.
         retries: How often a trial starts again whose worker died.
+        results: Finished trials on disk by identity; values and shares are those of their rows.
+        metrics: The metric of each cell by name.
+        patience: Seconds after which a complete trial without a readable file is lost. A file that
+            another machine wrote may be seen late.
 
     Attributes:
         outcomes: Finished trials by identity.
         running: Names of the workers by identity of their trials.
         waiting: Number of queued trials by place.
         running_at: Places with running trials.
-        drawn: Points that the sampler has drawn, by cell, method and number.
+        drawn: Points of the first phase by identity, also those that the sampler has drawn.
         known: Identities that are queued, running or finished.
     """
 
-    def __init__(self, trials: Mapping[Place, list[FrozenTrial]], retries: int) -> None:
+    def __init__(
+        self,
+        trials: Mapping[Place, list[FrozenTrial]],
+        retries: int,
+        results: Mapping[str, TrialResult],
+        metrics: Mapping[str, str],
+        patience: float = 0.0,
+    ) -> None:
+        self._patience = datetime.timedelta(seconds=patience)
+        self._results = results
+        self._metrics = metrics
         self.outcomes: dict[str, Outcome] = {}
         self.running: dict[str, str] = {}
         self.waiting: dict[Place, int] = {}
         self.running_at: set[Place] = set()
-        self.drawn: dict[tuple[str, str, int], Point] = {}
+        self.drawn: dict[str, Point] = {}
         self.known: set[str] = set()
         for place, found in trials.items():
             died: dict[str, int] = {}
@@ -66,8 +82,8 @@ class Snapshot:
             return
         state = trial.state.name
         point = _point(trial)
-        if point and place[2] == CHOOSE and state != "FAIL":
-            self.drawn[(place[0], place[1], int(attributes[INDEX]))] = point
+        if point and place[2] == CHOOSE:
+            self.drawn[key] = point
         if state == "WAITING":
             self.waiting[place] = self.waiting.get(place, 0) + 1
             self.known.add(key)
@@ -77,11 +93,15 @@ class Snapshot:
             self.running_at.add(place)
             self.known.add(key)
             self.outcomes.pop(key, None)
-        elif state in ("COMPLETE", "PRUNED") or ERROR in attributes:
-            states = {"COMPLETE": COMPLETE, "PRUNED": PRUNED}
+        elif state == "COMPLETE" or (ERROR in attributes and key in self._results):
+            if key in self._results:
+                self.outcomes[key] = outcome_of(self._results[key], self._metrics[place[0]])
+            elif not self._is_lost(trial):
+                self.known.add(key)
+        elif state == "PRUNED" or ERROR in attributes:
             self.outcomes[key] = Outcome(
-                state=states.get(state, FAILED),
-                value=trial.value if state == "COMPLETE" else None,
+                state=PRUNED if state == "PRUNED" else FAILED,
+                value=None,
                 point=point,
                 full_share=attributes.get(SHARE),
                 seconds=float(attributes.get(SECONDS, 0.0)),
@@ -89,6 +109,11 @@ class Snapshot:
             )
         elif not attributes.get(DROPPED) and not attributes.get(INTERRUPTED):
             died[key] = died.get(key, 0) + 1
+
+    def _is_lost(self, trial: FrozenTrial) -> bool:
+        """Return whether a complete trial without a readable file must run again."""
+        ended = trial.datetime_complete
+        return ended is None or datetime.datetime.now() - ended >= self._patience
 
 
 def _point(trial: FrozenTrial) -> Point:

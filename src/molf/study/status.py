@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from statistics import fmean
+from typing import Any
 
+from molf.shown import counted
 from molf.study.definition import Cell, Method, Study
 from molf.study.plan import COMPLETE, FAILED, PRUNED, Outcome, Plan
 from molf.study.snapshot import Snapshot
+
+Row = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -33,7 +38,7 @@ class Status:
     """The progress of a study.
 
     Attributes:
-        size: Trials of both phases.
+        size: Trials of both phases; an upper bound until the points of controls are known.
         complete: Finished trials.
         failed: Failed trials, each as `CELL/METHOD/TRIAL: ERROR`.
         pruned: Number of pruned trials.
@@ -43,6 +48,7 @@ class Status:
         measured: Whether these come from finished trials, and not from the study file.
         best: Per cell, the best trial of the first phase.
         chosen: Number of methods and cells with chosen rates.
+        origin: A sentence if rows come from several commits or uncommitted changes, else empty.
     """
 
     size: int
@@ -54,6 +60,7 @@ class Status:
     measured: bool
     best: list[Best]
     chosen: int
+    origin: str
 
     @property
     def left(self) -> int:
@@ -61,8 +68,15 @@ class Status:
         return max(0, self.size - self.complete - self.pruned - len(self.failed))
 
 
-def status_of(study: Study, plan: Plan, snapshot: Snapshot) -> Status:
-    """Return the progress of a study."""
+def status_of(study: Study, plan: Plan, snapshot: Snapshot, rows: Iterable[Row]) -> Status:
+    """Return the progress of a study.
+
+    Args:
+        study: The study.
+        plan: Its trials.
+        snapshot: Their state.
+        rows: The rows of finished trials.
+    """
     ended = [(trial, snapshot.outcomes[trial.key]) for trial in plan.trials
              if trial.key in snapshot.outcomes]  # fmt: skip
     failed = [
@@ -86,7 +100,7 @@ def status_of(study: Study, plan: Plan, snapshot: Snapshot) -> Status:
         sign = 1 if cell.minimize else -1
         best += sorted(values, key=lambda one: sign * one.value)[:1]
     return Status(
-        size=study.size,
+        size=sum(plan.sizes.values()),
         complete=sum(o.state == COMPLETE for _, o in ended),
         failed=failed,
         pruned=sum(o.state == PRUNED for _, o in ended),
@@ -94,8 +108,23 @@ def status_of(study: Study, plan: Plan, snapshot: Snapshot) -> Status:
         seconds=seconds / max(1, len(running)),
         measured=measured,
         best=best,
-        chosen=len(plan.choices),
+        chosen=sum(choice is not None for choice in plan.choices.values()),
+        origin=origin_of(rows),
     )
+
+
+def origin_of(rows: Iterable[Row]) -> str:
+    """Return a sentence about rows of several commits or of uncommitted changes; empty without."""
+    found = list(rows)
+    commits = Counter(str(row["commit"])[:12] for row in found if row.get("commit"))
+    dirty = sum(str(row.get("dirty")) == "True" for row in found)
+    parts = []
+    if len(commits) > 1:
+        listed = ", ".join(f"{name} ({count})" for name, count in commits.most_common())
+        parts.append(f"rows come from {len(commits)} commits: {listed}")
+    if dirty:
+        parts.append(f"{dirty} of {counted(len(found), 'row')} had uncommitted changes")
+    return "; ".join(parts)
 
 
 def _seconds_left(study: Study, plan: Plan, outcomes: Mapping[str, Outcome]) -> tuple[float, bool]:
@@ -115,7 +144,7 @@ def _seconds_left(study: Study, plan: Plan, outcomes: Mapping[str, Outcome]) -> 
     total = 0.0
     for cell in study.cells:
         for method in study.methods:
-            size = study.points(cell, method) * len(study.choose.seeds) + len(study.report.seeds)
+            size = plan.sizes[cell.name, method.name]
             done = sum(
                 t.cell == cell and t.method == method and t.key in outcomes for t in plan.trials
             )

@@ -29,13 +29,15 @@ from molf.job.settings.defaults import ROUTED
 from molf.study.definition import CHOOSE, KEEP_RECORDS, Point, Study
 from molf.study.moved import moved_parameters
 from molf.study.outcome import (
+    Results,
     TrialResult,
-    read_result,
+    outcome_of,
+    place_columns,
     result_file,
     run_directory,
     write_result,
 )
-from molf.study.plan import COMPLETE, FAILED, PRUNED, Outcome, Planned
+from molf.study.plan import FAILED, PRUNED, Outcome, Planned
 from molf.study.questions import question_scores
 
 if TYPE_CHECKING:
@@ -43,7 +45,6 @@ if TYPE_CHECKING:
 
     from molf.job.inputs import Inputs
 
-FULL = "full"
 _PACKAGES = ("molf", "torch", "transformers", "trl", "peft")
 
 
@@ -58,6 +59,7 @@ class TrialRunner:
     def __init__(self, study: Study, inputs: Inputs | None) -> None:
         self._study = study
         self._inputs = inputs
+        self._results = Results(study)
 
     def __call__(self, planned: Planned, point: Point, trial: Trial | None = None) -> Outcome:
         """Run a trial, unless its result is on disk; return its outcome, also of a failure.
@@ -70,9 +72,11 @@ class TrialRunner:
         study, label = self._study, planned.label(point)
         place = (planned.cell.name, planned.method.name, label)
         file = result_file(study, *place)
-        found = read_result(file)
-        if found is not None and found.key == planned.key:
-            return outcome_of(found, planned, point)
+        found = self._results.refresh().of(planned, point)
+        if found is not None:
+            if found.key not in self._results.by_key:
+                write_result(file, found)
+            return replace(outcome_of(found, planned.cell.metric), is_reused=True)
         started = time.perf_counter()
         directory = run_directory(study, *place)
         try:
@@ -92,9 +96,10 @@ class TrialRunner:
             planned.key,
             trial_row(planned, point, run, time.perf_counter() - started),
             question_scores(run.after.predictions),
+            planned.settings_key(point),
         )
         write_result(file, result)
-        return outcome_of(result, planned, point)
+        return outcome_of(result, planned.cell.metric)
 
     def _train(
         self, planned: Planned, point: Point, directory: Path, trial: Trial | None
@@ -127,19 +132,6 @@ def clear_leftovers(directory: Path) -> None:
     shutil.rmtree(directory)
 
 
-def outcome_of(result: TrialResult, planned: Planned, point: Point) -> Outcome:
-    """Return the outcome of a finished trial; a failure if the cell's metric is missing."""
-    row = result.row
-    value = row.get(f"after/{planned.cell.metric}")
-    seconds = float(row.get("seconds") or 0.0)
-    share = row.get(f"won/{FULL}")
-    if not isinstance(value, (int, float)) or not math.isfinite(value):
-        metrics = ", ".join(k.removeprefix("after/") for k in row if k.startswith("after/"))
-        error = f"the run has no finite metric {planned.cell.metric}; it has {metrics}"
-        return Outcome(FAILED, None, point, share, seconds, error)
-    return Outcome(COMPLETE, float(value), point, share, seconds)
-
-
 def trial_row(planned: Planned, point: Point, run: RunResult, seconds: float) -> dict[str, Any]:
     """Return the row of a finished trial: no absolute paths, and the same columns for all."""
     config = _read_yaml(run.directory / CONFIG)
@@ -150,15 +142,8 @@ def trial_row(planned: Planned, point: Point, run: RunResult, seconds: float) ->
     packages = environment.get("packages") or {}
     settings = planned.at(point)
     return {
-        "cell": planned.cell.name,
-        "method": planned.method.name,
-        "phase": planned.phase,
-        "point": planned.index,
-        "seed": planned.seed,
-        **{name: point.get(name) for name in ("learning_rate", "lora_lr_ratio")},
-        "lora_learning_rate": settings.lora_learning_rate,
+        **place_columns(planned, point),
         "score": settings.score if settings.method in ROUTED else None,
-        "key": planned.key,
         **metric_columns("before", run.before.metrics),
         **metric_columns("after", run.after.metrics),
         **{f"won/{name}": round(share, 6) for name, share in run.shares.items()},

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING
 
 from molf.study.definition import Study
 from molf.study.ledger import Ledger, Place, Snapshot
-from molf.study.outcome import all_results
-from molf.study.place import definition_of, point_of, read_record
+from molf.study.place import definition_of, read_record
 from molf.study.plan import COMPLETE, Outcome, Plan, Planned, TrialMaker
 from molf.study.reading import duration
+from molf.study.storage import check_present
 from molf.study.trial import TrialRunner
 
 if TYPE_CHECKING:
@@ -30,12 +30,14 @@ class Work:
     Attributes:
         done: Finished trials of this worker.
         failed: Failed ones among them.
+        reused: Those among them whose result was on disk.
         ended: Why it ended: `finished`, `stopped` or `changed`.
         without_rates: Methods, each as `CELL/METHOD`, of which every rate trial failed.
     """
 
     done: int = 0
     failed: int = 0
+    reused: int = 0
     ended: str = "finished"
     without_rates: tuple[str, ...] = ()
 
@@ -68,7 +70,6 @@ class Worker:
         self._name = f"{platform.node()}:{os.getpid()}"
         self._definition = definition_of(study)
         self._ledger = Ledger(study)
-        self._on_disk = {key: point_of(r.row) for key, r in all_results(study).items()}
         self._cell = ""  # of the last trial: its task and base model are in memory
         if retry_failed:
             snapshot = self._ledger.read()
@@ -83,7 +84,7 @@ class Worker:
         """
         work = Work()
         while True:
-            self._ledger.check_present()
+            check_present(self._study)
             if self._ledger.stopped_at > self._started:
                 work.ended = "stopped"
                 return work
@@ -93,7 +94,7 @@ class Worker:
                 return work
             snapshot = self._ledger.read()
             plan = self._plan(snapshot)
-            queued = self._ledger.enqueue(plan.unfinished, snapshot, self._on_disk)
+            queued = self._ledger.enqueue(plan.unfinished, snapshot)
             if queued:
                 snapshot = self._ledger.read()
             place = self._next_place(plan, snapshot)
@@ -102,6 +103,7 @@ class Worker:
                 if outcome is not None:
                     work.done += 1
                     work.failed += outcome.state == "failed"
+                    work.reused += outcome.is_reused
             elif snapshot.running_at or plan.unfinished:
                 self._ledger.fail_stale(snapshot.running_at)
                 time.sleep(min(_LONGEST_POLL, self._study.heartbeat / 2))
@@ -129,5 +131,6 @@ class Worker:
             result = f"{planned.cell.metric} {outcome.value:.4g}"
         else:
             result = f"{outcome.state} {outcome.error}".strip()
-        self._say(f"{name}: {result} ({duration(outcome.seconds)})")
+        took = "reused" if outcome.is_reused else duration(outcome.seconds)
+        self._say(f"{name}: {result} ({took})")
         return outcome

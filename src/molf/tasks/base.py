@@ -57,6 +57,17 @@ class Task(ABC):
     def evaluation_count(self) -> int:
         """The number of records to evaluate."""
 
+    def metric_names(self) -> tuple[str, ...]:
+        """Return the names of the metrics that an evaluation of a tuned model on these records has.
+
+        Known before any model is loaded.
+        """
+        return (*self._metric_names(), "forgetting_loss", "kl_neutral", "kl_task")
+
+    @abstractmethod
+    def _metric_names(self) -> tuple[str, ...]:
+        """Return the names of the metrics that `evaluate` measures on these records."""
+
     @abstractmethod
     def data_records(self) -> DataRecords:
         """Return all records of the training file; none where the task only evaluates."""

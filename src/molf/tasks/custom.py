@@ -91,6 +91,9 @@ class CustomTask(Task):
         self._samples_of_runs = samples_of_runs
         self._evaluated = list(evaluated)
 
+    def _metric_names(self) -> tuple[str, ...]:
+        return ("loss", "perplexity", "exact_match")
+
     def data_records(self) -> DataRecords:
         """Return the records of the training data."""
         read = self._read

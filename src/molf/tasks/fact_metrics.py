@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -24,6 +24,12 @@ _NAMES = {REWRITE: ("es", "em"), "paraphrase": ("ps", "pm"), "neighbourhood": ("
 
 Outcomes = dict[str, list[Comparison]]
 """The comparisons of one request, by kind of prompt."""
+
+
+def fact_metric_names(kinds: Collection[str]) -> tuple[str, ...]:
+    """Return the names of the scores over requests with these kinds of prompts."""
+    names = [name for kind, pair in _NAMES.items() if kind in kinds for name in pair]
+    return (*names, "s") if len(names) == 2 * len(_NAMES) else tuple(names)
 
 
 def fact_metrics(cases: Sequence[Outcomes], seed: int) -> Evaluation:

@@ -19,7 +19,13 @@ from molf.measure.spread import spread
 from molf.tasks.answers import UNDECODED
 from molf.tasks.base import DataRecords, Task
 from molf.tasks.demo import refuse_data
-from molf.tasks.fact_metrics import KINDS, REWRITE, Outcomes, fact_metrics
+from molf.tasks.fact_metrics import (
+    KINDS,
+    REWRITE,
+    Outcomes,
+    fact_metric_names,
+    fact_metrics,
+)
 from molf.tasks.fact_requests import FIELDS, FactRequest, find_conflicts, parse_request
 from molf.tasks.first_token import Comparison, FirstTokenQuestions
 from molf.tasks.options import TaskOptions
@@ -74,6 +80,15 @@ class FactTask(Task):
                 stacklevel=3,
             )
         self._forgetting_text = forgetting_text
+
+    def _metric_names(self) -> tuple[str, ...]:
+        kinds = {
+            kind
+            for index in self._evaluated
+            for kind, prompts in self._evaluation[index].prompts().items()
+            if prompts
+        }
+        return (*fact_metric_names(kinds), "acc_new", "acc_true")
 
     def data_records(self) -> DataRecords:
         """Return the requests of the training data."""

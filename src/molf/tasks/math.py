@@ -148,6 +148,9 @@ class MathTask(QuestionTask[MathQuestion]):
         evaluation.notes["max_new_tokens"] = settings.max_new_tokens or _NEW_TOKENS
         return self._finish(evaluation, asked)
 
+    def _metric_names(self) -> tuple[str, ...]:
+        return ("accuracy", "unparsed")
+
     def _score(self, texts: Mapping[int, str], seed: int, progress: Progress | None) -> Evaluation:
         numbers = {index: final_number(text) for index, text in texts.items()}
         answers = {

@@ -83,6 +83,9 @@ class MedTask(QuestionTask[MedQuestion]):
         evaluation = self._score(texts, settings.seed, progress, likelihoods)
         return self._finish(evaluation, asked)
 
+    def _metric_names(self) -> tuple[str, ...]:
+        return _METRICS
+
     def _score(
         self,
         texts: Mapping[int, str],

@@ -11,6 +11,7 @@ from molf.measure.nearest import nearest
 from molf.measure.settings import EvaluationSettings, Progress
 from molf.sql.limits import Limits
 from molf.sql.metrics import (
+    METRICS,
     Example,
     SqlScore,
     SqlScorer,
@@ -56,6 +57,9 @@ class SqlTask(QuestionTask[SqlQuestion]):
         super().__init__(options, data, baseline, forgetting_text)
         self._limits = limits
         self._failures: dict[int, str | None] = {}  # per gold query run so far: why it failed
+
+    def _metric_names(self) -> tuple[str, ...]:
+        return METRICS
 
     def evaluate(
         self,

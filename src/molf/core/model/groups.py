@@ -30,6 +30,8 @@ from molf.core.model.decay import undecayed
 from molf.core.model.linear_layers import LinearLayer, find_layers
 from molf.core.model.module_names import cleaner, is_peft_model, unwrapped
 from molf.core.model.weight_checks import check_has_values
+from molf.core.scores.registry import routing
+from molf.core.scores.rules import BestShare
 from molf.shown import counted
 
 NOT_SAVED = "PEFT's save_pretrained, which trainers call for checkpoints, saves the adapter only"
@@ -101,7 +103,8 @@ def cover(model: nn.Module, groups: list[dict[str, Any]], config: MoLFConfig) ->
     """Count the parameters of a model that the groups of `build_groups` route.
 
     Warns:
-        UserWarning: The model has matrices that cannot be routed (`warn_of_unrouted`).
+        UserWarning: The model has matrices that cannot be routed (`warn_of_unrouted`), or a share
+            of its layers rounds to none or all of them.
     """
     layers = {group["layer"]: group for group in groups if group["layer"] is not None}
     uses_adapter = bool(adapter_layers(model))
@@ -114,7 +117,20 @@ def cover(model: nn.Module, groups: list[dict[str, Any]], config: MoLFConfig) ->
         adapted=layers if uses_adapter else (),
     )
     warn_of_unrouted(coverage)
+    _warn_of_share(config.score, len(layers))
     return coverage
+
+
+def _warn_of_share(score: str, layers: int) -> None:
+    """Warn of a score `share:Q:SCORE` that gives `full` no layer or all of them."""
+    rule = routing(score).rule
+    if isinstance(rule, BestShare) and (count := rule.count(layers)) in (0, layers):
+        outcome = "none: LoRA" if count == 0 else "all: full"
+        warnings.warn(
+            f"score={score}: {rule.share:g} of {counted(layers, 'routed layer')} rounds to "
+            f"{outcome} takes every update, without a choice between layers.",
+            stacklevel=4,
+        )
 
 
 def _folded_groups(model: nn.Module, config: MoLFConfig) -> list[dict[str, Any]]:

@@ -184,10 +184,14 @@ class BestShare(_FullOrLora):
     share: float
     compares_layers = True
 
+    def count(self, layers: int) -> int:
+        """Return the number of layers that `full` wins of so many."""
+        return round(self.share * layers)
+
     def choose(self, layers: Sequence[Candidates]) -> list[Winners]:
         """Rank the layers by their margins; among equal margins the first layers win."""
         ranking = sorted(range(len(layers)), key=lambda i: -layers[i].margin)  # stable
-        chosen = set(ranking[: round(self.share * len(layers))])
+        chosen = set(ranking[: self.count(len(layers))])
         return self._winners(layers, [number in chosen for number in range(len(layers))])
 
 

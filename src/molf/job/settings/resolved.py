@@ -51,14 +51,6 @@ class ResolvedSettings(TrainSettings):
         return self.method in (*ADAPTERS, "molf-e") or self.is_explicit
 
     @property
-    def trains_dense(self) -> bool:
-        """Whether parameters other than LoRA factors are trained, which use `learning_rate`."""
-        if self.method in ADAPTERS:
-            return False
-        config = self.method_config
-        return config is None or not (config.freeze_base and config.freezes_rest)
-
-    @property
     def is_explicit(self) -> bool:
         """Whether MoLF's experts are an adapter beside trained weights, which dropout needs."""
         config = super().method_config

@@ -29,6 +29,7 @@ from molf.errors import InputError
 from molf.inputs import check_choice
 from molf.job.settings.converters import numbers, patterns, words
 from molf.job.settings.defaults import (
+    ADAPTERS,
     MATCHES,
     MERGE_BASES,
     METHODS,
@@ -360,6 +361,14 @@ class TrainSettings:
             label_noise=self.label_noise,
             seed=self.seed,
         )
+
+    @property
+    def trains_dense(self) -> bool:
+        """Whether parameters other than LoRA factors are trained, which use `learning_rate`."""
+        if self.method in ADAPTERS:
+            return False
+        config = self.method_config
+        return config is None or not (config.freeze_base and config.freezes_rest)
 
     @property
     def quantised(self) -> str | None:

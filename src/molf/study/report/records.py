@@ -18,7 +18,7 @@ from typing import Any
 from molf.disk.files import making_directory, replacing_file, write_json
 from molf.disk.room import nearest_existing
 from molf.errors import InputError
-from molf.study.definition import PHASES, Study
+from molf.study.definition import PHASES, Study, rate_columns
 from molf.study.outcome import TrialResult
 from molf.study.place import definition_of
 from molf.study.plan import COMPLETE, Outcome, Plan, Planned
@@ -170,7 +170,7 @@ def _row(trial: Planned, outcome: Outcome, result: TrialResult | None) -> Row:
         "seed": trial.seed,
         "state": outcome.state,
         "error": re.sub(r"(?<![\w.])/[^\s:;,'\"]*/", "", outcome.error),  # folders of this machine
-        **(outcome.point or trial.point or {}),
+        **rate_columns(outcome.point or trial.point or {}),
         "seconds": round(outcome.seconds, 2),
         "key": trial.key,
     }
@@ -233,6 +233,7 @@ def _read_csv(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file, strict=True))
 
 
+_COUNTS = ("point", "seed", "cpu_count", "torch_threads")
 _TEXTS = ("cell", "method", "phase", "state", "error", "score", "key", "commit", "device")
 
 
@@ -244,7 +245,7 @@ def _numbers(row: Mapping[str, str]) -> Row:
         found[name] = text
         if name in _TEXTS or name.startswith(("version/", "started", "python", "dirty")):
             continue
-        found[name] = int(text) if name in ("point", "seed") else float(text)
+        found[name] = int(text) if name in _COUNTS else float(text)
     return found
 
 
