@@ -43,7 +43,7 @@ class LateCarrier(Carrier):
         return any(tensor is own for own in self._host)
 
     def room(self, like: Tensor) -> Tensor:
-        made = _garbage(torch.empty_like(like))
+        made = _garbage(torch.empty_like(like, device="cpu"))
         self._host.add(made)
         return made
 

@@ -5,10 +5,12 @@ Secrets are masked, and control characters escaped.
 
 from __future__ import annotations
 
+import errno
 import itertools
 import os
 import re
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -49,6 +51,26 @@ def flush(path: Path) -> None:
             with file.open("rb") as written:
                 # A file opened for reading is flushed as well.
                 os.fsync(written.fileno())
+        elif file.is_dir():
+            flush_directory(file)
+
+
+def flush_directory(path: Path) -> None:
+    """Flush the entries of a directory to the disk, so that a rename in it outlives a power loss.
+
+    Raises:
+        OSError: The write fails.
+    """
+    if sys.platform == "win32":  # has no such call
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # a file system without it
+            raise
+    finally:
+        os.close(descriptor)
 
 
 @contextmanager
@@ -63,6 +85,7 @@ def replacing_directory(path: Path) -> Iterator[Path]:
         try:
             yield temporary
             flush(temporary)  # else a crash could leave renamed files without their content
+            flush_directory(temporary)
             if path.exists():  # renaming over a directory fails, so the old one is renamed first
                 path.rename(replaced)
             temporary.rename(path)

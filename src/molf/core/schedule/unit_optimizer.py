@@ -234,6 +234,25 @@ class UnitOptimizer(Optimizer):
             return self.offload.keep(parameter, value)
         return value.to(parameter.device, copy=True)
 
+    def room(self, parameter: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+        """Allocate a tensor in the memory of a parameter's state, for a checkpoint to be read into.
+
+        Args:
+            parameter: A parameter of this optimizer.
+            shape: Shape of the state's tensor.
+            dtype: Its dtype.
+
+        Returns:
+            The tensor, uninitialised, with the strides of the parameter if it has its shape.
+        """
+        if shape == parameter.shape:
+            like = torch.empty_like(parameter, dtype=dtype, device="meta", requires_grad=False)
+        else:
+            like = torch.empty(shape, dtype=dtype, device="meta")
+        if self.offload is not None and self.offload.moves(parameter):
+            return self.offload.room(parameter, like)
+        return torch.empty_like(like, device=parameter.device)
+
     def _end(self) -> None:
         """Hook after a completed step; no-op here."""
 

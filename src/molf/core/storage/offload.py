@@ -235,6 +235,12 @@ class StateOffload:
             return tensor.to(parameter.device, copy=True)
         return carrier.room(tensor).copy_(tensor)
 
+    def room(self, parameter: Tensor, like: Tensor) -> Tensor:
+        """Allocate a tensor in host memory, of the shape, strides and dtype of `like`."""
+        carrier = self._carrier(parameter)
+        assert carrier is not None, "only states that move have room here"
+        return carrier.room(like)
+
     def keep_all(self, states: States) -> None:
         """Move all states to the memory that keeps them, after a copy or unpickling."""
         for parameter, state in states.items():

@@ -1,0 +1,162 @@
+"""Write checkpoints while the training waits, or from a copy while it continues."""
+
+from __future__ import annotations
+
+import io
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from molf.checkpoint.store import VALUES, delete_old, write_checkpoint
+from molf.checkpoint.tensors import write_tensors
+
+
+@dataclass
+class Snapshot:
+    """The state of a training after a step.
+
+    Attributes:
+        step: Number of completed optimizer steps.
+        tensors: Tensors by name, which share memory with the training.
+        values: Plain values, which `torch.load` reads with `weights_only=True`.
+        texts: Further files, by name.
+        write_more: Writes further files into a directory; not possible in the background.
+    """
+
+    step: int
+    tensors: Mapping[str, Tensor]
+    values: Mapping[str, Any]
+    texts: Mapping[str, str] = field(default_factory=dict)
+    write_more: Callable[[Path], None] | None = None
+
+
+@dataclass
+class Totals:
+    """Measurements of all checkpoints of a training.
+
+    Attributes:
+        count: Number of checkpoints that were written.
+        nbytes: Bytes of the largest.
+        pause_seconds: Time that the training waited for them.
+        write_seconds: Time of the writing.
+    """
+
+    count: int = 0
+    nbytes: int = 0
+    pause_seconds: float = 0.0
+    write_seconds: float = 0.0
+
+
+class CheckpointWriter:
+    """Writes checkpoints into a directory, and deletes old ones after each.
+
+    Args:
+        directory: Returns the directory, which may move during the training.
+        keep: Number of complete checkpoints that remain; None for all.
+        in_background: Copy the state to host memory, and write the copy in a thread. A further
+            checkpoint waits until the one before it is written. The copy takes as much host memory
+            as the state.
+
+    Attributes:
+        totals: Measurements so far.
+    """
+
+    def __init__(
+        self, directory: Callable[[], Path], keep: int | None = None, *, in_background: bool = False
+    ) -> None:
+        self.totals = Totals()
+        self._directory = directory
+        self._keep = keep
+        self._in_background = in_background
+        self._copies: dict[str, Tensor] = {}
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+
+    def write(self, snapshot: Snapshot) -> None:
+        """Write a checkpoint, or start to write it in the background.
+
+        Raises:
+            OSError: It cannot be written. Earlier checkpoints are unchanged. An error in the
+                background is raised by the next call, or by `wait`.
+        """
+        started = time.perf_counter()
+        try:
+            self.wait()
+            values = _serialised(snapshot.values)
+            if not self._in_background:
+                self._write(snapshot, snapshot.tensors, values)
+                return
+            copies = self._copy(snapshot.tensors)
+            self._thread = threading.Thread(
+                target=self._try, args=(snapshot, copies, values), name="checkpoint"
+            )
+            self._thread.start()
+        finally:
+            self.totals.pause_seconds += time.perf_counter() - started
+
+    def wait(self) -> None:
+        """Wait until no checkpoint is being written.
+
+        Raises:
+            OSError: The last one could not be written.
+        """
+        thread, self._thread = self._thread, None
+        if thread is not None:
+            thread.join()
+        error, self._error = self._error, None
+        if error is not None:
+            raise error
+
+    def _try(self, *given: Any) -> None:
+        try:
+            self._write(*given)
+        except BaseException as error:  # raised in the thread of the training
+            self._error = error
+
+    def _write(self, snapshot: Snapshot, tensors: Mapping[str, Tensor], values: bytes) -> None:
+        def write(directory: Path) -> None:
+            write_tensors(directory, tensors)
+            (directory / VALUES).write_bytes(values)
+            for name, text in snapshot.texts.items():
+                (directory / name).write_text(text, encoding="utf-8")
+            if snapshot.write_more is not None and not self._in_background:
+                snapshot.write_more(directory)
+
+        started = time.perf_counter()
+        directory = self._directory()
+        path = directory / f"checkpoint-{snapshot.step}"
+        nbytes = write_checkpoint(path, snapshot.step, write)
+        self.totals.count += 1
+        self.totals.nbytes = max(self.totals.nbytes, nbytes)
+        self.totals.write_seconds += time.perf_counter() - started
+        if self._keep is not None:
+            delete_old(directory, self._keep)
+
+    @torch.no_grad()
+    def _copy(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Copy tensors to host memory, which is allocated once."""
+        self._copies = {
+            name: copy
+            for name, copy in self._copies.items()
+            if name in tensors and copy.shape == tensors[name].shape
+        }
+        for name, tensor in tensors.items():
+            if name not in self._copies:
+                pins = tensor.device.type == "cuda"
+                self._copies[name] = torch.empty_like(tensor, device="cpu", pin_memory=pins)
+            self._copies[name].copy_(tensor, non_blocking=True)
+        if any(tensor.device.type == "cuda" for tensor in tensors.values()):
+            torch.cuda.synchronize()
+        return self._copies
+
+
+def _serialised(values: Mapping[str, Any]) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(dict(values), buffer)
+    return buffer.getvalue()
