@@ -1,4 +1,4 @@
-"""State of all random generators of a process: Python, NumPy, torch, and the current CUDA device."""
+"""States of the random generators of a process: Python, NumPy, torch, the current CUDA device."""
 
 from __future__ import annotations
 

@@ -24,16 +24,16 @@ from molf.checkpoint.manifest import DamagedError
 TENSORS = "tensors"
 _METADATA = ".metadata"
 # The metadata are a pickle of these; nothing else of one is run.
-_ALLOWED = (
-    ("torch.distributed.checkpoint.metadata", None),
+_PATHS = ("PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath")
+_MODULES = ("torch.distributed.checkpoint.metadata",)
+_NAMES = {
     ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
     ("torch.serialization", "_get_layout"),
-    ("torch", None),
+    ("torch", "Size"),
     ("collections", "OrderedDict"),
-    ("pathlib", None),
-    ("pathlib._local", None),
-)
-_PATHS = ("Path", "PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath")
+    # Paths: their module has another name from Python 3.13 on.
+    *((module, name) for module in ("pathlib", "pathlib._local") for name in _PATHS),
+}
 
 
 def write_tensors(directory: Path, tensors: Mapping[str, Tensor]) -> None:
@@ -114,11 +114,10 @@ class _Reader(dcp.FileSystemReader):
 
 class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
-        if any(module == known and only in (None, name) for known, only in _ALLOWED):
-            found = super().find_class(module, name)
-            if module != "torch" or found is torch.Size or isinstance(found, torch.dtype):
-                if not module.startswith("pathlib") or name in _PATHS:
-                    return found
+        if module.startswith(_MODULES) or (module, name) in _NAMES:
+            return super().find_class(module, name)
+        if module == "torch" and isinstance(found := getattr(torch, name, None), torch.dtype):
+            return found
         raise pickle.UnpicklingError(f"{module}.{name} is not allowed")
 
 

@@ -1,0 +1,90 @@
+"""A training that is killed again and again ends in the bits of one that is left alone."""
+
+from __future__ import annotations
+
+import multiprocessing
+import random
+import signal
+import time
+from multiprocessing.context import ForkServerProcess
+
+import pytest
+import torch
+
+from core_helpers import assert_same_bits
+from killed_training import train
+from molf.checkpoint.store import complete_checkpoints
+from molf.disk.files import is_unfinished
+
+STEPS = 16
+
+
+@pytest.fixture(scope="module")
+def start():
+    """Start a process that has torch already; a new one would take seconds to import it."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["killed_training"])
+
+    def started(folder, **options) -> ForkServerProcess:
+        folder.mkdir(exist_ok=True)
+        process = context.Process(target=train, args=(folder, STEPS), kwargs=options)
+        process.start()
+        return process
+
+    return started
+
+
+@pytest.fixture(scope="module")
+def undisturbed(start, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("undisturbed")
+    process = start(folder)
+    process.join()
+    assert process.exitcode == 0
+    return torch.load(folder / "end.pt", weights_only=True)
+
+
+def is_the_same(folder, undisturbed) -> None:
+    end = torch.load(folder / "end.pt", weights_only=True)
+    assert end["losses"] == undisturbed["losses"]
+    assert end["values"] == undisturbed["values"]
+    assert_same_bits(end["tensors"], undisturbed["tensors"])
+
+
+@pytest.mark.parametrize("in_background", [False, True], ids=["waiting", "background"])
+def test_killed_at_each_operation_of_a_save(start, undisturbed, tmp_path, in_background):
+    """Each life dies one operation later than the one before."""
+    torn = kills = 0
+    has_any = False
+    for number in range(1, 200):
+        process = start(tmp_path, in_background=in_background, dies_at=3 * number)
+        process.join()
+        if process.exitcode == 0:
+            break
+        assert process.exitcode == -signal.SIGKILL
+        kills += 1
+        torn += any(is_unfinished(path.name) for path in tmp_path.iterdir())
+        found = bool(complete_checkpoints(tmp_path))
+        assert found or not has_any  # once there is something to go on from, there always is
+        has_any = found
+    assert kills >= 8
+    assert torn >= 4
+    is_the_same(tmp_path, undisturbed)
+
+
+@pytest.mark.parametrize("in_background", [False, True], ids=["waiting", "background"])
+def test_killed_at_random_moments(start, undisturbed, tmp_path, in_background):
+    moments = random.Random(1)
+    kills = 0
+    while kills < 10:
+        process = start(tmp_path, in_background=in_background)
+        time.sleep(moments.uniform(0.02, 0.3))
+        process.kill()
+        process.join()
+        if process.exitcode == 0:
+            break
+        kills += 1
+    process = start(tmp_path, in_background=in_background)
+    process.join()
+    assert process.exitcode == 0
+    is_the_same(tmp_path, undisturbed)
+    assert [step for step, _ in complete_checkpoints(tmp_path)] == [STEPS - 1, STEPS]
