@@ -55,7 +55,7 @@ def training_state(model: nn.Module, optimizer: Optimizer) -> TrainingState:
         {**group, "params": [names[index] for index in group["params"]]}
         for group in packed["param_groups"]
     ]
-    own = {"groups": groups, "values": values}
+    own: dict[str, Any] = {"groups": groups, "values": values}
     if isinstance(optimizer, UnitOptimizer):
         own["skipped_steps"] = optimizer.skipped_steps
     return TrainingState(tensors, own)
@@ -148,3 +148,39 @@ def _names(model: nn.Module, optimizer: Optimizer) -> list[str]:
         return [names[id(parameter)] for parameter in _parameters(optimizer)]
     except KeyError as error:
         raise ValueError("The optimizer has a parameter that is not in the model.") from error
+
+
+@torch.no_grad()
+def frozen_checksums(model: nn.Module) -> dict[str, int]:
+    """Return a checksum of the bits of each parameter that is not trained, by name.
+
+    Checkpoints leave these parameters out; the checksums show that they are still the same.
+    """
+    sums = {
+        name: _sum_of_bits(parameter)
+        for name, parameter in model.named_parameters()
+        if not parameter.requires_grad
+    }
+    if not sums:
+        return {}
+    # One host read per device.
+    by_device: dict[torch.device, list[str]] = {}
+    for name, total in sums.items():
+        by_device.setdefault(total.device, []).append(name)
+    found = {
+        name: int(total)
+        for names in by_device.values()
+        for name, total in zip(names, torch.stack([sums[x] for x in names]).tolist(), strict=True)
+    }
+    return {name: found[name] for name in sums}
+
+
+def _sum_of_bits(tensor: Tensor) -> Tensor:
+    """Return the sum of a tensor's bits as integers, int64, 0-dim; it wraps around."""
+    if hasattr(tensor, "__tensor_flatten__"):  # quantised weights made of several tensors
+        names, _ = tensor.__tensor_flatten__()
+        return torch.stack([_sum_of_bits(getattr(tensor, name)) for name in names]).sum()
+    tensor = torch.view_as_real(tensor) if tensor.is_complex() else tensor.detach()
+    size = tensor.dtype.itemsize
+    integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[size]
+    return tensor.view(integers).sum(dtype=torch.int64)

@@ -106,8 +106,7 @@ class _Reader(dcp.FileSystemReader):
                 metadata: Metadata = _Unpickler(file).load()
         except (OSError, EOFError, ValueError, AttributeError, pickle.UnpicklingError) as error:
             raise DamagedError(f"{TENSORS}/{_METADATA} cannot be read: {error}") from error
-        if getattr(metadata, "storage_meta", None) is None:
-            metadata.storage_meta = StorageMeta()
+        metadata.storage_meta = metadata.storage_meta or StorageMeta()
         metadata.storage_meta.load_id = self.load_id
         return metadata
 

@@ -17,6 +17,18 @@ from molf.checkpoint.store import VALUES, delete_old, write_checkpoint
 from molf.checkpoint.tensors import write_tensors
 
 
+class CheckpointError(Exception):
+    """A checkpoint could not be written; the cause is the error.
+
+    Attributes:
+        step: Its step.
+    """
+
+    def __init__(self, step: int) -> None:
+        super().__init__(f"the checkpoint of step {step} could not be written")
+        self.step = step
+
+
 @dataclass
 class Snapshot:
     """The state of a training after a step.
@@ -52,6 +64,16 @@ class Totals:
     pause_seconds: float = 0.0
     write_seconds: float = 0.0
 
+    def record(self, training_seconds: float) -> dict[str, Any]:
+        """Return them for the record of a run, with the share of the training's time."""
+        return {
+            "count": self.count,
+            "bytes": self.nbytes,
+            "pause_seconds": round(self.pause_seconds, 3),
+            "write_seconds": round(self.write_seconds, 3),
+            "share_of_training": round(self.pause_seconds / max(training_seconds, 1e-9), 4),
+        }
+
 
 class CheckpointWriter:
     """Writes checkpoints into a directory, and deletes old ones after each.
@@ -76,48 +98,50 @@ class CheckpointWriter:
         self._in_background = in_background
         self._copies: dict[str, Tensor] = {}
         self._thread: threading.Thread | None = None
-        self._error: BaseException | None = None
+        self._failed: CheckpointError | None = None
 
     def write(self, snapshot: Snapshot) -> None:
         """Write a checkpoint, or start to write it in the background.
 
         Raises:
-            OSError: It cannot be written. Earlier checkpoints are unchanged. An error in the
-                background is raised by the next call, or by `wait`.
+            CheckpointError: It cannot be written, or one before it in the background could not;
+                call `wait` first to tell them apart. Earlier checkpoints are unchanged.
         """
+        self.wait()
         started = time.perf_counter()
-        try:
-            self.wait()
-            values = _serialised(snapshot.values)
-            if not self._in_background:
-                self._write(snapshot, snapshot.tensors, values)
-                return
-            copies = self._copy(snapshot.tensors)
-            self._thread = threading.Thread(
-                target=self._try, args=(snapshot, copies, values), name="checkpoint"
-            )
+        values = _serialised(snapshot.values)
+        if self._in_background:
+            given = snapshot, self._copy(snapshot.tensors), values
+            self._thread = threading.Thread(target=self._try, args=given, name="checkpoint")
             self._thread.start()
-        finally:
-            self.totals.pause_seconds += time.perf_counter() - started
+        else:
+            self._try(snapshot, snapshot.tensors, values)
+        self.totals.pause_seconds += time.perf_counter() - started
+        if not self._in_background:
+            self.wait()
 
     def wait(self) -> None:
         """Wait until no checkpoint is being written.
 
         Raises:
-            OSError: The last one could not be written.
+            CheckpointError: The last one could not be written.
         """
+        started = time.perf_counter()
         thread, self._thread = self._thread, None
         if thread is not None:
             thread.join()
-        error, self._error = self._error, None
-        if error is not None:
-            raise error
+            self.totals.pause_seconds += time.perf_counter() - started
+        failed, self._failed = self._failed, None
+        if failed is not None:
+            raise failed
 
-    def _try(self, *given: Any) -> None:
+    def _try(self, snapshot: Snapshot, tensors: Mapping[str, Tensor], values: bytes) -> None:
         try:
-            self._write(*given)
-        except BaseException as error:  # raised in the thread of the training
-            self._error = error
+            self._write(snapshot, tensors, values)
+        except Exception as error:
+            # Raised by `wait`, in the thread of the training.
+            self._failed = CheckpointError(snapshot.step)
+            self._failed.__cause__ = error
 
     def _write(self, snapshot: Snapshot, tensors: Mapping[str, Tensor], values: bytes) -> None:
         def write(directory: Path) -> None:

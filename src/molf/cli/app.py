@@ -8,6 +8,7 @@ from importlib.metadata import version
 from cyclopts import App, Parameter
 
 from molf.cli.recipe import apply_recipe
+from molf.cli.resumed import apply_run
 from molf.cli.values import check_directory, check_values
 
 
@@ -21,8 +22,8 @@ app = App(
     help="Fine-tune language models without choosing between full fine-tuning and LoRA.",
     help_format="plaintext",
     version=version("molf"),
-    # check_values runs twice: on the command line, then with the values of the recipe added.
-    config=(check_directory, check_values, apply_recipe, check_values),
+    # check_values runs twice: on the command line, then with values of a recipe or a run added.
+    config=(check_directory, check_values, apply_recipe, apply_run, check_values),
     default_parameter=Parameter(name_transform=_as_written, negative_iterable=()),
     result_action="return_value",
     suppress_keyboard_interrupt=False,  # main turns it into an exit code

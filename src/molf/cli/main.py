@@ -1,4 +1,4 @@
-"""Run a command and return its exit code: 0 done, 2 wrong input, 1 failed.
+"""Run a command and return its exit code: 0 done, 2 wrong input, 1 failed, 3 stopped and saved.
 
 SIGTERM (job schedulers) and SIGHUP (closed terminals) end a command like Ctrl-C.
 """
@@ -23,7 +23,7 @@ from molf.errors import InputError
 from molf.masking import learn
 from molf.streams import OutputError, standard_streams
 
-DONE, FAILED, WRONG_INPUT = 0, 1, 2
+DONE, FAILED, WRONG_INPUT, STOPPED = 0, 1, 2, 3
 _BY_SIGNAL = 128  # shells report a command ended by signal N as 128 + N
 
 
@@ -67,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 raise
             return DONE  # rich turns a broken pipe into SystemExit
         except Exception as error:
-            return _fail(FAILED, _describe(error))
+            return _failed(error)
 
 
 @contextmanager
@@ -109,14 +109,17 @@ def _explain(error: CycloptsError) -> str:
     return f"{message} What is allowed is listed by `{command} --help`."
 
 
-def _describe(error: Exception) -> str:
-    """Return the error with the path of its traceback."""
-    from molf.job.record.result import RunError
+def _failed(error: Exception) -> int:
+    """Print the error with the path of its traceback; return the exit code."""
+    from molf.job.record.result import RunError, StoppedError
     from molf.job.record.tracebacks import write_traceback
 
+    if isinstance(error, StoppedError):
+        say("stopped", str(error))
+        return STOPPED
     if isinstance(error, RunError):
-        return str(error)
-    return f"{type(error).__name__}: {error} {write_traceback()}"
+        return _fail(FAILED, str(error))
+    return _fail(FAILED, f"{type(error).__name__}: {error} {write_traceback()}")
 
 
 class _WarningLines:

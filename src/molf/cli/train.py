@@ -27,10 +27,16 @@ def train_model(
 
         print_dry_run(dry_run(settings))
         return
+    from molf.cli.lines import say
     from molf.cli.summary import print_summary
+    from molf.job.record.result import FinishedError
     from molf.job.run import train
     from molf.streams import result_on_disk
 
-    result = train(settings)
+    try:
+        result = train(settings)
+    except FinishedError as finished:
+        say("note", str(finished))
+        return
     with result_on_disk(f"The run in {result.directory} is complete"):
         print_summary(result)

@@ -7,6 +7,8 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 
+from molf.disk.files import flush
+
 
 class LogFile:
     """Appends lines to a file. Lines that cannot be written are kept and retried with the next.
@@ -26,20 +28,59 @@ class LogFile:
     def add(self, line: str) -> None:
         """Append a line, after those that could not be written before."""
         self._waiting.append(f"{line}\n")
-        path = self._path() if callable(self._path) else self._path
         try:
-            _append(path, "".join(self._waiting).encode())
+            self._write()
         except OSError as error:
             if not self._fails:
                 self._fails = True
                 warnings.warn(
-                    f"{path} cannot be written: {error.strerror or error}. Training goes on, "
+                    f"{self.path} cannot be written: {error.strerror or error}. Training goes on, "
                     "and its lines wait until it can.",
                     stacklevel=2,
                 )
-        else:
-            self._fails = False
-            self._waiting.clear()
+
+    @property
+    def path(self) -> Path:
+        """The path of the file now."""
+        return self._path() if callable(self._path) else self._path
+
+    def position(self) -> int:
+        """Flush all lines to the disk; return the size of the file in bytes.
+
+        Raises:
+            OSError: Lines cannot be written.
+        """
+        self._write()
+        path = self.path
+        if not path.exists():
+            return 0
+        flush(path)
+        return path.stat().st_size
+
+    def rewind(self, position: int) -> None:
+        """Cut the file to a size that `position` returned.
+
+        Raises:
+            OSError: It cannot be written.
+
+        Warns:
+            UserWarning: The file is shorter.
+        """
+        path = self.path
+        size = path.stat().st_size if path.exists() else 0
+        if size > position:
+            os.truncate(path, position)
+        elif size < position:
+            warnings.warn(
+                f"{path} has {size} of {position} bytes: lines before this part are missing.",
+                stacklevel=2,
+            )
+
+    def _write(self) -> None:
+        if self._waiting:
+            _append(self.path, "".join(self._waiting).encode())
+        self._fails = False
+        self._waiting.clear()
 
 
 def _append(path: Path, text: bytes) -> None:

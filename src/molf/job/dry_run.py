@@ -93,6 +93,7 @@ def rehearse(settings: ResolvedSettings, task: Task, reporter: Reporter, inputs:
             max_steps=short_steps,
             warmup_ratio=0.0,
             save_steps=None,
+            save_minutes=0.0,
             save_total_limit=None,
             logging_steps=1,
             report_to=("none",),

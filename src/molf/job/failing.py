@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from molf.checkpoint.store import complete_checkpoints
 from molf.errors import InputError
 from molf.job.progress import Reporter
 from molf.job.record.directory import RunDirectory
-from molf.job.record.ownership import MODEL
-from molf.job.record.result import RunError
+from molf.job.record.ownership import CHECKPOINTS, MODEL
+from molf.job.record.result import ResumeError, RunError, StoppedError
+from molf.job.record.resumed_run import command_to_resume
 from molf.job.record.tracebacks import write_traceback
 
 
@@ -22,22 +24,39 @@ def failing_in(directory: RunDirectory, reporter: Reporter) -> Iterator[None]:
     """Convert errors of the block, and leave the run's directory as they demand.
 
     Raises:
-        InputError: The base cannot be measured. The directory was deleted, the earlier run is back.
+        InputError: The base cannot be measured: the directory was deleted, the earlier run is back.
+            Or the run cannot be resumed: the directory is unchanged.
+        StoppedError: A signal stopped the training.
         RunError: Any other error; the directory holds the files written so far and the traceback.
         KeyboardInterrupt: After a line with the path of the files.
     """
     try:
         yield
+    except (ResumeError, StoppedError):
+        raise
     except UnusableDataError as error:
-        directory.discard()
+        if not directory.is_resumed:
+            directory.discard()
         raise InputError(str(error)) from error
     except KeyboardInterrupt:
-        reporter.say(f"Interrupted; what was written is in {directory.path}.{directory.kept()}")
+        reporter.say(
+            f"Interrupted; what was written is in {directory.path}.{directory.kept()}"
+            f"{way_on(directory)}"
+        )
         raise
     except Exception as error:
         cause = str(error).strip().split("\n")[0] or type(error).__name__
         log = write_traceback(directory)
-        raise RunError(f"{cause} {log}{_trained(directory)}{directory.kept()}") from error
+        raise RunError(
+            f"{cause} {log}{_trained(directory)}{directory.kept()}{way_on(directory)}"
+        ) from error
+
+
+def way_on(directory: RunDirectory) -> str:
+    """Return a sentence with the command that continues a run; empty without a checkpoint."""
+    if not complete_checkpoints(directory / CHECKPOINTS):
+        return ""
+    return f" {command_to_resume(directory.path)}"
 
 
 def _trained(directory: RunDirectory) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -54,6 +54,7 @@ class Opening:
         storing: Type and rounding of the saved model.
         room: Estimated bytes that the training will write.
         notes: Notes on the model for the user, one line each.
+        asked: Options that the model has changed, with the values before, as plain values.
     """
 
     settings: ResolvedSettings
@@ -66,6 +67,7 @@ class Opening:
     storing: Storing
     room: Needed
     notes: tuple[str, ...]
+    asked: dict[str, Any] = field(default_factory=dict)
 
 
 def open_training(
@@ -115,14 +117,13 @@ def open_training(
         describe(base.model, reach, in_adapter=settings.has_adapter),
         base.unused_tensors.describe(),
     )
+    opened: dict[str, Any] = {
+        "merge_base": _merge_base(settings, quantisation),
+        "max_length": max_length,
+        "save_dtype": settings.save_dtype or dtype_name(default_dtype(base)),
+    }
     return Opening(
-        replace(
-            settings,
-            bf16=arguments.bf16,
-            merge_base=_merge_base(settings, quantisation),
-            max_length=max_length,
-            save_dtype=settings.save_dtype or dtype_name(default_dtype(base)),
-        ),
+        replace(settings, bf16=arguments.bf16, **opened),
         arguments,
         base,
         quantisation,
@@ -132,6 +133,7 @@ def open_training(
         storing_of(base, settings),  # of the user's `save_dtype`
         room,
         tuple(filter(None, notes)),
+        {name: asked for name in opened if (asked := getattr(settings, name)) != opened[name]},
     )
 
 

@@ -18,6 +18,7 @@ from molf.job.record.ownership import CONFIG, ENVIRONMENT, EVALUATION, PREDICTIO
 from molf.job.record.provenance import file_records
 from molf.job.record.result import RunResult, evaluation_record, results_row
 from molf.job.record.results import append_result
+from molf.job.record.resumed_run import ASKED, UNMASKED, masked_options
 from molf.job.settings.defaults import ADAPTERS
 from molf.job.settings.resolved import ResolvedSettings
 from molf.job.training import Training
@@ -51,8 +52,9 @@ class ConfigRecord:
     ) -> None:
         settings, base, samples = opening.settings, opening.base, opening.data.samples
         quantisation = opening.quantisation
-        # The file can be used as a recipe, which must not replace this run.
-        self._options = replace(settings, overwrite=False).as_options()
+        # The file can be used as a recipe, which must not replace or continue this run.
+        self._options = replace(settings, overwrite=False, resume=False).as_options()
+        unmasked = masked_options(self._options)
         self._environment = environment(opening.arguments.device, started)
         self._run: dict[str, Any] = {
             "task": task.description(),
@@ -73,6 +75,8 @@ class ConfigRecord:
                 **opening.plan.record(),
             },
             "training": {"steps": opening.data.steps},
+            **({ASKED: opening.asked} if opening.asked else {}),
+            **({UNMASKED: unmasked} if unmasked else {}),
         }
 
     def add_training(self, training: Training) -> None:
@@ -83,6 +87,8 @@ class ConfigRecord:
             "steps": training.steps,
             "skipped_steps": training.skipped_steps,
         }
+        if training.checkpoints.count:
+            self._run["checkpoints"] = training.checkpoints.record(training.seconds)
         if training.routing is not None:
             self._run["routing"] = {**training.routing.record(), "meaning": training.meaning}
         if training.merge:

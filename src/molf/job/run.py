@@ -9,6 +9,7 @@ from __future__ import annotations
 from contextlib import suppress
 from dataclasses import replace
 from datetime import datetime
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from molf.job.evaluated_data import warn_of_equal_data
@@ -16,8 +17,10 @@ from molf.job.inputs import Inputs
 from molf.job.model.path import check_model, check_quantisation
 from molf.job.progress import Reporter, make_reporter
 from molf.job.record.directory import RunDirectory, check_fallback, check_output, locking_runs
-from molf.job.record.result import RunResult
+from molf.job.record.ownership import CHECKPOINTS
+from molf.job.record.result import FinishedError, RunResult
 from molf.job.record.results import check_results
+from molf.job.record.resumed_run import check_same_options, is_finished, is_started
 from molf.job.settings.resolved import ResolvedSettings, resolve
 from molf.job.settings.settings import TrainSettings
 from molf.job.settings.training_arguments import check_trackers, check_training_args
@@ -45,6 +48,8 @@ def train(
 
     Raises:
         InputError: The options, the data or the model are wrong. Nothing was written.
+        FinishedError: The run to resume is complete.
+        StoppedError: A signal stopped the training; a resumed run continues it.
         RunError: The run failed; its directory holds the traceback.
     """
     started = datetime.now().astimezone()
@@ -52,6 +57,8 @@ def train(
     with ignoring_print_errors() as errors:
         # Checked before torch and transformers are imported, which takes seconds.
         resolved = checked(settings, started)
+        if resolved.resume:
+            _check_resumed(resolved)
         _check_places(resolved)
         task, forgetting_text = _open_data(resolved, inputs)
 
@@ -80,9 +87,10 @@ def _train(
     from molf.job.memory import reset_peak_memory
     from molf.job.model.saving import SaveError
     from molf.job.opening import open_training
+    from molf.job.record.stages import Stages
     from molf.job.records import ConfigRecord, add_row, input_files, run_result, write_evaluations
     from molf.job.trained_model import TrainedModel
-    from molf.job.training import run_training
+    from molf.job.training import Training, run_training
 
     # Open and check: nothing is written yet.
     opening = open_training(settings, task, inputs)
@@ -90,8 +98,11 @@ def _train(
     for note in opening.notes:
         reporter.say(note)
     files = input_files(settings, task)
-    directory = RunDirectory(settings.output_dir, overwrite=settings.overwrite)
+    directory = RunDirectory(
+        settings.output_dir, overwrite=settings.overwrite, resume=settings.resume
+    )
     with directory, failing_in(directory, reporter):
+        stages = Stages(directory, settings)
         record = ConfigRecord(opening, task, files, started)
         record.write(directory)
 
@@ -103,19 +114,33 @@ def _train(
                 f"are longer than {settings.max_length} tokens."
             )
         evaluator = Evaluator(settings, task, forgetting_text, device, reporter)
-        before = evaluator.base(opening.base, inputs)
+        before = stages.before
+        if before is None:
+            before = evaluator.base(opening.base, inputs)
+            stages.keep_before(before)
 
-        training = run_training(opening, directory, reporter)
+        earlier = stages.saved
+        if earlier is None:
+            checkpoint = _newest(directory, reporter) if directory.is_resumed else None
+            training = run_training(opening, directory, reporter, checkpoint=checkpoint)
+        else:
+            reporter.say(f"Resuming {directory.path}: the model is trained and saved.")
+            training = Training.of_record(earlier[0])
         record.add_training(training)
 
         # Save before anything else: a file that cannot be written must not lose the training.
         trained = TrainedModel(opening, directory, task, training, before)
-        try:
-            saved = trained.save()
-        except SaveError:
-            with suppress(OSError):
-                record.write(directory)
-            raise
+        if earlier is None:
+            try:
+                saved = trained.save()
+            except SaveError:
+                with suppress(OSError):
+                    record.write(directory)
+                raise
+            stages.keep_saved(training.record(), saved)
+        else:
+            saved = earlier[1]
+            trained.free()
         record.add_saved(saved)
         record.write(directory)
 
@@ -130,7 +155,23 @@ def _train(
         write_evaluations(directory, task, before, after)
         result = run_result(opening, directory, training, before, after, saved, evaluator.seconds)
         directory.complete()
-    return replace(result, results=add_row(result, settings, started))
+        result = replace(result, results=add_row(result, settings, started))
+        stages.clear()
+    return result
+
+
+def _newest(directory: RunDirectory, reporter: Reporter) -> Path | None:
+    """Return the newest checkpoint of a resumed run, and show where it continues."""
+    from molf.checkpoint.store import newest_checkpoint
+
+    found = newest_checkpoint(directory / CHECKPOINTS)
+    if found is None:
+        reporter.say(
+            f"{directory.path} has no complete checkpoint: the training starts from the beginning."
+        )
+    else:
+        reporter.say(f"Resuming {directory.path} from {found.name}.")
+    return found
 
 
 def dry_run(
@@ -172,6 +213,21 @@ def checked(settings: TrainSettings, started: datetime) -> ResolvedSettings:
     return resolve(settings, started)
 
 
+def _check_resumed(settings: ResolvedSettings) -> None:
+    """Check that a run can be resumed with these options.
+
+    Raises:
+        InputError: An option would make it another training, or the directory is no run.
+        FinishedError: It is complete.
+    """
+    path = settings.output_dir
+    if not is_started(path):
+        return
+    check_same_options(settings)
+    if is_finished(path):
+        raise FinishedError(f"{path} is complete: there is nothing to resume.")
+
+
 def _check_places(settings: ResolvedSettings) -> None:
     """Check the paths of model and output.
 
@@ -180,7 +236,7 @@ def _check_places(settings: ResolvedSettings) -> None:
     """
     check_quantisation(settings)
     check_model(settings.model)
-    check_output(settings.output_dir, overwrite=settings.overwrite)
+    check_output(settings.output_dir, overwrite=settings.overwrite, resume=settings.resume)
     check_fallback(settings.fallback_dir)
     check_inputs_outside(settings.output_dir, {name: getattr(settings, name) for name in _INPUTS})
     check_results(settings.output_dir.parent)

@@ -67,10 +67,14 @@ class TrainedModel:
             fallback=Fallback.of(settings, directory.path),
         )
         record = {"dtype": settings.save_dtype, "rounding": storing.rounding.kind, **_sizes(stored)}
-        self._training.model = opening.base.model = None  # free memory for the saved model
         del stored
-        gc.collect()
+        self.free()
         return record
+
+    def free(self) -> None:
+        """Free the trained model and the base, so that the saved model has their memory."""
+        self._training.model = self._opening.base.model = None
+        gc.collect()
 
     def load(self) -> LoadedModel:
         """Return the saved model, in host memory and in the type of the training.

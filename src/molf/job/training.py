@@ -5,9 +5,10 @@ from __future__ import annotations
 import copy
 import time
 import warnings
-from collections.abc import Sequence
-from contextlib import suppress
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
@@ -15,6 +16,8 @@ from peft import PeftModel
 from transformers import PrinterCallback, TrainerCallback
 from trl import SFTConfig
 
+from molf.checkpoint.states import frozen_checksums
+from molf.checkpoint.writer import Totals
 from molf.core.adamw import AdamW
 from molf.core.model.quantised import quantisation_of
 from molf.job.methods import prepare
@@ -25,6 +28,8 @@ from molf.job.opening import Opening
 from molf.job.progress import Reporter
 from molf.job.record.directory import RunDirectory
 from molf.job.record.ownership import ADAPTER, CHECKPOINTS, METRICS, ROUTING
+from molf.job.record.result import StoppedError
+from molf.job.record.resumed_run import command_to_resume
 from molf.job.record.routing_log import RoutingWriter
 from molf.job.record.routing_meaning import routing_meaning, routing_shares_text
 from molf.job.record.wins import RoutingSummary, Wins
@@ -36,8 +41,10 @@ from molf.job.trainer.callbacks import (
     unwrapped,
 )
 from molf.job.trainer.checkpoints import Checkpoints
+from molf.job.trainer.run_parts import RunParts, hash_of_examples
 from molf.job.trainer.step_guard import StepGuard
 from molf.job.trainer.steps import StepsCheck
+from molf.job.trainer.stopping import StopRequest
 from molf.job.trainer.trainer import Trainer
 
 
@@ -57,6 +64,7 @@ class Training:
         routing: Summary of the routing; None without routing.
         meaning: Interpretation of the routing; empty without routing.
         merge: Record of the merge; empty if nothing was merged.
+        checkpoints: Measurements of the checkpoints that were written.
     """
 
     model: Any
@@ -70,6 +78,22 @@ class Training:
     routing: RoutingSummary | None
     meaning: str
     merge: dict[str, Any]
+    checkpoints: Totals = field(default_factory=Totals)
+
+    def record(self) -> dict[str, Any]:
+        """Return everything but the model as values of JSON."""
+        fields = {name: value for name, value in vars(self).items() if name != "model"}
+        routing = None if self.routing is None else self.routing.record()
+        return {**fields, "routing": routing, "checkpoints": asdict(self.checkpoints)}
+
+    @classmethod
+    def of_record(cls, record: Mapping[str, Any]) -> Training:
+        """Return a training whose model is saved already, from the result of `record`."""
+        routing = record["routing"]
+        if routing is not None:
+            routing = RoutingSummary(**{**routing, "most": tuple(routing["most"])})
+        totals = Totals(**record["checkpoints"])
+        return cls(None, **{**record, "routing": routing, "checkpoints": totals})
 
     @property
     def shares_and_meaning(self) -> str:
@@ -84,10 +108,24 @@ def run_training(
     directory: RunDirectory,
     reporter: Reporter,
     callbacks: Sequence[TrainerCallback] = (),
+    checkpoint: Path | None = None,
 ) -> Training:
     """Train the opening's model on its samples, in place, and merge its adapter.
 
-    A trained adapter is saved before the merge. `callbacks` are added to the run's own.
+    A trained adapter is saved before the merge.
+
+    Args:
+        opening: The run's settings, model and data.
+        directory: The run's directory.
+        reporter: Shows the progress.
+        callbacks: Added to the run's own.
+        checkpoint: The checkpoint to continue from, whose hashes were checked; None starts from
+            the beginning.
+
+    Raises:
+        ResumeError: The checkpoint is that of another model or other data.
+        StoppedError: A signal stopped the training after a step; its checkpoint is written.
+        RunError: A loss or gradient is not finite, or a checkpoint cannot be written.
     """
     settings, arguments = opening.settings, opening.arguments
     base, data = opening.base, opening.data
@@ -101,23 +139,36 @@ def run_training(
     started = time.perf_counter()
     prepared = prepare(base.model, settings, data)
     preparation_seconds = time.perf_counter() - started
-    wins, guard = Wins(prepared.experts), StepGuard(settings)
-    checkpoints = Checkpoints(opening.room)
+    wins, guard, stop = Wins(prepared.experts), StepGuard(settings), StopRequest()
+    checkpoints = Checkpoints(settings, directory, opening.room, stop)
     # Gradients freed in the backward pass would be logged with a norm of 0.
     without = ("grad_norm",) if settings.optimizer_in_backward else ()
     _warn_of_warmup(data.steps, arguments)
     with (
         RoutingWriter(lambda: directory / ROUTING) as writer,
         reporter.training(data.steps) as show,
+        stop.listening() if settings.has_checkpoints else nullcontext(),
     ):
         arguments.output_dir = str(directory / CHECKPOINTS)  # created by the trainer
+        metrics = MetricsCallback(lambda: directory / METRICS, show, without)
+        parts = RunParts(
+            writer,
+            metrics,
+            wins,
+            guard,
+            prepared.callbacks,
+            frozen_checksums(prepared.model) if settings.has_checkpoints else {},
+            hash_of_examples(data.samples),
+        )
+        if checkpoint is None:
+            parts.clear_logs()
         trainer = Trainer(
             base,
             prepared,
             wins,
             guard,
             checkpoints,
-            directory,
+            parts,
             model=prepared.model,
             args=arguments,
             train_dataset=Dataset.from_dict(
@@ -130,19 +181,20 @@ def run_training(
                 guard,
                 RoutingCallback(prepared, writer, wins),
                 FidelityCallback(),
-                MetricsCallback(lambda: directory / METRICS, show, without),
+                metrics,
                 *prepared.callbacks,
+                checkpoints,
                 *callbacks,
             ],
         )
         trainer.remove_callback(PrinterCallback)
-        started = time.perf_counter()
-        output = trainer.train()
-        seconds = time.perf_counter() - started
+        trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
+        seconds = trainer.clock.seconds()
+        checkpoints.finish()
+    steps = trainer.state.global_step
+    if stop.name is not None:
+        raise StoppedError(_stopped(stop.name, steps, data.steps, checkpoints.latest, directory))
     guard.check_weights(trainer.model, trainer.state)
-    checkpoints.warn_of_missing()
-    with suppress(OSError):  # the trainer always creates it; fails if it has checkpoints
-        (directory / CHECKPOINTS).rmdir()
     # Remove the trainer's autocast, which would affect the measurement of the merge.
     model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
     precision.restore()
@@ -156,16 +208,28 @@ def run_training(
     return Training(
         model=plain,
         trained_parameters=prepared.trained_parameters,
-        steps=output.global_step,
+        steps=steps,
         skipped_steps=guard.skipped_steps,
         seconds=seconds,
         preparation_seconds=preparation_seconds,
         tokens=trainer.state.num_input_tokens_seen,
         loss=guard.mean_loss(),
         routing=routing,
-        meaning=routing_meaning(routing, config, output.global_step) if routing and config else "",
+        meaning=routing_meaning(routing, config, steps) if routing and config else "",
         merge=record,
+        checkpoints=checkpoints.totals,
     )
+
+
+def _stopped(
+    signal: str, step: int, steps: int, latest: int | None, directory: RunDirectory
+) -> str:
+    """Return the line for a training that a signal has stopped."""
+    line = f"{signal}: stopped after step {step} of {steps}"
+    if latest is None:
+        return f"{line}; no checkpoint could be written, so a resumed run starts anew."
+    line += "" if latest == step else f"; the newest checkpoint is that of step {latest}"
+    return f"{line}. {command_to_resume(directory.path)}"
 
 
 def restore_float32(optimizer: Any) -> None:

@@ -106,7 +106,8 @@ class TrialRunner:
     ) -> RunResult:
         from molf.job.run import train
 
-        settings = replace(planned.at(point), output_dir=directory, overwrite=True)
+        # A trial that was killed is run again; it is short.
+        settings = replace(planned.at(point), output_dir=directory, overwrite=True, save_minutes=0)
         clear_leftovers(directory)
         prunes = trial is not None and self._study.choose.prune and planned.phase == CHOOSE
         reporter = (

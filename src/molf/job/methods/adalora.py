@@ -7,13 +7,14 @@ ones to zero, until `rank` per layer remain on average.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import AdaLoraConfig
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from molf.errors import InputError
@@ -32,6 +33,7 @@ INTERVAL = 10 / 3000
 BETA = 0.85
 PENALTY = 0.5
 
+_IMPORTANCE = ("ipt", "exp_avg_ipt", "exp_avg_unc")  # attributes of PEFT's allocator
 _LEAST_STEPS = 3  # one before the last allocation, one for it, one after
 
 
@@ -102,6 +104,24 @@ class _Allocator(TrainerCallback):
         self._has_seen = False
         self._layers = sum("lora_E" in name for name, _ in model.named_parameters())
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return the importance of singular values and the ranks, for a checkpoint."""
+        allocator = self._model.base_model.rankallocator
+        return {
+            "has_seen": self._has_seen,
+            "rank_pattern": self._config.rank_pattern,
+            **{name: dict(getattr(allocator, name)) for name in _IMPORTANCE},
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Replace importance and ranks."""
+        allocator = self._model.base_model.rankallocator
+        devices = {name: parameter.device for name, parameter in _allocated(self._model)}
+        self._has_seen, self._config.rank_pattern = state["has_seen"], state["rank_pattern"]
+        for name in _IMPORTANCE:
+            found = {key: value.to(devices[key]) for key, value in state[name].items()}
+            setattr(allocator, name, found)
+
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
@@ -131,6 +151,11 @@ class _Allocator(TrainerCallback):
         if pattern is None:
             return float(self._config.init_r)
         return sum(map(sum, pattern.values())) / self._layers
+
+
+def _allocated(model: Any) -> Iterator[tuple[str, nn.Parameter]]:
+    """Yield the parameters with the names that PEFT's allocator gives them."""
+    yield from model.base_model.model.named_parameters()
 
 
 class _Penalty:

@@ -90,12 +90,12 @@ def needed(parts: Mapping[str, int], settings: ResolvedSettings, steps: int) -> 
 
 
 def _kept(settings: ResolvedSettings, steps: int) -> int:
-    """Return the number of checkpoints that exist at the same time."""
+    """Return the number of checkpoints that stay in the run, or exist beside those."""
     if settings.save_steps is None:
         return 0
     written = -(-steps // settings.save_steps)
     # One more than the limit: the oldest is deleted after the newest is written.
-    return min(written, (settings.save_total_limit or written) + 1)
+    return min(written, (settings.kept_checkpoints or written) + 1)
 
 
 def _routing(settings: ResolvedSettings, plan: Plan, steps: int) -> int:

@@ -10,24 +10,30 @@ from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
-from molf.disk.files import is_unfinished, making_directory
+from molf.disk.files import clear_unfinished, is_unfinished, making_directory
 from molf.disk.locks import InUseError, Lock, in_use
 from molf.disk.room import nearest_existing
 from molf.errors import InputError
-from molf.job.record.ownership import A_RUN, CONFIG, Ownership, run_of_part
+from molf.job.record.ownership import A_RUN, CONFIG, Ownership, is_run, run_of_part
 from molf.paths import check_path, check_unicode
 
 _LONGEST_NAME = 200  # bytes; temporary names beside it are longer, and the limit is 255
 
 
 def check_output(
-    path: Path, *, overwrite: bool, ownership: Ownership = A_RUN, renames: bool = False
+    path: Path,
+    *,
+    overwrite: bool,
+    resume: bool = False,
+    ownership: Ownership = A_RUN,
+    renames: bool = False,
 ) -> None:
     """Check that a run may be written to `path`, without writing anything.
 
     Args:
         path: The directory.
         overwrite: Whether an earlier run there may be replaced.
+        resume: Whether the run there is continued; other files in it stay.
         ownership: The kind of directory that may be replaced.
         renames: Whether the directory is written beside `path` and renamed, so that its parent
             must be writable.
@@ -45,7 +51,9 @@ def check_output(
         )
     _check_not_in_use(path)
     _check_no_part(path)
-    if path.exists():
+    if path.exists() and resume:
+        _check_is_run(path)
+    elif path.exists():
         _check_content(path, overwrite=overwrite, ownership=ownership)
     place = nearest_existing(path.absolute().parent if renames else path)
     if not place.is_dir():
@@ -123,6 +131,12 @@ def _check_content(path: Path, *, overwrite: bool, ownership: Ownership) -> None
         )
 
 
+def _check_is_run(path: Path) -> None:
+    """Reject a directory with files that is no run to continue."""
+    if not path.is_dir() or not (is_run(path) or _is_empty(path)):
+        raise InputError(f"output_dir {path} is not a run of molf train, so it cannot be resumed.")
+
+
 def _is_empty(path: Path) -> bool:
     """Return whether a directory has no files except temporary ones of molf."""
     return all(is_unfinished(entry.name) for entry in path.iterdir())
@@ -165,17 +179,24 @@ class RunDirectory:
     moved directory, or to a new one. Therefore paths in it are computed for each write
     (`directory / NAME`), and not stored.
 
+    Args:
+        path: The directory.
+        overwrite: Whether an earlier run there is replaced.
+        resume: Whether the run there is continued.
+
     Attributes:
         path: The directory.
         replaced: The path of the renamed earlier run, or None.
+        is_resumed: Whether it held an unfinished run, which this one continues.
 
     Raises:
         InputError: The directory must not be replaced, or cannot be written.
     """
 
-    def __init__(self, path: Path, *, overwrite: bool) -> None:
-        check_output(path, overwrite=overwrite)
+    def __init__(self, path: Path, *, overwrite: bool, resume: bool = False) -> None:
+        check_output(path, overwrite=overwrite, resume=resume)
         self.path = path
+        self.is_resumed = False
         self.replaced: Path | None = None
         self._earlier: Lock | None = None
         try:
@@ -185,9 +206,14 @@ class RunDirectory:
             if not self._lock.is_at(path):
                 raise InUseError
             # Checked again under the lock: another run may have written there since.
-            _check_content(path, overwrite=overwrite, ownership=A_RUN)
-            if not _is_empty(path):
-                self._set_aside()
+            if resume:
+                _check_is_run(path)
+                self.is_resumed = not _is_empty(path)
+                clear_unfinished(path)
+            else:
+                _check_content(path, overwrite=overwrite, ownership=A_RUN)
+                if not _is_empty(path):
+                    self._set_aside()
         except InUseError as error:
             self._restore()
             raise InputError(f"{_in_use(path)}{self.kept()}") from error

@@ -8,6 +8,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from molf.errors import InputError
 from molf.job.settings.defaults import ADAPTERS, ROUTED
 from molf.job.settings.resolved import ResolvedSettings
 from molf.measure import Evaluation
@@ -15,6 +16,18 @@ from molf.measure import Evaluation
 
 class RunError(RuntimeError):
     """A run failed after it had begun to write; one line with cause and path of the traceback."""
+
+
+class ResumeError(InputError):
+    """A run cannot be resumed with this model or data; nothing was changed."""
+
+
+class StoppedError(Exception):
+    """A signal stopped the training after a step; one line with the way to continue."""
+
+
+class FinishedError(Exception):
+    """A run that should be resumed is complete; one line with its path."""
 
 
 @dataclass(frozen=True)

@@ -97,6 +97,40 @@ class RoutingWriter:
         if is_large or waited >= self.seconds_per_part:
             self._written()
 
+    def state_dict(self) -> dict[str, int]:
+        """Write the pending rows; return the number of parts.
+
+        Raises:
+            OSError: They cannot be written, and stay pending.
+        """
+        try:
+            self.flush()
+        except pa.ArrowException as error:
+            raise OSError(str(error)) from error
+        return {"parts": self._parts}
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        """Delete the parts that were written after a state, and continue behind it.
+
+        Raises:
+            OSError: They cannot be deleted.
+
+        Warns:
+            UserWarning: Parts before it are missing.
+        """
+        self._parts = state["parts"]
+        names = [f"part-{number:05d}.parquet" for number in range(self._parts)]
+        found = sorted(self.directory.glob("part-*.parquet"))
+        for path in found:
+            if path.name not in names:
+                path.unlink()
+        missing = len(names) - sum(path.name in names for path in found)
+        if missing:
+            warnings.warn(
+                f"{missing} of {len(names)} parts of the routing are missing in {self.directory}.",
+                stacklevel=2,
+            )
+
     def _written(self) -> bool:
         """Try to write the pending rows as one part; return whether none are pending."""
         try:

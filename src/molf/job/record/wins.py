@@ -88,6 +88,30 @@ class Wins:
                 self._changes[layer] += 1
                 self._last_change = step
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return all counts, as values that `torch.load` reads with `weights_only=True`."""
+        return {
+            "total": dict(self._total),
+            "recent": dict(self._recent),
+            "decisions": self._decisions,
+            "recent_decisions": self._recent_decisions,
+            # In order: of equal counts, the first is reported.
+            "together": [[list(winners), count] for winners, count in self._together.items()],
+            "latest": {layer: list(winners) for layer, winners in self._latest.items()},
+            "changes": dict(self._changes),
+            "first_step": self._first_step,
+            "last_change": self._last_change,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Replace all counts by those of a state."""
+        self._total, self._recent = Counter(state["total"]), Counter(state["recent"])
+        self._decisions, self._recent_decisions = state["decisions"], state["recent_decisions"]
+        self._together = Counter({tuple(winners): count for winners, count in state["together"]})
+        self._latest = {layer: tuple(winners) for layer, winners in state["latest"].items()}
+        self._changes = Counter(state["changes"])
+        self._first_step, self._last_change = state["first_step"], state["last_change"]
+
     def shares(self) -> dict[str, float]:
         """Return each expert's share of all decisions."""
         self.take_recent()

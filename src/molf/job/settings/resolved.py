@@ -12,8 +12,10 @@ from typing import Any
 from molf.core.config import MoLFConfig
 from molf.errors import InputError
 from molf.job.settings.defaults import ADAPTERS, MERGE_BASES, QUANTISABLE, STORAGE, defaults_for
-from molf.job.settings.settings import TrainSettings
+from molf.job.settings.settings import SAVE_MINUTES, TrainSettings
 from molf.paths import absolute, check_path, settled
+
+KEPT_CHECKPOINTS = 2  # a damaged newest one leaves the one before it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +36,7 @@ class ResolvedSettings(TrainSettings):
     gradient_accumulation_steps: int
     max_grad_norm: float
     output_dir: Path
+    save_minutes: float
     unreached: tuple[str, ...] = ()
     bypassed: tuple[str, ...] = ()
 
@@ -55,6 +58,18 @@ class ResolvedSettings(TrainSettings):
         """Whether MoLF's experts are an adapter beside trained weights, which dropout needs."""
         config = super().method_config
         return self.method == "molf" and config is not None and config.lora_dropout > 0
+
+    @property
+    def has_checkpoints(self) -> bool:
+        """Whether the training writes checkpoints."""
+        return self.save_steps is not None or self.save_minutes > 0
+
+    @property
+    def kept_checkpoints(self) -> int | None:
+        """The number of checkpoints that remain during the training; None for all."""
+        if self.save_total_limit is None and self.save_steps is None:
+            return KEPT_CHECKPOINTS
+        return self.save_total_limit
 
     def as_options(self) -> dict[str, Any]:
         """Return the settings as plain values: a recipe that `molf train --config` accepts."""
@@ -102,6 +117,7 @@ def resolve(settings: TrainSettings, now: datetime) -> ResolvedSettings:
     is_rounded = settings.dtype == "bfloat16" and "weight_rounding" not in _UNUSED[settings.method]
     if is_rounded and settings.weight_rounding is None:
         values["weight_rounding"] = "exact"  # the optimizers' default for bfloat16, for the record
+    values.setdefault("save_minutes", SAVE_MINUTES if settings.save_steps is None else 0.0)
     values["model"] = settings.model or _task_model(settings.task)
     if settings.output_dir is None:
         values["output_dir"] = _fresh_directory(settings, values["model"], now)

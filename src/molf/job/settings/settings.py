@@ -53,6 +53,8 @@ SCHEDULERS = ("cosine", "linear", "constant", "constant_with_warmup")
 DTYPES = ("float32", "bfloat16", "float16")
 WEIGHT_DTYPES = ("float32", "bfloat16")
 SAVE_ROUNDINGS = ("nearest", "stochastic")
+SAVE_ERRORS = ("continue", "stop")
+SAVE_MINUTES = 15.0
 
 DATA = Group.create_ordered("Data")
 MODEL = Group.create_ordered("Model")
@@ -228,6 +230,8 @@ class TrainSettings:
     """The run's directory."""
     overwrite: Annotated[bool, Parameter(group=OUTPUT)] = False
     """Replace an earlier run in output_dir, once this one is complete."""
+    resume: Annotated[bool, Parameter(group=OUTPUT, negative=())] = False
+    """Continue the run in output_dir with its own options from its newest checkpoint."""
     fallback_dir: Annotated[
         Path | None, Parameter(group=OUTPUT, show_default="the temporary folder, then others")
     ] = None
@@ -250,9 +254,21 @@ class TrainSettings:
     logging_steps: Annotated[int, Parameter(group=OUTPUT), POSITIVE] = 10
     """Optimizer steps between two lines of metrics.jsonl."""
     save_steps: Annotated[int | None, Parameter(group=OUTPUT), POSITIVE] = None
-    """Optimizer steps between two checkpoints; none are kept by default."""
-    save_total_limit: Annotated[int | None, Parameter(group=OUTPUT), POSITIVE] = None
-    """Keep only this many checkpoints."""
+    """Optimizer steps between two checkpoints, which stay in the run, with the model as it was."""
+    save_minutes: Annotated[
+        float | None,
+        Parameter(group=OUTPUT, show_default=f"{SAVE_MINUTES:g}, 0 with save_steps"),
+        NOT_NEGATIVE,
+    ] = None
+    """Minutes between two checkpoints for resume, deleted when the run is complete; 0: none."""
+    save_total_limit: Annotated[
+        int | None, Parameter(group=OUTPUT, show_default="2, all with save_steps"), POSITIVE
+    ] = None
+    """Keep only this many checkpoints; the newest is always one of them."""
+    async_save: Annotated[bool, Parameter(group=OUTPUT, negative=())] = False
+    """Write checkpoints in the background, from a copy of the state in host memory."""
+    on_save_error: Annotated[str, Parameter(choices=SAVE_ERRORS, group=OUTPUT)] = "continue"
+    """When a checkpoint cannot be written: warn and continue until the next, or stop the run."""
     report_to: Annotated[tuple[str, ...], Parameter(group=OUTPUT, converter=words, n_tokens=1)] = (
         "none",
     )
@@ -272,6 +288,7 @@ class TrainSettings:
             ("save_rounding", (None, *SAVE_ROUNDINGS)),
             ("merge_base", (None, *MERGE_BASES)),
             ("dtype", WEIGHT_DTYPES),
+            ("on_save_error", SAVE_ERRORS),
         ):
             check_choice(name, getattr(self, name), allowed)
         check_ranges(self)
@@ -288,10 +305,13 @@ class TrainSettings:
                     f"trackers, or {name}."
                 )
         self._check_optimizer()
-        if self.save_total_limit is not None and self.save_steps is None:
+        if self.resume and self.overwrite:
             raise InputError(
-                "Invalid save_total_limit without save_steps: no checkpoints are written."
+                "Invalid resume with overwrite: the one continues the run in output_dir, the other "
+                "replaces it. Leave one of the two out."
             )
+        if self.resume and self.output_dir is None:
+            raise InputError("Invalid resume without output_dir. Give the run's --output_dir.")
         if self.keep_low_halves:
             self._check_low_halves()
         self._check_quantised()

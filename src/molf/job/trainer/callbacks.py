@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -124,6 +124,24 @@ class MetricsCallback(TrainerCallback):
         self._show = show
         self._without = without
 
+    def state_dict(self) -> dict[str, int]:
+        """Flush all lines; return the size of the file in bytes.
+
+        Raises:
+            OSError: Lines cannot be written.
+        """
+        return {"bytes": self._file.position()}
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        """Cut the lines that were written after a state."""
+        self._file.rewind(state["bytes"])
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Set the intervals of this part of the training; those of a resumed state are older."""
+        state.compute_steps(args, state.max_steps)
+
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
@@ -155,12 +173,41 @@ def _as_json(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+class Clock:
+    """Seconds of the steps, summed over the parts of a training."""
+
+    def __init__(self) -> None:
+        self._before = 0.0
+        self._started = time.perf_counter()
+
+    def seconds(self) -> float:
+        """Return the seconds up to now."""
+        return self._before + time.perf_counter() - self._started
+
+    def state_dict(self) -> dict[str, float]:
+        """Return the seconds up to now."""
+        return {"seconds": self.seconds()}
+
+    def load_state_dict(self, state: Mapping[str, float]) -> None:
+        """Start a further part."""
+        self._before, self._started = state["seconds"], time.perf_counter()
+
+
 class Throughput:
     """Measures tokens per second between calls."""
 
     def __init__(self) -> None:
         self._tokens = 0
         self._time = time.perf_counter()
+
+    def state_dict(self) -> dict[str, float]:
+        """Return the tokens of the last call, and the seconds since then."""
+        return {"tokens": self._tokens, "seconds": time.perf_counter() - self._time}
+
+    def load_state_dict(self, state: Mapping[str, float]) -> None:
+        """Continue as if the time between the parts of a training had not passed."""
+        self._tokens = int(state["tokens"])
+        self._time = time.perf_counter() - state["seconds"]
 
     def since_last(self, tokens: int) -> float:
         """Return the tokens per second since the last call.

@@ -2,88 +2,184 @@
 
 from __future__ import annotations
 
-import shutil
+import time
 import warnings
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
 from safetensors import SafetensorError
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from molf.disk.room import directory_bytes, free_bytes, is_disk_full, megabytes
+from molf.checkpoint.store import complete_checkpoints
+from molf.checkpoint.writer import CheckpointError, CheckpointWriter, Snapshot, Totals
+from molf.disk.room import free_bytes, is_disk_full, megabytes
 from molf.errors import reason_of
 from molf.job.model.room_needed import Needed
-from molf.job.record.ownership import read_json
+from molf.job.record.directory import RunDirectory
+from molf.job.record.ownership import CHECKPOINTS
+from molf.job.record.result import RunError
+from molf.job.settings.resolved import ResolvedSettings
+from molf.job.trainer.stopping import StopRequest
 
-_STATE = "trainer_state.json"  # the last file that the trainer writes
 _MARGIN = 1_000_000  # bytes; files take whole blocks, and the log grows
 _TORCH_CANNOT_WRITE = ("PytorchStreamWriter", "inline_container", "Parent directory")
 
 
-class Checkpoints:
-    """Saves checkpoints if enough disk space for the trained model remains.
+class Checkpoints(TrainerCallback):
+    """Decides when a checkpoint is saved, and saves it if the trained model keeps enough room.
+
+    One is due each `save_steps`, each `save_minutes`, after the last step, so that a kill while the
+    model is saved and measured repeats only that, and when the training is asked to stop.
 
     Args:
+        settings: The run's settings.
+        directory: The run's directory.
         room: The estimated bytes of a checkpoint and of the trained model.
+        stop: Whether the training is asked to stop.
 
     Attributes:
         missing: Steps whose checkpoints were not written.
+        latest: The last step with a complete checkpoint; None if there is none.
     """
 
-    def __init__(self, room: Needed) -> None:
+    def __init__(
+        self,
+        settings: ResolvedSettings,
+        directory: RunDirectory,
+        room: Needed,
+        stop: StopRequest,
+    ) -> None:
+        self._settings = settings
+        self._directory = directory
         self._at_the_end = room.at_the_end
         self._one = room.checkpoint  # bytes; estimated, then those of the largest checkpoint
+        self._stop = stop
+        self._writer = CheckpointWriter(
+            lambda: self._directory / CHECKPOINTS,  # the run may have been moved
+            settings.kept_checkpoints,
+            in_background=settings.async_save,
+        )
+        self._saved_at = time.monotonic()
         self.missing: list[int] = []
 
-    def save(self, save: Callable[[], None], directory: Path, step: int) -> None:
-        """Save a checkpoint, or warn if it cannot be written.
+    @property
+    def latest(self) -> int | None:
+        """The last step with a complete checkpoint; None if there is none."""
+        found = complete_checkpoints(self._directory / CHECKPOINTS)
+        return found[-1][0] if found else None
+
+    @property
+    def keeps_models(self) -> bool:
+        """Whether a checkpoint also holds the model in the format of transformers or PEFT."""
+        # Only those that stay; a model cannot be written in the background.
+        return self._settings.save_steps is not None and not self._settings.async_save
+
+    @property
+    def totals(self) -> Totals:
+        """Measurements of the checkpoints of this part of the training."""
+        return self._writer.totals
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Start the clock of `save_minutes`."""
+        self._saved_at = time.monotonic()
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Have a checkpoint saved if one is due, and the training stopped if it was asked to."""
+        if not self._settings.has_checkpoints:
+            return
+        if self._stop.name is not None:
+            control.should_training_stop = True
+        if self._is_due(state):
+            control.should_save = True
+
+    def _is_due(self, state: TrainerState) -> bool:
+        step, settings = state.global_step, self._settings
+        if self._stop.name is not None or step >= state.max_steps:
+            return True
+        if settings.save_steps is not None and step % settings.save_steps == 0:
+            return True
+        waited = time.monotonic() - self._saved_at
+        return 0 < settings.save_minutes <= waited / 60
+
+    def save(self, make: Callable[[], Snapshot], step: int) -> None:
+        """Save a checkpoint, or start to save it in the background.
 
         Args:
-            save: Writes the checkpoint.
-            directory: Its directory.
+            make: Returns the state.
             step: The completed optimizer step.
 
+        Raises:
+            RunError: It cannot be written, and the run shall stop then.
+
         Warns:
-            UserWarning: It was not written; its incomplete files are deleted.
+            UserWarning: It, or one before it in the background, was not written.
         """
-        free = free_bytes(directory)
+        with self._reported():
+            self._writer.wait()
+        free = free_bytes(self._directory / CHECKPOINTS)
         needed = self._one + self._at_the_end + _MARGIN
         # The trained model matters more than a checkpoint, so its space is left free.
         if free is not None and free < needed:
-            self._warn(
+            self._miss(
                 step,
                 f"it takes about {megabytes(self._one)}, the trained model will take "
                 f"{megabytes(self._at_the_end)}, and {megabytes(free)} are free",
             )
-            return
-        try:
-            save()
-        except Exception as error:
-            if not _cannot_write(error):
-                raise
-            # The trainer deletes old checkpoints last, which may fail after this one is whole.
-            if read_json(directory / _STATE) is None:
-                shutil.rmtree(directory, ignore_errors=True)
-            self._warn(step, "the disk is full" if is_disk_full(error) else reason_of(error))
         else:
-            self._one = max(self._one, directory_bytes(directory))
+            with self._reported():
+                try:
+                    snapshot = make()
+                except OSError as error:  # logs that cannot be written before it
+                    raise CheckpointError(step) from error
+                self._writer.write(snapshot)
+            self._one = max(self._one, self.totals.nbytes)
+        self._saved_at = time.monotonic()
 
-    def _warn(self, step: int, reason: str) -> None:
-        if not self.missing:
-            warnings.warn(
-                f"The checkpoint of step {step} was not written: {reason}. Training continues, "
-                "and molf tries to write the next checkpoint.",
-                stacklevel=2,
-            )
-        self.missing.append(step)
+    def finish(self) -> None:
+        """Wait for a checkpoint in the background, and warn if several are missing.
 
-    def warn_of_missing(self) -> None:
-        """Warn at the end of the training if several checkpoints are missing."""
+        Raises:
+            RunError: It cannot be written, and the run shall stop then.
+        """
+        with self._reported():
+            self._writer.wait()
         # One missing checkpoint has its own warning already.
         if len(self.missing) > 1:
             steps = ", ".join(map(str, self.missing[:5]))
             more = ", ..." if len(self.missing) > 5 else ""
             warnings.warn(
                 f"{len(self.missing)} checkpoints were not written (steps {steps}{more}).",
+                stacklevel=2,
+            )
+
+    @contextmanager
+    def _reported(self) -> Iterator[None]:
+        """Warn of a checkpoint that could not be written to the disk."""
+        try:
+            yield
+        except CheckpointError as failed:
+            cause = failed.__cause__
+            assert isinstance(cause, Exception)
+            if not _cannot_write(cause):
+                raise cause from None
+            reason = "the disk is full" if is_disk_full(cause) else reason_of(cause)
+            self._miss(failed.step, reason, cause)
+
+    def _miss(self, step: int, reason: str, cause: Exception | None = None) -> None:
+        self.missing.append(step)
+        latest = self.latest
+        older = "There is none before it." if latest is None else f"That of step {latest} is whole."
+        what = f"The checkpoint of step {step} was not written: {reason}."
+        if self._settings.on_save_error == "stop":
+            raise RunError(f"{what} {older} (on_save_error=stop)") from cause
+        if len(self.missing) == 1:
+            warnings.warn(
+                f"{what} {older} Training continues, and molf tries to write the next checkpoint.",
                 stacklevel=2,
             )
 

@@ -60,9 +60,7 @@ def sft_config(settings: ResolvedSettings) -> SFTConfig:
         "bf16": bf16,
         "seed": settings.seed,
         "logging_steps": settings.logging_steps,
-        "save_strategy": "no" if settings.save_steps is None else "steps",
-        "save_steps": settings.save_steps or 1,
-        "save_total_limit": settings.save_total_limit,
+        "save_strategy": "no",  # `Checkpoints` decides
         "report_to": list(settings.report_to),
         "disable_tqdm": True,  # molf shows its own progress
         "include_num_input_tokens_seen": "non_padding",

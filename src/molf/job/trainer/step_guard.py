@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -48,6 +48,23 @@ class StepGuard(TrainerCallback):
         self._norm: Tensor | None = None
         self._recent = _Mean()
         self._whole = _Mean()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return counts and sums of losses, between two steps."""
+        return {
+            "skipped_steps": self.skipped_steps,
+            "in_a_row": self._in_a_row,
+            "has_moved": self._has_moved,
+            "recent": self._recent.state(),
+            "whole": self._whole.state(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any], device: torch.device) -> None:
+        """Replace counts and sums; losses are on `device`."""
+        self.skipped_steps, self._in_a_row = state["skipped_steps"], state["in_a_row"]
+        self._has_moved = state["has_moved"]
+        self._recent = _Mean.of(state["recent"], device)
+        self._whole = _Mean.of(state["whole"], device)
 
     def add_loss(self, loss: Tensor) -> None:
         """Add the loss of a micro-batch, after its backward pass."""
@@ -231,6 +248,16 @@ class _Mean:
     def add(self, loss: Tensor) -> None:
         self._sum = loss.clone() if self._sum is None else self._sum + loss
         self._count += 1
+
+    def state(self) -> list[Any]:
+        return [self._sum, self._count]
+
+    @classmethod
+    def of(cls, state: Sequence[Any], device: torch.device) -> _Mean:
+        mean = cls()
+        total, mean._count = state
+        mean._sum = None if total is None else total.to(device)
+        return mean
 
     def value(self) -> float:
         return math.nan if self._sum is None else self._sum.item() / self._count

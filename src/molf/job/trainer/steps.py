@@ -52,6 +52,10 @@ class _Counter(TrainerCallback):
         raise _CountedError
 
 
+class AllStepsTakenError(Exception):
+    """Ends a resumed training that has taken all steps; the trainer would take one more."""
+
+
 class StepsCheck(TrainerCallback):
     """Stops a training whose number of steps differs from that of its schedule.
 
@@ -65,12 +69,18 @@ class StepsCheck(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Compare with the trainer's count for the real model."""
+        """Compare with the trainer's count for the real model.
+
+        Raises:
+            AllStepsTakenError: A resumed training has no step left.
+        """
         if state.max_steps != self._steps:
             raise RuntimeError(
                 f"The trainer takes {state.max_steps} steps, and {self._steps} were counted "
                 "beforehand."
             )
+        if state.global_step >= state.max_steps:
+            raise AllStepsTakenError
 
 
 def count_steps(arguments: SFTConfig, samples: int) -> int:

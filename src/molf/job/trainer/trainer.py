@@ -1,26 +1,38 @@
-"""TRL's SFTTrainer with a method's loss, log figures, guard and checkpoints."""
+"""TRL's SFTTrainer with a method's loss, log figures, guard and checkpoints.
+
+A checkpoint is that of `molf.checkpoint`; the trainer's own hooks keep the order of the data: it
+reads its counters from `trainer_state.json` of a checkpoint and skips the batches before them.
+"""
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import warnings
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import save_model as save_tensors
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.trainer import TRAINER_STATE_NAME
 from trl import SFTTrainer
 
+from molf.checkpoint.manifest import DamagedError
+from molf.checkpoint.random_state import random_state, set_random_state
+from molf.checkpoint.states import load_training_state, training_state
+from molf.checkpoint.store import read_values
+from molf.checkpoint.writer import Snapshot
 from molf.core.model.groups import NOT_SAVED
 from molf.core.step.guard import NonFiniteError
 from molf.job.methods import Prepared
 from molf.job.model.loading import LoadedModel
 from molf.job.model.saving import base_generation_config
-from molf.job.record.directory import RunDirectory
-from molf.job.record.ownership import CHECKPOINTS
+from molf.job.record.result import ResumeError
 from molf.job.record.wins import Wins
-from molf.job.trainer.callbacks import Throughput, fidelity_figures
+from molf.job.trainer.callbacks import Clock, Throughput, fidelity_figures, unwrapped
 from molf.job.trainer.checkpoints import Checkpoints
+from molf.job.trainer.run_parts import RunParts
 from molf.job.trainer.step_guard import StepGuard
+from molf.job.trainer.steps import AllStepsTakenError
 
 ALL_WEIGHTS = "model.safetensors"
 
@@ -38,7 +50,7 @@ class Trainer(SFTTrainer):
         wins: Wins,
         guard: StepGuard,
         checkpoints: Checkpoints,
-        directory: RunDirectory,
+        parts: RunParts,
         **kwargs: Any,
     ) -> None:
         self.base = base
@@ -46,7 +58,8 @@ class Trainer(SFTTrainer):
         self.wins = wins
         self.guard = guard
         self.checkpoints = checkpoints
-        self.directory = directory
+        self.parts = parts
+        self.clock = Clock()
         model = prepared.model
         trained = {p: p.data for p in model.parameters() if p.requires_grad}
         super().__init__(**kwargs)
@@ -65,12 +78,72 @@ class Trainer(SFTTrainer):
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         """Save a checkpoint; if it cannot be written, warn and continue."""
-        place = self.directory / CHECKPOINTS  # the run may have been moved
-        self.args.output_dir = str(place)
-        step = self.state.global_step
-        save = super()._save_checkpoint
-        directory = place / f"{PREFIX_CHECKPOINT_DIR}-{step}"
-        self.checkpoints.save(lambda: save(*args, **kwargs), directory, step)
+        self.checkpoints.save(self._snapshot, self.state.global_step)
+
+    def _snapshot(self) -> Snapshot:
+        """Return the state of the training after a step.
+
+        Raises:
+            OSError: The logs up to this step cannot be written.
+        """
+        self.store_flos()
+        model = self.accelerator.unwrap_model(self.model)
+        optimizer = training_state(model, unwrapped(self.optimizer))
+        values = {
+            "optimizer": optimizer.values,
+            "scheduler": self.lr_scheduler.state_dict(),
+            "random": random_state(),
+            "trainer": {
+                "clock": self.clock.state_dict(),
+                "throughput": self._throughput.state_dict(),
+                # TRL averages these since the last log entry.
+                "metrics": {name: list(values) for name, values in self._metrics["train"].items()},
+                "tokens": self._total_train_tokens,
+            },
+            **self.parts.state_dict(),
+        }
+        # The log entries are in metrics.jsonl; here they would grow with the training.
+        state = dataclasses.replace(self.state, log_history=[])
+        return Snapshot(
+            step=self.state.global_step,
+            tensors=optimizer.tensors,
+            values=values,
+            texts={TRAINER_STATE_NAME: json.dumps(dataclasses.asdict(state), indent=2) + "\n"},
+            write_more=self.save_model if self.checkpoints.keeps_models else None,
+        )
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        """Do nothing: weights are loaded with the optimizer's state."""
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Load weights, the optimizer's state, and everything else but random generators.
+
+        Raises:
+            ResumeError: The frozen weights or the parameters are not those of the run.
+        """
+        if checkpoint is None:
+            return
+        values = self._values = read_values(Path(checkpoint))
+        model = self.accelerator.unwrap_model(self.model)
+        self.parts.check(values)
+        try:
+            load_training_state(
+                Path(checkpoint), values["optimizer"], model, unwrapped(self.optimizer)
+            )
+        except (DamagedError, ValueError) as error:
+            raise ResumeError(f"The checkpoint {checkpoint} cannot be loaded: {error}.") from error
+        self.lr_scheduler.load_state_dict(values["scheduler"])
+        own = values["trainer"]
+        self.clock.load_state_dict(own["clock"])
+        self._throughput.load_state_dict(own["throughput"])
+        self._metrics["train"].update(own["metrics"])
+        self._total_train_tokens = own["tokens"]
+        self.parts.load_state_dict(values, self.args.device)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        """Set the random generators; the trainer calls it after it has skipped batches."""
+        if checkpoint is not None:
+            set_random_state(self._values["random"])
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         """Save the model of a checkpoint.
@@ -84,13 +157,16 @@ class Trainer(SFTTrainer):
         if self.args.should_save and _trains_more_than_its_adapter(model):
             save_tensors(model, str(Path(output_dir or self.args.output_dir) / ALL_WEIGHTS))
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
+    def train(self, *args: Any, **kwargs: Any) -> None:
         """Train; an error of the optimizer names the step and the parameters."""
-        self._throughput = Throughput()
+        self._throughput, self.clock = Throughput(), Clock()
         try:
-            return super().train(*args, **kwargs)
+            super().train(*args, **kwargs)
         except NonFiniteError as error:
             raise self.guard.stopped(error, self.state, self.model) from error
+        except AllStepsTakenError:
+            set_random_state(self._values["random"])
+            self.callback_handler.on_train_end(self.args, self.state, self.control)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         """Run forward and backward pass of a micro-batch, and pass its loss to the guard."""

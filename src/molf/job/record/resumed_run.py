@@ -1,0 +1,149 @@
+"""The options of a run that is resumed, and their comparison with those given now.
+
+Importing this file imports no torch, so that a difference is reported at once.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from molf.errors import InputError
+from molf.job.record.finished_run import read_run
+from molf.job.record.ownership import CHECKPOINTS, CONFIG, EVALUATION
+from molf.job.settings.resolved import ResolvedSettings
+from molf.masking import mask
+
+ASKED = "asked"
+"""Key in the record of a run: options as given, where the opened model changed their value."""
+
+UNMASKED = "give_again"
+"""Key in the record of a run: options whose value is stored without a secret."""
+
+STAGES = "stages.json"
+"""File in `checkpoints/` with the completed stages of a run that has not ended."""
+
+# They change neither the data nor the mathematics of a training.
+_FREE = frozenset(
+    {
+        "output_dir",
+        "overwrite",
+        "resume",
+        "dry_run",
+        "fallback_dir",
+        "save_steps",
+        "save_minutes",
+        "save_total_limit",
+        "async_save",
+        "on_save_error",
+        "logging_steps",
+        "report_to",
+        # How the device computes the same.
+        "kernels",
+        "state_offload",
+        "gradient_checkpointing",
+    }
+)
+_FREE_ARGUMENTS = ("dataloader_num_workers", "dataloader_pin_memory", "dataloader_p", "logging_")
+_BATCH = ("per_device_train_batch_size", "gradient_accumulation_steps")
+_MOST_SHOWN = 4
+
+
+def is_started(path: Path) -> bool:
+    """Return whether a directory holds the record of a run, finished or not."""
+    return os.path.lexists(path / CONFIG)
+
+
+def is_finished(path: Path) -> bool:
+    """Return whether a run is complete: evaluated, with all stages behind it."""
+    return (path / EVALUATION).is_file() and not (path / CHECKPOINTS / STAGES).exists()
+
+
+def stored_options(path: Path) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """Return the options of a run as it was started with them.
+
+    Returns:
+        The options by name, with all defaults, and the names of those that are stored without a
+        secret, such as the query of a signed address.
+
+    Raises:
+        InputError: The directory is no run, or its record cannot be read.
+    """
+    config = dict(read_run(path).config)
+    run = config.pop("run")
+    config |= run.get(ASKED) or {}
+    return config, tuple(run.get(UNMASKED) or ())
+
+
+def masked_options(options: Mapping[str, Any]) -> list[str]:
+    """Return the names of the options that a record stores without their secrets."""
+    return [name for name, value in options.items() if mask(value) != value]
+
+
+def check_same_options(settings: ResolvedSettings) -> None:
+    """Compare the options of a resumed run with those that it was started with.
+
+    Raises:
+        InputError: An option that changes the training differs; the message has both values.
+    """
+    stored, _ = stored_options(settings.output_dir)
+    given = mask(settings.as_options())
+    names = [name for name in given if name not in (*_FREE, *_BATCH, "training_args")]
+    differing = [
+        (name, stored[name], given[name])
+        for name in names
+        if name in stored and not _equal(stored[name], given[name])
+    ]
+    if _global_batch(stored) != _global_batch(given):
+        differing += [(name, stored[name], given[name]) for name in _BATCH]
+    arguments = stored.get("training_args") or {}, given["training_args"]
+    for name in sorted(set().union(*arguments)):
+        values = [one.get(name) for one in arguments]
+        if not name.startswith(_FREE_ARGUMENTS) and str(values[0]) != str(values[1]):
+            differing.append((f"training_args.{name}", values[0], values[1]))
+    if differing:
+        raise InputError(_difference(settings.output_dir, differing))
+
+
+def command_to_resume(path: Path) -> str:
+    """Return a sentence with the command that continues a run."""
+    try:
+        _, masked = stored_options(path)
+    except InputError:  # its record is not written, or was deleted
+        masked = ()
+    again = "".join(f" --{name} ADDRESS" for name in masked)
+    return f"Continue with: molf train --output_dir {shlex.quote(str(path))} --resume{again}"
+
+
+def _difference(path: Path, differing: list[tuple[str, Any, Any]]) -> str:
+    shown = ", ".join(
+        f"{name}={_text(now)} (the run has {_text(before)})"
+        for name, before, now in differing[:_MOST_SHOWN]
+    )
+    more = f" and {len(differing) - _MOST_SHOWN} more" if len(differing) > _MOST_SHOWN else ""
+    return (
+        f"Invalid resume of {path} with {shown}{more}: this would be another training. Leave "
+        f"{'it' if len(differing) == 1 else 'them'} out, or give another --output_dir."
+    )
+
+
+def _equal(one: Any, other: Any) -> bool:
+    # YAML reads 1.0 as a float and 1 as an integer.
+    return bool(one == other) and isinstance(one, bool) == isinstance(other, bool)
+
+
+def _global_batch(options: Mapping[str, Any]) -> int:
+    """Return the examples of an optimizer step of one process."""
+    size = 1
+    for name in _BATCH:
+        size *= int(options[name])
+    return size
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, (list, tuple)):
+        return ",".join(map(str, value))
+    return str(value)
