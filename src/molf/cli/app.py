@@ -7,8 +7,7 @@ from importlib.metadata import version
 
 from cyclopts import App, Parameter
 
-from molf.cli.recipe import apply_recipe
-from molf.cli.resumed import apply_run
+from molf.cli.recipe import apply_recipe, apply_run
 from molf.cli.values import check_directory, check_values
 
 
