@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 
-import molf.job.dry_run  # all that a run imports, which takes seconds
 from molf.checkpoint import writer
 from molf.cli import main
 from molf.job import evaluating, trained_model

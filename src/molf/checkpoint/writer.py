@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import threading
 import time
@@ -63,6 +64,15 @@ class Totals:
     nbytes: int = 0
     pause_seconds: float = 0.0
     write_seconds: float = 0.0
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return them for the checkpoint that is made now, which they do not count yet."""
+        return dataclasses.asdict(self)
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from the checkpoint that has this state."""
+        vars(self).update(state)
+        self.count += 1
 
     def record(self, training_seconds: float) -> dict[str, Any]:
         """Return them for the record of a run, with the share of the training's time."""

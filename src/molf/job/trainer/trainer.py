@@ -96,6 +96,7 @@ class Trainer(SFTTrainer):
             "trainer": {
                 "clock": self.clock.state_dict(),
                 "throughput": self._throughput.state_dict(),
+                "checkpoints": self.checkpoints.totals.state_dict(),
                 # TRL averages these since the last log entry.
                 "metrics": {name: list(values) for name, values in self._metrics["train"].items()},
                 "tokens": self._total_train_tokens,
@@ -136,6 +137,7 @@ class Trainer(SFTTrainer):
         own = values["trainer"]
         self.clock.load_state_dict(own["clock"])
         self._throughput.load_state_dict(own["throughput"])
+        self.checkpoints.totals.load_state_dict(own["checkpoints"])
         self._metrics["train"].update(own["metrics"])
         self._total_train_tokens = own["tokens"]
         self.parts.load_state_dict(values, self.args.device)
