@@ -11,8 +11,8 @@ import pytest
 import torch
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase, TrainerCallback
-from trl import SFTTrainer
 
+from molf.checkpoint import writer
 from molf.cli import main
 from molf.disk import room
 from molf.job import records, trained_model, training
@@ -339,7 +339,8 @@ def test_checkpoint_that_cannot_be_written(options, disk, during, monkeypatch, c
     assert main(given) == 0
     error = capsys.readouterr().err
     assert (
-        "warning: The checkpoint of step 1 was not written: the disk is full. Training con" in error
+        "warning: The checkpoint of step 1 was not written: the disk is full. There is none before "
+        "it. Training continues, and molf tries to write the next checkpoint." in error
     )
     assert "warning: 2 checkpoints were not written (steps 1, 2)." in error
     written = [path.name for path in (disk / "run" / "checkpoints").glob("checkpoint-*")]
@@ -361,7 +362,8 @@ def test_checkpoint_leaves_room_for_the_model(options, disk, during, capsys):
     words = (
         r"step 2 was not written: it takes about 0\.\d MB, the trained model will take 0\.\d MB, "
     )
-    assert re.search(words + r"and 1\.5 MB are free\. Training continues", error)
+    words += r"and 1\.5 MB are free\. That of step 1 is whole\. Training continues"
+    assert re.search(words, error)
     names = [path.name for path in (disk / "run" / "checkpoints").glob("checkpoint-*")]
     assert names == ["checkpoint-1"]
     assert (disk / "run" / "model" / "config.json").is_file()
@@ -378,27 +380,50 @@ def test_checkpoint_leaves_room_for_the_model(options, disk, during, capsys):
     ],
     ids=str,
 )
-def test_any_error_of_writing_leaves_the_training_on(tmp_path, error):
-    from molf.job.model.room_needed import Needed
-    from molf.job.trainer.checkpoints import Checkpoints
+@pytest.mark.parametrize("in_background", [False, True], ids=["waiting", "background"])
+def test_any_error_of_writing_leaves_the_training_on(
+    options, tmp_path, monkeypatch, capsys, error, in_background
+):
+    """Of the second checkpoint alone; nothing of it is left."""
+    write, calls = writer.write_tensors, []
 
-    def save():
-        (tmp_path / "checkpoint-1").mkdir()
-        (tmp_path / "checkpoint-1" / "model.safetensors").write_bytes(b"half")
-        raise error
+    def failing(directory, tensors):
+        write(directory, tensors)
+        calls.append(directory)
+        if len(calls) == 2:
+            raise error
 
-    checkpoints = Checkpoints(Needed())
-    with pytest.warns(UserWarning, match="checkpoint of step 1 was not written"):
-        checkpoints.save(save, tmp_path / "checkpoint-1", 1)
-    assert checkpoints.missing == [1]
-    assert list(tmp_path.iterdir()) == []
+    monkeypatch.setattr(writer, "write_tensors", failing)
+    given = [*options, "--save_steps", "1", "--output_dir", str(tmp_path / "run")]
+    assert main([*given, *(["--async_save"] if in_background else [])]) == 0
+    printed = capsys.readouterr().err
+    assert "warning: The checkpoint of step 2 was not written: " in printed
+    assert " That of step 1 is whole. Training continues" in printed
+    assert sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir()) == [
+        "checkpoint-1",
+        "checkpoint-3",
+    ]
+
+
+def test_run_may_stop_at_a_checkpoint_that_cannot_be_written(
+    options, tmp_path, monkeypatch, capsys
+):
+    def fail(directory, tensors):
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(writer, "write_tensors", fail)
+    given = [*options, "--save_steps", "2", "--on_save_error", "stop"]
+    assert main([*given, "--output_dir", str(tmp_path / "run")]) == 1
+    error = last_line(capsys)
+    assert "The checkpoint of step 2 was not written: [Errno 30] Read-only file system. " in error
+    assert "There is none before it. (on_save_error=stop)" in error
 
 
 def test_error_in_what_a_checkpoint_holds_is_not_swallowed(options, tmp_path, monkeypatch, capsys):
-    def fail(self, *given, **named):
+    def fail(*given):
         raise ValueError("a fault")
 
-    monkeypatch.setattr(SFTTrainer, "_save_optimizer_and_scheduler", fail)
+    monkeypatch.setattr("molf.job.trainer.trainer.training_state", fail)
     given = [*options, "--save_steps", "1", "--output_dir", str(tmp_path / "run")]
     assert main(given) == 1
     assert "a fault" in last_line(capsys)

@@ -46,12 +46,11 @@ def apply_run(app: App, commands: tuple[str, ...], arguments: ArgumentCollection
     Raises:
         InputError: There is no run to resume, or an option must be given again.
     """
-    resume = arguments.get("--resume", default=None)
     output = arguments.get("--output_dir", default=None)
-    if commands != ("train",) or resume is None or output is None:
+    if commands != ("train",) or output is None or not _is_on(arguments, "--resume"):
         return
-    # Without output_dir, the check of the options rejects it.
-    if not resume.tokens or resume.tokens[-1].value.lower() in _NO or not output.tokens:
+    # The check of the options rejects these.
+    if not output.tokens or _is_on(arguments, "--overwrite"):
         return
     # Imports the settings, which most commands do not need.
     from molf.job.record.resumed_run import is_started, stored_options
@@ -75,6 +74,12 @@ def apply_run(app: App, commands: tuple[str, ...], arguments: ArgumentCollection
         )
     known = {name: value for name, value in options.items() if name not in _OWN}
     given_by(path / "config.yaml", known)(app, commands, arguments)
+
+
+def _is_on(arguments: ArgumentCollection, name: str) -> bool:
+    """Return whether a boolean option is given and not false."""
+    tokens = getattr(arguments.get(name, default=None), "tokens", [])
+    return bool(tokens) and tokens[-1].value.lower() not in _NO
 
 
 def given_by(path: Path, options: Mapping[str, Any]) -> Callable[..., None]:
