@@ -145,7 +145,7 @@ def size_of(path):
 
 def fixed_size(run):
     """Bytes of files in checkpoints that do not grow with the model, beside those of a model."""
-    names = ("trainer_state.json", "training_args.bin", "rng_state.pth", "scheduler.pt")
+    names = ("trainer_state.json", "training_args.bin", "manifest.json")
     return sum(
         path.stat().st_size
         for path in run.glob("checkpoints/**/*")

@@ -100,7 +100,7 @@ def test_a_failed_run_quotes_no_secrets(options, web, tmp_path, monkeypatch, cap
 
     monkeypatch.setenv("WANDB_API_KEY", "env5ecretnoform")
 
-    def fail(*given):
+    def fail(*given, **named):
         try:
             raise ValueError("nonnumeric port: 'pw5ecret@example.org'")
         except ValueError as error:

@@ -16,6 +16,8 @@ from molf.job.settings.resolved import ResolvedSettings
 _MOMENTS = {"float32": 8.0, "8bit": 2.04}  # bytes for both moments of a number
 _ROUTING_ROW = 11  # bytes per row of the Parquet log; measured 9.4 and 10.3 with random scores
 _METRICS_LINE = 600  # bytes per line of metrics.jsonl; measured with three experts
+_VALUES = 30_000  # bytes of numbers and random states in a checkpoint
+_TENSOR = 1_300  # bytes per tensor of a checkpoint beside its numbers
 _PREDICTION = 1000  # bytes per line of predictions.jsonl; an answer of 200 tokens
 
 
@@ -60,8 +62,6 @@ def run_bytes(
     weights = sum(parameter.numel() for parameter in model.parameters())
     factors = _factors(settings, plan)
     dense = plan.trained_parameters - factors
-    half = settings.dtype == "bfloat16"
-    exact = 2 if half and settings.weight_rounding == "exact" else 0
     adapts = dense == 0  # only an adapter is trained
     adapter = 4 * factors if adapts else 0
     low = 0
@@ -69,24 +69,52 @@ def run_bytes(
         # Weights that are not trained lose nothing if they were stored in bfloat16.
         alone = adapts and stored == torch.bfloat16
         low = 2 * (sum(x.in_features * x.out_features for x in plan.layers) if alone else weights)
-    # Moments of the factors are float32 (8 bytes) for every `state_dtype`.
-    one = beside + adapter + 8 * factors + dense * (_MOMENTS[settings.state_dtype] + exact)
-    if not adapts:
-        one += weights * (2 if half else 4) + (8 if settings.is_explicit else 4) * factors
+    one = checkpoint_bytes(model, settings, plan, beside)
     lines = 2 + steps // settings.logging_steps
     return {
         "adapter": adapter,
         "lower halves": low,
-        "checkpoints": int(one * _kept(settings, steps)),
+        "checkpoints": one * _kept(settings, steps),
         "routing": _routing(settings, plan, steps),
         "metrics and predictions": lines * _METRICS_LINE + evaluated * _PREDICTION,
     }
 
 
-def needed(parts: Mapping[str, int], settings: ResolvedSettings, steps: int) -> Needed:
-    """Return the space to keep free during training, from `run_bytes` and the model's bytes."""
+def checkpoint_bytes(model: Any, settings: ResolvedSettings, plan: Plan, beside: int = 0) -> int:
+    """Estimate the bytes of a checkpoint; 0 if the run has none.
+
+    Args:
+        model: The base model.
+        settings: The run's settings.
+        plan: The planned method.
+        beside: Bytes of tokenizer and configurations.
+    """
+    if not settings.has_checkpoints:
+        return 0
+    factors = _factors(settings, plan)
+    dense = plan.trained_parameters - factors
+    half = settings.dtype == "bfloat16"
+    exact = 2 if half and settings.weight_rounding == "exact" else 0
+    width = 2 if half else 4
+    # Factors and their moments are float32 for every `state_dtype`.
+    size = 12 * factors + dense * (width + _MOMENTS[settings.state_dtype] + exact)
+    size += _VALUES + _TENSOR * _state_tensors(model, plan, adapts=dense == 0)
+    if settings.keeps_models:
+        weights = sum(parameter.numel() for parameter in model.parameters())
+        whole = weights * width + (8 * factors if settings.is_explicit else 0)
+        size += beside + (whole if dense else 4 * factors)
+    return int(size)
+
+
+def needed(parts: Mapping[str, int], checkpoint: int) -> Needed:
+    """Return the space to keep free during training.
+
+    Args:
+        parts: The result of `run_bytes`, and the model's bytes.
+        checkpoint: The result of `checkpoint_bytes`.
+    """
     later = sum(size for name, size in parts.items() if name not in ("checkpoints", "routing"))
-    return Needed(parts["checkpoints"] // max(_kept(settings, steps), 1), later)
+    return Needed(checkpoint, later)
 
 
 def _kept(settings: ResolvedSettings, steps: int) -> int:
@@ -96,6 +124,12 @@ def _kept(settings: ResolvedSettings, steps: int) -> int:
     written = -(-steps // settings.save_steps)
     # One more than the limit: the oldest is deleted after the newest is written.
     return min(written, (settings.kept_checkpoints or written) + 1)
+
+
+def _state_tensors(model: Any, plan: Plan, *, adapts: bool) -> int:
+    """Return the number of tensors in a checkpoint: weights, two moments, and a fourth."""
+    in_layers = 2 * len(plan.layers)
+    return 4 * (in_layers if adapts else in_layers + sum(1 for _ in model.parameters()))
 
 
 def _routing(settings: ResolvedSettings, plan: Plan, steps: int) -> int:

@@ -9,7 +9,7 @@ from molf.errors import InputError
 from molf.job.methods import Plan
 from molf.job.model.loading import LoadedModel
 from molf.job.model.low_halves import Rounding
-from molf.job.model.room_needed import Needed, needed, run_bytes
+from molf.job.model.room_needed import Needed, checkpoint_bytes, needed, run_bytes
 from molf.job.model.saved_tensors import (
     Storing,
     Types,
@@ -81,7 +81,7 @@ def check_saving(
         advice=f"{lower or 'Make room, or'} give another --output_dir.",
     )
     check_file_size(settings.output_dir, max(model, further["adapter"]))
-    return needed(parts, settings, steps)
+    return needed(parts, checkpoint_bytes(base.model, settings, plan, beside))
 
 
 def _check_types(base: LoadedModel, storing: Storing, name: str) -> int:

@@ -65,6 +65,12 @@ class ResolvedSettings(TrainSettings):
         return self.save_steps is not None or self.save_minutes > 0
 
     @property
+    def keeps_models(self) -> bool:
+        """Whether a checkpoint also holds the model in the format of transformers or PEFT."""
+        # Only one that stays in the run; a model cannot be written in the background.
+        return self.save_steps is not None and not self.async_save
+
+    @property
     def kept_checkpoints(self) -> int | None:
         """The number of checkpoints that remain during the training; None for all."""
         if self.save_total_limit is None and self.save_steps is None:

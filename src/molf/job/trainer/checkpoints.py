@@ -50,7 +50,7 @@ class Checkpoints(TrainerCallback):
         room: Needed,
         stop: StopRequest,
     ) -> None:
-        self._settings = settings
+        self.settings = settings
         self._directory = directory
         self._at_the_end = room.at_the_end
         self._one = room.checkpoint  # bytes; estimated, then those of the largest checkpoint
@@ -70,12 +70,6 @@ class Checkpoints(TrainerCallback):
         return found[-1][0] if found else None
 
     @property
-    def keeps_models(self) -> bool:
-        """Whether a checkpoint also holds the model in the format of transformers or PEFT."""
-        # Only those that stay; a model cannot be written in the background.
-        return self._settings.save_steps is not None and not self._settings.async_save
-
-    @property
     def totals(self) -> Totals:
         """Measurements of the checkpoints of this part of the training."""
         return self._writer.totals
@@ -90,7 +84,7 @@ class Checkpoints(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Have a checkpoint saved if one is due, and the training stopped if it was asked to."""
-        if not self._settings.has_checkpoints:
+        if not self.settings.has_checkpoints:
             return
         if self._stop.name is not None:
             control.should_training_stop = True
@@ -98,7 +92,7 @@ class Checkpoints(TrainerCallback):
             control.should_save = True
 
     def _is_due(self, state: TrainerState) -> bool:
-        step, settings = state.global_step, self._settings
+        step, settings = state.global_step, self.settings
         if self._stop.name is not None or step >= state.max_steps:
             return True
         if settings.save_steps is not None and step % settings.save_steps == 0:
@@ -175,7 +169,7 @@ class Checkpoints(TrainerCallback):
         latest = self.latest
         older = "There is none before it." if latest is None else f"That of step {latest} is whole."
         what = f"The checkpoint of step {step} was not written: {reason}."
-        if self._settings.on_save_error == "stop":
+        if self.settings.on_save_error == "stop":
             raise RunError(f"{what} {older} (on_save_error=stop)") from cause
         if len(self.missing) == 1:
             warnings.warn(

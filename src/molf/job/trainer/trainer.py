@@ -110,8 +110,12 @@ class Trainer(SFTTrainer):
             tensors=optimizer.tensors,
             values=values,
             texts={TRAINER_STATE_NAME: json.dumps(dataclasses.asdict(state), indent=2) + "\n"},
-            write_more=self.save_model if self.checkpoints.keeps_models else None,
+            write_more=self._write_model if self.checkpoints.settings.keeps_models else None,
         )
+
+    def _write_model(self, directory: Path) -> None:
+        """Write the model of a checkpoint in the format of transformers or PEFT."""
+        self.save_model(str(directory), _internal_call=True)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """Do nothing: weights are loaded with the optimizer's state."""
