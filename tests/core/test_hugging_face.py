@@ -10,7 +10,7 @@ from torch import nn
 
 import molf
 from core_helpers import Conv1D, assert_same_bits, run, snapshot, tiny_optimizer
-from optimizer_forms import build
+from optimizer_forms import STORAGES, build
 
 
 def tiny_qwen2(*, tied: bool = True):
@@ -81,6 +81,50 @@ def test_trainer_takes_the_factory(tmp_path):
     moved = {name for name, p in model.named_parameters() if (p != start[name]).any()}
     biases = {name for name in start if name.endswith("proj.bias")}  # move where `full` wins
     assert moved | biases == start.keys()
+
+
+@pytest.mark.parametrize("storage", ["float32", "exact", "stochastic 8bit"])
+def test_training_resumed_by_the_trainer_ends_in_the_same_bits(tmp_path, storage):
+    """With the Trainer's own checkpoints; dropout needs its random states."""
+    from transformers import Trainer, TrainingArguments
+
+    dtype, options, _ = STORAGES[storage]
+    ids = torch.arange(16).repeat(8, 1)
+    ids[:, 0] = torch.arange(8)
+
+    def train(path, checkpoint=None):
+        model = tiny_qwen2().to(dtype)
+        model.config.attention_dropout = 0.2
+        for module in model.modules():
+            if hasattr(module, "attention_dropout"):
+                module.attention_dropout = 0.2
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # no weight is large enough for 8 bits
+            trainer = Trainer(
+                model,
+                args=TrainingArguments(
+                    output_dir=str(path),
+                    max_steps=6,
+                    per_device_train_batch_size=2,
+                    use_cpu=True,
+                    save_steps=2,
+                    report_to=[],
+                    disable_tqdm=True,
+                    logging_steps=1,
+                ),
+                train_dataset=[{"input_ids": row, "labels": row} for row in ids],
+                optimizer_cls_and_kwargs=molf.trainer_optimizer(
+                    molf.MoLFConfig(ranks=(2, 4), score="fresh"), lr=1e-2, **options
+                ),
+            )
+            trainer.train(resume_from_checkpoint=checkpoint)
+        losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+        return losses, snapshot(model, trainer.optimizer.optimizer)
+
+    losses, bits = train(tmp_path / "whole")
+    resumed_losses, resumed_bits = train(tmp_path / "again", tmp_path / "whole" / "checkpoint-2")
+    assert resumed_losses == losses
+    assert_same_bits(resumed_bits, bits)
 
 
 def test_rate_is_required_as_the_trainer_hands_over_none():

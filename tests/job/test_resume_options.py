@@ -173,26 +173,14 @@ def test_changed_base_is_refused(options, base, tmp_path, capsys, monkeypatch):
     assert save is torch.save
 
 
-def damage(path, kind):
-    file = path / "tensors" / "__0_0.distcp"
-    content = bytearray(file.read_bytes())
-    if kind == "truncated":
-        file.write_bytes(content[:-100])
-    elif kind == "changed":
-        content[len(content) // 2] ^= 1
-        file.write_bytes(content)
-    elif kind == "missing":
-        file.unlink()
-    elif kind == "manifest":
-        (path / "manifest.json").write_text("{")
-    elif kind == "other format":
-        manifest = json.loads((path / "manifest.json").read_text())
-        (path / "manifest.json").write_text(json.dumps({**manifest, "format": 99}))
+def damage(checkpoint):
+    """Cut the end of a file."""
+    file = checkpoint / "tensors" / "__0_0.distcp"
+    file.write_bytes(file.read_bytes()[:-100])
 
 
-@pytest.mark.parametrize("kind", ["truncated", "changed", "missing", "manifest", "other format"])
-def test_damaged_checkpoint_is_reported_and_the_one_before_is_taken(run, kind, capsys):
-    damage(run / "checkpoints" / "checkpoint-3", kind)
+def test_damaged_checkpoint_is_reported_and_the_one_before_is_taken(run, capsys):
+    damage(run / "checkpoints" / "checkpoint-3")
     assert resume(run) == 0
     error = capsys.readouterr().err
     assert f"warning: The checkpoint {run}/checkpoints/checkpoint-3 is damaged and is not" in error
@@ -202,20 +190,11 @@ def test_damaged_checkpoint_is_reported_and_the_one_before_is_taken(run, kind, c
 
 def test_all_checkpoints_damaged(run, capsys):
     for step in (1, 2, 3):
-        damage(run / "checkpoints" / f"checkpoint-{step}", "truncated")
+        damage(run / "checkpoints" / f"checkpoint-{step}")
     assert resume(run) == 0
     error = capsys.readouterr().err
     assert f"{run} has no complete checkpoint: the training starts from the beginning." in error
     assert steps_in(run) == [1, 2, 3, 4]
-
-
-def test_last_good_checkpoint_is_not_deleted(run):
-    damage(run / "checkpoints" / "checkpoint-3", "truncated")
-    damage(run / "checkpoints" / "checkpoint-2", "missing")
-    from molf.checkpoint.store import delete_old
-
-    delete_old(run / "checkpoints", keep=1)
-    assert (run / "checkpoints" / "checkpoint-1").is_dir()
 
 
 def test_missing_routing_part_is_reported(run, capsys):
