@@ -4,6 +4,7 @@ import json
 import re
 
 import pytest
+import yaml
 
 from checkpoints import write_checkpoint, write_facts
 from molf.cli import main
@@ -40,6 +41,40 @@ def test_json(config_alone, capsys, method):
     assert all(device["fits"] for device in plan["devices"])
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--method", "fft"],
+        ["--method", "molf", "--dtype", "bfloat16", "--save_total_limit", "1"],
+        ["--method", "molf-e", "--async_save"],
+        ["--method", "lora"],
+    ],
+    ids=" ".join,
+)
+def test_checkpoints_are_those_of_a_training(base, tmp_path, capsys, options):
+    data = write_facts(tmp_path / "facts.jsonl")
+    given = ["--task", "fact", "--model", str(base), "--data", str(data), *options]
+    assert main(["plan", "--json", "--device", "cpu", *given]) == 0
+    plan = json.loads(capsys.readouterr().out)["checkpoints"]
+    kept = 1 if "--save_total_limit" in options else 2
+    assert (plan["kept"], plan["disk"]) == (kept, (kept + 1) * plan["checkpoint"])
+    assert plan["host_copy"] == (plan["checkpoint"] if "--async_save" in options else 0)
+    assert main(["train", *given, "--max_steps", "2", "--output_dir", str(tmp_path / "run")]) == 0
+    assert "saves    1 checkpoints of" in capsys.readouterr().out
+    written = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["run"]["checkpoints"]
+    tensors = 200  # at most, with less than 2 kB each beside their numbers
+    assert plan["checkpoint"] < written["bytes"] < plan["checkpoint"] + 2_000 * tensors
+    assert written["pause_seconds"] > 0
+
+
+def test_no_checkpoints_are_planned_where_none_are_written(config_alone, capsys):
+    given = ["plan", "--model", str(config_alone), "--save_minutes", "0", *COMMON]
+    assert main(given) == 0
+    assert "Checkpoints:" not in capsys.readouterr().out
+    assert main(["plan", "--model", str(config_alone), "--save_steps", "5", *COMMON]) == 0
+    assert re.search(r"Checkpoints: \S+ MiB each, all are kept; about", capsys.readouterr().out)
+
+
 @pytest.fixture
 def asked_for(config_alone, monkeypatch):
     """What the command asks to be planned; nothing is."""
@@ -50,7 +85,7 @@ def asked_for(config_alone, monkeypatch):
     def run(*options):
         asked = []
 
-        def record(model, config, workload, frozen_base):
+        def record(model, config, workload, frozen_base, saving):
             asked.append(workload)
             return SimpleNamespace(record=dict)
 

@@ -75,7 +75,9 @@ class Totals:
         self.count += 1
 
     def record(self, training_seconds: float) -> dict[str, Any]:
-        """Return them for the record of a run, with the share of the training's time."""
+        """Return them for the record of a run, with the share of its time; empty for none."""
+        if not self.count:
+            return {}
         return {
             "count": self.count,
             "bytes": self.nbytes,

@@ -58,6 +58,7 @@ def plan_model(
         )
         from molf.measure.inference import position_limit
         from molf.planning.request import plan_training
+        from molf.planning.saving import Saving
 
         model = read_config(resolved.model)
         workload = workload_of(
@@ -69,7 +70,13 @@ def plan_model(
             num_gpus=num_gpus,
         )
         plan = plan_training(
-            settings.model or resolved.model, model, workload, configs_with_frozen_base(settings)
+            settings.model or resolved.model,
+            model,
+            workload,
+            configs_with_frozen_base(settings),
+            saving=Saving(resolved.kept_checkpoints, resolved.async_save)
+            if resolved.has_checkpoints
+            else None,
         )
     if json:
         sys.stdout.write(json_module.dumps(mask(plan.record()), indent=2) + "\n")

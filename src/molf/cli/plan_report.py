@@ -31,6 +31,7 @@ def print_plan(plan: TrainingPlan) -> None:
     console.print(_devices(plan))
     console.lines(
         "GB are taken as GiB; usable: for tensors, after an allowance of 1 GiB and 5%.",
+        *_saving(plan),
         *_advice(plan),
     )
 
@@ -158,6 +159,19 @@ def _devices(plan: TrainingPlan) -> Table:
         fits = "fits" if device.fits(plan.memory.peak) else f"{short} short"
         table.add_row(device.name, show_bytes(device.usable), fits)
     return table
+
+
+def _saving(plan: TrainingPlan) -> list[str]:
+    """Return the disk space and the pause of checkpoints."""
+    saving = plan.saving
+    if saving is None:
+        return []
+    disk = "all are kept" if saving.disk is None else f"{show_bytes(saving.disk)} of disk at most"
+    pause = f"{saving.pause_seconds:.2g} s of pause for each"
+    how = "at 1 GB/s of disk and hashes"
+    if saving.in_background:
+        how = f"to copy the state, at 10 GB/s, into {show_bytes(saving.nbytes)} of host memory"
+    return ["", f"Checkpoints: {show_bytes(saving.nbytes)} each, {disk}; about {pause}, {how}."]
 
 
 def _advice(plan: TrainingPlan) -> list[str]:

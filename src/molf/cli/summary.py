@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 from molf.console import PlainConsole, new_table
+from molf.disk.room import megabytes
 from molf.job.model.card import show_metric
 from molf.job.model.saved_text import show_saved
 from molf.job.record.ownership import ADAPTER, LOW_HALVES, MODEL
@@ -34,6 +35,11 @@ def print_summary(result: RunResult) -> None:
         f"evaluation {result.evaluation_seconds:.1f} s",
         f"memory   {result.peak_memory_bytes / 2**20:,.0f} MiB at most ({result.peak_memory_of})",
     ]
+    if saves := result.checkpoints:
+        lines.append(
+            f"saves    {saves['count']} checkpoints of {megabytes(saves['bytes'])}, for which the "
+            f"training waited {saves['pause_seconds']:.1f} s ({saves['share_of_training']:.1%})"
+        )
     if result.kernels:
         lines.append(f"kernels  {result.kernels} (the optimizer's steps)")
     if result.shares:

@@ -87,8 +87,8 @@ class ConfigRecord:
             "steps": training.steps,
             "skipped_steps": training.skipped_steps,
         }
-        if training.checkpoints.count:
-            self._run["checkpoints"] = training.checkpoints.record(training.seconds)
+        if checkpoints := training.checkpoints.record(training.seconds):
+            self._run["checkpoints"] = checkpoints
         if training.routing is not None:
             self._run["routing"] = {**training.routing.record(), "meaning": training.meaning}
         if training.merge:
@@ -174,4 +174,5 @@ def run_result(
         routing=training.meaning,
         saved=dict(saved),
         kernels=None if settings.method in ADAPTERS else settings.kernels,
+        checkpoints=training.checkpoints.record(training.seconds),
     )

@@ -12,6 +12,7 @@ from molf.planning.advice import MOST_GPUS, Suggestion, suggestions
 from molf.planning.devices import DEVICES, Device, show_bytes
 from molf.planning.memory import MemoryPlan, Planner
 from molf.planning.model_shape import ModelShape
+from molf.planning.saving import Saving, SavingPlan, checkpoint_bytes
 from molf.planning.workload import Workload
 
 _FACTOR_BYTES = 12  # of a float32 and its two moments
@@ -29,6 +30,7 @@ class TrainingPlan:
         without_checkpointing: The same with all activations kept.
         with_checkpointing: The same with activations recomputed.
         advice: For each size of GPU that is too small, changes with which it suffices.
+        saving: Its checkpoints; None without any.
     """
 
     model: str
@@ -38,6 +40,7 @@ class TrainingPlan:
     without_checkpointing: MemoryPlan
     with_checkpointing: MemoryPlan
     advice: dict[Device, list[Suggestion]]
+    saving: SavingPlan | None = None
 
     def record(self) -> dict[str, Any]:
         """Return the plan as plain values; sizes are bytes."""
@@ -61,6 +64,7 @@ class TrainingPlan:
             "bytes": self.memory.record(),
             "bytes_without_checkpointing": self.without_checkpointing.record(),
             "bytes_with_checkpointing": self.with_checkpointing.record(),
+            "checkpoints": self.saving.record() if self.saving else None,
             "devices": [
                 {
                     "name": device.name,
@@ -82,6 +86,7 @@ def plan_training(
     workload: Workload,
     frozen_base: Mapping[str, MoLFConfig],
     devices: Iterable[Device] = DEVICES,
+    saving: Saving | None = None,
 ) -> TrainingPlan:
     """Plan a training from the model's configuration alone.
 
@@ -91,6 +96,7 @@ def plan_training(
         workload: The training to plan.
         frozen_base: Methods that freeze the base, to be suggested, each with its adapter.
         devices: Sizes of GPU to give advice for.
+        saving: How checkpoints are saved; None for none.
 
     Raises:
         InputError: The model cannot be made, or not be planned without data; or no layer can be
@@ -116,7 +122,8 @@ def plan_training(
         for device in devices
         if not device.fits(memory.peak)
     }
-    return TrainingPlan(model, workload, shape, memory, kept, recomputed, advice)
+    checkpoints = saving and SavingPlan(checkpoint_bytes(shape, memory, workload), *saving)
+    return TrainingPlan(model, workload, shape, memory, kept, recomputed, advice, checkpoints)
 
 
 def _check_factors(shape: ModelShape, workload: Workload) -> None:

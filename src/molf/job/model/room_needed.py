@@ -16,8 +16,8 @@ from molf.job.settings.resolved import ResolvedSettings
 _MOMENTS = {"float32": 8.0, "8bit": 2.04}  # bytes for both moments of a number
 _ROUTING_ROW = 11  # bytes per row of the Parquet log; measured 9.4 and 10.3 with random scores
 _METRICS_LINE = 600  # bytes per line of metrics.jsonl; measured with three experts
-_VALUES = 30_000  # bytes of numbers and random states in a checkpoint
-_TENSOR = 1_300  # bytes per tensor of a checkpoint beside its numbers
+_VALUES = 40_000  # bytes of numbers and random states in a checkpoint
+_TENSOR = 1_600  # bytes per tensor of a checkpoint beside its numbers
 _PREDICTION = 1000  # bytes per line of predictions.jsonl; an answer of 200 tokens
 
 

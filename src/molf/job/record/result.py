@@ -54,6 +54,7 @@ class RunResult:
         saved: Record of the saved model: type, rounding, kept share of the update.
         print_error: Error after which progress and warnings were no longer printed; else empty.
         results: The table with the run's row; None if it could not be added.
+        checkpoints: Record of the checkpoints: count, bytes, pause; empty without any.
         kernels: Executor of the optimizer's steps, eager or triton; None if it has no choice.
     """
 
@@ -77,6 +78,7 @@ class RunResult:
     kernels: str | None = None
     print_error: str = ""
     results: Path | None = None
+    checkpoints: dict[str, Any] = field(default_factory=dict)
 
 
 def evaluation_record(evaluation: Evaluation) -> dict[str, Any]:
