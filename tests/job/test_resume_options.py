@@ -83,6 +83,18 @@ def test_run_continues_with_its_own_options(run, capsys):
     )
 
 
+def test_environments_of_all_parts_are_kept(run, capsys):
+    environment = json.loads((run / "environment.json").read_text())
+    environment["packages"]["torch"] = "2.0.0"
+    (run / "environment.json").write_text(json.dumps(environment))
+    assert resume(run) == 0
+    error = capsys.readouterr().err
+    assert f"Changed since the run was started: torch 2.0.0 to {torch.__version__}. The" in error
+    found = json.loads((run / "environment.json").read_text())
+    assert found["earlier_parts"] == [environment]
+    assert found["packages"]["torch"] == torch.__version__
+
+
 def test_whole_command_may_be_repeated(options, run, capsys):
     assert main(command(options, run, "--resume")) == 0
     assert "from checkpoint-3" in capsys.readouterr().err
@@ -153,7 +165,6 @@ def test_changed_base_is_refused(options, base, tmp_path, capsys, monkeypatch):
     own = shutil.copytree(base, tmp_path / "base")
     given = command(options, tmp_path / "run", "--method", "lora")
     given[given.index("--model") + 1] = str(own)
-    save = torch.save
 
     def failing(*saved, **named):
         raise KeyboardInterrupt
@@ -170,7 +181,6 @@ def test_changed_base_is_refused(options, base, tmp_path, capsys, monkeypatch):
     assert "1 of " in error
     assert "layers.1.mlp.up_proj" in error
     assert "The base model has changed." in error
-    assert save is torch.save
 
 
 def damage(checkpoint):

@@ -110,6 +110,12 @@ def delete_old(directory: Path, keep: int) -> None:
         delete_checkpoint(path)
 
 
+def delete_all(directory: Path) -> None:
+    """Delete all checkpoints, damaged ones included."""
+    for path in _all(directory):
+        delete_checkpoint(path)
+
+
 def delete_checkpoint(path: Path) -> None:
     """Delete a checkpoint; a process that is killed meanwhile leaves no part under its name."""
     # A name of a temporary file, which `clear_unfinished` deletes.

@@ -25,6 +25,9 @@ from molf.job.training import Training
 from molf.measure import Evaluation
 from molf.tasks import Task
 
+EARLIER = "earlier_parts"
+"""Key in `environment.json`: the environments of the parts before the last resume."""
+
 
 def input_files(settings: ResolvedSettings, task: Task) -> dict[str, list[dict[str, Any]]]:
     """Return names, sizes and hashes of a run's data files, by option."""
@@ -41,6 +44,7 @@ class ConfigRecord:
         task: The task with its records.
         files: The result of `input_files`.
         started: Start of the run.
+        earlier: `environment.json` of the part that is resumed; None for a new run.
     """
 
     def __init__(
@@ -49,6 +53,7 @@ class ConfigRecord:
         task: Task,
         files: Mapping[str, list[dict[str, Any]]],
         started: datetime,
+        earlier: Mapping[str, Any] | None = None,
     ) -> None:
         settings, base, samples = opening.settings, opening.base, opening.data.samples
         quantisation = opening.quantisation
@@ -56,6 +61,10 @@ class ConfigRecord:
         self._options = replace(settings, overwrite=False, resume=False).as_options()
         unmasked = masked_options(self._options)
         self._environment = environment(opening.arguments.device, started)
+        if earlier is not None:
+            before = {name: value for name, value in earlier.items() if name != EARLIER}
+            self._environment[EARLIER] = [*(earlier.get(EARLIER) or ()), before]
+            self._warn_of_changes(before)
         self._run: dict[str, Any] = {
             "task": task.description(),
             "data": {
@@ -78,6 +87,23 @@ class ConfigRecord:
             **({ASKED: opening.asked} if opening.asked else {}),
             **({UNMASKED: unmasked} if unmasked else {}),
         }
+
+    def _warn_of_changes(self, before: Mapping[str, Any]) -> None:
+        """Warn if the resumed part runs with other versions or on another device."""
+        packages = {**(before.get("packages") or {}), "python": before.get("python")}
+        now = {**self._environment["packages"], "python": self._environment["python"]}
+        changes = [
+            f"{x} {packages[x]} to {now.get(x)}" for x in packages if packages[x] != now.get(x)
+        ]
+        devices = [(one.get("device") or {}).get("name") for one in (before, self._environment)]
+        if devices[0] != devices[1]:
+            changes.append(f"device {devices[0]} to {devices[1]}")
+        if changes:
+            warnings.warn(
+                f"Changed since the run was started: {', '.join(changes)}. The result may differ "
+                "from that of an uninterrupted run in the last bits.",
+                stacklevel=3,
+            )
 
     def add_training(self, training: Training) -> None:
         """Add the result of the training; nothing is written."""

@@ -17,7 +17,7 @@ from molf.job.inputs import Inputs
 from molf.job.model.path import check_model, check_quantisation
 from molf.job.progress import Reporter, make_reporter
 from molf.job.record.directory import RunDirectory, check_fallback, check_output, locking_runs
-from molf.job.record.ownership import CHECKPOINTS
+from molf.job.record.ownership import CHECKPOINTS, ENVIRONMENT, read_json
 from molf.job.record.result import FinishedError, RunResult
 from molf.job.record.results import check_results
 from molf.job.record.resumed_run import check_same_options, is_finished, is_started
@@ -103,7 +103,8 @@ def _train(
     )
     with directory, failing_in(directory, reporter):
         stages = Stages(directory, settings)
-        record = ConfigRecord(opening, task, files, started)
+        earlier = read_json(directory / ENVIRONMENT) if directory.is_resumed else None
+        record = ConfigRecord(opening, task, files, started, earlier)
         record.write(directory)
 
         # Measure the base.
@@ -119,18 +120,18 @@ def _train(
             before = evaluator.base(opening.base, inputs)
             stages.keep_before(before)
 
-        earlier = stages.saved
-        if earlier is None:
+        done = stages.saved
+        if done is None:
             checkpoint = _newest(directory, reporter) if directory.is_resumed else None
             training = run_training(opening, directory, reporter, checkpoint=checkpoint)
         else:
             reporter.say(f"Resuming {directory.path}: the model is trained and saved.")
-            training = Training.of_record(earlier[0])
+            training = Training.of_record(done[0])
         record.add_training(training)
 
         # Save before anything else: a file that cannot be written must not lose the training.
         trained = TrainedModel(opening, directory, task, training, before)
-        if earlier is None:
+        if done is None:
             try:
                 saved = trained.save()
             except SaveError:
@@ -139,7 +140,7 @@ def _train(
                 raise
             stages.keep_saved(training.record(), saved)
         else:
-            saved = earlier[1]
+            saved = done[1]
             trained.free()
         record.add_saved(saved)
         record.write(directory)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
 
-from molf.checkpoint.store import complete_checkpoints, delete_checkpoint
+from molf.checkpoint.store import delete_all
 from molf.disk.files import write_json
 from molf.job.record.directory import RunDirectory
 from molf.job.record.ownership import CHECKPOINTS, ERROR_LOG, MODEL, read_json
@@ -77,8 +77,7 @@ class Stages:
             (self._directory / ERROR_LOG).unlink(missing_ok=True)
             (place / STAGES).unlink(missing_ok=True)
         if self._settings.save_steps is None:
-            for _, path in complete_checkpoints(place):
-                delete_checkpoint(path)
+            delete_all(place)
         with suppress(OSError):  # fails if other files are there
             place.rmdir()
 

@@ -128,7 +128,8 @@ class Trainer(SFTTrainer):
         """
         if checkpoint is None:
             return
-        values = self._values = read_values(Path(checkpoint))
+        values = read_values(Path(checkpoint))
+        self._random = values["random"]  # set by `_load_rng_state`, after batches are skipped
         model = self.accelerator.unwrap_model(self.model)
         self.parts.check(values)
         try:
@@ -149,7 +150,7 @@ class Trainer(SFTTrainer):
     def _load_rng_state(self, checkpoint: str | None) -> None:
         """Set the random generators; the trainer calls it after it has skipped batches."""
         if checkpoint is not None:
-            set_random_state(self._values["random"])
+            set_random_state(self._random)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         """Save the model of a checkpoint.
@@ -171,7 +172,7 @@ class Trainer(SFTTrainer):
         except NonFiniteError as error:
             raise self.guard.stopped(error, self.state, self.model) from error
         except AllStepsTakenError:
-            set_random_state(self._values["random"])
+            set_random_state(self._random)
             self.callback_handler.on_train_end(self.args, self.state, self.control)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
