@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from molf.core.adamw import AdamW
     from molf.core.assignment.assigned import AssignedLayer, Evidence
     from molf.core.assignment.assignment import Assignment
+    from molf.core.assignment.model import with_assignment
     from molf.core.config import MoLFConfig
     from molf.core.model.merge import MergeReport, merge
     from molf.core.model.peft_model import peft_config, with_adapter
@@ -39,6 +40,7 @@ _HOMES = {
     "read_assignment": "molf.job.record.assignment_source",
     "register_score": "molf.core.scores.registry",
     "trainer_optimizer": "molf.core.trainer",
+    "with_assignment": "molf.core.assignment.model",
     "with_adapter": "molf.core.model.peft_model",
 }
 
@@ -59,6 +61,7 @@ __all__ = [
     "register_score",
     "trainer_optimizer",
     "with_adapter",
+    "with_assignment",
 ]
 
 

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from molf.core.model.linear_layers import head_name, is_in_head
+from molf.core.config import MoLFConfig
+from molf.core.model.linear_layers import head_name, is_in_head, matches
 from molf.core.model.linear_places import Place, is_conv1d, linear_places
 from molf.core.model.module_names import cleaner, unwrapped
 from molf.core.model.quantised import is_quantised
@@ -43,7 +44,8 @@ class Layout:
             if not isinstance(place.weight, Tensor) or _is_adapters(place.name, tuners):
                 continue
             name = place.name.removesuffix(".base_layer")
-            if is_in_head(name, head):
+            # As `MoLFConfig` leaves out by default, also in models that are not transformers'.
+            if is_in_head(name, head) or matches(name, MoLFConfig.exclude_modules):
                 heads[name] = shape_of(place)
             else:
                 layers[name] = shape_of(place)
