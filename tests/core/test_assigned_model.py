@@ -75,7 +75,8 @@ def test_the_model_is_trained_as_assigned():
 
 
 def test_options_of_the_adapter():
-    model, assignment = assigned(use_rslora=True, use_dora=True, lora_dropout=0.25)
+    patterns = {**PATTERNS, "use_rslora": True}
+    model, assignment = assigned(patterns, use_dora=True, lora_dropout=0.25)
     q = model.base_model.model.model.layers[0].self_attn.q_proj
     assert q.scaling["default"] == 5 / 6**0.5
     assert q.lora_dropout["default"].p == 0.25
@@ -89,11 +90,6 @@ def test_options_of_the_adapter():
     assert not torch.equal(before, magnitude)
     with pytest.raises(ValueError, match=r"Invalid lora_dropout=1. Must be in \[0, 1\)"):
         assigned(lora_dropout=1)
-
-
-def test_rank_stabilised_scaling_of_the_assignment():
-    model, _ = assigned({"lora": {"r": 4, "alpha": 6, "modules": ["layers"]}, "use_rslora": True})
-    assert model.base_model.model.model.layers[1].mlp.up_proj.scaling["default"] == 3
 
 
 def test_frozen_layers_get_no_gradient_and_no_state():

@@ -27,6 +27,20 @@ def base(workplace):
 
 
 @pytest.fixture(scope="session")
+def assignment(workplace):
+    """An assignment for the tiny checkpoints: layers of every kind, adapters of two ranks."""
+    path = workplace / "assignment.yaml"
+    path.write_text(
+        "full: [k_proj, v_proj]\n"
+        "lora:\n"
+        "  - {r: 4, alpha: 8, modules: [q_proj, o_proj]}\n"
+        "  - {r: 2, alpha: 4, modules: [mlp]}\n"
+        "frozen: [0.mlp.up_proj]\n"
+    )
+    return path
+
+
+@pytest.fixture(scope="session")
 def options(base, facts):
     """A training of three steps; what a test gives after these must not repeat one of them."""
     return [
@@ -83,7 +97,7 @@ def record():
 
 
 @pytest.fixture(scope="session")
-def run_of(record, options, workplace):
+def run_of(record, options, workplace, assignment):
     """The run of a method, in a directory of its name; each is made once.
 
     `molf-dropout` is molf in its explicit form.
@@ -92,6 +106,7 @@ def run_of(record, options, workplace):
     further = {
         "lora+": ["--loraplus_lr_ratio", "2"],  # 16 times the rate of the others is too much
         "molf-dropout": ["--method", "molf", "--lora_dropout", "0.05"],
+        "hybrid": ["--assignment", str(assignment)],
     }
 
     def run(name):

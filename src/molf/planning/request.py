@@ -14,6 +14,7 @@ from molf.planning.memory import MemoryPlan, Planner
 from molf.planning.model_shape import ModelShape
 from molf.planning.workload import Workload
 
+_NOT_PLAIN = ("config", "unreached", "assignment")  # fields of a workload
 _FACTOR_BYTES = 12  # of a float32 and its two moments
 
 
@@ -45,8 +46,9 @@ class TrainingPlan:
         return {
             "model": self.model,
             "model_type": shape.model_type,
-            "planned": {k: v for k, v in vars(workload).items() if k not in ("config", "unreached")}
-            | {"ranks": list(workload.config.ranks) if workload.config else []},
+            "planned": {k: v for k, v in vars(workload).items() if k not in _NOT_PLAIN}
+            | {"ranks": list(workload.config.ranks) if workload.config else []}
+            | ({"assignment": str(workload.assignment)} if workload.assignment else {}),
             "parameters": {
                 "total": shape.parameters,
                 "trained": shape.trained,

@@ -258,6 +258,16 @@ class Assignment:
         source = f"by shape, lora_lr {rate / lr:g} times lr"
         return replace(self._with(made, source), use_rslora=config.use_rslora)
 
+    def with_options(
+        self, *, freeze_rest: bool | None = None, use_rslora: bool | None = None
+    ) -> Assignment:
+        """Return a copy with other attributes of these names; None keeps one."""
+        return replace(
+            self,
+            freeze_rest=self.freeze_rest if freeze_rest is None else freeze_rest,
+            use_rslora=self.use_rslora if use_rslora is None else use_rslora,
+        )
+
     def without(self, names: Iterable[str]) -> Assignment:
         """Return a copy in which some modules and their children are frozen.
 

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from molf.core.assignment.assigned import FROZEN, FULL, LORA, AssignedLayer
 from molf.core.assignment.assignment import Assignment
 from molf.core.assignment.layout import Layout
 from molf.core.model.adapted_layers import adapter_layers
+from molf.core.model.coverage import coverage_of, warn_of_unrouted
 from molf.core.model.linear_layers import check_not_tied
 from molf.core.model.linear_places import Place, is_conv1d, linear_places
 from molf.core.model.module_names import cleaner, is_peft_model
@@ -63,43 +65,22 @@ def with_assignment(
         A `peft.PeftModel`, whose base model is `model`; the plain model if no layer is `lora`.
 
     Raises:
-        ValueError: The model has other layers, or an adapter; a layer cannot be trained so
-            (quantised and `full`; its weight is shared with another layer; PEFT does not support
-            it); or nothing is trained. The model is unchanged then.
+        ValueError: As `assigned_parameters`, or PEFT does not support a layer. The model is
+            unchanged then.
 
     Warns:
         UserWarning: All layers are of one kind.
     """
-    if adapter_layers(model) or is_peft_model(model):
-        raise ValueError(
-            "The model has an adapter already: an assignment is for a plain model. Merge or remove "
-            "the adapter first."
-        )
-    assignment.check(Layout.of(model))
+    assignment = assignment.with_options(freeze_rest=freeze_rest, use_rslora=use_rslora)
+    trained = assigned_parameters(model, assignment, use_dora=use_dora)
     if not 0 <= lora_dropout < 1:
         raise ValueError(f"Invalid lora_dropout={lora_dropout}. Must be in [0, 1).")
-    freezes = assignment.freeze_rest if freeze_rest is None else freeze_rest
-    places = {place.name: place for place in linear_places(model)}
-    for layer in assignment.entries:
-        _check_layer(layer, places[layer.name], use_dora=use_dora)
-    _check_ties(model, assignment, places)
-    trained = _trained(model, assignment, places, freezes_rest=freezes)
-    if not trained and not assignment.lora:
-        raise ValueError(
-            "Nothing would be trained: all layers are frozen, and so is the rest. Make a layer "
-            "full or lora, or leave freeze_rest out."
-        )
-    _warn_of_one_kind(assignment, freezes_rest=freezes)
+    _warn_of_one_kind(assignment)
     keep_differentiable(model)
     adapted: Any = model
     if assignment.lora:
         adapted = _adapt(
-            model,
-            assignment,
-            adapter_name,
-            use_rslora=assignment.use_rslora if use_rslora is None else use_rslora,
-            use_dora=use_dora,
-            lora_dropout=lora_dropout,
+            model, assignment, adapter_name, use_dora=use_dora, lora_dropout=lora_dropout
         )
     tuners = tuple(f"{name}." for name in adapter_layers(adapted))
     for name, parameter in adapted.named_parameters():
@@ -107,6 +88,74 @@ def with_assignment(
             continue  # PEFT has set that of the adapter
         parameter.requires_grad_(parameter in trained)
     return adapted
+
+
+def assigned_parameters(
+    model: nn.Module, assignment: Assignment, *, use_dora: bool = False
+) -> set[nn.Parameter]:
+    """Return the parameters of a plain model that an assignment trains; nothing is changed.
+
+    Args:
+        model: A plain model.
+        assignment: The assignment.
+        use_dora: As in `with_assignment`.
+
+    Raises:
+        ValueError: The model has other layers, or an adapter; a layer cannot be trained as assigned
+            (quantised and `full`; used without a call and `lora`; or it shares its weight with
+            another layer); or nothing is trained.
+    """
+    if adapter_layers(model) or is_peft_model(model):
+        raise ValueError(
+            "The model has an adapter already: an assignment is for a plain model. Merge or remove "
+            "the adapter first."
+        )
+    assignment.check(Layout.of(model))
+    places = {place.name: place for place in linear_places(model)}
+    for layer in assignment.entries:
+        _check_layer(layer, places[layer.name], use_dora=use_dora)
+    _check_ties(model, assignment, places)
+    trained = _trained(model, assignment, places)
+    if not trained and not assignment.lora:
+        raise ValueError(
+            "Nothing would be trained: all layers are frozen, and so is the rest. Make a layer "
+            "full or lora, or leave freeze_rest out."
+        )
+    return trained
+
+
+def rehearse_assignment(
+    skeleton: nn.Module, assignment: Assignment, *, use_dora: bool = False
+) -> None:
+    """Put an assignment into a model without values, which is not usable afterwards.
+
+    Args:
+        skeleton: A plain model on the meta device.
+        assignment: The assignment.
+        use_dora: As in `with_assignment`.
+
+    Raises:
+        ValueError: As `with_assignment`.
+
+    Warns:
+        UserWarning: All layers are of one kind; or matrices are in no layer, such as fused experts.
+    """
+    with torch.device("meta"):
+        model = with_assignment(skeleton, assignment, use_dora=use_dora)
+    weights = {
+        place.weight
+        for place in linear_places(model)
+        if place.name.removesuffix(".base_layer") in assignment.layers
+    }
+    coverage = coverage_of(
+        model,
+        [weight for weight in weights if isinstance(weight, Tensor)],
+        len(assignment.entries),
+        trains_rest=True,  # `requires_grad` is set
+        uses_adapter=bool(assignment.lora),
+        adapted=assignment.layers,
+    )
+    warn_of_unrouted(coverage, use="assigned")
 
 
 def _check_layer(layer: AssignedLayer, place: Place, *, use_dora: bool) -> None:
@@ -167,17 +216,23 @@ def _check_ties(model: nn.Module, assignment: Assignment, places: dict[str, Plac
             )
     check_not_tied(model, weights, use="assigned")
     clean = cleaner(model)
-    rest = {p for name, p in _all_named(model) if clean(name) in assignment.frozen_rest}
+    names: dict[Tensor, list[str]] = defaultdict(list)
+    for name, parameter in _all_named(model):
+        names[parameter].append(clean(name))
+    own = {places[layer.name].parameter_names[0] for layer in assignment.entries}
     for layer in assignment.full:
-        if places[layer.name].weight in rest:
+        place = places[layer.name]
+        assert isinstance(place.weight, Tensor)
+        others = [x for x in names[place.weight] if x not in own]
+        if others:
             raise ValueError(
-                f"Layer {layer.name} is full, and frozen_rest names its weight, which it shares "
-                "with another module. Make both trained or both frozen."
+                f"Layer {layer.name} is full and shares its weight with {others[0]}, which belongs "
+                "to the rest. Leave the layer out: its weight is trained with the rest."
             )
 
 
 def _trained(
-    model: nn.Module, assignment: Assignment, places: dict[str, Place], *, freezes_rest: bool
+    model: nn.Module, assignment: Assignment, places: dict[str, Place]
 ) -> set[nn.Parameter]:
     """Return the parameters of the plain model that are trained."""
     by_weight = {places[layer.name].weight: layer for layer in assignment.entries}
@@ -194,7 +249,9 @@ def _trained(
         if parameter in by_weight:
             is_trained = by_weight[parameter].train == FULL
         else:
-            is_trained = parameter.requires_grad and not freezes_rest and parameter not in still
+            is_trained = (
+                parameter.requires_grad and not assignment.freeze_rest and parameter not in still
+            )
         if is_trained:
             trained.add(parameter)
     return trained
@@ -205,15 +262,15 @@ def _all_named(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     return model.named_parameters(remove_duplicate=False)
 
 
-def _warn_of_one_kind(assignment: Assignment, *, freezes_rest: bool) -> None:
+def _warn_of_one_kind(assignment: Assignment) -> None:
     """Warn of an assignment that is another method."""
     kinds = {layer.train for layer in assignment.entries}
     if len(kinds) > 1:
         return
-    rest = "with the rest frozen" if freezes_rest else "with the rest trained"
+    freezes = assignment.freeze_rest
     meaning = {
-        FULL: "this is full fine-tuning" + (" " + rest if freezes_rest else " (method fft)"),
-        LORA: "this is LoRA" + (" (method lora)" if freezes_rest else f" {rest}"),
+        FULL: f"this is full fine-tuning {'with the rest frozen' if freezes else '(method fft)'}",
+        LORA: f"this is LoRA {'(method lora)' if freezes else 'with the rest trained'}",
         FROZEN: "only norms, embeddings, biases and other parameters are trained",
     }
     (kind,) = kinds
@@ -225,7 +282,6 @@ def _adapt(
     assignment: Assignment,
     adapter_name: str,
     *,
-    use_rslora: bool,
     use_dora: bool,
     lora_dropout: float,
 ) -> Any:
@@ -244,7 +300,7 @@ def _adapt(
             lora_alpha=alpha,
             rank_pattern=ranks,
             alpha_pattern=alphas,
-            use_rslora=use_rslora,
+            use_rslora=assignment.use_rslora,
             use_dora=use_dora,
             lora_dropout=lora_dropout,
             fan_in_fan_out=all(is_conv1d(places[layer.name]) for layer in layers),

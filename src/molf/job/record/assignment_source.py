@@ -15,7 +15,7 @@ from molf.core.assignment.text import is_explicit, parse
 from molf.core.config import MoLFConfig
 from molf.errors import InputError
 from molf.inputs import read_text
-from molf.job.record.finished_run import FinishedRun, check_run, read_run
+from molf.job.record.finished_run import FinishedRun, read_run
 from molf.job.record.ownership import ASSIGNMENT
 from molf.job.record.routing_log import iter_steps, routing_parts
 from molf.paths import check_path, expanded
@@ -76,10 +76,9 @@ def read_assignment_source(path: str | Path) -> AssignmentSource:
     check_path(place, "assignment")
     if not place.is_dir():
         return AssignmentSource(place, _values(place), None)
-    check_run(place)
+    run = read_run(place)
     if (place / ASSIGNMENT).is_file():
         return AssignmentSource(place, _values(place / ASSIGNMENT), None)
-    run = read_run(place)
     routing_parts(place)
     return AssignmentSource(place, None, run)
 

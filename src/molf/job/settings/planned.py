@@ -50,6 +50,9 @@ def workload_of(
         padded=padded,
         num_gpus=num_gpus,
         quantised=quantised,
+        assignment=settings.assigned,
+        lora_dropout=float(settings.lora_dropout or 0.0) if settings.assigned else 0.0,
+        use_dora=settings.use_dora,
         **settings.optimizer_options.as_keywords(),
     )
 

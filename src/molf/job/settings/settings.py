@@ -102,7 +102,7 @@ class TrainSettings:
     dtype: Annotated[str, Parameter(choices=WEIGHT_DTYPES, group=MODEL)] = "float32"
     """Type of the weights in training; bfloat16 takes half the memory for weights and gradients."""
     load_in_4bit: Annotated[bool, Parameter(group=MODEL, negative=())] = False
-    """Train beside a frozen 4-bit base (bitsandbytes, NF4): molf-e, lora, lora+, eva."""
+    """Train beside a frozen 4-bit base (bitsandbytes, NF4): molf-e, lora, lora+, eva, hybrid."""
     load_in_8bit: Annotated[bool, Parameter(group=MODEL, negative=())] = False
     """The same with 8 bits (LLM.int8)."""
     merge_base: Annotated[
@@ -111,7 +111,10 @@ class TrainSettings:
     """Base of the merged model/: the dequantised weights, as in training, or the original ones."""
 
     method: Annotated[str, Parameter(choices=METHODS, group=METHOD)] = "molf"
-    """fft: all weights. molf, molf-e: routed per layer and step. Others train a PEFT adapter."""
+    """fft: all weights. molf, molf-e: routed per layer and step. hybrid: by assignment. Others
+    train a PEFT adapter."""
+    assignment: Annotated[str | None, Parameter(group=METHOD)] = None
+    """With hybrid: a YAML file, or a run (its assignment, or by the wins in its routing log)."""
     ranks: Annotated[
         tuple[int, ...] | None,
         Parameter(group=METHOD, converter=numbers(int), n_tokens=1, show_default=_AUTO),
@@ -132,6 +135,8 @@ class TrainSettings:
         float | None, Parameter(group=METHOD, show_default="16"), POSITIVE
     ] = None
     """With lora+, the learning rate of B as a multiple of that of A (lora_learning_rate)."""
+    use_dora: Annotated[bool, Parameter(group=METHOD, negative=())] = False
+    """With hybrid, also train a magnitude per output of the adapted layers (DoRA)."""
     score: Annotated[str, Parameter(group=METHOD)] = "epd"
     """How molf scores experts: epd, pfn, gsnr, fresh, descent, epd-balanced or epd-corrected;
     share:Q:SCORE; controls: shape, random, random:Q, full, lora, shuffled:SCORE."""
@@ -146,9 +151,10 @@ class TrainSettings:
     ] = ("lm_head",)
     """Layers never to adapt, in the same form."""
     freeze_rest: Annotated[
-        bool | None, Parameter(group=METHOD, show_default="molf trains it, molf-e does not")
+        bool | None,
+        Parameter(group=METHOD, show_default="molf trains it, molf-e does not; by assignment"),
     ] = None
-    """Freeze what is not routed (norms, embeddings, biases)."""
+    """Freeze what is not routed or assigned (norms, embeddings, biases)."""
 
     weight_rounding: Annotated[
         str | None, Parameter(choices=ROUNDINGS, group=OPTIMIZATION, show_default="exact")
@@ -277,7 +283,7 @@ class TrainSettings:
         if max(self.ranks or (0,)) >= MOST_COUNTED:
             given = ",".join(map(str, self.ranks or ()))
             raise InputError(f"Invalid ranks={given}. Must be below 2**31.")
-        for name in ("model", "data", "eval_data", "forgetting_data"):
+        for name in ("model", "data", "eval_data", "forgetting_data", "assignment"):
             if getattr(self, name) == "":
                 raise InputError(f"Invalid {name}: empty. Leave the option out for the default.")
         for name in ("none", "all"):
@@ -286,6 +292,10 @@ class TrainSettings:
                     f"Invalid report_to={','.join(self.report_to)}: {name} stands alone. Give "
                     f"trackers, or {name}."
                 )
+        if self.method == "hybrid" and self.assignment is None:
+            raise InputError(
+                "method=hybrid needs --assignment: a YAML file, or a run of molf, molf-e or hybrid."
+            )
         self._check_optimizer()
         if self.save_total_limit is not None and self.save_steps is None:
             raise InputError(
@@ -388,7 +398,12 @@ class TrainSettings:
                 f"Invalid {base} with method={self.method}: {_NOT_QUANTISABLE[self.method]}. Use "
                 f"--method {', '.join(QUANTISABLE[:-1])} or {QUANTISABLE[-1]}, or {otherwise}."
             )
-        if self.dtype != "float32":
+        if self.use_dora and self.method == "hybrid":
+            raise InputError(
+                f"Invalid use_dora with {base}: magnitudes are norms of weights, and cannot be "
+                f"merged into quantised ones. Leave use_dora out, or {otherwise}."
+            )
+        if self.dtype != "float32" and self.method != "hybrid":
             raise InputError(
                 f"Invalid dtype={self.dtype} with {base}: weights that are not quantised stay "
                 f"float32. Leave dtype out, or {otherwise}."
@@ -401,7 +416,7 @@ class TrainSettings:
 
     @property
     def method_config(self) -> MoLFConfig | None:
-        """The experts of a routed method, or one adapter of the summed rank. None for fft.
+        """The experts of a routed method, or an adapter of the summed rank; else None.
 
         Raises:
             InputError: A value is not allowed, or not with this method.
