@@ -82,7 +82,7 @@ def measure_time(tokens: int, rounds: int) -> dict[str, list[float]]:
 
 def measure_memory(tokens: int) -> dict[str, dict[str, int]]:
     """Return planned and measured peaks in bytes, by setting."""
-    plan_memory.model_config = model_config  # type: ignore[assignment]
+    plan_memory.model_config = model_config
     assignment = molf.Assignment.from_patterns(skeleton(model_config()), PATTERNS)
     planner = Planner(model_config())
     found = {}

@@ -15,7 +15,6 @@ from molf.job.evaluated_data import warn_of_equal_data
 from molf.job.inputs import Inputs
 from molf.job.model.path import check_model, check_quantisation
 from molf.job.progress import Reporter, make_reporter
-from molf.job.record.assignment_source import read_assignment_source
 from molf.job.record.directory import RunDirectory, check_fallback, check_output, locking_runs
 from molf.job.record.result import RunResult
 from molf.job.record.results import check_results
@@ -182,6 +181,8 @@ def _check_places(settings: ResolvedSettings) -> None:
     check_quantisation(settings)
     check_model(settings.model)
     if settings.assignment is not None:
+        from molf.job.record.assignment_source import read_assignment_source  # imports pyarrow
+
         read_assignment_source(settings.assignment)
     check_output(settings.output_dir, overwrite=settings.overwrite)
     check_fallback(settings.fallback_dir)
