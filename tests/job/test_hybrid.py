@@ -9,10 +9,12 @@ import yaml
 from safetensors.torch import load_file
 
 import molf
+import multimodal
 from checkpoints import make_model, write_checkpoint
 from molf.cli import main
 from molf.job.model.loading import load_skeleton
 from molf.job.record.assignment_source import read_assignment
+from multimodal import write_multimodal
 
 ALL_FULL = "full: [layers]\n"
 ALL_LORA = "default: {r: 4, alpha: 4}\nuse_rslora: true\n"
@@ -340,3 +342,24 @@ def test_an_adapter_on_the_head(options, write, tmp_path, capsys):
 def test_the_skeleton_is_enough_for_patterns(base):
     made = molf.Assignment.from_patterns(load_skeleton(str(base)), {"full": ["layers"]})
     assert len(made.full) == 14
+
+
+@pytest.mark.parametrize("kind", ["gemma3", "qwen2_5_vl"])
+def test_layers_that_no_text_reaches(options, write, record, tmp_path, capsys, kind):
+    """The same names are in the vision tower, which stays as it is."""
+    base = tmp_path / kind
+    write_multimodal(base, getattr(multimodal, kind)())
+    arguments = without_ranks(options)
+    arguments[arguments.index("--model") + 1] = str(base)
+    path = write("full: [v_proj]\nlora: {r: 2, modules: [q_proj]}\ndefault: {r: 2, alpha: 3}\n")
+    run = record([*arguments, "--method", "hybrid", "--assignment", path], tmp_path / "run")
+    assert "Left out of the training" in capsys.readouterr().err
+    made = read_assignment(run.path)
+    vision = [x for x in made.entries if "vision" in x.name or "visual" in x.name]
+    assert vision
+    assert {layer.train for layer in vision} == {"frozen"}
+    for name, start in run.start.items():
+        if "vision" in name or "visual" in name:
+            assert torch.equal(start, run.end[name]), name
+    moved = {plain(n) for n, start in run.start.items() if not torch.equal(start, run.end[n])}
+    assert {f"{layer.name}.weight" for layer in made.full} <= moved
