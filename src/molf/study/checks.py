@@ -7,6 +7,7 @@ from datetime import datetime
 from molf.errors import InputError
 from molf.job.inputs import Inputs
 from molf.job.model.path import check_model
+from molf.job.record.assignment_source import read_assignment_source
 from molf.job.run import checked
 from molf.study.definition import EVAL_PART, PARTS, Study
 from molf.study.plan import Plan, TrialMaker
@@ -25,7 +26,7 @@ def check_options(study: Study, make: TrialMaker) -> None:
 
 
 def check_data(study: Study, make: TrialMaker, inputs: Inputs) -> None:
-    """Load the data of each cell in both phases, and check that its model exists.
+    """Load the data of each cell in both phases; check that models and assignments exist.
 
     Args:
         study: The study.
@@ -33,8 +34,16 @@ def check_data(study: Study, make: TrialMaker, inputs: Inputs) -> None:
         inputs: Loads the data; what it keeps is not loaded again by trials.
 
     Raises:
-        InputError: Data or a model is missing or invalid, or has no validation part.
+        InputError: Data, a model or an assignment is missing or invalid, or data has no validation
+            part.
     """
+    for method in study.methods:
+        if (assignment := method.options.get("assignment")) is None:
+            continue
+        try:
+            read_assignment_source(str(assignment))
+        except InputError as error:
+            raise InputError(f"study {study.name}, method {method.name}: {error}") from error
     for cell in study.cells:
         for phase, seeds in study.seeds.items():
             trial = make(cell, study.methods[0], phase, 0, seeds[0], {}, None)
