@@ -77,7 +77,10 @@ def record():
 
         def merging(model, *given):
             recorded.end = parameters_of(model)
-            recorded.adapter_logits = logits_of(model)
+            # Exact bfloat16 weights are float32 by now, and frozen ones beside them are not.
+            own = [p for n, p in model.named_parameters() if ".lora_" not in n]
+            if len({p.dtype for p in own if p.is_floating_point()}) == 1:
+                recorded.adapter_logits = logits_of(model)
             return merge(model, *given)
 
         def stepping(self, closure=None):

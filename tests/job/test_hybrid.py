@@ -6,7 +6,9 @@ import re
 import pytest
 import torch
 import yaml
+from peft import PeftModel
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 import molf
 import multimodal
@@ -15,6 +17,7 @@ from molf.cli import main
 from molf.job.model.loading import load_skeleton
 from molf.job.record.assignment_source import read_assignment
 from multimodal import write_multimodal
+from recorded import logits_of
 
 ALL_FULL = "full: [layers]\n"
 ALL_LORA = "default: {r: 4, alpha: 4}\nuse_rslora: true\n"
@@ -268,6 +271,27 @@ def test_export(run_of, tmp_path, capsys):
     capsys.readouterr()
     assert main(["export", str(run.path), "--what", "adapter"]) == 2
     assert "method=hybrid also trained weights outside of the adapter" in capsys.readouterr().err
+
+
+def test_low_halves_give_the_exact_weights_back(hybrid, write, tmp_path):
+    further = ["--dtype", "bfloat16", "--save_dtype", "bfloat16", "--keep_low_halves"]
+    run = hybrid(write("full: [v_proj]\ndefault: {r: 2}\n"), *further)
+    assert main(["export", str(run.path), "--dtype", "float32"]) == 0
+    (path,) = run.path.glob("*/molf_export.json")
+    exported = load_file(path.parent / "model.safetensors")
+    exact = {plain(name): end for name, end in run.end.items()}
+    for layer in read_assignment(run.path).full:
+        assert torch.equal(exported[f"{layer.name}.weight"], exact[f"{layer.name}.weight"])
+
+
+def test_an_adapter_of_several_ranks_loads_with_peft(hybrid, write, base):
+    text = "lora:\n  - {r: 4, modules: [mlp]}\n  - {r: 2, alpha: 9, modules: [self_attn]}\n"
+    run = hybrid(write(text), "--freeze_rest", "--use_rslora")
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    model = PeftModel.from_pretrained(model, run.path / "adapter")
+    torch.testing.assert_close(logits_of(model), run.trained_logits, rtol=1e-4, atol=1e-5)
+    card = (run.path / "adapter" / "README.md").read_text()
+    assert "method `hybrid`" in card
 
 
 WRONG = {

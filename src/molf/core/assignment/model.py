@@ -311,7 +311,8 @@ def _adapt(
     with warnings.catch_warnings():
         # PEFT detects GPT-2's weights, stored as [in, out], per layer and warns of each change.
         warnings.filterwarnings("ignore", message="fan_in_fan_out is set to")
-        adapted = add_adapter(model, names, make_config, adapter_name)
+        remedy = "make unsupported ones full or frozen"
+        adapted = add_adapter(model, names, make_config, adapter_name, remedy=remedy)
     clean = cleaner(adapted)
     found = {clean(name) for name in adapter_layers(adapted)}
     if found != set(names):

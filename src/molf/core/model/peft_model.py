@@ -153,7 +153,12 @@ def _names(model: nn.Module, config: MoLFConfig) -> list[str]:
 
 
 def add_adapter(
-    model: nn.Module, names: list[str], make_config: Callable[..., Any], adapter_name: str
+    model: nn.Module,
+    names: list[str],
+    make_config: Callable[..., Any],
+    adapter_name: str,
+    *,
+    remedy: str = "put unsupported ones into exclude_modules",
 ) -> Any:
     """Wrap a model by PEFT with an adapter on these layers alone.
 
@@ -162,6 +167,7 @@ def add_adapter(
         names: Names of the layers.
         make_config: Returns PEFT's configuration; called with the keywords that choose the layers.
         adapter_name: Name of the adapter.
+        remedy: For the message of an error.
 
     Returns:
         The `peft.PeftModel`, whose base model is `model`.
@@ -195,8 +201,8 @@ def add_adapter(
         kinds = dict.fromkeys(type(module).__name__ for _, _, module in originals)
         reason = " ".join(str(error).split())
         raise ValueError(
-            f"PEFT cannot adapt the layers ({', '.join(kinds)}); put unsupported ones into "
-            f"exclude_modules. PEFT's error: {reason[:300]}"
+            f"PEFT cannot adapt the layers ({', '.join(kinds)}); {remedy}. PEFT's error: "
+            f"{reason[:300]}"
         ) from error
 
 
