@@ -69,8 +69,14 @@ SETTINGS: dict[str, dict[str, Any]] = {
     },
     **{
         f"{method}, {bits}-bit base": {"method": method, "quantised": f"load_in_{bits}bit"}
-        for method in ("lora", "molf-e")
+        for method in ("lora", "molf-e", "hybrid")
         for bits in (4, 8)
+    },
+    "hybrid, bfloat16 exact": {"method": "hybrid", "dtype": "bfloat16"},
+    "hybrid, 4-bit base, bfloat16 exact": {
+        "method": "hybrid",
+        "quantised": "load_in_4bit",
+        "dtype": "bfloat16",
     },
 }
 """Each setting: a method and its storage of weights, gradients and state."""
@@ -92,7 +98,17 @@ def model_config() -> transformers.Qwen2Config:
 
 def method_config(method: str, **options: Any) -> molf.MoLFConfig | None:
     """Return a method's adapter or experts, with the defaults of `molf train`."""
+    if method == "hybrid":
+        return None
     return TrainSettings(task="custom", method=method, **options).method_config
+
+
+def assignment(method: str, rank: int = 32) -> molf.Assignment | None:
+    """Return the assignment of hybrid: k and v in full, LoRA on the other layers."""
+    if method != "hybrid":
+        return None
+    patterns = {"full": ["k_proj", "v_proj"], "default": {"r": rank, "alpha": rank}}
+    return molf.Assignment.from_patterns(skeleton(model_config()), patterns)
 
 
 def make_model(workload: Workload) -> Any:
@@ -104,6 +120,8 @@ def make_model(workload: Workload) -> Any:
         model = quantised(model, workload)
     model = model.to(workload.device)
     config = workload.config
+    if workload.assignment is not None:
+        return molf.with_assignment(model, workload.assignment, lora_dropout=workload.lora_dropout)
     if workload.method == "molf-e":
         return molf.with_adapter(model, config)
     if workload.method == "lora" and config is not None:
@@ -128,12 +146,15 @@ def quantised(model: Any, workload: Workload) -> Any:
             "bnb_4bit_quant_type": "nf4",
             "bnb_4bit_compute_dtype": compute,
         }
+    if workload.assignment is not None:
+        full = [layer.name for layer in workload.assignment.full]
+        options["llm_int8_skip_modules"] = [*full, "lm_head"]
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         loaded = transformers.AutoModelForCausalLM.from_pretrained(
             folder,
             quantization_config=transformers.BitsAndBytesConfig(**options),
-            dtype=torch.float32,
+            dtype=getattr(torch, workload.dtype),
             device_map={"": workload.device},
         )
     keep_differentiable(loaded)
@@ -152,6 +173,8 @@ def make_optimizer(model: Any, workload: Workload) -> torch.optim.Optimizer:
         return molf.MoLFAdamW.from_model(model, workload.config, lr=5e-5, **storage)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     is_plain = workload.dtype == workload.state_dtype == "float32"
+    if workload.assignment is not None and not is_plain:
+        return molf.AdamW.from_assignment(model, workload.assignment, lr=5e-5, **storage)
     if workload.method == "fft" and (workload.optimizer_in_backward or not is_plain):
         return molf.AdamW(trained, lr=5e-5, **storage)
     return torch.optim.AdamW(trained, lr=5e-5, fused=True)
@@ -223,6 +246,8 @@ def workloads(
                     name,
                     Workload(
                         config=method_config(method, ranks=RANKS.get(method)),
+                        assignment=assignment(method),
+                        lora_dropout=0.05 if method == "hybrid" else 0.0,
                         batch_size=batch_size,
                         length=length,
                         checkpointing=checkpointing,

@@ -10,6 +10,9 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from molf.core.adamw import AdamW
+    from molf.core.assignment.assigned import AssignedLayer, Evidence
+    from molf.core.assignment.assignment import Assignment
+    from molf.core.assignment.model import with_assignment
     from molf.core.config import MoLFConfig
     from molf.core.model.merge import MergeReport, merge
     from molf.core.model.peft_model import peft_config, with_adapter
@@ -18,11 +21,15 @@ if TYPE_CHECKING:
     from molf.core.scores.score import Score, ScoreTerm
     from molf.core.step.decision import Decision
     from molf.core.trainer import trainer_optimizer
+    from molf.job.record.assignment_source import read_assignment
 
 # Imported on first use, so that `import molf` and `molf --help` stay fast.
 _HOMES = {
     "AdamW": "molf.core.adamw",
+    "AssignedLayer": "molf.core.assignment.assigned",
+    "Assignment": "molf.core.assignment.assignment",
     "Decision": "molf.core.step.decision",
+    "Evidence": "molf.core.assignment.assigned",
     "MergeReport": "molf.core.model.merge",
     "MoLFAdamW": "molf.core.optimizer",
     "MoLFConfig": "molf.core.config",
@@ -30,14 +37,19 @@ _HOMES = {
     "ScoreTerm": "molf.core.scores.score",
     "merge": "molf.core.model.merge",
     "peft_config": "molf.core.model.peft_model",
+    "read_assignment": "molf.job.record.assignment_source",
     "register_score": "molf.core.scores.registry",
     "trainer_optimizer": "molf.core.trainer",
+    "with_assignment": "molf.core.assignment.model",
     "with_adapter": "molf.core.model.peft_model",
 }
 
 __all__ = [
     "AdamW",
+    "AssignedLayer",
+    "Assignment",
     "Decision",
+    "Evidence",
     "MergeReport",
     "MoLFAdamW",
     "MoLFConfig",
@@ -45,9 +57,11 @@ __all__ = [
     "ScoreTerm",
     "merge",
     "peft_config",
+    "read_assignment",
     "register_score",
     "trainer_optimizer",
     "with_adapter",
+    "with_assignment",
 ]
 
 

@@ -1,5 +1,6 @@
 """The commands in docs/tasks.md, recipes.md and plan.md run, and their records can be read."""
 
+import importlib
 import json
 import re
 import shlex
@@ -17,6 +18,7 @@ TASKS = (DOCS / "tasks.md").read_text()
 RECIPES = (DOCS / "recipes.md").read_text()
 METHODS = (DOCS / "methods.md").read_text()
 PLAN = (DOCS / "plan.md").read_text()
+HYBRID = (DOCS / "hybrid.md").read_text()
 SHORT = ["--max_steps", "2", "--max_length", "256", "--max_samples", "20"]
 
 
@@ -134,6 +136,34 @@ def test_commands_of_plan(tmp_path, monkeypatch):
     assert [line.split()[1] for line in commands] == ["plan", "plan", "plan", "train"]
     for line in commands:
         assert run(line) == 0, line
+
+
+def test_commands_of_hybrid(tmp_path, monkeypatch):
+    """With a tiny model and a few facts in the place of the demo's."""
+    from checkpoints import write_checkpoint, write_facts
+
+    monkeypatch.chdir(tmp_path)
+    patterns, _ = blocks(HYBRID, "yaml")
+    (tmp_path / "assignment.yaml").write_text(patterns)
+    base = write_checkpoint(tmp_path / "base", num_hidden_layers=3, hidden_size=64)
+    tiny = f"--task fact --model {base} --data {write_facts(tmp_path / 'facts.jsonl')}"
+    for line in (line for block in blocks(HYBRID, "bash") for line in block.splitlines()):
+        steps = [] if "--max_steps" in line else ["--max_steps", "2"]
+        ranks = ["--ranks", "16"] if "--method molf " in line else []
+        assert "--task demo-fact" in line
+        assert run(line.replace("--task demo-fact", tiny), *ranks, *steps) == 0, line
+    for name in ("by-hand", "by-wins"):
+        assert (tmp_path / name / "assignment.yaml").is_file()
+
+
+def test_python_of_hybrid():
+    from checkpoints import make_model
+
+    names = {"molf": importlib.import_module("molf"), "model": make_model("qwen2")}
+    (program,) = blocks(HYBRID, "python")
+    with pytest.warns(UserWarning, match="named by no pattern"):
+        exec(program, names)
+    assert [group["lr"] for group in names["optimizer"].param_groups] == [1e-5, 1e-5, 1e-4]
 
 
 def test_recipes_named():

@@ -37,7 +37,7 @@ def test_runs_as_a_module():
     assert run(sys.executable, "-m", "molf", "--version").stdout.strip() == version("molf")
 
 
-def test_wrong_input_needs_no_torch():
+def test_wrong_input_needs_no_torch(tmp_path):
     code = (
         "import sys; from molf.cli import main;"
         "assert main(['train', '--task', 'fact', '--model', '/nowhere', '--data', 'x']) == 2;"
@@ -45,10 +45,14 @@ def test_wrong_input_needs_no_torch():
         "assert main(['train', '--training_args.nothing', 'x']) == 2;"
         "assert main(['train', '--training_args.dataloader_num_workers', 'many']) == 2;"
         "assert main(['train', '--training_args.packing', 'true']) == 2;"
+        "assert main(['train', '--method', 'hybrid']) == 2;"
+        "assert main(['train', '--method', 'hybrid', '--assignment', '/nowhere']) == 2;"
+        "assert main(['train', '--method', 'hybrid', '--assignment', sys.argv[1]]) == 2;"
         "heavy = {'torch', 'transformers', 'trl'} & set(sys.modules);"
         "assert not heavy, heavy"
     )
-    run(sys.executable, "-c", code)
+    (tmp_path / "assignment.yaml").write_text("full: [layers..mlp]")
+    run(sys.executable, "-c", code, str(tmp_path / "assignment.yaml"))
 
 
 def test_reader_of_the_help_leaves():

@@ -91,6 +91,11 @@ def test_golden_state_dict():
     assert shapes == moments | factors
     assert state_dict["state"][1].keys() == {"step", "exp_avg", "exp_avg_sq"}  # the bias
     assert type(state_dict["state"][0]["step"]) is int
+    # Steps, experts; decisions, wins, changes, last change, sum of margins, last winners.
+    steps, experts, decisions, wins, *_, last = state_dict["param_groups"][0].pop("history")
+    assert (steps, experts, decisions) == (3, ["full", "lora0_r2", "lora1_r3"], 3)
+    assert sum(wins) == 2 * 3
+    assert len(last) == 2
     assert state_dict["param_groups"][0] == {
         "params": [0, 1],
         "param_names": ["up.weight", "up.bias"],

@@ -102,3 +102,35 @@ def test_every_layer_is_routed_and_moves(make, form, tokenizer, tmp_path):
     weights = {name for name in moved if name.endswith("proj.weight") or "lora_B" in name}
     assert len(weights) == 7
     assert form == "folded" or all("lora_" in name for name in moved)
+
+
+def test_the_factory_of_an_assignment(tokenizer, tmp_path):
+    """Layers in full and with an adapter move, at two rates under the trainer's schedule."""
+    from datasets import Dataset
+    from trl import SFTConfig, SFTTrainer
+
+    model = tiny_model(tokenizer, tmp_path / "model")
+    patterns = {
+        "full": ["k_proj", "v_proj"],
+        "lora": {"r": 2, "alpha": 4, "modules": ["q_proj", "o_proj"]},
+        "default": "frozen",
+    }
+    assignment = molf.Assignment.from_patterns(model, patterns)
+    model = molf.with_assignment(model, assignment)
+    args = SFTConfig(output_dir=str(tmp_path), per_device_train_batch_size=2, **OPTIONS)
+    trainer = SFTTrainer(
+        model,
+        args=args,
+        train_dataset=Dataset.from_list([{"prompt": "One two", "completion": " three."}] * 4),
+        processing_class=tokenizer,
+        optimizer_cls_and_kwargs=molf.trainer_optimizer(assignment, lr=1e-2, lora_lr=3e-2),
+    )
+    before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+    trainer.train()
+    optimizer = trainer.optimizer.optimizer
+    assert type(optimizer) is molf.AdamW
+    assert [group["initial_lr"] for group in optimizer.param_groups] == [1e-2, 1e-2, 3e-2]
+    moved = {n for n, p in trainer.model.named_parameters() if not torch.equal(p, before[n])}
+    assert moved == {n for n, p in trainer.model.named_parameters() if p.requires_grad}
+    still = {name for name in before if "mlp" in name or name.endswith("base_layer.weight")}
+    assert moved == before.keys() - still

@@ -43,14 +43,19 @@ def mixture(workplace):
         ("molf --freeze_rest", "cannot be routed: they stay frozen"),
         ("molf --lora_dropout 0.05", "cannot be routed: they take plain AdamW steps"),
         ("fft", None),
+        ("hybrid --assignment FILE", "cannot be assigned: they take plain AdamW steps"),
+        ("hybrid --assignment FILE --freeze_rest", "cannot be assigned: they stay frozen"),
     ],
 )
 def test_fused_experts(mixture, options, record, workplace, capsys, method, said):
+    patterns = workplace / "assignment-of-mixture.yaml"
+    patterns.write_text("full: [v_proj]\ndefault: {r: 2}\n")
+    method, place = method.replace("FILE", str(patterns)), method.replace(" ", "")
     arguments = [*options, "--method", *method.split(), "--warmup_ratio", "0"]
     arguments[arguments.index("--model") + 1] = str(mixture)
     if method.startswith("molf-e"):
         arguments[arguments.index("--ranks") + 1] = "2,4"
-    run = record(arguments, workplace / f"mixture-{method.replace(' ', '')}")
+    run = record(arguments, workplace / f"mixture-{place}")
     error = capsys.readouterr().err
     assert error.count("fused 3-D weights") == (said is not None)
     assert said is None or said in error

@@ -28,8 +28,9 @@ FLAT = ["--lr_scheduler_type", "constant", "--warmup_ratio", "0"]
 
 
 @pytest.fixture(params=FORMS)
-def form(request):
-    return FORMS[request.param]
+def form(request, assignment):
+    further = ["--assignment", str(assignment)] if request.param == "hybrid" else []
+    return [*FORMS[request.param], *further]
 
 
 @pytest.fixture

@@ -33,6 +33,8 @@ def test_run_directory_is_complete(any_run):
         expected.add("routing")
     if any_run.path.name in (*ADAPTERS, "molf-e"):
         expected.add("adapter")
+    if any_run.path.name == "hybrid":
+        expected.add("assignment.yaml")
     assert names == expected
     assert read_json(any_run.path / "environment.json")["packages"]["torch"] == torch.__version__
 

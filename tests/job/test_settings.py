@@ -162,6 +162,7 @@ UNUSED = {
     "molf": "match, loraplus_lr_ratio",
     "molf-e": "weight_decay, match, loraplus_lr_ratio",
     "lora+": "weight_decay, score",
+    "hybrid": "ranks, match, loraplus_lr_ratio, score",
 }
 
 
@@ -169,14 +170,15 @@ UNUSED = {
 def test_options_without_effect_warn(method):
     given = {"score": "pfn", "weight_decay": 0.2, "ranks": (4, 8) if method == "molf-e" else (4,)}
     given |= {"match": "parameters", "loraplus_lr_ratio": 4.0}
+    own = {"assignment": "a.yaml"} if method == "hybrid" else {}
     unused = UNUSED.get(method, "weight_decay, loraplus_lr_ratio, score")
     with pytest.warns(UserWarning, match=re.escape(f"method={method}: {unused}.")):
-        settings = resolved(method=method, **given)
+        settings = resolved(method=method, **given, **own)
     assert settings.score == ("pfn" if method in ROUTED else "epd")
     kept = {name: value for name, value in given.items() if name not in unused.split(", ")}
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        resolved(method=method, **kept)
+        resolved(method=method, **kept, **own)
 
 
 def test_default_directories_of_two_runs_in_one_second_differ():
@@ -220,7 +222,7 @@ def test_resolved_settings_are_settings():
 
 
 def test_every_method_is_described_and_has_defaults():
-    assert set(METHODS) == set(METHOD) == {*ADAPTERS, *ROUTED, "fft"}
+    assert set(METHODS) == set(METHOD) == {*ADAPTERS, *ROUTED, "fft", "hybrid"}
 
 
 def test_wrong_values_are_found_without_the_command_line():

@@ -23,10 +23,12 @@ RANKS = {"lora": (4,), "molf": (4, 8), "molf-e": (4, 8)}
 def make(method, **options):
     config = method_config(method, ranks=RANKS.get(method))
     shape = {"batch_size": 2, "length": 48, "device": "cpu"}
+    if method == "hybrid":
+        shape |= {"assignment": plan_memory.assignment(method, rank=4), "lora_dropout": 0.1}
     return Workload(method=method, config=config, **{**shape, **options})
 
 
-@pytest.mark.parametrize("method", ["fft", "lora", "molf", "molf-e"])
+@pytest.mark.parametrize("method", ["fft", "lora", "molf", "molf-e", "hybrid"])
 @pytest.mark.parametrize(
     "options",
     [
@@ -60,8 +62,12 @@ SMALL = {
         ("fft", {"dtype": "bfloat16", "grad_accumulation_dtype": "float32"}),
         ("lora", {"quantised": "load_in_4bit"}),
         ("molf-e", {"quantised": "load_in_8bit"}),
+        ("hybrid", {"dtype": "bfloat16", "quantised": "load_in_4bit"}),
     ],
-    ids=["8-bit states", "in backward", "small", "float32 gradients", "4-bit base", "8-bit base"],
+    ids=[
+        *("8-bit states", "in backward", "small", "float32 gradients", "4-bit base", "8-bit base"),
+        "4-bit base, full layers in bfloat16",
+    ],
 )
 def test_planned_is_measured_however_numbers_are_kept(tiny, monkeypatch, method, options):
     library = {"state_dtype": "torchao", "quantised": "bitsandbytes"}

@@ -354,3 +354,15 @@ def test_a_metric_that_is_not_measured_is_refused_before_the_first_trial(
 def test_number_of_workers(tmp_path, capsys):
     assert main(["study", "run", str(write_study(tmp_path)), "--workers", "0"]) == 2
     assert "Invalid workers=0" in capsys.readouterr().err
+
+
+def test_assignments_of_methods_are_read(tmp_path, capsys):
+    file = tmp_path / "assignment.yaml"
+    hybrid = {**FFT, "name": "hybrid", "method": "hybrid", "assignment": str(file)}
+    path = write_study(tmp_path, methods=[FFT, hybrid])
+    for text, code in ((None, 2), ("full: []", 2), ("full: [mlp]", 0)):
+        if text is not None:
+            file.write_text(text)
+        assert main(["study", "run", str(path), "--dry_run"]) == code
+        said = capsys.readouterr().err
+        assert (f"study tried, method hybrid: assignment {file}" in said) == (code == 2)

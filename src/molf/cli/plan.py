@@ -35,6 +35,7 @@ def plan_model(
         json: Print the plan as JSON, sizes in bytes.
     """
     from molf.job.model.path import check_model
+    from molf.job.record.assignment_source import read_assignment_source
     from molf.job.settings.resolved import resolve
 
     if not 0 < num_gpus < MOST_COUNTED:
@@ -47,9 +48,12 @@ def plan_model(
     if settings.model is not None:
         check_model(settings.model)
     resolved = resolve(settings, datetime.now().astimezone())
+    if resolved.assignment is not None:
+        read_assignment_source(resolved.assignment)
     from molf.job.libraries import quiet_libraries
 
     with quiet_libraries():
+        from molf.job.methods import assigned
         from molf.job.model.config import read_config
         from molf.job.settings.planned import (
             configs_with_frozen_base,
@@ -59,8 +63,10 @@ def plan_model(
         from molf.measure.inference import position_limit
         from molf.planning.request import plan_training
         from molf.planning.saving import Saving
+        from molf.planning.trainable import skeleton
 
         model = read_config(resolved.model)
+        resolved = assigned(resolved, skeleton(model))
         workload = workload_of(
             resolved,
             length=min(resolved.max_length, position_limit(model) or resolved.max_length),

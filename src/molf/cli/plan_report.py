@@ -80,6 +80,7 @@ def _header(plan: TrainingPlan) -> list[str]:
     ranks = f" ranks {','.join(map(str, workload.config.ranks))}" if workload.config else ""
     return [
         f"{plan.model} ({plan.shape.model_type}), {workload.method}{ranks}",
+        *([str(workload.assignment)] if workload.assignment else []),
         f"on {workload.device}: {workload.batch_size} x {workload.length} tokens per forward pass"
         f"{', gradients accumulated' if workload.accumulates else ''}",
         ", ".join(_storage(workload)),
@@ -115,7 +116,8 @@ def _parameters(plan: TrainingPlan) -> Table:
     in_model = sum(part.trained for part in shape.parts)
     table.add_row("model", f"{shape.parameters:,}", f"{in_model:,}", end_section=True)
     for name, count in shape.experts.items():
-        where = f" in {shape.layers} layers" if name not in ("all", "not routed") else ""
+        is_whole = name in ("all", "not routed", "rest") or plan.workload.assignment is not None
+        where = "" if is_whole else f" in {shape.layers} layers"
         table.add_row(f"{name}{where}", "", f"{count:,}")
     table.add_row("trained in all", "", f"{shape.trained:,}")
     return table

@@ -8,11 +8,18 @@ from molf.console import PlainConsole, new_table
 from molf.disk.room import megabytes
 from molf.job.model.card import show_metric
 from molf.job.model.saved_text import show_saved
-from molf.job.record.ownership import ADAPTER, LOW_HALVES, MODEL
+from molf.job.record.ownership import ADAPTER, ASSIGNMENT, LOW_HALVES, MODEL
 from molf.job.record.result import RunResult
 from molf.measure import Evaluation
 from molf.measure.harness import PREFIX
 from molf.measure.meanings import meanings
+
+_PARTS = (
+    ("model", MODEL),
+    ("adapter", ADAPTER),
+    ("halves", LOW_HALVES),
+    ("layers", ASSIGNMENT),
+)
 
 
 def print_summary(result: RunResult) -> None:
@@ -49,7 +56,7 @@ def print_summary(result: RunResult) -> None:
         lines.append(f"routing  {result.routing}")
     if saved := show_saved(result.saved):
         lines.append(f"saved    {saved}")
-    for name, part in (("model", MODEL), ("adapter", ADAPTER), ("halves", LOW_HALVES)):
+    for name, part in _PARTS:
         if (result.directory / part).exists():
             lines.append(f"{name:<7}  {result.directory / part}")
     lines.append(f"run      {result.directory}")

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from molf.core.assignment.assignment import Assignment
+from molf.core.assignment.groups import assignment_groups
 from molf.core.execute.kernel_checks import check_float32_moments, check_kernel_group
 from molf.core.hyper_parameters import separate, storable
 from molf.core.loading import load
 from molf.core.model.groups import check_group, dense_parameters, name_by_place
+from molf.core.model.quantised import keep_differentiable
 from molf.core.options import OptimizerOptions, check_word
 from molf.core.schedule.in_backward import check_no_float16, release
 from molf.core.schedule.unit_optimizer import UnitOptimizer
@@ -135,6 +138,61 @@ class AdamW(UnitOptimizer):
         if self.offload is not None:
             how += ", and keeps its state in host memory"
         _log.info("%s takes its steps with %s.", type(self).__name__, how)
+
+    @classmethod
+    def from_assignment(
+        cls,
+        model: nn.Module,
+        assignment: Assignment,
+        *,
+        lr: float | Tensor = 5e-5,
+        lora_lr: float | Tensor | None = None,
+        weight_decay: float = 0.1,
+        lora_weight_decay: float = 0.01,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        seed: int = 0,
+        **options: Any,
+    ) -> Self:
+        """Build the optimizer of a model that `molf.with_assignment` has prepared.
+
+        All trained parameters are in plain AdamW groups, in this order: weights and other matrices;
+        biases, norms and other vectors; LoRA factors; magnitudes of DoRA. Schedulers scale the
+        rates of all groups alike.
+
+        Args:
+            model: The result of `molf.with_assignment(model, assignment)`.
+            assignment: The assignment.
+            lr: Learning rate of `full` weights and of the rest.
+            lora_lr: Learning rate of the adapter; None: `lr`.
+            weight_decay: Decay of weights and of the rest's matrices; biases, norms, vectors and
+                parameters that the model marks have none, as with `MoLFAdamW.from_model`.
+            lora_weight_decay: Decay of the LoRA factors.
+            betas: Decay rates of the moments.
+            eps: Added to the denominator of a step.
+            seed: Of stochastic rounding.
+            **options: The other keywords of `AdamW`: `weight_rounding`, `state_dtype` (of the dense
+                weights: moments of LoRA factors are float32), `nonfinite`,
+                `grad_accumulation_dtype`, `optimizer_in_backward`, `kernels`, `state_offload`.
+
+        Raises:
+            ValueError: The model was not prepared with this assignment, nothing is trained, or a
+                value is not allowed.
+            ImportError: An option needs a library that is not installed.
+
+        Warns:
+            UserWarning: Trained parameters beside the adapter are not saved by PEFT.
+        """
+        groups = assignment_groups(
+            model,
+            assignment,
+            lr=lr,
+            lora_lr=lora_lr,
+            weight_decay=weight_decay,
+            lora_weight_decay=lora_weight_decay,
+        )
+        keep_differentiable(model)  # an evaluation between steps must not re-pack 4-bit weights
+        return cls(groups, lr, betas, eps, weight_decay, seed=seed, **options)
 
     @torch._disable_dynamo
     def add_param_group(self, param_group: dict[str, Any]) -> None:

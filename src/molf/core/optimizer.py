@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from molf.core.adamw import AdamW
+from molf.core.assignment.assigned import Evidence
+from molf.core.assignment.history import LayerHistory
 from molf.core.config import MoLFConfig
 from molf.core.hyper_parameters import readable
 from molf.core.model.coverage import Coverage
@@ -20,6 +22,8 @@ from molf.core.step.decision import Decision
 from molf.core.step.step import Outcome
 from molf.core.step.unit import LayerUnit, Unit, UnitKey, form_of
 from molf.core.warn import warn
+
+_HISTORY = "history"  # key of a layer's counts of decisions in a saved group
 
 
 class MoLFAdamW(AdamW):
@@ -49,6 +53,7 @@ class MoLFAdamW(AdamW):
 
     Attributes:
         routing: Decision of every layer in the last step, by layer name.
+        evidence: Counts of the decisions so far, by layer, for `molf.Assignment.of`.
         coverage: Share of the model that is routed, and the rest by kind and name;
             `print(optimizer.coverage)`. None unless the optimizer was built by `from_model`.
     """
@@ -72,6 +77,8 @@ class MoLFAdamW(AdamW):
             )
         self.routing: dict[str, Decision] = {}
         self.coverage: Coverage | None = None
+        self._history: dict[str, LayerHistory] = {}
+        self._steps = 0
         super().__init__(
             groups,
             lr,
@@ -222,6 +229,7 @@ class MoLFAdamW(AdamW):
         """Reset the results of the last step; `step` and the first gradient call it."""
         super()._begin()
         self.routing = {}
+        self._steps += 1
         self._is_first = not any(self.state.values())
         if self._owners is None:  # nobody else sees that something has split the groups
             for group in self._layer_groups():
@@ -274,6 +282,43 @@ class MoLFAdamW(AdamW):
 
     def _finish(self, outcome: Outcome) -> None:
         self.routing |= outcome.routing
+        for layer, decision in outcome.routing.items():
+            if layer not in self._history:
+                self._history[layer] = LayerHistory(decision.scores)
+            self._history[layer].add(self._steps, decision.winners, decision.scores)
+
+    @property
+    def evidence(self) -> dict[str, Evidence]:
+        """Counts of the decisions so far, by layer; part of `state_dict`.
+
+        A routed layer without any decision has an entry too.
+        """
+        none = Evidence(decisions=0, wins=())
+        counted = {name: history.evidence() for name, history in self._history.items()}
+        return {group["layer"]: counted.get(group["layer"], none) for group in self._layer_groups()}
+
+    @property
+    def model(self) -> nn.Module | None:
+        """The model that `from_model` was given, without wrappers; None if it was deleted."""
+        return None if self._owners is None else self._owners.model
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state; each routed group also has the counts of its decisions."""
+        packed = super().state_dict()
+        for group in packed["param_groups"]:
+            if history := self._history.get(group["layer"]):
+                group[_HISTORY] = [self._steps, list(history.experts), *history.as_values()]
+        return packed
+
+    @torch._disable_dynamo
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state with the counts of its decisions; `AdamW.load_state_dict` has the errors."""
+        super().load_state_dict(state_dict)
+        self._history, self._steps = {}, 0
+        for group in self.param_groups:
+            if (saved := group.pop(_HISTORY, None)) is not None:  # older states have none
+                self._steps, experts, *values = saved
+                self._history[group["layer"]] = LayerHistory.of_values(experts, values)
 
     def lora_factors(self, layer: str) -> list[tuple[Tensor, Tensor]]:
         """Return copies of a layer's factors, one (A [r, in], B [out, r]) per LoRA expert.
@@ -321,8 +366,8 @@ class MoLFAdamW(AdamW):
         names = [group["layer"] for group in self.param_groups if group["layer"]]
         raise ValueError(f"No routed layer {layer!r}. Routed are: {', '.join(names[:8])}, ...")
 
-    _OF_STEP = (*AdamW._OF_STEP, "routing", "_is_first")
-    _OWN = (*AdamW._OWN, "routing", "coverage")
+    _OF_STEP = (*AdamW._OF_STEP, "routing", "_is_first", "_history", "_steps")
+    _OWN = (*AdamW._OWN, "routing", "coverage", "_history", "_steps")
     # Copies have none: their model is another one.
     _owners: Owners | None = None
     _is_first = False  # whether the current step is the first

@@ -18,7 +18,7 @@ from molf.data.samples import Sample
 from molf.errors import InputError
 from molf.job.inputs import Inputs
 from molf.job.loss_check import check_loss
-from molf.job.methods import Plan, TrainingData, check, plan
+from molf.job.methods import Plan, TrainingData, assigned, check, plan
 from molf.job.methods.storage import check_kernels
 from molf.job.model.factors_memory import check_factors
 from molf.job.model.loading import LoadedModel, load_skeleton
@@ -92,7 +92,7 @@ def open_training(
     arguments = sft_config(settings)
     check_kernels(settings, arguments.device)
     set_seed(settings.seed)  # before random initialisation, such as that of adapters
-    quantisation = _check_layers(settings, arguments.device)
+    settings, quantisation = _check_layers(settings, arguments.device)
     base = _load_base(settings, arguments.device, inputs)
 
     samples = task.training_samples if samples is None else samples
@@ -114,6 +114,7 @@ def open_training(
         steps = count_steps(arguments, round(every * examples / len(samples)))
     room = check_saving(base, settings, planned, steps, task.evaluation_count)
     notes = (
+        None if settings.assigned is None else f"Assignment: {settings.reached_assignment}.",
         describe(base.model, reach, in_adapter=settings.has_adapter),
         base.unused_tensors.describe(),
     )
@@ -137,17 +138,25 @@ def open_training(
     )
 
 
-def _check_layers(settings: ResolvedSettings, device: torch.device) -> Quantisation | None:
-    """Check on the configuration alone; return the quantisation of the base in training."""
+def _check_layers(
+    settings: ResolvedSettings, device: torch.device
+) -> tuple[ResolvedSettings, Quantisation | None]:
+    """Check on the configuration alone.
+
+    Returns:
+        The settings with the assignment of the layers, if the method has one, and the quantisation
+        of the base in training.
+    """
     # The configuration gives the layers, so that wrong patterns fail before a download.
     skeleton = load_skeleton(settings.model)
     quantisation = check_quantisation(skeleton.config, settings)
     check_device(quantisation, device)
+    settings = assigned(settings, skeleton)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Rank .* exceeds the smaller side")  # see `plan`
         check_factors(skeleton, settings, device)
         check(skeleton, settings)
-    return quantisation
+    return settings, quantisation
 
 
 def _load_base(settings: ResolvedSettings, device: torch.device, inputs: Inputs) -> LoadedModel:

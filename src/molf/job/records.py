@@ -9,12 +9,12 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from molf.disk.files import write_json, write_jsonl, write_yaml
+from molf.disk.files import write_json, write_jsonl, write_text, write_yaml
 from molf.job.memory import peak_memory
 from molf.job.opening import Opening, dtype_name
 from molf.job.record.directory import RunDirectory
 from molf.job.record.environment import environment
-from molf.job.record.ownership import CONFIG, ENVIRONMENT, EVALUATION, PREDICTIONS
+from molf.job.record.ownership import ASSIGNMENT, CONFIG, ENVIRONMENT, EVALUATION, PREDICTIONS
 from molf.job.record.provenance import file_records
 from molf.job.record.result import RunResult, evaluation_record, results_row
 from molf.job.record.results import append_result
@@ -57,6 +57,7 @@ class ConfigRecord:
     ) -> None:
         settings, base, samples = opening.settings, opening.base, opening.data.samples
         quantisation = opening.quantisation
+        self._assignment = settings.reached_assignment
         # The file can be used as a recipe, which must not replace or continue this run.
         self._options = replace(settings, overwrite=False, resume=False).as_options()
         unmasked = masked_options(self._options)
@@ -125,8 +126,10 @@ class ConfigRecord:
         self._run["saved"] = dict(saved)
 
     def write(self, directory: RunDirectory) -> None:
-        """Write both files."""
+        """Write the files, and the assignment of method hybrid."""
         write_yaml(directory / CONFIG, {**self._options, "run": self._run})
+        if self._assignment is not None:
+            write_text(directory / ASSIGNMENT, self._assignment.to_yaml())
         write_json(directory / ENVIRONMENT, self._environment)
 
 

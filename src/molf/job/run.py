@@ -33,7 +33,7 @@ from molf.tasks import Task
 if TYPE_CHECKING:
     from molf.job.dry_run import DryRun
 
-_INPUTS = ("model", "data", "eval_data", "forgetting_data")
+_INPUTS = ("model", "data", "eval_data", "forgetting_data", "assignment")
 
 
 def train(
@@ -237,6 +237,10 @@ def _check_places(settings: ResolvedSettings) -> None:
     """
     check_quantisation(settings)
     check_model(settings.model)
+    if settings.assignment is not None:
+        from molf.job.record.assignment_source import read_assignment_source  # imports pyarrow
+
+        read_assignment_source(settings.assignment)
     check_output(settings.output_dir, overwrite=settings.overwrite, resume=settings.resume)
     check_fallback(settings.fallback_dir)
     check_inputs_outside(settings.output_dir, {name: getattr(settings, name) for name in _INPUTS})

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from datasets import Dataset
 from peft import PeftModel
 from transformers import PrinterCallback, TrainerCallback
@@ -132,7 +133,15 @@ def run_training(
     if settings.quantised is not None and quantisation_of(base.model.config) is None:
         reporter.say(f"Loading the base again ({settings.quantised})")
         base.model = None  # free memory for the quantised base
-        base.model = load_quantised(settings.model, settings.quantised, arguments.device)
+        # Layers that are trained in full are not quantised.
+        full = settings.reached_assignment.full if settings.reached_assignment else ()
+        base.model = load_quantised(
+            settings.model,
+            settings.quantised,
+            arguments.device,
+            dtype=getattr(torch, settings.dtype),
+            unquantised=[layer.name for layer in full],
+        )
     if settings.method in ADAPTERS:  # takes long for PiSSA and EVA
         reporter.say("Putting in the adapter")
     precision = Precision(base.model, bf16=arguments.bf16)

@@ -172,7 +172,11 @@ def _offload(workload: Workload) -> Iterator[tuple[str, Workload]]:
 
 
 def _quantised(workload: Workload) -> Iterator[tuple[str, Workload]]:
-    if workload.method in QUANTISABLE and workload.quantised is None:
+    if workload.method == "hybrid" and workload.has_adapter and workload.quantised is None:
+        if not workload.use_dora:
+            for option in QUANTISATIONS[::-1]:
+                yield f"--{option}", replace(workload, quantised=option)
+    elif workload.method in QUANTISABLE and workload.quantised is None:
         dtype = "" if workload.dtype == "float32" else " --dtype float32"
         for option in QUANTISATIONS[::-1]:
             changed = replace(workload, quantised=option, dtype="float32", weight_rounding=None)

@@ -115,7 +115,12 @@ class Planner:
         if workload.unreached or not left_out:
             return workload
         config = None if workload.config is None else workload.config.without(left_out)
-        return replace(workload, config=config, unreached=reach.unreached)
+        assignment = workload.assignment
+        if assignment is not None:
+            adapted = {layer.name for layer in assignment.lora}
+            bypassed = [name for name in reach.bypassed if name in adapted]
+            assignment = assignment.without((*reach.unreached, *bypassed))
+        return replace(workload, config=config, assignment=assignment, unreached=reach.unreached)
 
     def _plan(self, workload: Workload, passing: PassTrace) -> MemoryPlan:
         shape = self.shape(workload)

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from molf.core.assignment.model import assigned_parameters, rehearse_assignment
 from molf.core.model.coverage import warn_before_training
 from molf.core.model.linear_layers import (
     LinearLayer,
@@ -45,8 +46,8 @@ class ModelShape:
         parameters: Parameters of the model itself.
         trained: All numbers that the optimizer updates, including LoRA factors.
         experts: The same by expert: `full` and the LoRA experts, or `adapter`, and `not routed`
-            or `all`.
-        layers: Linear layers that are routed or adapted.
+            or `all`; of an assignment `full`, `adapter` and `rest`.
+        layers: Linear layers that are routed or adapted; of an assignment those that are trained.
         tied: Whether head and embeddings share their weight.
         parts: The model's parameters by part.
         weight_bytes: Bytes of all parameters and buffers, including an adapter's.
@@ -80,8 +81,14 @@ def describe_model(config: Any, workload: Workload) -> ModelShape:
     model = skeleton(config, workload.dtype)
     freeze(model, workload.unreached)
     # Before quantising, because the stand-ins are no linear layers.
-    layers = _layers(model, workload)
-    base_trained = _trained(model, layers, workload)
+    layers: list[LinearLayer] = []
+    if workload.assignment is not None:
+        base_trained = _assigned(model, config, workload)
+        count = len(workload.assignment.full) + len(workload.assignment.lora)
+    else:
+        layers = _layers(model, workload)
+        base_trained = _trained(model, layers, workload)
+        count = len(layers)
     parts = {name: [0, 0] for name in PARTS}
     for part, parameter in _by_part(model):
         parts[part][0] += parameter.numel()
@@ -92,19 +99,32 @@ def describe_model(config: Any, workload: Workload) -> ModelShape:
     parameters = sum(p.numel() for p in model.parameters())
     tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
     if workload.quantised is not None:
-        quantise(model, workload.quantised)
+        in_full = workload.assignment.full if workload.assignment else ()
+        quantise(model, workload.quantised, unquantised={layer.name for layer in in_full})
     own = _bytes(model)
     return ModelShape(
         model_type=config.model_type,
         parameters=parameters,
         trained=sum(experts.values()),
         experts=experts,
-        layers=len(layers),
+        layers=count,
         tied=tied,
         parts=tuple(Part(name, *counts) for name, counts in parts.items()),
         weight_bytes=own + in_weights,
         gathered_bytes=_gathered(model, own),
     )
+
+
+def _assigned(model: nn.Module, config: Any, workload: Workload) -> set[nn.Parameter]:
+    """Return the model's own parameters that an assignment trains."""
+    assert workload.assignment is not None
+    try:
+        with_adapter = skeleton(config, workload.dtype)
+        freeze(with_adapter, workload.unreached)
+        rehearse_assignment(with_adapter, workload.assignment, use_dora=workload.use_dora)
+        return assigned_parameters(model, workload.assignment, use_dora=workload.use_dora)
+    except ValueError as error:
+        raise InputError(str(error)) from error
 
 
 def _layers(model: nn.Module, workload: Workload) -> list[LinearLayer]:
@@ -141,6 +161,13 @@ def _experts(
 ) -> dict[str, int]:
     """Return the number of trained parameters by expert."""
     total = sum(parameter.numel() for parameter in trained)
+    if workload.assignment is not None:
+        in_full = sum(layer.weights for layer in workload.assignment.full)
+        adapter = sum(
+            layer.factors + (layer.shape[0] if workload.use_dora else 0)
+            for layer in workload.assignment.lora
+        )
+        return {"full": in_full, "adapter": adapter, "rest": total - in_full}
     if workload.config is None:
         return {"all": total}
     size = sum(layer.in_features + layer.out_features for layer in layers)

@@ -6,11 +6,13 @@ of the same sizes, and allocate the same in the forward and backward pass.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from molf.core.model.module_names import cleaner
 from molf.core.model.quantised import Quantisation
 
 _BLOCK = 64  # four-bit numbers that share a scale, in `BitsAndBytesConfig`'s default
@@ -23,18 +25,27 @@ def planned_as(quantisation: Quantisation | None) -> str | None:
     return f"load_in_{quantisation.bits}bit"
 
 
-def quantise(model: Any, quantised: str, compute_dtype: torch.dtype | None = None) -> None:
+def quantise(
+    model: Any,
+    quantised: str,
+    compute_dtype: torch.dtype | None = None,
+    unquantised: Collection[str] = (),
+) -> None:
     """Replace a model's frozen linear layers, those that transformers quantises, by stand-ins.
 
     Args:
         model: A transformers model, or a PEFT model of one, whose adapter stays.
         quantised: `load_in_4bit` or `load_in_8bit`.
         compute_dtype: Type that 4-bit layers compute in; None for float32.
+        unquantised: Names of layers that stay.
     """
-    head = model.get_output_embeddings()
-    for parent in list(model.modules()):
+    head, clean = model.get_output_embeddings(), cleaner(model)
+    for parent_name, parent in list(model.named_modules()):
         for name, layer in list(parent.named_children()):
             is_adapters = isinstance(parent, nn.ModuleDict)  # PEFT's lora_A and lora_B
+            full_name = clean(f"{parent_name}.{name}".removeprefix("."))
+            if full_name.removesuffix(".base_layer") in unquantised:
+                continue
             if type(layer) is nn.Linear and layer is not head and not is_adapters:
                 stand_in = (
                     _FourBit(layer, compute_dtype or torch.float32)

@@ -15,6 +15,7 @@ from molf.planning.model_shape import ModelShape
 from molf.planning.saving import Saving, SavingPlan, checkpoint_bytes
 from molf.planning.workload import Workload
 
+_NOT_PLAIN = ("config", "unreached", "assignment")  # fields of a workload
 _FACTOR_BYTES = 12  # of a float32 and its two moments
 
 
@@ -48,8 +49,9 @@ class TrainingPlan:
         return {
             "model": self.model,
             "model_type": shape.model_type,
-            "planned": {k: v for k, v in vars(workload).items() if k not in ("config", "unreached")}
-            | {"ranks": list(workload.config.ranks) if workload.config else []},
+            "planned": {k: v for k, v in vars(workload).items() if k not in _NOT_PLAIN}
+            | {"ranks": list(workload.config.ranks) if workload.config else []}
+            | ({"assignment": str(workload.assignment)} if workload.assignment else {}),
             "parameters": {
                 "total": shape.parameters,
                 "trained": shape.trained,

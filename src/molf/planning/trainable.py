@@ -14,6 +14,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 
 from molf.core.adamw import AdamW
+from molf.core.assignment.model import with_assignment
 from molf.core.model.linear_layers import trainable_layers
 from molf.core.model.peft_model import with_adapter
 from molf.core.optimizer import MoLFAdamW
@@ -110,7 +111,8 @@ def trainable(config: Any, workload: Workload) -> Iterator[Trainable]:
                 optimizer.offload = StateOffload(lambda _: PlannedCarrier())
             if workload.quantised is not None:
                 compute = torch.bfloat16 if workload.bf16 else torch.float32
-                quantise(model, workload.quantised, compute)
+                full = workload.assignment.full if workload.assignment else ()
+                quantise(model, workload.quantised, compute, {layer.name for layer in full})
             yield Trainable(model.train(), optimizer)
 
 
@@ -130,6 +132,13 @@ def _with_adapter(model: Any, workload: Workload) -> Any:
     """Return the model, on the meta device, with the method's adapter if it has one."""
     config = workload.config
     with torch.device("meta"):
+        if workload.assignment is not None:
+            return with_assignment(
+                model,
+                workload.assignment,
+                use_dora=workload.use_dora,
+                lora_dropout=workload.lora_dropout,
+            )
         if config is None or not workload.has_adapter:
             return model
         if workload.method != "lora":
@@ -177,10 +186,25 @@ def _optimizer(model: nn.Module, workload: Workload) -> torch.optim.Optimizer:
         _make_tables()
     if workload.method in ("molf", "molf-e"):
         return MoLFAdamW.from_model(model, workload.config, **options.as_keywords())
+    if workload.assignment is not None:
+        return _assigned_optimizer(model, workload, options)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if workload.method == "fft" and not workload.is_plain(workload.dtype):
         return AdamW(trained, **options.as_keywords())
     return torch.optim.AdamW(trained, fused=True)
+
+
+def _assigned_optimizer(
+    model: nn.Module, workload: Workload, options: OptimizerOptions
+) -> torch.optim.Optimizer:
+    """Return the optimizer that `molf.job.methods.hybrid` chooses."""
+    assert workload.assignment is not None
+    if workload.is_plain(workload.dtype):
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        return torch.optim.AdamW(trained, fused=True)
+    if not workload.trains_dense:
+        options = replace(options, weight_rounding=None)
+    return AdamW.from_assignment(model, workload.assignment, **options.as_keywords())
 
 
 def _make_tables() -> None:

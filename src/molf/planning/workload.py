@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from molf.core.assignment.assignment import Assignment
 from molf.core.config import MoLFConfig
 from molf.core.options import OptimizerOptions, OptionError, check_exclusions
 from molf.errors import InputError
 
 QUANTISABLE = ("molf-e", "lora")
-METHODS = ("fft", "lora", "molf", "molf-e")
+METHODS = ("fft", "lora", "molf", "molf-e", "hybrid")
 """Methods that can be planned."""
 DEVICES = ("cuda", "cpu")
 QUANTISATIONS = ("load_in_4bit", "load_in_8bit")
@@ -22,7 +23,10 @@ class Workload(OptimizerOptions):
 
     Attributes:
         method: One of `METHODS`.
-        config: What is adapted or routed; None for fft.
+        config: What is adapted or routed; None for fft and hybrid.
+        assignment: The assignment of hybrid; None for other methods.
+        lora_dropout: Dropout of the adapter of hybrid.
+        use_dora: Whether the adapter of hybrid has magnitudes.
         batch_size: Sequences per forward pass on one device.
         length: Tokens of a sequence, padding included.
         accumulates: Whether gradients of earlier forward passes are kept through a later one.
@@ -53,6 +57,9 @@ class Workload(OptimizerOptions):
     num_gpus: int = 1
     quantised: str | None = None
     unreached: tuple[str, ...] = ()
+    assignment: Assignment | None = None
+    lora_dropout: float = 0.0
+    use_dora: bool = False
 
     def __post_init__(self) -> None:
         """Check the options beside the number of devices."""
@@ -75,11 +82,15 @@ class Workload(OptimizerOptions):
     @property
     def trains_dense(self) -> bool:
         """Whether the model's own weights are trained."""
+        if self.assignment is not None:
+            return bool(self.assignment.full) or not self.assignment.freeze_rest
         return self.method in ("fft", "molf")
 
     @property
     def has_adapter(self) -> bool:
         """Whether LoRA factors are a PEFT adapter in the model; else the optimizer keeps them."""
+        if self.assignment is not None:
+            return bool(self.assignment.lora)
         if self.config is None:
             return False
         return self.method != "molf" or self.config.lora_dropout > 0

@@ -8,6 +8,7 @@ from datetime import datetime
 from molf.errors import InputError
 from molf.job.inputs import Inputs
 from molf.job.model.path import check_model
+from molf.job.record.assignment_source import read_assignment_source
 from molf.job.run import checked
 from molf.job.settings.resolved import without_effect
 from molf.study.definition import EVAL_PART, LEARNING_RATE, LORA_RATE, PARTS, Cell, Method, Study
@@ -64,7 +65,7 @@ def _check_share_of(study: Study, make: TrialMaker, cell: Cell, method: Method) 
 
 
 def check_data(study: Study, make: TrialMaker, inputs: Inputs) -> None:
-    """Load the data of each cell in both phases; check its model and its metric.
+    """Load the data of each cell in both phases; check its model and its metric, and assignments.
 
     Args:
         study: The study.
@@ -72,9 +73,16 @@ def check_data(study: Study, make: TrialMaker, inputs: Inputs) -> None:
         inputs: Loads the data; what it keeps is not loaded again by trials.
 
     Raises:
-        InputError: Data or a model is missing or invalid, the data has no validation part, or the
-            task does not measure the metric on it.
+        InputError: Data, a model or an assignment is missing or invalid, the data has no validation
+            part, or the task does not measure the metric on it.
     """
+    for method in study.methods:
+        if (assignment := method.options.get("assignment")) is None:
+            continue
+        try:
+            read_assignment_source(str(assignment))
+        except InputError as error:
+            raise InputError(f"study {study.name}, method {method.name}: {error}") from error
     for cell in study.cells:
         for phase, seeds in study.seeds.items():
             trial = make(cell, study.methods[0], phase, 0, seeds[0], {}, None)

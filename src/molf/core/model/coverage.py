@@ -154,15 +154,15 @@ def warn_before_training(
         trains_rest=not in_adapter and not config.freezes_rest,
         uses_adapter=has_adapter,
     )
-    warn_of_unrouted(coverage, in_adapter=in_adapter)
+    warn_of_unrouted(coverage, use="adapted" if in_adapter else "routed")
 
 
-def warn_of_unrouted(coverage: Coverage, *, in_adapter: bool = False) -> None:
+def warn_of_unrouted(coverage: Coverage, *, use: str = "routed") -> None:
     """Warn of matrices that cannot be routed.
 
     Args:
         coverage: Coverage of the model.
-        in_adapter: Whether a plain adapter is trained (no routing).
+        use: What layers are: "routed"; "adapted" by a plain adapter; or "assigned".
 
     Warns:
         UserWarning: With kind, share and first name of each kind of at least 1% of the parameters.
@@ -186,7 +186,7 @@ def warn_of_unrouted(coverage: Coverage, *, in_adapter: bool = False) -> None:
         share = f"{kind.parameters / coverage.parameters:.0%} of the parameters"
         details = f"{'mixture-of-experts; ' * kind.is_fused}{share}; first: {kind.names[0]}"
         parts.append(f"{counted(len(kind.names), weights)} ({details})")
-    warn(f"{listed(parts, 4)} cannot be {'adapted' if in_adapter else 'routed'}: {outcome}.")
+    warn(f"{listed(parts, 4)} cannot be {use}: {outcome}.")
 
 
 class _Own(NamedTuple):

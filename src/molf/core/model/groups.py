@@ -95,7 +95,7 @@ def build_groups(
         for name, parameter in group["params"]:
             check_has_values(name, parameter)
     if make is _adapter_groups:
-        _warn_of_saving([name for group in groups for name, _ in group["params"]])
+        warn_of_saving([name for group in groups for name, _ in group["params"]])
     return groups
 
 
@@ -279,7 +279,7 @@ def _warn_of_freezing(rest: _NamedParameters) -> None:
         )
 
 
-def _warn_of_saving(names: list[str]) -> None:
+def warn_of_saving(names: list[str]) -> None:
     """Warn of trained parameters outside the adapter, which PEFT does not save."""
     saved = ("lora_", "modules_to_save", "trainable_tokens", "bias")
     lost = [name for name in names if not any(part in name for part in saved)]

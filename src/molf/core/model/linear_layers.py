@@ -135,6 +135,17 @@ def matching_linears(model: nn.Module, config: MoLFConfig) -> dict[str, nn.Modul
     return {name: linears[name] for name in _chosen_names(model, linears, config)}
 
 
+# By the use of the weights: the reason and the remedy.
+_TIED = {
+    "routed": (
+        "its gradient sums both uses, so it cannot be routed",
+        "Put it into exclude_modules",
+    ),
+    "merged": ("merging its adapter would change both", "Put it into exclude_modules"),
+    "assigned": ("merging its adapter would change both", "Make it full or frozen, like the other"),
+}
+
+
 def check_not_tied(
     model: nn.Module, weights: Iterable[tuple[str, torch.Tensor]], *, use: str = "routed"
 ) -> None:
@@ -148,12 +159,9 @@ def check_not_tied(
     for name, weight in weights:
         others = [one for one in uses[weight] if one != name]
         if others:
-            reason = "its gradient sums both uses, so it cannot be routed"
-            if use == "merged":
-                reason = "merging its adapter would change both"
+            reason, change = _TIED[use]
             raise ValueError(
-                f"Layer {name} shares its weight with {', '.join(others)}: {reason}. "
-                "Put it into exclude_modules."
+                f"Layer {name} shares its weight with {', '.join(others)}: {reason}. {change}."
             )
 
 

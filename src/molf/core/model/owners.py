@@ -60,6 +60,11 @@ class Owners:
                     found[parameter] = _Place(weakref.ref(module), key, parameter, parameter.shape)
         self._places = [[found[parameter] for parameter in group["params"]] for group in groups]
 
+    @property
+    def model(self) -> nn.Module | None:
+        """The model, without wrappers; None if it was deleted."""
+        return self._model()
+
     def check(self, groups: Sequence[dict[str, Any]], states: States) -> None:
         """Refuse a step if model and groups no longer have the same parameters.
 

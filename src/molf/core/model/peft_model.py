@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -102,7 +102,11 @@ def with_adapter(
     try:
         if is_new:
             trainable = {parameter for parameter, was in before.items() if was}
-            adapted = _adapt(model, names, config, adapter_name)
+            # PEFT draws A too; the process's generator must not change.
+            with torch.random.fork_rng(devices=[]):
+                adapted = add_adapter(
+                    model, names, lambda **chosen: peft_config(config, **chosen), adapter_name
+                )
         _set_trainable(adapted, trainable, config)
         if is_new and config.freeze_rest is None:
             _warn_of_frozen_head(adapted, trainable)
@@ -148,8 +152,29 @@ def _names(model: nn.Module, config: MoLFConfig) -> list[str]:
     return list(linears)
 
 
-def _adapt(model: nn.Module, names: list[str], config: MoLFConfig, adapter_name: str) -> Any:
-    """Wrap the model by PEFT; on an error restore its layers and raise one line."""
+def add_adapter(
+    model: nn.Module,
+    names: list[str],
+    make_config: Callable[..., Any],
+    adapter_name: str,
+    *,
+    remedy: str = "put unsupported ones into exclude_modules",
+) -> Any:
+    """Wrap a model by PEFT with an adapter on these layers alone.
+
+    Args:
+        model: A plain model; changed in place.
+        names: Names of the layers.
+        make_config: Returns PEFT's configuration; called with the keywords that choose the layers.
+        adapter_name: Name of the adapter.
+        remedy: For the message of an error.
+
+    Returns:
+        The `peft.PeftModel`, whose base model is `model`.
+
+    Raises:
+        ValueError: PEFT does not support a layer; the model's layers are as before then.
+    """
     from peft import get_peft_model
 
     clean = cleaner(model)
@@ -158,8 +183,7 @@ def _adapt(model: nn.Module, names: list[str], config: MoLFConfig, adapter_name:
         for raw, module in model.named_modules()
         if clean(raw) in names
     ]
-    settings = peft_config(
-        config,
+    settings = make_config(
         target_modules=_exactly(names, (place.name for place in linear_places(model))),
         exclude_modules=None,
         # With this task type PEFT uses its class with `generate`.
@@ -167,9 +191,7 @@ def _adapt(model: nn.Module, names: list[str], config: MoLFConfig, adapter_name:
     )
     had_config = hasattr(model, "peft_config")
     try:
-        # PEFT draws A too; the process's generator must not change.
-        with torch.random.fork_rng(devices=[]):
-            return get_peft_model(model, settings, adapter_name=adapter_name)
+        return get_peft_model(model, settings, adapter_name=adapter_name)
     except (ValueError, TypeError, NotImplementedError) as error:
         for parent, attribute, module in originals:
             # PEFT may have wrapped some layers before it rejects one.
@@ -179,8 +201,8 @@ def _adapt(model: nn.Module, names: list[str], config: MoLFConfig, adapter_name:
         kinds = dict.fromkeys(type(module).__name__ for _, _, module in originals)
         reason = " ".join(str(error).split())
         raise ValueError(
-            f"PEFT cannot adapt the layers ({', '.join(kinds)}); put unsupported ones into "
-            f"exclude_modules. PEFT's error: {reason[:300]}"
+            f"PEFT cannot adapt the layers ({', '.join(kinds)}); {remedy}. PEFT's error: "
+            f"{reason[:300]}"
         ) from error
 
 

@@ -9,6 +9,7 @@ from molf.job.methods.base import Method, Plan, Prepared, TrainingData
 from molf.job.methods.dora import Dora
 from molf.job.methods.eva import Eva
 from molf.job.methods.fft import FullFineTuning
+from molf.job.methods.hybrid import Hybrid, assigned
 from molf.job.methods.lora import Lora
 from molf.job.methods.lora_plus import LoraPlus
 from molf.job.methods.molf import Molf
@@ -17,7 +18,7 @@ from molf.job.methods.pissa import Pissa
 from molf.job.settings.resolved import ResolvedSettings
 from molf.planning.trainable import freeze
 
-__all__ = ["Plan", "Prepared", "TrainingData", "check", "plan", "prepare"]
+__all__ = ["Plan", "Prepared", "TrainingData", "assigned", "check", "plan", "prepare"]
 
 # The keys are those of `defaults.METHODS`.
 _METHODS: dict[str, Method] = {
@@ -30,6 +31,7 @@ _METHODS: dict[str, Method] = {
     "adalora": AdaLora(),
     "molf": Molf(),
     "molf-e": MolfEfficient(),
+    "hybrid": Hybrid(),
 }
 
 

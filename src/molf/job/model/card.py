@@ -47,7 +47,7 @@ def model_card(
     }
     options = settings.as_options()
     # A card is published with its model, so it has the names of files but not their folders.
-    named = ("model", "data", "eval_data", "forgetting_data", "output_dir")
+    named = ("model", "data", "eval_data", "forgetting_data", "assignment", "output_dir")
     places = [
         options[name] for name in named if options[name] and Path(options[name]).is_absolute()
     ]

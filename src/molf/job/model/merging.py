@@ -9,6 +9,7 @@ import torch
 from peft import PeftModel
 
 from molf.core.model.merge import MergeReport, merge
+from molf.core.model.quantised import is_quantised
 from molf.job.methods import TrainingData
 from molf.job.model.loading import load_model
 from molf.job.progress import Reporter
@@ -27,8 +28,13 @@ def merge_trained(
         unchanged, with an empty record.
     """
     base = settings.merge_base  # None without a quantised base
+    # Merging in bfloat16 would lose small changes.
     if base is None and isinstance(model, PeftModel):
-        model.float()  # merging in bfloat16 would lose small changes
+        model.float()
+    elif base is not None:
+        for parameter in model.parameters():
+            if not is_quantised(parameter):
+                parameter.data = parameter.data.float()
     reports: list[MergeReport] = []
     # The training does not keep the unquantised weights in memory.
     original = load_model(settings.model).model if base == "original" else None

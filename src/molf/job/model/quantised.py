@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import re
 import warnings
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
 from transformers import BitsAndBytesConfig
 
+from molf.core.model.linear_layers import head_name
 from molf.core.model.quantised import (
     Quantisation,
     is_quantised,
@@ -18,8 +20,9 @@ from molf.core.model.quantised import (
 from molf.errors import InputError, reason_of
 from molf.inputs import check_installed
 from molf.job.model.config import place_of, read_config
+from molf.job.settings.quantised_base import check_beside_quantised
 from molf.job.settings.resolved import ResolvedSettings
-from molf.planning.model_class import auto_class
+from molf.planning.model_class import auto_class, make_skeleton
 
 _QUANTISED_WHEN_LOADED = {
     "load_in_4bit": Quantisation("bitsandbytes", "4-bit", is_adaptable=True),
@@ -50,7 +53,7 @@ def check_quantisation(config: Any, settings: ResolvedSettings) -> Quantisation 
             )
         return None if option is None else _QUANTISED_WHEN_LOADED[option]
     model = f"model {settings.model} (stored quantised: {stored})"
-    settings.check_beside_quantised(model, "give the unquantised model")
+    check_beside_quantised(settings, model, "give the unquantised model")
     if not stored.is_adaptable:
         raise InputError(
             f"Invalid {model}: molf trains no adapter beside such weights. Give the unquantised "
@@ -133,20 +136,39 @@ def check_device(quantisation: Quantisation | None, device: torch.device) -> Non
         ) from error
 
 
-def load_quantised(name: str, option: str, device: torch.device) -> Any:
-    """Load a model with quantised linear layers and all the rest in float32.
+def load_quantised(
+    name: str,
+    option: str,
+    device: torch.device,
+    *,
+    dtype: torch.dtype = torch.float32,
+    unquantised: Sequence[str] = (),
+) -> Any:
+    """Load a model with quantised linear layers; its head is not quantised.
 
     Args:
         name: A directory or a Hub id.
         option: `load_in_4bit` (NF4 without double quantisation) or `load_in_8bit`.
         device: The device to load it on.
+        dtype: Type of all parameters that are not quantised.
+        unquantised: Names of linear layers that are not quantised.
     """
-    # The type of 4-bit weights has no effect on 8-bit ones.
-    quantisation = BitsAndBytesConfig(**{option: True}, bnb_4bit_quant_type="nf4")
-    model = auto_class(read_config(name)).from_pretrained(
+    config = read_config(name)
+    skipped: list[str] | None = None
+    if unquantised:
+        # With a list of its own, transformers does not add the head.
+        with torch.device("meta"):
+            head = head_name(make_skeleton(config))
+        skipped = [f"^{re.escape(layer)}$" for layer in (*unquantised, *filter(None, [head]))]
+    quantisation = BitsAndBytesConfig(
+        **{option: True},
+        bnb_4bit_quant_type="nf4",  # has no effect on 8-bit weights
+        llm_int8_skip_modules=skipped,
+    )
+    model = auto_class(config).from_pretrained(
         place_of(name),
         quantization_config=quantisation,
-        dtype=torch.float32,
+        dtype=dtype,
         device_map={"": device},
         trust_remote_code=False,
         use_safetensors=True,

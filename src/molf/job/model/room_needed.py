@@ -144,6 +144,8 @@ def _factors(settings: ResolvedSettings, plan: Plan) -> int:
         return 0
     if settings.method in ADAPTERS:
         return plan.trained_parameters
+    if settings.method == "hybrid":
+        return int(plan.details["adapter_parameters"])
     return sum(
         layer.lora_parameters(rank) for layer in plan.layers for rank in config_of(settings).ranks
     )

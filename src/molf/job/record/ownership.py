@@ -21,6 +21,7 @@ CONFIG = "config.yaml"
 ENVIRONMENT = "environment.json"
 METRICS = "metrics.jsonl"
 ROUTING = "routing"
+ASSIGNMENT = "assignment.yaml"
 CHECKPOINTS = "checkpoints"
 ADAPTER = "adapter"
 MODEL = "model"
@@ -36,6 +37,7 @@ _RUN_ENTRIES = frozenset(
         ENVIRONMENT,
         METRICS,
         ROUTING,
+        ASSIGNMENT,
         CHECKPOINTS,
         ADAPTER,
         MODEL,

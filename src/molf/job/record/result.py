@@ -104,6 +104,7 @@ def _without_nan(value: Any) -> Any:
 def results_row(result: RunResult, settings: ResolvedSettings, started: datetime) -> dict[str, Any]:
     """Return a run's row of `results.csv`."""
     config = settings.method_config
+    has_lora = config is not None or settings.has_adapter
     return {
         "run": result.directory.name,
         "started": started.isoformat(timespec="seconds"),
@@ -120,7 +121,7 @@ def results_row(result: RunResult, settings: ResolvedSettings, started: datetime
         "lora_parameters": result.lora_parameters or "",
         "score": config.score if config and settings.method in ROUTED else "",
         "learning_rate": settings.learning_rate if settings.trains_dense else "",
-        "lora_learning_rate": settings.lora_learning_rate if config else "",
+        "lora_learning_rate": settings.lora_learning_rate if has_lora else "",
         "steps": result.steps,
         "skipped_steps": result.skipped_steps,
         "training_loss": result.training_loss,

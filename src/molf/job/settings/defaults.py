@@ -21,6 +21,7 @@ SUMMARIES = {
     "adalora": "AdaLoRA (arXiv 2303.10512: ranks moved between layers), merged into the weights",
     "molf": "MoLF (arXiv 2605.07111): per layer and step, full or LoRA takes the update",
     "molf-e": "MoLF-Efficient (arXiv 2605.07111): LoRA experts routed, base frozen, then merged",
+    "hybrid": "an assignment: each layer trained in full, by LoRA or not at all, then merged",
 }
 METHODS = tuple(SUMMARIES)
 
@@ -31,12 +32,12 @@ ROUTED = ("molf", "molf-e")
 ADAPTERS = ("lora", "lora+", "dora", "pissa", "eva", "adalora")
 
 # Methods that support a 4-bit or 8-bit base, and merging into its weights.
-QUANTISABLE = ("molf-e", "lora", "lora+", "eva")
+QUANTISABLE = ("molf-e", "lora", "lora+", "eva", "hybrid")
 
 # Weights that an adapter trained beside a quantised base can be merged into.
 MERGE_BASES = ("dequantised", "original")
 
-# Options of the optimizers of fft, molf and molf-e. Adapters use torch's AdamW.
+# Options of the optimizers of fft, molf, molf-e and hybrid. Adapters use torch's AdamW.
 STORAGE = tuple(name for name in OPTIONS if name != "nonfinite")
 
 # Meaning of `--ranks` for an adapter: its rank, or the rank of a LoRA with as many parameters.
@@ -70,6 +71,8 @@ METHOD: dict[str, dict[str, Any]] = {
     # The paper trains MoLF with dropout 0.05. The folded form supports only 0.
     "molf": {"ranks": (128,), "alpha": 32.0, "use_rslora": True, "lora_dropout": 0.0},
     "molf-e": {"ranks": (32, 128), "alpha": 32.0, "use_rslora": True, "lora_dropout": 0.05},
+    # Ranks and scalings are those of the assignment.
+    "hybrid": {"lora_dropout": 0.05},
 }
 
 
@@ -96,6 +99,7 @@ _DEMO_RATIO = {
     "molf": 2,
     "molf-e": 3,
     "lora": 3,
+    "hybrid": 3,
     "lora+": 0.3,
     "dora": 3,
     "pissa": 3,
@@ -104,6 +108,7 @@ _DEMO_RATIO = {
 }
 _DEMO_METHOD: dict[str, dict[str, Any]] = {
     "fft": {},
+    "hybrid": {},
     "molf": {"ranks": (16,), "alpha": 8.0},
     # With the paper's single alpha, the expert of the lowest rank has the largest scaling and wins
     # every update of such a short training. With None, each expert has LoRA's alpha for its rank.

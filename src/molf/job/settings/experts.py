@@ -11,7 +11,7 @@ from molf.job.settings.defaults import ADAPTERS, ROUTED, default_alpha, defaults
 
 
 def method_config(settings: Any) -> MoLFConfig | None:
-    """Return the configuration of a method's experts; None for fft.
+    """Return the configuration of a method's experts; None for fft and hybrid.
 
     Args:
         settings: `TrainSettings`, whose file imports this one. Options of value None get the
@@ -21,7 +21,7 @@ def method_config(settings: Any) -> MoLFConfig | None:
         InputError: A value is not allowed, or not with this method.
     """
     method = settings.method
-    if method == "fft":
+    if method in ("fft", "hybrid"):
         return None
     defaults = {
         **defaults_for(method, settings.task),

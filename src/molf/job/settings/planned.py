@@ -9,6 +9,7 @@ from typing import Any
 from molf.core.config import MoLFConfig
 from molf.core.model.quantised import Quantisation, quantisation_of
 from molf.errors import InputError
+from molf.job.settings.quantised_base import check_beside_quantised
 from molf.job.settings.resolved import ResolvedSettings
 from molf.job.settings.settings import TrainSettings
 from molf.planning.quantised_base import planned_as
@@ -50,6 +51,9 @@ def workload_of(
         padded=padded,
         num_gpus=num_gpus,
         quantised=quantised,
+        assignment=settings.assigned,
+        lora_dropout=float(settings.lora_dropout or 0.0) if settings.assigned else 0.0,
+        use_dora=settings.use_dora,
         **settings.optimizer_options.as_keywords(),
     )
 
@@ -75,7 +79,7 @@ def planned_quantisation(model: Any, settings: ResolvedSettings) -> str | None:
             f"Invalid {base}: of stored quantised models, only those of bitsandbytes can be "
             "planned (4-bit, 8-bit). Give one of these, or the unquantised model."
         )
-    settings.check_beside_quantised(base, "give the unquantised model")
+    check_beside_quantised(settings, base, "give the unquantised model")
     if option not in (None, planned):
         raise InputError(
             f"Invalid {option} with {base}. Leave {option} out, or give the unquantised model."

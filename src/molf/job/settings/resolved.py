@@ -9,6 +9,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from molf.core.assignment.assignment import Assignment
 from molf.core.config import MoLFConfig
 from molf.errors import InputError
 from molf.job.settings.defaults import ADAPTERS, MERGE_BASES, QUANTISABLE, STORAGE, defaults_for
@@ -26,6 +27,8 @@ class ResolvedSettings(TrainSettings):
         unreached: Modules that text input does not use, which are left out; set once the model is
             loaded.
         bypassed: Layers that the model uses without calling them, so that an adapter has no effect.
+        assigned: The assignment of method hybrid, with `freeze_rest` and `use_rslora` of these
+            settings; set once the model's layers are known.
     """
 
     model: str
@@ -39,6 +42,7 @@ class ResolvedSettings(TrainSettings):
     save_minutes: float
     unreached: tuple[str, ...] = ()
     bypassed: tuple[str, ...] = ()
+    assigned: Assignment | None = None
 
     @property
     def method_config(self) -> MoLFConfig | None:
@@ -51,7 +55,24 @@ class ResolvedSettings(TrainSettings):
     @property
     def has_adapter(self) -> bool:
         """Whether the trained model has a PEFT adapter."""
-        return self.method in (*ADAPTERS, "molf-e") or self.is_explicit
+        has_lora = self.assigned is not None and bool(self.assigned.lora)
+        return self.method in (*ADAPTERS, "molf-e") or self.is_explicit or has_lora
+
+    @property
+    def reached_assignment(self) -> Assignment | None:
+        """The assignment with layers frozen that text does not reach, or no adapter changes."""
+        if self.assigned is None:
+            return None
+        reached = self.assigned.without(self.unreached)
+        adapted = {layer.name for layer in reached.lora}
+        return reached.without(name for name in self.bypassed if name in adapted)
+
+    @property
+    def trains_dense(self) -> bool:
+        """Whether parameters other than LoRA factors are trained, which use `learning_rate`."""
+        if self.assigned is not None:
+            return bool(self.assigned.full) or not self.assigned.freeze_rest
+        return super().trains_dense
 
     @property
     def is_explicit(self) -> bool:
@@ -80,7 +101,11 @@ class ResolvedSettings(TrainSettings):
     def as_options(self) -> dict[str, Any]:
         """Return the settings as plain values: a recipe that `molf train --config` accepts."""
         options = asdict(self)
-        for name in ("unreached", "bypassed"):  # no options: each run finds them in its model
+        for name in (
+            "unreached",
+            "bypassed",
+            "assigned",
+        ):  # no options: each run finds them in its model
             del options[name]
         for name, value in options.items():
             if isinstance(value, Path):
@@ -133,7 +158,7 @@ def resolve(settings: TrainSettings, now: datetime) -> ResolvedSettings:
     if settings.fallback_dir is not None:
         check_path(settings.fallback_dir, "fallback_dir")
         values["fallback_dir"] = settled(settings.fallback_dir).absolute()
-    for name in ("model", "data", "eval_data", "forgetting_data"):
+    for name in ("model", "data", "eval_data", "forgetting_data", "assignment"):
         # The record of the run must be valid from any working directory.
         if values.get(name) is not None:
             values[name] = absolute(values[name])
@@ -156,12 +181,20 @@ _ADAPTER = (
     "lora_learning_rate",
     "lora_weight_decay",
 )
+_ASSIGNED = ("assignment", "use_dora")
 _UNUSED = {
-    "fft": (*_ADAPTER, "match", "loraplus_lr_ratio", *_ROUTING),
-    "molf": ("match", "loraplus_lr_ratio"),
-    "molf-e": ("match", "loraplus_lr_ratio", "weight_rounding"),  # PEFT's factors are float32
-    **dict.fromkeys(ADAPTERS, ("weight_decay", "loraplus_lr_ratio", *_ROUTING, *STORAGE)),
-    "lora+": ("weight_decay", *_ROUTING, *STORAGE),
+    "fft": (*_ADAPTER, "match", "loraplus_lr_ratio", *_ROUTING, *_ASSIGNED),
+    "molf": ("match", "loraplus_lr_ratio", *_ASSIGNED),
+    # PEFT's factors are float32.
+    "molf-e": ("match", "loraplus_lr_ratio", "weight_rounding", *_ASSIGNED),
+    **dict.fromkeys(
+        ADAPTERS, ("weight_decay", "loraplus_lr_ratio", *_ROUTING, *STORAGE, *_ASSIGNED)
+    ),
+    "lora+": ("weight_decay", *_ROUTING, *STORAGE, *_ASSIGNED),
+    "hybrid": (
+        *("ranks", "alpha", "target_modules", "exclude_modules"),  # the assignment has them
+        *("match", "loraplus_lr_ratio", "score", "top_k"),
+    ),
 }
 
 

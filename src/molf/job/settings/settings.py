@@ -33,10 +33,10 @@ from molf.job.settings.defaults import (
     MATCHES,
     MERGE_BASES,
     METHODS,
-    QUANTISABLE,
     ROUTED,
 )
 from molf.job.settings.experts import method_config
+from molf.job.settings.quantised_base import check_beside_quantised
 from molf.job.settings.ranges import (
     BELOW_2_31,
     BELOW_2_32,
@@ -105,7 +105,7 @@ class TrainSettings:
     dtype: Annotated[str, Parameter(choices=WEIGHT_DTYPES, group=MODEL)] = "float32"
     """Type of the weights in training; bfloat16 takes half the memory for weights and gradients."""
     load_in_4bit: Annotated[bool, Parameter(group=MODEL, negative=())] = False
-    """Train beside a frozen 4-bit base (bitsandbytes, NF4): molf-e, lora, lora+, eva."""
+    """Train beside a frozen 4-bit base (bitsandbytes, NF4): molf-e, lora, lora+, eva, hybrid."""
     load_in_8bit: Annotated[bool, Parameter(group=MODEL, negative=())] = False
     """The same with 8 bits (LLM.int8)."""
     merge_base: Annotated[
@@ -114,7 +114,10 @@ class TrainSettings:
     """Base of the merged model/: the dequantised weights, as in training, or the original ones."""
 
     method: Annotated[str, Parameter(choices=METHODS, group=METHOD)] = "molf"
-    """fft: all weights. molf, molf-e: routed per layer and step. Others train a PEFT adapter."""
+    """fft: all weights. molf, molf-e: routed per layer and step. hybrid: by assignment. Others
+    train a PEFT adapter."""
+    assignment: Annotated[str | None, Parameter(group=METHOD)] = None
+    """With hybrid: a YAML file, or a run (its assignment, or by the wins in its routing log)."""
     ranks: Annotated[
         tuple[int, ...] | None,
         Parameter(group=METHOD, converter=numbers(int), n_tokens=1, show_default=_AUTO),
@@ -135,6 +138,8 @@ class TrainSettings:
         float | None, Parameter(group=METHOD, show_default="16"), POSITIVE
     ] = None
     """With lora+, the learning rate of B as a multiple of that of A (lora_learning_rate)."""
+    use_dora: Annotated[bool, Parameter(group=METHOD, negative=())] = False
+    """With hybrid, also train a magnitude per output of the adapted layers (DoRA)."""
     score: Annotated[str, Parameter(group=METHOD)] = "epd"
     """How molf scores experts: epd, pfn, gsnr, fresh, descent, epd-balanced or epd-corrected;
     share:Q:SCORE; controls: shape, random, random:Q, full, lora, shuffled:SCORE."""
@@ -149,9 +154,10 @@ class TrainSettings:
     ] = ("lm_head",)
     """Layers never to adapt, in the same form."""
     freeze_rest: Annotated[
-        bool | None, Parameter(group=METHOD, show_default="molf trains it, molf-e does not")
+        bool | None,
+        Parameter(group=METHOD, show_default="molf trains it, molf-e does not; by assignment"),
     ] = None
-    """Freeze what is not routed (norms, embeddings, biases)."""
+    """Freeze what is not routed or assigned (norms, embeddings, biases)."""
 
     weight_rounding: Annotated[
         str | None, Parameter(choices=ROUNDINGS, group=OPTIMIZATION, show_default="exact")
@@ -295,7 +301,7 @@ class TrainSettings:
         if max(self.ranks or (0,)) >= MOST_COUNTED:
             given = ",".join(map(str, self.ranks or ()))
             raise InputError(f"Invalid ranks={given}. Must be below 2**31.")
-        for name in ("model", "data", "eval_data", "forgetting_data"):
+        for name in ("model", "data", "eval_data", "forgetting_data", "assignment"):
             if getattr(self, name) == "":
                 raise InputError(f"Invalid {name}: empty. Leave the option out for the default.")
         for name in ("none", "all"):
@@ -304,6 +310,10 @@ class TrainSettings:
                     f"Invalid report_to={','.join(self.report_to)}: {name} stands alone. Give "
                     f"trackers, or {name}."
                 )
+        if self.method == "hybrid" and self.assignment is None:
+            raise InputError(
+                "method=hybrid needs --assignment: a YAML file, or a run of molf, molf-e or hybrid."
+            )
         self._check_optimizer()
         if self.resume and self.overwrite:
             raise InputError(
@@ -400,48 +410,13 @@ class TrainSettings:
             return
         if self.load_in_4bit and self.load_in_8bit:
             raise InputError("Invalid load_in_4bit with load_in_8bit. Give one of them.")
-        self.check_beside_quantised(self.quantised, f"leave {self.quantised} out")
-
-    def check_beside_quantised(self, base: str, otherwise: str) -> None:
-        """Reject options that exclude a quantised base.
-
-        Args:
-            base: The option or model that makes the base a quantised one, for the message.
-            otherwise: How to get another base, for the message.
-
-        Raises:
-            InputError: The method, or an option, does not go with it.
-        """
-        if self.method not in QUANTISABLE:
-            raise InputError(
-                f"Invalid {base} with method={self.method}: {_NOT_QUANTISABLE[self.method]}. Use "
-                f"--method {', '.join(QUANTISABLE[:-1])} or {QUANTISABLE[-1]}, or {otherwise}."
-            )
-        if self.dtype != "float32":
-            raise InputError(
-                f"Invalid dtype={self.dtype} with {base}: weights that are not quantised stay "
-                f"float32. Leave dtype out, or {otherwise}."
-            )
-        if self.method in ROUTED and self.freeze_rest is False:
-            raise InputError(
-                f"Invalid freeze_rest=False with {base}: only an adapter is trained on a quantised "
-                f"base. Leave freeze_rest out, or {otherwise}."
-            )
+        check_beside_quantised(self, self.quantised, f"leave {self.quantised} out")
 
     @property
     def method_config(self) -> MoLFConfig | None:
-        """The experts of a routed method, or one adapter of the summed rank. None for fft.
+        """The experts of a routed method, or an adapter of the summed rank; else None.
 
         Raises:
             InputError: A value is not allowed, or not with this method.
         """
         return method_config(self)
-
-
-_NOT_QUANTISABLE = {
-    "fft": "it trains the base weights, which quantised ones cannot be",
-    "molf": "its full expert trains the base weights, which quantised ones cannot be",
-    "dora": "its magnitudes are the norms of weights, and it cannot be merged into quantised ones",
-    "pissa": "it decomposes the base weights, which must be real numbers",
-    "adalora": "it cannot be merged into quantised weights",
-}

@@ -228,7 +228,7 @@ class StepGuard(TrainerCallback):
         rates = "--learning_rate"
         if settings.method in ADAPTERS or not settings.trains_dense:
             rates = "--lora_learning_rate"
-        elif settings.method_config is not None:
+        elif settings.method_config is not None or settings.has_adapter:
             rates = "--learning_rate and --lora_learning_rate"
         if are_weights:
             return f"an update was too large. Try a lower {rates}."

@@ -1,0 +1,376 @@
+"""`molf.Assignment`: which linear layers are trained in full, which by LoRA, and which not."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from molf.core.assignment.assigned import (
+    FROZEN,
+    FULL,
+    LORA,
+    AssignedLayer,
+    Decided,
+    Treatment,
+    weights_of,
+)
+from molf.core.assignment.choice import (
+    at_random,
+    by_shape,
+    by_share,
+    by_wins,
+    count_sets,
+    with_treatments,
+)
+from molf.core.assignment.patterns import Patterns, name_layers
+from molf.core.assignment.text import from_values, is_explicit, parse, to_text
+from molf.core.config import MoLFConfig
+from molf.shown import counted, listed
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from molf.core.assignment.layout import Layout
+
+
+@dataclass(frozen=True, kw_only=True)
+class Assignment:
+    """The training of every linear layer of a model: `full`, `lora` or `frozen`.
+
+    Norms, embeddings, biases and all other parameters are the rest, which is trained unless
+    `freeze_rest` is set or `frozen_rest` names a parameter. The head belongs to the rest, unless a
+    pattern names it. `print` shows a summary.
+
+    Attributes:
+        entries: The layers, in the model's order.
+        use_rslora: Whether alpha is for rank-stabilised scaling, `alpha / sqrt(r)`; else
+            `alpha / r`.
+        freeze_rest: Whether the rest is frozen.
+        frozen_rest: Names of parameters of the rest that are frozen in any case.
+        model: A description of the model.
+        source: How the assignment was made, in one line.
+
+    Raises:
+        ValueError: There is no layer, or two have one name.
+    """
+
+    entries: tuple[AssignedLayer, ...]
+    use_rslora: bool = False
+    freeze_rest: bool = False
+    frozen_rest: tuple[str, ...] = ()
+    model: str = ""
+    source: str = ""
+
+    def __post_init__(self) -> None:
+        """Check the names."""
+        names = Counter(layer.name for layer in self.entries)
+        if not names:
+            raise ValueError("An assignment needs at least one linear layer.")
+        if twice := [name for name, count in names.items() if count > 1]:
+            raise ValueError(f"Layer {twice[0]} is assigned twice.")
+
+    @cached_property
+    def layers(self) -> dict[str, AssignedLayer]:
+        """The layers by name."""
+        return {layer.name: layer for layer in self.entries}
+
+    def __getitem__(self, name: str) -> AssignedLayer:
+        """Return the layer with this name."""
+        return self.layers[name]
+
+    def of_kind(self, train: str) -> tuple[AssignedLayer, ...]:
+        """Return the layers that are `"full"`, `"lora"` or `"frozen"`."""
+        return tuple(layer for layer in self.entries if layer.train == train)
+
+    @property
+    def full(self) -> tuple[AssignedLayer, ...]:
+        """The layers whose weight is trained."""
+        return self.of_kind(FULL)
+
+    @property
+    def lora(self) -> tuple[AssignedLayer, ...]:
+        """The layers with an adapter."""
+        return self.of_kind(LORA)
+
+    @property
+    def frozen(self) -> tuple[AssignedLayer, ...]:
+        """The layers without training."""
+        return self.of_kind(FROZEN)
+
+    @property
+    def share(self) -> float:
+        """Share of the layers' weights that is trained in full."""
+        return weights_of(self.full) / weights_of(self.entries)
+
+    @classmethod
+    def from_patterns(cls, model: nn.Module, patterns: Mapping[str, Any]) -> Assignment:
+        """Build from patterns written by hand.
+
+        A pattern is a run of whole dotted components of a name; `*` and `[0-3]` act inside one
+        component. frozen wins over full, full over lora, an earlier entry of lora over a later one.
+        A pattern of frozen also names other parameters: `model.layers.0` freezes the norms in it.
+
+        Args:
+            model: A plain model, also one without values (on the meta device).
+            patterns: A mapping with the keys `full` and `frozen` (patterns), `lora` (a mapping of
+                `r`, `alpha` and `modules`, or a list of these; without `alpha` the scaling is about
+                2), `default` (of layers that no pattern names: `"full"`, `"frozen"`, a mapping of
+                `r` and `alpha`, or `"lora"` beside one entry of lora), `freeze_rest` and
+                `use_rslora`.
+
+        Raises:
+            ValueError: A key or value is not allowed; a pattern matches nothing, or only layers
+                that others took; or a rank exceeds a layer's smaller side.
+
+        Warns:
+            UserWarning: Layers without a pattern stay frozen because `default` is missing.
+        """
+        from molf.core.assignment.layout import Layout
+
+        return cls._named(Layout.of(model), Patterns.of(patterns))
+
+    @classmethod
+    def _named(cls, layout: Layout, patterns: Patterns) -> Assignment:
+        named = name_layers(patterns, layout.layers, layout.heads, layout.rest)
+        if named.unnamed and patterns.default is None:
+            from molf.core.warn import warn
+
+            warn(
+                f"{len(named.unnamed)} of {counted(len(named.layers), 'layer')} are named by no "
+                f"pattern and stay frozen (first: {named.unnamed[0]}). `default` (full, frozen, or "
+                "r and alpha) chooses their training."
+            )
+        return cls(
+            entries=named.layers,
+            use_rslora=patterns.use_rslora,
+            freeze_rest=patterns.freeze_rest,
+            frozen_rest=named.frozen_rest,
+            model=layout.model,
+            source="patterns",
+        )
+
+    @classmethod
+    def of(cls, optimizer: Any, *, share: float | None = None) -> Assignment:
+        """Build from the decisions that a `MoLFAdamW` has taken so far.
+
+        Each layer gets the expert that won most of its steps. Linear layers that are not routed are
+        `full` if the optimizer trains their weight, else `frozen`.
+
+        Args:
+            optimizer: A `molf.MoLFAdamW` after at least one step.
+            share: Give `full` to this share of the routed layers instead, whatever won: to those
+                where its score leads the LoRA experts' most (mean of the margins).
+
+        Raises:
+            TypeError: The optimizer is no `MoLFAdamW`.
+            ValueError: It has not taken a step, or `share` is out of range.
+        """
+        from molf.core.assignment.decided import decided_by
+
+        return cls.from_decisions(decided_by(optimizer), share=share)
+
+    @classmethod
+    def from_decisions(cls, decided: Decided, *, share: float | None = None) -> Assignment:
+        """Build from the decisions of a routed training; `share` is that of `of`.
+
+        Raises:
+            ValueError: No decision was taken, a layer is not in the model, or `share` is out of
+                range.
+        """
+        evidence = {name: one for name, one in decided.evidence.items() if one.decisions}
+        every = {**decided.layers, **decided.heads}
+        if strange := [name for name in decided.evidence if name not in every]:
+            raise ValueError(
+                f"The decisions are those of another model: {listed(strange, 3)} "
+                f"{'is' if len(strange) == 1 else 'are'} not in {decided.model or 'this one'}."
+            )
+        if not evidence:
+            raise ValueError(
+                "No step was taken at a learning rate above 0, so there is no decision to build an "
+                "assignment from."
+            )
+        if share is None:
+            chosen = by_wins(evidence, decided.adapters)
+            source = "the expert with the most wins"
+        else:
+            chosen = by_share(evidence, decided.adapters, share)
+            source = f"full in the {share:.0%} of layers where it leads most"
+        steps = max(one.decisions for one in evidence.values())
+        others = dict.fromkeys(decided.trained, Treatment(FULL))
+        return cls(
+            entries=tuple(
+                AssignedLayer(
+                    name=name,
+                    shape=every[name],
+                    evidence=evidence.get(name),
+                    **(chosen.get(name) or others.get(name) or Treatment(FROZEN))._asdict(),
+                )
+                for name in every
+                if name in decided.layers or name in chosen
+            ),
+            use_rslora=True,
+            freeze_rest=decided.freeze_rest,
+            frozen_rest=decided.frozen_rest,
+            model=decided.model,
+            source=f"{source}, {counted(steps, 'step')} of {decided.source}",
+        )
+
+    def random_like(self, seed: int) -> Assignment:
+        """Return a control: other layers in full, drawn, with as many weights in all.
+
+        Every set of layers with the same number of weights is equally likely. Frozen layers stay
+        frozen.
+
+        Args:
+            seed: Seed of the draw.
+
+        Warns:
+            UserWarning: No other set of layers has as many weights.
+        """
+        movable = tuple(layer for layer in self.entries if layer.train != FROZEN)
+        if not self.full or count_sets(movable, weights_of(self.full)) == 1:
+            from molf.core.warn import warn
+
+            warn(
+                "No other set of layers has as many weights: the control is the assignment itself."
+            )
+        source = f"random like {self.source or 'an assignment'}, seed {seed}"
+        return self._with(at_random(self.entries, seed), source)
+
+    def by_shape(
+        self, config: MoLFConfig, *, lr: float = 1.0, lora_lr: float | None = None
+    ) -> Assignment:
+        """Return the assignment that shapes, scalings and rates alone predict.
+
+        `full` where `lr > lora_lr s / sqrt(3) * out / (in + out)` for every LoRA expert: the winner
+        by EPD at the start if gradients were noise (score `shape`). Frozen layers stay frozen.
+
+        Args:
+            config: The LoRA experts: ranks, alpha, `use_rslora`.
+            lr: Learning rate of `full`; only the ratio of the rates counts.
+            lora_lr: Learning rate of the LoRA experts; None: `lr`.
+        """
+        rate = lr if lora_lr is None else lora_lr
+        made = by_shape(self.entries, config, lr, rate)
+        source = f"by shape, lora_lr {rate / lr:g} times lr"
+        return replace(self._with(made, source), use_rslora=config.use_rslora)
+
+    def with_options(
+        self, *, freeze_rest: bool | None = None, use_rslora: bool | None = None
+    ) -> Assignment:
+        """Return a copy with other attributes of these names; None keeps one."""
+        return replace(
+            self,
+            freeze_rest=self.freeze_rest if freeze_rest is None else freeze_rest,
+            use_rslora=self.use_rslora if use_rslora is None else use_rslora,
+        )
+
+    def without(self, names: Iterable[str]) -> Assignment:
+        """Return a copy in which some modules and their children are frozen.
+
+        Args:
+            names: Full names of modules.
+        """
+        inside = tuple(f"{name}." for name in names)
+        frozen = {
+            layer.name: Treatment(FROZEN)
+            for layer in self.entries
+            if f"{layer.name}.".startswith(inside)
+        }
+        entries = tuple(
+            replace(layer, **frozen[layer.name]._asdict()) if layer.name in frozen else layer
+            for layer in self.entries
+        )
+        return replace(self, entries=entries) if frozen else self
+
+    def _with(self, treatments: Mapping[str, Treatment], source: str) -> Assignment:
+        return replace(self, entries=with_treatments(self.entries, treatments), source=source)
+
+    @classmethod
+    def from_yaml(cls, text: str, model: nn.Module | None = None) -> Assignment:
+        """Build from the text of a file: one entry per layer, as `to_yaml` writes, or patterns.
+
+        Args:
+            text: YAML.
+            model: The model that is to be trained; may be left out for a file of `to_yaml`.
+
+        Raises:
+            ValueError: The text is no assignment, or that of a model with other layers; or it has
+                patterns and `model` is None.
+        """
+        from molf.core.assignment.layout import Layout
+
+        layout = None if model is None else Layout.of(model)
+        return cls.of_values(parse(text), layout)
+
+    @classmethod
+    def of_values(cls, values: Mapping[str, Any], layout: Layout | None) -> Assignment:
+        """Build from the content of a file; `from_yaml` has the errors."""
+        if is_explicit(values):
+            made = cls(**from_values(values))
+            if layout is not None:
+                made.check(layout)
+            return made
+        patterns = Patterns.of(values)
+        if layout is None:
+            raise ValueError("The file has patterns instead of layers. Give the model, too.")
+        return cls._named(layout, patterns)
+
+    def to_yaml(self) -> str:
+        """Return the assignment as YAML, one line per layer; `from_yaml` is the inverse."""
+        return to_text(
+            self.entries,
+            model=self.model,
+            source=self.source,
+            use_rslora=self.use_rslora,
+            freeze_rest=self.freeze_rest,
+            frozen_rest=self.frozen_rest,
+        )
+
+    def check(self, layout: Layout) -> None:
+        """Check that a model has the layers of this assignment, with the same shapes.
+
+        Raises:
+            ValueError: It has not; the message names the layers that differ.
+        """
+        known = {**layout.layers, **layout.heads}
+        missing = [name for name in self.layers if name not in known]
+        extra = [name for name in layout.layers if name not in self.layers]
+        other = [one for one in self.entries if known.get(one.name, one.shape) != one.shape]
+        gone = [name for name in self.frozen_rest if name not in layout.rest]
+        differences = []
+        if missing:
+            differences.append(f"the model has no {listed(missing, 3)}")
+        if extra:
+            differences.append(f"the assignment has no {listed(extra, 3)}")
+        if other:
+            first = other[0]
+            shape = "x".join(map(str, known[first.name]))
+            more = f" (and {len(other) - 1} more differ)" if len(other) > 1 else ""
+            differences.append(f"{first.name} is {first.shown} there and {shape} here{more}")
+        if gone:
+            differences.append(f"the model has no {listed(gone, 3)}, named by frozen_rest")
+        if differences:
+            whose = f" ({self.model})" if self.model else ""
+            raise ValueError(
+                f"The assignment is for another model{whose} than {layout.model or 'this one'}: "
+                f"{'; '.join(differences)}."
+            )
+
+    def __str__(self) -> str:
+        """Return a summary in one line."""
+        ranks = sorted({layer.r for layer in self.lora if layer.r is not None})
+        adapters = f" (r {', '.join(map(str, ranks))})" if ranks else ""
+        rest = "trained"
+        if self.freeze_rest:
+            rest = "frozen"
+        elif self.frozen_rest:
+            rest = f"trained, but for {counted(len(self.frozen_rest), 'parameter')}"
+        return (
+            f"{counted(len(self.entries), 'layer')}: {len(self.full)} full ({self.share:.1%} of "
+            f"the layers' weights), {len(self.lora)} lora{adapters}, {len(self.frozen)} frozen; "
+            f"the rest is {rest}"
+        )
