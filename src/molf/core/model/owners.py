@@ -224,7 +224,8 @@ def _refuse_shapes(group: dict[str, Any], parameters: Sequence[Tensor]) -> NoRet
     raise RuntimeError(
         f"{whose}: the optimizer's group now holds tensors of shape {shapes} in place of "
         f"{', '.join(names[:4])}. The parameter groups were flattened or split, as by DeepSpeed's "
-        "ZeRO and FSDP1, and a step needs whole weights. Train with DDP or one process."
+        "ZeRO and FSDP1, and a step needs rows of weights. Train with fully_shard (FSDP2), DDP or "
+        "one process."
     )
 
 
