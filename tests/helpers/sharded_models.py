@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,20 +11,26 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
-from transformers.pytorch_utils import Conv1D
 
 import molf
 from core_helpers import tiny_model
 from molf import AdamW, MoLFAdamW, MoLFConfig
-from molf.core.storage.sharding import is_sharded, local_part
+from molf.core.storage.sharding import cut_like, is_sharded, local_part
 
 ROWS = 24  # of a global batch; 2, 3, 4 and 8 processes and micro-batches divide it
-STEPS = 6
+STEPS = 4
 FORMS = ["folded", "folded-conv", "explicit", "explicit-conv", "frozen", "fft"]
 
 
+def conv1d() -> type[nn.Module]:
+    """The class that PEFT knows; imported late, because transformers takes seconds."""
+    from transformers.pytorch_utils import Conv1D
+
+    return Conv1D
+
+
 def conv_model() -> nn.Module:
-    model = tiny_model()
+    model, Conv1D = tiny_model(), conv1d()
     torch.manual_seed(1)
     model.up, model.down = Conv1D(9, 6), Conv1D(6, 9)
     for layer in (model.up, model.down):
@@ -46,23 +52,19 @@ class Wide(nn.Module):
         self.norm = nn.LayerNorm(64)
 
 
-class WideConv(Wide):
-    """`up` is stored as [in, out]."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.up = Conv1D(64, 65)
-
-
 def wide_model(dtype: torch.dtype, *, conv: bool = False) -> nn.Module:
+    """`Wide`; with `conv`, `up` is stored as [in, out]: 65 rows again."""
     torch.manual_seed(0)
-    return (WideConv() if conv else Wide()).to(dtype)
+    model = Wide()
+    if conv:
+        model.up = conv1d()(64, 65)
+    return model.to(dtype)
 
 
 def shard(model: nn.Module, mesh: Any, **policy: Any) -> None:
     """Apply `fully_shard` to the linear layers and to the rest, as one does with blocks."""
     for module in list(model.modules()):
-        if isinstance(module, nn.Linear) or isinstance(module, Conv1D):
+        if isinstance(module, nn.Linear) or hasattr(module, "nf"):
             fully_shard(module, mesh=mesh, **policy)
     fully_shard(model, mesh=mesh, **policy)
 
@@ -90,7 +92,9 @@ def build(
             shard(model, mesh, **(policy or {}))
         if form == "fft":
             return model, AdamW(model.named_parameters(), **options)
-        return model, MoLFAdamW.from_model(model, config, **{"lora_lr": 4e-3, **options})
+        return model, MoLFAdamW.from_model(
+            model, config, **{"lora_lr": (1.3e-2, 1.6e-2), **options}
+        )
 
 
 def batch(step: int) -> Tensor:
@@ -163,16 +167,12 @@ def whole_weights(model: nn.Module) -> dict[str, Tensor]:
     }
 
 
-def feed_whole(model: nn.Module, seed: int, change: Callable[[str, Tensor], Tensor] | None = None):
+def feed_whole(model: nn.Module, seed: int) -> None:
     """Give every parameter a whole random gradient, of which a sharded one gets its part."""
     generator = torch.Generator().manual_seed(seed)
-    for name, parameter in model.named_parameters():
+    for parameter in model.parameters():
         grad = torch.randn(parameter.shape, generator=generator).to(parameter.dtype)
-        if change is not None:
-            grad = change(name, grad)
         if is_sharded(parameter):
-            from molf.core.storage.sharding import cut_like
-
             grad = cut_like(grad, parameter, 0)
         parameter.grad = grad
 
@@ -188,7 +188,9 @@ def local_values(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str
         entries = {"": parameter, **optimizer.state.get(parameter, {})}
         for key, value in entries.items():
             if isinstance(value, Tensor):
-                cut = [p.dim for p in value.placements if p.is_shard()] if is_sharded(value) else [0]
+                cut = (
+                    [p.dim for p in value.placements if p.is_shard()] if is_sharded(value) else [0]
+                )
                 value = local_part(value.detach()).clone(), cut[0], tuple(value.shape)
             found[f"{name}/{key}"] = value
     return found
@@ -210,9 +212,13 @@ def joined(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return whole
 
 
-def ranks_of(mesh: Any) -> list[int]:
-    return mesh.mesh.flatten().tolist()
-
-
 def is_in(mesh: Any) -> bool:
-    return dist.get_rank() in ranks_of(mesh)
+    return dist.get_rank() in mesh.mesh.flatten().tolist()
+
+
+def same(one: dict[str, Any], two: dict[str, Any]) -> bool:
+    """Whether two `local_values` have the same bits."""
+    return one.keys() == two.keys() and all(
+        torch.equal(value[0], two[name][0]) if isinstance(value, tuple) else value == two[name]
+        for name, value in one.items()
+    )

@@ -9,7 +9,7 @@ import contextlib
 import datetime
 import io
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -24,19 +24,19 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 import molf
 from core_helpers import tiny_model
 from molf import AdamW, MoLFConfig
+from molf.core.step import exchange
 from sharded_models import (
     FORMS,
+    batch,
     build,
     feed_whole,
     is_in,
     local_values,
     loss_of,
-    batch,
-    ranks_of,
+    same,
     shard,
     train,
     trained,
-    whole_weights,
     wide_model,
 )
 
@@ -50,24 +50,41 @@ STORAGES: dict[str, tuple[torch.dtype, dict[str, Any]]] = {
     "8bit": (torch.float32, {"state_dtype": "8bit"}),
     "exact 8bit": (BF16, {"state_dtype": "8bit"}),
 }
-SCORES = [
-    "pfn",
-    "gsnr",
-    "fresh",
-    "descent",
-    "epd-balanced",
-    "epd-corrected",
-    "share:0.5:epd",
-    "shuffled:epd",
-    "random",
-    "random:0.5",
-    "lora",
-]
-CHECKPOINTS = {
+# With `thorough` a world has all of these, without it the first few.
+SCORES = {
+    False: ["gsnr", "fresh", "share:0.5:epd", "shuffled:epd", "random:0.5"],
+    True: ["pfn", "descent", "epd-balanced", "epd-corrected", "shape", "random", "full", "lora"],
+}
+# Form, storage, options of the optimizer.
+SUBJECTS: dict[str, tuple[str, str, dict[str, Any]]] = {
     **{name: ("folded", name, {"score": "fresh"}) for name in STORAGES},
     "conv": ("folded-conv", "float32", {}),
     "explicit": ("explicit", "exact", {}),
     "frozen": ("frozen", "float32", {"score": "fresh"}),
+}
+CHECKPOINTS = {
+    False: ["exact 8bit", "conv", "frozen"],
+    True: ["float32", "exact", "stochastic", "8bit", "explicit"],
+}
+# Shards of the checkpoint, and of the training that loads it; "1" is one process.
+RESHARDED = [("4", "3"), ("4", "2"), ("3", "4"), ("2x2", "3"), ("1", "4"), ("1", "3")]
+SHARDS = {"2": 2, "3": 3, "4": 4, "2x2": 2}
+SOME_FORMS = ["folded-conv", "explicit", "frozen"]
+# Form, processes, micro-batches.
+PARITY = {
+    False: [
+        *(("folded", name, 1) for name in ("2", "3", "4", "2x2", "ddp 2", "ddp 4")),
+        *(("folded", name, micro) for name, micro in (("2", 4), ("4", 2), ("ddp 4", 2))),
+        *(
+            (form, name, 1)
+            for form in ("folded-conv", "explicit", "frozen")
+            for name in ("3", "2x2")
+        ),
+    ],
+    True: [
+        *((form, name, 1) for form in FORMS for name in ("2", "3", "4", "2x2", "ddp 2", "ddp 4")),
+        *((form, name, m) for form in FORMS for name, m in (("2", 4), ("4", 2), ("ddp 2", 4))),
+    ],
 }
 
 
@@ -79,20 +96,21 @@ class World:
         folder: Where results and checkpoints are.
         meshes: Meshes of FSDP2 by name: "2", "3" and "4" shards, "2x2" for two replicas of two.
         pair: Group of processes 0 and 1.
+        thorough: Whether it is the world of the slow tests.
     """
 
-    def __init__(self, rank: int, folder: str) -> None:
-        self.rank, self.folder = rank, folder
+    def __init__(self, rank: int, folder: str, thorough: bool) -> None:
+        self.rank, self.folder, self.thorough = rank, folder, thorough
         self.meshes = {str(n): DeviceMesh("cpu", list(range(n))) for n in (2, 3, 4)}
         self.meshes["2x2"] = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replica", "shard"))
         self.pair = dist.new_group([0, 1])
 
 
-def message_of(function: Callable[[], Any], *kinds: type[Exception]) -> str:
+def message_of(function: Callable[[], Any]) -> str:
     """The message of the error that a function raises; "" if it raises none."""
     try:
         function()
-    except kinds or (ValueError, RuntimeError) as error:
+    except (ValueError, RuntimeError) as error:
         return f"{type(error).__name__}: {error}"
     return ""
 
@@ -100,31 +118,23 @@ def message_of(function: Callable[[], Any], *kinds: type[Exception]) -> str:
 def winner_parity(world: World) -> dict[Any, Any]:
     """Trainings under FSDP2, HSDP and DDP, with accumulation and clipping."""
     found: dict[Any, Any] = {}
-    for form in FORMS:
-        for name, mesh in world.meshes.items():
-            if is_in(mesh):
-                found[form, name, 1] = trained(form, world.rank, mesh.size(), mesh=mesh)
-        found[form, "ddp 4", 1] = trained(form, world.rank, 4, group=dist.group.WORLD)
-        if world.rank < 2:
-            found[form, "ddp 2", 1] = trained(form, world.rank, 2, group=world.pair)
-    for name, micro in (("4", 2), ("2", 4)):
-        mesh = world.meshes[name]
-        if is_in(mesh):
-            own = trained("folded", world.rank, mesh.size(), mesh=mesh, micro=micro)
-            found["folded", name, micro] = own
-    for name, group, micro in (("ddp 4", dist.group.WORLD, 2), ("ddp 2", world.pair, 4)):
-        count = int(name[-1])
-        if world.rank < count:
-            own = trained("folded", world.rank, count, group=group, micro=micro)
-            found["folded", name, micro] = own
+    for form, name, micro in PARITY[world.thorough]:
+        if name.startswith("ddp"):
+            count = int(name.split()[1])
+            on = {"group": world.pair if count == 2 else dist.group.WORLD}
+            takes_part = world.rank < count
+        else:
+            mesh = world.meshes[name]
+            count, on, takes_part = mesh.size(), {"mesh": mesh}, is_in(mesh)
+        if takes_part:
+            found[form, name, micro] = trained(form, world.rank, count, micro=micro, **on)
     return found
 
 
 def scores(world: World) -> dict[str, Any]:
     mesh = world.meshes["3"]
-    if not is_in(mesh):
-        return {}
-    return {score: trained("folded", world.rank, 3, mesh=mesh, score=score) for score in SCORES}
+    names = SCORES[world.thorough] if is_in(mesh) else []
+    return {score: trained("folded", world.rank, 3, mesh=mesh, score=score) for score in names}
 
 
 def same_gradients(world: World) -> dict[Any, Any]:
@@ -132,8 +142,7 @@ def same_gradients(world: World) -> dict[Any, Any]:
     found: dict[Any, Any] = {}
     for storage in STORAGES:
         for conv in (False, True):
-            for name in ("2", "3", "4", "2x2"):
-                mesh = world.meshes[name]
+            for name, mesh in world.meshes.items():
                 if is_in(mesh):
                     found[storage, conv, name] = fed(storage, conv, mesh)
     return found
@@ -189,7 +198,8 @@ def refused(world: World, form: str, mesh: Any, kind: str, reaction: str) -> dic
     before = local_values(model, optimizer)
     feed_whole(model, 7)
     # In a row that process 1 has: the second part of A or of a weight of 9 rows.
-    target = next(p for n, p in model.named_parameters() if ("lora_B" if form == "frozen" else "up.w") in n)
+    part = "lora_B" if form == "frozen" else "up.w"
+    target = next(p for name, p in model.named_parameters() if part in name)
     if world.rank == 1 and kind != "loss":
         value = {"nan": float("nan"), "inf": float("inf"), "large": 1e30}[kind]
         target.grad.to_local()[0, 0] = value
@@ -202,13 +212,6 @@ def refused(world: World, form: str, mesh: Any, kind: str, reaction: str) -> dic
         "skipped": optimizer.skipped_steps,
         "same": same(before, local_values(model, optimizer)),
     }
-
-
-def same(one: dict[str, Any], two: dict[str, Any]) -> bool:
-    return one.keys() == two.keys() and all(
-        torch.equal(value[0], two[name][0]) if isinstance(value, tuple) else value == two[name]
-        for name, value in one.items()
-    )
 
 
 def policies(world: World) -> dict[str, Any]:
@@ -251,8 +254,6 @@ def factors(world: World) -> dict[str, Any]:
 
 def buckets(world: World) -> dict[str, Any]:
     """Layers in buckets of one, and all in one bucket."""
-    from molf.core.step import exchange
-
     found, size = {}, exchange.BUCKET_BYTES
     for name, nbytes in (("one", 1), ("all", size)):
         exchange.BUCKET_BYTES = nbytes
@@ -274,7 +275,8 @@ def refusals(world: World) -> dict[str, str]:
         for module in model.modules():
             for key, p in list(module._parameters.items()):
                 if p is not None:
-                    cut = [Replicate() if p.dim() < 2 and one == Shard(1) else one for one in placements]
+                    columns = p.dim() > 1
+                    cut = [one if columns or one != Shard(1) else Replicate() for one in placements]
                     setattr(module, key, nn.Parameter(distribute_tensor(p.detach(), on, cut)))
         return model
 
@@ -369,19 +371,14 @@ def meeting(world: World) -> dict[str, Any]:
         )
     other.load_state_dict(saved["optimizer"])
     own = local_values(sharded, other)
-    before = {id(x) for state in other.state.values() for x in state.values()}
     other.load_state_dict(other.state_dict())
-    kept = {id(x) for state in other.state.values() for x in state.values()}
-    return {
-        "state": own,
-        "keeps tensors": all(i in before for i in kept),
-        "whole": local_values(model, optimizer),
-    }
+    again = local_values(sharded, other)
+    return {"state": own, "again": again, "whole": local_values(model, optimizer)}
 
 
 def subject(name: str, mesh: Any = None) -> tuple[nn.Module, AdamW]:
     """The model and optimizer of a checkpoint."""
-    form, storage, options = CHECKPOINTS[name]
+    form, storage, options = SUBJECTS[name]
     dtype, how = STORAGES[storage]
     return build(form, mesh, wide_model(dtype, conv=form == "folded-conv"), **how, **options)
 
@@ -392,17 +389,35 @@ def advance(model: nn.Module, optimizer: AdamW) -> None:
         optimizer.step()
 
 
-def save(path: str, model: nn.Module, optimizer: AdamW, group: Any = None) -> None:
-    state = {"model": dict(model.named_parameters()), "optimizer": optimizer.state_dict()}
-    quietly(dcp.save, state, storage_writer=FileSystemWriter(path), process_group=group)
+def save(path: str, model: nn.Module, optimizer: AdamW, group: Any = None) -> dict[str, Any]:
+    """Write the tensors by name; return the numbers of the states."""
+    tensors = {f"model.{name}": p.detach() for name, p in model.named_parameters()}
+    numbers: dict[str, Any] = {}
+    for name, p in model.named_parameters():
+        for key, value in optimizer.state.get(p, {}).items():
+            kept = tensors if torch.is_tensor(value) else numbers
+            kept[f"optimizer.{name}.{key}"] = value
+    quietly(dcp.save, tensors, storage_writer=FileSystemWriter(path), process_group=group)
+    torch.save(numbers, f"{path}/numbers.pt")
+    return numbers
 
 
 def load(path: str, model: nn.Module, optimizer: AdamW, group: Any = None) -> None:
-    """Read a checkpoint into the live tensors; counters and groups are written back."""
-    optimizer.create_state()
-    state = {"model": dict(model.named_parameters()), "optimizer": optimizer.state_dict()}
-    quietly(dcp.load, state, storage_reader=FileSystemReader(path), process_group=group)
-    optimizer.load_state_dict(state["optimizer"])
+    """Read a checkpoint in place, into the parameters and into new tensors of the states."""
+    reader = FileSystemReader(path)
+    stored = reader.read_metadata().state_dict_metadata
+    targets: dict[str, Any] = {}
+    for name, p in model.named_parameters():
+        targets[f"model.{name}"] = p.detach()
+        for full, item in stored.items():
+            owner, _, key = full.removeprefix("optimizer.").rpartition(".")
+            if full.startswith("optimizer.") and owner == name:
+                room = optimizer.room(p, key, item.size, item.properties.dtype)
+                optimizer.state[p][key] = targets[full] = room
+    quietly(dcp.load, targets, storage_reader=reader, process_group=group)
+    for full, value in torch.load(f"{path}/numbers.pt").items():
+        owner, _, key = full.removeprefix("optimizer.").rpartition(".")
+        optimizer.state[dict(model.named_parameters())[owner]][key] = value
 
 
 def quietly(function: Callable[..., Any], *args: Any, **options: Any) -> None:
@@ -412,32 +427,37 @@ def quietly(function: Callable[..., Any], *args: Any, **options: Any) -> None:
 
 
 def checkpoints(world: World) -> dict[Any, Any]:
-    """Save on 4, load on 3, 2 and 2x2; save on 3, load on 4; load on 4 and 3 from one process."""
+    """Save on some shards and load on others; tests load in one process, and have saved there."""
     found: dict[Any, Any] = {}
-    groups = {name: mesh.get_group() for name, mesh in world.meshes.items() if mesh.ndim == 1 and is_in(mesh)}
+    groups = {
+        name: mesh.get_group()
+        for name, mesh in world.meshes.items()
+        if mesh.ndim == 1 and is_in(mesh)
+    }
     groups["2x2"] = dist.group.WORLD
-    for name in CHECKPOINTS:
-        for saved in ("4", "3", "2x2"):
+    names = CHECKPOINTS[world.thorough]
+    for name in names:
+        for saved in dict.fromkeys(source for source, _ in RESHARDED if source != "1"):
             mesh = world.meshes[saved]
             if is_in(mesh):
                 model, optimizer = subject(name, mesh)
                 advance(model, optimizer)
                 found[name, "saved", saved] = local_values(model, optimizer)
                 save(f"{world.folder}/{name} {saved}", model, optimizer, groups[saved])
-            dist.barrier()
-        for source, target in (("4", "3"), ("4", "2"), ("3", "4"), ("4", "2x2"), ("2x2", "3"), ("1", "4"), ("1", "3")):
+    dist.barrier()
+    for name in names:
+        for source, target in RESHARDED:
             mesh = world.meshes[target]
             if is_in(mesh):
                 model, optimizer = subject(name, mesh)
                 load(f"{world.folder}/{name} {source}", model, optimizer, groups[target])
                 found[name, source, target] = local_values(model, optimizer)
-            dist.barrier()
     return found
 
 
+THOROUGH = [winner_parity, scores, checkpoints]
 SCENARIOS = [
-    winner_parity,
-    scores,
+    *THOROUGH,
     same_gradients,
     fidelity,
     nonfinite,
@@ -446,23 +466,56 @@ SCENARIOS = [
     buckets,
     refusals,
     meeting,
-    checkpoints,
 ]
 
 
-def run(rank: int, folder: str) -> None:
+def start(folder: str, *, thorough: bool = False) -> list[dict[str, Any]]:
+    """Run a world; return the results of every process, by scenario."""
+    for name in CHECKPOINTS[thorough]:
+        model, optimizer = subject(name)
+        advance(model, optimizer)
+        save(f"{folder}/{name} 1", model, optimizer)
+    torch.multiprocessing.start_processes(
+        run, (folder, thorough), nprocs=WORLD, start_method="spawn"
+    )
+    return [torch.load(f"{folder}/{rank}.pt", weights_only=False) for rank in range(WORLD)]
+
+
+def run(rank: int, folder: str, thorough: bool) -> None:
     """One process: all scenarios, in order."""
+    with processes(rank, folder, WORLD):
+        world = World(rank, folder, thorough)
+        scenarios = THOROUGH if thorough else SCENARIOS
+        found = {scenario.__name__: scenario(world) for scenario in scenarios}
+        torch.save(found, f"{folder}/{rank}.pt")
+
+
+def start_eight(folder: str) -> list[dict[str, Any]]:
+    """Run eight processes with one micro-batch each; return what they have come to."""
+    torch.multiprocessing.start_processes(run_eight, (folder,), nprocs=8, start_method="spawn")
+    return [torch.load(f"{folder}/{rank}.pt", weights_only=False) for rank in range(8)]
+
+
+def run_eight(rank: int, folder: str) -> None:
+    with processes(rank, folder, 8):
+        mesh = DeviceMesh("cpu", list(range(8)))
+        found = {
+            "8": trained("folded", rank, 8, mesh=mesh),
+            "ddp 8": trained("folded", rank, 8, group=dist.group.WORLD),
+        }
+        torch.save(found, f"{folder}/{rank}.pt")
+
+
+@contextlib.contextmanager
+def processes(rank: int, folder: str, count: int) -> Iterator[None]:
+    """Join a group of processes on this machine."""
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    store = dist.FileStore(f"{folder}/store", WORLD)
+    store = dist.FileStore(f"{folder}/store", count)
+    # The others of a process that fails end by this.
     timeout = datetime.timedelta(seconds=120)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=WORLD, timeout=timeout)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=count, timeout=timeout)
     try:
-        world = World(rank, folder)
-        found = {scenario.__name__: scenario(world) for scenario in SCENARIOS}
-        torch.save(found, f"{folder}/{rank}.pt")
+        yield
     finally:
         dist.destroy_process_group()
-
-
-__all__ = ["CHECKPOINTS", "SCORES", "STORAGES", "ranks_of", "run", "whole_weights"]

@@ -92,12 +92,6 @@ def load(
         check_saved_group: Refuses a saved group that the optimizer cannot step.
     """
     loaded: dict[str, Any] = {}
-    own_tensors = {(p, key): x for p, state in optimizer.state.items() for key, x in state.items()}
-
-    def keep_own(parameter: Tensor, key: str, value: Tensor) -> Tensor:
-        if own_tensors.get((parameter, key)) is value:
-            return value
-        return keep(parameter, key, value)
 
     # Hooks, so that those of users run before, and see the state as it was saved.
     def capture_last(_: Optimizer, given: dict[str, Any]) -> dict[str, Any]:
@@ -110,7 +104,7 @@ def load(
 
     capture = optimizer.register_load_state_dict_pre_hook(capture_last)
     restore = optimizer.register_load_state_dict_post_hook(
-        lambda _: _restore_bits(optimizer, loaded, keep_own), prepend=True
+        lambda _: _restore_bits(optimizer, loaded, keep), prepend=True
     )
     try:
         load_groups(state_dict)

@@ -27,7 +27,13 @@ from molf.core.step.unit import PlainUnit, Unit, UnitKey
 from molf.core.storage.accumulation import accumulate_in_float32
 from molf.core.storage.collectives import ALONE, Processes
 from molf.core.storage.offload import StateOffload
-from molf.core.storage.sharding import cut_dimension, cut_like, is_sharded, whole_number
+from molf.core.storage.sharding import (
+    cut_dimension,
+    cut_like,
+    is_sharded,
+    sharded_room,
+    whole_number,
+)
 from molf.core.warn import warn
 
 
@@ -235,21 +241,6 @@ class UnitOptimizer(Optimizer):
             units, self.state, self.offload, self.executor, self._tally, required
         )
 
-    @torch.no_grad()
-    def create_state(self) -> None:
-        """Create the missing state of all trained parameters, as the first step would.
-
-        A checkpoint is then loaded into the state, tensor by tensor, without a second copy.
-        """
-        self._settled_state()
-        units = [unit for unit in self._units() if unit.parameters[0].requires_grad]
-        loan = Loan(units, self.state)
-        for unit in loan.units:
-            unit.create(loan.states)
-        loan.settle()
-        if self.offload is not None:
-            self.offload.keep_all(self.state)
-
     def _check_kinds(self, units: Iterable[Unit]) -> None:
         """Refuse, by name, gradients of a kind that no step can use."""
         for parameter in (p for unit in units for p in unit.parameters):
@@ -283,17 +274,21 @@ class UnitOptimizer(Optimizer):
             )
         return value.to(parameter.device, copy=True)
 
-    def room(self, parameter: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    def room(self, parameter: Tensor, key: str, shape: torch.Size, dtype: torch.dtype) -> Tensor:
         """Allocate a tensor in the memory of a parameter's state, for a checkpoint to be read into.
 
         Args:
             parameter: A parameter of this optimizer.
-            shape: Shape of the state's tensor.
+            key: Key of the tensor in the parameter's state.
+            shape: Shape of the whole tensor.
             dtype: Its dtype.
 
         Returns:
-            The tensor, uninitialised, with the strides of the parameter if it has its shape.
+            The tensor, uninitialised, with the strides of the parameter if it has its shape. It is
+            sharded if the parameter is.
         """
+        if is_sharded(parameter):
+            return sharded_room(parameter, cut_dimension(key), shape, dtype)
         if shape == parameter.shape:
             like = torch.empty_like(parameter, dtype=dtype, device="meta", requires_grad=False)
         else:

@@ -199,12 +199,6 @@ class RoutedLayer(ABC):
     def kept(self) -> dict[str, Any]:
         """State that holds the numbers of a score that keeps some."""
 
-    def create_kept(self) -> None:
-        """Create the numbers that the score keeps, with their initial values."""
-        for expert in self.experts:
-            for name, start in self.score.kept.items():
-                self.kept.setdefault(f"score_{expert}_{name}", start)
-
     @property
     def parts(self) -> list[tuple[int, int]]:
         """(expert, tensor) of all tensors, as in `Owner`."""

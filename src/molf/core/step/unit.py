@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, Self
 
 from torch import Tensor
 
-from molf.core.arithmetic.devices import CanRead, is_host_memory
+from molf.core.arithmetic.devices import CanRead
 from molf.core.model.groups import parameter_name
 from molf.core.step.adapter import AdapterLayer
 from molf.core.step.dense import DenseTensor
@@ -74,21 +74,6 @@ class Unit(ABC):
     def located(self) -> tuple[Place, ...]:
         """The location of each parameter."""
         return self.places or (WHOLE,) * len(self.parameters)
-
-    def create(self, states: States) -> None:
-        """Create the missing state of the parameters."""
-        # Opened with gradients: a parameter without one has no part in a step and gets no state.
-        grads = [p.grad for p in self.parameters]
-        for parameter in self.parameters:
-            if parameter.grad is None:
-                parameter.grad = parameter.detach().new_zeros(()).expand_as(parameter)
-        try:
-            opened = self.open(states, can_read=is_host_memory)
-            if isinstance(opened, RoutedLayer):
-                opened.create_kept()
-        finally:
-            for parameter, grad in zip(self.parameters, grads, strict=True):
-                parameter.grad = grad
 
     def named_parameters(self) -> Iterator[tuple[str, Tensor]]:
         """Yield name and parameter of those with a gradient."""

@@ -134,6 +134,21 @@ def cut_like(values: Tensor, like: Tensor, dim: int) -> Tensor:
     return as_sharded(copied, like, dim, size)
 
 
+def sharded_room(parameter: Tensor, dim: int, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    """Return an uninitialised tensor, cut as a sharded parameter's state is.
+
+    Args:
+        parameter: Sharded parameter.
+        dim: Dimension that is cut.
+        shape: Shape of the whole tensor.
+        dtype: Dtype of the tensor.
+    """
+    part = layout_of(parameter).shards().part(shape[dim])
+    own = (*shape[:dim], part.stop - part.start, *shape[dim + 1 :])
+    local = torch.empty(own, dtype=dtype, device=local_part(parameter).device)
+    return as_sharded(local, parameter, dim, shape[dim])
+
+
 def check_layout(name: str, tensor: Any) -> None:
     """Refuse a tensor that is distributed in a way that no step supports.
 
