@@ -219,7 +219,7 @@ def _(blocks, as_torchao):
 def _(unusable):
     def unsharded(parameter):
         reason = unusable(parameter)
-        return None if reason and "DTensor" in reason else reason
+        return None if reason and "sharded" in reason else reason
 
     return unsharded
 

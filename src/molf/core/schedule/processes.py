@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -19,7 +19,8 @@ def has_processes() -> bool:
 
 
 def check_processes(
-    named: Sequence[tuple[str, Tensor]],
+    parameters: Sequence[Tensor],
+    name_of: Callable[[Tensor], str],
     *,
     optimizer_in_backward: bool,
     grad_accumulation_dtype: str | None,
@@ -29,7 +30,8 @@ def check_processes(
     """Refuse options and parameters that do not support several processes.
 
     Args:
-        named: Name and parameter of all parameters.
+        parameters: All parameters.
+        name_of: Returns the name of one, for messages.
         optimizer_in_backward: An option, as the following ones.
         grad_accumulation_dtype: An option.
         state_offload: An option.
@@ -40,12 +42,12 @@ def check_processes(
     """
     # Every step calls this: the process group may be created after the optimizer, and libraries
     # replace parameters by sharded ones.
-    layout = check_layouts(named)
     if not has_processes():
         return
+    layout = check_layouts(parameters, name_of)
     count = torch.distributed.get_world_size()
     settings: dict[str, Any] = {"processes": count, "optimizer_in_backward": optimizer_in_backward}
-    if any(is_low(parameter) for _, parameter in named):
+    if any(map(is_low, parameters)):
         settings["grad_accumulation_dtype"] = grad_accumulation_dtype
     if layout is not None:
         settings |= {"shards": count, "state_offload": state_offload, "kernels": kernels}

@@ -88,7 +88,8 @@ class UnitOptimizer(Optimizer):
 
     def _check_processes(self) -> None:
         check_processes(
-            list(self._named_parameters()),
+            list(self._parameters()),
+            self._name_of,
             optimizer_in_backward=self.optimizer_in_backward,
             grad_accumulation_dtype=self.grad_accumulation_dtype,
             state_offload=self.state_offload,
@@ -104,11 +105,6 @@ class UnitOptimizer(Optimizer):
 
     def _parameters(self) -> Iterator[Tensor]:
         return (p for group in self.param_groups for p in group["params"])
-
-    def _named_parameters(self) -> Iterator[tuple[str, Tensor]]:
-        for number, group in enumerate(self.param_groups):
-            for position, parameter in enumerate(group["params"]):
-                yield parameter_name(group, position, number), parameter
 
     def _home(self) -> torch.device:
         """The device of the first parameter."""
@@ -147,6 +143,7 @@ class UnitOptimizer(Optimizer):
         if self._backward is None:
             has_gradient = any(p.grad is not None for p in self._parameters())
             if not has_gradient:
+                self._check_processes()
                 self._refuse_stale()
             self._begin()
             taken = self._take(self._units())

@@ -5,7 +5,7 @@ A supported tensor is cut by rows: one `Shard(0)`, and `Replicate` on other dime
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -155,63 +155,73 @@ def check_layout(name: str, tensor: Any) -> None:
     Raises:
         ShardingError: With the name.
     """
+    if problem := _problem_of(tensor):
+        raise ShardingError(f"{name} {problem}")
+
+
+def _problem_of(tensor: Any) -> str | None:
+    """Return the reason why no step supports the distribution of a tensor; None if it does."""
     if getattr(tensor, "_fsdp_flattened", False) or type(tensor).__name__ == "FlatParameter":
-        raise ShardingError(
-            f"{name} is flattened by FSDP1 (FullyShardedDataParallel): a step needs rows of the "
-            "weight. Use fully_shard (FSDP2)."
+        return (
+            "is flattened by FSDP1 (FullyShardedDataParallel): a step needs rows of the weight. "
+            "Use fully_shard (FSDP2)."
         )
     if hasattr(tensor, "ds_id"):
-        raise ShardingError(f"{name} is partitioned by DeepSpeed (ZeRO-3). {_ADVICE}")
+        return f"is partitioned by DeepSpeed (ZeRO-3). {_ADVICE}"
     if not is_sharded(tensor):
-        return
+        return None
     from torch.distributed.tensor import Replicate, Shard
 
     placements = layout_of(tensor).placements
     cut = [one for one in placements if not isinstance(one, Replicate)]
     # Exact type: tensor parallelism has shards that are no plain `Shard`.
-    if len(cut) != 1 or type(cut[0]) is not Shard or cut[0].dim != 0:
-        raise ShardingError(
-            f"{name} is a DTensor with placements {placements}. Must be one Shard(0) and else "
-            f"Replicate, as fully_shard makes them (no tensor parallelism). {_ADVICE}"
-        )
+    if len(cut) == 1 and type(cut[0]) is Shard and cut[0].dim == 0:
+        return None
+    return (
+        f"is a DTensor with placements {placements}. Must be one Shard(0) and else Replicate, as "
+        f"fully_shard makes them (no tensor parallelism). {_ADVICE}"
+    )
 
 
-def check_layouts(parameters: Iterable[tuple[str, Tensor]]) -> Layout | None:
+def check_layouts(parameters: Iterable[Tensor], name_of: Callable[[Tensor], str]) -> Layout | None:
     """Return the distribution that all trained parameters have; None if they are whole.
 
     Raises:
         ShardingError: One is distributed in a way that no step supports, or two differ.
     """
-    first: dict[bool, str] = {}
+    first: dict[bool, Tensor] = {}
     layout: Layout | None = None
-    for name, parameter in parameters:
-        check_layout(name, parameter)
-        first.setdefault(is_sharded(parameter), name)
+    for parameter in parameters:
+        if problem := _problem_of(parameter):
+            raise ShardingError(f"{name_of(parameter)} {problem}")
+        first.setdefault(is_sharded(parameter), parameter)
         if len(first) == 2:
             raise ShardingError(
-                f"{first[True]} is sharded (DTensor) and {first[False]} is not: their gradients "
-                "are not summed over the same processes. Call fully_shard on the whole model, or "
-                "on no trained part (ignored_params are not supported); add adapters before."
+                f"{name_of(first[True])} is sharded (DTensor) and {name_of(first[False])} is not: "
+                "their gradients are not summed over the same processes. Call fully_shard on the "
+                "whole model, or on no trained part (ignored_params are not supported); add "
+                "adapters before."
             )
         if not is_sharded(parameter):
             continue
         own = layout_of(parameter)
         if layout is None:
             layout = own
-            _check_mesh(name, own)
+            _check_mesh(own, lambda: name_of(first[True]))
         elif own != layout:
             raise ShardingError(
-                f"{first[True]} is sharded over {layout.mesh} as {layout.placements}, and {name} "
-                f"over {own.mesh} as {own.placements}. All parameters need one mesh."
+                f"{name_of(first[True])} is sharded over {layout.mesh} as {layout.placements}, and "
+                f"{name_of(parameter)} over {own.mesh} as {own.placements}. All parameters need "
+                "one mesh."
             )
     return layout
 
 
-def _check_mesh(name: str, layout: Layout) -> None:
+def _check_mesh(layout: Layout, name: Callable[[], str]) -> None:
     mesh = layout.mesh
     # Winners are chosen by sums over all replicas, which are the default group.
     if mesh.size(layout.dim) != mesh.size() != dist.get_world_size():
         raise ShardingError(
-            f"{name} is sharded and replicated over {mesh.size()} of {dist.get_world_size()} "
+            f"{name()} is sharded and replicated over {mesh.size()} of {dist.get_world_size()} "
             "processes. A mesh with replicas must have all of them."
         )
