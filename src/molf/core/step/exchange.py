@@ -48,8 +48,8 @@ def buckets(layers: Sequence[RoutedLayer]) -> Iterator[Sequence[RoutedLayer]]:
 def factor_gradients(bucket: Sequence[RoutedLayer], blocks: Blocks) -> list[tuple[Tensor, Tensor]]:
     """Return `grad A` [R, in] and `grad B` [out, R], or this process's parts, of each layer."""
     processes = bucket[0].processes
-    cuts = [cut for layer in bucket if (cut := layer.far_factor)]
-    if processes.is_one or not cuts:
+    cuts = [] if processes.is_one else [cut for layer in bucket if (cut := layer.far_factor)]
+    if not cuts:
         return [layer.factor_gradients(blocks) for layer in bucket]
     wholes = processes.gather(cuts)
     made = [
@@ -75,6 +75,8 @@ def with_whole_operands(
         bucket: Layers of a bucket.
         listed: Their writes. The factors are written, so that the operands are complete.
     """
+    if bucket[0].processes.is_one:
+        return listed
     cuts = [_far_operand(*one) for one in zip(bucket, listed, strict=True)]
     present = [cut for cut in cuts if cut is not None]
     # Winners are the same in all processes, so all of them skip it, or none.
@@ -90,7 +92,7 @@ def with_whole_operands(
 def _far_operand(layer: RoutedLayer, writes: LayerWrites) -> Cut | None:
     """Return the operand of a layer's product that has the features of the far factor."""
     product = next((write.product for write in writes.tensors if write.product), None)
-    if product is None or layer.processes.is_one:
+    if product is None:
         return None
     if layer.far_part == 0:
         return Cut(product.right, 1, layer.shape[1])
