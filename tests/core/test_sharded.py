@@ -95,6 +95,19 @@ def test_shards_of_the_bits_are_uneven_and_empty(world):
     assert rows("8bit", "up.weight/exp_avg_codes") == [17, 17, 17, 14]
 
 
+@pytest.mark.parametrize("form", ["folded", "frozen"])
+def test_the_order_of_an_accelerator_changes_no_winner(world, form):
+    assert_as_one_process(on_all(world, "on_an_accelerator", form), one_process(form))
+
+
+def test_collectives_have_the_bytes_of_the_formula(world):
+    for found in on_all(world, "traffic_of_a_step"):
+        assert len(found) == 2
+        for row in found:
+            assert row["counted"] == row["formula"]
+            assert row["counted"]["operands"] > 0
+
+
 @pytest.mark.parametrize("name", ["3", "2x2"])
 def test_update_fidelity_is_that_of_one_process(world, name):
     expected = sharded_world.fidelity_on()
@@ -116,6 +129,7 @@ def test_a_bad_number_in_one_process_is_refused_by_all_alike(world, form, kind):
     }[kind]
     raised = on_all(world, "nonfinite", (form, kind, "raise"))
     skipped = on_all(world, "nonfinite", (form, kind, "skip"))
+    assert on_all(world, "nonfinite", (form, kind, "late")) == raised
     assert raised == raised[:1] * WORLD
     assert skipped == skipped[:1] * WORLD
     assert raised[0]["message"].startswith(f"NonFiniteError: {reason}")
@@ -185,6 +199,7 @@ REFUSALS = {
     "built before fft": _BEFORE,
     "swapped with offload": "OptionError: state_offload=True is not possible with sharded para",
     "swapped columns": "ShardingError: up.weight is a DTensor with placements (Shard(dim=1),).",
+    "unsharded": "RuntimeError: Parameter embed.weight is gathered in the model, by a forward",
     "sharded state": "ValueError: The optimizer state is sharded and the parameters are not. L",
 }
 
@@ -192,8 +207,9 @@ REFUSALS = {
 def test_refusals_are_the_same_in_all_processes(world):
     first, *others = on_all(world, "refusals")
     assert all(one == first for one in others)
-    assert first.keys() == {*REFUSALS, "swapped"}
+    assert first.keys() == {*REFUSALS, "swapped", "sharded again"}
     assert first["swapped"] == ""  # accelerate's replacement by position is no error
+    assert first["sharded again"] == ""
     assert not any("\n" in message for message in first.values())
 
 

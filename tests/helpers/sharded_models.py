@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -138,6 +138,7 @@ def trained(
     mesh: Any = None,
     group: Any = None,
     micro: int = 1,
+    change: Callable[[AdamW], Any] | None = None,
     **options: Any,
 ) -> dict[str, Any]:
     """What a training comes to: decisions and whole weights and factors.
@@ -149,9 +150,12 @@ def trained(
         mesh: Of FSDP2.
         group: Of DDP.
         micro: Number of micro-batches.
+        change: Changes the optimizer before the first step.
         **options: Those of `build`.
     """
     model, optimizer = build(form, mesh, **options)
+    if change is not None:
+        change(optimizer)
     wrapped = model if group is None else DistributedDataParallel(model, process_group=group)
     decisions = train(wrapped, optimizer, rank, count, micro=micro)
     factors = {}

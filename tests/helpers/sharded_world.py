@@ -22,7 +22,8 @@ from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 import molf
-from core_helpers import tiny_model
+import traffic
+from core_helpers import as_on_an_accelerator, tiny_model
 from molf import AdamW, MoLFConfig
 from molf.core.step import exchange
 from sharded_models import (
@@ -158,6 +159,24 @@ def fed(storage: str, conv: bool, mesh: Any = None, *, score: str = "full") -> d
     return local_values(model, optimizer)
 
 
+def on_an_accelerator(world: World) -> dict[str, Any]:
+    """The order of operations of a device that the host does not read without waiting."""
+    found = {}
+    for form in ("folded", "frozen"):
+        change = as_on_an_accelerator
+        found[form] = trained(form, world.rank, 4, mesh=world.meshes["4"], change=change)
+    return found
+
+
+def traffic_of_a_step(world: World) -> list[dict[str, Any]]:
+    """Bytes of the collectives, counted and by the formula."""
+    mesh = world.meshes["4"]
+    return [
+        traffic.count_step(mesh, ranks, traffic.WIDTHS[1], score)
+        for ranks, score in zip(traffic.RANKS, traffic.SCORES, strict=True)
+    ]
+
+
 def fidelity(world: World) -> dict[str, Any]:
     """The share of updates that rounding loses, and its parts: rows and replicas."""
     found = {}
@@ -185,13 +204,16 @@ def nonfinite(world: World) -> dict[str, Any]:
     mesh, found = world.meshes["4"], {}
     for form in ("folded", "frozen"):
         for kind in ("nan", "inf", "large", "loss"):
-            for reaction in ("raise", "skip"):
+            for reaction in ("raise", "skip", "late"):
                 found[form, kind, reaction] = refused(world, form, mesh, kind, reaction)
     return found
 
 
 def refused(world: World, form: str, mesh: Any, kind: str, reaction: str) -> dict[str, Any]:
-    model, optimizer = build(form, mesh, nonfinite=reaction)
+    is_late = reaction == "late"  # as on an accelerator: moments are updated before the host reads
+    model, optimizer = build(form, mesh, nonfinite="raise" if is_late else reaction)
+    if is_late:
+        as_on_an_accelerator(optimizer)
     train(model, optimizer, world.rank, 4, steps=1)
     reasons: list[str] = []
     optimizer.on_skipped = reasons.append
@@ -351,6 +373,15 @@ def refusals(world: World) -> dict[str, str]:
     found["swapped with offload"] = swapped({"state_offload": True})
     found["swapped columns"] = swapped({}, columns=True)
 
+    # An evaluation between the backward pass and the step leaves the root's parameters gathered.
+    model, optimizer = build("folded", mesh)
+    loss_of(model, batch(0)).backward()
+    with torch.no_grad():
+        model(batch(0))
+    found["unsharded"] = message_of(optimizer.step)
+    model.reshard()
+    found["sharded again"] = message_of(optimizer.step)
+
     model, optimizer = build("folded", mesh)
     train(model, optimizer, world.rank, 4, steps=1)
     state = optimizer.state_dict()
@@ -459,6 +490,8 @@ THOROUGH = [winner_parity, scores, checkpoints]
 SCENARIOS = [
     *THOROUGH,
     same_gradients,
+    on_an_accelerator,
+    traffic_of_a_step,
     fidelity,
     nonfinite,
     policies,
