@@ -34,11 +34,11 @@ def _(bounds_of, alone):
     return own, alone
 
 
-@fault("stochastic rounding draws by the index within a shard", _TESTS, "RowsPlace.first_row")
+@fault("every shard starts at row 0", _TESTS, "RowsPlace.first_row")
 def _(first_row):
     return lambda self, tensor: 0
 
 
-@fault("small shards have no 8-bit moments", _TESTS, "RowsPlace.rows")
+@fault("the size of a tensor is that of its shard", _TESTS, "RowsPlace.rows")
 def _(rows):
     return lambda self, tensor: len(tensor)
