@@ -42,7 +42,7 @@ def run_tests(tests: str, fault: str = "") -> tuple[bool, str]:
     Raises:
         HarnessError: The tests did not run, so they caught nothing.
     """
-    options = ["-x", "-q", "-rf", "--tb=no", "--no-header", "--hypothesis-profile=no-shrink"]
+    options = ["-x", "-q", "-rfE", "--tb=no", "--no-header", "--hypothesis-profile=no-shrink"]
     options += ["-p", "no:cacheprovider", "-p", "no:xdist", "-p", "faults"]
     options += ["-W", "ignore:Module already imported", f"--rootdir={ROOT}"]
     with tempfile.TemporaryFile("w+") as output:
@@ -64,7 +64,7 @@ def run_tests(tests: str, fault: str = "") -> tuple[bool, str]:
     result = os.waitstatus_to_exitcode(status)
     if result not in (0, 1):
         raise HarnessError(f"pytest exits with {result}: {text[-800:]}")
-    failed = re.search(r"^FAILED \S*?([\w.]+::\S+)", text, re.MULTILINE)
+    failed = re.search(r"^(?:FAILED|ERROR) \S*?([\w.]+::\S+)", text, re.MULTILINE)
     return result == 0, failed[1] if failed else ""
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 
-from faults import method, schedule, storage  # noqa: F401  (they register their faults)
+from faults import method, schedule, sharding, storage  # noqa: F401  (they register their faults)
 from faults.planting import FAULTS, Fault, TargetError, fault, find, plant
 
 VARIABLE = "MOLF_PLANTED_FAULT"

@@ -34,10 +34,10 @@ def _(direction):
     "update_and_score",
 )
 def _(update_layer, update):
-    def with_eps(self, layer, guard):
+    def with_eps(self, layer, *args):
         for values in (update.__globals__, vars(sys.modules[Block.__module__])):
             values["SCORE_EPS"] = layer.group["eps"]
-        yield from update_layer(self, layer, guard)
+        yield from update_layer(self, layer, *args)
 
     return with_eps, update
 
@@ -288,8 +288,8 @@ def _(apply_step):
 @fault("c_i forgotten when factors are read", "test_adapter_golden.py",
        "AdapterLayer.read_factors", "stored_scales")  # fmt: skip
 def _(read_factors, stored_scales):
-    def stored(cls, group, states):
-        factors = read_factors.__func__(cls, group, states)
+    def stored(cls, group, *args):
+        factors = read_factors.__func__(cls, group, *args)
         pairs = zip(factors, stored_scales(group), strict=True)
         return [(A, B * scale) for (A, B), scale in pairs]
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import Replicate, distribute_tensor
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 from molf import AdamW, MoLFAdamW
 from torch_database import LIKE_TORCH, SUBJECTS, Problem, assert_equal
@@ -200,21 +200,63 @@ def test_gradients_without_numbers_are_refused_by_name(subject):
         optimizer.step()
 
 
-@each_subject
-def test_sharded_gradients_are_refused_by_name(subject):
+def in_a_group(function):
+    """Run a function in a process group of one process."""
     torch.distributed.init_process_group(
         "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1
     )
     try:
-        mesh = init_device_mesh("cpu", (1,))
-        ones = distribute_tensor(torch.ones(4, 4), mesh, [Replicate()])
-        weight = nn.Parameter(ones.clone())
-        optimizer = subject([("weight", weight)])
-        weight.grad = ones
-        with pytest.raises(RuntimeError, match=r"^The gradient of weight is sharded"):
-            optimizer.step()
+        function(init_device_mesh("cpu", (1,)))
     finally:
         torch.distributed.destroy_process_group()
+
+
+@each_subject
+def test_parameters_that_are_not_cut_by_rows_are_refused_by_name(subject):
+    def build(mesh):
+        weight = nn.Parameter(distribute_tensor(torch.ones(4, 4), mesh, [Replicate()]))
+        with pytest.raises(ValueError, match=r"^weight is a DTensor with placements \(Replicate"):
+            subject([("weight", weight)])
+
+    in_a_group(build)
+
+
+@each_subject
+@pytest.mark.parametrize("whole", [True, False])
+def test_gradients_that_are_not_cut_as_the_parameter_are_refused_by_name(subject, whole):
+    def step(mesh):
+        ones = distribute_tensor(torch.ones(4, 4), mesh, [Shard(0)])
+        weight = nn.Parameter(torch.ones(4, 4) if whole else ones.clone())
+        optimizer = subject([("weight", weight)])
+        other = distribute_tensor(torch.ones(4, 4), mesh, [Replicate()])
+        weight.grad = ones if whole else other
+        reason = "is sharded .* the parameter is not" if whole else "is not sharded as the param"
+        with pytest.raises(RuntimeError, match=rf"^The gradient of weight {reason}"):
+            optimizer.step()
+
+    in_a_group(step)
+
+
+@each_subject
+def test_one_shard_takes_the_steps_of_whole_tensors(subject):
+    def step(mesh):
+        results = []
+        for is_sharded in (False, True):
+            values = torch.linspace(-1, 1, 16).view(4, 4)
+            weight, grad = values.clone(), values.flip(0)
+            if is_sharded:
+                weight, grad = (distribute_tensor(x, mesh, [Shard(0)]) for x in (weight, grad))
+            weight = nn.Parameter(weight)
+            optimizer = subject([("weight", weight)])
+            for _ in range(2):
+                weight.grad = grad.clone()
+                optimizer.step()
+            results.append(weight.full_tensor() if is_sharded else weight)
+            assert bool(optimizer.state[weight])
+        assert_equal(results[1].detach(), results[0].detach())
+        assert not torch.equal(results[0].detach(), values)
+
+    in_a_group(step)
 
 
 def test_lazy_parameters_may_get_their_shapes_later():

@@ -51,7 +51,7 @@ OTHER_DIFFERENCES = {
     "names in a saved state": "The optimizer has the names of its own model.",
     "tensors of a loaded state": "Two optimizers would write to the same moments.",
     "moments of another shape": "The fused kernel would write past the ends of memory.",
-    "sharded parameters (DTensor)": "A score is a sum over a whole layer.",
+    "sharded parameters (DTensor)": "A step needs whole rows of a weight.",
     "`torch.compile` of a step": "The host chooses the winners in the middle of a step.",
     "`MoLFAdamW(module.parameters())`": "Routing needs the layers.",
 }

@@ -112,7 +112,7 @@ def _room(
 ) -> Tensor:
     """Return an uninitialised tensor in the memory where the optimizer keeps this state."""
     if isinstance(optimizer, UnitOptimizer):
-        return optimizer.room(parameter, shape, dtype)
+        return optimizer.room(parameter, key, shape, dtype)
     if key == "step":  # as torch's optimizers: on the CPU, unless a kernel of the device reads it
         group = next(
             group

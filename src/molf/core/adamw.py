@@ -21,6 +21,7 @@ from molf.core.schedule.in_backward import check_no_float16, release
 from molf.core.schedule.unit_optimizer import UnitOptimizer
 from molf.core.step.fidelity import UpdateFidelity
 from molf.core.storage.moments import check_state_dtype, warn_without_8bit
+from molf.core.storage.sharding import as_sharded, is_sharded, local_part
 from molf.core.storage.weights import (
     LOW,
     check_rounding,
@@ -243,11 +244,11 @@ class AdamW(UnitOptimizer):
     def float32_weights(self) -> dict[Tensor, Tensor]:
         """Return a copy of every bfloat16 parameter's float32 values, lower halves included.
 
-        They are what a checkpoint in float32 should hold.
+        They are what a checkpoint in float32 should hold. Values of sharded parameters are sharded.
         """
         states = self._settled_state()
         return {
-            parameter: stored_values(parameter, states.get(parameter) or {})
+            parameter: _float32_of(parameter, states.get(parameter) or {})
             for group in self.param_groups
             for parameter in group["params"]
             if parameter.dtype == torch.bfloat16
@@ -260,7 +261,16 @@ class AdamW(UnitOptimizer):
         The lower halves leave the state, one parameter after the other, so that exact bfloat16
         weights take no more memory than before. A parameter ends up where its lower half was: with
         `state_offload` in host memory. The optimizer must not step afterwards.
+
+        Raises:
+            RuntimeError: Parameters are sharded.
         """
+        if any(map(is_sharded, self._parameters())):
+            # fully_shard keeps memory of its own for each parameter.
+            raise RuntimeError(
+                "restore_float32 is not possible with sharded parameters, whose dtype fully_shard "
+                "fixes. float32_weights() returns their values."
+            )
         join_in_place(self._parameters(), self._settled_state())
 
     def reset_low_halves(self) -> None:
@@ -271,7 +281,7 @@ class AdamW(UnitOptimizer):
         """
         for state in self._settled_state().values():
             if LOW in state:
-                state[LOW].zero_()
+                local_part(state[LOW]).zero_()
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state as `torch.optim.Optimizer` does, after offloaded state is back."""
@@ -302,3 +312,12 @@ class AdamW(UnitOptimizer):
         """Refuse a saved group that the options of this optimizer do not support."""
         if self.kernels == "triton":
             check_float32_moments(group)
+
+
+def _float32_of(parameter: Tensor, state: dict[str, Any]) -> Tensor:
+    """Return a copy of a parameter's float32 values, sharded as it is."""
+    local = {key: local_part(value) for key, value in state.items() if key == LOW}
+    values = stored_values(local_part(parameter), local)
+    if not is_sharded(parameter):
+        return values
+    return as_sharded(values, parameter, 0, parameter.shape[0])

@@ -17,8 +17,12 @@ from molf.core.model.groups import check_group, parameter_name
 from molf.core.model.module_names import clean_name
 from molf.core.options import check_word
 from molf.core.storage.moments import block_of_8bit, in_present_layout, moments_of
+from molf.core.storage.sharding import local_part
 from molf.core.storage.weights import LOW, check_rounding, fold_low
 from molf.core.warn import warn
+
+Keep = Callable[[Tensor, str, Tensor], Tensor]
+"""Returns a copy of a tensor for a parameter's state, by its key."""
 
 _STRUCTURE = ("layer", "transposed", "ranks", "scalings", "adapter_scaling")
 _OWN = "state_dtype"  # all groups of this package have this key; torch's have not
@@ -71,7 +75,7 @@ def load(
     optimizer: Optimizer,
     state_dict: dict[str, Any],
     load_groups: Callable[[dict[str, Any]], None],
-    keep: Callable[[Tensor, Tensor], Tensor],
+    keep: Keep,
     check_saved_group: Callable[[dict[str, Any]], None],
 ) -> None:
     """Load a state into an optimizer; every tensor keeps the saved bits where dtypes allow.
@@ -84,7 +88,7 @@ def load(
         optimizer: The optimizer.
         state_dict: The saved state.
         load_groups: torch's own `load_state_dict` of this optimizer.
-        keep: Returns a copy of a tensor of a parameter's state, on the device of that state.
+        keep: Returns a copy of a tensor for a parameter's state, by its key.
         check_saved_group: Refuses a saved group that the optimizer cannot step.
     """
     loaded: dict[str, Any] = {}
@@ -109,9 +113,7 @@ def load(
         restore.remove()
 
 
-def _restore_bits(
-    optimizer: Optimizer, loaded: dict[str, Any], keep: Callable[[Tensor, Tensor], Tensor]
-) -> None:
+def _restore_bits(optimizer: Optimizer, loaded: dict[str, Any], keep: Keep) -> None:
     """Copy the tensors of a loaded state, and add lower halves to weights that can hold them."""
     groups = optimizer.param_groups
     for number, group in enumerate(groups):
@@ -139,7 +141,7 @@ def restore(
     states: Any,
     parameter: Tensor,
     values: dict[str, Any],
-    keep: Callable[[Tensor, Tensor], Tensor],
+    keep: Keep,
 ) -> bool:
     """Copy the tensors of a parameter's state; add lower halves to a weight that can hold them.
 
@@ -149,14 +151,14 @@ def restore(
     for key, value in values.items():
         if isinstance(value, Tensor):
             # A copy, also on the same device: two optimizers never share state.
-            states[parameter][key] = keep(parameter, value)
+            states[parameter][key] = keep(parameter, key, value)
         elif value == {}:
             # What flattened distributed checkpoints load where nothing was saved.
             del states[parameter][key]
     if LOW not in states.get(parameter, {}) or parameter.dtype == torch.bfloat16:
         return True
     low = states[parameter].pop(LOW)
-    return fold_low(parameter, low.to(parameter.device))
+    return fold_low(local_part(parameter), local_part(low).to(local_part(parameter).device))
 
 
 def without_tensors(state: dict[str, Any]) -> dict[str, Any]:

@@ -19,8 +19,9 @@ from molf.core.model.owners import Owners, without_gradient
 from molf.core.model.quantised import keep_differentiable
 from molf.core.options import OptimizerOptions, check_exclusions, score_exclusions
 from molf.core.step.decision import Decision
+from molf.core.step.loan import Loan
 from molf.core.step.step import Outcome
-from molf.core.step.unit import LayerUnit, Unit, UnitKey, form_of
+from molf.core.step.unit import LayerUnit, Unit, UnitKey
 from molf.core.warn import warn
 
 _HISTORY = "history"  # key of a layer's counts of decisions in a saved group
@@ -323,18 +324,21 @@ class MoLFAdamW(AdamW):
     def lora_factors(self, layer: str) -> list[tuple[Tensor, Tensor]]:
         """Return copies of a layer's factors, one (A [r, in], B [out, r]) per LoRA expert.
 
-        With `state_offload` they are in host memory.
+        With `state_offload` they are in host memory. The factors of a sharded layer are gathered:
+        every process must call it.
 
         Raises:
             ValueError: No routed layer has this name.
         """
-        group = self._group_of(layer)
-        return form_of(group).read_factors(group, self._settled_state())
+        with torch.no_grad():
+            loan = self._loan_of(layer)
+            return loan.units[0].read_factors(loan.states)
 
     def set_lora_factors(self, layer: str, factors: Sequence[tuple[Tensor, Tensor]]) -> None:
         """Replace a layer's factors.
 
         In the folded form `W_eff` stays and W changes; in the adapter form the adapter changes.
+        With sharded parameters every process must call it, with the same whole factors.
 
         Args:
             layer: Name of a routed layer.
@@ -343,7 +347,6 @@ class MoLFAdamW(AdamW):
         Raises:
             ValueError: No routed layer has this name, or shapes differ.
         """
-        group = self._group_of(layer)
         expected = self.lora_factors(layer)
         given = [(tuple(A.shape), tuple(B.shape)) for A, B in factors]
         wanted = [(tuple(A.shape), tuple(B.shape)) for A, B in expected]
@@ -355,14 +358,20 @@ class MoLFAdamW(AdamW):
             torch.cat([B.to(own) for _, B in factors], 1),
         )
         with torch.no_grad():
-            form_of(group).write_factors(group, self._settled_state(), *stacked)
+            loan = self._loan_of(layer)
+            loan.units[0].write_factors(loan.states, *stacked)
+            loan.settle()
             if self.offload is not None:  # new tensors are on the parameter's device
-                self.offload.keep_all({p: self.state.get(p, {}) for p in group["params"]})
+                parameters = self._layer_unit(layer).parameters
+                self.offload.keep_all({p: self.state.get(p, {}) for p in parameters})
 
-    def _group_of(self, layer: str) -> dict[str, Any]:
-        for group in self.param_groups:
+    def _loan_of(self, layer: str) -> Loan[LayerUnit]:
+        return Loan([self._layer_unit(layer)], self._settled_state())
+
+    def _layer_unit(self, layer: str) -> LayerUnit:
+        for number, group in enumerate(self.param_groups):
             if group["layer"] is not None and group["layer"] == layer:
-                return group
+                return LayerUnit(UnitKey(number, None), group, group["params"])
         names = [group["layer"] for group in self.param_groups if group["layer"]]
         raise ValueError(f"No routed layer {layer!r}. Routed are: {', '.join(names[:8])}, ...")
 

@@ -150,6 +150,15 @@ EXCLUSIONS = (
     Exclusion("max_grad_norm", "optimizer_in_backward", _AT_ONCE),
     Exclusion("optimizer_in_backward", "processes", _BEFORE_SUMS),
     Exclusion("optimizer_in_backward", "num_gpus", _BEFORE_SUMS),
+    Exclusion("optimizer_in_backward", "shards", _BEFORE_SUMS),
+    Exclusion("state_offload", "shards", "CPUOffloadPolicy of fully_shard keeps state on the host"),
+    Exclusion("kernels", "shards", "the kernels use whole weights", "Leave kernels out."),
+    Exclusion(
+        "grad_accumulation_dtype",
+        "shards",
+        "fully_shard reduces each gradient in the dtype of its policy",
+        "Load the model in float32, with MixedPrecisionPolicy(param_dtype=torch.bfloat16).",
+    ),
     Exclusion(
         "grad_accumulation_dtype",
         "processes",
@@ -188,6 +197,7 @@ _NEUTRAL: dict[str, Any] = {
     "gradient_accumulation_steps": 1,
     "num_gpus": 1,
     "processes": 1,
+    "shards": 0,
 }
 
 
@@ -265,7 +275,9 @@ def _excludes(name: str, settings: Mapping[str, Any]) -> bool:
 
 def _as_keyword(name: str, value: Any) -> str:
     name = _SHOWN.get(name, name)
-    return f"{value} processes" if name == "processes" else f"{name}={value!r}"
+    if name in ("processes", "shards"):
+        return f"{value} processes" if name == "processes" else "sharded parameters"
+    return f"{name}={value!r}"
 
 
 def _as_option(name: str, value: Any) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 
 import torch
@@ -18,14 +18,19 @@ from molf.core.arithmetic.adam import (
 from molf.core.arithmetic.blocks import BLOCKS, Blocks, Rows
 from molf.core.arithmetic.devices import CanRead, is_host_memory
 from molf.core.arithmetic.weight_step import apply_step
-from molf.core.model.factors import owned_by
 from molf.core.scores.rules import Winners
 from molf.core.step.dense import DenseTensor
+from molf.core.step.exchange import buckets, factor_gradients, with_whole_operands
 from molf.core.step.executor import Executor, Owner, ScoreSums
 from molf.core.step.fidelity import Sample, UpdateTally
 from molf.core.step.guard import FiniteGuard
 from molf.core.step.layer import RoutedLayer
-from molf.core.step.operations import AdapterWrite, FactorWrite, Operand, TensorWrite
+from molf.core.step.operations import (
+    AdapterWrite,
+    FactorWrite,
+    Operand,
+    TensorWrite,
+)
 
 # Fewest elements of a weight in one product: smaller products are slow.
 _PRODUCT_ELEMENTS = 1 << 20
@@ -74,16 +79,30 @@ class Eager(Executor):
         """Update moments layer by layer."""
         numbers: list[Tensor] = []
         owners: list[Owner] = []
-        for number, layer in enumerate(layers):
-            terms = layer.score.terms
-            for expert, part, sums in self._update_layer(layer, guard):
+        number = 0
+        for bucket in buckets(layers):
+            for index, expert, part, sums in self._update_bucket(bucket, guard):
                 numbers += sums
-                owners += [Owner(number, expert, part, term.name) for term in terms]
+                terms = bucket[index].score.terms
+                owners += [Owner(number + index, expert, part, term.name) for term in terms]
+            number += len(bucket)
         home = guard.bounds.device
+        if not numbers:  # all shards of this process are empty
+            return ScoreSums(guard.bounds.new_zeros(0), owners)
         return ScoreSums(torch.stack([one.to(home) for one in numbers]), owners)
 
+    def _update_bucket(
+        self, bucket: Sequence[RoutedLayer], guard: FiniteGuard
+    ) -> Iterator[tuple[int, int, int, list[Tensor]]]:
+        """Yield index of the layer, and the sums as `_update_layer` does."""
+        # A function, so that the gradients of one bucket exist at a time.
+        grads = factor_gradients(bucket, self.blocks)
+        for index, layer in enumerate(bucket):
+            for expert, part, sums in self._update_layer(layer, grads[index], guard):
+                yield index, expert, part, sums
+
     def _update_layer(
-        self, layer: RoutedLayer, guard: FiniteGuard
+        self, layer: RoutedLayer, grads: tuple[Tensor, Tensor], guard: FiniteGuard
     ) -> Iterator[tuple[int, int, list[Tensor]]]:
         """Yield expert, part and partial sums of every term, 0-dim each, for every block."""
         ranks, terms = list(layer.group["ranks"]), layer.score.terms
@@ -93,10 +112,10 @@ class Eager(Executor):
             for rows in moments.blocks(self.blocks):
                 yield 0, part, moments.advance(rows, grad[rows], decay, terms)
         first = int(layer.has_full)
-        (grad_A, grad_B), (of_A, of_B) = layer.factor_gradients(self.blocks), layer.factor_moments()
+        (grad_A, grad_B), (of_A, of_B) = grads, layer.factor_moments()
         decay = guard.decay_of(grad_A.device, of_A[0].dtype, layer.group["betas"])
         for index in range(len(ranks)):
-            own = _block(owned_by(ranks, index), grad_A, *of_A)
+            own = _block(layer.rows_of(index), grad_A, *of_A)
             for rows in self.blocks.cached(own[0]):
                 yield first + index, 0, update_and_score(*_block(rows, *own), decay, terms)
         # Columns of one expert are not contiguous in memory: update the columns of all together.
@@ -118,28 +137,31 @@ class Eager(Executor):
         tally: UpdateTally | None,
     ) -> None:
         """Write layer by layer."""
-        for layer, winners in layers:
-            self._write_layer(layer, winners, guard, tally)
+        won = dict(layers)
+        for bucket in buckets(list(won)):
+            self._write_bucket(bucket, won, guard, tally)
         for tensor in plain:
             self._step_plain(tensor, _decay_of(tensor, guard), tally)
 
-    def _write_layer(
+    def _write_bucket(
         self,
-        layer: RoutedLayer,
-        winners: Winners,
+        bucket: Sequence[RoutedLayer],
+        won: Mapping[RoutedLayer, Winners],
         guard: FiniteGuard,
         tally: UpdateTally | None,
     ) -> None:
-        """Write the winners of one layer."""
+        """Write the winners of the layers of a bucket."""
         # A function, so that the operands, which `writes` allocates, are freed on return: those of
-        # one layer exist at a time.
-        writes = layer.writes(winners)
-        for factor in writes.factors:
-            self._write_factor(factor)
-        for write in writes.tensors:
-            self._write_tensor(write, _decay_of(write.tensor, guard), tally)
-        for adapter in writes.adapters:
-            self._write_adapter(adapter, tally)
+        # one bucket exist at a time.
+        listed = [layer.writes(won[layer]) for layer in bucket]
+        for writes in listed:
+            for factor in writes.factors:
+                self._write_factor(factor)
+        for writes in with_whole_operands(bucket, listed):
+            for write in writes.tensors:
+                self._write_tensor(write, _decay_of(write.tensor, guard), tally)
+            for adapter in writes.adapters:
+                self._write_adapter(adapter, tally)
 
     def _step_plain(
         self, tensor: DenseTensor, decay: MomentDecay, tally: UpdateTally | None
@@ -193,7 +215,7 @@ class Eager(Executor):
             part = product and product.rows(rows, transposed=transposed)
             values = stored.read(rows)
             if tally is not None:
-                picked = tally.sample(parameter, rows)
+                picked = tally.sample(parameter, rows, tensor.place)
                 sample = Sample(values[picked])
                 picked_part = part and part.rows(picked, transposed=transposed)
                 sample.intend(
@@ -203,7 +225,7 @@ class Eager(Executor):
             stored.write(rows, values)
             if tally is not None:
                 after = stored.read(rows)[picked]
-                sample.compare(after, tally, weight=tally.weight(parameter))
+                sample.compare(after, tally, weight=tally.weight(parameter, tensor.place))
 
     def _write_adapter(self, write: AdapterWrite, tally: UpdateTally | None) -> None:
         values = write.stored.read()

@@ -79,8 +79,8 @@ def linear_modules(model: nn.Module) -> dict[str, nn.Module]:
 
 def is_conv1d(module: nn.Module) -> bool:
     """Return whether a module is transformers' `Conv1D`, which stores its weight as [in, out]."""
-    # By class name: core does not import transformers.
-    return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
+    # By class name: core does not import transformers; `fully_shard` makes subclasses.
+    return hasattr(module, "nf") and any(c.__name__ == "Conv1D" for c in type(module).__mro__)
 
 
 def is_linear(module: nn.Module) -> bool:

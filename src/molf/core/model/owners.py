@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from molf.core.model.module_names import unwrapped
+from molf.core.storage.sharding import is_sharded
 
 States = Mapping[Tensor, Mapping[str, Any]]
 
@@ -108,6 +109,12 @@ class Owners:
     ) -> None:
         """Refuse a parameter that its module no longer has, unless that is harmless."""
         parameter: Tensor = group["params"][position]
+        if is_sharded(parameter) and now is not None and not is_sharded(now):
+            raise RuntimeError(
+                f"{_named(group, position)} is gathered in the model, by a forward pass without a "
+                "backward pass, so the next one would use old values. Call model.reshard() on the "
+                "fully_shard module before step()."
+            )
         if parameter is not place.parameter:  # a library replaced it in the group
             place.parameter = None
             if now is not None and now.shape != parameter.shape:
@@ -229,7 +236,8 @@ def _refuse_shapes(group: dict[str, Any], parameters: Sequence[Tensor]) -> NoRet
     raise RuntimeError(
         f"{whose}: the optimizer's group now holds tensors of shape {shapes} in place of "
         f"{', '.join(names[:4])}. The parameter groups were flattened or split, as by DeepSpeed's "
-        "ZeRO and FSDP1, and a step needs whole weights. Train with DDP or one process."
+        "ZeRO and FSDP1, and a step needs rows of weights. Train with fully_shard (FSDP2), DDP or "
+        "one process."
     )
 
 

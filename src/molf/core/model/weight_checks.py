@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from molf.core.model.quantised import is_quantised, kind_of
+from molf.core.storage.sharding import check_layout
 
 
 def check_real_weight(name: str, weight: torch.Tensor) -> None:
@@ -80,11 +81,12 @@ def check_whole_weight(name: str, weight: torch.Tensor, sides: tuple[Any, Any]) 
     Raises:
         ValueError: With the layer's name and a remedy.
     """
+    check_layout(f"The weight of layer {name}", weight)
     shape = tuple(weight.shape)
-    if hasattr(weight, "device_mesh") or len(shape) != 2:
+    if len(shape) != 2:
         raise ValueError(
-            f"Layer {name} has a sharded weight, here of shape {shape} (DeepSpeed ZeRO-3, FSDP, "
-            "tensor parallelism): a step needs whole weights. Train with DDP or one process."
+            f"Layer {name} has a sharded weight, here of shape {shape} (DeepSpeed ZeRO-3, FSDP1): "
+            "a step needs rows of it. Train with fully_shard (FSDP2), DDP or one process."
         )
     if None in sides or shape == sides:
         return

@@ -1,8 +1,8 @@
-"""Checks of options that do not support several processes (DDP)."""
+"""Checks of options and parameters with several processes (DDP, FSDP2)."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -10,24 +10,45 @@ from torch import Tensor
 
 from molf.core.options import check_exclusions
 from molf.core.storage.accumulation import is_low
+from molf.core.storage.sharding import check_layouts
+
+
+def has_processes() -> bool:
+    """Return whether this process is one of a group, possibly the only one."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 def check_processes(
-    parameters: Iterable[Tensor],
+    parameters: Sequence[Tensor],
+    name_of: Callable[[Tensor], str],
     *,
     optimizer_in_backward: bool,
     grad_accumulation_dtype: str | None,
+    state_offload: bool,
+    kernels: str,
 ) -> None:
-    """Refuse options that do not support several processes.
+    """Refuse options and parameters that do not support several processes.
+
+    Args:
+        parameters: All parameters.
+        name_of: Returns the name of one, for messages.
+        optimizer_in_backward: An option, as the following ones.
+        grad_accumulation_dtype: An option.
+        state_offload: An option.
+        kernels: An option.
 
     Raises:
         ValueError: With what to change.
     """
-    # Every step calls this: the process group may be created after the optimizer.
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+    # Every step calls this: the process group may be created after the optimizer, and libraries
+    # replace parameters by sharded ones.
+    if not has_processes():
         return
+    layout = check_layouts(parameters, name_of)
     count = torch.distributed.get_world_size()
     settings: dict[str, Any] = {"processes": count, "optimizer_in_backward": optimizer_in_backward}
     if any(map(is_low, parameters)):
         settings["grad_accumulation_dtype"] = grad_accumulation_dtype
+    if layout is not None:
+        settings |= {"shards": count, "state_offload": state_offload, "kernels": kernels}
     check_exclusions(settings)

@@ -16,15 +16,24 @@ from molf.core.model.groups import parameter_name
 from molf.core.options import OptimizerOptions
 from molf.core.schedule.in_backward import BackwardSteps, check_no_scaler, release
 from molf.core.schedule.one_by_one import take_one_by_one
-from molf.core.schedule.processes import check_processes
+from molf.core.schedule.processes import check_processes, has_processes
 from molf.core.step.executor import Executor
 from molf.core.step.fidelity import UpdateTally
 from molf.core.step.guard import NonFiniteError, describe_bad, describe_number, unusable
 from molf.core.step.layer import States
+from molf.core.step.loan import Loan
 from molf.core.step.step import Outcome, take_step
 from molf.core.step.unit import PlainUnit, Unit, UnitKey
 from molf.core.storage.accumulation import accumulate_in_float32
+from molf.core.storage.collectives import ALONE, Processes
 from molf.core.storage.offload import StateOffload
+from molf.core.storage.sharding import (
+    cut_dimension,
+    cut_like,
+    is_sharded,
+    sharded_room,
+    whole_number,
+)
 from molf.core.warn import warn
 
 
@@ -79,9 +88,12 @@ class UnitOptimizer(Optimizer):
 
     def _check_processes(self) -> None:
         check_processes(
-            self._parameters(),
+            list(self._parameters()),
+            self._name_of,
             optimizer_in_backward=self.optimizer_in_backward,
             grad_accumulation_dtype=self.grad_accumulation_dtype,
+            state_offload=self.state_offload,
+            kernels=self.kernels,
         )
 
     def _follow(self) -> None:
@@ -115,8 +127,10 @@ class UnitOptimizer(Optimizer):
                 overflow, or what `require_finite` was given is not finite, and `nonfinite="raise"`;
                 nothing has been written (with `optimizer_in_backward`: nothing of its layer). Also
                 for sparse gradients.
-            ValueError: There are several processes now, and an option is for one; or a rate, a
-                decay or a beta is no number that a step can use.
+                With several processes, if no parameter has a gradient.
+            ValueError: There are several processes now, and an option is for one; parameters are
+                distributed in a way that is not supported; or a rate, a decay or a beta is no
+                number that a step can use.
         """
         if self._backward is not None:
             check_no_scaler(self)
@@ -128,6 +142,9 @@ class UnitOptimizer(Optimizer):
         is_later = any(self.state.values())
         if self._backward is None:
             has_gradient = any(p.grad is not None for p in self._parameters())
+            if not has_gradient:
+                self._check_processes()
+                self._refuse_stale()
             self._begin()
             taken = self._take(self._units())
         else:
@@ -149,7 +166,8 @@ class UnitOptimizer(Optimizer):
         reads anyway: the host waits once for all.
 
         Args:
-            loss: The step's loss, of all its micro-batches, 0-dim.
+            loss: The step's loss, of all its micro-batches, 0-dim. With sharded parameters every
+                process gives its own, and all refuse the step if one is not finite.
             grad_norm: The norm of its gradients, if that is known, 0-dim.
 
         Raises:
@@ -162,7 +180,8 @@ class UnitOptimizer(Optimizer):
             )
         self._required = {"loss": loss.detach()}
         if grad_norm is not None:
-            self._required["grad_norm"] = grad_norm.detach()
+            # clip_grad_norm_ of sharded parameters returns a norm that is a sum to come.
+            self._required["grad_norm"] = whole_number(grad_norm.detach())
 
     @torch._disable_dynamo
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -196,17 +215,28 @@ class UnitOptimizer(Optimizer):
         self._check_kinds(units)
         self.executor.check(named for unit in units for named in unit.named_parameters())
         self._fit_states(units)
-        if self.offload is None:
-            outcome = take_step(units, self.state, self.executor, self._tally, required)
+        if self.offload is not None:
+            outcome, processes = self._take_one_by_one(units, required), ALONE
         else:
-            outcome = take_one_by_one(
-                units, self.state, self.offload, self.executor, self._tally, required
-            )
+            loan = Loan(units, self.state)
+            processes = loan.processes
+            try:
+                outcome = take_step(loan.units, loan.states, self.executor, self._tally, required)
+            finally:
+                loan.settle()
+            outcome = outcome._replace(bad=loan.own(outcome.bad))
         if outcome.is_refused:
             self._settled_state()  # the caller may catch the error and read it
-            self._refuse(outcome.bad, {name: required[name] for name in outcome.wrong})
+            wrong = {name: required[name] for name in outcome.wrong}
+            self._refuse(outcome.bad, wrong, processes)
         self._finish(outcome)
         return not outcome.is_refused
+
+    def _take_one_by_one(self, units: list[Unit], required: Mapping[str, Tensor]) -> Outcome:
+        assert self.offload is not None, "states are in host memory"
+        return take_one_by_one(
+            units, self.state, self.offload, self.executor, self._tally, required
+        )
 
     def _check_kinds(self, units: Iterable[Unit]) -> None:
         """Refuse, by name, gradients of a kind that no step can use."""
@@ -228,23 +258,34 @@ class UnitOptimizer(Optimizer):
                 state.update(without_tensors(new))
                 restore(self.state, parameter, new, self._keep)
 
-    def _keep(self, parameter: Tensor, value: Tensor) -> Tensor:
-        """Return a copy of a tensor on the device of the parameter's state."""
+    def _keep(self, parameter: Tensor, key: str, value: Tensor) -> Tensor:
+        """Return a copy of a tensor for a parameter's state: on its device, cut as it is."""
         if self.offload is not None:
             return self.offload.keep(parameter, value)
+        if is_sharded(parameter):
+            return cut_like(value, parameter, cut_dimension(key))
+        if is_sharded(value):
+            raise ValueError(
+                "The optimizer state is sharded and the parameters are not. Load it with "
+                "torch.distributed.checkpoint."
+            )
         return value.to(parameter.device, copy=True)
 
-    def room(self, parameter: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    def room(self, parameter: Tensor, key: str, shape: torch.Size, dtype: torch.dtype) -> Tensor:
         """Allocate a tensor in the memory of a parameter's state, for a checkpoint to be read into.
 
         Args:
             parameter: A parameter of this optimizer.
-            shape: Shape of the state's tensor.
+            key: Key of the tensor in the parameter's state.
+            shape: Shape of the whole tensor.
             dtype: Its dtype.
 
         Returns:
-            The tensor, uninitialised, with the strides of the parameter if it has its shape.
+            The tensor, uninitialised, with the strides of the parameter if it has its shape. It is
+            sharded if the parameter is.
         """
+        if is_sharded(parameter):
+            return sharded_room(parameter, cut_dimension(key), shape, dtype)
         if shape == parameter.shape:
             like = torch.empty_like(parameter, dtype=dtype, device="meta", requires_grad=False)
         else:
@@ -260,6 +301,19 @@ class UnitOptimizer(Optimizer):
         """Copy the results of a step from the optimizer that took it, of which this is a copy."""
         for key in self._OF_STEP:
             setattr(self, key, getattr(other, key))
+
+    def _refuse_stale(self) -> None:
+        """Refuse a step without gradients if `fully_shard` may have replaced the parameters.
+
+        Raises:
+            RuntimeError: There are several processes, or one that may have sharded the model.
+        """
+        if has_processes():
+            raise RuntimeError(
+                "No parameter of the optimizer has a gradient. Was it built before fully_shard, "
+                "which replaces the parameters of the model? Build it afterwards. Otherwise call "
+                "loss.backward() before step()."
+            )
 
     def _warn_of_no_gradient(self) -> None:
         if not self._has_warned_of_no_gradient:
@@ -304,12 +358,14 @@ class UnitOptimizer(Optimizer):
             self.offload.finish()
         return self.state
 
-    def _refuse(self, bad: list[Tensor], wrong: Mapping[str, Tensor]) -> None:
+    def _refuse(
+        self, bad: list[Tensor], wrong: Mapping[str, Tensor], processes: Processes = ALONE
+    ) -> None:
         """Raise for, or count, a step whose gradients or required numbers are not finite."""
         if "loss" in wrong or not bad:  # else the gradients say more than their norm
-            reason = describe_number(*next(iter(wrong.items())))
+            reason = describe_number(*next(iter(wrong.items())), processes)
         else:
-            reason = describe_bad(bad, self._name_of)
+            reason = describe_bad(bad, self._name_of, processes)
         if self._backward is not None:
             raise NonFiniteError(
                 f"{reason}; it has not moved, but {self._backward.count()} layers and other "

@@ -21,7 +21,9 @@ from molf.core.model.groups import parameter_name
 from molf.core.step.guard import Guarded
 from molf.core.step.layer import RoutedLayer, States, dense_tensors
 from molf.core.step.operations import AdapterSlice, AdapterWrite, LayerWrites, TensorWrite
+from molf.core.storage.collectives import Cut
 from molf.core.storage.moments import moment_state
+from molf.core.storage.place import WHOLE, Place
 from molf.core.storage.weights import StoredWeight, rounding_of, stored_values
 
 
@@ -32,20 +34,29 @@ class AdapterLayer(RoutedLayer):
     (float64 for float64 adapters). They are moments of A_i and B_i, not of the stored `c_i B_i`.
     """
 
-    def __init__(self, group: dict[str, Any], states: States) -> None:
+    def __init__(
+        self, group: dict[str, Any], states: States, places: Sequence[Place] | None = None
+    ) -> None:
         *dense, self.lora_A, self.lora_B = group["params"]
+        places = places or [WHOLE] * len(group["params"])
         self.states = states[self.lora_A], states[self.lora_B]
         for parameter, state in zip((self.lora_A, self.lora_B), self.states, strict=True):
             if "step" not in state:
                 # Factors are small: 8-bit moments would save little.
                 state.update(moment_state(parameter))
-        self._stored = _stored_factors(group, states)
-        super().__init__(group, states, dense_tensors(group, dense, states))
+        self._stored = _stored_factors(group, states, places)
+        super().__init__(group, states, dense_tensors(group, dense, states, places), places)
 
     @classmethod
-    def open(cls, group: dict[str, Any], states: States, can_read: CanRead) -> AdapterLayer:
+    def open(
+        cls,
+        group: dict[str, Any],
+        states: States,
+        can_read: CanRead,
+        places: Sequence[Place],
+    ) -> AdapterLayer:
         """Return the layer of a group; create missing state."""
-        return cls(group, states)
+        return cls(group, states, places)
 
     @classmethod
     def takes_part(cls, group: dict[str, Any]) -> bool:
@@ -74,20 +85,31 @@ class AdapterLayer(RoutedLayer):
         return [*full, Guarded(lora_A), Guarded(lora_B, max(stored_scales(group)))]
 
     @classmethod
-    def read_factors(cls, group: dict[str, Any], states: States) -> list[tuple[Tensor, Tensor]]:
+    def read_factors(
+        cls, group: dict[str, Any], states: States, places: Sequence[Place]
+    ) -> list[tuple[Tensor, Tensor]]:
         """Return copies of (A [r, in], B [out, r]) of each LoRA expert; create no state."""
-        # `get`: a defaultdict would create state.
-        lora_A, lora_B = (stored_values(p, states.get(p) or {}) for p in group["params"][-2:])
+        parts = [
+            # `get`: a defaultdict would create state.
+            Cut(stored_values(p, states.get(p) or {}), 0, place.rows(p))
+            for p, place in zip(group["params"][-2:], places[-2:], strict=True)
+        ]
+        lora_A, lora_B = places[-1].processes.gather(parts)
         return split_factors(group["ranks"], lora_A, lora_B / _columns_scale(group, lora_B))
 
     @classmethod
     def write_factors(
-        cls, group: dict[str, Any], states: States, lora_A: Tensor, lora_B: Tensor
+        cls,
+        group: dict[str, Any],
+        states: States,
+        places: Sequence[Place],
+        lora_A: Tensor,
+        lora_B: Tensor,
     ) -> None:
         """Replace the adapter's weights by the stacked factors; the model's output changes."""
         new = lora_A, lora_B * _columns_scale(group, lora_B)
-        for stored, values in zip(_stored_factors(group, states), new, strict=True):
-            stored.assign(values)
+        for stored, values in zip(_stored_factors(group, states, places), new, strict=True):
+            stored.assign(values[places[-1].processes.part(len(values))])
 
     @property
     def steps_taken(self) -> int:
@@ -101,10 +123,17 @@ class AdapterLayer(RoutedLayer):
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(out, in) of the layer."""
-        return self.lora_B.shape[0], self.lora_A.shape[1]
+        """(out, in) of the whole layer."""
+        return self.places[-1].rows(self.lora_B), self.lora_A.shape[1]
 
-    def factor_gradients(self, blocks: Blocks) -> tuple[Tensor, Tensor]:
+    def rows_of(self, index: int) -> slice:
+        """Return the rows of A, in this process, of a LoRA expert; a shard may have none."""
+        own, count = owned_by(self.group["ranks"], index), len(self.lora_A)
+        first = self.places[-2].first_row(self.lora_A)
+        start, stop = (min(max(row - first, 0), count) for row in (own.start, own.stop))
+        return slice(start, stop)
+
+    def factor_gradients(self, blocks: Blocks, far: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return `grad A` [R, in] and `grad B` [out, R], in the dtype of the moments."""
         # The columns hold c_i B_i, so grad B_i = c_i times the gradient of the columns.
         grad_A = gradient(self.lora_A).to(self.states[0]["exp_avg"].dtype)
@@ -133,7 +162,7 @@ class AdapterLayer(RoutedLayer):
             return LayerWrites(tensors=tensors)
         ranks, scales = self.group["ranks"], stored_scales(self.group)
         of_A, of_B = self.factor_moments()
-        rows = [(own,) for own in (owned_by(ranks, index) for index in won)]
+        rows = [(self.rows_of(index),) for index in won]
         columns = [(..., own) for own in (owned_by(ranks, index) for index in won)]
         steps = [self._lora_step(index) for index in won]
         slices_A = [
@@ -150,7 +179,9 @@ class AdapterLayer(RoutedLayer):
         return LayerWrites(tensors=tensors, adapters=adapters)
 
 
-def _stored_factors(group: dict[str, Any], states: States) -> list[StoredWeight]:
+def _stored_factors(
+    group: dict[str, Any], states: States, places: Sequence[Place]
+) -> list[StoredWeight]:
     """Return A and B with their storage."""
     # They are the last two parameters of the group.
     first = len(group["params"]) - 2
@@ -161,6 +192,7 @@ def _stored_factors(group: dict[str, Any], states: States) -> list[StoredWeight]
             rounding=rounding_of(parameter, group["weight_rounding"]),
             seed=group["seed"],
             name=parameter_name(group, index),
+            place=places[index],
         )
         for index, parameter in enumerate(group["params"][first:], first)
     ]

@@ -20,7 +20,7 @@ class DenseTensor:
         group: Parameter group.
         state: State of the parameter; created if it is empty.
         name: Name of the parameter.
-        place: Location in the whole tensor.
+        place: Location of the parameter in the whole tensor.
 
     Attributes:
         values: The parameter; of a complex one the real and imaginary parts, [..., 2].

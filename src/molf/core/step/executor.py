@@ -34,10 +34,10 @@ class Owner(NamedTuple):
 
 
 class ScoreSums(NamedTuple):
-    """Partial sums of score terms, on the device.
+    """Partial sums of score terms over this process's tensors, on the device.
 
     Attributes:
-        numbers: [n], one per tensor or block and term.
+        numbers: [n], one per block of a tensor and term; none for an empty shard.
         owners: Owner of each number.
     """
 

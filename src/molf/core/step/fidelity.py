@@ -11,6 +11,8 @@ from torch import Tensor
 from molf.core.arithmetic.adam import AdamWStep, sum_dtype
 from molf.core.arithmetic.blocks import Rows
 from molf.core.arithmetic.weight_step import Product, apply_step
+from molf.core.storage.collectives import Processes
+from molf.core.storage.place import WHOLE, Place
 
 _SAMPLE = 65_536  # numbers of a tensor, in rows spread over it
 
@@ -28,9 +30,9 @@ class UpdateFidelity(NamedTuple):
     kept: float
 
 
-def _every(tensor: Tensor) -> int:
-    """Return n: every n-th row is in the sample."""
-    return max(1, min(len(tensor), tensor.numel() // _SAMPLE))
+def _every(tensor: Tensor, place: Place) -> int:
+    """Return n: every n-th row of the whole tensor is in the sample."""
+    return max(1, min(place.rows(tensor), place.count(tensor) // _SAMPLE))
 
 
 class UpdateTally:
@@ -44,12 +46,13 @@ class UpdateTally:
         self._sums: list[Tensor] = []  # [moved, lost, along, squared] each
 
     @staticmethod
-    def sample(tensor: Tensor, rows: Rows = ...) -> Rows:
+    def sample(tensor: Tensor, rows: Rows = ..., place: Place = WHOLE) -> Rows:
         """Return the sampled rows of a block.
 
         Args:
-            tensor: The whole tensor.
+            tensor: The tensor, or this process's rows of it.
             rows: Rows of the block; default: all.
+            place: Location in the whole tensor.
 
         Returns:
             Indices within the block, possibly none.
@@ -57,15 +60,17 @@ class UpdateTally:
         # Every n-th row of the whole tensor, so that the block size does not change the sample.
         if tensor.dim() == 0:
             return ...
-        start = 0 if rows is ... else rows.start
-        return slice(-start % _every(tensor), None, _every(tensor))
+        start = place.first_row(tensor) + (0 if rows is ... else rows.start)
+        every = _every(tensor, place)
+        return slice(-start % every, None, every)
 
     @staticmethod
-    def weight(tensor: Tensor) -> float:
+    def weight(tensor: Tensor, place: Place = WHOLE) -> float:
         """Return the number of elements that one sampled element represents."""
-        if tensor.dim() == 0 or not len(tensor):
+        rows = place.rows(tensor)
+        if tensor.dim() == 0 or not rows:
             return 1.0
-        return len(tensor) / -(-len(tensor) // _every(tensor))
+        return rows / -(-rows // _every(tensor, place))
 
     def add(self, before: Tensor, intended: Tensor, after: Tensor, *, weight: float = 1.0) -> None:
         """Count one sample.
@@ -86,13 +91,27 @@ class UpdateTally:
         )
         self._sums.append(torch.stack([s.to(sum_dtype(before.device)) for s in sums]).mul_(weight))
 
+    def add_up(self, processes: Processes, device: torch.device) -> None:
+        """Sum the counts of all processes; every one of them must call it at the end of a step.
+
+        Args:
+            processes: Processes that share the tensors.
+            device: Device of the sum.
+        """
+        if not processes.is_one:
+            self._sums = [processes.sum(self._total(device))]
+
     def result(self) -> UpdateFidelity | None:
         """Return the counts; None if no update was non-zero. The host waits for the device."""
         if not self._sums:
             return None
-        home = self._sums[0].device
-        moved, lost, along, squared = torch.stack([s.to(home) for s in self._sums]).sum(0).tolist()
+        moved, lost, along, squared = self._total(self._sums[0].device).tolist()
         return UpdateFidelity(lost / moved, along / squared) if moved and squared else None
+
+    def _total(self, home: torch.device) -> Tensor:
+        """Return the sums of all samples, [4]."""
+        sums = self._sums or [torch.zeros(4, dtype=sum_dtype(home))]
+        return torch.stack([s.to(home) for s in sums]).sum(0)
 
 
 class Sample:

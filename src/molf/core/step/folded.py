@@ -20,7 +20,10 @@ from molf.core.model.factors import draw_lora_a, live_ranks, owned_by, per_rank,
 from molf.core.step.guard import Guarded
 from molf.core.step.layer import RoutedLayer, States, dense_tensors
 from molf.core.step.operations import FactorWrite, LayerWrites, Operand, TensorWrite
+from molf.core.storage.collectives import Cut
 from molf.core.storage.moments import moment_state
+from molf.core.storage.place import WHOLE, Place
+from molf.core.storage.sharding import cut_dimension
 
 _FACTORS = ("lora_A", "lora_B")
 _GRADIENT_ROWS = 256  # of a gradient in low precision, for one product: fewer would be slow
@@ -33,24 +36,39 @@ class FoldedLayer(RoutedLayer):
         group: Parameter group of the layer.
         states: States of its parameters; missing ones are created.
         can_read: Whether the host reads a tensor on a device without waiting.
+        places: Locations of its parameters in the whole tensors.
     """
 
     def __init__(
-        self, group: dict[str, Any], states: States, can_read: CanRead = is_host_memory
+        self,
+        group: dict[str, Any],
+        states: States,
+        can_read: CanRead = is_host_memory,
+        places: Sequence[Place] = (WHOLE, WHOLE),
     ) -> None:
         self.weight: Tensor = group["params"][0]
-        self.state = _state_of(group, states)
+        self.state = _state_of(group, states, places[0])
         lora_B = self.state["lora_B"]
-        self._live = live_ranks(group["ranks"], lora_B, can_read=can_read(lora_B.device))
+        # On shards all columns: the widths of collectives must not depend on a shard's own B.
+        can_skip = can_read(lora_B.device) and places[0].processes.is_one
+        self._live = live_ranks(group["ranks"], lora_B, can_read=can_skip)
         # One `s` for all experts is the `alpha` of a product, which costs nothing.
         self._has_one_scaling = len(set(group["scalings"])) == 1
         self._alpha: float = group["scalings"][0] if self._has_one_scaling else 1.0
-        super().__init__(group, states, dense_tensors(group, group["params"], states))
+        super().__init__(
+            group, states, dense_tensors(group, group["params"], states, places), places
+        )
 
     @classmethod
-    def open(cls, group: dict[str, Any], states: States, can_read: CanRead) -> FoldedLayer:
+    def open(
+        cls,
+        group: dict[str, Any],
+        states: States,
+        can_read: CanRead,
+        places: Sequence[Place],
+    ) -> FoldedLayer:
         """Return the layer of a group; create missing state."""
-        return cls(group, states, can_read)
+        return cls(group, states, can_read, places)
 
     @classmethod
     def takes_part(cls, group: dict[str, Any]) -> bool:
@@ -72,24 +90,46 @@ class FoldedLayer(RoutedLayer):
     def gradients_of(cls, group: dict[str, Any], states: States) -> list[Guarded]:
         """Return the gradients of the weight (multiplied by the factors) and of the bias."""
         weight, *biases = [p for p in group["params"] if p.grad is not None]
-        state = states.get(weight) or _initial_factors(group)
+        state = states.get(weight) or _initial_factors(group, WHOLE)  # shards have a state
         factors = tuple(state[key] for key in _FACTORS)
         return [Guarded(weight, max(group["scalings"]), factors), *map(Guarded, biases)]
 
     @classmethod
-    def read_factors(cls, group: dict[str, Any], states: States) -> list[tuple[Tensor, Tensor]]:
+    def read_factors(
+        cls, group: dict[str, Any], states: States, places: Sequence[Place]
+    ) -> list[tuple[Tensor, Tensor]]:
         """Return copies of (A [r, in], B [out, r]) of each LoRA expert; create no state."""
-        state = states.get(group["params"][0]) or _initial_factors(group)
-        return split_factors(group["ranks"], state["lora_A"], state["lora_B"])
+        place = places[0]
+        state = states.get(group["params"][0]) or _initial_factors(group, place)
+        sizes = reversed(_shape_of(group, place))  # (in, out)
+        parts = [
+            Cut(state[key], dim, size)
+            for key, dim, size in zip(_FACTORS, (1, 0), sizes, strict=True)
+        ]
+        return split_factors(group["ranks"], *place.processes.gather(parts))
 
     @classmethod
     def write_factors(
-        cls, group: dict[str, Any], states: States, lora_A: Tensor, lora_B: Tensor
+        cls,
+        group: dict[str, Any],
+        states: States,
+        places: Sequence[Place],
+        lora_A: Tensor,
+        lora_B: Tensor,
     ) -> None:
         """Replace the stacked factors; `W_eff` stays, W changes."""
-        state = _state_of(group, states)
-        state["lora_A"].copy_(lora_A)
-        state["lora_B"].copy_(lora_B)
+        state, processes = _state_of(group, states, places[0]), places[0].processes
+        state["lora_A"].copy_(lora_A[:, processes.part(lora_A.shape[1])])
+        state["lora_B"].copy_(lora_B[processes.part(len(lora_B))])
+
+    @classmethod
+    def cut_of(cls, group: dict[str, Any], parameter: Tensor, key: str) -> tuple[int, int]:
+        """Return the features for the factors and their moments, the rows for all else."""
+        if not key.startswith(_FACTORS):
+            return super().cut_of(group, parameter, key)
+        dim = cut_dimension(key)
+        sides = parameter.shape[::-1] if group["transposed"] else parameter.shape
+        return dim, sides[dim]
 
     @property
     def steps_taken(self) -> int:
@@ -103,14 +143,31 @@ class FoldedLayer(RoutedLayer):
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(out, in) of the layer."""
-        out_features, in_features = _oriented(self.weight, self.group).shape
-        return out_features, in_features
+        """(out, in) of the whole layer."""
+        return _shape_of(self.group, self.places[0])
 
-    def factor_gradients(self, blocks: Blocks) -> tuple[Tensor, Tensor]:
-        """Return `grad A_i = s_i B_i^T G` [R, in] and `grad B_i = s_i G A_i^T` [out, R]."""
+    @property
+    def far_part(self) -> int:
+        """A; B if the weight is stored as [in, out]."""
+        return int(self.group["transposed"])
+
+    @property
+    def far_factor(self) -> Cut | None:
+        """A [R, part of in]; B [part of out, R] if the weight is stored as [in, out]."""
+        part = self.far_part
+        return Cut(self.state[_FACTORS[part]], 1 - part, self.shape[1 - part])
+
+    def factor_gradients(self, blocks: Blocks, far: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Return `grad A_i = s_i B_i^T G` [R, in] and `grad B_i = s_i G A_i^T` [out, R].
+
+        On shards G has this process's rows, and `far` is the whole far factor: the gradient of the
+        near factor has this process's part, that of the far factor is this shard's term of a sum.
+        """
         grad = _oriented(gradient(self.weight), self.group)  # [out, in]
-        A, B, alpha = self.state["lora_A"], self.state["lora_B"], self._alpha
+        factors = [self.state[key] for key in _FACTORS]
+        if far is not None:
+            factors[self.far_part] = far
+        (A, B), alpha = factors, self._alpha
         # Two products for all experts of the layer, because their factors are stacked.
         # `grad A` of an expert with B = 0 is zero: it stays as allocated.
         grad_A = torch.zeros_like(A)
@@ -217,31 +274,44 @@ class FoldedLayer(RoutedLayer):
         return [FactorWrite(A, m_A, v_A, step, of_A), FactorWrite(B, m_B, v_B, step, of_B)]
 
 
-def initial_state(group: dict[str, Any]) -> dict[str, Any]:
-    """Return the initial state of a routed weight: moments, factors and their moments."""
-    state = moment_state(group["params"][0], group["state_dtype"]) | _initial_factors(group)
+def initial_state(group: dict[str, Any], place: Place = WHOLE) -> dict[str, Any]:
+    """Return the initial state of a routed weight: moments, factors and their moments.
+
+    Args:
+        group: Parameter group of the layer.
+        place: Location of the weight in the whole weight; the factors get the same processes.
+    """
+    moments = moment_state(group["params"][0], group["state_dtype"], place)
+    state = moments | _initial_factors(group, place)
     for key in _FACTORS:
         state[f"{key}_exp_avg"] = torch.zeros_like(state[key])
         state[f"{key}_exp_avg_sq"] = torch.zeros_like(state[key])
     return state
 
 
-def _initial_factors(group: dict[str, Any]) -> dict[str, Tensor]:
-    """Return the initial A [R, in] and B [out, R] by their keys in the state."""
+def _initial_factors(group: dict[str, Any], place: Place) -> dict[str, Tensor]:
+    """Return this process's part of the initial A [R, in] and B [out, R], by their keys."""
     weight: Tensor = group["params"][0]
-    out_features, in_features = _oriented(weight, group).shape
+    out_features, in_features = _shape_of(group, place)
     drawn = draw_lora_a(group["seed"], group["layer"], group["ranks"], in_features)
-    lora_A = drawn.to(weight.device, compute_dtype(weight))
-    lora_B = lora_A.new_zeros(out_features, sum(group["ranks"]))
+    columns, rows = place.processes.part(in_features), place.processes.part(out_features)
+    lora_A = drawn[:, columns].to(weight.device, compute_dtype(weight)).contiguous()
+    lora_B = lora_A.new_zeros(rows.stop - rows.start, sum(group["ranks"]))
     return dict(zip(_FACTORS, (lora_A, lora_B), strict=True))
 
 
-def _state_of(group: dict[str, Any], states: States) -> dict[str, Any]:
+def _state_of(group: dict[str, Any], states: States, place: Place) -> dict[str, Any]:
     """Return the state of a group's weight; create it if it is missing."""
     state = states[group["params"][0]]
     if "step" not in state:
-        state.update(initial_state(group))
+        state.update(initial_state(group, place))
     return state
+
+
+def _shape_of(group: dict[str, Any], place: Place) -> tuple[int, int]:
+    """Return (out, in) of the whole layer."""
+    rows, columns = place.shape(group["params"][0])
+    return (columns, rows) if group["transposed"] else (rows, columns)
 
 
 def _oriented(tensor: Tensor, group: dict[str, Any]) -> Tensor:

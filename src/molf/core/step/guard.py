@@ -13,7 +13,8 @@ from torch import Tensor
 
 from molf.core.arithmetic.adam import MomentDecay, compute_dtype, gradient
 from molf.core.arithmetic.devices import CanRead, is_host_memory, upload
-from molf.core.storage.place import WHOLE, Place
+from molf.core.storage.collectives import ALONE, Processes
+from molf.core.storage.sharding import is_sharded, layout_of, local_part
 
 
 class NonFiniteError(RuntimeError):
@@ -51,6 +52,7 @@ class FiniteGuard:
         required: Further numbers that must be finite, 0-dim.
         squares: `Executor.squares`.
         can_read: Whether the host reads a tensor on a device without waiting.
+        processes: Processes that share the tensors.
     """
 
     def __init__(
@@ -59,11 +61,10 @@ class FiniteGuard:
         required: Iterable[Tensor],
         squares: Squares,
         can_read: CanRead = is_host_memory,
+        processes: Processes = ALONE,
     ) -> None:
-        bounds = bounds_of(gradients, squares)
-        home = bounds.device
-        further = [bound_of(number).to(home).view(1) for number in required]
-        self.bounds = torch.cat([bounds, *further])
+        self.bounds = bounds_of(gradients, squares, required, processes)
+        home = self.bounds.device
         self.finite = may_happen(self.bounds)
         self._finite = {home: self.finite}
         # Reading host memory costs nothing, so on a CPU a bad step ends here.
@@ -85,13 +86,22 @@ class FiniteGuard:
         return self._made[key]
 
 
-def bounds_of(gradients: Iterable[Guarded], squares: Squares, place: Place = WHOLE) -> Tensor:
-    """Return the bound of each gradient, [n]: its largest square over the largest allowed.
+def bounds_of(
+    gradients: Iterable[Guarded],
+    squares: Squares,
+    required: Iterable[Tensor] = (),
+    processes: Processes = ALONE,
+) -> Tensor:
+    """Return the bound of each gradient, its largest square over the largest allowed.
 
     Args:
         gradients: Read one at a time; factors may be on another device than the gradient.
         squares: `Executor.squares`.
-        place: Sums the squares over the parts of a tensor.
+        required: Further numbers that must be finite, 0-dim; each process has its own.
+        processes: Processes that share the tensors.
+
+    Returns:
+        [n], one per gradient, then one per required number.
     """
     # Gradients of LoRA factors, `s B^T G` and `s G A^T`, are computed later, layer by layer. They
     # are at most `s ||B|| ||G||` and `s ||A|| ||G||`, so norms are enough to check them now.
@@ -114,13 +124,16 @@ def bounds_of(gradients: Iterable[Guarded], squares: Squares, place: Place = WHO
             yield gradient(one.parameter), dtype
             yield from ((factor, dtype) for factor in one.factors)
 
-    totals = place.sum(squares(tensors()))
-    home, dtype = totals.device, totals.dtype
+    own_squares = squares(tensors())
+    home, dtype = own_squares.device, own_squares.dtype
+    further = [bound_of(number).to(home, dtype).view(1) for number in required]
+    totals = processes.sum(torch.cat([own_squares, *further]))
+    totals, further = totals[:count], totals[count:].split(1)
     indices = upload(torch.tensor([own, *zip(*factors, strict=True)], device="cpu"), home)
     numbers = upload(torch.tensor([scales, limits], dtype=dtype, device="cpu"), home)
     padded = torch.cat([totals, totals.new_ones(1)])  # -1: without factors
     gains = torch.maximum(padded[indices[1]], padded[indices[2]]) * numbers[0]
-    return totals[indices[0]] / numbers[1] * gains.clamp(min=1)
+    return torch.cat([totals[indices[0]] / numbers[1] * gains.clamp(min=1), *further])
 
 
 def may_happen(bounds: Tensor) -> Tensor:
@@ -157,14 +170,32 @@ def largest_square(dtype: torch.dtype) -> float:
     return 0.25 * torch.finfo(dtype).max
 
 
-def describe_number(name: str, number: Tensor) -> str:
-    """Return the reason to refuse a step whose loss or gradient norm is not finite."""
-    return f"Non-finite {name.replace('grad_norm', 'gradient norm')} ({number.item()})"
+def describe_number(name: str, number: Tensor, processes: Processes = ALONE) -> str:
+    """Return the reason to refuse a step whose loss or gradient norm is not finite.
+
+    With several processes all of them must call it; they return the same.
+    """
+    # The mean of the processes is not finite if one of their numbers is not.
+    mean = processes.sum(number.detach().cpu().double().view(1)) / processes.count
+    return f"Non-finite {name.replace('grad_norm', 'gradient norm')} ({mean.item()})"
 
 
-def describe_bad(bad: Sequence[Tensor], name_of: Callable[[Tensor], str]) -> str:
-    """Return the reason to refuse a step with bad gradients, with the names of the first."""
-    nonfinite = [p for p in bad if not gradient(p).isfinite().all()]
+def _count_nonfinite(parameter: Tensor) -> Tensor:
+    """Return the number of elements of a gradient that are not finite, 0-dim float64 on the CPU."""
+    grad = local_part(gradient(parameter))
+    return (~grad.isfinite()).sum().double().cpu()
+
+
+def describe_bad(
+    bad: Sequence[Tensor], name_of: Callable[[Tensor], str], processes: Processes = ALONE
+) -> str:
+    """Return the reason to refuse a step with bad gradients, with the names of the first.
+
+    With several processes all of them must call it; they return the same.
+    """
+    found = torch.stack([_count_nonfinite(p) for p in bad])
+    counts = processes.sum(found).tolist()
+    nonfinite = [p for p, count in zip(bad, counts, strict=True) if count]
     named = nonfinite or bad
     names = ", ".join(map(name_of, named[:3])) + (
         f" and {len(named) - 3} more" if len(named) > 3 else ""
@@ -182,8 +213,10 @@ def unusable(parameter: Tensor) -> str | None:
     grad = gradient(parameter)
     if grad.layout != torch.strided:
         return f"is sparse ({grad.layout}). Use dense ones: sparse=False in nn.Embedding."
-    if hasattr(grad, "device_mesh"):
-        return "is sharded (DTensor). Sharded parameters are not supported yet."
+    if is_sharded(grad) and not is_sharded(parameter):
+        return "is sharded (DTensor), and the parameter is not."
+    if is_sharded(parameter) and (not is_sharded(grad) or layout_of(grad) != layout_of(parameter)):
+        return f"is not sharded as the parameter is, {layout_of(parameter).placements}."
     if grad.device.type == "meta":
         return "is on the meta device, which holds no numbers. Load the weights first."
     return None

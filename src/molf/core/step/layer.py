@@ -13,6 +13,7 @@ from molf.core.arithmetic.adam import AdamWStep
 from molf.core.arithmetic.blocks import Blocks
 from molf.core.arithmetic.devices import CanRead
 from molf.core.config import lora_expert_names
+from molf.core.model.factors import owned_by
 from molf.core.model.groups import parameter_name
 from molf.core.scores.checks import ScoreError, value_of
 from molf.core.scores.registry import routing
@@ -21,7 +22,8 @@ from molf.core.scores.score import Expert, Part, Score
 from molf.core.step.dense import DenseTensor
 from molf.core.step.guard import Guarded
 from molf.core.step.operations import LayerWrites
-from molf.core.storage.place import WHOLE, Place
+from molf.core.storage.collectives import Cut, Processes
+from molf.core.storage.place import Place
 
 States = dict[Tensor, dict[str, Any]]
 """State of the optimizer, by parameter."""
@@ -35,6 +37,7 @@ class RoutedLayer(ABC):
 
     Attributes:
         group: Parameter group of the layer.
+        places: Locations of its parameters.
         name: Name of the layer in the model.
         dense: Tensors of the `full` expert with a gradient, weight first. Empty for a frozen base.
         gradients: Gradients that this step uses, with the factors that multiply each.
@@ -46,10 +49,10 @@ class RoutedLayer(ABC):
         group: dict[str, Any],
         states: States,
         dense: list[DenseTensor],
-        place: Place = WHOLE,
+        places: Sequence[Place],
     ) -> None:
         self.group = group
-        self.place = place
+        self.places = places
         self.name: str = group["layer"]
         self.dense = dense
         self.gradients = self.gradients_of(group, states)
@@ -58,13 +61,20 @@ class RoutedLayer(ABC):
 
     @classmethod
     @abstractmethod
-    def open(cls, group: dict[str, Any], states: States, can_read: CanRead) -> RoutedLayer:
+    def open(
+        cls,
+        group: dict[str, Any],
+        states: States,
+        can_read: CanRead,
+        places: Sequence[Place],
+    ) -> RoutedLayer:
         """Return the layer of a group; create missing state.
 
         Args:
             group: Parameter group of the layer.
             states: States of its parameters.
             can_read: Whether the host reads a tensor on a device without waiting.
+            places: Locations of the parameters in the whole tensors.
         """
 
     @classmethod
@@ -82,15 +92,36 @@ class RoutedLayer(ABC):
 
     @classmethod
     @abstractmethod
-    def read_factors(cls, group: dict[str, Any], states: States) -> list[tuple[Tensor, Tensor]]:
-        """Return copies of (A [r, in], B [out, r]) of each LoRA expert, in the paper's scale."""
+    def read_factors(
+        cls, group: dict[str, Any], states: States, places: Sequence[Place]
+    ) -> list[tuple[Tensor, Tensor]]:
+        """Return copies of (A [r, in], B [out, r]) of each LoRA expert, in the paper's scale.
+
+        They are whole: every process that shares the layer must call it.
+        """
 
     @classmethod
     @abstractmethod
     def write_factors(
-        cls, group: dict[str, Any], states: States, lora_A: Tensor, lora_B: Tensor
+        cls,
+        group: dict[str, Any],
+        states: States,
+        places: Sequence[Place],
+        lora_A: Tensor,
+        lora_B: Tensor,
     ) -> None:
-        """Replace the stacked factors A [R, in] and B [out, R], in the paper's scale."""
+        """Replace the stacked factors, whole A [R, in] and B [out, R], in the paper's scale."""
+
+    @classmethod
+    def cut_of(cls, group: dict[str, Any], parameter: Tensor, key: str) -> tuple[int, int]:
+        """Return the dimension that shards cut, and its whole size, of a tensor of the state.
+
+        Args:
+            group: Parameter group with sharded parameters.
+            parameter: One of them.
+            key: Key of the tensor in its state.
+        """
+        return 0, parameter.shape[0]
 
     @property
     @abstractmethod
@@ -100,11 +131,39 @@ class RoutedLayer(ABC):
     @property
     @abstractmethod
     def shape(self) -> tuple[int, int]:
-        """(out, in) of the layer."""
+        """(out, in) of the whole layer."""
+
+    @property
+    def processes(self) -> Processes:
+        """Processes that share the layer."""
+        return self.places[0].processes
+
+    @property
+    def far_factor(self) -> Cut | None:
+        """This process's part of the factor that a gradient on its shard needs whole.
+
+        The rows of a shard of G and of one factor are cut alike; the product with the other factor,
+        and the gradient of it, need all of its features. None: autograd makes the gradients.
+        """
+        return None
+
+    @property
+    def far_part(self) -> int:
+        """Index of the far factor: 0 for A, 1 for B."""
+        return 0
 
     @abstractmethod
-    def factor_gradients(self, blocks: Blocks) -> tuple[Tensor, Tensor]:
-        """Return `grad A` [R, in] and `grad B` [out, R], in the dtype of the state."""
+    def factor_gradients(self, blocks: Blocks, far: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Return `grad A` [R, in] and `grad B` [out, R], in the dtype of the state.
+
+        Args:
+            blocks: Sizes of blocks.
+            far: The whole far factor, on shards. Its gradient is then this shard's term of a sum.
+        """
+
+    def rows_of(self, index: int) -> slice:
+        """Return the rows of A, in this process, of a LoRA expert."""
+        return owned_by(self.group["ranks"], index)
 
     @abstractmethod
     def factor_moments(self) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
@@ -140,6 +199,13 @@ class RoutedLayer(ABC):
     def kept(self) -> dict[str, Any]:
         """State that holds the numbers of a score that keeps some."""
 
+    @property
+    def parts(self) -> list[tuple[int, int]]:
+        """(expert, tensor) of all tensors, as in `Owner`."""
+        full = [(0, part) for part in range(len(self.dense))]
+        first, count = int(self.has_full), len(self.group["ranks"])
+        return full + [(first + index, part) for index in range(count) for part in (0, 1)]
+
     def candidates(self, sums: Mapping[tuple[int, int, str], float]) -> Candidates:
         """Return the scores of the experts, for the choice of the winners.
 
@@ -168,7 +234,7 @@ class RoutedLayer(ABC):
 
         if self.has_full:
             parts = tuple(
-                part(name, self.place.count(tensor.parameter), 0, place)
+                part(name, tensor.place.count(tensor.parameter), 0, place)
                 # Not strict: a layer without a trained bias has one tensor.
                 for place, (name, tensor) in enumerate(
                     zip(("weight", "bias"), self.dense, strict=False)
@@ -237,11 +303,15 @@ class RoutedLayer(ABC):
 
 
 def dense_tensors(
-    group: dict[str, Any], parameters: Sequence[Tensor], states: States, place: Place = WHOLE
+    group: dict[str, Any],
+    parameters: Sequence[Tensor],
+    states: States,
+    places: Sequence[Place],
 ) -> list[DenseTensor]:
     """Return the dense tensors of a routed group that have a gradient, weight first."""
     return [
         DenseTensor(parameter, group, states[parameter], parameter_name(group, index), place)
-        for index, parameter in enumerate(parameters)
+        # Not strict: the adapter's factors come last.
+        for index, (parameter, place) in enumerate(zip(parameters, places, strict=False))
         if parameter.grad is not None
     ]

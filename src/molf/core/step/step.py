@@ -5,23 +5,25 @@ docs/architecture.md has a drawing.
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from molf.core.arithmetic.adam import sum_dtype
+from molf.core.arithmetic.devices import upload
 from molf.core.arithmetic.precision import full_precision
 from molf.core.scores.registry import routing
 from molf.core.scores.rules import Winners
 from molf.core.step.decision import Decision
 from molf.core.step.dense import DenseTensor
-from molf.core.step.executor import Executor, Owner
+from molf.core.step.executor import Executor, Owner, ScoreSums
 from molf.core.step.fidelity import UpdateTally
 from molf.core.step.guard import FiniteGuard, Guarded, fits
 from molf.core.step.layer import RoutedLayer, States
 from molf.core.step.unit import Unit
+from molf.core.storage.collectives import Processes
 
 
 class Outcome(NamedTuple):
@@ -52,12 +54,15 @@ def take_step(
 ) -> Outcome:
     """Step units that all have gradients. The host waits for the device once.
 
+    On shards, all processes call it with the same units, and get the same outcome.
+
     Args:
-        units: Routed layers and plain tensors.
+        units: Routed layers and plain tensors; on shards, with local parts and their places.
         states: States of their parameters; missing ones are created.
         executor: Runs the operations.
         tally: Measures updates lost to rounding, if given.
-        required: Further numbers that must be finite, 0-dim, by name.
+        required: Further numbers that must be finite, 0-dim, by name; on shards, each process has
+            its own.
 
     Raises:
         RuntimeError: The scores of a layer are not finite, because its moments were not. No weight
@@ -72,10 +77,13 @@ def take_step(
     gradients = [one for layer in layers for one in layer.gradients]
     gradients += [Guarded(tensor.parameter) for tensor in plain]
     required = required or {}
+    processes = units[0].located[0].processes
     # In every step, before anything is written: libraries may have replaced parameters.
     with full_precision({one.parameter.device.type for one in gradients}):
         # 1. Check gradients. Gradients of LoRA factors do not exist yet; norms bound them.
-        guard = FiniteGuard(gradients, required.values(), executor.squares, executor.can_read)
+        guard = FiniteGuard(
+            gradients, required.values(), executor.squares, executor.can_read, processes
+        )
         count = len(guard.bounds)
         owners: Sequence[Owner] = ()
         numbers = guard.bounds
@@ -83,7 +91,8 @@ def take_step(
         # whether the gradients are finite; the update multiplies by `guard.finite` on the device,
         # so a bad step changes no bit. On a CPU `refuses` is known here.
         if layers and not guard.refuses:
-            sums, owners = executor.update_moments(layers, guard)
+            found = executor.update_moments(layers, guard)
+            sums, owners = _totals(layers, found, numbers.device, processes)
             numbers = torch.cat([numbers, sums])
         # 3. The only synchronisation: bounds and score sums together.
         on_host = numbers.tolist()
@@ -94,16 +103,44 @@ def take_step(
         won = [winners for winners, _ in decisions]
         # 4. Write. Losers keep their weights.
         executor.write(zip(layers, won, strict=True), plain, guard, tally)
+        if tally is not None:
+            tally.add_up(processes, numbers.device)
     return Outcome({layer.name: one for layer, (_, one) in zip(layers, decisions, strict=True)}, [])
+
+
+def _totals(
+    layers: Sequence[RoutedLayer], sums: ScoreSums, home: torch.device, processes: Processes
+) -> tuple[Tensor, Sequence[Owner]]:
+    """Return the sum of each term over each whole tensor, with its owner.
+
+    Args:
+        layers: The layers.
+        sums: Partial sums of this process.
+        home: Device of the result.
+        processes: Processes that share the tensors.
+    """
+    # From the structure of the layers, so that all processes have the same; a shard may be empty.
+    owners = [
+        Owner(number, expert, part, term.name)
+        for number, layer in enumerate(layers)
+        for expert, part in layer.parts
+        for term in layer.score.terms
+    ]
+    places = {owner: index for index, owner in enumerate(owners)}
+    own = torch.tensor([places[owner] for owner in sums.owners], dtype=torch.int64, device="cpu")
+    totals = torch.zeros(len(owners), dtype=sum_dtype(home), device=home)
+    # It adds in the order of the blocks; `index_add_` has no fixed order on CUDA.
+    totals.index_put_((upload(own, home),), sums.numbers.to(totals.dtype), accumulate=True)
+    return processes.sum(totals), owners
 
 
 def _decide(
     layers: Sequence[RoutedLayer], owners: Sequence[Owner], numbers: Sequence[float]
 ) -> list[tuple[Winners, Decision]]:
-    """Add up the sums of each tensor; choose the winners of every layer."""
-    sums: list[defaultdict[tuple[int, int, str], float]] = [defaultdict(float) for _ in layers]
+    """Choose the winners of every layer from the sums of its tensors."""
+    sums: list[dict[tuple[int, int, str], float]] = [{} for _ in layers]
     for (number, expert, part, term), total in zip(owners, numbers, strict=True):
-        sums[number][expert, part, term] += total
+        sums[number][expert, part, term] = total
     candidates = [layer.candidates(own) for layer, own in zip(layers, sums, strict=True)]
     winners: list[Winners] = [()] * len(layers)
     # All layers have one score, unless groups were edited.

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple, Self
 
 from torch import Tensor
 
@@ -16,6 +16,7 @@ from molf.core.step.dense import DenseTensor
 from molf.core.step.folded import FoldedLayer
 from molf.core.step.guard import Guarded
 from molf.core.step.layer import RoutedLayer, States
+from molf.core.storage.place import WHOLE, Place
 
 
 class UnitKey(NamedTuple):
@@ -38,12 +39,14 @@ class Unit(ABC):
     Attributes:
         key: Index in the optimizer.
         group: Parameter group, with Python numbers for hyper-parameters.
-        parameters: Current parameters.
+        parameters: Current parameters; on shards, the local part of each.
+        places: Locations of the parameters in the whole tensors; none if all are whole.
     """
 
     key: UnitKey
     group: dict[str, Any]
     parameters: list[Tensor]
+    places: tuple[Place, ...] = ()
 
     @abstractmethod
     def takes_part(self) -> bool:
@@ -67,12 +70,30 @@ class Unit(ABC):
         The result is valid for one step.
         """
 
+    @property
+    def located(self) -> tuple[Place, ...]:
+        """The location of each parameter."""
+        return self.places or (WHOLE,) * len(self.parameters)
+
     def named_parameters(self) -> Iterator[tuple[str, Tensor]]:
         """Yield name and parameter of those with a gradient."""
         number, position = self.key
         for place, parameter in enumerate(self.parameters, position or 0):
             if parameter.grad is not None:
                 yield parameter_name(self.group, place, number), parameter
+
+    def located_at(self, parts: list[Tensor], places: tuple[Place, ...]) -> Self:
+        """Return the unit with this process's parts of its parameters."""
+        return replace(self, parameters=parts, places=places)
+
+    def cut_of(self, parameter: Tensor, key: str) -> tuple[int, int]:
+        """Return the dimension that shards cut, and its whole size, of a tensor of the state.
+
+        Args:
+            parameter: The sharded parameter.
+            key: Key of the tensor in the parameter's state.
+        """
+        return 0, parameter.shape[0]
 
     def free_gradients(self) -> None:
         """Set the gradients to None."""
@@ -96,7 +117,7 @@ class PlainUnit(Unit):
         (parameter,), (number, position) = self.parameters, self.key
         assert position is not None, "a plain unit has a position"
         name = parameter_name(self.group, position, number)
-        return DenseTensor(parameter, self.group, states[parameter], name)
+        return DenseTensor(parameter, self.group, states[parameter], name, self.located[0])
 
 
 class LayerUnit(Unit):
@@ -119,9 +140,25 @@ class LayerUnit(Unit):
         """Return the gradients of weight and bias, or of the adapter's factors."""
         return self.form.gradients_of(self.group, states)
 
+    def located_at(self, parts: list[Tensor], places: tuple[Place, ...]) -> Self:
+        """Return the layer with this process's parts of its parameters."""
+        return replace(self, parameters=parts, places=places, group={**self.group, "params": parts})
+
+    def cut_of(self, parameter: Tensor, key: str) -> tuple[int, int]:
+        """Return the dimension that shards cut, and its whole size; factors have features."""
+        return self.form.cut_of(self.group, parameter, key)
+
+    def read_factors(self, states: States) -> list[tuple[Tensor, Tensor]]:
+        """Return copies of (A [r, in], B [out, r]) of each LoRA expert."""
+        return self.form.read_factors(self.group, states, self.located)
+
+    def write_factors(self, states: States, lora_A: Tensor, lora_B: Tensor) -> None:
+        """Replace the stacked factors A [R, in] and B [out, R]."""
+        self.form.write_factors(self.group, states, self.located, lora_A, lora_B)
+
     def open(self, states: States, can_read: CanRead) -> RoutedLayer:
         """Return the layer in its form."""
-        return self.form.open(self.group, states, can_read)
+        return self.form.open(self.group, states, can_read, self.located)
 
 
 def form_of(group: dict[str, Any]) -> type[RoutedLayer]:

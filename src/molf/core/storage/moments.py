@@ -190,11 +190,11 @@ def block_of_8bit(parameter: Tensor, place: Place = WHOLE) -> int | None:
     # Blocks divide a row, so that shards of rows have the blocks of the whole tensor.
     parameter = real_view(parameter)
     # torchao reads the codes in memory order.
-    if parameter.dim() < 2 or not parameter.numel() or not parameter.is_contiguous():
+    if parameter.dim() < 2 or not parameter.is_contiguous():
         return None
     if place.count(parameter) < _SMALLEST or compute_dtype(parameter) != torch.float32:
         return None
-    row = parameter.numel() // len(parameter)
+    row = parameter.shape[1:].numel()  # a shard may have no rows
     return next((size for size in range(_BLOCK, _SMALLEST_BLOCK - 1, -1) if row % size == 0), None)
 
 
@@ -212,8 +212,8 @@ def moment_state(
             state[key] = torch.zeros_like(parameter, dtype=compute_dtype(parameter))
             continue
         # Scale 0: every code means zero.
-        rows = len(parameter)
-        scales = torch.zeros(rows, parameter.numel() // rows // block, device=parameter.device)
+        shape = len(parameter), parameter.shape[1:].numel() // block
+        scales = torch.zeros(shape, device=parameter.device)
         state[f"{key}_codes"] = torch.zeros_like(parameter, dtype=torch.uint8)
         state[f"{key}_scales"] = scales
     return state
