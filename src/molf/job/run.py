@@ -30,7 +30,7 @@ from molf.tasks import Task
 if TYPE_CHECKING:
     from molf.job.dry_run import DryRun
 
-_INPUTS = ("model", "data", "eval_data", "forgetting_data", "assignment")
+INPUTS = ("model", "data", "eval_data", "forgetting_data", "assignment")
 
 
 def train(
@@ -52,12 +52,12 @@ def train(
     with ignoring_print_errors() as errors:
         # Checked before torch and transformers are imported, which takes seconds.
         resolved = checked(settings, started)
-        _check_places(resolved)
-        task, forgetting_text = _open_data(resolved, inputs)
+        check_places(resolved)
+        task, forgetting_text = open_data(resolved, inputs)
 
         from molf.job.libraries import quiet_libraries
 
-        sources = (getattr(resolved, name) for name in _INPUTS)
+        sources = (getattr(resolved, name) for name in INPUTS)
         with quiet_libraries(), locking_runs(sources):
             result = _train(
                 resolved, task, forgetting_text, reporter or make_reporter(), inputs, started
@@ -149,8 +149,8 @@ def dry_run(
     inputs = inputs or Inputs()
     with ignoring_print_errors():
         resolved = checked(settings, datetime.now().astimezone())
-        _check_places(resolved)
-        task, _ = _open_data(resolved, inputs)
+        check_places(resolved)
+        task, _ = open_data(resolved, inputs)
 
         from molf.job.libraries import quiet_libraries
 
@@ -172,7 +172,7 @@ def checked(settings: TrainSettings, started: datetime) -> ResolvedSettings:
     return resolve(settings, started)
 
 
-def _check_places(settings: ResolvedSettings) -> None:
+def check_places(settings: ResolvedSettings) -> None:
     """Check the paths of model and output.
 
     Raises:
@@ -186,11 +186,11 @@ def _check_places(settings: ResolvedSettings) -> None:
         read_assignment_source(settings.assignment)
     check_output(settings.output_dir, overwrite=settings.overwrite)
     check_fallback(settings.fallback_dir)
-    check_inputs_outside(settings.output_dir, {name: getattr(settings, name) for name in _INPUTS})
+    check_inputs_outside(settings.output_dir, {name: getattr(settings, name) for name in INPUTS})
     check_results(settings.output_dir.parent)
 
 
-def _open_data(settings: ResolvedSettings, inputs: Inputs) -> tuple[Task, str]:
+def open_data(settings: ResolvedSettings, inputs: Inputs) -> tuple[Task, str]:
     """Return the task with its records, and the plain text that forgetting is measured on.
 
     Raises:
