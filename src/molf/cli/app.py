@@ -35,6 +35,8 @@ for parent, name, function, text in (
     (app, "data", "data:preview_data", "Show the records of a training, and the text with loss."),
     (app, "plan", "plan:plan_model", "Predict parameters, memory and fitting GPUs of a training."),
     (app, "routing", "routing:show_routing", "Print the share of updates that each expert won."),
+    (app, "advise", "advice.advise:advise_run", "Assign full or LoRA per layer from a run."),
+    (app, "probe", "advice.probe:probe_model", "Find an assignment by a few steps of routing."),
     (app, "export", "export:export_run", "Write a run's model or adapter in another type."),
     (recipes, "ls", "recipes:list_recipes", "Print the shipped recipes."),
     (recipes, "cp", "recipes:copy_recipe", "Copy a shipped recipe."),

@@ -106,6 +106,10 @@ class ConfigRecord:
                 stacklevel=3,
             )
 
+    def add_probe(self) -> None:
+        """Mark the run as a probe, which keeps no model; nothing is written."""
+        self._run["probe"] = True
+
     def add_training(self, training: Training) -> None:
         """Add the result of the training; nothing is written."""
         # EVA chooses its ranks, and so the number of parameters, from the data.

@@ -33,7 +33,7 @@ from molf.tasks import Task
 if TYPE_CHECKING:
     from molf.job.dry_run import DryRun
 
-_INPUTS = ("model", "data", "eval_data", "forgetting_data", "assignment")
+INPUTS = ("model", "data", "eval_data", "forgetting_data", "assignment")
 
 
 def train(
@@ -59,12 +59,12 @@ def train(
         resolved = checked(settings, started)
         if resolved.resume:
             _check_resumed(resolved)
-        _check_places(resolved)
-        task, forgetting_text = _open_data(resolved, inputs)
+        check_places(resolved)
+        task, forgetting_text = open_data(resolved, inputs)
 
         from molf.job.libraries import quiet_libraries
 
-        sources = (getattr(resolved, name) for name in _INPUTS)
+        sources = (getattr(resolved, name) for name in INPUTS)
         with quiet_libraries(), locking_runs(sources):
             result = _train(
                 resolved, task, forgetting_text, reporter or make_reporter(), inputs, started
@@ -191,8 +191,8 @@ def dry_run(
     inputs = inputs or Inputs()
     with ignoring_print_errors():
         resolved = checked(settings, datetime.now().astimezone())
-        _check_places(resolved)
-        task, _ = _open_data(resolved, inputs)
+        check_places(resolved)
+        task, _ = open_data(resolved, inputs)
 
         from molf.job.libraries import quiet_libraries
 
@@ -229,7 +229,7 @@ def _check_resumed(settings: ResolvedSettings) -> None:
         raise FinishedError(f"{path} is complete: there is nothing to resume.")
 
 
-def _check_places(settings: ResolvedSettings) -> None:
+def check_places(settings: ResolvedSettings) -> None:
     """Check the paths of model and output.
 
     Raises:
@@ -243,11 +243,11 @@ def _check_places(settings: ResolvedSettings) -> None:
         read_assignment_source(settings.assignment)
     check_output(settings.output_dir, overwrite=settings.overwrite, resume=settings.resume)
     check_fallback(settings.fallback_dir)
-    check_inputs_outside(settings.output_dir, {name: getattr(settings, name) for name in _INPUTS})
+    check_inputs_outside(settings.output_dir, {name: getattr(settings, name) for name in INPUTS})
     check_results(settings.output_dir.parent)
 
 
-def _open_data(settings: ResolvedSettings, inputs: Inputs) -> tuple[Task, str]:
+def open_data(settings: ResolvedSettings, inputs: Inputs) -> tuple[Task, str]:
     """Return the task with its records, and the plain text that forgetting is measured on.
 
     Raises:

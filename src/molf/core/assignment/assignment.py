@@ -19,6 +19,7 @@ from molf.core.assignment.assigned import (
 )
 from molf.core.assignment.choice import (
     at_random,
+    by_score,
     by_shape,
     by_share,
     by_wins,
@@ -173,13 +174,23 @@ class Assignment:
         return cls.from_decisions(decided_by(optimizer), share=share)
 
     @classmethod
-    def from_decisions(cls, decided: Decided, *, share: float | None = None) -> Assignment:
-        """Build from the decisions of a routed training; `share` is that of `of`.
+    def from_decisions(
+        cls, decided: Decided, *, share: float | None = None, by: str = "wins"
+    ) -> Assignment:
+        """Build from the decisions of a routed training.
+
+        Args:
+            decided: The decisions, and the layers of the model.
+            share: That of `of`.
+            by: Without `share`: `"wins"`, the expert with the most wins; or `"score"`, `full` where
+                its score leads on the mean of the steps.
 
         Raises:
-            ValueError: No decision was taken, a layer is not in the model, or `share` is out of
-                range.
+            ValueError: No decision was taken, a layer is not in the model, or `share` or `by` is
+                not allowed.
         """
+        if by not in ("wins", "score"):
+            raise ValueError(f"Invalid by={by!r}. Must be wins or score.")
         evidence = {name: one for name, one in decided.evidence.items() if one.decisions}
         every = {**decided.layers, **decided.heads}
         if strange := [name for name in decided.evidence if name not in every]:
@@ -192,9 +203,12 @@ class Assignment:
                 "No step was taken at a learning rate above 0, so there is no decision to build an "
                 "assignment from."
             )
-        if share is None:
+        if share is None and by == "wins":
             chosen = by_wins(evidence, decided.adapters)
             source = "the expert with the most wins"
+        elif share is None:
+            chosen = by_score(evidence, decided.adapters)
+            source = "full where its score leads on the mean"
         else:
             chosen = by_share(evidence, decided.adapters, share)
             source = f"full in the {share:.0%} of layers where it leads most"

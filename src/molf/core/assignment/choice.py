@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import random
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 
 from molf.core.assignment.assigned import (
@@ -37,6 +37,26 @@ def by_wins(
     }
 
 
+def by_score(
+    evidence: Mapping[str, Evidence], adapters: Mapping[str, Treatment]
+) -> dict[str, Treatment]:
+    """Return `full` where its score leads on the mean of the steps, whatever won more of them.
+
+    The other layers get the LoRA expert with the most wins, or the first if none won.
+
+    Args:
+        evidence: Decisions by layer; at least one each.
+        adapters: Treatment of each LoRA expert, by name.
+
+    Raises:
+        ValueError: There is no `full` expert.
+    """
+    if any(one.margin is None for one in evidence.values()):
+        raise ValueError("Invalid by='score': there is no full expert to be compared.")
+    leading = [name for name, one in evidence.items() if (one.margin or 0.0) > 0]
+    return _full_in(leading, evidence, adapters)
+
+
 def by_share(
     evidence: Mapping[str, Evidence], adapters: Mapping[str, Treatment], share: float
 ) -> dict[str, Treatment]:
@@ -57,7 +77,13 @@ def by_share(
     if any(one.margin is None for one in evidence.values()):
         raise ValueError(f"Invalid share={share:g}: there is no full expert to be compared.")
     ranking = sorted(evidence, key=lambda name: -(evidence[name].margin or 0.0))  # stable
-    chosen = set(ranking[: round(share * len(ranking))])
+    return _full_in({*ranking[: round(share * len(ranking))]}, evidence, adapters)
+
+
+def _full_in(
+    chosen: Collection[str], evidence: Mapping[str, Evidence], adapters: Mapping[str, Treatment]
+) -> dict[str, Treatment]:
+    """Return `full` for the chosen layers, and the best LoRA expert for the others."""
     made = {}
     for name, one in evidence.items():
         lora = {expert: count for expert, count in one.wins if expert in adapters}

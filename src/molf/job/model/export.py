@@ -64,7 +64,7 @@ def export_model(
             rounding or run.config.get("save_rounding"), run.seed, base_dtype, wanted
         ),
     )
-    finish = _marker(run, MODEL, wanted)
+    finish = marker(run, MODEL, wanted)
     save_model(loaded.model, loaded, storing, _card(source), path, finish, low_halves=halves)
 
 
@@ -87,10 +87,10 @@ def export_adapter(run: FinishedRun, dtype: str | None, path: Path) -> None:
     with saving(path, size) as directory:
         shutil.copytree(source, directory, dirs_exist_ok=True)
         save_file(tensors, directory / _ADAPTER_WEIGHTS, {"format": "pt"})
-        _marker(run, ADAPTER, wanted)(directory)
+        marker(run, ADAPTER, wanted)(directory)
 
 
-def _marker(run: FinishedRun, what: str, dtype: torch.dtype) -> Callable[[Path], None]:
+def marker(run: FinishedRun, what: str, dtype: torch.dtype) -> Callable[[Path], None]:
     """Return a function that writes the record of an export into its directory."""
 
     # --overwrite deletes only directories with this record.

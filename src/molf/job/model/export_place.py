@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 
 from molf.disk.room import check_file_size, check_room, directory_bytes
 from molf.errors import InputError
-from molf.job.model.path import check_entries
+from molf.job.model.path import check_entries, check_model
 from molf.job.record.directory import check_output
 from molf.job.record.finished_run import FinishedRun
 from molf.job.record.ownership import (
@@ -62,6 +62,49 @@ def export_place(
     )
     check_file_size(path, weights)
     return path
+
+
+def extraction_place(
+    run: FinishedRun, rank: int, dtype: str, output_dir: Path | None, *, overwrite: bool
+) -> Path:
+    """Return the directory for an extracted adapter, after checking that it can be written there.
+
+    Args:
+        run: A run that has the model.
+        rank: Rank of the adapter.
+        dtype: Type of its weights.
+        output_dir: The directory; None for one in the run, named after rank and type.
+        overwrite: Replace an earlier export there.
+
+    Raises:
+        InputError: The run has no model, its base is missing, or was quantised; the directory holds
+            other files, or cannot be written.
+    """
+    run.check(MODEL)
+    _check_base(run)
+    check_entries(run.path / MODEL, MODEL)
+    name = f"{ADAPTER}-r{rank}-{dtype}"
+    path = run.path / name if output_dir is None else settled(output_dir)
+    _check_replaceable(path, run, name)
+    check_output(path, overwrite=overwrite, ownership=AN_EXPORT, renames=True)
+    check_inputs_outside(path, {"the run's base": run.base})
+    return path
+
+
+def _check_base(run: FinishedRun) -> None:
+    """Check that the base of a run can be compared with its model."""
+    if run.base is None:
+        raise InputError(f"{run.path} has no record of its base, from which its model changed.")
+    quantised = (run.config["run"].get("model") or {}).get("quantised")
+    if quantised:
+        raise InputError(
+            f"{run.path} was trained beside a quantised base ({quantised}), so the change of its "
+            "model holds the error of the quantisation. Export its own adapter: leave rank out."
+        )
+    try:
+        check_model(run.base)
+    except InputError as error:
+        raise InputError(f"The base of {run.path} cannot be read: {error}") from error
 
 
 def _check_replaceable(path: Path, run: FinishedRun, name: str) -> None:

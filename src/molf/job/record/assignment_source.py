@@ -60,7 +60,7 @@ class AssignmentSource:
             if self.values is not None:
                 return Assignment.of_values(self.values, layout)
             assert self.run is not None
-            return Assignment.from_decisions(_decided(self.run, layout), share=share)
+            return Assignment.from_decisions(decided_in(self.run, layout), share=share)
         except ValueError as error:
             raise InputError(f"assignment {self.path}: {error}") from error
 
@@ -125,7 +125,7 @@ def _values(path: Path) -> Mapping[str, Any]:
     return values
 
 
-def _decided(run: FinishedRun, layout: Any) -> Decided:
+def decided_in(run: FinishedRun, layout: Any) -> Decided:
     """Return the decisions of a run's routing log.
 
     Args:

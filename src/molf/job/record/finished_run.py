@@ -38,6 +38,11 @@ class FinishedRun:
         return str(self.config.get("method"))
 
     @property
+    def is_probe(self) -> bool:
+        """Whether it is a probe of `molf probe`, which keeps no model."""
+        return bool(self.config["run"].get("probe"))
+
+    @property
     def seed(self) -> int:
         """The seed of the run."""
         return int(self.config.get("seed") or 0)
@@ -66,6 +71,11 @@ class FinishedRun:
         Raises:
             InputError: It is missing; the message gives the reason and an alternative.
         """
+        if self.is_probe:
+            raise InputError(
+                f"{self.path} is a probe, which keeps no model. Train with its assignment: molf "
+                f"train --method hybrid --assignment {self.path}"
+            )
         has_adapter = (self.path / ADAPTER / "adapter_config.json").is_file()
         if what == ADAPTER and has_adapter:
             return

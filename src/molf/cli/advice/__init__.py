@@ -1,0 +1,1 @@
+"""The commands `molf advise` and `molf probe`."""

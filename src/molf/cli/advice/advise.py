@@ -1,0 +1,74 @@
+"""`molf advise`: print the assignment that a run's routing suggests, and write it."""
+
+from __future__ import annotations
+
+import json as json_module
+import sys
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Parameter
+
+from molf.job.advice.choices import CHOICES, check_chosen
+
+
+def advise_run(
+    run: Path,
+    /,
+    *,
+    by: Annotated[str, Parameter(choices=CHOICES)] = "wins",
+    share: Annotated[float | None, Parameter(show_default="by the wins")] = None,
+    output: Annotated[Path | None, Parameter(show_default="RUN/assignment.yaml")] = None,
+    overwrite: Annotated[bool, Parameter(negative=())] = False,
+    figures: Annotated[Path | None, Parameter(show_default="none")] = None,
+    plan: bool = True,
+    json: Annotated[bool, Parameter(negative=())] = False,
+) -> None:
+    """Print and write the assignment that the routing of a run suggests, with its evidence.
+
+    Args:
+        run: Directory of a run of `molf train --method molf`, or of `molf probe`.
+        by: full goes to the layers where it won most steps, or where its mean score leads.
+        share: Give full to this share of the routed layers instead: those where it leads most.
+        output: File of the assignment, which `molf train --method hybrid --assignment` takes.
+        overwrite: Replace that file.
+        figures: Also draw the evidence, as PNG files in this folder.
+        plan: Plan memory and arithmetic of the assignment and of other methods.
+        json: Print everything as JSON, sizes in bytes.
+    """
+    from molf.job.advice.place import advice_place, check_figures, write_assignment
+    from molf.job.record.finished_run import read_run
+    from molf.job.record.routing_log import routing_parts
+
+    check_chosen(by, share)
+    finished = read_run(run)
+    with finished.reading():
+        routing_parts(finished.path)
+        place = advice_place(finished, output, overwrite=overwrite)
+        if figures is not None:
+            check_figures(figures)
+        from molf.job.libraries import quiet_libraries
+
+        with quiet_libraries():
+            from molf.job.advice.advice import advise
+
+            advice = advise(finished, share=share, by=by)
+            costs = None
+            if plan:
+                from molf.job.advice.cost import known_costs
+
+                costs = known_costs(finished, advice.assignment)
+    write_assignment(advice.assignment, place)
+    drawn = []
+    if figures is not None:
+        from molf.job.advice.figures import draw_figures
+
+        drawn = draw_figures(advice, figures)
+    if json:
+        from molf.cli.advice.report import record
+
+        sys.stdout.write(json_module.dumps(record(advice, costs), indent=2) + "\n")
+        return
+    from molf.cli.advice.report import print_advice
+
+    print_advice(advice, costs, [place, *drawn])

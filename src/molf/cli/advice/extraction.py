@@ -1,0 +1,71 @@
+"""Print an extraction: the errors by kind of layer, the rest, and the metrics."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from molf.console import PlainConsole, new_table
+from molf.measure.meanings import meanings
+
+if TYPE_CHECKING:
+    from molf.job.extract.change import LayerChange
+    from molf.job.extract.extract import Extraction
+
+
+def print_extraction(made: Extraction) -> None:
+    """Print it to standard output."""
+    console = PlainConsole()
+    kinds: dict[str, list[LayerChange]] = {}
+    for layer in made.layers:
+        kinds.setdefault(layer.name.rpartition(".")[2], []).append(layer)
+    table = new_table(f"Rank {made.rank}", "kind", "layers", "change", "kept", "worst", "error")
+    table.add_column("rank of 90%", justify="right", max_width=7)
+    for name, layers in kinds.items():
+        table.add_row(
+            name,
+            str(len(layers)),
+            f"{_mean([x.relative for x in layers]):.2g}",
+            f"{_mean([x.kept for x in layers]):.1%}",
+            f"{min(x.kept for x in layers):.1%}",
+            f"{_mean([x.error for x in layers]):.2g}",
+            f"{_mean([x.rank_90 for x in layers]):.0f}",
+        )
+    console.print(table)
+    console.lines(
+        "change: |W - W0| / |W0|. kept: share of |W - W0|^2 (worst: of one layer). error: distance "
+        "of B A from W - W0, of |W - W0|. rank of 90%: the rank that keeps 90%."
+    )
+    if made.rest:
+        table = new_table("Changed outside of these", "kind", "parameters", "change", "largest")
+        table.add_column("in the adapter", justify="right", max_width=7)
+        for kind in dict.fromkeys(one.kind for one in made.rest):
+            rest = [one for one in made.rest if one.kind == kind]
+            held = sum(one.name in made.kept.names for one in rest)
+            table.add_row(
+                kind,
+                str(len(rest)),
+                f"{_mean([x.relative for x in rest]):.2g}",
+                f"{max(x.largest for x in rest):.2g}",
+                f"{held} of {len(rest)}",
+            )
+        console.print(table)
+        console.lines("change: as above, mean. largest: absolute change of one number.")
+    if made.metrics:
+        first = next(iter(made.metrics.values()))
+        table = new_table("Metrics", "metric")
+        for model in made.metrics:
+            table.add_column(model, justify="right", max_width=max(8, *map(len, model.split())))
+        for name in first:
+            values = [metrics.get(name) for metrics in made.metrics.values()]
+            table.add_row(name, *("-" if one is None else f"{one.value:.3f}" for one in values))
+        console.print(table)
+        console.lines(
+            "model: that of the run. adapter, all of the rest: B A for the change of the linear "
+            "layers, all other changes as trained. adapter alone: without these.",
+            *(f"  {names}  {meaning}" for names, meaning in meanings(first)),
+        )
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)

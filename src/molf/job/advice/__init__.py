@@ -1,0 +1,1 @@
+"""Advice from the routing of a run: an assignment, its evidence, and the cost of training it."""

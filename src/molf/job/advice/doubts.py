@@ -1,0 +1,62 @@
+"""Reasons why the evidence for an assignment is thin."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from molf.core.assignment.assigned import FULL, LORA
+from molf.core.scores.registry import routing
+from molf.job.advice.advice import SMALL_MARGIN, Advice
+from molf.shown import counted
+
+FEW_STEPS = 20  # decisions per layer below which they are called few
+SEVERAL = 0.1  # share of the layers above which close or late decisions are a doubt
+_WITHOUT_GRADIENTS = {"full", "lora", "shape"}  # beside the scores that draw
+
+
+def doubts(advice: Advice) -> list[str]:
+    """Return the reasons, one sentence each; empty if there are none."""
+    return list(_doubts(advice))
+
+
+def _doubts(advice: Advice) -> Iterator[str]:
+    layers, count = advice.layers, counted(len(advice.layers), "layer")
+    is_fixed = not _WITHOUT_GRADIENTS.isdisjoint(advice.score.split(":"))
+    if is_fixed or routing(advice.score).rule.draws:
+        yield (
+            f"score={advice.score} is a control: its winners do not depend on the gradients, so "
+            "they are no evidence. Probe with another score."
+        )
+    if advice.steps < FEW_STEPS:
+        yield (
+            f"Few steps: {counted(advice.steps, 'decision')} per layer. Give --max_steps of "
+            f"{FEW_STEPS} or more."
+        )
+    if not advice.has_full:
+        yield (
+            "There was no full expert: the evidence is about ranks alone. Probe with --method molf."
+        )
+        return
+    if advice.close > SEVERAL * len(layers):
+        yield (
+            f"Small margins: in {advice.close} of {count} the mean scores of full and the best "
+            f"LoRA expert differ by less than {SMALL_MARGIN:.0%} of their sum."
+        )
+    if advice.late > SEVERAL * len(layers):
+        yield (
+            f"Late changes: {advice.late} of {count} changed their winner in the second half of "
+            "the steps."
+        )
+    kinds = {one.assigned.train for one in layers}
+    if kinds in ({FULL}, {LORA}):
+        other = "full fine-tuning" if kinds == {FULL} else "LoRA"
+        yield (
+            f"One-sided: all {count} have the same training, so this is {other}. Another ratio of "
+            "lora_learning_rate to learning_rate, or --share, divides the layers."
+        )
+    if not advice.differing:
+        yield (
+            f"Fixed partition: shape, scaling and rates (lora_lr {advice.rate_ratio:g} times lr) "
+            f"predict the winner of all {count}; the data changed none. Another ratio of the rates "
+            "changes the assignment."
+        )

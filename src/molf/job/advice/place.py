@@ -1,0 +1,78 @@
+"""Check where an assignment and its figures go, before torch is imported, and write it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from molf.disk.files import making_directory, write_text
+from molf.disk.room import nearest_existing
+from molf.errors import InputError, system_reason
+from molf.inputs import check_installed, special_kind
+from molf.job.record.finished_run import FinishedRun
+from molf.job.record.ownership import ASSIGNMENT
+from molf.paths import check_path, check_unicode, settled
+
+if TYPE_CHECKING:
+    from molf.core.assignment.assignment import Assignment
+
+
+def advice_place(run: FinishedRun, output: Path | None, *, overwrite: bool) -> Path:
+    """Return the file for an assignment, after checking that it can be written.
+
+    Args:
+        run: The run that is read.
+        output: The file; None for `assignment.yaml` in the run.
+        overwrite: Replace an earlier file.
+
+    Raises:
+        InputError: The file exists, is no ordinary one, or cannot be written.
+    """
+    path = run.path / ASSIGNMENT if output is None else settled(output)
+    check_path(path, "output")
+    if (kind := special_kind(path)) is not None:
+        raise InputError(f"output {path} is {kind}. Give a file.")
+    if path.exists() and not overwrite:
+        raise InputError(
+            f"output {path} exists. Give --overwrite to replace it, or another --output."
+        )
+    if not path.parent.is_dir():
+        raise InputError(f"output {path} cannot be written: there is no directory {path.parent}.")
+    _check_writable(path.parent, f"output {path}")
+    return path
+
+
+def check_figures(folder: Path) -> None:
+    """Check that figures can be drawn and written.
+
+    Raises:
+        InputError: matplotlib is not installed, or the folder is none or cannot be written.
+    """
+    check_installed("matplotlib", "figures", extra="study")
+    folder = settled(folder)
+    check_path(folder, "figures")
+    check_unicode(folder, "figures")
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"figures {folder} is a file. Give a folder.")
+    _check_writable(nearest_existing(folder.absolute()), f"figures {folder}")
+
+
+def write_assignment(assignment: Assignment, path: Path) -> None:
+    """Write the file.
+
+    Raises:
+        InputError: It cannot be written.
+    """
+    try:
+        write_text(path, assignment.to_yaml())
+    except OSError as error:
+        raise InputError(f"output {path} cannot be written: {system_reason(error)}.") from error
+
+
+def _check_writable(place: Path, given: str) -> None:
+    try:
+        # Only a write shows it: permissions miss read-only file systems.
+        with making_directory(place / "written"):
+            pass
+    except OSError as error:
+        raise InputError(f"{given} cannot be written: {place}: {system_reason(error)}.") from error

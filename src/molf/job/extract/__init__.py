@@ -1,0 +1,1 @@
+"""Extraction: the change of a trained model as one LoRA adapter."""

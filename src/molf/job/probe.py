@@ -1,0 +1,112 @@
+"""Route a few steps at small memory, and write the assignment that follows; no model is kept."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from molf.job.inputs import Inputs
+from molf.job.progress import Reporter, make_reporter
+from molf.job.record.directory import RunDirectory, locking_runs
+from molf.job.record.ownership import ASSIGNMENT
+from molf.job.run import INPUTS, check_places, checked, open_data
+from molf.job.settings.probe import ProbeSettings
+from molf.streams import ignoring_print_errors
+
+if TYPE_CHECKING:
+    from molf.job.advice.advice import Advice
+
+
+@dataclass(frozen=True)
+class Probe:
+    """The result of a probe.
+
+    Attributes:
+        directory: The directory, with the routing log and `assignment.yaml`.
+        advice: The assignment and its evidence.
+        seconds: Time of the steps.
+        peak_memory_bytes: Peak memory of the device, or of the process on a CPU.
+        peak_memory_of: What `peak_memory_bytes` is of.
+    """
+
+    directory: Path
+    advice: Advice
+    seconds: float
+    peak_memory_bytes: int
+    peak_memory_of: str
+
+    @property
+    def assignment(self) -> Path:
+        """The file of the assignment."""
+        return self.directory / ASSIGNMENT
+
+
+def probe(
+    settings: ProbeSettings,
+    *,
+    share: float | None = None,
+    by: str = "wins",
+    reporter: Reporter | None = None,
+    inputs: Inputs | None = None,
+) -> Probe:
+    """Train a few steps with `molf`, and write its decisions and the assignment by them.
+
+    Args:
+        settings: The options.
+        share: As in `molf.job.advice.advice.advise`.
+        by: The same.
+        reporter: Shows the progress; on standard error if not given.
+        inputs: Returns task and base; loaded if not given.
+
+    Raises:
+        InputError: The options, the data or the model are wrong. Nothing was written.
+        RunError: The probe failed; its directory holds the traceback.
+    """
+    started = datetime.now().astimezone()
+    inputs = inputs or Inputs()
+    with ignoring_print_errors():
+        resolved = checked(settings, started)
+        if settings.output_dir is None:
+            name = resolved.output_dir.name.replace("-molf-", "-probe-", 1)
+            resolved = replace(resolved, output_dir=resolved.output_dir.with_name(name))
+        check_places(resolved)
+        task, _ = open_data(resolved, inputs)
+
+        from molf.job.libraries import quiet_libraries
+
+        sources = (getattr(resolved, name) for name in INPUTS)
+        with quiet_libraries(), locking_runs(sources):
+            from molf.disk.files import write_text
+            from molf.job.advice.advice import advise
+            from molf.job.failing import failing_in
+            from molf.job.memory import peak_memory, reset_peak_memory
+            from molf.job.opening import open_training
+            from molf.job.record.finished_run import read_run
+            from molf.job.record.stages import Stages
+            from molf.job.records import ConfigRecord, input_files
+            from molf.job.training import run_training
+
+            reporter = reporter or make_reporter()
+            opening = open_training(resolved, task, inputs)
+            for note in opening.notes:
+                reporter.say(note)
+            files = input_files(opening.settings, task)
+            directory = RunDirectory(resolved.output_dir, overwrite=resolved.overwrite)
+            with directory, failing_in(directory, reporter):
+                record = ConfigRecord(opening, task, files, started)
+                record.add_probe()
+                record.write(directory)
+                device = opening.arguments.device
+                reset_peak_memory(device)
+                training = run_training(opening, directory, reporter)
+                peak, peak_of = peak_memory(device)
+                training.model = opening.base.model = None
+                record.add_training(training)
+                record.write(directory)
+                advice = advise(read_run(directory.path), share=share, by=by)
+                write_text(directory / ASSIGNMENT, advice.assignment.to_yaml())
+                directory.complete()
+                Stages(directory, opening.settings).clear()  # the trainer made its empty folder
+    return Probe(directory.path, advice, training.seconds, peak, peak_of)

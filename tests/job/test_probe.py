@@ -1,0 +1,179 @@
+"""`molf probe`: the options of molf train, small memory, no model, an assignment with evidence."""
+
+import json
+
+import pytest
+import torch
+import yaml
+
+from molf.cli import main
+from molf.core.optimizer import MoLFAdamW
+from molf.job.model.loading import load_skeleton
+from molf.job.record.assignment_source import read_assignment
+from molf.job.settings.probe import ProbeSettings
+
+
+@pytest.fixture(scope="module")
+def given(base, facts):
+    return [
+        *("--task", "fact", "--model", str(base), "--data", str(facts)),
+        *("--ranks", "4", "--learning_rate", "1e-2", "--lora_learning_rate", "3e-2"),
+    ]
+
+
+@pytest.fixture(scope="module")
+def probed(given, workplace):
+    """A probe of four steps, and the optimizer that took them."""
+    path, optimizers = workplace / "probe", []
+    step = MoLFAdamW.step
+
+    def stepping(self, closure=None):
+        optimizers.append(self)
+        return step(self, closure)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(MoLFAdamW, "step", stepping)
+        assert main(["probe", *given, "--max_steps", "4", "--output_dir", str(path)]) == 0
+    return path, optimizers[0]  # planning takes steps too
+
+
+def test_files(probed, base):
+    """A run's directory without model, checkpoints or adapter; the assignment has its evidence."""
+    path, _ = probed
+    assert sorted(entry.name for entry in path.iterdir()) == [
+        "assignment.yaml",
+        "config.yaml",
+        "environment.json",
+        "metrics.jsonl",
+        "routing",
+    ]
+    assignment = read_assignment(path, load_skeleton(str(base)))
+    assert len(assignment.entries) == 14
+    assert {one.evidence.decisions for one in assignment.entries} == {3}  # the first is at rate 0
+    config = yaml.safe_load((path / "config.yaml").read_text())
+    assert config["run"]["probe"] is True
+    assert config["method"] == "molf"
+
+
+def test_small_memory(probed):
+    """bfloat16 weights without low halves, 8-bit moments, gradients freed in the backward pass."""
+    _, optimizer = probed
+    assert optimizer.optimizer_in_backward
+    weights = [group["params"][0] for group in optimizer.param_groups if group["layer"]]
+    assert {weight.dtype for weight in weights} == {torch.bfloat16}
+    assert {group["state_dtype"] for group in optimizer.param_groups if group["layer"]} == {"8bit"}
+    assert {group["weight_rounding"] for group in optimizer.param_groups} == {"stochastic"}
+    assert all(weight.grad is None for weight in weights)
+
+
+def test_advice_of_a_probe(probed, tmp_path, capsys):
+    """Advice on the probe is the probe's own, and plans trainings with usual storage."""
+    path, _ = probed
+    out = tmp_path / "assignment.yaml"
+    capsys.readouterr()
+    assert main(["advise", str(path), "--output", str(out), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert out.read_text() == (path / "assignment.yaml").read_text()
+    costs = {one["method"]: one for one in found["costs"]}
+    # Per parameter at least a weight, its low half, two float32 moments and a gradient.
+    assert costs["fft"]["peak"] > 14 * costs["fft"]["trained"]
+    assert costs["lora"]["trained"] < costs["hybrid"]["trained"] < costs["molf"]["trained"]
+
+
+def test_training_by_a_probe(probed, given, tmp_path):
+    """Its directory is an assignment for method hybrid."""
+    path, _ = probed
+    run = tmp_path / "run"
+    arguments = [word for word in given if word not in ("--ranks", "4")]
+    arguments += ["--method", "hybrid", "--assignment", str(path), "--max_steps", "1"]
+    assert main(["train", *arguments, "--output_dir", str(run)]) == 0
+    assert (run / "model" / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("command", [["export"], ["export", "--what", "adapter", "--rank", "2"]])
+def test_a_probe_has_no_model(probed, capsys, command):
+    path, _ = probed
+    capsys.readouterr()
+    assert main([command[0], str(path), *command[1:]]) == 2
+    error = capsys.readouterr().err
+    assert "is a probe, which keeps no model" in error
+    assert f"--assignment {path}" in error
+    assert error.count("\n") == 1
+
+
+def test_printed(given, tmp_path, capsys):
+    path, figures = tmp_path / "probe", tmp_path / "figures"
+    more = ["--max_steps", "2", "--share", "0.5", "--figures", str(figures), "--no-plan"]
+    assert main(["probe", *given, *more, "--output_dir", str(path)]) == 0
+    text = capsys.readouterr().out
+    assert "14 layers: 7 full" in text
+    assert "Few steps: 1 decision per layer" in text
+    assert text.splitlines()[-1] == f"next      molf train --method hybrid --assignment {path}"
+    assert len(list(figures.iterdir())) == 2
+
+
+def test_options_of_a_training_are_taken():
+    """Those that small memory excludes are left out, in one line."""
+    with pytest.warns(UserWarning, match="Without effect in a probe: ") as caught:
+        settings = ProbeSettings(
+            gradient_accumulation_steps=4,
+            max_grad_norm=1.0,
+            save_steps=10,
+            nonfinite="skip",
+            keep_low_halves=True,
+            max_steps=None,
+        )
+    (warning,) = caught
+    for name in ("gradient_accumulation_steps", "max_grad_norm", "save_steps", "nonfinite"):
+        assert name in str(warning.message)
+    assert settings.gradient_accumulation_steps == 1
+    assert settings.max_steps == 30
+    assert settings.optimizer_in_backward
+
+
+def test_scores_that_compare_layers_take_steps_after_the_backward_pass():
+    settings = ProbeSettings(score="share:0.2:gsnr")
+    assert not settings.optimizer_in_backward
+    assert settings.state_dtype == "8bit"
+
+
+def test_recipe_of_a_run(run_of, tmp_path):
+    """The config.yaml of a training is a recipe of a probe too."""
+    path = tmp_path / "probe"
+    recipe = ["--config", str(run_of("molf").path / "config.yaml"), "--output_dir", str(path)]
+    assert main(["probe", *recipe, "--max_steps", "2", "--no-plan"]) == 0
+    assert (path / "assignment.yaml").is_file()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--method", "lora"], "Invalid method=lora: a probe compares full with LoRA"),
+        (["--method", "molf-e"], "Invalid method=molf-e"),
+        (["--dry_run"], "Invalid dry_run of a probe"),
+        (["--share", "2"], "Invalid share=2. Must be above 0 and below 1."),
+        (["--max_steps", "0"], "Invalid max_steps=0"),
+        (["--model", "{tmp}/gone"], "gone"),
+        (["--figures", "{tmp}/file"], "is a file. Give a folder."),
+        (["--kernels", "fast"], "fast"),
+    ],
+)
+def test_wrong_input(given, tmp_path, capsys, arguments, words):
+    (tmp_path / "file").touch()
+    path = tmp_path / "probe"
+    more = [word.replace("{tmp}", str(tmp_path)) for word in arguments]
+    kept = given[:2] + given[4:] if "--model" in more else given
+    capsys.readouterr()
+    assert main(["probe", *kept, *more, "--output_dir", str(path)]) == 2
+    *warnings, error = capsys.readouterr().err.splitlines()
+    assert words in error
+    assert all("a step has 8 examples" in line for line in warnings)
+    assert not path.exists()
+
+
+def test_without_torchao(given, tmp_path, capsys, monkeypatch):
+    from molf.core import options as core_options
+
+    monkeypatch.setattr(core_options, "find_spec", lambda name: None)
+    assert main(["probe", *given, "--output_dir", str(tmp_path / "probe")]) == 2
+    assert "torchao" in capsys.readouterr().err
