@@ -54,6 +54,7 @@ def options(base, facts):
 @pytest.fixture(scope="session")
 def record():
     """Run a training in this process, recording what was trained and the optimizer's decisions."""
+    from molf.core.model.quantised import is_quantised
     from molf.core.optimizer import MoLFAdamW
     from molf.job import trained_model, training
     from recorded import Recorded, logits_of, parameters_of
@@ -79,7 +80,7 @@ def record():
             recorded.end = parameters_of(model)
             # Exact bfloat16 weights are float32 by now, and frozen ones beside them are not.
             own = [p for n, p in model.named_parameters() if ".lora_" not in n]
-            if len({p.dtype for p in own if p.is_floating_point()}) == 1:
+            if len({p.dtype for p in own if not is_quantised(p)}) == 1:
                 recorded.adapter_logits = logits_of(model)
             return merge(model, *given)
 
