@@ -76,6 +76,7 @@ train molf --method molf "${kernels[@]}"
 train molf-eager --method molf --kernels eager
 train molf-offload --method molf "${offload[@]}"
 train molf-e --method molf-e
+part world-of-one 90 "$python" scripts/world_of_one.py "$backend"
 part bench 240 "$python" benchmarks/gpu.py "${bench[@]}"
 part bench-24gb 150 "$python" benchmarks/gpu.py "${cap[@]}"
 [ -n "$on_cpu" ] || part step-kernels 120 "$python" benchmarks/step_kernels_gpu.py --json "$out/step_kernels_gpu.json"
