@@ -1,7 +1,7 @@
 """Steps on the shards of one process, compared with steps on whole parameters.
 
 One process has all rows, but takes the code of many: DTensors, lent local parts, every collective.
-`scripts/first_gpu_run.sh` runs it over NCCL; `python scripts/world_of_one.py gloo` runs it on a CPU.
+`scripts/first_gpu_run.sh` runs it over NCCL, `python scripts/world_of_one.py gloo` on a CPU.
 """
 
 from __future__ import annotations
