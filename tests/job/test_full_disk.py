@@ -351,7 +351,7 @@ def test_checkpoint_that_cannot_be_written(options, disk, during, monkeypatch, c
 def test_checkpoint_leaves_room_for_the_model(options, disk, during, capsys):
     class AlmostFull(TrainerCallback):
         def on_step_begin(self, args, state, control, **kwargs):
-            if state.global_step == 1:  # the model takes 0.2, a checkpoint 0.4, and 1 is left over
+            if state.global_step == 1:  # the model takes 0.2, a checkpoint 1.0, and 1 is left over
                 free = shutil.disk_usage(disk).free
                 (disk / "full").write_bytes(bytes(free - 1_500_000))
 
@@ -360,7 +360,7 @@ def test_checkpoint_leaves_room_for_the_model(options, disk, during, capsys):
     assert main(given) == 0
     error = capsys.readouterr().err
     words = (
-        r"step 2 was not written: it takes about 0\.\d MB, the trained model will take 0\.\d MB, "
+        r"step 2 was not written: it takes about 1\.0 MB, the trained model will take 0\.\d MB, "
     )
     words += r"and 1\.5 MB are free\. That of step 1 is whole\. Training continues"
     assert re.search(words, error)

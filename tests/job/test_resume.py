@@ -47,7 +47,7 @@ def test_run_is_killed_in_each_stage(runs, alone, workplace):
     assert code == 3
     assert f"Resuming {path} from checkpoint-4." in errors
     assert errors.splitlines()[-1] == (
-        f"molf: stopped: SIGINT: stopped after step 5 of {STEPS}. Continue with: molf train "
+        f"molf: stopped: SIGINT after step 5 of {STEPS}. Continue with: molf train "
         f"--output_dir {path} --resume"
     )
     for moment, step in (("saving", 5), ("saved", STEPS)):
@@ -83,7 +83,7 @@ def test_checkpoints_in_the_background_are_the_same(runs, alone, workplace):
     given = runs.command(path, "--async_save", "--save_total_limit", "2")
     code, errors = runs(given, "step", 6, signal.SIGTERM)
     assert code == 3
-    assert f"SIGTERM: stopped after step 6 of {STEPS}. Continue with" in errors
+    assert f"SIGTERM after step 6 of {STEPS}. Continue with" in errors
     runs.to_the_end(["train", "--output_dir", str(path), "--resume"])
     steps = [step for step, _ in complete_checkpoints(path / "checkpoints")]
     assert steps == [STEPS - 2, STEPS]

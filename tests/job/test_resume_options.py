@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import http.server
 import json
 import shutil
@@ -81,6 +82,19 @@ def test_run_continues_with_its_own_options(run, capsys):
     assert (
         capsys.readouterr().err == f"molf: note: {run} is complete: there is nothing to resume.\n"
     )
+
+
+def test_seconds_are_summed_over_the_parts(run):
+    from molf.checkpoint.store import read_values
+
+    clock = read_values(run / "checkpoints" / "checkpoint-3")["trainer"]["clock"]
+    stages = json.loads((run / "checkpoints" / "stages.json").read_text())
+    assert resume(run) == 0
+    with (run.parent / "results.csv").open(newline="") as file:
+        (row,) = csv.DictReader(file)
+    assert float(row["training_seconds"]) > round(clock["seconds"], 3)
+    assert float(row["preparation_seconds"]) > round(clock["preparation"], 3) > 0
+    assert float(row["evaluation_seconds"]) > round(stages["before"]["seconds"], 3) > 0
 
 
 def test_environments_of_all_parts_are_kept(run, capsys):

@@ -118,7 +118,9 @@ def _train(
         before = stages.before
         if before is None:
             before = evaluator.base(opening.base, inputs)
-            stages.keep_before(before)
+            stages.keep_before(before, evaluator.seconds)
+        else:
+            evaluator.seconds += stages.evaluation_seconds
 
         done = stages.saved
         if done is None:

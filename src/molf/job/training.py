@@ -36,6 +36,7 @@ from molf.job.record.routing_meaning import routing_meaning, routing_shares_text
 from molf.job.record.wins import RoutingSummary, Wins
 from molf.job.settings.defaults import ADAPTERS
 from molf.job.trainer.callbacks import (
+    Clock,
     FidelityCallback,
     MetricsCallback,
     RoutingCallback,
@@ -147,7 +148,7 @@ def run_training(
     precision = Precision(base.model, bf16=arguments.bf16)
     started = time.perf_counter()
     prepared = prepare(base.model, settings, data)
-    preparation_seconds = time.perf_counter() - started
+    clock = Clock(time.perf_counter() - started)
     wins, guard, stop = Wins(prepared.experts), StepGuard(settings), StopRequest()
     checkpoints = Checkpoints(settings, directory, opening.room, stop)
     # Gradients freed in the backward pass would be logged with a norm of 0.
@@ -178,6 +179,7 @@ def run_training(
             guard,
             checkpoints,
             parts,
+            clock,
             model=prepared.model,
             args=arguments,
             train_dataset=Dataset.from_dict(
@@ -198,7 +200,7 @@ def run_training(
         )
         trainer.remove_callback(PrinterCallback)
         trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
-        seconds = trainer.clock.seconds()
+        seconds = clock.seconds()
         checkpoints.finish()
     steps = trainer.state.global_step
     if stop.name is not None:
@@ -220,7 +222,7 @@ def run_training(
         steps=steps,
         skipped_steps=guard.skipped_steps,
         seconds=seconds,
-        preparation_seconds=preparation_seconds,
+        preparation_seconds=clock.preparation_seconds,
         tokens=trainer.state.num_input_tokens_seen,
         loss=guard.mean_loss(),
         routing=routing,
@@ -234,7 +236,7 @@ def _stopped(
     signal: str, step: int, steps: int, latest: int | None, directory: RunDirectory
 ) -> str:
     """Return the line for a training that a signal has stopped."""
-    line = f"{signal}: stopped after step {step} of {steps}"
+    line = f"{signal} after step {step} of {steps}"
     if latest is None:
         return f"{line}; no checkpoint could be written, so a resumed run starts anew."
     line += "" if latest == step else f"; the newest checkpoint is that of step {latest}"

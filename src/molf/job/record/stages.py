@@ -59,12 +59,18 @@ class Stages:
         found = self._stages.get("saved")
         return None if found is None else (found["training"], found["model"])
 
-    def keep_before(self, evaluation: Evaluation) -> None:
-        """Record that the base was measured."""
+    @property
+    def evaluation_seconds(self) -> float:
+        """Time of the base's evaluation; 0 before it was measured."""
+        return float(self._stages.get("before", {}).get("seconds", 0.0))
+
+    def keep_before(self, evaluation: Evaluation, seconds: float) -> None:
+        """Record that the base was measured, in this time."""
         record = evaluation_record(evaluation)
         tables = {name: record[name] for name in evaluation.tables}
         metrics = {name: record[name] for name in evaluation.metrics}
-        self._keep("before", {"metrics": metrics, "notes": evaluation.notes, "tables": tables})
+        record = {"metrics": metrics, "notes": evaluation.notes, "tables": tables}
+        self._keep("before", {**record, "seconds": seconds})
 
     def keep_saved(self, training: Mapping[str, Any], model: Mapping[str, Any]) -> None:
         """Record that the trained model was saved."""

@@ -174,23 +174,37 @@ def _as_json(value: Any) -> Any:
 
 
 class Clock:
-    """Seconds of the steps, summed over the parts of a training."""
+    """Seconds of a training, summed over its parts.
 
-    def __init__(self) -> None:
+    Args:
+        preparation_seconds: Time before the steps of this part.
+
+    Attributes:
+        preparation_seconds: Time before the steps of all parts.
+    """
+
+    def __init__(self, preparation_seconds: float) -> None:
+        self.preparation_seconds = preparation_seconds
         self._before = 0.0
+        self.start()
+
+    def start(self) -> None:
+        """Start the steps of this part."""
         self._started = time.perf_counter()
 
     def seconds(self) -> float:
-        """Return the seconds up to now."""
+        """Return the seconds of all steps up to now."""
         return self._before + time.perf_counter() - self._started
 
     def state_dict(self) -> dict[str, float]:
         """Return the seconds up to now."""
-        return {"seconds": self.seconds()}
+        return {"seconds": self.seconds(), "preparation": self.preparation_seconds}
 
     def load_state_dict(self, state: Mapping[str, float]) -> None:
-        """Start a further part."""
-        self._before, self._started = state["seconds"], time.perf_counter()
+        """Add the parts before this one, and start its steps."""
+        self._before = state["seconds"]
+        self.preparation_seconds += state["preparation"]
+        self.start()
 
 
 class Throughput:

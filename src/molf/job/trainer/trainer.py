@@ -51,6 +51,7 @@ class Trainer(SFTTrainer):
         guard: StepGuard,
         checkpoints: Checkpoints,
         parts: RunParts,
+        clock: Clock,
         **kwargs: Any,
     ) -> None:
         self.base = base
@@ -59,7 +60,7 @@ class Trainer(SFTTrainer):
         self.guard = guard
         self.checkpoints = checkpoints
         self.parts = parts
-        self.clock = Clock()
+        self.clock = clock
         model = prepared.model
         trained = {p: p.data for p in model.parameters() if p.requires_grad}
         super().__init__(**kwargs)
@@ -166,7 +167,8 @@ class Trainer(SFTTrainer):
 
     def train(self, *args: Any, **kwargs: Any) -> None:
         """Train; an error of the optimizer names the step and the parameters."""
-        self._throughput, self.clock = Throughput(), Clock()
+        self._throughput = Throughput()
+        self.clock.start()
         try:
             super().train(*args, **kwargs)
         except NonFiniteError as error:
