@@ -146,7 +146,10 @@ def test_options_of_training_alone_are_ignored(asked_for, capsys, options):
 @pytest.mark.parametrize(
     ("options", "line"),
     [
-        ("--method dora", "Invalid method=dora. Only fft, lora, molf, molf-e, hybrid can be planned."),
+        (
+            "--method dora",
+            "Invalid method=dora. Only fft, lora, molf, molf-e, hybrid can be planned.",
+        ),
         ("--kernels triton", "Invalid kernels=triton"),
     ],
 )
