@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import multiprocessing
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ import torch.distributed.checkpoint as dcp
 import yaml
 
 from core_helpers import assert_same_bits
+from forked import forking
 from killed_run import run
 from molf.checkpoint.store import complete_checkpoints, read_values
 from molf.checkpoint.tensors import stored_tensors
@@ -61,8 +61,7 @@ class Runs:
     """
 
     def __init__(self, errors: Path, base: Path, facts: Path, plain: Path) -> None:
-        self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload(["killed_run"])
+        self._context = forking()
         self._errors, self._base, self._facts, self._plain = errors, base, facts, plain
         self._assignment = errors.with_name("assignment.yaml")
         self._assignment.write_text("full: [down_proj]\ndefault: {r: 4, alpha: 4}\n")
