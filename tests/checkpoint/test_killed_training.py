@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import random
 import signal
 import time
@@ -12,6 +11,7 @@ import pytest
 import torch
 
 from core_helpers import assert_same_bits
+from forked import forking
 from killed_training import train
 from molf.checkpoint.store import complete_checkpoints
 from molf.disk.files import is_unfinished
@@ -22,8 +22,7 @@ STEPS = 16
 @pytest.fixture(scope="module")
 def start():
     """Start a process that has torch already; a new one would take seconds to import it."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["killed_training"])
+    context = forking()
 
     def started(folder, **options) -> ForkServerProcess:
         folder.mkdir(exist_ok=True)

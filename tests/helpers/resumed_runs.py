@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import multiprocessing
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ import torch.distributed.checkpoint as dcp
 import yaml
 
 from core_helpers import assert_same_bits
+from forked import forking
 from killed_run import run
 from molf.checkpoint.store import complete_checkpoints, read_values
 from molf.checkpoint.tensors import stored_tensors
@@ -32,6 +32,8 @@ METHODS = {
     "molf-fresh": ["--score", "fresh"],
     "molf-dropout": ["--lora_dropout", "0.1"],
     "molf-e": ["--method", "molf-e", "--ranks", "2,4"],
+    "hybrid": ["--method", "hybrid", "--lora_dropout", "0.1"],
+    "hybrid exact 8-bit": ["--method", "hybrid", "--dtype", "bfloat16", "--state_dtype", "8bit"],
     "fft": ["--method", "fft"],
     "lora": ["--method", "lora", "--lora_dropout", "0.1"],
     "lora+": ["--method", "lora+"],
@@ -59,21 +61,24 @@ class Runs:
     """
 
     def __init__(self, errors: Path, base: Path, facts: Path, plain: Path) -> None:
-        self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload(["killed_run"])
+        self._context = forking()
         self._errors, self._base, self._facts, self._plain = errors, base, facts, plain
+        self._assignment = errors.with_name("assignment.yaml")
+        self._assignment.write_text("full: [down_proj]\ndefault: {r: 4, alpha: 4}\n")
 
     def command(self, path: Path, *further: str) -> list[str]:
         """A training of 8 steps: epochs of 3, checkpoints each 2, log entries each 3."""
         given = [
             *("train", "--task", "fact", "--model", str(self._base), "--data", str(self._facts)),
-            *("--alpha", "4", "--logging_steps", "3", "--save_steps", "2"),
+            *("--logging_steps", "3", "--save_steps", "2"),
             *("--learning_rate", "1e-2", "--lora_learning_rate", "3e-2"),
             *("--per_device_train_batch_size", "4", "--gradient_accumulation_steps", "1"),
             *("--max_steps", str(STEPS), "--max_eval_samples", "2"),
             *("--forgetting_data", str(self._plain), "--output_dir", str(path), *further),
         ]
-        return given if "--ranks" in further else [*given, "--ranks", "4"]
+        if "hybrid" in further:
+            return [*given, "--assignment", str(self._assignment)]
+        return [*given, "--alpha", "4", *(() if "--ranks" in further else ("--ranks", "4"))]
 
     def __call__(self, arguments: Sequence[str], *moment: Any) -> tuple[int | None, str]:
         """Run a command, possibly to a moment of `killed_run.run`; return exit code and errors."""

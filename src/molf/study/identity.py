@@ -15,7 +15,10 @@ from molf.job.settings.settings import TrainSettings
 from molf.paths import absolute, expanded
 
 # Options without effect on what a trial measures.
-_NOT_IDENTITY = ("output_dir", "overwrite", "fallback_dir", "report_to", "dry_run", "save_steps")
+_NOT_IDENTITY = (
+    *("output_dir", "overwrite", "resume", "fallback_dir", "report_to", "dry_run"),
+    *("save_steps", "save_minutes", "save_total_limit", "async_save", "on_save_error"),
+)
 _DATA = ("data", "eval_data", "forgetting_data")
 _MODEL = "model"
 _WEIGHTS = (".safetensors", ".bin", ".gguf", ".pt", ".pth")
