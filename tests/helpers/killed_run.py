@@ -45,6 +45,9 @@ def run(
     torch.set_num_threads(1)
     sys.stderr = errors.open("w", buffering=1, encoding="utf-8")
     sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+    # A shell may have started the tests with signals ignored, as nohup and background jobs are.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     if moment is not None:
         owner, name, is_after = MOMENTS[moment]
         setattr(owner, name, _interrupted(getattr(owner, name), number, signal_number, is_after))
