@@ -78,6 +78,21 @@ def test_killed_run_ends_in_the_same_bits(runs, workplace, name):
     assert_same_runs(left, path)
 
 
+def test_hybrid_goes_on_with_the_assignment_that_it_began_with(runs, workplace, assignment):
+    given = workplace / "given.yaml"
+    given.write_text(assignment.read_text())
+    options = ["--method", "hybrid", "--assignment", str(given)]
+    left, path = workplace / "left hybrid", workplace / "killed hybrid"
+    runs.to_the_end(runs.command(left, *options))
+    assert runs(runs.command(path, *options), "step", 6)[0] == KILLED
+    given.write_text("full: [mlp]\ndefault: frozen\n")
+    errors = runs.to_the_end(["train", "--output_dir", str(path), "--resume"])
+    assert f"Resuming {path} from checkpoint-4." in errors
+    assert_same_runs(left, path)
+    name = "assignment.yaml"
+    assert (left / name).read_text() == (path / name).read_text()
+
+
 def test_checkpoints_in_the_background_are_the_same(runs, alone, workplace):
     path = workplace / "background"
     given = runs.command(path, "--async_save", "--save_total_limit", "2")

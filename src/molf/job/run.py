@@ -238,9 +238,9 @@ def check_places(settings: ResolvedSettings) -> None:
     check_quantisation(settings)
     check_model(settings.model)
     if settings.assignment is not None:
-        from molf.job.record.assignment_source import read_assignment_source  # imports pyarrow
+        from molf.job.record.assignment_source import source_for  # imports pyarrow
 
-        read_assignment_source(settings.assignment)
+        source_for(settings)
     check_output(settings.output_dir, overwrite=settings.overwrite, resume=settings.resume)
     check_fallback(settings.fallback_dir)
     check_inputs_outside(settings.output_dir, {name: getattr(settings, name) for name in INPUTS})

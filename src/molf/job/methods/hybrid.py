@@ -25,7 +25,7 @@ from molf.core.trainer import trainer_optimizer
 from molf.errors import InputError
 from molf.job.methods.adapter import save_adapter
 from molf.job.methods.base import Layer, Method, Plan, Prepared, TrainingData, count_trainable
-from molf.job.record.assignment_source import read_assignment_source
+from molf.job.record.assignment_source import source_for
 from molf.job.settings.resolved import ResolvedSettings
 
 
@@ -42,9 +42,9 @@ def assigned(settings: ResolvedSettings, skeleton: nn.Module) -> ResolvedSetting
     Warns:
         UserWarning: Layers that no pattern names stay frozen.
     """
-    if settings.assignment is None:
+    if (source := source_for(settings)) is None:
         return settings
-    found = read_assignment_source(settings.assignment).assignment(skeleton)
+    found = source.assignment(skeleton)
     options = {"freeze_rest": settings.freeze_rest, "use_rslora": settings.use_rslora}
     return replace(settings, assigned=found.with_options(**options))
 

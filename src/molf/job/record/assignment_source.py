@@ -18,6 +18,7 @@ from molf.inputs import read_text
 from molf.job.record.finished_run import FinishedRun, read_run
 from molf.job.record.ownership import ASSIGNMENT
 from molf.job.record.routing_log import iter_steps, routing_parts
+from molf.job.settings.resolved import ResolvedSettings
 from molf.paths import check_path, expanded
 
 if TYPE_CHECKING:
@@ -81,6 +82,22 @@ def read_assignment_source(path: str | Path) -> AssignmentSource:
         return AssignmentSource(place, _values(place / ASSIGNMENT), None)
     routing_parts(place)
     return AssignmentSource(place, None, run)
+
+
+def source_for(settings: ResolvedSettings) -> AssignmentSource | None:
+    """Return the source of a training's assignment; None for other methods than hybrid.
+
+    A resumed run takes its own `assignment.yaml`: the given file may have changed.
+
+    Raises:
+        InputError: As `read_assignment_source`.
+    """
+    if settings.assignment is None:
+        return None
+    own = settings.output_dir / ASSIGNMENT
+    if settings.resume and own.is_file():
+        return AssignmentSource(own, _values(own), None)
+    return read_assignment_source(settings.assignment)
 
 
 def read_assignment(
