@@ -6,7 +6,8 @@ are trained. Steps are interleaved in one process. Peak memory is planned, and m
 tensor bytes recorded by torch's profiler, at the length of the timed steps and at a short one,
 where weights and states decide.
 
-    python benchmarks/hybrid.py [--tokens 2048] [--rounds 12] [--threads 1] [--cpu_time] [--json F]
+    python benchmarks/hybrid.py [--tokens 2048] [--length 256] [--rounds 12] [--threads 1]
+                                [--cpu_time] [--json FILE]
 """
 
 from __future__ import annotations
@@ -60,11 +61,11 @@ def make_model() -> Any:
     return transformers.LlamaForCausalLM(model_config())
 
 
-def measure_time(tokens: int, rounds: int) -> dict[str, list[float]]:
+def measure_time(tokens: int, length: int, rounds: int) -> dict[str, list[float]]:
     """Return the seconds of every round by method."""
     model = make_model()
     torch.manual_seed(0)
-    batch = torch.randint(0, 4096, (max(1, tokens // LENGTH), min(tokens, LENGTH)))
+    batch = torch.randint(0, 4096, (max(1, tokens // length), min(tokens, length)))
     assignment = molf.Assignment.from_patterns(model, PATTERNS)
     print(assignment)
     steps = {
@@ -80,7 +81,7 @@ def measure_time(tokens: int, rounds: int) -> dict[str, list[float]]:
     return interleave(steps, rounds)
 
 
-def measure_memory(tokens: int) -> dict[str, dict[str, int]]:
+def measure_memory(tokens: int, length: int) -> dict[str, dict[str, int]]:
     """Return planned and measured peaks in bytes, by setting."""
     plan_memory.model_config = model_config
     assignment = molf.Assignment.from_patterns(skeleton(model_config()), PATTERNS)
@@ -92,8 +93,8 @@ def measure_memory(tokens: int) -> dict[str, dict[str, int]]:
                 method=method,
                 config=None,
                 assignment=assignment if method == "hybrid" else None,
-                batch_size=max(1, tokens // LENGTH),
-                length=min(tokens, LENGTH),
+                batch_size=max(1, tokens // length),
+                length=min(tokens, length),
                 device="cpu",
                 dtype=dtype,
                 padded=False,
@@ -109,6 +110,7 @@ def main() -> None:
     """Run the benchmark and print its tables."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--tokens", type=int, default=2048)
+    parser.add_argument("--length", type=int, default=LENGTH, help="tokens of a sequence")
     parser.add_argument("--short", type=int, default=32, help="tokens where states decide")
     parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument("--threads", type=int, default=1)
@@ -121,7 +123,7 @@ def main() -> None:
     warnings.simplefilter("ignore")
 
     load = os.getloadavg()[0]
-    seconds = measure_time(options.tokens, options.rounds)
+    seconds = measure_time(options.tokens, options.length, options.rounds)
     print(f"{options.tokens} tokens, {options.threads} threads, load of the machine {load:.1f}")
     print("method   s/step   of fft   of lora")
     for method, taken in seconds.items():
@@ -138,7 +140,7 @@ def main() -> None:
     ]
     memory = {}
     for tokens in (options.short, options.tokens):
-        memory[tokens] = peaks = measure_memory(tokens)
+        memory[tokens] = peaks = measure_memory(tokens, options.length)
         for setting, found in peaks.items():
             ratio = found["planned"] / found["measured"]
             print(
