@@ -49,6 +49,7 @@ def is_the_same(folder, undisturbed) -> None:
     assert_same_bits(end["tensors"], undisturbed["tensors"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("in_background", [False, True], ids=["waiting", "background"])
 def test_killed_at_each_operation_of_a_save(start, undisturbed, tmp_path, in_background):
     """Each life dies one operation later than the one before."""

@@ -12,7 +12,7 @@ from resumed_runs import METHODS, STEPS, Runs, assert_same_runs
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed:UserWarning")
 
 KILLED = -signal.SIGKILL
-OFTEN = ("molf-e", "hybrid", "lora")  # the others in `make test-slow`
+OFTEN = ("molf-e", "hybrid")  # the others in `make test-slow`
 
 
 @pytest.fixture(scope="module")

@@ -65,6 +65,7 @@ def test_invariants_on_a_gpu(tmp_path, monkeypatch):
     run_checks([INVARIANTS], "-k", "triton", interpret=False, cache=tmp_path)
 
 
+@pytest.mark.slow
 def test_every_variant_compiles_for_sm_90(tmp_path):
     run_checks(["check_compile.py"], interpret=False, cache=tmp_path)
 
