@@ -76,6 +76,8 @@ class Runs:
             *("--max_steps", str(STEPS), "--max_eval_samples", "2"),
             *("--forgetting_data", str(self._plain), "--output_dir", str(path), *further),
         ]
+        if "--assignment" in further:
+            return given
         if "hybrid" in further:
             return [*given, "--assignment", str(self._assignment)]
         return [*given, "--alpha", "4", *(() if "--ranks" in further else ("--ranks", "4"))]

@@ -173,27 +173,6 @@ def test_changed_content_of_the_data_is_refused(options, facts, tmp_path, unfini
     assert is_finished(run) is False
 
 
-def test_changed_assignment_is_refused(options, tmp_path, capsys, monkeypatch):
-    source = tmp_path / "assignment.yaml"
-    source.write_text("full: [down_proj]\ndefault: {r: 4, alpha: 4}\n")
-    given = command(options, tmp_path / "run", "--method", "hybrid", "--assignment", str(source))
-    for name in ("--ranks", "--alpha"):
-        del given[(place := given.index(name)) : place + 2]
-
-    def interrupting(*saved, **named):
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr("molf.job.trained_model.save_model", interrupting)
-        assert main(given) == 130
-    source.write_text("full: [down_proj]\ndefault: {r: 4, alpha: 8}\n")
-    assert resume(tmp_path / "run") == 2
-    error = capsys.readouterr().err
-    assert f"its assignment {tmp_path}/run/assignment.yaml differs from that of {source}" in error
-    source.write_text("full: [down_proj]\ndefault: {r: 4, alpha: 4}\n")
-    assert resume(tmp_path / "run") == 0
-
-
 def test_changed_base_is_refused(options, base, tmp_path, capsys, monkeypatch):
     from transformers import AutoModelForCausalLM
 

@@ -16,15 +16,13 @@ from molf.job.record.directory import RunDirectory
 from molf.job.record.environment import environment
 from molf.job.record.ownership import ASSIGNMENT, CONFIG, ENVIRONMENT, EVALUATION, PREDICTIONS
 from molf.job.record.provenance import file_records
-from molf.job.record.result import ResumeError, RunResult, evaluation_record, results_row
+from molf.job.record.result import RunResult, evaluation_record, results_row
 from molf.job.record.results import append_result
 from molf.job.record.resumed_run import ASKED, UNMASKED, masked_options
 from molf.job.settings.defaults import ADAPTERS
 from molf.job.settings.resolved import ResolvedSettings
 from molf.job.training import Training
-from molf.masking import mask_text
 from molf.measure import Evaluation
-from molf.shown import printable
 from molf.tasks import Task
 
 EARLIER = "earlier_parts"
@@ -130,22 +128,6 @@ class ConfigRecord:
     def add_saved(self, saved: Mapping[str, Any]) -> None:
         """Add the record of the saved model; nothing is written."""
         self._run["saved"] = dict(saved)
-
-    def check_assignment(self, directory: RunDirectory) -> None:
-        """Compare the assignment with that of the run that is resumed.
-
-        Raises:
-            ResumeError: Its source has changed.
-        """
-        path = directory / ASSIGNMENT
-        if self._assignment is None or not path.is_file():
-            return
-        if path.read_text(encoding="utf-8") != printable(mask_text(self._assignment.to_yaml())):
-            raise ResumeError(
-                f"The run cannot be resumed: its assignment {path} differs from that of "
-                f"{self._options['assignment']}, which has changed since. Give another "
-                "--output_dir."
-            )
 
     def write(self, directory: RunDirectory) -> None:
         """Write the files, and the assignment of method hybrid."""

@@ -105,8 +105,6 @@ def _train(
         stages = Stages(directory, settings)
         earlier = read_json(directory / ENVIRONMENT) if directory.is_resumed else None
         record = ConfigRecord(opening, task, files, started, earlier)
-        if directory.is_resumed:
-            record.check_assignment(directory)
         record.write(directory)
 
         # Measure the base.
