@@ -82,7 +82,7 @@ def test_hybrid_goes_on_with_the_assignment_that_it_began_with(runs, workplace, 
     given = workplace / "given.yaml"
     given.write_text(assignment.read_text())
     options = ["--method", "hybrid", "--assignment", str(given)]
-    left, path = workplace / "left hybrid", workplace / "killed hybrid"
+    left, path = workplace / "left by file", workplace / "killed by file"
     runs.to_the_end(runs.command(left, *options))
     assert runs(runs.command(path, *options), "step", 6)[0] == KILLED
     given.write_text("full: [mlp]\ndefault: frozen\n")
