@@ -1,4 +1,4 @@
-"""Measure what a probe takes: its peak memory, and its share of a whole job.
+"""Measure the peak memory of a probe, and its share of the time of a whole job.
 
 Memory: bytes of all live tensors at the peak of a step with the options of `molf probe`, against
 full fine-tuning of the same bfloat16 weights (`molf.AdamW`, float32 moments, stochastic rounding;

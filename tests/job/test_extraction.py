@@ -243,7 +243,7 @@ def test_default_place_and_overwrite(run_of, capsys):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--rank", "33"], "Invalid rank=33: the largest smaller side"),
+        (["--rank", "33"], "Invalid rank=33. Must be at most 32: that rank holds every change"),
         (["--rank", "0"], "Invalid rank=0. Must be at least 1."),
         (["--modules_to_save"], "Invalid modules_to_save without rank"),
         (["--evaluate"], "Invalid evaluate without rank"),

@@ -127,7 +127,7 @@ def _room(
 
 
 def _model_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Yield what a training changes: trained parameters, and buffers that are saved."""
+    """Yield the tensors that a training changes: trained parameters, and saved buffers."""
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             yield f"{MODEL}{name}", parameter.detach()

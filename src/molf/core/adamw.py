@@ -244,7 +244,7 @@ class AdamW(UnitOptimizer):
     def float32_weights(self) -> dict[Tensor, Tensor]:
         """Return a copy of every bfloat16 parameter's float32 values, lower halves included.
 
-        They are what a checkpoint in float32 should hold. Values of sharded parameters are sharded.
+        A checkpoint in float32 should hold these values. Values of sharded parameters are sharded.
         """
         states = self._settled_state()
         return {

@@ -23,7 +23,7 @@ class Workload(OptimizerOptions):
 
     Attributes:
         method: One of `METHODS`.
-        config: What is adapted or routed; None for fft and hybrid.
+        config: The experts, or the adapter; None for fft and hybrid.
         assignment: The assignment of hybrid; None for other methods.
         lora_dropout: Dropout of the adapter of hybrid.
         use_dora: Whether the adapter of hybrid has magnitudes.

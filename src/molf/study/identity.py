@@ -14,7 +14,7 @@ from molf.data.records import data_files, is_url
 from molf.job.settings.settings import TrainSettings
 from molf.paths import absolute, expanded
 
-# Options without effect on what a trial measures.
+# Options without effect on the results of a trial.
 _NOT_IDENTITY = (
     *("output_dir", "overwrite", "resume", "fallback_dir", "report_to", "dry_run"),
     *("save_steps", "save_minutes", "save_total_limit", "async_save", "on_save_error"),

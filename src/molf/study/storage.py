@@ -45,7 +45,7 @@ def storage_file(study: Study) -> Path:
 
 
 def gone(study: Study) -> str:
-    """Return a sentence about a SQLite file that was deleted, and what is left of the study."""
+    """Return a sentence about a deleted SQLite file and the remaining files of the study."""
     count = len(Results(study).refresh().by_key)
     if count == 0:
         return (

@@ -6,7 +6,7 @@ measured, as in PEFT's comparison of methods.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,7 +15,6 @@ from molf.data.files import Record, present_fields
 from molf.errors import InputError
 from molf.measure.final_numbers import final_number, is_final, shown, stated_number
 from molf.measure.metric import Evaluation, Metric, wilson
-from molf.measure.nearest import nearest
 from molf.measure.settings import EvaluationSettings, Progress
 from molf.tasks.options import TaskOptions
 from molf.tasks.question_task import QuestionTask
@@ -143,10 +142,9 @@ class MathTask(QuestionTask[MathQuestion]):
     ) -> Evaluation:
         """Generate a solution of each problem, until its final number is given."""
         asked = self._ask(model, tokenizer, settings, progress)
-        texts = self._answers(model, tokenizer, asked, _NEW_TOKENS, is_final, settings, progress)
-        evaluation = self._score(texts, settings.seed, progress)
-        evaluation.notes["max_new_tokens"] = settings.max_new_tokens or _NEW_TOKENS
-        return self._finish(evaluation, asked)
+        return self._evaluate_answers(
+            model, tokenizer, asked, _NEW_TOKENS, is_final, settings, progress
+        )
 
     def _metric_names(self) -> tuple[str, ...]:
         return ("accuracy", "unparsed")
@@ -174,17 +172,6 @@ class MathTask(QuestionTask[MathQuestion]):
     def _unscorable(self, indices: Iterable[int], progress: Progress | None) -> dict[int, str]:
         """Return the records whose own final answer is no number, with the reason."""
         return {index: NOT_A_NUMBER for index in indices if not self._question(index).number}
-
-    def _nearest_answers(self, indices: Sequence[int]) -> dict[int, str]:
-        """Return the solution of the nearest training question, by record index."""
-        found = nearest(
-            [question.question for question in self._baseline],
-            [self._question(index).question for index in indices],
-        )
-        return {
-            index: self._baseline[position].solution
-            for index, position in zip(indices, found, strict=True)
-        }
 
 
 def load_math(options: TaskOptions) -> MathTask:

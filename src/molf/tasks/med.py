@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 from molf.measure.metric import Evaluation, Metric, wilson
-from molf.measure.nearest import nearest, similarity
+from molf.measure.nearest import similarity
 from molf.measure.settings import EvaluationSettings, Progress
 from molf.tasks.answers import UNDECODED
 from molf.tasks.first_token import FirstTokenQuestions, FirstTokens
@@ -125,20 +125,12 @@ class MedTask(QuestionTask[MedQuestion]):
                 entry["log_probs"] = dict(zip(LETTERS, log_probs, strict=True))
         return evaluation
 
-    def _nearest_answers(self, indices: Sequence[int]) -> dict[int, str]:
-        """Return the option most similar to the nearest question's answer, else its letter."""
-        found = nearest(
-            [question.question for question in self._baseline],
-            [self._question(index).question for index in indices],
-        )
-        answers = {}
-        for index, position in zip(indices, found, strict=True):
-            known = self._baseline[position]
-            text = known.options[known.right]
-            likeness = [similarity(option, text) for option in self._question(index).options]
-            best = likeness.index(max(likeness)) if any(likeness) else known.right
-            answers[index] = LETTERS[best]
-        return answers
+    def _answer_from(self, known: MedQuestion, asked: MedQuestion) -> str:
+        """Return the letter of the option most like the known answer, else the known letter."""
+        text = known.options[known.right]
+        likeness = [similarity(option, text) for option in asked.options]
+        best = likeness.index(max(likeness)) if any(likeness) else known.right
+        return LETTERS[best]
 
 
 def parse_letter(text: str) -> str | None:

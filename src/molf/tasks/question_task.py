@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic
 from molf.data.samples import PromptCompletion, Sample
 from molf.errors import InputError
 from molf.measure.metric import Evaluation, Metric
+from molf.measure.nearest import nearest
 from molf.measure.settings import EvaluationSettings, Progress
 from molf.measure.spread import spread
 from molf.tasks.answers import generate_answers
@@ -153,9 +154,18 @@ class QuestionTask(Task, Generic[Q]):
     def _score(self, texts: Mapping[int, str], seed: int, progress: Progress | None) -> Evaluation:
         """Score answers, given by record index."""
 
-    @abstractmethod
+    def _answer_from(self, known: Q, asked: Q) -> str:
+        """Return the answer to a question by that to a similar one."""
+        return known.answer.strip()
+
     def _nearest_answers(self, indices: Sequence[int]) -> dict[int, str]:
-        """Return the answers of the nearest training questions, by record index."""
+        """Return the answers by the nearest training questions, by record index."""
+        asked = [self._question(index) for index in indices]
+        found = nearest([one.question for one in self._baseline], [one.question for one in asked])
+        return {
+            index: self._answer_from(self._baseline[position], question)
+            for index, question, position in zip(indices, asked, found, strict=True)
+        }
 
     def _unscorable(self, indices: Iterable[int], progress: Progress | None) -> dict[int, str]:
         """Return the reason for each record that cannot be scored."""
@@ -214,14 +224,32 @@ class QuestionTask(Task, Generic[Q]):
         )
         return dict(zip(asked.samples, texts, strict=True))
 
+    def _evaluate_answers(
+        self,
+        model: Any,
+        tokenizer: Any,
+        asked: Asked,
+        max_new_tokens: int,
+        is_complete: Callable[[str], bool],
+        settings: EvaluationSettings,
+        progress: Progress | None,
+    ) -> Evaluation:
+        """Generate the model's answer to each record, and score it."""
+        texts = self._answers(
+            model, tokenizer, asked, max_new_tokens, is_complete, settings, progress
+        )
+        evaluation = self._score(texts, settings.seed, progress)
+        evaluation.notes["max_new_tokens"] = settings.max_new_tokens or max_new_tokens
+        return self._finish(evaluation, asked)
+
     def _finish(self, evaluation: Evaluation, asked: Asked) -> Evaluation:
         """Add prompts, expected answers, the baseline, and the records left out."""
         scored = [entry["index"] for entry in evaluation.predictions]
         not_scored = asked.samples.keys() - set(scored)
         left_out = {**asked.left_out, **dict.fromkeys(not_scored, NOT_SCORED)}
         if self._baseline:
-            nearest = self._score(self._nearest_answers(scored), 0, None)
-            evaluation.tables["baselines"] = {"nearest_training_answer": nearest.metrics}
+            by_nearest = self._score(self._nearest_answers(scored), 0, None)
+            evaluation.tables["baselines"] = {"nearest_training_answer": by_nearest.metrics}
         for entry in evaluation.predictions:
             entry["expected"] = self._question(entry["index"]).expected
             entry["prompt"] = asked.samples[entry["index"]].prompt

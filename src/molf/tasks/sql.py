@@ -7,7 +7,6 @@ from dataclasses import asdict
 from typing import Any
 
 from molf.measure.metric import Evaluation
-from molf.measure.nearest import nearest
 from molf.measure.settings import EvaluationSettings, Progress
 from molf.sql.limits import Limits
 from molf.sql.metrics import (
@@ -72,10 +71,9 @@ class SqlTask(QuestionTask[SqlQuestion]):
         asked = self._ask(model, tokenizer, settings, progress)
         expected = [sample.answer for sample in asked.samples.values()]
         limit = min(longest_answer(tokenizer, expected) + _SPARE_TOKENS, _MOST_NEW_TOKENS)
-        texts = self._answers(model, tokenizer, asked, limit, is_complete, settings, progress)
-        evaluation = self._score(texts, settings.seed, progress)
-        evaluation.notes["max_new_tokens"] = settings.max_new_tokens or limit
-        return self._finish(evaluation, asked)
+        return self._evaluate_answers(
+            model, tokenizer, asked, limit, is_complete, settings, progress
+        )
 
     def _score(self, texts: Mapping[int, str], seed: int, progress: Progress | None) -> Evaluation:
         questions = [self._question(index) for index in texts]
@@ -119,17 +117,6 @@ class SqlTask(QuestionTask[SqlQuestion]):
                         progress("gold queries", done, len(new))
         reasons = {index: self._failures[index] for index in wanted}
         return {index: f"gold {reason}" for index, reason in reasons.items() if reason is not None}
-
-    def _nearest_answers(self, indices: Sequence[int]) -> dict[int, str]:
-        """Return the query of the nearest training question, by record index."""
-        found = nearest(
-            [question.question for question in self._baseline],
-            [self._question(index).question for index in indices],
-        )
-        return {
-            index: self._baseline[position].query
-            for index, position in zip(indices, found, strict=True)
-        }
 
 
 def load_sql(

@@ -62,7 +62,8 @@ def print_extraction(made: Extraction) -> None:
         console.print(table)
         console.lines(
             "model: that of the run. adapter, all of the rest: B A for the change of the linear "
-            "layers, all other changes as trained. adapter alone: without these.",
+            "layers, all other changes as trained. adapter as written: the other changes that it "
+            "holds. adapter alone: none of them.",
             *(f"  {names}  {meaning}" for names, meaning in meanings(first)),
         )
 

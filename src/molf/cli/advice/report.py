@@ -154,8 +154,8 @@ def _thin(advice: Advice) -> list[str]:
     found = doubts(advice)
     if not found:
         return [
-            "No sign of thin evidence. It does not show that the assignment is better than a "
-            "random one of the same share."
+            "No sign of thin evidence. Nothing here shows that the assignment is better than a "
+            "random one with the same share in full."
         ]
     return ["The evidence is thin:", *(f"  {line}" for line in found)]
 

@@ -128,7 +128,7 @@ class AssignedLayer:
 
 
 class Treatment(NamedTuple):
-    """What is trained in a layer.
+    """The training of a layer.
 
     Attributes:
         train: `"full"`, `"lora"` or `"frozen"`.

@@ -162,7 +162,7 @@ class Assignment:
 
         Args:
             optimizer: A `molf.MoLFAdamW` after at least one step.
-            share: Give `full` to this share of the routed layers instead, whatever won: to those
+            share: Ignore the wins, and give `full` to this share of the routed layers: to those
                 where its score leads the LoRA experts' most (mean of the margins).
 
         Raises:

@@ -40,7 +40,7 @@ def by_wins(
 def by_score(
     evidence: Mapping[str, Evidence], adapters: Mapping[str, Treatment]
 ) -> dict[str, Treatment]:
-    """Return `full` where its score leads on the mean of the steps, whatever won more of them.
+    """Return `full` where its score leads on the mean of the steps, also if it won fewer of them.
 
     The other layers get the LoRA expert with the most wins, or the first if none won.
 

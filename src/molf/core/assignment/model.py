@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import warnings
 from collections import Counter, defaultdict
 from collections.abc import Iterator
@@ -19,7 +18,7 @@ from molf.core.model.coverage import coverage_of, warn_of_unrouted
 from molf.core.model.linear_layers import check_not_tied
 from molf.core.model.linear_places import Place, is_conv1d, linear_places
 from molf.core.model.module_names import cleaner, is_peft_model
-from molf.core.model.peft_model import add_adapter
+from molf.core.model.peft_model import add_adapter, exactly
 from molf.core.model.quantised import is_quantised, keep_differentiable
 from molf.core.model.weight_checks import (
     check_adaptable_weight,
@@ -291,8 +290,8 @@ def _adapt(
     layers = assignment.lora
     (rank, alpha), _ = Counter((layer.r, layer.alpha) for layer in layers).most_common(1)[0]
     places = {place.name: place.module for place in linear_places(model)}
-    ranks = {_exactly(x.name): x.r for x in layers if x.r != rank}
-    alphas = {_exactly(x.name): x.alpha for x in layers if x.alpha != alpha}
+    ranks = {exactly(x.name): x.r for x in layers if x.r != rank}
+    alphas = {exactly(x.name): x.alpha for x in layers if x.alpha != alpha}
 
     def make_config(**chosen: Any) -> LoraConfig:
         return LoraConfig(
@@ -324,8 +323,3 @@ def _adapt(
             "layers full or frozen, and load the model again: its layers have changed."
         )
     return adapted
-
-
-def _exactly(name: str) -> str:
-    """Return a pattern of PEFT that matches this module alone."""
-    return f"^{re.escape(name)}"

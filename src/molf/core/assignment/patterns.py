@@ -35,7 +35,7 @@ class Rule:
     """Patterns with one treatment; rules are in the order of precedence.
 
     Attributes:
-        treatment: What is trained in the layers.
+        treatment: The training of the layers.
         patterns: The patterns.
     """
 

@@ -184,7 +184,7 @@ def add_adapter(
         if clean(raw) in names
     ]
     settings = make_config(
-        target_modules=_exactly(names, (place.name for place in linear_places(model))),
+        target_modules=_targets(names, (place.name for place in linear_places(model))),
         exclude_modules=None,
         # With this task type PEFT uses its class with `generate`.
         task_type="CAUSAL_LM" if hasattr(model, "prepare_inputs_for_generation") else None,
@@ -206,8 +206,13 @@ def add_adapter(
         ) from error
 
 
-def _exactly(names: list[str], linears: Iterable[str]) -> list[str] | str:
-    """Return a PEFT pattern that matches these modules only: names, or a regular expression."""
+def exactly(name: str) -> str:
+    """Return a key of PEFT's `rank_pattern` and `alpha_pattern` that matches this module alone."""
+    return f"^{re.escape(name)}"
+
+
+def _targets(names: list[str], linears: Iterable[str]) -> list[str] | str:
+    """Return PEFT's `target_modules` for these modules alone: names, or a regular expression."""
     others = set(linears) - set(names)
     if any(other.endswith(f".{name}") for other in others for name in names):
         return "|".join(map(re.escape, names))

@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from molf.core.model.adapted_layers import adapter_layers
+from molf.core.model.peft_model import add_adapter, exactly
 from molf.errors import InputError
 from molf.job.extract.change import Factors, LayerChange, RestChange, conv1d_only
 
@@ -37,9 +38,7 @@ class Kept:
     names: frozenset[str] = frozenset()
 
 
-def what_can_be_kept(
-    base: nn.Module, layers: Iterable[LayerChange], rest: Iterable[RestChange]
-) -> Kept:
+def keepable(base: nn.Module, layers: Iterable[LayerChange], rest: Iterable[RestChange]) -> Kept:
     """Return the changed parameters of the rest that PEFT can keep.
 
     A module is kept whole, so one that holds an adapted layer cannot be kept. Both modules of a
@@ -87,31 +86,35 @@ def make_adapter(
         factors: The factors by layer; their product is added without a scaling.
         layers: The same layers.
         rank: The rank; layers with smaller factors have an entry in `rank_pattern`.
-        kept: What is kept beside the factors.
+        kept: Parameters that are stored beside the factors.
         values: The result of `kept_values`.
 
     Raises:
         InputError: PEFT cannot adapt one of the layers.
     """
-    smaller = {layer.name: layer.rank for layer in layers if layer.rank != rank}
-    config = LoraConfig(
-        task_type="CAUSAL_LM",
-        r=rank,
-        lora_alpha=rank,  # a scaling of 1
-        rank_pattern=smaller,
-        alpha_pattern=smaller,
-        target_modules=list(factors),
-        fan_in_fan_out=conv1d_only(base, set(factors)),
-        bias="lora_only" if kept.biases else "none",
-        modules_to_save=list(kept.modules) or None,
-    )
+    smaller = {exactly(layer.name): layer.rank for layer in layers if layer.rank != rank}
+    in_out = conv1d_only(base, set(factors))
+
+    def make_config(**chosen: Any) -> LoraConfig:
+        return LoraConfig(
+            r=rank,
+            lora_alpha=rank,  # a scaling of 1
+            rank_pattern=smaller,
+            alpha_pattern=smaller,
+            fan_in_fan_out=in_out,
+            bias="lora_only" if kept.biases else "none",
+            modules_to_save=list(kept.modules) or None,
+            **chosen,
+        )
+
     try:
         with warnings.catch_warnings():
             # PEFT finds layers of [in, out] itself. Of tied weights each module keeps a copy.
             warnings.simplefilter("ignore")
-            model = get_peft_model(base, config, adapter_name=_ADAPTER)
+            remedy = "their change cannot be extracted"
+            model = add_adapter(base, list(factors), make_config, _ADAPTER, remedy=remedy)
     except ValueError as error:
-        raise InputError(f"PEFT cannot hold this change: {error}") from error
+        raise InputError(str(error)) from error
     tuners = adapter_layers(model)
     if {name.removeprefix(_PREFIX) for name in tuners} != set(factors):
         raise InputError("PEFT cannot hold this change: it adapts other layers than those named.")

@@ -15,9 +15,9 @@ from molf.disk.files import write_json, write_text
 from molf.errors import InputError
 from molf.job.extract.adapter import (
     Kept,
+    keepable,
     kept_values,
     make_adapter,
-    what_can_be_kept,
     write_adapter,
 )
 from molf.job.extract.change import (
@@ -70,8 +70,8 @@ class Extraction:
         rank: The requested rank.
         layers: The changed linear layers, which the adapter holds.
         rest: The other changed parameters.
-        kept: What the adapter holds of these.
-        metrics: Metrics by model (`model`, `adapter and rest`, `adapter alone`), if measured.
+        kept: Those of these that the adapter holds.
+        metrics: Metrics by measured model: `TRAINED`, `WITH_REST`, `AS_WRITTEN`, `ALONE`.
     """
 
     run: FinishedRun
@@ -110,8 +110,8 @@ def check_rank(run: FinishedRun, rank: int) -> None:
     largest = largest_rank(load_skeleton(str(run.base)))
     if rank > largest:
         raise InputError(
-            f"Invalid rank={rank}: the largest smaller side of a linear layer of {run.base} is "
-            f"{largest}, and an adapter of that rank is exact."
+            f"Invalid rank={rank}. Must be at most {largest}: that rank holds every change of the "
+            f"linear layers of {run.base} exactly."
         )
 
 
@@ -162,7 +162,7 @@ def extract(
             f"{run.path}: no linear layer that an adapter can hold differs from {run.base}, so "
             "there is nothing to extract."
         )
-    kept = what_can_be_kept(base.model, layers, rest) if keeps_modules else Kept()
+    kept = keepable(base.model, layers, rest) if keeps_modules else Kept()
     made = Extraction(run, rank, tuple(layers), rest, kept)
     values = kept_values(tuned.model, kept)
     if task is not None:

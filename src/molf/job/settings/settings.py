@@ -157,7 +157,7 @@ class TrainSettings:
         bool | None,
         Parameter(group=METHOD, show_default="molf trains it, molf-e does not; by assignment"),
     ] = None
-    """Freeze what is not routed or assigned (norms, embeddings, biases)."""
+    """Freeze parameters that are not routed or assigned (norms, embeddings, biases)."""
 
     weight_rounding: Annotated[
         str | None, Parameter(choices=ROUNDINGS, group=OPTIMIZATION, show_default="exact")
