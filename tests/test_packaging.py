@@ -62,6 +62,7 @@ def test_every_import_is_declared():
     assert foreign <= allowed, f"imported but not declared: {sorted(foreign - allowed)}"
 
 
+@pytest.mark.slow
 def test_wheel_trains_in_a_clean_environment(wheel, tmp_path):
     # The dependencies are lent by path, which does not lend the development install of molf.
     environment = tmp_path / "venv"

@@ -87,7 +87,13 @@ def test_python_block(code, capsys):
     assert printed in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("code", blocks("bash"))
+@pytest.mark.parametrize(
+    "code",
+    [  # a probe and a training of the demo's full length take a minute
+        pytest.param(code, marks=[pytest.mark.slow] * ("molf probe" in code))
+        for code in blocks("bash")
+    ],
+)
 def test_bash_block(code):
     for line in code.splitlines():
         words = shlex.split(line)

@@ -60,6 +60,7 @@ def run(line: str, *extra: str) -> int:
     return main([*shlex.split(line)[1:], *extra])
 
 
+@pytest.mark.slow
 def test_commands_of_tasks(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     for name in ("questions", "other-questions"):
@@ -126,6 +127,7 @@ def test_methods_described():
     assert sorted(rows[1:]) == sorted(TRAINED)
 
 
+@pytest.mark.slow
 def test_commands_of_plan(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write(

@@ -178,7 +178,7 @@ def test_cell_is_valid_and_leaves_method_rates_and_seed_to_the_study(name, capsy
 
 
 @pytest.mark.parametrize("name", CELLS)
-@pytest.mark.parametrize("part", ["validation", "test"])
+@pytest.mark.parametrize("part", [pytest.param("validation", marks=pytest.mark.slow), "test"])
 def test_cell_runs_with_other_methods(name, part, tmp_path):
     short = ["--max_steps", "1", "--max_eval_samples", "5", "--max_samples", "16"]
     given = ["--method", "lora", "--eval_part", part, "--output_dir", str(tmp_path / "run")]
@@ -189,7 +189,13 @@ def test_at_most_eight_cells_span_both_parts_of_the_question():
     assert 6 <= len(CELLS) <= 8
 
 
-@pytest.mark.parametrize("name", DEMOS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[pytest.mark.slow] * name.endswith(("-fft", "-molf-e")))
+        for name in DEMOS
+    ],
+)
 def test_demo_recipe_runs(name, tmp_path):
     run = tmp_path / "run"
     short = ["--max_steps", "2", "--max_samples", "20", "--max_eval_samples", "5"]

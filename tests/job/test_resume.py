@@ -12,7 +12,7 @@ from resumed_runs import METHODS, STEPS, Runs, assert_same_runs
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed:UserWarning")
 
 KILLED = -signal.SIGKILL
-OFTEN = ("molf-e", "hybrid")  # the others in `make test-slow`
+OFTEN = ("hybrid",)  # the others in `make test-slow`
 
 
 @pytest.fixture(scope="module")
@@ -30,6 +30,7 @@ def alone(runs, workplace):
     return path
 
 
+@pytest.mark.slow
 def test_run_is_killed_in_each_stage(runs, alone, workplace):
     """Each life continues the one before, and only the stage that was killed is repeated."""
     path = workplace / "killed"
@@ -78,6 +79,7 @@ def test_killed_run_ends_in_the_same_bits(runs, workplace, name):
     assert_same_runs(left, path)
 
 
+@pytest.mark.slow
 def test_hybrid_goes_on_with_the_assignment_that_it_began_with(runs, workplace, assignment):
     given = workplace / "given.yaml"
     given.write_text(assignment.read_text())

@@ -42,6 +42,7 @@ def find(planner, workload, room):
     return suggestions(planner, workload, Small(0, room), FROZEN_BASE)
 
 
+@pytest.mark.slow
 def test_single_changes_come_first(planner, workload):
     peak = planner.memory(workload).peak
     found = find(planner, workload, peak - 1)
@@ -97,6 +98,7 @@ def test_a_frozen_base(tiny):
         assert changed.config == FROZEN_BASE[changed.method]
 
 
+@pytest.mark.slow
 def test_nothing_is_enough(planner, workload):
     assert find(planner, workload, 1000) == []
 

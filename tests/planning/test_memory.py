@@ -58,7 +58,7 @@ SMALL = {
     [
         ("fft", {"state_dtype": "8bit"}),
         ("fft", {"optimizer_in_backward": True}),
-        ("molf", SMALL),
+        pytest.param("molf", SMALL, marks=pytest.mark.slow),
         ("fft", {"dtype": "bfloat16", "grad_accumulation_dtype": "float32"}),
         ("lora", {"quantised": "load_in_4bit"}),
         ("molf-e", {"quantised": "load_in_8bit"}),
@@ -101,7 +101,7 @@ def test_what_storage_saves(untied):
     assert base.weights - eight.weights == linear * 3 - rows * 4
 
 
-@pytest.mark.parametrize("method", ["fft", "molf"])
+@pytest.mark.parametrize("method", ["fft", pytest.param("molf", marks=pytest.mark.slow)])
 def test_state_in_host_memory(untied, method):
     planner = Planner(untied)
     how = {"device": "cuda", "batch_size": 1, "length": 8}

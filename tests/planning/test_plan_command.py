@@ -256,6 +256,7 @@ def test_table(config_alone, capsys):
     assert printed.count("fits") == 4
 
 
+@pytest.mark.slow
 def test_table_says_what_would_fit(tmp_path, capsys):
     from transformers import Qwen2Config
 

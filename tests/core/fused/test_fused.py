@@ -47,6 +47,7 @@ def run_checks(names: list[str], *options: str, interpret: bool, cache: Path) ->
     assert "skipped" not in last, done.stdout
 
 
+@pytest.mark.slow
 def test_interpreted_on_the_cpu(tmp_path, monkeypatch):
     """The checks, and the table of invariants with the kernels in place of other executors.
 
