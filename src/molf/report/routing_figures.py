@@ -56,9 +56,9 @@ def _summary(routing: RoutingData, routed: RoutedLayers) -> Iterator[str]:
 
 def _figures(routing: RoutingData, routed: RoutedLayers) -> Iterator[Figure]:
     yield _winners(routing, routed)
-    yield _shares(routing)
     if routing.margin is not None:
         yield _margins(routing, routed)
+    yield _shares(routing)
     yield _settled(routing, routed)
     yield _flips(routing, routed)
     yield _groups("kinds", "By kind of projection", "kind", routed.by_kind, routed)

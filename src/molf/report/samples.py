@@ -25,13 +25,15 @@ class Sample:
         task: Name of the task, from the file's name; empty for a single one.
         right: Whether it counts as right; None if the file does not have it.
         left_out: Why the record has no answer; empty if it has one.
-        texts: Name and text of the other entries, prompt first.
+        main: Number of texts that are shown at once: prompt, prediction, expected text.
+        texts: Name and text of the other entries, those first.
     """
 
     index: int
     task: str
     right: bool | None
     left_out: str
+    main: int
     texts: tuple[tuple[str, str], ...]
 
 
@@ -93,6 +95,7 @@ def _entry(line: str) -> dict[str, Any] | None:
 
 def _sample(entry: dict[str, Any], task: str) -> Sample:
     names = [name for name in _FIRST if entry.get(name) is not None]
+    main = len(names)
     names += [name for name in entry if name not in (*_FIRST, *_LEFT_OUT)]
     right = entry.get("right")
     return Sample(
@@ -100,15 +103,13 @@ def _sample(entry: dict[str, Any], task: str) -> Sample:
         task=task,
         right=right if isinstance(right, bool) else None,
         left_out=str(entry.get("left_out") or ""),
+        main=main,
         texts=tuple((str(name), _shown(entry[name])) for name in names),
     )
 
 
 def _shown(value: Any) -> str:
-    if isinstance(value, str):
-        text = value
-    else:
-        text = json.dumps(_short(value), ensure_ascii=False)
+    text = value if isinstance(value, str) else json.dumps(_short(value), ensure_ascii=False)
     text = printable(text)
     if len(text) > MOST_CHARACTERS:
         more = len(text) - MOST_CHARACTERS

@@ -11,7 +11,8 @@ from molf.report.figures import Figure, Section, Series, lines, smoothed
 from molf.report.run_data import Floats, RunData
 from molf.shown import counted
 
-_SPANS = 20  # the smoothed loss averages about a twentieth of the lines
+_SPANS = 20  # the smoothed loss averages about a twentieth of the lines ...
+_LONG = 60  # ... of a log with so many
 
 
 def training_section(data: RunData) -> Section | None:
@@ -26,9 +27,18 @@ def _figures(data: RunData) -> Iterator[Figure]:
     if x is None or not len(x):
         return
     if (loss := _known(data, "loss")) is not None:
-        span = max(3, len(x) // _SPANS)
-        series = [Series("loss", loss, 0, faint=True), Series("smoothed", smoothed(loss, span), 0)]
-        yield lines("loss", "Loss", _change("Loss", loss), x, series, y_label="nats per token")
+        is_long = len(x) >= _LONG
+        series = [Series("loss", loss, 0, faint=is_long)]
+        if is_long:
+            series.append(Series("smoothed", smoothed(loss, len(x) // _SPANS), 0))
+        yield lines(
+            "loss",
+            "Loss",
+            _change("Loss (nats per token)", loss),
+            x,
+            series,
+            y_label="nats per token",
+        )
     rates = [name for name in log if name.endswith("learning_rate")]
     rates = [name for name in rates if _known(data, name) is not None]
     if rates:
@@ -46,7 +56,7 @@ def _figures(data: RunData) -> Iterator[Figure]:
         if found is None or (name == "lost_updates" and not np.nanmax(found) > 0):
             continue
         found = found / 2**30 if name == "peak_memory_bytes" else found
-        text = f"{_change(title, found)} Median {np.nanmedian(found):.4g} {unit}."
+        text = _change(f"{title} ({unit})", found)
         yield lines(name, title, text, x, [Series(name, found)], y_label=unit)
 
 
@@ -61,8 +71,8 @@ def _change(name: str, values: Floats) -> str:
     missing = f" {counted(gaps, 'line')} of the log without a value." if gaps else ""
     low, high = float(known.min()), float(known.max())
     if math.isclose(low, high):
-        return f"{name} {low:.4g} throughout.{missing}"
+        return f"{name}: {low:.4g} throughout.{missing}"
     return (
-        f"{name} from {known[0]:.4g} to {known[-1]:.4g}; lowest {low:.4g}, highest {high:.4g}."
-        f"{missing}"
+        f"{name}: from {known[0]:.4g} to {known[-1]:.4g}; lowest {low:.4g}, median "
+        f"{np.median(known):.4g}, highest {high:.4g}.{missing}"
     )
