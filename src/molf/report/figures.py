@@ -204,7 +204,7 @@ def smoothed(values: Floats, span: int) -> Floats:
     return np.array(made, dtype=np.float64)
 
 
-def plain(value: float | np.floating | None) -> Cell:
+def plain(value: float | None) -> Cell:
     """Return a number of 6 significant digits, an integer if it is one; None for NaN."""
     if value is None or not math.isfinite(value):
         return None

@@ -9,8 +9,6 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
-from markupsafe import Markup
-
 from molf.measure.meanings import is_lower_better, meanings
 from molf.report.run_data import Evaluated, MetricTable, RunData, Value
 
@@ -31,7 +29,7 @@ class ShownRow:
 
     name: str
     cells: tuple[Shown | None, ...]
-    picture: Markup
+    picture: str
 
 
 @dataclass(frozen=True)
@@ -116,11 +114,11 @@ def _number(value: float) -> str:
     return f"{value:.3f}" if abs(value) < 100 else f"{value:,.4g}"
 
 
-def _picture(name: str, values: Sequence[Value | None]) -> Markup:
+def _picture(name: str, values: Sequence[Value | None]) -> str:
     """Return a drawing of the intervals, for those who see it: the table has the numbers."""
     known = [one for one in values if one is not None]
     if not known:
-        return Markup()
+        return ""
     ends = [x for one in known for x in (one.value, one.low, one.high) if not math.isnan(x)]
     low, high = min(ends), max(ends)
     if low >= 0 and high <= 1 and not is_lower_better(name):
@@ -142,7 +140,7 @@ def _picture(name: str, values: Sequence[Value | None]) -> Markup:
             drawn.append(f'<line class="i{number % 4}" stroke-width="3" {ends_of}/>')
         drawn.append(f'<circle class="i{number % 4}" cx="{place(one.value)}" cy="{y}" r="4"/>')
     # Only numbers and class names of this file.
-    return Markup(
+    return (
         f'<svg class="interval" viewBox="0 0 {_WIDTH} {height}" aria-hidden="true">'
         f"{''.join(drawn)}</svg>"
     )

@@ -189,7 +189,7 @@ def _full_wins(part: Decisions, experts: list[str]) -> Floats:
     return np.stack(won, axis=1).astype(np.float64)
 
 
-def _divide(total: npt.NDArray[np.generic], count: npt.NDArray[np.generic]) -> Floats:
+def _divide(total: Integers | Floats, count: Integers | Floats) -> Floats:
     """Return the means; NaN where the count is 0."""
     total, count = np.broadcast_arrays(total, count)
     made = np.full(total.shape, np.nan)

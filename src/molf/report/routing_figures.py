@@ -81,7 +81,10 @@ def _winners(routing: RoutingData, routed: RoutedLayers) -> Heat:
         text=f"Layers in the model's order from top to bottom, steps from left to right. Of all "
         f"decisions won: {won}.{binned}{grouped}",
         table=_layer_table(routed),
-        **_map(routing),
+        rows=routing.rows,
+        kinds=_kinds(routing),
+        first=routing.first.tolist(),
+        last=routing.last.tolist(),
         values=routing.cells,
         names=routing.experts,
     )
@@ -105,7 +108,10 @@ def _margins(routing: RoutingData, routed: RoutedLayers) -> Heat:
         title="Score margins",
         text=text,
         table=_rates_table(routing) if routing.full_at is not None else _layer_table(routed),
-        **_map(routing),
+        rows=routing.rows,
+        kinds=_kinds(routing),
+        first=routing.first.tolist(),
+        last=routing.last.tolist(),
         values=margin[None],
         names=(FULL, "LoRA"),
         is_margin=True,
@@ -115,14 +121,9 @@ def _margins(routing: RoutingData, routed: RoutedLayers) -> Heat:
     )
 
 
-def _map(routing: RoutingData) -> dict[str, object]:
-    rows = routing.rows
-    return {
-        "rows": rows,
-        "kinds": tuple(name.split(" and ")[0].rpartition(".")[2] for name in rows),
-        "first": [int(step) for step in routing.first],
-        "last": [int(step) for step in routing.last],
-    }
+def _kinds(routing: RoutingData) -> tuple[str, ...]:
+    """Return the kind of projection of each row: that of its first layer."""
+    return tuple(name.split(" and ")[0].rpartition(".")[2] for name in routing.rows)
 
 
 def _layer_table(routed: RoutedLayers) -> Table:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 import numpy.typing as npt
@@ -107,6 +107,7 @@ class RunData:
         routing: The routing; None without any.
         notices: One line for each part that is missing or cannot be read.
         error: The last line of `error.log`.
+        label: Its name on a page with several runs; empty for that of the directory.
         written: When the files were read.
     """
 
@@ -120,12 +121,13 @@ class RunData:
     routing: RoutingData | None = None
     notices: list[str] = field(default_factory=list)
     error: str = ""
+    label: str = ""
     written: datetime = field(default_factory=lambda: datetime.now().astimezone())
 
     @property
     def name(self) -> str:
-        """Name of the directory."""
-        return self.path.resolve().name
+        """Its label, or else the name of the directory."""
+        return self.label or self.path.resolve().name
 
     @property
     def steps(self) -> int:
@@ -239,9 +241,7 @@ def _add_log(data: RunData) -> None:
     for row in rows:
         names |= dict.fromkeys(row)
     for name in names:
-        values = [row.get(name) for row in rows]
-        found = [float(one) if _is_number(one) else math.nan for one in values]
-        data.log[name] = np.array(found, dtype=np.float64)
+        data.log[name] = np.array([_number(row.get(name)) for row in rows], dtype=np.float64)
 
 
 def _add_evaluations(data: RunData) -> None:
@@ -299,9 +299,14 @@ def _rows(before: Mapping[str, Any], after: Mapping[str, Any]) -> tuple[MetricRo
 def _value(entry: Mapping[str, Any] | None) -> Value | None:
     if entry is None or not _is_number(entry.get("value")):
         return None
-    low, high = (float(x) if _is_number(x := entry.get(e)) else math.nan for e in ("low", "high"))
+    low, high = (_number(entry.get(end)) for end in ("low", "high"))
     return Value(float(entry["value"]), low, high, int(entry.get("count") or 0))
 
 
-def _is_number(value: Any) -> bool:
+def _number(value: Any) -> float:
+    """Return a number; NaN for everything else."""
+    return float(value) if _is_number(value) else math.nan
+
+
+def _is_number(value: Any) -> TypeGuard[float]:
     return isinstance(value, (int, float)) and not isinstance(value, bool)

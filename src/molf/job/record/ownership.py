@@ -30,6 +30,7 @@ EVALUATION = "eval.json"
 PREDICTIONS = "predictions.jsonl"
 ERROR_LOG = "error.log"
 EXPORT = "molf_export.json"
+REPORT = "report.html"
 
 _RUN_ENTRIES = frozenset(
     {
@@ -45,6 +46,7 @@ _RUN_ENTRIES = frozenset(
         EVALUATION,
         PREDICTIONS,
         ERROR_LOG,
+        REPORT,
     }
 )
 
@@ -90,7 +92,7 @@ def _evaluation_fault(path: Path) -> str | None:
     return _foreign(
         entry
         for entry in path.iterdir()
-        if entry.name != EVALUATION and entry not in predictions_in(path)
+        if entry.name not in (EVALUATION, REPORT) and entry not in predictions_in(path)
     )
 
 

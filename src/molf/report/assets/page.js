@@ -48,6 +48,7 @@
   // ---- lines ---------------------------------------------------------------------------------
   const drawLines = (figure, plot) => {
     plot.replaceChildren();
+    const fitting = (u, ticks) => 30 + 7 * Math.max(2, ...(ticks || []).map((one) => one.length));
     const axis = (label, size) => ({
       label, size, labelSize: 18, labelGap: 0, gap: 4,
       stroke: css("--muted"), grid: { stroke: css("--line"), width: 1 }, ticks: { stroke: css("--line"), width: 1 },
@@ -63,7 +64,7 @@
         y: figure.y_range ? { range: figure.y_range } : {},
       },
       axes: [axis(figure.x_label, 42), {
-        ...axis(figure.y_label, 58), values: (u, ticks) => ticks.map(shown),
+        ...axis(figure.y_label, fitting), values: (u, ticks) => ticks.map(shown),
       }],
       series: [
         { label: figure.x_label, value: (u, value) => shown(value) },

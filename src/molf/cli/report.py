@@ -1,0 +1,51 @@
+"""`molf report`: write the page of one run, or of several side by side."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Parameter
+
+from molf.errors import InputError
+
+
+def report_runs(
+    *runs: Path,
+    output: Annotated[Path | None, Parameter(show_default="RUN/report.html")] = None,
+    figures: Annotated[Path | None, Parameter(show_default="none")] = None,
+    overwrite: Annotated[bool, Parameter(negative=())] = False,
+) -> None:
+    """Write one HTML page of charts, tables and samples, which needs no network.
+
+    Args:
+        runs: Directories of runs of `molf train`, or of evaluations of `molf eval`.
+        output: File of the page; several runs need one.
+        figures: Also write each figure as PNG and SVG, and its values as CSV, in this folder.
+        overwrite: Replace a file that is no page of molf.
+    """
+    if not runs:
+        raise InputError("Give the directory of a run, or several; given: none.")
+    from molf.console import PlainConsole
+    from molf.job.advice.place import check_figures
+    from molf.paths import expanded
+    from molf.report.build import read_runs
+    from molf.report.place import page_place, write_page
+
+    places = [expanded(run) for run in runs]
+    read = read_runs(places)
+    place = page_place(places, output, overwrite=overwrite)
+    if figures is not None:
+        check_figures(figures)
+    from molf.report.page import render
+
+    write_page(render(read), place)
+    console = PlainConsole()
+    for run in read:
+        console.lines(f"{run.name}: {run.status}", *(f"  {line}" for line in run.notices))
+    console.lines(f"page      {place}")
+    if figures is not None:
+        from molf.report.drawing import write_figures
+
+        written = write_figures(read, expanded(figures))
+        console.lines(f"figures   {len(written)} files in {expanded(figures)}")
