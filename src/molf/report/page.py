@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from molf.job.settings.defaults import ADAPTERS
 from molf.report.figures import Bars, Figure, Floats, Heat, Lines, Section, plain
 from molf.report.results import shown_results
 from molf.report.routing_figures import routing_section
@@ -25,6 +26,12 @@ from molf.shown import printable
 
 UPLOT = "uplot-1.6.32.min"
 _ASSETS = files("molf.report") / "assets"
+_WITHOUT = {  # options that methods have a value of, without an effect
+    "learning_rate": (*ADAPTERS, "molf-e"),
+    "lora_learning_rate": ("fft",),
+    "ranks": ("fft",),
+    "score": (*ADAPTERS, "fft", "hybrid"),
+}
 _SCALE, _NONE = 200, 255  # a share of 1 in the maps, and an empty cell
 
 
@@ -272,7 +279,7 @@ def _facts(run: RunData) -> Iterator[tuple[str, str]]:
         ("Score", "score"),
         ("Seed", "seed"),
     ):
-        if options.get(name) is not None:
+        if options.get(name) is not None and run.run.method not in _WITHOUT.get(name, ()):
             yield label, _text(options[name])
     device = run.environment.get("device") or {}
     if device.get("name"):

@@ -121,7 +121,8 @@ def _missing_steps(arrays: RoutingArrays) -> str:
     """Return a sentence if numbers of parts are missing; empty if none are."""
     numbers = [int(path.stem.removeprefix("part-")) for path in arrays.parts]
     missing = max(numbers) + 1 - len(numbers) - len(arrays.damaged)
-    return f"{counted(missing, 'part')} of the log are missing." if missing > 0 else ""
+    are = "is" if missing == 1 else "are"
+    return f"{counted(missing, 'part')} of the log {are} missing." if missing > 0 else ""
 
 
 def _aggregate(
