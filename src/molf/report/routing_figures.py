@@ -34,7 +34,7 @@ def _summary(routing: RoutingData, routed: RoutedLayers) -> Iterator[str]:
     flips = sum(one.evidence.changes for one in routed.layers)
     last = max((one.evidence.last_change or 0) for one in routed.layers)
     unchanged = sum(not one.evidence.changes for one in routed.layers)
-    when = f", the last in step {last} of {routing.last[-1]}" if flips else ""
+    when = f", the last in step {last:,} of {routing.last[-1]:,}" if flips else ""
     yield (
         f"{counted(flips, 'flip')} (changes of winner) in {counted(count, 'layer')}{when}; "
         f"{unchanged} layers have never flipped."
