@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
 from molf.errors import InputError
+
+if TYPE_CHECKING:
+    from molf.report.run_data import RunData
 
 
 def report_runs(
@@ -15,6 +19,8 @@ def report_runs(
     output: Annotated[Path | None, Parameter(show_default="RUN/report.html")] = None,
     figures: Annotated[Path | None, Parameter(show_default="none")] = None,
     overwrite: Annotated[bool, Parameter(negative=())] = False,
+    watch: Annotated[bool, Parameter(negative=())] = False,
+    port: Annotated[int, Parameter(show_default="a free one")] = 0,
 ) -> None:
     """Write one HTML page of charts, tables and samples, which needs no network.
 
@@ -23,6 +29,8 @@ def report_runs(
         output: File of the page; several runs need one.
         figures: Also write each figure as PNG and SVG, and its values as CSV, in this folder.
         overwrite: Replace a file that is no page of molf.
+        watch: While a run is running, serve the page on this machine; write it at the end.
+        port: Port of watch.
     """
     if not runs:
         raise InputError("Give the directory of a run, or several; given: none.")
@@ -39,6 +47,8 @@ def report_runs(
         check_figures(figures)
     from molf.report.page import render
 
+    if watch:
+        read = _watch(places, port)
     write_page(render(read), place)
     console = PlainConsole()
     for run in read:
@@ -49,3 +59,23 @@ def report_runs(
 
         written = write_figures(read, expanded(figures))
         console.lines(f"figures   {len(written)} files in {expanded(figures)}")
+
+
+def _watch(places: Sequence[Path], port: int) -> list[RunData]:
+    """Serve the page until no run is running; Ctrl-C ends it before."""
+    from molf.console import PlainConsole
+    from molf.report.build import read_runs
+    from molf.report.run_data import RUNNING
+    from molf.report.watching import Watcher
+
+    console = PlainConsole()
+    with Watcher(places, port) as watcher:
+        runs = read_runs(places)
+        if all(run.status != RUNNING for run in runs):
+            console.lines("watch     no run is running")
+            return runs
+        console.lines(f"watch     {watcher.address} (Ctrl-C ends it)")
+        try:
+            return watcher.wait()
+        except KeyboardInterrupt:
+            return read_runs(places)
