@@ -8,7 +8,6 @@ import pytest
 
 from molf.cli import main
 from molf.disk.locks import Lock
-from molf.report import watching
 from molf.report.place import is_page
 from molf.report.watching import HOST, Watcher
 from run_files import write_evaluation, write_run
@@ -60,7 +59,6 @@ def test_watch_ends_with_the_run(run, monkeypatch, capsys):
         write_evaluation(run)
         lock.release()
 
-    monkeypatch.setattr(watching.time, "sleep", pause)
     monkeypatch.setattr(Watcher.wait, "__defaults__", (pause,))
     assert main(["report", str(run), "--watch"]) == 0
     assert re.fullmatch(r"watch     http://127\.0\.0\.1:\d+/ \(Ctrl-C ends it\)\n", seen[0])

@@ -77,5 +77,7 @@ def _watch(places: Sequence[Path], port: int) -> list[RunData]:
         console.lines(f"watch     {watcher.address} (Ctrl-C ends it)")
         try:
             return watcher.wait()
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as error:
+            if type(error) is not KeyboardInterrupt:  # SIGTERM and SIGHUP end the command
+                raise
             return read_runs(places)
