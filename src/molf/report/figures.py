@@ -73,6 +73,7 @@ class Lines(Figure):
         series: The lines.
         y_range: Lowest and highest value of the axis; None for those of the values.
         stepped: Draw stairs, as for counts.
+        has_own_table: Whether the table has other columns than x and the lines.
     """
 
     x: Floats
@@ -81,6 +82,7 @@ class Lines(Figure):
     series: tuple[Series, ...]
     y_range: tuple[float, float] | None = None
     stepped: bool = False
+    has_own_table: bool = False
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from molf.job.settings.defaults import ADAPTERS
+from molf.report.change_figures import change_section
 from molf.report.figures import Bars, Figure, Floats, Heat, Lines, Section, plain
 from molf.report.results import shown_results
 from molf.report.routing_figures import routing_section
@@ -45,7 +46,7 @@ class Row:
 
 def sections_of(data: RunData) -> tuple[Section, ...]:
     """Return the figures of a run."""
-    made = (training_section(data), routing_section(data))
+    made = (training_section(data), routing_section(data), change_section(data))
     return tuple(section for section in made if section is not None)
 
 
@@ -182,6 +183,7 @@ def _values(figure: Figure, ranges: dict[str, Any]) -> dict[str, Any]:
             ],
             **ranges,
             **own,
+            **({"table": table} if figure.has_own_table else {}),
         }
     if isinstance(figure, Heat):
         values = (figure.values + 1) / 2 if figure.is_margin else figure.values

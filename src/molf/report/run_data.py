@@ -22,6 +22,7 @@ from molf.job.record.ownership import (
     EVALUATION,
     METRICS,
     PREDICTIONS,
+    SPECTRA,
     is_run,
     predictions_in,
     read_json,
@@ -105,6 +106,7 @@ class RunData:
         evaluated: Metrics by task.
         samples: Predictions; None without any.
         routing: The routing; None without any.
+        spectra: Content of `spectra.json`; empty without it.
         notices: One line for each part that is missing or cannot be read.
         error: The last line of `error.log`.
         label: Its name on a page with several runs; empty for that of the directory.
@@ -119,6 +121,7 @@ class RunData:
     evaluated: tuple[Evaluated, ...] = ()
     samples: Samples | None = None
     routing: RoutingData | None = None
+    spectra: dict[str, Any] = field(default_factory=dict)
     notices: list[str] = field(default_factory=list)
     error: str = ""
     label: str = ""
@@ -172,6 +175,7 @@ def read_run_data(path: Path, *, most_bins: int = 400) -> RunData:
     _add_environment(data)
     _add_log(data)
     _add_evaluations(data)
+    _add_spectra(data)
     data.routing, notices = read_routing_data(run, most_bins=most_bins)
     data.notices += notices
     if data.status == RUNNING:
@@ -242,6 +246,22 @@ def _add_log(data: RunData) -> None:
         names |= dict.fromkeys(row)
     for name in names:
         data.log[name] = np.array([_number(row.get(name)) for row in rows], dtype=np.float64)
+
+
+def _add_spectra(data: RunData) -> None:
+    if not (data.path / SPECTRA).is_file():
+        return
+    found = read_json(data.path / SPECTRA)
+    layers = found.get("layers") if isinstance(found, dict) else None
+    numbers = ("base_norm", "change_norm", "effective_rank", "intruders")
+    is_whole = isinstance(layers, list) and all(
+        isinstance(one, dict) and "name" in one and all(_is_number(one.get(x)) for x in numbers)
+        for one in layers
+    )
+    if not is_whole or not layers:
+        data.notices.append(f"{SPECTRA} cannot be read.")
+        return
+    data.spectra = found
 
 
 def _add_evaluations(data: RunData) -> None:

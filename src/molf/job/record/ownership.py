@@ -31,6 +31,7 @@ PREDICTIONS = "predictions.jsonl"
 ERROR_LOG = "error.log"
 EXPORT = "molf_export.json"
 REPORT = "report.html"
+SPECTRA = "spectra.json"
 
 _RUN_ENTRIES = frozenset(
     {
@@ -47,6 +48,7 @@ _RUN_ENTRIES = frozenset(
         PREDICTIONS,
         ERROR_LOG,
         REPORT,
+        SPECTRA,
     }
 )
 
