@@ -20,7 +20,7 @@ def change_section(data: RunData) -> Section | None:
     layers: list[dict[str, Any]] = data.spectra["layers"]
     missing = data.spectra.get("not_measured") or []
     text = (
-        f"{counted(len(missing), 'layer')} of {len(layers) + len(missing)} were not measured: the "
+        f"Measured: {len(layers)} of {counted(len(layers) + len(missing), 'layer')}; then the "
         "time was up.",
     )
     directions = data.spectra.get("directions")

@@ -151,8 +151,8 @@ def _draw_map(drawing: Any, axis: Any, figure: Heat) -> None:
 
     extent = (figure.first[0] - 0.5, figure.last[-1] + 0.5, len(figure.rows) - 0.5, -0.5)
     if figure.is_margin:
-        colors = LinearSegmentedColormap.from_list("margin", [COLORS[1], "white", COLORS[0]])
-        colors = colors.with_extremes(bad=_EMPTY)
+        made = LinearSegmentedColormap.from_list("margin", [COLORS[1], "white", COLORS[0]])
+        colors = made.with_extremes(bad=_EMPTY)
         image = axis.imshow(
             figure.values[0],
             vmin=-1,
