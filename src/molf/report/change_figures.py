@@ -63,6 +63,7 @@ def change_section(data: RunData) -> Section | None:
                 table,
                 (Series("intruders", np.array(intruders, dtype=np.float64), 3),),
                 "of the 10 leading directions",
+                y_range=(0.0, 10.0),
             ),
         ),
         text if missing else (),
@@ -70,7 +71,13 @@ def change_section(data: RunData) -> Section | None:
 
 
 def _figure(
-    name: str, title: str, text: str, table: Table, series: tuple[Series, ...], label: str
+    name: str,
+    title: str,
+    text: str,
+    table: Table,
+    series: tuple[Series, ...],
+    label: str,
+    y_range: tuple[float, float] | None = None,
 ) -> Lines:
     x = np.arange(1, len(table.rows) + 1, dtype=np.float64)
     return Lines(
@@ -82,6 +89,7 @@ def _figure(
         "layer",
         label,
         series,
+        y_range,
         has_own_table=True,
     )
 
