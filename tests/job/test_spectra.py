@@ -82,16 +82,17 @@ def test_spectra_of_a_run(molf_run, base):
 def test_time_is_bounded(molf_run, tmp_path):
     """Each look at the clock takes a second: the limit of 4.5 leaves two layers."""
     run, seconds = read_run(molf_run.path), iter(range(1000))
+    assert write_spectra(run, 1e9)
     kept = (run.path / "spectra.json").read_text()
     assert write_spectra(run, 4.5, clock=lambda: next(seconds))
     found = json.loads((run.path / "spectra.json").read_text())
     assert len(found["layers"]) == 2
     names = {one["name"].split(".")[2] for one in found["layers"]}
     assert len(names) == 2  # of two depths
-    assert len(found["not_measured"]) + 2 == len(json.loads(kept)["layers"]) + len(
-        json.loads(kept)["not_measured"]
-    )
-    assert not write_spectra(run, -1.0)
+    assert len(found["not_measured"]) + 2 == len(json.loads(kept)["layers"])
+    assert write_spectra(run, -1.0)
+    found = json.loads((run.path / "spectra.json").read_text())
+    assert (found["layers"], len(found["not_measured"])) == ([], len(json.loads(kept)["layers"]))
     (run.path / "spectra.json").write_text(kept)
 
 

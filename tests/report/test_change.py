@@ -52,9 +52,15 @@ def test_layers_that_were_not_measured(run):
     write(run, not_measured=["layers.4.q_proj"])
     (line,) = change_section(read_run_data(run)).text
     assert line == "Measured: 3 of 4 layers; then the time was up."
+    write(run, layers=[], not_measured=["layers.1.q_proj", "layers.2.q_proj"])
+    data = read_run_data(run)
+    section = change_section(data)
+    assert section.figures == ()
+    assert section.text == ("Measured: 0 of 2 layers; then the time was up.",)
+    assert section.text[0] in render([data])
 
 
-@pytest.mark.parametrize("values", [{"layers": []}, {"layers": [{"name": "a"}]}, {"layers": 1}])
+@pytest.mark.parametrize("values", [{"layers": [{"name": "a"}]}, {"layers": [3]}, {"layers": 1}])
 def test_damaged(run, values):
     write(run, **values)
     data = read_run_data(run)

@@ -23,6 +23,8 @@ def change_section(data: RunData) -> Section | None:
         f"Measured: {len(layers)} of {counted(len(layers) + len(missing), 'layer')}; then the "
         "time was up.",
     )
+    if not layers:
+        return Section("change", "The change", (), text if missing else ())
     directions = data.spectra.get("directions")
     relative = [_relative(one) for one in layers]
     largest = max(range(len(layers)), key=lambda number: relative[number])

@@ -258,7 +258,7 @@ def _add_spectra(data: RunData) -> None:
         isinstance(one, dict) and "name" in one and all(_is_number(one.get(x)) for x in numbers)
         for one in layers
     )
-    if not is_whole or not layers:
+    if not is_whole:
         data.notices.append(f"{SPECTRA} cannot be read.")
         return
     data.spectra = found

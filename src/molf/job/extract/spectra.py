@@ -106,7 +106,7 @@ def write_spectra(
     """Measure the linear layers of a run's saved model, and write `spectra.json`.
 
     Layers are taken from all depths in turn, so that those measured before the limit are spread
-    over the model.
+    over the model. After a short training, the time may suffice for none.
 
     Args:
         run: A run with a model, whose base can be read.
@@ -114,8 +114,8 @@ def write_spectra(
         clock: Returns seconds.
 
     Returns:
-        Whether any layer was measured. A base that was quantised is not: its weights in files are
-        not those that were trained.
+        Whether the file was written. It is not with a base that was quantised, whose weights in
+        files are not those that were trained.
 
     Raises:
         InputError: The base or the model cannot be read.
@@ -135,8 +135,6 @@ def write_spectra(
             name, read = layers[number]
             measured[name] = spectrum(name, *read())
             longest = max(longest, clock() - before)
-    if not measured:
-        return False
     write_json(
         run.path / SPECTRA,
         {
