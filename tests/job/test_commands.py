@@ -26,11 +26,26 @@ def test_routing_jsonl(molf_run, capsys):
 
 
 def test_routing_table(molf_run, capsys):
-    assert main(["routing", str(molf_run.path)]) == 0
+    assert main(["routing", str(molf_run.path), "--layers"]) == 0
     out = capsys.readouterr().out
     assert "3 steps, 14 layers" in out
     for name in ("q_proj", "model.layers.1.mlp.down_proj", "lora0_r4"):
         assert name in out
+    assert "most frequent winner" not in out
+
+
+def test_routing_map(molf_run, capsys):
+    """A row per layer, a character per step; the first step is at rate 0."""
+    assert main(["routing", str(molf_run.path)]) == 0
+    out = capsys.readouterr().out
+    legend, *rows = out[out.index("most frequent winner") :].splitlines()
+    assert legend == ("most frequent winner: F full, 0 lora0_r4, . none; steps from left to right")
+    for row, layer in zip(rows, molf_run.routing[0], strict=False):
+        name, cells = row.split()
+        assert layer.endswith(name)
+        won = [step[layer].winners[0] for step in molf_run.routing[1:]]
+        assert cells == "." + "".join("F" if one == "full" else "0" for one in won)
+    assert "model.layers.1.mlp.down_proj" not in out
 
 
 def test_routing_shares(molf_run):

@@ -34,7 +34,13 @@ for parent, name, function, text in (
     (app, "eval", "eval:evaluate_model", "Measure a model on tasks."),
     (app, "data", "data:preview_data", "Show the records of a training, and the text with loss."),
     (app, "plan", "plan:plan_model", "Predict parameters, memory and fitting GPUs of a training."),
-    (app, "routing", "routing:show_routing", "Print the share of updates that each expert won."),
+    (
+        app,
+        "routing",
+        "runs.routing:show_routing",
+        "Print the share of updates that each expert won.",
+    ),
+    (app, "report", "runs.report:report_runs", "Write a page of charts and tables of runs."),
     (app, "advise", "advice.advise:advise_run", "Assign full or LoRA per layer from a run."),
     (app, "probe", "advice.probe:probe_model", "Find an assignment by a few steps of routing."),
     (app, "export", "export:export_run", "Write a run's model or adapter in another type."),
@@ -80,7 +86,7 @@ def _boolean_options() -> set[str]:
     from molf.cli.eval_options import EvalOptions
     from molf.job.settings.settings import TrainSettings
 
-    return {
+    return {"report", "spectra"} | {  # of the commands themselves
         option.name
         for options in (TrainSettings, EvalOptions)
         for option in fields(options)

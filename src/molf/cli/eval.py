@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Annotated
 from cyclopts import Parameter
 
 from molf.cli.eval_options import EvalOptions
+from molf.console import PlainConsole
 from molf.errors import InputError
-from molf.job.settings.settings import DATA
+from molf.job.settings.settings import DATA, OUTPUT
 from molf.streams import OutputError, stop_output
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ def evaluate_model(
     *,
     options: EvalOptions,
     config: Annotated[Path | None, Parameter(group=DATA)] = None,
+    report: Annotated[bool, Parameter(group=OUTPUT)] = True,
 ) -> None:
     """Measure a model on one or several tasks.
 
@@ -32,6 +34,7 @@ def evaluate_model(
         model: A local directory in transformers format, or a Hub id.
         options: The options.
         config: A YAML file of these options; the command line has precedence.
+        report: With output_dir, write report.html there, a page of the metrics (`molf report`).
     """
     from molf.cli.evaluation import evaluate_checkpoint, score_saved_texts, write_evaluations
 
@@ -46,6 +49,11 @@ def evaluate_model(
     # Before the files: an evaluation may have taken hours, and writing may fail.
     lost = _print(evaluations)
     write_evaluations(options, evaluations)
+    if report and options.output_dir is not None:
+        from molf.report.build import page_at_end
+
+        if (page := page_at_end(options.output_dir)) is not None and lost is None:
+            PlainConsole().lines(f"page     {page}")
     if lost is not None:
         if options.output_dir is None:
             raise lost

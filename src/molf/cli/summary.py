@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 
 from molf.console import PlainConsole, new_table
 from molf.disk.room import megabytes
@@ -22,8 +23,8 @@ _PARTS = (
 )
 
 
-def print_summary(result: RunResult) -> None:
-    """Print a finished run to standard output."""
+def print_summary(result: RunResult, page: Path | None = None) -> None:
+    """Print a finished run and the path of its page to standard output."""
     console = PlainConsole()
     table = new_table(result.directory.name, "metric", "before", "after", "count")
     # A metric may be missing before or after, such as one of an empty set of answers.
@@ -60,6 +61,8 @@ def print_summary(result: RunResult) -> None:
         if (result.directory / part).exists():
             lines.append(f"{name:<7}  {result.directory / part}")
     lines.append(f"run      {result.directory}")
+    if page is not None:
+        lines.append(f"page     {page}")
     if result.results is not None:
         lines.append(f"compare  {result.results}")
     if result.print_error:

@@ -154,8 +154,9 @@ def run_training(
     # Gradients freed in the backward pass would be logged with a norm of 0.
     without = ("grad_norm",) if settings.optimizer_in_backward else ()
     _warn_of_warmup(data.steps, arguments)
+    shapes = {one.name: (one.out_features, one.in_features) for one in opening.plan.layers}
     with (
-        RoutingWriter(lambda: directory / ROUTING) as writer,
+        RoutingWriter(lambda: directory / ROUTING, shapes=shapes) as writer,
         reporter.training(data.steps) as show,
         stop.listening() if settings.has_checkpoints else nullcontext(),
     ):

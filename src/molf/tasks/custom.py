@@ -231,7 +231,9 @@ class CustomTask(Task):
         return {}
 
     def _prediction(self, index: int, text: str, expected: str) -> dict[str, Any]:
-        return {"index": index, "prediction": text, "expected": expected.strip()}
+        expected = expected.strip()
+        is_right = text.strip() == expected
+        return {"index": index, "prediction": text, "expected": expected, "right": is_right}
 
 
 def _exact_match(texts: Iterable[str], expected: Iterable[str]) -> Metric:

@@ -271,6 +271,7 @@ class FactTask(Task):
             "prediction": text,
             "target_new": request.target_new,
             "target_true": request.target_true,
+            "right": text.strip().startswith(request.target_new),
         }
         for kind, comparisons in (outcome or {}).items():
             prediction[kind] = [

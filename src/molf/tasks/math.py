@@ -164,7 +164,12 @@ class MathTask(QuestionTask[MathQuestion]):
             {**measure(texts), "unparsed": wilson(unparsed, len(texts))},
             tables={"by_type": self._by_group(texts, measure)},
             predictions=[
-                {"index": index, "prediction": text, "answer": answers[index]}
+                {
+                    "index": index,
+                    "prediction": text,
+                    "answer": answers[index],
+                    "right": answers[index] == self._question(index).number,
+                }
                 for index, text in texts.items()
             ],
         )

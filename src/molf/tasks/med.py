@@ -110,7 +110,12 @@ class MedTask(QuestionTask[MedQuestion]):
             {name: metrics[name] for name in _METRICS if name in metrics},
             tables={"by_subject": self._by_group(texts, measure)},
             predictions=[
-                {"index": index, "prediction": text, "answer": answers[index]}
+                {
+                    "index": index,
+                    "prediction": text,
+                    "answer": answers[index],
+                    "right": answers[index] == LETTERS[self._question(index).right],
+                }
                 for index, text in texts.items()
             ],
         )

@@ -98,7 +98,12 @@ class SqlTask(QuestionTask[SqlQuestion]):
                 )
             },
             predictions=[
-                {"index": index, "prediction": texts[index], **asdict(score)}
+                {
+                    "index": index,
+                    "prediction": texts[index],
+                    **asdict(score),
+                    "right": score.execution_accuracy,
+                }
                 for index, score in scores.items()
             ],
         )

@@ -16,8 +16,9 @@ from molf.planning.devices import show_bytes
 from molf.shown import counted
 
 if TYPE_CHECKING:  # imports torch
-    from molf.job.advice.advice import Advice, Group
+    from molf.job.advice.advice import Advice
     from molf.job.advice.cost import Costs
+    from molf.job.advice.routed import Group
     from molf.job.probe import Probe
 
 _NAMES = {"fft": "full", "molf": "MoLF", "lora": "LoRA", "hybrid": "assigned"}
@@ -80,7 +81,7 @@ def record(advice: Advice, costs: Costs | None) -> dict[str, Any]:
         "differing_from_shape": advice.differing if advice.has_full else None,
         "settled": {str(share): advice.settled_by(share) for share in (0.1, 0.3, 0.5)},
         "doubts": doubts(advice),
-        "layers": [one.record() for one in advice.layers],
+        "layers": [advice.record(one) for one in advice.layers],
         "costs": None if costs is None else [one.record() for one in costs.methods],
     }
     made: dict[str, Any] = mask(values)
@@ -113,7 +114,7 @@ def _evidence(title: str, first: str, groups: Iterable[Group], advice: Advice) -
         cells += [f"{group.changes:.1f}", f"{group.settled:g}"]
         if advice.has_full:
             cells += [str(group.full_by_shape), str(group.differing)]
-        table.add_row(*cells, *(str(group.assigned_to(names[name])) for name in shown))
+        table.add_row(*cells, *(str(advice.assigned_to(group, names[name])) for name in shown))
     return table
 
 

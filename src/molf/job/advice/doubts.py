@@ -6,7 +6,8 @@ from collections.abc import Iterator
 
 from molf.core.assignment.assigned import FULL, LORA
 from molf.core.scores.registry import routing
-from molf.job.advice.advice import SMALL_MARGIN, Advice
+from molf.job.advice.advice import Advice
+from molf.job.advice.routed import SMALL_MARGIN
 from molf.shown import counted
 
 FEW_STEPS = 20  # decisions per layer below which they are called few
@@ -47,7 +48,7 @@ def _doubts(advice: Advice) -> Iterator[str]:
             f"Late changes: {advice.late} of {count} changed their winner in the second half of "
             "the steps."
         )
-    kinds = {one.assigned.train for one in layers}
+    kinds = {advice.assigned(one).train for one in layers}
     if kinds in ({FULL}, {LORA}):
         other = "full fine-tuning" if kinds == {FULL} else "LoRA"
         yield (

@@ -61,7 +61,7 @@ def _draw_map(figure: Any, advice: Advice, depths: list[int | None]) -> None:
         column = depths.index(one.depth) if one.depth in depths else 0
         row = kinds.index(one.kind)
         won[row][column] = one.evidence.share(FULL)
-        if one.assigned.train == FULL:
+        if advice.assigned(one).train == FULL:
             axis.add_patch(
                 Rectangle((column - 0.45, row - 0.45), 0.9, 0.9, fill=False, edgecolor="black")
             )

@@ -29,6 +29,20 @@ def advice_place(run: FinishedRun, output: Path | None, *, overwrite: bool) -> P
         InputError: The file exists, is no ordinary one, or cannot be written.
     """
     path = run.path / ASSIGNMENT if output is None else settled(output)
+    check_file(path, overwrite=overwrite)
+    return path
+
+
+def check_file(path: Path, *, overwrite: bool) -> None:
+    """Check that the file of `--output` can be written.
+
+    Args:
+        path: The file.
+        overwrite: Replace an earlier file.
+
+    Raises:
+        InputError: The file exists, is no ordinary one, or cannot be written.
+    """
     check_path(path, "output")
     if (kind := special_kind(path)) is not None:
         raise InputError(f"output {path} is {kind}. Give a file.")
@@ -39,7 +53,6 @@ def advice_place(run: FinishedRun, output: Path | None, *, overwrite: bool) -> P
     if not path.parent.is_dir():
         raise InputError(f"output {path} cannot be written: there is no directory {path.parent}.")
     _check_writable(path.parent, f"output {path}")
-    return path
 
 
 def check_figures(folder: Path) -> None:

@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from molf.core.assignment.assigned import Decided, Evidence, adapters_of
+from molf.core.assignment.assigned import Decided, adapters_of
 from molf.core.assignment.assignment import Assignment
-from molf.core.assignment.history import LayerHistory
 from molf.core.assignment.patterns import Patterns
 from molf.core.assignment.text import is_explicit, parse
 from molf.core.config import MoLFConfig
@@ -17,7 +16,8 @@ from molf.errors import InputError
 from molf.inputs import read_text
 from molf.job.record.finished_run import FinishedRun, read_run
 from molf.job.record.ownership import ASSIGNMENT
-from molf.job.record.routing_log import iter_steps, routing_parts
+from molf.job.record.routing_arrays import read_evidence
+from molf.job.record.routing_log import routing_parts
 from molf.job.settings.resolved import ResolvedSettings
 from molf.paths import check_path, expanded
 
@@ -175,18 +175,3 @@ def decided_in(run: FinishedRun, layout: Any) -> Decided:
         model=layout.model,
         source=f"{run.path.name} (score {config.get('score')})",
     )
-
-
-def read_evidence(run: Path) -> dict[str, Evidence]:
-    """Return the counts of the decisions in a run's routing log, by layer.
-
-    Raises:
-        InputError: It has no routing log, or a part is damaged.
-    """
-    histories: dict[str, LayerHistory] = {}
-    for step in iter_steps(run):
-        for layer, decision in step["selections"].items():
-            if layer not in histories:
-                histories[layer] = LayerHistory(decision["scores"])
-            histories[layer].add(step["step"] + 1, decision["winners"], decision["scores"])
-    return {layer: history.evidence() for layer, history in histories.items()}

@@ -30,6 +30,8 @@ EVALUATION = "eval.json"
 PREDICTIONS = "predictions.jsonl"
 ERROR_LOG = "error.log"
 EXPORT = "molf_export.json"
+REPORT = "report.html"
+SPECTRA = "spectra.json"
 
 _RUN_ENTRIES = frozenset(
     {
@@ -45,6 +47,8 @@ _RUN_ENTRIES = frozenset(
         EVALUATION,
         PREDICTIONS,
         ERROR_LOG,
+        REPORT,
+        SPECTRA,
     }
 )
 
@@ -90,7 +94,7 @@ def _evaluation_fault(path: Path) -> str | None:
     return _foreign(
         entry
         for entry in path.iterdir()
-        if entry.name != EVALUATION and entry not in predictions_in(path)
+        if entry.name not in (EVALUATION, REPORT) and entry not in predictions_in(path)
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -32,6 +33,8 @@ SCHEMA = pa.schema(
     ]
 )
 
+_SHAPES = b"molf.shapes"  # key of a part's metadata
+
 
 class RoutingWriter:
     """Writes `part-00000.parquet`, `part-00001.parquet`, ... into a directory.
@@ -43,6 +46,7 @@ class RoutingWriter:
         directory: The directory, or a function that returns it; created with the first part.
         rows_per_part: Write a part when this many rows are pending ...
         seconds_per_part: ... or when the oldest row has been pending this long.
+        shapes: Shape (out, in) of each layer, for the parts' metadata.
 
     Warns:
         UserWarning: A part cannot be written; once, and again if it still fails at the end.
@@ -54,8 +58,11 @@ class RoutingWriter:
         *,
         rows_per_part: int = 250_000,
         seconds_per_part: float = 60.0,
+        shapes: Mapping[str, tuple[int, int]] | None = None,
     ) -> None:
         self._directory = directory
+        metadata = {_SHAPES: json.dumps(shapes)} if shapes else None
+        self._schema = SCHEMA.with_metadata(metadata)
         self.rows_per_part = rows_per_part
         self.seconds_per_part = seconds_per_part
         self._parts = 0
@@ -158,7 +165,7 @@ class RoutingWriter:
             return
         directory = self.directory
         directory.mkdir(exist_ok=True)
-        table = pa.table(self._pending, schema=SCHEMA)
+        table = pa.table(self._pending, schema=self._schema)
         # A reader never sees a part without its Parquet footer.
         with replacing_file(directory / f"part-{self._parts:05d}.parquet") as path:
             pq.write_table(table, path)
@@ -197,6 +204,20 @@ def read_routing(run: Path) -> pa.Table:
     return pa.concat_tables(_read(part) for part in routing_parts(run))
 
 
+def routing_shapes(part: Path) -> dict[str, tuple[int, int]]:
+    """Return the shape (out, in) of each routed layer; empty if the part does not have them.
+
+    Raises:
+        InputError: The part is damaged.
+    """
+    try:
+        metadata = pq.read_schema(part).metadata or {}
+    except (pa.ArrowException, OSError) as error:
+        raise _damaged(part, error) from error
+    shapes = json.loads(metadata.get(_SHAPES, b"{}"))
+    return {layer: (rows, columns) for layer, (rows, columns) in shapes.items()}
+
+
 def iter_steps(run: Path) -> Iterator[dict[str, Any]]:
     """Yield `{"step": i, "selections": {layer: {"winners": [...], "scores": {...}}}}` per step."""
     for part in routing_parts(run):
@@ -215,4 +236,8 @@ def _read(part: Path) -> pa.Table:
     try:
         return pq.read_table(part, schema=SCHEMA)
     except (pa.ArrowException, OSError) as error:
-        raise InputError(f"{part} is not a readable Parquet file: {reason_of(error)}") from error
+        raise _damaged(part, error) from error
+
+
+def _damaged(part: Path, error: Exception) -> InputError:
+    return InputError(f"{part} is not a readable Parquet file: {reason_of(error)}")

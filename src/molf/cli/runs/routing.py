@@ -5,21 +5,28 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
+
+if TYPE_CHECKING:
+    from molf.console import PlainConsole
+
+_COLORS = ("red", "blue", "green", "magenta", "yellow", "cyan")  # as in the page
 
 
 def show_routing(
     run: Path,
     /,
     *,
+    layers: Annotated[bool, Parameter(negative=())] = False,
     jsonl: Annotated[bool, Parameter(negative=())] = False,
 ) -> None:
-    """Print which experts won, in total, per kind of module and per layer.
+    """Print which experts won, in total and per kind of module, and a map of layers and steps.
 
     Args:
         run: Directory of a run of `molf train`.
+        layers: Print the shares of every layer instead of the map.
         jsonl: Print every step as a line of JSON at full precision instead.
     """
     run = run.expanduser()
@@ -39,11 +46,33 @@ def show_routing(
     console = PlainConsole()
     console.print(f"{run}: {shares.steps} steps, {len(shares.by_layer)} layers")
     table = new_table("Share of updates won", "layers", *shares.total)
-    for section in ({"all": shares.total}, shares.by_kind, shares.by_layer):
+    sections = ({"all": shares.total}, shares.by_kind, shares.by_layer if layers else {})
+    for section in filter(None, sections):
         for name, row in section.items():
             table.add_row(name, *(f"{row[expert]:.1%}" for expert in shares.total))
         table.add_section()
     console.print(table)
+    if not layers:
+        _print_map(console, run)
     # The routing may have been copied without the run.
     if is_run(run) and (meaning := read_run(run).routing_meaning):
         console.print(meaning, highlight=False, soft_wrap=True)
+
+
+def _print_map(console: PlainConsole, run: Path) -> None:
+    """Print the most frequent winner by layer and step, in colour on a terminal."""
+    from rich.text import Text
+
+    from molf.masking import mask_text
+    from molf.report.small_map import small_map
+    from molf.shown import as_line
+
+    found = small_map(run)
+    colors = {mark: _COLORS[number % 6] for number, mark in enumerate(found.marks.values())}
+    width = max(len(name) for name, _ in found.rows)
+    console.lines("", found.legend)
+    for name, cells in found.rows:
+        line = Text(f"{as_line(mask_text(name)):<{width}}  ")
+        for cell in cells:
+            line.append(cell, style=colors.get(cell, "bright_black"))
+        console.print(line, soft_wrap=True)

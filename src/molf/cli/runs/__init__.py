@@ -1,0 +1,1 @@
+"""Commands that show runs: `molf report`, `molf routing`."""

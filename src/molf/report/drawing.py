@@ -1,0 +1,191 @@
+"""Draw the figures of runs with matplotlib, and write their values as CSV."""
+
+from __future__ import annotations
+
+import csv
+import io
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from molf.disk.files import replacing_file
+from molf.errors import InputError, system_reason
+from molf.report.figures import Bars, Cell, Figure, Heat, Lines, Table, plain
+from molf.report.page import sections_of
+from molf.report.run_data import RunData
+
+COLORS = ("#d55e00", "#0072b2", "#009e73", "#b0568e", "#8a7a00", "#4b9cd3")
+_EMPTY = (0.92, 0.93, 0.94)
+_LABELS = 40  # of rows of a map
+
+
+def write_figures(runs: Sequence[RunData], folder: Path) -> list[Path]:
+    """Write each figure as PNG and SVG, and its values as CSV; return the paths.
+
+    Args:
+        runs: The runs; the files of several begin with the name of their run.
+        folder: Where to write them; created if it is missing.
+
+    Raises:
+        InputError: They cannot be written.
+    """
+    import matplotlib
+    from matplotlib.figure import Figure as Drawing
+
+    written = []
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for run in runs:
+            prefix = f"{re.sub(r'[^A-Za-z0-9._-]+', '-', run.name)}-" if len(runs) > 1 else ""
+            for figure in (one for section in sections_of(run) for one in section.figures):
+                drawing = Drawing(figsize=_size(figure), layout="constrained")
+                _draw(drawing, figure)
+                for kind in ("png", "svg"):
+                    path = folder / f"{prefix}{figure.name}.{kind}"
+                    # Without date and version, so that equal figures are equal files.
+                    metadata = {"Software": None} if kind == "png" else {"Date": None}
+                    with (
+                        replacing_file(path) as temporary,
+                        matplotlib.rc_context({"svg.hashsalt": "molf"}),
+                    ):
+                        drawing.savefig(temporary, format=kind, dpi=150, metadata=metadata)
+                    written.append(path)
+                for name, table in _tables(figure):
+                    path = folder / f"{prefix}{name}.csv"
+                    with replacing_file(path) as temporary:
+                        temporary.write_text(_csv(table), encoding="utf-8")
+                    written.append(path)
+            for name, table in _metrics(run):
+                path = folder / f"{prefix}{name}.csv"
+                with replacing_file(path) as temporary:
+                    temporary.write_text(_csv(table), encoding="utf-8")
+                written.append(path)
+    except OSError as error:
+        raise InputError(f"figures {folder} cannot be written: {system_reason(error)}.") from error
+    return written
+
+
+def _tables(figure: Figure) -> Iterator[tuple[str, Table]]:
+    """Yield the values of a figure; of a map its cells, and beside them its table."""
+    if not isinstance(figure, Heat):
+        yield figure.name, figure.table
+        return
+    yield f"{figure.name}-table", figure.table
+    names = ("margin",) if figure.is_margin else figure.names
+    rows: list[tuple[Cell, ...]] = [
+        (layer, first, last, *(plain(value) for value in figure.values[:, row, column]))
+        for row, layer in enumerate(figure.rows)
+        for column, (first, last) in enumerate(zip(figure.first, figure.last, strict=True))
+    ]
+    yield figure.name, Table(("layer", "first step", "last step", *names), tuple(rows))
+
+
+def _metrics(run: RunData) -> Iterator[tuple[str, Table]]:
+    for number, task in enumerate(run.evaluated):
+        rows: list[tuple[Cell, ...]] = [
+            (row.name, when, plain(one.value), plain(one.low), plain(one.high), one.count)
+            for row in task.metrics.rows
+            for when, one in (("before", row.before), ("after", row.after))
+            if one is not None
+        ]
+        columns = ("metric", "when", "value", "low", "high", "count")
+        yield (
+            "metrics" if len(run.evaluated) == 1 else f"metrics-{number}",
+            Table(columns, tuple(rows)),
+        )
+
+
+def _csv(table: Table) -> str:
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(table.columns)
+    writer.writerows(table.rows)
+    return text.getvalue()
+
+
+def _size(figure: Figure) -> tuple[float, float]:
+    if isinstance(figure, Heat):
+        return 8.0, min(9.0, max(2.5, 1.2 + 0.13 * len(figure.rows)))
+    if isinstance(figure, Bars):
+        return 6.0, 1.4 + 0.3 * len(figure.groups)
+    return 6.0, 3.4
+
+
+def _draw(drawing: Any, figure: Figure) -> None:
+    axis = drawing.subplots()
+    if isinstance(figure, Lines):
+        _draw_lines(axis, figure)
+    elif isinstance(figure, Heat):
+        _draw_map(drawing, axis, figure)
+    elif isinstance(figure, Bars):
+        _draw_bars(drawing, axis, figure)
+
+
+def _draw_lines(axis: Any, figure: Lines) -> None:
+    for one in figure.series:
+        axis.plot(
+            figure.x,
+            one.values,
+            color=COLORS[one.color % len(COLORS)],
+            alpha=0.4 if one.faint else 1,
+            linewidth=1 if one.faint else 1.8,
+            label=one.name,
+            drawstyle="steps-post" if figure.stepped else "default",
+            marker="o" if len(figure.x) < 3 else None,
+        )
+    axis.set_xlabel(figure.x_label)
+    axis.set_ylabel(figure.y_label)
+    if figure.y_range is not None:
+        low, high = figure.y_range
+        axis.set_ylim(low - 0.03 * (high - low), high + 0.03 * (high - low))
+    if len(figure.series) > 1:
+        axis.legend()
+
+
+def _draw_map(drawing: Any, axis: Any, figure: Heat) -> None:
+    from matplotlib.colors import LinearSegmentedColormap, to_rgb
+    from matplotlib.patches import Patch
+
+    extent = (figure.first[0] - 0.5, figure.last[-1] + 0.5, len(figure.rows) - 0.5, -0.5)
+    if figure.is_margin:
+        made = LinearSegmentedColormap.from_list("margin", [COLORS[1], "white", COLORS[0]])
+        colors = made.with_extremes(bad=_EMPTY)
+        image = axis.imshow(
+            figure.values[0],
+            vmin=-1,
+            vmax=1,
+            cmap=colors,
+            aspect="auto",
+            extent=extent,
+            interpolation="nearest",
+        )
+        drawing.colorbar(image, ax=axis, label=f"{figure.names[1]} leads / {figure.names[0]} leads")
+    else:
+        parts = np.array([to_rgb(COLORS[i % len(COLORS)]) for i in range(len(figure.names))])
+        total = np.nansum(figure.values, axis=0)
+        empty = np.isnan(figure.values[0])
+        shares = np.nan_to_num(figure.values) / np.where(total > 0, total, 1)
+        colored = np.einsum("erc,ek->rck", shares, parts)
+        colored[empty] = _EMPTY
+        axis.imshow(colored.clip(0, 1), aspect="auto", extent=extent, interpolation="nearest")
+        keys = [Patch(color=parts[i], label=name) for i, name in enumerate(figure.names)]
+        drawing.legend(handles=keys, loc="outside upper right", ncols=len(keys))
+    every = -(-len(figure.rows) // _LABELS)
+    axis.set_yticks(range(0, len(figure.rows), every), figure.rows[::every], fontsize=6)
+    axis.set_xlabel("step")
+
+
+def _draw_bars(drawing: Any, axis: Any, figure: Bars) -> None:
+    left = np.zeros(len(figure.groups))
+    for number, name in enumerate(figure.parts):
+        values = figure.values[:, number]
+        color = COLORS[number % len(COLORS)]
+        axis.barh(range(len(figure.groups)), values, left=left, color=color, label=name)
+        left += values
+    axis.set_yticks(range(len(figure.groups)), figure.groups)
+    axis.invert_yaxis()
+    axis.set_xlabel(figure.label)
+    drawing.legend(loc="outside upper right", ncols=len(figure.parts))

@@ -1,0 +1,310 @@
+"""Render runs as one HTML page that needs no other file and no network."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import shlex
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from molf.job.settings.defaults import ADAPTERS
+from molf.report.change_figures import change_section
+from molf.report.figures import Bars, Figure, Floats, Heat, Lines, Section, plain
+from molf.report.results import shown_results
+from molf.report.routing_figures import routing_section
+from molf.report.run_data import COMPLETE, RunData
+from molf.report.samples import MOST, Samples
+from molf.report.training_figures import training_section
+from molf.shown import printable
+
+UPLOT = "uplot-1.6.32.min"
+_ASSETS = files("molf.report") / "assets"
+_WITHOUT = {  # options that methods have a value of, without an effect
+    "learning_rate": (*ADAPTERS, "molf-e"),
+    "lora_learning_rate": ("fft",),
+    "ranks": ("fft",),
+    "score": (*ADAPTERS, "fft", "hybrid"),
+}
+_SCALE, _NONE = 200, 255  # a share of 1 in the maps, and an empty cell
+
+
+@dataclass(frozen=True)
+class Row:
+    """The same figure of each run; None where a run lacks it."""
+
+    figures: tuple[dict[str, Any] | None, ...]
+    wide: bool
+
+
+def sections_of(data: RunData) -> tuple[Section, ...]:
+    """Return the figures of a run."""
+    made = (training_section(data), routing_section(data), change_section(data))
+    return tuple(section for section in made if section is not None)
+
+
+def render(runs: Sequence[RunData], *, refresh: int | None = None) -> str:
+    """Return the page of one run, or of several side by side.
+
+    Args:
+        runs: The runs.
+        refresh: Load the page again after this many seconds; None never.
+    """
+    import jinja2
+
+    text = {name: _asset(name) for name in ("page.css", "page.js", f"{UPLOT}.js", f"{UPLOT}.css")}
+    figures: list[dict[str, Any]] = []
+    shown = _figure_sections(runs, figures)
+    results = shown_results(runs)
+    samples = [[] if run.samples is None else _samples(run.samples) for run in runs]
+    data = {"figures": figures, "samples": samples}
+    names = [
+        ("result", "Result", bool(results)),
+        *((section["name"], section["title"], True) for section in shown),
+        ("samples", "Samples", any(samples)),
+        ("settings", "Settings", True),
+    ]
+    environment = jinja2.Environment(
+        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
+    )
+    page: str = environment.from_string(_asset("page.html.j2")).render(
+        title=", ".join(run.name for run in runs),
+        version=version("molf"),
+        written=runs[0].written.isoformat(sep=" ", timespec="seconds"),
+        policy=_policy(text[f"{UPLOT}.js"], text["page.js"]),
+        refresh=refresh,
+        css=text["page.css"],
+        js=text["page.js"],
+        uplot_js=text[f"{UPLOT}.js"],
+        uplot_css=text[f"{UPLOT}.css"],
+        sections=[(anchor, name) for anchor, name, is_there in names if is_there],
+        many=f" many n{min(len(runs), 4)}" if len(runs) > 1 else "",
+        runs=[_run(run) for run in runs],
+        results=results,
+        figure_sections=shown,
+        has_samples=any(samples),
+        data=_json(data),
+    )
+    return printable(page)
+
+
+def _asset(name: str) -> str:
+    return (_ASSETS / name).read_text(encoding="utf-8")
+
+
+def _policy(*scripts: str) -> str:
+    """Return a policy that lets a browser run these scripts alone, and request nothing."""
+    hashes = (
+        base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in scripts
+    )
+    sources = " ".join(f"'sha256-{one}'" for one in hashes)
+    return f"default-src 'none'; script-src {sources}; style-src 'unsafe-inline'; img-src data:"
+
+
+def _json(value: Any) -> str:
+    """Return JSON that is safe inside of a script element."""
+    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    return text.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
+
+
+def _figure_sections(
+    runs: Sequence[RunData], figures: list[dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """Return the sections of all runs, and append the values of their figures to `figures`."""
+    by_run = [{section.name: section for section in sections_of(run)} for run in runs]
+    made = []
+    for name in dict.fromkeys(name for sections in by_run for name in sections):
+        found = [sections.get(name) for sections in by_run]
+        known = [{one.name: one for one in section.figures} if section else {} for section in found]
+        rows = []
+        for figure in dict.fromkeys(figure for one in known for figure in one):
+            same = [one.get(figure) for one in known]
+            ranges = _common_ranges([one for one in same if isinstance(one, Lines)])
+            cells: list[dict[str, Any] | None] = []
+            for run, (data, one) in enumerate(zip(runs, same, strict=True)):
+                if one is None:
+                    cells.append(None)
+                    continue
+                place = f"{one.name}-{run}" if len(runs) > 1 else one.name
+                figures.append({"id": place, "file": place, **_values(one, ranges)})
+                run_name = data.name if len(runs) > 1 else ""
+                cells.append({"id": place, "title": one.title, "text": one.text, "run": run_name})
+            rows.append(Row(tuple(cells), wide=isinstance(next(filter(None, same)), Heat)))
+        texts = [
+            (run.name if len(runs) > 1 else "", section.text if section else ())
+            for run, section in zip(runs, found, strict=True)
+        ]
+        title = next(section.title for section in found if section)
+        made.append({"name": name, "title": title, "rows": rows, "texts": texts})
+    return made
+
+
+def _common_ranges(found: Sequence[Lines]) -> dict[str, Any]:
+    """Return the axes of the same figure of several runs; empty for one run."""
+    if len(found) < 2:
+        return {}
+    x = np.concatenate([one.x for one in found])
+    y = np.concatenate([series.values for one in found for series in one.series])
+    y = y[~np.isnan(y)]
+    if not len(y):
+        return {}
+    low, high = float(y.min()), float(y.max())
+    edge = 0.05 * ((high - low) or abs(high) or 1.0)
+    return {"x_range": [float(x.min()), float(x.max())], "y_range": [low - edge, high + edge]}
+
+
+def _values(figure: Figure, ranges: dict[str, Any]) -> dict[str, Any]:
+    """Return a figure for the script."""
+    base = {"title": figure.title}
+    table = {"columns": figure.table.columns, "rows": figure.table.rows}
+    if isinstance(figure, Lines):
+        own = {} if figure.y_range is None else {"y_range": figure.y_range}
+        return base | {
+            "kind": "lines",
+            "x": [plain(x) for x in figure.x],
+            "x_label": figure.x_label,
+            "y_label": figure.y_label,
+            "stepped": figure.stepped,
+            "series": [
+                {
+                    "name": one.name,
+                    "values": [plain(value) for value in one.values],
+                    "color": one.color,
+                    "faint": one.faint,
+                }
+                for one in figure.series
+            ],
+            **ranges,
+            **own,
+            **({"table": table} if figure.has_own_table else {}),
+        }
+    if isinstance(figure, Heat):
+        values = (figure.values + 1) / 2 if figure.is_margin else figure.values
+        return base | {
+            "kind": "heat",
+            "rows": figure.rows,
+            "kinds": figure.kinds,
+            "first": figure.first,
+            "last": figure.last,
+            "planes": [_packed(plane) for plane in values],
+            "names": figure.names,
+            "is_margin": figure.is_margin,
+            "factors": None if figure.factors is None else figure.factors.tolist(),
+            "layers": 0 if figure.full_at is None else len(figure.full_at),
+            "table": table,
+        }
+    assert isinstance(figure, Bars)
+    return base | {
+        "kind": "bars",
+        "groups": figure.groups,
+        "parts": figure.parts,
+        "values": [[plain(value) for value in row] for row in figure.values],
+        "table": table,
+    }
+
+
+def _packed(shares: Floats) -> str:
+    """Return shares in steps of 0.005 as bytes in base64; NaN is 255."""
+    stored = np.where(np.isnan(shares), _NONE, np.rint(np.nan_to_num(shares) * _SCALE))
+    return base64.b64encode(stored.astype(np.uint8).tobytes()).decode()
+
+
+def _samples(samples: Samples) -> list[dict[str, Any]]:
+    return [
+        {
+            "index": one.index,
+            "task": one.task,
+            "right": one.right,
+            "left_out": one.left_out,
+            "main": one.main,
+            "texts": one.texts,
+        }
+        for one in samples.shown
+    ]
+
+
+def _run(run: RunData) -> dict[str, Any]:
+    """Return the head of a run and its settings, for the template."""
+    return {
+        "name": run.name,
+        "status": run.status,
+        "notices": [*run.notices, *([f"Error: {run.error}"] if run.error else [])],
+        "facts": list(_facts(run)),
+        "samples": "" if run.samples is None else _about_samples(run.samples),
+        "commands": list(_commands(run)),
+        "details": [
+            (title, [(name, _text(value)) for name, value in rows.items()])
+            for title, rows in (
+                ("All settings", run.options),
+                ("Record of the run", run.recorded),
+                ("Environment", run.environment),
+            )
+            if rows
+        ],
+    }
+
+
+def _about_samples(samples: Samples) -> str:
+    text = f"{samples.total:,} records"
+    if samples.right + samples.wrong:
+        text += f", {samples.right:,} right and {samples.wrong:,} wrong"
+    if len(samples.shown) < samples.total:
+        text += f"; the page has {len(samples.shown):,} of them, at most {MOST} of either kind"
+    return f"{text}."
+
+
+def _facts(run: RunData) -> Iterator[tuple[str, str]]:
+    options, recorded = run.options, run.recorded
+    if run.run is None:
+        return
+    yield "Method", run.run.method
+    yield "Model", Path(str(options.get("model"))).name
+    yield "Task", str(options.get("task"))
+    done = f"{run.last_step:,} of {run.steps:,}" if run.status != COMPLETE else f"{run.steps:,}"
+    yield "Steps", done
+    if skipped := (recorded.get("training") or {}).get("skipped_steps"):
+        yield "Skipped steps", f"{skipped:,}"
+    model = recorded.get("model") or {}
+    if trained := model.get("trained_parameters"):
+        yield "Trained parameters", f"{trained:,} (the model has {model.get('parameters', 0):,})"
+    for label, name in (
+        ("Learning rate", "learning_rate"),
+        ("LoRA learning rate", "lora_learning_rate"),
+        ("Ranks", "ranks"),
+        ("Score", "score"),
+        ("Seed", "seed"),
+    ):
+        if options.get(name) is not None and run.run.method not in _WITHOUT.get(name, ()):
+            yield label, _text(options[name])
+    device = run.environment.get("device") or {}
+    if device.get("name"):
+        yield "Device", f"{device['name']} ({device.get('type')})"
+    if (seconds := run.log.get("train_runtime")) is not None and len(seconds):
+        yield "Training time", f"{seconds[-1]:,.1f} s"
+    if started := run.environment.get("started"):
+        yield "Started", str(started).replace("T", " ")
+
+
+def _commands(run: RunData) -> Iterator[tuple[str, str]]:
+    command = run.environment.get("command")
+    if isinstance(command, list) and command:
+        yield "As it was started", shlex.join(["molf", *map(str, command[1:])])
+    if run.run is not None and not run.run.is_probe:
+        config = shlex.quote(str(run.path / "config.yaml"))
+        yield "The same again", f"molf train --config {config} --output_dir NEW_DIRECTORY"
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, (dict, list)):
+        is_short = isinstance(value, list) and all(not isinstance(x, (dict, list)) for x in value)
+        if is_short:
+            return ", ".join(map(str, value))
+        return json.dumps(value, indent=2, ensure_ascii=False)
+    return "-" if value is None else str(value)

@@ -1,0 +1,165 @@
+"""The page in a headless Chromium: drawn, without errors and requests, for keyboard and reader."""
+
+import pytest
+
+from browser import DESK, PHONE, TABLET, needs_browser, opened_browser
+from molf.report.build import read_runs
+from molf.report.page import render
+from run_files import write_run
+
+pytestmark = [pytest.mark.slow, needs_browser]
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with opened_browser() as opened:
+        yield opened
+
+
+@pytest.fixture(scope="module")
+def pages(tmp_path_factory):
+    """A page of one run, and one of two runs."""
+    folder = tmp_path_factory.mktemp("pages")
+    runs = [write_run(folder / "molf"), write_run(folder / "lora", method="lora", steps=30)]
+    made = {}
+    for name, count in (("one", 1), ("two", 2)):
+        made[name] = folder / f"{name}.html"
+        made[name].write_text(render(read_runs(runs[:count])))
+    return made
+
+
+INK = """(plot => {
+  const canvas = plot.querySelector('canvas');
+  if (!canvas) return plot.querySelectorAll('.bar i').length;
+  const pixels = canvas.getContext('2d').getImageData(0, 0, canvas.width, canvas.height).data;
+  const colors = new Set();
+  for (let at = 0; at < pixels.length; at += 4) if (pixels[at + 3]) {
+    colors.add(pixels[at] * 65536 + pixels[at + 1] * 256 + pixels[at + 2]);
+  }
+  return colors.size;
+})"""
+
+
+@pytest.mark.parametrize("name", ["one", "two"])
+@pytest.mark.parametrize("theme", ["light", "dark"])
+@pytest.mark.parametrize("size", [DESK, TABLET, PHONE], ids=["desk", "tablet", "phone"])
+def test_every_chart_is_drawn(browser, pages, name, theme, size):
+    browser.problems.clear()
+    browser.requests.clear()
+    browser.open(pages[name], size, theme)
+    assert browser.js("document.documentElement.dataset.theme") == theme
+    found = browser.js(f"[...document.querySelectorAll('.plot')].map({INK})")
+    assert len(found) == {"one": 11, "two": 15}[name]
+    assert min(found) > 3
+    # The page is never wider than the window: wide tables scroll within themselves.
+    assert browser.js("document.documentElement.scrollWidth") <= size[0]
+    assert browser.problems == []
+    assert browser.requests == [pages[name].resolve().as_uri()]
+
+
+def test_theme_changes_by_its_button(browser, pages):
+    browser.open(pages["one"])
+    before = browser.js("getComputedStyle(document.body).backgroundColor")
+    browser.js("document.getElementById('theme').click()")
+    assert browser.js("document.documentElement.dataset.theme") == "dark"
+    assert browser.js("getComputedStyle(document.body).backgroundColor") != before
+    browser.call("Emulation.setEmulatedMedia", features=[])
+    assert browser.js("document.documentElement.dataset.theme") == "dark"  # the choice stays
+
+
+def test_screen_reader_reaches_text_and_table_of_every_figure(browser, pages):
+    browser.open(pages["one"])
+    figures = browser.js(
+        "[...document.querySelectorAll('figure')].map(one => [one.id, "
+        "one.querySelector('h3').textContent, one.querySelector('.text').textContent])"
+    )
+    browser.js("document.querySelectorAll('details.values').forEach(x => { x.open = true; })")
+    browser.wait("document.querySelectorAll('details.values table').length === 11")
+    tree = browser.tree()
+    names = {(role, name) for role, name, _ in tree}
+    assert len(figures) == 11
+    for _, title, text in figures:
+        assert ("figure", title) in names
+        assert ("StaticText", text) in names
+        assert ("region", f"Values of {title}") in names
+    images = [(name, about) for role, name, about in tree if role == "image"]
+    assert len(images) == 9  # nine canvases; bars are read from their tables
+    assert all(about for _, about in images)
+
+
+def test_keyboard_reaches_every_control(browser, pages):
+    browser.open(pages["one"])
+    controls = browser.js(
+        "(all => [...document.querySelectorAll('a, button:not([hidden]), summary, select, input, "
+        "canvas[tabindex]')].filter(x => x.checkVisibility()).map(x => all.indexOf(x)))"
+        "([...document.querySelectorAll('*')])"
+    )
+    seen = set()
+    for _ in range(2 * len(controls)):
+        browser.press("Tab")
+        seen.add(
+            browser.js(
+                "(one => [...document.querySelectorAll('*')].indexOf(one))(document.activeElement)"
+            )
+        )
+    assert len(controls) > 20
+    assert set(controls) <= seen
+
+
+def test_arrow_keys_read_cells(browser, pages):
+    browser.open(pages["one"])
+    browser.js("document.querySelector('#winners canvas').focus()")
+    for key in ("ArrowRight", "ArrowRight", "ArrowDown"):
+        browser.press(key)
+    read = browser.js("document.querySelector('#winners output').textContent")
+    assert read == "model.layers.0.k_proj, step 3: full 100%, lora0_r4 0%"
+    browser.js(
+        "(one => { one.value = 'kind'; one.dispatchEvent(new Event('change')); })"
+        "(document.querySelector('#winners select'))"
+    )
+    browser.press("ArrowRight")  # the second row is now another layer of the first kind
+    read = browser.js("document.querySelector('#winners output').textContent")
+    assert read.startswith("model.layers.1.q_proj, step 4: ")
+
+
+def test_slider_compares_other_rates(browser, pages):
+    browser.open(pages["one"])
+    text = "[...document.querySelectorAll('#margins output')].pop().textContent"
+    at_recorded = browser.js(text)
+    assert at_recorded.startswith("At the recorded rates (LoRA rate 2 times full): full wins ")
+    browser.js(
+        "(one => { one.value = 48; one.dispatchEvent(new Event('input')); })"
+        "(document.querySelector('#margins input'))"
+    )
+    assert browser.js(text) == (
+        "At 64 times the recorded LoRA rate (LoRA rate 128 times full): full wins 0% of the "
+        "recorded decisions, and most of them in 0 of 9 layers. No rerun."
+    )
+
+
+def test_samples_are_searched(browser, pages):
+    browser.open(pages["one"])
+    count = "document.querySelectorAll('.samples article').length"
+    found = "document.querySelector('.samples output').textContent"
+    assert (browser.js(count), browser.js(found)) == (10, "10 of 10 samples")
+    browser.js("document.querySelector('[data-show=wrong]').click()")
+    assert browser.js(found) == "5 of 10 samples"
+    browser.js(
+        "(one => { one.value = 'question 4'; one.dispatchEvent(new Event('input')); })"
+        "(document.querySelector('.samples input'))"
+    )
+    assert browser.js(found) == "1 of 10 samples"
+    shown = browser.js("document.querySelector('.samples article').textContent")
+    assert "</script><script>alert(1)</script>" in shown
+    assert browser.problems == []
+
+
+def test_tables_hold_the_values(browser, pages):
+    browser.open(pages["one"])
+    browser.js("document.querySelector('details[data-figure=loss]').open = true")
+    browser.wait("document.querySelector('details[data-figure=loss] table')")
+    cells = browser.js(
+        "[...document.querySelectorAll('details[data-figure=loss] tbody tr')].slice(0, 2)"
+        ".map(row => [...row.children].map(cell => cell.textContent))"
+    )
+    assert cells == [["1", "1", "1"], ["2", "0.5", "0.66667"]]
