@@ -31,12 +31,16 @@ def train_model(
     from molf.cli.summary import print_summary
     from molf.job.record.result import FinishedError
     from molf.job.run import train
+    from molf.ranks import disconnect, launched_rank
     from molf.streams import result_on_disk
 
     try:
         result = train(settings)
     except FinishedError as finished:
         say("note", str(finished))
+        return
+    disconnect()
+    if launched_rank():
         return
     with result_on_disk(f"The run in {result.directory} is complete"):
         print_summary(result)
