@@ -136,7 +136,7 @@ def test_signal_to_one_process_stops_all_and_another_number_continues(launch, co
     given = command(path, 5, 1)
     main, other = launch(given, at=(1, ("step", 3, signal.SIGTERM)))
     assert (main.code, other.code) == (3, 3)
-    assert "molf: stopped: SIGTERM: stopped after step 3 of 8. Continue with: " in main.errors
+    assert "molf: stopped: SIGTERM after step 3 of 8. Continue with: " in main.errors
     assert other.errors == ""
     assert [step for step, _ in complete_checkpoints(path / "checkpoints")] == [2, 3]
     # One process takes the examples of both: 2 forward passes per step.
