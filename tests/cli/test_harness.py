@@ -112,7 +112,7 @@ def test_one_task(stub, evaluate):
     }
     assert "0.500 [0.304, 0.696]" in out
     assert " 0.250 │" in out
-    assert [file.name for file in path.iterdir()] == ["eval.json"]
+    assert {file.name for file in path.iterdir()} == {"eval.json", "report.html"}
 
 
 def test_what_is_handed_over(stub, evaluate):
@@ -144,6 +144,7 @@ def test_beside_our_own_tasks(stub, evaluate):
     assert sorted(file.name for file in path.iterdir()) == [
         "eval.json",
         "predictions-demo-fact.jsonl",
+        "report.html",
     ]
 
 

@@ -49,11 +49,16 @@ def run(
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     if moment is not None:
-        owner, name, is_after = MOMENTS[moment]
-        setattr(owner, name, _interrupted(getattr(owner, name), number, signal_number, is_after))
+        interrupt(moment, number, signal_number)
     code = main(list(arguments))
     sys.stderr.flush()
     os._exit(code)
+
+
+def interrupt(moment: str, number: int = 1, signal_number: int = signal.SIGKILL) -> None:
+    """Have this process send itself a signal at a moment."""
+    owner, name, is_after = MOMENTS[moment]
+    setattr(owner, name, _interrupted(getattr(owner, name), number, signal_number, is_after))
 
 
 def _interrupted(

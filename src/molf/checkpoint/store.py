@@ -8,7 +8,7 @@ import re
 import shutil
 import warnings
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +22,16 @@ from molf.checkpoint.manifest import (
     write_manifest,
 )
 from molf.disk.files import clear_unfinished, flush_directory, replacing_directory
+from molf.ranks import ALONE, Ranks
 
 VALUES = "values.pt"
 _NAME = re.compile(r"checkpoint-(\d+)")
 _numbers = itertools.count()
 
 
-def write_checkpoint(path: Path, step: int, write: Callable[[Path], None]) -> int:
+def write_checkpoint(
+    path: Path, step: int, write: Callable[[Path], None], ranks: Ranks = ALONE
+) -> int:
     """Write a checkpoint beside its path, flush it to the disk, and rename it.
 
     A process that is killed at any moment leaves the whole checkpoint, or none of it.
@@ -36,22 +39,33 @@ def write_checkpoint(path: Path, step: int, write: Callable[[Path], None]) -> in
     Args:
         path: The checkpoint; one of this name is replaced.
         step: Number of completed optimizer steps.
-        write: Writes all files but the manifest into a directory.
+        write: Writes all files but the manifest into a directory; each process its own.
+        ranks: Processes that write the checkpoint on a disk that they share, and all call this.
 
     Returns:
         Bytes of its files.
 
     Raises:
-        OSError: The disk is full or cannot be written; nothing is left.
+        OSError: The disk is full or cannot be written; nothing is left. Of several processes, all
+            raise it.
     """
-    path.parent.mkdir(exist_ok=True)
-    with replacing_directory(path) as temporary:
-        write(temporary)
-        files = hash_files(temporary)
-        write_manifest(temporary, step, files)
-    # The rename itself; the files were flushed before it.
-    flush_directory(path.parent)
-    return sum(file["bytes"] for file in files.values())
+    with ExitStack() as stack:
+
+        def begin() -> Path:
+            path.parent.mkdir(exist_ok=True)
+            return stack.enter_context(replacing_directory(path))
+
+        def finish() -> int:
+            files = hash_files(temporary)
+            write_manifest(temporary, step, files)
+            stack.close()
+            # The rename itself; the files were flushed before it.
+            flush_directory(path.parent)
+            return sum(file["bytes"] for file in files.values())
+
+        temporary = ranks.on_main(begin)
+        ranks.everywhere(lambda: write(temporary))
+        return ranks.on_main(finish)
 
 
 def read_values(checkpoint: Path) -> dict[str, Any]:

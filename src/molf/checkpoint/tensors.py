@@ -36,12 +36,13 @@ _NAMES = {
 }
 
 
-def write_tensors(directory: Path, tensors: Mapping[str, Tensor]) -> None:
+def write_tensors(directory: Path, tensors: Mapping[str, Tensor], group: Any = None) -> None:
     """Write tensors, one after the other, without a copy of them all.
 
     Args:
         directory: The checkpoint, on every process the same.
         tensors: Tensors by name, on any device; a `DTensor` is written in parts.
+        group: Process group of the processes that write, on the CPU; None for the default one.
 
     Raises:
         OSError: The disk is full or cannot be written.
@@ -49,7 +50,7 @@ def write_tensors(directory: Path, tensors: Mapping[str, Tensor]) -> None:
     writer = dcp.FileSystemWriter(directory / TENSORS, single_file_per_rank=True, sync_files=True)
     with _one_process():
         try:
-            dcp.save(dict(tensors), storage_writer=writer, no_dist=_is_alone())
+            dcp.save(dict(tensors), storage_writer=writer, process_group=group, no_dist=_is_alone())
         except dcp.api.CheckpointException as error:
             raise _cause_of(error) from error
 

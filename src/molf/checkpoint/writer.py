@@ -16,6 +16,7 @@ from torch import Tensor
 
 from molf.checkpoint.store import VALUES, delete_old, write_checkpoint
 from molf.checkpoint.tensors import write_tensors
+from molf.ranks import ALONE, Ranks
 
 
 class CheckpointError(Exception):
@@ -96,18 +97,25 @@ class CheckpointWriter:
         in_background: Copy the state to host memory, and write the copy in a thread. A further
             checkpoint waits until the one before it is written. The copy takes as much host memory
             as the state.
+        ranks: Processes that write each checkpoint together; all make the same calls.
 
     Attributes:
         totals: Measurements so far.
     """
 
     def __init__(
-        self, directory: Callable[[], Path], keep: int | None = None, *, in_background: bool = False
+        self,
+        directory: Callable[[], Path],
+        keep: int | None = None,
+        *,
+        in_background: bool = False,
+        ranks: Ranks = ALONE,
     ) -> None:
         self.totals = Totals()
         self._directory = directory
         self._keep = keep
         self._in_background = in_background
+        self._ranks = ranks
         self._copies: dict[str, Tensor] = {}
         self._thread: threading.Thread | None = None
         self._failed: CheckpointError | None = None
@@ -157,7 +165,9 @@ class CheckpointWriter:
 
     def _write(self, snapshot: Snapshot, tensors: Mapping[str, Tensor], values: bytes) -> None:
         def write(directory: Path) -> None:
-            write_tensors(directory, tensors)
+            write_tensors(directory, tensors, self._ranks.group)
+            if not self._ranks.is_main:
+                return
             (directory / VALUES).write_bytes(values)
             for name, text in snapshot.texts.items():
                 (directory / name).write_text(text, encoding="utf-8")
@@ -167,11 +177,11 @@ class CheckpointWriter:
         started = time.perf_counter()
         directory = self._directory()
         path = directory / f"checkpoint-{snapshot.step}"
-        nbytes = write_checkpoint(path, snapshot.step, write)
+        nbytes = write_checkpoint(path, snapshot.step, write, self._ranks)
         self.totals.count += 1
         self.totals.nbytes = max(self.totals.nbytes, nbytes)
         self.totals.write_seconds += time.perf_counter() - started
-        if self._keep is not None:
+        if self._keep is not None and self._ranks.is_main:
             delete_old(directory, self._keep)
 
     @torch.no_grad()

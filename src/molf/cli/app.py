@@ -5,15 +5,26 @@ from __future__ import annotations
 from collections.abc import Sequence
 from importlib.metadata import version
 
-from cyclopts import App, Parameter
+from cyclopts import App, ArgumentCollection, Parameter
 
 from molf.cli.recipe import apply_recipe, apply_run
 from molf.cli.values import check_directory, check_values
+from molf.ranks import check_alone
 
 
 def _as_written(name: str) -> str:
     """Keep underscores in options, as in TrainingArguments; dashes work as well."""
     return name
+
+
+def check_launcher(app: App, commands: tuple[str, ...], arguments: ArgumentCollection) -> None:
+    """Refuse commands other than `molf train` in several processes.
+
+    Raises:
+        InputError: A launcher started several.
+    """
+    if commands and commands != ("train",):
+        check_alone(" ".join(("molf", *commands)))
 
 
 app = App(
@@ -22,7 +33,7 @@ app = App(
     help_format="plaintext",
     version=version("molf"),
     # check_values runs twice: on the command line, then with values of a recipe or a run added.
-    config=(check_directory, check_values, apply_recipe, apply_run, check_values),
+    config=(check_launcher, check_directory, check_values, apply_recipe, apply_run, check_values),
     default_parameter=Parameter(name_transform=_as_written, negative_iterable=()),
     result_action="return_value",
     suppress_keyboard_interrupt=False,  # main turns it into an exit code

@@ -6,6 +6,7 @@ import sys
 from typing import TextIO
 
 from molf.masking import mask_text
+from molf.ranks import launched_rank
 from molf.shown import as_line
 from molf.streams import best_effort
 
@@ -13,7 +14,14 @@ _LONGEST = 2000  # characters; a message may quote input of any length
 
 
 def say(kind: str, text: str, file: TextIO | None = None) -> None:
-    """Write `molf: KIND: TEXT` as one line, to standard error unless another file is given."""
+    """Write `molf: KIND: TEXT` as one line, to standard error unless another file is given.
+
+    Of several processes, rank 0 writes all, and the others errors alone, with their rank.
+    """
+    if rank := launched_rank():
+        if kind != "error":
+            return
+        text = f"rank {rank}: {text}"
     best_effort(file or sys.stderr).write(f"molf: {kind}: {one_line(mask_text(text))}\n")
 
 

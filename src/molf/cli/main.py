@@ -21,6 +21,7 @@ from molf.cli.app import app, join_booleans
 from molf.cli.lines import one_line, say
 from molf.errors import InputError
 from molf.masking import learn
+from molf.ranks import launched_count
 from molf.streams import OutputError, standard_streams
 
 DONE, FAILED, WRONG_INPUT, STOPPED = 0, 1, 2, 3
@@ -40,6 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     # OpenMP reads this when torch is loaded. With the default, waiting threads spin, which makes a
     # small model ten times slower on a CPU that other processes use as well.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    if launched_count() > 1:  # each process would warn that DDP looks for unused parameters
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     arguments = join_booleans(sys.argv[1:] if argv is None else argv)
     # Before anything is printed, because a message may quote an argument with a token.
     learn(arguments)

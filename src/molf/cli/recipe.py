@@ -17,6 +17,7 @@ from molf.errors import InputError
 from molf.inputs import read_text
 from molf.masking import learn
 from molf.paths import check_path, settled
+from molf.ranks import launched_count
 
 _RECORD = "run"  # the record of the run in its config.yaml; no option
 _NESTED = "training_args"
@@ -53,7 +54,12 @@ def apply_run(app: App, commands: tuple[str, ...], arguments: ArgumentCollection
     if not output.tokens or _is_on(arguments, "--overwrite"):
         return
     # Imports the settings, which most commands do not need.
-    from molf.job.record.resumed_run import is_started, stored_options
+    from molf.job.record.resumed_run import (
+        is_started,
+        split_again,
+        stored_options,
+        stored_processes,
+    )
 
     given = {argument.name.lstrip("-") for argument in arguments if argument.tokens}
     path = Path(output.tokens[-1].value)
@@ -73,6 +79,7 @@ def apply_run(app: App, commands: tuple[str, ...], arguments: ArgumentCollection
             f"are not stored. Give --{missing[0]} again, with the whole address."
         )
     known = {name: value for name, value in options.items() if name not in _OWN}
+    split_again(known, stored_processes(path), launched_count())
     given_by(path / "config.yaml", known)(app, commands, arguments)
 
 

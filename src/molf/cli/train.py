@@ -36,12 +36,16 @@ def train_model(
     from molf.cli.summary import print_summary
     from molf.job.record.result import FinishedError
     from molf.job.run import train
+    from molf.ranks import disconnect, launched_rank
     from molf.streams import result_on_disk
 
     try:
         result = train(settings)
     except FinishedError as finished:
         say("note", str(finished))
+        result = None
+    disconnect()
+    if result is None or launched_rank():
         return
     if spectra:
         from molf.job.extract.spectra import spectra_at_end

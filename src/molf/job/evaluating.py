@@ -16,6 +16,8 @@ from molf.job.progress import Reporter
 from molf.job.settings.resolved import ResolvedSettings
 from molf.measure import Evaluation, EvaluationSettings, evaluate
 from molf.measure.divergence import BaseLogits, read_base
+from molf.measure.sharing import split_over
+from molf.ranks import ranks
 from molf.tasks import Task
 
 
@@ -109,19 +111,27 @@ class Evaluator:
     def _read_base(self, inputs: Inputs) -> BaseLogits:
         def read(base: LoadedModel) -> BaseLogits:
             move(base.model, self._device)
-            return read_base(
-                base.model, base.tokenizer, self._task, self._forgetting_text, self._settings, show
-            )
+            with split_over(ranks()):
+                return read_base(
+                    base.model,
+                    base.tokenizer,
+                    self._task,
+                    self._forgetting_text,
+                    self._settings,
+                    show,
+                )
 
         dtype = getattr(torch, self._key.dtype)
         with self._reporter.evaluating("Reading the base model again") as show:
-            return read_and_free(lambda: inputs.base(self._key.model, dtype), read)
+            return read_and_free(
+                lambda: ranks().everywhere(lambda: inputs.base(self._key.model, dtype)), read
+            )
 
     def _evaluate(
         self, loaded: LoadedModel, title: str, base: BaseLogits | None = None
     ) -> Evaluation:
         move(loaded.model, self._device)
-        with self._reporter.evaluating(title) as show:
+        with self._reporter.evaluating(title) as show, split_over(ranks()):
             return evaluate(
                 loaded.model,
                 loaded.tokenizer,

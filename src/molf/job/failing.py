@@ -13,6 +13,17 @@ from molf.job.record.ownership import CHECKPOINTS, MODEL
 from molf.job.record.result import ResumeError, RunError, StoppedError
 from molf.job.record.resumed_run import command_to_resume
 from molf.job.record.tracebacks import write_traceback
+from molf.ranks import ranks
+
+# Messages of gloo and NCCL when the process at the other end has ended.
+_LOST = (
+    "onnection closed by peer",
+    "onnection reset by peer",
+    "Connection refused",
+    "Broken pipe",
+    "remote process exited",
+    "Socket closed",
+)
 
 
 class UnusableDataError(Exception):
@@ -38,18 +49,30 @@ def failing_in(directory: RunDirectory, reporter: Reporter) -> Iterator[None]:
         if not directory.is_resumed:
             directory.discard()
         raise InputError(str(error)) from error
+    except Exception as error:
+        if ranks().is_main:
+            raise _failed(directory, error) from error
+        raise RunError(_cause(error)) from error
     except KeyboardInterrupt:
         reporter.say(
             f"Interrupted; what was written is in {directory.path}.{directory.kept()}"
             f"{way_on(directory)}"
         )
         raise
-    except Exception as error:
-        cause = str(error).strip().split("\n")[0] or type(error).__name__
-        log = write_traceback(directory)
-        raise RunError(
-            f"{cause} {log}{_trained(directory)}{directory.kept()}{way_on(directory)}"
-        ) from error
+
+
+def _failed(directory: RunDirectory, error: Exception) -> RunError:
+    log = write_traceback(directory)
+    return RunError(
+        f"{_cause(error)} {log}{_trained(directory)}{directory.kept()}{way_on(directory)}"
+    )
+
+
+def _cause(error: Exception) -> str:
+    text = str(error).strip()
+    if ranks().count > 1 and any(lost in text for lost in _LOST):
+        return "The connection to another process is lost: it has ended, and gave its reason."
+    return text.split("\n")[0] or type(error).__name__
 
 
 def way_on(directory: RunDirectory) -> str:

@@ -10,11 +10,13 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 from molf.masking import mask_text
+from molf.ranks import launched_rank
 
 _LIBRARIES = r"(torch|transformers|trl|peft|accelerate|datasets|huggingface_hub)\b"
 
 # They log each missing kernel and each cast as a warning.
 _TALKATIVE = ("bitsandbytes", "torchao", "torch.utils._pytree")
+_REPEATED = ("transformers", "datasets", "accelerate", "trl", "peft")
 
 
 @contextmanager
@@ -28,7 +30,9 @@ def quiet_libraries() -> Iterator[None]:
     from datasets.utils import logging as datasets_bars
     from transformers.utils import logging as transformers_bars
 
-    talking = {name: logging.getLogger(name).level for name in _TALKATIVE}
+    # Of several processes, rank 0 shows the warnings of all.
+    quiet = (*_TALKATIVE, *(_REPEATED if launched_rank() else ()))
+    talking = {name: logging.getLogger(name).level for name in quiet}
     for name in talking:
         logging.getLogger(name).setLevel(logging.ERROR)
     shown = [bars for bars in (datasets_bars, transformers_bars) if bars.is_progress_bar_enabled()]

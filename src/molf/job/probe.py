@@ -13,6 +13,7 @@ from molf.job.record.directory import RunDirectory, locking_runs
 from molf.job.record.ownership import ASSIGNMENT
 from molf.job.run import INPUTS, check_places, checked, open_data
 from molf.job.settings.probe import ProbeSettings
+from molf.ranks import check_alone
 from molf.streams import ignoring_print_errors
 
 if TYPE_CHECKING:
@@ -64,6 +65,7 @@ def probe(
         InputError: The options, the data or the model are wrong. Nothing was written.
         RunError: The probe failed; its directory holds the traceback.
     """
+    check_alone("molf probe")
     started = datetime.now().astimezone()
     inputs = inputs or Inputs()
     with ignoring_print_errors():

@@ -16,6 +16,7 @@ from rich.progress import (
 
 from molf.console import PlainConsole
 from molf.masking import mask_text
+from molf.ranks import launched_rank
 from molf.shown import as_line
 from molf.streams import best_effort
 
@@ -108,9 +109,18 @@ class TerminalReporter(Reporter):
         )
 
 
+class SilentReporter(Reporter):
+    """Shows nothing: of several processes, rank 0 shows the progress."""
+
+    def say(self, text: str) -> None:
+        """Print nothing."""
+
+
 def make_reporter() -> Reporter:
     """Return a reporter for standard error: bars on a terminal, lines elsewhere."""
     console = PlainConsole(stderr=True)
+    if launched_rank():
+        return SilentReporter(console)
     return TerminalReporter(console) if console.is_terminal else Reporter(console)
 
 

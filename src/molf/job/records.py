@@ -18,11 +18,12 @@ from molf.job.record.ownership import ASSIGNMENT, CONFIG, ENVIRONMENT, EVALUATIO
 from molf.job.record.provenance import file_records
 from molf.job.record.result import RunResult, evaluation_record, results_row
 from molf.job.record.results import append_result
-from molf.job.record.resumed_run import ASKED, UNMASKED, masked_options
+from molf.job.record.resumed_run import ASKED, PROCESSES, UNMASKED, masked_options
 from molf.job.settings.defaults import ADAPTERS
 from molf.job.settings.resolved import ResolvedSettings
 from molf.job.training import Training
 from molf.measure import Evaluation
+from molf.ranks import ranks
 from molf.tasks import Task
 
 EARLIER = "earlier_parts"
@@ -85,6 +86,7 @@ class ConfigRecord:
                 **opening.plan.record(),
             },
             "training": {"steps": opening.data.steps},
+            **({PROCESSES: ranks().count} if ranks().count > 1 else {}),
             **({ASKED: opening.asked} if opening.asked else {}),
             **({UNMASKED: unmasked} if unmasked else {}),
         }

@@ -16,8 +16,14 @@ from molf.job.evaluated_data import warn_of_equal_data
 from molf.job.inputs import Inputs
 from molf.job.model.path import check_model, check_quantisation
 from molf.job.progress import Reporter, make_reporter
-from molf.job.record.directory import RunDirectory, check_fallback, check_output, locking_runs
-from molf.job.record.ownership import CHECKPOINTS, ENVIRONMENT, read_json
+from molf.job.record.directory import (
+    RunDirectory,
+    check_fallback,
+    check_output,
+    locking_runs,
+    open_directory,
+)
+from molf.job.record.ownership import CHECKPOINTS, ENVIRONMENT, MODEL, read_json
 from molf.job.record.result import FinishedError, RunResult
 from molf.job.record.results import check_results
 from molf.job.record.resumed_run import check_same_options, is_finished, is_started
@@ -27,6 +33,7 @@ from molf.job.settings.training_arguments import check_trackers, check_training_
 from molf.masking import learn
 from molf.measure import read_plain_text
 from molf.paths import check_inputs_outside
+from molf.ranks import check_alone, ranks
 from molf.streams import ignoring_print_errors
 from molf.tasks import Task
 
@@ -92,20 +99,27 @@ def _train(
     from molf.job.trained_model import TrainedModel
     from molf.job.training import Training, run_training
 
-    # Open and check: nothing is written yet.
+    # Open and check: nothing is written yet. Several processes are connected then.
     opening = open_training(settings, task, inputs)
+    processes = ranks()
+    on_main = processes.on_main
+    # Its default has the time in it.
+    output_dir = on_main(lambda: opening.settings.output_dir)
+    opening.settings = replace(opening.settings, output_dir=output_dir)
     settings, device = opening.settings, opening.arguments.device
+    if processes.count > 1:
+        reporter.say(_share_of_step(settings, processes.count))
     for note in opening.notes:
         reporter.say(note)
     files = input_files(settings, task)
-    directory = RunDirectory(
-        settings.output_dir, overwrite=settings.overwrite, resume=settings.resume
+    directory = open_directory(
+        processes, output_dir, overwrite=settings.overwrite, resume=settings.resume
     )
     with directory, failing_in(directory, reporter):
         stages = Stages(directory, settings)
         earlier = read_json(directory / ENVIRONMENT) if directory.is_resumed else None
         record = ConfigRecord(opening, task, files, started, earlier)
-        record.write(directory)
+        on_main(lambda: record.write(directory))
 
         # Measure the base.
         reset_peak_memory(device)
@@ -115,16 +129,16 @@ def _train(
                 f"are longer than {settings.max_length} tokens."
             )
         evaluator = Evaluator(settings, task, forgetting_text, device, reporter)
-        before = stages.before
+        before = on_main(lambda: stages.before)
         if before is None:
-            before = evaluator.base(opening.base, inputs)
-            stages.keep_before(before, evaluator.seconds)
+            before = measured = evaluator.base(opening.base, inputs)
+            on_main(lambda: stages.keep_before(measured, evaluator.seconds))
         else:
-            evaluator.seconds += stages.evaluation_seconds
+            evaluator.seconds += on_main(lambda: stages.evaluation_seconds)
 
-        done = stages.saved
+        done = on_main(lambda: stages.saved)
         if done is None:
-            checkpoint = _newest(directory, reporter) if directory.is_resumed else None
+            checkpoint = on_main(lambda: _newest(directory, reporter))
             training = run_training(opening, directory, reporter, checkpoint=checkpoint)
         else:
             reporter.say(f"Resuming {directory.path}: the model is trained and saved.")
@@ -135,38 +149,55 @@ def _train(
         trained = TrainedModel(opening, directory, task, training, before)
         if done is None:
             try:
-                saved = trained.save()
+                saved = on_main(trained.save)
             except SaveError:
                 with suppress(OSError):
-                    record.write(directory)
+                    on_main(lambda: record.write(directory))
                 raise
-            stages.keep_saved(training.record(), saved)
+            on_main(lambda: stages.keep_saved(training.record(), saved))
         else:
             saved = done[1]
-            trained.free()
+        trained.free()
         record.add_saved(saved)
-        record.write(directory)
+        on_main(lambda: record.write(directory))
 
         # Read the base once more, then load the saved model and compare it: one model at a time.
         base_logits = evaluator.base_logits(inputs)
+        directory.path = on_main(lambda: (directory / MODEL).parent)  # it may have been moved
         loaded = trained.load()
         after = evaluator.saved(loaded, base_logits)
 
         # Write the records.
-        trained.write_card(loaded, after, saved)
-        record.write(directory)  # once more: the directory may have been deleted since
-        write_evaluations(directory, task, before, after)
-        result = run_result(opening, directory, training, before, after, saved, evaluator.seconds)
-        directory.complete()
-        result = replace(result, results=add_row(result, settings, started))
-        stages.clear()
-    return result
+        def write() -> RunResult:
+            trained.write_card(loaded, after, saved)
+            record.write(directory)  # once more: the directory may have been deleted since
+            write_evaluations(directory, task, before, after)
+            result = run_result(
+                opening, directory, training, before, after, saved, evaluator.seconds
+            )
+            directory.complete()
+            result = replace(result, results=add_row(result, settings, started))
+            stages.clear()
+            return result
+
+        return on_main(write)
+
+
+def _share_of_step(settings: ResolvedSettings, count: int) -> str:
+    """Return a line with the examples of an optimizer step of several processes."""
+    size, steps = settings.per_device_train_batch_size, settings.gradient_accumulation_steps
+    return (
+        f"{count} processes: {count * size * steps} examples per optimizer step "
+        f"({count} x {size} x {steps} forward passes)."
+    )
 
 
 def _newest(directory: RunDirectory, reporter: Reporter) -> Path | None:
     """Return the newest checkpoint of a resumed run, and show where it continues."""
     from molf.checkpoint.store import newest_checkpoint
 
+    if not directory.is_resumed:
+        return None
     found = newest_checkpoint(directory / CHECKPOINTS)
     if found is None:
         reporter.say(
@@ -190,6 +221,7 @@ def dry_run(
     Raises:
         InputError: The options, the data or the model are wrong.
     """
+    check_alone("dry_run")
     inputs = inputs or Inputs()
     with ignoring_print_errors():
         resolved = checked(settings, datetime.now().astimezone())

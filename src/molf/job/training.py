@@ -31,7 +31,7 @@ from molf.job.record.directory import RunDirectory
 from molf.job.record.ownership import ADAPTER, CHECKPOINTS, METRICS, ROUTING
 from molf.job.record.result import StoppedError
 from molf.job.record.resumed_run import command_to_resume
-from molf.job.record.routing_log import RoutingWriter
+from molf.job.record.routing_log import NoRoutingLog, RoutingWriter
 from molf.job.record.routing_meaning import routing_meaning, routing_shares_text
 from molf.job.record.wins import RoutingSummary, Wins
 from molf.job.settings.defaults import ADAPTERS
@@ -39,15 +39,18 @@ from molf.job.trainer.callbacks import (
     Clock,
     FidelityCallback,
     MetricsCallback,
+    RandomByStep,
     RoutingCallback,
     unwrapped,
 )
 from molf.job.trainer.checkpoints import Checkpoints
 from molf.job.trainer.run_parts import RunParts, hash_of_examples
+from molf.job.trainer.split_data import with_blank_row
 from molf.job.trainer.step_guard import StepGuard
 from molf.job.trainer.steps import StepsCheck
 from molf.job.trainer.stopping import StopRequest
 from molf.job.trainer.trainer import Trainer
+from molf.ranks import ranks
 
 
 @dataclass
@@ -155,13 +158,23 @@ def run_training(
     without = ("grad_norm",) if settings.optimizer_in_backward else ()
     _warn_of_warmup(data.steps, arguments)
     shapes = {one.name: (one.out_features, one.in_features) for one in opening.plan.layers}
+    processes = ranks()
+    log_of_routing = (
+        RoutingWriter(lambda: directory / ROUTING, shapes=shapes)
+        if processes.is_main
+        else NoRoutingLog()
+    )
+    columns = {"input_ids": data.samples.input_ids, "labels": data.samples.labels}
+    if processes.count > 1:
+        columns = with_blank_row(data.samples)
     with (
-        RoutingWriter(lambda: directory / ROUTING, shapes=shapes) as writer,
+        log_of_routing as writer,
         reporter.training(data.steps) as show,
         stop.listening() if settings.has_checkpoints else nullcontext(),
     ):
         arguments.output_dir = str(directory / CHECKPOINTS)  # created by the trainer
-        metrics = MetricsCallback(lambda: directory / METRICS, show, without)
+        log = (lambda: directory / METRICS) if processes.is_main else None
+        metrics = MetricsCallback(log, show, without)
         parts = RunParts(
             writer,
             metrics,
@@ -183,13 +196,12 @@ def run_training(
             clock,
             model=prepared.model,
             args=arguments,
-            train_dataset=Dataset.from_dict(
-                {"input_ids": data.samples.input_ids, "labels": data.samples.labels}
-            ),
+            train_dataset=Dataset.from_dict(columns),
             processing_class=copy.deepcopy(base.tokenizer),  # the trainer changes its padding
             optimizer_cls_and_kwargs=prepared.optimizer,
             callbacks=[
                 StepsCheck(data.steps),
+                *([RandomByStep(settings.seed, processes.rank)] if processes.count > 1 else ()),
                 guard,
                 RoutingCallback(prepared, writer, wins),
                 FidelityCallback(),
@@ -213,8 +225,8 @@ def run_training(
     restore_float32(trainer.optimizer)
     if settings.state_offload and isinstance(model, PeftModel):
         model.to(arguments.device)  # the merge needs base and adapter on one device
-    if prepared.save_adapter is not None:
-        save_adapter(prepared.save_adapter, model, settings, directory / ADAPTER)
+    if (save := prepared.save_adapter) is not None:
+        processes.on_main(lambda: save_adapter(save, model, settings, directory / ADAPTER))
     plain, record = merge_trained(model, settings, data, reporter)
     routing, config = wins.summary(), settings.method_config
     return Training(

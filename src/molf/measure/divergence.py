@@ -22,6 +22,7 @@ from molf.measure.likelihood import check_not_nan, pads
 from molf.measure.metric import Metric, bootstrap_mean
 from molf.measure.padding import ANY, logits_batches
 from molf.measure.settings import EvaluationSettings, Progress
+from molf.measure.sharing import collect
 from molf.measure.spread import spread
 
 _TOKENS = 384  # of the neutral text, and of prompts; bounds the time
@@ -39,7 +40,7 @@ class Logits:
     Attributes:
         rows: The token ids.
         logits: Per row those at its last positions, [positions, vocabulary], in the dtype of the
-            model's output, in host memory.
+            model's output, in host memory; empty for rows of other processes.
     """
 
     rows: list[list[int]]
@@ -159,8 +160,8 @@ def kl_metrics(
     for name, side in sides.items():
         if side.rows:
             sums = _divergences(model, side, base.pad_id, settings.batch_size, name, progress)
-            counts = [len(logits) for logits in side.logits]
-            means = [total / count for total, count in zip(sums, counts, strict=True)]
+            means = [total / count for total, count in sums]
+            counts = [count for _, count in sums]
             found[name] = bootstrap_mean(means, weights=counts, seed=settings.seed)
     return found
 
@@ -200,9 +201,12 @@ def _divergences(
     batch_size: int,
     what: str,
     progress: Progress | None,
-) -> list[float]:
-    """Compute KL(base || model) of each row, summed over its positions, in nats."""
-    sums = [0.0] * len(base.rows)
+) -> list[tuple[float, int]]:
+    """Compute KL(base || model) of each row, summed over its positions, in nats, and their number.
+
+    The processes share the rows as they did for the base.
+    """
+    sums = [(0.0, 0)] * len(base.rows)
 
     def read(index: int, logits: Tensor) -> None:
         theirs = base.logits[index]
@@ -215,10 +219,11 @@ def _divergences(
         size = max(1, _AT_ONCE // logits.shape[-1])
         for part, ours in zip(theirs.split(size), logits.split(size), strict=True):
             total += _divergence(part.to(ours.device), ours)
-        sums[index] = check_not_nan(total).item()
+        sums[index] = check_not_nan(total).item(), len(theirs)
 
-    _run(model, base.rows, [len(x) for x in base.logits], read, pad_id, batch_size, what, progress)
-    return sums
+    kept = [len(logits) for logits in base.logits]
+    done = _run(model, base.rows, kept, read, pad_id, batch_size, what, progress)
+    return collect(sums, done)
 
 
 def _divergence(base: Tensor, model: Tensor) -> Tensor:
@@ -240,11 +245,15 @@ def _run(
     batch_size: int,
     what: str,
     progress: Progress | None,
-) -> None:
-    """Call `read` with each row's index and its logits at the last `kept` positions."""
+) -> list[int]:
+    """Call `read` with each row's index and its logits at the last `kept` positions.
+
+    Returns:
+        The indices of the rows that this process has computed.
+    """
     if not rows:
-        return
-    size = max(1, min(batch_size, _POSITIONS // max(kept)))
+        return []
+    size = max(1, min(batch_size, _POSITIONS // max(1, *kept)))
 
     def run(batch: list[int]) -> None:
         keep = max(kept[index] for index in batch)
@@ -255,4 +264,4 @@ def _run(
     lengths = [len(row) for row in rows]
     allowed = logits_batches(model, pad_id) if pads(lengths, size) else ANY
     with inference(model):
-        for_each_batch(lengths, size, run, what, progress, allowed=allowed)
+        return for_each_batch(lengths, size, run, what, progress, allowed=allowed)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from itertools import groupby
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -18,12 +18,20 @@ from molf.measure.inference import (
 )
 from molf.measure.padding import ANY, generation_batches
 from molf.measure.settings import Progress
+from molf.measure.sharing import collect
 
 Stop = Callable[[int, str], bool]
 """Called after each token with a context's index and its answer so far; True ends the answer."""
 
-FirstLogits = Callable[[list[int], Tensor], None]
-"""Called with a batch's indices and the logits of its first new tokens, [rows, vocabulary]."""
+
+class FirstLogits(Protocol):
+    """Reads the logits of the first new tokens, so that no separate forward pass is needed."""
+
+    def read(self, batch: list[int], logits: Tensor) -> list[Any]:
+        """Return the result of each row, from a batch's indices and logits [rows, vocabulary]."""
+
+    def store(self, index: int, result: Any) -> None:
+        """Store the result of a context, which this or another process has read."""
 
 
 def generate_greedy(
@@ -51,8 +59,7 @@ def generate_greedy(
             exceed the model's positions.
         batch_size: Contexts generated together.
         stop: Ends an answer before its end token.
-        first_logits: Called with the logits of the first new tokens, so that no separate forward
-            pass is needed for them.
+        first_logits: Reads the logits of the first new tokens.
         progress: Called after each batch.
 
     Returns:
@@ -74,6 +81,7 @@ def generate_greedy(
     room = [min(max_new_tokens, (limit or length + max_new_tokens) - length) for length in lengths]
     pad_id = padding_id(tokenizer)
     results: list[list[int]] = [[] for _ in contexts]
+    read: list[Any] = [None for _ in contexts]
     # Models with multi-dimensional positions keep shifts of a batch's rows outside the cache.
     reuse = not any(hasattr(module, "rope_deltas") for module in inner.modules())
 
@@ -93,7 +101,7 @@ def generate_greedy(
         # must not end the longer ones of its batch.
         for tokens, group in groupby(batch, key=room.__getitem__):
             answers = _Answers(tokenizer, list(group), ends, stop)
-            first = _first_logits_processor(answers.indices, first_logits)
+            first = _first_logits_processor(answers.indices, first_logits, read)
             inputs = pad_left([contexts[index] for index in answers.indices], pad_id, inner.device)
             while answers.rows and answers.steps < tokens:
                 made = inner.generate(
@@ -115,10 +123,13 @@ def generate_greedy(
         several = min(batch_size, len(contexts)) > 1
         allowed = generation_batches(model, pad_id) if several else ANY
         with inference(model):
-            for_each_batch(lengths, batch_size, run, "generation", progress, allowed=allowed)
+            done = for_each_batch(lengths, batch_size, run, "generation", progress, allowed=allowed)
     finally:
         inner.generation_config = own_settings
-    return results
+    if first_logits is not None:
+        for index, result in enumerate(collect(read, done)):
+            first_logits.store(index, result)
+    return collect(results, done)
 
 
 def padding_id(tokenizer: Any) -> int:
@@ -170,14 +181,15 @@ def _has_selectable_rows(cache: Any) -> bool:
 
 
 def _first_logits_processor(
-    indices: list[int], read: FirstLogits | None
+    indices: list[int], reader: FirstLogits | None, results: list[Any]
 ) -> Callable[[Tensor, Tensor], Tensor]:
-    """Return a logits processor for `generate()` that passes a batch's first logits to `read`."""
-    left = [] if read is None else [read]
+    """Return a logits processor for `generate()` that has a batch's first logits read."""
+    left = [] if reader is None else [reader]
 
     def process(input_ids: Tensor, scores: Tensor) -> Tensor:
         if left:
-            left.pop()(indices, scores)
+            for index, result in zip(indices, left.pop().read(indices, scores), strict=True):
+                results[index] = result
         return scores
 
     return process

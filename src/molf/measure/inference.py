@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from molf.measure.settings import Progress
+from molf.measure.sharing import everywhere, own_share
 
 
 @contextmanager
@@ -87,16 +88,31 @@ def for_each_batch(
     progress: Progress | None = None,
     *,
     allowed: str = "any",
-) -> None:
+) -> list[int]:
     """Call `run` on batches of indices of similar length, the longest first.
 
     Similar lengths need little padding; the longest come first so that a lack of memory shows at
     the start. A batch that runs out of memory is halved, and so are all later ones. `allowed`
     limits the rows of one batch; it is a constant of `molf.measure.padding`.
+
+    Returns:
+        The indices: all, or those of this process (`molf.measure.sharing`).
     """
-    if allowed == "single":
-        batch_size = 1
-    order = sorted(range(len(lengths)), key=lambda index: lengths[index], reverse=True)
+    order = own_share(sorted(range(len(lengths)), key=lambda i: lengths[i], reverse=True))
+    size = 1 if allowed == "single" else batch_size
+    everywhere(lambda: _run_batches(order, lengths, size, run, what, progress, allowed))
+    return order
+
+
+def _run_batches(
+    order: list[int],
+    lengths: Sequence[int],
+    batch_size: int,
+    run: Callable[[list[int]], None],
+    what: str,
+    progress: Progress | None,
+    allowed: str,
+) -> None:
     start = 0
     while start < len(order):
         batch = order[start : start + batch_size]

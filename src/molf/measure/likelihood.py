@@ -11,6 +11,7 @@ from torch import Tensor
 from molf.measure.inference import for_each_batch, inference, last_logits
 from molf.measure.padding import ANY, logits_batches
 from molf.measure.settings import Progress
+from molf.measure.sharing import collect
 from molf.measure.tokens import IGNORED
 
 
@@ -78,8 +79,8 @@ def next_token_log_probs(
     lengths = [len(context) for context in contexts]
     allowed = logits_batches(model, pad_id) if pads(lengths, batch_size) else ANY
     with inference(model):
-        for_each_batch(lengths, batch_size, run, what, progress, allowed=allowed)
-    return found.log_probs
+        done = for_each_batch(lengths, batch_size, run, what, progress, allowed=allowed)
+    return collect(found.log_probs, done)
 
 
 def sequence_losses(
@@ -130,7 +131,7 @@ def sequence_losses(
     lengths = [len(sequences[index]) for index in counted]
     allowed = logits_batches(model, pad_id) if pads(lengths, batch_size) else ANY
     with inference(model):
-        for_each_batch(
+        done = for_each_batch(
             lengths,
             batch_size,
             lambda batch: run([counted[position] for position in batch]),
@@ -138,7 +139,7 @@ def sequence_losses(
             progress,
             allowed=allowed,
         )
-    return results
+    return collect(results, [counted[position] for position in done])
 
 
 def pads(lengths: Sequence[int], batch_size: int) -> bool:

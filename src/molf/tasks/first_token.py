@@ -8,7 +8,7 @@ then give the same word-boundary token for every target, and all comparisons tie
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import TYPE_CHECKING, Any
@@ -111,18 +111,8 @@ class FirstTokenQuestions:
         self._log_probs: dict[_Step, float] = {}
 
     def reader(self, contexts: Sequence[Sequence[int]]) -> FirstLogits:
-        """Return a callback that stores probabilities while answers to `contexts` are generated."""
-        from molf.measure.likelihood import NextTokens
-
-        keys = [tuple(context) for context in contexts]
-        found = NextTokens([self._unread.get(key, []) for key in keys])
-
-        def read(batch: list[int], logits: Tensor) -> None:
-            found.read(batch, logits)
-            for index in batch:
-                self._store(keys[index], found.log_probs[index])
-
-        return read
+        """Return a reader that stores probabilities while answers to `contexts` are generated."""
+        return _Reader([tuple(context) for context in contexts], self._unread, self._store)
 
     def answers(
         self, model: Any, *, pad_id: int, batch_size: int, progress: Progress | None = None
@@ -166,6 +156,31 @@ class FirstTokenQuestions:
         if context in self._unread:
             for token, value in zip(self._unread.pop(context), log_probs, strict=True):
                 self._log_probs[context, token] = value
+
+
+class _Reader:
+    """Reads the probabilities of contexts from the logits of their generated answers."""
+
+    def __init__(
+        self,
+        contexts: list[_Context],
+        wanted: Mapping[_Context, list[int]],
+        store: Callable[[_Context, list[float]], None],
+    ) -> None:
+        from molf.measure.likelihood import NextTokens
+
+        self._contexts = contexts
+        self._found = NextTokens([wanted.get(context, []) for context in contexts])
+        self._store = store
+
+    def read(self, batch: list[int], logits: Tensor) -> list[list[float]]:
+        """Return the log-probabilities of each context's wanted tokens."""
+        self._found.read(batch, logits)
+        return [self._found.log_probs[index] for index in batch]
+
+    def store(self, index: int, result: list[float]) -> None:
+        """Store those of a context."""
+        self._store(self._contexts[index], result)
 
 
 def _steps(texts: list[TokenizedText], target_start: int) -> list[list[_Step]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+import time
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -16,7 +17,9 @@ from molf.disk.room import nearest_existing
 from molf.errors import InputError
 from molf.job.record.ownership import A_RUN, CONFIG, Ownership, is_run, run_of_part
 from molf.paths import check_path, check_unicode
+from molf.ranks import Ranks
 
+_SHOWN_WITHIN = 60.0  # seconds
 _LONGEST_NAME = 200  # bytes; temporary names beside it are longer, and the limit is 255
 
 
@@ -316,6 +319,63 @@ class RunDirectory:
             f"{self.path} from now on, and its earlier files are not there.",
             stacklevel=4,
         )
+
+
+class FollowedDirectory(RunDirectory):
+    """The directory of a run in the processes that do not write it.
+
+    Args:
+        path: The directory, as rank 0 has opened it.
+        is_resumed: Whether it held an unfinished run.
+    """
+
+    def __init__(self, path: Path, *, is_resumed: bool) -> None:
+        self.path, self.is_resumed = path, is_resumed
+        self.replaced = self._earlier = None
+
+    def __truediv__(self, name: str) -> Path:
+        """Return the path of a file of the run, to read it."""
+        return self.path / name
+
+    def complete(self) -> None:
+        """Leave the earlier run to rank 0."""
+
+    def discard(self) -> None:
+        """Leave this run to rank 0."""
+
+
+def open_directory(ranks: Ranks, path: Path, *, overwrite: bool, resume: bool) -> RunDirectory:
+    """Create or continue the directory of a run in rank 0, and follow it in the other processes.
+
+    Raises:
+        InputError: As `RunDirectory`, or a process does not see the directory.
+    """
+    opened: list[RunDirectory] = []
+
+    def open_it() -> tuple[Path, bool]:
+        opened.append(RunDirectory(path, overwrite=overwrite, resume=resume))
+        return opened[0].path.absolute(), opened[0].is_resumed
+
+    place, is_resumed = ranks.on_main(open_it)
+    directory = opened[0] if opened else FollowedDirectory(place, is_resumed=is_resumed)
+    if not all(ranks.gather(_appears(place))):
+        if opened and not is_resumed:
+            directory.discard()
+        raise InputError(
+            f"output_dir {path} is not on a disk that all processes share: rank 0 has made it, and "
+            "another does not see it. Give a directory that all machines have mounted."
+        )
+    return directory
+
+
+def _appears(path: Path) -> bool:
+    """Return whether a directory is there; network file systems may take seconds to show it."""
+    until = time.monotonic() + _SHOWN_WITHIN
+    while not path.is_dir():
+        if time.monotonic() > until:
+            return False
+        time.sleep(0.1)
+    return True
 
 
 def _unused_name(path: Path, suffix: str) -> Path:

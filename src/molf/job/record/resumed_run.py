@@ -16,12 +16,16 @@ from molf.job.record.finished_run import read_run
 from molf.job.record.ownership import CHECKPOINTS, CONFIG, EVALUATION
 from molf.job.settings.resolved import ResolvedSettings
 from molf.masking import mask
+from molf.ranks import launched_count
 
 ASKED = "asked"
 """Key in the record of a run: options as given, where the opened model changed their value."""
 
 UNMASKED = "give_again"
 """Key in the record of a run: options whose value is stored without a secret."""
+
+PROCESSES = "processes"
+"""Key in the record of a run: the number of processes, if several."""
 
 STAGES = "stages.json"
 """File in `checkpoints/` with the completed stages of a run that has not ended."""
@@ -78,6 +82,22 @@ def stored_options(path: Path) -> tuple[dict[str, Any], tuple[str, ...]]:
     return config, tuple(run.get(UNMASKED) or ())
 
 
+def stored_processes(path: Path) -> int:
+    """Return the number of processes of a run."""
+    return int(read_run(path).config["run"].get(PROCESSES, 1))
+
+
+def split_again(options: dict[str, Any], before: int, now: int) -> None:
+    """Change the forward passes per step of a run for another number of processes, in place.
+
+    An optimizer step keeps its examples. If these cannot be split evenly, nothing is changed.
+    """
+    name = "gradient_accumulation_steps"
+    passes = int(options[name]) * before
+    if passes % now == 0:
+        options[name] = passes // now
+
+
 def masked_options(options: Mapping[str, Any]) -> list[str]:
     """Return the names of the options that a record stores without their secrets."""
     return [name for name, value in options.items() if mask(value) != value]
@@ -97,8 +117,11 @@ def check_same_options(settings: ResolvedSettings) -> None:
         for name in names
         if name in stored and not _equal(stored[name], given[name])
     ]
-    if _global_batch(stored) != _global_batch(given):
+    before, now = stored_processes(settings.output_dir), launched_count()
+    if _global_batch(stored) * before != _global_batch(given) * now:
         differing += [(name, stored[name], given[name]) for name in _BATCH]
+        if before != now:
+            differing.append((PROCESSES, before, now))
     arguments = stored.get("training_args") or {}, given["training_args"]
     for name in sorted(set().union(*arguments)):
         values = [one.get(name) for one in arguments]
@@ -136,7 +159,7 @@ def _equal(one: Any, other: Any) -> bool:
 
 
 def _global_batch(options: Mapping[str, Any]) -> int:
-    """Return the examples of an optimizer step of one process."""
+    """Return the examples that each process takes in an optimizer step."""
     size = 1
     for name in _BATCH:
         size *= int(options[name])

@@ -174,6 +174,19 @@ class RoutingWriter:
             values.clear()
 
 
+class NoRoutingLog(RoutingWriter):
+    """Writes nothing: of several processes, rank 0 writes the log."""
+
+    def __init__(self) -> None:
+        super().__init__(Path())
+
+    def add(self, step: int, routing: Mapping[str, Decision]) -> None:
+        """Leave the decisions to rank 0, which has the same."""
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        """Leave the files to rank 0."""
+
+
 def routing_parts(run: Path) -> list[Path]:
     """Return the routing parts of a run in order.
 

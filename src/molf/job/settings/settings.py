@@ -47,6 +47,7 @@ from molf.job.settings.ranges import (
     check_ranges,
 )
 from molf.planning.workload import QUANTISATIONS
+from molf.ranks import launched_count
 from molf.tasks import EVAL_PARTS, TASKS, VALIDATION_SHARE, TaskOptions, check_task
 
 SCHEDULERS = ("cosine", "linear", "constant", "constant_with_warmup")
@@ -343,6 +344,7 @@ class TrainSettings:
                     "gradient_accumulation_steps": self.gradient_accumulation_steps,
                     "max_grad_norm": self.max_grad_norm,
                     "float32_weights": self.dtype == "float32",
+                    "processes": launched_count(),
                     "adapter_of": self._adapter_of() if self.kernels == "triton" else None,
                     **self._score_exclusions(),
                 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import time
@@ -9,7 +10,13 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import (
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+    set_seed,
+)
 
 from molf.core.adamw import AdamW
 from molf.disk.log_file import LogFile
@@ -75,6 +82,30 @@ class RoutingCallback(TrainerCallback):
             )
 
 
+class RandomByStep(TrainerCallback):
+    """Seeds the random generators of each of several processes before each step.
+
+    The seed follows from the run's, the step and the rank. So a resumed training needs no states of
+    the processes before, whose number may have been another.
+
+    Args:
+        seed: The run's seed.
+        rank: Number of this process.
+    """
+
+    def __init__(self, seed: int, rank: int) -> None:
+        self._seed = seed
+        self._rank = rank
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Seed Python, NumPy, torch and its devices."""
+        key = f"{self._seed}/{state.global_step}/{self._rank}"
+        digest = hashlib.blake2b(key.encode(), digest_size=4).digest()
+        set_seed(int.from_bytes(digest, "little"))
+
+
 class FidelityCallback(TrainerCallback):
     """Makes the optimizer measure updates lost by rounding, in the steps that are logged."""
 
@@ -109,18 +140,19 @@ class MetricsCallback(TrainerCallback):
     """Appends each of the trainer's log entries to `metrics.jsonl`, and shows it.
 
     Args:
-        path: Returns the path of the file; called for each line, as the run may be moved.
+        path: Returns the path of the file; called for each line, as the run may be moved. None for
+            no file.
         show: Shows a step, and its log entry if it has one.
         without: Names of the trainer's figures that have no meaning in this run.
     """
 
     def __init__(
         self,
-        path: Callable[[], Path],
+        path: Callable[[], Path] | None,
         show: Callable[[int, dict[str, Any] | None], None],
         without: tuple[str, ...] = (),
     ) -> None:
-        self._file = LogFile(path)
+        self._file = None if path is None else LogFile(path)
         self._show = show
         self._without = without
 
@@ -130,11 +162,12 @@ class MetricsCallback(TrainerCallback):
         Raises:
             OSError: Lines cannot be written.
         """
-        return {"bytes": self._file.position()}
+        return {"bytes": 0 if self._file is None else self._file.position()}
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
         """Cut the lines that were written after a state."""
-        self._file.rewind(state["bytes"])
+        if self._file is not None:
+            self._file.rewind(state["bytes"])
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -164,7 +197,8 @@ class MetricsCallback(TrainerCallback):
             return
         logs = {name: value for name, value in logs.items() if name not in self._without}
         record = {"step": state.global_step, **{k: _as_json(v) for k, v in logs.items()}}
-        self._file.add(json.dumps(record))
+        if self._file is not None:
+            self._file.add(json.dumps(record))
         self._show(state.global_step, logs)
 
 

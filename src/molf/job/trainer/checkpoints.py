@@ -21,6 +21,7 @@ from molf.job.record.ownership import CHECKPOINTS
 from molf.job.record.result import RunError
 from molf.job.settings.resolved import ResolvedSettings
 from molf.job.trainer.stopping import StopRequest
+from molf.ranks import ranks
 
 _MARGIN = 1_000_000  # bytes; files take whole blocks, and the log grows
 _TORCH_CANNOT_WRITE = ("PytorchStreamWriter", "inline_container", "Parent directory")
@@ -59,6 +60,7 @@ class Checkpoints(TrainerCallback):
             lambda: self._directory / CHECKPOINTS,  # the run may have been moved
             settings.kept_checkpoints,
             in_background=settings.async_save,
+            ranks=ranks().further(),
         )
         self._saved_at = time.monotonic()
         self.missing: list[int] = []
@@ -86,14 +88,17 @@ class Checkpoints(TrainerCallback):
         """Have a checkpoint saved if one is due, and the training stopped if it was asked to."""
         if not self.settings.has_checkpoints:
             return
+        # One process decides for all: clocks differ, and a signal may arrive in one alone.
+        due = int(ranks().is_main and self._is_due(state))
+        self._stop.number, due = ranks().largest([self._stop.number, due])
         if self._stop.name is not None:
             control.should_training_stop = True
-        if self._is_due(state):
+        if due or self._stop.name is not None:
             control.should_save = True
 
     def _is_due(self, state: TrainerState) -> bool:
         step, settings = state.global_step, self.settings
-        if self._stop.name is not None or step >= state.max_steps:
+        if step >= state.max_steps:
             return True
         if settings.save_steps is not None and step % settings.save_steps == 0:
             return True
@@ -115,24 +120,28 @@ class Checkpoints(TrainerCallback):
         """
         with self._reported():
             self._writer.wait()
-        free = free_bytes(self._directory / CHECKPOINTS)
-        needed = self._one + self._at_the_end + _MARGIN
-        # The trained model matters more than a checkpoint, so its space is left free.
-        if free is not None and free < needed:
-            self._miss(
-                step,
-                f"it takes about {megabytes(self._one)}, the trained model will take "
-                f"{megabytes(self._at_the_end)}, and {megabytes(free)} are free",
-            )
+        if no_room := ranks().on_main(self._no_room):
+            self._miss(step, no_room)
         else:
             with self._reported():
                 try:
-                    snapshot = make()
+                    snapshot = ranks().everywhere(make)
                 except OSError as error:  # logs that cannot be written before it
                     raise CheckpointError(step) from error
                 self._writer.write(snapshot)
             self._one = max(self._one, self.totals.nbytes)
         self._saved_at = time.monotonic()
+
+    def _no_room(self) -> str | None:
+        """Return the reason why there is no room for a checkpoint; None if there is."""
+        free = free_bytes(self._directory / CHECKPOINTS)
+        # The trained model matters more than a checkpoint, so its space is left free.
+        if free is None or free >= self._one + self._at_the_end + _MARGIN:
+            return None
+        return (
+            f"it takes about {megabytes(self._one)}, the trained model will take "
+            f"{megabytes(self._at_the_end)}, and {megabytes(free)} are free"
+        )
 
     def finish(self) -> None:
         """Wait for a checkpoint in the background, and warn if several are missing.

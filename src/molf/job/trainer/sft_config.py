@@ -16,7 +16,9 @@ from molf.errors import InputError, reason_of
 from molf.job.record.ownership import CHECKPOINTS
 from molf.job.settings.resolved import ResolvedSettings
 from molf.job.settings.training_arguments import check_trackers, check_training_args, unknown_name
+from molf.job.trainer.split_data import check_strategy
 from molf.masking import mask_text
+from molf.ranks import connect
 
 
 def sft_config(settings: ResolvedSettings) -> SFTConfig:
@@ -80,14 +82,13 @@ def sft_config(settings: ResolvedSettings) -> SFTConfig:
         raise InputError(f"The trainer rejects these settings: {reason_of(error)}") from error
     _check_schedule(config)
     _check_accumulation(config)
-    if config.world_size > 1:
-        raise InputError(
-            f"WORLD_SIZE={config.world_size}: molf train runs in one process. Start it without "
-            "torchrun or accelerate launch."
-        )
+    if config.world_size > 1:  # the process group exists now
+        check_strategy(config.train_sampling_strategy)
+        connect()
     if config.n_gpu > 1:
         raise InputError(
-            f"{config.n_gpu} GPUs are visible: molf train uses one. Choose it with "
+            f"{config.n_gpu} GPUs are visible, and one process uses one. Start a process for each "
+            f"GPU (torchrun --nproc_per_node {config.n_gpu} -m molf train ...), or choose one with "
             "CUDA_VISIBLE_DEVICES."
         )
     return config

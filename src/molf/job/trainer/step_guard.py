@@ -21,6 +21,7 @@ from molf.job.record.result import RunError
 from molf.job.settings.defaults import ADAPTERS
 from molf.job.settings.resolved import ResolvedSettings
 from molf.job.trainer.callbacks import unwrapped
+from molf.ranks import ranks
 
 _SHOWN = 3  # names in a message
 
@@ -107,6 +108,7 @@ class StepGuard(TrainerCallback):
         """Decide about the step, or pass the loss to the optimizer, which decides."""
         optimizer = unwrapped(optimizer)
         assert self._loss is not None, "the trainer hands over every loss"
+        self._loss = mean_over_ranks(self._loss)
         if not isinstance(optimizer, AdamW):
             if self._norm is None:
                 self.clip(model.parameters(), math.inf)
@@ -236,6 +238,16 @@ class StepGuard(TrainerCallback):
         if settings.nonfinite == "raise" and not settings.optimizer_in_backward:
             advice += "; --nonfinite skip leaves such steps out"
         return f"{advice}."
+
+
+def mean_over_ranks(number: Tensor) -> Tensor:
+    """Return the mean of a 0-dim number over all processes, which all must call it."""
+    count = ranks().count
+    if count == 1:
+        return number
+    total = number.detach().clone()
+    torch.distributed.all_reduce(total)
+    return total / count
 
 
 class _Mean:

@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
+from molf.ranks import launched_count
+
 # A job scheduler, Ctrl-C, a closed terminal. Windows has no SIGHUP.
 _NAMES = ("SIGTERM", "SIGINT", "SIGHUP")
 
@@ -18,11 +20,16 @@ class StopRequest:
     """Whether a signal has asked to stop; a second signal ends the process as usual.
 
     Attributes:
-        name: Name of the signal; None before one arrived.
+        number: The signal; 0 before one arrived.
     """
 
     def __init__(self) -> None:
-        self.name: str | None = None
+        self.number = 0
+
+    @property
+    def name(self) -> str | None:
+        """Name of the signal; None before one arrived."""
+        return signal.Signals(self.number).name if self.number else None
 
     @contextmanager
     def listening(self) -> Iterator[None]:
@@ -30,8 +37,9 @@ class StopRequest:
         replaced: dict[int, Any] = {}
 
         def keep(number: int, frame: FrameType | None) -> None:
-            if self.name is None:
-                self.name = signal.Signals(number).name
+            # A launcher sends Ctrl-C on to processes that have it already, and later kills them.
+            if not self.number or launched_count() > 1:
+                self.number = self.number or number
                 return
             usual = replaced[number]
             if callable(usual):

@@ -12,7 +12,9 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import save_model as save_tensors
+from torch import Tensor
 from transformers.trainer import TRAINER_STATE_NAME
 from trl import SFTTrainer
 
@@ -31,8 +33,10 @@ from molf.job.record.wins import Wins
 from molf.job.trainer.callbacks import Clock, Throughput, fidelity_figures, unwrapped
 from molf.job.trainer.checkpoints import Checkpoints
 from molf.job.trainer.run_parts import RunParts
+from molf.job.trainer.split_data import FilledSampler, WithoutBlankRows, is_blank
 from molf.job.trainer.step_guard import StepGuard
 from molf.job.trainer.steps import AllStepsTakenError
+from molf.ranks import ranks
 
 ALL_WEIGHTS = "model.safetensors"
 
@@ -70,6 +74,36 @@ class Trainer(SFTTrainer):
             if parameter.dtype != data.dtype:
                 parameter.data = data.to(parameter.device)
         self.accelerator.clip_grad_norm_ = guard.clip
+        self._is_blank = False  # whether the micro-batch has blank rows alone
+        if ranks().count > 1:
+            collate: Any = self.data_collator  # type: ignore[has-type]
+            self.data_collator = WithoutBlankRows(collate)
+            # TRL's figures: accelerate would leave out some processes' at the end of an epoch.
+            self.accelerator.gather_for_metrics = self._gather_real
+
+    def _gather_real(self, number: Tensor) -> Tensor:
+        """Return a number of all processes, [count]; 0 for those with blank rows alone."""
+        found: Tensor = self.accelerator.gather(number * (not self._is_blank))
+        return found
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        """Return the order of the examples; of several processes, with the blank rows."""
+        count = ranks().count
+        if count == 1:
+            return super()._get_train_sampler(train_dataset)
+        # The last row of the data set is the blank one.
+        examples = len(train_dataset or self.train_dataset) - 1
+        return FilledSampler(
+            examples,
+            1 if self.args.dataloader_drop_last else count * self._train_batch_size,
+            is_random=self.args.train_sampling_strategy == "random",
+            seed=self.args.data_seed,
+        )
+
+    def _track_num_input_tokens(self, inputs: Any) -> None:
+        if self._is_blank:
+            inputs = {**inputs, "attention_mask": torch.zeros_like(inputs["attention_mask"])}
+        super()._track_num_input_tokens(inputs)
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         """Create the optimizer, without its warning about checkpoints, which `_save` resolves."""
@@ -127,6 +161,7 @@ class Trainer(SFTTrainer):
         Raises:
             ResumeError: The frozen weights or the parameters are not those of the run.
         """
+        self._checkpoint = checkpoint
         if checkpoint is None:
             return
         values = read_values(Path(checkpoint))
@@ -150,7 +185,7 @@ class Trainer(SFTTrainer):
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         """Set the random generators; the trainer calls it after it has skipped batches."""
-        if checkpoint is not None:
+        if checkpoint is not None and ranks().count == 1:  # several are seeded by `RandomByStep`
             set_random_state(self._random)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
@@ -174,11 +209,12 @@ class Trainer(SFTTrainer):
         except NonFiniteError as error:
             raise self.guard.stopped(error, self.state, self.model) from error
         except AllStepsTakenError:
-            set_random_state(self._random)
+            self._load_rng_state(self._checkpoint)
             self.callback_handler.on_train_end(self.args, self.state, self.control)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         """Run forward and backward pass of a micro-batch, and pass its loss to the guard."""
+        self._is_blank = ranks().count > 1 and is_blank(args[1])
         loss = super().training_step(*args, **kwargs)
         self.guard.add_loss(loss)
         return loss
