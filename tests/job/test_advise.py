@@ -240,9 +240,23 @@ def test_the_file_belongs_to_the_run(with_log, tmp_path, capsys, facts, base):
     run = with_log(by_kind)
     assert main(["advise", str(run), "--no_plan"]) == 0
     assert A_RUN.fault(run) is None
-    # An edited file is never lost by accident.
-    assert main(["advise", str(run), "--no_plan"]) == 2
+
+
+def test_an_edited_file_is_kept(with_log, capsys):
+    run = with_log(by_kind)
+    path = run / "assignment.yaml"
+    assert main(["advise", str(run), "--no_plan"]) == 0
+    assert f"written   {path}\n" in capsys.readouterr().out
+    assert main(["advise", str(run), "--no_plan"]) == 0
+    assert f"kept      {path}, which is this assignment\n" in capsys.readouterr().out
+    path.write_text("default: full\n")
+    assert main(["advise", str(run), "--no_plan"]) == 0
+    assert f"kept      {path}, which differs: --overwrite replaces it" in capsys.readouterr().out
+    assert path.read_text() == "default: full\n"
+    assert main(["advise", str(run), "--no_plan", "--output", str(path)]) == 2
     assert "Give --overwrite" in capsys.readouterr().err
+    assert main(["advise", str(run), "--no_plan", "--overwrite"]) == 0
+    assert path.read_text() != "default: full\n"
 
 
 @pytest.mark.parametrize(

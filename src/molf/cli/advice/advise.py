@@ -31,12 +31,17 @@ def advise_run(
         by: full goes to the layers where it won most steps, or where its mean score leads.
         share: Give full to this share of the routed layers instead: those where it leads most.
         output: File of the assignment, which `molf train --method hybrid --assignment` takes.
-        overwrite: Replace that file.
+        overwrite: Replace that file. Without it and output, an assignment.yaml in RUN is kept.
         figures: Also draw the evidence, as PNG files in this folder.
         plan: Plan memory and arithmetic of the assignment and of other methods.
         json: Print everything as JSON, sizes in bytes.
     """
-    from molf.job.advice.place import advice_place, check_figures, write_assignment
+    from molf.job.advice.place import (
+        advice_place,
+        check_figures,
+        kept_assignment,
+        write_assignment,
+    )
     from molf.job.record.finished_run import read_run
     from molf.job.record.routing_log import routing_parts
 
@@ -45,6 +50,8 @@ def advise_run(
     with finished.reading():
         routing_parts(finished.path)
         place = advice_place(finished, output, overwrite=overwrite)
+        # A probe has written it, and it may have been edited: advise then only prints.
+        keeps = place.exists() and not overwrite
         if figures is not None:
             check_figures(figures)
         from molf.job.libraries import quiet_libraries
@@ -58,7 +65,9 @@ def advise_run(
                 from molf.job.advice.cost import known_costs
 
                 costs = known_costs(finished, advice.assignment)
-    write_assignment(advice.assignment, place)
+    kept = kept_assignment(advice.assignment, place) if keeps else None
+    if not keeps:
+        write_assignment(advice.assignment, place)
     drawn = []
     if figures is not None:
         from molf.job.advice.figures import draw_figures
@@ -71,4 +80,4 @@ def advise_run(
         return
     from molf.cli.advice.report import print_advice
 
-    print_advice(advice, costs, [place, *drawn])
+    print_advice(advice, costs, drawn if keeps else [place, *drawn], kept)

@@ -25,8 +25,10 @@ _NAMES = {"fft": "full", "molf": "MoLF", "lora": "LoRA", "hybrid": "assigned"}
 _MOST_DIFFERING = 8  # names of layers in one line
 
 
-def print_advice(advice: Advice, costs: Costs | None, written: Sequence[Path]) -> None:
-    """Print it to standard output; `written` are the files of it."""
+def print_advice(
+    advice: Advice, costs: Costs | None, written: Sequence[Path], kept: str | None = None
+) -> None:
+    """Print it to standard output; `written` are the files of it, `kept` a line about one kept."""
     console = PlainConsole()
     run = advice.run
     console.lines(
@@ -54,7 +56,7 @@ def print_advice(advice: Advice, costs: Costs | None, written: Sequence[Path]) -
             "linear layers, forward and backward, computed from their shapes; it is no measured "
             "time."
         )
-    console.lines(*(f"written   {path}" for path in written))
+    console.lines(*([] if kept is None else [kept]), *(f"written   {path}" for path in written))
 
 
 def print_probe(result: Probe) -> None:

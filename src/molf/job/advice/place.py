@@ -22,14 +22,15 @@ def advice_place(run: FinishedRun, output: Path | None, *, overwrite: bool) -> P
 
     Args:
         run: The run that is read.
-        output: The file; None for `assignment.yaml` in the run.
+        output: The file; None for `assignment.yaml` in the run, which may exist.
         overwrite: Replace an earlier file.
 
     Raises:
-        InputError: The file exists, is no ordinary one, or cannot be written.
+        InputError: `output` exists, is no ordinary file, or cannot be written.
     """
     path = run.path / ASSIGNMENT if output is None else settled(output)
-    check_file(path, overwrite=overwrite)
+    if output is not None or overwrite or not path.is_file():
+        check_file(path, overwrite=overwrite)
     return path
 
 
@@ -68,6 +69,17 @@ def check_figures(folder: Path) -> None:
     if folder.exists() and not folder.is_dir():
         raise InputError(f"figures {folder} is a file. Give a folder.")
     _check_writable(nearest_existing(folder.absolute()), f"figures {folder}")
+
+
+def kept_assignment(assignment: Assignment, path: Path) -> str:
+    """Return a line about a file that is kept: whether it has this assignment."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        text = ""
+    if text == assignment.to_yaml():
+        return f"kept      {path}, which is this assignment"
+    return f"kept      {path}, which differs: --overwrite replaces it"
 
 
 def write_assignment(assignment: Assignment, path: Path) -> None:
