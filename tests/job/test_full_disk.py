@@ -387,8 +387,8 @@ def test_any_error_of_writing_leaves_the_training_on(
     """Of the second checkpoint alone; nothing of it is left."""
     write, calls = writer.write_tensors, []
 
-    def failing(directory, tensors):
-        write(directory, tensors)
+    def failing(directory, *given):
+        write(directory, *given)
         calls.append(directory)
         if len(calls) == 2:
             raise error
@@ -408,7 +408,7 @@ def test_any_error_of_writing_leaves_the_training_on(
 def test_run_may_stop_at_a_checkpoint_that_cannot_be_written(
     options, tmp_path, monkeypatch, capsys
 ):
-    def fail(directory, tensors):
+    def fail(*given):
         raise OSError(30, "Read-only file system")
 
     monkeypatch.setattr(writer, "write_tensors", fail)

@@ -15,6 +15,7 @@ from molf.job.settings.resolved import ResolvedSettings
 
 _MOMENTS = {"float32": 8.0, "8bit": 2.04}  # bytes for both moments of a number
 _ROUTING_ROW = 11  # bytes per row of the Parquet log; measured 9.4 and 10.3 with random scores
+_ROUTING_FRAME, _ROUTING_SHAPE = 4_000, 170  # bytes of a part, and of a layer's shape in it
 _METRICS_LINE = 600  # bytes per line of metrics.jsonl; measured with three experts
 _VALUES = 40_000  # bytes of numbers and random states in a checkpoint
 _TENSOR = 1_600  # bytes per tensor of a checkpoint beside its numbers
@@ -135,7 +136,9 @@ def _state_tensors(model: Any, plan: Plan, *, adapts: bool) -> int:
 def _routing(settings: ResolvedSettings, plan: Plan, steps: int) -> int:
     if settings.method not in ROUTED:
         return 0
-    return steps * len(plan.layers) * len(config_of(settings).experts) * _ROUTING_ROW
+    rows = steps * len(plan.layers) * len(config_of(settings).experts)
+    # A part is written each minute; most trainings have few, so that one frame is counted.
+    return rows * _ROUTING_ROW + _ROUTING_FRAME + len(plan.layers) * _ROUTING_SHAPE
 
 
 def _factors(settings: ResolvedSettings, plan: Plan) -> int:
