@@ -20,6 +20,7 @@ from cyclopts import CycloptsError, MissingArgumentError, UnknownOptionError, Un
 from molf.cli.app import app, join_booleans
 from molf.cli.lines import one_line, say
 from molf.errors import InputError
+from molf.extras import missing_package
 from molf.masking import learn
 from molf.ranks import launched_count
 from molf.streams import OutputError, standard_streams
@@ -61,6 +62,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _BY_SIGNAL + error.number
         except KeyboardInterrupt:
             return _BY_SIGNAL + signal.SIGINT
+        except ModuleNotFoundError as error:
+            if line := missing_package(f"molf {' '.join(arguments[:1])}".strip(), error):
+                return _fail(WRONG_INPUT, line)
+            return _failed(error)
         except BrokenPipeError:  # the reader of the pipe has ended
             return DONE
         except OutputError as error:
