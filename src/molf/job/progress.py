@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -13,6 +14,7 @@ from rich.progress import (
     TextColumn,
     TimeRemainingColumn,
 )
+from rich.table import Column
 
 from molf.console import PlainConsole
 from molf.masking import mask_text
@@ -39,7 +41,8 @@ class Reporter:
 
     def say(self, text: str) -> None:
         """Print one line."""
-        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+        line = as_line(mask_text(text))
+        self._console.print(line, markup=False, highlight=False, soft_wrap=True)
 
     @contextmanager
     def evaluating(self, title: str) -> Iterator[ShowEvaluation]:
@@ -52,12 +55,20 @@ class Reporter:
         """Show a training; yield a function of (step, log entry or None)."""
         every = max(1, steps // _LINES)
         last_shown = 0
+        # A resumed training begins in its middle, and its first step is the slowest.
+        begun: tuple[int, float] | None = None
 
         def show(step: int, logs: Mapping[str, Any] | None) -> None:
-            nonlocal last_shown
+            nonlocal last_shown, begun
+            now = time.monotonic()
+            begun = begun or (step, now)
             if logs and (step >= last_shown + every or step in (1, steps)):
                 last_shown = step
-                self.say(f"  step {step}/{steps}  {describe(logs)}")
+                line = f"  step {step}/{steps}  {describe(logs)}"
+                if begun[0] < step < steps:
+                    left = (now - begun[1]) / (step - begun[0]) * (steps - step)
+                    line += f"  {duration(left)} left"
+                self.say(line)
 
         self.say(f"Training: {steps} steps")
         yield show
@@ -98,13 +109,16 @@ class TerminalReporter(Reporter):
         self.say(f"Training: {steps} steps  {latest}")
 
     def _progress(self) -> Progress:
+        # On a narrow terminal the detail is cut, and nothing else.
+        whole, cut = Column(no_wrap=True), Column(no_wrap=True, overflow="ellipsis", ratio=1)
         return Progress(
-            TextColumn("{task.description}", markup=False),
-            BarColumn(bar_width=20),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[detail]}", markup=False),
+            MofNCompleteColumn(table_column=whole),
+            BarColumn(bar_width=12, table_column=Column(min_width=12)),
+            TimeRemainingColumn(compact=True, table_column=whole),
+            TextColumn("{task.description}", markup=False, table_column=whole),
+            TextColumn("{task.fields[detail]}", markup=False, table_column=cut),
             console=self._console,
+            expand=True,
             transient=True,
         )
 
@@ -122,6 +136,13 @@ def make_reporter() -> Reporter:
     if launched_rank():
         return SilentReporter(console)
     return TerminalReporter(console) if console.is_terminal else Reporter(console)
+
+
+def duration(seconds: float) -> str:
+    """Return a duration as h:mm:ss, without hours below one."""
+    hours, rest = divmod(round(seconds), 3600)
+    minutes, rest = divmod(rest, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
 def describe(logs: Mapping[str, Any]) -> str:
