@@ -109,14 +109,13 @@ class TerminalReporter(Reporter):
         self.say(f"Training: {steps} steps  {latest}")
 
     def _progress(self) -> Progress:
-        # On a narrow terminal the detail is cut, and nothing else.
+        # On a narrow terminal the text is cut; figures, bar and time left stay.
         whole, cut = Column(no_wrap=True), Column(no_wrap=True, overflow="ellipsis", ratio=1)
         return Progress(
             MofNCompleteColumn(table_column=whole),
             BarColumn(bar_width=12, table_column=Column(min_width=12)),
             TimeRemainingColumn(compact=True, table_column=whole),
-            TextColumn("{task.description}", markup=False, table_column=whole),
-            TextColumn("{task.fields[detail]}", markup=False, table_column=cut),
+            TextColumn("{task.description} {task.fields[detail]}", markup=False, table_column=cut),
             console=self._console,
             expand=True,
             transient=True,
