@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.table import Column
+from rich.text import Text
 
 from molf.console import PlainConsole
 from molf.masking import mask_text
@@ -26,6 +28,7 @@ ShowEvaluation = Callable[[str, int, int], None]
 ShowTraining = Callable[[int, Mapping[str, Any] | None], None]
 
 _LINES = 10  # per training, without a terminal
+_LONG = 5.0  # seconds
 
 
 class Reporter:
@@ -43,6 +46,22 @@ class Reporter:
         """Print one line."""
         line = as_line(mask_text(text))
         self._console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+    @contextmanager
+    def working(self, title: str) -> Iterator[None]:
+        """Show work that may take long; in a log, only if it does."""
+        line = threading.Timer(_LONG, self.say, [title])
+        line.daemon = True
+        line.start()
+        try:
+            yield
+        finally:
+            line.cancel()
+
+    @contextmanager
+    def importing(self, title: str) -> Iterator[None]:
+        """Show that libraries are imported; on a terminal alone."""
+        yield
 
     @contextmanager
     def evaluating(self, title: str) -> Iterator[ShowEvaluation]:
@@ -76,6 +95,14 @@ class Reporter:
 
 class TerminalReporter(Reporter):
     """Shows the progress of a run as bars."""
+
+    @contextmanager
+    def working(self, title: str) -> Iterator[None]:
+        """Show work without a known end, until it has ended."""
+        with self._console.status(Text(as_line(mask_text(title)))):
+            yield
+
+    importing = working
 
     @contextmanager
     def evaluating(self, title: str) -> Iterator[ShowEvaluation]:

@@ -6,7 +6,6 @@ functions of other files.
 
 from __future__ import annotations
 
-import sys
 from contextlib import suppress
 from dataclasses import replace
 from datetime import datetime
@@ -72,9 +71,11 @@ def train(
         task, forgetting_text = open_data(resolved, inputs)
 
         reporter = reporter or make_reporter()
-        if "trl" not in sys.modules:  # takes seconds
-            reporter.say("Loading torch, transformers and TRL")
-        from molf.job.libraries import quiet_libraries
+        with reporter.importing("Loading torch, transformers and TRL"):
+            from molf.job.libraries import quiet_libraries
+
+            with quiet_libraries():
+                import molf.job.training  # noqa: F401
 
         sources = (getattr(resolved, name) for name in INPUTS)
         with quiet_libraries(), locking_runs(sources):
@@ -104,8 +105,9 @@ def _train(
     from molf.job.training import Training, run_training
 
     # Open and check: nothing is written yet. Several processes are connected then.
-    reporter.say(f"Loading {settings.model}, {counted(len(task.training_samples), 'example')}")
-    opening = open_training(settings, task, inputs)
+    count = counted(len(task.training_samples), "example")
+    with reporter.working(f"Loading {settings.model}, and tokenizing {count}"):
+        opening = open_training(settings, task, inputs)
     processes = ranks()
     on_main = processes.on_main
     # Its default has the time in it.
@@ -148,9 +150,9 @@ def _train(
         # Save before anything else: a file that cannot be written must not lose the training.
         trained = TrainedModel(opening, directory, task, training, before)
         if done is None:
-            reporter.say("Saving the model")
             try:
-                saved = on_main(trained.save)
+                with reporter.working("Saving the model"):
+                    saved = on_main(trained.save)
             except SaveError:
                 with suppress(OSError):
                     on_main(lambda: record.write(directory))
