@@ -29,7 +29,7 @@ from unittest.mock import patch
 
 from molf.cli import main as molf
 from molf.cli.eval_options import EvalOptions
-from molf.cli.shipped import recipe_names, shipped_recipe
+from molf.cli.recipes.shipped import recipe_names, shipped_recipe
 from molf.job import run
 from molf.job.settings.settings import TrainSettings
 

@@ -5,12 +5,15 @@ from __future__ import annotations
 import ast
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 import sysconfig
 import tomllib
 import zipfile
+from contextlib import suppress
+from importlib.metadata import Distribution, PackageNotFoundError, distribution
 from pathlib import Path
 
 import pytest
@@ -60,6 +63,71 @@ def test_every_import_is_declared():
                 imported.add(node.module.partition(".")[0])
     foreign = imported - set(sys.stdlib_module_names) - {"molf"}
     assert foreign <= allowed, f"imported but not declared: {sorted(foreign - allowed)}"
+
+
+@pytest.fixture(scope="module")
+def torch_alone(wheel, tmp_path_factory) -> Path:
+    """A folder with molf, torch and torch's requirements, as `pip install molf` gives them."""
+    folder = tmp_path_factory.mktemp("packages")
+    zipfile.ZipFile(wheel).extractall(folder)
+    found: dict[str, Distribution] = {}
+    missing = ["torch"]
+    while missing:
+        name = missing.pop()
+        with suppress(PackageNotFoundError):
+            found[name] = distribution(name)
+            missing += [
+                required
+                for entry in found[name].requires or ()
+                if "extra ==" not in entry
+                and (required := re.split(r"[ ;<>=!~\[(]", entry)[0]) not in found
+            ]
+    for one in found.values():
+        for top in {file.parts[0] for file in one.files or ()} - {"..", "__pycache__"}:
+            if not (folder / top).exists():
+                (folder / top).symlink_to(one.locate_file(top))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("code", "returned", "printed"),
+    [
+        (
+            "layer = torch.nn.Linear(8, 8)\n"
+            "optimizer = molf.MoLFAdamW.from_model("
+            "torch.nn.Sequential(layer), molf.MoLFConfig(ranks=(2,)), lr=1e-3)\n"
+            "layer(torch.ones(4, 8)).sum().backward()\n"
+            "optimizer.step()\n"
+            "optimizer.load_state_dict(optimizer.state_dict())\n"
+            "print(molf.Assignment.of(optimizer), molf.__version__)",
+            0,
+            "1 layer: ",
+        ),
+        (
+            "molf.with_adapter(torch.nn.Sequential(torch.nn.Linear(8, 8)), "
+            "molf.MoLFConfig(ranks=(2,), freeze_base=True))",
+            1,
+            "An adapter needs peft, which is not installed: pip install 'molf[train]'.\n",
+        ),
+        (
+            "import sys; from molf.cli import main; sys.exit(main(['train']))",
+            2,
+            "molf: error: The command molf needs cyclopts, which is not installed: "
+            "pip install 'molf[train]'.\n",
+        ),
+    ],
+    ids=["optimizer", "adapter", "command"],
+)
+def test_torch_is_enough_for_the_optimizer(torch_alone, tmp_path, code, returned, printed):
+    done = subprocess.run(
+        [sys.executable, "-S", "-c", f"import molf, torch\n{code}"],
+        env=os.environ | {"PYTHONPATH": str(torch_alone)},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == returned, done.stderr
+    assert printed in done.stdout + done.stderr
 
 
 @pytest.mark.slow

@@ -9,6 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from molf.errors import InputError, system_reason
+from molf.extras import how_to_install
 
 DIRECTORY = "a directory"
 _KINDS = (
@@ -36,21 +37,19 @@ def check_choice(name: str, value: str | None, allowed: Iterable[str | None]) ->
         raise InputError(f"Invalid {name}={value!r}. Must be one of {choices}.")
 
 
-def check_installed(library: str, purpose: str, extra: str | None = None) -> None:
+def check_installed(library: str, purpose: str) -> None:
     """Check that an optional library is installed, without importing it.
 
     Args:
         library: Its name.
         purpose: Subject of the message.
-        extra: The extra of molf that installs it; None if it has the library's name.
 
     Raises:
         InputError: It is not installed; the message names the extra.
     """
     if find_spec(library) is None:
         raise InputError(
-            f"{purpose} needs {library}, which is not installed: "
-            f"pip install 'molf[{extra or library}]'."
+            f"{purpose} needs {library}, which is not installed: {how_to_install(library)}."
         )
 
 

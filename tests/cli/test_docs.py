@@ -169,7 +169,7 @@ def test_python_of_hybrid():
 
 
 def test_recipes_named():
-    from molf.cli.shipped import recipe_names
+    from molf.cli.recipes.shipped import recipe_names
 
     names = recipe_names()
     assert set(re.findall(r"`(?:\.\.\.)?-(24gb|laptop)`", RECIPES)) == {"24gb", "laptop"}

@@ -229,7 +229,7 @@ def test_missing_recipe(refused):
 
 
 def test_help_groups_the_options(capsys):
-    assert main(["train", "--help"]) == 0
+    assert main(["train", "--help-all"]) == 0
     out = capsys.readouterr().out
     groups = ("Data", "Model", "Method", "Optimization", "Evaluation", "Output")
     positions = [out.index(f" {group} ") for group in groups]

@@ -12,7 +12,7 @@ import yaml
 
 from molf.cli import main
 from molf.cli.app import app
-from molf.cli.shipped import recipe_names, shipped_recipe
+from molf.cli.recipes.shipped import recipe_names, shipped_recipe
 from molf.job.settings.resolved import resolve
 from molf.job.settings.settings import METHOD, TrainSettings
 from molf.tasks import TASKS

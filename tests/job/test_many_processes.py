@@ -110,7 +110,7 @@ def test_two_processes_train_as_one(one, two):
     tokens = [row_of(run)["tokens"] for run in (one, path)]
     assert tokens[0] == tokens[1]
     assert yaml.safe_load((path / "config.yaml").read_text())["run"]["processes"] == 2
-    assert "2 processes: 10 examples per optimizer step (2 x 5 x 1 forward passes)." in main.errors
+    assert "of 10 examples (5 x 1 x 2 processes)" in main.errors
     assert str(path) in main.output
     assert (other.output, other.errors) == ("", "")
 

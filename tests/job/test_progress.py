@@ -1,6 +1,7 @@
 """Progress on a terminal and in a log."""
 
 import io
+import re
 
 import pytest
 from rich.console import Console
@@ -26,6 +27,32 @@ def test_a_log_gets_a_handful_of_lines(output):
     assert 8 <= len(lines) <= 13
     assert lines[0] == "Training: 200 steps"
     assert lines[-1] == "  step 200/200  loss 1.250  1,234 tokens/s  won: full 25% lora0_r4 75%"
+
+
+def test_a_log_shows_the_time_left(output, monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr("molf.job.progress.time.monotonic", lambda: now[0])
+    reporter = Reporter(Console(file=output))
+    with reporter.training(8000) as show:
+        for step in (3000, 4000, 8000):  # a resumed training: 1,000 steps take an hour
+            show(step, LOGS)
+            now[0] += 3600
+    lines = output.getvalue().splitlines()
+    assert "left" not in lines[1]
+    assert lines[2].endswith("lora0_r4 75%  4:00:00 left")
+    assert "left" not in lines[3]
+
+
+@pytest.mark.parametrize("width", [80, 50])
+def test_a_narrow_terminal_cuts_the_shares_alone(output, width):
+    console = Console(file=output, force_terminal=True, width=width, legacy_windows=False)
+    with TerminalReporter(console).training(20_000) as show:
+        show(10_000, LOGS)
+    plain = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", output.getvalue())
+    line = [line for line in re.split(r"[\r\n]+", plain) if line.startswith("10000/20000")][-1]
+    assert re.match(r"10000/20000 ━\S+ (--:--|\d+:\d\d) Training loss 1", line), line
+    assert len(line) <= width
+    assert line.rstrip().endswith("…")
 
 
 def test_a_log_gets_a_line_per_evaluation(output):

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from importlib.metadata import version
+from typing import Any
 
 from cyclopts import App, ArgumentCollection, Parameter
 
-from molf.cli.recipe import apply_recipe, apply_run
+from molf.cli.helping import EXAMPLES, CommonOptions, WholeNames, epilogue
+from molf.cli.recipes.apply import apply_recipe, apply_run
 from molf.cli.values import check_directory, check_values
 from molf.ranks import check_alone
 
@@ -31,7 +33,9 @@ app = App(
     name="molf",
     help="Fine-tune language models without choosing between full fine-tuning and LoRA.",
     help_format="plaintext",
+    help_formatter=WholeNames(),
     version=version("molf"),
+    version_flags=("--version", "-V"),
     # check_values runs twice: on the command line, then with values of a recipe or a run added.
     config=(check_launcher, check_directory, check_values, apply_recipe, apply_run, check_values),
     default_parameter=Parameter(name_transform=_as_written, negative_iterable=()),
@@ -55,12 +59,40 @@ for parent, name, function, text in (
     (app, "advise", "advice.advise:advise_run", "Assign full or LoRA per layer from a run."),
     (app, "probe", "advice.probe:probe_model", "Find an assignment by a few steps of routing."),
     (app, "export", "export:export_run", "Write a run's model or adapter in another type."),
-    (recipes, "ls", "recipes:list_recipes", "Print the shipped recipes."),
-    (recipes, "cp", "recipes:copy_recipe", "Copy a shipped recipe."),
-    (recipes, "validate", "recipes:validate_recipes", "Check recipes without running anything."),
+    (recipes, "ls", "recipes.commands:list_recipes", "Print the shipped recipes."),
+    (recipes, "cp", "recipes.commands:copy_recipe", "Copy a shipped recipe."),
+    (
+        recipes,
+        "schema",
+        "recipes.commands:print_schema",
+        "Print the JSON schema of recipes.",
+    ),
+    (
+        recipes,
+        "validate",
+        "recipes.commands:validate_recipes",
+        "Check recipes; run nothing.",
+    ),
 ):
-    parent.command(f"molf.cli.{function}", name=name, help=text)
+    many: dict[str, Any] = {}
+    if name in EXAMPLES:
+        many = {"help_formatter": CommonOptions(), "help_epilogue": epilogue(name)}
+    parent.command(f"molf.cli.{function}", name=name, help=text, **many)
 app.command(recipes)
+app.register_install_completion_command(
+    help="Install completion of commands and options for this shell (bash, zsh, fish)."
+)
+
+
+@app.command(name="help")
+def show_help(*command: str) -> None:
+    """Print the help of molf, or of a command.
+
+    Args:
+        command: The command, such as `train` or `recipes ls`.
+    """
+    app([*command, "--help"], exit_on_error=False, print_error=False)
+
 
 study = App(name="study", help="Run many trainings from one file, and compare methods fairly.")
 for _name, _function, _help in (

@@ -18,8 +18,10 @@ from typing import TextIO
 from cyclopts import CycloptsError, MissingArgumentError, UnknownOptionError, UnusedCliTokensError
 
 from molf.cli.app import app, join_booleans
+from molf.cli.helping import without_help_all
 from molf.cli.lines import one_line, say
 from molf.errors import InputError
+from molf.extras import missing_package
 from molf.masking import learn
 from molf.ranks import launched_count
 from molf.streams import OutputError, standard_streams
@@ -43,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     if launched_count() > 1:  # each process would warn that DDP looks for unused parameters
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    arguments = join_booleans(sys.argv[1:] if argv is None else argv)
+    arguments = without_help_all(join_booleans(sys.argv[1:] if argv is None else argv))
     # Before anything is printed, because a message may quote an argument with a token.
     learn(arguments)
     with standard_streams(), warnings.catch_warnings(), _signals_as_interrupts():
@@ -61,6 +63,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _BY_SIGNAL + error.number
         except KeyboardInterrupt:
             return _BY_SIGNAL + signal.SIGINT
+        except ModuleNotFoundError as error:
+            if line := missing_package(f"molf {' '.join(arguments[:1])}".strip(), error):
+                return _fail(WRONG_INPUT, line)
+            return _failed(error)
         except BrokenPipeError:  # the reader of the pipe has ended
             return DONE
         except OutputError as error:

@@ -8,10 +8,10 @@ from typing import Any
 
 from cyclopts import CycloptsError
 
-from molf.cli.recipe import read_recipe, read_recipe_text
-from molf.cli.recipe_yaml import RecipeError, read_nested
-from molf.cli.shipped import find_recipe
-from molf.cli.validation import parse_options
+from molf.cli.recipes.apply import read_recipe, read_recipe_text
+from molf.cli.recipes.shipped import find_recipe
+from molf.cli.recipes.text import RecipeError, read_nested
+from molf.cli.recipes.validation import parse_options
 from molf.errors import InputError
 from molf.job.settings.settings import TrainSettings
 from molf.masking import learn

@@ -16,6 +16,7 @@ def train_model(
     config: Annotated[Path | None, Parameter(group=DATA)] = None,
     report: Annotated[bool, Parameter(group=OUTPUT)] = True,
     spectra: Annotated[bool, Parameter(group=OUTPUT)] = True,
+    print_config: Annotated[bool, Parameter(group=OUTPUT, negative=())] = False,
 ) -> None:
     """Fine-tune a model and measure it before and after.
 
@@ -25,7 +26,13 @@ def train_model(
         report: Write report.html into the run, a page of charts and tables (`molf report`).
         spectra: Measure the spectrum of each linear layer's change, in at most 3% of the training's
             time, for that page (`spectra.json`).
+        print_config: Check the options, print all of them with their defaults as YAML, and stop.
     """
+    if print_config:
+        from molf.cli.recipes.commands import print_options
+
+        print_options(settings)
+        return
     if settings.dry_run:
         from molf.cli.plan_report import print_dry_run
         from molf.job.run import dry_run

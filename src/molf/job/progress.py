@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -13,6 +15,8 @@ from rich.progress import (
     TextColumn,
     TimeRemainingColumn,
 )
+from rich.table import Column
+from rich.text import Text
 
 from molf.console import PlainConsole
 from molf.masking import mask_text
@@ -24,6 +28,7 @@ ShowEvaluation = Callable[[str, int, int], None]
 ShowTraining = Callable[[int, Mapping[str, Any] | None], None]
 
 _LINES = 10  # per training, without a terminal
+_LONG = 5.0  # seconds
 
 
 class Reporter:
@@ -39,7 +44,24 @@ class Reporter:
 
     def say(self, text: str) -> None:
         """Print one line."""
-        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+        line = as_line(mask_text(text))
+        self._console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+    @contextmanager
+    def working(self, title: str) -> Iterator[None]:
+        """Show work that may take long; in a log, only if it does."""
+        line = threading.Timer(_LONG, self.say, [title])
+        line.daemon = True
+        line.start()
+        try:
+            yield
+        finally:
+            line.cancel()
+
+    @contextmanager
+    def importing(self, title: str) -> Iterator[None]:
+        """Show that libraries are imported; on a terminal alone."""
+        yield
 
     @contextmanager
     def evaluating(self, title: str) -> Iterator[ShowEvaluation]:
@@ -52,12 +74,20 @@ class Reporter:
         """Show a training; yield a function of (step, log entry or None)."""
         every = max(1, steps // _LINES)
         last_shown = 0
+        # A resumed training begins in its middle, and its first step is the slowest.
+        begun: tuple[int, float] | None = None
 
         def show(step: int, logs: Mapping[str, Any] | None) -> None:
-            nonlocal last_shown
+            nonlocal last_shown, begun
+            now = time.monotonic()
+            begun = begun or (step, now)
             if logs and (step >= last_shown + every or step in (1, steps)):
                 last_shown = step
-                self.say(f"  step {step}/{steps}  {describe(logs)}")
+                line = f"  step {step}/{steps}  {describe(logs)}"
+                if begun[0] < step < steps:
+                    left = (now - begun[1]) / (step - begun[0]) * (steps - step)
+                    line += f"  {duration(left)} left"
+                self.say(line)
 
         self.say(f"Training: {steps} steps")
         yield show
@@ -65,6 +95,14 @@ class Reporter:
 
 class TerminalReporter(Reporter):
     """Shows the progress of a run as bars."""
+
+    @contextmanager
+    def working(self, title: str) -> Iterator[None]:
+        """Show work without a known end, until it has ended."""
+        with self._console.status(Text(as_line(mask_text(title)))):
+            yield
+
+    importing = working
 
     @contextmanager
     def evaluating(self, title: str) -> Iterator[ShowEvaluation]:
@@ -98,13 +136,15 @@ class TerminalReporter(Reporter):
         self.say(f"Training: {steps} steps  {latest}")
 
     def _progress(self) -> Progress:
+        # On a narrow terminal the text is cut; figures, bar and time left stay.
+        whole, cut = Column(no_wrap=True), Column(no_wrap=True, overflow="ellipsis", ratio=1)
         return Progress(
-            TextColumn("{task.description}", markup=False),
-            BarColumn(bar_width=20),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[detail]}", markup=False),
+            MofNCompleteColumn(table_column=whole),
+            BarColumn(bar_width=12, table_column=Column(min_width=12)),
+            TimeRemainingColumn(compact=True, table_column=whole),
+            TextColumn("{task.description} {task.fields[detail]}", markup=False, table_column=cut),
             console=self._console,
+            expand=True,
             transient=True,
         )
 
@@ -122,6 +162,13 @@ def make_reporter() -> Reporter:
     if launched_rank():
         return SilentReporter(console)
     return TerminalReporter(console) if console.is_terminal else Reporter(console)
+
+
+def duration(seconds: float) -> str:
+    """Return a duration as h:mm:ss, without hours below one."""
+    hours, rest = divmod(round(seconds), 3600)
+    minutes, rest = divmod(rest, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
 def describe(logs: Mapping[str, Any]) -> str:

@@ -34,6 +34,7 @@ from molf.masking import learn
 from molf.measure import read_plain_text
 from molf.paths import check_inputs_outside
 from molf.ranks import check_alone, ranks
+from molf.shown import counted
 from molf.streams import ignoring_print_errors
 from molf.tasks import Task
 
@@ -69,13 +70,16 @@ def train(
         check_places(resolved)
         task, forgetting_text = open_data(resolved, inputs)
 
-        from molf.job.libraries import quiet_libraries
+        reporter = reporter or make_reporter()
+        with reporter.importing("Loading torch, transformers and TRL"):
+            from molf.job.libraries import quiet_libraries
+
+            with quiet_libraries():
+                import molf.job.training  # noqa: F401
 
         sources = (getattr(resolved, name) for name in INPUTS)
         with quiet_libraries(), locking_runs(sources):
-            result = _train(
-                resolved, task, forgetting_text, reporter or make_reporter(), inputs, started
-            )
+            result = _train(resolved, task, forgetting_text, reporter, inputs, started)
     return replace(result, print_error=str(errors[0])) if errors else result
 
 
@@ -94,21 +98,24 @@ def _train(
     from molf.job.memory import reset_peak_memory
     from molf.job.model.saving import SaveError
     from molf.job.opening import open_training
+    from molf.job.overview import overview
     from molf.job.record.stages import Stages
     from molf.job.records import ConfigRecord, add_row, input_files, run_result, write_evaluations
     from molf.job.trained_model import TrainedModel
     from molf.job.training import Training, run_training
 
     # Open and check: nothing is written yet. Several processes are connected then.
-    opening = open_training(settings, task, inputs)
+    count = counted(len(task.training_samples), "example")
+    with reporter.working(f"Loading {settings.model}, and tokenizing {count}"):
+        opening = open_training(settings, task, inputs)
     processes = ranks()
     on_main = processes.on_main
     # Its default has the time in it.
     output_dir = on_main(lambda: opening.settings.output_dir)
     opening.settings = replace(opening.settings, output_dir=output_dir)
     settings, device = opening.settings, opening.arguments.device
-    if processes.count > 1:
-        reporter.say(_share_of_step(settings, processes.count))
+    for line in overview(opening, task, processes.count):
+        reporter.say(line)
     for note in opening.notes:
         reporter.say(note)
     files = input_files(settings, task)
@@ -123,11 +130,6 @@ def _train(
 
         # Measure the base.
         reset_peak_memory(device)
-        if left_out := opening.data.samples.left_out:
-            reporter.say(
-                f"Left out: {left_out} of {len(task.training_samples)} examples "
-                f"are longer than {settings.max_length} tokens."
-            )
         evaluator = Evaluator(settings, task, forgetting_text, device, reporter)
         before = on_main(lambda: stages.before)
         if before is None:
@@ -149,7 +151,8 @@ def _train(
         trained = TrainedModel(opening, directory, task, training, before)
         if done is None:
             try:
-                saved = on_main(trained.save)
+                with reporter.working("Saving the model"):
+                    saved = on_main(trained.save)
             except SaveError:
                 with suppress(OSError):
                     on_main(lambda: record.write(directory))
@@ -181,15 +184,6 @@ def _train(
             return result
 
         return on_main(write)
-
-
-def _share_of_step(settings: ResolvedSettings, count: int) -> str:
-    """Return a line with the examples of an optimizer step of several processes."""
-    size, steps = settings.per_device_train_batch_size, settings.gradient_accumulation_steps
-    return (
-        f"{count} processes: {count * size * steps} examples per optimizer step "
-        f"({count} x {size} x {steps} forward passes)."
-    )
 
 
 def _newest(directory: RunDirectory, reporter: Reporter) -> Path | None:

@@ -27,6 +27,7 @@ from molf.core.model.weight_checks import (
     sides_of,
 )
 from molf.core.warn import warn
+from molf.inputs import check_installed
 from molf.shown import counted
 
 
@@ -285,6 +286,7 @@ def _adapt(
     lora_dropout: float,
 ) -> Any:
     """Add the adapter; on an error the layers are as before."""
+    check_installed("peft", "An assignment with LoRA layers")
     from peft import LoraConfig
 
     layers = assignment.lora

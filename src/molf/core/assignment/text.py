@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from molf.core.assignment.assigned import LORA, AssignedLayer, Evidence, check_rank, default_alpha
+from molf.inputs import check_installed
 
 _KEYS = (
     "model",
@@ -20,6 +21,7 @@ _KEYS = (
     "frozen_rest",
     "evidence",
 )
+
 _LAYER_KEYS = ("train", "r", "alpha", "shape")
 _HEADING = """\
 # An assignment of molf. Each layer has one line, with the shape (out x in) that it must have:
@@ -80,6 +82,7 @@ def _line(layer: AssignedLayer, common: tuple[int | None, float | None] | None) 
 
 def _flow(value: Any) -> str:
     """Return a value as YAML on one line."""
+    check_installed("yaml", "An assignment as YAML")
     import yaml
 
     text: str = yaml.safe_dump(
@@ -94,6 +97,7 @@ def parse(text: str) -> Mapping[str, Any]:
     Raises:
         ValueError: The text is no YAML, or no mapping.
     """
+    check_installed("yaml", "An assignment as YAML")
     import yaml
 
     try:

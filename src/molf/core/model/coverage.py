@@ -72,9 +72,10 @@ class Coverage:
 
     def __str__(self) -> str:
         """Return one line per kind."""
+        rest = "; not routed are:" if self.unrouted else "."
         lines = [
             f"{self.share:6.1%} of {self.parameters:,} parameters are routed, in "
-            f"{counted(self.layers, 'layer')}; not routed are:"
+            f"{counted(self.layers, 'layer')}{rest}"
         ]
         for kind in self.unrouted:
             training = {0: "frozen", len(kind.names): "plain AdamW"}.get(

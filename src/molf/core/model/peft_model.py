@@ -25,6 +25,7 @@ from molf.core.model.linear_places import linear_places
 from molf.core.model.module_names import cleaner
 from molf.core.model.quantised import is_quantised, keep_differentiable
 from molf.core.model.weight_checks import check_adaptable_weight, sides_of
+from molf.inputs import check_installed
 
 _FOR_TOKENS = ("TOKEN_CLS", "QUESTION_ANS")  # PEFT would both adapt and train their heads
 
@@ -42,6 +43,7 @@ def peft_config(config: MoLFConfig, **options: Any) -> Any:
             those that `config` sets. For a head other than a language model's give `task_type`, so
             that PEFT excludes the head.
     """
+    check_installed("peft", "An adapter")
     from peft import LoraConfig
 
     targets: Any = config.target_modules
@@ -175,6 +177,7 @@ def add_adapter(
     Raises:
         ValueError: PEFT does not support a layer; the model's layers are as before then.
     """
+    check_installed("peft", "An adapter")
     from peft import get_peft_model
 
     clean = cleaner(model)

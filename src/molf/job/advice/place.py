@@ -62,7 +62,7 @@ def check_figures(folder: Path) -> None:
     Raises:
         InputError: matplotlib is not installed, or the folder is none or cannot be written.
     """
-    check_installed("matplotlib", "figures", extra="study")
+    check_installed("matplotlib", "figures")
     folder = settled(folder)
     check_path(folder, "figures")
     check_unicode(folder, "figures")

@@ -115,8 +115,7 @@ class TrainSettings:
     """Base of the merged model/: the dequantised weights, as in training, or the original ones."""
 
     method: Annotated[str, Parameter(choices=METHODS, group=METHOD)] = "molf"
-    """fft: all weights. molf, molf-e: routed per layer and step. hybrid: by assignment. Others
-    train a PEFT adapter."""
+    """fft: all weights; molf, molf-e: routed; hybrid: by assignment; others: a PEFT adapter."""
     assignment: Annotated[str | None, Parameter(group=METHOD)] = None
     """With hybrid: a YAML file, or a run (its assignment, or by the wins in its routing log)."""
     ranks: Annotated[
@@ -142,8 +141,7 @@ class TrainSettings:
     use_dora: Annotated[bool, Parameter(group=METHOD, negative=())] = False
     """With hybrid, also train a magnitude per output of the adapted layers (DoRA)."""
     score: Annotated[str, Parameter(group=METHOD)] = "epd"
-    """How molf scores experts: epd, pfn, gsnr, fresh, descent, epd-balanced or epd-corrected;
-    share:Q:SCORE; controls: shape, random, random:Q, full, lora, shuffled:SCORE."""
+    """How molf scores experts: epd (the paper's), another score, or a control (docs/scores.md)."""
     top_k: Annotated[int, Parameter(group=METHOD)] = 1
     """How many experts of a layer take each update."""
     target_modules: Annotated[

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import shlex
 import sys
+from datetime import datetime
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
-from molf.cli.shipped import recipe_names, shipped_recipe
+from molf.cli.recipes.shipped import recipe_names, shipped_recipe
 from molf.errors import InputError
 from molf.inputs import special_kind
 from molf.paths import check_path, expanded
 from molf.shown import as_line, json_text
+
+if TYPE_CHECKING:
+    from molf.job.settings.settings import TrainSettings
 
 _SHOWN = {"method": "any", "task": "", "model": "shipped"}  # with the text where it is not given
 _WRONG_INPUT = 2
@@ -93,8 +97,8 @@ def validate_recipes(*recipes: str) -> int:
         The exit code: 2 if any has an error.
     """
     from molf.cli.lines import say
-    from molf.cli.shipped import find_recipe
-    from molf.cli.validation import validate_recipe
+    from molf.cli.recipes.shipped import find_recipe
+    from molf.cli.recipes.validation import validate_recipe
 
     if not recipes:
         raise InputError("Give the recipes to check: YAML files, or names of shipped ones.")
@@ -115,6 +119,33 @@ def validate_recipes(*recipes: str) -> int:
         else:
             sys.stdout.write(f"{as_line(recipe)}: ok (molf {found.command})\n")
     return _WRONG_INPUT if wrong else 0
+
+
+def print_options(settings: TrainSettings) -> None:
+    """Check the options of a training, and print all of them as a recipe.
+
+    Raises:
+        InputError: An option is wrong or missing.
+    """
+    import yaml
+
+    from molf.job.run import checked
+    from molf.masking import mask
+
+    options: dict[str, Any] = mask(checked(settings, datetime.now()).as_options())
+    # Of one call alone; the default of output_dir has the time in it.
+    for name in ("overwrite", "resume", "dry_run"):
+        del options[name]
+    if settings.output_dir is None:
+        del options["output_dir"]
+    sys.stdout.write(yaml.safe_dump(options, sort_keys=False, allow_unicode=True))
+
+
+def print_schema() -> None:
+    """Print the JSON schema of recipes, for an editor."""
+    from molf.cli.recipes.schema import recipe_schema
+
+    sys.stdout.write(json_text(recipe_schema(), indent=2) + "\n")
 
 
 def _describe(path: Path) -> dict[str, str]:

@@ -12,7 +12,7 @@ from typing import Any
 from cyclopts import App, ArgumentCollection
 from cyclopts.argument import update_argument_collection
 
-from molf.cli.shipped import find_recipe
+from molf.cli.recipes.shipped import find_recipe
 from molf.errors import InputError
 from molf.inputs import read_text
 from molf.masking import learn
@@ -120,7 +120,7 @@ def read_recipe(path: Path, text: str) -> dict[str, Any]:
     Raises:
         InputError: The text is not YAML, not a mapping of names, or has a value of a wrong kind.
     """
-    from molf.cli.recipe_yaml import RecipeError, read_options
+    from molf.cli.recipes.text import RecipeError, read_options
 
     try:
         options = read_options(text, _NESTED, _RECORD)

@@ -8,7 +8,7 @@ from molf.errors import InputError
 from molf.paths import check_path, expanded
 from molf.shown import suggestion
 
-_FOLDER = Path(__file__).resolve().parents[1] / "recipes"
+_FOLDER = Path(__file__).resolve().parents[2] / "recipes"
 _SUFFIX = ".yaml"
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from cyclopts import App, CycloptsError
 
-from molf.cli.recipe import given_by, read_recipe, read_recipe_text
+from molf.cli.recipes.apply import given_by, read_recipe, read_recipe_text
 from molf.errors import InputError
 
 _RUN_COMMAND = re.compile(r"\s*#\s*molf\s+([\w-]+)")

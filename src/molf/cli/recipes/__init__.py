@@ -1,0 +1,1 @@
+"""Recipes: files of options, shipped or one's own, for `--config`."""

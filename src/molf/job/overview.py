@@ -1,0 +1,105 @@
+"""The lines at the start of a training: model, data, trained parameters, steps and place."""
+
+from __future__ import annotations
+
+from statistics import median
+
+from molf.disk.room import megabytes
+from molf.job.opening import Opening
+from molf.job.settings.defaults import ADAPTERS
+from molf.job.settings.resolved import ResolvedSettings
+from molf.shown import counted
+from molf.tasks import Task
+
+
+def overview(opening: Opening, task: Task, processes: int = 1) -> list[str]:
+    """Return the lines, for a training that has been opened.
+
+    Args:
+        opening: The training.
+        task: Its task.
+        processes: Number of processes that train together.
+    """
+    settings = opening.settings
+    return [
+        f"model    {_model(opening)}",
+        f"data     {_data(opening, task)}",
+        f"method   {_method(opening)}",
+        f"steps    {_steps(opening, processes)}",
+        f"rates    {_rates(settings)}",
+        f"run      {settings.output_dir}{_disk(opening)}",
+    ]
+
+
+def _model(opening: Opening) -> str:
+    model, settings = opening.base.model, opening.settings
+    parameters = sum(one.numel() for one in model.parameters())
+    words = [f"{parameters:,} parameters", settings.dtype]
+    if opening.quantisation is not None:
+        words.append(f"quantised: {opening.quantisation}")
+    if settings.bf16:
+        words.append("bfloat16 autocast")
+    kind = model.config.model_type
+    return f"{settings.model} ({kind}): {', '.join(words)}, on {_device(opening)}"
+
+
+def _device(opening: Opening) -> str:
+    device = opening.arguments.device
+    if device.type != "cuda":
+        return str(device.type)
+    import torch
+
+    return f"{torch.cuda.get_device_name(device)} ({device})"
+
+
+def _data(opening: Opening, task: Task) -> str:
+    samples = opening.data.samples
+    lengths = [len(row) for row in samples.input_ids]
+    words = [f"{counted(len(lengths), 'example')} of {opening.settings.task}"]
+    if samples.left_out:
+        words.append(f"{samples.left_out:,} longer than {opening.settings.max_length} left out")
+    words.append(
+        f"{min(lengths):,} to {max(lengths):,} tokens (median {median(lengths):,.0f}, at most "
+        f"{opening.settings.max_length:,})"
+    )
+    words.append(f"{counted(task.evaluation_count, 'record')} for evaluation")
+    return ", ".join(words)
+
+
+def _method(opening: Opening) -> str:
+    settings, plan = opening.settings, opening.plan
+    words = [settings.method]
+    if settings.method in ("molf", "molf-e"):
+        words.append(f"score {settings.score}")
+    if settings.ranks and settings.method not in ("fft", "hybrid"):
+        words.append("ranks " + ",".join(map(str, settings.ranks)))
+    words.append(f"{plan.trained_parameters:,} trained parameters")
+    if plan.layers:
+        doing = "adapted" if settings.method in (*ADAPTERS, "hybrid") else "routed"
+        words.append(f"{counted(len(plan.layers), 'layer')} {doing}")
+    return ", ".join(words)
+
+
+def _steps(opening: Opening, processes: int) -> str:
+    settings, steps = opening.settings, opening.data.steps
+    size, passes = settings.per_device_train_batch_size, settings.gradient_accumulation_steps
+    batch = size * passes * processes
+    split = f"{size} x {passes}" + (f" x {processes} processes" if processes > 1 else "")
+    epochs = steps * batch / len(opening.data.samples.input_ids)
+    return f"{steps:,} of {counted(batch, 'example')} ({split}), {epochs:.3g} epochs"
+
+
+def _rates(settings: ResolvedSettings) -> str:
+    words = []
+    if settings.method not in (*ADAPTERS, "molf-e"):
+        words.append(f"learning_rate {settings.learning_rate:g}")
+    if settings.method != "fft":
+        words.append(f"lora_learning_rate {settings.lora_learning_rate:g}")
+    return f"{', '.join(words)}, {settings.lr_scheduler_type}"
+
+
+def _disk(opening: Opening) -> str:
+    room = opening.room
+    if not (total := room.checkpoint + room.at_the_end):
+        return ""
+    return f" (about {megabytes(total)} on the disk)"
