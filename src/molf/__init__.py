@@ -9,6 +9,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from molf.api.jobs import evaluate, train
+    from molf.api.run import Run
     from molf.core.adamw import AdamW
     from molf.core.assignment.assigned import AssignedLayer, Evidence
     from molf.core.assignment.assignment import Assignment
@@ -33,12 +35,15 @@ _HOMES = {
     "MergeReport": "molf.core.model.merge",
     "MoLFAdamW": "molf.core.optimizer",
     "MoLFConfig": "molf.core.config",
+    "Run": "molf.api.run",
     "Score": "molf.core.scores.score",
     "ScoreTerm": "molf.core.scores.score",
+    "evaluate": "molf.api.jobs",
     "merge": "molf.core.model.merge",
     "peft_config": "molf.core.model.peft_model",
     "read_assignment": "molf.job.record.assignment_source",
     "register_score": "molf.core.scores.registry",
+    "train": "molf.api.jobs",
     "trainer_optimizer": "molf.core.trainer",
     "with_assignment": "molf.core.assignment.model",
     "with_adapter": "molf.core.model.peft_model",
@@ -53,12 +58,15 @@ __all__ = [
     "MergeReport",
     "MoLFAdamW",
     "MoLFConfig",
+    "Run",
     "Score",
     "ScoreTerm",
+    "evaluate",
     "merge",
     "peft_config",
     "read_assignment",
     "register_score",
+    "train",
     "trainer_optimizer",
     "with_adapter",
     "with_assignment",

@@ -171,7 +171,7 @@ def read_run_data(path: Path, *, most_bins: int = 400) -> RunData:
         _add_evaluations(data)
         return data
     run = read_run(path)
-    data = RunData(run.path, _status(run), run)
+    data = RunData(run.path, status_of(run), run)
     _add_environment(data)
     _add_log(data)
     _add_evaluations(data)
@@ -192,7 +192,8 @@ def _is_evaluation(path: Path) -> bool:
     return isinstance(record, dict) and ("tasks" in record or "metrics" in record)
 
 
-def _status(run: FinishedRun) -> str:
+def status_of(run: FinishedRun) -> str:
+    """Return whether a run is complete, running, stopped or failed."""
     if is_finished(run.path) or (run.is_probe and "routing" in run.config["run"]):
         return COMPLETE
     if in_use(run.path, by_writers=True):

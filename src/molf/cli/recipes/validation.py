@@ -13,7 +13,7 @@ from typing import Any
 
 from cyclopts import App, CycloptsError
 
-from molf.cli.recipes.apply import given_by, read_recipe, read_recipe_text
+from molf.cli.recipes.apply import apply_run, given_by, read_recipe, read_recipe_text
 from molf.errors import InputError
 
 _RUN_COMMAND = re.compile(r"\s*#\s*molf\s+([\w-]+)")
@@ -112,8 +112,16 @@ def _reader(command: str) -> App:
     return reader
 
 
-def parse_options(path: Path, command: str, options: Mapping[str, Any]) -> dict[str, Any]:
+def parse_options(
+    path: Path, command: str, options: Mapping[str, Any], *, resumes: bool = False
+) -> dict[str, Any]:
     """Return the arguments that a command would be called with, given the options of a recipe.
+
+    Args:
+        path: The recipe, for messages.
+        command: `train` or `eval`.
+        options: Its options.
+        resumes: Whether `resume` adds the options of the run, as it does for the command.
 
     Raises:
         CycloptsError: An option is unknown, or cannot be converted.
@@ -122,7 +130,8 @@ def parse_options(path: Path, command: str, options: Mapping[str, Any]) -> dict[
     from molf.cli.values import check_values
 
     reader = _reader(command)
-    reader.config = (given_by(path, options), check_values)
+    further = (apply_run,) if resumes else ()
+    reader.config = (given_by(path, options), *further, check_values)
     # A recipe of `molf eval` may leave its required task to the command line.
     task = ["--task", "sql"] if command == "eval" and not {"task", "tasks"} & set(options) else []
     _, bound, _ = reader.parse_args([command, *task], exit_on_error=False, print_error=False)

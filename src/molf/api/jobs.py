@@ -1,0 +1,86 @@
+"""`molf.train` and `molf.evaluate`: the commands as functions."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from molf.api.options import parsed
+from molf.api.run import Run
+from molf.errors import InputError
+from molf.tasks import TASKS
+
+if TYPE_CHECKING:
+    from molf.measure import Evaluation
+
+
+def train(recipe: str | Path | None = None, /, **options: Any) -> Run:
+    """Fine-tune a model and measure it before and after, as `molf train` does.
+
+    Progress and warnings go to standard error; nothing is printed to standard output.
+
+    Args:
+        recipe: A YAML file of options, or the name of a shipped recipe.
+        **options: The options of `molf train` by name, such as `model="Qwen/Qwen2.5-1.5B"`,
+            `ranks=[16, 64]`, `output_dir=Path("out")`. They replace those of the recipe; None is
+            as if left out.
+
+    Returns:
+        The run.
+
+    Raises:
+        InputError: An option, the data or the model is wrong. Nothing was written.
+        RunError: The training failed; the run's directory has the traceback.
+        StoppedError: A signal stopped the training; `resume=True` continues it.
+    """
+    from molf.job.record.result import FinishedError
+    from molf.job.run import train as train_run
+    from molf.job.settings.settings import TrainSettings
+
+    arguments = parsed("train", options, recipe)
+    settings = arguments.get("settings", TrainSettings())
+    if settings.dry_run or arguments.get("print_config"):
+        raise InputError("dry_run and print_config are for the command line.")
+    try:
+        result = train_run(settings)
+    except FinishedError:
+        return Run(settings.output_dir)
+    if arguments.get("spectra", True):
+        from molf.job.extract.spectra import spectra_at_end
+
+        spectra_at_end(result.directory, result.training_seconds)
+    if arguments.get("report", True):
+        from molf.report.build import page_at_end
+
+        page_at_end(result.directory)
+    return Run(result.directory)
+
+
+def evaluate(model: str | Path | None = None, /, **options: Any) -> dict[str, Evaluation]:
+    """Measure a model on tasks, as `molf eval` does.
+
+    Args:
+        model: A local directory in transformers format, or a Hub id; None with `predictions`.
+        **options: The options of `molf eval` by name; `task` is required, one or several.
+
+    Returns:
+        The evaluation of each task by its name.
+
+    Raises:
+        InputError: An option, the data or the model is wrong.
+    """
+    from molf.cli.evaluation import evaluate_checkpoint, score_saved_texts, write_evaluations
+
+    if "task" not in options:
+        raise InputError(f"Give task, one of {', '.join(TASKS)}, or several; given: none.")
+    arguments = parsed("eval", options)
+    chosen = arguments["options"]
+    if (model is None) == (chosen.predictions is None):
+        raise InputError("Give a model, or predictions with saved texts: one of the two.")
+    found = score_saved_texts(chosen) if model is None else evaluate_checkpoint(str(model), chosen)
+    write_evaluations(chosen, found)
+    if chosen.output_dir is not None and arguments.get("report", True):
+        from molf.report.build import page_at_end
+
+        page_at_end(chosen.output_dir)
+    return found

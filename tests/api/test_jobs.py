@@ -1,0 +1,153 @@
+"""`molf.train`, `molf.evaluate` and `molf.Run`: the commands from Python."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+
+import molf
+from checkpoints import write_checkpoint, write_facts
+from molf.cli import main
+from molf.errors import InputError
+
+
+@pytest.fixture(scope="module")
+def options(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("jobs")
+    write_checkpoint(folder / "base")
+    write_facts(folder / "facts.jsonl")
+    return {
+        "task": "fact",
+        "model": folder / "base",
+        "data": folder / "facts.jsonl",
+        "ranks": [2, 4],
+        "alpha": (4, 8.0),
+        "learning_rate": 1e-3,
+        "max_steps": 3,
+        "logging_steps": 1,
+        "per_device_train_batch_size": 4,
+        "gradient_accumulation_steps": 1,
+        "spectra": False,
+    }
+
+
+@pytest.fixture(scope="module")
+def run(options, tmp_path_factory):
+    return molf.train(**options, output_dir=tmp_path_factory.mktemp("runs") / "run")
+
+
+def as_arguments(options):
+    for name, value in options.items():
+        if value is False:
+            yield f"--no-{name}"
+        else:
+            given = ",".join(map(str, value)) if isinstance(value, (list, tuple)) else value
+            yield from (f"--{name}", str(given))
+
+
+def test_same_run_as_the_command(run, options, tmp_path, capsys):
+    assert capsys.readouterr().out == ""
+    path = tmp_path / "command"
+    assert main(["train", *as_arguments(options), "--output_dir", str(path)]) == 0
+    other = molf.Run(path)
+    own = {"output_dir", "data", "model"}
+    for name in run.options.keys() - own:
+        assert run.options[name] == other.options[name], name
+    assert run.routing.equals(other.routing)
+    assert run.after == other.after
+    assert run.predictions == other.predictions
+    assert [line["loss"] for line in run.log if "loss" in line] == [
+        line["loss"] for line in other.log if "loss" in line
+    ]
+
+
+def test_a_run_is_read(run, tmp_path):
+    assert run.status == "complete"
+    assert repr(run) == f"Run({str(run.path)!r}, method='molf', status='complete')"
+    assert run.options["ranks"] == [2, 4]
+    assert run.record["training"]["steps"] == 3
+    assert run.before["es"].count == 12
+    assert not math.isnan(run.after["es"].low)
+    assert run.log[0]["step"] == 1
+    assert len(run.predictions) == 12
+    assert set(run.routing.column_names) == {"step", "layer", "expert", "score", "winner"}
+    assert (run.path / "report.html").is_file()
+    assert not (run.path / "spectra.json").exists()
+    assert len(run.assignment.layers) == 14
+
+
+def test_the_model_of_a_run(run):
+    model, tokenizer = run.model(), run.tokenizer()
+    ids = tokenizer("One two", return_tensors="pt").input_ids
+    assert model(ids).logits.shape[-1] == model.config.vocab_size
+
+
+def test_evaluate(run, options, tmp_path):
+    found = molf.evaluate(
+        run.path / "model", task="fact", data=options["data"], output_dir=tmp_path / "evaluation"
+    )
+    assert found["fact"].metrics["es"].value == run.after["es"].value
+    assert (tmp_path / "evaluation/eval.json").is_file()
+    assert (tmp_path / "evaluation/report.html").is_file()
+
+
+def test_a_complete_run_is_resumed_at_no_cost(run, options):
+    again = molf.train(**options, output_dir=run.path, resume=True)
+    assert again.path == run.path
+
+
+def test_a_recipe_and_options_that_replace_it(options, tmp_path):
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text("method: fft\nmax_steps: 100\nlearning_rate: 1e-3\n")
+    given = {name: options[name] for name in ("task", "model", "data")}
+    run = molf.train(recipe, **given, max_steps=1, ranks=None, output_dir=tmp_path / "run")
+    assert (run.options["method"], run.options["max_steps"]) == ("fft", 1)
+    with pytest.raises(InputError, match="has no routing"):
+        _ = run.routing
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"metod": "fft"}, "metod"),
+        ({"max_steps": 1.5}, "whole number"),
+        ({"max_steps": "many"}, "max_steps"),
+        ({"method": "magic"}, "molf-e"),
+        ({"ranks": [0]}, "ranks"),
+        ({"dry_run": True}, "for the command line"),
+    ],
+)
+def test_wrong_options(options, words, tmp_path):
+    with pytest.raises(InputError) as caught:
+        molf.train(output_dir=tmp_path / "run", **options)
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert " from options" not in str(caught.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_wrong_calls(run, tmp_path):
+    with pytest.raises(InputError, match="no such file"):
+        molf.train("no-recipe")
+    with pytest.raises(InputError, match="Give task"):
+        molf.evaluate(run.path / "model")
+    with pytest.raises(InputError, match="one of the two"):
+        molf.evaluate(task="fact")
+    with pytest.raises(InputError, match="not a run"):
+        molf.Run(tmp_path)
+
+
+def test_a_run_that_has_not_ended(run, tmp_path):
+    path = tmp_path / "run"
+    path.mkdir()
+    (path / "config.yaml").write_text((run.path / "config.yaml").read_text())
+    found = molf.Run(path)
+    assert found.status == "stopped"
+    assert (found.before, found.after, found.log, found.predictions) == ({}, {}, [], [])
+    with pytest.raises(InputError, match="has no model/"):
+        found.model()
+    (Path(path) / "metrics.jsonl").write_text("{")
+    with pytest.raises(InputError, match="cannot be read"):
+        _ = molf.Run(path).log
