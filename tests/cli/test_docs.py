@@ -168,6 +168,24 @@ def test_python_of_hybrid():
     assert [group["lr"] for group in names["optimizer"].param_groups] == [1e-5, 1e-5, 1e-4]
 
 
+def test_python_of_the_whole_job(tmp_path, monkeypatch, capsys):
+    from checkpoints import write_checkpoint
+
+    monkeypatch.chdir(tmp_path)
+    write_checkpoint(tmp_path / "Qwen/Qwen2.5-1.5B")
+    records = [{"prompt": f"{i} and two", "completion": f" make {i + 2}."} for i in range(20)]
+    for name in ("records.jsonl", "held_out.jsonl"):
+        write(tmp_path / name, records)
+    (program,) = blocks((DOCS / "python.md").read_text(), "python")
+    names = {}
+    exec(program, names)
+    assert capsys.readouterr().out.startswith("complete ")
+    assert names["model"].config.model_type == "qwen2"
+    public = set(re.findall(r"^\| `?(.*?) \|", (DOCS / "python.md").read_text(), re.M))
+    named = {one for row in public for one in re.findall(r"[a-z]+", row)} - {"molf", "path", "un"}
+    assert named == {name for name in dir(names["molf"].Run) if name[0] not in "_"} - {"path"}
+
+
 def test_recipes_named():
     from molf.cli.recipes.shipped import recipe_names
 
