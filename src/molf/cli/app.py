@@ -58,6 +58,8 @@ for parent, name, function, text in (
     (app, "report", "runs.report:report_runs", "Write a page of charts and tables of runs."),
     (app, "advise", "advice.advise:advise_run", "Assign full or LoRA per layer from a run."),
     (app, "probe", "advice.probe:probe_model", "Find an assignment by a few steps of routing."),
+    (app, "generate", "texts.commands:generate_text", "Print a model's answers to prompts."),
+    (app, "chat", "texts.commands:chat_with", "Talk to a model."),
     (app, "export", "export:export_run", "Write a run's model or adapter in another type."),
     (recipes, "ls", "recipes.commands:list_recipes", "Print the shipped recipes."),
     (recipes, "cp", "recipes.commands:copy_recipe", "Copy a shipped recipe."),

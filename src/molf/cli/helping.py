@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from cyclopts.help import DefaultFormatter, HelpEntry, HelpPanel
+from cyclopts.help import DefaultFormatter, HelpEntry, HelpPanel, InlineText
 from cyclopts.help.specs import (
     AsteriskColumn,
     ColumnSpec,
     DescriptionColumn,
     NameRenderer,
 )
+from rich.text import Text
 
 HELP_ALL = "--help-all"
 # fmt: off
@@ -72,6 +73,11 @@ class WholeNames(DefaultFormatter):
     def __init__(self) -> None:
         super().__init__(column_specs=_columns)
 
+    def __call__(self, console: Any, options: Any, panel: HelpPanel) -> None:
+        """Print one group of options."""
+        entries = [_on_one_line(one) for one in panel.entries]
+        super().__call__(console, options, panel.copy(entries=entries))
+
 
 class CommonOptions(WholeNames):
     """Shows the common options of a command alone, unless `--help-all` was given."""
@@ -84,6 +90,14 @@ class CommonOptions(WholeNames):
                 return
             panel = panel.copy(entries=entries)
         super().__call__(console, options, panel)
+
+
+def _on_one_line(entry: HelpEntry) -> HelpEntry:
+    """Return an entry whose text has no line breaks: the terminal wraps it."""
+    if not isinstance(text := entry.description, InlineText):
+        return entry
+    plain = getattr(text.primary_renderable, "plain", "")
+    return entry.copy(description=InlineText(Text(" ".join(plain.split())))) if plain else entry
 
 
 def _is_common(entry: HelpEntry) -> bool:

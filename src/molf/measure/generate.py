@@ -73,7 +73,7 @@ def generate_greedy(
     if not contexts:
         return []
     inner = inner_model(model)
-    ends = _end_tokens(inner, tokenizer)
+    ends = end_tokens(inner, tokenizer)
     limit = position_limit(inner_model(model).config)
     lengths = [len(context) for context in contexts]
     if limit is not None and max(lengths) >= limit:
@@ -251,7 +251,7 @@ class _Answers:
         return self._stop(self.indices[answer], decode(self._tokenizer, self.tokens[answer]))
 
 
-def _end_tokens(inner: Any, tokenizer: Any) -> set[int]:
+def end_tokens(inner: Any, tokenizer: Any) -> set[int]:
     """Return the EOS tokens of tokenizer and model: chat models end turns with another token."""
     configured = inner.generation_config.eos_token_id
     if configured is None:

@@ -1,0 +1,1 @@
+"""Commands that generate text: `molf generate` and `molf chat`."""
