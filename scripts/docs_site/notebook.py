@@ -47,6 +47,16 @@ def notebook_page() -> str:
     return "\n\n".join(parts)
 
 
+def decisions() -> str:
+    """Return Markdown with the notebook's map of decisions."""
+    outputs = [
+        "".join(output["text"])
+        for cell in read_notebook()["cells"]
+        for output in cell.get("outputs", ())
+    ]
+    return f"```text\n{next(text for text in outputs if '..#' in text or '###' in text).rstrip()}\n```"
+
+
 def _store(path: Path = NOTEBOOK) -> None:
     notebook = read_notebook(path)
     printed = iter(run_cells(notebook))

@@ -15,8 +15,8 @@ from pathlib import Path
 
 from docs_site.api import api_reference
 from docs_site.commands import command_reference
-from docs_site.notebook import notebook_page
-from docs_site.support import support_tables
+from docs_site.notebook import decisions, notebook_page
+from docs_site.support import refusals, support_tables
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -26,7 +26,9 @@ GENERATED: dict[str, Callable[[], str]] = {
     "contributing": lambda: _root_page("CONTRIBUTING.md"),
     "changelog": lambda: _root_page("CHANGELOG.md"),
     "base": lambda: _root_page("src/molf/world/base/README.md"),
+    "decisions": decisions,
     "notebook": notebook_page,
+    "refusals": refusals,
     "support": support_tables,
 }
 """The functions that generate text, by the name in the page."""
