@@ -36,7 +36,7 @@ format: $(READY)
 
 docs: .venv/.docs  ## The documentation site, in site/: a warning or a broken link fails
 	rm -rf site
-	$(BIN)/python -m sphinx --quiet --fail-on-warning --keep-going -d build/doctrees docs site
+	$(BIN)/python -m sphinx --quiet --fail-on-warning --keep-going --fresh-env -d build/doctrees docs site
 	$(BIN)/python scripts/check_site.py site
 
 faults: $(READY)  ## Plant faults in the optimizer; every one must make a test fail

@@ -54,7 +54,8 @@ def box(x: float, y: float, width: float, height: float, kind: str = "box") -> s
 def arrow(x0: float, y0: float, x1: float, y1: float) -> str:
     """Return a straight arrow, horizontal or vertical."""
     if x0 == x1:
-        tip = f"{x1 - 5:g},{y1 - 8 if y1 > y0 else y1 + 8:g} {x1 + 5:g},{y1 - 8 if y1 > y0 else y1 + 8:g}"
+        back = y1 - 8 if y1 > y0 else y1 + 8
+        tip = f"{x1 - 5:g},{back:g} {x1 + 5:g},{back:g}"
     else:
         back = x1 - 8 if x1 > x0 else x1 + 8
         tip = f"{back:g},{y1 - 5:g} {back:g},{y1 + 5:g}"
@@ -76,122 +77,114 @@ def svg(width: int, height: int, parts: Sequence[str]) -> str:
 def layer() -> str:
     """Return a drawing of the experts of one layer."""
     parts = [
-        text(40, 118, "x"),
-        arrow(52, 113, 108, 113),
-        box(110, 30, 320, 170),
-        text(270, 20, "one linear layer", "strong"),
-        box(135, 60, 105, 105, "full"),
-        text(187, 118, "W", "on strong"),
-        text(187, 187, "expert full", "small"),
-        text(262, 118, "+", "strong"),
-        text(283, 118, "s"),
-        box(297, 60, 26, 105, "lora"),
-        text(310, 118, "B", "on strong"),
-        box(333, 60, 80, 26, "lora"),
-        text(373, 78, "A", "on strong"),
-        text(355, 187, "LoRA expert", "small"),
-        arrow(430, 113, 488, 113),
-        text(503, 118, "y"),
-        text(560, 80, "W  [out, in]", anchor="start"),
-        text(560, 105, "B  [out, r],  A  [r, in]", anchor="start"),
-        text(560, 130, "y = (W + s B A) x", anchor="start"),
-        text(560, 155, "more LoRA experts: more pairs B A", "small", "start"),
+        text(260, 20, "one linear layer", "strong"),
+        text(24, 118, "x"),
+        arrow(36, 113, 72, 113),
+        box(75, 32, 370, 168),
+        box(105, 60, 105, 105, "full"),
+        text(157, 118, "W", "on strong"),
+        text(157, 187, "expert full", "small"),
+        text(245, 118, "+", "strong"),
+        text(275, 118, "s", "strong"),
+        box(300, 60, 26, 105, "lora"),
+        text(313, 118, "B", "on strong"),
+        box(336, 60, 84, 26, "lora"),
+        text(378, 78, "A", "on strong"),
+        text(360, 187, "LoRA expert", "small"),
+        arrow(445, 113, 481, 113),
+        text(496, 118, "y"),
+        text(260, 230, "y = (W + s B A) x", "strong"),
+        text(260, 254, "W [out, in]    B [out, r]    A [r, in]", "small"),
     ]
-    return svg(800, 210, parts)
+    return svg(520, 266, parts)
 
 
 def step() -> str:
     """Return a drawing of one optimizer step of one layer."""
-    rows = (("full", "W", "full", 62, 118), ("lora0_r16", "A, B", "lora", 128, 46))
+    rows = (("full", "W", "full", 58, 130), ("lora0_r16", "A, B", "lora", 128, 46))
     parts = [
-        text(70, 28, "gradients", "strong small"),
-        text(230, 28, "moments", "strong small"),
-        text(420, 28, "score", "strong small"),
-        text(650, 28, "winner: one AdamW step", "strong small"),
+        text(70, 24, "gradients", "strong"),
+        text(215, 24, "moments", "strong"),
+        text(390, 24, "score", "strong"),
     ]
     for name, tensors, kind, y, score in rows:
         parts += [
-            box(20, y - 18, 100, 40, kind),
-            text(70, y + 7, f"grad {tensors}", "on"),
-            arrow(120, y + 2, 168, y + 2),
-            box(170, y - 18, 120, 40),
-            text(230, y + 7, "m, v"),
-            arrow(290, y + 2, 338, y + 2),
-            box(340, y - 12, score, 28, kind),
-            text(340, y + 34, name, "small", "start"),
+            box(15, y - 18, 110, 42, kind),
+            text(70, y + 8, f"grad {tensors}", "on"),
+            arrow(125, y + 3, 158, y + 3),
+            box(160, y - 18, 110, 42),
+            text(215, y + 8, "m, v"),
+            arrow(270, y + 3, 308, y + 3),
+            box(310, y - 11, score, 28, kind),
+            text(310, y + 36, name, "small", "start"),
         ]
     parts += [
-        arrow(500, 96, 548, 96),
-        box(550, 76, 200, 40, "full"),
-        text(650, 101, "W is updated", "on strong"),
-        text(650, 142, "A and B stay as they are", "small"),
-        text(650, 160, "until their score is higher", "small"),
-        text(400, 196, "every expert, in every step: exact gradients, new moments, a score", "small"),
+        '<path class="line" d="M452 61 L490 61 L490 217"/>',
+        arrow(490, 217, 442, 217),
+        text(225, 190, "winner: one AdamW step", "strong"),
+        box(120, 198, 320, 38, "full"),
+        text(280, 222, "W is updated", "on strong"),
+        text(280, 258, "A and B stay as they are until their score is higher", "small"),
     ]
-    return svg(780, 210, parts)
+    return svg(520, 270, parts)
 
 
 def forms() -> str:
     """Return a drawing of the places of W, A and B in the three forms."""
     parts = []
     columns = (
-        ("folded", "--method molf", "W + s B A", "A, B", None),
-        ("beside an adapter", "molf, --lora_dropout 0.05", "W", None, "A, B"),
-        ("frozen base", "--method molf-e", "W", None, "A, B"),
+        ("folded", "molf", "W + s B A", "A, B", None),
+        ("with adapter", "molf, dropout", "W", None, "A, B"),
+        ("frozen base", "molf-e", "W, frozen", None, "A, B"),
     )
-    for index, (title, option, weight, state, adapter) in enumerate(columns):
-        x = 20 + index * 265
+    for index, (title, method, weight, state, adapter) in enumerate(columns):
+        x = 5 + index * 173
         frozen = title == "frozen base"
         parts += [
-            text(x + 115, 24, title, "strong"),
-            text(x + 115, 44, option, "small"),
-            box(x, 58, 230, 92),
-            text(x + 10, 76, "model", "small", "start"),
-            box(x + 15, 88, 120, 46, "soft" if frozen else "full"),
-            text(x + 75, 116, f"{weight}, frozen" if frozen else weight, "" if frozen else "on"),
-            box(x, 162, 230, 66, "soft"),
-            text(x + 10, 180, "optimizer: moments", "small", "start"),
+            text(x + 82, 20, title, "strong"),
+            text(x + 82, 40, method, "small"),
+            box(x, 52, 164, 104),
+            text(x + 10, 72, "model", "small", "start"),
+            box(x + 10, 82, 144, 28, "soft" if frozen else "full"),
+            text(x + 82, 101, weight, "" if frozen else "on"),
+            box(x, 166, 164, 64, "soft"),
+            text(x + 10, 186, "optimizer", "small", "start"),
+            text(x + 10, 216, "m, v", "small", "start"),
         ]
         if adapter:
             parts += [
-                box(x + 147, 88, 68, 46, "lora"),
-                text(x + 181, 116, adapter, "on"),
-                text(x + 181, 76, "adapter", "small"),
+                box(x + 74, 118, 80, 28, "lora"),
+                text(x + 114, 137, adapter, "on"),
+                text(x + 12, 137, "adapter", "small", "start"),
             ]
         if state:
-            parts += [box(x + 147, 190, 68, 28, "lora"), text(x + 181, 209, state, "on")]
-    return svg(800, 240, parts)
+            parts += [box(x + 74, 194, 80, 28, "lora"), text(x + 114, 213, state, "on")]
+    return svg(520, 240, parts)
 
 
 def choice() -> str:
     """Return a drawing of the methods between full fine-tuning and LoRA."""
-    bars = (
-        ("fft", (1, 1, 1, 1, 1, 1)),
-        ("molf", (1, 0, 1, 0, 0, 1)),
-        ("hybrid", (1, 0, 1, 0, 0, 1)),
-        ("lora", (0, 0, 0, 0, 0, 0)),
-    )
-    notes = (
-        "every layer in full, in every step",
-        "each layer by its winner, chosen again in every step",
-        "each layer by a fixed assignment",
-        "every layer by LoRA, the base frozen",
+    rows = (
+        ("fft", (1, 1, 1, 1, 1, 1), "every layer in full"),
+        ("molf", (1, 0, 1, 0, 0, 1), "by the winner, in every step"),
+        ("hybrid", (1, 0, 1, 0, 0, 1), "by a fixed assignment"),
+        ("lora", (0, 0, 0, 0, 0, 0), "every layer by LoRA"),
     )
     parts = []
-    for index, ((name, layers), note) in enumerate(zip(bars, notes, strict=True)):
-        y = 14 + index * 48
-        parts.append(text(80, y + 24, name, "strong", "end"))
+    for index, (name, layers, note) in enumerate(rows):
+        y = 10 + index * 46
+        parts.append(text(60, y + 23, name, "strong", "end"))
         for column, is_full in enumerate(layers):
-            parts.append(box(100 + column * 48, y, 40, 34, "full" if is_full else "lora"))
-        parts.append(text(405, y + 24, note, anchor="start"))
+            parts.append(box(75 + column * 37, y, 31, 32, "full" if is_full else "lora"))
+        parts.append(text(308, y + 22, note, anchor="start"))
     parts += [
-        box(100, 210, 16, 16, "full"),
-        text(124, 223, "update of the weight", "small", "start"),
-        box(280, 210, 16, 16, "lora"),
-        text(304, 223, "update of LoRA factors", "small", "start"),
-        text(500, 223, "one box: one layer", "small", "start"),
+        text(75, 216, "one box: one layer", "small", "start"),
+        box(215, 203, 16, 16, "full"),
+        text(238, 216, "updates W", "small", "start"),
+        box(345, 203, 16, 16, "lora"),
+        text(368, 216, "updates A and B", "small", "start"),
     ]
-    return svg(800, 238, parts)
+    return svg(520, 228, parts)
 
 
 DRAWINGS = {"layer": layer, "step": step, "forms": forms, "choice": choice}

@@ -54,7 +54,9 @@ def decisions() -> str:
         for cell in read_notebook()["cells"]
         for output in cell.get("outputs", ())
     ]
-    return f"```text\n{next(text for text in outputs if '..#' in text or '###' in text).rstrip()}\n```"
+    return (
+        f"```text\n{next(text for text in outputs if '..#' in text or '###' in text).rstrip()}\n```"
+    )
 
 
 def _store(path: Path = NOTEBOOK) -> None:

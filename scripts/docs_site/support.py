@@ -14,7 +14,7 @@ from unittest.mock import patch
 
 from molf.core.options import MissingLibraryError, OptionError, check_exclusions
 from molf.errors import InputError
-from molf.job.settings.defaults import METHODS
+from molf.job.settings.defaults import ADAPTERS
 from molf.job.settings.resolved import without_effect
 from molf.job.settings.settings import TrainSettings
 
@@ -24,15 +24,14 @@ WITH_DROPOUT = "molf, dropout"
 """MoLF with an adapter beside the trained weights."""
 
 FORMS: dict[str, dict[str, Any]] = {
-    name: settings
-    for method in METHODS
-    for name, settings in {
-        method: {"method": method},
-        **({WITH_DROPOUT: {"method": "molf", "lora_dropout": 0.05}} if method == "molf" else {}),
-    }.items()
+    "fft": {"method": "fft"},
+    "molf": {"method": "molf"},
+    WITH_DROPOUT: {"method": "molf", "lora_dropout": 0.05},
+    "molf-e": {"method": "molf-e"},
+    "hybrid": {"method": "hybrid", "assignment": "assignment.yaml"},
+    **{method: {"method": method} for method in ADAPTERS},
 }
-FORMS["hybrid"]["assignment"] = "assignment.yaml"
-"""The settings of each column."""
+"""The settings of each method."""
 
 
 @dataclass(frozen=True)
@@ -264,23 +263,38 @@ def support_tables() -> str:
 
 def _table(device: str) -> Iterator[str]:
     title, text, *_ = DEVICES[device]
-    forms = DEVICES[device].forms
+    rows = rows_of(device)
+    columns: dict[tuple[str, ...], list[str]] = {}  # methods with the same states share a column
+    for form in DEVICES[device].forms:
+        states = tuple(state_of(form, feature, device) for feature in rows)
+        columns.setdefault(states, []).append(form)
     yield f"## {title}\n\n{text}\n"
-    yield f"| | {' | '.join(f'`{form}`' for form in forms)} |"
-    yield f"|---{'|---' * len(forms)}|"
-    for feature in rows_of(device):
-        shown = feature.text if feature == FEATURES[0] else f"`{feature.text}`"
-        states = [state_of(form, feature, device) for form in forms]
-        yield f"| {shown} | {' | '.join(map(_shown, states))} |"
-    yield ""
+    # HTML, because a table of Markdown has no class.
+    yield '<div class="table-wrapper"><table class="docutils matrix"><thead><tr><th></th>'
+    for forms in columns.values():
+        yield f"<th>{'<br>'.join(f'<code>{form}</code>' for form in forms)}</th>"
+    yield "</tr></thead><tbody>"
+    for index, feature in enumerate(rows):
+        cells = "".join(f"<td>{_shown(states[index])}</td>" for states in columns)
+        yield f"<tr><td>{_options(feature)}</td>{cells}</tr>"
+    yield "</tbody></table></div>\n"
     tests = sorted({one.test for one in EVIDENCE if one.device == device})
     if tests:
-        yield f"Tests: {', '.join(f'`{test}`' for test in tests)}.\n"
+        yield "Tests:\n"
+        yield from (f"- `{test}`" for test in tests)
+        yield ""
+
+
+def _options(feature: Feature) -> str:
+    """Return the options of a row, one per line."""
+    options = feature.text.replace(" --", "\n--").split("\n")
+    if not feature.settings:
+        return feature.text
+    return "<br>".join(f"<code>{option}</code>" for option in options)
 
 
 def _shown(state: str) -> str:
-    name = state.replace(" ", "-")
-    return f'<span class="{name}">{state}</span>'
+    return f'<span class="{state.replace(" ", "-")}">{state}</span>'
 
 
 def refusals() -> str:
