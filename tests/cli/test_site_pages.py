@@ -29,7 +29,7 @@ def test_start(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (records,) = blocks("json")
     Path("records.jsonl").write_text(records)
-    install, *commands = [block.splitlines() for block in blocks("bash")]
+    install, *commands = [block.replace("\\\n", "").splitlines() for block in blocks("bash")]
     assert [line.split()[0] for line in install] == ["git", "make", "source"]
     for line in (line for block in commands for line in block):
         given = shlex.split(line.replace("Qwen/Qwen2.5-0.5B", str(BASE_PATH)))
