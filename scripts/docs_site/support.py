@@ -15,7 +15,7 @@ from unittest.mock import patch
 from molf.core.options import MissingLibraryError, OptionError, check_exclusions
 from molf.errors import InputError
 from molf.job.settings.defaults import ADAPTERS
-from molf.job.settings.resolved import without_effect
+from molf.job.settings.resolved import unused_options
 from molf.job.settings.settings import TrainSettings
 
 TESTED, UNTESTED, REFUSED, NO_EFFECT = "tested", "untested", "refused", "no effect"
@@ -221,9 +221,8 @@ def state_of(form: str, feature: Feature, device: str) -> str:
     """
     if why_refused(form, feature, device) is not None:
         return REFUSED
-    settings = FORMS[form]
-    new = set(feature.settings) - set(settings)
-    if new & set(without_effect(settings["method"])):
+    new = set(feature.settings) - set(FORMS[form])
+    if new & set(unused_options(TrainSettings(**FORMS[form]))):
         return NO_EFFECT
     if feature.only == "cuda" and device == "cpu":
         return REFUSED if feature.settings.get("kernels") == "triton" else NO_EFFECT
