@@ -119,12 +119,12 @@ def step() -> str:
             text(310, y + 36, name, "small", "start"),
         ]
     parts += [
-        '<path class="line" d="M452 61 L490 61 L490 217"/>',
-        arrow(490, 217, 442, 217),
-        text(225, 190, "winner: one AdamW step", "strong"),
-        box(120, 198, 320, 38, "full"),
-        text(280, 222, "W is updated", "on strong"),
-        text(280, 258, "A and B stay as they are until their score is higher", "small"),
+        '<path class="line" d="M452 61 L490 61 L490 220"/>',
+        arrow(490, 220, 442, 220),
+        text(210, 193, "winner: one AdamW step", "strong"),
+        box(120, 201, 320, 38, "full"),
+        text(280, 225, "W is updated", "on strong"),
+        text(280, 260, "A and B stay as they are until their score is higher", "small"),
     ]
     return svg(520, 270, parts)
 
