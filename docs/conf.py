@@ -22,6 +22,7 @@ suppress_warnings = ["myst.header"]  # generated option lists start below the fi
 
 default_role = "code"  # docstrings have names in single backticks
 autodoc_typehints = "signature"
+autodoc_preserve_defaults = True  # as written: `print`, not its representation
 toc_object_entries_show_parents = "hide"
 autodoc_member_order = "bysource"
 napoleon_numpy_docstring = False
@@ -39,9 +40,14 @@ pygments_dark_style = "monokai"
 
 
 def setup(app):
-    """Complete pages when Sphinx reads them."""
+    """Complete pages and signatures when Sphinx reads them."""
 
     def read(app, name, content):
         content[0] = complete_page(content[0], Path(app.srcdir) / f"{name}.md")
 
+    def sign(app, what, name, value, options, signature, returned):
+        # The default of a field of a dataclass is no expression.
+        return signature and signature.replace("<factory>", "..."), returned
+
     app.connect("source-read", read)
+    app.connect("autodoc-process-signature", sign)

@@ -30,8 +30,16 @@ def api_reference() -> str:
     parts = []
     for heading, names in GROUPS.items():
         parts.append(f"## {heading}\n")
-        for name in names:
-            directive = "autoclass" if isinstance(getattr(molf, name), type) else "autofunction"
-            parts.append(f"```{{eval-rst}}\n.. {directive}:: molf.{name}")
-            parts.append("   :members:\n```\n" if directive == "autoclass" else "```\n")
+        parts += [_directive(name) for name in names]
     return "\n".join(parts)
+
+
+def _directive(name: str) -> str:
+    """Return the directive of a public name."""
+    value = getattr(molf, name)
+    if not isinstance(value, type):
+        return f"```{{eval-rst}}\n.. autofunction:: molf.{name}\n```\n"
+    lines = [f".. autoclass:: molf.{name}", "   :members:"]
+    if fields := getattr(value, "_fields", None):  # of a named tuple: the docstring has them
+        lines.append(f"   :exclude-members: {', '.join(fields)}")
+    return "\n".join(("```{eval-rst}", *lines, "```\n"))
