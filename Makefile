@@ -8,7 +8,7 @@ FLOOR := .venv-floor
 # Files in the order of their names; xdist's own order has those with few and long tests last.
 TWO := -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test test-slow test-floor check format faults base bench bench-growth bench-gpu clean
+.PHONY: demo test test-slow test-floor check format faults base bench bench-growth bench-gpu docs clean
 
 demo: $(READY)  ## Fine-tune the embedded model on the embedded facts: one minute, nothing to download
 	$(BIN)/molf train
@@ -34,6 +34,11 @@ format: $(READY)
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
+docs: .venv/.docs  ## The documentation site, in site/: a warning or a broken link fails
+	rm -rf site
+	$(BIN)/python -m sphinx --quiet --fail-on-warning --keep-going --fresh-env -d build/doctrees docs site
+	$(BIN)/python scripts/check_site.py site
+
 faults: $(READY)  ## Plant faults in the optimizer; every one must make a test fail
 	$(BIN)/python scripts/planted_faults.py
 
@@ -51,12 +56,16 @@ bench-gpu: $(READY)  ## Whole trainings and the optimizer's step on a CUDA GPU: 
 	$(BIN)/python benchmarks/gpu.py
 
 clean:
-	rm -rf .venv $(FLOOR) build dist src/*.egg-info
+	rm -rf .venv $(FLOOR) build dist site src/*.egg-info
 
 $(READY): requirements-dev.lock pyproject.toml
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.lock
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	touch $@
+
+.venv/.docs: $(READY) requirements-docs.lock
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-docs.lock -c requirements-dev.lock
 	touch $@
 
 $(FLOOR)/.ready: requirements-dev.lock pyproject.toml scripts/floors.py

@@ -55,37 +55,36 @@ class AdamW(UnitOptimizer):
             to compare with). None is exact for bfloat16 weights, and nothing for float32 ones.
         state_dtype: `"float32"`, or `"8bit"`: moments of matrices from 4,096 elements on are
             kept in blocks of 8 bits (torchao), 64 to 256 numbers of a row to a scale.
-        seed: Of stochastic rounding.
-        nonfinite: What a gradient does that has infinity or NaN, or is so large that moments would
-            overflow, and a loss that `require_finite` was given; it is found before anything is
-            written. `"raise"` a RuntimeError (`NonFiniteError`), or `"skip"` the whole step: the
-            first warns, and all are counted in `skipped_steps`.
+        seed: Seed of stochastic rounding.
+        nonfinite: Reaction, before anything is written, to a gradient with infinity or NaN, to
+            one whose moments would overflow, and to a `require_finite` loss that is not finite.
+            `"raise"`: raise a RuntimeError (`NonFiniteError`). `"skip"`: skip the whole step and
+            count it in `skipped_steps`; the first one warns.
         grad_accumulation_dtype: `"float32"` keeps the gradients of bfloat16 weights in float32, so
             that micro-batches add up without rounding; for one process. None leaves them in
             bfloat16.
-        optimizer_in_backward: Whether every parameter (of a routed layer: all together) moves as
-            soon as its gradient is complete, during the backward pass, and the gradient is freed.
-            `step` after each backward pass only finishes what is left. Nothing that needs all
-            gradients at once is possible: accumulation, clipping, loss scaling (float16), several
-            processes, `nonfinite="skip"`. The host waits for the device once per layer.
+        optimizer_in_backward: Whether every parameter (of a routed layer: all together) is updated
+            during the backward pass, as soon as its gradient is complete, and the gradient is
+            freed. Call `step` after each backward pass. Refused, because they need all gradients
+            at once: accumulation, clipping, loss scaling (float16), several processes,
+            `nonfinite="skip"`. The host waits for the device once per layer.
         kernels: `"triton"` Triton kernels (`molf.core.execute.triton`; CUDA, float32 or bfloat16
             weights, float32 states), not yet run on a GPU. None and `"eager"`: torch operations.
-        state_offload: Whether the state of parameters on CUDA lives in pinned host memory and is on
-            the device layer by layer, while a layer takes its step: the same bits in less memory
-            and more time. The host waits for the device once per layer. Not with `"triton"`, and
-            not run on a GPU yet.
+        state_offload: Whether the state of parameters on CUDA is in pinned host memory and copied
+            to the device layer by layer: the same bits in less memory and more time. The host waits
+            for the device once per layer. Not with `"triton"`; not yet run on a GPU.
 
     Attributes:
-        skipped_steps: How many steps `nonfinite="skip"` has skipped.
-        step_was_skipped: Whether the last one was.
+        skipped_steps: Number of steps that `nonfinite="skip"` has skipped.
+        step_was_skipped: Whether the last step was skipped.
         on_skipped: Called with the reason of each skipped step in place of the one warning, if set.
         executor: Runs the operations of a step; copies of the optimizer get a copy.
         offload: Keeps states in host memory; None without `state_offload`.
-        measure_updates: Set it to True, and `update_fidelity` says of each following step what
-            rounding has lost.
+        measure_updates: Whether the updates that rounding loses are measured in each step, for
+            `update_fidelity`; False at first.
 
     Raises:
-        ValueError: A value is not allowed, or nothing is there to be rounded as asked.
+        ValueError: A value is not allowed, or `weight_rounding` applies to no weight.
         ImportError: `state_dtype="8bit"` without torchao, or `kernels="triton"` without triton.
     """
 
@@ -234,7 +233,7 @@ class AdamW(UnitOptimizer):
 
     @property
     def update_fidelity(self) -> UpdateFidelity | None:
-        """What rounding has lost of the last step's updates; None where it was not measured.
+        """Losses of the last step's updates by rounding; None if they were not measured.
 
         The host waits for the device.
         """
@@ -256,11 +255,11 @@ class AdamW(UnitOptimizer):
 
     @torch.no_grad()
     def restore_float32(self) -> None:
-        """Turn bfloat16 parameters into the float32 values they stand for, for good.
+        """Convert bfloat16 parameters to float32, lower halves included.
 
         The lower halves leave the state, one parameter after the other, so that exact bfloat16
-        weights take no more memory than before. A parameter ends up where its lower half was: with
-        `state_offload` in host memory. The optimizer must not step afterwards.
+        weights take no more memory than before. With `state_offload` the parameters are in host
+        memory afterwards. The optimizer must not step afterwards.
 
         Raises:
             RuntimeError: Parameters are sharded.
@@ -274,10 +273,10 @@ class AdamW(UnitOptimizer):
         join_in_place(self._parameters(), self._settled_state())
 
     def reset_low_halves(self) -> None:
-        """Forget the lower halves: bfloat16 parameters stand for what they are.
+        """Set the lower halves to zero.
 
-        To be called where their values were replaced for good from outside. Without it the next
-        step starts within half a unit in the last place of them.
+        Call it after the values of bfloat16 parameters were replaced from outside. Without it the
+        next step starts within half a unit in the last place of the new values.
         """
         for state in self._settled_state().values():
             if LOW in state:

@@ -152,7 +152,7 @@ class MoLFConfig:
 
     @property
     def scalings(self) -> tuple[float, ...]:
-        """`s_i` of each LoRA expert: `alpha / sqrt(rank)` or `alpha / rank`."""
+        """Scaling `s_i` of each LoRA expert, `alpha / sqrt(rank)` or `alpha / rank`."""
         return tuple(
             alpha / (math.sqrt(rank) if self.use_rslora else rank)
             for alpha, rank in zip(self.alphas, self.ranks, strict=True)

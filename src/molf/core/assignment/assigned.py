@@ -108,7 +108,7 @@ class AssignedLayer:
 
     @property
     def shown(self) -> str:
-        """The shape as text: `out x in`."""
+        """The shape as text, `out x in`."""
         return "x".join(map(str, self.shape))
 
     @property

@@ -65,7 +65,9 @@ def with_assignment(
         A `peft.PeftModel`, whose base model is `model`; the plain model if no layer is `lora`.
 
     Raises:
-        ValueError: As `assigned_parameters`, or PEFT does not support a layer. The model is
+        ValueError: The model has other layers, or an adapter; a layer cannot be trained as assigned
+            (quantised and `full`; used without a call and `lora`; or it shares its weight with
+            another layer); nothing is trained; or PEFT does not support a layer. The model is
             unchanged then.
 
     Warns:

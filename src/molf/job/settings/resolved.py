@@ -129,7 +129,7 @@ def resolve(settings: TrainSettings, now: datetime) -> ResolvedSettings:
     given = {name: value for name, value in vars(settings).items() if value is not None}
     values = {**defaults_for(settings.method, settings.task), **given}
     # The record has the defaults of unused options, so that it does not warn as a recipe.
-    for name in _unused(settings):
+    for name in unused_options(settings):
         values[name] = _DEFAULTS[name]
     if settings.quantised is not None and settings.merge_base is None:
         values["merge_base"] = MERGE_BASES[0]
@@ -203,11 +203,12 @@ def without_effect(method: str) -> tuple[str, ...]:
     return _UNUSED.get(method, ())
 
 
-def _unused(settings: TrainSettings) -> tuple[str, ...]:
+def unused_options(settings: TrainSettings) -> tuple[str, ...]:
     """Return the names of the options that have no effect with these settings."""
     unused = _UNUSED[settings.method]
     if settings.method == "molf-e" and settings.freeze_rest is not False:
-        unused = ("weight_decay", *unused)
+        # The adapter is float32, and so are its gradients and moments.
+        unused = ("weight_decay", "state_dtype", "grad_accumulation_dtype", *unused)
     if settings.method not in QUANTISABLE:
         unused = (*unused, "merge_base")
     return unused
@@ -229,7 +230,9 @@ def _use_in_backward(values: dict[str, Any]) -> None:
 
 
 def _warn_of_unused(settings: TrainSettings) -> None:
-    unused = [name for name in _unused(settings) if getattr(settings, name) != _DEFAULTS[name]]
+    unused = [
+        name for name in unused_options(settings) if getattr(settings, name) != _DEFAULTS[name]
+    ]
     if unused:
         warnings.warn(
             f"Without effect with method={settings.method}: {', '.join(unused)}.", stacklevel=3

@@ -149,7 +149,8 @@ class TrainSettings:
     ] = "all-linear"
     """Layers to adapt: all-linear, name endings separated by commas, or a regular expression."""
     exclude_modules: Annotated[
-        str | tuple[str, ...], Parameter(group=METHOD, converter=patterns, n_tokens=1)
+        str | tuple[str, ...],
+        Parameter(group=METHOD, converter=patterns, n_tokens=1, show_default="lm_head"),
     ] = ("lm_head",)
     """Layers never to adapt, in the same form."""
     freeze_rest: Annotated[
@@ -274,11 +275,14 @@ class TrainSettings:
     """Write checkpoints in the background, from a copy of the state in host memory."""
     on_save_error: Annotated[str, Parameter(choices=SAVE_ERRORS, group=OUTPUT)] = "continue"
     """When a checkpoint cannot be written: warn and continue until the next, or stop the run."""
-    report_to: Annotated[tuple[str, ...], Parameter(group=OUTPUT, converter=words, n_tokens=1)] = (
-        "none",
-    )
+    report_to: Annotated[
+        tuple[str, ...],
+        Parameter(group=OUTPUT, converter=words, n_tokens=1, show_default="none"),
+    ] = ("none",)
     """Trackers separated by commas: wandb, tensorboard, trackio, ..."""
-    training_args: Annotated[dict[str, str], Parameter(group=OUTPUT)] = field(default_factory=dict)
+    training_args: Annotated[dict[str, str], Parameter(group=OUTPUT, show_default=False)] = field(
+        default_factory=dict
+    )
     """Other fields of TRL's SFTConfig, as --training_args.NAME VALUE."""
 
     def __post_init__(self) -> None:
