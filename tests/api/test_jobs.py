@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import molf
 from checkpoints import write_checkpoint, write_facts
 from molf.cli import main
 from molf.errors import InputError
+from molf.shown import as_line
 
 
 @pytest.fixture(scope="module")
@@ -52,6 +54,11 @@ def test_same_run_as_the_command(run, options, tmp_path, capsys):
     path = tmp_path / "command"
     assert main(["train", *as_arguments(options), "--output_dir", str(path)]) == 0
     other = molf.Run(path)
+    form = r"^record (\d+): (.*)\n  before .*\n  after  (.*)$"
+    shown = re.findall(form, capsys.readouterr().out, re.M)
+    assert [int(index) for index, _, _ in shown] == [0, 1, 2]
+    assert shown[0][1] == other.predictions[0]["prompt"]
+    assert shown[0][2] in as_line(other.predictions[0]["prediction"].strip())
     own = {"output_dir", "data", "model"}
     for name in run.options.keys() - own:
         assert run.options[name] == other.options[name], name

@@ -14,6 +14,10 @@ from molf.job.record.result import RunResult
 from molf.measure import Evaluation
 from molf.measure.harness import PREFIX
 from molf.measure.meanings import meanings
+from molf.shown import as_line
+
+_ANSWERS = 3  # records whose answers are shown
+_MOST_CHARACTERS = 100  # of one answer
 
 _PARTS = (
     ("model", MODEL),
@@ -69,7 +73,29 @@ def print_summary(result: RunResult, page: Path | None = None) -> None:
         lines.append(f"stderr   failed; progress was not shown from then on: {result.print_error}")
     if result.shares:
         lines.append(f"decided  molf routing {result.directory}")
-    console.lines(*_notes(result.after), *lines)
+    console.lines(*_answers(result), *_notes(result.after), *lines)
+
+
+def _answers(result: RunResult) -> list[str]:
+    """Return the answers to the first records, of the base and of the saved model."""
+    before = {one["index"]: one.get("prediction") for one in result.before.predictions}
+    lines = []
+    for one in result.after.predictions:
+        first, answer = before.get(one["index"]), one.get("prediction")
+        if first is None or answer is None:
+            continue
+        lines.append(f"record {one['index']}")
+        if prompt := one.get("prompt"):
+            lines[-1] += f": {_cut(prompt)}"
+        lines += [f"  before {_cut(first)}", f"  after  {_cut(answer)}"]
+        if len(lines) == 3 * _ANSWERS:
+            break
+    return [*lines, ""] if lines else []
+
+
+def _cut(text: str) -> str:
+    text = as_line(text.strip())
+    return text if len(text) <= _MOST_CHARACTERS else f"{text[: _MOST_CHARACTERS - 3]}..."
 
 
 def print_evaluations(evaluations: Mapping[str, Evaluation], *, stderr: bool = False) -> None:
