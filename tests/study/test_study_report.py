@@ -9,15 +9,15 @@ import numpy as np
 import pytest
 
 from molf.cli import main
-from molf.study.outcome import TrialResult, all_results, write_result
-from molf.study.questions import question_scores
-from molf.study.report.records import read_records
-from molf.study.report.statistics import (
+from molf.measure.estimates import (
     difference_of_questions,
     mean_of_questions,
     over_seeds,
     pareto_front,
 )
+from molf.measure.questions import question_scores
+from molf.study.outcome import TrialResult, all_results, write_result
+from molf.study.report.records import read_records
 from molf.study.report.summary import summarise
 from study_helpers import FFT, LORA, MOLF, Pretended, study_of, work, write_study
 

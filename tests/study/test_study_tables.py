@@ -5,12 +5,12 @@ import math
 import numpy as np
 import pytest
 
+from molf.measure.estimates import difference_of_questions, mean_of_questions
 from molf.study.choice import choose_point
 from molf.study.report.figures import draw_figures
 from molf.study.report.markdown import report_text
 from molf.study.report.records import Records
 from molf.study.report.sensitivity import sensitivity
-from molf.study.report.statistics import difference_of_questions, mean_of_questions
 from molf.study.report.summary import front_of, summarise
 
 SEEDS = [11, 12, 13, 14, 15]

@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from molf.disk.files import replacing_file, write_text
+from molf.measure.estimate_texts import number_text
+from molf.measure.estimates import Estimate
 from molf.measure.meanings import meanings
 from molf.study.choice import HARMS
 from molf.study.reading import duration
 from molf.study.report.records import Records, read_records
 from molf.study.report.second_phase import MATCHED
 from molf.study.report.sensitivity import WIDTH
-from molf.study.report.statistics import Estimate
 from molf.study.report.summary import CellSummary, front_of, summarise
 from molf.study.report.tables import (
     controls_table,
@@ -26,7 +27,6 @@ from molf.study.report.tables import (
     methods_table,
     sensitivity_table,
 )
-from molf.study.report.texts import number_text
 
 REPORT_FILE, SUMMARY = "report.md", "summary.csv"
 _SHOWN_FAILURES = 20

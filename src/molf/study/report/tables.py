@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from molf.measure.estimate_texts import estimate_text, number_text, table
 from molf.study.choice import HARMS
 from molf.study.report.rates import rates_text
 from molf.study.report.second_phase import FORGETTING, Comparison, Control
@@ -13,11 +14,8 @@ from molf.study.report.texts import (
     better_seeds,
     bold_if,
     compared,
-    estimate_text,
-    number_text,
     share_text,
     shares_compared,
-    table,
 )
 
 
