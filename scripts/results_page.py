@@ -41,13 +41,13 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
+from molf.measure.estimate_texts import estimate_text, number_text, table
 from molf.study.definition import CHOOSE, LEARNING_RATE, LORA_RATE, REPORT
 from molf.study.report.rates import rates_of
 from molf.study.report.records import Row, is_complete, read_records
 from molf.study.report.second_phase import Comparison
 from molf.study.report.summary import CellSummary, MethodSummary, summarise
 from molf.study.report.tables import controls_table, covered_text, differences_table, seeds_text
-from molf.study.report.texts import estimate_text, number_text, table
 
 DOCS = Path(__file__).parents[1] / "docs"
 STUDIES = DOCS / "studies"

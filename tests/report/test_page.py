@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from molf.report.build import read_runs
-from molf.report.drawing import write_figures
 from molf.report.figures import binned, lines, plain, smoothed
 from molf.report.page import render, sections_of
+from molf.report.run_figures import write_figures
 from run_files import EXPERTS, LAYERS, write_evaluation, write_run
 
 

@@ -1,10 +1,10 @@
-"""Draw the figures of runs with matplotlib, and write their values as CSV."""
+"""Draw figures with matplotlib, and write their values as CSV."""
 
 from __future__ import annotations
 
 import csv
 import io
-import re
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,93 +12,96 @@ from typing import Any
 import numpy as np
 
 from molf.disk.files import replacing_file
-from molf.errors import InputError, system_reason
-from molf.report.figures import Bars, Cell, Figure, Heat, Lines, Table, plain
-from molf.report.page import sections_of
-from molf.report.run_data import RunData
+from molf.measure.estimates import Estimate
+from molf.report.figures import Bars, Cell, Figure, Heat, Lines, Points, Table, plain
 
 COLORS = ("#d55e00", "#0072b2", "#009e73", "#b0568e", "#8a7a00", "#4b9cd3")
 _EMPTY = (0.92, 0.93, 0.94)
+_MARKERS = "osDv^<>Phd*"
 _LABELS = 40  # of rows of a map
 
 
-def write_figures(runs: Sequence[RunData], folder: Path) -> list[Path]:
-    """Write each figure as PNG and SVG, and its values as CSV; return the paths.
+def write_figure(
+    figure: Figure, folder: Path, name: str, *, kinds: Sequence[str] = ("png", "svg")
+) -> list[Path]:
+    """Draw a figure, and write its values as CSV; return the paths.
 
     Args:
-        runs: The runs; the files of several begin with the name of their run.
-        folder: Where to write them; created if it is missing.
+        figure: The figure.
+        folder: Where to write the files.
+        name: Their name without ending.
+        kinds: Formats of the drawings.
 
     Raises:
-        InputError: They cannot be written.
+        OSError: They cannot be written.
+    """
+    written = draw(figure, folder, name, kinds=kinds)
+    for ending, table in _tables(figure):
+        written.append(write_table(table, folder / f"{name}{ending}.csv"))
+    return written
+
+
+def draw(
+    figure: Figure, folder: Path, name: str, *, kinds: Sequence[str] = ("png", "svg")
+) -> list[Path]:
+    """Draw a figure; return the paths.
+
+    Args:
+        figure: The figure.
+        folder: Where to write the files.
+        name: Their name without ending.
+        kinds: Formats of the drawings.
+
+    Raises:
+        OSError: They cannot be written.
     """
     import matplotlib
     from matplotlib.figure import Figure as Drawing
 
+    drawing = Drawing(figsize=_size(figure), layout="constrained")
+    _draw(drawing, figure)
     written = []
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for run in runs:
-            prefix = f"{re.sub(r'[^A-Za-z0-9._-]+', '-', run.name)}-" if len(runs) > 1 else ""
-            for figure in (one for section in sections_of(run) for one in section.figures):
-                drawing = Drawing(figsize=_size(figure), layout="constrained")
-                _draw(drawing, figure)
-                for kind in ("png", "svg"):
-                    path = folder / f"{prefix}{figure.name}.{kind}"
-                    # Without date and version, so that equal figures are equal files.
-                    metadata = {"Software": None} if kind == "png" else {"Date": None}
-                    with (
-                        replacing_file(path) as temporary,
-                        matplotlib.rc_context({"svg.hashsalt": "molf"}),
-                    ):
-                        drawing.savefig(temporary, format=kind, dpi=150, metadata=metadata)
-                    written.append(path)
-                for name, table in _tables(figure):
-                    path = folder / f"{prefix}{name}.csv"
-                    with replacing_file(path) as temporary:
-                        temporary.write_text(_csv(table), encoding="utf-8")
-                    written.append(path)
-            for name, table in _metrics(run):
-                path = folder / f"{prefix}{name}.csv"
-                with replacing_file(path) as temporary:
-                    temporary.write_text(_csv(table), encoding="utf-8")
-                written.append(path)
-    except OSError as error:
-        raise InputError(f"figures {folder} cannot be written: {system_reason(error)}.") from error
+    for kind in kinds:
+        path = folder / f"{name}.{kind}"
+        # Without date and version, so that equal figures are equal files.
+        metadata = {"Software": None} if kind == "png" else {"Date": None}
+        with (
+            replacing_file(path) as temporary,
+            matplotlib.rc_context({"svg.hashsalt": "molf"}),
+        ):
+            drawing.savefig(temporary, format=kind, dpi=150, metadata=metadata)
+        written.append(path)
     return written
 
 
+def write_table(table: Table, path: Path) -> Path:
+    """Write a table as CSV; return the path.
+
+    Raises:
+        OSError: It cannot be written.
+    """
+    with replacing_file(path) as temporary:
+        temporary.write_text(csv_text(table), encoding="utf-8")
+    return path
+
+
 def _tables(figure: Figure) -> Iterator[tuple[str, Table]]:
-    """Yield the values of a figure; of a map its cells, and beside them its table."""
+    """Yield endings of names and values of a figure; of a map its cells, and its table."""
     if not isinstance(figure, Heat):
-        yield figure.name, figure.table
+        yield "", figure.table
         return
-    yield f"{figure.name}-table", figure.table
+    yield "-table", figure.table
     names = ("margin",) if figure.is_margin else figure.names
     rows: list[tuple[Cell, ...]] = [
         (layer, first, last, *(plain(value) for value in figure.values[:, row, column]))
         for row, layer in enumerate(figure.rows)
         for column, (first, last) in enumerate(zip(figure.first, figure.last, strict=True))
     ]
-    yield figure.name, Table(("layer", "first step", "last step", *names), tuple(rows))
+    yield "", Table(("layer", "first step", "last step", *names), tuple(rows))
 
 
-def _metrics(run: RunData) -> Iterator[tuple[str, Table]]:
-    for number, task in enumerate(run.evaluated):
-        rows: list[tuple[Cell, ...]] = [
-            (row.name, when, plain(one.value), plain(one.low), plain(one.high), one.count)
-            for row in task.metrics.rows
-            for when, one in (("before", row.before), ("after", row.after))
-            if one is not None
-        ]
-        columns = ("metric", "when", "value", "low", "high", "count")
-        yield (
-            "metrics" if len(run.evaluated) == 1 else f"metrics-{number}",
-            Table(columns, tuple(rows)),
-        )
-
-
-def _csv(table: Table) -> str:
+def csv_text(table: Table) -> str:
+    """Return a table as CSV."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(table.columns)
@@ -111,7 +114,7 @@ def _size(figure: Figure) -> tuple[float, float]:
         return 8.0, min(9.0, max(2.5, 1.2 + 0.13 * len(figure.rows)))
     if isinstance(figure, Bars):
         return 6.0, 1.4 + 0.3 * len(figure.groups)
-    return 6.0, 3.4
+    return (7.0, 3.8) if isinstance(figure, Points) else (6.0, 3.4)
 
 
 def _draw(drawing: Any, figure: Figure) -> None:
@@ -122,6 +125,8 @@ def _draw(drawing: Any, figure: Figure) -> None:
         _draw_map(drawing, axis, figure)
     elif isinstance(figure, Bars):
         _draw_bars(drawing, axis, figure)
+    elif isinstance(figure, Points):
+        _draw_points(drawing, axis, figure)
 
 
 def _draw_lines(axis: Any, figure: Lines) -> None:
@@ -134,8 +139,10 @@ def _draw_lines(axis: Any, figure: Lines) -> None:
             linewidth=1 if one.faint else 1.8,
             label=one.name,
             drawstyle="steps-post" if figure.stepped else "default",
-            marker="o" if len(figure.x) < 3 else None,
+            marker="o" if len(figure.x) < 3 or figure.dotted else None,
         )
+    if figure.log_x:
+        axis.set_xscale("log")
     axis.set_xlabel(figure.x_label)
     axis.set_ylabel(figure.y_label)
     if figure.y_range is not None:
@@ -143,6 +150,35 @@ def _draw_lines(axis: Any, figure: Lines) -> None:
         axis.set_ylim(low - 0.03 * (high - low), high + 0.03 * (high - low))
     if len(figure.series) > 1:
         axis.legend()
+
+
+def _draw_points(drawing: Any, axis: Any, figure: Points) -> None:
+    front = [figure.points[number] for number in figure.front]
+    xs, ys = [one.x.value for one in front], [one.y.value for one in front]
+    axis.plot(xs, ys, color="0.6", linestyle=":", zorder=0)
+    for number, one in enumerate(figure.points):
+        axis.errorbar(
+            one.x.value,
+            one.y.value,
+            xerr=_ends(one.x),
+            yerr=_ends(one.y),
+            linestyle="none",
+            # Markers differ as well: points may be equal, and colours repeat.
+            marker=_MARKERS[number % len(_MARKERS)],
+            color=COLORS[number % len(COLORS)],
+            alpha=0.85,
+            label=one.name,
+        )
+    axis.set_xlabel(figure.x_label)
+    axis.set_ylabel(figure.y_label)
+    axis.set_title(figure.title, fontsize="medium")
+    drawing.legend(loc="outside right upper", fontsize="small")
+
+
+def _ends(found: Estimate) -> Any:
+    if math.isnan(found.low):
+        return None
+    return [[max(found.value - found.low, 0)], [max(found.high - found.value, 0)]]
 
 
 def _draw_map(drawing: Any, axis: Any, figure: Heat) -> None:
