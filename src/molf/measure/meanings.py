@@ -36,6 +36,8 @@ _MEANINGS = (
 # Editing replaces the true target, so neither high nor low is better in itself.
 _UNRANKED = ("acc_true",)
 
+_MAIN = ("s", "execution_accuracy", "accuracy", "exact_match")
+
 _LOWER_IS_BETTER = (
     "unparsed",
     "loss",
@@ -70,3 +72,9 @@ def is_lower_better(metric: str) -> bool:
 def is_ranked(metric: str) -> bool:
     """Return whether a higher or a lower value of a metric is better."""
     return metric not in _UNRANKED
+
+
+def main_metric(metrics: Iterable[str]) -> str | None:
+    """Return the metric that a task is about; the first one for an unknown task, None for none."""
+    names = list(metrics)
+    return next((name for name in _MAIN if name in names), names[0] if names else None)
