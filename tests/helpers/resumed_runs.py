@@ -21,6 +21,8 @@ from molf.job.record.routing_log import read_routing
 
 STEPS = 8
 TIMES = (
+    "peak_memory_bytes",
+    "memory_bytes",
     "tokens_per_second",
     "train_runtime",
     "train_tokens_per_second",

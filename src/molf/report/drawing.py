@@ -11,12 +11,11 @@ from typing import Any
 
 import numpy as np
 
+from molf.colors import COLORS, EMPTY
 from molf.disk.files import replacing_file
 from molf.measure.estimates import Estimate
 from molf.report.figures import Bars, Cell, Figure, Heat, Lines, Points, Table, plain
 
-COLORS = ("#d55e00", "#0072b2", "#009e73", "#b0568e", "#8a7a00", "#4b9cd3")
-_EMPTY = (0.92, 0.93, 0.94)
 _MARKERS = "osDv^<>Phd*"
 _LABELS = 40  # of rows of a map
 
@@ -188,7 +187,7 @@ def _draw_map(drawing: Any, axis: Any, figure: Heat) -> None:
     extent = (figure.first[0] - 0.5, figure.last[-1] + 0.5, len(figure.rows) - 0.5, -0.5)
     if figure.is_margin:
         made = LinearSegmentedColormap.from_list("margin", [COLORS[1], "white", COLORS[0]])
-        colors = made.with_extremes(bad=_EMPTY)
+        colors = made.with_extremes(bad=EMPTY)
         image = axis.imshow(
             figure.values[0],
             vmin=-1,
@@ -205,7 +204,7 @@ def _draw_map(drawing: Any, axis: Any, figure: Heat) -> None:
         empty = np.isnan(figure.values[0])
         shares = np.nan_to_num(figure.values) / np.where(total > 0, total, 1)
         colored = np.einsum("erc,ek->rck", shares, parts)
-        colored[empty] = _EMPTY
+        colored[empty] = to_rgb(EMPTY)
         axis.imshow(colored.clip(0, 1), aspect="auto", extent=extent, interpolation="nearest")
         keys = [Patch(color=parts[i], label=name) for i, name in enumerate(figure.names)]
         drawing.legend(handles=keys, loc="outside upper right", ncols=len(keys))
