@@ -8,8 +8,8 @@ from checkpoints import write_checkpoint, write_facts
 from molf.cli import main
 from molf.colors import COLORS
 from molf.core.step.decision import Decision
-from molf.job.record.routing_image import routing_image
 from molf.job.record.wins import Wins
+from molf.job.trainer.routing_image import routing_image
 from molf.job.trainer.tracking import TAG, RoutingImageCallback
 from run_files import LAYERS, write_run
 

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from molf.report.figures import Bars, Figure, Floats, Heat, Lines, Points, plain
-from molf.shown import printable
+from molf.shown import TextTable, printable
 
 UPLOT = "uplot-1.6.32.min"
 _ASSETS = files("molf.report") / "assets"
@@ -52,6 +52,21 @@ class ShownTable:
     text: str
     columns: tuple[str, ...]
     rows: tuple[tuple[str | Marked, ...], ...]
+
+
+def shown_table(found: TextTable, text: str = "") -> ShownTable:
+    """Return a table of texts for a page; bold cells (`**text**`) are highlighted."""
+    return ShownTable(found.title, text, found.columns, tuple(map(_cells, found.rows)))
+
+
+def _cells(row: tuple[str, ...]) -> tuple[str | Marked, ...]:
+    name, *cells = row
+    return (name, *(_cell(text) for text in cells))
+
+
+def _cell(text: str) -> str | Marked:
+    is_bold = len(text) > 4 and text.startswith("**") and text.endswith("**")
+    return Marked(text[2:-2], is_strong=True) if is_bold else text
 
 
 @dataclass(frozen=True)

@@ -53,14 +53,14 @@ def compare_runs(
     from molf.console import PlainConsole
     from molf.job.advice.place import check_figures
     from molf.paths import expanded
-    from molf.report.place import page_place, write_page
+    from molf.report.place import file_of_page, write_page
 
     read, notices = read_compared(runs)
     cells, more = cells_of(read)
     notices += more
     summaries = summarise(cells)
     axes = check_pareto(pareto, summaries)
-    place = None if output is None else page_place([], output, overwrite=overwrite)
+    place = None if output is None else file_of_page(output, overwrite=overwrite)
     if figures is not None:
         check_figures(figures)
     written = []

@@ -139,7 +139,7 @@ class Wins:
     def take_margin(self) -> float | None:
         """Return the mean score margin of `full` since the last call; None without any.
 
-        The margin of a decision is `(full - LoRA) / (full + LoRA)`, LoRA the best of its experts.
+        The margin of a decision is `(full - LoRA) / (|full| + |LoRA|)`, LoRA the best expert.
         """
         total, count = self._margins
         self._margins = 0.0, 0
@@ -175,6 +175,6 @@ def _margin(scores: Mapping[str, float]) -> float | None:
     lora = max((score for name, score in scores.items() if name != FULL), default=None)
     if full is None or lora is None:
         return None
-    total = full + lora
+    total = abs(full) + abs(lora)
     margin = (full - lora) / total if total > 0 else math.nan
     return margin if math.isfinite(margin) else None

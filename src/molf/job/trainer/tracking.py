@@ -9,8 +9,8 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from molf.errors import reason_of
-from molf.job.record.routing_image import Pixels, routing_image
 from molf.job.record.routing_log import RoutingWriter
+from molf.job.trainer.routing_image import Pixels, routing_image
 
 TAG = "routing/winners"
 
