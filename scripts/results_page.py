@@ -41,7 +41,7 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
-from molf.measure.estimate_texts import estimate_text, number_text, table
+from molf.measure.estimate_texts import estimate_text, markdown_of, number_text, table
 from molf.study.definition import CHOOSE, LEARNING_RATE, LORA_RATE, REPORT
 from molf.study.report.rates import rates_of
 from molf.study.report.records import Row, is_complete, read_records
@@ -104,13 +104,13 @@ def chosen(study: Study) -> str:
 
 def differences(study: Study) -> str:
     """Return the table of differences to the baseline."""
-    return "\n".join(differences_table(study.cells)) if study.cells else NO_ROWS
+    return "\n".join(markdown_of(differences_table(study.cells))) if study.cells else NO_ROWS
 
 
 def controls(study: Study) -> str:
     """Return the tables of methods against controls."""
     parts = [
-        "\n".join([f"`{cell.name}`, {cell.metric}:", "", *controls_table(cell)])
+        "\n".join([f"`{cell.name}`, {cell.metric}:", "", *markdown_of(controls_table(cell))])
         for cell in study.cells
         if cell.controls
     ]

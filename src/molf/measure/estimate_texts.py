@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable, Sequence
 
 from molf.measure.estimates import Estimate
+from molf.shown import TextTable
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
@@ -15,6 +16,11 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
         "|" + "---|" * len(header),
         *("| " + " | ".join(text.replace("|", "\\|") for text in row) + " |" for row in rows),
     ]
+
+
+def markdown_of(found: TextTable) -> list[str]:
+    """Return the lines of a table, without its title."""
+    return table(found.columns, found.rows)
 
 
 def number_text(value: float) -> str:

@@ -34,19 +34,19 @@ def write_figure(
     Raises:
         OSError: They cannot be written.
     """
-    written = draw(figure, folder, name, kinds=kinds)
+    written = draw([figure], folder, name, kinds=kinds)
     for ending, table in _tables(figure):
         written.append(write_table(table, folder / f"{name}{ending}.csv"))
     return written
 
 
 def draw(
-    figure: Figure, folder: Path, name: str, *, kinds: Sequence[str] = ("png", "svg")
+    figures: Sequence[Figure], folder: Path, name: str, *, kinds: Sequence[str] = ("png", "svg")
 ) -> list[Path]:
-    """Draw a figure; return the paths.
+    """Draw figures beside each other; return the paths.
 
     Args:
-        figure: The figure.
+        figures: At least one; several have one legend.
         folder: Where to write the files.
         name: Their name without ending.
         kinds: Formats of the drawings.
@@ -57,8 +57,14 @@ def draw(
     import matplotlib
     from matplotlib.figure import Figure as Drawing
 
-    drawing = Drawing(figsize=_size(figure), layout="constrained")
-    _draw(drawing, figure)
+    width, height = _size(figures[0])
+    if len(figures) > 1:
+        width = 4.5 * len(figures) + 1.5
+    drawing = Drawing(figsize=(width, height), layout="constrained")
+    axes = drawing.subplots(1, len(figures), squeeze=False)[0]
+    for axis, figure in zip(axes, figures, strict=True):
+        _draw(drawing, axis, figure)
+    _add_legend(drawing, axes, figures[0])
     written = []
     for kind in kinds:
         path = folder / f"{name}.{kind}"
@@ -71,6 +77,21 @@ def draw(
             drawing.savefig(temporary, format=kind, dpi=150, metadata=metadata)
         written.append(path)
     return written
+
+
+def _add_legend(drawing: Any, axes: Sequence[Any], figure: Figure) -> None:
+    """Add one legend for all axes, outside of them, so that it covers no point."""
+    found: dict[str, Any] = {}
+    for axis in axes:
+        for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
+            found.setdefault(label, handle)
+    if isinstance(figure, Lines) and not figure.dotted:
+        if len(found) > 1:
+            axes[0].legend()
+    elif isinstance(figure, Bars):
+        drawing.legend(found.values(), found.keys(), loc="outside upper right", ncols=len(found))
+    elif found:
+        drawing.legend(found.values(), found.keys(), loc="outside right upper", fontsize="small")
 
 
 def write_table(table: Table, path: Path) -> Path:
@@ -113,45 +134,47 @@ def _size(figure: Figure) -> tuple[float, float]:
         return 8.0, min(9.0, max(2.5, 1.2 + 0.13 * len(figure.rows)))
     if isinstance(figure, Bars):
         return 6.0, 1.4 + 0.3 * len(figure.groups)
-    return (7.0, 3.8) if isinstance(figure, Points) else (6.0, 3.4)
+    has_legend = isinstance(figure, Points) or (isinstance(figure, Lines) and figure.dotted)
+    return (7.5, 4.0) if has_legend else (6.0, 3.4)
 
 
-def _draw(drawing: Any, figure: Figure) -> None:
-    axis = drawing.subplots()
+def _draw(drawing: Any, axis: Any, figure: Figure) -> None:
     if isinstance(figure, Lines):
         _draw_lines(axis, figure)
     elif isinstance(figure, Heat):
         _draw_map(drawing, axis, figure)
     elif isinstance(figure, Bars):
-        _draw_bars(drawing, axis, figure)
+        _draw_bars(axis, figure)
     elif isinstance(figure, Points):
-        _draw_points(drawing, axis, figure)
+        _draw_points(axis, figure)
 
 
 def _draw_lines(axis: Any, figure: Lines) -> None:
     for one in figure.series:
+        # Few values are joined over gaps: they were measured at places of their own.
+        known = ~np.isnan(one.values) if figure.dotted else slice(None)
+        marker = _MARKERS[one.color % len(_MARKERS)] if figure.dotted else "o"
         axis.plot(
-            figure.x,
-            one.values,
+            figure.x[known],
+            one.values[known],
             color=COLORS[one.color % len(COLORS)],
             alpha=0.4 if one.faint else 1,
             linewidth=1 if one.faint else 1.8,
             label=one.name,
             drawstyle="steps-post" if figure.stepped else "default",
-            marker="o" if len(figure.x) < 3 or figure.dotted else None,
+            marker=marker if len(figure.x) < 3 or figure.dotted else None,
         )
     if figure.log_x:
         axis.set_xscale("log")
+        axis.set_title(figure.title, fontsize="medium")
     axis.set_xlabel(figure.x_label)
     axis.set_ylabel(figure.y_label)
     if figure.y_range is not None:
         low, high = figure.y_range
         axis.set_ylim(low - 0.03 * (high - low), high + 0.03 * (high - low))
-    if len(figure.series) > 1:
-        axis.legend()
 
 
-def _draw_points(drawing: Any, axis: Any, figure: Points) -> None:
+def _draw_points(axis: Any, figure: Points) -> None:
     front = [figure.points[number] for number in figure.front]
     xs, ys = [one.x.value for one in front], [one.y.value for one in front]
     axis.plot(xs, ys, color="0.6", linestyle=":", zorder=0)
@@ -171,7 +194,6 @@ def _draw_points(drawing: Any, axis: Any, figure: Points) -> None:
     axis.set_xlabel(figure.x_label)
     axis.set_ylabel(figure.y_label)
     axis.set_title(figure.title, fontsize="medium")
-    drawing.legend(loc="outside right upper", fontsize="small")
 
 
 def _ends(found: Estimate) -> Any:
@@ -213,7 +235,7 @@ def _draw_map(drawing: Any, axis: Any, figure: Heat) -> None:
     axis.set_xlabel("step")
 
 
-def _draw_bars(drawing: Any, axis: Any, figure: Bars) -> None:
+def _draw_bars(axis: Any, figure: Bars) -> None:
     left = np.zeros(len(figure.groups))
     for number, name in enumerate(figure.parts):
         values = figure.values[:, number]
@@ -223,4 +245,3 @@ def _draw_bars(drawing: Any, axis: Any, figure: Bars) -> None:
     axis.set_yticks(range(len(figure.groups)), figure.groups)
     axis.invert_yaxis()
     axis.set_xlabel(figure.label)
-    drawing.legend(loc="outside upper right", ncols=len(figure.parts))

@@ -75,7 +75,8 @@
       series: [
         { label: figure.x_label, value: (u, value) => shown(value) },
         ...figure.series.map((one) => ({
-          label: one.name, value: (u, value) => shown(value), spanGaps: false,
+          label: one.name, value: (u, value) => shown(value), spanGaps: Boolean(figure.dotted),
+          ...(one.color > 5 ? { dash: [7, 4] } : {}), // colours repeat
           stroke: color(one.color) + (one.faint ? "66" : ""), width: one.faint ? 1 : 2,
           points: { show: few, size: 7 }, ...(paths ? { paths } : {}),
         })),
