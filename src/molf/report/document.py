@@ -55,7 +55,10 @@ class ShownTable:
 
 
 def shown_table(found: TextTable, text: str = "") -> ShownTable:
-    """Return a table of texts for a page; bold cells (`**text**`) are highlighted."""
+    """Return a table of texts for a page; bold cells (`**text**`) are highlighted.
+
+    An interval after a value (`value [low, high]`) is its second line.
+    """
     return ShownTable(found.title, text, found.columns, tuple(map(_cells, found.rows)))
 
 
@@ -66,7 +69,11 @@ def _cells(row: tuple[str, ...]) -> tuple[str | Marked, ...]:
 
 def _cell(text: str) -> str | Marked:
     is_bold = len(text) > 4 and text.startswith("**") and text.endswith("**")
-    return Marked(text[2:-2], is_strong=True) if is_bold else text
+    text = text[2:-2] if is_bold else text
+    value, space, interval = text.partition(" [")
+    if space:
+        return Marked(value, f"[{interval}", is_strong=is_bold)
+    return Marked(text, is_strong=True) if is_bold else text
 
 
 @dataclass(frozen=True)
@@ -92,6 +99,7 @@ def render_parts(
     title: str,
     parts: Sequence[Part],
     *,
+    about: str = "",
     notices: Sequence[str] = (),
     facts: Sequence[tuple[str, str]] = (),
 ) -> str:
@@ -100,6 +108,7 @@ def render_parts(
     Args:
         title: Its title.
         parts: Its parts, in order.
+        about: A sentence under the title.
         notices: Lines at the top about what is missing.
         facts: Name and value of figures at the top.
     """
@@ -119,6 +128,7 @@ def render_parts(
         sections=[(f"part-{number}", part.title) for number, part in enumerate(parts)],
         data={"figures": figures, "samples": []},
         parts=shown,
+        about=about,
         notices=notices,
         facts=facts,
     )

@@ -68,7 +68,7 @@
       },
       axes: [{
         ...axis(figure.x_label, 42),
-        ...(figure.log_x ? { values: (u, ticks) => ticks.map((one) => one === null ? "" : one.toExponential().replace("e", "E")) } : {}),
+        ...(figure.log_x ? { values: (u, ticks) => ticks.map((one) => one === null ? "" : shown(one)) } : {}),
       }, {
         ...axis(figure.y_label, fitting), values: (u, ticks) => ticks.map(shown),
       }],

@@ -19,7 +19,6 @@ _LABELS = {
     "kl_neutral": "KL(base || tuned) on neutral text (nats per token)",
     "kl_task": "KL(base || tuned) on the task's prompts (nats per token)",
 }
-_RATES = "learning rate (of the LoRA factors where these alone are trained)"
 
 
 def figures_of(cell: CellSummary) -> Iterator[Figure]:
@@ -76,10 +75,11 @@ def _rates(cell: CellSummary) -> Lines:
     return Lines(
         name=f"rates-{cell.name}",
         title=f"{cell.metric} over rates: {cell.name}",
-        text=f"Chosen, with the {best} mean over seeds: {'; '.join(chosen) or 'none yet'}.",
+        text=f"Chosen, with the {best} mean over seeds: {'; '.join(chosen) or 'none yet'}. The "
+        "rate is that of the LoRA factors where these alone are trained.",
         table=Table(("rate", *(one.name for one in series)), rows),
         x=np.array(rates),
-        x_label=_RATES,
+        x_label="learning rate",
         y_label=f"{cell.metric} on the validation part",
         series=tuple(series),
         log_x=True,

@@ -44,8 +44,7 @@ def write_report(folder: Path, *, figures: bool = True) -> Path:
     parts = parts_of(records, cells)
     write_text(folder / REPORT_FILE, report_text(records, parts, pictures))
     title, about = str(records.outline["study"]), str(records.outline.get("about") or "")
-    page = render_parts(title, parts, facts=[("Study", about)] if about else [])
-    write_page(page, folder / PAGE)
+    write_page(render_parts(title, parts, about=about), folder / PAGE)
     _write_summary(folder / SUMMARY, cells)
     return folder / REPORT_FILE
 
@@ -77,7 +76,8 @@ def _table(one: ShownTable) -> list[str]:
 def _text(cell: str | Marked) -> str:
     if isinstance(cell, str):
         return cell
-    return f"**{cell.value}**" if cell.is_strong else cell.value
+    text = " ".join(filter(None, (cell.value, cell.more)))
+    return f"**{text}**" if cell.is_strong else text
 
 
 def _write_summary(path: Path, cells: Sequence[CellSummary]) -> None:
