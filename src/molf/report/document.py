@@ -102,6 +102,8 @@ def render_parts(
     about: str = "",
     notices: Sequence[str] = (),
     facts: Sequence[tuple[str, str]] = (),
+    samples: Sequence[Mapping[str, Any]] = (),
+    about_samples: str = "",
 ) -> str:
     """Return a page of tables and figures.
 
@@ -111,6 +113,8 @@ def render_parts(
         about: A sentence under the title.
         notices: Lines at the top about what is missing.
         facts: Name and value of figures at the top.
+        samples: Samples for the script.
+        about_samples: A sentence before them; empty without any.
     """
     figures: list[dict[str, Any]] = []
     shown = []
@@ -125,8 +129,12 @@ def render_parts(
         "parts.html.j2",
         title=title,
         written=datetime.now().astimezone(),
-        sections=[(f"part-{number}", part.title) for number, part in enumerate(parts)],
-        data={"figures": figures, "samples": []},
+        sections=[
+            *((f"part-{number}", part.title) for number, part in enumerate(parts)),
+            *([("samples", "Samples")] if about_samples else ()),
+        ],
+        data={"figures": figures, "samples": [samples]},
+        about_samples=about_samples,
         parts=shown,
         about=about,
         notices=notices,

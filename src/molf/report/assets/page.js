@@ -415,15 +415,18 @@
       const found = all.filter((one) => {
         if (show === "right" && one.right !== true) return false;
         if (show === "wrong" && one.right !== false) return false;
-        const text = one.texts.map((pair) => pair[1]).join("\n").toLowerCase();
+        const whole = (one.segments || []).map((pair) => pair[0]).join("");
+        const text = [whole, ...one.texts.map((pair) => pair[1])].join("\n").toLowerCase();
         return words.every((word) => text.includes(word) || `#${one.index}` === word);
       });
       output.textContent = `${found.length} of ${all.length} samples`;
       list.replaceChildren(...found.slice(0, count).map((one) => {
-        const state = one.left_out ? `left out: ${one.left_out}` : one.right === true ? "right" : one.right === false ? "wrong" : "";
+        const state = one.state !== undefined ? one.state : one.left_out ? `left out: ${one.left_out}` : one.right === true ? "right" : one.right === false ? "wrong" : "";
         const entries = (pairs) => make("dl", {}, ...pairs.flatMap(([name, text]) => [make("dt", {}, name), make("dd", {}, text)]));
         const article = make("article", { class: "sample" },
-          make("h3", {}, `${one.task} #${one.index} `.trim() + " ", make("span", { class: one.right === true ? "right" : "wrong" }, state)),
+          make("h3", {}, `${one.task} #${one.index} `.trim() + " ", make("span", { class: one.right === true ? "right" : one.right === false || one.left_out ? "wrong" : "muted" }, state)),
+          ...(one.about ? [make("p", { class: "text" }, one.about)] : []),
+          ...(one.segments ? [make("p", { class: "segments" }, ...one.segments.map(([text, hasLoss]) => hasLoss ? make("mark", {}, text) : text))] : []),
           entries(one.texts.slice(0, one.main)));
         if (one.texts.length > one.main) {
           article.append(make("details", {}, make("summary", {}, "Further values"), entries(one.texts.slice(one.main))));
