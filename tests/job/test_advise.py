@@ -242,6 +242,9 @@ def test_page(with_log, tmp_path, capsys):
     assert f"page {page} exists. Give --overwrite" in capsys.readouterr().err
     assert page.read_text() == "mine"
     assert not (run / "assignment.yaml").exists()
+    both = ["--page", str(tmp_path / "a"), "--output", str(tmp_path / "a")]
+    assert main(["advise", str(run), *both]) == 2
+    assert "page and output are one file" in capsys.readouterr().err
     assert main(["advise", str(run), "--page", str(page), "--overwrite"]) == 0
     assert capsys.readouterr().out.endswith(f"written   {page}\n")
     assert is_page(page)

@@ -9,6 +9,7 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
+from molf.errors import InputError
 from molf.job.advice.choices import CHOICES, check_chosen
 
 
@@ -60,6 +61,8 @@ def advise_run(
             from molf.report.place import file_of_page
 
             page_file = file_of_page(page, overwrite=overwrite, option="page")
+            if page_file.absolute() == place.absolute():
+                raise InputError(f"page and output are one file, {place}. Give two.")
         if figures is not None:
             check_figures(figures)
         from molf.job.libraries import quiet_libraries
