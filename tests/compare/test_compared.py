@@ -2,6 +2,7 @@
 
 import csv
 import json
+from importlib.metadata import version
 
 import pytest
 import yaml
@@ -84,8 +85,17 @@ def test_unequal_training_is_noted(tmp_path):
     other = write_compared(tmp_path / "other", "lora", 2, num_train_epochs=3.0)
     config = yaml.safe_load((one / "config.yaml").read_text())
     (one / "config.yaml").write_text(yaml.safe_dump({**config, "num_train_epochs": 2.0}))
+    environment = json.loads((other / "environment.json").read_text())
+    environment["packages"]["molf"] = "0.0.9"
+    environment["device"]["name"] = "H200"
+    (other / "environment.json").write_text(json.dumps(environment))
     (found,), notices = summary_of([one, other])
-    assert notices == [
+    assert notices[2:] == [
+        "demo-med, tiny: time and memory were measured on several machines or in several ways: "
+        "x86_64 (unknown memory); H200 (unknown memory).",
+        f"demo-med, tiny: runs of molf {version('molf')}, 0.0.9; their metrics have one version.",
+    ]
+    assert notices[:2] == [
         "demo-med, tiny: num_train_epochs differs: fft 2; lora 3.",
         "demo-med, tiny: seeds differ: fft 1; lora 2. Differences are over common seeds alone.",
     ]

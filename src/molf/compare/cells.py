@@ -154,13 +154,17 @@ def _unequal(cell: Cell) -> list[str]:
         lines.append(
             f"{cell.name}: seeds differ: {_listed(seeds)}. Differences are over common seeds alone."
         )
-    places = {
-        run.place: None for runs in cell.methods.values() for run in runs.values() if run.place
-    }
+    runs = [run for seeds in cell.methods.values() for run in seeds.values()]
+    places = dict.fromkeys(run.place for run in runs if run.place)
     if len(places) > 1:
         lines.append(
             f"{cell.name}: time and memory were measured on several machines or in several ways: "
             f"{'; '.join(places)}."
+        )
+    versions = dict.fromkeys(run.made_by for run in runs if run.made_by)
+    if len(versions) > 1:
+        lines.append(
+            f"{cell.name}: runs of molf {', '.join(versions)}; their metrics have one version."
         )
     return lines
 

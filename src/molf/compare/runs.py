@@ -53,6 +53,7 @@ class ComparedRun:
         after: Metrics of the trained model.
         costs: Values by name of `COSTS`; unknown ones are absent.
         place: What time and memory depend on: the device, and the kind of memory.
+        made_by: Version of molf; empty if unknown.
         scores: Scores of questions by metric; empty where they are unknown.
         is_row: Whether it is known from its row alone.
     """
@@ -69,6 +70,7 @@ class ComparedRun:
     after: dict[str, float]
     costs: dict[str, float]
     place: str = ""
+    made_by: str = ""
     scores: Scores = field(default_factory=dict)
     is_row: bool = False
 
@@ -161,6 +163,7 @@ def _of_run(run: FinishedRun, notices: list[str], row: Mapping[str, str]) -> Com
         ),
     }
     device = environment.get("device") or {}
+    packages = environment.get("packages") or {}
     return ComparedRun(
         name=str(path),
         task=str(config.get("task")),
@@ -177,6 +180,7 @@ def _of_run(run: FinishedRun, notices: list[str], row: Mapping[str, str]) -> Com
         after=after,
         costs={name: float(value) for name, value in costs.items() if value},
         place=f"{device.get('name')} ({training.get('peak_memory_of', 'unknown memory')})",
+        made_by=str(packages.get("molf") or ""),
         scores=_scores(path, notices),
     )
 

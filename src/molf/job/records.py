@@ -11,7 +11,7 @@ from typing import Any
 
 from molf.disk.files import write_json, write_jsonl, write_text, write_yaml
 from molf.job.opening import Opening, dtype_name
-from molf.job.record.contents import contents_of, hash_of_data
+from molf.job.record.contents import hash_of_data, hash_of_model
 from molf.job.record.directory import RunDirectory
 from molf.job.record.environment import environment
 from molf.job.record.ownership import ASSIGNMENT, CONFIG, ENVIRONMENT, EVALUATION, PREDICTIONS
@@ -59,11 +59,11 @@ class ConfigRecord:
     ) -> None:
         settings, base, samples = opening.settings, opening.base, opening.data.samples
         quantisation = opening.quantisation
-        contents = contents_of({"model": settings.model}).get("model")
+        contents = hash_of_model(settings.model)
         self._identity = {
             "metrics_version": METRICS_VERSION,
             "data_hash": hash_of_data(files, str(task.description().get("data"))),
-            "base_hash": contents or "",
+            "base_hash": contents,
         }
         self._assignment = settings.reached_assignment
         # The file can be used as a recipe, which must not replace or continue this run.

@@ -47,6 +47,21 @@ def _content(is_model: bool, source: str) -> str | None:
         return None
 
 
+def hash_of_model(model: str) -> str:
+    """Return the hash of a model's contents as they are now; empty for a Hub id.
+
+    Of a folder count its descriptions (configuration, tokenizer, chat template) whole, and names,
+    sizes and both ends of its weights.
+
+    Args:
+        model: A directory or a Hub id.
+    """
+    try:
+        return _model(expanded(absolute(model))) or ""
+    except OSError:
+        return ""
+
+
 def _data(source: str) -> str | None:
     parts = []
     for path in data_files(source):
