@@ -41,13 +41,13 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
+from molf.measure.estimate_texts import estimate_text, markdown_of, number_text, table
 from molf.study.definition import CHOOSE, LEARNING_RATE, LORA_RATE, REPORT
 from molf.study.report.rates import rates_of
 from molf.study.report.records import Row, is_complete, read_records
 from molf.study.report.second_phase import Comparison
 from molf.study.report.summary import CellSummary, MethodSummary, summarise
 from molf.study.report.tables import controls_table, covered_text, differences_table, seeds_text
-from molf.study.report.texts import estimate_text, number_text, table
 
 DOCS = Path(__file__).parents[1] / "docs"
 STUDIES = DOCS / "studies"
@@ -104,13 +104,13 @@ def chosen(study: Study) -> str:
 
 def differences(study: Study) -> str:
     """Return the table of differences to the baseline."""
-    return "\n".join(differences_table(study.cells)) if study.cells else NO_ROWS
+    return "\n".join(markdown_of(differences_table(study.cells))) if study.cells else NO_ROWS
 
 
 def controls(study: Study) -> str:
     """Return the tables of methods against controls."""
     parts = [
-        "\n".join([f"`{cell.name}`, {cell.metric}:", "", *controls_table(cell)])
+        "\n".join([f"`{cell.name}`, {cell.metric}:", "", *markdown_of(controls_table(cell))])
         for cell in study.cells
         if cell.controls
     ]

@@ -11,7 +11,24 @@ import difflib
 import json
 import unicodedata
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
+
+
+@dataclass(frozen=True)
+class TextTable:
+    """A table of texts.
+
+    Attributes:
+        title: Its heading; may be empty.
+        columns: Names of the columns.
+        rows: The rows; the first cell names the row.
+    """
+
+    title: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+
 
 LACKING = "molf.spelled"  # value for `errors=`: escape characters that the encoding lacks
 

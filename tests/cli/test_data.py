@@ -1,12 +1,17 @@
 """`molf data`: what a training would see, from tokenizer and configuration alone."""
 
 import json
+import re
 
 import pytest
 
+from browser import needs_browser, opened_browser
 from molf.cli import main
 from molf.data.conversations import Conversation
 from molf.data.encoding import encode_samples
+from molf.report.data_page import render_data
+from molf.report.place import is_page
+from molf.tasks.preview import PreviewedRecord
 from tiny_models import CHATML, LINES, byte_level_tokenizer, piece_tokenizer
 
 TALK = [
@@ -217,3 +222,95 @@ def test_the_setting_is_not_saved_with_the_tokenizer(tmp_path):
     tokenizer.save_pretrained(tmp_path)
     again = AutoTokenizer.from_pretrained(tmp_path)
     assert again("<|end|>")["input_ids"] == [tokenizer.eos_token_id]
+
+
+def write_chats(path, count=12):
+    last = {"role": "assistant", "content": "</script><b>Nein</b>"}
+    chats = [[*TALK[:2], {"role": "user", "content": f"Noch {i}?"}, last] for i in range(count)]
+    path.write_text("".join(json.dumps({"messages": one}) + "\n" for one in chats))
+    return path
+
+
+def page_of(tmp_path, model, *further):
+    data, page = write_chats(tmp_path / "chats.jsonl"), tmp_path / "page.html"
+    config = json.loads((model / "config.json").read_text()) | {"max_position_embeddings": 512}
+    (model / "config.json").write_text(json.dumps(config))
+    given = ["--task", "custom", "--data", str(data), "--model", str(model), "--page", str(page)]
+    return main(["data", *given, "--max_length", "200", *further]), page
+
+
+def test_page_marks_the_text_with_loss(tmp_path, model, capsys):
+    code, page = page_of(tmp_path, model, "--max_samples", "8")
+    assert code == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-1] == f"page       {page}"
+    assert is_page(page)
+    (data,) = re.findall(r'id="data">(.*?)</script>', page.read_text(), re.S)
+    (samples,) = json.loads(data)["samples"]
+    assert [one["index"] for one in samples] == [*range(12)]
+    texts = samples[0]["segments"]
+    assert [has_loss for _, has_loss in texts] == [False, True, False, True]
+    assert texts[1][0].startswith("Ja, größere.")
+    assert texts[3][0].startswith("</script><b>Nein</b>")
+    states = {one["state"] for one in samples}
+    assert states == {"", "held out to evaluate", "left out: not drawn by max_samples"}
+    counted = re.fullmatch(r"(\d+) tokens, (\d+) with loss", samples[0]["about"])
+    assert 0 < int(counted[2]) < int(counted[1])
+    figures = [one["file"] for one in json.loads(data)["figures"]]
+    assert figures == ["lengths", "loss-share"]
+    assert f"<li>{lines[1]}</li>" in page.read_text()
+
+
+def test_long_records_are_cut(tmp_path):
+    record = PreviewedRecord(
+        index=0,
+        tokens=9,
+        loss_tokens=3,
+        segments=[("a" * 3000, False), ("b" * 3000, True), ("c" * 10, False)],
+        held_out=False,
+        left_out=None,
+        faults=(),
+    )
+    page = render_data("title", ["records 300"], [record] * 300)
+    (data,) = re.findall(r'id="data">(.*?)</script>', page, re.S)
+    (samples,) = json.loads(data)["samples"]
+    assert len(samples) == 200
+    assert samples[0]["segments"] == [
+        ["a" * 3000, False],
+        ["b" * 1000, True],
+        [" […] (2,010 of 6,010 characters more)", False],
+    ]
+    assert "The page has the first 200 of 300 records." in page
+
+
+def test_wrong_pages(tmp_path, model, capsys):
+    code, page = page_of(tmp_path, model, "--jsonl")
+    assert code == 2
+    assert "Give one of them" in capsys.readouterr().err
+    page.write_text("mine")
+    assert page_of(tmp_path, model)[0] == 2
+    assert f"page {page} exists. Give --overwrite" in capsys.readouterr().err
+    assert page.read_text() == "mine"
+    assert page_of(tmp_path, model, "--overwrite")[0] == 0
+    assert is_page(page)
+
+
+@pytest.mark.slow
+@needs_browser
+def test_page_in_a_browser(tmp_path, model):
+    _, page = page_of(tmp_path, model)
+    with opened_browser() as browser:
+        browser.open(page)
+        assert browser.problems == []
+        assert browser.requests == [page.resolve().as_uri()]
+        assert browser.js("document.querySelectorAll('.samples article').length") == 10
+        marked = (
+            "[...document.querySelectorAll('article:first-of-type mark')].map(x => x.textContent)"
+        )
+        assert browser.js(marked)[0].startswith("Ja, größere.")
+        browser.js(
+            "(one => { one.value = 'nein #3'; one.dispatchEvent(new Event('input')); })"
+            "(document.querySelector('.samples input'))"
+        )
+        found = browser.js("document.querySelector('.samples output').textContent")
+        assert found == "1 of 12 samples"

@@ -1,4 +1,4 @@
-"""The commands in docs/tasks.md, recipes.md and plan.md run, and their records can be read."""
+"""The commands of pages in docs run, and the records in them can be read."""
 
 import importlib
 import json
@@ -18,6 +18,7 @@ TASKS = (DOCS / "tasks.md").read_text()
 RECIPES = (DOCS / "recipes.md").read_text()
 METHODS = (DOCS / "methods.md").read_text()
 PLAN = (DOCS / "plan.md").read_text()
+COMPARE = (DOCS / "compare.md").read_text()
 HYBRID = (DOCS / "hybrid.md").read_text()
 SHORT = ["--max_steps", "2", "--max_length", "256", "--max_samples", "20"]
 
@@ -156,6 +157,21 @@ def test_commands_of_hybrid(tmp_path, monkeypatch):
         assert run(line.replace("--task demo-fact", tiny), *ranks, *steps) == 0, line
     for name in ("by-hand", "by-wins"):
         assert (tmp_path / name / "assignment.yaml").is_file()
+
+
+@pytest.mark.slow
+def test_commands_of_compare(tmp_path, monkeypatch):
+    """With a tiny model and a few facts in the place of the demo's."""
+    from checkpoints import write_checkpoint, write_facts
+
+    monkeypatch.chdir(tmp_path)
+    base = write_checkpoint(tmp_path / "base")
+    short = f"--task fact --model {base} --data {write_facts(tmp_path / 'facts.jsonl')}"
+    short += " --max_steps 2 --max_eval_samples 2 --no-report --no-spectra --ranks 2"
+    for line in (line for block in blocks(COMPARE, "bash") for line in block.splitlines()):
+        assert run(line.replace("molf train", f"molf train {short}")) == 0, line
+    assert Path("comparison.html").is_file()
+    assert len([*Path("figures").iterdir()]) == 3
 
 
 def test_python_of_hybrid():

@@ -99,6 +99,8 @@ def write_run(
             "learning_rate": 1e-3 * step / steps,
             "lora_learning_rate": 2e-3 * step / steps,
             "tokens_per_second": 100.0 + step,
+            "peak_memory_bytes": 2**30 * (1 + min(step, 20) / 20),
+            "memory_bytes": 2**30,
             "train_runtime": 2.0 * step,
         }
         for step in range(1, steps + 1)

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 
 import pytest
@@ -13,6 +14,7 @@ from molf.disk.locks import Lock
 from molf.job.model.loading import load_skeleton
 from molf.job.record.assignment_source import read_assignment
 from molf.job.record.routing_log import RoutingWriter, iter_steps
+from molf.report.place import is_page
 
 LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -231,6 +233,30 @@ def test_figures(with_log, tmp_path, capsys):
     for path in drawn:
         assert path.read_bytes().startswith(b"\x89PNG")
         assert f"written   {path}" in text
+
+
+def test_page(with_log, tmp_path, capsys):
+    run, page = with_log(by_kind), tmp_path / "advice.html"
+    page.write_text("mine")
+    assert main(["advise", str(run), "--page", str(page)]) == 2
+    assert f"page {page} exists. Give --overwrite" in capsys.readouterr().err
+    assert page.read_text() == "mine"
+    assert not (run / "assignment.yaml").exists()
+    both = ["--page", str(tmp_path / "a"), "--output", str(tmp_path / "a")]
+    assert main(["advise", str(run), *both]) == 2
+    assert "page and output are one file" in capsys.readouterr().err
+    assert main(["advise", str(run), "--page", str(page), "--overwrite"]) == 0
+    assert capsys.readouterr().out.endswith(f"written   {page}\n")
+    assert is_page(page)
+    text = page.read_text()
+    rows = re.findall(r'<th scope="row">(model[^<]*)</th>\s*(.*?)</tr>', text, re.S)
+    cells = {name: re.findall(r"<td>([^<]*)</td>", row) for name, row in rows}
+    assert cells["model.layers.0.self_attn.k_proj"][1:3] == ["100%", "+0.500"]
+    assert cells["model.layers.0.self_attn.k_proj"][-1] == "full"
+    assert cells["model.layers.0.self_attn.q_proj"][-1] == "r 4"
+    assert len(cells) == 14
+    for title in ("By kind of projection", "Cost", "Winners by layer and step", "Score margins"):
+        assert f">{title}<" in text
 
 
 def test_the_file_belongs_to_the_run(with_log, tmp_path, capsys, facts, base):

@@ -8,8 +8,10 @@ import torch
 import yaml
 
 from molf.cli import main
+from molf.job.record.contents import hash_of_data
 from molf.job.record.routing_log import read_routing
 from molf.job.settings.defaults import ADAPTERS
+from molf.measure.meanings import METRICS_VERSION
 from recorded import logits_of
 
 BASE_METRICS = {"es", "em", "ps", "pm", "ns", "nm", "s", "acc_new", "acc_true", "forgetting_loss"}
@@ -120,6 +122,21 @@ def test_results_row_beside_the_runs(any_run):
     after = read_json(any_run.path / "eval.json")["after"]
     assert float(rows[0]["after/es"]) == after["es"]["value"]
     assert rows[0]["method"] == any_run.path.name.replace("-dropout", "")
+
+
+def test_recorded_costs_and_hashes(molf_run, facts):
+    """The table and the run have the same; `molf compare` reads either."""
+    with (molf_run.path.parent / "results.csv").open(newline="") as file:
+        (row,) = (row for row in csv.DictReader(file) if row["run"] == molf_run.path.name)
+    run = yaml.safe_load((molf_run.path / "config.yaml").read_text())["run"]
+    assert float(row["training_seconds"]) == run["training"]["seconds"] > 0
+    assert int(row["peak_memory_bytes"]) == run["training"]["peak_memory_bytes"] > 0
+    assert run["training"]["peak_memory_of"] == "process"
+    assert row["base_hash"] == run["model"]["contents"]
+    assert row["base_hash"].startswith("sha256:")
+    assert row["data_hash"] == hash_of_data(run["data"]["files"], str(facts))
+    assert int(row["metrics_version"]) == METRICS_VERSION
+    assert read_json(molf_run.path / "eval.json")["metrics_version"] == METRICS_VERSION
 
 
 def test_config_is_a_recipe_that_gives_the_same_run(molf_run, workplace):

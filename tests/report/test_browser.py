@@ -49,7 +49,7 @@ def test_every_chart_is_drawn(browser, pages, name, theme, size):
     browser.open(pages[name], size, theme)
     assert browser.js("document.documentElement.dataset.theme") == theme
     found = browser.js(f"[...document.querySelectorAll('.plot')].map({INK})")
-    assert len(found) == {"one": 11, "two": 15}[name]
+    assert len(found) == {"one": 12, "two": 17}[name]
     assert min(found) > 3
     # The page is never wider than the window: wide tables scroll within themselves.
     assert browser.js("document.documentElement.scrollWidth") <= size[0]
@@ -74,16 +74,16 @@ def test_screen_reader_reaches_text_and_table_of_every_figure(browser, pages):
         "one.querySelector('h3').textContent, one.querySelector('.text').textContent])"
     )
     browser.js("document.querySelectorAll('details.values').forEach(x => { x.open = true; })")
-    browser.wait("document.querySelectorAll('details.values table').length === 11")
+    browser.wait("document.querySelectorAll('details.values table').length === 12")
     tree = browser.tree()
     names = {(role, name) for role, name, _ in tree}
-    assert len(figures) == 11
+    assert len(figures) == 12
     for _, title, text in figures:
         assert ("figure", title) in names
         assert ("StaticText", text) in names
         assert ("region", f"Values of {title}") in names
     images = [(name, about) for role, name, about in tree if role == "image"]
-    assert len(images) == 9  # nine canvases; bars are read from their tables
+    assert len(images) == 10  # ten canvases; bars are read from their tables
     assert all(about for _, about in images)
 
 

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from molf.report.build import read_runs
-from molf.report.drawing import write_figures
 from molf.report.figures import binned, lines, plain, smoothed
 from molf.report.page import render, sections_of
+from molf.report.run_figures import write_figures
 from run_files import EXPERTS, LAYERS, write_evaluation, write_run
 
 
@@ -55,7 +55,7 @@ def test_map_holds_the_winners(run):
     page = render(read_runs([run]))
     figures = {one["id"]: one for one in data_of(page)["figures"]}
     assert [*figures] == [
-        *("loss", "rates", "grad_norm", "tokens_per_second"),
+        *("loss", "rates", "grad_norm", "tokens_per_second", "memory"),
         *("winners", "margins", "shares", "settled", "flips", "kinds", "depths"),
     ]
     winners = figures["winners"]
@@ -138,7 +138,7 @@ def test_equal_figures_are_equal_files(tmp_path):
     run = read_runs([write_run(tmp_path / "run", method="lora")])
     first, again = (write_figures(run, tmp_path / name) for name in ("first", "again"))
     assert [path.read_bytes() for path in again] == [path.read_bytes() for path in first]
-    assert len(first) == 13  # three of each of four figures, and the metrics
+    assert len(first) == 16  # three of each of five figures, and the metrics
 
 
 def test_long_lines_are_averaged():

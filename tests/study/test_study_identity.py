@@ -7,7 +7,7 @@ import pytest
 
 from checkpoints import write_checkpoint
 from molf.cli import main
-from molf.study import identity
+from molf.job.record import contents
 from molf.study.ledger import Ledger
 from molf.study.outcome import all_results, read_result, write_result
 from molf.study.place import write_record
@@ -133,7 +133,7 @@ def _own(folder):
 
 
 def _keys(tmp_path, folder):
-    identity._content.cache_clear()  # as in a new process
+    contents._content.cache_clear()  # as in a new process
     study, make = study_of(tmp_path, cells=[_own(folder)])
     return {trial.key for trial in Plan(study, {}, make, {}).trials}
 
@@ -157,7 +157,7 @@ def test_contents_of_local_inputs_are_part_of_the_identity(tmp_path, inputs):
 def test_changed_data_is_a_changed_study(tmp_path, inputs, capsys):
     study, make = study_of(tmp_path, cells=[_own(inputs)])
     work(study, make, Pretended(study))
-    identity._content.cache_clear()
+    contents._content.cache_clear()
     path = inputs / "train.jsonl"
     path.write_text(path.read_text().replace(" and ", " plus "))
     assert main(["study", "work", str(tmp_path / "study.yaml")]) == 2

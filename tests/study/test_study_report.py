@@ -1,6 +1,8 @@
 """Statistics, tables and figures of a study, from stored CSV files alone."""
 
+import json
 import math
+import re
 import shutil
 from dataclasses import replace
 from typing import ClassVar
@@ -9,15 +11,16 @@ import numpy as np
 import pytest
 
 from molf.cli import main
-from molf.study.outcome import TrialResult, all_results, write_result
-from molf.study.questions import question_scores
-from molf.study.report.records import read_records
-from molf.study.report.statistics import (
+from molf.measure.estimates import (
     difference_of_questions,
     mean_of_questions,
     over_seeds,
     pareto_front,
 )
+from molf.measure.questions import question_scores
+from molf.report.place import is_page
+from molf.study.outcome import TrialResult, all_results, write_result
+from molf.study.report.records import read_records
 from molf.study.report.summary import summarise
 from study_helpers import FFT, LORA, MOLF, Pretended, study_of, work, write_study
 
@@ -114,6 +117,18 @@ def test_report_of_a_finished_study(finished, capsys):
     assert control.equal == control.own  # the control has chosen the same rates
     for name in ("rates-facts.png", "pareto-facts.png"):
         assert (folder / "stored" / name).stat().st_size > 5000
+    page = folder / "stored" / "report.html"
+    assert is_page(page)
+    (data,) = re.findall(r'id="data">(.*?)</script>', page.read_text(), re.S)
+    figures = {one["id"].rpartition("-")[0]: one for one in json.loads(data)["figures"]}
+    rates = figures["rates-facts"]
+    assert rates["log_x"]
+    fft = next(one for one in rates["series"] if one["name"] == "fft")
+    at = dict(zip(rates["x"], fft["values"], strict=True))
+    assert [at[rate] for rate in (1e-4, 1e-3, 1e-2)] == [0.75, 1, 0.75]
+    front = figures["pareto-facts-forgetting_loss"]
+    molf = next(one for one in front["points"] if one["name"] == "molf")
+    assert (molf["x"][0], molf["y"][0]) == pytest.approx((1.413, 0.7))
 
 
 def test_a_report_is_made_again_from_its_csv_files_alone(finished):
@@ -141,6 +156,7 @@ def test_stored_files_can_be_committed(finished):
     main(["study", "report", str(folder / "study.yaml"), "--no_figures"])
     assert (stored / "trials.csv").read_bytes() == first
     assert not list(stored.glob("*.png"))
+    assert is_page(stored / "report.html")
     rows = read_records(stored).rows
     places = [(r["method"], r["phase"], r["point"], r["seed"]) for r in rows]
     assert places[:4] == [

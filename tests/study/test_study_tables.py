@@ -5,13 +5,14 @@ import math
 import numpy as np
 import pytest
 
+from molf.measure.estimates import difference_of_questions, mean_of_questions
 from molf.study.choice import choose_point
 from molf.study.report.figures import draw_figures
-from molf.study.report.markdown import report_text
+from molf.study.report.parts import parts_of
 from molf.study.report.records import Records
 from molf.study.report.sensitivity import sensitivity
-from molf.study.report.statistics import difference_of_questions, mean_of_questions
 from molf.study.report.summary import front_of, summarise
+from molf.study.report.writing import report_text
 
 SEEDS = [11, 12, 13, 14, 15]
 GRID = [1e-4, 1e-3, 1e-2]
@@ -100,7 +101,7 @@ def cell_of(methods, rows, **options):
 
 def text_of(methods, rows, **options):
     stored = records(methods, rows, **options)
-    return report_text(stored, summarise(stored), {})
+    return report_text(stored, parts_of(stored, summarise(stored)), {})
 
 
 # -- the choice of a point ----------------------------------------------------------------------

@@ -11,7 +11,7 @@ from molf.errors import InputError
 from molf.measure import EvaluationSettings
 from molf.measure.final_numbers import final_number, is_final, shown, stated_number
 from molf.measure.metric import wilson
-from molf.study.questions import question_scores
+from molf.measure.questions import question_scores
 from molf.tasks import TaskOptions, load_task
 from question_records import gsm8k, maths, metamath, texts, values, write
 from tiny_models import LINES, byte_level_tokenizer, tiny_qwen2

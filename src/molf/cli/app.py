@@ -56,6 +56,7 @@ for parent, name, function, text in (
         "Print the share of updates that each expert won.",
     ),
     (app, "report", "runs.report:report_runs", "Write a page of charts and tables of runs."),
+    (app, "compare", "runs.compare:compare_runs", "Compare methods over the seeds of many runs."),
     (app, "advise", "advice.advise:advise_run", "Assign full or LoRA per layer from a run."),
     (app, "probe", "advice.probe:probe_model", "Find an assignment by a few steps of routing."),
     (app, "generate", "texts.commands:generate_text", "Print a model's answers to prompts."),

@@ -30,6 +30,7 @@ def preview_data(
     config: Annotated[Path | None, Parameter(group=DATA)] = None,
     jsonl: Annotated[bool, Parameter(group=OUTPUT, negative=())] = False,
     examples: Annotated[int, Parameter(group=OUTPUT)] = 3,
+    page: Annotated[Path | None, Parameter(group=OUTPUT, show_default="none")] = None,
 ) -> None:
     """Show the records of --data as a training would use them: counts, lengths, text with loss.
 
@@ -41,6 +42,7 @@ def preview_data(
         jsonl: Print every readable record in the file's order as a line of JSON: `index`, `tokens`,
             `segments` ([text, carries loss] pairs), and `held_out` or `left_out` where it is.
         examples: How many of the first examples are printed.
+        page: Also write counts, lengths and up to 200 records, text with loss marked, as a page.
     """
     if examples < 0:
         raise InputError(f"Invalid examples={examples}. Must be at least 0.")
@@ -48,6 +50,13 @@ def preview_data(
     from molf.job.settings.resolved import resolve
     from molf.tasks import load_task
 
+    place = None
+    if page is not None:
+        if jsonl:
+            raise InputError("page and jsonl are two forms of the records. Give one of them.")
+        from molf.report.place import file_of_page
+
+        place = file_of_page(page, overwrite=settings.overwrite, option="page")
     # The output directory is not used, so any time will do.
     resolved = resolve(settings, datetime.now().astimezone())
     check_model(resolved.model)
@@ -68,8 +77,16 @@ def preview_data(
             _print_lines(records)
             return
         title = mask_text(f"{resolved.task}: {resolved.data or 'the data of the task'}")
-        _print(title, data, list(records))
+        found = list(records)
+        counts = _counts(data, found)
+        sys.stdout.write("".join(f"{as_line(line)}\n" for line in (title, *counts)))
         _print_examples(list(preview(tokenizer, _first(data, examples), limit)))
+        if place is not None:
+            from molf.report.data_page import render_data
+            from molf.report.place import write_page
+
+            write_page(render_data(title, counts, found), place)
+            sys.stdout.write(f"\npage       {as_line(mask_text(str(place)))}\n")
 
 
 def _print_lines(records: Iterable[PreviewedRecord]) -> None:
@@ -104,13 +121,12 @@ def _first(data: DataRecords, count: int) -> DataRecords:
     return replace(data, samples={index: data.samples[index] for index in indices})
 
 
-def _print(title: str, data: DataRecords, records: list[PreviewedRecord]) -> None:
+def _counts(data: DataRecords, records: list[PreviewedRecord]) -> list[str]:
     used = [record for record in records if record.left_out is None and not record.held_out]
     held_out = sum(record.held_out for record in records)
     left_out = Counter(data.left_out)
     left_out.update(record.left_out for record in records if record.left_out is not None)
     lines = [
-        title,
         f"records    {data.count} read: {len(used)} to train on, {held_out} held out to evaluate, "
         f"{left_out.total()} left out",
         *(f"left out   {count}: {reason}" for reason, count in left_out.most_common()),
@@ -127,7 +143,7 @@ def _print(title: str, data: DataRecords, records: list[PreviewedRecord]) -> Non
         ]
     faults = Counter(fault for record in records for fault in record.faults)
     lines += [f"doubtful   {count} of {len(records)}: {fault}" for fault, count in faults.items()]
-    sys.stdout.write("".join(f"{as_line(line)}\n" for line in lines))
+    return lines
 
 
 def _print_examples(records: list[PreviewedRecord]) -> None:

@@ -152,8 +152,8 @@ def report_study(
         figures: Draw figures (needs matplotlib).
     """
     from molf.paths import expanded
-    from molf.study.report.markdown import write_report
     from molf.study.report.records import read_records
+    from molf.study.report.writing import write_report
     from molf.study.status import origin_of
 
     given = expanded(study)

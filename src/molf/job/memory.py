@@ -1,8 +1,10 @@
-"""Measure the peak memory of a run."""
+"""Measure the memory of a run."""
 
 from __future__ import annotations
 
+import os
 import sys
+from pathlib import Path
 
 import torch
 
@@ -27,3 +29,26 @@ def peak_memory(device: torch.device) -> tuple[int, str]:
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024, "process"
+
+
+def memory_figures(device: torch.device) -> dict[str, int]:
+    """Return the memory in bytes for the log: its peak up to now, and that of this moment.
+
+    What cannot be measured here is absent. The memory is that of `peak_memory`; neither waits for
+    the device.
+    """
+    now = _memory(device)
+    # Linux counts both in batches, so the peak may lag behind by some pages.
+    found = {"peak_memory_bytes": max(peak_memory(device)[0], now), "memory_bytes": now}
+    return {name: value for name, value in found.items() if value}
+
+
+def _memory(device: torch.device) -> int:
+    """Return the memory of this moment; 0 where it is not known."""
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device)
+    try:
+        resident = Path("/proc/self/statm").read_text(encoding="ascii").split()[1]
+        return int(resident) * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, ValueError, IndexError, AttributeError):  # no Linux
+        return 0

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from molf.disk.files import write_json, write_jsonl, write_text, write_yaml
-from molf.job.memory import peak_memory
 from molf.job.opening import Opening, dtype_name
+from molf.job.record.contents import hash_of_data, hash_of_model
 from molf.job.record.directory import RunDirectory
 from molf.job.record.environment import environment
 from molf.job.record.ownership import ASSIGNMENT, CONFIG, ENVIRONMENT, EVALUATION, PREDICTIONS
@@ -23,6 +23,7 @@ from molf.job.settings.defaults import ADAPTERS
 from molf.job.settings.resolved import ResolvedSettings
 from molf.job.training import Training
 from molf.measure import Evaluation
+from molf.measure.meanings import METRICS_VERSION
 from molf.ranks import ranks
 from molf.tasks import Task
 
@@ -58,6 +59,12 @@ class ConfigRecord:
     ) -> None:
         settings, base, samples = opening.settings, opening.base, opening.data.samples
         quantisation = opening.quantisation
+        contents = hash_of_model(settings.model)
+        self._identity = {
+            "metrics_version": METRICS_VERSION,
+            "data_hash": hash_of_data(files, str(task.description().get("data"))),
+            "base_hash": contents,
+        }
         self._assignment = settings.reached_assignment
         # The file can be used as a recipe, which must not replace or continue this run.
         self._options = replace(settings, overwrite=False, resume=False).as_options()
@@ -83,6 +90,7 @@ class ConfigRecord:
                 "not_reached": list(settings.unreached),
                 "carried_tensors": len(base.unused_tensors.names),
                 "stored_dtype": dtype_name(base.stored.main_dtype or base.dtype),
+                **({"contents": contents} if contents else {}),
                 **opening.plan.record(),
             },
             "training": {"steps": opening.data.steps},
@@ -108,6 +116,11 @@ class ConfigRecord:
                 stacklevel=3,
             )
 
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What runs have in common that can be compared, for their rows of the table."""
+        return dict(self._identity)
+
     def add_probe(self) -> None:
         """Mark the run as a probe, which keeps no model; nothing is written."""
         self._run["probe"] = True
@@ -126,6 +139,20 @@ class ConfigRecord:
             self._run["routing"] = {**training.routing.record(), "meaning": training.meaning}
         if training.merge:
             self._run["merge"] = training.merge
+
+    def add_costs(self, seconds: float, memory: tuple[int, str]) -> None:
+        """Add time and memory; nothing is written.
+
+        Args:
+            seconds: Time of the training's steps.
+            memory: The result of `peak_memory`.
+        """
+        peak, peak_of = memory
+        self._run["training"] |= {
+            "seconds": round(seconds, 3),
+            "peak_memory_bytes": peak,
+            "peak_memory_of": peak_of,
+        }
 
     def add_saved(self, saved: Mapping[str, Any]) -> None:
         """Add the record of the saved model; nothing is written."""
@@ -148,6 +175,7 @@ def write_evaluations(
         directory / EVALUATION,
         {
             "task": task.name,
+            "metrics_version": METRICS_VERSION,
             "before": evaluation_record(before),
             "after": evaluation_record(after),
             "notes": {"before": before.notes, "after": after.notes},
@@ -155,11 +183,16 @@ def write_evaluations(
     )
 
 
-def add_row(result: RunResult, settings: ResolvedSettings, started: datetime) -> Path | None:
+def add_row(
+    result: RunResult,
+    settings: ResolvedSettings,
+    started: datetime,
+    identity: Mapping[str, Any],
+) -> Path | None:
     """Add the run to the table of results; return the table's path, or None on failure."""
     folder = result.directory.parent
     try:
-        return append_result(folder, results_row(result, settings, started))
+        return append_result(folder, results_row(result, settings, started, identity))
     except (OSError, ValueError) as error:
         warnings.warn(
             f"The run is complete, but its row was not added to a table in {folder}: {error}",
@@ -176,6 +209,7 @@ def run_result(
     after: Evaluation,
     saved: Mapping[str, Any],
     evaluation_seconds: float,
+    memory: tuple[int, str],
 ) -> RunResult:
     """Return the result of a finished run, without its table.
 
@@ -187,9 +221,10 @@ def run_result(
         after: Metrics of the saved model.
         saved: The record of the saved model.
         evaluation_seconds: Time of both evaluations.
+        memory: The result of `peak_memory`.
     """
     settings = opening.settings
-    peak, peak_of = peak_memory(opening.arguments.device)
+    peak, peak_of = memory
     return RunResult(
         directory=directory.path,
         before=before,

@@ -95,7 +95,7 @@ def _train(
     # These import torch, transformers, trl and peft.
     from molf.job.evaluating import Evaluator
     from molf.job.failing import failing_in
-    from molf.job.memory import reset_peak_memory
+    from molf.job.memory import peak_memory, reset_peak_memory
     from molf.job.model.saving import SaveError
     from molf.job.opening import open_training
     from molf.job.overview import overview
@@ -173,13 +173,15 @@ def _train(
         # Write the records.
         def write() -> RunResult:
             trained.write_card(loaded, after, saved)
+            memory = peak_memory(device)
+            record.add_costs(training.seconds, memory)
             record.write(directory)  # once more: the directory may have been deleted since
             write_evaluations(directory, task, before, after)
             result = run_result(
-                opening, directory, training, before, after, saved, evaluator.seconds
+                opening, directory, training, before, after, saved, evaluator.seconds, memory
             )
             directory.complete()
-            result = replace(result, results=add_row(result, settings, started))
+            result = replace(result, results=add_row(result, settings, started, record.identity))
             stages.clear()
             return result
 

@@ -49,6 +49,7 @@ from molf.job.trainer.split_data import with_blank_row
 from molf.job.trainer.step_guard import StepGuard
 from molf.job.trainer.steps import StepsCheck
 from molf.job.trainer.stopping import StopRequest
+from molf.job.trainer.tracking import RoutingImageCallback
 from molf.job.trainer.trainer import Trainer
 from molf.ranks import ranks
 
@@ -212,6 +213,9 @@ def run_training(
             ],
         )
         trainer.remove_callback(PrinterCallback)
+        if prepared.experts:
+            trackers = trainer.callback_handler.callbacks
+            trainer.add_callback(RoutingImageCallback(writer, trackers))
         trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
         seconds = clock.seconds()
         checkpoints.finish()

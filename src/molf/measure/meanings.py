@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+METRICS_VERSION = 1
+"""Raised when a metric has another value for equal answers, or the embedded data change."""
+
 _MEANINGS = (
     (("es", "em"), "new target over true one, edited prompt: share, mean difference of p"),
     (("ps", "pm"), "the same for paraphrases"),
@@ -29,6 +32,11 @@ _MEANINGS = (
     (("kl_neutral",), "KL(base || model) on that text, nats per token (0: the base's predictions)"),
     (("kl_task",), "the same on the task's prompts, without answers"),
 )
+
+# Editing replaces the true target, so neither high nor low is better in itself.
+_UNRANKED = ("acc_true",)
+
+_MAIN = ("s", "execution_accuracy", "accuracy", "exact_match")
 
 _LOWER_IS_BETTER = (
     "unparsed",
@@ -59,3 +67,14 @@ def metric_names() -> tuple[str, ...]:
 def is_lower_better(metric: str) -> bool:
     """Return whether a lower value of a metric is better."""
     return metric in _LOWER_IS_BETTER
+
+
+def is_ranked(metric: str) -> bool:
+    """Return whether a higher or a lower value of a metric is better."""
+    return metric not in _UNRANKED
+
+
+def main_metric(metrics: Iterable[str]) -> str | None:
+    """Return the metric that a task is about; the first one for an unknown task, None for none."""
+    names = list(metrics)
+    return next((name for name in _MAIN if name in names), names[0] if names else None)

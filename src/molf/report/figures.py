@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
+from molf.measure.estimates import Estimate
+
 Floats = npt.NDArray[np.float64]
 Cell = str | int | float | None
 
@@ -74,6 +76,8 @@ class Lines(Figure):
         y_range: Lowest and highest value of the axis; None for those of the values.
         stepped: Draw stairs, as for counts.
         has_own_table: Whether the table has other columns than x and the lines.
+        log_x: Whether the axis of x is logarithmic.
+        dotted: Whether values are dots as well, as where there are few.
     """
 
     x: Floats
@@ -83,6 +87,8 @@ class Lines(Figure):
     y_range: tuple[float, float] | None = None
     stepped: bool = False
     has_own_table: bool = False
+    log_x: bool = False
+    dotted: bool = False
 
 
 @dataclass(frozen=True)
@@ -130,6 +136,38 @@ class Bars(Figure):
     parts: tuple[str, ...]
     values: Floats
     label: str
+
+
+@dataclass(frozen=True)
+class Point:
+    """One point with its intervals.
+
+    Attributes:
+        name: Its name.
+        x: Value and interval along x; ends are NaN where they are unknown.
+        y: The same along y.
+    """
+
+    name: str
+    x: Estimate
+    y: Estimate
+
+
+@dataclass(frozen=True)
+class Points(Figure):
+    """Points of two values with intervals, and those that no other one beats.
+
+    Attributes:
+        points: The points.
+        x_label: Name of the values along x, with their unit.
+        y_label: Name of the values along y, with their unit.
+        front: Numbers of the points that no other one beats, by increasing x.
+    """
+
+    points: tuple[Point, ...]
+    x_label: str
+    y_label: str
+    front: tuple[int, ...]
 
 
 @dataclass(frozen=True)

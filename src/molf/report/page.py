@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import json
 import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -17,23 +13,20 @@ import numpy as np
 
 from molf.job.settings.defaults import ADAPTERS
 from molf.report.change_figures import change_section
-from molf.report.figures import Bars, Figure, Floats, Heat, Lines, Section, plain
+from molf.report.document import figure_values, filled
+from molf.report.figures import Heat, Lines, Section
 from molf.report.results import shown_results
 from molf.report.routing_figures import routing_section
 from molf.report.run_data import COMPLETE, RunData
 from molf.report.samples import MOST, Samples
 from molf.report.training_figures import training_section
-from molf.shown import printable
 
-UPLOT = "uplot-1.6.32.min"
-_ASSETS = files("molf.report") / "assets"
 _WITHOUT = {  # options that methods have a value of, without an effect
     "learning_rate": (*ADAPTERS, "molf-e"),
     "lora_learning_rate": ("fft",),
     "ranks": ("fft",),
     "score": (*ADAPTERS, "fft", "hybrid"),
 }
-_SCALE, _NONE = 200, 255  # a share of 1 in the maps, and an empty cell
 
 
 @dataclass(frozen=True)
@@ -57,61 +50,29 @@ def render(runs: Sequence[RunData], *, refresh: int | None = None) -> str:
         runs: The runs.
         refresh: Load the page again after this many seconds; None never.
     """
-    import jinja2
-
-    text = {name: _asset(name) for name in ("page.css", "page.js", f"{UPLOT}.js", f"{UPLOT}.css")}
     figures: list[dict[str, Any]] = []
     shown = _figure_sections(runs, figures)
     results = shown_results(runs)
     samples = [[] if run.samples is None else _samples(run.samples) for run in runs]
-    data = {"figures": figures, "samples": samples}
     names = [
         ("result", "Result", bool(results)),
         *((section["name"], section["title"], True) for section in shown),
         ("samples", "Samples", any(samples)),
         ("settings", "Settings", True),
     ]
-    environment = jinja2.Environment(
-        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
-    )
-    page: str = environment.from_string(_asset("page.html.j2")).render(
+    return filled(
+        "page.html.j2",
         title=", ".join(run.name for run in runs),
-        version=version("molf"),
-        written=runs[0].written.isoformat(sep=" ", timespec="seconds"),
-        policy=_policy(text[f"{UPLOT}.js"], text["page.js"]),
-        refresh=refresh,
-        css=text["page.css"],
-        js=text["page.js"],
-        uplot_js=text[f"{UPLOT}.js"],
-        uplot_css=text[f"{UPLOT}.css"],
+        written=runs[0].written,
         sections=[(anchor, name) for anchor, name, is_there in names if is_there],
+        data={"figures": figures, "samples": samples},
+        refresh=refresh,
         many=f" many n{min(len(runs), 4)}" if len(runs) > 1 else "",
         runs=[_run(run) for run in runs],
         results=results,
         figure_sections=shown,
         has_samples=any(samples),
-        data=_json(data),
     )
-    return printable(page)
-
-
-def _asset(name: str) -> str:
-    return (_ASSETS / name).read_text(encoding="utf-8")
-
-
-def _policy(*scripts: str) -> str:
-    """Return a policy that lets a browser run these scripts alone, and request nothing."""
-    hashes = (
-        base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in scripts
-    )
-    sources = " ".join(f"'sha256-{one}'" for one in hashes)
-    return f"default-src 'none'; script-src {sources}; style-src 'unsafe-inline'; img-src data:"
-
-
-def _json(value: Any) -> str:
-    """Return JSON that is safe inside of a script element."""
-    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
-    return text.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
 
 
 def _figure_sections(
@@ -133,7 +94,7 @@ def _figure_sections(
                     cells.append(None)
                     continue
                 place = f"{one.name}-{run}" if len(runs) > 1 else one.name
-                figures.append({"id": place, "file": place, **_values(one, ranges)})
+                figures.append({"id": place, "file": place, **figure_values(one, ranges)})
                 run_name = data.name if len(runs) > 1 else ""
                 cells.append({"id": place, "title": one.title, "text": one.text, "run": run_name})
             rows.append(Row(tuple(cells), wide=isinstance(next(filter(None, same)), Heat)))
@@ -158,62 +119,6 @@ def _common_ranges(found: Sequence[Lines]) -> dict[str, Any]:
     low, high = float(y.min()), float(y.max())
     edge = 0.05 * ((high - low) or abs(high) or 1.0)
     return {"x_range": [float(x.min()), float(x.max())], "y_range": [low - edge, high + edge]}
-
-
-def _values(figure: Figure, ranges: dict[str, Any]) -> dict[str, Any]:
-    """Return a figure for the script."""
-    base = {"title": figure.title}
-    table = {"columns": figure.table.columns, "rows": figure.table.rows}
-    if isinstance(figure, Lines):
-        own = {} if figure.y_range is None else {"y_range": figure.y_range}
-        return base | {
-            "kind": "lines",
-            "x": [plain(x) for x in figure.x],
-            "x_label": figure.x_label,
-            "y_label": figure.y_label,
-            "stepped": figure.stepped,
-            "series": [
-                {
-                    "name": one.name,
-                    "values": [plain(value) for value in one.values],
-                    "color": one.color,
-                    "faint": one.faint,
-                }
-                for one in figure.series
-            ],
-            **ranges,
-            **own,
-            **({"table": table} if figure.has_own_table else {}),
-        }
-    if isinstance(figure, Heat):
-        values = (figure.values + 1) / 2 if figure.is_margin else figure.values
-        return base | {
-            "kind": "heat",
-            "rows": figure.rows,
-            "kinds": figure.kinds,
-            "first": figure.first,
-            "last": figure.last,
-            "planes": [_packed(plane) for plane in values],
-            "names": figure.names,
-            "is_margin": figure.is_margin,
-            "factors": None if figure.factors is None else figure.factors.tolist(),
-            "layers": 0 if figure.full_at is None else len(figure.full_at),
-            "table": table,
-        }
-    assert isinstance(figure, Bars)
-    return base | {
-        "kind": "bars",
-        "groups": figure.groups,
-        "parts": figure.parts,
-        "values": [[plain(value) for value in row] for row in figure.values],
-        "table": table,
-    }
-
-
-def _packed(shares: Floats) -> str:
-    """Return shares in steps of 0.005 as bytes in base64; NaN is 255."""
-    stored = np.where(np.isnan(shares), _NONE, np.rint(np.nan_to_num(shares) * _SCALE))
-    return base64.b64encode(stored.astype(np.uint8).tobytes()).decode()
 
 
 def _samples(samples: Samples) -> list[dict[str, Any]]:

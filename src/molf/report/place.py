@@ -30,8 +30,22 @@ def page_place(runs: Sequence[Path], output: Path | None, *, overwrite: bool) ->
     """
     if output is None and len(runs) != 1:
         raise InputError(f"{len(runs)} runs on one page need --output FILE.")
-    path = runs[0] / REPORT if output is None else settled(output)
-    check_file(path, overwrite=overwrite or is_page(path))
+    return file_of_page(runs[0] / REPORT if output is None else output, overwrite=overwrite)
+
+
+def file_of_page(given: Path, *, overwrite: bool, option: str = "output") -> Path:
+    """Return the file of a page, after checking that it can be written.
+
+    Args:
+        given: The file.
+        overwrite: Replace a file that is no page of molf.
+        option: The option that gave it.
+
+    Raises:
+        InputError: The file is no page of molf, is no ordinary file, or cannot be written.
+    """
+    path = settled(given)
+    check_file(path, overwrite=overwrite or is_page(path), option=option)
     return path
 
 

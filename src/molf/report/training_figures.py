@@ -48,16 +48,20 @@ def _figures(data: RunData) -> Iterator[Figure]:
     for name, title, unit in (
         ("grad_norm", "Gradient norm", "norm before clipping"),
         ("tokens_per_second", "Speed", "tokens per second"),
-        ("peak_memory_bytes", "Memory", "GiB at most up to the step"),
         ("lost_updates", "Updates lost by rounding", "share of elements"),
         ("skipped_steps", "Skipped steps", "steps so far"),
     ):
         found = _known(data, name)
         if found is None or (name == "lost_updates" and not np.nanmax(found) > 0):
             continue
-        found = found / 2**30 if name == "peak_memory_bytes" else found
         text = _change(f"{title} ({unit})", found)
         yield lines(name, title, text, x, [Series(name, found)], y_label=unit)
+    if (peak := _known(data, "peak_memory_bytes")) is not None:
+        series = [Series("at most up to the step", peak / 2**30, 0)]
+        if (now := _known(data, "memory_bytes")) is not None:
+            series.append(Series("at the step", now / 2**30, 1))
+        text = _change("Memory at most up to the step (GiB)", peak / 2**30)
+        yield lines("memory", "Memory", text, x, series, y_label="GiB")
 
 
 def _known(data: RunData, name: str) -> Floats | None:

@@ -11,9 +11,9 @@ from typing import Any
 from molf.disk.files import is_unfinished, making_directory, write_json
 from molf.disk.room import nearest_existing
 from molf.errors import InputError
+from molf.job.record.contents import contents_of
 from molf.paths import check_path, check_unicode
 from molf.study.definition import Rates, Study
-from molf.study.identity import contents_of
 from molf.study.outcome import RESULTS, TRIALS, Results, outcome_of, point_of
 from molf.study.plan import Plan, TrialMaker
 

@@ -26,6 +26,7 @@ from molf.job.record.ownership import (
 )
 from molf.job.record.result import RunError, RunResult
 from molf.job.settings.defaults import ROUTED
+from molf.measure.questions import question_scores
 from molf.study.definition import CHOOSE, KEEP_RECORDS, Point, Study
 from molf.study.moved import moved_parameters
 from molf.study.outcome import (
@@ -38,7 +39,6 @@ from molf.study.outcome import (
     write_result,
 )
 from molf.study.plan import FAILED, PRUNED, Outcome, Planned
-from molf.study.questions import question_scores
 
 if TYPE_CHECKING:
     from optuna.trial import Trial

@@ -9,6 +9,7 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
+from molf.errors import InputError
 from molf.job.advice.choices import CHOICES, check_chosen
 
 
@@ -21,6 +22,7 @@ def advise_run(
     output: Annotated[Path | None, Parameter(show_default="RUN/assignment.yaml")] = None,
     overwrite: Annotated[bool, Parameter(negative=())] = False,
     figures: Annotated[Path | None, Parameter(show_default="none")] = None,
+    page: Annotated[Path | None, Parameter(show_default="none")] = None,
     plan: bool = True,
     json: Annotated[bool, Parameter(negative=())] = False,
 ) -> None:
@@ -31,8 +33,10 @@ def advise_run(
         by: full goes to the layers where it won most steps, or where its mean score leads.
         share: Give full to this share of the routed layers instead: those where it leads most.
         output: File of the assignment, which `molf train --method hybrid --assignment` takes.
-        overwrite: Replace that file. Without it and output, an assignment.yaml in RUN is kept.
+        overwrite: Replace that file, and a file of page that is no page of molf. Without it and
+            output, an assignment.yaml in RUN is kept.
         figures: Also draw the evidence, as PNG files in this folder.
+        page: Also write tables, figures and the assignment of every layer as a page to this file.
         plan: Plan memory and arithmetic of the assignment and of other methods.
         json: Print everything as JSON, sizes in bytes.
     """
@@ -52,6 +56,13 @@ def advise_run(
         place = advice_place(finished, output, overwrite=overwrite)
         # A probe has written it, and it may have been edited: advise then only prints.
         keeps = place.exists() and not overwrite
+        page_file = None
+        if page is not None:
+            from molf.report.place import file_of_page
+
+            page_file = file_of_page(page, overwrite=overwrite, option="page")
+            if page_file.absolute() == place.absolute():
+                raise InputError(f"page and output are one file, {place}. Give two.")
         if figures is not None:
             check_figures(figures)
         from molf.job.libraries import quiet_libraries
@@ -73,11 +84,17 @@ def advise_run(
         from molf.job.advice.figures import draw_figures
 
         drawn = draw_figures(advice, figures)
+    if page_file is not None:
+        from molf.report.advice_page import render_advice
+        from molf.report.place import write_page
+
+        write_page(render_advice(advice, costs), page_file)
+        drawn.append(page_file)
     if json:
-        from molf.cli.advice.report import record
+        from molf.cli.advice.printed import record
 
         sys.stdout.write(json_module.dumps(record(advice, costs), indent=2) + "\n")
         return
-    from molf.cli.advice.report import print_advice
+    from molf.cli.advice.printed import print_advice
 
     print_advice(advice, costs, drawn if keeps else [place, *drawn], kept)

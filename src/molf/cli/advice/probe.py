@@ -38,7 +38,7 @@ def probe_model(
     if figures is not None:
         check_figures(figures)
     result = probe(settings, share=share, by=by)
-    from molf.cli.advice.report import print_advice, print_probe
+    from molf.cli.advice.printed import print_advice, print_probe
     from molf.streams import result_on_disk
 
     with result_on_disk(f"The probe in {result.directory} is complete"):

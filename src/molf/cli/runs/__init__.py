@@ -1,1 +1,1 @@
-"""Commands that show runs: `molf report`, `molf routing`."""
+"""Commands that show runs: `molf report`, `molf compare`, `molf routing`."""

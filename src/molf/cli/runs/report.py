@@ -55,7 +55,7 @@ def report_runs(
         console.lines(f"{run.name}: {run.status}", *(f"  {line}" for line in run.notices))
     console.lines(f"page      {place}")
     if figures is not None:
-        from molf.report.drawing import write_figures
+        from molf.report.run_figures import write_figures
 
         written = write_figures(read, expanded(figures))
         console.lines(f"figures   {len(written)} files in {expanded(figures)}")

@@ -34,26 +34,27 @@ def advice_place(run: FinishedRun, output: Path | None, *, overwrite: bool) -> P
     return path
 
 
-def check_file(path: Path, *, overwrite: bool) -> None:
-    """Check that the file of `--output` can be written.
+def check_file(path: Path, *, overwrite: bool, option: str = "output") -> None:
+    """Check that the file of an option can be written.
 
     Args:
         path: The file.
         overwrite: Replace an earlier file.
+        option: The option.
 
     Raises:
         InputError: The file exists, is no ordinary one, or cannot be written.
     """
-    check_path(path, "output")
+    check_path(path, option)
     if (kind := special_kind(path)) is not None:
-        raise InputError(f"output {path} is {kind}. Give a file.")
+        raise InputError(f"{option} {path} is {kind}. Give a file.")
     if path.exists() and not overwrite:
         raise InputError(
-            f"output {path} exists. Give --overwrite to replace it, or another --output."
+            f"{option} {path} exists. Give --overwrite to replace it, or another --{option}."
         )
     if not path.parent.is_dir():
-        raise InputError(f"output {path} cannot be written: there is no directory {path.parent}.")
-    _check_writable(path.parent, f"output {path}")
+        raise InputError(f"{option} {path} cannot be written: there is no directory {path.parent}.")
+    _check_writable(path.parent, f"{option} {path}")
 
 
 def check_figures(folder: Path) -> None:

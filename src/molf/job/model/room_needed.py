@@ -16,7 +16,7 @@ from molf.job.settings.resolved import ResolvedSettings
 _MOMENTS = {"float32": 8.0, "8bit": 2.04}  # bytes for both moments of a number
 _ROUTING_ROW = 11  # bytes per row of the Parquet log; measured 9.4 and 10.3 with random scores
 _ROUTING_FRAME, _ROUTING_SHAPE = 4_000, 170  # bytes of a part, and of a layer's shape in it
-_METRICS_LINE = 600  # bytes per line of metrics.jsonl; measured with three experts
+_METRICS_LINE = 720  # bytes per line of metrics.jsonl; measured with three experts
 _VALUES = 40_000  # bytes of numbers and random states in a checkpoint
 _TENSOR = 1_600  # bytes per tensor of a checkpoint beside its numbers
 _PREDICTION = 1000  # bytes per line of predictions.jsonl; an answer of 200 tokens

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -101,8 +102,20 @@ def _without_nan(value: Any) -> Any:
     return None if isinstance(value, float) and math.isnan(value) else value
 
 
-def results_row(result: RunResult, settings: ResolvedSettings, started: datetime) -> dict[str, Any]:
-    """Return a run's row of `results.csv`."""
+def results_row(
+    result: RunResult,
+    settings: ResolvedSettings,
+    started: datetime,
+    identity: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Return a run's row of `results.csv`.
+
+    Args:
+        result: The run.
+        settings: Its settings.
+        started: When it was started.
+        identity: Version of the metrics, and hashes of data and base.
+    """
     config = settings.method_config
     has_lora = config is not None or settings.has_adapter
     return {
@@ -113,6 +126,7 @@ def results_row(result: RunResult, settings: ResolvedSettings, started: datetime
         "method": settings.method,
         "model": settings.model,
         "seed": settings.seed,
+        **identity,
         # Empty cells, not zeros, where a method has no such value.
         "ranks": ",".join(map(str, config.ranks)) if config else "",
         "alpha": ",".join(f"{alpha:g}" for alpha in config.alphas) if config else "",

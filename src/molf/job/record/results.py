@@ -49,7 +49,7 @@ def check_results(folder: Path) -> None:
     fault = None
     for path in _tables(folder):
         try:
-            _read(path)
+            read_results(path)
         except ForeignTableError as error:
             fault = fault or error
             continue
@@ -77,7 +77,7 @@ def append_result(folder: Path, row: Mapping[str, Any]) -> Path:
     """
     for path in _tables(folder):
         try:
-            _read(path)  # first, so that no lock file is made beside another program's table
+            read_results(path)  # first, so that no lock file is made beside another program's table
             _append(Path(os.path.realpath(path)), row)
         except ForeignTableError:
             continue
@@ -107,7 +107,7 @@ def _append(path: Path, row: Mapping[str, Any]) -> None:
 
 def _rewrite(path: Path, row: Mapping[str, Any]) -> None:
     row = {name: as_cell(value) for name, value in row.items()}
-    columns, rows = _read(path)
+    columns, rows = read_results(path)
     columns += [name for name in row if name not in columns]
     with (
         replacing_file(path) as temporary,
@@ -133,7 +133,7 @@ def as_cell(value: Any) -> Any:
     return f"'{text}" if text.lstrip()[:1] in _FORMULAS else text
 
 
-def _read(path: Path) -> tuple[list[str], list[dict[str, str]]]:
+def read_results(path: Path) -> tuple[list[str], list[dict[str, str]]]:
     """Return the columns and rows of a table of runs; empty if there is no file.
 
     Raises:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
+
+from molf.core.assignment.assigned import FULL
 
 if TYPE_CHECKING:
     from molf.core.step.decision import Decision
@@ -66,6 +69,7 @@ class Wins:
         self._changes: Counter[str] = Counter()
         self._first_step = 0
         self._last_change: int | None = None
+        self._margins: tuple[float, int] = 0.0, 0  # sum and number since the last call
 
     def add(self, routing: Mapping[str, Decision], step: int) -> None:
         """Count one step's decisions, except layers whose experts all score 0.
@@ -78,6 +82,9 @@ class Wins:
             # All scores are 0 in the first step of a warm-up, at rate 0: a tie is no win.
             if not any(decision.scores.values()):
                 continue
+            if (margin := _margin(decision.scores)) is not None:
+                total, count = self._margins
+                self._margins = total + margin, count + 1
             self._recent.update(decision.winners)
             self._recent_decisions += 1
             winners = tuple(name for name in self._experts if name in decision.winners)
@@ -101,6 +108,7 @@ class Wins:
             "changes": dict(self._changes),
             "first_step": self._first_step,
             "last_change": self._last_change,
+            "margins": list(self._margins),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -111,6 +119,8 @@ class Wins:
         self._latest = {layer: tuple(winners) for layer, winners in state["latest"].items()}
         self._changes = Counter(state["changes"])
         self._first_step, self._last_change = state["first_step"], state["last_change"]
+        total, count = state.get("margins", (0.0, 0))  # checkpoints of 0.1 lack it
+        self._margins = total, count
 
     def shares(self) -> dict[str, float]:
         """Return each expert's share of all decisions."""
@@ -125,6 +135,15 @@ class Wins:
         self._recent = Counter()
         self._recent_decisions = 0
         return shares
+
+    def take_margin(self) -> float | None:
+        """Return the mean score margin of `full` since the last call; None without any.
+
+        The margin of a decision is `(full - LoRA) / (|full| + |LoRA|)`, LoRA the best expert.
+        """
+        total, count = self._margins
+        self._margins = 0.0, 0
+        return total / count if count else None
 
     def summary(self) -> RoutingSummary | None:
         """Return the summary; None without decisions."""
@@ -148,3 +167,14 @@ class Wins:
 
     def _divide(self, wins: Counter[str], decisions: int) -> dict[str, float]:
         return {name: wins[name] / decisions for name in self._experts} if decisions else {}
+
+
+def _margin(scores: Mapping[str, float]) -> float | None:
+    """Return the score margin of `full` over the best other expert; None without both."""
+    full = scores.get(FULL)
+    lora = max((score for name, score in scores.items() if name != FULL), default=None)
+    if full is None or lora is None:
+        return None
+    total = abs(full) + abs(lora)
+    margin = (full - lora) / total if total > 0 else math.nan
+    return margin if math.isfinite(margin) else None

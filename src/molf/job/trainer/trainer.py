@@ -25,6 +25,7 @@ from molf.checkpoint.store import read_values
 from molf.checkpoint.writer import Snapshot
 from molf.core.model.groups import NOT_SAVED
 from molf.core.step.guard import NonFiniteError
+from molf.job.memory import memory_figures
 from molf.job.methods import Prepared
 from molf.job.model.loading import LoadedModel
 from molf.job.model.saving import base_generation_config
@@ -248,7 +249,10 @@ class Trainer(SFTTrainer):
             logs |= fidelity_figures(self.optimizer)
             tokens = int(self.state.num_input_tokens_seen)
             logs["tokens_per_second"] = self._throughput.since_last(tokens)
+            logs |= memory_figures(self.args.device)
             logs |= {f"won/{name}": share for name, share in self.wins.take_recent().items()}
+            if (margin := self.wins.take_margin()) is not None:
+                logs["score_margin"] = margin
         super().log(logs, start_time)
 
 

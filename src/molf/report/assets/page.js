@@ -54,22 +54,29 @@
       stroke: css("--muted"), grid: { stroke: css("--line"), width: 1 }, ticks: { stroke: css("--line"), width: 1 },
       font: "12px system-ui, sans-serif", labelFont: "12px system-ui, sans-serif",
     });
-    const few = figure.x.length < 3;
+    const few = figure.x.length < 3 || figure.dotted;
     const paths = figure.stepped ? uPlot.paths.stepped({ align: 1 }) : undefined;
     const options = {
       width: Math.max(200, plot.clientWidth), height: 240,
       cursor: { drag: { x: true, y: false } },
       scales: {
-        x: { time: false, ...(figure.x_range ? { range: figure.x_range } : {}) },
+        x: {
+          time: false, ...(figure.x_range ? { range: figure.x_range } : {}),
+          ...(figure.log_x ? { distr: 3 } : {}),
+        },
         y: figure.y_range ? { range: figure.y_range } : {},
       },
-      axes: [axis(figure.x_label, 42), {
+      axes: [{
+        ...axis(figure.x_label, 42),
+        ...(figure.log_x ? { values: (u, ticks) => ticks.map((one) => one === null ? "" : shown(one)) } : {}),
+      }, {
         ...axis(figure.y_label, fitting), values: (u, ticks) => ticks.map(shown),
       }],
       series: [
         { label: figure.x_label, value: (u, value) => shown(value) },
         ...figure.series.map((one) => ({
-          label: one.name, value: (u, value) => shown(value), spanGaps: false,
+          label: one.name, value: (u, value) => shown(value), spanGaps: Boolean(figure.dotted),
+          ...(one.color > 5 ? { dash: [7, 4] } : {}), // colours repeat
           stroke: color(one.color) + (one.faint ? "66" : ""), width: one.faint ? 1 : 2,
           points: { show: few, size: 7 }, ...(paths ? { paths } : {}),
         })),
@@ -286,6 +293,76 @@
     plot.replaceChildren(keys, bars);
   };
 
+  // ---- points --------------------------------------------------------------------------------
+  const svg = (tag, attributes = {}, ...children) => {
+    const node = document.createElementNS("http://www.w3.org/2000/svg", tag);
+    for (const [name, value] of Object.entries(attributes)) node.setAttribute(name, value);
+    node.append(...children);
+    return node;
+  };
+  const SHAPES = [ // around 0, 0
+    "M-5,0a5,5 0 1,0 10,0a5,5 0 1,0 -10,0Z", "M-5,-5H5V5H-5Z", "M0,-6.5L6.5,0L0,6.5L-6.5,0Z",
+    "M0,-6L6,5H-6Z", "M0,6L6,-5H-6Z", "M-2,-6H2V-2H6V2H2V6H-2V2H-6V-2H-2Z",
+  ];
+  const shapeOf = (number) => SHAPES[(number + Math.floor(number / 6)) % SHAPES.length];
+  const ticksOf = (low, high, most) => {
+    const rough = (high - low) / Math.max(1, most);
+    const power = 10 ** Math.floor(Math.log10(rough));
+    const step = [1, 2, 5, 10].map((one) => one * power).find((one) => one >= rough);
+    const ticks = [];
+    for (let tick = Math.ceil(low / step) * step; tick <= high + step * 1e-9; tick += step) {
+      ticks.push(Number(tick.toPrecision(12)));
+    }
+    return ticks;
+  };
+  const drawPoints = (figure, plot) => {
+    const width = Math.max(240, plot.clientWidth);
+    const height = 300;
+    const spread = (axis) => {
+      const all = figure.points.flatMap((one) => one[axis].filter((value) => value !== null));
+      const [low, high] = [Math.min(...all), Math.max(...all)];
+      const edge = 0.06 * ((high - low) || Math.abs(high) || 1);
+      return [low - edge, high + edge];
+    };
+    const [x0, x1] = spread("x");
+    const [y0, y1] = spread("y");
+    const yTicks = ticksOf(y0, y1, 5);
+    const left = 34 + 7 * Math.max(...yTicks.map((one) => shown(one).length));
+    const area = { left, right: width - 12, top: 8, bottom: height - 44 };
+    const placeX = (value) => area.left + (value - x0) / (x1 - x0) * (area.right - area.left);
+    const placeY = (value) => area.bottom - (value - y0) / (y1 - y0) * (area.bottom - area.top);
+    const picture = svg("svg", {
+      viewBox: `0 0 ${width} ${height}`, width, height, role: "img", class: "points",
+      "aria-label": figure.title, "aria-describedby": `${figure.id}-text`,
+    });
+    const line = (x, y, toX, toY, attributes) => picture.append(svg("line", { x1: x, y1: y, x2: toX, y2: toY, ...attributes }));
+    const write = (text, attributes) => picture.append(svg("text", attributes, text));
+    for (const tick of ticksOf(x0, x1, Math.max(2, (area.right - area.left) / 90))) {
+      line(placeX(tick), area.top, placeX(tick), area.bottom, { class: "rule" });
+      write(shown(tick), { x: placeX(tick), y: area.bottom + 16, "text-anchor": "middle" });
+    }
+    for (const tick of yTicks) {
+      line(area.left, placeY(tick), area.right, placeY(tick), { class: "rule" });
+      write(shown(tick), { x: area.left - 6, y: placeY(tick) + 4, "text-anchor": "end" });
+    }
+    write(figure.x_label, { x: (area.left + area.right) / 2, y: height - 8, "text-anchor": "middle" });
+    const middle = (area.top + area.bottom) / 2;
+    write(figure.y_label, { x: 12, y: middle, "text-anchor": "middle", transform: `rotate(-90 12 ${middle})` });
+    const front = figure.front.map((number) => figure.points[number]);
+    picture.append(svg("polyline", { class: "front", points: front.map((one) => `${placeX(one.x[0])},${placeY(one.y[0])}`).join(" ") }));
+    figure.points.forEach((one, number) => {
+      const stroke = color(number);
+      const [x, y] = [placeX(one.x[0]), placeY(one.y[0])];
+      if (one.x[1] !== null && one.x[2] !== null) line(placeX(one.x[1]), y, placeX(one.x[2]), y, { stroke, "stroke-width": 1.5 });
+      if (one.y[1] !== null && one.y[2] !== null) line(x, placeY(one.y[1]), x, placeY(one.y[2]), { stroke, "stroke-width": 1.5 });
+      picture.append(svg("path", { d: shapeOf(number), transform: `translate(${x} ${y})`, fill: stroke, class: "mark" },
+        svg("title", {}, `${one.name}: ${shown(one.x[0])}, ${shown(one.y[0])}`)));
+    });
+    const keys = make("div", { class: "controls" }, ...figure.points.map((one, number) => make("span", { class: "key" },
+      svg("svg", { viewBox: "-7 -7 14 14", width: 14, height: 14, "aria-hidden": "true" }, svg("path", { d: shapeOf(number), fill: color(number) })), one.name)));
+    plot.replaceChildren(keys, picture);
+  };
+
   // ---- tables --------------------------------------------------------------------------------
   const MOST_ROWS = 250;
   const csv = (table) => [table.columns, ...table.rows].map((row) => row.map((cell) => {
@@ -338,15 +415,18 @@
       const found = all.filter((one) => {
         if (show === "right" && one.right !== true) return false;
         if (show === "wrong" && one.right !== false) return false;
-        const text = one.texts.map((pair) => pair[1]).join("\n").toLowerCase();
+        const whole = (one.segments || []).map((pair) => pair[0]).join("");
+        const text = [whole, ...one.texts.map((pair) => pair[1])].join("\n").toLowerCase();
         return words.every((word) => text.includes(word) || `#${one.index}` === word);
       });
       output.textContent = `${found.length} of ${all.length} samples`;
       list.replaceChildren(...found.slice(0, count).map((one) => {
-        const state = one.left_out ? `left out: ${one.left_out}` : one.right === true ? "right" : one.right === false ? "wrong" : "";
+        const state = one.state !== undefined ? one.state : one.left_out ? `left out: ${one.left_out}` : one.right === true ? "right" : one.right === false ? "wrong" : "";
         const entries = (pairs) => make("dl", {}, ...pairs.flatMap(([name, text]) => [make("dt", {}, name), make("dd", {}, text)]));
         const article = make("article", { class: "sample" },
-          make("h3", {}, `${one.task} #${one.index} `.trim() + " ", make("span", { class: one.right === true ? "right" : "wrong" }, state)),
+          make("h3", {}, `${one.task} #${one.index} `.trim() + " ", make("span", { class: one.right === true ? "right" : one.right === false || one.left_out ? "wrong" : "muted" }, state)),
+          ...(one.about ? [make("p", { class: "text" }, one.about)] : []),
+          ...(one.segments ? [make("p", { class: "segments" }, ...one.segments.map(([text, hasLoss]) => hasLoss ? make("mark", {}, text) : text))] : []),
           entries(one.texts.slice(0, one.main)));
         if (one.texts.length > one.main) {
           article.append(make("details", {}, make("summary", {}, "Further values"), entries(one.texts.slice(one.main))));
@@ -376,7 +456,7 @@
     let draw;
     if (figure.kind === "heat") draw = heat(figure, plot);
     else {
-      draw = () => (figure.kind === "lines" ? drawLines : drawBars)(figure, plot);
+      draw = () => ({ lines: drawLines, bars: drawBars, points: drawPoints })[figure.kind](figure, plot);
       draw();
     }
     drawings.push(draw);

@@ -7,17 +7,17 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
-from molf.study.choice import HARMS
-from molf.study.definition import REPORT, Point
-from molf.study.report.rates import rates_of
-from molf.study.report.records import Row, is_complete
-from molf.study.report.statistics import (
+from molf.measure.estimates import (
     Estimate,
     SeedScores,
     difference_of_questions,
     mean_of_questions,
     over_seeds,
 )
+from molf.study.choice import HARMS
+from molf.study.definition import REPORT, Point
+from molf.study.report.rates import rates_of
+from molf.study.report.records import Row, is_complete
 
 FORGETTING = "forgetting_loss"
 MATCHED = 0.02

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
+from molf.measure.estimates import Estimate, over_seeds, pareto_front
 from molf.study.choice import HARMS, choose_point, point_means
 from molf.study.definition import CHOOSE, Point
 from molf.study.plan import PRUNED
@@ -12,7 +13,6 @@ from molf.study.report.rates import curve_points, edges, rates_of, rates_text, t
 from molf.study.report.records import Records, Row, is_complete
 from molf.study.report.second_phase import Comparison, Control, Measured, SecondPhase
 from molf.study.report.sensitivity import Sensitivity, sensitivity
-from molf.study.report.statistics import Estimate, over_seeds, pareto_front
 
 
 @dataclass

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from molf.measure.estimate_texts import estimate_text, number_text
+from molf.shown import TextTable
 from molf.study.choice import HARMS
 from molf.study.report.rates import rates_text
 from molf.study.report.second_phase import FORGETTING, Comparison, Control
@@ -13,15 +15,16 @@ from molf.study.report.texts import (
     better_seeds,
     bold_if,
     compared,
-    estimate_text,
-    number_text,
     share_text,
     shares_compared,
-    table,
 )
 
 
-def differences_table(cells: Sequence[CellSummary]) -> list[str]:
+def _made(header: Sequence[str], rows: Sequence[Sequence[str]]) -> TextTable:
+    return TextTable("", tuple(header), tuple(map(tuple, rows)))
+
+
+def differences_table(cells: Sequence[CellSummary]) -> TextTable:
     """Return the table of all methods' differences to the baseline, a row per cell."""
     names = [one.name for one in cells[0].methods] if cells else []
     rows = [
@@ -33,7 +36,7 @@ def differences_table(cells: Sequence[CellSummary]) -> list[str]:
         ]
         for cell in cells
     ]
-    return table(["cell", "metric", "baseline", *names], rows)
+    return _made(["cell", "metric", "baseline", *names], rows)
 
 
 def _difference(cell: CellSummary, one: MethodSummary) -> str:
@@ -42,7 +45,7 @@ def _difference(cell: CellSummary, one: MethodSummary) -> str:
     return compared(one.comparison)
 
 
-def methods_table(cell: CellSummary) -> list[str]:
+def methods_table(cell: CellSummary) -> TextTable:
     """Return the table of the methods of a cell at their chosen rates."""
     harms = harms_of(cell)
     header = [
@@ -65,7 +68,7 @@ def methods_table(cell: CellSummary) -> list[str]:
         ]
         for one in cell.methods
     ]
-    return table(header, rows)
+    return _made(header, rows)
 
 
 def seeds_text(one: MethodSummary) -> str:
@@ -76,10 +79,10 @@ def seeds_text(one: MethodSummary) -> str:
     return f" ({len(one.seeds)} of {one.planned_seeds} seeds{failed})"
 
 
-def sensitivity_table(cell: CellSummary) -> list[str]:
-    """Return the table of the metric over rates; empty without curves."""
+def sensitivity_table(cell: CellSummary) -> TextTable | None:
+    """Return the table of the metric over rates; None without curves."""
     if not any(one.sensitivity for one in cell.methods):
-        return []
+        return None
     rows = []
     for one in cell.methods:
         if one.tried is None:
@@ -92,7 +95,7 @@ def sensitivity_table(cell: CellSummary) -> list[str]:
             numbers = [number_text(found.area), number_text(found.worst), covered_text(found)]
         rows.append([one.name, tried, *numbers, "; ".join(one.pruned)])
     header = ["method", "tried rates", "mean", "worst", "tried part of the decade", "pruned"]
-    return table(header, rows)
+    return _made(header, rows)
 
 
 def covered_text(found: Sensitivity) -> str:
@@ -100,7 +103,7 @@ def covered_text(found: Sensitivity) -> str:
     return "all" if found.is_whole else f"{found.covered:.0%}"
 
 
-def controls_table(cell: CellSummary) -> list[str]:
+def controls_table(cell: CellSummary) -> TextTable:
     """Return the table of methods against their controls, at own and at equal rates."""
     harms = harms_of(cell)
     rows = [
@@ -114,7 +117,7 @@ def controls_table(cell: CellSummary) -> list[str]:
         *(f"{cell.metric}: difference", "better seeds"),
         *(f"{harm_name(harm)}: difference" for harm in harms),
     ]
-    return table(header, rows)
+    return _made(header, rows)
 
 
 def _control_rows(name: str, control: Control, harms: Sequence[str]) -> list[list[str]]:

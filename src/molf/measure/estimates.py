@@ -9,13 +9,14 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 
-from molf.study.questions import HARMONIC
+from molf.measure.questions import HARMONIC
 
 Array = npt.NDArray[np.float64]
 SeedScores = Mapping[int, Mapping[str, tuple[float, float]]]
 """By seed and question: successes and attempts."""
 
 _BOUNDS = (0.0, 1.0)  # of a share
+_SEEDS, _QUESTIONS = 0, 1  # axes of a table of scores
 # 97.5% quantiles of Student's t by degrees of freedom; above, that of 30 is a little wide.
 _T = (
     *(12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228),
@@ -32,7 +33,7 @@ class Estimate:
         value: The value.
         low: Lower end; NaN where it is unknown.
         high: Upper end; NaN where it is unknown.
-        units: What may differ in a repetition: `questions and seeds`, or `seeds`.
+        units: What may differ in a repetition: `questions and seeds`, `seeds` or `questions`.
     """
 
     value: float
@@ -56,9 +57,45 @@ def over_seeds(values: Sequence[float]) -> Estimate:
     return Estimate(mean, mean - half, mean + half, "seeds")
 
 
-def mean_of_questions(metric: str, scores: Mapping[str, SeedScores]) -> Estimate | None:
-    """Return a metric over all questions and seeds with its interval; None without scores."""
-    found = _over_both(metric, [scores], lambda values: values[0])
+def minus_best_over_seeds(
+    values: Mapping[int, float], others: Sequence[Mapping[int, float]], *, minimize: bool
+) -> Estimate | None:
+    """Return a mean over seeds minus the best mean of others, over their common seeds.
+
+    The best one is chosen again without each seed (jackknife). With one other this is the paired
+    difference with Student's interval.
+
+    Args:
+        values: Values by seed.
+        others: Those of the others, at least one.
+        minimize: Whether a lower value is better.
+
+    Returns:
+        The difference; its ends are NaN for one seed. None without a common seed.
+    """
+    seeds = sorted(set(values).intersection(*others))
+    if not seeds:
+        return None
+    table = np.array([[one[seed] for seed in seeds] for one in (values, *others)])
+    weights = np.vstack([np.ones((1, len(seeds))), 1 - np.eye(len(seeds))])
+    with np.errstate(divide="ignore", invalid="ignore"):
+        means = (weights @ table.T) / weights.sum(axis=1, keepdims=True)
+    found = _minus_best([*means.T], minimize)
+    half = _half_width(found[1:]) if len(seeds) > 1 else math.nan
+    return Estimate(float(found[0]), float(found[0] - half), float(found[0] + half), "seeds")
+
+
+def mean_of_questions(
+    metric: str, scores: Mapping[str, SeedScores], *, one_seed: bool = False
+) -> Estimate | None:
+    """Return a metric over all questions and seeds with its interval; None without scores.
+
+    Args:
+        metric: Its name.
+        scores: Scores by metric.
+        one_seed: With a single seed, return the interval for new questions alone instead of NaN.
+    """
+    found = _over_both(metric, [scores], lambda values: values[0], one_seed)
     if found is None:
         return None
     low, high = (float(np.clip(end, *_BOUNDS)) for end in (found.low, found.high))
@@ -66,19 +103,61 @@ def mean_of_questions(metric: str, scores: Mapping[str, SeedScores]) -> Estimate
 
 
 def difference_of_questions(
-    metric: str, scores: Mapping[str, SeedScores], others: Mapping[str, SeedScores]
+    metric: str,
+    scores: Mapping[str, SeedScores],
+    others: Mapping[str, SeedScores],
+    *,
+    one_seed: bool = False,
 ) -> Estimate | None:
     """Return the paired difference of a metric between two methods; None without scores.
 
     Seeds and questions that only one of them has are left out.
+
+    Args:
+        metric: Its name.
+        scores: Scores by metric.
+        others: Those of the other method.
+        one_seed: As in `mean_of_questions`.
     """
-    return _over_both(metric, [scores, others], lambda values: values[0] - values[1])
+    return _over_both(metric, [scores, others], lambda values: values[0] - values[1], one_seed)
+
+
+def minus_best_of_questions(
+    metric: str,
+    scores: Mapping[str, SeedScores],
+    others: Sequence[Mapping[str, SeedScores]],
+    *,
+    minimize: bool = False,
+    one_seed: bool = False,
+) -> Estimate | None:
+    """Return a metric minus the best of others', which is chosen again in each resample.
+
+    Args:
+        metric: Its name.
+        scores: Scores by metric.
+        others: Those of the others, at least one.
+        minimize: Whether a lower value is better.
+        one_seed: As in `mean_of_questions`.
+
+    Returns:
+        The difference over common seeds and questions; None without scores.
+    """
+    return _over_both(
+        metric, [scores, *others], lambda values: _minus_best(values, minimize), one_seed
+    )
+
+
+def _minus_best(values: Sequence[Array], minimize: bool) -> Array:
+    best = np.min if minimize else np.max
+    found: Array = values[0] - best(np.stack(values[1:]), axis=0)
+    return found
 
 
 def _over_both(
     metric: str,
     methods: Sequence[Mapping[str, SeedScores]],
     combine: Callable[[list[Array]], Array],
+    one_seed: bool,
 ) -> Estimate | None:
     """Return a value with an interval for new seeds and new questions.
 
@@ -95,25 +174,22 @@ def _over_both(
     if not seeds:
         return None
     # Not all questions have all parts: their attempts there are 0.
-    names = sorted(
-        {q for seed in seeds for q in methods[0][parts[0]][seed]}
-        & {q for seed in seeds for q in methods[-1][parts[0]][seed]}
-    )
+    asked = [{q for seed in seeds for q in method[parts[0]][seed]} for method in methods]
+    names = sorted(set.intersection(*asked))
     if not names:
         return None
     tables = [
         [_tables(method[part], methods, part, seeds, names) for part in parts] for method in methods
     ]
 
-    def values(of_seeds: Array, of_names: Array) -> Array:
-        return combine([_metric(method, of_seeds, of_names) for method in tables])
+    def values(without: int | None) -> Array:
+        return combine([_metric(method, without) for method in tables])
 
-    all_seeds, all_names = np.ones((1, len(seeds))), np.ones((1, len(names)))
-    value = float(values(all_seeds, all_names)[0])
-    half = math.hypot(
-        _half_width(values(1 - np.eye(len(seeds)), all_names)),
-        _half_width(values(all_seeds, 1 - np.eye(len(names)))),
-    )
+    value = float(values(None)[0])
+    half = _half_width(values(_QUESTIONS))
+    if one_seed and len(seeds) == 1:
+        return Estimate(value, value - half, value + half, "questions")
+    half = math.hypot(half, _half_width(values(_SEEDS)))
     return Estimate(value, value - half, value + half, "questions and seeds")
 
 
@@ -149,24 +225,27 @@ def _tables(
     return right, asked
 
 
-def _metric(tables: Sequence[tuple[Array, Array]], of_seeds: Array, of_names: Array) -> Array:
-    """Return the metric for each weighting; the harmonic mean of several parts.
+def _metric(tables: Sequence[tuple[Array, Array]], without: int | None) -> Array:
+    """Return the metric [1], or without each seed or question; the harmonic mean of several parts.
 
     Args:
         tables: Successes and attempts [seeds, questions] of each part.
-        of_seeds: Weights [weightings or 1, seeds].
-        of_names: Weights [weightings or 1, questions].
+        without: Axis of the unit that is left out; None for none.
     """
     with np.errstate(divide="ignore", invalid="ignore"):
-        shares = [
-            ((of_seeds @ right) * of_names).sum(axis=1)
-            / ((of_seeds @ asked) * of_names).sum(axis=1)
-            for right, asked in tables
-        ]
+        shares = [_sums(right, without) / _sums(asked, without) for right, asked in tables]
         if len(shares) == 1:
             return shares[0]
         harmonic: Array = len(shares) / np.sum([1 / share for share in shares], axis=0)
     return harmonic
+
+
+def _sums(values: Array, without: int | None) -> Array:
+    """Return the sum of a table as [1], or the sums without each row or column."""
+    if without is None:
+        return np.atleast_1d(values.sum())
+    others: Array = values.sum() - values.sum(axis=1 - without)
+    return others
 
 
 def pareto_front(points: Mapping[str, tuple[float, float]]) -> list[str]:

@@ -1,0 +1,1 @@
+"""Comparison of runs by method, task and model: `molf compare`. No torch."""

@@ -1,0 +1,106 @@
+"""Hashes of the contents of a run's inputs: equal hashes are equal data, and equal models."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from molf.data.records import data_files, is_url
+from molf.paths import absolute, expanded
+
+_DATA = ("data", "eval_data", "forgetting_data")
+_MODEL = "model"
+_WEIGHTS = (".safetensors", ".bin", ".gguf", ".pt", ".pth")
+_DESCRIPTIONS = (".json", ".jinja", ".model", ".txt")
+_END = 2**20  # bytes at each end of a file of weights
+
+
+def contents_of(options: Mapping[str, Any]) -> dict[str, str]:
+    """Return the hash of the content of each local data file, data folder and model by option.
+
+    Each is read once in a process. Data files count whole. Of a model folder count its descriptions
+    (configuration, tokenizer, chat template) whole, and names, sizes and both ends of its weights.
+
+    Args:
+        options: Options of `molf train`. Hub ids, addresses and missing files have no content here.
+    """
+    found = {}
+    for name in (*_DATA, _MODEL):
+        source = options.get(name)
+        if source is None or is_url(str(source)):
+            continue
+        content = _content(name == _MODEL, absolute(str(source)))
+        if content is not None:
+            found[name] = content
+    return found
+
+
+@cache
+def _content(is_model: bool, source: str) -> str | None:
+    try:
+        return _model(expanded(source)) if is_model else _data(source)
+    except OSError:  # unreadable: reported with its reason where it is loaded
+        return None
+
+
+def hash_of_model(model: str) -> str:
+    """Return the hash of a model's contents as they are now; empty for a Hub id.
+
+    Of a folder count its descriptions (configuration, tokenizer, chat template) whole, and names,
+    sizes and both ends of its weights.
+
+    Args:
+        model: A directory or a Hub id.
+    """
+    try:
+        return _model(expanded(absolute(model))) or ""
+    except OSError:
+        return ""
+
+
+def _data(source: str) -> str | None:
+    parts = []
+    for path in data_files(source):
+        with path.open("rb") as file:
+            parts.append(hashlib.file_digest(file, "sha256").hexdigest())
+    return f"sha256:{short_hash(parts)}" if parts else None
+
+
+def _model(folder: Path) -> str | None:
+    if not folder.is_dir():
+        return None
+    parts: list[Any] = []
+    for path in sorted(folder.iterdir()):
+        if path.suffix not in (*_WEIGHTS, *_DESCRIPTIONS) or not path.is_file():
+            continue
+        with path.open("rb") as file:
+            if path.suffix in _DESCRIPTIONS:
+                parts.append([path.name, hashlib.file_digest(file, "sha256").hexdigest()])
+                continue
+            size = path.stat().st_size
+            ends = hashlib.sha256(file.read(_END))
+            file.seek(max(0, size - _END))
+            ends.update(file.read(_END))
+            parts.append([path.name, size, ends.hexdigest()])
+    return f"sha256:{short_hash(parts)}" if parts else None
+
+
+def short_hash(value: Any) -> str:
+    """Return the first 20 hexadecimal digits of the SHA-256 of a value as JSON."""
+    text = json.dumps(value, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:20]
+
+
+def hash_of_data(files: Mapping[str, Iterable[Mapping[str, Any]]], source: str) -> str:
+    """Return a hash of the data of a run; the places of the files do not count.
+
+    Args:
+        files: Records of the files by option (`molf.job.record.provenance.file_records`).
+        source: Where the data came from, for data without files: a Hub id, or the embedded world.
+    """
+    found = {name: sorted(str(one.get("sha256")) for one in files[name]) for name in sorted(files)}
+    return short_hash(found if "data" in found else [found, source])

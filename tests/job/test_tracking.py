@@ -1,0 +1,141 @@
+"""Shares, margins and the picture of the routing in trackers; memory in the log."""
+
+import json
+
+import pytest
+
+from checkpoints import write_checkpoint, write_facts
+from molf.cli import main
+from molf.colors import COLORS
+from molf.core.step.decision import Decision
+from molf.job.record.wins import Wins
+from molf.job.trainer.routing_image import routing_image
+from molf.job.trainer.tracking import TAG, RoutingImageCallback
+from run_files import LAYERS, write_run
+
+FULL, LORA = (tuple(bytes.fromhex(color[1:])) for color in COLORS[:2])
+
+
+@pytest.fixture
+def run(tmp_path):
+    return write_run(tmp_path / "run")
+
+
+def test_picture_has_a_cell_per_layer_and_step(run):
+    pixels, experts = routing_image(run)
+    assert experts == ["full", "lora0_r4"]
+    tall, wide = 400 // len(LAYERS), 400 // 60
+    assert pixels.shape == (tall * len(LAYERS), wide * 60, 3)
+    cells = pixels[::tall, ::wide]
+    assert (cells[:, 0] == (0xEB, 0xED, 0xF0)).all()  # step 1 is at rate 0
+    assert (cells[1, 1:] == FULL).all()  # k_proj
+    assert (cells[0, 1:] == LORA).all()
+    assert (cells[-1, 10:20] == LORA).all()  # the layer that flips
+    assert (cells[-1, 20:30] == FULL).all()
+
+
+def test_margin_is_that_of_full_over_the_best_lora():
+    wins = Wins(["full", "lora0_r4", "lora1_r8"])
+    wins.add({"a": Decision(("full",), {"full": 3.0, "lora0_r4": 0.5, "lora1_r8": 1.0})}, 1)
+    wins.add({"a": Decision(("full",), {"full": 0.0, "lora0_r4": 0.0, "lora1_r8": 0.0})}, 2)
+    wins.add({"a": Decision(("lora0_r4",), {"full": 1.0, "lora0_r4": 1.0})}, 3)
+    stored = wins.state_dict()
+    assert wins.take_margin() == pytest.approx((0.5 + 0) / 2)
+    assert wins.take_margin() is None
+    wins.load_state_dict(stored)
+    assert wins.take_margin() == pytest.approx(0.25)
+    wins.load_state_dict({name: value for name, value in stored.items() if name != "margins"})
+    assert wins.take_margin() is None
+    efficient = Wins(["lora0_r4", "lora1_r8"])
+    efficient.add({"a": Decision(("lora0_r4",), {"lora0_r4": 2.0, "lora1_r8": 1.0})}, 1)
+    assert efficient.take_margin() is None
+
+
+class Board:
+    """TensorBoard's callback of transformers, with a writer that keeps images."""
+
+    def __init__(self):
+        self.tb_writer = self
+        self.images = []
+
+    def add_image(self, tag, pixels, step, dataformats):
+        self.images.append((tag, pixels, step, dataformats))
+
+
+class Wandb:
+    """W&B's callback of transformers, with a module that keeps log entries."""
+
+    def __init__(self):
+        self._wandb = self
+        self.run = object()
+        self.entries = []
+
+    def Image(self, pixels, caption):  # noqa: N802
+        return pixels.shape, caption
+
+    def log(self, entry):
+        self.entries.append(entry)
+
+
+class Writer:
+    def __init__(self, run):
+        self.directory = run / "routing"
+
+    def flush(self):
+        """All decisions are written."""
+
+
+def send(run, step, *trackers):
+    from transformers import TrainerControl, TrainerState
+
+    state = TrainerState(global_step=step, max_steps=60, is_world_process_zero=True)
+    RoutingImageCallback(Writer(run), trackers).on_step_end(None, state, TrainerControl())
+
+
+def test_trackers_get_the_picture_after_the_last_step(run):
+    board, wandb, other = Board(), Wandb(), object()
+    send(run, 59, board, wandb, other)
+    assert board.images == wandb.entries == []
+    send(run, 60, board, wandb, other)
+    ((tag, pixels, step, form),) = board.images
+    assert (tag, step, form) == (TAG, 60, "HWC")
+    assert (pixels == routing_image(run)[0]).all()
+    (entry,) = wandb.entries
+    assert entry["train/global_step"] == 60
+    assert entry[TAG] == (
+        pixels.shape,
+        "layers x steps; full, lora0_r4 in the order of the colours",
+    )
+
+
+def test_failing_tracker_is_a_warning(run):
+    board = Board()
+    board.add_image = lambda *_, **__: 1 / 0
+    with pytest.warns(UserWarning, match="was not sent to its tracker: division by zero"):
+        send(run, 60, board)
+
+
+def test_training_with_tensorboard(tmp_path):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    arguments = [
+        *("train", "--task", "fact", "--model", str(write_checkpoint(tmp_path / "base"))),
+        *("--data", str(write_facts(tmp_path / "facts.jsonl")), "--ranks", "4", "--max_steps", "4"),
+        *("--logging_steps", "2", "--report_to", "tensorboard", "--no-report", "--no-spectra"),
+        *("--output_dir", str(tmp_path / "run")),
+    ]
+    assert main(arguments) == 0
+    (folder,) = {path.parent for path in (tmp_path / "run").rglob("events.out.*")}
+    events = accumulator.EventAccumulator(str(folder)).Reload()
+    tags = events.Tags()
+    assert tags["images"] == [TAG]
+    (image,) = events.Images(TAG)
+    pixels, _ = routing_image(tmp_path / "run")
+    assert (image.step, image.height, image.width) == (4, *pixels.shape[:2])
+    lines = [json.loads(x) for x in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    for name in ("won/full", "won/lora0_r4", "score_margin", "peak_memory_bytes", "memory_bytes"):
+        sent = {one.step: one.value for one in events.Scalars(f"train/{name}")}
+        logged = {line["step"]: line[name] for line in lines if name in line}
+        assert sent == pytest.approx(logged, rel=1e-6)
+        assert set(sent) >= {2, 4}
+    assert -1 <= lines[-1]["score_margin"] <= 1
+    assert all(0 < line["memory_bytes"] <= line["peak_memory_bytes"] for line in lines)
