@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import fields
+from datetime import timedelta
 from functools import cache
 from typing import Any, NoReturn
 
@@ -18,7 +19,7 @@ from molf.job.settings.resolved import ResolvedSettings
 from molf.job.settings.training_arguments import check_trackers, check_training_args, unknown_name
 from molf.job.trainer.split_data import check_strategy
 from molf.masking import mask_text
-from molf.ranks import connect
+from molf.ranks import connect, start_on_cpus
 
 
 def sft_config(settings: ResolvedSettings) -> SFTConfig:
@@ -76,6 +77,9 @@ def sft_config(settings: ResolvedSettings) -> SFTConfig:
             "learning_rate": settings.lora_learning_rate,
             "weight_decay": settings.lora_weight_decay,
         }
+    if arguments["use_cpu"]:
+        seconds = extra.get("ddp_timeout", SFTConfig.__dataclass_fields__["ddp_timeout"].default)
+        start_on_cpus(timedelta(seconds=seconds))
     try:
         config = SFTConfig(**arguments)
     except (ValueError, TypeError, ImportError) as error:
@@ -84,7 +88,7 @@ def sft_config(settings: ResolvedSettings) -> SFTConfig:
     _check_accumulation(config)
     if config.world_size > 1:  # the process group exists now
         check_strategy(config.train_sampling_strategy)
-        connect()
+        connect(config.ddp_timeout_delta)
     if config.n_gpu > 1:
         raise InputError(
             f"{config.n_gpu} GPUs are visible, and one process uses one. Start a process for each "
