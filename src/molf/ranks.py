@@ -209,20 +209,6 @@ def ranks() -> Ranks:
     return _ranks
 
 
-def start_on_cpus(timeout: timedelta) -> None:
-    """Start torch's process group on CPUs; a no-op for one process, and if there is a group.
-
-    Args:
-        timeout: Longest wait for another process in a training step.
-    """
-    # transformers starts it otherwise, on CPUs without its `ddp_timeout`.
-    if launched_count() > 1:
-        import torch.distributed as dist
-
-        if not dist.is_initialized():
-            dist.init_process_group("gloo", timeout=timeout)
-
-
 def connect(timeout: timedelta) -> Ranks:
     """Connect the processes of a launched command; torch's process group must exist.
 

@@ -1,6 +1,6 @@
 """`molf` as `torchrun` starts it; rank 1 is killed before a forward pass of its first start.
 
-    torchrun --nproc_per_node 2 --max-restarts 1 killed_once.py NUMBER ARGUMENTS...
+torchrun --nproc_per_node 2 --max-restarts 1 killed_once.py NUMBER ARGUMENTS...
 """
 
 from __future__ import annotations

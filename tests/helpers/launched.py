@@ -82,9 +82,7 @@ class Launcher:
             for r, process in enumerate(processes)
         ]
 
-    def to_the_end(
-        self, arguments: Sequence[str], count: int = 2, **further: Any
-    ) -> list[Ended]:
+    def to_the_end(self, arguments: Sequence[str], count: int = 2, **further: Any) -> list[Ended]:
         """Run a command that succeeds."""
         ended = self(arguments, count, **further)
         assert all(one.code == 0 for one in ended), [one.errors for one in ended]

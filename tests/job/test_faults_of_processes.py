@@ -117,8 +117,13 @@ def test_killed_worker_of_the_data_loader_ends_all(launch, command, tmp_path):
 def test_process_that_hangs_ends_the_others_after_the_timeout(launch, command):
     given = command("--training_args.ddp_timeout", "3")
     main, other = launch(given, at=(1, ("step", 2, signal.SIGSTOP)), patience=1)
-    assert (main.code, other.code) == (1, -signal.SIGKILL)  # the launcher kills a process that hangs
-    assert "molf: error: Another process did not answer in time (--training_args.ddp_" in main.errors
+    assert (main.code, other.code) == (
+        1,
+        -signal.SIGKILL,
+    )  # the launcher kills a process that hangs
+    assert (
+        "molf: error: Another process did not answer in time (--training_args.ddp_" in main.errors
+    )
 
 
 @pytest.mark.slow
