@@ -250,6 +250,7 @@ class Trainer(SFTTrainer):
             logs["tokens_per_second"] = self._throughput.since_last(tokens)
             logs |= {f"won/{name}": share for name, share in self.wins.take_recent().items()}
         super().log(logs, start_time)
+        del self.state.log_history[:-1]  # metrics.jsonl has the entries; here they would grow
 
 
 def _trains_more_than_its_adapter(model: Any) -> bool:
