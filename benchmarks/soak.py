@@ -19,6 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -100,7 +101,7 @@ def soak(folder: Path, steps: int, further: Sequence[str]) -> dict[str, Any]:
     """Train and return the figures."""
     watch, run = Watch(steps), folder / "run"
     train = training.run_training
-    training.run_training = lambda *given, **named: train(*given, **named, callbacks=[watch])
+    training.run_training = partial(train, callbacks=[watch])
     options = [
         *("train", "--task", "demo-fact", "--model", str(small_model(folder / "base"))),
         *("--ranks", "4,8", "--alpha", "8", "--max_steps", str(steps), "--logging_steps", "1"),

@@ -180,8 +180,8 @@ def _traffic(traffic: Traffic, workload: Workload) -> list[str]:
         f"step; below {show_gigabytes(traffic.fsdp_speed)}/s FSDP2's take longer than the "
         "computation.",
         f"A step is taken as {traffic.seconds:.2g} s of computation: {FLOPS / 1e12:.0f} TFLOP/s "
-        "per GPU, 2 operations per parameter, token and product, without attention; FSDP2's traffic "
-        "runs beside it, the optimizer's after it.",
+        "per GPU, 2 operations per parameter, token and product, without attention. FSDP2's "
+        "traffic runs beside it, the optimizer's after it.",
     ]
 
 
