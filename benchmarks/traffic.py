@@ -30,35 +30,30 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoModelForCausalLM
 
 import molf
+from molf.core.storage.sharding import local_part
+from molf.planning.live_bytes import LiveBytes
+from molf.planning.memory import Planner
+from molf.planning.request import traffic_of as traffic_of_plan
+from molf.planning.traffic import (
+    SHARE,
+    RoutedShape,
+    ShardedModel,
+    StepBytes,
+    Traffic,
+    adapter_step,
+    computation_seconds,
+    folded_step,
+)
+from molf.planning.workload import Workload
 
 RESULTS = Path(__file__).parent / "results" / "traffic.json"
 WORLDS = (2, 4)
 RANKS = ((8,), (4, 12))
 WIDTHS = ((32, 64), (48, 50))  # the second is not divisible by four
 SCORES = ("epd", "full")
-
-
-class Layer(NamedTuple):
-    """A routed linear layer.
-
-    Attributes:
-        out_features: Rows of the weight.
-        in_features: Columns of the weight.
-        transposed: Whether it is stored as [in, out].
-        has_bias: Whether a bias is trained.
-    """
-
-    out_features: int
-    in_features: int
-    transposed: bool = False
-    has_bias: bool = False
-
-    @property
-    def far(self) -> int:
-        """Features of the far factor: those that are no rows of the stored weight."""
-        return self.out_features if self.transposed else self.in_features
 
 
 class Conv1D(nn.Module):
@@ -73,66 +68,6 @@ class Conv1D(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return `x W + b`, [..., nf], from [..., nx]."""
         return x @ self.weight + self.bias
-
-
-class Bytes(NamedTuple):
-    """Payloads of the collectives of one step, in bytes.
-
-    Attributes:
-        check: Squares of all gradients and factors, one all-reduce.
-        gather: Far factors, all-gathers.
-        reduce: Gradients of the far factors, reduce-scatters.
-        scores: Sums of score terms, one all-reduce.
-        operands: Far operands of the products, all-gathers.
-    """
-
-    check: int
-    gather: int
-    reduce: int
-    scores: int
-    operands: int
-
-    @property
-    def exchanged(self) -> int:
-        """Payloads of gathers and reduce-scatters."""
-        return self.gather + self.reduce + self.operands
-
-
-def expected(
-    layers: Sequence[Layer],
-    ranks: Sequence[int],
-    shards: int,
-    *,
-    winners: Sequence[Sequence[int]],
-    others: int = 0,
-    terms: int = 1,
-    decay: bool = True,
-) -> Bytes:
-    """Return the payloads of one step of the folded form, by the formula; float32 factors.
-
-    Args:
-        layers: The routed layers.
-        ranks: Ranks of the LoRA experts.
-        shards: Number of shards.
-        winners: Winners of each layer; 0 is `full`, 1 the first LoRA expert.
-        others: Number of other trained tensors.
-        terms: Number of terms of the score.
-        decay: Whether weights decay: `full` then needs the LoRA product.
-    """
-    total = sum(ranks)
-    far = [-(-layer.far // shards) * shards for layer in layers]  # padded to equal parts
-    dense = [1 + layer.has_bias for layer in layers]
-    operands = 0
-    for size, won in zip(far, winners, strict=True):
-        width = sum(2 * ranks[expert - 1] for expert in won if expert)
-        operands += 4 * size * (width + (total if 0 in won and decay else 0))
-    return Bytes(
-        check=8 * (sum(dense) + 2 * len(layers) + others),
-        gather=4 * total * sum(far),
-        reduce=4 * total * sum(far),
-        scores=8 * terms * (sum(dense) + 2 * len(ranks) * len(layers)),
-        operands=operands,
-    )
 
 
 class Counter(TorchDispatchMode):
@@ -156,7 +91,7 @@ class Counter(TorchDispatchMode):
             self.calls.append((kind, max(sizes, default=0)))
         return func(*args, **(kwargs or {}))
 
-    def of_step(self) -> Bytes:
+    def of_step(self) -> StepBytes:
         """Return the payloads of a step: the two all-reduces come before and after gradients."""
         sums = [place for place, (kind, _) in enumerate(self.calls) if kind.startswith("allreduce")]
         assert len(sums) == 2, self.calls
@@ -166,7 +101,7 @@ class Counter(TorchDispatchMode):
             return sum(size for kind, size in calls if word in kind)
 
         between, after = self.calls[check + 1 : scores], self.calls[scores + 1 :]
-        return Bytes(
+        return StepBytes(
             check=self.calls[check][1],
             gather=total("allgather", between),
             reduce=total("reduce_scatter", between),
@@ -199,8 +134,9 @@ def measure(rank: int, folder: str, count: int) -> None:
         count_step(mesh, ranks, widths, score)
         for ranks, widths, score in itertools.product(RANKS, WIDTHS, SCORES)
     ]
+    adapters = [count_adapter(mesh, ranks) for ranks in RANKS]
     if rank == 0:
-        torch.save(rows, f"{folder}/rows.pt")
+        torch.save((rows, adapters), f"{folder}/rows.pt")
     dist.destroy_process_group()
 
 
@@ -217,12 +153,13 @@ def count_step(
         Conv1D(hidden, inner),
     )
     layers = [
-        Layer(hidden, inner, has_bias=True),
-        Layer(inner, hidden),
-        Layer(hidden, inner, transposed=True, has_bias=True),
+        RoutedShape(hidden, inner, has_bias=True),
+        RoutedShape(inner, hidden),
+        RoutedShape(hidden, inner, transposed=True, has_bias=True),
     ]
     for module in model:
-        fully_shard(module, mesh=mesh)
+        if not isinstance(module, nn.LayerNorm):  # it stays outside, like embeddings and head
+            fully_shard(module, mesh=mesh)
     fully_shard(model, mesh=mesh)
     config = molf.MoLFConfig(ranks=ranks, score=score)
     optimizer = molf.MoLFAdamW.from_model(model, config, lr=1e-3, lora_lr=3e-3)
@@ -232,7 +169,7 @@ def count_step(
     with step:
         optimizer.step()
     winners = winners_of(optimizer)
-    formula = expected(layers, ranks, mesh.size(), winners=winners, others=2)
+    formula = folded_step(layers, ranks, mesh.size(), winners=winners, others=2)
     return {
         "processes": mesh.size(),
         "ranks": ranks,
@@ -241,7 +178,109 @@ def count_step(
         "counted": step.of_step()._asdict(),
         "formula": formula._asdict(),
         "fsdp": sum(size for _, size in sharding.calls),
+        "fsdp_formula": fsdp_formula(model, mesh.size()),
     }
+
+
+def count_adapter(mesh: Any, ranks: tuple[int, ...]) -> dict[str, Any]:
+    """Train an adapter for one step; return counts and formula."""
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Linear(32, 64), nn.LayerNorm(64), nn.Linear(64, 32, bias=False))
+    config = molf.MoLFConfig(ranks=ranks, freeze_base=True)
+    model = molf.with_adapter(plain, config)
+    fully_shard(model, mesh=mesh)
+    optimizer = molf.MoLFAdamW.from_model(model, config, lora_lr=3e-3)
+    step = Counter()
+    model(torch.randn(4, 32)).square().mean().backward()
+    with step:
+        optimizer.step()
+    trained = sum(p.requires_grad for p in model.parameters())
+    formula = adapter_step(layers=2, experts=len(ranks), trained=trained, terms=1, required=0)
+    return {
+        "processes": mesh.size(),
+        "ranks": ranks,
+        "counted": step.of_step()._asdict(),
+        "formula": formula._asdict(),
+    }
+
+
+def count_model(mesh: Any, config: Any, method: str, ranks: tuple[int, ...]) -> dict[str, Any]:
+    """Train a transformers model for three steps.
+
+    Args:
+        mesh: All processes.
+        config: The model's configuration.
+        method: molf or molf-e.
+        ranks: Ranks of the LoRA experts.
+
+    Returns:
+        Bytes that each process sends for FSDP2 and for the optimizer if `full` and if LoRA experts
+        win, and the most bytes of temporaries in the optimizer's step.
+    """
+    settings = molf.MoLFConfig(ranks=ranks, score="full" if method == "molf" else "epd")
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config)
+    if method == "molf-e":
+        settings = molf.MoLFConfig(ranks=ranks, freeze_base=True)
+        model = molf.with_adapter(model, settings)
+    inner = model.get_base_model() if method == "molf-e" else model
+    for module in (*inner.model.layers, model):
+        fully_shard(module, mesh=mesh)
+    optimizer = molf.MoLFAdamW.from_model(model, settings, lr=1e-3, lora_lr=3e-3)
+    ids = torch.arange(16).view(2, 8)
+    sent: dict[str, float] = {}
+    peak = 0
+    # The first step makes the state.
+    for name in ("full", "full", "lora"):
+        for group in optimizer.param_groups:
+            if method == "molf" and group.get("layer") is not None:
+                group["score"] = name
+        sharding, step = Counter(), Counter()
+        with sharding:
+            loss = model(input_ids=ids, labels=ids).loss
+            loss.backward()
+        optimizer.require_finite(loss.detach(), loss.detach())
+        is_first = not optimizer.state
+        states = [x for state in optimizer.state.values() for x in state.values()]
+        gradients = [p.grad for p in model.parameters()]
+        tensors = [x for x in (*states, *gradients, *model.parameters()) if torch.is_tensor(x)]
+        live = LiveBytes([local_part(x.detach()) for x in tensors])
+        with step, live:
+            optimizer.step()
+        peak = 0 if is_first else max(peak, live.peak)
+        optimizer.zero_grad()
+        key = name if method == "molf" else "any"
+        sent[key] = step.of_step().sent(mesh.size(), mesh.size())
+        ring = (mesh.size() - 1) / mesh.size()
+        sent["fsdp"] = sum(size for _, size in sharding.calls) * ring
+    return {"sent": sent, "peak": peak}
+
+
+def plan_model(config: Any, method: str, ranks: tuple[int, ...], gpus: int) -> dict[str, Any]:
+    """Return what `molf plan` has for the steps of `count_model`."""
+    experts = molf.MoLFConfig(ranks=ranks, freeze_base=method == "molf-e")
+    workload = Workload(
+        method=method, config=experts, batch_size=2, length=8, num_gpus=gpus, device="cpu"
+    )
+    planner = Planner(config)
+    planned, memory = traffic_of_plan(planner.shape(workload), workload), planner.memory(workload)
+    assert planned is not None
+    return {
+        "sent": {**planned.optimizer, "fsdp": planned.fsdp},
+        "peak": memory.transient + memory.exchanged,
+    }
+
+
+def fsdp_formula(model: nn.Module, shards: int) -> int:
+    """Return the payloads of FSDP2's collectives by `ShardedModel`, with rows padded to shards."""
+    numbers = {
+        name: -(-p.shape[0] // shards) * shards * p.shape[1:].numel()
+        for name, p in model.named_parameters()
+    }
+    total = sum(numbers.values())
+    outside = numbers["1.weight"] + numbers["1.bias"]
+    sizes = ShardedModel(total - outside, outside, total, weight_bytes=4, gradient_bytes=4)
+    return round(sizes.sent(shards, shards, 1) * shards / (shards - 1))
 
 
 class Shape(NamedTuple):
@@ -252,74 +291,107 @@ class Shape(NamedTuple):
         hidden: Width.
         inner: Width of the MLP.
         kv: Width of keys and values.
-        parameters: Number of parameters.
+        vocabulary: Number of tokens; embeddings and head are not tied.
     """
 
     layers: int
     hidden: int
     inner: int
     kv: int
-    parameters: float
+    vocabulary: int
 
-    def linears(self) -> list[Layer]:
-        """Return q, k, v, o, gate, up and down of all decoder layers."""
+    @property
+    def linears(self) -> list[RoutedShape]:
+        """q, k, v, o, gate, up and down of all decoder layers."""
         h, i, k = self.hidden, self.inner, self.kv
         sides = ((h, h), (k, h), (k, h), (h, h), (i, h), (i, h), (h, i))
-        return [Layer(*pair) for pair in sides] * self.layers
+        return [RoutedShape(*pair) for pair in sides] * self.layers
+
+    @property
+    def in_layers(self) -> int:
+        """Parameters in decoder layers."""
+        weights = sum(layer.out_features * layer.in_features for layer in self.linears)
+        return weights + 2 * self.hidden * self.layers
+
+    @property
+    def outside(self) -> int:
+        """Parameters of embeddings, head and last norm."""
+        return (2 * self.vocabulary + 1) * self.hidden
 
 
 MODELS = {
-    "Llama-3-8B": Shape(32, 4096, 14336, 1024, 8.03e9),
-    "Llama-3-70B": Shape(80, 8192, 28672, 1024, 70.6e9),
+    "Llama-3-8B": Shape(32, 4096, 14336, 1024, 128256),
+    "Llama-3-70B": Shape(80, 8192, 28672, 1024, 128256),
 }
 RANK = 128
 GPUS = (8, 64, 512)
+TOKENS = 8192  # of a GPU in a step, in one forward pass
+SHARDS = 8  # of HSDP, with replicas on further machines
+
+
+def traffic_of(shape: Shape, gpus: int, shards: int) -> tuple[Traffic, StepBytes]:
+    """Return the traffic of a training with one LoRA expert, and the payloads if it wins."""
+    layers = shape.linears
+    others = 2 * shape.layers + 3  # norms; embeddings, head, last norm
+    steps = {
+        name: folded_step(
+            layers, (RANK,), shards, winners=[[won]] * len(layers), others=others, required=2
+        )
+        for name, won in (("lora", 1), ("full", 0))
+    }
+    total = shape.in_layers + shape.outside
+    model = ShardedModel(shape.in_layers, shape.outside, total, weight_bytes=2, gradient_bytes=4)
+    traffic = Traffic(
+        gpus,
+        shards,
+        model.sent(gpus, shards, 1),
+        {name: step.sent(gpus, shards) for name, step in steps.items()},
+        computation_seconds(total, TOKENS, trains_dense=True, checkpointing=True),
+    )
+    return traffic, steps["lora"]
 
 
 def derived() -> list[dict[str, Any]]:
     """Return the traffic and memory of large models, by the formula."""
     rows = []
     for name, shape in MODELS.items():
-        layers = shape.linears()
-        norms = 2 * shape.layers + 3  # and embedding, head, last norm
-        for count in GPUS:
-            bytes_of = {
-                word: expected(
-                    layers, (RANK,), count, winners=[[expert]] * len(layers), others=norms
-                )
-                for word, expert in (("lora", 1), ("full", 0))
-            }
-            # Two gathers of bfloat16 weights, one reduce-scatter of float32 gradients.
-            fsdp = shape.parameters * (2 + 2 + 4)
-            ring = (count - 1) / count
-            lora = bytes_of["lora"]
+        for gpus, shards in [(count, count) for count in GPUS] + [(GPUS[-1], SHARDS)]:
+            traffic, lora = traffic_of(shape, gpus, shards)
             rows.append(
                 {
                     "model": name,
-                    "gpus": count,
-                    "sent_fsdp_gb": fsdp * ring / 1e9,
-                    "sent_lora_gb": lora.exchanged * ring / 1e9,
-                    "sent_full_gb": bytes_of["full"].exchanged * ring / 1e9,
-                    "share": lora.exchanged / fsdp,
+                    "gpus": gpus,
+                    "shards": shards,
+                    "sent_fsdp_gb": traffic.fsdp / 1e9,
+                    "sent_lora_gb": traffic.optimizer["lora"] / 1e9,
+                    "sent_full_gb": traffic.optimizer["full"] / 1e9,
+                    "share": traffic.optimizer["lora"] / traffic.fsdp,
+                    "optimizer_gb_per_s": traffic.optimizer_speed / 1e9,
+                    "fsdp_gb_per_s": traffic.fsdp_speed / 1e9,
                     "check_kb": lora.check / 1e3,
                     "scores_kb": lora.scores / 1e3,
-                    "far_state_gb": 3 * lora.gather / count / 1e9,
+                    "far_state_gb": 3 * lora.gather / shards / 1e9,
                     "far_state_whole_gb": 3 * lora.gather / 1e9,
                 }
             )
     return rows
 
 
-def print_derived(rows: Sequence[Mapping[str, Any]]) -> None:
-    """Print the table of docs/sharding.md."""
-    print("| model | GPUs | FSDP2 | MoLF: LoRA wins | MoLF: full wins | share | far factors |")
-    print("|---|---|---|---|---|---|---|")
-    for row in rows:
-        print(
-            f"| {row['model']} | {row['gpus']} | {row['sent_fsdp_gb']:.1f} GB | "
-            f"{row['sent_lora_gb']:.2f} GB | {row['sent_full_gb']:.2f} GB | {row['share']:.1%} | "
-            f"{row['far_state_gb']:.3f} of {row['far_state_whole_gb']:.2f} GB |"
-        )
+def table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return the lines of the table of docs/sharding.md."""
+    share = f"{SHARE:.0%}"
+    return [
+        "| model | GPUs | shards | FSDP2 | MoLF: LoRA wins | MoLF: full wins | share | "
+        f"{share} of a step below | FSDP2 bound below | far factors and moments |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+        *(
+            f"| {row['model']} | {row['gpus']} | {row['shards']} | {row['sent_fsdp_gb']:.1f} | "
+            f"{row['sent_lora_gb']:.2f} | {row['sent_full_gb']:.2f} | {row['share']:.1%} | "
+            f"{row['optimizer_gb_per_s']:.0f} | {row['fsdp_gb_per_s']:.0f} | "
+            f"{row['far_state_gb']:.3f} of {row['far_state_whole_gb']:.2f} |"
+            for row in rows
+        ),
+    ]
 
 
 def main() -> int:
@@ -328,23 +400,39 @@ def main() -> int:
     parser.add_argument("--json", type=Path, default=RESULTS)
     args = parser.parse_args()
     rows: list[dict[str, Any]] = []
+    adapters: list[dict[str, Any]] = []
     for count in WORLDS:
         with tempfile.TemporaryDirectory() as folder:
             torch.multiprocessing.start_processes(
                 measure, (folder, count), nprocs=count, start_method="spawn"
             )
-            rows += torch.load(f"{folder}/rows.pt", weights_only=False)
-    differing = [row for row in rows if row["counted"] != row["formula"]]
+            folded, others = torch.load(f"{folder}/rows.pt", weights_only=False)
+            rows += folded
+            adapters += others
+    differing = [
+        row
+        for row in (*rows, *adapters)
+        if row["counted"] != row["formula"] or row.get("fsdp") != row.get("fsdp_formula")
+    ]
     for row in rows:
         print(
             f"{row['processes']} processes, ranks {row['ranks']}, widths {row['widths']}, "
             f"winners {row['winners']}: {row['counted']}; FSDP2 {row['fsdp']}"
             f"{'' if row not in differing else '; formula ' + str(row['formula'])}"
         )
-    print(f"{len(rows) - len(differing)} of {len(rows)} steps have the bytes of the formula.\n")
+    for row in adapters:
+        print(f"{row['processes']} processes, adapter of ranks {row['ranks']}: {row['counted']}")
+    count = len(rows) + len(adapters)
+    print(f"{count - len(differing)} of {count} steps have the bytes of the formula.\n")
     large = derived()
-    print_derived(large)
-    text = json.dumps({"torch": torch.__version__, "counted": rows, "derived": large}, indent=1)
+    print("\n".join(table(large)))
+    record = {
+        "torch": torch.__version__,
+        "counted": rows,
+        "adapters": adapters,
+        "derived": large,
+    }
+    text = json.dumps(record, indent=1)
     args.json.write_text(text + "\n", encoding="utf-8")
     return 1 if differing else 0
 

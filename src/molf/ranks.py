@@ -20,6 +20,18 @@ T = TypeVar("T")
 # one has ended.
 _PATIENCE = timedelta(days=7)
 
+# Messages of gloo and NCCL when the process at the other end has ended.
+_ENDED = (
+    "onnection closed by peer",
+    "onnection reset by peer",
+    "Connection refused",
+    "Broken pipe",
+    "remote process exited",
+    "Socket closed",
+)
+# And when it does not answer.
+_SILENT = ("Timed out waiting", "Operation timed out", "Timeout waiting")
+
 
 class PeerError(Exception):
     """Another process failed, with an error that cannot be sent; the message is that error's."""
@@ -96,7 +108,11 @@ class Ranks:
         return [value]
 
     def largest(self, numbers: Sequence[int]) -> list[int]:
-        """Return the maximum of each number over all processes."""
+        """Return the maximum of each number over all processes; called in each training step.
+
+        Raises:
+            RuntimeError: A process has not called it within the timeout of a step's collectives.
+        """
         return list(numbers)
 
     def further(self) -> Ranks:
@@ -112,11 +128,14 @@ class Ranks:
 class _Launched(Ranks):
     """Several processes, which send objects through the host, by gloo."""
 
-    def __init__(self) -> None:
+    def __init__(self, timeout: timedelta | None = None) -> None:
         import torch.distributed as dist
 
         self.rank, self.count = dist.get_rank(), dist.get_world_size()
         self._group = dist.new_group(backend="gloo", timeout=_PATIENCE)
+        self._in_steps = self._group
+        if timeout is not None:
+            self._in_steps = dist.new_group(backend="gloo", timeout=timeout)
 
     @property
     def group(self) -> Any:
@@ -165,7 +184,7 @@ class _Launched(Ranks):
         import torch.distributed as dist
 
         found = torch.tensor(list(numbers), dtype=torch.int64)
-        dist.all_reduce(found, op=dist.ReduceOp.MAX, group=self._group)
+        dist.all_reduce(found, op=dist.ReduceOp.MAX, group=self._in_steps)
         return found.tolist()
 
     def further(self) -> Ranks:
@@ -190,15 +209,36 @@ def ranks() -> Ranks:
     return _ranks
 
 
-def connect() -> Ranks:
+def connect(timeout: timedelta) -> Ranks:
     """Connect the processes of a launched command; torch's process group must exist.
 
     Every process calls it. Later calls change nothing.
+
+    Args:
+        timeout: Longest wait for another process in a training step.
     """
     global _ranks
     if _ranks is ALONE and launched_count() > 1:
-        _ranks = _Launched()
+        _ranks = _Launched(timeout)
     return _ranks
+
+
+def lost_process(error: BaseException) -> str | None:
+    """Return a line if an error of a collective means that another process ended or hangs."""
+    text = str(error)
+    if launched_count() == 1 or not isinstance(error, (RuntimeError, OSError)):
+        return None
+    if any(words in text for words in _ENDED):
+        return (
+            "The connection to another process is lost: it has ended. Its own line has the reason, "
+            "unless it was killed."
+        )
+    if any(words in text for words in _SILENT):
+        return (
+            "Another process did not answer in time (--training_args.ddp_timeout, in seconds): it "
+            "hangs, or its machine is not reachable."
+        )
+    return None
 
 
 def disconnect() -> None:

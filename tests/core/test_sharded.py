@@ -102,10 +102,13 @@ def test_the_order_of_an_accelerator_changes_no_winner(world, form):
 
 def test_collectives_have_the_bytes_of_the_formula(world):
     for found in on_all(world, "traffic_of_a_step"):
-        assert len(found) == 2
-        for row in found:
+        *folded, adapter = found
+        assert len(folded) == 2
+        for row in folded:
             assert row["counted"] == row["formula"]
             assert row["counted"]["operands"] > 0
+            assert row["fsdp"] == row["fsdp_formula"]
+        assert adapter["counted"] == adapter["formula"]
 
 
 @pytest.mark.parametrize("name", ["3", "2x2"])

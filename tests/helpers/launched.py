@@ -6,7 +6,7 @@ import multiprocessing
 import os
 import socket
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -45,6 +45,7 @@ class Launcher:
         count: int = 2,
         at: tuple[int, Any] | None = None,
         patience: float = 30.0,
+        before: Mapping[int, Callable[[], object]] | None = None,
     ) -> list[Ended]:
         """Run a command in each process.
 
@@ -53,6 +54,7 @@ class Launcher:
             count: Number of processes.
             at: A rank, and the arguments of `killed_run.interrupt` there.
             patience: Seconds until the others are killed after one has failed.
+            before: Called in some ranks before the command; picklable.
         """
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
@@ -60,7 +62,8 @@ class Launcher:
         processes = []
         for rank in range(count):
             moment = at[1] if at is not None and at[0] == rank else None
-            given = (rank, count, port, list(arguments), self._folder, moment)
+            first = (before or {}).get(rank)
+            given = (rank, count, port, list(arguments), self._folder, moment, first)
             processes.append(self._context.Process(target=_run, args=given))
             processes[-1].start()
         waiting = list(processes)
@@ -79,9 +82,9 @@ class Launcher:
             for r, process in enumerate(processes)
         ]
 
-    def to_the_end(self, arguments: Sequence[str], count: int = 2) -> list[Ended]:
+    def to_the_end(self, arguments: Sequence[str], count: int = 2, **further: Any) -> list[Ended]:
         """Run a command that succeeds."""
-        ended = self(arguments, count)
+        ended = self(arguments, count, **further)
         assert all(one.code == 0 for one in ended), [one.errors for one in ended]
         return ended
 
@@ -90,8 +93,17 @@ def _file(folder: Path, name: str, rank: int) -> Path:
     return folder / f"{name}-{rank}.txt"
 
 
-def _run(rank: int, count: int, port: int, arguments: list[str], folder: Path, moment: Any) -> None:
+def _run(
+    rank: int,
+    count: int,
+    port: int,
+    arguments: list[str],
+    folder: Path,
+    moment: Any,
+    first: Callable[[], object] | None,
+) -> None:
     torch.set_num_threads(1)
+    multiprocessing.set_start_method("fork", force=True)  # workers of data loaders, as usual
     for name, descriptor in (("out", 1), ("err", 2)):
         # The descriptors as well: libraries print from C++.
         file = _file(folder, name, rank).open("w", buffering=1, encoding="utf-8")
@@ -109,6 +121,8 @@ def _run(rank: int, count: int, port: int, arguments: list[str], folder: Path, m
         }
     if moment is not None:
         interrupt(*moment)
+    if first is not None:
+        first()
     code = main(arguments)
     sys.stdout.flush()
     sys.stderr.flush()

@@ -176,7 +176,7 @@ def traffic_of_a_step(world: World) -> list[dict[str, Any]]:
     return [
         traffic.count_step(mesh, ranks, traffic.WIDTHS[1], score)
         for ranks, score in zip(traffic.RANKS, traffic.SCORES, strict=True)
-    ]
+    ] + [traffic.count_adapter(mesh, traffic.RANKS[1])]
 
 
 def fidelity(world: World) -> dict[str, Any]:

@@ -123,7 +123,7 @@ def test_killed_process_ends_the_others_and_the_run_is_resumed(launch, command, 
     assert other.code == KILLED
     assert main.code == 1
     assert main.errors.splitlines()[-1].startswith(
-        "molf: error: The connection to another process is lost: it has ended, and gave its reason."
+        "molf: error: The connection to another process is lost: it has ended."
     )
     main, other = launch.to_the_end(given)
     assert f"Resuming {path} from checkpoint-4." in main.errors

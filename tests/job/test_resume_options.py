@@ -221,10 +221,17 @@ def test_all_checkpoints_damaged(run, capsys):
     assert steps_in(run) == [1, 2, 3, 4]
 
 
-def test_missing_routing_part_is_reported(run, capsys):
-    sorted((run / "routing").iterdir())[1].unlink()
+def test_missing_and_truncated_routing_parts_are_reported(run, capsys):
+    """The steps of the others are in the log and on the page of the resumed run."""
+    first, second, _ = sorted((run / "routing").iterdir())
+    first.unlink()
+    second.write_bytes(second.read_bytes()[:-10])
     assert resume(run) == 0
-    assert "1 of 3 parts of the routing are missing" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "1 of 3 parts of the routing are missing" in told
+    assert "1 of 3 parts of the routing are damaged" in told
+    assert f"the first is {second.name}: their steps are lost" in told
+    assert f"{second} is not a readable Parquet file" in (run / "report.html").read_text()
 
 
 class Facts(http.server.BaseHTTPRequestHandler):

@@ -204,12 +204,21 @@ def test_phases_and_sharding(untied):
     assert one.step_peak == one.held + one.gradients + one.transient
     assert one.peak == max(one.pass_peak, one.step_peak)
     assert planner.step_peak(workload) == one.step_peak
-    for name in ("weights", "gradients", "moments", "factors"):
+    for name in ("weights", "gradients", "moments", "factors", "transient"):
         assert getattr(four, name) == pytest.approx(getattr(one, name) / 4, abs=1)
     assert four.activations == one.activations
-    assert four.pass_peak == (
-        four.held + four.pass_gradients + four.activations + planner.shape(workload).gathered_bytes
-    )
+    assert four.pass_peak == (four.held + four.pass_gradients + four.activations + four.gathered)
+    # A decoder layer, the next one, and its gradients, made and reduced; and the rest.
+    shape = planner.shape(workload)
+    assert four.gathered == 4 * shape.layer_bytes + shape.outside_bytes
+    mixed = planner.memory(replace(workload, num_gpus=4, bf16=True))
+    assert mixed.gathered == (5 * shape.layer_bytes + shape.outside_bytes) / 2
+    assert four.step_peak == four.held + four.gradients + four.transient + four.exchanged
+    assert four.exchanged > one.exchanged == 0
+    # Two machines of two GPUs are four; two replicas of two shards hold more.
+    assert planner.memory(replace(workload, num_gpus=2, num_nodes=2)) == four
+    replicas = planner.memory(replace(workload, num_gpus=4, shards=2))
+    assert replicas.weights == pytest.approx(2 * four.weights, abs=1)
 
 
 def test_bfloat16_weights(untied):

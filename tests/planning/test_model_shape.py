@@ -156,9 +156,13 @@ def test_adapters(untied, dtype):
     assert describe_model(untied, workload("lora", ranks=(8,))).experts == {"adapter": trained}
 
 
-def test_gathered_is_the_rest_and_one_layer(untied):
+def test_decoder_layers_and_the_rest(untied):
     model = AutoModelForCausalLM.from_config(untied)
     layers = sum(p.numel() for p in model.model.layers.parameters())
     buffers = sum(t.numel() * t.itemsize for t in model.buffers())
-    expected = 4 * (model.num_parameters() - layers + layers // 3) + buffers
-    assert describe_model(untied, workload("fft")).gathered_bytes == expected
+    shape = describe_model(untied, workload("fft"))
+    assert shape.outside == model.num_parameters() - layers
+    assert shape.outside_bytes == 4 * shape.outside + buffers
+    assert shape.layer_bytes == 4 * layers // 3
+    assert shape.trained_tensors == len(list(model.parameters()))
+    assert shape.routed == ()

@@ -256,6 +256,28 @@ def test_table(config_alone, capsys):
     assert printed.count("fits") == 4
 
 
+def test_traffic_of_several_machines(config_alone, capsys):
+    given = ["plan", "--model", str(config_alone), "--ranks", "4", *COMMON]
+    given += ["--num_gpus", "4", "--num_nodes", "2", "--gradient_accumulation_steps", "3"]
+    assert main([*given, "--json"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    traffic = plan["traffic"]
+    assert (traffic["gpus"], traffic["shards"]) == (8, 8)
+    assert (plan["planned"]["num_gpus"], plan["planned"]["num_nodes"]) == (4, 2)
+    lora, full = (traffic["sent_by_optimizer"][name] for name in ("lora", "full"))
+    assert 0 < full < lora < traffic["sent_by_fsdp"]
+    seconds = 3 * 2 * 64 * 6 * plan["parameters"]["total"] / traffic["assumed_flops"]
+    assert traffic["computation_seconds"] == pytest.approx(seconds)
+    assert traffic["optimizer_bytes_per_second"] == pytest.approx(lora / (0.05 * seconds))
+    assert main(given) == 0
+    printed = capsys.readouterr().out
+    assert "8 GPUs on 2 machines: fully_shard (FSDP2) divides weights" in printed
+    assert "(3 forward passes; decoder layers are gathered twice in each" in printed
+    assert "if lora wins everywhere" in printed
+    assert main(["plan", "--model", str(config_alone), "--num_nodes", "0", *COMMON]) == 2
+    assert "Invalid num_nodes=0. Must be at least 1" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_table_says_what_would_fit(tmp_path, capsys):
     from transformers import Qwen2Config
@@ -273,7 +295,7 @@ def test_table_says_what_would_fit(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "To fit 24 GB" in printed
     assert re.search(r"--gradient_checkpointing.*->\s+\d+\.\d+ GiB", printed)
-    assert "Each of 2 GPUs" in printed
+    assert "2 GPUs: fully_shard (FSDP2) divides weights" in printed
     assert "short" in printed
 
 

@@ -23,7 +23,7 @@ from molf.cli.lines import one_line, say
 from molf.errors import InputError
 from molf.extras import missing_package
 from molf.masking import learn
-from molf.ranks import launched_count
+from molf.ranks import launched_count, lost_process
 from molf.streams import OutputError, standard_streams
 
 DONE, FAILED, WRONG_INPUT, STOPPED = 0, 1, 2, 3
@@ -128,6 +128,8 @@ def _failed(error: Exception) -> int:
         return STOPPED
     if isinstance(error, RunError):
         return _fail(FAILED, str(error))
+    if (lost := lost_process(error)) is not None:
+        return _fail(FAILED, lost)
     return _fail(FAILED, f"{type(error).__name__}: {error} {write_traceback()}")
 
 

@@ -11,10 +11,11 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from molf.errors import InputError
-from molf.job.settings.ranges import MOST_COUNTED
 from molf.job.settings.settings import DATA, MODEL, OUTPUT, TrainSettings
 from molf.masking import learn, mask
 from molf.planning.workload import DEVICES, why_not_planned
+
+_MOST = 1_000_000
 
 
 def plan_model(
@@ -23,6 +24,7 @@ def plan_model(
     config: Annotated[Path | None, Parameter(group=DATA)] = None,
     device: Annotated[str, Parameter(choices=DEVICES, group=MODEL)] = "cuda",
     num_gpus: Annotated[int, Parameter(group=MODEL)] = 1,
+    num_nodes: Annotated[int, Parameter(group=MODEL)] = 1,
     json: Annotated[bool, Parameter(group=OUTPUT, negative=())] = False,
 ) -> None:
     """Print the parameters and memory of a training, from the model's configuration alone.
@@ -31,15 +33,17 @@ def plan_model(
         settings: The options of `molf train`; those that change no memory have no effect.
         config: A YAML file of these options, or a recipe by name; the command line has precedence.
         device: Kind of device of the training.
-        num_gpus: Devices that share weights, gradients and optimizer state: an estimate.
+        num_gpus: GPUs of each machine. All share weights, gradients and optimizer state (FSDP2).
+        num_nodes: Machines.
         json: Print the plan as JSON, sizes in bytes.
     """
     from molf.job.model.path import check_model
     from molf.job.record.assignment_source import read_assignment_source
     from molf.job.settings.resolved import resolve
 
-    if not 0 < num_gpus < MOST_COUNTED:
-        raise InputError(f"Invalid num_gpus={num_gpus}. Must be at least 1 and below 2**31.")
+    for name, count in (("num_gpus", num_gpus), ("num_nodes", num_nodes)):
+        if not 0 < count < _MOST:
+            raise InputError(f"Invalid {name}={count}. Must be at least 1 and below {_MOST}.")
     # The model may be an address with a token, which the plan repeats.
     learn(vars(settings))
     # Before the model is looked up, which may need the network.
@@ -74,6 +78,7 @@ def plan_model(
             device=device,
             quantised=planned_quantisation(model, resolved),
             num_gpus=num_gpus,
+            num_nodes=num_nodes,
         )
         plan = plan_training(
             settings.model or resolved.model,

@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING
 from rich.table import Table
 
 from molf.console import PlainConsole, new_table
-from molf.planning.devices import DEVICES, show_bytes
+from molf.planning.devices import DEVICES, show_bytes, show_gigabytes
 
 if TYPE_CHECKING:  # both take seconds to import
     from molf.job.dry_run import DryRun
     from molf.planning.request import TrainingPlan
+    from molf.planning.traffic import Traffic
     from molf.planning.workload import Workload
 
 
@@ -21,13 +22,8 @@ def print_plan(plan: TrainingPlan) -> None:
     console.lines(*_header(plan))
     console.print(_parameters(plan))
     console.print(_memory(plan))
-    if plan.workload.num_gpus > 1:
-        console.lines(
-            f"Each of {plan.workload.num_gpus} GPUs: weights, gradients and optimizer state are "
-            "divided (FSDP2's full sharding), activations are those of its own batch; embeddings, "
-            "head and one decoder layer at a time are whole. An estimate, not measured; molf train "
-            "itself runs on one device.",
-        )
+    if plan.traffic is not None:
+        console.lines(*_traffic(plan.traffic, plan.workload))
     console.print(_devices(plan))
     console.lines(
         "GB are taken as GiB; usable: for tensors, after an allowance of 1 GiB and 5%.",
@@ -144,14 +140,49 @@ def _memory(plan: TrainingPlan) -> Table:
         row("gradients, all", "gradients", end=True)
     row("activations and temporaries at the peak", "activations")
     row("gradients by then", "pass_gradients")
-    if plan.workload.num_gpus > 1:
-        row("weights whole on each device", "gathered")
+    if plan.workload.devices > 1:
+        row("whole weights and gradients of layers", "gathered")
     row("forward and backward, at most", "pass_peak", end=True)
     if not plan.workload.steps_in_backward:
         row("temporaries of the optimizer", "transient")
+        if plan.workload.devices > 1:
+            row("buffers of its collectives", "exchanged")
         row("optimizer step, at most", "step_peak", end=True)
     row("peak", "peak")
     return table
+
+
+def _traffic(traffic: Traffic, workload: Workload) -> list[str]:
+    """Return the division over several GPUs, the bytes that each sends, and the assumptions."""
+    from molf.planning.traffic import FLOPS, SHARE  # imports torch
+
+    nodes = f" on {workload.num_nodes} machines" if workload.num_nodes > 1 else ""
+    replicas = traffic.gpus // traffic.shards
+    groups = f" in {replicas} replicas of {traffic.shards}" if replicas > 1 else ""
+    lines = [
+        f"{traffic.gpus} GPUs{nodes}{groups}: fully_shard (FSDP2) divides weights, gradients and "
+        "optimizer state; activations are those of each GPU's own batch; embeddings, head and two "
+        "decoder layers are whole. Calculated, not measured.",
+        f"Each GPU sends {show_gigabytes(traffic.fsdp)} per step for FSDP2 "
+        f"({workload.passes} forward passes; decoder layers are gathered twice in each, gradients "
+        "reduced once).",
+    ]
+    if not traffic.optimizer:
+        return lines
+    sizes = [
+        show_gigabytes(size) + ("" if name == "any" else f" if {name} wins everywhere")
+        for name, size in traffic.optimizer.items()
+    ]
+    return [
+        *lines,
+        f"The optimizer's collectives add {', '.join(sizes)}. Below "
+        f"{show_gigabytes(traffic.optimizer_speed)}/s per GPU they take more than {SHARE:.0%} of a "
+        f"step; below {show_gigabytes(traffic.fsdp_speed)}/s FSDP2's take longer than the "
+        "computation.",
+        f"A step is taken as {traffic.seconds:.2g} s of computation: {FLOPS / 1e12:.0f} TFLOP/s "
+        "per GPU, 2 operations per parameter, token and product, without attention. FSDP2's "
+        "traffic runs beside it, the optimizer's after it.",
+    ]
 
 
 def _devices(plan: TrainingPlan) -> Table:

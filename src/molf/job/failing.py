@@ -13,17 +13,7 @@ from molf.job.record.ownership import CHECKPOINTS, MODEL
 from molf.job.record.result import ResumeError, RunError, StoppedError
 from molf.job.record.resumed_run import command_to_resume
 from molf.job.record.tracebacks import write_traceback
-from molf.ranks import ranks
-
-# Messages of gloo and NCCL when the process at the other end has ended.
-_LOST = (
-    "onnection closed by peer",
-    "onnection reset by peer",
-    "Connection refused",
-    "Broken pipe",
-    "remote process exited",
-    "Socket closed",
-)
+from molf.ranks import lost_process, ranks
 
 
 class UnusableDataError(Exception):
@@ -69,10 +59,7 @@ def _failed(directory: RunDirectory, error: Exception) -> RunError:
 
 
 def _cause(error: Exception) -> str:
-    text = str(error).strip()
-    if ranks().count > 1 and any(lost in text for lost in _LOST):
-        return "The connection to another process is lost: it has ended, and gave its reason."
-    return text.split("\n")[0] or type(error).__name__
+    return lost_process(error) or str(error).strip().split("\n")[0] or type(error).__name__
 
 
 def way_on(directory: RunDirectory) -> str:

@@ -12,6 +12,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from molf.errors import InputError
 from molf.job.evaluated_data import warn_of_equal_data
 from molf.job.inputs import Inputs
 from molf.job.model.path import check_model, check_quantisation
@@ -33,13 +34,14 @@ from molf.job.settings.training_arguments import check_trackers, check_training_
 from molf.masking import learn
 from molf.measure import read_plain_text
 from molf.paths import check_inputs_outside
-from molf.ranks import check_alone, ranks
+from molf.ranks import Ranks, check_alone, ranks
 from molf.shown import counted
 from molf.streams import ignoring_print_errors
 from molf.tasks import Task
 
 if TYPE_CHECKING:
     from molf.job.dry_run import DryRun
+    from molf.job.opening import Opening
 
 INPUTS = ("model", "data", "eval_data", "forgetting_data", "assignment")
 
@@ -110,8 +112,7 @@ def _train(
         opening = open_training(settings, task, inputs)
     processes = ranks()
     on_main = processes.on_main
-    # Its default has the time in it.
-    output_dir = on_main(lambda: opening.settings.output_dir)
+    output_dir = _agreed(opening, processes)
     opening.settings = replace(opening.settings, output_dir=output_dir)
     settings, device = opening.settings, opening.arguments.device
     for line in overview(opening, task, processes.count):
@@ -186,6 +187,26 @@ def _train(
             return result
 
         return on_main(write)
+
+
+def _agreed(opening: Opening, processes: Ranks) -> Path:
+    """Wait until all processes have opened the training; return rank 0's output directory.
+
+    Raises:
+        InputError: Another process has other examples.
+    """
+    from molf.job.trainer.run_parts import hash_of_examples
+
+    samples = opening.data.samples
+    examples = hash_of_examples(samples) if processes.count > 1 else ""
+    found = processes.gather((opening.settings.output_dir, examples))
+    differing = [rank for rank, (_, those) in enumerate(found) if those != found[0][1]]
+    if differing:
+        raise InputError(
+            f"The examples of rank {differing[0]} differ from those of rank 0: --data or the "
+            "tokenizer is not the same on all machines."
+        )
+    return found[0][0]  # its default has the time in it
 
 
 def _newest(directory: RunDirectory, reporter: Reporter) -> Path | None:

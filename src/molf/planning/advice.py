@@ -156,7 +156,7 @@ def _rounding(workload: Workload) -> Iterator[tuple[str, Workload]]:
 
 def _in_backward(workload: Workload) -> Iterator[tuple[str, Workload]]:
     """Step in the backward pass, and without accumulation, which it excludes."""
-    if workload.trains_dense and not workload.optimizer_in_backward and workload.num_gpus == 1:
+    if workload.trains_dense and not workload.optimizer_in_backward and workload.devices == 1:
         changed = replace(
             workload, optimizer_in_backward=True, accumulates=False, grad_accumulation_dtype=None
         )
@@ -201,7 +201,7 @@ def _with_method(method: str, config: MoLFConfig) -> _Option:
 
 def _gpus(workload: Workload) -> Iterator[tuple[str, Workload]]:
     count = 2 * workload.num_gpus
-    while count <= MOST_GPUS and not workload.steps_in_backward:
+    while count * workload.num_nodes <= MOST_GPUS and not workload.steps_in_backward:
         yield f"--num_gpus {count}", replace(workload, num_gpus=count)
         count *= 2
 

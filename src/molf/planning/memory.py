@@ -14,6 +14,7 @@ from typing import Any
 
 from molf.planning.model_shape import ModelShape, describe_model
 from molf.planning.trace import PassTrace, StepTrace, trace_pass, trace_step
+from molf.planning.traffic import buffer_bytes
 from molf.planning.trainable import find_reach_of
 from molf.planning.workload import Workload
 
@@ -30,7 +31,9 @@ class MemoryPlan:
         activations: Memory of the forward and backward pass at its peak, without gradients.
         pass_gradients: Gradients that exist at that peak.
         transient: Temporaries of the optimizer's step.
-        gathered: With several devices, weights that are temporarily whole on each.
+        gathered: With several devices, weights that are temporarily whole on each, and gradients
+            before they are reduced.
+        exchanged: With several devices, buffers of the collectives of the optimizer's step.
         host: Moments and factors in pinned host memory, with offload; part of no peak.
     """
 
@@ -42,6 +45,7 @@ class MemoryPlan:
     pass_gradients: int
     transient: int
     gathered: int = 0
+    exchanged: int = 0
     host: int = 0
 
     @property
@@ -57,7 +61,7 @@ class MemoryPlan:
     @property
     def step_peak(self) -> int:
         """Peak of the optimizer's step."""
-        return self.held + self.gradients + self.transient
+        return self.held + self.gradients + self.transient + self.exchanged
 
     @property
     def peak(self) -> int:
@@ -106,7 +110,8 @@ class Planner:
         """
         workload = self._reached(workload)
         # A device runs its own batch, so the pass does not depend on their number.
-        return self._plan(workload, self._pass(replace(workload, num_gpus=1)))
+        alone = replace(workload, passes=1, num_gpus=1, num_nodes=1, shards=0)
+        return self._plan(workload, self._pass(alone))
 
     def _reached(self, workload: Workload) -> Workload:
         """Return the workload without modules that text input does not reach, as in training."""
@@ -135,7 +140,7 @@ class Planner:
             pass_gradients=passing.gradients,
             transient=step.transient,
         )
-        return _sharded(plan, shape, workload.num_gpus)
+        return _sharded(plan, shape, workload)
 
 
 def _shape_alone(workload: Workload) -> Workload:
@@ -148,16 +153,30 @@ def _shape_alone(workload: Workload) -> Workload:
         checkpointing=False,
         bf16=False,
         padded=False,
+        passes=1,
         num_gpus=1,
+        num_nodes=1,
+        shards=0,
     )
 
 
-def _sharded(plan: MemoryPlan, shape: ModelShape, devices: int) -> MemoryPlan:
+def _sharded(plan: MemoryPlan, shape: ModelShape, workload: Workload) -> MemoryPlan:
     """Divide weights, gradients and state over devices, as FSDP2's full sharding does."""
-    # Each device holds the activations of its own batch. Whole on each device are the modules
-    # outside of decoder layers (embeddings, head, last norm) and one decoder layer at a time.
+    devices = workload.devices_of_model
     if devices == 1:
         return plan
-    split = ("weights", "gradients", "moments", "factors", "pass_gradients", "host")
+    # Each device holds the activations of its own batch. The step's temporaries are those of its
+    # own rows; the far LoRA factors are cut like all state.
+    split = ("weights", "gradients", "moments", "factors", "pass_gradients", "transient", "host")
     parts = {name: -(-getattr(plan, name) // devices) for name in split}
-    return replace(plan, **parts, gathered=shape.gathered_bytes)
+    # Whole on each device are the modules outside of decoder layers, one decoder layer and the
+    # next one, which is gathered ahead; gradients of a layer as they are made, and in the buffer
+    # that reduces them. A mixed-precision policy gathers in bfloat16 and reduces in float32.
+    is_mixed = workload.bf16 and workload.dtype == "float32"
+    whole = shape.outside_bytes + 2 * shape.layer_bytes
+    trained = min(shape.trained / shape.parameters, 1.0) * shape.layer_bytes
+    gathered = (whole + trained) * (0.5 if is_mixed else 1.0) + trained
+    exchanged = 0
+    if shape.routed and workload.config is not None:
+        exchanged = buffer_bytes(shape.routed, workload.config.ranks, devices)
+    return replace(plan, **parts, gathered=round(gathered), exchanged=exchanged)

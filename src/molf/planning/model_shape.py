@@ -17,6 +17,7 @@ from molf.core.model.linear_layers import (
 )
 from molf.errors import InputError
 from molf.planning.quantised_base import quantise
+from molf.planning.traffic import RoutedShape
 from molf.planning.trainable import freeze, skeleton
 from molf.planning.workload import Workload
 
@@ -51,7 +52,11 @@ class ModelShape:
         tied: Whether head and embeddings share their weight.
         parts: The model's parameters by part.
         weight_bytes: Bytes of all parameters and buffers, including an adapter's.
-        gathered_bytes: Bytes of the largest decoder layer and of the modules outside of layers.
+        layer_bytes: Bytes of the largest decoder layer.
+        outside_bytes: Bytes of the modules outside of decoder layers.
+        outside: Parameters outside of decoder layers.
+        routed: The layers whose experts are folded into them, in the optimizer's order.
+        trained_tensors: Number of trained tensors of the model itself.
     """
 
     model_type: str
@@ -62,7 +67,11 @@ class ModelShape:
     tied: bool
     parts: tuple[Part, ...]
     weight_bytes: int
-    gathered_bytes: int
+    layer_bytes: int
+    outside_bytes: int
+    outside: int
+    routed: tuple[RoutedShape, ...]
+    trained_tensors: int
 
 
 def describe_model(config: Any, workload: Workload) -> ModelShape:
@@ -97,11 +106,14 @@ def describe_model(config: Any, workload: Workload) -> ModelShape:
     adapter = sum(experts.values()) - sum(p.numel() for p in base_trained)
     in_weights = 4 * adapter if workload.has_adapter else 0  # PEFT keeps factors in float32
     parameters = sum(p.numel() for p in model.parameters())
+    in_layers = sum(p.numel() for p in _decoder_layers(model).parameters())
     tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
     if workload.quantised is not None:
         in_full = workload.assignment.full if workload.assignment else ()
         quantise(model, workload.quantised, unquantised={layer.name for layer in in_full})
     own = _bytes(model)
+    decoder = _decoder_layers(model)
+    sizes = [_bytes(layer) for layer in decoder]
     return ModelShape(
         model_type=config.model_type,
         parameters=parameters,
@@ -111,7 +123,20 @@ def describe_model(config: Any, workload: Workload) -> ModelShape:
         tied=tied,
         parts=tuple(Part(name, *counts) for name, counts in parts.items()),
         weight_bytes=own + in_weights,
-        gathered_bytes=_gathered(model, own),
+        layer_bytes=max(sizes, default=0),
+        outside_bytes=own - sum(sizes),
+        outside=parameters - in_layers,
+        routed=tuple(
+            RoutedShape(
+                layer.out_features,
+                layer.in_features,
+                layer.transposed,
+                layer.bias is not None and layer.bias in base_trained,
+            )
+            for layer in layers
+            if not workload.has_adapter
+        ),
+        trained_tensors=len(base_trained),
     )
 
 
@@ -207,16 +232,10 @@ def _part(name: str, module: nn.Module) -> str:
     return "other"
 
 
-def _gathered(model: Any, own: int) -> int:
-    """Return the bytes of the largest decoder layer and of the modules outside of layers."""
-    layers = max(
-        (module for module in model.modules() if isinstance(module, nn.ModuleList)),
-        # The decoder layers: other lists (experts, blocks of a vision tower) are smaller.
-        key=_bytes,
-        default=nn.ModuleList(),
-    )
-    sizes = [_bytes(layer) for layer in layers]
-    return own - sum(sizes) + max(sizes, default=0)
+def _decoder_layers(model: nn.Module) -> nn.ModuleList:
+    """Return the decoder layers: other lists (experts, blocks of a vision tower) are smaller."""
+    lists = (module for module in model.modules() if isinstance(module, nn.ModuleList))
+    return max(lists, key=_bytes, default=nn.ModuleList())
 
 
 def _bytes(module: nn.Module) -> int:

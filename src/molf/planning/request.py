@@ -13,9 +13,18 @@ from molf.planning.devices import DEVICES, Device, show_bytes
 from molf.planning.memory import MemoryPlan, Planner
 from molf.planning.model_shape import ModelShape
 from molf.planning.saving import Saving, SavingPlan, checkpoint_bytes
+from molf.planning.traffic import (
+    ShardedModel,
+    StepBytes,
+    Traffic,
+    adapter_step,
+    computation_seconds,
+    folded_step,
+)
 from molf.planning.workload import Workload
 
 _NOT_PLAIN = ("config", "unreached", "assignment")  # fields of a workload
+_REQUIRED = 2  # loss and gradient norm, which molf train has the optimizer check
 _FACTOR_BYTES = 12  # of a float32 and its two moments
 
 
@@ -32,6 +41,7 @@ class TrainingPlan:
         with_checkpointing: The same with activations recomputed.
         advice: For each size of GPU that is too small, changes with which it suffices.
         saving: Its checkpoints; None without any.
+        traffic: The bytes that each of several GPUs sends in a step; None for one.
     """
 
     model: str
@@ -42,6 +52,7 @@ class TrainingPlan:
     with_checkpointing: MemoryPlan
     advice: dict[Device, list[Suggestion]]
     saving: SavingPlan | None = None
+    traffic: Traffic | None = None
 
     def record(self) -> dict[str, Any]:
         """Return the plan as plain values; sizes are bytes."""
@@ -67,6 +78,7 @@ class TrainingPlan:
             "bytes_without_checkpointing": self.without_checkpointing.record(),
             "bytes_with_checkpointing": self.with_checkpointing.record(),
             "checkpoints": self.saving.record() if self.saving else None,
+            "traffic": self.traffic.record() if self.traffic else None,
             "devices": [
                 {
                     "name": device.name,
@@ -125,7 +137,82 @@ def plan_training(
         if not device.fits(memory.peak)
     }
     checkpoints = saving and SavingPlan(checkpoint_bytes(shape, memory, workload), *saving)
-    return TrainingPlan(model, workload, shape, memory, kept, recomputed, advice, checkpoints)
+    return TrainingPlan(
+        model,
+        workload,
+        shape,
+        memory,
+        kept,
+        recomputed,
+        advice,
+        checkpoints,
+        traffic_of(shape, workload),
+    )
+
+
+def traffic_of(shape: ModelShape, workload: Workload) -> Traffic | None:
+    """Return the bytes that each GPU sends in a step of `fully_shard`; None for one GPU.
+
+    Args:
+        shape: The parameters.
+        workload: The planned training.
+    """
+    gpus, shards = workload.devices, workload.devices_of_model
+    if gpus == 1:
+        return None
+    is_mixed = workload.bf16 and workload.dtype == "float32"
+    own = 2 if workload.dtype == "bfloat16" else 4
+    adapter = shape.trained - sum(part.trained for part in shape.parts)
+    sizes = ShardedModel(
+        # PEFT's factors are in the decoder layers.
+        layers=shape.parameters - shape.outside + (adapter if workload.has_adapter else 0),
+        outside=shape.outside,
+        trained=shape.trained if workload.has_adapter else shape.trained - adapter,
+        weight_bytes=2 if is_mixed else own,
+        gradient_bytes=own,
+    )
+    steps = _optimizer_steps(shape, workload, shards)
+    return Traffic(
+        gpus=gpus,
+        shards=shards,
+        fsdp=sizes.sent(gpus, shards, workload.passes),
+        optimizer={name: step.sent(gpus, shards) for name, step in steps.items()},
+        seconds=computation_seconds(
+            shape.parameters,
+            workload.batch_size * workload.length * workload.passes,
+            trains_dense=workload.trains_dense,
+            checkpointing=workload.checkpointing,
+        ),
+    )
+
+
+def _optimizer_steps(shape: ModelShape, workload: Workload, shards: int) -> dict[str, StepBytes]:
+    """Return the payloads of the optimizer's collectives, by what wins in all layers."""
+    config = workload.config
+    if config is None or workload.method == "lora":
+        return {}
+    terms = len(config.routing.score.terms)
+    if not shape.routed:
+        experts = len(config.ranks)
+        trained = shape.trained_tensors + 2 * shape.layers  # A and B of all experts are one each
+        return {"any": adapter_step(shape.layers, experts, trained, terms, _REQUIRED)}
+    dense = sum(1 + layer.has_bias for layer in shape.routed)
+    # The largest experts, for an upper limit.
+    order = sorted(range(len(config.ranks)), key=lambda i: -config.ranks[i])
+    lora = [1 + i for i in order[: config.top_k]]
+    return {
+        name: folded_step(
+            shape.routed,
+            config.ranks,
+            shards,
+            winners=[won] * len(shape.routed),
+            others=shape.trained_tensors - dense,
+            terms=terms,
+            required=_REQUIRED,
+        )
+        for name, won in (("lora", lora), ("full", [0]))
+        if name == "lora" or not config.freeze_base
+    }
 
 
 def _check_factors(shape: ModelShape, workload: Workload) -> None:

@@ -77,4 +77,4 @@ def checkpoint_bytes(shape: ModelShape, memory: MemoryPlan, workload: Workload) 
     if workload.has_adapter:  # PEFT's factors are float32
         weights += 4 * (shape.trained - in_model)
     state = memory.host if workload.offloads else memory.moments + memory.factors
-    return weights + state * workload.num_gpus
+    return weights + state * workload.devices_of_model

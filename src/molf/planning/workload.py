@@ -36,7 +36,11 @@ class Workload(OptimizerOptions):
         device: Kind of device, one of `DEVICES`; its kernels need different temporaries.
         padded: Whether a batch holds sequences of different lengths. Attention then takes a mask,
             and the plan is that of the longest sequence.
-        num_gpus: Devices that share weights, gradients and optimizer state.
+        passes: Forward passes of a step on one device.
+        num_gpus: Devices of each machine.
+        num_nodes: Machines.
+        shards: Devices that share weights, gradients and optimizer state; 0 for all, else a
+            divisor of their number.
         quantised: The option that asks for a quantised base, one of `QUANTISATIONS`, or None.
         unreached: Modules that no text reaches, which are frozen; found by the planner.
 
@@ -54,7 +58,10 @@ class Workload(OptimizerOptions):
     bf16: bool = False
     device: str = "cuda"
     padded: bool = True
+    passes: int = 1
     num_gpus: int = 1
+    num_nodes: int = 1
+    shards: int = 0
     quantised: str | None = None
     unreached: tuple[str, ...] = ()
     assignment: Assignment | None = None
@@ -65,9 +72,19 @@ class Workload(OptimizerOptions):
         """Check the options beside the number of devices."""
         # All others come from `TrainSettings`, which has checked them.
         try:
-            check_exclusions({**self.as_keywords(), "num_gpus": self.num_gpus})
+            check_exclusions({**self.as_keywords(), "num_gpus": self.devices})
         except OptionError as error:
             raise InputError(error.as_option) from error
+
+    @property
+    def devices(self) -> int:
+        """All devices of the training."""
+        return self.num_gpus * self.num_nodes
+
+    @property
+    def devices_of_model(self) -> int:
+        """Devices that share one model."""
+        return self.shards or self.devices
 
     @property
     def steps_in_backward(self) -> bool:

@@ -123,7 +123,7 @@ class RoutingWriter:
             OSError: They cannot be deleted.
 
         Warns:
-            UserWarning: Parts before it are missing.
+            UserWarning: Parts before it are missing or cannot be read.
         """
         self._parts = state["parts"]
         names = [f"part-{number:05d}.parquet" for number in range(self._parts)]
@@ -131,12 +131,16 @@ class RoutingWriter:
         for path in found:
             if path.name not in names:
                 path.unlink()
-        missing = len(names) - sum(path.name in names for path in found)
-        if missing:
-            warnings.warn(
-                f"{missing} of {len(names)} parts of the routing are missing in {self.directory}.",
-                stacklevel=2,
-            )
+        kept = [path for path in found if path.name in names]
+        damaged = [path for path in kept if not _is_readable(path)]
+        for count, what in ((len(names) - len(kept), "missing"), (len(damaged), "damaged")):
+            if count:
+                first = f", the first is {damaged[0].name}" if what == "damaged" else ""
+                warnings.warn(
+                    f"{count} of {len(names)} parts of the routing are {what} in "
+                    f"{self.directory}{first}: their steps are lost, and the run continues.",
+                    stacklevel=2,
+                )
 
     def _written(self) -> bool:
         """Try to write the pending rows as one part; return whether none are pending."""
@@ -250,6 +254,15 @@ def _read(part: Path) -> pa.Table:
         return pq.read_table(part, schema=SCHEMA)
     except (pa.ArrowException, OSError) as error:
         raise _damaged(part, error) from error
+
+
+def _is_readable(part: Path) -> bool:
+    """Return whether the end of a part is there, which a truncated file lacks."""
+    try:
+        pq.read_schema(part)
+    except (pa.ArrowException, OSError):
+        return False
+    return True
 
 
 def _damaged(part: Path, error: Exception) -> InputError:

@@ -24,6 +24,7 @@ def workload_of(
     device: str,
     quantised: str | None,
     num_gpus: int = 1,
+    num_nodes: int = 1,
 ) -> Workload:
     """Return the workload of a training for `molf.planning`.
 
@@ -33,7 +34,8 @@ def workload_of(
         padded: Whether a batch holds examples of different lengths.
         device: `cuda` or `cpu`.
         quantised: `load_in_4bit`, `load_in_8bit` or None.
-        num_gpus: Devices that share weights, gradients and state.
+        num_gpus: Devices of each machine; all share weights, gradients and state.
+        num_nodes: Machines.
 
     Raises:
         InputError: The options exclude each other.
@@ -44,12 +46,14 @@ def workload_of(
         batch_size=settings.per_device_train_batch_size,
         length=length,
         accumulates=settings.gradient_accumulation_steps > 1,
+        passes=settings.gradient_accumulation_steps,
         checkpointing=settings.gradient_checkpointing,
         dtype=settings.dtype,
         bf16=device == "cuda" if settings.bf16 is None else settings.bf16,
         device=device,
         padded=padded,
         num_gpus=num_gpus,
+        num_nodes=num_nodes,
         quantised=quantised,
         assignment=settings.assigned,
         lora_dropout=float(settings.lora_dropout or 0.0) if settings.assigned else 0.0,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import fields
+from datetime import timedelta
 from functools import cache
 from typing import Any, NoReturn
 
@@ -14,11 +15,13 @@ from trl import SFTConfig
 
 from molf.errors import InputError, reason_of
 from molf.job.record.ownership import CHECKPOINTS
+from molf.job.settings.ranges import MOST_COUNTED
 from molf.job.settings.resolved import ResolvedSettings
 from molf.job.settings.training_arguments import check_trackers, check_training_args, unknown_name
 from molf.job.trainer.split_data import check_strategy
 from molf.masking import mask_text
 from molf.ranks import connect
+from molf.rendezvous import start_group
 
 
 def sft_config(settings: ResolvedSettings) -> SFTConfig:
@@ -76,6 +79,7 @@ def sft_config(settings: ResolvedSettings) -> SFTConfig:
             "learning_rate": settings.lora_learning_rate,
             "weight_decay": settings.lora_weight_decay,
         }
+    _start_processes(arguments)
     try:
         config = SFTConfig(**arguments)
     except (ValueError, TypeError, ImportError) as error:
@@ -84,7 +88,7 @@ def sft_config(settings: ResolvedSettings) -> SFTConfig:
     _check_accumulation(config)
     if config.world_size > 1:  # the process group exists now
         check_strategy(config.train_sampling_strategy)
-        connect()
+        connect(config.ddp_timeout_delta)
     if config.n_gpu > 1:
         raise InputError(
             f"{config.n_gpu} GPUs are visible, and one process uses one. Start a process for each "
@@ -92,6 +96,23 @@ def sft_config(settings: ResolvedSettings) -> SFTConfig:
             "CUDA_VISIBLE_DEVICES."
         )
     return config
+
+
+def _start_processes(arguments: Mapping[str, Any]) -> None:
+    """Start torch's process group on CPUs and CUDA devices, which transformers then uses."""
+    defaults = SFTConfig.__dataclass_fields__
+    seconds = arguments.get("ddp_timeout", defaults["ddp_timeout"].default)
+    if not 0 < seconds < MOST_COUNTED:
+        raise InputError(
+            f"Invalid training_args.ddp_timeout={seconds}. Must be at least 1 and below 2**31."
+        )
+    backend = arguments.get("ddp_backend", defaults["ddp_backend"].default)
+    if backend is None and arguments["use_cpu"]:
+        backend = "gloo"
+    elif backend is None and torch.cuda.is_available():
+        backend = "nccl"
+    if backend is not None:
+        start_group(backend, timedelta(seconds=seconds))
 
 
 def _check_schedule(config: SFTConfig) -> None:

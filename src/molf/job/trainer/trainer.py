@@ -254,6 +254,7 @@ class Trainer(SFTTrainer):
             if (margin := self.wins.take_margin()) is not None:
                 logs["score_margin"] = margin
         super().log(logs, start_time)
+        del self.state.log_history[:-1]  # metrics.jsonl has the entries; here they would grow
 
 
 def _trains_more_than_its_adapter(model: Any) -> bool:
