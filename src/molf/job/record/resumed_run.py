@@ -15,6 +15,7 @@ from molf.errors import InputError
 from molf.job.record.finished_run import read_run
 from molf.job.record.ownership import CHECKPOINTS, CONFIG, EVALUATION
 from molf.job.settings.resolved import ResolvedSettings
+from molf.job.settings.sharding import fitting
 from molf.masking import mask
 from molf.ranks import launched_count
 
@@ -45,7 +46,8 @@ _FREE = frozenset(
         "on_save_error",
         "logging_steps",
         "report_to",
-        # How the device computes the same.
+        # How the devices compute the same.
+        "fsdp",
         "kernels",
         "state_offload",
         "gradient_checkpointing",
@@ -88,7 +90,7 @@ def stored_processes(path: Path) -> int:
 
 
 def split_again(options: dict[str, Any], before: int, now: int) -> None:
-    """Change the forward passes per step of a run for another number of processes, in place.
+    """Change a run's forward passes per step and shards for another number of processes, in place.
 
     An optimizer step keeps its examples. If these cannot be split evenly, nothing is changed.
     """
@@ -96,6 +98,7 @@ def split_again(options: dict[str, Any], before: int, now: int) -> None:
     passes = int(options[name]) * before
     if passes % now == 0:
         options[name] = passes // now
+    options["fsdp"] = fitting(options.get("fsdp"), now)
 
 
 def masked_options(options: Mapping[str, Any]) -> list[str]:

@@ -1,0 +1,81 @@
+"""The option `fsdp`: the number of processes that share one model, and its limits."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from molf.errors import InputError
+
+ALL = "all"
+
+METHODS = ("fft", "molf", "molf-e", "hybrid", "lora")
+"""Methods whose model and optimizer may be sharded."""
+
+_NUMBER = re.compile(r"[1-9][0-9]{0,8}")
+
+
+def check_sharded(settings: Any) -> None:
+    """Check the option and the options beside it.
+
+    Args:
+        settings: `TrainSettings`, whose file imports this one.
+
+    Raises:
+        InputError: The value is not allowed, or not with this method or a quantised base.
+    """
+    given = settings.fsdp
+    if given is None:
+        return
+    if given != ALL and (not _NUMBER.fullmatch(given) or int(given) < 2):
+        raise InputError(
+            f"Invalid fsdp={given}. Must be a number of processes of at least 2, or {ALL}."
+        )
+    if settings.method not in METHODS:
+        raise InputError(
+            f"Invalid fsdp={given} with method={settings.method}. Must be one of "
+            f"{', '.join(METHODS)}. Leave fsdp out: each process then has a whole model (DDP)."
+        )
+    if settings.quantised is not None:
+        raise not_quantised(given, settings.quantised)
+
+
+def not_quantised(given: str, base: str) -> InputError:
+    """Return the error for a quantised base."""
+    return InputError(
+        f"Invalid fsdp={given} with {base}: the packed weights of a quantised base cannot be cut "
+        "into rows. Leave one of the two out."
+    )
+
+
+def shards(given: str | None, processes: int) -> int:
+    """Return the number of processes that share one model; 1 if each has a whole one.
+
+    Args:
+        given: The option.
+        processes: Number of processes.
+
+    Raises:
+        InputError: The number of processes is no multiple of it.
+    """
+    if given is None:
+        return 1
+    if processes == 1:
+        raise InputError(
+            f"Invalid fsdp={given} with one process. Start several (torchrun --nproc_per_node N "
+            "-m molf train ...), or leave fsdp out."
+        )
+    count = processes if given == ALL else int(given)
+    if processes % count:
+        raise InputError(
+            f"Invalid fsdp={given} with {processes} processes: each replica of the model has "
+            f"{given}. Must divide {processes}, or be {ALL}."
+        )
+    return count
+
+
+def fitting(given: str | None, processes: int) -> str | None:
+    """Return the option of a run for another number of processes, as near as possible."""
+    if given is None or processes == 1:
+        return None
+    return given if given == ALL or processes % int(given) == 0 else ALL
