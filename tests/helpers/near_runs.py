@@ -15,17 +15,19 @@ from molf.job.record.routing_log import read_routing
 STEPS = 8
 
 
-def facts_command(folder: Path) -> Callable[..., list[str]]:
+def facts_command(folder: Path, base: Path | None = None) -> Callable[..., list[str]]:
     """A training with steps of 10 examples: epochs of 2 steps, the second with 2 examples.
 
     Args:
         folder: Has `base`, `facts.jsonl` and `plain.txt`.
+        base: Another model.
     """
 
     def make(path: Path, size: int, passes: int, *further: str) -> list[str]:
         return [
-            *("train", "--task", "fact", "--model", str(folder / "base")),
-            *("--data", str(folder / "facts.jsonl"), "--alpha", "4", "--ranks", "4"),
+            *("train", "--task", "fact", "--model", str(base or folder / "base")),
+            *("--data", str(folder / "facts.jsonl")),
+            *(() if {"fft", "hybrid"} & set(further) else ("--alpha", "4", "--ranks", "4")),
             *("--learning_rate", "1e-3", "--lora_learning_rate", "3e-3", "--logging_steps", "1"),
             *("--per_device_train_batch_size", str(size), "--max_steps", str(STEPS)),
             *("--gradient_accumulation_steps", str(passes), "--save_steps", "2"),
