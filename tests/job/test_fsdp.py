@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 from checkpoints import write_checkpoint, write_facts
 from launched import Launcher
 from molf.checkpoint.store import complete_checkpoints
+from molf.cli import main
 from near_runs import assert_near_runs, facts_command
 from resumed_runs import assert_same_runs
 
@@ -51,9 +52,9 @@ def two(launch, command, folder):
 
 
 def test_two_shards_train_as_one_process(one, two):
-    path, (main, other) = two
+    path, (first, other) = two
     assert_near_runs(one, path)
-    assert "fully_shard cuts the model into 2 shards." in main.errors
+    assert "fully_shard cuts the model into 2 shards." in first.errors
     assert (other.output, other.errors) == ("", "")
 
 
@@ -94,11 +95,10 @@ def test_the_model_loads_with_transformers_alone(two):
 def test_killed_shards_are_resumed_to_the_same_bits(launch, command, folder, two):
     path = folder / "killed"
     given = [*command(path, 5, 1, "--fsdp", "2"), "--resume"]
-    main, other = launch(given, at=(1, ("step", 6)))
-    assert other.code == -signal.SIGKILL
-    assert main.code == 1
-    main, other = launch.to_the_end(given)
-    assert f"Resuming {path} from checkpoint-4." in main.errors
+    first, other = launch(given, at=(1, ("step", 6)))
+    assert (first.code, other.code) == (1, -signal.SIGKILL)
+    first, _ = launch.to_the_end(given)
+    assert f"Resuming {path} from checkpoint-4." in first.errors
     assert_same_runs(two[0], path)
 
 
@@ -117,7 +117,7 @@ def test_shards_are_resumed_in_one_process_and_the_reverse(launch, command, fold
     assert yaml.safe_load((path / "config.yaml").read_text())["fsdp"] == "all"
 
 
-def test_refusals_in_one_line_each(launch, command, folder):
+def test_refusals_in_one_line_each(launch, command, folder, monkeypatch, capsys):
     path = folder / "new"
     for further, said in (
         (["--fsdp", "3"], "Invalid fsdp=3 with 2 processes: each replica of the model has 3. Must"),
@@ -128,11 +128,14 @@ def test_refusals_in_one_line_each(launch, command, folder):
         (["--method", "lora", "--load_in_4bit"], "Invalid fsdp=all with load_in_4bit: the packed"),
     ):
         given = further if "--fsdp" in further else [*further, "--fsdp", "all"]
-        main, other = launch(command(path, 5, 1, *given))
-        assert (main.code, other.code) == (2, 2), main.errors
-        assert said in main.errors
-        assert len(main.errors.splitlines()) == 1
+        ended = launch(command(path, 5, 1, *given))
+        assert [process.code for process in ended] == [2, 2]
+        assert said in ended[0].errors
+        assert len(ended[0].errors.splitlines()) == 1
     (alone,) = launch(command(path, 5, 1, "--fsdp", "all"), 1)
     assert alone.code == 2
     assert "Invalid fsdp=all with one process. Start several (torchrun " in alone.errors
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    assert main(command(path, 5, 1)) == 2
+    assert "molf: error: Invalid ACCELERATE_USE_FSDP=true (" in capsys.readouterr().err
     assert not path.exists()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import signal
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -11,19 +13,23 @@ from safetensors.torch import load_file
 
 from checkpoints import write_checkpoint, write_facts
 from launched import Launcher
-from near_runs import STEPS, assert_near_runs, facts_command
+from near_runs import STEPS, assert_near_runs, entries, facts_command
+from resumed_runs import assert_same_runs
 
 pytestmark = pytest.mark.slow
 
 METHODS = {
     "fft": ["--method", "fft"],
     "lora": ["--method", "lora", "--lora_dropout", "0"],
+    "lora+": ["--method", "lora+", "--lora_dropout", "0"],
+    "dora": ["--method", "dora", "--lora_dropout", "0"],
     "molf-e": ["--method", "molf-e", "--lora_dropout", "0"],
     "hybrid": ["--method", "hybrid", "--lora_dropout", "0", "--use_dora"],
     # So little that it drops nothing, for the form that dropout needs.
     "explicit": ["--lora_dropout", "1e-9"],
     "8bit": ["--state_dtype", "8bit"],
     "checkpointing": ["--gradient_checkpointing"],
+    "unclipped": ["--method", "fft", "--max_grad_norm", "0"],
 }
 WAYS = {"ddp": [], "fsdp": ["--fsdp", "all"]}
 
@@ -115,6 +121,31 @@ def test_exact_bfloat16_shards_keep_their_low_halves(launch, command, folder):
         assert torch.allclose(one[name], weight, rtol=0, atol=0.02), name
     name = "model.layers.0.mlp.up_proj.weight"
     assert not torch.equal(two[name], two[name].bfloat16().float())
+
+
+def test_bfloat16_is_computed_with_float32_shards(launch, command, folder):
+    paths = [folder / "bf16 one", folder / "bf16 two"]
+    launch.to_the_end(command(paths[0], 5, 2, "--bf16"), 1)
+    launch.to_the_end(command(paths[1], 5, 1, "--bf16", "--fsdp", "all"))
+    losses = [[entry["loss"] for entry in entries(path)] for path in paths]
+    assert losses[0] == pytest.approx(losses[1], rel=0.02)
+    one, two = (load_file(path / "model/model.safetensors") for path in paths)
+    for name, weight in two.items():
+        assert torch.allclose(one[name], weight, rtol=0, atol=0.02), name
+        is_rounded = torch.equal(weight, weight.bfloat16().float())
+        assert weight.dim() == 1 or not is_rounded, name
+
+
+def test_accelerate_launch(launch, command, folder):
+    """The same bits as under torchrun."""
+    launch.to_the_end(command(folder / "launched", 5, 1, "--fsdp", "all"))
+    launcher = "accelerate.commands.accelerate_cli launch --multi_gpu --num_processes 2"
+    further = "--num_machines 1 --mixed_precision no --dynamo_backend no -m molf"
+    given = [*launcher.split(), *further.split()]
+    given += command(folder / "accelerated", 5, 1, "--fsdp", "all")
+    ended = subprocess.run([sys.executable, "-m", *given], capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+    assert_same_runs(folder / "launched", folder / "accelerated")
 
 
 def test_four_processes_are_resumed_in_two_and_in_one(launch, command, folder, one):

@@ -29,7 +29,7 @@ from molf.job.record.results import check_results
 from molf.job.record.resumed_run import check_same_options, is_finished, is_started
 from molf.job.settings.resolved import ResolvedSettings, resolve
 from molf.job.settings.settings import TrainSettings
-from molf.job.settings.sharding import shards
+from molf.job.settings.sharding import check_launcher, shards
 from molf.job.settings.training_arguments import check_trackers, check_training_args
 from molf.masking import learn
 from molf.measure import read_plain_text
@@ -242,6 +242,7 @@ def checked(settings: TrainSettings, started: datetime) -> ResolvedSettings:
     learn(vars(settings))
     check_trackers(settings.report_to)
     check_training_args(settings.training_args)
+    check_launcher()
     shards(settings.fsdp, launched_count())
     return resolve(settings, started)
 

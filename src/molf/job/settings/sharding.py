@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from typing import Any
 
@@ -9,7 +10,7 @@ from molf.errors import InputError
 
 ALL = "all"
 
-METHODS = ("fft", "molf", "molf-e", "hybrid", "lora")
+METHODS = ("fft", "molf", "molf-e", "hybrid", "lora", "lora+", "dora")
 """Methods whose model and optimizer may be sharded."""
 
 _NUMBER = re.compile(r"[1-9][0-9]{0,8}")
@@ -72,6 +73,22 @@ def shards(given: str | None, processes: int) -> int:
             f"{given}. Must divide {processes}, or be {ALL}."
         )
     return count
+
+
+def check_launcher() -> None:
+    """Check that the launcher was not asked to divide the model in its own way.
+
+    Raises:
+        InputError: It was, by `accelerate launch` or its configuration.
+    """
+    for name in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
+        variable = f"ACCELERATE_USE_{name}"
+        if os.environ.get(variable, "").lower() in ("1", "true", "yes"):
+            raise InputError(
+                f"Invalid {variable}={os.environ[variable]} (accelerate launch --use_"
+                f"{name.lower()}, or its configuration): molf train divides the model itself. "
+                "Launch with --multi_gpu alone, and give --fsdp to molf train."
+            )
 
 
 def fitting(given: str | None, processes: int) -> str | None:
