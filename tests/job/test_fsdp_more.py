@@ -148,6 +148,18 @@ def test_accelerate_launch(launch, command, folder):
     assert_same_runs(folder / "launched", folder / "accelerated")
 
 
+@pytest.mark.parametrize("method", ["lora", "molf-e"])
+def test_float32_factors_beside_frozen_bfloat16_shards(launch, command, folder, method):
+    paths = [folder / f"{method} low {count}" for count in (1, 2)]
+    further = [*METHODS[method], "--dtype", "bfloat16"]
+    launch.to_the_end(command(paths[0], 5, 2, *further), 1)
+    launch.to_the_end(command(paths[1], 5, 1, *further, "--fsdp", "all"))
+    one, two = (load_file(path / "adapter/adapter_model.safetensors") for path in paths)
+    for name, weight in two.items():
+        assert weight.dtype == torch.float32
+        assert torch.allclose(one[name], weight, rtol=0, atol=0.02), name
+
+
 def test_four_processes_are_resumed_in_two_and_in_one(launch, command, folder, one):
     path = folder / "four"
     ended = launch(command(path, 3, 1, "--fsdp", "2"), 4, at=(3, ("step", 3, signal.SIGTERM)))
@@ -157,6 +169,29 @@ def test_four_processes_are_resumed_in_two_and_in_one(launch, command, folder, o
     assert [process.code for process in ended] == [3, 3]
     launch.to_the_end(again, 1)
     assert_near_runs(one, path)
+
+
+@pytest.mark.parametrize("name", ["fft", "lora", "molf-e", "8bit"])
+def test_methods_are_resumed_in_one_process(launch, command, folder, name):
+    """Frozen weights have the same checksums; copies of the state in the background."""
+    further = [*METHODS[name], "--async_save"]
+    one, path = folder / f"{name} whole", folder / f"{name} stopped"
+    launch.to_the_end(command(one, 5, 2, *further), 1)
+    given = command(path, 5, 1, *further, "--fsdp", "all")
+    ended = launch(given, at=(1, ("step", 3, signal.SIGTERM)))
+    assert [process.code for process in ended] == [3, 3]
+    launch.to_the_end(["train", "--output_dir", str(path), "--resume"], 1)
+    assert_near_runs(one, path)
+
+
+def test_types_of_trained_parameters_are_refused(launch, command, folder):
+    path = folder / "refused"
+    further = ["--fsdp", "all", "--dtype", "bfloat16", "--lora_dropout", "0.1"]
+    ended = launch(command(path, 5, 1, *further))
+    assert [process.code for process in ended] == [2, 2]
+    assert "Invalid fsdp with dtype=bfloat16: fully_shard needs one type" in ended[0].errors
+    assert "the LoRA factors in float32. Give --dtype float32." in ended[0].errors
+    assert not path.exists()
 
 
 def test_one_process_is_resumed_in_four(launch, command, folder, one):

@@ -102,6 +102,8 @@ def open_training(
     settings, quantisation = _check_layers(settings, arguments.device)
     base = _load_base(settings, arguments.device, inputs, sharding)
 
+    if sharding is not None:
+        check_shardable(base.model, settings)
     samples = task.training_samples if samples is None else samples
     max_length = length_limit(base.model, settings.max_length)
     encoded = encode_samples(base.tokenizer, samples, max_length)
@@ -166,12 +168,8 @@ def _check_layers(
     # The configuration gives the layers, so that wrong patterns fail before a download.
     skeleton = load_skeleton(settings.model)
     quantisation = check_quantisation(skeleton.config, settings)
-    if settings.fsdp is not None:
-        if quantisation is not None:
-            raise not_quantised(
-                settings.fsdp, f"model {settings.model} (quantised: {quantisation})"
-            )
-        check_shardable(skeleton, settings.model)
+    if settings.fsdp is not None and quantisation is not None:
+        raise not_quantised(settings.fsdp, f"model {settings.model} (quantised: {quantisation})")
     check_device(quantisation, device)
     settings = assigned(settings, skeleton)
     with warnings.catch_warnings():

@@ -177,22 +177,32 @@ def free_trained(whole: nn.Module) -> None:
             parameter.data = parameter.data.new_zeros(()).expand(parameter.shape)
 
 
-def check_shardable(model: nn.Module, name: str) -> None:
-    """Check on the modules alone that a model can be cut into shards of rows.
+def check_shardable(model: nn.Module, settings: ResolvedSettings) -> None:
+    """Check on the parameters, with or without values, that a plain model can be cut.
 
     Args:
-        model: The model, with or without values.
-        name: The model, as given by the user.
+        model: The model, in the types of the training.
+        settings: The run's settings, with the assignment of the layers.
 
     Raises:
-        InputError: A parameter has no rows.
+        InputError: A parameter has no rows, or the trained ones have several types.
     """
-    for parameter_name, parameter in model.named_parameters():
+    types: dict[torch.dtype, str] = {}
+    for name, parameter in model.named_parameters():
+        types.setdefault(parameter.dtype, name)
         if not parameter.dim():
             raise InputError(
-                f"Invalid fsdp with model {name}: its parameter {parameter_name} is a single "
+                f"Invalid fsdp with model {settings.model}: its parameter {name} is a single "
                 "number, which fully_shard does not cut. Leave fsdp out."
             )
+    if settings.has_adapter and settings.trains_dense and settings.dtype != "float32":
+        types.setdefault(torch.float32, "the LoRA factors")  # PEFT's
+    if len(types) > 1:
+        found = ", ".join(f"{name} in {str(dtype)[6:]}" for dtype, name in types.items())
+        raise InputError(
+            f"Invalid fsdp with dtype={settings.dtype}: fully_shard needs one type of trained "
+            f"parameters, and there are {found}. Give --dtype float32."
+        )
 
 
 def _without_values(model: nn.Module) -> nn.Module:
