@@ -160,12 +160,16 @@ def test_float32_factors_beside_frozen_bfloat16_shards(launch, command, folder, 
         assert torch.allclose(one[name], weight, rtol=0, atol=0.02), name
 
 
-def test_four_processes_are_resumed_in_two_and_in_one(launch, command, folder, one):
+def test_four_processes_are_resumed_in_three_two_and_one(launch, command, folder, one):
     path = folder / "four"
     ended = launch(command(path, 3, 1, "--fsdp", "2"), 4, at=(3, ("step", 3, signal.SIGTERM)))
     assert [process.code for process in ended] == [3] * 4
     again = ["train", "--output_dir", str(path), "--resume"]
-    ended = launch(again, 2, at=(0, ("step", 2, signal.SIGTERM)))
+    # 4 x 3 examples per step, then 3 x 2 x 2: one forward pass does not divide by 3.
+    ended = launch(again, 3, at=(2, ("step", 2, signal.SIGTERM)))
+    assert [process.code for process in ended] == [3] * 3
+    assert "12 examples per optimizer step (3 x 2 x 2 forward passes)" in ended[0].errors
+    ended = launch(again, 2, at=(0, ("step", 1, signal.SIGTERM)))
     assert [process.code for process in ended] == [3, 3]
     launch.to_the_end(again, 1)
     assert_near_runs(one, path)
