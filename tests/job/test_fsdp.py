@@ -54,7 +54,7 @@ def two(launch, command, folder):
 def test_two_shards_train_as_one_process(one, two):
     path, (first, other) = two
     assert_near_runs(one, path, tolerance=1e-6)
-    assert "fully_shard cuts the model into 2 shards." in first.errors
+    assert "float32, on cpu, in 2 shards\n" in first.errors
     assert (other.output, other.errors) == ("", "")
 
 

@@ -117,8 +117,6 @@ def _train(
     settings, device = opening.settings, opening.arguments.device
     for line in overview(opening, task, processes.count):
         reporter.say(line)
-    if opening.sharding is not None:
-        reporter.say(str(opening.sharding))
     for note in opening.notes:
         reporter.say(note)
     files = input_files(settings, task)

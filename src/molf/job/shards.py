@@ -48,12 +48,15 @@ class Sharding:
     device: torch.device
     mesh: DeviceMesh
 
-    def __str__(self) -> str:
-        """Return a line for the user."""
-        count = self.mesh.size(self.mesh.ndim - 1)
-        replicas = self.mesh.size() // count
-        each = "the model" if replicas == 1 else f"each of {replicas} replicas of the model"
-        return f"fully_shard cuts {each} into {count} shards."
+    @property
+    def count(self) -> int:
+        """Number of shards of each replica."""
+        return self.mesh.size(self.mesh.ndim - 1)
+
+    @property
+    def replicas(self) -> int:
+        """Number of replicas of the model."""
+        return self.mesh.size() // self.count
 
     @classmethod
     def of(cls, settings: ResolvedSettings, ranks: Ranks, device: torch.device) -> Sharding | None:
