@@ -41,8 +41,9 @@ def make_model(architecture, **sizes):
     if architecture == "gemma3":
         return Gemma3ForCausalLM(Gemma3TextConfig(head_dim=8, pad_token_id=1, **common, **sizes))
     if architecture == "gpt2":
+        dropout = {name: size for name, size in sizes.items() if name.endswith("pdrop")}
         return GPT2LMHeadModel(
-            GPT2Config(n_embd=32, n_layer=2, n_head=4, n_positions=128, **common)
+            GPT2Config(n_embd=32, n_layer=2, n_head=4, n_positions=128, **common, **dropout)
         )
     raise ValueError(architecture)
 

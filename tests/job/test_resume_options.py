@@ -15,7 +15,7 @@ import yaml
 
 from molf.cli import main
 from molf.core.optimizer import MoLFAdamW
-from molf.job.record.resumed_run import is_finished
+from molf.job.record.resumed_run import is_finished, split_again
 from molf.job.record.routing_log import read_routing
 
 STEPS = 4
@@ -314,3 +314,27 @@ def test_checkpoints_by_default_are_gone_at_the_end(options, tmp_path, monkeypat
 def test_no_checkpoints(options, tmp_path, monkeypatch):
     monkeypatch.setattr("molf.checkpoint.writer.CheckpointWriter.write", None)
     assert main([*options, "--save_minutes", "0", "--output_dir", str(tmp_path / "run")]) == 0
+
+
+@pytest.mark.parametrize(
+    ("split", "before", "now", "fsdp", "expected"),
+    [
+        ((5, 1), 2, 1, "all", (5, 2, None)),  # passes alone
+        ((3, 4), 1, 4, None, (3, 1, None)),
+        ((3, 1), 4, 3, "2", (2, 2, "all")),  # 12 examples: 3 x 4, of passes of at most 3
+        ((8, 1), 2, 8, "all", (2, 1, "all")),
+        ((4, 2), 4, 4, "2", (4, 2, "2")),
+        ((5, 1), 2, 4, "2", (5, 1, "2")),  # 10 examples do not divide: refused later
+    ],
+)
+def test_steps_are_split_for_another_number_of_processes(split, before, now, fsdp, expected):
+    names = ("per_device_train_batch_size", "gradient_accumulation_steps", "fsdp")
+    options = dict(zip(names, (*split, fsdp), strict=True))
+    split_again(options, before, now)
+    assert tuple(options[name] for name in names) == expected
+
+
+def test_a_given_size_stays():
+    options = {"per_device_train_batch_size": 3, "gradient_accumulation_steps": 1}
+    split_again(options, 4, 3, keeps_size=True)
+    assert options["per_device_train_batch_size"] == 3

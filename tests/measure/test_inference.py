@@ -14,10 +14,12 @@ from molf.measure.inference import (
 )
 from tiny_models import tiny_llama, tiny_qwen2
 
+MODEL = torch.nn.Module()  # in one process it only shows that it is not in shards
+
 
 def test_batches_are_of_similar_length_the_longest_first():
     batches = []
-    for_each_batch([3, 9, 1, 7, 8], 2, batches.append, "x")
+    for_each_batch(MODEL, [3, 9, 1, 7, 8], 2, batches.append, "x")
     assert batches == [[1, 4], [3, 0], [2]]
 
 
@@ -31,7 +33,7 @@ def test_a_batch_out_of_memory_is_halved_and_nothing_is_lost():
         done.extend(batch)
 
     shown = []
-    for_each_batch([5] * 10, 8, run, "x", lambda *state: shown.append(state))
+    for_each_batch(MODEL, [5] * 10, 8, run, "x", lambda *state: shown.append(state))
     assert sorted(done) == list(range(10))
     assert sizes == [8, 4, 2, 2, 2, 2, 2]  # a size that failed is not tried again
     assert shown[-1] == ("x", 10, 10)
@@ -42,7 +44,7 @@ def test_one_row_out_of_memory_is_an_error():
         raise torch.OutOfMemoryError("too big")
 
     with pytest.raises(torch.OutOfMemoryError):
-        for_each_batch([1, 1, 1], 2, run, "x")
+        for_each_batch(MODEL, [1, 1, 1], 2, run, "x")
 
 
 def test_every_module_gets_its_own_mode_back():

@@ -157,7 +157,7 @@ EXCLUSIONS = (
         "grad_accumulation_dtype",
         "shards",
         "fully_shard reduces each gradient in the dtype of its policy",
-        "Load the model in float32, with MixedPrecisionPolicy(param_dtype=torch.bfloat16).",
+        "Load the model in float32, and compute in bfloat16 (--bf16, MixedPrecisionPolicy).",
     ),
     Exclusion(
         "grad_accumulation_dtype",
@@ -202,6 +202,7 @@ _NEUTRAL: dict[str, Any] = {
 
 
 _SHOWN = {"score_of_layers": "score", "further_score": "score"}
+_SHOWN_OPTION = {**_SHOWN, "shards": "fsdp"}
 
 
 def check_word(name: str, value: Any) -> None:
@@ -285,4 +286,4 @@ def _as_option(name: str, value: Any) -> str:
         return f"method={value}"
     if name == "float32_weights":
         return "dtype=float32"
-    return name if value is True else f"{_SHOWN.get(name, name)}={value}"
+    return name if value is True else f"{_SHOWN_OPTION.get(name, name)}={value}"

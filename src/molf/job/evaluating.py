@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
+from typing import Any
 
 import torch
 
@@ -14,6 +15,7 @@ from molf.job.inputs import EvaluationKey, Inputs
 from molf.job.model.loading import LoadedModel, move
 from molf.job.progress import Reporter
 from molf.job.settings.resolved import ResolvedSettings
+from molf.job.shards import Sharding
 from molf.measure import Evaluation, EvaluationSettings, evaluate
 from molf.measure.divergence import BaseLogits, read_base
 from molf.measure.sharing import split_over
@@ -30,6 +32,7 @@ class Evaluator:
         forgetting_text: Plain text for `forgetting_loss`.
         device: Device of the models.
         reporter: Shows the progress.
+        sharding: Processes that share each model; None if each has a whole one.
 
     Attributes:
         seconds: Time of all evaluations, and of reading the base again.
@@ -42,7 +45,9 @@ class Evaluator:
         forgetting_text: str,
         device: torch.device,
         reporter: Reporter,
+        sharding: Sharding | None = None,
     ) -> None:
+        self._sharding = sharding
         self.seconds = 0.0
         self._task = task
         self._forgetting_text = forgetting_text
@@ -110,10 +115,10 @@ class Evaluator:
 
     def _read_base(self, inputs: Inputs) -> BaseLogits:
         def read(base: LoadedModel) -> BaseLogits:
-            move(base.model, self._device)
+            model = self._on_device(base)
             with split_over(ranks()):
                 return read_base(
-                    base.model,
+                    model,
                     base.tokenizer,
                     self._task,
                     self._forgetting_text,
@@ -123,17 +128,27 @@ class Evaluator:
 
         dtype = getattr(torch, self._key.dtype)
         with self._reporter.evaluating("Reading the base model again") as show:
-            return read_and_free(
-                lambda: ranks().everywhere(lambda: inputs.base(self._key.model, dtype)), read
-            )
+            return read_and_free(lambda: self._load(inputs, dtype), read)
+
+    def _load(self, inputs: Inputs, dtype: torch.dtype) -> LoadedModel:
+        if self._sharding is not None:
+            return self._sharding.load(inputs.base, self._key.model, dtype)
+        return ranks().everywhere(lambda: inputs.base(self._key.model, dtype))
+
+    def _on_device(self, loaded: LoadedModel) -> Any:
+        """Return the model on the device of the run: moved, or its shards."""
+        if self._sharding is not None:
+            return self._sharding.cut(loaded.model)
+        move(loaded.model, self._device)
+        return loaded.model
 
     def _evaluate(
         self, loaded: LoadedModel, title: str, base: BaseLogits | None = None
     ) -> Evaluation:
-        move(loaded.model, self._device)
+        model = self._on_device(loaded)
         with self._reporter.evaluating(title) as show, split_over(ranks()):
             return evaluate(
-                loaded.model,
+                model,
                 loaded.tokenizer,
                 self._task,
                 self._forgetting_text,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -28,12 +28,15 @@ from molf.job.model.saved_tensors import Storing, default_dtype
 from molf.job.model.saving_check import check_saving, storing_of
 from molf.job.settings.defaults import MERGE_BASES
 from molf.job.settings.resolved import ResolvedSettings
+from molf.job.settings.sharding import not_quantised
+from molf.job.shards import Sharding, check_shardable
 from molf.job.trainer.sft_config import sft_config
 from molf.job.trainer.steps import count_steps
 from molf.measure.generate import padding_id
 from molf.measure.inference import last_logits, length_limit
 from molf.measure.padding import right_padding_counts
 from molf.planning.reach import Reach, describe, find_reach
+from molf.ranks import ALONE, ranks
 from molf.tasks import Task
 
 _TRIED_TOKENS = 256
@@ -48,6 +51,8 @@ class Opening:
         arguments: The trainer's arguments.
         base: The base model, which is trained in place.
         quantisation: The quantisation of the base in training; None for none.
+        sharding: Processes that share the model; None if each has a whole one. With it, `base` has
+            values in host memory of rank 0 alone.
         data: The examples, and the number of steps with these.
         steps: The number of steps with all of the task's examples.
         plan: The layers and parameters that the method will train.
@@ -61,6 +66,7 @@ class Opening:
     arguments: SFTConfig
     base: LoadedModel
     quantisation: Quantisation | None
+    sharding: Sharding | None
     data: TrainingData
     steps: int
     plan: Plan
@@ -92,19 +98,30 @@ def open_training(
     arguments = sft_config(settings)
     check_kernels(settings, arguments.device)
     set_seed(settings.seed)  # before random initialisation, such as that of adapters
+    sharding = Sharding.of(settings, ranks(), arguments.device)
     settings, quantisation = _check_layers(settings, arguments.device)
-    base = _load_base(settings, arguments.device, inputs)
+    base = _load_base(settings, arguments.device, inputs, sharding)
 
+    if sharding is not None:
+        check_shardable(base.model, settings)
     samples = task.training_samples if samples is None else samples
     max_length = length_limit(base.model, settings.max_length)
     encoded = encode_samples(base.tokenizer, samples, max_length)
     _check_ids(base, encoded, settings.model)
 
-    base.model.to(arguments.device)
-    reach = _reach(base, encoded, settings.model, arguments.router_aux_loss_coef)
+    def run() -> Reach:
+        reach = _reach(base, encoded, settings.model, arguments.router_aux_loss_coef)
+        _check_padding(base, encoded, settings)
+        return reach
+
+    if sharding is None:
+        base.model.to(arguments.device)
+        with_values: Callable[[Callable[[], Any]], Any] = ALONE.on_main
+    else:  # rank 0 alone has values, on the CPU
+        with_values = sharding.ranks.on_main
+    reach = with_values(run)
     _check_reached(base.model, settings, reach)
     settings = replace(settings, unreached=reach.unreached, bypassed=reach.bypassed)
-    _check_padding(base, encoded, settings)
 
     examples = len(encoded.input_ids)
     data = TrainingData(encoded, count_steps(arguments, examples))
@@ -112,7 +129,7 @@ def open_training(
     steps = data.steps
     if len(samples) < (every := len(task.training_samples)):
         steps = count_steps(arguments, round(every * examples / len(samples)))
-    room = check_saving(base, settings, planned, steps, task.evaluation_count)
+    room = with_values(lambda: check_saving(base, settings, planned, steps, task.evaluation_count))
     notes = (
         None if settings.assigned is None else f"Assignment: {settings.reached_assignment}.",
         describe(base.model, reach, in_adapter=settings.has_adapter),
@@ -128,6 +145,7 @@ def open_training(
         arguments,
         base,
         quantisation,
+        sharding,
         data,
         steps,
         planned,
@@ -150,6 +168,8 @@ def _check_layers(
     # The configuration gives the layers, so that wrong patterns fail before a download.
     skeleton = load_skeleton(settings.model)
     quantisation = check_quantisation(skeleton.config, settings)
+    if settings.fsdp is not None and quantisation is not None:
+        raise not_quantised(settings.fsdp, f"model {settings.model} (quantised: {quantisation})")
     check_device(quantisation, device)
     settings = assigned(settings, skeleton)
     with warnings.catch_warnings():
@@ -159,11 +179,17 @@ def _check_layers(
     return settings, quantisation
 
 
-def _load_base(settings: ResolvedSettings, device: torch.device, inputs: Inputs) -> LoadedModel:
+def _load_base(
+    settings: ResolvedSettings, device: torch.device, inputs: Inputs, sharding: Sharding | None
+) -> LoadedModel:
     """Return the base model in host memory."""
+    dtype = getattr(torch, settings.dtype)
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices):  # loading and a copy must give the same training
-        base = inputs.base(settings.model, getattr(torch, settings.dtype))
+        if sharding is None:
+            base = inputs.base(settings.model, dtype)
+        else:
+            base = sharding.load(inputs.base, settings.model, dtype)
     if settings.split_special_tokens:  # if False, the tokenizer's own setting stays
         base.tokenizer.split_special_tokens = True
     return base

@@ -40,7 +40,15 @@ def _model(opening: Opening) -> str:
     if settings.bf16:
         words.append("bfloat16 autocast")
     kind = model.config.model_type
-    return f"{settings.model} ({kind}): {', '.join(words)}, on {_device(opening)}"
+    return f"{settings.model} ({kind}): {', '.join(words)}, on {_device(opening)}{_shards(opening)}"
+
+
+def _shards(opening: Opening) -> str:
+    sharding = opening.sharding
+    if sharding is None:
+        return ""
+    replicas = f"{sharding.replicas} replicas of " if sharding.replicas > 1 else ""
+    return f", in {replicas}{sharding.count} shards"
 
 
 def _device(opening: Opening) -> str:

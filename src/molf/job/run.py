@@ -30,11 +30,12 @@ from molf.job.record.results import check_results
 from molf.job.record.resumed_run import check_same_options, is_finished, is_started
 from molf.job.settings.resolved import ResolvedSettings, resolve
 from molf.job.settings.settings import TrainSettings
+from molf.job.settings.sharding import check_launcher, shards
 from molf.job.settings.training_arguments import check_trackers, check_training_args
 from molf.masking import learn
 from molf.measure import read_plain_text
 from molf.paths import check_inputs_outside
-from molf.ranks import Ranks, check_alone, ranks
+from molf.ranks import Ranks, check_alone, launched_count, ranks
 from molf.shown import counted
 from molf.streams import ignoring_print_errors
 from molf.tasks import Task
@@ -131,7 +132,7 @@ def _train(
 
         # Measure the base.
         reset_peak_memory(device)
-        evaluator = Evaluator(settings, task, forgetting_text, device, reporter)
+        evaluator = Evaluator(settings, task, forgetting_text, device, reporter, opening.sharding)
         before = on_main(lambda: stages.before)
         if before is None:
             before = measured = evaluator.base(opening.base, inputs)
@@ -262,6 +263,8 @@ def checked(settings: TrainSettings, started: datetime) -> ResolvedSettings:
     learn(vars(settings))
     check_trackers(settings.report_to)
     check_training_args(settings.training_args)
+    check_launcher()
+    shards(settings.fsdp, launched_count())
     return resolve(settings, started)
 
 

@@ -85,7 +85,10 @@ class TrainedModel:
         path = self._directory / MODEL
         if not path.is_dir():
             raise FileNotFoundError(f"the saved model was deleted before it was measured: {path}")
-        return load_model(str(path), getattr(torch, self._opening.settings.dtype))
+        dtype = getattr(torch, self._opening.settings.dtype)
+        if self._opening.sharding is not None:
+            return self._opening.sharding.load(load_model, str(path), dtype)
+        return load_model(str(path), dtype)
 
     def write_card(
         self, saved: LoadedModel, after: Evaluation, saved_record: Mapping[str, Any]

@@ -7,7 +7,7 @@ import time
 import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from molf.checkpoint.states import frozen_checksums
 from molf.checkpoint.writer import Totals
 from molf.core.adamw import AdamW
 from molf.core.model.quantised import quantisation_of
-from molf.job.methods import prepare
+from molf.job.methods import Prepared, prepare
 from molf.job.model.merging import merge_trained
 from molf.job.model.quantised import Precision, load_quantised
 from molf.job.model.saving import save_adapter
@@ -35,6 +35,7 @@ from molf.job.record.routing_log import NoRoutingLog, RoutingWriter
 from molf.job.record.routing_meaning import routing_meaning, routing_shares_text
 from molf.job.record.wins import RoutingSummary, Wins
 from molf.job.settings.defaults import ADAPTERS
+from molf.job.shards import free_trained
 from molf.job.trainer.callbacks import (
     Clock,
     FidelityCallback,
@@ -151,7 +152,10 @@ def run_training(
         reporter.say("Putting in the adapter")
     precision = Precision(base.model, bf16=arguments.bf16)
     started = time.perf_counter()
-    prepared = prepare(base.model, settings, data)
+    prepared, whole = _prepared(opening)
+    frozen = _frozen_checksums(opening, whole) if settings.has_checkpoints else {}
+    if opening.sharding is not None:
+        free_trained(whole)
     clock = Clock(time.perf_counter() - started)
     wins, guard, stop = Wins(prepared.experts), StepGuard(settings), StopRequest()
     checkpoints = Checkpoints(settings, directory, opening.room, stop)
@@ -182,7 +186,7 @@ def run_training(
             wins,
             guard,
             prepared.callbacks,
-            frozen_checksums(prepared.model) if settings.has_checkpoints else {},
+            frozen,
             hash_of_examples(data.samples),
         )
         if checkpoint is None:
@@ -195,6 +199,7 @@ def run_training(
             checkpoints,
             parts,
             clock,
+            is_in_shards=opening.sharding is not None,
             model=prepared.model,
             args=arguments,
             train_dataset=Dataset.from_dict(columns),
@@ -226,12 +231,16 @@ def run_training(
     # Remove the trainer's autocast, which would affect the measurement of the merge.
     model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
     precision.restore()
-    restore_float32(trainer.optimizer)
+    if opening.sharding is not None:
+        opening.sharding.gather(model, whole, unwrapped(trainer.optimizer))
+        model = whole  # with values in rank 0 alone
+    else:
+        restore_float32(trainer.optimizer)
     if settings.state_offload and isinstance(model, PeftModel):
         model.to(arguments.device)  # the merge needs base and adapter on one device
     if (save := prepared.save_adapter) is not None:
         processes.on_main(lambda: save_adapter(save, model, settings, directory / ADAPTER))
-    plain, record = merge_trained(model, settings, data, reporter)
+    plain, record = _merged(opening, model, reporter)
     routing, config = wins.summary(), settings.method_config
     return Training(
         model=plain,
@@ -247,6 +256,41 @@ def run_training(
         merge=record,
         checkpoints=checkpoints.totals,
     )
+
+
+def _prepared(opening: Opening) -> tuple[Prepared, Any]:
+    """Return the model prepared for training, on the device, and the whole one that it is made of.
+
+    Both are the same unless the model is in shards.
+    """
+    base, settings, sharding = opening.base.model, opening.settings, opening.sharding
+    if sharding is None:
+        prepared = prepare(base, settings, opening.data)
+        return prepared, prepared.model
+    prepared = sharding.change(lambda: prepare(base, settings, opening.data))
+    cut = sharding.cut(prepared.model, bf16=bool(opening.arguments.bf16))
+    return replace(prepared, model=cut), prepared.model
+
+
+def _frozen_checksums(opening: Opening, whole: Any) -> dict[str, int]:
+    """Return the checksums of the frozen weights; those of one process for any number of shards."""
+    if opening.sharding is None:
+        return frozen_checksums(whole)
+    return opening.sharding.ranks.on_main(lambda: frozen_checksums(whole))
+
+
+def _merged(opening: Opening, model: Any, reporter: Reporter) -> tuple[Any, dict[str, Any]]:
+    """Return the plain model, of shards in rank 0 alone, and the record of the merge."""
+    if opening.sharding is None:
+        return merge_trained(model, opening.settings, opening.data, reporter)
+    merged: list[Any] = [model]
+
+    def merge() -> dict[str, Any]:
+        merged[0], record = merge_trained(model, opening.settings, opening.data, reporter)
+        return record
+
+    record = opening.sharding.ranks.on_main(merge)
+    return merged[0], record
 
 
 def _stopped(

@@ -264,4 +264,4 @@ def _run(
     lengths = [len(row) for row in rows]
     allowed = logits_batches(model, pad_id) if pads(lengths, size) else ANY
     with inference(model):
-        return for_each_batch(lengths, size, run, what, progress, allowed=allowed)
+        return for_each_batch(model, lengths, size, run, what, progress, allowed=allowed)

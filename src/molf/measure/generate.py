@@ -123,7 +123,9 @@ def generate_greedy(
         several = min(batch_size, len(contexts)) > 1
         allowed = generation_batches(model, pad_id) if several else ANY
         with inference(model):
-            done = for_each_batch(lengths, batch_size, run, "generation", progress, allowed=allowed)
+            done = for_each_batch(
+                model, lengths, batch_size, run, "generation", progress, allowed=allowed
+            )
     finally:
         inner.generation_config = own_settings
     if first_logits is not None:

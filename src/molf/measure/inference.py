@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from molf.core.storage.sharding import is_sharded
 from molf.measure.settings import Progress
-from molf.measure.sharing import everywhere, own_share
+from molf.measure.sharing import everywhere, in_step, own_share
 
 
 @contextmanager
@@ -81,6 +82,7 @@ def last_logits(model: Any, rows: Sequence[Sequence[int]], pad_id: int, keep: in
 
 
 def for_each_batch(
+    model: Any,
     lengths: Sequence[int],
     batch_size: int,
     run: Callable[[list[int]], None],
@@ -95,12 +97,24 @@ def for_each_batch(
     the start. A batch that runs out of memory is halved, and so are all later ones. `allowed`
     limits the rows of one batch; it is a constant of `molf.measure.padding`.
 
+    If several processes share one model (FSDP2), each runs as many forward passes as the others,
+    the last ones of one token and without use. Running out of memory in one then ends it, because
+    the others wait in the pass.
+
     Returns:
         The indices: all, or those of this process (`molf.measure.sharing`).
     """
     order = own_share(sorted(range(len(lengths)), key=lambda i: lengths[i], reverse=True))
     size = 1 if allowed == "single" else batch_size
-    everywhere(lambda: _run_batches(order, lengths, size, run, what, progress, allowed))
+    is_shared = any(map(is_sharded, model.parameters()))
+
+    def run_all() -> None:
+        _run_batches(order, lengths, size, run, what, progress, allowed, halves=not is_shared)
+
+    if is_shared:
+        in_step(inner_model(model), run_all, lambda: last_logits(model, [[0]], 0, keep=1))
+    else:
+        everywhere(run_all)
     return order
 
 
@@ -112,6 +126,8 @@ def _run_batches(
     what: str,
     progress: Progress | None,
     allowed: str,
+    *,
+    halves: bool,
 ) -> None:
     start = 0
     while start < len(order):
@@ -121,7 +137,7 @@ def _run_batches(
         try:
             run(batch)
         except torch.OutOfMemoryError:
-            if len(batch) == 1:
+            if len(batch) == 1 or not halves:
                 raise
             fits = False
         else:

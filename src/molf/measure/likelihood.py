@@ -79,7 +79,7 @@ def next_token_log_probs(
     lengths = [len(context) for context in contexts]
     allowed = logits_batches(model, pad_id) if pads(lengths, batch_size) else ANY
     with inference(model):
-        done = for_each_batch(lengths, batch_size, run, what, progress, allowed=allowed)
+        done = for_each_batch(model, lengths, batch_size, run, what, progress, allowed=allowed)
     return collect(found.log_probs, done)
 
 
@@ -132,6 +132,7 @@ def sequence_losses(
     allowed = logits_batches(model, pad_id) if pads(lengths, batch_size) else ANY
     with inference(model):
         done = for_each_batch(
+            model,
             lengths,
             batch_size,
             lambda batch: run([counted[position] for position in batch]),

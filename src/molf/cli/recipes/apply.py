@@ -79,7 +79,8 @@ def apply_run(app: App, commands: tuple[str, ...], arguments: ArgumentCollection
             f"are not stored. Give --{missing[0]} again, with the whole address."
         )
     known = {name: value for name, value in options.items() if name not in _OWN}
-    split_again(known, stored_processes(path), launched_count())
+    keeps_size = "per_device_train_batch_size" in given
+    split_again(known, stored_processes(path), launched_count(), keeps_size=keeps_size)
     given_by(path / "config.yaml", known)(app, commands, arguments)
 
 

@@ -11,7 +11,9 @@ from molf.errors import InputError
 from molf.inputs import memory_bytes
 from molf.job.methods.base import find_adapted_layers
 from molf.job.settings.resolved import ResolvedSettings
+from molf.job.settings.sharding import shards
 from molf.planning.devices import show_bytes
+from molf.ranks import launched_count
 
 _NUMBER = 4  # bytes of a float32
 _MOMENTS = {"float32": 2 * _NUMBER, "8bit": 2}
@@ -37,6 +39,8 @@ def check_factors(skeleton: Any, settings: ResolvedSettings, device: torch.devic
     numbers = sum(layer.lora_parameters(rank) for layer in layers for rank in config.ranks)
     # The factors are float32 for all types of weights.
     needed = numbers * (_NUMBER + _MOMENTS[settings.state_dtype])
+    if device.type == "cuda":  # each process has one
+        needed //= shards(settings.fsdp, launched_count())
     there = _memory_of(device)
     # The total, not the free memory: other processes may end before the training starts.
     if there is not None and needed > there:

@@ -74,7 +74,9 @@ def load_skeleton(model: str) -> Any:
         raise not_loaded(model, error) from error
 
 
-def load_model(model: str, dtype: torch.dtype = torch.float32) -> LoadedModel:
+def load_model(
+    model: str, dtype: torch.dtype = torch.float32, *, without_values: bool = False
+) -> LoadedModel:
     """Load a complete model that generates text, and its tokenizer.
 
     The class is the one named by the checkpoint, so a multimodal model keeps all its towers. Only
@@ -83,6 +85,7 @@ def load_model(model: str, dtype: torch.dtype = torch.float32) -> LoadedModel:
     Args:
         model: A directory or a Hub id.
         dtype: The type to load the weights in.
+        without_values: Leave the weights on the meta device; the files are checked alike.
 
     Raises:
         InputError: The model is missing or not supported, lacks weights, or has unknown ones.
@@ -112,6 +115,7 @@ def load_model(model: str, dtype: torch.dtype = torch.float32) -> LoadedModel:
                 use_safetensors=True,
                 output_loading_info=True,  # names of missing, unused and mismatched tensors
                 ignore_mismatched_sizes=True,  # reported by name in check_whole
+                **({"device_map": "meta"} if without_values else {}),
             )
     # Not wrong input: the model may fit another machine.
     except (torch.OutOfMemoryError, MemoryError):

@@ -15,6 +15,7 @@ from molf.errors import InputError
 from molf.job.record.finished_run import read_run
 from molf.job.record.ownership import CHECKPOINTS, CONFIG, EVALUATION
 from molf.job.settings.resolved import ResolvedSettings
+from molf.job.settings.sharding import fitting
 from molf.masking import mask
 from molf.ranks import launched_count
 
@@ -45,7 +46,8 @@ _FREE = frozenset(
         "on_save_error",
         "logging_steps",
         "report_to",
-        # How the device computes the same.
+        # How the devices compute the same.
+        "fsdp",
         "kernels",
         "state_offload",
         "gradient_checkpointing",
@@ -87,15 +89,27 @@ def stored_processes(path: Path) -> int:
     return int(read_run(path).config["run"].get(PROCESSES, 1))
 
 
-def split_again(options: dict[str, Any], before: int, now: int) -> None:
-    """Change the forward passes per step of a run for another number of processes, in place.
+def split_again(
+    options: dict[str, Any], before: int, now: int, *, keeps_size: bool = False
+) -> None:
+    """Change the split of a run's steps, and its shards, for another number of processes, in place.
 
-    An optimizer step keeps its examples. If these cannot be split evenly, nothing is changed.
+    An optimizer step keeps its examples. The forward passes change, and their size only if the
+    passes do not divide by the processes. If the examples do not either, no split is changed.
+
+    Args:
+        options: Those of the run.
+        before: Number of processes of the run.
+        now: Number of processes.
+        keeps_size: Do not change the size, because it is given.
     """
-    name = "gradient_accumulation_steps"
-    passes = int(options[name]) * before
-    if passes % now == 0:
-        options[name] = passes // now
+    size, passes = (int(options[name]) for name in _BATCH)
+    share, rest = divmod(size * passes * before, now)
+    if passes * before % now and not keeps_size:
+        size = max(one for one in range(1, size + 1) if share % one == 0)
+    if not rest and share % size == 0:
+        options |= dict(zip(_BATCH, (size, share // size), strict=True))
+    options["fsdp"] = fitting(options.get("fsdp"), now)
 
 
 def masked_options(options: Mapping[str, Any]) -> list[str]:

@@ -88,8 +88,9 @@ class ResolvedSettings(TrainSettings):
     @property
     def keeps_models(self) -> bool:
         """Whether a checkpoint also holds the model in the format of transformers or PEFT."""
-        # Only one that stays in the run; a model cannot be written in the background.
-        return self.save_steps is not None and not self.async_save
+        # Only one that stays in the run. A model cannot be written in the background, nor by one
+        # process that has a part of it.
+        return self.save_steps is not None and not self.async_save and self.fsdp is None
 
     @property
     def kept_checkpoints(self) -> int | None:

@@ -46,6 +46,7 @@ from molf.job.settings.ranges import (
     SHARE,
     check_ranges,
 )
+from molf.job.settings.sharding import check_sharded
 from molf.planning.workload import QUANTISATIONS
 from molf.ranks import launched_count
 from molf.tasks import EVAL_PARTS, TASKS, VALIDATION_SHARE, TaskOptions, check_task
@@ -176,6 +177,8 @@ class TrainSettings:
     """Keep the optimizer's state in host memory, on the GPU layer by layer (not run on one yet)."""
     kernels: Annotated[str, Parameter(choices=KERNELS, group=OPTIMIZATION)] = "eager"
     """triton: the steps of fft and molf by Triton kernels (CUDA; not run on a GPU yet)."""
+    fsdp: Annotated[str | None, Parameter(group=OPTIMIZATION, show_default="DDP")] = None
+    """Several processes: cut the model into N shards (FSDP2; HSDP if there are more), or all."""
     learning_rate: Annotated[
         float | None, Parameter(group=OPTIMIZATION, show_default=_AUTO), POSITIVE
     ] = None
@@ -328,6 +331,7 @@ class TrainSettings:
         if self.keep_low_halves:
             self._check_low_halves()
         self._check_quantised()
+        check_sharded(self)
         check_task(self.task_options)
         self.method_config  # noqa: B018 (raises where the method's own settings are wrong)
 
@@ -347,6 +351,7 @@ class TrainSettings:
                     "max_grad_norm": self.max_grad_norm,
                     "float32_weights": self.dtype == "float32",
                     "processes": launched_count(),
+                    "shards": self.fsdp,
                     "adapter_of": self._adapter_of() if self.kernels == "triton" else None,
                     **self._score_exclusions(),
                 }

@@ -49,7 +49,7 @@ _CONTROLLED = frozenset(
     }
 )
 _TOKENIZER = "the model's tokenizer brings its own"
-_ONE_PROCESS = "molf train runs in one process on one device"
+_DEVICES = "molf train divides the model itself: start several processes, and give --fsdp"
 _IMPOSSIBLE = {
     "auto_find_batch_size": (
         "it changes the batch, and so the number of steps, while the schedule runs; give "
@@ -60,10 +60,10 @@ _IMPOSSIBLE = {
     "eos_token": _TOKENIZER,
     "pad_token": _TOKENIZER,
     "chat_template_path": _TOKENIZER,
-    "fsdp": _ONE_PROCESS,
-    "fsdp_config": _ONE_PROCESS,
-    "deepspeed": _ONE_PROCESS,
-    "parallelism_config": _ONE_PROCESS,
+    "fsdp": _DEVICES,
+    "fsdp_config": _DEVICES,
+    "deepspeed": _DEVICES,
+    "parallelism_config": _DEVICES,
 }
 _REFUSED = _CONTROLLED | set(_IMPOSSIBLE)
 _OPTIONS = frozenset(option.name for option in fields(TrainSettings))

@@ -17,6 +17,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from molf.core.adamw import AdamW
 from molf.core.step.guard import NonFiniteError
+from molf.core.storage.sharding import is_sharded, local_part, whole_number
 from molf.job.record.result import RunError
 from molf.job.settings.defaults import ADAPTERS
 from molf.job.settings.resolved import ResolvedSettings
@@ -88,7 +89,7 @@ class StepGuard(TrainerCallback):
         """
         parameters = list(parameters)
         gradients = [p.grad for p in parameters if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients, norm_type)
+        norm = whole_number(torch.nn.utils.get_total_norm(gradients, norm_type))
         if max_norm < math.inf:
             # torch would multiply all gradients by NaN, which hides the bad parameter.
             known = torch.where(norm.isfinite(), norm, 0.0)
@@ -283,12 +284,21 @@ def nonfinite_weights(model: nn.Module) -> list[str]:
 
 
 def _not_finite(tensors: Iterable[tuple[str, Tensor | None]]) -> list[str]:
-    """Return the names of the tensors with infinity or NaN."""
+    """Return the names of the tensors with infinity or NaN; of shards, those of all processes."""
+    listed = [(name, tensor) for name, tensor in tensors if tensor is not None]
+    bad = _not_finite_here((name, local_part(tensor)) for name, tensor in listed)
+    if not any(is_sharded(tensor) for _, tensor in listed):
+        return bad
+    everywhere = {name for part in ranks().gather(bad) for name in part}
+    return [name for name, _ in listed if name in everywhere]
+
+
+def _not_finite_here(tensors: Iterable[tuple[str, Tensor]]) -> list[str]:
     # By minimum and maximum: `isfinite` would allocate a mask of the tensor's size.
     extremes = [
         (name, torch.stack(torch.aminmax(tensor)).float())
         for name, tensor in tensors
-        if tensor is not None and tensor.numel()
+        if tensor.numel()
     ]
     return [name for name, pair in extremes if not pair.isfinite().all()]
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from molf.checkpoint.store import read_values
 from molf.checkpoint.writer import Snapshot
 from molf.core.model.groups import NOT_SAVED
 from molf.core.step.guard import NonFiniteError
+from molf.core.storage.sharding import is_sharded
 from molf.job.memory import memory_figures
 from molf.job.methods import Prepared
 from molf.job.model.loading import LoadedModel
@@ -57,6 +59,8 @@ class Trainer(SFTTrainer):
         checkpoints: Checkpoints,
         parts: RunParts,
         clock: Clock,
+        *,
+        is_in_shards: bool = False,
         **kwargs: Any,
     ) -> None:
         self.base = base
@@ -68,6 +72,7 @@ class Trainer(SFTTrainer):
         self.clock = clock
         model = prepared.model
         trained = {p: p.data for p in model.parameters() if p.requires_grad}
+        self._is_sharded = is_in_shards
         super().__init__(**kwargs)
         for parameter, data in trained.items():
             # Beside a quantised base, TRL rounds trained parameters to bfloat16, which loses small
@@ -75,6 +80,12 @@ class Trainer(SFTTrainer):
             if parameter.dtype != data.dtype:
                 parameter.data = data.to(parameter.device)
         self.accelerator.clip_grad_norm_ = guard.clip
+        if self._is_sharded:
+            # Only autocast: fully_shard moves values and sums gradients itself, and accelerate
+            # would put DDP around the model.
+            self.accelerator.prepare_model = partial(
+                self.accelerator.prepare_model, evaluation_mode=True
+            )
         self._is_blank = False  # whether the micro-batch has blank rows alone
         if ranks().count > 1:
             collate: Any = self.data_collator  # type: ignore[has-type]
@@ -86,6 +97,10 @@ class Trainer(SFTTrainer):
         """Return a number of all processes, [count]; 0 for those with blank rows alone."""
         found: Tensor = self.accelerator.gather(number * (not self._is_blank))
         return found
+
+    def _move_model_to_device(self, model: Any, device: torch.device) -> None:
+        if not self._is_sharded:
+            super()._move_model_to_device(model, device)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         """Return the order of the examples; of several processes, with the blank rows."""
@@ -110,7 +125,12 @@ class Trainer(SFTTrainer):
         """Create the optimizer, without its warning about checkpoints, which `_save` resolves."""
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=f".*{NOT_SAVED}")
-            return super().create_optimizer(*args, **kwargs)
+            optimizer = super().create_optimizer(*args, **kwargs)
+        held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        if self._is_sharded and not all(map(is_sharded, held)):
+            # A library that puts whole weights in their place would train without sharding.
+            raise RuntimeError("The trainer's optimizer has parameters that are not in shards.")
+        return optimizer
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         """Save a checkpoint; if it cannot be written, warn and continue."""

@@ -1,0 +1,98 @@
+"""The option `fsdp`: the number of processes that share one model, and its limits."""
+
+from __future__ import annotations
+
+import os
+import re
+from typing import Any
+
+from molf.errors import InputError
+
+ALL = "all"
+
+METHODS = ("fft", "molf", "molf-e", "hybrid", "lora", "lora+", "dora")
+"""Methods whose model and optimizer may be sharded."""
+
+_NUMBER = re.compile(r"[1-9][0-9]{0,8}")
+
+
+def check_sharded(settings: Any) -> None:
+    """Check the option and the options beside it.
+
+    Args:
+        settings: `TrainSettings`, whose file imports this one.
+
+    Raises:
+        InputError: The value is not allowed, or not with this method or a quantised base.
+    """
+    given = settings.fsdp
+    if given is None:
+        return
+    if given != ALL and (not _NUMBER.fullmatch(given) or int(given) < 2):
+        raise InputError(
+            f"Invalid fsdp={given}. Must be a number of processes of at least 2, or {ALL}."
+        )
+    if settings.method not in METHODS:
+        raise InputError(
+            f"Invalid fsdp={given} with method={settings.method}. Must be one of "
+            f"{', '.join(METHODS)}. Leave fsdp out: each process then has a whole model (DDP)."
+        )
+    if settings.quantised is not None:
+        raise not_quantised(given, settings.quantised)
+
+
+def not_quantised(given: str, base: str) -> InputError:
+    """Return the error for a quantised base."""
+    return InputError(
+        f"Invalid fsdp={given} with {base}: the packed weights of a quantised base cannot be cut "
+        "into rows. Leave one of the two out."
+    )
+
+
+def shards(given: str | None, processes: int) -> int:
+    """Return the number of processes that share one model; 1 if each has a whole one.
+
+    Args:
+        given: The option.
+        processes: Number of processes.
+
+    Raises:
+        InputError: The number of processes is no multiple of it.
+    """
+    if given is None:
+        return 1
+    if processes == 1:
+        raise InputError(
+            f"Invalid fsdp={given} with one process. Start several (torchrun --nproc_per_node N "
+            "-m molf train ...), or leave fsdp out."
+        )
+    count = processes if given == ALL else int(given)
+    if processes % count:
+        raise InputError(
+            f"Invalid fsdp={given} with {processes} processes: each replica of the model has "
+            f"{given}. Must divide {processes}, or be {ALL}."
+        )
+    return count
+
+
+def check_launcher() -> None:
+    """Check that the launcher was not asked to divide the model in its own way.
+
+    Raises:
+        InputError: It was, by `accelerate launch` or its configuration.
+    """
+    for name in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
+        variable = f"ACCELERATE_USE_{name}"
+        if os.environ.get(variable, "").lower() in ("1", "true", "yes"):
+            raise InputError(
+                f"Invalid {variable}={os.environ[variable]} (accelerate launch --use_"
+                f"{name.lower()}, or its configuration): molf train divides the model itself. "
+                "Launch with --multi_gpu alone, and give --fsdp to molf train."
+            )
+
+
+def fitting(given: str | None, processes: int) -> str | None:
+    """Return the option of a run for another number of processes, as near as possible."""
+    if given is None or processes == 1:
+        return None
+    return given if given == ALL or processes % int(given) == 0 else ALL
