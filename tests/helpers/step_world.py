@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -47,7 +48,7 @@ def run(rank: int, folder: str) -> None:
     dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
     mesh = init_device_mesh("cpu", (2,))
     found: dict[str, Any] = {}
-    with split_over(connect()):
+    with split_over(connect(timedelta(minutes=2))):
         for scenario in (different_numbers, failing_between, failing_within):
             model = Model()
             fully_shard(model.first, mesh=mesh)
