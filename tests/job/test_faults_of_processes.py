@@ -71,6 +71,7 @@ def last_lines(ended):
     return [line.replace(f"error: rank {rank}: ", "error: ") for rank, line in enumerate(lines)]
 
 
+SLOW_KINDS = (("fft",), ("molf", "--fsdp", "all"))
 METHODS = ["molf", pytest.param("fft", marks=pytest.mark.slow)]  # fft: torch's optimizer
 
 
@@ -86,12 +87,16 @@ def test_gradient_of_one_process_that_is_not_finite_stops_all(launch, command, t
     assert [entry["step"] for entry in logged(tmp_path / "out")] == [1]
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    "kind",
+    [("molf",), *(pytest.param(x, marks=pytest.mark.slow) for x in SLOW_KINDS)],
+    ids=" ".join,
+)
 def test_steps_of_one_process_that_are_not_finite_are_skipped_by_all(
-    launch, command, tmp_path, method
+    launch, command, tmp_path, kind
 ):
     """Weights and states of the processes would differ otherwise, and the winners with them."""
-    given = command("--method", method, "--nonfinite", "skip")
+    given = command("--method", *kind, "--nonfinite", "skip")
     faults = {0: partial(spoil, {3: "loss"}), 1: partial(spoil, {2: "gradient"})}
     main, _ = launch.to_the_end(given, before=faults)
     assert "Step 2 of 4 is skipped: Non-finite gradient in model.embed_tokens" in main.errors
@@ -136,14 +141,22 @@ def test_killed_process_of_four_ends_three(launch, command):
     assert [len(ended[rank].errors.splitlines()) for rank in (1, 3)] == [1, 1]
 
 
-def test_process_that_cannot_write_its_part_of_a_checkpoint(launch, command, tmp_path):
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [
+        ((), "the disk is full"),
+        pytest.param(("--fsdp", "all"), "a file of it was cut short", marks=pytest.mark.slow),
+    ],
+    ids=["ddp", "fsdp"],
+)
+def test_process_that_cannot_write_its_part_of_a_checkpoint(
+    launch, command, tmp_path, kind, reason
+):
     """All leave it out, and write the next one."""
     faults = {1: partial(limit_files, 2, 3)}
-    main, other = launch.to_the_end(command("--save_steps", "1"), before=faults)
-    assert (
-        "warning: The checkpoint of step 2 was not written: the disk is full. That of step 1 is "
-        "whole. Training continues, and molf tries to write the next checkpoint." in main.errors
-    )
+    main, other = launch.to_the_end(command("--save_steps", "1", *kind), before=faults)
+    assert f"warning: The checkpoint of step 2 was not written: {reason}" in main.errors
+    assert "That of step 1 is whole. Training continues, and molf tries" in main.errors
     assert other.errors == ""
     steps = [step for step, _ in complete_checkpoints(tmp_path / "out" / "checkpoints")]
     assert steps == [1, 3, 4]

@@ -274,6 +274,13 @@ def test_traffic_of_several_machines(config_alone, capsys):
     assert "8 GPUs on 2 machines: fully_shard (FSDP2) divides weights" in printed
     assert "(3 forward passes; decoder layers are gathered twice in each" in printed
     assert "if lora wins everywhere" in printed
+    # HSDP: two replicas of four shards.
+    assert main([*given, "--fsdp", "4", "--json"]) == 0
+    replicas = json.loads(capsys.readouterr().out)
+    assert (replicas["traffic"]["gpus"], replicas["traffic"]["shards"]) == (8, 4)
+    assert replicas["bytes"]["weights"] == pytest.approx(2 * plan["bytes"]["weights"], abs=1)
+    assert main([*given, "--fsdp", "3"]) == 2
+    assert "Invalid fsdp=3 with 8 processes" in capsys.readouterr().err
     assert main(["plan", "--model", str(config_alone), "--num_nodes", "0", *COMMON]) == 2
     assert "Invalid num_nodes=0. Must be at least 1" in capsys.readouterr().err
 

@@ -21,7 +21,7 @@ _COMMON = frozenset({
     "learning_rate", "lora_learning_rate", "num_train_epochs", "max_steps",
     "per_device_train_batch_size", "gradient_accumulation_steps", "max_length", "dtype",
     "load_in_4bit", "gradient_checkpointing", "seed", "output_dir", "overwrite", "resume",
-    "dry_run", "steps", "json", "num_gpus", "help",
+    "dry_run", "steps", "json", "num_gpus", "num_nodes", "help",
 })
 # fmt: on
 EXAMPLES = {

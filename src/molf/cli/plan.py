@@ -12,6 +12,7 @@ from cyclopts import Parameter
 
 from molf.errors import InputError
 from molf.job.settings.settings import DATA, MODEL, OUTPUT, TrainSettings
+from molf.job.settings.sharding import shards
 from molf.masking import learn, mask
 from molf.planning.workload import DEVICES, why_not_planned
 
@@ -33,7 +34,8 @@ def plan_model(
         settings: The options of `molf train`; those that change no memory have no effect.
         config: A YAML file of these options, or a recipe by name; the command line has precedence.
         device: Kind of device of the training.
-        num_gpus: GPUs of each machine. All share weights, gradients and optimizer state (FSDP2).
+        num_gpus: GPUs of each machine. All share weights, gradients and optimizer state (FSDP2);
+            with --fsdp N, each N of them.
         num_nodes: Machines.
         json: Print the plan as JSON, sizes in bytes.
     """
@@ -46,6 +48,8 @@ def plan_model(
             raise InputError(f"Invalid {name}={count}. Must be at least 1 and below {_MOST}.")
     # The model may be an address with a token, which the plan repeats.
     learn(vars(settings))
+    gpus = num_gpus * num_nodes
+    shared_by = shards(settings.fsdp, gpus) if gpus > 1 else 1
     # Before the model is looked up, which may need the network.
     if reason := why_not_planned(settings.method, settings.kernels):
         raise InputError(reason)
@@ -79,6 +83,7 @@ def plan_model(
             quantised=planned_quantisation(model, resolved),
             num_gpus=num_gpus,
             num_nodes=num_nodes,
+            shards=0 if settings.fsdp is None else shared_by,
         )
         plan = plan_training(
             settings.model or resolved.model,

@@ -157,15 +157,15 @@ def _traffic(traffic: Traffic, workload: Workload) -> list[str]:
     from molf.planning.traffic import FLOPS, SHARE  # imports torch
 
     nodes = f" on {workload.num_nodes} machines" if workload.num_nodes > 1 else ""
+    passes = "1 forward pass" if workload.passes == 1 else f"{workload.passes} forward passes"
     replicas = traffic.gpus // traffic.shards
     groups = f" in {replicas} replicas of {traffic.shards}" if replicas > 1 else ""
     lines = [
         f"{traffic.gpus} GPUs{nodes}{groups}: fully_shard (FSDP2) divides weights, gradients and "
-        "optimizer state; activations are those of each GPU's own batch; embeddings, head and two "
-        "decoder layers are whole. Calculated, not measured.",
+        "optimizer state; activations are those of each GPU's own batch; embeddings, head, two "
+        "decoder layers and gradients of one are whole. Calculated, not measured.",
         f"Each GPU sends {show_gigabytes(traffic.fsdp)} per step for FSDP2 "
-        f"({workload.passes} forward passes; decoder layers are gathered twice in each, gradients "
-        "reduced once).",
+        f"({passes}; decoder layers are gathered twice in each, gradients reduced once).",
     ]
     if not traffic.optimizer:
         return lines

@@ -18,6 +18,8 @@ from molf.planning.traffic import buffer_bytes
 from molf.planning.trainable import find_reach_of
 from molf.planning.workload import Workload
 
+_OUTSIDE = ("embeddings", "head")  # parts outside of decoder layers; norms there are small
+
 
 @dataclass(frozen=True)
 class MemoryPlan:
@@ -169,13 +171,17 @@ def _sharded(plan: MemoryPlan, shape: ModelShape, workload: Workload) -> MemoryP
     # own rows; the far LoRA factors are cut like all state.
     split = ("weights", "gradients", "moments", "factors", "pass_gradients", "transient", "host")
     parts = {name: -(-getattr(plan, name) // devices) for name in split}
-    # Whole on each device are the modules outside of decoder layers, one decoder layer and the
-    # next one, which is gathered ahead; gradients of a layer as they are made, and in the buffer
-    # that reduces them. A mixed-precision policy gathers in bfloat16 and reduces in float32.
+    # Whole on each device are the modules outside of decoder layers and their gradients, one layer
+    # with its gradients, and the next layer, which is gathered ahead; beside them the buffer that
+    # reduces gradients, of a layer or, at the end, of the rest. A mixed-precision policy gathers in
+    # bfloat16 and reduces in float32.
     is_mixed = workload.bf16 and workload.dtype == "float32"
-    whole = shape.outside_bytes + 2 * shape.layer_bytes
-    trained = min(shape.trained / shape.parameters, 1.0) * shape.layer_bytes
-    gathered = (whole + trained) * (0.5 if is_mixed else 1.0) + trained
+    layer = shape.layer_bytes * min(shape.trained / shape.parameters, 1.0)
+    rest = shape.outside_bytes * shape.trained_share(_OUTSIDE)
+    whole = shape.outside_bytes + rest
+    in_layers, at_the_end = whole + 2 * shape.layer_bytes + layer, whole
+    factor = 0.5 if is_mixed else 1.0
+    gathered = max(factor * in_layers + layer, factor * at_the_end + rest)
     exchanged = 0
     if shape.routed and workload.config is not None:
         exchanged = buffer_bytes(shape.routed, workload.config.ranks, devices)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,6 +72,12 @@ class ModelShape:
     outside: int
     routed: tuple[RoutedShape, ...]
     trained_tensors: int
+
+    def trained_share(self, names: Iterable[str]) -> float:
+        """Return the share of the parameters of some parts that are trained."""
+        parts = [part for part in self.parts if part.name in names]
+        total = sum(part.parameters for part in parts)
+        return sum(part.trained for part in parts) / total if total else 0.0
 
 
 def describe_model(config: Any, workload: Workload) -> ModelShape:

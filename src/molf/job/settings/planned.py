@@ -25,6 +25,7 @@ def workload_of(
     quantised: str | None,
     num_gpus: int = 1,
     num_nodes: int = 1,
+    shards: int = 0,
 ) -> Workload:
     """Return the workload of a training for `molf.planning`.
 
@@ -34,8 +35,9 @@ def workload_of(
         padded: Whether a batch holds examples of different lengths.
         device: `cuda` or `cpu`.
         quantised: `load_in_4bit`, `load_in_8bit` or None.
-        num_gpus: Devices of each machine; all share weights, gradients and state.
+        num_gpus: Devices of each machine.
         num_nodes: Machines.
+        shards: Devices that share weights, gradients and state; 0 for all.
 
     Raises:
         InputError: The options exclude each other.
@@ -54,6 +56,7 @@ def workload_of(
         padded=padded,
         num_gpus=num_gpus,
         num_nodes=num_nodes,
+        shards=shards,
         quantised=quantised,
         assignment=settings.assigned,
         lora_dropout=float(settings.lora_dropout or 0.0) if settings.assigned else 0.0,

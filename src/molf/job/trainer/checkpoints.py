@@ -171,6 +171,8 @@ class Checkpoints(TrainerCallback):
             if not _cannot_write(cause):
                 raise cause from None
             reason = "the disk is full" if is_disk_full(cause) else reason_of(cause)
+            if _is_torchs(cause):  # its writer leaves the system's reason out
+                reason = "a file of it was cut short (full disk, quota or size limit)"
             self._miss(failed.step, reason, cause)
 
     def _miss(self, step: int, reason: str, cause: Exception | None = None) -> None:
@@ -193,4 +195,9 @@ def _cannot_write(error: Exception) -> bool:
         return True
     if "(os error " in str(error):  # tokenizers raises a plain Exception
         return True
+    return _is_torchs(error)
+
+
+def _is_torchs(error: Exception) -> bool:
+    """Return whether torch's own writer of files has failed."""
     return isinstance(error, RuntimeError) and any(x in str(error) for x in _TORCH_CANNOT_WRITE)
