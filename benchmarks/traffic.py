@@ -219,7 +219,8 @@ def count_model(mesh: Any, config: Any, method: str, ranks: tuple[int, ...]) -> 
     """
     settings = molf.MoLFConfig(ranks=ranks, score="full" if method == "molf" else "epd")
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config)
+    # A configuration keeps the type of the last model that was made of it.
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     if method == "molf-e":
         settings = molf.MoLFConfig(ranks=ranks, freeze_base=True)
         model = molf.with_adapter(model, settings)

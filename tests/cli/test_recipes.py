@@ -177,8 +177,14 @@ def test_cell_is_valid_and_leaves_method_rates_and_seed_to_the_study(name, capsy
     assert f"`{name}`" in (DOCS / "cells.md").read_text()
 
 
-@pytest.mark.parametrize("name", CELLS)
-@pytest.mark.parametrize("part", [pytest.param("validation", marks=pytest.mark.slow), "test"])
+@pytest.mark.parametrize(
+    ("name", "part"),
+    [
+        pytest.param(name, part, marks=[pytest.mark.slow] * ((name, part) != (CELLS[0], "test")))
+        for name in CELLS
+        for part in ("validation", "test")
+    ],
+)
 def test_cell_runs_with_other_methods(name, part, tmp_path):
     short = ["--max_steps", "1", "--max_eval_samples", "5", "--max_samples", "16"]
     given = ["--method", "lora", "--eval_part", part, "--output_dir", str(tmp_path / "run")]
@@ -192,7 +198,7 @@ def test_at_most_eight_cells_span_both_parts_of_the_question():
 @pytest.mark.parametrize(
     "name",
     [
-        pytest.param(name, marks=[pytest.mark.slow] * name.endswith(("-fft", "-molf-e")))
+        pytest.param(name, marks=[pytest.mark.slow] * name.endswith(("-fft", "-lora", "-molf-e")))
         for name in DEMOS
     ],
 )

@@ -50,6 +50,7 @@ def test_a_target_that_is_missing_or_ambiguous_is_an_error(script, target, times
         script.find(target)
 
 
+@pytest.mark.slow
 def test_one_fault_is_caught():
     """In a process of its own: here the tests' helpers hold the functions already."""
     command = [sys.executable, SCRIPTS / "planted_faults.py", "ties go to the highest index"]

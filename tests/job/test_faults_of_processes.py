@@ -23,6 +23,9 @@ CHECKPOINTS = ("--save_steps", "2")
 LOST = "molf: error: The connection to another process is lost: it has ended."
 
 
+pytestmark = pytest.mark.slow
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("faults")
@@ -71,8 +74,8 @@ def last_lines(ended):
     return [line.replace(f"error: rank {rank}: ", "error: ") for rank, line in enumerate(lines)]
 
 
-SLOW_KINDS = (("fft",), ("molf", "--fsdp", "all"))
-METHODS = ["molf", pytest.param("fft", marks=pytest.mark.slow)]  # fft: torch's optimizer
+MORE_KINDS = (("fft",), ("molf", "--fsdp", "all"))
+METHODS = ["molf", "fft"]  # fft: torch's optimizer
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -89,7 +92,7 @@ def test_gradient_of_one_process_that_is_not_finite_stops_all(launch, command, t
 
 @pytest.mark.parametrize(
     "kind",
-    [("molf",), *(pytest.param(x, marks=pytest.mark.slow) for x in SLOW_KINDS)],
+    [("molf",), *MORE_KINDS],
     ids=" ".join,
 )
 def test_steps_of_one_process_that_are_not_finite_are_skipped_by_all(
@@ -118,7 +121,6 @@ def test_killed_worker_of_the_data_loader_ends_all(launch, command, tmp_path):
     assert steps == [1, 2]
 
 
-@pytest.mark.slow
 def test_process_that_hangs_ends_the_others_after_the_timeout(launch, command):
     given = command("--training_args.ddp_timeout", "3")
     main, other = launch(given, at=(1, ("step", 2, signal.SIGSTOP)), patience=1)
@@ -131,7 +133,6 @@ def test_process_that_hangs_ends_the_others_after_the_timeout(launch, command):
     )
 
 
-@pytest.mark.slow
 def test_killed_process_of_four_ends_three(launch, command):
     given = command(size=1)
     ended = launch(given, 4, at=(2, ("step", 2)))
@@ -145,7 +146,7 @@ def test_killed_process_of_four_ends_three(launch, command):
     ("kind", "reason"),
     [
         ((), "the disk is full"),
-        pytest.param(("--fsdp", "all"), "a file of it was cut short", marks=pytest.mark.slow),
+        (("--fsdp", "all"), "a file of it was cut short"),
     ],
     ids=["ddp", "fsdp"],
 )
@@ -174,7 +175,6 @@ def disk(tmp_path):
     subprocess.run(["umount", "-l", str(path)], check=True)
 
 
-@pytest.mark.slow
 def test_full_disk_of_several_processes(launch, command, disk):
     faults = {0: partial(fill_disk, disk, 2, 4)}
     given = command("--save_steps", "1", out=disk / "out")
@@ -222,7 +222,6 @@ def whole(launch, command_of, folder):
     return path
 
 
-@pytest.mark.slow
 def test_truncated_checkpoint_of_several_processes(launch, command_of, tmp_path, whole):
     path = tmp_path / "out"
     given = command_of(*CHECKPOINTS, "--resume", out=path, steps=8)
@@ -237,7 +236,6 @@ def test_truncated_checkpoint_of_several_processes(launch, command_of, tmp_path,
     assert_same_runs(whole, path)
 
 
-@pytest.mark.slow
 def test_torchrun_restarts_and_the_result_is_the_same(command_of, tmp_path, whole):
     path = tmp_path / "out"
     given = command_of(*CHECKPOINTS, "--resume", out=path, steps=8)

@@ -92,6 +92,7 @@ def test_the_model_loads_with_transformers_alone(two):
         assert torch.equal(own[name], weight), name
 
 
+@pytest.mark.slow
 def test_killed_shards_are_resumed_to_the_same_bits(launch, command, folder, two):
     path = folder / "killed"
     given = [*command(path, 5, 1, "--fsdp", "2"), "--resume"]
@@ -102,6 +103,7 @@ def test_killed_shards_are_resumed_to_the_same_bits(launch, command, folder, two
     assert_same_runs(two[0], path)
 
 
+@pytest.mark.slow
 def test_shards_are_resumed_in_one_process_and_the_reverse(launch, command, folder, one):
     path = folder / "to one"
     ended = launch(command(path, 5, 1, "--fsdp", "all"), at=(1, ("step", 3, signal.SIGTERM)))
@@ -117,6 +119,7 @@ def test_shards_are_resumed_in_one_process_and_the_reverse(launch, command, fold
     assert yaml.safe_load((path / "config.yaml").read_text())["fsdp"] == "all"
 
 
+@pytest.mark.slow
 def test_refusals_in_one_line_each(launch, command, folder, monkeypatch, capsys):
     path = folder / "new"
     for further, said in (

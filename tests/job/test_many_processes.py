@@ -64,6 +64,7 @@ def test_two_processes_train_as_one(one, two):
     assert (other.output, other.errors) == ("", "")
 
 
+@pytest.mark.slow
 def test_killed_process_ends_the_others_and_the_run_is_resumed(launch, command, folder, two):
     """As `torchrun --max-restarts` does: the same command again."""
     path = folder / "killed"
@@ -80,6 +81,7 @@ def test_killed_process_ends_the_others_and_the_run_is_resumed(launch, command, 
     assert_same_runs(two[0], path)
 
 
+@pytest.mark.slow
 def test_signal_to_one_process_stops_all_and_another_number_continues(launch, command, folder, one):
     path = folder / "stopped"
     given = command(path, 5, 1)
@@ -96,6 +98,7 @@ def test_signal_to_one_process_stops_all_and_another_number_continues(launch, co
     assert_near_runs(one, path)
 
 
+@pytest.mark.slow
 def test_refusals_in_one_line_each(launch, command, folder, two):
     path, _ = two
     for given, said in (

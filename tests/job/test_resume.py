@@ -95,6 +95,7 @@ def test_hybrid_goes_on_with_the_assignment_that_it_began_with(runs, workplace, 
     assert (left / name).read_text() == (path / name).read_text()
 
 
+@pytest.mark.slow
 def test_checkpoints_in_the_background_are_the_same(runs, alone, workplace):
     path = workplace / "background"
     given = runs.command(path, "--async_save", "--save_total_limit", "2")

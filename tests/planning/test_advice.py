@@ -60,6 +60,7 @@ def test_single_changes_come_first(planner, workload):
         assert suggestion.peak == planner.memory(suggestion.workload).peak < peak
 
 
+@pytest.mark.slow
 def test_the_least_change_of_an_option(planner, workload):
     """The batch is halved as often as needed and not once more."""
     peaks = {
@@ -84,6 +85,7 @@ def test_changes_together(planner):
     assert all(s.changes[0] == "--gradient_checkpointing" and s.peak <= room for s in others)
 
 
+@pytest.mark.slow
 def test_a_frozen_base(tiny):
     wide = type(tiny)(**{**tiny.to_dict(), "hidden_size": 512, "intermediate_size": 2048})
     config = method_config("molf", ranks=(8,), target_modules=MODULES)

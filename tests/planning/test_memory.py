@@ -34,7 +34,10 @@ def make(method, **options):
     [
         {},
         {"checkpointing": True},
-        {"batch_size": 1, "length": 16, "accumulates": True, "padded": False},
+        pytest.param(
+            {"batch_size": 1, "length": 16, "accumulates": True, "padded": False},
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=["kept", "checkpointing", "accumulating"],
 )

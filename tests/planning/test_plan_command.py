@@ -313,11 +313,16 @@ def test_table_says_what_would_fit(tmp_path, capsys):
         ("lora", ""),
         ("molf", ""),
         ("molf-e", ""),
-        ("fft", "--dtype bfloat16"),
         ("molf", "--dtype bfloat16"),
-        ("molf", "--state_dtype 8bit"),
-        ("fft", "--optimizer_in_backward"),
-        ("molf-e", "--load_in_4bit"),
+        *(
+            pytest.param(*given, marks=pytest.mark.slow)
+            for given in (
+                ("fft", "--dtype bfloat16"),
+                ("molf", "--state_dtype 8bit"),
+                ("fft", "--optimizer_in_backward"),
+                ("molf-e", "--load_in_4bit"),
+            )
+        ),
     ],
 )
 def test_dry_run(base, tmp_path, capsys, monkeypatch, method, options):

@@ -68,6 +68,7 @@ def counted(tmp_path_factory, models):
     return torch.load(f"{folder}/found.pt", weights_only=True)
 
 
+@pytest.mark.slow
 def test_planned_steps_are_counted(counted, models):
     """All bytes. Temporaries are planned with blocks of a CPU that processes do not divide."""
     for name, model in models.items():

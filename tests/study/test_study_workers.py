@@ -31,6 +31,7 @@ def _running(log):
             if (pid, label) not in ended]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_four_workers_two_killed_in_mid_trial(tmp_path):
     path = write_study(tmp_path, heartbeat=1, choose={"seeds": [1, 2]})
     log = tmp_path / "log"

@@ -109,6 +109,7 @@ def test_benchmarks_end_with_one_line_without_a_gpu(name, more):
     assert done.stderr == f"{name}: needs a CUDA device, and there is none{more}.\n"
 
 
+@pytest.mark.slow
 def test_all_paths_of_the_gpu_benchmark_on_a_cpu(tmp_path):
     pytest.importorskip("torchao")
     done = benchmark("gpu.py", "--smoke", "--json", str(tmp_path / "found.json"))
