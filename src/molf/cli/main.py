@@ -43,6 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     # OpenMP reads this when torch is loaded. With the default, waiting threads spin, which makes a
     # small model ten times slower on a CPU that other processes use as well.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    # Before the first request, which checks that a model or data set exists.
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     if launched_count() > 1:  # each process would warn that DDP looks for unused parameters
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     arguments = without_help_all(join_booleans(sys.argv[1:] if argv is None else argv))

@@ -16,7 +16,22 @@ _LIBRARIES = r"(torch|transformers|trl|peft|accelerate|datasets|huggingface_hub)
 
 # They log each missing kernel and each cast as a warning.
 _TALKATIVE = ("bitsandbytes", "torchao", "torch.utils._pytree")
+_NO_REPORTS = "HF_HUB_DISABLE_TELEMETRY"
 _REPEATED = ("transformers", "datasets", "accelerate", "trl", "peft")
+
+
+def no_usage_reports() -> None:
+    """Turn off usage reports of Hugging Face's libraries in this process.
+
+    TRL reports each trainer to the Hub. A value of `HF_HUB_DISABLE_TELEMETRY` that is set already
+    stays.
+    """
+    value = os.environ.setdefault(_NO_REPORTS, "1")
+    from huggingface_hub import constants
+
+    # The client reads the variable when it is imported, which may have been before.
+    if value.upper() in ("1", "ON", "YES", "TRUE"):
+        constants.HF_HUB_DISABLE_TELEMETRY = True
 
 
 @contextmanager
@@ -25,8 +40,7 @@ def quiet_libraries() -> Iterator[None]:
 
     Secrets in their log messages are masked.
     """
-    # TRL reports each training to the Hub unless this is set before it is imported.
-    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    no_usage_reports()
     from datasets.utils import logging as datasets_bars
     from transformers.utils import logging as transformers_bars
 
