@@ -127,6 +127,37 @@ class Run:
         self._run.check("model")
         return AutoTokenizer.from_pretrained(self.path / "model")
 
+    def push(
+        self,
+        repo: str,
+        *,
+        what: str = "model",
+        private: bool = False,
+        revision: str | None = None,
+    ) -> str:
+        """Upload the saved model, or the adapter, with its card to the Hugging Face Hub.
+
+        Args:
+            repo: `owner/name`, or `name` for one of your own; made if missing.
+            what: `model` or `adapter`.
+            private: Make the repository private; one that is public is refused.
+            revision: Branch, made if missing; None for `main`.
+
+        Returns:
+            The address of the repository or its branch.
+
+        Raises:
+            InputError: The run has not ended or lacks the part, or the Hub refused the push.
+            PushError: The Hub cannot be reached, or the upload failed.
+        """
+        from molf.inputs import check_choice
+        from molf.job.push import plan_upload, push
+
+        check_choice("what", what, ("model", "adapter"))
+        with self._run.reading():
+            plan = plan_upload(self._run, repo, what, private=private, revision=revision)
+            return push(plan)
+
     def _metrics(self, side: str) -> dict[str, Metric]:
         from molf.measure import Metric
 

@@ -62,6 +62,7 @@ for parent, name, function, text in (
     (app, "generate", "texts.commands:generate_text", "Print a model's answers to prompts."),
     (app, "chat", "texts.commands:chat_with", "Talk to a model."),
     (app, "export", "export:export_run", "Write a run's model or adapter in another type."),
+    (app, "push", "push:push_run", "Upload a run's model or adapter to the Hugging Face Hub."),
     (recipes, "ls", "recipes.commands:list_recipes", "Print the shipped recipes."),
     (recipes, "cp", "recipes.commands:copy_recipe", "Copy a shipped recipe."),
     (

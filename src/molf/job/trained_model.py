@@ -9,13 +9,13 @@ from typing import Any
 import torch
 
 from molf.disk.files import write_text
-from molf.job.model.card import model_card
+from molf.job.model.card import measured_adapter_card, model_card
 from molf.job.model.loading import LoadedModel, load_model
 from molf.job.model.saved_tensors import Stored
 from molf.job.model.saving import Fallback, save_model
 from molf.job.opening import Opening
 from molf.job.record.directory import RunDirectory
-from molf.job.record.ownership import LOW_HALVES, MODEL
+from molf.job.record.ownership import ADAPTER, LOW_HALVES, MODEL
 from molf.job.training import Training
 from molf.measure import Evaluation
 from molf.tasks import Task
@@ -93,7 +93,7 @@ class TrainedModel:
     def write_card(
         self, saved: LoadedModel, after: Evaluation, saved_record: Mapping[str, Any]
     ) -> None:
-        """Write the card with all metrics.
+        """Write the card with all metrics, and those of the adapter into its card.
 
         Args:
             saved: The result of `load`.
@@ -106,6 +106,11 @@ class TrainedModel:
             write_text(path / "README.md", card)
         else:  # the directory was deleted during the evaluation
             save_model(saved.model, self._opening.base, self._opening.storing, card, path)
+        of_adapter = self._directory / ADAPTER / "README.md"
+        if of_adapter.is_file():
+            text = of_adapter.read_text(encoding="utf-8")
+            described = self._opening.settings, self._task.description(), self._before, after
+            write_text(of_adapter, measured_adapter_card(text, *described))
 
     def _card(self, after: Evaluation | None, saved: Mapping[str, Any] | None = None) -> str:
         return model_card(

@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from molf.job.model.saved_text import show_saved
-from molf.job.record.markdown import code, front_matter, yaml_block
+from molf.job.record.markdown import code, yaml_block
 from molf.job.settings.defaults import SUMMARIES
 from molf.job.settings.resolved import ResolvedSettings
 from molf.masking import mask, mask_text
 from molf.measure import Evaluation, Metric
-from molf.shown import map_texts
+from molf.shown import as_line, map_texts
 
 if TYPE_CHECKING:  # imports torch, which must not delay errors of wrong input
+    from huggingface_hub import EvalResult
+
     from molf.core.model.quantised import Quantisation
+
+_METRICS = "## Metrics"
+_HUB_ID = re.compile(r"([\w.-]+/[\w.-]+)(?::([\w.-]+))?")  # of a data set, and its configuration
+_OF_HELD_OUT_TEXT = ("forgetting_loss", "kl_neutral")
 
 
 def model_card(
@@ -38,12 +45,13 @@ def model_card(
         routing: Shares of the experts and their interpretation; empty without routing.
         saved: The record of the saved model; None before it is measured.
     """
-    # The Hub reads the front matter: which library loads the model, and which base it has.
+    # The Hub reads the front matter: which library loads the model, which base and metrics it has.
     front: dict[str, Any] = {
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
         "tags": sorted({"molf", settings.method}),
         **_base_model(settings),
+        **_model_index(settings, task, after),
     }
     options = settings.as_options()
     # A card is published with its model, so it has the names of files but not their folders.
@@ -54,21 +62,15 @@ def model_card(
     # The longest first: one path may be inside another.
     places.sort(key=len, reverse=True)
     shown = {key: value for key, value in options.items() if value not in (None, "", [], {})}
-    return "\n".join(
+    return _card(
+        front,
         [
-            front_matter(front),
             f"# {code(settings.output_dir.name)}",
             "",
             f"{code(_base_name(settings))} fine-tuned on the task `{task['name']}` with "
             f"{SUMMARIES[settings.method]}. Trained with molf; loads with transformers alone.",
             "",
-            "## Metrics",
-            "95% intervals in brackets.",
-            "",
-            "| metric | before | after | count |",
-            "|---|---|---|---|",
-            *_metric_rows(before, after),
-            "",
+            *_metrics(before, after),
             *(("## Routing", routing, "") if routing else ()),
             *([f"Saved in {shown_saved}.", ""] if (shown_saved := show_saved(saved)) else []),
             "## Settings",
@@ -77,7 +79,7 @@ def model_card(
             "## Data",
             yaml_block(_without_folders(mask(dict(task)), places)),
             "",
-        ]
+        ],
     )
 
 
@@ -90,17 +92,100 @@ def adapter_card(settings: ResolvedSettings, quantisation: Quantisation | None) 
     """
     front = {"library_name": "peft", "tags": ["molf"], **_base_model(settings)}
     beside = f" beside the base in {quantisation.bits} bits" if quantisation else ""
-    return "\n".join(
+    return _card(
+        front,
         [
-            front_matter(front),
             f"# {code(settings.output_dir.name)}: adapter",
             "",
             f"For {code(_base_name(settings))}, trained on the task `{settings.task}`{beside} "
-            f"with molf, method `{settings.method}`. Loads with PEFT alone. `model/` of the same "
-            "run has the merged model and its measurements.",
+            f"with molf, method `{settings.method}`. Loads with PEFT alone.",
             "",
-        ]
+        ],
     )
+
+
+def measured_adapter_card(
+    card: str,
+    settings: ResolvedSettings,
+    task: Mapping[str, Any],
+    before: Evaluation,
+    after: Evaluation,
+) -> str:
+    """Return the card of an adapter with the metrics of the model that it was merged into.
+
+    Args:
+        card: The result of `adapter_card`; metrics in it are replaced.
+        settings: The run's settings.
+        task: The task's description.
+        before: Metrics of the base model.
+        after: Metrics of the merged model.
+    """
+    from huggingface_hub import ModelCard
+
+    front = ModelCard(card).data.to_dict()
+    front.pop("model-index", None)
+    text = card.partition("\n---\n")[2].partition(_METRICS)[0]
+    merged = "Of the base, and of the base with the adapter merged."
+    return _card(
+        {**front, **_model_index(settings, task, after)},
+        [*text.rstrip().split("\n"), "", *_metrics(before, after, merged)],
+    )
+
+
+def _card(front: Mapping[str, Any], lines: Sequence[str]) -> str:
+    """Return a card with front matter as the Hub parses it."""
+    from huggingface_hub import ModelCard, ModelCardData
+
+    # YAML indents continued lines of a value, so that none of them is the closing `---`.
+    text = f"---\n{ModelCardData(**front).to_yaml()}\n---\n" + "\n".join(lines)
+    return str(ModelCard(text))
+
+
+def _model_index(
+    settings: ResolvedSettings, task: Mapping[str, Any], after: Evaluation | None
+) -> dict[str, Any]:
+    """Return name and measured values for the front matter; empty before the measurement."""
+    if after is None:
+        return {}
+    results = [
+        _result(settings, task, name, metric)
+        for name, metric in after.metrics.items()
+        if math.isfinite(metric.value)
+    ]
+    name = as_line(settings.output_dir.name)
+    return {"model_name": name, "eval_results": results} if results else {}
+
+
+def _result(
+    settings: ResolvedSettings, task: Mapping[str, Any], name: str, metric: Metric
+) -> EvalResult:
+    """Return a metric as the Hub has it; local data go by the name of the task."""
+    from huggingface_hub import EvalResult
+
+    task_name = str(task["name"])
+    measured: dict[str, Any]
+    if name in _OF_HELD_OUT_TEXT:
+        measured = {"dataset_type": "text", "dataset_name": "held-out text"}
+    else:
+        data = str(settings.data or "")
+        found = None if Path(data).exists() else _HUB_ID.fullmatch(data)
+        measured = {
+            "dataset_type": found[1] if found else task_name,
+            "dataset_name": task_name,
+            "dataset_config": found[2] if found else None,
+            "dataset_split": settings.eval_part,
+        }
+    return EvalResult(
+        task_type="text-generation", metric_type=name, metric_value=metric.value, **measured
+    )
+
+
+def _metrics(before: Evaluation, after: Evaluation | None, of: str = "") -> Iterator[str]:
+    """Yield the lines of the section on metrics."""
+    yield from (_METRICS, f"{of} 95% intervals in brackets.".strip(), "")
+    yield from ("| metric | before | after | count |", "|---|---|---|---|")
+    yield from _metric_rows(before, after)
+    yield ""
 
 
 def _base_model(settings: ResolvedSettings) -> dict[str, str]:
