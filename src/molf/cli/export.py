@@ -10,6 +10,7 @@ from cyclopts import Parameter
 
 from molf.errors import InputError
 from molf.job.record.directory import locking_runs
+from molf.job.serving import warn_of_vllm
 from molf.job.settings.settings import DTYPES, SAVE_ROUNDINGS
 from molf.shown import as_line
 from molf.streams import ignoring_print_errors, result_on_disk
@@ -77,6 +78,7 @@ def export_run(
                 export_model(finished, dtype, path, rounding=save_rounding)
             else:
                 export_adapter(finished, dtype, path)
+                warn_of_vllm(path)
     with result_on_disk(f"The export to {path} is complete"):
         sys.stdout.write(f"{as_line(str(path))}\n")
 
@@ -131,6 +133,7 @@ def _extract(
                 evaluates=evaluates,
                 reporter=make_reporter(),
             )
+        warn_of_vllm(path)
     from molf.cli.advice.extraction import print_extraction
 
     with result_on_disk(f"The export to {path} is complete"):
