@@ -8,7 +8,7 @@ FLOOR := .venv-floor
 # Files in the order of their names; xdist's own order has those with few and long tests last.
 TWO := -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test test-slow test-floor check format faults base bench bench-growth bench-gpu docs clean
+.PHONY: demo test test-slow test-floor check format package faults base bench bench-growth bench-gpu docs clean
 
 demo: $(READY)  ## Fine-tune the embedded model on the embedded facts: one minute, nothing to download
 	$(BIN)/molf train
@@ -39,6 +39,13 @@ docs: .venv/.docs  ## The documentation site, in site/: a warning or a broken li
 	$(BIN)/python -m sphinx --quiet --fail-on-warning --keep-going --fresh-env -d build/doctrees docs site
 	$(BIN)/python scripts/check_site.py site
 
+package: .venv/.package  ## Wheel and sdist in dist/, checked as PyPI and pip take them; the Dockerfile
+	rm -rf dist build/lib build/bdist.*
+	$(BIN)/python -m build --no-isolation
+	$(BIN)/python -m twine check --strict dist/*
+	$(BIN)/check-wheel-contents dist/*.whl
+	$(BIN)/hadolint Dockerfile
+
 faults: $(READY)  ## Plant faults in the optimizer; every one must make a test fail
 	$(BIN)/python scripts/planted_faults.py
 
@@ -66,6 +73,10 @@ $(READY): requirements-dev.lock pyproject.toml
 
 .venv/.docs: $(READY) requirements-docs.lock
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-docs.lock -c requirements-dev.lock
+	touch $@
+
+.venv/.package: $(READY) requirements-package.lock
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-package.lock -c requirements-dev.lock
 	touch $@
 
 $(FLOOR)/.ready: requirements-dev.lock pyproject.toml scripts/floors.py
