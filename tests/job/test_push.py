@@ -201,8 +201,8 @@ def test_wrong_tokens(hub, molf_run, monkeypatch, capsys):
     monkeypatch.delenv("HF_TOKEN")
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", "/nowhere/token")
     assert main(["push", str(molf_run.path), "me/mine"]) == 2
-    assert capsys.readouterr().err.splitlines()[-1] == (
-        "molf: error: There is no token of the Hub. Run `hf auth login`, or set HF_TOKEN."
+    assert capsys.readouterr().err == (
+        "molf: error: There is no token of the Hub. Run `hf auth login`, or set HF_TOKEN.\n"
     )
 
 

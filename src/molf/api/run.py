@@ -151,12 +151,12 @@ class Run:
             PushError: The Hub cannot be reached, or the upload failed.
         """
         from molf.inputs import check_choice
-        from molf.job.push import plan_upload, push
+        from molf.job.push import hub_token, plan_upload, push
 
         check_choice("what", what, ("model", "adapter"))
         with self._run.reading():
             plan = plan_upload(self._run, repo, what, private=private, revision=revision)
-            return push(plan)
+            return push(plan, hub_token())
 
     def _metrics(self, side: str) -> dict[str, Metric]:
         from molf.measure import Metric

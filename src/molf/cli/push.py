@@ -37,7 +37,7 @@ def push_run(
         revision: Branch; made if missing.
         dry_run: Print the files with their bytes, and the card; no token and no network.
     """
-    from molf.job.push import plan_upload, push
+    from molf.job.push import hub_token, plan_upload, push
     from molf.job.record.finished_run import read_run
 
     finished = read_run(run)
@@ -46,10 +46,11 @@ def push_run(
         if dry_run:
             sys.stdout.write(describe(upload))
             return
+        token = hub_token()
         from molf.job.progress import make_reporter
 
         make_reporter().say(f"Uploading {_total(upload)} to {upload.repo}")
-        address = push(upload)
+        address = push(upload, token)
     with result_on_disk(f"The push to {address} is complete"):
         sys.stdout.write(f"{as_line(address)}\n")
 

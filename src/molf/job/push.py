@@ -132,18 +132,13 @@ def plan_upload(
     )
 
 
-def push(upload: Upload) -> str:
-    """Upload the files in one commit, or several if they are many, and return the address.
-
-    The repository and the branch are made if missing. The client of the Hub retries.
+def hub_token() -> str:
+    """Return the token of the Hub, from the environment or from `hf auth login`.
 
     Raises:
-        InputError: There is no token, it has no right to write there, or a public repository exists
-            where a private one is wanted. Nothing was uploaded.
-        PushError: The Hub cannot be reached, or the upload failed.
+        InputError: There is none, or the network is turned off.
     """
-    from huggingface_hub import HfApi, constants, get_token
-    from huggingface_hub.errors import HfHubHTTPError
+    from huggingface_hub import constants, get_token
 
     if constants.HF_HUB_OFFLINE:
         raise InputError("HF_HUB_OFFLINE is set, and a push needs the Hub. Unset it.")
@@ -151,6 +146,26 @@ def push(upload: Upload) -> str:
     if not token:
         raise InputError("There is no token of the Hub. Run `hf auth login`, or set HF_TOKEN.")
     learn({"token": token})  # messages of libraries may quote it
+    return token
+
+
+def push(upload: Upload, token: str) -> str:
+    """Upload the files in one commit, or several if they are many, and return the address.
+
+    The repository and the branch are made if missing. The client of the Hub retries.
+
+    Args:
+        upload: The result of `plan_upload`.
+        token: The result of `hub_token`.
+
+    Raises:
+        InputError: The token is wrong or has no right to write there, or a public repository exists
+            where a private one is wanted. Nothing was uploaded.
+        PushError: The Hub cannot be reached, or the upload failed.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
+
     api = HfApi(token=token, library_name="molf", library_version=version("molf"))
     try:
         with _quiet_client():
