@@ -230,14 +230,17 @@ def _without_work() -> Iterator[None]:
     """Stop `molf train` after the check of its options, and `molf eval` after reading them."""
 
     def train(settings: TrainSettings) -> SimpleNamespace:
-        return SimpleNamespace(directory=run.checked(settings, datetime.now()).output_dir)
+        directory = run.checked(settings, datetime.now()).output_dir
+        return SimpleNamespace(directory=directory, training_seconds=0.0)
 
     patches = {
         "molf.job.run.train": train,
+        "molf.job.extract.spectra.spectra_at_end": lambda directory, seconds: None,
+        "molf.report.build.page_at_end": lambda directory: None,
         "molf.job.run.dry_run": lambda settings: run.checked(settings, datetime.now()),
         "molf.cli.evaluation.evaluate_checkpoint": lambda model, options: {},
         "molf.cli.evaluation.score_saved_texts": lambda options: {},
-        "molf.cli.summary.print_summary": lambda result: None,
+        "molf.cli.summary.print_summary": lambda result, page: None,
         "molf.cli.summary.print_evaluations": lambda evaluations: None,
         "molf.cli.plan_report.print_dry_run": lambda result: None,
     }

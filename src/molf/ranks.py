@@ -30,7 +30,7 @@ _ENDED = (
     "Socket closed",
 )
 # And when it does not answer.
-_SILENT = ("Timed out waiting", "Operation timed out", "Timeout waiting")
+_SILENT = ("Timed out waiting", "Operation timed out", "Timeout waiting", "waiting for clients")
 
 
 class PeerError(Exception):

@@ -122,7 +122,8 @@ def test_killed_worker_of_the_data_loader_ends_all(launch, command, tmp_path):
 
 
 def test_process_that_hangs_ends_the_others_after_the_timeout(launch, command):
-    given = command("--training_args.ddp_timeout", "3")
+    # The start of the processes has the same limit.
+    given = command("--training_args.ddp_timeout", "15")
     main, other = launch(given, at=(1, ("step", 2, signal.SIGSTOP)), patience=1)
     assert (main.code, other.code) == (
         1,

@@ -54,7 +54,9 @@ def test_single_changes_come_first(planner, workload):
         "--dtype bfloat16",
         "--dtype bfloat16 --weight_rounding stochastic",
     ]
-    assert "--num_gpus 2" in texts
+    # The buffers of a tiny model's collectives may take more than its halves save.
+    two = planner.memory(replace(workload, num_gpus=2)).peak
+    assert ("--num_gpus 2" in texts) == (two < peak)
     for suggestion in found:
         assert len(suggestion.changes) == 1
         assert suggestion.peak == planner.memory(suggestion.workload).peak < peak
