@@ -1,9 +1,9 @@
 # The command molf, with the versions that the tests run with. On a CPU:
-#   docker build -t molf . && docker run --rm -v "$PWD:/work" molf train --output_dir /work/out
+#   docker build -t molf . && docker run --rm -v "$PWD:/runs" molf train --output_dir /runs/out
 # On a CUDA GPU:
 #   docker build -t molf --build-arg BASE=nvidia/cuda:12.8.1-devel-ubuntu24.04 \
 #     --build-arg TORCH_INDEX=https://download.pytorch.org/whl/cu128 .
-#   docker run --rm --gpus all -v "$PWD:/work" molf train ...
+#   docker run --rm --gpus all -v "$PWD:/runs" molf train ...
 ARG BASE=python:3.11-slim
 # hadolint ignore=DL3006
 FROM ${BASE}
@@ -22,8 +22,8 @@ WORKDIR /source
 COPY pyproject.toml README.md LICENSE requirements-dev.lock ./
 COPY src src
 RUN pip install --extra-index-url "$TORCH_INDEX" --constraint requirements-dev.lock '.[train]'
-RUN useradd --create-home --uid 1001 molf && mkdir /work && chown molf /work
+RUN useradd --create-home --uid 1001 molf && mkdir /runs && chown molf /runs
 USER 1001
-WORKDIR /work
+WORKDIR /runs
 ENTRYPOINT ["molf"]
 CMD ["--help"]
