@@ -65,19 +65,21 @@ def limit_files(first: int, last: int) -> None:
         at_step(step, partial(resource.setrlimit, resource.RLIMIT_FSIZE, limits))
 
 
+def fill(disk: Path) -> None:
+    """Leave not a byte."""
+    file = os.open(disk / "full", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    try:
+        while True:
+            os.write(file, bytes(4096))
+    except OSError:
+        os.close(file)
+
+
 def fill_disk(disk: Path, first: int, last: int) -> None:
     """Leave no byte on a disk from one step to another."""
     from molf.job.trainer import checkpoints
 
-    def fill() -> None:
-        file = os.open(disk / "full", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        try:
-            while True:
-                os.write(file, bytes(4096))
-        except OSError:
-            os.close(file)
-
     # The estimate of the room would leave out the checkpoint.
     checkpoints.free_bytes = lambda path: None
-    at_step(first, fill)
+    at_step(first, partial(fill, disk))
     at_step(last, (disk / "full").unlink)

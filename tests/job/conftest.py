@@ -139,3 +139,39 @@ def lora_run(run_of):
 @pytest.fixture(params=[*METHODS, "molf-dropout"])
 def any_run(request, run_of):
     return run_of(request.param)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A folder with a model, 12 requests to train it on, and a plain text."""
+    from checkpoints import write_checkpoint, write_facts
+
+    folder = tmp_path_factory.mktemp("processes")
+    write_checkpoint(folder / "base")
+    write_facts(folder / "facts.jsonl")
+    (folder / "plain.txt").write_text("Anna walks to the river and sits down by the water. " * 10)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def launch(folder):
+    """Starts `molf` in several processes."""
+    from launched import Launcher
+
+    return Launcher(folder)
+
+
+@pytest.fixture(scope="module")
+def command(folder):
+    """Arguments of a training on the folder's requests."""
+    from near_runs import facts_command
+
+    return facts_command(folder)
+
+
+@pytest.fixture(scope="module")
+def one(launch, command, folder):
+    """A run of one process, with steps of 10 examples."""
+    path = folder / "one"
+    launch.to_the_end(command(path, 5, 2), 1)
+    return path

@@ -12,8 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from checkpoints import write_checkpoint, write_facts
-from launched import Launcher
+from checkpoints import write_facts
 from molf.checkpoint.store import complete_checkpoints
 from process_faults import fill_disk, kill_worker, limit_files, spoil
 from resumed_runs import assert_same_runs, logged
@@ -24,20 +23,6 @@ LOST = "molf: error: The connection to another process is lost: it has ended."
 
 
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("faults")
-    write_checkpoint(folder / "base")
-    write_facts(folder / "facts.jsonl")
-    (folder / "plain.txt").write_text("Anna walks to the river and sits down by the water. " * 10)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def launch(folder):
-    return Launcher(folder)
 
 
 @pytest.fixture(scope="module")

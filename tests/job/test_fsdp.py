@@ -11,38 +11,10 @@ import yaml
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from checkpoints import write_checkpoint, write_facts
-from launched import Launcher
 from molf.checkpoint.store import complete_checkpoints
 from molf.cli import main
-from near_runs import assert_near_runs, facts_command
+from near_runs import assert_near_runs
 from resumed_runs import assert_same_runs
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("shards")
-    write_checkpoint(folder / "base")
-    write_facts(folder / "facts.jsonl")
-    (folder / "plain.txt").write_text("Anna walks to the river and sits down by the water. " * 10)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def launch(folder):
-    return Launcher(folder)
-
-
-@pytest.fixture(scope="module")
-def command(folder):
-    return facts_command(folder)
-
-
-@pytest.fixture(scope="module")
-def one(launch, command, folder):
-    path = folder / "one"
-    launch.to_the_end(command(path, 5, 2), 1)
-    return path
 
 
 @pytest.fixture(scope="module")

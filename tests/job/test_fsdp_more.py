@@ -11,8 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from checkpoints import write_checkpoint, write_facts
-from launched import Launcher
+from checkpoints import write_checkpoint
 from near_runs import STEPS, assert_near_runs, entries, facts_command
 from resumed_runs import assert_same_runs
 
@@ -35,24 +34,11 @@ WAYS = {"ddp": [], "fsdp": ["--fsdp", "all"]}
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("shards")
-    write_checkpoint(folder / "base")
+def folder(folder):
+    """With a model of Conv1D layers, and an assignment."""
     write_checkpoint(folder / "conv" / "base", "gpt2", resid_pdrop=0, embd_pdrop=0, attn_pdrop=0)
-    write_facts(folder / "facts.jsonl")
     (folder / "assignment.yaml").write_text("full: [down_proj]\ndefault: {r: 4, alpha: 4}\n")
-    (folder / "plain.txt").write_text("Anna walks to the river and sits down by the water. " * 10)
     return folder
-
-
-@pytest.fixture(scope="module")
-def launch(folder):
-    return Launcher(folder)
-
-
-@pytest.fixture(scope="module")
-def command(folder):
-    return facts_command(folder)
 
 
 @pytest.fixture(scope="module")

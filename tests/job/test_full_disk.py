@@ -1,7 +1,6 @@
 """Disks that are full, read-only or gone: known beforehand, and the trained weights are kept."""
 
 import json
-import os
 import re
 import resource
 import shutil
@@ -18,6 +17,7 @@ from molf.disk import room
 from molf.job import records, trained_model, training
 from molf.job.model import elsewhere
 from molf.job.model import saving as model_saving
+from process_faults import fill
 from recorded import logits_of
 
 
@@ -43,16 +43,6 @@ def tiny_disk(tmp_path):
     path = mounted(tmp_path / "tiny", "100k")
     yield path
     subprocess.run(["umount", "-l", str(path)], check=True)
-
-
-def fill(disk):
-    """Leave not a byte."""
-    file = os.open(disk / "full", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    try:
-        while True:
-            os.write(file, bytes(4096))
-    except OSError:
-        os.close(file)
 
 
 class Fill(TrainerCallback):

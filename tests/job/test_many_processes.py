@@ -7,41 +7,11 @@ import signal
 import pytest
 import yaml
 
-from checkpoints import write_checkpoint, write_facts
-from launched import Launcher
 from molf.checkpoint.store import complete_checkpoints
-from near_runs import STEPS, assert_near_runs, entries, facts_command
+from near_runs import STEPS, assert_near_runs, entries
 from resumed_runs import assert_same_runs, row_of
 
 KILLED = -signal.SIGKILL
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """A folder with a model, 12 requests to train it on, and a plain text."""
-    folder = tmp_path_factory.mktemp("processes")
-    write_checkpoint(folder / "base")
-    write_facts(folder / "facts.jsonl")
-    (folder / "plain.txt").write_text("Anna walks to the river and sits down by the water. " * 10)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def launch(folder):
-    return Launcher(folder)
-
-
-@pytest.fixture(scope="module")
-def command(folder):
-    return facts_command(folder)
-
-
-@pytest.fixture(scope="module")
-def one(launch, command, folder):
-    """A run of one process."""
-    path = folder / "one"
-    launch.to_the_end(command(path, 5, 2), 1)
-    return path
 
 
 @pytest.fixture(scope="module")
