@@ -212,7 +212,7 @@ def _add_environment(data: RunData) -> None:
         if made_by != (own := version("molf")):
             data.notices.append(
                 f"The run was made by molf {made_by or 'of an unknown version'}, the page by molf "
-                f"{own}: entries that it does not know are left out."
+                f"{own}: unknown entries are left out."
             )
     log = data.path / ERROR_LOG
     if data.status == FAILED:
