@@ -9,7 +9,7 @@ from typing import Any
 
 from molf.data.chat_template import Chat, Message, text_of
 from molf.data.control_tokens import control_tokens, marked, unmarked, without_marks
-from molf.data.samples import Rendered, Sample
+from molf.data.samples import PromptCompletion, Rendered, Sample
 from molf.data.turns import find_turns
 from molf.errors import InputError
 
@@ -104,6 +104,43 @@ class Conversation(Sample):
         for message in self.messages:
             yield text_of(message.get("content"))
             yield from _called(message.get("tool_calls"))
+
+
+@dataclass(frozen=True)
+class Instruction(Sample):
+    """An instruction and its output: a conversation for chat models, else a prompt with headings.
+
+    Attributes:
+        conversation: The record as messages, for tokenizers with a chat template.
+        plain: The record as prompt and completion, for tokenizers without.
+    """
+
+    conversation: Conversation
+    plain: PromptCompletion
+
+    @property
+    def record(self) -> int:  # type: ignore[override]
+        """0-based record of the data file."""
+        return self.plain.record
+
+    @property
+    def answer(self) -> str:
+        """The output."""
+        return self.plain.answer
+
+    @property
+    def content(self) -> Hashable:
+        """Prompt and completion."""
+        return self.plain.content
+
+    def render(self, tokenizer: Any) -> Rendered:
+        """Render the conversation if the tokenizer has a chat template, else the prompt.
+
+        Raises:
+            InputError: The template rejects the messages.
+        """
+        has_template = getattr(tokenizer, "chat_template", None) is not None
+        return (self.conversation if has_template else self.plain).render(tokenizer)
 
 
 def learned_turns(messages: Sequence[Message], context: int) -> list[int]:

@@ -63,7 +63,9 @@ def _device(opening: Opening) -> str:
 def _data(opening: Opening, task: Task) -> str:
     samples = opening.data.samples
     lengths = [len(row) for row in samples.input_ids]
-    words = [f"{counted(len(lengths), 'example')} of {opening.settings.task}"]
+    name = task.description().get("format")
+    named = f" ({name})" if name else ""
+    words = [f"{counted(len(lengths), 'example')} of {opening.settings.task}{named}"]
     if samples.left_out:
         words.append(f"{samples.left_out:,} longer than {opening.settings.max_length} left out")
     words.append(

@@ -12,6 +12,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from molf.data.sources import places
 from molf.errors import InputError
 from molf.job.evaluated_data import warn_of_equal_data
 from molf.job.inputs import Inputs
@@ -80,7 +81,7 @@ def train(
             with quiet_libraries():
                 import molf.job.training  # noqa: F401
 
-        sources = (getattr(resolved, name) for name in INPUTS)
+        sources = [place for places in _places(resolved).values() for place in places]
         with quiet_libraries(), locking_runs(sources):
             result = _train(resolved, task, forgetting_text, reporter, inputs, started)
     return replace(result, print_error=str(errors[0])) if errors else result
@@ -297,8 +298,15 @@ def check_places(settings: ResolvedSettings) -> None:
         source_for(settings)
     check_output(settings.output_dir, overwrite=settings.overwrite, resume=settings.resume)
     check_fallback(settings.fallback_dir)
-    check_inputs_outside(settings.output_dir, {name: getattr(settings, name) for name in INPUTS})
+    for name, sources in _places(settings).items():
+        for source in sources:
+            check_inputs_outside(settings.output_dir, {name: source})
     check_results(settings.output_dir.parent)
+
+
+def _places(settings: ResolvedSettings) -> dict[str, list[str]]:
+    """Return the places of the inputs by option."""
+    return {name: places(getattr(settings, name)) for name in INPUTS}
 
 
 def open_data(settings: ResolvedSettings, inputs: Inputs) -> tuple[Task, str]:
