@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -52,9 +53,18 @@ class Conversation(Sample):
 
     @property
     def content(self) -> Hashable:
-        """The messages, the turns that carry loss, and all other inputs of the template."""
+        """A hash of the messages, the turns with loss, and all other inputs of the template."""
         whole = [self.messages, self.tools, dict(self.template_options)]
-        return self.context, json.dumps(whole, sort_keys=True)
+        # Keys of many records are kept at once, and this is shorter than their texts.
+        return self.context, hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).digest()
+
+    def longest_text(self, tokenizer: Any) -> str:
+        """Return all messages as the template renders them.
+
+        Raises:
+            InputError: As in `render`.
+        """
+        return self._chat(tokenizer).whole.text
 
     def render(self, tokenizer: Any) -> Rendered:
         """Render the conversation through the tokenizer's chat template and find its turns.
@@ -66,11 +76,8 @@ class Conversation(Sample):
             InputError: The tokenizer has no chat template, the template rejects the messages, or
                 the last turn cannot be found in the rendered text.
         """
-        messages, tools = self.messages, self.tools
-        if getattr(tokenizer, "split_special_tokens", False):
-            messages, tools = marked(tokenizer, messages), marked(tokenizer, tools)
+        chat = self._chat(tokenizer)
         try:
-            chat = Chat(tokenizer, messages, tools, self.template_options)
             turns = find_turns(tokenizer, chat, learned_turns(self.messages, self.context))
         except InputError as error:
             raise InputError(f"Record {self.record}: {error}") from error
@@ -98,6 +105,16 @@ class Conversation(Sample):
                 len(spelled.findall(text)) for text in _texts((self.messages, self.tools))
             ),
         )
+
+    def _chat(self, tokenizer: Any) -> Chat:
+        """Return the messages in the form that the tokenizer's template accepts."""
+        messages, tools = self.messages, self.tools
+        if getattr(tokenizer, "split_special_tokens", False):
+            messages, tools = marked(tokenizer, messages), marked(tokenizer, tools)
+        try:
+            return Chat(tokenizer, messages, tools, self.template_options)
+        except InputError as error:
+            raise InputError(f"Record {self.record}: {error}") from error
 
     def _parts(self) -> Iterator[str]:
         """Yield the texts that the rendering must contain."""
@@ -139,8 +156,19 @@ class Instruction(Sample):
         Raises:
             InputError: The template rejects the messages.
         """
+        return self._form(tokenizer).render(tokenizer)
+
+    def longest_text(self, tokenizer: Any) -> str:
+        """Return the text of the form that `render` renders.
+
+        Raises:
+            InputError: As in `render`.
+        """
+        return self._form(tokenizer).longest_text(tokenizer)
+
+    def _form(self, tokenizer: Any) -> Conversation | PromptCompletion:
         has_template = getattr(tokenizer, "chat_template", None) is not None
-        return (self.conversation if has_template else self.plain).render(tokenizer)
+        return self.conversation if has_template else self.plain
 
 
 def learned_turns(messages: Sequence[Message], context: int) -> list[int]:

@@ -12,7 +12,9 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from molf.data.records import data_files
 from molf.data.sources import places
+from molf.disk.room import megabytes
 from molf.errors import InputError
 from molf.job.evaluated_data import warn_of_equal_data
 from molf.job.inputs import Inputs
@@ -45,6 +47,7 @@ if TYPE_CHECKING:
     from molf.job.dry_run import DryRun
     from molf.job.opening import Opening
 
+_LARGE = 10_000_000  # bytes of data that are announced
 INPUTS = ("model", "data", "eval_data", "forgetting_data", "assignment")
 
 
@@ -72,9 +75,10 @@ def train(
         if resolved.resume:
             _check_resumed(resolved)
         check_places(resolved)
+        reporter = reporter or make_reporter()
+        _say_what_is_read(resolved, reporter)
         task, forgetting_text = open_data(resolved, inputs)
 
-        reporter = reporter or make_reporter()
         with reporter.importing("Loading torch, transformers and TRL"):
             from molf.job.libraries import quiet_libraries
 
@@ -110,8 +114,12 @@ def _train(
 
     # Open and check: nothing is written yet. Several processes are connected then.
     count = counted(len(task.training_samples), "example")
-    with reporter.working(f"Loading {settings.model}, and tokenizing {count}"):
-        opening = open_training(settings, task, inputs)
+    with reporter.working(f"Loading {settings.model}, and tokenizing {count}") as show_state:
+
+        def show(done: int, total: int) -> None:
+            show_state(f"{done:,} of {total:,} tokenized")
+
+        opening = open_training(settings, task, inputs, show=show)
     processes = ranks()
     on_main = processes.on_main
     output_dir = _agreed(opening, processes)
@@ -302,6 +310,14 @@ def check_places(settings: ResolvedSettings) -> None:
         for source in sources:
             check_inputs_outside(settings.output_dir, {name: source})
     check_results(settings.output_dir.parent)
+
+
+def _say_what_is_read(settings: ResolvedSettings, reporter: Reporter) -> None:
+    """Print a line before large data is read, which takes seconds."""
+    if settings.data is not None:
+        size = sum(path.stat().st_size for path in data_files(settings.data))
+        if size > _LARGE:
+            reporter.say(f"Reading {settings.data} ({megabytes(size)})")
 
 
 def _places(settings: ResolvedSettings) -> dict[str, list[str]]:
