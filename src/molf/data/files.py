@@ -5,7 +5,8 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Iterable
+import sys
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -102,10 +103,9 @@ def _json_records(text: str, shown: str) -> list[Record]:
     if text.lstrip().startswith("["):
         values = _parse(text, shown, line=1)
     else:
-        # Split at \n only: splitlines() also splits at characters that JSON strings may contain.
         values = [
             _parse(line, shown, number)
-            for number, line in enumerate(text.split("\n"), start=1)
+            for number, line in enumerate(_lines(text), start=1)
             if line.strip()
         ]
     for index, value in enumerate(values):
@@ -116,13 +116,26 @@ def _json_records(text: str, shown: str) -> list[Record]:
     return list(values)
 
 
+def _lines(text: str) -> Iterator[str]:
+    """Yield the lines of a text, one at a time, so that a large file is not in memory twice.
+
+    splitlines() would also split at characters that JSON strings may contain.
+    """
+    start = 0
+    while (end := text.find("\n", start)) >= 0:
+        yield text[start:end]
+        start = end + 1
+    yield text[start:]
+
+
 class DuplicateKeyError(Exception):
     """An object has a duplicate key; the argument is the key."""
 
 
 def _without_duplicate_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """Make an object of JSON; reject duplicate keys, of which json drops all but the last."""
-    made = dict(pairs)
+    # Interned: otherwise each record has its own copy of the names.
+    made = {sys.intern(name): value for name, value in pairs}
     if len(made) < len(pairs):
         names = [name for name, _ in pairs]
         raise DuplicateKeyError(next(name for name in names if names.count(name) > 1))

@@ -60,34 +60,31 @@ class OnDemand:
                 first.append(index)
             if index % PROBED == 0:
                 show(index, len(samples))
-        too_long, faults, longest = set(), Counter[str](), 0
-        ids_of, labels_of, known = Rows(), Rows(), []
+        fitting: dict[int, tuple[list[int], tuple[str, ...]]] = {}
+        too_long, longest = set(), 0
         tokenized = tokenize_samples(tokenizer, [samples[index] for index in first])
         for index, (text, rendered) in zip(first, tokenized, strict=True):
-            ids, labels = ids_and_labels(text, rendered, tokenizer.eos_token_id)
+            ids, _ = ids_and_labels(text, rendered, tokenizer.eos_token_id)
             longest = max(longest, len(ids))
             if len(ids) > max_length:
                 too_long.add(index)
             elif index in probed:
-                known.append((ids, labels))
-                faults.update(rendered.all_faults(tokenizer))
+                fitting[index] = ids, rendered.all_faults(tokenizer)
         self._kept = [index for index in range(len(samples)) if index not in too_long]
-        for ids, labels in known:
-            ids_of.append(ids)
-            labels_of.append(labels)
-        if not self._kept or not known:
+        if not self._kept:
             raise InputError(
-                f"All {len(first)} samples are longer than max_length={max_length} tokens; "
+                f"All {len(samples)} samples are longer than max_length={max_length} tokens; "
                 f"the longest has {longest}."
             )
+        known = Rows(ids for ids, _ in fitting.values()) if fitting else Rows([self.row(0)[0]])
         self.encoded = EncodedSamples(
             input_ids=_Column(self, 0),
             labels=_Column(self, 1),
             kept=self._kept,
             left_out=len(too_long),
             longest=longest,
-            faults=faults,
-            known=ids_of,
+            faults=Counter(fault for _, faults in fitting.values() for fault in faults),
+            known=known,
             records_hash=self._hash(),
         )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -50,7 +50,9 @@ class Task(ABC):
     prompt: ClassVar[str]
     prompt_version: ClassVar[int]
 
-    def __init__(self, name: str, training_samples: list[Sample], source: dict[str, str]) -> None:
+    def __init__(
+        self, name: str, training_samples: Sequence[Sample], source: dict[str, str]
+    ) -> None:
         """Store the name, the samples and the `source` of the records (for the run's files)."""
         self.name = name
         self.training_samples = training_samples

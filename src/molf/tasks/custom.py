@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 from molf.data.records import Part, read_parts
+from molf.data.sample_store import ChosenSamples
 from molf.data.samples import PromptCompletion, Sample
 from molf.data.selection import draw, required_hold_out, samples_of_runs, weighted
 from molf.errors import InputError
@@ -64,7 +65,7 @@ class CustomTask(Task):
             held_out: Indices of the records of `read` that are kept for evaluation.
             samples_of_runs: Sets of records that earlier runs on this data may have evaluated.
         """
-        training = [] if read is None else [read.samples[index] for index in trained_on]
+        training = ChosenSamples({} if read is None else read.samples, trained_on)
         super().__init__(name, training, source)
         self._data = data
         self._read = read or CustomData(0, {}, Counter())

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +20,7 @@ from molf.data.fields import (
 )
 from molf.data.files import DuplicateKeyError, Record, present_fields, unique_json
 from molf.data.records import Part
+from molf.data.sample_store import SampleStore
 from molf.data.samples import PlainText, PromptCompletion, Sample
 from molf.errors import InputError
 from molf.tasks.questions import UnusableRecordError
@@ -74,7 +76,7 @@ class CustomData:
     """
 
     records: int
-    samples: dict[int, Sample]
+    samples: Mapping[int, Sample]
     left_out: Counter[str]
     formats: tuple[str, ...] = ()
     weights: tuple[tuple[range, float], ...] = ()
@@ -95,7 +97,7 @@ def parse_parts(parts: Sequence[Part], source: str, fixed: str | None = None) ->
     Warns:
         UserWarning: Fields of the records are not read, or records are left out.
     """
-    samples: dict[int, Sample] = {}
+    samples = SampleStore()
     left_out: Counter[str] = Counter()
     unread: dict[str, None] = {}  # used as an ordered set
     formats: dict[str, None] = {}
@@ -110,13 +112,13 @@ def parse_parts(parts: Sequence[Part], source: str, fixed: str | None = None) ->
                 _check_format(record, name, part.place, position)
             index = count + position
             try:
-                samples[index] = parse_sample(record, name, index, where)
+                sample = parse_sample(record, name, index, where)
             except UnusableRecordError as error:
                 left_out[str(error)] += 1
                 continue
-            unread |= dict.fromkeys(
-                x for x in present_fields(record) if x not in read_fields(samples[index], name)
-            )
+            samples.add(sample)
+            read = read_fields(sample, name)
+            unread |= dict.fromkeys(x for x in present_fields(record) if x not in read)
         formats |= dict.fromkeys(filter(None, [name]))
         weights.append((range(count, count + len(part.records)), part.weight))
         count += len(part.records)
@@ -266,9 +268,10 @@ def _messages(value: Any, where: str) -> list[Message]:
     for position, item in enumerate(list_value(value, where)):
         at = f"{where}[{position}]"
         message = object_value(item, at, ("role",))
-        filled_text(message["role"], f"{at}.role")
+        message["role"] = sys.intern(filled_text(message["role"], f"{at}.role"))
         # Parquet gives each message the keys of all others, with null as the value.
-        message = {key: entry for key, entry in message.items() if entry is not None}
+        if None in message.values():
+            message = {key: entry for key, entry in message.items() if entry is not None}
         if message.get("content") is not None:
             _check_content(message["content"], f"{at}.content")
         elif message["role"] != "tool" and not any(map(message.get, _INSTEAD_OF_CONTENT)):
