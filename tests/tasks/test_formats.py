@@ -10,6 +10,8 @@ import pyarrow
 import pytest
 from datasets import Dataset, DatasetDict
 
+from molf.cli import main
+from molf.cli.app import join_stdin
 from molf.data.encoding import encode_samples
 from molf.data.files import read_file
 from molf.data.records import data_files, read_splits
@@ -309,6 +311,18 @@ def test_records_from_standard_input(given_on_stdin, pack):
     [record] = file_records({"data": "-"})["data"]
     assert (record["path"], record["bytes"]) == ("-", len(pack(lines.encode())))
     assert len(data_files("-")) == 1
+
+
+def test_standard_input_on_the_command_line(given_on_stdin, tmp_path, capsys):
+    tokenizer = byte_level_tokenizer()
+    tokenizer.save_pretrained(tmp_path)
+    config = {"model_type": "qwen2", "vocab_size": 512, "max_position_embeddings": 64}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    given_on_stdin(b"".join(json.dumps(record).encode() + b"\n" for record in pairs("a", 20)))
+    command = ["data", "--task", "custom", "--model", str(tmp_path), "--data", "-", "--jsonl"]
+    assert main(command) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 20
+    assert join_stdin(["--eval-data", "-", "-x", "-"]) == ["--eval-data=-", "-x", "-"]
 
 
 def test_wrong_standard_input(given_on_stdin, monkeypatch):

@@ -174,7 +174,7 @@ class CustomTask(Task):
                 "records_too_long": encoded.left_out,
                 "records_left_out": dict(self._data.left_out),
                 "records_with_faults": dict(encoded.faults),
-                "max_new_tokens": new_tokens,
+                **({"max_new_tokens": new_tokens} if answered else {}),
             },
         )
 
