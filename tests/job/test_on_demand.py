@@ -1,6 +1,7 @@
 """Examples that are tokenized when a step needs them: the same training as with all tokenized."""
 
 import json
+import signal
 
 import pytest
 import yaml
@@ -13,7 +14,8 @@ from molf.data.on_demand import OnDemand, most_tokens
 from molf.data.rows import Rows
 from molf.errors import InputError
 from molf.job import opening
-from molf.job.trainer.run_parts import RECORDS, hash_of_examples, hash_of_tokens
+from molf.job.record.result import ResumeError
+from molf.job.trainer.run_parts import RECORDS, RunParts, hash_of_examples, hash_of_tokens
 from molf.tasks import TaskOptions, load_task
 from tiny_models import CHATML, byte_level_tokenizer
 
@@ -105,15 +107,53 @@ def test_rows_are_lists():
 def trained(tmp_path, data):
     base = write_checkpoint(tmp_path / "base")
 
-    def run(name, *further):
+    def run(name, *further, code=0):
         path = tmp_path / name
         given = ["--task", "custom", "--model", str(base), "--data", str(data), "--ranks", "4"]
         given += ["--max_length", "60", "--max_steps", "3", "--learning_rate", "1e-2"]
         given += ["--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "2"]
-        assert main(["train", *given, "--output_dir", str(path), *further]) == 0
+        assert main(["train", *given, "--output_dir", str(path), *further]) == code
         return path
 
     return run
+
+
+def test_a_resumed_training_has_the_same_bits(trained, few_known, data, monkeypatch, capsys):
+    whole = trained("whole")
+    row, read = OnDemand.row, []
+
+    def stopping(self, position):
+        read.append(position)
+        if len(read) == 9:
+            signal.raise_signal(signal.SIGINT)
+        return row(self, position)
+
+    monkeypatch.setattr(OnDemand, "row", stopping)
+    path = trained("part", code=3)
+    monkeypatch.setattr(OnDemand, "row", row)
+    resume = ["train", "--output_dir", str(path), "--resume"]
+    lines = data.read_text()
+    data.write_text(lines.replace("39 is", "39 was").replace("38 is", "38 was"))
+    assert main(resume) == 2
+    assert "its examples have changed" in capsys.readouterr().err
+    data.write_text(lines)
+    assert main(resume) == 0
+    assert f"Resuming {path} from checkpoint-" in capsys.readouterr().err
+    weights = "model/model.safetensors"
+    assert (path / weights).read_bytes() == (whole / weights).read_bytes()
+
+
+def test_a_checkpoint_with_a_hash_of_all_tokens_is_continued(few_known, data):
+    samples = load_task(TaskOptions(name="custom", data=str(data))).training_samples
+    tokenizer = byte_level_tokenizer()
+    whole = encode_samples(tokenizer, samples, 60)
+    parts = RunParts(*[None] * 4, (), {}, OnDemand(tokenizer, samples, 60).encoded)
+    for known in (hash_of_tokens(whole), parts.data):
+        parts.check({"data": known, "frozen": {}})
+    other = OnDemand(tokenizer, samples[1:], 60).encoded
+    for changed in (hash_of_tokens(other), hash_of_examples(other)):
+        with pytest.raises(ResumeError, match="its examples have changed"):
+            parts.check({"data": changed, "frozen": {}})
 
 
 def losses(path):

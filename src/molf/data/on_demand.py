@@ -53,6 +53,8 @@ class OnDemand:
         self._tokenizer = tokenizer
         self._samples = samples
         self._max_length = max_length
+        # Ids and labels of a sample are read one after the other.
+        self._latest: tuple[int, list[int], list[int]] | None = None
         probed = set(spread(range(len(samples)), PROBED))
         first = []
         for index, sample in enumerate(samples):
@@ -105,6 +107,8 @@ class OnDemand:
             InputError: It does not fit, because the tokenizer makes more tokens than a text has
                 bytes.
         """
+        if self._latest is not None and self._latest[0] == position:
+            return self._latest[1:]
         sample = self._samples[self._kept[position]]
         [(text, rendered)] = tokenize_samples(self._tokenizer, [sample])
         ids, labels = ids_and_labels(text, rendered, self._tokenizer.eos_token_id)
@@ -113,6 +117,7 @@ class OnDemand:
                 f"Record {sample.record} has {len(ids)} tokens, more than bytes, and max_length is "
                 f"{self._max_length}. Leave it out, or give a larger --max_length."
             )
+        self._latest = position, ids, labels
         return ids, labels
 
 

@@ -253,6 +253,8 @@ def dry_run(
     with ignoring_print_errors():
         resolved = checked(settings, datetime.now().astimezone())
         check_places(resolved)
+        reporter = reporter or make_reporter()
+        _say_what_is_read(resolved, reporter)
         task, _ = open_data(resolved, inputs)
 
         from molf.job.libraries import quiet_libraries
@@ -260,7 +262,7 @@ def dry_run(
         with quiet_libraries():
             from molf.job.dry_run import rehearse
 
-            return rehearse(resolved, task, reporter or make_reporter(), inputs)
+            return rehearse(resolved, task, reporter, inputs)
 
 
 def checked(settings: TrainSettings, started: datetime) -> ResolvedSettings:
