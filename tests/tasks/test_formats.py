@@ -12,9 +12,12 @@ from datasets import Dataset, DatasetDict
 
 from molf.cli import main
 from molf.cli.app import join_stdin
+from molf.data.conversations import Conversation
 from molf.data.encoding import encode_samples
 from molf.data.files import read_file
 from molf.data.records import data_files, read_splits
+from molf.data.sample_store import ChosenSamples
+from molf.data.samples import PlainText, PromptCompletion
 from molf.data.sources import absolute_sources, places, sources_of
 from molf.data.stdin import stdin_copy
 from molf.errors import InputError
@@ -285,6 +288,29 @@ def test_commas_and_colons_of_names_and_addresses(tmp_path, monkeypatch):
     write(tmp_path / "c.jsonl", *pairs("a", 3))
     assert absolute_sources("c.jsonl:2,owner/name:x") == f"{tmp_path}/c.jsonl:2,owner/name:x"
     assert len(file_records({"data": "c.jsonl:2,a,b:2"})["data"]) == 1
+
+
+def test_samples_are_kept_as_they_are(tmp_path):
+    odd = {"messages": [{**TURNS[0], "note": "\ud800"}, {**TURNS[1], "tool_calls": None}]}
+    files = [write(tmp_path / f"{name}.jsonl", record) for name, record in RECORDS.items()]
+    files.append(write(tmp_path / "odd.jsonl", odd))
+    samples = load(",".join(files), preview=True).data_records().samples
+    assert list(samples) == list(range(6))
+    assert 5 in samples
+    assert 6 not in samples
+    expected = [
+        Conversation(tuple(TURNS), 0, 0),
+        Conversation(tuple(TURNS), 0, 1),
+        PromptCompletion("Where?", " In Paris.", 2),
+    ]
+    assert [samples[i] for i in range(3)] == expected
+    assert samples[4] == PlainText("Paris is a city.", 4)
+    assert samples[5].messages[0]["note"] == "\ud800"
+    assert "tool_calls" not in samples[5].messages[1]
+    chosen = ChosenSamples(samples, [2, 0, 2])
+    assert chosen == [samples[2], samples[0], samples[2]]
+    assert chosen[1:] == [samples[0], samples[2]]
+    assert chosen != [samples[2]]
 
 
 @pytest.fixture
