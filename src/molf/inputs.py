@@ -93,6 +93,15 @@ def read_text(path: str | Path, shown: str, *, most: int | None = None) -> str:
     content = read_input(path, shown, most=most)
     if most is not None and len(content) > most:
         raise InputError(f"{shown} is longer than {most:,} bytes.")
+    return as_text(content, shown)
+
+
+def as_text(content: bytes, shown: str) -> str:
+    """Decode UTF-8, with or without a byte order mark.
+
+    Raises:
+        InputError: It is not UTF-8.
+    """
     try:
         return content.decode("utf-8-sig")  # spreadsheets and Windows editors add a BOM
     except UnicodeDecodeError as error:

@@ -22,6 +22,15 @@ TALK = [
 ]
 
 
+def asked(question, answer):
+    return {
+        "messages": [
+            {"role": "user", "content": question},
+            {"role": "assistant", "content": answer},
+        ]
+    }
+
+
 @pytest.fixture
 def model(tmp_path):
     """A checkpoint without weights."""
@@ -55,8 +64,8 @@ def test_jsonl_has_every_readable_record_and_its_whole_text(shown):
     records = [
         {"messages": TALK},
         {"messages": TALK[:1]},
-        *({"prompt": f"{i} is", "completion": f" {i}."} for i in range(20)),
-        {"prompt": "long " * 60, "completion": "x"},
+        *(asked(f"{i} is", f" {i}.") for i in range(20)),
+        asked("long " * 60, "x"),
     ]
     lines = [json.loads(line) for line in shown(records, "--jsonl").out.splitlines()]
     assert [line["index"] for line in lines] == [0, *range(2, 23)]
@@ -88,10 +97,12 @@ def test_a_single_record_is_enough(shown):
 
 def test_counts_lengths_and_examples_are_printed(shown):
     records = [{"prompt": f"{i} is", "completion": f" {i}."} for i in range(20)]
-    records += [{"messages": TALK[:1]}, {"prompt": "long " * 60, "completion": "x"}]
+    records += [{"prompt": TALK[:1], "completion": TALK[:1]}]
+    records += [{"prompt": "long " * 60, "completion": "x"}]
     records[3]["completion"] = " 3<|pad|>."
     captured = shown(records, "--examples", "1")
     out = captured.out
+    assert "format     prompt-completion\n" in out
     assert "22 read: 18 to train on, 2 held out to evaluate, 2 left out" in out
     assert "left out   1: no assistant message to learn" in out
     assert "left out   1: longer than 64 tokens" in out

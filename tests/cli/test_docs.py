@@ -42,8 +42,9 @@ def write(path: Path, lines: list[dict]) -> Path:
 
 @pytest.mark.parametrize("task", ["sql", "med", "math", "fact", "custom"])
 def test_records(tmp_path, task):
-    data = write(tmp_path / "records.jsonl", records(task))
-    loaded = load_task(TaskOptions(name=task, data=str(data), evaluation_only=True))
+    # A file has one format.
+    files = [write(tmp_path / f"{i}.jsonl", [one]) for i, one in enumerate(records(task))]
+    loaded = load_task(TaskOptions(name=task, data=",".join(map(str, files)), evaluation_only=True))
     assert loaded.evaluation_count == len(records(task))
 
 

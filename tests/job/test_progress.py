@@ -75,3 +75,16 @@ def test_a_terminal_shows_where_it_is(output):
     assert "16/64" in text
     assert "20/20" in text
     assert "lora0_r4 75%" in text
+
+
+def test_a_log_shows_the_state_of_long_work(output, monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr("molf.job.progress.time.monotonic", lambda: now[0])
+    with Reporter(Console(file=output)).working("Tokenizing") as show:
+        for done in range(0, 50, 5):
+            show(f"{done} of 50 tokenized")
+            now[0] += 3
+    assert output.getvalue().splitlines() == ["  20 of 50 tokenized", "  40 of 50 tokenized"]
+    console = Console(file=output, force_terminal=True, width=80, legacy_windows=False)
+    with TerminalReporter(console).working("Tokenizing") as show:
+        show("20 of 50 tokenized")

@@ -196,7 +196,8 @@ def test_conversations_are_evaluated_on_the_last_turn(tmp_path):
         },
         {"messages": [*TURNS, {"role": "user", "content": "Thanks"}]},  # nothing answers this
     ]
-    task = load(write(tmp_path / "a.jsonl", records), evaluation_only=True)
+    files = [write(tmp_path / f"{i}.jsonl", [record]) for i, record in enumerate(records)]
+    task = load(",".join(files), evaluation_only=True)
     tokenizer = byte_level_tokenizer()
     tokenizer.chat_template = CHATML
     tokenizer.eos_token = "<|im_end|>"
@@ -214,7 +215,8 @@ def test_nulls_of_parquet_are_no_fields(tmp_path):
         {"messages": [{**turn, "tool_calls": None} for turn in TURNS], "prompt": None},
         {"prompt": "a", "completion": "b", "messages": None},
     ]
-    task = load(write(tmp_path / "a.jsonl", records), evaluation_only=True)
+    files = [write(tmp_path / f"{i}.jsonl", [record]) for i, record in enumerate(records)]
+    task = load(",".join(files), evaluation_only=True)
     samples = task._data.samples
     assert [sample.answer for sample in samples.values()] == ["In Paris.", "b"]
     assert all("tool_calls" not in message for message in samples[0].messages)
@@ -250,8 +252,8 @@ TWICE = [
     ("wrong", "message"),
     [
         (
-            {"text": "x"},
-            r"needs prompt and completion, messages, or conversations \(it has: text\)",
+            {"texts": "x"},
+            r"needs prompt and completion, messages, .*, or text \(it has: texts\)",
         ),
         ({"prompt": "x", "completion": None}, r"needs prompt and completion.*\(it has: prompt\)"),
         ({"prompt": "x", "completion": 5}, "completion must be a text, not int"),
@@ -285,7 +287,8 @@ TWICE = [
     ],
 )
 def test_a_wrong_record_is_one_clear_line(tmp_path, wrong, message):
-    path = write(tmp_path / "a.jsonl", [*pairs(2), wrong])
+    right = [{"messages": TURNS}] * 2 if "messages" in wrong else pairs(2)
+    path = write(tmp_path / "a.jsonl", [*right, wrong])
     with pytest.raises(InputError, match=message) as error:
         load(path)
     assert f"{path}, record 2" in str(error.value)
@@ -302,7 +305,12 @@ def test_a_wrong_record_is_one_clear_line(tmp_path, wrong, message):
     ],
 )
 def test_a_conversation_without_a_turn_to_learn_is_left_out_and_counted(tmp_path, nothing):
-    path = write(tmp_path / "a.jsonl", [*pairs(3), nothing, *pairs(2, "x")])
+    right = pairs(5)
+    if "messages" in nothing:
+        right = [
+            {"messages": [{"role": "user", "content": r["prompt"]}, *TURNS[1:]]} for r in right
+        ]
+    path = write(tmp_path / "a.jsonl", [*right[:3], nothing, *right[3:]])
     with pytest.warns(UserWarning, match="1 of 6 records are left out: no assistant message to"):
         task = load(path)
     read = task.data_records()

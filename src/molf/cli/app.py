@@ -110,6 +110,17 @@ for _name, _function, _help in (
 app.command(study)
 
 
+def join_stdin(tokens: Sequence[str]) -> list[str]:
+    """Return the arguments with `--data -` as `--data=-`: cyclopts reads a hyphen as an option."""
+    joined: list[str] = []
+    for token in tokens:
+        if token == "-" and joined and joined[-1].replace("-", "_") in ("__data", "__eval_data"):
+            joined[-1] += "=-"
+        else:
+            joined.append(token)
+    return joined
+
+
 def join_booleans(tokens: Sequence[str]) -> list[str]:
     """Return the arguments with `--bf16 true` as `--bf16=true`, like transformers' own parser."""
     # Fast path: reading the options imports the settings.

@@ -40,7 +40,8 @@ def preview_data(
         settings: The options of `molf train`; those that do not concern the data have no effect.
         config: A YAML file of these options, or a recipe by name; the command line has precedence.
         jsonl: Print every readable record in the file's order as a line of JSON: `index`, `tokens`,
-            `segments` ([text, carries loss] pairs), and `held_out` or `left_out` where it is.
+            `segments` ([text, carries loss] pairs), and `held_out`, `left_out` or `times` (by
+            weight) where it is.
         examples: How many of the first examples are printed.
         page: Also write counts, lengths and up to 200 records, text with loss marked, as a page.
     """
@@ -108,6 +109,8 @@ def _line(record: PreviewedRecord) -> dict[str, object]:
         "tokens": record.tokens,
         "segments": [list(segment) for segment in record.segments],
     }
+    if record.times > 1:
+        line["times"] = record.times
     if record.held_out:
         line["held_out"] = True
     if record.left_out is not None:
@@ -117,7 +120,7 @@ def _line(record: PreviewedRecord) -> dict[str, object]:
 
 def _first(data: DataRecords, count: int) -> DataRecords:
     """Return the data with only its first `count` training records."""
-    indices = list(data.trained_on)[:count]
+    indices = list(dict.fromkeys(data.trained_on))[:count]
     return replace(data, samples={index: data.samples[index] for index in indices})
 
 
@@ -126,20 +129,23 @@ def _counts(data: DataRecords, records: list[PreviewedRecord]) -> list[str]:
     held_out = sum(record.held_out for record in records)
     left_out = Counter(data.left_out)
     left_out.update(record.left_out for record in records if record.left_out is not None)
+    total, again = len(used), sum(record.times - 1 for record in used)
     lines = [
-        f"records    {data.count} read: {len(used)} to train on, {held_out} held out to evaluate, "
+        *([f"format     {', '.join(data.formats)}"] if data.formats else []),
+        f"records    {data.count} read: {total} to train on, {held_out} held out to evaluate, "
         f"{left_out.total()} left out",
+        *([f"weights    {total + again} examples in an epoch"] if data.is_weighted else []),
         *(f"left out   {count}: {reason}" for reason, count in left_out.most_common()),
     ]
     if used:
-        lengths = sorted(record.tokens for record in used)
+        lengths = sorted(record.tokens for record in used for _ in range(record.times))
         # `quantiles` needs two values; with one, all percentiles are that length.
         cuts = quantiles(lengths, n=20, method="inclusive") if len(lengths) > 1 else lengths * 19
-        total, with_loss = sum(lengths), sum(record.loss_tokens for record in used)
+        tokens, with_loss = sum(lengths), sum(record.loss_tokens * record.times for record in used)
         lines += [
-            f"tokens     {total:,} to train on; per example at least {lengths[0]}, median "
+            f"tokens     {tokens:,} to train on; per example at least {lengths[0]}, median "
             f"{cuts[9]:.0f}, 95th percentile {cuts[18]:.0f}, at most {lengths[-1]}",
-            f"loss       on {with_loss:,} of {total:,} tokens ({with_loss / total:.1%})",
+            f"loss       on {with_loss:,} of {tokens:,} tokens ({with_loss / tokens:.1%})",
         ]
     faults = Counter(fault for record in records for fault in record.faults)
     lines += [f"doubtful   {count} of {len(records)}: {fault}" for fault, count in faults.items()]

@@ -13,7 +13,7 @@ from molf.job.settings.converters import words
 from molf.job.settings.settings import DATA, EVALUATION, OUTPUT
 from molf.measure.harness import PREFIX
 from molf.paths import expanded
-from molf.tasks import EVAL_PARTS, TASKS, VALIDATION_SHARE, TaskOptions, check_task
+from molf.tasks import EVAL_PARTS, FORMATS, TASKS, VALIDATION_SHARE, TaskOptions, check_task
 
 
 @Parameter(name="*")
@@ -33,7 +33,11 @@ class EvalOptions:
         ),
     ]
     data: Annotated[str | None, Parameter(group=DATA)] = None
-    """Records to evaluate on: a JSON, JSONL, Parquet or CSV file, a folder, a URL, or a Hub id."""
+    """Records to evaluate on: a file, a folder, a URL, a Hub id, or - for standard input."""
+    format: Annotated[
+        str | None, Parameter(choices=FORMATS, group=DATA, show_default="by the first record")
+    ] = None
+    """Format of the records of custom."""
     max_samples: Annotated[int | None, Parameter(group=DATA)] = None
     """Evaluate on at most this many records, drawn by the seed."""
     few_shot: Annotated[int | None, Parameter(group=DATA, show_default="0")] = None
@@ -112,6 +116,7 @@ class EvalOptions:
             TaskOptions(
                 name=name,
                 data=self.data,
+                format=self.format,
                 max_samples=self.max_samples,
                 few_shot=self.few_shot or 0,
                 eval_part=self.eval_part,

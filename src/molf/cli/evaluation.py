@@ -9,6 +9,7 @@ from pathlib import Path
 
 from molf.cli.eval_options import EvalOptions
 from molf.data.files import Record, read_json
+from molf.data.sources import places
 from molf.disk.files import write_json, write_jsonl
 from molf.disk.locks import InUseError, Lock
 from molf.errors import InputError
@@ -52,7 +53,7 @@ def evaluate_checkpoint(model: str, options: EvalOptions) -> dict[str, Evaluatio
 
     from molf.job.libraries import quiet_libraries
 
-    sources = (model, base, options.data, options.forgetting_data)
+    sources = (model, base, *places(options.data), options.forgetting_data)
     with ignoring_print_errors(), quiet_libraries(), locking_runs(sources):
         import torch
 

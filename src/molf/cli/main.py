@@ -17,7 +17,7 @@ from typing import TextIO
 
 from cyclopts import CycloptsError, MissingArgumentError, UnknownOptionError, UnusedCliTokensError
 
-from molf.cli.app import app, join_booleans
+from molf.cli.app import app, join_booleans, join_stdin
 from molf.cli.helping import without_help_all
 from molf.cli.lines import one_line, say
 from molf.errors import InputError
@@ -47,7 +47,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     if launched_count() > 1:  # each process would warn that DDP looks for unused parameters
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    arguments = without_help_all(join_booleans(sys.argv[1:] if argv is None else argv))
+    given = sys.argv[1:] if argv is None else argv
+    arguments = without_help_all(join_stdin(join_booleans(given)))
     # Before anything is printed, because a message may quote an argument with a token.
     learn(arguments)
     with standard_streams(), warnings.catch_warnings(), _signals_as_interrupts():

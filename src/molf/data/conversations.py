@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -9,7 +10,7 @@ from typing import Any
 
 from molf.data.chat_template import Chat, Message, text_of
 from molf.data.control_tokens import control_tokens, marked, unmarked, without_marks
-from molf.data.samples import Rendered, Sample
+from molf.data.samples import PromptCompletion, Rendered, Sample
 from molf.data.turns import find_turns
 from molf.errors import InputError
 
@@ -52,9 +53,18 @@ class Conversation(Sample):
 
     @property
     def content(self) -> Hashable:
-        """The messages, the turns that carry loss, and all other inputs of the template."""
+        """A hash of the messages, the turns with loss, and all other inputs of the template."""
         whole = [self.messages, self.tools, dict(self.template_options)]
-        return self.context, json.dumps(whole, sort_keys=True)
+        # Keys of many records are kept at once, and this is shorter than their texts.
+        return self.context, hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).digest()
+
+    def longest_text(self, tokenizer: Any) -> str:
+        """Return all messages as the template renders them.
+
+        Raises:
+            InputError: As in `render`.
+        """
+        return self._chat(tokenizer).whole.text
 
     def render(self, tokenizer: Any) -> Rendered:
         """Render the conversation through the tokenizer's chat template and find its turns.
@@ -66,11 +76,8 @@ class Conversation(Sample):
             InputError: The tokenizer has no chat template, the template rejects the messages, or
                 the last turn cannot be found in the rendered text.
         """
-        messages, tools = self.messages, self.tools
-        if getattr(tokenizer, "split_special_tokens", False):
-            messages, tools = marked(tokenizer, messages), marked(tokenizer, tools)
+        chat = self._chat(tokenizer)
         try:
-            chat = Chat(tokenizer, messages, tools, self.template_options)
             turns = find_turns(tokenizer, chat, learned_turns(self.messages, self.context))
         except InputError as error:
             raise InputError(f"Record {self.record}: {error}") from error
@@ -99,11 +106,69 @@ class Conversation(Sample):
             ),
         )
 
+    def _chat(self, tokenizer: Any) -> Chat:
+        """Return the messages in the form that the tokenizer's template accepts."""
+        messages, tools = self.messages, self.tools
+        if getattr(tokenizer, "split_special_tokens", False):
+            messages, tools = marked(tokenizer, messages), marked(tokenizer, tools)
+        try:
+            return Chat(tokenizer, messages, tools, self.template_options)
+        except InputError as error:
+            raise InputError(f"Record {self.record}: {error}") from error
+
     def _parts(self) -> Iterator[str]:
         """Yield the texts that the rendering must contain."""
         for message in self.messages:
             yield text_of(message.get("content"))
             yield from _called(message.get("tool_calls"))
+
+
+@dataclass(frozen=True)
+class Instruction(Sample):
+    """An instruction and its output: a conversation for chat models, else a prompt with headings.
+
+    Attributes:
+        conversation: The record as messages, for tokenizers with a chat template.
+        plain: The record as prompt and completion, for tokenizers without.
+    """
+
+    conversation: Conversation
+    plain: PromptCompletion
+
+    @property
+    def record(self) -> int:  # type: ignore[override]
+        """0-based record of the data file."""
+        return self.plain.record
+
+    @property
+    def answer(self) -> str:
+        """The output."""
+        return self.plain.answer
+
+    @property
+    def content(self) -> Hashable:
+        """Prompt and completion."""
+        return self.plain.content
+
+    def render(self, tokenizer: Any) -> Rendered:
+        """Render the conversation if the tokenizer has a chat template, else the prompt.
+
+        Raises:
+            InputError: The template rejects the messages.
+        """
+        return self._form(tokenizer).render(tokenizer)
+
+    def longest_text(self, tokenizer: Any) -> str:
+        """Return the text of the form that `render` renders.
+
+        Raises:
+            InputError: As in `render`.
+        """
+        return self._form(tokenizer).longest_text(tokenizer)
+
+    def _form(self, tokenizer: Any) -> Conversation | PromptCompletion:
+        has_template = getattr(tokenizer, "chat_template", None) is not None
+        return self.conversation if has_template else self.plain
 
 
 def learned_turns(messages: Sequence[Message], context: int) -> list[int]:

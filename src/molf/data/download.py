@@ -8,7 +8,7 @@ import urllib.parse
 from pathlib import Path
 
 from molf.data.fetch import FetchError, fetch, most_bytes
-from molf.data.files import SUFFIXES
+from molf.data.files import SUFFIXES, data_suffix
 from molf.disk.files import replacing_file
 from molf.errors import InputError
 
@@ -39,17 +39,17 @@ def download(url: str, option: str) -> Path:
     """Return the path of a data file's local copy; download the file at its first use.
 
     Args:
-        url: The http(s) address of a JSON, JSON lines, Parquet or CSV file.
+        url: The http(s) address of a file of one of `SUFFIXES`, compressed or not.
         option: The option that takes a local path instead, for messages.
 
     Raises:
         InputError: The address is not that of a data file, or the download fails.
     """
     try:
-        suffix = Path(urllib.parse.urlparse(url).path).suffix
+        suffix = data_suffix(urllib.parse.urlparse(url).path)
     except ValueError as error:  # such as brackets without an IPv6 address
         raise InputError(f"{option}: {url} is not an address: {error}.") from error
-    if suffix.lower() not in SUFFIXES:
+    if suffix is None:
         raise InputError(f"{option}: {url} is not the address of a {', '.join(SUFFIXES)} file.")
     target = cached(url)
     if os.path.isfile(target):

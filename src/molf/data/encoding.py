@@ -5,13 +5,19 @@ from __future__ import annotations
 import itertools
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
+from molf.data.rows import Rows
 from molf.data.samples import Rendered, Sample, Span
 from molf.errors import InputError
 from molf.measure.tokens import IGNORED, TokenizedText, check_tokenizer, tokenize
+
+T = TypeVar("T")
+
+Show = Callable[[int, int], None]
+"""Called with the number of samples that are done, and that of all."""
 
 _AT_ONCE = 1000  # bounds the memory of the rendered texts
 
@@ -53,16 +59,27 @@ class EncodedSamples:
         labels: Per token its id where it carries loss, -100 elsewhere (not shifted).
         kept: Positions of the kept samples among those given.
         left_out: Number of samples longer than `max_length`.
-        longest: The longest sample in tokens, those left out included.
-        faults: Number of kept samples that differ from their records, by a sentence about it.
+        longest: The longest sample in tokens, those left out included; of the tokenized ones.
+        faults: Number of tokenized kept samples that differ from their records, by a sentence
+            about it.
+        known: Token ids of the samples that are tokenized, if others are tokenized when they are
+            read (`molf.data.on_demand`); None if all are.
+        records_hash: Hash of the records of the kept samples, if not all are tokenized.
     """
 
-    input_ids: list[list[int]]
-    labels: list[list[int]]
+    input_ids: Sequence[list[int]]
+    labels: Sequence[list[int]]
     kept: list[int]
     left_out: int
     longest: int
     faults: Counter[str] = field(default_factory=Counter)
+    known: Sequence[list[int]] | None = None
+    records_hash: str = ""
+
+    @property
+    def tokenized(self) -> Sequence[list[int]]:
+        """Token ids of the samples that are tokenized."""
+        return self.input_ids if self.known is None else self.known
 
 
 def tokenize_samples(tokenizer: Any, samples: Sequence[Sample]) -> Iterator[TokenizedSample]:
@@ -114,16 +131,36 @@ def _tokenize_around(tokenizer: Any, text: str, literal: Sequence[Span]) -> Toke
     return whole
 
 
-def encode_samples(tokenizer: Any, samples: Sequence[Sample], max_length: int) -> EncodedSamples:
+def encode_samples(
+    tokenizer: Any,
+    samples: Sequence[Sample],
+    max_length: int,
+    show: Show = lambda done, total: None,
+) -> EncodedSamples:
     """Encode samples for training: `tokenize_samples`, then `encode_tokenized`.
+
+    `show` is called with the number of encoded samples, and that of all.
 
     Warns:
         UserWarning: Samples differ from their records, such as turns that carry no loss.
     """
-    encoded = encode_tokenized(tokenizer, tokenize_samples(tokenizer, samples), max_length)
-    for fault, count in encoded.faults.items():
-        warnings.warn(f"{count} of {len(encoded.kept)} examples: {fault}.", stacklevel=2)
+    tokenized = _shown(tokenize_samples(tokenizer, samples), len(samples), show)
+    encoded = encode_tokenized(tokenizer, tokenized, max_length)
+    warn_of_faults(encoded)
     return encoded
+
+
+def _shown(items: Iterable[T], total: int, show: Show) -> Iterator[T]:
+    for done, item in enumerate(items):
+        if done % _AT_ONCE == 0:
+            show(done, total)
+        yield item
+
+
+def warn_of_faults(encoded: EncodedSamples) -> None:
+    """Warn of samples that differ from their records, such as turns that carry no loss."""
+    for fault, count in encoded.faults.items():
+        warnings.warn(f"{count} of {len(encoded.tokenized)} examples: {fault}.", stacklevel=3)
 
 
 def encode_tokenized(
@@ -144,26 +181,25 @@ def encode_tokenized(
     Raises:
         InputError: All samples are too long.
     """
-    rows, faults = [], []
+    ids_of, labels_of, kept = Rows(), Rows(), []
+    faults: Counter[str] = Counter()
+    count = longest = 0
     for text, rendered in samples:
-        rows.append(ids_and_labels(text, rendered, tokenizer.eos_token_id))
-        faults.append(rendered.all_faults(tokenizer))
-    longest = max(len(ids) for ids, _ in rows)
-    kept = [position for position, (ids, _) in enumerate(rows) if len(ids) <= max_length]
+        ids, labels = ids_and_labels(text, rendered, tokenizer.eos_token_id)
+        longest = max(longest, len(ids))
+        # Samples that are left out are not trained on, so their faults do not count.
+        if len(ids) <= max_length:
+            ids_of.append(ids)
+            labels_of.append(labels)
+            kept.append(count)
+            faults.update(rendered.all_faults(tokenizer))
+        count += 1
     if not kept:
         raise InputError(
-            f"All {len(rows)} samples are longer than max_length={max_length} tokens; "
+            f"All {count} samples are longer than max_length={max_length} tokens; "
             f"the longest has {longest}."
         )
-    return EncodedSamples(
-        input_ids=[rows[position][0] for position in kept],
-        labels=[rows[position][1] for position in kept],
-        kept=kept,
-        left_out=len(rows) - len(kept),
-        longest=longest,
-        # Samples that are left out are not trained on, so their faults do not count.
-        faults=Counter(fault for position in kept for fault in faults[position]),
-    )
+    return EncodedSamples(ids_of, labels_of, kept, count - len(kept), longest, faults)
 
 
 def generation_contexts(

@@ -6,16 +6,21 @@ import itertools
 import os
 import re
 from collections.abc import Collection
+from dataclasses import dataclass
 from pathlib import Path
 
+from molf.data.compressed import COMPRESSIONS
 from molf.data.download import cached, download, is_url
 from molf.data.files import (
     SUFFIXES,
     Record,
     check_fields,
+    data_suffix,
     read_file,
     without_nulls,
 )
+from molf.data.sources import Source, sources_of
+from molf.data.stdin import SHOWN, STDIN, stdin_copy
 from molf.errors import InputError, reason_of
 from molf.inputs import check_ordinary
 from molf.paths import expanded
@@ -33,8 +38,25 @@ _SPLIT_WORDS = {
 }
 _MOST_ENTRIES = 100_000  # files in a folder, data files or not
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(?::[\w.-]+)?")  # :configuration
+_BESIDE_ARROW = ("dataset_info.json", "state.json", "dataset_dict.json")  # of `save_to_disk`
+_ORDER = ("train", "test", "validation")
 # The error of `datasets` for a data set with several configurations and no default.
 _MISSING_CONFIGURATION = re.compile(r"available configs: \[(.*?)\]")
+
+
+@dataclass(frozen=True)
+class Part:
+    """Records of one file, or of one split of a Hub data set.
+
+    Attributes:
+        place: The file, or the data set and split, for messages.
+        records: The records.
+        weight: The weight of the source (`molf.data.sources.Source`).
+    """
+
+    place: str
+    records: list[Record]
+    weight: float = 1.0
 
 
 def read_records(
@@ -50,9 +72,10 @@ def read_splits(
     """Read records by split.
 
     Args:
-        source: A `.json`, `.jsonl`, `.parquet` or `.csv` file; a folder of such files, whose names
-            may contain train, test or validation; the URL of such a file; or a Hub id `owner/name`
-            or `owner/name:configuration`.
+        source: A file whose name ends with one of `SUFFIXES`; a folder of such files, whose names
+            may contain train, test or validation; the URL of such a file; a Hub id `owner/name`
+            or `owner/name:configuration`; `-` for standard input; several of these, separated by
+            commas.
         fields: Fields that every record must have.
         option: The option that the source was given by, for messages.
 
@@ -61,42 +84,76 @@ def read_splits(
         is `train`. Files of one split are read in the order of their names.
 
     Raises:
-        InputError: The source does not exist, cannot be reached or read, or has an invalid record.
+        InputError: The source does not exist, cannot be reached or read, has an invalid record, or
+            a weight.
     """
-    splits = _read(str(source), option)
+    splits = {}
+    for split, parts in read_parts(source, option=option).items():
+        if weighted := next((part for part in parts if part.weight != 1), None):
+            raise InputError(
+                f"{option}: {weighted.place} has the weight {weighted.weight:g}. Weights are for "
+                "the training data of task custom."
+            )
+        splits[split] = list(itertools.chain.from_iterable(part.records for part in parts))
     for split, records in splits.items():
         where = str(source) if len(splits) == 1 else f"{source} ({split})"
         check_fields(records, fields, where)
-    return {split: splits[split] for split in ("train", "test", "validation") if split in splits}
+    return splits
+
+
+def read_parts(source: str | Path, *, option: str = "data") -> dict[str, list[Part]]:
+    """Read records by split and file; the arguments, order and errors are those of `read_splits`.
+
+    Weights are allowed.
+    """
+    splits: dict[str, list[Part]] = {}
+    for one in sources_of(str(source), option):
+        for split, parts in _read(one, option).items():
+            splits.setdefault(split, []).extend(parts)
+    return {split: splits[split] for split in _ORDER if split in splits}
 
 
 def data_files(source: str) -> list[Path]:
     """Return the local files of a source, in the order of reading; none for a Hub id."""
-    if is_url(source):
-        copy = cached(source)
+    found = []
+    for one in sources_of(source):
+        found += _local_files(one.place)
+    return found
+
+
+def _local_files(place: str) -> list[Path]:
+    if place == STDIN:
+        return [stdin_copy()]
+    if is_url(place):
+        copy = cached(place)
         return [copy] if copy.is_file() else []
-    path = expanded(source)
+    path = expanded(place)
     if os.path.isdir(path):
         return _files_in(path)
     return [path] if os.path.isfile(path) else []
 
 
-def _read(source: str, option: str) -> dict[str, list[Record]]:
+def _read(given: Source, option: str) -> dict[str, list[Part]]:
+    source, weight = given.place, given.weight
+    if source == STDIN:
+        return {"train": [Part(SHOWN, read_file(stdin_copy(), SHOWN), weight)]}
     if is_url(source):
-        return {"train": read_file(download(source, option))}
+        return {"train": [Part(source, read_file(download(source, option)), weight)]}
     path = expanded(source)
     try:
         is_folder, is_file = path.is_dir(), path.is_file()
     except (OSError, ValueError) as error:  # a name too long, a null byte
         raise InputError(f"{option}: {source!r:.300} is not a path: {reason_of(error)}") from error
     if is_folder:
-        return _read_folder(path)
+        return _read_folder(path, weight)
     if is_file:
-        return {"train": read_file(path)}
+        return {"train": [Part(source, read_file(path), weight)]}
     check_ordinary(path, f"{option}: {source}")
     if _looks_local(source):
         raise InputError(f"{option}: file not found: there is no file or folder {source}.")
-    return _read_hub(source, option)
+    read = _read_hub(source, option)
+    shown = {split: source if len(read) == 1 else f"{source} ({split})" for split in read}
+    return {split: [Part(shown[split], records, weight)] for split, records in read.items()}
 
 
 def _looks_local(source: str) -> bool:
@@ -104,12 +161,12 @@ def _looks_local(source: str) -> bool:
     path = Path(source)
     return (
         not _HUB_ID.fullmatch(source)
-        or path.suffix.lower() in (*SUFFIXES, ".tsv", ".txt", ".arrow", ".gz", ".zip")
+        or path.suffix.lower() in (*SUFFIXES, *COMPRESSIONS, ".tsv", ".txt", ".zip")
         or path.parent.is_dir()  # owner/ exists here: a file in it was meant
     )
 
 
-def _read_folder(folder: Path) -> dict[str, list[Record]]:
+def _read_folder(folder: Path, weight: float) -> dict[str, list[Part]]:
     files = _files_in(folder)
     if not files:
         raise InputError(f"{folder} holds no data files ({', '.join(SUFFIXES)}).")
@@ -121,9 +178,9 @@ def _read_folder(folder: Path) -> dict[str, list[Record]]:
             f"{folder}: some file names contain train, test or validation, but {unnamed.name} does "
             "not. Give one file, or name all of them."
         )
-    splits: dict[str, list[Record]] = {}
+    splits: dict[str, list[Part]] = {}
     for path, split in named.items():
-        splits.setdefault(split or "train", []).extend(read_file(path))
+        splits.setdefault(split or "train", []).append(Part(str(path), read_file(path), weight))
     return splits
 
 
@@ -148,9 +205,11 @@ def _files_in(folder: Path) -> list[Path]:
             )
         for name in names:
             path = Path(place, name)
-            if path.suffix.lower() in SUFFIXES and not name.startswith("."):
+            if data_suffix(name) is not None and not name.startswith("."):
                 check_ordinary(path, str(path))
                 found.append(path)
+    if any(path.suffix == ".arrow" for path in found):
+        found = [path for path in found if path.name not in _BESIDE_ARROW]
     return sorted(found)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Hashable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from molf.data.control_tokens import control_tokens
 
@@ -52,9 +52,11 @@ class Sample(ABC):
 
     Attributes:
         record: 0-based record of the data file that the sample was made from.
+        has_answer: Whether a part of the text answers the rest, so that it can be generated.
     """
 
     record: int
+    has_answer: ClassVar[bool] = True
 
     @property
     @abstractmethod
@@ -65,6 +67,14 @@ class Sample(ABC):
     @abstractmethod
     def content(self) -> Hashable:
         """A key that is equal for records with the same texts."""
+
+    def longest_text(self, tokenizer: Any) -> str:
+        """Return a text that the rendered one is a part of, in less time than `render` takes.
+
+        Raises:
+            InputError: As in `render`.
+        """
+        return self.render(tokenizer).text
 
     @abstractmethod
     def render(self, tokenizer: Any) -> Rendered:
@@ -93,11 +103,45 @@ class PromptCompletion(Sample):
         """Prompt and completion."""
         return self.prompt, self.completion
 
+    def longest_text(self, tokenizer: Any) -> str:
+        """Return the two texts, joined."""
+        return self.prompt + self.completion
+
     def render(self, tokenizer: Any) -> Rendered:
         """Join the two texts; the completion carries the loss."""
-        text = self.prompt + self.completion
-        start = len(self.prompt)
-        # Do not count an EOS at the end: every sample ends with EOS.
-        own = text.removesuffix(tokenizer.eos_token or "")
-        spelled = len(control_tokens(tokenizer).findall(own))
-        return Rendered(text, ((start, len(text)),), start, control_tokens=spelled)
+        return _rendered(tokenizer, self.prompt + self.completion, len(self.prompt))
+
+
+@dataclass(frozen=True)
+class PlainText(Sample):
+    """A text without a prompt, as in continued pre-training; all of it carries loss."""
+
+    text: str
+    record: int
+    has_answer: ClassVar[bool] = False
+
+    @property
+    def answer(self) -> str:
+        """The text."""
+        return self.text
+
+    @property
+    def content(self) -> Hashable:
+        """The text."""
+        return self.text
+
+    def longest_text(self, tokenizer: Any) -> str:
+        """Return the text."""
+        return self.text
+
+    def render(self, tokenizer: Any) -> Rendered:
+        """Return the text; all of it carries the loss."""
+        return _rendered(tokenizer, self.text, 0)
+
+
+def _rendered(tokenizer: Any, text: str, start: int) -> Rendered:
+    """Return a text that is wholly the user's, with loss from character `start` on."""
+    # Do not count an EOS at the end: every sample ends with EOS.
+    own = text.removesuffix(tokenizer.eos_token or "")
+    spelled = len(control_tokens(tokenizer).findall(own))
+    return Rendered(text, ((start, len(text)),), start, control_tokens=spelled)

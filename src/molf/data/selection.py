@@ -71,6 +71,29 @@ def _split(
     return [i for i in indices if i not in held_out], [i for i in indices if i in held_out]
 
 
+def weighted(
+    indices: Sequence[int], weights: Sequence[tuple[range, float]], seed: int
+) -> list[int]:
+    """Repeat indices by the weights of their files; sorted, so that repetitions are adjacent.
+
+    Args:
+        indices: The records to train on, in order.
+        weights: Indices of all records of each file, and its weight. Of the fraction of a weight,
+            that share of the file's indices is drawn, at least one index per file.
+        seed: Seed of the draws.
+    """
+    if all(weight == 1 for _, weight in weights):
+        return list(indices)
+    found: list[int] = []
+    for records, weight in weights:
+        own = [index for index in indices if index in records]
+        times = int(weight)
+        share = round((weight - times) * len(own)) or (not times and bool(own))
+        # Not the seeds of `draw` and `hold_out`.
+        found += own * times + draw(own, int(share), seed + 2) if own else []
+    return sorted(found)
+
+
 def required_hold_out(
     indices: Sequence[int],
     seed: int,

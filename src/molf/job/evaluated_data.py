@@ -5,10 +5,10 @@ from __future__ import annotations
 import warnings
 
 from molf.data.records import data_files
+from molf.data.sources import absolute_sources
 from molf.job.record.finished_run import run_of
 from molf.job.record.provenance import contents, file_records, same_files
 from molf.job.settings.resolved import ResolvedSettings
-from molf.paths import absolute
 from molf.tasks import Task
 
 # Tasks that edit facts, and measure them on the requests of the training.
@@ -33,7 +33,7 @@ def warn_of_training_data(model: str, task: Task) -> None:
     run = run_of(model)
     if run is None:
         return
-    data = absolute(str(description["evaluated_on"]))
+    data = absolute_sources(str(description["evaluated_on"]))
     recorded = run.config["run"].get("data") or {}
     trained_on = contents((recorded.get("files") or {}).get("data") or [])
     evaluated_on = contents(file_records({"data": data}).get("data", []))
@@ -52,7 +52,7 @@ def _warn_of_validation_part(model: str, task: Task) -> None:
         return
     data = str(task.description()["data"])
     recorded = run.config.get("data")
-    if recorded is not None and absolute(data) != recorded:
+    if recorded is not None and absolute_sources(data) != recorded:
         return
     validated = run.config["run"]["task"]
     if (validated.get("eval_part"), validated.get("validation_share")) != (

@@ -13,7 +13,8 @@ from trl import SFTConfig
 
 from molf.core.model.linear_layers import matching_linears
 from molf.core.model.quantised import Quantisation
-from molf.data.encoding import EncodedSamples, encode_samples
+from molf.data.encoding import EncodedSamples, Show, encode_samples, warn_of_faults
+from molf.data.on_demand import PROBED, OnDemand
 from molf.data.samples import Sample
 from molf.errors import InputError
 from molf.job.inputs import Inputs
@@ -81,6 +82,7 @@ def open_training(
     task: Task,
     inputs: Inputs,
     samples: Sequence[Sample] | None = None,
+    show: Show = lambda done, total: None,
 ) -> Opening:
     """Check the settings on the device, load the model, encode the examples, and plan the training.
 
@@ -90,6 +92,7 @@ def open_training(
         inputs: Returns the base.
         samples: A part of the task's training samples to open instead of all. The space on the
             disk is still that of the whole training.
+        show: Called while the examples are tokenized.
 
     Raises:
         InputError: The model cannot be used or saved, or the settings or the examples do not fit
@@ -106,7 +109,7 @@ def open_training(
         check_shardable(base.model, settings)
     samples = task.training_samples if samples is None else samples
     max_length = length_limit(base.model, settings.max_length)
-    encoded = encode_samples(base.tokenizer, samples, max_length)
+    encoded = _encode(base.tokenizer, samples, max_length, settings, show)
     _check_ids(base, encoded, settings.model)
 
     def run() -> Reach:
@@ -154,6 +157,32 @@ def open_training(
         tuple(filter(None, notes)),
         {name: asked for name in opened if (asked := getattr(settings, name)) != opened[name]},
     )
+
+
+def _encode(
+    tokenizer: Any,
+    samples: Sequence[Sample],
+    max_length: int,
+    settings: ResolvedSettings,
+    show: Show,
+) -> EncodedSamples:
+    """Encode all samples, or those of a long list on demand if the steps need fewer than half."""
+    needed = (
+        (settings.max_steps or len(samples))
+        * settings.per_device_train_batch_size
+        * settings.gradient_accumulation_steps
+    )
+    # EVA reads all samples; several processes compare theirs.
+    if (
+        len(samples) <= 2 * PROBED
+        or 2 * needed > len(samples)
+        or settings.method == "eva"
+        or ranks().count > 1
+    ):
+        return encode_samples(tokenizer, samples, max_length, show)
+    encoded = OnDemand(tokenizer, samples, max_length, show).encoded
+    warn_of_faults(encoded)
+    return encoded
 
 
 def _check_layers(
@@ -213,7 +242,7 @@ def _reach(
     Raises:
         InputError: The model needs more than text, or TRL's trainer does not support it.
     """
-    longest = max(encoded.input_ids, key=len)[:_TRIED_TOKENS]
+    longest = max(encoded.tokenized, key=len)[:_TRIED_TOKENS]
     pad = padding_id(base.tokenizer)
     devices = [base.model.device] if base.model.device.type == "cuda" else []
     try:
@@ -247,7 +276,7 @@ def _check_reached(model: Any, settings: ResolvedSettings, reach: Reach) -> None
 
 def _check_ids(base: LoadedModel, encoded: EncodedSamples, model: str) -> None:
     """Reject examples with tokens that the tokenizer has and the model's embeddings lack."""
-    highest = max(map(max, encoded.input_ids))
+    highest = max(map(max, encoded.tokenized))
     rows = base.model.get_input_embeddings().weight.shape[0]
     if highest >= rows:
         raise InputError(
@@ -262,7 +291,7 @@ def _check_padding(base: LoadedModel, encoded: EncodedSamples, settings: Resolve
 
     Padding follows the text, so this concerns only models whose tokens depend on later ones.
     """
-    lengths = set(map(len, encoded.input_ids))
+    lengths = set(map(len, encoded.tokenized))
     size = settings.per_device_train_batch_size
     if size == 1 or len(lengths) == 1:
         return

@@ -62,13 +62,17 @@ def _device(opening: Opening) -> str:
 
 def _data(opening: Opening, task: Task) -> str:
     samples = opening.data.samples
-    lengths = [len(row) for row in samples.input_ids]
-    words = [f"{counted(len(lengths), 'example')} of {opening.settings.task}"]
+    lengths = [len(row) for row in samples.tokenized]
+    count = len(samples.input_ids)
+    name = task.description().get("format")
+    named = f" ({name})" if name else ""
+    words = [f"{counted(count, 'example')} of {opening.settings.task}{named}"]
     if samples.left_out:
         words.append(f"{samples.left_out:,} longer than {opening.settings.max_length} left out")
+    of = "" if len(lengths) == count else f" in {len(lengths):,} of them"
     words.append(
         f"{min(lengths):,} to {max(lengths):,} tokens (median {median(lengths):,.0f}, at most "
-        f"{opening.settings.max_length:,})"
+        f"{opening.settings.max_length:,}){of}"
     )
     words.append(f"{counted(task.evaluation_count, 'record')} for evaluation")
     return ", ".join(words)

@@ -26,6 +26,7 @@ from molf.streams import best_effort
 
 ShowEvaluation = Callable[[str, int, int], None]
 ShowTraining = Callable[[int, Mapping[str, Any] | None], None]
+ShowWork = Callable[[str], None]
 
 _LINES = 10  # per training, without a terminal
 _LONG = 5.0  # seconds
@@ -48,20 +49,28 @@ class Reporter:
         self._console.print(line, markup=False, highlight=False, soft_wrap=True)
 
     @contextmanager
-    def working(self, title: str) -> Iterator[None]:
-        """Show work that may take long; in a log, only if it does."""
+    def working(self, title: str) -> Iterator[ShowWork]:
+        """Show work that may take long, in a log if it does; yield a function of its state."""
         line = threading.Timer(_LONG, self.say, [title])
         line.daemon = True
         line.start()
+        latest = time.monotonic()
+
+        def show(state: str) -> None:
+            nonlocal latest
+            if time.monotonic() - latest >= 2 * _LONG:
+                latest = time.monotonic()
+                self.say(f"  {state}")
+
         try:
-            yield
+            yield show
         finally:
             line.cancel()
 
     @contextmanager
-    def importing(self, title: str) -> Iterator[None]:
+    def importing(self, title: str) -> Iterator[ShowWork]:
         """Show that libraries are imported; on a terminal alone."""
-        yield
+        yield lambda state: None
 
     @contextmanager
     def evaluating(self, title: str) -> Iterator[ShowEvaluation]:
@@ -97,10 +106,10 @@ class TerminalReporter(Reporter):
     """Shows the progress of a run as bars."""
 
     @contextmanager
-    def working(self, title: str) -> Iterator[None]:
-        """Show work without a known end, until it has ended."""
-        with self._console.status(Text(as_line(mask_text(title)))):
-            yield
+    def working(self, title: str) -> Iterator[ShowWork]:
+        """Show work without a known end, until it has ended; yield a function of its state."""
+        with self._console.status(Text(as_line(mask_text(title)))) as status:
+            yield lambda state: status.update(Text(as_line(mask_text(f"{title}: {state}"))))
 
     importing = working
 

@@ -12,6 +12,9 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from molf.data.records import data_files
+from molf.data.sources import places
+from molf.disk.room import megabytes
 from molf.errors import InputError
 from molf.job.evaluated_data import warn_of_equal_data
 from molf.job.inputs import Inputs
@@ -44,6 +47,7 @@ if TYPE_CHECKING:
     from molf.job.dry_run import DryRun
     from molf.job.opening import Opening
 
+_LARGE = 10_000_000  # bytes of data that are announced
 INPUTS = ("model", "data", "eval_data", "forgetting_data", "assignment")
 
 
@@ -71,16 +75,17 @@ def train(
         if resolved.resume:
             _check_resumed(resolved)
         check_places(resolved)
+        reporter = reporter or make_reporter()
+        _say_what_is_read(resolved, reporter)
         task, forgetting_text = open_data(resolved, inputs)
 
-        reporter = reporter or make_reporter()
         with reporter.importing("Loading torch, transformers and TRL"):
             from molf.job.libraries import quiet_libraries
 
             with quiet_libraries():
                 import molf.job.training  # noqa: F401
 
-        sources = (getattr(resolved, name) for name in INPUTS)
+        sources = [place for places in _places(resolved).values() for place in places]
         with quiet_libraries(), locking_runs(sources):
             result = _train(resolved, task, forgetting_text, reporter, inputs, started)
     return replace(result, print_error=str(errors[0])) if errors else result
@@ -109,8 +114,12 @@ def _train(
 
     # Open and check: nothing is written yet. Several processes are connected then.
     count = counted(len(task.training_samples), "example")
-    with reporter.working(f"Loading {settings.model}, and tokenizing {count}"):
-        opening = open_training(settings, task, inputs)
+    with reporter.working(f"Loading {settings.model}, and tokenizing {count}") as show_state:
+
+        def show(done: int, total: int) -> None:
+            show_state(f"{done:,} of {total:,} tokenized")
+
+        opening = open_training(settings, task, inputs, show=show)
     processes = ranks()
     on_main = processes.on_main
     output_dir = _agreed(opening, processes)
@@ -244,6 +253,8 @@ def dry_run(
     with ignoring_print_errors():
         resolved = checked(settings, datetime.now().astimezone())
         check_places(resolved)
+        reporter = reporter or make_reporter()
+        _say_what_is_read(resolved, reporter)
         task, _ = open_data(resolved, inputs)
 
         from molf.job.libraries import quiet_libraries
@@ -251,7 +262,7 @@ def dry_run(
         with quiet_libraries():
             from molf.job.dry_run import rehearse
 
-            return rehearse(resolved, task, reporter or make_reporter(), inputs)
+            return rehearse(resolved, task, reporter, inputs)
 
 
 def checked(settings: TrainSettings, started: datetime) -> ResolvedSettings:
@@ -297,8 +308,23 @@ def check_places(settings: ResolvedSettings) -> None:
         source_for(settings)
     check_output(settings.output_dir, overwrite=settings.overwrite, resume=settings.resume)
     check_fallback(settings.fallback_dir)
-    check_inputs_outside(settings.output_dir, {name: getattr(settings, name) for name in INPUTS})
+    for name, sources in _places(settings).items():
+        for source in sources:
+            check_inputs_outside(settings.output_dir, {name: source})
     check_results(settings.output_dir.parent)
+
+
+def _say_what_is_read(settings: ResolvedSettings, reporter: Reporter) -> None:
+    """Print a line before large data is read, which takes seconds."""
+    if settings.data is not None:
+        size = sum(path.stat().st_size for path in data_files(settings.data))
+        if size > _LARGE:
+            reporter.say(f"Reading {settings.data} ({megabytes(size)})")
+
+
+def _places(settings: ResolvedSettings) -> dict[str, list[str]]:
+    """Return the places of the inputs by option."""
+    return {name: places(getattr(settings, name)) for name in INPUTS}
 
 
 def open_data(settings: ResolvedSettings, inputs: Inputs) -> tuple[Task, str]:

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset
 from peft import PeftModel
 from transformers import PrinterCallback, TrainerCallback
 from trl import SFTConfig
@@ -45,8 +44,8 @@ from molf.job.trainer.callbacks import (
     unwrapped,
 )
 from molf.job.trainer.checkpoints import Checkpoints
-from molf.job.trainer.run_parts import RunParts, hash_of_examples
-from molf.job.trainer.split_data import with_blank_row
+from molf.job.trainer.run_parts import RunParts
+from molf.job.trainer.split_data import training_set
 from molf.job.trainer.step_guard import StepGuard
 from molf.job.trainer.steps import StepsCheck
 from molf.job.trainer.stopping import StopRequest
@@ -169,9 +168,7 @@ def run_training(
         if processes.is_main
         else NoRoutingLog()
     )
-    columns = {"input_ids": data.samples.input_ids, "labels": data.samples.labels}
-    if processes.count > 1:
-        columns = with_blank_row(data.samples)
+    examples = training_set(data.samples, with_blank_row=processes.count > 1)
     with (
         log_of_routing as writer,
         reporter.training(data.steps) as show,
@@ -187,7 +184,7 @@ def run_training(
             guard,
             prepared.callbacks,
             frozen,
-            hash_of_examples(data.samples),
+            data.samples,
         )
         if checkpoint is None:
             parts.clear_logs()
@@ -202,7 +199,7 @@ def run_training(
             is_in_shards=opening.sharding is not None,
             model=prepared.model,
             args=arguments,
-            train_dataset=Dataset.from_dict(columns),
+            train_dataset=examples,
             processing_class=copy.deepcopy(base.tokenizer),  # the trainer changes its padding
             optimizer_cls_and_kwargs=prepared.optimizer,
             callbacks=[

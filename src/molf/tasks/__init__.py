@@ -17,7 +17,7 @@ from molf.tasks.demo import load_demo_questions
 from molf.tasks.facts import load_demo_fact, load_fact
 from molf.tasks.math import load_math
 from molf.tasks.med import load_med
-from molf.tasks.options import EVAL_PARTS, VALIDATION_SHARE, TaskOptions
+from molf.tasks.options import EVAL_PARTS, FORMATS, VALIDATION_SHARE, TaskOptions
 from molf.tasks.sql import load_sql
 
 # Tasks that can show demonstrations before a question (`few_shot`).
@@ -50,6 +50,7 @@ TASKS: tuple[str, ...] = tuple(_LOADERS)
 
 __all__ = [
     "EVAL_PARTS",
+    "FORMATS",
     "TASKS",
     "VALIDATION_SHARE",
     "Task",
@@ -89,6 +90,11 @@ def check_task(options: TaskOptions) -> None:
         raise InputError(
             f"Invalid label_noise={options.label_noise} with task={options.name}. "
             f"Must be 0; wrong answers are for {', '.join(_NOISY)}."
+        )
+    if options.format is not None and options.name != "custom":
+        raise InputError(
+            f"Invalid format={options.format} with task={options.name}: the task has its own "
+            "fields. Leave format out, or give --task custom."
         )
     if options.name == "demo-fact" and options.validation_share is not None:
         raise InputError(

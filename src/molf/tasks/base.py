@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -22,8 +22,10 @@ class DataRecords:
         count: Number of all records.
         samples: The usable records as samples, by 0-based record index, in order.
         left_out: Number of unusable records, by reason.
-        trained_on: Indices of the samples to train on.
+        trained_on: Indices of the samples to train on; repeated where a weight repeats a record.
         held_out: Indices of the samples that are kept for evaluation.
+        formats: Formats of the files (`custom`).
+        is_weighted: Whether a source has a weight.
     """
 
     count: int
@@ -31,6 +33,8 @@ class DataRecords:
     left_out: Counter[str]
     trained_on: Collection[int]
     held_out: Collection[int] = ()
+    formats: tuple[str, ...] = ()
+    is_weighted: bool = False
 
 
 class Task(ABC):
@@ -46,7 +50,9 @@ class Task(ABC):
     prompt: ClassVar[str]
     prompt_version: ClassVar[int]
 
-    def __init__(self, name: str, training_samples: list[Sample], source: dict[str, str]) -> None:
+    def __init__(
+        self, name: str, training_samples: Sequence[Sample], source: dict[str, str]
+    ) -> None:
         """Store the name, the samples and the `source` of the records (for the run's files)."""
         self.name = name
         self.training_samples = training_samples
@@ -79,6 +85,8 @@ class Task(ABC):
     def prompts(self, tokenizer: Any, most: int) -> list[list[int]]:
         """Return the token ids before the answers of at most `most` records to evaluate.
 
+        A text without an answer counts whole.
+
         Args:
             tokenizer: A fast tokenizer with an EOS token.
             most: Number of records, spread evenly over all; their lengths are not limited.
@@ -88,8 +96,13 @@ class Task(ABC):
         """
         from molf.data.encoding import generation_contexts, tokenize_samples
 
-        tokenized = tokenize_samples(tokenizer, self.evaluated_samples(most))
-        return [context.ids for context in generation_contexts(tokenizer, tokenized)]
+        samples = self.evaluated_samples(most)
+        tokenized = list(tokenize_samples(tokenizer, samples))
+        contexts = generation_contexts(tokenizer, tokenized)
+        return [
+            context.ids if sample.has_answer else text.prefix + text.ids
+            for sample, context, (text, _) in zip(samples, contexts, tokenized, strict=True)
+        ]
 
     @abstractmethod
     def evaluate(

@@ -1,26 +1,24 @@
-"""The user's own records: prompts with completions, or conversations, in TRL's layouts."""
+"""The user's own records: prompts with completions, conversations, instructions or texts."""
 
 from __future__ import annotations
 
 import math
-import warnings
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
-from molf.data.conversations import Conversation
-from molf.data.files import Record, present_fields
-from molf.data.records import read_splits
+from molf.data.records import Part, read_parts
+from molf.data.sample_store import ChosenSamples
 from molf.data.samples import PromptCompletion, Sample
-from molf.data.selection import draw, required_hold_out, samples_of_runs
+from molf.data.selection import draw, required_hold_out, samples_of_runs, weighted
 from molf.errors import InputError
 from molf.measure.metric import Evaluation, Metric, bootstrap_mean, wilson
 from molf.measure.settings import EvaluationSettings, Progress
 from molf.measure.spread import spread
 from molf.tasks.answers import expected_answers, generate_answers
 from molf.tasks.base import DataRecords, Task
-from molf.tasks.custom_records import parse_sample, read_fields
+from molf.tasks.custom_records import CustomData, parse_parts
 from molf.tasks.options import TaskOptions
 from molf.tasks.predictions import (
     check_predictions,
@@ -28,34 +26,19 @@ from molf.tasks.predictions import (
     predicted_sample,
     restrict_to_sample,
 )
-from molf.tasks.questions import UnusableRecordError
 from molf.tasks.validation import part_record, split_for_validation
 
 _SPARE_TOKENS = 8  # generated beyond the longest completion: white space, then the end token
 _MOST_NEW_TOKENS = 512
 _ENDING = 20  # last characters of an answer, compared to detect another record
+NO_ANSWER = "a text without a prompt"
 _MOST_LOSS = 700.0  # nats; exp() of more overflows a float
-
-
-@dataclass(frozen=True)
-class CustomData:
-    """The samples of one data file or split.
-
-    Attributes:
-        records: Number of all records.
-        samples: The samples by 0-based record index.
-        left_out: Number of records without a sample, by reason.
-    """
-
-    records: int
-    samples: dict[int, Sample]
-    left_out: Counter[str]
 
 
 class CustomTask(Task):
     """Train on completions; measure their loss and the exact match of greedy answers."""
 
-    prompt = "prompt + completion as they are; conversations through the chat template"
+    prompt = "texts as they are; conversations and instructions through the chat template"
     prompt_version = 1
 
     def __init__(
@@ -82,7 +65,7 @@ class CustomTask(Task):
             held_out: Indices of the records of `read` that are kept for evaluation.
             samples_of_runs: Sets of records that earlier runs on this data may have evaluated.
         """
-        training = [] if read is None else [read.samples[index] for index in trained_on]
+        training = ChosenSamples({} if read is None else read.samples, trained_on)
         super().__init__(name, training, source)
         self._data = data
         self._read = read or CustomData(0, {}, Counter())
@@ -92,19 +75,28 @@ class CustomTask(Task):
         self._evaluated = list(evaluated)
 
     def _metric_names(self) -> tuple[str, ...]:
-        return ("loss", "perplexity", "exact_match")
+        samples = (self._data.samples[index] for index in self._evaluated)
+        answered = ("exact_match",) if any(sample.has_answer for sample in samples) else ()
+        return ("loss", "perplexity", *answered)
 
     def data_records(self) -> DataRecords:
         """Return the records of the training data."""
         read = self._read
         return DataRecords(
-            read.records, read.samples, read.left_out, self._trained_on, self._held_out
+            read.records,
+            read.samples,
+            read.left_out,
+            self._trained_on,
+            self._held_out,
+            read.formats,
+            is_weighted=any(weight != 1 for _, weight in read.weights),
         )
 
     def description(self) -> dict[str, Any]:
         """Return the task's entries for the configuration file of a run."""
         return {
             **super().description(),
+            "format": ", ".join(self._read.formats or self._data.formats),
             "training_records_left_out": dict(self._read.left_out),
             "evaluation_records_left_out": dict(self._data.left_out),
         }
@@ -147,21 +139,22 @@ class CustomTask(Task):
             batch_size=settings.batch_size,
             progress=progress,
         )
-        contexts = generation_contexts(tokenizer, [tokenized[i] for i in encoded.kept])
-        longest = max(context.answer_tokens for context in contexts)
+        # A plain text has a loss, and no prompt to answer.
+        answered = [i for i, position in enumerate(encoded.kept) if samples[position].has_answer]
+        contexts = generation_contexts(tokenizer, [tokenized[encoded.kept[i]] for i in answered])
+        longest = max((context.answer_tokens for context in contexts), default=0)
         new_tokens = settings.max_new_tokens or min(longest + _SPARE_TOKENS, _MOST_NEW_TOKENS)
-        texts = generate_answers(model, tokenizer, contexts, new_tokens, settings, progress)
+        texts = (
+            generate_answers(model, tokenizer, contexts, new_tokens, settings, progress)
+            if contexts
+            else []
+        )
         expected = expected_answers(tokenizer, contexts)
-        predictions = [
-            {
-                **self._prediction(index, text, answer),
-                "prompt": context.prompt,
-                "loss": total / count,
-            }
-            for index, text, answer, context, (total, count) in zip(
-                kept, texts, expected, contexts, losses, strict=True
-            )
-        ]
+        predictions = [left_out_prediction(index, NO_ANSWER) for index in kept]
+        for i, text, answer, context in zip(answered, texts, expected, contexts, strict=True):
+            predictions[i] = {**self._prediction(kept[i], text, answer), "prompt": context.prompt}
+        for entry, (total, count) in zip(predictions, losses, strict=True):
+            entry["loss"] = total / count
         too_long = sorted(set(self._evaluated).difference(kept))
         predictions += [left_out_prediction(index, "too long") for index in too_long]
         predictions.sort(key=lambda entry: entry["index"])
@@ -174,14 +167,14 @@ class CustomTask(Task):
             metrics={
                 "loss": loss,
                 "perplexity": _exponential(loss),
-                "exact_match": _exact_match(texts, expected),
+                **({"exact_match": _exact_match(texts, expected)} if answered else {}),
             },
             predictions=predictions,
             notes={
                 "records_too_long": encoded.left_out,
                 "records_left_out": dict(self._data.left_out),
                 "records_with_faults": dict(encoded.faults),
-                "max_new_tokens": new_tokens,
+                **({"max_new_tokens": new_tokens} if answered else {}),
             },
         )
 
@@ -191,6 +184,11 @@ class CustomTask(Task):
         A chat template may add text to an answer. The field `expected` of saved predictions
         contains that text; where it is missing, the record's own answer is expected.
         """
+        if "exact_match" not in self._metric_names():
+            raise InputError(
+                "Invalid predictions with the format text: its metrics are losses, and saved texts "
+                "hold no probabilities. Give a model."
+            )
         saved = check_predictions(predictions, self._data.records, self._copied_fields)
         sample = predicted_sample(saved, self._evaluated, self._samples_of_runs)
         saved = restrict_to_sample(saved, sample)
@@ -212,7 +210,7 @@ class CustomTask(Task):
     def _expected(self, index: int, written: Any) -> str:
         """Return the expected answer, with the text that a chat template has added."""
         sample = self._data.samples[index]
-        if not isinstance(sample, Conversation) or not isinstance(written, str):
+        if isinstance(sample, PromptCompletion) or not isinstance(written, str):
             return sample.answer
         ending = sample.answer.strip()[-_ENDING:]  # a template may remove reasoning at the start
         if ending not in written:
@@ -267,18 +265,18 @@ def load_custom(options: TaskOptions) -> CustomTask:
     if options.evaluation_only:
         return _load_for_evaluation(options)
     path = _required_data(options)
-    splits = read_splits(path)
+    splits = read_parts(path)
     if "train" not in splits:
         raise InputError(f"data: {path} has no training records (only {', '.join(splits)}).")
-    read = _parse(splits["train"], path)
+    read = parse_parts(splits["train"], path, options.format)
     drawn = draw(list(read.samples), options.max_samples, options.seed)
     held_out: list[int] = []
     if options.eval_data is not None:
-        data = _read_for_evaluation(options.eval_data, "eval_data")
+        data = _read_eval_data(options.eval_data, options.format)
         evaluated, evaluated_on = list(data.samples), options.eval_data
     elif len(splits) > 1:
         split = _evaluation_split(splits)
-        data = _parse(splits[split], f"{path} ({split})")
+        data = parse_parts(splits[split], f"{path} ({split})", options.format)
         evaluated, evaluated_on = list(data.samples), f"the {split} split of {path}"
     else:
         data = read
@@ -297,23 +295,23 @@ def load_custom(options: TaskOptions) -> CustomTask:
         draw(evaluated, options.max_eval_samples, options.seed),
         {"data": path, "evaluated_on": evaluated_on},
         read=read,
-        trained_on=drawn,
+        trained_on=weighted(drawn, read.weights, options.seed),
         held_out=held_out,
     )
 
 
 def _load_validation(options: TaskOptions) -> CustomTask:
     path = _required_data(options)
-    splits = read_splits(path)
+    splits = read_parts(path)
     if "train" not in splits:
         raise InputError(f"data: {path} has no training records (only {', '.join(splits)}).")
-    read = _parse(splits["train"], path)
+    read = parse_parts(splits["train"], path, options.format)
     test = None
     if options.eval_data is not None:
-        test = _read_for_evaluation(options.eval_data, "eval_data")
+        test = _read_eval_data(options.eval_data, options.format)
     elif len(splits) > 1:
         split = _evaluation_split(splits)
-        test = _parse(splits[split], f"{path} ({split})")
+        test = parse_parts(splits[split], f"{path} ({split})", options.format)
     rest, part = split_for_validation(
         options,
         list(read.samples),
@@ -323,13 +321,14 @@ def _load_validation(options: TaskOptions) -> CustomTask:
     )
     only = options.evaluation_only
     evaluated = draw(part, options.max_samples if only else None, options.seed)
+    trained = draw(rest, options.max_samples, options.seed)
     return CustomTask(
         options.name,
         read,
         draw(evaluated, options.max_eval_samples, options.seed),
         {"data": path, **part_record(options, part, path)},
         read=None if only else read,
-        trained_on=[] if only else draw(rest, options.max_samples, options.seed),
+        trained_on=[] if only else weighted(trained, read.weights, options.seed),
         held_out=[] if only else part,
         samples_of_runs=[part] if only else (),
     )
@@ -337,13 +336,13 @@ def _load_validation(options: TaskOptions) -> CustomTask:
 
 def _load_for_evaluation(options: TaskOptions) -> CustomTask:
     if options.eval_data is not None:
-        path, data = options.eval_data, _read_for_evaluation(options.eval_data, "eval_data")
+        path, data = options.eval_data, _read_eval_data(options.eval_data, options.format)
         drawn = draw(list(data.samples), options.max_eval_samples, options.seed)
         return CustomTask(options.name, data, drawn, {"evaluated_on": path})
     path = _required_data(options)
-    splits = read_splits(path)
+    splits = read_parts(path)
     split = _evaluation_split(splits)
-    data = _parse(splits[split], path)
+    data = parse_parts(splits[split], path, options.format)
     records = list(data.samples)
     of_runs = [records]
     source = {"evaluated_on": path}
@@ -364,42 +363,22 @@ def _load_for_evaluation(options: TaskOptions) -> CustomTask:
 def _required_data(options: TaskOptions) -> str:
     if options.data is None:
         raise InputError(
-            f"task {options.name} needs data: a file, a folder or a Hub id, with prompt and "
-            "completion or messages in each record."
+            f"task {options.name} needs data: a file, a folder, a Hub id, or - for standard "
+            "input, with prompt and completion, messages, conversations, instruction and output, "
+            "or text in each record."
         )
     return options.data
 
 
-def _read_for_evaluation(source: str, option: str) -> CustomData:
-    splits = read_splits(source, option=option)
-    return _parse(splits[_evaluation_split(splits)], source)
+def _read_eval_data(source: str, fixed: str | None) -> CustomData:
+    splits = read_parts(source, option="eval_data")
+    parts = splits[_evaluation_split(splits)]
+    if given := next((part for part in parts if part.weight != 1), None):
+        raise InputError(
+            f"eval_data: {given.place} has the weight {given.weight:g}. Weights are for data."
+        )
+    return parse_parts(parts, source, fixed)
 
 
-def _evaluation_split(splits: dict[str, list[Record]]) -> str:
+def _evaluation_split(splits: dict[str, list[Part]]) -> str:
     return next(name for name in ("test", "validation", "train") if name in splits)
-
-
-def _parse(records: Sequence[Record], source: str) -> CustomData:
-    samples: dict[int, Sample] = {}
-    left_out: Counter[str] = Counter()
-    unread: dict[str, None] = {}  # used as an ordered set
-    for index, record in enumerate(records):
-        try:
-            sample = parse_sample(record, index, f"{source}, record {index}")
-        except UnusableRecordError as error:
-            left_out[str(error)] += 1
-            continue
-        samples[index] = sample
-        unread |= dict.fromkeys(
-            x for x in present_fields(record) if x not in read_fields(sample, record)
-        )
-    if not samples:
-        reasons = ", ".join(f"{reason}: {count}" for reason, count in left_out.items())
-        raise InputError(f"{source}: none of the {len(records)} records can be used ({reasons}).")
-    for reason, count in left_out.items():
-        warnings.warn(
-            f"{source}: {count} of {len(records)} records are left out: {reason}.", stacklevel=4
-        )
-    if unread:
-        warnings.warn(f"{source}: fields that are not read: {', '.join(unread)}.", stacklevel=4)
-    return CustomData(len(records), samples, left_out)

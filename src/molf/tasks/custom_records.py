@@ -1,16 +1,46 @@
-"""Records of the custom task, in the layouts that TRL reads."""
+"""Records of the custom task: their formats, and their conversion to samples."""
 
 from __future__ import annotations
 
+import sys
+import warnings
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from molf.data.chat_template import Message
-from molf.data.conversations import Conversation, learned_turns
-from molf.data.fields import filled_text, list_value, object_value, text_value
+from molf.data.conversations import Conversation, Instruction, learned_turns
+from molf.data.fields import (
+    filled_text,
+    list_value,
+    object_value,
+    optional_text,
+    text_value,
+)
 from molf.data.files import DuplicateKeyError, Record, present_fields, unique_json
-from molf.data.samples import PromptCompletion, Sample
+from molf.data.records import Part
+from molf.data.sample_store import SampleStore
+from molf.data.samples import PlainText, PromptCompletion, Sample
 from molf.errors import InputError
 from molf.tasks.questions import UnusableRecordError
+
+_NEEDED = {
+    "messages": ("messages",),
+    "sharegpt": ("conversations",),
+    "prompt-completion": ("prompt", "completion"),
+    "alpaca": ("instruction", "output"),
+    "text": ("text",),
+}
+"""The fields of each format, in the order in which a record is compared with them."""
+
+_OPTIONAL = {
+    "messages": ("tools", "chat_template_kwargs"),
+    "sharegpt": ("tools", "chat_template_kwargs"),
+    "prompt-completion": (),
+    "alpaca": ("input", "system"),
+    "text": (),
+}
 
 NO_TURN = "no assistant message to learn"
 
@@ -33,36 +63,151 @@ _TEMPLATE_ARGUMENTS = (
 """Template arguments that the training sets itself: `chat_template_kwargs` must not have them."""
 
 
-def parse_sample(record: Record, index: int, where: str) -> Sample:
+@dataclass(frozen=True)
+class CustomData:
+    """The samples of one source or split.
+
+    Attributes:
+        records: Number of all records.
+        samples: The samples by 0-based record index.
+        left_out: Number of records without a sample, by reason.
+        formats: The formats of the files, each once, in the order of reading.
+        weights: Indices of the records of each file, with the weight of its source.
+    """
+
+    records: int
+    samples: Mapping[int, Sample]
+    left_out: Counter[str]
+    formats: tuple[str, ...] = ()
+    weights: tuple[tuple[range, float], ...] = ()
+
+
+def parse_parts(parts: Sequence[Part], source: str, fixed: str | None = None) -> CustomData:
+    """Convert the records of one split to samples; each file has one format.
+
+    Args:
+        parts: The records by file.
+        source: The source, for messages.
+        fixed: The format of all records; None to recognise that of each file by its first record.
+
+    Raises:
+        InputError: A record has another format than the first of its file, or a field of the wrong
+            kind; or no record can be used.
+
+    Warns:
+        UserWarning: Fields of the records are not read, or records are left out.
+    """
+    samples = SampleStore()
+    left_out: Counter[str] = Counter()
+    unread: dict[str, None] = {}  # used as an ordered set
+    formats: dict[str, None] = {}
+    weights = []
+    count = 0
+    for part in parts:
+        name = fixed
+        for position, record in enumerate(part.records):
+            where = f"{part.place}, record {position}"
+            name = name or format_of(record, where)
+            if fixed is None:
+                _check_format(record, name, part.place, position)
+            index = count + position
+            try:
+                sample = parse_sample(record, name, index, where)
+            except UnusableRecordError as error:
+                left_out[str(error)] += 1
+                continue
+            samples.add(sample)
+            read = read_fields(sample, name)
+            unread |= dict.fromkeys(x for x in present_fields(record) if x not in read)
+        formats |= dict.fromkeys(filter(None, [name]))
+        weights.append((range(count, count + len(part.records)), part.weight))
+        count += len(part.records)
+    if not samples:
+        reasons = ", ".join(f"{reason}: {number}" for reason, number in left_out.items())
+        raise InputError(f"{source}: none of the {count} records can be used ({reasons}).")
+    for reason, number in left_out.items():
+        warnings.warn(
+            f"{source}: {number} of {count} records are left out: {reason}.", stacklevel=4
+        )
+    if unread:
+        warnings.warn(f"{source}: fields that are not read: {', '.join(unread)}.", stacklevel=4)
+    return CustomData(count, samples, left_out, tuple(formats), tuple(weights))
+
+
+def format_of(record: Record, where: str) -> str:
+    """Return the first format whose fields a record has.
+
+    Raises:
+        InputError: It has those of no format.
+    """
+    found = _found_format(record)
+    if found is None:
+        present = present_fields(record)
+        raise InputError(
+            f"{where}: needs prompt and completion, messages, conversations, instruction and "
+            f"output, or text (it has: {', '.join(present) or 'none'})."
+        )
+    return found
+
+
+def _found_format(record: Record) -> str | None:
+    for name, needed in _NEEDED.items():
+        if all(record.get(one) is not None for one in needed):
+            return name
+    return None
+
+
+def _check_format(record: Record, name: str, place: str, position: int) -> None:
+    """Reject a record whose format is not that of the first record of its file."""
+    found = _found_format(record)
+    if found is None:
+        format_of(record, f"{place}, record {position}")
+    elif found != name:
+        raise InputError(
+            f"{place}, record {position} has the format {found} "
+            f"({', '.join(_NEEDED[found])}), and record 0 the format {name} "
+            f"({', '.join(_NEEDED[name])}). Give a file for each format, or one of them with "
+            "--format."
+        )
+
+
+def parse_sample(record: Record, name: str, index: int, where: str) -> Sample:
     """Check a record and convert it to a sample.
 
     Args:
-        record: {"prompt": text, "completion": text}, {"prompt": messages, "completion": messages}
-            or {"messages": messages}. A message is {"role": text, "content": text or text parts};
-            an assistant message may have `tool_calls` in place of a content, and `weight` 0 where
-            it carries no loss. Beside messages, `tools` (a list of JSON schemas, or its JSON text)
-            and `chat_template_kwargs` (an object) go to the chat template. ShareGPT's
-            {"conversations": [{"from": speaker, "value": text}]} is read as messages.
-        index: 0-based record of the data file.
-        where: The source and number of the record, for messages.
+        record: Of the format `messages` {"messages": messages}; `prompt-completion` {"prompt":
+            text, "completion": text} or messages in place of both texts; `sharegpt`
+            {"conversations": [{"from": speaker, "value": text}]}; `alpaca` {"instruction": text,
+            "output": text}, and perhaps `input` and `system`; `text` {"text": text}. A message is
+            {"role": text, "content": text or text parts}; an assistant message may have
+            `tool_calls` in place of a content, and `weight` 0 where it carries no loss. Beside
+            messages, `tools` (a list of JSON schemas, or its JSON text) and `chat_template_kwargs`
+            (an object) go to the chat template.
+        name: One of `molf.tasks.options.FORMATS`.
+        index: 0-based record of the data.
+        where: The file and number of the record, for messages.
 
     Raises:
-        InputError: The record has none of these layouts, or a field of the wrong kind.
+        InputError: The record lacks a field, or a field is of the wrong kind.
         UnusableRecordError: No text of the record carries loss.
     """
-    present = present_fields(record)
-    if "messages" in present:
+    for one in _NEEDED[name]:
+        if record.get(one) is None:
+            raise InputError(
+                f"{where}: lacks the field {one!r} of the format {name} "
+                f"(it has: {', '.join(present_fields(record)) or 'none'})."
+            )
+    if name == "messages":
         messages = _messages(record["messages"], f"{where}: messages")
         return _conversation(record, messages, 0, index, where)
-    if "conversations" in present:
+    if name == "sharegpt":
         turns = _from_sharegpt(record["conversations"], f"{where}: conversations")
         messages = _messages(turns, f"{where}: conversations")
         return _conversation(record, messages, 0, index, where)
-    if "prompt" not in present or "completion" not in present:
-        raise InputError(
-            f"{where}: needs prompt and completion, messages, or conversations "
-            f"(it has: {', '.join(present) or 'none'})."
-        )
+    if name == "alpaca":
+        return _instruction(record, index, where)
+    if name == "text":
+        return PlainText(filled_text(record["text"], f"{where}: text"), index)
     prompt, completion = record["prompt"], record["completion"]
     if isinstance(prompt, list) and isinstance(completion, list):
         context = _messages(prompt, f"{where}: prompt")
@@ -77,13 +222,31 @@ def parse_sample(record: Record, index: int, where: str) -> Sample:
     )
 
 
-def read_fields(sample: Sample, record: Record) -> set[str]:
-    """Return the names of the fields that the sample of a record uses."""
-    if isinstance(sample, PromptCompletion):
-        return {"prompt", "completion"}
-    layouts = (("messages",), ("conversations",), ("prompt", "completion"))
-    layout = next(names for names in layouts if record.get(names[0]) is not None)
-    return {*layout, "tools", "chat_template_kwargs"}
+def read_fields(sample: Sample, name: str) -> set[str]:
+    """Return the names of the fields that the sample of a record of a format uses."""
+    optional = _OPTIONAL["messages" if isinstance(sample, Conversation) else name]
+    return {*_NEEDED[name], *optional}
+
+
+def _instruction(record: Record, index: int, where: str) -> Instruction:
+    """Convert an Alpaca record: the input follows the instruction."""
+    instruction = filled_text(record["instruction"], f"{where}: instruction").strip()
+    output = text_value(record["output"], f"{where}: output")
+    given = optional_text(record.get("input"), f"{where}: input")
+    system = optional_text(record.get("system"), f"{where}: system")
+    asked = f"{instruction}\n\n{given}" if given else instruction
+    messages: list[Message] = [
+        *([{"role": "system", "content": system}] if system else []),
+        {"role": "user", "content": asked},
+        {"role": "assistant", "content": output},
+    ]
+    headings = [("Instruction", instruction), *([("Input", given)] if given else [])]
+    prompt = "".join(f"### {title}:\n{text}\n\n" for title, text in headings)
+    prompt = f"{system}\n\n{prompt}### Response:\n" if system else f"{prompt}### Response:\n"
+    return Instruction(
+        Conversation(tuple(messages), len(messages) - 1, index),
+        PromptCompletion(prompt, output, index),
+    )
 
 
 def _from_sharegpt(value: Any, where: str) -> list[Any]:
@@ -105,9 +268,10 @@ def _messages(value: Any, where: str) -> list[Message]:
     for position, item in enumerate(list_value(value, where)):
         at = f"{where}[{position}]"
         message = object_value(item, at, ("role",))
-        filled_text(message["role"], f"{at}.role")
+        message["role"] = sys.intern(filled_text(message["role"], f"{at}.role"))
         # Parquet gives each message the keys of all others, with null as the value.
-        message = {key: entry for key, entry in message.items() if entry is not None}
+        if None in message.values():
+            message = {key: entry for key, entry in message.items() if entry is not None}
         if message.get("content") is not None:
             _check_content(message["content"], f"{at}.content")
         elif message["role"] != "tool" and not any(map(message.get, _INSTEAD_OF_CONTENT)):

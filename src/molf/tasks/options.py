@@ -13,15 +13,21 @@ VALIDATION_SHARE = 0.2
 """Share of the training data in the validation part where none is given."""
 
 
+FORMATS = ("messages", "sharegpt", "prompt-completion", "alpaca", "text")
+"""Formats of the records of task custom."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class TaskOptions:
     """A task's name and data.
 
     Attributes:
         name: One of `molf.tasks.TASKS`.
-        data: Records to train on: a file, a folder of files, a Hub id or a URL. None for the task's
-            own data.
+        data: Records to train on: a file, a folder of files, a Hub id, a URL, `-` for standard
+            input, or several of these, separated by commas. None for the task's own data.
         eval_data: Records to evaluate on, given in the same ways. None lets the task choose.
+        format: The format of the records, one of `FORMATS` (`custom`); None to recognise that of
+            each file.
         max_samples: Number of records of `data` to use, drawn by `seed`; None for all.
         max_eval_samples: Number of records to evaluate on, drawn by `seed`; None for all.
         few_shot: Number of training records with answers before each question, drawn by `seed`,
@@ -41,6 +47,7 @@ class TaskOptions:
     name: str
     data: str | None = None
     eval_data: str | None = None
+    format: str | None = None
     max_samples: int | None = None
     max_eval_samples: int | None = None
     few_shot: int = 0
@@ -58,6 +65,10 @@ class TaskOptions:
                 raise InputError(f"Invalid {name}={value}. Must be at least 1.")
         if self.few_shot < 0:
             raise InputError(f"Invalid few_shot={self.few_shot}. Must be at least 0.")
+        if self.format not in (None, *FORMATS):
+            raise InputError(
+                f"Invalid format={self.format!r}. Must be one of {', '.join(FORMATS)}."
+            )
         if self.eval_part not in EVAL_PARTS:
             raise InputError(
                 f"Invalid eval_part={self.eval_part!r}. Must be one of {', '.join(EVAL_PARTS)}."

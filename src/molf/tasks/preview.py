@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +14,7 @@ from molf.tasks.base import DataRecords
 _AT_ONCE = 1000
 
 NOT_DRAWN = "not drawn by max_samples"
+NOT_WEIGHTED = "not drawn by max_samples or the weight of its file"
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,7 @@ class PreviewedRecord:
         held_out: Whether the record is kept for evaluation.
         left_out: Why the record is not used; None if it is trained on or held out.
         faults: Sentences about differences between text and record.
+        times: Number of times that an epoch has the record, if it is trained on.
     """
 
     index: int
@@ -36,6 +39,7 @@ class PreviewedRecord:
     held_out: bool
     left_out: str | None
     faults: tuple[str, ...]
+    times: int = 1
 
 
 def preview(tokenizer: Any, data: DataRecords, max_length: int) -> Iterator[PreviewedRecord]:
@@ -49,7 +53,7 @@ def preview(tokenizer: Any, data: DataRecords, max_length: int) -> Iterator[Prev
     Raises:
         InputError: The tokenizer cannot be used, or its chat template rejects a record.
     """
-    held_out, trained_on = set(data.held_out), set(data.trained_on)
+    held_out, trained_on = set(data.held_out), Counter(data.trained_on)
     indices = list(data.samples)
     for start in range(0, len(indices), _AT_ONCE):
         chunk = indices[start : start + _AT_ONCE]
@@ -60,7 +64,7 @@ def preview(tokenizer: Any, data: DataRecords, max_length: int) -> Iterator[Prev
             if len(ids) > max_length:
                 left_out = f"longer than {max_length} tokens"
             elif index not in held_out and index not in trained_on:
-                left_out = NOT_DRAWN
+                left_out = NOT_WEIGHTED if data.is_weighted else NOT_DRAWN
             yield PreviewedRecord(
                 index=index,
                 tokens=len(ids),
@@ -69,6 +73,7 @@ def preview(tokenizer: Any, data: DataRecords, max_length: int) -> Iterator[Prev
                 held_out=index in held_out,
                 left_out=left_out,
                 faults=rendered.all_faults(tokenizer),
+                times=trained_on[index] or 1,
             )
 
 

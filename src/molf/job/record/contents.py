@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from molf.data.records import data_files, is_url
+from molf.data.sources import absolute_sources
 from molf.paths import absolute, expanded
 
 _DATA = ("data", "eval_data", "forgetting_data")
@@ -33,7 +34,10 @@ def contents_of(options: Mapping[str, Any]) -> dict[str, str]:
         source = options.get(name)
         if source is None or is_url(str(source)):
             continue
-        content = _content(name == _MODEL, absolute(str(source)))
+        of_data = name != _MODEL
+        content = _content(
+            not of_data, absolute_sources(str(source)) if of_data else absolute(str(source))
+        )
         if content is not None:
             found[name] = content
     return found

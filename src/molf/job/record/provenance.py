@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from molf.data.records import data_files
+from molf.data.stdin import STDIN, is_stdin_copy
 
 
 def file_records(sources: Mapping[str, str | None]) -> dict[str, list[dict[str, Any]]]:
@@ -43,7 +44,7 @@ def _record(path: Path) -> dict[str, Any]:
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256")
     return {
-        "path": str(path.resolve()),
+        "path": STDIN if is_stdin_copy(path) else str(path.resolve()),
         "bytes": path.stat().st_size,
         "sha256": digest.hexdigest(),
     }

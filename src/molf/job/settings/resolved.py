@@ -11,6 +11,7 @@ from typing import Any
 
 from molf.core.assignment.assignment import Assignment
 from molf.core.config import MoLFConfig
+from molf.data.sources import absolute_sources
 from molf.errors import InputError
 from molf.job.settings.defaults import ADAPTERS, MERGE_BASES, QUANTISABLE, STORAGE, defaults_for
 from molf.job.settings.settings import SAVE_MINUTES, TrainSettings
@@ -159,10 +160,13 @@ def resolve(settings: TrainSettings, now: datetime) -> ResolvedSettings:
     if settings.fallback_dir is not None:
         check_path(settings.fallback_dir, "fallback_dir")
         values["fallback_dir"] = settled(settings.fallback_dir).absolute()
-    for name in ("model", "data", "eval_data", "forgetting_data", "assignment"):
-        # The record of the run must be valid from any working directory.
+    # The record of the run must be valid from any working directory.
+    for name in ("model", "forgetting_data", "assignment"):
         if values.get(name) is not None:
             values[name] = absolute(values[name])
+    for name in ("data", "eval_data"):
+        if values.get(name) is not None:
+            values[name] = absolute_sources(values[name])
     return ResolvedSettings(**values)
 
 

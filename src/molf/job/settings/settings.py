@@ -49,7 +49,7 @@ from molf.job.settings.ranges import (
 from molf.job.settings.sharding import check_sharded
 from molf.planning.workload import QUANTISATIONS
 from molf.ranks import launched_count
-from molf.tasks import EVAL_PARTS, TASKS, VALIDATION_SHARE, TaskOptions, check_task
+from molf.tasks import EVAL_PARTS, FORMATS, TASKS, VALIDATION_SHARE, TaskOptions, check_task
 
 SCHEDULERS = ("cosine", "linear", "constant", "constant_with_warmup")
 DTYPES = ("float32", "bfloat16", "float16")
@@ -76,9 +76,13 @@ class TrainSettings:
     task: Annotated[str, Parameter(choices=TASKS, group=DATA)] = "demo-fact"
     """The task to train and to measure."""
     data: Annotated[str | None, Parameter(group=DATA)] = None
-    """Records to train on: a JSON, JSONL, Parquet or CSV file, a folder, a URL, or a Hub id."""
+    """Records to train on: a file, a folder, a URL, a Hub id, or - (stdin); several with commas."""
     eval_data: Annotated[str | None, Parameter(group=DATA)] = None
     """Records to evaluate on, where the task does not evaluate on those it trains on."""
+    format: Annotated[
+        str | None, Parameter(choices=FORMATS, group=DATA, show_default="by the first record")
+    ] = None
+    """Format of the records of custom."""
     max_samples: Annotated[int | None, Parameter(group=DATA), POSITIVE] = None
     """Train on at most this many records, drawn by the seed."""
     max_eval_samples: Annotated[int | None, Parameter(group=DATA), POSITIVE] = None
@@ -293,6 +297,7 @@ class TrainSettings:
         for name, allowed in (
             ("task", TASKS),
             ("eval_part", EVAL_PARTS),
+            ("format", (None, *FORMATS)),
             ("method", METHODS),
             ("match", MATCHES),
             ("lr_scheduler_type", SCHEDULERS),
@@ -392,6 +397,7 @@ class TrainSettings:
             name=self.task,
             data=self.data,
             eval_data=self.eval_data,
+            format=self.format,
             max_samples=self.max_samples,
             max_eval_samples=self.max_eval_samples,
             few_shot=self.few_shot,

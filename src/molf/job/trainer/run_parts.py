@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 from array import array
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -16,6 +17,9 @@ from molf.job.record.routing_log import RoutingWriter
 from molf.job.record.wins import Wins
 from molf.job.trainer.callbacks import MetricsCallback
 from molf.job.trainer.step_guard import StepGuard
+
+RECORDS = "records:"
+"""Start of a hash of records, whose tokens are not all known."""
 
 
 @runtime_checkable
@@ -29,7 +33,7 @@ class Stateful(Protocol):
         """Replace the state; its tensors are on the CPU."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class RunParts:
     """Parts of a run whose states are in its checkpoints.
 
@@ -40,7 +44,7 @@ class RunParts:
         guard: Counts of skipped steps, and sums of losses.
         callbacks: Callbacks of the method; those with a state are saved.
         frozen: Checksum of each frozen weight, as it was prepared.
-        data: Hash of the examples in their order.
+        samples: The examples in their order.
     """
 
     writer: RoutingWriter
@@ -49,7 +53,12 @@ class RunParts:
     guard: StepGuard
     callbacks: tuple[Any, ...]
     frozen: Mapping[str, int]
-    data: str
+    samples: EncodedSamples
+
+    @cached_property
+    def data(self) -> str:
+        """Hash of the examples in their order."""
+        return hash_of_examples(self.samples)
 
     def state_dict(self) -> dict[str, Any]:
         """Write all log entries; return the states.
@@ -73,7 +82,8 @@ class RunParts:
         Raises:
             ResumeError: They differ.
         """
-        if state["data"] != self.data:
+        # Runs that were started before on-demand tokenization have a hash of all tokens.
+        if state["data"] not in (self.data, *self._hash_of_tokens(state["data"])):
             raise ResumeError(
                 "The run cannot be resumed: its examples have changed since it was started, or "
                 "their tokens. Give another --output_dir."
@@ -87,6 +97,11 @@ class RunParts:
                 f"weights differ from those that it was started with, the first is {changed[0]}. "
                 "The base model has changed. Give another --output_dir."
             )
+
+    def _hash_of_tokens(self, stored: str) -> tuple[str, ...]:
+        if self.samples.known is None or stored.startswith(RECORDS):
+            return ()
+        return (hash_of_tokens(self.samples),)
 
     def load_state_dict(self, state: Mapping[str, Any], device: torch.device) -> None:
         """Replace the states, and cut the logs to the step of the checkpoint."""
@@ -111,9 +126,25 @@ class RunParts:
 
 
 def hash_of_examples(samples: EncodedSamples) -> str:
+    """Return a hash of all examples in their order: of tokens and labels where all are known.
+
+    Of samples that are tokenized on demand, it is that of their records and of the known tokens.
+    """
+    if samples.known is None:
+        return hash_of_tokens(samples)
+    digest = hashlib.sha256(samples.records_hash.encode())
+    _update(digest, samples.known)
+    return f"{RECORDS}{digest.hexdigest()}"
+
+
+def hash_of_tokens(samples: EncodedSamples) -> str:
     """Return the SHA-256 of the tokens and labels of all examples, in their order."""
     digest = hashlib.sha256()
     for rows in (samples.input_ids, samples.labels):
-        for row in rows:
-            digest.update(array("q", (len(row), *row)).tobytes())
+        _update(digest, rows)
     return digest.hexdigest()
+
+
+def _update(digest: Any, rows: Iterable[Sequence[int]]) -> None:
+    for row in rows:
+        digest.update(array("q", (len(row), *row)).tobytes())

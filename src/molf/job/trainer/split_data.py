@@ -10,10 +10,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import pyarrow
 from accelerate.data_loader import SeedableRandomSampler
+from datasets import Dataset
 from torch.utils.data import Sampler
 
 from molf.data.encoding import EncodedSamples
+from molf.data.rows import Rows
 from molf.errors import InputError
 from molf.measure.tokens import IGNORED
 
@@ -22,12 +25,33 @@ _BLANK = {"input_ids": [0, 0], "labels": [IGNORED, IGNORED]}
 _STRATEGIES = ("random", "sequential")
 
 
-def with_blank_row(samples: EncodedSamples) -> dict[str, list[list[int]]]:
-    """Return the columns of the examples, and of a blank row behind them."""
-    return {
-        "input_ids": [*samples.input_ids, _BLANK["input_ids"]],
-        "labels": [*samples.labels, _BLANK["labels"]],
-    }
+def training_set(samples: EncodedSamples, *, with_blank_row: bool) -> Dataset:
+    """Return the examples as the trainer reads them, and perhaps a blank row behind them."""
+    if samples.known is not None:
+        return _read_on_demand(samples)
+    columns = {}
+    for name, rows in (("input_ids", samples.input_ids), ("labels", samples.labels)):
+        if with_blank_row:
+            rows = [*rows, _BLANK[name]]
+        columns[name] = (rows if isinstance(rows, Rows) else Rows(rows)).as_arrow()
+    # Without a fingerprint of our own, `datasets` would hash all values.
+    return Dataset(pyarrow.table(columns), fingerprint="examples")
+
+
+def _read_on_demand(samples: EncodedSamples) -> Dataset:
+    """Return a data set of positions, which are replaced by their examples when they are read."""
+
+    def read(batch: Mapping[str, Sequence[int]]) -> dict[str, list[list[int]]]:
+        positions = batch["input_ids"]
+        return {
+            "input_ids": [samples.input_ids[position] for position in positions],
+            "labels": [samples.labels[position] for position in positions],
+        }
+
+    positions = list(range(len(samples.input_ids)))
+    dataset: Dataset = Dataset.from_dict({"input_ids": positions, "labels": positions})
+    dataset.set_transform(read)
+    return dataset
 
 
 def is_blank(inputs: Mapping[str, Any]) -> bool:

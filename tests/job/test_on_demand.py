@@ -1,0 +1,176 @@
+"""Examples that are tokenized when a step needs them: the same training as with all tokenized."""
+
+import json
+import signal
+
+import pytest
+import yaml
+
+from checkpoints import write_checkpoint
+from molf.cli import main
+from molf.data import on_demand
+from molf.data.encoding import encode_samples
+from molf.data.on_demand import OnDemand, most_tokens
+from molf.data.rows import Rows
+from molf.errors import InputError
+from molf.job import opening
+from molf.job.record.result import ResumeError
+from molf.job.trainer.run_parts import RECORDS, RunParts, hash_of_examples, hash_of_tokens
+from molf.tasks import TaskOptions, load_task
+from tiny_models import CHATML, byte_level_tokenizer
+
+ODD = ("Ä" * 30, "\U0001f600" * 12, "\u0958\u0959" * 9, "\u0344\u1f82" * 9, "a" * 60, "<|end|>" * 9)
+
+
+@pytest.fixture
+def data(tmp_path):
+    """40 records, of which some are longer than 60 tokens, and others could be."""
+    records = [{"prompt": f"{i} is", "completion": f" {i}." + "ß" * (i % 7)} for i in range(40)]
+    records[7]["completion"] = records[20]["completion"] = " long" * 40
+    path = tmp_path / "records.jsonl"
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
+
+
+@pytest.fixture
+def few_known(monkeypatch):
+    monkeypatch.setattr(opening, "PROBED", 5)
+    monkeypatch.setattr(on_demand, "PROBED", 5)
+
+
+@pytest.fixture
+def chat_tokenizer():
+    tokenizer = byte_level_tokenizer()
+    tokenizer.chat_template = CHATML
+    return tokenizer
+
+
+@pytest.mark.parametrize("layout", ["pairs", "chat", "instructions"])
+def test_the_rows_are_those_of_all_samples(tmp_path, few_known, chat_tokenizer, layout):
+    texts = [f"{i}{ODD[i % 6]}"[: 10 + i] for i in range(48)]
+    records = {
+        "pairs": [{"prompt": "a", "completion": text} for text in texts],
+        "chat": [
+            {
+                "messages": [
+                    {"role": "user", "content": "a"},
+                    {"role": "assistant", "content": text},
+                    {"role": "user", "content": "b"},
+                ]
+            }
+            for text in texts
+        ],
+        "instructions": [{"instruction": "a", "output": text} for text in texts],
+    }[layout]
+    path = tmp_path / "records.jsonl"
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    samples = load_task(TaskOptions(name="custom", data=str(path))).training_samples
+    limit = 40 if layout == "pairs" else 64
+    whole = encode_samples(chat_tokenizer, samples, limit)
+    part = OnDemand(chat_tokenizer, samples, limit).encoded
+    assert 0 < whole.left_out < len(samples)
+    assert (part.kept, part.left_out) == (whole.kept, whole.left_out)
+    assert (list(part.input_ids), list(part.labels)) == (whole.input_ids, whole.labels)
+    assert 0 < len(part.tokenized) <= 5
+    assert hash_of_tokens(part) == hash_of_examples(whole)
+    assert hash_of_examples(part).startswith(RECORDS)
+    other = OnDemand(chat_tokenizer, samples[1:], limit).encoded
+    assert hash_of_examples(part) != hash_of_examples(other)
+
+
+@pytest.mark.parametrize("text", ODD)
+def test_the_bound_holds(text):
+    assert len(byte_level_tokenizer()(text)["input_ids"]) <= most_tokens(text)
+
+
+def test_all_samples_too_long(few_known, data):
+    samples = load_task(TaskOptions(name="custom", data=str(data))).training_samples
+    with pytest.raises(InputError, match="samples are longer than max_length=2 tokens"):
+        OnDemand(byte_level_tokenizer(), samples, 2)
+
+
+def test_rows_are_lists():
+    rows = Rows([[1, 2], [], [-100, 2**31 - 1]])
+    assert (len(rows), list(rows), rows[-1], rows[1:]) == (
+        3,
+        [[1, 2], [], [-100, 2**31 - 1]],
+        [-100, 2**31 - 1],
+        [[], [-100, 2**31 - 1]],
+    )
+    assert rows == [[1, 2], [], [-100, 2**31 - 1]] == rows.as_arrow().to_pylist()
+    assert rows != Rows([[1, 2]])
+    with pytest.raises(IndexError):
+        rows[3]
+
+
+@pytest.fixture
+def trained(tmp_path, data):
+    base = write_checkpoint(tmp_path / "base")
+
+    def run(name, *further, code=0):
+        path = tmp_path / name
+        given = ["--task", "custom", "--model", str(base), "--data", str(data), "--ranks", "4"]
+        given += ["--max_length", "60", "--max_steps", "3", "--learning_rate", "1e-2"]
+        given += ["--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "2"]
+        assert main(["train", *given, "--output_dir", str(path), *further]) == code
+        return path
+
+    return run
+
+
+def test_a_resumed_training_has_the_same_bits(trained, few_known, data, monkeypatch, capsys):
+    whole = trained("whole")
+    row, read = OnDemand.row, []
+
+    def stopping(self, position):
+        read.append(position)
+        if len(read) == 9:
+            signal.raise_signal(signal.SIGINT)
+        return row(self, position)
+
+    monkeypatch.setattr(OnDemand, "row", stopping)
+    path = trained("part", code=3)
+    monkeypatch.setattr(OnDemand, "row", row)
+    resume = ["train", "--output_dir", str(path), "--resume"]
+    lines = data.read_text()
+    data.write_text(lines.replace("39 is", "39 was").replace("38 is", "38 was"))
+    assert main(resume) == 2
+    assert "its examples have changed" in capsys.readouterr().err
+    data.write_text(lines)
+    assert main(resume) == 0
+    assert f"Resuming {path} from checkpoint-" in capsys.readouterr().err
+    weights = "model/model.safetensors"
+    assert (path / weights).read_bytes() == (whole / weights).read_bytes()
+
+
+def test_a_checkpoint_with_a_hash_of_all_tokens_is_continued(few_known, data):
+    samples = load_task(TaskOptions(name="custom", data=str(data))).training_samples
+    tokenizer = byte_level_tokenizer()
+    whole = encode_samples(tokenizer, samples, 60)
+    parts = RunParts(*[None] * 4, (), {}, OnDemand(tokenizer, samples, 60).encoded)
+    for known in (hash_of_tokens(whole), parts.data):
+        parts.check({"data": known, "frozen": {}})
+    other = OnDemand(tokenizer, samples[1:], 60).encoded
+    for changed in (hash_of_tokens(other), hash_of_examples(other)):
+        with pytest.raises(ResumeError, match="its examples have changed"):
+            parts.check({"data": changed, "frozen": {}})
+
+
+def losses(path):
+    lines = (path / "metrics.jsonl").read_text().splitlines()
+    return [entry["loss"] for entry in map(json.loads, lines) if "loss" in entry]
+
+
+def test_a_training_has_the_same_bits(trained, tmp_path, capsys, monkeypatch):
+    whole = trained("whole", "--logging_steps", "1")
+    capsys.readouterr()
+    monkeypatch.setattr(opening, "PROBED", 5)
+    monkeypatch.setattr(on_demand, "PROBED", 5)
+    part = trained("part", "--logging_steps", "1", "--max_eval_samples", "1")
+    assert " in 5 of them" in capsys.readouterr().err
+    assert losses(part) == losses(whole)
+    weights = "model/model.safetensors"
+    assert (part / weights).read_bytes() == (whole / weights).read_bytes()
+    records = [yaml.safe_load((path / "config.yaml").read_text())["run"] for path in (whole, part)]
+    for name in ("examples", "left_out_too_long"):
+        assert records[0]["data"][name] == records[1]["data"][name]
