@@ -91,6 +91,7 @@ def rehearse(settings: ResolvedSettings, task: Task, reporter: Reporter, inputs:
             batch,
             output_dir=scratch / "run",
             max_steps=short_steps,
+            max_time=None,
             warmup_ratio=0.0,
             save_steps=None,
             save_minutes=0.0,

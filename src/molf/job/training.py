@@ -35,6 +35,7 @@ from molf.job.record.routing_log import NoRoutingLog, RoutingWriter
 from molf.job.record.routing_meaning import routing_meaning, routing_shares_text
 from molf.job.record.wins import RoutingSummary, Wins
 from molf.job.settings.defaults import ADAPTERS
+from molf.job.settings.during import BY_LOSS
 from molf.job.shards import free_trained
 from molf.job.trainer.callbacks import (
     Clock,
@@ -45,6 +46,7 @@ from molf.job.trainer.callbacks import (
     unwrapped,
 )
 from molf.job.trainer.checkpoints import Checkpoints
+from molf.job.trainer.ending import Ending, TimeLimit
 from molf.job.trainer.run_parts import RunParts, hash_of_examples
 from molf.job.trainer.split_data import with_blank_row
 from molf.job.trainer.step_guard import StepGuard
@@ -72,6 +74,8 @@ class Training:
         meaning: Interpretation of the routing; empty without routing.
         merge: Record of the merge; empty if nothing was merged.
         checkpoints: Measurements of the checkpoints that were written.
+        ended_by: The option that ended it before its planned steps; empty for none.
+        planned_steps: Number of planned steps.
     """
 
     model: Any
@@ -86,6 +90,8 @@ class Training:
     meaning: str
     merge: dict[str, Any]
     checkpoints: Totals = field(default_factory=Totals)
+    ended_by: str = ""
+    planned_steps: int = 0
 
     def record(self) -> dict[str, Any]:
         """Return everything but the model as values of JSON."""
@@ -157,8 +163,9 @@ def run_training(
     if opening.sharding is not None:
         free_trained(whole)
     clock = Clock(time.perf_counter() - started)
-    wins, guard, stop = Wins(prepared.experts), StepGuard(settings), StopRequest()
-    checkpoints = Checkpoints(settings, directory, opening.room, stop)
+    wins, guard = Wins(prepared.experts), StepGuard(settings)
+    stop, ending = StopRequest(), Ending()
+    checkpoints = Checkpoints(settings, directory, opening.room, stop, ending)
     # Gradients freed in the backward pass would be logged with a norm of 0.
     without = ("grad_norm",) if settings.optimizer_in_backward else ()
     _warn_of_warmup(data.steps, arguments)
@@ -179,12 +186,13 @@ def run_training(
     ):
         arguments.output_dir = str(directory / CHECKPOINTS)  # created by the trainer
         log = (lambda: directory / METRICS) if processes.is_main else None
-        metrics = MetricsCallback(log, show, without)
+        metrics = MetricsCallback(log, show, ending.is_at, without)
         parts = RunParts(
             writer,
             metrics,
             wins,
             guard,
+            ending,
             prepared.callbacks,
             frozen,
             hash_of_examples(data.samples),
@@ -206,7 +214,8 @@ def run_training(
             processing_class=copy.deepcopy(base.tokenizer),  # the trainer changes its padding
             optimizer_cls_and_kwargs=prepared.optimizer,
             callbacks=[
-                StepsCheck(data.steps),
+                TimeLimit(settings.max_time, clock, ending),
+                StepsCheck(data.steps, ending),
                 *([RandomByStep(settings.seed, processes.rank)] if processes.count > 1 else ()),
                 guard,
                 RoutingCallback(prepared, writer, wins),
@@ -227,6 +236,8 @@ def run_training(
     steps = trainer.state.global_step
     if stop.name is not None:
         raise StoppedError(_stopped(stop.name, steps, data.steps, checkpoints.latest, directory))
+    if ending.option:
+        reporter.say(f"Training ended after step {steps} of {data.steps}: {ending.reason}.")
     guard.check_weights(trainer.model, trainer.state)
     # Remove the trainer's autocast, which would affect the measurement of the merge.
     model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
@@ -255,6 +266,8 @@ def run_training(
         meaning=routing_meaning(routing, config, steps) if routing and config else "",
         merge=record,
         checkpoints=checkpoints.totals,
+        ended_by=ending.option,
+        planned_steps=data.steps,
     )
 
 
@@ -314,7 +327,8 @@ def restore_float32(optimizer: Any) -> None:
 def _warn_of_warmup(steps: int, arguments: SFTConfig) -> None:
     """Warn if the warm-up takes all steps."""
     # It starts at rate 0 and its share is rounded up: a run of one step would not train at all.
-    if arguments.lr_scheduler_type != "constant" and arguments.get_warmup_steps(steps) >= steps:
+    without = ("constant", *BY_LOSS)
+    if arguments.lr_scheduler_type not in without and arguments.get_warmup_steps(steps) >= steps:
         warnings.warn(
             f"The warm-up takes all {steps} steps and starts at learning rate 0. Give "
             "--warmup_ratio 0 to train at the full rate from the start.",

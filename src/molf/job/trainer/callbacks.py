@@ -143,6 +143,7 @@ class MetricsCallback(TrainerCallback):
         path: Returns the path of the file; called for each line, as the run may be moved. None for
             no file.
         show: Shows a step, and its log entry if it has one.
+        is_last: Whether the training has no step left.
         without: Names of the trainer's figures that have no meaning in this run.
     """
 
@@ -150,10 +151,12 @@ class MetricsCallback(TrainerCallback):
         self,
         path: Callable[[], Path] | None,
         show: Callable[[int, dict[str, Any] | None], None],
+        is_last: Callable[[TrainerState], bool],
         without: tuple[str, ...] = (),
     ) -> None:
         self._file = None if path is None else LogFile(path)
         self._show = show
+        self._is_last = is_last
         self._without = without
 
     def state_dict(self) -> dict[str, int]:
@@ -180,7 +183,7 @@ class MetricsCallback(TrainerCallback):
     ) -> None:
         """Advance the progress bar, and request a log entry for the last step."""
         self._show(state.global_step, None)
-        if state.global_step >= state.max_steps:
+        if self._is_last(state):
             control.should_log = True
 
     def on_log(

@@ -20,6 +20,7 @@ from molf.job.record.directory import RunDirectory
 from molf.job.record.ownership import CHECKPOINTS
 from molf.job.record.result import RunError
 from molf.job.settings.resolved import ResolvedSettings
+from molf.job.trainer.ending import Ending
 from molf.job.trainer.stopping import StopRequest
 from molf.ranks import ranks
 
@@ -38,6 +39,7 @@ class Checkpoints(TrainerCallback):
         directory: The run's directory.
         room: The estimated bytes of a checkpoint and of the trained model.
         stop: Whether the training is asked to stop.
+        ending: Whether it ends before its planned steps.
 
     Attributes:
         missing: Steps whose checkpoints were not written.
@@ -50,12 +52,14 @@ class Checkpoints(TrainerCallback):
         directory: RunDirectory,
         room: Needed,
         stop: StopRequest,
+        ending: Ending,
     ) -> None:
         self.settings = settings
         self._directory = directory
         self._at_the_end = room.at_the_end
         self._one = room.checkpoint  # bytes; estimated, then those of the largest checkpoint
         self._stop = stop
+        self._ending = ending
         self._writer = CheckpointWriter(
             lambda: self._directory / CHECKPOINTS,  # the run may have been moved
             settings.kept_checkpoints,
@@ -98,7 +102,7 @@ class Checkpoints(TrainerCallback):
 
     def _is_due(self, state: TrainerState) -> bool:
         step, settings = state.global_step, self.settings
-        if step >= state.max_steps:
+        if self._ending.is_at(state):
             return True
         if settings.save_steps is not None and step % settings.save_steps == 0:
             return True

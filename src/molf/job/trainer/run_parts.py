@@ -15,6 +15,7 @@ from molf.job.record.result import ResumeError
 from molf.job.record.routing_log import RoutingWriter
 from molf.job.record.wins import Wins
 from molf.job.trainer.callbacks import MetricsCallback
+from molf.job.trainer.ending import Ending
 from molf.job.trainer.step_guard import StepGuard
 
 
@@ -38,6 +39,7 @@ class RunParts:
         metrics: The log of metrics.
         wins: Counts of decisions.
         guard: Counts of skipped steps, and sums of losses.
+        ending: Why the training ended early.
         callbacks: Callbacks of the method; those with a state are saved.
         frozen: Checksum of each frozen weight, as it was prepared.
         data: Hash of the examples in their order.
@@ -47,6 +49,7 @@ class RunParts:
     metrics: MetricsCallback
     wins: Wins
     guard: StepGuard
+    ending: Ending
     callbacks: tuple[Any, ...]
     frozen: Mapping[str, int]
     data: str
@@ -62,6 +65,7 @@ class RunParts:
             "metrics": self.metrics.state_dict(),
             "wins": self.wins.state_dict(),
             "guard": self.guard.state_dict(),
+            "ending": self.ending.state_dict(),
             "method": {name: part.state_dict() for name, part in self._of_method()},
             "frozen": dict(self.frozen),
             "data": self.data,
@@ -92,6 +96,7 @@ class RunParts:
         """Replace the states, and cut the logs to the step of the checkpoint."""
         self.wins.load_state_dict(state["wins"])
         self.guard.load_state_dict(state["guard"], device)
+        self.ending.load_state_dict(state.get("ending", {}))  # of earlier versions: none
         for name, part in self._of_method():
             part.load_state_dict(state["method"][name])
         self.metrics.load_state_dict(state["metrics"])
