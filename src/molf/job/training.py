@@ -35,8 +35,10 @@ from molf.job.record.routing_log import NoRoutingLog, RoutingWriter
 from molf.job.record.routing_meaning import routing_meaning, routing_shares_text
 from molf.job.record.wins import RoutingSummary, Wins
 from molf.job.settings.defaults import ADAPTERS
-from molf.job.settings.during import BY_LOSS
+from molf.job.settings.during import BY_LOSS, eval_strategy_of
+from molf.job.settings.resolved import ResolvedSettings
 from molf.job.shards import free_trained
+from molf.job.trainer.best import Best
 from molf.job.trainer.callbacks import (
     Clock,
     FidelityCallback,
@@ -54,6 +56,8 @@ from molf.job.trainer.steps import StepsCheck
 from molf.job.trainer.stopping import StopRequest
 from molf.job.trainer.tracking import RoutingImageCallback
 from molf.job.trainer.trainer import Trainer
+from molf.job.trainer.validation import EarlyStopping, EvaluationCallback, Validation
+from molf.measure.generate import padding_id
 from molf.ranks import ranks
 
 
@@ -76,6 +80,7 @@ class Training:
         checkpoints: Measurements of the checkpoints that were written.
         ended_by: The option that ended it before its planned steps; empty for none.
         planned_steps: Number of planned steps.
+        validation: Record of the evaluations during the training; empty for none.
     """
 
     model: Any
@@ -92,6 +97,7 @@ class Training:
     checkpoints: Totals = field(default_factory=Totals)
     ended_by: str = ""
     planned_steps: int = 0
+    validation: dict[str, Any] = field(default_factory=dict)
 
     def record(self) -> dict[str, Any]:
         """Return everything but the model as values of JSON."""
@@ -164,8 +170,8 @@ def run_training(
         free_trained(whole)
     clock = Clock(time.perf_counter() - started)
     wins, guard = Wins(prepared.experts), StepGuard(settings)
-    stop, ending = StopRequest(), Ending()
-    checkpoints = Checkpoints(settings, directory, opening.room, stop, ending)
+    stop, ending, best = StopRequest(), Ending(), Best()
+    checkpoints = Checkpoints(settings, directory, opening.room, stop, ending, best)
     # Gradients freed in the backward pass would be logged with a norm of 0.
     without = ("grad_norm",) if settings.optimizer_in_backward else ()
     _warn_of_warmup(data.steps, arguments)
@@ -186,6 +192,7 @@ def run_training(
     ):
         arguments.output_dir = str(directory / CHECKPOINTS)  # created by the trainer
         log = (lambda: directory / METRICS) if processes.is_main else None
+        evaluating, stopping = _evaluating(settings, best, ending)
         metrics = MetricsCallback(log, show, ending.is_at, without)
         parts = RunParts(
             writer,
@@ -193,7 +200,8 @@ def run_training(
             wins,
             guard,
             ending,
-            prepared.callbacks,
+            best,
+            (*prepared.callbacks, *stopping),
             frozen,
             hash_of_examples(data.samples),
         )
@@ -207,6 +215,7 @@ def run_training(
             checkpoints,
             parts,
             clock,
+            _validation(opening),
             is_in_shards=opening.sharding is not None,
             model=prepared.model,
             args=arguments,
@@ -220,6 +229,8 @@ def run_training(
                 guard,
                 RoutingCallback(prepared, writer, wins),
                 FidelityCallback(),
+                *evaluating,
+                *stopping,
                 metrics,
                 *prepared.callbacks,
                 checkpoints,
@@ -238,6 +249,12 @@ def run_training(
         raise StoppedError(_stopped(stop.name, steps, data.steps, checkpoints.latest, directory))
     if ending.option:
         reporter.say(f"Training ended after step {steps} of {data.steps}: {ending.reason}.")
+    saved_step = steps
+    if settings.keep_best and best.step not in (None, steps) and trainer.load_best(best.step):
+        saved_step = best.step
+        reporter.say(
+            f"The model is that of step {saved_step}, with the lowest loss {best.loss:.4f}."
+        )
     guard.check_weights(trainer.model, trainer.state)
     # Remove the trainer's autocast, which would affect the measurement of the merge.
     model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
@@ -268,6 +285,30 @@ def run_training(
         checkpoints=checkpoints.totals,
         ended_by=ending.option,
         planned_steps=data.steps,
+        validation=best.record(saved_step),
+    )
+
+
+def _evaluating(
+    settings: ResolvedSettings, best: Best, ending: Ending
+) -> tuple[tuple[EvaluationCallback, ...], tuple[EarlyStopping, ...]]:
+    """Return the callback of evaluations, and that of early stopping, where they are asked for."""
+    if eval_strategy_of(settings) == "no":
+        return (), ()
+    evaluating = (EvaluationCallback(settings, best, ending),)
+    if settings.early_stopping_patience is None:
+        return evaluating, ()
+    return evaluating, (EarlyStopping(settings, ending),)
+
+
+def _validation(opening: Opening) -> Validation | None:
+    """Return the validation part; None without one."""
+    if opening.validation is None:
+        return None
+    return Validation(
+        opening.validation,
+        padding_id(opening.base.tokenizer),
+        opening.settings.per_device_eval_batch_size,
     )
 
 

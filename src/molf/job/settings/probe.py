@@ -104,6 +104,7 @@ _NO_MODEL: dict[str, Any] = {
     "save_steps": None,
     "save_total_limit": None,
     "async_save": False,
+    "keep_best": False,
 }
 # Options that steps in the backward pass exclude, and their defaults.
 _IN_BACKWARD: dict[str, Any] = {

@@ -36,7 +36,7 @@ from molf.job.settings.defaults import (
     METHODS,
     ROUTED,
 )
-from molf.job.settings.during import check_during
+from molf.job.settings.during import EVAL_STRATEGIES, check_during
 from molf.job.settings.experts import method_config
 from molf.job.settings.low_halves import check_low_halves
 from molf.job.settings.quantised_base import check_beside_quantised
@@ -233,6 +233,17 @@ class TrainSettings:
     seed: Annotated[int, Parameter(group=OPTIMIZATION), NOT_NEGATIVE, BELOW_2_32] = 42
     """Seed of everything random."""
 
+    eval_strategy: Annotated[
+        str | None,
+        Parameter(choices=EVAL_STRATEGIES, group=EVALUATION, show_default="steps with eval_steps"),
+    ] = None
+    """When to measure the loss on a validation part, set aside from the training data."""
+    eval_steps: Annotated[int | None, Parameter(group=EVALUATION), POSITIVE] = None
+    """Optimizer steps between two such evaluations."""
+    keep_best: Annotated[bool, Parameter(group=EVALUATION, negative=())] = False
+    """Save model/ from the step with the lowest loss on the validation part."""
+    early_stopping_patience: Annotated[int | None, Parameter(group=EVALUATION), POSITIVE] = None
+    """End the training after this many such evaluations without a lower loss."""
     per_device_eval_batch_size: Annotated[
         int, Parameter(group=EVALUATION), POSITIVE, BELOW_2_31
     ] = 32

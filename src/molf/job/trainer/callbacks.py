@@ -195,8 +195,8 @@ class MetricsCallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Write one line."""
-        # The trainer's closing summary, which has no "loss", is left out.
-        if not logs or "loss" not in logs:
+        # The trainer's closing summary has neither, and is left out.
+        if not logs or not {"loss", "eval_loss"} & logs.keys():
             return
         logs = {name: value for name, value in logs.items() if name not in self._without}
         record = {"step": state.global_step, **{k: _as_json(v) for k, v in logs.items()}}
@@ -259,6 +259,10 @@ class Throughput:
         """Continue as if the time between the parts of a training had not passed."""
         self._tokens = int(state["tokens"])
         self._time = time.perf_counter() - state["seconds"]
+
+    def leave_out(self, seconds: float) -> None:
+        """Leave out a time in which nothing was trained."""
+        self._time += seconds
 
     def since_last(self, tokens: int) -> float:
         """Return the tokens per second since the last call.
