@@ -22,7 +22,7 @@ import pytest
         ("train --keep_best", ["keep_best", "--eval_steps"]),
         ("train --early_stopping_patience 3", ["early_stopping_patience", "--eval_steps"]),
         ("train --eval_steps 0", ["eval_steps=0", "greater than 0"]),
-        ("train --eval_strategy often", ["often", "no, steps, epoch"]),
+        ("train --eval_strategy often", ["often", "steps", "epoch"]),
         ("train --eval_strategy epoch --eval_steps 3", ["eval_steps=3", "eval_strategy=epoch"]),
         ("train --training_args.load_best_model_at_end true", ["--keep_best"]),
         ("train --max_time soon", ["--max_time", "soon", "90m"]),

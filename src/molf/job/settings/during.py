@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Any
 
 from molf.errors import InputError
 from molf.inputs import check_choice
-
-if TYPE_CHECKING:
-    from molf.job.settings.settings import TrainSettings
 
 EVAL_STRATEGIES = ("no", "steps", "epoch")
 """When a training is evaluated; the names of transformers."""
@@ -17,14 +14,14 @@ BY_LOSS = ("reduce_lr_on_plateau", "greedy")
 """Schedules that follow the loss of an evaluation instead of the steps."""
 
 
-def eval_strategy_of(settings: TrainSettings) -> str:
+def eval_strategy_of(settings: Any) -> str:
     """Return when the training is evaluated: one of `EVAL_STRATEGIES`."""
     if settings.eval_strategy is None:
         return "no" if settings.eval_steps is None else "steps"
-    return settings.eval_strategy
+    return str(settings.eval_strategy)
 
 
-def check_during(settings: TrainSettings) -> None:
+def check_during(settings: Any) -> None:
     """Check the evaluations during the training, and the options that need them.
 
     Raises:
@@ -55,5 +52,5 @@ def check_during(settings: TrainSettings) -> None:
         )
 
 
-def _follows_loss(settings: TrainSettings) -> bool:
-    return settings.lr_scheduler_type in BY_LOSS
+def _follows_loss(settings: Any) -> bool:
+    return bool(settings.lr_scheduler_type in BY_LOSS)

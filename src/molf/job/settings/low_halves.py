@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Any
 
 from molf.errors import InputError
 
-if TYPE_CHECKING:
-    from molf.job.settings.settings import TrainSettings
 
-
-def check_low_halves(settings: TrainSettings) -> None:
+def check_low_halves(settings: Any) -> None:
     """Reject low halves for other types than bfloat16, or of weights without them.
 
     Raises:

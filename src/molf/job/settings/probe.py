@@ -40,9 +40,9 @@ class ProbeSettings(TrainSettings):
     """Update each layer in the backward pass, free its gradient; no clipping, no accumulation."""
     max_steps: Annotated[int | None, Parameter(group=OPTIMIZATION), POSITIVE] = STEPS
     """Number of steps of routing."""
-    lr_scheduler_type: Annotated[str, Parameter(choices=SCHEDULERS, group=OPTIMIZATION)] = (
-        "constant_with_warmup"
-    )
+    lr_scheduler_type: Annotated[
+        str, Parameter(choices=SCHEDULERS, group=OPTIMIZATION, show_choices=False)
+    ] = "constant_with_warmup"
     """How the learning rates fall; constant: as at the beginning of a long training."""
 
     def __post_init__(self) -> None:

@@ -212,8 +212,10 @@ class TrainSettings:
         int | None, Parameter(group=OPTIMIZATION, show_default=_AUTO), POSITIVE, BELOW_2_31
     ] = None
     """Forward passes per optimizer step."""
-    lr_scheduler_type: Annotated[str, Parameter(choices=SCHEDULERS, group=OPTIMIZATION)] = "cosine"
-    """How the learning rates fall: a schedule of transformers."""
+    lr_scheduler_type: Annotated[
+        str, Parameter(choices=SCHEDULERS, group=OPTIMIZATION, show_choices=False)
+    ] = "cosine"
+    """How the learning rates fall: linear, constant, or another of transformers' schedules."""
     warmup_ratio: Annotated[float, Parameter(group=OPTIMIZATION), SHARE] = 0.1
     """Share of the steps in which the learning rates rise."""
     max_grad_norm: Annotated[

@@ -32,6 +32,11 @@ class Best:
         self.step, self.loss = step, loss
         return True
 
+    @property
+    def steps(self) -> tuple[int, ...]:
+        """The best step; none before the first finite loss."""
+        return () if self.step is None else (self.step,)
+
     def state_dict(self) -> dict[str, Any]:
         """Return the attributes."""
         return dict(vars(self))

@@ -70,7 +70,7 @@ class Checkpoints(TrainerCallback):
             settings.kept_checkpoints,
             in_background=settings.async_save,
             ranks=ranks().further(),
-            spared=lambda: (best.step,) if settings.keep_best else (),
+            spared=lambda: best.steps if settings.keep_best else (),
         )
         self._saved_at = time.monotonic()
         self.missing: list[int] = []

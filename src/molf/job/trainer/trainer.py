@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_model as save_tensors
 from torch import Tensor
+from transformers import TrainerControl
 from transformers.trainer import TRAINER_STATE_NAME
 from trl import SFTTrainer
 
@@ -239,9 +240,8 @@ class Trainer(SFTTrainer):
         # Not TRL's `log`, which would add and clear the figures of the training.
         super(SFTTrainer, self).log(dict(metrics))
         del self.state.log_history[:-1]
-        self.control = self.callback_handler.on_evaluate(
-            self.args, self.state, self.control, metrics
-        )
+        control: TrainerControl = self.control  # type: ignore[has-type]
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, control, metrics)
         return metrics
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
