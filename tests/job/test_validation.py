@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import math
 import shutil
@@ -60,7 +62,9 @@ def command(dropping, records, workplace):
 @pytest.fixture(scope="module")
 def evaluated(command, workplace):
     path = workplace / "evaluated"
-    assert main(command(path, *EVALUATED, "--save_steps", "2")) == 0
+    with contextlib.redirect_stderr(io.StringIO()) as shown:
+        assert main(command(path, *EVALUATED, "--save_steps", "2")) == 0
+    (path / "errors.txt").write_text(shown.getvalue())
     return path
 
 
@@ -114,6 +118,10 @@ def test_loss_is_that_of_the_model_on_the_part(evaluated, records):
     assert not {one.content for one in part} & {one.content for one in trained}
     measured = {one.content for one in whole.evaluated_samples(whole.evaluation_count)}
     assert not {one.content for one in part} & measured
+    shown = (evaluated / "errors.txt").read_text()
+    assert f"data     {len(trained)} examples of custom" in shown
+    assert ", 3 records for evaluation, 3 for validation in the training\n" in shown
+    assert f"  step 6/6  validation {losses(evaluated)[6]:.3f}\n" in shown
     description = yaml.safe_load((evaluated / "config.yaml").read_text())["run"]["task"]
     assert (description["training_records"], description["validation_records"]) == (len(trained), 3)
     for place, step in ((evaluated / "model", 6), (evaluated / "checkpoints/checkpoint-2", 2)):

@@ -72,6 +72,8 @@ def _data(opening: Opening, task: Task) -> str:
         f"{opening.settings.max_length:,})"
     )
     words.append(f"{counted(task.evaluation_count, 'record')} for evaluation")
+    if opening.validation is not None:
+        words.append(f"{len(opening.validation.input_ids):,} for validation in the training")
     return ", ".join(words)
 
 
