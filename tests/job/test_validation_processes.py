@@ -56,10 +56,9 @@ def one(launch, command, folder):
     return path
 
 
-@pytest.mark.parametrize("further", [[], ["--fsdp", "all"]], ids=["ddp", "shards"])
-def test_two_processes_evaluate_as_one(further, launch, command, folder, one):
-    path = folder / "-".join(["two", *further])
-    given = ["--per_device_train_batch_size", "4", "--gradient_accumulation_steps", "1", *further]
+def test_two_processes_evaluate_as_one(launch, command, folder, one):
+    path = folder / "two"
+    given = ["--per_device_train_batch_size", "4", "--gradient_accumulation_steps", "1"]
     first, _ = launch.to_the_end(command(path, *given, "--eval_steps", "1", "--keep_best"))
     rows = [
         [json.loads(x) for x in (run / "metrics.jsonl").open() if "eval_loss" in x]
