@@ -6,7 +6,7 @@ import molf
 
 GROUPS: dict[str, tuple[str, ...]] = {
     "Settings": ("MoLFConfig",),
-    "Optimizers": ("MoLFAdamW", "AdamW", "trainer_optimizer"),
+    "Optimizers": ("MoLFAdamW", "AdamW", "trainer_optimizer", "RoutingCallback"),
     "Models with an adapter": ("with_adapter", "peft_config", "merge", "MergeReport"),
     "Decisions": ("Decision", "Evidence"),
     "Assignments": ("Assignment", "AssignedLayer", "with_assignment", "read_assignment"),

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from molf.api.jobs import evaluate, train
+    from molf.api.routing_callback import RoutingCallback
     from molf.api.run import Run
     from molf.core.adamw import AdamW
     from molf.core.assignment.assigned import AssignedLayer, Evidence
@@ -35,6 +36,7 @@ _HOMES = {
     "MergeReport": "molf.core.model.merge",
     "MoLFAdamW": "molf.core.optimizer",
     "MoLFConfig": "molf.core.config",
+    "RoutingCallback": "molf.api.routing_callback",
     "Run": "molf.api.run",
     "Score": "molf.core.scores.score",
     "ScoreTerm": "molf.core.scores.score",
@@ -58,6 +60,7 @@ __all__ = [
     "MergeReport",
     "MoLFAdamW",
     "MoLFConfig",
+    "RoutingCallback",
     "Run",
     "Score",
     "ScoreTerm",

@@ -27,6 +27,14 @@ def test_underscores_and_dashes():
     assert read("--learning-rate", "1e-3", "--no-use-rslora") == expected
 
 
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [("90m", 5400), ("1h30m", 5400), ("1.5 h", 5400), ("2d", 172_800), ("45", 45), ("7s", 7)],
+)
+def test_times(text, seconds):
+    assert read("--max_time", text).max_time == seconds
+
+
 @pytest.mark.parametrize("flag", [["--bf16", "true"], ["--bf16", "True"], ["--bf16=true"]])
 def test_booleans_with_a_value(flag):
     assert read(*flag).bf16 is True

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import molf
+from molf.job.record.routing_log import iter_steps
 from molf.world import BASE_PATH
 
 CONFIGS = {
@@ -91,12 +92,18 @@ def test_every_layer_is_routed_and_moves(make, form, tokenizer, tmp_path):
     trainer = make(model, tokenizer, tmp_path)
     before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
     trainer.optimizer_cls_and_kwargs = molf.trainer_optimizer(config, lr=1e-2)
+    trainer.add_callback(log := molf.RoutingCallback(tmp_path / "log"))
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*no gradient")
         trainer.train()
     optimizer = trainer.optimizer.optimizer
     assert isinstance(optimizer, molf.MoLFAdamW)
     assert len(optimizer.routing) == 7
+    logged = list(iter_steps(tmp_path / "log"))
+    assert [len(step["selections"]) for step in logged] == [7, 7]
+    last = {layer: list(decision.winners) for layer, decision in optimizer.routing.items()}
+    assert {layer: one["winners"] for layer, one in logged[1]["selections"].items()} == last
+    assert sum(log.shares.values()) == pytest.approx(1)
     assert all(state["step"] == 2 for state in optimizer.state.values())
     moved = {n for n, p in trainer.model.named_parameters() if not torch.equal(p, before[n])}
     weights = {name for name in moved if name.endswith("proj.weight") or "lora_B" in name}

@@ -13,9 +13,12 @@ PROGRAMS = {
     "plain_pytorch": ("torch", ("model/model.safetensors", "optimizer.pt"), "full won"),
     "hf_trainer": ("transformers", ("model/model.safetensors",), "last winner: full"),
     "trl_sft": ("trl", ("adapter/adapter_model.safetensors",), "last winner: lora1_r16"),
+    "trl_dpo": ("trl", ("dpo/routing/part-00000.parquet",), "full won"),
+    "trl_grpo": ("trl", ("grpo/routing/part-00000.parquet",), "full won"),
     "accelerate_loop": ("accelerate", ("state/optimizer.bin",), "of the decisions"),
     "lightning_fit": ("pytorch_lightning", ("model/model.safetensors",), "last winner: full"),
 }
+SLOW = ("trl_sft", "trl_dpo", "trl_grpo", "lightning_fit")
 
 
 def test_all_programs_are_run():
@@ -25,8 +28,7 @@ def test_all_programs_are_run():
 @pytest.mark.parametrize(
     "name",
     [  # the imports of these take seconds
-        pytest.param(name, marks=[pytest.mark.slow] * (name in ("trl_sft", "lightning_fit")))
-        for name in PROGRAMS
+        pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in PROGRAMS
     ],
 )
 def test_program(name, tmp_path, monkeypatch, capsys):

@@ -25,6 +25,7 @@ TIMES = (
     "memory_bytes",
     "tokens_per_second",
     "train_runtime",
+    "eval_runtime",
     "train_tokens_per_second",
     "train_samples_per_second",
     "train_steps_per_second",

@@ -97,7 +97,8 @@ def test_what_has_no_certain_number_of_steps_is_refused(
 
 
 def test_a_training_of_another_length_than_counted_is_stopped():
+    from molf.job.trainer.ending import Ending
     from molf.job.trainer.steps import StepsCheck
 
     with pytest.raises(RuntimeError, match="takes 5 steps, and 4 were counted"):
-        StepsCheck(4).on_train_begin(None, SimpleNamespace(max_steps=5), None)
+        StepsCheck(4, Ending()).on_train_begin(None, SimpleNamespace(max_steps=5), None)

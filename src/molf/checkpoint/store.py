@@ -7,7 +7,7 @@ import os
 import re
 import shutil
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
@@ -113,14 +113,16 @@ def newest_checkpoint(directory: Path) -> Path | None:
     return None
 
 
-def delete_old(directory: Path, keep: int) -> None:
+def delete_old(directory: Path, keep: int, spared: Collection[int] = ()) -> None:
     """Delete complete checkpoints, so that the newest remain; damaged ones do not count.
 
     Args:
         directory: The directory of the checkpoints.
         keep: How many remain, at least 1.
+        spared: Steps whose checkpoints remain as well.
     """
-    for _, path in complete_checkpoints(directory)[:-keep]:
+    found = [path for step, path in complete_checkpoints(directory) if step not in spared]
+    for path in found[:-keep]:
         delete_checkpoint(path)
 
 

@@ -6,7 +6,7 @@ import dataclasses
 import io
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -98,6 +98,7 @@ class CheckpointWriter:
             checkpoint waits until the one before it is written. The copy takes as much host memory
             as the state.
         ranks: Processes that write each checkpoint together; all make the same calls.
+        spared: Returns the steps whose checkpoints remain beside these.
 
     Attributes:
         totals: Measurements so far.
@@ -110,12 +111,14 @@ class CheckpointWriter:
         *,
         in_background: bool = False,
         ranks: Ranks = ALONE,
+        spared: Callable[[], Collection[int]] = tuple,
     ) -> None:
         self.totals = Totals()
         self._directory = directory
         self._keep = keep
         self._in_background = in_background
         self._ranks = ranks
+        self._spared = spared
         self._copies: dict[str, Tensor] = {}
         self._thread: threading.Thread | None = None
         self._failed: CheckpointError | None = None
@@ -182,7 +185,7 @@ class CheckpointWriter:
         self.totals.nbytes = max(self.totals.nbytes, nbytes)
         self.totals.write_seconds += time.perf_counter() - started
         if self._keep is not None and self._ranks.is_main:
-            delete_old(directory, self._keep)
+            delete_old(directory, self._keep, self._spared())
 
     @torch.no_grad()
     def _copy(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -90,7 +90,7 @@ def plan_model(
             model,
             workload,
             configs_with_frozen_base(settings),
-            saving=Saving(resolved.kept_checkpoints, resolved.async_save)
+            saving=Saving(resolved.most_checkpoints, resolved.async_save)
             if resolved.has_checkpoints
             else None,
         )

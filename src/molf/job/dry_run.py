@@ -18,6 +18,7 @@ from molf.job.model.room_needed import Needed
 from molf.job.opening import Opening, open_training
 from molf.job.progress import Reporter
 from molf.job.record.directory import RunDirectory
+from molf.job.settings.during import BY_LOSS
 from molf.job.settings.planned import workload_of
 from molf.job.settings.resolved import ResolvedSettings
 from molf.job.trainer.sft_config import sft_config
@@ -91,6 +92,12 @@ def rehearse(settings: ResolvedSettings, task: Task, reporter: Reporter, inputs:
             batch,
             output_dir=scratch / "run",
             max_steps=short_steps,
+            max_time=None,
+            eval_strategy="no",
+            eval_steps=None,
+            keep_best=False,
+            early_stopping_patience=None,
+            lr_scheduler_type=_without_evaluations(batch.lr_scheduler_type),
             warmup_ratio=0.0,
             save_steps=None,
             save_minutes=0.0,
@@ -130,6 +137,11 @@ def rehearse(settings: ResolvedSettings, task: Task, reporter: Reporter, inputs:
         steps=opening.steps,
         estimated_seconds=watch.seconds * opening.steps * _share_of_tokens(encoded, longest, batch),
     )
+
+
+def _without_evaluations(schedule: str) -> str:
+    """Return the schedule, or a constant one for those that follow evaluations."""
+    return "constant" if schedule in BY_LOSS else schedule
 
 
 class _Watch(TrainerCallback):

@@ -55,6 +55,7 @@ class Opening:
         sharding: Processes that share the model; None if each has a whole one. With it, `base` has
             values in host memory of rank 0 alone.
         data: The examples, and the number of steps with these.
+        validation: The encoded samples of the evaluations during the training; None without any.
         steps: The number of steps with all of the task's examples.
         plan: The layers and parameters that the method will train.
         storing: Type and rounding of the saved model.
@@ -69,6 +70,7 @@ class Opening:
     quantisation: Quantisation | None
     sharding: Sharding | None
     data: TrainingData
+    validation: EncodedSamples | None
     steps: int
     plan: Plan
     storing: Storing
@@ -110,7 +112,10 @@ def open_training(
     samples = task.training_samples if samples is None else samples
     max_length = length_limit(base.model, settings.max_length)
     encoded = _encode(base.tokenizer, samples, max_length, settings, show)
-    _check_ids(base, encoded, settings.model)
+    aside = task.validation_samples
+    validation = encode_samples(base.tokenizer, aside, max_length) if aside else None
+    for one in filter(None, (encoded, validation)):
+        _check_ids(base, one, settings.model)
 
     def run() -> Reach:
         reach = _reach(base, encoded, settings.model, arguments.router_aux_loss_coef)
@@ -150,6 +155,7 @@ def open_training(
         quantisation,
         sharding,
         data,
+        validation,
         steps,
         planned,
         storing_of(base, settings),  # of the user's `save_dtype`

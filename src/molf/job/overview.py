@@ -6,6 +6,7 @@ from statistics import median
 
 from molf.disk.room import megabytes
 from molf.job.opening import Opening
+from molf.job.progress import duration
 from molf.job.settings.defaults import ADAPTERS
 from molf.job.settings.resolved import ResolvedSettings
 from molf.shown import counted
@@ -75,6 +76,8 @@ def _data(opening: Opening, task: Task) -> str:
         f"{opening.settings.max_length:,}){of}"
     )
     words.append(f"{counted(task.evaluation_count, 'record')} for evaluation")
+    if opening.validation is not None:
+        words.append(f"{len(opening.validation.input_ids):,} for validation in the training")
     return ", ".join(words)
 
 
@@ -98,7 +101,8 @@ def _steps(opening: Opening, processes: int) -> str:
     batch = size * passes * processes
     split = f"{size} x {passes}" + (f" x {processes} processes" if processes > 1 else "")
     epochs = steps * batch / len(opening.data.samples.input_ids)
-    return f"{steps:,} of {counted(batch, 'example')} ({split}), {epochs:.3g} epochs"
+    limit = "" if settings.max_time is None else f", at most {duration(settings.max_time)}"
+    return f"{steps:,} of {counted(batch, 'example')} ({split}), {epochs:.3g} epochs{limit}"
 
 
 def _rates(settings: ResolvedSettings) -> str:

@@ -82,15 +82,19 @@ class Reporter:
     def training(self, steps: int) -> Iterator[ShowTraining]:
         """Show a training; yield a function of (step, log entry or None)."""
         every = max(1, steps // _LINES)
-        last_shown = 0
+        last_shown = last_evaluated = 0
         # A resumed training begins in its middle, and its first step is the slowest.
         begun: tuple[int, float] | None = None
 
         def show(step: int, logs: Mapping[str, Any] | None) -> None:
-            nonlocal last_shown, begun
+            nonlocal last_shown, last_evaluated, begun
             now = time.monotonic()
             begun = begun or (step, now)
-            if logs and (step >= last_shown + every or step in (1, steps)):
+            if logs and "loss" not in logs:  # an evaluation
+                if step >= last_evaluated + every or step == steps:
+                    last_evaluated = step
+                    self.say(f"  step {step}/{steps}  {describe(logs)}")
+            elif logs and (step >= last_shown + every or step in (1, steps)):
                 last_shown = step
                 line = f"  step {step}/{steps}  {describe(logs)}"
                 if begun[0] < step < steps:
@@ -133,16 +137,14 @@ class TerminalReporter(Reporter):
         """Show a training as a bar with the last log entry beside it."""
         with self._progress() as progress:
             bar = progress.add_task("Training", total=steps, detail="")
-            latest = ""
+            latest: dict[str, Any] = {}
 
             def show(step: int, logs: Mapping[str, Any] | None) -> None:
-                nonlocal latest
-                if logs:
-                    latest = describe(logs)
-                progress.update(bar, completed=step, detail=latest)
+                latest.update(logs or {})
+                progress.update(bar, completed=step, detail=describe(latest))
 
             yield show
-        self.say(f"Training: {steps} steps  {latest}")
+        self.say(f"Training: {steps} steps  {describe(latest)}")
 
     def _progress(self) -> Progress:
         # On a narrow terminal the text is cut; figures, bar and time left stay.
@@ -182,7 +184,11 @@ def duration(seconds: float) -> str:
 
 def describe(logs: Mapping[str, Any]) -> str:
     """Return loss, speed and the share of layers won by each expert in one line."""
-    parts = [f"loss {logs['loss']:.3f}", f"{logs['tokens_per_second']:,.0f} tokens/s"]
+    parts = [f"loss {logs['loss']:.3f}"] if "loss" in logs else []
+    if "eval_loss" in logs:
+        parts.append(f"validation {logs['eval_loss']:.3f}")
+    if "tokens_per_second" in logs:
+        parts.append(f"{logs['tokens_per_second']:,.0f} tokens/s")
     shares = [
         f"{name.removeprefix('won/')} {share:.0%}"
         for name, share in logs.items()

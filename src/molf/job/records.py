@@ -133,6 +133,11 @@ class ConfigRecord:
             "steps": training.steps,
             "skipped_steps": training.skipped_steps,
         }
+        if training.validation:
+            self._run["training"]["validation"] = dict(training.validation)
+        if training.ended_by:
+            ended = {"ended_by": training.ended_by, "planned_steps": training.planned_steps}
+            self._run["training"] |= ended
         if checkpoints := training.checkpoints.record(training.seconds):
             self._run["checkpoints"] = checkpoints
         if training.routing is not None:

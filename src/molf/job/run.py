@@ -31,6 +31,7 @@ from molf.job.record.ownership import CHECKPOINTS, ENVIRONMENT, MODEL, read_json
 from molf.job.record.result import FinishedError, RunResult
 from molf.job.record.results import check_results
 from molf.job.record.resumed_run import check_same_options, is_finished, is_started
+from molf.job.settings.during import eval_strategy_of
 from molf.job.settings.resolved import ResolvedSettings, resolve
 from molf.job.settings.settings import TrainSettings
 from molf.job.settings.sharding import check_launcher, shards
@@ -42,6 +43,7 @@ from molf.ranks import Ranks, check_alone, launched_count, ranks
 from molf.shown import counted
 from molf.streams import ignoring_print_errors
 from molf.tasks import Task
+from molf.tasks.validation import set_aside
 
 if TYPE_CHECKING:
     from molf.job.dry_run import DryRun
@@ -334,6 +336,8 @@ def open_data(settings: ResolvedSettings, inputs: Inputs) -> tuple[Task, str]:
         InputError: The data is missing or invalid.
     """
     task = inputs.task(settings.task_options)
+    if eval_strategy_of(settings) != "no":
+        task = set_aside(task, settings.task_options)
     warn_of_equal_data(settings)
     if settings.forgetting_data is None:
         return task, task.default_forgetting_text()

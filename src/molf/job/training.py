@@ -34,7 +34,10 @@ from molf.job.record.routing_log import NoRoutingLog, RoutingWriter
 from molf.job.record.routing_meaning import routing_meaning, routing_shares_text
 from molf.job.record.wins import RoutingSummary, Wins
 from molf.job.settings.defaults import ADAPTERS
+from molf.job.settings.during import BY_LOSS, eval_strategy_of
+from molf.job.settings.resolved import ResolvedSettings
 from molf.job.shards import free_trained
+from molf.job.trainer.best import Best
 from molf.job.trainer.callbacks import (
     Clock,
     FidelityCallback,
@@ -44,6 +47,7 @@ from molf.job.trainer.callbacks import (
     unwrapped,
 )
 from molf.job.trainer.checkpoints import Checkpoints
+from molf.job.trainer.ending import Ending, TimeLimit
 from molf.job.trainer.run_parts import RunParts
 from molf.job.trainer.split_data import training_set
 from molf.job.trainer.step_guard import StepGuard
@@ -51,6 +55,8 @@ from molf.job.trainer.steps import StepsCheck
 from molf.job.trainer.stopping import StopRequest
 from molf.job.trainer.tracking import RoutingImageCallback
 from molf.job.trainer.trainer import Trainer
+from molf.job.trainer.validation import EarlyStopping, EvaluationCallback, Validation
+from molf.measure.generate import padding_id
 from molf.ranks import ranks
 
 
@@ -71,6 +77,9 @@ class Training:
         meaning: Interpretation of the routing; empty without routing.
         merge: Record of the merge; empty if nothing was merged.
         checkpoints: Measurements of the checkpoints that were written.
+        ended_by: The option that ended it before its planned steps; empty for none.
+        planned_steps: Number of planned steps.
+        validation: Record of the evaluations during the training; empty for none.
     """
 
     model: Any
@@ -85,6 +94,9 @@ class Training:
     meaning: str
     merge: dict[str, Any]
     checkpoints: Totals = field(default_factory=Totals)
+    ended_by: str = ""
+    planned_steps: int = 0
+    validation: dict[str, Any] = field(default_factory=dict)
 
     def record(self) -> dict[str, Any]:
         """Return everything but the model as values of JSON."""
@@ -156,8 +168,9 @@ def run_training(
     if opening.sharding is not None:
         free_trained(whole)
     clock = Clock(time.perf_counter() - started)
-    wins, guard, stop = Wins(prepared.experts), StepGuard(settings), StopRequest()
-    checkpoints = Checkpoints(settings, directory, opening.room, stop)
+    wins, guard = Wins(prepared.experts), StepGuard(settings)
+    stop, ending, best = StopRequest(), Ending(), Best()
+    checkpoints = Checkpoints(settings, directory, opening.room, stop, ending, best)
     # Gradients freed in the backward pass would be logged with a norm of 0.
     without = ("grad_norm",) if settings.optimizer_in_backward else ()
     _warn_of_warmup(data.steps, arguments)
@@ -176,13 +189,16 @@ def run_training(
     ):
         arguments.output_dir = str(directory / CHECKPOINTS)  # created by the trainer
         log = (lambda: directory / METRICS) if processes.is_main else None
-        metrics = MetricsCallback(log, show, without)
+        evaluating, stopping = _evaluating(settings, best, ending)
+        metrics = MetricsCallback(log, show, ending.is_at, without)
         parts = RunParts(
             writer,
             metrics,
             wins,
             guard,
-            prepared.callbacks,
+            ending,
+            best,
+            (*prepared.callbacks, *stopping),
             frozen,
             data.samples,
         )
@@ -196,6 +212,7 @@ def run_training(
             checkpoints,
             parts,
             clock,
+            _validation(opening),
             is_in_shards=opening.sharding is not None,
             model=prepared.model,
             args=arguments,
@@ -203,11 +220,14 @@ def run_training(
             processing_class=copy.deepcopy(base.tokenizer),  # the trainer changes its padding
             optimizer_cls_and_kwargs=prepared.optimizer,
             callbacks=[
-                StepsCheck(data.steps),
+                TimeLimit(settings.max_time, clock, ending),
+                StepsCheck(data.steps, ending),
                 *([RandomByStep(settings.seed, processes.rank)] if processes.count > 1 else ()),
                 guard,
                 RoutingCallback(prepared, writer, wins),
                 FidelityCallback(),
+                *evaluating,
+                *stopping,
                 metrics,
                 *prepared.callbacks,
                 checkpoints,
@@ -224,6 +244,14 @@ def run_training(
     steps = trainer.state.global_step
     if stop.name is not None:
         raise StoppedError(_stopped(stop.name, steps, data.steps, checkpoints.latest, directory))
+    if ending.option:
+        reporter.say(f"Training ended after step {steps} of {data.steps}: {ending.reason}.")
+    saved_step = steps
+    if settings.keep_best and best.step not in (None, steps) and trainer.load_best(best.step):
+        saved_step = best.step
+        reporter.say(
+            f"The model is that of step {saved_step}, with the lowest loss {best.loss:.4f}."
+        )
     guard.check_weights(trainer.model, trainer.state)
     # Remove the trainer's autocast, which would affect the measurement of the merge.
     model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
@@ -252,6 +280,32 @@ def run_training(
         meaning=routing_meaning(routing, config, steps) if routing and config else "",
         merge=record,
         checkpoints=checkpoints.totals,
+        ended_by=ending.option,
+        planned_steps=data.steps,
+        validation=best.record(saved_step),
+    )
+
+
+def _evaluating(
+    settings: ResolvedSettings, best: Best, ending: Ending
+) -> tuple[tuple[EvaluationCallback, ...], tuple[EarlyStopping, ...]]:
+    """Return the callback of evaluations, and that of early stopping, where they are asked for."""
+    if eval_strategy_of(settings) == "no":
+        return (), ()
+    evaluating = (EvaluationCallback(settings, best, ending),)
+    if settings.early_stopping_patience is None:
+        return evaluating, ()
+    return evaluating, (EarlyStopping(settings, ending),)
+
+
+def _validation(opening: Opening) -> Validation | None:
+    """Return the validation part; None without one."""
+    if opening.validation is None:
+        return None
+    return Validation(
+        opening.validation,
+        padding_id(opening.base.tokenizer),
+        opening.settings.per_device_eval_batch_size,
     )
 
 
@@ -311,7 +365,8 @@ def restore_float32(optimizer: Any) -> None:
 def _warn_of_warmup(steps: int, arguments: SFTConfig) -> None:
     """Warn if the warm-up takes all steps."""
     # It starts at rate 0 and its share is rounded up: a run of one step would not train at all.
-    if arguments.lr_scheduler_type != "constant" and arguments.get_warmup_steps(steps) >= steps:
+    without = ("constant", *BY_LOSS)
+    if arguments.lr_scheduler_type not in without and arguments.get_warmup_steps(steps) >= steps:
         warnings.warn(
             f"The warm-up takes all {steps} steps and starts at learning rate 0. Give "
             "--warmup_ratio 0 to train at the full rate from the start.",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -13,6 +14,22 @@ from torch import Tensor, nn
 from molf.core.storage.sharding import is_sharded
 from molf.measure.settings import Progress
 from molf.measure.sharing import everywhere, in_step, own_share
+
+_during_training: ContextVar[bool] = ContextVar("during_training", default=False)
+
+
+@contextmanager
+def during_training() -> Iterator[None]:
+    """Measure a model whose training continues after the block.
+
+    Tensors that a model or FSDP2 keeps, such as tables of positions, then have no inference mode,
+    in which a backward pass would refuse them.
+    """
+    token = _during_training.set(True)
+    try:
+        yield
+    finally:
+        _during_training.reset(token)
 
 
 @contextmanager
@@ -24,7 +41,7 @@ def inference(model: nn.Module) -> Iterator[None]:
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
-        with torch.inference_mode():
+        with torch.no_grad() if _during_training.get() else torch.inference_mode():
             yield
     finally:
         for module, training in modes:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from importlib.metadata import version
@@ -103,6 +103,7 @@ class RunData:
         run: Its settings; None for an evaluation.
         environment: Versions, device, command; empty if missing.
         log: Figures of `metrics.jsonl` by name, NaN where a line lacks them; `step` from 1.
+        evaluations: The same of its lines on evaluations during the training.
         evaluated: Metrics by task.
         samples: Predictions; None without any.
         routing: The routing; None without any.
@@ -118,6 +119,7 @@ class RunData:
     run: FinishedRun | None
     environment: dict[str, Any] = field(default_factory=dict)
     log: dict[str, Floats] = field(default_factory=dict)
+    evaluations: dict[str, Floats] = field(default_factory=dict)
     evaluated: tuple[Evaluated, ...] = ()
     samples: Samples | None = None
     routing: RoutingData | None = None
@@ -242,11 +244,17 @@ def _add_log(data: RunData) -> None:
             damaged += 1
     if damaged:
         data.notices.append(f"{METRICS}: {counted(damaged, 'line')} cannot be read.")
+    data.log = _columns([row for row in rows if "eval_loss" not in row])
+    data.evaluations = _columns([row for row in rows if "eval_loss" in row])
+
+
+def _columns(rows: Sequence[Mapping[str, Any]]) -> dict[str, Floats]:
     names: dict[str, None] = {}
     for row in rows:
         names |= dict.fromkeys(row)
-    for name in names:
-        data.log[name] = np.array([_number(row.get(name)) for row in rows], dtype=np.float64)
+    return {
+        name: np.array([_number(row.get(name)) for row in rows], dtype=np.float64) for name in names
+    }
 
 
 def _add_spectra(data: RunData) -> None:

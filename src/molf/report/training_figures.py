@@ -39,6 +39,17 @@ def _figures(data: RunData) -> Iterator[Figure]:
             series,
             y_label="nats per token",
         )
+    if (found := data.evaluations.get("eval_loss")) is not None and not np.isnan(found).all():
+        lowest = int(data.evaluations["step"][np.nanargmin(found)])
+        yield lines(
+            "eval_loss",
+            "Loss on the validation part",
+            f"{_change('Loss on the validation part (nats per token)', found)} The lowest is that "
+            f"of step {lowest}.",
+            data.evaluations["step"],
+            [Series("validation", found, 1)],
+            y_label="nats per token",
+        )
     rates = [name for name in log if name.endswith("learning_rate")]
     rates = [name for name in rates if _known(data, name) is not None]
     if rates:

@@ -43,6 +43,7 @@ class Task(ABC):
     Attributes:
         name: The task's name in the options.
         training_samples: Samples to train on; empty where the task is loaded for evaluation only.
+        validation_samples: Samples that are set aside for evaluations during a training.
         prompt: Describes how a record becomes a prompt and its completion.
         prompt_version: Incremented with every change of the prompts' wording.
     """
@@ -56,6 +57,7 @@ class Task(ABC):
         """Store the name, the samples and the `source` of the records (for the run's files)."""
         self.name = name
         self.training_samples = training_samples
+        self.validation_samples: list[Sample] = []
         self._source = source
 
     @property
@@ -146,5 +148,6 @@ class Task(ABC):
             "prompt": self.prompt,
             "prompt_version": self.prompt_version,
             "training_records": len(self.training_samples),
+            **({"validation_records": len(aside)} if (aside := self.validation_samples) else {}),
             "evaluation_records": self.evaluation_count,
         }

@@ -6,10 +6,12 @@ data and `validation_share` alone, not on the seed of a run.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Collection, Hashable, Sequence
 
-from molf.data.selection import validation_part
+from molf.data.selection import draw, validation_part
 from molf.errors import InputError
+from molf.tasks.base import Task
 from molf.tasks.options import TaskOptions
 
 
@@ -54,6 +56,44 @@ def split_for_validation(
             "another validation_share."
         )
     return rest, part
+
+
+def set_aside(task: Task, options: TaskOptions) -> Task:
+    """Return the task with a part of its training samples set aside, to measure while it trains.
+
+    The part is that share of the different contents which `eval_part="validation"` would draw from
+    these samples. A record of the part that has the content of a measured record is in neither.
+
+    Args:
+        task: The task; it is not changed.
+        options: Its options; `max_eval_samples` limits the part as well.
+
+    Raises:
+        InputError: One of the two sides is empty.
+    """
+    samples = task.training_samples
+    rest, drawn = validation_part(
+        range(len(samples)), options.part_share, lambda index: samples[index].content
+    )
+    measured = {sample.content for sample in task.evaluated_samples(task.evaluation_count)}
+    part = [index for index in drawn if samples[index].content not in measured]
+    if not part and drawn:
+        raise InputError(
+            f"task {options.name} measures the records that it trains on, so that none is left for "
+            "evaluations during the training. Give --eval_data, or leave out --eval_steps and "
+            "--eval_strategy."
+        )
+    if not rest or not part:
+        raise InputError(
+            f"Of {len(samples)} records, none is left to train on beside the validation part "
+            f"(validation_share {options.part_share:g}). Give more records, or another "
+            "validation_share."
+        )
+    found = copy.copy(task)
+    found.training_samples = [samples[index] for index in rest]
+    kept = draw(part, options.max_eval_samples, options.seed)
+    found.validation_samples = [samples[index] for index in kept]
+    return found
 
 
 def part_record(options: TaskOptions, part: Sequence[int], data: str) -> dict[str, str]:

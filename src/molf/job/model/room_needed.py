@@ -124,7 +124,7 @@ def _kept(settings: ResolvedSettings, steps: int) -> int:
         return 0
     written = -(-steps // settings.save_steps)
     # One more than the limit: the oldest is deleted after the newest is written.
-    return min(written, (settings.kept_checkpoints or written) + 1)
+    return min(written, (settings.most_checkpoints or written) + 1)
 
 
 def _state_tensors(model: Any, plan: Plan, *, adapts: bool) -> int:

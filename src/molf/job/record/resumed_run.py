@@ -39,6 +39,7 @@ _FREE = frozenset(
         "resume",
         "dry_run",
         "fallback_dir",
+        "max_time",
         "save_steps",
         "save_minutes",
         "save_total_limit",

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from molf.disk.files import replacing_file
@@ -126,7 +127,7 @@ class RoutingWriter:
             UserWarning: Parts before it are missing or cannot be read.
         """
         self._parts = state["parts"]
-        names = [f"part-{number:05d}.parquet" for number in range(self._parts)]
+        names = [self._name(number) for number in range(self._parts)]
         found = sorted(self.directory.glob("part-*.parquet"))
         for path in found:
             if path.name not in names:
@@ -141,6 +142,30 @@ class RoutingWriter:
                     f"{self.directory}{first}: their steps are lost, and the run continues.",
                     stacklevel=2,
                 )
+
+    def cut(self, step: int) -> None:
+        """Delete the rows of a step and of later ones, and continue behind the others.
+
+        Raises:
+            InputError: A part is damaged.
+            OSError: A part cannot be written or deleted.
+        """
+        self._parts = 0
+        for path in sorted(self.directory.glob("part-*.parquet")):
+            table = _read(path)
+            kept = table.filter(pc.less(table["step"], step))
+            stays = path.name == self._name(self._parts) and len(kept) > 0
+            if stays and len(kept) == len(table):
+                self._parts += 1
+                continue
+            if len(kept):
+                self._write(kept.replace_schema_metadata(self._schema.metadata))
+            if not stays:
+                path.unlink()
+
+    @staticmethod
+    def _name(number: int) -> str:
+        return f"part-{number:05d}.parquet"
 
     def _written(self) -> bool:
         """Try to write the pending rows as one part; return whether none are pending."""
@@ -167,15 +192,17 @@ class RoutingWriter:
         """
         if not self._pending["step"]:
             return
-        directory = self.directory
-        directory.mkdir(exist_ok=True)
-        table = pa.table(self._pending, schema=self._schema)
-        # A reader never sees a part without its Parquet footer.
-        with replacing_file(directory / f"part-{self._parts:05d}.parquet") as path:
-            pq.write_table(table, path)
-        self._parts += 1
+        self._write(pa.table(self._pending, schema=self._schema))
         for values in self._pending.values():
             values.clear()
+
+    def _write(self, table: pa.Table) -> None:
+        directory = self.directory
+        directory.mkdir(exist_ok=True)
+        # A reader never sees a part without its Parquet footer.
+        with replacing_file(directory / self._name(self._parts)) as path:
+            pq.write_table(table, path)
+        self._parts += 1
 
 
 class NoRoutingLog(RoutingWriter):

@@ -10,6 +10,8 @@ from cyclopts import CoercionError, Token
 
 TOO_LARGE = "must be below 2**63"
 
+_UNITS = {"d": 86_400.0, "h": 3_600.0, "m": 60.0, "s": 1.0}
+_NUMBER = r"\d+(?:\.\d+)?"
 _KINDS = {int: "whole numbers", float: "numbers"}
 
 
@@ -38,6 +40,19 @@ def is_too_large(text: str) -> bool:
         return abs(int(text)) >= 2**63
     except ValueError:  # no integer, or more digits than `int` converts
         return text.strip("+-").isdecimal()
+
+
+def duration(type_: Any, tokens: Sequence[Token]) -> float:
+    """Convert a time such as `90m`, `1h30m` or a number of seconds to seconds."""
+    text = "".join(token.value for token in tokens).replace(" ", "")
+    try:
+        return float(text)
+    except ValueError:
+        found = re.fullmatch("".join(rf"(?:({_NUMBER}){unit})?" for unit in _UNITS), text)
+    if not text or found is None:
+        raise _wrong(tokens, "must be a time such as 90m, 1h30m or 2d, or a number of seconds")
+    parts = zip(found.groups(), _UNITS.values(), strict=True)
+    return sum(float(count) * seconds for count, seconds in parts if count is not None)
 
 
 def words(type_: Any, tokens: Sequence[Token]) -> tuple[str, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -12,6 +13,12 @@ _CLASSES = (
     ("transformers", "training_args.py", "TrainingArguments"),
     ("trl", "trainer/base_config.py", "_BaseConfig"),
     ("trl", "trainer/sft_config.py", "SFTConfig"),
+)
+
+# Names of transformers 5.13, for an installation in which they are not found.
+_SCHEDULERS = (
+    *("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "inverse_sqrt"),
+    *("constant_with_warmup", "reduce_lr_on_plateau", "cosine_with_min_lr", "warmup_stable_decay"),
 )
 
 
@@ -38,6 +45,19 @@ def sft_config_fields() -> dict[str, frozenset[str]]:
                 if _is_settable(statement):
                     fields[field] = _alternatives(statement.annotation)
     return fields
+
+
+@cache
+def scheduler_names() -> tuple[str, ...]:
+    """Return the names that transformers' `get_scheduler` has in the installed release."""
+    folder = package_folder("transformers")
+    try:
+        text = "" if folder is None else (folder / "trainer_utils.py").read_text(encoding="utf-8")
+    except (OSError, ValueError):
+        text = ""
+    found = re.search(r"^class SchedulerType\(.*?(?=^\S|\Z)", text, re.MULTILINE | re.DOTALL)
+    names = re.findall(r'^    [A-Z_]+ = "(\w+)"', found[0], re.MULTILINE) if found else ()
+    return tuple(names) or _SCHEDULERS
 
 
 def package_folder(name: str) -> Path | None:

@@ -40,9 +40,9 @@ class ProbeSettings(TrainSettings):
     """Update each layer in the backward pass, free its gradient; no clipping, no accumulation."""
     max_steps: Annotated[int | None, Parameter(group=OPTIMIZATION), POSITIVE] = STEPS
     """Number of steps of routing."""
-    lr_scheduler_type: Annotated[str, Parameter(choices=SCHEDULERS, group=OPTIMIZATION)] = (
-        "constant_with_warmup"
-    )
+    lr_scheduler_type: Annotated[
+        str, Parameter(choices=SCHEDULERS, group=OPTIMIZATION, show_choices=False)
+    ] = "constant_with_warmup"
     """How the learning rates fall; constant: as at the beginning of a long training."""
 
     def __post_init__(self) -> None:
@@ -104,6 +104,7 @@ _NO_MODEL: dict[str, Any] = {
     "save_steps": None,
     "save_total_limit": None,
     "async_save": False,
+    "keep_best": False,
 }
 # Options that steps in the backward pass exclude, and their defaults.
 _IN_BACKWARD: dict[str, Any] = {

@@ -14,6 +14,7 @@ from molf.core.config import MoLFConfig
 from molf.data.sources import absolute_sources
 from molf.errors import InputError
 from molf.job.settings.defaults import ADAPTERS, MERGE_BASES, QUANTISABLE, STORAGE, defaults_for
+from molf.job.settings.during import eval_strategy_of
 from molf.job.settings.settings import SAVE_MINUTES, TrainSettings
 from molf.paths import absolute, check_path, settled
 
@@ -84,7 +85,7 @@ class ResolvedSettings(TrainSettings):
     @property
     def has_checkpoints(self) -> bool:
         """Whether the training writes checkpoints."""
-        return self.save_steps is not None or self.save_minutes > 0
+        return self.save_steps is not None or self.save_minutes > 0 or self.keep_best
 
     @property
     def keeps_models(self) -> bool:
@@ -99,6 +100,12 @@ class ResolvedSettings(TrainSettings):
         if self.save_total_limit is None and self.save_steps is None:
             return KEPT_CHECKPOINTS
         return self.save_total_limit
+
+    @property
+    def most_checkpoints(self) -> int | None:
+        """The number of checkpoints that remain, with that of the best step; None for all."""
+        kept = self.kept_checkpoints
+        return None if kept is None else kept + self.keep_best
 
     def as_options(self) -> dict[str, Any]:
         """Return the settings as plain values: a recipe that `molf train --config` accepts."""
@@ -150,6 +157,11 @@ def resolve(settings: TrainSettings, now: datetime) -> ResolvedSettings:
     is_rounded = settings.dtype == "bfloat16" and "weight_rounding" not in _UNUSED[settings.method]
     if is_rounded and settings.weight_rounding is None:
         values["weight_rounding"] = "exact"  # the optimizers' default for bfloat16, for the record
+    if eval_strategy_of(settings) == "steps":
+        values |= {
+            "eval_strategy": "steps",
+            "eval_steps": settings.eval_steps or settings.logging_steps,
+        }
     values.setdefault("save_minutes", SAVE_MINUTES if settings.save_steps is None else 0.0)
     values["model"] = settings.model or _task_model(settings.task)
     if settings.output_dir is None:

@@ -27,7 +27,8 @@ from molf.core.options import (
 )
 from molf.errors import InputError
 from molf.inputs import check_choice
-from molf.job.settings.converters import numbers, patterns, words
+from molf.job.settings.converters import duration, numbers, patterns, words
+from molf.job.settings.declared_fields import scheduler_names
 from molf.job.settings.defaults import (
     ADAPTERS,
     MATCHES,
@@ -35,7 +36,9 @@ from molf.job.settings.defaults import (
     METHODS,
     ROUTED,
 )
+from molf.job.settings.during import EVAL_STRATEGIES, check_during
 from molf.job.settings.experts import method_config
+from molf.job.settings.low_halves import check_low_halves
 from molf.job.settings.quantised_base import check_beside_quantised
 from molf.job.settings.ranges import (
     BELOW_2_31,
@@ -51,7 +54,7 @@ from molf.planning.workload import QUANTISATIONS
 from molf.ranks import launched_count
 from molf.tasks import EVAL_PARTS, FORMATS, TASKS, VALIDATION_SHARE, TaskOptions, check_task
 
-SCHEDULERS = ("cosine", "linear", "constant", "constant_with_warmup")
+SCHEDULERS = scheduler_names()
 DTYPES = ("float32", "bfloat16", "float16")
 WEIGHT_DTYPES = ("float32", "bfloat16")
 SAVE_ROUNDINGS = ("nearest", "stochastic")
@@ -201,6 +204,10 @@ class TrainSettings:
     """Passes over the data."""
     max_steps: Annotated[int | None, Parameter(group=OPTIMIZATION), POSITIVE] = None
     """Number of optimizer steps; overrides num_train_epochs."""
+    max_time: Annotated[
+        float | None, Parameter(group=OPTIMIZATION, converter=duration, n_tokens=1), POSITIVE
+    ] = None
+    """End the training after this time of its steps (90m, 2h, seconds), with a complete model."""
     per_device_train_batch_size: Annotated[
         int | None, Parameter(group=OPTIMIZATION, show_default=_AUTO), POSITIVE, BELOW_2_31
     ] = None
@@ -209,8 +216,10 @@ class TrainSettings:
         int | None, Parameter(group=OPTIMIZATION, show_default=_AUTO), POSITIVE, BELOW_2_31
     ] = None
     """Forward passes per optimizer step."""
-    lr_scheduler_type: Annotated[str, Parameter(choices=SCHEDULERS, group=OPTIMIZATION)] = "cosine"
-    """How the learning rates fall."""
+    lr_scheduler_type: Annotated[
+        str, Parameter(choices=SCHEDULERS, group=OPTIMIZATION, show_choices=False)
+    ] = "cosine"
+    """How the learning rates fall: linear, constant, or another of transformers' schedules."""
     warmup_ratio: Annotated[float, Parameter(group=OPTIMIZATION), SHARE] = 0.1
     """Share of the steps in which the learning rates rise."""
     max_grad_norm: Annotated[
@@ -230,6 +239,17 @@ class TrainSettings:
     seed: Annotated[int, Parameter(group=OPTIMIZATION), NOT_NEGATIVE, BELOW_2_32] = 42
     """Seed of everything random."""
 
+    eval_strategy: Annotated[
+        str | None,
+        Parameter(choices=EVAL_STRATEGIES, group=EVALUATION, show_default="steps with eval_steps"),
+    ] = None
+    """When to measure the loss on a validation part, set aside from the training data."""
+    eval_steps: Annotated[int | None, Parameter(group=EVALUATION), POSITIVE] = None
+    """Optimizer steps between two such evaluations."""
+    keep_best: Annotated[bool, Parameter(group=EVALUATION, negative=())] = False
+    """Save model/ from the step with the lowest loss on the validation part."""
+    early_stopping_patience: Annotated[int | None, Parameter(group=EVALUATION), POSITIVE] = None
+    """End the training after this many such evaluations without a lower loss."""
     per_device_eval_batch_size: Annotated[
         int, Parameter(group=EVALUATION), POSITIVE, BELOW_2_31
     ] = 32
@@ -333,10 +353,10 @@ class TrainSettings:
             )
         if self.resume and self.output_dir is None:
             raise InputError("Invalid resume without output_dir. Give the run's --output_dir.")
-        if self.keep_low_halves:
-            self._check_low_halves()
+        check_low_halves(self)
         self._check_quantised()
         check_sharded(self)
+        check_during(self)
         check_task(self.task_options)
         self.method_config  # noqa: B018 (raises where the method's own settings are wrong)
 
@@ -376,19 +396,6 @@ class TrainSettings:
         """The settings that the score of a routed method sets, for the check of exclusions."""
         is_routed = self.method in ROUTED and self.method_config is not None
         return score_exclusions(self.score) if is_routed else {}
-
-    def _check_low_halves(self) -> None:
-        """Reject low halves for other types than bfloat16, or of weights without them."""
-        if self.save_dtype not in (None, "bfloat16"):
-            raise InputError(
-                f"Invalid keep_low_halves with save_dtype={self.save_dtype}: only bfloat16 is the "
-                "upper half of float32. Leave one of the two out."
-            )
-        if self.weight_rounding in ("stochastic", "nearest"):
-            raise InputError(
-                f"Invalid keep_low_halves with weight_rounding={self.weight_rounding}: rounded "
-                "weights have no low halves. Leave one of the two out."
-            )
 
     @property
     def task_options(self) -> TaskOptions:

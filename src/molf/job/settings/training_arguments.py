@@ -30,11 +30,11 @@ _CONTROLLED = frozenset(
         "disable_tqdm",
         "do_eval",
         "do_train",
-        "eval_strategy",
         "fp16",
         "gradient_checkpointing_kwargs",
+        "greater_is_better",
         "include_num_input_tokens_seen",
-        "load_best_model_at_end",
+        "metric_for_best_model",
         "model_init_kwargs",
         "optim",
         "optim_args",
@@ -55,6 +55,7 @@ _IMPOSSIBLE = {
         "it changes the batch, and so the number of steps, while the schedule runs; give "
         "--per_device_train_batch_size"
     ),
+    "load_best_model_at_end": "give --keep_best",
     "assistant_only_loss": "the task defines which tokens carry loss",
     "eval_on_start": "the run measures the model before and after itself",
     "eos_token": _TOKENIZER,

@@ -143,6 +143,7 @@ class MetricsCallback(TrainerCallback):
         path: Returns the path of the file; called for each line, as the run may be moved. None for
             no file.
         show: Shows a step, and its log entry if it has one.
+        is_last: Whether the training has no step left.
         without: Names of the trainer's figures that have no meaning in this run.
     """
 
@@ -150,10 +151,12 @@ class MetricsCallback(TrainerCallback):
         self,
         path: Callable[[], Path] | None,
         show: Callable[[int, dict[str, Any] | None], None],
+        is_last: Callable[[TrainerState], bool],
         without: tuple[str, ...] = (),
     ) -> None:
         self._file = None if path is None else LogFile(path)
         self._show = show
+        self._is_last = is_last
         self._without = without
 
     def state_dict(self) -> dict[str, int]:
@@ -180,7 +183,7 @@ class MetricsCallback(TrainerCallback):
     ) -> None:
         """Advance the progress bar, and request a log entry for the last step."""
         self._show(state.global_step, None)
-        if state.global_step >= state.max_steps:
+        if self._is_last(state):
             control.should_log = True
 
     def on_log(
@@ -192,8 +195,8 @@ class MetricsCallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Write one line."""
-        # The trainer's closing summary, which has no "loss", is left out.
-        if not logs or "loss" not in logs:
+        # The trainer's closing summary has neither, and is left out.
+        if not logs or not {"loss", "eval_loss"} & logs.keys():
             return
         logs = {name: value for name, value in logs.items() if name not in self._without}
         record = {"step": state.global_step, **{k: _as_json(v) for k, v in logs.items()}}
@@ -256,6 +259,10 @@ class Throughput:
         """Continue as if the time between the parts of a training had not passed."""
         self._tokens = int(state["tokens"])
         self._time = time.perf_counter() - state["seconds"]
+
+    def leave_out(self, seconds: float) -> None:
+        """Leave out a time in which nothing was trained."""
+        self._time += seconds
 
     def since_last(self, tokens: int) -> float:
         """Return the tokens per second since the last call.

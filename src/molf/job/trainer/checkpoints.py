@@ -6,11 +6,13 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from molf.checkpoint.manifest import DamagedError, check_hashes
 from molf.checkpoint.store import complete_checkpoints
 from molf.checkpoint.writer import CheckpointError, CheckpointWriter, Snapshot, Totals
 from molf.disk.room import free_bytes, is_disk_full, megabytes
@@ -20,6 +22,8 @@ from molf.job.record.directory import RunDirectory
 from molf.job.record.ownership import CHECKPOINTS
 from molf.job.record.result import RunError
 from molf.job.settings.resolved import ResolvedSettings
+from molf.job.trainer.best import Best
+from molf.job.trainer.ending import Ending
 from molf.job.trainer.stopping import StopRequest
 from molf.ranks import ranks
 
@@ -38,6 +42,8 @@ class Checkpoints(TrainerCallback):
         directory: The run's directory.
         room: The estimated bytes of a checkpoint and of the trained model.
         stop: Whether the training is asked to stop.
+        ending: Whether it ends before its planned steps.
+        best: The step with the lowest loss; its checkpoint is kept with `keep_best`.
 
     Attributes:
         missing: Steps whose checkpoints were not written.
@@ -50,20 +56,33 @@ class Checkpoints(TrainerCallback):
         directory: RunDirectory,
         room: Needed,
         stop: StopRequest,
+        ending: Ending,
+        best: Best,
     ) -> None:
         self.settings = settings
         self._directory = directory
         self._at_the_end = room.at_the_end
         self._one = room.checkpoint  # bytes; estimated, then those of the largest checkpoint
         self._stop = stop
+        self._ending = ending
         self._writer = CheckpointWriter(
             lambda: self._directory / CHECKPOINTS,  # the run may have been moved
             settings.kept_checkpoints,
             in_background=settings.async_save,
             ranks=ranks().further(),
+            spared=lambda: best.steps if settings.keep_best else (),
         )
         self._saved_at = time.monotonic()
         self.missing: list[int] = []
+
+    def whole(self, step: int) -> Path | None:
+        """Return the checkpoint of a step whose hashes are right; None without it."""
+        path = self._directory / CHECKPOINTS / f"checkpoint-{step}"
+        try:
+            check_hashes(path)
+        except DamagedError:
+            return None
+        return path
 
     @property
     def latest(self) -> int | None:
@@ -98,7 +117,7 @@ class Checkpoints(TrainerCallback):
 
     def _is_due(self, state: TrainerState) -> bool:
         step, settings = state.global_step, self.settings
-        if step >= state.max_steps:
+        if self._ending.is_at(state):
             return True
         if settings.save_steps is not None and step % settings.save_steps == 0:
             return True

@@ -15,7 +15,9 @@ from molf.data.encoding import EncodedSamples
 from molf.job.record.result import ResumeError
 from molf.job.record.routing_log import RoutingWriter
 from molf.job.record.wins import Wins
+from molf.job.trainer.best import Best
 from molf.job.trainer.callbacks import MetricsCallback
+from molf.job.trainer.ending import Ending
 from molf.job.trainer.step_guard import StepGuard
 
 RECORDS = "records:"
@@ -42,6 +44,8 @@ class RunParts:
         metrics: The log of metrics.
         wins: Counts of decisions.
         guard: Counts of skipped steps, and sums of losses.
+        ending: Why the training ended early.
+        best: The best of its evaluations.
         callbacks: Callbacks of the method; those with a state are saved.
         frozen: Checksum of each frozen weight, as it was prepared.
         samples: The examples in their order.
@@ -51,6 +55,8 @@ class RunParts:
     metrics: MetricsCallback
     wins: Wins
     guard: StepGuard
+    ending: Ending
+    best: Best
     callbacks: tuple[Any, ...]
     frozen: Mapping[str, int]
     samples: EncodedSamples
@@ -71,6 +77,8 @@ class RunParts:
             "metrics": self.metrics.state_dict(),
             "wins": self.wins.state_dict(),
             "guard": self.guard.state_dict(),
+            "ending": self.ending.state_dict(),
+            "best": self.best.state_dict(),
             "method": {name: part.state_dict() for name, part in self._of_method()},
             "frozen": dict(self.frozen),
             "data": self.data,
@@ -107,10 +115,16 @@ class RunParts:
         """Replace the states, and cut the logs to the step of the checkpoint."""
         self.wins.load_state_dict(state["wins"])
         self.guard.load_state_dict(state["guard"], device)
-        for name, part in self._of_method():
-            part.load_state_dict(state["method"][name])
+        self.ending.load_state_dict(state.get("ending", {}))  # of earlier versions: none
+        self.best.load_state_dict(state.get("best", {}))
+        self.load_method(state)
         self.metrics.load_state_dict(state["metrics"])
         self.writer.load_state_dict(state["routing"])
+
+    def load_method(self, state: Mapping[str, Any]) -> None:
+        """Replace the states of the method's callbacks."""
+        for name, part in self._of_method():
+            part.load_state_dict(state["method"][name])
 
     def clear_logs(self) -> None:
         """Delete the log entries of an earlier try, for a run that starts from the beginning."""

@@ -11,14 +11,17 @@ from typing import Any, NoReturn
 import torch
 from transformers import HfArgumentParser, get_scheduler
 from transformers.integrations import get_available_reporting_integrations
+from transformers.trainer_utils import IntervalStrategy
 from trl import SFTConfig
 
 from molf.errors import InputError, reason_of
 from molf.job.record.ownership import CHECKPOINTS
+from molf.job.settings.during import BY_LOSS, eval_strategy_of
 from molf.job.settings.ranges import MOST_COUNTED
 from molf.job.settings.resolved import ResolvedSettings
 from molf.job.settings.training_arguments import check_trackers, check_training_args, unknown_name
 from molf.job.trainer.split_data import check_strategy
+from molf.job.trainer.validation import EVAL_LOSS
 from molf.masking import mask_text
 from molf.ranks import connect
 from molf.rendezvous import start_group
@@ -43,6 +46,7 @@ def sft_config(settings: ResolvedSettings) -> SFTConfig:
         for name in ("activation_checkpointing", "gradient_checkpointing")
         if name in SFTConfig.__dataclass_fields__
     )
+    evaluates = eval_strategy_of(settings) != "no"
     arguments = {
         "dataloader_pin_memory": torch.cuda.is_available(),
         "logging_first_step": True,
@@ -69,6 +73,8 @@ def sft_config(settings: ResolvedSettings) -> SFTConfig:
         "report_to": list(settings.report_to),
         "disable_tqdm": True,  # molf shows its own progress
         "include_num_input_tokens_seen": "non_padding",
+        # For schedules that follow the loss, and `EarlyStoppingCallback`.
+        **({"metric_for_best_model": EVAL_LOSS, "greater_is_better": False} if evaluates else {}),
         # The data is tokenized and has labels: TRL must not truncate or pack it.
         "max_length": None,
         "packing": False,
@@ -79,11 +85,14 @@ def sft_config(settings: ResolvedSettings) -> SFTConfig:
             "learning_rate": settings.lora_learning_rate,
             "weight_decay": settings.lora_weight_decay,
         }
+    if settings.lr_scheduler_type in BY_LOSS:
+        arguments |= {"eval_strategy": "steps", "eval_steps": 1}  # a check demands a strategy
     _start_processes(arguments)
     try:
         config = SFTConfig(**arguments)
     except (ValueError, TypeError, ImportError) as error:
         raise InputError(f"The trainer rejects these settings: {reason_of(error)}") from error
+    config.eval_strategy = IntervalStrategy.NO  # `EvaluationCallback` decides
     _check_schedule(config)
     _check_accumulation(config)
     if config.world_size > 1:  # the process group exists now

@@ -26,6 +26,7 @@ from trl import SFTConfig
 
 from molf.disk.files import scratch_directory
 from molf.errors import InputError
+from molf.job.trainer.ending import Ending
 
 
 class _CountedError(Exception):
@@ -61,10 +62,12 @@ class StepsCheck(TrainerCallback):
 
     Args:
         steps: The result of `count_steps`.
+        ending: Whether a resumed training has ended before these.
     """
 
-    def __init__(self, steps: int) -> None:
+    def __init__(self, steps: int, ending: Ending) -> None:
         self._steps = steps
+        self._ending = ending
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -79,7 +82,7 @@ class StepsCheck(TrainerCallback):
                 f"The trainer takes {state.max_steps} steps, and {self._steps} were counted "
                 "beforehand."
             )
-        if state.global_step >= state.max_steps:
+        if self._ending.is_at(state):
             raise AllStepsTakenError
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import time
 import warnings
 from functools import partial
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_model as save_tensors
 from torch import Tensor
+from transformers import TrainerControl
 from transformers.trainer import TRAINER_STATE_NAME
 from trl import SFTTrainer
 
@@ -39,6 +41,7 @@ from molf.job.trainer.run_parts import RunParts
 from molf.job.trainer.split_data import FilledSampler, WithoutBlankRows, is_blank
 from molf.job.trainer.step_guard import StepGuard
 from molf.job.trainer.steps import AllStepsTakenError
+from molf.job.trainer.validation import EVAL_LOSS, Validation
 from molf.ranks import ranks
 
 ALL_WEIGHTS = "model.safetensors"
@@ -59,6 +62,7 @@ class Trainer(SFTTrainer):
         checkpoints: Checkpoints,
         parts: RunParts,
         clock: Clock,
+        validation: Validation | None = None,
         *,
         is_in_shards: bool = False,
         **kwargs: Any,
@@ -70,6 +74,7 @@ class Trainer(SFTTrainer):
         self.checkpoints = checkpoints
         self.parts = parts
         self.clock = clock
+        self.validation = validation
         model = prepared.model
         trained = {p: p.data for p in model.parameters() if p.requires_grad}
         self._is_sharded = is_in_shards
@@ -203,6 +208,41 @@ class Trainer(SFTTrainer):
         self._metrics["train"].update(own["metrics"])
         self._total_train_tokens = own["tokens"]
         self.parts.load_state_dict(values, self.args.device)
+
+    def load_best(self, step: int) -> bool:
+        """Load the weights of an earlier step from its checkpoint; return whether it is there.
+
+        Warns:
+            UserWarning: It is missing or damaged; the weights stay those of the last step.
+        """
+        path = ranks().on_main(lambda: self.checkpoints.whole(step))
+        if path is None:
+            warnings.warn(
+                f"The checkpoint of step {step}, which has the lowest loss, is missing or damaged: "
+                "the model of the last step is saved.",
+                stacklevel=2,
+            )
+            return False
+        values = read_values(path)
+        model = self.accelerator.unwrap_model(self.model)
+        load_training_state(path, values["optimizer"], model, unwrapped(self.optimizer))
+        self.parts.load_method(values)
+        return True
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Measure the loss on the validation part, log it, and call the callbacks."""
+        assert self.validation is not None
+        started = time.perf_counter()
+        loss = self.validation.loss(self.accelerator.unwrap_model(self.model))
+        seconds = time.perf_counter() - started
+        self._throughput.leave_out(seconds)
+        metrics = {EVAL_LOSS: loss, "eval_runtime": seconds}
+        # Not TRL's `log`, which would add and clear the figures of the training.
+        super(SFTTrainer, self).log(dict(metrics))
+        del self.state.log_history[:-1]
+        control: TrainerControl = self.control  # type: ignore[has-type]
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, control, metrics)
+        return metrics
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         """Set the random generators; the trainer calls it after it has skipped batches."""
