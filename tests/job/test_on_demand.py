@@ -147,7 +147,7 @@ def test_a_checkpoint_with_a_hash_of_all_tokens_is_continued(few_known, data):
     samples = load_task(TaskOptions(name="custom", data=str(data))).training_samples
     tokenizer = byte_level_tokenizer()
     whole = encode_samples(tokenizer, samples, 60)
-    parts = RunParts(*[None] * 4, (), {}, OnDemand(tokenizer, samples, 60).encoded)
+    parts = RunParts(*[None] * 6, (), {}, OnDemand(tokenizer, samples, 60).encoded)
     for known in (hash_of_tokens(whole), parts.data):
         parts.check({"data": known, "frozen": {}})
     other = OnDemand(tokenizer, samples[1:], 60).encoded
