@@ -14,14 +14,14 @@ class Best:
         count: Number of evaluations.
         step: The step; None before the first finite loss.
         loss: Its loss, in nats per token.
-        last: The loss of the last evaluation.
+        last: The loss of the last evaluation; None before it.
     """
 
     def __init__(self) -> None:
         self.count = 0
         self.step: int | None = None
         self.loss = math.inf
-        self.last = math.nan
+        self.last: float | None = None
 
     def add(self, step: int, loss: float) -> bool:
         """Add an evaluation; return whether it is the best so far."""
@@ -55,7 +55,7 @@ class Best:
             return {}
         return {
             "evaluations": self.count,
-            "last_loss": None if math.isnan(self.last) else self.last,
+            "last_loss": None if self.last is None or math.isnan(self.last) else self.last,
             "best_loss": self.loss,
             "best_step": self.step,
             "saved_step": kept,
