@@ -197,10 +197,7 @@ def test_at_most_eight_cells_span_both_parts_of_the_question():
 
 @pytest.mark.parametrize(
     "name",
-    [
-        pytest.param(name, marks=[pytest.mark.slow] * name.endswith(("-fft", "-lora", "-molf-e")))
-        for name in DEMOS
-    ],
+    [pytest.param(name, marks=[pytest.mark.slow] * (name != "demo-fact-molf")) for name in DEMOS],
 )
 def test_demo_recipe_runs(name, tmp_path):
     run = tmp_path / "run"

@@ -23,6 +23,7 @@ def two(launch, command, folder):
     return path, launch.to_the_end(command(path, 5, 1, "--fsdp", "all"))
 
 
+@pytest.mark.slow
 def test_two_shards_train_as_one_process(one, two):
     path, (first, other) = two
     assert_near_runs(one, path, tolerance=1e-6)

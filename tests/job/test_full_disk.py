@@ -19,6 +19,7 @@ from molf.job.model import elsewhere
 from molf.job.model import saving as model_saving
 from process_faults import fill
 from recorded import logits_of
+from slow_cases import slow_after
 
 
 def mounted(path, size):
@@ -361,13 +362,16 @@ def test_checkpoint_leaves_room_for_the_model(options, disk, during, capsys):
 
 @pytest.mark.parametrize(
     "error",
-    [
-        OSError(122, "Disk quota exceeded"),
-        PermissionError(13, "Permission denied"),
-        SafetensorError("Error while serializing: I/O error: No space left on device"),
-        RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0"),
-        Exception("Read-only file system (os error 30)"),
-    ],
+    slow_after(
+        2,
+        [
+            OSError(122, "Disk quota exceeded"),
+            SafetensorError("Error while serializing: I/O error: No space left on device"),
+            PermissionError(13, "Permission denied"),
+            RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0"),
+            Exception("Read-only file system (os error 30)"),
+        ],
+    ),
     ids=str,
 )
 @pytest.mark.parametrize("in_background", [False, True], ids=["waiting", "background"])

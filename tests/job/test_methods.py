@@ -27,6 +27,7 @@ from molf.job.settings.defaults import ADAPTERS
 from molf.job.settings.resolved import resolve
 from molf.job.settings.settings import TrainSettings
 from recorded import PROBE, logits_of, parameters_of
+from slow_cases import slow_after
 
 LAYERS = 14  # of the tiny checkpoints: 2 blocks of 7
 TRAINED = {  # per adapter and layer, by the names that PEFT gives
@@ -447,7 +448,7 @@ def test_checkpoints_change_nothing(record, run_of, workplace, method):
     assert torch.equal(again.trained_logits, run.trained_logits)
 
 
-@pytest.mark.parametrize("method", SAVED)
+@pytest.mark.parametrize("method", slow_after(2, SAVED))
 def test_autocast(record, run_of, workplace, method):
     """The weights stay float32, and the training is nearly the same."""
     full = run_of(method)
@@ -486,7 +487,7 @@ def test_other_architectures(tmp_path, method, architecture):
 
 
 @pytest.mark.parametrize("match", ["rank", "parameters"])
-@pytest.mark.parametrize("method", ADAPTERS)
+@pytest.mark.parametrize("method", slow_after(2, ADAPTERS))
 def test_equal_rank_or_equal_parameters(method, match):
     settings = settings_of(method, ranks=(8,), match=match)
     model, data = make_model("qwen2"), training_data(count=80)

@@ -15,6 +15,7 @@ from molf.core.optimizer import MoLFAdamW
 from molf.job import training
 from molf.job.settings.defaults import METHODS
 from molf.job.trainer.step_guard import StepGuard
+from slow_cases import slow_after
 
 NAN = float("nan")
 FORMS = {
@@ -141,6 +142,7 @@ def test_a_hopeless_rate_stops_at_the_first_loss_that_is_no_number(form, start):
     assert steps == [1]
 
 
+@pytest.mark.parametrize("form", slow_after(5, reversed(FORMS)), indirect=True)
 def test_a_skipped_step_moves_nothing(form, start, spoil, monkeypatch):
     """One of the two micro-batches of step 2 has a bad gradient, one of step 4 a bad loss."""
     monkeypatch.setattr(training, "StepGuard", Watch)

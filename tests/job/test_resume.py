@@ -8,11 +8,11 @@ import pytest
 
 from molf.checkpoint.store import complete_checkpoints
 from resumed_runs import METHODS, STEPS, Runs, assert_same_runs
+from slow_cases import slow_after
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed:UserWarning")
 
 KILLED = -signal.SIGKILL
-OFTEN = ("hybrid",)  # the others in `make test-slow`
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +68,7 @@ def test_run_is_killed_in_each_stage(runs, alone, workplace):
 
 @pytest.mark.parametrize(
     "name",
-    [name if name in OFTEN else pytest.param(name, marks=pytest.mark.slow) for name in METHODS],
+    slow_after(0, METHODS),
 )
 def test_killed_run_ends_in_the_same_bits(runs, workplace, name):
     left, path = workplace / f"left {name}", workplace / f"killed {name}"

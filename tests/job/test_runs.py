@@ -10,9 +10,10 @@ import yaml
 from molf.cli import main
 from molf.job.record.contents import hash_of_data
 from molf.job.record.routing_log import read_routing
-from molf.job.settings.defaults import ADAPTERS
+from molf.job.settings.defaults import ADAPTERS, METHODS
 from molf.measure.meanings import METRICS_VERSION
 from recorded import logits_of
+from slow_cases import slow_after
 
 BASE_METRICS = {"es", "em", "ps", "pm", "ns", "nm", "s", "acc_new", "acc_true", "forgetting_loss"}
 
@@ -176,6 +177,9 @@ def test_accumulated_batches_give_the_same_run(record, base, facts, workplace):
     assert winners[0] == winners[1]
 
 
+@pytest.mark.parametrize(
+    "any_run", slow_after(4, reversed([*METHODS, "molf-dropout"])), indirect=True
+)
 def test_gradient_checkpointing_changes_nothing(record, any_run, workplace):
     path = workplace / f"checkpointing-{any_run.path.name}"
     run = record([*any_run.arguments, "--gradient_checkpointing"], path)

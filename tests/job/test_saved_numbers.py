@@ -12,6 +12,7 @@ from checkpoints import write_checkpoint
 from molf.cli import main
 from molf.job.model.low_halves import Rounding
 from molf.job.model.saved_update import SavedUpdate
+from slow_cases import slow_after
 from tiny_models import byte_level_tokenizer
 
 WEIGHTS = "model.safetensors"
@@ -156,13 +157,16 @@ def compare(base, trained, saved):
 
 @pytest.mark.parametrize(
     ("method", "rounding", "dtype"),
-    [
-        ("fft", "nearest", "float32"),
-        ("molf", "stochastic", "bfloat16"),
-        ("molf", None, "float32"),
-        ("lora", "nearest", "float32"),
-        ("molf-e", None, "bfloat16"),
-    ],
+    slow_after(
+        2,
+        [
+            ("molf", "stochastic", "bfloat16"),
+            ("fft", "nearest", "float32"),
+            ("molf", None, "float32"),
+            ("lora", "nearest", "float32"),
+            ("molf-e", None, "bfloat16"),
+        ],
+    ),
 )
 def test_share_that_the_save_kept_is_reported(train, half_base, capsys, method, rounding, dtype):
     options = ["--method", method, "--dtype", dtype]
@@ -196,12 +200,15 @@ def test_nearest_is_the_default_where_the_base_is_between_the_numbers(train, bas
 
 @pytest.mark.parametrize(
     ("method", "dtype", "rounding"),
-    [
-        ("fft", "float32", "nearest"),
-        ("molf", "bfloat16", "stochastic"),
-        ("molf-dropout", "bfloat16", "nearest"),
-        ("lora", "float32", "stochastic"),
-    ],
+    slow_after(
+        1,
+        [
+            ("molf", "bfloat16", "stochastic"),
+            ("fft", "float32", "nearest"),
+            ("molf-dropout", "bfloat16", "nearest"),
+            ("lora", "float32", "stochastic"),
+        ],
+    ),
 )
 def test_kept_low_halves_give_the_float32_model(train, half_base, method, dtype, rounding, capsys):
     options = ["--dtype", dtype, "--save_rounding", rounding, "--seed", "7"]

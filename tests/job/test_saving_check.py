@@ -13,6 +13,7 @@ from transformers import GenerationConfig, PreTrainedConfig, PreTrainedTokenizer
 
 from checkpoints import write_checkpoint
 from molf.cli import main
+from slow_cases import slow_after
 
 UNSAVABLE = {"do_sample": False, "temperature": 0.9, "top_p": 0.6, "eos_token_id": 0}
 EXACT = json.dumps(UNSAVABLE).replace(", ", " ,  ")  # as only this file has it
@@ -103,14 +104,17 @@ def test_full_disk_is_refused_at_opening(train, own_base, free, capsys, options)
 
 @pytest.mark.parametrize(
     "options",
-    [
-        ["--method", "fft", "--dtype", "bfloat16"],
-        ["--method", "molf"],
-        ["--method", "molf", "--lora_dropout", "0.1"],
-        ["--method", "molf-e", "--ranks", "32,64"],
-        ["--method", "fft", "--save_total_limit", "1"],
-        ["--save_dtype", "bfloat16", "--keep_low_halves"],
-    ],
+    slow_after(
+        2,
+        [
+            ["--method", "fft", "--dtype", "bfloat16"],
+            ["--method", "molf"],
+            ["--method", "molf", "--lora_dropout", "0.1"],
+            ["--method", "molf-e", "--ranks", "32,64"],
+            ["--method", "fft", "--save_total_limit", "1"],
+            ["--save_dtype", "bfloat16", "--keep_low_halves"],
+        ],
+    ),
     ids=str,
 )
 def test_estimate_of_the_room_is_that_of_the_files(train, own_base, monkeypatch, options):

@@ -14,6 +14,7 @@ from checkpoints import write_checkpoint
 from molf.cli import main
 from molf.core.model.quantised import quantisation_of
 from recorded import logits_of
+from slow_cases import slow_after
 
 _NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
 BITSANDBYTES = {
@@ -67,10 +68,13 @@ def options_with(options, model, *more):
 
 @pytest.mark.parametrize(
     ("kind", "method"),
-    [
-        *((kind, "molf-e") for kind in (*BITSANDBYTES, "torchao")),
-        *(("double", method) for method in ("lora", "lora+", "eva")),
-    ],
+    slow_after(
+        2,
+        [
+            *((kind, "molf-e") for kind in (*BITSANDBYTES, "torchao")),
+            *(("double", method) for method in ("lora", "lora+", "eva")),
+        ],
+    ),
 )
 def test_a_run_beside_it_is_whole(stored, options, record, workplace, kind, method):
     base = stored(kind)

@@ -16,6 +16,7 @@ from molf.planning.trace import trace_pass, trace_step
 from molf.planning.trainable import skeleton
 from molf.planning.workload import Workload
 from plan_memory import method_config
+from slow_cases import slow_after
 
 RANKS = {"lora": (4,), "molf": (4, 8), "molf-e": (4, 8)}
 
@@ -58,18 +59,21 @@ SMALL = {
 
 @pytest.mark.parametrize(
     ("method", "options"),
-    [
-        ("fft", {"state_dtype": "8bit"}),
-        ("fft", {"optimizer_in_backward": True}),
-        pytest.param("molf", SMALL, marks=pytest.mark.slow),
-        ("fft", {"dtype": "bfloat16", "grad_accumulation_dtype": "float32"}),
-        ("lora", {"quantised": "load_in_4bit"}),
-        ("molf-e", {"quantised": "load_in_8bit"}),
-        ("hybrid", {"dtype": "bfloat16", "quantised": "load_in_4bit"}),
-    ],
+    slow_after(
+        2,
+        [
+            ("fft", {"state_dtype": "8bit"}),
+            ("hybrid", {"dtype": "bfloat16", "quantised": "load_in_4bit"}),
+            ("fft", {"optimizer_in_backward": True}),
+            ("molf", SMALL),
+            ("fft", {"dtype": "bfloat16", "grad_accumulation_dtype": "float32"}),
+            ("lora", {"quantised": "load_in_4bit"}),
+            ("molf-e", {"quantised": "load_in_8bit"}),
+        ],
+    ),
     ids=[
-        *("8-bit states", "in backward", "small", "float32 gradients", "4-bit base", "8-bit base"),
-        "4-bit base, full layers in bfloat16",
+        *("8-bit states", "4-bit base, full layers in bfloat16", "in backward", "small"),
+        *("float32 gradients", "4-bit base", "8-bit base"),
     ],
 )
 def test_planned_is_measured_however_numbers_are_kept(tiny, monkeypatch, method, options):
@@ -88,6 +92,7 @@ def test_planned_is_measured_however_numbers_are_kept(tiny, monkeypatch, method,
     assert planned == pytest.approx(plan_memory.measure(workload, "profiler"), rel=0.06)
 
 
+@pytest.mark.slow
 def test_what_storage_saves(untied):
     planner = Planner(untied)
     plain, small = (planner.memory(make("fft", **options)) for options in ({}, SMALL))

@@ -8,6 +8,7 @@ import yaml
 
 from checkpoints import write_checkpoint, write_facts
 from molf.cli import main
+from slow_cases import slow_after
 
 COMMON = ("--task", "custom", "--per_device_train_batch_size", "2", "--max_length", "64")
 
@@ -308,22 +309,20 @@ def test_table_says_what_would_fit(tmp_path, capsys):
 
 @pytest.mark.parametrize(
     ("method", "options"),
-    [
-        ("fft", ""),
-        ("lora", ""),
-        ("molf", ""),
-        ("molf-e", ""),
-        ("molf", "--dtype bfloat16"),
-        *(
-            pytest.param(*given, marks=pytest.mark.slow)
-            for given in (
-                ("fft", "--dtype bfloat16"),
-                ("molf", "--state_dtype 8bit"),
-                ("fft", "--optimizer_in_backward"),
-                ("molf-e", "--load_in_4bit"),
-            )
-        ),
-    ],
+    slow_after(
+        2,
+        [
+            ("molf", ""),
+            ("molf-e", ""),
+            ("fft", ""),
+            ("lora", ""),
+            ("molf", "--dtype bfloat16"),
+            ("fft", "--dtype bfloat16"),
+            ("molf", "--state_dtype 8bit"),
+            ("fft", "--optimizer_in_backward"),
+            ("molf-e", "--load_in_4bit"),
+        ],
+    ),
 )
 def test_dry_run(base, tmp_path, capsys, monkeypatch, method, options):
     if "4bit" in options:
