@@ -90,6 +90,7 @@ def test_a_single_record_is_enough(shown):
     assert json.loads(line) == {
         "index": 0,
         "tokens": json.loads(line)["tokens"],
+        "loss_tokens": json.loads(line)["tokens"] - 1,
         "segments": [["a", False], [" b<|end|>", True]],
     }
     assert "1 read: 1 to train on, 0 held out" in shown(records).out
@@ -278,9 +279,6 @@ def test_long_records_are_cut(tmp_path):
         tokens=9,
         loss_tokens=3,
         segments=[("a" * 3000, False), ("b" * 3000, True), ("c" * 10, False)],
-        held_out=False,
-        left_out=None,
-        faults=(),
     )
     page = render_data("title", ["records 300"], [record] * 300)
     (data,) = re.findall(r'id="data">(.*?)</script>', page, re.S)

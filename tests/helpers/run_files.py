@@ -113,6 +113,26 @@ def write_run(
     return run
 
 
+def write_examples(run: Path) -> None:
+    """Write twelve training examples, chats of two answers."""
+    examples = [
+        {
+            "index": 3 * number,
+            "tokens": 20,
+            "loss_tokens": 8,
+            "segments": [
+                [f"user: question {number}? <script>alert(2)</script>\n", False],
+                ["bot: first answer\n", True],
+                ["user: and?\n", False],
+                ["bot: second answer", True],
+            ],
+            **({"faults": ["a turn carries no loss"]} if number == 1 else {}),
+        }
+        for number in range(12)
+    ]
+    (run / "examples.jsonl").write_text("".join(json.dumps(one) + "\n" for one in examples))
+
+
 def write_evaluation(run: Path) -> None:
     """Write metrics before and after, and ten predictions, half of them right."""
     after = {

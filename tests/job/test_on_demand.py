@@ -141,6 +141,11 @@ def test_a_resumed_training_has_the_same_bits(trained, few_known, data, monkeypa
     assert f"Resuming {path} from checkpoint-" in capsys.readouterr().err
     weights = "model/model.safetensors"
     assert (path / weights).read_bytes() == (whole / weights).read_bytes()
+    examples = [(run / "examples.jsonl").read_text() for run in (path, whole)]
+    assert examples[0] == examples[1]
+    known = [json.loads(line)["index"] for line in examples[0].splitlines()]
+    assert set(range(40)) - {7, 20} > set(known)  # without those that are held out or too long
+    assert len(known) > 30
 
 
 def test_a_checkpoint_with_a_hash_of_all_tokens_is_continued(few_known, data):

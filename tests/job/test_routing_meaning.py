@@ -8,7 +8,7 @@ import yaml
 from molf.cli import main
 from molf.core.config import MoLFConfig
 from molf.core.step.decision import Decision
-from molf.job.record.routing_meaning import routing_meaning
+from molf.job.record.routing_meaning import has_changes, routing_meaning
 from molf.job.record.wins import Wins
 
 LAYERS = [f"layer{number}" for number in range(10)]
@@ -92,6 +92,21 @@ def test_nearly_fixed_and_moving():
     assert "0.1 changes per layer, the last in step 7 of 12" in said
     said = meaning([split(step % 7) for step in range(30)])
     assert said.startswith("4 of 10 layers never changed their winner; ")
+
+
+@pytest.mark.parametrize(
+    ("rows", "expected"),
+    [
+        ([split(step % 7) for step in range(30)], True),
+        ([*[split(4)] * 6, *[split(3)] * 6], True),
+        ([split(5), *[split(3)] * 30], True),
+        ([split(3)] * 5, True),
+        ([split(3)], False),
+        ([every("full")] * 3, False),
+    ],
+)
+def test_sentences_with_the_number_of_changes_are_recognised(rows, expected):
+    assert has_changes(meaning(rows)) is expected
 
 
 @pytest.mark.parametrize(

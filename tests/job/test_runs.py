@@ -30,7 +30,7 @@ def test_run_directory_is_complete(any_run):
     names = {path.name for path in any_run.path.iterdir()}
     expected = {
         *("config.yaml", "environment.json", "metrics.jsonl", "model", "eval.json"),
-        *("predictions.jsonl", "report.html", "spectra.json"),
+        *("examples.jsonl", "predictions.jsonl", "report.html", "spectra.json"),
     }
     if any_run.path.name in ("molf", "molf-e", "molf-dropout"):
         expected.add("routing")

@@ -70,6 +70,7 @@ def test_two_processes_evaluate_as_one(launch, command, folder, one):
         assert math.isfinite(mine["eval_loss"])
     assert recorded(path)["validation"]["saved_step"] == recorded(one)["validation"]["saved_step"]
     assert "validation" in first.errors
+    assert (path / "examples.jsonl").read_bytes() == (one / "examples.jsonl").read_bytes()
 
 
 def test_all_processes_end_after_the_same_step(launch, command, folder):

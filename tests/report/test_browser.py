@@ -5,7 +5,7 @@ import pytest
 from browser import DESK, PHONE, TABLET, needs_browser, opened_browser
 from molf.report.build import read_runs
 from molf.report.page import render
-from run_files import write_run
+from run_files import write_examples, write_run
 
 pytestmark = [pytest.mark.slow, needs_browser]
 
@@ -152,6 +152,43 @@ def test_samples_are_searched(browser, pages):
     shown = browser.js("document.querySelector('.samples article').textContent")
     assert "</script><script>alert(1)</script>" in shown
     assert browser.problems == []
+
+
+def test_training_examples_have_their_loss_marked(browser, tmp_path):
+    runs = [write_run(tmp_path / "new"), write_run(tmp_path / "old", method="lora", steps=30)]
+    write_examples(runs[0])
+    page = tmp_path / "page.html"
+    for count in (1, 2):
+        page.write_text(render(read_runs(runs[:count])))
+        browser.problems.clear()
+        browser.open(page, PHONE if count == 1 else DESK)
+        (section,) = [
+            index
+            for index, what in enumerate(
+                browser.js("[...document.querySelectorAll('.samples')].map(x => x.dataset.what)")
+            )
+            if what == "examples"
+        ]
+        place = f"document.querySelectorAll('.samples')[{section}]"
+        assert browser.js(f"{place}.querySelector('output').textContent") == "12 of 12 examples"
+        marks = f"[...{place}.querySelector('article').querySelectorAll('mark')]"
+        assert browser.js(f"{marks}.map(x => x.textContent)") == [
+            "bot: first answer\n",
+            "bot: second answer",
+        ]
+        assert "<script>alert(2)" in browser.js(f"{place}.querySelector('article').textContent")
+        browser.js(
+            "(one => { one.value = 'carries no loss'; one.dispatchEvent(new Event('input')); })"
+            f"({place}.querySelector('input'))"
+        )
+        assert browser.js(f"{place}.querySelector('output').textContent") == "1 of 12 examples"
+        # The predictions beside them stay as they are.
+        first = "document.querySelector('.samples output').textContent"
+        assert browser.js(first) == "10 of 10 samples"
+        names = {name for role, name, _ in browser.tree() if role == "region"}
+        assert {"Samples of new", "Examples of new"} <= names
+        assert "Examples of old" not in names
+        assert browser.problems == []
 
 
 def test_tables_hold_the_values(browser, pages):

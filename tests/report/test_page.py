@@ -9,12 +9,13 @@ import re
 
 import numpy as np
 import pytest
+import yaml
 
 from molf.report.build import read_runs
 from molf.report.figures import binned, lines, plain, smoothed
 from molf.report.page import render, sections_of
 from molf.report.run_figures import write_figures
-from run_files import EXPERTS, LAYERS, write_evaluation, write_run
+from run_files import EXPERTS, LAYERS, write_evaluation, write_examples, write_run
 
 
 @pytest.fixture
@@ -70,6 +71,42 @@ def test_map_holds_the_winners(run):
     assert plane.reshape(len(LAYERS), 60)[1, 5] == 150  # (3 - 1) / (3 + 1), as 100 (1 + margin)
     assert margins["factors"][24] == 1
     assert margins["table"]["rows"][24][:2] == [1, 2]
+
+
+def test_changes_of_winners_are_told_once(run):
+    """A finished run records them; the page counts those of the log alone without that record."""
+    text = html.unescape(render(read_runs([run])))
+    assert "5 flips (changes of winner) in 9 layers, the last in step 51 of 60; 8 layers" in text
+    said = "8 of 9 layers never changed their winner; 0.6 changes per layer, the last in step 51."
+    for meaning, count in ((said, 0), ("One-sided: lora0_r4 took every update.", 1)):
+        config = yaml.safe_load((run / "config.yaml").read_text())
+        config["run"]["routing"] = {"meaning": meaning}
+        (run / "config.yaml").write_text(yaml.safe_dump(config))
+        page = render(read_runs([run]))
+        assert page.count(meaning) >= 1
+        assert page.count("(changes of winner) in 9 layers") == count
+
+
+def test_examples_of_a_run(run):
+    """A run without them has no section; of a damaged file the page shows the readable lines."""
+    assert "Training examples" not in render(read_runs([run]))
+    write_examples(run)
+    (data,) = read_runs([run])
+    assert (len(data.examples), data.notices) == (12, [])
+    page = render([data])
+    assert '<p class="text">12 examples, spread evenly over them. Marked text' in page
+    assert "<script>alert(2)" not in page
+    predictions, examples = data_of(page)["samples"]
+    assert (len(predictions), len(examples)) == (10, 12)
+    assert examples[1]["about"] == "20 tokens, 8 with loss"
+    assert examples[1]["texts"] == [["doubtful", "a turn carries no loss"]]
+    with (run / "examples.jsonl").open("a") as file:
+        file.write('{"index": 1}\n[]\n{"index"')
+    (data,) = read_runs([run])
+    assert (len(data.examples), data.notices) == (
+        12,
+        ["examples.jsonl: 3 lines cannot be read."],
+    )
 
 
 def test_sentences(run):

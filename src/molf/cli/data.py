@@ -40,8 +40,8 @@ def preview_data(
         settings: The options of `molf train`; those that do not concern the data have no effect.
         config: A YAML file of these options, or a recipe by name; the command line has precedence.
         jsonl: Print every readable record in the file's order as a line of JSON: `index`, `tokens`,
-            `segments` ([text, carries loss] pairs), and `held_out`, `left_out` or `times` (by
-            weight) where it is.
+            `loss_tokens`, `segments` ([text, carries loss] pairs), and `held_out`, `left_out`,
+            `times` (by weight) or `faults` where it is.
         examples: How many of the first examples are printed.
         page: Also write counts, lengths and up to 200 records, text with loss marked, as a page.
     """
@@ -95,27 +95,12 @@ def _print_lines(records: Iterable[PreviewedRecord]) -> None:
     faults: Counter[str] = Counter()
     count = 0
     for record in records:
-        sys.stdout.write(json_text(_line(record)) + "\n")
+        sys.stdout.write(json_text(record.record()) + "\n")
         faults.update(record.faults)
         count += 1
     sys.stdout.flush()
     for fault, number in faults.items():
         warnings.warn(f"{number} of {count} examples: {fault}.", stacklevel=3)
-
-
-def _line(record: PreviewedRecord) -> dict[str, object]:
-    line: dict[str, object] = {
-        "index": record.index,
-        "tokens": record.tokens,
-        "segments": [list(segment) for segment in record.segments],
-    }
-    if record.times > 1:
-        line["times"] = record.times
-    if record.held_out:
-        line["held_out"] = True
-    if record.left_out is not None:
-        line["left_out"] = record.left_out
-    return line
 
 
 def _first(data: DataRecords, count: int) -> DataRecords:

@@ -14,7 +14,14 @@ from molf.job.opening import Opening, dtype_name
 from molf.job.record.contents import hash_of_data, hash_of_model
 from molf.job.record.directory import RunDirectory
 from molf.job.record.environment import environment
-from molf.job.record.ownership import ASSIGNMENT, CONFIG, ENVIRONMENT, EVALUATION, PREDICTIONS
+from molf.job.record.ownership import (
+    ASSIGNMENT,
+    CONFIG,
+    ENVIRONMENT,
+    EVALUATION,
+    EXAMPLES,
+    PREDICTIONS,
+)
 from molf.job.record.provenance import file_records
 from molf.job.record.result import RunResult, evaluation_record, results_row
 from molf.job.record.results import append_result
@@ -26,6 +33,7 @@ from molf.measure import Evaluation
 from molf.measure.meanings import METRICS_VERSION
 from molf.ranks import ranks
 from molf.tasks import Task
+from molf.tasks.preview import examples_of_run
 
 EARLIER = "earlier_parts"
 """Key in `environment.json`: the environments of the parts before the last resume."""
@@ -39,7 +47,7 @@ def input_files(settings: ResolvedSettings, task: Task) -> dict[str, list[dict[s
 
 
 class ConfigRecord:
-    """`config.yaml` and `environment.json` of a run; written again when more is known.
+    """Settings, environment and a few examples of a run; written again when more is known.
 
     Args:
         opening: The run's settings, model and data, before the training.
@@ -69,6 +77,8 @@ class ConfigRecord:
         # The file can be used as a recipe, which must not replace or continue this run.
         self._options = replace(settings, overwrite=False, resume=False).as_options()
         unmasked = masked_options(self._options)
+        found = examples_of_run(base.tokenizer, task.training_samples, samples.kept)
+        self._examples = [example.record() for example in found]
         self._environment = environment(opening.arguments.device, started)
         if earlier is not None:
             before = {name: value for name, value in earlier.items() if name != EARLIER}
@@ -169,6 +179,7 @@ class ConfigRecord:
         if self._assignment is not None:
             write_text(directory / ASSIGNMENT, self._assignment.to_yaml())
         write_json(directory / ENVIRONMENT, self._environment)
+        write_jsonl(directory / EXAMPLES, self._examples)
 
 
 def write_evaluations(

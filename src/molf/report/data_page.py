@@ -4,19 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from molf.report.document import Part, render_parts
 from molf.report.figures import Figure, Series, lines
-from molf.report.samples import MOST
-from molf.shown import printable
+from molf.report.samples import ABOUT_MARKS, MOST, marked_sample
 
 if TYPE_CHECKING:
     from molf.tasks.preview import PreviewedRecord
 
-MOST_CHARACTERS = 4000  # of one record
 _SHARES = 101  # points of a line
 
 
@@ -30,8 +28,8 @@ def render_data(title: str, counts: Sequence[str], records: Sequence[PreviewedRe
     """
     used = [one for one in records if one.left_out is None and not one.held_out]
     parts = [Part("Records", lines=tuple(counts), figures=tuple(_figures(used)))]
-    shown = [_sample(one) for one in islice(records, MOST)]
-    about = "Marked text carries loss: the model learns to predict it."
+    shown = [marked_sample(one.cut()) for one in islice(records, MOST)]
+    about = ABOUT_MARKS
     if len(shown) < len(records):
         about += f" The page has the first {len(shown):,} of {len(records):,} records."
     return render_parts(title, parts, samples=shown, about_samples=about)
@@ -65,25 +63,3 @@ def _figures(used: Sequence[PreviewedRecord]) -> list[Figure]:
             )
         )
     return list(found)
-
-
-def _sample(record: PreviewedRecord) -> dict[str, Any]:
-    segments, left = [], MOST_CHARACTERS
-    total = sum(len(text) for text, _ in record.segments)
-    for text, has_loss in record.segments:
-        if left > 0:
-            segments.append([printable(text[:left]), has_loss])
-        left -= len(text)
-    if left < 0:
-        segments.append([f" […] ({-left:,} of {total:,} characters more)", False])
-    state = f"left out: {record.left_out}" if record.left_out else ""
-    return {
-        "index": record.index,
-        "task": "",
-        "right": None,
-        "state": state or ("held out to evaluate" if record.held_out else ""),
-        "about": f"{record.tokens:,} tokens, {record.loss_tokens:,} with loss",
-        "segments": segments,
-        "main": 0,
-        "texts": [["doubtful", fault] for fault in record.faults],
-    }

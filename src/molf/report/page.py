@@ -18,7 +18,7 @@ from molf.report.figures import Heat, Lines, Section
 from molf.report.results import shown_results
 from molf.report.routing_figures import routing_section
 from molf.report.run_data import COMPLETE, RunData
-from molf.report.samples import MOST, Samples
+from molf.report.samples import ABOUT_MARKS, MOST, Samples, marked_sample
 from molf.report.training_figures import training_section
 
 _WITHOUT = {  # options that methods have a value of, without an effect
@@ -54,10 +54,12 @@ def render(runs: Sequence[RunData], *, refresh: int | None = None) -> str:
     shown = _figure_sections(runs, figures)
     results = shown_results(runs)
     samples = [[] if run.samples is None else _samples(run.samples) for run in runs]
+    examples = [list(map(marked_sample, run.examples)) for run in runs]
     names = [
         ("result", "Result", bool(results)),
         *((section["name"], section["title"], True) for section in shown),
         ("samples", "Samples", any(samples)),
+        ("examples", "Training examples", any(examples)),
         ("settings", "Settings", True),
     ]
     return filled(
@@ -65,13 +67,14 @@ def render(runs: Sequence[RunData], *, refresh: int | None = None) -> str:
         title=", ".join(run.name for run in runs),
         written=runs[0].written,
         sections=[(anchor, name) for anchor, name, is_there in names if is_there],
-        data={"figures": figures, "samples": samples},
+        data={"figures": figures, "samples": [*samples, *examples]},
         refresh=refresh,
         many=f" many n{min(len(runs), 4)}" if len(runs) > 1 else "",
         runs=[_run(run) for run in runs],
         results=results,
         figure_sections=shown,
         has_samples=any(samples),
+        has_examples=any(examples),
     )
 
 
@@ -143,6 +146,7 @@ def _run(run: RunData) -> dict[str, Any]:
         "notices": [*run.notices, *([f"Error: {run.error}"] if run.error else [])],
         "facts": list(_facts(run)),
         "samples": "" if run.samples is None else _about_samples(run.samples),
+        "examples": _about_examples(run),
         "commands": list(_commands(run)),
         "details": [
             (title, [(name, _text(value)) for name, value in rows.items()])
@@ -163,6 +167,16 @@ def _about_samples(samples: Samples) -> str:
     if len(samples.shown) < samples.total:
         text += f"; the page has {len(samples.shown):,} of them, at most {MOST} of either kind"
     return f"{text}."
+
+
+def _about_examples(run: RunData) -> str:
+    """Return a sentence on the examples; empty without any."""
+    if not run.examples:
+        return ""
+    data = run.recorded.get("data")
+    total = data.get("examples") if isinstance(data, dict) else None
+    of_all = f" of {total:,}" if isinstance(total, int) else ""
+    return f"{len(run.examples):,}{of_all} examples, spread evenly over them. {ABOUT_MARKS}"
 
 
 def _facts(run: RunData) -> Iterator[tuple[str, str]]:

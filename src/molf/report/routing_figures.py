@@ -8,6 +8,7 @@ import numpy as np
 
 from molf.core.assignment.assigned import FULL
 from molf.job.advice.routed import Group, RoutedLayer, RoutedLayers
+from molf.job.record.routing_meaning import has_changes
 from molf.report.figures import Bars, Cell, Figure, Heat, Section, Series, Table, lines, plain
 from molf.report.routing_data import FACTORS, RoutingData
 from molf.report.run_data import RunData
@@ -25,33 +26,39 @@ def routing_section(data: RunData) -> Section | None:
         return Section("routing", "Routing", (), ("No expert has won anything yet.",))
     recorded = data.recorded.get("routing")
     meaning = str(recorded.get("meaning") or "") if isinstance(recorded, dict) else ""
-    text = tuple(filter(None, (meaning, *_summary(routing, routing.routed))))
+    # At its end a run records the changes in a sentence of its own.
+    changes = "" if has_changes(meaning) else _changes(routing, routing.routed)
+    text = tuple(filter(None, (meaning, changes, _predicted(routing, routing.routed))))
     return Section("routing", "Routing", tuple(_figures(routing, routing.routed)), text)
 
 
-def _summary(routing: RoutingData, routed: RoutedLayers) -> Iterator[str]:
-    count = len(routed.layers)
+def _changes(routing: RoutingData, routed: RoutedLayers) -> str:
+    """Return the number of changes of winner, and the last of them, in a sentence."""
     flips = sum(one.evidence.changes for one in routed.layers)
     last = max((one.evidence.last_change or 0) for one in routed.layers)
     unchanged = sum(not one.evidence.changes for one in routed.layers)
     when = f", the last in step {last:,} of {routing.last[-1]:,}" if flips else ""
-    yield (
-        f"{counted(flips, 'flip')} (changes of winner) in {counted(count, 'layer')}{when}; "
-        f"{unchanged} layers have never flipped."
+    return (
+        f"{counted(flips, 'flip')} (changes of winner) in {counted(len(routed.layers), 'layer')}"
+        f"{when}; {counted(unchanged, 'layer')} without any."
     )
+
+
+def _predicted(routing: RoutingData, routed: RoutedLayers) -> str:
+    """Return in how many layers shape and rates predict the winner, in a sentence."""
     if not routed.has_full:
-        yield "There was no full expert: shape and rates predict nothing."
-    elif not routing.has_shapes:
-        yield "The log has no shapes of layers: a prediction by shape is not made."
-    else:
-        same = count - routed.differing
-        names = [one.name for one in routed.layers if one.differs]
-        others = f" Different: {listed(names, _NAMED)}." if names else ""
-        yield (
-            f"In {same} of {count} layers most decisions went to the winner that shape, scaling "
-            f"and rates (LoRA {routed.rate_ratio:g} times full) predict without any gradient."
-            f"{others}"
-        )
+        return "There was no full expert: shape and rates predict nothing."
+    if not routing.has_shapes:
+        return "The log has no shapes of layers: a prediction by shape is not made."
+    count = len(routed.layers)
+    same = count - routed.differing
+    names = [one.name for one in routed.layers if one.differs]
+    others = f" Different: {listed(names, _NAMED)}." if names else ""
+    return (
+        f"In {same} of {count} layers most decisions went to the winner that shape, scaling "
+        f"and rates (LoRA {routed.rate_ratio:g} times full) predict without any gradient."
+        f"{others}"
+    )
 
 
 def _figures(routing: RoutingData, routed: RoutedLayers) -> Iterator[Figure]:

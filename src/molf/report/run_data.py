@@ -20,6 +20,7 @@ from molf.job.record.ownership import (
     ENVIRONMENT,
     ERROR_LOG,
     EVALUATION,
+    EXAMPLES,
     METRICS,
     PREDICTIONS,
     SPECTRA,
@@ -29,8 +30,9 @@ from molf.job.record.ownership import (
 )
 from molf.job.record.resumed_run import is_finished
 from molf.report.routing_data import RoutingData, read_routing_data
-from molf.report.samples import Samples, read_samples
+from molf.report.samples import Samples, read_examples, read_samples
 from molf.shown import counted
+from molf.tasks.preview import PreviewedRecord
 
 COMPLETE, RUNNING, STOPPED, FAILED, EVALUATED = (
     "complete",
@@ -106,6 +108,7 @@ class RunData:
         evaluations: The same of its lines on evaluations during the training.
         evaluated: Metrics by task.
         samples: Predictions; None without any.
+        examples: Examples of the training; empty for runs of earlier versions.
         routing: The routing; None without any.
         spectra: Content of `spectra.json`; empty without it.
         notices: One line for each part that is missing or cannot be read.
@@ -122,6 +125,7 @@ class RunData:
     evaluations: dict[str, Floats] = field(default_factory=dict)
     evaluated: tuple[Evaluated, ...] = ()
     samples: Samples | None = None
+    examples: tuple[PreviewedRecord, ...] = ()
     routing: RoutingData | None = None
     spectra: dict[str, Any] = field(default_factory=dict)
     notices: list[str] = field(default_factory=list)
@@ -178,6 +182,8 @@ def read_run_data(path: Path, *, most_bins: int = 400) -> RunData:
     _add_log(data)
     _add_evaluations(data)
     _add_spectra(data)
+    data.examples, notices = read_examples(run.path / EXAMPLES)
+    data.notices += notices
     data.routing, notices = read_routing_data(run, most_bins=most_bins)
     data.notices += notices
     if data.status == RUNNING:

@@ -1,4 +1,4 @@
-"""Read predictions for a page: right and wrong answers, a bounded number of each."""
+"""Samples of a page: predictions, a bounded number of right and wrong ones, and examples."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from molf.shown import counted, printable
+from molf.tasks.preview import PreviewedRecord
 
 MOST = 200  # samples of a page that are right, and as many that are wrong
 MOST_CHARACTERS = 1200  # of one text
+ABOUT_MARKS = "Marked text carries loss: the model learns to predict it."
 _FIRST = ("prompt", "prediction", "expected", "target_new", "target_true", "answer")
 _LEFT_OUT = ("index", "right", "left_out")
 
@@ -82,6 +84,39 @@ def read_samples(files: Iterable[Path]) -> tuple[Samples | None, list[str]]:
         return None, notices
     ordered = sorted((*shown[True], *shown[False]), key=lambda one: (one.task, one.index))
     return Samples(tuple(ordered), total, right, wrong), notices
+
+
+def read_examples(path: Path) -> tuple[tuple[PreviewedRecord, ...], list[str]]:
+    """Return the examples of a run's file, and a notice if it cannot be read; none without it."""
+    found, damaged = [], 0
+    try:
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    except FileNotFoundError:
+        return (), []
+    except OSError:
+        return (), [f"{path.name} cannot be read."]
+    for line in lines:
+        try:
+            found.append(PreviewedRecord.of_record(json.loads(line)))
+        except (KeyError, TypeError, ValueError, RecursionError):
+            damaged += 1
+    notices = [f"{path.name}: {counted(damaged, 'line')} cannot be read."] if damaged else []
+    return tuple(found), notices
+
+
+def marked_sample(record: PreviewedRecord) -> dict[str, Any]:
+    """Return a record for the script of a page, which marks its text with loss."""
+    state = f"left out: {record.left_out}" if record.left_out else ""
+    return {
+        "index": record.index,
+        "task": "",
+        "right": None,
+        "state": state or ("held out to evaluate" if record.held_out else ""),
+        "about": f"{record.tokens:,} tokens, {record.loss_tokens:,} with loss",
+        "segments": [[printable(text), has_loss] for text, has_loss in record.segments],
+        "main": 0,
+        "texts": [["doubtful", fault] for fault in record.faults],
+    }
 
 
 def _entry(line: str) -> dict[str, Any] | None:

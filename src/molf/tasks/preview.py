@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from molf.data.encoding import ids_and_labels, tokenize_samples
+from molf.data.samples import Sample
+from molf.measure.spread import spread
 from molf.measure.tokens import IGNORED
 from molf.tasks.base import DataRecords
 
+MOST_CHARACTERS = 4000
+"""Characters of one record on a page."""
+
 _AT_ONCE = 1000
+_KEPT = 40  # examples of a run
 
 NOT_DRAWN = "not drawn by max_samples"
 NOT_WEIGHTED = "not drawn by max_samples or the weight of its file"
@@ -36,10 +43,67 @@ class PreviewedRecord:
     tokens: int
     loss_tokens: int
     segments: list[tuple[str, bool]]
-    held_out: bool
-    left_out: str | None
-    faults: tuple[str, ...]
+    held_out: bool = False
+    left_out: str | None = None
+    faults: tuple[str, ...] = ()
     times: int = 1
+
+    def record(self) -> dict[str, Any]:
+        """Return it as an object of JSON; entries without a value are left out."""
+        return {
+            "index": self.index,
+            "tokens": self.tokens,
+            "loss_tokens": self.loss_tokens,
+            "segments": [list(segment) for segment in self.segments],
+            **({"times": self.times} if self.times > 1 else {}),
+            **({"held_out": True} if self.held_out else {}),
+            **({"left_out": self.left_out} if self.left_out is not None else {}),
+            **({"faults": list(self.faults)} if self.faults else {}),
+        }
+
+    @classmethod
+    def of_record(cls, record: Mapping[str, Any]) -> PreviewedRecord:
+        """Return the example of an object that `record` returned.
+
+        Raises:
+            KeyError, TypeError, ValueError: The object is another.
+        """
+        return cls(
+            index=int(record["index"]),
+            tokens=int(record["tokens"]),
+            loss_tokens=int(record["loss_tokens"]),
+            segments=[(str(text), bool(has_loss)) for text, has_loss in record["segments"]],
+            faults=tuple(map(str, record.get("faults", ()))),
+        )
+
+    def cut(self) -> PreviewedRecord:
+        """Return it with the first `MOST_CHARACTERS` of its text, and the number of the others."""
+        total = sum(len(text) for text, _ in self.segments)
+        if total <= MOST_CHARACTERS:
+            return self
+        segments, left = [], MOST_CHARACTERS
+        for text, has_loss in self.segments:
+            if left > 0:
+                segments.append((text[:left], has_loss))
+            left -= len(text)
+        segments.append((f" […] ({-left:,} of {total:,} characters more)", False))
+        return replace(self, segments=segments)
+
+
+def examples_of_run(
+    tokenizer: Any, samples: Sequence[Sample], kept: Sequence[int]
+) -> list[PreviewedRecord]:
+    """Return a few examples of a training, spread evenly over its samples, each record once.
+
+    Args:
+        tokenizer: The model's tokenizer.
+        samples: The samples of the training.
+        kept: Positions of those that are not too long.
+    """
+    chosen = [samples[position] for position in spread(kept, _KEPT)]
+    # A weight repeats records.
+    distinct = {sample.content: sample for sample in chosen}
+    return [record.cut() for record in _previewed(tokenizer, list(distinct.values()))]
 
 
 def preview(tokenizer: Any, data: DataRecords, max_length: int) -> Iterator[PreviewedRecord]:
@@ -54,26 +118,35 @@ def preview(tokenizer: Any, data: DataRecords, max_length: int) -> Iterator[Prev
         InputError: The tokenizer cannot be used, or its chat template rejects a record.
     """
     held_out, trained_on = set(data.held_out), Counter(data.trained_on)
-    indices = list(data.samples)
-    for start in range(0, len(indices), _AT_ONCE):
-        chunk = indices[start : start + _AT_ONCE]
-        tokenized = tokenize_samples(tokenizer, [data.samples[index] for index in chunk])
-        for index, (text, rendered) in zip(chunk, tokenized, strict=True):
+    for index, record in zip(
+        data.samples, _previewed(tokenizer, data.samples.values()), strict=True
+    ):
+        left_out = None
+        if record.tokens > max_length:
+            left_out = f"longer than {max_length} tokens"
+        elif index not in held_out and index not in trained_on:
+            left_out = NOT_WEIGHTED if data.is_weighted else NOT_DRAWN
+        yield replace(
+            record,
+            index=index,
+            held_out=index in held_out,
+            left_out=left_out,
+            times=trained_on[index] or 1,
+        )
+
+
+def _previewed(tokenizer: Any, samples: Iterable[Sample]) -> Iterator[PreviewedRecord]:
+    """Encode samples as in training."""
+    remaining = iter(samples)
+    while chunk := list(itertools.islice(remaining, _AT_ONCE)):
+        for sample, (text, rendered) in zip(chunk, tokenize_samples(tokenizer, chunk), strict=True):
             ids, labels = ids_and_labels(text, rendered, tokenizer.eos_token_id)
-            left_out = None
-            if len(ids) > max_length:
-                left_out = f"longer than {max_length} tokens"
-            elif index not in held_out and index not in trained_on:
-                left_out = NOT_WEIGHTED if data.is_weighted else NOT_DRAWN
             yield PreviewedRecord(
-                index=index,
+                index=sample.record,
                 tokens=len(ids),
                 loss_tokens=sum(label != IGNORED for label in labels),
                 segments=_segments(tokenizer, ids, labels),
-                held_out=index in held_out,
-                left_out=left_out,
                 faults=rendered.all_faults(tokenizer),
-                times=trained_on[index] or 1,
             )
 
 

@@ -32,6 +32,7 @@ ERROR_LOG = "error.log"
 EXPORT = "molf_export.json"
 REPORT = "report.html"
 SPECTRA = "spectra.json"
+EXAMPLES = "examples.jsonl"
 
 _RUN_ENTRIES = frozenset(
     {
@@ -49,6 +50,7 @@ _RUN_ENTRIES = frozenset(
         ERROR_LOG,
         REPORT,
         SPECTRA,
+        EXAMPLES,
     }
 )
 

@@ -43,6 +43,11 @@ def routing_meaning(summary: RoutingSummary, config: MoLFConfig, steps: int) -> 
     return _movement(summary, config, steps)
 
 
+def has_changes(meaning: str) -> bool:
+    """Return whether a recorded sentence of `routing_meaning` has the number of changes."""
+    return "changed" in meaning
+
+
 def routing_shares_text(summary: RoutingSummary) -> str:
     """Return the share of each expert and the changes per layer in a sentence."""
     shares = ", ".join(f"{name} {share:.1%}" for name, share in summary.won.items())

@@ -419,7 +419,7 @@
         const text = [whole, ...one.texts.map((pair) => pair[1])].join("\n").toLowerCase();
         return words.every((word) => text.includes(word) || `#${one.index}` === word);
       });
-      output.textContent = `${found.length} of ${all.length} samples`;
+      output.textContent = `${found.length} of ${all.length} ${section.dataset.what}`;
       list.replaceChildren(...found.slice(0, count).map((one) => {
         const state = one.state !== undefined ? one.state : one.left_out ? `left out: ${one.left_out}` : one.right === true ? "right" : one.right === false ? "wrong" : "";
         const entries = (pairs) => make("dl", {}, ...pairs.flatMap(([name, text]) => [make("dt", {}, name), make("dd", {}, text)]));
