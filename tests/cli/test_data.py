@@ -121,6 +121,17 @@ def test_records_that_max_samples_leaves_are_named(shown):
     assert left.count("not drawn by max_samples") == 10
 
 
+def test_records_for_evaluations_in_the_training_are_not_trained_on(shown):
+    """As in the training itself, which sets them aside."""
+    records = [{"prompt": f"{i} is", "completion": f" {i}."} for i in range(60)]
+    further = ("--eval_steps", "2", "--validation_share", "0.25")
+    out = shown(records, *further).out
+    assert "60 read: 40 to train on, 14 for validation in the training, 6 held out" in out
+    lines = [json.loads(line) for line in shown(records, *further, "--jsonl").out.splitlines()]
+    assert sum(line.get("validation", False) for line in lines) == 14
+    assert not any(line.get("validation") and line.get("held_out") for line in lines)
+
+
 @pytest.mark.parametrize(
     ("task", "record", "learned"),
     [

@@ -102,6 +102,14 @@ def test_prompts_of_files(generated, models, tmp_path, loaded):
     )
     (entry,) = lines(generated(models / "chat", "--prompts", records, *given))
     assert entry["prompt"] == [asked]
+    # As a list, and with a character that JSON allows and splitlines() splits at.
+    whole = tmp_path / "records.json"
+    whole.write_text(json.dumps([{"prompt": "Anna\u2028walks"}, {"prompt": "b"}], indent=1))
+    found = lines(generated(models / "plain", "--prompts", whole, *given))
+    assert [one["prompt"] for one in found] == ["Anna\u2028walks", "b"]
+    records.write_text(json.dumps({"prompt": "Anna\u2028sits"}, ensure_ascii=False) + "\n")
+    (entry,) = lines(generated(models / "plain", "--prompts", records, *given))
+    assert entry["prompt"] == "Anna\u2028sits"
 
 
 def test_several_answers_have_their_prompts(generated, models):
@@ -147,7 +155,7 @@ def test_a_full_conversation_is_reported(models, monkeypatch, capsys):
         (["generate", "{plain}", "x", "--chat"], "needs a chat template"),
         (["generate", "{plain}", "x", "--system", "s"], "system needs a chat"),
         (["generate", "{plain}", "--prompts", "{tmp}/none.txt"], "none.txt"),
-        (["generate", "{plain}", "--prompts", "{tmp}/bad.jsonl"], "line 2 has neither"),
+        (["generate", "{plain}", "--prompts", "{tmp}/bad.jsonl"], "record 1 has neither"),
         (["generate", "{tmp}", "x"], "model"),
         (["chat", "{plain}"], "has no chat template"),
     ],

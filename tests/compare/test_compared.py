@@ -57,6 +57,19 @@ def test_one_seed_has_intervals_of_questions(tmp_path):
     assert found.metric("accuracy").margins == {}  # no run of lora
 
 
+def test_other_weights_of_the_data_are_other_columns(tmp_path):
+    """The same files and seed: neither run is a newer one of the other."""
+    paths = []
+    for name, data in (("plain", "/a.jsonl,/b.jsonl"), ("heavy", "/a.jsonl:2,/b.jsonl")):
+        paths.append(write_compared(tmp_path / name, "molf", 1))
+        config = yaml.safe_load((paths[-1] / "config.yaml").read_text())
+        (paths[-1] / "config.yaml").write_text(yaml.safe_dump({**config, "data": data}))
+    (found,), notices = summary_of(paths)
+    assert [*found.cell.methods] == ["molf (weights=1)", "molf (weights=2,1)"]
+    assert any(": weights differs:" in line for line in notices)
+    assert not any("is left out" in line for line in notices)
+
+
 def test_other_settings_are_other_columns(tmp_path):
     paths = [
         write_compared(tmp_path / f"{score}-{seed}", "molf", seed, score=score)

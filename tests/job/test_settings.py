@@ -181,6 +181,19 @@ def test_options_without_effect_warn(method):
         resolved(method=method, **kept, **own)
 
 
+@pytest.mark.parametrize(("schedule", "warns"), [("constant", True), ("cosine", False)])
+def test_a_schedule_without_warm_up_warns(schedule, warns):
+    with warnings.catch_warnings(record=True) as shown:
+        warnings.simplefilter("always")
+        for ratio in (0.0, 0.1, 0.3):
+            resolved(lr_scheduler_type=schedule, warmup_ratio=ratio)
+    expected = [
+        "Without effect with lr_scheduler_type=constant: warmup_ratio=0.3. Give "
+        "constant_with_warmup."
+    ]
+    assert [str(one.message) for one in shown] == (expected if warns else [])
+
+
 def test_default_directories_of_two_runs_in_one_second_differ():
     first, second = resolved().output_dir, resolved().output_dir
     assert first != second

@@ -154,6 +154,17 @@ def test_contents_of_local_inputs_are_part_of_the_identity(tmp_path, inputs):
     assert len({frozenset(other) for other in changed}) == 4
 
 
+def test_weights_and_hub_ids_are_part_of_the_contents(tmp_path):
+    for name in "ab":
+        (tmp_path / f"{name}.jsonl").write_text(f'{{"text": "{name}"}}\n')
+    one, two = tmp_path / "a.jsonl", tmp_path / "b.jsonl"
+    given = (f"{one},{two}", f"{one}:2,{two}", f"{one},{two}:2", f"{one},o/x", f"{one},o/y", one)
+    found = [contents.contents_of({"data": str(data)})["data"] for data in given]
+    assert len(set(found)) == len(given)
+    assert contents.contents_of({"data": f"{one}:1,{two}"})["data"] == found[0]
+    assert contents.contents_of({"data": "o/x"}) == {}
+
+
 def test_changed_data_is_a_changed_study(tmp_path, inputs, capsys):
     study, make = study_of(tmp_path, cells=[_own(inputs)])
     work(study, make, Pretended(study))

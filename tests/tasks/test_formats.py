@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pyarrow
 import pytest
-from datasets import Dataset, DatasetDict
+from datasets import Dataset, DatasetDict, load_from_disk
 
 from molf.cli import main
 from molf.cli.app import join_stdin
@@ -196,6 +196,13 @@ def test_what_datasets_saves_is_read(tmp_path):
     parts = DatasetDict({"train": Dataset.from_list(rows), "test": Dataset.from_list(rows[:1])})
     parts.save_to_disk(tmp_path / "saved")
     assert read_splits(tmp_path / "saved") == {"train": rows, "test": rows[:1]}
+    # `datasets` keeps results of `map` beside the data.
+    load_from_disk(tmp_path / "saved")["train"].map(lambda row: {"completion": "y"})
+    assert [*(tmp_path / "saved").rglob("cache-*.arrow")]
+    assert read_splits(tmp_path / "saved") == {"train": rows, "test": rows[:1]}
+    (tmp_path / "own").mkdir()
+    (tmp_path / "saved/test/data-00000-of-00001.arrow").rename(tmp_path / "own/cache-1.arrow")
+    assert read_splits(tmp_path / "own") == {"train": rows[:1]}
     table = pyarrow.Table.from_pylist(rows)
     path = tmp_path / "feather.arrow"
     with pyarrow.ipc.new_file(path, table.schema) as file:
@@ -349,6 +356,9 @@ def test_standard_input_on_the_command_line(given_on_stdin, tmp_path, capsys):
     assert main(command) == 0
     assert len(capsys.readouterr().out.splitlines()) == 20
     assert join_stdin(["--eval-data", "-", "-x", "-"]) == ["--eval-data=-", "-x", "-"]
+    for given in ("-:2", "-,a.jsonl"):
+        assert join_stdin(["--data", given]) == [f"--data={given}"]
+    assert join_stdin(["--data", "-x"]) == ["--data", "-x"]
 
 
 def test_wrong_standard_input(given_on_stdin, monkeypatch):

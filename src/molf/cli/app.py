@@ -111,11 +111,15 @@ app.command(study)
 
 
 def join_stdin(tokens: Sequence[str]) -> list[str]:
-    """Return the arguments with `--data -` as `--data=-`: cyclopts reads a hyphen as an option."""
+    """Return the arguments with `--data -` as `--data=-`: cyclopts reads a hyphen as an option.
+
+    The same with a weight (`-:2`) or further sources (`-,a.jsonl`).
+    """
     joined: list[str] = []
     for token in tokens:
-        if token == "-" and joined and joined[-1].replace("-", "_") in ("__data", "__eval_data"):
-            joined[-1] += "=-"
+        is_stdin = token == "-" or token.startswith(("-,", "-:"))
+        if is_stdin and joined and joined[-1].replace("-", "_") in ("__data", "__eval_data"):
+            joined[-1] += f"={token}"
         else:
             joined.append(token)
     return joined

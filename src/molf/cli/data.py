@@ -40,16 +40,18 @@ def preview_data(
         settings: The options of `molf train`; those that do not concern the data have no effect.
         config: A YAML file of these options, or a recipe by name; the command line has precedence.
         jsonl: Print every readable record in the file's order as a line of JSON: `index`, `tokens`,
-            `loss_tokens`, `segments` ([text, carries loss] pairs), and `held_out`, `left_out`,
-            `times` (by weight) or `faults` where it is.
+            `loss_tokens`, `segments` ([text, carries loss] pairs), and `held_out`, `validation`,
+            `left_out`, `times` (by weight) or `faults` where it is.
         examples: How many of the first examples are printed.
         page: Also write counts, lengths and up to 200 records, text with loss marked, as a page.
     """
     if examples < 0:
         raise InputError(f"Invalid examples={examples}. Must be at least 0.")
     from molf.job.model.path import check_model
+    from molf.job.settings.during import eval_strategy_of
     from molf.job.settings.resolved import resolve
     from molf.tasks import load_task
+    from molf.tasks.validation import records_with_part
 
     place = None
     if page is not None:
@@ -62,7 +64,10 @@ def preview_data(
     resolved = resolve(settings, datetime.now().astimezone())
     check_model(resolved.model)
     # Before torch is imported, so that wrong data is reported at once.
-    data = load_task(replace(resolved.task_options, preview=True)).data_records()
+    options = replace(resolved.task_options, preview=True)
+    task = load_task(options)
+    is_validated = eval_strategy_of(resolved) != "no"
+    data = records_with_part(task, options) if is_validated else task.data_records()
 
     from molf.job.libraries import quiet_libraries
 
@@ -110,15 +115,17 @@ def _first(data: DataRecords, count: int) -> DataRecords:
 
 
 def _counts(data: DataRecords, records: list[PreviewedRecord]) -> list[str]:
-    used = [record for record in records if record.left_out is None and not record.held_out]
+    used = [record for record in records if record.is_trained_on]
     held_out = sum(record.held_out for record in records)
+    validated = sum(record.is_validated for record in records)
     left_out = Counter(data.left_out)
     left_out.update(record.left_out for record in records if record.left_out is not None)
     total, again = len(used), sum(record.times - 1 for record in used)
     lines = [
         *([f"format     {', '.join(data.formats)}"] if data.formats else []),
-        f"records    {data.count} read: {total} to train on, {held_out} held out to evaluate, "
-        f"{left_out.total()} left out",
+        f"records    {data.count} read: {total} to train on, "
+        + (f"{validated} for validation in the training, " if validated else "")
+        + f"{held_out} held out to evaluate, {left_out.total()} left out",
         *([f"weights    {total + again} examples in an epoch"] if data.is_weighted else []),
         *(f"left out   {count}: {reason}" for reason, count in left_out.most_common()),
     ]

@@ -14,7 +14,7 @@ from molf.job.record.result import RunResult
 from molf.measure import Evaluation
 from molf.measure.harness import PREFIX
 from molf.measure.meanings import meanings
-from molf.shown import as_line
+from molf.shown import as_line, counted
 
 _ANSWERS = 3  # records whose answers are shown
 _MOST_CHARACTERS = 100  # of one answer
@@ -40,17 +40,20 @@ def print_summary(result: RunResult, page: Path | None = None) -> None:
         )
     console.print(table)
     console.lines(*_legend({**result.before.metrics, **result.after.metrics}))
-    skipped = f", {result.skipped_steps} of them skipped" if result.skipped_steps else ""
+    steps = counted(result.steps, "step")
+    if result.skipped_steps:
+        steps += f", {result.skipped_steps} of them skipped"
     lines = [
-        f"time     training {result.training_seconds:.1f} s ({result.steps} steps{skipped}, "
+        f"time     training {result.training_seconds:.1f} s ({steps}, "
         f"{result.tokens / max(result.training_seconds, 1e-9):,.0f} tokens/s), "
         f"evaluation {result.evaluation_seconds:.1f} s",
         f"memory   {result.peak_memory_bytes / 2**20:,.0f} MiB at most ({result.peak_memory_of})",
     ]
     if saves := result.checkpoints:
         lines.append(
-            f"saves    {saves['count']} checkpoints of {megabytes(saves['bytes'])}, for which the "
-            f"training waited {saves['pause_seconds']:.1f} s ({saves['share_of_training']:.1%})"
+            f"saves    {counted(saves['count'], 'checkpoint')} of {megabytes(saves['bytes'])}, for "
+            f"which the training waited {saves['pause_seconds']:.1f} s "
+            f"({saves['share_of_training']:.1%})"
         )
     if result.kernels:
         lines.append(f"kernels  {result.kernels} (the optimizer's steps)")

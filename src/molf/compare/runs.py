@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from molf.data.sources import sources_of
 from molf.errors import InputError
 from molf.job.record.contents import hash_of_data
 from molf.job.record.finished_run import FinishedRun, read_run
@@ -174,7 +175,8 @@ def _of_run(run: FinishedRun, notices: list[str], row: Mapping[str, str]) -> Com
         same={name: value for name, value in same.items() if value not in (None, "")}
         | {name: config.get(name) for name in _EXACT if name in config},
         settings={
-            name: _plain(value) for name, value in config.items() if name not in _NO_SETTINGS
+            **{name: _plain(value) for name, value in config.items() if name not in _NO_SETTINGS},
+            "weights": _weights(config.get("data")),
         },
         before=before,
         after=after,
@@ -192,6 +194,12 @@ def _metrics(record: Mapping[str, Any]) -> dict[str, float]:
         for name, entry in record.items()
         if isinstance(entry.get("value"), (int, float))
     }
+
+
+def _weights(data: Any) -> str:
+    """Return the weights of the sources of training data; 1 if all are."""
+    found = [source.weight for source in sources_of(str(data))] if data else []
+    return ",".join(f"{one:g}" for one in found) if set(found) - {1.0} else "1"
 
 
 def _scores(path: Path, notices: list[str]) -> Scores:

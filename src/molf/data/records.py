@@ -39,6 +39,7 @@ _SPLIT_WORDS = {
 _MOST_ENTRIES = 100_000  # files in a folder, data files or not
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(?::[\w.-]+)?")  # :configuration
 _BESIDE_ARROW = ("dataset_info.json", "state.json", "dataset_dict.json")  # of `save_to_disk`
+_CACHED = "cache-"  # results of `map` and `filter`, which `datasets` writes beside its data
 _ORDER = ("train", "test", "validation")
 # The error of `datasets` for a data set with several configurations and no default.
 _MISSING_CONFIGURATION = re.compile(r"available configs: \[(.*?)\]")
@@ -193,10 +194,13 @@ def _files_in(folder: Path) -> list[Path]:
     """
     found: list[Path] = []
     seen = 0
+    described: set[str] = set()  # folders of `datasets`
     for place, folders, names in os.walk(folder, onerror=_refuse_folder):
         # In place: os.walk then visits subfolders in this order.
         folders.sort()
         seen += len(names) + len(folders)
+        if any(name in _BESIDE_ARROW for name in names):
+            described.add(place)
         # Such as a home directory given by mistake.
         if seen > _MOST_ENTRIES:
             raise InputError(
@@ -210,6 +214,11 @@ def _files_in(folder: Path) -> list[Path]:
                 found.append(path)
     if any(path.suffix == ".arrow" for path in found):
         found = [path for path in found if path.name not in _BESIDE_ARROW]
+        found = [
+            path
+            for path in found
+            if not (path.match(f"{_CACHED}*.arrow") and str(path.parent) in described)
+        ]
     return sorted(found)
 
 

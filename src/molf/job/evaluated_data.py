@@ -5,7 +5,8 @@ from __future__ import annotations
 import warnings
 
 from molf.data.records import data_files
-from molf.data.sources import absolute_sources
+from molf.data.sources import absolute_sources, places
+from molf.data.stdin import SHOWN, STDIN
 from molf.job.record.finished_run import run_of
 from molf.job.record.provenance import contents, file_records, same_files
 from molf.job.settings.resolved import ResolvedSettings
@@ -37,9 +38,12 @@ def warn_of_training_data(model: str, task: Task) -> None:
     recorded = run.config["run"].get("data") or {}
     trained_on = contents((recorded.get("files") or {}).get("data") or [])
     evaluated_on = contents(file_records({"data": data}).get("data", []))
-    if data == run.config.get("data") or trained_on & evaluated_on:
+    # Standard input has one name for all contents.
+    is_same = data == run.config.get("data") and STDIN not in places(data)
+    if is_same or trained_on & evaluated_on:
+        shown = SHOWN if data == STDIN else data
         warnings.warn(
-            f"{run.path} was trained on {data}, so this measures memorised records. Give "
+            f"{run.path} was trained on {shown}, so this measures memorised records. Give "
             "other records with --data; those that the run held out are measured in its eval.json.",
             stacklevel=2,
         )

@@ -26,7 +26,7 @@ def render_data(title: str, counts: Sequence[str], records: Sequence[PreviewedRe
         counts: Lines of counts, as `molf data` prints them.
         records: All readable records.
     """
-    used = [one for one in records if one.left_out is None and not one.held_out]
+    used = [one for one in records if one.is_trained_on]
     parts = [Part("Records", lines=tuple(counts), figures=tuple(_figures(used)))]
     shown = [marked_sample(one.cut()) for one in islice(records, MOST)]
     about = ABOUT_MARKS

@@ -106,12 +106,11 @@ def read_examples(path: Path) -> tuple[tuple[PreviewedRecord, ...], list[str]]:
 
 def marked_sample(record: PreviewedRecord) -> dict[str, Any]:
     """Return a record for the script of a page, which marks its text with loss."""
-    state = f"left out: {record.left_out}" if record.left_out else ""
     return {
         "index": record.index,
         "task": "",
         "right": None,
-        "state": state or ("held out to evaluate" if record.held_out else ""),
+        "state": record.state,
         "about": f"{record.tokens:,} tokens, {record.loss_tokens:,} with loss",
         "segments": [[printable(text), has_loss] for text, has_loss in record.segments],
         "main": 0,

@@ -24,6 +24,7 @@ class DataRecords:
         left_out: Number of unusable records, by reason.
         trained_on: Indices of the samples to train on; repeated where a weight repeats a record.
         held_out: Indices of the samples that are kept for evaluation.
+        validated_on: Indices of the samples that are set aside for evaluations during the training.
         formats: Formats of the files (`custom`).
         is_weighted: Whether a source has a weight.
     """
@@ -33,6 +34,7 @@ class DataRecords:
     left_out: Counter[str]
     trained_on: Collection[int]
     held_out: Collection[int] = ()
+    validated_on: Collection[int] = ()
     formats: tuple[str, ...] = ()
     is_weighted: bool = False
 

@@ -88,7 +88,7 @@ class CustomTask(Task):
             read.left_out,
             self._trained_on,
             self._held_out,
-            read.formats,
+            formats=read.formats,
             is_weighted=any(weight != 1 for _, weight in read.weights),
         )
 

@@ -34,6 +34,7 @@ class PreviewedRecord:
         loss_tokens: Number of tokens that carry loss.
         segments: The decoded text in order, as (part, whether the part carries loss).
         held_out: Whether the record is kept for evaluation.
+        is_validated: Whether it is set aside for evaluations during the training.
         left_out: Why the record is not used; None if it is trained on or held out.
         faults: Sentences about differences between text and record.
         times: Number of times that an epoch has the record, if it is trained on.
@@ -44,6 +45,7 @@ class PreviewedRecord:
     loss_tokens: int
     segments: list[tuple[str, bool]]
     held_out: bool = False
+    is_validated: bool = False
     left_out: str | None = None
     faults: tuple[str, ...] = ()
     times: int = 1
@@ -57,9 +59,24 @@ class PreviewedRecord:
             "segments": [list(segment) for segment in self.segments],
             **({"times": self.times} if self.times > 1 else {}),
             **({"held_out": True} if self.held_out else {}),
+            **({"validation": True} if self.is_validated else {}),
             **({"left_out": self.left_out} if self.left_out is not None else {}),
             **({"faults": list(self.faults)} if self.faults else {}),
         }
+
+    @property
+    def is_trained_on(self) -> bool:
+        """Whether the training uses it."""
+        return self.left_out is None and not self.held_out and not self.is_validated
+
+    @property
+    def state(self) -> str:
+        """The use of a record that is not trained on, in words; empty for others."""
+        if self.left_out is not None:
+            return f"left out: {self.left_out}"
+        if self.held_out:
+            return "held out to evaluate"
+        return "set aside for validation in the training" if self.is_validated else ""
 
     @classmethod
     def of_record(cls, record: Mapping[str, Any]) -> PreviewedRecord:
@@ -117,19 +134,22 @@ def preview(tokenizer: Any, data: DataRecords, max_length: int) -> Iterator[Prev
     Raises:
         InputError: The tokenizer cannot be used, or its chat template rejects a record.
     """
-    held_out, trained_on = set(data.held_out), Counter(data.trained_on)
+    held_out, validated_on = set(data.held_out), set(data.validated_on)
+    trained_on = Counter(data.trained_on)
+    used = held_out | validated_on | trained_on.keys()
     for index, record in zip(
         data.samples, _previewed(tokenizer, data.samples.values()), strict=True
     ):
         left_out = None
         if record.tokens > max_length:
             left_out = f"longer than {max_length} tokens"
-        elif index not in held_out and index not in trained_on:
+        elif index not in used:
             left_out = NOT_WEIGHTED if data.is_weighted else NOT_DRAWN
         yield replace(
             record,
             index=index,
             held_out=index in held_out,
+            is_validated=index in validated_on,
             left_out=left_out,
             times=trained_on[index] or 1,
         )

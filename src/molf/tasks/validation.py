@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Collection, Hashable, Sequence
+from dataclasses import replace
 
 from molf.data.selection import draw, validation_part
 from molf.errors import InputError
-from molf.tasks.base import Task
+from molf.tasks.base import DataRecords, Task
 from molf.tasks.options import TaskOptions
 
 
@@ -94,6 +95,21 @@ def set_aside(task: Task, options: TaskOptions) -> Task:
     kept = draw(part, options.max_eval_samples, options.seed)
     found.validation_samples = [samples[index] for index in kept]
     return found
+
+
+def records_with_part(task: Task, options: TaskOptions) -> DataRecords:
+    """Return the records of a task's training file, with those that `set_aside` sets aside.
+
+    Raises:
+        InputError: As `set_aside`.
+    """
+    data = task.data_records()
+    rest = {sample.record for sample in set_aside(task, options).training_samples}
+    return replace(
+        data,
+        trained_on=[index for index in data.trained_on if index in rest],
+        validated_on=[index for index in dict.fromkeys(data.trained_on) if index not in rest],
+    )
 
 
 def part_record(options: TaskOptions, part: Sequence[int], data: str) -> dict[str, str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from cyclopts import Parameter
 
 from molf.cli.texts.options import TextOptions
+from molf.data.files import data_suffix, read_file
 from molf.errors import InputError
 from molf.inputs import read_text
 from molf.paths import expanded
@@ -38,8 +38,8 @@ def generate_text(
         model: A run, a local directory in transformers format, or a Hub id.
         texts: Prompts.
         options: How answers are generated.
-        prompts: Further prompts: a text file of one per line, or JSONL of {"prompt": text} or
-            {"messages": [...]}.
+        prompts: Further prompts: a text file of one per line, or a data file of {"prompt": text} or
+            {"messages": [...]}, such as JSONL.
         chat: Render each prompt as a user's message by the chat template; --no-chat: continue the
             text as it stands. Default: by the template, if there is one.
         system: The system's message of a chat.
@@ -153,27 +153,22 @@ def _read_prompts(path: Path) -> list[str | list[dict[str, Any]]]:
     """Return the prompts of a file.
 
     Raises:
-        InputError: It cannot be read, or a line has no prompt.
+        InputError: It cannot be read, or a record has no prompt.
     """
     path = expanded(path)
-    lines = read_text(path, f"prompts {path}", most=_MOST_BYTES).splitlines()
-    if path.suffix not in (".jsonl", ".json"):
-        return [line for line in lines if line.strip()]
+    if data_suffix(path) is None:
+        # splitlines() would also split at characters inside of a line.
+        lines = read_text(path, f"prompts {path}", most=_MOST_BYTES).split("\n")
+        return [line.rstrip("\r") for line in lines if line.strip()]
     found: list[str | list[dict[str, Any]]] = []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except ValueError as error:
-            raise InputError(f"prompts {path}: line {number} is no JSON: {error}") from error
-        prompt = record.get("prompt", record.get("messages")) if isinstance(record, dict) else None
+    for number, record in enumerate(read_file(path, f"prompts {path}")):
+        prompt = record.get("prompt", record.get("messages"))
         is_chat = isinstance(prompt, list) and all(
             isinstance(one, dict) and isinstance(one.get("role"), str) for one in prompt
         )
         if not (isinstance(prompt, str) or (is_chat and prompt)):
             raise InputError(
-                f'prompts {path}: line {number} has neither "prompt", a text, nor "messages", a '
+                f'prompts {path}: record {number} has neither "prompt", a text, nor "messages", a '
                 "list of messages."
             )
         if isinstance(prompt, list) and prompt[-1]["role"] == "assistant":

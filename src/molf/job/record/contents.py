@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from molf.data.records import data_files, is_url
-from molf.data.sources import absolute_sources
+from molf.data.sources import absolute_sources, sources_of
 from molf.paths import absolute, expanded
 
 _DATA = ("data", "eval_data", "forgetting_data")
@@ -67,11 +67,19 @@ def hash_of_model(model: str) -> str:
 
 
 def _data(source: str) -> str | None:
-    parts = []
-    for path in data_files(source):
-        with path.open("rb") as file:
-            parts.append(hashlib.file_digest(file, "sha256").hexdigest())
-    return f"sha256:{short_hash(parts)}" if parts else None
+    parts: list[Any] = []
+    has_files = False
+    for one in sources_of(source):
+        own = []
+        for path in data_files(one.place):
+            with path.open("rb") as file:
+                own.append(hashlib.file_digest(file, "sha256").hexdigest())
+        has_files |= bool(own)
+        if not own:
+            parts.append(str(one))  # a Hub id beside files
+        else:
+            parts += own if one.weight == 1 else [[one.weight, *own]]
+    return f"sha256:{short_hash(parts)}" if has_files else None
 
 
 def _model(folder: Path) -> str | None:

@@ -14,7 +14,7 @@ from molf.core.config import MoLFConfig
 from molf.data.sources import absolute_sources
 from molf.errors import InputError
 from molf.job.settings.defaults import ADAPTERS, MERGE_BASES, QUANTISABLE, STORAGE, defaults_for
-from molf.job.settings.during import eval_strategy_of
+from molf.job.settings.during import BY_LOSS, eval_strategy_of
 from molf.job.settings.settings import SAVE_MINUTES, TrainSettings
 from molf.paths import absolute, check_path, settled
 
@@ -253,6 +253,13 @@ def _warn_of_unused(settings: TrainSettings) -> None:
     if unused:
         warnings.warn(
             f"Without effect with method={settings.method}: {', '.join(unused)}.", stacklevel=3
+        )
+    warmup, schedule = settings.warmup_ratio, settings.lr_scheduler_type
+    if schedule in ("constant", *BY_LOSS) and warmup not in (0, _DEFAULTS["warmup_ratio"]):
+        instead = " Give constant_with_warmup." if schedule == "constant" else ""
+        warnings.warn(
+            f"Without effect with lr_scheduler_type={schedule}: warmup_ratio={warmup:g}.{instead}",
+            stacklevel=3,
         )
     limit = settings.max_skipped_steps
     if settings.nonfinite == "raise" and limit != _DEFAULTS["max_skipped_steps"]:
