@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 from molf.cli import main
+from molf.data.stdin import stdin_copy
 
 
 def with_model(options, model):
@@ -148,7 +149,7 @@ def custom(base, tmp_path):
     return [*arguments, "--ranks", "4", "--max_steps", "2"]
 
 
-def test_evaluation_on_what_was_trained_on_warns(custom, tmp_path, capsys):
+def test_evaluation_on_what_was_trained_on_warns(custom, tmp_path, capsys, monkeypatch):
     """A run's `model/` on the run's data: a tenth was held out, the others were not."""
     run = tmp_path / "run"
     assert main([*custom, "--max_samples", "12", "--output_dir", str(run)]) == 0
@@ -167,6 +168,19 @@ def test_evaluation_on_what_was_trained_on_warns(custom, tmp_path, capsys):
     shutil.copy(tmp_path / "pairs.jsonl", tmp_path / "folder" / "train.jsonl")
     write_pairs(tmp_path / "folder" / "test.jsonl", 5)
     assert not evaluate(*model, str(tmp_path / "folder"))
+
+    # The name of standard input is that of any records.
+    config = run / "config.yaml"
+    kept = config.read_text()
+    config.write_text(kept.replace(f"data: {tmp_path / 'pairs.jsonl'}", "data: '-'"))
+    assert "data: '-'" in config.read_text()
+    for name, expected in (("pairs", True), ("other", False)):
+        stdin_copy.cache_clear()
+        with (tmp_path / f"{name}.jsonl").open() as records:
+            monkeypatch.setattr("sys.stdin", records)
+            assert evaluate(*model, "-") == expected
+    stdin_copy.cache_clear()
+    config.write_text(kept)
 
     saved = ["--task", "custom", "--data", str(tmp_path / "pairs.jsonl"), "--predictions"]
     saved += [str(run / "predictions.jsonl"), "--output_dir", str(tmp_path / "e")]

@@ -7,6 +7,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from molf.data.sources import places
 from molf.job.inputs import Inputs
 from molf.job.progress import Reporter, make_reporter
 from molf.job.record.directory import RunDirectory, locking_runs
@@ -78,7 +79,7 @@ def probe(
 
         from molf.job.libraries import quiet_libraries
 
-        sources = (getattr(resolved, name) for name in INPUTS)
+        sources = [place for name in INPUTS for place in places(getattr(resolved, name))]
         with quiet_libraries(), locking_runs(sources):
             from molf.disk.files import write_text
             from molf.job.advice.advice import advise

@@ -8,6 +8,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
+from molf.data.sources import places
+from molf.data.stdin import STDIN
 from molf.errors import InputError
 from molf.job.settings.settings import TrainSettings
 from molf.measure.meanings import is_lower_better, metric_names
@@ -106,6 +108,8 @@ def _study(path: Path, content: Mapping[str, Any], options: Options) -> Study:
     _check_once(methods, "methods")
     for method in methods:
         _check_control(method, methods, cells)
+    for cell in cells:
+        _check_sources(cell)
     keep = text(content.get("keep", KEEP_RECORDS), "keep")
     if keep not in KEPT:
         raise StudyFileError(f"Invalid keep={keep!r}. Must be one of {', '.join(KEPT)}.")
@@ -238,6 +242,16 @@ def _cell(
         rates=rates,
         about=text(content.get("about", ""), f"{where}, about"),
     )
+
+
+def _check_sources(cell: Cell) -> None:
+    for name in ("data", "eval_data"):
+        given = cell.options.get(name)
+        if given is not None and STDIN in places(str(given)):
+            raise StudyFileError(
+                f"cells, {cell.name}, {name}: {STDIN} is the standard input of one process, and a "
+                "study reads its data many times. Give a file."
+            )
 
 
 def _check_control(method: Method, methods: Iterable[Method], cells: Iterable[Cell]) -> None:
