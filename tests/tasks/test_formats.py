@@ -145,6 +145,17 @@ def test_a_text_carries_loss_everywhere_and_has_no_answer(tmp_path):
         task.score_predictions(evaluation.predictions)
 
 
+def test_empty_texts_are_left_out(tmp_path):
+    texts = ["One.", "", "Two.", " \n"]
+    path = write(tmp_path / "a.jsonl", *({"text": text} for text in texts))
+    with pytest.warns(UserWarning, match="2 of 4 records are left out: an empty text"):
+        task = load(path)
+    assert task.data_records().left_out == {"an empty text": 2}
+    path = write(tmp_path / "b.jsonl", {"text": " "})
+    with pytest.raises(InputError, match="none of the 1 records can be used"):
+        load(path)
+
+
 def test_files_of_two_formats_are_evaluated_together(tmp_path):
     one = write(tmp_path / "a.jsonl", RECORDS["text"])
     other = write(tmp_path / "b.jsonl", RECORDS["prompt-completion"])

@@ -43,6 +43,7 @@ _OPTIONAL = {
 }
 
 NO_TURN = "no assistant message to learn"
+NO_TEXT = "an empty text"
 
 _INSTEAD_OF_CONTENT = ("tool_calls", "reasoning_content", "thinking", "reasoning")
 
@@ -207,7 +208,10 @@ def parse_sample(record: Record, name: str, index: int, where: str) -> Sample:
     if name == "alpaca":
         return _instruction(record, index, where)
     if name == "text":
-        return PlainText(filled_text(record["text"], f"{where}: text"), index)
+        text = text_value(record["text"], f"{where}: text")
+        if not text.strip():  # such as the blank lines of a document
+            raise UnusableRecordError(NO_TEXT)
+        return PlainText(text, index)
     prompt, completion = record["prompt"], record["completion"]
     if isinstance(prompt, list) and isinstance(completion, list):
         context = _messages(prompt, f"{where}: prompt")
