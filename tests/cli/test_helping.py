@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import re
+from pathlib import Path
 
 import pytest
 import yaml
 
+from molf.api.options import parsed
 from molf.cli import main
 from molf.cli.recipes.shipped import recipe_names, shipped_recipe
 
@@ -85,10 +87,23 @@ def test_wrong_options_print_no_configuration(capsys):
     assert capsys.readouterr().out == ""
 
 
+def test_a_list_of_sources_is_one_value(printed, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "r.yaml").write_text(
+        "task: custom\nmodel: m\ndata: [a.jsonl, b.jsonl:2]\nmax_time: 1h30m\n"
+    )
+    found = yaml.safe_load(printed("train", "--config", "r.yaml", "--print_config"))
+    assert (found["data"], found["max_time"]) == ("a.jsonl,b.jsonl:2", 5400.0)
+    given = parsed("train", {"task": "custom", "model": "m", "data": ["a.jsonl", Path("b.jsonl")]})
+    assert given["settings"].data == "a.jsonl,b.jsonl"
+
+
 def test_schema_accepts_every_shipped_recipe(printed):
     schema = json.loads(printed("recipes", "schema"))
     assert schema["properties"]["method"]["enum"][0] == "fft"
     assert schema["properties"]["ranks"]["type"] == ["array", "integer", "string", "null"]
+    assert schema["properties"]["max_time"]["type"] == ["string", "number", "null"]
+    assert schema["properties"]["data"]["type"] == ["array", "string", "null"]
     assert all(one["description"] for one in schema["properties"].values())
     kinds = {
         bool: "boolean",

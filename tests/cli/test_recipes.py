@@ -480,6 +480,7 @@ def test_validate_finds(validate, text, words):
     [
         ("", "train"),
         ("top_k: 2\nranks: [4, 8]\n", "train"),
+        ("task: custom\nmodel: m\ndata: [a.jsonl, 'b.jsonl:2']\nmax_time: 1h\n", "train"),
         ("# molf eval MODEL --config recipe.yaml\ntasks: [sql, med]\nfew_shot: 2\n", "eval"),
         ("# molf eval MODEL --task med --config recipe.yaml\nfew_shot: 5\n", "eval"),
     ],

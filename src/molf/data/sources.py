@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from molf.data.download import is_url
 from molf.data.files import data_suffix
 from molf.data.stdin import STDIN
 from molf.errors import InputError
 from molf.paths import absolute, expanded
+
+OPTIONS = ("data", "eval_data")
+"""The options whose values are sources."""
 
 MOST_WEIGHT = 1000.0
 
@@ -66,6 +71,14 @@ def sources_of(given: str, option: str = "data") -> list[Source]:
                 f"{source.place}:2."
             )
     return found
+
+
+def with_joined_sources(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return options with a list of sources as one text, as the command line has it."""
+    return {
+        name: ",".join(map(str, value)) if name in OPTIONS and isinstance(value, list) else value
+        for name, value in options.items()
+    }
 
 
 def places(given: str | None) -> list[str]:

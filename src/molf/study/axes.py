@@ -8,6 +8,7 @@ from dataclasses import fields, replace
 from functools import cache
 from typing import Any, get_type_hints
 
+from molf.data.sources import with_joined_sources
 from molf.job.settings.resolved import without_effect
 from molf.job.settings.settings import METHOD, TrainSettings
 from molf.study.definition import EVAL_PART, RATES, Cell, Method
@@ -49,7 +50,7 @@ def cell_options(recipe: Mapping[str, Any], given: Mapping[str, Any], where: str
         if name in method_options():
             raise StudyFileError(f"{where}: {name} belongs to methods.")
     apart = {*method_options(), *RATES, *_OWN}
-    return {**{k: v for k, v in recipe.items() if k not in apart}, **given}
+    return with_joined_sources({**{k: v for k, v in recipe.items() if k not in apart}, **given})
 
 
 def check_method_options(method: Method) -> None:

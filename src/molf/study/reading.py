@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from molf.data.sources import places
+from molf.data.sources import OPTIONS, places
 from molf.data.stdin import STDIN
 from molf.errors import InputError
 from molf.job.settings.settings import TrainSettings
@@ -245,7 +245,7 @@ def _cell(
 
 
 def _check_sources(cell: Cell) -> None:
-    for name in ("data", "eval_data"):
+    for name in OPTIONS:
         given = cell.options.get(name)
         if given is not None and STDIN in places(str(given)):
             raise StudyFileError(

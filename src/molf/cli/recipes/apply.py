@@ -13,6 +13,7 @@ from cyclopts import App, ArgumentCollection
 from cyclopts.argument import update_argument_collection
 
 from molf.cli.recipes.shipped import find_recipe
+from molf.data.sources import with_joined_sources
 from molf.errors import InputError
 from molf.inputs import read_text
 from molf.masking import learn
@@ -96,7 +97,7 @@ def given_by(path: Path, options: Mapping[str, Any]) -> Callable[..., None]:
     # Not cyclopts' own `Dict`: it skips options that have the name of a command.
     def give(app: App, commands: tuple[str, ...], arguments: ArgumentCollection) -> None:
         update_argument_collection(
-            dict(options), str(path), arguments, root_keys=(), allow_unknown=False
+            with_joined_sources(options), str(path), arguments, root_keys=(), allow_unknown=False
         )
 
     return give

@@ -8,6 +8,9 @@ from typing import Any, get_args, get_origin
 
 from cyclopts import Argument
 
+from molf.data.sources import OPTIONS
+from molf.job.settings.converters import duration
+
 _TYPES = {bool: "boolean", int: "integer", float: "number", str: "string", Path: "string"}
 _ALONE = ("config", "print_config", "report", "spectra")  # of the command line alone
 
@@ -18,7 +21,7 @@ def recipe_schema() -> dict[str, Any]:
 
     arguments = app["train"].assemble_argument_collection(parse_docstring=True)
     options = {
-        name: _option(argument)
+        name: _option(argument, name)
         for argument in arguments
         if argument.show and (name := argument.name.lstrip("-").replace("-", "_")) not in _ALONE
     }
@@ -31,12 +34,16 @@ def recipe_schema() -> dict[str, Any]:
     }
 
 
-def _option(argument: Argument) -> dict[str, Any]:
+def _option(argument: Argument, name: str) -> dict[str, Any]:
     found: dict[str, Any] = {"description": " ".join((argument.parameter.help or "").split())}
     if choices := argument.get_choices():
         found["enum"] = [*choices, None]
     else:
         found |= _type_of(argument.hint)
+    if argument.parameter.converter is duration:  # such as 90m
+        found["type"] = ["string", *found["type"]]
+    if name in OPTIONS:  # several sources
+        found["type"] = ["array", *found["type"]]
     return found
 
 
