@@ -22,11 +22,12 @@ _SAME = {
 }
 # Options that methods should share in a fair comparison.
 _BUDGET = (
-    *("max_samples", "weights", "label_noise", "max_length", "dtype", "bf16"),
-    *("num_train_epochs", "max_steps", "max_time", "keep_best", "early_stopping_patience"),
-    *("eval_strategy", "validation_share"),  # a part of the data is not trained on
+    *("max_samples", "label_noise", "max_length", "num_train_epochs", "max_steps", "dtype", "bf16"),
+    *("max_time", "keep_best", "early_stopping_patience"),
     *("per_device_train_batch_size", "gradient_accumulation_steps", "lr_scheduler_type"),
     *("warmup_ratio", "weight_decay", "max_grad_norm", "load_in_4bit", "load_in_8bit"),
+    # Of the data; evaluations in the training set a part of it aside.
+    *("weights", "eval_strategy", "validation_share"),
 )
 
 

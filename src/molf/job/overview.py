@@ -100,14 +100,9 @@ def _steps(opening: Opening, processes: int) -> str:
     size, passes = settings.per_device_train_batch_size, settings.gradient_accumulation_steps
     batch = size * passes * processes
     split = f"{size} x {passes}" + (f" x {processes} processes" if processes > 1 else "")
-    # The last step of an epoch may have fewer examples.
-    examples, share = len(opening.data.samples.input_ids), size * processes
-    is_cut = opening.arguments.dataloader_drop_last
-    batches = examples // share if is_cut else -(-examples // share)
-    epochs = steps / max(1, -(-batches // passes))
-    shown = f"{epochs:.3g}" if epochs < 1000 else f"{epochs:,.0f}"
+    epochs = steps * batch / len(opening.data.samples.input_ids)
     limit = "" if settings.max_time is None else f", at most {duration(settings.max_time)}"
-    return f"{steps:,} of {counted(batch, 'example')} ({split}), {shown} epochs{limit}"
+    return f"{steps:,} of {counted(batch, 'example')} ({split}), {epochs:.3g} epochs{limit}"
 
 
 def _rates(settings: ResolvedSettings) -> str:
