@@ -254,7 +254,9 @@ def test_output_dir_cannot_be_written(train):
         ("eos_token", "<nope>", ["eos_token", "tokenizer"]),
         ("chat_template_path", "x", ["chat_template_path", "tokenizer"]),
         ("lr_scheduler_kwargs", '{"a": 1}', ["lr_scheduler_kwargs={'a': 1}", "cosine", "'a'"]),
-        ("hub_token", "hf_secret", ["hub_token", "pushes nothing"]),
+        ("bf16_full_eval", "true", ["bf16_full_eval", "no effect"]),
+        ("ignore_data_skip", "true", ["ignore_data_skip", "where it stopped"]),
+        ("hub_token", "hf_secret", ["hub_token", "pushes nothing", "molf push"]),
         ("hub_model_id", "me/model", ["hub_model_id", "pushes nothing"]),
     ],
 )

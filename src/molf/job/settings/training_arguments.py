@@ -58,6 +58,8 @@ _IMPOSSIBLE = {
     "load_best_model_at_end": "give --keep_best",
     "assistant_only_loss": "the task defines which tokens carry loss",
     "eval_on_start": "the run measures the model before and after itself",
+    "ignore_data_skip": "a resumed training continues at the example where it stopped",
+    "restore_callback_states_from_checkpoint": "a resumed training restores them itself",
     "eos_token": _TOKENIZER,
     "pad_token": _TOKENIZER,
     "chat_template_path": _TOKENIZER,
@@ -66,7 +68,26 @@ _IMPOSSIBLE = {
     "deepspeed": _DEVICES,
     "parallelism_config": _DEVICES,
 }
-_REFUSED = _CONTROLLED | set(_IMPOSSIBLE)
+# Of the trainer's own preparation of data, evaluation and saving, which a run does not use.
+_WITHOUT_EFFECT = frozenset(
+    {
+        "batch_eval_metrics",
+        "bf16_full_eval",
+        "dataset_num_proc",
+        "dataset_text_field",
+        "do_predict",
+        "eval_accumulation_steps",
+        "eval_do_concat_batches",
+        "eval_use_gather_object",
+        "fp16_full_eval",
+        "include_for_metrics",
+        "prediction_loss_only",
+        "save_on_each_node",
+        "save_only_model",
+        "truncation_mode",
+    }
+)
+_REFUSED = _CONTROLLED | set(_IMPOSSIBLE) | _WITHOUT_EFFECT
 _OPTIONS = frozenset(option.name for option in fields(TrainSettings))
 _TRUTH = frozenset(
     ["yes", "true", "t", "y", "1", "no", "false", "f", "n", "0"]
@@ -113,12 +134,17 @@ def check_name(name: str) -> None:
     """
     if name in _CONTROLLED:
         raise InputError(f"training_args.{name} cannot be set: a run decides it itself.")
+    if name in _WITHOUT_EFFECT:
+        raise InputError(
+            f"training_args.{name} cannot be set: it would have no effect. molf prepares the data, "
+            "evaluates and saves itself."
+        )
     if name in _IMPOSSIBLE:
         raise InputError(f"training_args.{name} cannot be set: {_IMPOSSIBLE[name]}.")
     if name.startswith("hub_"):
         raise InputError(
-            f"training_args.{name} cannot be set: a run pushes nothing. Push model/ with the "
-            "Hub's own tools."
+            f"training_args.{name} cannot be set: a run pushes nothing. Upload the model with "
+            "molf push."
         )
     if name == "use_liger_kernel" and find_spec("liger_kernel") is None:
         raise InputError(
