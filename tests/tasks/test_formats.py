@@ -275,6 +275,9 @@ def test_a_wrong_list_is_one_clear_line(tmp_path, monkeypatch, given, message):
 
 def test_weights_are_for_training_data_of_custom(tmp_path):
     path = write(tmp_path / "a.jsonl", *pairs("a", 20))
+    with pytest.warns(UserWarning, match="each record is measured once, whatever its weight"):
+        task = load(f"{path}:3", evaluation_only=True)
+    assert task.evaluation_count == 20
     other = write(tmp_path / "b.jsonl", *pairs("b", 4))
     with pytest.raises(InputError, match=r"eval_data: .* has the weight 2. Weights are for data"):
         load(path, eval_data=f"{other}:2")

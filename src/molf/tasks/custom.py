@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -343,6 +344,8 @@ def _load_for_evaluation(options: TaskOptions) -> CustomTask:
     splits = read_parts(path)
     split = _evaluation_split(splits)
     data = parse_parts(splits[split], path, options.format)
+    if any(weight != 1 for _, weight in data.weights):
+        warnings.warn(f"{path}: each record is measured once, whatever its weight.", stacklevel=3)
     records = list(data.samples)
     of_runs = [records]
     source = {"evaluated_on": path}
