@@ -450,8 +450,12 @@ def test_logs_that_are_never_written_do_not_cost_the_model(options, disk, place,
 
 
 def test_failure_after_saving_says_where_the_model_is(options, tmp_path, monkeypatch, capsys):
+    write = records.write_jsonl
+
     def fail(path, value):
-        raise OSError(28, "No space left on device")
+        if path.name == "predictions.jsonl":
+            raise OSError(28, "No space left on device")
+        write(path, value)
 
     monkeypatch.setattr(records, "write_jsonl", fail)
     assert main([*options, "--output_dir", str(tmp_path / "run")]) == 1

@@ -174,12 +174,13 @@ class ConfigRecord:
         self._run["saved"] = dict(saved)
 
     def write(self, directory: RunDirectory) -> None:
-        """Write the files, and the assignment of method hybrid."""
+        """Write the files, and the assignment of method hybrid; the examples once."""
         write_yaml(directory / CONFIG, {**self._options, "run": self._run})
         if self._assignment is not None:
             write_text(directory / ASSIGNMENT, self._assignment.to_yaml())
         write_json(directory / ENVIRONMENT, self._environment)
-        write_jsonl(directory / EXAMPLES, self._examples)
+        if not (directory / EXAMPLES).is_file():
+            write_jsonl(directory / EXAMPLES, self._examples)
 
 
 def write_evaluations(
