@@ -44,6 +44,7 @@ def test_files(probed, base):
         "assignment.yaml",
         "config.yaml",
         "environment.json",
+        "examples.jsonl",
         "metrics.jsonl",
         "routing",
     ]
