@@ -3,7 +3,7 @@
 import json
 
 from molf.tasks import TaskOptions, load_task
-from molf.tasks.preview import MOST_CHARACTERS, PreviewedRecord, examples_of_run
+from molf.tasks.preview import PreviewedRecord, examples_of_run
 from tiny_models import CHATML, byte_level_tokenizer
 
 
@@ -39,7 +39,7 @@ def test_examples_of_chats(tmp_path):
         assert PreviewedRecord.of_record(json.loads(json.dumps(one.record()))) == one
 
 
-def test_each_record_once_and_no_more_than_a_page_shows(tmp_path):
+def test_each_record_once_and_its_first_tokens(tmp_path):
     records = [{"prompt": f"{n} is", "completion": " x" * 3000} for n in range(4)]
     task = task_of(tmp_path, records, ":5")
     kept = range(len(task.training_samples))
@@ -49,6 +49,7 @@ def test_each_record_once_and_no_more_than_a_page_shows(tmp_path):
     assert len(found) == 3
     for one in found:
         *whole, (more, has_loss) = one.segments
-        assert sum(len(text) for text, _ in whole) == MOST_CHARACTERS
-        assert more.endswith("characters more)")
+        assert "".join(text for text, _ in whole).endswith(" x x x")
+        assert more == f" […] ({one.tokens - 1000:,} of {one.tokens:,} tokens more)"
+        assert one.loss_tokens == one.tokens - 2  # without the prompt
         assert not has_loss

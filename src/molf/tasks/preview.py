@@ -19,6 +19,7 @@ MOST_CHARACTERS = 4000
 
 _AT_ONCE = 1000
 _KEPT = 40  # examples of a run
+_MOST_TOKENS = 1000  # shown of each of them; each change of loss decodes the text before it
 
 NOT_DRAWN = "not drawn by max_samples"
 NOT_WEIGHTED = "not drawn by max_samples or the weight of its file"
@@ -112,6 +113,8 @@ def examples_of_run(
 ) -> list[PreviewedRecord]:
     """Return a few examples of a training, spread evenly over its samples, each record once.
 
+    Of a long one, the text of its first tokens is returned.
+
     Args:
         tokenizer: The model's tokenizer.
         samples: The samples of the training.
@@ -120,7 +123,7 @@ def examples_of_run(
     chosen = [samples[position] for position in spread(kept, _KEPT)]
     # A weight repeats records.
     distinct = {sample.content: sample for sample in chosen}
-    return [record.cut() for record in _previewed(tokenizer, list(distinct.values()))]
+    return list(_previewed(tokenizer, distinct.values(), _MOST_TOKENS))
 
 
 def preview(tokenizer: Any, data: DataRecords, max_length: int) -> Iterator[PreviewedRecord]:
@@ -155,17 +158,22 @@ def preview(tokenizer: Any, data: DataRecords, max_length: int) -> Iterator[Prev
         )
 
 
-def _previewed(tokenizer: Any, samples: Iterable[Sample]) -> Iterator[PreviewedRecord]:
-    """Encode samples as in training."""
+def _previewed(
+    tokenizer: Any, samples: Iterable[Sample], most: int | None = None
+) -> Iterator[PreviewedRecord]:
+    """Encode samples as in training; decode at most the first `most` tokens of each."""
     remaining = iter(samples)
     while chunk := list(itertools.islice(remaining, _AT_ONCE)):
         for sample, (text, rendered) in zip(chunk, tokenize_samples(tokenizer, chunk), strict=True):
             ids, labels = ids_and_labels(text, rendered, tokenizer.eos_token_id)
+            segments = _segments(tokenizer, ids[:most], labels[:most])
+            if most is not None and len(ids) > most:
+                segments.append((f" […] ({len(ids) - most:,} of {len(ids):,} tokens more)", False))
             yield PreviewedRecord(
                 index=sample.record,
                 tokens=len(ids),
                 loss_tokens=sum(label != IGNORED for label in labels),
-                segments=_segments(tokenizer, ids, labels),
+                segments=segments,
                 faults=rendered.all_faults(tokenizer),
             )
 
