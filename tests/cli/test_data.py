@@ -114,6 +114,17 @@ def test_counts_lengths_and_examples_are_printed(shown):
     assert "1 of 22 records are left out" in captured.err
 
 
+def test_each_record_is_counted_once(shown):
+    """Records that are held out may be too long as well."""
+    records = [
+        {"prompt": f"{i} is", "completion": " word" * (60 if i % 2 else 1)} for i in range(40)
+    ]
+    line = next(x for x in shown(records).out.splitlines() if x.startswith("records"))
+    numbers = [int(one) for one in re.findall(r"\d+", line)]
+    assert numbers[0] == 40 == sum(numbers[1:])
+    assert numbers[2] < 4
+
+
 def test_records_that_max_samples_leaves_are_named(shown):
     records = [{"prompt": f"{i} is", "completion": f" {i}."} for i in range(20)]
     lines = shown(records, "--max_samples", "10", "--jsonl").out.splitlines()

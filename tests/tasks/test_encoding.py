@@ -1,6 +1,9 @@
+import random
+
 import pytest
 
 from molf.data.encoding import (
+    _carry_loss,
     encode_samples,
     generation_contexts,
     tokenize_samples,
@@ -161,3 +164,17 @@ def test_unusable_tokenizers_are_refused():
 
     with pytest.raises(InputError, match=r"some/model .*slow tokenizer"):
         encode_samples(Slow(), samples(), 100)
+
+
+def test_tokens_of_many_spans_carry_loss_as_by_comparison_with_each():
+    draw = random.Random(3)
+    for _ in range(200):
+        ends = sorted(draw.choices(range(1, 60), k=draw.randint(1, 30)))
+        starts = [max(0, end - draw.randint(0, 4)) for end in ends]
+        cuts = sorted(draw.sample(range(60), 2 * draw.randint(0, 6)))
+        spans = tuple(zip(cuts[::2], cuts[1::2], strict=True))
+        expected = [
+            any(low < end and (end <= high or start < high) for low, high in spans)
+            for start, end in zip(starts, ends, strict=True)
+        ]
+        assert _carry_loss(starts, ends, spans) == expected

@@ -50,6 +50,7 @@ def preview_data(
     from molf.job.model.path import check_model
     from molf.job.settings.during import eval_strategy_of
     from molf.job.settings.resolved import resolve
+    from molf.report.samples import MOST
     from molf.tasks import load_task
     from molf.tasks.validation import records_with_part
 
@@ -78,12 +79,12 @@ def preview_data(
         tokenizer, limit = load_tokenizer_and_limit(resolved.model, resolved.max_length)
         if resolved.split_special_tokens:
             tokenizer.split_special_tokens = True
-        records = preview(tokenizer, data, limit)
         if jsonl:
-            _print_lines(records)
+            _print_lines(preview(tokenizer, data, limit))
             return
         title = mask_text(f"{resolved.task}: {resolved.data or 'the data of the task'}")
-        found = list(records)
+        # To decode the text of every record takes longer than to encode it.
+        found = list(preview(tokenizer, data, limit, texts=MOST if place is not None else 0))
         counts = _counts(data, found)
         sys.stdout.write("".join(f"{as_line(line)}\n" for line in (title, *counts)))
         _print_examples(list(preview(tokenizer, _first(data, examples), limit)))
@@ -116,8 +117,9 @@ def _first(data: DataRecords, count: int) -> DataRecords:
 
 def _counts(data: DataRecords, records: list[PreviewedRecord]) -> list[str]:
     used = [record for record in records if record.is_trained_on]
-    held_out = sum(record.held_out for record in records)
-    validated = sum(record.is_validated for record in records)
+    fitting = [record for record in records if record.left_out is None]
+    held_out = sum(record.held_out for record in fitting)
+    validated = sum(record.is_validated for record in fitting)
     left_out = Counter(data.left_out)
     left_out.update(record.left_out for record in records if record.left_out is not None)
     total, again = len(used), sum(record.times - 1 for record in used)

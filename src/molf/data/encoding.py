@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeVar
 
+import numpy as np
+
 from molf.data.rows import Rows
 from molf.data.samples import Rendered, Sample, Span
 from molf.errors import InputError
@@ -224,15 +226,27 @@ def ids_and_labels(
 ) -> tuple[list[int], list[int]]:
     """Return a sample's tokens with EOS at the end, and its labels (-100: no loss)."""
     ids = text.prefix + text.ids
+    carries = _carry_loss(text.starts, text.ends, rendered.spans)
     labels = [IGNORED] * len(text.prefix)
-    for token, start, end in zip(text.ids, text.starts, text.ends, strict=True):
-        labels.append(token if _carries_loss(start, end, rendered.spans) else IGNORED)
+    labels += [token if one else IGNORED for token, one in zip(text.ids, carries, strict=True)]
     # Without EOS the model would not learn to stop.
     if labels[-1:] != [eos_id]:
         ids, labels = [*ids, eos_id], [*labels, eos_id]
     return ids, labels
 
 
-def _carries_loss(start: int, end: int, spans: tuple[Span, ...]) -> bool:
-    """Return whether a token ends inside a span, or starts inside a span and ends after it."""
-    return any(low < end and (end <= high or start < high) for low, high in spans)
+def _carry_loss(starts: Sequence[int], ends: Sequence[int], spans: Sequence[Span]) -> list[bool]:
+    """Return whether each token ends inside a span, or starts inside a span and ends after it.
+
+    Args:
+        starts: Start of each token.
+        ends: End of each token.
+        spans: The spans, in order; they do not overlap.
+    """
+    lows, highs = np.array(spans).reshape(-1, 2).T
+    first, last = np.array(starts, dtype=np.int64), np.array(ends, dtype=np.int64)
+    # The first span that ends after the token's start, or with the token if that is empty.
+    place = np.searchsorted(highs, np.where(first < last, first + 1, last))
+    bounded = np.append(lows, np.iinfo(np.int64).max)
+    found: list[bool] = (bounded[place] < last).tolist()
+    return found

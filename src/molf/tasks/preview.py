@@ -126,13 +126,16 @@ def examples_of_run(
     return list(_previewed(tokenizer, distinct.values(), _MOST_TOKENS))
 
 
-def preview(tokenizer: Any, data: DataRecords, max_length: int) -> Iterator[PreviewedRecord]:
+def preview(
+    tokenizer: Any, data: DataRecords, max_length: int, texts: int | None = None
+) -> Iterator[PreviewedRecord]:
     """Encode all usable records of the data file, in order, as in training.
 
     Args:
         tokenizer: The model's tokenizer.
         data: The records.
         max_length: Longest example in tokens.
+        texts: Number of records, from the first, whose segments are decoded; None for all.
 
     Raises:
         InputError: The tokenizer cannot be used, or its chat template rejects a record.
@@ -140,9 +143,8 @@ def preview(tokenizer: Any, data: DataRecords, max_length: int) -> Iterator[Prev
     held_out, validated_on = set(data.held_out), set(data.validated_on)
     trained_on = Counter(data.trained_on)
     used = held_out | validated_on | trained_on.keys()
-    for index, record in zip(
-        data.samples, _previewed(tokenizer, data.samples.values()), strict=True
-    ):
+    records = _previewed(tokenizer, data.samples.values(), texts=texts)
+    for index, record in zip(data.samples, records, strict=True):
         left_out = None
         if record.tokens > max_length:
             left_out = f"longer than {max_length} tokens"
@@ -159,16 +161,30 @@ def preview(tokenizer: Any, data: DataRecords, max_length: int) -> Iterator[Prev
 
 
 def _previewed(
-    tokenizer: Any, samples: Iterable[Sample], most: int | None = None
+    tokenizer: Any,
+    samples: Iterable[Sample],
+    most: int | None = None,
+    texts: int | None = None,
 ) -> Iterator[PreviewedRecord]:
-    """Encode samples as in training; decode at most the first `most` tokens of each."""
-    remaining = iter(samples)
+    """Encode samples as in training.
+
+    Args:
+        tokenizer: The tokenizer.
+        samples: The samples.
+        most: Number of first tokens of each that are decoded; None for all.
+        texts: Number of first samples that are decoded; None for all.
+    """
+    remaining, done = iter(samples), 0
     while chunk := list(itertools.islice(remaining, _AT_ONCE)):
         for sample, (text, rendered) in zip(chunk, tokenize_samples(tokenizer, chunk), strict=True):
             ids, labels = ids_and_labels(text, rendered, tokenizer.eos_token_id)
-            segments = _segments(tokenizer, ids[:most], labels[:most])
-            if most is not None and len(ids) > most:
-                segments.append((f" […] ({len(ids) - most:,} of {len(ids):,} tokens more)", False))
+            segments = []
+            if texts is None or done < texts:
+                segments = _segments(tokenizer, ids[:most], labels[:most])
+                if most is not None and len(ids) > most:
+                    more = f" […] ({len(ids) - most:,} of {len(ids):,} tokens more)"
+                    segments.append((more, False))
+            done += 1
             yield PreviewedRecord(
                 index=sample.record,
                 tokens=len(ids),
