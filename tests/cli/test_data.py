@@ -132,6 +132,12 @@ def test_records_that_max_samples_leaves_are_named(shown):
     assert left.count("not drawn by max_samples") == 10
 
 
+def test_a_task_without_records_for_evaluations_in_the_training(capsys):
+    assert main(["data", "--task", "demo-fact", "--eval_steps", "2"]) == 2
+    error = capsys.readouterr().err
+    assert "none is left for evaluations during the training. Leave out --eval_steps" in error
+
+
 def test_records_for_evaluations_in_the_training_are_not_trained_on(shown):
     """As in the training itself, which sets them aside."""
     records = [{"prompt": f"{i} is", "completion": f" {i}."} for i in range(60)]

@@ -79,10 +79,11 @@ def set_aside(task: Task, options: TaskOptions) -> Task:
     measured = {sample.content for sample in task.evaluated_samples(task.evaluation_count)}
     part = [index for index in drawn if samples[index].content not in measured]
     if not part and drawn:
+        # Demo tasks have no other data.
+        way = "Leave" if options.name.startswith("demo-") else "Give --eval_data, or leave"
         raise InputError(
             f"task {options.name} measures the records that it trains on, so that none is left for "
-            "evaluations during the training. Give --eval_data, or leave out --eval_steps and "
-            "--eval_strategy."
+            f"evaluations during the training. {way} out --eval_steps and --eval_strategy."
         )
     if not rest or not part:
         raise InputError(
