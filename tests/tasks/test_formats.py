@@ -151,6 +151,9 @@ def test_empty_texts_are_left_out(tmp_path):
     with pytest.warns(UserWarning, match="2 of 4 records are left out: an empty text"):
         task = load(path)
     assert task.data_records().left_out == {"an empty text": 2}
+    (tmp_path / "a.csv").write_text('text\nOne.\n""\nTwo.\n')
+    with pytest.warns(UserWarning, match="1 of 3 records are left out: an empty text"):
+        assert len(load(str(tmp_path / "a.csv")).data_records().samples) == 2
     path = write(tmp_path / "b.jsonl", {"text": " "})
     with pytest.raises(InputError, match="none of the 1 records can be used"):
         load(path)

@@ -108,6 +108,9 @@ def parse_parts(parts: Sequence[Part], source: str, fixed: str | None = None) ->
         name = fixed
         for position, record in enumerate(part.records):
             where = f"{part.place}, record {position}"
+            if name == "text" and not present_fields(record):  # an empty cell of CSV
+                left_out[NO_TEXT] += 1
+                continue
             name = name or format_of(record, where)
             if fixed is None:
                 _check_format(record, name, part.place, position)
