@@ -25,6 +25,7 @@ from molf.job.record.provenance import file_records
 from molf.measure import EvaluationSettings
 from molf.tasks import TaskOptions, load_task
 from molf.tasks.preview import preview
+from molf.tasks.validation import set_aside
 from tiny_models import CHATML, byte_level_tokenizer, tiny_qwen2
 
 TURNS = [{"role": "user", "content": "Where?"}, {"role": "assistant", "content": "In Paris."}]
@@ -335,6 +336,17 @@ def test_samples_are_kept_as_they_are(tmp_path):
     assert chosen == [samples[2], samples[0], samples[2]]
     assert chosen[1:] == [samples[0], samples[2]]
     assert chosen != [samples[2]]
+
+
+def test_samples_stay_in_the_store_beside_a_validation_part(tmp_path):
+    path = write(tmp_path / "a.jsonl", *pairs("a", 40))
+    whole = load(path)
+    options = TaskOptions(name="custom", data=path, validation_share=0.25)
+    task = set_aside(whole, options)
+    assert isinstance(task.training_samples, ChosenSamples)
+    assert (len(task.training_samples), len(task.validation_samples)) == (27, 9)
+    apart = {sample.record for sample in task.validation_samples}
+    assert task.training_samples == [x for x in whole.training_samples if x.record not in apart]
 
 
 @pytest.fixture

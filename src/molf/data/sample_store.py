@@ -47,11 +47,13 @@ class ChosenSamples(Sequence[Sample]):
     """Samples of some records, in the given order.
 
     Args:
-        samples: All samples.
-        records: The records; one may come several times.
+        samples: All samples, by record or by position.
+        records: The records or positions; one may come several times.
     """
 
-    def __init__(self, samples: Mapping[int, Sample], records: Sequence[int]) -> None:
+    def __init__(
+        self, samples: Mapping[int, Sample] | Sequence[Sample], records: Sequence[int]
+    ) -> None:
         self._samples = samples
         self._records = records
 

@@ -10,6 +10,7 @@ import copy
 from collections.abc import Callable, Collection, Hashable, Sequence
 from dataclasses import replace
 
+from molf.data.sample_store import ChosenSamples
 from molf.data.selection import draw, validation_part
 from molf.errors import InputError
 from molf.tasks.base import DataRecords, Task
@@ -92,7 +93,7 @@ def set_aside(task: Task, options: TaskOptions) -> Task:
             "validation_share."
         )
     found = copy.copy(task)
-    found.training_samples = [samples[index] for index in rest]
+    found.training_samples = ChosenSamples(samples, rest)  # a list would hold all as objects
     kept = draw(part, options.max_eval_samples, options.seed)
     found.validation_samples = [samples[index] for index in kept]
     return found
