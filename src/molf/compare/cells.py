@@ -24,7 +24,8 @@ _SAME = {
 _BUDGET = (
     *("max_samples", "label_noise", "max_length", "num_train_epochs", "max_steps", "dtype", "bf16"),
     *("max_time", "keep_best", "early_stopping_patience"),
-    *("per_device_train_batch_size", "gradient_accumulation_steps", "lr_scheduler_type"),
+    *("per_device_train_batch_size", "gradient_accumulation_steps", "packing"),
+    *("train_sampling_strategy", "lr_scheduler_type"),
     *("warmup_ratio", "weight_decay", "max_grad_norm", "load_in_4bit", "load_in_8bit"),
     # Of the data; evaluations in the training set a part of it aside.
     *("weights", "eval_strategy", "validation_share"),

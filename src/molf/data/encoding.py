@@ -83,6 +83,11 @@ class EncodedSamples:
         """Token ids of the samples that are tokenized."""
         return self.input_ids if self.known is None else self.known
 
+    def lengths(self) -> list[int]:
+        """Return the number of tokens of each kept sample; tokenizes those that are not yet."""
+        rows = self.input_ids
+        return rows.lengths() if isinstance(rows, Rows) else [len(row) for row in rows]
+
 
 def tokenize_samples(tokenizer: Any, samples: Sequence[Sample]) -> Iterator[TokenizedSample]:
     """Render and tokenize samples, prompt and answer as one text.

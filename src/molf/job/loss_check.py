@@ -6,9 +6,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from molf.errors import InputError
-from molf.measure.inference import inference, last_logits
+from molf.measure.inference import inference, last_logits, position_limit
+from molf.measure.padding import differ, short_rows
 from molf.planning.reach import ParameterReads, evaluation_mode
 
 _MOST_NATS = 0.05  # mean over tokens; rounding to bfloat16 causes far smaller differences
@@ -70,6 +72,91 @@ def check_loss(
             f"its output embeddings{where}: its loss on an example is {trained:.4g} nats per "
             f"token, that of the model {own:.4g}. It would train another model."
         )
+
+
+def check_joined(name: str, model: Any, pad_id: int, most: int) -> None:
+    """Check that examples that are joined to one row do not change each other's loss.
+
+    Their attention, positions and recurrent states must start again in each. Two short texts are
+    run joined and alone.
+
+    Args:
+        name: The model, for messages.
+        model: A plain model, on its device.
+        pad_id: Any id of the vocabulary.
+        most: Most tokens of a joined row.
+
+    Raises:
+        InputError: They change it, or the model cannot be run on joined examples.
+    """
+    rows = short_rows(model, pad_id)
+    limit = position_limit(model.config)
+    kind = type(model).__name__
+    modes = [(module, module.training) for module in model.modules()]
+    evaluation_mode(model)
+    try:
+        with torch.no_grad():
+            alone = [last_logits(model, [row], pad_id, keep=len(row))[0].float() for row in rows]
+            if limit is not None and most > limit:  # tables of this size may mask attention
+                model.base_model(**_joined(model, pad_id, [[pad_id] * limit, [pad_id]]))
+        inputs = _joined(model, pad_id, rows)
+        logits, reached = _logits_and_influence(model, inputs, len(rows[0]))
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # models raise errors of many types
+        reason = str(error).strip().split("\n")[0].rstrip(".") or type(error).__name__
+        raise _not_joined(name, f"{kind} fails on joined examples: {reason}") from error
+    finally:
+        for module, training in modes:
+            module.training = training
+    if reached or differ(model, logits, torch.cat(alone)):
+        raise _not_joined(name, f"in {kind}, joined examples change each other's loss")
+
+
+def _joined(model: Any, pad_id: int, rows: Sequence[list[int]]) -> dict[str, Any]:
+    """Return the inputs of TRL's batch of joined examples, on the model's device."""
+    collate = DataCollatorForLanguageModeling(pad_id, padding_free=True)
+    batch = collate([{"input_ids": row} for row in rows])
+    del batch["labels"]
+    on_device = {
+        key: value.to(model.device) if isinstance(value, torch.Tensor) else value
+        for key, value in batch.items()
+    }
+    return {**on_device, "use_cache": False}
+
+
+def _logits_and_influence(
+    model: Any, inputs: dict[str, Any], length: int
+) -> tuple[torch.Tensor, bool]:
+    """Return the logits, and whether those behind `length` depend on the tokens before it.
+
+    A gradient shows it exactly; a comparison of logits in low precision does not.
+    """
+    embedded: list[torch.Tensor] = []
+
+    def keep(module: Any, given: Any, output: torch.Tensor) -> torch.Tensor:
+        embedded.append(output.detach().requires_grad_())
+        return embedded[-1] * 1  # models change it in place
+
+    hook = model.get_input_embeddings().register_forward_hook(keep)
+    try:
+        with torch.enable_grad():
+            logits = model(**inputs).logits[0].float()
+            # Of each logit with another weight: a sum may cancel.
+            weights = torch.linspace(0.5, 1.5, logits[length:].numel(), device=logits.device)
+            total = (logits[length:].flatten() * weights).sum()
+            (gradient,) = torch.autograd.grad(total, embedded[:1])
+    finally:
+        hook.remove()
+    return logits.detach(), bool(gradient[:, :length].any())
+
+
+def _not_joined(name: str, reason: str) -> InputError:
+    """Return the error for a model that cannot be trained on joined examples."""
+    return InputError(
+        f"model {name}: {reason}. Train it without packing and padding_free; "
+        "--train_sampling_strategy group_by_length saves padding too."
+    )
 
 
 def _check_balance(name: str, model: Any, given: dict[str, Any]) -> None:

@@ -15,10 +15,11 @@ from molf.core.model.linear_layers import matching_linears
 from molf.core.model.quantised import Quantisation
 from molf.data.encoding import EncodedSamples, Show, encode_samples, warn_of_faults
 from molf.data.on_demand import PROBED, OnDemand
+from molf.data.packing import pack
 from molf.data.samples import Sample
 from molf.errors import InputError
 from molf.job.inputs import Inputs
-from molf.job.loss_check import check_loss
+from molf.job.loss_check import check_joined, check_loss
 from molf.job.methods import Plan, TrainingData, assigned, check, plan
 from molf.job.methods.storage import check_kernels
 from molf.job.model.factors_memory import check_factors
@@ -27,6 +28,7 @@ from molf.job.model.quantised import check_device, check_quantisation
 from molf.job.model.room_needed import Needed
 from molf.job.model.saved_tensors import Storing, default_dtype
 from molf.job.model.saving_check import check_saving, storing_of
+from molf.job.settings.batches import GROUP_BY_LENGTH
 from molf.job.settings.defaults import MERGE_BASES
 from molf.job.settings.resolved import ResolvedSettings
 from molf.job.settings.sharding import not_quantised
@@ -56,6 +58,7 @@ class Opening:
             values in host memory of rank 0 alone.
         data: The examples, and the number of steps with these.
         validation: The encoded samples of the evaluations during the training; None without any.
+        rows: The number of rows (examples, or packed ones) with all of the task's examples.
         steps: The number of steps with all of the task's examples.
         plan: The layers and parameters that the method will train.
         storing: Type and rounding of the saved model.
@@ -71,6 +74,7 @@ class Opening:
     sharding: Sharding | None
     data: TrainingData
     validation: EncodedSamples | None
+    rows: int
     steps: int
     plan: Plan
     storing: Storing
@@ -119,7 +123,11 @@ def open_training(
 
     def run() -> Reach:
         reach = _reach(base, encoded, settings.model, arguments.router_aux_loss_coef)
-        _check_padding(base, encoded, settings)
+        if settings.joins_examples:
+            most = settings.per_device_train_batch_size * max_length
+            check_joined(settings.model, base.model, padding_id(base.tokenizer), most)
+        else:
+            _check_padding(base, encoded, settings)
         return reach
 
     if sharding is None:
@@ -131,12 +139,14 @@ def open_training(
     _check_reached(base.model, settings, reach)
     settings = replace(settings, unreached=reach.unreached, bypassed=reach.bypassed)
 
-    examples = len(encoded.input_ids)
-    data = TrainingData(encoded, count_steps(arguments, examples))
+    packed = pack(encoded.lengths(), max_length) if settings.packing else None
+    data = TrainingData(encoded, 0, packed)
+    data = replace(data, steps=count_steps(arguments, data.rows))
     planned = plan(base.model, settings, data)
-    steps = data.steps
+    rows, steps = data.rows, data.steps
     if len(samples) < (every := len(task.training_samples)):
-        steps = count_steps(arguments, round(every * examples / len(samples)))
+        rows = max(1, round(every * rows / len(samples)))
+        steps = count_steps(arguments, rows)
     room = with_values(lambda: check_saving(base, settings, planned, steps, task.evaluation_count))
     notes = (
         None if settings.assigned is None else f"Assignment: {settings.reached_assignment}.",
@@ -156,6 +166,7 @@ def open_training(
         sharding,
         data,
         validation,
+        rows,
         steps,
         planned,
         storing_of(base, settings),  # of the user's `save_dtype`
@@ -178,11 +189,13 @@ def _encode(
         * settings.per_device_train_batch_size
         * settings.gradient_accumulation_steps
     )
-    # EVA reads all samples; several processes compare theirs.
+    # EVA reads all samples, and packing and groups all lengths; several processes compare theirs.
     if (
         len(samples) <= 2 * PROBED
         or 2 * needed > len(samples)
         or settings.method == "eva"
+        or settings.packing
+        or settings.train_sampling_strategy == GROUP_BY_LENGTH
         or ranks().count > 1
     ):
         return encode_samples(tokenizer, samples, max_length, show)

@@ -7,6 +7,7 @@ from statistics import median
 from molf.disk.room import megabytes
 from molf.job.opening import Opening
 from molf.job.progress import duration
+from molf.job.settings.batches import GROUP_BY_LENGTH
 from molf.job.settings.defaults import ADAPTERS
 from molf.job.settings.resolved import ResolvedSettings
 from molf.shown import counted
@@ -68,6 +69,12 @@ def _data(opening: Opening, task: Task) -> str:
     name = task.description().get("format")
     named = f" ({name})" if name else ""
     words = [f"{counted(count, 'example')} of {opening.settings.task}{named}"]
+    if opening.data.packed is not None:
+        rows, most = opening.data.rows, opening.settings.max_length
+        words.append(
+            f"packed into {counted(rows, 'row')} of at most {most:,} tokens "
+            f"({sum(lengths) / (rows * most):.0%} filled)"
+        )
     if samples.left_out:
         words.append(f"{samples.left_out:,} longer than {opening.settings.max_length} left out")
     of = "" if len(lengths) == count else f" in {len(lengths):,} of them"
@@ -100,9 +107,12 @@ def _steps(opening: Opening, processes: int) -> str:
     size, passes = settings.per_device_train_batch_size, settings.gradient_accumulation_steps
     batch = size * passes * processes
     split = f"{size} x {passes}" + (f" x {processes} processes" if processes > 1 else "")
-    epochs = steps * batch / len(opening.data.samples.input_ids)
+    epochs = steps * batch / opening.data.rows
     limit = "" if settings.max_time is None else f", at most {duration(settings.max_time)}"
-    return f"{steps:,} of {counted(batch, 'example')} ({split}), {epochs:.3g} epochs{limit}"
+    unit = "example" if opening.data.packed is None else "packed row"
+    how = ", padding-free" if settings.padding_free else ""
+    how += ", by length" if settings.train_sampling_strategy == GROUP_BY_LENGTH else ""
+    return f"{steps:,} of {counted(batch, unit)} ({split}{how}), {epochs:.3g} epochs{limit}"
 
 
 def _rates(settings: ResolvedSettings) -> str:

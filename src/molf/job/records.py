@@ -88,6 +88,7 @@ class ConfigRecord:
             "task": task.description(),
             "data": {
                 "examples": len(samples.input_ids),
+                **({} if opening.data.packed is None else {"packed_rows": opening.data.rows}),
                 "left_out_too_long": samples.left_out,
                 "longest_tokens": samples.longest,
                 "doubtful": dict(samples.faults),

@@ -207,10 +207,9 @@ def _agreed(opening: Opening, processes: Ranks) -> Path:
     Raises:
         InputError: Another process has other examples.
     """
-    from molf.job.trainer.run_parts import hash_of_examples
+    from molf.job.trainer.run_parts import hash_of_rows
 
-    samples = opening.data.samples
-    examples = hash_of_examples(samples) if processes.count > 1 else ""
+    examples = hash_of_rows(opening.data) if processes.count > 1 else ""
     found = processes.gather((opening.settings.output_dir, examples))
     differing = [rank for rank, (_, those) in enumerate(found) if those != found[0][1]]
     if differing:

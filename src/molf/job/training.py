@@ -181,7 +181,7 @@ def run_training(
         if processes.is_main
         else NoRoutingLog()
     )
-    examples = training_set(data.samples, with_blank_row=processes.count > 1)
+    examples = training_set(data, with_blank_row=processes.count > 1)
     with (
         log_of_routing as writer,
         reporter.training(data.steps) as show,
@@ -200,7 +200,7 @@ def run_training(
             best,
             (*prepared.callbacks, *stopping),
             frozen,
-            data.samples,
+            data,
         )
         if checkpoint is None:
             parts.clear_logs()

@@ -79,7 +79,12 @@ def right_padding_counts(model: Any, pad_id: int) -> bool:
         found = model(**inputs, use_cache=False).logits
         return torch.cat([found[i, : len(row)] for i, row in enumerate(rows)])
 
-    return _differs(model, logits, _rows(model, pad_id, _LENGTHS))
+    return _differs(model, logits, short_rows(model, pad_id))
+
+
+def short_rows(model: Any, pad_id: int) -> list[list[int]]:
+    """Return a row of 33 different tokens, and one of 6."""
+    return _rows(model, pad_id, _LENGTHS)
 
 
 def _test_batches(
@@ -118,6 +123,11 @@ def _differs(
     with inference(model):
         together = logits(list(rows)).float()
         alone = torch.cat([logits([row]) for row in rows]).float()
+    return differ(model, together, alone)
+
+
+def differ(model: Any, together: Tensor, alone: Tensor) -> bool:
+    """Return whether a model's logits of the same texts differ by more than rounding."""
     exact = model.dtype == torch.float32 and quantisation_of(inner_model(model).config) is None
     difference = (together - alone).abs().max() / alone.abs().max()
     return bool(difference > (_EXACT if exact else _ROUNDED))

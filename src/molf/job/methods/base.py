@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -53,10 +53,24 @@ class TrainingData:
     Attributes:
         samples: The encoded training samples.
         steps: Number of optimizer steps.
+        packed: Positions of the samples in each packed row; None if each sample is a row.
     """
 
     samples: EncodedSamples
     steps: int
+    packed: Sequence[Sequence[int]] | None = None
+
+    @property
+    def rows(self) -> int:
+        """Number of rows, which batches and epochs count: packed rows, or samples."""
+        return len(self.samples.input_ids if self.packed is None else self.packed)
+
+    def row_lengths(self) -> list[int]:
+        """Return the number of tokens of each row; tokenizes all samples."""
+        lengths = self.samples.lengths()
+        if self.packed is None:
+            return lengths
+        return [sum(lengths[position] for position in row) for row in self.packed]
 
 
 @dataclass(frozen=True)

@@ -19,14 +19,11 @@ from molf.core.options import (
     NONFINITE,
     ROUNDINGS,
     STATE_DTYPES,
-    MissingLibraryError,
     OptimizerOptions,
-    OptionError,
-    check_exclusions,
-    score_exclusions,
 )
 from molf.errors import InputError
 from molf.inputs import check_choice
+from molf.job.settings.batches import SAMPLING_STRATEGIES, check_batches
 from molf.job.settings.converters import duration, numbers, patterns, words
 from molf.job.settings.declared_fields import scheduler_names
 from molf.job.settings.defaults import (
@@ -34,11 +31,11 @@ from molf.job.settings.defaults import (
     MATCHES,
     MERGE_BASES,
     METHODS,
-    ROUTED,
 )
 from molf.job.settings.during import EVAL_STRATEGIES, check_during
 from molf.job.settings.experts import method_config
 from molf.job.settings.low_halves import check_low_halves
+from molf.job.settings.optimizer_checks import check_optimizer
 from molf.job.settings.quantised_base import check_beside_quantised
 from molf.job.settings.ranges import (
     BELOW_2_31,
@@ -51,7 +48,6 @@ from molf.job.settings.ranges import (
 )
 from molf.job.settings.sharding import check_sharded
 from molf.planning.workload import QUANTISATIONS
-from molf.ranks import launched_count
 from molf.tasks import EVAL_PARTS, FORMATS, TASKS, VALIDATION_SHARE, TaskOptions, check_task
 
 SCHEDULERS = scheduler_names()
@@ -216,6 +212,14 @@ class TrainSettings:
         int | None, Parameter(group=OPTIMIZATION, show_default=_AUTO), POSITIVE, BELOW_2_31
     ] = None
     """Forward passes per optimizer step."""
+    packing: Annotated[bool, Parameter(group=OPTIMIZATION, negative=())] = False
+    """Join whole examples into rows of at most max_length tokens; a row counts as an example."""
+    padding_free: Annotated[bool, Parameter(group=OPTIMIZATION, negative=())] = False
+    """Join the examples of a forward pass into one row without padding; packing does it too."""
+    train_sampling_strategy: Annotated[
+        str, Parameter(choices=SAMPLING_STRATEGIES, group=OPTIMIZATION)
+    ] = "random"
+    """Order of the examples; group_by_length: random, with those of a step of similar length."""
     lr_scheduler_type: Annotated[
         str, Parameter(choices=SCHEDULERS, group=OPTIMIZATION, show_choices=False)
     ] = "cosine"
@@ -326,6 +330,7 @@ class TrainSettings:
             ("merge_base", (None, *MERGE_BASES)),
             ("dtype", WEIGHT_DTYPES),
             ("on_save_error", SAVE_ERRORS),
+            ("train_sampling_strategy", SAMPLING_STRATEGIES),
         ):
             check_choice(name, getattr(self, name), allowed)
         check_ranges(self)
@@ -345,7 +350,7 @@ class TrainSettings:
             raise InputError(
                 "method=hybrid needs --assignment: a YAML file, or a run of molf, molf-e or hybrid."
             )
-        self._check_optimizer()
+        check_optimizer(self)
         if self.resume and self.overwrite:
             raise InputError(
                 "Invalid resume with overwrite: the one continues the run in output_dir, the other "
@@ -357,6 +362,7 @@ class TrainSettings:
         self._check_quantised()
         check_sharded(self)
         check_during(self)
+        check_batches(self)
         check_task(self.task_options)
         self.method_config  # noqa: B018 (raises where the method's own settings are wrong)
 
@@ -364,38 +370,6 @@ class TrainSettings:
     def optimizer_options(self) -> OptimizerOptions:
         """The optimizer's options of storage and execution."""
         return OptimizerOptions.of(self)
-
-    def _check_optimizer(self) -> None:
-        """Reject options of the optimizer that are not allowed, or exclude each other."""
-        try:
-            options = self.optimizer_options
-            check_exclusions(
-                {
-                    **options.as_keywords(),
-                    "gradient_accumulation_steps": self.gradient_accumulation_steps,
-                    "max_grad_norm": self.max_grad_norm,
-                    "float32_weights": self.dtype == "float32",
-                    "processes": launched_count(),
-                    "shards": self.fsdp,
-                    "adapter_of": self._adapter_of() if self.kernels == "triton" else None,
-                    **self._score_exclusions(),
-                }
-            )
-            options.check_libraries()
-        except (OptionError, MissingLibraryError) as error:
-            raise InputError(error.as_option) from error
-
-    def _adapter_of(self) -> str | None:
-        """Return the options that put LoRA experts into a PEFT adapter, for messages."""
-        config = self.method_config
-        if self.method == "molf" and config is not None and config.lora_dropout:
-            return "molf and lora_dropout"
-        return self.method if self.method == "molf-e" else None
-
-    def _score_exclusions(self) -> dict[str, str | None]:
-        """The settings that the score of a routed method sets, for the check of exclusions."""
-        is_routed = self.method in ROUTED and self.method_config is not None
-        return score_exclusions(self.score) if is_routed else {}
 
     @property
     def task_options(self) -> TaskOptions:
@@ -421,6 +395,11 @@ class TrainSettings:
             return False
         config = self.method_config
         return config is None or not (config.freeze_base and config.freezes_rest)
+
+    @property
+    def joins_examples(self) -> bool:
+        """Whether the examples of a forward pass are one row without padding."""
+        return self.packing or self.padding_free
 
     @property
     def quantised(self) -> str | None:

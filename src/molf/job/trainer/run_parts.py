@@ -12,6 +12,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 
 from molf.data.encoding import EncodedSamples
+from molf.job.methods import TrainingData
 from molf.job.record.result import ResumeError
 from molf.job.record.routing_log import RoutingWriter
 from molf.job.record.wins import Wins
@@ -48,7 +49,7 @@ class RunParts:
         best: The best of its evaluations.
         callbacks: Callbacks of the method; those with a state are saved.
         frozen: Checksum of each frozen weight, as it was prepared.
-        samples: The examples in their order.
+        data: The examples in their order.
     """
 
     writer: RoutingWriter
@@ -59,12 +60,12 @@ class RunParts:
     best: Best
     callbacks: tuple[Any, ...]
     frozen: Mapping[str, int]
-    samples: EncodedSamples
+    data: TrainingData
 
     @cached_property
-    def data(self) -> str:
+    def data_hash(self) -> str:
         """Hash of the examples in their order."""
-        return hash_of_examples(self.samples)
+        return hash_of_rows(self.data)
 
     def state_dict(self) -> dict[str, Any]:
         """Write all log entries; return the states.
@@ -81,7 +82,7 @@ class RunParts:
             "best": self.best.state_dict(),
             "method": {name: part.state_dict() for name, part in self._of_method()},
             "frozen": dict(self.frozen),
-            "data": self.data,
+            "data": self.data_hash,
         }
 
     def check(self, state: Mapping[str, Any]) -> None:
@@ -91,7 +92,7 @@ class RunParts:
             ResumeError: They differ.
         """
         # Runs that were started before on-demand tokenization have a hash of all tokens.
-        if state["data"] not in (self.data, *self._hash_of_tokens(state["data"])):
+        if state["data"] not in (self.data_hash, *self._hash_of_tokens(state["data"])):
             raise ResumeError(
                 "The run cannot be resumed: its examples have changed since it was started, or "
                 "their tokens. Give another --output_dir."
@@ -107,9 +108,10 @@ class RunParts:
             )
 
     def _hash_of_tokens(self, stored: str) -> tuple[str, ...]:
-        if self.samples.known is None or stored.startswith(RECORDS):
+        samples = self.data.samples
+        if samples.known is None or stored.startswith(RECORDS):
             return ()
-        return (hash_of_tokens(self.samples),)
+        return (hash_of_tokens(samples),)
 
     def load_state_dict(self, state: Mapping[str, Any], device: torch.device) -> None:
         """Replace the states, and cut the logs to the step of the checkpoint."""
@@ -137,6 +139,16 @@ class RunParts:
             for callback in self.callbacks
             if isinstance(callback, Stateful)
         )
+
+
+def hash_of_rows(data: TrainingData) -> str:
+    """Return a hash of all examples in their order, and of their division into packed rows."""
+    examples = hash_of_examples(data.samples)
+    if data.packed is None:
+        return examples
+    digest = hashlib.sha256(examples.encode())
+    _update(digest, data.packed)
+    return digest.hexdigest()
 
 
 def hash_of_examples(samples: EncodedSamples) -> str:

@@ -20,7 +20,6 @@ from molf.job.settings.during import BY_LOSS, eval_strategy_of
 from molf.job.settings.ranges import MOST_COUNTED
 from molf.job.settings.resolved import ResolvedSettings
 from molf.job.settings.training_arguments import check_trackers, check_training_args, unknown_name
-from molf.job.trainer.split_data import check_strategy
 from molf.job.trainer.validation import EVAL_LOSS
 from molf.masking import mask_text
 from molf.ranks import connect
@@ -75,7 +74,8 @@ def sft_config(settings: ResolvedSettings) -> SFTConfig:
         "include_num_input_tokens_seen": "non_padding",
         # For schedules that follow the loss, and `EarlyStoppingCallback`.
         **({"metric_for_best_model": EVAL_LOSS, "greater_is_better": False} if evaluates else {}),
-        # The data is tokenized and has labels: TRL must not truncate or pack it.
+        "train_sampling_strategy": settings.train_sampling_strategy,
+        # The data is tokenized, packed and has labels: TRL must not truncate or pack it.
         "max_length": None,
         "packing": False,
         "dataset_kwargs": {"skip_prepare_dataset": True},
@@ -96,7 +96,6 @@ def sft_config(settings: ResolvedSettings) -> SFTConfig:
     _check_schedule(config)
     _check_accumulation(config)
     if config.world_size > 1:  # the process group exists now
-        check_strategy(config.train_sampling_strategy)
         connect(config.ddp_timeout_delta)
     if config.n_gpu > 1:
         raise InputError(

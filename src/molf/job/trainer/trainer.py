@@ -35,10 +35,11 @@ from molf.job.model.loading import LoadedModel
 from molf.job.model.saving import base_generation_config
 from molf.job.record.result import ResumeError
 from molf.job.record.wins import Wins
+from molf.job.settings.batches import GROUP_BY_LENGTH
 from molf.job.trainer.callbacks import Clock, Throughput, fidelity_figures, unwrapped
 from molf.job.trainer.checkpoints import Checkpoints
 from molf.job.trainer.run_parts import RunParts
-from molf.job.trainer.split_data import FilledSampler, WithoutBlankRows, is_blank
+from molf.job.trainer.split_data import FilledSampler, WithoutBlankRows, is_blank, order_of
 from molf.job.trainer.step_guard import StepGuard
 from molf.job.trainer.steps import AllStepsTakenError
 from molf.job.trainer.validation import EVAL_LOSS, Validation
@@ -85,6 +86,10 @@ class Trainer(SFTTrainer):
             if parameter.dtype != data.dtype:
                 parameter.data = data.to(parameter.device)
         self.accelerator.clip_grad_norm_ = guard.clip
+        if checkpoints.settings.joins_examples:
+            # TRL's own, which SFTConfig's `packing` would choose, but for packing again.
+            joining: Any = self.data_collator  # type: ignore[has-type]
+            self.data_collator = dataclasses.replace(joining, padding_free=True)
         if self._is_sharded:
             # Only autocast: fully_shard moves values and sums gradients itself, and accelerate
             # would put DDP around the model.
@@ -108,23 +113,22 @@ class Trainer(SFTTrainer):
             super()._move_model_to_device(model, device)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-        """Return the order of the examples; of several processes, with the blank rows."""
-        count = ranks().count
-        if count == 1:
+        """Return the order of the rows; of several processes, with the blank rows."""
+        count, data = ranks().count, self.parts.data
+        if count == 1 and self.args.train_sampling_strategy != GROUP_BY_LENGTH:
             return super()._get_train_sampler(train_dataset)
-        # The last row of the data set is the blank one.
-        examples = len(train_dataset or self.train_dataset) - 1
+        batch = count * self._train_batch_size
         return FilledSampler(
-            examples,
-            1 if self.args.dataloader_drop_last else count * self._train_batch_size,
-            is_random=self.args.train_sampling_strategy == "random",
-            seed=self.args.data_seed,
+            data.rows,
+            1 if count == 1 or self.args.dataloader_drop_last else batch,
+            order_of(data, self.args, count),
         )
 
     def _track_num_input_tokens(self, inputs: Any) -> None:
-        if self._is_blank:
-            inputs = {**inputs, "attention_mask": torch.zeros_like(inputs["attention_mask"])}
-        super()._track_num_input_tokens(inputs)
+        # Joined examples have no mask and no padding. transformers would count all tokens but the
+        # padding token, which may be the EOS token of each example.
+        mask = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"]))
+        super()._track_num_input_tokens({**inputs, "attention_mask": mask * (not self._is_blank)})
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         """Create the optimizer, without its warning about checkpoints, which `_save` resolves."""
