@@ -15,6 +15,7 @@ from molf.data.rows import Rows
 from molf.errors import InputError
 from molf.job import opening
 from molf.job.record.result import ResumeError
+from molf.job.methods import TrainingData
 from molf.job.trainer.run_parts import RECORDS, RunParts, hash_of_examples, hash_of_tokens
 from molf.tasks import TaskOptions, load_task
 from tiny_models import CHATML, byte_level_tokenizer
@@ -152,8 +153,9 @@ def test_a_checkpoint_with_a_hash_of_all_tokens_is_continued(few_known, data):
     samples = load_task(TaskOptions(name="custom", data=str(data))).training_samples
     tokenizer = byte_level_tokenizer()
     whole = encode_samples(tokenizer, samples, 60)
-    parts = RunParts(*[None] * 6, (), {}, OnDemand(tokenizer, samples, 60).encoded)
-    for known in (hash_of_tokens(whole), parts.data):
+    data = TrainingData(OnDemand(tokenizer, samples, 60).encoded, 1)
+    parts = RunParts(*[None] * 6, (), {}, data)
+    for known in (hash_of_tokens(whole), parts.data_hash):
         parts.check({"data": known, "frozen": {}})
     other = OnDemand(tokenizer, samples[1:], 60).encoded
     for changed in (hash_of_tokens(other), hash_of_examples(other)):

@@ -31,7 +31,7 @@ def arguments_of(training_args=None, **given):
         ({"num_train_epochs": 0.1}, {}, 1),
         ({"max_steps": 7}, {"dataloader_drop_last": "true"}, 7),
         ({"gradient_accumulation_steps": 40}, {}, 2),
-        ({}, {"train_sampling_strategy": "group_by_length"}, 4),
+        ({"train_sampling_strategy": "group_by_length"}, {}, 4),
         ({}, {"accelerator_config": '{"split_batches": true}'}, 4),
         ({}, {"accelerator_config": '{"gradient_accumulation_kwargs": {"sync_each_batch": 1}}'}, 4),
         ({}, {"neftune_noise_alpha": "5", "torch_compile": "true", "full_determinism": "1"}, 4),

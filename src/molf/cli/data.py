@@ -85,7 +85,7 @@ def preview_data(
         title = mask_text(f"{resolved.task}: {resolved.data or 'the data of the task'}")
         # To decode the text of every record takes longer than to encode it.
         found = list(preview(tokenizer, data, limit, texts=MOST if place is not None else 0))
-        counts = _counts(data, found)
+        counts = _counts(data, found, limit if resolved.packing else None)
         sys.stdout.write("".join(f"{as_line(line)}\n" for line in (title, *counts)))
         _print_examples(list(preview(tokenizer, _first(data, examples), limit)))
         if place is not None:
@@ -115,7 +115,10 @@ def _first(data: DataRecords, count: int) -> DataRecords:
     return replace(data, samples={index: data.samples[index] for index in indices})
 
 
-def _counts(data: DataRecords, records: list[PreviewedRecord]) -> list[str]:
+def _counts(
+    data: DataRecords, records: list[PreviewedRecord], row_length: int | None
+) -> list[str]:
+    """Return the lines of counts; packed into rows of `row_length` tokens, unless it is None."""
     used = [record for record in records if record.is_trained_on]
     fitting = [record for record in records if record.left_out is None]
     held_out = sum(record.held_out for record in fitting)
@@ -141,6 +144,14 @@ def _counts(data: DataRecords, records: list[PreviewedRecord]) -> list[str]:
             f"{cuts[9]:.0f}, 95th percentile {cuts[18]:.0f}, at most {lengths[-1]}",
             f"loss       on {with_loss:,} of {tokens:,} tokens ({with_loss / tokens:.1%})",
         ]
+    if used and row_length is not None:
+        from molf.data.packing import pack  # imports TRL
+
+        rows = len(pack(lengths, row_length))
+        lines.append(
+            f"packed     {len(lengths):,} examples into {rows:,} rows of at most {row_length:,} "
+            f"tokens ({tokens / (rows * row_length):.0%} filled)"
+        )
     faults = Counter(fault for record in records for fault in record.faults)
     lines += [f"doubtful   {count} of {len(records)}: {fault}" for fault, count in faults.items()]
     return lines

@@ -34,26 +34,28 @@ def print_plan(plan: TrainingPlan) -> None:
 
 def print_dry_run(result: DryRun) -> None:
     """Print the result of a dry run to standard output."""
-    shape = f"{result.batch_size} x {result.length} tokens"
+    row = ", in one row" if result.joined else ""
+    shape = f"{result.batch_size} x {result.length} tokens{row}"
     planned = "not known for this method"
     if result.planned is not None:
         ratio = result.planned / max(result.measured, 1)
         planned = f"{show_bytes(result.planned)} ({ratio:.3f} of the measured)"
+    unit = "example" if result.packed_rows is None else "packed row"
+    packed = "" if result.packed_rows is None else f", packed into {result.packed_rows} rows"
     lines = [
         f"data      {result.tokenized} of {result.examples} examples tokenized, "
-        f"{result.left_out} of them above {result.limit} tokens and left out",
+        f"{result.left_out} of them above {result.limit} tokens and left out{packed}",
         f"measured  {show_bytes(result.measured)} at most, {shape} ({result.measured_of})",
         f"planned   {planned}",
     ]
     if result.planned_at_limit is not None and result.limit > result.length:
         lines.append(
-            f"          {show_bytes(result.planned_at_limit)} if examples have {result.limit} "
-            "tokens"
+            f"          {show_bytes(result.planned_at_limit)} if {unit}s have {result.limit} tokens"
         )
     lines += [
-        f"time      {result.seconds:.2f} s per step with the longest examples",
+        f"time      {result.seconds:.2f} s per step with the longest {unit}s",
         f"          about {_duration(result.estimated_seconds)} for {result.steps} steps, by the "
-        "examples' lengths, without evaluations",
+        f"{unit}s' lengths, without evaluations",
     ]
     PlainConsole().lines(*lines)
 
@@ -78,6 +80,7 @@ def _header(plan: TrainingPlan) -> list[str]:
         f"{plan.model} ({plan.shape.model_type}), {workload.method}{ranks}",
         *([str(workload.assignment)] if workload.assignment else []),
         f"on {workload.device}: {workload.batch_size} x {workload.length} tokens per forward pass"
+        f"{' in one row' if workload.joined else ''}"
         f"{', gradients accumulated' if workload.accumulates else ''}",
         ", ".join(_storage(workload)),
         "",

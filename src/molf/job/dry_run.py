@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from molf.data.encoding import EncodedSamples
 from molf.disk.files import scratch_directory
 from molf.job.inputs import Inputs
 from molf.job.methods import TrainingData
@@ -18,10 +17,12 @@ from molf.job.model.room_needed import Needed
 from molf.job.opening import Opening, open_training
 from molf.job.progress import Reporter
 from molf.job.record.directory import RunDirectory
+from molf.job.settings.batches import GROUP_BY_LENGTH
 from molf.job.settings.during import BY_LOSS
 from molf.job.settings.planned import workload_of
 from molf.job.settings.resolved import ResolvedSettings
 from molf.job.trainer.sft_config import sft_config
+from molf.job.trainer.split_data import LengthGroups
 from molf.job.training import run_training
 from molf.planning.measure import PeakBytes, held_tensors
 from molf.planning.memory import MemoryPlan, Planner
@@ -42,8 +43,11 @@ class DryRun:
         examples: Examples of the task's training data.
         tokenized: How many of them were tokenized, drawn by the seed.
         left_out: How many of these are longer than the limit.
-        batch_size: Examples per forward pass.
-        length: The longest example of those tokenized; the steps were taken with the longest.
+        packed_rows: Rows that the tokenized ones are packed into; None without packing.
+        batch_size: Rows per forward pass: examples, or packed ones.
+        length: Tokens of the longest row; the steps were taken with the longest. Of joined rows,
+            the mean of a forward pass.
+        joined: Whether the rows of a forward pass are joined to one.
         planned: The planned peak in bytes; None for a method that cannot be planned.
         measured: The measured peak in bytes.
         measured_of: What was measured.
@@ -57,8 +61,10 @@ class DryRun:
     examples: int
     tokenized: int
     left_out: int
+    packed_rows: int | None
     batch_size: int
     length: int
+    joined: bool
     planned: int | None
     measured: int
     measured_of: str
@@ -83,10 +89,12 @@ def rehearse(settings: ResolvedSettings, task: Task, reporter: Reporter, inputs:
     opening = open_training(settings, task, inputs, drawn)
     for note in opening.notes:
         reporter.say(note)
-    settings, encoded = opening.settings, opening.data.samples
+    settings, data = opening.settings, opening.data
+    encoded = data.samples
     short_steps = _ADALORA_STEPS if settings.method == "adalora" else STEPS
-    batch = _actual_batch(settings, len(samples))
-    longest = _longest(encoded, short_steps, batch)
+    batch = _actual_batch(settings, opening.rows)
+    longest = _longest(data, short_steps, batch)
+    length = _length(longest, batch)
     with scratch_directory("dry-run") as scratch:
         short = replace(
             batch,
@@ -104,9 +112,9 @@ def rehearse(settings: ResolvedSettings, task: Task, reporter: Reporter, inputs:
             save_total_limit=None,
             logging_steps=1,
             report_to=("none",),
+            train_sampling_strategy="sequential",
         )
         arguments = sft_config(short)
-        arguments.train_sampling_strategy = "sequential"
         planned, at_limit = _planned(opening, longest, batch, arguments)
         watch = _Watch(arguments.device)
         try:
@@ -115,7 +123,7 @@ def rehearse(settings: ResolvedSettings, task: Task, reporter: Reporter, inputs:
                     opening,
                     settings=short,
                     arguments=arguments,
-                    data=TrainingData(longest, short_steps),
+                    data=longest,
                     room=Needed(),  # no checkpoints are written
                 )
                 run_training(rehearsed, directory, reporter, callbacks=[watch])
@@ -126,8 +134,10 @@ def rehearse(settings: ResolvedSettings, task: Task, reporter: Reporter, inputs:
         examples=len(samples),
         tokenized=len(drawn),
         left_out=encoded.left_out,
+        packed_rows=None if data.packed is None else data.rows,
         batch_size=batch.per_device_train_batch_size,
-        length=max(map(len, longest.input_ids)),
+        length=length,
+        joined=settings.joins_examples,
         planned=planned,
         measured=watch.peak.bytes,
         measured_of="max_memory_allocated" if on_cuda else "live tensors, by torch's profiler",
@@ -135,7 +145,7 @@ def rehearse(settings: ResolvedSettings, task: Task, reporter: Reporter, inputs:
         limit=settings.max_length,
         seconds=watch.seconds,
         steps=opening.steps,
-        estimated_seconds=watch.seconds * opening.steps * _share_of_tokens(encoded, longest, batch),
+        estimated_seconds=watch.seconds * opening.steps * _share_of_tokens(data, length, batch),
     )
 
 
@@ -198,10 +208,10 @@ class _Watch(TrainerCallback):
             torch.cuda.synchronize(self._device)
 
 
-def _actual_batch(settings: ResolvedSettings, examples: int) -> ResolvedSettings:
-    """The settings with a batch that the training will see: none has more than all examples."""
-    size = min(settings.per_device_train_batch_size, examples)
-    batches = -(-examples // size)
+def _actual_batch(settings: ResolvedSettings, rows: int) -> ResolvedSettings:
+    """The settings with a batch that the training will see: none has more than all rows."""
+    size = min(settings.per_device_train_batch_size, rows)
+    batches = -(-rows // size)
     return replace(
         settings,
         per_device_train_batch_size=size,
@@ -209,23 +219,33 @@ def _actual_batch(settings: ResolvedSettings, examples: int) -> ResolvedSettings
     )
 
 
-def _longest(encoded: EncodedSamples, steps: int, settings: ResolvedSettings) -> EncodedSamples:
-    """The longest examples, enough for a batch, again and again in every forward pass."""
-    size = settings.per_device_train_batch_size
-    order = sorted(range(len(encoded.kept)), key=lambda i: len(encoded.input_ids[i]), reverse=True)
+def _longest(data: TrainingData, steps: int, settings: ResolvedSettings) -> TrainingData:
+    """The longest rows, enough for a batch, again and again in every forward pass."""
+    size, lengths = settings.per_device_train_batch_size, data.row_lengths()
+    order = sorted(range(data.rows), key=lambda row: lengths[row], reverse=True)
     batch = [order[i % len(order)] for i in range(size)]
     rows = batch * settings.gradient_accumulation_steps * steps
-    return replace(
+    if data.packed is not None:
+        return TrainingData(data.samples, steps, [data.packed[row] for row in rows])
+    encoded = data.samples
+    samples = replace(
         encoded,
         input_ids=[encoded.input_ids[row] for row in rows],
         labels=[encoded.labels[row] for row in rows],
         kept=[encoded.kept[row] for row in rows],
     )
+    return TrainingData(samples, steps)
+
+
+def _length(longest: TrainingData, settings: ResolvedSettings) -> int:
+    """Tokens of the longest row, which the others are padded to; of joined rows, the mean."""
+    size, lengths = settings.per_device_train_batch_size, longest.row_lengths()
+    return -(-sum(lengths[:size]) // size) if settings.joins_examples else max(lengths)
 
 
 def _planned(
     opening: Opening,
-    longest: EncodedSamples,
+    longest: TrainingData,
     settings: ResolvedSettings,
     arguments: Any,
 ) -> tuple[int | None, int | None]:
@@ -234,11 +254,10 @@ def _planned(
         return None, None
     if opening.quantisation is not None and planned_as(opening.quantisation) is None:
         return None, None
-    lengths = set(map(len, longest.input_ids))
     workload = workload_of(
         settings,
-        length=max(lengths),
-        padded=len(lengths) > 1,
+        length=_length(longest, settings),
+        padded=len(set(longest.row_lengths())) > 1,
         device="cuda" if arguments.device.type == "cuda" else "cpu",
         quantised=planned_as(opening.quantisation),
     )
@@ -250,12 +269,15 @@ def _planned(
     return plans[0].peak, plans[1].peak
 
 
-def _share_of_tokens(
-    encoded: EncodedSamples, longest: EncodedSamples, settings: ResolvedSettings
-) -> float:
+def _share_of_tokens(data: TrainingData, longest: int, settings: ResolvedSettings) -> float:
     """Tokens of a batch as they are drawn, padding included, over those of the longest batch."""
-    size = settings.per_device_train_batch_size
-    lengths = [len(row) for row in encoded.input_ids]
+    size, lengths = settings.per_device_train_batch_size, data.row_lengths()
+    if settings.train_sampling_strategy == GROUP_BY_LENGTH:
+        groups = LengthGroups(lengths, size * settings.gradient_accumulation_steps, settings.seed)
+        lengths = [lengths[row] for row in groups]
     batches = [lengths[start : start + size] for start in range(0, len(lengths), size)]
-    drawn = sum(max(batch) * size for batch in batches) / len(batches)
-    return drawn / (size * max(map(len, longest.input_ids)))
+    if settings.joins_examples:
+        drawn = sum(lengths) / len(batches)
+    else:
+        drawn = sum(max(batch) * size for batch in batches) / len(batches)
+    return drawn / (size * longest)

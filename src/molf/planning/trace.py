@@ -164,10 +164,13 @@ def _run_pass(
 
 
 def _inputs(workload: Workload) -> dict[str, Tensor]:
-    """Return a batch of token ids and labels `[batch, length]`, with a mask if it is padded."""
-    ids = torch.zeros(workload.batch_size, workload.length, dtype=torch.long)
-    # Without a mask, transformers uses causal attention, as it does for a mask of ones.
-    mask = {"attention_mask": torch.ones_like(ids)} if workload.padded else {}
+    """Return a batch of ids and labels `[rows, tokens]`, with a mask if attention takes one."""
+    shape = workload.batch_size, workload.length
+    ids = torch.zeros((1, shape[0] * shape[1]) if workload.joined else shape, dtype=torch.long)
+    # Without a mask, transformers uses causal attention, as it does for a mask of ones. The mask
+    # that it makes from the positions of joined sequences has the size of this one's.
+    has_mask = workload.padded or workload.joined
+    mask = {"attention_mask": torch.ones_like(ids)} if has_mask else {}
     return {"input_ids": ids, "labels": ids, **mask}
 
 

@@ -36,6 +36,8 @@ class Workload(OptimizerOptions):
         device: Kind of device, one of `DEVICES`; its kernels need different temporaries.
         padded: Whether a batch holds sequences of different lengths. Attention then takes a mask,
             and the plan is that of the longest sequence.
+        joined: Whether the sequences of a batch lie in one row of `batch_size * length` tokens,
+            with a mask between them.
         passes: Forward passes of a step on one device.
         num_gpus: Devices of each machine.
         num_nodes: Machines.
@@ -58,6 +60,7 @@ class Workload(OptimizerOptions):
     bf16: bool = False
     device: str = "cuda"
     padded: bool = True
+    joined: bool = False
     passes: int = 1
     num_gpus: int = 1
     num_nodes: int = 1

@@ -92,6 +92,8 @@ def plan_costs(run: FinishedRun, assignment: Assignment) -> Costs:
     config = read_config(settings.model)
     planner = Planner(config)
     longest = (run.config["run"].get("data") or {}).get("longest_tokens")
+    if settings.packing:  # rows are as long as allowed
+        longest = None
     batch = settings.per_device_train_batch_size
     tokens = batch * settings.gradient_accumulation_steps * (longest or settings.max_length)
     costs, workload = [], None

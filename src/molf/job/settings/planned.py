@@ -54,6 +54,7 @@ def workload_of(
         bf16=device == "cuda" if settings.bf16 is None else settings.bf16,
         device=device,
         padded=padded,
+        joined=settings.joins_examples,
         num_gpus=num_gpus,
         num_nodes=num_nodes,
         shards=shards,

@@ -162,6 +162,11 @@ def resolve(settings: TrainSettings, now: datetime) -> ResolvedSettings:
             "eval_strategy": "steps",
             "eval_steps": settings.eval_steps or settings.logging_steps,
         }
+    size = values["per_device_train_batch_size"]
+    if settings.padding_free and size == 1 and not settings.packing:
+        warnings.warn(
+            f"Without effect with per_device_train_batch_size={size}: padding_free.", stacklevel=2
+        )
     values.setdefault("save_minutes", SAVE_MINUTES if settings.save_steps is None else 0.0)
     values["model"] = settings.model or _task_model(settings.task)
     if settings.output_dir is None:

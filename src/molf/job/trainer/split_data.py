@@ -1,7 +1,7 @@
 """The rows of a training and their order; each process's share: every row once per epoch.
 
-A row is an example, or several packed ones. The rows of an optimizer step are those that one process
-with the same global batch would take.
+A row is an example, or several packed ones. The rows of an optimizer step are those that one
+process with the same global batch would take.
 Processes need equally many batches, so the last ones are filled with blank rows. A blank row has no
 label: it adds 0 to the sum of the losses, which is divided by the labels of all processes.
 """

@@ -86,10 +86,6 @@ class Trainer(SFTTrainer):
             if parameter.dtype != data.dtype:
                 parameter.data = data.to(parameter.device)
         self.accelerator.clip_grad_norm_ = guard.clip
-        if checkpoints.settings.joins_examples:
-            # TRL's own, which SFTConfig's `packing` would choose, but for packing again.
-            joining: Any = self.data_collator  # type: ignore[has-type]
-            self.data_collator = dataclasses.replace(joining, padding_free=True)
         if self._is_sharded:
             # Only autocast: fully_shard moves values and sums gradients itself, and accelerate
             # would put DDP around the model.
@@ -97,9 +93,12 @@ class Trainer(SFTTrainer):
                 self.accelerator.prepare_model, evaluation_mode=True
             )
         self._is_blank = False  # whether the micro-batch has blank rows alone
+        collate: Any = self.data_collator  # type: ignore[has-type]
+        if checkpoints.settings.joins_examples:
+            # Set here, because SFTConfig's `packing` would make TRL's trainer pack the rows again.
+            collate = dataclasses.replace(collate, padding_free=True)
+        self.data_collator = WithoutBlankRows(collate) if ranks().count > 1 else collate
         if ranks().count > 1:
-            collate: Any = self.data_collator  # type: ignore[has-type]
-            self.data_collator = WithoutBlankRows(collate)
             # TRL's figures: accelerate would leave out some processes' at the end of an epoch.
             self.accelerator.gather_for_metrics = self._gather_real
 
