@@ -115,9 +115,7 @@ def _first(data: DataRecords, count: int) -> DataRecords:
     return replace(data, samples={index: data.samples[index] for index in indices})
 
 
-def _counts(
-    data: DataRecords, records: list[PreviewedRecord], row_length: int | None
-) -> list[str]:
+def _counts(data: DataRecords, records: list[PreviewedRecord], row_length: int | None) -> list[str]:
     """Return the lines of counts; packed into rows of `row_length` tokens, unless it is None."""
     used = [record for record in records if record.is_trained_on]
     fitting = [record for record in records if record.left_out is None]
