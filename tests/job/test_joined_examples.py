@@ -16,10 +16,16 @@ _HEADS = {"num_attention_heads": 4, "intermediate_size": 48, **_SIZES}
 _EXPERTS = {"num_local_experts": 4, "num_key_value_heads": 2, "output_router_logits": True}
 _LINEAR = {
     "layer_types": ["linear_attention", "full_attention"],
-    **{f"linear_num_{kind}_heads": 2 for kind in ("key", "value")},
-    **{f"linear_{kind}_head_dim": 8 for kind in ("key", "value")},
-    **{"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
-    **{"shared_expert_intermediate_size": 16, "head_dim": 8, "num_key_value_heads": 2},
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 2,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 16,
+    "shared_expert_intermediate_size": 16,
+    "head_dim": 8,
+    "num_key_value_heads": 2,
 }
 KINDS = {
     "Llama": _HEADS,
@@ -36,9 +42,10 @@ KINDS = {
 EXAMPLES = [[7, 8, 9, 10, 11, 12, 13], [3, 4, 0], [400], [5, 6, 21, 22, 23, 24, 25, 26, 27, 0]]
 
 
-def make(name, dtype=torch.float32):
+def make(name, dtype=torch.float32, **further):
     torch.manual_seed(0)
-    config = getattr(transformers, f"{name}Config")(**_COMMON, **KINDS[name])
+    sizes = {**_COMMON, **KINDS.get(name, {}), **further}
+    config = getattr(transformers, f"{name}Config")(**sizes)
     return AutoModelForCausalLM.from_config(config).to(dtype)
 
 
@@ -78,7 +85,9 @@ def test_models_that_mix_examples_are_refused(name, dtype):
 
 def test_reason_of_a_model_that_fails():
     """Without its kernels, linear attention cannot separate examples."""
-    with pytest.raises(InputError, match="Qwen3NextForCausalLM fails on joined examples: .*conv1d"):
+    with pytest.raises(
+        InputError, match=r"Qwen3NextForCausalLM fails on .*conv1d"
+    ):
         check_joined("tiny", make("Qwen3Next"), 1, 64)
 
 
@@ -94,13 +103,9 @@ def test_low_precision_is_accepted_and_the_model_is_left_as_it_was():
 
 def test_rows_above_the_model_s_positions():
     """Tables of positions are read from 0 in each example; a mask of fixed size is refused."""
-    KINDS["GPTNeo"] = {
-        **{"hidden_size": 32, "num_layers": 2, "num_heads": 4, "max_position_embeddings": 64},
-        "attention_types": [[["global", "local"], 1]],
-    }
-    model = make("GPTNeo")
+    sizes = {"hidden_size": 32, "num_layers": 2, "num_heads": 4, "max_position_embeddings": 64}
+    model = make("GPTNeo", attention_types=[[["global", "local"], 1]], **sizes)
     check_joined("x", model, 1, 64)
     with pytest.raises(InputError, match="GPTNeoForCausalLM fails on joined examples"):
         check_joined("x", model, 1, 65)
-    KINDS["GPT2"]["n_positions"] = 64
-    check_joined("x", make("GPT2"), 1, 1000)
+    check_joined("x", make("GPT2", n_positions=64), 1, 1000)

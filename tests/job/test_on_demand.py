@@ -14,8 +14,8 @@ from molf.data.on_demand import OnDemand, most_tokens
 from molf.data.rows import Rows
 from molf.errors import InputError
 from molf.job import opening
-from molf.job.record.result import ResumeError
 from molf.job.methods import TrainingData
+from molf.job.record.result import ResumeError
 from molf.job.trainer.run_parts import RECORDS, RunParts, hash_of_examples, hash_of_tokens
 from molf.tasks import TaskOptions, load_task
 from tiny_models import CHATML, byte_level_tokenizer

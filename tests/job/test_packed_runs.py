@@ -54,7 +54,7 @@ def test_packed_run_equals_the_padded_one(command, folder, whole_epochs, tmp_pat
     assert "packed_rows" not in record_of(whole_epochs)["run"]["data"]
     # The same in one forward pass for each row.
     path = tmp_path / "accumulated"
-    assert main(command(path, 1, rows, *PACKED)) == 0
+    assert main(command(path, 1, rows, *PACKED, "--gradient_checkpointing")) == 0
     assert_near_runs(whole_epochs, path)
 
 
@@ -221,9 +221,12 @@ def test_warning_of_padding_free_without_effect():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("further", [PACKED, ["--padding_free"], GROUPED])
+@pytest.mark.parametrize(
+    "further", [PACKED, [*PACKED, "--fsdp", "all"], ["--padding_free"], GROUPED]
+)
 def test_two_processes_train_as_one(launch, command, folder, further, tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"
-    launch.to_the_end(command(one, 2, 2, *further), 1)
+    alone = [name for name in further if name not in ("--fsdp", "all")]
+    launch.to_the_end(command(one, 2, 2, *alone), 1)
     launch.to_the_end(command(two, 2, 1, *further))
     assert_near_runs(one, two)
