@@ -78,7 +78,7 @@ def check_joined(name: str, model: Any, pad_id: int, most: int) -> None:
     """Check that examples that are joined to one row do not change each other's loss.
 
     Their attention, positions and recurrent states must start again in each. Two short texts are
-    run joined and alone.
+    run joined and alone; modes, buffers and random generators are as before.
 
     Args:
         name: The model, for messages.
@@ -93,14 +93,19 @@ def check_joined(name: str, model: Any, pad_id: int, most: int) -> None:
     limit = position_limit(model.config)
     kind = type(model).__name__
     modes = [(module, module.training) for module in model.modules()]
-    evaluation_mode(model)
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    devices = [model.device] if model.device.type == "cuda" else []
+    inputs = _joined(model, pad_id, rows)
     try:
-        with torch.no_grad():
-            alone = [last_logits(model, [row], pad_id, keep=len(row))[0].float() for row in rows]
-            if limit is not None and most > limit:  # tables of this size may mask attention
-                model.base_model(**_joined(model, pad_id, [[pad_id] * limit, [pad_id]]))
-        inputs = _joined(model, pad_id, rows)
-        logits, reached = _logits_and_influence(model, inputs, len(rows[0]))
+        with torch.random.fork_rng(devices):
+            evaluation_mode(model)
+            with torch.no_grad():
+                if limit is not None and most > limit:  # tables of this size may mask attention
+                    model.base_model(**_joined(model, pad_id, [[pad_id] * limit, [pad_id]]))
+                alone = [last_logits(model, [row], pad_id, keep=len(row))[0] for row in rows]
+                changes = differ(model, model(**inputs).logits[0].float(), torch.cat(alone).float())
+            model.train()  # models make other masks
+            changes |= _influences(model, inputs, len(rows[0]))
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # models raise errors of many types
@@ -109,7 +114,9 @@ def check_joined(name: str, model: Any, pad_id: int, most: int) -> None:
     finally:
         for module, training in modes:
             module.training = training
-    if reached or differ(model, logits, torch.cat(alone)):
+        for buffer, before in buffers:
+            buffer.copy_(before)
+    if changes:
         raise _not_joined(name, f"in {kind}, joined examples change each other's loss")
 
 
@@ -125,12 +132,10 @@ def _joined(model: Any, pad_id: int, rows: Sequence[list[int]]) -> dict[str, Any
     return {**on_device, "use_cache": False}
 
 
-def _logits_and_influence(
-    model: Any, inputs: dict[str, Any], length: int
-) -> tuple[torch.Tensor, bool]:
-    """Return the logits, and whether those behind `length` depend on the tokens before it.
+def _influences(model: Any, inputs: dict[str, Any], length: int) -> bool:
+    """Return whether the logits behind the first `length` tokens depend on these.
 
-    A gradient shows it exactly; a comparison of logits in low precision does not.
+    A gradient shows it exactly, with dropout too. A comparison of logits in low precision does not.
     """
     embedded: list[torch.Tensor] = []
 
@@ -141,14 +146,13 @@ def _logits_and_influence(
     hook = model.get_input_embeddings().register_forward_hook(keep)
     try:
         with torch.enable_grad():
-            logits = model(**inputs).logits[0].float()
-            # Of each logit with another weight: a sum may cancel.
-            weights = torch.linspace(0.5, 1.5, logits[length:].numel(), device=logits.device)
-            total = (logits[length:].flatten() * weights).sum()
-            (gradient,) = torch.autograd.grad(total, embedded[:1])
+            logits = model(**inputs).logits[0, length:].float()
+            # Each logit with another weight: a plain sum may cancel.
+            weights = torch.linspace(0.5, 1.5, logits.numel(), device=logits.device)
+            (gradient,) = torch.autograd.grad((logits.flatten() * weights).sum(), embedded[:1])
     finally:
         hook.remove()
-    return logits.detach(), bool(gradient[:, :length].any())
+    return bool(gradient[:, :length].any())
 
 
 def _not_joined(name: str, reason: str) -> InputError:
