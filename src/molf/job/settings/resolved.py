@@ -137,6 +137,8 @@ def resolve(settings: TrainSettings, now: datetime) -> ResolvedSettings:
     _warn_of_ranks(settings)
     given = {name: value for name, value in vars(settings).items() if value is not None}
     values = {**defaults_for(settings.method, settings.task), **given}
+    if settings.packing and not settings.optimizer_in_backward:
+        _pack_one_by_one(values, settings)
     # The record has the defaults of unused options, so that it does not warn as a recipe.
     for name in unused_options(settings):
         values[name] = _DEFAULTS[name]
@@ -236,6 +238,16 @@ def unused_options(settings: TrainSettings) -> tuple[str, ...]:
     return unused
 
 
+def _pack_one_by_one(values: dict[str, Any], settings: TrainSettings) -> None:
+    """Take one packed row per forward pass by default, and as many rows per step as before."""
+    # Attention over the rows of a pass, joined to one, takes the square of their number.
+    if settings.per_device_train_batch_size is None:
+        size = values["per_device_train_batch_size"]
+        values["per_device_train_batch_size"] = 1
+        if settings.gradient_accumulation_steps is None:
+            values["gradient_accumulation_steps"] *= size
+
+
 def _use_in_backward(values: dict[str, Any]) -> None:
     """Turn off clipping and accumulation, which steps in the backward pass exclude."""
     # Both are only defaults here; given by the user, they are errors.
@@ -243,8 +255,9 @@ def _use_in_backward(values: dict[str, Any]) -> None:
     steps = values["gradient_accumulation_steps"]
     if steps > 1:
         batch = values["per_device_train_batch_size"]
+        unit = "packed rows" if values["packing"] else "examples"
         warnings.warn(
-            f"optimizer_in_backward accumulates no gradients: a step has {batch} examples instead "
+            f"optimizer_in_backward accumulates no gradients: a step has {batch} {unit} instead "
             f"of {batch * steps}. Raise per_device_train_batch_size if that fits.",
             stacklevel=3,
         )

@@ -207,7 +207,7 @@ class TrainSettings:
     per_device_train_batch_size: Annotated[
         int | None, Parameter(group=OPTIMIZATION, show_default=_AUTO), POSITIVE, BELOW_2_31
     ] = None
-    """Examples per forward pass."""
+    """Examples per forward pass; of packed rows, 1 by default."""
     gradient_accumulation_steps: Annotated[
         int | None, Parameter(group=OPTIMIZATION, show_default=_AUTO), POSITIVE, BELOW_2_31
     ] = None
