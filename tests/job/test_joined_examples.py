@@ -85,9 +85,7 @@ def test_models_that_mix_examples_are_refused(name, dtype):
 
 def test_reason_of_a_model_that_fails():
     """Without its kernels, linear attention cannot separate examples."""
-    with pytest.raises(
-        InputError, match=r"Qwen3NextForCausalLM fails on .*conv1d"
-    ):
+    with pytest.raises(InputError, match=r"Qwen3NextForCausalLM fails on .*conv1d"):
         check_joined("tiny", make("Qwen3Next"), 1, 64)
 
 

@@ -220,6 +220,29 @@ def test_warning_of_padding_free_without_effect():
         resolve(TrainSettings(**given), datetime.now())
 
 
+@pytest.mark.parametrize(
+    ("given", "size", "passes"),
+    [
+        ({}, 8, 4),
+        ({"packing": True}, 1, 32),
+        ({"packing": True, "gradient_accumulation_steps": 6}, 1, 6),
+        ({"packing": True, "per_device_train_batch_size": 2}, 2, 4),
+        ({"padding_free": True}, 8, 4),
+    ],
+)
+def test_a_pass_has_one_packed_row_by_default(given, size, passes):
+    settings = resolve(TrainSettings(task="custom", model="x", **given), datetime.now())
+    found = settings.per_device_train_batch_size, settings.gradient_accumulation_steps
+    assert found == (size, passes)
+
+
+def test_steps_in_the_backward_pass_take_several_packed_rows():
+    given = {"model": "x", "task": "custom", "packing": True, "optimizer_in_backward": True}
+    with pytest.warns(UserWarning, match="a step has 8 packed rows instead of 32"):
+        settings = resolve(TrainSettings(**given), datetime.now())
+    assert settings.per_device_train_batch_size == 8
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "further", [PACKED, [*PACKED, "--fsdp", "all"], ["--padding_free"], GROUPED]
