@@ -29,7 +29,6 @@ from common import Step, interleave, make_model, ratio_interval, report
 from molf.data.packing import pack
 from molf.job.trainer.split_data import LengthGroups
 
-_SHAPE = {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 4}
 _SPREAD = 0.8  # standard deviation of the logarithm of the lengths
 _STEP = 4  # batches of a step, which are grouped by length together
 
@@ -49,7 +48,12 @@ def main() -> None:
 
     torch.set_num_threads(1)
     datasets.disable_progress_bars()
-    model = make_model(max_position_embeddings=options.max_length, **_SHAPE)
+    model = make_model(
+        hidden_size=256,
+        intermediate_size=704,
+        num_hidden_layers=4,
+        max_position_embeddings=options.max_length,
+    )
     add_fused_lm_head(model)
     lengths = make_lengths(options.examples, options.median, options.max_length)
     steps = {

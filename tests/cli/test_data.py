@@ -85,13 +85,13 @@ def test_jsonl_has_every_readable_record_and_its_whole_text(shown):
 
 
 def test_packed_rows_are_counted(shown):
-    """18 examples of 7 to 9 tokens, the rest is held out."""
+    """18 examples of 6 to 8 tokens; the rest is held out."""
     records = [{"prompt": f"{i} is", "completion": f" {i}."} for i in range(20)]
     out = shown(records, "--packing", "--max_length", "30", "--examples", "0").out
     tokens = int(re.search(r"tokens     (\d+) to train on", out)[1])
     packed = re.search(r"packed     18 examples into (\d+) rows of at most 30 tokens", out)
     assert tokens / 30 <= int(packed[1]) <= tokens / 20
-    assert "packed" not in shown(records, "--examples", "0").out
+    assert "packed  " not in shown(records, "--examples", "0").out
 
 
 def test_a_single_record_is_enough(shown):

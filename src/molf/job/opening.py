@@ -40,6 +40,7 @@ from molf.measure.inference import last_logits, length_limit
 from molf.measure.padding import right_padding_counts
 from molf.planning.reach import Reach, describe, find_reach
 from molf.ranks import ALONE, ranks
+from molf.shown import counted
 from molf.tasks import Task
 
 _TRIED_TOKENS = 256
@@ -147,6 +148,8 @@ def open_training(
     if len(samples) < (every := len(task.training_samples)):
         rows = max(1, round(every * rows / len(samples)))
         steps = count_steps(arguments, rows)
+    if packed is not None:
+        _warn_of_few_rows(rows, settings)
     room = with_values(lambda: check_saving(base, settings, planned, steps, task.evaluation_count))
     notes = (
         None if settings.assigned is None else f"Assignment: {settings.reached_assignment}.",
@@ -202,6 +205,18 @@ def _encode(
     encoded = OnDemand(tokenizer, samples, max_length, show).encoded
     warn_of_faults(encoded)
     return encoded
+
+
+def _warn_of_few_rows(rows: int, settings: ResolvedSettings) -> None:
+    """Warn if one step takes all packed rows, which are far fewer than the examples."""
+    size, passes = settings.per_device_train_batch_size, settings.gradient_accumulation_steps
+    step = size * passes * ranks().count
+    if rows < step:
+        warnings.warn(
+            f"Each step takes all examples: they are packed into {counted(rows, 'row')}, and a "
+            f"step has up to {step}. Give a smaller --gradient_accumulation_steps for more steps.",
+            stacklevel=3,
+        )
 
 
 def _check_layers(
