@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
 
 _MOST_IN_LIST = 2**31 - 1  # offsets of a `ListArray`
@@ -23,22 +24,23 @@ def pack(lengths: Sequence[int], most: int) -> list[list[int]]:
 
     ends = np.cumsum([0, *lengths])
     tokens = int(ends[-1])
-    # TRL packs lists of tokens. Here, each token is the position of its example.
-    values = pyarrow.array(np.repeat(np.arange(len(lengths), dtype=np.int32), lengths))
+    # TRL packs lists of tokens. It needs their lengths alone, so these tokens take a byte each.
+    values = pyarrow.array(np.zeros(tokens, dtype=np.int8))
     if tokens <= _MOST_IN_LIST:
         column = pyarrow.ListArray.from_arrays(ends.astype(np.int32), values)
     else:
         column = pyarrow.LargeListArray.from_arrays(ends, values)
     # Without a fingerprint of our own, `datasets` would hash all values.
-    examples = Dataset(pyarrow.table({"examples": column}), fingerprint="examples")
+    examples = Dataset(pyarrow.table({"tokens": column}), fingerprint="examples")
     packed = pack_dataset(
         examples,
         min(most, tokens),  # TRL's search tree has this size
         "bfd",
         {"batch_size": len(lengths), "new_fingerprint": "packed"},  # all examples at once
     )
-    rows = packed.with_format("arrow")[:]
-    sizes = rows["seq_lengths"].combine_chunks()
-    starts = np.cumsum([0, *sizes.flatten().to_numpy()[:-1]])
-    positions = rows["examples"].combine_chunks().flatten().to_numpy()[starts]
-    return [row.tolist() for row in np.split(positions, np.cumsum(sizes.value_lengths())[:-1])]
+    # Examples of one length are interchangeable; each is taken in turn.
+    positions: dict[int, list[int]] = defaultdict(list)
+    for position in reversed(range(len(lengths))):
+        positions[lengths[position]].append(position)
+    rows: list[list[int]] = packed.with_format("arrow")[:]["seq_lengths"].to_pylist()
+    return [[positions[length].pop() for length in row] for row in rows]
