@@ -8,14 +8,14 @@ from molf.data.packing import pack
 
 
 def test_every_example_is_in_one_row_as_a_whole():
-    """More than the thousand examples that TRL's function packs at a time by default."""
+    """More than are packed at a time."""
     draw = random.Random(0)
-    lengths = [draw.randint(1, 100) for _ in range(2500)]
+    lengths = [draw.randint(1, 100) for _ in range(12_500)]
     rows = pack(lengths, 100)
-    assert sorted(position for row in rows for position in row) == list(range(2500))
+    assert sorted(position for row in rows for position in row) == list(range(12_500))
     tokens = [sum(lengths[position] for position in row) for row in rows]
     assert max(tokens) <= 100
-    # Best fit of all at once: hardly any room is left.
+    # Best fit of many at once: hardly any room is left.
     assert sum(lengths) / (100 * len(rows)) > 0.99
     assert rows == pack(lengths, 100)
 

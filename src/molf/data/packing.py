@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 
+_AT_ONCE = 10_000  # examples; bounds the memory, of which Arrow takes 12 bytes per token
 _MOST_IN_LIST = 2**31 - 1  # offsets of a `ListArray`
 
 
@@ -36,7 +37,7 @@ def pack(lengths: Sequence[int], most: int) -> list[list[int]]:
         examples,
         min(most, tokens),  # TRL's search tree has this size
         "bfd",
-        {"batch_size": len(lengths), "new_fingerprint": "packed"},  # all examples at once
+        {"batch_size": _AT_ONCE, "new_fingerprint": "packed"},
     )
     # Examples of one length are interchangeable; each is taken in turn.
     positions: dict[int, list[int]] = defaultdict(list)
