@@ -5,6 +5,7 @@ import json
 import re
 import shlex
 from pathlib import Path
+from statistics import median
 
 import pytest
 
@@ -212,3 +213,26 @@ def test_recipes_named():
     assert set(re.findall(r"`(?:\.\.\.)?-(24gb|laptop)`", RECIPES)) == {"24gb", "laptop"}
     for ending in ("-24gb", "-laptop", "-chat"):
         assert any(name.endswith(ending) for name in names)
+
+
+def test_packed_rows_of_the_page(capsys):
+    page = (DOCS / "packing.md").read_text()
+    [command] = re.findall(r"`(molf data [^`]*)`", page)
+    assert main([*shlex.split(command)[1:], "--examples", "0"]) == 0
+    [shown] = [block for block in blocks(page, "text") if block.startswith("packed")]
+    assert shown in capsys.readouterr().out
+
+
+def test_figures_of_packing_are_those_of_the_record():
+    record = json.loads((DOCS.parent / "benchmarks/results/packing_cpu.json").read_text())
+    seconds = record["seconds"]
+    found = {
+        (
+            f"{record['tokens'] / median(taken):,.0f}",
+            f"{median([a / b for a, b in zip(seconds['padded'], taken, strict=True)]):.3g}",
+        )
+        for taken in seconds.values()
+    }
+    table = (DOCS / "packing.md").read_text().split("| x padded |\n")[1]
+    shown = re.findall(r"^\|[^|]*\| ([\d,]+) \| ([\d.]+)", table, re.M)
+    assert set(shown) == found
