@@ -2,10 +2,12 @@
 
 import io
 import re
+from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
 
+from molf.job.overview import _steps
 from molf.job.progress import Reporter, TerminalReporter
 
 LOGS = {"loss": 1.25, "tokens_per_second": 1234.5, "won/full": 0.25, "won/lora0_r4": 0.75}
@@ -88,3 +90,30 @@ def test_a_log_shows_the_state_of_long_work(output, monkeypatch):
     console = Console(file=output, force_terminal=True, width=80, legacy_windows=False)
     with TerminalReporter(console).working("Tokenizing") as show:
         show("20 of 50 tokenized")
+
+
+@pytest.mark.parametrize(
+    ("rows", "steps", "processes", "drop_last", "shown"),
+    [
+        # 7 batches of 8 are 2 steps of at most 4.
+        (54, 4, 1, False, "4 of 32 examples (8 x 4), 2 epochs"),
+        (54, 4, 1, True, "4 of 32 examples (8 x 4), 2 epochs"),
+        (22, 3, 1, False, "3 of 32 examples (8 x 4), 3 epochs"),
+        (54, 3, 2, False, "3 of 64 examples (8 x 4 x 2 processes), 3 epochs"),
+        (64_000, 1_000, 1, False, "1,000 of 32 examples (8 x 4), 0.5 epochs"),
+        (54, 3_000, 1, False, "3,000 of 32 examples (8 x 4), 1,500 epochs"),
+    ],
+)
+def test_epochs_are_those_of_the_trainer(rows, steps, processes, drop_last, shown):
+    opening = SimpleNamespace(
+        settings=SimpleNamespace(
+            per_device_train_batch_size=8,
+            gradient_accumulation_steps=4,
+            max_time=None,
+            padding_free=False,
+            train_sampling_strategy="random",
+        ),
+        data=SimpleNamespace(steps=steps, rows=rows, packed=None),
+        arguments=SimpleNamespace(dataloader_drop_last=drop_last),
+    )
+    assert _steps(opening, processes) == shown

@@ -107,19 +107,16 @@ def _steps(opening: Opening, processes: int) -> str:
     size, passes = settings.per_device_train_batch_size, settings.gradient_accumulation_steps
     batch = size * passes * processes
     split = f"{size} x {passes}" + (f" x {processes} processes" if processes > 1 else "")
-    # Each epoch ends with a step, which may be smaller.
-    divide = int.__floordiv__ if opening.arguments.dataloader_drop_last else _divided_up
-    in_epoch = _divided_up(divide(opening.data.rows, size * processes), passes)
-    epochs = steps / max(in_epoch, 1)
+    # The last step of an epoch may have fewer rows.
+    rows, share = opening.data.rows, size * processes
+    batches = rows // share if opening.arguments.dataloader_drop_last else -(-rows // share)
+    epochs = steps / max(1, -(-batches // passes))
+    shown = f"{epochs:.3g}" if epochs < 1000 else f"{epochs:,.0f}"
     limit = "" if settings.max_time is None else f", at most {duration(settings.max_time)}"
     unit = "example" if opening.data.packed is None else "packed row"
     how = ", padding-free" if settings.padding_free else ""
     how += ", by length" if settings.train_sampling_strategy == GROUP_BY_LENGTH else ""
-    return f"{steps:,} of {counted(batch, unit)} ({split}{how}), {epochs:.3g} epochs{limit}"
-
-
-def _divided_up(number: int, divisor: int) -> int:
-    return -(-number // divisor)
+    return f"{steps:,} of {counted(batch, unit)} ({split}{how}), {shown} epochs{limit}"
 
 
 def _rates(settings: ResolvedSettings) -> str:
