@@ -73,6 +73,16 @@ def test_map_holds_the_winners(run):
     assert margins["table"]["rows"][24][:2] == [1, 2]
 
 
+def test_training_time_is_the_recorded_one(run):
+    """The last line of the log is written before the last checkpoint."""
+    time = r"<dt>Training time</dt>\s*<dd>(.*?)</dd>"
+    assert re.findall(time, render(read_runs([run]))) == ["120.0 s"]
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    config["run"]["training"]["seconds"] = 123.25
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    assert re.findall(time, render(read_runs([run]))) == ["123.2 s"]
+
+
 def test_changes_of_winners_are_told_once(run):
     """A finished run records them; the page counts those of the log alone without that record."""
     text = html.unescape(render(read_runs([run])))

@@ -205,10 +205,20 @@ def _facts(run: RunData) -> Iterator[tuple[str, str]]:
     device = run.environment.get("device") or {}
     if device.get("name"):
         yield "Device", f"{device['name']} ({device.get('type')})"
-    if (seconds := run.log.get("train_runtime")) is not None and len(seconds):
-        yield "Training time", f"{seconds[-1]:,.1f} s"
+    if (seconds := _training_seconds(run)) is not None:
+        yield "Training time", f"{seconds:,.1f} s"
     if started := run.environment.get("started"):
         yield "Started", str(started).replace("T", " ")
+
+
+def _training_seconds(run: RunData) -> float | None:
+    """Return the recorded time of the training; of a run without a record, that of its log."""
+    training = run.recorded.get("training")
+    recorded = training.get("seconds") if isinstance(training, dict) else None
+    if isinstance(recorded, int | float):
+        return float(recorded)
+    logged = run.log.get("train_runtime")
+    return None if logged is None or not len(logged) else float(logged[-1])
 
 
 def _commands(run: RunData) -> Iterator[tuple[str, str]]:
