@@ -9,7 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from molf.api.jobs import evaluate, train
+    from molf.api.jobs import evaluate, plan, train
     from molf.api.routing_callback import RoutingCallback
     from molf.api.run import Run
     from molf.core.adamw import AdamW
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from molf.core.step.decision import Decision
     from molf.core.trainer import trainer_optimizer
     from molf.job.record.assignment_source import read_assignment
+    from molf.planning.request import TrainingPlan
 
 # Imported on first use, so that `import molf` and `molf --help` stay fast.
 _HOMES = {
@@ -40,9 +41,11 @@ _HOMES = {
     "Run": "molf.api.run",
     "Score": "molf.core.scores.score",
     "ScoreTerm": "molf.core.scores.score",
+    "TrainingPlan": "molf.planning.request",
     "evaluate": "molf.api.jobs",
     "merge": "molf.core.model.merge",
     "peft_config": "molf.core.model.peft_model",
+    "plan": "molf.api.jobs",
     "read_assignment": "molf.job.record.assignment_source",
     "register_score": "molf.core.scores.registry",
     "train": "molf.api.jobs",
@@ -64,9 +67,11 @@ __all__ = [
     "Run",
     "Score",
     "ScoreTerm",
+    "TrainingPlan",
     "evaluate",
     "merge",
     "peft_config",
+    "plan",
     "read_assignment",
     "register_score",
     "train",

@@ -1,9 +1,11 @@
-"""`molf.train`, `molf.evaluate` and `molf.Run`: the commands from Python."""
+"""`molf.train`, `molf.evaluate`, `molf.plan` and `molf.Run`: the commands from Python."""
 
 from __future__ import annotations
 
+import json
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -100,6 +102,45 @@ def test_evaluate(run, options, tmp_path):
     assert (tmp_path / "evaluation/report.html").is_file()
 
 
+def test_plan(options, capsys):
+    common = {name: options[name] for name in ("task", "model", "ranks", "alpha")}
+    machines = {"device": "cpu", "num_gpus": 4, "num_nodes": 2}
+    found = molf.plan(**common, **machines, learning_rate=1.0, max_length=32)
+    assert capsys.readouterr().out == ""
+    given = as_arguments(common | machines | {"max_length": 32})
+    assert main(["plan", *given, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == json.loads(json.dumps(found.record()))
+    assert isinstance(found, molf.TrainingPlan)
+    assert [device.gib for device in found.fits] == [24, 40, 80, 141]
+    assert found.advice == {}
+    assert found.traffic.gpus == 8
+
+
+def test_plan_of_a_recipe():
+    found = molf.plan("demo-fact-molf", ranks=[4], max_length=10)
+    assert (found.workload.config.ranks, found.workload.length) == ((4,), 10)
+    larger = replace(found.memory, weights=30 * 2**30)
+    assert [device.gib for device in replace(found, memory=larger).fits] == [40, 80, 141]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"device": "tpu"}, '"cuda", "cpu"'),
+        ({"num_gpus": 0}, "Invalid num_gpus=0. Must be at least 1"),
+        ({"num_nodes": 1.5}, "whole number"),
+        ({"method": "dora"}, "can be planned"),
+        ({"json": True}, "TrainingPlan.record"),
+        ({"metod": "fft"}, "metod"),
+    ],
+)
+def test_wrong_plans(options, words):
+    with pytest.raises(InputError) as caught:
+        molf.plan(**options)
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
 def test_a_complete_run_is_resumed_at_no_cost(run, options):
     again = molf.train(**options, output_dir=run.path, resume=True)
     assert again.path == run.path
@@ -124,6 +165,7 @@ def test_a_recipe_and_options_that_replace_it(options, tmp_path):
         ({"method": "magic"}, "molf-e"),
         ({"ranks": [0]}, "ranks"),
         ({"dry_run": True}, "for the command line"),
+        ({"config": "demo-fact-molf"}, "recipe as first argument"),
     ],
 )
 def test_wrong_options(options, words, tmp_path):

@@ -197,13 +197,26 @@ def test_python_of_the_whole_job(tmp_path, monkeypatch, capsys):
     (program,) = blocks((DOCS / "python.md").read_text(), "python")
     names = {}
     exec(program, names)
-    assert capsys.readouterr().out.startswith("complete ")
+    planned, trained, *_ = capsys.readouterr().out.splitlines()
+    assert planned.endswith("['24 GB', '40 GB', '80 GB', '141 GB']")
+    assert trained.startswith("complete ")
+    assert str(names["run"].record["model"]["trained_parameters"]) == planned.split()[0]
     assert names["model"].config.model_type == "qwen2"
-    public = set(re.findall(r"^\| `?(.*?) \|", (DOCS / "python.md").read_text(), re.M))
-    without_arguments = [re.sub(r"\(.*?\)", "", row) for row in public]
-    named = {one for row in without_arguments for one in re.findall(r"[a-z]+", row)}
-    named -= {"molf", "path", "un"}
-    assert named == {name for name in dir(names["molf"].Run) if name[0] not in "_"} - {"path"}
+    text = (DOCS / "python.md").read_text()
+    assert members(text, "molf.Run(path)") == public(names["molf"].Run) - {"path"}
+    assert members(text, "molf.TrainingPlan") == public(names["molf"].TrainingPlan)
+
+
+def members(text: str, name: str) -> set[str]:
+    """The names in the first column of a table whose head begins with a name."""
+    (table,) = re.findall(rf"^\| `{re.escape(name)}`.*?\n\|---\|---\|\n((?:\|.*\n)+)", text, re.M)
+    rows = re.findall(r"^\| (.*?) \|", table, re.M)
+    return {one for row in rows for one in re.findall(r"`([a-z_]+)", row)}
+
+
+def public(kind: type) -> set[str]:
+    fields = getattr(kind, "__dataclass_fields__", ())
+    return {name for name in {*dir(kind), *fields} if not name.startswith("_")}
 
 
 def test_recipes_named():

@@ -1,1 +1,1 @@
-"""The whole job from Python: `molf.train`, `molf.evaluate`, and `molf.Run` for run directories."""
+"""The whole job from Python: `molf.train`, `molf.evaluate`, `molf.plan`, `molf.Run`."""

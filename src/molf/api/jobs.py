@@ -1,4 +1,4 @@
-"""`molf.train` and `molf.evaluate`: the commands as functions."""
+"""`molf.train`, `molf.evaluate` and `molf.plan`: the commands as functions."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from molf.tasks import TASKS
 
 if TYPE_CHECKING:
     from molf.measure import Evaluation
+    from molf.planning.request import TrainingPlan
 
 
 def train(recipe: str | Path | None = None, /, **options: Any) -> Run:
@@ -84,3 +85,40 @@ def evaluate(model: str | Path | None = None, /, **options: Any) -> dict[str, Ev
 
         page_at_end(chosen.output_dir)
     return found
+
+
+def plan(
+    recipe: str | Path | None = None,
+    /,
+    *,
+    device: str = "cuda",
+    num_gpus: int = 1,
+    num_nodes: int = 1,
+    **options: Any,
+) -> TrainingPlan:
+    """Plan the parameters and memory of a training, as `molf plan` does.
+
+    Only the model's `config.json` is read, from a local directory or the Hub.
+
+    Args:
+        recipe: A YAML file of options, or the name of a shipped recipe.
+        device: Kind of device of the training, `cuda` or `cpu`.
+        num_gpus: GPUs of each machine, which share weights, gradients and optimizer state.
+        num_nodes: Machines.
+        **options: The options of `molf train` by name. They replace those of the recipe; None is
+            as if left out. Those that change no memory have no effect.
+
+    Raises:
+        InputError: An option or the model is wrong, or the training cannot be planned.
+    """
+    from molf.job.ahead.plan import plan as plan_training
+    from molf.job.settings.settings import TrainSettings
+
+    if options.get("json"):
+        raise InputError("json is for the command line; TrainingPlan.record() returns its values.")
+    machines = {"device": device, "num_gpus": num_gpus, "num_nodes": num_nodes}
+    arguments = parsed("plan", {**options, **machines}, recipe)
+    return plan_training(
+        arguments.get("settings", TrainSettings()),
+        **{name: arguments.get(name, value) for name, value in machines.items()},
+    )

@@ -16,7 +16,7 @@ def parsed(command: str, options: Mapping[str, Any], recipe: str | Path | None =
     """Return the arguments of a command, from options and a recipe that they replace.
 
     Args:
-        command: `train` or `eval`.
+        command: `train`, `plan` or `eval`.
         options: Options by name; sequences, paths and numbers are taken as they are.
         recipe: A YAML file, or the name of a shipped recipe.
 
@@ -29,6 +29,8 @@ def parsed(command: str, options: Mapping[str, Any], recipe: str | Path | None =
     from molf.cli.recipes.shipped import find_recipe
     from molf.cli.recipes.validation import parse_options
 
+    if options.get("config") is not None:  # no command reads it here: it would have no effect
+        raise InputError(f"Invalid config={options['config']}. Give a recipe as first argument.")
     known: dict[str, Any] = {}
     if recipe is not None:
         path = find_recipe(str(recipe))

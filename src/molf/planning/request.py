@@ -54,6 +54,11 @@ class TrainingPlan:
     saving: SavingPlan | None = None
     traffic: Traffic | None = None
 
+    @property
+    def fits(self) -> tuple[Device, ...]:
+        """The sizes of GPU that it fits, of 24, 40, 80 and 141 GB."""
+        return tuple(device for device in DEVICES if device.fits(self.memory.peak))
+
     def record(self) -> dict[str, Any]:
         """Return the plan as plain values; sizes are bytes."""
         shape, workload = self.shape, self.workload

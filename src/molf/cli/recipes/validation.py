@@ -106,7 +106,11 @@ def _reader(command: str) -> App:
     """Return the parser of a command. Cached: making it takes longer than parsing."""
     from molf.cli.app import app
 
-    functions = {"train": "molf.cli.train:train_model", "eval": "molf.cli.eval:evaluate_model"}
+    functions = {
+        "train": "molf.cli.train:train_model",
+        "plan": "molf.cli.plan:plan_model",
+        "eval": "molf.cli.eval:evaluate_model",
+    }
     reader = App(default_parameter=app.default_parameter, result_action="return_value")
     reader.command(functions[command], name=command)
     return reader
@@ -119,7 +123,7 @@ def parse_options(
 
     Args:
         path: The recipe, for messages.
-        command: `train` or `eval`.
+        command: `train`, `plan` or `eval`.
         options: Its options.
         resumes: Whether `resume` adds the options of the run, as it does for the command.
 

@@ -1,0 +1,1 @@
+"""Answers before a training: the plan of its memory."""
