@@ -59,6 +59,7 @@ for parent, name, function, text in (
     (app, "compare", "runs.compare:compare_runs", "Compare methods over the seeds of many runs."),
     (app, "advise", "advice.advise:advise_run", "Assign full or LoRA per layer from a run."),
     (app, "probe", "advice.probe:probe_model", "Find an assignment by a few steps of routing."),
+    (app, "lr", "rates:find_rates", "Find learning rates to begin with, by a short sweep."),
     (app, "generate", "texts.commands:generate_text", "Print a model's answers to prompts."),
     (app, "chat", "texts.commands:chat_with", "Talk to a model."),
     (app, "export", "export:export_run", "Write a run's model or adapter in another type."),

@@ -21,7 +21,7 @@ _COMMON = frozenset({
     "learning_rate", "lora_learning_rate", "num_train_epochs", "max_steps",
     "per_device_train_batch_size", "gradient_accumulation_steps", "max_length", "dtype",
     "load_in_4bit", "gradient_checkpointing", "seed", "output_dir", "overwrite", "resume",
-    "dry_run", "steps", "json", "num_gpus", "num_nodes", "help",
+    "dry_run", "steps", "from", "to", "json", "num_gpus", "num_nodes", "help",
 })
 # fmt: on
 EXAMPLES = {
@@ -30,6 +30,7 @@ EXAMPLES = {
     "plan": "molf plan --model Qwen/Qwen2.5-1.5B --task custom --max_length 256",
     "probe": "molf probe --model Qwen/Qwen2.5-1.5B --task custom --data records.jsonl "
     "--output_dir probe",
+    "lr": "molf lr --model Qwen/Qwen2.5-1.5B --task custom --data records.jsonl --output_dir rates",
 }
 _INDENT = 2  # of a name on a second line
 

@@ -103,9 +103,8 @@ def probe(
                 record.write(directory)
                 device = opening.arguments.device
                 reset_peak_memory(device)
-                training = run_training(opening, directory, reporter)
+                training = run_training(opening, directory, reporter, keeps_model=False)
                 peak, peak_of = peak_memory(device)
-                training.model = opening.base.model = None
                 record.add_training(training)
                 record.write(directory)
                 advice = advise(read_run(directory.path), share=share, by=by)

@@ -27,7 +27,14 @@ from molf.job.record.directory import (
     locking_runs,
     open_directory,
 )
-from molf.job.record.ownership import CHECKPOINTS, ENVIRONMENT, MODEL, read_json
+from molf.job.record.ownership import (
+    A_RUN,
+    CHECKPOINTS,
+    ENVIRONMENT,
+    MODEL,
+    Ownership,
+    read_json,
+)
 from molf.job.record.result import FinishedError, RunResult
 from molf.job.record.results import check_results
 from molf.job.record.resumed_run import check_same_options, is_finished, is_started
@@ -295,8 +302,12 @@ def _check_resumed(settings: ResolvedSettings) -> None:
         raise FinishedError(f"{path} is complete: there is nothing to resume.")
 
 
-def check_places(settings: ResolvedSettings) -> None:
+def check_places(settings: ResolvedSettings, ownership: Ownership = A_RUN) -> None:
     """Check the paths of model and output.
+
+    Args:
+        settings: The settings.
+        ownership: The kind of directory that is written, and that `overwrite` replaces.
 
     Raises:
         InputError: The model is missing, or the output directory cannot be used.
@@ -307,7 +318,12 @@ def check_places(settings: ResolvedSettings) -> None:
         from molf.job.record.assignment_source import source_for  # imports pyarrow
 
         source_for(settings)
-    check_output(settings.output_dir, overwrite=settings.overwrite, resume=settings.resume)
+    check_output(
+        settings.output_dir,
+        overwrite=settings.overwrite,
+        resume=settings.resume,
+        ownership=ownership,
+    )
     check_fallback(settings.fallback_dir)
     for name, sources in _places(settings).items():
         for source in sources:

@@ -127,6 +127,8 @@ def run_training(
     reporter: Reporter,
     callbacks: Sequence[TrainerCallback] = (),
     checkpoint: Path | None = None,
+    *,
+    keeps_model: bool = True,
 ) -> Training:
     """Train the opening's model on its samples, in place, and merge its adapter.
 
@@ -139,11 +141,13 @@ def run_training(
         callbacks: Added to the run's own.
         checkpoint: The checkpoint to continue from, whose hashes were checked; None starts from
             the beginning.
+        keeps_model: Save the adapter and merge it; False frees the trained model.
 
     Raises:
         ResumeError: The checkpoint is that of another model or other data.
         StoppedError: A signal stopped the training after a step; its checkpoint is written.
-        RunError: A loss or gradient is not finite, or a checkpoint cannot be written.
+        DivergedError: A loss, a gradient or a trained weight is not finite.
+        RunError: A checkpoint cannot be written.
     """
     settings, arguments = opening.settings, opening.arguments
     base, data = opening.base, opening.data
@@ -253,19 +257,12 @@ def run_training(
             f"The model is that of step {saved_step}, with the lowest loss {best.loss:.4f}."
         )
     guard.check_weights(trainer.model, trainer.state)
-    # Remove the trainer's autocast, which would affect the measurement of the merge.
-    model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
-    precision.restore()
-    if opening.sharding is not None:
-        opening.sharding.gather(model, whole, unwrapped(trainer.optimizer))
-        model = whole  # with values in rank 0 alone
+    plain: Any = None
+    merged: dict[str, Any] = {}
+    if keeps_model:
+        plain, merged = _kept(opening, trainer, prepared, whole, precision, directory, reporter)
     else:
-        restore_float32(trainer.optimizer)
-    if settings.state_offload and isinstance(model, PeftModel):
-        model.to(arguments.device)  # the merge needs base and adapter on one device
-    if (save := prepared.save_adapter) is not None:
-        processes.on_main(lambda: save_adapter(save, model, settings, directory / ADAPTER))
-    plain, record = _merged(opening, model, reporter)
+        opening.base.model = None
     routing, config = wins.summary(), settings.method_config
     return Training(
         model=plain,
@@ -278,12 +275,38 @@ def run_training(
         loss=guard.mean_loss(),
         routing=routing,
         meaning=routing_meaning(routing, config, steps) if routing and config else "",
-        merge=record,
+        merge=merged,
         checkpoints=checkpoints.totals,
         ended_by=ending.option,
         planned_steps=data.steps,
         validation=best.record(saved_step),
     )
+
+
+def _kept(
+    opening: Opening,
+    trainer: Trainer,
+    prepared: Prepared,
+    whole: Any,
+    precision: Precision,
+    directory: RunDirectory,
+    reporter: Reporter,
+) -> tuple[Any, dict[str, Any]]:
+    """Save a trained adapter, and return the plain model and the record of the merge."""
+    settings = opening.settings
+    # Remove the trainer's autocast, which would affect the measurement of the merge.
+    model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
+    precision.restore()
+    if opening.sharding is not None:
+        opening.sharding.gather(model, whole, unwrapped(trainer.optimizer))
+        model = whole  # with values in rank 0 alone
+    else:
+        restore_float32(trainer.optimizer)
+    if settings.state_offload and isinstance(model, PeftModel):
+        model.to(opening.arguments.device)  # the merge needs base and adapter on one device
+    if (save := prepared.save_adapter) is not None:
+        ranks().on_main(lambda: save_adapter(save, model, settings, directory / ADAPTER))
+    return _merged(opening, model, reporter)
 
 
 def _evaluating(

@@ -186,6 +186,7 @@ class RunDirectory:
         path: The directory.
         overwrite: Whether an earlier run there is replaced.
         resume: Whether the run there is continued.
+        ownership: The kind of directory that is made, and that `overwrite` replaces.
 
     Attributes:
         path: The directory.
@@ -196,8 +197,10 @@ class RunDirectory:
         InputError: The directory must not be replaced, or cannot be written.
     """
 
-    def __init__(self, path: Path, *, overwrite: bool, resume: bool = False) -> None:
-        check_output(path, overwrite=overwrite, resume=resume)
+    def __init__(
+        self, path: Path, *, overwrite: bool, resume: bool = False, ownership: Ownership = A_RUN
+    ) -> None:
+        check_output(path, overwrite=overwrite, resume=resume, ownership=ownership)
         self.path = path
         self.is_resumed = False
         self.replaced: Path | None = None
@@ -214,7 +217,7 @@ class RunDirectory:
                 self.is_resumed = not _is_empty(path)
                 clear_unfinished(path)
             else:
-                _check_content(path, overwrite=overwrite, ownership=A_RUN)
+                _check_content(path, overwrite=overwrite, ownership=ownership)
                 if not _is_empty(path):
                     self._set_aside()
         except InUseError as error:

@@ -1,4 +1,4 @@
-"""Recognise directories that molf wrote: runs, evaluations and exports.
+"""Recognise directories that molf wrote: runs, range tests, evaluations and exports.
 
 `--overwrite` deletes, so a directory qualifies only if it has molf's record and no other files.
 """
@@ -33,6 +33,7 @@ EXPORT = "molf_export.json"
 REPORT = "report.html"
 SPECTRA = "spectra.json"
 EXAMPLES = "examples.jsonl"
+RATES, RATES_TABLE, RATES_FIGURE = "rates.json", "rates.csv", "rates.png"
 
 _RUN_ENTRIES = frozenset(
     {
@@ -110,8 +111,19 @@ def _export_fault(path: Path) -> str | None:
     return _foreign(entry for entry in path.iterdir() if entry.name not in (EXPORT, *files))
 
 
+def _range_test_fault(path: Path) -> str | None:
+    if not (path / RATES).is_file():
+        return f"it has no {RATES}"
+    record = read_json(path / RATES)
+    if not isinstance(record, dict) or "sweeps" not in record:
+        return f"its {RATES} is not that of a range test"
+    own = (RATES, RATES_TABLE, RATES_FIGURE, ERROR_LOG)
+    return _foreign(entry for entry in path.iterdir() if entry.name not in own)
+
+
 A_RUN = Ownership("a run of molf train", _run_fault)
 AN_EVALUATION = Ownership("an evaluation of molf eval", _evaluation_fault)
+A_RANGE_TEST = Ownership("a range test of molf lr", _range_test_fault)
 AN_EXPORT = Ownership("an export of molf export", _export_fault)
 
 

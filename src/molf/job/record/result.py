@@ -19,6 +19,10 @@ class RunError(RuntimeError):
     """A run failed after it had begun to write; one line with cause and path of the traceback."""
 
 
+class DivergedError(RunError):
+    """A loss, a gradient or a trained weight became infinite or NaN."""
+
+
 class ResumeError(InputError):
     """A run cannot be resumed with this model or data; nothing was changed."""
 

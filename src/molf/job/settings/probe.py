@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass
 from typing import Annotated, Any, get_type_hints
 
@@ -18,6 +17,7 @@ from molf.job.settings.settings import (
     WEIGHT_DTYPES,
     TrainSettings,
 )
+from molf.job.settings.short import NO_MODEL, check_short, leave_out
 
 STEPS = 30
 
@@ -59,11 +59,7 @@ class ProbeSettings(TrainSettings):
                 f"Invalid method={self.method}: a probe compares full with LoRA in each layer, "
                 "which only molf does. Leave method out."
             )
-        if self.dry_run:
-            raise InputError("Invalid dry_run of a probe. Give --max_steps 2, or leave it out.")
-        if self.resume:
-            raise InputError("Invalid resume of a probe, which keeps no checkpoints. Leave it out.")
-        self._set("save_minutes", 0.0)  # without a warning: every run's config.yaml has it
+        check_short(self, "a probe")
         if self.max_steps is None:  # of a run's config.yaml
             self._set("max_steps", STEPS)
         if self.dtype == "bfloat16" and self.weight_rounding is None:
@@ -75,19 +71,14 @@ class ProbeSettings(TrainSettings):
 
     def _leave_out(self) -> None:
         """Set options to their defaults that have no effect, or exclude the small memory."""
-        unused: dict[str, Any] = dict(_NO_MODEL)
+        unused: dict[str, Any] = dict(NO_MODEL)
         if self.state_dtype == "8bit":
             unused["kernels"] = "eager"
         if self.optimizer_in_backward:
             unused |= _IN_BACKWARD
-        given = [name for name, default in unused.items() if getattr(self, name) != default]
-        if self.optimizer_in_backward and (self.gradient_accumulation_steps or 1) > 1:
-            given.append("gradient_accumulation_steps")
-            unused["gradient_accumulation_steps"] = 1
-        for name in given:
-            self._set(name, unused[name])
-        if given:
-            warnings.warn(f"Without effect in a probe: {', '.join(given)}.", stacklevel=4)
+            if (self.gradient_accumulation_steps or 1) > 1:
+                unused["gradient_accumulation_steps"] = 1
+        leave_out(self, unused, "a probe")
 
     def _set(self, name: str, value: object) -> None:
         object.__setattr__(self, name, value)  # the dataclass is frozen
@@ -96,16 +87,6 @@ class ProbeSettings(TrainSettings):
 # Annotations are texts, which cyclopts would evaluate in this file; it lacks names of `settings`.
 ProbeSettings.__init__.__annotations__ |= get_type_hints(ProbeSettings, include_extras=True)
 
-# Options of the model that a probe does not save, and of checkpoints; with their defaults.
-_NO_MODEL: dict[str, Any] = {
-    "keep_low_halves": False,
-    "save_dtype": None,
-    "save_rounding": None,
-    "save_steps": None,
-    "save_total_limit": None,
-    "async_save": False,
-    "keep_best": False,
-}
 # Options that steps in the backward pass exclude, and their defaults.
 _IN_BACKWARD: dict[str, Any] = {
     "max_grad_norm": None,

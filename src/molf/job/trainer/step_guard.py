@@ -18,7 +18,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from molf.core.adamw import AdamW
 from molf.core.step.guard import NonFiniteError
 from molf.core.storage.sharding import is_sharded, local_part, whole_number
-from molf.job.record.result import RunError
+from molf.job.record.result import DivergedError, RunError
 from molf.job.settings.defaults import ADAPTERS
 from molf.job.settings.resolved import ResolvedSettings
 from molf.job.trainer.callbacks import unwrapped
@@ -183,28 +183,28 @@ class StepGuard(TrainerCallback):
                 stacklevel=2,
             )
 
-    def stopped(self, error: NonFiniteError, state: TrainerState, model: Any) -> RunError:
+    def stopped(self, error: NonFiniteError, state: TrainerState, model: Any) -> DivergedError:
         """Return the error that ends the run, with the step, the cause and advice."""
         reason = str(error).split("; no weight")[0].rstrip(".")
         step = f"Step {state.global_step + 1} of {state.max_steps}"
         bad = nonfinite_weights(model)
         if bad:
             return self._weights_error(f"{step}: {reason}", bad)
-        return RunError(f"{step}: {reason}. {self._advice()}")
+        return DivergedError(f"{step}: {reason}. {self._advice()}")
 
     def check_weights(self, model: Any, state: TrainerState) -> None:
         """Check the weights after the last step.
 
         Raises:
-            RunError: Some are not finite.
+            DivergedError: Some are not finite.
         """
         # No later loss would show weights that the last step made infinite or NaN.
         bad = nonfinite_weights(model)
         if bad:
             raise self._weights_error(f"Step {state.global_step} of {state.max_steps}", bad)
 
-    def _weights_error(self, what: str, bad: list[str]) -> RunError:
-        return RunError(
+    def _weights_error(self, what: str, bad: list[str]) -> DivergedError:
+        return DivergedError(
             f"{what}, with non-finite weights in {_listed(bad)}: {self._advice(are_weights=True)}"
         )
 
