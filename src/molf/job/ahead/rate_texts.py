@@ -6,6 +6,7 @@ import math
 
 from molf.job.ahead.evidence import SweptRate
 
+_BEGINNING = 10**0.5  # factor of the rate within which the loss at the start is measured
 _FEW_STEPS = 10  # per decade
 _NOISY = 0.25  # of the fall
 _SELDOM = 0.5  # of the updates
@@ -48,7 +49,7 @@ def doubts(sweep: SweptRate) -> list[str]:
             f"The loss did not diverge up to {sweep.rates[-1]:.2g}, so the highest usable rate was "
             "not seen. Give a higher --to."
         )
-    if found.fell_from is not None and found.fell_from <= sweep.rates[0] * 1.01:
+    if found.fell_from is not None and found.fell_from <= sweep.rates[0] * _BEGINNING:
         lines.append(
             "The loss fell from the lowest rate on, so no rate was seen at which nothing is "
             "learned. Give a lower --from."

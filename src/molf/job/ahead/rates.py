@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from molf.errors import InputError
 from molf.inputs import check_installed
 from molf.job.ahead.evidence import Floats, RangeTest, SweptRate, evidence_of
 from molf.job.inputs import Inputs
@@ -59,7 +58,6 @@ def range_test(
                 f"-{settings.method}-", f"-lr-{settings.method}-", 1
             )
             resolved = replace(resolved, output_dir=resolved.output_dir.with_name(name))
-        _check_rates(resolved)
         check_places(resolved, A_RANGE_TEST)
         task, _ = open_data(resolved, inputs)
 
@@ -102,15 +100,6 @@ def swept_options(settings: ResolvedSettings) -> tuple[str, ...]:
         settings.method_config is not None and settings.assigned is None
     )
     return (*([DENSE] if settings.trains_dense else []), *([LORA] if has_lora else []))
-
-
-def _check_rates(settings: ResolvedSettings) -> None:
-    """Refuse a LoRA rate of 0, of which no multiple grows."""
-    if settings.lora_learning_rate == 0:
-        raise InputError(
-            "Invalid lora_learning_rate=0 for a range test: LoRA experts would not learn. Leave it "
-            "out."
-        )
 
 
 def _sweep(option: str, rates: Floats, opening: Opening, reporter: Reporter) -> SweptRate:

@@ -20,7 +20,7 @@ LOWEST, HIGHEST = 1e-6, 1.0
 @Parameter(name="*")
 @dataclass(frozen=True, kw_only=True)
 class RateSettings(TrainSettings):
-    """The options of `molf train`; schedule, checkpoints and evaluations have no effect."""
+    """The options of `molf train`; rates, schedule, checkpoints, evaluations have no effect."""
 
     max_steps: Annotated[int | None, Parameter(group=OPTIMIZATION), POSITIVE] = STEPS
     """Most steps of a sweep, over which the rate grows; a sweep ends where the loss diverges."""
@@ -62,6 +62,8 @@ _OWN: dict[str, Any] = {
 }
 _UNUSED: dict[str, Any] = {
     **NO_MODEL,
+    "learning_rate": None,
+    "lora_learning_rate": None,
     "max_time": None,
     "eval_strategy": None,
     "eval_steps": None,
