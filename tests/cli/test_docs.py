@@ -176,6 +176,22 @@ def test_commands_of_compare(tmp_path, monkeypatch):
     assert len([*Path("figures").iterdir()]) == 3
 
 
+def test_commands_of_rates(tmp_path, monkeypatch, capsys):
+    """With a tiny model and a few facts in the place of the demo's."""
+    from checkpoints import write_checkpoint, write_facts
+
+    monkeypatch.chdir(tmp_path)
+    base = write_checkpoint(tmp_path / "base")
+    tiny = f"--task fact --model {base} --data {write_facts(tmp_path / 'facts.jsonl')}"
+    (block,) = blocks((DOCS / "rates.md").read_text(), "bash")
+    (line,) = block.splitlines()
+    assert run(line.replace("--task demo-fact", tiny), "--ranks", "4", "--max_steps", "20") == 0
+    named = re.findall(r"^\| `(rates\..*?)`", (DOCS / "rates.md").read_text(), re.M)
+    assert sorted(named) == sorted(path.name for path in Path("rates").iterdir())
+    printed = capsys.readouterr().out
+    assert all(f"written   rates/{name}" in printed for name in named)
+
+
 def test_python_of_hybrid():
     from checkpoints import make_model
 

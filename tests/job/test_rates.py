@@ -125,7 +125,9 @@ def sweep_of(found, losses, *, passes=0.5, won=()):
 def test_evidence_of_a_curve():
     found, losses = curve()
     assert 5e-4 < found.steepest < 2e-3
-    assert found.suggestion == float(f"{found.steepest:.2g}")
+    assert 5e-4 < found.half_at < 2e-3
+    assert found.steepest_clear > 10
+    assert found.suggestion == float(f"{found.half_at:.2g}")
     assert 1e-4 < found.fell_from < found.steepest < found.lowest_at < found.diverged_at < 0.5
     assert found.start == pytest.approx(4, abs=0.1)
     assert found.lowest == pytest.approx(1, abs=0.2)

@@ -1,23 +1,25 @@
 """The evidence of a sweep: where the loss fell, fell fastest and diverged, and how noisy it is.
 
 Losses are smoothed by a local line over the logarithm of the rate, with Gaussian weights. The slope
-of that line is the fall of the loss per decade of the rate.
+of that line is the change of the loss per decade of the rate. Errors follow from the residuals of
+the line, because the noise of a loss becomes smaller as it falls.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 Floats = npt.NDArray[np.float64]
 
-_WIDTH = 0.15  # decades: standard deviation of the weights; at least `_LEAST_STEPS` steps
+_WIDTH = 0.25  # decades: standard deviation of the weights; at least `_LEAST_STEPS` steps
 _LEAST_STEPS = 2.0
-_FIRST = 0.5  # decades in which the loss before any effect of the rate is measured
+_FIRST = 1.0  # decades in which the loss before any effect of the rate is measured
+_MOST_FIRST = 0.25  # of the range
 _CLEAR = 4.0  # standard errors by which the loss must fall: there are dozens of places to look at
 _BEGUN = 0.1  # share of the fall after which it has begun
 
@@ -30,12 +32,15 @@ class Evidence:
         smoothed: The loss by the local line at each step: [steps].
         slopes: Its change per decade of the rate: [steps].
         start: The loss before the rate has an effect.
-        noise: Standard deviation of the loss of a step around the smoothed one.
+        noise: Standard deviation of the loss of a step at the start.
         lowest: The lowest smoothed loss.
         fall: By how much the loss fell, in standard errors of that difference.
-        fell_from: The rate at which the fall had begun.
+        fell_from: The rate at which a tenth of the fall was reached for good.
+        half_at: The rate at which half of it was.
         lowest_at: The rate with the lowest smoothed loss.
         steepest: The rate at which the loss fell fastest.
+        steepest_clear: Its slope, in standard errors of the slope.
+        falls_at_once: Whether the fall began where the loss at the start is measured.
         diverged_at: The rate at which the sweep ended by its loss.
     """
 
@@ -46,19 +51,23 @@ class Evidence:
     lowest: float
     fall: float
     fell_from: float | None
+    half_at: float | None
     lowest_at: float | None
     steepest: float | None
+    steepest_clear: float
+    falls_at_once: bool
     diverged_at: float | None
 
     @property
     def has_fallen(self) -> bool:
         """Whether the loss fell clearly above its noise."""
-        return self.steepest is not None
+        return self.half_at is not None
 
     @property
     def suggestion(self) -> float | None:
-        """The suggested rate, with two digits: that of the steepest fall; None without one."""
-        return None if self.steepest is None else float(f"{self.steepest:.2g}")
+        """The suggested rate, with two digits: the middle of the fall; None without one."""
+        # Not the steepest place: in a noisy curve that is one of its waves.
+        return None if self.half_at is None else float(f"{self.half_at:.2g}")
 
     def record(self) -> dict[str, Any]:
         """Return everything but the curves as plain values."""
@@ -92,10 +101,10 @@ class SweptRate:
     @property
     def won_at_suggestion(self) -> float | None:
         """The share of updates that the experts won at the suggested rate; None without routing."""
-        steepest = self.evidence.steepest
-        if steepest is None or not len(self.won):
+        rate = self.evidence.half_at
+        if rate is None or not len(self.won):
             return None
-        near = np.abs(np.log10(self.rates[: len(self.won)] / steepest)) < 0.15
+        near = np.abs(np.log10(self.rates[: len(self.won)] / rate)) < _WIDTH
         return float(self.won[near].mean())
 
 
@@ -124,25 +133,31 @@ def evidence_of(rates: Floats, losses: Floats, *, diverged: bool) -> Evidence:
         losses: The loss of each step, before its update; the last may not be finite: [steps].
         diverged: Whether the loss of the last step ended the sweep.
     """
-    end = float(rates[-1]) if diverged else None
     finite = np.isfinite(losses)
     places, known = np.log10(rates[finite]), losses[finite]
-    smoothed, slopes, errors, noise = _local_lines(places, known)
-    first = places <= places[0] + _FIRST
-    start, start_error = float(known[first].mean()), noise / float(np.sqrt(first.sum()))
-    place = int(np.argmin(smoothed))
-    lowest = float(smoothed[place])
-    error = float(np.hypot(start_error, errors[place]))
+    lines = _local_lines(places, known)
+    smoothed, slopes = lines.values, lines.slopes
+    first = places <= places[0] + min(_FIRST, _MOST_FIRST * (places[-1] - places[0]))
+    start, noise = float(known[first].mean()), float(known[first].std(ddof=1))
+    lowest_place = int(np.argmin(smoothed))
+    lowest = float(smoothed[lowest_place])
+    start_error = noise / float(np.sqrt(first.sum()))
+    error = float(np.hypot(start_error, lines.value_errors[lowest_place]))
     fall = (start - lowest) / max(error, 1e-12)
+    has_fallen = fall > _CLEAR and lowest_place > 0
+
+    def reached(share: float) -> int:
+        """Return the last place before the lowest loss with less than a share of the fall."""
+        above = smoothed[:lowest_place] > start - share * (start - lowest)
+        return int(np.flatnonzero(above)[-1]) if above.any() else 0
+
+    def rate(place: int) -> float | None:
+        return float(10 ** places[place]) if has_fallen else None
+
+    begun = reached(_BEGUN)
+    steepest = begun + int(np.argmin(slopes[begun : lowest_place + 1]))
     whole, whole_slopes = (np.full(len(losses), np.nan) for _ in range(2))
     whole[finite], whole_slopes[finite] = smoothed, slopes
-    fell_from = lowest_at = steepest = None
-    if fall > _CLEAR and place > 0:
-        above = np.flatnonzero(smoothed[:place] > start - _BEGUN * (start - lowest))
-        begun = int(above[-1]) if len(above) else 0
-        fell_from = float(10 ** places[begun])
-        lowest_at = float(10 ** places[place])
-        steepest = float(10 ** places[begun + int(np.argmin(slopes[begun : place + 1]))])
     return Evidence(
         smoothed=whole,
         slopes=whole_slopes,
@@ -150,23 +165,40 @@ def evidence_of(rates: Floats, losses: Floats, *, diverged: bool) -> Evidence:
         noise=noise,
         lowest=lowest,
         fall=fall,
-        fell_from=fell_from,
-        lowest_at=lowest_at,
-        steepest=steepest,
-        diverged_at=end,
+        fell_from=rate(begun),
+        half_at=rate(reached(0.5)),
+        lowest_at=rate(lowest_place),
+        steepest=rate(steepest),
+        steepest_clear=float(-slopes[steepest] / max(lines.slope_errors[steepest], 1e-12)),
+        falls_at_once=has_fallen and bool(first[begun]),
+        diverged_at=float(rates[-1]) if diverged else None,
     )
 
 
-def _local_lines(places: Floats, losses: Floats) -> tuple[Floats, Floats, Floats, float]:
-    """Return values, slopes and standard errors of local lines, and the noise around them."""
-    step = float(np.median(np.diff(places)))
-    width = max(_WIDTH, _LEAST_STEPS * step)
-    values, slopes, errors = (np.empty(len(places)) for _ in range(3))
+class _Lines(NamedTuple):
+    """Local lines at each place, with standard errors: [places] each."""
+
+    values: Floats
+    slopes: Floats
+    value_errors: Floats
+    slope_errors: Floats
+
+
+def _local_lines(places: Floats, losses: Floats) -> _Lines:
+    width = max(_WIDTH, _LEAST_STEPS * float(np.median(np.diff(places))))
+    lines = _Lines(*(np.empty(len(places)) for _ in range(4)))
     for index, place in enumerate(places):
-        weights = np.exp(-0.5 * ((places - place) / width) ** 2)
-        slopes[index], values[index] = np.polyfit(places - place, losses, 1, w=np.sqrt(weights))
-        errors[index] = np.sqrt((weights**2).sum()) / weights.sum()
-    # Differences of neighbours: the curve itself has none of their size, and the median leaves
-    # out the last steps, which may rise steeply.
-    noise = float(1.4826 * np.median(np.abs(np.diff(losses))) / np.sqrt(2))
-    return values, slopes, errors * noise, noise
+        x = places - place
+        weights = np.exp(-0.5 * (x / width) ** 2)
+        slope, value = np.polyfit(x, losses, 1, w=np.sqrt(weights))
+        total, squares = weights.sum(), (weights**2).sum()
+        freedom = total**2 / squares  # effective number of losses, of which the line takes two
+        residuals = losses - (value + slope * x)
+        variance = (weights * residuals**2).sum() / total * freedom / max(freedom - 2, 1)
+        from_mean = x - (weights * x).sum() / total
+        lines.values[index], lines.slopes[index] = value, slope
+        lines.value_errors[index] = np.sqrt(variance * squares) / total
+        lines.slope_errors[index] = (
+            np.sqrt(variance * (weights**2 * from_mean**2).sum()) / (weights * from_mean**2).sum()
+        )
+    return lines

@@ -6,7 +6,7 @@ import math
 
 from molf.job.ahead.evidence import SweptRate
 
-_BEGINNING = 10**0.5  # factor of the rate within which the loss at the start is measured
+_APART = 3.0  # factor between the middle of the fall and its steepest place
 _FEW_STEPS = 10  # per decade
 _NOISY = 0.25  # of the fall
 _SELDOM = 0.5  # of the updates
@@ -23,14 +23,17 @@ def evidence_lines(sweep: SweptRate) -> list[str]:
             f"fell        from {found.fell_from:.2g} to {found.lowest_at:.2g}: loss "
             f"{found.start:.3g} to {found.lowest:.3g}, {found.fall:.0f} standard errors"
         )
-        lines.append(f"steepest    at {found.steepest:.2g}")
+        lines.append(
+            f"steepest    at {found.steepest:.2g}, {found.steepest_clear:.0f} standard errors of "
+            "the slope"
+        )
     end = f"highest rate {sweep.rates[-1]:.2g}"
     lines.append(
         f"diverged    not up to the {end}"
         if found.diverged_at is None
         else f"diverged    at {found.diverged_at:.2g}"
     )
-    lines.append(f"noise       {found.noise:.2g} per step (standard deviation)")
+    lines.append(f"noise       {found.noise:.2g} per step at the start (standard deviation)")
     return lines
 
 
@@ -49,7 +52,7 @@ def doubts(sweep: SweptRate) -> list[str]:
             f"The loss did not diverge up to {sweep.rates[-1]:.2g}, so the highest usable rate was "
             "not seen. Give a higher --to."
         )
-    if found.fell_from is not None and found.fell_from <= sweep.rates[0] * _BEGINNING:
+    if found.falls_at_once:
         lines.append(
             "The loss fell from the lowest rate on, so no rate was seen at which nothing is "
             "learned. Give a lower --from."
@@ -59,6 +62,14 @@ def doubts(sweep: SweptRate) -> list[str]:
         lines.append(
             f"{per_decade:.0f} steps per decade are few. Give more --max_steps, or a smaller range."
         )
+    if found.half_at is not None and found.steepest is not None:
+        apart = max(found.half_at / found.steepest, found.steepest / found.half_at)
+        if apart > _APART:
+            lines.append(
+                f"The steepest fall ({found.steepest:.2g}) and the middle of the fall "
+                f"({found.half_at:.2g}) are a factor of {apart:.1f} apart: the fall has no clear "
+                "place."
+            )
     if found.has_fallen and found.noise > _NOISY * (found.start - found.lowest):
         lines.append(
             f"The noise of a step is {found.noise / (found.start - found.lowest):.0%} of the fall. "
