@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 import time
 from dataclasses import dataclass, replace
@@ -19,7 +20,7 @@ from molf.job.progress import Reporter
 from molf.job.record.directory import RunDirectory
 from molf.job.settings.batches import GROUP_BY_LENGTH
 from molf.job.settings.during import BY_LOSS
-from molf.job.settings.planned import workload_of
+from molf.job.settings.planned import planned_attention, warn_of_unplanned, workload_of
 from molf.job.settings.resolved import ResolvedSettings
 from molf.job.trainer.sft_config import sft_config
 from molf.job.trainer.split_data import LengthGroups
@@ -264,7 +265,10 @@ def _planned(
     at_limit = replace(
         workload, length=settings.max_length, padded=settings.per_device_train_batch_size > 1
     )
-    planner = Planner(opening.base.config)
+    config = copy.deepcopy(opening.base.config)
+    planned_attention(config, settings)
+    warn_of_unplanned(settings)
+    planner = Planner(config)
     plans: list[MemoryPlan] = [planner.memory(planned) for planned in (workload, at_limit)]
     return plans[0].peak, plans[1].peak
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from molf.errors import InputError
+from molf.job.attention import set_attention
 from molf.job.base_model import read_and_free
 from molf.job.failing import UnusableDataError
 from molf.job.inputs import EvaluationKey, Inputs
@@ -66,6 +67,7 @@ class Evaluator:
             task=settings.task_options,
             forgetting_data=settings.forgetting_data,
             settings=self._settings,
+            attention=settings.attn_implementation,
         )
 
     def base(self, base: LoadedModel, inputs: Inputs) -> Evaluation:
@@ -136,7 +138,8 @@ class Evaluator:
         return ranks().everywhere(lambda: inputs.base(self._key.model, dtype))
 
     def _on_device(self, loaded: LoadedModel) -> Any:
-        """Return the model on the device of the run: moved, or its shards."""
+        """Return the model on the device of the run: moved, or its shards; with its attention."""
+        set_attention(loaded.model, self._key.attention, self._key.model)
         if self._sharding is not None:
             return self._sharding.cut(loaded.model)
         move(loaded.model, self._device)

@@ -31,6 +31,7 @@ class EvaluationKey:
         task: Options of the task.
         forgetting_data: File of the plain text; None for the task's own.
         settings: Settings of the evaluation.
+        attention: Attention of the model; None for transformers' choice.
     """
 
     model: str
@@ -39,6 +40,7 @@ class EvaluationKey:
     task: TaskOptions
     forgetting_data: str | None
     settings: EvaluationSettings
+    attention: str | None = None
 
 
 class Inputs:

@@ -18,6 +18,7 @@ from molf.data.on_demand import PROBED, OnDemand
 from molf.data.packing import pack
 from molf.data.samples import Sample
 from molf.errors import InputError
+from molf.job.attention import check_attention, set_attention
 from molf.job.inputs import Inputs
 from molf.job.loss_check import check_joined, check_loss
 from molf.job.methods import Plan, TrainingData, assigned, check, plan
@@ -234,6 +235,7 @@ def _check_layers(
     if settings.fsdp is not None and quantisation is not None:
         raise not_quantised(settings.fsdp, f"model {settings.model} (quantised: {quantisation})")
     check_device(quantisation, device)
+    check_attention(settings, skeleton, device)
     settings = assigned(settings, skeleton)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Rank .* exceeds the smaller side")  # see `plan`
@@ -253,6 +255,7 @@ def _load_base(
             base = inputs.base(settings.model, dtype)
         else:
             base = sharding.load(inputs.base, settings.model, dtype)
+    set_attention(base.model, settings.attn_implementation, settings.model)
     if settings.split_special_tokens:  # if False, the tokenizer's own setting stays
         base.tokenizer.split_special_tokens = True
     return base

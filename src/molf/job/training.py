@@ -20,6 +20,7 @@ from molf.checkpoint.states import frozen_checksums
 from molf.checkpoint.writer import Totals
 from molf.core.adamw import AdamW
 from molf.core.model.quantised import quantisation_of
+from molf.job.attention import set_attention
 from molf.job.methods import Prepared, prepare
 from molf.job.model.merging import merge_trained
 from molf.job.model.quantised import Precision, load_quantised
@@ -163,6 +164,7 @@ def run_training(
             dtype=getattr(torch, settings.dtype),
             unquantised=[layer.name for layer in full],
         )
+        set_attention(base.model, settings.attn_implementation, settings.model)
     if settings.method in ADAPTERS:  # takes long for PiSSA and EVA
         reporter.say("Putting in the adapter")
     precision = Precision(base.model, bf16=arguments.bf16)

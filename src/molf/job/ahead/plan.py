@@ -57,7 +57,9 @@ def plan(
         from molf.job.model.config import read_config
         from molf.job.settings.planned import (
             configs_with_frozen_base,
+            planned_attention,
             planned_quantisation,
+            warn_of_unplanned,
             workload_of,
         )
         from molf.measure.inference import position_limit
@@ -65,7 +67,9 @@ def plan(
         from molf.planning.saving import Saving
         from molf.planning.trainable import skeleton
 
+        warn_of_unplanned(settings)
         model = read_config(resolved.model)
+        planned_attention(model, settings)
         resolved = assigned(resolved, skeleton(model))
         workload = workload_of(
             resolved,

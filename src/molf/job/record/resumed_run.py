@@ -52,9 +52,13 @@ _FREE = frozenset(
         "kernels",
         "state_offload",
         "gradient_checkpointing",
+        "attn_implementation",
     }
 )
-_FREE_ARGUMENTS = ("dataloader_num_workers", "dataloader_pin_memory", "dataloader_p", "logging_")
+_FREE_ARGUMENTS = (
+    *("dataloader_num_workers", "dataloader_pin_memory", "dataloader_p", "logging_"),
+    *("torch_compile", "use_liger_kernel", "liger_kernel_config", "activation_offloading"),
+)
 _BATCH = ("per_device_train_batch_size", "gradient_accumulation_steps")
 _MOST_SHOWN = 4
 

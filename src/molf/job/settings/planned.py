@@ -15,6 +15,9 @@ from molf.job.settings.settings import TrainSettings
 from molf.planning.quantised_base import planned_as
 from molf.planning.workload import QUANTISABLE, Workload
 
+_UNPLANNED = ("activation_offloading", "torch_compile", "use_liger_kernel")
+_NO = ("false", "no", "f", "n", "0")
+
 
 def workload_of(
     settings: ResolvedSettings,
@@ -93,6 +96,36 @@ def planned_quantisation(model: Any, settings: ResolvedSettings) -> str | None:
             f"Invalid {option} with {base}. Leave {option} out, or give the unquantised model."
         )
     return planned
+
+
+def planned_attention(model: Any, settings: TrainSettings) -> None:
+    """Set the attention of a configuration to be planned, if its memory differs.
+
+    `eager` keeps the scores of all pairs of tokens. The others are planned as transformers' choice,
+    because their libraries need not be installed here.
+
+    Args:
+        model: The model's transformers configuration; changed in place.
+        settings: The settings of the training.
+    """
+    if settings.attn_implementation == "eager":
+        model._attn_implementation = "eager"
+
+
+def warn_of_unplanned(settings: TrainSettings) -> None:
+    """Warn of arguments of the trainer that change the memory, which the plan leaves out.
+
+    Warns:
+        UserWarning: There are some.
+    """
+    given = settings.training_args
+    names = [
+        f"training_args.{name}"
+        for name, value in given.items()
+        if name.startswith(_UNPLANNED) and value.lower() not in _NO
+    ]
+    if names:
+        warnings.warn(f"The plan is without {', '.join(names)}.", stacklevel=3)
 
 
 def configs_with_frozen_base(settings: TrainSettings) -> dict[str, MoLFConfig]:

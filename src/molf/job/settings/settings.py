@@ -53,6 +53,7 @@ from molf.tasks import EVAL_PARTS, FORMATS, TASKS, VALIDATION_SHARE, TaskOptions
 SCHEDULERS = scheduler_names()
 DTYPES = ("float32", "bfloat16", "float16")
 WEIGHT_DTYPES = ("float32", "bfloat16")
+ATTENTIONS = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
 SAVE_ROUNDINGS = ("nearest", "stochastic")
 SAVE_ERRORS = ("continue", "stop")
 SAVE_MINUTES = 15.0
@@ -107,6 +108,10 @@ class TrainSettings:
     """Recompute activations in the backward pass: slower, less memory."""
     bf16: Annotated[bool | None, Parameter(group=MODEL, show_default="where CUDA has it")] = None
     """bfloat16 autocast in training, for weights of any type."""
+    attn_implementation: Annotated[
+        str | None, Parameter(choices=ATTENTIONS, group=MODEL, show_default="transformers' choice")
+    ] = None
+    """Attention of the model: that of transformers with this name."""
     dtype: Annotated[str, Parameter(choices=WEIGHT_DTYPES, group=MODEL)] = "float32"
     """Type of the weights in training; bfloat16 takes half the memory for weights and gradients."""
     load_in_4bit: Annotated[bool, Parameter(group=MODEL, negative=())] = False
@@ -329,6 +334,7 @@ class TrainSettings:
             ("save_rounding", (None, *SAVE_ROUNDINGS)),
             ("merge_base", (None, *MERGE_BASES)),
             ("dtype", WEIGHT_DTYPES),
+            ("attn_implementation", (None, *ATTENTIONS)),
             ("on_save_error", SAVE_ERRORS),
             ("train_sampling_strategy", SAMPLING_STRATEGIES),
         ):

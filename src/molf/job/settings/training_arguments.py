@@ -184,6 +184,8 @@ def _check_value(name: str, value: str, types: frozenset[str]) -> None:
         fault = "must be true or false"
     elif value.startswith("{") and any(kind.startswith("dict") for kind in types):
         fault = _json_fault(value)
+    if fault is None and name == "neftune_noise_alpha" and float(value) < 0:
+        fault = "must be at least 0"
     if fault is None and name == "dataloader_num_workers":
         fault = _workers_fault(int(value))
     if fault is not None:

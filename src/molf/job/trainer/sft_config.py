@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import fields
 from datetime import timedelta
 from functools import cache
 from typing import Any, NoReturn
 
 import torch
+from accelerate.utils import TorchDynamoPlugin
 from transformers import HfArgumentParser, get_scheduler
 from transformers.integrations import get_available_reporting_integrations
 from transformers.trainer_utils import IntervalStrategy
@@ -24,6 +27,14 @@ from molf.job.trainer.validation import EVAL_LOSS
 from molf.masking import mask_text
 from molf.ranks import connect
 from molf.rendezvous import start_group
+
+# Set by transformers, in the environment of the process, for `torch_compile`.
+_COMPILATION = ("ACCELERATE_DYNAMO_BACKEND", "ACCELERATE_DYNAMO_MODE")
+
+_FOR_GPUS = {
+    "activation_offloading": "activations are in host memory already",
+    "use_liger_kernel": "liger's kernels are Triton's, which need a GPU",
+}
 
 
 def sft_config(settings: ResolvedSettings) -> SFTConfig:
@@ -89,12 +100,15 @@ def sft_config(settings: ResolvedSettings) -> SFTConfig:
         arguments |= {"eval_strategy": "steps", "eval_steps": 1}  # a check demands a strategy
     _start_processes(arguments)
     try:
-        config = SFTConfig(**arguments)
+        with _own_environment():
+            config = SFTConfig(**arguments)
     except (ValueError, TypeError, ImportError) as error:
         raise InputError(f"The trainer rejects these settings: {reason_of(error)}") from error
     config.eval_strategy = IntervalStrategy.NO  # `EvaluationCallback` decides
     _check_schedule(config)
     _check_accumulation(config)
+    _check_for_gpus(config)
+    _check_compilation(config)
     if config.world_size > 1:  # the process group exists now
         connect(config.ddp_timeout_delta)
     if config.n_gpu > 1:
@@ -121,6 +135,46 @@ def _start_processes(arguments: Mapping[str, Any]) -> None:
         backend = "nccl"
     if backend is not None:
         start_group(backend, timedelta(seconds=seconds))
+
+
+@contextmanager
+def _own_environment() -> Iterator[None]:
+    """Restore variables that transformers sets for accelerate, which reads them in every trainer.
+
+    Without this, all later trainings of the process would be compiled. The trainer itself passes
+    the arguments to accelerate.
+    """
+    before = {name: os.environ.get(name) for name in _COMPILATION}
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+def _check_for_gpus(config: SFTConfig) -> None:
+    """Reject arguments that need a GPU where there is none."""
+    for name, reason in _FOR_GPUS.items():
+        if getattr(config, name) and config.device.type == "cpu":
+            raise InputError(f"Invalid training_args.{name} on {config.device}: {reason}.")
+
+
+def _check_compilation(config: SFTConfig) -> None:
+    """Check backend and mode of torch.compile, which are first used after the model is loaded."""
+    if not config.torch_compile:
+        return
+    backend, mode = config.torch_compile_backend, config.torch_compile_mode
+    try:
+        TorchDynamoPlugin(backend=backend, mode=mode)
+        torch.compile(torch.nn.Identity(), backend=backend, mode=mode)
+    except (ValueError, RuntimeError) as error:
+        given = f"torch_compile_backend={backend}" + (
+            f" and torch_compile_mode={mode}" * bool(mode)
+        )
+        raise InputError(f"Invalid training_args.{given}: {reason_of(error)}.") from error
 
 
 def _check_schedule(config: SFTConfig) -> None:

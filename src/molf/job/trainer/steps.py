@@ -126,7 +126,7 @@ def _without_effects(arguments: SFTConfig, directory: str) -> SFTConfig:
     arguments.output_dir = directory  # always created by the trainer
     arguments.report_to = []
     arguments.use_liger_kernel = False  # patches model classes
-    arguments.torch_compile = False
+    arguments.torch_compile, arguments.torch_compile_backend = False, None
     arguments.enable_jit_checkpoint = False  # installs signal handlers
     arguments.full_determinism = False  # set for the whole process
     return arguments
