@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from molf.data.sources import places
 from molf.inputs import check_installed
 from molf.job.ahead.evidence import Floats, RangeTest, SweptRate, evidence_of
 from molf.job.inputs import Inputs
@@ -63,7 +64,7 @@ def range_test(
 
         from molf.job.libraries import quiet_libraries
 
-        sources = (getattr(resolved, name) for name in INPUTS)
+        sources = [place for name in INPUTS for place in places(getattr(resolved, name))]
         with quiet_libraries(), locking_runs(sources):
             from molf.job.ahead.rate_files import write_files, write_start
             from molf.job.failing import failing_in

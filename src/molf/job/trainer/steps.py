@@ -126,7 +126,9 @@ def _without_effects(arguments: SFTConfig, directory: str) -> SFTConfig:
     arguments.output_dir = directory  # always created by the trainer
     arguments.report_to = []
     arguments.use_liger_kernel = False  # patches model classes
-    arguments.torch_compile, arguments.torch_compile_backend = False, None
+    # Its backend stays: accelerate keeps that of the first trainer with these arguments for the
+    # next one. Nothing is compiled before the first step.
+    arguments.torch_compile = False
     arguments.enable_jit_checkpoint = False  # installs signal handlers
     arguments.full_determinism = False  # set for the whole process
     return arguments
