@@ -43,12 +43,20 @@ class Feature:
         settings: The same, as fields of `TrainSettings`.
         only: The device that the options need; None for any.
         is_job: Whether the options exist on the command line alone, not in a loop of the user.
+        has_own_tests: Whether its cells are tested by tests of their own alone, which take long.
     """
 
     text: str
     settings: Mapping[str, Any] = field(default_factory=dict)
     only: str | None = None
     is_job: bool = False
+    has_own_tests: bool = False
+
+
+def _argument(name: str, value: str, **further: Any) -> Feature:
+    """Return the row of an argument of the trainer."""
+    settings = {"training_args": {name: value}}
+    return Feature(f"--training_args.{name} {value}", settings, is_job=True, **further)
 
 
 class Device(NamedTuple):
@@ -97,6 +105,17 @@ FEATURES = (
     Feature("--load_in_8bit", {"load_in_8bit": True}, is_job=True),
     Feature("--gradient_checkpointing", {"gradient_checkpointing": True}),
     Feature("--bf16", {"bf16": True}),
+    Feature("--attn_implementation eager", {"attn_implementation": "eager"}, is_job=True),
+    Feature(
+        "--dtype bfloat16 --attn_implementation flash_attention_2",
+        {**_BF16, "attn_implementation": "flash_attention_2"},
+        "cuda",
+        is_job=True,
+    ),
+    _argument("neftune_noise_alpha", "5"),
+    _argument("torch_compile", "true", has_own_tests=True),
+    _argument("activation_offloading", "true", only="cuda"),
+    _argument("use_liger_kernel", "true", only="cuda"),
     Feature("--gradient_accumulation_steps 2", {"gradient_accumulation_steps": 2}),
     Feature("--max_grad_norm 0.5", {"max_grad_norm": 0.5}),
     Feature("--nonfinite skip", {"nonfinite": "skip"}),
@@ -157,6 +176,13 @@ _SCORES = "tests/core/test_sharded_more.py::test_every_score_has_the_winners_of_
 _BITS = "tests/core/test_sharded.py::test_same_gradients_give_the_same_bits"
 EVIDENCE = (
     Evidence("cpu", tuple(FORMS), None, "tests/job/test_support.py::test_cells_of_a_cpu"),
+    Evidence(
+        "cpu",
+        ("molf", "lora"),
+        ("--training_args.torch_compile true",),
+        "tests/job/test_passed_through.py::"
+        "test_compiled_model_has_the_names_and_bits_of_the_plain_one",
+    ),
     Evidence("ddp", _OPTIMIZERS, (_PLAIN, "--dtype bfloat16"), _ALIKE),
     Evidence("ddp", ("fft", "molf", WITH_DROPOUT), (_STOCHASTIC,), _ALIKE),
     Evidence("ddp", ("molf",), _CLIPPED, _PARITY),
@@ -225,7 +251,7 @@ def state_of(form: str, feature: Feature, device: str) -> str:
     if new & set(unused_options(TrainSettings(**FORMS[form]))):
         return NO_EFFECT
     if feature.only == "cuda" and device == "cpu":
-        return REFUSED if feature.settings.get("kernels") == "triton" else NO_EFFECT
+        return NO_EFFECT if "state_offload" in feature.settings else REFUSED
     return TESTED if any(_shows(one, form, feature, device) for one in EVIDENCE) else UNTESTED
 
 
@@ -251,7 +277,9 @@ def _shows(evidence: Evidence, form: str, feature: Feature, device: str) -> bool
     return (
         evidence.device == device
         and form in evidence.forms
-        and (evidence.texts is None or feature.text in evidence.texts)
+        and (
+            not feature.has_own_tests if evidence.texts is None else feature.text in evidence.texts
+        )
     )
 
 

@@ -48,6 +48,9 @@ METHODS = {
     "stochastic": ["--dtype", "bfloat16", "--weight_rounding", "stochastic"],
     "backward": ["--optimizer_in_backward"],
     "offload": ["--state_offload"],
+    "noise": ["--training_args.neftune_noise_alpha", "5"],
+    "eager attention": ["--attn_implementation", "eager"],
+    "compiled": ["--training_args.torch_compile_backend", "eager"],
     "accumulated": ["--grad_accumulation_dtype", "float32", "--dtype", "bfloat16"],
 }
 """Further options of each kind of run, by its name."""

@@ -117,6 +117,7 @@ def test_whole_command_may_be_repeated(options, run, capsys):
 def test_free_options_may_change(run, capsys):
     further = ["--save_steps", "3", "--save_total_limit", "1", "--logging_steps", "2"]
     further += ["--async_save", "--gradient_checkpointing", "--report_to", "none"]
+    further += ["--attn_implementation", "eager"]
     assert resume(run, *further) == 0
     assert [path.name for path in (run / "checkpoints").iterdir()] == ["checkpoint-4"]
     assert steps_in(run) == [1, 2, 3, 4]

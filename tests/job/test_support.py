@@ -42,7 +42,9 @@ lora: [{r: 4, alpha: 8, modules: [q_proj]}]
 
 def packs(form: str) -> list[tuple[Feature, ...]]:
     """The tested rows of a column on a CPU, in as few trainings as their exclusions allow."""
-    plain, *others = (one for one in FEATURES if state_of(form, one, "cpu") == TESTED)
+    plain, *others = (
+        one for one in FEATURES if state_of(form, one, "cpu") == TESTED and not one.has_own_tests
+    )
     found = [[plain]]
     for feature in others:
         for pack in found[1:]:
@@ -137,10 +139,21 @@ def test_options_without_effect_warn(form):
 def test_options_for_a_gpu_on_a_cpu(base, tmp_path, capsys):
     pytest.importorskip("triton")
     small = ("--ranks", "4", "--output_dir", str(tmp_path / "run"))
-    assert train(base, "--kernels", "triton", *small) == 2
-    assert "kernels" in capsys.readouterr().err
+    refused = [
+        one for one in FEATURES if one.only == "cuda" and state_of("molf", one, "cpu") == REFUSED
+    ]
+    assert len(refused) == 4
+    for feature in refused:
+        assert train(base, *shlex.split(feature.text), *small) == 2
+        error = capsys.readouterr().err.splitlines()[-1]
+        assert any(f"{name.partition('.')[2] or name}" in error for name in named(feature)), error
     assert train(base, "--state_offload", *small) == 0
     assert "state_offload=True is without effect" in capsys.readouterr().err
+
+
+def named(feature: Feature) -> list[str]:
+    """The options of a row."""
+    return re.findall(r"--(\S+)", feature.text)
 
 
 def test_every_named_test_exists():
