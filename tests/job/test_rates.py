@@ -105,6 +105,21 @@ def test_loss_that_is_not_finite_ends_the_sweep(given, tmp_path, capsys):
     assert "not a range test of molf lr alone (it holds notes.txt" in capsys.readouterr().err
 
 
+def test_a_failed_test_is_replaced(given, tmp_path, capsys, monkeypatch):
+    from molf.job.ahead import rates
+
+    path = tmp_path / "rates"
+    more = ["--method", "fft", "--max_steps", "20", "--output_dir", str(path)]
+    with monkeypatch.context() as patch:
+        patch.setattr(rates, "evidence_of", lambda *given, **named: 1 / 0)
+        assert main(["lr", *given[:-6], *given[-4:], *more]) == 1
+    assert f"(traceback: {path / 'error.log'})" in capsys.readouterr().err
+    assert sorted(entry.name for entry in path.iterdir()) == ["error.log", "rates.json"]
+    assert main(["lr", *given[:-6], *given[-4:], *more, "--overwrite"]) == 0
+    assert not (path / "error.log").exists()
+    assert json.loads((path / "rates.json").read_text())["to"] == 1.0
+
+
 def curve(fall=3.0, at=1e-3, diverges=True, noise=0.1):
     """Losses that fall around a rate, and rise again two decades above it."""
     places = np.log10(RATES)

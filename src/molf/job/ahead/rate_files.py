@@ -26,11 +26,17 @@ _COLUMNS = ("sweep", "step", "rate", "loss", "smoothed", "slope_per_decade", "wo
 
 
 def write_start(
-    directory: RunDirectory, opening: Opening, task: Task, started: datetime
+    directory: RunDirectory,
+    opening: Opening,
+    task: Task,
+    started: datetime,
+    ends: tuple[float, float],
 ) -> dict[str, Any]:
-    """Write `rates.json` without sweeps, and return its content."""
+    """Write `rates.json` without sweeps, and return its content; `ends` are the end rates."""
     settings = opening.settings
     record = {
+        "from": ends[0],
+        "to": ends[1],
         "options": settings.as_options(),
         "task": task.description(),
         "files": input_files(settings, task),

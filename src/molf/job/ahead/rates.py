@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from dataclasses import replace
 from datetime import datetime
 from typing import TYPE_CHECKING
@@ -78,13 +79,15 @@ def range_test(
                 resolved.output_dir, overwrite=resolved.overwrite, ownership=A_RANGE_TEST
             )
             with directory, failing_in(directory, reporter):
-                record = write_start(directory, opening, task, started)
+                record = write_start(directory, opening, task, started, (lowest, highest))
                 rates = np.geomspace(lowest, highest, opening.data.steps)
                 begun = time.perf_counter()
                 sweeps: list[SweptRate] = []
                 for option in swept_options(opening.settings):
                     if sweeps:  # the same weights, examples and adapter once more
-                        opening = open_training(resolved, task, inputs)
+                        with warnings.catch_warnings():
+                            warnings.simplefilter("ignore")  # given for the first sweep
+                            opening = open_training(resolved, task, inputs)
                     sweeps.append(_sweep(option, rates, opening, reporter))
                 seconds = time.perf_counter() - begun
                 result = RangeTest(directory.path, resolved.method, tuple(sweeps), seconds)
