@@ -150,7 +150,9 @@ def test_evidence_of_a_curve():
     assert found.fall > 20
     sweep = sweep_of(found, losses)
     assert doubts(sweep) == []
-    assert evidence_lines(sweep)[0] == f"suggestion  --learning_rate {found.suggestion:g}"
+    suggestion, grid, *_ = evidence_lines(sweep)
+    assert suggestion == f"suggestion  --learning_rate {found.suggestion:g}"
+    assert grid.startswith(f"grid        {found.suggestion:.2g}, {3 * found.suggestion:.2g}, ")
 
 
 @pytest.mark.parametrize("seed", range(5))

@@ -6,6 +6,7 @@ import math
 
 from molf.job.ahead.evidence import SweptRate
 
+_GRID = (1, 3, 10)  # times the suggestion
 _APART = 3.0  # factor between the middle of the fall and its steepest place
 _FEW_STEPS = 10  # per decade
 _NOISY = 0.25  # of the fall
@@ -19,6 +20,10 @@ def evidence_lines(sweep: SweptRate) -> list[str]:
         lines = ["no suggestion"]
     else:
         lines = [f"suggestion  --{sweep.option} {found.suggestion:g}"]
+        grid = ", ".join(f"{factor * found.suggestion:.2g}" for factor in _GRID)
+        lines.append(
+            f"grid        {grid}: best rates were 1 to 6 times the suggestion (docs/rates.md)"
+        )
         lines.append(
             f"fell        from {found.fell_from:.2g} to {found.lowest_at:.2g}: loss "
             f"{found.start:.3g} to {found.lowest:.3g}, {found.fall:.0f} standard errors"
