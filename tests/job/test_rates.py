@@ -78,6 +78,8 @@ def test_one_sweep_per_rate_with_the_other_held(swept):
     assert {one[1] for one in first} == {0.0}
     assert [one[1] for one in second] == pytest.approx(expected[: len(second)])
     assert all(one[0] < 1e-12 for one in second)
+    # 12 examples, 4 in a step.
+    assert dense["passes"] == pytest.approx(steps / 3, abs=0.01)
     # Norms learn at the rate of the weights.
     assert [one[2] for one in first] == [one[0] for one in first]
     assert all(one[2] == 0 for one in second)

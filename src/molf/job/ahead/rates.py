@@ -134,7 +134,6 @@ def _sweep(option: str, rates: Floats, opening: Opening, reporter: Reporter) -> 
     opening.base.model = None
     steps = len(sweep.losses)
     losses = np.array(sweep.losses)
-    per_step = settings.per_device_train_batch_size * settings.gradient_accumulation_steps
     return SweptRate(
         option,
         other if both else None,
@@ -142,5 +141,5 @@ def _sweep(option: str, rates: Floats, opening: Opening, reporter: Reporter) -> 
         losses,
         np.array(sweep.won),
         evidence_of(rates[:steps], losses, diverged=sweep.diverged),
-        steps * per_step / len(opening.data.samples.input_ids),
+        sweep.passes,
     )

@@ -40,6 +40,7 @@ class Sweep(TrainerCallback):
         won: The share of layers whose update the experts with this rate won, in each step; empty
             without routing.
         diverged: Whether the loss diverged.
+        passes: Passes over the examples.
     """
 
     def __init__(self, option: str, rates: Floats, base: float) -> None:
@@ -48,6 +49,7 @@ class Sweep(TrainerCallback):
         self.losses: list[float] = []
         self.won: list[float] = []
         self.diverged = False
+        self.passes = 0.0
         self._base = base
         # Groups with the multiple of the rate that each had at the start, and whether they are
         # LoRA alone.
@@ -98,6 +100,7 @@ class Sweep(TrainerCallback):
         if not logs or "loss" not in logs:
             return
         self.losses.append(float(logs["loss"]))
+        self.passes = float(state.epoch or 0)
         won = {name: share for name, share in logs.items() if name.startswith("won/")}
         if won:
             full = float(won.get("won/full", 0.0))
