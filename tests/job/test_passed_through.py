@@ -179,7 +179,7 @@ def test_liger_needs_a_gpu(monkeypatch, tmp_path):
 def test_plans_have_the_attention_and_name_what_they_leave_out(base):
     import molf
 
-    given = {"task": "custom", "model": base, "ranks": [2], "max_length": 64, "device": "cpu"}
+    given = {"task": "custom", "model": base, "max_length": 64, "device": "cpu"}
     usual = molf.plan(**given, method="fft").memory.activations
     assert molf.plan(**given, method="fft", attn_implementation="eager").memory.activations > usual
     with warnings.catch_warnings():
