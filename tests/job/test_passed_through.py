@@ -184,6 +184,6 @@ def test_plans_have_the_attention_and_name_what_they_leave_out(base):
     assert molf.plan(**given, method="fft", attn_implementation="eager").memory.activations > usual
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        molf.plan(**given, training_args={"torch_compile": False})
+        molf.plan(**given, ranks=[2], training_args={"torch_compile": False})
     with pytest.warns(UserWarning, match="The plan is without training_args.torch_compile."):
-        molf.plan(**given, training_args={"torch_compile": True})
+        molf.plan(**given, ranks=[2], training_args={"torch_compile": True})
