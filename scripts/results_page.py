@@ -17,6 +17,7 @@ Sentences:
     tally STUDY METHOD                cells in which a method is better or worse than the baseline
     tally STUDY METHOD CONTROL AT     the same against a control; AT is own (rates) or equal
     harm_tally STUDY METRIC METHOD    cells with less or more harm than the baseline
+    harm_tally STUDY METRIC METHOD CONTROL AT    the same against a control
     robust STUDY METHOD OTHER         cells with a higher mean over each one's decade of rates
     spread STUDY                      loss by a wrong rate beside differences between methods
     harm_by_rate STUDY METRIC         harm at the lowest against the highest tried rate
@@ -170,15 +171,22 @@ def tally(study: Study, method: str, control: str | None = None, at: str = "own"
         if control is None and cell.baseline == method:
             groups["the baseline itself"].append(cell.name)
             continue
-        found = summary.comparison
-        if control is not None:
-            pair = next((one for one in cell.controls.get(method, []) if one.name == control), None)
-            found = None if pair is None else {"own": pair.own, "equal": pair.equal}[at]
-            if found is not None and not found.is_matched:
-                unmatched.append(cell.name)
+        found = _comparison(cell, summary, control, at)
+        if control is not None and found is not None and not found.is_matched:
+            unmatched.append(cell.name)
         groups[_outcome(cell, found)].append(cell.name)
     remark = f"; not share-matched in {_listed(unmatched)}" if unmatched else ""
     return _counts(groups) + remark
+
+
+def _comparison(
+    cell: CellSummary, method: MethodSummary, control: str | None, at: str
+) -> Comparison | None:
+    """Return the comparison with the baseline, or with a control."""
+    if control is None:
+        return method.comparison
+    pair = next((one for one in cell.controls.get(method.name, []) if one.name == control), None)
+    return None if pair is None else {"own": pair.own, "equal": pair.equal}[at]
 
 
 def _outcome(cell: CellSummary, found: Comparison | None) -> str:
@@ -191,8 +199,10 @@ def _outcome(cell: CellSummary, found: Comparison | None) -> str:
     return "better" if (found.estimate.value > 0) != cell.minimize else "worse"
 
 
-def harm_tally(study: Study, metric: str, method: str) -> str:
-    """Return in which cells a method does less or more harm than the baseline, at chosen rates."""
+def harm_tally(
+    study: Study, metric: str, method: str, control: str | None = None, at: str = "own"
+) -> str:
+    """Return in which cells a method does less or more harm than the baseline or a control."""
     groups: dict[str, list[str]] = {
         "the baseline itself": [],
         "less": [],
@@ -202,8 +212,8 @@ def harm_tally(study: Study, metric: str, method: str) -> str:
         NO_ROWS: [name for name in study.planned if name not in _names(study.cells)],
     }
     for cell, summary in study.of(method):
-        found = summary.comparison
-        if cell.baseline == method:
+        found = _comparison(cell, summary, control, at)
+        if control is None and cell.baseline == method:
             groups["the baseline itself"].append(cell.name)
         elif found is None or metric not in found.harm:
             groups[NO_ROWS].append(cell.name)

@@ -24,6 +24,30 @@ def test_the_pages_are_those_of_the_stored_studies(script):
     assert script.main(["--check"]) == 0, "run python scripts/results_page.py"
 
 
+def test_the_readme_agrees_with_the_stored_study(script):
+    study = script.Study(script.STUDIES / "demo-scores")
+    assert script.missing(study) == "none"
+    words = ("none", "one", "two", "three", "four", "five", "six", "seven")
+
+    def counted(outcome, text):
+        found = re.search(rf"{outcome} in (\d)", text)
+        return words[int(found[1]) if found else 0]
+
+    against_best = script.tally(study, "epd")
+    control = ("epd", "epd-random", "equal")
+    against_random = [script.tally(study, "epd", "epd-random", at) for at in ("own", "equal")]
+    harm = script.harm_tally(study, "forgetting_loss", *control)
+    assert {counted("better", text) for text in against_random} == {"none"}
+    readme = " ".join((ROOT / "README.md").read_text().split())
+    assert (
+        f"a study of {words[len(study.cells)]} tasks with tuned rates, other seeds and controls. "
+        "MoLF with the paper's score is worse than the best of full fine-tuning and LoRA in "
+        f"{counted('worse', against_best)} of them and better in "
+        f"{counted('better', against_best)}. In none is the score shown to be better than `full` at random with the same share of "
+        f"updates; in {counted('more', harm)} it forgets more than that, at equal rates."
+    ) in readme
+
+
 def test_the_templates_have_no_measured_figure(script):
     templates = sorted(script.DOCS.glob("*.template.md"))
     assert templates
