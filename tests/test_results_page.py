@@ -43,8 +43,9 @@ def test_the_readme_agrees_with_the_stored_study(script):
         f"a study of {words[len(study.cells)]} tasks with tuned rates, other seeds and controls. "
         "MoLF with the paper's score is worse than the best of full fine-tuning and LoRA in "
         f"{counted('worse', against_best)} of them and better in "
-        f"{counted('better', against_best)}. In none is the score shown to be better than `full` at random with the same share of "
-        f"updates; in {counted('more', harm)} it forgets more than that, at equal rates."
+        f"{counted('better', against_best)}. In none is the score shown to be better than `full` "
+        "at random with the same share of updates; in "
+        f"{counted('more', harm)} it forgets more than that, at equal rates."
     ) in readme
 
 
