@@ -1,6 +1,8 @@
 """Shares, margins and the picture of the routing in trackers; memory in the log."""
 
 import json
+import math
+from types import SimpleNamespace
 
 import pytest
 
@@ -10,7 +12,9 @@ from molf.colors import COLORS
 from molf.core.step.decision import Decision
 from molf.job.record.wins import Wins
 from molf.job.trainer.routing_image import routing_image
-from molf.job.trainer.tracking import TAG, RoutingImageCallback
+from molf.job.trainer.trackers import KINDS
+from molf.job.trainer.tracking import TAG, Tracking, TrackingCallback, tracking_of
+from molf.measure import Evaluation, Metric
 from run_files import LAYERS, write_run
 
 FULL, LORA = (tuple(bytes.fromhex(color[1:])) for color in COLORS[:2])
@@ -51,30 +55,26 @@ def test_margin_is_that_of_full_over_the_best_lora():
     assert efficient.take_margin() is None
 
 
-class Board:
-    """TensorBoard's callback of transformers, with a writer that keeps images."""
+class Kept:
+    """A tracker that keeps what it gets."""
 
     def __init__(self):
-        self.tb_writer = self
-        self.images = []
+        self.images, self.metrics, self.options, self.closed = [], [], [], []
 
-    def add_image(self, tag, pixels, step, dataformats):
-        self.images.append((tag, pixels, step, dataformats))
+    def open(self, stored):
+        return stored or "new"
 
+    def add_options(self, options):
+        self.options.append(options)
 
-class Wandb:
-    """W&B's callback of transformers, with a module that keeps log entries."""
+    def add_metrics(self, metrics, step):
+        self.metrics.append((metrics, step))
 
-    def __init__(self):
-        self._wandb = self
-        self.run = object()
-        self.entries = []
+    def add_image(self, name, pixels, caption, step):
+        self.images.append((name, pixels, caption, step))
 
-    def Image(self, pixels, caption):  # noqa: N802
-        return pixels.shape, caption
-
-    def log(self, entry):
-        self.entries.append(entry)
+    def close(self, *, failed):
+        self.closed.append(failed)
 
 
 class Writer:
@@ -89,30 +89,57 @@ def send(run, step, *trackers):
     from transformers import TrainerControl, TrainerState
 
     state = TrainerState(global_step=step, max_steps=60, is_world_process_zero=True)
-    RoutingImageCallback(Writer(run), trackers).on_step_end(None, state, TrainerControl())
+    tracking = Tracking({f"tracker {i}": one for i, one in enumerate(trackers)})
+    callback = TrackingCallback(tracking, {}, None, Writer(run))
+    callback.on_step_end(None, state, TrainerControl())
 
 
 def test_trackers_get_the_picture_after_the_last_step(run):
-    board, wandb, other = Board(), Wandb(), object()
-    send(run, 59, board, wandb, other)
-    assert board.images == wandb.entries == []
-    send(run, 60, board, wandb, other)
-    ((tag, pixels, step, form),) = board.images
-    assert (tag, step, form) == (TAG, 60, "HWC")
+    one, other = Kept(), Kept()
+    send(run, 59, one, other)
+    assert one.images == other.images == []
+    send(run, 60, one, other)
+    ((name, pixels, caption, step),) = one.images
+    assert (name, step) == (TAG, 60)
     assert (pixels == routing_image(run)[0]).all()
-    (entry,) = wandb.entries
-    assert entry["train/global_step"] == 60
-    assert entry[TAG] == (
-        pixels.shape,
-        "layers x steps; full, lora0_r4 in the order of the colours",
-    )
+    assert caption == "layers x steps; full, lora0_r4 in the order of the colours"
+    assert len(other.images) == 1
 
 
 def test_failing_tracker_is_a_warning(run):
-    board = Board()
-    board.add_image = lambda *_, **__: 1 / 0
-    with pytest.warns(UserWarning, match="was not sent to its tracker: division by zero"):
-        send(run, 60, board)
+    failing, other = Kept(), Kept()
+    failing.add_image = lambda *_, **__: 1 / 0
+    with pytest.warns(UserWarning, match="was not sent to tracker 0: division by zero"):
+        send(run, 60, failing, other)
+    assert len(other.images) == 1
+
+
+def test_metrics_arrive_with_the_ends_of_their_intervals():
+    one = Kept()
+    metrics = {"es": Metric(0.5, 0.25, 0.75, 12), "s": Metric(0.5, math.nan, math.nan, 3)}
+    Tracking({"kept": one}).add_evaluation("after", Evaluation(metrics, [], {}), 7)
+    sent = {"es": 0.5, "es_low": 0.25, "es_high": 0.75, "es_count": 12.0, "s": 0.5, "s_count": 3.0}
+    assert one.metrics == [({f"after/{name}": value for name, value in sent.items()}, 7)]
+
+
+def test_options_arrive_without_secrets():
+    one = Kept()
+    Tracking({"kept": one}).add_options({"data": "https://host/a?token=5ecret", "seed": 1})
+    assert one.options == [{"data": "https://host/a", "seed": 1}]
+
+
+def test_trackers_are_closed_also_after_an_error(tmp_path, monkeypatch):
+    one = Kept()
+    monkeypatch.setitem(KINDS, "wandb", lambda arguments, folder: one)
+    arguments = SimpleNamespace(report_to=["wandb", "comet_ml"])
+    with tracking_of(arguments, tmp_path, is_main=True) as tracking:
+        assert tracking.open({}) == {"wandb": "new"}
+        assert tracking.open({"wandb": "old", "mlflow": "x"}) == {"wandb": "old"}
+    with pytest.raises(KeyError), tracking_of(arguments, tmp_path, is_main=True):
+        raise KeyError
+    with tracking_of(arguments, tmp_path, is_main=False) as tracking:
+        assert tracking.open({}) == {}
+    assert one.closed == [False, True]
 
 
 def test_training_with_tensorboard(tmp_path):
@@ -124,7 +151,8 @@ def test_training_with_tensorboard(tmp_path):
         *("--output_dir", str(tmp_path / "run")),
     ]
     assert main(arguments) == 0
-    (folder,) = {path.parent for path in (tmp_path / "run").rglob("events.out.*")}
+    folder = tmp_path / "run" / "checkpoints" / "runs"
+    assert {path.parent for path in (tmp_path / "run").rglob("events.out.*")} == {folder}
     events = accumulator.EventAccumulator(str(folder)).Reload()
     tags = events.Tags()
     assert tags["images"] == [TAG]
@@ -132,6 +160,13 @@ def test_training_with_tensorboard(tmp_path):
     pixels, _ = routing_image(tmp_path / "run")
     assert (image.step, image.height, image.width) == (4, *pixels.shape[:2])
     lines = [json.loads(x) for x in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    found = json.loads((tmp_path / "run" / "eval.json").read_text())
+    for when, step in (("before", 0), ("after", 4)):
+        for name, metric in found[when].items():
+            (sent,) = events.Scalars(f"{when}/{name}")
+            assert (sent.step, sent.value) == (step, pytest.approx(metric["value"], abs=1e-6))
+    (options,) = events.Tensors("molf/options/text_summary")
+    assert b"| method | molf |" in options.tensor_proto.string_val[0]
     for name in ("won/full", "won/lora0_r4", "score_margin", "peak_memory_bytes", "memory_bytes"):
         sent = {one.step: one.value for one in events.Scalars(f"train/{name}")}
         logged = {line["step"]: line[name] for line in lines if name in line}

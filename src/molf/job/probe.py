@@ -11,7 +11,7 @@ from molf.data.sources import places
 from molf.job.inputs import Inputs
 from molf.job.progress import Reporter, make_reporter
 from molf.job.record.directory import RunDirectory, locking_runs
-from molf.job.record.ownership import ASSIGNMENT
+from molf.job.record.ownership import ASSIGNMENT, CHECKPOINTS
 from molf.job.run import INPUTS, check_places, checked, open_data
 from molf.job.settings.probe import ProbeSettings
 from molf.ranks import check_alone
@@ -89,6 +89,7 @@ def probe(
             from molf.job.record.finished_run import read_run
             from molf.job.record.stages import Stages
             from molf.job.records import ConfigRecord, input_files
+            from molf.job.trainer.tracking import tracking_of
             from molf.job.training import run_training
 
             reporter = reporter or make_reporter()
@@ -103,7 +104,12 @@ def probe(
                 record.write(directory)
                 device = opening.arguments.device
                 reset_peak_memory(device)
-                training = run_training(opening, directory, reporter, keeps_model=False)
+                checkpoints = directory / CHECKPOINTS
+                with tracking_of(opening.arguments, checkpoints, is_main=True) as tracking:
+                    tracking.open({})
+                    training = run_training(
+                        opening, directory, reporter, tracking=tracking, keeps_model=False
+                    )
                 peak, peak_of = peak_memory(device)
                 record.add_training(training)
                 record.write(directory)

@@ -119,6 +119,7 @@ def _train(
     from molf.job.record.stages import Stages
     from molf.job.records import ConfigRecord, add_row, input_files, run_result, write_evaluations
     from molf.job.trained_model import TrainedModel
+    from molf.job.trainer.tracking import tracking_of
     from molf.job.training import Training, run_training
 
     # Open and check: nothing is written yet. Several processes are connected then.
@@ -142,11 +143,21 @@ def _train(
     directory = open_directory(
         processes, output_dir, overwrite=settings.overwrite, resume=settings.resume
     )
-    with directory, failing_in(directory, reporter):
+    with (
+        directory,
+        failing_in(directory, reporter),
+        tracking_of(
+            opening.arguments, directory / CHECKPOINTS, is_main=processes.is_main
+        ) as tracking,
+    ):
         stages = Stages(directory, settings)
         earlier = read_json(directory / ENVIRONMENT) if directory.is_resumed else None
         record = ConfigRecord(opening, task, files, started, earlier)
         on_main(lambda: record.write(directory))
+
+        # Open the trackers first: one without a login, for example, ends the run here.
+        opened = tracking.open(stages.trackers)
+        on_main(lambda: stages.keep_trackers(opened))
 
         # Measure the base.
         reset_peak_memory(device)
@@ -161,7 +172,14 @@ def _train(
         done = on_main(lambda: stages.saved)
         if done is None:
             checkpoint = on_main(lambda: _newest(directory, reporter))
-            training = run_training(opening, directory, reporter, checkpoint=checkpoint)
+            training = run_training(
+                opening,
+                directory,
+                reporter,
+                checkpoint=checkpoint,
+                tracking=tracking,
+                before=before,
+            )
         else:
             reporter.say(f"Resuming {directory.path}: the model is trained and saved.")
             training = Training.of_record(done[0])
@@ -189,6 +207,8 @@ def _train(
         directory.path = on_main(lambda: (directory / MODEL).parent)  # it may have been moved
         loaded = trained.load()
         after = evaluator.saved(loaded, base_logits)
+
+        tracking.add_evaluation("after", after, training.steps)
 
         # Write the records.
         def write() -> RunResult:

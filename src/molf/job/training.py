@@ -54,9 +54,10 @@ from molf.job.trainer.split_data import training_set
 from molf.job.trainer.step_guard import StepGuard
 from molf.job.trainer.steps import StepsCheck
 from molf.job.trainer.stopping import StopRequest
-from molf.job.trainer.tracking import RoutingImageCallback
+from molf.job.trainer.tracking import Tracking, TrackingCallback
 from molf.job.trainer.trainer import Trainer
 from molf.job.trainer.validation import EarlyStopping, EvaluationCallback, Validation
+from molf.measure import Evaluation
 from molf.measure.generate import padding_id
 from molf.ranks import ranks
 
@@ -128,6 +129,8 @@ def run_training(
     reporter: Reporter,
     callbacks: Sequence[TrainerCallback] = (),
     checkpoint: Path | None = None,
+    tracking: Tracking | None = None,
+    before: Evaluation | None = None,
     *,
     keeps_model: bool = True,
 ) -> Training:
@@ -142,6 +145,8 @@ def run_training(
         callbacks: Added to the run's own.
         checkpoint: The checkpoint to continue from, whose hashes were checked; None starts from
             the beginning.
+        tracking: Opened trackers; None for none.
+        before: Metrics of the base, for the trackers.
         keeps_model: Save the adapter and merge it; False frees the trained model.
 
     Raises:
@@ -241,9 +246,17 @@ def run_training(
             ],
         )
         trainer.remove_callback(PrinterCallback)
-        if prepared.experts:
-            trackers = trainer.callback_handler.callbacks
-            trainer.add_callback(RoutingImageCallback(writer, trackers))
+        if tracking is not None:
+            tracking.attach(trainer.callback_handler.callbacks)
+            # After transformers' callbacks, which begin their trackers' runs.
+            trainer.add_callback(
+                TrackingCallback(
+                    tracking,
+                    settings.as_options(),
+                    before if checkpoint is None else None,
+                    writer if prepared.experts else None,
+                )
+            )
         trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
         seconds = clock.seconds()
         checkpoints.finish()

@@ -64,6 +64,17 @@ class Stages:
         """Time of the base's evaluation; 0 before it was measured."""
         return float(self._stages.get("before", {}).get("seconds", 0.0))
 
+    @property
+    def trackers(self) -> dict[str, str]:
+        """Identities of the trackers' runs, by tracker; empty before they were opened."""
+        found = self._stages.get("trackers")
+        return dict(found) if isinstance(found, dict) else {}
+
+    def keep_trackers(self, opened: Mapping[str, str]) -> None:
+        """Record the identities of the trackers' runs."""
+        if opened:
+            self._keep("trackers", {**self.trackers, **opened})
+
     def keep_before(self, evaluation: Evaluation, seconds: float) -> None:
         """Record that the base was measured, in this time."""
         record = evaluation_record(evaluation)
