@@ -102,7 +102,9 @@ def trackio_runs(project: str = "huggingface") -> list[Stored]:
 
 def _add(run: Stored, row: dict[str, Any], step: str) -> None:
     for name, value in row.items():
-        if isinstance(value, dict):
+        if isinstance(value, dict):  # trackio
             run.pictures.append(name)
+        elif isinstance(value, str) and name.endswith("/path"):  # W&B
+            run.pictures.append(name.removesuffix("/path"))
         elif isinstance(value, (int, float)) and name != step and step in row:
             run.values.setdefault(name, []).append((int(row[step]), float(value)))
