@@ -19,7 +19,7 @@ test: $(READY)  ## Lint, types and every test not marked slow (no network, no GP
 	$(BIN)/mypy
 	$(BIN)/python -m pytest $(TWO) -m "not slow"
 
-test-slow: $(READY)  ## The tests marked slow
+test-slow: $(READY) .venv/.trackers  ## The tests marked slow
 	$(BIN)/python -m pytest $(TWO) -m slow
 
 test-floor: $(FLOOR)/.ready  ## Every test with the oldest versions that pyproject.toml allows
@@ -77,6 +77,10 @@ $(READY): requirements-dev.lock pyproject.toml
 
 .venv/.package: $(READY) requirements-package.lock
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-package.lock -c requirements-dev.lock
+	touch $@
+
+.venv/.trackers: $(READY) requirements-trackers.lock
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-trackers.lock
 	touch $@
 
 $(FLOOR)/.ready: requirements-dev.lock pyproject.toml scripts/floors.py

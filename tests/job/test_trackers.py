@@ -128,7 +128,7 @@ def test_a_second_training_of_the_process_has_a_run_of_its_own(workplace, name):
 
 
 @EACH
-def test_a_resumed_training_continues_its_run(workplace, name, monkeypatch):
+def test_a_resumed_training_continues_its_run(workplace, name, monkeypatch, capfd):
     from molf.job.trainer.checkpoints import Checkpoints
 
     path = workplace / f"{name}-resumed"
@@ -145,6 +145,7 @@ def test_a_resumed_training_continues_its_run(workplace, name, monkeypatch):
     count = len(stored(workplace, name))
     # Another value of a parameter that MLflow has stored already.
     assert main(command(workplace, path, name, *saving, "--resume", every="1")) == 0
+    assert "not allowed" not in capfd.readouterr().err
     runs = stored(workplace, name)
     parts = [one for one in runs if one.name == path.name]
     if name == "wandb":  # offline, each part is a folder; `wandb sync` joins those with one id

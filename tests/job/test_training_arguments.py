@@ -81,7 +81,7 @@ def test_without_the_source_the_names_are_left_to_the_class(monkeypatch):
     [
         ("tensorbord", "Did you mean tensorboard?"),
         ("nothing", "is no tracker of the trainer: azure_ml, "),
-        ("wandb", "needs wandb, which is not installed"),
+        ("clearml", "needs clearml, which is not installed"),
     ],
 )
 def test_trackers(monkeypatch, name, words):

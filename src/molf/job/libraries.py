@@ -12,7 +12,10 @@ from typing import Any
 from molf.masking import mask_text
 from molf.ranks import launched_rank
 
-_LIBRARIES = r"(torch|transformers|trl|peft|accelerate|datasets|huggingface_hub)\b"
+_LIBRARIES = (
+    r"(torch|transformers|trl|peft|accelerate|datasets|huggingface_hub|"
+    r"wandb|mlflow|sqlalchemy|trackio)\b"
+)
 
 # They log each missing kernel and each cast as a warning.
 _TALKATIVE = ("bitsandbytes", "torchao", "torch.utils._pytree")

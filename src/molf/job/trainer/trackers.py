@@ -9,6 +9,7 @@ that a resumed training continues it.
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Mapping
 from importlib import import_module
 from importlib.util import find_spec
@@ -119,15 +120,25 @@ class MLflow:
 
     def add_options(self, options: Mapping[str, Any]) -> None:
         """Add them as parameters."""
-        if not self._continued:
-            texts = {f"{OPTIONS}.{name}": _text(value) for name, value in options.items()}
-            for name, text in texts.items():
-                self._client.log_param(self._id, name, text[: self._longest])
+        if self._continued:
+            return
+        limits = self._mlflow.utils.validation
+        params = [
+            self._mlflow.entities.Param(
+                f"{OPTIONS}.{name}", _text(value)[: limits.MAX_PARAM_VAL_LENGTH]
+            )
+            for name, value in options.items()
+        ]
+        most = limits.MAX_PARAMS_TAGS_PER_BATCH
+        for first in range(0, len(params), most):
+            self._client.log_batch(self._id, params=params[first : first + most])
 
     def add_metrics(self, metrics: Mapping[str, float], step: int) -> None:
         """Add metrics."""
-        for name, value in metrics.items():
-            self._client.log_metric(self._id, name, value, step=step)
+        now = time.time_ns() // 1_000_000
+        metric = self._mlflow.entities.Metric
+        entries = [metric(name, value, now, step) for name, value in metrics.items()]
+        self._client.log_batch(self._id, metrics=entries)
 
     def add_image(self, name: str, pixels: Pixels, caption: str, step: int) -> None:
         """Add a file to the artifacts."""
@@ -141,10 +152,6 @@ class MLflow:
     @property
     def _client(self) -> Any:
         return self._mlflow.MlflowClient()
-
-    @property
-    def _longest(self) -> int:
-        return int(self._mlflow.utils.validation.MAX_PARAM_VAL_LENGTH)
 
 
 def _without_parameters(setup: Any) -> Any:
