@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 
 import pytest
@@ -43,3 +44,16 @@ def test_a_choice_of_the_user_stays(hub, monkeypatch):
     monkeypatch.setenv("HF_HUB_DISABLE_TELEMETRY", "0")
     no_usage_reports()
     assert constants.HF_HUB_DISABLE_TELEMETRY is False
+
+
+@pytest.mark.parametrize(
+    ("name", "off", "on"),
+    [("WANDB_ERROR_REPORTING", "false", "true"), ("MLFLOW_DISABLE_TELEMETRY", "true", "false")],
+)
+def test_reports_of_trackers_are_off_unless_chosen(monkeypatch, name, off, on):
+    monkeypatch.setenv(name, on)
+    no_usage_reports()
+    assert os.environ[name] == on
+    monkeypatch.delenv(name)
+    no_usage_reports()
+    assert os.environ[name] == off

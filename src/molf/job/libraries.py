@@ -20,15 +20,18 @@ _LIBRARIES = (
 # They log each missing kernel and each cast as a warning.
 _TALKATIVE = ("bitsandbytes", "torchao", "torch.utils._pytree")
 _NO_REPORTS = "HF_HUB_DISABLE_TELEMETRY"
+# Of trackers; W&B reports its errors also in offline mode.
+_NO_REPORTS_OF_TRACKERS = {"WANDB_ERROR_REPORTING": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
 _REPEATED = ("transformers", "datasets", "accelerate", "trl", "peft")
 
 
 def no_usage_reports() -> None:
-    """Turn off usage reports of Hugging Face's libraries in this process.
+    """Turn off usage reports of Hugging Face's libraries and of trackers in this process.
 
-    TRL reports each trainer to the Hub. A value of `HF_HUB_DISABLE_TELEMETRY` that is set already
-    stays.
+    TRL reports each trainer to the Hub. Values of the variables that are set already stay.
     """
+    for name, off in _NO_REPORTS_OF_TRACKERS.items():
+        os.environ.setdefault(name, off)
     value = os.environ.setdefault(_NO_REPORTS, "1")
     from huggingface_hub import constants
 
