@@ -142,14 +142,31 @@ def test_trackers_are_closed_also_after_an_error(tmp_path, monkeypatch):
     assert one.closed == [False, True]
 
 
-def test_training_with_tensorboard(tmp_path):
-    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    arguments = [
+def test_a_tracker_that_cannot_be_opened_ends_the_run(run_command, monkeypatch, capsys):
+    one = Kept()
+    one.open = lambda stored: 1 / 0
+    monkeypatch.setitem(KINDS, "tensorboard", lambda arguments, folder: one)
+    path, arguments = run_command
+    assert main(arguments) == 2
+    assert "report_to=tensorboard: division by zero" in capsys.readouterr().err
+    assert not path.exists()
+    assert one.closed == [True]
+
+
+@pytest.fixture
+def run_command(tmp_path):
+    """A training with TensorBoard, and its directory."""
+    return tmp_path / "run", [
         *("train", "--task", "fact", "--model", str(write_checkpoint(tmp_path / "base"))),
         *("--data", str(write_facts(tmp_path / "facts.jsonl")), "--ranks", "4", "--max_steps", "4"),
         *("--logging_steps", "2", "--report_to", "tensorboard", "--no-report", "--no-spectra"),
         *("--output_dir", str(tmp_path / "run")),
     ]
+
+
+def test_training_with_tensorboard(tmp_path, run_command):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    _, arguments = run_command
     assert main(arguments) == 0
     folder = tmp_path / "run" / "checkpoints" / "runs"
     assert {path.parent for path in (tmp_path / "run").rglob("events.out.*")} == {folder}

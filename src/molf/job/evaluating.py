@@ -11,7 +11,7 @@ import torch
 from molf.errors import InputError
 from molf.job.attention import set_attention
 from molf.job.base_model import read_and_free
-from molf.job.failing import UnusableDataError
+from molf.job.failing import NotStartedError
 from molf.job.inputs import EvaluationKey, Inputs
 from molf.job.model.loading import LoadedModel, move
 from molf.job.progress import Reporter
@@ -74,7 +74,7 @@ class Evaluator:
         """Return the evaluation of the base, measured or as `inputs` kept it.
 
         Raises:
-            UnusableDataError: The base cannot be measured on the data.
+            NotStartedError: The base cannot be measured on the data.
         """
         devices = [self._device] if self._device.type == "cuda" else []
         started = time.perf_counter()
@@ -85,7 +85,7 @@ class Evaluator:
                     self._key, lambda: self._evaluate(base, "Evaluating the base model")
                 )
         except InputError as error:  # for example, all records are too long
-            raise UnusableDataError(str(error)) from error
+            raise NotStartedError(str(error)) from error
         finally:
             self.seconds += time.perf_counter() - started
 

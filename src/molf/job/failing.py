@@ -16,8 +16,8 @@ from molf.job.record.tracebacks import write_traceback
 from molf.ranks import lost_process, ranks
 
 
-class UnusableDataError(Exception):
-    """The base model cannot be measured on the data. Raised before training."""
+class NotStartedError(Exception):
+    """The base cannot be measured on the data, or a tracker not opened. Raised before training."""
 
 
 @contextmanager
@@ -25,8 +25,8 @@ def failing_in(directory: RunDirectory, reporter: Reporter) -> Iterator[None]:
     """Convert errors of the block, and leave the run's directory as they demand.
 
     Raises:
-        InputError: The base cannot be measured: the directory was deleted, the earlier run is back.
-            Or the run cannot be resumed: the directory is unchanged.
+        InputError: The base cannot be measured, or a tracker not opened: the directory was deleted,
+            the earlier run is back. Or the run cannot be resumed: the directory is unchanged.
         StoppedError: A signal stopped the training.
         RunError: Any other error; the directory holds the files written so far and the traceback.
         KeyboardInterrupt: After a line with the path of the files.
@@ -35,7 +35,7 @@ def failing_in(directory: RunDirectory, reporter: Reporter) -> Iterator[None]:
         yield
     except (ResumeError, StoppedError):
         raise
-    except UnusableDataError as error:
+    except NotStartedError as error:
         if not directory.is_resumed:
             directory.discard()
         raise InputError(str(error)) from error

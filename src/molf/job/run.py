@@ -156,8 +156,7 @@ def _train(
         on_main(lambda: record.write(directory))
 
         # Open the trackers first: one without a login, for example, ends the run here.
-        opened = tracking.open(stages.trackers)
-        on_main(lambda: stages.keep_trackers(opened))
+        on_main(lambda: stages.keep_trackers(tracking.open(stages.trackers)))
 
         # Measure the base.
         reset_peak_memory(device)

@@ -12,6 +12,7 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from molf.errors import reason_of
+from molf.job.failing import NotStartedError
 from molf.job.record.routing_log import RoutingWriter
 from molf.job.trainer.routing_image import routing_image
 from molf.job.trainer.trackers import KINDS, Tracker
@@ -38,8 +39,17 @@ class Tracking:
 
         Args:
             stored: The result of an earlier part of the training; empty for a new one.
+
+        Raises:
+            NotStartedError: A tracker cannot be opened, for example without a login.
         """
-        return {name: one.open(stored.get(name)) for name, one in self._trackers.items()}
+        opened: dict[str, str] = {}
+        for name, one in self._trackers.items():
+            try:
+                opened[name] = one.open(stored.get(name))
+            except Exception as error:  # of any library
+                raise NotStartedError(f"report_to={name}: {reason_of(error)}") from error
+        return opened
 
     def attach(self, callbacks: list[Any]) -> None:
         """Make transformers' callbacks use these runs."""
