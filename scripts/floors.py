@@ -6,8 +6,8 @@
 Each `>=` of the dependencies, the extras and the build becomes `==`. torch has the version of
 requirements-dev.lock, because older releases download gigabytes of CUDA each. triton is printed
 separately, to be installed after the others without dependencies, because CUDA builds of torch pin
-one release of it. wandb and trackio, which no test uses, are left out. The dev tools, which users
-do not install, are unchanged.
+one release of it. wandb, mlflow and trackio, whose tests run with requirements-trackers.lock, are
+left out. The dev tools, which users do not install, are unchanged.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 FROM_LOCK = "torch"
 APART = "triton"
-UNTESTED = ("wandb", "trackio")
+TESTED_APART = ("wandb", "mlflow", "trackio")
 
 _REQUIREMENT = re.compile(
     r"(?P<name>[A-Za-z0-9._-]+)(?:>=(?P<floor>[0-9.]+))?(?P<marker>\s*;.*)?\Z"
@@ -53,7 +53,7 @@ def floors(root: Path = ROOT) -> dict[str, str]:
         pinned = f"{match['name']}=={match['floor']}{match['marker'] or ''}"
         if found.setdefault(name, pinned) != pinned:
             raise ValueError(f"{match['name']} has two floors: {found[name]}, {pinned}.")
-    for name in UNTESTED:
+    for name in TESTED_APART:
         del found[name]
     lock = (root / "requirements-dev.lock").read_text(encoding="utf-8").splitlines()
     found[FROM_LOCK] = next(line for line in lock if line.startswith(f"{FROM_LOCK}=="))

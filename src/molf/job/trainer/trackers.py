@@ -223,14 +223,18 @@ class Trackio:
 
     def _init(self, resume: str) -> None:
         arguments: Any = self._arguments
+        places = {
+            "space_id": "trackio_space_id",
+            "private": "hub_private_repo",
+            "bucket_id": "trackio_bucket_id",
+        }
+        given = {name: getattr(arguments, field, None) for name, field in places.items()}
         self._trackio.init(
             project=arguments.project,
             name=arguments.run_name,
-            space_id=arguments.trackio_space_id,
-            private=arguments.hub_private_repo,
-            bucket_id=arguments.trackio_bucket_id,
             resume=resume,
             config=self._config,
+            **{name: value for name, value in given.items() if value is not None},
         )
 
 
