@@ -163,3 +163,41 @@ def test_a_resumed_training_continues_its_run(workplace, name, monkeypatch, capf
     assert [step for step, _ in joined["after/loss"]] == [4]
     if name == "mlflow":
         assert parts[0].identity == "FINISHED"
+
+
+@needs("wandb")
+def test_a_run_of_wandb_that_is_open_is_used_and_stays_open(workplace):
+    import wandb
+
+    own = wandb.init(project="own", name="own-wandb")
+    try:
+        assert main(command(workplace, workplace / "wandb-within", "wandb")) == 0
+        assert wandb.run is own
+    finally:
+        own.finish()
+    (run,) = [one for one in stored(workplace, "wandb") if one.name == "own-wandb"]
+    assert {"train/loss", "before/loss", "after/loss"} <= run.values.keys()
+
+
+@needs("mlflow")
+def test_a_run_of_mlflow_that_is_open_is_used_and_stays_open(workplace):
+    import mlflow
+
+    with mlflow.start_run(run_name="own-mlflow") as own:
+        assert main(command(workplace, workplace / "mlflow-within", "mlflow")) == 0
+        assert mlflow.active_run().info.run_id == own.info.run_id
+    (run,) = [one for one in stored(workplace, "mlflow") if one.name == "own-mlflow"]
+    assert {"loss", "before/loss", "after/loss"} <= run.values.keys()
+
+
+@needs("mlflow")
+def test_a_run_of_mlflow_that_the_environment_names_is_continued(workplace, monkeypatch):
+    import mlflow
+
+    with mlflow.start_run(run_name="named") as named:
+        pass
+    monkeypatch.setenv("MLFLOW_RUN_ID", named.info.run_id)
+    assert main(command(workplace, workplace / "mlflow-named", "mlflow")) == 0
+    assert mlflow.active_run() is None
+    (run,) = [one for one in stored(workplace, "mlflow") if one.name == "named"]
+    assert {"loss", "before/loss", "after/loss"} <= run.values.keys()
