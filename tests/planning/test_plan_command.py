@@ -61,7 +61,7 @@ def test_checkpoints_are_those_of_a_training(base, tmp_path, capsys, options):
     assert (plan["kept"], plan["disk"]) == (kept, (kept + 1) * plan["checkpoint"])
     assert plan["host_copy"] == (plan["checkpoint"] if "--async_save" in options else 0)
     assert main(["train", *given, "--max_steps", "2", "--output_dir", str(tmp_path / "run")]) == 0
-    assert "saves    1 checkpoints of" in capsys.readouterr().out
+    assert "saves    1 checkpoint of" in capsys.readouterr().out
     written = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["run"]["checkpoints"]
     tensors = 200  # at most, with less than 2 kB each beside their numbers
     assert plan["checkpoint"] < written["bytes"] < plan["checkpoint"] + 2_000 * tensors

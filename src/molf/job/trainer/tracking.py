@@ -80,12 +80,13 @@ class Tracking:
             f"The metrics {when} the training were", lambda one: one.add_metrics(known, step)
         )
 
-    def add_routing(self, run: Path, step: int) -> None:
-        """Send the picture of all decisions of a run."""
+    def add_routing(self, log: RoutingWriter, step: int) -> None:
+        """Send the picture of all decisions of the log."""
         if not self._trackers:
             return
         try:
-            pixels, experts = routing_image(run)
+            log.flush()
+            pixels, experts = routing_image(log.directory.parent)
         except Exception as error:  # of any library: a picture must not end a training
             _warn("The picture of the routing was", "its trackers", error)
             return
@@ -166,7 +167,5 @@ class TrackingCallback(TrainerCallback):
     ) -> None:
         """Send the picture if this was the last step."""
         is_last = state.global_step >= state.max_steps or control.should_training_stop
-        if not is_last or not state.is_world_process_zero or self._writer is None:
-            return
-        self._writer.flush()
-        self._tracking.add_routing(self._writer.directory.parent, state.global_step)
+        if is_last and state.is_world_process_zero and self._writer is not None:
+            self._tracking.add_routing(self._writer, state.global_step)
