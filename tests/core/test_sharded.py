@@ -13,6 +13,8 @@ from sharded_checks import assert_as_one_process, assert_resharded, winners_of
 from sharded_models import joined, trained
 from sharded_world import CHECKPOINTS, PARITY, RESHARDED, SCORES, SHARDS, STORAGES, WORLD
 
+pytestmark = pytest.mark.slow  # the world of four processes takes a quarter of a minute
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> str:

@@ -175,6 +175,7 @@ def test_eval_takes_the_base_of_the_run(molf_run, evaluate, base):
     assert given == metrics
 
 
+@pytest.mark.slow
 def test_eval_on_several_tasks(evaluate, tmp_path):
     other = AutoModelForCausalLM.from_pretrained(BASE_PATH)
     with torch.no_grad():

@@ -7,6 +7,8 @@ import pytest
 
 from molf.cli import main
 from molf.job.record.routing_shares import routing_shares
+from molf.job.settings.defaults import METHODS
+from slow_cases import slow_after
 
 
 def test_routing_jsonl(molf_run, capsys):
@@ -79,6 +81,9 @@ def test_routing_of_a_run_without(lora_run, capsys):
     assert "has no routing" in error
 
 
+@pytest.mark.parametrize(
+    "any_run", slow_after(4, reversed([*METHODS, "molf-dropout"])), indirect=True
+)
 def test_eval_of_the_saved_model_is_the_after(any_run, facts, tmp_path):
     arguments = ["eval", str(any_run.path / "model"), "--task", "fact", "--data", str(facts)]
     assert main([*arguments, "--output_dir", str(tmp_path / "e")]) == 0

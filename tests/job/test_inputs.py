@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 from molf.job.inputs import Inputs
 from molf.job.run import dry_run, train
 from molf.job.settings.settings import TrainSettings
+from slow_cases import slow_after
 
 
 class Warm(Inputs):
@@ -69,7 +70,8 @@ def evaluation_of(result):
     return json.loads((result.directory / "eval.json").read_text())
 
 
-@pytest.mark.parametrize("method", ["molf", "lora"])  # lora draws its factors after the evaluation
+# lora draws its factors after the evaluation.
+@pytest.mark.parametrize("method", slow_after(1, ["lora", "molf"]))
 def test_shared_inputs_give_the_same_bits(settings, method):
     cold = train(settings("cold", method=method))
     inputs = Warm()
@@ -87,6 +89,7 @@ def test_another_evaluation_is_measured(settings):
     assert inputs.made == ["task", "base", "evaluation", "evaluation"]
 
 
+@pytest.mark.slow
 def test_dry_run_takes_shared_inputs(settings):
     inputs = Warm()
     dry_run(settings("dry"), inputs=inputs)

@@ -250,6 +250,7 @@ def loaded(run_of, base, workplace):
     return torch.load(out)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", SAVED)
 def test_adapter_loads_with_peft_alone(loaded, run_of, method):
     run = run_of(method)
@@ -440,7 +441,7 @@ def test_adalora_loss_contains_the_penalty(adalora, record, base, facts, workpla
     assert adapter_config(adalora)["orth_reg_weight"] == 0.5
 
 
-@pytest.mark.parametrize("method", ["adalora", "pissa"])
+@pytest.mark.parametrize("method", slow_after(1, ["adalora", "pissa"]))
 def test_checkpoints_change_nothing(record, run_of, workplace, method):
     """The Trainer saves the adapter on the way, which touches PEFT's own notes of the ranks."""
     run = run_of(method)
@@ -566,7 +567,7 @@ def test_one_lora_of_the_summed_rank(record, options, workplace, capsys):
 
 @pytest.mark.parametrize(
     ("score", "winners"),
-    [("full", {"full"}), ("lora", {"lora0_r4"}), ("random", {"full", "lora0_r4"})],
+    slow_after(1, [("random", {"full", "lora0_r4"}), ("full", {"full"}), ("lora", {"lora0_r4"})]),
 )
 def test_controls(record, options, workplace, score, winners):
     """Does routing matter? What runs without it, on record as what it is."""

@@ -21,6 +21,7 @@ from molf.job.trainer.split_data import FilledSampler, LengthGroups, training_se
 from molf.job.trainer.trainer import Trainer
 from near_runs import assert_near_runs, entries, facts_command
 from resumed_runs import row_of
+from slow_cases import slow_after
 from tiny_models import byte_level_tokenizer
 
 PACKED = ["--packing", "--max_length", "40"]
@@ -98,7 +99,7 @@ def resumable(folder, records):
 
 @pytest.mark.parametrize(
     ("size", "further"),
-    [(1, ["--packing", "--max_length", "80"]), (4, GROUPED)],
+    slow_after(1, [(1, ["--packing", "--max_length", "80"]), (4, GROUPED)]),
     ids=["packed", "by length"],
 )
 def test_resumed_run_has_the_same_bits(resumable, size, further, tmp_path, monkeypatch, capsys):
@@ -201,6 +202,7 @@ def test_model_that_mixes_examples_is_refused(folder, tmp_path, capsys):
     assert not path.exists()
 
 
+@pytest.mark.slow
 def test_dry_run_takes_the_fullest_rows(command, tmp_path, capsys):
     path = tmp_path / "run"
     assert main(command(path, 3, 1, *PACKED, "--dry_run")) == 0

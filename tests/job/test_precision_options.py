@@ -14,6 +14,7 @@ from molf.errors import InputError
 from molf.job.settings.resolved import resolve
 from molf.job.settings.settings import TrainSettings
 from offload_helpers import LateCarrier, carried_by
+from slow_cases import slow_after
 
 
 def settings_of(**given):
@@ -54,12 +55,15 @@ def float32(train, tmp_path_factory):
 
 @pytest.mark.parametrize(
     ("method", "rounding", "lost", "kept"),
-    [
-        ("molf", None, (0.0, 0.02), 0.01),
-        ("fft", "exact", (0.0, 0.02), 0.01),
-        ("molf", "stochastic", (0.3, 1.0), 0.2),
-        ("fft", "nearest", (0.3, 1.0), math.inf),
-    ],
+    slow_after(
+        2,
+        [
+            ("molf", None, (0.0, 0.02), 0.01),
+            ("fft", "nearest", (0.3, 1.0), math.inf),
+            ("fft", "exact", (0.0, 0.02), 0.01),
+            ("molf", "stochastic", (0.3, 1.0), 0.2),
+        ],
+    ),
 )
 def test_bfloat16_runs_record_how_they_round_and_what_is_lost(
     method, rounding, lost, kept, train, tmp_path
@@ -99,7 +103,9 @@ def test_exact_bfloat16_saves_float32_weights_with_their_lower_halves(train, tmp
     assert len(moved) == len(weights)
 
 
-@pytest.mark.parametrize("options", [FULL, ("--method", "fft", "--optimizer_in_backward")], ids=str)
+@pytest.mark.parametrize(
+    "options", slow_after(1, [[*FULL], ["--method", "fft", "--optimizer_in_backward"]]), ids=str
+)
 def test_8bit_states_through_the_command_line(options, train, tmp_path, float32):
     _, _, expected = float32
     metrics, config, weights = train(tmp_path / "run", "--state_dtype", "8bit", *options)

@@ -14,6 +14,7 @@ from molf.core.model.quantised import Quantisation
 from molf.errors import InputError
 from molf.job.model import quantised as quantised_base
 from recorded import logits_of
+from slow_cases import slow_after
 
 pytest.importorskip("bitsandbytes", reason="4-bit and 8-bit bases need the extra bitsandbytes")
 
@@ -41,7 +42,7 @@ def merge_record(run):
     return yaml.safe_load((run.path / "config.yaml").read_text())["run"]["merge"]
 
 
-@pytest.mark.parametrize("method", ["molf-e", "lora", "lora+", "eva"])
+@pytest.mark.parametrize("method", slow_after(2, ["molf-e", "eva", "lora", "lora+"]))
 def test_trains_the_adapter_alone(trained, method):
     run = trained(method)
     moved = {name for name, start in run.start.items() if not torch.equal(start, run.end[name])}

@@ -36,7 +36,7 @@ def own_base(tmp_path):
     return write_checkpoint(tmp_path / "base")
 
 
-@pytest.mark.parametrize("method", ["fft", "molf", "lora", "molf-dropout"])
+@pytest.mark.parametrize("method", slow_after(1, ["molf", "fft", "lora", "molf-dropout"]))
 def test_generation_config_that_cannot_be_saved_is_copied(train, own_base, method):
     (own_base / "generation_config.json").write_text(EXACT)
     options = ["--lora_dropout", "0.1"] if method == "molf-dropout" else ["--method", method]

@@ -124,6 +124,7 @@ def test_base_measures_as_when_its_products_are_float32(stored, options, facts, 
     capsys.readouterr()
 
 
+@pytest.mark.slow
 def test_bfloat16_checkpointing_and_rehearsal(stored, options, tmp_path, capsys):
     # lora+ is not planned, which takes seconds.
     how = ["--method", "lora+", "--bf16", "--gradient_checkpointing"]
@@ -136,7 +137,7 @@ def test_bfloat16_checkpointing_and_rehearsal(stored, options, tmp_path, capsys)
     assert "measured" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("by_option", [False, True])
+@pytest.mark.parametrize("by_option", slow_after(1, [True, False]))
 def test_export_of_what_was_trained(stored, options, tmp_path, capsys, by_option):
     """The base is there: wider numbers than those of model/ are had from it and the adapter."""
     pytest.importorskip("bitsandbytes", reason="needs the extra bitsandbytes")

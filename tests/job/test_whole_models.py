@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 import multimodal
 from molf.cli import main
 from multimodal import write_multimodal
+from slow_cases import slow_after
 
 WEIGHTS = "model.safetensors"
 
@@ -68,7 +69,7 @@ def test_a_multimodal_model_comes_out_whole(multimodal_base, options, tmp_path, 
     assert record[0]["loss"] > record[-1]["loss"]
 
 
-@pytest.mark.parametrize("method", ["fft", "lora", "molf-e", "eva", "molf-dropout"])
+@pytest.mark.parametrize("method", slow_after(2, ["molf-dropout", "fft", "lora", "molf-e", "eva"]))
 def test_every_method_leaves_out_what_no_text_reaches(gemma, options, tmp_path, method):
     import yaml
 

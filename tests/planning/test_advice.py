@@ -74,6 +74,7 @@ def test_the_least_change_of_an_option(planner, workload):
     assert [s.workload.batch_size for s in batch] == [1]
 
 
+@pytest.mark.slow
 def test_changes_together(planner):
     """What costs least is granted, where nothing alone is enough."""
     workload = Workload(

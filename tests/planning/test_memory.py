@@ -32,14 +32,14 @@ def make(method, **options):
 @pytest.mark.parametrize("method", ["fft", "lora", "molf", "molf-e", "hybrid"])
 @pytest.mark.parametrize(
     "options",
-    [
-        {},
-        {"checkpointing": True},
-        pytest.param(
+    slow_after(
+        1,
+        [
+            {},
+            {"checkpointing": True},
             {"batch_size": 1, "length": 16, "accumulates": True, "padded": False},
-            marks=pytest.mark.slow,
-        ),
-    ],
+        ],
+    ),
     ids=["kept", "checkpointing", "accumulating"],
 )
 def test_planned_is_measured(tiny, monkeypatch, method, options):
@@ -109,7 +109,8 @@ def test_what_storage_saves(untied):
     assert base.weights - eight.weights == linear * 3 - rows * 4
 
 
-@pytest.mark.parametrize("method", ["fft", pytest.param("molf", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["fft", "molf"])
 def test_state_in_host_memory(untied, method):
     planner = Planner(untied)
     how = {"device": "cuda", "batch_size": 1, "length": 8}

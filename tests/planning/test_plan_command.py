@@ -257,6 +257,7 @@ def test_table(config_alone, capsys):
     assert printed.count("fits") == 4
 
 
+@pytest.mark.slow
 def test_traffic_of_several_machines(config_alone, capsys):
     given = ["plan", "--model", str(config_alone), "--ranks", "4", *COMMON]
     given += ["--num_gpus", "4", "--num_nodes", "2", "--gradient_accumulation_steps", "3"]
