@@ -21,7 +21,7 @@ ENV PATH=/opt/molf/bin:$PATH
 WORKDIR /source
 COPY pyproject.toml README.md LICENSE requirements-dev.lock ./
 COPY src src
-RUN pip install --extra-index-url "$TORCH_INDEX" --constraint requirements-dev.lock '.[train]'
+RUN pip install --extra-index-url "$TORCH_INDEX" --constraint requirements-dev.lock '.[train,sql]'
 RUN useradd --create-home --uid 1001 molf && mkdir /runs && chown molf /runs
 USER 1001
 WORKDIR /runs

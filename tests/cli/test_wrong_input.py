@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from molf.cli import main
+
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
@@ -146,6 +148,22 @@ def test_library_that_quantises_is_missing(train, monkeypatch):
     error = train("--method", "molf-e", "--load_in_4bit")
     assert "load_in_4bit needs bitsandbytes" in error
     assert "pip install 'molf[bitsandbytes]'" in error
+
+
+@pytest.mark.parametrize("task", ["sql", "demo-sql", "demo-forms"])
+@pytest.mark.parametrize("package", ["sqlglot", "sacrebleu"])
+def test_library_that_compares_queries_is_missing(monkeypatch, capsys, tmp_path, task, package):
+    monkeypatch.setattr("molf.inputs.find_spec", lambda name: None if name == package else True)
+    for command in ("train", "data", "eval"):
+        where = ["--output_dir", str(tmp_path / "out")] if command == "train" else []
+        model = [str(tmp_path)] if command == "eval" else ["--model", str(tmp_path)]
+        assert main([command, *model, "--task", task, "--data", str(tmp_path), *where]) == 2
+        error = capsys.readouterr().err
+        assert (
+            f"task={task} needs {package}, which is not installed: pip install 'molf[sql]'."
+            in error
+        )
+    assert not (tmp_path / "out").exists()
 
 
 def test_model_is_needed(train):
@@ -360,7 +378,6 @@ def test_model_whose_weights_are_cut_off(train, real_base, tmp_path):
 
 def test_nothing_to_evaluate_within_the_limit(train, real_base, tmp_path, capsys, monkeypatch):
     """Found by the first evaluation, when the run has its directory: that goes again."""
-    from molf.cli import main
 
     monkeypatch.chdir(tmp_path)
     for name, words in (("short", 3), ("long", 99)):

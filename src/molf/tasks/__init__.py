@@ -11,6 +11,7 @@ from functools import partial
 
 from molf import world
 from molf.errors import InputError
+from molf.inputs import check_installed
 from molf.tasks.base import Task
 from molf.tasks.custom import load_custom
 from molf.tasks.demo import load_demo_questions
@@ -42,6 +43,10 @@ _LOADERS: dict[str, Callable[[TaskOptions], Task]] = {
     "fact": load_fact,
     "custom": load_custom,
 }
+
+# Tasks that compare queries, and the packages of the extra `sql` for it.
+_SQL = ("sql", "demo-sql", "demo-forms")
+_SQL_PACKAGES = ("sqlglot", "sacrebleu")
 
 # Tasks whose answers can be made wrong (`label_noise`).
 _NOISY = ("demo-med", "med")
@@ -77,10 +82,13 @@ def check_task(options: TaskOptions) -> None:
     """Check a task's options without reading any data.
 
     Raises:
-        InputError: There is no such task, or it does not support an option.
+        InputError: There is no such task, it does not support an option, or a package is missing.
     """
     if options.name not in _LOADERS:
         raise InputError(f"Unknown task {options.name!r}. Must be one of {', '.join(TASKS)}.")
+    if options.name in _SQL:
+        for package in _SQL_PACKAGES:
+            check_installed(package, f"task={options.name}")
     if options.few_shot and options.name not in _QUESTIONS:
         raise InputError(
             f"Invalid few_shot={options.few_shot} with task={options.name}. "
