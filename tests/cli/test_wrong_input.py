@@ -378,7 +378,6 @@ def test_model_whose_weights_are_cut_off(train, real_base, tmp_path):
 
 def test_nothing_to_evaluate_within_the_limit(train, real_base, tmp_path, capsys, monkeypatch):
     """Found by the first evaluation, when the run has its directory: that goes again."""
-
     monkeypatch.chdir(tmp_path)
     for name, words in (("short", 3), ("long", 99)):
         record = {"prompt": "word " * words, "completion": " end"}
