@@ -2,7 +2,9 @@
 
 import gc
 import os
+import shutil
 import sys
+import tempfile
 
 # Before anything imports torch. Setting them here costs tests that need no torch nothing.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -12,6 +14,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # The command sets it for several processes before it imports torch; the tests' processes are forked
 # from one server, which has imported it.
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+# trackio reads its folder when it is imported, and any test may be the first that imports it. A
+# folder set by one test would be too late, and runs of tests would reach the user's own folder.
+os.environ["TRACKIO_DIR"] = tempfile.mkdtemp(prefix="molf-tests-trackio-")
 
 import pytest
 from hypothesis import HealthCheck, Phase, settings
@@ -28,6 +33,11 @@ settings.register_profile(  # to learn only whether a test fails (scripts/plante
     "no-shrink", settings.get_profile("molf"), phases=[Phase.explicit, Phase.generate]
 )
 settings.load_profile("molf")
+
+
+def pytest_unconfigure() -> None:
+    """Remove the folder of trackio's runs."""
+    shutil.rmtree(os.environ["TRACKIO_DIR"], ignore_errors=True)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -3,6 +3,7 @@
 import json
 import os
 from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 import yaml
@@ -40,7 +41,6 @@ def workplace(tmp_path_factory):
         patch.setenv("WANDB_DIR", str(folder))
         patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder}/mlflow.db")
         patch.setenv("MLFLOW_DISABLE_TELEMETRY", "true")
-        patch.setenv("TRACKIO_DIR", str(folder / "trackio"))
         for name in ("MLFLOW_RUN_ID", "MLFLOW_EXPERIMENT_NAME", "WANDB_PROJECT", "WANDB_RUN_ID"):
             patch.delenv(name, raising=False)
         patch.chdir(folder)  # MLflow's files lie in the current directory
@@ -62,7 +62,9 @@ def stored(folder, name):
         return wandb_runs(folder)
     if name == "mlflow":
         return mlflow_runs(os.environ["MLFLOW_TRACKING_URI"])
-    return trackio_runs() if (folder / "trackio" / "huggingface.db").exists() else []
+    # tests/conftest.py sets trackio's folder.
+    database = Path(os.environ["TRACKIO_DIR"], "huggingface.db")
+    return trackio_runs() if database.exists() else []
 
 
 def near(pairs):
