@@ -35,11 +35,14 @@ def start():
 
 @pytest.fixture(scope="module")
 def undisturbed(start, tmp_path_factory):
+    """The end of a training that is left alone, and its seconds."""
     folder = tmp_path_factory.mktemp("undisturbed")
+    begun = time.monotonic()
     process = start(folder)
     process.join()
     assert process.exitcode == 0
-    return torch.load(folder / "end.pt", weights_only=True)
+    seconds = time.monotonic() - begun
+    return {**torch.load(folder / "end.pt", weights_only=True), "seconds": seconds}
 
 
 def is_the_same(folder, undisturbed) -> None:
@@ -75,14 +78,17 @@ def test_killed_at_each_operation_of_a_save(start, undisturbed, tmp_path, in_bac
 def test_killed_at_random_moments(start, undisturbed, tmp_path, in_background):
     moments = random.Random(1)
     kills = 0
+    reached = set()  # newest steps, 0 before the first checkpoint
     while kills < 10:
         process = start(tmp_path, in_background=in_background)
-        time.sleep(moments.uniform(0.02, 0.3))
+        time.sleep(undisturbed["seconds"] * moments.uniform(0.1, 0.9))
         process.kill()
         process.join()
         if process.exitcode == 0:
             break
         kills += 1
+        reached.add(max((step for step, _ in complete_checkpoints(tmp_path)), default=0))
+    assert reached - {0}  # it was killed while it trained, not only while it started
     process = start(tmp_path, in_background=in_background)
     process.join()
     assert process.exitcode == 0

@@ -3,14 +3,32 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
+import sys
+from multiprocessing import forkserver
 from multiprocessing.context import ForkServerContext
+from pathlib import Path
+
+import pytest
+
+_PRELOADED = ["killed_training", "killed_run", "launched"]
 
 
 def forking() -> ForkServerContext:
-    """Return the context of the server, which starts with the first process.
+    """Return the context of the server, which is started here.
 
     A process has one server: tests of several files share it, so that it preloads for all of them.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["killed_training", "killed_run"])
+    context.set_forkserver_preload(_PRELOADED)
+    with pytest.MonkeyPatch.context() as patch:
+        # The server gets the environment, but not the path of modules (Python 3.11). Modules that
+        # it cannot import are left out without an error.
+        patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, sys.path)))
+        forkserver.ensure_running()
     return context
+
+
+def write_imported(path: Path) -> None:
+    """Write the names of the modules that this process has, a line each."""
+    path.write_text("\n".join(sys.modules))

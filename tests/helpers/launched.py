@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from forked import forking
 from killed_run import interrupt
 from molf.cli import main
 
@@ -33,11 +34,8 @@ class Launcher:
     """
 
     def __init__(self, folder: Path) -> None:
-        self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload(["launched"])
+        self._context = forking()
         self._folder = folder
-        # The command sets it before it imports torch, which is imported here already.
-        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
     def __call__(
         self,
