@@ -95,6 +95,8 @@ def open_study(path: Path) -> tuple[Study, TrialMaker]:
             given = {**cell.options, **method.options}
             if score is not None:
                 given["score"] = score
+            if method.rule is not None:
+                given["assignment"] = str(method.rule)  # each trial gets the file that it makes
             try:
                 made[place] = options.settings(given)
             except InputError as error:

@@ -31,6 +31,8 @@ class Probe:
         seconds: Time of the steps.
         peak_memory_bytes: Peak memory of the device, or of the process on a CPU.
         peak_memory_of: What `peak_memory_bytes` is of.
+        tokens: Tokens trained on.
+        trained_parameters: Parameters with optimizer state.
     """
 
     directory: Path
@@ -38,6 +40,8 @@ class Probe:
     seconds: float
     peak_memory_bytes: int
     peak_memory_of: str
+    tokens: int
+    trained_parameters: int
 
     @property
     def assignment(self) -> Path:
@@ -117,4 +121,12 @@ def probe(
                 write_text(directory / ASSIGNMENT, advice.assignment.to_yaml())
                 directory.complete()
                 Stages(directory, opening.settings).clear()  # the trainer made its empty folder
-    return Probe(directory.path, advice, training.seconds, peak, peak_of)
+    return Probe(
+        directory=directory.path,
+        advice=advice,
+        seconds=training.seconds,
+        peak_memory_bytes=peak,
+        peak_memory_of=peak_of,
+        tokens=training.tokens,
+        trained_parameters=training.trained_parameters,
+    )

@@ -115,12 +115,10 @@ def with_axes(
     }
     for method in methods:
         for suffix, values in _combinations({name: of_methods[name] for name in own[method.name]}):
-            control_of = method.control_of
-            if control_of is not None:
-                # The variant with the same values, of the options that it uses.
-                control_of += _suffix(
-                    {n: values[n] for n in own.get(control_of, ()) if n in values}
-                )
+            control_of = _variant(method.control_of, own, values)
+            rule = method.rule
+            if rule is not None:
+                rule = replace(rule, of=_variant(rule.of, own, values) or rule.of)
             new_methods.append(
                 replace(
                     method,
@@ -128,6 +126,7 @@ def with_axes(
                     options={**method.options, **values},
                     control_of=control_of,
                     share_of=None if method.share_of is None else control_of,
+                    rule=rule,
                 )
             )
             bases.append(method.name)
@@ -137,6 +136,15 @@ def with_axes(
         for cell in new_cells
     ]
     return new_cells, new_methods
+
+
+def _variant(
+    name: str | None, own: Mapping[str, Sequence[str]], values: Mapping[str, Any]
+) -> str | None:
+    """Return the variant of a method with the same values, of the options that it uses."""
+    if name is None:
+        return None
+    return name + _suffix({n: values[n] for n in own.get(name, ()) if n in values})
 
 
 def _combinations(axes: Mapping[str, Sequence[Any]]) -> list[tuple[str, dict[str, Any]]]:

@@ -11,7 +11,17 @@ from molf.job.model.path import check_model
 from molf.job.record.assignment_source import read_assignment_source
 from molf.job.run import checked
 from molf.job.settings.resolved import without_effect
-from molf.study.definition import EVAL_PART, LEARNING_RATE, LORA_RATE, PARTS, Cell, Method, Study
+from molf.study.assigning.assigned import Assigned
+from molf.study.definition import (
+    EVAL_PART,
+    LEARNING_RATE,
+    LORA_RATE,
+    PARTS,
+    RATIO,
+    Cell,
+    Method,
+    Study,
+)
 from molf.study.plan import Plan, TrialMaker
 from molf.study.rates import limits
 
@@ -28,6 +38,7 @@ def check_options(study: Study, make: TrialMaker) -> None:
             for method in study.methods:
                 _check_effect(study, make, cell, method)
                 _check_share_of(study, make, cell, method)
+                _check_rule(study, make, cell, method)
         Plan(study, {}, make, {})
     except InputError as error:
         raise InputError(f"study {study.name}: {error}") from error
@@ -62,6 +73,20 @@ def _check_share_of(study: Study, make: TrialMaker, cell: Cell, method: Method) 
             f"methods, {method.name}: {name}={getattr(own, name)} differs from that of "
             f"{model.name}, {getattr(wanted, name)}. With share_of only the score may differ."
         )
+
+
+def _check_rule(study: Study, make: TrialMaker, cell: Cell, method: Method) -> None:
+    if method.rule is None:
+        return
+    tried = set(limits(study.rates(cell, method)))
+    if LEARNING_RATE not in tried or not tried & {LORA_RATE, RATIO}:
+        raise InputError(
+            f"cells, {cell.name}: a trial of {method.name} needs {LEARNING_RATE}, and {LORA_RATE} "
+            f"or {RATIO}, for full layers and the adapter. Give both."
+        )
+    if method.rule.has_probe:
+        settings = make.options(cell, study.method(method.rule.of))
+        Assigned(method.rule, settings).probe_at({})
 
 
 def check_data(study: Study, make: TrialMaker, inputs: Inputs) -> None:

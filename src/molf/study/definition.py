@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from molf.study.assigning.rule import Rule
+
 CHOOSE, REPORT = "choose", "report"
 PHASES = (CHOOSE, REPORT)
 
@@ -82,6 +84,7 @@ class Method:
         control_of: The method that this one is a control of, whose rates it has; None for others.
         share_of: `control_of`, if the measured share of full updates there becomes the probability
             of this one's score `random:Q`; None for a method with a score of its own.
+        rule: How the assignment of each trial is made; None without one.
         about: A description for the report.
     """
 
@@ -90,6 +93,7 @@ class Method:
     rates: Rates
     control_of: str | None = None
     share_of: str | None = None
+    rule: Rule | None = None
     about: str = ""
 
 

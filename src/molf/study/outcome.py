@@ -25,12 +25,14 @@ class TrialResult:
         row: Its row of the table of trials.
         questions: By metric, per question of the data (by its index) successes and attempts.
         settings: Hash of its settings with its rates; empty if it is not known.
+        trained: Hash of its settings with the assignment that its rule made; empty without a rule.
     """
 
     key: str
     row: dict[str, Any]
     questions: dict[str, dict[str, tuple[float, float]]]
     settings: str = ""
+    trained: str = ""
 
 
 def run_directory(study: Study, cell: str, method: str, label: str) -> Path:
@@ -57,8 +59,8 @@ def read_result(path: Path) -> TrialResult | None:
             metric: {index: (float(part), float(whole)) for index, (part, whole) in found.items()}
             for metric, found in content["questions"].items()
         }
-        row, settings = dict(content["row"]), str(content.get("settings", ""))
-        return TrialResult(str(content["key"]), row, questions, settings)
+        hashes = (str(content.get(name, "")) for name in ("settings", "trained"))
+        return TrialResult(str(content["key"]), dict(content["row"]), questions, *hashes)
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
         return None
 
@@ -78,6 +80,7 @@ class Results:
         self._read: dict[Path, tuple[tuple[int, int], TrialResult | None]] = {}
         self.by_key: dict[str, TrialResult] = {}
         self._by_settings: dict[str, TrialResult] = {}
+        self._by_trained: dict[str, TrialResult] = {}
 
     def refresh(self) -> Results:
         """Read new and changed files, and forget deleted ones; return these results."""
@@ -96,6 +99,7 @@ class Results:
         results = [result for _, result in found.values() if result is not None]
         self.by_key = {result.key: result for result in results}
         self._by_settings = {result.settings: result for result in results if result.settings}
+        self._by_trained = {result.trained: result for result in results if result.trained}
         return self
 
     def of(self, planned: Planned, point: Point) -> TrialResult | None:
@@ -103,10 +107,25 @@ class Results:
         own = self.by_key.get(planned.key)
         if own is not None:
             return own
-        other = self._by_settings.get(planned.settings_key(point))
-        if other is None:
-            return None
-        return replace(other, key=planned.key, row={**other.row, **place_columns(planned, point)})
+        return _placed(self._by_settings.get(planned.settings_key(point)), planned, point)
+
+    def trained(self, planned: Planned, point: Point, trained: str) -> TrialResult | None:
+        """Return the result of a trial from one elsewhere with equal settings and assignment.
+
+        Args:
+            planned: The trial.
+            point: Its rates.
+            trained: As `TrialResult.trained`.
+        """
+        found = _placed(self._by_trained.get(trained), planned, point)
+        return None if found is None else replace(found, settings=planned.settings_key(point))
+
+
+def _placed(other: TrialResult | None, planned: Planned, point: Point) -> TrialResult | None:
+    """Return the result of another trial as that of this one."""
+    if other is None:
+        return None
+    return replace(other, key=planned.key, row={**other.row, **place_columns(planned, point)})
 
 
 def all_results(study: Study) -> dict[str, TrialResult]:

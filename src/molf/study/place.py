@@ -13,13 +13,14 @@ from molf.disk.room import nearest_existing
 from molf.errors import InputError
 from molf.job.record.contents import contents_of
 from molf.paths import check_path, check_unicode
+from molf.study.assigning.making import PROBES
 from molf.study.definition import Rates, Study
 from molf.study.outcome import RESULTS, TRIALS, Results, outcome_of, point_of
 from molf.study.plan import Plan, TrialMaker
 
 RECORD = "study.json"
 _FORMAT = 2  # of the record and of the results; others have other identities
-_OWN = (RESULTS, TRIALS, "report")
+_OWN = (RESULTS, TRIALS, PROBES, "report")
 _SHOWN = 12  # differences in a message
 
 
@@ -74,6 +75,8 @@ def definition_of(study: Study) -> dict[str, Any]:
                 "rates": _rates(method.rates),
                 "control_of": method.control_of,
                 "share_of": method.share_of,
+                # Records of earlier studies have no such key.
+                **({} if method.rule is None else {"assignment": method.rule.as_values()}),
             }
             for method in study.methods
         },

@@ -9,6 +9,7 @@ from statistics import fmean
 from typing import Any
 
 from molf.job.settings.settings import TrainSettings
+from molf.study.assigning.assigned import Assigned
 from molf.study.choice import choose_point
 from molf.study.definition import (
     CHOOSE,
@@ -76,6 +77,7 @@ class Planned:
         settings: Its settings without output directory; also without rates if these are drawn.
         key: Its identity: a hash of its place in the study and of its settings.
         is_drawn: Whether a sampler draws the points, so that two of them may be equal.
+        assigned: How its assignment is made; None without a rule.
     """
 
     cell: Cell
@@ -87,6 +89,7 @@ class Planned:
     settings: TrainSettings
     key: str
     is_drawn: bool = False
+    assigned: Assigned | None = None
 
     @property
     def identity(self) -> Identity:
@@ -99,7 +102,8 @@ class Planned:
 
     def settings_key(self, point: Point) -> str:
         """Return the hash of the settings with these rates; equal ones are equal trainings."""
-        return settings_key(self.at(point))
+        more = None if self.assigned is None else self.assigned.identity(point)
+        return settings_key(self.at(point), more)
 
     def label(self, point: Point) -> str:
         """Return the trial's name among those of its cell and method, part of paths."""
@@ -151,19 +155,25 @@ class TrialMaker:
         if place not in self._made:
             own: dict[str, Any] = {"seed": seed, EVAL_PART: PARTS[phase]}
             settings = replace(self._settings(cell, method, score), **own)
+            assigned, more = None, None
+            if method.rule is not None:
+                routed = self._settings(cell, self._study.method(method.rule.of), None)
+                assigned = Assigned(method.rule, replace(routed, **own))
+                more = assigned.identity(point)
             if point is None:
                 ranges = [
                     (name, one.low, one.high)
                     for name, one in sorted(self._study.rates(cell, method).ranges.items())
                 ]
-                own_key = settings_key(settings, [self._study.choose.sampler, ranges])
+                drawn = [self._study.choose.sampler, ranges]
+                own_key = settings_key(settings, drawn if more is None else [*drawn, more])
             else:
                 settings = with_rates(settings, point)
-                own_key = settings_key(settings)
+                own_key = settings_key(settings, more)
             key = trial_key((cell.name, method.name, phase, index, seed), own_key)
             is_drawn = self._study.choose.sampler != GRID
             self._made[place] = Planned(
-                cell, method, phase, index, seed, point, settings, key, is_drawn
+                cell, method, phase, index, seed, point, settings, key, is_drawn, assigned
             )
         return self._made[place]
 

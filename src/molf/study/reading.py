@@ -14,6 +14,7 @@ from molf.errors import InputError
 from molf.job.settings.settings import TrainSettings
 from molf.measure.meanings import is_lower_better, metric_names
 from molf.paths import expanded
+from molf.study.assigning.rule import read_rule
 from molf.study.axes import cell_options, with_axes
 from molf.study.choice import HARMS
 from molf.study.definition import (
@@ -108,6 +109,7 @@ def _study(path: Path, content: Mapping[str, Any], options: Options) -> Study:
     _check_once(methods, "methods")
     for method in methods:
         _check_control(method, methods, cells)
+        _check_rule(method, methods)
     for cell in cells:
         _check_sources(cell)
     keep = text(content.get("keep", KEEP_RECORDS), "keep")
@@ -200,9 +202,15 @@ def _method(content: Mapping[str, Any], choose: Choose) -> Method:
         raise StudyFileError(
             f"{where}: rates are missing, such as rates: {{learning_rate: [1e-4, 3e-4]}}."
         )
+    rule = None
+    if isinstance(given.get("assignment"), Mapping):
+        rule = read_rule(given.pop("assignment"), f"{where}, assignment")
+        if given.get("method") != "hybrid":
+            raise StudyFileError(f"{where}: assignment is for method=hybrid. Give that method.")
     return Method(
         name=name,
         options=given,
+        rule=rule,
         rates=Rates() if of else read_rates(content["rates"], choose, f"{where}, rates"),
         control_of=of,
         share_of=of if "share_of" in controls else None,
@@ -277,6 +285,24 @@ def _check_control(method: Method, methods: Iterable[Method], cells: Iterable[Ce
                 f"cells, {cell.name}, rates of {method.name}: a control has the rates of its "
                 f"method. Give those of {model.name}."
             )
+
+
+def _check_rule(method: Method, methods: Iterable[Method]) -> None:
+    if method.rule is None:
+        return
+    where = f"methods, {method.name}, assignment, of"
+    known = {other.name: other for other in methods}
+    _check_known(method.rule.of, known, where, "methods")
+    model = known[method.rule.of]
+    if model.options.get("method", "molf") != "molf":
+        raise StudyFileError(
+            f"{where}: {model.name} is no routed method with the expert full (method=molf)."
+        )
+    if model.share_of is not None:
+        raise StudyFileError(
+            f"{where}: the score of {model.name} follows from the share of {model.share_of}. Give "
+            "a method with a score of its own."
+        )
 
 
 def _check_size(study: Study) -> None:

@@ -12,22 +12,26 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
-from molf.console import PlainConsole
 from molf.errors import InputError
-from molf.job.progress import Reporter, ShowTraining
+from molf.job.progress import ShowTraining
 from molf.job.record.ownership import (
     ADAPTER,
+    ASSIGNMENT,
     CHECKPOINTS,
-    CONFIG,
     ENVIRONMENT,
     MODEL,
 )
 from molf.job.record.result import RunError, RunResult
 from molf.job.settings.defaults import ROUTED
 from molf.measure.questions import question_scores
+from molf.study.assigning.making import (
+    AssignmentMaker,
+    assignment_columns,
+    with_cost,
+    write_assignment,
+)
 from molf.study.definition import CHOOSE, KEEP_RECORDS, Point, Study
+from molf.study.identity import settings_key
 from molf.study.moved import moved_parameters
 from molf.study.outcome import (
     Results,
@@ -39,11 +43,13 @@ from molf.study.outcome import (
     write_result,
 )
 from molf.study.plan import FAILED, PRUNED, Outcome, Planned
+from molf.study.running import QuietReporter, clear_leftovers, parameters_of, training_flops
 
 if TYPE_CHECKING:
     from optuna.trial import Trial
 
     from molf.job.inputs import Inputs
+    from molf.job.settings.settings import TrainSettings
 
 _PACKAGES = ("molf", "torch", "transformers", "trl", "peft")
 
@@ -60,6 +66,7 @@ class TrialRunner:
         self._study = study
         self._inputs = inputs
         self._results = Results(study)
+        self._assign = AssignmentMaker(study, inputs)
 
     def __call__(self, planned: Planned, point: Point, trial: Trial | None = None) -> Outcome:
         """Run a trial, unless its result is on disk; return its outcome, also of a failure.
@@ -80,7 +87,7 @@ class TrialRunner:
         started = time.perf_counter()
         directory = run_directory(study, *place)
         try:
-            run = self._train(planned, point, directory, trial)
+            result, is_reused = self._result(planned, point, directory, trial)
         except _PrunedError:
             return Outcome(PRUNED, None, point, seconds=time.perf_counter() - started)
         except Exception as error:
@@ -92,53 +99,59 @@ class TrialRunner:
             if study.keep == KEEP_RECORDS:
                 for part in (MODEL, ADAPTER, CHECKPOINTS):
                     shutil.rmtree(directory / part, ignore_errors=True)
+        write_result(file, result)
+        return replace(outcome_of(result, planned.cell.metric), is_reused=is_reused)
+
+    def _result(
+        self, planned: Planned, point: Point, directory: Path, trial: Trial | None
+    ) -> tuple[TrialResult, bool]:
+        """Return the result of a trial, and whether an equal training had it already."""
+        settings, cost, trained = planned.at(point), None, ""
+        if planned.assigned is not None:
+            made = self._assign(planned.cell.name, planned.assigned, point, planned.seed)
+            cost = made.cost
+            # Different rules may make one assignment, such as the wins of epd and shape.
+            file = directory.with_name(f"{directory.name}-{ASSIGNMENT}")
+            trained = settings_key(replace(settings, assignment="made"), made.training)
+            known = self._results.trained(planned, point, trained)
+            if known is not None:
+                return replace(known, row=with_cost(known.row, cost)), True
+            write_assignment(file, made.assignment)
+            settings = replace(settings, assignment=str(file))
+        started = time.perf_counter()
+        run = self._train(planned, settings, directory, trial)
+        row = trial_row(planned, point, run, time.perf_counter() - started)
         result = TrialResult(
             planned.key,
-            trial_row(planned, point, run, time.perf_counter() - started),
+            row if cost is None else with_cost(row, cost),
             question_scores(run.after.predictions),
             planned.settings_key(point),
+            trained,
         )
-        write_result(file, result)
-        return outcome_of(result, planned.cell.metric)
+        return result, False
 
     def _train(
-        self, planned: Planned, point: Point, directory: Path, trial: Trial | None
+        self, planned: Planned, settings: TrainSettings, directory: Path, trial: Trial | None
     ) -> RunResult:
         from molf.job.run import train
 
         # A trial that was killed is run again; it is short.
-        settings = replace(planned.at(point), output_dir=directory, overwrite=True, save_minutes=0)
+        settings = replace(settings, output_dir=directory, overwrite=True, save_minutes=0)
         clear_leftovers(directory)
         prunes = trial is not None and self._study.choose.prune and planned.phase == CHOOSE
         reporter = (
             _PruningReporter(trial, -1 if not planned.cell.minimize else 1)
             if trial is not None and prunes
-            else _QuietReporter()
+            else QuietReporter()
         )
         return train(settings, reporter, self._inputs)
 
 
-def clear_leftovers(directory: Path) -> None:
-    """Delete what a killed worker left of a trial; molf train replaces only whole runs.
-
-    Raises:
-        InputError: A process still writes there.
-    """
-    from molf.disk.locks import in_use
-
-    if not directory.exists():
-        return
-    if in_use(directory):
-        raise InputError(f"{directory} is in use: another process runs this trial.")
-    shutil.rmtree(directory)
-
-
 def trial_row(planned: Planned, point: Point, run: RunResult, seconds: float) -> dict[str, Any]:
     """Return the row of a finished trial: no absolute paths, and the same columns for all."""
-    config = _read_yaml(run.directory / CONFIG)
     environment = _read_json(run.directory / ENVIRONMENT)
     git = environment.get("git") or {}
-    parameters = int(((config.get("run") or {}).get("model") or {}).get("parameters") or 0)
+    parameters = parameters_of(run.directory)
     device = environment.get("device") or {}
     packages = environment.get("packages") or {}
     settings = planned.at(point)
@@ -148,6 +161,7 @@ def trial_row(planned: Planned, point: Point, run: RunResult, seconds: float) ->
         **metric_columns("before", run.before.metrics),
         **metric_columns("after", run.after.metrics),
         **{f"won/{name}": round(share, 6) for name, share in run.shares.items()},
+        **(assignment_columns(run.directory / ASSIGNMENT) if settings.method == "hybrid" else {}),
         "steps": run.steps,
         "skipped_steps": run.skipped_steps,
         "training_loss": run.training_loss,
@@ -171,22 +185,6 @@ def trial_row(planned: Planned, point: Point, run: RunResult, seconds: float) ->
     }
 
 
-def training_flops(parameters: int, trained: int, tokens: int) -> int:
-    """Estimate the floating-point operations of a training.
-
-    Per token 2 for each parameter in the forward pass, 2 for the gradients of activations, and 2
-    for the gradient of each trained parameter (Kaplan et al. 2020, arXiv 2001.08361, section 2.1,
-    split by use). Attention over positions and the optimizer are left out.
-
-    Args:
-        parameters: Parameters of the base.
-        trained: Parameters with optimizer state. MoLF computes the gradient of each routed weight
-            in every step, also if full never wins and the weight never moves; it counts.
-        tokens: Tokens trained on.
-    """
-    return tokens * (4 * parameters + 2 * trained)
-
-
 def metric_columns(prefix: str, metrics: Mapping[str, Any]) -> dict[str, float | None]:
     """Return value and interval of each metric as columns; None where an end is unknown."""
     columns: dict[str, float | None] = {}
@@ -205,17 +203,7 @@ class _PrunedError(RuntimeError):
     """The pruner ended the trial."""
 
 
-class _QuietReporter(Reporter):
-    """Prints nothing of a run; the worker prints one line per trial."""
-
-    def __init__(self) -> None:
-        super().__init__(PlainConsole(stderr=True))
-
-    def say(self, text: str) -> None:
-        """Print nothing."""
-
-
-class _PruningReporter(_QuietReporter):
+class _PruningReporter(QuietReporter):
     """Reports training losses to the pruner, and ends the training when it asks to.
 
     Metrics are measured at the end alone, so losses of the same step are compared.
@@ -248,14 +236,6 @@ def _first_line(error: BaseException) -> str:
     text = str(error).strip().split("\n")[0] or type(error).__name__
     kind = "" if isinstance(error, (InputError, RunError)) else f"{type(error).__name__}: "
     return f"{kind}{text}"[:1000]
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        found = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError):
-        return {}
-    return found if isinstance(found, dict) else {}
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -234,7 +234,10 @@ def _read_csv(path: Path) -> list[dict[str, str]]:
 
 
 _COUNTS = ("point", "seed", "cpu_count", "torch_threads")
-_TEXTS = ("cell", "method", "phase", "state", "error", "score", "key", "commit", "device")
+_TEXTS = (
+    *("cell", "method", "phase", "state", "error", "score", "key", "commit", "device"),
+    *("assignment", "assignment_key"),
+)
 
 
 def _numbers(row: Mapping[str, str]) -> Row:

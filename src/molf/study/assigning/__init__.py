@@ -1,0 +1,1 @@
+"""Assignments of method hybrid that a study makes for each trial. Imports no torch."""

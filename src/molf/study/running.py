@@ -1,0 +1,69 @@
+"""Parts of a run that trials and probes of a study share."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from molf.console import PlainConsole
+from molf.errors import InputError
+from molf.job.progress import Reporter
+from molf.job.record.ownership import CONFIG
+
+
+def clear_leftovers(directory: Path) -> None:
+    """Delete what a killed worker left of a trial; molf train replaces only whole runs.
+
+    Raises:
+        InputError: A process still writes there.
+    """
+    from molf.disk.locks import in_use
+
+    if not directory.exists():
+        return
+    if in_use(directory):
+        raise InputError(f"{directory} is in use: another process runs this trial.")
+    shutil.rmtree(directory)
+
+
+def parameters_of(directory: Path) -> int:
+    """Return the number of parameters of a run's base; 0 if it is not recorded."""
+    config = _read_yaml(directory / CONFIG)
+    return int(((config.get("run") or {}).get("model") or {}).get("parameters") or 0)
+
+
+def training_flops(parameters: int, trained: int, tokens: int) -> int:
+    """Estimate the floating-point operations of a training.
+
+    Per token 2 for each parameter in the forward pass, 2 for the gradients of activations, and 2
+    for the gradient of each trained parameter (Kaplan et al. 2020, arXiv 2001.08361, section 2.1,
+    split by use). Attention over positions and the optimizer are left out.
+
+    Args:
+        parameters: Parameters of the base.
+        trained: Parameters with optimizer state. MoLF computes the gradient of each routed weight
+            in every step, also if full never wins and the weight never moves; it counts.
+        tokens: Tokens trained on.
+    """
+    return tokens * (4 * parameters + 2 * trained)
+
+
+class QuietReporter(Reporter):
+    """Prints nothing of a run; the worker prints one line per trial."""
+
+    def __init__(self) -> None:
+        super().__init__(PlainConsole(stderr=True))
+
+    def say(self, text: str) -> None:
+        """Print nothing."""
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        return {}
+    return found if isinstance(found, dict) else {}
