@@ -11,6 +11,7 @@ A study without it has no rows yet. In a template, `{{WORDS}}` is replaced. Tabl
     sensitivity STUDY         mean and worst value over the decade around the chosen rate
     harm STUDY METRIC         forgetting_loss, kl_neutral or kl_task at the chosen rates
     shares STUDY              share of updates that the expert full took
+    assigned STUDY            rows of method hybrid by share of weights in full
 
 Sentences:
 
@@ -25,6 +26,7 @@ Sentences:
     ranges STUDY                      lowest and highest tried rate of the methods
     cost STUDY METHOD OTHER           training time and memory of a run as multiples of another's
     advice STUDY                      preferred baselines, and methods that are better
+    assigned_findings STUDY           probes against random assignments; where the curve is flat
     decided STUDY                     counts of comparisons with and without a difference
     value STUDY CELL METHOD           metric with its interval
     trials STUDY, hours STUDY, missing STUDY
@@ -44,6 +46,7 @@ from typing import Any
 
 from molf.measure.estimate_texts import estimate_text, markdown_of, number_text, table
 from molf.study.definition import CHOOSE, LEARNING_RATE, LORA_RATE, REPORT
+from molf.study.report.assigned import assigned_table, findings
 from molf.study.report.rates import rates_of
 from molf.study.report.records import Row, is_complete, read_records
 from molf.study.report.second_phase import Comparison
@@ -141,6 +144,20 @@ def shares(study: Study) -> str:
     return _by_method(study, lambda one: "" if one.full_share is None else f"{one.full_share:.0%}")
 
 
+def assigned(study: Study) -> str:
+    """Return the table of the rows of method hybrid."""
+    return "\n".join(markdown_of(assigned_table(study.cells))) if study.cells else NO_ROWS
+
+
+def assigned_findings(study: Study) -> str:
+    """Return what the rows of method hybrid show, as a list."""
+    found = findings(study.cells)
+    lacking = [name for name in study.planned if name not in _names(study.cells)]
+    if found and lacking:
+        found.append(f"{NO_ROWS.capitalize()} in {_listed(lacking)}.")
+    return "\n".join(f"- {line}" for line in found) or NO_ROWS
+
+
 def _by_method(study: Study, text: Callable[[MethodSummary], str]) -> str:
     if not study.cells:
         return NO_ROWS
@@ -190,13 +207,7 @@ def _comparison(
 
 
 def _outcome(cell: CellSummary, found: Comparison | None) -> str:
-    if found is None:
-        return NO_ROWS
-    if not found.is_complete:
-        return "incomplete"
-    if not found.differs:
-        return "no difference shown"
-    return "better" if (found.estimate.value > 0) != cell.minimize else "worse"
+    return NO_ROWS if found is None else found.outcome(minimize=cell.minimize)
 
 
 def harm_tally(
@@ -444,6 +455,7 @@ def _counts(groups: Mapping[str, Sequence[str]]) -> str:
 
 _WORDS = (
     *(chosen, differences, controls, sensitivity, harm, shares, tally, harm_tally, robust),
+    *(assigned, assigned_findings),
     *(spread, harm_by_rate, settings, ranges, cost, advice, decided, value, trials, hours, missing),
 )
 

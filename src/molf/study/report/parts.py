@@ -11,6 +11,7 @@ from molf.measure.meanings import meanings
 from molf.report.document import Part, shown_table
 from molf.study.choice import HARMS
 from molf.study.reading import duration
+from molf.study.report.assigned import ABOUT, TITLE, assigned_table, findings
 from molf.study.report.figures import figures_of
 from molf.study.report.records import Records
 from molf.study.report.second_phase import MATCHED
@@ -44,6 +45,7 @@ def parts_of(records: Records, cells: Sequence[CellSummary]) -> list[Part]:
         _origin(records),
         *_missing(cells),
         _overview(cells),
+        *_assigned(cells),
         *(_cell(cell) for cell in cells if cell.trials),
         _notes(records.outline, cells),
     ]
@@ -121,6 +123,12 @@ def _overview(cells: Sequence[CellSummary]) -> Part:
     )
     table = shown_table(differences_table(cells))
     return Part("Difference to the baseline", text=(text,), tables=(table,))
+
+
+def _assigned(cells: Sequence[CellSummary]) -> Iterator[Part]:
+    if found := findings(cells):
+        table = shown_table(assigned_table(cells))
+        yield Part(TITLE, text=(ABOUT,), tables=(table,), lines=tuple(found))
 
 
 def _cell(cell: CellSummary) -> Part:

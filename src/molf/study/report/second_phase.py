@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
@@ -28,6 +29,28 @@ Questions = Mapping[tuple[str, str, int, int], Mapping[str, Mapping[str, tuple[f
 
 
 @dataclass(frozen=True)
+class Assignments:
+    """The assignments of a method hybrid at one setting of its rates.
+
+    Attributes:
+        full_weights: Mean share of the layers' weights in full.
+        full_layers: Mean number of layers in full.
+        kinds: Number of trials by `mixed`, `all full`, `all lora` or `all frozen`.
+        keys: A hash of the assignment by seed; equal ones are equal.
+    """
+
+    full_weights: float
+    full_layers: float
+    kinds: Mapping[str, int]
+    keys: Mapping[int, str]
+
+    @property
+    def is_one_class(self) -> bool:
+        """Whether all layers have the same training in every trial."""
+        return "mixed" not in self.kinds
+
+
+@dataclass(frozen=True)
 class Measured:
     """A method at one setting of its rates, on the test part.
 
@@ -47,9 +70,27 @@ class Measured:
 
     @property
     def full_share(self) -> float | None:
-        """Mean share of updates that the expert full took; None without it."""
+        """Mean share of updates that the expert full took, of hybrid that of weights in full.
+
+        None without both.
+        """
         shares = [row["won/full"] for row in self.rows.values() if "won/full" in row]
+        if not shares and self.assignments is not None:
+            return self.assignments.full_weights
         return fmean(shares) if shares else None
+
+    @property
+    def assignments(self) -> Assignments | None:
+        """The assignments of a method hybrid; None for others."""
+        rows = {seed: row for seed, row in self.rows.items() if "assignment" in row}
+        if not rows:
+            return None
+        return Assignments(
+            fmean(row["full_weights"] for row in rows.values()),
+            fmean(row["full_layers"] for row in rows.values()),
+            Counter(row["assignment"] for row in rows.values()),
+            {seed: row["assignment_key"] for seed, row in rows.items()},
+        )
 
     def harm(self, name: str) -> dict[int, float]:
         """Return a measure of harm by seed; of forgetting, its change by the training."""
@@ -98,6 +139,14 @@ class Comparison:
     def differs(self) -> bool:
         """Whether the comparison is complete and its interval excludes 0."""
         return self.is_complete and self.estimate.differs
+
+    def outcome(self, *, minimize: bool) -> str:
+        """Return `better`, `worse`, `no difference shown` or `incomplete`."""
+        if not self.is_complete:
+            return "incomplete"
+        if not self.differs:
+            return "no difference shown"
+        return "better" if (self.estimate.value > 0) != minimize else "worse"
 
     @property
     def is_matched(self) -> bool:

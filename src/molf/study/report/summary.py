@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from molf.measure.estimates import Estimate, over_seeds, pareto_front
+from molf.study.assigning.rule import Rule
 from molf.study.choice import HARMS, choose_point, point_means
 from molf.study.definition import CHOOSE, Point
 from molf.study.plan import PRUNED
 from molf.study.report.rates import curve_points, edges, rates_of, rates_text, tried_names
 from molf.study.report.records import Records, Row, is_complete
-from molf.study.report.second_phase import Comparison, Control, Measured, SecondPhase
+from molf.study.report.second_phase import (
+    Assignments,
+    Comparison,
+    Control,
+    Measured,
+    SecondPhase,
+)
 from molf.study.report.sensitivity import Sensitivity, sensitivity
 
 
@@ -35,7 +44,11 @@ class MethodSummary:
         curve: The metric by main rate in the first phase; other rates are the chosen ones.
         sensitivity: Its dependence on the rate.
         pruned: Rates left out of the curve, because a trial was ended early.
-        full_share: Mean share of updates that the expert full took; None without it.
+        full_share: Mean share of updates that the expert full took, of hybrid that of weights in
+            full; None without both.
+        options: Options of the method.
+        rule: How its assignments are made; None without a rule.
+        assignments: Its assignments at the chosen rates; None for others than hybrid.
         trials: Ended trials of both phases.
         seconds: Their seconds.
         flops: Their estimated floating-point operations in training.
@@ -61,6 +74,9 @@ class MethodSummary:
     sensitivity: Sensitivity | None = None
     pruned: list[str] = field(default_factory=list)
     full_share: float | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+    rule: Rule | None = None
+    assignments: Assignments | None = None
     trials: int = 0
     seconds: float = 0.0
     flops: float = 0.0
@@ -93,6 +109,7 @@ class CellSummary:
         baseline: The method that others are compared with; None before it is known.
         methods: The methods in the order of the study.
         controls: Methods against their controls, by method.
+        second: The rows of its second phase.
     """
 
     name: str
@@ -103,6 +120,7 @@ class CellSummary:
     baseline: str | None
     methods: list[MethodSummary]
     controls: dict[str, list[Control]]
+    second: SecondPhase = field(repr=False)
 
     @property
     def trials(self) -> int:
@@ -112,6 +130,14 @@ class CellSummary:
     def method(self, name: str) -> MethodSummary | None:
         """Return the method of a name; None without it."""
         return next((one for one in self.methods if one.name == name), None)
+
+    def compare(self, one: MethodSummary, other: MethodSummary) -> Comparison | None:
+        """Return the difference of two methods at the rates chosen for each; None without rows."""
+        if one.point is None or other.point is None:
+            return None
+        return self.second.compare(
+            self.second.at(one.name, one.point), self.second.at(other.name, other.point)
+        )
 
 
 def summarise(records: Records) -> list[CellSummary]:
@@ -156,6 +182,7 @@ class _Cell:
             baseline=baseline,
             methods=methods,
             controls=controls,
+            second=self._second,
         )
 
     def _worst_value(self) -> float:
@@ -182,6 +209,9 @@ class _Cell:
         rows = [row for row in self._rows if row["method"] == name]
         entry = self._outline["methods"][name]
         summary = MethodSummary(name, control_of=entry.get("control_of") or entry.get("share_of"))
+        summary.options = entry.get("options") or {}
+        if entry.get("assignment"):
+            summary.rule = Rule(**entry["assignment"])
         summary.planned_seeds = len(self._seeds)
         summary.trials = len(rows)
         summary.seconds = sum(row.get("seconds", 0.0) for row in rows)
@@ -254,6 +284,7 @@ class _Cell:
             if values := found.harm(harm):
                 summary.harm[harm] = over_seeds(list(values.values()))
         summary.full_share = found.full_share
+        summary.assignments = found.assignments
 
     def _own(self, one: MethodSummary, other: MethodSummary) -> Comparison | None:
         if one.point is None or other.point is None:
