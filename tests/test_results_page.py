@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import json
 import re
 import shutil
 import sys
@@ -80,6 +82,40 @@ def test_studies_that_come_later_fill_the_page(script, tmp_path):
     text = script.page(template, tmp_path)
     assert re.search(r"^- `molf-e`: .*worse in \d cells \(facts, facts-narrow", text, re.M)
     assert text.count("The validation part prefers `fft`") == 3
+
+
+def test_rows_of_assignments_fill_their_section(script, tmp_path):
+    """A study whose hybrid rows are those of MoLF and its coin."""
+    template = (script.DOCS / "results.template.md").read_text()
+    stored, folder = script.STUDIES / "demo-scores", tmp_path / "demo-hybrid"
+    shutil.copytree(stored, folder, ignore=shutil.ignore_patterns("*.png"))
+    outline = json.loads((folder / "study.json").read_text())
+    rule = {"of": "gsnr", "by": "wins", "share": None, "random": False, "steps": 20}
+    outline["methods"]["epd"]["assignment"] = rule
+    random = outline["methods"]["epd-random"]
+    random |= {"assignment": {**rule, "random": True}, "control_of": "epd", "share_of": None}
+    (folder / "study.json").write_text(json.dumps(outline))
+    with (folder / "trials.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    own = {"assignment": "mixed", "full_layers": 12, "full_weights": 0.25, "assignment_key": "1e5"}
+    with (folder / "trials.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, [*rows[0], *own], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(
+            row | (own if row["method"] in ("epd", "epd-random") else {}) for row in rows
+        )
+    for name in ("demo-scores", "demo-family"):
+        shutil.copytree(stored, tmp_path / name, ignore=shutil.ignore_patterns("*.png"))
+    text = script.page(template, tmp_path).partition("## Full here, LoRA there")[2]
+    pair = [script.tally(script.Study(stored), "epd", "epd-random", at) for at in ("own", "equal")]
+    assert "- No probe is shown to beat random at the same share of weights in full. Of 14" in text
+    own, equal = pair
+    line = (
+        f"- epd against epd-random, at the rates chosen for each: {own}. At equal rates: {equal}."
+    )
+    assert line in text
+    assert "- Curve over the share by gsnr (lora-rest, epd, fft)." in text
+    assert text.count("| random like wins of gsnr | 25.0% | 12.0 |") == 7
 
 
 def test_outcomes_are_counted_in_plain_words(script):

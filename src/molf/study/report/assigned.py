@@ -215,7 +215,7 @@ def _names(cells: Sequence[CellSummary]) -> dict[str, None]:
 
 
 def _grouped(groups: Mapping[str, Sequence[str]]) -> str:
-    return "; ".join(
+    return ", ".join(
         f"{word} in {len(names)} cell{'s' if len(names) > 1 else ''} ({', '.join(names)})"
         for word, names in groups.items()
     )

@@ -33,6 +33,11 @@ _CONTROLS = (
     "own moments, which are not those of a run of SCORE."
 )
 
+_ASSIGNED = (
+    "The share of full of method hybrid is that of the layers' weights in full. Its minutes and "
+    "FLOP include the probe of each trial, also one that several rows share."
+)
+
 
 def parts_of(records: Records, cells: Sequence[CellSummary]) -> list[Part]:
     """Return the parts of the report.
@@ -190,6 +195,7 @@ def _notes(outline: dict[str, Any], cells: Sequence[CellSummary]) -> Part:
         + ", ".join(report["baseline"])
         + ", the best in the first phase.",
         *([_CONTROLS] if any(cell.controls for cell in cells) else []),
+        *([_ASSIGNED] if any(one.rule for cell in cells for one in cell.methods) else []),
         f"Mean and worst over rates: on the validation part, over {WIDTH:g} decade of the main "
         "rate, the chosen one in its middle and other rates as chosen; the mean is over the "
         "logarithm, interpolated linearly. Each method has a decade of its own, since scales of "
