@@ -93,7 +93,7 @@ def _against(
 
 def _random_texts(cells: Sequence[CellSummary]) -> Iterator[str]:
     """Yield whether probes beat random assignments: over all, and for each method."""
-    total: Counter[str] = Counter()
+    totals: tuple[Counter[str], Counter[str]] = (Counter(), Counter())
     texts = []
     for name in _names(cells):
         outcomes: list[dict[str, list[str]]] = [{}, {}]
@@ -104,7 +104,8 @@ def _random_texts(cells: Sequence[CellSummary]) -> Iterator[str]:
             if one is None or random is None:
                 continue
             control = random.name
-            for groups, found in zip(outcomes, _against(cell, one, random), strict=True):
+            pair = zip(outcomes, totals, _against(cell, one, random), strict=True)
+            for groups, total, found in pair:
                 outcome = "no rows yet" if found is None else found.outcome(minimize=cell.minimize)
                 if one.assignments is not None and one.assignments.is_one_class:
                     outcome = _ALIKE
@@ -116,23 +117,27 @@ def _random_texts(cells: Sequence[CellSummary]) -> Iterator[str]:
                 f"{name} against {control}, at the rates chosen for each: {own}. At equal rates: "
                 f"{equal}."
             )
-    if not texts:
-        return
-    compared_count = total["better"] + total["worse"] + total["no difference shown"]
-    counts = ", ".join(f"{word} {total[word]}" for word in ("better", "worse"))
-    if not compared_count:
-        verdict = "No comparison of a probe with random at the same share is complete."
-    elif not total["better"]:
-        verdict = "No probe is shown to beat random at the same share of weights in full."
-    elif total["better"] > total["worse"]:
-        verdict = "Some probes are shown to beat random at the same share of weights in full."
+    if texts:
+        yield _verdict(*totals)
+        yield from texts
+
+
+def _verdict(own: Counter[str], equal: Counter[str]) -> str:
+    """Return whether probes beat random assignments, from counts at own and at equal rates."""
+    shown = ("better", "worse", "no difference shown")
+    if not any(total[word] for total in (own, equal) for word in shown):
+        return "No comparison of a probe with random at the same share is complete."
+    better, worse = (own[word] + equal[word] for word in shown[:2])
+    if not better:
+        verdict = "No probe is shown to beat random at the same share of weights in full"
+    elif better > worse:
+        verdict = "Some probes are shown to beat random at the same share of weights in full"
     else:
-        verdict = "Probes are not shown to beat random at the same share on the whole."
-    if compared_count:
-        verdict += f" Of {compared_count} comparisons: {counts}, no difference shown "
-        verdict += f"{total['no difference shown']}."
-    yield verdict
-    yield from texts
+        verdict = "On the whole probes are not shown to beat random at the same share of weights"
+    first, second = (", ".join(f"{word} {total[word]}" for word in shown) for total in (own, equal))
+    return (
+        f"{verdict} (comparisons at the rates chosen for each: {first}; at equal rates: {second})."
+    )
 
 
 def _shape_texts(cells: Sequence[CellSummary]) -> Iterator[str]:
