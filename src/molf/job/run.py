@@ -57,7 +57,7 @@ if TYPE_CHECKING:
     from molf.job.opening import Opening
 
 _LARGE = 10_000_000  # bytes of data that are announced
-INPUTS = ("model", "data", "eval_data", "forgetting_data", "assignment")
+_INPUTS = ("model", "data", "eval_data", "forgetting_data", "assignment")
 
 
 def train(
@@ -94,7 +94,7 @@ def train(
             with quiet_libraries():
                 import molf.job.training  # noqa: F401
 
-        sources = [place for places in _places(resolved).values() for place in places]
+        sources = [place for places in places_of(resolved).values() for place in places]
         with quiet_libraries(), locking_runs(sources):
             result = _train(resolved, task, forgetting_text, reporter, inputs, started)
     return replace(result, print_error=str(errors[0])) if errors else result
@@ -344,7 +344,7 @@ def check_places(settings: ResolvedSettings, ownership: Ownership = A_RUN) -> No
         ownership=ownership,
     )
     check_fallback(settings.fallback_dir)
-    for name, sources in _places(settings).items():
+    for name, sources in places_of(settings).items():
         for source in sources:
             check_inputs_outside(settings.output_dir, {name: source})
     check_results(settings.output_dir.parent)
@@ -358,9 +358,9 @@ def _say_what_is_read(settings: ResolvedSettings, reporter: Reporter) -> None:
             reporter.say(f"Reading {settings.data} ({megabytes(size)})")
 
 
-def _places(settings: ResolvedSettings) -> dict[str, list[str]]:
+def places_of(settings: ResolvedSettings) -> dict[str, list[str]]:
     """Return the places of the inputs by option."""
-    return {name: places(getattr(settings, name)) for name in INPUTS}
+    return {name: places(getattr(settings, name)) for name in _INPUTS}
 
 
 def open_data(settings: ResolvedSettings, inputs: Inputs) -> tuple[Task, str]:

@@ -27,7 +27,7 @@ from molf.shown import TextTable, counted
 if TYPE_CHECKING:  # imports torch
     from molf.job.advice.advice import Advice
     from molf.job.advice.cost import Costs
-    from molf.job.probe import Probe
+    from molf.job.ahead.probe import Probe
 
 
 def print_advice(

@@ -32,7 +32,7 @@ def probe_model(
         plan: Plan memory and arithmetic of the assignment and of other methods.
     """
     from molf.job.advice.place import check_figures
-    from molf.job.probe import probe
+    from molf.job.ahead.probe import probe
 
     check_chosen(by, share)
     if figures is not None:

@@ -6,7 +6,6 @@ import csv
 import io
 import math
 from collections.abc import Iterator
-from datetime import datetime
 from typing import Any
 
 import numpy as np
@@ -15,35 +14,27 @@ from molf.colors import COLORS
 from molf.disk.files import replacing_file, write_json, write_text
 from molf.job.ahead.evidence import RangeTest, SweptRate
 from molf.job.ahead.rate_texts import doubts
-from molf.job.opening import Opening
+from molf.job.ahead.short import ShortTraining
 from molf.job.record.directory import RunDirectory
 from molf.job.record.environment import environment
 from molf.job.record.ownership import RATES, RATES_FIGURE, RATES_TABLE
-from molf.job.records import input_files
-from molf.tasks import Task
 
 _COLUMNS = ("sweep", "step", "rate", "loss", "smoothed", "slope_per_decade", "won")
 
 
-def write_start(
-    directory: RunDirectory,
-    opening: Opening,
-    task: Task,
-    started: datetime,
-    ends: tuple[float, float],
-) -> dict[str, Any]:
+def write_start(short: ShortTraining, ends: tuple[float, float]) -> dict[str, Any]:
     """Write `rates.json` without sweeps, and return its content; `ends` are the end rates."""
-    settings = opening.settings
+    opening = short.opening
     record = {
         "from": ends[0],
         "to": ends[1],
-        "options": settings.as_options(),
-        "task": task.description(),
-        "files": input_files(settings, task),
-        "environment": environment(opening.arguments.device, started),
+        "options": opening.settings.as_options(),
+        "task": short.task.description(),
+        "files": short.files,
+        "environment": environment(opening.arguments.device, short.started),
         "sweeps": [],
     }
-    write_json(directory / RATES, record)
+    write_json(short.directory / RATES, record)
     return record
 
 

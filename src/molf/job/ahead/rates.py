@@ -3,25 +3,20 @@
 from __future__ import annotations
 
 import time
-import warnings
-from dataclasses import replace
-from datetime import datetime
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from molf.data.sources import places
 from molf.inputs import check_installed
 from molf.job.ahead.evidence import Floats, RangeTest, SweptRate, evidence_of
+from molf.job.ahead.short import short_training
 from molf.job.inputs import Inputs
-from molf.job.progress import Reporter, make_reporter
-from molf.job.record.directory import RunDirectory, locking_runs
+from molf.job.progress import Reporter
+from molf.job.record.directory import RunDirectory
 from molf.job.record.ownership import A_RANGE_TEST
-from molf.job.run import INPUTS, check_places, checked, open_data
 from molf.job.settings.rates import HIGHEST, LOWEST, RateSettings, check_range
 from molf.job.settings.resolved import ResolvedSettings
 from molf.ranks import check_alone
-from molf.streams import ignoring_print_errors
 
 if TYPE_CHECKING:
     from molf.job.opening import Opening
@@ -51,48 +46,23 @@ def range_test(
     check_alone("molf lr")
     check_range(lowest, highest)
     check_installed("matplotlib", "molf lr")
-    started = datetime.now().astimezone()
-    inputs = inputs or Inputs()
-    with ignoring_print_errors():
-        resolved = checked(settings, started)
-        if settings.output_dir is None:
-            name = resolved.output_dir.name.replace(
-                f"-{settings.method}-", f"-lr-{settings.method}-", 1
-            )
-            resolved = replace(resolved, output_dir=resolved.output_dir.with_name(name))
-        check_places(resolved, A_RANGE_TEST)
-        task, _ = open_data(resolved, inputs)
+    name = f"lr-{settings.method}"
+    with short_training(settings, name, reporter, inputs, A_RANGE_TEST) as short:
+        from molf.job.ahead.rate_files import write_files, write_start
 
-        from molf.job.libraries import quiet_libraries
-
-        sources = [place for name in INPUTS for place in places(getattr(resolved, name))]
-        with quiet_libraries(), locking_runs(sources):
-            from molf.job.ahead.rate_files import write_files, write_start
-            from molf.job.failing import failing_in
-            from molf.job.opening import open_training
-
-            reporter = reporter or make_reporter()
-            opening = open_training(resolved, task, inputs)
-            for note in opening.notes:
-                reporter.say(note)
-            directory = RunDirectory(
-                resolved.output_dir, overwrite=resolved.overwrite, ownership=A_RANGE_TEST
-            )
-            with directory, failing_in(directory, reporter):
-                record = write_start(directory, opening, task, started, (lowest, highest))
-                rates = np.geomspace(lowest, highest, opening.data.steps)
-                begun = time.perf_counter()
-                sweeps: list[SweptRate] = []
-                for option in swept_options(opening.settings):
-                    if sweeps:  # the same weights, examples and adapter once more
-                        with warnings.catch_warnings():
-                            warnings.simplefilter("ignore")  # given for the first sweep
-                            opening = open_training(resolved, task, inputs)
-                    sweeps.append(_sweep(option, rates, opening, reporter))
-                seconds = time.perf_counter() - begun
-                result = RangeTest(directory.path, resolved.method, tuple(sweeps), seconds)
-                write_files(directory, result, record)
-                directory.complete()
+        opening, directory = short.opening, short.directory
+        record = write_start(short, (lowest, highest))
+        rates = np.geomspace(lowest, highest, opening.data.steps)
+        begun = time.perf_counter()
+        sweeps: list[SweptRate] = []
+        for option in swept_options(opening.settings):
+            if sweeps:
+                opening = short.reopened()
+            sweeps.append(_sweep(option, rates, opening, short.reporter))
+        seconds = time.perf_counter() - begun
+        result = RangeTest(directory.path, settings.method, tuple(sweeps), seconds)
+        write_files(directory, result, record)
+        directory.complete()
     return result
 
 

@@ -100,7 +100,7 @@ class AssignmentMaker:
         return Made(assignment, cost)
 
     def _probe(self, cell: str, assigned: Assigned, point: Point) -> tuple[Path, Cost]:
-        from molf.job.probe import probe
+        from molf.job.ahead.probe import probe
 
         key = settings_key(assigned.routed_at(point), ["probe", assigned.rule.steps])
         folder = self._study.output_dir / PROBES / cell / key
