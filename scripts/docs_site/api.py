@@ -10,7 +10,16 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "Models with an adapter": ("with_adapter", "peft_config", "merge", "MergeReport"),
     "Decisions": ("Decision", "Evidence"),
     "Assignments": ("Assignment", "AssignedLayer", "with_assignment", "read_assignment"),
-    "Whole jobs": ("train", "evaluate", "plan", "Run", "TrainingPlan"),
+    "Whole jobs": (
+        "train",
+        "evaluate",
+        "plan",
+        "find_rates",
+        "probe",
+        "Run",
+        "TrainingPlan",
+        "RangeTest",
+    ),
     "Scores": ("Score", "ScoreTerm", "register_score"),
 }
 """The public names of `molf`, by heading."""

@@ -9,7 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from molf.api.jobs import evaluate, plan, train
+    from molf.api.jobs import evaluate, find_rates, plan, probe, train
     from molf.api.routing_callback import RoutingCallback
     from molf.api.run import Run
     from molf.core.adamw import AdamW
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from molf.core.scores.score import Score, ScoreTerm
     from molf.core.step.decision import Decision
     from molf.core.trainer import trainer_optimizer
+    from molf.job.ahead.evidence import RangeTest
     from molf.job.record.assignment_source import read_assignment
     from molf.planning.request import TrainingPlan
 
@@ -37,15 +38,18 @@ _HOMES = {
     "MergeReport": "molf.core.model.merge",
     "MoLFAdamW": "molf.core.optimizer",
     "MoLFConfig": "molf.core.config",
+    "RangeTest": "molf.job.ahead.evidence",
     "RoutingCallback": "molf.api.routing_callback",
     "Run": "molf.api.run",
     "Score": "molf.core.scores.score",
     "ScoreTerm": "molf.core.scores.score",
     "TrainingPlan": "molf.planning.request",
     "evaluate": "molf.api.jobs",
+    "find_rates": "molf.api.jobs",
     "merge": "molf.core.model.merge",
     "peft_config": "molf.core.model.peft_model",
     "plan": "molf.api.jobs",
+    "probe": "molf.api.jobs",
     "read_assignment": "molf.job.record.assignment_source",
     "register_score": "molf.core.scores.registry",
     "train": "molf.api.jobs",
@@ -63,15 +67,18 @@ __all__ = [
     "MergeReport",
     "MoLFAdamW",
     "MoLFConfig",
+    "RangeTest",
     "RoutingCallback",
     "Run",
     "Score",
     "ScoreTerm",
     "TrainingPlan",
     "evaluate",
+    "find_rates",
     "merge",
     "peft_config",
     "plan",
+    "probe",
     "read_assignment",
     "register_score",
     "train",

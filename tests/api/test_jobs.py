@@ -1,4 +1,4 @@
-"""`molf.train`, `molf.evaluate`, `molf.plan` and `molf.Run`: the commands from Python."""
+"""`molf.train` and its like, and `molf.Run`: the commands from Python."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ from checkpoints import write_checkpoint, write_facts
 from molf.cli import main
 from molf.errors import InputError
 from molf.shown import as_line
+
+NOT_OF_LR = ("learning_rate", "logging_steps", "spectra")  # of a whole training alone
 
 
 @pytest.fixture(scope="module")
@@ -139,6 +141,58 @@ def test_wrong_plans(options, words):
         molf.plan(**options)
     assert words in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_rates(options, tmp_path, capsys):
+    common = {name: one for name, one in options.items() if name not in NOT_OF_LR}
+    common |= {"method": "fft", "max_steps": 20}
+    found = molf.find_rates(**common, from_=1e-4, to=10, output_dir=tmp_path / "rates")
+    assert capsys.readouterr().out == ""
+    command = ["lr", *as_arguments(common), "--from", "1e-4", "--to", "10"]
+    assert main([*command, "--output_dir", str(tmp_path / "command")]) == 0
+    files = [(path / "rates.csv").read_text() for path in (found.path, tmp_path / "command")]
+    assert files[0] == files[1]
+    record = json.loads((tmp_path / "command/rates.json").read_text())
+    ((sweep, recorded),) = zip(found.sweeps, record["sweeps"], strict=True)
+    assert isinstance(found, molf.RangeTest)
+    assert found.suggestions == {"learning_rate": recorded["suggestion"]}
+    assert sweep.rates.tolist() == recorded["rates"]
+    assert sweep.losses.shape == sweep.rates.shape == sweep.evidence.smoothed.shape
+    assert sweep.doubts == recorded["doubts"]
+
+
+def test_probe(options, tmp_path, capsys):
+    common = {name: one for name, one in options.items() if name not in NOT_OF_LR}
+    found = molf.probe(**common, share=0.5, output_dir=tmp_path / "probe")
+    assert capsys.readouterr().out == ""
+    command = ["probe", *as_arguments(common), "--share", "0.5", "--no-plan"]
+    assert main([*command, "--output_dir", str(tmp_path / "command")]) == 0
+    other = molf.Run(tmp_path / "command")
+    assert (found.status, found.record["probe"], found.after) == ("complete", True, {})
+    assert found.routing.equals(other.routing)
+    assert found.assignment.entries == other.assignment.entries
+    full = found.assignment.full
+    assert (len(full), len(found.assignment.entries)) == (7, 14)
+
+
+@pytest.mark.parametrize(
+    ("function", "options", "words"),
+    [
+        ("find_rates", {"from_": -1}, "Invalid from=-1"),
+        ("find_rates", {"to": "high"}, "to"),
+        ("find_rates", {"max_steps": 3}, "at least 20"),
+        ("find_rates", {"by": "wins"}, "by"),
+        ("probe", {"method": "fft"}, "Invalid method=fft: a probe"),
+        ("probe", {"share": 2.0}, "Invalid share=2"),
+        ("probe", {"plan": False}, "for the command line"),
+    ],
+)
+def test_wrong_short_trainings(function, options, words, tmp_path):
+    with pytest.raises(InputError) as caught:
+        getattr(molf, function)(output_dir=tmp_path / "out", **options)
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_complete_run_is_resumed_at_no_cost(run, options):

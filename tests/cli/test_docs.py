@@ -210,16 +210,24 @@ def test_python_of_the_whole_job(tmp_path, monkeypatch, capsys):
     records = [{"prompt": f"{i} and two", "completion": f" make {i + 2}."} for i in range(20)]
     for name in ("records.jsonl", "held_out.jsonl"):
         write(tmp_path / name, records)
-    (program,) = blocks((DOCS / "python.md").read_text(), "python")
+    program, short = blocks((DOCS / "python.md").read_text(), "python")
     names = {}
     exec(program, names)
     planned, trained, *_ = capsys.readouterr().out.splitlines()
+    of_short = {"molf": names["molf"]}
+    short = short.replace("(**data,", "(**data, max_steps=20,")
+    exec(short.replace("probe(", "probe(ranks=[2], "), of_short)
+    suggestions, full = capsys.readouterr().out.splitlines()
+    assert suggestions == str(of_short["rates"].suggestions)
+    assert full == str([layer.name for layer in of_short["probe"].assignment.full])
+    assert of_short["run"].options["assignment"] == str(tmp_path / "probe")
     assert planned.endswith("['24 GB', '40 GB', '80 GB', '141 GB']")
     assert trained.startswith("complete ")
     assert str(names["run"].record["model"]["trained_parameters"]) == planned.split()[0]
     assert names["model"].config.model_type == "qwen2"
     text = (DOCS / "python.md").read_text()
     assert members(text, "molf.Run(path)") == public(names["molf"].Run) - {"path"}
+    assert members(text, "molf.RangeTest") == public(names["molf"].RangeTest)
     assert members(text, "molf.TrainingPlan") == public(names["molf"].TrainingPlan)
 
 

@@ -10,7 +10,7 @@ import torch
 from molf.cli import main
 from molf.core.optimizer import MoLFAdamW
 from molf.job.ahead.evidence import SweptRate, evidence_of
-from molf.job.ahead.rate_texts import doubts, evidence_lines
+from molf.job.ahead.rate_texts import evidence_lines
 from molf.job.settings.rates import RateSettings
 
 RATES = np.geomspace(1e-6, 1, 121)
@@ -151,7 +151,7 @@ def test_evidence_of_a_curve():
     assert 0.07 < found.noise < 0.14
     assert found.fall > 20
     sweep = sweep_of(found, losses)
-    assert doubts(sweep) == []
+    assert sweep.doubts == []
     suggestion, grid, *_ = evidence_lines(sweep)
     assert suggestion == f"suggestion  --learning_rate {found.suggestion:g}"
     assert grid.startswith(f"grid        {found.suggestion:.2g}, {3 * found.suggestion:.2g}, ")
@@ -162,7 +162,7 @@ def test_noise_alone_is_no_fall(seed):
     losses = 4 + 0.3 * np.random.default_rng(seed).standard_normal(len(RATES))
     found = evidence_of(RATES, losses, diverged=False)
     assert (found.suggestion, found.steepest, found.lowest_at) == (None, None, None)
-    lines = doubts(sweep_of(found, losses))
+    lines = sweep_of(found, losses).doubts
     assert lines[0].startswith("The loss did not fall clearly above its noise")
     assert lines[1].startswith("The loss did not diverge up to 1")
     assert evidence_lines(sweep_of(found, losses))[0] == "no suggestion"
@@ -182,13 +182,13 @@ def test_doubts(made, further, words):
     found, losses = curve(**made)
     if "won" in further:
         further = {"won": further["won"][: len(losses)]}
-    assert any(words in line for line in doubts(sweep_of(found, losses, **further)))
+    assert any(words in line for line in sweep_of(found, losses, **further).doubts)
 
 
 def test_few_steps_are_a_doubt():
     found = evidence_of(RATES[::8], 4 - np.arange(16.0) / 8, diverged=False)
     sweep = SweptRate("learning_rate", None, RATES[::8], np.ones(16), np.array([]), found, 0.1)
-    assert any("2 steps per decade are few" in line for line in doubts(sweep))
+    assert any("2 steps per decade are few" in line for line in sweep.doubts)
 
 
 def test_options_of_a_training_are_taken():

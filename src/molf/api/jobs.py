@@ -1,4 +1,4 @@
-"""`molf.train`, `molf.evaluate` and `molf.plan`: the commands as functions."""
+"""`molf.train`, `evaluate`, `plan`, `find_rates`, `probe`: the commands as functions."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING, Any
 from molf.api.options import parsed
 from molf.api.run import Run
 from molf.errors import InputError
+from molf.job.settings.rates import HIGHEST, LOWEST
 from molf.tasks import TASKS
 
 if TYPE_CHECKING:
+    from molf.job.ahead.evidence import RangeTest
     from molf.measure import Evaluation
     from molf.planning.request import TrainingPlan
 
@@ -122,3 +124,74 @@ def plan(
         arguments.get("settings", TrainSettings()),
         **{name: arguments.get(name, value) for name, value in machines.items()},
     )
+
+
+def find_rates(
+    recipe: str | Path | None = None,
+    /,
+    *,
+    from_: float = LOWEST,
+    to: float = HIGHEST,
+    **options: Any,
+) -> RangeTest:
+    """Train short with growing learning rates, and suggest rates to begin with, as `molf lr` does.
+
+    A method with two rates is swept twice, each time from the same weights with the other rate 0.
+
+    Args:
+        recipe: A YAML file of options, or the name of a shipped recipe.
+        from_: Rate of the first step of a sweep.
+        to: Rate of the last step.
+        **options: The options of `molf lr` by name. They replace those of the recipe; None is as
+            if left out.
+
+    Returns:
+        The suggestions with their evidence, the curves, and the directory of the files.
+
+    Raises:
+        InputError: An option, the data or the model is wrong, or matplotlib is not installed.
+            Nothing was written.
+        RunError: The test failed; its directory has the traceback.
+
+    Example:
+        >>> found = molf.find_rates(data="records.jsonl", task="custom")
+        >>> run = molf.train(data="records.jsonl", task="custom", **found.suggestions)
+    """
+    from molf.job.ahead.rates import range_test
+    from molf.job.settings.rates import RateSettings
+
+    arguments = parsed("lr", {**options, "from": from_, "to": to}, recipe)
+    return range_test(
+        arguments.get("settings", RateSettings()),
+        lowest=arguments["lowest"],
+        highest=arguments["highest"],
+    )
+
+
+def probe(recipe: str | Path | None = None, /, **options: Any) -> Run:
+    """Route a few steps at small memory, and write the assignment that follows, as `molf probe`.
+
+    Args:
+        recipe: A YAML file of options, or the name of a shipped recipe.
+        **options: The options of `molf probe` by name. They replace those of the recipe; None is
+            as if left out.
+
+    Returns:
+        The probe. It has `routing` and `assignment`, no model and no metrics. Its `path` is the
+        option `assignment` of method `hybrid`.
+
+    Raises:
+        InputError: An option, the data or the model is wrong. Nothing was written.
+        RunError: The probe failed; its directory has the traceback.
+    """
+    from molf.job.advice.choices import check_chosen
+    from molf.job.ahead.probe import probe as probe_run
+    from molf.job.settings.probe import ProbeSettings
+
+    arguments = parsed("probe", options, recipe)
+    if {"figures", "plan"} & arguments.keys():
+        raise InputError("figures and plan are for the command line.")
+    by, share = arguments.get("by", "wins"), arguments.get("share")
+    check_chosen(by, share)
+    settings = arguments.get("settings", ProbeSettings())
+    return Run(probe_run(settings, by=by, share=share).directory)

@@ -16,7 +16,7 @@ def parsed(command: str, options: Mapping[str, Any], recipe: str | Path | None =
     """Return the arguments of a command, from options and a recipe that they replace.
 
     Args:
-        command: `train`, `plan` or `eval`.
+        command: `train`, `plan`, `lr`, `probe` or `eval`.
         options: Options by name; sequences, paths and numbers are taken as they are.
         recipe: A YAML file, or the name of a shipped recipe.
 

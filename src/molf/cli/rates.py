@@ -30,19 +30,19 @@ def find_rates(
 
     result = range_test(settings, lowest=lowest, highest=highest)
     from molf.console import PlainConsole
-    from molf.job.ahead.rate_texts import doubts, evidence_lines
+    from molf.job.ahead.rate_texts import evidence_lines
     from molf.job.record.ownership import RATES, RATES_FIGURE, RATES_TABLE
     from molf.streams import result_on_disk
 
-    with result_on_disk(f"The range test in {result.directory} is complete"):
+    with result_on_disk(f"The range test in {result.path} is complete"):
         console = PlainConsole()
         for sweep in result.sweeps:
             held = "" if sweep.held is None else f", {sweep.held} held at 0"
             console.lines(f"{sweep.option} of {result.method}{held}")
             console.lines(*(f"  {line}" for line in evidence_lines(sweep)))
-            console.lines(*(f"  doubt       {line}" for line in doubts(sweep)))
+            console.lines(*(f"  doubt       {line}" for line in sweep.doubts))
         files = (RATES_FIGURE, RATES_TABLE, RATES)
         console.lines(
             f"time      {result.seconds:.1f} s",
-            *(f"written   {result.directory / name}" for name in files),
+            *(f"written   {result.path / name}" for name in files),
         )

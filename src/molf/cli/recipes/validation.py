@@ -109,6 +109,8 @@ def _reader(command: str) -> App:
     functions = {
         "train": "molf.cli.train:train_model",
         "plan": "molf.cli.plan:plan_model",
+        "lr": "molf.cli.rates:find_rates",
+        "probe": "molf.cli.advice.probe:probe_model",
         "eval": "molf.cli.eval:evaluate_model",
     }
     reader = App(default_parameter=app.default_parameter, result_action="return_value")
@@ -123,7 +125,7 @@ def parse_options(
 
     Args:
         path: The recipe, for messages.
-        command: `train`, `plan` or `eval`.
+        command: `train`, `plan`, `lr`, `probe` or `eval`.
         options: Its options.
         resumes: Whether `resume` adds the options of the run, as it does for the command.
 

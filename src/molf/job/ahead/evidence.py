@@ -7,6 +7,7 @@ the line, because the noise of a loss becomes smaller as it falls.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,6 +23,12 @@ _FIRST = 1.0  # decades in which the loss before any effect of the rate is measu
 _MOST_FIRST = 0.25  # of the range
 _CLEAR = 4.0  # standard errors by which the loss must fall: there are dozens of places to look at
 _BEGUN = 0.1  # share of the fall after which it has begun
+
+# Doubts:
+_APART = 3.0  # factor between the middle of the fall and its steepest place
+_FEW_STEPS = 10  # per decade
+_NOISY = 0.25  # of the fall
+_SELDOM = 0.5  # of the updates
 
 
 @dataclass(frozen=True)
@@ -107,22 +114,83 @@ class SweptRate:
         near = np.abs(np.log10(self.rates[: len(self.won)] / rate)) < _WIDTH
         return float(self.won[near].mean())
 
+    @property
+    def doubts(self) -> list[str]:
+        """Sentences on evidence that is thin; empty for none."""
+        found = self.evidence
+        lines = []
+        if not found.has_fallen:
+            lines.append(
+                f"The loss did not fall clearly above its noise: {found.start:.3g} to "
+                f"{found.lowest:.3g}, {max(found.fall, 0):.1f} standard errors. Give more "
+                "--max_steps, larger batches, or a higher --to."
+            )
+        if found.diverged_at is None:
+            lines.append(
+                f"The loss did not diverge up to {self.rates[-1]:.2g}, so the highest usable "
+                "rate was not seen. Give a higher --to."
+            )
+        if found.falls_at_once:
+            lines.append(
+                "The loss fell from the lowest rate on, so no rate was seen at which nothing is "
+                "learned. Give a lower --from."
+            )
+        per_decade = self._steps_per_decade()
+        if per_decade < _FEW_STEPS:
+            lines.append(
+                f"{per_decade:.0f} steps per decade are few. Give more --max_steps, or a smaller "
+                "range."
+            )
+        if found.half_at is not None and found.steepest is not None:
+            apart = max(found.half_at / found.steepest, found.steepest / found.half_at)
+            if apart > _APART:
+                lines.append(
+                    f"The steepest fall ({found.steepest:.2g}) and the middle of the fall "
+                    f"({found.half_at:.2g}) are a factor of {apart:.1f} apart: the fall has no "
+                    "clear place."
+                )
+        if found.has_fallen and found.noise > _NOISY * (found.start - found.lowest):
+            lines.append(
+                f"The noise of a step is {found.noise / (found.start - found.lowest):.0%} of the "
+                "fall. Larger batches lower it."
+            )
+        if self.passes > 1:
+            lines.append(
+                f"Each example was seen {self.passes:.1f} times: the loss fell by repetition as "
+                "well."
+            )
+        if (won := self.won_at_suggestion) is not None and won < _SELDOM:
+            lines.append(
+                f"The experts with this rate won {won:.1%} of the updates near the suggestion; the "
+                "others, which won the rest, had a rate of 0."
+            )
+        return lines
+
+    def _steps_per_decade(self) -> float:
+        decades = math.log10(self.rates[-1] / self.rates[0])
+        return (len(self.rates) - 1) / max(decades, 1e-9)
+
 
 @dataclass(frozen=True)
 class RangeTest:
-    """The result of a range test.
+    """The result of a range test of learning rates.
 
     Attributes:
-        directory: The directory, with `rates.json`, `rates.csv` and `rates.png`.
+        path: The directory, with `rates.json`, `rates.csv` and `rates.png`.
         method: The method.
-        sweeps: One per rate.
+        sweeps: One per rate of the method, with its curve and evidence.
         seconds: Time of the steps.
     """
 
-    directory: Path
+    path: Path
     method: str
     sweeps: tuple[SweptRate, ...]
     seconds: float
+
+    @property
+    def suggestions(self) -> dict[str, float | None]:
+        """The suggested rates by option; None where the loss did not fall clearly."""
+        return {sweep.option: sweep.evidence.suggestion for sweep in self.sweeps}
 
 
 def evidence_of(rates: Floats, losses: Floats, *, diverged: bool) -> Evidence:

@@ -13,7 +13,6 @@ import numpy as np
 from molf.colors import COLORS
 from molf.disk.files import replacing_file, write_json, write_text
 from molf.job.ahead.evidence import RangeTest, SweptRate
-from molf.job.ahead.rate_texts import doubts
 from molf.job.ahead.short import ShortTraining
 from molf.job.record.directory import RunDirectory
 from molf.job.record.environment import environment
@@ -67,7 +66,7 @@ def _record(sweep: SweptRate) -> dict[str, Any]:
         "passes": round(sweep.passes, 3),
         "won_at_suggestion": sweep.won_at_suggestion,
         **sweep.evidence.record(),
-        "doubts": doubts(sweep),
+        "doubts": sweep.doubts,
         "rates": sweep.rates.tolist(),
         "losses": [loss if math.isfinite(loss) else None for loss in sweep.losses.tolist()],
     }
