@@ -32,9 +32,9 @@ from torch.distributed._tools.mem_tracker import MemTracker
 from trl.trainer.utils import add_fused_lm_head
 
 import molf
+from molf.amounts import binary_size
 from molf.core.model.quantised import keep_differentiable
 from molf.job.settings.settings import TrainSettings
-from molf.planning.devices import show_bytes
 from molf.planning.measure import PeakBytes, held_tensors
 from molf.planning.memory import Planner
 from molf.planning.trainable import skeleton
@@ -308,8 +308,8 @@ def main() -> int:
         )
         print(
             f"{name:<{width}} {f'{workload.batch_size}x{workload.length}':>8} "
-            f"{'yes' if workload.checkpointing else 'no':>13} {show_bytes(planned.peak):>12} "
-            f"{show_bytes(measured):>12}  {ratio:.4f} {'pass' if passed else 'FAIL'}",
+            f"{'yes' if workload.checkpointing else 'no':>13} {binary_size(planned.peak):>12} "
+            f"{binary_size(measured):>12}  {ratio:.4f} {'pass' if passed else 'FAIL'}",
             flush=True,
         )
     if options.json:

@@ -480,7 +480,7 @@ def test_full_disk_is_known_by_any_library_s_words():
 def test_export_to_a_full_disk(molf_run, disk, monkeypatch, capsys):
     fill(disk)
     assert main(["export", str(molf_run.path), "--output_dir", str(disk / "x")]) == 2
-    assert "0 MB are free" in last_line(capsys)
+    assert "0 bytes are free" in last_line(capsys)
     monkeypatch.setattr("molf.job.model.export_place.check_room", lambda *given, **named: None)
     monkeypatch.setattr(model_saving, "require_room", lambda *given: None)
     assert main(["export", str(molf_run.path), "--output_dir", str(disk / "x")]) == 1

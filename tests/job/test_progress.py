@@ -2,6 +2,7 @@
 
 import io
 import re
+import threading
 from types import SimpleNamespace
 
 import pytest
@@ -41,7 +42,7 @@ def test_a_log_shows_the_time_left(output, monkeypatch):
             now[0] += 3600
     lines = output.getvalue().splitlines()
     assert "left" not in lines[1]
-    assert lines[2].endswith("lora0_r4 75%  4:00:00 left")
+    assert lines[2].endswith("lora0_r4 75%  4 h 0 min left")
     assert "left" not in lines[3]
 
 
@@ -77,6 +78,20 @@ def test_a_terminal_shows_where_it_is(output):
     assert "16/64" in text
     assert "20/20" in text
     assert "lora0_r4 75%" in text
+
+
+def test_a_log_has_a_line_about_imports_that_take_long():
+    class Said(io.StringIO):
+        event = threading.Event()
+
+        def flush(self):
+            if self.getvalue():
+                self.event.set()
+
+    output = Said()
+    with Reporter(Console(file=output)).working("Loading torch", after=0.0):
+        assert output.event.wait(60)
+    assert output.getvalue() == "Loading torch\n"
 
 
 def test_a_log_shows_the_state_of_long_work(output, monkeypatch):

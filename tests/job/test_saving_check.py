@@ -92,7 +92,7 @@ def needed(train, base, free, capsys, *options):
     free(0)
     run = train(base, *options, code=2)
     error = capsys.readouterr().err.splitlines()[-1]
-    assert "and 0 MB are free." in error
+    assert "and 0 bytes are free." in error
     assert not run.exists()
     return error
 

@@ -46,7 +46,7 @@ def test_training_ends_with_a_complete_model(options, whole, tmp_path, capsys):
     path = tmp_path / "run"
     assert main([*options, *SHORT, "--output_dir", str(path)]) == 0
     lines = capsys.readouterr().err.splitlines()
-    assert "Training ended after step 1 of 3: max_time of 0:00 is over." in lines
+    assert "Training ended after step 1 of 3: max_time of 1e-06 s is over." in lines
     assert steps_in(path) == [1]
     assert (path / "eval.json").is_file()
     found = recorded(path)

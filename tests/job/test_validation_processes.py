@@ -77,6 +77,6 @@ def test_all_processes_end_after_the_same_step(launch, command, folder):
     path = folder / "short"
     given = ["--per_device_train_batch_size", "4", "--gradient_accumulation_steps", "1"]
     first, other = launch.to_the_end(command(path, *given, "--max_time", "0.000001"))
-    assert "Training ended after step 1 of 4: max_time of 0:00 is over." in first.errors
+    assert "Training ended after step 1 of 4: max_time of 1e-06 s is over." in first.errors
     assert other.errors == ""
     assert recorded(path)["steps"] == 1

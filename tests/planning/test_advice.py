@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 import pytest
 
 from molf.planning.advice import suggestions
-from molf.planning.devices import DEVICES, GIB, Device, show_bytes
+from molf.planning.devices import DEVICES, GIB, Device
 from molf.planning.memory import Planner
 from molf.planning.workload import Workload
 from plan_memory import method_config
@@ -114,10 +114,3 @@ def test_devices():
     assert small.usable == pytest.approx((24 * 0.95 - 1) * GIB, abs=1)
     assert small.fits(small.usable)
     assert not small.fits(small.usable + 1)
-
-
-@pytest.mark.parametrize(
-    ("size", "shown"), [(GIB, "1.00 GiB"), (GIB - 2**20, "1,023.0 MiB"), (10 * GIB, "10.00 GiB")]
-)
-def test_show_bytes(size, shown):
-    assert show_bytes(size) == shown

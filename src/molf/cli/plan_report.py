@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING
 
 from rich.table import Table
 
+from molf.amounts import binary_size, decimal_size, duration
 from molf.console import PlainConsole, new_table
-from molf.planning.devices import DEVICES, show_bytes, show_gigabytes
+from molf.planning.devices import DEVICES
 
 if TYPE_CHECKING:  # both take seconds to import
     from molf.job.dry_run import DryRun
@@ -39,38 +40,26 @@ def print_dry_run(result: DryRun) -> None:
     planned = "not known for this method"
     if result.planned is not None:
         ratio = result.planned / max(result.measured, 1)
-        planned = f"{show_bytes(result.planned)} ({ratio:.3f} of the measured)"
+        planned = f"{binary_size(result.planned)} ({ratio:.3f} of the measured)"
     unit = "example" if result.packed_rows is None else "packed row"
     packed = "" if result.packed_rows is None else f", packed into {result.packed_rows} rows"
     lines = [
         f"data      {result.tokenized} of {result.examples} examples tokenized, "
         f"{result.left_out} of them above {result.limit} tokens and left out{packed}",
-        f"measured  {show_bytes(result.measured)} at most, {shape} ({result.measured_of})",
+        f"measured  {binary_size(result.measured)} at most, {shape} ({result.measured_of})",
         f"planned   {planned}",
     ]
     if result.planned_at_limit is not None and result.limit > result.length:
         lines.append(
-            f"          {show_bytes(result.planned_at_limit)} if {unit}s have {result.limit} tokens"
+            f"          {binary_size(result.planned_at_limit)} if {unit}s have {result.limit} "
+            "tokens"
         )
     lines += [
-        f"time      {result.seconds:.2f} s per step with the longest {unit}s",
-        f"          about {_duration(result.estimated_seconds)} for {result.steps} steps, by the "
+        f"time      {duration(result.seconds)} per step with the longest {unit}s",
+        f"          about {duration(result.estimated_seconds)} for {result.steps} steps, by the "
         f"{unit}s' lengths, without evaluations",
     ]
     PlainConsole().lines(*lines)
-
-
-_YEAR = 365.25 * 86400  # seconds
-
-
-def _duration(seconds: float) -> str:
-    # Two units of each size, so that a figure has two digits or more.
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    for size, unit in ((60, "min"), (3600, "h"), (86400, "days")):
-        if seconds < 120 * size:
-            return f"{seconds / size:.{0 if unit == 'min' else 1}f} {unit}"
-    return f"{seconds / _YEAR:,.1f} years"
 
 
 def _header(plan: TrainingPlan) -> list[str]:
@@ -130,7 +119,7 @@ def _memory(plan: TrainingPlan) -> Table:
     plans = (plan.without_checkpointing, plan.with_checkpointing)
 
     def row(name: str, attribute: str, *, end: bool = False) -> None:
-        sizes = [show_bytes(getattr(memory, attribute)) for memory in plans]
+        sizes = [binary_size(getattr(memory, attribute)) for memory in plans]
         table.add_row(name, *sizes, end_section=end)
 
     row("weights", "weights")
@@ -167,20 +156,20 @@ def _traffic(traffic: Traffic, workload: Workload) -> list[str]:
         f"{traffic.gpus} GPUs{nodes}{groups}: fully_shard (FSDP2) divides weights, gradients and "
         "optimizer state; activations are those of each GPU's own batch; embeddings, head, two "
         "decoder layers and gradients of one are whole. Calculated, not measured.",
-        f"Each GPU sends {show_gigabytes(traffic.fsdp)} per step for FSDP2 "
+        f"Each GPU sends {decimal_size(traffic.fsdp)} per step for FSDP2 "
         f"({passes}; decoder layers are gathered twice in each, gradients reduced once).",
     ]
     if not traffic.optimizer:
         return lines
     sizes = [
-        show_gigabytes(size) + ("" if name == "any" else f" if {name} wins everywhere")
+        decimal_size(size) + ("" if name == "any" else f" if {name} wins everywhere")
         for name, size in traffic.optimizer.items()
     ]
     return [
         *lines,
         f"The optimizer's collectives add {', '.join(sizes)}. Below "
-        f"{show_gigabytes(traffic.optimizer_speed)}/s per GPU they take more than {SHARE:.0%} of a "
-        f"step; below {show_gigabytes(traffic.fsdp_speed)}/s FSDP2's take longer than the "
+        f"{decimal_size(traffic.optimizer_speed)}/s per GPU they take more than {SHARE:.0%} of a "
+        f"step; below {decimal_size(traffic.fsdp_speed)}/s FSDP2's take longer than the "
         "computation.",
         f"A step is taken as {traffic.seconds:.2g} s of computation: {FLOPS / 1e12:.0f} TFLOP/s "
         "per GPU, 2 operations per parameter, token and product, without attention. FSDP2's "
@@ -191,9 +180,9 @@ def _traffic(traffic: Traffic, workload: Workload) -> list[str]:
 def _devices(plan: TrainingPlan) -> Table:
     table = new_table("Does it fit?", "GPU", "usable", "")
     for device in DEVICES:
-        short = show_bytes(plan.memory.peak - device.usable)
+        short = binary_size(plan.memory.peak - device.usable)
         fits = "fits" if device.fits(plan.memory.peak) else f"{short} short"
-        table.add_row(device.name, show_bytes(device.usable), fits)
+        table.add_row(device.name, binary_size(device.usable), fits)
     return table
 
 
@@ -202,12 +191,12 @@ def _saving(plan: TrainingPlan) -> list[str]:
     saving = plan.saving
     if saving is None:
         return []
-    disk = "all are kept" if saving.disk is None else f"{show_bytes(saving.disk)} of disk at most"
+    disk = "all are kept" if saving.disk is None else f"{binary_size(saving.disk)} of disk at most"
     pause = f"{saving.pause_seconds:.2g} s of pause for each"
     how = "at 1 GB/s of disk and hashes"
     if saving.in_background:
-        how = f"to copy the state, at 10 GB/s, into {show_bytes(saving.nbytes)} of host memory"
-    return ["", f"Checkpoints: {show_bytes(saving.nbytes)} each, {disk}; about {pause}, {how}."]
+        how = f"to copy the state, at 10 GB/s, into {binary_size(saving.nbytes)} of host memory"
+    return ["", f"Checkpoints: {binary_size(saving.nbytes)} each, {disk}; about {pause}, {how}."]
 
 
 def _advice(plan: TrainingPlan) -> list[str]:
@@ -215,7 +204,7 @@ def _advice(plan: TrainingPlan) -> list[str]:
     lines: list[str] = []
     for device, found in plan.advice.items():
         lines += ["", f"To fit {device.name}{', any of' if len(found) > 1 else ''}:"]
-        lines += [f"  {' '.join(s.changes)}  ->  {show_bytes(s.peak)}" for s in found]
+        lines += [f"  {' '.join(s.changes)}  ->  {binary_size(s.peak)}" for s in found]
         if not found:
             lines.append("  no change that was tried suffices, alone or together")
     return lines

@@ -29,6 +29,7 @@ def find_rates(
     from molf.job.ahead.rates import range_test
 
     result = range_test(settings, lowest=lowest, highest=highest)
+    from molf.amounts import duration
     from molf.console import PlainConsole
     from molf.job.ahead.rate_texts import evidence_lines
     from molf.job.record.ownership import RATES, RATES_FIGURE, RATES_TABLE
@@ -43,6 +44,6 @@ def find_rates(
             console.lines(*(f"  doubt       {line}" for line in sweep.doubts))
         files = (RATES_FIGURE, RATES_TABLE, RATES)
         console.lines(
-            f"time      {result.seconds:.1f} s",
+            f"time      {duration(result.seconds)}",
             *(f"written   {result.path / name}" for name in files),
         )

@@ -214,8 +214,8 @@ def _check_started(study: Study) -> None:
 
 
 def _print_plan(study: Study, workers: int) -> None:
+    from molf.amounts import duration
     from molf.shown import counted
-    from molf.study.reading import duration
 
     pairs = len(study.cells) * len(study.methods)
     seconds = study.size * study.seconds / workers
@@ -246,8 +246,8 @@ def _print_plan(study: Study, workers: int) -> None:
 def _print_status(study: Study, status: Status) -> None:
     from datetime import datetime, timedelta
 
+    from molf.amounts import duration
     from molf.shown import counted
-    from molf.study.reading import duration
 
     _print(
         f"{study.name}: {status.complete} of {status.size} trials complete, {len(status.failed)} "

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+from molf.amounts import binary_size, decimal_size, duration, fixed
 from molf.console import PlainConsole, new_table
-from molf.disk.room import megabytes
 from molf.job.model.card import show_metric
 from molf.job.model.saved_text import show_saved
 from molf.job.record.ownership import ADAPTER, ASSIGNMENT, LOW_HALVES, MODEL
@@ -44,15 +44,15 @@ def print_summary(result: RunResult, page: Path | None = None) -> None:
     if result.skipped_steps:
         steps += f", {result.skipped_steps} of them skipped"
     lines = [
-        f"time     training {result.training_seconds:.1f} s ({steps}, "
-        f"{result.tokens / max(result.training_seconds, 1e-9):,.0f} tokens/s), "
-        f"evaluation {result.evaluation_seconds:.1f} s",
-        f"memory   {result.peak_memory_bytes / 2**20:,.0f} MiB at most ({result.peak_memory_of})",
+        f"time     training {duration(result.training_seconds)} ({steps}, "
+        f"{fixed(result.tokens / max(result.training_seconds, 1e-9), 0)} tokens/s), "
+        f"evaluation {duration(result.evaluation_seconds)}",
+        f"memory   {binary_size(result.peak_memory_bytes)} at most ({result.peak_memory_of})",
     ]
     if saves := result.checkpoints:
         lines.append(
-            f"saves    {counted(saves['count'], 'checkpoint')} of {megabytes(saves['bytes'])}, for "
-            f"which the training waited {saves['pause_seconds']:.1f} s "
+            f"saves    {counted(saves['count'], 'checkpoint')} of {decimal_size(saves['bytes'])}, "
+            f"for which the training waited {duration(saves['pause_seconds'])} "
             f"({saves['share_of_training']:.1%})"
         )
     if result.kernels:

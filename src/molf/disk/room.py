@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
+from molf.amounts import decimal_size
 from molf.errors import InputError
 
 try:
@@ -70,11 +71,11 @@ def check_room(path: Path, parts: Mapping[str, int], *, option: str, advice: str
         InputError: There is less space than the parts need together.
     """
     total, free = sum(parts.values()), free_bytes(path)
-    named = ", ".join(f"{name} {megabytes(size)}" for name, size in parts.items() if size)
+    named = ", ".join(f"{name} {decimal_size(size)}" for name, size in parts.items() if size)
     if free is not None and total > free:
         raise InputError(
-            f"{option} needs about {megabytes(total)} there ({named}), and {megabytes(free)} are "
-            f"free. {advice}"
+            f"{option} needs about {decimal_size(total)} there ({named}), and {decimal_size(free)} "
+            f"are free. {advice}"
         )
 
 
@@ -104,16 +105,9 @@ def check_file_size(path: Path, size: int) -> None:
     size = min(size, _LARGEST)
     if limit is not None and size > limit:
         raise InputError(
-            f"output_dir {path}: a file of {megabytes(size)} will be written, and this process may "
-            f"write files of {megabytes(limit)}. Raise the limit: ulimit -f unlimited."
+            f"output_dir {path}: a file of {decimal_size(size)} will be written, and this process "
+            f"may write files of {decimal_size(limit)}. Raise the limit: ulimit -f unlimited."
         )
-
-
-def megabytes(size: float) -> str:
-    """Return a size in bytes as text in kB or MB."""
-    if 0 < size < 1e5:
-        return f"{size / 1e3:,.0f} kB"
-    return f"{size / 1e6:,.1f} MB" if 0 < size < 1e7 else f"{size / 1e6:,.0f} MB"
 
 
 def directory_bytes(path: Path) -> int:

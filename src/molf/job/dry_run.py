@@ -87,7 +87,7 @@ def rehearse(settings: ResolvedSettings, task: Task, reporter: Reporter, inputs:
     """
     samples = task.training_samples
     drawn = random.Random(settings.seed).sample(samples, min(len(samples), _SAMPLES))
-    opening = open_training(settings, task, inputs, drawn)
+    opening = open_training(settings, task, inputs, reporter, drawn)
     for note in opening.notes:
         reporter.say(note)
     settings, data = opening.settings, opening.data

@@ -29,6 +29,7 @@ from molf.job.model.quantised import check_device, check_quantisation
 from molf.job.model.room_needed import Needed
 from molf.job.model.saved_tensors import Storing, default_dtype
 from molf.job.model.saving_check import check_saving, storing_of
+from molf.job.progress import Reporter
 from molf.job.settings.batches import GROUP_BY_LENGTH
 from molf.job.settings.defaults import MERGE_BASES
 from molf.job.settings.resolved import ResolvedSettings
@@ -89,8 +90,8 @@ def open_training(
     settings: ResolvedSettings,
     task: Task,
     inputs: Inputs,
+    reporter: Reporter,
     samples: Sequence[Sample] | None = None,
-    show: Show = lambda done, total: None,
 ) -> Opening:
     """Check the settings on the device, load the model, encode the examples, and plan the training.
 
@@ -98,14 +99,31 @@ def open_training(
         settings: The settings, without what follows from the model.
         task: The task with its records.
         inputs: Returns the base.
+        reporter: Shows the progress.
         samples: A part of the task's training samples to open instead of all. The space on the
             disk is still that of the whole training.
-        show: Called while the examples are tokenized.
 
     Raises:
         InputError: The model cannot be used or saved, or the settings or the examples do not fit
             it. Nothing was written.
     """
+    samples = task.training_samples if samples is None else samples
+    count = counted(len(samples), "example")
+    with reporter.working(f"Loading {settings.model}, and tokenizing {count}") as show_state:
+
+        def show(done: int, total: int) -> None:
+            show_state(f"{done:,} of {total:,} tokenized")
+
+        return _open(settings, task, inputs, samples, show)
+
+
+def _open(
+    settings: ResolvedSettings,
+    task: Task,
+    inputs: Inputs,
+    samples: Sequence[Sample],
+    show: Show,
+) -> Opening:
     arguments = sft_config(settings)
     check_kernels(settings, arguments.device)
     set_seed(settings.seed)  # before random initialisation, such as that of adapters
@@ -115,7 +133,6 @@ def open_training(
 
     if sharding is not None:
         check_shardable(base.model, settings)
-    samples = task.training_samples if samples is None else samples
     max_length = length_limit(base.model, settings.max_length)
     encoded = _encode(base.tokenizer, samples, max_length, settings, show)
     aside = task.validation_samples

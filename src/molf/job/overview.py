@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from statistics import median
 
-from molf.disk.room import megabytes
+from molf.amounts import decimal_size, duration
 from molf.job.opening import Opening
-from molf.job.progress import duration
 from molf.job.settings.batches import GROUP_BY_LENGTH
 from molf.job.settings.defaults import ADAPTERS
 from molf.job.settings.resolved import ResolvedSettings
@@ -132,4 +131,4 @@ def _disk(opening: Opening) -> str:
     room = opening.room
     if not (total := room.checkpoint + room.at_the_end):
         return ""
-    return f" (about {megabytes(total)} on the disk)"
+    return f" (about {decimal_size(total)} on the disk)"

@@ -18,6 +18,7 @@ from rich.progress import (
 from rich.table import Column
 from rich.text import Text
 
+from molf.amounts import duration, fixed
 from molf.console import PlainConsole
 from molf.masking import mask_text
 from molf.ranks import launched_rank
@@ -49,9 +50,14 @@ class Reporter:
         self._console.print(line, markup=False, highlight=False, soft_wrap=True)
 
     @contextmanager
-    def working(self, title: str) -> Iterator[ShowWork]:
-        """Show work that may take long, in a log if it does; yield a function of its state."""
-        line = threading.Timer(_LONG, self.say, [title])
+    def working(self, title: str, after: float = _LONG) -> Iterator[ShowWork]:
+        """Show work that may take long; yield a function of its state.
+
+        Args:
+            title: The work.
+            after: Seconds after which a log has a line of it; a terminal shows it at once.
+        """
+        line = threading.Timer(after, self.say, [title])
         line.daemon = True
         line.start()
         latest = time.monotonic()
@@ -66,11 +72,6 @@ class Reporter:
             yield show
         finally:
             line.cancel()
-
-    @contextmanager
-    def importing(self, title: str) -> Iterator[ShowWork]:
-        """Show that libraries are imported; on a terminal alone."""
-        yield lambda state: None
 
     @contextmanager
     def evaluating(self, title: str) -> Iterator[ShowEvaluation]:
@@ -99,7 +100,7 @@ class Reporter:
                 line = f"  step {step}/{steps}  {describe(logs)}"
                 if begun[0] < step < steps:
                     left = (now - begun[1]) / (step - begun[0]) * (steps - step)
-                    line += f"  {duration(left)} left"
+                    line += f"  {duration(max(1, round(left)))} left"
                 self.say(line)
 
         self.say(f"Training: {steps} steps")
@@ -110,12 +111,10 @@ class TerminalReporter(Reporter):
     """Shows the progress of a run as bars."""
 
     @contextmanager
-    def working(self, title: str) -> Iterator[ShowWork]:
+    def working(self, title: str, after: float = _LONG) -> Iterator[ShowWork]:
         """Show work without a known end, until it has ended; yield a function of its state."""
         with self._console.status(Text(as_line(mask_text(title)))) as status:
             yield lambda state: status.update(Text(as_line(mask_text(f"{title}: {state}"))))
-
-    importing = working
 
     @contextmanager
     def evaluating(self, title: str) -> Iterator[ShowEvaluation]:
@@ -175,20 +174,13 @@ def make_reporter() -> Reporter:
     return TerminalReporter(console) if console.is_terminal else Reporter(console)
 
 
-def duration(seconds: float) -> str:
-    """Return a duration as h:mm:ss, without hours below one."""
-    hours, rest = divmod(round(seconds), 3600)
-    minutes, rest = divmod(rest, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
-
-
 def describe(logs: Mapping[str, Any]) -> str:
     """Return loss, speed and the share of layers won by each expert in one line."""
-    parts = [f"loss {logs['loss']:.3f}"] if "loss" in logs else []
+    parts = [f"loss {fixed(logs['loss'], 3)}"] if "loss" in logs else []
     if "eval_loss" in logs:
-        parts.append(f"validation {logs['eval_loss']:.3f}")
+        parts.append(f"validation {fixed(logs['eval_loss'], 3)}")
     if "tokens_per_second" in logs:
-        parts.append(f"{logs['tokens_per_second']:,.0f} tokens/s")
+        parts.append(f"{fixed(logs['tokens_per_second'], 0)} tokens/s")
     shares = [
         f"{name.removeprefix('won/')} {share:.0%}"
         for name, share in logs.items()

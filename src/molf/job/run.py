@@ -12,9 +12,9 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from molf.amounts import decimal_size
 from molf.data.records import data_files
 from molf.data.sources import places
-from molf.disk.room import megabytes
 from molf.errors import InputError
 from molf.job.evaluated_data import warn_of_equal_data
 from molf.job.inputs import Inputs
@@ -47,7 +47,6 @@ from molf.masking import learn
 from molf.measure import read_plain_text
 from molf.paths import check_inputs_outside
 from molf.ranks import Ranks, check_alone, launched_count, ranks
-from molf.shown import counted
 from molf.streams import ignoring_print_errors
 from molf.tasks import Task
 from molf.tasks.validation import set_aside
@@ -57,6 +56,7 @@ if TYPE_CHECKING:
     from molf.job.opening import Opening
 
 _LARGE = 10_000_000  # bytes of data that are announced
+_IMPORTING = 1.5  # seconds of imports, after which a log has a line about them
 _INPUTS = ("model", "data", "eval_data", "forgetting_data", "assignment")
 
 
@@ -83,19 +83,13 @@ def train(
         resolved = checked(settings, started)
         if resolved.resume:
             _check_resumed(resolved)
-        check_places(resolved)
         reporter = reporter or make_reporter()
-        _say_what_is_read(resolved, reporter)
-        task, forgetting_text = open_data(resolved, inputs)
+        task, forgetting_text = open_data(resolved, inputs, reporter)
+        import_libraries(reporter)
 
-        with reporter.importing("Loading torch, transformers and TRL"):
-            from molf.job.libraries import quiet_libraries
+        from molf.job.libraries import quiet_libraries
 
-            with quiet_libraries():
-                import molf.job.training  # noqa: F401
-
-        sources = [place for places in places_of(resolved).values() for place in places]
-        with quiet_libraries(), locking_runs(sources):
+        with quiet_libraries(), locking_runs(input_places(resolved)):
             result = _train(resolved, task, forgetting_text, reporter, inputs, started)
     return replace(result, print_error=str(errors[0])) if errors else result
 
@@ -123,13 +117,7 @@ def _train(
     from molf.job.training import Training, run_training
 
     # Open and check: nothing is written yet. Several processes are connected then.
-    count = counted(len(task.training_samples), "example")
-    with reporter.working(f"Loading {settings.model}, and tokenizing {count}") as show_state:
-
-        def show(done: int, total: int) -> None:
-            show_state(f"{done:,} of {total:,} tokenized")
-
-        opening = open_training(settings, task, inputs, show=show)
+    opening = open_training(settings, task, inputs, reporter)
     processes = ranks()
     on_main = processes.on_main
     output_dir = _agreed(opening, processes)
@@ -279,10 +267,9 @@ def dry_run(
     inputs = inputs or Inputs()
     with ignoring_print_errors():
         resolved = checked(settings, datetime.now().astimezone())
-        check_places(resolved)
         reporter = reporter or make_reporter()
-        _say_what_is_read(resolved, reporter)
-        task, _ = open_data(resolved, inputs)
+        task, _ = open_data(resolved, inputs, reporter)
+        import_libraries(reporter)
 
         from molf.job.libraries import quiet_libraries
 
@@ -321,12 +308,8 @@ def _check_resumed(settings: ResolvedSettings) -> None:
         raise FinishedError(f"{path} is complete: there is nothing to resume.")
 
 
-def check_places(settings: ResolvedSettings, ownership: Ownership = A_RUN) -> None:
+def _check_places(settings: ResolvedSettings, ownership: Ownership) -> None:
     """Check the paths of model and output.
-
-    Args:
-        settings: The settings.
-        ownership: The kind of directory that is written, and that `overwrite` replaces.
 
     Raises:
         InputError: The model is missing, or the output directory cannot be used.
@@ -344,7 +327,7 @@ def check_places(settings: ResolvedSettings, ownership: Ownership = A_RUN) -> No
         ownership=ownership,
     )
     check_fallback(settings.fallback_dir)
-    for name, sources in places_of(settings).items():
+    for name, sources in _places(settings).items():
         for source in sources:
             check_inputs_outside(settings.output_dir, {name: source})
     check_results(settings.output_dir.parent)
@@ -355,20 +338,51 @@ def _say_what_is_read(settings: ResolvedSettings, reporter: Reporter) -> None:
     if settings.data is not None:
         size = sum(path.stat().st_size for path in data_files(settings.data))
         if size > _LARGE:
-            reporter.say(f"Reading {settings.data} ({megabytes(size)})")
+            reporter.say(f"Reading {settings.data} ({decimal_size(size)})")
 
 
-def places_of(settings: ResolvedSettings) -> dict[str, list[str]]:
+def _places(settings: ResolvedSettings) -> dict[str, list[str]]:
     """Return the places of the inputs by option."""
     return {name: places(getattr(settings, name)) for name in _INPUTS}
 
 
-def open_data(settings: ResolvedSettings, inputs: Inputs) -> tuple[Task, str]:
-    """Return the task with its records, and the plain text that forgetting is measured on.
+def input_places(settings: ResolvedSettings) -> list[str]:
+    """Return the places of all inputs."""
+    return [place for places in _places(settings).values() for place in places]
+
+
+def import_libraries(reporter: Reporter) -> None:
+    """Import torch, transformers and TRL, and show that."""
+    # 5 CPU seconds. PEFT takes 0.1 of them, and 1 with bitsandbytes and torchao, which it imports.
+    # It cannot be left out for methods without an adapter: `transformers.trainer_utils` imports it
+    # wherever it is installed.
+    with reporter.working("Loading torch, transformers and TRL", after=_IMPORTING):
+        from molf.job.libraries import quiet_libraries
+
+        with quiet_libraries():
+            import molf.job.training  # noqa: F401
+
+
+def open_data(
+    settings: ResolvedSettings, inputs: Inputs, reporter: Reporter, ownership: Ownership = A_RUN
+) -> tuple[Task, str]:
+    """Check the paths of model and output, and read the data.
+
+    Args:
+        settings: The settings.
+        inputs: Returns the task.
+        reporter: Shows the progress.
+        ownership: The kind of directory that is written, and that `overwrite` replaces.
+
+    Returns:
+        The task with its records, and the plain text that forgetting is measured on.
 
     Raises:
-        InputError: The data is missing or invalid.
+        InputError: The model or the data is missing or invalid, or the output directory cannot be
+            used.
     """
+    _check_places(settings, ownership)
+    _say_what_is_read(settings, reporter)
     task = inputs.task(settings.task_options)
     if eval_strategy_of(settings) != "no":
         task = set_aside(task, settings.task_options)

@@ -39,16 +39,3 @@ class Device:
 
 # RTX 3090/4090, A100 40 GB, A100/H100 80 GB, H200.
 DEVICES = tuple(Device(gib) for gib in (24, 40, 80, 141))
-
-
-def show_bytes(size: float) -> str:
-    """Return a size in bytes as text, in GiB from 1 GiB on, else in MiB."""
-    return f"{size / GIB:,.2f} GiB" if size >= GIB else f"{size / 2**20:,.1f} MiB"
-
-
-def show_gigabytes(size: float) -> str:
-    """Return the bytes of a transfer as text, in GB of 10^9 bytes, or MB or kB if it is small."""
-    for unit, name in ((1e9, "GB"), (1e6, "MB")):
-        if size >= unit:
-            return f"{size / unit:,.3g} {name}"
-    return f"{size / 1e3:,.3g} kB"

@@ -6,10 +6,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from molf.amounts import binary_size
 from molf.core.config import MoLFConfig
 from molf.errors import InputError
 from molf.planning.advice import MOST_GPUS, Suggestion, suggestions
-from molf.planning.devices import DEVICES, Device, show_bytes
+from molf.planning.devices import DEVICES, Device
 from molf.planning.memory import MemoryPlan, Planner
 from molf.planning.model_shape import ModelShape
 from molf.planning.saving import Saving, SavingPlan, checkpoint_bytes
@@ -231,6 +232,6 @@ def _check_factors(shape: ModelShape, workload: Workload) -> None:
         ranks = ",".join(map(str, workload.config.ranks))
         raise InputError(
             f"Invalid ranks={ranks}: LoRA factors of {numbers:,} numbers take "
-            f"{show_bytes(needed)} with their moments, and {MOST_GPUS} GPUs of "
-            f"{DEVICES[-1].name} have {show_bytes(largest)}. Give smaller --ranks."
+            f"{binary_size(needed)} with their moments, and {MOST_GPUS} GPUs of "
+            f"{DEVICES[-1].name} have {binary_size(largest)}. Give smaller --ranks."
         )

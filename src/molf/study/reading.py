@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
+from molf.amounts import duration
 from molf.data.sources import OPTIONS, places
 from molf.data.stdin import STDIN
 from molf.errors import InputError
@@ -47,7 +48,6 @@ from molf.study.values import (
 _NAME = re.compile(r"[A-Za-z0-9][\w.+=-]{0,63}")
 FEWEST_SEEDS = 5  # of the second phase
 MOST_TRIALS = 20_000
-_YEAR = 365.25 * 86400
 _CONTROLS = ("control_of", "share_of")
 _STUDY = (
     *("study", "about", "output_dir", "storage", "cells", "methods", "axes", "choose", "report"),
@@ -313,19 +313,6 @@ def _check_size(study: Study) -> None:
             f"{duration(seconds)}. At most {MOST_TRIALS:,} are allowed. Try fewer rates or axes, "
             "or the samplers random and tpe with choose.trials."
         )
-
-
-def duration(seconds: float) -> str:
-    """Return a time as text, such as `3 h 20 min`."""
-    if seconds >= 2 * _YEAR:
-        return f"{seconds / _YEAR:,.0f} years"
-    minutes = round(seconds / 60)
-    days, hours = divmod(minutes // 60, 24)
-    if days >= 3:
-        return f"{days} days"
-    if days or hours:
-        return f"{24 * days + hours} h {minutes % 60} min"
-    return f"{minutes} min" if seconds >= 90 else f"{seconds:.0f} s"
 
 
 def _name(value: Any, where: str) -> str:

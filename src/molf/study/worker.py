@@ -9,11 +9,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from molf.amounts import duration
 from molf.study.definition import Study
 from molf.study.ledger import Ledger, Place, Snapshot
 from molf.study.place import definition_of, read_record
 from molf.study.plan import COMPLETE, Outcome, Plan, Planned, TrialMaker
-from molf.study.reading import duration
 from molf.study.storage import check_present
 from molf.study.trial import TrialRunner
 

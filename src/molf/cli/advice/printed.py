@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
+from molf.amounts import binary_size, duration
 from molf.console import PlainConsole, new_table
 from molf.job.advice.doubts import doubts
 from molf.job.advice.texts import (
@@ -21,7 +22,6 @@ from molf.job.advice.texts import (
     thin,
 )
 from molf.masking import mask
-from molf.planning.devices import show_bytes
 from molf.shown import TextTable, counted
 
 if TYPE_CHECKING:  # imports torch
@@ -56,8 +56,8 @@ def print_probe(result: Probe) -> None:
     """Print time, memory and the next command of a probe to standard output."""
     steps = counted(result.advice.steps, "decision")
     PlainConsole().lines(
-        f"time      {result.seconds:.1f} s for {steps} per layer",
-        f"memory    {show_bytes(result.peak_memory_bytes)} at most ({result.peak_memory_of})",
+        f"time      {duration(result.seconds)} for {steps} per layer",
+        f"memory    {binary_size(result.peak_memory_bytes)} at most ({result.peak_memory_of})",
         f"run       {result.directory}",
         f"next      molf train --method hybrid --assignment {shlex.quote(str(result.directory))}",
     )

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
+from molf.amounts import binary_size
 from molf.core.assignment.assigned import FULL, LORA
 from molf.job.advice.doubts import doubts
-from molf.planning.devices import show_bytes
 from molf.shown import TextTable, counted
 
 if TYPE_CHECKING:  # imports torch
@@ -145,7 +145,7 @@ def costs_table(costs: Costs) -> TextTable:
         (
             _NAMES[one.method],
             f"{one.trained:,}",
-            show_bytes(one.peak),
+            binary_size(one.peak),
             f"{one.peak / full.peak:.2f}",
             f"{one.operations / 1e6:,.4g} M/token",
             f"{one.operations / full.operations:.2f}",

@@ -13,7 +13,7 @@ from molf.job.inputs import Inputs
 from molf.job.progress import Reporter, make_reporter
 from molf.job.record.directory import RunDirectory, locking_runs
 from molf.job.record.ownership import A_RUN, Ownership
-from molf.job.run import check_places, checked, open_data, places_of
+from molf.job.run import checked, import_libraries, input_places, open_data
 from molf.job.settings.resolved import ResolvedSettings
 from molf.job.settings.settings import TrainSettings
 from molf.streams import ignoring_print_errors
@@ -51,7 +51,7 @@ class ShortTraining:
 
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # given for the first opening
-            return open_training(self._settings, self.task, self._inputs)
+            return open_training(self._settings, self.task, self._inputs, self.reporter)
 
 
 @contextmanager
@@ -86,19 +86,18 @@ def short_training(
             path = resolved.output_dir
             path = path.with_name(path.name.replace(f"-{settings.method}-", f"-{name}-", 1))
             resolved = replace(resolved, output_dir=path)
-        check_places(resolved, ownership)
-        task, _ = open_data(resolved, inputs)
+        reporter = reporter or make_reporter()
+        task, _ = open_data(resolved, inputs, reporter, ownership)
+        import_libraries(reporter)
 
         from molf.job.libraries import quiet_libraries
 
-        sources = [place for places in places_of(resolved).values() for place in places]
-        with quiet_libraries(), locking_runs(sources):
+        with quiet_libraries(), locking_runs(input_places(resolved)):
             from molf.job.failing import failing_in
             from molf.job.opening import open_training
             from molf.job.records import input_files
 
-            reporter = reporter or make_reporter()
-            opening = open_training(resolved, task, inputs)
+            opening = open_training(resolved, task, inputs, reporter)
             for note in opening.notes:
                 reporter.say(note)
             files = input_files(opening.settings, task)

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from molf.amounts import fixed
 from molf.job.model.saved_text import show_saved
 from molf.job.record.markdown import code, yaml_block
 from molf.job.settings.defaults import SUMMARIES
@@ -221,5 +222,5 @@ def show_metric(metric: Metric | None) -> str:
         return "-"
     # A metric of lm-evaluation-harness may have no standard error.
     if math.isnan(metric.low):
-        return f"{metric.value:.3f}"
-    return f"{metric.value:.3f} [{metric.low:.3f}, {metric.high:.3f}]"
+        return fixed(metric.value, 3)
+    return f"{fixed(metric.value, 3)} [{fixed(metric.low, 3)}, {fixed(metric.high, 3)}]"

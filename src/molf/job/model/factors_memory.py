@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 
+from molf.amounts import binary_size
 from molf.errors import InputError
 from molf.inputs import memory_bytes
 from molf.job.methods.base import find_adapted_layers
 from molf.job.settings.resolved import ResolvedSettings
 from molf.job.settings.sharding import shards
-from molf.planning.devices import show_bytes
 from molf.ranks import launched_count
 
 _NUMBER = 4  # bytes of a float32
@@ -47,8 +47,8 @@ def check_factors(skeleton: Any, settings: ResolvedSettings, device: torch.devic
         ranks = ",".join(map(str, config.ranks))
         raise InputError(
             f"Invalid ranks={ranks}: LoRA factors in {len(layers)} layers are {numbers:,} numbers "
-            f"and take {show_bytes(needed)} with their moments, and {device.type} has "
-            f"{show_bytes(there)}. Give smaller --ranks."
+            f"and take {binary_size(needed)} with their moments, and {device.type} has "
+            f"{binary_size(there)}. Give smaller --ranks."
         )
 
 

@@ -14,9 +14,10 @@ from safetensors.torch import save_file
 from transformers import GenerationConfig
 from transformers.utils import SAFE_WEIGHTS_NAME
 
+from molf.amounts import decimal_size
 from molf.core.model.quantised import quantisation_of
 from molf.disk.files import replacing_directory, scratch_directory, write_text
-from molf.disk.room import directory_bytes, free_bytes, is_disk_full, megabytes, require_room
+from molf.disk.room import directory_bytes, free_bytes, is_disk_full, require_room
 from molf.errors import InputError, reason_of
 from molf.job.model.card import adapter_card
 from molf.job.model.elsewhere import check_written, places, save_elsewhere
@@ -337,10 +338,10 @@ def _why_not_saved(path: Path, size: int, error: Exception) -> str:
     free = free_bytes(path)
     if free is None or free >= size:  # a quota, or other files were deleted meanwhile
         return (
-            f"the disk is full: the {path.name} ({megabytes(size)}) could not be saved to {path}"
-            f"{'' if free is None else f', though {megabytes(free)} are free now'}"
+            f"the disk is full: the {path.name} ({decimal_size(size)}) could not be saved to {path}"
+            f"{'' if free is None else f', though {decimal_size(free)} are free now'}"
         )
     return (
-        f"the disk is full: saving the {path.name} to {path} needs about {megabytes(size)}, "
-        f"{megabytes(free)} are free"
+        f"the disk is full: saving the {path.name} to {path} needs about {decimal_size(size)}, "
+        f"{decimal_size(free)} are free"
     )

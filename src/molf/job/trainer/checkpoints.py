@@ -12,10 +12,11 @@ from typing import Any
 from safetensors import SafetensorError
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from molf.amounts import decimal_size
 from molf.checkpoint.manifest import DamagedError, check_hashes
 from molf.checkpoint.store import complete_checkpoints
 from molf.checkpoint.writer import CheckpointError, CheckpointWriter, Snapshot, Totals
-from molf.disk.room import free_bytes, is_disk_full, megabytes
+from molf.disk.room import free_bytes, is_disk_full
 from molf.errors import reason_of
 from molf.job.model.room_needed import Needed
 from molf.job.record.directory import RunDirectory
@@ -158,8 +159,8 @@ class Checkpoints(TrainerCallback):
         if free is None or free >= self._one + self._at_the_end + _MARGIN:
             return None
         return (
-            f"it takes about {megabytes(self._one)}, the trained model will take "
-            f"{megabytes(self._at_the_end)}, and {megabytes(free)} are free"
+            f"it takes about {decimal_size(self._one)}, the trained model will take "
+            f"{decimal_size(self._at_the_end)}, and {decimal_size(free)} are free"
         )
 
     def finish(self) -> None:

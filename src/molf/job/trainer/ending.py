@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from molf.job.progress import duration
+from molf.amounts import duration
 from molf.job.trainer.callbacks import Clock
 from molf.ranks import ranks
 

@@ -6,11 +6,11 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
+from molf.amounts import duration
 from molf.measure.estimate_texts import number_text
 from molf.measure.meanings import meanings
 from molf.report.document import Part, shown_table
 from molf.study.choice import HARMS
-from molf.study.reading import duration
 from molf.study.report.assigned import ABOUT, TITLE, assigned_table, findings
 from molf.study.report.figures import figures_of
 from molf.study.report.records import Records

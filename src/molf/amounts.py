@@ -1,0 +1,45 @@
+"""Times, sizes and numbers as text. A small amount never reads as zero."""
+
+from __future__ import annotations
+
+_YEAR = 365.25 * 86400  # seconds
+
+
+def fixed(value: float, digits: int) -> str:
+    """Return a number with this many decimals, or with two significant digits if it is small."""
+    return f"{value:.2g}" if 0 < abs(value) < 10 ** (1 - digits) else f"{value:,.{digits}f}"
+
+
+def duration(seconds: float) -> str:
+    """Return a time as text, such as `0.25 s`, `33.2 s`, `4 min 10 s`, `3 h 20 min` or `4 days`."""
+    if seconds >= 2 * _YEAR:
+        return f"{seconds / _YEAR:,.0f} years"
+    if seconds < 59.95:
+        return f"{seconds:.3g} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 10:
+        return f"{minutes} min" + (f" {rest} s" if rest else "")
+    minutes = round(seconds / 60)
+    if minutes < 60:
+        return f"{minutes} min"
+    days, hours = divmod(minutes // 60, 24)
+    return f"{days} days" if days >= 3 else f"{24 * days + hours} h {minutes % 60} min"
+
+
+def decimal_size(size: float) -> str:
+    """Return a size in bytes as text in powers of 1000, such as `12.5 MB`: files, transfers."""
+    if size < 1e3:
+        return f"{size:,.0f} bytes"
+    if size < 1e5:
+        return f"{size / 1e3:,.0f} kB"
+    if size < 1e9:
+        return f"{size / 1e6:,.{1 if size < 1e7 else 0}f} MB"
+    return f"{size / 1e9:,.2f} GB"
+
+
+def binary_size(size: float) -> str:
+    """Return a size in bytes as text in powers of 1024, such as `1.25 GiB`: memory."""
+    for unit, digits, name in ((2**30, 2, "GiB"), (2**20, 1, "MiB"), (2**10, 1, "KiB")):
+        if size >= unit:
+            return f"{size / unit:,.{digits}f} {name}"
+    return f"{size:,.0f} bytes"
