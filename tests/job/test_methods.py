@@ -22,6 +22,7 @@ from molf.cli import main
 from molf.data.encoding import EncodedSamples
 from molf.errors import InputError
 from molf.job.methods import TrainingData, check, plan, prepare
+from molf.job.methods.eva import _batches
 from molf.job.methods.matching import matching_rank
 from molf.job.settings.defaults import ADAPTERS
 from molf.job.settings.resolved import resolve
@@ -381,6 +382,25 @@ def test_eva_records_what_it_trains(run_of):
     assert trained == sum(
         end.numel() for kind in TRAINED["eva"] for _, end in parts(run, kind).values()
     )
+
+
+def test_batches_of_eva(monkeypatch):
+    """Eight times the tokens that are needed, fewer where examples are long; a rest with enough."""
+    samples = training_data(count=60, tokens=8).samples  # 7 of them with loss
+
+    def sizes(needed, least_samples=1):
+        found = _batches(samples, least_tokens=needed, least_samples=least_samples, seed=0)
+        assert len({index for batch in found for index in batch}) == sum(map(len, found))
+        return [len(batch) for batch in found]
+
+    assert sizes(21) == [24, 24, 12]  # 168 tokens each, and a rest with 84
+    assert sizes(14) == [16, 16, 16, 12]
+    assert sizes(14, least_samples=25) == [25, 25]
+    assert sizes(140) == [60]
+    assert sizes(500) == [60]
+    monkeypatch.setattr("molf.job.methods.eva._MOST_POSITIONS", 80)
+    assert sizes(21) == [10] * 6
+    assert sizes(84) == [12] * 5
 
 
 def test_eva_gives_up_where_directions_never_settle(monkeypatch):

@@ -7,12 +7,14 @@ training data, on the tokens of the completions.
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Iterator
 from typing import Any, cast
 
 import torch
 from peft import EvaConfig, LoraConfig, initialize_lora_eva_weights
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset
 
@@ -21,6 +23,7 @@ from molf.errors import InputError
 from molf.job.methods.adapter import Adapter, AdapterPlan, lora_config
 from molf.job.methods.base import Prepared, TrainingData
 from molf.job.settings.resolved import ResolvedSettings
+from molf.measure.inference import inner_model
 
 # The authors' values, also PEFT's defaults. A layer's rank is at most rho times the mean.
 # Directions have converged when their cosine with those of the previous batch reaches tau.
@@ -28,6 +31,10 @@ RHO = 2.0
 TAU = 0.99
 
 _MOST_BATCHES = 1000
+# The directions of batches with few tokens differ by chance, and then settle late or never: a batch
+# has this many times the tokens that it needs, as long as it has few positions.
+_TIMES_NEEDED = 8
+_MOST_POSITIONS = 32_768  # tokens with prompts and padding
 _IGNORED = -100  # the label of a token without loss
 
 
@@ -99,12 +106,16 @@ class _Forward:
         self._batches += 1
         if self._batches > _MOST_BATCHES:
             raise RuntimeError(
-                f"EVA found no stable directions in {_MOST_BATCHES} batches: the inputs of some "
-                "layer vary in fewer directions than it looks for. Give lower --ranks."
+                f"EVA found no stable directions in {_MOST_BATCHES} batches: in the inputs of some "
+                "layer, directions have nearly the same variance. Give lower --ranks, a larger "
+                "--per_device_train_batch_size, or data with more completion tokens."
             )
-        return model(
-            input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False
-        )
+        given = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+        # Logits, the largest tensor, are not needed, unless the output layer has an adapter.
+        if not isinstance(model.get_output_embeddings(), BaseTunerLayer):
+            accepted = inspect.signature(inner_model(model).forward).parameters
+            given |= {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
+        return model(**given, use_cache=False)
 
 
 def _tokens_needed(rank: int) -> int:
@@ -120,19 +131,26 @@ def _learned_tokens(labels: list[int]) -> int:
 def _batches(
     samples: EncodedSamples, *, least_tokens: int, least_samples: int, seed: int
 ) -> list[list[int]]:
-    """Return shuffled indices in batches with enough tokens; an incomplete last one is dropped."""
+    """Return shuffled indices in batches with enough tokens; a last one with too few is dropped.
+
+    A batch has `_TIMES_NEEDED` the least tokens, or fewer at `_MOST_POSITIONS`.
+    """
     order = torch.randperm(
         len(samples.labels), generator=torch.Generator().manual_seed(seed)
     ).tolist()
     batches: list[list[int]] = []
     batch: list[int] = []
-    tokens = 0
+    tokens = longest = 0
     for index in order:
         batch.append(index)
         tokens += _learned_tokens(samples.labels[index])
-        if tokens >= least_tokens and len(batch) >= least_samples:
+        longest = max(longest, len(samples.labels[index]))
+        is_large = tokens >= _TIMES_NEEDED * least_tokens or len(batch) * longest >= _MOST_POSITIONS
+        if is_large and tokens >= least_tokens and len(batch) >= least_samples:
             batches.append(batch)
-            batch, tokens = [], 0
+            batch, tokens, longest = [], 0, 0
+    if tokens >= least_tokens and len(batch) >= least_samples:
+        batches.append(batch)
     return batches or [batch]
 
 
