@@ -84,8 +84,12 @@ def test_models_that_mix_examples_are_refused(name, dtype):
 
 
 def test_reason_of_a_model_that_fails():
-    """Without its kernels, linear attention cannot separate examples."""
-    with pytest.raises(InputError, match=r"Qwen3NextForCausalLM fails on .*conv1d"):
+    """Without its kernels, linear attention cannot separate examples.
+
+    transformers 5.13 mixes them, later releases refuse.
+    """
+    words = r"Qwen3NextForCausalLM(, joined examples change each other's loss| fails on .*conv1d)"
+    with pytest.raises(InputError, match=words):
         check_joined("tiny", make("Qwen3Next"), 1, 64)
 
 
