@@ -39,12 +39,13 @@ docs: .venv/.docs  ## The documentation site, in site/: a warning or a broken li
 	$(BIN)/python -m sphinx --quiet --fail-on-warning --keep-going --fresh-env -d build/doctrees docs site
 	$(BIN)/python scripts/check_site.py site
 
-package: .venv/.package  ## Wheel and sdist in dist/, checked as PyPI and pip take them; the Dockerfile
+package: .venv/.package  ## Wheel and sdist in dist/, checked as PyPI and pip take them; Dockerfile, workflows
 	rm -rf dist build/lib build/bdist.*
 	$(BIN)/python -m build --no-isolation
 	$(BIN)/python -m twine check --strict dist/*
 	$(BIN)/check-wheel-contents dist/*.whl
 	$(BIN)/hadolint Dockerfile
+	$(BIN)/zizmor --offline --no-progress --strict-collection --config .github/zizmor.yml .github/workflows
 
 faults: $(READY)  ## Plant faults in the optimizer; every one must make a test fail
 	$(BIN)/python scripts/planted_faults.py
