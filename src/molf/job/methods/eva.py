@@ -110,11 +110,15 @@ class _Forward:
                 "layer, directions have nearly the same variance. Give lower --ranks, a larger "
                 "--per_device_train_batch_size, or data with more completion tokens."
             )
-        given = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+        given: dict[str, Any] = {
+            "input_ids": inputs["input_ids"],
+            "attention_mask": inputs["attention_mask"],
+        }
         # Logits, the largest tensor, are not needed, unless the output layer has an adapter.
         if not isinstance(model.get_output_embeddings(), BaseTunerLayer):
             accepted = inspect.signature(inner_model(model).forward).parameters
-            given |= {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
+            if "logits_to_keep" in accepted:
+                given["logits_to_keep"] = 1
         return model(**given, use_cache=False)
 
 
