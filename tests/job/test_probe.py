@@ -67,6 +67,16 @@ def test_small_memory(probed):
     assert all(weight.grad is None for weight in weights)
 
 
+def test_rank_above_a_layers_side_is_refused_before_the_steps(given, tmp_path, capsys):
+    """A training only warns; the assignment by it could not be made after all steps."""
+    path = tmp_path / "probe"
+    assert main(["probe", *given, "--ranks", "64", "--output_dir", str(path)]) == 2
+    error = capsys.readouterr().err
+    assert "Invalid ranks=4,64 of a probe: 64 exceeds the smaller side of" in error
+    assert "Give --ranks up to 16," in error
+    assert not path.exists()
+
+
 def test_advice_of_a_probe(probed, tmp_path, capsys):
     """Advice on the probe is the probe's own, and plans trainings with usual storage."""
     path, _ = probed
