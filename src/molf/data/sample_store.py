@@ -72,7 +72,7 @@ class _Content:
             return
         try:
             if self._file is None:
-                self._file = tempfile.TemporaryFile(prefix="molf-samples-")
+                self._file = tempfile.TemporaryFile(prefix="molf-samples-")  # noqa: SIM115
             self._file.seek(self._written)
             self._file.write(self._last)
             self._file.flush()

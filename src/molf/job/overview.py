@@ -5,6 +5,7 @@ from __future__ import annotations
 from statistics import median
 
 from molf.amounts import decimal_size, duration
+from molf.data.rows import lengths_of
 from molf.job.opening import Opening
 from molf.job.settings.batches import GROUP_BY_LENGTH
 from molf.job.settings.defaults import ADAPTERS
@@ -63,7 +64,7 @@ def _device(opening: Opening) -> str:
 
 def _data(opening: Opening, task: Task) -> str:
     samples = opening.data.samples
-    lengths = [len(row) for row in samples.tokenized]
+    lengths = lengths_of(samples.tokenized)
     count = len(samples.input_ids)
     name = task.description().get("format")
     named = f" ({name})" if name else ""

@@ -6,6 +6,7 @@ functions of other files.
 
 from __future__ import annotations
 
+import os
 from contextlib import suppress
 from dataclasses import replace
 from datetime import datetime
@@ -45,7 +46,7 @@ from molf.job.settings.sharding import check_launcher, shards
 from molf.job.settings.training_arguments import check_trackers, check_training_args
 from molf.masking import learn
 from molf.measure import read_plain_text
-from molf.paths import check_inputs_outside
+from molf.paths import check_inputs_outside, is_within
 from molf.ranks import Ranks, check_alone, launched_count, ranks
 from molf.streams import ignoring_print_errors
 from molf.tasks import Task
@@ -327,6 +328,7 @@ def _check_places(settings: ResolvedSettings, ownership: Ownership) -> None:
         ownership=ownership,
     )
     check_fallback(settings.fallback_dir)
+    _check_token_cache(settings)
     for name, sources in _places(settings).items():
         for source in sources:
             check_inputs_outside(settings.output_dir, {name: source})
@@ -339,6 +341,19 @@ def _say_what_is_read(settings: ResolvedSettings, reporter: Reporter) -> None:
         size = sum(path.stat().st_size for path in data_files(settings.data))
         if size > _LARGE:
             reporter.say(f"Reading {settings.data} ({decimal_size(size)})")
+
+
+def _check_token_cache(settings: ResolvedSettings) -> None:
+    folder = settings.token_cache
+    if folder is None:
+        return
+    if os.path.lexists(folder) and not folder.is_dir():
+        raise InputError(f"token_cache {folder} is not a directory. Give one, or a new name.")
+    if is_within(folder, settings.output_dir):
+        raise InputError(
+            f"token_cache {folder} lies in output_dir {settings.output_dir}, which --overwrite "
+            "would delete. Give a folder beside it."
+        )
 
 
 def _places(settings: ResolvedSettings) -> dict[str, list[str]]:

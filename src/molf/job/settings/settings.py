@@ -102,6 +102,13 @@ class TrainSettings:
     split_special_tokens: Annotated[bool, Parameter(group=DATA)] = False
     """Treat control tokens in the records' texts (such as </s>) as plain text."""
 
+    dataset_num_proc: Annotated[int | None, Parameter(group=DATA, show_default="1"), POSITIVE] = (
+        None
+    )
+    """Processes that tokenize the examples, where the steps need most of them."""
+    token_cache: Annotated[Path | None, Parameter(group=DATA, show_default="none")] = None
+    """Folder that keeps the tokens of all examples for later runs with the same data and model."""
+
     model: Annotated[str | None, Parameter(group=MODEL)] = None
     """A local directory in transformers format, or a Hub id. Demo tasks have their own."""
     gradient_checkpointing: Annotated[bool, Parameter(group=MODEL)] = False
