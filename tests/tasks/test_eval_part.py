@@ -8,6 +8,7 @@ from molf.errors import InputError
 from molf.tasks import TaskOptions, load_task
 from molf.tasks.med import with_wrong_answers
 from molf.tasks.med_questions import MedQuestion
+from molf.tasks.validation import records_with_part, set_aside
 from molf.world import (
     build_world,
     counterfact_records,
@@ -168,6 +169,28 @@ def test_demonstrations_are_not_from_the_part(folder):
     task = load("med", data, eval_part="validation", few_shot=30)
     questions = [task._data.evaluation.questions[i] for i in measures(task)]
     assert not any(q.prompt in sample.prompt for q in questions for sample in task.training_samples)
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.5])
+def test_demonstrations_are_not_from_a_part_that_is_set_aside(folder, noise):
+    options = {"few_shot": 12, "validation_share": 0.3, "label_noise": noise}
+    whole = load("med", folder("med"), **options)
+    given = TaskOptions(name="med", data=str(folder("med")), **options)
+    task = set_aside(whole, given)
+    asked = [sample.prompt.split("\n\n")[-1] for sample in task.validation_samples]
+    samples = [*task.training_samples, *task.validation_samples, *task.evaluated_samples(99)]
+    assert asked
+    for sample in samples:
+        *shown, last = sample.prompt.split("\n\n")
+        assert len(shown) == 12
+        assert not any(block.startswith(question) for question in asked for block in shown)
+    records = records_with_part(whole, given)
+    assert [records.samples[index] for index in records.trained_on] == task.training_samples
+    # Without the option, some of them would have been shown.
+    assert any(question in x.prompt for question in asked for x in whole.training_samples[:1])
+    with pytest.raises(InputError, match=r"few_shot=\d+ needs as many .* of a validation part"):
+        many = {**options, "few_shot": len(whole.training_samples) - 1}
+        set_aside(load("med", folder("med"), **many), given)
 
 
 def test_demo_sql_validates_on_other_pairs_of_table_and_form():

@@ -5,8 +5,8 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Generic
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Self
 
 from molf.data.samples import PromptCompletion, Sample
 from molf.errors import InputError
@@ -85,9 +85,37 @@ class QuestionTask(Task, Generic[Q]):
         samples: list[Sample] = [
             self._sample(question, index) for index, question in data.training.items()
         ]
-        for index in data.evaluated if options.few_shot else ():
-            self._demonstrations.before(self._question(index))  # raises before a model is loaded
+        self._check_demonstrations()
         super().__init__(options.name, samples, data.source)
+
+    def _check_demonstrations(self) -> None:
+        """Raise the error of too few demonstrations before a model is loaded."""
+        for index in self._data.evaluated if self._few_shot else ():
+            self._demonstrations.before(self._question(index))
+
+    def with_part(self, rest: Sequence[int], part: Sequence[int], measured: Sequence[int]) -> Self:
+        """Return the task with a part set aside, which no demonstration is of.
+
+        Raises:
+            InputError: There are too few other training records for the demonstrations.
+        """
+        found = super().with_part(rest, part, measured)
+        if not self._few_shot:
+            return found
+        indices = list(self._data.training)
+        # By prompts, because the answer of a training record may be a wrong one (`label_noise`).
+        apart = {self._data.training[indices[position]].prompt for position in part}
+        pool = [question for question in self._data.pool if question.prompt not in apart]
+        found._data = replace(self._data, pool=pool)
+        found._demonstrations = Demonstrations(pool, self._few_shot, self._seed)
+        found._check_demonstrations()
+
+        def samples(positions: Sequence[int]) -> list[Sample]:
+            chosen = [indices[position] for position in positions]
+            return [found._sample(self._data.training[index], index) for index in chosen]
+
+        found.training_samples, found.validation_samples = samples(rest), samples(measured)
+        return found
 
     @property
     def evaluation_count(self) -> int:

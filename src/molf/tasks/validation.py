@@ -6,11 +6,9 @@ data and `validation_share` alone, not on the seed of a run.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Collection, Hashable, Sequence
 from dataclasses import replace
 
-from molf.data.sample_store import ChosenSamples
 from molf.data.selection import draw, validation_part
 from molf.errors import InputError
 from molf.tasks.base import DataRecords, Task
@@ -92,11 +90,7 @@ def set_aside(task: Task, options: TaskOptions) -> Task:
             f"(validation_share {options.part_share:g}). Give more records, or another "
             "validation_share."
         )
-    found = copy.copy(task)
-    found.training_samples = ChosenSamples(samples, rest)  # a list would hold all as objects
-    kept = draw(part, options.max_eval_samples, options.seed)
-    found.validation_samples = [samples[index] for index in kept]
-    return found
+    return task.with_part(rest, part, draw(part, options.max_eval_samples, options.seed))
 
 
 def records_with_part(task: Task, options: TaskOptions) -> DataRecords:
@@ -105,8 +99,9 @@ def records_with_part(task: Task, options: TaskOptions) -> DataRecords:
     Raises:
         InputError: As `set_aside`.
     """
-    data = task.data_records()
-    rest = {sample.record for sample in set_aside(task, options).training_samples}
+    found = set_aside(task, options)
+    data = found.data_records()
+    rest = {sample.record for sample in found.training_samples}
     return replace(
         data,
         trained_on=[index for index in data.trained_on if index in rest],
