@@ -77,14 +77,14 @@ def test_errors_of_the_processes_are_those_of_one(samples):
         encode_in_processes(chat_tokenizer(), samples, 2, 2, lambda done, total: None)
     tokenizer = chat_tokenizer()
     tokenizer.chat_template = "{{ raise_exception('no') }}"
-    with pytest.raises(InputError, match="Record .*the tokenizer's chat template refuses"):
+    with pytest.raises(InputError, match=r"Record .*the tokenizer's chat template refuses"):
         encode_in_processes(tokenizer, samples, 99, 2, lambda done, total: None)
 
 
 def test_a_killed_process_is_one_clear_line(samples, monkeypatch):
     # The forked processes have this function.
     monkeypatch.setattr(processes, "encode_part", lambda *given: os._exit(9))
-    with pytest.raises(InputError, match="was killed.*smaller --dataset_num_proc"):
+    with pytest.raises(InputError, match=r"was killed.*smaller --dataset_num_proc"):
         encode_in_processes(chat_tokenizer(), samples, 99, 2, lambda done, total: None)
 
 

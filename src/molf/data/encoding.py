@@ -150,7 +150,22 @@ def encode_samples(
     """Encode samples for training: `tokenize_samples`, then `encode_tokenized`.
 
     `show` is called with the number of encoded samples, and that of all.
+
+    Warns:
+        UserWarning: Samples differ from their records, such as turns that carry no loss.
     """
+    encoded = encode_quietly(tokenizer, samples, max_length, show)
+    warn_of_faults(encoded)
+    return encoded
+
+
+def encode_quietly(
+    tokenizer: Any,
+    samples: Sequence[Sample],
+    max_length: int,
+    show: Show = lambda done, total: None,
+) -> EncodedSamples:
+    """Encode samples as `encode_samples` does, without its warning."""
 
     def parts() -> Iterator[EncodedSamples]:
         for start in range(0, len(samples), PART):

@@ -65,14 +65,8 @@ def _split(
     """Split indices into the rest and a drawn share of their contents."""
     import numpy as np
 
-    # Of each content a hash of 16 bytes: the contents themselves may be as large as the data.
-    keys = bytearray()
-    for index in indices:
-        text = repr(content(index)).encode(errors="surrogatepass")
-        keys += hashlib.blake2b(text, digest_size=16).digest()
-    _, first, group = np.unique(
-        np.frombuffer(keys, dtype="S16"), return_index=True, return_inverse=True
-    )
+    keys = np.frombuffer(b"".join(content_key(content(index)) for index in indices), "S16")
+    _, first, group = np.unique(keys, return_index=True, return_inverse=True)
     firsts = sorted(first.tolist())
     drawn = draw(firsts, min(max(1, round(len(firsts) * share)), most), seed)
     held_out = np.isin(group, group[drawn])
@@ -80,6 +74,12 @@ def _split(
         [index for index, held in zip(indices, held_out, strict=True) if not held],
         [index for index, held in zip(indices, held_out, strict=True) if held],
     )
+
+
+def content_key(content: Hashable) -> bytes:
+    """Return a hash of 16 bytes of a content, because many contents are as large as the data."""
+    text = repr(content).encode(errors="surrogatepass")
+    return hashlib.blake2b(text, digest_size=16).digest()
 
 
 def weighted(

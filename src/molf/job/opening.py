@@ -14,7 +14,7 @@ from trl import SFTConfig
 
 from molf.core.model.linear_layers import matching_linears
 from molf.core.model.quantised import Quantisation
-from molf.data.encoding import PART, EncodedSamples, Show, encode_samples, warn_of_faults
+from molf.data.encoding import PART, EncodedSamples, Show, encode_quietly, warn_of_faults
 from molf.data.on_demand import PROBED, OnDemand
 from molf.data.packing import pack
 from molf.data.rows import largest_of, lengths_of
@@ -142,7 +142,7 @@ def _open(
     max_length = length_limit(base.model, settings.max_length)
     encoded = _encode(base.tokenizer, samples, max_length, settings, cache, show)
     aside = task.validation_samples
-    validation = encode_samples(base.tokenizer, aside, max_length) if aside else None
+    validation = encode_quietly(base.tokenizer, aside, max_length) if aside else None
     for one in filter(None, (encoded, validation)):
         warn_of_faults(one)
         _check_ids(base, one, settings.model)
@@ -233,7 +233,7 @@ def _encode(
     def encode() -> EncodedSamples:
         count = settings.dataset_num_proc or 1
         if count == 1 or len(samples) <= PART:
-            return encode_samples(tokenizer, samples, max_length, show)
+            return encode_quietly(tokenizer, samples, max_length, show)
         return encode_in_processes(tokenizer, samples, max_length, count, show)
 
     if cache is None:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from molf.amounts import decimal_size
 from molf.data.records import data_files
+from molf.data.sources import OPTIONS as SOURCES
 from molf.data.sources import places
 from molf.errors import InputError
 from molf.job.evaluated_data import warn_of_equal_data
@@ -50,7 +51,7 @@ from molf.paths import check_inputs_outside, is_within
 from molf.ranks import Ranks, check_alone, launched_count, ranks
 from molf.streams import ignoring_print_errors
 from molf.tasks import Task
-from molf.tasks.validation import set_aside
+from molf.tasks.validation import with_validation
 
 if TYPE_CHECKING:
     from molf.job.dry_run import DryRun
@@ -58,7 +59,7 @@ if TYPE_CHECKING:
 
 _LARGE = 10_000_000  # bytes of data that are announced
 _IMPORTING = 1.5  # seconds of imports, after which a log has a line about them
-_INPUTS = ("model", "data", "eval_data", "forgetting_data", "assignment")
+_INPUTS = ("model", *SOURCES, "forgetting_data", "assignment")
 
 
 def train(
@@ -400,7 +401,7 @@ def open_data(
     _say_what_is_read(settings, reporter)
     task = inputs.task(settings.task_options)
     if eval_strategy_of(settings) != "no":
-        task = set_aside(task, settings.task_options)
+        task = with_validation(task, settings.task_options, inputs.task)
     warn_of_equal_data(settings)
     if settings.forgetting_data is None:
         return task, task.default_forgetting_text()

@@ -11,6 +11,7 @@ from typing import Any
 
 from molf.core.assignment.assignment import Assignment
 from molf.core.config import MoLFConfig
+from molf.data.sources import OPTIONS as SOURCES
 from molf.data.sources import absolute_sources
 from molf.errors import InputError
 from molf.job.settings.defaults import ADAPTERS, MERGE_BASES, QUANTISABLE, STORAGE, defaults_for
@@ -184,7 +185,7 @@ def resolve(settings: TrainSettings, now: datetime) -> ResolvedSettings:
     for name in ("model", "forgetting_data", "assignment"):
         if values.get(name) is not None:
             values[name] = absolute(values[name])
-    for name in ("data", "eval_data"):
+    for name in SOURCES:
         if values.get(name) is not None:
             values[name] = absolute_sources(values[name])
     return ResolvedSettings(**values)
