@@ -173,8 +173,8 @@ def shown(capsys):
     return read
 
 
-@pytest.mark.parametrize("further", [(), ("--packing",)])
-def test_kept_tokens_give_the_same_bits(trained, tmp_path, monkeypatch, shown, further):
+@pytest.mark.parametrize("further", [(), pytest.param(("--packing",), marks=pytest.mark.slow)])
+def test_kept_tokens_give_the_same_bits(trained, data, tmp_path, monkeypatch, shown, further):
     whole = trained("whole", *further)
     cache = ["--token_cache", str(tmp_path / "tokens"), *further]
     monkeypatch.setattr(opening, "PART", 5)
@@ -193,9 +193,9 @@ def test_kept_tokens_give_the_same_bits(trained, tmp_path, monkeypatch, shown, f
     assert main(["train", "--output_dir", str(read), "--resume", "--dataset_num_proc", "3"]) == 0
     assert "is complete: there is nothing to resume" in shown("molf: ")
     monkeypatch.undo()
-    others = trained("others", *cache, "--max_length", "50")  # not those of the file
+    data.write_text(data.read_text().replace("39 is", "39 was"))
+    trained("others", *cache)
     assert len(list((tmp_path / "tokens").iterdir())) == 2
-    assert (others / "model/model.safetensors").is_file()
 
 
 @pytest.mark.parametrize(

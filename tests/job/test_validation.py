@@ -143,10 +143,10 @@ def test_validation_data_is_measured_and_all_records_are_trained(
     given = [*EVALUATED, "--validation_data", str(own)]
     assert main(command(tmp_path / "run", *given)) == 0
     shown = capsys.readouterr().err
-    assert "40 of 41 records are also trained on, or measured before and after" in shown
+    assert "39 of 41 records are also trained on, or measured before and after" in shown
     assert "data     36 examples of custom" in shown
     assert (
-        "eval     loss every 2 steps on 1 record of validation_data; the records for evaluation "
+        "eval     loss every 2 steps on 2 records of validation_data; the records for evaluation "
         "only before and after the training\n"
     ) in shown
     assert list(losses(tmp_path / "run")) == [2, 4, 6]
