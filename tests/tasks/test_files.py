@@ -102,7 +102,7 @@ def test_a_wrong_file_is_one_clear_line(tmp_path, name, content, message):
 
 def test_a_lacking_field_is_named_with_its_record():
     with pytest.raises(InputError, match=r"data.jsonl, record 1: lacks the field 'b' .*has: a\)"):
-        check_fields([{"a": 1, "b": 2}, {"a": 1, "b": None}], ("a", "b"), "data.jsonl")
+        check_fields({"a": 1, "b": None}, ("a", "b"), "data.jsonl, record 1")
 
 
 @pytest.mark.parametrize(

@@ -82,20 +82,18 @@ def _records(path: Path, suffix: str, shown: str) -> Iterator[Record]:
         yield from json_records(opened, shown)
 
 
-def check_fields(records: Iterable[Record], fields: Iterable[str], source: str) -> None:
-    """Require fields in every record; null counts as absent, as in Parquet and CSV.
+def check_fields(record: Record, fields: Iterable[str], where: str) -> None:
+    """Require fields in a record; null counts as absent, as in Parquet and CSV.
 
     Raises:
-        InputError: A record lacks a field.
+        InputError: The record, named by `where`, lacks a field.
     """
-    needed = tuple(fields)
-    for index, record in enumerate(records):
-        for name in needed:
-            if record.get(name) is None:
-                raise InputError(
-                    f"{source}, record {index}: lacks the field {name!r} "
-                    f"(it has: {', '.join(present_fields(record)) or 'none'})."
-                )
+    for name in fields:
+        if record.get(name) is None:
+            raise InputError(
+                f"{where}: lacks the field {name!r} "
+                f"(it has: {', '.join(present_fields(record)) or 'none'})."
+            )
 
 
 def present_fields(record: Record) -> list[str]:

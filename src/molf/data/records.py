@@ -89,6 +89,16 @@ class Part:
     weight: float = 1.0
 
 
+class _Joined(Iterable[Record]):
+    """The records of several parts."""
+
+    def __init__(self, parts: Iterable[Part]) -> None:
+        self._parts = list(parts)
+
+    def __iter__(self) -> Iterator[Record]:
+        return itertools.chain.from_iterable(part.records for part in self._parts)
+
+
 def read_records(
     source: str | Path, fields: Collection[str] = (), *, option: str = "data"
 ) -> list[Record]:
@@ -117,17 +127,28 @@ def read_splits(
         InputError: The source does not exist, cannot be reached or read, has an invalid record, or
             a weight.
     """
-    splits = {}
+    splits = {name: list(part) for name, part in split_records(source, option=option).items()}
+    for split, records in splits.items():
+        where = str(source) if len(splits) == 1 else f"{source} ({split})"
+        for index, record in enumerate(records):
+            check_fields(record, fields, f"{where}, record {index}")
+    return splits
+
+
+def split_records(source: str | Path, *, option: str = "data") -> dict[str, Iterable[Record]]:
+    """Find records by split, which are read in each iteration over them.
+
+    The arguments, order and errors are those of `read_splits`; an invalid record raises where it is
+    read.
+    """
+    splits: dict[str, Iterable[Record]] = {}
     for split, parts in read_parts(source, option=option).items():
         if weighted := next((part for part in parts if part.weight != 1), None):
             raise InputError(
                 f"{option}: {weighted.place} has the weight {weighted.weight:g}. Weights are for "
                 "the training data of task custom."
             )
-        splits[split] = list(itertools.chain.from_iterable(part.records for part in parts))
-    for split, records in splits.items():
-        where = str(source) if len(splits) == 1 else f"{source} ({split})"
-        check_fields(records, fields, where)
+        splits[split] = _Joined(parts)
     return splits
 
 
