@@ -1,6 +1,7 @@
 """Tokens of all examples: made by several processes, and kept for later runs."""
 
 import json
+import multiprocessing
 import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -79,6 +80,19 @@ def test_errors_of_the_processes_are_those_of_one(samples):
     tokenizer.chat_template = "{{ raise_exception('no') }}"
     with pytest.raises(InputError, match=r"Record .*the tokenizer's chat template refuses"):
         encode_in_processes(tokenizer, samples, 99, 2, lambda done, total: None)
+
+
+def test_an_interrupt_ends_the_processes(samples, monkeypatch):
+    # Parts that no process would finish.
+    monkeypatch.setattr(processes, "encode_part", lambda *given: threading.Event().wait())
+
+    def interrupted(*given):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(processes, "joined", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        encode_in_processes(chat_tokenizer(), samples, 99, 2, lambda done, total: None)
+    assert not multiprocessing.active_children()
 
 
 def test_a_killed_process_is_one_clear_line(samples, monkeypatch):

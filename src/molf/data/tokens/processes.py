@@ -20,6 +20,7 @@ from molf.errors import InputError
 
 # macOS has forks, but some of its libraries do not work after one.
 _START = "fork" if sys.platform == "linux" else "spawn"
+_PAUSE = 0.2  # seconds
 _PARALLEL = "TOKENIZERS_PARALLELISM"  # read by the tokenizers library
 
 
@@ -39,14 +40,16 @@ def encode_in_processes(
         InputError: As in `encode_samples`, or a process was killed.
     """
     starts = range(0, len(samples), PART)
+    context = get_context(_START)
+    ended = context.Event()
     with _serial_tokenizers(), warnings.catch_warnings():
         # Python 3.12 warns of forks beside threads. The processes use no lock of another thread.
         warnings.filterwarnings("ignore", message=".*fork", category=DeprecationWarning)
         pool = ProcessPoolExecutor(
             min(processes, len(starts)),
-            get_context(_START),
+            context,
             initializer=_begin,
-            initargs=(tokenizer, samples, max_length),
+            initargs=(tokenizer, samples, max_length, ended),
         )
         try:
             return joined(_shown(pool.map(_encode, starts), len(samples), show), max_length)
@@ -55,6 +58,9 @@ def encode_in_processes(
                 "A process that tokenizes was killed; a common reason is too little memory. Give a "
                 "smaller --dataset_num_proc."
             ) from error
+        except BaseException:  # an interrupt does not wait for the parts in work
+            ended.set()
+            raise
         finally:
             pool.shutdown(cancel_futures=True)
 
@@ -85,18 +91,19 @@ def _serial_tokenizers() -> Iterator[None]:
 _given: tuple[Any, Sequence[Sample], int] | None = None
 
 
-def _begin(tokenizer: Any, samples: Sequence[Sample], max_length: int) -> None:
+def _begin(tokenizer: Any, samples: Sequence[Sample], max_length: int, ended: Any) -> None:
     global _given
     _given = tokenizer, samples, max_length
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # sent to the parent as well, which ends this one
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    threading.Thread(target=_end_with_parent, args=(ended,), daemon=True).start()
 
 
-def _end_with_parent() -> None:
-    """End this process if the parent is killed, which cannot end it then."""
+def _end_with_parent(ended: Any) -> None:
+    """End this process if the parent has an error, or is killed and cannot end it."""
     parent = parent_process()
     assert parent is not None
-    connection.wait([parent.sentinel])
+    while not ended.is_set() and not connection.wait([parent.sentinel], _PAUSE):
+        pass
     os._exit(1)
 
 
