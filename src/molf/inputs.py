@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import os
 import stat
 from collections.abc import Iterable
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any, BinaryIO
 
 from molf.errors import InputError, system_reason
 from molf.extras import how_to_install
@@ -96,16 +98,22 @@ def read_text(path: str | Path, shown: str, *, most: int | None = None) -> str:
     return as_text(content, shown)
 
 
-def as_text(content: bytes, shown: str) -> str:
-    """Decode UTF-8, with or without a byte order mark.
+def as_text(content: bytes, shown: str, start: int = 0) -> str:
+    """Decode UTF-8; at the start of a file, with or without a byte order mark.
+
+    Args:
+        content: The file, or a part that begins and ends with whole characters.
+        shown: The file's name in the message.
+        start: Place of the part in the file, in bytes.
 
     Raises:
         InputError: It is not UTF-8.
     """
     try:
-        return content.decode("utf-8-sig")  # spreadsheets and Windows editors add a BOM
+        # Spreadsheets and Windows editors add a BOM.
+        return content.decode("utf-8" if start else "utf-8-sig")
     except UnicodeDecodeError as error:
-        raise InputError(f"{shown} is not UTF-8 text (byte {error.start}).") from error
+        raise InputError(f"{shown} is not UTF-8 text (byte {start + error.start}).") from error
 
 
 def read_input(path: str | Path, shown: str, *, most: int | None = None) -> bytes:
@@ -122,23 +130,61 @@ def read_input(path: str | Path, shown: str, *, most: int | None = None) -> byte
     Raises:
         InputError: It is no ordinary file, cannot be read, or is larger than the memory.
     """
+    with open_input(path, shown) as file:
+        if most is None:
+            _check_size(os.fstat(file.fileno()).st_size, shown)
+        return file.read(-1 if most is None else most + 1)
+
+
+def open_input(path: str | Path, shown: str) -> BinaryIO:
+    """Open a file that the user named.
+
+    Args:
+        path: The file.
+        shown: Its name in messages, such as `config a.yaml`.
+
+    Returns:
+        The file, whose reads raise `InputError` as well.
+
+    Raises:
+        InputError: It is no ordinary file, or cannot be read.
+    """
     check_ordinary(path, shown)
     try:
         # O_NONBLOCK: the file may have been replaced by a pipe since the check, and opening a pipe
         # would wait for a writer.
         descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | _BINARY)
-        with open(descriptor, "rb") as file:
-            found = os.fstat(descriptor)
-            if not stat.S_ISREG(found.st_mode):
-                raise InputError(f"{shown} is no ordinary file any more.")
-            if most is not None:
-                return file.read(most + 1)
-            _check_size(found.st_size, shown)
-            return file.read()
-    except InputError:
-        raise
     except (OSError, ValueError) as error:  # a null byte
-        raise InputError(f"{shown} cannot be read: {system_reason(error)}.") from error
+        raise _unreadable(shown, error) from error
+    file = _InputFile(descriptor, shown)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        file.close()
+        raise InputError(f"{shown} is no ordinary file any more.")
+    return io.BufferedReader(file)
+
+
+class _InputFile(io.FileIO):
+    """A file whose errors of reading name it."""
+
+    def __init__(self, descriptor: int, shown: str) -> None:
+        super().__init__(descriptor)
+        self._shown = shown
+
+    def readinto(self, buffer: Any) -> int | None:
+        try:
+            return super().readinto(buffer)
+        except OSError as error:
+            raise _unreadable(self._shown, error) from error
+
+    def readall(self) -> bytes:
+        try:
+            return super().readall()
+        except OSError as error:
+            raise _unreadable(self._shown, error) from error
+
+
+def _unreadable(shown: str, error: Exception) -> InputError:
+    return InputError(f"{shown} cannot be read: {system_reason(error)}.")
 
 
 _BINARY = getattr(os, "O_BINARY", 0)  # Windows only

@@ -241,4 +241,7 @@ def test_saved_texts_need_no_demonstrations(data, capsys):
     arguments = ["eval", "--task", "med", "--few_shot", "1", "--predictions"]
     assert main([*arguments, saved(data / "saved.jsonl", 4)]) == 0
     assert main(["eval", str(BASE_PATH), "--task", "med", "--few_shot", "1"]) == 2
-    assert "Evaluated records are never shown" in capsys.readouterr().err
+    assert (
+        "Evaluated records and those of a validation part are never shown"
+        in capsys.readouterr().err
+    )

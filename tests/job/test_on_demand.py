@@ -18,6 +18,7 @@ from molf.job.methods import TrainingData
 from molf.job.record.result import ResumeError
 from molf.job.trainer.run_parts import RECORDS, RunParts, hash_of_examples, hash_of_tokens
 from molf.tasks import TaskOptions, load_task
+from near_runs import assert_near_runs
 from tiny_models import CHATML, byte_level_tokenizer
 
 ODD = ("Ä" * 30, "\U0001f600" * 12, "\u0958\u0959" * 9, "\u0344\u1f82" * 9, "a" * 60, "<|end|>" * 9)
@@ -161,6 +162,86 @@ def test_a_checkpoint_with_a_hash_of_all_tokens_is_continued(few_known, data):
     for changed in (hash_of_tokens(other), hash_of_examples(other)):
         with pytest.raises(ResumeError, match="its examples have changed"):
             parts.check({"data": changed, "frozen": {}})
+
+
+@pytest.fixture
+def shown(capsys):
+    def read(word):
+        [line] = [x for x in capsys.readouterr().err.splitlines() if x.startswith(word)]
+        return line
+
+    return read
+
+
+@pytest.mark.parametrize("further", [(), pytest.param(("--packing",), marks=pytest.mark.slow)])
+def test_kept_tokens_give_the_same_bits(trained, data, tmp_path, monkeypatch, shown, further):
+    whole = trained("whole", *further)
+    cache = ["--token_cache", str(tmp_path / "tokens"), *further]
+    monkeypatch.setattr(opening, "PART", 5)
+    monkeypatch.setattr(opening, "PROBED", 5)  # the option stands above tokens on demand
+    kept = trained("kept", *cache, "--dataset_num_proc", "2")
+    [file] = (tmp_path / "tokens").iterdir()
+    assert shown("Tokens: ").startswith(f"Tokens: kept in {tmp_path}/tokens (")
+    monkeypatch.setattr(opening, "encode_quietly", None)
+    monkeypatch.setattr(opening, "encode_in_processes", None)
+    read = trained("read", *cache)
+    assert shown("Tokens: ") == f"Tokens: read from {file}."
+    weights = [(path / "model/model.safetensors").read_bytes() for path in (whole, kept, read)]
+    assert weights[0] == weights[1] == weights[2]
+    config = yaml.safe_load((read / "config.yaml").read_text())
+    assert config["token_cache"] == str(tmp_path / "tokens")
+    assert main(["train", "--output_dir", str(read), "--resume", "--dataset_num_proc", "3"]) == 0
+    assert "is complete: there is nothing to resume" in shown("molf: ")
+    monkeypatch.undo()
+    data.write_text(data.read_text().replace("39 is", "39 was"))
+    trained("others", *cache)
+    assert len(list((tmp_path / "tokens").iterdir())) == 2
+
+
+@pytest.mark.parametrize(
+    ("place", "words"),
+    [
+        ("run/tokens", "lies in output_dir"),
+        ("records.jsonl", "is not a directory. Give one, or a new name"),
+    ],
+)
+def test_a_wrong_place_of_tokens(trained, tmp_path, shown, place, words):
+    path = trained("run", "--token_cache", str(tmp_path / place), code=2)
+    error = shown("molf: error: ")
+    assert error.startswith(f"molf: error: token_cache {tmp_path}/{place} ")
+    assert words in error
+    assert not path.exists()
+
+
+def test_dry_run_keeps_no_tokens(trained, tmp_path):
+    trained("run", "--dry_run", "--token_cache", str(tmp_path / "tokens"))
+    assert not (tmp_path / "tokens").exists()
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one(trained, tmp_path, launch, monkeypatch):
+    """With examples on demand, and with kept tokens, which one of them makes."""
+    data = tmp_path / "many.jsonl"
+    records = [{"prompt": f"{i} is", "completion": f" {i}."} for i in range(2400)]
+    data.write_text("".join(json.dumps(record) + "\n" for record in records))
+    given = ["train", "--task", "custom", "--model", str(write_checkpoint(tmp_path / "b"))]
+    given += ["--data", str(data), "--ranks", "4", "--max_steps", "3", "--learning_rate", "1e-2"]
+    given += ["--max_eval_samples", "4", "--per_device_train_batch_size", "2"]
+    given += ["--logging_steps", "1"]
+    one = tmp_path / "one"
+    launch.to_the_end([*given, "--gradient_accumulation_steps", "2", "--output_dir", str(one)], 1)
+    for name, further in (
+        ("demand", []),
+        ("kept", ["--token_cache", str(tmp_path / "tokens"), "--dataset_num_proc", "2"]),
+        ("read", ["--token_cache", str(tmp_path / "tokens")]),
+    ):
+        path = tmp_path / name
+        split = ["--gradient_accumulation_steps", "1", "--output_dir", str(path)]
+        main_process, other = launch.to_the_end([*given, *split, *further])
+        assert ("in 1,000 of them" in main_process.errors) == (name == "demand")
+        assert other.errors == ""
+        assert_near_runs(one, path)
+        assert len(list(tmp_path.glob("tokens/*"))) == (name != "demand")
 
 
 def losses(path):

@@ -107,11 +107,11 @@ def test_loss_is_that_of_the_model_on_the_part(evaluated, records):
     from molf.job.model.loading import load_model
     from molf.measure.generate import padding_id
     from molf.tasks import TaskOptions, load_task
-    from molf.tasks.validation import set_aside
+    from molf.tasks.validation import with_validation
 
     options = TaskOptions(name="custom", data=str(records), max_eval_samples=3, seed=42)
     whole = load_task(options)
-    task = set_aside(whole, options)
+    task = with_validation(whole, options, load_task)
     trained, part = task.training_samples, task.validation_samples
     assert len(trained) == round(0.8 * len(whole.training_samples))
     assert len(part) == 3
@@ -120,7 +120,11 @@ def test_loss_is_that_of_the_model_on_the_part(evaluated, records):
     assert not {one.content for one in part} & measured
     shown = (evaluated / "errors.txt").read_text()
     assert f"data     {len(trained)} examples of custom" in shown
-    assert ", 3 records for evaluation, 3 for validation in the training\n" in shown
+    assert ", 3 records for evaluation\n" in shown
+    assert (
+        "eval     loss every 2 steps on 3 records set aside from the training data; the records "
+        "for evaluation only before and after the training\n"
+    ) in shown
     assert f"  step 6/6  validation {losses(evaluated)[6]:.3f}\n" in shown
     description = yaml.safe_load((evaluated / "config.yaml").read_text())["run"]["task"]
     assert (description["training_records"], description["validation_records"]) == (len(trained), 3)
@@ -129,6 +133,26 @@ def test_loss_is_that_of_the_model_on_the_part(evaluated, records):
         encoded = encode_samples(loaded.tokenizer, part, 128)
         found = Validation(encoded, padding_id(loaded.tokenizer), 32).loss(loaded.model)
         assert found == pytest.approx(losses(evaluated)[step], rel=1e-4)
+
+
+def test_validation_data_is_measured_and_all_records_are_trained(
+    command, records, tmp_path, capsys
+):
+    own = tmp_path / "own.jsonl"
+    own.write_text('{"prompt": "A and B are", "completion": " two"}\n' + records.read_text())
+    given = [*EVALUATED, "--validation_data", str(own)]
+    assert main(command(tmp_path / "run", *given)) == 0
+    shown = capsys.readouterr().err
+    assert "39 of 41 records are also trained on, or measured before and after" in shown
+    assert "data     36 examples of custom" in shown
+    assert (
+        "eval     loss every 2 steps on 2 records of validation_data; the records for evaluation "
+        "only before and after the training\n"
+    ) in shown
+    assert list(losses(tmp_path / "run")) == [2, 4, 6]
+    config = yaml.safe_load((tmp_path / "run/config.yaml").read_text())
+    assert config["validation_data"] == str(own)
+    assert config["run"]["data"]["files"]["validation_data"][0]["path"] == str(own)
 
 
 def test_resumed_run_has_the_same_bits(command, evaluated, tmp_path, monkeypatch):

@@ -84,7 +84,7 @@ def test_too_long_samples_are_left_out_whole_and_counted():
     lengths = [len(tokenizer(p + c)["input_ids"]) + 1 for p, c in PAIRS]
     limit = sorted(lengths)[2]
     encoded = encode_samples(tokenizer, samples(), limit)
-    assert encoded.kept == [i for i, length in enumerate(lengths) if length <= limit]
+    assert list(encoded.kept) == [i for i, length in enumerate(lengths) if length <= limit]
     assert [len(ids) for ids in encoded.input_ids] == [lengths[i] for i in encoded.kept]
     assert encoded.left_out == len(PAIRS) - len(encoded.kept) > 0
     assert encoded.longest == max(lengths)

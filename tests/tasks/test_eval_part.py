@@ -1,6 +1,7 @@
 """The validation part: fixed, and never among the records that are trained or tested."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -8,6 +9,7 @@ from molf.errors import InputError
 from molf.tasks import TaskOptions, load_task
 from molf.tasks.med import with_wrong_answers
 from molf.tasks.med_questions import MedQuestion
+from molf.tasks.validation import records_with_validation, with_validation
 from molf.world import (
     build_world,
     counterfact_records,
@@ -168,6 +170,51 @@ def test_demonstrations_are_not_from_the_part(folder):
     task = load("med", data, eval_part="validation", few_shot=30)
     questions = [task._data.evaluation.questions[i] for i in measures(task)]
     assert not any(q.prompt in sample.prompt for q in questions for sample in task.training_samples)
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.5])
+def test_demonstrations_are_not_from_a_part_that_is_set_aside(folder, noise):
+    options = {"few_shot": 12, "validation_share": 0.3, "label_noise": noise}
+    whole = load("med", folder("med"), **options)
+    given = TaskOptions(name="med", data=str(folder("med")), **options)
+    task = with_validation(whole, given, load_task)
+    asked = [sample.prompt.split("\n\n")[-1] for sample in task.validation_samples]
+    samples = [*task.training_samples, *task.validation_samples, *task.evaluated_samples(99)]
+    assert asked
+    for sample in samples:
+        *shown, _ = sample.prompt.split("\n\n")
+        assert len(shown) == 12
+        assert not any(block.startswith(question) for question in asked for block in shown)
+    records = records_with_validation(whole, given, load_task)
+    assert [records.samples[index] for index in records.trained_on] == task.training_samples
+    # Without the option, some of them would have been shown.
+    assert any(question in x.prompt for question in asked for x in whole.training_samples[:1])
+    many = load("med", folder("med"), **{**options, "few_shot": len(whole.training_samples) - 1})
+    with pytest.raises(InputError, match=r"few_shot=\d+ needs as many .* of a validation part"):
+        with_validation(many, given, load_task)
+
+
+@pytest.mark.parametrize("name", ["med", "custom"])
+def test_validation_data_is_measured_in_place_of_a_part(tmp_path, folder, name):
+    data = folder(name)
+    whole = load(name, data)
+    lines = [*RECORDS[name](6, "v"), *RECORDS[name](3), *RECORDS[name](2, "t")]
+    write(tmp_path / "own.jsonl", lines)
+    given = TaskOptions(name=name, data=str(data), validation_data=str(tmp_path / "own.jsonl"))
+    with pytest.warns(UserWarning, match=r"own.jsonl: 5 of 11 records are also trained on, or"):
+        task = with_validation(whole, given, load_task)
+    assert [sample.record for sample in task.validation_samples] == list(range(6))
+    assert list(task.training_samples) == list(whole.training_samples)
+    assert whole.validation_samples == []
+    given = replace(given, max_eval_samples=2)
+    with pytest.warns(UserWarning, match="5 of 11"):
+        assert len(with_validation(whole, given, load_task).validation_samples) == 2
+    with pytest.warns(UserWarning, match="5 of 11"):
+        shown = records_with_validation(whole, given, load_task)
+    assert (len(shown.trained_on), len(shown.validated_on)) == (40, 0)
+    write(tmp_path / "own.jsonl", RECORDS[name](3))
+    with pytest.raises(InputError, match=r"own.jsonl: 3 of 3 records are also .*Give others"):
+        with_validation(whole, given, load_task)
 
 
 def test_demo_sql_validates_on_other_pairs_of_table_and_form():

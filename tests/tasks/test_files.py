@@ -5,7 +5,8 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from molf.data.files import check_fields, read_file
+from molf.data import json_records
+from molf.data.files import check_fields, read_file, read_json
 from molf.errors import InputError
 
 RECORDS = [{"a": "x\u2028y", "n": {"b": [1, 2]}}, {"a": "é", "n": {"b": []}}]
@@ -20,6 +21,39 @@ def test_all_kinds_of_file_give_the_same_records(tmp_path):
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(RECORDS), tmp_path / "table.parquet")
     for path in sorted(tmp_path.iterdir()):
         assert read_file(path) == RECORDS, path.name
+
+
+def test_a_list_is_read_in_windows(tmp_path, monkeypatch):
+    """The result and the message are those of the whole list, for windows that end anywhere."""
+    texts = [
+        '\n [ {"a": "é\U0001f600\\"}{"} ,\n{"b": [1, {"c": "],["}], "d": -1.5e3},{}, {"e": 0}]\n ',
+        "[]",
+        '[{"a": 1}, 12, {"a": 2}]',
+        '[{"a": 1} {"a": 2}]',
+        '[{"a": 1},\n {"a": 2},]',
+        '[{"a": 1}]\n{}',
+        '[{"a": 1}, {"a": 1, "a": 2}]',
+        '[{"a": 1}, {"a": "x',
+        '[{"a": 1}\n',
+        "[",
+        '[{"a": 1}, "b"]',
+    ]
+    path = tmp_path / "a.json"
+    for text in texts:
+        path.write_text(text, encoding="utf-8")
+        monkeypatch.setattr(json_records, "_WINDOW", 2**20)
+        expected = outcome(path)
+        for size in (1, 2, 3, 7):
+            monkeypatch.setattr(json_records, "_WINDOW", size)
+            assert outcome(path) == expected, (text, size)
+    assert outcome(path) == f"{path}, record 1: is not an object but str."
+
+
+def outcome(path):
+    try:
+        return read_json(path)
+    except InputError as error:
+        return str(error)
 
 
 def test_csv_has_texts_and_nulls(tmp_path):
@@ -68,7 +102,7 @@ def test_a_wrong_file_is_one_clear_line(tmp_path, name, content, message):
 
 def test_a_lacking_field_is_named_with_its_record():
     with pytest.raises(InputError, match=r"data.jsonl, record 1: lacks the field 'b' .*has: a\)"):
-        check_fields([{"a": 1, "b": 2}, {"a": 1, "b": None}], ("a", "b"), "data.jsonl")
+        check_fields({"a": 1, "b": None}, ("a", "b"), "data.jsonl, record 1")
 
 
 @pytest.mark.parametrize(

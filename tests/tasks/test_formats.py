@@ -25,7 +25,7 @@ from molf.job.record.provenance import file_records
 from molf.measure import EvaluationSettings
 from molf.tasks import TaskOptions, load_task
 from molf.tasks.preview import preview
-from molf.tasks.validation import set_aside
+from molf.tasks.validation import with_validation
 from tiny_models import CHATML, byte_level_tokenizer, tiny_qwen2
 
 TURNS = [{"role": "user", "content": "Where?"}, {"role": "assistant", "content": "In Paris."}]
@@ -342,7 +342,7 @@ def test_samples_stay_in_the_store_beside_a_validation_part(tmp_path):
     path = write(tmp_path / "a.jsonl", *pairs("a", 40))
     whole = load(path)
     options = TaskOptions(name="custom", data=path, validation_share=0.25)
-    task = set_aside(whole, options)
+    task = with_validation(whole, options, load_task)
     assert isinstance(task.training_samples, ChosenSamples)
     assert (len(task.training_samples), len(task.validation_samples)) == (27, 9)
     apart = {sample.record for sample in task.validation_samples}

@@ -3,6 +3,7 @@ import json
 import urllib.error
 
 import pytest
+from datasets import Dataset
 
 from molf.data.records import read_records, read_splits
 from molf.errors import InputError
@@ -95,15 +96,10 @@ def test_a_name_in_an_existing_folder_is_a_path(no_hub, tmp_path, monkeypatch):
         read_splits("data/missing")
 
 
-class FakeDataset(list):
-    def to_list(self):
-        return list(self)
-
-
 def test_hub_splits_are_used_by_name(monkeypatch):
     import datasets
 
-    loaded = {"test": FakeDataset([{"a": 2}]), "train": FakeDataset([{"a": 1}])}
+    loaded = {"test": Dataset.from_list([{"a": 2}]), "train": Dataset.from_list([{"a": 1}])}
     monkeypatch.setattr(datasets, "load_dataset", lambda name: loaded)
     assert values(read_splits("owner/name")) == {"train": [1], "test": [2]}
     monkeypatch.setattr(datasets, "load_dataset", lambda name: {"all": loaded["train"]})
@@ -123,7 +119,7 @@ def test_a_configuration_of_a_hub_data_set(monkeypatch):
                 "Config name is missing.\nPlease pick one among the available configs: "
                 f"['main', 'other']\nExample of usage:\n\t`load_dataset('{name}', 'main')`"
             )
-        return {"train": FakeDataset([{"a": f"{name}, {configuration}"}])}
+        return {"train": Dataset.from_list([{"a": f"{name}, {configuration}"}])}
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     assert values(read_splits("owner/name:main")) == {"train": ["owner/name, main"]}

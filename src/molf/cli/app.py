@@ -111,6 +111,9 @@ for _name, _function, _help in (
 app.command(study)
 
 
+_SOURCES = ("__data", "__eval_data", "__validation_data")
+
+
 def join_stdin(tokens: Sequence[str]) -> list[str]:
     """Return the arguments with `--data -` as `--data=-`: cyclopts reads a hyphen as an option.
 
@@ -119,7 +122,7 @@ def join_stdin(tokens: Sequence[str]) -> list[str]:
     joined: list[str] = []
     for token in tokens:
         is_stdin = token == "-" or token.startswith(("-,", "-:"))
-        if is_stdin and joined and joined[-1].replace("-", "_") in ("__data", "__eval_data"):
+        if is_stdin and joined and joined[-1].replace("-", "_") in _SOURCES:
             joined[-1] += f"={token}"
         else:
             joined.append(token)

@@ -52,7 +52,7 @@ def preview_data(
     from molf.job.settings.resolved import resolve
     from molf.report.samples import MOST
     from molf.tasks import load_task
-    from molf.tasks.validation import records_with_part
+    from molf.tasks.validation import records_with_validation
 
     place = None
     if page is not None:
@@ -68,7 +68,9 @@ def preview_data(
     options = replace(resolved.task_options, preview=True)
     task = load_task(options)
     is_validated = eval_strategy_of(resolved) != "no"
-    data = records_with_part(task, options) if is_validated else task.data_records()
+    data = (
+        records_with_validation(task, options, load_task) if is_validated else task.data_records()
+    )
 
     from molf.job.libraries import quiet_libraries
 

@@ -29,6 +29,7 @@ _NO_SETTINGS = frozenset(
         *("task", "model", "method", "seed", "data", "eval_data", "forgetting_data", "eval_part"),
         *("output_dir", "overwrite", "resume", "dry_run", "fallback_dir", "report_to", "run"),
         *("save_steps", "save_minutes", "save_total_limit", "async_save", "on_save_error"),
+        *("dataset_num_proc", "token_cache"),
         *("logging_steps", "kernels", "state_offload", "gradient_checkpointing", "keep_low_halves"),
         *("per_device_eval_batch_size", "max_eval_samples", "few_shot"),
     }

@@ -4,24 +4,26 @@ from __future__ import annotations
 
 import itertools
 import warnings
+from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from molf.data.rows import Rows
+from molf.data.rows import Rows, lengths_of
 from molf.data.samples import Rendered, Sample, Span
 from molf.errors import InputError
 from molf.measure.tokens import IGNORED, TokenizedText, check_tokenizer, tokenize
 
-T = TypeVar("T")
-
 Show = Callable[[int, int], None]
 """Called with the number of samples that are done, and that of all."""
 
-_AT_ONCE = 1000  # bounds the memory of the rendered texts
+PART = 1000
+"""Samples that are encoded between two calls of `show`."""
+
+_AT_ONCE = 100  # bounds the memory of texts and of their tokens' places, 200 bytes per token
 
 
 class TokenizedSample(NamedTuple):
@@ -67,16 +69,18 @@ class EncodedSamples:
         known: Token ids of the samples that are tokenized, if others are tokenized when they are
             read (`molf.data.on_demand`); None if all are.
         records_hash: Hash of the records of the kept samples, if not all are tokenized.
+        source: A line about the file of the tokens; empty for none (`molf.data.tokens.cache`).
     """
 
     input_ids: Sequence[list[int]]
     labels: Sequence[list[int]]
-    kept: list[int]
+    kept: Sequence[int]
     left_out: int
     longest: int
     faults: Counter[str] = field(default_factory=Counter)
     known: Sequence[list[int]] | None = None
     records_hash: str = ""
+    source: str = ""
 
     @property
     def tokenized(self) -> Sequence[list[int]]:
@@ -85,8 +89,7 @@ class EncodedSamples:
 
     def lengths(self) -> list[int]:
         """Return the number of tokens of each kept sample; tokenizes those that are not yet."""
-        rows = self.input_ids
-        return rows.lengths() if isinstance(rows, Rows) else [len(row) for row in rows]
+        return lengths_of(self.input_ids)
 
 
 def tokenize_samples(tokenizer: Any, samples: Sequence[Sample]) -> Iterator[TokenizedSample]:
@@ -151,17 +154,25 @@ def encode_samples(
     Warns:
         UserWarning: Samples differ from their records, such as turns that carry no loss.
     """
-    tokenized = _shown(tokenize_samples(tokenizer, samples), len(samples), show)
-    encoded = encode_tokenized(tokenizer, tokenized, max_length)
+    encoded = encode_quietly(tokenizer, samples, max_length, show)
     warn_of_faults(encoded)
     return encoded
 
 
-def _shown(items: Iterable[T], total: int, show: Show) -> Iterator[T]:
-    for done, item in enumerate(items):
-        if done % _AT_ONCE == 0:
-            show(done, total)
-        yield item
+def encode_quietly(
+    tokenizer: Any,
+    samples: Sequence[Sample],
+    max_length: int,
+    show: Show = lambda done, total: None,
+) -> EncodedSamples:
+    """Encode samples as `encode_samples` does, without its warning."""
+
+    def parts() -> Iterator[EncodedSamples]:
+        for start in range(0, len(samples), PART):
+            show(start, len(samples))
+            yield encode_part(tokenizer, samples[start : start + PART], max_length)
+
+    return joined(parts(), max_length)
 
 
 def warn_of_faults(encoded: EncodedSamples) -> None:
@@ -188,6 +199,18 @@ def encode_tokenized(
     Raises:
         InputError: All samples are too long.
     """
+    return joined([_encoded(tokenizer, samples, max_length)], max_length)
+
+
+def encode_part(tokenizer: Any, samples: Sequence[Sample], max_length: int) -> EncodedSamples:
+    """Encode some samples, of which all may be too long; `joined` joins the parts.
+
+    The arguments and errors are those of `encode_samples`.
+    """
+    return _encoded(tokenizer, tokenize_samples(tokenizer, samples), max_length)
+
+
+def _encoded(tokenizer: Any, samples: Iterable[TokenizedSample], max_length: int) -> EncodedSamples:
     ids_of, labels_of, kept = Rows(), Rows(), []
     faults: Counter[str] = Counter()
     count = longest = 0
@@ -201,6 +224,25 @@ def encode_tokenized(
             kept.append(count)
             faults.update(rendered.all_faults(tokenizer))
         count += 1
+    return EncodedSamples(ids_of, labels_of, kept, count - len(kept), longest, faults)
+
+
+def joined(parts: Iterable[EncodedSamples], max_length: int) -> EncodedSamples:
+    """Join parts of samples in their order, which have all tokens.
+
+    Raises:
+        InputError: All samples are longer than `max_length`.
+    """
+    ids_of, labels_of, kept = Rows(), Rows(), array("q")
+    faults: Counter[str] = Counter()
+    count = longest = 0
+    for part in parts:
+        ids_of.extend(part.input_ids)
+        labels_of.extend(part.labels)
+        kept.extend(count + position for position in part.kept)
+        faults.update(part.faults)
+        longest = max(longest, part.longest)
+        count += len(part.kept) + part.left_out
     if not kept:
         raise InputError(
             f"All {count} samples are longer than max_length={max_length} tokens; "

@@ -7,14 +7,15 @@ text is so short that they cannot be are not tokenized.
 
 from __future__ import annotations
 
-import hashlib
+from array import array
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from molf.data.encoding import EncodedSamples, ids_and_labels, tokenize_samples
 from molf.data.rows import Rows
-from molf.data.samples import Sample
+from molf.data.sample_store import ChosenSamples
+from molf.data.samples import Sample, hash_of_samples
 from molf.errors import InputError
 from molf.measure.spread import spread
 from molf.measure.tokens import check_tokenizer
@@ -62,43 +63,36 @@ class OnDemand:
                 first.append(index)
             if index % PROBED == 0:
                 show(index, len(samples))
-        fitting: dict[int, tuple[list[int], tuple[str, ...]]] = {}
+        known, faults = Rows(), Counter[str]()
         too_long, longest = set(), 0
-        tokenized = tokenize_samples(tokenizer, [samples[index] for index in first])
+        tokenized = tokenize_samples(tokenizer, ChosenSamples(samples, first))
         for index, (text, rendered) in zip(first, tokenized, strict=True):
             ids, _ = ids_and_labels(text, rendered, tokenizer.eos_token_id)
             longest = max(longest, len(ids))
             if len(ids) > max_length:
                 too_long.add(index)
             elif index in probed:
-                fitting[index] = ids, rendered.all_faults(tokenizer)
-        self._kept = [index for index in range(len(samples)) if index not in too_long]
+                known.append(ids)
+                faults.update(rendered.all_faults(tokenizer))
+        self._kept = array("q", (i for i in range(len(samples)) if i not in too_long))
         if not self._kept:
             raise InputError(
                 f"All {len(samples)} samples are longer than max_length={max_length} tokens; "
                 f"the longest has {longest}."
             )
-        known = Rows(ids for ids, _ in fitting.values()) if fitting else Rows([self.row(0)[0]])
         self.encoded = EncodedSamples(
             input_ids=_Column(self, 0),
             labels=_Column(self, 1),
             kept=self._kept,
             left_out=len(too_long),
             longest=longest,
-            faults=Counter(fault for _, faults in fitting.values() for fault in faults),
-            known=known,
-            records_hash=self._hash(),
+            faults=faults,
+            known=known or Rows([self.row(0)[0]]),
+            records_hash=hash_of_samples(samples[index] for index in self._kept),
         )
 
     def __len__(self) -> int:
         return len(self._kept)
-
-    def _hash(self) -> str:
-        """Return a hash of the records of all samples that fit."""
-        digest = hashlib.sha256()
-        for index in self._kept:
-            digest.update(repr(self._samples[index]).encode(errors="surrogatepass"))
-        return digest.hexdigest()
 
     def row(self, position: int) -> tuple[list[int], list[int]]:
         """Return the ids and labels of a sample that fits.

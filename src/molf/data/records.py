@@ -5,9 +5,10 @@ from __future__ import annotations
 import itertools
 import os
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from molf.data.compressed import COMPRESSIONS
 from molf.data.download import cached, download, is_url
@@ -16,7 +17,7 @@ from molf.data.files import (
     Record,
     check_fields,
     data_suffix,
-    read_file,
+    records_in,
     without_nulls,
 )
 from molf.data.sources import Source, sources_of
@@ -36,6 +37,7 @@ _SPLIT_WORDS = {
     "val": "validation",
     "dev": "validation",
 }
+_ROWS = 1000  # of a data set that are objects at once
 _MOST_ENTRIES = 100_000  # files in a folder, data files or not
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(?::[\w.-]+)?")  # :configuration
 _BESIDE_ARROW = ("dataset_info.json", "state.json", "dataset_dict.json")  # of `save_to_disk`
@@ -45,19 +47,56 @@ _ORDER = ("train", "test", "validation")
 _MISSING_CONFIGURATION = re.compile(r"available configs: \[(.*?)\]")
 
 
+class _FileRecords(Iterable[Record]):
+    """The records of a file.
+
+    Args:
+        path: The file.
+        shown: Its name in messages; the path if not given.
+    """
+
+    def __init__(self, path: Path, shown: str | None = None) -> None:
+        self._path = path
+        self._shown = shown
+
+    def __iter__(self) -> Iterator[Record]:
+        return records_in(self._path, self._shown)
+
+
+class _RowRecords(Iterable[Record]):
+    """The records of a data set of `datasets`."""
+
+    def __init__(self, rows: Any) -> None:
+        self._rows = rows.with_format("arrow")
+
+    def __iter__(self) -> Iterator[Record]:
+        for table in self._rows.iter(_ROWS):
+            yield from map(without_nulls, table.to_pylist())
+
+
 @dataclass(frozen=True)
 class Part:
     """Records of one file, or of one split of a Hub data set.
 
     Attributes:
         place: The file, or the data set and split, for messages.
-        records: The records.
+        records: The records, which are read from the file in each iteration.
         weight: The weight of the source (`molf.data.sources.Source`).
     """
 
     place: str
-    records: list[Record]
+    records: Iterable[Record]
     weight: float = 1.0
+
+
+class _Joined(Iterable[Record]):
+    """The records of several parts."""
+
+    def __init__(self, parts: Iterable[Part]) -> None:
+        self._parts = list(parts)
+
+    def __iter__(self) -> Iterator[Record]:
+        return itertools.chain.from_iterable(part.records for part in self._parts)
 
 
 def read_records(
@@ -88,24 +127,38 @@ def read_splits(
         InputError: The source does not exist, cannot be reached or read, has an invalid record, or
             a weight.
     """
-    splits = {}
+    splits = {name: list(part) for name, part in split_records(source, option=option).items()}
+    for split, records in splits.items():
+        where = str(source) if len(splits) == 1 else f"{source} ({split})"
+        for index, record in enumerate(records):
+            check_fields(record, fields, f"{where}, record {index}")
+    return splits
+
+
+def split_records(source: str | Path, *, option: str = "data") -> dict[str, Iterable[Record]]:
+    """Find records by split, which are read in each iteration over them.
+
+    The arguments, order and errors are those of `read_splits`; an invalid record raises where it is
+    read.
+    """
+    splits: dict[str, Iterable[Record]] = {}
     for split, parts in read_parts(source, option=option).items():
         if weighted := next((part for part in parts if part.weight != 1), None):
             raise InputError(
                 f"{option}: {weighted.place} has the weight {weighted.weight:g}. Weights are for "
                 "the training data of task custom."
             )
-        splits[split] = list(itertools.chain.from_iterable(part.records for part in parts))
-    for split, records in splits.items():
-        where = str(source) if len(splits) == 1 else f"{source} ({split})"
-        check_fields(records, fields, where)
+        splits[split] = _Joined(parts)
     return splits
 
 
 def read_parts(source: str | Path, *, option: str = "data") -> dict[str, list[Part]]:
-    """Read records by split and file; the arguments, order and errors are those of `read_splits`.
+    """Find records by split and file; the arguments and order are those of `read_splits`.
 
-    Weights are allowed.
+    The records are read when they are iterated over: an invalid one raises there.
+
+    Raises:
+        InputError: The source does not exist, or cannot be reached. Weights are allowed.
     """
     splits: dict[str, list[Part]] = {}
     for one in sources_of(str(source), option):
@@ -137,9 +190,9 @@ def _local_files(place: str) -> list[Path]:
 def _read(given: Source, option: str) -> dict[str, list[Part]]:
     source, weight = given.place, given.weight
     if source == STDIN:
-        return {"train": [Part(SHOWN, read_file(stdin_copy(), SHOWN), weight)]}
+        return {"train": [Part(SHOWN, _FileRecords(stdin_copy(), SHOWN), weight)]}
     if is_url(source):
-        return {"train": [Part(source, read_file(download(source, option)), weight)]}
+        return {"train": [Part(source, _FileRecords(download(source, option)), weight)]}
     path = expanded(source)
     try:
         is_folder, is_file = path.is_dir(), path.is_file()
@@ -148,7 +201,7 @@ def _read(given: Source, option: str) -> dict[str, list[Part]]:
     if is_folder:
         return _read_folder(path, weight)
     if is_file:
-        return {"train": [Part(source, read_file(path), weight)]}
+        return {"train": [Part(source, _FileRecords(path), weight)]}
     check_ordinary(path, f"{option}: {source}")
     if _looks_local(source):
         raise InputError(f"{option}: file not found: there is no file or folder {source}.")
@@ -181,7 +234,7 @@ def _read_folder(folder: Path, weight: float) -> dict[str, list[Part]]:
         )
     splits: dict[str, list[Part]] = {}
     for path, split in named.items():
-        splits.setdefault(split or "train", []).append(Part(str(path), read_file(path), weight))
+        splits.setdefault(split or "train", []).append(Part(str(path), _FileRecords(path), weight))
     return splits
 
 
@@ -255,14 +308,14 @@ def _check_hub(name: str, option: str) -> None:
         ) from error
 
 
-def _read_hub(name: str, option: str) -> dict[str, list[Record]]:
+def _read_hub(name: str, option: str) -> Mapping[str, Iterable[Record]]:
     import datasets
 
     path, _, configuration = name.partition(":")
     _check_hub(path, option)
     try:
         loaded = datasets.load_dataset(path, *filter(None, [configuration]))
-        splits = {split: without_nulls(loaded[split].to_list()) for split in loaded}
+        splits = {split: _RowRecords(loaded[split]) for split in loaded}
     except Exception as error:  # many types, from several libraries: all mean "no data"
         if not configuration and (missing := _MISSING_CONFIGURATION.search(str(error))):
             raise InputError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from array import array
 from collections.abc import Iterable, Sequence
 from typing import Any, overload
@@ -17,8 +18,8 @@ class Rows(Sequence[list[int]]):
     """
 
     def __init__(self, rows: Iterable[Sequence[int]] = ()) -> None:
-        self._values = array("i")
-        self._ends = array("q", (0,))
+        self._values: Any = array("i")
+        self._ends: Any = array("q", (0,))
         for row in rows:
             self.append(row)
 
@@ -26,6 +27,24 @@ class Rows(Sequence[list[int]]):
         """Add a row at the end."""
         self._values.extend(row)
         self._ends.append(len(self._values))
+
+    @classmethod
+    def of_arrow(cls, column: Any) -> Rows:
+        """Return the rows of an Arrow array that `as_arrow` returned; they share its memory."""
+        rows = cls()
+        rows._values = column.values.to_numpy()
+        rows._ends = column.offsets.to_numpy().astype("int64")
+        return rows
+
+    def extend(self, rows: Iterable[Sequence[int]]) -> None:
+        """Add rows at the end."""
+        if not isinstance(rows, Rows):
+            for row in rows:
+                self.append(row)
+            return
+        start = len(self._values)
+        self._values.extend(rows._values)
+        self._ends.extend(start + end for end in rows._ends[1:])
 
     def __len__(self) -> int:
         return len(self._ends) - 1
@@ -42,18 +61,21 @@ class Rows(Sequence[list[int]]):
         place = index + len(self) if index < 0 else index
         if not 0 <= place < len(self):
             raise IndexError(f"row {index} of {len(self)}")
-        return self._values[self._ends[place] : self._ends[place + 1]].tolist()
+        row: list[int] = self._values[self._ends[place] : self._ends[place + 1]].tolist()
+        return row
 
     def __eq__(self, other: object) -> bool:
         if isinstance(other, Rows):
-            return self._ends == other._ends and self._values == other._values
+            return bytes(self._ends) == bytes(other._ends) and bytes(self._values) == bytes(
+                other._values
+            )
         return isinstance(other, Sequence) and list(self) == list(other)
 
     __hash__ = None  # type: ignore[assignment]
 
     def lengths(self) -> list[int]:
         """Return the length of each row."""
-        return [end - start for start, end in zip(self._ends, self._ends[1:], strict=False)]
+        return [end - start for start, end in itertools.pairwise(self._ends.tolist())]
 
     def as_arrow(self) -> Any:
         """Return the rows as an Arrow array of lists, which shares their memory."""
@@ -65,3 +87,17 @@ class Rows(Sequence[list[int]]):
         if len(values) < 2**31:
             return pyarrow.ListArray.from_arrays(ends.astype(np.int32), values)
         return pyarrow.LargeListArray.from_arrays(ends, values)
+
+
+def lengths_of(rows: Sequence[list[int]]) -> list[int]:
+    """Return the length of each row, without reading those of `Rows`."""
+    return rows.lengths() if isinstance(rows, Rows) else [len(row) for row in rows]
+
+
+def largest_of(rows: Sequence[list[int]]) -> int:
+    """Return the largest integer of all rows, of which none is empty."""
+    import numpy as np
+
+    if isinstance(rows, Rows):
+        return int(np.frombuffer(rows._values, dtype=np.int32).max())
+    return max(map(max, rows))

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -137,6 +138,14 @@ class PlainText(Sample):
     def render(self, tokenizer: Any) -> Rendered:
         """Return the text; all of it carries the loss."""
         return _rendered(tokenizer, self.text, 0)
+
+
+def hash_of_samples(samples: Iterable[Sample]) -> str:
+    """Return the SHA-256 of samples in their order."""
+    digest = hashlib.sha256()
+    for sample in samples:
+        digest.update(repr(sample).encode(errors="surrogatepass"))
+    return digest.hexdigest()
 
 
 def _rendered(tokenizer: Any, text: str, start: int) -> Rendered:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import random
 from collections.abc import Callable, Hashable, Sequence
 
@@ -62,13 +63,23 @@ def _split(
     seed: int,
 ) -> tuple[list[int], list[int]]:
     """Split indices into the rest and a drawn share of their contents."""
-    groups: dict[Hashable, list[int]] = {}
-    for index in indices:
-        groups.setdefault(content(index), []).append(index)
-    firsts = [group[0] for group in groups.values()]
+    import numpy as np
+
+    keys = np.frombuffer(b"".join(content_key(content(index)) for index in indices), "S16")
+    _, first, group = np.unique(keys, return_index=True, return_inverse=True)
+    firsts = sorted(first.tolist())
     drawn = draw(firsts, min(max(1, round(len(firsts) * share)), most), seed)
-    held_out = {index for first in drawn for index in groups[content(first)]}
-    return [i for i in indices if i not in held_out], [i for i in indices if i in held_out]
+    held_out = np.isin(group, group[drawn])
+    return (
+        [index for index, held in zip(indices, held_out, strict=True) if not held],
+        [index for index, held in zip(indices, held_out, strict=True) if held],
+    )
+
+
+def content_key(content: Hashable) -> bytes:
+    """Return a hash of 16 bytes of a content, because many contents are as large as the data."""
+    text = repr(content).encode(errors="surrogatepass")
+    return hashlib.blake2b(text, digest_size=16).digest()
 
 
 def weighted(

@@ -14,7 +14,7 @@ from molf.data.stdin import STDIN
 from molf.errors import InputError
 from molf.paths import absolute, expanded
 
-OPTIONS = ("data", "eval_data")
+OPTIONS = ("data", "eval_data", "validation_data")
 """The options whose values are sources."""
 
 MOST_WEIGHT = 1000.0

@@ -68,6 +68,7 @@ class Evaluator:
             forgetting_data=settings.forgetting_data,
             settings=self._settings,
             attention=settings.attn_implementation,
+            has_part=bool(settings.few_shot) and bool(task.validation_samples),
         )
 
     def base(self, base: LoadedModel, inputs: Inputs) -> Evaluation:

@@ -32,6 +32,7 @@ class EvaluationKey:
         forgetting_data: File of the plain text; None for the task's own.
         settings: Settings of the evaluation.
         attention: Attention of the model; None for transformers' choice.
+        has_part: Whether demonstrations leave out a validation part (`Task.with_part`).
     """
 
     model: str
@@ -41,6 +42,7 @@ class EvaluationKey:
     forgetting_data: str | None
     settings: EvaluationSettings
     attention: str | None = None
+    has_part: bool = False
 
 
 class Inputs:

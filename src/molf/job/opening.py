@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,10 +14,13 @@ from trl import SFTConfig
 
 from molf.core.model.linear_layers import matching_linears
 from molf.core.model.quantised import Quantisation
-from molf.data.encoding import EncodedSamples, Show, encode_samples, warn_of_faults
+from molf.data.encoding import PART, EncodedSamples, Show, encode_quietly, warn_of_faults
 from molf.data.on_demand import PROBED, OnDemand
 from molf.data.packing import pack
+from molf.data.rows import largest_of, lengths_of
 from molf.data.samples import Sample
+from molf.data.tokens.cache import cached, key_of
+from molf.data.tokens.processes import encode_in_processes
 from molf.errors import InputError
 from molf.job.attention import check_attention, set_attention
 from molf.job.inputs import Inputs
@@ -133,11 +137,14 @@ def _open(
 
     if sharding is not None:
         check_shardable(base.model, settings)
+    # A part of the samples is that of a dry run, which writes nothing.
+    cache = settings.token_cache if samples is task.training_samples else None
     max_length = length_limit(base.model, settings.max_length)
-    encoded = _encode(base.tokenizer, samples, max_length, settings, show)
+    encoded = _encode(base.tokenizer, samples, max_length, settings, cache, show)
     aside = task.validation_samples
-    validation = encode_samples(base.tokenizer, aside, max_length) if aside else None
+    validation = encode_quietly(base.tokenizer, aside, max_length) if aside else None
     for one in filter(None, (encoded, validation)):
+        warn_of_faults(one)
         _check_ids(base, one, settings.model)
 
     def run() -> Reach:
@@ -173,6 +180,7 @@ def _open(
         None if settings.assigned is None else f"Assignment: {settings.reached_assignment}.",
         describe(base.model, reach, in_adapter=settings.has_adapter),
         base.unused_tensors.describe(),
+        encoded.source,
     )
     opened: dict[str, Any] = {
         "merge_base": _merge_base(settings, quantisation),
@@ -202,6 +210,7 @@ def _encode(
     samples: Sequence[Sample],
     max_length: int,
     settings: ResolvedSettings,
+    cache: Path | None,
     show: Show,
 ) -> EncodedSamples:
     """Encode all samples, or those of a long list on demand if the steps need fewer than half."""
@@ -209,20 +218,27 @@ def _encode(
         (settings.max_steps or len(samples))
         * settings.per_device_train_batch_size
         * settings.gradient_accumulation_steps
+        * ranks().count
     )
-    # EVA reads all samples, and packing and groups all lengths; several processes compare theirs.
-    if (
-        len(samples) <= 2 * PROBED
-        or 2 * needed > len(samples)
-        or settings.method == "eva"
+    # EVA reads all samples, and packing and groups all lengths.
+    needs_all = (
+        settings.method == "eva"
         or settings.packing
         or settings.train_sampling_strategy == GROUP_BY_LENGTH
-        or ranks().count > 1
-    ):
-        return encode_samples(tokenizer, samples, max_length, show)
-    encoded = OnDemand(tokenizer, samples, max_length, show).encoded
-    warn_of_faults(encoded)
-    return encoded
+    )
+    is_small = len(samples) <= 2 * PROBED or 2 * needed > len(samples)
+    if cache is None and not needs_all and not is_small:
+        return OnDemand(tokenizer, samples, max_length, show).encoded
+
+    def encode() -> EncodedSamples:
+        count = settings.dataset_num_proc or 1
+        if count == 1 or len(samples) <= PART:
+            return encode_quietly(tokenizer, samples, max_length, show)
+        return encode_in_processes(tokenizer, samples, max_length, count, show)
+
+    if cache is None:
+        return encode()
+    return cached(cache, key_of(tokenizer, samples, max_length), encode)
 
 
 def _warn_of_few_rows(rows: int, settings: ResolvedSettings) -> None:
@@ -296,7 +312,8 @@ def _reach(
     Raises:
         InputError: The model needs more than text, or TRL's trainer does not support it.
     """
-    longest = max(encoded.tokenized, key=len)[:_TRIED_TOKENS]
+    lengths = lengths_of(encoded.tokenized)
+    longest = encoded.tokenized[lengths.index(max(lengths))][:_TRIED_TOKENS]
     pad = padding_id(base.tokenizer)
     devices = [base.model.device] if base.model.device.type == "cuda" else []
     try:
@@ -330,7 +347,7 @@ def _check_reached(model: Any, settings: ResolvedSettings, reach: Reach) -> None
 
 def _check_ids(base: LoadedModel, encoded: EncodedSamples, model: str) -> None:
     """Reject examples with tokens that the tokenizer has and the model's embeddings lack."""
-    highest = max(map(max, encoded.tokenized))
+    highest = largest_of(encoded.tokenized)
     rows = base.model.get_input_embeddings().weight.shape[0]
     if highest >= rows:
         raise InputError(
@@ -345,7 +362,7 @@ def _check_padding(base: LoadedModel, encoded: EncodedSamples, settings: Resolve
 
     Padding follows the text, so this concerns only models whose tokens depend on later ones.
     """
-    lengths = set(map(len, encoded.tokenized))
+    lengths = set(lengths_of(encoded.tokenized))
     size = settings.per_device_train_batch_size
     if size == 1 or len(lengths) == 1:
         return

@@ -5,6 +5,7 @@ from __future__ import annotations
 from statistics import median
 
 from molf.amounts import decimal_size, duration
+from molf.data.rows import lengths_of
 from molf.job.opening import Opening
 from molf.job.settings.batches import GROUP_BY_LENGTH
 from molf.job.settings.defaults import ADAPTERS
@@ -27,6 +28,7 @@ def overview(opening: Opening, task: Task, processes: int = 1) -> list[str]:
         f"data     {_data(opening, task)}",
         f"method   {_method(opening)}",
         f"steps    {_steps(opening, processes)}",
+        *([] if opening.validation is None else [f"eval     {_evaluations(opening)}"]),
         f"rates    {_rates(settings)}",
         f"run      {settings.output_dir}{_disk(opening)}",
     ]
@@ -63,7 +65,7 @@ def _device(opening: Opening) -> str:
 
 def _data(opening: Opening, task: Task) -> str:
     samples = opening.data.samples
-    lengths = [len(row) for row in samples.tokenized]
+    lengths = lengths_of(samples.tokenized)
     count = len(samples.input_ids)
     name = task.description().get("format")
     named = f" ({name})" if name else ""
@@ -82,8 +84,6 @@ def _data(opening: Opening, task: Task) -> str:
         f"{opening.settings.max_length:,}){of}"
     )
     words.append(f"{counted(task.evaluation_count, 'record')} for evaluation")
-    if opening.validation is not None:
-        words.append(f"{len(opening.validation.input_ids):,} for validation in the training")
     return ", ".join(words)
 
 
@@ -116,6 +116,19 @@ def _steps(opening: Opening, processes: int) -> str:
     how = ", padding-free" if settings.padding_free else ""
     how += ", by length" if settings.train_sampling_strategy == GROUP_BY_LENGTH else ""
     return f"{steps:,} of {counted(batch, unit)} ({split}{how}), {shown} epochs{limit}"
+
+
+def _evaluations(opening: Opening) -> str:
+    settings = opening.settings
+    when = "epoch"
+    if settings.eval_strategy == "steps":
+        when = "step" if settings.eval_steps == 1 else f"{settings.eval_steps:,} steps"
+    assert opening.validation is not None
+    count = counted(len(opening.validation.input_ids), "record")
+    of = "of validation_data" if settings.validation_data else "set aside from the training data"
+    # A step that is chosen by the evaluated records would make their figures too good.
+    others = "eval_data" if settings.eval_data else "the records for evaluation"
+    return f"loss every {when} on {count} {of}; {others} only before and after the training"
 
 
 def _rates(settings: ResolvedSettings) -> str:

@@ -42,8 +42,9 @@ EARLIER = "earlier_parts"
 def input_files(settings: ResolvedSettings, task: Task) -> dict[str, list[dict[str, Any]]]:
     """Return names, sizes and hashes of a run's data files, by option."""
     # A task may have a default address of its data.
-    sources = {"data": task.description().get("data"), "eval_data": settings.eval_data}
-    return file_records({**sources, "forgetting_data": settings.forgetting_data})
+    names = ("eval_data", "validation_data", "forgetting_data")
+    sources = {name: getattr(settings, name) for name in names}
+    return file_records({"data": task.description().get("data"), **sources})
 
 
 class ConfigRecord:

@@ -6,6 +6,7 @@ functions of other files.
 
 from __future__ import annotations
 
+import os
 from contextlib import suppress
 from dataclasses import replace
 from datetime import datetime
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from molf.amounts import decimal_size
 from molf.data.records import data_files
+from molf.data.sources import OPTIONS as SOURCES
 from molf.data.sources import places
 from molf.errors import InputError
 from molf.job.evaluated_data import warn_of_equal_data
@@ -45,11 +47,11 @@ from molf.job.settings.sharding import check_launcher, shards
 from molf.job.settings.training_arguments import check_trackers, check_training_args
 from molf.masking import learn
 from molf.measure import read_plain_text
-from molf.paths import check_inputs_outside
+from molf.paths import check_inputs_outside, is_within
 from molf.ranks import Ranks, check_alone, launched_count, ranks
 from molf.streams import ignoring_print_errors
 from molf.tasks import Task
-from molf.tasks.validation import set_aside
+from molf.tasks.validation import with_validation
 
 if TYPE_CHECKING:
     from molf.job.dry_run import DryRun
@@ -57,7 +59,7 @@ if TYPE_CHECKING:
 
 _LARGE = 10_000_000  # bytes of data that are announced
 _IMPORTING = 1.5  # seconds of imports, after which a log has a line about them
-_INPUTS = ("model", "data", "eval_data", "forgetting_data", "assignment")
+_INPUTS = ("model", *SOURCES, "forgetting_data", "assignment")
 
 
 def train(
@@ -327,6 +329,7 @@ def _check_places(settings: ResolvedSettings, ownership: Ownership) -> None:
         ownership=ownership,
     )
     check_fallback(settings.fallback_dir)
+    _check_token_cache(settings)
     for name, sources in _places(settings).items():
         for source in sources:
             check_inputs_outside(settings.output_dir, {name: source})
@@ -339,6 +342,19 @@ def _say_what_is_read(settings: ResolvedSettings, reporter: Reporter) -> None:
         size = sum(path.stat().st_size for path in data_files(settings.data))
         if size > _LARGE:
             reporter.say(f"Reading {settings.data} ({decimal_size(size)})")
+
+
+def _check_token_cache(settings: ResolvedSettings) -> None:
+    folder = settings.token_cache
+    if folder is None:
+        return
+    if os.path.lexists(folder) and not folder.is_dir():
+        raise InputError(f"token_cache {folder} is not a directory. Give one, or a new name.")
+    if is_within(folder, settings.output_dir):
+        raise InputError(
+            f"token_cache {folder} lies in output_dir {settings.output_dir}, which --overwrite "
+            "would delete. Give a folder beside it."
+        )
 
 
 def _places(settings: ResolvedSettings) -> dict[str, list[str]]:
@@ -385,7 +401,7 @@ def open_data(
     _say_what_is_read(settings, reporter)
     task = inputs.task(settings.task_options)
     if eval_strategy_of(settings) != "no":
-        task = set_aside(task, settings.task_options)
+        task = with_validation(task, settings.task_options, inputs.task)
     warn_of_equal_data(settings)
     if settings.forgetting_data is None:
         return task, task.default_forgetting_text()

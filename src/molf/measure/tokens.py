@@ -12,7 +12,7 @@ from molf.errors import InputError
 IGNORED = -100
 """The label of a token without loss, as in transformers."""
 
-_TEXTS_AT_ONCE = 1000  # bounds the memory of the character offsets
+_TEXTS_AT_ONCE = 100  # bounds the memory of the character offsets
 
 
 @dataclass(frozen=True)

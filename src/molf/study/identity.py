@@ -12,6 +12,7 @@ from molf.job.settings.settings import TrainSettings
 _NOT_IDENTITY = (
     *("output_dir", "overwrite", "resume", "fallback_dir", "report_to", "dry_run"),
     *("save_steps", "save_minutes", "save_total_limit", "async_save", "on_save_error"),
+    *("dataset_num_proc", "token_cache"),
 )
 
 

@@ -94,6 +94,12 @@ def check_task(options: TaskOptions) -> None:
             f"Invalid few_shot={options.few_shot} with task={options.name}. "
             f"Must be 0; demonstrations are for {', '.join(_QUESTIONS)}."
         )
+    if options.validation_data is not None and options.few_shot:
+        raise InputError(
+            f"Invalid few_shot={options.few_shot} with validation_data: demonstrations could be "
+            "its records. Leave one of the two out; a part of data is set aside without "
+            "validation_data."
+        )
     if options.label_noise and options.name not in _NOISY:
         raise InputError(
             f"Invalid label_noise={options.label_noise} with task={options.name}. "

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
+from molf.data.sample_store import ChosenSamples
 from molf.data.samples import Sample
 from molf.measure.metric import Evaluation
 from molf.measure.plain_text import default_plain_text
@@ -137,6 +139,20 @@ class Task(ABC):
         Raises:
             InputError: A prediction has another form, or its record does not exist.
         """
+
+    def with_part(self, rest: Sequence[int], part: Sequence[int], measured: Sequence[int]) -> Self:
+        """Return the task with a part of its training samples set aside; this one stays as it is.
+
+        Args:
+            rest: Positions of the training samples to train on.
+            part: Positions of those that are set aside.
+            measured: Those of the part that are measured while the task trains.
+        """
+        found = copy.copy(self)
+        samples = self.training_samples
+        found.training_samples = ChosenSamples(samples, rest)  # a list would hold all as objects
+        found.validation_samples = [samples[position] for position in measured]
+        return found
 
     def default_forgetting_text(self) -> str:
         """Return the plain text for `forgetting_loss` where the user gives none."""

@@ -18,7 +18,8 @@ from molf.data.fields import (
     optional_text,
     text_value,
 )
-from molf.data.files import DuplicateKeyError, Record, present_fields, unique_json
+from molf.data.files import present_fields
+from molf.data.json_records import DuplicateKeyError, Record, unique_json
 from molf.data.records import Part
 from molf.data.sample_store import SampleStore
 from molf.data.samples import PlainText, PromptCompletion, Sample
@@ -105,7 +106,7 @@ def parse_parts(parts: Sequence[Part], source: str, fixed: str | None = None) ->
     weights = []
     count = 0
     for part in parts:
-        name = fixed
+        name, position = fixed, -1
         for position, record in enumerate(part.records):
             where = f"{part.place}, record {position}"
             if name == "text" and not present_fields(record):  # an empty cell of CSV
@@ -124,8 +125,8 @@ def parse_parts(parts: Sequence[Part], source: str, fixed: str | None = None) ->
             read = read_fields(sample, name)
             unread |= dict.fromkeys(x for x in present_fields(record) if x not in read)
         formats |= dict.fromkeys(filter(None, [name]))
-        weights.append((range(count, count + len(part.records)), part.weight))
-        count += len(part.records)
+        weights.append((range(count, count + position + 1), part.weight))
+        count += position + 1
     if not samples:
         reasons = ", ".join(f"{reason}: {number}" for reason, number in left_out.items())
         raise InputError(f"{source}: none of the {count} records can be used ({reasons}).")

@@ -51,6 +51,6 @@ def load_demo_questions(
 
 def refuse_data(options: TaskOptions) -> None:
     """Reject data for a task that has its own."""
-    for name in ("data", "eval_data"):
+    for name in ("data", "eval_data", "validation_data"):
         if getattr(options, name) is not None:
             raise InputError(f"{options.name} brings its own data: {name} cannot be given with it.")

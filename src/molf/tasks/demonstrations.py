@@ -35,8 +35,9 @@ class Demonstrations:
         if len(found) < self._count:
             raise InputError(
                 f"few_shot={self._count} needs as many training records with other questions "
-                f"than the evaluated one, but there are {len(found)}. Evaluated records are never "
-                "shown: evaluate fewer records (max_samples), or give data with a training split."
+                f"than the evaluated one, but there are {len(found)}. Evaluated records and those "
+                "of a validation part are never shown: evaluate fewer records (max_samples), or "
+                "give data with a training split."
             )
         return found
 

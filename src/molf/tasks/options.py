@@ -26,6 +26,8 @@ class TaskOptions:
         data: Records to train on: a file, a folder of files, a Hub id, a URL, `-` for standard
             input, or several of these, separated by commas. None for the task's own data.
         eval_data: Records to evaluate on, given in the same ways. None lets the task choose.
+        validation_data: Records to measure while a task trains, given in the same ways. None sets
+            a part of the training records aside (`molf.tasks.validation.with_validation`).
         format: The format of the records, one of `FORMATS` (`custom`); None to recognise that of
             each file.
         max_samples: Number of records of `data` to use, drawn by `seed`; None for all.
@@ -47,6 +49,7 @@ class TaskOptions:
     name: str
     data: str | None = None
     eval_data: str | None = None
+    validation_data: str | None = None
     format: str | None = None
     max_samples: int | None = None
     max_eval_samples: int | None = None

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Generic
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Self
 
+from molf.data.sample_store import ChosenSamples
 from molf.data.samples import PromptCompletion, Sample
 from molf.errors import InputError
 from molf.measure.metric import Evaluation, Metric
@@ -24,7 +25,7 @@ from molf.tasks.predictions import (
     predicted_sample,
     restrict_to_sample,
 )
-from molf.tasks.questions import Q, QuestionData
+from molf.tasks.questions import Q, Question, QuestionData
 
 if TYPE_CHECKING:
     from molf.data.encoding import GenerationContext
@@ -47,6 +48,35 @@ class Asked:
     samples: dict[int, PromptCompletion]
     left_out: dict[int, str]
     contexts: list[GenerationContext] = field(default_factory=list)
+
+
+class PromptedQuestions(Mapping[int, PromptCompletion]):
+    """Questions with their demonstrations, by record; each is made when it is read.
+
+    All prompts at once take as much memory as the questions, with demonstrations a multiple.
+
+    Args:
+        questions: The questions by record.
+        instruction: The first text of every prompt.
+        demonstrations: Draws what is shown before a question.
+    """
+
+    def __init__(
+        self, questions: Mapping[int, Question], instruction: str, demonstrations: Demonstrations
+    ) -> None:
+        self._questions = questions
+        self._instruction = instruction
+        self._demonstrations = demonstrations
+
+    def __getitem__(self, index: int) -> PromptCompletion:
+        question = self._questions[index]
+        return _prompted(question, index, self._instruction, self._demonstrations)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._questions)
+
+    def __len__(self) -> int:
+        return len(self._questions)
 
 
 class QuestionTask(Task, Generic[Q]):
@@ -82,12 +112,38 @@ class QuestionTask(Task, Generic[Q]):
         self._forgetting_text = forgetting_text
         self._demonstrations = Demonstrations(data.pool, options.few_shot, options.seed)
         self._baseline = baseline
-        samples: list[Sample] = [
-            self._sample(question, index) for index, question in data.training.items()
-        ]
-        for index in data.evaluated if options.few_shot else ():
-            self._demonstrations.before(self._question(index))  # raises before a model is loaded
-        super().__init__(options.name, samples, data.source)
+        self._check_demonstrations()
+        super().__init__(options.name, self._samples(data.training), data.source)
+
+    def _samples(self, indices: Iterable[int]) -> ChosenSamples:
+        """Return the training samples of some records, each made when it is read."""
+        prompted = PromptedQuestions(self._data.training, self.instruction, self._demonstrations)
+        return ChosenSamples(prompted, list(indices))
+
+    def _check_demonstrations(self) -> None:
+        """Raise the error of too few demonstrations before a model is loaded."""
+        for index in self._data.evaluated if self._few_shot else ():
+            self._demonstrations.before(self._question(index))
+
+    def with_part(self, rest: Sequence[int], part: Sequence[int], measured: Sequence[int]) -> Self:
+        """Return the task with a part set aside, which no demonstration is of.
+
+        Raises:
+            InputError: There are too few other training records for the demonstrations.
+        """
+        found = super().with_part(rest, part, measured)
+        if not self._few_shot:
+            return found
+        indices = list(self._data.training)
+        # By prompts, because the answer of a training record may be a wrong one (`label_noise`).
+        apart = {self._data.training[indices[position]].prompt for position in part}
+        pool = [question for question in self._data.pool if question.prompt not in apart]
+        found._data = replace(self._data, pool=pool)
+        found._demonstrations = Demonstrations(pool, self._few_shot, self._seed)
+        found._check_demonstrations()
+        found.training_samples = found._samples(indices[position] for position in rest)
+        found.validation_samples = list(found._samples(indices[one] for one in measured))
+        return found
 
     @property
     def evaluation_count(self) -> int:
@@ -104,12 +160,10 @@ class QuestionTask(Task, Generic[Q]):
         data = self._data
         if data.read is None:
             return DataRecords(0, {}, Counter(), ())
+        questions = {**data.read.questions, **data.training}
         return DataRecords(
             data.read.records,
-            {
-                index: self._sample(data.training.get(index, question), index)
-                for index, question in data.read.questions.items()
-            },
+            PromptedQuestions(questions, self.instruction, self._demonstrations),
             data.read.left_out,
             data.training.keys(),
             data.held_out,
@@ -275,10 +329,16 @@ class QuestionTask(Task, Generic[Q]):
         return self._data.evaluation.questions[index]
 
     def _sample(self, question: Q, index: int) -> PromptCompletion:
-        """Return a question with its demonstrations, the same in training and in evaluation."""
-        shown = [f"{shown.prompt}{shown.answer}" for shown in self._demonstrations.before(question)]
-        blocks = [*filter(None, [self.instruction]), *shown, question.prompt]
-        return PromptCompletion("\n\n".join(blocks), question.answer, index)
+        return _prompted(question, index, self.instruction, self._demonstrations)
+
+
+def _prompted(
+    question: Question, index: int, instruction: str, demonstrations: Demonstrations
+) -> PromptCompletion:
+    """Return a question with its demonstrations, the same in training and in evaluation."""
+    shown = [f"{shown.prompt}{shown.answer}" for shown in demonstrations.before(question)]
+    blocks = [*filter(None, [instruction]), *shown, question.prompt]
+    return PromptCompletion("\n\n".join(blocks), question.answer, index)
 
 
 def _split(

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 from molf.data.files import Record, check_fields, present_fields
-from molf.data.records import read_splits
+from molf.data.records import split_records
 from molf.data.selection import draw, required_hold_out
 from molf.data.selection import samples_of_runs as find_samples_of_runs
 from molf.errors import InputError
@@ -52,7 +52,7 @@ class Question(ABC):
 
 Q = TypeVar("Q", bound=Question)
 
-Splits = Mapping[str, Sequence[Record]]
+Splits = Mapping[str, Iterable[Record]]
 
 
 class UnusableRecordError(Exception):
@@ -158,13 +158,13 @@ def load_questions(
         or options.few_shot
         or options.validates
     ):
-        own = read_splits(data)
+        own = split_records(data)
     training = None
     if not options.evaluation_only or options.few_shot or splits is not None or options.validates:
         training = _training_set(own, kind, data)
 
     if options.eval_data is not None:
-        other = read_splits(options.eval_data, option="eval_data")
+        other = split_records(options.eval_data, option="eval_data")
         evaluation = _question_set(other, _evaluation_split(other, kind), kind, options.eval_data)
         evaluated, evaluated_on = list(evaluation.questions), options.eval_data
         official = True
@@ -275,22 +275,29 @@ def _evaluation_split(splits: Splits, kind: QuestionKind[Q]) -> str:
 
 
 def _question_set(splits: Splits, split: str, kind: QuestionKind[Q], data: str) -> QuestionSet[Q]:
-    records = splits[split]
     where = data if len(splits) == 1 else f"{data} ({split})"
-    check_fields(records, kind.fields, where)
-    _check_columns(records, kind.columns, where)
     questions: dict[int, Q] = {}
     left_out: Counter[str] = Counter()
-    for index, record in enumerate(records):
+    lacking = list(kind.columns)
+    first: Record = {}
+    count = 0
+    for index, record in enumerate(splits[split]):
+        check_fields(record, kind.fields, f"{where}, record {index}")
+        lacking = [name for name in lacking if record.get(name) is None]
         parsed = _parse(record, f"{where}, record {index}", kind)
         if isinstance(parsed, UnusableRecordError):
             left_out[str(parsed)] += 1
         else:
             questions[index] = parsed
+        first = first or record
+        count += 1
+    if lacking:
+        has = ", ".join(present_fields(first)) or "none"
+        raise InputError(f"{where}: no record has the field {lacking[0]!r} (record 0 has: {has}).")
     if not questions:
-        reasons = ", ".join(f"{reason}: {count}" for reason, count in left_out.items())
-        raise InputError(f"{where}: none of the {len(records)} records can be used ({reasons}).")
-    return QuestionSet(records=len(records), questions=questions, left_out=left_out)
+        reasons = ", ".join(f"{reason}: {number}" for reason, number in left_out.items())
+        raise InputError(f"{where}: none of the {count} records can be used ({reasons}).")
+    return QuestionSet(records=count, questions=questions, left_out=left_out)
 
 
 def _parse(record: Record, where: str, kind: QuestionKind[Q]) -> Q | UnusableRecordError:
@@ -298,10 +305,3 @@ def _parse(record: Record, where: str, kind: QuestionKind[Q]) -> Q | UnusableRec
         return kind.parse(record, where)
     except UnusableRecordError as error:
         return error
-
-
-def _check_columns(records: Sequence[Record], columns: Collection[str], where: str) -> None:
-    for name in columns:
-        if all(record.get(name) is None for record in records):
-            has = ", ".join(present_fields(records[0])) or "none"
-            raise InputError(f"{where}: no record has the field {name!r} (record 0 has: {has}).")

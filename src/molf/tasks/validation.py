@@ -7,11 +7,11 @@ data and `validation_share` alone, not on the seed of a run.
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable, Collection, Hashable, Sequence
 from dataclasses import replace
 
-from molf.data.sample_store import ChosenSamples
-from molf.data.selection import draw, validation_part
+from molf.data.selection import content_key, draw, validation_part
 from molf.errors import InputError
 from molf.tasks.base import DataRecords, Task
 from molf.tasks.options import TaskOptions
@@ -60,19 +60,30 @@ def split_for_validation(
     return rest, part
 
 
-def set_aside(task: Task, options: TaskOptions) -> Task:
-    """Return the task with a part of its training samples set aside, to measure while it trains.
+def with_validation(task: Task, options: TaskOptions, load: Callable[[TaskOptions], Task]) -> Task:
+    """Return the task with samples to measure while it trains; `task` itself is not changed.
 
-    The part is that share of the different contents which `eval_part="validation"` would draw from
-    these samples. A record of the part that has the content of a measured record is in neither.
+    They are the records of `validation_data`, or else a part of the training samples, which are
+    then not trained on: that share of the different contents which `eval_part="validation"` would
+    draw from these samples. No measured record is one of them, so that nothing is chosen by those.
 
     Args:
-        task: The task; it is not changed.
-        options: Its options; `max_eval_samples` limits the part as well.
+        task: The task.
+        options: Its options; `max_eval_samples` limits these samples as well.
+        load: Loads a task, as `molf.tasks.load_task`.
 
     Raises:
-        InputError: One of the two sides is empty.
+        InputError: No record is left to train on, or to measure.
+
+    Warns:
+        UserWarning: Records of `validation_data` are left out.
     """
+    if options.validation_data is None:
+        return _set_aside(task, options)
+    return _with_other_records(task, options, load)
+
+
+def _set_aside(task: Task, options: TaskOptions) -> Task:
     samples = task.training_samples
     rest, drawn = validation_part(
         range(len(samples)), options.part_share, lambda index: samples[index].content
@@ -92,21 +103,55 @@ def set_aside(task: Task, options: TaskOptions) -> Task:
             f"(validation_share {options.part_share:g}). Give more records, or another "
             "validation_share."
         )
+    return task.with_part(rest, part, draw(part, options.max_eval_samples, options.seed))
+
+
+def _with_other_records(
+    task: Task, options: TaskOptions, load: Callable[[TaskOptions], Task]
+) -> Task:
+    """Return the task with the records of `validation_data` that it neither trains nor measures."""
+    given = options.validation_data
+    other = load(
+        replace(
+            options,
+            data=None,
+            eval_data=given,
+            validation_data=None,
+            max_samples=None,
+            max_eval_samples=None,
+            eval_part="test",
+            evaluation_only=True,
+        )
+    )
+    known = {content_key(sample.content) for sample in task.training_samples}
+    measured = task.evaluated_samples(task.evaluation_count)
+    known |= {content_key(sample.content) for sample in measured}
+    samples = other.evaluated_samples(other.evaluation_count)
+    usable = [one for one in samples if content_key(one.content) not in known]
+    if left_out := len(samples) - len(usable):
+        fault = (
+            f"validation_data {given}: {left_out} of {len(samples)} records are also trained on, "
+            "or measured before and after the training"
+        )
+        if not usable:
+            raise InputError(f"{fault}. Give others.")
+        warnings.warn(f"{fault}; they are left out.", stacklevel=3)
     found = copy.copy(task)
-    found.training_samples = ChosenSamples(samples, rest)  # a list would hold all as objects
-    kept = draw(part, options.max_eval_samples, options.seed)
-    found.validation_samples = [samples[index] for index in kept]
+    chosen = draw(range(len(usable)), options.max_eval_samples, options.seed)
+    found.validation_samples = [usable[position] for position in chosen]
     return found
 
 
-def records_with_part(task: Task, options: TaskOptions) -> DataRecords:
-    """Return the records of a task's training file, with those that `set_aside` sets aside.
+def records_with_validation(
+    task: Task, options: TaskOptions, load: Callable[[TaskOptions], Task]
+) -> DataRecords:
+    """Return the records of a task's training file, with those that `with_validation` sets aside.
 
-    Raises:
-        InputError: As `set_aside`.
+    The arguments and errors are those of `with_validation`.
     """
-    data = task.data_records()
-    rest = {sample.record for sample in set_aside(task, options).training_samples}
+    found = with_validation(task, options, load)
+    data = found.data_records()
+    rest = {sample.record for sample in found.training_samples}
     return replace(
         data,
         trained_on=[index for index in data.trained_on if index in rest],

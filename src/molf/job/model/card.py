@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from molf.amounts import fixed
+from molf.data.sources import OPTIONS as SOURCES
 from molf.job.model.saved_text import show_saved
 from molf.job.record.markdown import code, yaml_block
 from molf.job.settings.defaults import SUMMARIES
@@ -56,7 +57,7 @@ def model_card(
     }
     options = settings.as_options()
     # A card is published with its model, so it has the names of files but not their folders.
-    named = ("model", "data", "eval_data", "forgetting_data", "assignment", "output_dir")
+    named = ("model", *SOURCES, "forgetting_data", "assignment", "output_dir")
     places = [
         options[name] for name in named if options[name] and Path(options[name]).is_absolute()
     ]

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from molf.data.records import data_files, is_url
-from molf.data.sources import absolute_sources, sources_of
+from molf.data.sources import OPTIONS, absolute_sources, sources_of
 from molf.paths import absolute, expanded
 
-_DATA = ("data", "eval_data", "forgetting_data")
+_DATA = (*OPTIONS, "forgetting_data")
 _MODEL = "model"
 _WEIGHTS = (".safetensors", ".bin", ".gguf", ".pt", ".pth")
 _DESCRIPTIONS = (".json", ".jinja", ".model", ".txt")

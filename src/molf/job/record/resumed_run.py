@@ -39,6 +39,7 @@ _FREE = frozenset(
         "resume",
         "dry_run",
         "fallback_dir",
+        "dataset_num_proc",
         "max_time",
         "save_steps",
         "save_minutes",

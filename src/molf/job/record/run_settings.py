@@ -32,7 +32,7 @@ def settings_of(run: FinishedRun) -> ResolvedSettings:
     values: dict[str, Any] = {}
     for name, value in run.config.items():
         if name in known and value is not None:
-            is_path = name in ("output_dir", "fallback_dir")
+            is_path = name in ("output_dir", "fallback_dir", "token_cache")
             values[name] = tuple(value) if isinstance(value, list) else value
             values[name] = Path(value) if is_path else values[name]
     if missing := [name for name in _REQUIRED if name not in values]:

@@ -29,6 +29,11 @@ def check_during(settings: Any) -> None:
     """
     check_choice("eval_strategy", settings.eval_strategy, (None, *EVAL_STRATEGIES))
     strategy = eval_strategy_of(settings)
+    if settings.validation_data is not None and strategy == "no":
+        raise InputError(
+            "Invalid validation_data without evaluations in the training. Give --eval_steps, or "
+            "--eval_strategy epoch; --eval_data is measured before and after the training."
+        )
     if settings.eval_steps is not None and strategy != "steps":
         raise InputError(
             f"Invalid eval_steps={settings.eval_steps} with eval_strategy={strategy}: only "

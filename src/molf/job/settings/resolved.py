@@ -11,6 +11,7 @@ from typing import Any
 
 from molf.core.assignment.assignment import Assignment
 from molf.core.config import MoLFConfig
+from molf.data.sources import OPTIONS as SOURCES
 from molf.data.sources import absolute_sources
 from molf.errors import InputError
 from molf.job.settings.defaults import ADAPTERS, MERGE_BASES, QUANTISABLE, STORAGE, defaults_for
@@ -176,14 +177,15 @@ def resolve(settings: TrainSettings, now: datetime) -> ResolvedSettings:
     else:
         check_path(settings.output_dir, "output_dir")
         values["output_dir"] = settled(settings.output_dir)
-    if settings.fallback_dir is not None:
-        check_path(settings.fallback_dir, "fallback_dir")
-        values["fallback_dir"] = settled(settings.fallback_dir).absolute()
+    for name in ("fallback_dir", "token_cache"):
+        if (folder := getattr(settings, name)) is not None:
+            check_path(folder, name)
+            values[name] = settled(folder).absolute()
     # The record of the run must be valid from any working directory.
     for name in ("model", "forgetting_data", "assignment"):
         if values.get(name) is not None:
             values[name] = absolute(values[name])
-    for name in ("data", "eval_data"):
+    for name in SOURCES:
         if values.get(name) is not None:
             values[name] = absolute_sources(values[name])
     return ResolvedSettings(**values)

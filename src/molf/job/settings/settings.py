@@ -21,6 +21,7 @@ from molf.core.options import (
     STATE_DTYPES,
     OptimizerOptions,
 )
+from molf.data.sources import OPTIONS as SOURCES
 from molf.errors import InputError
 from molf.inputs import check_choice
 from molf.job.settings.batches import SAMPLING_STRATEGIES, check_batches
@@ -79,6 +80,10 @@ class TrainSettings:
     """Records to train on: a file, a folder, a URL, a Hub id, or - (stdin); several with commas."""
     eval_data: Annotated[str | None, Parameter(group=DATA)] = None
     """Records to evaluate on, where the task does not evaluate on those it trains on."""
+    validation_data: Annotated[
+        str | None, Parameter(group=DATA, show_default="a part of the training data")
+    ] = None
+    """Records of the evaluations in the training (--eval_steps), which then set none aside."""
     format: Annotated[
         str | None, Parameter(choices=FORMATS, group=DATA, show_default="by the first record")
     ] = None
@@ -101,6 +106,13 @@ class TrainSettings:
     """Longest example in tokens; longer ones are left out and counted, never cut."""
     split_special_tokens: Annotated[bool, Parameter(group=DATA)] = False
     """Treat control tokens in the records' texts (such as </s>) as plain text."""
+
+    dataset_num_proc: Annotated[int | None, Parameter(group=DATA, show_default="1"), POSITIVE] = (
+        None
+    )
+    """Processes that tokenize the examples, where the steps need most of them."""
+    token_cache: Annotated[Path | None, Parameter(group=DATA, show_default="none")] = None
+    """Folder that keeps the tokens of all examples for later runs with the same data and model."""
 
     model: Annotated[str | None, Parameter(group=MODEL)] = None
     """A local directory in transformers format, or a Hub id. Demo tasks have their own."""
@@ -343,7 +355,7 @@ class TrainSettings:
         if max(self.ranks or (0,)) >= MOST_COUNTED:
             given = ",".join(map(str, self.ranks or ()))
             raise InputError(f"Invalid ranks={given}. Must be below 2**31.")
-        for name in ("model", "data", "eval_data", "forgetting_data", "assignment"):
+        for name in ("model", *SOURCES, "forgetting_data", "assignment"):
             if getattr(self, name) == "":
                 raise InputError(f"Invalid {name}: empty. Leave the option out for the default.")
         for name in ("none", "all"):
@@ -384,6 +396,7 @@ class TrainSettings:
             name=self.task,
             data=self.data,
             eval_data=self.eval_data,
+            validation_data=self.validation_data,
             format=self.format,
             max_samples=self.max_samples,
             max_eval_samples=self.max_eval_samples,

@@ -74,7 +74,6 @@ _WITHOUT_EFFECT = frozenset(
     {
         "batch_eval_metrics",
         "bf16_full_eval",
-        "dataset_num_proc",
         "dataset_text_field",
         "do_predict",
         "eval_accumulation_steps",

@@ -36,15 +36,20 @@ def training_set(data: TrainingData, *, with_blank_row: bool) -> Dataset:
     if data.packed is not None:
         return _packed(samples, data.packed, with_blank_row=with_blank_row)
     if samples.known is not None:
-        return _read_by_position(
-            len(samples.input_ids),
-            lambda row: {"input_ids": samples.input_ids[row], "labels": samples.labels[row]},
-        )
+        count = len(samples.input_ids)
+
+        def read(row: int) -> dict[str, list[int]]:
+            if row == count:
+                return _BLANK
+            return {"input_ids": samples.input_ids[row], "labels": samples.labels[row]}
+
+        return _read_by_position(count + with_blank_row, read)
     columns = {}
     for name, rows in (("input_ids", samples.input_ids), ("labels", samples.labels)):
+        parts = [(rows if isinstance(rows, Rows) else Rows(rows)).as_arrow()]
         if with_blank_row:
-            rows = [*rows, _BLANK[name]]
-        columns[name] = (rows if isinstance(rows, Rows) else Rows(rows)).as_arrow()
+            parts.append(pyarrow.array([_BLANK[name]], type=parts[0].type))
+        columns[name] = pyarrow.chunked_array(parts)
     # Without a fingerprint of our own, `datasets` would hash all values.
     return Dataset(pyarrow.table(columns), fingerprint="examples")
 

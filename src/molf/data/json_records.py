@@ -1,0 +1,185 @@
+"""Records of JSON, one after the other: a list, or one object per line."""
+
+from __future__ import annotations
+
+import codecs
+import json
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any, BinaryIO
+
+from molf.errors import InputError, reason_of
+from molf.inputs import as_text
+
+Record = dict[str, Any]
+
+_WINDOW = 2**20  # bytes of a list that are in memory at once, at least
+_LONGEST = 2**31 - 1  # bytes of a line; without a limit, a file of zeros would fill the memory
+_SPACE = " \t\r\n"
+
+
+class DuplicateKeyError(Exception):
+    """An object has a duplicate key; the argument is the key."""
+
+
+def unique_json(text: str) -> Any:
+    """Parse JSON without duplicate keys in objects.
+
+    Raises:
+        DuplicateKeyError: An object has a duplicate key.
+        ValueError: The text is not JSON.
+    """
+    return _DECODER.decode(text)
+
+
+def json_records(opened: Callable[[], BinaryIO], shown: str) -> Iterator[Record]:
+    """Yield the objects of a JSON list or of JSON lines, distinguished by content.
+
+    Args:
+        opened: Opens the file; called again for the message about a wrong list.
+        shown: The file's name in messages.
+
+    Raises:
+        InputError: The file is not UTF-8 or not JSON (with its line), or contains a value that is
+            not an object.
+    """
+    with opened() as file:
+        is_list = _begins_a_list(file)
+    if is_list:
+        with opened() as file:
+            values = enumerate(_of_list(file, opened, shown))
+            yield from (_object(value, shown, index) for index, value in values)
+        return
+    with opened() as file:
+        index = 0
+        for number, line in enumerate(text_lines(file, shown), start=1):
+            if line.strip():
+                yield _object(_parse(line.removesuffix("\n"), shown, number), shown, index)
+                index += 1
+
+
+def text_lines(file: BinaryIO, shown: str) -> Iterator[str]:
+    """Yield the lines of a UTF-8 file with their ends, split at line feeds alone.
+
+    Raises:
+        InputError: A line is not UTF-8, or is too long.
+    """
+    start = 0
+    while line := file.readline(_LONGEST):
+        if len(line) == _LONGEST:
+            raise InputError(f"{shown}: a line is longer than {_LONGEST:,} bytes.")
+        yield as_text(line, shown, start)
+        start += len(line)
+
+
+def _begins_a_list(file: BinaryIO) -> bool:
+    # A line of JSON lines must be an object, so a list is the whole file.
+    rest = file.read(len(codecs.BOM_UTF8)).removeprefix(codecs.BOM_UTF8)
+    while not (text := rest.lstrip()) and (rest := file.read(_WINDOW)):
+        pass
+    return text.startswith(b"[")
+
+
+def _of_list(file: BinaryIO, opened: Callable[[], BinaryIO], shown: str) -> Iterator[Any]:
+    """Yield the values of a list, of which a window is in memory."""
+    count = 0
+    try:
+        for value in _objects(file):
+            yield value
+            count += 1
+    except ValueError:
+        # For the line of the fault, and for values that are not objects: read the whole list.
+        with opened() as again:
+            values = _parse(as_text(again.read(), shown), shown, line=1)
+        yield from values[count:]
+
+
+def _objects(file: BinaryIO) -> Iterator[Any]:
+    """Yield the objects of a list.
+
+    Raises:
+        ValueError: The file is not UTF-8, or no list of objects.
+    """
+    decoder = codecs.getincrementaldecoder("utf-8-sig")()
+    text, position, is_first, size = "", 0, True, _WINDOW
+
+    def more() -> bool:
+        nonlocal text, position, size
+        chunk = file.read(size)
+        text, position = text[position:] + decoder.decode(chunk, final=not chunk), 0
+        return bool(chunk)
+
+    def skip_space() -> None:
+        nonlocal position
+        while True:
+            while position < len(text) and text[position] in _SPACE:
+                position += 1
+            if position < len(text) or not more():
+                return
+
+    def take(character: str) -> bool:
+        nonlocal position
+        skip_space()
+        found = text.startswith(character, position)
+        position += found
+        return found
+
+    if not take("["):
+        raise ValueError("no list")
+    while not take("]"):
+        if not is_first and not take(","):
+            raise ValueError("no comma")
+        is_first = False
+        skip_space()
+        # The end of an object is certain; that of a number at the end of the window is not.
+        if not text.startswith("{", position):
+            raise ValueError("no object")
+        while True:
+            try:
+                value, position = _DECODER.raw_decode(text, position)
+                break
+            except (ValueError, DuplicateKeyError, RecursionError) as error:
+                size = max(_WINDOW, len(text) - position)
+                if isinstance(error, DuplicateKeyError) or not more():
+                    raise ValueError("no JSON") from error
+        yield value
+        size = _WINDOW
+    skip_space()
+    if position < len(text):
+        raise ValueError("more text")
+
+
+def _object(value: Any, shown: str, index: int) -> Record:
+    if not isinstance(value, dict):
+        raise InputError(f"{shown}, record {index}: is not an object but {type(value).__name__}.")
+    return value
+
+
+def _without_duplicate_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Make an object of JSON; reject duplicate keys, of which json drops all but the last."""
+    # Interned: otherwise each record has its own copy of the names.
+    made = {sys.intern(name): value for name, value in pairs}
+    if len(made) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise DuplicateKeyError(next(name for name in names if names.count(name) > 1))
+    return made
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_without_duplicate_keys)
+
+
+def _parse(text: str, path: str, line: int) -> Any:
+    """Parse a JSON text that starts at the given line of a file."""
+    try:
+        return unique_json(text)
+    except json.JSONDecodeError as error:
+        raise InputError(
+            f"{path}, line {line + error.lineno - 1}: not JSON ({error.msg}). "
+            "The file must hold a list of records, or one record per line."
+        ) from error
+    except DuplicateKeyError as error:
+        raise InputError(
+            f"{path}, line {line}: the key {error.args[0]!r:.100} comes twice in one object."
+        ) from error
+    except (ValueError, RecursionError) as error:  # a number too long, brackets too deep
+        raise InputError(f"{path}, line {line}: not usable JSON ({reason_of(error)}).") from error

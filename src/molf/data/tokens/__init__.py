@@ -1,0 +1,1 @@
+"""Tokens of all examples: made by several processes, and kept for later runs."""
