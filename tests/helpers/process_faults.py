@@ -33,6 +33,13 @@ def at_step(number: int, act: Callable[[], object]) -> None:
     Trainer.training_step = counted  # type: ignore[method-assign]
 
 
+def allow_offload() -> None:
+    """Allow `fsdp_cpu_offload` on a CPU, where shards are copied from host memory to itself."""
+    from molf.job import shards
+
+    shards.check_offload = lambda device: None  # type: ignore[assignment]
+
+
 def spoil(faults: Mapping[int, str]) -> None:
     """Give steps, from 1, a NaN in the "loss" alone, or in a "gradient" alone."""
     count = 0

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 from checkpoints import write_checkpoint
 from near_runs import STEPS, assert_near_runs, entries, facts_command
+from process_faults import allow_offload
 from resumed_runs import assert_same_runs
 
 pytestmark = pytest.mark.slow
@@ -87,6 +88,19 @@ def test_methods_train_as_in_one_process(launch, command, folder, method, way):
         assert pairs[0].keys() == pairs[1].keys()
         for key, value in pairs[0].items():
             assert torch.allclose(value, pairs[1][key], rtol=0, atol=1e-5), key
+
+
+def test_offloaded_shards_train_as_one_process(launch, command, folder, one):
+    """On a CPU the shards stay where they are; the calls are those of a GPU."""
+    path = folder / "offloaded"
+    before = dict.fromkeys(range(3), allow_offload)
+    given = command(path, 4, 1, "--fsdp", "all", "--fsdp_cpu_offload")
+    launch.to_the_end(given, 3, before=before)
+    assert_near_runs(one, path, tolerance=1e-6)
+    ended = launch(command(folder / "refused", 5, 1, "--fsdp", "all", "--fsdp_cpu_offload"))
+    assert [process.code for process in ended] == [2, 2]
+    assert "Invalid fsdp_cpu_offload on cpu: it keeps shards in host memory" in ended[0].errors
+    assert not (folder / "refused").exists()
 
 
 def test_conv1d_in_shards(launch, folder):

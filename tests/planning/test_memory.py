@@ -233,6 +233,17 @@ def test_phases_and_sharding(untied):
     assert replicas.weights == pytest.approx(2 * four.weights, abs=1)
 
 
+def test_offloaded_shards_leave_activations_and_buffers_on_the_device(untied):
+    planner = Planner(untied)
+    workload = make("molf", num_gpus=4)
+    kept, offloaded = (planner.memory(replace(workload, cpu_offload=x)) for x in (False, True))
+    assert offloaded.held == offloaded.gradients == offloaded.transient == kept.host == 0
+    assert offloaded.host == kept.held + kept.gradients + kept.transient
+    assert offloaded.pass_peak == kept.activations + kept.gathered
+    assert offloaded.step_peak == kept.exchanged > 0
+    assert offloaded.peak == offloaded.pass_peak < kept.peak
+
+
 def test_bfloat16_weights(untied):
     """Weights and gradients take half; moments stay float32, and each weight has a low half."""
     planner = Planner(untied)

@@ -177,6 +177,8 @@ def test_what_cannot_be_planned_is_one_line(capsys, options, line):
         ("--optimizer_in_backward", "accumulates", False),
         ("--state_dtype 8bit", "state_dtype", "8bit"),
         ("--state_offload", "state_offload", True),
+        ("--num_gpus 4 --fsdp 2 --fsdp_cpu_offload", "cpu_offload", True),
+        ("--fsdp 2 --fsdp_cpu_offload", "cpu_offload", False),  # one GPU
         ("--dtype bfloat16 --weight_rounding stochastic", "weight_rounding", "stochastic"),
         (
             "--dtype bfloat16 --grad_accumulation_dtype float32",
@@ -281,6 +283,10 @@ def test_traffic_of_several_machines(config_alone, capsys):
     replicas = json.loads(capsys.readouterr().out)
     assert (replicas["traffic"]["gpus"], replicas["traffic"]["shards"]) == (8, 4)
     assert replicas["bytes"]["weights"] == pytest.approx(2 * plan["bytes"]["weights"], abs=1)
+    assert main([*given, "--fsdp", "4", "--fsdp_cpu_offload"]) == 0
+    printed = capsys.readouterr().out
+    assert "shards and step, in host memory" in printed
+    assert "moments" not in printed
     assert main([*given, "--fsdp", "3"]) == 2
     assert "Invalid fsdp=3 with 8 processes" in capsys.readouterr().err
     assert main(["plan", "--model", str(config_alone), "--num_nodes", "0", *COMMON]) == 2

@@ -122,21 +122,27 @@ def _memory(plan: TrainingPlan) -> Table:
         sizes = [binary_size(getattr(memory, attribute)) for memory in plans]
         table.add_row(name, *sizes, end_section=end)
 
-    row("weights", "weights")
-    if plan.workload.offloads:
-        row("optimizer state, in host memory", "host")
+    is_on_host = plan.workload.cpu_offload
+    if is_on_host:
+        row("shards and step, in host memory", "host", end=True)
     else:
-        row("moments", "moments")
-        row("LoRA factors in the optimizer", "factors")
-    if not plan.workload.steps_in_backward:
-        row("gradients, all", "gradients", end=True)
+        row("weights", "weights")
+        if plan.workload.offloads:
+            row("optimizer state, in host memory", "host")
+        else:
+            row("moments", "moments")
+            row("LoRA factors in the optimizer", "factors")
+        if not plan.workload.steps_in_backward:
+            row("gradients, all", "gradients", end=True)
     row("activations and temporaries at the peak", "activations")
-    row("gradients by then", "pass_gradients")
+    if not is_on_host:
+        row("gradients by then", "pass_gradients")
     if plan.workload.devices > 1:
         row("whole weights and gradients of layers", "gathered")
     row("forward and backward, at most", "pass_peak", end=True)
     if not plan.workload.steps_in_backward:
-        row("temporaries of the optimizer", "transient")
+        if not is_on_host:
+            row("temporaries of the optimizer", "transient")
         if plan.workload.devices > 1:
             row("buffers of its collectives", "exchanged")
         row("optimizer step, at most", "step_peak", end=True)
@@ -173,7 +179,8 @@ def _traffic(traffic: Traffic, workload: Workload) -> list[str]:
         "computation.",
         f"A step is taken as {traffic.seconds:.2g} s of computation: {FLOPS / 1e12:.0f} TFLOP/s "
         "per GPU, 2 operations per parameter, token and product, without attention. FSDP2's "
-        "traffic runs beside it, the optimizer's after it.",
+        "traffic runs beside it, the optimizer's after it."
+        + (" Copies and the step on the host are not in it." if workload.cpu_offload else ""),
     ]
 
 

@@ -55,12 +55,14 @@ def check_directory(app: App, commands: tuple[str, ...], arguments: ArgumentColl
 
 def _fault(argument: Argument, text: str) -> str | None:
     kinds = _kinds(argument.hint)
-    if kinds == {int}:
+    if int in kinds and kinds <= {int, str}:
         if _has_fraction(text):
             return "must be a whole number"
-        return TOO_LARGE if is_too_large(text) else None
+        if is_too_large(text):
+            return TOO_LARGE
     # Booleans and numbers report an empty text themselves.
-    if kinds <= {str, Path} and not text.strip() and not argument.name.startswith(_FREE):
+    is_text = kinds <= {int, str, Path} and kinds != {int}
+    if is_text and not text.strip() and not argument.name.startswith(_FREE):
         return _EMPTY
     return None
 

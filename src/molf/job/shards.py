@@ -20,14 +20,19 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+)
 
 from molf.core.adamw import AdamW
 from molf.core.storage.sharding import as_sharded, layout_of
 from molf.errors import InputError
 from molf.job.model.loading import LoadedModel, load_model
 from molf.job.settings.resolved import ResolvedSettings
-from molf.job.settings.sharding import shards
+from molf.job.settings.sharding import check_offload, shards
 from molf.ranks import Ranks
 
 T = TypeVar("T")
@@ -42,11 +47,13 @@ class Sharding:
         ranks: All processes.
         device: Device of this process.
         mesh: One dimension of shards, or replicas and shards.
+        offloads: Whether shards are in host memory, and copied to the device before each use.
     """
 
     ranks: Ranks
     device: torch.device
     mesh: DeviceMesh
+    offloads: bool = False
 
     @property
     def count(self) -> int:
@@ -63,7 +70,12 @@ class Sharding:
         """Return the sharding of a run; None if each process has a whole model.
 
         All processes call it. The process group must exist.
+
+        Raises:
+            InputError: The shards cannot be offloaded from this device.
         """
+        if settings.fsdp_cpu_offload:
+            check_offload(device.type)
         count = shards(settings.fsdp, ranks.count)
         if count == 1:
             return None
@@ -71,7 +83,7 @@ class Sharding:
         shape = (count,) if replicas == 1 else (replicas, count)
         names = ("replicas", "shards")[-len(shape) :]
         mesh = init_device_mesh(device.type, shape, mesh_dim_names=names)
-        return cls(ranks, device, mesh)
+        return cls(ranks, device, mesh, settings.fsdp_cpu_offload)
 
     def load(self, load: LoadsModel, model: str, dtype: torch.dtype) -> LoadedModel:
         """Return a loaded model, without values except in rank 0.
@@ -116,7 +128,9 @@ class Sharding:
         if bf16:
             policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
         for module in (*_blocks(model), model):
-            fully_shard(module, mesh=self.mesh, mp_policy=policy)
+            fully_shard(
+                module, mesh=self.mesh, mp_policy=policy, offload_policy=self._offload_policy()
+            )
         values: dict[str, Tensor] = {
             **dict(whole.named_parameters()),
             **dict(whole.named_buffers()),
@@ -126,7 +140,7 @@ class Sharding:
             assert parameter is not None, "named_parameters has none without values"
             rows = parameter.shape[0]
             part = layout_of(parameter).shards().part(rows)
-            local = self._sent(values[name])[part].clone()
+            local = self._kept(self._sent(values[name])[part])
             cut = nn.Parameter(as_sharded(local, parameter, 0, rows), parameter.requires_grad)
             for module, key in owners:  # several if tied
                 module._parameters[key] = cut
@@ -144,6 +158,20 @@ class Sharding:
             sent = torch.empty(value.shape, dtype=value.dtype, device=self.device)
         dist.broadcast(sent, src=0)
         return sent
+
+    def _offload_policy(self) -> OffloadPolicy:
+        return CPUOffloadPolicy(pin_memory=self._pins) if self.offloads else OffloadPolicy()
+
+    @property
+    def _pins(self) -> bool:
+        return self.device.type == "cuda"  # torch pins no memory without one
+
+    def _kept(self, part: Tensor) -> Tensor:
+        """Return a copy of this process's rows where the shards are kept."""
+        if not self.offloads:
+            return part.clone()
+        kept = part.to("cpu", copy=True)
+        return kept.pin_memory() if self._pins else kept
 
     @torch.no_grad()
     def gather(self, model: nn.Module, whole: nn.Module, optimizer: Any) -> None:

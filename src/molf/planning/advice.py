@@ -165,7 +165,12 @@ def _in_backward(workload: Workload) -> Iterator[tuple[str, Workload]]:
 
 
 def _offload(workload: Workload) -> Iterator[tuple[str, Workload]]:
-    """Keep the optimizer's state in host memory."""
+    """Keep the optimizer's state in host memory, or the whole shards of several devices."""
+    if workload.devices > 1:
+        if workload.device == "cuda" and not workload.cpu_offload:
+            text = "--fsdp_cpu_offload" if workload.shards else "--fsdp all --fsdp_cpu_offload"
+            yield text, replace(workload, cpu_offload=True)
+        return
     changed = replace(workload, state_offload=True)
     if workload.trains_dense and changed.offloads and not workload.offloads:
         yield "--state_offload", changed

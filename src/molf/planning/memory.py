@@ -36,7 +36,8 @@ class MemoryPlan:
         gathered: With several devices, weights that are temporarily whole on each, and gradients
             before they are reduced.
         exchanged: With several devices, buffers of the collectives of the optimizer's step.
-        host: Moments and factors in pinned host memory, with offload; part of no peak.
+        host: State in pinned host memory, with offload; part of no peak. With offloaded shards
+            also their weights and gradients, and the temporaries of the optimizer's step.
     """
 
     weights: int
@@ -112,7 +113,7 @@ class Planner:
         """
         workload = self._reached(workload)
         # A device runs its own batch, so the pass does not depend on their number.
-        alone = replace(workload, passes=1, num_gpus=1, num_nodes=1, shards=0)
+        alone = replace(workload, passes=1, num_gpus=1, num_nodes=1, shards=0, cpu_offload=False)
         return self._plan(workload, self._pass(alone))
 
     def _reached(self, workload: Workload) -> Workload:
@@ -159,6 +160,7 @@ def _shape_alone(workload: Workload) -> Workload:
         num_gpus=1,
         num_nodes=1,
         shards=0,
+        cpu_offload=False,
     )
 
 
@@ -185,4 +187,15 @@ def _sharded(plan: MemoryPlan, shape: ModelShape, workload: Workload) -> MemoryP
     exchanged = 0
     if shape.routed and workload.config is not None:
         exchanged = buffer_bytes(shape.routed, workload.config.ranks, devices)
-    return replace(plan, **parts, gathered=round(gathered), exchanged=exchanged)
+    sharded = replace(plan, **parts, gathered=round(gathered), exchanged=exchanged)
+    return _offloaded(sharded) if workload.cpu_offload else sharded
+
+
+def _offloaded(plan: MemoryPlan) -> MemoryPlan:
+    """Move shards, gradients, state and the optimizer's step to host memory (CPUOffloadPolicy).
+
+    A device keeps activations, whole weights and gradients, and buffers of the collectives.
+    """
+    moved = ("weights", "gradients", "moments", "factors", "pass_gradients", "transient")
+    host = sum(getattr(plan, name) for name in moved if name != "pass_gradients")
+    return replace(plan, **dict.fromkeys(moved, 0), host=host)

@@ -43,6 +43,7 @@ class Workload(OptimizerOptions):
         num_nodes: Machines.
         shards: Devices that share weights, gradients and optimizer state; 0 for all, else a
             divisor of their number.
+        cpu_offload: Whether several devices keep their shards and the state in host memory.
         quantised: The option that asks for a quantised base, one of `QUANTISATIONS`, or None.
         unreached: Modules that no text reaches, which are frozen; found by the planner.
 
@@ -65,6 +66,7 @@ class Workload(OptimizerOptions):
     num_gpus: int = 1
     num_nodes: int = 1
     shards: int = 0
+    cpu_offload: bool = False
     quantised: str | None = None
     unreached: tuple[str, ...] = ()
     assignment: Assignment | None = None

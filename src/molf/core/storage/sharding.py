@@ -98,13 +98,15 @@ def as_sharded(local: Tensor, like: Any, dim: int, size: int) -> Tensor:
         size: Size of that dimension in the whole tensor.
     """
     from torch.distributed.tensor import DTensor, Shard
+    from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 
-    placements = [Shard(dim) if one.is_shard() else one for one in like.placements]
+    placements = tuple(Shard(dim) if one.is_shard() else one for one in like.placements)
     shape = torch.Size((*local.shape[:dim], size, *local.shape[dim + 1 :]))
-    stride = [shape[i + 1 :].numel() for i in range(len(shape))]
-    return DTensor.from_local(
-        local, like.device_mesh, placements, run_check=False, shape=shape, stride=tuple(stride)
-    )
+    stride = tuple(shape[i + 1 :].numel() for i in range(len(shape)))
+    spec = DTensorSpec(like.device_mesh, placements, TensorMeta(shape, stride, local.dtype))
+    # Not `from_local`: it copies a part in host memory (CPUOffloadPolicy) to the mesh's device.
+    sharded: Tensor = DTensor(local, spec, requires_grad=False)
+    return sharded
 
 
 def cut_like(values: Tensor, like: Tensor, dim: int) -> Tensor:

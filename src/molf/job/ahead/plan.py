@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from molf.errors import InputError
 from molf.job.settings.resolved import resolve
 from molf.job.settings.settings import TrainSettings
-from molf.job.settings.sharding import shards
+from molf.job.settings.sharding import check_offload, shards
 from molf.masking import learn
 from molf.planning.workload import why_not_planned
 
@@ -38,6 +38,8 @@ def plan(
     # The model may be an address with a token, which the plan repeats.
     learn(vars(settings))
     gpus = num_gpus * num_nodes
+    if settings.fsdp_cpu_offload:
+        check_offload(device)
     shared_by = shards(settings.fsdp, gpus) if gpus > 1 else 1
     # Before the model is looked up, which may need the network.
     if reason := why_not_planned(settings.method, settings.kernels):

@@ -41,6 +41,8 @@ def check_factors(skeleton: Any, settings: ResolvedSettings, device: torch.devic
     needed = numbers * (_NUMBER + _MOMENTS[settings.state_dtype])
     if device.type == "cuda":  # each process has one
         needed //= shards(settings.fsdp, launched_count())
+    if settings.fsdp_cpu_offload:
+        device = torch.device("cpu")
     there = _memory_of(device)
     # The total, not the free memory: other processes may end before the training starts.
     if there is not None and needed > there:

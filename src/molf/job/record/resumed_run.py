@@ -50,6 +50,7 @@ _FREE = frozenset(
         "report_to",
         # How the devices compute the same.
         "fsdp",
+        "fsdp_cpu_offload",
         "kernels",
         "state_offload",
         "gradient_checkpointing",
@@ -116,6 +117,8 @@ def split_again(
     if not rest and share % size == 0:
         options |= dict(zip(_BATCH, (size, share // size), strict=True))
     options["fsdp"] = fitting(options.get("fsdp"), now)
+    if options["fsdp"] is None:
+        options["fsdp_cpu_offload"] = False
 
 
 def masked_options(options: Mapping[str, Any]) -> list[str]:

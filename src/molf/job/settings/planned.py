@@ -61,6 +61,7 @@ def workload_of(
         num_gpus=num_gpus,
         num_nodes=num_nodes,
         shards=shards,
+        cpu_offload=settings.fsdp_cpu_offload and num_gpus * num_nodes > 1,
         quantised=quantised,
         assignment=settings.assigned,
         lora_dropout=float(settings.lora_dropout or 0.0) if settings.assigned else 0.0,

@@ -197,8 +197,10 @@ class TrainSettings:
     """Keep the optimizer's state in host memory, on the GPU layer by layer (not run on one yet)."""
     kernels: Annotated[str, Parameter(choices=KERNELS, group=OPTIMIZATION)] = "eager"
     """triton: the steps of fft and molf by Triton kernels (CUDA; not run on a GPU yet)."""
-    fsdp: Annotated[str | None, Parameter(group=OPTIMIZATION, show_default="DDP")] = None
+    fsdp: Annotated[int | str | None, Parameter(group=OPTIMIZATION, show_default="DDP")] = None
     """Several processes: cut the model into N shards (FSDP2; HSDP if there are more), or all."""
+    fsdp_cpu_offload: Annotated[bool, Parameter(group=OPTIMIZATION)] = False
+    """Keep the shards and their state in host memory, and step there (CUDA; not run on one yet)."""
     learning_rate: Annotated[
         float | None, Parameter(group=OPTIMIZATION, show_default=_AUTO), POSITIVE
     ] = None

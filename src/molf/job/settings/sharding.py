@@ -27,8 +27,13 @@ def check_sharded(settings: Any) -> None:
     """
     given = settings.fsdp
     if given is None:
+        if settings.fsdp_cpu_offload:
+            raise InputError(
+                "Invalid fsdp_cpu_offload without fsdp: it moves the shards of a model. Give "
+                "--fsdp, or leave it out."
+            )
         return
-    if given != ALL and (not _NUMBER.fullmatch(given) or int(given) < 2):
+    if given != ALL and not _is_number(given):
         raise InputError(
             f"Invalid fsdp={given}. Must be a number of processes of at least 2, or {ALL}."
         )
@@ -41,7 +46,11 @@ def check_sharded(settings: Any) -> None:
         raise not_quantised(given, settings.quantised)
 
 
-def not_quantised(given: str, base: str) -> InputError:
+def _is_number(given: int | str) -> bool:
+    return not isinstance(given, bool) and bool(_NUMBER.fullmatch(str(given))) and int(given) > 1
+
+
+def not_quantised(given: int | str, base: str) -> InputError:
     """Return the error for a quantised base."""
     return InputError(
         f"Invalid fsdp={given} with {base}: the packed weights of a quantised base cannot be cut "
@@ -49,7 +58,7 @@ def not_quantised(given: str, base: str) -> InputError:
     )
 
 
-def shards(given: str | None, processes: int) -> int:
+def shards(given: int | str | None, processes: int) -> int:
     """Return the number of processes that share one model; 1 if each has a whole one.
 
     Args:
@@ -75,6 +84,22 @@ def shards(given: str | None, processes: int) -> int:
     return count
 
 
+def check_offload(device: str) -> None:
+    """Check that shards can be kept away from the device of a training.
+
+    Args:
+        device: Its kind.
+
+    Raises:
+        InputError: It is no CUDA GPU.
+    """
+    if device != "cuda":
+        raise InputError(
+            f"Invalid fsdp_cpu_offload on {device}: it keeps shards in host memory for a CUDA GPU. "
+            "Leave it out."
+        )
+
+
 def check_launcher() -> None:
     """Check that the launcher was not asked to divide the model in its own way.
 
@@ -91,7 +116,7 @@ def check_launcher() -> None:
             )
 
 
-def fitting(given: str | None, processes: int) -> str | None:
+def fitting(given: int | str | None, processes: int) -> int | str | None:
     """Return the option of a run for another number of processes, as near as possible."""
     if given is None or processes == 1:
         return None

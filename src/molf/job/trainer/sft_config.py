@@ -98,7 +98,7 @@ def sft_config(settings: ResolvedSettings) -> SFTConfig:
         }
     if settings.lr_scheduler_type in BY_LOSS:
         arguments |= {"eval_strategy": "steps", "eval_steps": 1}  # a check demands a strategy
-    _start_processes(arguments)
+    _start_processes(arguments, also_on_host=settings.fsdp_cpu_offload)
     try:
         with _own_environment():
             config = SFTConfig(**arguments)
@@ -120,8 +120,13 @@ def sft_config(settings: ResolvedSettings) -> SFTConfig:
     return config
 
 
-def _start_processes(arguments: Mapping[str, Any]) -> None:
-    """Start torch's process group on CPUs and CUDA devices, which transformers then uses."""
+def _start_processes(arguments: Mapping[str, Any], *, also_on_host: bool) -> None:
+    """Start torch's process group on CPUs and CUDA devices, which transformers then uses.
+
+    Args:
+        arguments: Those of the trainer.
+        also_on_host: Whether tensors in host memory are sent as well.
+    """
     defaults = SFTConfig.__dataclass_fields__
     seconds = arguments.get("ddp_timeout", defaults["ddp_timeout"].default)
     if not 0 < seconds < MOST_COUNTED:
@@ -133,6 +138,8 @@ def _start_processes(arguments: Mapping[str, Any]) -> None:
         backend = "gloo"
     elif backend is None and torch.cuda.is_available():
         backend = "nccl"
+    if backend == "nccl" and also_on_host:
+        backend = "cpu:gloo,cuda:nccl"
     if backend is not None:
         start_group(backend, timedelta(seconds=seconds))
 

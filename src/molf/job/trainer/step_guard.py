@@ -121,7 +121,8 @@ class StepGuard(TrainerCallback):
     def _decide(self, model: Any, optimizer: torch.optim.Optimizer) -> None:
         assert self._loss is not None
         assert self._norm is not None
-        loss, norm = torch.stack([self._loss.float(), self._norm.float()]).tolist()
+        norm = self._norm.to(self._loss.device)  # that of offloaded shards is in host memory
+        loss, norm = torch.stack([self._loss.float(), norm.float()]).tolist()
         if math.isfinite(loss) and math.isfinite(norm):
             return
         if math.isfinite(loss):

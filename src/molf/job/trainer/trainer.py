@@ -87,11 +87,7 @@ class Trainer(SFTTrainer):
                 parameter.data = data.to(parameter.device)
         self.accelerator.clip_grad_norm_ = guard.clip
         if self._is_sharded:
-            # Only autocast: fully_shard moves values and sums gradients itself, and accelerate
-            # would put DDP around the model.
-            self.accelerator.prepare_model = partial(
-                self.accelerator.prepare_model, evaluation_mode=True
-            )
+            self.accelerator.prepare_model = partial(_prepare_shards, self.accelerator)
         self._is_blank = False  # whether the micro-batch has blank rows alone
         collate: Any = self.data_collator  # type: ignore[has-type]
         if checkpoints.settings.joins_examples:
@@ -318,6 +314,16 @@ class Trainer(SFTTrainer):
                 logs["score_margin"] = margin
         super().log(logs, start_time)
         del self.state.log_history[:-1]  # metrics.jsonl has the entries; here they would grow
+
+
+def _prepare_shards(accelerator: Any, model: Any, **kwargs: Any) -> Any:
+    """Prepare a model in shards for autocast alone.
+
+    fully_shard moves values and sums gradients itself. accelerate would put DDP around the model,
+    and move offloaded shards to the device.
+    """
+    prepare = type(accelerator).prepare_model
+    return prepare(accelerator, model, device_placement=False, evaluation_mode=True)
 
 
 def _trains_more_than_its_adapter(model: Any) -> bool:
