@@ -27,7 +27,7 @@ from molf.cli import main
         ("train --training_args.dataset_num_proc 2", ["--dataset_num_proc"]),
         ("train --early_stopping_patience 3", ["early_stopping_patience", "--eval_steps"]),
         ("train --eval_steps 0", ["eval_steps=0", "greater than 0"]),
-        ("train --eval_steps 3 --fsdp all", ["eval_strategy=steps", "fsdp=all", "shards"]),
+        ("train --fsdp_cpu_offload", ["fsdp_cpu_offload without fsdp", "--fsdp"]),
         ("train --eval_strategy often", ["often", "steps", "epoch"]),
         ("train --eval_strategy epoch --eval_steps 3", ["eval_steps=3", "eval_strategy=epoch"]),
         ("train --training_args.load_best_model_at_end true", ["--keep_best"]),

@@ -109,6 +109,9 @@ def generate_greedy(
                     generation_config=settings(tokens - answers.steps),
                     logits_processor=[first],
                     stopping_criteria=[answers],
+                    # `in_step` keeps processes in step; transformers would wait for all of them
+                    # in each pass of a model in shards.
+                    synced_gpus=False,
                 )
                 inputs = _inputs_to_continue(
                     made, inputs["attention_mask"], answers.drop_ended(), reuse

@@ -129,7 +129,7 @@ def for_each_batch(
         _run_batches(order, lengths, size, run, what, progress, allowed, halves=not is_shared)
 
     if is_shared:
-        in_step(inner_model(model), run_all, lambda: last_logits(model, [[0]], 0, keep=1))
+        in_step(model, run_all, lambda: last_logits(model, [[0]], 0, keep=1))
     else:
         everywhere(run_all)
     return order

@@ -61,7 +61,9 @@ def generation_batches(model: Any, pad_id: int) -> str:
             return_dict_in_generate=True,
             output_logits=True,
         )
-        made = inner.generate(**pad_left(rows, pad_id, inner.device), generation_config=settings)
+        made = inner.generate(
+            **pad_left(rows, pad_id, inner.device), generation_config=settings, synced_gpus=False
+        )
         return torch.cat(made.logits, dim=-1)
 
     return _test_batches(model, "generation", logits, pad_id)

@@ -78,12 +78,22 @@ def in_step(model: Any, act: Callable[[], object], idle: Callable[[], object]) -
             hook.remove()
     while ranks.largest([0]) == [1]:
         idle()
+    _free_gathered(model)
 
     def end() -> None:
         if error is not None:
             raise error
 
     ranks.everywhere(end)
+
+
+def _free_gathered(model: Any) -> None:
+    """Free the gathered weights that a forward pass without a backward pass has left."""
+    from torch.distributed.fsdp import FSDPModule
+
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def collect(results: list[T], done: Sequence[int]) -> list[T]:
