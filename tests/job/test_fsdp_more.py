@@ -23,6 +23,9 @@ METHODS = {
     "lora": ["--method", "lora", "--lora_dropout", "0"],
     "lora+": ["--method", "lora+", "--lora_dropout", "0"],
     "dora": ["--method", "dora", "--lora_dropout", "0"],
+    "pissa": ["--method", "pissa", "--lora_dropout", "0"],
+    "eva": ["--method", "eva", "--lora_dropout", "0"],
+    "adalora": ["--method", "adalora", "--lora_dropout", "0"],
     "molf-e": ["--method", "molf-e", "--lora_dropout", "0"],
     "hybrid": ["--method", "hybrid", "--lora_dropout", "0", "--use_dora"],
     # So little that it drops nothing, for the form that dropout needs.

@@ -358,6 +358,7 @@ def _prepared(opening: Opening) -> tuple[Prepared, Any]:
         return prepared, prepared.model
     prepared = sharding.change(lambda: prepare(base, settings, opening.data))
     cut = sharding.cut(prepared.model, bf16=bool(opening.arguments.bf16))
+    prepared.attach(cut)
     return replace(prepared, model=cut), prepared.model
 
 

@@ -32,7 +32,7 @@ from molf.core.storage.sharding import (
     cut_like,
     is_sharded,
     sharded_room,
-    whole_number,
+    whole_tensor,
 )
 from molf.core.warn import warn
 
@@ -181,7 +181,7 @@ class UnitOptimizer(Optimizer):
         self._required = {"loss": loss.detach()}
         if grad_norm is not None:
             # clip_grad_norm_ of sharded parameters returns a norm that is a sum to come.
-            self._required["grad_norm"] = whole_number(grad_norm.detach())
+            self._required["grad_norm"] = whole_tensor(grad_norm.detach())
 
     @torch._disable_dynamo
     def zero_grad(self, set_to_none: bool = True) -> None:

@@ -62,9 +62,12 @@ def local_part(tensor: Tensor) -> Tensor:
     return local.detach()
 
 
-def whole_number(number: Tensor) -> Tensor:
-    """Return a 0-dim number whose terms may be in several processes, which all must call it."""
-    whole: Tensor = number.full_tensor() if is_sharded(number) else number  # type: ignore[attr-defined]
+def whole_tensor(tensor: Tensor) -> Tensor:
+    """Return a sharded tensor whole, others unchanged; all processes must call it.
+
+    A gradient flows back to this process's part of it, and is not summed over the processes.
+    """
+    whole: Tensor = tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
     return whole
 
 

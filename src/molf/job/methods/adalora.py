@@ -10,13 +10,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
-from peft import AdaLoraConfig
+from peft import AdaLoraConfig, AdaLoraModel
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from molf.core.storage.sharding import is_sharded, layout_of, local_part, whole_tensor
 from molf.errors import InputError
 from molf.job.methods.adapter import Adapter, AdapterPlan, common_config
 from molf.job.methods.base import Layer, Prepared, TrainingData
@@ -77,6 +79,10 @@ class AdaLora(Adapter):
         penalty = _Penalty(prepared.model)
         allocator = _Allocator(prepared.model)
 
+        def attach(model: Any) -> None:
+            penalty.attach(model)
+            allocator.attach(model)
+
         @torch.no_grad()
         def measure() -> dict[str, float]:
             return {"mean_rank": allocator.mean_rank(), "penalty": float(penalty())}
@@ -85,6 +91,7 @@ class AdaLora(Adapter):
             prepared,
             penalty=penalty,
             callbacks=(allocator,),
+            attach=attach,
             measure=measure,
             save_adapter=_save_adapter,
         )
@@ -96,17 +103,26 @@ def initial_rank(rank: int) -> int:
 
 
 class _Allocator(TrainerCallback):
-    """Calls PEFT's allocator after each step, while gradients exist."""
+    """Calls PEFT's allocator after each step, while gradients exist.
+
+    With a model in shards, all processes compare the singular values of whole factors, which are
+    gathered for it, and each masks its own.
+    """
 
     def __init__(self, model: Any) -> None:
-        self._model = model
-        self._config = model.peft_config["default"]
+        self._base = model.base_model
+        self._config = model.peft_config["default"]  # saved with the adapter
         self._has_seen = False
         self._layers = sum("lora_E" in name for name, _ in model.named_parameters())
+        self.attach(model)
+
+    def attach(self, model: Any) -> None:
+        """Take the parameters of another model with the same names."""
+        self._model = model
 
     def state_dict(self) -> dict[str, Any]:
         """Return the importance of singular values and the ranks, for a checkpoint."""
-        allocator = self._model.base_model.rankallocator
+        allocator = self._base.rankallocator
         return {
             "has_seen": self._has_seen,
             "rank_pattern": self._config.rank_pattern,
@@ -115,7 +131,7 @@ class _Allocator(TrainerCallback):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Replace importance and ranks."""
-        allocator = self._model.base_model.rankallocator
+        allocator = self._base.rankallocator
         devices = {name: parameter.device for name, parameter in _allocated(self._model)}
         self._has_seen, self._config.rank_pattern = state["has_seen"], state["rank_pattern"]
         for name in _IMPORTANCE:
@@ -140,7 +156,28 @@ class _Allocator(TrainerCallback):
                 f"Step {step} of {state.max_steps}: AdaLoRA cannot tell which ranks matter: all "
                 "steps before this one were skipped. Try a lower --lora_learning_rate."
             )
-        self._model.base_model.update_and_allocate(step)
+        self._allocate(step, needs_factors=step <= last)
+
+    @torch.no_grad()
+    def _allocate(self, step: int, *, needs_factors: bool) -> None:
+        """Update importance and ranks; all processes of a model in shards call it."""
+        kind = "lora_" if needs_factors else "lora_E"
+        own = {name: p for name, p in _allocated(self._model) if kind in name}
+        whole = {name: _whole_with_gradient(p) for name, p in own.items()}
+        # PEFT's own method, which takes these four of a model.
+        AdaLoraModel.update_and_allocate(
+            SimpleNamespace(
+                peft_config={"default": self._config},
+                trainable_adapter_name="default",
+                rankallocator=self._base.rankallocator,
+                model=SimpleNamespace(named_parameters=whole.items),
+            ),
+            step,
+        )
+        for name, parameter in own.items():
+            if "lora_E" in name and is_sharded(parameter):
+                rows = layout_of(parameter).shards().part(len(parameter))
+                local_part(parameter).copy_(whole[name][rows])
 
     def _has_gradients(self) -> bool:
         return any(p.grad is not None for p in self._model.parameters())
@@ -151,6 +188,15 @@ class _Allocator(TrainerCallback):
         if pattern is None:
             return float(self._config.init_r)
         return sum(map(sum, pattern.values())) / self._layers
+
+
+def _whole_with_gradient(parameter: Tensor) -> Tensor:
+    """Return a parameter, or a whole copy of a sharded one, with its gradient."""
+    if not is_sharded(parameter):
+        return parameter
+    whole = whole_tensor(parameter)
+    whole.grad = None if parameter.grad is None else whole_tensor(parameter.grad)
+    return whole
 
 
 def _allocated(model: Any) -> Iterator[tuple[str, nn.Parameter]]:
@@ -164,12 +210,18 @@ class _Penalty:
     # PEFT adds it to the loss that the model returns. TRL computes its loss from log-probabilities
     # instead, so PEFT's weight is 0, and the trainer adds this penalty.
     def __init__(self, model: Any) -> None:
+        self.attach(model)
+
+    def attach(self, model: Any) -> None:
+        """Take the factors of a model."""
         self._rows = [p for name, p in model.named_parameters() if "lora_A" in name]
         self._columns = [p for name, p in model.named_parameters() if "lora_B" in name]
 
     def __call__(self) -> Tensor:
         with torch.autocast(self._rows[0].device.type, enabled=False):
-            gram = [A @ A.T for A in self._rows] + [B.T @ B for B in self._columns]
+            # Gathered from shards, and each process then has the whole gradient's own part.
+            gram = [A @ A.T for A in map(whole_tensor, self._rows)]
+            gram += [B.T @ B for B in map(whole_tensor, self._columns)]
             norms = [torch.linalg.norm(G - torch.eye(len(G), device=G.device)) for G in gram]
             return PENALTY * torch.stack(norms).mean()
 

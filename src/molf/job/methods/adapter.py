@@ -26,6 +26,10 @@ from molf.job.methods.base import (
 )
 from molf.job.methods.matching import matching_rank
 from molf.job.settings.resolved import ResolvedSettings
+from molf.ranks import ranks
+
+_SHAPES = ("target_modules", "rank_pattern", "alpha_pattern")
+"""Fields of PEFT's configuration that an initialisation may change."""
 
 
 @dataclass(frozen=True)
@@ -78,10 +82,27 @@ class Adapter(Method):
     def prepare(self, model: Any, settings: ResolvedSettings, data: TrainingData) -> Prepared:
         """Add the adapter to the model, and freeze all other parameters."""
         plan = self._plan(model, settings)
-        # PEFT draws A from the global generator.
-        torch.manual_seed(settings.seed)
-        wrapped = get_peft_model(model, self.config(plan, settings, data.steps))
-        self.initialise(wrapped, plan, settings, data)
+        config = self.config(plan, settings, data.steps)
+        made: list[Any] = []
+
+        def make() -> dict[str, Any]:
+            # PEFT draws A from the global generator.
+            torch.manual_seed(settings.seed)
+            made.append(get_peft_model(model, config))
+            self.initialise(made[0], plan, settings, data)
+            own = made[0].peft_config["default"]
+            return {name: getattr(own, name) for name in _SHAPES}
+
+        if settings.fsdp is None:
+            make()
+        else:  # rank 0 has the values that initialise it, and the others take its shapes
+            with torch.device("cpu"):
+                shapes = ranks().on_main(make)
+            if not made:
+                for name, value in {**shapes, "init_lora_weights": False}.items():
+                    setattr(config, name, value)
+                made.append(get_peft_model(model, config))
+        (wrapped,) = made
         return Prepared(
             model=wrapped,
             optimizer=(_AdapterAdamW, self.optimizer_arguments(settings)),

@@ -113,6 +113,8 @@ class Prepared:
         penalty: An additional loss, added once per optimizer step.
         measure: Returns further figures for the log.
         callbacks: Further callbacks of the trainer.
+        attach: Called with the model in shards that is trained in the place of `model`, with the
+            same names.
     """
 
     model: Any
@@ -126,6 +128,7 @@ class Prepared:
     penalty: Callable[[], Tensor] | None = None
     measure: Callable[[], dict[str, float]] = dict
     callbacks: tuple[TrainerCallback, ...] = ()
+    attach: Callable[[Any], None] = lambda model: None
 
 
 class Method(ABC):
@@ -183,6 +186,11 @@ def config_of(settings: ResolvedSettings) -> MoLFConfig:
     if config is None:
         raise ValueError(f"method={settings.method} has no adapter.")
     return config
+
+
+def has_values(model: Any) -> bool:
+    """Return whether a model has values: of models in shards, that of rank 0 alone."""
+    return not any(parameter.is_meta for parameter in model.parameters())
 
 
 def count_trainable(model: Any) -> int:

@@ -93,7 +93,13 @@ class Eva(Adapter):
             batch_sampler=batches,
             collate_fn=_collate,
         )
-        initialize_lora_eva_weights(model, loader, forward_fn=_Forward(), show_progress_bar=False)
+        initialize_lora_eva_weights(
+            model,
+            loader,
+            forward_fn=_Forward(),
+            gather_distributed_inputs=False,  # each process has all batches
+            show_progress_bar=False,
+        )
 
 
 class _Forward:

@@ -18,7 +18,7 @@ from peft import LoraConfig
 from molf.disk.files import scratch_directory
 from molf.errors import InputError
 from molf.job.methods.adapter import Adapter, AdapterPlan, lora_config
-from molf.job.methods.base import Prepared, TrainingData
+from molf.job.methods.base import Prepared, TrainingData, has_values
 from molf.job.settings.resolved import ResolvedSettings
 
 
@@ -50,6 +50,8 @@ class Pissa(Adapter):
     def prepare(self, model: Any, settings: ResolvedSettings, data: TrainingData) -> Prepared:
         """Add the adapter, and store its initial weights, which saving needs."""
         prepared = super().prepare(model, settings, data)
+        if not has_values(prepared.model):  # rank 0 saves
+            return prepared
         start = _Start(prepared.model)
         return replace(prepared, save_adapter=start.save_adapter)
 

@@ -10,9 +10,6 @@ from molf.errors import InputError
 
 ALL = "all"
 
-METHODS = ("fft", "molf", "molf-e", "hybrid", "lora", "lora+", "dora")
-"""Methods whose model and optimizer may be sharded."""
-
 _NUMBER = re.compile(r"[1-9][0-9]{0,8}")
 
 
@@ -23,7 +20,7 @@ def check_sharded(settings: Any) -> None:
         settings: `TrainSettings`, whose file imports this one.
 
     Raises:
-        InputError: The value is not allowed, or not with this method or a quantised base.
+        InputError: The value is not allowed, or not with a quantised base.
     """
     given = settings.fsdp
     if given is None:
@@ -36,11 +33,6 @@ def check_sharded(settings: Any) -> None:
     if given != ALL and not _is_number(given):
         raise InputError(
             f"Invalid fsdp={given}. Must be a number of processes of at least 2, or {ALL}."
-        )
-    if settings.method not in METHODS:
-        raise InputError(
-            f"Invalid fsdp={given} with method={settings.method}. Must be one of "
-            f"{', '.join(METHODS)}. Leave fsdp out: each process then has a whole model (DDP)."
         )
     if settings.quantised is not None:
         raise not_quantised(given, settings.quantised)

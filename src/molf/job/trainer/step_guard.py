@@ -17,7 +17,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from molf.core.adamw import AdamW
 from molf.core.step.guard import NonFiniteError
-from molf.core.storage.sharding import is_sharded, local_part, whole_number
+from molf.core.storage.sharding import is_sharded, local_part, whole_tensor
 from molf.job.record.result import DivergedError, RunError
 from molf.job.settings.defaults import ADAPTERS
 from molf.job.settings.resolved import ResolvedSettings
@@ -89,7 +89,7 @@ class StepGuard(TrainerCallback):
         """
         parameters = list(parameters)
         gradients = [p.grad for p in parameters if p.grad is not None]
-        norm = whole_number(torch.nn.utils.get_total_norm(gradients, norm_type))
+        norm = whole_tensor(torch.nn.utils.get_total_norm(gradients, norm_type))
         if max_norm < math.inf:
             # torch would multiply all gradients by NaN, which hides the bad parameter.
             known = torch.where(norm.isfinite(), norm, 0.0)
