@@ -98,7 +98,6 @@ def test_refusals_in_one_line_each(launch, command, folder, monkeypatch, capsys)
     for further, said in (
         (["--fsdp", "3"], "Invalid fsdp=3 with 2 processes: each replica of the model has 3. Must"),
         (["--fsdp", "1"], "Invalid fsdp=1. Must be a number of processes of at least 2, or all."),
-        (["--method", "pissa"], "Invalid fsdp=all with method=pissa. Must be one of fft, molf, "),
         (["--state_offload"], "Invalid state_offload with fsdp=all: "),
         (["--kernels", "triton"], "Invalid kernels=triton with fsdp=all: "),
         (["--method", "lora", "--load_in_4bit"], "Invalid fsdp=all with load_in_4bit: the packed"),

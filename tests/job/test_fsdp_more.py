@@ -91,6 +91,11 @@ def test_methods_train_as_in_one_process(launch, command, folder, method, way):
         assert pairs[0].keys() == pairs[1].keys()
         for key, value in pairs[0].items():
             assert torch.allclose(value, pairs[1][key], rtol=0, atol=1e-5), key
+        files = [
+            json.loads((run / "adapter/adapter_config.json").read_text()) for run in (one, path)
+        ]
+        for name in ("rank_pattern", "alpha_pattern"):
+            assert files[0][name] == files[1][name], name
 
 
 def test_offloaded_shards_train_as_one_process(launch, command, folder, one):
@@ -178,7 +183,7 @@ def test_four_processes_are_resumed_in_three_two_and_one(launch, command, folder
     assert_near_runs(one, path)
 
 
-@pytest.mark.parametrize("name", ["fft", "lora", "molf-e", "8bit"])
+@pytest.mark.parametrize("name", ["fft", "lora", "pissa", "adalora", "molf-e", "8bit"])
 def test_methods_are_resumed_in_one_process(launch, command, folder, name):
     """Frozen weights have the same checksums; copies of the state in the background."""
     further = [*METHODS[name], "--async_save"]

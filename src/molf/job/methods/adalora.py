@@ -76,6 +76,7 @@ class AdaLora(Adapter):
     def prepare(self, model: Any, settings: ResolvedSettings, data: TrainingData) -> Prepared:
         """Add the adapter, its allocator and its penalty."""
         prepared = super().prepare(model, settings, data)
+        prepared.model.base_model.__class__ = _WithoutPenalty
         penalty = _Penalty(prepared.model)
         allocator = _Allocator(prepared.model)
 
@@ -202,6 +203,14 @@ def _whole_with_gradient(parameter: Tensor) -> Tensor:
 def _allocated(model: Any) -> Iterator[tuple[str, nn.Parameter]]:
     """Yield the parameters with the names that PEFT's allocator gives them."""
     yield from model.base_model.model.named_parameters()
+
+
+class _WithoutPenalty(AdaLoraModel):
+    """PEFT's model without its own penalty, which fails on the parts of factors in shards."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the adapted model."""
+        return self.model.forward(*args, **kwargs)
 
 
 class _Penalty:
