@@ -10,11 +10,13 @@ import sys
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 
 from checkpoints import write_checkpoint
 from near_runs import STEPS, assert_near_runs, entries, facts_command
 from process_faults import allow_offload
 from resumed_runs import assert_same_runs
+from tiny_models import byte_level_tokenizer
 
 pytestmark = pytest.mark.slow
 
@@ -117,6 +119,40 @@ def test_conv1d_in_shards(launch, folder):
     launch.to_the_end(command(folder / "conv one", 5, 2), 1)
     launch.to_the_end(command(folder / "conv two", 5, 1, "--fsdp", "all"))
     assert_near_runs(folder / "conv one", folder / "conv two")
+
+
+def test_fused_experts_and_latent_attention_in_shards(launch, folder):
+    """DeepSeek-V3: 3-D weights, a router with a buffer, projections of other sizes than heads."""
+    config = DeepseekV3Config(
+        vocab_size=512,
+        hidden_size=32,
+        intermediate_size=48,
+        moe_intermediate_size=16,
+        num_hidden_layers=2,
+        first_k_dense_replace=1,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        n_routed_experts=6,
+        num_experts_per_tok=2,
+        n_group=2,
+        topk_group=1,
+        kv_lora_rank=6,
+        q_lora_rank=12,
+        qk_rope_head_dim=8,
+        qk_nope_head_dim=8,
+        v_head_dim=12,
+        max_position_embeddings=128,
+        bos_token_id=None,
+        eos_token_id=0,
+        pad_token_id=None,
+    )
+    torch.manual_seed(0)
+    DeepseekV3ForCausalLM(config).save_pretrained(folder / "deepseek")
+    byte_level_tokenizer().save_pretrained(folder / "deepseek")
+    command = facts_command(folder, folder / "deepseek")
+    launch.to_the_end(command(folder / "deepseek one", 3, 4), 1)
+    launch.to_the_end(command(folder / "deepseek four", 3, 1, "--fsdp", "all"), 4)
+    assert_near_runs(folder / "deepseek one", folder / "deepseek four")
 
 
 def test_exact_bfloat16_shards_keep_their_low_halves(launch, command, folder):

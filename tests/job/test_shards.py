@@ -23,7 +23,7 @@ from molf.job.settings.sharding import check_offload
 from molf.job.shards import Sharding
 from molf.job.trainer import sft_config
 from molf.job.trainer.trainer import _prepare_shards
-from molf.ranks import ALONE
+from molf.ranks import ALONE, Ranks
 
 
 @pytest.fixture
@@ -95,6 +95,18 @@ def test_offload_policy_reaches_fully_shard(group, monkeypatch, offloads):
     for name, parameter in model.named_parameters():
         assert parameter.device.type == parameter.grad.device.type == "cpu"
         assert torch.equal(parameter.grad.full_tensor(), gradients[name].grad), name
+
+
+def test_another_model_than_that_of_rank_0_is_named(group):
+    class Other(Ranks):
+        rank = 1
+
+        def on_main(self, act):
+            return {name.replace("bias", "scale"): kind for name, kind in act().items()}
+
+    sharding = Sharding(Other(), torch.device("cpu"), init_device_mesh("cpu", (1,)))
+    with pytest.raises(InputError, match=r"of rank 1 differs .*: bias \[3\] float32 there, scale"):
+        sharding.cut(nn.Linear(2, 3))
 
 
 def test_offloaded_state_stays_in_host_memory(group):

@@ -14,6 +14,7 @@ import copy
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any, TypeVar
 
 import torch
@@ -122,7 +123,15 @@ class Sharding:
         Args:
             whole: The model; it is not changed.
             bf16: Compute in bfloat16, with shards in their own dtype and gradients in float32.
+
+        Raises:
+            InputError: A process has another model than rank 0.
         """
+        values: dict[str, Tensor] = {
+            **dict(whole.named_parameters()),
+            **dict(whole.named_buffers()),
+        }
+        self._check_alike({name: _kind_of(value) for name, value in values.items()})
         model = _without_values(whole)
         policy = MixedPrecisionPolicy()
         if bf16:
@@ -131,10 +140,6 @@ class Sharding:
             fully_shard(
                 module, mesh=self.mesh, mp_policy=policy, offload_policy=self._offload_policy()
             )
-        values: dict[str, Tensor] = {
-            **dict(whole.named_parameters()),
-            **dict(whole.named_buffers()),
-        }
         for name, owners in _owners(model, nn.Module.named_parameters, "_parameters").items():
             parameter = owners[0][0]._parameters[owners[0][1]]
             assert parameter is not None, "named_parameters has none without values"
@@ -149,6 +154,25 @@ class Sharding:
             for module, key in owners:
                 module._buffers[key] = buffer
         return model
+
+    def _check_alike(self, kinds: dict[str, str]) -> None:
+        """Check that all processes have the tensors of rank 0, in its order.
+
+        Raises:
+            InputError: One has not; all raise it. Else a collective would fail, or wait.
+        """
+        expected = self.ranks.on_main(lambda: kinds)
+
+        def check() -> None:
+            for one, other in zip_longest(expected.items(), kinds.items(), fillvalue=("", "none")):
+                if one != other:
+                    raise InputError(
+                        f"The model of rank {self.ranks.rank} differs from that of rank 0: "
+                        f"{other[0]} {other[1]} there, {one[0]} {one[1]} in rank 0. All machines "
+                        "need the same files and versions of the libraries."
+                    )
+
+        self.ranks.everywhere(check)
 
     def _sent(self, value: Tensor) -> Tensor:
         """Return rank 0's values of a whole tensor, on the device of each process."""
@@ -198,6 +222,10 @@ class Sharding:
             buffers = dict(whole.named_buffers())
             for name, buffer in model.named_buffers():
                 buffers[name].copy_(buffer)
+
+
+def _kind_of(tensor: Tensor) -> str:
+    return f"{list(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
 
 
 def free_trained(whole: nn.Module) -> None:
