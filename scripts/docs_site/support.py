@@ -68,6 +68,7 @@ class Device(NamedTuple):
         processes: Processes of the command.
         is_sharded: Whether the parameters are cut by `fully_shard`, in a loop of the user.
         forms: The columns.
+        shards: The option `fsdp` of the command.
     """
 
     title: str
@@ -75,6 +76,7 @@ class Device(NamedTuple):
     processes: int = 1
     is_sharded: bool = False
     forms: tuple[str, ...] = tuple(FORMS)
+    shards: str | None = None
 
 
 _BF16 = {"dtype": "bfloat16"}
@@ -139,6 +141,13 @@ DEVICES = {
         "on CPUs.",
         processes=2,
     ),
+    "shards": Device(
+        "Sharded by the command: molf train --fsdp",
+        "`molf train --fsdp all` under `torchrun` (FSDP2, and HSDP with fewer shards than "
+        "processes); gloo on CPUs.",
+        processes=2,
+        shards="all",
+    ),
     "fsdp": Device(
         "Sharded: FSDP2 and HSDP",
         "`fully_shard` in a loop of your own; gloo on CPUs. `fft` is `molf.AdamW`.",
@@ -173,6 +182,8 @@ _PARITY = "tests/core/test_sharded.py::test_winners_and_weights_are_those_of_one
 _ALL_FORMS = "tests/core/test_sharded_more.py::test_winners_and_weights_are_those_of_one_process"
 _ALIKE = "tests/core/test_data_parallel.py::test_as_one_process_with_the_joined_batch"
 _SCORES = "tests/core/test_sharded_more.py::test_every_score_has_the_winners_of_one_process"
+_SHARDS = "tests/job/test_fsdp_more.py::test_any_number_of_shards_trains_as_one_process"
+_IN_SHARDS = "tests/job/test_fsdp_more.py::test_methods_train_as_in_one_process"
 _BITS = "tests/core/test_sharded.py::test_same_gradients_give_the_same_bits"
 EVIDENCE = (
     Evidence("cpu", tuple(FORMS), None, "tests/job/test_support.py::test_cells_of_a_cpu"),
@@ -193,6 +204,33 @@ EVIDENCE = (
         ("--save_steps 1",),
         "tests/job/test_many_processes.py::"
         "test_killed_process_ends_the_others_and_the_run_is_resumed",
+    ),
+    Evidence("shards", ("molf",), (_PLAIN, "--gradient_accumulation_steps 2"), _SHARDS),
+    Evidence("shards", tuple(form for form in FORMS if form != "molf"), (_PLAIN,), _IN_SHARDS),
+    Evidence("shards", ("molf",), ("--state_dtype 8bit", "--gradient_checkpointing"), _IN_SHARDS),
+    Evidence(
+        "shards",
+        ("molf",),
+        ("--dtype bfloat16",),
+        "tests/job/test_fsdp_more.py::test_exact_bfloat16_shards_keep_their_low_halves",
+    ),
+    Evidence(
+        "shards",
+        ("molf",),
+        ("--bf16",),
+        "tests/job/test_fsdp_more.py::test_bfloat16_is_computed_with_float32_shards",
+    ),
+    Evidence(
+        "shards",
+        ("lora", "molf-e"),
+        ("--dtype bfloat16",),
+        "tests/job/test_fsdp_more.py::test_float32_factors_beside_frozen_bfloat16_shards",
+    ),
+    Evidence(
+        "shards",
+        ("molf",),
+        ("--save_steps 1",),
+        "tests/job/test_fsdp.py::test_killed_shards_are_resumed_to_the_same_bits",
     ),
     Evidence("fsdp", ("molf", WITH_DROPOUT, "molf-e"), (_PLAIN,), _PARITY),
     Evidence("fsdp", ("molf",), _CLIPPED, _PARITY),
@@ -257,7 +295,7 @@ def state_of(form: str, feature: Feature, device: str) -> str:
 
 def why_refused(form: str, feature: Feature, device: str) -> str | None:
     """Return the message of a refused cell; None if the settings are accepted."""
-    settings = {**FORMS[form], **feature.settings}
+    settings = {**FORMS[form], **feature.settings, "fsdp": DEVICES[device].shards}
     processes = DEVICES[device].processes
     launched = {"LOCAL_RANK": "0", "RANK": "0", "WORLD_SIZE": str(processes)}
     try:
