@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from datetime import timedelta
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.distributed as dist
+from cyclopts import CycloptsError
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy
@@ -15,6 +17,8 @@ from torch.distributed.tensor import Shard
 
 from checkpoints import make_model
 from molf.cli import main
+from molf.cli.recipes.schema import recipe_schema
+from molf.cli.recipes.validation import parse_options
 from molf.errors import InputError
 from molf.job import shards
 from molf.job.record.resumed_run import split_again
@@ -39,6 +43,15 @@ def group():
 @pytest.mark.parametrize("given", [4, "4", "all"])
 def test_numbers_of_shards(given):
     assert TrainSettings(fsdp=given).fsdp == given
+
+
+def test_recipes_have_a_number_or_a_word():
+    assert set(recipe_schema()["properties"]["fsdp"]["type"]) == {"integer", "string", "null"}
+    for given in (4, "4", "all"):
+        options = parse_options(Path("recipe.yaml"), "train", {"fsdp": given})
+        assert options["settings"].fsdp == ("all" if given == "all" else 4)
+    with pytest.raises(CycloptsError, match="must be a whole number"):
+        parse_options(Path("recipe.yaml"), "train", {"fsdp": 2.5})
 
 
 @pytest.mark.parametrize("given", [1, 0, -2, True, "1", "2.0", "", "half"])
