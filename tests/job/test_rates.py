@@ -195,10 +195,15 @@ def test_options_of_a_training_are_taken():
     """Those without effect are left out, in one line; recipes have a schedule."""
     with pytest.warns(UserWarning, match="Without effect in a range test: ") as caught:
         settings = RateSettings(
-            save_steps=10, max_time=60.0, eval_steps=5, warmup_ratio=0.3, lora_learning_rate=0.0
+            save_steps=10,
+            max_time=60.0,
+            eval_steps=5,
+            validation_data="other.jsonl",
+            warmup_ratio=0.3,
+            lora_learning_rate=0.0,
         )
     (warning,) = caught
-    names = ("save_steps", "max_time", "eval_steps", "lora_learning_rate")
+    names = ("save_steps", "max_time", "eval_steps", "validation_data", "lora_learning_rate")
     assert all(name in str(warning.message) for name in names)
     assert settings.lora_learning_rate is None
     assert "warmup_ratio" not in str(warning.message)

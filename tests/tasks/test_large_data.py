@@ -11,7 +11,7 @@ import pytest
 
 from molf.data import sample_store
 from molf.data.sample_store import SampleStore
-from molf.data.samples import PromptCompletion
+from molf.data.samples import PlainText, PromptCompletion
 from molf.errors import InputError
 from molf.tasks import TaskOptions, load_task
 from molf.tasks.validation import with_validation
@@ -99,3 +99,11 @@ def test_a_full_temporary_folder_is_one_clear_line(tmp_path, monkeypatch):
     with pytest.raises(InputError, match=r"No space left on device.* Set TMPDIR to") as error:
         load_task(TaskOptions(name="custom", data=str(path)))
     assert "\n" not in str(error.value)
+
+
+def test_no_temporary_folder_is_one_clear_line(monkeypatch):
+    monkeypatch.setattr(sample_store, "_MOST_IN_MEMORY", 10)
+    monkeypatch.setattr("tempfile.tempdir", None)
+    monkeypatch.setattr("tempfile._candidate_tempdir_list", lambda: ["/proc/none"])
+    with pytest.raises(InputError, match=r"No usable temporary directory .* Set TMPDIR to"):
+        SampleStore().add(PlainText("a long text", 0))

@@ -130,8 +130,8 @@ def find_rates(
     recipe: str | Path | None = None,
     /,
     *,
-    from_: float = LOWEST,
-    to: float = HIGHEST,
+    from_: float | None = LOWEST,
+    to: float | None = HIGHEST,
     **options: Any,
 ) -> RangeTest:
     """Train short with growing learning rates, and suggest rates to begin with, as `molf lr` does.
@@ -163,8 +163,8 @@ def find_rates(
     arguments = parsed("lr", {**options, "from": from_, "to": to}, recipe)
     return range_test(
         arguments.get("settings", RateSettings()),
-        lowest=arguments["lowest"],
-        highest=arguments["highest"],
+        lowest=arguments.get("lowest", LOWEST),
+        highest=arguments.get("highest", HIGHEST),
     )
 
 

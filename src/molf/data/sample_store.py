@@ -78,8 +78,8 @@ class _Content:
             self._file.flush()
         except OSError as error:
             raise InputError(
-                f"A temporary file for the records in {tempfile.gettempdir()} cannot be written: "
-                f"{reason_of(error)}. Set TMPDIR to a folder with more room."
+                f"A temporary file for the records cannot be written: {reason_of(error)}"
+                f"{_place()}. Set TMPDIR to a folder with more room."
             ) from error
         self._written += len(self._last)
         self._last = bytearray()
@@ -109,6 +109,14 @@ class _Content:
     def __setstate__(self, content: bytes) -> None:
         self.__init__()  # type: ignore[misc]
         self._last += content
+
+
+def _place() -> str:
+    """Return the folder of temporary files for a message; empty if none can be written."""
+    try:
+        return f" ({tempfile.gettempdir()})"
+    except FileNotFoundError:  # the message of the same error names the folders
+        return ""
 
 
 class ChosenSamples(Sequence[Sample]):

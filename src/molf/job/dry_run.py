@@ -104,6 +104,7 @@ def rehearse(settings: ResolvedSettings, task: Task, reporter: Reporter, inputs:
             max_time=None,
             eval_strategy="no",
             eval_steps=None,
+            validation_data=None,
             keep_best=False,
             early_stopping_patience=None,
             lr_scheduler_type=_without_evaluations(batch.lr_scheduler_type),

@@ -67,6 +67,7 @@ _UNUSED: dict[str, Any] = {
     "max_time": None,
     "eval_strategy": None,
     "eval_steps": None,
+    "validation_data": None,
     "early_stopping_patience": None,
     "report_to": ("none",),
 }
