@@ -139,20 +139,32 @@ def test_validation_data_is_measured_and_all_records_are_trained(
     command, records, tmp_path, capsys
 ):
     own = tmp_path / "own.jsonl"
-    own.write_text('{"prompt": "A and B are", "completion": " two"}\n' + records.read_text())
+    lines = [{"prompt": "A and B are", "completion": text} for text in (" two", " 2" * 200)]
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    own.write_text(text + records.read_text())
     given = [*EVALUATED, "--validation_data", str(own)]
+    assert main(command(tmp_path / "run", *given, "--dry_run")) == 0
+    capsys.readouterr()
     assert main(command(tmp_path / "run", *given)) == 0
     shown = capsys.readouterr().err
-    assert "39 of 41 records are also trained on, or measured before and after" in shown
+    assert "39 of 42 records are also trained on, or measured before and after" in shown
     assert "data     36 examples of custom" in shown
     assert (
-        "eval     loss every 2 steps on 2 records of validation_data; the records for evaluation "
-        "only before and after the training\n"
+        "eval     loss every 2 steps on 2 records of validation_data (1 longer than 128 left out); "
+        "the records for evaluation only before and after the training\n"
     ) in shown
     assert list(losses(tmp_path / "run")) == [2, 4, 6]
     config = yaml.safe_load((tmp_path / "run/config.yaml").read_text())
     assert config["validation_data"] == str(own)
     assert config["run"]["data"]["files"]["validation_data"][0]["path"] == str(own)
+
+
+def test_validation_data_that_is_too_long_is_named(command, tmp_path, capsys):
+    own = tmp_path / "own.jsonl"
+    own.write_text(json.dumps({"prompt": "A is", "completion": " 2" * 200}) + "\n")
+    assert main(command(tmp_path / "run", *EVALUATED, "--validation_data", str(own))) == 2
+    (error,) = capsys.readouterr().err.splitlines()
+    assert "The records of the evaluations in the training: All 1 samples are longer" in error
 
 
 def test_resumed_run_has_the_same_bits(command, evaluated, tmp_path, monkeypatch):

@@ -212,6 +212,12 @@ def test_validation_data_is_measured_in_place_of_a_part(tmp_path, folder, name):
     with pytest.warns(UserWarning, match="5 of 11"):
         shown = records_with_validation(whole, given, load_task)
     assert (len(shown.trained_on), len(shown.validated_on)) == (40, 0)
+    gone = replace(given, validation_data=str(tmp_path / "gone.jsonl"))
+    with pytest.raises(InputError, match=r"^validation_data: file not found"):
+        with_validation(whole, gone, load_task)
+    weighted = replace(given, validation_data=f"{tmp_path / 'own.jsonl'}:2")
+    with pytest.raises(InputError, match=r"^validation_data: .*own.jsonl has the weight 2\."):
+        with_validation(whole, weighted, load_task)
     write(tmp_path / "own.jsonl", RECORDS[name](3))
     with pytest.raises(InputError, match=r"own.jsonl: 3 of 3 records are also .*Give others"):
         with_validation(whole, given, load_task)

@@ -141,8 +141,7 @@ def _open(
     cache = settings.token_cache if samples is task.training_samples else None
     max_length = length_limit(base.model, settings.max_length)
     encoded = _encode(base.tokenizer, samples, max_length, settings, cache, show)
-    aside = task.validation_samples
-    validation = encode_quietly(base.tokenizer, aside, max_length) if aside else None
+    validation = _validation(base.tokenizer, task.validation_samples, max_length)
     for one in filter(None, (encoded, validation)):
         warn_of_faults(one)
         _check_ids(base, one, settings.model)
@@ -239,6 +238,18 @@ def _encode(
     if cache is None:
         return encode()
     return cached(cache, key_of(tokenizer, samples, max_length), encode)
+
+
+def _validation(
+    tokenizer: Any, samples: Sequence[Sample], max_length: int
+) -> EncodedSamples | None:
+    """Encode the samples of the evaluations in the training; None without any."""
+    if not samples:
+        return None
+    try:
+        return encode_quietly(tokenizer, samples, max_length)
+    except InputError as error:
+        raise InputError(f"The records of the evaluations in the training: {error}") from error
 
 
 def _warn_of_few_rows(rows: int, settings: ResolvedSettings) -> None:

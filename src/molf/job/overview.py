@@ -123,9 +123,12 @@ def _evaluations(opening: Opening) -> str:
     when = "epoch"
     if settings.eval_strategy == "steps":
         when = "step" if settings.eval_steps == 1 else f"{settings.eval_steps:,} steps"
-    assert opening.validation is not None
-    count = counted(len(opening.validation.input_ids), "record")
+    found = opening.validation
+    assert found is not None
+    count = counted(len(found.input_ids), "record")
     of = "of validation_data" if settings.validation_data else "set aside from the training data"
+    if found.left_out:
+        of += f" ({found.left_out:,} longer than {settings.max_length:,} left out)"
     # A step that is chosen by the evaluated records would make their figures too good.
     others = "eval_data" if settings.eval_data else "the records for evaluation"
     return f"loss every {when} on {count} {of}; {others} only before and after the training"

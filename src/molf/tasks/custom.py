@@ -273,7 +273,7 @@ def load_custom(options: TaskOptions) -> CustomTask:
     drawn = draw(list(read.samples), options.max_samples, options.seed)
     held_out: list[int] = []
     if options.eval_data is not None:
-        data = _read_eval_data(options.eval_data, options.format)
+        data = _read_eval_data(options, options.eval_data)
         evaluated, evaluated_on = list(data.samples), options.eval_data
     elif len(splits) > 1:
         split = _evaluation_split(splits)
@@ -309,7 +309,7 @@ def _load_validation(options: TaskOptions) -> CustomTask:
     read = parse_parts(splits["train"], path, options.format)
     test = None
     if options.eval_data is not None:
-        test = _read_eval_data(options.eval_data, options.format)
+        test = _read_eval_data(options, options.eval_data)
     elif len(splits) > 1:
         split = _evaluation_split(splits)
         test = parse_parts(splits[split], f"{path} ({split})", options.format)
@@ -337,7 +337,7 @@ def _load_validation(options: TaskOptions) -> CustomTask:
 
 def _load_for_evaluation(options: TaskOptions) -> CustomTask:
     if options.eval_data is not None:
-        path, data = options.eval_data, _read_eval_data(options.eval_data, options.format)
+        path, data = options.eval_data, _read_eval_data(options, options.eval_data)
         drawn = draw(list(data.samples), options.max_eval_samples, options.seed)
         return CustomTask(options.name, data, drawn, {"evaluated_on": path})
     path = _required_data(options)
@@ -373,14 +373,15 @@ def _required_data(options: TaskOptions) -> str:
     return options.data
 
 
-def _read_eval_data(source: str, fixed: str | None) -> CustomData:
-    splits = read_parts(source, option="eval_data")
+def _read_eval_data(options: TaskOptions, source: str) -> CustomData:
+    splits = read_parts(source, option=options.eval_option)
     parts = splits[_evaluation_split(splits)]
     if given := next((part for part in parts if part.weight != 1), None):
         raise InputError(
-            f"eval_data: {given.place} has the weight {given.weight:g}. Weights are for data."
+            f"{options.eval_option}: {given.place} has the weight {given.weight:g}. Weights are "
+            "for data."
         )
-    return parse_parts(parts, source, fixed)
+    return parse_parts(parts, source, options.format)
 
 
 def _evaluation_split(splits: dict[str, list[Part]]) -> str:

@@ -290,7 +290,7 @@ def load_fact(options: TaskOptions) -> FactTask:
     data = options.data or COUNTERFACT_URL
     if options.eval_data is None:
         return _train_and_evaluate_on(_read(data, "data"), options, {"data": data})
-    evaluation = _read(options.eval_data, "eval_data")
+    evaluation = _read(options.eval_data, options.eval_option)
     if options.validates:
         return _validate_on_training_data(options, _read(data, "data"), evaluation, data)
     evaluated = draw(range(len(evaluation)), options.max_eval_samples, options.seed)

@@ -28,6 +28,7 @@ class TaskOptions:
         eval_data: Records to evaluate on, given in the same ways. None lets the task choose.
         validation_data: Records to measure while a task trains, given in the same ways. None sets
             a part of the training records aside (`molf.tasks.validation.with_validation`).
+        eval_option: The option that `eval_data` was given by, for messages.
         format: The format of the records, one of `FORMATS` (`custom`); None to recognise that of
             each file.
         max_samples: Number of records of `data` to use, drawn by `seed`; None for all.
@@ -50,6 +51,7 @@ class TaskOptions:
     data: str | None = None
     eval_data: str | None = None
     validation_data: str | None = None
+    eval_option: str = "eval_data"
     format: str | None = None
     max_samples: int | None = None
     max_eval_samples: int | None = None

@@ -164,7 +164,7 @@ def load_questions(
         training = _training_set(own, kind, data)
 
     if options.eval_data is not None:
-        other = split_records(options.eval_data, option="eval_data")
+        other = split_records(options.eval_data, option=options.eval_option)
         evaluation = _question_set(other, _evaluation_split(other, kind), kind, options.eval_data)
         evaluated, evaluated_on = list(evaluation.questions), options.eval_data
         official = True

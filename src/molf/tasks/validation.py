@@ -116,6 +116,7 @@ def _with_other_records(
             options,
             data=None,
             eval_data=given,
+            eval_option="validation_data",
             validation_data=None,
             max_samples=None,
             max_eval_samples=None,
