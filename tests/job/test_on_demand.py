@@ -190,7 +190,8 @@ def test_kept_tokens_give_the_same_bits(trained, data, tmp_path, monkeypatch, sh
     assert weights[0] == weights[1] == weights[2]
     config = yaml.safe_load((read / "config.yaml").read_text())
     assert config["token_cache"] == str(tmp_path / "tokens")
-    assert main(["train", "--output_dir", str(read), "--resume", "--dataset_num_proc", "3"]) == 0
+    again = ["train", "--output_dir", str(read), "--resume", "--dataset_num_proc", "3"]
+    assert main([*again, "--token_cache", str(tmp_path / "others")]) == 0
     assert "is complete: there is nothing to resume" in shown("molf: ")
     monkeypatch.undo()
     data.write_text(data.read_text().replace("39 is", "39 was"))

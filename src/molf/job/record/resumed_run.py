@@ -134,7 +134,12 @@ def check_same_options(settings: ResolvedSettings) -> None:
     """
     stored, _ = stored_options(settings.output_dir)
     given = mask(settings.as_options())
-    names = [name for name in given if name not in (*_FREE, *_BATCH, "training_args")]
+    free = {*_FREE, *_BATCH, "training_args"}
+    if stored.get("token_cache") is not None:
+        # The run has the hash of all tokens, which are the same from any folder. A run without a
+        # folder may have the hash of some, which a run with one does not compute.
+        free.add("token_cache")
+    names = [name for name in given if name not in free]
     differing = [
         (name, stored[name], given[name])
         for name in names
