@@ -22,6 +22,7 @@ HOUR = 3600
         (3 * HOUR + 20 * 60, "3 h 20 min"),
         (25 * HOUR, "25 h 0 min"),
         (100 * HOUR, "4 days"),
+        (95.9 * HOUR, "4 days"),
         (1000 * 24 * HOUR, "3 years"),
     ],
 )

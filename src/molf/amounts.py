@@ -23,11 +23,13 @@ def duration(seconds: float) -> str:
     if minutes < 60:
         return f"{minutes} min"
     days, hours = divmod(minutes // 60, 24)
-    return f"{days} days" if days >= 3 else f"{24 * days + hours} h {minutes % 60} min"
+    if days >= 3:
+        return f"{round(minutes / 1440)} days"
+    return f"{24 * days + hours} h {minutes % 60} min"
 
 
 def decimal_size(size: float) -> str:
-    """Return a size in bytes as text in powers of 1000, such as `12.5 MB`: files, transfers."""
+    """Return a size in bytes as text in powers of 1000, such as `1.3 MB`: files, transfers."""
     if size < 1e3:
         return f"{size:,.0f} bytes"
     if size < 1e5:
