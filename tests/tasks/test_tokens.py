@@ -189,6 +189,20 @@ def test_a_damaged_file_is_made_again(samples, one, tmp_path, change):
     assert [path.read_bytes()] == [one.read_bytes() for one in (tmp_path / "tokens").iterdir()]
 
 
+def test_a_damaged_file_beside_a_whole_one_is_not_read(samples, one, tmp_path, recwarn):
+    """Its name has another content, such as that of an earlier version of Arrow."""
+    encode, damaged = Encode(samples), tmp_path / "key-0000.arrow"
+    damaged.write_bytes(b"ARROW1")
+    with pytest.warns(UserWarning, match="is damaged"):
+        cached(tmp_path, "key", encode)
+    assert not damaged.exists()
+    damaged.write_bytes(b"ARROW1")
+    recwarn.clear()
+    assert fields(cached(tmp_path, "key", encode)) == fields(one)
+    assert encode.calls == 1
+    assert not recwarn.list
+
+
 def test_leftovers_of_a_killed_process_are_not_read(samples, one, tmp_path):
     folder = tmp_path / "tokens"
     for name in (".key.1234000.tmp", ".key.lock"):

@@ -13,7 +13,7 @@ import warnings
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from datetime import date
 from importlib.metadata import version
@@ -27,7 +27,7 @@ from molf.data.rows import Rows
 from molf.data.samples import Sample, hash_of_samples
 from molf.disk.files import flush, making_directory
 from molf.disk.locks import Lock
-from molf.errors import reason_of
+from molf.errors import system_reason
 
 _VERSION = 1  # incremented with every change of the tokens or labels of a sample
 _PACKAGES = ("molf", "tokenizers", "transformers", "trl", "jinja2")
@@ -122,7 +122,8 @@ def _locked(path: Path) -> Any:
 
 def _warn(folder: Path, error: OSError) -> None:
     warnings.warn(
-        f"The tokens cannot be kept in token_cache {folder}: {reason_of(error)}. The run goes on.",
+        f"The tokens cannot be kept in token_cache {folder}: {system_reason(error)}. The run goes "
+        "on.",
         stacklevel=4,
     )
 
@@ -153,6 +154,10 @@ def _write(folder: Path, key: str, encoded: EncodedSamples) -> int:
             writer.write_table(table)
         flush(path)
         path = path.replace(folder / f"{key}-{_content(path)}.arrow")
+    for other in _files(folder, key):
+        if other != path:  # damaged
+            with suppress(OSError):
+                other.unlink()
     return path.stat().st_size
 
 
@@ -160,10 +165,11 @@ def _read(folder: Path, key: str) -> EncodedSamples | None:
     """Return the encoded samples of a file; None if there is none, or if it is damaged."""
     import pyarrow
 
-    for path in sorted(folder.glob(f"{key}-*.arrow")):
+    damaged = []
+    for path in _files(folder, key):
         try:
             if path.stem != f"{key}-{_content(path)}":
-                warnings.warn(f"{path} is damaged: its tokens are made again.", stacklevel=4)
+                damaged.append(path)
                 continue
             # Pages that are not read stay on the disk.
             with pyarrow.memory_map(str(path)) as file, pyarrow.ipc.open_file(file) as reader:
@@ -180,7 +186,13 @@ def _read(folder: Path, key: str) -> EncodedSamples | None:
             faults=Counter(values["faults"]),
             source=f"Tokens: read from {path}.",
         )
+    for path in damaged:
+        warnings.warn(f"{path} is damaged: its tokens are made again.", stacklevel=4)
     return None
+
+
+def _files(folder: Path, key: str) -> list[Path]:
+    return sorted(folder.glob(f"{key}-*.arrow"))
 
 
 def _content(path: Path) -> str:
