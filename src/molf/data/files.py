@@ -162,7 +162,7 @@ def without_nulls(value: Any) -> Any:
 
 def _csv_records(file: BinaryIO, shown: str) -> Iterator[Record]:
     """Yield rows as objects; the first line is the header, and an empty cell is null."""
-    # The reader wants lines that end where CSV's do: some files have carriage returns alone.
+    # csv.reader takes lines that end where those of CSV do: some files have carriage returns alone.
     lines = (part for line in text_lines(file, shown) for part in io.StringIO(line, newline=""))
     rows = csv.reader(lines, strict=True)
     names = _next_row(rows, shown) or []
