@@ -223,6 +223,19 @@ def test_validation_data_is_measured_in_place_of_a_part(tmp_path, folder, name):
         with_validation(whole, given, load_task)
 
 
+def test_questions_that_are_trained_with_wrong_answers_are_not_validation_data(tmp_path, folder):
+    data = folder("med")
+    given = TaskOptions(
+        name="med",
+        data=str(data),
+        validation_data=str(tmp_path / "own.jsonl"),
+        label_noise=0.9,
+    )
+    write(tmp_path / "own.jsonl", [*RECORDS["med"](6, "v"), *RECORDS["med"](3)])
+    with pytest.warns(UserWarning, match=r"own.jsonl: 3 of 9 records are also trained on, or"):
+        with_validation(load_task(given), given, load_task)
+
+
 def test_demo_sql_validates_on_other_pairs_of_table_and_form():
     task = load("demo-sql", eval_part="validation", validation_share=0.3)
     groups = sql_groups(build_world())

@@ -124,7 +124,9 @@ def _with_other_records(
             evaluation_only=True,
         )
     )
-    known = {content_key(sample.content) for sample in task.training_samples}
+    # With the right answers: a question that is trained with a wrong one is trained on as well.
+    trained = load(replace(options, label_noise=0.0)) if options.label_noise else task
+    known = {content_key(sample.content) for sample in trained.training_samples}
     measured = task.evaluated_samples(task.evaluation_count)
     known |= {content_key(sample.content) for sample in measured}
     samples = other.evaluated_samples(other.evaluation_count)
