@@ -66,10 +66,8 @@ def sources_of(given: str, option: str = "data") -> list[Source]:
         found.append(_checked(_weighted(piece.strip()), option))
     for source in found:
         if [one.place for one in found].count(source.place) > 1:
-            raise InputError(
-                f"{option}: {source.place} comes twice. Give it once with a weight, such as "
-                f"{source.place}:2."
-            )
+            way = f" with a weight, such as {source.place}:2" if option == "data" else ""
+            raise InputError(f"{option}: {source.place} comes twice. Give it once{way}.")
     return found
 
 
@@ -86,9 +84,9 @@ def places(given: str | None) -> list[str]:
     return [] if given is None else [source.place for source in sources_of(given)]
 
 
-def absolute_sources(given: str) -> str:
+def absolute_sources(given: str, option: str = "data") -> str:
     """Return a value of `--data` that is valid from any directory: paths become absolute."""
-    found = sources_of(given)
+    found = sources_of(given, option)
     return ",".join(str(Source(_absolute(one.place), one.weight)) for one in found)
 
 

@@ -187,7 +187,7 @@ def resolve(settings: TrainSettings, now: datetime) -> ResolvedSettings:
             values[name] = absolute(values[name])
     for name in SOURCES:
         if values.get(name) is not None:
-            values[name] = absolute_sources(values[name])
+            values[name] = absolute_sources(values[name], name)
     return ResolvedSettings(**values)
 
 
