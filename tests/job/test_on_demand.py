@@ -204,10 +204,13 @@ def test_kept_tokens_give_the_same_bits(trained, data, tmp_path, monkeypatch, sh
     [
         ("run/tokens", "lies in output_dir"),
         ("records.jsonl", "is not a directory. Give one, or a new name"),
+        ("folder/tokens", "/folder, whose files are all read as records. Give a folder beside"),
     ],
 )
 def test_a_wrong_place_of_tokens(trained, tmp_path, shown, place, words):
-    path = trained("run", "--token_cache", str(tmp_path / place), code=2)
+    (tmp_path / "folder").mkdir()
+    further = ["--validation_data", str(tmp_path / "folder"), "--eval_steps", "1"]
+    path = trained("run", "--token_cache", str(tmp_path / place), *further, code=2)
     error = shown("molf: error: ")
     assert error.startswith(f"molf: error: token_cache {tmp_path}/{place} ")
     assert words in error

@@ -336,7 +336,7 @@ def _check_places(settings: ResolvedSettings, ownership: Ownership) -> None:
     check_results(settings.output_dir.parent)
 
 
-def _say_what_is_read(settings: ResolvedSettings, reporter: Reporter) -> None:
+def _announce_reading(settings: ResolvedSettings, reporter: Reporter) -> None:
     """Print a line before large data is read, which takes seconds."""
     if settings.data is not None:
         size = sum(path.stat().st_size for path in data_files(settings.data))
@@ -355,6 +355,13 @@ def _check_token_cache(settings: ResolvedSettings) -> None:
             f"token_cache {folder} lies in output_dir {settings.output_dir}, which --overwrite "
             "would delete. Give a folder beside it."
         )
+    for name in SOURCES:
+        for place in places(getattr(settings, name)):
+            if os.path.isdir(place) and is_within(folder, Path(place)):
+                raise InputError(
+                    f"token_cache {folder} lies in {name} {place}, whose files are all read as "
+                    "records. Give a folder beside it."
+                )
 
 
 def _places(settings: ResolvedSettings) -> dict[str, list[str]]:
@@ -398,7 +405,7 @@ def open_data(
             used.
     """
     _check_places(settings, ownership)
-    _say_what_is_read(settings, reporter)
+    _announce_reading(settings, reporter)
     task = inputs.task(settings.task_options)
     if eval_strategy_of(settings) != "no":
         task = with_validation(task, settings.task_options, inputs.task)
