@@ -15,7 +15,7 @@ from molf.job.record.ownership import CONFIG
 
 
 def clear_leftovers(directory: Path) -> None:
-    """Delete what a killed worker left of a trial; molf train replaces only whole runs.
+    """Delete the files that a killed worker left of a trial; molf train replaces only whole runs.
 
     Raises:
         InputError: A process still writes there.

@@ -58,7 +58,7 @@ class PromptedQuestions(Mapping[int, PromptCompletion]):
     Args:
         questions: The questions by record.
         instruction: The first text of every prompt.
-        demonstrations: Draws what is shown before a question.
+        demonstrations: Draws the questions that are shown before another.
     """
 
     def __init__(

@@ -93,7 +93,7 @@ class SweptRate:
         losses: The loss of each step: [steps].
         won: The share of layers whose update went to the experts with the rate: [steps]; empty
             without routing.
-        evidence: What the curve shows.
+        evidence: The evidence of the curve.
         passes: Passes over the examples.
     """
 

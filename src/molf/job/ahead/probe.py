@@ -29,7 +29,7 @@ class Probe:
         advice: The assignment and its evidence.
         seconds: Time of the steps.
         peak_memory_bytes: Peak memory of the device, or of the process on a CPU.
-        peak_memory_of: What `peak_memory_bytes` is of.
+        peak_memory_of: The memory that was measured, such as `process`.
         tokens: Tokens trained on.
         trained_parameters: Parameters with optimizer state.
     """

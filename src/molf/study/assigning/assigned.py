@@ -27,7 +27,7 @@ class Assigned:
     routed: TrainSettings
 
     def identity(self, point: Point | None) -> list[Any]:
-        """Return what decides the assignment, as JSON values.
+        """Return the values that the assignment depends on, as JSON values.
 
         Args:
             point: The rates; None if a sampler draws them.

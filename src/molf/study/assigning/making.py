@@ -57,7 +57,7 @@ class Made:
 
     @property
     def training(self) -> list[Any]:
-        """What a training by it depends on, as JSON values: no evidence, no source."""
+        """The parts that a training by it depends on, as JSON values: no evidence, no source."""
         return _training(self.assignment)
 
 
