@@ -102,6 +102,23 @@ def test_a_killed_process_is_one_clear_line(samples, monkeypatch):
         encode_in_processes(chat_tokenizer(), samples, 99, 2, lambda done, total: None)
 
 
+def test_processes_that_cannot_be_started_are_one_clear_line(samples, monkeypatch):
+    fork, started = os.fork, []
+
+    def limited():
+        if started:
+            raise BlockingIOError(11, "Resource temporarily unavailable")
+        started.append(fork())
+        return started[-1]
+
+    monkeypatch.setattr("os.fork", limited)
+    with pytest.raises(InputError, match=r"cannot be started: .*unavailable\. Give a smaller"):
+        encode_in_processes(chat_tokenizer(), samples, 99, 2, lambda done, total: None)
+    for process in multiprocessing.active_children():
+        process.join(10)
+    assert not multiprocessing.active_children()
+
+
 class Encode:
     """Encodes the samples, and counts its calls."""
 

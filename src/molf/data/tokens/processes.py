@@ -16,7 +16,7 @@ from typing import Any
 
 from molf.data.encoding import PART, EncodedSamples, Show, encode_part, joined
 from molf.data.samples import Sample
-from molf.errors import InputError
+from molf.errors import InputError, reason_of
 
 # macOS has forks, but some of its libraries do not work after one.
 _START = "fork" if sys.platform == "linux" else "spawn"
@@ -37,7 +37,7 @@ def encode_in_processes(
         show: Called with the number of samples that are done, and that of all.
 
     Raises:
-        InputError: As in `encode_samples`, or a process was killed.
+        InputError: As in `encode_samples`, or a process cannot be started or was killed.
     """
     starts = range(0, len(samples), PART)
     context = get_context(_START)
@@ -58,8 +58,13 @@ def encode_in_processes(
                 "A process that tokenizes was killed; a common reason is too little memory. Give a "
                 "smaller --dataset_num_proc."
             ) from error
-        except BaseException:  # an interrupt does not wait for the parts in work
+        except BaseException as error:  # an interrupt does not wait for the parts in work
             ended.set()
+            if isinstance(error, OSError):  # of a fork: too little memory, or a limit
+                raise InputError(
+                    f"The processes that tokenize cannot be started: {reason_of(error)}. Give a "
+                    "smaller --dataset_num_proc."
+                ) from error
             raise
         finally:
             pool.shutdown(cancel_futures=True)
