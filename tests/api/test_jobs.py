@@ -125,6 +125,20 @@ def test_plan_of_a_recipe():
     assert [device.gib for device in replace(found, memory=larger).fits] == [40, 80, 141]
 
 
+def test_a_recipe_of_a_plan_has_the_machines(tmp_path):
+    (tmp_path / "a.yaml").write_text("task: demo-fact\nnum_gpus: 2\nmethod: fft\n")
+    found = molf.plan(tmp_path / "a.yaml", num_nodes=2)
+    assert found.traffic.gpus == 4
+
+
+def test_a_recipe_of_a_range_test_has_the_range(tmp_path):
+    (tmp_path / "a.yaml").write_text("from: 0.5\nto: 0.6\n")
+    with pytest.raises(InputError, match=r"Invalid from=0\.5 with to=0\.6"):
+        molf.find_rates(tmp_path / "a.yaml")
+    with pytest.raises(InputError, match=r"Invalid from=0\.1 with to=0\.6"):
+        molf.find_rates(tmp_path / "a.yaml", from_=0.1)
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 from molf.api.options import parsed
 from molf.api.run import Run
 from molf.errors import InputError
-from molf.job.settings.rates import HIGHEST, LOWEST
 from molf.tasks import TASKS
 
 if TYPE_CHECKING:
@@ -93,9 +92,9 @@ def plan(
     recipe: str | Path | None = None,
     /,
     *,
-    device: str = "cuda",
-    num_gpus: int = 1,
-    num_nodes: int = 1,
+    device: str | None = None,
+    num_gpus: int | None = None,
+    num_nodes: int | None = None,
     **options: Any,
 ) -> TrainingPlan:
     """Plan the parameters and memory of a training, as `molf plan` does.
@@ -104,9 +103,10 @@ def plan(
 
     Args:
         recipe: A YAML file of options, or the name of a shipped recipe.
-        device: Kind of device of the training, `cuda` or `cpu`.
-        num_gpus: GPUs of each machine, which share weights, gradients and optimizer state.
-        num_nodes: Machines.
+        device: Kind of device of the training, `cuda` (default) or `cpu`.
+        num_gpus: GPUs of each machine, which share weights, gradients and optimizer state; 1 by
+            default.
+        num_nodes: Machines; 1 by default.
         **options: The options of `molf train` by name. They replace those of the recipe; None is
             as if left out. Those that change no memory have no effect.
 
@@ -122,7 +122,7 @@ def plan(
     arguments = parsed("plan", {**options, **machines}, recipe)
     return plan_training(
         arguments.get("settings", TrainSettings()),
-        **{name: arguments.get(name, value) for name, value in machines.items()},
+        **{name: arguments[name] for name in machines if name in arguments},
     )
 
 
@@ -130,8 +130,8 @@ def find_rates(
     recipe: str | Path | None = None,
     /,
     *,
-    from_: float | None = LOWEST,
-    to: float | None = HIGHEST,
+    from_: float | None = None,
+    to: float | None = None,
     **options: Any,
 ) -> RangeTest:
     """Train short with growing learning rates, and suggest rates to begin with, as `molf lr` does.
@@ -140,8 +140,8 @@ def find_rates(
 
     Args:
         recipe: A YAML file of options, or the name of a shipped recipe.
-        from_: Rate of the first step of a sweep.
-        to: Rate of the last step.
+        from_: Rate of the first step of a sweep (option `from`); 1e-6 by default.
+        to: Rate of the last step; 1 by default.
         **options: The options of `molf lr` by name. They replace those of the recipe; None is as
             if left out.
 
@@ -163,8 +163,7 @@ def find_rates(
     arguments = parsed("lr", {**options, "from": from_, "to": to}, recipe)
     return range_test(
         arguments.get("settings", RateSettings()),
-        lowest=arguments.get("lowest", LOWEST),
-        highest=arguments.get("highest", HIGHEST),
+        **{name: arguments[name] for name in ("lowest", "highest") if name in arguments},
     )
 
 
