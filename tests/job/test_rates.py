@@ -188,7 +188,16 @@ def test_doubts(made, further, words):
 def test_few_steps_are_a_doubt():
     found = evidence_of(RATES[::8], 4 - np.arange(16.0) / 8, diverged=False)
     sweep = SweptRate("learning_rate", None, RATES[::8], np.ones(16), np.array([]), found, 0.1)
-    assert any("2 steps per decade are few" in line for line in sweep.doubts)
+    assert any("2.5 steps per decade are few" in line for line in sweep.doubts)
+
+
+def test_a_wide_range_has_a_noise():
+    rates = np.geomspace(1e-30, 1e30, 20)
+    found = evidence_of(rates[:12], 4 + np.arange(12) % 3 / 9, diverged=True)
+    assert found.noise == pytest.approx(1 / 9)
+    assert np.isfinite(found.fall)
+    sweep = SweptRate("learning_rate", None, rates, np.ones(20), np.array([]), found, 0.1)
+    assert any("0.32 steps per decade are few" in line for line in sweep.doubts)
 
 
 def test_options_of_a_training_are_taken():

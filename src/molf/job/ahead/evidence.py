@@ -15,12 +15,15 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from molf.amounts import fixed
+
 Floats = npt.NDArray[np.float64]
 
 _WIDTH = 0.25  # decades: standard deviation of the weights; at least `_LEAST_STEPS` steps
 _LEAST_STEPS = 2.0
 _FIRST = 1.0  # decades in which the loss before any effect of the rate is measured
 _MOST_FIRST = 0.25  # of the range
+_LEAST_FIRST = 3  # losses, for a standard deviation
 _CLEAR = 4.0  # standard errors by which the loss must fall: there are dozens of places to look at
 _BEGUN = 0.1  # share of the fall after which it has begun
 
@@ -138,8 +141,8 @@ class SweptRate:
         per_decade = self._steps_per_decade()
         if per_decade < _FEW_STEPS:
             lines.append(
-                f"{per_decade:.0f} steps per decade are few. Give more --max_steps, or a smaller "
-                "range."
+                f"{fixed(per_decade, 0)} steps per decade are few. Give more --max_steps, or a "
+                "smaller range."
             )
         if found.half_at is not None and found.steepest is not None:
             apart = max(found.half_at / found.steepest, found.steepest / found.half_at)
@@ -206,6 +209,7 @@ def evidence_of(rates: Floats, losses: Floats, *, diverged: bool) -> Evidence:
     lines = _local_lines(places, known)
     smoothed, slopes = lines.values, lines.slopes
     first = places <= places[0] + min(_FIRST, _MOST_FIRST * (places[-1] - places[0]))
+    first[:_LEAST_FIRST] = True
     start, noise = float(known[first].mean()), float(known[first].std(ddof=1))
     lowest_place = int(np.argmin(smoothed))
     lowest = float(smoothed[lowest_place])
