@@ -106,16 +106,17 @@ def test_a_lacking_field_is_named_with_its_record():
 
 
 @pytest.mark.parametrize(
-    ("text", "line"),
+    ("text", "place"),
     [
-        ('{"prompt": "a", "completion": "b"}\n{"prompt": "a", "prompt": "c"}', 2),
-        ('{"a": {"x": 1, "x": 1}}', 1),
+        ('{"prompt": "a", "completion": "b"}\n{"prompt": "a", "prompt": "c"}', "line 2"),
+        ('{"a": {"x": 1, "x": 1}}', "line 1"),
+        ('[{"prompt": "a"},\n{"prompt": "b"},\n{"a": {"x": 1, "x": 1}}]', "record 2"),
     ],
 )
-def test_a_key_given_twice_is_refused(tmp_path, text, line):
+def test_a_key_given_twice_is_refused(tmp_path, text, place):
     path = tmp_path / "a.jsonl"
     path.write_text(text)
-    with pytest.raises(InputError, match=rf"line {line}: the key '(prompt|x)' comes twice"):
+    with pytest.raises(InputError, match=rf"{place}: the key '(prompt|x)' comes twice"):
         read_file(path)
 
 

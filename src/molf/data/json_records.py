@@ -87,6 +87,8 @@ def _of_list(file: BinaryIO, opened: Callable[[], BinaryIO], shown: str) -> Iter
         for value in _objects(file):
             yield value
             count += 1
+    except DuplicateKeyError as error:
+        raise _comes_twice(f"{shown}, record {count}", error) from error
     except ValueError:
         # For the line of the fault, and for values that are not objects: read the whole list.
         with opened() as again:
@@ -98,6 +100,7 @@ def _objects(file: BinaryIO) -> Iterator[Any]:
     """Yield the objects of a list.
 
     Raises:
+        DuplicateKeyError: The next object has a duplicate key.
         ValueError: The file is not UTF-8, or no list of objects.
     """
     decoder = codecs.getincrementaldecoder("utf-8-sig")()
@@ -138,9 +141,9 @@ def _objects(file: BinaryIO) -> Iterator[Any]:
             try:
                 value, position = _DECODER.raw_decode(text, position)
                 break
-            except (ValueError, DuplicateKeyError, RecursionError) as error:
+            except (ValueError, RecursionError) as error:
                 size = max(_WINDOW, len(text) - position)
-                if isinstance(error, DuplicateKeyError) or not more():
+                if not more():
                     raise ValueError("no JSON") from error
         yield value
         size = _WINDOW
@@ -178,8 +181,10 @@ def _parse(text: str, path: str, line: int) -> Any:
             "The file must hold a list of records, or one record per line."
         ) from error
     except DuplicateKeyError as error:
-        raise InputError(
-            f"{path}, line {line}: the key {error.args[0]!r:.100} comes twice in one object."
-        ) from error
+        raise _comes_twice(f"{path}, line {line}", error) from error
     except (ValueError, RecursionError) as error:  # a number too long, brackets too deep
         raise InputError(f"{path}, line {line}: not usable JSON ({reason_of(error)}).") from error
+
+
+def _comes_twice(where: str, error: DuplicateKeyError) -> InputError:
+    return InputError(f"{where}: the key {error.args[0]!r:.100} comes twice in one object.")
