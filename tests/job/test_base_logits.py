@@ -11,6 +11,7 @@ import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from checkpoints import write_checkpoint
+from molf.amounts import fixed
 from molf.cli import main
 from molf.job.model import loading
 from molf.job.model.loading import load_model
@@ -79,7 +80,8 @@ def test_a_run_records_the_divergence_of_its_saved_model(any_run, base, facts):
     for name in KL:
         assert float(row[f"after/{name}"]) == after[name]["value"]
         assert f"before/{name}" not in row
-        shown = "{value:.3f} [{low:.3f}, {high:.3f}] | {count} |".format(**after[name])
+        value, low, high = (fixed(after[name][key], 3) for key in ("value", "low", "high"))
+        shown = f"{value} [{low}, {high}] | {after[name]['count']} |"
         assert f"| {name} | - | {shown}\n" in card
 
 
@@ -96,7 +98,7 @@ def test_it_is_printed_and_an_older_table_gets_the_columns(options, tmp_path, ca
         (line,) = [line for line in captured.out.splitlines() if line.startswith(f"│ {name} ")]
         _, _, before, after, count, _ = (cell.strip() for cell in line.split("│"))
         assert before == "-"
-        assert after.startswith(f"{float(new[f'after/{name}']):.3f} [")
+        assert after.startswith(f"{fixed(float(new[f'after/{name}']), 3)} [")
         assert int(count) > 1
 
 
