@@ -6,8 +6,10 @@ import multiprocessing
 import os
 import socket
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.connection import wait
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -64,15 +66,7 @@ class Launcher:
             given = (rank, count, port, list(arguments), self._folder, moment, first)
             processes.append(self._context.Process(target=_run, args=given))
             processes[-1].start()
-        waiting = list(processes)
-        while waiting:
-            wait([process.sentinel for process in waiting])
-            ended = [process for process in waiting if process.exitcode is not None]
-            waiting = [process for process in waiting if process not in ended]
-            if any(process.exitcode for process in ended) and waiting:
-                wait([process.sentinel for process in waiting], timeout=patience)
-                for process in waiting:
-                    process.kill()
+        _end(processes, patience)
         return [
             Ended(
                 process.exitcode, *(_file(self._folder, x, r).read_text() for x in ("out", "err"))
@@ -85,6 +79,22 @@ class Launcher:
         ended = self(arguments, count, **further)
         assert all(one.code == 0 for one in ended), [one.errors for one in ended]
         return ended
+
+
+def _end(processes: Sequence[ForkServerProcess], patience: float) -> None:
+    """Wait for all processes; after one has failed, kill those that have not ended in time."""
+    waiting, deadline = list(processes), None
+    while waiting:
+        left = None if deadline is None else max(deadline - time.monotonic(), 0)
+        wait([process.sentinel for process in waiting], timeout=left)
+        ended = [process for process in waiting if process.exitcode is not None]
+        waiting = [process for process in waiting if process not in ended]
+        if deadline is None and any(process.exitcode for process in ended):
+            deadline = time.monotonic() + patience
+        if deadline is not None and time.monotonic() >= deadline:
+            for process in waiting:
+                process.kill()
+            deadline = None
 
 
 def _file(folder: Path, name: str, rank: int) -> Path:
