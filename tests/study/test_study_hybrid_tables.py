@@ -50,9 +50,9 @@ def findings_of(values, kinds=()):
 
 def test_a_probe_is_compared_with_random_at_the_same_share():
     verdict, pair, shaped, curve = findings_of(EQUAL)
-    assert verdict.startswith("No probe is shown to beat random at the same share of weights in")
-    counts = "better 0, worse 0, no difference shown 1"
-    assert f"at the rates chosen for each: {counts}; at equal rates: {counts})." in verdict
+    assert verdict.startswith("A probe is shown to beat random at the same share of weights in")
+    counts = "in 0 of 1 comparisons (worse in 0)"
+    assert f"{counts} at the rates chosen for each, and {counts} at equal rates." in verdict
     assert pair == (
         "wins against wins-random, at the rates chosen for each: no difference shown in 1 cell "
         "(facts). At equal rates: no difference shown in 1 cell (facts)."
@@ -61,11 +61,10 @@ def test_a_probe_is_compared_with_random_at_the_same_share():
     assert curve.startswith("Curve over the share by epd (rest, top, wins, fft). No two of its")
     assert curve.endswith("are shown to differ: at every share in 1 cell (facts).")
     verdict, pair, *_ = findings_of({**EQUAL, "wins-random": LOW})
-    assert verdict.startswith("Some probes are shown to beat random")
+    assert verdict.count("in 1 of 1 comparisons (worse in 0)") == 2
     assert "chosen for each: better in 1 cell (facts)" in pair
     verdict, pair, *_ = findings_of({**EQUAL, "wins": LOW})
-    assert verdict.startswith("No probe is shown to beat random")
-    assert verdict.count("better 0, worse 1") == 2
+    assert verdict.count("in 0 of 1 comparisons (worse in 1)") == 2
     assert "chosen for each: worse in 1 cell (facts)" in pair
 
 

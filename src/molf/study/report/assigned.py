@@ -127,16 +127,14 @@ def _verdict(own: Counter[str], equal: Counter[str]) -> str:
     shown = ("better", "worse", "no difference shown")
     if not any(total[word] for total in (own, equal) for word in shown):
         return "No comparison of a probe with random at the same share is complete."
-    better, worse = (own[word] + equal[word] for word in shown[:2])
-    if not better:
-        verdict = "No probe is shown to beat random at the same share of weights in full"
-    elif better > worse:
-        verdict = "Some probes are shown to beat random at the same share of weights in full"
-    else:
-        verdict = "On the whole probes are not shown to beat random at the same share of weights"
-    first, second = (", ".join(f"{word} {total[word]}" for word in shown) for total in (own, equal))
+    first, second = (
+        f"{total['better']} of {sum(total[word] for word in shown)} comparisons "
+        f"(worse in {total['worse']})"
+        for total in (own, equal)
+    )
     return (
-        f"{verdict} (comparisons at the rates chosen for each: {first}; at equal rates: {second})."
+        "A probe is shown to beat random at the same share of weights in full in "
+        f"{first} at the rates chosen for each, and in {second} at equal rates."
     )
 
 
