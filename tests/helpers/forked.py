@@ -15,7 +15,7 @@ _PRELOADED = ["killed_training", "killed_run", "launched"]
 
 
 def forking() -> ForkServerContext:
-    """Return the context of the server, which is started here.
+    """Return the context of the server, which is started here and has imported everything.
 
     A process has one server: tests of several files share it, so that it preloads for all of them.
     """
@@ -26,6 +26,9 @@ def forking() -> ForkServerContext:
         # it cannot import are left out without an error.
         patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, sys.path)))
         forkserver.ensure_running()
+    ready = context.Process(target=int)  # is forked when the server has imported everything
+    ready.start()
+    ready.join()
     return context
 
 
