@@ -105,6 +105,7 @@ for _name, _function, _help in (
     ("work", "work_on_study", "Run trials of a study as one of many workers."),
     ("status", "show_status", "Print progress, expected end, failures and best trials."),
     ("report", "report_study", "Write tables, figures and CSV files of a study."),
+    ("restore", "restore_study", "Take finished trials from CSV files of a report."),
     ("stop", "stop_study", "Let the workers of a study end after their trial."),
 ):
     study.command(f"molf.cli.study:{_function}", name=_name, help=_help)

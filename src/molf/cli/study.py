@@ -136,6 +136,30 @@ def show_status(study: Path, /) -> None:
     _print_status(opened, status_of(opened, plan, snapshot, rows))
 
 
+def restore_study(study: Path, folder: Path, /) -> None:
+    """Take finished trials from a folder that `molf study report` wrote; none of them runs again.
+
+    Args:
+        study: The study file.
+        folder: The folder with the CSV files.
+    """
+    from molf.paths import expanded
+    from molf.shown import counted
+    from molf.study.report.restoring import restore
+
+    given = expanded(folder)
+    opened, make = _open(study, accept_changes=False)
+    found = restore(opened, make, given)
+    here = f"{opened.output_dir}: " + counted(found.taken, "finished trial") + f" from {given}"
+    others = (
+        (found.present, "were there already"),
+        (found.left_out, "are not part of this study"),
+        (found.unfinished, "failed or were ended early, and will run again"),
+    )
+    more = "".join(f"; {number} {text}" for number, text in others if number)
+    _print(f"{here}{more}. `molf study run` runs the rest.")
+
+
 def report_study(
     study: Path,
     /,

@@ -15,8 +15,8 @@ from molf.job.record.contents import contents_of
 from molf.paths import check_path, check_unicode
 from molf.study.assigning.making import PROBES
 from molf.study.definition import Rates, Study
-from molf.study.outcome import RESULTS, TRIALS, Results, outcome_of, point_of
-from molf.study.plan import Plan, TrialMaker
+from molf.study.outcome import RESULTS, TRIALS, Results, TrialResult, outcome_of, point_of
+from molf.study.plan import Outcome, Plan, TrialMaker
 
 RECORD = "study.json"
 _FORMAT = 2  # of the record and of the results; others have other identities
@@ -160,6 +160,28 @@ def find_change(study: Study, make: TrialMaker) -> Change | None:
     if record is None or record.get("definition") == definition_of(study):
         return None
     results = Results(study).refresh().by_key
+    plan = plan_of(study, make, results)
+    # A trial of another place with equal settings is reused.
+    settings = {trial.settings_key(trial.point) for trial in plan.trials if trial.point}
+    kept = sum(key in plan.by_key or result.settings in settings for key, result in results.items())
+    differences = list(_differences(record.get("definition") or {}, definition_of(study), ""))
+    return Change(differences, kept, len(results) - kept)
+
+
+def plan_of(
+    study: Study,
+    make: TrialMaker,
+    results: Mapping[str, TrialResult],
+    ended: Mapping[str, Outcome] | None = None,
+) -> Plan:
+    """Return the trials of a study that are known from finished trials.
+
+    Args:
+        study: The study.
+        make: Makes its trials.
+        results: Finished trials by key, also of other studies.
+        ended: Failed and pruned trials by key.
+    """
     metrics = {cell.name: cell.metric for cell in study.cells}
     outcomes = {
         key: outcome_of(result, metrics[result.row["cell"]])
@@ -167,12 +189,7 @@ def find_change(study: Study, make: TrialMaker) -> Change | None:
         if result.row.get("cell") in metrics
     }
     drawn = {key: point_of(result.row) for key, result in results.items()}
-    plan = Plan(study, outcomes, make, drawn)
-    # A trial of another place with equal settings is reused.
-    settings = {trial.settings_key(trial.point) for trial in plan.trials if trial.point}
-    kept = sum(key in plan.by_key or result.settings in settings for key, result in results.items())
-    differences = list(_differences(record.get("definition") or {}, definition_of(study), ""))
-    return Change(differences, kept, len(results) - kept)
+    return Plan(study, {**(ended or {}), **outcomes}, make, drawn)
 
 
 def check_unchanged(change: Change | None, *, accepted: bool) -> None:

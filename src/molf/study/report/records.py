@@ -24,6 +24,7 @@ from molf.study.place import definition_of
 from molf.study.plan import COMPLETE, Outcome, Plan, Planned
 
 OUTLINE, TRIALS, QUESTIONS = "study.json", "trials.csv", "questions"
+SETTINGS, TRAINED = "settings_key", "trained_key"  # `TrialResult.settings`, `TrialResult.trained`
 _FIRST = (
     *("cell", "method", "phase", "point", "seed", "state", "error", "learning_rate"),
     *("lora_lr_ratio", "lora_learning_rate", "score"),
@@ -32,8 +33,9 @@ _LAST = (
     *("steps", "skipped_steps", "training_loss", "tokens", "parameters", "trained_parameters"),
     *("moved_parameters", "training_flops", "seconds", "training_seconds", "evaluation_seconds"),
     *("peak_memory_bytes", "started", "commit", "dirty", "device", "cpu_count", "torch_threads"),
-    *("python", "key"),
+    *("python", SETTINGS, TRAINED, "key"),
 )
+_ADDED = ("state", "error", SETTINGS, TRAINED)  # to the row of a finished trial
 _MATRIX = ("method", "phase", "point", "seed", "metric")
 
 Row = dict[str, Any]
@@ -175,7 +177,9 @@ def _row(trial: Planned, outcome: Outcome, result: TrialResult | None) -> Row:
         "key": trial.key,
     }
     if result is not None:
+        keys = {SETTINGS: result.settings, TRAINED: result.trained}
         row |= {name: value for name, value in result.row.items() if value is not None}
+        row |= {name: value for name, value in keys.items() if value}
     return row
 
 
@@ -233,11 +237,11 @@ def _read_csv(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file, strict=True))
 
 
-_COUNTS = ("point", "seed", "cpu_count", "torch_threads")
 _TEXTS = (
     *("cell", "method", "phase", "state", "error", "score", "key", "commit", "device"),
-    *("assignment", "assignment_key"),
+    *("assignment", "assignment_key", "dirty", "python", "started", SETTINGS, TRAINED),
 )
+_INTEGER = re.compile(r"-?\d+")
 
 
 def _numbers(row: Mapping[str, str]) -> Row:
@@ -246,9 +250,9 @@ def _numbers(row: Mapping[str, str]) -> Row:
         if text in ("", None):
             continue
         found[name] = text
-        if name in _TEXTS or name.startswith(("version/", "started", "python", "dirty")):
+        if name in _TEXTS or name.startswith("version/"):
             continue
-        found[name] = int(text) if name in _COUNTS else float(text)
+        found[name] = int(text) if _INTEGER.fullmatch(text) else float(text)
     return found
 
 
@@ -268,6 +272,18 @@ def _read_questions(
 def _score(text: str) -> tuple[float, float]:
     part, _, whole = text.partition("/")
     return float(part), float(whole or 1)
+
+
+def stored_results(records: Records) -> dict[str, TrialResult]:
+    """Return the finished trials of a stored study, by key."""
+    results = {}
+    for row in filter(is_complete, records.rows):
+        cell, *place = (row[name] for name in ("cell", *_MATRIX[:4]))
+        scores = records.questions.get(cell, {}).get(tuple(place), {})
+        kept = {name: value for name, value in row.items() if name not in _ADDED}
+        hashes = (row.get(SETTINGS, ""), row.get(TRAINED, ""))
+        results[row["key"]] = TrialResult(row["key"], kept, scores, *hashes)
+    return results
 
 
 def is_complete(row: Row) -> bool:
