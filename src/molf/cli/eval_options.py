@@ -28,7 +28,7 @@ class EvalOptions:
             converter=words,
             n_tokens=1,
             group=DATA,
-            help=f"What is measured, separated by commas: {', '.join(TASKS)}, or {PREFIX}NAME "
+            help=f"Tasks to measure, separated by commas: {', '.join(TASKS)}, or {PREFIX}NAME "
             "for a task of lm-evaluation-harness.",
         ),
     ]
@@ -51,9 +51,9 @@ class EvalOptions:
     max_length: Annotated[int, Parameter(group=DATA)] = 1024
     """Longest text in tokens; longer ones are left out and counted."""
     split_special_tokens: Annotated[bool, Parameter(group=DATA)] = False
-    """Make control tokens that the records spell out (such as </s>) plain text."""
+    """Treat control tokens in the records' texts (such as </s>) as plain text."""
     forgetting_data: Annotated[str | None, Parameter(group=EVALUATION)] = None
-    """Plain text to measure the loss on; the task brings one."""
+    """Plain text to measure forgetting: its loss; default: a text of the task."""
     base: Annotated[str | None, Parameter(group=EVALUATION, show_default="that of its run")] = None
     """The model that the measured one was tuned from, for kl_neutral and kl_task."""
     predictions: Annotated[Path | None, Parameter(group=EVALUATION)] = None

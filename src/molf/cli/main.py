@@ -118,7 +118,7 @@ def _explain(error: CycloptsError) -> str:
     if "Did you mean" in message:
         return message
     command = " ".join(("molf", *(error.command_chain or ())))
-    return f"{message} What is allowed is listed by `{command} --help`."
+    return f"{message} `{command} --help` lists the options."
 
 
 def _failed(error: Exception) -> int:

@@ -18,7 +18,7 @@ def find_rates(
     lowest: Annotated[float, Parameter(name="--from", group=OPTIMIZATION)] = LOWEST,
     highest: Annotated[float, Parameter(name="--to", group=OPTIMIZATION)] = HIGHEST,
 ) -> None:
-    """Train short with growing learning rates, and print rates to begin with.
+    """Train briefly with growing learning rates, and print rates to begin with.
 
     Args:
         settings: The options of `molf train`; no model is kept.

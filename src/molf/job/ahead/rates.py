@@ -30,7 +30,7 @@ def range_test(
     reporter: Reporter | None = None,
     inputs: Inputs | None = None,
 ) -> RangeTest:
-    """Train short with growing rates, and write the curves of the loss and a suggestion.
+    """Train briefly with growing rates, and write the curves of the loss and a suggestion.
 
     Args:
         settings: The options.

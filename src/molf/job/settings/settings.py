@@ -75,7 +75,7 @@ class TrainSettings:
     """The options of a training run as the user gave them; None selects the default."""
 
     task: Annotated[str, Parameter(choices=TASKS, group=DATA)] = "demo-fact"
-    """The task to train and to measure."""
+    """The task to train and to measure; custom: your own records."""
     data: Annotated[str | None, Parameter(group=DATA)] = None
     """Records to train on: a file, a folder, a URL, a Hub id, or - (stdin); several with commas."""
     eval_data: Annotated[str | None, Parameter(group=DATA)] = None
@@ -95,7 +95,7 @@ class TrainSettings:
     few_shot: Annotated[int, Parameter(group=DATA), NOT_NEGATIVE] = 0
     """Answered training questions before each question, drawn by seed (sql, med, math, demos)."""
     eval_part: Annotated[str, Parameter(choices=EVAL_PARTS, group=DATA)] = "test"
-    """Measure the task's records, or a part of the training data, which is then not trained on."""
+    """test: measure the task's records; validation: a part of the training data instead."""
     validation_share: Annotated[
         float | None, Parameter(group=DATA, show_default=f"{VALIDATION_SHARE:g}")
     ] = None
@@ -119,7 +119,7 @@ class TrainSettings:
     gradient_checkpointing: Annotated[bool, Parameter(group=MODEL)] = False
     """Recompute activations in the backward pass: slower, less memory."""
     bf16: Annotated[bool | None, Parameter(group=MODEL, show_default="where CUDA has it")] = None
-    """bfloat16 autocast in training, for weights of any type."""
+    """bfloat16 autocast in training, with weights of any --dtype."""
     attn_implementation: Annotated[
         str | None, Parameter(choices=ATTENTIONS, group=MODEL, show_default="transformers' choice")
     ] = None
@@ -145,7 +145,7 @@ class TrainSettings:
     ] = None
     """Rank of each LoRA expert, separated by commas; an adapter has their sum."""
     match: Annotated[str, Parameter(choices=MATCHES, group=METHOD)] = "rank"
-    """Give an adapter this rank, or the one that trains as many parameters as LoRA of this rank."""
+    """rank: an adapter has that of --ranks; parameters: as many parameters as LoRA of that rank."""
     alpha: Annotated[
         tuple[float, ...] | None,
         Parameter(group=METHOD, converter=numbers(float), n_tokens=1, show_default=_AUTO),
@@ -183,20 +183,20 @@ class TrainSettings:
     weight_rounding: Annotated[
         str | None, Parameter(choices=ROUNDINGS, group=OPTIMIZATION, show_default="exact")
     ] = None
-    """How fft and molf write bfloat16 weights: exact (as float32), stochastic, or nearest."""
+    """Rounding of bfloat16 weights (fft, molf, hybrid): exact (as float32), stochastic, nearest."""
     state_dtype: Annotated[str, Parameter(choices=STATE_DTYPES, group=OPTIMIZATION)] = "float32"
-    """How fft and molf keep the moments of weights: float32, or 8bit (needs torchao)."""
+    """Type of the moments of weights (fft, molf, hybrid): float32, or 8bit (needs torchao)."""
     grad_accumulation_dtype: Annotated[
         str | None,
         Parameter(choices=GRADIENT_DTYPES, group=OPTIMIZATION, show_default="that of the weights"),
     ] = None
-    """float32 adds the gradients of bfloat16 weights up without rounding (fft, molf)."""
+    """float32: sum the gradients of bfloat16 weights without rounding (fft, molf, hybrid)."""
     optimizer_in_backward: Annotated[bool, Parameter(group=OPTIMIZATION)] = False
     """Update each layer in the backward pass, free its gradient; no clipping, no accumulation."""
     state_offload: Annotated[bool, Parameter(group=OPTIMIZATION)] = False
     """Keep the optimizer's state in host memory, on the GPU layer by layer (not run on one yet)."""
     kernels: Annotated[str, Parameter(choices=KERNELS, group=OPTIMIZATION)] = "eager"
-    """triton: the steps of fft and molf by Triton kernels (CUDA; not run on a GPU yet)."""
+    """triton: steps of fft, molf and hybrid by Triton kernels (CUDA; not run on a GPU yet)."""
     fsdp: Annotated[int | str | None, Parameter(group=OPTIMIZATION, show_default="DDP")] = None
     """Several processes: cut the model into N shards (FSDP2; HSDP if there are more), or all."""
     fsdp_cpu_offload: Annotated[bool, Parameter(group=OPTIMIZATION)] = False
