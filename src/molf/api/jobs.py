@@ -134,7 +134,7 @@ def find_rates(
     to: float | None = None,
     **options: Any,
 ) -> RangeTest:
-    """Train briefly with growing learning rates, and suggest rates to begin with, as `molf lr` does.
+    """Train briefly with growing rates, and suggest rates to begin with, as `molf lr` does.
 
     A method with two rates is swept twice, each time from the same weights with the other rate 0.
 

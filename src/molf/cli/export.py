@@ -45,7 +45,7 @@ def export_run(
         save_rounding: How a model's weights are rounded to a type of 16 bits.
         rank: With an adapter, of any run: extract one of this rank from the change of the weights.
         modules_to_save: With rank, also keep changed norms, embeddings and biases in it.
-        evaluate: With rank, measure the model and the base with parts of the change on the run's task.
+        evaluate: With rank, measure the model, and the base with parts of the change, on its task.
         output_dir: Where it goes.
         overwrite: Replace an earlier export there.
     """
