@@ -29,6 +29,7 @@ from molf.job.settings.converters import duration, numbers, patterns, words
 from molf.job.settings.declared_fields import scheduler_names
 from molf.job.settings.defaults import (
     ADAPTERS,
+    COMMON,
     MATCHES,
     MERGE_BASES,
     METHODS,
@@ -67,6 +68,10 @@ EVALUATION = Group.create_ordered("Evaluation")
 OUTPUT = Group.create_ordered("Output")
 
 _AUTO = "by method and task"
+_COMMON = {
+    name: Parameter(group=OPTIMIZATION, show_default=f"{value:g}; demo tasks have their own")
+    for name, value in COMMON.items()
+}
 
 
 @Parameter(name="*")
@@ -79,7 +84,7 @@ class TrainSettings:
     data: Annotated[str | None, Parameter(group=DATA)] = None
     """Records to train on: a file, a folder, a URL, a Hub id, or - (stdin); several with commas."""
     eval_data: Annotated[str | None, Parameter(group=DATA)] = None
-    """Records to evaluate on, where the task does not evaluate on those it trains on."""
+    """Records to evaluate on before and after; default: the task's own, or a tenth held out."""
     validation_data: Annotated[
         str | None, Parameter(group=DATA, show_default="a part of the training data")
     ] = None
@@ -201,21 +206,21 @@ class TrainSettings:
     """Several processes: cut the model into N shards (FSDP2; HSDP if there are more), or all."""
     fsdp_cpu_offload: Annotated[bool, Parameter(group=OPTIMIZATION)] = False
     """Keep the shards and their state in host memory, and step there (CUDA; not run on one yet)."""
-    learning_rate: Annotated[
-        float | None, Parameter(group=OPTIMIZATION, show_default=_AUTO), POSITIVE
-    ] = None
+    learning_rate: Annotated[float | None, _COMMON["learning_rate"], POSITIVE] = None
     """Peak learning rate."""
     lora_learning_rate: Annotated[
-        float | None, Parameter(group=OPTIMIZATION, show_default="learning_rate"), NOT_NEGATIVE
+        float | None,
+        Parameter(group=OPTIMIZATION, show_default="learning_rate; demo tasks have their own"),
+        NOT_NEGATIVE,
     ] = None
     """Peak learning rate of the LoRA factors."""
     weight_decay: Annotated[float, Parameter(group=OPTIMIZATION), NOT_NEGATIVE] = 0.1
     """Decoupled decay of dense weights; norms and biases have none."""
     lora_weight_decay: Annotated[float, Parameter(group=OPTIMIZATION), NOT_NEGATIVE] = 0.01
     """Decoupled decay of the LoRA factors."""
-    num_train_epochs: Annotated[
-        float | None, Parameter(group=OPTIMIZATION, show_default=_AUTO), POSITIVE, BELOW_2_31
-    ] = None
+    num_train_epochs: Annotated[float | None, _COMMON["num_train_epochs"], POSITIVE, BELOW_2_31] = (
+        None
+    )
     """Passes over the data."""
     max_steps: Annotated[int | None, Parameter(group=OPTIMIZATION), POSITIVE] = None
     """Number of optimizer steps; overrides num_train_epochs."""
@@ -224,11 +229,11 @@ class TrainSettings:
     ] = None
     """End the training after this time of its steps (90m, 2h, seconds), with a complete model."""
     per_device_train_batch_size: Annotated[
-        int | None, Parameter(group=OPTIMIZATION, show_default=_AUTO), POSITIVE, BELOW_2_31
+        int | None, _COMMON["per_device_train_batch_size"], POSITIVE, BELOW_2_31
     ] = None
     """Examples per forward pass; of packed rows, 1 by default."""
     gradient_accumulation_steps: Annotated[
-        int | None, Parameter(group=OPTIMIZATION, show_default=_AUTO), POSITIVE, BELOW_2_31
+        int | None, _COMMON["gradient_accumulation_steps"], POSITIVE, BELOW_2_31
     ] = None
     """Forward passes per optimizer step."""
     packing: Annotated[bool, Parameter(group=OPTIMIZATION, negative=())] = False
