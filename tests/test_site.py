@@ -125,6 +125,9 @@ def test_commands_have_every_option():
     assert "</s>" not in text  # would be HTML
     for command in ("molf recipes cp", "molf study report", "molf advise"):
         assert f"## {command}\n" in text
+    # Names are those of --help, also in groups of commands.
+    assert "`--accept_changes`" in text
+    assert re.findall(r"`(--(?!no-)\w+-[\w-]+)", text) == []
 
 
 def test_api_has_every_public_name():

@@ -19,6 +19,10 @@ def _as_written(name: str) -> str:
     return name
 
 
+# Also of each group of commands: the generator of the documentation does not inherit it.
+_PARAMETERS = Parameter(name_transform=_as_written, negative_iterable=())
+
+
 def check_launcher(app: App, commands: tuple[str, ...], arguments: ArgumentCollection) -> None:
     """Refuse commands other than `molf train` in several processes.
 
@@ -38,11 +42,15 @@ app = App(
     version_flags=("--version", "-V"),
     # check_values runs twice: on the command line, then with values of a recipe or a run added.
     config=(check_launcher, check_directory, check_values, apply_recipe, apply_run, check_values),
-    default_parameter=Parameter(name_transform=_as_written, negative_iterable=()),
+    default_parameter=_PARAMETERS,
     result_action="return_value",
     suppress_keyboard_interrupt=False,  # main turns it into an exit code
 )
-recipes = App(name="recipes", help="List, copy and check recipes: files of options for --config.")
+recipes = App(
+    name="recipes",
+    help="List, copy and check recipes: files of options for --config.",
+    default_parameter=_PARAMETERS,
+)
 # Each command is imported on use, so that `molf --help` needs no torch.
 for parent, name, function, text in (
     (app, "train", "train:train_model", "Fine-tune and measure a model; without options, a demo."),
@@ -99,7 +107,11 @@ def show_help(*command: str) -> None:
     app([*command, "--help"], exit_on_error=False, print_error=False)
 
 
-study = App(name="study", help="Run many trainings from one file, and compare methods fairly.")
+study = App(
+    name="study",
+    help="Run many trainings from one file, and compare methods fairly.",
+    default_parameter=_PARAMETERS,
+)
 for _name, _function, _help in (
     ("run", "run_study", "Run the trials of a study with workers on this machine."),
     ("work", "work_on_study", "Run trials of a study as one of many workers."),

@@ -165,7 +165,7 @@ def report_study(
     /,
     *,
     to: Path | None = None,
-    figures: Annotated[bool, Parameter(negative="--no_figures")] = True,
+    figures: bool = True,
 ) -> None:
     """Write the tables, figures and CSV files of a study.
 

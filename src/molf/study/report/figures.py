@@ -43,7 +43,7 @@ def draw_figures(folder: Path, cells: Sequence[CellSummary]) -> dict[str, list[s
     except ImportError as error:
         raise InputError(
             "Figures need matplotlib, which is not installed. Run: pip install 'molf[study]', or "
-            "give --no_figures."
+            "give --no-figures."
         ) from error
     from molf.report.drawing import draw
 
