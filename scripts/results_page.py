@@ -52,6 +52,7 @@ from molf.study.report.records import Row, is_complete, read_records
 from molf.study.report.second_phase import Comparison
 from molf.study.report.summary import CellSummary, MethodSummary, summarise
 from molf.study.report.tables import controls_table, covered_text, differences_table, seeds_text
+from molf.study.report.texts import UNMATCHED
 
 DOCS = Path(__file__).parents[1] / "docs"
 STUDIES = DOCS / "studies"
@@ -192,7 +193,7 @@ def tally(study: Study, method: str, control: str | None = None, at: str = "own"
         if control is not None and found is not None and not found.is_matched:
             unmatched.append(cell.name)
         groups[_outcome(cell, found)].append(cell.name)
-    remark = f"; not share-matched in {_listed(unmatched)}" if unmatched else ""
+    remark = f"; {UNMATCHED} in {_listed(unmatched)}" if unmatched else ""
     return _counts(groups) + remark
 
 
