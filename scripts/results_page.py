@@ -20,7 +20,8 @@ Sentences:
     harm_tally STUDY METRIC METHOD    cells with less or more harm than the baseline
     harm_tally STUDY METRIC METHOD CONTROL AT    the same against a control
     robust STUDY METHOD OTHER         cells with a higher mean over each one's decade of rates
-    spread STUDY                      loss by a wrong rate beside differences between methods
+    spread STUDY                      loss by a wrong rate beside differences between methods, of no
+                                      controls
     harm_by_rate STUDY METRIC         harm at the lowest against the highest tried rate
     settings STUDY METHOD             chosen rates by cell
     ranges STUDY                      lowest and highest tried rate of the methods
@@ -263,16 +264,15 @@ def robust(study: Study, method: str, other: str) -> str:
 
 def spread(study: Study) -> str:
     """Return the loss by a wrong rate, and the size of differences between methods."""
+    rows = [one for cell in study.cells for one in cell.methods if one.name in study.own]
     by_rate = [
         abs(one.chosen_value - one.sensitivity.worst)
-        for cell in study.cells
-        for one in cell.methods
+        for one in rows
         if one.sensitivity is not None and one.sensitivity.is_whole
     ]
     by_method = [
         abs(one.comparison.estimate.value)
-        for cell in study.cells
-        for one in cell.methods
+        for one in rows
         if one.comparison is not None and one.comparison.is_complete
     ]
     if not by_rate or not by_method:
