@@ -169,7 +169,17 @@ def test_a_grid_of_millions_is_refused_with_number_and_time(tmp_path, capsys):
     grid = {"learning_rate": [f"{i}e-6" for i in range(1, 1001)], "lora_lr_ratio": rates}
     write_study(tmp_path, methods=[{**MOLF, "rates": grid}])
     assert main(["study", "run", str(path), "--dry_run"]) == 2
-    assert "100,000 points per method, cell and seed" in capsys.readouterr().err
+    assert (
+        "methods, molf, rates: 100,000 points per method, cell and seed: at about 30 s each, one "
+        "worker takes 35 days. At most 10,000 are allowed."
+    ) in capsys.readouterr().err
+    axes = {name: list(range(1, 101)) for name in ("max_samples", "max_length", "max_steps")}
+    write_study(tmp_path, axes=axes, seconds=10)
+    assert main(["study", "run", str(path), "--dry_run"]) == 2
+    assert (
+        "axes: 1,000,000 combinations, each of one or more trials: at about 10 s each, one worker "
+        "takes 116 days. At most 1,000 are allowed."
+    ) in capsys.readouterr().err
 
 
 def test_axes_multiply_cells_and_methods(tmp_path):
