@@ -12,7 +12,10 @@ from pathlib import Path
 
 import pytest
 
+from molf.study.report.writing import REPORT_FILE, SUMMARY, write_report
+
 ROOT = Path(__file__).parents[1]
+STUDIES = ROOT / "docs" / "studies"
 
 
 @pytest.fixture
@@ -24,6 +27,20 @@ def script(monkeypatch):
 
 def test_the_pages_are_those_of_the_stored_studies(script):
     assert script.main(["--check"]) == 0, "run python scripts/results_page.py"
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in STUDIES.iterdir()))
+def test_reports_are_those_of_the_stored_rows(name, tmp_path):
+    stored, made = STUDIES / name, tmp_path / name
+    shutil.copytree(stored, made, ignore=shutil.ignore_patterns("*.png"))
+    write_report(made, figures=False)
+    assert (made / SUMMARY).read_bytes() == (stored / SUMMARY).read_bytes()
+    text = (stored / REPORT_FILE).read_text()
+    figures = re.findall(r"!\[.*?\]\((.+?)\)", text)
+    assert sorted(figures) == sorted(path.name for path in stored.glob("*.png"))
+    assert (made / REPORT_FILE).read_text() == re.sub(
+        r"!\[.*?\]\(.+?\)\n\n?", "", text
+    ).rstrip() + "\n"
 
 
 def test_the_readme_agrees_with_the_stored_study(script):
