@@ -123,6 +123,7 @@ def _with(part, index=0, **changes):
         ({"report": {"baseline": "sft"}}, r"'sft' is none of the methods: fft, lora"),
         ({"keep": "all"}, "Invalid keep='all'. Must be one of records, models"),
         ({"heartbeat": 0}, "heartbeat: 0 is no whole number of at least 1"),
+        ({"seconds": "soon"}, "seconds: 'soon' is no finite number above 0"),
         ({"axes": {"max_samples": []}}, "axes, max_samples: give a list of values"),
         ({"axes": {"seed": [1, 2]}}, "seeds with the phases"),
         ({"axes": {"max_sample": [1, 2]}}, r"cell facts\+max_sample=1, method fft: .*max_sample"),

@@ -87,12 +87,16 @@ def read_study(path: Path, content: Mapping[str, Any], options: Options) -> Stud
             different numbers of rate trials, or the study is too large.
     """
     try:
+        seconds = _seconds(content)
         study = _study(path, content, options)
         check_equal_numbers(study)
         _check_size(study)
     except TooManyError as error:
-        time = _time(error.count, _seconds(content))
-        raise InputError(f"study {path}: {error.text}: {time}. {error.remedy}") from error
+        time = duration(error.count * seconds)
+        raise InputError(
+            f"study {path}: {error.text}: at about {seconds:g} s each, one worker takes {time}. "
+            f"{error.remedy}"
+        ) from error
     except StudyFileError as error:
         raise InputError(f"study {path}: {error}") from error
     return study
@@ -317,10 +321,6 @@ def _check_size(study: Study) -> None:
             f"At most {MOST_TRIALS:,} are allowed. Try fewer rates or axes, or the samplers random "
             "and tpe with choose.trials.",
         )
-
-
-def _time(count: int, seconds: float) -> str:
-    return f"at about {seconds:g} s each, one worker takes {duration(count * seconds)}"
 
 
 def _seconds(content: Mapping[str, Any]) -> float:
