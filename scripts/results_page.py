@@ -30,6 +30,7 @@ Sentences:
     assigned_findings STUDY           probes against random assignments; where the curve is flat
     decided STUDY                     counts of comparisons with and without a difference
     value STUDY CELL METHOD           metric with its interval
+    shared STUDY OTHER                trials that are also trials of another study, trained once
     trials STUDY, hours STUDY, missing STUDY
 
     python scripts/results_page.py [--check]
@@ -66,6 +67,7 @@ class Study:
     """A stored study; without a folder, one that has no rows yet.
 
     Attributes:
+        folder: Its folder.
         cells: Cells that have rows.
         planned: Names of all cells.
         rows: All rows.
@@ -74,6 +76,7 @@ class Study:
     """
 
     def __init__(self, folder: Path) -> None:
+        self.folder = folder
         self.cells: list[CellSummary] = []
         self.planned: list[str] = []
         self.rows: list[Row] = []
@@ -417,6 +420,12 @@ def trials(study: Study) -> str:
     return str(len(study.rows))
 
 
+def shared(study: Study, other: str) -> str:
+    """Return the number of trials that are also trials of another study: the same trainings."""
+    known = {(row["key"], row.get("started")) for row in Study(study.folder.parent / other).rows}
+    return str(sum((row["key"], row.get("started")) in known for row in study.rows))
+
+
 def hours(study: Study) -> str:
     """Return the hours of all workers."""
     return f"{sum(row.get('seconds', 0.0) for row in study.rows) / 3600:.1f}"
@@ -457,7 +466,20 @@ def _counts(groups: Mapping[str, Sequence[str]]) -> str:
 _WORDS = (
     *(chosen, differences, controls, sensitivity, harm, shares, tally, harm_tally, robust),
     *(assigned, assigned_findings),
-    *(spread, harm_by_rate, settings, ranges, cost, advice, decided, value, trials, hours, missing),
+    *(
+        spread,
+        harm_by_rate,
+        settings,
+        ranges,
+        cost,
+        advice,
+        decided,
+        value,
+        trials,
+        shared,
+        hours,
+        missing,
+    ),
 )
 
 

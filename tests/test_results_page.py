@@ -162,6 +162,13 @@ def test_outcomes_are_counted_in_plain_words(script):
     assert re.match(r"not share-matched in \d cells? \(facts", remark)
 
 
+def test_trials_of_two_studies_are_the_same_trainings(script):
+    study = script.Study(script.STUDIES / "demo-hybrid")
+    common = ("fft", "lora", "lora-rest", "epd", "gsnr")  # with four rates and five seeds
+    assert script.shared(study, "demo-scores") == str(len(common) * len(study.cells) * (4 + 5))
+    assert script.shared(study, "none") == "0"
+
+
 def test_differences_between_methods_are_not_those_of_controls(script):
     study = script.Study(script.STUDIES / "demo-scores")
     count = len(study.cells) * (len(study.own) - 1)
