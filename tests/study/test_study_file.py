@@ -11,6 +11,7 @@ import pytest
 from checkpoints import write_checkpoint
 from molf.cli import main
 from molf.cli.study_options import find_study, open_study, study_names
+from molf.core.scores.registry import SCORES
 from molf.errors import InputError
 from molf.study.checks import check_options
 from study_helpers import FFT, LORA, MOLF, content, study_of, write_study
@@ -296,6 +297,17 @@ def test_shipped_studies_have_a_demo_each():
     assert len(names) >= 6
     names.remove("math")  # no demo: the embedded model does not calculate
     assert {f"demo-{name}" for name in names} <= set(study_names())
+
+
+@pytest.mark.parametrize("names", [("demo-scores", "demo-candidates"), ("paper-scores",)])
+def test_every_score_and_lora_of_its_rank_have_rows(names):
+    methods = [one for name in names for one in open_study(Path(name))[0].methods]
+    routed = [one.options for one in methods if one.options["method"] == "molf"]
+    scores = {str(one.get("score", "epd")) for one in routed}
+    assert {*SCORES, "shuffled:epd", "shuffled:gsnr", "share:0.2:gsnr"} - scores == {"random"}
+    assert {one.share_of for one in methods} >= {"epd", "gsnr"}
+    loras = {str(one.options["ranks"]) for one in methods if one.options["method"] == "lora"}
+    assert {str(one["ranks"]) for one in routed} <= loras
 
 
 def test_unknown_studies_name_the_shipped_ones(tmp_path, capsys):
