@@ -20,7 +20,8 @@ Sentences:
     harm_tally STUDY METRIC METHOD    cells with less or more harm than the baseline
     harm_tally STUDY METRIC METHOD CONTROL AT    the same against a control
     robust STUDY METHOD OTHER         cells with a higher mean over each one's decade of rates
-    spread STUDY                      loss by a wrong rate beside differences between methods
+    spread STUDY                      loss by a wrong rate beside differences between methods, of no
+                                      controls
     harm_by_rate STUDY METRIC         harm at the lowest against the highest tried rate
     settings STUDY METHOD             chosen rates by cell
     ranges STUDY                      lowest and highest tried rate of the methods
@@ -29,6 +30,7 @@ Sentences:
     assigned_findings STUDY           probes against random assignments; where the curve is flat
     decided STUDY                     counts of comparisons with and without a difference
     value STUDY CELL METHOD           metric with its interval
+    shared STUDY OTHER                trials that are also trials of another study, trained once
     trials STUDY, hours STUDY, missing STUDY
 
     python scripts/results_page.py [--check]
@@ -52,6 +54,7 @@ from molf.study.report.records import Row, is_complete, read_records
 from molf.study.report.second_phase import Comparison
 from molf.study.report.summary import CellSummary, MethodSummary, summarise
 from molf.study.report.tables import controls_table, covered_text, differences_table, seeds_text
+from molf.study.report.texts import UNMATCHED
 
 DOCS = Path(__file__).parents[1] / "docs"
 STUDIES = DOCS / "studies"
@@ -64,6 +67,7 @@ class Study:
     """A stored study; without a folder, one that has no rows yet.
 
     Attributes:
+        folder: Its folder.
         cells: Cells that have rows.
         planned: Names of all cells.
         rows: All rows.
@@ -72,6 +76,7 @@ class Study:
     """
 
     def __init__(self, folder: Path) -> None:
+        self.folder = folder
         self.cells: list[CellSummary] = []
         self.planned: list[str] = []
         self.rows: list[Row] = []
@@ -192,7 +197,7 @@ def tally(study: Study, method: str, control: str | None = None, at: str = "own"
         if control is not None and found is not None and not found.is_matched:
             unmatched.append(cell.name)
         groups[_outcome(cell, found)].append(cell.name)
-    remark = f"; not share-matched in {_listed(unmatched)}" if unmatched else ""
+    remark = f"; {UNMATCHED} in {_listed(unmatched)}" if unmatched else ""
     return _counts(groups) + remark
 
 
@@ -262,16 +267,15 @@ def robust(study: Study, method: str, other: str) -> str:
 
 def spread(study: Study) -> str:
     """Return the loss by a wrong rate, and the size of differences between methods."""
+    rows = [one for cell in study.cells for one in cell.methods if one.name in study.own]
     by_rate = [
         abs(one.chosen_value - one.sensitivity.worst)
-        for cell in study.cells
-        for one in cell.methods
+        for one in rows
         if one.sensitivity is not None and one.sensitivity.is_whole
     ]
     by_method = [
         abs(one.comparison.estimate.value)
-        for cell in study.cells
-        for one in cell.methods
+        for one in rows
         if one.comparison is not None and one.comparison.is_complete
     ]
     if not by_rate or not by_method:
@@ -416,6 +420,12 @@ def trials(study: Study) -> str:
     return str(len(study.rows))
 
 
+def shared(study: Study, other: str) -> str:
+    """Return the number of trials that are also trials of another study: the same trainings."""
+    known = {(row["key"], row.get("started")) for row in Study(study.folder.parent / other).rows}
+    return str(sum((row["key"], row.get("started")) in known for row in study.rows))
+
+
 def hours(study: Study) -> str:
     """Return the hours of all workers."""
     return f"{sum(row.get('seconds', 0.0) for row in study.rows) / 3600:.1f}"
@@ -456,7 +466,20 @@ def _counts(groups: Mapping[str, Sequence[str]]) -> str:
 _WORDS = (
     *(chosen, differences, controls, sensitivity, harm, shares, tally, harm_tally, robust),
     *(assigned, assigned_findings),
-    *(spread, harm_by_rate, settings, ranges, cost, advice, decided, value, trials, hours, missing),
+    *(
+        spread,
+        harm_by_rate,
+        settings,
+        ranges,
+        cost,
+        advice,
+        decided,
+        value,
+        trials,
+        shared,
+        hours,
+        missing,
+    ),
 )
 
 

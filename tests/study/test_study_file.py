@@ -11,6 +11,7 @@ import pytest
 from checkpoints import write_checkpoint
 from molf.cli import main
 from molf.cli.study_options import find_study, open_study, study_names
+from molf.core.scores.registry import SCORES
 from molf.errors import InputError
 from molf.study.checks import check_options
 from study_helpers import FFT, LORA, MOLF, content, study_of, write_study
@@ -123,6 +124,7 @@ def _with(part, index=0, **changes):
         ({"report": {"baseline": "sft"}}, r"'sft' is none of the methods: fft, lora"),
         ({"keep": "all"}, "Invalid keep='all'. Must be one of records, models"),
         ({"heartbeat": 0}, "heartbeat: 0 is no whole number of at least 1"),
+        ({"seconds": "soon"}, "seconds: 'soon' is no finite number above 0"),
         ({"axes": {"max_samples": []}}, "axes, max_samples: give a list of values"),
         ({"axes": {"seed": [1, 2]}}, "seeds with the phases"),
         ({"axes": {"max_sample": [1, 2]}}, r"cell facts\+max_sample=1, method fft: .*max_sample"),
@@ -169,7 +171,17 @@ def test_a_grid_of_millions_is_refused_with_number_and_time(tmp_path, capsys):
     grid = {"learning_rate": [f"{i}e-6" for i in range(1, 1001)], "lora_lr_ratio": rates}
     write_study(tmp_path, methods=[{**MOLF, "rates": grid}])
     assert main(["study", "run", str(path), "--dry_run"]) == 2
-    assert "100,000 points per method, cell and seed" in capsys.readouterr().err
+    assert (
+        "methods, molf, rates: 100,000 points per method, cell and seed: at about 30 s each, one "
+        "worker takes 35 days. At most 10,000 are allowed."
+    ) in capsys.readouterr().err
+    axes = {name: list(range(1, 101)) for name in ("max_samples", "max_length", "max_steps")}
+    write_study(tmp_path, axes=axes, seconds=10)
+    assert main(["study", "run", str(path), "--dry_run"]) == 2
+    assert (
+        "axes: 1,000,000 combinations, each of one or more trials: at about 10 s each, one worker "
+        "takes 116 days. At most 1,000 are allowed."
+    ) in capsys.readouterr().err
 
 
 def test_axes_multiply_cells_and_methods(tmp_path):
@@ -285,6 +297,17 @@ def test_shipped_studies_have_a_demo_each():
     assert len(names) >= 6
     names.remove("math")  # no demo: the embedded model does not calculate
     assert {f"demo-{name}" for name in names} <= set(study_names())
+
+
+@pytest.mark.parametrize("names", [("demo-scores", "demo-candidates"), ("paper-scores",)])
+def test_every_score_and_lora_of_its_rank_have_rows(names):
+    methods = [one for name in names for one in open_study(Path(name))[0].methods]
+    routed = [one.options for one in methods if one.options["method"] == "molf"]
+    scores = {str(one.get("score", "epd")) for one in routed}
+    assert {*SCORES, "shuffled:epd", "shuffled:gsnr", "share:0.2:gsnr"} - scores == {"random"}
+    assert {one.share_of for one in methods} >= {"epd", "gsnr"}
+    loras = {str(one.options["ranks"]) for one in methods if one.options["method"] == "lora"}
+    assert {str(one["ranks"]) for one in routed} <= loras
 
 
 def test_unknown_studies_name_the_shipped_ones(tmp_path, capsys):

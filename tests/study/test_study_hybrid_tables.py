@@ -11,7 +11,7 @@ def rule(**entry):
     return {"options": {"method": "hybrid"}, "assignment": {**full, **entry}}
 
 
-def with_hybrids(values, kinds=()):
+def with_hybrids(values, kinds=(), **other_shares):
     """A study of both ends, three assignments by epd, and controls; values at the one rate."""
     one = grid(learning_rate=[1e-3], lora_lr_ratio=[2])
     methods = {
@@ -22,7 +22,7 @@ def with_hybrids(values, kinds=()):
         "shape": method(one, **rule(by="shape")),
         "top": method(one, **rule(share=0.1)),
     }
-    shares = {"wins": 0.3, "wins-random": 0.3, "shape": 0.3, "top": 0.05}
+    shares = {"wins": 0.3, "wins-random": 0.3, "shape": 0.3, "top": 0.05, **other_shares}
     rows = []
     for name, found in values.items():
         more = {}
@@ -66,6 +66,21 @@ def test_a_probe_is_compared_with_random_at_the_same_share():
     verdict, pair, *_ = findings_of({**EQUAL, "wins": LOW})
     assert verdict.count("in 0 of 1 comparisons (worse in 1)") == 2
     assert "chosen for each: worse in 1 cell (facts)" in pair
+
+
+def test_a_control_with_another_share_is_marked_and_not_counted():
+    """An assignment depends on the rates, so that one at other rates may have another share."""
+    alike = cell_of(*with_hybrids(EQUAL))
+    other = with_hybrids({**EQUAL, "wins-random": LOW}, **{"wins-random": 0.27})
+    verdict, pair, *_ = findings([alike, cell_of(*other)])
+    counts = "in 0 of 1 comparisons (worse in 0)"
+    assert f"{counts} at the rates chosen for each, and {counts} at equal rates." in verdict
+    assert verdict.endswith(" 2 others have shares that differ by over 2 points.")
+    found = "no difference shown in 1 cell (facts), better in 1 cell (facts); not share-matched in"
+    assert pair.count(f"{found} 1 cell (facts)") == 2
+    assert text_of(*other).count("]**, not share-matched |") == 2
+    near = with_hybrids({**EQUAL, "wins-random": LOW}, **{"wins-random": 0.29})
+    assert ", not share-matched" not in text_of(*near)
 
 
 def test_the_curve_is_flat_from_the_first_row_that_differs_from_none_above():

@@ -1,9 +1,11 @@
 """Several worker processes, some of them killed: nothing runs twice, and nothing is lost."""
 
+import re
 import signal
 import sqlite3
 import time
 from collections import Counter
+from contextlib import closing
 from dataclasses import replace
 
 import optuna
@@ -300,6 +302,38 @@ def test_storage_that_cannot_be_opened(tmp_path):
     study, _ = study_of(tmp_path)
     with pytest.raises(InputError, match="cannot be opened: file is not a database"):
         Ledger(study)
+
+
+def test_a_storage_that_cannot_be_opened_stops_a_run_before_its_workers(tmp_path, capfd):
+    path = write_study(tmp_path, storage="sqlite:////proc/none/x.sqlite")
+    for command in (["run", "--workers", "2"], ["work"]):
+        assert main(["study", command[0], str(path), *command[1:]]) == 2
+        (line,) = capfd.readouterr().err.splitlines()
+        assert re.match("molf: error: The storage .* cannot be opened: unable to open", line)
+        assert not (tmp_path / "out").exists()
+
+
+def test_a_locked_storage_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.setattr("molf.study.storage._LOCKED_SECONDS", 0.1)
+    study, make = study_of(tmp_path)
+    (tmp_path / "out").mkdir()
+    ledger = Ledger(study)
+    trials = Plan(study, {}, make, {}).trials
+    snapshot = ledger.read()
+    place = (trials[0].cell.name, trials[0].method.name, trials[0].phase)
+    with closing(sqlite3.connect(tmp_path / "out" / "optuna.sqlite")) as other:
+        other.execute("BEGIN EXCLUSIVE")
+        for use in (
+            lambda: ledger.stopped_at,
+            lambda: ledger.stop(1.0),
+            lambda: ledger.read(),
+            lambda: ledger.enqueue(trials, snapshot),
+            lambda: ledger.run(place, {}, "a worker", None),
+        ):
+            with pytest.raises(StorageError, match=r"failed: database is locked\. Finished trials"):
+                use()
+        with pytest.raises(InputError, match=r"cannot be opened: database is locked\.$"):
+            Ledger(study)
 
 
 def test_passwords_of_addresses_are_not_printed(tmp_path):

@@ -41,6 +41,7 @@ def run_study(
     from molf.study.checks import check_data
     from molf.study.launch import run_workers
     from molf.study.place import write_record
+    from molf.study.storage import check_opens
     from molf.study.warm import WarmInputs
 
     if workers < 1:
@@ -54,6 +55,7 @@ def run_study(
     if dry_run:
         _print_plan(opened, workers)
         return 0
+    check_opens(opened)
     write_record(opened)
     failed = run_workers(["study", "work", str(study)], workers, opened.retries, _say)
     return 1 if failed else 0
@@ -76,6 +78,7 @@ def work_on_study(
     from molf.shown import counted
     from molf.study.checks import check_data
     from molf.study.place import write_record
+    from molf.study.storage import check_opens
     from molf.study.trial import TrialRunner
     from molf.study.warm import WarmInputs
     from molf.study.worker import Worker
@@ -83,6 +86,7 @@ def work_on_study(
     opened, make = _open(study, accept_changes=accept_changes)
     inputs = WarmInputs()
     check_data(opened, make, inputs)
+    check_opens(opened)
     write_record(opened)
     worker = Worker(opened, make, TrialRunner(opened, inputs), _say, retry_failed=retry_failed)
     work = worker.work()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from functools import cache
@@ -12,7 +13,7 @@ from molf.data.sources import with_joined_sources
 from molf.job.settings.resolved import without_effect
 from molf.job.settings.settings import METHOD, TrainSettings
 from molf.study.definition import EVAL_PART, RATES, Cell, Method
-from molf.study.values import StudyFileError, reject_unknown
+from molf.study.values import StudyFileError, TooManyError, reject_unknown
 
 # Set by the study for each trial.
 _OWN = ("seed", "output_dir", "overwrite", "dry_run", EVAL_PART, "fallback_dir", "resume")
@@ -148,14 +149,17 @@ def _variant(
 
 
 def _combinations(axes: Mapping[str, Sequence[Any]]) -> list[tuple[str, dict[str, Any]]]:
+    count = math.prod(map(len, axes.values()))
+    if count > _MOST_VARIANTS:
+        raise TooManyError(
+            count,
+            f"axes: {count:,} combinations, each of one or more trials",
+            f"At most {_MOST_VARIANTS:,} are allowed. Give fewer values.",
+        )
     combined = []
     for values in itertools.product(*axes.values()):
         chosen = dict(zip(axes, values, strict=True))
         combined.append((_suffix(chosen), chosen))
-        if len(combined) > _MOST_VARIANTS:
-            raise StudyFileError(
-                f"axes: more than {_MOST_VARIANTS} combinations. Give fewer values."
-            )
     return combined
 
 

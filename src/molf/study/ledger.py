@@ -90,14 +90,14 @@ class Ledger:
     @property
     def stopped_at(self) -> float:
         """The time of the last request to stop, in seconds since 1970; 0 without one."""
-        return float(self._attributes().get(_STOP, 0.0))
+        with failing(self._study):
+            found = self._storage.get_study_user_attrs(self._control._study_id)
+        return float(found.get(_STOP, 0.0))
 
     def stop(self, now: float) -> None:
         """Ask all workers that started before this time to end after their trial."""
-        self._control.set_user_attr(_STOP, now)
-
-    def _attributes(self) -> Mapping[str, Any]:
-        return self._storage.get_study_user_attrs(self._control._study_id)
+        with failing(self._study):
+            self._control.set_user_attr(_STOP, now)
 
     def read(self) -> Snapshot:
         """Return the state of all trials."""
@@ -163,8 +163,9 @@ class Ledger:
     def requeue_failed(self, snapshot: Snapshot, planned: Mapping[str, Planned]) -> int:
         """Queue failed trials again; return their number."""
         failed = [planned[key] for key in snapshot.failed if key in planned]
-        for trial in failed:
-            self._queue(trial, trial.point or snapshot.drawn.get(trial.key))
+        with failing(self._study):
+            for trial in failed:
+                self._queue(trial, trial.point or snapshot.drawn.get(trial.key))
         return len(failed)
 
     def _queue(self, trial: Planned, point: Point | None) -> None:
@@ -268,8 +269,8 @@ class Ledger:
                 raise Dropped
             return outcome.value
 
-        one.sampler, one.pruner = self._sampler(one, place), self._pruner()
         with failing(self._study):
+            one.sampler, one.pruner = self._sampler(one, place), self._pruner()
             try:
                 one.optimize(objective, n_trials=1, catch=(Dropped,))
             except (optuna.exceptions.UpdateFinishedTrialError, ValueError):

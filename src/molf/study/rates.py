@@ -26,7 +26,7 @@ from molf.study.definition import (
     Study,
     point_text,
 )
-from molf.study.values import StudyFileError, mapping, number, reject_unknown
+from molf.study.values import StudyFileError, TooManyError, mapping, number, reject_unknown
 
 _MOST_POINTS = 10_000  # per method; a grid of more is counted, not made
 
@@ -44,7 +44,7 @@ def read_rates(content: Any, choose: Choose, where: str) -> Rates:
         StudyFileError: A name is unknown, or a value is wrong.
     """
     if choose.sampler == GRID:
-        return Rates(points=_grid(content, where))
+        return Rates(points=_grid(content, choose, where))
     ranges = {}
     for name, entry in _by_name(content, where).items():
         if not isinstance(entry, Mapping):
@@ -77,7 +77,7 @@ def _check_names(rates: Mapping[str, Any], where: str) -> None:
         )
 
 
-def _grid(content: Any, where: str) -> tuple[Point, ...]:
+def _grid(content: Any, choose: Choose, where: str) -> tuple[Point, ...]:
     if isinstance(content, list):
         points = []
         for entry in content:
@@ -92,9 +92,11 @@ def _grid(content: Any, where: str) -> tuple[Point, ...]:
             lists[name] = [number(value, f"{where}, {name}") for value in values]
         count = math.prod(map(len, lists.values()))
         if count > _MOST_POINTS:
-            raise StudyFileError(
-                f"{where}: {count:,} points per method, cell and seed. At most {_MOST_POINTS:,} "
-                "are allowed. Use the samplers random and tpe with choose.trials."
+            raise TooManyError(
+                count * len(choose.seeds),
+                f"{where}: {count:,} points per method, cell and seed",
+                f"At most {_MOST_POINTS:,} are allowed. Use the samplers random and tpe with "
+                "choose.trials.",
             )
         points = [
             dict(zip(lists, values, strict=True)) for values in itertools.product(*lists.values())

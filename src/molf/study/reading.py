@@ -34,6 +34,7 @@ from molf.study.definition import (
 from molf.study.rates import check_equal_numbers, read_rates
 from molf.study.values import (
     StudyFileError,
+    TooManyError,
     integers,
     mapping,
     mappings,
@@ -86,9 +87,16 @@ def read_study(path: Path, content: Mapping[str, Any], options: Options) -> Stud
             different numbers of rate trials, or the study is too large.
     """
     try:
+        seconds = _seconds(content)
         study = _study(path, content, options)
         check_equal_numbers(study)
         _check_size(study)
+    except TooManyError as error:
+        time = duration(error.count * seconds)
+        raise InputError(
+            f"study {path}: {error.text}: at about {seconds:g} s each, one worker takes {time}. "
+            f"{error.remedy}"
+        ) from error
     except StudyFileError as error:
         raise InputError(f"study {path}: {error}") from error
     return study
@@ -126,7 +134,7 @@ def _study(path: Path, content: Mapping[str, Any], options: Options) -> Study:
         choose=choose,
         report=_report(report, choose, methods),
         keep=keep,
-        seconds=number(content.get("seconds", 30), "seconds"),
+        seconds=_seconds(content),
         heartbeat=whole_number(content.get("heartbeat", 20), "heartbeat"),
         retries=whole_number(content.get("retries", 3), "retries", least=0),
         about=text(content.get("about", ""), "about"),
@@ -307,12 +315,16 @@ def _check_rule(method: Method, methods: Iterable[Method]) -> None:
 
 def _check_size(study: Study) -> None:
     if study.size > MOST_TRIALS:
-        seconds = study.size * study.seconds
-        raise StudyFileError(
-            f"{study.size:,} trials: at about {study.seconds:g} s each, one worker takes "
-            f"{duration(seconds)}. At most {MOST_TRIALS:,} are allowed. Try fewer rates or axes, "
-            "or the samplers random and tpe with choose.trials."
+        raise TooManyError(
+            study.size,
+            f"{study.size:,} trials",
+            f"At most {MOST_TRIALS:,} are allowed. Try fewer rates or axes, or the samplers random "
+            "and tpe with choose.trials.",
         )
+
+
+def _seconds(content: Mapping[str, Any]) -> float:
+    return number(content.get("seconds", 30), "seconds")
 
 
 def _name(value: Any, where: str) -> str:

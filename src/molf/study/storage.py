@@ -95,6 +95,16 @@ def open_storage(study: Study) -> Any:
         ) from error
 
 
+def check_opens(study: Study) -> None:
+    """Check that a storage that exists already can be opened, before anything is written.
+
+    Raises:
+        InputError: It cannot.
+    """
+    if study.storage is not None or storage_file(study).is_file():
+        open_storage(study)
+
+
 @contextmanager
 def _creating(study: Study) -> Iterator[None]:
     """Let one process at a time make the tables of a SQLite file."""

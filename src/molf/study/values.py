@@ -12,6 +12,22 @@ class StudyFileError(ValueError):
     """A wrong value; the message continues a sentence that begins with the file's name."""
 
 
+class TooManyError(StudyFileError):
+    """A file that names too many trials; the reader of the file adds their time.
+
+    Args:
+        count: A number of trials that the study has at least.
+        text: What they are, as the beginning of the message.
+        remedy: The end of the message.
+    """
+
+    def __init__(self, count: int, text: str, remedy: str) -> None:
+        super().__init__(f"{text}. {remedy}")
+        self.count = count
+        self.text = text
+        self.remedy = remedy
+
+
 def reject_unknown(content: Mapping[str, Any], known: Collection[str], where: str) -> None:
     """Raise a `StudyFileError` if a mapping has a name that is not known."""
     for name in content:

@@ -10,10 +10,10 @@ from itertools import combinations
 from molf.measure.estimate_texts import estimate_text
 from molf.shown import TextTable
 from molf.study.assigning.rule import SHAPE, Rule
-from molf.study.report.second_phase import Comparison
+from molf.study.report.second_phase import MATCHED, Comparison
 from molf.study.report.summary import CellSummary, MethodSummary
 from molf.study.report.tables import seeds_text
-from molf.study.report.texts import compared, share_text
+from molf.study.report.texts import UNMATCHED, compared, share_text
 
 TITLE = "Full here, LoRA there"
 ABOUT = (
@@ -38,8 +38,8 @@ def assigned_table(cells: Sequence[CellSummary]) -> TextTable:
                     *_shares(one),
                     estimate_text(one.value) + seeds_text(one),
                     "" if one.name == cell.baseline else compared(one.comparison),
-                    "" if control is None else compared(own),
-                    "" if control is None else compared(equal),
+                    "" if control is None else _beside(own),
+                    "" if control is None else _beside(equal),
                 ]
             )
     header = [
@@ -91,12 +91,19 @@ def _against(
     return (None, None) if pair is None else (pair.own, pair.equal)
 
 
+def _beside(found: Comparison | None) -> str:
+    """Return a difference to a control, marked if their shares of weights differ too much."""
+    text = compared(found)
+    return text if found is None or found.is_matched else f"{text}, {UNMATCHED}"
+
+
 def _random_texts(cells: Sequence[CellSummary]) -> Iterator[str]:
     """Yield whether probes beat random assignments: over all, and for each method."""
     totals: tuple[Counter[str], Counter[str]] = (Counter(), Counter())
     texts = []
     for name in _names(cells):
         outcomes: list[dict[str, list[str]]] = [{}, {}]
+        unmatched: list[list[str]] = [[], []]
         control = None
         for cell in cells:
             one = cell.method(name)
@@ -104,15 +111,19 @@ def _random_texts(cells: Sequence[CellSummary]) -> Iterator[str]:
             if one is None or random is None:
                 continue
             control = random.name
-            pair = zip(outcomes, totals, _against(cell, one, random), strict=True)
-            for groups, total, found in pair:
+            pair = zip(outcomes, unmatched, totals, _against(cell, one, random), strict=True)
+            for groups, others, total, found in pair:
                 outcome = "no rows yet" if found is None else found.outcome(minimize=cell.minimize)
                 if one.assignments is not None and one.assignments.is_one_class:
                     outcome = _ALIKE
                 groups.setdefault(outcome, []).append(cell.name)
-                total[outcome] += 1
+                if found is None or found.is_matched:
+                    total[outcome] += 1
+                else:
+                    total[UNMATCHED] += 1
+                    others.append(cell.name)
         if control is not None:
-            own, equal = map(_grouped, outcomes)
+            own, equal = map(_outcomes, outcomes, unmatched)
             texts.append(
                 f"{name} against {control}, at the rates chosen for each: {own}. At equal rates: "
                 f"{equal}."
@@ -132,10 +143,16 @@ def _verdict(own: Counter[str], equal: Counter[str]) -> str:
         f"(worse in {total['worse']})"
         for total in (own, equal)
     )
-    return (
+    text = (
         "A probe is shown to beat random at the same share of weights in full in "
         f"{first} at the rates chosen for each, and in {second} at equal rates."
     )
+    if others := own[UNMATCHED] + equal[UNMATCHED]:
+        text += (
+            f" {others} {'other has' if others == 1 else 'others have'} shares that differ by over "
+            f"{MATCHED * 100:g} points."
+        )
+    return text
 
 
 def _shape_texts(cells: Sequence[CellSummary]) -> Iterator[str]:
@@ -215,6 +232,12 @@ def _end(one: MethodSummary) -> float:
 
 def _names(cells: Sequence[CellSummary]) -> dict[str, None]:
     return dict.fromkeys(one.name for cell in cells for one in _hybrids(cell))
+
+
+def _outcomes(groups: Mapping[str, Sequence[str]], unmatched: Sequence[str]) -> str:
+    """Return the cells by outcome, and those of them with other shares of weights in full."""
+    remark = f"; {_grouped({UNMATCHED: unmatched})}" if unmatched else ""
+    return _grouped(groups) + remark
 
 
 def _grouped(groups: Mapping[str, Sequence[str]]) -> str:

@@ -6,6 +6,8 @@ from molf.measure.estimate_texts import signed
 from molf.measure.estimates import Estimate
 from molf.study.report.second_phase import Comparison
 
+UNMATCHED = "not share-matched"
+
 
 def share_text(value: float | None) -> str:
     """Return a share in percent; empty for None."""
@@ -35,4 +37,4 @@ def better_seeds(found: Comparison | None) -> str:
 def shares_compared(found: Comparison) -> str:
     """Return the shares of full updates of both, marked if these differ too much."""
     text = f"{share_text(found.full_share)} / {share_text(found.other_share)}"
-    return text if found.is_matched else f"{text}, not share-matched"
+    return text if found.is_matched else f"{text}, {UNMATCHED}"
