@@ -59,6 +59,18 @@ def test_help_is_a_command(printed):
     assert printed("help", "recipes", "ls") == printed("recipes", "ls", "--help")
 
 
+@pytest.mark.parametrize(
+    ("arguments", "shown"),
+    [
+        (["train", "--xyz", "1"], "molf train --help-all"),
+        (["routing", "--xyz"], "molf routing --help"),
+    ],
+)
+def test_unknown_options_name_the_help_that_has_every_option(capsys, arguments, shown):
+    assert main(arguments) == 2
+    assert capsys.readouterr().err.endswith(f" `{shown}` lists the options.\n")
+
+
 def test_version(printed):
     assert printed("-V") == printed("--version")
 

@@ -18,7 +18,7 @@ from typing import TextIO
 from cyclopts import CycloptsError, MissingArgumentError, UnknownOptionError, UnusedCliTokensError
 
 from molf.cli.app import app, join_booleans, join_stdin
-from molf.cli.helping import without_help_all
+from molf.cli.helping import EXAMPLES, HELP_ALL, without_help_all
 from molf.cli.lines import one_line, say
 from molf.errors import InputError
 from molf.extras import missing_package
@@ -117,8 +117,9 @@ def _explain(error: CycloptsError) -> str:
         return message
     if "Did you mean" in message:
         return message
-    command = " ".join(("molf", *(error.command_chain or ())))
-    return f"{message} `{command} --help` lists the options."
+    chain = error.command_chain or ()
+    option = HELP_ALL if chain and chain[0] in EXAMPLES else "--help"
+    return f"{message} `{' '.join(('molf', *chain, option))}` lists the options."
 
 
 def _failed(error: Exception) -> int:
