@@ -23,7 +23,7 @@ Sentences:
     spread STUDY                      loss by a wrong rate beside differences between methods, of no
                                       controls
     harm_by_rate STUDY METRIC         harm at the lowest against the highest tried rate
-    settings STUDY METHOD             chosen rates by cell
+    settings STUDY METHOD             chosen rates, and the number of cells of each
     ranges STUDY                      lowest and highest tried rate of the methods
     cost STUDY METHOD OTHER           training time and memory of a run as multiples of another's
     advice STUDY                      preferred baselines, and methods that are better
@@ -41,12 +41,14 @@ from __future__ import annotations
 import argparse
 import re
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
 from molf.measure.estimate_texts import estimate_text, markdown_of, number_text, table
+from molf.shown import counted
 from molf.study.definition import CHOOSE, LEARNING_RATE, LORA_RATE, REPORT
 from molf.study.report.assigned import assigned_table, findings
 from molf.study.report.rates import rates_of
@@ -309,9 +311,11 @@ def harm_by_rate(study: Study, metric: str) -> str:
 
 
 def settings(study: Study, method: str) -> str:
-    """Return the chosen rates of a method by cell."""
-    found = [f"{one.rates} in {cell.name}" for cell, one in study.of(method) if one.point]
-    return "; ".join(found) or NO_ROWS
+    """Return the chosen rates of a method, lowest first, and the number of cells of each."""
+    found = [one for _, one in study.of(method) if one.point]
+    found.sort(key=lambda one: sorted((one.point or {}).items()))
+    counts = Counter(one.rates for one in found)
+    return "; ".join(f"{rates}: {counted(n, 'cell')}" for rates, n in counts.items()) or NO_ROWS
 
 
 def ranges(study: Study) -> str:
