@@ -15,6 +15,7 @@ from molf.job.record.routing_log import iter_steps
 from molf.job.run import train
 from molf.study.outcome import all_results, run_directory
 from molf.study.plan import Plan
+from molf.study.routed_layers import RoutedLayer, full_weights, moved_parameters
 from molf.study.trial import TrialRunner
 from study_helpers import study_of, write_study
 
@@ -80,7 +81,7 @@ def test_every_trial_is_a_run_with_a_row(study):
     assert labels[1:] == [f"report-lr0.01-ratio3-seed{seed}" for seed in range(11, 16)]
 
 
-def test_parameters_of_experts_without_a_win_have_not_moved(study):
+def test_moved_parameters_and_the_share_of_weights_in_full(study):
     """Counted layer by layer from the routing log and the saved weights."""
     opened, _ = study
     for result in all_results(opened).values():
@@ -91,12 +92,15 @@ def test_parameters_of_experts_without_a_win_have_not_moved(study):
         label = f"{row['phase']}-lr0.01-ratio3-seed{row['seed']}"
         run = run_directory(opened, "sums", "molf", label)
         weights = load_file(run / "model" / "model.safetensors")
-        won = {}
+        won, updates, full = {}, 0, 0
         for step in iter_steps(run):
             for layer, one in step["selections"].items():
                 own = won.setdefault(layer, set())
                 if any(one["scores"].values()):  # none in the first step, whose rate is 0
                     own.update(one["winners"])
+                    size = weights[f"{layer}.weight"].numel()
+                    updates += size
+                    full += size * ("full" in one["winners"])
         routed = {layer: weights[f"{layer}.weight"] for layer in won}
         dense = sum(weight.numel() for weight in weights.values())
         for layer, weight in routed.items():
@@ -107,6 +111,17 @@ def test_parameters_of_experts_without_a_win_have_not_moved(study):
         rank = MOLF["ranks"]
         factors = sum(rank * sum(routed[layer].shape) for layer in routed if won[layer] - {"full"})
         assert row["moved_parameters"] == dense + factors < row["trained_parameters"]
+        assert row["full_weights"] == pytest.approx(full / updates, abs=1e-6)
+
+
+def test_a_layer_counts_by_its_weight_in_the_share_of_weights_in_full():
+    small = RoutedLayer({"full": 0.5, "lora0_r4": 0.5}, (4, 8), 4)
+    large = RoutedLayer({"full": 0.0, "lora0_r4": 1.0}, (16, 8), 0)
+    assert full_weights([small, large]) == pytest.approx(0.5 * 32 / (32 + 128))
+    # large: its weight has not moved. small: everything has.
+    assert moved_parameters(1000, [small, large]) == 1000 - 128
+    assert full_weights([RoutedLayer({"lora0_r4": 1.0}, (4, 8), 0)]) is None
+    assert full_weights([]) is None
 
 
 def test_rates_are_chosen_on_the_validation_part_and_confirmed_on_the_test_part(study):

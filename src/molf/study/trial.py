@@ -32,7 +32,6 @@ from molf.study.assigning.making import (
 )
 from molf.study.definition import CHOOSE, KEEP_RECORDS, Point, Study
 from molf.study.identity import settings_key
-from molf.study.moved import moved_parameters
 from molf.study.outcome import (
     Results,
     TrialResult,
@@ -43,6 +42,7 @@ from molf.study.outcome import (
     write_result,
 )
 from molf.study.plan import FAILED, PRUNED, Outcome, Planned
+from molf.study.routed_layers import full_weights, moved_parameters, routed_layers
 from molf.study.running import QuietReporter, clear_leftovers, parameters_of, training_flops
 
 if TYPE_CHECKING:
@@ -168,7 +168,7 @@ def trial_row(planned: Planned, point: Point, run: RunResult, seconds: float) ->
         "tokens": run.tokens,
         "parameters": parameters,
         "trained_parameters": run.trained_parameters,
-        "moved_parameters": moved_parameters(run),
+        **_routed_columns(run),
         "training_flops": training_flops(parameters, run.trained_parameters, run.tokens),
         "seconds": round(seconds, 2),
         "training_seconds": round(run.training_seconds, 2),
@@ -182,6 +182,20 @@ def trial_row(planned: Planned, point: Point, run: RunResult, seconds: float) ->
         "torch_threads": environment.get("torch_threads"),
         "python": environment.get("python"),
         **{f"version/{name}": packages.get(name) for name in _PACKAGES},
+    }
+
+
+def _routed_columns(run: RunResult) -> dict[str, Any]:
+    """Return the columns about the routed layers of a run."""
+    if not run.shares:
+        return {"moved_parameters": run.trained_parameters}
+    layers = routed_layers(run)
+    if layers is None:
+        return {"moved_parameters": None}
+    share = full_weights(layers)
+    return {
+        "moved_parameters": moved_parameters(run.trained_parameters, layers),
+        **({} if share is None else {"full_weights": round(share, 6)}),
     }
 
 
