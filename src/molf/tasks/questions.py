@@ -196,7 +196,8 @@ def load_questions(
                 trained_on, options.seed, content, data, preview=options.preview
             )
             held_out = evaluated
-            pool = [index for index in drawn if index not in set(held_out)]
+            apart = set(held_out)
+            pool = [index for index in drawn if index not in apart]
             evaluated_on = f"{len(evaluated)} records held out of {data} (seed {options.seed})"
     elif options.eval_data is None:
         usable = evaluated
