@@ -151,7 +151,8 @@ def _batches(
 ) -> list[list[int]]:
     """Return shuffled indices in batches with enough tokens; a last one with too few is dropped.
 
-    There are at most `_MOST_BATCHES`, so that not all of much data is read. A batch has `_TIMES_NEEDED` the least tokens, or fewer at `_MOST_POSITIONS`.
+    There are at most `_MOST_BATCHES`, so that not all of much data is read. A batch has
+    `_TIMES_NEEDED` the least tokens, or fewer at `_MOST_POSITIONS`.
     """
     order = torch.randperm(
         len(samples.labels), generator=torch.Generator().manual_seed(seed)
