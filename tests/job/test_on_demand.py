@@ -253,12 +253,14 @@ def losses(path):
     return [entry["loss"] for entry in map(json.loads, lines) if "loss" in entry]
 
 
-def test_a_training_has_the_same_bits(trained, tmp_path, capsys, monkeypatch):
-    whole = trained("whole", "--logging_steps", "1")
+@pytest.mark.parametrize("method", ["molf", "eva"])
+def test_a_training_has_the_same_bits(trained, tmp_path, capsys, monkeypatch, method):
+    whole = trained("whole", "--method", method, "--logging_steps", "1")
     capsys.readouterr()
     monkeypatch.setattr(opening, "PROBED", 5)
     monkeypatch.setattr(on_demand, "PROBED", 5)
-    part = trained("part", "--logging_steps", "1", "--max_eval_samples", "1")
+    further = ["--logging_steps", "1", "--max_eval_samples", "1"]
+    part = trained("part", "--method", method, *further)
     assert " in 5 of them" in capsys.readouterr().err
     assert losses(part) == losses(whole)
     weights = "model/model.safetensors"

@@ -219,12 +219,8 @@ def _encode(
         * settings.gradient_accumulation_steps
         * ranks().count
     )
-    # EVA reads all samples, and packing and groups all lengths.
-    needs_all = (
-        settings.method == "eva"
-        or settings.packing
-        or settings.train_sampling_strategy == GROUP_BY_LENGTH
-    )
+    # Packing and groups read all lengths.
+    needs_all = settings.packing or settings.train_sampling_strategy == GROUP_BY_LENGTH
     is_small = len(samples) <= 2 * PROBED or 2 * needed > len(samples)
     if cache is None and not needs_all and not is_small:
         return OnDemand(tokenizer, samples, max_length, show).encoded
