@@ -107,7 +107,7 @@ class QuestionData(Generic[Q]):
         samples_of_runs: Sets of records of `evaluation` that earlier runs on this data may have
             evaluated; empty where a model is trained.
         pool: Questions to draw demonstrations from: those of the training split that are not
-            evaluated. Empty where demonstrations are not used.
+            evaluated. Empty where that split is not read.
         source: Origin of the records, for the run's files.
     """
 
