@@ -40,6 +40,14 @@ def test_times(seconds, shown):
         (12_345_678, "12 MB", "11.8 MiB"),
         (2**30 - 2**20, "1.07 GB", "1,023.0 MiB"),
         (3_210_000_000, "3.21 GB", "2.99 GiB"),
+        # The rounded value chooses the unit and the decimals.
+        (999.6, "1 kB", "1,000 bytes"),
+        (1023.6, "1 kB", "1.0 KiB"),
+        (99_600, "0.1 MB", "97.3 KiB"),
+        (2**20 - 1, "1.0 MB", "1.0 MiB"),
+        (9_960_000, "10 MB", "9.5 MiB"),
+        (999_600_000, "1.00 GB", "953.3 MiB"),
+        (2**30 - 1, "1.07 GB", "1.00 GiB"),
     ],
 )
 def test_sizes(size, decimal, binary):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 _YEAR = 365.25 * 86400  # seconds
+# A value below the limit in this unit has these decimals.
+_DECIMAL = ((1000, 1, 0, "bytes"), (100, 1e3, 0, "kB"), (10, 1e6, 1, "MB"), (1000, 1e6, 0, "MB"))
 
 
 def fixed(value: float, digits: int) -> str:
@@ -30,18 +32,16 @@ def duration(seconds: float) -> str:
 
 def decimal_size(size: float) -> str:
     """Return a size in bytes as text in powers of 1000, such as `1.3 MB`: files, transfers."""
-    if size < 1e3:
-        return f"{size:,.0f} bytes"
-    if size < 1e5:
-        return f"{size / 1e3:,.0f} kB"
-    if size < 1e9:
-        return f"{size / 1e6:,.{1 if size < 1e7 else 0}f} MB"
+    # The rounded value chooses: 999,600,000 bytes are 1.00 GB, not 1,000 MB.
+    for below, unit, digits, name in _DECIMAL:
+        if round(size / unit, digits) < below:
+            return f"{size / unit:,.{digits}f} {name}"
     return f"{size / 1e9:,.2f} GB"
 
 
 def binary_size(size: float) -> str:
     """Return a size in bytes as text in powers of 1024, such as `1.25 GiB`: memory."""
-    for unit, digits, name in ((2**30, 2, "GiB"), (2**20, 1, "MiB"), (2**10, 1, "KiB")):
-        if size >= unit:
+    for unit, digits, name in ((1, 0, "bytes"), (2**10, 1, "KiB"), (2**20, 1, "MiB")):
+        if round(size / unit, digits) < 1024:
             return f"{size / unit:,.{digits}f} {name}"
-    return f"{size:,.0f} bytes"
+    return f"{size / 2**30:,.2f} GiB"

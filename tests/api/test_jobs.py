@@ -7,6 +7,7 @@ import math
 import re
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -268,3 +269,17 @@ def test_a_run_that_has_not_ended(run, tmp_path):
     (Path(path) / "metrics.jsonl").write_text("{")
     with pytest.raises(InputError, match="cannot be read"):
         _ = molf.Run(path).log
+
+
+def test_of_several_processes_the_first_writes_the_page(monkeypatch, tmp_path):
+    result = SimpleNamespace(directory=tmp_path, training_seconds=1.0)
+    written = []
+    monkeypatch.setattr("molf.job.run.train", lambda settings: result)
+    monkeypatch.setattr("molf.job.extract.spectra.spectra_at_end", lambda *_: written.append(1))
+    monkeypatch.setattr("molf.report.build.page_at_end", written.append)
+    monkeypatch.setattr("molf.api.jobs.Run", lambda path: path)
+    for rank, files in (("1", 0), ("0", 2)):
+        for name, value in (("LOCAL_RANK", rank), ("RANK", rank), ("WORLD_SIZE", "2")):
+            monkeypatch.setenv(name, value)
+        assert molf.train(task="demo-fact") == tmp_path
+        assert len(written) == files

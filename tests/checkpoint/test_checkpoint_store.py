@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import threading
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -119,6 +120,26 @@ def test_background_writes_the_state_of_its_step(tmp_path, monkeypatch):
     assert torch.equal(found["w"], torch.ones(5))
     assert read_values(tmp_path / "checkpoint-1") == {"list": [1]}
     assert writer.totals.count == 1
+
+
+def test_copies_for_the_background_wait_for_each_device(tmp_path, monkeypatch):
+    waited = set()
+    monkeypatch.setattr(torch.cuda, "synchronize", waited.add)
+    monkeypatch.setattr(torch, "empty_like", lambda *given, **named: Mock())
+    devices = [torch.device("cuda", 0), torch.device("cuda", 1), torch.device("cpu")]
+    writer = CheckpointWriter(lambda: tmp_path, in_background=True)
+    writer._copy({str(device): Mock(device=device) for device in devices})
+    assert waited == set(devices[:2])
+
+
+def test_background_copies_the_current_dtype(tmp_path):
+    writer = CheckpointWriter(lambda: tmp_path, in_background=True)
+    for step, dtype in enumerate((torch.bfloat16, torch.float32)):
+        writer.write(Snapshot(step, {"w": torch.full((5,), 0.1, dtype=dtype)}, {}))
+    writer.wait()
+    found = {"w": torch.empty(5)}
+    read_tensors(tmp_path / "checkpoint-1", found)
+    assert torch.equal(found["w"], torch.full((5,), 0.1))
 
 
 def test_error_in_the_background_is_raised_once(tmp_path, monkeypatch):

@@ -113,6 +113,7 @@ def test_a_file_larger_than_memory(tmp_path):
         ["eval", "base", "--task", "demo-fact", "--output_dir", "~nobody-here/x"],
         ["plan", "--model", "~nobody-here/x"],
         ["export", "~nobody-here/x"],
+        ["routing", "~nobody-here/x"],
         ["recipes", "cp", "demo-fact-molf", "~nobody-here/x"],
     ],
 )

@@ -154,6 +154,8 @@ def test_tasks_in_a_recipe(evaluate, data):
         ("--task sql --max_samples 0", ["max_"]),
         ("--task lm-eval:", ["lm-eval:", "Name the task"]),
         ("--task lm-eval:piqa --data x.jsonl", ["data=x.jsonl", "brings its own data"]),
+        ("--task lm-eval:piqa --few_shot -1", ["few_shot=-1", "at least 0"]),
+        ("--task lm-eval:piqa --format text", ["format=text", "brings its own data"]),
         ("--task lm-eval:piqa --forgetting_data x.txt", ["forgetting_data=x.txt"]),
     ],
 )

@@ -36,9 +36,11 @@ def test_huge_numbers_are_refused_by_one_line(arguments, words, tmp_path, monkey
     assert not any(tmp_path.iterdir())
 
 
-def test_factors_beyond_the_memory_are_refused_with_their_bytes(tmp_path, capsys):
-    """A rank of a million: the message says what the factors and their moments would take."""
-    assert main([*TRAIN, "--ranks", "1000000", "--output_dir", str(tmp_path / "run")]) == 2
+@pytest.mark.parametrize("moments", ["float32", "8bit"])
+def test_factors_beyond_the_memory_are_refused_with_their_bytes(tmp_path, capsys, moments):
+    """A rank of a million; the moments of factors are float32 for every state_dtype."""
+    arguments = [*TRAIN, "--ranks", "1000000", "--state_dtype", moments]
+    assert main([*arguments, "--output_dir", str(tmp_path / "run")]) == 2
     line = capsys.readouterr().err.splitlines()[-1]
     assert "LoRA factors in 42 layers are 20,736,000,000 numbers and take 231.74 GiB" in line
     assert not any(tmp_path.iterdir())

@@ -49,6 +49,18 @@ def test_means_marks_and_margin(tmp_path):
     assert memory.margins == {}
 
 
+def test_costs_that_are_recorded_nowhere_are_absent(tmp_path):
+    """Earlier releases wrote time and memory into the table of runs alone."""
+    paths = write_six(tmp_path)
+    for path in paths:
+        config = yaml.safe_load((path / "config.yaml").read_text())
+        del config["run"]["training"]
+        (path / "config.yaml").write_text(yaml.safe_dump(config))
+    (found,), _ = summary_of(paths)
+    assert found.metric("trained_parameters") is not None
+    assert found.metric("training_seconds") is found.metric("peak_memory_bytes") is None
+
+
 def test_one_seed_has_intervals_of_questions(tmp_path):
     paths = write_six(tmp_path)
     (found,), _ = summary_of([paths[0], paths[4]])

@@ -1,5 +1,6 @@
 """Assignments as data: from patterns, decisions, files and controls."""
 
+import time
 from itertools import combinations
 
 import pytest
@@ -8,9 +9,11 @@ import yaml
 
 import molf
 from checkpoints import make_model
-from molf import Assignment
+from molf import AssignedLayer, Assignment
+from molf.core.assignment.assigned import LORA
 from molf.core.assignment.layout import Layout
 from molf.core.assignment.patterns import matching
+from molf.core.assignment.text import to_text
 
 IDS = torch.arange(20).reshape(2, 10)
 NAMES = [
@@ -380,3 +383,16 @@ def test_print(model):
         "14 layers: 2 full (6.7% of the layers' weights), 6 lora (r 4), 6 frozen; the rest is "
         "trained"
     )
+
+
+def test_the_commonest_adapter_of_many_is_found_at_once(monkeypatch):
+    monkeypatch.setattr("molf.core.assignment.text._flow", str)
+    layers = [
+        AssignedLayer(name=f"a.{i}", shape=(8, 8), train=LORA, r=4 if i % 3 else 2, alpha=8.0)
+        for i in range(20_000)
+    ]
+    started = time.process_time()
+    none = {"model": "", "source": "", "frozen_rest": ()}
+    text = to_text(layers, use_rslora=False, freeze_rest=False, **none)
+    assert time.process_time() - started < 1
+    assert "lora: {'r': 4, 'alpha': 8.0}" in text

@@ -9,8 +9,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from core_helpers import backward, run, tiny_model, tiny_optimizer
+from core_helpers import Conv1D, backward, run, tiny_model, tiny_optimizer
 from molf import MoLFAdamW, MoLFConfig
+from molf.core.arithmetic.blocks import BLOCKS
+from molf.core.step.folded import FoldedLayer
 
 
 def initial_factors(model: nn.Module, layer: str, **config) -> list[tuple[Tensor, Tensor]]:
@@ -108,3 +110,19 @@ def test_wrong_layer_or_shape_is_refused():
         optimizer.set_lora_factors("up", factors[::-1])
     with pytest.raises(ValueError, match="Invalid factors for up: shapes"):
         optimizer.set_lora_factors("up", factors[:1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_shard_without_rows_adds_nothing_to_the_far_gradient(dtype, monkeypatch):
+    model = nn.ModuleList([Conv1D(6, 8)]).to(dtype)
+    optimizer = tiny_optimizer(model)
+    model[0].weight.grad = torch.ones_like(model[0].weight)
+    layer = FoldedLayer(optimizer.param_groups[0], optimizer.state)
+    layer.weight = nn.Parameter(torch.empty(0, 6, dtype=dtype))
+    layer.weight.grad = torch.empty_like(layer.weight)
+    layer.state["lora_A"] = layer.state["lora_A"][:, :0]
+    # Memory that nothing has written has any values.
+    monkeypatch.setattr(torch, "empty_like", lambda x: torch.full_like(x, torch.nan))
+    grad_A, grad_B = layer.factor_gradients(BLOCKS, far=torch.randn(6, 5))
+    assert grad_A.shape == (5, 0)
+    assert torch.equal(grad_B, torch.zeros(6, 5))

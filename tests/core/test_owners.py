@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 import warnings
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -374,6 +375,18 @@ def test_an_unused_layer_is_said_to_be_unused(in_backward):
     )
     assert "Most likely the loss does not depend on them" in text
     assert text.index("BERT's pooler") < text.index("use_reentrant")
+
+
+def test_layers_without_gradients_are_looked_up_at_once():
+    """A mixture has thousands of experts without a token; each was searched in the whole model."""
+    model = nn.ModuleList([nn.Linear(2, 2) for _ in range(20)])
+    optimizer = tiny_optimizer(model)
+    model[0](torch.ones(2)).sum().backward()
+    reads = Mock(wraps=model.parameters)
+    model.parameters = reads
+    with pytest.warns(UserWarning, match="19 of 20 routed layers have no gradient"):
+        optimizer.step()
+    assert reads.call_count == 1
 
 
 def test_reentrant_checkpointing_comes_first_where_the_model_has_it():

@@ -6,6 +6,8 @@ import math
 import re
 import subprocess
 import sys
+from collections.abc import Sequence
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 
@@ -22,7 +24,7 @@ from molf.cli import main
 from molf.data.encoding import EncodedSamples
 from molf.errors import InputError
 from molf.job.methods import TrainingData, check, plan, prepare
-from molf.job.methods.eva import _batches
+from molf.job.methods.eva import Eva, _batches
 from molf.job.methods.matching import matching_rank
 from molf.job.settings.defaults import ADAPTERS
 from molf.job.settings.resolved import resolve
@@ -401,6 +403,32 @@ def test_batches_of_eva(monkeypatch):
     monkeypatch.setattr("molf.job.methods.eva._MOST_POSITIONS", 80)
     assert sizes(21) == [10] * 6
     assert sizes(84) == [12] * 5
+
+
+class Counted(Sequence):
+    """A list that counts the reads of its entries, each of which may tokenize a sample."""
+
+    def __init__(self, entries):
+        self.entries, self.reads = entries, 0
+
+    def __len__(self):
+        return len(self.entries)
+
+    def __getitem__(self, index):
+        self.reads += 1
+        return self.entries[index]
+
+
+def test_eva_reads_no_more_samples_than_it_needs(monkeypatch):
+    monkeypatch.setattr("molf.job.methods.eva._MOST_BATCHES", 2)
+    samples = training_data(count=60, tokens=8).samples
+    labels = Counted(samples.labels)
+    found = _batches(replace(samples, labels=labels), least_tokens=14, least_samples=1, seed=0)
+    assert [len(batch) for batch in found] == [16, 16]
+    assert labels.reads == 2 * 32
+    data = TrainingData(replace(samples, labels=(labels := Counted(samples.labels))), 12)
+    Eva().plan(make_model("qwen2"), settings_of("eva"), data)
+    assert labels.reads == 3  # 21 tokens with loss, of 16
 
 
 def test_eva_gives_up_where_directions_never_settle(monkeypatch):

@@ -5,6 +5,7 @@ import signal
 
 import pytest
 import yaml
+from transformers import AutoTokenizer
 
 from checkpoints import write_checkpoint
 from molf.cli import main
@@ -17,6 +18,7 @@ from molf.job import opening
 from molf.job.methods import TrainingData
 from molf.job.record.result import ResumeError
 from molf.job.trainer.run_parts import RECORDS, RunParts, hash_of_examples, hash_of_tokens
+from molf.measure.spread import spread
 from molf.tasks import TaskOptions, load_task
 from near_runs import assert_near_runs
 from tiny_models import CHATML, byte_level_tokenizer
@@ -150,6 +152,34 @@ def test_a_resumed_training_has_the_same_bits(trained, few_known, data, monkeypa
     assert len(known) > 30
 
 
+@pytest.mark.parametrize("place", ["probed", "later", "evaluated"])
+def test_a_token_without_an_embedding_is_refused(trained, few_known, data, capsys, place):
+    """In the samples that are read first, in those that a step reads, or in the evaluation."""
+    base = data.parent / "base"
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer.add_tokens([*(f"<{i}>" for i in range(512)), "<new>"])  # the model has 512
+    tokenizer.save_pretrained(base)
+    lines = data.read_text().splitlines()
+    (data.parent / "evaluated.jsonl").write_text("\n".join(lines[30:]) + "\n")
+    probed = set(spread(range(40), 5))
+    for number in range(40):
+        if place != "evaluated" and (number in probed) == (place == "probed"):
+            lines[number] = json.dumps({"prompt": f"{number} is", "completion": " <new>."})
+    data.write_text("\n".join(lines) + "\n")
+    if place == "evaluated":
+        with (data.parent / "evaluated.jsonl").open("a") as file:
+            file.write(json.dumps({"prompt": "<new> is", "completion": " new."}) + "\n")
+    code = 2 if place == "probed" else 1  # before the run has a directory, or during the run
+    path = trained("unknown", "--eval_data", str(data.parent / "evaluated.jsonl"), code=code)
+    error = capsys.readouterr().err
+    if place == "evaluated":
+        assert "A text of the evaluation has a token with id " in error
+    else:
+        assert "the examples have the token '<new>' (id " in error
+    assert "and the model has 512 embeddings. Resize them, or give" in error
+    assert not (path / "model").exists()
+
+
 def test_a_checkpoint_with_a_hash_of_all_tokens_is_continued(few_known, data):
     samples = load_task(TaskOptions(name="custom", data=str(data))).training_samples
     tokenizer = byte_level_tokenizer()
@@ -253,12 +283,14 @@ def losses(path):
     return [entry["loss"] for entry in map(json.loads, lines) if "loss" in entry]
 
 
-def test_a_training_has_the_same_bits(trained, tmp_path, capsys, monkeypatch):
-    whole = trained("whole", "--logging_steps", "1")
+@pytest.mark.parametrize("method", ["molf", "eva"])
+def test_a_training_has_the_same_bits(trained, tmp_path, capsys, monkeypatch, method):
+    whole = trained("whole", "--method", method, "--logging_steps", "1")
     capsys.readouterr()
     monkeypatch.setattr(opening, "PROBED", 5)
     monkeypatch.setattr(on_demand, "PROBED", 5)
-    part = trained("part", "--logging_steps", "1", "--max_eval_samples", "1")
+    further = ["--logging_steps", "1", "--max_eval_samples", "1"]
+    part = trained("part", "--method", method, *further)
     assert " in 5 of them" in capsys.readouterr().err
     assert losses(part) == losses(whole)
     weights = "model/model.safetensors"

@@ -2,6 +2,7 @@
 
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -94,6 +95,21 @@ def test_time_is_bounded(molf_run, tmp_path):
     found = json.loads((run.path / "spectra.json").read_text())
     assert (found["layers"], len(found["not_measured"])) == ([], len(json.loads(kept)["layers"]))
     (run.path / "spectra.json").write_text(kept)
+
+
+def test_random_numbers_of_all_devices_are_restored(tmp_path, monkeypatch):
+    """A seed is set on every device."""
+    forked, fork = [], torch.random.fork_rng
+
+    def without_devices(devices):
+        forked.extend(devices)
+        return fork(devices=[])
+
+    monkeypatch.setattr(torch.random, "fork_rng", without_devices)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(spectra, "_layers", lambda run: iter(()))
+    assert write_spectra(SimpleNamespace(config={"run": {}}, seed=3, path=tmp_path), 1.0)
+    assert forked == [0, 1]
 
 
 def test_quantised_base_is_left_out(molf_run):

@@ -4,6 +4,7 @@ from dataclasses import dataclass, replace
 
 import pytest
 
+from molf.errors import InputError
 from molf.planning.advice import suggestions
 from molf.planning.devices import DEVICES, GIB, Device
 from molf.planning.memory import Planner
@@ -40,6 +41,35 @@ FROZEN_BASE = {m: method_config(m, target_modules=MODULES) for m in ("molf-e", "
 
 def find(planner, workload, room):
     return suggestions(planner, workload, Small(0, room), FROZEN_BASE)
+
+
+class Endless:
+    """A planner of a model that no change makes fit."""
+
+    def step_peak(self, workload):
+        return 2**60
+
+
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        ("molf", {"nonfinite": "skip"}),
+        ("lora", {"optimizer_in_backward": True}),
+    ],
+)
+def test_changes_that_other_options_exclude_are_left_out(method, options):
+    config = method_config(method, ranks=(4,))
+    workload = Workload(method=method, config=config, batch_size=2, length=256, **options)
+    assert find(Endless(), workload, 2**30) == []
+
+
+@pytest.mark.parametrize("option", ["optimizer_in_backward", "state_offload"])
+def test_a_score_that_compares_layers_excludes_changes(option):
+    config = replace(method_config("molf"), score="share:0.3:epd")
+    workload = Workload(method="molf", config=config, batch_size=2, length=256)
+    with pytest.raises(InputError, match=f"Invalid score=share:0.3:epd with {option}"):
+        replace(workload, **{option: True})
+    assert find(Endless(), workload, 2**30) == []
 
 
 @pytest.mark.slow

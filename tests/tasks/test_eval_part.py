@@ -289,6 +289,10 @@ def test_facts_with_other_requests_to_measure_validate_on_held_out_requests(tmp_
     assert len(trained(test)) == 30
     assert not measured(validation) & (trained(validation) | measured(test))
     assert measured(validation) <= trained(test)
+    share = {"eval_data": other, "eval_part": "validation", "validation_share": 0.5}
+    few = load("fact", path, **share, max_samples=3, evaluation_only=True)
+    assert len(measured(few)) == 3
+    assert measured(few) < measured(validation)
 
 
 @pytest.mark.parametrize(

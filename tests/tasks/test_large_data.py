@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import time
 import tracemalloc
 
 import numpy  # noqa: F401 (not in the measured memory)
@@ -12,8 +13,11 @@ import pytest
 from molf.data import sample_store
 from molf.data.sample_store import SampleStore
 from molf.data.samples import PlainText, PromptCompletion
+from molf.data.selection import weighted
 from molf.errors import InputError
 from molf.tasks import TaskOptions, load_task
+from molf.tasks.math import MATH
+from molf.tasks.questions import load_questions
 from molf.tasks.validation import with_validation
 
 COUNT = 3000
@@ -53,6 +57,22 @@ def test_little_of_a_large_file_is_in_memory(tmp_path, monkeypatch, kind, layout
     assert peak < path.stat().st_size
     found = json.dumps(record(task.training_samples[9].record, layout))
     assert task.training_samples[9].answer.strip() in found
+
+
+def test_weights_of_many_files_take_no_search_of_all_records_for_each():
+    files = [(range(start, start + 10), 1.5) for start in range(0, 30_000, 10)]
+    started = time.process_time()
+    assert len(weighted(list(range(30_000)), files, seed=1)) == 45_000
+    assert time.process_time() - started < 1
+
+
+def test_records_held_out_of_many_are_looked_up_at_once(monkeypatch):
+    monkeypatch.setattr("molf.data.selection.HELD_OUT_MOST", 5000)
+    splits = {"train": [{"question": f"{i}?", "answer": f"#### {i}"} for i in range(50_000)]}
+    started = time.process_time()
+    found = load_questions(TaskOptions(name="math", few_shot=1), MATH, splits)
+    assert time.process_time() - started < 3
+    assert (len(found.held_out), len(found.pool)) == (5000, 45_000)
 
 
 def test_rows_of_tables_are_read_in_parts(tmp_path, monkeypatch):

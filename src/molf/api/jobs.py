@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from molf.api.options import parsed
 from molf.api.run import Run
 from molf.errors import InputError
+from molf.ranks import launched_rank
 from molf.tasks import TASKS
 
 if TYPE_CHECKING:
@@ -47,6 +48,8 @@ def train(recipe: str | Path | None = None, /, **options: Any) -> Run:
         result = train_run(settings)
     except FinishedError:
         return Run(settings.output_dir)
+    if launched_rank():  # rank 0 writes all files
+        return Run(result.directory)
     if arguments.get("spectra", True):
         from molf.job.extract.spectra import spectra_at_end
 

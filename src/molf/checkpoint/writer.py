@@ -193,15 +193,17 @@ class CheckpointWriter:
         self._copies = {
             name: copy
             for name, copy in self._copies.items()
-            if name in tensors and copy.shape == tensors[name].shape
+            if name in tensors
+            and (copy.shape, copy.dtype) == (tensors[name].shape, tensors[name].dtype)
         }
         for name, tensor in tensors.items():
             if name not in self._copies:
                 pins = tensor.device.type == "cuda"
                 self._copies[name] = torch.empty_like(tensor, device="cpu", pin_memory=pins)
             self._copies[name].copy_(tensor, non_blocking=True)
-        if any(tensor.device.type == "cuda" for tensor in tensors.values()):
-            torch.cuda.synchronize()
+        for device in {tensor.device for tensor in tensors.values()}:
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)  # without it, only the current device
         return self._copies
 
 

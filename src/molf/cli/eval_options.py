@@ -74,8 +74,8 @@ class EvalOptions:
             if value is not None and str(value).startswith("~"):
                 # The dataclass is frozen; `~` is expanded once, here.
                 object.__setattr__(self, name, type(value)(expanded(value)))
-        least = {"max_samples": 1, "max_length": 2, "per_device_eval_batch_size": 1, "seed": 0}
-        for name, minimum in least.items():
+        sizes = {"max_samples": 1, "max_length": 2, "per_device_eval_batch_size": 1}
+        for name, minimum in {**sizes, "few_shot": 0, "seed": 0}.items():
             value = getattr(self, name)
             if value is not None and value < minimum:
                 raise InputError(f"Invalid {name}={value}. Must be at least {minimum}.")
@@ -136,7 +136,7 @@ class EvalOptions:
     def _check_data(self) -> None:
         """Reject data, or the task `custom`, that would be shared by several tasks."""
         own = [options.name for options in self.task_options]
-        for option in ("data", "forgetting_data", "eval_part", "validation_share"):
+        for option in ("data", "format", "forgetting_data", "eval_part", "validation_share"):
             if getattr(self, option) not in (None, "test") and not own:
                 raise InputError(
                     f"Invalid {option}={getattr(self, option)} with {','.join(self.task)}: "

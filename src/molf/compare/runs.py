@@ -181,7 +181,11 @@ def _of_run(run: FinishedRun, notices: list[str], row: Mapping[str, str]) -> Com
         },
         before=before,
         after=after,
-        costs={name: float(value) for name, value in costs.items() if value},
+        costs={
+            name: float(value)
+            for name, value in costs.items()
+            if value and not math.isnan(value)  # neither recorded nor in a row
+        },
         place=f"{device.get('name')} ({training.get('peak_memory_of', 'unknown memory')})",
         made_by=str(packages.get("molf") or ""),
         scores=_scores(path, notices),

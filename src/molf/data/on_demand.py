@@ -34,6 +34,8 @@ class OnDemand:
         samples: The samples.
         max_length: Longest sample in tokens, BOS and EOS included.
         show: Called with the number of samples that are checked, and that of all.
+        check: Called with the largest token of a sample that is read; it raises an error if the
+            model lacks it.
 
     Attributes:
         encoded: The samples that fit, in order.
@@ -49,8 +51,10 @@ class OnDemand:
         samples: Sequence[Sample],
         max_length: int,
         show: Callable[[int, int], None] = lambda done, total: None,
+        check: Callable[[int], None] = lambda largest: None,
     ) -> None:
         check_tokenizer(tokenizer)
+        self._check = check
         self._tokenizer = tokenizer
         self._samples = samples
         self._max_length = max_length
@@ -98,8 +102,8 @@ class OnDemand:
         """Return the ids and labels of a sample that fits.
 
         Raises:
-            InputError: It does not fit, because the tokenizer makes more tokens than a text has
-                bytes.
+            InputError: The model lacks one of its tokens; or it does not fit, because the tokenizer
+                makes more tokens than a text has bytes.
         """
         if self._latest is not None and self._latest[0] == position:
             return self._latest[1:]
@@ -111,6 +115,7 @@ class OnDemand:
                 f"Record {sample.record} has {len(ids)} tokens, more than bytes, and max_length is "
                 f"{self._max_length}. Leave it out, or give a larger --max_length."
             )
+        self._check(max(ids))
         self._latest = position, ids, labels
         return ids, labels
 

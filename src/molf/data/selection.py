@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import random
+from bisect import bisect_left
 from collections.abc import Callable, Hashable, Sequence
 
 from molf.errors import InputError
@@ -97,11 +98,11 @@ def weighted(
         return list(indices)
     found: list[int] = []
     for records, weight in weights:
-        own = [index for index in indices if index in records]
+        own = indices[bisect_left(indices, records.start) : bisect_left(indices, records.stop)]
         times = int(weight)
         share = round((weight - times) * len(own)) or (not times and bool(own))
         # Not the seeds of `draw` and `hold_out`.
-        found += own * times + draw(own, int(share), seed + 2) if own else []
+        found += [*own] * times + draw(own, int(share), seed + 2) if own else []
     return sorted(found)
 
 

@@ -65,7 +65,8 @@ def check_loss(
                 _check_balance(name, model, {**given, "labels": targets})
         finally:
             del model.forward  # set on this instance by add_fused_lm_head
-    skipped = [n for n, p in model.named_parameters() if p in needed.seen - reached.seen]
+    missed = needed.seen - reached.seen
+    skipped = [name for name, parameter in model.named_parameters() if parameter in missed]
     if skipped or abs(trained - own) > _MOST_NATS * max(1.0, abs(own)):
         where = f", such as {skipped[0]}" if skipped else ""
         raise InputError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -140,11 +141,12 @@ def _open(
     # A part of the samples is that of a dry run, which writes nothing.
     cache = settings.token_cache if samples is task.training_samples else None
     max_length = length_limit(base.model, settings.max_length)
-    encoded = _encode(base.tokenizer, samples, max_length, settings, cache, show)
+    check = partial(_check_id, base, model=settings.model)
+    encoded = _encode(base.tokenizer, samples, max_length, settings, cache, show, check)
     validation = _validation(base.tokenizer, task.validation_samples, max_length)
     for one in filter(None, (encoded, validation)):
         warn_of_faults(one)
-        _check_ids(base, one, settings.model)
+        check(largest_of(one.tokenized))
 
     def run() -> Reach:
         reach = _reach(base, encoded, settings.model, arguments.router_aux_loss_coef)
@@ -211,6 +213,7 @@ def _encode(
     settings: ResolvedSettings,
     cache: Path | None,
     show: Show,
+    check: Callable[[int], None],
 ) -> EncodedSamples:
     """Encode all samples, or those of a long list on demand if the steps need fewer than half."""
     needed = (
@@ -219,15 +222,11 @@ def _encode(
         * settings.gradient_accumulation_steps
         * ranks().count
     )
-    # EVA reads all samples, and packing and groups all lengths.
-    needs_all = (
-        settings.method == "eva"
-        or settings.packing
-        or settings.train_sampling_strategy == GROUP_BY_LENGTH
-    )
+    # Packing and groups read all lengths.
+    needs_all = settings.packing or settings.train_sampling_strategy == GROUP_BY_LENGTH
     is_small = len(samples) <= 2 * PROBED or 2 * needed > len(samples)
     if cache is None and not needs_all and not is_small:
-        return OnDemand(tokenizer, samples, max_length, show).encoded
+        return OnDemand(tokenizer, samples, max_length, show, check).encoded
 
     def encode() -> EncodedSamples:
         count = settings.dataset_num_proc or 1
@@ -356,14 +355,13 @@ def _check_reached(model: Any, settings: ResolvedSettings, reach: Reach) -> None
         )
 
 
-def _check_ids(base: LoadedModel, encoded: EncodedSamples, model: str) -> None:
-    """Reject examples with tokens that the tokenizer has and the model's embeddings lack."""
-    highest = largest_of(encoded.tokenized)
+def _check_id(base: LoadedModel, token: int, *, model: str) -> None:
+    """Reject a token that the tokenizer has and the model's embeddings lack."""
     rows = base.model.get_input_embeddings().weight.shape[0]
-    if highest >= rows:
+    if token >= rows:
         raise InputError(
             f"model {model}: the examples have the token "
-            f"{base.tokenizer.convert_ids_to_tokens(highest)!r} (id {highest}), and the model has "
+            f"{base.tokenizer.convert_ids_to_tokens(token)!r} (id {token}), and the model has "
             f"{rows} embeddings. Resize them, or give data without it."
         )
 

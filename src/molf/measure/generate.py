@@ -102,7 +102,7 @@ def generate_greedy(
         for tokens, group in groupby(batch, key=room.__getitem__):
             answers = _Answers(tokenizer, list(group), ends, stop)
             first = _first_logits_processor(answers.indices, first_logits, read)
-            inputs = pad_left([contexts[index] for index in answers.indices], pad_id, inner.device)
+            inputs = pad_left(inner, [contexts[index] for index in answers.indices], pad_id)
             while answers.rows and answers.steps < tokens:
                 made = inner.generate(
                     **inputs,

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from molf.core.storage.sharding import is_sharded
+from molf.errors import InputError
 from molf.measure.settings import Progress
 from molf.measure.sharing import everywhere, in_step, own_share
 
@@ -64,20 +65,31 @@ def length_limit(model: Any, max_length: int) -> int:
     return min(max_length, position_limit(inner_model(model).config) or max_length)
 
 
-def pad_left(rows: Sequence[Sequence[int]], pad_id: int, device: torch.device) -> dict[str, Tensor]:
+def pad_left(model: Any, rows: Sequence[Sequence[int]], pad_id: int) -> dict[str, Tensor]:
     """Pad token rows on the left, so that all rows end in the last column.
 
     Evaluation reads the ends of rows: aligned, they are one slice.
 
     Returns:
-        `input_ids` and `attention_mask`, both [rows, longest].
+        `input_ids` and `attention_mask`, both [rows, longest], on the model's device.
+
+    Raises:
+        InputError: The model has no embedding for a token.
     """
+    largest = max(max(row) for row in rows)
+    embeddings = inner_model(model).get_input_embeddings().weight.shape[0]
+    if largest >= embeddings:
+        raise InputError(
+            f"A text of the evaluation has a token with id {largest}, and the model has "
+            f"{embeddings} embeddings. Resize them, or give the tokenizer that the model was "
+            "trained with."
+        )
     longest = max(len(row) for row in rows)
     ids = [[pad_id] * (longest - len(row)) + list(row) for row in rows]
     mask = [[0] * (longest - len(row)) + [1] * len(row) for row in rows]
     return {
-        "input_ids": torch.tensor(ids, device=device),
-        "attention_mask": torch.tensor(mask, device=device),
+        "input_ids": torch.tensor(ids, device=model.device),
+        "attention_mask": torch.tensor(mask, device=model.device),
     }
 
 
@@ -87,7 +99,7 @@ def last_logits(model: Any, rows: Sequence[Sequence[int]], pad_id: int, keep: in
     Models with `logits_to_keep` compute only these positions, which saves most of the memory: the
     vocabulary is the largest dimension. Rows shorter than `keep` have padding at their front.
     """
-    inputs: dict[str, Any] = pad_left(rows, pad_id, model.device)
+    inputs: dict[str, Any] = pad_left(model, rows, pad_id)
     accepted = inspect.signature(inner_model(model).forward).parameters
     if "position_ids" in accepted and len({len(row) for row in rows}) > 1:
         # Set positions only with padding: some models' own positions do not start at 0.

@@ -62,7 +62,7 @@ def generation_batches(model: Any, pad_id: int) -> str:
             output_logits=True,
         )
         made = inner.generate(
-            **pad_left(rows, pad_id, inner.device), generation_config=settings, synced_gpus=False
+            **pad_left(inner, rows, pad_id), generation_config=settings, synced_gpus=False
         )
         return torch.cat(made.logits, dim=-1)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from importlib.util import find_spec
@@ -67,9 +68,9 @@ def suggestions(
     # None: first without a granted change.
     for option in (None, *_CHEAP):
         if option is not None:
-            further = list(option(workload))
+            further = _values(option, workload)
             if not further:
-                continue  # set already
+                continue  # set already, or excluded
             # The last value of an option saves the most.
             text, workload = further[-1]
             granted = (*granted, text)
@@ -80,11 +81,19 @@ def suggestions(
     return []
 
 
+def _values(option: _Option, workload: Workload) -> list[tuple[str, Workload]]:
+    """Return the values of an option that the workload's other options do not exclude."""
+    found: list[tuple[str, Workload]] = []
+    with suppress(InputError):
+        found.extend(option(workload))
+    return found
+
+
 def _first_that_fits(
     planner: Planner, workload: Workload, device: Device, option: _Option
 ) -> Suggestion | None:
     """Return the first value of an option that fits; each value takes less than the last."""
-    values = list(option(workload))
+    values = _values(option, workload)
     peaks = [cache(partial(_peak_below, planner, changed, device)) for _, changed in values]
     # Bisection, because a plan takes seconds, and a batch of a million has twenty values.
     first = bisect_left(peaks, True, key=lambda peak: peak() is not None)

@@ -6,7 +6,12 @@ from dataclasses import dataclass
 
 from molf.core.assignment.assignment import Assignment
 from molf.core.config import MoLFConfig
-from molf.core.options import OptimizerOptions, OptionError, check_exclusions
+from molf.core.options import (
+    OptimizerOptions,
+    OptionError,
+    check_exclusions,
+    score_exclusions,
+)
 from molf.errors import InputError
 
 QUANTISABLE = ("molf-e", "lora")
@@ -48,7 +53,7 @@ class Workload(OptimizerOptions):
         unreached: Modules that no text reaches, which are frozen; found by the planner.
 
     Raises:
-        InputError: An option excludes several devices.
+        InputError: Options exclude each other, the score or several devices.
     """
 
     method: str
@@ -74,10 +79,11 @@ class Workload(OptimizerOptions):
     use_dora: bool = False
 
     def __post_init__(self) -> None:
-        """Check the options beside the number of devices."""
+        """Check the options beside each other, the score and the number of devices."""
         # All others come from `TrainSettings`, which has checked them.
+        score = {} if self.config is None else score_exclusions(self.config.score)
         try:
-            check_exclusions({**self.as_keywords(), "num_gpus": self.devices})
+            check_exclusions({**self.as_keywords(), **score, "num_gpus": self.devices})
         except OptionError as error:
             raise InputError(error.as_option) from error
 

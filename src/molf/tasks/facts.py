@@ -375,11 +375,12 @@ def _validate_on_training_data(
         data,
     )
     trained_on = [] if options.evaluation_only else draw(rest, options.max_samples, options.seed)
+    most = options.max_samples if options.evaluation_only else None
     return FactTask(
         options.name,
         {index: requests[index] for index in trained_on},
         requests,
-        draw(part, options.max_eval_samples, options.seed),
+        draw(draw(part, most, options.seed), options.max_eval_samples, options.seed),
         {"data": data, **part_record(options, part, data)},
         read=() if options.evaluation_only else requests,
         held_out=part,

@@ -107,7 +107,7 @@ class QuestionData(Generic[Q]):
         samples_of_runs: Sets of records of `evaluation` that earlier runs on this data may have
             evaluated; empty where a model is trained.
         pool: Questions to draw demonstrations from: those of the training split that are not
-            evaluated. Empty where demonstrations are not used.
+            evaluated. Empty where that split is not read.
         source: Origin of the records, for the run's files.
     """
 
@@ -196,7 +196,8 @@ def load_questions(
                 trained_on, options.seed, content, data, preview=options.preview
             )
             held_out = evaluated
-            pool = [index for index in drawn if index not in set(held_out)]
+            apart = set(held_out)
+            pool = [index for index in drawn if index not in apart]
             evaluated_on = f"{len(evaluated)} records held out of {data} (seed {options.seed})"
     elif options.eval_data is None:
         usable = evaluated

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
+from molf.paths import expanded
+
 if TYPE_CHECKING:
     from molf.console import PlainConsole
 
@@ -29,7 +31,7 @@ def show_routing(
         layers: Print the shares of every layer instead of the map.
         jsonl: Print every step as a line of JSON at full precision instead.
     """
-    run = run.expanduser()
+    run = expanded(run)
     if jsonl:
         from molf.job.record.routing_log import iter_steps
 

@@ -5,6 +5,7 @@ Imports no torch.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -48,8 +49,8 @@ def to_text(
     frozen_rest: Sequence[str],
 ) -> str:
     """Return the YAML of an assignment; the arguments are its attributes."""
-    adapters = [(layer.r, layer.alpha) for layer in layers if layer.train == LORA]
-    common = max(adapters, key=adapters.count) if adapters else None
+    adapters = Counter((layer.r, layer.alpha) for layer in layers if layer.train == LORA)
+    common = max(adapters, key=adapters.__getitem__) if adapters else None
     lines = [
         *(
             f"{name}: {_flow(value)}"

@@ -206,12 +206,14 @@ def _own_parameters(model: nn.Module, *, uses_adapter: bool) -> Iterator[_Own]:
     clean, head = cleaner(model), head_name(model)
     places = {place.weight: place for place in linear_places(model)}
     modules = dict(model.named_modules())
-    tuners = [name for name, m in modules.items() if hasattr(m, "adapter_layer_names")]
+    tuners = {name for name, m in modules.items() if hasattr(m, "adapter_layer_names")}
     seen: set[nn.Parameter] = set()
     for raw, module in modules.items():
+        if _is_adapters(raw, tuners):
+            continue
         for key, parameter in module._parameters.items():
             # A tied parameter counts once, at its first place.
-            if parameter is None or parameter in seen or _is_adapters(raw, key, tuners):
+            if parameter is None or parameter in seen:
                 continue
             seen.add(parameter)
             # Tensors of a parametrization are children of the module whose weight it computes.
@@ -236,10 +238,18 @@ def _own_parameters(model: nn.Module, *, uses_adapter: bool) -> Iterator[_Own]:
             yield _Own(name, layer, parameter, kind, is_matrix, is_fused)
 
 
-def _is_adapters(raw: str, key: str, tuners: Collection[str]) -> bool:
-    """Return whether a parameter belongs to an adapter."""
-    inside = [name for name in tuners if raw == name or raw.startswith(f"{name}.")]
-    return any(not raw.startswith(f"{name}.base_layer") for name in inside)
+def _is_adapters(raw: str, tuners: Collection[str]) -> bool:
+    """Return whether a module has an adapter's parameters: it is in a tuner, and not in its base.
+
+    Args:
+        raw: Name of the module.
+        tuners: Names of PEFT's layers.
+    """
+    parts = raw.split(".")
+    return any(
+        ".".join(parts[:end]) in tuners and parts[end : end + 1] != ["base_layer"]
+        for end in range(1, len(parts) + 1)
+    )
 
 
 def _parent_class(name: str, modules: dict[str, nn.Module]) -> str:

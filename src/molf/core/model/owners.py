@@ -76,6 +76,7 @@ class Owners:
         Raises:
             RuntimeError: With the name of the layer or parameter.
         """
+        own: set[Tensor] | None = None
         # Not strict: groups that were added later do not belong to the model.
         for group, places in zip(groups, self._places, strict=False):
             parameters = group["params"]
@@ -94,8 +95,9 @@ class Owners:
                         _refuse_resized(group, position, place.shape)
                     place.shape = parameter.shape
                 elif parameter.grad is None and not place.is_found:
-                    # A search of the whole model, once per parameter.
-                    place.is_found = self._has(parameter)
+                    # The whole model is read, once per parameter and not more than once per step.
+                    own = self._own() if own is None else own
+                    place.is_found = self._model() is None or parameter in own
                     if not place.is_found:
                         _refuse_replaced(group, position)
 
@@ -136,8 +138,12 @@ class Owners:
 
     def _has(self, parameter: Tensor) -> bool:
         """Return whether the model has a parameter; True if the model was deleted."""
+        return self._model() is None or parameter in self._own()
+
+    def _own(self) -> set[Tensor]:
+        """Return the model's parameters; none if it was deleted."""
         model = self._model()
-        return model is None or any(own is parameter for own in model.parameters())
+        return set(model.parameters()) if model is not None else set()
 
     def _has_stranger(self, groups: Sequence[dict[str, Any]]) -> bool:
         """Return whether the model has a trainable parameter that is in no group."""

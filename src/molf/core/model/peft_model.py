@@ -180,11 +180,11 @@ def add_adapter(
     check_installed("peft", "An adapter")
     from peft import get_peft_model
 
-    clean = cleaner(model)
+    clean, chosen = cleaner(model), set(names)
     originals = [
         (*raw.rpartition(".")[::2], module)
         for raw, module in model.named_modules()
-        if clean(raw) in names
+        if clean(raw) in chosen
     ]
     settings = make_config(
         target_modules=_targets(names, (place.name for place in linear_places(model))),
@@ -216,8 +216,9 @@ def exactly(name: str) -> str:
 
 def _targets(names: list[str], linears: Iterable[str]) -> list[str] | str:
     """Return PEFT's `target_modules` for these modules alone: names, or a regular expression."""
-    others = set(linears) - set(names)
-    if any(other.endswith(f".{name}") for other in others for name in names):
+    chosen = set(names)
+    ends = (other.split(".")[1:] for other in set(linears) - chosen)
+    if any(".".join(end[start:]) in chosen for end in ends for start in range(len(end))):
         return "|".join(map(re.escape, names))
     return names
 

@@ -1,4 +1,4 @@
-"""Interface of the executors: torch (`eager.py`) and Triton (`fused/executor.py`)."""
+"""Interface of the executors: torch (`eager.py`) and Triton (`triton/executor.py`)."""
 
 from __future__ import annotations
 

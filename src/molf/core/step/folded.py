@@ -177,7 +177,8 @@ class FoldedLayer(RoutedLayer):
                 grad_A[live].addmm_(B[:, live].t(), grad, beta=0, alpha=alpha)
         else:
             # In parts: a float32 copy of all of G would be as large as a moment.
-            grad_B = torch.empty_like(B)
+            # Zeros, because a shard without rows of a transposed weight has no part.
+            grad_B = torch.zeros_like(B)
             for rows in blocks.of(grad, at_least=_GRADIENT_ROWS):
                 part = grad[rows].to(A.dtype)
                 grad_B[rows].addmm_(part, A.t(), beta=0, alpha=alpha)

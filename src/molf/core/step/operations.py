@@ -1,6 +1,6 @@
 """The writes of a step as values.
 
-Forms (`folded.py`, `adapter.py`) list them; executors (`eager.py`, `fused/executor.py`) run them.
+Forms (`folded.py`, `adapter.py`) list them; executors (`eager.py`, `triton/executor.py`) run them.
 """
 
 from __future__ import annotations

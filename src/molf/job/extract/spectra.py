@@ -126,8 +126,8 @@ def write_spectra(
     layers = list(_layers(run))
     measured: dict[str, Spectrum] = {}
     # The random sketches are the run's own, and no other random numbers change.
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(run.seed)
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        torch.manual_seed(run.seed)  # on all devices
         for number in _spread(len(layers)):
             before = clock()
             if before + longest - start > limit:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Iterator
-from typing import Any, cast
+from typing import Any
 
 import torch
 from peft import EvaConfig, LoraConfig, initialize_lora_eva_weights
@@ -61,14 +61,15 @@ class Eva(Adapter):
     def plan(self, model: Any, settings: ResolvedSettings, data: TrainingData) -> AdapterPlan:
         """Return the plan before ranks are moved, after checking that there are enough tokens."""
         plan = super().plan(model, settings, data)
-        needed = _tokens_needed(plan.rank)
-        there = sum(map(_learned_tokens, data.samples.labels))
-        if there < needed:
-            raise InputError(
-                f"method=eva with rank {plan.rank} needs at least {needed} completion tokens to "
-                f"decompose; the training data has {there}. Give lower --ranks or more data."
-            )
-        return plan
+        needed, there = _tokens_needed(plan.rank), 0
+        for labels in data.samples.labels:
+            there += _learned_tokens(labels)
+            if there >= needed:  # reading a sample may tokenize it
+                return plan
+        raise InputError(
+            f"method=eva with rank {plan.rank} needs at least {needed} completion tokens to "
+            f"decompose; the training data has {there}. Give lower --ranks or more data."
+        )
 
     def prepare(self, model: Any, settings: ResolvedSettings, data: TrainingData) -> Prepared:
         """Add the adapter, without PEFT's warning on memory, which does not apply."""
@@ -87,11 +88,8 @@ class Eva(Adapter):
             least_samples=settings.per_device_train_batch_size,
             seed=settings.seed,
         )
-        samples = list(zip(data.samples.input_ids, data.samples.labels, strict=True))
         loader: DataLoader[Any] = DataLoader(
-            cast("Dataset[Any]", samples),  # a list works as a dataset
-            batch_sampler=batches,
-            collate_fn=_collate,
+            _Rows(data.samples), batch_sampler=batches, collate_fn=_collate
         )
         initialize_lora_eva_weights(
             model,
@@ -100,6 +98,16 @@ class Eva(Adapter):
             gather_distributed_inputs=False,  # each process has all batches
             show_progress_bar=False,
         )
+
+
+class _Rows(Dataset[tuple[list[int], list[int]]]):
+    """Ids and labels of samples, read one by one."""
+
+    def __init__(self, samples: EncodedSamples) -> None:
+        self._samples = samples
+
+    def __getitem__(self, index: int) -> tuple[list[int], list[int]]:
+        return self._samples.input_ids[index], self._samples.labels[index]
 
 
 class _Forward:
@@ -143,7 +151,8 @@ def _batches(
 ) -> list[list[int]]:
     """Return shuffled indices in batches with enough tokens; a last one with too few is dropped.
 
-    A batch has `_TIMES_NEEDED` the least tokens, or fewer at `_MOST_POSITIONS`.
+    There are at most `_MOST_BATCHES`, so that not all of much data is read. A batch has
+    `_TIMES_NEEDED` the least tokens, or fewer at `_MOST_POSITIONS`.
     """
     order = torch.randperm(
         len(samples.labels), generator=torch.Generator().manual_seed(seed)
@@ -159,6 +168,8 @@ def _batches(
         if is_large and tokens >= least_tokens and len(batch) >= least_samples:
             batches.append(batch)
             batch, tokens, longest = [], 0, 0
+            if len(batches) == _MOST_BATCHES:
+                break
     if tokens >= least_tokens and len(batch) >= least_samples:
         batches.append(batch)
     return batches or [batch]

@@ -15,8 +15,7 @@ from molf.job.settings.resolved import ResolvedSettings
 from molf.job.settings.sharding import shards
 from molf.ranks import launched_count
 
-_NUMBER = 4  # bytes of a float32
-_MOMENTS = {"float32": 2 * _NUMBER, "8bit": 2}
+_NUMBER = 12  # bytes of a float32 and its two moments, for all types of weights and states
 
 
 def check_factors(skeleton: Any, settings: ResolvedSettings, device: torch.device) -> None:
@@ -37,8 +36,7 @@ def check_factors(skeleton: Any, settings: ResolvedSettings, device: torch.devic
         warnings.simplefilter("ignore")  # given later by the method's own check
         layers = find_adapted_layers(skeleton, settings)
     numbers = sum(layer.lora_parameters(rank) for layer in layers for rank in config.ranks)
-    # The factors are float32 for all types of weights.
-    needed = numbers * (_NUMBER + _MOMENTS[settings.state_dtype])
+    needed = numbers * _NUMBER
     if device.type == "cuda":  # each process has one
         needed //= shards(settings.fsdp, launched_count())
     if settings.fsdp_cpu_offload:
