@@ -169,7 +169,7 @@ def test_a_token_without_an_embedding_is_refused(trained, few_known, data, capsy
     if place == "evaluated":
         with (data.parent / "evaluated.jsonl").open("a") as file:
             file.write(json.dumps({"prompt": "<new> is", "completion": " new."}) + "\n")
-    code = 2 if place == "probed" else 1  # before the run has a directory, or during the run
+    code = 1 if place == "later" else 2  # the training had begun
     path = trained("unknown", "--eval_data", str(data.parent / "evaluated.jsonl"), code=code)
     error = capsys.readouterr().err
     if place == "evaluated":
