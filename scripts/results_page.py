@@ -19,6 +19,8 @@ Sentences:
     tally STUDY METHOD CONTROL AT     the same against a control; AT is own (rates) or equal
     harm_tally STUDY METRIC METHOD    cells with less or more harm than the baseline
     harm_tally STUDY METRIC METHOD CONTROL AT    the same against a control
+    less_harm STUDY METRIC            by cell, methods with less harm than the baseline, whose
+                                      metric is not shown to be worse
     robust STUDY METHOD OTHER         cells with a higher mean over each one's decade of rates
     spread STUDY                      loss by a wrong rate beside differences between methods, of no
                                       controls
@@ -242,6 +244,23 @@ def harm_tally(
         else:
             groups["less" if found.harm[metric].value < 0 else "more"].append(cell.name)
     return _counts(groups)
+
+
+def less_harm(study: Study, metric: str) -> str:
+    """Return by cell the methods with less harm than the baseline and a metric not shown worse."""
+    texts = []
+    for cell in study.cells:
+        found = []
+        for one in cell.methods:
+            beside = one.comparison
+            if one.name == cell.baseline or beside is None or metric not in beside.harm:
+                continue
+            harm = beside.harm[metric]
+            is_worse = beside.outcome(minimize=cell.minimize) == "worse"
+            if beside.is_complete and harm.differs and harm.value < 0 and not is_worse:
+                found.append(f"`{one.name}`")
+        texts.append(f"- {cell.name}: {', '.join(found) or 'none'}.")
+    return "\n".join(texts) or NO_ROWS
 
 
 def robust(study: Study, method: str, other: str) -> str:
@@ -468,22 +487,9 @@ def _counts(groups: Mapping[str, Sequence[str]]) -> str:
 
 
 _WORDS = (
-    *(chosen, differences, controls, sensitivity, harm, shares, tally, harm_tally, robust),
-    *(assigned, assigned_findings),
-    *(
-        spread,
-        harm_by_rate,
-        settings,
-        ranges,
-        cost,
-        advice,
-        decided,
-        value,
-        trials,
-        shared,
-        hours,
-        missing,
-    ),
+    *(chosen, differences, controls, sensitivity, harm, shares, tally, harm_tally, less_harm),
+    *(robust, assigned, assigned_findings, spread, harm_by_rate, settings, ranges, cost, advice),
+    *(decided, value, trials, shared, hours, missing),
 )
 
 

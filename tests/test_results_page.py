@@ -9,6 +9,7 @@ import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
+from statistics import fmean, stdev
 
 import pytest
 
@@ -66,6 +67,35 @@ def test_the_readme_agrees_with_the_stored_study(script):
         "at random with the same share of updates; in "
         f"{counted('more', harm)} it forgets more than that, at equal rates."
     ) in readme
+
+
+def test_less_forgetting_than_the_baseline_from_the_rows_alone(script):
+    """EPD in `facts`, whose baseline is fft: five paired differences, Student's t of 4 degrees."""
+    with (STUDIES / "demo-scores" / "trials.csv").open() as file:
+        rows = [row for row in csv.DictReader(file) if row["cell"] == "facts"]
+
+    def at_chosen(method):
+        chosen = [row for row in rows if row["method"] == method and row["phase"] == "choose"]
+        point = max(chosen, key=lambda row: float(row["after/s"]))["point"]
+        mine = [row for row in rows if row["method"] == method and row["phase"] == "report"]
+        return {
+            row["seed"]: float(row["after/forgetting_loss"]) - float(row["before/forgetting_loss"])
+            for row in mine
+            if row["point"] == point
+        }
+
+    base = at_chosen("fft")
+    signs = {}
+    for method in ("epd", "lora"):
+        differences = [value - base[seed] for seed, value in at_chosen(method).items()]
+        half = 2.776 * stdev(differences) / len(differences) ** 0.5
+        assert len(differences) == 5
+        assert abs(fmean(differences)) > half
+        signs[method] = fmean(differences) > 0
+    assert signs == {"epd": False, "lora": True}
+    text = script.less_harm(script.Study(STUDIES / "demo-scores"), "forgetting_loss")
+    assert "- facts: `epd`." in text.splitlines()
+    assert "- facts-narrow: none." in text.splitlines()  # EPD forgets less there, and is worse
 
 
 def test_the_readme_agrees_with_the_study_of_assignments(script):
