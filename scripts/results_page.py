@@ -26,6 +26,7 @@ Sentences:
                                       controls
     harm_by_rate STUDY METRIC         harm at the lowest against the highest tried rate
     settings STUDY METHOD             chosen rates, and the number of cells of each
+    full_range STUDY METHOD           lowest and highest share in full over the cells
     ranges STUDY                      lowest and highest tried rate of the methods
     cost STUDY METHOD OTHER           training time and memory of a run as multiples of another's
     advice STUDY                      preferred baselines, and methods that are better
@@ -348,6 +349,12 @@ def ranges(study: Study) -> str:
     return "; ".join(found) or NO_ROWS
 
 
+def full_range(study: Study, method: str) -> str:
+    """Return the smallest and the largest share in full of a method over the cells."""
+    shares = [one.full_share for _, one in study.of(method) if one.full_share is not None]
+    return f"{min(shares):.0%} to {max(shares):.0%}" if shares else NO_ROWS
+
+
 def cost(study: Study, method: str, other: str) -> str:
     """Return training time and memory of a run as multiples of another method's."""
     parts = []
@@ -488,7 +495,8 @@ def _counts(groups: Mapping[str, Sequence[str]]) -> str:
 
 _WORDS = (
     *(chosen, differences, controls, sensitivity, harm, shares, tally, harm_tally, less_harm),
-    *(robust, assigned, assigned_findings, spread, harm_by_rate, settings, ranges, cost, advice),
+    *(robust, assigned, assigned_findings, spread, harm_by_rate, settings, ranges, full_range),
+    *(cost, advice),
     *(decided, value, trials, shared, hours, missing),
 )
 
