@@ -17,7 +17,7 @@ from molf.study.ledger import Ledger
 from molf.study.outcome import all_results, read_result, result_file, write_result
 from molf.study.plan import Plan
 from molf.study.storage import StorageError, check_present, storage_address
-from study_helpers import LORA, Pretended, start_worker, study_of, work, write_study
+from study_helpers import FFT, LORA, Pretended, start_worker, study_of, work, write_study
 
 
 def _events(log):
@@ -149,6 +149,25 @@ def test_status_names_several_commits_and_uncommitted_changes(tmp_path, capsys):
     assert f"{said} uncommitted changes" in capsys.readouterr().out
     assert main(["study", "report", str(tmp_path / "study.yaml"), "--no_figures"]) == 0
     assert f"molf: warning: {said} uncommitted changes." in capsys.readouterr().err
+
+
+def test_the_trial_of_a_dead_worker_runs_before_other_methods(tmp_path):
+    """Else the second phase of its method would come last."""
+    one = [{**FFT, "rates": {"learning_rate": [1e-3]}}]
+    one.append({**LORA, "rates": {"lora_learning_rate": [1e-3]}})
+    study, make = study_of(tmp_path, heartbeat=1, methods=one)
+    (tmp_path / "out").mkdir()
+    ledger = Ledger(study)
+    plan = Plan(study, {}, make, {})
+    ledger.enqueue(plan.trials, ledger.read())
+    first = plan.trials[0]
+    trial = ledger._at(first.cell, first.method, first.phase).ask()
+    ledger._storage.record_heartbeat(trial._trial_id)
+    with closing(sqlite3.connect(tmp_path / "out" / "optuna.sqlite")) as database, database:
+        database.execute("update trial_heartbeats set heartbeat = datetime('now', '-1 hour')")
+    runner = Pretended(study)
+    work(study, make, runner)
+    assert [label.split("/")[1] for label in runner.ran] == ["fft"] * 6 + ["lora"] * 6
 
 
 def test_a_trial_that_kills_its_workers_is_given_up(tmp_path):

@@ -94,8 +94,10 @@ class Worker:
                 return work
             snapshot = self._ledger.read()
             plan = self._plan(snapshot)
+            # First: the second phase of a method waits for the trial of a dead worker.
+            self._ledger.fail_stale(snapshot.running_at)
             queued = self._ledger.enqueue(plan.unfinished, snapshot)
-            if queued:
+            if queued or snapshot.running_at:
                 snapshot = self._ledger.read()
             place = self._next_place(plan, snapshot)
             if place is not None:
@@ -105,7 +107,6 @@ class Worker:
                     work.failed += outcome.state == "failed"
                     work.reused += outcome.is_reused
             elif snapshot.running_at or plan.unfinished:
-                self._ledger.fail_stale(snapshot.running_at)
                 time.sleep(min(_LONGEST_POLL, self._study.heartbeat / 2))
             else:
                 work.without_rates = tuple(
