@@ -137,13 +137,15 @@ def test_studies_that_come_later_fill_the_page(script, tmp_path):
     template = (script.DOCS / "choosing.template.md").read_text()
     stored = script.STUDIES / "demo-scores"
     assert "`molf-e`: no rows yet." in script.page(template, tmp_path)
-    for name in ("demo-scores", "smollm2-scores", "demo-candidates"):
+    for name in ("demo-scores", "demo-candidates"):
         shutil.copytree(stored, tmp_path / name, ignore=shutil.ignore_patterns("*.png"))
-    family = script.STUDIES / "demo-family"
-    shutil.copytree(family, tmp_path / family.name, ignore=shutil.ignore_patterns("*.png"))
+    for name in ("demo-family", "smollm2-scores"):
+        own = script.STUDIES / name
+        shutil.copytree(own, tmp_path / name, ignore=shutil.ignore_patterns("*.png"))
     text = script.page(template, tmp_path)
     assert re.search(r"^- `adalora`: better in 1 cell \(facts\)", text, re.M)
-    assert text.count("The validation part prefers `fft`") == 3
+    assert text.count("The validation part prefers `fft`") == 2
+    assert text.count("The validation part prefers `lora-rest`") == 1
 
 
 def test_rows_of_assignments_fill_their_section(script, tmp_path):
