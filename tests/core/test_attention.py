@@ -87,7 +87,11 @@ def test_the_full_expert_is_adamw():
     )
     train(model, optimizer, range(3))
     train(plain, torch.optim.AdamW(plain.parameters(), lr=1e-2, weight_decay=0), range(3))
-    for one, other in zip(model.parameters(), plain.parameters(), strict=True):
+    # Softmax cancels the keys' bias: its gradient is rounding alone, which Adam makes large.
+    keys = slice(model.self_attn.embed_dim, 2 * model.self_attn.embed_dim)
+    for (name, one), other in zip(model.named_parameters(), plain.parameters(), strict=True):
+        if name == "self_attn.in_proj_bias":
+            one.data[keys] = other.data[keys]
         torch.testing.assert_close(one, other)
 
 

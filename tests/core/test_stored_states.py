@@ -34,7 +34,7 @@ def test_a_stored_state_loads_and_continues_with_the_same_bits(file):
     if storage == "8bit-narrow":  # its moments were rounded once more, to other blocks
         for name, parameter in model.named_parameters():
             torch.testing.assert_close(parameter.detach(), expected[name], rtol=2**-7, atol=1e-3)
-    elif machine() == saved["machine"]:
+    elif machine() == {"vendor": "GenuineIntel", **saved["machine"]}:  # the first files lack it
         assert_same_bits(after, expected)
     else:  # another processor rounds products and vectors otherwise
         for key, value in after.items():

@@ -77,8 +77,8 @@ def pad_left(model: Any, rows: Sequence[Sequence[int]], pad_id: int) -> dict[str
         InputError: The model has no embedding for a token.
     """
     largest = max(max(row) for row in rows)
-    embeddings = inner_model(model).get_input_embeddings().weight.shape[0]
-    if largest >= embeddings:
+    embeddings = _embeddings(model)
+    if embeddings is not None and largest >= embeddings:
         raise InputError(
             f"A text of the evaluation has a token with id {largest}, and the model has "
             f"{embeddings} embeddings. Resize them, or give the tokenizer that the model was "
@@ -91,6 +91,14 @@ def pad_left(model: Any, rows: Sequence[Sequence[int]], pad_id: int) -> dict[str
         "input_ids": torch.tensor(ids, device=model.device),
         "attention_mask": torch.tensor(mask, device=model.device),
     }
+
+
+def _embeddings(model: Any) -> int | None:
+    """Return a model's number of token embeddings; None where it does not tell."""
+    try:
+        return int(inner_model(model).get_input_embeddings().weight.shape[0])
+    except (AttributeError, NotImplementedError):
+        return None
 
 
 def last_logits(model: Any, rows: Sequence[Sequence[int]], pad_id: int, keep: int) -> Tensor:

@@ -58,7 +58,18 @@ def continue_for(
 
 def machine() -> dict[str, str]:
     """What the last bits of a product or a vectorised kernel depend on."""
-    return {"torch": str(torch.__version__), "cpu": torch.backends.cpu.get_cpu_capability()}
+    return {
+        "torch": str(torch.__version__),
+        "cpu": torch.backends.cpu.get_cpu_capability(),
+        "vendor": vendor(),
+    }
+
+
+def vendor() -> str:
+    """The processor's vendor, whose products MKL computes by other kernels; empty if unknown."""
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.exists() else []
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("vendor_id")), "")
 
 
 def main() -> None:
