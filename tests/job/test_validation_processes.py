@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 
 import pytest
 import torch
@@ -80,16 +81,19 @@ def test_two_processes_evaluate_as_one(launch, command, folder, one, further):
 def test_shards_stop_early_and_keep_the_best(launch, command, folder):
     """All processes end after the same step, and load their shards of an earlier one."""
     paths = [folder / "early one", folder / "early shards"]
-    given = ["--method", "lora", "--lora_dropout", "0", "--lora_learning_rate", "0.3"]
+    given = ["--method", "lora", "--lora_dropout", "0", "--lora_learning_rate", "1"]
     given += ["--eval_steps", "1", "--keep_best", "--early_stopping_patience", "1"]
     given += ["--per_device_train_batch_size", "4", "--gradient_accumulation_steps"]
-    launch.to_the_end(command(paths[0], *given, "2"), 1)
+    (alone,) = launch.to_the_end(command(paths[0], *given, "2"), 1)
     first, other = launch.to_the_end(command(paths[1], *given, "1", "--fsdp", "all"))
-    assert "Training ended after step 5 of 6: 1 evaluations without a lower" in first.errors
-    assert "The model is that of step 4, with the lowest loss" in first.errors
+    # The step depends on the processor, because this rate makes large what rounding differs in.
+    ended = re.search(r"Training ended after step (\d) of 6: 1 evaluations without", alone.errors)
+    best = int(ended[1]) - 1
+    assert ended[0] in first.errors
+    assert f"The model is that of step {best}, with the lowest loss" in first.errors
     assert other.errors == ""
     found = [recorded(path)["validation"] for path in paths]
-    assert found[0]["saved_step"] == found[1]["saved_step"] == 4
+    assert found[0]["saved_step"] == found[1]["saved_step"] == best
     assert losses(paths[1]) == pytest.approx(losses(paths[0]), rel=1e-4)
     weights = [load_file(path / "adapter/adapter_model.safetensors") for path in paths]
     for name, weight in weights[0].items():
