@@ -1,6 +1,8 @@
 import pytest
 import torch
 
+from molf.errors import InputError
+from molf.measure.inference import pad_left
 from molf.measure.likelihood import next_token_log_probs, sequence_losses
 from tiny_models import next_log_probs, tiny_llama, tiny_qwen2
 
@@ -86,3 +88,11 @@ def test_models_without_logits_to_keep_give_the_same():
     ours = sequence_losses(model, ROWS, ROWS, pad_id=0, batch_size=1)
     plain = sequence_losses(Plain(), ROWS, ROWS, pad_id=0, batch_size=1)
     assert [total for total, _ in plain] == pytest.approx([total for total, _ in ours])
+
+
+def test_an_empty_prompt_is_padded_and_an_unknown_token_refused():
+    model = tiny_llama()
+    size = model.get_input_embeddings().weight.shape[0]
+    assert pad_left(model, [[], [3, size - 1]], 0)["attention_mask"].tolist() == [[0, 0], [1, 1]]
+    with pytest.raises(InputError, match=f"a token with id {size}, and the model has {size} embe"):
+        pad_left(model, [[3], [4, size]], 0)

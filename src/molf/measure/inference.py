@@ -76,7 +76,7 @@ def pad_left(model: Any, rows: Sequence[Sequence[int]], pad_id: int) -> dict[str
     Raises:
         InputError: The model has no embedding for a token.
     """
-    largest = max(max(row) for row in rows)
+    largest = max(max(row, default=0) for row in rows)  # a prompt may be empty
     embeddings = _embeddings(model)
     if embeddings is not None and largest >= embeddings:
         raise InputError(
