@@ -186,12 +186,15 @@ def _add_low_halves(run: FinishedRun, tuned: LoadedModel) -> None:
     if not (run.path / LOW_HALVES).is_file():
         return
     halves = read_low_halves(run.path / LOW_HALVES)
-    with torch.no_grad():
-        for name, tensor in file_state(tuned.model).items():
-            if name in halves.tensors:
-                low = halves.tensors[name].flatten()
-                joined = halves.rounding.join(tensor.flatten().bfloat16(), low, name)
-                tensor.copy_(joined.view_as(tensor))
+    state = file_state(tuned.model)
+    for name in state.keys() & halves.tensors.keys():
+        high, low = state[name].bfloat16(), halves.tensors[name]
+        joined = halves.rounding.join(high.flatten(), low.flatten(), name)
+        state[name] = joined.view_as(high)
+    # Files hold the fused weights of experts in parts; loading fuses them again.
+    tuned.model = type(tuned.model).from_pretrained(
+        None, config=tuned.model.config, state_dict=state, dtype=torch.float32
+    )
 
 
 def _measurement(
