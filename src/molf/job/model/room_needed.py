@@ -121,7 +121,7 @@ def needed(parts: Mapping[str, int], checkpoint: int) -> Needed:
 def _kept(settings: ResolvedSettings, steps: int) -> int:
     """Return the number of checkpoints that stay in the run, or exist beside those."""
     if settings.save_steps is None:
-        return 0
+        return 0  # the run goes on without those of `save_minutes` if there is no room for them
     written = -(-steps // settings.save_steps)
     # One more than the limit: the oldest is deleted after the newest is written.
     return min(written, (settings.most_checkpoints or written) + 1)
