@@ -66,6 +66,11 @@ class BaseLogits:
     task: Logits
     pad_id: int
 
+    @property
+    def nbytes(self) -> int:
+        """The size of the logits in bytes."""
+        return self.neutral.nbytes + self.task.nbytes
+
 
 class Prompted(Protocol):
     """Anything with prompts, such as a `molf.tasks.Task`."""

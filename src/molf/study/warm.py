@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 _TASKS, _BASES, _EVALUATIONS = 16, 1, 64
-_LOGITS = 2  # up to 200 MB each for a vocabulary of 50,000
+_LOGITS = 2**31  # bytes: those of five seeds for a vocabulary of 50,000
 
 
 class WarmInputs(Inputs):
@@ -33,7 +33,7 @@ class WarmInputs(Inputs):
         self._tasks: _Kept[Task] = _Kept(_TASKS)
         self._bases: _Kept[LoadedModel] = _Kept(_BASES)
         self._evaluations: _Kept[Evaluation] = _Kept(_EVALUATIONS)
-        self._logits: _Kept[BaseLogits] = _Kept(_LOGITS)
+        self._logits: _Kept[BaseLogits] = _Kept(_LOGITS, lambda logits: logits.nbytes)
 
     def task(self, options: TaskOptions) -> Task:
         """Return the task with its records."""
@@ -54,17 +54,24 @@ class WarmInputs(Inputs):
 
 
 class _Kept(Generic[T]):
-    """Values by key, at most `most` of them."""
+    """Values by key, of at most `most` in all sizes; the newest one is kept whatever its size."""
 
-    def __init__(self, most: int) -> None:
+    def __init__(self, most: int, size: Callable[[T], int] = lambda _: 1) -> None:
         self._most = most
+        self._size = size
         self._values: OrderedDict[Hashable, T] = OrderedDict()
 
     def get(self, key: Hashable, make: Callable[[], T]) -> T:
         """Return the value of a key; make it if it is not kept."""
         if key not in self._values:
-            while len(self._values) >= self._most:
-                self._values.popitem(last=False)  # first, so that two models are never in memory
-            self._values[key] = make()
+            self._leave(self._most - 1)  # first, so that two models are never in memory
+            made = make()
+            self._leave(self._most - self._size(made))
+            self._values[key] = made
         self._values.move_to_end(key)
         return self._values[key]
+
+    def _leave(self, most: int) -> None:
+        """Drop the least recently used values until the others have at most this size."""
+        while self._values and sum(map(self._size, self._values.values())) > most:
+            self._values.popitem(last=False)
