@@ -118,3 +118,17 @@ def test_a_number_keeps_its_type(tmp_path):
     file = next((tmp_path / "out" / "results").glob("*/*/*.json"))
     row = json.loads(file.read_text())["row"]
     assert (row["steps"], type(row["steps"]), type(row["before/es"])) == (15, int, float)
+
+
+def test_a_study_that_grew_takes_rows_once_its_changes_are_accepted(tmp_path, capsys):
+    """The refusal offers `--accept_changes`, which `restore` did not have."""
+    kept, before = stored(tmp_path)
+    arguments = ["study", "restore", str(write_study(tmp_path, methods=[FFT])), str(kept)]
+    assert main(arguments) == 0
+    write_study(tmp_path, methods=METHODS)
+    capsys.readouterr()
+    assert main(arguments) == 2
+    assert "Give --accept_changes to go on" in capsys.readouterr().err
+    assert main([*arguments, "--accept_changes"]) == 0
+    study, _ = study_of(tmp_path, methods=METHODS)
+    assert all_results(study).keys() == before.keys()

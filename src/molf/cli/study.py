@@ -140,19 +140,22 @@ def show_status(study: Path, /) -> None:
     _print_status(opened, status_of(opened, plan, snapshot, rows))
 
 
-def restore_study(study: Path, folder: Path, /) -> None:
+def restore_study(
+    study: Path, folder: Path, /, *, accept_changes: Annotated[bool, _SWITCH] = False
+) -> None:
     """Take finished trials from a folder that `molf study report` wrote; none of them runs again.
 
     Args:
         study: The study file.
         folder: The folder with the CSV files.
+        accept_changes: Go on with a study file that changed since its finished trials.
     """
     from molf.paths import expanded
     from molf.shown import counted
     from molf.study.report.restoring import restore
 
     given = expanded(folder)
-    opened, make = _open(study, accept_changes=False)
+    opened, make = _open(study, accept_changes=accept_changes)
     found = restore(opened, make, given)
     here = f"{opened.output_dir}: " + counted(found.taken, "finished trial") + f" from {given}"
     others = (
