@@ -326,6 +326,14 @@ def check_group(group: dict[str, Any], *, smallest: float = 0.0) -> None:
             )
 
 
+def differences(group: dict[str, Any]) -> list[str]:
+    """Return the options of torch's optimizers in a group that no step here has; none if unset."""
+    found = [key for key in ("amsgrad", "maximize") if group.get(key)]
+    if group.get("weight_decay") and group.get("decoupled_weight_decay") is False:
+        found.append("weight decay that is not decoupled")
+    return found
+
+
 def _check_experts(group: dict[str, Any], smallest: float) -> None:
     """Check the experts of a routed group."""
     ranks = group["ranks"]
