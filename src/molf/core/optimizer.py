@@ -231,7 +231,7 @@ class MoLFAdamW(AdamW):
         super()._begin()
         self.routing = {}
         self._steps += 1
-        self._is_first = not any(self.state.values())
+        self._is_first = not self._has_stepped()
         if self._owners is None:  # nobody else sees that something has split the groups
             for group in self._layer_groups():
                 check_shapes(group)
@@ -245,7 +245,7 @@ class MoLFAdamW(AdamW):
 
     def _end(self) -> None:
         if self._is_first:
-            if self._owners is not None and not self.routing and any(self.state.values()):
+            if self._owners is not None and not self.routing and self._has_stepped():
                 # Not before: with steps in the backward pass this is known at their end only.
                 self._owners.refuse_without_gradients(self.param_groups)
             self._warn_of_missing_gradients()
@@ -264,7 +264,7 @@ class MoLFAdamW(AdamW):
             f"(first: {missing[0]})"
         )
         is_trained = any(p.requires_grad for name in missing for p in groups[name]["params"])
-        if is_trained and not any(self.state.values()):
+        if is_trained and not self._has_stepped():
             what += (
                 ", nor has any other parameter: call loss.backward() before step(), on the loss of "
                 "the model that the optimizer was built from."
