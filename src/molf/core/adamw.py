@@ -290,10 +290,19 @@ class AdamW(UnitOptimizer):
     def state_dict(self) -> dict[str, Any]:
         """Return the state as `torch.optim.Optimizer` does, after offloaded state is back."""
         self._settled_state()
-        packed = super().state_dict()
-        for group in packed["param_groups"]:  # torch's copies
+        # A hook, so that those of users run later: they see all of the state, and may replace it.
+        hook = self.register_state_dict_post_hook(
+            lambda _, packed: self._complete(packed["param_groups"]), prepend=True
+        )
+        try:
+            return super().state_dict()
+        finally:
+            hook.remove()
+
+    def _complete(self, groups: list[dict[str, Any]]) -> None:
+        """Complete the groups of a state that is saved, in place; they are torch's copies."""
+        for group in groups:
             group.update({key: storable(value) for key, value in group.items()})
-        return packed
 
     @torch._disable_dynamo
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -303,13 +303,12 @@ class MoLFAdamW(AdamW):
         """The model that `from_model` was given, without wrappers; None if it was deleted."""
         return None if self._owners is None else self._owners.model
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return the state; each routed group also has the counts of its decisions."""
-        packed = super().state_dict()
-        for group in packed["param_groups"]:
+    def _complete(self, groups: list[dict[str, Any]]) -> None:
+        """Add the counts of each layer's decisions to the groups of a state that is saved."""
+        super()._complete(groups)
+        for group in groups:
             if history := self._history.get(group["layer"]):
                 group[_HISTORY] = [self._steps, list(history.experts), *history.as_values()]
-        return packed
 
     @torch._disable_dynamo
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
