@@ -69,7 +69,7 @@ class AdapterLayer(RoutedLayer):
         *dense, lora_A, lora_B = group["params"]
         named = {"lora_A": lora_A, "lora_B": lora_B} | ({"weight": dense[0]} if dense else {})
         missing = [name for name, parameter in named.items() if parameter.grad is None]
-        if 0 < len(missing) < len(named):
+        if missing and any(parameter.grad is not None for parameter in group["params"]):
             raise RuntimeError(
                 f"Layer {group['layer']}: {' and '.join(missing)} got no gradient while the rest "
                 "of the layer did. Every expert needs its gradient at every step: was something "
