@@ -292,7 +292,8 @@ class MoLFAdamW(AdamW):
     def evidence(self) -> dict[str, Evidence]:
         """Counts of the decisions so far, by layer; part of `state_dict`.
 
-        A routed layer without any decision has an entry too.
+        A routed layer without any decision has an entry too. Torch's distributed checkpoints leave
+        the counts out where they flatten the state (`flatten_optimizer_state_dict`).
         """
         none = Evidence(decisions=0, wins=())
         counted = {name: history.evidence() for name, history in self._history.items()}

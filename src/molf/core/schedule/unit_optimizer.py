@@ -172,7 +172,8 @@ class UnitOptimizer(Optimizer):
 
         Args:
             loss: The step's loss, of all its micro-batches, 0-dim. With sharded parameters every
-                process gives its own, and all refuse the step if one is not finite.
+                process gives its own, and all refuse the step if one is not finite. With DDP each
+                process decides alone: give all the same number, such as the mean.
             grad_norm: The norm of its gradients, if that is known, 0-dim.
 
         Raises:
