@@ -133,6 +133,15 @@ def test_every_value_of_a_routed_group_is_checked(model, optimizer, change, mess
     run(model, optimizer, [0])
 
 
+def test_the_configuration_alone_warns_of_nothing_to_choose(model):
+    with pytest.warns(UserWarning, match="top_k=2 is the number of experts"):
+        config = MoLFConfig(ranks=(2,), top_k=2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optimizer = MoLFAdamW.from_model(model, config)
+        optimizer.load_state_dict(optimizer.state_dict())
+
+
 def test_rounding_of_a_group_is_checked_with_its_own_parameters(model, optimizer):
     groups = [dict(group) for group in optimizer.param_groups]
     with pytest.raises(ValueError, match="weight_rounding='exact' has nothing to round"):
