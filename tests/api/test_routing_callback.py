@@ -107,6 +107,19 @@ def test_optimizer_that_does_not_route_is_refused(tmp_path):
         trainer_in(tmp_path, molf.RoutingCallback(tmp_path), routes=False).train()
 
 
+def test_step_that_a_gradient_scaler_skips_is_not_logged(tmp_path):
+    """The optimizer has the decisions of the step before, which it took."""
+    callback = molf.RoutingCallback(tmp_path)
+    decision = molf.Decision(winners=("full",), scores={"full": 1.0, "lora0_r2": 0.5})
+    for step, was_skipped in enumerate([False, True, False]):
+        state = SimpleNamespace(is_world_process_zero=True, global_step=step)
+        optimizer = SimpleNamespace(routing={"layer": decision})
+        wrapped = SimpleNamespace(optimizer=optimizer, step_was_skipped=was_skipped)
+        callback.on_optimizer_step(None, state, None, optimizer=wrapped)
+    callback.on_train_end(None, state, None)
+    assert [one["step"] for one in iter_steps(tmp_path)] == [0, 2]
+
+
 def test_other_processes_write_nothing(tmp_path):
     callback = molf.RoutingCallback(tmp_path / "run")
     state = SimpleNamespace(is_world_process_zero=False, global_step=0)

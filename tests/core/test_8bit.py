@@ -56,6 +56,24 @@ def take(model, optimizer, steps) -> None:
         optimizer.step()
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+def test_scales_are_float32_whatever_the_default_dtype(dtype):
+    """float16 holds no scale of second moments."""
+    weights = [nn.Parameter(torch.ones(64, 64)) for _ in range(2)]
+    default = torch.get_default_dtype()
+    for weight, own in zip(weights, (default, dtype), strict=True):
+        optimizer = AdamW([weight], state_dtype="8bit")
+        weight.grad = torch.full_like(weight, 1e-3)
+        torch.set_default_dtype(own)
+        try:
+            optimizer.step()
+            optimizer.step()
+        finally:
+            torch.set_default_dtype(default)
+        assert optimizer.state[weight]["exp_avg_sq_scales"].dtype == torch.float32
+    assert torch.equal(*weights)
+
+
 @pytest.mark.parametrize("form", ["folded-top2", "fft"])
 @pytest.mark.parametrize("storage", ["float32 8bit", "8bit"])
 def test_large_tensors_have_8bit_moments_and_the_rest_float32(form, storage):

@@ -320,6 +320,18 @@ def test_half_a_layers_gradients_are_an_error():
     assert not any(optimizer.state.values())
 
 
+def test_a_bias_alone_with_a_gradient_is_an_error():
+    config = config_of(freeze_base=False)
+    model = molf.with_adapter(tiny_qwen2(), config)
+    optimizer = optimizer_of(model, config)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("q_proj" in name and name.endswith("bias"))
+    model(input_ids=IDS, labels=IDS).loss.backward()
+    match = r"q_proj: lora_A and lora_B and weight got no gradient while the rest"
+    with pytest.raises(RuntimeError, match=match):
+        optimizer.step()
+
+
 def test_saved_adapter_goes_on_where_it_was(tmp_path):
     config = config_of()
     model = molf.with_adapter(tiny_qwen2(), config)

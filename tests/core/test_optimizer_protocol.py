@@ -83,6 +83,9 @@ def test_added_group_takes_plain_adamw_steps(model, optimizer):
         ({"eps": -1e-8}, "Invalid eps=-1e-08"),
         ({"betas": (0.9, 1.0)}, r"Invalid betas=\(0.9, 1.0\)"),
         ({"betas": 0.9}, "Invalid betas=0.9"),
+        ({"maximize": True}, "Invalid options of a group: maximize"),
+        ({"amsgrad": True}, "Invalid options of a group: amsgrad"),
+        ({"decoupled_weight_decay": False}, "weight decay that is not decoupled"),
         ({"conjugate": True}, "new is a conjugate view, into which no step can write"),
         ({"layer": "new", "complex": True}, "The group of layer 'new' lacks transposed"),
         ({"duplicate": True}, "more than one parameter group"),
@@ -128,6 +131,15 @@ def test_every_value_of_a_routed_group_is_checked(model, optimizer, change, mess
         optimizer.load_state_dict(saved)
     assert [dict(group) for group in optimizer.param_groups] == groups
     run(model, optimizer, [0])
+
+
+def test_the_configuration_alone_warns_of_nothing_to_choose(model):
+    with pytest.warns(UserWarning, match="top_k=2 is the number of experts"):
+        config = MoLFConfig(ranks=(2,), top_k=2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optimizer = MoLFAdamW.from_model(model, config)
+        optimizer.load_state_dict(optimizer.state_dict())
 
 
 def test_rounding_of_a_group_is_checked_with_its_own_parameters(model, optimizer):

@@ -424,6 +424,25 @@ def test_no_routed_layer_with_a_gradient_is_an_error(in_backward):
     assert in_backward or torch.equal(model.scale, before)
 
 
+@pytest.mark.parametrize("before", ["skipped", "factors"])
+def test_the_first_step_is_the_first_that_is_taken(before):
+    """A state may be there before it: of a step that was skipped, of factors that were set."""
+    model = Pooled()
+    optimizer = tiny_optimizer(model, nonfinite="skip")
+    if before == "skipped":
+        model.pooler(model.body(torch.ones(2, 4))).sum().backward()
+        model.body.weight.grad[0, 0] = float("nan")
+        with pytest.warns(UserWarning, match="Step skipped"):
+            optimizer.step()
+        optimizer.zero_grad()
+    else:
+        optimizer.set_lora_factors("body", optimizer.lora_factors("body"))
+    assert optimizer.state[model.body.weight]["step"] == 0
+    (model.scale * 2).sum().backward()
+    with pytest.raises(RuntimeError, match="None of the 2 routed layers has a gradient"):
+        optimizer.step()
+
+
 @pytest.mark.parametrize("in_backward", [False, True])
 def test_first_step_without_any_gradient_is_torchs(in_backward):
     model = tiny_model()

@@ -131,6 +131,9 @@ def test_hooks_of_state_dicts_run_in_order_and_may_replace(subject):
     saved = optimizer.state_dict()
     assert calls == ["first", "second", "third"]
     assert saved.pop("mine") == 3
+    hook = optimizer.register_state_dict_post_hook(lambda o, saved: {"under": saved})
+    assert optimizer.state_dict()["under"]["param_groups"] == saved["param_groups"]
+    hook.remove()
 
     def halve(_, given):
         calls.append("halve")

@@ -67,7 +67,10 @@ class RoutingCallback(TrainerCallback):
         optimizer: Any = None,
         **kwargs: Any,
     ) -> None:
-        """Log the completed step."""
+        """Log the completed step; one that was skipped has no decisions."""
+        # accelerate's GradScaler skips a step without the optimizer, which still has the decisions
+        # of the step before.
+        was_skipped = getattr(optimizer, "step_was_skipped", False)
         optimizer = getattr(optimizer, "optimizer", optimizer)  # without accelerate's wrapper
         if not hasattr(optimizer, "routing"):
             raise InputError(
@@ -75,7 +78,8 @@ class RoutingCallback(TrainerCallback):
                 "does not route. Set trainer.optimizer_cls_and_kwargs = "
                 "molf.trainer_optimizer(config, lr=...) before train()."
             )
-        if not (routing := optimizer.routing) or not state.is_world_process_zero:
+        routing = optimizer.routing
+        if was_skipped or not routing or not state.is_world_process_zero:
             return
         if self._wins is None:
             self._wins = Wins(next(iter(routing.values())).scores)

@@ -14,7 +14,7 @@ from molf.core.assignment.groups import assignment_groups
 from molf.core.execute.kernel_checks import check_float32_moments, check_kernel_group
 from molf.core.hyper_parameters import separate, storable
 from molf.core.loading import load
-from molf.core.model.groups import check_group, dense_parameters, name_by_place
+from molf.core.model.groups import check_group, dense_parameters, differences, name_by_place
 from molf.core.model.quantised import keep_differentiable
 from molf.core.options import OptimizerOptions, check_word
 from molf.core.schedule.in_backward import check_no_float16, release
@@ -201,7 +201,8 @@ class AdamW(UnitOptimizer):
         Parameters may come without names beside others that have some: they are named by place.
 
         Raises:
-            ValueError: A hyper-parameter is out of range, or a parameter is a conjugate view.
+            ValueError: A hyper-parameter is out of range, a parameter is a conjugate view, or the
+                group has an option of torch's optimizers that would change its steps (`maximize`).
         """
         if not isinstance(param_group, dict):
             return super().add_param_group(param_group)  # which refuses it
@@ -213,6 +214,10 @@ class AdamW(UnitOptimizer):
             super().add_param_group(param_group)
             group = self.param_groups[-1]
             check_group(group)
+            if other := differences(group):
+                raise ValueError(
+                    f"Invalid options of a group: {', '.join(other)}. Steps are plain AdamW's."
+                )
             separate(group, before)
             check_word("weight_rounding", group["weight_rounding"])
             check_rounding(group["params"], own_rounding)
@@ -285,10 +290,19 @@ class AdamW(UnitOptimizer):
     def state_dict(self) -> dict[str, Any]:
         """Return the state as `torch.optim.Optimizer` does, after offloaded state is back."""
         self._settled_state()
-        packed = super().state_dict()
-        for group in packed["param_groups"]:  # torch's copies
+        # A hook, so that those of users run later: they see all of the state, and may replace it.
+        hook = self.register_state_dict_post_hook(
+            lambda _, packed: self._complete(packed["param_groups"]), prepend=True
+        )
+        try:
+            return super().state_dict()
+        finally:
+            hook.remove()
+
+    def _complete(self, groups: list[dict[str, Any]]) -> None:
+        """Complete the groups of a state that is saved, in place; they are torch's copies."""
+        for group in groups:
             group.update({key: storable(value) for key, value in group.items()})
-        return packed
 
     @torch._disable_dynamo
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from molf.core.arithmetic.adam import compute_dtype, real_view
 from molf.core.hyper_parameters import separate, storable
-from molf.core.model.groups import check_group, parameter_name
+from molf.core.model.groups import check_group, differences, parameter_name
 from molf.core.model.module_names import clean_name
 from molf.core.options import check_word
 from molf.core.storage.moments import block_of_8bit, in_present_layout, moments_of
@@ -217,10 +217,8 @@ def _without_adapter(name: str) -> str:
 def _check_adamw(group: dict[str, Any], states: Iterable[dict[str, Any]]) -> None:
     """Refuse a group of another optimizer than plain AdamW."""
     found = next((keys for s in states if (keys := set(s)) and keys != _ADAMW), _ADAMW)
-    other = [key for key in ("amsgrad", "maximize") if group.get(key)]
-    if group.get("weight_decay") and group.get("decoupled_weight_decay") is False:
-        other.append("weight decay that is not decoupled")
-    other += sorted(map(str, found - _ADAMW)) + [f"no {key}" for key in sorted(_ADAMW - found)]
+    other = differences(group) + sorted(map(str, found - _ADAMW))
+    other += [f"no {key}" for key in sorted(_ADAMW - found)]
     if other:
         raise ValueError(
             f"Cannot load the optimizer state: it is not that of a plain AdamW, it has "

@@ -231,7 +231,7 @@ class MoLFAdamW(AdamW):
         super()._begin()
         self.routing = {}
         self._steps += 1
-        self._is_first = not any(self.state.values())
+        self._is_first = not self._has_stepped()
         if self._owners is None:  # nobody else sees that something has split the groups
             for group in self._layer_groups():
                 check_shapes(group)
@@ -245,7 +245,7 @@ class MoLFAdamW(AdamW):
 
     def _end(self) -> None:
         if self._is_first:
-            if self._owners is not None and not self.routing and any(self.state.values()):
+            if self._owners is not None and not self.routing and self._has_stepped():
                 # Not before: with steps in the backward pass this is known at their end only.
                 self._owners.refuse_without_gradients(self.param_groups)
             self._warn_of_missing_gradients()
@@ -264,7 +264,7 @@ class MoLFAdamW(AdamW):
             f"(first: {missing[0]})"
         )
         is_trained = any(p.requires_grad for name in missing for p in groups[name]["params"])
-        if is_trained and not any(self.state.values()):
+        if is_trained and not self._has_stepped():
             what += (
                 ", nor has any other parameter: call loss.backward() before step(), on the loss of "
                 "the model that the optimizer was built from."
@@ -292,7 +292,8 @@ class MoLFAdamW(AdamW):
     def evidence(self) -> dict[str, Evidence]:
         """Counts of the decisions so far, by layer; part of `state_dict`.
 
-        A routed layer without any decision has an entry too.
+        A routed layer without any decision has an entry too. Torch's distributed checkpoints leave
+        the counts out where they flatten the state (`flatten_optimizer_state_dict`).
         """
         none = Evidence(decisions=0, wins=())
         counted = {name: history.evidence() for name, history in self._history.items()}
@@ -303,13 +304,12 @@ class MoLFAdamW(AdamW):
         """The model that `from_model` was given, without wrappers; None if it was deleted."""
         return None if self._owners is None else self._owners.model
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return the state; each routed group also has the counts of its decisions."""
-        packed = super().state_dict()
-        for group in packed["param_groups"]:
+    def _complete(self, groups: list[dict[str, Any]]) -> None:
+        """Add the counts of each layer's decisions to the groups of a state that is saved."""
+        super()._complete(groups)
+        for group in groups:
             if history := self._history.get(group["layer"]):
                 group[_HISTORY] = [self._steps, list(history.experts), *history.as_values()]
-        return packed
 
     @torch._disable_dynamo
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -19,8 +19,8 @@ from torch.nn import Parameter
 WIDTH = 16
 # Step counter for which `beta ** step` is 0. Counters are on the CPU, also with another default
 # device: with a counter elsewhere the kernel may do nothing, without an error.
-_ENDLESS = torch.tensor(2.0**62, device="cpu")
-_FIRST = torch.tensor(1.0, device="cpu")
+_ENDLESS = torch.tensor(2.0**62, dtype=torch.float32, device="cpu")
+_FIRST = torch.tensor(1.0, dtype=torch.float32, device="cpu")
 # `1 - beta1` that leaves m unchanged in float32, with a gradient of zero.
 _STILL = 2.0**-40
 # For v to stay, the root of `1 - beta2` lies between this and its double: beta2 rounds to 1 in
@@ -167,7 +167,7 @@ def adamw(
         [exp_avg],
         [exp_avg_sq],
         [],
-        [torch.tensor(float(step), device="cpu")],
+        [torch.tensor(step, dtype=torch.float32, device="cpu")],
         lr=lr,
         beta1=betas[0],
         beta2=betas[1],

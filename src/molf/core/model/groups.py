@@ -326,17 +326,27 @@ def check_group(group: dict[str, Any], *, smallest: float = 0.0) -> None:
             )
 
 
+def differences(group: dict[str, Any]) -> list[str]:
+    """Return the options of torch's optimizers in a group that no step here has; none if unset."""
+    found = [key for key in ("amsgrad", "maximize") if group.get(key)]
+    if group.get("weight_decay") and group.get("decoupled_weight_decay") is False:
+        found.append("weight decay that is not decoupled")
+    return found
+
+
 def _check_experts(group: dict[str, Any], smallest: float) -> None:
     """Check the experts of a routed group."""
     ranks = group["ranks"]
     in_adapter = group.get("adapter_scaling") is not None
-    MoLFConfig(  # its constructor checks the values
-        ranks=ranks,
-        score=group["score"],
-        top_k=group["top_k"],
-        seed=group["seed"],
-        freeze_base=in_adapter and len(group["params"]) == 2,
-    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the model's configuration has warned, once for all layers
+        MoLFConfig(  # its constructor checks the values
+            ranks=ranks,
+            score=group["score"],
+            top_k=group["top_k"],
+            seed=group["seed"],
+            freeze_base=in_adapter and len(group["params"]) == 2,
+        )
     for name in ("scalings", "lora_lr_ratios", "lora_weight_decays"):
         if not isinstance(group[name], Sequence) or len(group[name]) != len(ranks):
             raise ValueError(

@@ -106,6 +106,11 @@ class UnitOptimizer(Optimizer):
     def _parameters(self) -> Iterator[Tensor]:
         return (p for group in self.param_groups for p in group["params"])
 
+    def _has_stepped(self) -> bool:
+        """Return whether a parameter has taken a step."""
+        # A step that was refused may have created states.
+        return any((self.state.get(p) or {}).get("step") for p in self._parameters())
+
     def _home(self) -> torch.device:
         """The device of the first parameter."""
         return next((p.device for p in self._parameters()), torch.device("cpu"))
@@ -139,7 +144,7 @@ class UnitOptimizer(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         # The first step warns of layers without gradients by itself.
-        is_later = any(self.state.values())
+        is_later = self._has_stepped()
         if self._backward is None:
             has_gradient = any(p.grad is not None for p in self._parameters())
             if not has_gradient:
@@ -167,7 +172,8 @@ class UnitOptimizer(Optimizer):
 
         Args:
             loss: The step's loss, of all its micro-batches, 0-dim. With sharded parameters every
-                process gives its own, and all refuse the step if one is not finite.
+                process gives its own, and all refuse the step if one is not finite. With DDP each
+                process decides alone: give all the same number, such as the mean.
             grad_norm: The norm of its gradients, if that is known, 0-dim.
 
         Raises:
@@ -216,7 +222,10 @@ class UnitOptimizer(Optimizer):
         self.executor.check(named for unit in units for named in unit.named_parameters())
         self._fit_states(units)
         if self.offload is not None:
-            outcome, processes = self._take_one_by_one(units, required), ALONE
+            outcome = take_one_by_one(
+                units, self.state, self.offload, self.executor, self._tally, required
+            )
+            processes: Processes = ALONE
         else:
             loan = Loan(units, self.state)
             processes = loan.processes
@@ -231,12 +240,6 @@ class UnitOptimizer(Optimizer):
             self._refuse(outcome.bad, wrong, processes)
         self._finish(outcome)
         return not outcome.is_refused
-
-    def _take_one_by_one(self, units: list[Unit], required: Mapping[str, Tensor]) -> Outcome:
-        assert self.offload is not None, "states are in host memory"
-        return take_one_by_one(
-            units, self.state, self.offload, self.executor, self._tally, required
-        )
 
     def _check_kinds(self, units: Iterable[Unit]) -> None:
         """Refuse, by name, gradients of a kind that no step can use."""

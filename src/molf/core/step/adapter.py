@@ -18,12 +18,13 @@ from molf.core.arithmetic.blocks import Blocks
 from molf.core.arithmetic.devices import CanRead
 from molf.core.model.factors import owned_by, per_rank, split_factors
 from molf.core.model.groups import parameter_name
+from molf.core.step.dense import DenseTensor
 from molf.core.step.guard import Guarded
 from molf.core.step.layer import RoutedLayer, States, dense_tensors
 from molf.core.step.operations import AdapterSlice, AdapterWrite, LayerWrites, TensorWrite
 from molf.core.storage.collectives import Cut
 from molf.core.storage.moments import moment_state
-from molf.core.storage.place import WHOLE, Place
+from molf.core.storage.place import Place
 from molf.core.storage.weights import StoredWeight, rounding_of, stored_values
 
 
@@ -34,29 +35,17 @@ class AdapterLayer(RoutedLayer):
     (float64 for float64 adapters). They are moments of A_i and B_i, not of the stored `c_i B_i`.
     """
 
-    def __init__(
-        self, group: dict[str, Any], states: States, places: Sequence[Place] | None = None
-    ) -> None:
+    def _open(self, states: States, can_read: CanRead) -> list[DenseTensor]:
+        """Find the base's tensors and the adapter's factors."""
+        group, places = self.group, self.places
         *dense, self.lora_A, self.lora_B = group["params"]
-        places = places or [WHOLE] * len(group["params"])
         self.states = states[self.lora_A], states[self.lora_B]
         for parameter, state in zip((self.lora_A, self.lora_B), self.states, strict=True):
             if "step" not in state:
                 # Factors are small: 8-bit moments would save little.
                 state.update(moment_state(parameter))
         self._stored = _stored_factors(group, states, places)
-        super().__init__(group, states, dense_tensors(group, dense, states, places), places)
-
-    @classmethod
-    def open(
-        cls,
-        group: dict[str, Any],
-        states: States,
-        can_read: CanRead,
-        places: Sequence[Place],
-    ) -> AdapterLayer:
-        """Return the layer of a group; create missing state."""
-        return cls(group, states, places)
+        return dense_tensors(group, dense, states, places)
 
     @classmethod
     def takes_part(cls, group: dict[str, Any]) -> bool:
@@ -69,7 +58,7 @@ class AdapterLayer(RoutedLayer):
         *dense, lora_A, lora_B = group["params"]
         named = {"lora_A": lora_A, "lora_B": lora_B} | ({"weight": dense[0]} if dense else {})
         missing = [name for name, parameter in named.items() if parameter.grad is None]
-        if 0 < len(missing) < len(named):
+        if missing and any(parameter.grad is not None for parameter in group["params"]):
             raise RuntimeError(
                 f"Layer {group['layer']}: {' and '.join(missing)} got no gradient while the rest "
                 "of the layer did. Every expert needs its gradient at every step: was something "

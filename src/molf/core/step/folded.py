@@ -14,9 +14,10 @@ from torch import Tensor
 
 from molf.core.arithmetic.adam import compute_dtype, gradient
 from molf.core.arithmetic.blocks import Blocks
-from molf.core.arithmetic.devices import CanRead, is_host_memory
+from molf.core.arithmetic.devices import CanRead
 from molf.core.arithmetic.weight_step import Product
 from molf.core.model.factors import draw_lora_a, live_ranks, owned_by, per_rank, split_factors
+from molf.core.step.dense import DenseTensor
 from molf.core.step.guard import Guarded
 from molf.core.step.layer import RoutedLayer, States, dense_tensors
 from molf.core.step.operations import FactorWrite, LayerWrites, Operand, TensorWrite
@@ -30,22 +31,11 @@ _GRADIENT_ROWS = 256  # of a gradient in low precision, for one product: fewer w
 
 
 class FoldedLayer(RoutedLayer):
-    """Routed layer with the group [weight] or [weight, bias].
+    """Routed layer with the group [weight] or [weight, bias]."""
 
-    Args:
-        group: Parameter group of the layer.
-        states: States of its parameters; missing ones are created.
-        can_read: Whether the host reads a tensor on a device without waiting.
-        places: Locations of its parameters in the whole tensors.
-    """
-
-    def __init__(
-        self,
-        group: dict[str, Any],
-        states: States,
-        can_read: CanRead = is_host_memory,
-        places: Sequence[Place] = (WHOLE, WHOLE),
-    ) -> None:
+    def _open(self, states: States, can_read: CanRead) -> list[DenseTensor]:
+        """Find weight, bias and factors; see which of the factors are not zero."""
+        group, places = self.group, self.places
         self.weight: Tensor = group["params"][0]
         self.state = _state_of(group, states, places[0])
         lora_B = self.state["lora_B"]
@@ -55,20 +45,7 @@ class FoldedLayer(RoutedLayer):
         # One `s` for all experts is the `alpha` of a product, which costs nothing.
         self._has_one_scaling = len(set(group["scalings"])) == 1
         self._alpha: float = group["scalings"][0] if self._has_one_scaling else 1.0
-        super().__init__(
-            group, states, dense_tensors(group, group["params"], states, places), places
-        )
-
-    @classmethod
-    def open(
-        cls,
-        group: dict[str, Any],
-        states: States,
-        can_read: CanRead,
-        places: Sequence[Place],
-    ) -> FoldedLayer:
-        """Return the layer of a group; create missing state."""
-        return cls(group, states, can_read, places)
+        return dense_tensors(group, group["params"], states, places)
 
     @classmethod
     def takes_part(cls, group: dict[str, Any]) -> bool:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from molf.core.arithmetic.adam import AdamWStep
 from molf.core.arithmetic.blocks import Blocks
-from molf.core.arithmetic.devices import CanRead
+from molf.core.arithmetic.devices import CanRead, is_host_memory
 from molf.core.config import lora_expert_names
 from molf.core.model.factors import owned_by
 from molf.core.model.groups import parameter_name
@@ -23,7 +23,7 @@ from molf.core.step.dense import DenseTensor
 from molf.core.step.guard import Guarded
 from molf.core.step.operations import LayerWrites
 from molf.core.storage.collectives import Cut, Processes
-from molf.core.storage.place import Place
+from molf.core.storage.place import WHOLE, Place
 
 States = dict[Tensor, dict[str, Any]]
 """State of the optimizer, by parameter."""
@@ -34,6 +34,12 @@ class RoutedLayer(ABC):
 
     A subclass (form) returns the experts' factors, gradients and moments and lists the writes of
     the winners. An executor computes.
+
+    Args:
+        group: Parameter group of the layer.
+        states: States of its parameters; missing ones are created.
+        can_read: Whether the host reads a tensor on a device without waiting.
+        places: Locations of its parameters in the whole tensors; none if all are whole.
 
     Attributes:
         group: Parameter group of the layer.
@@ -48,34 +54,20 @@ class RoutedLayer(ABC):
         self,
         group: dict[str, Any],
         states: States,
-        dense: list[DenseTensor],
-        places: Sequence[Place],
+        can_read: CanRead = is_host_memory,
+        places: Sequence[Place] = (),
     ) -> None:
         self.group = group
-        self.places = places
+        self.places = places or (WHOLE,) * len(group["params"])
         self.name: str = group["layer"]
-        self.dense = dense
+        self.dense = self._open(states, can_read)
         self.gradients = self.gradients_of(group, states)
         names = lora_expert_names(group["ranks"])
-        self.experts = ("full", *names) if dense else names
+        self.experts = ("full", *names) if self.dense else names
 
-    @classmethod
     @abstractmethod
-    def open(
-        cls,
-        group: dict[str, Any],
-        states: States,
-        can_read: CanRead,
-        places: Sequence[Place],
-    ) -> RoutedLayer:
-        """Return the layer of a group; create missing state.
-
-        Args:
-            group: Parameter group of the layer.
-            states: States of its parameters.
-            can_read: Whether the host reads a tensor on a device without waiting.
-            places: Locations of the parameters in the whole tensors.
-        """
+    def _open(self, states: States, can_read: CanRead) -> list[DenseTensor]:
+        """Find the layer's tensors, and create missing state; return `dense`."""
 
     @classmethod
     @abstractmethod

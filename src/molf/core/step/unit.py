@@ -158,7 +158,7 @@ class LayerUnit(Unit):
 
     def open(self, states: States, can_read: CanRead) -> RoutedLayer:
         """Return the layer in its form."""
-        return self.form.open(self.group, states, can_read, self.located)
+        return self.form(self.group, states, can_read, self.located)
 
 
 def form_of(group: dict[str, Any]) -> type[RoutedLayer]:

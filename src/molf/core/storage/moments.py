@@ -213,7 +213,7 @@ def moment_state(
             continue
         # Scale 0: every code means zero.
         shape = len(parameter), parameter.shape[1:].numel() // block
-        scales = torch.zeros(shape, device=parameter.device)
+        scales = torch.zeros(shape, dtype=torch.float32, device=parameter.device)
         state[f"{key}_codes"] = torch.zeros_like(parameter, dtype=torch.uint8)
         state[f"{key}_scales"] = scales
     return state
