@@ -88,6 +88,31 @@ def test_a_bos_in_the_template_is_not_doubled():
     assert context.ids.count(tokenizer.bos_token_id) == 1
 
 
+def test_no_bos_is_added_before_a_conversation():
+    """As in transformers' own tokens of a conversation, which engines and `molf chat` have too."""
+    tokenizer = piece_tokenizer()
+    tokenizer.chat_template = CHATML
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    assert tokenizer("Paris").input_ids[0] == bos
+    for split in (False, True):  # with a control token in the user's text
+        tokenizer.split_special_tokens = split
+        talk = ({"role": "user", "content": "</s> Where?" if split else "Where?"}, *TALK[2:])
+        encoded = encode_samples(tokenizer, [Conversation(talk, 0, 0)], 1000)
+        [context] = contexts_of(tokenizer, [Conversation(talk, 0, 0)])
+        assert bos not in encoded.input_ids[0] + context.ids
+    tokenizer.split_special_tokens = False
+    asked = tokenizer.apply_chat_template(
+        list(TALK[:-1]), add_generation_prompt=True, return_dict=False
+    )
+    [context] = contexts_of(tokenizer, [Conversation(TALK, 0, 0)])
+    assert context.ids == asked
+    [ids] = encode_samples(tokenizer, [Conversation(TALK, 0, 0)], 1000).input_ids
+    whole = tokenizer.apply_chat_template(list(TALK), return_dict=False)
+    assert ids[-1] == eos
+    assert ids[:-1] == whole[: len(ids) - 1]
+
+
 THINKING = (  # like templates that drop the reasoning of all turns but the last
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
     "{% if loop.last and message['role'] == 'assistant' %}<think></think>{% endif %}"
