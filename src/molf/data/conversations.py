@@ -55,8 +55,10 @@ class Conversation(Sample):
     def content(self) -> Hashable:
         """A hash of the messages, the turns with loss, and all other inputs of the template."""
         whole = [self.messages, self.tools, dict(self.template_options)]
+        # Parquet has values that JSON has not, such as times.
+        text = json.dumps(whole, sort_keys=True, default=repr)
         # Keys of many records are kept at once, and this is shorter than their texts.
-        return self.context, hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).digest()
+        return self.context, hashlib.sha256(text.encode()).digest()
 
     def longest_text(self, tokenizer: Any) -> str:
         """Return all messages as the template renders them.

@@ -19,7 +19,7 @@ from molf.data.files import (
     check_fields,
     data_suffix,
     records_in,
-    without_nulls,
+    rows_of,
 )
 from molf.data.sources import Source, sources_of
 from molf.data.stdin import SHOWN, STDIN, stdin_copy
@@ -72,7 +72,7 @@ class _RowRecords(Iterable[Record]):
 
     def __iter__(self) -> Iterator[Record]:
         for table in self._rows.iter(_ROWS):
-            yield from map(without_nulls, table.to_pylist())
+            yield from rows_of(table)
 
 
 @dataclass(frozen=True)
