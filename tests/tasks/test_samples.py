@@ -152,6 +152,20 @@ def test_another_generation_prompt_than_the_turn_begins_with_is_named():
     assert found == ["In France.<|im_end|>", "In Italy.<|im_end|>"]
 
 
+@pytest.mark.parametrize(
+    ("role", "named"), [("Assistant", False), ("function_call", False), ("observation", True)]
+)
+def test_roles_that_the_template_does_not_name_are_named(role, named):
+    """The template writes the role of any message, and only those of the assistant are learned."""
+    tokenizer = chat_tokenizer("{# system user assistant observation #}" + CHATML)
+    talk = (*TALK[:2], {"role": role, "content": "Rome?"}, *TALK[3:])
+    [(_, rendered)] = tokenize_samples(tokenizer, [Conversation(talk, 0, 0)])
+    fault = f"does not name the role '{role}', of which no message carries loss"
+    assert any(fault in one for one in rendered.faults) is not named
+    [(_, rendered)] = tokenize_samples(tokenizer, [Conversation(TALK, 0, 0)])
+    assert not rendered.faults
+
+
 def test_a_tokenizer_without_chat_template_is_refused():
     with pytest.raises(InputError, match=r"Record 3: .*chat template, and the tokenizer has none"):
         Conversation(TALK, 0, 3).render(byte_level_tokenizer())

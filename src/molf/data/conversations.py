@@ -24,6 +24,7 @@ _PROMPT = (
 )
 _LOST = "the chat template leaves out text or tool calls of a message"
 _UNREAD = "the chat template does not read {}"
+_UNNAMED = "the chat template does not name the role {!r}, of which no message carries loss"
 
 
 @dataclass(frozen=True)
@@ -85,6 +86,7 @@ class Conversation(Sample):
             raise InputError(f"Record {self.record}: {error}") from error
         text, literal = unmarked(tokenizer, turns.text)
         faults = [_UNREAD.format(name) for name in chat.unread]
+        faults += [_UNNAMED.format(role) for role in chat.unnamed_roles]
         if turns.rewritten:
             faults.append(_REWRITTEN)
         if turns.prompt_differs:
