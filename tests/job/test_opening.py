@@ -213,11 +213,25 @@ def test_evaluation_warns_of_control_tokens_and_of_another_splitting(base, tmp_p
         assert ("was trained with --split_special_tokens" in error) is is_other
 
 
-def test_evaluation_data_that_is_the_training_data_warns(custom, tmp_path, capsys):
-    data = str(tmp_path / "pairs.jsonl")
-    assert main([*custom, "--eval_data", data, "--dry_run"]) == 0
-    assert "eval_data" in (error := capsys.readouterr().err)
-    assert "has the records of data" in error
-    other = write_pairs(tmp_path / "other.jsonl", 5)
-    assert main([*custom, "--eval_data", other, "--dry_run"]) == 0
-    assert "has the records of data" not in capsys.readouterr().err
+def test_evaluated_records_that_are_trained_on_are_counted(custom, tmp_path, capsys):
+    record = {"prompt": "A new one:", "completion": " yes."}
+    some = write_pairs(tmp_path / "some.jsonl", 5)
+    with open(some, "a") as file:
+        file.write(json.dumps(record) + "\n")
+    (new := tmp_path / "new.jsonl").write_text(json.dumps(record))
+    (split := tmp_path / "splits").mkdir()
+    write_pairs(split / "train.jsonl", 3)
+    write_pairs(split / "test.jsonl", 2)
+    data = custom[custom.index("--data") + 1]
+    for source, given, counts in (
+        (data, ["--eval_data", data], "20 of 20"),
+        (data, ["--eval_data", some], "5 of 6"),
+        (data, ["--eval_data", some, "--max_samples", "1"], "1 of 6"),  # of those drawn
+        (data, ["--eval_data", str(new)], None),
+        (str(split), [], "2 of 2"),
+        (data, [], None),  # held out
+    ):
+        arguments = [source if argument == data else argument for argument in custom]
+        assert main([*arguments, *given, "--dry_run"]) == 0
+        warning = f"{counts} evaluated records are also trained on" if counts else "also trained on"
+        assert (warning in capsys.readouterr().err) is (counts is not None), given

@@ -1,6 +1,8 @@
 import json
 import math
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 from molf.data import encoding
@@ -220,6 +222,33 @@ def test_nulls_of_parquet_are_no_fields(tmp_path):
     samples = task._data.samples
     assert [sample.answer for sample in samples.values()] == ["In Paris.", "b"]
     assert all("tool_calls" not in message for message in samples[0].messages)
+
+
+def test_values_of_parquet_that_json_has_not_are_compared(tmp_path):
+    def times(seconds):
+        at = pyarrow.array([seconds, seconds], pyarrow.timestamp("s")).to_pylist()
+        return [{**turn, "at": time} for turn, time in zip(TURNS, at, strict=True)]
+
+    path = tmp_path / "a.parquet"
+    records = [{"messages": times(number // 2)} for number in range(40)]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(records), path)
+    task = load(str(path))
+    contents = [sample.content for sample in task._read.samples.values()]
+    assert contents[::2] == contents[1::2]  # equal records are on the same side
+    assert len(set(contents)) == 20
+    assert task.evaluation_count == 4
+
+
+def test_a_text_of_one_token_has_no_loss(tmp_path):
+    """Such as the end token between the documents of a corpus, for a tokenizer without BOS."""
+    tokenizer = byte_level_tokenizer()
+    records = [{"text": text} for text in (tokenizer.eos_token, *LINES[:3])]
+    task = load(write(tmp_path / "a.jsonl", records), evaluation_only=True)
+    given = tiny_qwen2(), tokenizer, EvaluationSettings()
+    found = task.evaluate(*given)
+    assert [entry["loss"] is None for entry in found.predictions] == [True, False, False, False]
+    other = load(write(tmp_path / "b.jsonl", records[1:]), evaluation_only=True).evaluate(*given)
+    assert found.metrics["loss"].value == other.metrics["loss"].value
 
 
 def test_results_of_tools_and_reasoning_need_no_content(tmp_path):

@@ -73,6 +73,17 @@ def test_requests_are_trained_on_as_prompt_space_target_eos(data):
     ]  # fmt: skip
 
 
+def test_one_space_is_between_prompt_and_target(data):
+    tidy = record("Capital of {}:", "Peru", "Rome", "Lima", ["Peru has"], ["Chile has"])
+    loose = record("Capital of {}: ", " Peru ", " Rome", "Lima\n", ["Peru has "], ["Chile has\n"])
+    found, expected = (
+        load(data([one], name)) for one, name in ((loose, "a.json"), (tidy, "b.json"))
+    )
+    assert list(found.training_samples) == list(expected.training_samples)
+    given = tiny_qwen2(), byte_level_tokenizer(), EvaluationSettings()
+    assert found.evaluate(*given).predictions == expected.evaluate(*given).predictions
+
+
 @pytest.mark.parametrize("batch_size", [1, 3, 64])
 def test_the_metrics_are_those_of_a_plain_loop(data, batch_size):
     """With words as tokens, the target's first token is that of " " + target."""

@@ -126,3 +126,24 @@ def test_nulls_that_arrow_fills_in_are_removed_everywhere(tmp_path):
     path = tmp_path / "a.parquet"
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist([{"c": calls}, {"c": others}]), path)
     assert read_file(path) == [{"c": calls}, {"c": others}]
+
+
+def test_maps_of_arrow_are_objects(tmp_path):
+    def write(*items):
+        kind = pyarrow.struct([("arguments", pyarrow.map_(pyarrow.string(), pyarrow.string()))])
+        column = pyarrow.array([{"arguments": items}], type=kind)
+        pyarrow.parquet.write_table(pyarrow.table({"call": column}), tmp_path / "a.parquet")
+
+    write(("city", "Rome"), ("day", None))
+    assert read_file(tmp_path / "a.parquet") == [{"call": {"arguments": {"city": "Rome"}}}]
+    write(("city", "Rome"), ("city", "Oslo"))
+    with pytest.raises(InputError, match=r"a.parquet is not a readable Parquet file: .*duplicate"):
+        read_file(tmp_path / "a.parquet")
+
+
+def test_columns_of_one_name_are_refused(tmp_path):
+    columns = [pyarrow.array([1]), pyarrow.array([2])]
+    table = pyarrow.table(columns, names=["a", "a"])
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(InputError, match="a column has the name of another"):
+        read_file(tmp_path / "a.parquet")

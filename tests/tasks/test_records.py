@@ -25,10 +25,31 @@ def test_a_folders_file_names_say_the_split(tmp_path):
     write(tmp_path / "dev" / "part.json", 6)
     (tmp_path / "README.md").write_text("not data")
     write(tmp_path / ".hidden.jsonl", 9)
+    write(tmp_path / "data" / ".ipynb_checkpoints" / "train-checkpoint.jsonl", 9)
     splits = read_splits(tmp_path)
     assert values(splits) == {"train": [1, 2, 3, 4], "test": [5], "validation": [6]}
     assert list(splits) == ["train", "test", "validation"]
     assert [record["a"] for record in read_records(tmp_path)] == [1, 2, 3, 4, 5, 6]
+
+
+def test_links_to_folders_are_read_once(tmp_path):
+    data = tmp_path / "data"
+    write(data / "train" / "a.jsonl", 1)
+    write(tmp_path / "elsewhere" / "b.jsonl", 2)
+    (data / "dev").symlink_to(tmp_path / "elsewhere")
+    (data / "a-link").symlink_to(data / "train")  # the folder's own name gives the split
+    (tmp_path / "elsewhere" / "up").symlink_to(data)
+    assert values(read_splits(data)) == {"train": [1], "validation": [2]}
+
+
+@pytest.mark.parametrize("name", ["train_eval.jsonl", "train-dev-split/a.jsonl"])
+def test_a_name_of_two_splits_is_refused(tmp_path, name):
+    write(tmp_path / name, 1)
+    with pytest.raises(InputError, match=r"names the splits (test|train) and (train|validation)\."):
+        read_splits(tmp_path)
+    write(tmp_path / "train-dev-split" / "test-eval.jsonl", 2)  # one split, by the file's name
+    (tmp_path / name).unlink()
+    assert values(read_splits(tmp_path)) == {"test": [2]}
 
 
 def test_a_folder_without_split_names_is_all_for_training(tmp_path):
@@ -104,6 +125,10 @@ def test_hub_splits_are_used_by_name(monkeypatch):
     assert values(read_splits("owner/name")) == {"train": [1], "test": [2]}
     monkeypatch.setattr(datasets, "load_dataset", lambda name: {"all": loaded["train"]})
     assert values(read_splits("owner/name")) == {"train": [1]}
+    loaded |= {"Val": Dataset.from_list([{"a": 3}]), "extra": loaded["train"]}
+    monkeypatch.setattr(datasets, "load_dataset", lambda name: loaded)
+    with pytest.warns(UserWarning, match=r"owner/name: splits that are not read: extra\."):
+        assert values(read_splits("owner/name")) == {"train": [1], "test": [2], "validation": [3]}
     loaded = {"v1": loaded["train"], "v2": loaded["train"]}
     monkeypatch.setattr(datasets, "load_dataset", lambda name: loaded)
     with pytest.raises(InputError, match="has the splits v1, v2"):

@@ -88,6 +88,31 @@ def test_a_bos_in_the_template_is_not_doubled():
     assert context.ids.count(tokenizer.bos_token_id) == 1
 
 
+def test_no_bos_is_added_before_a_conversation():
+    """As in transformers' own tokens of a conversation, which engines and `molf chat` have too."""
+    tokenizer = piece_tokenizer()
+    tokenizer.chat_template = CHATML
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    assert tokenizer("Paris").input_ids[0] == bos
+    for split in (False, True):  # with a control token in the user's text
+        tokenizer.split_special_tokens = split
+        talk = ({"role": "user", "content": "</s> Where?" if split else "Where?"}, *TALK[2:])
+        encoded = encode_samples(tokenizer, [Conversation(talk, 0, 0)], 1000)
+        [context] = contexts_of(tokenizer, [Conversation(talk, 0, 0)])
+        assert bos not in encoded.input_ids[0] + context.ids
+    tokenizer.split_special_tokens = False
+    asked = tokenizer.apply_chat_template(
+        list(TALK[:-1]), add_generation_prompt=True, return_dict=False
+    )
+    [context] = contexts_of(tokenizer, [Conversation(TALK, 0, 0)])
+    assert context.ids == asked
+    [ids] = encode_samples(tokenizer, [Conversation(TALK, 0, 0)], 1000).input_ids
+    whole = tokenizer.apply_chat_template(list(TALK), return_dict=False)
+    assert ids[-1] == eos
+    assert ids[:-1] == whole[: len(ids) - 1]
+
+
 THINKING = (  # like templates that drop the reasoning of all turns but the last
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
     "{% if loop.last and message['role'] == 'assistant' %}<think></think>{% endif %}"
@@ -125,6 +150,20 @@ def test_another_generation_prompt_than_the_turn_begins_with_is_named():
     with pytest.warns(UserWarning, match="does not begin with the chat template's generation"):
         found, _ = labelled(chat_tokenizer(template), Conversation(TALK, 0, 0))
     assert found == ["In France.<|im_end|>", "In Italy.<|im_end|>"]
+
+
+@pytest.mark.parametrize(
+    ("role", "named"), [("Assistant", False), ("function_call", False), ("observation", True)]
+)
+def test_roles_that_the_template_does_not_name_are_named(role, named):
+    """The template writes the role of any message, and only those of the assistant are learned."""
+    tokenizer = chat_tokenizer("{# system user assistant observation #}" + CHATML)
+    talk = (*TALK[:2], {"role": role, "content": "Rome?"}, *TALK[3:])
+    [(_, rendered)] = tokenize_samples(tokenizer, [Conversation(talk, 0, 0)])
+    fault = f"does not name the role '{role}', of which no message carries loss"
+    assert any(fault in one for one in rendered.faults) is not named
+    [(_, rendered)] = tokenize_samples(tokenizer, [Conversation(TALK, 0, 0)])
+    assert not rendered.faults
 
 
 def test_a_tokenizer_without_chat_template_is_refused():

@@ -25,6 +25,8 @@ _PROBE = ("vexq", "jumbz")  # words that no template contains
 
 _REASONING = ("reasoning_content", "thinking", "reasoning")  # transformers copies one to the others
 
+_ROLES = ("system", "user", "assistant", "tool")  # that templates may write without naming them
+
 _NOT_FOR_TEMPLATES = frozenset({"role", "content", "weight", "tool_call_id", "id"})
 """Message fields without text to train on: a template may ignore them."""
 
@@ -184,6 +186,12 @@ class Chat:
         }
         names |= set(self._options) | ({"tools"} if self._tools else set())
         return sorted(name for name in names if not self.template.reads(name))
+
+    @property
+    def unnamed_roles(self) -> list[str]:
+        """Roles of the messages that the template does not name."""
+        roles = {message["role"] for message in self._messages}.difference(_ROLES)
+        return sorted(role for role in roles if not self.template.reads(role))
 
     def _first_accepted(self) -> Rendering:
         accepted: list[tuple[Rendering, list[Message]]] = []

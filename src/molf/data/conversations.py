@@ -24,6 +24,7 @@ _PROMPT = (
 )
 _LOST = "the chat template leaves out text or tool calls of a message"
 _UNREAD = "the chat template does not read {}"
+_UNNAMED = "the chat template does not name the role {!r}, of which no message carries loss"
 
 
 @dataclass(frozen=True)
@@ -55,8 +56,10 @@ class Conversation(Sample):
     def content(self) -> Hashable:
         """A hash of the messages, the turns with loss, and all other inputs of the template."""
         whole = [self.messages, self.tools, dict(self.template_options)]
+        # Parquet has values that JSON has not, such as times.
+        text = json.dumps(whole, sort_keys=True, default=repr)
         # Keys of many records are kept at once, and this is shorter than their texts.
-        return self.context, hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).digest()
+        return self.context, hashlib.sha256(text.encode()).digest()
 
     def longest_text(self, tokenizer: Any) -> str:
         """Return all messages as the template renders them.
@@ -83,6 +86,7 @@ class Conversation(Sample):
             raise InputError(f"Record {self.record}: {error}") from error
         text, literal = unmarked(tokenizer, turns.text)
         faults = [_UNREAD.format(name) for name in chat.unread]
+        faults += [_UNNAMED.format(role) for role in chat.unnamed_roles]
         if turns.rewritten:
             faults.append(_REWRITTEN)
         if turns.prompt_differs:

@@ -102,12 +102,10 @@ def tokenize_samples(tokenizer: Any, samples: Sequence[Sample]) -> Iterator[Toke
     for start in range(0, len(samples), _AT_ONCE):
         rendered = [sample.render(tokenizer) for sample in samples[start : start + _AT_ONCE]]
         tokenized: dict[int, TokenizedText] = {}  # by position
-        # The tokenizer's setting (None) applies to texts that are wholly the user's; the control
-        # tokens that a template writes are kept.
-        for literal, split in ((None, None), ((), False)):
+        for literal in (None, ()):
             group = [i for i, item in enumerate(rendered) if item.literal == literal]
             texts = [rendered[i].text for i in group]
-            found = tokenize(tokenizer, texts, split_special_tokens=split)
+            found = tokenize(tokenizer, texts, from_template=literal is not None)
             tokenized.update(zip(group, found, strict=True))
         for position, item in enumerate(rendered):
             if item.literal:
@@ -124,7 +122,7 @@ def _tokenize_around(tokenizer: Any, text: str, literal: Sequence[Span]) -> Toke
         literal: Start and end of the plain parts, in order.
     """
     cuts = [0, *(cut for span in literal for cut in span), len(text)]
-    whole = tokenize(tokenizer, [text[: cuts[1]]], split_special_tokens=False)[0]
+    whole = tokenize(tokenizer, [text[: cuts[1]]], from_template=True)[0]
     for position, (start, end) in enumerate(itertools.pairwise(cuts[1:])):
         # SentencePiece adds a space at the start of a text, but none before a line break.
         piece = tokenizer(
@@ -263,7 +261,8 @@ def generation_contexts(
         if not ids:
             # The first token holds the whole prompt and the start of the answer. The closest
             # possible context is the prompt, tokenized alone.
-            ids, missing = tokenize(tokenizer, [prompt])[0].ids, ""
+            alone = tokenize(tokenizer, [prompt], from_template=item.literal is not None)
+            ids, missing = alone[0].ids, ""
         contexts.append(GenerationContext(prompt, ids, missing, text, len(answer)))
     return contexts
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import itertools
 import os
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping
+import warnings
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from molf.data.files import (
     check_fields,
     data_suffix,
     records_in,
-    without_nulls,
+    rows_of,
 )
 from molf.data.sources import Source, sources_of
 from molf.data.stdin import SHOWN, STDIN, stdin_copy
@@ -71,7 +72,7 @@ class _RowRecords(Iterable[Record]):
 
     def __iter__(self) -> Iterator[Record]:
         for table in self._rows.iter(_ROWS):
-            yield from map(without_nulls, table.to_pylist())
+            yield from rows_of(table)
 
 
 @dataclass(frozen=True)
@@ -205,9 +206,7 @@ def _read(given: Source, option: str) -> dict[str, list[Part]]:
     check_ordinary(path, f"{option}: {source}")
     if _looks_local(source):
         raise InputError(f"{option}: file not found: there is no file or folder {source}.")
-    read = _read_hub(source, option)
-    shown = {split: source if len(read) == 1 else f"{source} ({split})" for split in read}
-    return {split: [Part(shown[split], records, weight)] for split, records in read.items()}
+    return _read_hub(source, option, weight)
 
 
 def _looks_local(source: str) -> bool:
@@ -248,10 +247,8 @@ def _files_in(folder: Path) -> list[Path]:
     found: list[Path] = []
     seen = 0
     described: set[str] = set()  # folders of `datasets`
-    for place, folders, names in os.walk(folder, onerror=_refuse_folder):
-        # In place: os.walk then visits subfolders in this order.
-        folders.sort()
-        seen += len(names) + len(folders)
+    for place, names, count in _folders(folder):
+        seen += count
         if any(name in _BESIDE_ARROW for name in names):
             described.add(place)
         # Such as a home directory given by mistake.
@@ -275,16 +272,43 @@ def _files_in(folder: Path) -> list[Path]:
     return sorted(found)
 
 
+def _folders(folder: Path) -> Iterator[tuple[str, list[str], int]]:
+    """Yield a folder and its subfolders: path, names of files, number of entries.
+
+    Hidden subfolders are left out: they have copies of files, such as `.ipynb_checkpoints`. Links
+    to other folders come last, each folder once.
+    """
+    visited: set[str] = set()
+    tops = [str(folder)]
+    for top in tops:  # links are added to it
+        for place, folders, names in os.walk(top, onerror=_refuse_folder):
+            # In place: os.walk then visits these subfolders, in this order.
+            folders[:] = sorted(name for name in folders if not name.startswith("."))
+            if (real := os.path.realpath(place)) in visited:
+                folders.clear()
+                continue
+            visited.add(real)
+            tops += filter(os.path.islink, [os.path.join(place, name) for name in folders])
+            yield place, names, len(names) + len(folders)
+
+
 def _refuse_folder(error: OSError) -> None:
     raise InputError(f"{error.filename} cannot be read: {error.strerror}.") from error
 
 
 def _split_of(path: Path) -> str | None:
-    """Return the split named in a path; the file's name takes precedence over its folders'."""
+    """Return the split named in a path; the file's name takes precedence over its folders'.
+
+    Raises:
+        InputError: The name has words of several splits.
+    """
     for part in (path.stem, *reversed(path.parent.parts)):
-        for word in re.split(r"[^a-z]+", part.lower()):
-            if word in _SPLIT_WORDS:
-                return _SPLIT_WORDS[word]
+        words = re.split(r"[^a-z]+", part.lower())
+        found = sorted({_SPLIT_WORDS[word] for word in words if word in _SPLIT_WORDS})
+        if len(found) > 1:
+            raise InputError(f"{path}: {part} names the splits {' and '.join(found)}. Rename it.")
+        if found:
+            return found[0]
     return None
 
 
@@ -308,7 +332,7 @@ def _check_hub(name: str, option: str) -> None:
         ) from error
 
 
-def _read_hub(name: str, option: str) -> Mapping[str, Iterable[Record]]:
+def _read_hub(name: str, option: str, weight: float) -> dict[str, list[Part]]:
     import datasets
 
     path, _, configuration = name.partition(":")
@@ -328,11 +352,16 @@ def _read_hub(name: str, option: str) -> Mapping[str, Iterable[Record]]:
         ) from error
     # A single split is the data, whatever its name.
     if len(splits) == 1:
-        return {"train": next(iter(splits.values()))}
-    known = {split: records for split, records in splits.items() if split in _SPLIT_WORDS.values()}
+        return {"train": [Part(name, next(iter(splits.values())), weight)]}
+    known: dict[str, list[Part]] = {}
+    for own, records in splits.items():
+        if (split := _SPLIT_WORDS.get(own.lower())) is not None:
+            known.setdefault(split, []).append(Part(f"{name} ({own})", records, weight))
     if not known:
         raise InputError(
             f"{option}: {name} has the splits {', '.join(splits)}, none of which is train, test "
             "or validation. Save the split to use as a file."
         )
+    if unread := [own for own in splits if own.lower() not in _SPLIT_WORDS]:
+        warnings.warn(f"{name}: splits that are not read: {', '.join(unread)}.", stacklevel=5)
     return known

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import warnings
 
-from molf.data.records import data_files
+from molf.data.selection import content_key
 from molf.data.sources import absolute_sources, places
 from molf.data.stdin import SHOWN, STDIN
 from molf.job.record.finished_run import run_of
-from molf.job.record.provenance import contents, file_records, same_files
-from molf.job.settings.resolved import ResolvedSettings
+from molf.job.record.provenance import contents, file_records
 from molf.tasks import Task
 
 # Tasks that edit facts, and measure them on the requests of the training.
@@ -83,15 +82,19 @@ def warn_of_other_splitting(model: str, *, split_special_tokens: bool) -> None:
     )
 
 
-def warn_of_equal_data(settings: ResolvedSettings) -> None:
-    """Warn if training and evaluation data are the same, unless the task intends it."""
-    data, eval_data = settings.data, settings.eval_data
-    if settings.task in _EVALUATES_ON_TRAINING or data is None or eval_data is None:
+def warn_of_trained_records(task: Task) -> None:
+    """Warn if records that are measured are trained on, unless the task intends it."""
+    # Records of equal content are held out together.
+    if task.name in _EVALUATES_ON_TRAINING or task.data_records().held_out:
         return
-    # From a folder with splits, one split is trained on and another is evaluated.
-    if len(data_files(eval_data)) == 1 and same_files(data, eval_data):
+    samples = task.evaluated_samples(task.evaluation_count)
+    measured = [content_key(sample.content) for sample in samples]
+    wanted = set(measured)
+    trained = {key for one in task.training_samples if (key := content_key(one.content)) in wanted}
+    if count := sum(key in trained for key in measured):
         warnings.warn(
-            f"eval_data {eval_data} has the records of data, so the evaluation measures the "
-            "training records. Leave eval_data out to have a tenth of data held out.",
+            f"{count} of {len(measured)} evaluated records are also trained on, so their scores "
+            "are those of memorised records. Leave them out of data. Without eval_data, a tenth of "
+            "data is held out.",
             stacklevel=2,
         )

@@ -18,7 +18,7 @@ from molf.data.records import data_files
 from molf.data.sources import OPTIONS as SOURCES
 from molf.data.sources import places
 from molf.errors import InputError
-from molf.job.evaluated_data import warn_of_equal_data
+from molf.job.evaluated_data import warn_of_trained_records
 from molf.job.inputs import Inputs
 from molf.job.model.path import check_model, check_quantisation
 from molf.job.progress import Reporter, make_reporter
@@ -409,7 +409,7 @@ def open_data(
     task = inputs.task(settings.task_options)
     if eval_strategy_of(settings) != "no":
         task = with_validation(task, settings.task_options, inputs.task)
-    warn_of_equal_data(settings)
+    warn_of_trained_records(task)
     if settings.forgetting_data is None:
         return task, task.default_forgetting_text()
     return task, read_plain_text(settings.forgetting_data)

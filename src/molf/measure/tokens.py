@@ -80,22 +80,21 @@ def other_token(tokenizer: Any, other: Any) -> str | None:
 
 
 def tokenize(
-    tokenizer: Any, texts: Sequence[str], *, split_special_tokens: bool | None = None
+    tokenizer: Any, texts: Sequence[str], *, from_template: bool = False
 ) -> list[TokenizedText]:
     """Tokenize whole texts with a BOS where `tokenizer(text)` adds one, but never with two.
 
-    Where the text already begins with BOS (chat templates write it), the tokenizer's BOS is
-    dropped. Tokens that the tokenizer adds after a text are dropped too; the caller adds EOS.
+    Where the text already begins with BOS, the tokenizer's BOS is dropped. Tokens that the
+    tokenizer adds after a text are dropped too; the caller adds EOS.
 
     Args:
         tokenizer: A fast tokenizer with an EOS token.
         texts: The texts.
-        split_special_tokens: Whether control tokens in a text are read as plain text; None for
-            the tokenizer's own setting.
+        from_template: Whether a chat template wrote the texts. It writes all control tokens, BOS
+            included: none is added, and none is read as plain text.
     """
     check_tokenizer(tokenizer)
-    if split_special_tokens is None:
-        split_special_tokens = bool(getattr(tokenizer, "split_special_tokens", False))
+    split = not from_template and bool(getattr(tokenizer, "split_special_tokens", False))
     tokenized: list[TokenizedText] = []
     for start in range(0, len(texts), _TEXTS_AT_ONCE):
         encoding = tokenizer(
@@ -105,7 +104,8 @@ def tokenize(
             truncation=False,
             padding=False,
             verbose=False,
-            split_special_tokens=split_special_tokens,
+            add_special_tokens=not from_template,  # as engines do with a conversation
+            split_special_tokens=split,
         )
         for ids, offsets, added in zip(
             encoding["input_ids"],

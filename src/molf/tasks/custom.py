@@ -154,13 +154,15 @@ class CustomTask(Task):
         predictions = [left_out_prediction(index, NO_ANSWER) for index in kept]
         for i, text, answer, context in zip(answered, texts, expected, contexts, strict=True):
             predictions[i] = {**self._prediction(kept[i], text, answer), "prompt": context.prompt}
-        for entry, (total, count) in zip(predictions, losses, strict=True):
-            entry["loss"] = total / count
+        # A text of one token has nothing to predict.
+        means = [total / count if count else None for total, count in losses]
+        for entry, mean in zip(predictions, means, strict=True):
+            entry["loss"] = mean
         too_long = sorted(set(self._evaluated).difference(kept))
         predictions += [left_out_prediction(index, "too long") for index in too_long]
         predictions.sort(key=lambda entry: entry["index"])
         loss = bootstrap_mean(
-            [total / count for total, count in losses],
+            [mean or 0.0 for mean in means],
             weights=[count for _, count in losses],
             seed=settings.seed,
         )

@@ -86,18 +86,20 @@ def parse_request(record: Record, where: str) -> FactRequest:
             f"{where}: requested_rewrite.prompt must hold {{}} once, in the subject's place, "
             f"but is {prompt!r:.100}."
         )
-    subject = filled_text(rewrite["subject"], f"{where}: requested_rewrite.subject")
+    subject = filled_text(rewrite["subject"], f"{where}: requested_rewrite.subject").strip()
     return FactRequest(
-        prompt=prompt.replace("{}", subject),
+        prompt=prompt.replace("{}", subject).rstrip(),
         target_new=_target(rewrite["target_new"], f"{where}: requested_rewrite.target_new"),
         target_true=_target(rewrite["target_true"], f"{where}: requested_rewrite.target_true"),
-        paraphrases=tuple(text_list(record["paraphrase_prompts"], f"{where}: paraphrase_prompts")),
-        neighbourhood=tuple(
-            text_list(record["neighborhood_prompts"], f"{where}: neighborhood_prompts")
-        ),
+        paraphrases=_prompts(record["paraphrase_prompts"], f"{where}: paraphrase_prompts"),
+        neighbourhood=_prompts(record["neighborhood_prompts"], f"{where}: neighborhood_prompts"),
     )
 
 
+# A space is added between prompt and target: their own is stripped.
+def _prompts(value: Any, where: str) -> tuple[str, ...]:
+    return tuple(text.rstrip() for text in text_list(value, where))
+
+
 def _target(value: Any, where: str) -> str:
-    # A space is added between prompt and target: strip the target's own.
     return filled_text(object_value(value, where, ("str",))["str"], f"{where}.str").strip()

@@ -25,16 +25,6 @@ def file_records(sources: Mapping[str, str | None]) -> dict[str, list[dict[str, 
     return {option: records for option, records in found.items() if records}
 
 
-def same_files(source: str, other: str) -> bool:
-    """Return whether two sources are the same, or have files with the same contents."""
-    if source == other:
-        return True
-    records = file_records({"source": source, "other": other})
-    return bool(records) and contents(records.get("source", ())) == contents(
-        records.get("other", ())
-    )
-
-
 def contents(records: Iterable[Mapping[str, Any]]) -> frozenset[str]:
     """Return the SHA-256 of each file of the records."""
     return frozenset(str(record.get("sha256")) for record in records)
