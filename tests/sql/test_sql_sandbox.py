@@ -90,16 +90,37 @@ def test_trigger_does_not_count_as_touched(sandbox):
         ("DROP TABLE t", []),
         (
             "CREATE VIEW V AS SELECT b FROM t",
-            [("table", "t", "t", '["a", "b"]'), ("view", "v", "v", '["b"]')],
+            [
+                ("table", "t", "t", '["a", "b"]', '[[1,"x"],[2,null]]'),
+                ("view", "v", "v", '["b"]', '[["x"],[null]]'),
+            ],
         ),
-        ("ALTER TABLE t RENAME TO u", [("table", "u", "u", '["a", "b"]')]),
-        ("ALTER TABLE t RENAME COLUMN a TO C", [("table", "t", "t", '["c", "b"]')]),
-        ("ALTER TABLE t ADD COLUMN c INT DEFAULT 3", [("table", "t", "t", '["a", "b", "c"]')]),
-        ("ALTER TABLE t DROP COLUMN a", [("table", "t", "t", '["b"]')]),
-        ("CREATE INDEX i ON t (a)", [("table", "t", "t", '["a", "b"]'), ("index", "i", "t", None)]),
         (
-            "CREATE TABLE u AS SELECT a FROM t",
-            [("table", "t", "t", '["a", "b"]'), ("table", "u", "u", '["a"]')],
+            "ALTER TABLE t RENAME TO u",
+            [("table", "u", "u", '["a", "b"]', '[[1,"x"],[2,null]]')],
+        ),
+        (
+            "ALTER TABLE t RENAME COLUMN a TO C",
+            [("table", "t", "t", '["c", "b"]', '[[1,"x"],[2,null]]')],
+        ),
+        (
+            "ALTER TABLE t ADD COLUMN c INT DEFAULT 3",
+            [("table", "t", "t", '["a", "b", "c"]', '[[1,"x",3],[2,null,3]]')],
+        ),
+        ("ALTER TABLE t DROP COLUMN a", [("table", "t", "t", '["b"]', '[["x"],[null]]')]),
+        (
+            "CREATE INDEX i ON t (a)",
+            [
+                ("table", "t", "t", '["a", "b"]', '[[1,"x"],[2,null]]'),
+                ("index", "i", "t", None, None),
+            ],
+        ),
+        (
+            "CREATE TABLE u AS SELECT a / 3.0 FROM t ORDER BY a DESC",
+            [
+                ("table", "t", "t", '["a", "b"]', '[[1,"x"],[2,null]]'),
+                ("table", "u", "u", '["a / 3.0"]', "[[0.333333333],[0.666666667]]"),
+            ],
         ),
     ],
 )
@@ -111,7 +132,29 @@ def test_changes_of_the_schema_give_the_schema(sandbox, query, rows):
 
 def test_view_of_a_dropped_table_is_part_of_the_schema(sandbox):
     result = sandbox.run(SCHEMA + "CREATE VIEW v AS SELECT * FROM t;", "DROP TABLE t")
-    assert result.rows == [("view", "v", "v", "unusable")]
+    assert result.rows == [("view", "v", "v", "unusable", None)]
+
+
+@pytest.mark.parametrize(
+    ("gold", "predicted"),
+    [
+        ("CREATE VIEW v AS SELECT a FROM t WHERE a > 1", "CREATE VIEW v AS SELECT a FROM t"),
+        ("CREATE TABLE u AS SELECT a FROM t", "CREATE TABLE u AS SELECT a FROM t WHERE a = 1"),
+        ("ALTER TABLE t ADD COLUMN c DEFAULT 3", "ALTER TABLE t ADD COLUMN c DEFAULT 4"),
+    ],
+)
+def test_a_changed_schema_is_compared_with_its_rows(sandbox, gold, predicted):
+    expected, found = sandbox.run(SCHEMA, gold), sandbox.run(SCHEMA, predicted)
+    assert found.ok
+    assert not same_result(expected, found, ordered=False)
+    assert same_result(expected, sandbox.run(SCHEMA, gold.lower()), ordered=False)
+
+
+def test_a_view_without_end_exceeds_the_time(sandbox):
+    view = "CREATE VIEW v AS SELECT max(x) FROM r"
+    endless = ENDLESS.replace("SELECT max(x) FROM r", "")
+    result = sandbox.run("", f"{view.split(' AS ')[0]} AS {endless}SELECT max(x) FROM r")
+    assert result.reason == "query: time"
 
 
 TAGS = (

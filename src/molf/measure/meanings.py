@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-METRICS_VERSION = 1
+METRICS_VERSION = 2
 """Raised when a metric has another value for equal answers, or the embedded data change."""
 
 _MEANINGS = (

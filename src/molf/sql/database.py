@@ -156,7 +156,7 @@ def _run_query(
 
 
 def _schema_reply(connection: sqlite3.Connection, limits: Limits) -> str:
-    return _reply("schema", None, 4, _encoded(_schema_rows(connection), limits))
+    return _reply("schema", None, 5, _encoded(_schema_rows(connection, limits), limits))
 
 
 def _table_reply(connection: sqlite3.Connection, table: str, quoted: str, limits: Limits) -> str:
@@ -173,23 +173,35 @@ def _width(cursor: sqlite3.Cursor) -> int:
     return len(cursor.description or ())
 
 
-def _schema_rows(connection: sqlite3.Connection) -> Iterable[tuple[object, ...]]:
-    """Yield type, name, table and columns of every table, view, index and trigger, unordered."""
+def _schema_rows(connection: sqlite3.Connection, limits: Limits) -> Iterable[tuple[object, ...]]:
+    """Yield type, name, table, columns and rows of every table, view, index and trigger, unordered.
+
+    The rows are one JSON text, in an order that depends on them alone.
+    """
     for kind, name, table in connection.execute(
         "SELECT type, name, tbl_name FROM sqlite_master UNION ALL "
         "SELECT type, name, tbl_name FROM sqlite_temp_master"
     ).fetchall():
         if name.lower().startswith("sqlite_"):
             continue  # internal to SQLite
-        columns = None
+        columns = rows = None
         if kind in ("table", "view"):
             try:
-                description = connection.execute(f"SELECT * FROM {_quoted(name)} LIMIT 0")
-            except sqlite3.OperationalError:  # a view of a dropped table
+                cursor = connection.execute(f"SELECT * FROM {_quoted(name)}")
+                # As texts, numbers are compared without a tolerance.
+                found = (tuple(map(_rounded, row)) for row in cursor)
+                rows = f"[{','.join(sorted(_encoded(found, limits)))}]"
+            except sqlite3.OperationalError as error:  # a view of a dropped table
+                if error.sqlite_errorcode == sqlite3.SQLITE_INTERRUPT:
+                    raise
                 columns = "unusable"
             else:
-                columns = json.dumps([column[0].lower() for column in description.description])
-        yield kind, name.lower(), table.lower(), columns
+                columns = json.dumps([column[0].lower() for column in cursor.description])
+        yield kind, name.lower(), table.lower(), columns, rows
+
+
+def _rounded(value: object) -> object:
+    return float(f"{value:.8e}") if isinstance(value, float) else value
 
 
 def _encoded(rows: Iterable[tuple[object, ...]], limits: Limits) -> list[str]:

@@ -21,8 +21,8 @@ class QueryResult:
     Attributes:
         rows: For a query, its rows. For INSERT, UPDATE and DELETE, all rows of the changed table
             afterwards, unordered. For a query that creates, alters or drops tables, views, indexes
-            or triggers, one row for each that exists afterwards (type, name, table, columns). None
-            after a failure.
+            or triggers, one row for each that exists afterwards (type, name, table, columns, rows).
+            None after a failure.
         columns: Number of columns.
         effect: Which of these three kinds `rows` is: "rows", "table" or "schema".
         table: The changed table, for `effect="table"`.
