@@ -39,7 +39,12 @@ from molf.job.record.ownership import (
 )
 from molf.job.record.result import FinishedError, RunResult
 from molf.job.record.results import check_results
-from molf.job.record.resumed_run import check_same_options, is_finished, is_started
+from molf.job.record.resumed_run import (
+    check_same_contents,
+    check_same_options,
+    is_finished,
+    is_started,
+)
 from molf.job.settings.during import eval_strategy_of
 from molf.job.settings.resolved import ResolvedSettings, resolve
 from molf.job.settings.settings import TrainSettings
@@ -125,11 +130,13 @@ def _train(
     output_dir = _agreed(opening, processes)
     opening.settings = replace(opening.settings, output_dir=output_dir)
     settings, device = opening.settings, opening.arguments.device
+    files = input_files(settings, task)
+    if settings.resume:
+        on_main(lambda: check_same_contents(settings, files))
     for line in overview(opening, task, processes.count):
         reporter.say(line)
     for note in opening.notes:
         reporter.say(note)
-    files = input_files(settings, task)
     directory = open_directory(
         processes, output_dir, overwrite=settings.overwrite, resume=settings.resume
     )
