@@ -48,11 +48,7 @@ def export_place(
     # A pipe among the files would block the reading of the headers.
     check_entries(run.path / what, what)
     stored = _read_headers(run.path / what)
-    name = f"{what}-{dtype or stored.dtype}"
-    path = run.path / name if output_dir is None else settled(output_dir)
-    _check_replaceable(path, run, name)
-    check_output(path, overwrite=overwrite, ownership=AN_EXPORT, renames=True)
-    check_inputs_outside(path, {"the run's base": run.config.get("model")})
+    path = _place(run, f"{what}-{dtype or stored.dtype}", output_dir, overwrite=overwrite)
     weights = stored.bytes_in(dtype)
     check_room(
         path.parent,
@@ -83,7 +79,11 @@ def extraction_place(
     run.check(MODEL)
     _check_base(run)
     check_entries(run.path / MODEL, MODEL)
-    name = f"{ADAPTER}-r{rank}-{dtype}"
+    return _place(run, f"{ADAPTER}-r{rank}-{dtype}", output_dir, overwrite=overwrite)
+
+
+def _place(run: FinishedRun, name: str, output_dir: Path | None, *, overwrite: bool) -> Path:
+    """Return the directory, by default that of the name in the run, after its checks."""
     path = run.path / name if output_dir is None else settled(output_dir)
     _check_replaceable(path, run, name)
     check_output(path, overwrite=overwrite, ownership=AN_EXPORT, renames=True)
