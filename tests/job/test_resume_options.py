@@ -109,6 +109,14 @@ def test_environments_of_all_parts_are_kept(run, capsys):
     assert found["packages"]["torch"] == torch.__version__
 
 
+def test_data_and_plan_take_the_options_of_the_run(run, base, facts, capsys):
+    assert main(["data", "--output_dir", str(run), "--resume"]) == 0
+    assert capsys.readouterr().out.startswith(f"fact: {facts}\n")
+    assert main(["plan", "--output_dir", str(run), "--resume", "--device", "cpu", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["model"], found["planned"]["ranks"]) == (str(base), [4])
+
+
 def test_whole_command_may_be_repeated(options, run, capsys):
     assert main(command(options, run, "--resume")) == 0
     assert "from checkpoint-3" in capsys.readouterr().err

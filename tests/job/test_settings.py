@@ -92,6 +92,18 @@ def test_controls_choose_from_one_expert_by_design(score):
         resolved(method="molf", score=score)
 
 
+def test_options_of_checkpoints_need_checkpoints():
+    given = {"save_total_limit": 3, "async_save": True, "on_save_error": "stop"}
+    text = "Without effect without checkpoints: save_total_limit, async_save, on_save_error"
+    with pytest.warns(UserWarning, match=text):
+        resolved(method="fft", save_minutes=0.0, **given)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        resolved(method="fft", **given)
+        resolved(method="fft", save_minutes=0.0, save_steps=5, **given)
+        resolved(method="fft", save_minutes=0.0, keep_best=True, eval_steps=1, **given)
+
+
 def test_a_limit_of_skipped_steps_needs_steps_to_be_skipped():
     with pytest.warns(UserWarning, match="Without effect with nonfinite=raise: max_skipped_steps"):
         resolved(method="fft", max_skipped_steps=3)

@@ -98,11 +98,12 @@ class EvalOptions:
                 f"Invalid predictions with {len(self.task)} tasks: saved texts answer one. "
                 "Run molf eval once for each file of predictions."
             )
-        if self.base is not None and self.predictions is not None:
-            raise InputError(
-                f"Invalid base={self.base} with predictions: saved texts hold no probabilities. "
-                "Leave one of them out."
-            )
+        for name in ("base", "forgetting_data"):
+            if getattr(self, name) is not None and self.predictions is not None:
+                raise InputError(
+                    f"Invalid {name}={getattr(self, name)} with predictions: saved texts hold no "
+                    "probabilities. Leave one of them out."
+                )
         if self.predictions is not None and self.harness_tasks:
             raise InputError(
                 f"Invalid predictions with {self.task[0]}: lm-evaluation-harness measures models, "

@@ -50,6 +50,12 @@ def export_model(
     main = default_dtype(loaded)
     wanted = main if dtype is None else getattr(torch, dtype)
     halves = None
+    if rounding is not None and torch.promote_types(wanted, main) == wanted:
+        warnings.warn(
+            f"Without effect: save_rounding={rounding}. The model is stored in {main}, and "
+            f"{wanted} holds its numbers exactly.",
+            stacklevel=2,
+        )
     # A narrower type needs no more bits than the saved model has.
     if torch.promote_types(wanted, main) != main:
         if (run.path / LOW_HALVES).is_file():
