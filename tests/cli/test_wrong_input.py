@@ -273,7 +273,10 @@ def test_output_dir_cannot_be_written(train):
 @pytest.mark.parametrize(
     ("name", "value", "words"),
     [
-        ("optim_target", "x", ["optim_target", "SFTConfig", "optim_target_modules"]),
+        ("loss_typ", "x", ["loss_typ", "SFTConfig", "loss_type"]),
+        ("enable_jit_checkpoint", "true", ["enable_jit_checkpoint", "SIGTERM itself"]),
+        ("optim_target_modules", "q_proj", ["optim_target_modules", "no effect"]),
+        ("logging_nan_inf_filter", "true", ["logging_nan_inf_filter", "decides it itself"]),
         ("learning_rate", "1", ["--learning_rate"]),
         ("output_dir", "x", ["--output_dir"]),
         ("packing", "true", ["give --packing"]),
