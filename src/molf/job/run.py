@@ -51,7 +51,6 @@ from molf.job.settings.settings import TrainSettings
 from molf.job.settings.sharding import check_launcher, shards
 from molf.job.settings.training_arguments import check_trackers, check_training_args
 from molf.masking import learn
-from molf.measure import read_plain_text
 from molf.paths import check_inputs_outside, is_within
 from molf.ranks import Ranks, check_alone, launched_count, ranks
 from molf.streams import ignoring_print_errors
@@ -417,6 +416,4 @@ def open_data(
     if eval_strategy_of(settings) != "no":
         task = with_validation(task, settings.task_options, inputs.task)
     warn_of_equal_data(settings)
-    if settings.forgetting_data is None:
-        return task, task.default_forgetting_text()
-    return task, read_plain_text(settings.forgetting_data)
+    return task, task.forgetting_text(settings.forgetting_data)
