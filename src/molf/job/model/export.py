@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from molf.core.model.merge import merge
 from molf.core.model.quantised import quantisation_of
 from molf.disk.files import write_json
+from molf.job.model.export_place import check_unchanged_base
 from molf.job.model.loading import LoadedModel, load_model
 from molf.job.model.low_halves import Rounding, read_low_halves
 from molf.job.model.quantised import load_quantised
@@ -128,6 +129,7 @@ def _unrounded(run: FinishedRun, loaded: LoadedModel, wanted: torch.dtype) -> Lo
             stacklevel=3,
         )
         return loaded
+    check_unchanged_base(run)
     base = load_model(str(run.config["model"]))
     into = _quantise_as_trained(run, base)
     model = PeftModel.from_pretrained(base.model, run.path / ADAPTER)

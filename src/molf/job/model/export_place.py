@@ -105,6 +105,20 @@ def _check_base(run: FinishedRun) -> None:
         check_model(run.base)
     except InputError as error:
         raise InputError(f"The base of {run.path} cannot be read: {error}") from error
+    check_unchanged_base(run)
+
+
+def check_unchanged_base(run: FinishedRun) -> None:
+    """Check that the base of a run is still that which its model was trained from.
+
+    Raises:
+        InputError: Its directory has other contents.
+    """
+    if run.base_has_changed:
+        raise InputError(
+            f"The base {run.base} has changed since {run.path} was trained from it. Restore its "
+            "files."
+        )
 
 
 def _check_replaceable(path: Path, run: FinishedRun, name: str) -> None:

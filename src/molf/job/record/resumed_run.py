@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from molf.errors import InputError
-from molf.job.record.contents import hash_of_model
 from molf.job.record.finished_run import read_run
 from molf.job.record.ownership import CHECKPOINTS, CONFIG, EVALUATION
 from molf.job.record.provenance import contents
@@ -173,13 +172,10 @@ def check_same_contents(settings: ResolvedSettings, files: Mapping[str, Any]) ->
     """
     if not is_started(settings.output_dir):
         return
-    run = read_run(settings.output_dir).config["run"]
-    before = (run.get("data") or {}).get("files") or {}
+    run = read_run(settings.output_dir)
+    before = (run.config["run"].get("data") or {}).get("files") or {}
     changed = [name for name in before if contents(before[name]) != contents(files.get(name, ()))]
-    base = (run.get("model") or {}).get("contents")
-    if base is not None and base != hash_of_model(settings.model):
-        changed.append("model")
-    if changed:
+    if changed := changed + ["model"] * run.base_has_changed:
         raise InputError(
             f"The run {settings.output_dir} cannot be resumed: the content of "
             f"{' and '.join(changed)} has changed since it was started. Restore it, or give "
