@@ -26,7 +26,7 @@ _MAX_BYTES = 64 * 2**10  # shipped recipes have 2 KiB; YAML of this size takes 2
 
 # Of this call alone: the run's own values would not be meant.
 _OWN = ("output_dir", "overwrite", "resume", "dry_run")
-_NO = ("false", "no", "n", "0")
+_NO = ("false", "no", "f", "n", "0")
 _RESUMING = (("train",), ("plan",), ("data",))  # others that have the option refuse it
 
 
@@ -101,6 +101,8 @@ def given_by(path: Path, options: Mapping[str, Any]) -> Callable[..., None]:
         update_argument_collection(
             with_joined_sources(options), str(path), arguments, root_keys=(), allow_unknown=False
         )
+        for argument in arguments:  # null stands for the default
+            argument.tokens[:] = [x for x in argument.tokens if x.implicit_value is not None]
 
     return give
 
