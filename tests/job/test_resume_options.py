@@ -69,6 +69,21 @@ def test_failure_shows_how_to_continue(options, workplace, tmp_path, monkeypatch
     assert "Continue with" not in capsys.readouterr().err  # there is no checkpoint
 
 
+def test_a_training_that_a_library_ends_is_not_complete(options, tmp_path, monkeypatch, capsys):
+    from molf.job.trainer.step_guard import StepGuard
+
+    def ending(self, args, state, control, **given):
+        control.should_training_stop = state.global_step == 2
+
+    monkeypatch.setattr(StepGuard, "on_step_end", ending)
+    path = tmp_path / "run"
+    assert main(command(options, path)) == 1
+    assert f"Training was ended after step 2 of {STEPS} by a callback" in capsys.readouterr().err
+    monkeypatch.undo()
+    assert resume(path) == 0
+    assert steps_in(path) == [1, 2, 3, 4]
+
+
 def test_run_continues_with_its_own_options(run, capsys):
     assert resume(run) == 0
     printed = capsys.readouterr()

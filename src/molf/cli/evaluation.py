@@ -36,7 +36,11 @@ def evaluate_checkpoint(model: str, options: EvalOptions) -> dict[str, Evaluatio
         InputError: The options, the data or the model are wrong.
     """
     check_model(model)
-    base, no_base = _find_base(model, options)
+    base, no_base = None, ""
+    try:
+        base = find_base(model, options.base)
+    except NoBaseError as error:
+        no_base = str(error)
     _check_output(options)
     settings = EvaluationSettings.of(options)
     tasks = {task.name: load_task(task) for task in options.task_options}
@@ -92,14 +96,6 @@ def evaluate_checkpoint(model: str, options: EvalOptions) -> dict[str, Evaluatio
                 found = harness.evaluate(loaded.model, loaded.tokenizer, name.removeprefix(PREFIX))
                 evaluations.update(found)
     return evaluations
-
-
-def _find_base(model: str, options: EvalOptions) -> tuple[str | None, str]:
-    """Return the base to compare with, or None and the reason why there is none."""
-    try:
-        return find_base(model, options.base), ""
-    except NoBaseError as error:
-        return None, str(error)
 
 
 def score_saved_texts(options: EvalOptions) -> dict[str, Evaluation]:
