@@ -6,11 +6,15 @@ import signal
 import socket
 import subprocess
 import sys
+from dataclasses import fields
+from pathlib import Path
 
 import pytest
 
 from molf.cli import main
+from molf.cli.recipes.validation import parse_options
 from molf.inputs import read_input
+from molf.job.settings.settings import TrainSettings
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs pipes in the file system")
 
@@ -156,6 +160,15 @@ def test_empty_paths(refused, base, arguments, empty):
 def test_empty_path_in_a_recipe(refused, tmp_path):
     (tmp_path / "r.yaml").write_text("output_dir: ''\n")
     assert '"" from r.yaml is empty' in refused("train", "--config", "r.yaml")
+
+
+def test_null_in_a_recipe_is_the_default():
+    """Of every option, as its schema says; `exclude_modules: null` excluded nothing."""
+    options = dict.fromkeys(option.name for option in fields(TrainSettings))
+    found = parse_options(Path("r.yaml"), "train", options)
+    assert found.get("settings", TrainSettings()) == TrainSettings()
+    found = parse_options(Path("r.yaml"), "train", {**options, "seed": 3})
+    assert found["settings"] == TrainSettings(seed=3)
 
 
 def test_null_in_a_recipe_is_not_empty(tmp_path, capsys):

@@ -41,6 +41,13 @@ def test_booleans_with_a_value(flag):
     assert read("--bf16", "false", "--seed", "1").bf16 is False
 
 
+def test_the_value_of_a_boolean_is_no_prompt():
+    from molf.cli.app import join_booleans
+
+    joined = join_booleans(["generate", "model", "--chat", "false", "--jsonl", "true", "false"])
+    assert joined == ["generate", "model", "--chat=false", "--jsonl=true", "false"]
+
+
 def test_lists():
     settings = read("--ranks", "32,128", "--alpha", "16", "--report_to", "wandb,tensorboard")
     assert settings.ranks == (32, 128)

@@ -256,8 +256,15 @@ def test_a_recorded_base_with_other_tokens_is_one_line(molf_run, evaluate, base,
     swap_tokens(other)
     config = yaml.safe_load((copied / "config.yaml").read_text())
     config["model"] = str(other)
+    contents = config["run"]["model"].pop("contents")
     (copied / "config.yaml").write_text(yaml.safe_dump(config))
     code, metrics, captured = evaluate(copied / "model")
     assert code == 0
     assert not set(KL) & set(metrics)
     assert captured.out.count("kl not measured: the base of the run cannot be read") == 1
+    config["run"]["model"]["contents"] = contents
+    (copied / "config.yaml").write_text(yaml.safe_dump(config))
+    code, metrics, captured = evaluate(copied / "model")
+    assert code == 0
+    assert not set(KL) & set(metrics)
+    assert f"kl not measured: the base {other} has changed since {copied}" in captured.out

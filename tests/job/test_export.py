@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -175,6 +176,17 @@ def test_adapter_is_merged_again_where_the_saved_model_was_rounded(half, export,
     torch.testing.assert_close(logits_of(model), run.adapter_logits, rtol=1e-5, atol=1e-6)
     rounded = AutoModelForCausalLM.from_pretrained(run.path / "model", dtype=torch.float32)
     assert (logits_of(rounded) - run.adapter_logits).abs().max() > 1e-4
+
+
+def test_adapter_is_not_merged_into_a_base_that_has_changed(half, tmp_path, capsys):
+    run = shutil.copytree(half["molf-e"].path, tmp_path / "run")
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    config["run"]["model"]["contents"] = "sha256:0"
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    given = ["export", str(run), "--output_dir", str(tmp_path / "out"), "--dtype"]
+    assert main([*given, "float32"]) == 2
+    assert f"has changed since {run} was trained from it" in capsys.readouterr().err
+    assert main([*given, "bfloat16"]) == 0  # of the saved model alone
 
 
 def test_wider_type_without_wider_numbers_warns(half, export, capsys):

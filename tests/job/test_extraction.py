@@ -48,6 +48,7 @@ def fake_run(run_of, tmp_path):
         (run / "model").parent.mkdir()
         shutil.copytree(base, run / "model")
         config = yaml.safe_load((run_of("fft").path / "config.yaml").read_text())
+        del config["run"]["model"]["contents"]  # of the other base
         (run / "config.yaml").write_text(yaml.safe_dump({**config, "model": str(base)}))
         tensors = load_file(run / "model" / "model.safetensors")
         torch.manual_seed(1)
@@ -317,3 +318,6 @@ def test_wrong_runs(run_of, fake_run, base, tmp_path, capsys):
     model = {**config["run"]["model"], "quantised": "bitsandbytes, 4 bits"}
     configure(run={**config["run"], "model": model})
     refused(run, "was trained beside a quantised base")
+    model = {**config["run"]["model"], "contents": "sha256:0"}
+    configure(run={**config["run"], "model": model})
+    refused(run, f"The base {base} has changed since {run} was trained from it.")

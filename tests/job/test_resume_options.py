@@ -69,6 +69,21 @@ def test_failure_shows_how_to_continue(options, workplace, tmp_path, monkeypatch
     assert "Continue with" not in capsys.readouterr().err  # there is no checkpoint
 
 
+def test_a_training_that_a_library_ends_is_not_complete(options, tmp_path, monkeypatch, capsys):
+    from molf.job.trainer.step_guard import StepGuard
+
+    def ending(self, args, state, control, **given):
+        control.should_training_stop = state.global_step == 2
+
+    monkeypatch.setattr(StepGuard, "on_step_end", ending)
+    path = tmp_path / "run"
+    assert main(command(options, path)) == 1
+    assert f"Training was ended after step 2 of {STEPS} by a callback" in capsys.readouterr().err
+    monkeypatch.undo()
+    assert resume(path) == 0
+    assert steps_in(path) == [1, 2, 3, 4]
+
+
 def test_run_continues_with_its_own_options(run, capsys):
     assert resume(run) == 0
     printed = capsys.readouterr()
@@ -107,6 +122,14 @@ def test_environments_of_all_parts_are_kept(run, capsys):
     found = json.loads((run / "environment.json").read_text())
     assert found["earlier_parts"] == [environment]
     assert found["packages"]["torch"] == torch.__version__
+
+
+def test_data_and_plan_take_the_options_of_the_run(run, base, facts, capsys):
+    assert main(["data", "--output_dir", str(run), "--resume"]) == 0
+    assert capsys.readouterr().out.startswith(f"fact: {facts}\n")
+    assert main(["plan", "--output_dir", str(run), "--resume", "--device", "cpu", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["model"], found["planned"]["ranks"]) == (str(base), [4])
 
 
 def test_whole_command_may_be_repeated(options, run, capsys):
@@ -162,11 +185,13 @@ def test_other_data_is_refused(run, facts, tmp_path, capsys):
     assert f"data={other} (the run has {facts})" in capsys.readouterr().err
 
 
-def test_changed_content_of_the_data_is_refused(options, facts, tmp_path, unfinished, capsys):
+def test_changed_examples_are_refused(options, facts, tmp_path, unfinished, capsys):
+    """Without a record of the files, as with a data set of the Hub, their tokens show it."""
     own = tmp_path / "facts.jsonl"
     shutil.copy(facts, own)
     run = shutil.copytree(unfinished, tmp_path / "run")
     config = yaml.safe_load((run / "config.yaml").read_text())
+    del config["run"]["data"]["files"]
     (run / "config.yaml").write_text(yaml.safe_dump({**config, "data": str(own)}))
     own.write_text("".join(own.read_text().splitlines(keepends=True)[::-1]))
     assert resume(run) == 2
@@ -174,7 +199,8 @@ def test_changed_content_of_the_data_is_refused(options, facts, tmp_path, unfini
     assert is_finished(run) is False
 
 
-def test_changed_base_is_refused(options, base, tmp_path, capsys, monkeypatch):
+def test_changed_frozen_weight_is_refused(options, base, tmp_path, capsys, monkeypatch):
+    """Without a record of the base's contents, as with one of the Hub, checksums show it."""
     from transformers import AutoModelForCausalLM
 
     own = shutil.copytree(base, tmp_path / "base")
@@ -188,6 +214,9 @@ def test_changed_base_is_refused(options, base, tmp_path, capsys, monkeypatch):
     assert main(given) == 130
     assert "Continue with: molf train --output_dir" in capsys.readouterr().err
     monkeypatch.undo()
+    config = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    del config["run"]["model"]["contents"]
+    (tmp_path / "run" / "config.yaml").write_text(yaml.safe_dump(config))
     model = AutoModelForCausalLM.from_pretrained(own)
     model.model.layers[1].mlp.up_proj.weight.data[0, 0] += 1
     model.save_pretrained(own)
@@ -196,6 +225,35 @@ def test_changed_base_is_refused(options, base, tmp_path, capsys, monkeypatch):
     assert "1 of " in error
     assert "layers.1.mlp.up_proj" in error
     assert "The base model has changed." in error
+
+
+@pytest.mark.parametrize("changed", ["data", "forgetting_data", "model"])
+def test_changed_content_is_refused(changed, options, facts, base, tmp_path, monkeypatch, capsys):
+    """The base was measured before, and the checkpoint of `molf` has no weight of the base."""
+    run, place = tmp_path / "run", tmp_path / f"{changed}.jsonl"
+    file = shutil.copytree(base, place) / "model.safetensors" if changed == "model" else place
+    content = (base / "model.safetensors" if changed == "model" else facts).read_bytes()
+    file.write_bytes(content)
+    given = command(options, run)
+    if changed == "forgetting_data":
+        given += ["--forgetting_data", str(place)]
+    else:
+        given[given.index(f"--{changed}") + 1] = str(place)
+
+    def failing(*saved, **named):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("molf.job.trained_model.save_model", failing)
+        assert main(given) == 130
+    before = (run / "config.yaml").read_bytes()
+    file.write_bytes(content[:-1] + (b"\x01" if changed == "model" else b""))
+    capsys.readouterr()
+    assert resume(run) == 2
+    assert f"the content of {changed} has changed since it was started" in capsys.readouterr().err
+    assert (run / "config.yaml").read_bytes() == before
+    file.write_bytes(content)
+    assert resume(run) == 0
 
 
 def damage(checkpoint):

@@ -274,8 +274,8 @@ def test_a_check_that_was_killed_leaves_no_trace(tmp_path):
     """It tries whether a directory can be made."""
     path = tmp_path / "run"
     write_run(path)
-    killed(path / "output_dir", "while writing", "making_directory")
-    killed(tmp_path / "output_dir", "while writing", "making_directory")
+    killed(path / "written", "while writing", "making_directory")
+    killed(tmp_path / "written", "while writing", "making_directory")
     check_output(path, overwrite=True)
     check_output(tmp_path / "other", overwrite=False)
     assert names(tmp_path) == ["run"]

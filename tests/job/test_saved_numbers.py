@@ -288,6 +288,17 @@ def test_an_export_to_bfloat16_rounds_as_the_run_would(train, half_base, tmp_pat
         assert all(same) == (rounding == "stochastic")
 
 
+def test_a_rounding_without_effect_is_reported(train, base, tmp_path, capsys):
+    run = train(base, "--save_rounding", "stochastic")
+    warning = "molf: warning: Without effect: save_rounding="
+    assert f"{warning}stochastic. The model is saved in float32." in capsys.readouterr().err
+    arguments = ["export", str(run), "--output_dir", str(tmp_path / "out")]
+    assert main([*arguments, "--dtype", "bfloat16", "--save_rounding", "nearest"]) == 0
+    assert warning not in capsys.readouterr().err
+    assert main([*arguments, "--overwrite", "--save_rounding", "nearest"]) == 0
+    assert f"{warning}nearest. The model is stored in torch.float32" in capsys.readouterr().err
+
+
 def test_a_file_in_shards_is_read_through_its_index(half_base, tmp_path):
     from molf.job.model.stored import StoredCheckpoint
 

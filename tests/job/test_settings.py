@@ -13,6 +13,7 @@ from molf.errors import InputError
 from molf.job.settings.defaults import ADAPTERS, METHOD, METHODS, ROUTED
 from molf.job.settings.resolved import resolve
 from molf.job.settings.settings import TrainSettings
+from molf.job.settings.sharding import check_launcher
 
 NOW = datetime(2026, 1, 2, 3, 4, 5)
 
@@ -90,6 +91,18 @@ def test_controls_choose_from_one_expert_by_design(score):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         resolved(method="molf", score=score)
+
+
+def test_options_of_checkpoints_need_checkpoints():
+    given = {"save_total_limit": 3, "async_save": True, "on_save_error": "stop"}
+    text = "Without effect without checkpoints: save_total_limit, async_save, on_save_error"
+    with pytest.warns(UserWarning, match=text):
+        resolved(method="fft", save_minutes=0.0, **given)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        resolved(method="fft", **given)
+        resolved(method="fft", save_minutes=0.0, save_steps=5, **given)
+        resolved(method="fft", save_minutes=0.0, keep_best=True, eval_steps=1, **given)
 
 
 def test_a_limit_of_skipped_steps_needs_steps_to_be_skipped():
@@ -292,6 +305,31 @@ def test_autocast_is_possible_on_a_cpu():
     from molf.job.trainer import sft_config
 
     assert sft_config.sft_config(resolved(bf16=True)).bf16 is True
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_autocast_of_a_launcher_is_refused(precision, monkeypatch):
+    from molf.job.trainer.sft_config import sft_config
+
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", precision)
+    with pytest.raises(InputError, match=f"ACCELERATE_MIXED_PRECISION={precision} .* without bf16"):
+        sft_config(resolved(bf16=False))
+    assert sft_config(resolved(bf16=True)).mixed_precision == "bf16"
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "instead"),
+    [
+        ("USE_PARALLELISM_CONFIG", "true", "give --fsdp"),
+        ("DYNAMO_BACKEND", "INDUCTOR", "give --training_args.torch_compile_backend"),
+    ],
+)
+def test_options_of_a_launcher_are_refused(name, value, instead, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "NO")  # as `accelerate launch` sets it
+    check_launcher()
+    monkeypatch.setenv(f"ACCELERATE_{name}", value)
+    with pytest.raises(InputError, match=f"ACCELERATE_{name}={value} .* {instead}"):
+        check_launcher()
 
 
 @pytest.mark.parametrize(

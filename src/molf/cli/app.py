@@ -165,7 +165,7 @@ def _boolean_options() -> set[str]:
     from molf.cli.eval_options import EvalOptions
     from molf.job.settings.settings import TrainSettings
 
-    return {"report", "spectra"} | {  # of the commands themselves
+    return {"report", "spectra", "plan", "chat", "json", "jsonl"} | {  # of the commands themselves
         option.name
         for options in (TrainSettings, EvalOptions)
         for option in fields(options)

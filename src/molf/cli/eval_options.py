@@ -10,10 +10,13 @@ from cyclopts import Parameter
 
 from molf.errors import InputError
 from molf.job.settings.converters import words
+from molf.job.settings.ranges import BELOW_2_32, NOT_NEGATIVE, POSITIVE, Range, check_ranges
 from molf.job.settings.settings import DATA, EVALUATION, OUTPUT
 from molf.measure.harness import PREFIX
 from molf.paths import expanded
 from molf.tasks import EVAL_PARTS, FORMATS, TASKS, VALIDATION_SHARE, TaskOptions, check_task
+
+_TWO = Range(lambda value: value >= 2, "at least 2")
 
 
 @Parameter(name="*")
@@ -38,9 +41,9 @@ class EvalOptions:
         str | None, Parameter(choices=FORMATS, group=DATA, show_default="by the first record")
     ] = None
     """Format of the records of custom."""
-    max_samples: Annotated[int | None, Parameter(group=DATA)] = None
+    max_samples: Annotated[int | None, Parameter(group=DATA), POSITIVE] = None
     """Evaluate on at most this many records, drawn by the seed."""
-    few_shot: Annotated[int | None, Parameter(group=DATA, show_default="0")] = None
+    few_shot: Annotated[int | None, Parameter(group=DATA, show_default="0"), NOT_NEGATIVE] = None
     """Answered training questions before each question, drawn by seed (sql, med, math, demos)."""
     eval_part: Annotated[str, Parameter(choices=EVAL_PARTS, group=DATA)] = "test"
     """Measure the task's records, or the part of its training data that a run validated on."""
@@ -48,7 +51,7 @@ class EvalOptions:
         float | None, Parameter(group=DATA, show_default=f"{VALIDATION_SHARE:g}")
     ] = None
     """Share of the training data in the validation part (fact: set aside from both parts)."""
-    max_length: Annotated[int, Parameter(group=DATA)] = 1024
+    max_length: Annotated[int, Parameter(group=DATA), _TWO] = 1024
     """Longest text in tokens; longer ones are left out and counted."""
     split_special_tokens: Annotated[bool, Parameter(group=DATA)] = False
     """Treat control tokens in the records' texts (such as </s>) as plain text."""
@@ -58,9 +61,9 @@ class EvalOptions:
     """The model that the measured one was tuned from, for kl_neutral and kl_task."""
     predictions: Annotated[Path | None, Parameter(group=EVALUATION)] = None
     """Score these saved texts instead of a model: JSONL of {"index": i, "prediction": text}."""
-    per_device_eval_batch_size: Annotated[int, Parameter(group=EVALUATION)] = 32
+    per_device_eval_batch_size: Annotated[int, Parameter(group=EVALUATION), POSITIVE] = 32
     """Examples per forward pass."""
-    seed: Annotated[int, Parameter(group=EVALUATION)] = 42
+    seed: Annotated[int, Parameter(group=EVALUATION), NOT_NEGATIVE, BELOW_2_32] = 42
     """Seed of the draw of records and of the intervals."""
     output_dir: Annotated[Path | None, Parameter(group=OUTPUT)] = None
     """Write eval.json and the predictions here."""
@@ -74,13 +77,7 @@ class EvalOptions:
             if value is not None and str(value).startswith("~"):
                 # The dataclass is frozen; `~` is expanded once, here.
                 object.__setattr__(self, name, type(value)(expanded(value)))
-        sizes = {"max_samples": 1, "max_length": 2, "per_device_eval_batch_size": 1}
-        for name, minimum in {**sizes, "few_shot": 0, "seed": 0}.items():
-            value = getattr(self, name)
-            if value is not None and value < minimum:
-                raise InputError(f"Invalid {name}={value}. Must be at least {minimum}.")
-        if self.seed >= 2**32:  # the limit of numpy's generators
-            raise InputError(f"Invalid seed={self.seed}. Must be below 2**32.")
+        check_ranges(self)
         if not self.task:
             raise InputError(
                 f"Invalid task: empty. Give one of {', '.join(TASKS)}, or {PREFIX}NAME."
@@ -98,11 +95,12 @@ class EvalOptions:
                 f"Invalid predictions with {len(self.task)} tasks: saved texts answer one. "
                 "Run molf eval once for each file of predictions."
             )
-        if self.base is not None and self.predictions is not None:
-            raise InputError(
-                f"Invalid base={self.base} with predictions: saved texts hold no probabilities. "
-                "Leave one of them out."
-            )
+        for name in ("base", "forgetting_data"):
+            if getattr(self, name) is not None and self.predictions is not None:
+                raise InputError(
+                    f"Invalid {name}={getattr(self, name)} with predictions: saved texts hold no "
+                    "probabilities. Leave one of them out."
+                )
         if self.predictions is not None and self.harness_tasks:
             raise InputError(
                 f"Invalid predictions with {self.task[0]}: lm-evaluation-harness measures models, "

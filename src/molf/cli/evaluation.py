@@ -20,11 +20,11 @@ from molf.job.progress import make_reporter
 from molf.job.record.directory import check_output, locking_runs
 from molf.job.record.ownership import AN_EVALUATION, EVALUATION, PREDICTIONS, predictions_in
 from molf.job.record.result import RunError, evaluation_record
-from molf.measure import Evaluation, EvaluationSettings, evaluate, read_plain_text
+from molf.measure import Evaluation, EvaluationSettings, evaluate
 from molf.measure.harness import PREFIX, Harness
 from molf.paths import check_inputs_outside, check_path
 from molf.streams import ignoring_print_errors
-from molf.tasks import Task, load_task
+from molf.tasks import load_task
 
 _LOCK_SECONDS = 10.0  # longer than another evaluation takes to write its files
 
@@ -36,16 +36,15 @@ def evaluate_checkpoint(model: str, options: EvalOptions) -> dict[str, Evaluatio
         InputError: The options, the data or the model are wrong.
     """
     check_model(model)
-    base, no_base = _find_base(model, options)
+    base, no_base = None, ""
+    try:
+        base = find_base(model, options.base)
+    except NoBaseError as error:
+        no_base = str(error)
     _check_output(options)
-    settings = EvaluationSettings(
-        batch_size=options.per_device_eval_batch_size,
-        max_length=options.max_length,
-        seed=options.seed,
-        split_special_tokens=options.split_special_tokens,
-    )
+    settings = EvaluationSettings.of(options)
     tasks = {task.name: load_task(task) for task in options.task_options}
-    texts = {name: _forgetting_text(task, options) for name, task in tasks.items()}
+    texts = {name: task.forgetting_text(options.forgetting_data) for name, task in tasks.items()}
     for task in tasks.values():
         warn_of_training_data(model, task)
     if tasks:
@@ -99,14 +98,6 @@ def evaluate_checkpoint(model: str, options: EvalOptions) -> dict[str, Evaluatio
     return evaluations
 
 
-def _find_base(model: str, options: EvalOptions) -> tuple[str | None, str]:
-    """Return the base to compare with, or None and the reason why there is none."""
-    try:
-        return find_base(model, options.base), ""
-    except NoBaseError as error:
-        return None, str(error)
-
-
 def score_saved_texts(options: EvalOptions) -> dict[str, Evaluation]:
     """Score the texts of `--predictions` without a model; return the evaluation by task.
 
@@ -126,12 +117,6 @@ def _warn_of_faults(evaluation: Evaluation) -> None:
     count = len([entry for entry in evaluation.predictions if entry.get("left_out") is None])
     for fault, number in evaluation.notes.get("records_with_faults", {}).items():
         warnings.warn(f"{number} of {count} examples: {fault}.", stacklevel=2)
-
-
-def _forgetting_text(task: Task, options: EvalOptions) -> str:
-    if options.forgetting_data is None:
-        return task.default_forgetting_text()
-    return read_plain_text(options.forgetting_data)
 
 
 def _load_harness(options: EvalOptions) -> Harness | None:

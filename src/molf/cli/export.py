@@ -42,7 +42,7 @@ def export_run(
         run: Directory of a run of `molf train`.
         what: The merged model, which transformers loads, or the adapter, which PEFT loads.
         dtype: Type of the weights; tensors that the run's model keeps in float32 stay so.
-        save_rounding: How a model's weights are rounded to a type of 16 bits.
+        save_rounding: How a model's weights are rounded to a narrower type of 16 bits.
         rank: With an adapter, of any run: extract one of this rank from the change of the weights.
         modules_to_save: With rank, also keep changed norms, embeddings and biases in it.
         evaluate: With rank, measure the model, and the base with parts of the change, on its task.
@@ -52,6 +52,11 @@ def export_run(
     from molf.job.model.export_place import export_place
     from molf.job.record.finished_run import read_run
 
+    if save_rounding is not None and what != "model":
+        raise InputError(
+            f"Invalid save_rounding={save_rounding} with what={what}: an adapter is rounded to the "
+            "nearest numbers. Leave it out."
+        )
     check_extraction(what, rank, modules_to_save=modules_to_save, evaluate=evaluate)
     finished = read_run(run)
     if rank is not None:

@@ -7,8 +7,7 @@ from pathlib import Path
 
 from molf.amounts import binary_size, decimal_size, duration, fixed
 from molf.console import PlainConsole, new_table
-from molf.job.model.card import show_metric
-from molf.job.model.saved_text import show_saved
+from molf.job.model.card import show_metric, show_saved
 from molf.job.record.ownership import ADAPTER, ASSIGNMENT, LOW_HALVES, MODEL
 from molf.job.record.result import RunResult
 from molf.measure import Evaluation

@@ -27,8 +27,6 @@ def check_values(app: App, commands: tuple[str, ...], arguments: ArgumentCollect
     """
     for argument in arguments:
         for token in argument.tokens:
-            if token.implicit_value is None:  # null in a recipe, whose text is empty
-                continue
             fault = _fault(argument, token.value)
             if fault is not None:
                 name = "" if argument.name.startswith("-") else f"{argument.name}: "

@@ -9,7 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from molf.amounts import decimal_size
-from molf.errors import InputError
+from molf.disk.files import making_directory
+from molf.errors import InputError, system_reason
 
 try:
     import resource
@@ -27,6 +28,24 @@ def nearest_existing(path: Path) -> Path:
     while not place.exists():
         place = place.parent
     return place
+
+
+def check_writable(place: Path, given: str) -> None:
+    """Check that a directory can be written.
+
+    Args:
+        place: The directory.
+        given: The option and its value, as the beginning of the message.
+
+    Raises:
+        InputError: It cannot be written.
+    """
+    try:
+        # Only a write shows it: permissions miss read-only file systems and /proc.
+        with making_directory(place / "written"):
+            pass
+    except OSError as error:
+        raise InputError(f"{given} cannot be written: {place}: {system_reason(error)}.") from error
 
 
 def free_bytes(path: Path) -> int | None:

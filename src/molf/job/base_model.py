@@ -47,6 +47,8 @@ def find_base(model: str, given: str | None) -> str:
         check_model(run.base)
     except InputError as error:
         raise NoBaseError(f"the base of {run.path} cannot be read: {error}") from error
+    if run.base_has_changed:
+        raise NoBaseError(f"the base {run.base} has changed since {run.path} was trained from it")
     return run.base
 
 

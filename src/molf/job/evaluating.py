@@ -54,12 +54,7 @@ class Evaluator:
         self._forgetting_text = forgetting_text
         self._device = device
         self._reporter = reporter
-        self._settings = EvaluationSettings(
-            batch_size=settings.per_device_eval_batch_size,
-            max_length=settings.max_length,
-            seed=settings.seed,
-            split_special_tokens=settings.split_special_tokens,
-        )
+        self._settings = EvaluationSettings.of(settings)
         self._key = EvaluationKey(
             model=settings.model,
             dtype=settings.dtype,

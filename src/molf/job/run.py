@@ -39,14 +39,18 @@ from molf.job.record.ownership import (
 )
 from molf.job.record.result import FinishedError, RunResult
 from molf.job.record.results import check_results
-from molf.job.record.resumed_run import check_same_options, is_finished, is_started
+from molf.job.record.resumed_run import (
+    check_same_contents,
+    check_same_options,
+    is_finished,
+    is_started,
+)
 from molf.job.settings.during import eval_strategy_of
 from molf.job.settings.resolved import ResolvedSettings, resolve
 from molf.job.settings.settings import TrainSettings
 from molf.job.settings.sharding import check_launcher, shards
 from molf.job.settings.training_arguments import check_trackers, check_training_args
 from molf.masking import learn
-from molf.measure import read_plain_text
 from molf.paths import check_inputs_outside, is_within
 from molf.ranks import Ranks, check_alone, launched_count, ranks
 from molf.streams import ignoring_print_errors
@@ -125,11 +129,13 @@ def _train(
     output_dir = _agreed(opening, processes)
     opening.settings = replace(opening.settings, output_dir=output_dir)
     settings, device = opening.settings, opening.arguments.device
+    files = input_files(settings, task)
+    if settings.resume:
+        on_main(lambda: check_same_contents(settings, files))
     for line in overview(opening, task, processes.count):
         reporter.say(line)
     for note in opening.notes:
         reporter.say(note)
-    files = input_files(settings, task)
     directory = open_directory(
         processes, output_dir, overwrite=settings.overwrite, resume=settings.resume
     )
@@ -410,6 +416,4 @@ def open_data(
     if eval_strategy_of(settings) != "no":
         task = with_validation(task, settings.task_options, inputs.task)
     warn_of_trained_records(task)
-    if settings.forgetting_data is None:
-        return task, task.default_forgetting_text()
-    return task, read_plain_text(settings.forgetting_data)
+    return task, task.forgetting_text(settings.forgetting_data)

@@ -29,7 +29,7 @@ from molf.job.opening import Opening
 from molf.job.progress import Reporter
 from molf.job.record.directory import RunDirectory
 from molf.job.record.ownership import ADAPTER, CHECKPOINTS, METRICS, ROUTING
-from molf.job.record.result import StoppedError
+from molf.job.record.result import RunError, StoppedError
 from molf.job.record.resumed_run import command_to_resume
 from molf.job.record.routing_log import NoRoutingLog, RoutingWriter
 from molf.job.record.routing_meaning import routing_meaning, routing_shares_text
@@ -153,7 +153,7 @@ def run_training(
         ResumeError: The checkpoint is that of another model or other data.
         StoppedError: A signal stopped the training after a step; its checkpoint is written.
         DivergedError: A loss, a gradient or a trained weight is not finite.
-        RunError: A checkpoint cannot be written.
+        RunError: A checkpoint cannot be written, or a library has ended the training.
     """
     settings, arguments = opening.settings, opening.arguments
     base, data = opening.base, opening.data
@@ -263,6 +263,10 @@ def run_training(
     steps = trainer.state.global_step
     if stop.name is not None:
         raise StoppedError(_stopped(stop.name, steps, data.steps, checkpoints.latest, directory))
+    if keeps_model and steps < data.steps and not ending.option:
+        raise RunError(
+            f"Training was ended after step {steps} of {data.steps} by a callback of a library."
+        )
     if ending.option:
         reporter.say(f"Training ended after step {steps} of {data.steps}: {ending.reason}.")
     saved_step = steps

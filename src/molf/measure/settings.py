@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from molf.errors import InputError
 
@@ -30,6 +31,16 @@ class EvaluationSettings:
     max_new_tokens: int | None = None
     seed: int = 0
     split_special_tokens: bool = False
+
+    @classmethod
+    def of(cls, options: Any) -> EvaluationSettings:
+        """Return the settings from the options of `molf train` or `molf eval`."""
+        return cls(
+            batch_size=options.per_device_eval_batch_size,
+            max_length=options.max_length,
+            seed=options.seed,
+            split_special_tokens=options.split_special_tokens,
+        )
 
     def __post_init__(self) -> None:
         minima = {"batch_size": 1, "max_length": 2, "max_new_tokens": 1}

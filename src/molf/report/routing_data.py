@@ -12,8 +12,9 @@ import numpy.typing as npt
 
 from molf.core.config import MoLFConfig
 from molf.errors import InputError
-from molf.job.advice.advice import experts_of, rate_ratio_of
+from molf.job.advice.advice import rate_ratio_of
 from molf.job.advice.routed import RoutedLayers, routed_layers
+from molf.job.record.assignment_source import experts_of
 from molf.job.record.finished_run import FinishedRun
 from molf.job.record.routing_arrays import Counts, Decisions, RoutingArrays, margins, read_arrays
 from molf.job.record.routing_log import routing_shapes

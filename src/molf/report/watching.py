@@ -42,7 +42,9 @@ class Watcher:
             self._server = ThreadingHTTPServer((HOST, port), self._handler())
         except (OSError, OverflowError) as error:
             reason = system_reason(error) if isinstance(error, OSError) else str(error)
-            raise InputError(f"port {port} cannot be used: {reason}. Give another.") from error
+            raise InputError(
+                f"port {port} cannot be used: {reason.rstrip('.')}. Give another."
+            ) from error
         self._server.daemon_threads = True
         self.address = f"http://{HOST}:{self._server.server_address[1]}/"
 

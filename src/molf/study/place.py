@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from molf.disk.files import is_unfinished, making_directory, write_json
-from molf.disk.room import nearest_existing
+from molf.disk.files import is_unfinished, write_json
+from molf.disk.room import check_writable, nearest_existing
 from molf.errors import InputError
 from molf.job.record.contents import contents_of
 from molf.paths import check_path, check_unicode
@@ -132,12 +132,7 @@ def check_directory(study: Study) -> None:
                 f"output_dir {path} holds {sorted(foreign)[0]} and is not that of a study. Give a "
                 "directory that is new or empty."
             )
-    place = nearest_existing(path)
-    try:
-        with making_directory(place / "study"):
-            pass
-    except OSError as error:
-        raise InputError(f"output_dir {path} cannot be written: {error.strerror}.") from error
+    check_writable(nearest_existing(path), f"output_dir {path}")
 
 
 def _is_starting(names: list[str]) -> bool:

@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Self
 from molf.data.sample_store import ChosenSamples
 from molf.data.samples import Sample
 from molf.measure.metric import Evaluation
-from molf.measure.plain_text import default_plain_text
+from molf.measure.plain_text import default_plain_text, read_plain_text
 from molf.measure.settings import EvaluationSettings, Progress
 
 
@@ -153,6 +153,10 @@ class Task(ABC):
         found.training_samples = ChosenSamples(samples, rest)  # a list would hold all as objects
         found.validation_samples = [samples[position] for position in measured]
         return found
+
+    def forgetting_text(self, given: str | None) -> str:
+        """Return the plain text for `forgetting_loss`: that of a file, or the task's own."""
+        return self.default_forgetting_text() if given is None else read_plain_text(given)
 
     def default_forgetting_text(self) -> str:
         """Return the plain text for `forgetting_loss` where the user gives none."""

@@ -26,7 +26,8 @@ _MAX_BYTES = 64 * 2**10  # shipped recipes have 2 KiB; YAML of this size takes 2
 
 # Of this call alone: the run's own values would not be meant.
 _OWN = ("output_dir", "overwrite", "resume", "dry_run")
-_NO = ("false", "no", "n", "0")
+_NO = ("false", "no", "f", "n", "0")
+_RESUMING = (("train",), ("plan",), ("data",))  # others that have the option refuse it
 
 
 def apply_recipe(app: App, commands: tuple[str, ...], arguments: ArgumentCollection) -> None:
@@ -49,7 +50,7 @@ def apply_run(app: App, commands: tuple[str, ...], arguments: ArgumentCollection
         InputError: There is no run to resume, or an option must be given again.
     """
     output = arguments.get("--output_dir", default=None)
-    if commands != ("train",) or output is None or not _is_on(arguments, "--resume"):
+    if commands not in _RESUMING or output is None or not _is_on(arguments, "--resume"):
         return
     # The check of the options rejects these.
     if not output.tokens or _is_on(arguments, "--overwrite"):
@@ -80,8 +81,9 @@ def apply_run(app: App, commands: tuple[str, ...], arguments: ArgumentCollection
             f"are not stored. Give --{missing[0]} again, with the whole address."
         )
     known = {name: value for name, value in options.items() if name not in _OWN}
-    keeps_size = "per_device_train_batch_size" in given
-    split_again(known, stored_processes(path), launched_count(), keeps_size=keeps_size)
+    if commands == ("train",):
+        keeps_size = "per_device_train_batch_size" in given
+        split_again(known, stored_processes(path), launched_count(), keeps_size=keeps_size)
     given_by(path / "config.yaml", known)(app, commands, arguments)
 
 
@@ -99,6 +101,8 @@ def given_by(path: Path, options: Mapping[str, Any]) -> Callable[..., None]:
         update_argument_collection(
             with_joined_sources(options), str(path), arguments, root_keys=(), allow_unknown=False
         )
+        for argument in arguments:  # null stands for the default
+            argument.tokens[:] = [x for x in argument.tokens if x.implicit_value is not None]
 
     return give
 

@@ -7,10 +7,9 @@ from typing import Any
 
 from molf.core.assignment.assigned import LORA, AssignedLayer
 from molf.core.assignment.assignment import Assignment
-from molf.core.config import MoLFConfig
 from molf.errors import InputError
 from molf.job.advice.routed import Group, RoutedLayer, RoutedLayers, routed_layers
-from molf.job.record.assignment_source import decided_in
+from molf.job.record.assignment_source import decided_in, experts_of
 from molf.job.record.finished_run import FinishedRun
 
 
@@ -85,16 +84,6 @@ def advise(run: FinishedRun, *, share: float | None = None, by: str = "wins") ->
     routed = routed_layers(evidence, shapes, experts_of(run), rate_ratio_of(run))
     assert routed is not None  # the assignment needs a decision
     return Advice(**vars(routed), run=run, assignment=assignment)
-
-
-def experts_of(run: FinishedRun) -> MoLFConfig:
-    """Return ranks, alpha and scaling of a run's LoRA experts."""
-    return MoLFConfig(
-        ranks=tuple(run.config["ranks"]),
-        alpha=tuple(run.config["alpha"]),
-        use_rslora=run.config["use_rslora"],
-        freeze_base=run.method == "molf-e",
-    )
 
 
 def rate_ratio_of(run: FinishedRun) -> float:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from molf.disk.files import making_directory, write_text
-from molf.disk.room import nearest_existing
+from molf.disk.files import write_text
+from molf.disk.room import check_writable, nearest_existing
 from molf.errors import InputError, system_reason
 from molf.inputs import check_installed, special_kind
 from molf.job.record.finished_run import FinishedRun
@@ -54,7 +54,7 @@ def check_file(path: Path, *, overwrite: bool, option: str = "output") -> None:
         )
     if not path.parent.is_dir():
         raise InputError(f"{option} {path} cannot be written: there is no directory {path.parent}.")
-    _check_writable(path.parent, f"{option} {path}")
+    check_writable(path.parent, f"{option} {path}")
 
 
 def check_figures(folder: Path) -> None:
@@ -69,7 +69,7 @@ def check_figures(folder: Path) -> None:
     check_unicode(folder, "figures")
     if folder.exists() and not folder.is_dir():
         raise InputError(f"figures {folder} is a file. Give a folder.")
-    _check_writable(nearest_existing(folder.absolute()), f"figures {folder}")
+    check_writable(nearest_existing(folder.absolute()), f"figures {folder}")
 
 
 def kept_assignment(assignment: Assignment, path: Path) -> str:
@@ -93,12 +93,3 @@ def write_assignment(assignment: Assignment, path: Path) -> None:
         write_text(path, assignment.to_yaml())
     except OSError as error:
         raise InputError(f"output {path} cannot be written: {system_reason(error)}.") from error
-
-
-def _check_writable(place: Path, given: str) -> None:
-    try:
-        # Only a write shows it: permissions miss read-only file systems.
-        with making_directory(place / "written"):
-            pass
-    except OSError as error:
-        raise InputError(f"{given} cannot be written: {place}: {system_reason(error)}.") from error

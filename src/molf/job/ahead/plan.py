@@ -9,6 +9,7 @@ from molf.errors import InputError
 from molf.job.settings.resolved import resolve
 from molf.job.settings.settings import TrainSettings
 from molf.job.settings.sharding import check_offload, shards
+from molf.job.settings.training_arguments import check_training_args
 from molf.masking import learn
 from molf.planning.workload import why_not_planned
 
@@ -37,6 +38,7 @@ def plan(
             raise InputError(f"Invalid {name}={count}. Must be at least 1 and below {_MOST}.")
     # The model may be an address with a token, which the plan repeats.
     learn(vars(settings))
+    check_training_args(settings.training_args)
     gpus = num_gpus * num_nodes
     if settings.fsdp_cpu_offload:
         check_offload(device)

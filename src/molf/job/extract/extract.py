@@ -201,20 +201,9 @@ def _measurement(
     run: FinishedRun, task: Task, tuned: LoadedModel, device: torch.device, reporter: Reporter
 ) -> Callable[[str], dict[str, Metric]]:
     """Return a function that measures the trained model as it then is, with the run's settings."""
-    from molf.measure import read_plain_text
-
     settings = settings_of(run)
-    chosen = EvaluationSettings(
-        batch_size=settings.per_device_eval_batch_size,
-        max_length=settings.max_length,
-        seed=settings.seed,
-        split_special_tokens=settings.split_special_tokens,
-    )
-    text = (
-        task.default_forgetting_text()
-        if settings.forgetting_data is None
-        else read_plain_text(settings.forgetting_data)
-    )
+    chosen = EvaluationSettings.of(settings)
+    text = task.forgetting_text(settings.forgetting_data)
 
     def measure(title: str) -> dict[str, Metric]:
         move(tuned.model, device)

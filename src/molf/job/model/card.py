@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 from molf.amounts import fixed
 from molf.data.sources import OPTIONS as SOURCES
-from molf.job.model.saved_text import show_saved
 from molf.job.record.markdown import code, yaml_block
 from molf.job.settings.defaults import SUMMARIES
 from molf.job.settings.resolved import ResolvedSettings
@@ -225,3 +224,18 @@ def show_metric(metric: Metric | None) -> str:
     if math.isnan(metric.low):
         return fixed(metric.value, 3)
     return f"{fixed(metric.value, 3)} [{fixed(metric.low, 3)}, {fixed(metric.high, 3)}]"
+
+
+def show_saved(record: Mapping[str, Any] | None) -> str | None:
+    """Return a run's `saved` record as a sentence; None without measurements."""
+    if not record or "moved_share" not in record:
+        return None
+    how = str(record["dtype"])
+    if record["moved_share"] and not record["update_error"]:
+        return f"{how}: the whole update ({record['moved_share']:.1%} of all numbers moved)"
+    return (
+        f"{how}, rounding {record['rounding']}: {record['update_kept']:.1%} of the update's length "
+        f"is kept, with an error of {record['update_error']:.0%} of it; "
+        f"{record['moved_share']:.1%} of all numbers moved, {record['kept_share']:.1%} differ from "
+        "the base after saving"
+    )

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from molf.core.model.merge import merge
 from molf.core.model.quantised import quantisation_of
 from molf.disk.files import write_json
+from molf.job.model.export_place import check_unchanged_base
 from molf.job.model.loading import LoadedModel, load_model
 from molf.job.model.low_halves import Rounding, read_low_halves
 from molf.job.model.quantised import load_quantised
@@ -50,6 +51,12 @@ def export_model(
     main = default_dtype(loaded)
     wanted = main if dtype is None else getattr(torch, dtype)
     halves = None
+    if rounding is not None and torch.promote_types(wanted, main) == wanted:
+        warnings.warn(
+            f"Without effect: save_rounding={rounding}. The model is stored in {main}, and "
+            f"{wanted} holds its numbers exactly.",
+            stacklevel=2,
+        )
     # A narrower type needs no more bits than the saved model has.
     if torch.promote_types(wanted, main) != main:
         if (run.path / LOW_HALVES).is_file():
@@ -122,6 +129,7 @@ def _unrounded(run: FinishedRun, loaded: LoadedModel, wanted: torch.dtype) -> Lo
             stacklevel=3,
         )
         return loaded
+    check_unchanged_base(run)
     base = load_model(str(run.config["model"]))
     into = _quantise_as_trained(run, base)
     model = PeftModel.from_pretrained(base.model, run.path / ADAPTER)

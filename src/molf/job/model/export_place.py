@@ -48,11 +48,7 @@ def export_place(
     # A pipe among the files would block the reading of the headers.
     check_entries(run.path / what, what)
     stored = _read_headers(run.path / what)
-    name = f"{what}-{dtype or stored.dtype}"
-    path = run.path / name if output_dir is None else settled(output_dir)
-    _check_replaceable(path, run, name)
-    check_output(path, overwrite=overwrite, ownership=AN_EXPORT, renames=True)
-    check_inputs_outside(path, {"the run's base": run.config.get("model")})
+    path = _place(run, f"{what}-{dtype or stored.dtype}", output_dir, overwrite=overwrite)
     weights = stored.bytes_in(dtype)
     check_room(
         path.parent,
@@ -83,7 +79,11 @@ def extraction_place(
     run.check(MODEL)
     _check_base(run)
     check_entries(run.path / MODEL, MODEL)
-    name = f"{ADAPTER}-r{rank}-{dtype}"
+    return _place(run, f"{ADAPTER}-r{rank}-{dtype}", output_dir, overwrite=overwrite)
+
+
+def _place(run: FinishedRun, name: str, output_dir: Path | None, *, overwrite: bool) -> Path:
+    """Return the directory, by default that of the name in the run, after its checks."""
     path = run.path / name if output_dir is None else settled(output_dir)
     _check_replaceable(path, run, name)
     check_output(path, overwrite=overwrite, ownership=AN_EXPORT, renames=True)
@@ -105,6 +105,20 @@ def _check_base(run: FinishedRun) -> None:
         check_model(run.base)
     except InputError as error:
         raise InputError(f"The base of {run.path} cannot be read: {error}") from error
+    check_unchanged_base(run)
+
+
+def check_unchanged_base(run: FinishedRun) -> None:
+    """Check that the base of a run is still that which its model was trained from.
+
+    Raises:
+        InputError: Its directory has other contents.
+    """
+    if run.base_has_changed:
+        raise InputError(
+            f"The base {run.base} has changed since {run.path} was trained from it. Restore its "
+            "files."
+        )
 
 
 def _check_replaceable(path: Path, run: FinishedRun, name: str) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 
 from molf.disk.room import check_file_size, check_room
@@ -60,6 +62,12 @@ def check_saving(
         raise InputError(
             f"Invalid keep_low_halves: model {settings.model} is saved in {_name(dtype)}, and only "
             "bfloat16 has low halves. Give --save_dtype bfloat16, or leave keep_low_halves out."
+        )
+    if settings.save_rounding is not None and dtype.itemsize > 2:
+        warnings.warn(
+            f"Without effect: save_rounding={settings.save_rounding}. The model is saved in "
+            f"{_name(dtype)}.",
+            stacklevel=2,
         )
     beside = rehearse_saving(base, settings.model)
     model = _check_types(base, storing, settings.model) + base.unused_tensors.nbytes

@@ -142,6 +142,16 @@ def _values(path: Path) -> Mapping[str, Any]:
     return values
 
 
+def experts_of(run: FinishedRun) -> MoLFConfig:
+    """Return ranks, alpha and scaling of a run's LoRA experts."""
+    return MoLFConfig(
+        ranks=tuple(run.config["ranks"]),
+        alpha=tuple(run.config["alpha"]),
+        use_rslora=run.config["use_rslora"],
+        freeze_base=run.method == "molf-e",
+    )
+
+
 def decided_in(run: FinishedRun, layout: Any) -> Decided:
     """Return the decisions of a run's routing log.
 
@@ -151,12 +161,7 @@ def decided_in(run: FinishedRun, layout: Any) -> Decided:
     """
     config, evidence = run.config, read_evidence(run.path)
     freezes = run.method == "molf-e" if config.get("freeze_rest") is None else config["freeze_rest"]
-    experts = MoLFConfig(
-        ranks=tuple(config["ranks"]),
-        alpha=tuple(config["alpha"]),
-        use_rslora=config["use_rslora"],
-        freeze_base=run.method == "molf-e",
-    )
+    experts = experts_of(run)
     left_out = tuple(f"{name}." for name in config["run"]["model"].get("not_reached") or ())
     trained = {
         name

@@ -11,9 +11,9 @@ from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
-from molf.disk.files import clear_unfinished, is_unfinished, making_directory
+from molf.disk.files import clear_unfinished, is_unfinished
 from molf.disk.locks import InUseError, Lock, in_use
-from molf.disk.room import nearest_existing
+from molf.disk.room import check_writable, nearest_existing
 from molf.errors import InputError
 from molf.job.record.ownership import A_RUN, CONFIG, Ownership, is_run, run_of_part
 from molf.paths import check_path, check_unicode
@@ -61,7 +61,7 @@ def check_output(
     place = nearest_existing(path.absolute().parent if renames else path)
     if not place.is_dir():
         raise InputError(f"output_dir {path} cannot be made: {place} is not a directory.")
-    _check_writable(place, f"output_dir {path}")
+    check_writable(place, f"output_dir {path}")
 
 
 def check_fallback(path: Path | None) -> None:
@@ -74,16 +74,7 @@ def check_fallback(path: Path | None) -> None:
         return
     if not path.is_dir():
         raise InputError(f"fallback_dir {path} is not a directory. Give one that exists.")
-    _check_writable(path, f"fallback_dir {path}")
-
-
-def _check_writable(place: Path, given: str) -> None:
-    try:
-        # Only a write shows it: permissions miss read-only file systems and /proc.
-        with making_directory(place / "output_dir"):
-            pass
-    except OSError as error:
-        raise InputError(f"{given} cannot be written: {place}: {error.strerror}.") from error
+    check_writable(path, f"fallback_dir {path}")
 
 
 def _check_not_in_use(path: Path) -> None:

@@ -15,6 +15,7 @@ from molf.disk.files import clear_unfinished
 from molf.disk.locks import InUseError, Lock
 from molf.errors import InputError
 from molf.inputs import read_text
+from molf.job.record.contents import hash_of_model
 from molf.job.record.ownership import ADAPTER, CONFIG, MODEL, is_run, is_run_config
 from molf.job.record.run_around import why_no_run
 from molf.paths import check_path, expanded
@@ -52,6 +53,12 @@ class FinishedRun:
         """The directory or Hub id of the model that it was trained from; None if not recorded."""
         model = self.config.get("model")
         return model if isinstance(model, str) and model else None
+
+    @property
+    def base_has_changed(self) -> bool:
+        """Whether its base is a directory whose contents are not those at the start of the run."""
+        known = (self.config["run"].get("model") or {}).get("contents")
+        return known is not None and known != hash_of_model(str(self.base))
 
     @property
     def base_dtype(self) -> str | None:

@@ -14,6 +14,7 @@ from typing import Any
 from molf.errors import InputError
 from molf.job.record.finished_run import read_run
 from molf.job.record.ownership import CHECKPOINTS, CONFIG, EVALUATION
+from molf.job.record.provenance import contents
 from molf.job.settings.resolved import ResolvedSettings
 from molf.job.settings.sharding import fitting
 from molf.masking import mask
@@ -157,6 +158,29 @@ def check_same_options(settings: ResolvedSettings) -> None:
             differing.append((f"training_args.{name}", values[0], values[1]))
     if differing:
         raise InputError(_difference(settings.output_dir, differing))
+
+
+def check_same_contents(settings: ResolvedSettings, files: Mapping[str, Any]) -> None:
+    """Compare the contents of data files and of a base directory with those at the start of a run.
+
+    Args:
+        settings: The options of the resumed run.
+        files: Records of the data files by option, as they are now.
+
+    Raises:
+        InputError: They have changed.
+    """
+    if not is_started(settings.output_dir):
+        return
+    run = read_run(settings.output_dir)
+    before = (run.config["run"].get("data") or {}).get("files") or {}
+    changed = [name for name in before if contents(before[name]) != contents(files.get(name, ()))]
+    if changed := changed + ["model"] * run.base_has_changed:
+        raise InputError(
+            f"The run {settings.output_dir} cannot be resumed: the content of "
+            f"{' and '.join(changed)} has changed since it was started. Restore it, or give "
+            "another --output_dir."
+        )
 
 
 def command_to_resume(path: Path) -> str:

@@ -281,6 +281,11 @@ def _warn_of_unused(settings: TrainSettings) -> None:
             f"Without effect with lr_scheduler_type={schedule}: warmup_ratio={warmup:g}.{instead}",
             stacklevel=3,
         )
+    if settings.save_minutes == 0 and settings.save_steps is None and not settings.keep_best:
+        saving = ("save_total_limit", "async_save", "on_save_error")
+        given = [name for name in saving if getattr(settings, name) != _DEFAULTS[name]]
+        if given:
+            warnings.warn(f"Without effect without checkpoints: {', '.join(given)}.", stacklevel=3)
     limit = settings.max_skipped_steps
     if settings.nonfinite == "raise" and limit != _DEFAULTS["max_skipped_steps"]:
         warnings.warn(

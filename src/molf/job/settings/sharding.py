@@ -93,12 +93,12 @@ def check_offload(device: str) -> None:
 
 
 def check_launcher() -> None:
-    """Check that the launcher was not asked to divide the model in its own way.
+    """Check that the launcher was not asked to divide or to compile the model in its own way.
 
     Raises:
         InputError: It was, by `accelerate launch` or its configuration.
     """
-    for name in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
+    for name in ("FSDP", "DEEPSPEED", "MEGATRON_LM", "PARALLELISM_CONFIG"):
         variable = f"ACCELERATE_USE_{name}"
         if os.environ.get(variable, "").lower() in ("1", "true", "yes"):
             raise InputError(
@@ -106,6 +106,11 @@ def check_launcher() -> None:
                 f"{name.lower()}, or its configuration): molf train divides the model itself. "
                 "Launch with --multi_gpu alone, and give --fsdp to molf train."
             )
+    if (backend := os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no")).lower() not in ("", "no"):
+        raise InputError(
+            f"Invalid ACCELERATE_DYNAMO_BACKEND={backend} (accelerate launch --dynamo_backend, or "
+            "its configuration): give --training_args.torch_compile_backend to molf train."
+        )
 
 
 def fitting(given: int | str | None, processes: int) -> int | str | None:

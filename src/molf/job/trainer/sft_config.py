@@ -105,6 +105,12 @@ def sft_config(settings: ResolvedSettings) -> SFTConfig:
     except (ValueError, TypeError, ImportError) as error:
         raise InputError(f"The trainer rejects these settings: {reason_of(error)}") from error
     config.eval_strategy = IntervalStrategy.NO  # `EvaluationCallback` decides
+    if (launched := config.mixed_precision) != ("bf16" if config.bf16 else "no"):
+        raise InputError(
+            f"Invalid ACCELERATE_MIXED_PRECISION={launched} (accelerate launch --mixed_precision, "
+            "or its configuration) without bf16: autocast is an option of molf train. Launch with "
+            "--mixed_precision no, or give --bf16."
+        )
     _check_schedule(config)
     _check_accumulation(config)
     _check_for_gpus(config)

@@ -129,7 +129,6 @@ def _without_effects(arguments: SFTConfig, directory: str) -> SFTConfig:
     # Its backend stays: accelerate keeps that of the first trainer with these arguments for the
     # next one. Nothing is compiled before the first step.
     arguments.torch_compile = False
-    arguments.enable_jit_checkpoint = False  # installs signal handlers
     arguments.full_determinism = False  # set for the whole process
     return arguments
 

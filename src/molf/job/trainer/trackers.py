@@ -36,7 +36,7 @@ class Tracker(Protocol):
         """Open a run, or the stored one again; return what opens it again."""
 
     def attach(self, callbacks: list[Any]) -> None:
-        """Make transformers' callback use this run."""
+        """Make transformers' callback use this run; a no-op where it does so by itself."""
 
     def add_options(self, options: Mapping[str, Any]) -> None:
         """Add the options of the training; called once, after transformers' callback began."""
@@ -51,7 +51,7 @@ class Tracker(Protocol):
         """Close the run, if this class has opened it."""
 
 
-class Wandb:
+class Wandb(Tracker):
     """A run of W&B; one that the program has open is used and stays open."""
 
     def __init__(self, arguments: TrainingArguments, _: Path) -> None:
@@ -67,9 +67,6 @@ class Wandb:
             self._wandb.init(project=project, name=self._arguments.run_name, **again)
             self._owned = True
         return str(self._wandb.run.id)
-
-    def attach(self, callbacks: list[Any]) -> None:
-        """Do nothing: the callback uses an open run."""
 
     def add_options(self, options: Mapping[str, Any]) -> None:
         """Add them to the configuration."""
@@ -171,7 +168,7 @@ def _without_parameters(setup: Any) -> Any:
     return limited
 
 
-class Trackio:
+class Trackio(Tracker):
     """A run of trackio, which transformers' callback opens by its name and finishes."""
 
     def __init__(self, arguments: TrainingArguments, _: Path) -> None:
@@ -189,9 +186,6 @@ class Trackio:
         else:
             self._arguments.run_name = stored
         return str(self._arguments.run_name)
-
-    def attach(self, callbacks: list[Any]) -> None:
-        """Do nothing: the callback continues a run of this name."""
 
     def add_options(self, options: Mapping[str, Any]) -> None:
         """Add them to the configuration."""

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from molf.disk.files import making_directory, replacing_file, write_json
-from molf.disk.room import nearest_existing
+from molf.disk.files import replacing_file, write_json
+from molf.disk.room import check_writable, nearest_existing
 from molf.errors import InputError
 from molf.study.definition import PHASES, Study, rate_columns
 from molf.study.outcome import TrialResult
@@ -88,11 +88,7 @@ def check_folder(folder: Path, name: str) -> None:
         raise InputError(f"{folder} has the report of the study {stored['study']!r}. Give another.")
     if stored is None and (folder / TRIALS).exists():
         raise InputError(f"{folder} has a {TRIALS} of another origin. Give another folder.")
-    try:
-        with making_directory(nearest_existing(folder) / "study"):
-            pass
-    except OSError as error:
-        raise InputError(f"{folder} cannot be written: {error.strerror}.") from error
+    check_writable(nearest_existing(folder), str(folder))
 
 
 def _without_folders(value: Any) -> Any:
