@@ -69,6 +69,14 @@ def test_failure_shows_how_to_continue(options, workplace, tmp_path, monkeypatch
     assert "Continue with" not in capsys.readouterr().err  # there is no checkpoint
 
 
+def test_new_run_is_named(options, tmp_path, capsys):
+    """A job script begins with `--resume`; with a wrong name it would train anew unnoticed."""
+    given = command(options, tmp_path / "new", "--resume")
+    given[given.index("--max_steps") + 1] = "1"
+    assert main(given) == 0
+    assert f"There is no run in {tmp_path / 'new'} to resume" in capsys.readouterr().err
+
+
 def test_run_continues_with_its_own_options(run, capsys):
     assert resume(run) == 0
     printed = capsys.readouterr()
