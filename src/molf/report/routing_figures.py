@@ -249,7 +249,7 @@ def _groups(
         name=name,
         title=title,
         text=f"Expert with the largest mean share of decisions: {parts}. Flips are changes of "
-        "winner per layer; last flip is the median over layers.",
+        "winner per layer; last flip is the median over layers, 1 without any.",
         table=Table(tuple(columns), rows),
         groups=tuple(group.name for group in groups),
         parts=experts,
