@@ -13,6 +13,7 @@ from molf.job.advice.cost import plan_costs
 from molf.job.model.loading import load_skeleton
 from molf.job.record.assignment_source import read_assignment
 from molf.job.record.finished_run import read_run
+from molf.job.record.routing_arrays import read_arrays
 from molf.job.settings.probe import ProbeSettings
 from molf.job.settings.settings import TrainSettings
 
@@ -54,6 +55,7 @@ def test_files(probed, base):
     ]
     assignment = read_assignment(path, load_skeleton(str(base)))
     assert len(assignment.entries) == 14
+    assert read_arrays(path).layers == [one.name for one in assignment.entries]
     assert {one.evidence.decisions for one in assignment.entries} == {3}  # the first is at rate 0
     config = yaml.safe_load((path / "config.yaml").read_text())
     assert config["run"]["probe"] is True
