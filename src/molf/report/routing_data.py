@@ -15,7 +15,14 @@ from molf.errors import InputError
 from molf.job.advice.advice import experts_of, rate_ratio_of
 from molf.job.advice.routed import RoutedLayers, routed_layers
 from molf.job.record.finished_run import FinishedRun
-from molf.job.record.routing_arrays import Counts, Decisions, RoutingArrays, margins, pooled_rows, read_arrays
+from molf.job.record.routing_arrays import (
+    Counts,
+    Decisions,
+    RoutingArrays,
+    margins,
+    pooled_rows,
+    read_arrays,
+)
 from molf.job.record.routing_log import routing_shapes
 from molf.job.settings.defaults import ROUTED
 from molf.shown import counted
