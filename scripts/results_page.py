@@ -31,6 +31,7 @@ Sentences:
     cost STUDY METHOD OTHER           training time and memory of a run as multiples of another's
     advice STUDY                      preferred baselines, and methods that are better
     assigned_findings STUDY           probes against random assignments; where the curve is flat
+    assigned_verdict STUDY            the first of these lines
     decided STUDY                     counts of comparisons with and without a difference
     value STUDY CELL METHOD           metric with its interval
     shared STUDY OTHER                trials that are also trials of another study, trained once
@@ -166,6 +167,11 @@ def assigned_findings(study: Study) -> str:
     if found and lacking:
         found.append(f"{NO_ROWS.capitalize()} in {_listed(lacking)}.")
     return "\n".join(f"- {line}" for line in found) or NO_ROWS
+
+
+def assigned_verdict(study: Study) -> str:
+    """Return the first of these lines: probes against random assignments."""
+    return assigned_findings(study).splitlines()[0].removeprefix("- ")
 
 
 def _by_method(study: Study, text: Callable[[MethodSummary], str]) -> str:
@@ -495,7 +501,17 @@ def _counts(groups: Mapping[str, Sequence[str]]) -> str:
 
 _WORDS = (
     *(chosen, differences, controls, sensitivity, harm, shares, tally, harm_tally, less_harm),
-    *(robust, assigned, assigned_findings, spread, harm_by_rate, settings, ranges, full_range),
+    *(
+        robust,
+        assigned,
+        assigned_findings,
+        assigned_verdict,
+        spread,
+        harm_by_rate,
+        settings,
+        ranges,
+        full_range,
+    ),
     *(cost, advice),
     *(decided, value, trials, shared, hours, missing),
 )

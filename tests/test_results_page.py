@@ -102,7 +102,7 @@ def test_the_readme_agrees_with_the_study_of_assignments(script):
     study = script.Study(script.STUDIES / "demo-hybrid")
     assert script.missing(study) == "none"
     assert len(study.cells) == 7
-    verdict = script.assigned_findings(study).split("\n")[0]
+    verdict = script.assigned_verdict(study)
     assert re.search(r"in 0 of \d+ comparisons .* and in 0 of \d+ comparisons", verdict)
     half = script.tally(study, "hybrid-epd-50")
     assert "worse" not in half

@@ -21,3 +21,6 @@ def test_every_metric_has_a_meaning(metrics):
 
 def test_only_what_was_measured_is_explained():
     assert [names for names, _ in meanings(["acc_new"])] == ["acc_new"]
+    # In the order of the table, as those of custom.
+    table = ["loss", "perplexity", "exact_match", "forgetting_loss"]
+    assert [names for names, _ in meanings(table)] == table

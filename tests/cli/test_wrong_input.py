@@ -19,6 +19,8 @@ from molf.cli import main
         ("train --loraplus_lr_ratio 0", ["loraplus_lr_ratio=0"]),
         ("train --score best", ["best", "epd", "pfn"]),
         ("train --save_dtype int8", ["int8", "bfloat16"]),
+        ("train --epochs 3", ["--epochs. Did you mean --num_train_epochs?"]),
+        ("train --batch-size 8", ["Did you mean --per_device_train_batch_size or --per_device_e"]),
         ("train --lr_scheduler_type up", ["up", "cosine", "warmup_stable_decay"]),
         ("train --lr_scheduler_type greedy", ["greedy", "--eval_steps"]),
         ("train --keep_best", ["keep_best", "--eval_steps"]),

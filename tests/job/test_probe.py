@@ -1,6 +1,7 @@
 """`molf probe`: the options of molf train, small memory, no model, an assignment with evidence."""
 
 import json
+import shlex
 
 import pytest
 import torch
@@ -8,9 +9,13 @@ import yaml
 
 from molf.cli import main
 from molf.core.optimizer import MoLFAdamW
+from molf.job.advice.cost import plan_costs
 from molf.job.model.loading import load_skeleton
 from molf.job.record.assignment_source import read_assignment
+from molf.job.record.finished_run import read_run
+from molf.job.record.routing_arrays import read_arrays
 from molf.job.settings.probe import ProbeSettings
+from molf.job.settings.settings import TrainSettings
 
 
 @pytest.fixture(scope="module")
@@ -50,6 +55,7 @@ def test_files(probed, base):
     ]
     assignment = read_assignment(path, load_skeleton(str(base)))
     assert len(assignment.entries) == 14
+    assert read_arrays(path).layers == [one.name for one in assignment.entries]
     assert {one.evidence.decisions for one in assignment.entries} == {3}  # the first is at rate 0
     config = yaml.safe_load((path / "config.yaml").read_text())
     assert config["run"]["probe"] is True
@@ -77,7 +83,7 @@ def test_rank_above_a_layers_side_is_refused_before_the_steps(given, tmp_path, c
     assert not path.exists()
 
 
-def test_advice_of_a_probe(probed, tmp_path, capsys):
+def test_advice_of_a_probe(probed, base, tmp_path, capsys):
     """Advice on the probe is the probe's own, and plans trainings with usual storage."""
     path, _ = probed
     out = tmp_path / "assignment.yaml"
@@ -86,8 +92,10 @@ def test_advice_of_a_probe(probed, tmp_path, capsys):
     found = json.loads(capsys.readouterr().out)
     assert out.read_text() == (path / "assignment.yaml").read_text()
     costs = {one["method"]: one for one in found["costs"]}
-    # Per parameter at least a weight, its low half, two float32 moments and a gradient.
-    assert costs["fft"]["peak"] > 14 * costs["fft"]["trained"]
+    # Per parameter at least a float32 weight, its two moments and its gradient.
+    assert costs["fft"]["peak"] > 16 * costs["fft"]["trained"]
+    cost = plan_costs(read_run(path), read_assignment(path, load_skeleton(str(base))))
+    assert cost.workload.dtype == TrainSettings().dtype
     assert costs["lora"]["trained"] < costs["hybrid"]["trained"] < costs["molf"]["trained"]
 
 
@@ -119,7 +127,10 @@ def test_printed(given, tmp_path, capsys):
     text = capsys.readouterr().out
     assert "14 layers: 7 full" in text
     assert "Few steps: 1 decision per layer" in text
-    assert text.splitlines()[-1] == f"next      molf train --method hybrid --assignment {path}"
+    # The same data, model and rates: the decisions are of these alone.
+    same = [*given[: given.index("--ranks")], "--learning_rate", "0.01", "--lora_learning_rate"]
+    command = ["molf", "train", *same, "0.03", "--method", "hybrid", "--assignment", str(path)]
+    assert text.splitlines()[-1] == f"next      {shlex.join(command)}"
     assert len(list(figures.iterdir())) == 2
 
 

@@ -236,7 +236,7 @@ def test_wrong_input(hub, molf_run, tmp_path, capsys):
         ([path, "me/mine/three"], "Invalid repo='me/mine/three'"),
         ([path, "me mine"], "Invalid repo='me mine'"),
         ([path, "me/mine", "--revision", ""], "--revision"),
-        ([path, "me/mine", "--what", "adapter"], "has no adapter"),
+        ([path, "me/mine", "--what", "adapter"], "molf export --what adapter --rank R"),
         ([path, "me/mine", "--what", "all"], "adapter"),
         ([path], "REPO"),
     ):

@@ -84,6 +84,14 @@ def test_a_training_that_a_library_ends_is_not_complete(options, tmp_path, monke
     assert steps_in(path) == [1, 2, 3, 4]
 
 
+def test_new_run_is_named(options, tmp_path, capsys):
+    """A job script begins with `--resume`; with a wrong name it would train anew unnoticed."""
+    given = command(options, tmp_path / "new", "--resume")
+    given[given.index("--max_steps") + 1] = "1"
+    assert main(given) == 0
+    assert f"There is no run in {tmp_path / 'new'} to resume" in capsys.readouterr().err
+
+
 def test_run_continues_with_its_own_options(run, capsys):
     assert resume(run) == 0
     printed = capsys.readouterr()

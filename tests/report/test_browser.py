@@ -1,5 +1,7 @@
 """The page in a headless Chromium: drawn, without errors and requests, for keyboard and reader."""
 
+import json
+
 import pytest
 
 from browser import DESK, PHONE, TABLET, needs_browser, opened_browser
@@ -189,6 +191,35 @@ def test_training_examples_have_their_loss_marked(browser, tmp_path):
         assert {"Samples of new", "Examples of new"} <= names
         assert "Examples of old" not in names
         assert browser.problems == []
+
+
+def test_steps_have_whole_ticks_and_a_single_value_is_a_point(browser, tmp_path):
+    run = write_run(tmp_path / "run", steps=4)
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    lines[2]["lost_updates"] = 0.25
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    page = tmp_path / "page.html"
+    page.write_text(render(read_runs([run])))
+    browser.open(page)
+    browser.js(RECORDED)
+    browser.js("document.getElementById('theme').click()")
+    made = {one[0]: one[1:] for one in browser.js("window.made")}
+    assert [made["loss"][0][:3], made["flips"][1][:3]] == [[1, 2, 5]] * 2
+    assert made["loss"][1] is None
+    assert [made["loss"][2], made["lost_updates"][2]] == [False, True]
+
+
+# The options of each chart that is drawn from now on: its last series, ticks of both axes, points.
+RECORDED = """(() => {
+  window.made = [];
+  const paths = uPlot.paths;
+  uPlot = function (options) {
+    const { axes, series } = options;
+    const last = series[series.length - 1];
+    window.made.push([series[1].label, axes[0].incrs, axes[1].incrs || null, last.points.show]);
+  };
+  uPlot.paths = paths;
+})()"""
 
 
 def test_tables_hold_the_values(browser, pages):

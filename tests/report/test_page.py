@@ -5,6 +5,7 @@ import csv
 import hashlib
 import html
 import json
+import math
 import re
 
 import numpy as np
@@ -14,6 +15,8 @@ import yaml
 from molf.report.build import read_runs
 from molf.report.figures import binned, lines, plain, smoothed
 from molf.report.page import render, sections_of
+from molf.report.results import Shown, _cell
+from molf.report.run_data import Value
 from molf.report.run_figures import write_figures
 from run_files import EXPERTS, LAYERS, write_evaluation, write_examples, write_run
 
@@ -202,6 +205,13 @@ def test_smoothing_has_no_bias_towards_the_start():
     assert smoothed(np.array([2.0, np.nan, 2.0, 2.0]), 5)[2:] == pytest.approx([2.0, 2.0])
     found = smoothed(np.array([0.0, 3.0]), 3)  # weights 1/2 and 1
     assert found.tolist() == [0.0, 2.0]
+
+
+def test_small_values_keep_two_digits():
+    """As in the terminal: an interval of 0.001 to 0.001 has no length."""
+    value = Value(0.00061, 0.0005, 0.00073, 12)
+    assert _cell(value) == Shown("0.00061", "0.0005 to 0.00073 (n 12)")
+    assert _cell(Value(1478647.02, math.nan, math.nan, 3)).value == "1.479e+06"
 
 
 def test_plain_numbers():

@@ -96,6 +96,22 @@ def test_many_layers_share_rows(tmp_path):
     assert len(data.routed.layers) == len(layers)
 
 
+def test_a_shared_row_has_layers_of_one_kind(tmp_path):
+    """The map sorts rows by kind, so a row of q_proj and k_proj would be false."""
+    run = write_run(tmp_path / "run", steps=0)
+    kinds = ("q_proj", "k_proj", "up_proj")
+    layers = tuple(f"model.layers.{i}.{kind}" for i in range(MOST_ROWS // 2) for kind in kinds)
+    write_routing(run, 3, scores, layers, 10**6)
+    data = read_run_data(run).routing
+    assert data.rows[:4] == (
+        "model.layers.0.q_proj and 1 more", "model.layers.0.k_proj and 1 more",
+        "model.layers.0.up_proj and 1 more", "model.layers.2.q_proj and 1 more",
+    )  # fmt: skip
+    for row in range(len(data.rows)):
+        members = [name for name, of in zip(layers, data.row_of, strict=True) if of == row]
+        assert len({name.rpartition(".")[2] for name in members}) == 1
+
+
 def test_metrics_and_samples(run):
     data = read_run_data(run)
     assert (data.status, data.notices, data.steps, data.last_step) == ("complete", [], 60, 60)

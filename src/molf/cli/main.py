@@ -113,6 +113,8 @@ def _explain(error: CycloptsError) -> str:
     message = str(error)
     if isinstance(error, UnusedCliTokensError):
         message = f"Unexpected {' '.join(error.unused_tokens or ())!r}."
+    elif isinstance(error, UnknownOptionError) and (longer := _longer(error)):
+        return f"{message.split(' Did you mean ')[0]} Did you mean {' or '.join(longer)}?"
     elif not isinstance(error, (UnknownOptionError, MissingArgumentError)):
         return message
     if "Did you mean" in message:
@@ -120,6 +122,16 @@ def _explain(error: CycloptsError) -> str:
     chain = error.command_chain or ()
     option = HELP_ALL if chain and chain[0] in EXAMPLES else "--help"
     return f"{message} `{' '.join(('molf', *chain, option))}` lists the options."
+
+
+def _longer(error: UnknownOptionError) -> list[str]:
+    """Return the options that end in an unknown one: --num_train_epochs for --epochs.
+
+    The parser proposes the nearest by letters, which is --report.
+    """
+    end = "_" + (error.token.keyword or error.token.value).lstrip("-").replace("-", "_")
+    names = [name for one in error.argument_collection if one.parse for name in one.names]
+    return [name for name in names if name.endswith(end)]
 
 
 def _failed(error: Exception) -> int:

@@ -244,6 +244,9 @@ class MoLFAdamW(AdamW):
                     self._owners.refuse_without_gradients(self.param_groups)
 
     def _end(self) -> None:
+        if self._backward is not None:  # it reaches the last layer first
+            names = [group["layer"] for group in self._layer_groups()]
+            self.routing = {name: self.routing[name] for name in names if name in self.routing}
         if self._is_first:
             if self._owners is not None and not self.routing and self._has_stepped():
                 # Not before: with steps in the backward pass this is known at their end only.

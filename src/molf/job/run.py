@@ -139,6 +139,8 @@ def _train(
     directory = open_directory(
         processes, output_dir, overwrite=settings.overwrite, resume=settings.resume
     )
+    if settings.resume and not directory.is_resumed:
+        reporter.say(f"There is no run in {directory.path} to resume: a new one begins.")
     with (
         directory,
         failing_in(directory, reporter),

@@ -158,7 +158,7 @@ def run_training(
     settings, arguments = opening.settings, opening.arguments
     base, data = opening.base, opening.data
     if settings.quantised is not None and quantisation_of(base.model.config) is None:
-        reporter.say(f"Loading the base again ({settings.quantised})")
+        reporter.say(f"Loading the base again ({settings.quantised}); it was measured without")
         base.model = None  # free memory for the quantised base
         # Layers that are trained in full are not quantised.
         full = settings.reached_assignment.full if settings.reached_assignment else ()

@@ -49,14 +49,14 @@ _LOWER_IS_BETTER = (
 
 
 def meanings(metrics: Iterable[str]) -> list[tuple[str, str]]:
-    """Return (names, meaning) for the given metrics, names joined by a comma."""
-    present = set(metrics)
+    """Return (names, meaning) for the given metrics in their order, names joined by a comma."""
+    given = list(metrics)
     rows = []
     for names, meaning in _MEANINGS:
-        shown = [name for name in names if name in present]
+        shown = [name for name in names if name in given]
         if shown:
-            rows.append((", ".join(shown), meaning))
-    return rows
+            rows.append((given.index(shown[0]), ", ".join(shown), meaning))
+    return [row[1:] for row in sorted(rows)]
 
 
 def metric_names() -> tuple[str, ...]:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
+from molf.amounts import fixed
 from molf.measure.meanings import is_lower_better, meanings
 from molf.report.run_data import Evaluated, MetricTable, RunData, Value
 
@@ -111,7 +112,7 @@ def _cell(value: Value | None) -> Shown | None:
 
 
 def _number(value: float) -> str:
-    return f"{value:.3f}" if abs(value) < 100 else f"{value:,.4g}"
+    return fixed(value, 3) if abs(value) < 100 else f"{value:,.4g}"
 
 
 def _picture(name: str, values: Sequence[Value | None]) -> str:

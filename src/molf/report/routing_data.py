@@ -16,7 +16,14 @@ from molf.job.advice.advice import rate_ratio_of
 from molf.job.advice.routed import RoutedLayers, routed_layers
 from molf.job.record.assignment_source import experts_of
 from molf.job.record.finished_run import FinishedRun
-from molf.job.record.routing_arrays import Counts, Decisions, RoutingArrays, margins, read_arrays
+from molf.job.record.routing_arrays import (
+    Counts,
+    Decisions,
+    RoutingArrays,
+    margins,
+    pooled_rows,
+    read_arrays,
+)
 from molf.job.record.routing_log import routing_shapes
 from molf.job.settings.defaults import ROUTED
 from molf.shown import counted
@@ -36,7 +43,8 @@ class RoutingData:
     Attributes:
         experts: Names of the experts, `full` first if there is one.
         layers: Names of all routed layers, in the model's order.
-        row_of: Row of each layer in the maps; several layers share one above `MOST_ROWS`: [L].
+        row_of: Row of each layer in the maps; several of a kind share one above `MOST_ROWS`:
+            [L].
         first: First step of each bin, from 1: [B].
         last: Last step of each bin: [B].
         decisions: Number of decisions: [R, B].
@@ -130,9 +138,8 @@ def _aggregate(
     arrays: RoutingArrays, config: MoLFConfig, ratio: float, most_bins: int, *, with_rates: bool
 ) -> RoutingData:
     layers, experts = arrays.layers, arrays.experts
-    per_row = -(-len(layers) // MOST_ROWS)
-    row_of = np.arange(len(layers)) // per_row
-    rows = int(row_of[-1]) + 1
+    row_of = pooled_rows(layers, MOST_ROWS)
+    rows = int(row_of.max()) + 1
     per_bin = max(1, -(-arrays.last_step // most_bins))
     bins = -(-arrays.last_step // per_bin)
     counts = Counts(layers, experts)

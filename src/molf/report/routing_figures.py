@@ -80,8 +80,8 @@ def _winners(routing: RoutingData, routed: RoutedLayers) -> Heat:
     )
     size = int(routing.last[0] - routing.first[0] + 1)
     binned = f" A cell is the mean of {size} steps." if size > 1 else ""
-    several = len(routing.rows) < len(routing.layers)
-    grouped = f" A row is {-(-len(routing.layers) // len(routing.rows))} layers." if several else ""
+    pooled = int(np.bincount(routing.row_of).max())
+    grouped = f" A row is the mean of up to {pooled} layers of a kind." if pooled > 1 else ""
     return Heat(
         name="winners",
         title="Winners by layer and step",
@@ -129,7 +129,7 @@ def _margins(routing: RoutingData, routed: RoutedLayers) -> Heat:
 
 
 def _kinds(routing: RoutingData) -> tuple[str, ...]:
-    """Return the kind of projection of each row: that of its first layer."""
+    """Return the kind of projection of each row, which its layers share."""
     return tuple(name.split(" and ")[0].rpartition(".")[2] for name in routing.rows)
 
 
@@ -249,7 +249,7 @@ def _groups(
         name=name,
         title=title,
         text=f"Expert with the largest mean share of decisions: {parts}. Flips are changes of "
-        "winner per layer; last flip is the median over layers.",
+        "winner per layer; last flip is the median over layers, 1 without any.",
         table=Table(tuple(columns), rows),
         groups=tuple(group.name for group in groups),
         parts=experts,

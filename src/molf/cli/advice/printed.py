@@ -21,6 +21,7 @@ from molf.job.advice.texts import (
     summary,
     thin,
 )
+from molf.job.settings.settings import TrainSettings
 from molf.masking import mask
 from molf.shown import TextTable, counted
 
@@ -28,6 +29,10 @@ if TYPE_CHECKING:  # imports torch
     from molf.job.advice.advice import Advice
     from molf.job.advice.cost import Costs
     from molf.job.ahead.probe import Probe
+    from molf.job.settings.probe import ProbeSettings
+
+_DEFAULTS = TrainSettings()
+_NEXT = ("task", "model", "data", "learning_rate", "lora_learning_rate")  # of a probe's options
 
 
 def print_advice(
@@ -52,14 +57,19 @@ def print_advice(
     console.lines(*([] if kept is None else [kept]), *(f"written   {path}" for path in written))
 
 
-def print_probe(result: Probe) -> None:
+def print_probe(result: Probe, settings: ProbeSettings) -> None:
     """Print time, memory and the next command of a probe to standard output."""
+    words = ["molf", "train"]
+    for name in _NEXT:
+        if (value := getattr(settings, name)) != getattr(_DEFAULTS, name):
+            words += [f"--{name}", str(value)]
+    words += ["--method", "hybrid", "--assignment", str(result.directory)]
     steps = counted(result.advice.steps, "decision")
     PlainConsole().lines(
         f"time      {duration(result.seconds)} for {steps} per layer",
         f"memory    {binary_size(result.peak_memory_bytes)} at most ({result.peak_memory_of})",
         f"run       {result.directory}",
-        f"next      molf train --method hybrid --assignment {shlex.quote(str(result.directory))}",
+        f"next      {shlex.join(words)}",
     )
 
 

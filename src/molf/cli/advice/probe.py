@@ -53,4 +53,4 @@ def probe_model(
 
             drawn = draw_figures(result.advice, figures)
         print_advice(result.advice, costs, [result.assignment, *drawn])
-        print_probe(result)
+        print_probe(result, settings)

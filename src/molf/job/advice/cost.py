@@ -134,10 +134,11 @@ def _as_trained(settings: ResolvedSettings) -> ResolvedSettings:
     """Return a probe's settings with the storage of a training."""
     return replace(
         settings,
+        dtype="float32",
         optimizer_in_backward=False,
         state_dtype="float32",
         state_offload=False,
-        weight_rounding="exact" if settings.dtype == "bfloat16" else None,
+        weight_rounding=None,
     )
 
 

@@ -90,7 +90,7 @@ def legend(advice: Advice) -> list[str]:
     """Return the meaning of the columns."""
     first = (
         "won: mean share of the decisions. flips: changes of winner per layer. last: median step "
-        "of the last flip. to: layers assigned."
+        "of the last flip, 1 without any. to: layers assigned."
     )
     if not advice.has_full:
         return [first]

@@ -93,8 +93,8 @@ class FinishedRun:
             )
         if what == ADAPTER:
             raise InputError(
-                f"{self.path} has no adapter: {self._why_no_adapter()}. Export the whole model "
-                "(--what model), or train with --method molf-e or lora."
+                f"{self.path} has no adapter: {self._why_no_adapter()}. Take the whole model "
+                "(--what model), or extract one adapter (molf export --what adapter --rank R)."
             )
 
     @contextmanager

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -216,3 +218,23 @@ def read_evidence(run: Path) -> dict[str, Evidence]:
     for part in arrays:
         counts.add(part)
     return counts.evidence()
+
+
+def pooled_rows(layers: Sequence[str], most: int) -> Integers:
+    """Return the row of each layer on a map of at most `most` rows, or of one row per kind: [L].
+
+    A row has neighbours of one kind, whose names differ in numbers alone: kinds have different
+    winners, which a row of several would hide. Rows are in the order of their first layers.
+    """
+    kinds = [re.sub(r"\d+", "*", name) for name in layers]
+    counts = Counter(kinds)
+    size = -(-len(layers) // most)
+    while sum(-(-count // size) for count in counts.values()) > max(most, len(counts)):
+        size += 1
+    seen: Counter[str] = Counter()
+    rows: dict[tuple[str, int], int] = {}
+    found = []
+    for kind in kinds:
+        found.append(rows.setdefault((kind, seen[kind] // size), len(rows)))
+        seen[kind] += 1
+    return np.array(found)

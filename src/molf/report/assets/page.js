@@ -46,6 +46,7 @@
   preferred.addEventListener("change", () => { applyTheme(); redraw(); });
 
   // ---- lines ---------------------------------------------------------------------------------
+  const WHOLE = Array.from({ length: 10 }, (_, power) => [1, 2, 5].map((one) => one * 10 ** power)).flat();
   const drawLines = (figure, plot) => {
     plot.replaceChildren();
     const fitting = (u, ticks) => 30 + 7 * Math.max(2, ...(ticks || []).map((one) => one.length));
@@ -54,7 +55,9 @@
       stroke: css("--muted"), grid: { stroke: css("--line"), width: 1 }, ticks: { stroke: css("--line"), width: 1 },
       font: "12px system-ui, sans-serif", labelFont: "12px system-ui, sans-serif",
     });
-    const few = figure.x.length < 3 || figure.dotted;
+    // A line needs two values: fewer are points.
+    const few = (values) => figure.dotted || values.filter((one) => one !== null).length < 3;
+    const whole = (...all) => (all.flat().every((one) => one === null || Number.isInteger(one)) ? { incrs: WHOLE } : {});
     const paths = figure.stepped ? uPlot.paths.stepped({ align: 1 }) : undefined;
     const options = {
       width: Math.max(200, plot.clientWidth), height: 240,
@@ -68,9 +71,11 @@
       },
       axes: [{
         ...axis(figure.x_label, 42),
-        ...(figure.log_x ? { values: (u, ticks) => ticks.map((one) => one === null ? "" : shown(one)) } : {}),
+        ...(figure.log_x
+          ? { values: (u, ticks) => ticks.map((one) => one === null ? "" : shown(one)) }
+          : whole(figure.x)),
       }, {
-        ...axis(figure.y_label, fitting), values: (u, ticks) => ticks.map(shown),
+        ...axis(figure.y_label, fitting), ...whole(...figure.series.map((one) => one.values)), values: (u, ticks) => ticks.map(shown),
       }],
       series: [
         { label: figure.x_label, value: (u, value) => shown(value) },
@@ -78,7 +83,7 @@
           label: one.name, value: (u, value) => shown(value), spanGaps: Boolean(figure.dotted),
           ...(one.color > 5 ? { dash: [7, 4] } : {}), // colours repeat
           stroke: color(one.color) + (one.faint ? "66" : ""), width: one.faint ? 1 : 2,
-          points: { show: few, size: 7 }, ...(paths ? { paths } : {}),
+          points: { show: few(one.values), size: 7 }, ...(paths ? { paths } : {}),
         })),
       ],
     };

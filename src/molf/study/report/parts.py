@@ -8,7 +8,7 @@ from typing import Any
 
 from molf.amounts import duration
 from molf.measure.estimate_texts import number_text
-from molf.measure.meanings import meanings
+from molf.measure.meanings import meanings, metric_names
 from molf.report.document import Part, shown_table
 from molf.study.choice import HARMS
 from molf.study.report.assigned import ABOUT, TITLE, assigned_table, findings
@@ -205,8 +205,9 @@ def _notes(outline: dict[str, Any], cells: Sequence[CellSummary]) -> Part:
         "token and parameter, and 2 per token and parameter with optimizer state. MoLF computes "
         "the gradient of every routed weight in each step, also where full never wins.",
     ]
-    shown = dict.fromkeys([*(cell.metric for cell in cells), *HARMS])
-    known = [name for name in shown if any(name in one for one in _metrics(cells))]
+    measured: set[str] = set().union(*_metrics(cells))
+    shown = measured.intersection([*(cell.metric for cell in cells), *HARMS])
+    known = [name for name in metric_names() if name in shown]
     lines += [f"{names}: {meaning}" for names, meaning in meanings(known)]
     return Part("How it was measured", lines=tuple(lines))
 
