@@ -143,7 +143,7 @@ def _(product):
     return lambda self, won, decay: product(self, won, 0.0)
 
 
-@fault("losers' moments not updated", "test_golden.py", "FoldedLayer.__init__",
+@fault("losers' moments not updated", "test_golden.py", "RoutedLayer.__init__",
        "FoldedLayer.writes")  # fmt: skip
 def _(init, writes):
     def remember(self, *args, **options):

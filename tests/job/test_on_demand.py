@@ -139,7 +139,7 @@ def test_a_resumed_training_has_the_same_bits(trained, few_known, data, monkeypa
     lines = data.read_text()
     data.write_text(lines.replace("39 is", "39 was").replace("38 is", "38 was"))
     assert main(resume) == 2
-    assert "its examples have changed" in capsys.readouterr().err
+    assert "the content of data has changed" in capsys.readouterr().err
     data.write_text(lines)
     assert main(resume) == 0
     assert f"Resuming {path} from checkpoint-" in capsys.readouterr().err

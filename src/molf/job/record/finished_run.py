@@ -94,7 +94,8 @@ class FinishedRun:
         if what == ADAPTER:
             raise InputError(
                 f"{self.path} has no adapter: {self._why_no_adapter()}. Take the whole model "
-                "(--what model), or extract one adapter (molf export --what adapter --rank R)."
+                "(--what model), extract one adapter (molf export --what adapter --rank R), or "
+                "train with --method molf-e or lora."
             )
 
     @contextmanager
