@@ -121,6 +121,20 @@ def test_the_readme_agrees_with_the_study_of_assignments(script):
         "in full; a random half is shown to be worse than full fine-tuning or LoRA in one."
     ) in readme
     assert "is shown to be worse in none, and forgets less in three." in readme
+    pretrained = script.Study(script.STUDIES / "smollm2-scores")
+    (baseline,) = (cell.baseline for cell in pretrained.cells if cell.name == "real-fact")
+    assert baseline == "lora-rest"
+    assert script.tally(pretrained, "hybrid-epd-50").startswith("better in 1 cell (real-fact)")
+    harm = script.harm_tally(pretrained, "forgetting_loss", "hybrid-epd-50")
+    assert harm.startswith("more in 1 cell (real-fact)")
+    for at in ("own", "equal"):
+        found = script.tally(pretrained, "hybrid-epd-50", "hybrid-epd-50-random", at)
+        assert found.startswith("no difference shown in 1 cell (real-fact)")
+    assert (
+        "On a pretrained model of 135 million parameters, in one task (the other has few rows so "
+        "far), the half by EPD is shown to be better than LoRA with the rest trained, which the "
+        "validation part prefers, and forgets more. A random half is not shown to differ from it."
+    ) in readme
 
 
 def test_the_templates_have_no_measured_figure(script):
