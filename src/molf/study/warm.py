@@ -54,7 +54,7 @@ class WarmInputs(Inputs):
 
 
 class _Kept(Generic[T]):
-    """Values by key, of at most `most` in all sizes; the newest one is kept whatever its size."""
+    """Values by key. Their sizes sum to at most `most`, but the newest value is always kept."""
 
     def __init__(self, most: int, size: Callable[[T], int] = lambda _: 1) -> None:
         self._most = most
@@ -64,14 +64,14 @@ class _Kept(Generic[T]):
     def get(self, key: Hashable, make: Callable[[], T]) -> T:
         """Return the value of a key; make it if it is not kept."""
         if key not in self._values:
-            self._leave(self._most - 1)  # first, so that two models are never in memory
+            self._shrink_to(self._most - 1)  # first, so that two models are never in memory
             made = make()
-            self._leave(self._most - self._size(made))
+            self._shrink_to(self._most - self._size(made))
             self._values[key] = made
         self._values.move_to_end(key)
         return self._values[key]
 
-    def _leave(self, most: int) -> None:
-        """Drop the least recently used values until the others have at most this size."""
+    def _shrink_to(self, most: int) -> None:
+        """Drop the least recently used values until the sizes sum to at most `most`."""
         while self._values and sum(map(self._size, self._values.values())) > most:
             self._values.popitem(last=False)
