@@ -6,27 +6,21 @@ import csv
 import json
 import re
 import shutil
-import sys
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean, stdev
 
 import pytest
 
+import results_page as script
 from molf.study.report.writing import REPORT_FILE, SUMMARY, write_report
+from results import amounts, outcomes, rates
 
 ROOT = Path(__file__).parents[1]
 STUDIES = ROOT / "docs" / "studies"
 
 
-@pytest.fixture
-def script(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
-    yield __import__("results_page")
-    sys.modules.pop("results_page")
-
-
-def test_the_pages_are_those_of_the_stored_studies(script):
+def test_the_pages_are_those_of_the_stored_studies():
     assert script.main(["--check"]) == 0, "run python scripts/results_page.py"
 
 
@@ -44,19 +38,19 @@ def test_reports_are_those_of_the_stored_rows(name, tmp_path):
     ).rstrip() + "\n"
 
 
-def test_the_readme_agrees_with_the_stored_study(script):
+def test_the_readme_agrees_with_the_stored_study():
     study = script.Study(script.STUDIES / "demo-scores")
-    assert script.missing(study) == "none"
+    assert amounts.missing(study) == "none"
     words = ("none", "one", "two", "three", "four", "five", "six", "seven")
 
     def counted(outcome, text):
         found = re.search(rf"{outcome} in (\d)", text)
         return words[int(found[1]) if found else 0]
 
-    baseline = script.tally(study, "epd")
+    baseline = outcomes.tally(study, "epd")
     control = ("epd", "epd-random", "equal")
-    against_random = [script.tally(study, "epd", "epd-random", at) for at in ("own", "equal")]
-    harm = script.harm_tally(study, "forgetting_loss", *control)
+    against_random = [outcomes.tally(study, "epd", "epd-random", at) for at in ("own", "equal")]
+    harm = outcomes.harm_tally(study, "forgetting_loss", *control)
     assert {counted("better", text) for text in against_random} == {"none"}
     readme = " ".join((ROOT / "README.md").read_text().split())
     assert (
@@ -69,7 +63,7 @@ def test_the_readme_agrees_with_the_stored_study(script):
     ) in readme
 
 
-def test_less_forgetting_than_the_baseline_from_the_rows_alone(script):
+def test_less_forgetting_than_the_baseline_from_the_rows_alone():
     """EPD in `facts`, whose baseline is fft: five paired differences, Student's t of 4 degrees."""
     with (STUDIES / "demo-scores" / "trials.csv").open() as file:
         rows = [row for row in csv.DictReader(file) if row["cell"] == "facts"]
@@ -93,22 +87,22 @@ def test_less_forgetting_than_the_baseline_from_the_rows_alone(script):
         assert abs(fmean(differences)) > half
         signs[method] = fmean(differences) > 0
     assert signs == {"epd": False, "lora": True}
-    text = script.less_harm(script.Study(STUDIES / "demo-scores"), "forgetting_loss")
+    text = outcomes.less_harm(script.Study(STUDIES / "demo-scores"), "forgetting_loss")
     assert "- facts: `epd`." in text.splitlines()
     assert "- facts-narrow: none." in text.splitlines()  # EPD forgets less there, and is worse
 
 
-def test_the_readme_agrees_with_the_study_of_assignments(script):
+def test_the_readme_agrees_with_the_study_of_assignments():
     study = script.Study(script.STUDIES / "demo-hybrid")
-    assert script.missing(study) == "none"
+    assert amounts.missing(study) == "none"
     assert len(study.cells) == 7
-    verdict = script.assigned_verdict(study)
+    verdict = outcomes.assigned_verdict(study)
     assert re.search(r"in 0 of \d+ comparisons .* and in 0 of \d+ comparisons", verdict)
-    half = script.tally(study, "hybrid-epd-50")
+    half = outcomes.tally(study, "hybrid-epd-50")
     assert "worse" not in half
     assert "incomplete" not in half
-    assert "worse in 1 cell" in script.tally(study, "hybrid-epd-50-random")
-    harm = script.harm_tally(study, "forgetting_loss", "hybrid-epd-50")
+    assert "worse in 1 cell" in outcomes.tally(study, "hybrid-epd-50-random")
+    harm = outcomes.harm_tally(study, "forgetting_loss", "hybrid-epd-50")
     assert "less in 3 cells" in harm
     assert "more" not in harm
     readme = " ".join((ROOT / "README.md").read_text().split())
@@ -116,9 +110,9 @@ def test_the_readme_agrees_with_the_study_of_assignments(script):
         "In seven tasks of a [study](docs/results.md#full-here-lora-there), hybrid with half of "
         "the layers in full, by EPD, is shown to be worse in none than full fine-tuning or LoRA, "
         "whichever the validation part prefers. It forgets less in three tasks, and more in none. "
-        f"{script.full_range(study, 'hybrid-epd-50')} of the layers' weights are in full there. In "
-        "no task is a probe's assignment shown to be better than a random one with as many weights "
-        "in full; a random half is shown to be worse than full fine-tuning or LoRA in one."
+        f"{amounts.full_range(study, 'hybrid-epd-50')} of the layers' weights are in full there. "
+        "In no task is a probe's assignment shown to be better than a random one with as many "
+        "weights in full; a random half is shown to be worse than full fine-tuning or LoRA in one."
     ) in readme
     assert "is shown to be worse in none, and forgets less in three." in readme
     pretrained = script.Study(script.STUDIES / "smollm2-scores")
@@ -128,12 +122,12 @@ def test_the_readme_agrees_with_the_study_of_assignments(script):
     def says(word, text):
         return re.search(rf"{word} in \d cells? \(real-fact", text)
 
-    assert says("better", script.tally(pretrained, "hybrid-epd-50"))
-    assert says("more", script.harm_tally(pretrained, "forgetting_loss", "hybrid-epd-50"))
-    assert says("less", script.harm_tally(pretrained, "forgetting_loss", "fft"))
-    assert says("no difference shown", script.tally(pretrained, "fft"))
+    assert says("better", outcomes.tally(pretrained, "hybrid-epd-50"))
+    assert says("more", outcomes.harm_tally(pretrained, "forgetting_loss", "hybrid-epd-50"))
+    assert says("less", outcomes.harm_tally(pretrained, "forgetting_loss", "fft"))
+    assert says("no difference shown", outcomes.tally(pretrained, "fft"))
     for at in ("own", "equal"):
-        found = script.tally(pretrained, "hybrid-epd-50", "hybrid-epd-50-random", at)
+        found = outcomes.tally(pretrained, "hybrid-epd-50", "hybrid-epd-50-random", at)
         assert says("no difference shown", found)
     assert (
         "On a pretrained model of 135 million parameters, in one task (the other has few rows so "
@@ -144,7 +138,7 @@ def test_the_readme_agrees_with_the_study_of_assignments(script):
     ) in readme
 
 
-def test_the_templates_have_no_measured_figure(script):
+def test_the_templates_have_no_measured_figure():
     templates = sorted(script.DOCS.glob("*.template.md"))
     assert templates
     for path in templates:
@@ -152,13 +146,13 @@ def test_the_templates_have_no_measured_figure(script):
         assert not re.findall(r"\d\.\d|\d%", text.replace("95%", ""))
 
 
-def test_a_changed_figure_is_found(script, monkeypatch):
+def test_a_changed_figure_is_found(monkeypatch):
     (path, text), *_ = script.pages().items()
     monkeypatch.setattr(script, "pages", lambda: {path: text.replace("0.", "1.", 1)})
     assert script.main(["--check"]) == 1
 
 
-def test_studies_that_come_later_fill_the_page(script, tmp_path):
+def test_studies_that_come_later_fill_the_page(tmp_path):
     """Until then their places have no rows."""
     template = (script.DOCS / "choosing.template.md").read_text()
     stored = script.STUDIES / "demo-scores"
@@ -174,7 +168,7 @@ def test_studies_that_come_later_fill_the_page(script, tmp_path):
     assert text.count("The validation part prefers `lora-rest`") == 1
 
 
-def test_rows_of_assignments_fill_their_section(script, tmp_path):
+def test_rows_of_assignments_fill_their_section(tmp_path):
     """A study whose hybrid rows are those of MoLF and its coin."""
     template = (script.DOCS / "results.template.md").read_text()
     stored, folder = script.STUDIES / "demo-scores", tmp_path / "demo-hybrid"
@@ -197,7 +191,9 @@ def test_rows_of_assignments_fill_their_section(script, tmp_path):
     for name in ("demo-scores", "demo-family"):
         shutil.copytree(stored, tmp_path / name, ignore=shutil.ignore_patterns("*.png"))
     text = script.page(template, tmp_path).partition("## Full here, LoRA there")[2]
-    pair = [script.tally(script.Study(stored), "epd", "epd-random", at) for at in ("own", "equal")]
+    pair = [
+        outcomes.tally(script.Study(stored), "epd", "epd-random", at) for at in ("own", "equal")
+    ]
     counts = "in 0 of 7 comparisons (worse in 0) at the rates chosen for each"
     assert f"beat random at the same share of weights in full {counts}" in text
     own, equal = pair
@@ -209,42 +205,42 @@ def test_rows_of_assignments_fill_their_section(script, tmp_path):
     assert text.count("| random like wins of gsnr | 25.0% | 12.0 |") == 7
 
 
-def test_outcomes_are_counted_in_plain_words(script):
+def test_outcomes_are_counted_in_plain_words():
     study = script.Study(script.STUDIES / "demo-scores")
     cells = {cell.name: cell for cell in study.cells}
-    found = script.tally(study, "fft")
+    found = outcomes.tally(study, "fft")
     assert re.match(r"the baseline itself in \d cells \(facts, ", found)
     one = cells["facts"].method("gsnr")
     assert one.comparison.differs
-    assert "facts" in re.search(r"worse in \d cells? \((.+?)\)", script.tally(study, "gsnr"))[1]
+    assert "facts" in re.search(r"worse in \d cells? \((.+?)\)", outcomes.tally(study, "gsnr"))[1]
     one.comparison = replace(one.comparison, seeds=4)
-    assert "incomplete in 1 cell (facts)" in script.tally(study, "gsnr")
+    assert "incomplete in 1 cell (facts)" in outcomes.tally(study, "gsnr")
     (shuffled,) = (c for c in cells["facts"].controls["epd"] if c.name == "epd-shuffled")
     assert not shuffled.own.is_matched
-    remark = script.tally(study, "epd", "epd-shuffled", "own").partition("; ")[2]
+    remark = outcomes.tally(study, "epd", "epd-shuffled", "own").partition("; ")[2]
     assert re.match(r"not share-matched in \d cells? \(facts", remark)
 
 
-def test_trials_of_two_studies_are_the_same_trainings(script):
+def test_trials_of_two_studies_are_the_same_trainings():
     study = script.Study(script.STUDIES / "demo-hybrid")
     common = ("fft", "lora", "lora-rest", "epd", "gsnr")  # with four rates and five seeds
-    assert script.shared(study, "demo-scores") == str(len(common) * len(study.cells) * (4 + 5))
-    assert script.shared(study, "none") == "0"
+    assert amounts.shared(study, "demo-scores") == str(len(common) * len(study.cells) * (4 + 5))
+    assert amounts.shared(study, "none") == "0"
 
 
-def test_differences_between_methods_are_not_those_of_controls(script):
+def test_differences_between_methods_are_not_those_of_controls():
     study = script.Study(script.STUDIES / "demo-scores")
     count = len(study.cells) * (len(study.own) - 1)
-    assert f"(median over {count})" in script.spread(study)
+    assert f"(median over {count})" in rates.spread(study)
     assert "epd-random" not in study.own
 
 
-def test_a_study_without_a_folder_has_no_rows(script):
+def test_a_study_without_a_folder_has_no_rows():
     for word in ("advice", "decided", "missing", "chosen", "controls", "spread"):
         assert script.page(f"{{{{{word} none}}}}").lower().strip(".").endswith("no rows yet")
 
 
-def test_unknown_words_of_the_template(script):
+def test_unknown_words_of_the_template():
     study = next(path.name for path in script.STUDIES.iterdir())
     with pytest.raises(KeyError, match="sum"):
         script.page(f"{{{{sum {study}}}}}")

@@ -1,0 +1,1 @@
+"""Words of the pages of results, one module per kind (`scripts/results_page.py`)."""

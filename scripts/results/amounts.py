@@ -1,0 +1,75 @@
+"""Numbers of trials and hours, shares in full, and costs."""
+
+from __future__ import annotations
+
+from statistics import fmean, median
+
+from molf.study.definition import REPORT
+from molf.study.report.records import is_complete
+from molf.study.report.summary import CellSummary
+from results.stored import NO_ROWS, Study
+
+
+def full_range(study: Study, method: str) -> str:
+    """Return the smallest and the largest share in full of a method over the cells."""
+    shares = [one.full_share for _, one in study.of(method) if one.full_share is not None]
+    return f"{min(shares):.0%} to {max(shares):.0%}" if shares else NO_ROWS
+
+
+def cost(study: Study, method: str, other: str) -> str:
+    """Return training time and memory of a run as multiples of another method's."""
+    parts = []
+    for column, name in (
+        ("training_seconds", "the training time"),
+        ("peak_memory_bytes", "the peak memory"),
+    ):
+        ratios = [
+            median(mine) / median(theirs)
+            for cell in study.cells
+            if (mine := _column(study, cell, method, column))
+            and (theirs := _column(study, cell, other, column))
+        ]
+        if ratios:
+            parts.append(f"{fmean(ratios):.2f} times {name}")
+    return f"{' and '.join(parts)} of `{other}`" if parts else NO_ROWS
+
+
+def _column(study: Study, cell: CellSummary, method: str, column: str) -> list[float]:
+    return [
+        row[column]
+        for row in study.rows
+        if (row["cell"], row["method"], row["phase"]) == (cell.name, method, REPORT)
+        and is_complete(row)
+        and row.get(column)
+    ]
+
+
+def trials(study: Study) -> str:
+    """Return the number of ended trials."""
+    return str(len(study.rows))
+
+
+def shared(study: Study, other: str) -> str:
+    """Return the number of trials that are also trials of another study: the same trainings."""
+    known = {(row["key"], row.get("started")) for row in Study(study.folder.parent / other).rows}
+    return str(sum((row["key"], row.get("started")) in known for row in study.rows))
+
+
+def hours(study: Study) -> str:
+    """Return the hours of all workers."""
+    return f"{sum(row.get('seconds', 0.0) for row in study.rows) / 3600:.1f}"
+
+
+def missing(study: Study) -> str:
+    """Return the missing and failed rows."""
+    if not study.planned:
+        return NO_ROWS
+    lines = [f"- {name}: all rows" for name in study.without_rows]
+    for cell in study.cells:
+        for one in cell.methods:
+            lacking = list(one.missing)
+            if one.failed_seeds:
+                lacking.append(f"failed seeds {', '.join(map(str, one.failed_seeds))}")
+            if lacking:
+                lines.append(f"- {cell.name}, {one.name}: {'; '.join(lacking)}")
+    return "\n".join(lines) or "none"

@@ -1,0 +1,71 @@
+"""Tables of a page of results."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from molf.measure.estimate_texts import estimate_text, markdown_of, number_text, table
+from molf.study.report.assigned import assigned_table
+from molf.study.report.summary import MethodSummary
+from molf.study.report.tables import controls_table, covered_text, differences_table, seeds_text
+from results.stored import NO_ROWS, Study
+
+
+def chosen(study: Study) -> str:
+    """Return the table of chosen rates."""
+    return _by_method(study, lambda one: one.rates or _lacking(one))
+
+
+def differences(study: Study) -> str:
+    """Return the table of differences to the baseline."""
+    return "\n".join(markdown_of(differences_table(study.cells))) if study.cells else NO_ROWS
+
+
+def controls(study: Study) -> str:
+    """Return the tables of methods against controls."""
+    parts = [
+        "\n".join([f"`{cell.name}`, {cell.metric}:", "", *markdown_of(controls_table(cell))])
+        for cell in study.cells
+        if cell.controls
+    ]
+    return "\n\n".join(parts) or NO_ROWS
+
+
+def sensitivity(study: Study) -> str:
+    """Return the table of the mean and the worst value over the decade around the chosen rate."""
+
+    def text(one: MethodSummary) -> str:
+        found = one.sensitivity
+        if found is None:
+            return _lacking(one)
+        covered = "" if found.is_whole else f", {covered_text(found)} tried"
+        return f"{number_text(found.area)} ({number_text(found.worst)}{covered})"
+
+    return _by_method(study, text)
+
+
+def harm(study: Study, metric: str) -> str:
+    """Return the table of a measure of harm."""
+    return _by_method(study, lambda one: estimate_text(one.harm.get(metric)) + seeds_text(one))
+
+
+def shares(study: Study) -> str:
+    """Return the table of the shares of updates that `full` took."""
+    return _by_method(study, lambda one: "" if one.full_share is None else f"{one.full_share:.0%}")
+
+
+def assigned(study: Study) -> str:
+    """Return the table of the rows of method hybrid."""
+    return "\n".join(markdown_of(assigned_table(study.cells))) if study.cells else NO_ROWS
+
+
+def _by_method(study: Study, text: Callable[[MethodSummary], str]) -> str:
+    if not study.cells:
+        return NO_ROWS
+    names = [one.name for one in study.cells[0].methods]
+    rows = ([cell.name, *(text(one) for one in cell.methods)] for cell in study.cells)
+    return "\n".join(table(["cell", *names], rows))
+
+
+def _lacking(one: MethodSummary) -> str:
+    return "missing" if one.missing else "none: every rate failed" if one.point is None else ""
