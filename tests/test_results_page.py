@@ -107,12 +107,13 @@ def test_the_readme_agrees_with_the_study_of_assignments():
     assert "more" not in harm
     readme = " ".join((ROOT / "README.md").read_text().split())
     assert (
-        "In seven tasks of a [study](docs/results.md#full-here-lora-there), hybrid with half of "
-        "the layers in full, by EPD, is shown to be worse in none than full fine-tuning or LoRA, "
-        "whichever the validation part prefers. It forgets less in three tasks, and more in none. "
-        f"{amounts.full_range(study, 'hybrid-epd-50')} of the layers' weights are in full there. "
-        "In no task is a probe's assignment shown to be better than a random one with as many "
-        "weights in full; a random half is shown to be worse than full fine-tuning or LoRA in one."
+        "Hybrid with half of the layers in full, by EPD, in seven tasks of a "
+        "[study](docs/results.md#full-here-lora-there) "
+        f"({amounts.full_range(study, 'hybrid-epd-50')} of the layers' weights), compared with "
+        "full fine-tuning or LoRA, whichever the validation part prefers: "
+        "- It is shown to be worse in none. It forgets less in three tasks, and more in none. "
+        "- A random half is shown to be worse in one. In no task is a probe's assignment shown to "
+        "be better than a random one with as many weights in full."
     ) in readme
     assert "is shown to be worse in none, and forgets less in three." in readme
     pretrained = script.Study(script.STUDIES / "smollm2-scores")
@@ -130,11 +131,11 @@ def test_the_readme_agrees_with_the_study_of_assignments():
         found = outcomes.tally(pretrained, "hybrid-epd-50", "hybrid-epd-50-random", at)
         assert says("no difference shown", found)
     assert (
-        "On a pretrained model of 135 million parameters, in one task (the other has few rows so "
-        "far), the half by EPD is shown to be better than LoRA with the rest trained, which the "
-        "validation part prefers, and forgets more. A random half is not shown to differ from it. "
-        "Full fine-tuning is not shown to differ from the preferred LoRA in the metric, and "
-        "forgets less."
+        "On a [pretrained model](docs/results.md#a-pretrained-model) of 135 million parameters, in "
+        "one task, where the validation part prefers LoRA with the rest trained: "
+        "- The half by EPD is shown to be better, and forgets more. A random half is not shown to "
+        "differ from the half by EPD. "
+        "- Full fine-tuning is not shown to differ in the metric, and forgets less."
     ) in readme
 
 
