@@ -26,6 +26,7 @@ Sentences:
                                       controls
     harm_by_rate STUDY METRIC         harm at the lowest against the highest tried rate
     settings STUDY METHOD             chosen rates, and the number of cells of each
+    untrained STUDY                   metric of the base, by cell
     full_range STUDY METHOD           lowest and highest share in full over the cells
     ranges STUDY                      lowest and highest tried rate of the methods
     cost STUDY METHOD OTHER           training time and memory of a run as multiples of another's
@@ -64,7 +65,7 @@ _WORDS: dict[str, Any] = {
         *(outcomes.advice, outcomes.decided),
         *(outcomes.assigned_findings, outcomes.assigned_verdict),
         *(rates.spread, rates.harm_by_rate, rates.settings, rates.ranges),
-        *(amounts.full_range, amounts.cost),
+        *(amounts.untrained, amounts.full_range, amounts.cost),
         *(amounts.trials, amounts.shared, amounts.hours, amounts.missing),
     )
 }

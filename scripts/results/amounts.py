@@ -1,13 +1,20 @@
-"""Numbers of trials and hours, shares in full, and costs."""
+"""Numbers of trials and hours, metrics of the base, shares in full, and costs."""
 
 from __future__ import annotations
 
 from statistics import fmean, median
 
+from molf.measure.estimate_texts import number_text
 from molf.study.definition import REPORT
 from molf.study.report.records import is_complete
 from molf.study.report.summary import CellSummary
 from results.stored import NO_ROWS, Study
+
+
+def untrained(study: Study) -> str:
+    """Return the metric of the base, by cell."""
+    found = [f"`{one.name}` {number_text(one.base)}" for one in study.cells if one.base is not None]
+    return ", ".join(found) or NO_ROWS
 
 
 def full_range(study: Study, method: str) -> str:
