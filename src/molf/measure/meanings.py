@@ -7,6 +7,9 @@ from collections.abc import Iterable
 METRICS_VERSION = 2
 """Raised when a metric has another value for equal answers, or the embedded data change."""
 
+UNRECORDED_VERSION = 1
+"""The version of metrics from before it was recorded."""
+
 _MEANINGS = (
     (("es", "em"), "new target over true one, edited prompt: share, mean difference of p"),
     (("ps", "pm"), "the same for paraphrases"),
