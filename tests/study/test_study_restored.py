@@ -132,3 +132,12 @@ def test_a_study_that_grew_takes_rows_once_its_changes_are_accepted(tmp_path, ca
     assert main([*arguments, "--accept_changes"]) == 0
     study, _ = study_of(tmp_path, methods=METHODS)
     assert all_results(study).keys() == before.keys()
+
+
+def test_trials_with_metrics_of_another_version_are_counted(tmp_path, capsys):
+    kept, before = stored(tmp_path)
+    capsys.readouterr()
+    assert main(["study", "restore", str(tmp_path / "study.yaml"), str(kept)]) == 0
+    assert f"warning: {len(before)} of them have metrics of another version than new trials" in (
+        capsys.readouterr().err
+    )
