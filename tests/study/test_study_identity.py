@@ -221,3 +221,42 @@ def test_status_of_a_study_without_its_storage(tmp_path, capsys):
     shutil.rmtree(study.output_dir / "results")
     assert main(["study", "status", str(tmp_path / "study.yaml")]) == 2
     assert "or its files were deleted. `molf study run` starts it" in capsys.readouterr().err
+
+
+def test_a_changed_assignment_is_a_changed_study(tmp_path, capsys):
+    """Its path alone was part of the identity, so that trials of two assignments were mixed."""
+    layers = tmp_path / "layers.yaml"
+    layers.write_text("default: full\n")
+    hybrid = {"name": "hybrid", "method": "hybrid", "assignment": str(layers)}
+    hybrid["rates"] = {"learning_rate": [1e-3], "lora_lr_ratio": [3]}
+
+    def keys():
+        contents._content.cache_clear()
+        study, make = study_of(tmp_path, methods=[hybrid])
+        return study, {trial.key for trial in Plan(study, {}, make, {}).trials}
+
+    study, before = keys()
+    write_record(study)
+    copy = tmp_path / "copy.yaml"
+    shutil.copy(layers, copy)
+    hybrid["assignment"] = str(copy)
+    assert keys()[1] == before
+    copy.write_text("default: {r: 4, alpha: 8}\n")
+    assert keys()[1].isdisjoint(before)
+    hybrid["assignment"] = str(layers)
+    layers.write_text("default: {r: 4, alpha: 8}\n")
+    assert keys()[1].isdisjoint(before)
+    assert main(["study", "work", str(tmp_path / "study.yaml")]) == 2
+    assert 'methods.hybrid.contents.assignment "sha256:' in capsys.readouterr().err
+
+
+def test_the_directory_of_a_study_is_no_folder_for_its_report(tmp_path, capsys):
+    """The outline replaced the record of the study, which could not go on."""
+    study, make = study_of(tmp_path)
+    work(study, make, Pretended(study))
+    path = str(tmp_path / "study.yaml")
+    assert main(["study", "report", path, "--to", str(study.output_dir), "--no_figures"]) == 2
+    assert f"{study.output_dir} is the directory of a study. Give another folder." in (
+        capsys.readouterr().err
+    )
+    assert main(["study", "status", path]) == 0

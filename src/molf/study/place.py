@@ -75,8 +75,9 @@ def definition_of(study: Study) -> dict[str, Any]:
                 "rates": _rates(method.rates),
                 "control_of": method.control_of,
                 "share_of": method.share_of,
-                # Records of earlier studies have no such key.
+                # Records of earlier studies have no such keys.
                 **({} if method.rule is None else {"assignment": method.rule.as_values()}),
+                **({"contents": found} if (found := contents_of(method.options)) else {}),
             }
             for method in study.methods
         },
