@@ -11,7 +11,7 @@ from molf.job.record import contents
 from molf.study.ledger import Ledger
 from molf.study.outcome import all_results, read_result, write_result
 from molf.study.place import write_record
-from molf.study.plan import Plan
+from molf.study.plan import Outcome, Plan
 from study_helpers import FFT, LORA, MOLF, Pretended, study_of, work, write_study
 
 FACTS = {"name": "facts", "task": "demo-fact", "metric": "es"}
@@ -260,3 +260,22 @@ def test_the_directory_of_a_study_is_no_folder_for_its_report(tmp_path, capsys):
         capsys.readouterr().err
     )
     assert main(["study", "status", path]) == 0
+
+
+def test_a_change_counts_the_second_phase_of_a_method_with_a_failed_rate(tmp_path, capsys):
+    """A failed trial has no result, so that the chosen rate and its rows seemed to be unknown."""
+
+    class Failing(Pretended):
+        def __call__(self, planned, point, trial=None):
+            if planned.label(point).startswith("choose-lr0.01"):
+                return Outcome("failed", None, point, error="it broke")
+            return super().__call__(planned, point, trial)
+
+    study, make = study_of(tmp_path, methods=[FFT])
+    work(study, make, Failing(study))
+    assert len(all_results(study)) == 2 + 5
+    write_study(tmp_path, methods=[FFT, LORA])
+    assert main(["study", "work", str(tmp_path / "study.yaml")]) == 2
+    assert "7 of them are also trials of the changed study and are not repeated; 0 are" in (
+        capsys.readouterr().err
+    )

@@ -16,7 +16,7 @@ from molf.paths import check_path, check_unicode
 from molf.study.assigning.making import PROBES
 from molf.study.definition import Rates, Study
 from molf.study.outcome import RESULTS, TRIALS, Results, TrialResult, outcome_of, point_of
-from molf.study.plan import Outcome, Plan, TrialMaker
+from molf.study.plan import FAILED, Outcome, Plan, TrialMaker
 
 RECORD = "study.json"
 _FORMAT = 2  # of the record and of the results; others have other identities
@@ -164,19 +164,16 @@ def find_change(study: Study, make: TrialMaker) -> Change | None:
     return Change(differences, kept, len(results) - kept)
 
 
-def plan_of(
-    study: Study,
-    make: TrialMaker,
-    results: Mapping[str, TrialResult],
-    ended: Mapping[str, Outcome] | None = None,
-) -> Plan:
+def plan_of(study: Study, make: TrialMaker, results: Mapping[str, TrialResult]) -> Plan:
     """Return the trials of a study that are known from finished trials.
+
+    A trial without a result counts as failed: one that has failed has none, and rates are chosen
+    after it.
 
     Args:
         study: The study.
         make: Makes its trials.
         results: Finished trials by key, also of other studies.
-        ended: Failed and pruned trials by key.
     """
     metrics = {cell.name: cell.metric for cell in study.cells}
     outcomes = {
@@ -185,7 +182,9 @@ def plan_of(
         if result.row.get("cell") in metrics
     }
     drawn = {key: point_of(result.row) for key, result in results.items()}
-    return Plan(study, {**(ended or {}), **outcomes}, make, drawn)
+    while (plan := Plan(study, outcomes, make, drawn)).unfinished:
+        outcomes |= {trial.key: Outcome(FAILED, None, {}) for trial in plan.unfinished}
+    return plan
 
 
 def check_unchanged(change: Change | None, *, accepted: bool) -> None:

@@ -30,7 +30,7 @@ def alone(study: Study, *place: str) -> Iterator[None]:
     """Wait for other workers that run this trial or probe, and keep them out of the block.
 
     A worker that was suspended for long, or that started before the study file changed, may still
-    run it.
+    run it. On network file systems only workers of this machine are waited for.
 
     Args:
         study: The study.

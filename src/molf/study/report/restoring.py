@@ -10,7 +10,7 @@ from molf.measure.meanings import METRICS_VERSION
 from molf.study.definition import Study
 from molf.study.outcome import all_results, point_of, result_file, write_result
 from molf.study.place import plan_of, write_record
-from molf.study.plan import Outcome, TrialMaker
+from molf.study.plan import TrialMaker
 from molf.study.report.records import is_complete, read_records, stored_results
 from molf.study.status import metrics_version
 
@@ -51,13 +51,7 @@ def restore(study: Study, make: TrialMaker, folder: Path) -> Restored:
     records = read_records(folder)
     stored = stored_results(records)
     present = all_results(study)
-    # Without them, the second phase of a method with a failed rate trial would be unknown.
-    ended = {
-        str(row["key"]): Outcome(str(row["state"]), None, point_of(row))
-        for row in records.rows
-        if not is_complete(row)
-    }
-    planned = plan_of(study, make, stored | present, ended).by_key
+    planned = plan_of(study, make, stored | present).by_key
     wanted = [key for key in stored if key in planned and key not in present]
     known = sum(key in present for key in stored)
     if stored and not wanted and not known:
@@ -74,6 +68,6 @@ def restore(study: Study, make: TrialMaker, folder: Path) -> Restored:
         taken=len(wanted),
         present=known,
         left_out=len(stored) - len(wanted) - known,
-        unfinished=len(ended),
+        unfinished=sum(not is_complete(row) for row in records.rows),
         other_metrics=sum(metrics_version(stored[key].row) != METRICS_VERSION for key in wanted),
     )
