@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
-from molf.measure.meanings import UNRECORDED_VERSION
+from molf.measure.meanings import UNRECORDED_VERSION, last_change
 from molf.shown import counted
 from molf.study.definition import Cell, Method, Study
 from molf.study.plan import COMPLETE, FAILED, PRUNED, Outcome, Plan
@@ -117,9 +117,15 @@ def status_of(study: Study, plan: Plan, snapshot: Snapshot, rows: Iterable[Row])
     )
 
 
-def metrics_version(row: Row) -> int:
-    """Return the version of a row's metrics."""
-    return int(row.get("metrics_version") or UNRECORDED_VERSION)
+def metrics_version(row: Row, recorded: int | None = None) -> int:
+    """Return the last version that changed one of a row's metrics, up to the recorded one.
+
+    Args:
+        row: The row.
+        recorded: Another version than that of the row.
+    """
+    names = (name.removeprefix("after/") for name in row if name.startswith("after/"))
+    return last_change(names, recorded or int(row.get("metrics_version") or UNRECORDED_VERSION))
 
 
 def mixed_metrics(rows: Iterable[Row]) -> list[str]:

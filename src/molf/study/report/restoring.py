@@ -11,7 +11,7 @@ from molf.study.definition import Study
 from molf.study.outcome import all_results, point_of, result_file, write_result
 from molf.study.place import plan_of, write_record
 from molf.study.plan import TrialMaker
-from molf.study.report.records import is_complete, read_records, stored_results
+from molf.study.report.records import Row, is_complete, read_records, stored_results
 from molf.study.status import metrics_version
 
 
@@ -69,5 +69,10 @@ def restore(study: Study, make: TrialMaker, folder: Path) -> Restored:
         present=known,
         left_out=len(stored) - len(wanted) - known,
         unfinished=sum(not is_complete(row) for row in records.rows),
-        other_metrics=sum(metrics_version(stored[key].row) != METRICS_VERSION for key in wanted),
+        other_metrics=sum(_is_older(stored[key].row) for key in wanted),
     )
+
+
+def _is_older(row: Row) -> bool:
+    """Return whether a new trial measures a metric of a row in another way."""
+    return metrics_version(row) != metrics_version(row, METRICS_VERSION)
