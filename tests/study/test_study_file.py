@@ -108,6 +108,7 @@ def _with(part, index=0, **changes):
             "learning_rate is no rate of method=molf-e .molf., which trains LoRA factors alone",
         ),
         ({"methods": [FFT, {**FFT, "name": "FFT"}]}, "the name FFT is given twice"),
+        (_with("cells", metric="acc_true"), "neither high nor low values of acc_true are better"),
         (_with("cells", data="-"), "cells, facts, data: - is the standard input of one process"),
         ({"axes": {"data": ["a.jsonl", "-"]}}, r"cells, facts.data=-, data: - is the standard"),
         ({"choose": {"seeds": [11]}}, "choose.seeds and report.seeds share 11: a rate that was"),

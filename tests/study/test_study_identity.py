@@ -11,7 +11,7 @@ from molf.job.record import contents
 from molf.study.ledger import Ledger
 from molf.study.outcome import all_results, read_result, write_result
 from molf.study.place import write_record
-from molf.study.plan import Plan
+from molf.study.plan import Outcome, Plan
 from study_helpers import FFT, LORA, MOLF, Pretended, study_of, work, write_study
 
 FACTS = {"name": "facts", "task": "demo-fact", "metric": "es"}
@@ -221,3 +221,61 @@ def test_status_of_a_study_without_its_storage(tmp_path, capsys):
     shutil.rmtree(study.output_dir / "results")
     assert main(["study", "status", str(tmp_path / "study.yaml")]) == 2
     assert "or its files were deleted. `molf study run` starts it" in capsys.readouterr().err
+
+
+def test_a_changed_assignment_is_a_changed_study(tmp_path, capsys):
+    """Its path alone was part of the identity, so that trials of two assignments were mixed."""
+    layers = tmp_path / "layers.yaml"
+    layers.write_text("default: full\n")
+    hybrid = {"name": "hybrid", "method": "hybrid", "assignment": str(layers)}
+    hybrid["rates"] = {"learning_rate": [1e-3], "lora_lr_ratio": [3]}
+
+    def keys():
+        contents._content.cache_clear()
+        study, make = study_of(tmp_path, methods=[hybrid])
+        return study, {trial.key for trial in Plan(study, {}, make, {}).trials}
+
+    study, before = keys()
+    write_record(study)
+    copy = tmp_path / "copy.yaml"
+    shutil.copy(layers, copy)
+    hybrid["assignment"] = str(copy)
+    assert keys()[1] == before
+    copy.write_text("default: {r: 4, alpha: 8}\n")
+    assert keys()[1].isdisjoint(before)
+    hybrid["assignment"] = str(layers)
+    layers.write_text("default: {r: 4, alpha: 8}\n")
+    assert keys()[1].isdisjoint(before)
+    assert main(["study", "work", str(tmp_path / "study.yaml")]) == 2
+    assert 'methods.hybrid.contents.assignment "sha256:' in capsys.readouterr().err
+
+
+def test_the_directory_of_a_study_is_no_folder_for_its_report(tmp_path, capsys):
+    """The outline replaced the record of the study, which could not go on."""
+    study, make = study_of(tmp_path)
+    work(study, make, Pretended(study))
+    path = str(tmp_path / "study.yaml")
+    assert main(["study", "report", path, "--to", str(study.output_dir), "--no_figures"]) == 2
+    assert f"{study.output_dir} is the directory of a study. Give another folder." in (
+        capsys.readouterr().err
+    )
+    assert main(["study", "status", path]) == 0
+
+
+def test_a_change_counts_the_second_phase_of_a_method_with_a_failed_rate(tmp_path, capsys):
+    """A failed trial has no result, so that the chosen rate and its rows seemed to be unknown."""
+
+    class Failing(Pretended):
+        def __call__(self, planned, point, trial=None):
+            if planned.label(point).startswith("choose-lr0.01"):
+                return Outcome("failed", None, point, error="it broke")
+            return super().__call__(planned, point, trial)
+
+    study, make = study_of(tmp_path, methods=[FFT])
+    work(study, make, Failing(study))
+    assert len(all_results(study)) == 2 + 5
+    write_study(tmp_path, methods=[FFT, LORA])
+    assert main(["study", "work", str(tmp_path / "study.yaml")]) == 2
+    assert "7 of them are also trials of the changed study and are not repeated; 0 are" in (
+        capsys.readouterr().err
+    )

@@ -22,7 +22,13 @@ class Answered(Pretended):
         file = file / f"{planned.label(point)}.json"
         found = self.results.refresh().by_key[planned.key]
         row = {**found.row, "steps": 15, "training_flops": 1.5e11, "commit": "0" * 40}
-        row |= {"dirty": False, "python": "3.11.7", "version/molf": "0.1.0", "before/es": 1.0}
+        row |= {
+            "after/execution_accuracy": 0.5,
+            "dirty": False,
+            "python": "3.11.7",
+            "version/molf": "0.1.0",
+            "before/es": 1.0,
+        }
         scores = {"es": {"0": (1.0, 1.0), "7": (0.25, 1.0), "9": (3.0, 10.0)}}
         write_result(file, TrialResult(found.key, row, scores, found.settings, "made" * 5))
         return outcome
@@ -132,3 +138,12 @@ def test_a_study_that_grew_takes_rows_once_its_changes_are_accepted(tmp_path, ca
     assert main([*arguments, "--accept_changes"]) == 0
     study, _ = study_of(tmp_path, methods=METHODS)
     assert all_results(study).keys() == before.keys()
+
+
+def test_trials_with_metrics_of_another_version_are_counted(tmp_path, capsys):
+    kept, before = stored(tmp_path)
+    capsys.readouterr()
+    assert main(["study", "restore", str(tmp_path / "study.yaml"), str(kept)]) == 0
+    assert f"warning: {len(before)} of them have metrics of another version than new trials" in (
+        capsys.readouterr().err
+    )

@@ -1,21 +1,28 @@
 """A study of real trainings on a tiny model, from the file to its tables."""
 
+import errno
 import hashlib
 import json
+import re
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 
 from checkpoints import write_checkpoint
 from molf.cli import main
 from molf.cli.study_options import open_study
+from molf.disk.locks import Lock
+from molf.job.record.result import RunError
 from molf.job.record.routing_log import iter_steps
 from molf.job.run import train
-from molf.study.outcome import all_results, run_directory
+from molf.study.outcome import all_results, result_file, run_directory, write_result
 from molf.study.plan import Plan
 from molf.study.routed_layers import RoutedLayer, full_weights, moved_parameters
+from molf.study.running import alone
 from molf.study.trial import TrialRunner
 from study_helpers import study_of, write_study
 
@@ -196,3 +203,54 @@ def test_the_pruner_ends_a_training_by_its_loss(study, tmp_path):
 def test_records_alone_are_kept_by_default(folder, tmp_path):
     study, _ = study_of(tmp_path)
     assert study.keep == "records"
+
+
+def test_a_trial_waits_for_another_worker_that_runs_it(study, tmp_path, monkeypatch):
+    """A worker that was taken for dead, or that has the file before a change."""
+    opened, make = study
+    here = replace(opened, output_dir=tmp_path, keep="records")
+    planned = Plan(here, {}, make, {}).trials[0]
+    place = (planned.cell.name, planned.method.name, planned.label(planned.point))
+    done = all_results(opened)[planned.key]
+    monkeypatch.setattr(TrialRunner, "_train", lambda *_: pytest.fail("it was trained twice"))
+    with ThreadPoolExecutor() as pool:
+        with alone(here, "trials", *place):
+            outcome = pool.submit(TrialRunner(here, None), planned, planned.point)
+            with pytest.raises(TimeoutError):
+                outcome.result(0.3)
+            write_result(result_file(here, *place), done)
+        assert outcome.result(60).is_reused
+
+
+def test_files_of_another_process_in_the_directory_of_a_trial_are_kept(study, tmp_path):
+    opened, make = study
+    here = replace(opened, output_dir=tmp_path, keep="records")
+    planned = Plan(here, {}, make, {}).trials[0]
+    model = run_directory(
+        here, planned.cell.name, planned.method.name, planned.label(planned.point)
+    )
+    model = model / "model"
+    model.mkdir(parents=True)
+    with Lock(model.parent):
+        outcome = TrialRunner(here, None)(planned, planned.point)
+    assert "is in use: another process runs this trial" in outcome.error
+    assert model.is_dir()
+
+
+def test_a_full_disk_ends_the_worker_and_fails_no_trial(folder, tmp_path, monkeypatch, capsys):
+    def full(*_):
+        try:
+            raise OSError(errno.ENOSPC, "No space left on device", "model.safetensors")
+        except OSError as error:
+            raise RunError(f"The run failed: {error}.") from error
+
+    content = yaml.safe_load((folder / "study.yaml").read_text())
+    path = write_study(tmp_path, cells=content["cells"], methods=content["methods"])
+    monkeypatch.setattr("molf.job.run.train", full)
+    assert main(["study", "work", str(path)]) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert re.match(
+        r"molf: error: The disk of .* is full: .*No space left.* Finished trials", error
+    )
+    assert main(["study", "status", str(path)]) == 0
+    assert "0 failed, 0 pruned, 0 running, 12 left" in capsys.readouterr().out

@@ -10,6 +10,7 @@ from molf.study.choice import choose_point
 from molf.study.report.figures import draw_figures
 from molf.study.report.sensitivity import sensitivity
 from molf.study.report.summary import front_of, summarise
+from molf.study.status import origin_of
 from study_rows import (
     EPD,
     FFT,
@@ -288,3 +289,88 @@ def test_intervals_of_one_seed_are_unknown_and_those_of_shares_end_at_one():
     found = mean_of_questions("es", {"es": right})
     assert (found.value, found.high) == (0.95, 1.0)
     assert found.low < 0.9
+
+
+def answers(rows, *, without=()):
+    """Scores of ten questions for the rows of the second phase, their share as in the row."""
+    return {
+        (row["method"], row["phase"], row["point"], row["seed"]): {
+            "es": {str(i): (float(i < 10 * row["after/es"]), 1.0) for i in range(10)}
+        }
+        for row in rows
+        if row["phase"] == "report" and row["seed"] not in without
+    }
+
+
+def test_rows_without_scores_of_questions_count():
+    """The value was that of the seeds with scores, and a comparison of three seeds was complete."""
+    rows = choosing("fft", FFT, [0.1, 0.5, 0.2]) + reported("fft", FFT, 1, [0.5] * 5)
+    rows += choosing("epd", EPD, [0.1, 0.5, 0.2])
+    rows += reported("epd", EPD, 1, [0.9, 0.9, 0.9, 0.1, 0.1])
+    methods = {"fft": FFT, "epd": EPD}
+    for without, units in (((), "questions and seeds"), ((14, 15), "seeds")):
+        stored = records(methods, rows)
+        stored.questions["facts"] = answers(rows, without=without)
+        (cell,) = summarise(stored)
+        found = cell.method("epd")
+        assert (found.value.value, found.value.units) == (pytest.approx(0.58), units)
+        estimate = found.comparison.estimate
+        assert (estimate.value, estimate.units) == (pytest.approx(0.08), units)
+
+
+def test_a_measure_of_harm_that_a_seed_lacks_is_missing():
+    """An infinite divergence is not stored; the mean of the other seeds was shown in bold."""
+    methods, rows = failing()
+    for row in rows:
+        row |= {"after/es": 0.5, "state": "complete"} if row["phase"] == "report" else {}
+        row.setdefault("after/kl_neutral", 0.1)
+    cell = cell_of(methods, rows)
+    assert cell.method("epd").comparison.harm["kl_neutral"].differs
+    del next(r for r in rows if (r["method"], r["seed"]) == ("epd", 13))["after/kl_neutral"]
+    cell = cell_of(methods, rows)
+    assert "kl_neutral" not in cell.method("epd").harm
+    assert "kl_neutral" not in cell.method("epd").comparison.harm
+    assert "kl_neutral" in cell.method("fft").harm
+
+
+# -- the baseline -------------------------------------------------------------------------------
+
+
+def test_the_baseline_is_the_best_of_the_first_phase_whatever_rows_the_second_one_has():
+    """The other one was taken while the best had no rows, and methods were better than that."""
+    lora = method(grid(lora_learning_rate=GRID))
+    methods = {"fft": FFT, "lora": lora, "epd": EPD}
+    rows = choosing("fft", FFT, [0.1, 0.3, 0.2]) + reported("fft", FFT, 1, [0.3] * 5)
+    rows += choosing("epd", EPD, [0.1, 0.5, 0.2]) + reported("epd", EPD, 1, [0.5] * 5)
+    options = {"baseline": ["fft", "lora"]}
+    assert cell_of(methods, rows, **options).baseline is None
+    rows += choosing("lora", lora, [0.1, 0.9, 0.2])
+    cell = cell_of(methods, rows, **options)
+    assert (cell.baseline, cell.method("epd").comparison) == ("lora", None)
+    rows += reported("lora", lora, 1, [0.9] * 5)
+    cell = cell_of(methods, rows, **options)
+    assert cell.method("epd").comparison.outcome(minimize=False) == "worse"
+    # A method whose every rate failed is no candidate.
+    failed = [row for row in rows if row["method"] != "lora"]
+    failed += choosing("lora", lora, [None, None, None])
+    assert cell_of(methods, failed, **options).baseline == "fft"
+
+
+# -- where rows come from -----------------------------------------------------------------------
+
+
+def test_metrics_of_several_versions_in_a_cell_are_named():
+    rows = choosing("fft", FFT, [0.1, 0.5, 0.2])
+    rows[2]["metrics_version"] = 2
+    assert origin_of(rows) == ""  # version 2 has the same es
+    assert "Metrics of several versions" not in text_of({"fft": FFT}, rows)
+    for row in rows:
+        row["after/execution_accuracy"] = 0.5
+    assert origin_of(rows) == (
+        "rows of facts have metrics of several versions, which may differ for equal answers: "
+        "version 1 (2), version 2 (1)"
+    )
+    assert f"## Metrics of several versions\n\n- {origin_of(rows)}\n" in text_of({"fft": FFT}, rows)
+    for row in rows:
+        row["metrics_version"] = 2
+    assert origin_of(rows) == ""

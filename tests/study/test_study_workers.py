@@ -15,6 +15,7 @@ from molf.cli import main
 from molf.errors import InputError
 from molf.study.ledger import Ledger
 from molf.study.outcome import all_results, read_result, result_file, write_result
+from molf.study.place import write_record
 from molf.study.plan import Plan
 from molf.study.storage import StorageError, check_present, storage_address
 from study_helpers import FFT, LORA, Pretended, start_worker, study_of, work, write_study
@@ -89,7 +90,7 @@ def test_a_running_trial_has_a_sign_of_life_from_its_start(tmp_path, monkeypatch
 
 
 def test_a_worker_that_slept_while_its_trial_was_given_up_goes_on(tmp_path):
-    """Suspended past the grace of the heart-beats: its trial is queued again, and not trained."""
+    """Suspended past the grace of the heart-beats: its trial is not trained again."""
     study, make = study_of(tmp_path)
     pretended, slept = Pretended(study), []
 
@@ -100,13 +101,10 @@ def test_a_worker_that_slept_while_its_trial_was_given_up_goes_on(tmp_path):
             ledger = Ledger(study)
             storage, failed = ledger._storage, optuna.trial.TrialState.FAIL
             storage.set_trial_state_values(trial._trial_id, state=failed)
-            stale = storage.get_trial(trial._trial_id)
-            one = ledger._at(planned.cell, planned.method, planned.phase)
-            storage.get_heartbeat_stale_trial_callback()(one, stale)
         return outcome
 
     done, _ = work(study, make, run)
-    assert (done.done, done.failed, done.ended) == (study.size + 1, 0, "finished")
+    assert (done.done, done.failed, done.ended) == (study.size, 0, "finished")
     assert len(pretended.ran) == len(set(pretended.ran)) == study.size
     assert slept[0] in Ledger(study).read().outcomes
 
@@ -262,8 +260,6 @@ def test_a_changed_file_ends_workers(tmp_path):
 
     class Changing(Pretended):
         def __call__(self, planned, point, trial=None):
-            from molf.study.place import write_record
-
             write_record(study_of(tmp_path, methods=[LORA])[0])
             return super().__call__(planned, point, trial)
 
@@ -363,3 +359,57 @@ def test_passwords_of_addresses_are_not_printed(tmp_path):
         Ledger(study)
     assert "geheim" not in str(raised.value)
     assert "\n" not in str(raised.value)
+
+
+def test_a_trial_of_a_worker_that_died_after_its_result_is_finished(tmp_path):
+    study, make = study_of(tmp_path, retries=0)
+    (tmp_path / "out").mkdir()
+    ledger = Ledger(study)
+    first = Plan(study, {}, make, {}).trials[0]
+    ledger.enqueue([first], ledger.read())
+    one = ledger._at(first.cell, first.method, first.phase)
+    trial = one.ask()
+    Pretended(study)(first, first.point)
+    one.tell(trial, state=optuna.trial.TrialState.FAIL)  # as if its worker had died
+    assert ledger.read().outcomes[first.key].state == "complete"
+
+
+def test_a_worker_that_dies_at_once_after_another_one_is_noticed(tmp_path):
+    """The trial that was queued again had the attributes of the first, and ran for ever."""
+    study, make = study_of(tmp_path, heartbeat=1)
+    (tmp_path / "out").mkdir()
+    ledger = Ledger(study)
+    first = Plan(study, {}, make, {}).trials[0]
+    ledger.enqueue([first], ledger.read())
+    one = ledger._at(first.cell, first.method, first.phase)
+    trial = one.ask()
+    ledger._storage.record_heartbeat(trial._trial_id)
+    trial.set_user_attr("worker", "first")
+    database = tmp_path / "out" / "optuna.sqlite"
+    with closing(sqlite3.connect(database)) as opened, opened:
+        opened.execute("update trial_heartbeats set heartbeat = datetime('now', '-1 hour')")
+    place = [(first.cell.name, first.method.name, first.phase)]
+    ledger.fail_stale(place)
+    ledger.enqueue([first], ledger.read())
+    one.ask()  # and dies before its first sign of life
+    with closing(sqlite3.connect(database)) as opened, opened:
+        opened.execute("update trials set datetime_start = datetime('now', '-1 day')")
+    again = Ledger(study)  # a new process
+    again.fail_stale(place)
+    assert not again.read().running
+
+
+def test_status_counts_running_trials_that_differ_in_their_rate_alone(tmp_path, capsys):
+    study, make = study_of(tmp_path, methods=[FFT])
+    write_record(study)
+    ledger = Ledger(study)
+    plan = Plan(study, {}, make, {})
+    ledger.enqueue(plan.trials, ledger.read())
+    first = plan.trials[0]
+    for _ in range(2):
+        ledger._at(first.cell, first.method, first.phase).ask()
+    assert main(["study", "status", str(tmp_path / "study.yaml")]) == 0
+    printed = capsys.readouterr().out
+    assert "2 running, 8 left" in printed
+    assert "with 2 workers" in printed
+    assert "running: facts/fft/choose-lr0.0001-seed1" in printed

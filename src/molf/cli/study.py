@@ -165,6 +165,11 @@ def restore_study(
     )
     more = "".join(f"; {number} {text}" for number, text in others if number)
     _print(f"{here}{more}. `molf study run` runs the rest.")
+    if found.other_metrics:
+        _warn(
+            f"{found.other_metrics} of them have metrics of another version than new trials: "
+            "values may differ for equal answers."
+        )
 
 
 def report_study(

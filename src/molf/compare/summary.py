@@ -12,6 +12,7 @@ from molf.compare.runs import COSTS, ComparedRun
 from molf.measure.estimates import (
     Estimate,
     SeedScores,
+    by_metric,
     difference_of_questions,
     mean_of_questions,
     minus_best_of_questions,
@@ -104,7 +105,10 @@ def _metric(cell: Cell, name: str) -> MetricSummary:
     ranked = is_ranked(name)
     values = {method: _values(runs.values(), name) for method, runs in cell.methods.items()}
     values = {method: found for method, found in values.items() if found}
-    scores = {method: _scores(cell.methods[method]) for method in values}
+    scores = {
+        method: by_metric({seed: run.scores for seed, run in cell.methods[method].items()})
+        for method in values
+    }
     means = {method: _mean(name, values[method], scores[method]) for method in values}
     sign = 1 if minimize else -1
     best = min(means, key=lambda method: sign * means[method].value)
@@ -149,15 +153,6 @@ def _changes(run: ComparedRun) -> dict[str, float]:
 
 
 Scores = dict[str, SeedScores]
-
-
-def _scores(runs: Mapping[int, ComparedRun]) -> Scores:
-    """Return the scores of questions by metric and seed, of metrics that all seeds have."""
-    found: dict[str, dict[int, Mapping[str, tuple[float, float]]]] = {}
-    for seed, run in runs.items():
-        for metric, questions in run.scores.items():
-            found.setdefault(metric, {})[seed] = questions
-    return {metric: seeds for metric, seeds in found.items() if len(seeds) == len(runs)}
 
 
 def _mean(name: str, values: Mapping[int, float], scores: Scores) -> Estimate:

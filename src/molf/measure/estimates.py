@@ -47,6 +47,19 @@ class Estimate:
         return self.low > 0 or self.high < 0
 
 
+def by_metric(
+    scores: Mapping[int, Mapping[str, Mapping[str, tuple[float, float]]]],
+) -> dict[str, SeedScores]:
+    """Return scores by metric, of the metrics that all seeds have.
+
+    Args:
+        scores: By seed and metric, the scores of questions.
+    """
+    names = [set(found) for found in scores.values()]
+    common = set.intersection(*names) if names else set()
+    return {name: {seed: found[name] for seed, found in scores.items()} for name in sorted(common)}
+
+
 def over_seeds(values: Sequence[float]) -> Estimate:
     """Return the mean with Student's interval over seeds; its ends are NaN for one seed."""
     found = np.asarray(values, dtype=np.float64)

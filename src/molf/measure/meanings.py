@@ -7,6 +7,14 @@ from collections.abc import Iterable
 METRICS_VERSION = 2
 """Raised when a metric has another value for equal answers, or the embedded data change."""
 
+UNRECORDED_VERSION = 1
+"""The version of metrics from before it was recorded."""
+
+_CHANGED = {
+    2: ("execution_accuracy", "execution_accuracy_set", "execution_accuracy_with_rows", "valid_sql")
+}
+"""The metrics that a version changed."""
+
 _MEANINGS = (
     (("es", "em"), "new target over true one, edited prompt: share, mean difference of p"),
     (("ps", "pm"), "the same for paraphrases"),
@@ -46,6 +54,14 @@ _LOWER_IS_BETTER = (
     "kl_neutral",
     "kl_task",
 )
+
+
+def last_change(metrics: Iterable[str], version: int) -> int:
+    """Return the last version, up to this one, that changed one of these metrics; else 1."""
+    given = set(metrics)
+    return max(
+        (v for v, names in _CHANGED.items() if v <= version and given & set(names)), default=1
+    )
 
 
 def meanings(metrics: Iterable[str]) -> list[tuple[str, str]]:

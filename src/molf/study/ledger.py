@@ -17,6 +17,7 @@ from molf.study.definition import HYPERBAND, MEDIAN, TPE, Cell, Method, Point, S
 from molf.study.outcome import Results, TrialResult, point_of
 from molf.study.plan import PRUNED, Outcome, Planned
 from molf.study.rates import limits, number_of
+from molf.study.running import FullDiskError
 from molf.study.snapshot import (
     DROPPED,
     ERROR,
@@ -176,7 +177,7 @@ class Ledger:
         one.enqueue_trial(given, user_attrs=attributes)
 
     def fail_stale(self, places: Iterable[Place]) -> None:
-        """Fail running trials whose worker died; Optuna queues them again."""
+        """Fail running trials whose worker died, so that they are queued again."""
         import optuna
 
         with warnings.catch_warnings(), failing(self._study):
@@ -250,7 +251,7 @@ class Ledger:
             point = self._suggest(trial, cell, method)
             try:
                 outcome = run(entry, point, trial)
-            except KeyboardInterrupt as interrupt:
+            except (KeyboardInterrupt, FullDiskError) as interrupt:
                 with suppress(optuna.exceptions.UpdateFinishedTrialError):
                     trial.set_user_attr(INTERRUPTED, True)
                 settled.append(interrupt)
@@ -275,7 +276,7 @@ class Ledger:
                 one.optimize(objective, n_trials=1, catch=(Dropped,))
             except (optuna.exceptions.UpdateFinishedTrialError, ValueError):
                 # The trial was failed as stale while its worker slept, so that Optuna cannot end
-                # it. It is queued again; the worker that takes it reads a result from disk.
+                # it. Its result is on disk, or it is queued again.
                 if not settled:
                     raise
                 if settled[0] is not None:

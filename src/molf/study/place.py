@@ -16,7 +16,7 @@ from molf.paths import check_path, check_unicode
 from molf.study.assigning.making import PROBES
 from molf.study.definition import Rates, Study
 from molf.study.outcome import RESULTS, TRIALS, Results, TrialResult, outcome_of, point_of
-from molf.study.plan import Outcome, Plan, TrialMaker
+from molf.study.plan import FAILED, Outcome, Plan, TrialMaker
 
 RECORD = "study.json"
 _FORMAT = 2  # of the record and of the results; others have other identities
@@ -75,8 +75,9 @@ def definition_of(study: Study) -> dict[str, Any]:
                 "rates": _rates(method.rates),
                 "control_of": method.control_of,
                 "share_of": method.share_of,
-                # Records of earlier studies have no such key.
+                # Records of earlier studies have no such keys.
                 **({} if method.rule is None else {"assignment": method.rule.as_values()}),
+                **({"contents": found} if (found := contents_of(method.options)) else {}),
             }
             for method in study.methods
         },
@@ -163,19 +164,16 @@ def find_change(study: Study, make: TrialMaker) -> Change | None:
     return Change(differences, kept, len(results) - kept)
 
 
-def plan_of(
-    study: Study,
-    make: TrialMaker,
-    results: Mapping[str, TrialResult],
-    ended: Mapping[str, Outcome] | None = None,
-) -> Plan:
+def plan_of(study: Study, make: TrialMaker, results: Mapping[str, TrialResult]) -> Plan:
     """Return the trials of a study that are known from finished trials.
+
+    A trial without a result counts as failed: one that has failed has none, and rates are chosen
+    after it.
 
     Args:
         study: The study.
         make: Makes its trials.
         results: Finished trials by key, also of other studies.
-        ended: Failed and pruned trials by key.
     """
     metrics = {cell.name: cell.metric for cell in study.cells}
     outcomes = {
@@ -184,7 +182,9 @@ def plan_of(
         if result.row.get("cell") in metrics
     }
     drawn = {key: point_of(result.row) for key, result in results.items()}
-    return Plan(study, {**(ended or {}), **outcomes}, make, drawn)
+    while (plan := Plan(study, outcomes, make, drawn)).unfinished:
+        outcomes |= {trial.key: Outcome(FAILED, None, {}) for trial in plan.unfinished}
+    return plan
 
 
 def check_unchanged(change: Change | None, *, accepted: bool) -> None:

@@ -13,7 +13,7 @@ from molf.data.sources import OPTIONS, places
 from molf.data.stdin import STDIN
 from molf.errors import InputError
 from molf.job.settings.settings import TrainSettings
-from molf.measure.meanings import is_lower_better, metric_names
+from molf.measure.meanings import is_lower_better, is_ranked, metric_names
 from molf.paths import expanded
 from molf.study.assigning.rule import read_rule
 from molf.study.axes import cell_options, with_axes
@@ -243,6 +243,11 @@ def _cell(
             f"{where}, metric: {metric} is lowest without training, so it would choose the "
             f"lowest rate; the report has {', '.join(HARMS)} beside every metric. Give a metric of "
             "the task."
+        )
+    if not is_ranked(metric):
+        raise StudyFileError(
+            f"{where}, metric: neither high nor low values of {metric} are better, so it chooses "
+            "no rate. Give another metric of the task."
         )
     minimize = truth(content.get("minimize", is_lower_better(metric)), f"{where}: Invalid minimize")
     known = [method.name for method in methods]

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +15,34 @@ from molf.console import PlainConsole
 from molf.errors import InputError
 from molf.job.progress import Reporter
 from molf.job.record.ownership import CONFIG
+from molf.job.record.result import RunError
+from molf.study.definition import Study
+
+LOCKS = ".locks"
+
+
+class FullDiskError(RunError):
+    """The disk of a study is full; one line. All other trials would fail too."""
+
+
+@contextmanager
+def alone(study: Study, *place: str) -> Iterator[None]:
+    """Wait for other workers that run this trial or probe, and keep them out of the block.
+
+    A worker that was suspended for long, or that started before the study file changed, may still
+    run it. On network file systems only workers of this machine are waited for.
+
+    Args:
+        study: The study.
+        place: The names of the trial or probe.
+    """
+    from molf.disk.locks import Lock
+
+    path = study.output_dir.joinpath(LOCKS, *place)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.touch()
+    with Lock(path, wait=math.inf):
+        yield
 
 
 def clear_leftovers(directory: Path) -> None:

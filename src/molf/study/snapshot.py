@@ -93,10 +93,11 @@ class Snapshot:
             self.running_at.add(place)
             self.known.add(key)
             self.outcomes.pop(key, None)
-        elif state == "COMPLETE" or (ERROR in attributes and key in self._results):
-            if key in self._results:
-                self.outcomes[key] = outcome_of(self._results[key], self._metrics[place[0]])
-            elif not self._is_lost(trial):
+        elif key in self._results:
+            # Also of a worker that died after it wrote the file.
+            self.outcomes[key] = outcome_of(self._results[key], self._metrics[place[0]])
+        elif state == "COMPLETE":
+            if not self._is_lost(trial):
                 self.known.add(key)
         elif state == "PRUNED" or ERROR in attributes:
             self.outcomes[key] = Outcome(

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
+from molf.measure.meanings import UNRECORDED_VERSION, last_change
 from molf.shown import counted
 from molf.study.definition import Cell, Method, Study
 from molf.study.plan import COMPLETE, FAILED, PRUNED, Outcome, Plan
@@ -48,7 +49,8 @@ class Status:
         measured: Whether these come from finished trials, and not from the study file.
         best: Per cell, the best trial of the first phase.
         chosen: Number of methods and cells with chosen rates.
-        origin: A sentence if rows come from several commits or uncommitted changes, else empty.
+        origin: A sentence if rows come from several commits or uncommitted changes, or have metrics
+            of several versions; else empty.
     """
 
     size: int
@@ -85,7 +87,9 @@ def status_of(study: Study, plan: Plan, snapshot: Snapshot, rows: Iterable[Row])
         if o.state == FAILED
     ]
     running = {
-        f"{t.cell.name}/{t.method.name}/{t.phase} seed {t.seed}": snapshot.running[t.key]
+        f"{t.cell.name}/{t.method.name}/{t.label(t.point or snapshot.drawn.get(t.key) or {})}": (
+            snapshot.running[t.key]
+        )
         for t in plan.trials
         if t.key in snapshot.running
     }
@@ -113,8 +117,33 @@ def status_of(study: Study, plan: Plan, snapshot: Snapshot, rows: Iterable[Row])
     )
 
 
+def metrics_version(row: Row, recorded: int | None = None) -> int:
+    """Return the last version that changed one of a row's metrics, up to the recorded one.
+
+    Args:
+        row: The row.
+        recorded: Another version than that of the row.
+    """
+    names = (name.removeprefix("after/") for name in row if name.startswith("after/"))
+    return last_change(names, recorded or int(row.get("metrics_version") or UNRECORDED_VERSION))
+
+
+def mixed_metrics(rows: Iterable[Row]) -> list[str]:
+    """Return a sentence for each cell whose rows have metrics of several versions."""
+    counts: dict[str, Counter[int]] = {}
+    for row in rows:
+        if any(name.startswith("after/") for name in row):
+            counts.setdefault(str(row["cell"]), Counter())[metrics_version(row)] += 1
+    return [
+        f"rows of {cell} have metrics of several versions, which may differ for equal answers: "
+        + ", ".join(f"version {version} ({count})" for version, count in sorted(found.items()))
+        for cell, found in counts.items()
+        if len(found) > 1
+    ]
+
+
 def origin_of(rows: Iterable[Row]) -> str:
-    """Return a sentence about rows of several commits or of uncommitted changes; empty without."""
+    """Return a sentence about rows of several commits, changes or metrics; empty without."""
     found = list(rows)
     commits = Counter(str(row["commit"])[:12] for row in found if row.get("commit"))
     dirty = sum(str(row.get("dirty")) == "True" for row in found)
@@ -124,6 +153,7 @@ def origin_of(rows: Iterable[Row]) -> str:
         parts.append(f"rows come from {len(commits)} commits: {listed}")
     if dirty:
         parts.append(f"{dirty} of {counted(len(found), 'row')} had uncommitted changes")
+    parts += mixed_metrics(found)
     return "; ".join(parts)
 
 

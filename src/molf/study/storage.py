@@ -70,7 +70,6 @@ def open_storage(study: Study) -> Any:
     options: dict[str, Any] = {"pool_pre_ping": True}
     if address.startswith("sqlite"):
         options["connect_args"] = {"timeout": _LOCKED_SECONDS}
-    retry = optuna.storages.RetryHeartbeatStaleTrialCallback(max_retry=study.retries)
 
     def connect() -> Any:
         with _creating(study):
@@ -79,7 +78,6 @@ def open_storage(study: Study) -> Any:
                 engine_kwargs=options,
                 heartbeat_interval=study.heartbeat,
                 grace_period=3 * study.heartbeat,
-                heartbeat_stale_trial_callback=retry,
             )
 
     try:

@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from molf.disk.room import is_disk_full
 from molf.errors import InputError
 from molf.job.progress import ShowTraining
 from molf.job.record.ownership import (
@@ -23,6 +24,7 @@ from molf.job.record.ownership import (
 )
 from molf.job.record.result import RunError, RunResult
 from molf.job.settings.defaults import ROUTED
+from molf.measure.meanings import METRICS_VERSION
 from molf.measure.questions import question_scores
 from molf.study.assigning.making import (
     AssignmentMaker,
@@ -33,6 +35,7 @@ from molf.study.assigning.making import (
 from molf.study.definition import CHOOSE, KEEP_RECORDS, Point, Study
 from molf.study.identity import settings_key
 from molf.study.outcome import (
+    TRIALS,
     Results,
     TrialResult,
     outcome_of,
@@ -43,7 +46,14 @@ from molf.study.outcome import (
 )
 from molf.study.plan import FAILED, PRUNED, Outcome, Planned
 from molf.study.routed_layers import full_weights, moved_parameters, routed_layers
-from molf.study.running import QuietReporter, clear_leftovers, parameters_of, training_flops
+from molf.study.running import (
+    FullDiskError,
+    QuietReporter,
+    alone,
+    clear_leftovers,
+    parameters_of,
+    training_flops,
+)
 
 if TYPE_CHECKING:
     from optuna.trial import Trial
@@ -76,8 +86,15 @@ class TrialRunner:
             point: Its rates.
             trial: The trial of Optuna, for pruning.
         """
-        study, label = self._study, planned.label(point)
-        place = (planned.cell.name, planned.method.name, label)
+        study = self._study
+        place = (planned.cell.name, planned.method.name, planned.label(point))
+        with alone(study, TRIALS, *place):
+            return self._run(planned, point, place, trial)
+
+    def _run(
+        self, planned: Planned, point: Point, place: tuple[str, str, str], trial: Trial | None
+    ) -> Outcome:
+        study = self._study
         file = result_file(study, *place)
         found = self._results.refresh().of(planned, point)
         if found is not None:
@@ -88,18 +105,19 @@ class TrialRunner:
         directory = run_directory(study, *place)
         try:
             result, is_reused = self._result(planned, point, directory, trial)
+            write_result(file, result)
         except _PrunedError:
             return Outcome(PRUNED, None, point, seconds=time.perf_counter() - started)
         except Exception as error:
             if isinstance(error.__cause__, _PrunedError):
                 return Outcome(PRUNED, None, point, seconds=time.perf_counter() - started)
+            if is_disk_full(error):
+                raise FullDiskError(
+                    f"The disk of {study.output_dir} is full: {_first_line(error)} Finished "
+                    "trials are kept; start again when there is room."
+                ) from error
             seconds = time.perf_counter() - started
             return Outcome(FAILED, None, point, seconds=seconds, error=_first_line(error))
-        finally:
-            if study.keep == KEEP_RECORDS:
-                for part in (MODEL, ADAPTER, CHECKPOINTS):
-                    shutil.rmtree(directory / part, ignore_errors=True)
-        write_result(file, result)
         return replace(outcome_of(result, planned.cell.metric), is_reused=is_reused)
 
     def _result(
@@ -118,9 +136,15 @@ class TrialRunner:
                 return replace(known, row=with_cost(known.row, cost)), True
             write_assignment(file, made.assignment)
             settings = replace(settings, assignment=str(file))
-        started = time.perf_counter()
-        run = self._train(planned, settings, directory, trial)
-        row = trial_row(planned, point, run, time.perf_counter() - started)
+        clear_leftovers(directory)
+        try:
+            started = time.perf_counter()
+            run = self._train(planned, settings, directory, trial)
+            row = trial_row(planned, point, run, time.perf_counter() - started)
+        finally:
+            if self._study.keep == KEEP_RECORDS:
+                for part in (MODEL, ADAPTER, CHECKPOINTS):
+                    shutil.rmtree(directory / part, ignore_errors=True)
         result = TrialResult(
             planned.key,
             row if cost is None else with_cost(row, cost),
@@ -137,7 +161,6 @@ class TrialRunner:
 
         # A trial that was killed is run again; it is short.
         settings = replace(settings, output_dir=directory, overwrite=True, save_minutes=0)
-        clear_leftovers(directory)
         prunes = trial is not None and self._study.choose.prune and planned.phase == CHOOSE
         reporter = (
             _PruningReporter(trial, -1 if not planned.cell.minimize else 1)
@@ -182,6 +205,7 @@ def trial_row(planned: Planned, point: Point, run: RunResult, seconds: float) ->
         "torch_threads": environment.get("torch_threads"),
         "python": environment.get("python"),
         **{f"version/{name}": packages.get(name) for name in _PACKAGES},
+        "metrics_version": METRICS_VERSION,
     }
 
 

@@ -93,11 +93,12 @@ class Worker:
                 work.ended = "changed"
                 return work
             snapshot = self._ledger.read()
+            if snapshot.running_at:
+                # First: the second phase of a method waits for the trial of a dead worker.
+                self._ledger.fail_stale(snapshot.running_at)
+                snapshot = self._ledger.read()
             plan = self._plan(snapshot)
-            # First: the second phase of a method waits for the trial of a dead worker.
-            self._ledger.fail_stale(snapshot.running_at)
-            queued = self._ledger.enqueue(plan.unfinished, snapshot)
-            if queued or snapshot.running_at:
+            if self._ledger.enqueue(plan.unfinished, snapshot):
                 snapshot = self._ledger.read()
             place = self._next_place(plan, snapshot)
             if place is not None:

@@ -11,42 +11,44 @@ from typing import Any
 
 from molf.data.records import data_files, is_url
 from molf.data.sources import OPTIONS, absolute_sources, sources_of
+from molf.job.record.ownership import ASSIGNMENT, ROUTING
 from molf.paths import absolute, expanded
 
 _DATA = (*OPTIONS, "forgetting_data")
-_MODEL = "model"
+_MODEL, _ASSIGNMENT = "model", "assignment"
 _WEIGHTS = (".safetensors", ".bin", ".gguf", ".pt", ".pth")
 _DESCRIPTIONS = (".json", ".jinja", ".model", ".txt")
 _END = 2**20  # bytes at each end of a file of weights
 
 
 def contents_of(options: Mapping[str, Any]) -> dict[str, str]:
-    """Return the hash of the content of each local data file, data folder and model by option.
+    """Return the hashes of local data, of a local model and of an assignment by option.
 
     Each is read once in a process. Data files count whole. Of a model folder count its descriptions
     (configuration, tokenizer, chat template) whole, and names, sizes and both ends of its weights.
+    Of a run as an assignment counts its `assignment.yaml`, or its routing log.
 
     Args:
         options: Options of `molf train`. Hub ids, addresses and missing files have no content here.
     """
     found = {}
-    for name in (*_DATA, _MODEL):
+    for name in (*_DATA, _MODEL, _ASSIGNMENT):
         source = options.get(name)
         if source is None or is_url(str(source)):
             continue
-        of_data = name != _MODEL
-        content = _content(
-            not of_data, absolute_sources(str(source)) if of_data else absolute(str(source))
-        )
+        place = absolute_sources if name in _DATA else absolute
+        content = _content(name, place(str(source)))
         if content is not None:
             found[name] = content
     return found
 
 
 @cache
-def _content(is_model: bool, source: str) -> str | None:
+def _content(name: str, source: str) -> str | None:
     try:
-        return _model(expanded(source)) if is_model else _data(source)
+        if name == _MODEL:
+            return _model(expanded(source))
+        return _assignment(expanded(source)) if name == _ASSIGNMENT else _data(source)
     except OSError:  # unreadable: reported with its reason where it is loaded
         return None
 
@@ -70,16 +72,25 @@ def _data(source: str) -> str | None:
     parts: list[Any] = []
     has_files = False
     for one in sources_of(source):
-        own = []
-        for path in data_files(one.place):
-            with path.open("rb") as file:
-                own.append(hashlib.file_digest(file, "sha256").hexdigest())
+        own = [_hash(path) for path in data_files(one.place)]
         has_files |= bool(own)
         if not own:
             parts.append(str(one))  # a Hub id beside files
         else:
             parts += own if one.weight == 1 else [[one.weight, *own]]
     return f"sha256:{short_hash(parts)}" if has_files else None
+
+
+def _assignment(place: Path) -> str | None:
+    made = place / ASSIGNMENT
+    log = sorted((place / ROUTING).glob("*.parquet"))
+    files = [place] if place.is_file() else [made] if made.is_file() else log
+    return f"sha256:{short_hash([_hash(path) for path in files])}" if files else None
+
+
+def _hash(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _model(folder: Path) -> str | None:
@@ -89,10 +100,10 @@ def _model(folder: Path) -> str | None:
     for path in sorted(folder.iterdir()):
         if path.suffix not in (*_WEIGHTS, *_DESCRIPTIONS) or not path.is_file():
             continue
+        if path.suffix in _DESCRIPTIONS:
+            parts.append([path.name, _hash(path)])
+            continue
         with path.open("rb") as file:
-            if path.suffix in _DESCRIPTIONS:
-                parts.append([path.name, hashlib.file_digest(file, "sha256").hexdigest()])
-                continue
             size = path.stat().st_size
             ends = hashlib.sha256(file.read(_END))
             file.seek(max(0, size - _END))

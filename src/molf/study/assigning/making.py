@@ -10,15 +10,19 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from filelock import FileLock
-
 from molf.disk.files import write_json, write_text
 from molf.job.record.contents import short_hash
 from molf.job.record.ownership import read_json
 from molf.study.assigning.assigned import Assigned
 from molf.study.definition import Point, Study
 from molf.study.identity import settings_key
-from molf.study.running import QuietReporter, clear_leftovers, parameters_of, training_flops
+from molf.study.running import (
+    QuietReporter,
+    alone,
+    clear_leftovers,
+    parameters_of,
+    training_flops,
+)
 
 if TYPE_CHECKING:
     from molf.core.assignment.assignment import Assignment
@@ -104,9 +108,8 @@ class AssignmentMaker:
 
         key = settings_key(assigned.routed_at(point), ["probe", assigned.rule.steps])
         folder = self._study.output_dir / PROBES / cell / key
-        folder.parent.mkdir(parents=True, exist_ok=True)
         record = folder.with_name(f"{key}.json")
-        with FileLock(folder.with_name(f".{key}.lock")):
+        with alone(self._study, PROBES, cell, key):
             known = read_json(record)
             if isinstance(known, dict) and folder.is_dir():
                 return folder, Cost(**known)

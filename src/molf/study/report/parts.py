@@ -24,6 +24,7 @@ from molf.study.report.tables import (
     methods_table,
     sensitivity_table,
 )
+from molf.study.status import mixed_metrics
 
 _SHOWN_FAILURES = 20
 _CONTROLS = (
@@ -48,7 +49,7 @@ def parts_of(records: Records, cells: Sequence[CellSummary]) -> list[Part]:
     """
     return [
         _origin(records),
-        *_missing(cells),
+        *_missing(records, cells),
         _overview(cells),
         *_assigned(cells),
         *(_cell(cell) for cell in cells if cell.trials),
@@ -71,7 +72,8 @@ def _origin(records: Records) -> Part:
 
     lines = [
         f"trials: {counts}",
-        f"time: {duration(seconds)} of workers; training {flops:.3g} FLOP (estimated)",
+        f"time: {duration(seconds)}; training {flops:.3g} FLOP (estimated). Rows that share a "
+        "training or a probe all count.",
         f"device: {values('device')}; CPUs: {values('cpu_count')}, torch threads: "
         f"{values('torch_threads')}",
         f"commit: {', '.join(one[:12] for one in values('commit').split(', '))}",
@@ -89,7 +91,7 @@ def _plain(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def _missing(cells: Sequence[CellSummary]) -> Iterator[Part]:
+def _missing(records: Records, cells: Sequence[CellSummary]) -> Iterator[Part]:
     lines = [
         f"{cell.name}, {one.name}: {'; '.join(one.missing)}"
         for cell in cells
@@ -116,6 +118,7 @@ def _missing(cells: Sequence[CellSummary]) -> Iterator[Part]:
         ("Missing rows", lines),
         ("Failed seeds on the test part", failed),
         ("Failed and pruned trials", failures),
+        ("Metrics of several versions", mixed_metrics(records.rows)),
     ):
         if found:
             yield Part(title, lines=tuple(found))

@@ -33,7 +33,7 @@ _LAST = (
     *("steps", "skipped_steps", "training_loss", "tokens", "parameters", "trained_parameters"),
     *("moved_parameters", "training_flops", "seconds", "training_seconds", "evaluation_seconds"),
     *("peak_memory_bytes", "started", "commit", "dirty", "device", "cpu_count", "torch_threads"),
-    *("python", SETTINGS, TRAINED, "key"),
+    *("python", "metrics_version", SETTINGS, TRAINED, "key"),
 )
 _ADDED = ("state", "error", SETTINGS, TRAINED)  # to the row of a finished trial
 _MATRIX = ("method", "phase", "point", "seed", "metric")
@@ -84,6 +84,8 @@ def check_folder(folder: Path, name: str) -> None:
         stored = json.loads((folder / OUTLINE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         stored = None
+    if isinstance(stored, dict) and "format" in stored:  # the record of a study, not an outline
+        raise InputError(f"{folder} is the directory of a study. Give another folder.")
     if isinstance(stored, dict) and stored.get("study") not in (None, name):
         raise InputError(f"{folder} has the report of the study {stored['study']!r}. Give another.")
     if stored is None and (folder / TRIALS).exists():

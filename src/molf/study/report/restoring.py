@@ -6,11 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from molf.errors import InputError
+from molf.measure.meanings import METRICS_VERSION
 from molf.study.definition import Study
 from molf.study.outcome import all_results, point_of, result_file, write_result
 from molf.study.place import plan_of, write_record
-from molf.study.plan import Outcome, TrialMaker
-from molf.study.report.records import is_complete, read_records, stored_results
+from molf.study.plan import TrialMaker
+from molf.study.report.records import Row, is_complete, read_records, stored_results
+from molf.study.status import metrics_version
 
 
 @dataclass(frozen=True)
@@ -22,12 +24,14 @@ class Restored:
         present: Finished trials that the directory had already.
         left_out: Finished trials that are not part of the study.
         unfinished: Stored trials that failed or were pruned; they are not taken.
+        other_metrics: Trials among those taken whose metrics have another version than new ones.
     """
 
     taken: int
     present: int
     left_out: int
     unfinished: int
+    other_metrics: int
 
 
 def restore(study: Study, make: TrialMaker, folder: Path) -> Restored:
@@ -47,13 +51,7 @@ def restore(study: Study, make: TrialMaker, folder: Path) -> Restored:
     records = read_records(folder)
     stored = stored_results(records)
     present = all_results(study)
-    # Without them, the second phase of a method with a failed rate trial would be unknown.
-    ended = {
-        str(row["key"]): Outcome(str(row["state"]), None, point_of(row))
-        for row in records.rows
-        if not is_complete(row)
-    }
-    planned = plan_of(study, make, stored | present, ended).by_key
+    planned = plan_of(study, make, stored | present).by_key
     wanted = [key for key in stored if key in planned and key not in present]
     known = sum(key in present for key in stored)
     if stored and not wanted and not known:
@@ -66,4 +64,15 @@ def restore(study: Study, make: TrialMaker, folder: Path) -> Restored:
         trial, result = planned[key], stored[key]
         place = (trial.cell.name, trial.method.name, trial.label(point_of(result.row)))
         write_result(result_file(study, *place), result)
-    return Restored(len(wanted), known, len(stored) - len(wanted) - known, len(ended))
+    return Restored(
+        taken=len(wanted),
+        present=known,
+        left_out=len(stored) - len(wanted) - known,
+        unfinished=sum(not is_complete(row) for row in records.rows),
+        other_metrics=sum(_is_older(stored[key].row) for key in wanted),
+    )
+
+
+def _is_older(row: Row) -> bool:
+    """Return whether a new trial measures a metric of a row in another way."""
+    return metrics_version(row) != metrics_version(row, METRICS_VERSION)

@@ -6,11 +6,11 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
-from typing import Any
 
 from molf.measure.estimates import (
     Estimate,
     SeedScores,
+    by_metric,
     difference_of_questions,
     mean_of_questions,
     over_seeds,
@@ -93,12 +93,18 @@ class Measured:
         )
 
     def harm(self, name: str) -> dict[int, float]:
-        """Return a measure of harm by seed; of forgetting, its change by the training."""
+        """Return a measure of harm by seed; of forgetting, its change by the training.
+
+        Empty if a row lacks it: without the worst seeds, whose measure is infinite, a mean would be
+        too low.
+        """
         before = f"before/{name}" if name == FORGETTING else None
+        needed = {f"after/{name}", *filter(None, [before])}
+        if not all(needed <= row.keys() for row in self.rows.values()):
+            return {}
         return {
             seed: row[f"after/{name}"] - (row[before] if before else 0.0)
             for seed, row in self.rows.items()
-            if f"after/{name}" in row and (before is None or before in row)
         }
 
 
@@ -260,10 +266,9 @@ class SecondPhase:
         return {seed: row[f"after/{self._metric}"] for seed, row in one.rows.items()}
 
     def _scores(self, one: Measured) -> dict[str, SeedScores]:
-        """Return the scores of questions by metric and seed."""
-        found: dict[str, dict[int, Any]] = {}
-        for seed, row in one.rows.items():
-            scores = self._questions.get((one.method, REPORT, row["point"], seed), {})
-            for metric, questions in scores.items():
-                found.setdefault(metric, {})[seed] = questions
-        return dict(found)
+        return by_metric(
+            {
+                seed: self._questions.get((one.method, REPORT, row["point"], seed), {})
+                for seed, row in one.rows.items()
+            }
+        )

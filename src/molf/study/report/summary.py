@@ -195,13 +195,12 @@ class _Cell:
         return (max if self._minimize else min)(values, default=math.nan)
 
     def _baseline(self, methods: dict[str, MethodSummary]) -> str | None:
-        """Return the best method of `report.baseline` by the first phase."""
+        """Return the best method of `report.baseline` by the first phase; None before its end."""
         sign = 1 if self._minimize else -1
-        known = [
-            methods[name]
-            for name in self._outline["report"]["baseline"]
-            if methods[name].value is not None
-        ]
+        named = [methods[name] for name in self._outline["report"]["baseline"]]
+        if any(one.point is None and one.missing for one in named):
+            return None
+        known = [one for one in named if one.point is not None]
         best = min(known, key=lambda one: sign * one.chosen_value, default=None)
         return None if best is None else best.name
 
