@@ -29,7 +29,8 @@ def extract(tmp_path, capsys):
         assert main(given) == 0
         printed = capsys.readouterr()
         assert printed.out.splitlines()[-1] == str(out)
-        return out, json.loads((out / "extraction.json").read_text()), printed
+        record = (out / "extraction.json").read_text()
+        return out, json.loads(record, parse_constant=pytest.fail), printed
 
     return call
 
@@ -204,13 +205,32 @@ def test_unchanged_layers_have_no_factors(fake_run, base, extract):
     assert list(config["target_modules"]) == ["model.layers.1.mlp.up_proj"]
 
 
-def test_bfloat16(run_of, base, extract):
+def test_bfloat16(run_of, base, extract, facts, tmp_path):
     run = run_of("fft")
     arguments = ["--rank", FULL_RANK, "--modules_to_save", "--dtype", "bfloat16"]
-    out, _, _ = extract(run.path, *arguments)
+    out, record, _ = extract(run.path, *arguments, "--evaluate")
     tensors = load_file(out / "adapter_model.safetensors")
     assert {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}
     torch.testing.assert_close(logits_of(on(base, out)), run.trained_logits, rtol=0, atol=0.05)
+    # The errors and metrics are those of the rounded numbers.
+    before, after = (load_file(place / "model.safetensors") for place in (base, run.path / "model"))
+    for one in record["layers"]:
+        name = f"{one['name']}.weight"
+        A, B = (tensors[f"base_model.model.{one['name']}.lora_{x}.weight"].float() for x in "AB")
+        error = (after[name] - before[name] - B @ A).norm() / (after[name] - before[name]).norm()
+        assert error > 1e-4
+        assert one["error"] == pytest.approx(error.item(), rel=1e-3)
+    written = on(base, out).merge_and_unload()
+    written.save_pretrained(tmp_path / "written")
+    byte_level_tokenizer().save_pretrained(tmp_path / "written")
+    given = ["eval", str(tmp_path / "written"), "--task", "fact", "--data", str(facts)]
+    assert main([*given, "--output_dir", str(tmp_path / "eval")]) == 0
+    found = json.loads((tmp_path / "eval" / "eval.json").read_text())["metrics"]
+    as_written = record["metrics"]["adapter as written"]
+    for name in ("em", "forgetting_loss"):
+        assert as_written[name]["value"] == pytest.approx(found[name]["value"], abs=1e-6)
+    exact = record["metrics"]["adapter, all of the rest"]["forgetting_loss"]["value"]
+    assert abs(exact - found["forgetting_loss"]["value"]) > 1e-5
 
 
 def test_low_halves_are_used(record, facts, workplace, tmp_path, extract):
