@@ -30,8 +30,9 @@ def _doubts(advice: Advice) -> Iterator[str]:
         )
     if advice.steps < FEW_STEPS:
         yield (
+            # A warm-up begins with a step at rate 0, which decides nothing.
             f"Few steps: {counted(advice.steps, 'decision')} per layer. Give --max_steps of "
-            f"{FEW_STEPS} or more."
+            f"{FEW_STEPS + 1} or more."
         )
     if not advice.has_full:
         yield (
@@ -40,8 +41,8 @@ def _doubts(advice: Advice) -> Iterator[str]:
         return
     if advice.close > SEVERAL * len(layers):
         yield (
-            f"Small margins: in {advice.close} of {count} the mean scores of full and the best "
-            f"LoRA expert differ by less than {SMALL_MARGIN:.0%} of their sum."
+            f"Small margins: in {advice.close} of {count} the scores of full and the best LoRA "
+            f"expert differ by less than {SMALL_MARGIN:.0%} of their sum, on the mean of the steps."
         )
     if advice.late > SEVERAL * len(layers):
         yield (
