@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -58,6 +58,8 @@ class RestChange:
         relative: Norm of the change, relative to that of the base's; infinite from zero.
         largest: Largest absolute change of an element.
         also: Other names of the same parameter, if it is tied.
+        error: Distance of the written values from the trained ones, relative to the change; 1 if
+            none are written.
     """
 
     name: str
@@ -67,6 +69,7 @@ class RestChange:
     relative: float
     largest: float
     also: tuple[str, ...] = ()
+    error: float = 1.0
 
     def record(self) -> dict[str, Any]:
         """Return plain values."""
@@ -192,6 +195,12 @@ def changes_of_rest(base: nn.Module, tuned: nn.Module) -> Iterator[RestChange]:
                 largest=change.abs().max().item(),
                 also=tuple(other for other in names[id(parameter)] if other != name),
             )
+
+
+def as_written(one: RestChange, base: nn.Module, tuned: nn.Module, value: Tensor) -> RestChange:
+    """Return the change of a parameter with the error of the value that an adapter holds."""
+    old, new = (model.get_parameter(one.name).detach().float() for model in (base, tuned))
+    return replace(one, error=((value - new).norm() / (new - old).norm()).item())
 
 
 def replace_by_factors(tuned: nn.Module, base: nn.Module, factors: Mapping[str, Factors]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from molf.job.extract.change import (
     Factors,
     LayerChange,
     RestChange,
+    as_written,
     changes_of_rest,
     check_same_layers,
     factorise,
@@ -60,6 +61,8 @@ other changes, with those that the adapter holds, and without any."""
 
 RECORD = "extraction.json"
 """File in the adapter's directory with the errors of all layers and the changes of the rest."""
+
+_LOST = 0.5  # error of a kept parameter above which most of its change is lost
 
 
 @dataclass
@@ -165,14 +168,26 @@ def extract(
             "there is nothing to extract."
         )
     kept = keepable(base.model, layers, rest) if keeps_modules else Kept()
-    made = Extraction(run, rank, tuple(layers), rest, kept)
     values = kept_values(tuned.model, kept, numbers)
+    rest = tuple(
+        as_written(one, base.model, tuned.model, values[one.name])
+        if one.name in kept.names
+        else one
+        for one in rest
+    )
+    made = Extraction(run, rank, tuple(layers), rest, kept)
     if task is not None:
         measure = _measurement(run, task, tuned, device, reporter)
         made.metrics = _measured(made, base.model, tuned.model, factors, values, measure)
     adapted = make_adapter(base.model, factors, layers, rank, kept, values)
     if made.left_out:
         warnings.warn(_lacking(made), stacklevel=2)
+    if lost := [one for one in rest if one.name in kept.names and one.error > _LOST]:
+        warnings.warn(
+            f"{dtype} rounds away most of the change of {counted(len(lost), 'parameter')} that the "
+            f"adapter keeps ({_kinds(lost)}). --dtype float32 keeps it.",
+            stacklevel=2,
+        )
     path.parent.mkdir(parents=True, exist_ok=True)
     size = sum(one.A.nbytes + one.B.nbytes for one in factors.values())
     with saving(path, size) as directory:
@@ -242,13 +257,16 @@ def _measured(
 
 
 def _lacking(made: Extraction) -> str:
-    kinds = Counter(one.kind for one in made.left_out)
-    names = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
     way_out = "An adapter cannot hold them." if made.kept.names else "--modules_to_save keeps them."
     return (
         f"The adapter leaves out {counted(len(made.left_out), 'changed parameter')} outside of the "
-        f"linear layers ({names}). {way_out}"
+        f"linear layers ({_kinds(made.left_out)}). {way_out}"
     )
+
+
+def _kinds(rest: Iterable[RestChange]) -> str:
+    kinds = Counter(one.kind for one in rest)
+    return ", ".join(f"{count} {kind}" for kind, count in kinds.items())
 
 
 def _card(made: Extraction) -> str:
