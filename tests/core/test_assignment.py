@@ -308,6 +308,17 @@ def test_what_was_not_routed_keeps_its_training():
         Assignment.of(torch.optim.AdamW(model.parameters()))
 
 
+def test_stacked_projections_that_were_not_routed_keep_their_training():
+    """The weight of q, k and v of nn.MultiheadAttention has a name of its own."""
+    model = torch.nn.ModuleDict({"attention": torch.nn.MultiheadAttention(8, 2)})
+    config = molf.MoLFConfig(ranks=(2,), exclude_modules=("in_proj",))
+    optimizer = molf.MoLFAdamW.from_model(model, config, lr=1e-2)
+    x = torch.randn(3, 8)
+    model["attention"](x, x, x)[0].square().mean().backward()
+    optimizer.step()
+    assert Assignment.of(optimizer)["attention.in_proj"].train == "full"
+
+
 def test_a_frozen_rest_stays_frozen():
     model, optimizer, _ = routed(freeze_rest=True)
     made = Assignment.of(optimizer)

@@ -32,7 +32,7 @@ if TYPE_CHECKING:  # imports torch
     from molf.job.settings.probe import ProbeSettings
 
 _DEFAULTS = TrainSettings()
-# Options of a probe that its decisions depend on, and that the training by them has too.
+# Options that the decisions depend on: those that were given belong to the training, too.
 _NEXT = (
     *("task", "model", "data", "eval_data", "validation_data", "format", "max_samples"),
     *("few_shot", "max_length", "split_special_tokens", "packing"),

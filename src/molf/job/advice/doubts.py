@@ -20,10 +20,18 @@ def doubts(advice: Advice) -> list[str]:
     return list(_doubts(advice))
 
 
+def _is_control(score: str) -> bool:
+    """Return whether the winners of a score do not depend on gradients."""
+    try:
+        draws = routing(score).rule.draws
+    except ValueError:  # registered in the process of the run
+        return False
+    return draws or not _WITHOUT_GRADIENTS.isdisjoint(score.split(":"))
+
+
 def _doubts(advice: Advice) -> Iterator[str]:
     layers, count = advice.layers, counted(len(advice.layers), "layer")
-    is_fixed = not _WITHOUT_GRADIENTS.isdisjoint(advice.score.split(":"))
-    if is_fixed or routing(advice.score).rule.draws:
+    if _is_control(advice.score):
         yield (
             f"score={advice.score} is a control: its winners do not depend on the gradients, so "
             "they are no evidence. Probe with another score."
