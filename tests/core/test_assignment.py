@@ -126,7 +126,7 @@ def test_default_alpha_gives_a_scaling_of_two(model):
         ({"lora": {"modules": ["q_proj"]}}, "it has no rank"),
         ({"lora": {"r": 4}}, "Invalid lora modules=None"),
         ({"lora": {"r": 4, "rank": 4, "modules": ["q_proj"]}}, "unknown 'rank'"),
-        ({"lora": "q_proj"}, "Must be an entry or a list"),
+        ({"lora": "q_proj"}, "Must be a mapping of r, alpha, modules, or a list of these"),
         ({"full": []}, "Must be one or more patterns"),
         ({"full": [3]}, "Invalid pattern 3"),
         ({"full": ["layers..mlp"]}, "Must be whole components"),
