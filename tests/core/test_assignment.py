@@ -126,7 +126,7 @@ def test_default_alpha_gives_a_scaling_of_two(model):
         ({"lora": {"modules": ["q_proj"]}}, "it has no rank"),
         ({"lora": {"r": 4}}, "Invalid lora modules=None"),
         ({"lora": {"r": 4, "rank": 4, "modules": ["q_proj"]}}, "unknown 'rank'"),
-        ({"lora": "q_proj"}, "Must be an entry or a list"),
+        ({"lora": "q_proj"}, "Must be a mapping of r, alpha, modules, or a list of these"),
         ({"full": []}, "Must be one or more patterns"),
         ({"full": [3]}, "Invalid pattern 3"),
         ({"full": ["layers..mlp"]}, "Must be whole components"),
@@ -204,6 +204,9 @@ def test_yaml_may_hold_patterns(model):
         (("lora: {r: 4, alpha: 8.0}", "lora: 4"), "Invalid lora=4"),
         (("lora: {r: 4, alpha: 8.0}", "lora: {}"), "lora has no rank"),
         (("use_rslora: false", "use_rslora: 1"), "Invalid use_rslora=1"),
+        (("{train: full, shape: 16x32}", "{shape: 16x32}"), "k_proj has no train. Must be full"),
+        (("  model.layers.1.mlp.up", "  model.layers.0.mlp.up"), r"up_proj' is given twice \(line"),
+        (("{train: full, shape: 16x32}", "{train: lora, train: full, shape: 16x32}"), "'train' is"),
     ],
 )
 def test_wrong_yaml(model, change, message):
@@ -213,6 +216,14 @@ def test_wrong_yaml(model, change, message):
     with pytest.raises(ValueError, match=message) as error:
         Assignment.from_yaml(text.replace(*change))
     assert "\n" not in str(error.value)
+
+
+def test_a_name_of_patterns_may_not_come_twice(model):
+    """YAML would keep the last one alone."""
+    with pytest.raises(ValueError, match=r"'full' is given twice \(line 3\)"):
+        Assignment.from_yaml("full: [k_proj]\ndefault: frozen\nfull: [q_proj]\n", model)
+    text = "lora: [&a {r: 2, modules: [q_proj]}]\ndefault: {r: 2}\n"
+    assert len(Assignment.from_yaml(text, model).lora) == len(NAMES)
 
 
 def test_another_model_is_refused_by_its_layers(model):
@@ -297,6 +308,17 @@ def test_what_was_not_routed_keeps_its_training():
         Assignment.of(torch.optim.AdamW(model.parameters()))
 
 
+def test_stacked_projections_that_were_not_routed_keep_their_training():
+    """The weight of q, k and v of nn.MultiheadAttention has a name of its own."""
+    model = torch.nn.ModuleDict({"attention": torch.nn.MultiheadAttention(8, 2)})
+    config = molf.MoLFConfig(ranks=(2,), exclude_modules=("in_proj",))
+    optimizer = molf.MoLFAdamW.from_model(model, config, lr=1e-2)
+    x = torch.randn(3, 8)
+    model["attention"](x, x, x)[0].square().mean().backward()
+    optimizer.step()
+    assert Assignment.of(optimizer)["attention.in_proj"].train == "full"
+
+
 def test_a_frozen_rest_stays_frozen():
     model, optimizer, _ = routed(freeze_rest=True)
     made = Assignment.of(optimizer)
@@ -345,6 +367,32 @@ def test_random_like_has_as_many_weights_in_full_and_every_set_alike(model):
     for one in drawn[:20]:
         assert [x.name for x in one.frozen] == [x.name for x in made.frozen]
         assert {(x.r, x.alpha) for x in one.lora} == {(4, 8.0)}
+
+
+def test_a_rank_above_a_layers_side_becomes_that(model):
+    """k_proj and v_proj are [16, 32]; the scaling stays."""
+    config = molf.MoLFConfig(ranks=(20,), alpha=10, use_rslora=False)
+    shaped = Assignment.from_patterns(model, {"default": "full"}).by_shape(config, lora_lr=100.0)
+    plain = make_model("qwen2")
+    options = {"ranks": (20,), "alpha": 10, "use_rslora": False, "score": "lora"}
+    optimizer = molf.MoLFAdamW.from_model(plain, molf.MoLFConfig(**options), lr=1e-3)
+    plain(input_ids=IDS, labels=IDS).loss.backward()
+    optimizer.step()
+    for made in (shaped, Assignment.of(optimizer)):
+        assert len(made.lora) == len(NAMES)
+        for layer in made.lora:
+            assert layer.r == min(20, *layer.shape)
+            assert layer.scaling(use_rslora=made.use_rslora) == pytest.approx(0.5)
+        assert Assignment.from_yaml(made.to_yaml()) == made
+
+
+def test_random_like_gives_small_layers_an_adapter_that_fits(model):
+    lora = {"r": 20, "alpha": 40, "modules": ["q_proj", "o_proj", "mlp"]}
+    given = {"full": ["k_proj"], "frozen": ["v_proj"], "lora": lora}
+    made = Assignment.from_patterns(model, given)
+    drawn = [made.random_like(seed) for seed in range(8)]
+    small = [x for one in drawn for x in one.lora if x.name.endswith("k_proj")]
+    assert {(layer.r, layer.alpha) for layer in small} == {(16, 32.0)}
 
 
 def test_random_like_without_another_set(model):

@@ -212,6 +212,16 @@ def test_controls_are_no_evidence(with_log, advised):
         assert found["doubts"][0].startswith(f"score={score} is a control")
 
 
+def test_a_score_that_was_registered_in_the_run(with_log, advised):
+    """Its function is not here, and its decisions are."""
+    run = with_log(by_kind)
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    (run / "config.yaml").write_text(yaml.safe_dump({**config, "score": "grad-norm"}))
+    found = advised(run, "--no_plan")
+    assert found["score"] == "grad-norm"
+    assert not any("control" in doubt for doubt in found["doubts"])
+
+
 def test_without_a_full_expert(run_of, tmp_path, capsys):
     out = str(tmp_path / "assignment.yaml")
     run = str(run_of("molf-e").path)

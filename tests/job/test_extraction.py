@@ -29,7 +29,8 @@ def extract(tmp_path, capsys):
         assert main(given) == 0
         printed = capsys.readouterr()
         assert printed.out.splitlines()[-1] == str(out)
-        return out, json.loads((out / "extraction.json").read_text()), printed
+        record = (out / "extraction.json").read_text()
+        return out, json.loads(record, parse_constant=pytest.fail), printed
 
     return call
 
@@ -122,7 +123,10 @@ def test_what_it_leaves_out(run_of, extract):
     out, record, printed = extract(run_of("fft").path, "--rank", "4")
     assert not any(one["kept"] for one in record["rest"])
     assert {one["kind"] for one in record["rest"]} == {"embeddings", "norm", "bias"}
-    assert all(one["relative"] > 0 and one["largest"] > 0 for one in record["rest"])
+    assert all(one["largest"] > 0 for one in record["rest"])
+    assert all(one["relative"] > 0 for one in record["rest"] if one["relative"] is not None)
+    # The biases of the base are zero.
+    assert {one["kind"] for one in record["rest"] if one["relative"] is None} == {"bias"}
     assert "The adapter leaves out" in printed.err
     assert "--modules_to_save keeps them" in printed.err
     config = json.loads((out / "adapter_config.json").read_text())
@@ -204,13 +208,57 @@ def test_unchanged_layers_have_no_factors(fake_run, base, extract):
     assert list(config["target_modules"]) == ["model.layers.1.mlp.up_proj"]
 
 
-def test_bfloat16(run_of, base, extract):
+def test_bfloat16(run_of, base, extract, facts, tmp_path):
     run = run_of("fft")
     arguments = ["--rank", FULL_RANK, "--modules_to_save", "--dtype", "bfloat16"]
-    out, _, _ = extract(run.path, *arguments)
+    out, record, _ = extract(run.path, *arguments, "--evaluate")
     tensors = load_file(out / "adapter_model.safetensors")
     assert {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}
     torch.testing.assert_close(logits_of(on(base, out)), run.trained_logits, rtol=0, atol=0.05)
+    # The errors and metrics are those of the rounded numbers.
+    before, after = (load_file(place / "model.safetensors") for place in (base, run.path / "model"))
+    for one in record["layers"]:
+        name = f"{one['name']}.weight"
+        A, B = (tensors[f"base_model.model.{one['name']}.lora_{x}.weight"].float() for x in "AB")
+        error = (after[name] - before[name] - B @ A).norm() / (after[name] - before[name]).norm()
+        assert error > 1e-4
+        assert one["error"] == pytest.approx(error.item(), rel=1e-3)
+    (norm,) = (one for one in record["rest"] if one["name"] == "model.norm.weight")
+    new = after["model.norm.weight"]
+    error = tensors["base_model.model.model.norm.weight"].float() - new
+    error = error.norm() / (new - before["model.norm.weight"]).norm()
+    assert norm["error"] == pytest.approx(error.item(), rel=1e-3)
+    written = on(base, out).merge_and_unload()
+    written.save_pretrained(tmp_path / "written")
+    byte_level_tokenizer().save_pretrained(tmp_path / "written")
+    given = ["eval", str(tmp_path / "written"), "--task", "fact", "--data", str(facts)]
+    assert main([*given, "--output_dir", str(tmp_path / "eval")]) == 0
+    found = json.loads((tmp_path / "eval" / "eval.json").read_text())["metrics"]
+    as_written = record["metrics"]["adapter as written"]
+    for name in ("em", "forgetting_loss"):
+        assert as_written[name]["value"] == pytest.approx(found[name]["value"], abs=1e-6)
+    exact = record["metrics"]["adapter, all of the rest"]["forgetting_loss"]["value"]
+    assert abs(exact - found["forgetting_loss"]["value"]) > 1e-5
+
+
+def test_bfloat16_rounds_small_changes_away(fake_run, base, extract):
+    """The numbers of bfloat16 next to 1 are 2**-8 below and 2**-7 above it."""
+
+    def change(tensors):
+        tensors["model.layers.1.mlp.up_proj.weight"][0] += 1
+        tensors["model.norm.weight"] += 1e-3
+
+    arguments = ["--rank", "1", "--modules_to_save", "--dtype"]
+    run = fake_run(base, change)
+    _, record, printed = extract(run, *arguments, "bfloat16")
+    assert [one["error"] for one in record["rest"]] == [pytest.approx(1)]
+    assert (
+        "bfloat16 rounds away most of the change of 1 parameter that the adapter keeps (1 norm)"
+        in (printed.err)
+    )
+    _, record, printed = extract(run, *arguments, "float32", "--overwrite")
+    assert [one["error"] for one in record["rest"]] == [0]
+    assert "rounds away" not in printed.err
 
 
 def test_low_halves_are_used(record, facts, workplace, tmp_path, extract):

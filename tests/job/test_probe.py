@@ -9,6 +9,8 @@ import yaml
 
 from molf.cli import main
 from molf.core.optimizer import MoLFAdamW
+from molf.errors import InputError
+from molf.job.advice.advice import advise
 from molf.job.advice.cost import plan_costs
 from molf.job.model.loading import load_skeleton
 from molf.job.record.assignment_source import read_assignment
@@ -73,14 +75,29 @@ def test_small_memory(probed):
     assert all(weight.grad is None for weight in weights)
 
 
-def test_rank_above_a_layers_side_is_refused_before_the_steps(given, tmp_path, capsys):
-    """A training only warns; the assignment by it could not be made after all steps."""
+def test_rank_above_a_layers_side(given, tmp_path, capsys):
+    """It is a warning, as in a training, and the assignment has adapters that fit."""
     path = tmp_path / "probe"
-    assert main(["probe", *given, "--ranks", "64", "--output_dir", str(path)]) == 2
-    error = capsys.readouterr().err
-    assert "Invalid ranks=4,64 of a probe: 64 exceeds the smaller side of" in error
-    assert "Give --ranks up to 16," in error
-    assert not path.exists()
+    alone = [word for word in given if word not in ("--ranks", "4")]
+    alone += ["--ranks", "20", "--score", "lora", "--max_steps", "2", "--no_plan"]
+    assert main(["probe", *alone, "--output_dir", str(path)]) == 0
+    assert "Rank 20 exceeds the smaller side of 4 of 14 routed layers" in capsys.readouterr().err
+    found = advise(read_run(path))
+    assert [layer.r for layer in found.assignment.lora] == [
+        16 if name.endswith(("k_proj", "v_proj")) else 20 for name in found.assignment.layers
+    ]
+    assert sum(found.assigned_to(group, "lora0_r20") for group in found.by_kind) == 14
+
+
+def test_a_share_reads_the_log_of_a_probe(probed, base):
+    """Its assignment.yaml has the wins."""
+    path, _ = probed
+    model = load_skeleton(str(base))
+    made = read_assignment(path, model, share=0.5)
+    assert len(made.full) == 7
+    assert made == advise(read_run(path), share=0.5).assignment
+    with pytest.raises(InputError, match="a share is for the routing log of a run"):
+        read_assignment(path / "assignment.yaml", model, share=0.5)
 
 
 def test_advice_of_a_probe(probed, base, tmp_path, capsys):
@@ -123,13 +140,15 @@ def test_a_probe_has_no_model(probed, capsys, command):
 def test_printed(given, tmp_path, capsys):
     path, figures = tmp_path / "probe", tmp_path / "figures"
     more = ["--max_steps", "2", "--share", "0.5", "--figures", str(figures), "--no-plan"]
-    assert main(["probe", *given, *more, "--output_dir", str(path)]) == 0
+    data = ["--max_samples", "12", "--max_length", "512", "--split_special_tokens"]
+    assert main(["probe", *given, *more, *data, "--output_dir", str(path)]) == 0
     text = capsys.readouterr().out
     assert "14 layers: 7 full" in text
     assert "Few steps: 1 decision per layer" in text
     # The same data, model and rates: the decisions are of these alone.
-    same = [*given[: given.index("--ranks")], "--learning_rate", "0.01", "--lora_learning_rate"]
-    command = ["molf", "train", *same, "0.03", "--method", "hybrid", "--assignment", str(path)]
+    same = [*given[: given.index("--ranks")], *data]
+    same += ["--learning_rate", "0.01", "--lora_learning_rate", "0.03"]
+    command = ["molf", "train", *same, "--method", "hybrid", "--assignment", str(path)]
     assert text.splitlines()[-1] == f"next      {shlex.join(command)}"
     assert len(list(figures.iterdir())) == 2
 

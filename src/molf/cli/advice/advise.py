@@ -30,7 +30,7 @@ def advise_run(
 
     Args:
         run: Directory of a run of `molf train --method molf`, or of `molf probe`.
-        by: full goes to the layers where it won most steps, or where its mean score leads.
+        by: full goes to the layers where it won most steps, or where its mean margin is above 0.
         share: Give full to this share of the routed layers instead: those where it leads most.
         output: File of the assignment, which `molf train --method hybrid --assignment` takes.
         overwrite: Replace that file, and a file of page that is no page of molf. Without it and

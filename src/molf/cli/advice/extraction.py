@@ -38,19 +38,24 @@ def print_extraction(made: Extraction) -> None:
     )
     if made.rest:
         table = new_table("Changed outside of these", "kind", "parameters", "change", "largest")
-        table.add_column("in the adapter", justify="right", max_width=7)
+        table.add_column("in the adapter", justify="right", max_width=8)
+        table.add_column("error", justify="right")
         for kind in dict.fromkeys(one.kind for one in made.rest):
             rest = [one for one in made.rest if one.kind == kind]
-            held = sum(one.name in made.kept.names for one in rest)
+            held = [one.error for one in rest if one.name in made.kept.names]
             table.add_row(
                 kind,
                 str(len(rest)),
                 f"{_mean([x.relative for x in rest]):.2g}",
                 f"{max(x.largest for x in rest):.2g}",
-                f"{held} of {len(rest)}",
+                f"{len(held)} of {len(rest)}",
+                f"{_mean(held):.2g}" if held else "-",
             )
         console.print(table)
-        console.lines("change: as above, mean. largest: absolute change of one number.")
+        console.lines(
+            "change: as above, mean. largest: absolute change of one number. error: distance of "
+            "the values in the adapter from the trained ones, of the change."
+        )
     if made.metrics:
         first = next(iter(made.metrics.values()))
         table = new_table("Metrics", "metric")

@@ -32,7 +32,12 @@ if TYPE_CHECKING:  # imports torch
     from molf.job.settings.probe import ProbeSettings
 
 _DEFAULTS = TrainSettings()
-_NEXT = ("task", "model", "data", "learning_rate", "lora_learning_rate")  # of a probe's options
+# Options that the decisions depend on: those that were given belong to the training, too.
+_NEXT = (
+    *("task", "model", "data", "eval_data", "validation_data", "format", "max_samples"),
+    *("few_shot", "max_length", "split_special_tokens", "packing"),
+    *("per_device_train_batch_size", "learning_rate", "lora_learning_rate"),
+)
 
 
 def print_advice(
@@ -62,7 +67,7 @@ def print_probe(result: Probe, settings: ProbeSettings) -> None:
     words = ["molf", "train"]
     for name in _NEXT:
         if (value := getattr(settings, name)) != getattr(_DEFAULTS, name):
-            words += [f"--{name}", str(value)]
+            words += [f"--{name}"] if value is True else [f"--{name}", str(value)]
     words += ["--method", "hybrid", "--assignment", str(result.directory)]
     steps = counted(result.advice.steps, "decision")
     PlainConsole().lines(

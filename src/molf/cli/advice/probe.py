@@ -26,7 +26,7 @@ def probe_model(
     Args:
         settings: The options of `molf train`; no model is kept.
         config: A YAML file of these options, or a recipe by name; the command line has precedence.
-        by: full goes to the layers where it won most steps, or where its mean score leads.
+        by: full goes to the layers where it won most steps, or where its mean margin is above 0.
         share: Give full to this share of the routed layers instead: those where it leads most.
         figures: Also draw the evidence, as PNG files in this folder.
         plan: Plan memory and arithmetic of the assignment and of other methods.

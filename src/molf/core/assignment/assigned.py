@@ -140,6 +140,21 @@ class Treatment(NamedTuple):
     r: int | None = None
     alpha: float | None = None
 
+    def fitted(self, shape: tuple[int, int], *, use_rslora: bool) -> Treatment:
+        """Return it for a layer: a rank above the smaller side becomes that, at equal scaling.
+
+        Factors of that rank hold every change of the weight already.
+
+        Args:
+            shape: (out, in) of the layer.
+            use_rslora: Whether alpha is for rank-stabilised scaling.
+        """
+        if self.r is None or self.alpha is None or self.r <= min(shape):
+            return self
+        ratio = min(shape) / self.r
+        alpha = self.alpha * (math.sqrt(ratio) if use_rslora else ratio)
+        return Treatment(self.train, min(shape), float(f"{alpha:.12g}"))
+
 
 @dataclass(frozen=True, kw_only=True)
 class Decided:

@@ -179,6 +179,8 @@ class Assignment:
     ) -> Assignment:
         """Build from the decisions of a routed training.
 
+        An expert's rank above a layer's smaller side becomes that side, at the same scaling.
+
         Args:
             decided: The decisions, and the layers of the model.
             share: That of `of`.
@@ -211,19 +213,23 @@ class Assignment:
             source = "full where its score leads on the mean"
         else:
             chosen = by_share(evidence, decided.adapters, share)
-            source = f"full in the {share:.0%} of layers where it leads most"
+            source = f"full in the {100 * share:g}% of layers where it leads most"
         steps = max(one.decisions for one in evidence.values())
         others = dict.fromkeys(decided.trained, Treatment(FULL))
+        treatments = {
+            name: chosen.get(name) or others.get(name) or Treatment(FROZEN)
+            for name in every
+            if name in decided.layers or name in chosen
+        }
         return cls(
             entries=tuple(
                 AssignedLayer(
                     name=name,
                     shape=every[name],
                     evidence=evidence.get(name),
-                    **(chosen.get(name) or others.get(name) or Treatment(FROZEN))._asdict(),
+                    **one.fitted(every[name], use_rslora=True)._asdict(),
                 )
-                for name in every
-                if name in decided.layers or name in chosen
+                for name, one in treatments.items()
             ),
             use_rslora=True,
             freeze_rest=decided.freeze_rest,
@@ -236,7 +242,8 @@ class Assignment:
         """Return a control: other layers in full, drawn, with as many weights in all.
 
         Every set of layers with the same number of weights is equally likely. Frozen layers stay
-        frozen.
+        frozen. A layer that is no longer full gets the adapter of another one, whose rank becomes
+        at most its smaller side, at the same scaling.
 
         Args:
             seed: Seed of the draw.
@@ -252,7 +259,7 @@ class Assignment:
                 "No other set of layers has as many weights: the control is the assignment itself."
             )
         source = f"random like {self.source or 'an assignment'}, seed {seed}"
-        return self._with(at_random(self.entries, seed), source)
+        return self._with(at_random(self.entries, seed), source, use_rslora=self.use_rslora)
 
     def by_shape(
         self, config: MoLFConfig, *, lr: float = 1.0, lora_lr: float | None = None
@@ -260,7 +267,8 @@ class Assignment:
         """Return the assignment that shapes, scalings and rates alone predict.
 
         `full` where `lr > lora_lr s / sqrt(3) * out / (in + out)` for every LoRA expert: the winner
-        by EPD at the start if gradients were noise (score `shape`). Frozen layers stay frozen.
+        by EPD at the start if gradients were noise (score `shape`). Frozen layers stay frozen. A
+        rank above a layer's smaller side becomes that side, at the same scaling.
 
         Args:
             config: The LoRA experts: ranks, alpha, `use_rslora`.
@@ -270,7 +278,7 @@ class Assignment:
         rate = lr if lora_lr is None else lora_lr
         made = by_shape(self.entries, config, lr, rate)
         source = f"by shape, lora_lr {rate / lr:g} times lr"
-        return replace(self._with(made, source), use_rslora=config.use_rslora)
+        return self._with(made, source, use_rslora=config.use_rslora)
 
     def with_options(
         self, *, freeze_rest: bool | None = None, use_rslora: bool | None = None
@@ -300,8 +308,11 @@ class Assignment:
         )
         return replace(self, entries=entries) if frozen else self
 
-    def _with(self, treatments: Mapping[str, Treatment], source: str) -> Assignment:
-        return replace(self, entries=with_treatments(self.entries, treatments), source=source)
+    def _with(
+        self, treatments: Mapping[str, Treatment], source: str, *, use_rslora: bool
+    ) -> Assignment:
+        entries = with_treatments(self.entries, treatments, use_rslora=use_rslora)
+        return replace(self, entries=entries, source=source, use_rslora=use_rslora)
 
     @classmethod
     def from_yaml(cls, text: str, model: nn.Module | None = None) -> Assignment:

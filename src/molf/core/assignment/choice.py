@@ -199,12 +199,18 @@ def by_shape(
 
 
 def with_treatments(
-    layers: Sequence[AssignedLayer], treatments: Mapping[str, Treatment]
+    layers: Sequence[AssignedLayer], treatments: Mapping[str, Treatment], *, use_rslora: bool
 ) -> tuple[AssignedLayer, ...]:
-    """Return the layers with other treatments, without evidence; those without one stay."""
-    return tuple(
-        replace(
-            layer, evidence=None, **treatments.get(layer.name, Treatment(layer.train))._asdict()
-        )
-        for layer in layers
-    )
+    """Return the layers with other treatments, without evidence; those without one stay.
+
+    Args:
+        layers: The layers.
+        treatments: The treatments by layer; a rank above the layer's smaller side becomes that.
+        use_rslora: Whether their alpha is for rank-stabilised scaling.
+    """
+    made = []
+    for layer in layers:
+        treatment = treatments.get(layer.name, Treatment(layer.train))
+        fitted = treatment.fitted(layer.shape, use_rslora=use_rslora)
+        made.append(replace(layer, evidence=None, **fitted._asdict()))
+    return tuple(made)

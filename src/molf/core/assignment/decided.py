@@ -7,6 +7,7 @@ from typing import Any
 from molf.core.assignment.assigned import Decided, adapters_of
 from molf.core.assignment.layout import Layout
 from molf.core.config import lora_expert_names
+from molf.core.model.linear_places import linear_places
 from molf.core.model.module_names import cleaner
 
 
@@ -41,16 +42,17 @@ def decided_by(optimizer: Any) -> Decided:
         for name, parameter in model.named_parameters(remove_duplicate=False)
         if parameter in owned
     }
+    in_full = {
+        place.name.removesuffix(".base_layer")
+        for place in linear_places(model)
+        if place.weight in owned
+    }
     frozen = tuple(name for name in layout.rest if name not in trained)
     freezes = len(frozen) == len(layout.rest)
     return Decided(
         layers=layout.layers,
         heads=layout.heads,
-        trained=frozenset(
-            name
-            for name in layout.layers
-            if f"{name}.weight" in trained and name not in known["evidence"]
-        ),
+        trained=frozenset(in_full & layout.layers.keys() - known["evidence"].keys()),
         freeze_rest=freezes,
         frozen_rest=() if freezes else frozen,
         model=layout.model,

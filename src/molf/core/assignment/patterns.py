@@ -74,9 +74,7 @@ class Patterns:
             if not isinstance(value, bool):
                 raise ValueError(f"Invalid {name}={value!r}. Must be true or false.")
         entries = given.get(LORA, [])
-        entries = [entries] if isinstance(entries, Mapping) else entries
-        if not isinstance(entries, (list, tuple)):
-            raise ValueError(f"Invalid lora={entries!r}. Must be an entry or a list of entries.")
+        entries = entries if isinstance(entries, (list, tuple)) else [entries]
         rules = [
             Rule(Treatment(kind), _patterns(kind, given[kind]))
             for kind in (FROZEN, FULL)

@@ -9,7 +9,14 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from molf.core.assignment.assigned import LORA, AssignedLayer, Evidence, check_rank, default_alpha
+from molf.core.assignment.assigned import (
+    KINDS,
+    LORA,
+    AssignedLayer,
+    Evidence,
+    check_rank,
+    default_alpha,
+)
 from molf.inputs import check_installed
 
 _KEYS = (
@@ -28,7 +35,7 @@ _HEADING = """\
 # An assignment of molf. Each layer has one line, with the shape (out x in) that it must have:
 #   train: full     trains the weight
 #   train: lora     trains an adapter beside the frozen weight; r and alpha are those of `lora`
-#                   unless the line has its own
+#                   unless the line has its own; r without alpha gives a scaling of about 2
 #   train: frozen   trains neither
 # Norms, embeddings and biases are trained, unless freeze_rest is true or frozen_rest names them.
 """
@@ -102,17 +109,44 @@ def parse(text: str) -> Mapping[str, Any]:
     import yaml
 
     try:
-        values = yaml.safe_load(text)
+        loader = yaml.SafeLoader(text)
+        root = loader.get_single_node()
+        twice = _given_twice(root)
+        values = None if root is None else loader.construct_document(root)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
         place = f" (line {mark.line + 1})" if mark is not None else ""
         problem = getattr(error, "problem", None) or " ".join(str(error).split())[:200]
         raise ValueError(f"no YAML{place}: {problem}") from None
+    if twice is not None:
+        # YAML would keep the last entry: a change of an earlier one would have no effect.
+        line = twice.start_mark.line + 1
+        raise ValueError(f"{twice.value!r} is given twice (line {line}). Leave one of the two out.")
     if not isinstance(values, Mapping):
         raise ValueError(
             "no assignment: must be a mapping, with `layers` or with patterns (full, lora, frozen)"
         )
     return values
+
+
+def _given_twice(root: Any) -> Any:
+    """Return the second key of one name in a mapping of a YAML tree; None without any."""
+    waiting: list[Any] = [root]
+    seen: set[int] = set()
+    while waiting:
+        node = waiting.pop()
+        if id(node) in seen or not isinstance(getattr(node, "value", None), list):
+            continue  # an alias, a scalar, or an empty document
+        seen.add(id(node))
+        names: set[str] = set()
+        for entry in node.value:
+            key, value = entry if isinstance(entry, tuple) else (None, entry)
+            waiting.append(value)
+            name = getattr(key, "value", None)
+            if isinstance(name, str) and name in names:
+                return key
+            names |= {name} if isinstance(name, str) else set()
+    return None
 
 
 def from_values(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -159,7 +193,9 @@ def _layer(
     own = f"Layer {name}"
     if not isinstance(name, str) or not isinstance(entry, Mapping) or set(entry) - set(_LAYER_KEYS):
         raise ValueError(f"{own}: invalid {entry!r}. Must be a mapping of {_listed(_LAYER_KEYS)}.")
-    train, r, alpha = entry.get("train"), entry.get("r"), entry.get("alpha")
+    if "train" not in entry:
+        raise ValueError(f"{own} has no train. Must be {_listed(KINDS)}.")
+    train, r, alpha = entry["train"], entry.get("r"), entry.get("alpha")
     if train == LORA:
         alpha = alpha if alpha is not None else None if "r" in entry else common.get("alpha")
         r = common.get("r") if r is None else r

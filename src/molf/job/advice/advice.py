@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from molf.core.assignment.assigned import LORA, AssignedLayer
+from molf.core.assignment.assigned import FULL, AssignedLayer
 from molf.core.assignment.assignment import Assignment
 from molf.errors import InputError
 from molf.job.advice.routed import Group, RoutedLayer, RoutedLayers, routed_layers
@@ -31,17 +31,24 @@ class Advice(RoutedLayers):
         return str(self.run.config.get("score"))
 
     @property
-    def lora_names(self) -> tuple[str, ...]:
-        """Names of the LoRA experts by rank, such as `r 16`."""
-        return tuple(f"r {rank}" for rank in self.run.config["ranks"])
+    def shown_names(self) -> dict[str, str]:
+        """The experts as tables name them, LoRA by rank: `full`, `r 16`."""
+        ranks = zip(self.lora_experts, self.run.config["ranks"], strict=True)
+        return {FULL: FULL, **{name: f"r {rank}" for name, rank in ranks}}
 
     def assigned(self, layer: RoutedLayer) -> AssignedLayer:
         """Return the assignment of a layer."""
         return self.assignment[layer.name]
 
-    def assigned_to(self, group: Group, treatment: str) -> int:
-        """Return the number of layers assigned to `full`, or to LoRA of a rank (`r 16`)."""
-        return sum(_shown(self.assigned(one)) == treatment for one in group.layers)
+    def assigned_to(self, group: Group, expert: str) -> int:
+        """Return the number of layers whose assignment is that of an expert."""
+        return sum(self._expert_of(self.assigned(one)) == expert for one in group.layers)
+
+    def _expert_of(self, layer: AssignedLayer) -> str:
+        """Return the expert whose rank a layer has: the first, if the layer is too small for it."""
+        ranks = zip(self.lora_experts, self.run.config["ranks"], strict=True)
+        fitting = (name for name, rank in ranks if min(rank, *layer.shape) == layer.r)
+        return next(fitting, layer.train)
 
     def record(self, layer: RoutedLayer) -> dict[str, Any]:
         """Return a layer as plain values."""
@@ -89,7 +96,3 @@ def advise(run: FinishedRun, *, share: float | None = None, by: str = "wins") ->
 def rate_ratio_of(run: FinishedRun) -> float:
     """Return the LoRA rate of a run divided by its rate of `full`."""
     return float(run.config["lora_learning_rate"]) / float(run.config["learning_rate"])
-
-
-def _shown(layer: AssignedLayer) -> str:
-    return f"r {layer.r}" if layer.train == LORA else layer.train

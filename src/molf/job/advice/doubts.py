@@ -20,18 +20,27 @@ def doubts(advice: Advice) -> list[str]:
     return list(_doubts(advice))
 
 
+def _is_control(score: str) -> bool:
+    """Return whether the winners of a score do not depend on gradients."""
+    try:
+        draws = routing(score).rule.draws
+    except ValueError:  # registered in the process of the run
+        return False
+    return draws or not _WITHOUT_GRADIENTS.isdisjoint(score.split(":"))
+
+
 def _doubts(advice: Advice) -> Iterator[str]:
     layers, count = advice.layers, counted(len(advice.layers), "layer")
-    is_fixed = not _WITHOUT_GRADIENTS.isdisjoint(advice.score.split(":"))
-    if is_fixed or routing(advice.score).rule.draws:
+    if _is_control(advice.score):
         yield (
             f"score={advice.score} is a control: its winners do not depend on the gradients, so "
             "they are no evidence. Probe with another score."
         )
     if advice.steps < FEW_STEPS:
         yield (
+            # A warm-up begins with a step at rate 0, which decides nothing.
             f"Few steps: {counted(advice.steps, 'decision')} per layer. Give --max_steps of "
-            f"{FEW_STEPS} or more."
+            f"{FEW_STEPS + 1} or more."
         )
     if not advice.has_full:
         yield (
@@ -40,8 +49,8 @@ def _doubts(advice: Advice) -> Iterator[str]:
         return
     if advice.close > SEVERAL * len(layers):
         yield (
-            f"Small margins: in {advice.close} of {count} the mean scores of full and the best "
-            f"LoRA expert differ by less than {SMALL_MARGIN:.0%} of their sum."
+            f"Small margins: in {advice.close} of {count} the scores of full and the best LoRA "
+            f"expert differ by less than {SMALL_MARGIN:.0%} of their sum, on the mean of the steps."
         )
     if advice.late > SEVERAL * len(layers):
         yield (

@@ -37,7 +37,7 @@ def evidence_tables(advice: Advice) -> list[TextTable]:
 
 
 def _evidence(title: str, first: str, groups: Iterable[Group], advice: Advice) -> TextTable:
-    names = {"full": "full", **dict(zip(advice.lora_experts, advice.lora_names, strict=True))}
+    names = advice.shown_names
     shown = [name for name in names if name in advice.experts]
     if len(shown) == 2:  # the other share follows from it
         shown = shown[:1]
@@ -57,7 +57,7 @@ def _evidence(title: str, first: str, groups: Iterable[Group], advice: Advice) -
         cells += [f"{group.changes:.1f}", f"{group.settled:g}"]
         if advice.has_full:
             cells += [str(group.full_by_shape), str(group.differing)]
-        rows.append((*cells, *(str(advice.assigned_to(group, names[name])) for name in shown)))
+        rows.append((*cells, *(str(advice.assigned_to(group, name)) for name in shown)))
     return TextTable(title, columns, tuple(rows))
 
 

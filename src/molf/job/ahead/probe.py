@@ -6,18 +6,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from molf.errors import InputError
 from molf.job.ahead.short import short_training
 from molf.job.inputs import Inputs
 from molf.job.progress import Reporter
 from molf.job.record.ownership import ASSIGNMENT, CHECKPOINTS
 from molf.job.settings.probe import ProbeSettings
 from molf.ranks import check_alone
-from molf.shown import counted
 
 if TYPE_CHECKING:
     from molf.job.advice.advice import Advice
-    from molf.job.opening import Opening
 
 
 @dataclass(frozen=True)
@@ -70,7 +67,7 @@ def probe(
         RunError: The probe failed; its directory holds the traceback.
     """
     check_alone("molf probe")
-    with short_training(settings, "probe", reporter, inputs, check=_check_ranks) as short:
+    with short_training(settings, "probe", reporter, inputs) as short:
         from molf.disk.files import write_text
         from molf.job.advice.advice import advise
         from molf.job.memory import peak_memory, reset_peak_memory
@@ -108,20 +105,3 @@ def probe(
         tokens=training.tokens,
         trained_parameters=training.trained_parameters,
     )
-
-
-def _check_ranks(opening: Opening) -> None:
-    """Check that an assignment can have the ranks, which a training only warns about."""
-    config = opening.settings.method_config
-    assert config is not None  # a probe has method molf
-    rank = max(config.ranks)
-    layers = opening.plan.layers
-    sides = {layer.name: min(layer.in_features, layer.out_features) for layer in layers}
-    small = [name for name, side in sides.items() if side < rank]
-    if small:
-        raise InputError(
-            f"Invalid ranks={','.join(map(str, config.ranks))} of a probe: {rank} exceeds the "
-            f"smaller side of {len(small)} of {counted(len(layers), 'layer')} (first: {small[0]}, "
-            f"{sides[small[0]]}), which an assignment does not allow. Give --ranks up to "
-            f"{min(sides.values())}, or leave such layers out with --exclude_modules."
-        )

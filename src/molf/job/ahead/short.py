@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import datetime
@@ -61,7 +61,6 @@ def short_training(
     reporter: Reporter | None,
     inputs: Inputs | None,
     ownership: Ownership = A_RUN,
-    check: Callable[[Opening], None] | None = None,
 ) -> Iterator[ShortTraining]:
     """Check the options, open the training, and make and lock its directory during the block.
 
@@ -73,7 +72,6 @@ def short_training(
         reporter: Shows the progress; on standard error if None.
         inputs: Returns task and base; loaded if None.
         ownership: The kind of directory that is written, and that `overwrite` replaces.
-        check: Raises `InputError` for a training that the block cannot use.
 
     Raises:
         InputError: The options, the data or the model are wrong. Nothing was written.
@@ -100,8 +98,6 @@ def short_training(
             from molf.job.records import input_files
 
             opening = open_training(resolved, task, inputs, reporter)
-            if check is not None:
-                check(opening)
             for note in opening.notes:
                 reporter.say(note)
             files = input_files(opening.settings, task)

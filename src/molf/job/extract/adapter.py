@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from molf.core.model.adapted_layers import adapter_layers
 from molf.core.model.peft_model import add_adapter, exactly
 from molf.errors import InputError
-from molf.job.extract.change import Factors, LayerChange, RestChange, conv1d_only
+from molf.job.extract.change import Factors, LayerChange, RestChange, conv1d_only, rounded
 
 _ADAPTER = "default"
 _PREFIX = "base_model.model."
@@ -61,11 +61,11 @@ def keepable(base: nn.Module, layers: Iterable[LayerChange], rest: Iterable[Rest
     return Kept(tuple(modules), tuple(biases), frozenset(names))
 
 
-def kept_values(tuned: nn.Module, kept: Kept) -> dict[str, Tensor]:
-    """Return copies of the trained values that an adapter keeps, by name of the parameter."""
+def kept_values(tuned: nn.Module, kept: Kept, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Return the trained values that an adapter of a type keeps, by name of the parameter."""
     inside = tuple(f"{module}." for module in kept.modules)
     return {
-        name: parameter.detach().clone()
+        name: rounded(parameter.detach().clone(), dtype)
         for name, parameter in tuned.named_parameters(remove_duplicate=False)
         if name in kept.biases or name.startswith(inside)
     }

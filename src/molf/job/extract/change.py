@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ class LayerChange:
         name: The layer's name in the plain model.
         shape: (out, in).
         rank: Rank of the factors: the requested one, or the layer's smaller side.
-        relative: Frobenius norm of the change, relative to that of W0.
+        relative: Frobenius norm of the change, relative to that of W0; infinite from zero.
         kept: Share of the squared change that the factors keep.
         error: Distance of the factors' product from the change, relative to the change.
         rank_90: Smallest rank that keeps 90% of the squared change.
@@ -42,7 +43,7 @@ class LayerChange:
 
     def record(self) -> dict[str, Any]:
         """Return plain values."""
-        return {**vars(self), "shape": list(self.shape)}
+        return {**vars(self), "shape": list(self.shape), "relative": _finite(self.relative)}
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,8 @@ class RestChange:
         relative: Norm of the change, relative to that of the base's; infinite from zero.
         largest: Largest absolute change of an element.
         also: Other names of the same parameter, if it is tied.
+        error: Distance of the written values from the trained ones, relative to the change; 1 if
+            none are written.
     """
 
     name: str
@@ -66,15 +69,16 @@ class RestChange:
     relative: float
     largest: float
     also: tuple[str, ...] = ()
+    error: float = 1.0
 
     def record(self) -> dict[str, Any]:
         """Return plain values."""
-        return {**vars(self), "also": list(self.also)}
+        return {**vars(self), "also": list(self.also), "relative": _finite(self.relative)}
 
 
 @dataclass
 class Factors:
-    """The factors of a layer.
+    """The factors of a layer, rounded as they are written.
 
     Attributes:
         A: float32 [r, in].
@@ -126,7 +130,7 @@ def check_same_layers(base: nn.Module, tuned: nn.Module, base_name: str) -> None
 
 
 def factorise(
-    base: nn.Module, tuned: nn.Module, rank: int, device: torch.device
+    base: nn.Module, tuned: nn.Module, rank: int, dtype: torch.dtype, device: torch.device
 ) -> Iterator[tuple[LayerChange, Factors]]:
     """Yield the changed linear layers with their factors, by truncated SVD of W - W0.
 
@@ -134,6 +138,7 @@ def factorise(
         base: The base model, with W0.
         tuned: The trained model, with W.
         rank: Rank of the factors; a layer with a smaller side gets that.
+        dtype: Type that the factors are rounded to.
         device: Device of the decompositions.
     """
     others = adapted_places(tuned)
@@ -147,9 +152,12 @@ def factorise(
         squares = values.double().square()
         total = squares.sum()
         shares = squares.cumsum(0) / total
-        product = (left[:, :r] * values[:r]) @ right[:r]
-        error = ((change - product).norm() / change.norm()).item()
         root = values[:r].sqrt()
+        factors = Factors(
+            A=rounded(root[:, None] * right[:r], dtype).contiguous(),
+            B=rounded(left[:, :r] * root, dtype).contiguous(),
+        )
+        error = ((change - factors.B @ factors.A).norm() / change.norm()).item()
         yield (
             LayerChange(
                 name=name,
@@ -160,10 +168,7 @@ def factorise(
                 error=error,
                 rank_90=int((shares < _SHARE).sum()) + 1,
             ),
-            Factors(
-                A=(root[:, None] * right[:r]).cpu().contiguous(),
-                B=(left[:, :r] * root).cpu().contiguous(),
-            ),
+            Factors(factors.A.cpu(), factors.B.cpu()),
         )
 
 
@@ -192,6 +197,12 @@ def changes_of_rest(base: nn.Module, tuned: nn.Module) -> Iterator[RestChange]:
             )
 
 
+def as_written(one: RestChange, base: nn.Module, tuned: nn.Module, value: Tensor) -> RestChange:
+    """Return the change of a parameter with the error of the value that an adapter holds."""
+    old, new = (model.get_parameter(one.name).detach().float() for model in (base, tuned))
+    return replace(one, error=((value - new).norm() / (new - old).norm()).item())
+
+
 def replace_by_factors(tuned: nn.Module, base: nn.Module, factors: Mapping[str, Factors]) -> None:
     """Set the linear layers of the trained model to W0 + B A, in place."""
     others = adapted_places(base)
@@ -205,13 +216,17 @@ def replace_by_factors(tuned: nn.Module, base: nn.Module, factors: Mapping[str, 
                 weight.copy_(merged.t() if is_conv1d(place.module) else merged)
 
 
-def restore_rest(tuned: nn.Module, base: nn.Module, names: set[str]) -> None:
-    """Set parameters of the trained model to those of the base, in place."""
-    others = dict(base.named_parameters())
+def set_parameters(tuned: nn.Module, values: Mapping[str, Tensor]) -> None:
+    """Set parameters of the trained model by name, in place."""
     with torch.no_grad():
         for name, parameter in tuned.named_parameters():
-            if name in names:
-                parameter.copy_(others[name])
+            if name in values:
+                parameter.copy_(values[name])
+
+
+def rounded(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return float32 numbers that are rounded to a type."""
+    return values.to(dtype).to(torch.float32)
 
 
 def _matrix(place: Place) -> Tensor:
@@ -230,6 +245,11 @@ def _shape(place: Place) -> tuple[int, int]:
 def _ratio(change: Tensor, old: Tensor) -> float:
     size = old.norm().item()
     return change.norm().item() / size if size else float("inf")
+
+
+def _finite(number: float) -> float | None:
+    """Return a number for JSON, which has no infinity."""
+    return number if math.isfinite(number) else None
 
 
 def _kind(name: str, module: nn.Module, *, is_head: bool) -> str:

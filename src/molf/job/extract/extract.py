@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from molf.disk.files import write_json, write_text
 from molf.errors import InputError
@@ -24,12 +25,13 @@ from molf.job.extract.change import (
     Factors,
     LayerChange,
     RestChange,
+    as_written,
     changes_of_rest,
     check_same_layers,
     factorise,
     largest_rank,
     replace_by_factors,
-    restore_rest,
+    set_parameters,
 )
 from molf.job.inputs import Inputs
 from molf.job.model.export import marker
@@ -59,6 +61,8 @@ other changes, with those that the adapter holds, and without any."""
 
 RECORD = "extraction.json"
 """File in the adapter's directory with the errors of all layers and the changes of the rest."""
+
+_LOST = 0.5  # error of a kept parameter above which most of its change is lost
 
 
 @dataclass
@@ -131,7 +135,7 @@ def extract(
     Args:
         run: A run with a model, of any method.
         rank: Rank of the adapter.
-        dtype: Type of its weights.
+        dtype: Type of its weights; errors and metrics are those of the rounded numbers.
         path: The adapter's directory, checked by `extraction_place`.
         keeps_modules: Keep changed norms, embeddings and biases in the adapter too.
         evaluates: Measure the model, the adapter with all of the rest, and the adapter alone on
@@ -153,7 +157,8 @@ def extract(
     _add_low_halves(run, tuned)
     layers, factors = [], {}
     reporter.say(f"Decomposing the change of {run.path} at rank {rank}")
-    for layer, one in factorise(base.model, tuned.model, rank, device):
+    numbers = getattr(torch, dtype)
+    for layer, one in factorise(base.model, tuned.model, rank, numbers, device):
         layers.append(layer)
         factors[layer.name] = one
     rest = tuple(changes_of_rest(base.model, tuned.model))
@@ -163,21 +168,33 @@ def extract(
             "there is nothing to extract."
         )
     kept = keepable(base.model, layers, rest) if keeps_modules else Kept()
+    values = kept_values(tuned.model, kept, numbers)
+    rest = tuple(
+        as_written(one, base.model, tuned.model, values[one.name])
+        if one.name in kept.names
+        else one
+        for one in rest
+    )
     made = Extraction(run, rank, tuple(layers), rest, kept)
-    values = kept_values(tuned.model, kept)
     if task is not None:
         measure = _measurement(run, task, tuned, device, reporter)
-        made.metrics = _measured(made, base.model, tuned.model, factors, measure)
+        made.metrics = _measured(made, base.model, tuned.model, factors, values, measure)
     adapted = make_adapter(base.model, factors, layers, rank, kept, values)
     if made.left_out:
         warnings.warn(_lacking(made), stacklevel=2)
+    if lost := [one for one in rest if one.name in kept.names and one.error > _LOST]:
+        warnings.warn(
+            f"{dtype} rounds away most of the change of {counted(len(lost), 'parameter')} that the "
+            f"adapter keeps ({_kinds(lost)}). --dtype float32 keeps it.",
+            stacklevel=2,
+        )
     path.parent.mkdir(parents=True, exist_ok=True)
     size = sum(one.A.nbytes + one.B.nbytes for one in factors.values())
     with saving(path, size) as directory:
-        write_adapter(adapted, str(run.base), getattr(torch, dtype), directory)
+        write_adapter(adapted, str(run.base), numbers, directory)
         write_json(directory / RECORD, made.record())
         write_text(directory / "README.md", _card(made))
-        marker(run, ADAPTER, getattr(torch, dtype))(directory)
+        marker(run, ADAPTER, numbers)(directory)
     return made
 
 
@@ -219,31 +236,37 @@ def _measured(
     base: Any,
     tuned: Any,
     factors: dict[str, Factors],
+    values: Mapping[str, Tensor],
     measure: Callable[[str], dict[str, Metric]],
 ) -> dict[str, dict[str, Metric]]:
     """Return the metrics of the trained model, which becomes the adapted base step by step."""
+    trained, start = (dict(one.named_parameters()) for one in (tuned, base))
     found = {TRAINED: measure("Evaluating the model of the run")}
     replace_by_factors(tuned, base, factors)
     found[WITH_REST] = measure(f"Evaluating rank {made.rank}, with the rest of the change")
-    lacking, held = {one.name for one in made.left_out}, set(made.kept.names)
-    if lacking:
-        restore_rest(tuned, base, lacking)
-        name = AS_WRITTEN if held else ALONE
+    lacking = [one.name for one in made.left_out]
+    is_rounded = any(not torch.equal(trained[name].cpu(), values[name]) for name in made.kept.names)
+    set_parameters(tuned, {**{name: start[name] for name in lacking}, **values})
+    if lacking or is_rounded:
+        name = AS_WRITTEN if values else ALONE
         found[name] = measure("Evaluating the adapter as it is written")
-    if held:
-        restore_rest(tuned, base, held)
+    if values:
+        set_parameters(tuned, {name: start[name] for name in values if name in start})
         found[ALONE] = measure("Evaluating the adapter without any of the rest")
     return found
 
 
 def _lacking(made: Extraction) -> str:
-    kinds = Counter(one.kind for one in made.left_out)
-    names = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
     way_out = "An adapter cannot hold them." if made.kept.names else "--modules_to_save keeps them."
     return (
         f"The adapter leaves out {counted(len(made.left_out), 'changed parameter')} outside of the "
-        f"linear layers ({names}). {way_out}"
+        f"linear layers ({_kinds(made.left_out)}). {way_out}"
     )
+
+
+def _kinds(rest: Iterable[RestChange]) -> str:
+    kinds = Counter(one.kind for one in rest)
+    return ", ".join(f"{count} {kind}" for kind, count in kinds.items())
 
 
 def _card(made: Extraction) -> str:

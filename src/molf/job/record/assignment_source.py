@@ -66,19 +66,28 @@ class AssignmentSource:
             raise InputError(f"assignment {self.path}: {error}") from error
 
 
-def read_assignment_source(path: str | Path) -> AssignmentSource:
+def read_assignment_source(path: str | Path, *, from_log: bool = False) -> AssignmentSource:
     """Read and check the content of a file, or that of a run.
+
+    Args:
+        path: The file or the run.
+        from_log: Read the routing log of a run, also of one with an `assignment.yaml`.
 
     Raises:
         InputError: The path is missing, the content is no assignment, or the run has neither an
-            assignment nor a routing log.
+            assignment nor a routing log; or `from_log` and there is no routing log.
     """
     place = expanded(path)
     check_path(place, "assignment")
     if not place.is_dir():
+        if from_log:
+            raise InputError(
+                f"assignment {place}: a share is for the routing log of a run, and this is a file. "
+                "Leave share out."
+            )
         return AssignmentSource(place, _values(place), None)
     run = read_run(place)
-    if (place / ASSIGNMENT).is_file():
+    if (place / ASSIGNMENT).is_file() and not from_log:
         return AssignmentSource(place, _values(place / ASSIGNMENT), None)
     routing_parts(place)
     return AssignmentSource(place, None, run)
@@ -107,18 +116,19 @@ def read_assignment(
 
     Args:
         path: A YAML file, as `Assignment.to_yaml` writes it or with patterns; or the directory of
-            a run of `molf train`: of method hybrid, whose assignment it is, or of molf or molf-e,
-            from whose routing log it is made: each layer gets the expert with the most wins.
+            a run: its `assignment.yaml` if it has one (of method hybrid, a probe, or `molf
+            advise`), or else its routing log, by which each layer gets the expert with the most
+            wins.
         model: The plain model that is to be trained, with or without values. It may be left out for
             a file with one entry per layer.
-        share: For a routing log: give `full` to this share of the routed layers instead, to those
-            where its score leads most.
+        share: Read the routing log of the run in any case, and give `full` to this share of the
+            routed layers instead, to those where its score leads most.
 
     Raises:
         InputError: The path is missing, its content is no assignment, or it is that of a model with
-            other layers.
+            other layers; or `share` was given, and there is no routing log.
     """
-    source = read_assignment_source(path)
+    source = read_assignment_source(path, from_log=share is not None)
     if model is not None:
         return source.assignment(model, share=share)
     if source.values is None or not is_explicit(source.values):
