@@ -113,9 +113,24 @@ def test_the_readme_agrees_with_the_study_of_assignments():
         "full fine-tuning or LoRA, whichever the validation part prefers: "
         "- It is shown to be worse in none. It forgets less in three tasks, and more in none. "
         "- A random half is shown to be worse in one. In no task is a probe's assignment shown to "
-        "be better than a random one with as many weights in full."
+        "be better than a random one with as many weights in full. "
+        f"- A tenth of the layers, by EPD ({amounts.full_range(study, 'hybrid-epd-10')} of the "
+        "weights), is shown to be worse in three. In one of [three "
+        "tasks](docs/results.md#a-tenth-of-the-layers-by-each-score) it is shown to be worse than "
+        "random layers with as many weights; by none of seven scores is a tenth shown to be better "
+        "than full fine-tuning there."
     ) in readme
+    assert "worse in 3 cells" in outcomes.tally(study, "hybrid-epd-10")
     assert "is shown to be worse in none, and forgets less in three." in readme
+    tenths = script.Study(script.STUDIES / "demo-hybrid-scores")
+    assert amounts.missing(tenths) == "none"
+    assert {cell.baseline for cell in tenths.cells} == {"fft"}
+    found = outcomes.tally(tenths, "hybrid-epd-10", "hybrid-epd-10-random")
+    assert "worse in 1 cell" in found
+    assert "better" not in found
+    by_scores = [name for name in tenths.own if name.startswith("hybrid-")]
+    assert len(by_scores) == 7
+    assert not any("better" in outcomes.tally(tenths, name) for name in by_scores)
     pretrained = script.Study(script.STUDIES / "smollm2-scores")
     (baseline,) = (cell.baseline for cell in pretrained.cells if cell.name == "real-fact")
     assert baseline == "lora-rest"
