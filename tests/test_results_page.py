@@ -147,7 +147,8 @@ def test_the_readme_agrees_with_the_study_of_assignments():
         assert says("no difference shown", found)
     assert (
         "On a [pretrained model](docs/results.md#a-pretrained-model) of 135 million parameters, in "
-        "one task, where the validation part prefers LoRA with the rest trained: "
+        "one task, where the validation part prefers LoRA with the rest trained (both with MoLF's "
+        "alpha, 32, at rank 16: scaling 8): "
         "- The half by EPD is shown to be better, and forgets more. A random half is not shown to "
         "differ from the half by EPD. "
         "- Full fine-tuning is not shown to differ in the metric, and forgets less."

@@ -1,14 +1,17 @@
 """Controls of a method: their rates, their points in both phases, and their shares."""
 
 from collections import Counter
+from pathlib import Path
 
 import pytest
 
 from molf.cli import main
+from molf.cli.study_options import open_study
+from molf.study.checks import differing_scalings
 from molf.study.ledger import Ledger
 from molf.study.outcome import all_results
 from molf.study.plan import FAILED, Outcome, Plan
-from study_helpers import FFT, MOLF, Pretended, study_of, work
+from study_helpers import FFT, LORA, MOLF, Pretended, study_of, work
 
 SHUFFLED = {"name": "shuffled", "method": "molf", "score": "shuffled:epd", "control_of": "molf"}
 COIN = {"name": "coin", "method": "molf", "share_of": "molf"}
@@ -55,6 +58,25 @@ def test_dry_run_counts_controls(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "tried: 1 cell, 2 methods, at most 21 trials" in printed
     assert "  1 x 5 seeds of controls at the chosen rates of their methods" in printed
+
+
+def test_dry_run_names_scalings_that_differ(tmp_path, capsys):
+    """MoLF's alpha is one number for every rank, that of LoRA depends on the rank."""
+    wide = {**MOLF, "ranks": 16, "alpha": 32}
+    study_of(
+        tmp_path, methods=[wide, {**MOLF, "name": "other", "ranks": 16}, {**LORA, "ranks": 16}]
+    )
+    assert main(["study", "run", str(tmp_path / "study.yaml"), "--dry_run"]) == 0
+    line = "Methods differ in the scaling of LoRA factors, set by alpha: 8 (molf); 2 (other, lora)."
+    assert line in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize(
+    "name", ["demo-scores", "demo-candidates", "demo-hybrid", "demo-hybrid-scores", "smollm2-equal"]
+)
+def test_studies_of_scores_have_one_scaling(name):
+    study, make = open_study(Path(name))
+    assert differing_scalings(study, make) == ""
 
 
 def test_axes_over_options_of_methods_keep_controls_with_their_methods(tmp_path):

@@ -38,7 +38,7 @@ def run_study(
         retry_failed: Run failed trials again.
         dry_run: Check everything, and print the number of trials and the expected time.
     """
-    from molf.study.checks import check_data
+    from molf.study.checks import check_data, differing_scalings
     from molf.study.launch import run_workers
     from molf.study.place import write_record
     from molf.study.storage import check_opens
@@ -54,6 +54,8 @@ def run_study(
     check_data(opened, make, WarmInputs())
     if dry_run:
         _print_plan(opened, workers)
+        if found := differing_scalings(opened, make):
+            _print(f"Methods differ in the scaling of LoRA factors, set by alpha: {found}.")
         return 0
     check_opens(opened)
     write_record(opened)

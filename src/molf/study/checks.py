@@ -10,6 +10,7 @@ from molf.job.inputs import Inputs
 from molf.job.model.path import check_model
 from molf.job.record.assignment_source import read_assignment_source
 from molf.job.run import checked
+from molf.job.settings.experts import method_config
 from molf.job.settings.resolved import without_effect
 from molf.study.assigning.assigned import Assigned
 from molf.study.definition import (
@@ -24,6 +25,8 @@ from molf.study.definition import (
 )
 from molf.study.plan import Plan, TrialMaker
 from molf.study.rates import limits
+
+_ALIKE = 1.2  # ratio of scalings below which they are not named: alpha of LoRA is rounded
 
 
 def check_options(study: Study, make: TrialMaker) -> None:
@@ -87,6 +90,27 @@ def _check_rule(study: Study, make: TrialMaker, cell: Cell, method: Method) -> N
     if method.rule.has_probe:
         settings = make.options(cell, study.method(method.rule.of))
         Assigned(method.rule, settings).probe_at({})
+
+
+def differing_scalings(study: Study, make: TrialMaker) -> str:
+    """Return the scalings of LoRA factors by method, if methods differ in them; else empty.
+
+    A default of alpha that depends on the method is no option of the study file, and changes the
+    size of steps as a rate does.
+    """
+    methods: dict[str, list[str]] = {}
+    found: list[float] = []
+    for cell in study.cells:
+        for method in study.methods:
+            config = method_config(make.options(cell, method))
+            if config is not None:
+                found += config.scalings
+                text = " and ".join(dict.fromkeys(f"{one:.3g}" for one in config.scalings))
+                names = methods.setdefault(text, [])
+                names += [method.name] * (method.name not in names)
+    if not found or max(found) < _ALIKE * min(found):
+        return ""
+    return "; ".join(f"{text} ({', '.join(names)})" for text, names in methods.items())
 
 
 def check_data(study: Study, make: TrialMaker, inputs: Inputs) -> None:
