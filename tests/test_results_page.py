@@ -151,8 +151,16 @@ def test_the_readme_agrees_with_the_study_of_assignments():
         "alpha, 32, at rank 16: scaling 8): "
         "- The half by EPD is shown to be better, and forgets more. A random half is not shown to "
         "differ from the half by EPD. "
-        "- Full fine-tuning is not shown to differ in the metric, and forgets less."
+        "- Full fine-tuning is not shown to differ in the metric, and forgets less. "
+        "- With [LoRA's scaling](docs/results.md#with-the-scaling-of-lora), MoLF at equal rates, "
+        "by EPD, is not shown to differ from full fine-tuning in the metric, and forgets less. "
+        "Its random control has no rows yet."
     ) in readme
+    equal = script.Study(script.STUDIES / "smollm2-equal")
+    assert [cell.baseline for cell in equal.cells] == ["fft"]
+    assert says("no difference shown", outcomes.tally(equal, "epd-equal"))
+    assert says("less", outcomes.harm_tally(equal, "forgetting_loss", "epd-equal"))
+    assert outcomes.tally(equal, "epd-equal-random") == "no rows yet in 1 cell"
 
 
 def test_the_templates_have_no_measured_figure():
