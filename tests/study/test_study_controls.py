@@ -67,8 +67,24 @@ def test_dry_run_names_scalings_that_differ(tmp_path, capsys):
         tmp_path, methods=[wide, {**MOLF, "name": "other", "ranks": 16}, {**LORA, "ranks": 16}]
     )
     assert main(["study", "run", str(tmp_path / "study.yaml"), "--dry_run"]) == 0
-    line = "Methods differ in the scaling of LoRA factors, set by alpha: 8 (molf); 2 (other, lora)."
+    line = (
+        "Methods differ in the scaling of LoRA factors, which alpha sets, in facts: 8 (molf); "
+        "2 (other, lora)."
+    )
     assert line in " ".join(capsys.readouterr().out.split())
+
+
+def test_scalings_are_compared_within_cells(tmp_path):
+    """The default of alpha depends on the task: 8 here, and 32 there."""
+    cells = [
+        {"name": "small", "task": "demo-fact", "metric": "es"},
+        {"name": "large", "task": "fact", "model": "base", "metric": "es"},
+    ]
+    routed = {**MOLF, "ranks": 16}
+    study, make = study_of(tmp_path, cells=cells, methods=[routed, {**routed, "name": "other"}])
+    assert differing_scalings(study, make) == []
+    study, make = study_of(tmp_path, cells=cells, methods=[routed, {**LORA, "ranks": 16}])
+    assert differing_scalings(study, make) == ["large: 8 (molf); 2 (lora)"]
 
 
 @pytest.mark.parametrize(
@@ -76,7 +92,7 @@ def test_dry_run_names_scalings_that_differ(tmp_path, capsys):
 )
 def test_studies_of_scores_have_one_scaling(name):
     study, make = open_study(Path(name))
-    assert differing_scalings(study, make) == ""
+    assert differing_scalings(study, make) == []
 
 
 def test_axes_over_options_of_methods_keep_controls_with_their_methods(tmp_path):

@@ -361,14 +361,19 @@ def test_passwords_of_addresses_are_not_printed(tmp_path):
     assert "\n" not in str(raised.value)
 
 
+def taken_trial(study, make, ledger):
+    """The first trial, its study of Optuna, and its trial there, which a worker has taken."""
+    first = Plan(study, {}, make, {}).trials[0]
+    ledger.enqueue([first], ledger.read())
+    one = ledger._at(first.cell, first.method, first.phase)
+    return first, one, one.ask()
+
+
 def test_a_trial_of_a_worker_that_died_after_its_result_is_finished(tmp_path):
     study, make = study_of(tmp_path, retries=0)
     (tmp_path / "out").mkdir()
     ledger = Ledger(study)
-    first = Plan(study, {}, make, {}).trials[0]
-    ledger.enqueue([first], ledger.read())
-    one = ledger._at(first.cell, first.method, first.phase)
-    trial = one.ask()
+    first, one, trial = taken_trial(study, make, ledger)
     Pretended(study)(first, first.point)
     one.tell(trial, state=optuna.trial.TrialState.FAIL)  # as if its worker had died
     assert ledger.read().outcomes[first.key].state == "complete"
@@ -379,10 +384,7 @@ def test_a_worker_that_dies_at_once_after_another_one_is_noticed(tmp_path):
     study, make = study_of(tmp_path, heartbeat=1)
     (tmp_path / "out").mkdir()
     ledger = Ledger(study)
-    first = Plan(study, {}, make, {}).trials[0]
-    ledger.enqueue([first], ledger.read())
-    one = ledger._at(first.cell, first.method, first.phase)
-    trial = one.ask()
+    first, one, trial = taken_trial(study, make, ledger)
     ledger._storage.record_heartbeat(trial._trial_id)
     trial.set_user_attr("worker", "first")
     database = tmp_path / "out" / "optuna.sqlite"

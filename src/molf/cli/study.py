@@ -54,8 +54,8 @@ def run_study(
     check_data(opened, make, WarmInputs())
     if dry_run:
         _print_plan(opened, workers)
-        if found := differing_scalings(opened, make):
-            _print(f"Methods differ in the scaling of LoRA factors, set by alpha: {found}.")
+        for line in differing_scalings(opened, make):
+            _print(f"Methods differ in the scaling of LoRA factors, which alpha sets, in {line}.")
         return 0
     check_opens(opened)
     write_record(opened)

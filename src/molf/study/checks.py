@@ -92,25 +92,26 @@ def _check_rule(study: Study, make: TrialMaker, cell: Cell, method: Method) -> N
         Assigned(method.rule, settings).probe_at({})
 
 
-def differing_scalings(study: Study, make: TrialMaker) -> str:
-    """Return the scalings of LoRA factors by method, if methods differ in them; else empty.
+def differing_scalings(study: Study, make: TrialMaker) -> list[str]:
+    """Return a line per cell whose methods differ in the scaling of LoRA factors.
 
     A default of alpha that depends on the method is no option of the study file, and changes the
-    size of steps as a rate does.
+    size of steps as a rate does. Methods `hybrid` are left out: their assignment has the scaling.
     """
-    methods: dict[str, list[str]] = {}
-    found: list[float] = []
+    lines = []
     for cell in study.cells:
-        for method in study.methods:
-            config = method_config(make.options(cell, method))
-            if config is not None:
-                found += config.scalings
-                text = " and ".join(dict.fromkeys(f"{one:.3g}" for one in config.scalings))
-                names = methods.setdefault(text, [])
-                names += [method.name] * (method.name not in names)
-    if not found or max(found) < _ALIKE * min(found):
-        return ""
-    return "; ".join(f"{text} ({', '.join(names)})" for text, names in methods.items())
+        configs = {m.name: method_config(make.options(cell, m)) for m in study.methods}
+        scalings = {name: config.scalings for name, config in configs.items() if config is not None}
+        found = [one for own in scalings.values() for one in own]
+        if not found or max(found) < _ALIKE * min(found):
+            continue
+        methods: dict[str, list[str]] = {}
+        for name, own in scalings.items():
+            text = " and ".join(dict.fromkeys(f"{one:.3g}" for one in own))
+            methods.setdefault(text, []).append(name)
+        listed = "; ".join(f"{text} ({', '.join(names)})" for text, names in methods.items())
+        lines.append(f"{cell.name}: {listed}")
+    return lines
 
 
 def check_data(study: Study, make: TrialMaker, inputs: Inputs) -> None:
