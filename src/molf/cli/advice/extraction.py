@@ -54,7 +54,7 @@ def print_extraction(made: Extraction) -> None:
         console.print(table)
         console.lines(
             "change: as above, mean. largest: absolute change of one number. error: distance of "
-            "the values in the adapter from the trained ones, of the change."
+            "the adapter's values from the trained ones, relative to the change; mean."
         )
     if made.metrics:
         first = next(iter(made.metrics.values()))
