@@ -14,6 +14,7 @@ from molf.compare.runs import read_compared
 from molf.compare.summary import BEST, CLOSE, UNKNOWN, WORSE, summarise
 from molf.disk.locks import Lock
 from molf.errors import InputError
+from molf.measure.meanings import METRICS_VERSION
 
 
 def summary_of(paths):
@@ -156,7 +157,7 @@ def test_not_comparable(tmp_path, change, text):
 @pytest.mark.parametrize(
     ("file", "name", "value"),
     [
-        ("eval.json", "metrics_version", 2),
+        ("eval.json", "metrics_version", METRICS_VERSION + 1),  # of a newer molf
         ("config.yaml", "eval_part", "validation"),
         ("config.yaml", "run.task.prompt_version", 2),
     ],
@@ -172,6 +173,21 @@ def test_other_versions_and_parts(tmp_path, file, name, value):
     write = json.dumps if file == "eval.json" else yaml.safe_dump
     (paths[1] / file).write_text(write(content))
     with pytest.raises(InputError, match=rf"is (1|test) in the first and {value} in the second"):
+        summary_of(paths)
+
+
+@pytest.mark.parametrize(("metric", "comparable"), [("accuracy", True), ("valid_sql", False)])
+def test_only_versions_that_changed_a_metric_count(tmp_path, metric, comparable):
+    paths = [write_compared(tmp_path / x, "fft", i) for i, x in enumerate(("one", "other"))]
+    for number, path in enumerate(paths, 1):
+        recorded = json.loads((path / "eval.json").read_text()) | {"metrics_version": number}
+        for when in ("before", "after"):
+            recorded[when][metric] = recorded[when].pop("accuracy")
+        (path / "eval.json").write_text(json.dumps(recorded))
+    if comparable:
+        assert len(summary_of(paths)[0]) == 1
+        return
+    with pytest.raises(InputError, match="version of the metrics is 1 in the first and 2 in the"):
         summary_of(paths)
 
 

@@ -32,6 +32,7 @@ def test_adapters_that_vllm_serves(fields):
         ({"rank_pattern": {"up": 640}, "alpha_pattern": {"up": 1280}}, ["rank 640 exceeds 512"]),
         ({"use_dora": True, "bias": "all"}, ["DoRA", "bias=all"]),
         ({"modules_to_save": ["lm_head"]}, ["modules_to_save (lm_head)"]),
+        ({"modules_to_save": [*"abcdef"]}, ["modules_to_save (a, b, c and 3 more)"]),
         ({"rank_pattern": {"up": 8}}, ["rank_pattern"]),
         ({"alpha_pattern": {"up": 16}}, ["alpha_pattern"]),
         ({"peft_type": "ADALORA"}, ["peft_type is ADALORA"]),

@@ -224,7 +224,7 @@ def test_failed_trials_run_again_on_request(tmp_path):
         path.unlink()
     runner = Pretended(study)
     done, lines = work(study, make, runner, retry_failed=True)
-    assert lines[0] == "1 failed trials are queued again"
+    assert lines[0] == "1 failed trial queued again"
     assert runner.ran == ["facts/fft/report-lr0.001-seed13"]
     assert done.failed == 0
     assert not Ledger(study).read().failed

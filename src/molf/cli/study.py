@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 from cyclopts import Parameter
 
 from molf.errors import InputError
+from molf.shown import counted
 from molf.streams import best_effort
 
 if TYPE_CHECKING:
@@ -118,8 +119,8 @@ def stop_study(study: Path, /) -> None:
     _check_started(opened)
     ledger = Ledger(opened)
     ledger.stop(time.time())
-    running = ledger.read().running
-    _print(f"{len(running)} running trials will be finished; no other one starts.")
+    running = counted(len(ledger.read().running), "running trial")
+    _print(f"{running} will be finished; no other one starts.")
 
 
 def show_status(study: Path, /) -> None:

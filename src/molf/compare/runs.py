@@ -15,7 +15,7 @@ from molf.job.record.contents import hash_of_data
 from molf.job.record.finished_run import FinishedRun, read_run
 from molf.job.record.ownership import ENVIRONMENT, EVALUATION, PREDICTIONS, is_run, read_json
 from molf.job.record.results import RESULTS, ForeignTableError, read_results
-from molf.measure.meanings import UNRECORDED_VERSION
+from molf.measure.meanings import UNRECORDED_VERSION, last_change
 from molf.measure.questions import Scores, question_scores
 from molf.paths import expanded
 from molf.report.run_data import COMPLETE, FAILED, RUNNING, status_of
@@ -150,7 +150,9 @@ def _of_run(run: FinishedRun, notices: list[str], row: Mapping[str, str]) -> Com
     environment = environment if isinstance(environment, dict) else {}
     same = {
         "eval_part": config.get("eval_part"),
-        "metrics_version": evaluation.get("metrics_version", UNRECORDED_VERSION),
+        "metrics_version": last_change(
+            after, evaluation.get("metrics_version", UNRECORDED_VERSION)
+        ),
         "prompt_version": task.get("prompt_version"),
         "data_hash": hash_of_data(data.get("files") or {}, str(task.get("data"))),
         "evaluation_records": task.get("evaluation_records"),
@@ -275,7 +277,9 @@ def _of_row(row: Mapping[str, str], path: Path) -> ComparedRun:
         name: row.get(name) for name in ("eval_part", "data_hash", "base_hash")
     }
     version = _number(row.get("metrics_version"))
-    known["metrics_version"] = UNRECORDED_VERSION if math.isnan(version) else int(version)
+    known["metrics_version"] = last_change(
+        metrics["after"], UNRECORDED_VERSION if math.isnan(version) else int(version)
+    )
     costs = {name: _number(row.get(name)) for name in COSTS}
     return ComparedRun(
         name=name,

@@ -22,7 +22,7 @@ from molf.amounts import duration, fixed
 from molf.console import PlainConsole
 from molf.masking import mask_text
 from molf.ranks import launched_rank
-from molf.shown import as_line
+from molf.shown import as_line, counted
 from molf.streams import best_effort
 
 ShowEvaluation = Callable[[str, int, int], None]
@@ -103,7 +103,7 @@ class Reporter:
                     line += f"  {duration(max(1, round(left)))} left"
                 self.say(line)
 
-        self.say(f"Training: {steps} steps")
+        self.say(f"Training: {counted(steps, 'step')}")
         yield show
 
 
@@ -143,7 +143,7 @@ class TerminalReporter(Reporter):
                 progress.update(bar, completed=step, detail=describe(latest))
 
             yield show
-        self.say(f"Training: {steps} steps  {describe(latest)}")
+        self.say(f"Training: {counted(steps, 'step')}  {describe(latest)}")
 
     def _progress(self) -> Progress:
         # On a narrow terminal the text is cut; figures, bar and time left stay.

@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from molf.job.record.ownership import read_json
+from molf.shown import listed
 
 _MOST_RANK = 512  # the largest value of vLLM's --max-lora-rank
+_MOST_NAMES = 3
 
 
 def warn_of_vllm(adapter: Path) -> None:
@@ -45,7 +47,7 @@ def vllm_faults(config: Mapping[str, Any]) -> Iterator[str]:
     if config.get("use_dora"):
         yield "it refuses DoRA"
     if modules := config.get("modules_to_save"):
-        yield f"it refuses modules_to_save ({', '.join(map(str, modules))})"
+        yield f"it refuses modules_to_save ({listed(modules, _MOST_NAMES)})"
     if (bias := config.get("bias") or "none") != "none":
         yield f"it refuses bias={bias}"
     ranks = config.get("rank_pattern") or {}

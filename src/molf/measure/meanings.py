@@ -57,7 +57,12 @@ _LOWER_IS_BETTER = (
 
 
 def last_change(metrics: Iterable[str], version: int) -> int:
-    """Return the last version, up to this one, that changed one of these metrics; else 1."""
+    """Return the last version, up to this one, that changed one of these metrics; else 1.
+
+    A version newer than `METRICS_VERSION` is returned as it is: its changes are not known here.
+    """
+    if version > METRICS_VERSION:
+        return version
     given = set(metrics)
     return max(
         (v for v, names in _CHANGED.items() if v <= version and given & set(names)), default=1

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from molf.amounts import duration
+from molf.shown import counted
 from molf.study.definition import Study
 from molf.study.ledger import Ledger, Place, Snapshot
 from molf.study.place import definition_of, read_record
@@ -74,7 +75,7 @@ class Worker:
         if retry_failed:
             snapshot = self._ledger.read()
             count = self._ledger.requeue_failed(snapshot, self._plan(snapshot).by_key)
-            self._say(f"{count} failed trials are queued again")
+            self._say(f"{counted(count, 'failed trial')} queued again")
 
     def work(self) -> Work:
         """Run trials until none is left, a stop is asked for, or the study file changes.

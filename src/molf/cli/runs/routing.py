@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 from cyclopts import Parameter
 
 from molf.paths import expanded
+from molf.shown import counted
 
 if TYPE_CHECKING:
     from molf.console import PlainConsole
@@ -46,7 +47,9 @@ def show_routing(
 
     shares = routing_shares(run)
     console = PlainConsole()
-    console.print(f"{run}: {shares.steps} steps, {len(shares.by_layer)} layers")
+    console.print(
+        f"{run}: {counted(shares.steps, 'step')}, {counted(len(shares.by_layer), 'layer')}"
+    )
     table = new_table("Share of updates won", "layers", *shares.total)
     sections = ({"all": shares.total}, shares.by_kind, shares.by_layer if layers else {})
     for section in filter(None, sections):
