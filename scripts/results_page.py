@@ -12,6 +12,7 @@ A study without it has no rows yet. In a template, `{{WORDS}}` is replaced. Tabl
     harm STUDY METRIC         forgetting_loss, kl_neutral or kl_task at the chosen rates
     shares STUDY              share of updates that the expert full took
     assigned STUDY            rows of method hybrid by share of weights in full
+    against STUDY OTHER METHOD ...    methods minus another one, metric and harm
 
 Sentences:
 
@@ -60,7 +61,7 @@ _WORDS: dict[str, Any] = {
     function.__name__: function
     for function in (
         *(tables.chosen, tables.differences, tables.controls, tables.sensitivity),
-        *(tables.harm, tables.shares, tables.assigned),
+        *(tables.harm, tables.shares, tables.assigned, tables.against),
         *(outcomes.tally, outcomes.harm_tally, outcomes.less_harm, outcomes.robust),
         *(outcomes.advice, outcomes.decided),
         *(outcomes.assigned_findings, outcomes.assigned_verdict),

@@ -14,7 +14,7 @@ import pytest
 
 import results_page as script
 from molf.study.report.writing import REPORT_FILE, SUMMARY, write_report
-from results import amounts, outcomes, rates
+from results import amounts, outcomes, rates, tables
 
 ROOT = Path(__file__).parents[1]
 STUDIES = ROOT / "docs" / "studies"
@@ -258,6 +258,32 @@ def test_differences_between_methods_are_not_those_of_controls():
     count = len(study.cells) * (len(study.own) - 1)
     assert f"(median over {count})" in rates.spread(study)
     assert "epd-random" not in study.own
+
+
+def test_a_method_against_another_one_from_the_rows_alone():
+    """`gsnr` minus `lora-rest` in `once`: five paired changes of forgetting."""
+    study = script.Study(script.STUDIES / "demo-scores")
+    rows = tables.against(study, "lora-rest", "gsnr").splitlines()
+    (line,) = (row for row in rows if row.startswith("| once | gsnr |"))
+    (cell,) = (cell for cell in study.cells if cell.name == "once")
+
+    def changes(name):
+        point = cell.method(name).point
+        return {
+            row["seed"]: row["after/forgetting_loss"] - row["before/forgetting_loss"]
+            for row in study.rows
+            if (row["cell"], row["method"], row["phase"]) == ("once", name, "report")
+            and all(row[rate] == value for rate, value in point.items())
+        }
+
+    mine, theirs = changes("gsnr"), changes("lora-rest")
+    assert len(mine) == len(theirs) == 5
+    expected = fmean(mine[seed] - theirs[seed] for seed in mine)
+    assert rows[0].split(" | ")[4] == "forgetting (change)"
+    assert line.split(" | ")[4].strip("*").startswith(f"{expected:+.3f} [")
+    assert tables.against(script.Study(script.STUDIES / "none"), "fft", "epd") == "no rows yet"
+    with pytest.raises(KeyError, match="epdd"):
+        tables.against(study, "fft", "epdd")
 
 
 def test_a_study_without_a_folder_has_no_rows():

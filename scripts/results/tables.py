@@ -6,8 +6,17 @@ from collections.abc import Callable
 
 from molf.measure.estimate_texts import estimate_text, markdown_of, number_text, table
 from molf.study.report.assigned import assigned_table
+from molf.study.report.second_phase import Comparison
 from molf.study.report.summary import MethodSummary
-from molf.study.report.tables import controls_table, covered_text, differences_table, seeds_text
+from molf.study.report.tables import (
+    controls_table,
+    covered_text,
+    differences_table,
+    harm_name,
+    harms_of,
+    seeds_text,
+)
+from molf.study.report.texts import better_seeds, bold_if, compared
 from results.stored import NO_ROWS, Study
 
 
@@ -57,6 +66,30 @@ def shares(study: Study) -> str:
 def assigned(study: Study) -> str:
     """Return the table of the rows of method hybrid."""
     return "\n".join(markdown_of(assigned_table(study.cells))) if study.cells else NO_ROWS
+
+
+def against(study: Study, other: str, *methods: str) -> str:
+    """Return the table of methods minus another one, at the rates chosen for each."""
+    rows = []
+    for cell, beside in study.of(other):
+        for name in methods:
+            one = cell.method(name)
+            if one is None:
+                raise KeyError(name)
+            found = cell.compare(one, beside)
+            rows.append([cell.name, name, compared(found), better_seeds(found)])
+            rows[-1] += [_harm_text(found, harm) for harm in harms_of(cell)]
+    if not rows:
+        return NO_ROWS
+    names = [harm_name(harm) for harm in harms_of(study.cells[0])]
+    header = ["cell", "method", f"metric, minus {other}", "better seeds", *names]
+    return "\n".join(table(header, rows))
+
+
+def _harm_text(found: Comparison | None, harm: str) -> str:
+    if found is None or harm not in found.harm:
+        return ""
+    return bold_if(found.harm[harm], is_complete=found.is_complete)
 
 
 def _by_method(study: Study, text: Callable[[MethodSummary], str]) -> str:
