@@ -157,19 +157,7 @@ def run_training(
     """
     settings, arguments = opening.settings, opening.arguments
     base, data = opening.base, opening.data
-    if settings.quantised is not None and quantisation_of(base.model.config) is None:
-        reporter.say(f"Loading the base again ({settings.quantised}); it was measured without")
-        base.model = None  # free memory for the quantised base
-        # Layers that are trained in full are not quantised.
-        full = settings.reached_assignment.full if settings.reached_assignment else ()
-        base.model = load_quantised(
-            settings.model,
-            settings.quantised,
-            arguments.device,
-            dtype=getattr(torch, settings.dtype),
-            unquantised=[layer.name for layer in full],
-        )
-        set_attention(base.model, settings.attn_implementation, settings.model)
+    _quantise(opening, reporter)
     if settings.method in ADAPTERS:  # takes long for PiSSA and EVA
         reporter.say("Putting in the adapter")
     precision = Precision(base.model, bf16=arguments.bf16)
@@ -182,26 +170,22 @@ def run_training(
     wins, guard = Wins(prepared.experts), StepGuard(settings)
     stop, ending, best = StopRequest(), Ending(), Best()
     checkpoints = Checkpoints(settings, directory, opening.room, stop, ending, best)
-    # Gradients freed in the backward pass would be logged with a norm of 0.
-    without = ("grad_norm",) if settings.optimizer_in_backward else ()
     _warn_of_warmup(data.steps, arguments)
-    shapes = {one.name: (one.out_features, one.in_features) for one in opening.plan.layers}
     processes = ranks()
-    log_of_routing = (
-        RoutingWriter(lambda: directory / ROUTING, shapes=shapes)
-        if processes.is_main
-        else NoRoutingLog()
-    )
-    examples = training_set(data, with_blank_row=processes.count > 1)
     with (
-        log_of_routing as writer,
+        _routing_log(opening, directory) as writer,
         reporter.training(data.steps) as show,
         stop.listening() if settings.has_checkpoints else nullcontext(),
     ):
         arguments.output_dir = str(directory / CHECKPOINTS)  # created by the trainer
-        log = (lambda: directory / METRICS) if processes.is_main else None
         evaluating, stopping = _evaluating(settings, best, ending)
-        metrics = MetricsCallback(log, show, ending.is_at, without)
+        metrics = MetricsCallback(
+            (lambda: directory / METRICS) if processes.is_main else None,
+            show,
+            ending.is_at,
+            # Gradients freed in the backward pass would be logged with a norm of 0.
+            without=("grad_norm",) if settings.optimizer_in_backward else (),
+        )
         parts = RunParts(
             writer,
             metrics,
@@ -227,7 +211,7 @@ def run_training(
             is_in_shards=opening.sharding is not None,
             model=prepared.model,
             args=arguments,
-            train_dataset=examples,
+            train_dataset=training_set(data, with_blank_row=processes.count > 1),
             processing_class=copy.deepcopy(base.tokenizer),  # the trainer changes its padding
             optimizer_cls_and_kwargs=prepared.optimizer,
             callbacks=[
@@ -269,12 +253,7 @@ def run_training(
         )
     if ending.option:
         reporter.say(f"Training ended after step {steps} of {data.steps}: {ending.reason}.")
-    saved_step = steps
-    if settings.keep_best and best.step not in (None, steps) and trainer.load_best(best.step):
-        saved_step = best.step
-        reporter.say(
-            f"The model is that of step {saved_step}, with the lowest loss {best.loss:.4f}."
-        )
+    saved_step = _load_best(trainer, best, reporter) if settings.keep_best else steps
     guard.check_weights(trainer.model, trainer.state)
     plain: Any = None
     merged: dict[str, Any] = {}
@@ -300,6 +279,42 @@ def run_training(
         planned_steps=data.steps,
         validation=best.record(saved_step),
     )
+
+
+def _quantise(opening: Opening, reporter: Reporter) -> None:
+    """Load the base again in 4 or 8 bits where the settings ask for it."""
+    settings, base = opening.settings, opening.base
+    if settings.quantised is None or quantisation_of(base.model.config) is not None:
+        return
+    reporter.say(f"Loading the base again ({settings.quantised}); it was measured without")
+    base.model = None  # free memory for the quantised base
+    # Layers that are trained in full are not quantised.
+    full = settings.reached_assignment.full if settings.reached_assignment else ()
+    base.model = load_quantised(
+        settings.model,
+        settings.quantised,
+        opening.arguments.device,
+        dtype=getattr(torch, settings.dtype),
+        unquantised=[layer.name for layer in full],
+    )
+    set_attention(base.model, settings.attn_implementation, settings.model)
+
+
+def _routing_log(opening: Opening, directory: RunDirectory) -> RoutingWriter | NoRoutingLog:
+    """Return the log of the routing, which rank 0 writes."""
+    if not ranks().is_main:
+        return NoRoutingLog()
+    shapes = {one.name: (one.out_features, one.in_features) for one in opening.plan.layers}
+    return RoutingWriter(lambda: directory / ROUTING, shapes=shapes)
+
+
+def _load_best(trainer: Trainer, best: Best, reporter: Reporter) -> int:
+    """Load the weights of the best step, if another one is last; return the step of the weights."""
+    last: int = trainer.state.global_step
+    if best.step is None or best.step == last or not trainer.load_best(best.step):
+        return last
+    reporter.say(f"The model is that of step {best.step}, with the lowest loss {best.loss:.4f}.")
+    return best.step
 
 
 def _kept(
