@@ -148,106 +148,154 @@ def load_questions(
     Raises:
         InputError: The data is missing, unreachable or invalid, or no record can be used.
     """
+    found = _find(options, kind, splits)
+    if options.validates and found.training is not None:
+        return _validation_data(options, found, found.training, groups)
+    if options.evaluation_only or found.training is None:
+        return _evaluation_data(options, found)
+    return _training_data(options, found, found.training)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Found(Generic[Q]):
+    """The questions that the options name, before any is drawn.
+
+    Attributes:
+        data: Name of the training data.
+        training: The questions of the training split; None where it is not read.
+        evaluation: The questions to evaluate on: `training` itself where no others exist.
+        is_official: Whether they are for evaluation alone.
+        evaluated_on: Their origin.
+    """
+
+    data: str
+    training: QuestionSet[Q] | None
+    evaluation: QuestionSet[Q]
+    is_official: bool
+    evaluated_on: str
+
+    @property
+    def sources(self) -> dict[str, str]:
+        """The origins of both, for the run's files."""
+        training = {} if self.training is None else {"data": self.data}
+        return {**training, "evaluated_on": self.evaluated_on}
+
+    def content(self, index: int) -> Hashable:
+        """Return the content of a question of the evaluation."""
+        return self.evaluation.questions[index].content
+
+
+def _find(options: TaskOptions, kind: QuestionKind[Q], splits: Splits | None) -> _Found[Q]:
     data = options.name if splits is not None else options.data or kind.default_data
+    needs_training = bool(not options.evaluation_only or options.few_shot or options.validates)
     own: Splits = {}
     if splits is not None:
         own = splits
-    elif (
-        options.eval_data is None
-        or not options.evaluation_only
-        or options.few_shot
-        or options.validates
-    ):
+    elif needs_training or options.eval_data is None:
         own = split_records(data)
     training = None
-    if not options.evaluation_only or options.few_shot or splits is not None or options.validates:
+    if needs_training or splits is not None:
         training = _training_set(own, kind, data)
-
     if options.eval_data is not None:
         other = split_records(options.eval_data, option=options.eval_option)
-        evaluation = _question_set(other, _evaluation_split(other, kind), kind, options.eval_data)
-        evaluated, evaluated_on = list(evaluation.questions), options.eval_data
-        official = True
-    else:
-        split = _evaluation_split(own, kind)
-        official = split != "train"
-        if official or training is None:
-            evaluation = _question_set(own, split, kind, data)
-        else:
-            evaluation = training
-        evaluated = list(evaluation.questions)
-        evaluated_on = f"the {split} split of {data}" if len(own) > 1 else data
-
-    if options.validates and training is not None:
-        return _validation_data(
-            options, training, None if evaluation is training else evaluation, data, groups
+        return _Found(
+            data=data,
+            training=training,
+            evaluation=_question_set(
+                other, _evaluation_split(other, kind), kind, options.eval_data
+            ),
+            is_official=True,
+            evaluated_on=options.eval_data,
         )
+    split = _evaluation_split(own, kind)
+    is_official = split != "train"
+    return _Found(
+        data=data,
+        training=training,
+        evaluation=(
+            _question_set(own, split, kind, data) if is_official or training is None else training
+        ),
+        is_official=is_official,
+        evaluated_on=f"the {split} split of {data}" if len(own) > 1 else data,
+    )
 
-    def content(index: int) -> Hashable:
-        return evaluation.questions[index].content
 
-    drawn = [] if training is None else list(training.questions)
+def _training_data(
+    options: TaskOptions, found: _Found[Q], training: QuestionSet[Q]
+) -> QuestionData[Q]:
+    """Train on questions, and evaluate the official ones or a share that is held out."""
+    trained_on = draw(list(training.questions), options.max_samples, options.seed)
+    evaluated = list(found.evaluation.questions)
+    held_out: list[int] = []
+    source = found.sources
+    if not found.is_official:
+        trained_on, held_out = required_hold_out(
+            trained_on, options.seed, found.content, found.data, preview=options.preview
+        )
+        evaluated = held_out
+        source["evaluated_on"] = (
+            f"{len(held_out)} records held out of {found.data} (seed {options.seed})"
+        )
+    apart = set(held_out)
+    return QuestionData(
+        training={index: training.questions[index] for index in trained_on},
+        read=training,
+        evaluation=found.evaluation,
+        evaluated=draw(evaluated, options.max_eval_samples, options.seed),
+        held_out=held_out,
+        samples_of_runs=[],
+        pool=[one for index, one in training.questions.items() if index not in apart],
+        source=source,
+    )
+
+
+def _evaluation_data(options: TaskOptions, found: _Found[Q]) -> QuestionData[Q]:
+    """Evaluate questions, and train on none."""
+    evaluated = list(found.evaluation.questions)
     samples_of_runs: list[list[int]] = []
-    trained_on, pool, held_out = [], drawn, []
-    if not options.evaluation_only:
-        trained_on = draw(drawn, options.max_samples, options.seed)
-        if not official:
-            trained_on, evaluated = required_hold_out(
-                trained_on, options.seed, content, data, preview=options.preview
-            )
-            held_out = evaluated
-            apart = set(held_out)
-            pool = [index for index in drawn if index not in apart]
-            evaluated_on = f"{len(evaluated)} records held out of {data} (seed {options.seed})"
-    elif options.eval_data is None:
-        usable = evaluated
-        if official:
-            samples_of_runs = [usable]
-        else:
+    if options.eval_data is None:
+        samples_of_runs = [evaluated]
+        if not found.is_official:
             samples_of_runs = find_samples_of_runs(
-                usable,
-                content,
+                evaluated,
+                found.content,
                 most=options.max_samples,
                 most_evaluated=options.max_eval_samples,
                 seed=options.seed,
             )
-        evaluated = draw(usable, options.max_samples, options.seed)
+        evaluated = draw(evaluated, options.max_samples, options.seed)
     evaluated = draw(evaluated, options.max_eval_samples, options.seed)
-    if options.evaluation_only and not official:
-        asked = {content(index) for index in evaluated}
-        pool = [index for index in drawn if content(index) not in asked]
-    questions = {} if training is None else training.questions
+    pool = [] if found.training is None else list(found.training.questions.values())
+    if not found.is_official:
+        asked = {found.content(index) for index in evaluated}
+        pool = [question for question in pool if question.content not in asked]
     return QuestionData(
-        training={index: questions[index] for index in trained_on},
-        read=training,
-        evaluation=evaluation,
+        training={},
+        read=found.training,
+        evaluation=found.evaluation,
         evaluated=evaluated,
-        held_out=held_out,
+        held_out=[],
         samples_of_runs=samples_of_runs,
-        pool=[questions[index] for index in pool],
-        source={
-            **({"data": data} if training else {}),
-            "evaluated_on": evaluated_on,
-            **({} if official or not options.evaluation_only else {"evaluated_split": "train"}),
-        },
+        pool=pool,
+        source={**found.sources, **({} if found.is_official else {"evaluated_split": "train"})},
     )
 
 
 def _validation_data(
     options: TaskOptions,
+    found: _Found[Q],
     training: QuestionSet[Q],
-    test: QuestionSet[Q] | None,
-    data: str,
     groups: Sequence[Hashable] | None,
 ) -> QuestionData[Q]:
     """Measure the validation part of the training records, and train on others."""
     questions = training.questions
+    test = None if found.evaluation is training else found.evaluation
     rest, part = split_for_validation(
         options,
         list(questions),
         lambda index: questions[index].content,
         None if test is None else {question.content for question in test.questions.values()},
-        data,
+        found.data,
         None if groups is None else lambda index: groups[index],
     )
     trained_on = [] if options.evaluation_only else draw(rest, options.max_samples, options.seed)
@@ -261,7 +309,7 @@ def _validation_data(
         held_out=part,
         samples_of_runs=[part] if options.evaluation_only else [],
         pool=[questions[index] for index in rest],
-        source={"data": data, **part_record(options, part, data)},
+        source={"data": found.data, **part_record(options, part, found.data)},
     )
 
 
