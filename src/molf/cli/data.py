@@ -40,8 +40,8 @@ def preview_data(
         settings: The options of `molf train`; those that do not concern the data have no effect.
         config: A YAML file of these options, or a recipe by name; the command line has precedence.
         jsonl: Print every readable record in the file's order as a line of JSON: `index`, `tokens`,
-            `loss_tokens`, `segments` ([text, carries loss] pairs), and `held_out`, `validation`,
-            `left_out`, `times` (by weight) or `faults` where it is.
+            `loss_tokens`, `segments` ([text, carries loss] pairs); if they apply, `held_out`,
+            `validation`, `left_out`, `times` (by weight), `faults`.
         examples: How many of the first examples are printed.
         page: Also write counts, lengths and up to 200 records, text with loss marked, as a page.
     """

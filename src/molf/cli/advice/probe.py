@@ -26,8 +26,8 @@ def probe_model(
     Args:
         settings: The options of `molf train`; no model is kept.
         config: A YAML file of these options, or a recipe by name; the command line has precedence.
-        by: full goes to the layers where it won most steps, or where its mean margin is above 0.
-        share: Give full to this share of the routed layers instead: those where it leads most.
+        by: Layers in full. wins: full won most steps; score: the mean margin of full is above 0.
+        share: Instead, this share of the routed layers in full: those where full leads most.
         figures: Also draw the evidence, as PNG files in this folder.
         plan: Plan memory and arithmetic of the assignment and of other methods.
     """
