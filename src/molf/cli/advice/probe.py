@@ -1,4 +1,4 @@
-"""`molf probe`: route a few steps, and print the assignment that follows."""
+"""`molf probe`: route a few steps, and print the assignment by their decisions."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def probe_model(
     figures: Annotated[Path | None, Parameter(show_default="none", group=OUTPUT)] = None,
     plan: Annotated[bool, Parameter(group=OUTPUT)] = True,
 ) -> None:
-    """Route a few steps at small memory, and print and write the assignment that follows.
+    """Route a few steps in little memory; print and write the assignment by their decisions.
 
     Args:
         settings: The options of `molf train`; no model is kept.
