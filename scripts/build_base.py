@@ -91,7 +91,7 @@ used. It has practised some forms of multiple-choice questions and of SQL querie
 others. molf ships it so that fine-tuning, editing facts and measuring forgetting can be tried
 without a download. It is of no use for anything but that.
 
-Weights are stored in float16 and load in float32 unless `dtype` says otherwise.
+Weights are stored in float16, and loaded in float32 unless another `dtype` is given.
 
 ## How it was built
 `python scripts/build_base.py --seed {seed} --epochs {epochs}`: {steps:,} steps of Muon and AdamW

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib
 import pkgutil
+import re
 import types
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -13,6 +14,7 @@ from pathlib import Path
 import molf
 
 ROOT = Path(molf.__file__).parent
+REPOSITORY = Path(__file__).resolve().parents[1]
 MOST_FILES, MOST_LINES = 22, 450  # of a folder, of a file
 # Importing these needs an extra that the tests do without, or starts a program.
 NOT_IMPORTED = ("molf.__main__", "molf.core.execute.triton", "molf.sql.serve")
@@ -76,6 +78,35 @@ def test_no_circle_of_folders():
             own = edges.setdefault(folder_of(name), set())
             own |= {folder_of(one) for one in imports(path, known) if one != "molf"}
     assert circles({name: found - {name} for name, found in edges.items()}) == []
+
+
+def imports_of_later(order: list[str], edges: Mapping[str, set[str]]) -> list[str]:
+    """The folders that import one that comes after them in an order."""
+    return [
+        f"{name} imports {other}"
+        for place, name in enumerate(order)
+        for other in order[place + 1 :]
+        if other in edges[name]
+    ]
+
+
+def test_folders_import_those_above_them_in_the_table_of_contributing():
+    text = (REPOSITORY / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    order = re.findall(r"^\| `src/molf/(\w+)`", text, re.MULTILINE)
+    edges = children("molf", modules())
+    assert sorted(order) == sorted({path.parent.name for path in ROOT.glob("*/__init__.py")})
+    assert imports_of_later(order, edges) == []
+    assert imports_of_later(["cli", "tasks"], edges) == ["cli imports tasks"]
+
+
+def test_folders_of_core_import_those_below_them_in_the_order_of_the_map():
+    text = " ".join((REPOSITORY / "docs" / "architecture.md").read_text(encoding="utf-8").split())
+    (found,) = re.findall(r"A folder imports those below it in this order: (.*?)\.", text)
+    order = re.findall(r"`(\w+)`", found)
+    assert sorted(order) == sorted(
+        {path.parent.name for path in (ROOT / "core").glob("*/__init__.py")}
+    )
+    assert imports_of_later(order[::-1], children("molf.core", modules())) == []
 
 
 def children(folder: str, known: Mapping[str, Path]) -> dict[str, set[str]]:

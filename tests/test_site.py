@@ -90,6 +90,16 @@ def test_every_page_is_in_the_navigation():
     assert pages - {"index"} <= set(listed)
 
 
+def test_methods_of_a_form_are_those_of_its_class():
+    from molf.core.step.layer import RoutedLayer
+
+    page = (DOCS / "adding.md").read_text().split("## A form")[1].split("\n## ")[0]
+    named = set(re.findall(r"`(\w+)`", "".join(re.findall(r"^\| (`.*?) \|", page, re.M))))
+    optional = {"far_factor", "far_part", "cut_of"}
+    assert named == RoutedLayer.__abstractmethods__ | optional
+    assert optional <= {*vars(RoutedLayer)}
+
+
 def test_every_generated_part_is_used_and_known():
     used = [
         name

@@ -124,6 +124,16 @@ def test_counts_lengths_and_examples_are_printed(shown):
     assert "1 of 22 records are left out" in captured.err
 
 
+def test_examples_are_records_that_are_trained_on(shown):
+    long = {"prompt": "long " * 60, "completion": "x"}
+    short = [{"prompt": f"{i} is", "completion": f" {i}."} for i in range(3)]
+    out = shown([long, *short], "--examples", "9").out
+    assert "[[x" not in out
+    assert out.count("[[text]] carries loss") == 3
+    out = shown([long], "--examples", "9").out
+    assert ", left out: longer than 64 tokens; [[text]] carries loss" in out
+
+
 def test_each_record_is_counted_once(shown):
     """Records that are held out may be too long as well."""
     records = [

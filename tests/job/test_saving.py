@@ -218,5 +218,5 @@ def test_signal_ends_a_run_as_an_interrupt_does(monkeypatch, options, tmp_path, 
     finally:
         signal.signal(number, before)
     error = capsys.readouterr().err
-    assert "Interrupted; what was written is in" in error
+    assert "Interrupted; the written files are in" in error
     assert "The earlier run is kept in" in error

@@ -194,6 +194,24 @@ def test_demonstrations_are_not_from_a_part_that_is_set_aside(folder, noise):
         with_validation(many, given, load_task)
 
 
+def test_trained_requests_that_are_measured_are_not_set_aside():
+    """`demo-fact` measures a part of the requests that it trains on."""
+    given = TaskOptions(name="demo-fact", max_eval_samples=50)
+    whole = load_task(given)
+    task = with_validation(whole, given, load_task)
+    trained, part = (
+        {x.content for x in s} for s in (task.training_samples, task.validation_samples)
+    )
+    measured = {sample.content for sample in whole.evaluated_samples(whole.evaluation_count)}
+    assert len(measured) == 50
+    assert measured <= trained
+    assert part
+    assert not part & trained
+    assert len(trained | part) == len(whole.training_samples)
+    shown = records_with_validation(whole, given, load_task)
+    assert (len(shown.trained_on), len(shown.validated_on)) == (len(trained), len(part))
+
+
 @pytest.mark.parametrize("name", ["med", "custom"])
 def test_validation_data_is_measured_in_place_of_a_part(tmp_path, folder, name):
     data = folder(name)

@@ -100,7 +100,7 @@ def plan(
     num_nodes: int | None = None,
     **options: Any,
 ) -> TrainingPlan:
-    """Plan the parameters and memory of a training, as `molf plan` does.
+    """Predict the parameters and memory of a training, as `molf plan` does.
 
     Only the model's `config.json` is read, from a local directory or the Hub.
 
@@ -171,7 +171,7 @@ def find_rates(
 
 
 def probe(recipe: str | Path | None = None, /, **options: Any) -> Run:
-    """Route a few steps at small memory, and write the assignment that follows, as `molf probe`.
+    """Route a few steps in little memory, and write their assignment, as `molf probe` does.
 
     Args:
         recipe: A YAML file of options, or the name of a shipped recipe.
@@ -179,8 +179,8 @@ def probe(recipe: str | Path | None = None, /, **options: Any) -> Run:
             as if left out.
 
     Returns:
-        The probe. It has `routing` and `assignment`, no model and no metrics. Its `path` is the
-        option `assignment` of method `hybrid`.
+        The probe. It has `routing` and `assignment`, no model and no metrics. Give its `path` as
+        the option `assignment` of method `hybrid`.
 
     Raises:
         InputError: An option, the data or the model is wrong. Nothing was written.

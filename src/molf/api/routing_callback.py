@@ -42,7 +42,10 @@ class RoutingCallback(TrainerCallback):
 
     @property
     def shares(self) -> dict[str, float]:
-        """Share of this part's decisions that each expert has won; empty before the first step."""
+        """Share of the decisions that each expert has won; empty before the first step.
+
+        The decisions are those of this object: a resumed training counts its own part.
+        """
         return {} if self._wins is None else self._wins.shares()
 
     def on_train_begin(

@@ -92,7 +92,7 @@ class Run:
 
     @cached_property
     def assignment(self) -> Assignment:
-        """The assignment of a hybrid run, or the one that the wins of its routing suggest.
+        """The assignment of a hybrid run or a probe, or the one by the wins of the routing log.
 
         Raises:
             InputError: The run has neither.

@@ -40,9 +40,9 @@ def preview_data(
         settings: The options of `molf train`; those that do not concern the data have no effect.
         config: A YAML file of these options, or a recipe by name; the command line has precedence.
         jsonl: Print every readable record in the file's order as a line of JSON: `index`, `tokens`,
-            `loss_tokens`, `segments` ([text, carries loss] pairs), and `held_out`, `validation`,
-            `left_out`, `times` (by weight) or `faults` where it is.
-        examples: How many of the first examples are printed.
+            `loss_tokens`, `segments` ([text, carries loss] pairs); if they apply, `held_out`,
+            `validation`, `left_out`, `times` (by weight), `faults`.
+        examples: Number of the first examples that are printed.
         page: Also write counts, lengths and up to 200 records, text with loss marked, as a page.
     """
     if examples < 0:
@@ -89,7 +89,7 @@ def preview_data(
         found = list(preview(tokenizer, data, limit, texts=MOST if place is not None else 0))
         counts = _counts(data, found, limit if resolved.packing else None)
         sys.stdout.write("".join(f"{as_line(line)}\n" for line in (title, *counts)))
-        _print_examples(list(preview(tokenizer, _first(data, examples), limit)))
+        _print_examples(list(preview(tokenizer, _first(data, found, examples), limit)))
         if place is not None:
             from molf.report.data_page import render_data
             from molf.report.place import write_page
@@ -111,10 +111,12 @@ def _print_lines(records: Iterable[PreviewedRecord]) -> None:
         warnings.warn(f"{number} of {count} examples: {fault}.", stacklevel=3)
 
 
-def _first(data: DataRecords, count: int) -> DataRecords:
-    """Return the data with only its first `count` training records."""
-    indices = list(dict.fromkeys(data.trained_on))[:count]
-    return replace(data, samples={index: data.samples[index] for index in indices})
+def _first(data: DataRecords, records: list[PreviewedRecord], count: int) -> DataRecords:
+    """Return the data with only its first `count` training records, without those left out."""
+    used = {record.index for record in records if record.is_trained_on}
+    every = list(dict.fromkeys(data.trained_on))
+    indices = [index for index in every if index in used] or every  # all are too long
+    return replace(data, samples={index: data.samples[index] for index in indices[:count]})
 
 
 def _counts(data: DataRecords, records: list[PreviewedRecord], row_length: int | None) -> list[str]:
@@ -162,6 +164,8 @@ def _print_examples(records: list[PreviewedRecord]) -> None:
         parts = (f"[[{part}]]" if loss else part for part, loss in record.segments)
         # Line breaks stay, so that a chat reads as the model sees it.
         text = printable("".join(parts))
+        state = f", {record.state}" if record.state else ""
         sys.stdout.write(
-            f"\nrecord {record.index}, {record.tokens} tokens; [[text]] carries loss:\n{text}\n"
+            f"\nrecord {record.index}, {record.tokens} tokens{state}; [[text]] carries loss:\n"
+            f"{text}\n"
         )

@@ -44,9 +44,9 @@ class EvalOptions:
     max_samples: Annotated[int | None, Parameter(group=DATA), POSITIVE] = None
     """Evaluate on at most this many records, drawn by the seed."""
     few_shot: Annotated[int | None, Parameter(group=DATA, show_default="0"), NOT_NEGATIVE] = None
-    """Answered training questions before each question, drawn by seed (sql, med, math, demos)."""
+    """Answered training questions before each question (sql, med, math, demo-sql, -forms, -med)."""
     eval_part: Annotated[str, Parameter(choices=EVAL_PARTS, group=DATA)] = "test"
-    """Measure the task's records, or the part of its training data that a run validated on."""
+    """test: measure the task's records; validation: the validation part of the training data."""
     validation_share: Annotated[
         float | None, Parameter(group=DATA, show_default=f"{VALIDATION_SHARE:g}")
     ] = None

@@ -29,7 +29,7 @@ def plan_model(
         config: A YAML file of these options, or a recipe by name; the command line has precedence.
         device: Kind of device of the training.
         num_gpus: GPUs of each machine. All share weights, gradients and optimizer state (FSDP2);
-            with --fsdp N, each N of them.
+            with --fsdp N, N GPUs share them.
         num_nodes: Machines.
         json: Print the plan as JSON, sizes in bytes.
     """

@@ -25,7 +25,7 @@ def render_comparison(
 
     Args:
         summaries: The comparison.
-        notices: What the tables lack.
+        notices: Lines about values that the tables lack.
         pareto: The two metrics of the figures; None for none.
     """
     parts = []

@@ -1,4 +1,4 @@
-"""AdamW with the optimizer's own storage of weights and moments, for what is not routed."""
+"""AdamW with the optimizer's own storage of weights and moments, of any precision."""
 
 from __future__ import annotations
 

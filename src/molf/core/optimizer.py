@@ -232,7 +232,7 @@ class MoLFAdamW(AdamW):
         self.routing = {}
         self._steps += 1
         self._is_first = not self._has_stepped()
-        if self._owners is None:  # nobody else sees that something has split the groups
+        if self._owners is None:  # without owners this alone finds groups that were split
             for group in self._layer_groups():
                 check_shapes(group)
         else:

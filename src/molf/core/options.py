@@ -28,7 +28,7 @@ KERNEL_TERMS = ("descent", "norm")
 """Terms of scores that the Triton kernels sum, one in a step."""
 
 NONFINITE = ("raise", "skip")
-"""What a step with an infinite or NaN gradient does."""
+"""Reactions of a step to an infinite or NaN gradient."""
 
 WORDS: dict[str, tuple[str | None, ...]] = {
     "weight_rounding": (*ROUNDINGS, None),
@@ -131,7 +131,7 @@ class Exclusion(NamedTuple):
         name: An option.
         beside: Another, or a setting of the training.
         reason: Why.
-        change: What to do instead.
+        change: The remedy.
     """
 
     name: str

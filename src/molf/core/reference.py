@@ -36,8 +36,9 @@ class ReferenceMoLFAdamW(Optimizer):
 
     Args:
         model: A plain model with float32 or float64 weights.
-        config: What is routed and how; `MoLFConfig()` if not given. No dropout.
-        lr: Rate of the full experts and of what is not routed; schedulers scale all rates by it.
+        config: Settings of the method; `MoLFConfig()` if not given. No dropout.
+        lr: Rate of the full experts and of parameters that are not routed; schedulers scale all
+            rates by it.
         lora_lr: Rate of the LoRA experts, one number or one per rank; None means `lr`.
         weight_decay: Decay of matrices; biases, norms and vectors have none.
         lora_weight_decay: Decay of A_i and B_i, one number or one per rank.
@@ -119,7 +120,7 @@ class ReferenceMoLFAdamW(Optimizer):
             if group["layer"] is not None:
                 self.routing[group["layer"]] = self.step_layer(group)
                 continue
-            slot = self.state[first].setdefault("p", new_slot(first))  # what is not routed
+            slot = self.state[first].setdefault("p", new_slot(first))  # not routed
             observe(slot, first.grad, group["betas"])
             adamw(slot, group["lr"], group["weight_decay"], group["betas"], group["eps"])
             first.copy_(slot["value"])

@@ -51,7 +51,7 @@ class DryRun:
         joined: Whether the rows of a forward pass are joined to one.
         planned: The planned peak in bytes; None for a method that cannot be planned.
         measured: The measured peak in bytes.
-        measured_of: What was measured.
+        measured_of: The measured memory, such as that of the process.
         planned_at_limit: The planned peak with examples as long as allowed, in bytes, or None.
         limit: The longest example allowed, in tokens.
         seconds: How long the second step took.

@@ -45,7 +45,7 @@ def failing_in(directory: RunDirectory, reporter: Reporter) -> Iterator[None]:
         raise RunError(_cause(error)) from error
     except KeyboardInterrupt:
         reporter.say(
-            f"Interrupted; what was written is in {directory.path}.{directory.kept()}"
+            f"Interrupted; the written files are in {directory.path}.{directory.kept()}"
             f"{way_on(directory)}"
         )
         raise

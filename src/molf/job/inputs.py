@@ -46,7 +46,7 @@ class EvaluationKey:
 
 
 class Inputs:
-    """Loads and measures everything anew. A subclass may return what it kept of earlier runs.
+    """Loads and measures everything anew. A subclass may return results of earlier runs.
 
     The random numbers of a training do not depend on these functions.
     """

@@ -1,4 +1,4 @@
-"""What is to be planned: a method and the shape of its steps."""
+"""The training to plan: a method and the shape of its steps."""
 
 from __future__ import annotations
 

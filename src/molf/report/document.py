@@ -111,7 +111,7 @@ def render_parts(
         title: Its title.
         parts: Its parts, in order.
         about: A sentence under the title.
-        notices: Lines at the top about what is missing.
+        notices: Lines at the top about missing files and values.
         facts: Name and value of figures at the top.
         samples: Samples for the script.
         about_samples: A sentence before them; empty without any.

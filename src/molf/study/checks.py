@@ -120,7 +120,7 @@ def check_data(study: Study, make: TrialMaker, inputs: Inputs) -> None:
     Args:
         study: The study.
         make: Makes the planned trials.
-        inputs: Loads the data; what it keeps is not loaded again by trials.
+        inputs: Loads the data, and keeps it for the trials.
 
     Raises:
         InputError: Data, a model or an assignment is missing or invalid, the data has no validation

@@ -17,7 +17,7 @@ class TooManyError(StudyFileError):
 
     Args:
         count: A number of trials that the study has at least.
-        text: What they are, as the beginning of the message.
+        text: Their description, as the beginning of the message.
         remedy: The end of the message.
     """
 

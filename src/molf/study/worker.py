@@ -26,7 +26,7 @@ _LONGEST_POLL = 10.0  # seconds
 
 @dataclass
 class Work:
-    """What a worker did.
+    """The result of a worker.
 
     Attributes:
         done: Finished trials of this worker.

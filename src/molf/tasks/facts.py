@@ -67,6 +67,7 @@ class FactTask(Task):
         samples: list[Sample] = [_sample(request, index) for index, request in training.items()]
         super().__init__(name, samples, source)
         self._read = read
+        self._trained_on = list(training)
         self._held_out = held_out
         self._evaluation = evaluation
         self._evaluated = list(evaluated)
@@ -96,7 +97,7 @@ class FactTask(Task):
             len(self._read),
             {index: _sample(request, index) for index, request in enumerate(self._read)},
             Counter(),
-            [sample.record for sample in self.training_samples],
+            self._trained_on,  # `training_samples` may be without a part that is set aside
             self._held_out,
         )
 

@@ -65,7 +65,8 @@ def with_validation(task: Task, options: TaskOptions, load: Callable[[TaskOption
 
     They are the records of `validation_data`, or else a part of the training samples, which are
     then not trained on: that share of the different contents which `eval_part="validation"` would
-    draw from these samples. No measured record is one of them, so that nothing is chosen by those.
+    draw from these samples, without measured records, so that nothing is chosen by those. Measured
+    records that are trained on without evaluations, such as the requests of `fact`, stay so.
 
     Args:
         task: The task.
@@ -85,11 +86,13 @@ def with_validation(task: Task, options: TaskOptions, load: Callable[[TaskOption
 
 def _set_aside(task: Task, options: TaskOptions) -> Task:
     samples = task.training_samples
-    rest, drawn = validation_part(
+    _, drawn = validation_part(
         range(len(samples)), options.part_share, lambda index: samples[index].content
     )
     measured = {sample.content for sample in task.evaluated_samples(task.evaluation_count)}
     part = [index for index in drawn if samples[index].content not in measured]
+    apart = set(part)
+    rest = [index for index in range(len(samples)) if index not in apart]
     if not part and drawn:
         # Demo tasks have no other data.
         way = "Leave" if options.name.startswith("demo-") else "Give --eval_data, or leave"

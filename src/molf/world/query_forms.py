@@ -37,7 +37,7 @@ class QueryForm:
         complexity: One of `COMPLEXITIES`.
         question: Template of the question.
         query: Template of the query.
-        explanation: Template of a sentence on what the query does.
+        explanation: Template of a sentence that explains the query.
         practised: Whether base models practise it, on some tables.
     """
 

@@ -29,9 +29,9 @@ def advise_run(
     """Print and write the assignment that the routing of a run suggests, with its evidence.
 
     Args:
-        run: Directory of a run of `molf train --method molf`, or of `molf probe`.
-        by: full goes to the layers where it won most steps, or where its mean margin is above 0.
-        share: Give full to this share of the routed layers instead: those where it leads most.
+        run: Directory of a run of `molf train` with molf or molf-e, or of `molf probe`.
+        by: Layers in full. wins: full won most steps; score: the mean margin of full is above 0.
+        share: Instead, this share of the routed layers in full: those where full leads most.
         output: File of the assignment, which `molf train --method hybrid --assignment` takes.
         overwrite: Replace that file, and a file of page that is no page of molf. Without it and
             output, an assignment.yaml in RUN is kept.

@@ -1,4 +1,4 @@
-"""`molf probe`: route a few steps, and print the assignment that follows."""
+"""`molf probe`: route a few steps, and print the assignment by their decisions."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ def probe_model(
     figures: Annotated[Path | None, Parameter(show_default="none", group=OUTPUT)] = None,
     plan: Annotated[bool, Parameter(group=OUTPUT)] = True,
 ) -> None:
-    """Route a few steps at small memory, and print and write the assignment that follows.
+    """Route a few steps in little memory; print and write the assignment by their decisions.
 
     Args:
         settings: The options of `molf train`; no model is kept.
         config: A YAML file of these options, or a recipe by name; the command line has precedence.
-        by: full goes to the layers where it won most steps, or where its mean margin is above 0.
-        share: Give full to this share of the routed layers instead: those where it leads most.
+        by: Layers in full. wins: full won most steps; score: the mean margin of full is above 0.
+        share: Instead, this share of the routed layers in full: those where full leads most.
         figures: Also draw the evidence, as PNG files in this folder.
         plan: Plan memory and arithmetic of the assignment and of other methods.
     """

@@ -35,7 +35,7 @@ def compare_runs(
         markdown: Print the tables as Markdown.
         csv: Print all values as CSV, a row per task, model, metric and method.
         output: Also write a page of the tables and figures to this file.
-        pareto: Two metrics X,Y of the figures of page and folder.
+        pareto: Two metrics X,Y, the axes of the figures.
         figures: Also write these figures as PNG and SVG, and their values as CSV, in this folder.
         overwrite: Replace a file that is no page of molf.
     """

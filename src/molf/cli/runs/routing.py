@@ -28,7 +28,7 @@ def show_routing(
     """Print which experts won, in total and per kind of module, and a map of layers and steps.
 
     Args:
-        run: Directory of a run of `molf train`.
+        run: Directory of a run of `molf train`, or of `molf.RoutingCallback`.
         layers: Print the shares of every layer instead of the map.
         jsonl: Print every step as a line of JSON at full precision instead.
     """

@@ -20,7 +20,7 @@ class TextOptions:
     max_new_tokens: int = 256
     """Most tokens of an answer."""
     temperature: float = 0.0
-    """0: the most likely token each time; above: draw, the more freely the higher."""
+    """0: always the most likely token; above 0: draw, more evenly at higher values."""
     top_p: float = 1.0
     """With a temperature, draw from the likeliest tokens that have this share together."""
     seed: int = 42

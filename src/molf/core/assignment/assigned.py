@@ -21,7 +21,7 @@ class Evidence:
             out.
         wins: Name of each expert and the number of decisions that it won, `full` first. With
             `top_k` above 1 they add up to `top_k` times the decisions.
-        changes: How often the winners differed from those of the decision before.
+        changes: Number of decisions whose winners differ from those of the decision before.
         last_change: The step of the last change, from 1; None without any.
         margin: Mean of `(full - lora) / (|full| + |lora|)`, the scores of `full` and of the best
             LoRA expert, from -1 to 1; None without a `full` expert.

@@ -25,7 +25,7 @@ def check_kernel_group(group: dict[str, Any], number: int, home: torch.device) -
         home: Device of the optimizer's first parameter.
 
     Raises:
-        ValueError: With what to change.
+        ValueError: With the remedy.
     """
     check_float32_moments(group)
     if group.get("adapter_scaling") is not None:
@@ -41,7 +41,7 @@ def check_float32_moments(group: dict[str, Any]) -> None:
     """Refuse 8-bit moments.
 
     Raises:
-        ValueError: With what to change.
+        ValueError: With the remedy.
     """
     check_exclusions({"kernels": "triton", "state_dtype": group.get("state_dtype")})
 
@@ -54,7 +54,7 @@ def check_kernel_device(device: torch.device, name: str) -> None:
         name: Name of the parameter, for the message.
 
     Raises:
-        ValueError: With what to change.
+        ValueError: With the remedy.
     """
     from molf.core.execute.triton.kernels import is_interpreted
 
@@ -74,7 +74,7 @@ def check_kernel_parameter(parameter: Tensor, name: str, home: torch.device) -> 
     """Refuse a parameter whose dtype, device or layout the kernels do not support.
 
     Raises:
-        ValueError: With what to change.
+        ValueError: With the remedy.
     """
     if parameter.dtype not in _DTYPES:
         raise ValueError(

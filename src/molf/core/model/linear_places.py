@@ -40,12 +40,12 @@ class Place(NamedTuple):
 
     @property
     def weight(self) -> object:
-        """What the weight's attribute holds."""
+        """The value of the weight's attribute."""
         return getattr(self.module, self.keys[0])
 
     @property
     def bias(self) -> object:
-        """What the bias's attribute holds; None where there is no such attribute."""
+        """The value of the bias's attribute; None where there is no such attribute."""
         return getattr(self.module, self.keys[1], None) if self.keys[1] else None
 
     @property

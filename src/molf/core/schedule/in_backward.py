@@ -231,7 +231,7 @@ def check_no_scaler(optimizer: torch.optim.Optimizer) -> None:
     """Refuse a step that `torch.amp.GradScaler` calls.
 
     Raises:
-        RuntimeError: With what to change.
+        RuntimeError: With the remedy.
     """
     # GradScaler sets these attributes on optimizers with `_step_supports_amp_scaling` and deletes
     # them after the step.
@@ -248,7 +248,7 @@ def check_no_float16(parameters: Iterable[Tensor]) -> None:
     """Refuse float16 parameters, whose gradients are scaled until the whole pass is over.
 
     Raises:
-        ValueError: With what to change.
+        ValueError: With the remedy.
     """
     if any(parameter.dtype == torch.float16 for parameter in parameters):
         raise ValueError(

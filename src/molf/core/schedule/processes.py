@@ -38,7 +38,7 @@ def check_processes(
         kernels: An option.
 
     Raises:
-        ValueError: With what to change.
+        ValueError: With the remedy.
     """
     # Every step calls this: the process group may be created after the optimizer, and libraries
     # replace parameters by sharded ones.

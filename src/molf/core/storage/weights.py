@@ -33,7 +33,7 @@ def check_rounding(parameters: Iterable[Tensor], weight_rounding: str | None) ->
     """Refuse a rounding that does not apply to the parameters' dtypes.
 
     Raises:
-        ValueError: With what to change.
+        ValueError: With the remedy.
     """
     if weight_rounding is None:
         return

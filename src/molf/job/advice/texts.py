@@ -157,7 +157,7 @@ def costs_table(costs: Costs) -> TextTable:
 
 
 def planned_for(costs: Costs) -> str:
-    """Return what the costs were planned for."""
+    """Return the training that the costs were planned for."""
     return (
         f"Planned for {costs.workload.batch_size} x {costs.workload.length} tokens in "
         f"{costs.workload.dtype} on {costs.workload.device}. arithmetic: operations of the "

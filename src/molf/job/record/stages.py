@@ -88,7 +88,7 @@ class Stages:
         self._keep("saved", {"training": dict(training), "model": dict(model)})
 
     def clear(self) -> None:
-        """Delete what only a resumed run needs, after the run is complete."""
+        """Delete files that only a resumed run needs, after the run is complete."""
         place = self._directory / CHECKPOINTS
         with suppress(OSError):
             (self._directory / ERROR_LOG).unlink(missing_ok=True)

@@ -88,7 +88,7 @@ class TrainSettings:
     validation_data: Annotated[
         str | None, Parameter(group=DATA, show_default="a part of the training data")
     ] = None
-    """Records of the evaluations in the training (--eval_steps), which then set none aside."""
+    """Records to measure in the training (--eval_steps); no training record is set aside then."""
     format: Annotated[
         str | None, Parameter(choices=FORMATS, group=DATA, show_default="by the first record")
     ] = None
@@ -98,7 +98,7 @@ class TrainSettings:
     max_eval_samples: Annotated[int | None, Parameter(group=DATA), POSITIVE] = None
     """Evaluate on at most this many records, drawn by the seed."""
     few_shot: Annotated[int, Parameter(group=DATA), NOT_NEGATIVE] = 0
-    """Answered training questions before each question, drawn by seed (sql, med, math, demos)."""
+    """Answered training questions before each question (sql, med, math, demo-sql, -forms, -med)."""
     eval_part: Annotated[str, Parameter(choices=EVAL_PARTS, group=DATA)] = "test"
     """test: measure the task's records; validation: a part of the training data instead."""
     validation_share: Annotated[
@@ -115,7 +115,7 @@ class TrainSettings:
     dataset_num_proc: Annotated[int | None, Parameter(group=DATA, show_default="1"), POSITIVE] = (
         None
     )
-    """Processes that tokenize the examples, where the steps need most of them."""
+    """Processes that tokenize the examples; not used if the steps need few of the examples."""
     token_cache: Annotated[Path | None, Parameter(group=DATA, show_default="none")] = None
     """Folder that keeps the tokens of all examples for later runs with the same data and model."""
 
@@ -128,13 +128,13 @@ class TrainSettings:
     attn_implementation: Annotated[
         str | None, Parameter(choices=ATTENTIONS, group=MODEL, show_default="transformers' choice")
     ] = None
-    """Attention of the model: that of transformers with this name."""
+    """Attention of transformers, by name."""
     dtype: Annotated[str, Parameter(choices=WEIGHT_DTYPES, group=MODEL)] = "float32"
     """Type of the weights in training; bfloat16 takes half the memory for weights and gradients."""
     load_in_4bit: Annotated[bool, Parameter(group=MODEL, negative=())] = False
     """Train beside a frozen 4-bit base (bitsandbytes, NF4): molf-e, lora, lora+, eva, hybrid."""
     load_in_8bit: Annotated[bool, Parameter(group=MODEL, negative=())] = False
-    """The same with 8 bits (LLM.int8)."""
+    """Train beside a frozen 8-bit base (bitsandbytes, LLM.int8); methods as with load_in_4bit."""
     merge_base: Annotated[
         str | None, Parameter(choices=MERGE_BASES, group=MODEL, show_default="dequantised")
     ] = None
@@ -169,7 +169,7 @@ class TrainSettings:
     score: Annotated[str, Parameter(group=METHOD)] = "epd"
     """How molf scores experts: epd (the paper's), another score, or a control (docs/scores.md)."""
     top_k: Annotated[int, Parameter(group=METHOD)] = 1
-    """How many experts of a layer take each update."""
+    """Number of experts of a layer that are updated in each step."""
     target_modules: Annotated[
         str | tuple[str, ...], Parameter(group=METHOD, converter=patterns, n_tokens=1)
     ] = "all-linear"
@@ -178,7 +178,7 @@ class TrainSettings:
         str | tuple[str, ...],
         Parameter(group=METHOD, converter=patterns, n_tokens=1, show_default="lm_head"),
     ] = ("lm_head",)
-    """Layers never to adapt, in the same form."""
+    """Layers never to adapt: name endings separated by commas, or a regular expression."""
     freeze_rest: Annotated[
         bool | None,
         Parameter(group=METHOD, show_default="molf trains it, molf-e does not; by assignment"),
@@ -203,7 +203,7 @@ class TrainSettings:
     kernels: Annotated[str, Parameter(choices=KERNELS, group=OPTIMIZATION)] = "eager"
     """triton: steps of fft, molf and hybrid by Triton kernels (CUDA; not run on a GPU yet)."""
     fsdp: Annotated[int | str | None, Parameter(group=OPTIMIZATION, show_default="DDP")] = None
-    """Several processes: cut the model into N shards (FSDP2; HSDP if there are more), or all."""
+    """Several processes: cut the model into N shards; all: one per process (FSDP2, HSDP)."""
     fsdp_cpu_offload: Annotated[bool, Parameter(group=OPTIMIZATION)] = False
     """Keep the shards and their state in host memory, and step there (CUDA; not run on one yet)."""
     learning_rate: Annotated[float | None, _COMMON["learning_rate"], POSITIVE] = None
@@ -231,7 +231,7 @@ class TrainSettings:
     per_device_train_batch_size: Annotated[
         int | None, _COMMON["per_device_train_batch_size"], POSITIVE, BELOW_2_31
     ] = None
-    """Examples per forward pass; of packed rows, 1 by default."""
+    """Examples per forward pass; with packing: rows, 1 by default."""
     gradient_accumulation_steps: Annotated[
         int | None, _COMMON["gradient_accumulation_steps"], POSITIVE, BELOW_2_31
     ] = None
@@ -243,7 +243,7 @@ class TrainSettings:
     train_sampling_strategy: Annotated[
         str, Parameter(choices=SAMPLING_STRATEGIES, group=OPTIMIZATION)
     ] = "random"
-    """Order of the examples; group_by_length: random, with those of a step of similar length."""
+    """Order of the examples; group_by_length: random, but of similar length in a step."""
     lr_scheduler_type: Annotated[
         str, Parameter(choices=SCHEDULERS, group=OPTIMIZATION, show_choices=False)
     ] = "cosine"
@@ -257,7 +257,7 @@ class TrainSettings:
     nonfinite: Annotated[str, Parameter(choices=NONFINITE, group=OPTIMIZATION)] = "raise"
     """On an infinite or NaN loss or gradient: stop the run (raise), or skip the step."""
     max_skipped_steps: Annotated[int, Parameter(group=OPTIMIZATION), POSITIVE] = 10
-    """With nonfinite skip, stop the run when so many steps in a row were skipped."""
+    """With nonfinite skip, stop the run after this many skipped steps in a row."""
     adam_beta1: Annotated[float, Parameter(group=OPTIMIZATION), SHARE] = 0.9
     """Decay rate of the first moment."""
     adam_beta2: Annotated[float, Parameter(group=OPTIMIZATION), SHARE] = 0.999
@@ -273,11 +273,11 @@ class TrainSettings:
     ] = None
     """When to measure the loss on a validation part, set aside from the training data."""
     eval_steps: Annotated[int | None, Parameter(group=EVALUATION), POSITIVE] = None
-    """Optimizer steps between two such evaluations."""
+    """Optimizer steps between two evaluations on the validation part."""
     keep_best: Annotated[bool, Parameter(group=EVALUATION, negative=())] = False
     """Save model/ from the step with the lowest loss on the validation part."""
     early_stopping_patience: Annotated[int | None, Parameter(group=EVALUATION), POSITIVE] = None
-    """End the training after this many such evaluations without a lower loss."""
+    """End the training after this many evaluations in a row without a lower loss."""
     per_device_eval_batch_size: Annotated[
         int, Parameter(group=EVALUATION), POSITIVE, BELOW_2_31
     ] = 32

@@ -1,4 +1,4 @@
-"""Stop a training after its current step when a signal asks for it."""
+"""Stop a training after its current step at a signal."""
 
 from __future__ import annotations
 

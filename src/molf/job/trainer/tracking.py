@@ -157,7 +157,7 @@ class TrackingCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Send what is fixed before the steps."""
+        """Send options and other values that are fixed before the steps."""
         self._tracking.add_options(self._options)
         if self._before is not None:
             self._tracking.add_evaluation("before", self._before, 0)

@@ -46,7 +46,7 @@ class Records:
     """A study as it was stored.
 
     Attributes:
-        outline: Cells, methods, phases: what was planned.
+        outline: The planned cells, methods and phases.
         rows: One per trial, in the order of cells, methods, phases, points and seeds.
         questions: By cell, and by (method, phase, point, seed): by metric and question successes
             and attempts.
@@ -58,7 +58,7 @@ class Records:
 
 
 def outline_of(study: Study) -> dict[str, Any]:
-    """Return what a report needs of a study file."""
+    """Return the parts of a study file that a report needs."""
     definition = definition_of(study)
     for cell in study.cells:
         entry = definition["cells"][cell.name]
