@@ -68,6 +68,16 @@ def test_a_probe_is_compared_with_random_at_the_same_share():
     assert "chosen for each: worse in 1 cell (facts)" in pair
 
 
+def test_the_first_method_at_an_end_of_the_curve_counts():
+    methods, rows = with_hybrids(EQUAL)
+    for name, first in (("fft-low", "fft"), ("rest-low", "rest")):  # worse, at a lower rate
+        methods[name] = methods[first]
+        rows += choosing(name, methods[name], [0.4]) + reported(name, methods[name], 0, LOW)
+    *_, curve = findings([cell_of(methods, rows)])
+    assert curve.startswith("Curve over the share by epd (rest, top, wins, fft). No two of its")
+    assert curve.endswith("are shown to differ: at every share in 1 cell (facts).")
+
+
 def test_a_control_with_another_share_is_marked_and_not_counted():
     """An assignment depends on the rates, so that one at other rates may have another share."""
     alike = cell_of(*with_hybrids(EQUAL))

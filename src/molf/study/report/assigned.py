@@ -198,11 +198,14 @@ def _is_of_curve(one: MethodSummary) -> bool:
 
 
 def _curve(cell: CellSummary, score: str) -> list[MethodSummary]:
-    """Return the rows of a score by share of weights: from LoRA with the rest trained to fft."""
+    """Return the rows of a score by share of weights: from LoRA with the rest trained to fft.
+
+    Of several methods at an end, such as fft at other rates, the first one of the study counts.
+    """
     inner = [o for o in cell.methods if _is_of_curve(o) and o.rule and o.rule.of == score]
     none = [o for o in cell.methods if o.options.get("score") == "lora"]
     every = [o for o in cell.methods if o.options.get("method") == "fft"]
-    return [*none, *_by_share(inner), *every]
+    return [*none[:1], *_by_share(inner), *every[:1]]
 
 
 def _flat_from(cell: CellSummary, score: str) -> str:
