@@ -294,6 +294,7 @@ def test_sparse_gradients_are_refused_before_anything_changes():
         ({"betas": (1.0, 0.9)}, r"Invalid betas=\(1.0, 0.9\). Must be two numbers"),
         ({"betas": 0.9}, "Invalid betas=0.9"),
         ({"eps": float("nan")}, "Invalid eps=nan"),
+        ({"eps": 0.0}, "Invalid eps=0 of layer 'up': a factor without a gradient so far would"),
         ({"nonfinite": "ignore"}, "Invalid nonfinite='ignore'. Must be 'raise' or 'skip'."),
     ],
 )

@@ -49,7 +49,7 @@ class BackwardSteps:
         self._optimizers = [weakref.ref(optimizer)]
         self._lost: Any = WeakIdKeyDictionary()  # parameter: weak reference to its new optimizer
         self._handles: list[RemovableHandle] = []
-        self._watched: list[Tensor] = []
+        self._watched: list[tuple[Tensor, bool]] = []  # and whether it had a hook
         self._ready: dict[UnitKey, set[int]] = {}
         self._taken: set[UnitKey] = set()
         # Autograd calls hooks from one thread per device. A step waits for its device and so lets
@@ -86,14 +86,16 @@ class BackwardSteps:
     def watch(self) -> None:
         """Register hooks on the parameters of the current groups, unless they have them."""
         units = list(self._units())
-        parameters = [p for unit in units for p in unit.parameters]
-        if len(parameters) == len(self._watched) and all(
-            new is old for new, old in zip(parameters, self._watched, strict=True)
+        # A frozen parameter cannot have a hook: it gets one once it is unfrozen.
+        found = [(p, p.requires_grad) for unit in units for p in unit.parameters]
+        if len(found) == len(self._watched) and all(
+            new[0] is old[0] and new[1] == old[1]
+            for new, old in zip(found, self._watched, strict=True)
         ):
             return
         self.unwatch()
-        self._watched = parameters
-        for parameter in parameters:
+        self._watched = found
+        for parameter, _ in found:
             _watchers[parameter] = weakref.ref(self)
         self._handles += [
             # A weak reference: parameters, and with them hooks, may outlive the optimizer.

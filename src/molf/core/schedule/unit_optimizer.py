@@ -168,7 +168,8 @@ class UnitOptimizer(Optimizer):
         """Have the next step refused, as for a bad gradient, if the loss is not finite.
 
         A loss of NaN may leave finite gradients. The numbers are read with those that the step
-        reads anyway: the host waits once for all.
+        reads anyway: the host waits once for all. Each call replaces the one before; `zero_grad`
+        may come between it and the step.
 
         Args:
             loss: The step's loss, of all its micro-batches, 0-dim. With sharded parameters every
@@ -193,7 +194,6 @@ class UnitOptimizer(Optimizer):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Reset the gradients, as torch does; an interrupted backward pass is forgotten."""
         super().zero_grad(set_to_none)
-        self._required = {}
         if self._backward is not None:
             self._backward.close()
             self._end_step()
