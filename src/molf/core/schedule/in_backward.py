@@ -247,12 +247,12 @@ def check_no_scaler(optimizer: torch.optim.Optimizer) -> None:
 
 
 def check_no_float16(parameters: Iterable[Tensor]) -> None:
-    """Refuse float16 parameters, whose gradients are scaled until the whole pass is over.
+    """Refuse trained float16 parameters, whose gradients are scaled until the pass is over.
 
     Raises:
         ValueError: With what to change.
     """
-    if any(parameter.dtype == torch.float16 for parameter in parameters):
+    if any(p.requires_grad and p.dtype == torch.float16 for p in parameters):
         raise ValueError(
             "optimizer_in_backward=True with float16 weights is not possible: they need loss "
             "scaling, and a layer would move before its gradient is unscaled. Load the model in "

@@ -88,7 +88,7 @@ class UnitOptimizer(Optimizer):
 
     def _check_processes(self) -> None:
         check_processes(
-            list(self._parameters()),
+            [p for p in self._parameters() if p.requires_grad],
             self._name_of,
             optimizer_in_backward=self.optimizer_in_backward,
             grad_accumulation_dtype=self.grad_accumulation_dtype,
@@ -112,8 +112,9 @@ class UnitOptimizer(Optimizer):
         return any((self.state.get(p) or {}).get("step") for p in self._parameters())
 
     def _home(self) -> torch.device:
-        """The device of the first parameter."""
-        return next((p.device for p in self._parameters()), torch.device("cpu"))
+        """The device of the first trained parameter."""
+        trained = (p.device for p in self._parameters() if p.requires_grad)
+        return next(trained, torch.device("cpu"))
 
     @torch._disable_dynamo
     @torch.no_grad()
