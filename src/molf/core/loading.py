@@ -16,7 +16,12 @@ from molf.core.hyper_parameters import separate, storable
 from molf.core.model.groups import check_group, differences, parameter_name
 from molf.core.model.module_names import clean_name
 from molf.core.options import check_word
-from molf.core.storage.moments import block_of_8bit, in_present_layout, moments_of
+from molf.core.storage.moments import (
+    block_of_8bit,
+    check_state_dtype,
+    in_present_layout,
+    moments_of,
+)
 from molf.core.storage.sharding import local_part
 from molf.core.storage.weights import LOW, check_rounding, fold_low
 from molf.core.warn import warn
@@ -44,6 +49,7 @@ def loadable(given: dict[str, Any], groups: list[dict[str, Any]]) -> dict[str, A
         ValueError: The saved groups have other layers, experts or parameters, or a value out of
             range; or the state is another optimizer's, has another shape, or overflows the dtype of
             the arithmetic.
+        ImportError: Moments are 8-bit, and torchao is not installed.
     """
     saved = [{key: storable(value) for key, value in one.items()} for one in given["param_groups"]]
     _check_same_structure(saved, groups)
@@ -53,6 +59,7 @@ def loadable(given: dict[str, Any], groups: list[dict[str, Any]]) -> dict[str, A
     for group in merged:
         check_group(group, smallest=-math.inf)  # schedules can make rates negative
         check_word("weight_rounding", group["weight_rounding"])
+        check_state_dtype(group["state_dtype"])
     state = dict(given["state"])
     result = []
     for number, (one, own) in enumerate(zip(saved, groups, strict=True)):

@@ -30,7 +30,7 @@ def check_processes(
     """Refuse options and parameters that do not support several processes.
 
     Args:
-        parameters: All trained parameters.
+        parameters: All parameters.
         name_of: Returns the name of one, for messages.
         optimizer_in_backward: An option, as the following ones.
         grad_accumulation_dtype: An option.

@@ -88,7 +88,7 @@ class UnitOptimizer(Optimizer):
 
     def _check_processes(self) -> None:
         check_processes(
-            [p for p in self._parameters() if p.requires_grad],
+            list(self._parameters()),  # a frozen base in shards beside a whole adapter is refused
             self._name_of,
             optimizer_in_backward=self.optimizer_in_backward,
             grad_accumulation_dtype=self.grad_accumulation_dtype,
