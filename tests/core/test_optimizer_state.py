@@ -155,6 +155,22 @@ def test_unknown_storage_of_moments_is_refused(form):
     assert_same_bits(snapshot(model, optimizer), before)
 
 
+@pytest.mark.parametrize(
+    ("form", "key"),
+    [("folded", "lora_B_exp_avg"), ("folded", "exp_avg"), ("explicit", "exp_avg_sq"),
+     ("fft", "exp_avg_sq")],
+)  # fmt: skip
+def test_state_that_lacks_a_tensor_is_refused(form, key):
+    model, optimizer = build(form)
+    run(model, optimizer, [0])
+    saved = copy.deepcopy(optimizer.state_dict())
+    del saved["state"][0][key]
+    before = snapshot(model, optimizer)
+    with pytest.raises(ValueError, match=rf"that of (up|embed)\.weight lacks {key}\."):
+        optimizer.load_state_dict(saved)
+    assert_same_bits(snapshot(model, optimizer), before)
+
+
 def test_state_of_plain_adamw_is_refused():
     model, optimizer = fresh_copy(tiny_model())
     adamw = torch.optim.AdamW(model.parameters())
