@@ -364,6 +364,11 @@ def _(check):
     return lambda *args, **options: None
 
 
+@fault("a layer under two names has an adapter", "test_adapter_wrong_input.py", "_uses")
+def _(uses):
+    return lambda model, *, by_every_name: uses(model, by_every_name=False)
+
+
 # -- merging ------------------------------------------------------------------------------------
 
 

@@ -43,6 +43,16 @@ def _(take):
     return kept
 
 
+@fault("zero_grad forgets what the next step requires", "test_nonfinite.py",
+       "UnitOptimizer.zero_grad")  # fmt: skip
+def _(zero_grad):
+    def forgets(self, set_to_none=True):
+        zero_grad(self, set_to_none)
+        self._required = {}
+
+    return forgets
+
+
 @fault("in the backward pass, layers do not wait for their bias", "test_in_backward.py",
        "BackwardSteps._on_gradient")  # fmt: skip
 def _(on_gradient):
@@ -70,7 +80,7 @@ def _(init, watch):
 
     def watch_strongly(self):
         watch(self)
-        for parameter in self._watched:
+        for parameter, _ in self._watched:
             parameter._kept_by_hook = self
 
     return strong, watch_strongly

@@ -129,6 +129,28 @@ def test_state_is_read_without_the_model(tmp_path):
     assert torch.equal(wanted[name], state["exp_avg"])
 
 
+@pytest.mark.parametrize("form", ["folded", "fft"])
+def test_parameters_that_were_frozen_during_the_training(form, tmp_path):
+    """Their trained values are in the checkpoint; frozen too early, they are named."""
+    cell = Cell(form, "float32", EXECUTORS["eager"], None)
+    training = cell.build().train(0, 1)
+    training.model.up.requires_grad_(False)
+    training.train(2)
+    path = save(tmp_path, training.model, training.optimizer)
+    other = cell.build()
+    with torch.no_grad():
+        for parameter in other.trained.values():
+            parameter.zero_()
+    other.model.up.requires_grad_(False)
+    with pytest.raises(DamagedError, match=r"in 2 tensors: model.up.bias is frozen in the model"):
+        load(path, other.model, other.optimizer)
+    other.model.up.requires_grad_(True)
+    load(path, other.model, other.optimizer)
+    other.model.up.requires_grad_(False)
+    assert_same_bits(training.bits(), other.bits())
+    assert_same_bits(training.train(3).bits(), other.train(3).bits())
+
+
 @pytest.mark.parametrize("change", ["rank", "layer", "missing"])
 def test_other_model_is_refused(change, tmp_path):
     cell = Cell("folded", "float32", EXECUTORS["eager"], None)

@@ -151,6 +151,56 @@ def test_what_the_folded_form_refuses_is_refused(config):
     refused(tied, missing, r"'gate' matches no linear layer", molf.with_adapter)
 
 
+class UsedTwice(nn.Module):
+    """A layer under two names; PEFT replaces it under one of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.c = self.b
+
+    def forward(self, x):
+        return self.c(self.b(self.a(x)).tanh())
+
+
+@pytest.mark.parametrize("config", [E, FULL], ids=["frozen", "explicit"])
+def test_a_layer_under_two_names_is_refused(config):
+    """Merging would change the use without an adapter; the folded form trains both uses."""
+    message = r"^Layer b shares its weight with c: an adapter would act on one use alone"
+    refused(UsedTwice(), config, message, molf.with_adapter)
+    settings = peft.LoraConfig(r=5, target_modules=["a", "b"])
+    wrapped = peft.get_peft_model(UsedTwice(), settings)
+    with pytest.raises(ValueError, match=r"^Layer b shares its weight with c: merging"):
+        molf.merge(wrapped)
+    wrapped.base_model.model.requires_grad_(True)
+    if config is FULL:
+        with pytest.raises(ValueError, match=message):
+            molf.MoLFAdamW.from_model(wrapped, config)
+    assignment = molf.Assignment.from_patterns(
+        UsedTwice(), {"lora": {"r": 2, "modules": "b"}, "default": "full"}
+    )
+    with pytest.raises(ValueError, match=r"^Layer b shares its weight with c: merging"):
+        molf.with_assignment(UsedTwice(), assignment)
+
+
+def test_blocks_under_two_names_and_folded_layers_are_routed():
+    model = UsedTwice()
+    options = {"ranks": (2,), "exclude_modules": ()}
+    optimizer = molf.MoLFAdamW.from_model(model, MoLFConfig(**options))
+    model(torch.ones(2, 4)).sum().backward()
+    optimizer.step()
+    assert set(optimizer.routing) == {"a", "b"}
+    block = nn.Sequential(nn.Linear(4, 4))
+    wrapped = molf.with_adapter(nn.Sequential(block, block), MoLFConfig(**options))
+    x = torch.ones(1, 4)
+    with torch.no_grad():
+        for name, parameter in wrapped.named_parameters():
+            if "lora_B" in name:
+                parameter.fill_(0.5)
+        before = wrapped(x)
+        torch.testing.assert_close(molf.merge(wrapped)(x), before)
+
+
 def test_frozen_models_can_have_a_frozen_base_only():
     model = tiny_qwen2().requires_grad_(False)
     refused(model, FULL, r"all 7 matching linear layers are frozen", molf.with_adapter)

@@ -56,6 +56,30 @@ def test_gradients_do_not_live_together():
     assert list(optimizer.routing) == ["0", "1", "2", "3", "4", "5"]  # as the ordinary step has it
 
 
+@pytest.mark.parametrize("form", ["folded", "fft"])
+def test_layers_that_are_unfrozen_later_step_in_the_pass(form):
+    """Also those that were frozen when the hooks were made."""
+    torch.manual_seed(0)
+    layers = nn.Sequential(*[nn.Linear(8, 8) for _ in range(3)])
+    layers[0].requires_grad_(False)
+    if form == "fft":
+        optimizer = AdamW(layers.parameters(), optimizer_in_backward=True)
+    else:
+        layers.requires_grad_(True)
+        config = MoLFConfig(ranks=(2,))
+        optimizer = MoLFAdamW.from_model(layers, config, optimizer_in_backward=True)
+        layers[0].requires_grad_(False)
+        layers, optimizer = copy.deepcopy((layers, optimizer))
+    for is_trained in (False, True, False, True):
+        layers[0].requires_grad_(is_trained)
+        optimizer.zero_grad()
+        before = layers[0].weight.detach().clone()
+        layers(torch.randn(3, 8)).square().mean().backward()
+        assert all(p.grad is None for p in layers.parameters())
+        assert torch.equal(layers[0].weight, before) != is_trained
+        optimizer.step()
+
+
 def test_layers_of_several_devices_take_turns():
     """Autograd has a thread for every device; what a step shares is for one of them at a time."""
     layers = nn.ModuleList([nn.Linear(8, 8) for _ in range(2)])

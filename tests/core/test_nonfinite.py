@@ -198,6 +198,16 @@ def test_a_loss_that_is_not_finite_forbids_the_step(nonfinite, loss, norm, reaso
     assert optimizer.routing
 
 
+def test_gradients_may_be_reset_between_the_loss_and_its_backward_pass():
+    model = tiny_model()
+    optimizer = tiny_optimizer(model)
+    optimizer.require_finite(torch.tensor(NAN))
+    optimizer.zero_grad()
+    backward(model, 0)
+    with pytest.raises(NonFiniteError, match=r"Non-finite loss \(nan\)"):
+        optimizer.step()
+
+
 def test_the_gradient_is_named_rather_than_the_norm():
     model = tiny_model()
     optimizer = tiny_optimizer(model)

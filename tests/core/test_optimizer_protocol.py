@@ -133,6 +133,18 @@ def test_every_value_of_a_routed_group_is_checked(model, optimizer, change, mess
     run(model, optimizer, [0])
 
 
+def test_two_layers_of_one_name_are_refused(model, optimizer):
+    """As those of two models; one would take the other's place in `routing` and `evidence`."""
+    other = tiny_optimizer(tiny_model(seed=1))
+    group = {k: v for k, v in other.param_groups[0].items() if k != "param_names"}
+    group["params"] = list(zip(["a", "b"], group["params"], strict=True))
+    with pytest.raises(ValueError, match=r"Layer 'up' is in the optimizer already"):
+        optimizer.add_param_group({**group})
+    optimizer.add_param_group({**group, "layer": "other.up"})
+    run(model, optimizer, [0])
+    assert [one["layer"] for one in optimizer.param_groups].count("up") == 1
+
+
 def test_the_configuration_alone_warns_of_nothing_to_choose(model):
     with pytest.warns(UserWarning, match="top_k=2 is the number of experts"):
         config = MoLFConfig(ranks=(2,), top_k=2)
@@ -294,6 +306,7 @@ def test_sparse_gradients_are_refused_before_anything_changes():
         ({"betas": (1.0, 0.9)}, r"Invalid betas=\(1.0, 0.9\). Must be two numbers"),
         ({"betas": 0.9}, "Invalid betas=0.9"),
         ({"eps": float("nan")}, "Invalid eps=nan"),
+        ({"eps": 0.0}, "Invalid eps=0 of layer 'up': a factor without a gradient so far would"),
         ({"nonfinite": "ignore"}, "Invalid nonfinite='ignore'. Must be 'raise' or 'skip'."),
     ],
 )

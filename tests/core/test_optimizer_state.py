@@ -25,6 +25,7 @@ from core_helpers import (
     tiny_optimizer,
 )
 from molf import AdamW, MoLFAdamW, MoLFConfig
+from optimizer_forms import build
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float64]
 
@@ -140,6 +141,34 @@ def test_state_of_other_experts_or_layers_is_refused(change, message):
     assert_same_bits(snapshot(model, optimizer), optimizer_before[0])
     assert [dict(g) for g in optimizer.param_groups] == optimizer_before[1]
     run(model, optimizer, [0])
+
+
+@pytest.mark.parametrize("form", ["folded", "fft"])
+def test_unknown_storage_of_moments_is_refused(form):
+    model, optimizer = build(form)
+    run(model, optimizer, [0])
+    saved = optimizer.state_dict()
+    saved["param_groups"][-1]["state_dtype"] = "4bit"
+    before = snapshot(model, optimizer)
+    with pytest.raises(ValueError, match=r"Invalid state_dtype='4bit'. Must be 'float32' or"):
+        optimizer.load_state_dict(saved)
+    assert_same_bits(snapshot(model, optimizer), before)
+
+
+@pytest.mark.parametrize(
+    ("form", "key"),
+    [("folded", "lora_B_exp_avg"), ("folded", "exp_avg"), ("explicit", "exp_avg_sq"),
+     ("fft", "exp_avg_sq")],
+)  # fmt: skip
+def test_state_that_lacks_a_tensor_is_refused(form, key):
+    model, optimizer = build(form)
+    run(model, optimizer, [0])
+    saved = copy.deepcopy(optimizer.state_dict())
+    del saved["state"][0][key]
+    before = snapshot(model, optimizer)
+    with pytest.raises(ValueError, match=rf"that of (up|embed)\.weight lacks {key}\."):
+        optimizer.load_state_dict(saved)
+    assert_same_bits(snapshot(model, optimizer), before)
 
 
 def test_state_of_plain_adamw_is_refused():

@@ -6,13 +6,24 @@ import copy
 import math
 import pickle
 import re
+from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 import molf
-from core_helpers import assert_same_bits, backward, feed, run, snapshot, tiny_model, tiny_optimizer
+from core_helpers import (
+    as_on_an_accelerator,
+    assert_same_bits,
+    backward,
+    feed,
+    run,
+    snapshot,
+    tiny_model,
+    tiny_optimizer,
+)
 from molf import MoLFAdamW, MoLFConfig
 from molf.core.scores import registry
 from molf.core.scores.registry import FORMS, SCORES, routing
@@ -398,6 +409,7 @@ def test_a_term_with_the_name_of_a_shipped_one_is_that_one():
         (made(lambda expert: 1.0, lambda block: (block.grad.sum(),)), "not .a tensor ..."),
         (made(lambda expert: 1.0, lambda block: (block.momentum,)), "raised AttributeError"),
         (made(lambda expert: 1.0, lambda block: (block.exp_avg.mul_(2),)), "in place"),
+        (made(lambda expert: 1.0, lambda block: (block.direction.abs_(),)), "in place"),
     ],
 )  # fmt: skip
 def test_scores_that_fail_are_refused_before_a_training(score, message):
@@ -444,3 +456,37 @@ def test_a_score_that_fails_later_is_named_and_changes_no_weight(late, message):
     with pytest.raises(RuntimeError, match=f"score=own, expert full of layer .*{message}"):
         optimizer.step()
     assert all(map(torch.equal, before, model.parameters()))
+
+
+@pytest.mark.usefixtures("own_scores")
+@pytest.mark.parametrize("on_accelerator", [False, True])
+def test_factors_of_two_dtypes(on_accelerator):
+    """A mask, and float64, beside float32: what the trial takes, a step takes too."""
+    agree = molf.ScoreTerm("agree", lambda block: (block.grad * block.exp_avg > 0, block.grad))
+    both = molf.ScoreTerm("both", lambda block: (block.grad > 0, block.exp_avg > 0))
+    wide = molf.ScoreTerm("wide", lambda block: (block.grad.double(), block.grad))
+
+    def value(expert):
+        return expert.total("wide") + expert.total("agree") + expert.total("both")
+
+    molf.register_score(molf.Score("own", (agree, both, wide), value))
+    model, optimizer = build("folded", score="own")
+    if on_accelerator:
+        as_on_an_accelerator(optimizer)
+    feed(model, 0)
+    grad = torch.cat([model.up.weight.grad.flatten(), model.up.bias.grad]).double()
+    optimizer.step()  # m is 0.1 g, of the same sign
+    expected = grad.square().sum() + grad.sum() + (grad > 0).sum()
+    assert optimizer.routing["up"].scores["full"] == pytest.approx(float(expected), rel=1e-5)
+
+
+@pytest.mark.usefixtures("own_scores")
+@pytest.mark.parametrize("kind", [np.float64, np.float32, Fraction])
+def test_kept_numbers_of_any_kind_are_stored_as_pythons(kind, tmp_path):
+    molf.register_score(made(lambda e: e.kept.update(ema=kind(0.5)) or e.total("squares"), ema=0.0))
+    model, optimizer = build("folded", score="own")
+    run(model, optimizer, range(1))
+    torch.save(optimizer.state_dict(), tmp_path / "state.pt")
+    loaded = torch.load(tmp_path / "state.pt", weights_only=True)
+    assert loaded["state"][0]["score_full_ema"] == 0.5
+    assert type(loaded["state"][0]["score_full_ema"]) is float

@@ -264,6 +264,26 @@ def test_impossible_roundings_are_refused_at_construction(make, dtype, rounding,
         make(given, weight_rounding=rounding)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.uint8, torch.int8])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"optimizer_in_backward": True}, {"weight_rounding": "exact"}],
+    ids=lambda options: next(iter(options), "plain"),
+)
+def test_frozen_parameters_may_have_any_dtype(recwarn, dtype, options):
+    """`AdamW(model.parameters())` of a model with a quantised or float16 base."""
+    model = nn.Linear(8, 8, dtype=BF16)
+    model.base = nn.Parameter(torch.zeros(64, 64, dtype=dtype), requires_grad=False)
+    optimizer = AdamW(model.parameters(), **options)
+    model(torch.ones(1, 8, dtype=BF16)).sum().backward()
+    optimizer.step()
+    assert not recwarn.list
+    assert model.base not in optimizer.state
+    saved = optimizer.state_dict()
+    optimizer.load_state_dict(saved)
+    assert optimizer.param_groups[0]["weight_rounding"] == options.get("weight_rounding")
+
+
 def test_float32_weights_among_bfloat16_ones_stay_as_they_are():
     model = tiny_model(BF16)
     model.norm.float()

@@ -30,6 +30,7 @@ REFUSED_KEYWORDS = {
 # All other intended differences.
 OTHER_DIFFERENCES = {
     "an infinite `lr`, `eps` or `weight_decay`": "No valid step exists.",
+    "`eps=0`": "A LoRA factor without a gradient so far would become 0 / 0.",
     "one beta a number, the other a tensor": "Both are read as numbers.",
     "one tensor as the `lr` of several groups": "A scheduler would multiply it once per group.",
     "a group without names beside groups with names": "Names are used for messages and seeds only.",

@@ -5,7 +5,7 @@ Tensors share memory with the training. Loading writes into them, so that no sec
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,8 +25,9 @@ class TrainingState(NamedTuple):
     """The state of a model and its optimizer.
 
     Attributes:
-        tensors: `model.NAME` of trained parameters and buffers, `optimizer.NAME.KEY` of a
-            parameter's state; they share memory with the training.
+        tensors: `model.NAME` of buffers and of parameters that are trained, or that have a state of
+            the optimizer; `optimizer.NAME.KEY` of a parameter's state. They share memory with the
+            training.
         values: Groups of the optimizer, and the values of its states that are no tensors; loads
             with `weights_only=True`.
     """
@@ -41,7 +42,7 @@ def training_state(model: nn.Module, optimizer: Optimizer) -> TrainingState:
     Raises:
         ValueError: A parameter of the optimizer is not in the model.
     """
-    tensors = dict(_model_tensors(model))
+    tensors = dict(_model_tensors(model, optimizer.state))
     values: dict[str, dict[str, Any]] = {}
     packed = optimizer.state_dict()
     names = _names(model, optimizer)
@@ -69,7 +70,8 @@ def load_training_state(
     Args:
         checkpoint: A checkpoint whose hashes were checked.
         values: `TrainingState.values` of it.
-        model: The model, with the same trained parameters.
+        model: The model, with the same trained parameters; those that were frozen during the
+            training are frozen after loading.
         optimizer: The optimizer of the model; its state is replaced.
 
     Raises:
@@ -99,7 +101,9 @@ def load_training_state(
         optimizer.state[parameter][key] = targets[name] = room
     missing = targets.keys() ^ stored.keys()
     if missing:
-        raise DamagedError(f"it and the model differ in {len(missing)} tensors: {min(missing)}")
+        first = min(missing)
+        frozen = " is frozen in the model" if first.removeprefix(MODEL) in names else ""
+        raise DamagedError(f"it and the model differ in {len(missing)} tensors: {first}{frozen}")
     read_tensors(checkpoint, targets)
     for owner, state in values["values"].items():
         optimizer.state[parameters[owner]].update(state)
@@ -126,10 +130,18 @@ def _room(
     return torch.empty(shape, dtype=dtype, device=parameter.device)
 
 
-def _model_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Yield the tensors that a training changes: trained parameters, and saved buffers."""
+def _model_tensors(
+    model: nn.Module, states: Mapping[Tensor, Any] | None = None
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield the tensors that a training changes: trained parameters, and saved buffers.
+
+    Args:
+        model: The model.
+        states: States of the optimizer; a frozen parameter that has one was trained before.
+    """
+    states = {} if states is None else states
     for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
+        if parameter.requires_grad or states.get(parameter):
             yield f"{MODEL}{name}", parameter.detach()
     for prefix, module in model.named_modules():
         for name, buffer in module.named_buffers(prefix, recurse=False):

@@ -317,6 +317,7 @@ class AdamW(UnitOptimizer):
                 parameters have other names or shapes (an adapter's own name may differ); a value is
                 out of range; the state is another optimizer's; or moments are 8-bit, which the
                 kernels cannot use.
+            ImportError: Moments are 8-bit, and torchao is not installed.
         """
         self._settled_state()
         load(self, state_dict, super().load_state_dict, self._keep, self._check_saved_group)

@@ -16,7 +16,12 @@ from molf.core.hyper_parameters import separate, storable
 from molf.core.model.groups import check_group, differences, parameter_name
 from molf.core.model.module_names import clean_name
 from molf.core.options import check_word
-from molf.core.storage.moments import block_of_8bit, in_present_layout, moments_of
+from molf.core.storage.moments import (
+    block_of_8bit,
+    check_state_dtype,
+    in_present_layout,
+    moments_of,
+)
 from molf.core.storage.sharding import local_part
 from molf.core.storage.weights import LOW, check_rounding, fold_low
 from molf.core.warn import warn
@@ -44,6 +49,7 @@ def loadable(given: dict[str, Any], groups: list[dict[str, Any]]) -> dict[str, A
         ValueError: The saved groups have other layers, experts or parameters, or a value out of
             range; or the state is another optimizer's, has another shape, or overflows the dtype of
             the arithmetic.
+        ImportError: Moments are 8-bit, and torchao is not installed.
     """
     saved = [{key: storable(value) for key, value in one.items()} for one in given["param_groups"]]
     _check_same_structure(saved, groups)
@@ -53,6 +59,7 @@ def loadable(given: dict[str, Any], groups: list[dict[str, Any]]) -> dict[str, A
     for group in merged:
         check_group(group, smallest=-math.inf)  # schedules can make rates negative
         check_word("weight_rounding", group["weight_rounding"])
+        check_state_dtype(group["state_dtype"])
     state = dict(given["state"])
     result = []
     for number, (one, own) in enumerate(zip(saved, groups, strict=True)):
@@ -247,7 +254,7 @@ def fitted(state: dict[str, Any], group: dict[str, Any], place: int, number: int
         number: Number of the group.
 
     Raises:
-        ValueError: The state belongs to another shape, or overflows.
+        ValueError: The state belongs to another shape, lacks a tensor, or overflows.
     """
     parameter: Tensor = group["params"][place]
     name = parameter_name(group, place, number)
@@ -266,6 +273,11 @@ def fitted(state: dict[str, Any], group: dict[str, Any], place: int, number: int
     result = in_present_layout(result)
     if "exp_avg_codes" in result and block_of_8bit(parameter) is None:
         result = _without_codes(result)
+    lacking = sorted(_needed(result, shapes) - result.keys())
+    if lacking:
+        raise ValueError(
+            f"Cannot load the optimizer state: that of {name} lacks {', '.join(lacking)}."
+        )
     dtype = compute_dtype(parameter)
     for key, value in result.items():
         if key == "step" and value != {}:  # {}: a flattened checkpoint without this state
@@ -284,13 +296,26 @@ def _shapes(parameter: Tensor, group: dict[str, Any]) -> dict[str, torch.Size]:
     """Return the shapes of the tensors that a parameter's state may have."""
     shape = real_view(parameter).shape
     shapes = dict.fromkeys((*_MOMENTS, LOW), shape)
-    if group["layer"] is not None and len(shape) == 2:  # factors of the folded form
+    is_folded = group["layer"] is not None and group.get("adapter_scaling") is None
+    if is_folded and len(shape) == 2:
         out_features, in_features = reversed(shape) if group["transposed"] else shape
         rank = sum(group["ranks"])
         for key in ("", *(f"_{moment}" for moment in _MOMENTS)):
             shapes[f"lora_A{key}"] = torch.Size((rank, in_features))
             shapes[f"lora_B{key}"] = torch.Size((out_features, rank))
     return shapes
+
+
+def _needed(state: dict[str, Any], shapes: Iterable[str]) -> set[str]:
+    """Return the keys of the tensors that a step reads of this state; none before the first."""
+    if state.get("step", {}) == {}:  # {}: a flattened checkpoint without this state
+        return set()
+    keys = {*shapes} - {LOW}
+    if "exp_avg_codes" in state:
+        kinds = ("codes", "scales")
+        keys |= {f"{moment}_{kind}" for moment in _MOMENTS for kind in kinds}
+        keys -= {*_MOMENTS}
+    return keys
 
 
 def _without_codes(state: dict[str, Any]) -> dict[str, Any]:

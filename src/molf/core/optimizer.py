@@ -203,10 +203,14 @@ class MoLFAdamW(AdamW):
         """Add a group; one with a `layer` is a routed layer, with the keys of `from_model`.
 
         Raises:
-            ValueError: A value is not allowed.
+            ValueError: A value is not allowed, or a layer of this name is in the optimizer.
         """
         if isinstance(param_group, dict):
             self._check_score(param_group)
+            layer = param_group.get("layer")
+            # Decisions, counts and draws are kept by name.
+            if layer is not None and any(own["layer"] == layer for own in self.param_groups):
+                raise ValueError(f"Layer {layer!r} is in the optimizer already. Rename the group.")
         super().add_param_group(param_group)
 
     def _check_saved_group(self, group: dict[str, Any]) -> None:

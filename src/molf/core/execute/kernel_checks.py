@@ -22,7 +22,7 @@ def check_kernel_group(group: dict[str, Any], number: int, home: torch.device) -
     Args:
         group: Group with all defaults.
         number: Number of the group in the optimizer.
-        home: Device of the optimizer's first parameter.
+        home: Device of the optimizer's first trained parameter.
 
     Raises:
         ValueError: With the remedy.
@@ -34,7 +34,8 @@ def check_kernel_group(group: dict[str, Any], number: int, home: torch.device) -
             "lora_dropout). Leave kernels out, or train the plain model without dropout."
         )
     for index, parameter in enumerate(group["params"]):
-        check_kernel_parameter(parameter, parameter_name(group, index, number), home)
+        if parameter.requires_grad:  # a step checks all that have a gradient
+            check_kernel_parameter(parameter, parameter_name(group, index, number), home)
 
 
 def check_float32_moments(group: dict[str, Any]) -> None:

@@ -119,7 +119,8 @@ def trained_layers(model: nn.Module, config: MoLFConfig) -> list[AdaptedLayer]:
             layers.append(_adapted_layer(name, clean(name), module, adapter, config))
     _check_selected([layer.name for layer in layers], head_name(model), config)
     if not config.freeze_base:
-        check_not_tied(model, [(x.name, x.weight) for x in layers if x.weight is not None])
+        weights = [(x.name, x.weight) for x in layers if x.weight is not None]
+        check_not_tied(model, weights, use="adapted")
     return layers
 
 

@@ -316,6 +316,12 @@ def check_group(group: dict[str, Any], *, smallest: float = 0.0) -> None:
         _check_experts(group, smallest)
         if any(parameter.is_complex() for parameter in group["params"]):
             raise ValueError(f"Layer {group['layer']}: complex weights cannot be routed.")
+        if number("eps", group["eps"]) == 0:
+            # While B = 0 the gradient of A is zero, and its step would be 0 / 0.
+            raise ValueError(
+                f"Invalid eps=0 of layer {group['layer']!r}: a factor without a gradient so far "
+                "would become NaN. Must be positive."
+            )
         check_shapes(group)
     pair_of_betas(group["betas"])
     for place, parameter in enumerate(group["params"]):

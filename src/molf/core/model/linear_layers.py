@@ -114,7 +114,8 @@ def trainable_layers(
             f"No layer can be routed: the weights of all {len(names)} matching linear layers are "
             "frozen (requires_grad=False)."
         )
-    check_not_tied(model, [(layer.name, layer.weight) for layer in layers])
+    weights = [(layer.name, layer.weight) for layer in layers]
+    check_not_tied(model, weights, use="adapted" if in_adapter else "routed")
     if not config.freeze_rest:
         _check_own_biases(layers)
     return layers
@@ -141,6 +142,10 @@ _TIED = {
         "its gradient sums both uses, so it cannot be routed",
         "Put it into exclude_modules",
     ),
+    "adapted": (
+        "an adapter would act on one use alone, and merging it would change both",
+        "Put it into exclude_modules",
+    ),
     "merged": ("merging its adapter would change both", "Put it into exclude_modules"),
     "assigned": ("merging its adapter would change both", "Make it full or frozen, like the other"),
 }
@@ -151,11 +156,14 @@ def check_not_tied(
 ) -> None:
     """Refuse layers that share their weight with another module.
 
+    A layer that the model has under two names passes if `use` is `"routed"`: all experts get the
+    gradient of both. PEFT puts an adapter under one of the names.
+
     Raises:
         ValueError: For the first such layer, with the names of the others.
     """
     # By tensor, because frameworks tie by assigning the same parameter.
-    uses = _uses(model)
+    uses = _uses(model, by_every_name=use != "routed")
     for name, weight in weights:
         others = [one for one in uses[weight] if one != name]
         if others:
@@ -259,19 +267,30 @@ def _shown(patterns: str | tuple[str, ...]) -> str:
     return patterns if isinstance(patterns, str) else ",".join(patterns)
 
 
-def _uses(model: nn.Module) -> dict[torch.Tensor, list[str]]:
+def _uses(model: nn.Module, *, by_every_name: bool) -> dict[torch.Tensor, list[str]]:
     """Return the places of each parameter; a tied one has several.
 
     A place is the name of the layer; for attributes other than `weight` and `bias`, with theirs.
+
+    Args:
+        model: The model.
+        by_every_name: Whether a module that two modules hold, or one under two names, has a place
+            for each. A module inside of such a module has one.
     """
+    names = defaultdict(list)
+    for parent, module in model.named_modules():
+        for key, child in module._modules.items():
+            if child is not None:
+                names[child].append(".".join(filter(None, (parent, key))))
     places = defaultdict(list)
     clean = cleaner(model)
-    for name, module in model.named_modules():
-        layer = clean(name).removesuffix(".base_layer")
-        for key, parameter in module._parameters.items():
-            if parameter is not None:
-                own = "" if key in ("weight", "bias") else re.sub("_(weight|bias)$", "", key)
-                places[parameter].append(".".join(filter(None, (layer, own))))
+    for first, module in model.named_modules():
+        for name in names.get(module, [first]) if by_every_name else [first]:
+            layer = clean(name).removesuffix(".base_layer")
+            for key, parameter in module._parameters.items():
+                if parameter is not None:
+                    own = "" if key in ("weight", "bias") else re.sub("_(weight|bias)$", "", key)
+                    places[parameter].append(".".join(filter(None, (layer, own))))
     return places
 
 

@@ -150,7 +150,7 @@ def _names(model: nn.Module, config: MoLFConfig) -> list[str]:
     weights = [(n, m, m.weight) for n, m in linears.items() if isinstance(m.weight, torch.Tensor)]
     for name, module, weight in weights:
         check_adaptable_weight(name, weight, sides_of(module))
-    check_not_tied(model, [(name, weight) for name, _, weight in weights])
+    check_not_tied(model, [(name, weight) for name, _, weight in weights], use="adapted")
     return list(linears)
 
 

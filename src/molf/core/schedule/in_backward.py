@@ -49,7 +49,7 @@ class BackwardSteps:
         self._optimizers = [weakref.ref(optimizer)]
         self._lost: Any = WeakIdKeyDictionary()  # parameter: weak reference to its new optimizer
         self._handles: list[RemovableHandle] = []
-        self._watched: list[Tensor] = []
+        self._watched: list[tuple[Tensor, bool]] = []  # and whether it had a hook
         self._ready: dict[UnitKey, set[int]] = {}
         self._taken: set[UnitKey] = set()
         # Autograd calls hooks from one thread per device. A step waits for its device and so lets
@@ -86,14 +86,16 @@ class BackwardSteps:
     def watch(self) -> None:
         """Register hooks on the parameters of the current groups, unless they have them."""
         units = list(self._units())
-        parameters = [p for unit in units for p in unit.parameters]
-        if len(parameters) == len(self._watched) and all(
-            new is old for new, old in zip(parameters, self._watched, strict=True)
+        # A frozen parameter cannot have a hook: it gets one once it is unfrozen.
+        found = [(p, p.requires_grad) for unit in units for p in unit.parameters]
+        if len(found) == len(self._watched) and all(
+            new[0] is old[0] and new[1] == old[1]
+            for new, old in zip(found, self._watched, strict=True)
         ):
             return
         self.unwatch()
-        self._watched = parameters
-        for parameter in parameters:
+        self._watched = found
+        for parameter, _ in found:
             _watchers[parameter] = weakref.ref(self)
         self._handles += [
             # A weak reference: parameters, and with them hooks, may outlive the optimizer.
@@ -245,12 +247,12 @@ def check_no_scaler(optimizer: torch.optim.Optimizer) -> None:
 
 
 def check_no_float16(parameters: Iterable[Tensor]) -> None:
-    """Refuse float16 parameters, whose gradients are scaled until the whole pass is over.
+    """Refuse trained float16 parameters, whose gradients are scaled until the pass is over.
 
     Raises:
         ValueError: With the remedy.
     """
-    if any(parameter.dtype == torch.float16 for parameter in parameters):
+    if any(p.requires_grad and p.dtype == torch.float16 for p in parameters):
         raise ValueError(
             "optimizer_in_backward=True with float16 weights is not possible: they need loss "
             "scaling, and a layer would move before its gradient is unscaled. Load the model in "

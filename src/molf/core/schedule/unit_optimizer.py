@@ -88,7 +88,7 @@ class UnitOptimizer(Optimizer):
 
     def _check_processes(self) -> None:
         check_processes(
-            list(self._parameters()),
+            list(self._parameters()),  # a frozen base in shards beside a whole adapter is refused
             self._name_of,
             optimizer_in_backward=self.optimizer_in_backward,
             grad_accumulation_dtype=self.grad_accumulation_dtype,
@@ -112,8 +112,9 @@ class UnitOptimizer(Optimizer):
         return any((self.state.get(p) or {}).get("step") for p in self._parameters())
 
     def _home(self) -> torch.device:
-        """The device of the first parameter."""
-        return next((p.device for p in self._parameters()), torch.device("cpu"))
+        """The device of the first trained parameter."""
+        trained = (p.device for p in self._parameters() if p.requires_grad)
+        return next(trained, torch.device("cpu"))
 
     @torch._disable_dynamo
     @torch.no_grad()
@@ -168,7 +169,8 @@ class UnitOptimizer(Optimizer):
         """Have the next step refused, as for a bad gradient, if the loss is not finite.
 
         A loss of NaN may leave finite gradients. The numbers are read with those that the step
-        reads anyway: the host waits once for all.
+        reads anyway: the host waits once for all. Each call replaces the one before; `zero_grad`
+        may come between it and the step.
 
         Args:
             loss: The step's loss, of all its micro-batches, 0-dim. With sharded parameters every
@@ -193,7 +195,6 @@ class UnitOptimizer(Optimizer):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Reset the gradients, as torch does; an interrupted backward pass is forgotten."""
         super().zero_grad(set_to_none)
-        self._required = {}
         if self._backward is not None:
             self._backward.close()
             self._end_step()

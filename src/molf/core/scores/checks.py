@@ -157,7 +157,8 @@ def _sums(score: Score, shape: tuple[int, ...], where: str) -> dict[str, float]:
         generator = torch.Generator().manual_seed(0)
         grad, exp_avg, root = (torch.randn(shape, generator=generator) for _ in range(3))
         block = Block(grad, exp_avg, root.square())
-        before = [one.clone() for one in (block.grad, block.exp_avg, block.exp_avg_sq)]
+        tensors = (block.grad, block.exp_avg, block.exp_avg_sq, block.direction)
+        before = [one.clone() for one in tensors]
         about = f"Invalid factors of the term {term.name!r} of {where}"
         try:
             factors: Any = term.factors(block)
@@ -174,9 +175,10 @@ def _sums(score: Score, shape: tuple[int, ...], where: str) -> dict[str, float]:
                 f"{about}: they must return a tuple of one or two tensors in the shape of the "
                 f"block, not {_described(factors)}."
             )
-        after = (block.grad, block.exp_avg, block.exp_avg_sq)
-        if not all(map(torch.equal, before, after)):
-            raise ValueError(f"{about}: they changed the gradient or a moment in place.")
+        if not all(map(torch.equal, before, tensors)):
+            raise ValueError(
+                f"{about}: they changed the gradient, a moment or the direction in place."
+            )
         first, second = factors if len(factors) == 2 else (factors[0], torch.ones(shape))
         found[term.name] = float((first * second).sum())
     return found

@@ -30,7 +30,7 @@ class Block:
 
     @property
     def direction(self) -> Tensor:
-        """`m / (sqrt(v) + 1e-8)`, without bias correction."""
+        """`m / (sqrt(v) + 1e-8)`, without bias correction. Do not write to it."""
         if self.known_direction is None:
             # m * (1 / root) would round once more than m / root.
             self.known_direction = self.exp_avg / self.exp_avg_sq.sqrt().add_(SCORE_EPS)
@@ -44,7 +44,7 @@ class ScoreTerm:
     Attributes:
         name: Key of the sum in `Part.sums`.
         factors: Returns one tensor, whose elements are summed, or two, whose products are summed.
-            Both in the shape of the block.
+            Both in the shape of the block, of any real dtype.
         is_before: Whether the block holds the moments before the update (m and v of step t - 1,
             gradient of step t) instead of after it.
     """

@@ -13,6 +13,7 @@ from molf.core.arithmetic.adam import AdamWStep
 from molf.core.arithmetic.blocks import Blocks
 from molf.core.arithmetic.devices import CanRead, is_host_memory
 from molf.core.config import lora_expert_names
+from molf.core.hyper_parameters import storable
 from molf.core.model.factors import owned_by
 from molf.core.model.groups import parameter_name
 from molf.core.scores.checks import ScoreError, value_of
@@ -276,7 +277,8 @@ class RoutedLayer(ABC):
                 "sums are finite."
             )
         for name, number in expert.kept.items():
-            self.kept[f"score_{expert.name}_{name}"] = number
+            # NumPy's numbers would not load with `weights_only=True`.
+            self.kept[f"score_{expert.name}_{name}"] = storable(number)
         return value
 
     def _lora_step(self, index: int) -> AdamWStep:

@@ -100,16 +100,23 @@ def as_sharded(local: Tensor, like: Any, dim: int, size: int) -> Tensor:
         dim: Dimension that is cut.
         size: Size of that dimension in the whole tensor.
     """
-    from torch.distributed.tensor import DTensor, Shard
+    from torch.distributed.tensor import DTensor
     from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 
-    placements = tuple(Shard(dim) if one.is_shard() else one for one in like.placements)
+    placements = _placements(like, dim)
     shape = torch.Size((*local.shape[:dim], size, *local.shape[dim + 1 :]))
     stride = tuple(shape[i + 1 :].numel() for i in range(len(shape)))
     spec = DTensorSpec(like.device_mesh, placements, TensorMeta(shape, stride, local.dtype))
     # Not `from_local`: it copies a part in host memory (CPUOffloadPolicy) to the mesh's device.
     sharded: Tensor = DTensor(local, spec, requires_grad=False)
     return sharded
+
+
+def _placements(like: Any, dim: int) -> tuple[Any, ...]:
+    """Return the placements of a tensor that is cut along `dim` as a sharded parameter is."""
+    from torch.distributed.tensor import Shard
+
+    return tuple(Shard(dim) if one.is_shard() else one for one in like.placements)
 
 
 def cut_like(values: Tensor, like: Tensor, dim: int) -> Tensor:
@@ -127,7 +134,7 @@ def cut_like(values: Tensor, like: Tensor, dim: int) -> Tensor:
     if is_sharded(values):
         mesh, placements = layout_of(values)
         own = layout_of(like)
-        if mesh != own.mesh or placements[own.dim].dim != dim:
+        if (mesh, placements) != (own.mesh, _placements(like, dim)):
             raise ValueError(
                 f"The optimizer state is sharded over {mesh} as {placements}, the parameters over "
                 f"{own.mesh}. Load it with torch.distributed.checkpoint."

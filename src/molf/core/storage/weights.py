@@ -32,18 +32,20 @@ def rounding_of(parameter: Tensor, weight_rounding: str | None) -> str:
 def check_rounding(parameters: Iterable[Tensor], weight_rounding: str | None) -> None:
     """Refuse a rounding that does not apply to the parameters' dtypes.
 
+    Frozen parameters may have any dtype; bfloat16 ones may be trained later.
+
     Raises:
         ValueError: With the remedy.
     """
     if weight_rounding is None:
         return
-    dtypes = {parameter.dtype for parameter in parameters}
+    dtypes = {p.dtype for p in parameters if p.requires_grad or p.dtype == torch.bfloat16}
     low = {dtype for dtype in dtypes if dtype.itemsize < 4}
     if not low:
         found = ", ".join(sorted(str(dtype) for dtype in dtypes))
         raise ValueError(
             f"weight_rounding={weight_rounding!r} has nothing to round: the trained weights are "
-            f"{found}. Load the model in bfloat16, or leave weight_rounding out."
+            f"{found or 'none'}. Load the model in bfloat16, or leave weight_rounding out."
         )
     other = low - {torch.bfloat16}
     if other and weight_rounding != "nearest":
@@ -54,12 +56,16 @@ def check_rounding(parameters: Iterable[Tensor], weight_rounding: str | None) ->
 
 
 def warn_of_nearest(roundings: Iterable[tuple[Tensor, str | None]]) -> None:
-    """Warn of weights that are rounded to nearest.
+    """Warn of trained weights that are rounded to nearest.
 
     Args:
         roundings: Parameters, each with its `weight_rounding`.
     """
-    nearest = {p.dtype for p, rounding in roundings if rounding_of(p, rounding) == "nearest"}
+    nearest = {
+        p.dtype
+        for p, rounding in roundings
+        if p.requires_grad and rounding_of(p, rounding) == "nearest"
+    }
     for dtype in nearest:
         way_out = "Leave weight_rounding out: bfloat16 weights are then exact."
         if dtype != torch.bfloat16:
