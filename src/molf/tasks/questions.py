@@ -165,11 +165,12 @@ def load_questions(
 
     if options.eval_data is not None:
         other = split_records(options.eval_data, option=options.eval_option)
-        evaluation = _question_set(other, _evaluation_split(other, kind), kind, options.eval_data)
+        split = _evaluation_split(other, options.evaluation_splits(kind.evaluation_splits))
+        evaluation = _question_set(other, split, kind, options.eval_data)
         evaluated, evaluated_on = list(evaluation.questions), options.eval_data
         official = True
     else:
-        split = _evaluation_split(own, kind)
+        split = _evaluation_split(own, kind.evaluation_splits)
         official = split != "train"
         if official or training is None:
             evaluation = _question_set(own, split, kind, data)
@@ -271,8 +272,8 @@ def _training_set(splits: Splits, kind: QuestionKind[Q], data: str) -> QuestionS
     return _question_set(splits, "train", kind, data)
 
 
-def _evaluation_split(splits: Splits, kind: QuestionKind[Q]) -> str:
-    return next(name for name in (*kind.evaluation_splits, "train") if name in splits)
+def _evaluation_split(splits: Splits, preferred: tuple[str, ...]) -> str:
+    return next(name for name in (*preferred, "train") if name in splits)
 
 
 def _question_set(splits: Splits, split: str, kind: QuestionKind[Q], data: str) -> QuestionSet[Q]:
