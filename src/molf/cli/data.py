@@ -162,6 +162,8 @@ def _print_examples(records: list[PreviewedRecord]) -> None:
         parts = (f"[[{part}]]" if loss else part for part, loss in record.segments)
         # Line breaks stay, so that a chat reads as the model sees it.
         text = printable("".join(parts))
+        state = f", {record.state}" if record.state else ""
         sys.stdout.write(
-            f"\nrecord {record.index}, {record.tokens} tokens; [[text]] carries loss:\n{text}\n"
+            f"\nrecord {record.index}, {record.tokens} tokens{state}; [[text]] carries loss:\n"
+            f"{text}\n"
         )
