@@ -54,7 +54,7 @@ class Conversation(Sample):
 
     @property
     def content(self) -> Hashable:
-        """A hash of the messages and the other inputs of the template, without the turns with loss."""
+        """A hash of all inputs of the template, equal whichever turns carry loss."""
         messages = [comparable(message) for message in self.messages]
         whole = [messages, self.tools, dict(self.template_options)]
         # Parquet has values that JSON has not, such as times.
