@@ -101,8 +101,8 @@ def check_causal(name: str, model: Any, pad_id: int) -> None:
         )
     if differ(model, logits, changed):
         raise InputError(
-            f"model {name}: in {type(model).__name__}, tokens attend to later ones, as in models for "
-            "embeddings. Its loss would be that of tokens that it reads. Give a model that "
+            f"model {name}: in {type(model).__name__}, tokens attend to later ones, as in models "
+            "for embeddings. Its loss would be that of tokens that it reads. Give a model that "
             "continues text."
         )
 
