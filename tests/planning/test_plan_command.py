@@ -201,6 +201,13 @@ def test_options_reach_the_plan(asked_for, options, name, value):
     assert attrgetter(name)(asked_for(*options.split())) == value
 
 
+def test_shards_on_one_gpu_are_named(asked_for, capsys):
+    asked_for("--fsdp", "all")
+    assert "Without effect with one GPU: fsdp=all. Give --num_gpus N" in capsys.readouterr().err
+    asked_for("--fsdp", "all", "--num_nodes", "2")
+    assert capsys.readouterr().err == ""
+
+
 @pytest.fixture
 def stored(config_alone):
     """Have the model's configuration say that it is stored quantised."""
