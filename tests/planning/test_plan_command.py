@@ -248,6 +248,16 @@ def test_base_that_is_stored_quantised_otherwise(stored, capsys, method, more, w
     assert all(word in error for word in words)
 
 
+def test_a_quantised_base_is_not_divided(stored, config_alone, capsys):
+    """As in training, which refuses `--fsdp` for it."""
+    given = ["plan", "--model", str(config_alone), "--task", "custom", "--method", "lora"]
+    assert main([*given, "--load_in_4bit", "--num_gpus", "2"]) == 2
+    assert "Invalid num_gpus=2 with load_in_4bit" in capsys.readouterr().err
+    stored(quant_method="bitsandbytes", load_in_8bit=True)
+    assert main([*given, "--num_nodes", "2"]) == 2
+    assert "Invalid num_nodes=2 with load_in_8bit" in capsys.readouterr().err
+
+
 def test_options_without_effect_are_named(config_alone, capsys):
     common = ["plan", "--model", str(config_alone), "--ranks", "4", *COMMON]
     given = ["--optimizer_in_backward", "--state_offload", "--method", "lora"]
