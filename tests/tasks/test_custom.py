@@ -353,6 +353,13 @@ def test_a_conversation_without_a_turn_to_learn_is_left_out_and_counted(tmp_path
         load(write(tmp_path / "b.jsonl", [nothing]))
 
 
+def test_other_names_of_the_assistant_are_told(tmp_path):
+    talk = [{"role": "user", "content": "Where?"}, {"role": "model", "content": "In Paris."}]
+    fault = r"can be used \(no assistant message to learn \(roles: 'model'\): 2\)"
+    with pytest.raises(InputError, match=fault):
+        load(write(tmp_path / "a.jsonl", [{"messages": talk}] * 2))
+
+
 def test_fields_that_are_not_read_are_named_once(tmp_path):
     records = [{**record, "source": "web", "id": i} for i, record in enumerate(pairs(9))]
     with pytest.warns(UserWarning, match="fields that are not read: source, id") as caught:

@@ -28,7 +28,8 @@ _REASONING = ("reasoning_content", "thinking", "reasoning")  # transformers copi
 INSTEAD_OF_CONTENT = ("tool_calls", *_REASONING)
 """Message fields beside which a content may be missing or empty."""
 
-_ROLES = ("system", "user", "assistant", "tool")  # that templates may write without naming them
+ROLES = ("system", "user", "assistant", "tool")
+"""Roles that templates may write without naming them."""
 
 _IDS = frozenset({"id", "tool_call_id"})
 
@@ -195,7 +196,7 @@ class Chat:
     @property
     def unnamed_roles(self) -> list[str]:
         """Roles of the messages that the template does not name."""
-        roles = {message["role"] for message in self._messages}.difference(_ROLES)
+        roles = {message["role"] for message in self._messages}.difference(ROLES)
         return sorted(role for role in roles if not self.template.reads(role))
 
     def _first_accepted(self) -> Rendering:

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from molf.data.chat_template import INSTEAD_OF_CONTENT, Message
+from molf.data.chat_template import INSTEAD_OF_CONTENT, ROLES, Message
 from molf.data.conversations import Conversation, Instruction, learned_turns
 from molf.data.fields import (
     filled_text,
@@ -373,6 +373,9 @@ def _conversation(
     )
     learned = learned_turns(messages, context)
     if not learned:
-        raise UnusableRecordError(NO_TURN)
+        roles = dict.fromkeys(message["role"] for message in messages)
+        # Such as `gpt` or `model` in place of `assistant`, which would leave out every record.
+        others = [f"{role!r:.30}" for role in roles if role not in ROLES]
+        raise UnusableRecordError(f"{NO_TURN} (roles: {', '.join(others)})" if others else NO_TURN)
     # Messages after the last turn with loss have no effect on the training.
     return Conversation(tuple(messages[: learned[-1] + 1]), context, index, tools, options)
