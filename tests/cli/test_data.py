@@ -122,6 +122,8 @@ def test_counts_lengths_and_examples_are_printed(shown):
     assert "[[ " in out
     assert "%" in out.split("loss       on ")[1].split("\n")[0]
     assert "1 of 22 records are left out" in captured.err
+    out = shown([{"prompt": "long " * 60, "completion": "x"}]).out
+    assert re.search(r"\nrecord 0, \d+ tokens, left out: longer than 64 tokens; ", out)
 
 
 def test_examples_are_records_that_are_trained_on(shown):

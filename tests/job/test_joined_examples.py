@@ -8,7 +8,7 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from trl.trainer.utils import add_fused_lm_head
 
 from molf.errors import InputError
-from molf.job.loss_check import check_joined
+from molf.job.loss_check import check_causal, check_joined
 
 _COMMON = {"vocab_size": 512, "bos_token_id": None, "eos_token_id": 0, "pad_token_id": 1}
 _SIZES = {"hidden_size": 32, "num_hidden_layers": 2}
@@ -111,3 +111,26 @@ def test_rows_above_the_model_s_positions():
     with pytest.raises(InputError, match="GPTNeoForCausalLM fails on joined examples"):
         check_joined("x", model, 1, 65)
     check_joined("x", make("GPT2", n_positions=64), 1, 1000)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_model_that_reads_later_tokens_is_refused(dtype):
+    """Such as EmbeddingGemma, whose configuration is that of Gemma 3 otherwise."""
+    text = {"head_dim": 8, "num_key_value_heads": 2, "sliding_window": 4, **_HEADS}
+    torch.manual_seed(0)
+    for bidirectional in (False, True):
+        config = transformers.Gemma3TextConfig(
+            use_bidirectional_attention=bidirectional, **_COMMON, **text
+        )
+        model = AutoModelForCausalLM.from_config(config).to(dtype)
+        if not bidirectional:
+            check_causal("x", model, 1)
+            continue
+        with pytest.raises(InputError, match="model x: in Gemma3ForCausalLM, tokens attend to"):
+            check_causal("x", model, 1)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_models_that_continue_text_are_accepted(name):
+    check_causal("x", make(name), 1)
+    check_causal("x", make("GPT2", n_positions=4), 1)

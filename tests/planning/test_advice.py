@@ -1,6 +1,7 @@
 """Suggestions: each is planned, and fits."""
 
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 
 import pytest
 
@@ -70,6 +71,24 @@ def test_a_score_that_compares_layers_excludes_changes(option):
     with pytest.raises(InputError, match=f"Invalid score=share:0.3:epd with {option}"):
         replace(workload, **{option: True})
     assert find(Endless(), workload, 2**30) == []
+
+
+class OnManyGpus:
+    """A planner of a model that fits several GPUs alone."""
+
+    def step_peak(self, workload):
+        return 1 if workload.devices > 1 else 2**60
+
+    def memory(self, workload):
+        return SimpleNamespace(peak=1)
+
+
+@pytest.mark.parametrize("quantised", [None, "load_in_4bit"])
+def test_a_quantised_base_is_not_divided_over_gpus(quantised):
+    lora = method_config("lora", ranks=(4,))
+    alone = Workload(method="lora", config=lora, batch_size=1, length=128, quantised=quantised)
+    changes = [found.changes for found in find(OnManyGpus(), alone, 2**30)]
+    assert changes == ([("--num_gpus 2",)] if quantised is None else [])
 
 
 @pytest.mark.slow

@@ -201,6 +201,13 @@ def test_options_reach_the_plan(asked_for, options, name, value):
     assert attrgetter(name)(asked_for(*options.split())) == value
 
 
+def test_shards_on_one_gpu_are_named(asked_for, capsys):
+    asked_for("--fsdp", "all")
+    assert "Without effect with one GPU: fsdp=all. Give --num_gpus N" in capsys.readouterr().err
+    asked_for("--fsdp", "all", "--num_nodes", "2")
+    assert capsys.readouterr().err == ""
+
+
 @pytest.fixture
 def stored(config_alone):
     """Have the model's configuration say that it is stored quantised."""
@@ -239,6 +246,16 @@ def test_base_that_is_stored_quantised_otherwise(stored, capsys, method, more, w
     assert main(["plan", "--model", model, *more.split()]) == 2
     error = capsys.readouterr().err
     assert all(word in error for word in words)
+
+
+def test_a_quantised_base_is_not_divided(stored, config_alone, capsys):
+    """As in training, which refuses `--fsdp` for it."""
+    given = ["plan", "--model", str(config_alone), "--task", "custom", "--method", "lora"]
+    assert main([*given, "--load_in_4bit", "--num_gpus", "2"]) == 2
+    assert "Invalid num_gpus=2 with load_in_4bit" in capsys.readouterr().err
+    stored(quant_method="bitsandbytes", load_in_8bit=True)
+    assert main([*given, "--num_nodes", "2"]) == 2
+    assert "Invalid num_nodes=2 with load_in_8bit" in capsys.readouterr().err
 
 
 def test_options_without_effect_are_named(config_alone, capsys):

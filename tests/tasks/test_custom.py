@@ -7,7 +7,9 @@ import pytest
 
 from molf.data import encoding
 from molf.data.encoding import encode_samples
+from molf.data.samples import EMPTY
 from molf.errors import InputError
+from molf.job.evaluated_data import warn_of_trained_records
 from molf.measure import EvaluationSettings
 from molf.measure.generate import decode, generate_greedy
 from molf.measure.tokens import tokenize
@@ -351,6 +353,13 @@ def test_a_conversation_without_a_turn_to_learn_is_left_out_and_counted(tmp_path
         load(write(tmp_path / "b.jsonl", [nothing]))
 
 
+def test_other_names_of_the_assistant_are_told(tmp_path):
+    talk = [{"role": "user", "content": "Where?"}, {"role": "model", "content": "In Paris."}]
+    fault = r"can be used \(no assistant message to learn \(roles: 'model'\): 2\)"
+    with pytest.raises(InputError, match=fault):
+        load(write(tmp_path / "a.jsonl", [{"messages": talk}] * 2))
+
+
 def test_fields_that_are_not_read_are_named_once(tmp_path):
     records = [{**record, "source": "web", "id": i} for i, record in enumerate(pairs(9))]
     with pytest.warns(UserWarning, match="fields that are not read: source, id") as caught:
@@ -422,6 +431,74 @@ def test_equal_records_are_trained_on_or_evaluated(tmp_path, chat):
     assert again.metrics["exact_match"].count == 6
     with pytest.raises(InputError, match="3 records of one content, and none is left to evaluate"):
         load(write(tmp_path / "b.jsonl", records[::20]))
+
+
+def called(arguments, number):
+    function = {"name": "weather", "arguments": arguments}
+    call = {"type": "function", "id": f"call-{number}", "function": function}
+    result = {"role": "tool", "content": "Warm.", "tool_call_id": f"call-{number}"}
+    return [TURNS[0], {"role": "assistant", "tool_calls": [call]}, result, TURNS[1]]
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ({"messages": TURNS}, {"prompt": TURNS[:1], "completion": TURNS[1:]}),
+        ({"messages": TURNS}, {"instruction": "Where?", "output": "In Paris."}),
+        ({"messages": TURNS}, {"messages": [{**TURNS[0], "id": "7"}, {**TURNS[1], "weight": 1}]}),
+        (
+            {"messages": TURNS},
+            {"messages": [{**TURNS[0], "content": [{"type": "text", "text": "Where?"}]}, TURNS[1]]},
+        ),
+        ({"messages": called({"city": "Rome"}, 1)}, {"messages": called('{"city": "Rome"}', 2)}),
+        (
+            {"messages": [*TURNS, *TURNS]},
+            {"messages": [TURNS[0], {**TURNS[1], "weight": 0}, *TURNS]},
+        ),
+    ],
+)
+def test_the_same_texts_in_two_forms_are_one_content(tmp_path, one, other):
+    """Else one of them is trained on and the other one measured."""
+    files = [write(tmp_path / f"{i}.jsonl", [record]) for i, record in enumerate((one, other))]
+    with pytest.warns(UserWarning, match="1 of 1 evaluated records are also trained on"):
+        warn_of_trained_records(load(files[0], eval_data=files[1]))
+    with pytest.raises(InputError, match="2 records of one content, and none is left to evaluate"):
+        load(",".join(files))
+
+
+def test_other_calls_and_results_are_another_content(tmp_path):
+    talks = [called({"city": "Rome"}, 1), called({"city": "Oslo"}, 1)]
+    talks.append([*talks[0][:2], {**talks[0][2], "content": "Cold."}, TURNS[1]])
+    path = write(tmp_path / "a.jsonl", [{"messages": talk} for talk in talks])
+    samples = load(path, evaluation_only=True)._data.samples
+    assert len({sample.content for sample in samples.values()}) == 3
+
+
+@pytest.mark.parametrize(
+    ("record", "is_empty"),
+    [
+        ({"prompt": "a", "completion": ""}, True),
+        ({"prompt": "a", "completion": " \n"}, True),
+        ({"prompt": "a", "completion": " b"}, False),
+        ({"instruction": "a", "output": ""}, True),
+        ({"messages": [TURNS[0], {"role": "assistant", "content": " "}]}, True),
+        ({"messages": [TURNS[0], {"role": "assistant", "content": ""}, *TURNS]}, True),
+        (
+            {"messages": [TURNS[0], {"role": "assistant", "content": "", "weight": 0}, *TURNS]},
+            False,
+        ),
+        ({"messages": called({"city": "Rome"}, 1)[:2]}, False),
+    ],
+)
+def test_an_empty_answer_is_named(tmp_path, record, is_empty):
+    tokenizer = byte_level_tokenizer()
+    tokenizer.chat_template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}{{ m.tool_calls }}"
+        "<|im_end|>\n{% endfor %}"
+    )
+    task = load(write(tmp_path / "a.jsonl", [record]), evaluation_only=True)
+    [sample] = task._data.samples.values()
+    assert (EMPTY in sample.render(tokenizer).faults) is is_empty
 
 
 @pytest.mark.parametrize(

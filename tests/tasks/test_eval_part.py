@@ -241,6 +241,25 @@ def test_validation_data_is_measured_in_place_of_a_part(tmp_path, folder, name):
         with_validation(whole, given, load_task)
 
 
+@pytest.mark.parametrize("name", ["med", "sql", "custom"])
+def test_validation_data_with_several_splits_is_not_measured_on_the_test_records(tmp_path, name):
+    write(tmp_path / "own.jsonl", RECORDS[name](30, "own"))
+    splits = tmp_path / "splits"
+    splits.mkdir()
+    for split, count in (("train", 9), ("validation", 4), ("test", 5)):
+        write(splits / f"{split}.jsonl", RECORDS[name](count, split))
+    given = TaskOptions(name=name, data=str(tmp_path / "own.jsonl"), validation_data=str(splits))
+    assert len(with_validation(load_task(given), given, load_task).validation_samples) == 4
+    if name != "med":  # whose test split has no labels at its source
+        evaluated = replace(given, eval_data=str(splits))
+        assert load_task(evaluated).evaluation_count == 5
+        assert (
+            len(with_validation(load_task(evaluated), evaluated, load_task).validation_samples) == 4
+        )
+    (splits / "validation.jsonl").unlink()
+    assert len(with_validation(load_task(given), given, load_task).validation_samples) == 5
+
+
 def test_questions_that_are_trained_with_wrong_answers_are_not_validation_data(tmp_path, folder):
     data = folder("med")
     given = TaskOptions(

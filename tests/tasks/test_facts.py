@@ -396,7 +396,9 @@ def test_wrong_options_are_refused():
     for name in ("max_samples", "max_eval_samples"):
         with pytest.raises(InputError, match=f"Invalid {name}=0. Must be at least 1"):
             TaskOptions(name="fact", **{name: 0})
-    with pytest.raises(InputError, match="demo-fact brings its own data"):
+    with pytest.raises(
+        InputError, match=r"demo-fact brings its own data: data cannot.* --task custom"
+    ):
         load_task(TaskOptions(name="demo-fact", data="x.jsonl"))
 
 

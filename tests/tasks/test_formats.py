@@ -160,6 +160,24 @@ def test_empty_texts_are_left_out(tmp_path):
         load(path)
 
 
+@pytest.mark.parametrize("fixed", [None, "text"])
+@pytest.mark.parametrize("kind", ["csv", "parquet", "jsonl"])
+def test_null_is_an_empty_text(tmp_path, kind, fixed):
+    rows = [{"id": i, "text": text} for i, text in enumerate((None, "One.", None, "Two."))]
+    path = tmp_path / f"a.{kind}"
+    if kind == "csv":
+        path.write_text("id,text\n0,\n1,One.\n2,\n3,Two.\n")
+    elif kind == "parquet":
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    else:
+        write(path, *rows)
+    with pytest.warns(UserWarning, match="2 of 4 records are left out: an empty text"):
+        task = load(str(path), format=fixed)
+    assert list(task.data_records().samples) == [1, 3]
+    with pytest.raises(InputError, match=r"record 1: needs prompt and completion.*has: texts"):
+        load(write(tmp_path / "b.jsonl", {"text": "One."}, {"texts": "Two."}))
+
+
 def test_files_of_two_formats_are_evaluated_together(tmp_path):
     one = write(tmp_path / "a.jsonl", RECORDS["text"])
     other = write(tmp_path / "b.jsonl", RECORDS["prompt-completion"])

@@ -25,9 +25,15 @@ _PROBE = ("vexq", "jumbz")  # words that no template contains
 
 _REASONING = ("reasoning_content", "thinking", "reasoning")  # transformers copies one to the others
 
-_ROLES = ("system", "user", "assistant", "tool")  # that templates may write without naming them
+INSTEAD_OF_CONTENT = ("tool_calls", *_REASONING)
+"""Message fields beside which a content may be missing or empty."""
 
-_NOT_FOR_TEMPLATES = frozenset({"role", "content", "weight", "tool_call_id", "id"})
+ROLES = ("system", "user", "assistant", "tool")
+"""Roles that templates may write without naming them."""
+
+_IDS = frozenset({"id", "tool_call_id"})
+
+_NOT_FOR_TEMPLATES = _IDS | {"role", "content", "weight"}
 """Message fields without text to train on: a template may ignore them."""
 
 
@@ -190,7 +196,7 @@ class Chat:
     @property
     def unnamed_roles(self) -> list[str]:
         """Roles of the messages that the template does not name."""
-        roles = {message["role"] for message in self._messages}.difference(_ROLES)
+        roles = {message["role"] for message in self._messages}.difference(ROLES)
         return sorted(role for role in roles if not self.template.reads(role))
 
     def _first_accepted(self) -> Rendering:
@@ -266,6 +272,23 @@ def text_of(content: Any) -> str:
     if isinstance(content, list):
         return "".join(part["text"] for part in content)
     return content or ""
+
+
+def comparable(message: Message) -> Message:
+    """Return a message without what may differ between records of the same texts.
+
+    Its content is a text, arguments of tool calls are objects, and ids and `weight` are left out.
+    """
+    formed = _converted(message, parts=False, as_object=True, empty="text")
+    kept = {name: value for name, value in formed.items() if name not in _IDS}
+    if isinstance(kept.get("tool_calls"), list):
+        kept["tool_calls"] = [
+            {name: value for name, value in call.items() if name not in _IDS}
+            if isinstance(call, dict)
+            else call
+            for call in kept["tool_calls"]
+        ]
+    return kept
 
 
 def _training_variant(tokenizer: Any, source: str) -> str | None:

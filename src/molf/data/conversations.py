@@ -8,9 +8,9 @@ from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from molf.data.chat_template import Chat, Message, text_of
+from molf.data.chat_template import INSTEAD_OF_CONTENT, Chat, Message, comparable, text_of
 from molf.data.control_tokens import control_tokens, marked, unmarked, without_marks
-from molf.data.samples import PromptCompletion, Rendered, Sample
+from molf.data.samples import EMPTY, PromptCompletion, Rendered, Sample
 from molf.data.turns import find_turns
 from molf.errors import InputError
 
@@ -54,12 +54,13 @@ class Conversation(Sample):
 
     @property
     def content(self) -> Hashable:
-        """A hash of the messages, the turns with loss, and all other inputs of the template."""
-        whole = [self.messages, self.tools, dict(self.template_options)]
+        """A hash of all inputs of the template, equal whichever turns carry loss."""
+        messages = [comparable(message) for message in self.messages]
+        whole = [messages, self.tools, dict(self.template_options)]
         # Parquet has values that JSON has not, such as times.
         text = json.dumps(whole, sort_keys=True, default=repr)
         # Keys of many records are kept at once, and this is shorter than their texts.
-        return self.context, hashlib.sha256(text.encode()).digest()
+        return hashlib.sha256(text.encode()).digest()
 
     def longest_text(self, tokenizer: Any) -> str:
         """Return all messages as the template renders them.
@@ -80,8 +81,9 @@ class Conversation(Sample):
                 the last turn cannot be found in the rendered text.
         """
         chat = self._chat(tokenizer)
+        learned = learned_turns(self.messages, self.context)
         try:
-            turns = find_turns(tokenizer, chat, learned_turns(self.messages, self.context))
+            turns = find_turns(tokenizer, chat, learned)
         except InputError as error:
             raise InputError(f"Record {self.record}: {error}") from error
         text, literal = unmarked(tokenizer, turns.text)
@@ -95,6 +97,8 @@ class Conversation(Sample):
         written = _without_space(text)
         if not all(_is_in(written, part) for part in self._parts()):
             faults.append(_LOST)
+        if any(_is_empty(self.messages[turn]) for turn in learned):
+            faults.append(EMPTY)
         spelled = control_tokens(tokenizer)
         return Rendered(
             text=text,
@@ -151,8 +155,8 @@ class Instruction(Sample):
 
     @property
     def content(self) -> Hashable:
-        """Prompt and completion."""
-        return self.plain.content
+        """That of the conversation."""
+        return self.conversation.content
 
     def render(self, tokenizer: Any) -> Rendered:
         """Render the conversation if the tokenizer has a chat template, else the prompt.
@@ -182,6 +186,13 @@ def learned_turns(messages: Sequence[Message], context: int) -> list[int]:
         for index in range(context, len(messages))
         if messages[index]["role"] == "assistant" and messages[index].get("weight") != 0
     ]
+
+
+def _is_empty(message: Message) -> bool:
+    """Return whether a message has neither a text nor anything in its place."""
+    return not (
+        text_of(message.get("content")).strip() or any(map(message.get, INSTEAD_OF_CONTENT))
+    )
 
 
 def _texts(value: Any) -> Iterator[str]:

@@ -149,7 +149,7 @@ def _table_records(path: Path, suffix: str, shown: str) -> Iterator[Record]:
 
 
 def rows_of(table: Any) -> Iterator[Record]:
-    """Yield the rows of an Arrow table or batch without null fields of objects, at any depth.
+    """Yield the rows of an Arrow table or batch; the objects in them are without null fields.
 
     Arrow gives each object of a column the keys of all others, with null as the value. Its maps
     become objects.
@@ -162,7 +162,8 @@ def rows_of(table: Any) -> Iterator[Record]:
         raise ValueError("a column has the name of another")
     # The conversion of maps takes four times as long, also where there are none.
     maps = "strict" if "map<" in str(table.schema) else None
-    return map(_without_nulls, table.to_pylist(maps_as_pydicts=maps))
+    for row in table.to_pylist(maps_as_pydicts=maps):
+        yield {name: _without_nulls(value) for name, value in row.items()}
 
 
 def _without_nulls(value: Any) -> Any:

@@ -10,6 +10,9 @@ from typing import Any, ClassVar
 
 from molf.data.control_tokens import control_tokens
 
+EMPTY = "an answer that carries loss is empty, so that its end alone is learned"
+"""A fault of a rendered sample."""
+
 Span = tuple[int, int]
 """Start and end in characters of a text."""
 
@@ -110,7 +113,8 @@ class PromptCompletion(Sample):
 
     def render(self, tokenizer: Any) -> Rendered:
         """Join the two texts; the completion carries the loss."""
-        return _rendered(tokenizer, self.prompt + self.completion, len(self.prompt))
+        faults = () if self.completion.strip() else (EMPTY,)
+        return _rendered(tokenizer, self.prompt + self.completion, len(self.prompt), faults)
 
 
 @dataclass(frozen=True)
@@ -148,9 +152,9 @@ def hash_of_samples(samples: Iterable[Sample]) -> str:
     return digest.hexdigest()
 
 
-def _rendered(tokenizer: Any, text: str, start: int) -> Rendered:
+def _rendered(tokenizer: Any, text: str, start: int, faults: tuple[str, ...] = ()) -> Rendered:
     """Return a text that is wholly the user's, with loss from character `start` on."""
     # Do not count an EOS at the end: every sample ends with EOS.
     own = text.removesuffix(tokenizer.eos_token or "")
     spelled = len(control_tokens(tokenizer).findall(own))
-    return Rendered(text, ((start, len(text)),), start, control_tokens=spelled)
+    return Rendered(text, ((start, len(text)),), start, faults, control_tokens=spelled)

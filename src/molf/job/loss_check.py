@@ -76,6 +76,37 @@ def check_loss(
         )
 
 
+def check_causal(name: str, model: Any, pad_id: int) -> None:
+    """Check that the logits of a token do not depend on later tokens.
+
+    A bidirectional model, such as one for embeddings or masked words, reads the token that it
+    should predict: its loss falls without learning to continue a text.
+
+    Args:
+        name: The model, for messages.
+        model: A plain model, on its device.
+        pad_id: Any id of the vocabulary.
+
+    Raises:
+        InputError: They depend on later tokens.
+    """
+    row = short_rows(model, pad_id)[0][: position_limit(model.config)]
+    first = len(row) // 2
+    other = [*row[:first], *reversed(row[first:])]
+    with inference(model):
+        evaluation_mode(model)
+        logits, changed = (
+            last_logits(model, [ids], pad_id, keep=len(ids))[0, :first].float()
+            for ids in (row, other)
+        )
+    if differ(model, logits, changed):
+        raise InputError(
+            f"model {name}: in {type(model).__name__}, tokens attend to later ones, as in models "
+            "for embeddings. Its loss would be that of tokens that it reads. Give a model that "
+            "continues text."
+        )
+
+
 def check_joined(name: str, model: Any, pad_id: int, most: int) -> None:
     """Check that examples that are joined to one row do not change each other's loss.
 

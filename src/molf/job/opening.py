@@ -25,7 +25,7 @@ from molf.data.tokens.processes import encode_in_processes
 from molf.errors import InputError
 from molf.job.attention import check_attention, set_attention
 from molf.job.inputs import Inputs
-from molf.job.loss_check import check_joined, check_loss
+from molf.job.loss_check import check_causal, check_joined, check_loss
 from molf.job.methods import Plan, TrainingData, assigned, check, plan
 from molf.job.methods.storage import check_kernels
 from molf.job.model.factors_memory import check_factors
@@ -337,6 +337,7 @@ def _reach(
             f"model {model}: {type(base.model).__name__} fails on the text of an example: {reason}"
         ) from error
     check_loss(model, base.model, longest, pad, router_coefficient)
+    check_causal(model, base.model, pad)
     return reach
 
 

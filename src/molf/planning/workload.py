@@ -53,7 +53,8 @@ class Workload(OptimizerOptions):
         unreached: Modules that no text reaches, which are frozen; found by the planner.
 
     Raises:
-        InputError: Options exclude each other, the score or several devices.
+        InputError: Options exclude each other, the score or several devices; or several devices
+            have a quantised base.
     """
 
     method: str
@@ -86,6 +87,13 @@ class Workload(OptimizerOptions):
             check_exclusions({**self.as_keywords(), **score, "num_gpus": self.devices})
         except OptionError as error:
             raise InputError(error.as_option) from error
+        if self.quantised is not None and self.devices > 1:
+            name = "num_gpus" if self.num_gpus > 1 else "num_nodes"
+            raise InputError(
+                f"Invalid {name}={getattr(self, name)} with {self.quantised}: a quantised base is "
+                "not divided over GPUs, so each of them takes the plan of one. Leave one of the "
+                "two out."
+            )
 
     @property
     def devices(self) -> int:

@@ -278,7 +278,7 @@ def load_custom(options: TaskOptions) -> CustomTask:
         data = _read_eval_data(options, options.eval_data)
         evaluated, evaluated_on = list(data.samples), options.eval_data
     elif len(splits) > 1:
-        split = _evaluation_split(splits)
+        split = _evaluation_split(splits, options)
         data = parse_parts(splits[split], f"{path} ({split})", options.format)
         evaluated, evaluated_on = list(data.samples), f"the {split} split of {path}"
     else:
@@ -313,7 +313,7 @@ def _load_validation(options: TaskOptions) -> CustomTask:
     if options.eval_data is not None:
         test = _read_eval_data(options, options.eval_data)
     elif len(splits) > 1:
-        split = _evaluation_split(splits)
+        split = _evaluation_split(splits, options)
         test = parse_parts(splits[split], f"{path} ({split})", options.format)
     rest, part = split_for_validation(
         options,
@@ -344,7 +344,7 @@ def _load_for_evaluation(options: TaskOptions) -> CustomTask:
         return CustomTask(options.name, data, drawn, {"evaluated_on": path})
     path = _required_data(options)
     splits = read_parts(path)
-    split = _evaluation_split(splits)
+    split = _evaluation_split(splits, options)
     data = parse_parts(splits[split], path, options.format)
     if any(weight != 1 for _, weight in data.weights):
         warnings.warn(f"{path}: each record is measured once, whatever its weight.", stacklevel=3)
@@ -377,7 +377,7 @@ def _required_data(options: TaskOptions) -> str:
 
 def _read_eval_data(options: TaskOptions, source: str) -> CustomData:
     splits = read_parts(source, option=options.eval_option)
-    parts = splits[_evaluation_split(splits)]
+    parts = splits[_evaluation_split(splits, options)]
     if given := next((part for part in parts if part.weight != 1), None):
         raise InputError(
             f"{options.eval_option}: {given.place} has the weight {given.weight:g}. Weights are "
@@ -386,5 +386,5 @@ def _read_eval_data(options: TaskOptions, source: str) -> CustomData:
     return parse_parts(parts, source, options.format)
 
 
-def _evaluation_split(splits: dict[str, list[Part]]) -> str:
-    return next(name for name in ("test", "validation", "train") if name in splits)
+def _evaluation_split(splits: dict[str, list[Part]], options: TaskOptions) -> str:
+    return next(name for name in (*options.evaluation_splits(), "train") if name in splits)

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from molf.data.chat_template import Message
+from molf.data.chat_template import INSTEAD_OF_CONTENT, ROLES, Message
 from molf.data.conversations import Conversation, Instruction, learned_turns
 from molf.data.fields import (
     filled_text,
@@ -45,8 +45,6 @@ _OPTIONAL = {
 
 NO_TURN = "no assistant message to learn"
 NO_TEXT = "an empty text"
-
-_INSTEAD_OF_CONTENT = ("tool_calls", "reasoning_content", "thinking", "reasoning")
 
 _SPEAKERS = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant"}
 
@@ -109,7 +107,7 @@ def parse_parts(parts: Sequence[Part], source: str, fixed: str | None = None) ->
         name, position = fixed, -1
         for position, record in enumerate(part.records):
             where = f"{part.place}, record {position}"
-            if name == "text" and not present_fields(record):  # an empty cell of CSV
+            if _is_empty_text(record, name, fixed):
                 left_out[NO_TEXT] += 1
                 continue
             name = name or format_of(record, where)
@@ -160,6 +158,19 @@ def _found_format(record: Record) -> str | None:
         if all(record.get(one) is not None for one in needed):
             return name
     return None
+
+
+def _is_empty_text(record: Record, name: str | None, fixed: str | None) -> bool:
+    """Return whether a record of the format `text` has null, as in an empty cell of CSV.
+
+    Args:
+        record: The record.
+        name: The format of its file; None before the first record with one.
+        fixed: The format of all records; None for that of each file.
+    """
+    if name not in (None, "text") or record.get("text", "") is not None:
+        return False
+    return fixed is not None or _found_format(record) is None
 
 
 def _check_format(record: Record, name: str, place: str, position: int) -> None:
@@ -282,7 +293,7 @@ def _messages(value: Any, where: str) -> list[Message]:
             message = {key: entry for key, entry in message.items() if entry is not None}
         if message.get("content") is not None:
             _check_content(message["content"], f"{at}.content")
-        elif message["role"] != "tool" and not any(map(message.get, _INSTEAD_OF_CONTENT)):
+        elif message["role"] != "tool" and not any(map(message.get, INSTEAD_OF_CONTENT)):
             raise InputError(f"{at} lacks a content, and has no tool_calls.")
         if message.get("tool_calls") is not None:
             for call in list_value(message["tool_calls"], f"{at}.tool_calls"):
@@ -362,6 +373,9 @@ def _conversation(
     )
     learned = learned_turns(messages, context)
     if not learned:
-        raise UnusableRecordError(NO_TURN)
+        roles = dict.fromkeys(message["role"] for message in messages)
+        # Such as `gpt` or `model` in place of `assistant`, which would leave out every record.
+        others = [f"{role!r:.30}" for role in roles if role not in ROLES]
+        raise UnusableRecordError(f"{NO_TURN} (roles: {', '.join(others)})" if others else NO_TURN)
     # Messages after the last turn with loss have no effect on the training.
     return Conversation(tuple(messages[: learned[-1] + 1]), context, index, tools, options)

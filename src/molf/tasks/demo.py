@@ -53,4 +53,7 @@ def refuse_data(options: TaskOptions) -> None:
     """Reject data for a task that has its own."""
     for name in ("data", "eval_data", "validation_data"):
         if getattr(options, name) is not None:
-            raise InputError(f"{options.name} brings its own data: {name} cannot be given with it.")
+            raise InputError(
+                f"{options.name} brings its own data: {name} cannot be given with it. Give the "
+                "task of your data as well, such as --task custom."
+            )

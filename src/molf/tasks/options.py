@@ -28,7 +28,7 @@ class TaskOptions:
         eval_data: Records to evaluate on, given in the same ways. None lets the task choose.
         validation_data: Records to measure while a task trains, given in the same ways. None sets
             a part of the training records aside (`molf.tasks.validation.with_validation`).
-        eval_option: The option that `eval_data` was given by, for messages.
+        eval_option: The option that `eval_data` was given by.
         format: The format of the records, one of `FORMATS` (`custom`); None to recognise that of
             each file.
         max_samples: Number of records of `data` to use, drawn by `seed`; None for all.
@@ -84,6 +84,15 @@ class TaskOptions:
             )
         if not 0 <= self.label_noise < 1:
             raise InputError(f"Invalid label_noise={self.label_noise}. Must be in [0, 1).")
+
+    def evaluation_splits(self, usual: tuple[str, ...] = ("test", "validation")) -> tuple[str, ...]:
+        """Return the splits of evaluation records, the preferred one first.
+
+        Args:
+            usual: The result for `data` and `eval_data`.
+        """
+        # A step that is chosen by test records would make their figures too good.
+        return ("validation", "test") if self.eval_option == "validation_data" else usual
 
     @property
     def validates(self) -> bool:

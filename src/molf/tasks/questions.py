@@ -198,16 +198,15 @@ def _find(options: TaskOptions, kind: QuestionKind[Q], splits: Splits | None) ->
         training = _training_set(own, kind, data)
     if options.eval_data is not None:
         other = split_records(options.eval_data, option=options.eval_option)
+        split = _evaluation_split(other, options.evaluation_splits(kind.evaluation_splits))
         return _Found(
             data=data,
             training=training,
-            evaluation=_question_set(
-                other, _evaluation_split(other, kind), kind, options.eval_data
-            ),
+            evaluation=_question_set(other, split, kind, options.eval_data),
             is_official=True,
             evaluated_on=options.eval_data,
         )
-    split = _evaluation_split(own, kind)
+    split = _evaluation_split(own, kind.evaluation_splits)
     is_official = split != "train"
     return _Found(
         data=data,
@@ -319,8 +318,8 @@ def _training_set(splits: Splits, kind: QuestionKind[Q], data: str) -> QuestionS
     return _question_set(splits, "train", kind, data)
 
 
-def _evaluation_split(splits: Splits, kind: QuestionKind[Q]) -> str:
-    return next(name for name in (*kind.evaluation_splits, "train") if name in splits)
+def _evaluation_split(splits: Splits, preferred: tuple[str, ...]) -> str:
+    return next(name for name in (*preferred, "train") if name in splits)
 
 
 def _question_set(splits: Splits, split: str, kind: QuestionKind[Q], data: str) -> QuestionSet[Q]:

@@ -29,7 +29,7 @@ from molf.disk.files import flush, making_directory
 from molf.disk.locks import Lock
 from molf.errors import system_reason
 
-_VERSION = 2  # incremented with every change of the tokens or labels of a sample
+_VERSION = 3  # incremented with every change of the tokens, labels or faults of a sample
 _PACKAGES = ("molf", "tokenizers", "transformers", "trl", "jinja2")
 _STATE = ("truncation", "padding")  # of the last call of a tokenizer; training uses neither
 _DATE = "strftime_now"  # in a template that writes the date of the day

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from datetime import datetime
 from typing import TYPE_CHECKING
 
@@ -32,6 +33,9 @@ def plan(
 
     Raises:
         InputError: The options are wrong, the model is missing, or it cannot be planned.
+
+    Warns:
+        UserWarning: Options have no effect on the plan.
     """
     for name, count in (("num_gpus", num_gpus), ("num_nodes", num_nodes)):
         if not 0 < count < _MOST:
@@ -40,6 +44,11 @@ def plan(
     learn(vars(settings))
     check_training_args(settings.training_args)
     gpus = num_gpus * num_nodes
+    if gpus == 1 and settings.fsdp is not None:
+        warnings.warn(
+            f"Without effect with one GPU: fsdp={settings.fsdp}. Give --num_gpus N.",
+            stacklevel=2,
+        )
     if settings.fsdp_cpu_offload:
         check_offload(device)
     shared_by = shards(settings.fsdp, gpus) if gpus > 1 else 1
