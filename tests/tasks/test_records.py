@@ -127,12 +127,39 @@ def test_hub_splits_are_used_by_name(monkeypatch):
     assert values(read_splits("owner/name")) == {"train": [1]}
     loaded |= {"Val": Dataset.from_list([{"a": 3}]), "extra": loaded["train"]}
     monkeypatch.setattr(datasets, "load_dataset", lambda name: loaded)
-    with pytest.warns(UserWarning, match=r"owner/name: splits that are not read: extra\."):
+    with pytest.warns(UserWarning, match=r"are not read: extra\. owner/name::extra reads one of"):
         assert values(read_splits("owner/name")) == {"train": [1], "test": [2], "validation": [3]}
     loaded = {"v1": loaded["train"], "v2": loaded["train"]}
     monkeypatch.setattr(datasets, "load_dataset", lambda name: loaded)
-    with pytest.raises(InputError, match="has the splits v1, v2"):
+    with pytest.raises(InputError, match=r"has the splits v1, v2, .* as owner/name::v1\.$"):
         read_splits("owner/name")
+
+
+def test_one_split_of_a_hub_data_set(monkeypatch):
+    """As `train_sft` and `test_sft` of chat data; it is all of the data, whatever its name."""
+    import datasets
+
+    def load_dataset(name, configuration="default"):
+        asked.append((name, configuration))
+        splits = {"train_sft": 1, "test_sft": 2, "train": 3}
+        return {split: Dataset.from_list([{"a": value}]) for split, value in splits.items()}
+
+    asked = []
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    assert values(read_splits("owner/name::train_sft")) == {"train": [1]}
+    assert values(read_splits("owner/name:main:test_sft")) == {"train": [2]}
+    with pytest.warns(UserWarning, match="owner/name:main:train_sft reads one of them"):
+        assert values(read_splits("owner/name:main")) == {"train": [3]}
+    assert asked == [("owner/name", "default"), ("owner/name", "main"), ("owner/name", "main")]
+    with pytest.raises(InputError) as error:
+        read_splits("owner/name::sft", option="eval_data")
+    assert str(error.value) == (
+        "eval_data: owner/name::sft names a split that does not exist. The splits are train_sft, "
+        "test_sft, train."
+    )
+    for source in ("owner/name:", "owner/name::", "owner/name:a:b:c"):
+        with pytest.raises(InputError, match="file not found"):
+            read_splits(source)
 
 
 def test_a_configuration_of_a_hub_data_set(monkeypatch):

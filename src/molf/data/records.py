@@ -40,7 +40,8 @@ _SPLIT_WORDS = {
 }
 _ROWS = 1000  # of a data set that are objects at once
 _MOST_ENTRIES = 100_000  # files in a folder, data files or not
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(?::[\w.-]+)?")  # :configuration
+# owner/name, owner/name:configuration, owner/name:configuration:split, owner/name::split
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(?::[\w.-]+|:[\w.-]*:[\w.-]+)?")
 _BESIDE_ARROW = ("dataset_info.json", "state.json", "dataset_dict.json")  # of `save_to_disk`
 _CACHED = "cache-"  # results of `map` and `filter`, which `datasets` writes beside its data
 _ORDER = ("train", "test", "validation")
@@ -335,7 +336,8 @@ def _check_hub(name: str, option: str) -> None:
 def _read_hub(name: str, option: str, weight: float) -> dict[str, list[Part]]:
     import datasets
 
-    path, _, configuration = name.partition(":")
+    path, _, names = name.partition(":")
+    configuration, _, chosen = names.partition(":")
     _check_hub(path, option)
     try:
         loaded = datasets.load_dataset(path, *filter(None, [configuration]))
@@ -350,6 +352,13 @@ def _read_hub(name: str, option: str, weight: float) -> dict[str, list[Part]]:
             f"{option}: {name} is no local file or folder, and the Hugging Face Hub gave no data "
             f"set of that name ({reason_of(error)}). --{option} also takes a local file or folder."
         ) from error
+    if chosen:
+        if chosen not in splits:
+            raise InputError(
+                f"{option}: {name} names a split that does not exist. The splits are "
+                f"{', '.join(splits)}."
+            )
+        return {"train": [Part(name, splits[chosen], weight)]}
     # A single split is the data, whatever its name.
     if len(splits) == 1:
         return {"train": [Part(name, next(iter(splits.values())), weight)]}
@@ -360,8 +369,12 @@ def _read_hub(name: str, option: str, weight: float) -> dict[str, list[Part]]:
     if not known:
         raise InputError(
             f"{option}: {name} has the splits {', '.join(splits)}, none of which is train, test "
-            "or validation. Save the split to use as a file."
+            f"or validation. Give one of them, as {path}:{configuration}:{next(iter(splits))}."
         )
     if unread := [own for own in splits if own.lower() not in _SPLIT_WORDS]:
-        warnings.warn(f"{name}: splits that are not read: {', '.join(unread)}.", stacklevel=5)
+        warnings.warn(
+            f"{name}: splits that are not read: {', '.join(unread)}. {path}:{configuration}:"
+            f"{unread[0]} reads one of them.",
+            stacklevel=5,
+        )
     return known

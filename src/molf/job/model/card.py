@@ -23,7 +23,8 @@ if TYPE_CHECKING:  # imports torch, which must not delay errors of wrong input
     from molf.core.model.quantised import Quantisation
 
 _METRICS = "## Metrics"
-_HUB_ID = re.compile(r"([\w.-]+/[\w.-]+)(?::([\w.-]+))?")  # of a data set, and its configuration
+# Of a data set; its configuration and its split, if they are given.
+_HUB_ID = re.compile(r"([\w.-]+/[\w.-]+)(?::([\w.-]*))?(?::([\w.-]+))?")
 _OF_HELD_OUT_TEXT = ("forgetting_loss", "kl_neutral")
 
 
@@ -173,7 +174,7 @@ def _result(
         measured = {
             "dataset_type": found[1] if found else task_name,
             "dataset_name": task_name,
-            "dataset_config": found[2] if found else None,
+            "dataset_config": (found[2] or None) if found else None,
             "dataset_split": settings.eval_part,
         }
     return EvalResult(
