@@ -88,7 +88,11 @@ def test_scalings_are_compared_within_cells(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name", ["demo-scores", "demo-candidates", "demo-hybrid", "demo-hybrid-scores", "smollm2-equal"]
+    "name",
+    [
+        *("demo-scores", "demo-candidates", "demo-hybrid", "demo-hybrid-scores", "demo-confirm"),
+        "smollm2-equal",
+    ],
 )
 def test_studies_of_scores_have_one_scaling(name):
     study, make = open_study(Path(name))
