@@ -218,7 +218,9 @@ def test_hub_cannot_be_reached(train):
     error = train(model="some-owner/some-model")
     assert "some-owner/some-model" in error
     assert "huggingface.co" in error
-    assert "--model" in error
+    assert (
+        "Give the path of a local checkpoint: --model, or `model` in a recipe or a study." in error
+    )
 
 
 def test_forgetting_data(train):

@@ -136,7 +136,7 @@ def test_one_step_by_hand():
         layer.weight.copy_(torch.tensor([[1.0, 2.0], [3.0, 4.0]]))
     config = MoLFConfig(ranks=(1,), alpha=2.0)  # s = 2
     make = {"lr": 0.1, "weight_decay": 0.5, "lora_weight_decay": 0.1, "betas": (0.5, 0.75)}
-    optimizer = MoLFAdamW.from_model(layer, config, lora_lr=0.2, eps=0.0, **make)
+    optimizer = MoLFAdamW.from_model(layer, config, lora_lr=0.2, eps=1e-12, **make)
     A, B = torch.tensor([[1.0, 0.5]]).double(), torch.tensor([[0.5], [1.0]]).double()
     optimizer.set_lora_factors("", [(A, B)])
     # W = W_eff - 2 B A = [[1, 2], [3, 4]] - [[1, 0.5], [2, 1]] = [[0, 1.5], [1, 3]]

@@ -83,5 +83,6 @@ def _check_hub(model: str) -> None:
     except Exception as error:  # the type depends on the HTTP library of the Hub client
         raise InputError(
             f"model {model} is no local directory, and {url} cannot be reached: "
-            f"{reason_of(error).rstrip('.')}. Give the path of a local checkpoint as the model."
+            f"{reason_of(error).rstrip('.')}. Give the path of a local checkpoint: --model, "
+            "or `model` in a recipe or a study."
         ) from error
