@@ -130,6 +130,16 @@ def test_a_model_that_reads_later_tokens_is_refused(dtype):
             check_causal("x", model, 1)
 
 
+def test_other_logits_alone_do_not_make_a_model_bidirectional(monkeypatch):
+    """As in a mixture, where rounding gives a token other experts; no token reads a later one."""
+    model = make("GPT2")
+    modes = [module.training for module in model.modules()]
+    monkeypatch.setattr("molf.job.loss_check.differ", lambda *_: True)
+    check_causal("x", model, 1)
+    assert modes == [module.training for module in model.modules()]
+    assert all(p.grad is None for p in model.parameters())
+
+
 @pytest.mark.parametrize("name", KINDS)
 def test_models_that_continue_text_are_accepted(name):
     check_causal("x", make(name), 1)
