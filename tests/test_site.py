@@ -111,6 +111,14 @@ def test_every_generated_part_is_used_and_known():
         complete_page("<!-- generated: other -->", DOCS / "x.md")
 
 
+@pytest.mark.parametrize("target", PAGES)
+def test_files_that_become_pages_have_a_title_and_text(target):
+    """An empty changelog ended the build of the site, and no other test."""
+    _, title, text = (DOCS / target).read_text().partition("# ")
+    assert title
+    assert text.partition("\n")[2].strip()
+
+
 def test_links_out_of_the_folder():
     page = DOCS / "x.md"
     for target, name in PAGES.items():
