@@ -115,7 +115,7 @@ def test_the_readme_agrees_with_the_study_of_assignments():
         "[second study](docs/results.md#half-of-the-layers-with-new-seeds) with new seeds had this "
         "as its claim: again it is shown to be worse in none, and forgets less in the same three "
         "and one more. "
-        "- Full fine-tuning at most at a third of its rate, in the second study, forgets less in "
+        "- Full fine-tuning at a third of its rate or less, in the second study, forgets less in "
         "six tasks, and is shown to be worse in three. "
         "- A random half is shown to be worse in one; in the second study, in another one. In no "
         "task is a probe's assignment shown to be better than a random one with as many weights in "
@@ -183,7 +183,7 @@ def test_the_claims_of_demo_confirm_hold_where_the_pages_say_so():
     assert worse("epd") == {"forms"}
     assert less("epd") == {"facts", "facts-narrow", "forms", "repeated"}
     assert (len(less("fft-low")), len(worse("fft-low"))) == (6, 3)
-    for cell in study.cells:  # "at most at a third of its rate"
+    for cell in study.cells:  # "at a third of its rate or less"
         rates = [cell.method(name).point["learning_rate"] for name in ("fft-low", "fft")]
         assert rates[0] <= rates[1] / 3 * 1.001
     costs = {name: [] for name in ("fft-low", "hybrid-epd-50", "epd")}

@@ -102,12 +102,14 @@ def check_causal(name: str, model: Any, pad_id: int) -> None:
     if not differ(model, logits, changed):
         return
     # Rounding can change the experts of a mixture, and with them the logits; no gradient says so.
-    modes = [(module, module.training) for module in model.modules()]
-    evaluation_mode(model)
     inputs = {"input_ids": torch.tensor([row], device=model.device), "use_cache": False}
-    is_read = _influences(model, inputs, of=slice(first, None), on=slice(first))
-    for module, training in modes:
-        module.training = training
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        evaluation_mode(model)
+        is_read = _influences(model, inputs, of=slice(first, None), on=slice(first))
+    finally:
+        for module, training in modes:
+            module.training = training
     if is_read:
         raise InputError(
             f"model {name}: in {type(model).__name__}, tokens attend to later ones, as in models "

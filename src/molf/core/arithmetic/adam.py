@@ -153,9 +153,11 @@ def _sum_of_columns(*factors: Tensor) -> Tensor:
 
 
 def _dot(first: Tensor, second: Tensor | None = None) -> Tensor:
+    if second is None:
+        return first.sum()
     # A term of the user may multiply by a mask, or by float64; `torch.dot` takes one dtype.
-    if second is None or first.dtype != second.dtype or not first.is_floating_point():
-        return _sum(first) if second is None else _sum(first, second)
+    if first.dtype != second.dtype or not first.is_floating_point():
+        return _sum(first, second)
     return torch.dot(first.reshape(-1), second.reshape(-1))
 
 
