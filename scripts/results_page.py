@@ -17,9 +17,10 @@ A study without it has no rows yet. In a template, `{{WORDS}}` is replaced. Tabl
 Sentences:
 
     tally STUDY METHOD                cells in which a method is better or worse than the baseline
-    tally STUDY METHOD CONTROL AT     the same against a control; AT is own (rates) or equal
+    tally STUDY METHOD OTHER AT       the same against another method; AT is own (rates), or, for a
+                                      control, equal
     harm_tally STUDY METRIC METHOD    cells with less or more harm than the baseline
-    harm_tally STUDY METRIC METHOD CONTROL AT    the same against a control
+    harm_tally STUDY METRIC METHOD OTHER AT      the same against another method
     less_harm STUDY METRIC            by cell, methods with less harm than the baseline, whose
                                       metric is not shown to be worse
     robust STUDY METHOD OTHER         cells with a higher mean over each one's decade of rates
@@ -31,6 +32,7 @@ Sentences:
     full_range STUDY METHOD           lowest and highest share in full over the cells
     ranges STUDY                      lowest and highest tried rate of the methods
     cost STUDY METHOD OTHER           training time and memory of a run as multiples of another's
+    better_than STUDY OTHER           methods that are better than another one, at their own rates
     advice STUDY                      preferred baselines, and methods that are better
     assigned_findings STUDY           probes against random assignments; where the curve is flat
     assigned_verdict STUDY            the first of these lines
@@ -63,7 +65,7 @@ _WORDS: dict[str, Any] = {
         *(tables.chosen, tables.differences, tables.controls, tables.sensitivity),
         *(tables.harm, tables.shares, tables.assigned, tables.against),
         *(outcomes.tally, outcomes.harm_tally, outcomes.less_harm, outcomes.robust),
-        *(outcomes.advice, outcomes.decided),
+        *(outcomes.advice, outcomes.better_than, outcomes.decided),
         *(outcomes.assigned_findings, outcomes.assigned_verdict),
         *(rates.spread, rates.harm_by_rate, rates.settings, rates.ranges),
         *(amounts.untrained, amounts.full_range, amounts.cost),

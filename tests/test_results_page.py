@@ -351,9 +351,41 @@ def test_a_method_against_another_one_from_the_rows_alone():
         tables.against(study, "fft", "epdd")
 
 
+def test_methods_are_counted_against_any_other_one():
+    study = script.Study(script.STUDIES / "demo-scores")
+    shown = {"better": [], "worse": []}
+    for line in tables.against(study, "fft", "lora").splitlines()[2:]:
+        cell, _, difference = line.strip("| ").split(" | ")[:3]
+        if difference.startswith("**"):
+            shown["worse" if "-" in difference.split()[0] else "better"].append(cell)
+    assert shown["worse"]
+    text = outcomes.tally(study, "lora", "fft", "own")
+    for word, cells in shown.items():
+        found = re.search(rf"{word} in \d cells? \((.+?)\)", text)
+        assert (found[1].split(", ") if found else []) == cells
+    assert "share-matched" not in text  # no control
+    assert f"`fft` in {len(shown['worse'])} cells" in outcomes.better_than(study, "lora")
+    for wrong in (("lora", "epdd", "own"), ("lora", "fft", "equal")):
+        with pytest.raises(KeyError, match=wrong[1]):
+            outcomes.tally(study, *wrong)
+
+
+def test_no_method_is_better_than_full_fine_tuning_in_any_study():
+    """As README and docs/cells.md say."""
+    studies = [script.Study(path) for path in script.STUDIES.iterdir()]
+    studies = [study for study in studies if "fft" in study.own]
+    assert len(studies) >= 7
+    expected = "no method is shown to be better than `fft` in any cell"
+    assert {outcomes.better_than(study, "fft") for study in studies} == {expected}
+
+
 def test_a_study_without_a_folder_has_no_rows():
     for word in ("advice", "decided", "missing", "chosen", "controls", "spread"):
         assert script.page(f"{{{{{word} none}}}}").lower().strip(".").endswith("no rows yet")
+
+
+def test_a_study_without_rows_shows_no_better_method():
+    assert outcomes.better_than(script.Study(script.STUDIES / "none"), "fft") == "no rows yet"
 
 
 def test_unknown_words_of_the_template():

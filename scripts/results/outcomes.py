@@ -12,7 +12,7 @@ from results.stored import NO_ROWS, Study, cells_text
 
 
 def tally(study: Study, method: str, control: str | None = None, at: str = "own") -> str:
-    """Return in which cells a method is better or worse than the baseline or a control."""
+    """Return in which cells a method is better or worse than the baseline or another method."""
     groups: dict[str, list[str]] = {
         "the baseline itself": [],
         "better": [],
@@ -27,7 +27,7 @@ def tally(study: Study, method: str, control: str | None = None, at: str = "own"
             groups["the baseline itself"].append(cell.name)
             continue
         found = _comparison(cell, summary, control, at)
-        if control is not None and found is not None and not found.is_matched:
+        if found is not None and not found.is_matched and _is_control(cell, summary, control):
             unmatched.append(cell.name)
         groups[_outcome(cell, found)].append(cell.name)
     remark = f"; {UNMATCHED} in {cells_text(unmatched)}" if unmatched else ""
@@ -37,7 +37,7 @@ def tally(study: Study, method: str, control: str | None = None, at: str = "own"
 def harm_tally(
     study: Study, metric: str, method: str, control: str | None = None, at: str = "own"
 ) -> str:
-    """Return in which cells a method does less or more harm than the baseline or a control."""
+    """Return in which cells a method does less or more harm than the baseline or another one."""
     groups: dict[str, list[str]] = {
         "the baseline itself": [],
         "less": [],
@@ -139,9 +139,7 @@ def advice(study: Study) -> str:
         f"`{name}` in {cells_text(cells)}" for name, cells in most
     )
     if better:
-        second = "Shown to be better than this baseline: " + "; ".join(
-            f"`{name}` in {cells_text(cells)}" for name, cells in better.items()
-        )
+        second = f"Shown to be better than this baseline: {_better_texts(better)}"
     else:
         second = "No other method is shown to be better than this baseline in any cell"
     lacking = {
@@ -155,6 +153,27 @@ def advice(study: Study) -> str:
         third.append(f"nothing is known yet of {cells_text(rest)}")
     text = f"{first}. {second}."
     return f"{text} But {', and '.join(third)}." if third else text
+
+
+def better_than(study: Study, other: str) -> str:
+    """Return which methods are better than another one, each at its own rates."""
+    better: dict[str, list[str]] = {}
+    for cell, beside in study.of(other):
+        for name in study.own:
+            one = cell.method(name)
+            if name == other or one is None:
+                continue
+            if _outcome(cell, cell.compare(one, beside)) == "better":
+                better.setdefault(name, []).append(cell.name)
+    if not study.cells:
+        return NO_ROWS
+    if not better:
+        return f"no method is shown to be better than `{other}` in any cell"
+    return f"shown to be better than `{other}`: {_better_texts(better)}"
+
+
+def _better_texts(cells: Mapping[str, Sequence[str]]) -> str:
+    return "; ".join(f"`{name}` in {cells_text(names)}" for name, names in cells.items())
 
 
 def assigned_findings(study: Study) -> str:
@@ -173,11 +192,28 @@ def assigned_verdict(study: Study) -> str:
 def _comparison(
     cell: CellSummary, method: MethodSummary, control: str | None, at: str
 ) -> Comparison | None:
-    """Return the comparison with the baseline, or with a control."""
+    """Return the comparison with the baseline, a control, or another method.
+
+    Raises:
+        KeyError: The study has no such method, or, at equal rates, it is no control of this one.
+    """
     if control is None:
         return method.comparison
     pair = next((one for one in cell.controls.get(method.name, []) if one.name == control), None)
-    return None if pair is None else {"own": pair.own, "equal": pair.equal}[at]
+    if pair is not None:
+        return {"own": pair.own, "equal": pair.equal}[at]
+    if _is_control(cell, method, control):
+        return None
+    other = cell.method(control)
+    if other is None or at != "own":
+        raise KeyError(control)
+    return cell.compare(method, other)
+
+
+def _is_control(cell: CellSummary, method: MethodSummary, other: str | None) -> bool:
+    """Return whether another method is a control of this one."""
+    found = None if other is None else cell.method(other)
+    return found is not None and found.control_of == method.name
 
 
 def _outcome(cell: CellSummary, found: Comparison | None) -> str:
