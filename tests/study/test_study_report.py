@@ -20,7 +20,7 @@ from molf.measure.estimates import (
 from molf.measure.questions import question_scores
 from molf.report.place import is_page
 from molf.study.outcome import TrialResult, all_results, write_result
-from molf.study.report.records import read_records
+from molf.study.report.records import outline_of, read_records
 from molf.study.report.summary import summarise
 from study_helpers import FFT, LORA, MOLF, Pretended, study_of, work, write_study
 
@@ -209,6 +209,27 @@ def test_unfinished_studies_have_a_report(tmp_path):
     text = (study.output_dir / "report" / "report.md").read_text()
     assert "- facts, lora: 3 of 3 rate trials; all 5 seeds" in text
     assert "- facts, fft: seeds 12, 13, 14, 15" in text
+
+
+def test_the_outline_has_the_names_of_data_files_without_their_folders(tmp_path):
+    (tmp_path / "c,d.jsonl").write_text("")
+    cells = [
+        {"name": name, "task": "demo-fact", "metric": "es", "data": data}
+        for name, data in (
+            ("one", "/x/a.jsonl"),
+            ("second", "a.jsonl,/x/b.jsonl"),
+            ("weighted", "/x/a.jsonl:2, /y/b.jsonl,owner/name"),
+            ("comma", str(tmp_path / "c,d.jsonl")),
+        )
+    ]
+    study, _ = study_of(tmp_path, cells=cells)
+    found = {name: entry["options"]["data"] for name, entry in outline_of(study)["cells"].items()}
+    assert found == {
+        "one": "a.jsonl",
+        "second": "a.jsonl,b.jsonl",
+        "weighted": "a.jsonl:2,b.jsonl,owner/name",
+        "comma": "c,d.jsonl",
+    }
 
 
 def test_folders_that_are_no_stored_study(tmp_path, capsys):

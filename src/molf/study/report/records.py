@@ -11,10 +11,12 @@ import json
 import os
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from molf.data.sources import OPTIONS as SOURCES
+from molf.data.sources import sources_of
 from molf.disk.files import replacing_file, write_json
 from molf.disk.room import check_writable, nearest_existing
 from molf.errors import InputError
@@ -93,15 +95,21 @@ def check_folder(folder: Path, name: str) -> None:
     check_writable(nearest_existing(folder), str(folder))
 
 
-def _without_folders(value: Any) -> Any:
-    """Return a JSON value with absolute paths shortened to their last part."""
+def _without_folders(value: Any, option: str = "") -> Any:
+    """Return a JSON value of an option with absolute paths shortened to their last part."""
     if isinstance(value, dict):
-        return {name: _without_folders(entry) for name, entry in value.items()}
+        return {name: _without_folders(entry, name) for name, entry in value.items()}
     if isinstance(value, list):
-        return [_without_folders(entry) for entry in value]
-    if isinstance(value, str) and os.path.isabs(value):
-        return Path(value).name
-    return value
+        return [_without_folders(entry, option) for entry in value]
+    if not isinstance(value, str):
+        return value
+    if option in SOURCES:
+        return ",".join(str(replace(one, place=_named(one.place))) for one in sources_of(value))
+    return _named(value)
+
+
+def _named(text: str) -> str:
+    return Path(text).name if os.path.isabs(text) else text
 
 
 def write_records(
