@@ -5,6 +5,7 @@ import math
 import re
 import shutil
 from dataclasses import replace
+from statistics import stdev
 from typing import ClassVar
 
 import numpy as np
@@ -309,6 +310,17 @@ def test_students_interval():
     assert found.value == 3
     assert found.high - 3 == pytest.approx(2.776 * math.sqrt(2.5) / math.sqrt(5), rel=1e-4)
     assert math.isnan(over_seeds([1.0]).low)
+
+
+@pytest.mark.parametrize(("count", "quantile"), [(31, 2.0423), (32, 2.0395), (61, 2.0003),
+                                                 (121, 1.9799), (1001, 1.9623)])  # fmt: skip
+def test_students_interval_of_many_values(count, quantile):
+    """Quantiles from tables of Student's t."""
+    values = [float(number % 7) for number in range(count)]
+    found = over_seeds(values)
+    assert found.high - found.value == pytest.approx(
+        quantile * stdev(values) / math.sqrt(count), rel=2e-4
+    )
 
 
 def test_points_that_no_other_one_beats():

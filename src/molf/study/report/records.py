@@ -20,7 +20,7 @@ from molf.data.sources import sources_of
 from molf.disk.files import replacing_file, write_json
 from molf.disk.room import check_writable, nearest_existing
 from molf.errors import InputError
-from molf.study.definition import PHASES, Study, rate_columns
+from molf.study.definition import LEARNING_RATE, LORA_RATE, PHASES, Study, rate_columns
 from molf.study.outcome import TrialResult
 from molf.study.place import definition_of
 from molf.study.plan import COMPLETE, Outcome, Plan, Planned
@@ -72,6 +72,28 @@ def outline_of(study: Study) -> dict[str, Any]:
         {"study": study.name, "about": study.about, **definition}
     )
     return named
+
+
+def total_of(rows: Iterable[Row], column: str, probe: str) -> float:
+    """Return the sum of a column; a training or a probe that several rows share counts once.
+
+    Args:
+        rows: Rows of a stored study.
+        column: Its name.
+        probe: The column of the probe's part in it.
+    """
+    trainings: dict[tuple[Any, ...], float] = {}
+    probes: dict[tuple[Any, ...], float] = {}
+    for row in rows:
+        part = row.get(probe, 0.0)
+        place = tuple(row[name] for name in ("cell", "phase", "seed"))
+        own = (*place, row["method"], row["point"])  # of a failed trial
+        run = (row["started"], row.get("training_seconds")) if "started" in row else own
+        trainings[run] = row.get(column, 0.0) - part
+        # Probes of different methods at equal rates differ in their measured time alone.
+        rates = (row.get(name) for name in (LEARNING_RATE, LORA_RATE, "probe_seconds"))
+        probes[*place, *rates] = part
+    return sum(trainings.values()) + sum(probes.values())
 
 
 def check_folder(folder: Path, name: str) -> None:
