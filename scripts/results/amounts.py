@@ -6,7 +6,7 @@ from statistics import fmean, median
 
 from molf.measure.estimate_texts import number_text
 from molf.study.definition import REPORT
-from molf.study.report.records import is_complete
+from molf.study.report.records import is_complete, total_of
 from molf.study.report.summary import CellSummary
 from results.stored import NO_ROWS, Study
 
@@ -63,8 +63,8 @@ def shared(study: Study, other: str) -> str:
 
 
 def hours(study: Study) -> str:
-    """Return the hours of all workers."""
-    return f"{sum(row.get('seconds', 0.0) for row in study.rows) / 3600:.1f}"
+    """Return the hours of all workers; a shared training or probe counts once."""
+    return f"{total_of(study.rows, 'seconds', 'probe_seconds') / 3600:.1f}"
 
 
 def missing(study: Study) -> str:

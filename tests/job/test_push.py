@@ -153,6 +153,18 @@ def test_a_data_set_of_the_hub_is_named():
     assert result["metrics"] == [{"type": "es", "value": 0.5}]
 
 
+def test_a_card_has_the_names_of_all_data_files_without_their_folders():
+    from molf.job.model.card import model_card
+    from molf.job.settings.resolved import resolve
+    from molf.job.settings.settings import TrainSettings
+    from molf.measure import Evaluation
+
+    options = TrainSettings(task="fact", model="m", data="c.jsonl,/x/a.jsonl:2,/x/y/b.jsonl")
+    settings = resolve(options, datetime.now().astimezone())
+    card = model_card(settings, {"name": "fact"}, Evaluation({}), None)
+    assert "data: c.jsonl,a.jsonl:2,b.jsonl\n" in card
+
+
 def test_secrets_are_not_uploaded(hub, copied, capsys):
     """No file with a token leaves, however the user wrote it there."""
     for file, text in (

@@ -13,6 +13,7 @@ from molf.disk.files import (
     replacing_directory,
     replacing_file,
     scratch_directory,
+    write_first,
     write_json,
 )
 from molf.errors import InputError
@@ -48,6 +49,19 @@ def test_failed_file_leaves_the_old_one(tmp_path, error):
     with pytest.raises(error):
         write()
     assert path.read_text() == "old"
+    assert names(tmp_path) == ["a.txt"]
+
+
+@pytest.mark.parametrize("has_links", [True, False])
+def test_the_first_of_several_writers_keeps_its_file(tmp_path, monkeypatch, has_links):
+    def no_links(*_):
+        raise PermissionError
+
+    if not has_links:
+        monkeypatch.setattr(files.os, "link", no_links)
+    for text in ("first", "second"):
+        write_first(tmp_path / "a.txt", text)
+    assert (tmp_path / "a.txt").read_text() == "first"
     assert names(tmp_path) == ["a.txt"]
 
 

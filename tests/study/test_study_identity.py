@@ -51,6 +51,16 @@ def test_cells_that_differ_in_their_metric_alone_share_trainings_but_not_rows(tm
     assert len(rows) == 4
 
 
+def test_a_training_elsewhere_without_a_finite_metric_of_the_cell_is_not_taken(tmp_path):
+    """A trial that failed by it could not run again."""
+    cells = [FACTS, {**FACTS, "name": "near", "metric": "ns"}]
+    study, make = study_of(tmp_path, cells=cells, methods=[FFT])
+    runner = Pretended(study)  # measures the metric of its cell alone
+    done, _ = work(study, make, runner)
+    assert (done.failed, done.reused) == (0, 0)
+    assert len(runner.ran) == study.size
+
+
 def test_equal_settings_of_two_methods_are_trained_once(tmp_path):
     """A coin of the share 0 is LoRA with the rest trained."""
     rest = {**MOLF, "name": "rest", "score": "lora"}

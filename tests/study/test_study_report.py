@@ -5,6 +5,7 @@ import math
 import re
 import shutil
 from dataclasses import replace
+from statistics import stdev
 from typing import ClassVar
 
 import numpy as np
@@ -20,7 +21,7 @@ from molf.measure.estimates import (
 from molf.measure.questions import question_scores
 from molf.report.place import is_page
 from molf.study.outcome import TrialResult, all_results, write_result
-from molf.study.report.records import read_records
+from molf.study.report.records import outline_of, read_records
 from molf.study.report.summary import summarise
 from study_helpers import FFT, LORA, MOLF, Pretended, study_of, work, write_study
 
@@ -211,6 +212,27 @@ def test_unfinished_studies_have_a_report(tmp_path):
     assert "- facts, fft: seeds 12, 13, 14, 15" in text
 
 
+def test_the_outline_has_the_names_of_data_files_without_their_folders(tmp_path):
+    (tmp_path / "c,d.jsonl").write_text("")
+    cells = [
+        {"name": name, "task": "demo-fact", "metric": "es", "data": data}
+        for name, data in (
+            ("one", "/x/a.jsonl"),
+            ("second", "a.jsonl,/x/b.jsonl"),
+            ("weighted", "/x/a.jsonl:2, /y/b.jsonl,owner/name"),
+            ("comma", str(tmp_path / "c,d.jsonl")),
+        )
+    ]
+    study, _ = study_of(tmp_path, cells=cells)
+    found = {name: entry["options"]["data"] for name, entry in outline_of(study)["cells"].items()}
+    assert found == {
+        "one": "a.jsonl",
+        "second": "a.jsonl,b.jsonl",
+        "weighted": "a.jsonl:2,b.jsonl,owner/name",
+        "comma": "c,d.jsonl",
+    }
+
+
 def test_folders_that_are_no_stored_study(tmp_path, capsys):
     assert main(["study", "report", str(tmp_path)]) == 2
     assert "is no stored study (study.json, trials.csv, questions/)" in capsys.readouterr().err
@@ -288,6 +310,17 @@ def test_students_interval():
     assert found.value == 3
     assert found.high - 3 == pytest.approx(2.776 * math.sqrt(2.5) / math.sqrt(5), rel=1e-4)
     assert math.isnan(over_seeds([1.0]).low)
+
+
+@pytest.mark.parametrize(("count", "quantile"), [(31, 2.0423), (32, 2.0395), (61, 2.0003),
+                                                 (121, 1.9799), (1001, 1.9623)])  # fmt: skip
+def test_students_interval_of_many_values(count, quantile):
+    """Quantiles from tables of Student's t."""
+    values = [float(number % 7) for number in range(count)]
+    found = over_seeds(values)
+    assert found.high - found.value == pytest.approx(
+        quantile * stdev(values) / math.sqrt(count), rel=2e-4
+    )
 
 
 def test_points_that_no_other_one_beats():

@@ -8,6 +8,7 @@ import pytest
 from molf.measure.estimates import difference_of_questions, mean_of_questions
 from molf.study.choice import choose_point
 from molf.study.report.figures import draw_figures
+from molf.study.report.records import total_of
 from molf.study.report.sensitivity import sensitivity
 from molf.study.report.summary import front_of, summarise
 from molf.study.status import origin_of
@@ -24,6 +25,27 @@ from study_rows import (
     reported,
     text_of,
 )
+
+# -- totals -------------------------------------------------------------------------------------
+
+
+def test_a_total_counts_shared_trainings_and_probes_once():
+    fft = choosing("fft", FFT, [0.1, None])
+    fft[0] |= {"seconds": 10.0, "started": "9:00", "training_seconds": 8.0}
+    fft[1] |= {"seconds": 3.0}  # failed
+    wins, drawn = choosing("wins", EPD, [0.1]), choosing("drawn", EPD, [0.1])
+    wins[0] |= {"seconds": 15.0, "probe_seconds": 5.0, "started": "9:01", "training_seconds": 9.0}
+    drawn[0] |= {"seconds": 16.0, "probe_seconds": 5.0, "started": "9:02", "training_seconds": 9.0}
+    same = {**wins[0], "method": "same"}
+    rows = [*fft, *wins, *drawn, same]
+    assert total_of(rows, "seconds", "probe_seconds") == 10 + 3 + 10 + 11 + 5
+    other = {**same, "started": "9:03", "seed": 2}  # has a probe of its own
+    assert total_of([*rows, other], "seconds", "probe_seconds") == 39 + 15
+    flops = {"training_flops": 7.0, "probe_flops": 2.0}
+    slower = {**wins[0], "method": "gsnr", "started": "9:04", "probe_seconds": 6.0}
+    probed = [row | flops for row in (*wins, *drawn, same, slower)]
+    assert total_of(probed, "training_flops", "probe_flops") == 3 * 5 + 2 * 2
+
 
 # -- the choice of a point ----------------------------------------------------------------------
 

@@ -21,6 +21,11 @@ from molf.study.storage import StorageError, check_present, storage_address
 from study_helpers import FFT, LORA, Pretended, start_worker, study_of, work, write_study
 
 
+class Interrupted(Pretended):
+    def __call__(self, planned, point, trial=None):
+        raise KeyboardInterrupt
+
+
 def _events(log):
     lines = log.read_text().splitlines() if log.exists() else []
     return [tuple(line.split(" ", 2)) for line in lines]
@@ -198,6 +203,28 @@ def test_two_queued_trials_of_one_identity_run_once(tmp_path):
     assert done.done == study.size == len(runner.ran) == len(set(runner.ran))
 
 
+def test_studies_of_one_name_in_one_database_keep_their_trials(tmp_path):
+    """The trials of other folders are neither run nor dropped."""
+    storage, ledgers = f"sqlite:///{tmp_path}/shared.sqlite", {}
+    others = [{**FFT, "rates": {"learning_rate": [1e-6, 1e-5, 1e-4]}}, LORA]
+    for folder, methods in (("one", [FFT, LORA]), ("equal", [FFT, LORA]), ("other", others)):
+        (tmp_path / folder / "out").mkdir(parents=True)
+        study, make = study_of(tmp_path / folder, storage=storage, methods=methods)
+        ledgers[folder] = ledger = Ledger(study)
+        ledger.enqueue(Plan(study, {}, make, {}).trials, ledger.read())
+    queued = {folder: sum(ledger.read().waiting.values()) for folder, ledger in ledgers.items()}
+    assert queued == dict.fromkeys(ledgers, 6)
+    runner = Pretended(study)
+    done, _ = work(study, make, runner)  # of the folder `other`
+    assert done.done == len(runner.ran) == study.size
+    ledgers["other"].stop(time.time())
+    for folder in ("one", "equal"):
+        snapshot = ledgers[folder].read()
+        assert sum(snapshot.waiting.values()) == 6
+        assert not snapshot.outcomes
+        assert not ledgers[folder].stopped_at
+
+
 def test_failed_trials_are_recorded_and_the_study_goes_on(tmp_path):
     study, make = study_of(tmp_path)
     done, lines = work(study, make, Pretended(study, fails=["lora/choose-lora_lr0.003"]))
@@ -220,8 +247,13 @@ def test_a_method_without_a_working_rate_is_named(tmp_path):
 def test_failed_trials_run_again_on_request(tmp_path):
     study, make = study_of(tmp_path)
     work(study, make, Pretended(study, fails=["fft/report-lr0.001-seed13"]))
-    for path in (study.output_dir / "results/facts/fft").glob("report-*-seed13.json"):
-        path.unlink()
+    with pytest.raises(KeyboardInterrupt):
+        work(study, make, Interrupted(study), retry_failed=True)
+    assert not Ledger(study).read().failed  # queued again
+    runner = Pretended(study, fails=["fft/report-lr0.001-seed13"])
+    done, _ = work(study, make, runner)
+    assert runner.ran == ["facts/fft/report-lr0.001-seed13"]
+    assert done.failed == 1
     runner = Pretended(study)
     done, lines = work(study, make, runner, retry_failed=True)
     assert lines[0] == "1 failed trial queued again"
@@ -292,11 +324,6 @@ def test_tpe_draws_exactly_the_asked_number_of_rates(tmp_path):
 
 def test_interrupted_trials_are_queued_again(tmp_path):
     study, make = study_of(tmp_path, retries=0)
-
-    class Interrupted(Pretended):
-        def __call__(self, planned, point, trial=None):
-            raise KeyboardInterrupt
-
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt):
             work(study, make, Interrupted(study))

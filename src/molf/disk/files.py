@@ -189,6 +189,20 @@ def write_text(path: Path, text: str) -> None:
     _write(path, mask_text(text))
 
 
+def write_first(path: Path, text: str) -> None:
+    """Write a text file atomically, unless another process was first: its file is unchanged."""
+    with _temporary(path, lambda made: made.touch(exist_ok=False)) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+        flush(temporary)
+        try:
+            os.link(temporary, path)  # fails if there is a file, also on network file systems
+        except FileExistsError:
+            pass
+        except OSError:  # a file system without hard links
+            if not path.exists():
+                temporary.replace(path)
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write an indented JSON file atomically, with secrets masked."""
     _write(path, json_text(mask(value), indent=2) + "\n")

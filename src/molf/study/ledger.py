@@ -1,8 +1,9 @@
 """The state of all trials in Optuna's storage, shared by all workers.
 
 Each cell, method and phase is a study of Optuna, named `STUDY/CELL/METHOD/PHASE/DIRECTION-METRIC`.
-A trial there carries the identity of a planned trial. Two trials of one identity may be queued,
-when workers queue it at the same moment; the one of the lower number runs.
+STUDY is the study's name in the storage (`storage.stored_name`). A trial there carries the identity
+of a planned trial. Two trials of one identity may be queued, when workers queue it at the same
+moment; the one of the lower number runs.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from molf.study.snapshot import (
     Place,
     Snapshot,
 )
-from molf.study.storage import failing, open_storage
+from molf.study.storage import failing, open_storage, stored_name
 
 if TYPE_CHECKING:
     from optuna import Study as OptunaStudy
@@ -60,11 +61,12 @@ class Ledger:
         self._study = study
         self._is_file = study.storage is None
         self._storage = open_storage(study)
+        self._name = stored_name(study)
         self._studies: dict[Place, OptunaStudy] = {}
         self._over: dict[Place, list[FrozenTrial]] = {}
         self._results = Results(study)
         with failing(self._study):
-            self._control = self._create(study.name, "minimize")
+            self._control = self._create(self._name, "minimize")
 
     def _create(self, name: str, direction: Direction) -> OptunaStudy:
         import optuna
@@ -78,7 +80,7 @@ class Ledger:
         if place not in self._studies:
             direction: Direction = "minimize" if cell.minimize else "maximize"
             # Values of another metric would mislead a sampler.
-            name = "/".join((self._study.name, *place, f"{direction}-{cell.metric}"))
+            name = "/".join((self._name, *place, f"{direction}-{cell.metric}"))
             self._studies[place] = self._create(name, direction)
         return self._studies[place]
 
@@ -166,6 +168,7 @@ class Ledger:
         failed = [planned[key] for key in snapshot.failed if key in planned]
         with failing(self._study):
             for trial in failed:
+                self._results.delete(trial.key)  # of a training that ended, without a finite metric
                 self._queue(trial, trial.point or snapshot.drawn.get(trial.key))
         return len(failed)
 

@@ -102,8 +102,17 @@ class Results:
         self._by_trained = {result.trained: result for result in results if result.trained}
         return self
 
+    def delete(self, key: str) -> None:
+        """Delete the file of a trial, if it has one, so that the trial can run again."""
+        for path, (_, result) in self._read.items():
+            if result is not None and result.key == key:
+                path.unlink(missing_ok=True)
+
     def of(self, planned: Planned, point: Point) -> TrialResult | None:
-        """Return the result of a trial at a point: its own, or one of equal settings elsewhere."""
+        """Return the result of a trial at a point: its own, or one of equal settings elsewhere.
+
+        One elsewhere without a finite metric of the trial's cell is not returned.
+        """
         own = self.by_key.get(planned.key)
         if own is not None:
             return own
@@ -122,8 +131,9 @@ class Results:
 
 
 def _placed(other: TrialResult | None, planned: Planned, point: Point) -> TrialResult | None:
-    """Return the result of another trial as that of this one."""
-    if other is None:
+    """Return the result of another trial as that of this one; None if this one failed by it."""
+    # Else a failed trial could not run again.
+    if other is None or outcome_of(other, planned.cell.metric).state == FAILED:
         return None
     return replace(other, key=planned.key, row={**other.row, **place_columns(planned, point)})
 

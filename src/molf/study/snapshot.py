@@ -108,8 +108,10 @@ class Snapshot:
                 seconds=float(attributes.get(SECONDS, 0.0)),
                 error=str(attributes.get(ERROR, "")),
             )
-        elif not attributes.get(DROPPED) and not attributes.get(INTERRUPTED):
-            died[key] = died.get(key, 0) + 1
+        elif not attributes.get(DROPPED):
+            self.outcomes.pop(key, None)
+            if not attributes.get(INTERRUPTED):
+                died[key] = died.get(key, 0) + 1
 
     def _is_lost(self, trial: FrozenTrial) -> bool:
         """Return whether a complete trial without a readable file must run again."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 import time
 import warnings
 from collections.abc import Callable
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock
 
+from molf.disk.files import write_first
 from molf.errors import InputError
 from molf.job.record.result import RunError
 from molf.shown import counted
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 STORAGE = "optuna.sqlite"
+_ID = ".storage-id"
 _ATTEMPTS = 5
 _DRIVERS = {"postgresql": "postgresql+psycopg", "postgres": "postgresql+psycopg"}
 _LOCKED_SECONDS = 60  # that SQLite waits for another process's transaction
@@ -42,6 +45,20 @@ def storage_address(study: Study) -> str:
 def storage_file(study: Study) -> Path:
     """Return the path of the SQLite file of a study without an address of a storage."""
     return study.output_dir / STORAGE
+
+
+def stored_name(study: Study) -> str:
+    """Return the name of a study in its storage.
+
+    At an address it ends with an identity of the study's directory, which is written there once.
+    Studies of one name in other directories have trials of their own there.
+    """
+    if study.storage is None:
+        return study.name
+    path = study.output_dir / _ID
+    if not path.is_file():
+        write_first(path, f"{secrets.token_hex(4)}\n")
+    return f"{study.name}-{path.read_text(encoding='utf-8').strip()}"
 
 
 def gone(study: Study) -> str:

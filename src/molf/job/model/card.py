@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from molf.amounts import fixed
 from molf.data.sources import OPTIONS as SOURCES
+from molf.data.sources import places as sources
 from molf.job.record.markdown import code, yaml_block
 from molf.job.settings.defaults import SUMMARIES
 from molf.job.settings.resolved import ResolvedSettings
@@ -59,7 +60,10 @@ def model_card(
     # A card is published with its model, so it has the names of files but not their folders.
     named = ("model", *SOURCES, "forgetting_data", "assignment", "output_dir")
     places = [
-        options[name] for name in named if options[name] and Path(options[name]).is_absolute()
+        place
+        for name in named
+        for place in (sources(options[name]) if name in SOURCES else [options[name]])
+        if place and Path(place).is_absolute()
     ]
     # The longest first: one path may be inside another.
     places.sort(key=len, reverse=True)

@@ -13,7 +13,7 @@ from molf.report.document import Part, shown_table
 from molf.study.choice import HARMS
 from molf.study.report.assigned import ABOUT, TITLE, assigned_table, findings
 from molf.study.report.figures import figures_of
-from molf.study.report.records import Records
+from molf.study.report.records import Records, total_of
 from molf.study.report.second_phase import MATCHED
 from molf.study.report.sensitivity import WIDTH
 from molf.study.report.summary import CellSummary, front_of
@@ -63,8 +63,8 @@ def _origin(records: Records) -> Part:
         return Part("Trials", text=("No trial is finished.",))
     states = Counter(row["state"] for row in rows)
     counts = ", ".join(f"{count} {state}" for state, count in states.most_common())
-    seconds = sum(row.get("seconds", 0.0) for row in rows)
-    flops = sum(row.get("training_flops", 0.0) for row in rows)
+    seconds = total_of(rows, "seconds", "probe_seconds")
+    flops = total_of(rows, "training_flops", "probe_flops")
 
     def values(name: str) -> str:
         found = Counter(_plain(row[name]) for row in rows if name in row)
@@ -72,8 +72,8 @@ def _origin(records: Records) -> Part:
 
     lines = [
         f"trials: {counts}",
-        f"time: {duration(seconds)}; training {flops:.3g} FLOP (estimated). Rows that share a "
-        "training or a probe all count.",
+        f"time: {duration(seconds)}; training {flops:.3g} FLOP (estimated). A training or a probe "
+        "that several rows share counts once.",
         f"device: {values('device')}; CPUs: {values('cpu_count')}, torch threads: "
         f"{values('torch_threads')}",
         f"commit: {', '.join(one[:12] for one in values('commit').split(', '))}",

@@ -11,14 +11,16 @@ import json
 import os
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from molf.data.sources import OPTIONS as SOURCES
+from molf.data.sources import sources_of
 from molf.disk.files import replacing_file, write_json
 from molf.disk.room import check_writable, nearest_existing
 from molf.errors import InputError
-from molf.study.definition import PHASES, Study, rate_columns
+from molf.study.definition import LEARNING_RATE, LORA_RATE, PHASES, Study, rate_columns
 from molf.study.outcome import TrialResult
 from molf.study.place import definition_of
 from molf.study.plan import COMPLETE, Outcome, Plan, Planned
@@ -72,6 +74,28 @@ def outline_of(study: Study) -> dict[str, Any]:
     return named
 
 
+def total_of(rows: Iterable[Row], column: str, probe: str) -> float:
+    """Return the sum of a column; a training or a probe that several rows share counts once.
+
+    Args:
+        rows: Rows of a stored study.
+        column: Its name.
+        probe: The column of the probe's part in it.
+    """
+    trainings: dict[tuple[Any, ...], float] = {}
+    probes: dict[tuple[Any, ...], float] = {}
+    for row in rows:
+        part = row.get(probe, 0.0)
+        place = tuple(row[name] for name in ("cell", "phase", "seed"))
+        own = (*place, row["method"], row["point"])  # of a failed trial
+        run = (row["started"], row.get("training_seconds")) if "started" in row else own
+        trainings[run] = row.get(column, 0.0) - part
+        # Probes of different methods at equal rates differ in their measured time alone.
+        rates = (row.get(name) for name in (LEARNING_RATE, LORA_RATE, "probe_seconds"))
+        probes[*place, *rates] = part
+    return sum(trainings.values()) + sum(probes.values())
+
+
 def check_folder(folder: Path, name: str) -> None:
     """Check that the stored form of a study may be written to a folder.
 
@@ -93,15 +117,21 @@ def check_folder(folder: Path, name: str) -> None:
     check_writable(nearest_existing(folder), str(folder))
 
 
-def _without_folders(value: Any) -> Any:
-    """Return a JSON value with absolute paths shortened to their last part."""
+def _without_folders(value: Any, option: str = "") -> Any:
+    """Return a JSON value of an option with absolute paths shortened to their last part."""
     if isinstance(value, dict):
-        return {name: _without_folders(entry) for name, entry in value.items()}
+        return {name: _without_folders(entry, name) for name, entry in value.items()}
     if isinstance(value, list):
-        return [_without_folders(entry) for entry in value]
-    if isinstance(value, str) and os.path.isabs(value):
-        return Path(value).name
-    return value
+        return [_without_folders(entry, option) for entry in value]
+    if not isinstance(value, str):
+        return value
+    if option in SOURCES:
+        return ",".join(str(replace(one, place=_named(one.place))) for one in sources_of(value))
+    return _named(value)
+
+
+def _named(text: str) -> str:
+    return Path(text).name if os.path.isabs(text) else text
 
 
 def write_records(
