@@ -109,7 +109,7 @@ def test_a_single_record_is_enough(shown):
 def test_counts_lengths_and_examples_are_printed(shown):
     records = [{"prompt": f"{i} is", "completion": f" {i}."} for i in range(20)]
     records += [{"prompt": TALK[:1], "completion": TALK[:1]}]
-    records += [{"prompt": "long " * 60, "completion": "x"}]
+    records += [{"prompt": "long " * 60, "completion": "x<|pad|>"}]  # left out, and no fault
     records[3]["completion"] = " 3<|pad|>."
     captured = shown(records, "--examples", "1")
     out = captured.out
@@ -117,11 +117,12 @@ def test_counts_lengths_and_examples_are_printed(shown):
     assert "22 read: 18 to train on, 2 held out to evaluate, 2 left out" in out
     assert "left out   1: no assistant message to learn" in out
     assert "left out   1: longer than 64 tokens" in out
-    assert "doubtful   1 of 21: the text spells out control tokens" in out
+    assert "doubtful   1 of 20: the text spells out control tokens" in out
     assert out.count("[[text]] carries loss") == 1
     assert "[[ " in out
     assert "%" in out.split("loss       on ")[1].split("\n")[0]
     assert "1 of 22 records are left out" in captured.err
+    assert "1 of 20 examples: the text spells out" in shown(records, "--jsonl").err
     out = shown([{"prompt": "long " * 60, "completion": "x"}]).out
     assert re.search(r"\nrecord 0, \d+ tokens, left out: longer than 64 tokens; ", out)
 

@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from checkpoints import write_checkpoint
 from molf.cli import main
 from molf.errors import InputError
 from molf.world import BASE_PATH
@@ -163,6 +164,20 @@ def test_wrong_tasks(refused, base, arguments, words):
     error = refused("eval", str(base), *arguments.split())
     for word in words:
         assert word in error
+
+
+def test_a_bidirectional_model_is_refused_before_it_is_measured(tmp_path, facts, capsys):
+    causal = write_checkpoint(tmp_path / "causal", "gemma3")
+    other = write_checkpoint(tmp_path / "other", "gemma3", use_bidirectional_attention=True)
+    places = {"task": "fact", "data": facts, "output_dir": tmp_path / "evaluation"}
+    given = [word for name, value in places.items() for word in (f"--{name}", str(value))]
+    for models in ((str(other),), (str(causal), "--base", str(other))):
+        capsys.readouterr()
+        assert main(["eval", *models, *given]) == 2
+        *_, line = capsys.readouterr().err.splitlines()
+        assert line.startswith(f"molf: error: model {other}: in Gemma3ForCausalLM, tokens attend")
+        assert not (tmp_path / "evaluation").exists()
+    assert main(["eval", str(causal), *given]) == 0
 
 
 @pytest.mark.parametrize(

@@ -8,14 +8,16 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
 
-from core_helpers import snapshot
+from core_helpers import snapshot, tiny_model
 from molf import AdamW
 from optimizer_forms import build
 
 FORMS = ["folded", "explicit", "frozen", "fft"]
 CASES = [(form, rounding) for form in FORMS for rounding in (None, "exact", "stochastic")]
+DTYPES = [torch.float32, torch.bfloat16]
 STEPS = 3
 LR = 1e-3
 
@@ -69,9 +71,54 @@ def train(rank: int, folder: str) -> None:
                 "weights": weights(model, optimizer),
                 "winners": winners(optimizer),
             }
+        for dtype in DTYPES:
+            found[dtype] = [cut_state(rank, dtype, cut) for cut in (False, True)]
+        found["skipped"] = skipped_part()
         torch.save(found, f"{folder}/{rank}.pt")
     finally:
         dist.destroy_process_group()
+
+
+def cut_state(rank: int, dtype: torch.dtype, cut: bool) -> list[Tensor]:
+    """Weights of a training by `AdamW`; with `cut` each process has a part of the state.
+
+    After the first step a new optimizer goes on with the saved state.
+    """
+
+    def build_optimizer() -> torch.optim.Optimizer:
+        if cut:
+            return ZeroRedundancyOptimizer(model.parameters(), optimizer_class=AdamW, lr=LR)
+        return AdamW(model.parameters(), lr=LR)
+
+    model = tiny_model(dtype)
+    model.embed.requires_grad_(False)
+    wrapped, optimizer = DistributedDataParallel(model), build_optimizer()
+    for step in range(STEPS):
+        optimizer.zero_grad()
+        loss_of(wrapped, batch(step)[2 * rank : 2 * rank + 2]).backward()
+        optimizer.step()
+        if step == 0:
+            for receiver in range(2):
+                if cut:
+                    optimizer.consolidate_state_dict(to=receiver)
+                if receiver == rank:
+                    state = copy.deepcopy(optimizer.state_dict())
+            optimizer = build_optimizer()
+            optimizer.load_state_dict(state)
+    return [p.detach().clone() for p in model.parameters()]
+
+
+def skipped_part() -> dict[str, bool]:
+    """Whether each parameter stays in a step of `ZeroRedundancyOptimizer` with a NaN in one."""
+    model = tiny_model()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    optimizer = ZeroRedundancyOptimizer(
+        model.parameters(), optimizer_class=AdamW, lr=LR, nonfinite="skip"
+    )
+    loss_of(model, batch(0)).backward()
+    model.up.weight.grad[0, 0] = float("nan")
+    optimizer.step()
+    return {name: torch.equal(p, before[name]) for name, p in model.named_parameters()}
 
 
 def snapshot_of_named(model: nn.Module, optimizer: AdamW) -> dict[str, object]:
@@ -124,6 +171,25 @@ def test_as_one_process_with_the_joined_batch(ranks, form, rounding):
         moved += (expected.float() - before[name]).square().sum().item()
     assert moved > 0
     assert distance < 0.1 * moved
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_state_cut_by_zero_redundancy_optimizer_changes_no_bit(ranks, dtype):
+    """With bfloat16, the low halves are cut, saved and loaded too."""
+    for found in ranks:
+        whole, cut = found[dtype]
+        assert all(map(torch.equal, whole, cut))
+        assert all(map(torch.equal, cut, ranks[0][dtype][1]))
+        embed, up, *_ = map(torch.equal, cut, tiny_model(dtype).parameters())
+        assert (embed, up) == (True, False)  # the embedding is frozen
+
+
+def test_zero_redundancy_optimizer_skips_the_part_of_one_process(ranks):
+    """Each process sees the gradients of its own part only."""
+    for found in ranks:
+        assert found["skipped"]["up.weight"]
+        assert set(found["skipped"].values()) == {True, False}
+        assert found["skipped"] == ranks[0]["skipped"]
 
 
 def test_what_is_for_one_process_is_refused(ranks):

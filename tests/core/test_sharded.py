@@ -177,6 +177,13 @@ def test_factors_are_set_and_read_whole(world, form):
             torch.testing.assert_close(own, pair, rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize("form", ["folded", "fft"])
+def test_frozen_whole_parts_are_left_alone(world, form):
+    """A whole frozen parameter beside shards has no gradient to be summed."""
+    expected = trained(form, model=sharded_world.partly_frozen())
+    assert_as_one_process(on_all(world, "frozen_whole", form, 2), expected)
+
+
 def test_the_size_of_buckets_changes_no_bit(world):
     for found in on_all(world, "buckets"):
         assert found["one"].keys() == found["all"].keys()

@@ -276,6 +276,23 @@ def factors(world: World) -> dict[str, Any]:
     return found
 
 
+def frozen_whole(world: World) -> dict[str, Any]:
+    """Trained shards beside frozen parts that stay whole."""
+    mesh = world.meshes["2"]
+    forms = ("folded", "fft") if is_in(mesh) else ()
+    return {form: trained(form, world.rank, 2, model=partly_frozen(mesh)) for form in forms}
+
+
+def partly_frozen(mesh: Any = None) -> nn.Module:
+    """A model with a frozen embedding and a frozen linear layer; a mesh shards the others."""
+    model = tiny_model()
+    model.embed.requires_grad_(False)
+    model.down.requires_grad_(False)
+    for part in (model.up, model.norm, model.lm_head) if mesh is not None else ():
+        fully_shard(part, mesh=mesh)
+    return model
+
+
 def buckets(world: World) -> dict[str, Any]:
     """Layers in buckets of one, and all in one bucket."""
     found, size = {}, exchange.BUCKET_BYTES
@@ -498,6 +515,7 @@ SCENARIOS = [
     nonfinite,
     policies,
     factors,
+    frozen_whole,
     buckets,
     refusals,
     meeting,

@@ -8,7 +8,8 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from trl.trainer.utils import add_fused_lm_head
 
 from molf.errors import InputError
-from molf.job.loss_check import check_causal, check_joined
+from molf.job.loss_check import check_joined
+from molf.measure.causality import check_causal
 
 _COMMON = {"vocab_size": 512, "bos_token_id": None, "eos_token_id": 0, "pad_token_id": 1}
 _SIZES = {"hidden_size": 32, "num_hidden_layers": 2}
@@ -134,7 +135,7 @@ def test_other_logits_alone_do_not_make_a_model_bidirectional(monkeypatch):
     """As in a mixture, where rounding gives a token other experts; no token reads a later one."""
     model = make("GPT2")
     modes = [module.training for module in model.modules()]
-    monkeypatch.setattr("molf.job.loss_check.differ", lambda *_: True)
+    monkeypatch.setattr("molf.measure.causality.differ", lambda *_: True)
     check_causal("x", model, 1)
     assert modes == [module.training for module in model.modules()]
     assert all(p.grad is None for p in model.parameters())

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from molf.errors import InputError
-from molf.job.settings.defaults import ADAPTERS, METHOD, METHODS, ROUTED
+from molf.job.settings.defaults import ADAPTERS, METHOD, METHODS, ROUTED, defaults_for
 from molf.job.settings.resolved import resolve
 from molf.job.settings.settings import TrainSettings
 from molf.job.settings.sharding import check_launcher
@@ -249,6 +249,14 @@ def test_resolved_settings_are_settings():
 
 def test_every_method_is_described_and_has_defaults():
     assert set(METHODS) == set(METHOD) == {*ADAPTERS, *ROUTED, "fft", "hybrid"}
+
+
+@pytest.mark.parametrize("task", ["demo-fact", "demo-med", "fact"])
+def test_hybrid_has_the_rates_that_chose_its_layers(task):
+    """A probe is a training of MoLF."""
+    probe, hybrid = defaults_for("molf", task), defaults_for("hybrid", task)
+    for name in ("learning_rate", "lora_learning_rate"):
+        assert probe.get(name) == hybrid.get(name)
 
 
 def test_wrong_values_are_found_without_the_command_line():

@@ -83,6 +83,20 @@ def test_both_turns_are_learned(name, marks, knows_tokens, monkeypatch):
         assert "Rather green." in learned
 
 
+@pytest.mark.parametrize("marks", [True, False])
+def test_the_end_of_an_empty_earlier_answer_is_learned(marks, monkeypatch):
+    """gpt-oss ends earlier turns and the last one by different tokens, after a header's token."""
+    if not marks:
+        monkeypatch.setattr(chat_template, "_training_variant", lambda tokenizer, source: None)
+    for answer in ("It is blue.", ""):
+        talk = (TALK[0], {**TALK[1], "content": answer}, *TALK[2:])
+        rendered = Conversation(talk, 0, 0).render(tokenizer_of("gptoss"))
+        assert [rendered.text[start:end] for start, end in rendered.spans] == [
+            f"<|channel|>final<|message|>{answer}<|end|>",
+            "<|channel|>final<|message|>Rather green.<|return|>",
+        ]
+
+
 REFUSE_SYSTEM_OR_TOOLS = ("cohere", "cohere2", "gemma", "gemma3", "llava_next")
 
 

@@ -104,8 +104,10 @@ def _print_lines(records: Iterable[PreviewedRecord]) -> None:
     count = 0
     for record in records:
         sys.stdout.write(json_text(record.record()) + "\n")
-        faults.update(record.faults)
-        count += 1
+        # As in a training: the faults of records that are left out do not matter.
+        if record.left_out is None:
+            faults.update(record.faults)
+            count += 1
     sys.stdout.flush()
     for fault, number in faults.items():
         warnings.warn(f"{number} of {count} examples: {fault}.", stacklevel=3)
@@ -154,8 +156,8 @@ def _counts(data: DataRecords, records: list[PreviewedRecord], row_length: int |
             f"packed     {len(lengths):,} examples into {rows:,} rows of at most {row_length:,} "
             f"tokens ({tokens / (rows * row_length):.0%} filled)"
         )
-    faults = Counter(fault for record in records for fault in record.faults)
-    lines += [f"doubtful   {count} of {len(records)}: {fault}" for fault, count in faults.items()]
+    faults = Counter(fault for record in fitting for fault in record.faults)
+    lines += [f"doubtful   {count} of {len(fitting)}: {fault}" for fault, count in faults.items()]
     return lines
 
 

@@ -57,6 +57,8 @@ def evaluate_checkpoint(model: str, options: EvalOptions) -> dict[str, Evaluatio
         import torch
 
         from molf.job.model.loading import load_model, move
+        from molf.measure.causality import check_causal
+        from molf.measure.generate import padding_id
 
         # Before the model, so that a wrong task of the harness is reported in seconds.
         harness = _load_harness(options)
@@ -74,6 +76,7 @@ def evaluate_checkpoint(model: str, options: EvalOptions) -> dict[str, Evaluatio
                     no_base = f"the base of the run cannot be read: {error}"
         loaded = load_model(model)
         move(loaded.model, device)
+        check_causal(model, loaded.model, padding_id(loaded.tokenizer))
         evaluations: dict[str, Evaluation] = {}
         for name in options.task:
             title = f"Evaluating {model} on {name}"

@@ -117,7 +117,7 @@ class _Finder:
         """Return whether marks contain a message's text, where the template writes it."""
         if not marks:
             return False
-        text = text_of(self._chat.given[turn].get("content")).strip()
+        text = self._text(turn)
         marked = "".join(self._whole[start:end] for start, end in marks)
         return text in marked or text not in self._whole
 
@@ -176,14 +176,15 @@ class _Finder:
         # After the shared text, only another end-of-turn text may follow in `upto`.
         if end <= start or not self._is_ending(upto.text[end:]):
             return self._found_by_other_text(turn)
-        end = self._closed(start, end, upto.text[end:])
+        end = self._closed(turn, start, end, upto.text[end:])
         return (start, self._without_space(self._whole, end))
 
     def _found_by_other_text(self, turn: int) -> Span | None:
         """Find a turn by rendering it with another text; add its end-of-turn text."""
-        text = text_of(self._chat.given[turn].get("content")).strip()
-        span = self._changed_part(turn, text, len(self._chat))
-        alone = self._changed_part(turn, text, turn + 1)
+        if not self._text(turn):  # the turn may have other parts, such as a tool call
+            return None
+        span = self._changed_part(turn, len(self._chat))
+        alone = self._changed_part(turn, turn + 1)
         upto = self._chat.render(turn + 1)
         if span is None or alone is None or upto is None:
             return None
@@ -194,34 +195,48 @@ class _Finder:
         shared = end + _common_length(self._whole[end:], ending)
         cut = self._to_boundary(shared, of=self._whole[:end] + ending)
         cut = max(cut, end)
-        cut = self._closed(start, cut, ending[cut - end :])
+        cut = self._closed(turn, start, cut, ending[cut - end :])
         return (start, self._without_space(self._whole, cut))
 
-    def _changed_part(self, turn: int, text: str, count: int) -> Span | None:
-        """Find `text` in the rendering of `count` messages; None where it is missing."""
-        if not text:
-            return None
+    def _text(self, turn: int) -> str:
+        """Return the text of a message, without white space around it."""
+        return text_of(self._chat.given[turn].get("content")).strip()
+
+    def _changed_part(self, turn: int, count: int) -> Span | None:
+        """Find a message's text in the rendering of `count` messages; None where it is missing.
+
+        The place of an empty text is found too.
+        """
+        text = self._text(turn)
         # The first and last characters must differ, so that the comparison finds the whole text.
-        other = next(word for word in ("xq", "jz", "mk") if not {text[0], text[-1]} & set(word))
+        ends = {*text[:1], *text[-1:]}
+        other = next(word for word in ("xq", "jz", "mk") if not ends & set(word))
         rendering = self._chat.render(count)
         changed = self._chat.render_with(turn, other, count)
         if rendering is None or changed is None or other not in changed.text:
             return None
         start = _common_length(rendering.text, changed.text)
         end = start + len(rendering.text) - len(changed.text) + len(other)
+        if end < start:  # the template writes more beside another text
+            return None
         return (start, end) if rendering.text[start:end].strip() == text else None
 
-    def _closed(self, start: int, end: int, last_ending: str) -> int:
+    def _closed(self, turn: int, start: int, end: int, last_ending: str) -> int:
         """Return a turn's end after its end-of-turn token, where the last turn has another token.
 
         Args:
+            turn: The message.
             start: Start of the turn.
             end: End of the text that is the same where no message follows.
             last_ending: The text after `end` where no message follows.
         """
         here = next((t for t in self._tokens if self._whole.startswith(t, end)), "")
-        is_open = not any(self._whole[start:end].rstrip().endswith(t) for t in self._tokens)
-        return end + len(here) if is_open and last_ending.strip() else end
+        if not here or not last_ending.strip():
+            return end
+        # A token before the text, as the last one of a header, does not end the turn.
+        text = self._changed_part(turn, len(self._chat))
+        written = self._whole[start if text is None else text[1] : end].rstrip()
+        return end if any(map(written.endswith, self._tokens)) else end + len(here)
 
     def _is_ending(self, text: str) -> bool:
         """Return whether a text consists of the tokenizer's added tokens and white space."""

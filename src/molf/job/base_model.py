@@ -77,13 +77,16 @@ def read_base_model(
         The logits by the names of `measured`.
 
     Raises:
-        InputError: The base cannot be loaded, or its tokenizer has other tokens.
+        InputError: The base cannot be loaded, its tokenizer has other tokens, or its tokens attend
+            to later ones.
     """
     import torch
 
     from molf.job.model.loading import load_model, move
     from molf.job.model.tokenizer import load_tokenizer
+    from molf.measure.causality import check_causal
     from molf.measure.divergence import read_base
+    from molf.measure.generate import padding_id
     from molf.measure.tokens import other_token
 
     tokenizer = load_tokenizer(model)
@@ -95,6 +98,7 @@ def read_base_model(
                 "their predictions cannot be compared."
             )
         move(loaded.model, device)
+        check_causal(base, loaded.model, padding_id(tokenizer))
         found: dict[str, BaseLogits] = {}
         neutral: dict[str, Logits] = {}  # by text, as tasks may share one
         for name, (task, text) in measured.items():

@@ -25,7 +25,7 @@ from molf.data.tokens.processes import encode_in_processes
 from molf.errors import InputError
 from molf.job.attention import check_attention, set_attention
 from molf.job.inputs import Inputs
-from molf.job.loss_check import check_causal, check_joined, check_loss
+from molf.job.loss_check import check_joined, check_loss
 from molf.job.methods import Plan, TrainingData, assigned, check, plan
 from molf.job.methods.storage import check_kernels
 from molf.job.model.factors_memory import check_factors
@@ -42,6 +42,7 @@ from molf.job.settings.sharding import not_quantised
 from molf.job.shards import Sharding, check_shardable
 from molf.job.trainer.sft_config import sft_config
 from molf.job.trainer.steps import count_steps
+from molf.measure.causality import check_causal
 from molf.measure.generate import padding_id
 from molf.measure.inference import last_logits, length_limit
 from molf.measure.padding import right_padding_counts

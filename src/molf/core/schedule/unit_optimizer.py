@@ -88,7 +88,7 @@ class UnitOptimizer(Optimizer):
 
     def _check_processes(self) -> None:
         check_processes(
-            list(self._parameters()),  # a frozen base in shards beside a whole adapter is refused
+            self.param_groups,
             self._name_of,
             optimizer_in_backward=self.optimizer_in_backward,
             grad_accumulation_dtype=self.grad_accumulation_dtype,

@@ -210,9 +210,8 @@ def check_layouts(parameters: Iterable[Tensor], name_of: Callable[[Tensor], str]
         if len(first) == 2:
             raise ShardingError(
                 f"{name_of(first[True])} is sharded (DTensor) and {name_of(first[False])} is not: "
-                "their gradients are not summed over the same processes. Call fully_shard on the "
-                "whole model, or on no trained part (ignored_params are not supported); add "
-                "adapters before."
+                "their gradients are not summed over the same processes. Call fully_shard on all "
+                "trained parts or on none (ignored_params must be frozen); add adapters before."
             )
         if not is_sharded(parameter):
             continue

@@ -93,13 +93,13 @@ _DEMO = {
     "demo-med": _demo(1e-3, 5.0, 16),
 }
 # Learning rate of the LoRA factors, as a multiple of the task's rate. With MoLF's value, its
-# experts win about equally often. The others are the best of three on demo-fact (README); DoRA
-# uses LoRA's.
+# experts win about equally often; hybrid has the rates of the probe that chose its layers. The
+# others are the best of three on demo-fact (README); DoRA uses LoRA's.
 _DEMO_RATIO = {
     "molf": 2,
+    "hybrid": 2,
     "molf-e": 3,
     "lora": 3,
-    "hybrid": 3,
     "lora+": 0.3,
     "dora": 3,
     "pissa": 3,
