@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import yaml
 
 from checkpoints import write_checkpoint
 from molf.cli import main
@@ -14,6 +15,7 @@ from molf.cli.study_options import find_study, open_study, study_names
 from molf.core.scores.registry import SCORES
 from molf.errors import InputError
 from molf.study.checks import check_options
+from question_records import gsm8k, maths, write
 from study_helpers import FFT, LORA, MOLF, content, study_of, write_study
 
 
@@ -392,3 +394,30 @@ def test_assignments_of_methods_are_read(tmp_path, capsys):
         assert main(["study", "run", str(path), "--dry_run"]) == code
         said = capsys.readouterr().err
         assert (f"study tried, method hybrid: assignment {file}" in said) == (code == 2)
+
+
+def test_the_dry_run_of_paper_math_passes_on_a_small_model_and_data(tmp_path, monkeypatch, capsys):
+    """All of the shipped study but its model and its data, which are on the Hub."""
+    monkeypatch.chdir(tmp_path)
+    content = yaml.safe_load(find_study(Path("paper-math")).read_text())
+    (cell,) = content["cells"]
+    cell["model"] = str(write_checkpoint(tmp_path / "model", architecture="llama"))
+    cell["data"] = write(tmp_path / "train.jsonl", maths(100))
+    cell["eval_data"] = write(tmp_path / "test.jsonl", [gsm8k(f"{i} pens?", i) for i in range(4)])
+    (tmp_path / "paper-math.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
+    capsys.readouterr()  # a progress bar of the model that was written
+    assert main(["study", "run", "paper-math.yaml", "--dry_run"]) == 0
+    printed = capsys.readouterr()
+    assert printed.err == ""
+    lines = printed.out.splitlines()
+    # 7 methods x (3 rates + 5 seeds), and 5 of the control at the rates of its method.
+    assert lines[0] == "paper-math: 1 cell, 7 methods, at most 61 trials"
+    assert lines[1].endswith(" 3 rates x 1 seed per method by accuracy on the validation part")
+    assert lines[4].strip().startswith("at most 5 days with 1 worker at 7200 s a trial")
+    # 64 / 32, and 64 / sqrt(64).
+    scalings = "2 (lora); 8 (rslora-64, lora-rest, epd, gsnr, gsnr-shuffled)."
+    assert lines[5:] == [
+        "Methods differ in the scaling of LoRA factors, which alpha sets, in "
+        f"{cell['name']}: {scalings}"
+    ]
+    assert not (tmp_path / "studies").exists()

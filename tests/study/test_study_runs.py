@@ -10,6 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 import yaml
+from optuna.exceptions import StorageInternalError
 from safetensors.torch import load_file
 
 from checkpoints import write_checkpoint
@@ -198,6 +199,22 @@ def test_the_pruner_ends_a_training_by_its_loss(study, tmp_path):
     assert (loss > 0, step) == (True, 1)  # the metric is a loss, so Optuna minimises
     assert not all_results(pruned)
     assert not list(tmp_path.rglob("model.safetensors"))
+
+
+class Unreachable(Hopeless):
+    """A trial of Optuna whose storage fails."""
+
+    def report(self, value, step):
+        raise StorageInternalError("the server is gone")
+
+
+def test_a_storage_that_fails_while_the_pruner_is_asked_fails_no_trial(study, tmp_path):
+    opened, make = study
+    pruned = replace(opened, output_dir=tmp_path, choose=replace(opened.choose, prune="median"))
+    planned = Plan(opened, {}, make, {}).trials[0]
+    with pytest.raises(StorageInternalError, match="the server is gone"):
+        TrialRunner(pruned, None)(planned, planned.point, Unreachable())
+    assert not all_results(pruned)
 
 
 def test_records_alone_are_kept_by_default(folder, tmp_path):

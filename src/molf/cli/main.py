@@ -5,6 +5,7 @@ SIGTERM (job schedulers) and SIGHUP (closed terminals) end a command like Ctrl-C
 
 from __future__ import annotations
 
+import _thread
 import os
 import signal
 import sys
@@ -28,14 +29,35 @@ from molf.streams import OutputError, standard_streams
 
 DONE, FAILED, WRONG_INPUT, STOPPED = 0, 1, 2, 3
 _BY_SIGNAL = 128  # shells report a command ended by signal N as 128 + N
+_AGAIN_SECONDS = 0.05  # until a signal whose exception was dropped is sent again
 
 
 class _TerminatedError(KeyboardInterrupt):
-    """SIGTERM or SIGHUP arrived. A KeyboardInterrupt, so that clean-up code handles both alike."""
+    """SIGTERM or SIGHUP arrived. A KeyboardInterrupt, so that clean-up code handles both alike.
 
-    def __init__(self, number: int) -> None:
+    Python drops exceptions of weakref callbacks and of `__del__`, and a bare `except:` of a library
+    drops all. An exception that is deleted before the command ends was dropped: the signal is sent
+    again.
+
+    Args:
+        number: The signal.
+        ended: Whether the command has ended.
+    """
+
+    def __init__(self, number: int, ended: threading.Event) -> None:
         super().__init__()
         self.number = number
+        self._ended = ended
+
+    def __del__(self) -> None:
+        if not self._ended.is_set():
+            # By a thread, and later: an exception raised here would be dropped as well.
+            _thread.start_new_thread(_send_again, (self.number, self._ended))
+
+
+def _send_again(number: int, ended: threading.Event) -> None:
+    if not ended.wait(_AGAIN_SECONDS):
+        os.kill(os.getpid(), number)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -51,13 +73,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = without_help_all(join_stdin(join_booleans(given)))
     # Before anything is printed, because a message may quote an argument with a token.
     learn(arguments)
-    with standard_streams(), warnings.catch_warnings(), _signals_as_interrupts():
+    with standard_streams(), warnings.catch_warnings():
         warnings.showwarning = _WarningLines()
         try:
-            code = app(arguments, exit_on_error=False, print_error=False) or DONE
-            # A full disk or closed terminal may show only when the buffer is flushed.
-            sys.stdout.flush()
-            return code
+            with _signals_as_interrupts():
+                code = app(arguments, exit_on_error=False, print_error=False) or DONE
+                # A full disk or closed terminal may show only when the buffer is flushed.
+                sys.stdout.flush()
+                return code
         except CycloptsError as error:
             return _fail(WRONG_INPUT, _explain(error))
         except InputError as error:
@@ -85,9 +108,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 @contextmanager
 def _signals_as_interrupts() -> Iterator[None]:
     """Raise an exception on SIGTERM and SIGHUP, unless they are ignored or handled already."""
+    ended = threading.Event()
 
     def terminate(number: int, frame: FrameType | None) -> None:
-        raise _TerminatedError(number)
+        raise _TerminatedError(number, ended)
 
     names = ("SIGTERM", "SIGHUP")  # Windows has no SIGHUP
     numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
@@ -99,6 +123,7 @@ def _signals_as_interrupts() -> Iterator[None]:
     try:
         yield
     finally:
+        ended.set()
         for number in replaced:
             signal.signal(number, signal.SIG_DFL)
 

@@ -33,7 +33,13 @@ from molf.study.snapshot import (
     Place,
     Snapshot,
 )
-from molf.study.storage import failing, open_storage, stored_name
+from molf.study.storage import (
+    failing,
+    open_storage,
+    signs_of_life,
+    storage_errors,
+    stored_name,
+)
 
 if TYPE_CHECKING:
     from optuna import Study as OptunaStudy
@@ -41,10 +47,6 @@ if TYPE_CHECKING:
 
 Direction = Literal["minimize", "maximize"]
 _STOP = "stop"
-
-
-class Dropped(Exception):  # noqa: N818 (no error: the trial is another's, or was never planned)
-    """A queued trial that must not run."""
 
 
 class Ledger:
@@ -225,66 +227,33 @@ class Ledger:
         import optuna
 
         cell, method = self._study.cell(place[0]), self._study.method(place[1])
-        one = self._at(cell, method, place[2])
-        outcomes: list[Outcome] = []
-        settled: list[BaseException | None] = []  # the trial has ended, perhaps by an interrupt
-
-        def objective(trial: Trial) -> float:
-            try:
-                value = attempt(trial)
-            except optuna.exceptions.UpdateFinishedTrialError as error:
-                settled.append(None)
-                raise Dropped from error
-            except (Dropped, optuna.TrialPruned):
-                settled.append(None)
-                raise
-            settled.append(None)
-            return value
-
-        def attempt(trial: Trial) -> float:
-            attributes = trial.user_attrs
-            entry = planned.get(attributes.get(KEY, ""))
-            if entry is None or self._is_taken(one, trial.number, entry.key):
-                trial.set_user_attr(DROPPED, True)
-                raise Dropped
-            # Optuna's own first heart-beat comes from a thread. A trial whose worker dies before it
-            # has none, is never stale, and would run for ever.
-            self._storage.record_heartbeat(trial._trial_id)
-            trial.set_user_attr(WORKER, worker)
-            point = self._suggest(trial, cell, method)
-            try:
-                outcome = run(entry, point, trial)
-            except (KeyboardInterrupt, FullDiskError) as interrupt:
-                with suppress(optuna.exceptions.UpdateFinishedTrialError):
-                    trial.set_user_attr(INTERRUPTED, True)
-                settled.append(interrupt)
-                raise
-            outcomes.append(outcome)
-            for name, value in (
-                (SHARE, outcome.full_share),
-                (SECONDS, outcome.seconds),
-                (ERROR, outcome.error or None),
-            ):
-                if value is not None:
-                    trial.set_user_attr(name, value)
-            if outcome.state == PRUNED:
-                raise optuna.TrialPruned
-            if outcome.value is None:
-                raise Dropped
-            return outcome.value
-
-        with failing(self._study):
+        outcome: Outcome | None = None
+        # The trial may have been failed as stale while its worker slept, so that Optuna cannot end
+        # it. Its result is on disk, or it is queued again.
+        with failing(self._study), suppress(optuna.exceptions.UpdateFinishedTrialError):
+            one = self._at(cell, method, place[2])
             one.sampler, one.pruner = self._sampler(one, place), self._pruner()
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # heart-beats come from `signs_of_life`
+                trial = one.ask()
             try:
-                one.optimize(objective, n_trials=1, catch=(Dropped,))
-            except (optuna.exceptions.UpdateFinishedTrialError, ValueError):
-                # The trial was failed as stale while its worker slept, so that Optuna cannot end
-                # it. Its result is on disk, or it is queued again.
-                if not settled:
-                    raise
-                if settled[0] is not None:
-                    raise settled[0] from None
-        return outcomes[0] if outcomes else None
+                with signs_of_life(self._study, self._storage, trial._trial_id):
+                    entry = planned.get(trial.user_attrs.get(KEY, ""))
+                    if entry is None or self._is_taken(one, trial.number, entry.key):
+                        trial.set_user_attr(DROPPED, True)
+                    else:
+                        trial.set_user_attr(WORKER, worker)
+                        outcome = run(entry, self._suggest(trial, cell, method), trial)
+                    _end(one, trial, outcome)
+            except storage_errors():
+                raise
+            except BaseException as error:
+                with suppress(*storage_errors(), optuna.exceptions.UpdateFinishedTrialError):
+                    if isinstance(error, (KeyboardInterrupt, FullDiskError)):
+                        trial.set_user_attr(INTERRUPTED, True)
+                    _end(one, trial, None)
+                raise
+        return outcome
 
     def _is_taken(self, one: OptunaStudy, number: int, key: str) -> bool:
         """Return whether another trial of this identity runs, is finished, or comes first."""
@@ -335,3 +304,25 @@ class Ledger:
         if kind == HYPERBAND:
             return optuna.pruners.HyperbandPruner()
         return optuna.pruners.NopPruner()
+
+
+def _end(one: OptunaStudy, trial: Trial, outcome: Outcome | None) -> None:
+    """Record the end of a trial of Optuna; without an outcome as failed."""
+    from optuna.trial import TrialState
+
+    state: TrialState | None = TrialState.FAIL
+    value = None
+    if outcome is not None:
+        value = outcome.value
+        for name, given in (
+            (SHARE, outcome.full_share),
+            (SECONDS, outcome.seconds),
+            (ERROR, outcome.error or None),
+        ):
+            if given is not None:
+                trial.set_user_attr(name, given)
+        if outcome.state == PRUNED:
+            state = TrialState.PRUNED
+        elif value is not None:
+            state = TrialState.COMPLETE
+    one.tell(trial, value, state, skip_if_finished=True)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import secrets
+import threading
 import time
 import warnings
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -137,17 +138,50 @@ def failing(study: Study) -> Iterator[None]:
     Raises:
         StorageError: The storage failed.
     """
-    import optuna
-    import sqlalchemy.exc
-
     try:
         yield
-    except (optuna.exceptions.StorageInternalError, sqlalchemy.exc.SQLAlchemyError) as error:
+    except storage_errors() as error:
         check_present(study)
         raise StorageError(
             f"The storage {_shown(storage_address(study))} failed: {_cause(error)}. Finished "
             "trials are kept; start again when it is reachable."
         ) from error
+
+
+def storage_errors() -> tuple[type[Exception], ...]:
+    """Return the types of the errors that Optuna raises if its storage fails."""
+    import optuna
+    import sqlalchemy.exc
+
+    return optuna.exceptions.StorageInternalError, sqlalchemy.exc.SQLAlchemyError
+
+
+@contextmanager
+def signs_of_life(study: Study, storage: Any, trial: int) -> Iterator[None]:
+    """Record a heart-beat of a trial, and further ones while the block runs.
+
+    Args:
+        study: The study.
+        storage: Optuna's storage of it.
+        trial: The trial's number in the storage.
+    """
+    # At once: a trial whose worker dies before the first one is never stale, and runs for ever.
+    storage.record_heartbeat(trial)
+    ended = threading.Event()
+
+    def record() -> None:
+        while not ended.wait(study.heartbeat):
+            # The block's next access raises if the storage still fails.
+            with suppress(*storage_errors()):
+                storage.record_heartbeat(trial)
+
+    thread = threading.Thread(target=record, daemon=True)  # interrupted before `try`, it never ends
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
 
 
 def check_present(study: Study) -> None:

@@ -54,6 +54,7 @@ from molf.study.running import (
     parameters_of,
     training_flops,
 )
+from molf.study.storage import storage_errors
 
 if TYPE_CHECKING:
     from optuna.trial import Trial
@@ -109,6 +110,8 @@ class TrialRunner:
         except _PrunedError:
             return Outcome(PRUNED, None, point, seconds=time.perf_counter() - started)
         except Exception as error:
+            if isinstance(error.__cause__, storage_errors()):
+                raise error.__cause__ from None  # while the pruner was asked: no failed trial
             if isinstance(error.__cause__, _PrunedError):
                 return Outcome(PRUNED, None, point, seconds=time.perf_counter() - started)
             if is_disk_full(error):
