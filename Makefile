@@ -53,7 +53,7 @@ faults: $(READY)  ## Plant faults in the optimizer; every one must make a test f
 base: $(READY)  ## Rebuild the embedded base model
 	$(BIN)/python scripts/build_base.py
 
-bench: $(READY)  ## Bars of speed and memory on a CPU: pass, fail or undecided (ten minutes)
+bench: $(READY)  ## Bars of speed and memory on a CPU: pass, fail or undecided (twenty minutes)
 	$(BIN)/python benchmarks/bars.py
 
 bench-growth: $(READY)  ## How a step grows with rank, experts, depth and tokens: tables and a plot

@@ -1,8 +1,8 @@
 """Measure all limits ("bars") of speed and memory on a CPU; print pass, fail or undecided for each.
 
 The benchmarks run one after the other in separate processes and write their records to
-benchmarks/results/. It takes less than ten minutes on two cores; run nothing else on them. The exit
-code is 1 if a bar fails.
+benchmarks/results/. It takes about twenty minutes on two cores; run nothing else on them. The exit
+code is 1 if a bar fails. The bar of growth.py is measured by `make bench-growth`.
 
     python benchmarks/bars.py [--results DIR] [--only NAME ...]
 """
@@ -23,6 +23,9 @@ RUNS = {  # name of the record: script and arguments
     "step_time_8192": ["step_time.py", "--tokens", "8192"],
     "molfe_step": ["molfe_step.py", "--memory_runs", "2"],
     "memory": ["memory.py"],
+    "probe": ["probe.py", "--rounds", "6", "--threads", "1"],
+    "score_cost": ["score_cost.py", "--rounds", "16", "--threads", "1"],
+    "hybrid": ["hybrid.py", "--keep_memory", "--rounds", "16", "--threads", "1"],
 }
 
 

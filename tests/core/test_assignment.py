@@ -401,6 +401,12 @@ def test_random_like_without_another_set(model):
         assert made.random_like(1).full == made.full
 
 
+def test_by_shape_refuses_the_configuration_of_the_model(model):
+    made = Assignment.from_patterns(model, {"default": "full"})
+    with pytest.raises(TypeError, match=r"Qwen2Config\. Must be a molf\.MoLFConfig"):
+        made.by_shape(model.config)
+
+
 def test_by_shape_is_the_formula(model):
     made = Assignment.from_patterns(model, {"default": "full", "frozen": ["0.mlp"]})
     config = molf.MoLFConfig(ranks=(4,), alpha=8, use_rslora=False)

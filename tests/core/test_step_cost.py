@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from core_helpers import as_on_an_accelerator, feed, run, tiny_model, tiny_optimizer
 from executors import ReadsOfTheHost
+from molf.core.scores.registry import SCORES
 from molf.core.step.folded import FoldedLayer
 
 
@@ -66,11 +67,14 @@ def test_only_moments_have_the_size_of_a_weight():
 
 
 @pytest.mark.parametrize("layers", [2, 20])
-@pytest.mark.parametrize("score", ["epd", "random"])
+@pytest.mark.parametrize("score", [*SCORES, "random:0.3", "share:0.5:gsnr", "shuffled:fresh"])
 @pytest.mark.parametrize("requires", [False, True])
 def test_the_host_waits_once_per_step(layers, score, requires, monkeypatch):
     model = nn.ModuleList([nn.Linear(4, 5) for _ in range(layers)] + [nn.LayerNorm(3)])
-    optimizer = as_on_an_accelerator(tiny_optimizer(model, score=score, top_k=2))
+    top_k = 1 if score == "full" else 2
+    optimizer = as_on_an_accelerator(
+        tiny_optimizer(model, score=score, ranks=(2, 3, 4), top_k=top_k)
+    )
     reads = ReadsOfTheHost(monkeypatch)
     for step in range(2):
         feed(model, step)

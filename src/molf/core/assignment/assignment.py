@@ -274,7 +274,15 @@ class Assignment:
             config: The LoRA experts: ranks, alpha, `use_rslora`.
             lr: Learning rate of `full`; only the ratio of the rates counts.
             lora_lr: Learning rate of the LoRA experts; None: `lr`.
+
+        Raises:
+            TypeError: `config` is no `MoLFConfig`, but that of a model, for example.
         """
+        if not isinstance(config, MoLFConfig):
+            raise TypeError(
+                f"Invalid config of type {type(config).__name__}. Must be a molf.MoLFConfig, such "
+                "as molf.MoLFConfig(ranks=16)."
+            )
         rate = lr if lora_lr is None else lora_lr
         made = by_shape(self.entries, config, lr, rate)
         source = f"by shape, lora_lr {rate / lr:g} times lr"
