@@ -379,6 +379,24 @@ def test_methods_are_counted_against_any_other_one():
             outcomes.tally(study, *wrong)
 
 
+def test_the_readme_agrees_with_the_study_of_molf_e():
+    study = script.Study(script.STUDIES / "demo-molf-e")
+    assert amounts.missing(study) == "none"
+    assert len(study.cells) == 7
+    assert {cell.baseline for cell in study.cells} == {"lora"}
+    found = outcomes.tally(study, "molf-e")
+    assert "better" not in found
+    assert "worse in 2 cells" in found
+    harm = outcomes.harm_tally(study, "forgetting_loss", "molf-e")
+    assert "more in 3 cells" in harm
+    assert "less in 1 cell" in harm
+    assert (
+        "In a [study of seven tasks](docs/results.md#adapters-alone), `molf-e` with ranks 4 and 16 "
+        "and one alpha is shown to be better than one LoRA of rank 20 in none, and worse in two. It "
+        "forgets more in three and less in one."
+    ) in " ".join((ROOT / "README.md").read_text().split())
+
+
 def test_no_method_is_better_than_full_fine_tuning_in_any_study():
     """As README and docs/cells.md say."""
     studies = [script.Study(path) for path in script.STUDIES.iterdir()]
