@@ -392,8 +392,8 @@ def test_the_readme_agrees_with_the_study_of_molf_e():
     assert "less in 1 cell" in harm
     assert (
         "In a [study of seven tasks](docs/results.md#adapters-alone), `molf-e` with ranks 4 and 16 "
-        "and one alpha is shown to be better than one LoRA of rank 20 in none, and worse in two. It "
-        "forgets more in three and less in one."
+        "and one alpha is shown to be better than one LoRA of rank 20 in none, and worse in two. "
+        "It forgets more in three and less in one."
     ) in " ".join((ROOT / "README.md").read_text().split())
 
 
