@@ -397,6 +397,17 @@ def test_the_readme_agrees_with_the_study_of_molf_e():
     ) in " ".join((ROOT / "README.md").read_text().split())
 
 
+def test_rules_that_are_left_out_do_not_pay():
+    """As docs/scores.md says."""
+    study = script.Study(script.STUDIES / "demo-mixtures")
+    assert amounts.missing(study) == "none"
+    against = ("soft-epd", "fft-lower", "own")
+    assert "more in 3 cells" in outcomes.harm_tally(study, "forgetting_loss", *against)
+    assert "better" not in outcomes.tally(study, *against)
+    assert {cell.baseline for cell in study.cells} == {"fft"}
+    assert "worse in 2 cells" in outcomes.tally(study, "keep-gsnr")
+
+
 def test_no_method_is_better_than_full_fine_tuning_in_any_study():
     """As README and docs/cells.md say."""
     studies = [script.Study(path) for path in script.STUDIES.iterdir()]
