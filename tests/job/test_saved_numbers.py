@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, MambaConfig, MambaForCausalLM
 
 from checkpoints import write_checkpoint
 from molf.cli import main
+from molf.job.model.card import show_saved
 from molf.job.model.low_halves import Rounding
 from molf.job.model.saved_update import SavedUpdate
 from slow_cases import slow_after
@@ -318,3 +319,5 @@ def test_update_of_nothing_has_no_error():
     update.add(torch.ones(2), torch.ones(2), torch.ones(2), torch.zeros(2, dtype=torch.bool))
     record = update.record()
     assert (record["moved_share"], record["kept_share"], record["update_error"]) == (0, 0, 0)
+    shown = show_saved(record | {"dtype": "float32", "rounding": "stochastic"})
+    assert shown == "float32: no number moved in the training"

@@ -359,7 +359,7 @@ def test_warm_up_that_takes_all_steps(steps, given, warns):
     assert [str(w.message) for w in caught if "warm-up" in str(w.message)] == [
         *(
             [
-                "The warm-up takes all 1 steps and starts at learning rate 0. Give "
+                "The warm-up takes the whole training (1 step) and starts at learning rate 0. Give "
                 "--warmup_ratio 0 to train at the full rate from the start."
             ]
             if warns

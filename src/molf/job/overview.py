@@ -111,11 +111,12 @@ def _steps(opening: Opening, processes: int) -> str:
     batches = rows // share if opening.arguments.dataloader_drop_last else -(-rows // share)
     epochs = steps / max(1, -(-batches // passes))
     shown = f"{epochs:.3g}" if epochs < 1000 else f"{epochs:,.0f}"
+    shown += " epoch" if shown == "1" else " epochs"
     limit = "" if settings.max_time is None else f", at most {duration(settings.max_time)}"
     unit = "example" if opening.data.packed is None else "packed row"
     how = ", padding-free" if settings.padding_free else ""
     how += ", by length" if settings.train_sampling_strategy == GROUP_BY_LENGTH else ""
-    return f"{steps:,} of {counted(batch, unit)} ({split}{how}), {shown} epochs{limit}"
+    return f"{steps:,} of {counted(batch, unit)} ({split}{how}), {shown}{limit}"
 
 
 def _evaluations(opening: Opening) -> str:

@@ -60,6 +60,7 @@ from molf.job.trainer.validation import EarlyStopping, EvaluationCallback, Valid
 from molf.measure import Evaluation
 from molf.measure.generate import padding_id
 from molf.ranks import ranks
+from molf.shown import counted
 
 
 @dataclass
@@ -426,7 +427,7 @@ def _warn_of_warmup(steps: int, arguments: SFTConfig) -> None:
     without = ("constant", *BY_LOSS)
     if arguments.lr_scheduler_type not in without and arguments.get_warmup_steps(steps) >= steps:
         warnings.warn(
-            f"The warm-up takes all {steps} steps and starts at learning rate 0. Give "
-            "--warmup_ratio 0 to train at the full rate from the start.",
+            f"The warm-up takes the whole training ({counted(steps, 'step')}) and starts at "
+            "learning rate 0. Give --warmup_ratio 0 to train at the full rate from the start.",
             stacklevel=2,
         )

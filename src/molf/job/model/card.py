@@ -236,7 +236,9 @@ def show_saved(record: Mapping[str, Any] | None) -> str | None:
     if not record or "moved_share" not in record:
         return None
     how = str(record["dtype"])
-    if record["moved_share"] and not record["update_error"]:
+    if not record["moved_share"]:
+        return f"{how}: no number moved in the training"
+    if not record["update_error"]:
         return f"{how}: the whole update ({record['moved_share']:.1%} of all numbers moved)"
     return (
         f"{how}, rounding {record['rounding']}: {record['update_kept']:.1%} of the update's length "
