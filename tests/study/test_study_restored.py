@@ -7,6 +7,7 @@ import pytest
 
 from molf.cli import main
 from molf.study.outcome import TrialResult, all_results, write_result
+from molf.study.report.records import read_records
 from study_helpers import FFT, LORA, MOLF, Pretended, study_of, work, write_study
 
 CONTROL = {"name": "coin", "method": "molf", "share_of": "molf"}
@@ -147,3 +148,35 @@ def test_trials_with_metrics_of_another_version_are_counted(tmp_path, capsys):
     assert f"warning: {len(before)} of them have metrics of another version than new trials" in (
         capsys.readouterr().err
     )
+
+
+@pytest.mark.parametrize("place", [0, 2, 3])
+def test_a_further_rate_repeats_no_trial_wherever_it_stands(tmp_path, capsys, place):
+    """The points behind it move by one number; neither they nor their rows are other trials."""
+    kept, before = stored(tmp_path)
+    rates = list(FFT["rates"]["learning_rate"])
+    rates.insert(place, 1e-6)
+
+    def wider(method):
+        name, *_ = method["rates"]
+        return {**method, "rates": {**method["rates"], name: rates}}
+
+    lora = {**LORA, "rates": {"lora_learning_rate": [2e-2, *LORA["rates"]["lora_learning_rate"]]}}
+    changed = {"methods": [wider(FFT), lora, wider(MOLF), CONTROL]}
+    write_study(tmp_path, **changed)
+    assert main(["study", "restore", str(tmp_path / "study.yaml"), str(kept)]) == 0
+    assert f": {len(before)} finished trials from" in capsys.readouterr().out
+    study, make = study_of(tmp_path, **changed)
+    runner = Answered(study, full_share=0.25)
+    work(study, make, runner)
+    assert sorted(runner.ran) == [
+        "facts/coin/choose-lr1e-06-ratio3-seed1",
+        "facts/fft/choose-lr1e-06-seed1",
+        "facts/lora/choose-lora_lr0.02-seed1",
+        "facts/molf/choose-lr1e-06-ratio3-seed1",
+    ]
+    assert main(["study", "report", str(tmp_path / "study.yaml"), "--to", str(kept)]) == 0
+    rows = [row for row in read_records(kept).rows if row["method"] == "fft"]
+    chosen = [(row["point"], row["learning_rate"]) for row in rows if row["phase"] == "choose"]
+    assert chosen == list(enumerate(rates))
+    assert {row["point"] for row in rows if row["phase"] == "report"} == {rates.index(1e-3)}

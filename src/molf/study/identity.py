@@ -35,11 +35,12 @@ def settings_key(settings: TrainSettings, more: Any = None) -> str:
     return short_hash([given | contents_of(given), more])
 
 
-def trial_key(place: tuple[str, str, str, int, int], settings: str) -> str:
+def trial_key(place: tuple[str, str, str, int | None, int], settings: str) -> str:
     """Return the identity of a planned trial.
 
     Args:
-        place: Cell, method, phase, number of the point, seed.
+        place: Cell, method, phase, number of the point, seed. The number is None for points of a
+            grid: their rates, part of the settings, tell them apart.
         settings: The result of `settings_key`.
     """
     return short_hash([place, settings])

@@ -170,8 +170,10 @@ class TrialMaker:
             else:
                 settings = with_rates(settings, point)
                 own_key = settings_key(settings, more)
-            key = trial_key((cell.name, method.name, phase, index, seed), own_key)
             is_drawn = self._study.choose.sampler != GRID
+            # A rate that is added in the middle of a grid moves the numbers of those behind it.
+            number = index if is_drawn else None
+            key = trial_key((cell.name, method.name, phase, number, seed), own_key)
             self._made[place] = Planned(
                 cell, method, phase, index, seed, point, settings, key, is_drawn, assigned
             )

@@ -208,6 +208,8 @@ def _row(trial: Planned, outcome: Outcome, result: TrialResult | None) -> Row:
         keys = {SETTINGS: result.settings, TRAINED: result.trained}
         row |= {name: value for name, value in result.row.items() if value is not None}
         row |= {name: value for name, value in keys.items() if value}
+        # The study file may have got a further rate since the trial ended.
+        row["point"] = trial.index
     return row
 
 
