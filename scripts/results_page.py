@@ -31,7 +31,7 @@ Sentences:
     untrained STUDY                   metric of the base, by cell
     full_range STUDY METHOD           lowest and highest share in full over the cells
     ranges STUDY                      lowest and highest tried rate of the methods
-    cost STUDY METHOD OTHER           training time and memory of a run as multiples of another's
+    memory STUDY METHOD OTHER         peak memory of a run as a multiple of another's
     better_than STUDY OTHER           methods that are better than another one, at their own rates
     advice STUDY                      preferred baselines, and methods that are better
     assigned_findings STUDY           probes against random assignments; where the curve is flat
@@ -68,7 +68,7 @@ _WORDS: dict[str, Any] = {
         *(outcomes.advice, outcomes.better_than, outcomes.decided),
         *(outcomes.assigned_findings, outcomes.assigned_verdict),
         *(rates.spread, rates.harm_by_rate, rates.settings, rates.ranges),
-        *(amounts.untrained, amounts.full_range, amounts.cost),
+        *(amounts.untrained, amounts.full_range, amounts.memory),
         *(amounts.trials, amounts.shared, amounts.hours, amounts.missing),
     )
 }

@@ -23,22 +23,19 @@ def full_range(study: Study, method: str) -> str:
     return f"{min(shares):.0%} to {max(shares):.0%}" if shares else NO_ROWS
 
 
-def cost(study: Study, method: str, other: str) -> str:
-    """Return training time and memory of a run as multiples of another method's."""
-    parts = []
-    for column, name in (
-        ("training_seconds", "the training time"),
-        ("peak_memory_bytes", "the peak memory"),
-    ):
-        ratios = [
-            median(mine) / median(theirs)
-            for cell in study.cells
-            if (mine := _column(study, cell, method, column))
-            and (theirs := _column(study, cell, other, column))
-        ]
-        if ratios:
-            parts.append(f"{fmean(ratios):.2f} times {name}")
-    return f"{' and '.join(parts)} of `{other}`" if parts else NO_ROWS
+def memory(study: Study, method: str, other: str) -> str:
+    """Return the peak memory of a run as a multiple of another method's.
+
+    The median of a cell, and the mean over cells. Rows of different hours and loads have comparable
+    memory, but no comparable times.
+    """
+    ratios = [
+        median(mine) / median(theirs)
+        for cell in study.cells
+        if (mine := _column(study, cell, method, "peak_memory_bytes"))
+        and (theirs := _column(study, cell, other, "peak_memory_bytes"))
+    ]
+    return f"{fmean(ratios):.2f} times the peak memory of `{other}`" if ratios else NO_ROWS
 
 
 def _column(study: Study, cell: CellSummary, method: str, column: str) -> list[float]:
