@@ -460,6 +460,9 @@ def test_the_optimizer_needs_the_prepared_model():
     other = Assignment.from_yaml(assignment.to_yaml().replace("r: 6", "r: 5"))
     with pytest.raises(ValueError, match=r"is lora with r=5, and its adapter has rank 6"):
         molf.AdamW.from_assignment(adapted, other, lr=1e-3)
+    other = Assignment.from_yaml(assignment.to_yaml().replace("alpha: 5.0", "alpha: 7.0"))
+    with pytest.raises(ValueError, match=r"is lora with alpha=7, and its adapter has alpha 5"):
+        molf.AdamW.from_assignment(adapted, other, lr=1e-3)
     for name in ("lr", "lora_lr", "weight_decay", "lora_weight_decay"):
         with pytest.raises(ValueError, match=f"Invalid {name}=-1"):
             build(adapted, assignment, **{name: -1})
@@ -509,6 +512,30 @@ def test_a_wrapped_model_is_the_same():
     compiled = torch.compile(model)
     optimizer = build(compiled, assignment)
     assert len(optimizer.param_groups) == 3
+
+
+def test_a_model_may_be_wrapped_before_it_is_assigned(tmp_path):
+    model = torch.compile(make_model("qwen2"), backend="eager")
+    assignment = Assignment.from_patterns(model, PATTERNS)
+    model = molf.with_assignment(model, assignment)
+    build(model, assignment)  # checks ranks and alphas
+    tuners = {
+        name.removeprefix("base_model.model._orig_mod."): module
+        for name, module in model.named_modules()
+        if hasattr(module, "lora_A")
+    }
+    expected = {x.name: (x.r, x.alpha, x.alpha / x.r) for x in assignment.lora}
+    assert expected == {
+        name: (module.r["default"], module.lora_alpha["default"], module.scaling["default"])
+        for name, module in tuners.items()
+    }
+    model.save_pretrained(tmp_path)
+    loaded = peft.PeftModel.from_pretrained(make_model("qwen2"), tmp_path)
+    assert expected == {
+        plain_name(name): (one.r["default"], one.lora_alpha["default"], one.scaling["default"])
+        for name, one in loaded.named_modules()
+        if hasattr(one, "lora_A")
+    }
 
 
 def test_conv1d_of_any_model():

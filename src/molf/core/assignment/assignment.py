@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
+from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 from molf.core.assignment.assigned import (
@@ -277,6 +279,7 @@ class Assignment:
 
         Raises:
             TypeError: `config` is no `MoLFConfig`, but that of a model, for example.
+            ValueError: A rate is not positive and finite.
         """
         if not isinstance(config, MoLFConfig):
             raise TypeError(
@@ -284,6 +287,10 @@ class Assignment:
                 "as molf.MoLFConfig(ranks=16)."
             )
         rate = lr if lora_lr is None else lora_lr
+        for name, value in (("lr", lr), ("lora_lr", rate)):
+            is_number = isinstance(value, Real) and not isinstance(value, bool)
+            if not is_number or not 0 < value < math.inf:
+                raise ValueError(f"Invalid {name}={value!r}. Must be positive and finite.")
         made = by_shape(self.entries, config, lr, rate)
         source = f"by shape, lora_lr {rate / lr:g} times lr"
         return self._with(made, source, use_rslora=config.use_rslora)

@@ -294,8 +294,10 @@ def _adapt(
     layers = assignment.lora
     (rank, alpha), _ = Counter((layer.r, layer.alpha) for layer in layers).most_common(1)[0]
     places = {place.name: place.module for place in linear_places(model)}
-    ranks = {exactly(x.name): x.r for x in layers if x.r != rank}
-    alphas = {exactly(x.name): x.alpha for x in layers if x.alpha != alpha}
+    clean = cleaner(model)
+    raw = {clean(name): name for name, _ in model.named_modules()}
+    ranks = {exactly(x.name, raw[x.name]): x.r for x in layers if x.r != rank}
+    alphas = {exactly(x.name, raw[x.name]): x.alpha for x in layers if x.alpha != alpha}
 
     def make_config(**chosen: Any) -> LoraConfig:
         return LoraConfig(
