@@ -468,6 +468,20 @@ def test_the_optimizer_needs_the_prepared_model():
             build(adapted, assignment, **{name: -1})
 
 
+def test_patterns_and_paths_are_no_assignment():
+    model = make_model("qwen2")
+    for wrong, kind in ((PATTERNS, "dict"), ("assignment.yaml", "str")):
+        message = (
+            rf"Invalid assignment of type {kind}\. Must be a molf\.Assignment: .*from_patterns"
+        )
+        with pytest.raises(TypeError, match=message):
+            molf.with_assignment(model, wrong)
+        with pytest.raises(TypeError, match=message):
+            molf.AdamW.from_assignment(model, wrong, lr=1e-3)
+        with pytest.raises(TypeError, match=rf"Invalid config of type {kind}\. Must be a molf"):
+            molf.trainer_optimizer(wrong, lr=1e-3)
+
+
 def test_quantised_where_lora_and_bfloat16_where_full(tmp_path):
     pytest.importorskip("bitsandbytes")
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig

@@ -75,6 +75,20 @@ class Assignment:
         if twice := [name for name, count in names.items() if count > 1]:
             raise ValueError(f"Layer {twice[0]} is assigned twice.")
 
+    @classmethod
+    def expect(cls, value: Any) -> None:
+        """Check that a value is an assignment, and no patterns or path that one is made from.
+
+        Raises:
+            TypeError: It is none.
+        """
+        if not isinstance(value, cls):
+            raise TypeError(
+                f"Invalid assignment of type {type(value).__name__}. Must be a molf.Assignment: "
+                "molf.Assignment.from_patterns(model, PATTERNS) makes one, and "
+                "molf.read_assignment(PATH, model) reads one."
+            )
+
     @cached_property
     def layers(self) -> dict[str, AssignedLayer]:
         """The layers by name."""

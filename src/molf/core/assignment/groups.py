@@ -37,9 +37,11 @@ def assignment_groups(
     decay; LoRA factors; magnitudes of DoRA, without decay.
 
     Raises:
+        TypeError: `assignment` is no `Assignment`.
         ValueError: The model has not been prepared by `with_assignment`, a rate or decay is out of
             range, or nothing is trained.
     """
+    Assignment.expect(assignment)
     for name, value in (
         ("lr", lr),
         ("lora_lr", lr if lora_lr is None else lora_lr),

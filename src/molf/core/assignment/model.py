@@ -65,6 +65,7 @@ def with_assignment(
         A `peft.PeftModel`, whose base model is `model`; the plain model if no layer is `lora`.
 
     Raises:
+        TypeError: `assignment` is no `Assignment`.
         ValueError: The model has other layers, or an adapter; a layer cannot be trained as assigned
             (quantised and `full`; used without a call and `lora`; or it shares its weight with
             another layer); nothing is trained; or PEFT does not support a layer. The model is
@@ -73,6 +74,7 @@ def with_assignment(
     Warns:
         UserWarning: All layers are of one kind.
     """
+    Assignment.expect(assignment)
     assignment = assignment.with_options(freeze_rest=freeze_rest, use_rslora=use_rslora)
     trained = assigned_parameters(model, assignment, use_dora=use_dora)
     if not 0 <= lora_dropout < 1:
