@@ -460,9 +460,26 @@ def test_the_optimizer_needs_the_prepared_model():
     other = Assignment.from_yaml(assignment.to_yaml().replace("r: 6", "r: 5"))
     with pytest.raises(ValueError, match=r"is lora with r=5, and its adapter has rank 6"):
         molf.AdamW.from_assignment(adapted, other, lr=1e-3)
+    other = Assignment.from_yaml(assignment.to_yaml().replace("alpha: 5.0", "alpha: 7.0"))
+    with pytest.raises(ValueError, match=r"is lora with alpha=7, and its adapter has alpha 5"):
+        molf.AdamW.from_assignment(adapted, other, lr=1e-3)
     for name in ("lr", "lora_lr", "weight_decay", "lora_weight_decay"):
         with pytest.raises(ValueError, match=f"Invalid {name}=-1"):
             build(adapted, assignment, **{name: -1})
+
+
+def test_patterns_and_paths_are_no_assignment():
+    model = make_model("qwen2")
+    for wrong, kind in ((PATTERNS, "dict"), ("assignment.yaml", "str")):
+        message = (
+            rf"Invalid assignment of type {kind}\. Must be a molf\.Assignment: .*from_patterns"
+        )
+        with pytest.raises(TypeError, match=message):
+            molf.with_assignment(model, wrong)
+        with pytest.raises(TypeError, match=message):
+            molf.AdamW.from_assignment(model, wrong, lr=1e-3)
+        with pytest.raises(TypeError, match=rf"Invalid config of type {kind}\. Must be a molf"):
+            molf.trainer_optimizer(wrong, lr=1e-3)
 
 
 def test_quantised_where_lora_and_bfloat16_where_full(tmp_path):
@@ -509,6 +526,30 @@ def test_a_wrapped_model_is_the_same():
     compiled = torch.compile(model)
     optimizer = build(compiled, assignment)
     assert len(optimizer.param_groups) == 3
+
+
+def test_a_model_may_be_wrapped_before_it_is_assigned(tmp_path):
+    model = torch.compile(make_model("qwen2"), backend="eager")
+    assignment = Assignment.from_patterns(model, PATTERNS)
+    model = molf.with_assignment(model, assignment)
+    build(model, assignment)  # checks ranks and alphas
+    tuners = {
+        name.removeprefix("base_model.model._orig_mod."): module
+        for name, module in model.named_modules()
+        if hasattr(module, "lora_A")
+    }
+    expected = {x.name: (x.r, x.alpha, x.alpha / x.r) for x in assignment.lora}
+    assert expected == {
+        name: (module.r["default"], module.lora_alpha["default"], module.scaling["default"])
+        for name, module in tuners.items()
+    }
+    model.save_pretrained(tmp_path)
+    loaded = peft.PeftModel.from_pretrained(make_model("qwen2"), tmp_path)
+    assert expected == {
+        plain_name(name): (one.r["default"], one.lora_alpha["default"], one.scaling["default"])
+        for name, one in loaded.named_modules()
+        if hasattr(one, "lora_A")
+    }
 
 
 def test_conv1d_of_any_model():

@@ -407,6 +407,23 @@ def test_by_shape_refuses_the_configuration_of_the_model(model):
         made.by_shape(model.config)
 
 
+@pytest.mark.parametrize(
+    ("rates", "message"),
+    [
+        ({"lr": 0}, "Invalid lr=0. Must be positive and finite"),
+        ({"lr": -1.0}, "Invalid lr=-1"),
+        ({"lr": float("nan"), "lora_lr": 1.0}, "Invalid lr=nan"),
+        ({"lora_lr": float("inf")}, "Invalid lora_lr=inf"),
+        ({"lora_lr": 0}, "Invalid lora_lr=0"),
+        ({"lr": "1e-4", "lora_lr": 1.0}, "Invalid lr='1e-4'"),
+    ],
+)
+def test_by_shape_refuses_wrong_rates(model, rates, message):
+    made = Assignment.from_patterns(model, {"default": "full"})
+    with pytest.raises(ValueError, match=message):
+        made.by_shape(molf.MoLFConfig(ranks=4), **rates)
+
+
 def test_by_shape_is_the_formula(model):
     made = Assignment.from_patterns(model, {"default": "full", "frozen": ["0.mlp"]})
     config = molf.MoLFConfig(ranks=(4,), alpha=8, use_rslora=False)

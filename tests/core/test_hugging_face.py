@@ -127,6 +127,49 @@ def test_training_resumed_by_the_trainer_ends_in_the_same_bits(tmp_path, storage
     assert_same_bits(resumed_bits, bits)
 
 
+def test_a_hybrid_is_resumed_from_all_of_its_weights(tmp_path):
+    """The Trainer's checkpoints hold the adapter alone; the rest is saved as the docs show."""
+    from transformers import Trainer, TrainerCallback, TrainingArguments
+
+    class AllWeights(TrainerCallback):
+        def on_save(self, args, state, control, model, **kwargs):
+            folder = f"{args.output_dir}/checkpoint-{state.global_step}"
+            torch.save(model.state_dict(), f"{folder}/all_weights.pt")
+
+    ids = torch.arange(16).repeat(8, 1)
+    ids[:, 0] = torch.arange(8)
+    patterns = {"full": ["k_proj"], "lora": {"r": 2, "modules": ["q_proj"]}, "default": "frozen"}
+
+    def train(path, checkpoint=None):
+        model = tiny_qwen2()
+        assignment = molf.Assignment.from_patterns(model, patterns)
+        model = molf.with_assignment(model, assignment)
+        if checkpoint is not None:
+            model.load_state_dict(torch.load(checkpoint / "all_weights.pt"))
+        trainer = Trainer(
+            model,
+            args=TrainingArguments(
+                output_dir=str(path),
+                max_steps=4,
+                per_device_train_batch_size=2,
+                use_cpu=True,
+                save_steps=2,
+                report_to=[],
+                disable_tqdm=True,
+                logging_strategy="no",
+            ),
+            train_dataset=[{"input_ids": row, "labels": row} for row in ids],
+            optimizer_cls_and_kwargs=molf.trainer_optimizer(assignment, lr=1e-2, lora_lr=3e-2),
+            callbacks=[AllWeights()],
+        )
+        with pytest.warns(UserWarning, match="Resuming from one starts the others at the base's"):
+            trainer.train(resume_from_checkpoint=checkpoint)
+        return snapshot(model, trainer.optimizer.optimizer)
+
+    bits = train(tmp_path / "whole")
+    assert_same_bits(train(tmp_path / "again", tmp_path / "whole" / "checkpoint-2"), bits)
+
+
 def test_rate_is_required_as_the_trainer_hands_over_none():
     with pytest.raises(TypeError, match="lr"):
         molf.trainer_optimizer(molf.MoLFConfig())

@@ -238,14 +238,26 @@ def test_folders_that_are_no_stored_study(tmp_path, capsys):
     assert "is no stored study (study.json, trials.csv, questions/)" in capsys.readouterr().err
 
 
-def test_reports_replace_no_other_files(finished, capsys):
+@pytest.mark.parametrize("name", ["trials.csv", "report.md", "report.html", "summary.csv"])
+def test_reports_replace_no_other_files(finished, capsys, name):
     folder, _, _ = finished
-    (folder / "other").mkdir()
-    (folder / "other" / "trials.csv").write_text("mine")
-    path = str(folder / "study.yaml")
-    assert main(["study", "report", path, "--to", str(folder / "other")]) == 2
-    assert "has a trials.csv of another origin" in capsys.readouterr().err
-    assert (folder / "other" / "trials.csv").read_text() == "mine"
+    other = folder / "other"
+    other.mkdir()
+    (other / name).write_text("mine")
+    assert main(["study", "report", str(folder / "study.yaml"), "--to", str(other)]) == 2
+    assert f"has a {name} of another origin" in capsys.readouterr().err
+    assert [(one.name, one.read_text()) for one in other.iterdir()] == [(name, "mine")]
+
+
+def test_rows_without_a_commit(finished):
+    folder = finished[0] / "stored"
+    report = ["study", "report", "--no_figures"]
+    assert main([*report, str(finished[0] / "study.yaml"), "--to", str(folder)]) == 0
+    assert "- commit: abc\n" in (folder / "report.md").read_text()
+    rows = folder / "trials.csv"
+    rows.write_text(rows.read_text().replace(",abc,", ",,"))
+    assert main([*report, str(folder)]) == 0
+    assert "- commit: unknown\n" in (folder / "report.md").read_text()
 
 
 def test_status_of_a_study(finished, capsys):

@@ -176,6 +176,7 @@ class AdamW(UnitOptimizer):
                 `grad_accumulation_dtype`, `optimizer_in_backward`, `kernels`, `state_offload`.
 
         Raises:
+            TypeError: `assignment` is no `Assignment`.
             ValueError: The model was not prepared with this assignment, nothing is trained, or a
                 value is not allowed.
             ImportError: An option needs a library that is not installed.

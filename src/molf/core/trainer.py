@@ -46,6 +46,9 @@ def trainer_optimizer(
         **kwargs: Further keywords of `MoLFAdamW.from_model`, with an assignment of
             `AdamW.from_assignment` (`lora_lr`, `weight_decay`, ...).
 
+    Raises:
+        TypeError: `config` is neither, but a path, for example.
+
     Example:
         >>> trainer = SFTTrainer(model, args=args, train_dataset=data,
         ...     optimizer_cls_and_kwargs=molf.trainer_optimizer(config, lr=5e-5))
@@ -53,4 +56,9 @@ def trainer_optimizer(
     # The class, not an instance: the Trainer calls it first.
     if isinstance(config, Assignment):
         return AssignmentFactory, {"assignment": config, "lr": lr, **kwargs}
+    if config is not None and not isinstance(config, MoLFConfig):
+        raise TypeError(
+            f"Invalid config of type {type(config).__name__}. Must be a molf.MoLFConfig or a "
+            "molf.Assignment."
+        )
     return MoLFFactory, {"config": config or MoLFConfig(), "lr": lr, **kwargs}

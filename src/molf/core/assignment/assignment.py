@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
+from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 from molf.core.assignment.assigned import (
@@ -72,6 +74,20 @@ class Assignment:
             raise ValueError("An assignment needs at least one linear layer.")
         if twice := [name for name, count in names.items() if count > 1]:
             raise ValueError(f"Layer {twice[0]} is assigned twice.")
+
+    @classmethod
+    def expect(cls, value: Any) -> None:
+        """Check that a value is an assignment, and no patterns or path that one is made from.
+
+        Raises:
+            TypeError: It is none.
+        """
+        if not isinstance(value, cls):
+            raise TypeError(
+                f"Invalid assignment of type {type(value).__name__}. Must be a molf.Assignment: "
+                "molf.Assignment.from_patterns(model, PATTERNS) makes one, and "
+                "molf.read_assignment(PATH, model) reads one."
+            )
 
     @cached_property
     def layers(self) -> dict[str, AssignedLayer]:
@@ -277,6 +293,7 @@ class Assignment:
 
         Raises:
             TypeError: `config` is no `MoLFConfig`, but that of a model, for example.
+            ValueError: A rate is not positive and finite.
         """
         if not isinstance(config, MoLFConfig):
             raise TypeError(
@@ -284,6 +301,10 @@ class Assignment:
                 "as molf.MoLFConfig(ranks=16)."
             )
         rate = lr if lora_lr is None else lora_lr
+        for name, value in (("lr", lr), ("lora_lr", rate)):
+            is_number = isinstance(value, Real) and not isinstance(value, bool)
+            if not is_number or not 0 < value < math.inf:
+                raise ValueError(f"Invalid {name}={value!r}. Must be positive and finite.")
         made = by_shape(self.entries, config, lr, rate)
         source = f"by shape, lora_lr {rate / lr:g} times lr"
         return self._with(made, source, use_rslora=config.use_rslora)

@@ -37,9 +37,11 @@ def assignment_groups(
     decay; LoRA factors; magnitudes of DoRA, without decay.
 
     Raises:
+        TypeError: `assignment` is no `Assignment`.
         ValueError: The model has not been prepared by `with_assignment`, a rate or decay is out of
             range, or nothing is trained.
     """
+    Assignment.expect(assignment)
     for name, value in (
         ("lr", lr),
         ("lora_lr", lr if lora_lr is None else lora_lr),
@@ -96,6 +98,11 @@ def _check_prepared(model: nn.Module, assignment: Assignment) -> None:
         if tuner is not None and layer.r not in tuner.r.values():
             ranks = ", ".join(map(str, tuner.r.values()))
             raise ValueError(f"{own} with r={layer.r}, and its adapter has rank {ranks}. {remedy}")
+        if tuner is not None and layer.alpha not in tuner.lora_alpha.values():
+            alphas = ", ".join(f"{alpha:g}" for alpha in tuner.lora_alpha.values())
+            raise ValueError(
+                f"{own} with alpha={layer.alpha:g}, and its adapter has alpha {alphas}. {remedy}"
+            )
         is_trained = isinstance(weight, nn.Parameter) and weight.requires_grad
         if is_trained != (layer.train == "full"):
             state = "trainable" if is_trained else "frozen"

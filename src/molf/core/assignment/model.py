@@ -65,6 +65,7 @@ def with_assignment(
         A `peft.PeftModel`, whose base model is `model`; the plain model if no layer is `lora`.
 
     Raises:
+        TypeError: `assignment` is no `Assignment`.
         ValueError: The model has other layers, or an adapter; a layer cannot be trained as assigned
             (quantised and `full`; used without a call and `lora`; or it shares its weight with
             another layer); nothing is trained; or PEFT does not support a layer. The model is
@@ -73,6 +74,7 @@ def with_assignment(
     Warns:
         UserWarning: All layers are of one kind.
     """
+    Assignment.expect(assignment)
     assignment = assignment.with_options(freeze_rest=freeze_rest, use_rslora=use_rslora)
     trained = assigned_parameters(model, assignment, use_dora=use_dora)
     if not 0 <= lora_dropout < 1:
@@ -294,8 +296,10 @@ def _adapt(
     layers = assignment.lora
     (rank, alpha), _ = Counter((layer.r, layer.alpha) for layer in layers).most_common(1)[0]
     places = {place.name: place.module for place in linear_places(model)}
-    ranks = {exactly(x.name): x.r for x in layers if x.r != rank}
-    alphas = {exactly(x.name): x.alpha for x in layers if x.alpha != alpha}
+    clean = cleaner(model)
+    raw = {clean(name): name for name, _ in model.named_modules()}
+    ranks = {exactly(x.name, raw[x.name]): x.r for x in layers if x.r != rank}
+    alphas = {exactly(x.name, raw[x.name]): x.alpha for x in layers if x.alpha != alpha}
 
     def make_config(**chosen: Any) -> LoraConfig:
         return LoraConfig(

@@ -286,7 +286,8 @@ def warn_of_saving(names: list[str]) -> None:
     if lost:
         warnings.warn(
             f"{counted(len(lost), 'trained parameter')} outside the adapter (first: {lost[0]}): "
-            f"{NOT_SAVED}. Keep model.state_dict() for checkpoints and molf.merge(model) for the "
+            f"{NOT_SAVED}. Resuming from one starts the others at the base's values: keep "
+            "model.state_dict() beside it, and load that before. Keep molf.merge(model) as the "
             "result.",
             stacklevel=4,
         )

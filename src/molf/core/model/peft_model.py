@@ -209,9 +209,16 @@ def add_adapter(
         ) from error
 
 
-def exactly(name: str) -> str:
-    """Return a key of PEFT's `rank_pattern` and `alpha_pattern` that matches this module alone."""
-    return f"^{re.escape(name)}"
+def exactly(name: str, raw: str | None = None) -> str:
+    """Return a key of PEFT's `rank_pattern` and `alpha_pattern` that matches this module alone.
+
+    Args:
+        name: Its name in the plain model, which loads the adapter later.
+        raw: Its name in the model here, if wrappers such as `torch.compile` add prefixes.
+    """
+    names = {raw or name, name}
+    found = "|".join(map(re.escape, sorted(names)))
+    return f"^{found}" if len(names) == 1 else f"^(?:{found})"
 
 
 def _targets(names: list[str], linears: Iterable[str]) -> list[str] | str:

@@ -70,13 +70,14 @@ def _origin(records: Records) -> Part:
         found = Counter(_plain(row[name]) for row in rows if name in row)
         return ", ".join(value for value, _ in found.most_common())
 
+    commits = values("commit")  # none beside an installed package
     lines = [
         f"trials: {counts}",
         f"time: {duration(seconds)}; training {flops:.3g} FLOP (estimated). A training or a probe "
         "that several rows share counts once.",
         f"device: {values('device')}; CPUs: {values('cpu_count')}, torch threads: "
         f"{values('torch_threads')}",
-        f"commit: {', '.join(one[:12] for one in values('commit').split(', '))}",
+        f"commit: {', '.join(one[:12] for one in commits.split(', ')) or 'unknown'}",
         "versions: "
         + ", ".join(
             f"{name} {values(f'version/{name}')}"

@@ -26,6 +26,7 @@ from molf.study.place import definition_of
 from molf.study.plan import COMPLETE, Outcome, Plan, Planned
 
 OUTLINE, TRIALS, QUESTIONS = "study.json", "trials.csv", "questions"
+REPORT_FILE, SUMMARY, PAGE = WRITTEN = ("report.md", "summary.csv", "report.html")
 SETTINGS, TRAINED = "settings_key", "trained_key"  # `TrialResult.settings`, `TrialResult.trained`
 _FIRST = (
     *("cell", "method", "phase", "point", "seed", "state", "error", "learning_rate"),
@@ -112,8 +113,10 @@ def check_folder(folder: Path, name: str) -> None:
         raise InputError(f"{folder} is the directory of a study. Give another folder.")
     if isinstance(stored, dict) and stored.get("study") not in (None, name):
         raise InputError(f"{folder} has the report of the study {stored['study']!r}. Give another.")
-    if stored is None and (folder / TRIALS).exists():
-        raise InputError(f"{folder} has a {TRIALS} of another origin. Give another folder.")
+    if stored is None:
+        for name in (TRIALS, *WRITTEN):
+            if (folder / name).exists():
+                raise InputError(f"{folder} has a {name} of another origin. Give another folder.")
     check_writable(nearest_existing(folder), str(folder))
 
 

@@ -16,10 +16,8 @@ from molf.report.document import Marked, Part, ShownTable, render_parts
 from molf.report.place import write_page
 from molf.study.choice import HARMS
 from molf.study.report.parts import parts_of
-from molf.study.report.records import Records, read_records
+from molf.study.report.records import PAGE, REPORT_FILE, SUMMARY, Records, read_records
 from molf.study.report.summary import CellSummary, summarise
-
-REPORT_FILE, SUMMARY, PAGE = "report.md", "summary.csv", "report.html"
 
 
 def write_report(folder: Path, *, figures: bool = True) -> Path:
