@@ -5,19 +5,20 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 FLOOR := .venv-floor
-# Files in the order of their names; xdist's own order has those with few and long tests last.
+# Files in the order of tests/conftest.py; xdist's own order has those with few and long tests last.
 TWO := -n 2 --dist loadfile --no-loadscope-reorder
+SELECT := -m "not slow"
 
 .PHONY: demo test test-slow test-floor check format package faults base bench bench-growth bench-gpu docs clean
 
 demo: $(READY)  ## Fine-tune the embedded model on the embedded facts: one minute, nothing to download
 	$(BIN)/molf train
 
-test: $(READY)  ## Lint, types and every test not marked slow (no network, no GPU)
+test: $(READY)  ## Lint, types and every test not marked slow (no network, no GPU); all with SELECT=
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
-	$(BIN)/python -m pytest $(TWO) -m "not slow"
+	$(BIN)/python -m pytest $(TWO) $(SELECT)
 
 test-slow: $(READY) .venv/.trackers  ## The tests marked slow
 	$(BIN)/python -m pytest $(TWO) -m slow

@@ -391,7 +391,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--smoke", action="store_true", help="all paths, tiny models, on a CPU")
     options = parser.parse_args()
     if options.smoke:
-        options.models = options.capped = "tiny"
+        options.models, options.capped = (
+            "tiny" if names else "" for names in (options.models, options.capped)
+        )
         options.tokens, options.length, options.rounds, options.steps = 64, 32, 2, 1
     options.models = [name for name in options.models.split(",") if name]
     options.capped = [name for name in options.capped.split(",") if name]

@@ -52,8 +52,8 @@ if [ -n "$on_cpu" ]; then
   kernels=(--kernels eager)
   offload=()
   backend=gloo
-  bench=(--smoke --json "$out/gpu.json")
-  cap=(--smoke --json "$out/gpu-24gb.json")
+  bench=(--smoke --capped "" --json "$out/gpu.json")
+  cap=(--smoke --models "" --json "$out/gpu-24gb.json")
 else
   steps=(--max_steps 70)
   kernels=(--kernels triton)
@@ -70,7 +70,8 @@ for module in (torch, transformers, trl, peft): print(module.__name__, module.__
 print("cuda", torch.version.cuda, [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())])
 '
 # Kernels and offload against the eager path, bit for bit or within the tests' bounds.
-part tests 240 "$python" -m pytest -m gpu -p no:xdist -rs --durations=10
+# Only files with such tests, because collecting all of them takes half a minute.
+part tests 240 "$python" -m pytest -m gpu -p no:xdist -rs --durations=10 $(grep -rlF "mark.gpu" --include="test_*.py" tests)
 train fft --method fft "${kernels[@]}"
 train molf --method molf "${kernels[@]}"
 train molf-eager --method molf --kernels eager

@@ -9,6 +9,7 @@ import re
 import types
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from functools import cache
 from pathlib import Path
 
 import molf
@@ -32,13 +33,20 @@ def modules() -> dict[str, Path]:
 def imports(path: Path, known: Mapping[str, Path]) -> set[str]:
     """The modules of the package that a file imports, also in functions and for types alone."""
     found = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in import_statements(path):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module:
+        elif node.module:
             names = [f"{node.module}.{alias.name}" for alias in node.names]
             found |= {name if name in known else node.module for name in names}
     return {name for name in found if name in known}
+
+
+@cache
+def import_statements(path: Path) -> list[ast.Import | ast.ImportFrom]:
+    """The statements of a file; parsing all files takes a second."""
+    nodes = ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+    return [node for node in nodes if isinstance(node, (ast.Import, ast.ImportFrom))]
 
 
 def circles(edges: Mapping[str, Iterable[str]]) -> list[set[str]]:

@@ -1,5 +1,6 @@
 """`scripts/first_gpu_run.sh` on a CPU: every part runs, and a part that fails is named."""
 
+import json
 import os
 import subprocess
 import sys
@@ -40,7 +41,9 @@ def test_all_parts_on_a_cpu(tmp_path):
     assert all(result.startswith("ok, ") for _, _, result in summary), done.stdout
     assert done.returncode == 0
     assert "largest difference" in (tmp_path / "world-of-one.log").read_text()
-    assert (tmp_path / "gpu.json").is_file()
+    for name, full, empty in (("gpu", "models", "capped"), ("gpu-24gb", "capped", "models")):
+        found = json.loads((tmp_path / f"{name}.json").read_text())
+        assert (list(found[full]), found[empty]) == (["tiny"], {})
 
 
 def test_failed_parts_do_not_stop_the_others(tmp_path):

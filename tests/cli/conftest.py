@@ -37,6 +37,13 @@ def base(tmp_path) -> Path:
 
 
 @pytest.fixture
+def short_text(monkeypatch):
+    """A tenth of the text of forgetting, which takes half of a training of two steps."""
+    monkeypatch.setattr("molf.world.documents._HELD_OUT_PROFILES", 10)
+    monkeypatch.setattr("molf.world.documents._HELD_OUT_MISCELLANIES", 6)
+
+
+@pytest.fixture
 def refused(tmp_path, capsys, monkeypatch):
     """Run a command that must end with code 2 and one line, and must not write anything."""
     monkeypatch.chdir(tmp_path)

@@ -24,6 +24,9 @@ HYBRID = (DOCS / "hybrid.md").read_text()
 SHORT = ["--max_steps", "2", "--max_length", "256", "--max_samples", "20"]
 
 
+pytestmark = pytest.mark.usefixtures("short_text")
+
+
 def blocks(text: str, language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", text, re.M | re.S)
 

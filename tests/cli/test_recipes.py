@@ -185,7 +185,7 @@ def test_cell_is_valid_and_leaves_method_rates_and_seed_to_the_study(name, capsy
         for part in ("validation", "test")
     ],
 )
-def test_cell_runs_with_other_methods(name, part, tmp_path):
+def test_cell_runs_with_other_methods(name, part, tmp_path, short_text):
     short = ["--max_steps", "1", "--max_eval_samples", "5", "--max_samples", "16"]
     given = ["--method", "lora", "--eval_part", part, "--output_dir", str(tmp_path / "run")]
     assert main(["train", "--config", name, *short, *given]) == 0
@@ -199,7 +199,7 @@ def test_at_most_eight_cells_span_both_parts_of_the_question():
     "name",
     [pytest.param(name, marks=[pytest.mark.slow] * (name != "demo-fact-molf")) for name in DEMOS],
 )
-def test_demo_recipe_runs(name, tmp_path):
+def test_demo_recipe_runs(name, tmp_path, short_text):
     run = tmp_path / "run"
     short = ["--max_steps", "2", "--max_samples", "20", "--max_eval_samples", "5"]
     assert main(["train", "--config", name, *short, "--output_dir", str(run)]) == 0

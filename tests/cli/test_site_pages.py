@@ -24,7 +24,7 @@ def blocks(language: str) -> list[str]:
 
 
 @pytest.mark.slow
-def test_start(tmp_path, monkeypatch, capsys):
+def test_start(tmp_path, monkeypatch, capsys, short_text):
     """From the records to the page, with the embedded model in the place of the downloaded one."""
     monkeypatch.chdir(tmp_path)
     (records,) = blocks("json")

@@ -12,6 +12,7 @@ from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
 
 from core_helpers import snapshot, tiny_model
+from forked import start_forked
 from molf import AdamW
 from optimizer_forms import build
 
@@ -134,7 +135,7 @@ def winners(optimizer: AdamW) -> dict[str, tuple[str, ...]]:
 def ranks(tmp_path_factory) -> list[dict]:
     """What both processes have come to."""
     folder = str(tmp_path_factory.mktemp("ranks"))
-    torch.multiprocessing.start_processes(train, (folder,), nprocs=2, start_method="spawn")
+    start_forked(train, (folder,), 2)
     return [torch.load(f"{folder}/{rank}.pt", weights_only=False) for rank in range(2)]
 
 

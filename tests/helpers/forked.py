@@ -5,9 +5,11 @@ from __future__ import annotations
 import multiprocessing
 import os
 import sys
+from collections.abc import Callable
 from multiprocessing import forkserver
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -30,6 +32,18 @@ def forking() -> ForkServerContext:
     ready.start()
     ready.join()
     return context
+
+
+def start_forked(function: Callable[..., object], given: tuple[Any, ...], count: int) -> None:
+    """Run a function in several processes, each with its number first; wait until all have ended.
+
+    An error in one of them ends the others and is raised. A spawned process would import torch and
+    transformers again, which takes seconds.
+    """
+    from torch.multiprocessing import start_processes
+
+    forking()
+    start_processes(function, given, nprocs=count, start_method="forkserver")
 
 
 def write_imported(path: Path) -> None:

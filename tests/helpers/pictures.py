@@ -59,21 +59,30 @@ def _missing(image: np.ndarray, other: np.ndarray) -> float:
     rows, columns = np.nonzero(_is_coloured(image))
     colours = image[rows, columns]
     # Where lines cover each other, a fringe of the lower one may show.
-    is_fringe = ~_are_near(image, rows, columns, colours, 1).all(axis=0)
-    rows, columns, colours = (x[~is_fringe] for x in (rows, columns, colours))
-    there = np.rint(rows * (other.shape[0] - 1) / (image.shape[0] - 1)).astype(int)
-    beside = np.rint(columns * (other.shape[1] - 1) / (image.shape[1] - 1)).astype(int)
-    is_found = _are_near(other, there, beside, colours, REACH).any(axis=0)
-    return float(1 - is_found.mean()) if len(rows) else 0.0
+    whole = np.ones(len(rows), dtype=bool)
+    for shift in product((-1, 0, 1), repeat=2):
+        whole &= _are_near(image, rows, columns, colours, shift)
+    rows, columns, colours = (x[whole] for x in (rows, columns, colours))
+    count = len(rows)
+    rows = np.rint(rows * (other.shape[0] - 1) / (image.shape[0] - 1)).astype(int)
+    columns = np.rint(columns * (other.shape[1] - 1) / (image.shape[1] - 1)).astype(int)
+    # Nearest shifts first, each for those not found yet: nearly all are found at their own place.
+    reach = range(-REACH, REACH + 1)
+    for shift in sorted(product(reach, repeat=2), key=lambda one: abs(one[0]) + abs(one[1])):
+        lacking = ~_are_near(other, rows, columns, colours, shift)
+        rows, columns, colours = (x[lacking] for x in (rows, columns, colours))
+    return len(rows) / count if count else 0.0
 
 
 def _are_near(
-    image: np.ndarray, rows: np.ndarray, columns: np.ndarray, colours: np.ndarray, reach: int
+    image: np.ndarray,
+    rows: np.ndarray,
+    columns: np.ndarray,
+    colours: np.ndarray,
+    shift: tuple[int, int],
 ) -> np.ndarray:
-    """Return whether each place has a colour, for each shift of the places by up to `reach`."""
+    """Return whether each place, moved by a shift, has a colour."""
     height, width = image.shape[:2]
-    found = []
-    for down, right in product(range(-reach, reach + 1), repeat=2):
-        near = image[np.clip(rows + down, 0, height - 1), np.clip(columns + right, 0, width - 1)]
-        found.append(np.abs(near - colours).max(axis=-1) < COLOUR)
-    return np.array(found)
+    down, right = shift
+    near = image[np.clip(rows + down, 0, height - 1), np.clip(columns + right, 0, width - 1)]
+    return np.abs(near - colours).max(axis=-1) < COLOUR

@@ -26,6 +26,7 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 import molf
 import traffic
 from core_helpers import as_on_an_accelerator, tiny_model
+from forked import start_forked
 from molf import AdamW, MoLFConfig
 from molf.core.step import exchange
 from sharded_models import (
@@ -528,9 +529,7 @@ def start(folder: str, *, thorough: bool = False) -> list[dict[str, Any]]:
         model, optimizer = subject(name)
         advance(model, optimizer)
         save(f"{folder}/{name} 1", model, optimizer)
-    torch.multiprocessing.start_processes(
-        run, (folder, thorough), nprocs=WORLD, start_method="spawn"
-    )
+    start_forked(run, (folder, thorough), WORLD)
     return [torch.load(f"{folder}/{rank}.pt", weights_only=False) for rank in range(WORLD)]
 
 
@@ -545,7 +544,7 @@ def run(rank: int, folder: str, thorough: bool) -> None:
 
 def start_eight(folder: str) -> list[dict[str, Any]]:
     """Run eight processes with one micro-batch each; return what they have come to."""
-    torch.multiprocessing.start_processes(run_eight, (folder,), nprocs=8, start_method="spawn")
+    start_forked(run_eight, (folder,), 8)
     return [torch.load(f"{folder}/{rank}.pt", weights_only=False) for rank in range(8)]
 
 

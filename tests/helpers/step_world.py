@@ -12,6 +12,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
+from forked import start_forked
 from molf.measure.sharing import in_step, split_over
 from molf.ranks import connect
 
@@ -37,7 +38,7 @@ class Model(nn.Module):
 
 def start(folder: str) -> list[dict[str, Any]]:
     """Run both processes; return what each has come to."""
-    torch.multiprocessing.start_processes(run, (folder,), nprocs=2, start_method="spawn")
+    start_forked(run, (folder,), 2)
     return [torch.load(f"{folder}/{rank}.pt") for rank in range(2)]
 
 
