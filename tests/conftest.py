@@ -2,13 +2,9 @@
 
 import gc
 import os
-import re
 import shutil
 import sys
 import tempfile
-from functools import cache
-from pathlib import Path
-from typing import Any
 
 # Before anything imports torch. Setting them here costs tests that need no torch nothing.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -23,14 +19,7 @@ os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 os.environ["TRACKIO_DIR"] = tempfile.mkdtemp(prefix="molf-tests-trackio-")
 
 import pytest
-from cyclopts import App
 from hypothesis import HealthCheck, Phase, settings
-
-from molf.cli.parsing import read_once
-
-# Thousands of tests call a command in this process, and reading its signature takes longer than
-# parsing: 50 ms become 18.
-App.assemble_argument_collection = read_once(App.assemble_argument_collection)
 
 settings.register_profile(
     "molf",
@@ -63,28 +52,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if not torch.cuda.is_available():
             for item in marked:
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
-
-
-@pytest.hookimpl(optionalhook=True)  # -p no:xdist
-def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Run files that share trained runs in one worker: each worker would train them again."""
-    from xdist.scheduler import LoadFileScheduling
-
-    class Files(LoadFileScheduling):
-        def _split_scope(self, nodeid: str) -> str:
-            file = super()._split_scope(nodeid)
-            return "trained runs" if shares_runs(config.rootpath / file) else file
-
-    return Files(config, log) if config.getvalue("dist") == "loadfile" else None
-
-
-@cache
-def shares_runs(file: Path) -> bool:
-    """Return whether a file of tests uses the trained runs of `job/conftest.py`."""
-    return (
-        file.parent.name == "job"
-        and re.search(r"\b(any_run|run_of|molf_run|lora_run)\b", file.read_text()) is not None
-    )
 
 
 @pytest.hookimpl(tryfirst=True)

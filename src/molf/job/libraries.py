@@ -19,9 +19,6 @@ _LIBRARIES = (
 
 # They log each missing kernel and each cast as a warning.
 _TALKATIVE = ("bitsandbytes", "torchao", "torch.utils._pytree")
-# torch makes 300 records for each checkpoint, for no handler. Each would be masked. Their level is
-# set when torch.distributed is imported, which may be later.
-_UNHEARD = ("c10d-NullHandler-dcp_logger", "c10d-NullHandler-default")
 _NO_REPORTS = "HF_HUB_DISABLE_TELEMETRY"
 # Of trackers; W&B reports its errors also in offline mode.
 _NO_REPORTS_OF_TRACKERS = {"WANDB_ERROR_REPORTING": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
@@ -58,9 +55,6 @@ def quiet_libraries() -> Iterator[None]:
     talking = {name: logging.getLogger(name).level for name in quiet}
     for name in talking:
         logging.getLogger(name).setLevel(logging.ERROR)
-    unheard = [one for one in map(logging.getLogger, _UNHEARD) if not one.disabled]
-    for one in unheard:
-        one.disabled = True
     shown = [bars for bars in (datasets_bars, transformers_bars) if bars.is_progress_bar_enabled()]
     for bars in shown:
         bars.disable_progress_bar()
@@ -83,7 +77,5 @@ def quiet_libraries() -> Iterator[None]:
         logging.setLogRecordFactory(make_record)
         for bars in shown:
             bars.enable_progress_bar()
-        for one in unheard:
-            one.disabled = False
         for name, level in talking.items():
             logging.getLogger(name).setLevel(level)

@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import cache
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -106,7 +105,6 @@ def _error(path: Path, command: str, options: Mapping[str, Any]) -> str | None:
 def _reader(command: str) -> App:
     """Return the parser of a command. Cached: making it takes longer than parsing."""
     from molf.cli.app import app
-    from molf.cli.parsing import QuickApp
 
     functions = {
         "train": "molf.cli.train:train_model",
@@ -115,9 +113,8 @@ def _reader(command: str) -> App:
         "probe": "molf.cli.advice.probe:probe_model",
         "eval": "molf.cli.eval:evaluate_model",
     }
-    reader = QuickApp(default_parameter=app.default_parameter, result_action="return_value")
-    module, _, name = functions[command].partition(":")
-    reader.command(getattr(import_module(module), name), name=command)
+    reader = App(default_parameter=app.default_parameter, result_action="return_value")
+    reader.command(functions[command], name=command)
     return reader
 
 
