@@ -19,7 +19,7 @@ from molf.core.model.owners import Owners, without_gradient
 from molf.core.model.quantised import keep_differentiable
 from molf.core.options import OptimizerOptions, check_exclusions, score_exclusions
 from molf.core.step.decision import Decision
-from molf.core.step.loan import Loan
+from molf.core.step.local_parts import LocalParts
 from molf.core.step.step import Outcome
 from molf.core.step.unit import LayerUnit, Unit, UnitKey
 from molf.core.warn import warn
@@ -338,8 +338,8 @@ class MoLFAdamW(AdamW):
             ValueError: No routed layer has this name.
         """
         with torch.no_grad():
-            loan = self._loan_of(layer)
-            return loan.units[0].read_factors(loan.states)
+            local = self._local_parts_of(layer)
+            return local.units[0].read_factors(local.states)
 
     def set_lora_factors(self, layer: str, factors: Sequence[tuple[Tensor, Tensor]]) -> None:
         """Replace a layer's factors.
@@ -365,15 +365,15 @@ class MoLFAdamW(AdamW):
             torch.cat([B.to(own) for _, B in factors], 1),
         )
         with torch.no_grad():
-            loan = self._loan_of(layer)
-            loan.units[0].write_factors(loan.states, *stacked)
-            loan.settle()
+            local = self._local_parts_of(layer)
+            local.units[0].write_factors(local.states, *stacked)
+            local.store()
             if self.offload is not None:  # new tensors are on the parameter's device
                 parameters = self._layer_unit(layer).parameters
                 self.offload.keep_all({p: self.state.get(p, {}) for p in parameters})
 
-    def _loan_of(self, layer: str) -> Loan[LayerUnit]:
-        return Loan([self._layer_unit(layer)], self._settled_state())
+    def _local_parts_of(self, layer: str) -> LocalParts[LayerUnit]:
+        return LocalParts([self._layer_unit(layer)], self._settled_state())
 
     def _layer_unit(self, layer: str) -> LayerUnit:
         for number, group in enumerate(self.param_groups):

@@ -21,7 +21,7 @@ from molf.core.step.executor import Executor
 from molf.core.step.fidelity import UpdateTally
 from molf.core.step.guard import NonFiniteError, describe_bad, describe_number, unusable
 from molf.core.step.layer import States
-from molf.core.step.loan import Loan
+from molf.core.step.local_parts import LocalParts
 from molf.core.step.step import Outcome, take_step
 from molf.core.step.unit import PlainUnit, Unit, UnitKey
 from molf.core.storage.accumulation import accumulate_in_float32
@@ -228,13 +228,13 @@ class UnitOptimizer(Optimizer):
             )
             processes: Processes = ALONE
         else:
-            loan = Loan(units, self.state)
-            processes = loan.processes
+            local = LocalParts(units, self.state)
+            processes = local.processes
             try:
-                outcome = take_step(loan.units, loan.states, self.executor, self._tally, required)
+                outcome = take_step(local.units, local.states, self.executor, self._tally, required)
             finally:
-                loan.settle()
-            outcome = outcome._replace(bad=loan.own(outcome.bad))
+                local.store()
+            outcome = outcome._replace(bad=local.originals(outcome.bad))
         if outcome.is_refused:
             self._settled_state()  # the caller may catch the error and read it
             wrong = {name: required[name] for name in outcome.wrong}
