@@ -19,6 +19,7 @@ from molf.job.settings.resolved import ResolvedSettings
 from molf.job.settings.sharding import fitting
 from molf.masking import mask
 from molf.ranks import launched_count
+from molf.shown import option_text
 
 ASKED = "asked"
 """Key in the record of a run: options as given, where the opened model changed their value."""
@@ -195,7 +196,7 @@ def command_to_resume(path: Path) -> str:
 
 def _difference(path: Path, differing: list[tuple[str, Any, Any]]) -> str:
     shown = ", ".join(
-        f"{name}={_text(now)} (the run has {_text(before)})"
+        f"{name}={option_text(now)} (the run has {option_text(before)})"
         for name, before, now in differing[:_MOST_SHOWN]
     )
     more = f" and {len(differing) - _MOST_SHOWN} more" if len(differing) > _MOST_SHOWN else ""
@@ -216,9 +217,3 @@ def _global_batch(options: Mapping[str, Any]) -> int:
     for name in _BATCH:
         size *= int(options[name])
     return size
-
-
-def _text(value: Any) -> str:
-    if isinstance(value, (list, tuple)):
-        return ",".join(map(str, value))
-    return str(value)
