@@ -94,7 +94,7 @@ class UnitOptimizer(Optimizer):
         self._step_supports_amp_scaling = self.optimizer_in_backward
         if hasattr(self, "_backward"):  # a shallow copy: shares the hooks and the offload
             if self._backward is not None:
-                self._backward.share(self)
+                self._backward.add(self)
             return
         self._backward: BackwardSteps | None = None
         self.offload = StateOffload() if self.state_offload else None
@@ -443,7 +443,7 @@ class UnitOptimizer(Optimizer):
         if not before:  # a copy, whose parameters are others
             self._prepare()
         elif hasattr(self, "_backward"):
-            if self._backward is not None and self._backward.leave(self):
+            if self._backward is not None and self._backward.remove(self):
                 # A shallow copy whose groups and state are its own from now on.
                 del self._backward
                 self._prepare()
