@@ -128,8 +128,8 @@ class TrialRunner:
     ) -> tuple[TrialResult, bool]:
         """Return the result of a trial, and whether an equal training had it already."""
         settings, cost, trained = planned.at(point), None, ""
-        if planned.assigned is not None:
-            made = self._assign(planned.cell.name, planned.assigned, point, planned.seed)
+        if planned.trial_rule is not None:
+            made = self._assign(planned.cell.name, planned.trial_rule, point, planned.seed)
             cost = made.cost
             # Different rules may make one assignment, such as the wins of epd and shape.
             file = directory.with_name(f"{directory.name}-{ASSIGNMENT}")
