@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import datetime
 import sys
 import time
-from datetime import datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -297,7 +297,7 @@ def _print_status(study: Study, status: Status) -> None:
     if status.left:
         source = "measured" if status.measured else "from the study file"
         if status.running:
-            end = datetime.now() + timedelta(seconds=status.seconds)
+            end = datetime.datetime.now() + datetime.timedelta(seconds=status.seconds)
             _print(
                 f"  end: about {end:%Y-%m-%d %H:%M}, in {duration(status.seconds)} with "
                 f"{counted(len(status.running), 'worker')} (seconds per trial {source})"
