@@ -118,7 +118,7 @@ def _(on_gradient):
 @fault("an offloaded state is fetched ahead while it is used", "test_offload.py", "_overlap")
 def _(overlap):
     def unseen(some, others):
-        return not is_called_by("lent") and overlap(some, others)
+        return not is_called_by("on_device") and overlap(some, others)
 
     return unseen
 
@@ -148,19 +148,19 @@ def _(take):
        "StateOffload.finish")  # fmt: skip
 def _(finish):
     def all_but_one(self):
-        self._coming = None
-        while len(self._going) > 1:
+        self._inbound = None
+        while len(self._outbound) > 1:
             self._await_oldest()
 
     return all_but_one
 
 
-@fault("an offloaded state is used before it has come", "test_offload.py", "_Loan.wait")
+@fault("an offloaded state is used before it has come", "test_offload.py", "_DeviceStates.wait")
 def _(wait):
-    return lambda self: None if is_called_by("lent") else wait(self)
+    return lambda self: None if is_called_by("on_device") else wait(self)
 
 
-@fault("an offloaded state never leaves the device", "test_offload.py", "_Loan.put_back")
+@fault("an offloaded state never leaves the device", "test_offload.py", "_DeviceStates.put_back")
 def _(put_back):
     def kept(self, states):
         put_back(self, states)

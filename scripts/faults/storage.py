@@ -301,7 +301,7 @@ def _(update_layer):
 
 
 @fault("load_state_dict casts to the weight's dtype", "test_optimizer_state.py",
-       "loadable:restore")  # fmt: skip
+       "restore_tensors")  # fmt: skip
 def _(restore):
     def cast(states, parameter, values, keep):
         used = restore(states, parameter, values, keep)
@@ -315,18 +315,20 @@ def _(restore):
 
 @fault("loaded state shares the source's tensors",
        "test_invariants.py::test_a_saved_state_resumes_with_the_same_bits",
-       "loadable:restore")  # fmt: skip
+       "restore_tensors")  # fmt: skip
 def _(restore):
     return lambda states, parameter, values, keep: restore(
-        states, parameter, values, lambda parameter, value: value
+        states, parameter, values, lambda parameter, key, value: value
     )
 
 
-@fault("AdamW's moments are loaded in the weight's dtype", "test_optimizer_state.py", "fitted")
-def _(fitted):
+@fault(
+    "AdamW's moments are loaded in the weight's dtype", "test_optimizer_state.py", "convert_state"
+)
+def _(convert_state):
     def unconverted(state, *args):
         kept = {k: v for k, v in state.items() if k in ("exp_avg", "exp_avg_sq")}
-        return {**fitted(state, *args), **kept}
+        return {**convert_state(state, *args), **kept}
 
     return unconverted
 

@@ -111,6 +111,11 @@ def counted(count: int, noun: str) -> str:
     return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
+def option_text(value: object) -> str:
+    """Return the value of an option as text; a list as on the command line."""
+    return ",".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+
+
 def suggestion(name: str, known: Iterable[str], most: int = 1) -> str:
     """Return a question with the known names most similar to a wrong one; empty without any."""
     close = difflib.get_close_matches(name, list(known), n=most)

@@ -199,7 +199,7 @@ def test_borrowed_twice_in_a_row(carrier):
     states = {parameter: {"count": offload.keep(parameter, torch.zeros(3))}}
     for _ in range(3):
         for _ in range(2):
-            with offload.lent(states, [parameter]) as lent:
+            with offload.on_device(states, [parameter]) as lent:
                 lent[parameter]["count"] += 1
         offload.end_step()
     assert states[parameter]["count"].tolist() == [6, 6, 6]

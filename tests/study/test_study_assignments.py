@@ -172,8 +172,8 @@ def test_equal_assignments_of_different_rules_are_trained_once(study, rows):
         if (t.method.name, t.phase) == ("wins", "choose")
     )  # fmt: skip
     # A rule of its own, whose decisions are the same.
-    rule = replace(planned.assigned, rule=replace(planned.assigned.rule, steps=4))
-    other = replace(planned, key="other", assigned=rule, method=replace(planned.method, name="b"))
+    rule = replace(planned.trial_rule, rule=replace(planned.trial_rule.rule, steps=4))
+    other = replace(planned, key="other", trial_rule=rule, method=replace(planned.method, name="b"))
     outcome = TrialRunner(opened, None)(other, other.point)
     row = next(r.row for r in all_results(opened).values() if r.row["method"] == "b")
     assert outcome.is_reused is (row["assignment_key"] == rows["wins"]["assignment_key"])

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from molf.disk.files import sha256_of
 from molf.errors import system_reason
 
 MANIFEST = "manifest.json"
@@ -26,7 +26,7 @@ def hash_files(directory: Path) -> dict[str, dict[str, Any]]:
         if path.is_file() and path.name != MANIFEST:
             found[path.relative_to(directory).as_posix()] = {
                 "bytes": path.stat().st_size,
-                "sha256": _sha256(path),
+                "sha256": sha256_of(path),
             }
     return found
 
@@ -78,13 +78,8 @@ def check_hashes(directory: Path) -> None:
     """
     for name, file in read_manifest(directory)["files"].items():
         try:
-            found = _sha256(directory / name)
+            found = sha256_of(directory / name)
         except OSError as error:
             raise DamagedError(f"{name}: {system_reason(error)}") from error
         if found != file["sha256"]:
             raise DamagedError(f"the content of {name} has changed")
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import sys
 import time
 from pathlib import Path
@@ -9,13 +10,19 @@ from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
+from molf.amounts import duration
+from molf.cli.lines import one_line, say
+from molf.console import PlainConsole
 from molf.errors import InputError
+from molf.masking import mask_text
+from molf.paths import expanded
 from molf.shown import counted
 from molf.streams import best_effort
 
 if TYPE_CHECKING:
     from molf.study.definition import Study
-    from molf.study.plan import TrialMaker
+    from molf.study.plan import Plan, TrialMaker
+    from molf.study.snapshot import Snapshot
     from molf.study.status import Status
 
 _SWITCH = Parameter(negative=())
@@ -78,7 +85,6 @@ def work_on_study(
         accept_changes: Go on with a study file that changed since its finished trials.
         retry_failed: Run failed trials again.
     """
-    from molf.shown import counted
     from molf.study.checks import check_data
     from molf.study.place import write_record
     from molf.study.storage import check_opens
@@ -129,15 +135,12 @@ def show_status(study: Path, /) -> None:
     Args:
         study: The study file.
     """
-    from molf.study.ledger import Ledger
     from molf.study.outcome import all_results
-    from molf.study.plan import Plan
     from molf.study.status import status_of
 
     opened, make = _open(study, accept_changes=True)
     _check_started(opened)
-    snapshot = Ledger(opened).read()
-    plan = Plan(opened, snapshot.outcomes, make, snapshot.drawn)
+    snapshot, plan = _read_plan(opened, make)
     results = all_results(opened)
     rows = [results[trial.key].row for trial in plan.trials if trial.key in results]
     _print_status(opened, status_of(opened, plan, snapshot, rows))
@@ -153,8 +156,6 @@ def restore_study(
         folder: The folder with the CSV files.
         accept_changes: Go on with a study file that changed since its finished trials.
     """
-    from molf.paths import expanded
-    from molf.shown import counted
     from molf.study.report.restoring import restore
 
     given = expanded(folder)
@@ -190,7 +191,6 @@ def report_study(
         to: The folder to write to; by default the folder `report` in the study's directory.
         figures: Draw figures (needs matplotlib).
     """
-    from molf.paths import expanded
     from molf.study.report.records import read_records
     from molf.study.report.writing import write_report
     from molf.study.status import origin_of
@@ -209,19 +209,25 @@ def report_study(
 
 def _store(study: Path, to: Path | None) -> Path:
     """Write the records of a study to a folder; return it."""
-    from molf.study.ledger import Ledger
     from molf.study.outcome import all_results
-    from molf.study.plan import Plan
     from molf.study.report.records import check_folder, write_records
 
     opened, make = _open(study, accept_changes=True)
     _check_started(opened)
     folder = opened.output_dir / "report" if to is None else to
     check_folder(folder, opened.name)
-    snapshot = Ledger(opened).read()
-    plan = Plan(opened, snapshot.outcomes, make, snapshot.drawn)
+    snapshot, plan = _read_plan(opened, make)
     write_records(folder, opened, plan, snapshot.outcomes, all_results(opened))
     return folder
+
+
+def _read_plan(study: Study, make: TrialMaker) -> tuple[Snapshot, Plan]:
+    """Return the state of a study's trials, and the trials that are known by it."""
+    from molf.study.ledger import Ledger
+    from molf.study.plan import Plan
+
+    snapshot = Ledger(study).read()
+    return snapshot, Plan(study, snapshot.outcomes, make, snapshot.drawn)
 
 
 def _open(study: Path, *, accept_changes: bool) -> tuple[Study, TrialMaker]:
@@ -253,8 +259,6 @@ def _check_started(study: Study) -> None:
 
 
 def _print_plan(study: Study, workers: int) -> None:
-    from molf.amounts import duration
-    from molf.shown import counted
 
     pairs = len(study.cells) * len(study.methods)
     seconds = study.size * study.seconds / workers
@@ -283,10 +287,6 @@ def _print_plan(study: Study, workers: int) -> None:
 
 
 def _print_status(study: Study, status: Status) -> None:
-    from datetime import datetime, timedelta
-
-    from molf.amounts import duration
-    from molf.shown import counted
 
     _print(
         f"{study.name}: {status.complete} of {status.size} trials complete, {len(status.failed)} "
@@ -297,7 +297,7 @@ def _print_status(study: Study, status: Status) -> None:
     if status.left:
         source = "measured" if status.measured else "from the study file"
         if status.running:
-            end = datetime.now() + timedelta(seconds=status.seconds)
+            end = datetime.datetime.now() + datetime.timedelta(seconds=status.seconds)
             _print(
                 f"  end: about {end:%Y-%m-%d %H:%M}, in {duration(status.seconds)} with "
                 f"{counted(len(status.running), 'worker')} (seconds per trial {source})"
@@ -321,21 +321,14 @@ def _print_status(study: Study, status: Status) -> None:
 
 
 def _say(text: str) -> None:
-    from molf.cli.lines import one_line
-    from molf.masking import mask_text
-
     stream = best_effort(sys.stderr)
     stream.write(f"{time.strftime('%H:%M:%S')} {one_line(mask_text(text))}\n")
     stream.flush()
 
 
 def _warn(text: str) -> None:
-    from molf.cli.lines import say
-
     say("warning", text)
 
 
 def _print(text: str) -> None:
-    from molf.console import PlainConsole
-
     PlainConsole().lines(text)

@@ -30,7 +30,7 @@ Keep = Callable[[Tensor, str, Tensor], Tensor]
 """Returns a copy of a tensor for a parameter's state, by its key."""
 
 _STRUCTURE = ("layer", "transposed", "ranks", "scalings", "adapter_scaling")
-_OWN = "state_dtype"  # all groups of this package have this key; torch's have not
+_KEY_OF_MOLF = "state_dtype"  # all groups of this package have this key; torch's have not
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 _ADAMW = {"step", *_MOMENTS}
 _HYPER_PARAMETERS = ("lr", "betas", "eps", "weight_decay", "initial_lr", "params", "layer")
@@ -38,7 +38,7 @@ _HYPER_PARAMETERS = ("lr", "betas", "eps", "weight_decay", "initial_lr", "params
 _ADAPTER = re.compile(r"\b(lora_\w+|modules_to_save|trainable_tokens_\w+)\.[^.]+")
 
 
-def loadable(given: dict[str, Any], groups: list[dict[str, Any]]) -> dict[str, Any]:
+def convert_state_dict(given: dict[str, Any], groups: list[dict[str, Any]]) -> dict[str, Any]:
     """Convert a saved state for an optimizer with these groups.
 
     The counter becomes an integer; moments and factors get the dtype of the arithmetic. So states
@@ -51,10 +51,13 @@ def loadable(given: dict[str, Any], groups: list[dict[str, Any]]) -> dict[str, A
             the arithmetic.
         ImportError: Moments are 8-bit, and torchao is not installed.
     """
-    saved = [{key: storable(value) for key, value in one.items()} for one in given["param_groups"]]
-    _check_same_structure(saved, groups)
+    saved_groups = [
+        {key: storable(value) for key, value in saved.items()} for saved in given["param_groups"]
+    ]
+    _check_same_structure(saved_groups, groups)
     merged = [
-        {**own, **one, "params": own["params"]} for one, own in zip(saved, groups, strict=True)
+        {**own, **saved, "params": own["params"]}
+        for saved, own in zip(saved_groups, groups, strict=True)
     ]
     for group in merged:
         check_group(group, smallest=-math.inf)  # schedules can make rates negative
@@ -62,15 +65,15 @@ def loadable(given: dict[str, Any], groups: list[dict[str, Any]]) -> dict[str, A
         check_state_dtype(group["state_dtype"])
     state = dict(given["state"])
     result = []
-    for number, (one, own) in enumerate(zip(saved, groups, strict=True)):
-        group = {key: value for key, value in one.items() if key != "param_names"}
-        if _OWN not in one:
-            _check_adamw(one, (state.get(i, {}) for i in one["params"]))
+    for number, (saved, own) in enumerate(zip(saved_groups, groups, strict=True)):
+        group = {key: value for key, value in saved.items() if key != "param_names"}
+        if _KEY_OF_MOLF not in saved:
+            _check_adamw(saved, (state.get(i, {}) for i in saved["params"]))
             group = {key: value for key, value in group.items() if key in _HYPER_PARAMETERS}
-        for place, saved_id in enumerate(one["params"]):
+        for place, saved_id in enumerate(saved["params"]):
             if saved_id in state:
-                state[saved_id] = fitted(state[saved_id], own, place, number)
-        if not _can_have(group.get("weight_rounding"), merged):
+                state[saved_id] = convert_state(state[saved_id], own, place, number)
+        if not _fits_weights(group.get("weight_rounding"), merged):
             group["weight_rounding"] = own["weight_rounding"]
         if "param_names" in own:
             group["param_names"] = list(own["param_names"])
@@ -102,7 +105,7 @@ def load(
 
     # Hooks, so that those of users run before, and see the state as it was saved.
     def capture_last(_: Optimizer, given: dict[str, Any]) -> dict[str, Any]:
-        loaded.update(loadable(given, optimizer.param_groups))
+        loaded.update(convert_state_dict(given, optimizer.param_groups))
         for group in loaded["param_groups"]:
             check_saved_group(group)
         own = {i for group in loaded["param_groups"] for i in group["params"]}
@@ -134,7 +137,7 @@ def _restore_bits(optimizer: Optimizer, loaded: dict[str, Any], keep: Keep) -> N
     parameters = [p for group in groups for p in group["params"]]
     lost = []
     for saved_id, parameter in zip(saved_ids, parameters, strict=True):
-        if not restore(optimizer.state, parameter, loaded["state"].get(saved_id, {}), keep):
+        if not restore_tensors(optimizer.state, parameter, loaded["state"].get(saved_id, {}), keep):
             lost.append(names[parameter])
     if lost:
         warn(
@@ -144,7 +147,7 @@ def _restore_bits(optimizer: Optimizer, loaded: dict[str, Any], keep: Keep) -> N
         )
 
 
-def restore(
+def restore_tensors(
     states: Any,
     parameter: Tensor,
     values: dict[str, Any],
@@ -173,11 +176,11 @@ def without_tensors(state: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in state.items() if not isinstance(value, Tensor)}
 
 
-def _can_have(rounding: str | None, groups: list[dict[str, Any]]) -> bool:
+def _fits_weights(rounding: str | None, groups: list[dict[str, Any]]) -> bool:
     """Return whether a rounding fits the weights of all groups that have it."""
-    having = [group for group in groups if group["weight_rounding"] == rounding]
+    parameters = (p for g in groups if g["weight_rounding"] == rounding for p in g["params"])
     try:
-        check_rounding((p for group in having for p in group["params"]), rounding)
+        check_rounding(parameters, rounding)
     except ValueError:
         return False
     return True
@@ -233,7 +236,7 @@ def _check_adamw(group: dict[str, Any], states: Iterable[dict[str, Any]]) -> Non
         )
 
 
-def is_fitted(parameter: Tensor, state: dict[str, Any]) -> bool:
+def has_step_dtypes(parameter: Tensor, state: dict[str, Any]) -> bool:
     """Return whether a state has the dtypes of a parameter's steps."""
     # `module.double()` changes a parameter's dtype between steps.
     if LOW in state and parameter.dtype != torch.bfloat16:
@@ -244,7 +247,9 @@ def is_fitted(parameter: Tensor, state: dict[str, Any]) -> bool:
     return "exp_avg" not in state or state["exp_avg"].dtype == dtype
 
 
-def fitted(state: dict[str, Any], group: dict[str, Any], place: int, number: int) -> dict[str, Any]:
+def convert_state(
+    state: dict[str, Any], group: dict[str, Any], place: int, number: int
+) -> dict[str, Any]:
     """Return one parameter's state in the dtype of the arithmetic; low halves stay int16.
 
     Args:

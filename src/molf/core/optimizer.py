@@ -19,7 +19,7 @@ from molf.core.model.owners import Owners, without_gradient
 from molf.core.model.quantised import keep_differentiable
 from molf.core.options import OptimizerOptions, check_exclusions, score_exclusions
 from molf.core.step.decision import Decision
-from molf.core.step.loan import Loan
+from molf.core.step.local_parts import LocalParts
 from molf.core.step.step import Outcome
 from molf.core.step.unit import LayerUnit, Unit, UnitKey
 from molf.core.warn import warn
@@ -59,6 +59,11 @@ class MoLFAdamW(AdamW):
             `print(optimizer.coverage)`. None unless the optimizer was built by `from_model`.
     """
 
+    _STEP_RESULTS = (*AdamW._STEP_RESULTS, "routing", "_is_first", "_history", "_steps")
+    _PICKLED = (*AdamW._PICKLED, "routing", "coverage", "_history", "_steps")
+    _owners: Owners | None = None  # not copied: the model of a copy is another one
+    _is_first = False  # whether the current step is the first
+
     def __init__(
         self,
         params: Iterable[dict[str, Any]],
@@ -80,15 +85,7 @@ class MoLFAdamW(AdamW):
         self.coverage: Coverage | None = None
         self._history: dict[str, LayerHistory] = {}
         self._steps = 0
-        super().__init__(
-            groups,
-            lr,
-            betas,
-            eps,
-            weight_decay,
-            seed=seed,
-            **options,
-        )
+        super().__init__(groups, lr, betas, eps, weight_decay, seed=seed, **options)
 
     @classmethod
     def from_model(
@@ -178,23 +175,14 @@ class MoLFAdamW(AdamW):
             lora_weight_decay=lora_weight_decay,
         )
         optimizer = cls(
-            groups,
-            lr,
-            betas,
-            eps,
-            weight_decay,
-            seed=config.seed,
-            **options.as_keywords(),
+            groups, lr, betas, eps, weight_decay, seed=config.seed, **options.as_keywords()
         )
-        # An evaluation between steps must not re-pack 4-bit weights.
-        keep_differentiable(model)
+        keep_differentiable(model)  # an evaluation between steps must not re-pack 4-bit weights
         optimizer.coverage = cover(model, optimizer.param_groups, config)
         optimizer._owners = Owners(model, optimizer.param_groups)
-        owned = {p for group in optimizer.param_groups for p in group["params"]}
+        owned = set(optimizer._parameters())
         for parameter in model.parameters():
-            if (
-                parameter not in owned
-            ):  # freeze_base, freeze_rest; and adapters that are not trained
+            if parameter not in owned:  # by freeze_base or freeze_rest, or of another adapter
                 parameter.requires_grad_(False)
         return optimizer
 
@@ -206,7 +194,7 @@ class MoLFAdamW(AdamW):
             ValueError: A value is not allowed, or a layer of this name is in the optimizer.
         """
         if isinstance(param_group, dict):
-            self._check_score(param_group)
+            self._check_score_options(param_group)
             layer = param_group.get("layer")
             # Decisions, counts and draws are kept by name.
             if layer is not None and any(own["layer"] == layer for own in self.param_groups):
@@ -215,9 +203,9 @@ class MoLFAdamW(AdamW):
 
     def _check_saved_group(self, group: dict[str, Any]) -> None:
         super()._check_saved_group(group)
-        self._check_score(group)
+        self._check_score_options(group)
 
-    def _check_score(self, group: dict[str, Any]) -> None:
+    def _check_score_options(self, group: dict[str, Any]) -> None:
         """Refuse a score that these options of the optimizer do not support."""
         if group.get("layer") is None or "score" not in group:
             return
@@ -338,8 +326,8 @@ class MoLFAdamW(AdamW):
             ValueError: No routed layer has this name.
         """
         with torch.no_grad():
-            loan = self._loan_of(layer)
-            return loan.units[0].read_factors(loan.states)
+            local = self._local_parts_of(layer)
+            return local.units[0].read_factors(local.states)
 
     def set_lora_factors(self, layer: str, factors: Sequence[tuple[Tensor, Tensor]]) -> None:
         """Replace a layer's factors.
@@ -365,32 +353,26 @@ class MoLFAdamW(AdamW):
             torch.cat([B.to(own) for _, B in factors], 1),
         )
         with torch.no_grad():
-            loan = self._loan_of(layer)
-            loan.units[0].write_factors(loan.states, *stacked)
-            loan.settle()
+            local = self._local_parts_of(layer)
+            local.units[0].write_factors(local.states, *stacked)
+            local.store()
             if self.offload is not None:  # new tensors are on the parameter's device
                 parameters = self._layer_unit(layer).parameters
                 self.offload.keep_all({p: self.state.get(p, {}) for p in parameters})
 
-    def _loan_of(self, layer: str) -> Loan[LayerUnit]:
-        return Loan([self._layer_unit(layer)], self._settled_state())
+    def _local_parts_of(self, layer: str) -> LocalParts[LayerUnit]:
+        return LocalParts([self._layer_unit(layer)], self._settled_state())
 
     def _layer_unit(self, layer: str) -> LayerUnit:
         for number, group in enumerate(self.param_groups):
             if group["layer"] is not None and group["layer"] == layer:
                 return LayerUnit(UnitKey(number, None), group, group["params"])
-        names = [group["layer"] for group in self.param_groups if group["layer"]]
+        names = [group["layer"] for group in self._layer_groups()]
         raise ValueError(f"No routed layer {layer!r}. Routed are: {', '.join(names[:8])}, ...")
-
-    _OF_STEP = (*AdamW._OF_STEP, "routing", "_is_first", "_history", "_steps")
-    _OWN = (*AdamW._OWN, "routing", "coverage", "_history", "_steps")
-    # Copies have none: their model is another one.
-    _owners: Owners | None = None
-    _is_first = False  # whether the current step is the first
 
     def __repr__(self) -> str:
         """Return a summary in one line, not one per layer."""
-        routed = [group for group in self.param_groups if group["layer"] is not None]
+        routed = self._layer_groups()
         first = readable(routed[0])
         rest = sum(len(group["params"]) for group in self.param_groups if group["layer"] is None)
         return (

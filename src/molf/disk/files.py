@@ -6,6 +6,7 @@ Secrets are masked, and control characters escaped.
 from __future__ import annotations
 
 import errno
+import hashlib
 import itertools
 import os
 import re
@@ -182,6 +183,12 @@ def _make_locked(path: Path, make: Callable[[Path], None]) -> tuple[Path, Lock]:
             if lock.is_at(temporary):
                 return temporary, lock
             lock.release()
+
+
+def sha256_of(path: Path) -> str:
+    """Return the SHA-256 of a file, in hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_text(path: Path, text: str) -> None:

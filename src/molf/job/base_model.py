@@ -59,8 +59,6 @@ def read_base_model(
     settings: EvaluationSettings,
     device: torch.device,
     progress: Progress | None = None,
-    *,
-    dtype: torch.dtype | None = None,
 ) -> dict[str, BaseLogits]:
     """Load a base model, compute its logits on each task, and free it.
 
@@ -71,7 +69,6 @@ def read_base_model(
         settings: Batch size and length limit.
         device: The device to compute on.
         progress: Called after each batch.
-        dtype: The type to load the base in, that of the tuned model; float32 if None.
 
     Returns:
         The logits by the names of `measured`.
@@ -80,8 +77,6 @@ def read_base_model(
         InputError: The base cannot be loaded, its tokenizer has other tokens, or its tokens attend
             to later ones.
     """
-    import torch
-
     from molf.job.model.loading import load_model, move
     from molf.job.model.tokenizer import load_tokenizer
     from molf.measure.causality import check_causal
@@ -108,7 +103,7 @@ def read_base_model(
             neutral[text] = found[name].neutral
         return found
 
-    return read_and_free(lambda: load_model(base, dtype or torch.float32), read)
+    return read_and_free(lambda: load_model(base), read)
 
 
 def read_and_free(load: Callable[[], LoadedModel], read: Callable[[LoadedModel], T]) -> T:

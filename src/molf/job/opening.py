@@ -32,7 +32,7 @@ from molf.job.model.factors_memory import check_factors
 from molf.job.model.loading import LoadedModel, load_skeleton
 from molf.job.model.quantised import check_device, check_quantisation
 from molf.job.model.room_needed import Needed
-from molf.job.model.saved_tensors import Storing, default_dtype
+from molf.job.model.saved_tensors import Storing, default_dtype, dtype_name
 from molf.job.model.saving_check import check_saving, storing_of
 from molf.job.progress import Reporter
 from molf.job.settings.batches import GROUP_BY_LENGTH
@@ -308,11 +308,6 @@ def _load_base(
 def _merge_base(settings: ResolvedSettings, quantisation: Quantisation | None) -> str | None:
     """Return the base that the adapter is merged into; None if the base is not quantised."""
     return None if quantisation is None else settings.merge_base or MERGE_BASES[0]
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """Return the name of a type as options have it, such as `float32`."""
-    return str(dtype).removeprefix("torch.")
 
 
 def _reach(

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from molf.disk.files import write_json, write_jsonl, write_text, write_yaml
-from molf.job.opening import Opening, dtype_name
+from molf.job.model.saved_tensors import dtype_name
+from molf.job.opening import Opening
 from molf.job.record.contents import hash_of_data, hash_of_model
 from molf.job.record.directory import RunDirectory
 from molf.job.record.environment import environment

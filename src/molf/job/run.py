@@ -11,7 +11,7 @@ from contextlib import suppress
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from molf.amounts import decimal_size
 from molf.data.records import data_files
@@ -59,7 +59,10 @@ from molf.tasks.validation import with_validation
 
 if TYPE_CHECKING:
     from molf.job.dry_run import DryRun
+    from molf.job.evaluating import Evaluator
     from molf.job.opening import Opening
+    from molf.job.record.stages import Stages
+    from molf.measure import Evaluation
 
 _LARGE = 10_000_000  # bytes of data that are announced
 _IMPORTING = 1.5  # seconds of imports, after which a log has a line about them
@@ -114,30 +117,19 @@ def _train(
     from molf.job.failing import failing_in
     from molf.job.memory import peak_memory, reset_peak_memory
     from molf.job.model.saving import SaveError
-    from molf.job.opening import open_training
-    from molf.job.overview import overview
     from molf.job.record.stages import Stages
-    from molf.job.records import ConfigRecord, add_row, input_files, run_result, write_evaluations
+    from molf.job.records import ConfigRecord, add_row, run_result, write_evaluations
     from molf.job.trained_model import TrainedModel
     from molf.job.trainer.tracking import tracking_of
     from molf.job.training import Training, run_training
 
-    # Open and check: nothing is written yet. Several processes are connected then.
-    opening = open_training(settings, task, inputs, reporter)
-    processes = ranks()
+    # Open and check: nothing is written yet.
+    opening, files = _open(settings, task, inputs, reporter)
+    processes = ranks()  # connected by `_open`
     on_main = processes.on_main
-    output_dir = _agreed(opening, processes)
-    opening.settings = replace(opening.settings, output_dir=output_dir)
     settings, device = opening.settings, opening.arguments.device
-    files = input_files(settings, task)
-    if settings.resume:
-        on_main(lambda: check_same_contents(settings, files))
-    for line in overview(opening, task, processes.count):
-        reporter.say(line)
-    for note in opening.notes:
-        reporter.say(note)
     directory = open_directory(
-        processes, output_dir, overwrite=settings.overwrite, resume=settings.resume
+        processes, settings.output_dir, overwrite=settings.overwrite, resume=settings.resume
     )
     if settings.resume and not directory.is_resumed:
         reporter.say(f"There is no run in {directory.path} to resume: a new one begins.")
@@ -159,12 +151,7 @@ def _train(
         # Measure the base.
         reset_peak_memory(device)
         evaluator = Evaluator(settings, task, forgetting_text, device, reporter, opening.sharding)
-        before = on_main(lambda: stages.before)
-        if before is None:
-            before = measured = evaluator.base(opening.base, inputs)
-            on_main(lambda: stages.keep_before(measured, evaluator.seconds))
-        else:
-            evaluator.seconds += on_main(lambda: stages.evaluation_seconds)
+        before = _base_evaluation(stages, evaluator, opening, inputs)
 
         done = on_main(lambda: stages.saved)
         if done is None:
@@ -223,6 +210,39 @@ def _train(
             return result
 
         return on_main(write)
+
+
+def _open(
+    settings: ResolvedSettings, task: Task, inputs: Inputs, reporter: Reporter
+) -> tuple[Opening, dict[str, Any]]:
+    """Open the training, and show its overview; return it and the record of its input files."""
+    from molf.job.opening import open_training
+    from molf.job.overview import overview
+    from molf.job.records import input_files
+
+    opening = open_training(settings, task, inputs, reporter)
+    processes = ranks()
+    opening.settings = replace(opening.settings, output_dir=_agreed(opening, processes))
+    files = input_files(opening.settings, task)
+    if settings.resume:
+        processes.on_main(lambda: check_same_contents(opening.settings, files))
+    for line in (*overview(opening, task, processes.count), *opening.notes):
+        reporter.say(line)
+    return opening, files
+
+
+def _base_evaluation(
+    stages: Stages, evaluator: Evaluator, opening: Opening, inputs: Inputs
+) -> Evaluation:
+    """Return the evaluation of the base; a resumed run measures it only if it was not kept."""
+    on_main = ranks().on_main
+    kept = on_main(lambda: stages.before)
+    if kept is not None:
+        evaluator.seconds += on_main(lambda: stages.evaluation_seconds)
+        return kept
+    measured = evaluator.base(opening.base, inputs)
+    on_main(lambda: stages.keep_before(measured, evaluator.seconds))
+    return measured
 
 
 def _agreed(opening: Opening, processes: Ranks) -> Path:

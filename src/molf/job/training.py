@@ -26,7 +26,7 @@ from molf.job.model.merging import merge_trained
 from molf.job.model.quantised import Precision, load_quantised
 from molf.job.model.saving import save_adapter
 from molf.job.opening import Opening
-from molf.job.progress import Reporter
+from molf.job.progress import Reporter, ShowTraining
 from molf.job.record.directory import RunDirectory
 from molf.job.record.ownership import ADAPTER, CHECKPOINTS, METRICS, ROUTING
 from molf.job.record.result import RunError, StoppedError
@@ -156,12 +156,11 @@ def run_training(
         DivergedError: A loss, a gradient or a trained weight is not finite.
         RunError: A checkpoint cannot be written, or a library has ended the training.
     """
-    settings, arguments = opening.settings, opening.arguments
-    base, data = opening.base, opening.data
+    settings, data = opening.settings, opening.data
     _quantise(opening, reporter)
     if settings.method in ADAPTERS:  # takes long for PiSSA and EVA
         reporter.say("Putting in the adapter")
-    precision = Precision(base.model, bf16=arguments.bf16)
+    precision = Precision(opening.base.model, bf16=opening.arguments.bf16)
     started = time.perf_counter()
     prepared, whole = _prepared(opening)
     frozen = _frozen_checksums(opening, whole) if settings.has_checkpoints else {}
@@ -171,77 +170,23 @@ def run_training(
     wins, guard = Wins(prepared.experts), StepGuard(settings)
     stop, ending, best = StopRequest(), Ending(), Best()
     checkpoints = Checkpoints(settings, directory, opening.room, stop, ending, best)
-    _warn_of_warmup(data.steps, arguments)
-    processes = ranks()
+    evaluating = _evaluating(settings, best, ending)
+    _warn_of_warmup(data.steps, opening.arguments)
     with (
         _routing_log(opening, directory) as writer,
         reporter.training(data.steps) as show,
         stop.listening() if settings.has_checkpoints else nullcontext(),
     ):
-        arguments.output_dir = str(directory / CHECKPOINTS)  # created by the trainer
-        evaluating, stopping = _evaluating(settings, best, ending)
-        metrics = MetricsCallback(
-            (lambda: directory / METRICS) if processes.is_main else None,
-            show,
-            ending.is_at,
-            # Gradients freed in the backward pass would be logged with a norm of 0.
-            without=("grad_norm",) if settings.optimizer_in_backward else (),
-        )
-        parts = RunParts(
-            writer,
-            metrics,
-            wins,
-            guard,
-            ending,
-            best,
-            (*prepared.callbacks, *stopping),
-            frozen,
-            data,
-        )
+        metrics = _metrics_log(settings, directory, show, ending)
+        with_states = (*prepared.callbacks, *evaluating)
+        parts = RunParts(writer, metrics, wins, guard, ending, best, with_states, frozen, data)
         if checkpoint is None:
             parts.clear_logs()
-        trainer = Trainer(
-            base,
-            prepared,
-            wins,
-            guard,
-            checkpoints,
-            parts,
-            clock,
-            _validation(opening),
-            is_in_shards=opening.sharding is not None,
-            model=prepared.model,
-            args=arguments,
-            train_dataset=training_set(data, with_blank_row=processes.count > 1),
-            processing_class=copy.deepcopy(base.tokenizer),  # the trainer changes its padding
-            optimizer_cls_and_kwargs=prepared.optimizer,
-            callbacks=[
-                TimeLimit(settings.max_time, clock, ending),
-                StepsCheck(data.steps, ending),
-                *([RandomByStep(settings.seed, processes.rank)] if processes.count > 1 else ()),
-                guard,
-                RoutingCallback(prepared, writer, wins),
-                FidelityCallback(),
-                *evaluating,
-                *stopping,
-                metrics,
-                *prepared.callbacks,
-                checkpoints,
-                *callbacks,
-            ],
-        )
-        trainer.remove_callback(PrinterCallback)
+        own = [*evaluating, metrics, *prepared.callbacks, checkpoints, *callbacks]
+        trainer = _trainer(opening, directory, prepared, parts, checkpoints, clock, own)
         if tracking is not None:
-            tracking.attach(trainer.callback_handler.callbacks)
-            # After transformers' callbacks, which begin their trackers' runs.
-            trainer.add_callback(
-                TrackingCallback(
-                    tracking,
-                    settings.as_options(),
-                    before if checkpoint is None else None,
-                    writer if prepared.experts else None,
-                )
-            )
+            measured = before if checkpoint is None else None
+            _track(trainer, tracking, settings, measured, writer if prepared.experts else None)
         trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
         seconds = clock.seconds()
         checkpoints.finish()
@@ -280,6 +225,71 @@ def run_training(
         planned_steps=data.steps,
         validation=best.record(saved_step),
     )
+
+
+def _trainer(
+    opening: Opening,
+    directory: RunDirectory,
+    prepared: Prepared,
+    parts: RunParts,
+    checkpoints: Checkpoints,
+    clock: Clock,
+    callbacks: Sequence[TrainerCallback],
+) -> Trainer:
+    """Return the trainer with the callbacks of every run, then the given ones."""
+    settings, arguments, processes = opening.settings, opening.arguments, ranks()
+    arguments.output_dir = str(directory / CHECKPOINTS)  # created by the trainer
+    trainer = Trainer(
+        opening.base,
+        prepared,
+        parts,
+        checkpoints,
+        clock,
+        _validation(opening),
+        is_in_shards=opening.sharding is not None,
+        model=prepared.model,
+        args=arguments,
+        train_dataset=training_set(opening.data, with_blank_row=processes.count > 1),
+        processing_class=copy.deepcopy(opening.base.tokenizer),  # the trainer changes its padding
+        optimizer_cls_and_kwargs=prepared.optimizer,
+        callbacks=[
+            TimeLimit(settings.max_time, clock, parts.ending),
+            StepsCheck(opening.data.steps, parts.ending),
+            *([RandomByStep(settings.seed, processes.rank)] if processes.count > 1 else ()),
+            parts.guard,
+            RoutingCallback(prepared, parts.writer, parts.wins),
+            FidelityCallback(),
+            *callbacks,
+        ],
+    )
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def _metrics_log(
+    settings: ResolvedSettings, directory: RunDirectory, show: ShowTraining, ending: Ending
+) -> MetricsCallback:
+    """Return the log of metrics, which rank 0 writes."""
+    return MetricsCallback(
+        (lambda: directory / METRICS) if ranks().is_main else None,
+        show,
+        ending.is_at,
+        # Gradients freed in the backward pass would be logged with a norm of 0.
+        without=("grad_norm",) if settings.optimizer_in_backward else (),
+    )
+
+
+def _track(
+    trainer: Trainer,
+    tracking: Tracking,
+    settings: ResolvedSettings,
+    before: Evaluation | None,
+    writer: RoutingWriter | None,
+) -> None:
+    """Send the training to its trackers."""
+    tracking.attach(trainer.callback_handler.callbacks)
+    # After transformers' callbacks, which begin their trackers' runs.
+    trainer.add_callback(TrackingCallback(tracking, settings.as_options(), before, writer))
 
 
 def _quantise(opening: Opening, reporter: Reporter) -> None:
@@ -346,14 +356,14 @@ def _kept(
 
 def _evaluating(
     settings: ResolvedSettings, best: Best, ending: Ending
-) -> tuple[tuple[EvaluationCallback, ...], tuple[EarlyStopping, ...]]:
-    """Return the callback of evaluations, and that of early stopping, where they are asked for."""
+) -> tuple[TrainerCallback, ...]:
+    """Return the callbacks of evaluations and of early stopping that are asked for."""
     if eval_strategy_of(settings) == "no":
-        return (), ()
-    evaluating = (EvaluationCallback(settings, best, ending),)
+        return ()
+    evaluating = EvaluationCallback(settings, best, ending)
     if settings.early_stopping_patience is None:
-        return evaluating, ()
-    return evaluating, (EarlyStopping(settings, ending),)
+        return (evaluating,)
+    return evaluating, EarlyStopping(settings, ending)
 
 
 def _validation(opening: Opening) -> Validation | None:

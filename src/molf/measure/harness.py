@@ -6,7 +6,6 @@ published ones.
 
 from __future__ import annotations
 
-import difflib
 import importlib.util
 import logging
 from collections.abc import Mapping, Sequence
@@ -15,6 +14,7 @@ from typing import Any
 
 from molf.errors import InputError
 from molf.measure.metric import Evaluation, Metric
+from molf.shown import suggestion
 
 PREFIX = "lm-eval:"
 """Prefix of the harness's task names in molf."""
@@ -133,11 +133,9 @@ def _padding_counts(model: Any, tokenizer: Any) -> bool:
 
 def _check_name(name: str, known: Sequence[str]) -> None:
     if name not in known:
-        close = difflib.get_close_matches(name, known, n=3)
-        hint = f" Did you mean {', '.join(close)}?" if close else ""
         raise InputError(
-            f"{PREFIX}{name}: lm-evaluation-harness has no task {name!r}.{hint} "
-            "`lm_eval ls tasks` lists them."
+            f"{PREFIX}{name}: lm-evaluation-harness has no task "
+            f"{name!r}.{suggestion(name, known, 3)} `lm_eval ls tasks` lists them."
         )
 
 

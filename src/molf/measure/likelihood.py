@@ -50,7 +50,6 @@ def next_token_log_probs(
     *,
     pad_id: int,
     batch_size: int,
-    what: str = "probabilities",
     progress: Progress | None = None,
 ) -> list[list[float]]:
     """Compute log-probabilities of chosen next tokens after each context.
@@ -61,7 +60,6 @@ def next_token_log_probs(
         wanted: Per context, the token ids whose log-probability as the next token is needed.
         pad_id: Any id of the vocabulary; padded positions are masked.
         batch_size: Contexts per forward pass.
-        what: Name shown with the progress.
         progress: Called after each batch.
 
     Returns:
@@ -79,7 +77,9 @@ def next_token_log_probs(
     lengths = [len(context) for context in contexts]
     allowed = logits_batches(model, pad_id) if pads(lengths, batch_size) else ANY
     with inference(model):
-        done = for_each_batch(model, lengths, batch_size, run, what, progress, allowed=allowed)
+        done = for_each_batch(
+            model, lengths, batch_size, run, "probabilities", progress, allowed=allowed
+        )
     return collect(found.log_probs, done)
 
 

@@ -28,8 +28,8 @@ class PlannedCarrier(Carrier):
         """Return device tensors of the sizes of the copies."""
         return [torch.empty_like(tensor, device="cpu") for tensor in kept], _at_once
 
-    def put_back(self, lent: Sequence[Tensor], kept: Sequence[Tensor]) -> Wait:
-        """Copy nothing; the caller keeps `lent` alive until it waits."""
+    def put_back(self, copies: Sequence[Tensor], kept: Sequence[Tensor]) -> Wait:
+        """Copy nothing; the caller keeps `copies` alive until it waits."""
         return _at_once
 
     def wait(self) -> None:

@@ -79,7 +79,6 @@ def folded_step(
     winners: Sequence[Sequence[int]],
     others: int = 0,
     terms: int = 1,
-    decay: bool = True,
     required: int = 0,
 ) -> StepBytes:
     """Return the payloads of a step whose LoRA experts are folded into the weights.
@@ -91,7 +90,6 @@ def folded_step(
         winners: Winners of each layer; 0 is `full`, 1 the first LoRA expert.
         others: Number of other trained tensors.
         terms: Number of terms of the score.
-        decay: Whether weights decay: `full` then needs the LoRA product.
         required: Number of further numbers that must be finite, such as the loss.
     """
     total = sum(ranks)
@@ -100,7 +98,7 @@ def folded_step(
     operands = 0
     for size, won in zip(far, winners, strict=True):
         width = sum(2 * ranks[expert - 1] for expert in won if expert)
-        operands += _FACTOR * size * (width + (total if 0 in won and decay else 0))
+        operands += _FACTOR * size * (width + (total if 0 in won else 0))
     return StepBytes(
         check=_SUM * (dense + 2 * len(layers) + others + required),
         gather=_FACTOR * total * sum(far),

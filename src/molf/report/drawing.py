@@ -20,21 +20,18 @@ _MARKERS = "osDv^<>Phd*"
 _LABELS = 40  # of rows of a map
 
 
-def write_figure(
-    figure: Figure, folder: Path, name: str, *, kinds: Sequence[str] = ("png", "svg")
-) -> list[Path]:
+def write_figure(figure: Figure, folder: Path, name: str) -> list[Path]:
     """Draw a figure, and write its values as CSV; return the paths.
 
     Args:
         figure: The figure.
         folder: Where to write the files.
         name: Their name without ending.
-        kinds: Formats of the drawings.
 
     Raises:
         OSError: They cannot be written.
     """
-    written = draw([figure], folder, name, kinds=kinds)
+    written = draw([figure], folder, name)
     for ending, table in _tables(figure):
         written.append(write_table(table, folder / f"{name}{ending}.csv"))
     return written

@@ -26,7 +26,7 @@ from molf.job.record.routing_arrays import (
 )
 from molf.job.record.routing_log import routing_shapes
 from molf.job.settings.defaults import ROUTED
-from molf.shown import counted
+from molf.shown import counted, listed
 
 MOST_ROWS = 200
 FACTORS = 2.0 ** (np.arange(-24, 25) / 4)
@@ -88,8 +88,7 @@ class RoutingData:
         names = []
         for row in range(len(self.decisions)):
             members = np.flatnonzero(self.row_of == row)
-            more = f" and {len(members) - 1} more" if len(members) > 1 else ""
-            names.append(self.layers[members[0]] + more)
+            names.append(listed([self.layers[number] for number in members], 1))
         return tuple(names)
 
 

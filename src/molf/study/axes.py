@@ -12,6 +12,7 @@ from typing import Any, get_type_hints
 from molf.data.sources import with_joined_sources
 from molf.job.settings.resolved import without_effect
 from molf.job.settings.settings import METHOD, TrainSettings
+from molf.shown import option_text
 from molf.study.definition import EVAL_PART, RATES, Cell, Method
 from molf.study.values import StudyFileError, TooManyError, reject_unknown
 
@@ -172,5 +173,4 @@ def _unused(method: Method) -> tuple[str, ...]:
 
 
 def _word(value: Any) -> str:
-    text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
-    return text.rstrip("/").rsplit("/", 1)[-1].replace(",", "_").replace(":", "_")
+    return option_text(value).rstrip("/").rsplit("/", 1)[-1].replace(",", "_").replace(":", "_")

@@ -12,7 +12,7 @@ from molf.job.record.assignment_source import read_assignment_source
 from molf.job.run import checked
 from molf.job.settings.experts import method_config
 from molf.job.settings.resolved import without_effect
-from molf.study.assigning.assigned import Assigned
+from molf.study.assigning.trial_rule import TrialRule
 from molf.study.definition import (
     EVAL_PART,
     LEARNING_RATE,
@@ -89,7 +89,7 @@ def _check_rule(study: Study, make: TrialMaker, cell: Cell, method: Method) -> N
         )
     if method.rule.has_probe:
         settings = make.options(cell, study.method(method.rule.of))
-        Assigned(method.rule, settings).probe_at({})
+        TrialRule(method.rule, settings).probe_at({})
 
 
 def differing_scalings(study: Study, make: TrialMaker) -> list[str]:

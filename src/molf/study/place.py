@@ -12,6 +12,7 @@ from molf.disk.files import is_unfinished, write_json
 from molf.disk.room import check_writable, nearest_existing
 from molf.errors import InputError
 from molf.job.record.contents import contents_of
+from molf.job.record.ownership import read_json
 from molf.paths import check_path, check_unicode
 from molf.study.assigning.making import PROBES
 from molf.study.definition import Rates, Study
@@ -143,10 +144,7 @@ def _is_starting(names: list[str]) -> bool:
 
 def read_record(path: Path) -> dict[str, Any] | None:
     """Return the record of a study's directory; None if it has none."""
-    try:
-        record = json.loads((path / RECORD).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
+    record = read_json(path / RECORD)
     return record if isinstance(record, dict) else None
 
 

@@ -9,7 +9,7 @@ from statistics import fmean
 from typing import Any
 
 from molf.job.settings.settings import TrainSettings
-from molf.study.assigning.assigned import Assigned
+from molf.study.assigning.trial_rule import TrialRule
 from molf.study.choice import choose_point
 from molf.study.definition import (
     CHOOSE,
@@ -77,7 +77,7 @@ class Planned:
         settings: Its settings without output directory; also without rates if these are drawn.
         key: Its identity: a hash of its place in the study and of its settings.
         is_drawn: Whether a sampler draws the points, so that two of them may be equal.
-        assigned: How its assignment is made; None without a rule.
+        trial_rule: How its assignment is made; None without a rule.
     """
 
     cell: Cell
@@ -89,7 +89,7 @@ class Planned:
     settings: TrainSettings
     key: str
     is_drawn: bool = False
-    assigned: Assigned | None = None
+    trial_rule: TrialRule | None = None
 
     @property
     def identity(self) -> Identity:
@@ -102,7 +102,7 @@ class Planned:
 
     def settings_key(self, point: Point) -> str:
         """Return the hash of the settings with these rates; equal ones are equal trainings."""
-        more = None if self.assigned is None else self.assigned.identity(point)
+        more = None if self.trial_rule is None else self.trial_rule.identity(point)
         return settings_key(self.at(point), more)
 
     def label(self, point: Point) -> str:
@@ -155,11 +155,11 @@ class TrialMaker:
         if place not in self._made:
             own: dict[str, Any] = {"seed": seed, EVAL_PART: PARTS[phase]}
             settings = replace(self._settings(cell, method, score), **own)
-            assigned, more = None, None
+            trial_rule, more = None, None
             if method.rule is not None:
                 routed = self._settings(cell, self._study.method(method.rule.of), None)
-                assigned = Assigned(method.rule, replace(routed, **own))
-                more = assigned.identity(point)
+                trial_rule = TrialRule(method.rule, replace(routed, **own))
+                more = trial_rule.identity(point)
             if point is None:
                 ranges = [
                     (name, one.low, one.high)
@@ -175,7 +175,7 @@ class TrialMaker:
             number = index if is_drawn else None
             key = trial_key((cell.name, method.name, phase, number, seed), own_key)
             self._made[place] = Planned(
-                cell, method, phase, index, seed, point, settings, key, is_drawn, assigned
+                cell, method, phase, index, seed, point, settings, key, is_drawn, trial_rule
             )
         return self._made[place]
 

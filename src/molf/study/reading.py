@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -15,6 +14,7 @@ from molf.errors import InputError
 from molf.job.settings.settings import TrainSettings
 from molf.measure.meanings import is_lower_better, is_ranked, metric_names
 from molf.paths import expanded
+from molf.shown import suggestion
 from molf.study.assigning.rule import read_rule
 from molf.study.axes import cell_options, with_axes
 from molf.study.choice import HARMS
@@ -355,8 +355,7 @@ def _check_once(parts: Iterable[Cell | Method], where: str) -> None:
 def _check_known(name: str, known: Iterable[str], where: str, what: str) -> None:
     allowed = list(known)
     if name not in allowed:
-        close = difflib.get_close_matches(name, allowed, n=1)
-        hint = f" Did you mean {close[0]}?" if close else ""
         raise StudyFileError(
-            f"{where}: {name!r} is none of the {what}: {', '.join(allowed)}.{hint}"
+            f"{where}: {name!r} is none of the {what}: {', '.join(allowed)}."
+            f"{suggestion(name, allowed)}"
         )

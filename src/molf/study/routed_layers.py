@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
+from molf.core.assignment.assigned import FULL
 from molf.errors import InputError
 from molf.job.record.ownership import MODEL
 from molf.job.record.result import RunResult
 
-FULL = "full"
 _RANK = re.compile(r"lora\d+_r(\d+)")
 
 

@@ -7,14 +7,11 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
-
-import yaml
 
 from molf.console import PlainConsole
 from molf.errors import InputError
 from molf.job.progress import Reporter
-from molf.job.record.ownership import CONFIG
+from molf.job.record.ownership import CONFIG, read_yaml
 from molf.job.record.result import RunError
 from molf.study.definition import Study
 
@@ -62,7 +59,7 @@ def clear_leftovers(directory: Path) -> None:
 
 def parameters_of(directory: Path) -> int:
     """Return the number of parameters of a run's base; 0 if it is not recorded."""
-    config = _read_yaml(directory / CONFIG)
+    config = read_yaml(directory / CONFIG) or {}
     return int(((config.get("run") or {}).get("model") or {}).get("parameters") or 0)
 
 
@@ -90,11 +87,3 @@ class QuietReporter(Reporter):
 
     def say(self, text: str) -> None:
         """Print nothing."""
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        found = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError):
-        return {}
-    return found if isinstance(found, dict) else {}

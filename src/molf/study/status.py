@@ -10,7 +10,7 @@ from typing import Any
 
 from molf.measure.meanings import UNRECORDED_VERSION, last_change
 from molf.shown import counted
-from molf.study.definition import Cell, Method, Study
+from molf.study.definition import CHOOSE, Cell, Method, Study
 from molf.study.plan import COMPLETE, FAILED, PRUNED, Outcome, Plan
 from molf.study.snapshot import Snapshot
 
@@ -79,8 +79,11 @@ def status_of(study: Study, plan: Plan, snapshot: Snapshot, rows: Iterable[Row])
         snapshot: Their state.
         rows: The rows of finished trials.
     """
-    ended = [(trial, snapshot.outcomes[trial.key]) for trial in plan.trials
-             if trial.key in snapshot.outcomes]  # fmt: skip
+    ended = [
+        (trial, snapshot.outcomes[trial.key])
+        for trial in plan.trials
+        if trial.key in snapshot.outcomes
+    ]
     failed = [
         f"{t.cell.name}/{t.method.name}/{t.label(o.point or t.point or {})}: {o.error}"
         for t, o in ended
@@ -99,7 +102,7 @@ def status_of(study: Study, plan: Plan, snapshot: Snapshot, rows: Iterable[Row])
         values = [
             Best(cell, t.method.name, t.label(o.point), o.value)
             for t, o in ended
-            if t.cell == cell and t.phase == "choose" and o.value is not None
+            if t.cell == cell and t.phase == CHOOSE and o.value is not None
         ]
         sign = 1 if cell.minimize else -1
         best += sorted(values, key=lambda one: sign * one.value)[:1]

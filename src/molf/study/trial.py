@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
 import time
@@ -13,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from molf.disk.room import is_disk_full
-from molf.errors import InputError
+from molf.errors import InputError, reason_of
 from molf.job.progress import ShowTraining
 from molf.job.record.ownership import (
     ADAPTER,
@@ -21,6 +20,7 @@ from molf.job.record.ownership import (
     CHECKPOINTS,
     ENVIRONMENT,
     MODEL,
+    read_json,
 )
 from molf.job.record.result import RunError, RunResult
 from molf.job.settings.defaults import ROUTED
@@ -128,8 +128,8 @@ class TrialRunner:
     ) -> tuple[TrialResult, bool]:
         """Return the result of a trial, and whether an equal training had it already."""
         settings, cost, trained = planned.at(point), None, ""
-        if planned.assigned is not None:
-            made = self._assign(planned.cell.name, planned.assigned, point, planned.seed)
+        if planned.trial_rule is not None:
+            made = self._assign(planned.cell.name, planned.trial_rule, point, planned.seed)
             cost = made.cost
             # Different rules may make one assignment, such as the wins of epd and shape.
             file = directory.with_name(f"{directory.name}-{ASSIGNMENT}")
@@ -175,7 +175,7 @@ class TrialRunner:
 
 def trial_row(planned: Planned, point: Point, run: RunResult, seconds: float) -> dict[str, Any]:
     """Return the row of a finished trial: no absolute paths, and the same columns for all."""
-    environment = _read_json(run.directory / ENVIRONMENT)
+    environment = read_json(run.directory / ENVIRONMENT) or {}
     git = environment.get("git") or {}
     parameters = parameters_of(run.directory)
     device = environment.get("device") or {}
@@ -274,14 +274,5 @@ class _PruningReporter(QuietReporter):
 
 
 def _first_line(error: BaseException) -> str:
-    text = str(error).strip().split("\n")[0] or type(error).__name__
     kind = "" if isinstance(error, (InputError, RunError)) else f"{type(error).__name__}: "
-    return f"{kind}{text}"[:1000]
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
+    return f"{kind}{reason_of(error)}"[:1000]

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Collection, Mapping
 from typing import Any
+
+from molf.shown import suggestion
 
 
 class StudyFileError(ValueError):
@@ -32,9 +33,9 @@ def reject_unknown(content: Mapping[str, Any], known: Collection[str], where: st
     """Raise a `StudyFileError` if a mapping has a name that is not known."""
     for name in content:
         if name not in known:
-            close = difflib.get_close_matches(name, known, n=1)
-            hint = f" Did you mean {close[0]}?" if close else ""
-            raise StudyFileError(f"{where} has no {name!r}. It has {', '.join(known)}.{hint}")
+            raise StudyFileError(
+                f"{where} has no {name!r}. It has {', '.join(known)}.{suggestion(name, known)}"
+            )
 
 
 def truth(value: Any, where: str) -> bool:

@@ -14,7 +14,7 @@ from molf.shown import counted
 from molf.study.definition import Study
 from molf.study.ledger import Ledger, Place, Snapshot
 from molf.study.place import definition_of, read_record
-from molf.study.plan import COMPLETE, Outcome, Plan, Planned, TrialMaker
+from molf.study.plan import COMPLETE, FAILED, Outcome, Plan, Planned, TrialMaker
 from molf.study.storage import check_present
 from molf.study.trial import TrialRunner
 
@@ -106,7 +106,7 @@ class Worker:
                 outcome = self._ledger.run(place, plan.by_key, self._name, self._run_one)
                 if outcome is not None:
                     work.done += 1
-                    work.failed += outcome.state == "failed"
+                    work.failed += outcome.state == FAILED
                     work.reused += outcome.is_reused
             elif snapshot.running_at or plan.unfinished:
                 time.sleep(min(_LONGEST_POLL, self._study.heartbeat / 2))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
@@ -54,6 +54,7 @@ class Task(ABC):
 
     prompt: ClassVar[str]
     prompt_version: ClassVar[int]
+    _forgetting_text: Callable[[], str] | None = None  # returns a text of the records' own
 
     def __init__(
         self, name: str, training_samples: Sequence[Sample], source: dict[str, str]
@@ -160,7 +161,7 @@ class Task(ABC):
 
     def default_forgetting_text(self) -> str:
         """Return the plain text for `forgetting_loss` where the user gives none."""
-        return default_plain_text()
+        return (self._forgetting_text or default_plain_text)()
 
     def description(self) -> dict[str, Any]:
         """Return the task's entries for the configuration file of a run."""

@@ -120,12 +120,6 @@ class FactTask(Task):
         """Return evaluated requests: the rewrite prompts with their new targets."""
         return [_sample(self._evaluation[index], index) for index in spread(self._evaluated, most)]
 
-    def default_forgetting_text(self) -> str:
-        """Return the world's held-out text for the demo task, else the default plain text."""
-        if self._forgetting_text is not None:
-            return self._forgetting_text()
-        return super().default_forgetting_text()
-
     def evaluate(
         self,
         model: Any,

@@ -8,6 +8,7 @@ from typing import Any
 
 from molf.data.fields import text_value
 from molf.errors import InputError
+from molf.shown import listed
 
 
 def left_out_prediction(index: int, reason: str) -> dict[str, Any]:
@@ -133,9 +134,8 @@ def restrict_to_sample(saved: SavedPredictions, sample: Collection[int]) -> Save
         InputError: Records have no prediction, or all are left out.
     """
     if lacking := sorted(set(sample) - saved.texts.keys() - saved.left_out.keys()):
-        more = f" and {len(lacking) - 1} more" if len(lacking) > 1 else ""
         raise InputError(
-            f"The predictions lack record {lacking[0]}{more} of the {len(sample)} to be scored. "
+            f"The predictions lack record {listed(lacking, 1)} of the {len(sample)} to be scored. "
             "Give the data, max_samples and seed that they were made with."
         )
     if saved.texts.keys().isdisjoint(sample):

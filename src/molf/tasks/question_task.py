@@ -169,12 +169,6 @@ class QuestionTask(Task, Generic[Q]):
             data.held_out,
         )
 
-    def default_forgetting_text(self) -> str:
-        """Return the text given with the questions, else the default plain text."""
-        if self._forgetting_text is not None:
-            return self._forgetting_text()
-        return super().default_forgetting_text()
-
     def description(self) -> dict[str, Any]:
         """Return the task's entries for the configuration file of a run."""
         return {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from statistics import fmean
 from typing import TYPE_CHECKING
 
 from molf.console import PlainConsole, new_table
@@ -25,11 +25,11 @@ def print_extraction(made: Extraction) -> None:
         table.add_row(
             name,
             str(len(layers)),
-            f"{_mean([x.relative for x in layers]):.2g}",
-            f"{_mean([x.kept for x in layers]):.1%}",
+            f"{fmean(x.relative for x in layers):.2g}",
+            f"{fmean(x.kept for x in layers):.1%}",
             f"{min(x.kept for x in layers):.1%}",
-            f"{_mean([x.error for x in layers]):.2g}",
-            f"{_mean([x.rank_90 for x in layers]):.0f}",
+            f"{fmean(x.error for x in layers):.2g}",
+            f"{fmean(x.rank_90 for x in layers):.0f}",
         )
     console.print(table)
     console.lines(
@@ -46,10 +46,10 @@ def print_extraction(made: Extraction) -> None:
             table.add_row(
                 kind,
                 str(len(rest)),
-                f"{_mean([x.relative for x in rest]):.2g}",
+                f"{fmean(x.relative for x in rest):.2g}",
                 f"{max(x.largest for x in rest):.2g}",
                 f"{len(held)} of {len(rest)}",
-                f"{_mean(held):.2g}" if held else "-",
+                f"{fmean(held):.2g}" if held else "-",
             )
         console.print(table)
         console.lines(
@@ -71,7 +71,3 @@ def print_extraction(made: Extraction) -> None:
             "holds. adapter alone: none of them.",
             *(f"  {names}  {meaning}" for names, meaning in meanings(first)),
         )
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
-from molf.cli.recipes.shipped import recipe_names, shipped_recipe
+from molf.cli.recipes.shipped import find_recipe, recipe_names, shipped_recipe
 from molf.errors import InputError
 from molf.inputs import special_kind
 from molf.paths import check_path, expanded
@@ -97,7 +97,6 @@ def validate_recipes(*recipes: str) -> int:
         The exit code: 2 if any has an error.
     """
     from molf.cli.lines import say
-    from molf.cli.recipes.shipped import find_recipe
     from molf.cli.recipes.validation import validate_recipe
 
     if not recipes:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
-from molf.errors import InputError
+from molf.errors import InputError, system_reason
 
 if TYPE_CHECKING:
     from molf.compare.summary import CellSummary
@@ -116,7 +116,6 @@ def _write_figures(
     summaries: Sequence[CellSummary], axes: tuple[str, str] | None, folder: Path
 ) -> int:
     from molf.compare.pareto import pareto_figure
-    from molf.errors import system_reason
     from molf.report.drawing import write_figure
 
     found = [] if axes is None else [pareto_figure(one, axes) for one in summaries]

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 from cyclopts import Parameter
 
 from molf.paths import expanded
-from molf.shown import counted
+from molf.shown import as_line, counted
 
 if TYPE_CHECKING:
     from molf.console import PlainConsole
@@ -70,7 +70,6 @@ def _print_map(console: PlainConsole, run: Path) -> None:
 
     from molf.masking import mask_text
     from molf.report.small_map import small_map
-    from molf.shown import as_line
 
     found = small_map(run)
     colors = {mark: _COLORS[number % 6] for number, mark in enumerate(found.marks.values())}

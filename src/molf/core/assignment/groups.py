@@ -13,8 +13,7 @@ from molf.core.assignment.assignment import Assignment
 from molf.core.assignment.layout import Layout
 from molf.core.hyper_parameters import number
 from molf.core.model.adapted_layers import adapter_layers
-from molf.core.model.decay import undecayed
-from molf.core.model.groups import warn_of_saving
+from molf.core.model.groups import NamedParameters, plain_groups, warn_of_saving
 from molf.core.model.linear_places import linear_places
 from molf.core.model.module_names import cleaner
 from molf.core.model.weight_checks import check_has_values
@@ -50,10 +49,10 @@ def assignment_groups(
     ):
         number(name, value, smallest=0)
     _check_prepared(model, assignment)
-    clean, without = cleaner(model), undecayed(model)
+    clean = cleaner(model)
     tuners = tuple(f"{name}." for name in adapter_layers(model))
-    dense: list[tuple[str, nn.Parameter]] = []
-    factors: list[tuple[str, nn.Parameter]] = []
+    dense: NamedParameters = []
+    factors: NamedParameters = []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             check_has_values(name, parameter)
@@ -62,8 +61,7 @@ def assignment_groups(
     # Moments of factors are float32, as in a routed layer.
     lora = {"lr": lr if lora_lr is None else lora_lr, "state_dtype": "float32"}
     groups: list[dict[str, Any]] = [
-        {"params": [x for x in dense if x[1] not in without], "weight_decay": weight_decay},
-        {"params": [x for x in dense if x[1] in without], "weight_decay": 0.0},
+        *plain_groups(model, dense, weight_decay),
         {
             "params": [x for x in factors if x[1].dim() >= 2],
             "weight_decay": lora_weight_decay,

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from molf.core.assignment.assigned import FULL, Evidence
+from molf.core.scores.rules import score_margin
 
 
 class LayerHistory:
@@ -44,10 +45,8 @@ class LayerHistory:
         self._last = won
         self._decisions += 1
         if FULL in scores and len(scores) > 1:
-            full = scores[FULL]
             lora = max(score for name, score in scores.items() if name != FULL)
-            size = abs(full) + abs(lora)
-            self._margins += (full - lora) / size if size else 0.0
+            self._margins += score_margin(scores[FULL], lora)
 
     @property
     def experts(self) -> tuple[str, ...]:

@@ -37,7 +37,7 @@ from molf.shown import counted
 NOT_SAVED = "PEFT's save_pretrained, which trainers call for checkpoints, saves the adapter only"
 """Words of the warning about trained parameters that PEFT does not save, for filters."""
 
-_NamedParameters = list[tuple[str, nn.Parameter]]
+NamedParameters = list[tuple[str, nn.Parameter]]
 _ROUTED_KEYS = (
     "transposed",
     "ranks",
@@ -90,7 +90,7 @@ def build_groups(
         # `freeze_base` alone does not freeze biases of the adapter: the user asked for them with
         # the adapter, and they belong to no expert and not to the base.
         rest = [] if config.freeze_rest else [x for x in rest if _is_adapter_bias(x[0])]
-    groups = routed + _rest_groups(model, rest, weight_decay)
+    groups = routed + plain_groups(model, rest, weight_decay)
     for group in groups:
         for name, parameter in group["params"]:
             check_has_values(name, parameter)
@@ -219,7 +219,7 @@ def _ratios(lora_lrs: tuple[float, ...], lr: float) -> tuple[float, ...]:
     return tuple(rate / lr for rate in lora_lrs)
 
 
-def _dense_parameters(layer: LinearLayer | AdaptedLayer) -> _NamedParameters:
+def _dense_parameters(layer: LinearLayer | AdaptedLayer) -> NamedParameters:
     dense = ((layer.weight_name, layer.weight), (layer.bias_name, layer.bias))
     return [(name, parameter) for name, parameter in dense if parameter is not None]
 
@@ -231,9 +231,7 @@ def _marked_decays(weight: nn.Parameter, config: MoLFConfig) -> dict[str, Any]:
     return {"weight_decay": 0.0, "lora_weight_decays": (0.0,) * len(config.ranks)}
 
 
-def _rest_of(
-    model: nn.Module, routed: list[dict[str, Any]], config: MoLFConfig
-) -> _NamedParameters:
+def _rest_of(model: nn.Module, routed: list[dict[str, Any]], config: MoLFConfig) -> NamedParameters:
     """Return the trainable parameters outside the routed layers, base weights and adapters."""
     taken = {parameter for group in routed for _, parameter in group["params"]}
     tuners = adapter_layers(model)
@@ -257,19 +255,19 @@ def _is_adapter_bias(name: str) -> bool:
     return ".lora_B." in name and name.endswith(".bias")
 
 
-def _rest_groups(
-    model: nn.Module, rest: _NamedParameters, weight_decay: float
+def plain_groups(
+    model: nn.Module, named: NamedParameters, weight_decay: float
 ) -> list[dict[str, Any]]:
     """Return the groups of parameters that are not routed, with and without decay."""
     without = undecayed(model)
     groups = [
-        {"params": [x for x in rest if x[1] not in without], "weight_decay": weight_decay},
-        {"params": [x for x in rest if x[1] in without], "weight_decay": 0.0},
+        {"params": [x for x in named if x[1] not in without], "weight_decay": weight_decay},
+        {"params": [x for x in named if x[1] in without], "weight_decay": 0.0},
     ]
     return [group for group in groups if group["params"]]
 
 
-def _warn_of_freezing(rest: _NamedParameters) -> None:
+def _warn_of_freezing(rest: NamedParameters) -> None:
     if rest:
         warnings.warn(
             f"freeze_base=True also freezes {counted(len(rest), 'trainable parameter')} outside "
@@ -371,24 +369,34 @@ def check_shapes(group: dict[str, Any]) -> None:
         ValueError: With the layer's name.
     """
     shapes = [tuple(parameter.shape) for parameter in group["params"]]
-    in_adapter = group.get("adapter_scaling") is not None
-    dense, factors = (shapes[:-2], shapes[-2:]) if in_adapter else (shapes, [])
-    are_whole = len(dense) <= 2 and all(len(shape) == 2 for shape in (*dense[:1], *factors))
-    if are_whole and in_adapter:
-        are_whole = len(factors) == 2 and factors[0][0] == factors[1][1] == sum(group["ranks"])
-        sides = (factors[1][0], factors[0][1]) if are_whole else ()
-        # The base may be a Conv1D, whose weight is [in, out].
-        are_whole = are_whole and (not dense or dense[0] in (sides, sides[::-1]))
-    elif are_whole:
-        are_whole = bool(dense)
-        sides = dense[0][::-1] if dense and group["transposed"] else tuple(*dense[:1])
-    if not are_whole or dense[1:] not in ([], [sides[:1]]):
+    if not _are_of_one_layer(shapes, group):
         raise ValueError(
             f"The group of layer {group['layer']!r} has tensors of shape "
             f"{', '.join(map(str, shapes)) or 'none'}. Must be a weight with two sides and "
             "optionally its bias, followed by the adapter's two factors in the adapter form, all "
             "whole: were they flattened or split (FSDP, DeepSpeed)?"
         )
+
+
+def _are_of_one_layer(shapes: list[tuple[int, ...]], group: dict[str, Any]) -> bool:
+    """Return whether the shapes of a routed group are those of whole tensors of one layer."""
+    in_adapter = group.get("adapter_scaling") is not None
+    dense, factors = (shapes[:-2], shapes[-2:]) if in_adapter else (shapes, [])
+    if len(dense) > 2 or any(len(shape) != 2 for shape in (*dense[:1], *factors)):
+        return False
+    if in_adapter:
+        if len(factors) != 2 or not factors[0][0] == factors[1][1] == sum(group["ranks"]):
+            return False
+        out_features, in_features = factors[1][0], factors[0][1]
+        # The base may be a Conv1D, whose weight is [in, out].
+        sides = ((out_features, in_features), (in_features, out_features))
+        if dense and dense[0] not in sides:
+            return False
+    elif dense:
+        out_features = dense[0][1 if group["transposed"] else 0]
+    else:
+        return False
+    return dense[1:] in ([], [(out_features,)])
 
 
 def parameter_name(group: dict[str, Any], index: int, number: int | None = None) -> str:

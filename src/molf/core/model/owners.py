@@ -89,19 +89,19 @@ class Owners:
                 module = place.module()
                 now = module._parameters.get(place.key) if module is not None else None
                 if now is not parameter:
-                    self._judge(groups, group, position, place, now)
+                    self._check_replaced(groups, group, position, place, now)
                 elif parameter.shape != place.shape:
                     if states.get(parameter):
                         _refuse_resized(group, position, place.shape)
                     place.shape = parameter.shape
                 elif parameter.grad is None and not place.is_found:
                     # The whole model is read, once per parameter and not more than once per step.
-                    own = self._own() if own is None else own
+                    own = self._model_parameters() if own is None else own
                     place.is_found = self._model() is None or parameter in own
                     if not place.is_found:
                         _refuse_replaced(group, position)
 
-    def _judge(
+    def _check_replaced(
         self,
         groups: Sequence[dict[str, Any]],
         group: dict[str, Any],
@@ -121,7 +121,7 @@ class Owners:
             place.parameter = None
             if now is not None and now.shape != parameter.shape:
                 _refuse_shapes(group, group["params"])
-        elif now is None and place.module() is None and self._has_stranger(groups):
+        elif now is None and place.module() is None and self._has_unknown_parameter(groups):
             _refuse_replaced(group, position)
         elif now is not None or not self._has(parameter):
             owners = [
@@ -138,14 +138,14 @@ class Owners:
 
     def _has(self, parameter: Tensor) -> bool:
         """Return whether the model has a parameter; True if the model was deleted."""
-        return self._model() is None or parameter in self._own()
+        return self._model() is None or parameter in self._model_parameters()
 
-    def _own(self) -> set[Tensor]:
+    def _model_parameters(self) -> set[Tensor]:
         """Return the model's parameters; none if it was deleted."""
         model = self._model()
         return set(model.parameters()) if model is not None else set()
 
-    def _has_stranger(self, groups: Sequence[dict[str, Any]]) -> bool:
+    def _has_unknown_parameter(self, groups: Sequence[dict[str, Any]]) -> bool:
         """Return whether the model has a trainable parameter that is in no group."""
         model = self._model()
         known = {p for group in groups for p in group["params"]}

@@ -47,14 +47,14 @@ class BackwardSteps:
 
     def __init__(self, optimizer: Stepper) -> None:
         self._optimizers = [weakref.ref(optimizer)]
-        self._lost: Any = WeakIdKeyDictionary()  # parameter: weak reference to its new optimizer
+        self._skipped: Any = WeakIdKeyDictionary()  # parameter: weak reference to its optimizer
         self._handles: list[RemovableHandle] = []
         self._watched: list[tuple[Tensor, bool]] = []  # and whether it had a hook
         self._ready: dict[UnitKey, set[int]] = {}
-        self._taken: set[UnitKey] = set()
+        self._stepped: set[UnitKey] = set()
         # Autograd calls hooks from one thread per device. A step waits for its device and so lets
         # other threads run: units step one at a time.
-        self._turn = threading.RLock()
+        self._lock = threading.RLock()
         weakref.finalize(self, _remove, self._handles).atexit = False
 
     @property
@@ -63,15 +63,15 @@ class BackwardSteps:
         alive = (optimizer() for optimizer in self._optimizers)
         return next((optimizer for optimizer in alive if optimizer is not None), None)
 
-    def serves(self, optimizer: object) -> bool:
+    def is_of(self, optimizer: object) -> bool:
         """Return whether an optimizer shares this."""
         return any(each() is optimizer for each in self._optimizers)
 
-    def share(self, optimizer: Stepper) -> None:
+    def add(self, optimizer: Stepper) -> None:
         """Add a shallow copy of the optimizer."""
         self._optimizers.append(weakref.ref(optimizer))
 
-    def leave(self, optimizer: Stepper) -> bool:
+    def remove(self, optimizer: Stepper) -> bool:
         """Remove an optimizer if another takes the steps; return whether it was removed."""
         if self.owner is optimizer:
             return False
@@ -112,10 +112,10 @@ class BackwardSteps:
         _remove(self._handles)
         self._watched = []
 
-    def lose(self, parameters: Iterable[Tensor], optimizer: object) -> None:
+    def skip(self, parameters: Iterable[Tensor], optimizer: object) -> None:
         """Skip these parameters for as long as another optimizer, which steps them, is alive."""
         for parameter in parameters:
-            self._lost[parameter] = weakref.ref(optimizer)
+            self._skipped[parameter] = weakref.ref(optimizer)
         self.unwatch()
 
     def finish(self) -> int:
@@ -129,8 +129,8 @@ class BackwardSteps:
                 self._owner()._begin()
             for unit in list(self._units()):
                 has_gradient = any(p.grad is not None for p in unit.parameters)
-                if has_gradient and unit.key not in self._taken:
-                    self._take(unit.key)
+                if has_gradient and unit.key not in self._stepped:
+                    self._step(unit.key)
             moved = self.count()
         finally:
             self.close()
@@ -140,11 +140,11 @@ class BackwardSteps:
     def close(self) -> None:
         """Reset; the next gradient starts a new backward pass."""
         self._ready.clear()
-        self._taken.clear()
+        self._stepped.clear()
 
     def count(self) -> int:
         """Return the number of units that were updated in this backward pass."""
-        return len(self._taken)
+        return len(self._stepped)
 
     def _owner(self) -> Stepper:
         optimizer: Stepper | None = self.owner
@@ -154,15 +154,17 @@ class BackwardSteps:
     def _units(self) -> Iterator[Unit]:
         """Yield the optimizer's units, without those that another optimizer has taken over."""
         units = self._owner()._units(to_step=False)
-        return (unit for unit in units if not self._has_lost(unit.parameters))
+        return (unit for unit in units if not self._is_skipped(unit.parameters))
 
-    def _has_lost(self, members: list[Tensor]) -> bool:
+    def _is_skipped(self, parameters: list[Tensor]) -> bool:
         """Return whether another optimizer that is alive has one of these parameters."""
-        return bool(self._lost) and any(self._lost.get(p, _nobody)() is not None for p in members)
+        if not self._skipped:
+            return False
+        return any(self._skipped.get(p, _dead)() is not None for p in parameters)
 
-    def _take(self, key: UnitKey) -> None:
+    def _step(self, key: UnitKey) -> None:
         self._owner()._take_and_free(key)
-        self._taken.add(key)
+        self._stepped.add(key)
 
     def _on_gradient(self, key: UnitKey, members: list[Tensor], parameter: Tensor) -> None:
         try:
@@ -182,7 +184,7 @@ class BackwardSteps:
             # A frozen bias of a layer gets no gradient.
             if len(ready) == sum(member.requires_grad for member in members):
                 with torch.no_grad():
-                    self._take(key)
+                    self._step(key)
         except BaseException:
             self.close()
             raise
@@ -195,7 +197,7 @@ def _on_gradient(
     """Hook of a parameter: pass its gradient on, if the optimizer is alive."""
     alive = steps()
     if alive is not None and alive.owner is not None:
-        with alive._turn:
+        with alive._lock:
             alive._on_gradient(key, members, parameter)
 
 
@@ -213,11 +215,11 @@ def release(parameters: Iterable[Tensor], optimizer: object) -> None:
     """
     found: dict[int, tuple[BackwardSteps, list[Tensor]]] = {}
     for parameter in parameters:
-        steps = _watchers.get(parameter, _nobody)()
-        if steps is not None and steps.owner is not None and not steps.serves(optimizer):
+        steps = _watchers.get(parameter, _dead)()
+        if steps is not None and steps.owner is not None and not steps.is_of(optimizer):
             found.setdefault(id(steps), (steps, []))[1].append(parameter)
     for steps, taken in found.values():
-        steps.lose(taken, optimizer)
+        steps.skip(taken, optimizer)
     if found:
         warn(
             "Another optimizer stepped these parameters in the backward pass "
@@ -225,8 +227,8 @@ def release(parameters: Iterable[Tensor], optimizer: object) -> None:
         )
 
 
-def _nobody() -> None:
-    return None
+def _dead() -> None:
+    """Stand for a weak reference whose object was deleted."""
 
 
 def check_no_scaler(optimizer: torch.optim.Optimizer) -> None:

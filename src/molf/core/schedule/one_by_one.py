@@ -37,8 +37,8 @@ def take_one_by_one(
 
     # A function, so that copies on the device are freed when it returns.
     def take_one(unit: Unit) -> Outcome:
-        with offload.lent(states, unit.parameters) as lent:
-            return take_step([unit], lent, executor, tally)
+        with offload.on_device(states, unit.parameters) as copied:
+            return take_step([unit], copied, executor, tally)
 
     outcomes = [take_one(unit) for unit in units]
     return Outcome(

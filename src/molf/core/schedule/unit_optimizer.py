@@ -11,7 +11,12 @@ from torch.optim import Optimizer
 
 from molf.core.execute.executors import executor_of
 from molf.core.hyper_parameters import readable
-from molf.core.loading import fitted, is_fitted, restore, without_tensors
+from molf.core.loading import (
+    convert_state,
+    has_step_dtypes,
+    restore_tensors,
+    without_tensors,
+)
 from molf.core.model.groups import parameter_name
 from molf.core.options import OptimizerOptions
 from molf.core.schedule.in_backward import BackwardSteps, check_no_scaler, release
@@ -21,7 +26,7 @@ from molf.core.step.executor import Executor
 from molf.core.step.fidelity import UpdateTally
 from molf.core.step.guard import NonFiniteError, describe_bad, describe_number, unusable
 from molf.core.step.layer import States
-from molf.core.step.loan import Loan
+from molf.core.step.local_parts import LocalParts
 from molf.core.step.step import Outcome, take_step
 from molf.core.step.unit import PlainUnit, Unit, UnitKey
 from molf.core.storage.accumulation import accumulate_in_float32
@@ -46,6 +51,20 @@ class UnitOptimizer(Optimizer):
         options: Storage and execution.
     """
 
+    _STEP_RESULTS: tuple[str, ...] = ("_tally",)  # copied by `_take_over`
+    _PICKLED: tuple[str, ...] = (
+        "nonfinite",
+        "skipped_steps",
+        "step_was_skipped",
+        "_has_warned_of_no_gradient",
+        "measure_updates",
+        "grad_accumulation_dtype",
+        "optimizer_in_backward",
+        "kernels",
+        "executor",
+        "state_offload",
+        "_tally",
+    )
     step_was_skipped = False
     _has_warned_of_no_gradient = False
 
@@ -75,7 +94,7 @@ class UnitOptimizer(Optimizer):
         self._step_supports_amp_scaling = self.optimizer_in_backward
         if hasattr(self, "_backward"):  # a shallow copy: shares the hooks and the offload
             if self._backward is not None:
-                self._backward.share(self)
+                self._backward.add(self)
             return
         self._backward: BackwardSteps | None = None
         self.offload = StateOffload() if self.state_offload else None
@@ -221,20 +240,20 @@ class UnitOptimizer(Optimizer):
         required, self._required = self._required, {}
         self._check_kinds(units)
         self.executor.check(named for unit in units for named in unit.named_parameters())
-        self._fit_states(units)
+        self._convert_states(units)
         if self.offload is not None:
             outcome = take_one_by_one(
                 units, self.state, self.offload, self.executor, self._tally, required
             )
             processes: Processes = ALONE
         else:
-            loan = Loan(units, self.state)
-            processes = loan.processes
+            local = LocalParts(units, self.state)
+            processes = local.processes
             try:
-                outcome = take_step(loan.units, loan.states, self.executor, self._tally, required)
+                outcome = take_step(local.units, local.states, self.executor, self._tally, required)
             finally:
-                loan.settle()
-            outcome = outcome._replace(bad=loan.own(outcome.bad))
+                local.store()
+            outcome = outcome._replace(bad=local.originals(outcome.bad))
         if outcome.is_refused:
             self._settled_state()  # the caller may catch the error and read it
             wrong = {name: required[name] for name in outcome.wrong}
@@ -248,19 +267,20 @@ class UnitOptimizer(Optimizer):
             if parameter.grad is not None and (reason := unusable(parameter)):
                 raise RuntimeError(f"The gradient of {self._name_of(parameter)} {reason}")
 
-    def _fit_states(self, units: Iterable[Unit]) -> None:
+    def _convert_states(self, units: Iterable[Unit]) -> None:
         """Convert the state of parameters whose dtype has changed, as `module.double()` does."""
         for unit in units:
             for place, parameter in enumerate(unit.parameters):
                 state = self.state.get(parameter)
-                if not state or is_fitted(parameter, state):
+                if not state or has_step_dtypes(parameter, state):
                     continue
                 self._settled_state()
                 number, position = unit.key
-                new = fitted(state, unit.group, place if position is None else position, number)
+                index = place if position is None else position
+                new = convert_state(state, unit.group, index, number)
                 state.clear()
                 state.update(without_tensors(new))
-                restore(self.state, parameter, new, self._keep)
+                restore_tensors(self.state, parameter, new, self._keep)
 
     def _keep(self, parameter: Tensor, key: str, value: Tensor) -> Tensor:
         """Return a copy of a tensor for a parameter's state: on its device, cut as it is."""
@@ -303,7 +323,7 @@ class UnitOptimizer(Optimizer):
 
     def _take_over(self, other: UnitOptimizer | None) -> None:
         """Copy the results of a step from the optimizer that took it, of which this is a copy."""
-        for key in self._OF_STEP:
+        for key in self._STEP_RESULTS:
             setattr(self, key, getattr(other, key))
 
     def _refuse_stale(self) -> None:
@@ -393,21 +413,6 @@ class UnitOptimizer(Optimizer):
                     return parameter_name(group, position, number)
         raise KeyError("the parameter is not in this optimizer")
 
-    _OF_STEP: tuple[str, ...] = ("_tally",)
-    _OWN: tuple[str, ...] = (
-        "nonfinite",
-        "skipped_steps",
-        "step_was_skipped",
-        "_has_warned_of_no_gradient",
-        "measure_updates",
-        "grad_accumulation_dtype",
-        "optimizer_in_backward",
-        "kernels",
-        "executor",
-        "state_offload",
-        "_tally",
-    )
-
     def __copy__(self) -> Self:
         """Return an optimizer of the same parameters, groups and state, as torch does.
 
@@ -422,7 +427,7 @@ class UnitOptimizer(Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         """Return what copies and pickles hold: torch's part and our own attributes."""
         self._settled_state()
-        return {**super().__getstate__(), **{key: getattr(self, key) for key in self._OWN}}
+        return {**super().__getstate__(), **{key: getattr(self, key) for key in self._PICKLED}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore, and give groups of older or foreign checkpoints the keys they lack."""
@@ -438,7 +443,7 @@ class UnitOptimizer(Optimizer):
         if not before:  # a copy, whose parameters are others
             self._prepare()
         elif hasattr(self, "_backward"):
-            if self._backward is not None and self._backward.leave(self):
+            if self._backward is not None and self._backward.remove(self):
                 # A shallow copy whose groups and state are its own from now on.
                 del self._backward
                 self._prepare()

@@ -52,10 +52,8 @@ class Candidates:
 
     @property
     def margin(self) -> float:
-        """Score of `full` against that of the best LoRA expert, from -1 to 1; free of scale."""
-        full, lora = self.scores[0], max(self.scores[1:])
-        size = abs(full) + abs(lora)
-        return (full - lora) / size if size else 0.0
+        """Margin of `full` over the best LoRA expert."""
+        return score_margin(self.scores[0], max(self.scores[1:]))
 
     def draw(self) -> random.Random:
         """Return a generator of this layer and step."""
@@ -64,6 +62,12 @@ class Candidates:
     def _highest(self, eligible: Sequence[int], count: int) -> Winners:
         best_first = sorted(eligible, key=lambda expert: (-self.scores[expert], expert))
         return tuple(sorted(best_first[:count]))
+
+
+def score_margin(full: float, lora: float) -> float:
+    """Return `(full - lora) / (|full| + |lora|)`, from -1 to 1; 0 if both scores are 0."""
+    size = abs(full) + abs(lora)
+    return (full - lora) / size if size else 0.0
 
 
 class Rule(ABC):

@@ -35,11 +35,11 @@ class Carrier(ABC):
         """
 
     @abstractmethod
-    def put_back(self, lent: Sequence[Tensor], kept: Sequence[Tensor]) -> Wait:
-        """Start to copy `lent` into `kept`, after the device work that is queued so far.
+    def put_back(self, copies: Sequence[Tensor], kept: Sequence[Tensor]) -> Wait:
+        """Start to copy `copies` into `kept`, after the device work that is queued so far.
 
         Returns:
-            A function that makes the host wait for the copy. Call it before `lent` is freed or
+            A function that makes the host wait for the copy. Call it before `copies` is freed or
             `kept` is read.
         """
 
@@ -67,18 +67,18 @@ class CudaCarrier(Carrier):
     def fetch(self, kept: Sequence[Tensor]) -> tuple[list[Tensor], Wait]:
         """Copy on the inbound stream; the current stream waits for it."""
         with torch.cuda.stream(self._inbound):
-            lent = [torch.empty_like(tensor, device=self._device) for tensor in kept]
-            for copy, tensor in zip(lent, kept, strict=True):
+            copies = [torch.empty_like(tensor, device=self._device) for tensor in kept]
+            for copy, tensor in zip(copies, kept, strict=True):
                 copy.copy_(tensor, non_blocking=tensor.is_pinned())
             arrived = self._inbound.record_event()
-        return lent, lambda: torch.cuda.current_stream(self._device).wait_event(arrived)
+        return copies, lambda: torch.cuda.current_stream(self._device).wait_event(arrived)
 
-    def put_back(self, lent: Sequence[Tensor], kept: Sequence[Tensor]) -> Wait:
+    def put_back(self, copies: Sequence[Tensor], kept: Sequence[Tensor]) -> Wait:
         """Copy on the outbound stream, after the work of the current stream."""
         # The step writes the copies on the current stream.
         self._outbound.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._outbound):
-            for copy, tensor in zip(lent, kept, strict=True):
+            for copy, tensor in zip(copies, kept, strict=True):
                 tensor.copy_(copy, non_blocking=tensor.is_pinned())
             returned = self._outbound.record_event()
         return returned.synchronize
@@ -96,7 +96,7 @@ def cuda_carrier(device: torch.device) -> Carrier | None:
 CarrierOf = Callable[[torch.device], Carrier | None]
 
 
-class _Loan:
+class _DeviceStates:
     """Device copies of the states of some parameters.
 
     Attributes:
@@ -111,7 +111,7 @@ class _Loan:
         self._waits: list[Wait] = []
 
     def is_for(self, parameters: Sequence[Tensor]) -> bool:
-        """Return whether the loan is for these parameters, in this order."""
+        """Return whether these are the states of these parameters, in this order."""
         return list(map(id, self.parameters)) == list(map(id, parameters))
 
     def fetch(self, states: States) -> None:
@@ -124,27 +124,27 @@ class _Loan:
                 self.states[parameter] = own
                 continue
             kept = _tensors(own)
-            lent, wait = carrier.fetch(list(kept.values()))
-            self.states[parameter] = {**own, **dict(zip(kept, lent, strict=True))}
+            copies, wait = carrier.fetch(list(kept.values()))
+            self.states[parameter] = {**own, **dict(zip(kept, copies, strict=True))}
             self._waits.append(wait)
 
     def put_back(self, states: States) -> None:
         """Start to copy the states back, new tensors included; `wait` before they are freed."""
-        for parameter, lent in self.states.items():
+        for parameter, state in self.states.items():
             carrier = self._carriers[parameter]
-            if not lent:
+            if not state:
                 continue
             if carrier is None:
-                states[parameter] = lent
+                states[parameter] = state
                 continue
-            own, tensors = states[parameter], _tensors(lent)
+            own, tensors = states[parameter], _tensors(state)
             kept = {
                 key: own[key] if isinstance(own.get(key), Tensor) else carrier.room(tensor)
                 for key, tensor in tensors.items()
             }
             self._waits.append(carrier.put_back(list(tensors.values()), list(kept.values())))
             # Numbers, such as the step count, are copied at once.
-            own.update({**lent, **kept})
+            own.update({**state, **kept})
 
     def wait(self) -> None:
         """Wait for the copies: the device for inbound ones, the host for outbound ones."""
@@ -160,7 +160,7 @@ class _Loan:
 
 
 class StateOffload:
-    """Keeps states in host memory and lends them to the device, layer by layer.
+    """Keeps states in host memory; each layer's are on the device for its step.
 
     At most three layers' states are on the device: one in use, one inbound, one outbound.
 
@@ -172,18 +172,18 @@ class StateOffload:
     def __init__(self, carrier_of: CarrierOf | None = None) -> None:
         self._make = carrier_of or cuda_carrier
         self._carriers: dict[torch.device, Carrier | None] = {}
-        self._coming: _Loan | None = None
-        self._going: deque[_Loan] = deque()  # oldest first
-        self._order: list[tuple[Tensor, ...]] = []  # loans of this step
-        self._followers: dict[Tensor, tuple[Tensor, ...]] = {}  # next loan, by the last step
+        self._inbound: _DeviceStates | None = None
+        self._outbound: deque[_DeviceStates] = deque()  # oldest first
+        self._order: list[tuple[Tensor, ...]] = []  # of the units of this step
+        self._followers: dict[Tensor, tuple[Tensor, ...]] = {}  # next unit, by the last step
 
     def moves(self, parameter: Tensor) -> bool:
         """Return whether the parameter's state is kept in host memory."""
         return self._carrier(parameter) is not None
 
     @contextmanager
-    def lent(self, states: States, parameters: Sequence[Tensor]) -> Iterator[States]:
-        """Lend the states of a unit's parameters; copy changed and new tensors back afterwards.
+    def on_device(self, states: States, parameters: Sequence[Tensor]) -> Iterator[States]:
+        """Copy the states of a unit's parameters to the device; after the block, copy all back.
 
         If the block raises, the states in host memory stay unchanged.
 
@@ -192,28 +192,28 @@ class StateOffload:
             parameters: Parameters of the unit.
         """
         self._order.append(tuple(parameters))
-        loan, self._coming = self._coming, None
-        if loan is None or not loan.is_for(parameters):
-            loan = self._fetch(states, parameters)
-        loan.wait()
+        copied, self._inbound = self._inbound, None
+        if copied is None or not copied.is_for(parameters):
+            copied = self._fetch(states, parameters)
+        copied.wait()
         follower = self._followers.get(parameters[0])
         # A state in use is not prefetched: this step changes it.
         if follower is not None and not _overlap(follower, parameters):
-            self._coming = self._fetch(states, follower)
+            self._inbound = self._fetch(states, follower)
         try:
-            yield loan.states
+            yield copied.states
         except BaseException:
-            loan.abandon()
+            copied.abandon()
             self.finish()
             raise
         # Before `put_back`: if that fails, `finish` still waits for the copies that have started.
-        self._going.append(loan)
-        loan.put_back(states)
+        self._outbound.append(copied)
+        copied.put_back(states)
 
     def finish(self) -> None:
         """Wait until all states are back in host memory."""
-        self._coming = None
-        while self._going:
+        self._inbound = None
+        while self._outbound:
             self._await_oldest()
 
     def end_step(self) -> None:
@@ -254,20 +254,22 @@ class StateOffload:
             self._carriers[device] = self._make(device)
         return self._carriers[device]
 
-    def _fetch(self, states: States, parameters: Sequence[Tensor]) -> _Loan:
+    def _fetch(self, states: States, parameters: Sequence[Tensor]) -> _DeviceStates:
         """Start to copy states to the device."""
-        # Wait first, so that at most three loans exist and no state is read before it is back.
-        while len(self._going) > 1 or any(_overlap(g.parameters, parameters) for g in self._going):
+        # First, so that at most three layers are on the device, and no state is read too early.
+        while len(self._outbound) > 1 or any(
+            _overlap(earlier.parameters, parameters) for earlier in self._outbound
+        ):
             self._await_oldest()
-        loan = _Loan(parameters, [self._carrier(parameter) for parameter in parameters])
-        loan.fetch(states)
-        return loan
+        copied = _DeviceStates(parameters, [self._carrier(parameter) for parameter in parameters])
+        copied.fetch(states)
+        return copied
 
     def _await_oldest(self) -> None:
-        """Wait for the oldest outbound loan."""
+        """Wait for the oldest copy to the host."""
         # Removed after the wait: an interrupted wait can be repeated.
-        self._going[0].wait()
-        self._going.popleft()
+        self._outbound[0].wait()
+        self._outbound.popleft()
 
 
 def _overlap(some: Sequence[Tensor], others: Sequence[Tensor]) -> bool:

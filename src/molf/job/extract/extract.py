@@ -128,7 +128,6 @@ def extract(
     keeps_modules: bool,
     evaluates: bool,
     reporter: Reporter,
-    inputs: Inputs | None = None,
 ) -> Extraction:
     """Extract, measure and write an adapter.
 
@@ -141,7 +140,6 @@ def extract(
         evaluates: Measure the model, the adapter with all of the rest, and the adapter alone on
             the task of the run.
         reporter: Shows the progress.
-        inputs: Returns the task's data; loaded if not given.
 
     Raises:
         InputError: The rank exceeds all layers, the base is missing or has other layers, no linear
@@ -150,7 +148,7 @@ def extract(
     """
     check_rank(run, rank)
     settings = settings_of(run)
-    task = (inputs or Inputs()).task(settings.task_options) if evaluates else None
+    task = Inputs().task(settings.task_options) if evaluates else None
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     base, tuned = load_model(str(run.base)), load_model(str(run.path / MODEL))
     check_same_layers(base.model, tuned.model, str(run.base))

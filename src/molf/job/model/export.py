@@ -19,7 +19,7 @@ from molf.job.model.export_place import check_unchanged_base
 from molf.job.model.loading import LoadedModel, load_model
 from molf.job.model.low_halves import Rounding, read_low_halves
 from molf.job.model.quantised import load_quantised
-from molf.job.model.saved_tensors import Storing, default_dtype
+from molf.job.model.saved_tensors import Storing, default_dtype, dtype_name
 from molf.job.model.saving import SaveError, save_model, saving
 from molf.job.record.finished_run import FinishedRun
 from molf.job.record.ownership import ADAPTER, EXPORT, LOW_HALVES, MODEL
@@ -105,7 +105,7 @@ def marker(run: FinishedRun, what: str, dtype: torch.dtype) -> Callable[[Path], 
         record = {
             "run": run.path.resolve().name,
             "what": what,
-            "dtype": str(dtype).removeprefix("torch."),
+            "dtype": dtype_name(dtype),
             "files": sorted(entry.name for entry in directory.iterdir()),
         }
         write_json(directory / EXPORT, record)

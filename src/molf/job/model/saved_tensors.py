@@ -183,6 +183,11 @@ class Types:
         return self.target
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """Return the name of a type as options have it, such as `float32`."""
+    return str(dtype).removeprefix("torch.")
+
+
 def default_dtype(base: LoadedModel) -> torch.dtype:
     """Return the default type of a saved model.
 

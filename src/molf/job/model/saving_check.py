@@ -17,6 +17,7 @@ from molf.job.model.saved_tensors import (
     Types,
     counterpart,
     default_dtype,
+    dtype_name,
     file_state,
     is_quantised_model,
 )
@@ -60,13 +61,14 @@ def check_saving(
     dtype = storing.dtype or default_dtype(base)
     if storing.keep_low_halves and dtype != torch.bfloat16:
         raise InputError(
-            f"Invalid keep_low_halves: model {settings.model} is saved in {_name(dtype)}, and only "
-            "bfloat16 has low halves. Give --save_dtype bfloat16, or leave keep_low_halves out."
+            f"Invalid keep_low_halves: model {settings.model} is saved in {dtype_name(dtype)}, "
+            "and only bfloat16 has low halves. Give --save_dtype bfloat16, or leave "
+            "keep_low_halves out."
         )
     if settings.save_rounding is not None and dtype.itemsize > 2:
         warnings.warn(
             f"Without effect: save_rounding={settings.save_rounding}. The model is saved in "
-            f"{_name(dtype)}.",
+            f"{dtype_name(dtype)}.",
             stacklevel=2,
         )
     beside = rehearse_saving(base, settings.model)
@@ -110,11 +112,7 @@ def _check_types(base: LoadedModel, storing: Storing, name: str) -> int:
         values = base.stored.read(stored.name)
         if not torch.equal(values.isfinite(), values.to(dtype).isfinite()):
             raise InputError(
-                f"model {name}: {stored.name} has numbers that do not fit {_name(dtype)}. Give "
-                "--save_dtype bfloat16 or float32."
+                f"model {name}: {stored.name} has numbers that do not fit "
+                f"{dtype_name(dtype)}. Give --save_dtype bfloat16 or float32."
             )
     return total
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

@@ -11,6 +11,7 @@ from typing import Any
 
 from molf.data.records import data_files, is_url
 from molf.data.sources import OPTIONS, absolute_sources, sources_of
+from molf.disk.files import sha256_of
 from molf.job.record.ownership import ASSIGNMENT, ROUTING
 from molf.paths import absolute, expanded
 
@@ -72,7 +73,7 @@ def _data(source: str) -> str | None:
     parts: list[Any] = []
     has_files = False
     for one in sources_of(source):
-        own = [_hash(path) for path in data_files(one.place)]
+        own = [sha256_of(path) for path in data_files(one.place)]
         has_files |= bool(own)
         if not own:
             parts.append(str(one))  # a Hub id beside files
@@ -85,12 +86,7 @@ def _assignment(place: Path) -> str | None:
     made = place / ASSIGNMENT
     log = sorted((place / ROUTING).glob("*.parquet"))
     files = [place] if place.is_file() else [made] if made.is_file() else log
-    return f"sha256:{short_hash([_hash(path) for path in files])}" if files else None
-
-
-def _hash(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return f"sha256:{short_hash([sha256_of(path) for path in files])}" if files else None
 
 
 def _model(folder: Path) -> str | None:
@@ -101,7 +97,7 @@ def _model(folder: Path) -> str | None:
         if path.suffix not in (*_WEIGHTS, *_DESCRIPTIONS) or not path.is_file():
             continue
         if path.suffix in _DESCRIPTIONS:
-            parts.append([path.name, _hash(path)])
+            parts.append([path.name, sha256_of(path)])
             continue
         with path.open("rb") as file:
             size = path.stat().st_size

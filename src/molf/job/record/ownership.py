@@ -72,7 +72,7 @@ class Ownership:
 def _run_fault(path: Path) -> str | None:
     if not (path / CONFIG).is_file():
         return f"it has no {CONFIG}"
-    if not is_run_config(_read_yaml(path / CONFIG)):
+    if not is_run_config(read_yaml(path / CONFIG)):
         return f"its {CONFIG} is not that of a run"
     if not (path / ENVIRONMENT).is_file():
         return f"it has no {ENVIRONMENT}"
@@ -134,7 +134,7 @@ def is_run_config(config: Any) -> bool:
 
 def is_run(path: Path) -> bool:
     """Return whether a directory is that of a run; other files in it are allowed."""
-    return (path / CONFIG).is_file() and is_run_config(_read_yaml(path / CONFIG))
+    return (path / CONFIG).is_file() and is_run_config(read_yaml(path / CONFIG))
 
 
 def run_of_part(path: Path) -> Path | None:
@@ -157,7 +157,8 @@ def _foreign(entries: Iterable[Path]) -> str | None:
     return f"it holds {listed(names, 1)}, which molf did not write there" if names else None
 
 
-def _read_yaml(path: Path) -> Any:
+def read_yaml(path: Path) -> Any:
+    """Return the content of a YAML file; None if it is missing or cannot be read."""
     try:
         return yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError, yaml.YAMLError):

@@ -19,6 +19,7 @@ from molf.job.settings.resolved import ResolvedSettings
 from molf.job.settings.sharding import fitting
 from molf.masking import mask
 from molf.ranks import launched_count
+from molf.shown import listed, option_text
 
 ASKED = "asked"
 """Key in the record of a run: options as given, where the opened model changed their value."""
@@ -194,14 +195,14 @@ def command_to_resume(path: Path) -> str:
 
 
 def _difference(path: Path, differing: list[tuple[str, Any, Any]]) -> str:
-    shown = ", ".join(
-        f"{name}={_text(now)} (the run has {_text(before)})"
-        for name, before, now in differing[:_MOST_SHOWN]
-    )
-    more = f" and {len(differing) - _MOST_SHOWN} more" if len(differing) > _MOST_SHOWN else ""
+    changes = [
+        f"{name}={option_text(now)} (the run has {option_text(before)})"
+        for name, before, now in differing
+    ]
     return (
-        f"Invalid resume of {path} with {shown}{more}: this would be another training. Leave "
-        f"{'it' if len(differing) == 1 else 'them'} out, or give another --output_dir."
+        f"Invalid resume of {path} with {listed(changes, _MOST_SHOWN)}: this would be another "
+        f"training. Leave {'it' if len(differing) == 1 else 'them'} out, or give another "
+        "--output_dir."
     )
 
 
@@ -216,9 +217,3 @@ def _global_batch(options: Mapping[str, Any]) -> int:
     for name in _BATCH:
         size *= int(options[name])
     return size
-
-
-def _text(value: Any) -> str:
-    if isinstance(value, (list, tuple)):
-        return ",".join(map(str, value))
-    return str(value)

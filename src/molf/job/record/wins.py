@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from molf.core.assignment.assigned import FULL
+from molf.core.scores.rules import score_margin
 
 if TYPE_CHECKING:
     from molf.core.step.decision import Decision
@@ -170,11 +171,10 @@ class Wins:
 
 
 def _margin(scores: Mapping[str, float]) -> float | None:
-    """Return the score margin of `full` over the best other expert; None without both."""
+    """Return the margin of `full` over the best other expert; None without both, or of zeros."""
     full = scores.get(FULL)
     lora = max((score for name, score in scores.items() if name != FULL), default=None)
-    if full is None or lora is None:
+    if full is None or lora is None or full == lora == 0:
         return None
-    total = abs(full) + abs(lora)
-    margin = (full - lora) / total if total > 0 else math.nan
+    margin = score_margin(full, lora)
     return margin if math.isfinite(margin) else None

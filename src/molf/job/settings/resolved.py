@@ -111,11 +111,7 @@ class ResolvedSettings(TrainSettings):
     def as_options(self) -> dict[str, Any]:
         """Return the settings as plain values: a recipe that `molf train --config` accepts."""
         options = asdict(self)
-        for name in (
-            "unreached",
-            "bypassed",
-            "assigned",
-        ):  # no options: each run finds them in its model
+        for name in ("unreached", "bypassed", "assigned"):  # each run finds them in its model
             del options[name]
         for name, value in options.items():
             if isinstance(value, Path):

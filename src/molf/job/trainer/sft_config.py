@@ -46,6 +46,37 @@ def sft_config(settings: ResolvedSettings) -> SFTConfig:
     """
     check_trackers(settings.report_to)
     _check_available(settings.report_to)
+    arguments = _arguments(settings)
+    _start_processes(arguments, also_on_host=settings.fsdp_cpu_offload)
+    try:
+        with _own_environment():
+            config = SFTConfig(**arguments)
+    except (ValueError, TypeError, ImportError) as error:
+        raise InputError(f"The trainer rejects these settings: {reason_of(error)}") from error
+    config.eval_strategy = IntervalStrategy.NO  # `EvaluationCallback` decides
+    if (launched := config.mixed_precision) != ("bf16" if config.bf16 else "no"):
+        raise InputError(
+            f"Invalid ACCELERATE_MIXED_PRECISION={launched} (accelerate launch --mixed_precision, "
+            "or its configuration) without bf16: autocast is an option of molf train. Launch with "
+            "--mixed_precision no, or give --bf16."
+        )
+    _check_schedule(config)
+    _check_accumulation(config)
+    _check_for_gpus(config)
+    _check_compilation(config)
+    if config.world_size > 1:  # the process group exists now
+        connect(config.ddp_timeout_delta)
+    if config.n_gpu > 1:
+        raise InputError(
+            f"{config.n_gpu} GPUs are visible, and one process uses one. Start a process for each "
+            f"GPU (torchrun --nproc_per_node {config.n_gpu} -m molf train ...), or choose one with "
+            "CUDA_VISIBLE_DEVICES."
+        )
+    return config
+
+
+def _arguments(settings: ResolvedSettings) -> dict[str, Any]:
+    """Return the arguments of `SFTConfig` by name."""
     extra = parse_training_args(settings.training_args)
     bf16 = settings.bf16
     if bf16 is None:
@@ -57,7 +88,7 @@ def sft_config(settings: ResolvedSettings) -> SFTConfig:
         if name in SFTConfig.__dataclass_fields__
     )
     evaluates = eval_strategy_of(settings) != "no"
-    arguments = {
+    arguments: dict[str, Any] = {
         "dataloader_pin_memory": torch.cuda.is_available(),
         "logging_first_step": True,
         "logging_nan_inf_filter": False,  # show a loss of NaN
@@ -98,32 +129,7 @@ def sft_config(settings: ResolvedSettings) -> SFTConfig:
         }
     if settings.lr_scheduler_type in BY_LOSS:
         arguments |= {"eval_strategy": "steps", "eval_steps": 1}  # a check demands a strategy
-    _start_processes(arguments, also_on_host=settings.fsdp_cpu_offload)
-    try:
-        with _own_environment():
-            config = SFTConfig(**arguments)
-    except (ValueError, TypeError, ImportError) as error:
-        raise InputError(f"The trainer rejects these settings: {reason_of(error)}") from error
-    config.eval_strategy = IntervalStrategy.NO  # `EvaluationCallback` decides
-    if (launched := config.mixed_precision) != ("bf16" if config.bf16 else "no"):
-        raise InputError(
-            f"Invalid ACCELERATE_MIXED_PRECISION={launched} (accelerate launch --mixed_precision, "
-            "or its configuration) without bf16: autocast is an option of molf train. Launch with "
-            "--mixed_precision no, or give --bf16."
-        )
-    _check_schedule(config)
-    _check_accumulation(config)
-    _check_for_gpus(config)
-    _check_compilation(config)
-    if config.world_size > 1:  # the process group exists now
-        connect(config.ddp_timeout_delta)
-    if config.n_gpu > 1:
-        raise InputError(
-            f"{config.n_gpu} GPUs are visible, and one process uses one. Start a process for each "
-            f"GPU (torchrun --nproc_per_node {config.n_gpu} -m molf train ...), or choose one with "
-            "CUDA_VISIBLE_DEVICES."
-        )
-    return config
+    return arguments
 
 
 def _start_processes(arguments: Mapping[str, Any], *, also_on_host: bool) -> None:

@@ -23,6 +23,7 @@ from molf.job.settings.defaults import ADAPTERS
 from molf.job.settings.resolved import ResolvedSettings
 from molf.job.trainer.callbacks import unwrapped
 from molf.ranks import ranks
+from molf.shown import listed
 
 _SHOWN = 3  # names in a message
 
@@ -129,7 +130,7 @@ class StepGuard(TrainerCallback):
             reason = f"Non-finite gradient norm ({norm})"
             bad = _not_finite((name, p.grad) for name, p in model.named_parameters())
             if bad:
-                reason = f"Non-finite gradient in {_listed(bad)}"
+                reason = f"Non-finite gradient in {listed(bad, _SHOWN)}"
         else:
             reason = f"Non-finite loss ({loss})"
         if self._settings.nonfinite == "raise":
@@ -206,7 +207,8 @@ class StepGuard(TrainerCallback):
 
     def _weights_error(self, what: str, bad: list[str]) -> DivergedError:
         return DivergedError(
-            f"{what}, with non-finite weights in {_listed(bad)}: {self._advice(are_weights=True)}"
+            f"{what}, with non-finite weights in {listed(bad, _SHOWN)}: "
+            f"{self._advice(are_weights=True)}"
         )
 
     def take_mean_loss(self) -> float:
@@ -302,8 +304,3 @@ def _not_finite_here(tensors: Iterable[tuple[str, Tensor]]) -> list[str]:
         if tensor.numel()
     ]
     return [name for name, pair in extremes if not pair.isfinite().all()]
-
-
-def _listed(names: list[str]) -> str:
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return ", ".join(names[:_SHOWN]) + more

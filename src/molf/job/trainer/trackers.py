@@ -19,6 +19,7 @@ from typing import Any, Protocol
 from transformers import TrainingArguments
 
 from molf.job.trainer.routing_image import Pixels
+from molf.shown import option_text
 
 STEP = "train/global_step"
 """transformers' name of the step in W&B and trackio."""
@@ -122,7 +123,7 @@ class MLflow:
         limits = self._mlflow.utils.validation
         params = [
             self._mlflow.entities.Param(
-                f"{OPTIONS}.{name}", _text(value)[: limits.MAX_PARAM_VAL_LENGTH]
+                f"{OPTIONS}.{name}", option_text(value)[: limits.MAX_PARAM_VAL_LENGTH]
             )
             for name, value in options.items()
         ]
@@ -253,7 +254,7 @@ class TensorBoard:
 
     def add_options(self, options: Mapping[str, Any]) -> None:
         """Add them as a table."""
-        rows = [f"| {name} | {_text(value)} |" for name, value in options.items()]
+        rows = [f"| {name} | {option_text(value)} |" for name, value in options.items()]
         self._write("add_text", f"{OPTIONS}/options", "\n".join(["| | |", "|-|-|", *rows]))
 
     def add_metrics(self, metrics: Mapping[str, float], step: int) -> None:
@@ -282,9 +283,3 @@ KINDS: dict[str, Callable[[TrainingArguments, Path], Tracker]] = {
     "trackio": Trackio,
     "tensorboard": TensorBoard,
 }
-
-
-def _text(value: Any) -> str:
-    if isinstance(value, (list, tuple)):
-        return ",".join(map(str, value))
-    return str(value)

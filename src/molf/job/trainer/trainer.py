@@ -34,13 +34,11 @@ from molf.job.methods import Prepared
 from molf.job.model.loading import LoadedModel
 from molf.job.model.saving import base_generation_config
 from molf.job.record.result import ResumeError
-from molf.job.record.wins import Wins
 from molf.job.settings.batches import GROUP_BY_LENGTH
 from molf.job.trainer.callbacks import Clock, Throughput, fidelity_figures, unwrapped
 from molf.job.trainer.checkpoints import Checkpoints
 from molf.job.trainer.run_parts import RunParts
 from molf.job.trainer.split_data import FilledSampler, WithoutBlankRows, is_blank, order_of
-from molf.job.trainer.step_guard import StepGuard
 from molf.job.trainer.steps import AllStepsTakenError
 from molf.job.trainer.validation import EVAL_LOSS, Validation
 from molf.ranks import ranks
@@ -58,10 +56,8 @@ class Trainer(SFTTrainer):
         self,
         base: LoadedModel,
         prepared: Prepared,
-        wins: Wins,
-        guard: StepGuard,
-        checkpoints: Checkpoints,
         parts: RunParts,
+        checkpoints: Checkpoints,
         clock: Clock,
         validation: Validation | None = None,
         *,
@@ -70,10 +66,9 @@ class Trainer(SFTTrainer):
     ) -> None:
         self.base = base
         self.prepared = prepared
-        self.wins = wins
-        self.guard = guard
-        self.checkpoints = checkpoints
         self.parts = parts
+        self.wins, self.guard = parts.wins, parts.guard
+        self.checkpoints = checkpoints
         self.clock = clock
         self.validation = validation
         model = prepared.model
@@ -85,7 +80,7 @@ class Trainer(SFTTrainer):
             # updates. Restore their type.
             if parameter.dtype != data.dtype:
                 parameter.data = data.to(parameter.device)
-        self.accelerator.clip_grad_norm_ = guard.clip
+        self.accelerator.clip_grad_norm_ = self.guard.clip
         if self._is_sharded:
             self.accelerator.prepare_model = partial(_prepare_shards, self.accelerator)
         self._is_blank = False  # whether the micro-batch has blank rows alone

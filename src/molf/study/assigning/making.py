@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 from molf.disk.files import write_json, write_text
 from molf.job.record.contents import short_hash
 from molf.job.record.ownership import read_json
-from molf.study.assigning.assigned import Assigned
+from molf.study.assigning.rule import Rule
+from molf.study.assigning.trial_rule import TrialRule
 from molf.study.definition import Point, Study
 from molf.study.identity import settings_key
 from molf.study.running import (
@@ -77,12 +78,12 @@ class AssignmentMaker:
         self._study = study
         self._inputs = inputs
 
-    def __call__(self, cell: str, assigned: Assigned, point: Point, seed: int) -> Made:
+    def __call__(self, cell: str, trial_rule: TrialRule, point: Point, seed: int) -> Made:
         """Return the assignment of a trial.
 
         Args:
             cell: Its cell.
-            assigned: Its rule.
+            trial_rule: Its rule.
             point: Its rates.
             seed: Its seed.
 
@@ -90,23 +91,22 @@ class AssignmentMaker:
             InputError: The rule cannot be applied to the model.
             RunError: The probe failed.
         """
-        rule = assigned.rule
-        if rule.has_probe:
-            folder, cost = self._probe(cell, assigned, point)
-            assignment = _decided(folder, assigned)
+        if trial_rule.rule.has_probe:
+            folder, cost = self._probe(cell, trial_rule, point)
+            assignment = _decided(folder, trial_rule.rule)
         else:
-            assignment, cost = _by_shape(assigned.routed_at(point)), Cost()
-        if rule.random:
+            assignment, cost = _by_shape(trial_rule.routed_at(point)), Cost()
+        if trial_rule.rule.random:
             with warnings.catch_warnings():
                 # The columns of the row show it.
                 warnings.filterwarnings("ignore", message="No other set of layers")
                 assignment = assignment.random_like(seed)
         return Made(assignment, cost)
 
-    def _probe(self, cell: str, assigned: Assigned, point: Point) -> tuple[Path, Cost]:
+    def _probe(self, cell: str, trial_rule: TrialRule, point: Point) -> tuple[Path, Cost]:
         from molf.job.ahead.probe import probe
 
-        key = settings_key(assigned.routed_at(point), ["probe", assigned.rule.steps])
+        key = settings_key(trial_rule.routed_at(point), ["probe", trial_rule.rule.steps])
         folder = self._study.output_dir / PROBES / cell / key
         record = folder.with_name(f"{key}.json")
         with alone(self._study, PROBES, cell, key):
@@ -115,11 +115,11 @@ class AssignmentMaker:
                 return folder, Cost(**known)
             clear_leftovers(folder)
             started = time.perf_counter()
-            settings = assigned.probe_at(point, output_dir=folder, overwrite=True)
+            settings = trial_rule.probe_at(point, output_dir=folder, overwrite=True)
             found = probe(settings, reporter=QuietReporter(), inputs=self._inputs)
             flops = training_flops(parameters_of(folder), found.trained_parameters, found.tokens)
             seconds = round(time.perf_counter() - started, 2)
-            cost = Cost(assigned.rule.steps, seconds, flops)
+            cost = Cost(trial_rule.rule.steps, seconds, flops)
             write_json(record, vars(cost))  # last: a probe without it is not complete
         return folder, cost
 
@@ -174,11 +174,11 @@ def _training(assignment: Assignment) -> list[Any]:
     return [layers, assignment.use_rslora, assignment.freeze_rest, list(assignment.frozen_rest)]
 
 
-def _decided(folder: Path, assigned: Assigned) -> Assignment:
+def _decided(folder: Path, rule: Rule) -> Assignment:
     from molf.job.advice.advice import advise
     from molf.job.record.finished_run import read_run
 
-    return advise(read_run(folder), share=assigned.rule.share, by=assigned.rule.by).assignment
+    return advise(read_run(folder), share=rule.share, by=rule.by).assignment
 
 
 def _by_shape(settings: TrainSettings) -> Assignment:

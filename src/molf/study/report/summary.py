@@ -133,11 +133,7 @@ class CellSummary:
 
     def compare(self, one: MethodSummary, other: MethodSummary) -> Comparison | None:
         """Return the difference of two methods at the rates chosen for each; None without rows."""
-        if one.point is None or other.point is None:
-            return None
-        return self.second.compare(
-            self.second.at(one.name, one.point), self.second.at(other.name, other.point)
-        )
+        return _compare(self.second, one, other)
 
 
 def summarise(records: Records) -> list[CellSummary]:
@@ -167,7 +163,7 @@ class _Cell:
         baseline = self._baseline(known)
         for one in methods:
             if baseline is not None and one.name != baseline:
-                one.comparison = self._own(one, known[baseline])
+                one.comparison = _compare(self._second, one, known[baseline])
         controls = {}
         for one in methods:
             of = [self._control(one, other) for other in methods if other.control_of == one.name]
@@ -285,13 +281,6 @@ class _Cell:
         summary.full_share = found.full_share
         summary.assignments = found.assignments
 
-    def _own(self, one: MethodSummary, other: MethodSummary) -> Comparison | None:
-        if one.point is None or other.point is None:
-            return None
-        return self._second.compare(
-            self._second.at(one.name, one.point), self._second.at(other.name, other.point)
-        )
-
     def _control(self, one: MethodSummary, control: MethodSummary) -> Control:
         equal = None
         if one.point is not None:
@@ -300,7 +289,13 @@ class _Cell:
             if control.point not in (None, one.point) and there.missing:
                 at = f"at the rates of {one.name}"
                 control.missing.append(f"seeds {_listed(there.missing)} {at}")
-        return Control(control.name, self._own(one, control), equal)
+        return Control(control.name, _compare(self._second, one, control), equal)
+
+
+def _compare(second: SecondPhase, one: MethodSummary, other: MethodSummary) -> Comparison | None:
+    if one.point is None or other.point is None:
+        return None
+    return second.compare(second.at(one.name, one.point), second.at(other.name, other.point))
 
 
 def _most(rows: list[Row], name: str) -> int | None:

@@ -1,4 +1,4 @@
-"""The rule of a trial with the options of its probe, and their part in the trial's identity."""
+"""The rule of a trial's assignment, and its part in the trial's identity."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from molf.study.identity import settings_key
 
 
 @dataclass(frozen=True)
-class Assigned:
-    """How the assignment of a planned trial is made.
+class TrialRule:
+    """The rule by which the assignment of a planned trial is made, with the options of its probe.
 
     Attributes:
         rule: The rule of its method.

@@ -1,4 +1,4 @@
-"""Local parts of sharded units and states, lent to a step; whole units are lent as they are."""
+"""Local parts of sharded units and states, for one step; whole units are used as they are."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from molf.core.storage.sharding import as_sharded, is_sharded, layout_of, local_
 AnyUnit = TypeVar("AnyUnit", bound=Unit)
 
 
-class Loan(Generic[AnyUnit]):
+class LocalParts(Generic[AnyUnit]):
     """Units, states and gradients of this process, for one step.
 
     Args:
@@ -30,31 +30,31 @@ class Loan(Generic[AnyUnit]):
     """
 
     def __init__(self, units: Sequence[AnyUnit], states: States) -> None:
-        self.units, self.states, self._all_states = list(units), states, states
+        self.units, self.states, self._sharded_states = list(units), states, states
         self.processes: Processes = ALONE
-        self._own: dict[Tensor, tuple[Tensor, Unit]] = {}  # by local parameter
+        self._originals: dict[Tensor, tuple[Tensor, Unit]] = {}  # by local parameter
         if not any(is_sharded(p) for unit in units for p in unit.parameters[:1]):
             return
         self.processes = shards = layout_of(units[0].parameters[0]).shards()
         self.states = defaultdict(dict)
         self.units = [self._local(unit, shards) for unit in units]
 
-    def own(self, parameters: Iterable[Tensor]) -> list[Tensor]:
+    def originals(self, parameters: Iterable[Tensor]) -> list[Tensor]:
         """Return the parameters of the model for local ones."""
-        return [self._own[p][0] if p in self._own else p for p in parameters]
+        return [self._originals[p][0] if p in self._originals else p for p in parameters]
 
-    def settle(self) -> None:
-        """Store new tensors of the states as sharded ones, and the numbers."""
-        for local, (parameter, unit) in self._own.items():
+    def store(self) -> None:
+        """Write numbers and new tensors to the sharded states; other tensors share their memory."""
+        for local, (parameter, unit) in self._originals.items():
             state = self.states[local]
             if not state:
                 continue
-            own = self._all_states[parameter]
+            sharded = self._sharded_states[parameter]
             for key, value in state.items():
                 if not isinstance(value, Tensor):
-                    own[key] = value
-                elif not _is_on(own.get(key), value):
-                    own[key] = as_sharded(value, parameter, *unit.cut_of(parameter, key))
+                    sharded[key] = value
+                elif not _shares_memory(sharded.get(key), value):
+                    sharded[key] = as_sharded(value, parameter, *unit.cut_of(parameter, key))
 
     def _local(self, unit: AnyUnit, shards: Shards) -> AnyUnit:
         """Return a unit with the local parts of its parameters, gradients and states."""
@@ -62,23 +62,22 @@ class Loan(Generic[AnyUnit]):
         for parameter in unit.parameters:
             part = local_part(parameter)
             part.grad = None if parameter.grad is None else local_part(parameter.grad)
-            if parameter in self._all_states:
-                state = self._all_states[parameter]
-                self.states[part] = {key: _local_value(value) for key, value in state.items()}
-            self._own[part] = parameter, unit
+            if parameter in self._sharded_states:
+                state = self._sharded_states[parameter]
+                self.states[part] = {
+                    key: local_part(value) if isinstance(value, Tensor) else value
+                    for key, value in state.items()
+                }
+            self._originals[part] = parameter, unit
             parts.append(part)
         return unit.located_at(parts, tuple(place_of(p, shards) for p in unit.parameters))
 
 
-def _local_value(value: Any) -> Any:
-    return local_part(value) if isinstance(value, Tensor) else value
-
-
-def _is_on(kept: Any, local: Tensor) -> bool:
-    """Return whether a sharded tensor has its local part on the memory of a tensor."""
-    if not isinstance(kept, Tensor):
+def _shares_memory(sharded: Any, local: Tensor) -> bool:
+    """Return whether a tensor is the local part of a sharded one."""
+    if not isinstance(sharded, Tensor):
         return False
-    part = local_part(kept)
+    part = local_part(sharded)
     return (
         part.data_ptr() == local.data_ptr()
         and part.shape == local.shape
