@@ -140,8 +140,8 @@ def test_figures_of_an_assignment():
     kept = median(a / b for a, b in zip(seconds["hybrid"], seconds["fft"], strict=True))
     assert (
         f"a step takes {without['value']:.2f} of the time of full fine-tuning ({kept:.2f} with "
-        f"`--keep_memory`). Weights and states take {short[0]} of the memory in float32; with 2,048 "
-        f"tokens a step, activations included, the peak is {long[0]} "
+        f"`--keep_memory`). Weights and states take {short[0]} of the memory in float32; with "
+        f"2,048 tokens a step, activations included, the peak is {long[0]} "
     ) in " ".join((ROOT / "README.md").read_text().split())
 
 
