@@ -5,8 +5,8 @@ import json
 import re
 import shlex
 from pathlib import Path
-from types import SimpleNamespace
 from statistics import median
+from types import SimpleNamespace
 
 import pytest
 
