@@ -146,8 +146,9 @@ def test_printed(given, tmp_path, capsys):
     assert "14 layers: 7 full" in text
     assert "Few steps: 1 decision per layer" in text
     # The same data, model and rates: the decisions are of these alone.
-    same = [*given[: given.index("--ranks")], *data]
-    same += ["--learning_rate", "0.01", "--lora_learning_rate", "0.03"]
+    task, model, records = given[:2], given[2:4], given[4:6]
+    same = [*task, *records, *data, *model, "--learning_rate", "0.01"]
+    same += ["--lora_learning_rate", "0.03"]
     command = ["molf", "train", *same, "--method", "hybrid", "--assignment", str(path)]
     assert text.splitlines()[-1] == f"next      {shlex.join(command)}"
     assert len(list(figures.iterdir())) == 2
