@@ -1,5 +1,6 @@
 """The shipped recipes: what they say, that they run, and the commands around them."""
 
+import csv
 import json
 import warnings
 from dataclasses import replace
@@ -187,8 +188,21 @@ def test_cell_is_valid_and_leaves_method_rates_and_seed_to_the_study(name, capsy
 )
 def test_cell_runs_with_other_methods(name, part, tmp_path, short_text):
     short = ["--max_steps", "1", "--max_eval_samples", "5", "--max_samples", "16"]
-    given = ["--method", "lora", "--eval_part", part, "--output_dir", str(tmp_path / "run")]
+    run = tmp_path / "run"
+    given = ["--method", "lora", "--eval_part", part, "--output_dir", str(run)]
     assert main(["train", "--config", name, *short, *given]) == 0
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    assert config["eval_part"] == part
+    # The task's own description, which names the part if it is not the test set.
+    described = config["run"]["task"]
+    assert described.get("eval_part", "test") == part
+    assert ("validation part" in described.get("evaluated_on", "")) == (part == "validation")
+    (row,) = csv.DictReader((tmp_path / "results.csv").read_text().splitlines())
+    assert (row["eval_part"], row["method"], row["steps"]) == (part, "lora", "1")
+    measured = json.loads((run / "eval.json").read_text())
+    for metrics in (measured["before"], measured["after"]):
+        assert next(iter(metrics.values()))["count"] == 5
+    assert len((run / "predictions.jsonl").read_text().splitlines()) == 5
 
 
 def test_at_most_eight_cells_span_both_parts_of_the_question():

@@ -141,13 +141,15 @@ def test_printed(given, tmp_path, capsys):
     path, figures = tmp_path / "probe", tmp_path / "figures"
     more = ["--max_steps", "2", "--share", "0.5", "--figures", str(figures), "--no-plan"]
     data = ["--max_samples", "12", "--max_length", "512", "--split_special_tokens"]
-    assert main(["probe", *given, *more, *data, "--output_dir", str(path)]) == 0
+    batch = ["--gradient_accumulation_steps", "2", "--seed", "5"]
+    assert main(["probe", *given, *more, *data, *batch, "--output_dir", str(path)]) == 0
     text = capsys.readouterr().out
     assert "14 layers: 7 full" in text
     assert "Few steps: 1 decision per layer" in text
-    # The same data, model and rates: the decisions are of these alone.
-    same = [*given[: given.index("--ranks")], *data]
-    same += ["--learning_rate", "0.01", "--lora_learning_rate", "0.03"]
+    # The same data, model, rates and batch.
+    task, model, records = given[:2], given[2:4], given[4:6]
+    same = [*task, *records, *data, *model, "--learning_rate", "0.01"]
+    same += ["--lora_learning_rate", "0.03", *batch]
     command = ["molf", "train", *same, "--method", "hybrid", "--assignment", str(path)]
     assert text.splitlines()[-1] == f"next      {shlex.join(command)}"
     assert len(list(figures.iterdir())) == 2
@@ -194,6 +196,13 @@ def test_recipe_of_a_run(run_of, tmp_path):
         (["--dry_run"], "Invalid dry_run of a probe"),
         (["--share", "2"], "Invalid share=2. Must be above 0 and below 1."),
         (["--max_steps", "0"], "Invalid max_steps=0"),
+        (
+            ["--max_steps", "1"],
+            "Invalid max_steps=1 with warmup_ratio=0.1: a warm-up begins at rate 0, and no step of "
+            "the probe has a rate above 0. Give --max_steps 2 or more, or --warmup_ratio 0.",
+        ),
+        (["--max_steps", "1", "--warmup_ratio", "0.9"], "with warmup_ratio=0.9: a warm-up"),
+        (["--max_steps", "1", "--lr_scheduler_type", "cosine"], "Invalid max_steps=1 with warmup"),
         (["--model", "{tmp}/gone"], "gone"),
         (["--figures", "{tmp}/file"], "is a file. Give a folder."),
         (["--kernels", "fast"], "fast"),
@@ -210,6 +219,20 @@ def test_wrong_input(given, tmp_path, capsys, arguments, words):
     assert words in error
     assert all("a step has 8 examples" in line for line in warnings)
     assert not path.exists()
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        ["--max_steps", "1", "--warmup_ratio", "0"],
+        ["--max_steps", "1", "--lr_scheduler_type", "constant"],
+        ["--max_steps", "2", "--warmup_ratio", "0.9", "--lr_scheduler_type", "linear"],
+    ],
+)
+def test_one_decision_suffices(given, tmp_path, more):
+    path = tmp_path / "probe"
+    assert main(["probe", *given, *more, "--no-plan", "--output_dir", str(path)]) == 0
+    assert advise(read_run(path)).steps == 1
 
 
 def test_without_torchao(given, tmp_path, capsys, monkeypatch):

@@ -9,6 +9,8 @@ import torch
 
 from checkpoints import write_checkpoint
 from molf.cli import main
+from molf.core.assignment.assignment import Assignment
+from molf.job.model.loading import load_skeleton
 from molf.job.record.assignment_source import read_assignment
 from molf.study.outcome import all_results, run_directory
 from molf.study.plan import Plan
@@ -193,3 +195,41 @@ def test_an_assignment_of_one_class_is_a_trial_whose_row_shows_it(study):
     assert outcome.state == "complete"
     row = next(r.row for r in all_results(opened).values() if r.row["method"] == "one")
     assert (row["assignment"], row["full_layers"], row["full_weights"]) == ("all lora", 0, 0)
+
+
+def test_an_assignment_of_another_model_is_refused_before_any_trial(tmp_path, capsys):
+    """In a dry run too: with the cell, the method and the layers that differ."""
+    base = write_checkpoint(tmp_path / "base")
+    other = write_checkpoint(tmp_path / "other", num_hidden_layers=3)
+    model = load_skeleton(str(other))
+    given = Assignment.from_patterns(model, {"full": ["k_proj"], "default": {"r": 2}})
+    file = tmp_path / "assignment.yaml"
+    file.write_text(given.to_yaml())
+    lines = [
+        json.dumps({"prompt": f"{i} and 1 make", "completion": f" {i + 1}"}) for i in range(20)
+    ]
+    (tmp_path / "train.jsonl").write_text("\n".join(lines[:16]) + "\n")
+    (tmp_path / "test.jsonl").write_text("\n".join(lines[16:]) + "\n")
+    cells = [
+        {
+            "name": name,
+            "task": "custom",
+            "model": str(path),
+            "data": str(tmp_path / "train.jsonl"),
+            "eval_data": str(tmp_path / "test.jsonl"),
+            "max_steps": 2,
+            "metric": "loss",
+        }
+        for name, path in (("fits", other), ("sums", base))
+    ]
+    fixed = {**HYBRID, "name": "fixed", "assignment": str(file)}
+    before = {*tmp_path.iterdir()}
+    path = write_study(tmp_path, cells=cells, methods=[FFT, fixed])
+    for more in (["--dry_run"], []):
+        assert main(["study", "run", str(path), *more]) == 2
+        *_, error = capsys.readouterr().err.splitlines()
+        assert "study tried, cell sums, method fixed: assignment" in error
+        assert "model.layers.2.self_attn.q_proj" in error
+        assert {*tmp_path.iterdir()} == before | {path}
+    path = write_study(tmp_path, cells=cells[:1], methods=[FFT, fixed])
+    assert main(["study", "run", str(path), "--dry_run"]) == 0

@@ -17,6 +17,7 @@ from molf.core.model.coverage import Coverage
 from molf.core.model.groups import build_groups, check_shapes, cover
 from molf.core.model.owners import Owners, without_gradient
 from molf.core.model.quantised import keep_differentiable
+from molf.core.model.wrappers import check_ddp_waits_for
 from molf.core.options import OptimizerOptions, check_exclusions, score_exclusions
 from molf.core.step.decision import Decision
 from molf.core.step.local_parts import LocalParts
@@ -147,7 +148,8 @@ class MoLFAdamW(AdamW):
 
         Raises:
             ValueError: A value is not allowed, no layer can be routed (`find_layers`,
-                `find_adapted`), or `weight_rounding` applies to no weight.
+                `find_adapted`), `weight_rounding` applies to no weight, or DDP waits for the
+                gradient of a parameter that `config` freezes.
             ImportError: `state_dtype="8bit"` without torchao, or `kernels="triton"` without triton.
             TypeError: `model` is not a module, or `config` not a `MoLFConfig`.
         """
@@ -174,6 +176,8 @@ class MoLFAdamW(AdamW):
             weight_decay=weight_decay,
             lora_weight_decay=lora_weight_decay,
         )
+        trained = {parameter for group in groups for _, parameter in group["params"]}
+        check_ddp_waits_for(model, trained)
         optimizer = cls(
             groups, lr, betas, eps, weight_decay, seed=config.seed, **options.as_keywords()
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import replace
 from datetime import datetime
 
@@ -150,3 +151,27 @@ def check_data(study: Study, make: TrialMaker, inputs: Inputs) -> None:
                 raise InputError(
                     f"study {study.name}, cell {cell.name}, {part}: {error}"
                 ) from error
+        _check_assignments(study, make, cell)
+
+
+def _check_assignments(study: Study, make: TrialMaker, cell: Cell) -> None:
+    """Compare the given assignments with the layers of the cell's model.
+
+    Raises:
+        InputError: With the cell, the method and the layers that differ.
+    """
+    for method in study.methods:
+        settings = make.options(cell, method)
+        if method.rule is not None or settings.assignment is None:
+            continue
+        from molf.job.model.loading import load_skeleton
+
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # each trial warns
+                model = checked(settings, datetime.now()).model
+            read_assignment_source(settings.assignment).assignment(load_skeleton(model))
+        except InputError as error:
+            raise InputError(
+                f"study {study.name}, cell {cell.name}, method {method.name}: {error}"
+            ) from error

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 
 from molf.amounts import binary_size, duration
+from molf.cli.advice.training import training_command
 from molf.console import PlainConsole, new_table
 from molf.job.advice.doubts import doubts
 from molf.job.advice.texts import (
@@ -21,7 +22,6 @@ from molf.job.advice.texts import (
     summary,
     thin,
 )
-from molf.job.settings.settings import TrainSettings
 from molf.masking import mask
 from molf.shown import TextTable, counted
 
@@ -30,14 +30,6 @@ if TYPE_CHECKING:  # imports torch
     from molf.job.advice.cost import Costs
     from molf.job.ahead.probe import Probe
     from molf.job.settings.probe import ProbeSettings
-
-_DEFAULTS = TrainSettings()
-# Options that the decisions depend on: those that were given belong to the training, too.
-_NEXT = (
-    *("task", "model", "data", "eval_data", "validation_data", "format", "max_samples"),
-    *("few_shot", "max_length", "split_special_tokens", "packing"),
-    *("per_device_train_batch_size", "learning_rate", "lora_learning_rate"),
-)
 
 
 def print_advice(
@@ -64,11 +56,7 @@ def print_advice(
 
 def print_probe(result: Probe, settings: ProbeSettings) -> None:
     """Print time, memory and the next command of a probe to standard output."""
-    words = ["molf", "train"]
-    for name in _NEXT:
-        if (value := getattr(settings, name)) != getattr(_DEFAULTS, name):
-            words += [f"--{name}"] if value is True else [f"--{name}", str(value)]
-    words += ["--method", "hybrid", "--assignment", str(result.directory)]
+    words = training_command(settings.given, result.directory)
     steps = counted(result.advice.steps, "decision")
     PlainConsole().lines(
         f"time      {duration(result.seconds)} for {steps} per layer",

@@ -26,6 +26,7 @@ from molf.core.model.weight_checks import (
     check_whole_weight,
     sides_of,
 )
+from molf.core.model.wrappers import check_not_flattened, check_not_in_module
 from molf.core.warn import warn
 from molf.inputs import check_installed
 from molf.shown import counted
@@ -53,7 +54,7 @@ def with_assignment(
     `molf.merge(model)`.
 
     Args:
-        model: A plain model; changed in place.
+        model: A plain model; changed in place. DDP and other wrappers are put around the result.
         assignment: The assignment, for this model.
         freeze_rest: Replaces `assignment.freeze_rest`, if given.
         use_rslora: Replaces `assignment.use_rslora`, if given.
@@ -66,10 +67,10 @@ def with_assignment(
 
     Raises:
         TypeError: `assignment` is no `Assignment`.
-        ValueError: The model has other layers, or an adapter; a layer cannot be trained as assigned
-            (quantised and `full`; used without a call and `lora`; or it shares its weight with
-            another layer); nothing is trained; or PEFT does not support a layer. The model is
-            unchanged then.
+        ValueError: The model has other layers, or an adapter, or is in an attribute `module`; a
+            layer cannot be trained as assigned (quantised and `full`; used without a call and
+            `lora`; or it shares its weight with another layer); nothing is trained; or PEFT does
+            not support a layer. The model is unchanged then.
 
     Warns:
         UserWarning: All layers are of one kind.
@@ -105,19 +106,20 @@ def assigned_parameters(
         use_dora: As in `with_assignment`.
 
     Raises:
-        ValueError: The model has other layers, or an adapter; a layer cannot be trained as assigned
-            (quantised and `full`; used without a call and `lora`; or it shares its weight with
-            another layer); or nothing is trained.
+        ValueError: The model has other layers, or an adapter, or is in an attribute `module`; a
+            layer cannot be trained as assigned (quantised and `full`; used without a call and
+            `lora`; or it shares its weight with another layer); or nothing is trained.
     """
     if adapter_layers(model) or is_peft_model(model):
         raise ValueError(
             "The model has an adapter already: an assignment is for a plain model. Merge or remove "
             "the adapter first."
         )
+    check_not_in_module(model)
     assignment.check(Layout.of(model))
     places = {place.name: place for place in linear_places(model)}
     for layer in assignment.entries:
-        _check_layer(layer, places[layer.name], use_dora=use_dora)
+        _check_layer(model, layer, places[layer.name], use_dora=use_dora)
     _check_ties(model, assignment, places)
     trained = _trained(model, assignment, places)
     if not trained and not assignment.lora:
@@ -162,7 +164,7 @@ def rehearse_assignment(
     warn_of_unrouted(coverage, use="assigned")
 
 
-def _check_layer(layer: AssignedLayer, place: Place, *, use_dora: bool) -> None:
+def _check_layer(model: nn.Module, layer: AssignedLayer, place: Place, *, use_dora: bool) -> None:
     """Refuse a layer that cannot be trained as assigned.
 
     Raises:
@@ -172,6 +174,7 @@ def _check_layer(layer: AssignedLayer, place: Place, *, use_dora: bool) -> None:
     if layer.train == FROZEN:
         return
     if not isinstance(weight, nn.Parameter):
+        check_not_flattened(layer.name, model)
         raise ValueError(
             f"{own} computes its weight (a parametrization such as weight_norm), so it cannot be "
             f"{layer.train}. Make it frozen."

@@ -16,6 +16,7 @@ from molf.core.config import MoLFConfig
 from molf.core.model.linear_places import is_conv1d, linear_modules, linear_places
 from molf.core.model.module_names import cleaner
 from molf.core.model.weight_checks import check_real_weight, check_whole_weight, sides_of
+from molf.core.model.wrappers import check_not_flattened
 
 TASK_HEADS = ("score", "classifier", "qa_outputs")  # PEFT trains these whole by default
 
@@ -93,6 +94,7 @@ def trainable_layers(
     for name in names:
         module, weight, bias = places[name].module, places[name].weight, places[name].bias
         if not isinstance(weight, nn.Parameter):
+            check_not_flattened(name, model)
             raise ValueError(
                 f"Layer {name} computes its weight (a parametrization such as weight_norm), so "
                 "there is no tensor to update. Put it into exclude_modules."

@@ -24,14 +24,20 @@ def clean_name(name: str, *, in_module: bool = True) -> str:
 
 def is_in_module(model: nn.Module) -> bool:
     """Return whether the whole model is in an attribute `module`, as in DDP and DataParallel."""
+    return holder_of(model) is not None
+
+
+def holder_of(model: nn.Module) -> nn.Module | None:
+    """Return the wrapper whose attribute `module` has the whole model; None without one."""
     # Elsewhere `module` is part of the model's own names: removing it could make two names equal.
     while len(children := dict(model.named_children())) == 1:
-        name, model = next(iter(children.items()))
+        name, child = next(iter(children.items()))
         if name == "module":
-            return True
+            return model
         if name not in _WRAPPERS:
-            return False
-    return False
+            return None
+        model = child
+    return None
 
 
 def is_peft_model(model: nn.Module) -> bool:

@@ -25,6 +25,7 @@ from molf.core.model.linear_places import linear_places
 from molf.core.model.module_names import cleaner
 from molf.core.model.quantised import is_quantised, keep_differentiable
 from molf.core.model.weight_checks import check_adaptable_weight, sides_of
+from molf.core.model.wrappers import check_not_in_module
 from molf.inputs import check_installed
 
 _FOR_TOKENS = ("TOKEN_CLS", "QUESTION_ANS")  # PEFT would both adapt and train their heads
@@ -91,14 +92,17 @@ def with_adapter(
         A `peft.PeftModel`; its base model is `model`, changed in place.
 
     Raises:
-        ValueError: No layer can be adapted (`find_layers`); PEFT does not support one (the model is
+        ValueError: The model is in an attribute `module`, as DDP has one (wrap the result);
+            no layer can be adapted (`find_layers`); PEFT does not support one (the model is
             unchanged then); or the model's adapter does not fit (`find_adapted`).
     """
     config = MoLFConfig() if config is None else config
+    is_new = not adapter_layers(model)
+    if is_new:
+        check_not_in_module(model)
     keep_differentiable(model)
     # PEFT freezes the base, and a failure must leave the model unchanged.
     before = {parameter: parameter.requires_grad for parameter in model.parameters()}
-    is_new = not adapter_layers(model)
     adapted, trainable = model, set(before)
     names = _names(model, config) if is_new else []
     try:

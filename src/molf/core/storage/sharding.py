@@ -16,6 +16,11 @@ from molf.core.storage.collectives import Shards
 from molf.core.storage.place import Place, RowsPlace
 
 _ADVICE = "Train with fully_shard (FSDP2), DDP or one process."
+FLATTENED = (
+    "is flattened by FSDP1 (FullyShardedDataParallel): a step needs rows of the weight. "
+    "Use fully_shard (FSDP2)."
+)
+"""The end of a message about a weight of FSDP1."""
 
 
 class ShardingError(ValueError):
@@ -174,10 +179,7 @@ def check_layout(name: str, tensor: Any) -> None:
 def _problem_of(tensor: Any) -> str | None:
     """Return the reason why no step supports the distribution of a tensor; None if it does."""
     if getattr(tensor, "_fsdp_flattened", False) or type(tensor).__name__ == "FlatParameter":
-        return (
-            "is flattened by FSDP1 (FullyShardedDataParallel): a step needs rows of the weight. "
-            "Use fully_shard (FSDP2)."
-        )
+        return FLATTENED
     if hasattr(tensor, "ds_id"):
         return f"is partitioned by DeepSpeed (ZeRO-3). {_ADVICE}"
     if not is_sharded(tensor):

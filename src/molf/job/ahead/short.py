@@ -9,11 +9,13 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
+from molf.errors import InputError
 from molf.job.inputs import Inputs
 from molf.job.progress import Reporter, make_reporter
 from molf.job.record.directory import RunDirectory, locking_runs
 from molf.job.record.ownership import A_RUN, Ownership
 from molf.job.run import checked, import_libraries, input_places, open_data
+from molf.job.settings.during import BY_LOSS
 from molf.job.settings.resolved import ResolvedSettings
 from molf.job.settings.settings import TrainSettings
 from molf.streams import ignoring_print_errors
@@ -74,7 +76,8 @@ def short_training(
         ownership: The kind of directory that is written, and that `overwrite` replaces.
 
     Raises:
-        InputError: The options, the data or the model are wrong. Nothing was written.
+        InputError: The options, the data or the model are wrong, or no step would have a learning
+            rate above 0. Nothing was written.
         RunError: The block failed; the directory holds the traceback.
     """
     started = datetime.now().astimezone()
@@ -98,6 +101,7 @@ def short_training(
             from molf.job.records import input_files
 
             opening = open_training(resolved, task, inputs, reporter)
+            _check_moves(opening, name)
             for note in opening.notes:
                 reporter.say(note)
             files = input_files(opening.settings, task)
@@ -108,3 +112,36 @@ def short_training(
                 yield ShortTraining(
                     opening, task, files, directory, reporter, started, resolved, inputs
                 )
+
+
+def _check_moves(opening: Opening, name: str) -> None:
+    """Refuse a training in which each step has the learning rate 0, which decides nothing.
+
+    Raises:
+        InputError: With the number of steps and the warm-up.
+    """
+    import torch
+    from transformers import get_scheduler
+
+    arguments, steps = opening.arguments, opening.data.steps
+    if arguments.lr_scheduler_type in BY_LOSS:
+        return  # these begin at the full rate
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
+    # As the trainer makes it.
+    scheduler = get_scheduler(
+        arguments.lr_scheduler_type,
+        optimizer,
+        num_warmup_steps=arguments.get_warmup_steps(steps),
+        num_training_steps=steps,
+        scheduler_specific_kwargs=arguments.lr_scheduler_kwargs,
+    )
+    for _ in range(steps):
+        if optimizer.param_groups[0]["lr"] > 0:
+            return
+        optimizer.step()
+        scheduler.step()
+    raise InputError(
+        f"Invalid max_steps={steps} with warmup_ratio={opening.settings.warmup_ratio:g}: a warm-up "
+        f"begins at rate 0, and no step of the {name} has a rate above 0. Give --max_steps 2 or "
+        "more, or --warmup_ratio 0."
+    )

@@ -27,6 +27,8 @@ STEPS = 30
 class ProbeSettings(TrainSettings):
     """The options of `molf train`; these have other defaults."""
 
+    __slots__ = ("_given",)  # outside of `vars`, which are the options
+
     dtype: Annotated[str, Parameter(choices=WEIGHT_DTYPES, group=MODEL)] = "bfloat16"
     """Type of the weights in the probe; bfloat16 takes half the memory of float32."""
     weight_rounding: Annotated[
@@ -59,6 +61,7 @@ class ProbeSettings(TrainSettings):
                 f"Invalid method={self.method}: a probe compares full with LoRA in each layer, "
                 "which only molf does. Leave method out."
             )
+        self._set("_given", dict(vars(self)))
         check_short(self, "a probe")
         if self.max_steps is None:  # of a run's config.yaml
             self._set("max_steps", STEPS)
@@ -68,6 +71,17 @@ class ProbeSettings(TrainSettings):
             self._set("optimizer_in_backward", False)  # the score compares layers
         self._leave_out()
         super().__post_init__()
+
+    def __setstate__(self, state: tuple[dict[str, Any], dict[str, Any]]) -> None:
+        """Restore a copy; the default sets attributes, which a frozen dataclass refuses."""
+        for values in state:
+            for name, value in values.items():
+                self._set(name, value)
+
+    @property
+    def given(self) -> dict[str, Any]:
+        """All options by name, before those without effect were left out."""
+        return dict(self._given)  # type: ignore[attr-defined]
 
     def _leave_out(self) -> None:
         """Set options to their defaults that have no effect, or exclude the small memory."""
