@@ -8,7 +8,7 @@ import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean, median, stdev
 
 import pytest
 
@@ -61,6 +61,30 @@ def test_the_readme_agrees_with_the_stored_study():
         "with the same share of updates. In none of the tasks is the score shown to be better "
         f"than this control; in {counted('more', harm)} it forgets more, at equal rates."
     ) in readme
+
+
+def test_suggested_rates_are_compared_with_those_of_the_study():
+    """The column "best of the studies" of docs/rates.md."""
+    study = script.Study(STUDIES / "demo-scores")
+    cells = {cell.name: cell for cell in study.cells}
+    text = (ROOT / "docs" / "rates.md").read_text()
+    rows = re.findall(
+        r"^\| demo-(?:fact|med), (\w+) \| `(\w+)` \| ([\d.e-]+) \| (.+?) \|", text, re.M
+    )
+    factors = []
+    for method, option, suggested, best in rows:
+        for rate, cell in re.findall(r"([\d.e-]+)(?: \(`(\w+)`)?", best):
+            one = cells[cell or "facts"].method({"molf": "epd"}.get(method, method))
+            learned = one.point.get("learning_rate")
+            point = {"lora_learning_rate": (learned or 0) * one.point.get("lora_lr_ratio", 0)}
+            assert float(rate) == pytest.approx((point | one.point)[option]), (method, option, cell)
+            factors.append((float(rate) / float(suggested), method, cell))
+    assert len(factors) == 12
+    ((least, *above),) = (one for one in factors if one[0] < 1)
+    assert above == ["fft", "noise"]
+    assert f"{1 / least:.1f} times the best rate of `noise`" in text
+    assert round(median(factor for factor, *_ in factors)) == 2
+    assert round(max(factors)[0]) == 6
 
 
 def test_a_mixture_does_not_tolerate_a_wrong_rate_better_than_full_fine_tuning():
