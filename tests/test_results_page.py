@@ -248,8 +248,9 @@ def test_the_readme_agrees_with_the_pretrained_model():
     assert amounts.missing(study) == "none"
     (cell,) = study.cells
     assert cell.baseline == "fft"
-    less = dict.fromkeys(("epd-equal", "epd-equal-random", "fft-lower", "fft-low"), "less")
-    more = dict.fromkeys(("hybrid-epd-50", "hybrid-epd-50-random"), "more")
+    controls = ("epd-equal-random", "epd-equal-shuffled")
+    less = dict.fromkeys(("epd-equal", *controls, "fft-lower", "fft-low"), "less")
+    more = dict.fromkeys(("hybrid-epd-50", "hybrid-epd-50-random", "hybrid-epd-10"), "more")
     for name, word in (less | more).items():
         assert outcomes.tally(study, name) == "no difference shown in 1 cell (real-fact)"
         found = outcomes.harm_tally(study, "forgetting_loss", name)
@@ -269,12 +270,16 @@ def test_the_readme_agrees_with_the_pretrained_model():
         "scaling](docs/results.md#with-the-scaling-of-lora) in every method, the validation part "
         "prefers full fine-tuning. Compared with it, none of these is shown to differ in the "
         "metric: - MoLF by EPD, at equal rates, forgets less. So does `full` at random with the "
-        "same share of updates. "
+        "same share of updates, and `full` in as many layers that are drawn at each step. "
         "- Full fine-tuning at two thirds of its rate forgets less too, and is not shown to differ "
         f"from MoLF. At a third of its rate it forgets {little.value:.2f} nats per token instead "
         f"of {much.value:.2f}. - Hybrid with half of the layers in full, by EPD or at random, "
-        "forgets more."
+        "forgets more. So does hybrid with a tenth by EPD."
     ) in readme
+    # Words of docs/results.md.
+    found = [row for row in study.rows if row["method"] in ("hybrid-epd", "hybrid-shape")]
+    assert len(found) == 2 * (3 + 5)
+    assert {row["full_weights"] for row in found} == {0.0}
 
 
 def test_the_templates_have_no_measured_figure():
