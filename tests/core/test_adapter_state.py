@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import molf
-from core_helpers import tiny_model
+from core_helpers import tiny_model, trainer_arguments
 from molf import MoLFAdamW, MoLFConfig
 from peft_helpers import IDS, tiny_qwen2
 
@@ -102,23 +102,19 @@ def test_core_needs_torch_alone():
     ("freeze_base", "dropout"), [(True, 0.0), (True, 0.1), (False, 0.1)], ids=str
 )
 def test_trainer_takes_every_form(freeze_base, dropout, tmp_path):
-    from transformers import Trainer, TrainingArguments
+    from transformers import Trainer
 
     config = MoLFConfig(ranks=(2, 3), alpha=4.0, freeze_base=freeze_base, lora_dropout=dropout)
     model = molf.with_adapter(tiny_qwen2(), config)
     start = {name: p.detach().clone() for name, p in model.named_parameters()}
     trainer = Trainer(
         model,
-        args=TrainingArguments(
-            output_dir=str(tmp_path),
-            max_steps=3,
-            per_device_train_batch_size=2,
+        args=trainer_arguments(
+            tmp_path,
+            3,
             gradient_checkpointing=True,
             gradient_checkpointing_kwargs={"use_reentrant": False},
-            use_cpu=True,
             save_steps=2,
-            report_to=[],
-            disable_tqdm=True,
             learning_rate=1e-3,
             logging_strategy="no",
         ),

@@ -9,7 +9,14 @@ import torch
 from torch import nn
 
 import molf
-from core_helpers import Conv1D, assert_same_bits, run, snapshot, tiny_optimizer
+from core_helpers import (
+    Conv1D,
+    assert_same_bits,
+    run,
+    snapshot,
+    tiny_optimizer,
+    trainer_arguments,
+)
 from optimizer_forms import STORAGES, build
 
 
@@ -49,7 +56,7 @@ def test_accelerate_prepares_the_optimizer(steps_before, form, storage):
 
 
 def test_trainer_takes_the_factory(tmp_path):
-    from transformers import Trainer, TrainingArguments
+    from transformers import Trainer
 
     model = tiny_qwen2()
     start = {name: p.detach().clone() for name, p in model.named_parameters()}
@@ -57,16 +64,8 @@ def test_trainer_takes_the_factory(tmp_path):
     ids = torch.arange(8).repeat(8, 1)
     trainer = Trainer(
         model,
-        args=TrainingArguments(
-            output_dir=str(tmp_path),
-            max_steps=3,
-            per_device_train_batch_size=2,
-            use_cpu=True,
-            save_strategy="no",
-            report_to=[],
-            disable_tqdm=True,
-            learning_rate=1e-3,
-            logging_strategy="no",
+        args=trainer_arguments(
+            tmp_path, 3, save_strategy="no", learning_rate=1e-3, logging_strategy="no"
         ),
         train_dataset=[{"input_ids": row, "labels": row} for row in ids],
         optimizer_cls_and_kwargs=molf.trainer_optimizer(config, lr=1e-3, lora_lr=2e-3),
@@ -86,7 +85,7 @@ def test_trainer_takes_the_factory(tmp_path):
 @pytest.mark.parametrize("storage", ["float32", "exact", "stochastic 8bit"])
 def test_training_resumed_by_the_trainer_ends_in_the_same_bits(tmp_path, storage):
     """With the Trainer's own checkpoints; dropout needs its random states."""
-    from transformers import Trainer, TrainingArguments
+    from transformers import Trainer
 
     dtype, options, _ = STORAGES[storage]
     ids = torch.arange(16).repeat(8, 1)
@@ -102,16 +101,7 @@ def test_training_resumed_by_the_trainer_ends_in_the_same_bits(tmp_path, storage
             warnings.simplefilter("ignore")  # no weight is large enough for 8 bits
             trainer = Trainer(
                 model,
-                args=TrainingArguments(
-                    output_dir=str(path),
-                    max_steps=6,
-                    per_device_train_batch_size=2,
-                    use_cpu=True,
-                    save_steps=2,
-                    report_to=[],
-                    disable_tqdm=True,
-                    logging_steps=1,
-                ),
+                args=trainer_arguments(path, 6, save_steps=2, logging_steps=1),
                 train_dataset=[{"input_ids": row, "labels": row} for row in ids],
                 optimizer_cls_and_kwargs=molf.trainer_optimizer(
                     molf.MoLFConfig(ranks=(2, 4), score="fresh"), lr=1e-2, **options
@@ -129,7 +119,7 @@ def test_training_resumed_by_the_trainer_ends_in_the_same_bits(tmp_path, storage
 
 def test_a_hybrid_is_resumed_from_all_of_its_weights(tmp_path):
     """The Trainer's checkpoints hold the adapter alone; the rest is saved as the docs show."""
-    from transformers import Trainer, TrainerCallback, TrainingArguments
+    from transformers import Trainer, TrainerCallback
 
     class AllWeights(TrainerCallback):
         def on_save(self, args, state, control, model, **kwargs):
@@ -148,16 +138,7 @@ def test_a_hybrid_is_resumed_from_all_of_its_weights(tmp_path):
             model.load_state_dict(torch.load(checkpoint / "all_weights.pt"))
         trainer = Trainer(
             model,
-            args=TrainingArguments(
-                output_dir=str(path),
-                max_steps=4,
-                per_device_train_batch_size=2,
-                use_cpu=True,
-                save_steps=2,
-                report_to=[],
-                disable_tqdm=True,
-                logging_strategy="no",
-            ),
+            args=trainer_arguments(path, 4, save_steps=2, logging_strategy="no"),
             train_dataset=[{"input_ids": row, "labels": row} for row in ids],
             optimizer_cls_and_kwargs=molf.trainer_optimizer(assignment, lr=1e-2, lora_lr=3e-2),
             callbacks=[AllWeights()],

@@ -327,3 +327,18 @@ class Pair:
                 assert 0 < distance <= near * max(scores[one], scores[other]), (
                     f"winners {winners} instead of {best} with scores {scores}"
                 )
+
+
+def trainer_arguments(folder, max_steps: int, **options):
+    """Arguments of a short training by transformers' Trainer on the CPU, two examples a step."""
+    from transformers import TrainingArguments
+
+    return TrainingArguments(
+        output_dir=str(folder),
+        max_steps=max_steps,
+        per_device_train_batch_size=2,
+        use_cpu=True,
+        report_to=[],
+        disable_tqdm=True,
+        **options,
+    )
