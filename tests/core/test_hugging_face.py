@@ -245,7 +245,27 @@ def test_weights_that_would_be_lost_are_refused(tmp_path):
     peft.PeftModel.save_pretrained(model, str(tmp_path / "alone"))
     with pytest.raises(ValueError, match=r"lacks \d+ trained parameters outside the adapter"):
         model.load_adapter(tmp_path / "alone", "default")
-    model.load_adapter(str(tmp_path / "alone"), "other")  # a further adapter has its own file
+
+
+def test_another_adapter_or_none_is_no_base(tmp_path):
+    import peft
+
+    model, _ = with_full_weights("hybrid")
+    for use in (
+        lambda: model.disable_adapter(),
+        lambda: model.add_adapter("other", peft.LoraConfig(target_modules=["q_proj"])),
+        lambda: model.load_adapter(tmp_path, "other"),
+    ):
+        model.save_pretrained(tmp_path)
+        with pytest.raises(ValueError, match=r"outside the adapter are trained .*beside the base"):
+            use()
+        assert list(model.peft_config) == ["default"]
+    frozen = molf.MoLFConfig(ranks=(2, 4), alpha=4.0, freeze_base=True)
+    model = molf.with_adapter(tiny_qwen2(), frozen)
+    model.load_adapter(tmp_path, "other")
+    with model.disable_adapter():
+        ids = torch.arange(8)[None]
+        assert torch.equal(model(input_ids=ids).logits, tiny_qwen2()(input_ids=ids).logits)
 
 
 def test_parameters_made_trainable_later_are_warned_of():

@@ -1,7 +1,8 @@
-"""PEFT models that save all trained parameters: weights in full, norms and embeddings too.
+"""PEFT models that train parameters outside their adapter: weights in full, norms and embeddings.
 
-PEFT saves the adapter alone. A trainer that resumed from its checkpoint would go on with the base's
-other weights, beside the optimizer's later state.
+PEFT takes these for the frozen base. It saves the adapter alone, so that a resumed training would
+go on with the base's values beside the optimizer's later state; and TRL computes the reference of
+DPO with another adapter, beside weights that have been trained since.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ class WholePeftModel(PeftModel):
 
     They have their names in the model, as PEFT saves trained embeddings. So
     `PeftModel.from_pretrained(base, path)` and the Trainer's resumption load them, without molf.
+    With such parameters the model has one adapter, which cannot be disabled.
 
     Attributes:
         trained_beside: Names of these parameters.
@@ -97,6 +99,33 @@ class WholePeftModel(PeftModel):
                     "without molf.with_assignment or molf.with_adapter."
                 )
         return super().load_adapter(model_id, adapter_name, *args, **kwargs)
+
+    def add_adapter(self, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """Add an adapter as `PeftModel.add_adapter`.
+
+        Raises:
+            ValueError: Parameters outside the adapter are trained.
+        """
+        self._refuse(f"a further adapter ({adapter_name}) would be")
+        super().add_adapter(adapter_name, *args, **kwargs)
+
+    def disable_adapter(self) -> Any:
+        """Disable the adapter as `PeftModel.disable_adapter`.
+
+        Raises:
+            ValueError: Parameters outside the adapter are trained.
+        """
+        self._refuse("without its adapter the model would be")
+        return super().disable_adapter()
+
+    def _refuse(self, use: str) -> None:
+        if self.trained_beside:
+            count = counted(len(self.trained_beside), "parameter")
+            raise ValueError(
+                f"{count} outside the adapter are trained (first: {self.trained_beside[0]}), so "
+                f"{use} beside trained weights, not beside the base. For a reference give "
+                "DPOTrainer and KTOTrainer ref_model, and GRPOTrainer beta=0."
+            )
 
 
 class WholePeftModelForCausalLM(WholePeftModel, PeftModelForCausalLM):
