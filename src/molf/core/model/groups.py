@@ -291,8 +291,8 @@ def warn_of_saving(model: nn.Module, names: list[str]) -> None:
             "PEFT's save_pretrained, which trainers call for checkpoints, saves the adapter only. "
             "Resuming from one starts the others at the base's values. Models of molf.with_adapter "
             "and molf.with_assignment save all parameters that are trained there. Otherwise keep "
-            "model.state_dict() beside the checkpoint and load it before, and give TRL's DPOTrainer "
-            "a ref_model: its own reference would be beside trained weights.",
+            "model.state_dict() beside the checkpoint and load it before, and give TRL's "
+            "DPOTrainer a ref_model: its own reference would be beside trained weights.",
             stacklevel=4,
         )
 
