@@ -6,7 +6,6 @@ import re
 import shlex
 from pathlib import Path
 from statistics import median
-from types import SimpleNamespace
 
 import pytest
 
@@ -196,31 +195,27 @@ def test_commands_of_rates(tmp_path, monkeypatch, capsys):
     assert all(f"written   rates/{name}" in printed for name in named)
 
 
-def test_python_of_hybrid(tmp_path):
+def test_python_of_hybrid(tmp_path, monkeypatch):
+    import peft
     import torch
-    import transformers
 
     from checkpoints import make_model
 
+    monkeypatch.chdir(tmp_path)
     names = {"molf": importlib.import_module("molf"), "model": make_model("qwen2")}
-    program, resuming = blocks(HYBRID, "python")
+    program, loading = blocks(HYBRID, "python")
     with pytest.warns(UserWarning, match="named by no pattern"):
         exec(program, names)
     assert [group["lr"] for group in names["optimizer"].param_groups] == [1e-5, 1e-5, 1e-4]
-    # tests/core/test_hugging_face.py resumes the Trainer by this callback.
-    callback, _, lines = resuming.partition("\n\n\n")
-    names |= {"torch": torch, "transformers": transformers, "checkpoint": tmp_path / "checkpoint-3"}
-    exec(callback, names)
-    names["checkpoint"].mkdir()
-    args, state = SimpleNamespace(output_dir=tmp_path), SimpleNamespace(global_step=3)
-    model = names["model"]
-    names["AllWeights"]().on_save(args, state, None, model)
-    saved = [parameter.detach().clone() for parameter in model.parameters()]
-    for parameter in model.parameters():
-        parameter.data += 1
-    (loading,) = (line for line in lines.splitlines() if "load_state_dict" in line)
+    trained = names["model"]
+    with torch.no_grad():
+        for parameter in trained.parameters():
+            parameter += parameter.requires_grad
+    trained.save_pretrained("sft/checkpoint-100")
+    names |= {"peft": peft, "base": make_model("qwen2")}
     exec(loading, names)
-    assert all(map(torch.equal, model.parameters(), saved))
+    assert names["model"] is not trained
+    assert all(map(torch.equal, names["model"].parameters(), trained.parameters()))
 
 
 def test_python_of_the_whole_job(tmp_path, monkeypatch, capsys):

@@ -313,8 +313,8 @@ def test_half_a_layers_gradients_are_an_error():
     config = config_of(freeze_base=False)
     model = molf.with_adapter(tiny_qwen2(), config)
     optimizer = optimizer_of(model, config)
-    with model.disable_adapter():
-        model(input_ids=IDS, labels=IDS).loss.backward()
+    model.base_model.disable_adapter_layers()
+    model(input_ids=IDS, labels=IDS).loss.backward()
     with pytest.raises(RuntimeError, match=r"lora_A and lora_B got no gradient"):
         optimizer.step()
     assert not any(optimizer.state.values())
@@ -492,19 +492,27 @@ def test_trainable_tokens_are_trained_besides():
     ],
     ids=str,
 )
-def test_what_peft_does_not_save_is_warned_of(options, first, tmp_path):
+@pytest.mark.parametrize("own", [False, True], ids=["with_adapter", "get_peft_model"])
+def test_what_is_not_saved_is_warned_of(options, first, own, tmp_path):
+    """`with_adapter` makes a model that saves all; PEFT's own one saves its adapter alone."""
     config = config_of(**options)
-    model = molf.with_adapter(tiny_qwen2(), config)
+    model = tiny_qwen2()
+    if own:
+        model = peft.get_peft_model(model, molf.peft_config(config, task_type="CAUSAL_LM"))
+        for parameter in model.parameters():
+            parameter.requires_grad_(parameter.requires_grad or config.freeze_rest is False)
+    model = molf.with_adapter(model, config)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
         optimizer = optimizer_of(model, config)
     texts = [str(w.message) for w in caught if issubclass(w.category, UserWarning)]
-    assert len(texts) == (first is not None)
-    assert first is None or f"{first}): PEFT's save_pretrained" in texts[0]
+    is_lost = own and first is not None
+    assert len(texts) == is_lost
+    assert not is_lost or f"{first}): PEFT's save_pretrained" in texts[0]
     train(model, optimizer, 2)
     model.save_pretrained(tmp_path)
     again = peft.PeftModel.from_pretrained(tiny_qwen2(), tmp_path)
-    assert torch.equal(logits(again), logits(model)) is (first is None)
+    assert torch.equal(logits(again), logits(model)) is not is_lost
     again.load_state_dict(model.state_dict())
     assert torch.equal(logits(again), logits(model))
 

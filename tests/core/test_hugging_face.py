@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 
 import pytest
@@ -117,38 +118,166 @@ def test_training_resumed_by_the_trainer_ends_in_the_same_bits(tmp_path, storage
     assert_same_bits(resumed_bits, bits)
 
 
-def test_a_hybrid_is_resumed_from_all_of_its_weights(tmp_path):
-    """The Trainer's checkpoints hold the adapter alone; the rest is saved as the docs show."""
-    from transformers import Trainer, TrainerCallback
+PATTERNS = {"full": ["k_proj"], "lora": {"r": 2, "modules": ["q_proj"]}, "default": "frozen"}
+EXPLICIT = molf.MoLFConfig(ranks=(2, 4), alpha=4.0, freeze_base=False)
 
-    class AllWeights(TrainerCallback):
-        def on_save(self, args, state, control, model, **kwargs):
-            folder = f"{args.output_dir}/checkpoint-{state.global_step}"
-            torch.save(model.state_dict(), f"{folder}/all_weights.pt")
 
-    ids = torch.arange(16).repeat(8, 1)
-    ids[:, 0] = torch.arange(8)
-    patterns = {"full": ["k_proj"], "lora": {"r": 2, "modules": ["q_proj"]}, "default": "frozen"}
+def with_full_weights(kind):
+    """Return a model that trains weights beside an adapter, and the Trainer's optimizer."""
+    if kind == "explicit":
+        return molf.with_adapter(tiny_qwen2(), EXPLICIT), molf.trainer_optimizer(EXPLICIT, lr=1e-2)
+    model = tiny_qwen2()
+    assignment = molf.Assignment.from_patterns(model, PATTERNS)
+    optimizer = molf.trainer_optimizer(assignment, lr=1e-2, lora_lr=3e-2)
+    return molf.with_assignment(model, assignment), optimizer
 
+
+def rows(count=8):
+    ids = torch.arange(16).repeat(count, 1)
+    ids[:, 0] = torch.arange(count)
+    return [{"input_ids": row, "labels": row} for row in ids]
+
+
+def trainer_of(kind, path, **options):
+    from transformers import Trainer
+
+    model, optimizer = with_full_weights(kind)
+    arguments = {"save_steps": 2, "logging_strategy": "no", **options}
+    return Trainer(
+        model,
+        args=trainer_arguments(path, 4, **arguments),
+        train_dataset=rows(),
+        eval_dataset=rows(2),
+        optimizer_cls_and_kwargs=optimizer,
+    )
+
+
+BESIDE = pytest.mark.parametrize("kind", ["hybrid", "explicit"])
+
+
+@BESIDE
+def test_the_trainer_resumes_weights_beside_an_adapter(tmp_path, kind):
     def train(path, checkpoint=None):
-        model = tiny_qwen2()
-        assignment = molf.Assignment.from_patterns(model, patterns)
-        model = molf.with_assignment(model, assignment)
-        if checkpoint is not None:
-            model.load_state_dict(torch.load(checkpoint / "all_weights.pt"))
-        trainer = Trainer(
-            model,
-            args=trainer_arguments(path, 4, save_steps=2, logging_strategy="no"),
-            train_dataset=[{"input_ids": row, "labels": row} for row in ids],
-            optimizer_cls_and_kwargs=molf.trainer_optimizer(assignment, lr=1e-2, lora_lr=3e-2),
-            callbacks=[AllWeights()],
-        )
-        with pytest.warns(UserWarning, match="Resuming from one starts the others at the base's"):
+        trainer = trainer_of(kind, path)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message=".*outside the adapter")
             trainer.train(resume_from_checkpoint=checkpoint)
-        return snapshot(model, trainer.optimizer.optimizer)
+        return snapshot(trainer.model, trainer.optimizer.optimizer)
 
     bits = train(tmp_path / "whole")
     assert_same_bits(train(tmp_path / "again", tmp_path / "whole" / "checkpoint-2"), bits)
+
+
+@BESIDE
+def test_the_best_model_of_the_trainer_is_that_of_one_step(tmp_path, kind):
+    from safetensors.torch import load_file
+
+    trainer = trainer_of(
+        kind,
+        tmp_path,
+        eval_strategy="steps",
+        eval_steps=2,
+        load_best_model_at_end=True,
+        metric_for_best_model="eval_loss",
+        greater_is_better=True,  # the loss falls: the earlier checkpoint is loaded
+    )
+    trainer.train()
+    assert trainer.state.best_model_checkpoint == str(tmp_path / "checkpoint-2")
+    saved = load_file(tmp_path / "checkpoint-2" / "adapter_model.safetensors")
+    trained = {
+        name.replace(".default", ""): parameter
+        for name, parameter in trainer.model.named_parameters()
+        if parameter.requires_grad
+    }
+    assert saved.keys() == trained.keys()
+    assert all(torch.equal(saved[name], parameter) for name, parameter in trained.items())
+
+
+@BESIDE
+def test_peft_alone_loads_the_trained_model(tmp_path, kind):
+    import peft
+
+    trainer = trainer_of(kind, tmp_path, save_strategy="no")
+    trainer.train()
+    trainer.save_model(tmp_path / "saved")
+    ids = torch.arange(8)[None]
+    loaded = peft.PeftModel.from_pretrained(tiny_qwen2(), tmp_path / "saved")
+    assert type(loaded) is peft.PeftModelForCausalLM
+    assert torch.equal(loaded(input_ids=ids).logits, trainer.model.eval()(input_ids=ids).logits)
+
+
+@BESIDE
+def test_a_copy_of_the_model_saves_its_own_weights(tmp_path, kind):
+    from safetensors.torch import load_file
+
+    model, _ = with_full_weights(kind)
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.fill_(2.0)
+    other.save_pretrained(tmp_path, selected_adapters=["default"])
+    saved = load_file(tmp_path / "adapter_model.safetensors")
+    assert set(model.trained_beside) < saved.keys()
+    assert all(bool((tensor == 2).all()) for tensor in saved.values())
+
+
+def test_an_adapter_under_another_name_is_whole_too(tmp_path):
+    from safetensors.torch import load_file
+
+    model = tiny_qwen2()
+    assignment = molf.Assignment.from_patterns(model, PATTERNS)
+    model = molf.with_assignment(model, assignment, adapter_name="mine")
+    model.save_pretrained(tmp_path)
+    saved = load_file(tmp_path / "mine" / "adapter_model.safetensors")
+    assert set(model.trained_beside) < saved.keys()
+
+
+def test_weights_that_would_be_lost_are_refused(tmp_path):
+    import peft
+
+    model, _ = with_full_weights("hybrid")
+    with pytest.raises(ValueError, match="safe_serialization=False saves the adapter alone"):
+        model.save_pretrained(tmp_path / "bin", safe_serialization=False)
+    assert not (tmp_path / "bin").exists()
+    with pytest.raises(ValueError, match=r"Invalid state_dict: it lacks \d+ trained parameters"):
+        model.save_pretrained(tmp_path / "part", state_dict={})
+    assert not (tmp_path / "part").exists()
+    peft.PeftModel.save_pretrained(model, str(tmp_path / "alone"))
+    with pytest.raises(ValueError, match=r"lacks \d+ trained parameters outside the adapter"):
+        model.load_adapter(tmp_path / "alone", "default")
+
+
+def test_another_adapter_or_none_is_no_base(tmp_path):
+    import peft
+
+    model, _ = with_full_weights("hybrid")
+    for use in (
+        lambda: model.disable_adapter(),
+        lambda: model.add_adapter("other", peft.LoraConfig(target_modules=["q_proj"])),
+        lambda: model.load_adapter(tmp_path, "other"),
+    ):
+        model.save_pretrained(tmp_path)
+        with pytest.raises(ValueError, match=r"outside the adapter are trained .*beside the base"):
+            use()
+        assert list(model.peft_config) == ["default"]
+    frozen = molf.MoLFConfig(ranks=(2, 4), alpha=4.0, freeze_base=True)
+    model = molf.with_adapter(tiny_qwen2(), frozen)
+    model.load_adapter(tmp_path, "other")
+    with model.disable_adapter():
+        ids = torch.arange(8)[None]
+        assert torch.equal(model(input_ids=ids).logits, tiny_qwen2()(input_ids=ids).logits)
+
+
+def test_parameters_made_trainable_later_are_warned_of():
+    model = tiny_qwen2()
+    assignment = molf.Assignment.from_patterns(model, {**PATTERNS, "frozen": ["o_proj"]})
+    model = molf.with_assignment(model, assignment, freeze_rest=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        molf.AdamW.from_assignment(model, assignment)
+    model.get_input_embeddings().weight.requires_grad_(True)
+    with pytest.warns(UserWarning, match=r"1 trained parameter outside the adapter \(first: model"):
+        molf.AdamW.from_assignment(model, assignment)
 
 
 def test_rate_is_required_as_the_trainer_hands_over_none():

@@ -53,14 +53,14 @@ def tiny_model(tokenizer, folder):
     return Qwen2ForCausalLM.from_pretrained(folder)
 
 
-def dpo(model, tokenizer, folder):
+def dpo(model, tokenizer, folder, **options):
     from datasets import Dataset
     from trl import DPOConfig, DPOTrainer
 
     pair = {"prompt": "One two", "chosen": " three.", "rejected": " four."}
     args = DPOConfig(output_dir=str(folder), per_device_train_batch_size=2, **OPTIONS)
     data = Dataset.from_list([pair] * 4)
-    return DPOTrainer(model, args=args, train_dataset=data, processing_class=tokenizer)
+    return DPOTrainer(model, args=args, train_dataset=data, processing_class=tokenizer, **options)
 
 
 def grpo(model, tokenizer, folder):
@@ -111,19 +111,49 @@ def test_every_layer_is_routed_and_moves(make, form, tokenizer, tmp_path):
     assert form == "folded" or all("lora_" in name for name in moved)
 
 
-def test_the_factory_of_an_assignment(tokenizer, tmp_path):
-    """Layers in full and with an adapter move, at two rates under the trainer's schedule."""
-    from datasets import Dataset
-    from trl import SFTConfig, SFTTrainer
-
-    model = tiny_model(tokenizer, tmp_path / "model")
+def hybrid(tokenizer, folder):
+    model = tiny_model(tokenizer, folder)
     patterns = {
         "full": ["k_proj", "v_proj"],
         "lora": {"r": 2, "alpha": 4, "modules": ["q_proj", "o_proj"]},
         "default": "frozen",
     }
     assignment = molf.Assignment.from_patterns(model, patterns)
-    model = molf.with_assignment(model, assignment)
+    return molf.with_assignment(model, assignment), assignment
+
+
+def test_the_reference_of_dpo_stays_that_of_the_base(tokenizer, tmp_path):
+    """TRL's own, a further adapter, would be beside the weights that are trained in full."""
+    model, assignment = hybrid(tokenizer, tmp_path / "model")
+    with pytest.raises(ValueError, match=r"a further adapter \(ref\) .* give DPOTrainer"):
+        dpo(model, tokenizer, tmp_path)
+    reference = tiny_model(tokenizer, tmp_path / "reference")
+    before = {name: p.detach().clone() for name, p in reference.named_parameters()}
+    trainer = dpo(model, tokenizer, tmp_path, ref_model=reference)
+    trainer.optimizer_cls_and_kwargs = molf.trainer_optimizer(assignment, lr=1e-2)
+    trainer.train()
+    after = dict(trainer.ref_model.named_parameters())
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+    weight = trainer.model.get_parameter("base_model.model.model.layers.0.self_attn.k_proj.weight")
+    assert not torch.equal(weight, before["model.layers.0.self_attn.k_proj.weight"])
+
+
+def test_grpo_without_a_reference_trains_a_hybrid(tokenizer, tmp_path):
+    model, assignment = hybrid(tokenizer, tmp_path / "model")
+    trainer = grpo(model, tokenizer, tmp_path)
+    before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+    trainer.optimizer_cls_and_kwargs = molf.trainer_optimizer(assignment, lr=1e-2)
+    trainer.train()
+    moved = {n for n, p in trainer.model.named_parameters() if not torch.equal(p, before[n])}
+    assert {name.split(".")[-2] for name in moved if "k_proj" in name} == {"k_proj"}
+
+
+def test_the_factory_of_an_assignment(tokenizer, tmp_path):
+    """Layers in full and with an adapter move, at two rates under the trainer's schedule."""
+    from datasets import Dataset
+    from trl import SFTConfig, SFTTrainer
+
+    model, assignment = hybrid(tokenizer, tmp_path / "model")
     args = SFTConfig(output_dir=str(tmp_path), per_device_train_batch_size=2, **OPTIONS)
     trainer = SFTTrainer(
         model,

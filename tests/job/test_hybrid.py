@@ -193,15 +193,13 @@ def test_options_replace_those_of_the_assignment(hybrid, write):
     assert all(".lora_" in name or ".mlp." in name for name in moved)
 
 
-def test_checkpoints_hold_all_weights(run_of, record, workplace):
+def test_peft_loads_the_checkpoints(run_of, record, base, workplace):
     run = record([*run_of("hybrid").arguments, "--save_steps", "3"], workplace / "hybrid-saved")
-    folder = run.path / "checkpoints" / "checkpoint-3"
-    saved = load_file(folder / "model.safetensors")
-    saved["base_model.model.model.embed_tokens.weight"] = saved.pop(
-        "base_model.model.lm_head.weight"
-    )
-    assert saved.keys() == run.end.keys()
-    assert all(torch.equal(saved[name], end) for name, end in run.end.items())
+    plain_base = AutoModelForCausalLM.from_pretrained(base)
+    loaded = PeftModel.from_pretrained(plain_base, run.path / "checkpoints" / "checkpoint-3")
+    values = loaded.state_dict()
+    assert run.end.keys() <= values.keys()
+    assert all(torch.equal(values[name], end) for name, end in run.end.items())
 
 
 def test_other_architectures(options, record, write, workplace, tmp_path):

@@ -182,7 +182,8 @@ class AdamW(UnitOptimizer):
             ImportError: An option needs a library that is not installed.
 
         Warns:
-            UserWarning: Trained parameters beside the adapter are not saved by PEFT.
+            UserWarning: Parameters are trained that the model does not save: they were made
+                trainable after `with_assignment`.
         """
         groups = assignment_groups(
             model,

@@ -73,7 +73,7 @@ def assignment_groups(
     if not groups:
         raise ValueError("No parameter of the model is trained. Make a layer full or lora.")
     if factors:
-        warn_of_saving([name for name, _ in dense])
+        warn_of_saving(model, [name for name, _ in dense])
     return groups
 
 

@@ -50,8 +50,9 @@ def with_assignment(
     keep their `requires_grad`, unless the rest is frozen or `frozen_rest` names them; biases of
     quantised layers are frozen.
 
-    PEFT saves the adapter only. All trained parameters are in `model.state_dict()` and in
-    `molf.merge(model)`.
+    `save_pretrained` writes all trained parameters into the adapter's file: `full` weights and the
+    rest too (`WholePeftModel`). So checkpoints of the Trainer are complete, and
+    `PeftModel.from_pretrained(base, path)` loads the trained model.
 
     Args:
         model: A plain model; changed in place. DDP and other wrappers are put around the result.
@@ -92,6 +93,10 @@ def with_assignment(
         if name.startswith(tuners) and ".base_layer." not in name:
             continue  # PEFT has set that of the adapter
         parameter.requires_grad_(parameter in trained)
+    if assignment.lora:
+        from molf.core.model.peft_saving import save_whole
+
+        save_whole(adapted)
     return adapted
 
 

@@ -34,9 +34,6 @@ from molf.core.scores.registry import routing
 from molf.core.scores.rules import BestShare
 from molf.shown import counted
 
-NOT_SAVED = "PEFT's save_pretrained, which trainers call for checkpoints, saves the adapter only"
-"""Words of the warning about trained parameters that PEFT does not save, for filters."""
-
 NamedParameters = list[tuple[str, nn.Parameter]]
 _ROUTED_KEYS = (
     "transposed",
@@ -95,7 +92,7 @@ def build_groups(
         for name, parameter in group["params"]:
             check_has_values(name, parameter)
     if make is _adapter_groups:
-        warn_of_saving([name for group in groups for name, _ in group["params"]])
+        warn_of_saving(model, [name for group in groups for name, _ in group["params"]])
     return groups
 
 
@@ -277,16 +274,25 @@ def _warn_of_freezing(rest: NamedParameters) -> None:
         )
 
 
-def warn_of_saving(names: list[str]) -> None:
-    """Warn of trained parameters outside the adapter, which PEFT does not save."""
-    saved = ("lora_", "modules_to_save", "trainable_tokens", "bias")
-    lost = [name for name in names if not any(part in name for part in saved)]
+def warn_of_saving(model: nn.Module, names: list[str]) -> None:
+    """Warn of trained parameters outside the adapter, if the model does not save them.
+
+    Args:
+        model: A PEFT model.
+        names: Names of the trained parameters in the plain model.
+    """
+    from molf.core.model.peft_saving import saved_beside
+
+    saved, beside = ("lora_", "modules_to_save", "trainable_tokens", "bias"), saved_beside(model)
+    lost = [x for x in names if x not in beside and not any(part in x for part in saved)]
     if lost:
         warnings.warn(
             f"{counted(len(lost), 'trained parameter')} outside the adapter (first: {lost[0]}): "
-            f"{NOT_SAVED}. Resuming from one starts the others at the base's values: keep "
-            "model.state_dict() beside it, and load that before. Keep molf.merge(model) as the "
-            "result.",
+            "PEFT's save_pretrained, which trainers call for checkpoints, saves the adapter only. "
+            "Resuming from one starts the others at the base's values. Models of molf.with_adapter "
+            "and molf.with_assignment save all parameters that are trained there. Otherwise keep "
+            "model.state_dict() beside the checkpoint and load it before, and give TRL's "
+            "DPOTrainer a ref_model: its own reference would be beside trained weights.",
             stacklevel=4,
         )
 

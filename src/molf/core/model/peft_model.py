@@ -80,8 +80,9 @@ def with_adapter(
     are trained (explicit form). `freeze_rest` freezes all parameters that are not routed; otherwise
     their `requires_grad` stays. A model with a LoRA adapter keeps it; only `requires_grad` is set.
 
-    PEFT saves only the adapter. Other trained parameters (base weights of the explicit form; norms
-    and embeddings with `freeze_rest=False`) are in `model.state_dict()` and `molf.merge(model)`.
+    Other trained parameters (base weights of the explicit form; norms and embeddings with
+    `freeze_rest=False`) are saved in the adapter's file (`WholePeftModel`). A model that had an
+    adapter saves the adapter alone, as PEFT does.
 
     Args:
         model: A plain model, or a PEFT LoRA model.
@@ -126,6 +127,9 @@ def with_adapter(
             for layer in layers:
                 drawn = draw_lora_a(config.seed, layer.name, config.ranks, layer.in_features)
                 layer.A[1].copy_(drawn)
+        from molf.core.model.peft_saving import save_whole
+
+        save_whole(adapted)
     return adapted
 
 

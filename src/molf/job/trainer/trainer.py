@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_model as save_tensors
 from torch import Tensor
 from transformers import TrainerControl
 from transformers.trainer import TRAINER_STATE_NAME
@@ -26,7 +25,6 @@ from molf.checkpoint.random_state import random_state, set_random_state
 from molf.checkpoint.states import load_training_state, training_state
 from molf.checkpoint.store import read_values
 from molf.checkpoint.writer import Snapshot
-from molf.core.model.groups import NOT_SAVED
 from molf.core.step.guard import NonFiniteError
 from molf.core.storage.sharding import is_sharded
 from molf.job.memory import memory_figures
@@ -42,8 +40,6 @@ from molf.job.trainer.split_data import FilledSampler, WithoutBlankRows, is_blan
 from molf.job.trainer.steps import AllStepsTakenError
 from molf.job.trainer.validation import EVAL_LOSS, Validation
 from molf.ranks import ranks
-
-ALL_WEIGHTS = "model.safetensors"
 
 
 class Trainer(SFTTrainer):
@@ -121,10 +117,8 @@ class Trainer(SFTTrainer):
         super()._track_num_input_tokens({**inputs, "attention_mask": mask * (not self._is_blank)})
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
-        """Create the optimizer, without its warning about checkpoints, which `_save` resolves."""
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=f".*{NOT_SAVED}")
-            optimizer = super().create_optimizer(*args, **kwargs)
+        """Create the optimizer."""
+        optimizer = super().create_optimizer(*args, **kwargs)
         held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         if self._is_sharded and not all(map(is_sharded, held)):
             # A library that puts whole weights in their place would train without sharding.
@@ -244,16 +238,10 @@ class Trainer(SFTTrainer):
             set_random_state(self._random)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        """Save the model of a checkpoint.
-
-        PEFT saves the adapter alone. If more is trained, all weights are saved as well, with the
-        names of the model with its adapter.
-        """
+        """Save the model of a checkpoint."""
         model = self.accelerator.unwrap_model(self.model)
         with base_generation_config(model, self.base, Path(output_dir or self.args.output_dir)):
             super()._save(output_dir, state_dict)
-        if self.args.should_save and _trains_more_than_its_adapter(model):
-            save_tensors(model, str(Path(output_dir or self.args.output_dir) / ALL_WEIGHTS))
 
     def train(self, *args: Any, **kwargs: Any) -> None:
         """Train; an error of the optimizer names the step and the parameters."""
@@ -319,10 +307,3 @@ def _prepare_shards(accelerator: Any, model: Any, **kwargs: Any) -> Any:
     """
     prepare = type(accelerator).prepare_model
     return prepare(accelerator, model, device_placement=False, evaluation_mode=True)
-
-
-def _trains_more_than_its_adapter(model: Any) -> bool:
-    return hasattr(model, "peft_config") and any(
-        parameter.requires_grad and ".lora_" not in name
-        for name, parameter in model.named_parameters()
-    )
