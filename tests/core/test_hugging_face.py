@@ -126,7 +126,7 @@ def with_full_weights(kind):
     """Return a model that trains weights beside an adapter, and the Trainer's optimizer."""
     if kind == "explicit":
         return molf.with_adapter(tiny_qwen2(), EXPLICIT), molf.trainer_optimizer(EXPLICIT, lr=1e-2)
-    model = tiny_qwen2()
+    model = tiny_qwen2().to(torch.bfloat16 if kind == "exact hybrid" else torch.float32)
     assignment = molf.Assignment.from_patterns(model, PATTERNS)
     optimizer = molf.trainer_optimizer(assignment, lr=1e-2, lora_lr=3e-2)
     return molf.with_assignment(model, assignment), optimizer
@@ -152,7 +152,7 @@ def trainer_of(kind, path, **options):
     )
 
 
-BESIDE = pytest.mark.parametrize("kind", ["hybrid", "explicit"])
+BESIDE = pytest.mark.parametrize("kind", ["hybrid", "exact hybrid", "explicit"])
 
 
 @BESIDE
@@ -201,7 +201,8 @@ def test_peft_alone_loads_the_trained_model(tmp_path, kind):
     trainer.train()
     trainer.save_model(tmp_path / "saved")
     ids = torch.arange(8)[None]
-    loaded = peft.PeftModel.from_pretrained(tiny_qwen2(), tmp_path / "saved")
+    base = tiny_qwen2().to(trainer.model.dtype)
+    loaded = peft.PeftModel.from_pretrained(base, tmp_path / "saved")
     assert type(loaded) is peft.PeftModelForCausalLM
     assert torch.equal(loaded(input_ids=ids).logits, trainer.model.eval()(input_ids=ids).logits)
 

@@ -91,7 +91,7 @@ def test_scalings_are_compared_within_cells(tmp_path):
     "name",
     [
         *("demo-scores", "demo-candidates", "demo-hybrid", "demo-hybrid-scores", "demo-confirm"),
-        "smollm2-equal",
+        *("smollm2-equal", "smollm2-med"),
     ],
 )
 def test_studies_of_scores_have_one_scaling(name):
