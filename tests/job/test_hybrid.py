@@ -335,6 +335,13 @@ def test_wrong_paths_and_options(options, write, run_of, tmp_path, capsys):
             ["--method", "hybrid", "--assignment", good, "--load_in_4bit", "--use_dora"],
             "Invalid use_dora with load_in_4bit",
         ),
+        *(
+            (
+                ["--method", "hybrid", "--assignment", good, "--lora_dropout", value],
+                f"Invalid lora_dropout={float(value)}. Must be in [0, 1).",
+            )
+            for value in ("1", "-0.1", "nan")
+        ),
     ):
         assert main([*arguments, *further]) == 2, further
         said = capsys.readouterr().err.strip().splitlines()
