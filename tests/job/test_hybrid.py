@@ -180,8 +180,8 @@ def test_from_a_run_of_hybrid_and_of_molf_e(hybrid, run_of, write):
 def test_read_without_a_model(run_of, write):
     made = read_assignment(run_of("hybrid").path)
     assert made == molf.read_assignment(str(run_of("hybrid").path / "assignment.yaml"))
-    for path, what in ((run_of("molf").path, "a routing log"), (write(ALL_FULL), "patterns")):
-        with pytest.raises(ValueError, match=f"{what} is read with model="):
+    for path, what in ((run_of("molf").path, "log is"), (write(ALL_FULL), "patterns are")):
+        with pytest.raises(ValueError, match=f"{what} read with model="):
             read_assignment(path)
 
 
