@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import io
+import math
 import os
 import stat
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -37,6 +39,44 @@ def check_choice(name: str, value: str | None, allowed: Iterable[str | None]) ->
     if value not in (allowed := tuple(allowed)):
         choices = ", ".join(filter(None, allowed))
         raise InputError(f"Invalid {name}={value!r}. Must be one of {choices}.")
+
+
+def is_number(value: object, kinds: Any = (int, float)) -> bool:
+    """Return whether a value is a finite number; an integer too large for a float is none.
+
+    Args:
+        value: The value; a boolean is no number.
+        kinds: The types of numbers.
+    """
+    if isinstance(value, bool) or not isinstance(value, kinds):
+        return False
+    try:
+        return math.isfinite(value)  # type: ignore[arg-type]
+    except OverflowError:
+        return False
+
+
+@contextmanager
+def reading_yaml() -> Iterator[None]:
+    """Convert each error of PyYAML's safe loader to a ValueError of one line.
+
+    Besides its own errors it raises that of a conversion, such as a KeyError for `!!bool maybe`, an
+    AttributeError for `!!timestamp soon` and an OverflowError for an escape above Unicode.
+
+    Raises:
+        ValueError: The text is no YAML.
+    """
+    import yaml
+
+    try:
+        yield
+    except (LookupError, AttributeError, OverflowError) as error:
+        raise ValueError("no YAML: a value cannot be converted") from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f" (line {mark.line + 1})" if mark is not None else ""
+        problem = getattr(error, "problem", None) or " ".join(str(error).split())[:200]
+        raise ValueError(f"no YAML{place}: {problem}") from error
 
 
 def check_installed(library: str, purpose: str) -> None:

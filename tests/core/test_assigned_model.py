@@ -432,6 +432,55 @@ def test_a_refusal_leaves_the_model_as_it_was():
         molf.with_assignment(adapted, assignment)
 
 
+@pytest.mark.parametrize("name", ["", "a.b", "keys", "training", "base_layer", 3])
+@pytest.mark.parametrize("add", [molf.with_assignment, molf.with_adapter])
+def test_names_of_adapters_that_torch_or_peft_cannot_use(name, add):
+    """Factors named `base_layer` would be taken for base weights, and would not be trained."""
+    model = make_model("qwen2")
+    before = {own: type(module) for own, module in model.named_modules()}
+    given = molf.MoLFConfig(ranks=2)
+    if add is molf.with_assignment:
+        given = Assignment.from_patterns(model, {**PATTERNS, "frozen": ["0.mlp", "embed_tokens"]})
+    with pytest.raises(ValueError, match=f"Invalid adapter_name={name!r}"):
+        add(model, given, adapter_name=name)
+    assert {own: type(module) for own, module in model.named_modules()} == before
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("dropout", [1, -0.1, float("nan"), "0.1", None])
+def test_dropout_out_of_range(dropout):
+    with pytest.raises(ValueError, match=r"Invalid lora_dropout=.*Must be in \[0, 1\)"):
+        assigned(lora_dropout=dropout)
+
+
+def test_a_head_is_not_full_and_frozen_by_its_parameter():
+    """Its weight has a name in the rest too, by which a pattern of frozen may name it."""
+    model = make_model("llama")
+    given = {"full": ["lm_head", "k_proj"], "frozen": ["lm_head.weight"], "default": "frozen"}
+    both = Assignment.from_patterns(model, given)
+    for assignment in (both, Assignment.from_yaml(both.to_yaml(), model)):
+        with pytest.raises(ValueError, match="lm_head is full, and its weight is frozen by its"):
+            molf.with_assignment(model, assignment)
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_the_weight_of_a_routed_head_is_no_frozen_rest():
+    """An assignment by shape may make it full."""
+    model = make_model("llama")
+    modules = {"target_modules": ["q_proj", "lm_head"], "exclude_modules": ()}
+    config = molf.MoLFConfig(ranks=(2, 4), freeze_base=True, freeze_rest=False, **modules)
+    adapted = molf.with_adapter(model, config)
+    optimizer = molf.MoLFAdamW.from_model(adapted, config, lr=1e-3)
+    train(adapted, optimizer, 2)
+    decided = Assignment.of(optimizer)
+    assert decided["lm_head"].train == "lora"
+    assert not decided.freeze_rest
+    assert decided.frozen_rest == ()
+    shaped = decided.by_shape(molf.MoLFConfig(ranks=2), lr=1.0, lora_lr=1e-3)
+    plain = molf.with_assignment(make_model("llama"), shaped)
+    assert plain.lm_head.weight.requires_grad
+
+
 @pytest.mark.parametrize(
     ("patterns", "message"),
     [

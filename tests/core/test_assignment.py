@@ -123,6 +123,10 @@ def test_default_alpha_gives_a_scaling_of_two(model):
         ({"lora": {"r": 0, "modules": ["q_proj"]}}, "invalid r=0"),
         ({"lora": {"r": True, "modules": ["q_proj"]}}, "invalid r=True"),
         ({"lora": {"r": 4, "alpha": -1, "modules": ["q_proj"]}}, "invalid alpha=-1"),
+        ({"lora": {"r": 4, "alpha": "1e1", "modules": ["q_proj"]}}, "a positive, finite number"),
+        ({"lora": {"r": 4, "alpha": 10**400, "modules": ["q_proj"]}}, "invalid alpha=10000"),
+        ({"lora": {"r": 10**308, "modules": ["q_proj"]}}, "invalid alpha=inf"),
+        ({"default": {"r": 10**400}}, "invalid r=10000"),
         ({"lora": {"modules": ["q_proj"]}}, "it has no rank"),
         ({"lora": {"r": 4}}, "Invalid lora modules=None"),
         ({"lora": {"r": 4, "rank": 4, "modules": ["q_proj"]}}, "unknown 'rank'"),
@@ -203,6 +207,11 @@ def test_yaml_may_hold_patterns(model):
         (("{train: full, shape: 16x32}", "[full"), r"no YAML \(line"),
         (("lora: {r: 4, alpha: 8.0}", "lora: 4"), "Invalid lora=4"),
         (("lora: {r: 4, alpha: 8.0}", "lora: {}"), "lora has no rank"),
+        (("lora: {r: 4, alpha: 8.0}", f"lora: {{r: 1{'0' * 400}}}"), "invalid r=10000"),
+        (("layers:", "layers:\n  1: {train: full, shape: 4x4}"), "Invalid layer 1: a name must be"),
+        (("use_rslora: false", "use_rslora: !!bool maybe"), "no YAML: a value cannot be converted"),
+        (("use_rslora: false", "source: !!timestamp soon"), "no YAML: a value cannot be converted"),
+        (("use_rslora: false", 'source: "\\UFFFFFFFF"'), "no YAML: a value cannot be converted"),
         (("use_rslora: false", "use_rslora: 1"), "Invalid use_rslora=1"),
         (("{train: full, shape: 16x32}", "{shape: 16x32}"), "k_proj has no train. Must be full"),
         (("  model.layers.1.mlp.up", "  model.layers.0.mlp.up"), r"up_proj' is given twice \(line"),
@@ -216,6 +225,25 @@ def test_wrong_yaml(model, change, message):
     with pytest.raises(ValueError, match=message) as error:
         Assignment.from_yaml(text.replace(*change))
     assert "\n" not in str(error.value)
+
+
+def test_an_empty_rank_is_that_of_all_lines_with_its_alpha(model):
+    given = {"lora": {"r": 4, "alpha": 100, "modules": ["mlp"]}, "default": "frozen"}
+    made = Assignment.from_patterns(model, given)
+    for entry in ("r: ", "r: null", "alpha: null", "r: 4, alpha: 100"):
+        edited = made.to_yaml().replace("{train: lora", f"{{train: lora, {entry}")
+        assert Assignment.from_yaml(edited) == made, entry
+    own = Assignment.from_yaml(made.to_yaml().replace("{train: lora", "{train: lora, r: 4"))
+    assert {(layer.r, layer.alpha) for layer in own.lora} == {(4, 8.0)}
+
+
+def test_evidence_of_a_file_holds_numbers(model):
+    made = Assignment.from_patterns(model, {"full": ["k_proj"], "default": "frozen"})
+    text = f"{made.to_yaml()}evidence:\n  {NAMES[0]}: {{decisions: 1, wins: {{full: 1}}, margin: "
+    assert Assignment.from_yaml(f"{text}1.0}}")[NAMES[0]].evidence.margin == 1
+    for margin in (f"1{'0' * 400}", ".inf", "x"):
+        with pytest.raises(ValueError, match="Invalid margin="):
+            Assignment.from_yaml(f"{text}{margin}}}")
 
 
 def test_a_name_of_patterns_may_not_come_twice(model):
@@ -416,6 +444,7 @@ def test_by_shape_refuses_the_configuration_of_the_model(model):
         ({"lora_lr": float("inf")}, "Invalid lora_lr=inf"),
         ({"lora_lr": 0}, "Invalid lora_lr=0"),
         ({"lr": "1e-4", "lora_lr": 1.0}, "Invalid lr='1e-4'"),
+        ({"lr": 10**400}, "Invalid lr=10000"),
     ],
 )
 def test_by_shape_refuses_wrong_rates(model, rates, message):

@@ -59,6 +59,7 @@ def test_settings_cannot_be_changed_or_given_by_position():
         ({"alpha": 0}, "Invalid alpha=0. Must be positive and finite."),
         ({"alpha": float("inf")}, "Invalid alpha=inf."),
         ({"alpha": None}, "Invalid alpha=None."),
+        ({"alpha": 10**400}, "Invalid alpha=10000"),
         ({"ranks": (2, 3), "alpha": (1.0, -1.0)}, "Invalid alpha=(1.0, -1.0)."),
         ({"lora_dropout": 1.0}, "Invalid lora_dropout=1.0. Must be in [0, 1)."),
         ({"lora_dropout": -0.1}, "Invalid lora_dropout=-0.1."),

@@ -255,6 +255,11 @@ def test_page(with_log, tmp_path, capsys):
     both = ["--page", str(tmp_path / "a"), "--output", str(tmp_path / "a")]
     assert main(["advise", str(run), *both]) == 2
     assert "page and output are one file" in capsys.readouterr().err
+    folder = str(tmp_path / "figures")
+    for option in ("output", "page"):
+        assert main(["advise", str(run), "--figures", folder, f"--{option}", folder]) == 2
+        assert f"figures and {option} are one file" in capsys.readouterr().err
+        assert not (tmp_path / "figures").exists()
     assert main(["advise", str(run), "--page", str(page), "--overwrite"]) == 0
     assert capsys.readouterr().out.endswith(f"written   {page}\n")
     assert is_page(page)
@@ -337,6 +342,10 @@ def test_wrong_runs(run_of, with_log, tmp_path, capsys):
         refused(run, "is in use")
     (run / "config.yaml").write_text(yaml.safe_dump({**config, "model": str(tmp_path / "gone")}))
     refused(run, "gone")
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    for value in ('"\\UFFFFFFFF"', "!!bool maybe", "["):
+        (run / "config.yaml").write_text(f"{yaml.safe_dump(config)}score: {value}\n")
+        refused(run, "config.yaml cannot be read: no YAML")
     (run / "config.yaml").write_text(yaml.safe_dump(config))
     shutil.rmtree(run / "routing")
     with RoutingWriter(run / "routing") as writer:  # rate 0 alone

@@ -180,8 +180,8 @@ def test_from_a_run_of_hybrid_and_of_molf_e(hybrid, run_of, write):
 def test_read_without_a_model(run_of, write):
     made = read_assignment(run_of("hybrid").path)
     assert made == molf.read_assignment(str(run_of("hybrid").path / "assignment.yaml"))
-    for path, what in ((run_of("molf").path, "a routing log"), (write(ALL_FULL), "patterns")):
-        with pytest.raises(ValueError, match=f"{what} is read with model="):
+    for path, what in ((run_of("molf").path, "log is"), (write(ALL_FULL), "patterns are")):
+        with pytest.raises(ValueError, match=f"{what} read with model="):
             read_assignment(path)
 
 
@@ -332,6 +332,13 @@ def test_wrong_paths_and_options(options, write, run_of, tmp_path, capsys):
         (
             ["--method", "hybrid", "--assignment", good, "--load_in_4bit", "--use_dora"],
             "Invalid use_dora with load_in_4bit",
+        ),
+        *(
+            (
+                ["--method", "hybrid", "--assignment", good, "--lora_dropout", value],
+                f"Invalid lora_dropout={float(value)}. Must be in [0, 1).",
+            )
+            for value in ("1", "-0.1", "nan")
         ),
     ):
         assert main([*arguments, *further]) == 2, further

@@ -405,3 +405,32 @@ def test_a_given_size_stays():
     options = {"per_device_train_batch_size": 3, "gradient_accumulation_steps": 1}
     split_again(options, 4, 3, keeps_size=True)
     assert options["per_device_train_batch_size"] == 3
+
+
+def test_an_edited_assignment_of_the_run_is_refused(
+    options, assignment, tmp_path, monkeypatch, capsys
+):
+    """Neither names nor shapes of the optimizer's state show another alpha."""
+    run = tmp_path / "run"
+    given = command(options, run, "--method", "hybrid", "--assignment", str(assignment))
+
+    def failing(*saved, **named):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("molf.job.trained_model.save_model", failing)
+        assert main(given) == 130
+    own = run / "assignment.yaml"
+    text = own.read_text()
+    capsys.readouterr()
+    for edit in (
+        ("r: 4, alpha: 8.0", "r: 4, alpha: 80.0"),
+        ("use_rslora: false", "use_rslora: true"),
+    ):
+        assert edit[0] in text
+        own.write_text(text.replace(*edit))
+        assert resume(run) == 2
+        error = capsys.readouterr().err
+        assert "the content of its assignment.yaml has changed since it was started" in error
+    own.write_text(f"# a comment\n{text}")
+    assert resume(run) == 0

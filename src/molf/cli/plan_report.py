@@ -9,6 +9,7 @@ from rich.table import Table
 from molf.amounts import binary_size, decimal_size, duration
 from molf.console import PlainConsole, new_table
 from molf.planning.devices import DEVICES
+from molf.shown import counted
 
 if TYPE_CHECKING:  # both take seconds to import
     from molf.job.dry_run import DryRun
@@ -56,8 +57,8 @@ def print_dry_run(result: DryRun) -> None:
         )
     lines += [
         f"time      {duration(result.seconds)} per step with the longest {unit}s",
-        f"          about {duration(result.estimated_seconds)} for {result.steps} steps, by the "
-        f"{unit}s' lengths, without evaluations",
+        f"          about {duration(result.estimated_seconds)} for "
+        f"{counted(result.steps, 'step')}, by the {unit}s' lengths, without evaluations",
     ]
     PlainConsole().lines(*lines)
 

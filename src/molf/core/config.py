@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from molf.core.scores.registry import Routing, routing
+from molf.inputs import is_number
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,9 +85,9 @@ class MoLFConfig:
                 f"Invalid alpha={list(self.alpha)}. Must be one number, or one per rank "
                 f"({len(self.ranks)} ranks)."
             )
-        if not all(_is_number(a) and a > 0 for a in self.alphas):
+        if not all(is_number(a) and a > 0 for a in self.alphas):
             raise ValueError(f"Invalid alpha={self.alpha}. Must be positive and finite.")
-        if not (_is_number(self.lora_dropout) and 0 <= self.lora_dropout < 1):
+        if not (is_number(self.lora_dropout) and 0 <= self.lora_dropout < 1):
             raise ValueError(f"Invalid lora_dropout={self.lora_dropout}. Must be in [0, 1).")
         routing(self.score)
         if not _is_int(self.seed):
@@ -214,7 +215,3 @@ def _as_patterns(name: str, value: Any) -> str | tuple[str, ...]:
 
 def _is_int(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

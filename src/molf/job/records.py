@@ -12,7 +12,12 @@ from typing import Any
 from molf.disk.files import write_json, write_jsonl, write_text, write_yaml
 from molf.job.model.saved_tensors import dtype_name
 from molf.job.opening import Opening
-from molf.job.record.contents import hash_of_data, hash_of_model
+from molf.job.record.contents import (
+    ASSIGNED,
+    hash_of_assignment,
+    hash_of_data,
+    hash_of_model,
+)
 from molf.job.record.directory import RunDirectory
 from molf.job.record.environment import environment
 from molf.job.record.ownership import (
@@ -75,7 +80,7 @@ class ConfigRecord:
             "data_hash": hash_of_data(files, str(task.description().get("data"))),
             "base_hash": contents,
         }
-        self._assignment = settings.reached_assignment
+        self._assignment = assignment = settings.reached_assignment
         # The file can be used as a recipe, which must not replace or continue this run.
         self._options = replace(settings, overwrite=False, resume=False).as_options()
         unmasked = masked_options(self._options)
@@ -104,6 +109,7 @@ class ConfigRecord:
                 "carried_tensors": len(base.unused_tensors.names),
                 "stored_dtype": dtype_name(base.stored.main_dtype or base.dtype),
                 **({"contents": contents} if contents else {}),
+                **({ASSIGNED: hash_of_assignment(assignment)} if assignment else {}),
                 **opening.plan.record(),
             },
             "training": {"steps": opening.data.steps},

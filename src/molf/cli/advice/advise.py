@@ -9,7 +9,6 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from molf.errors import InputError
 from molf.job.advice.choices import CHOICES, check_chosen
 
 
@@ -42,6 +41,7 @@ def advise_run(
     """
     from molf.job.advice.place import (
         advice_place,
+        check_distinct,
         check_figures,
         kept_assignment,
         write_assignment,
@@ -61,10 +61,9 @@ def advise_run(
             from molf.report.place import file_of_page
 
             page_file = file_of_page(page, overwrite=overwrite, option="page")
-            if page_file.absolute() == place.absolute():
-                raise InputError(f"page and output are one file, {place}. Give two.")
         if figures is not None:
             check_figures(figures)
+        check_distinct(output=place, page=page_file, figures=figures)
         from molf.job.libraries import quiet_libraries
 
         with quiet_libraries():

@@ -7,6 +7,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from molf.inputs import is_number
+
 FULL, LORA, FROZEN = "full", "lora", "frozen"
 KINDS = (FULL, LORA, FROZEN)
 """`full`: the weight is trained. `lora`: an adapter beside it. `frozen`: neither."""
@@ -62,8 +64,9 @@ class Evidence:
             raise ValueError(f"Invalid wins={wins!r} of evidence. Must be a number per expert.")
         for name in ("decisions", "changes", "last_change", "margin"):
             value = given.get(name)
-            allowed = value is None or (isinstance(value, (int, float)) and math.isfinite(value))
-            if not allowed or (name == "decisions" and not _is_count(value)):
+            if not (value is None or is_number(value)) or (
+                name == "decisions" and not _is_count(value)
+            ):
                 raise ValueError(f"Invalid {name}={value!r} of evidence. Must be a number.")
         return cls(wins=tuple((str(name), count) for name, count in wins.items()), **given)
 
@@ -218,11 +221,12 @@ def check_rank(r: Any, alpha: Any, own: str, *, is_lora: bool) -> None:
                 f"{own}: only lora has r and alpha. Give train: lora, or leave both out."
             )
         return
-    if not _is_count(r) or r < 1:
-        raise ValueError(f"{own}: invalid r={r!r}. Must be an integer of at least 1.")
-    is_number = isinstance(alpha, (int, float)) and not isinstance(alpha, bool)
-    if not is_number or not (0 < alpha < math.inf):
-        raise ValueError(f"{own}: invalid alpha={alpha!r}. Must be positive and finite.")
+    if not (_is_count(r) and is_number(r) and r >= 1):
+        raise ValueError(
+            f"{own}: invalid r={r!r}. Must be an integer from 1 to a layer's smaller side."
+        )
+    if not (is_number(alpha) and alpha > 0):
+        raise ValueError(f"{own}: invalid alpha={alpha!r}. Must be a positive, finite number.")
 
 
 def default_alpha(r: int, *, use_rslora: bool) -> float:
@@ -230,7 +234,7 @@ def default_alpha(r: int, *, use_rslora: bool) -> float:
 
     `2 r`, or `2 sqrt(r)` rounded to an integer with rank-stabilised scaling.
     """
-    return float(round(2 * math.sqrt(max(r, 0))) if use_rslora else 2 * r)
+    return float(round(2 * math.sqrt(max(r, 0))) if use_rslora else 2.0 * r)
 
 
 def weights_of(layers: Iterable[AssignedLayer]) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -31,6 +30,7 @@ from molf.core.assignment.choice import (
 from molf.core.assignment.patterns import Patterns, name_layers
 from molf.core.assignment.text import from_values, is_explicit, parse, to_text
 from molf.core.config import MoLFConfig
+from molf.inputs import is_number
 from molf.shown import counted, listed
 
 if TYPE_CHECKING:
@@ -302,8 +302,7 @@ class Assignment:
             )
         rate = lr if lora_lr is None else lora_lr
         for name, value in (("lr", lr), ("lora_lr", rate)):
-            is_number = isinstance(value, Real) and not isinstance(value, bool)
-            if not is_number or not 0 < value < math.inf:
+            if not (is_number(value, Real) and value > 0):
                 raise ValueError(f"Invalid {name}={value!r}. Must be positive and finite.")
         made = by_shape(self.entries, config, lr, rate)
         source = f"by shape, lora_lr {rate / lr:g} times lr"

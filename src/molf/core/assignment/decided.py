@@ -47,8 +47,10 @@ def decided_by(optimizer: Any) -> Decided:
         for place in linear_places(model)
         if place.weight in owned
     }
-    frozen = tuple(name for name in layout.rest if name not in trained)
-    freezes = len(frozen) == len(layout.rest)
+    heads = {f"{name}.weight" for name in known["evidence"]}  # weights of layers, if routed
+    rest = [name for name in layout.rest if name not in heads]
+    frozen = tuple(name for name in rest if name not in trained)
+    freezes = len(frozen) == len(rest)
     return Decided(
         layers=layout.layers,
         heads=layout.heads,

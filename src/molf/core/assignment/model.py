@@ -28,7 +28,7 @@ from molf.core.model.weight_checks import (
 )
 from molf.core.model.wrappers import check_not_flattened, check_not_in_module
 from molf.core.warn import warn
-from molf.inputs import check_installed
+from molf.inputs import check_installed, is_number
 from molf.shown import counted
 
 
@@ -79,8 +79,8 @@ def with_assignment(
     Assignment.expect(assignment)
     assignment = assignment.with_options(freeze_rest=freeze_rest, use_rslora=use_rslora)
     trained = assigned_parameters(model, assignment, use_dora=use_dora)
-    if not 0 <= lora_dropout < 1:
-        raise ValueError(f"Invalid lora_dropout={lora_dropout}. Must be in [0, 1).")
+    if not (is_number(lora_dropout) and 0 <= lora_dropout < 1):
+        raise ValueError(f"Invalid lora_dropout={lora_dropout!r}. Must be in [0, 1).")
     _warn_of_one_kind(assignment)
     keep_differentiable(model)
     adapted: Any = model
@@ -246,7 +246,11 @@ def _check_ties(model: nn.Module, assignment: Assignment, places: dict[str, Plac
 def _trained(
     model: nn.Module, assignment: Assignment, places: dict[str, Place]
 ) -> set[nn.Parameter]:
-    """Return the parameters of the plain model that are trained."""
+    """Return the parameters of the plain model that are trained.
+
+    Raises:
+        ValueError: The weight of a `full` layer, a head, is among `frozen_rest` too.
+    """
     by_weight = {places[layer.name].weight: layer for layer in assignment.entries}
     fixed = set(assignment.frozen_rest)
     # A tied parameter is frozen if one of its names is.
@@ -259,7 +263,13 @@ def _trained(
     trained = set()
     for parameter in model.parameters():
         if parameter in by_weight:
-            is_trained = by_weight[parameter].train == FULL
+            layer = by_weight[parameter]
+            is_trained = layer.train == FULL
+            if is_trained and parameter in still:
+                raise ValueError(
+                    f"Layer {layer.name} is full, and its weight is frozen by its name as a "
+                    "parameter. Leave one of the two out."
+                )
         else:
             is_trained = (
                 parameter.requires_grad and not assignment.freeze_rest and parameter not in still

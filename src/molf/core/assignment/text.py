@@ -17,7 +17,7 @@ from molf.core.assignment.assigned import (
     check_rank,
     default_alpha,
 )
-from molf.inputs import check_installed
+from molf.inputs import check_installed, reading_yaml
 
 _KEYS = (
     "model",
@@ -108,16 +108,11 @@ def parse(text: str) -> Mapping[str, Any]:
     check_installed("yaml", "An assignment as YAML")
     import yaml
 
-    try:
+    with reading_yaml():
         loader = yaml.SafeLoader(text)
         root = loader.get_single_node()
         twice = _given_twice(root)
         values = None if root is None else loader.construct_document(root)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        mark = getattr(error, "problem_mark", None)
-        place = f" (line {mark.line + 1})" if mark is not None else ""
-        problem = getattr(error, "problem", None) or " ".join(str(error).split())[:200]
-        raise ValueError(f"no YAML{place}: {problem}") from None
     if twice is not None:
         # YAML would keep the last entry: a change of an earlier one would have no effect.
         line = twice.start_mark.line + 1
@@ -191,13 +186,15 @@ def _layer(
     name: Any, entry: Any, common: Mapping[str, Any], evidence: Any, *, use_rslora: bool
 ) -> AssignedLayer:
     own = f"Layer {name}"
-    if not isinstance(name, str) or not isinstance(entry, Mapping) or set(entry) - set(_LAYER_KEYS):
+    if not isinstance(name, str):
+        raise ValueError(f"Invalid layer {name!r}: a name must be text. Put it in quotes.")
+    if not isinstance(entry, Mapping) or set(entry) - set(_LAYER_KEYS):
         raise ValueError(f"{own}: invalid {entry!r}. Must be a mapping of {_listed(_LAYER_KEYS)}.")
     if "train" not in entry:
         raise ValueError(f"{own} has no train. Must be {_listed(KINDS)}.")
     train, r, alpha = entry["train"], entry.get("r"), entry.get("alpha")
     if train == LORA:
-        alpha = alpha if alpha is not None else None if "r" in entry else common.get("alpha")
+        alpha = common.get("alpha") if alpha is None and r is None else alpha
         r = common.get("r") if r is None else r
         if r is None:
             raise ValueError(f"{own}: lora has no rank. Give r here, or in `lora`.")

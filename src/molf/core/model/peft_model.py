@@ -183,9 +183,11 @@ def add_adapter(
         The `peft.PeftModel`, whose base model is `model`.
 
     Raises:
-        ValueError: PEFT does not support a layer; the model's layers are as before then.
+        ValueError: PEFT does not support a layer, or `adapter_name` is not allowed; the model's
+            layers are as before then.
     """
     check_installed("peft", "An adapter")
+    _check_adapter_name(adapter_name)
     from peft import get_peft_model
 
     clean, chosen = cleaner(model), set(names)
@@ -215,6 +217,21 @@ def add_adapter(
             f"PEFT cannot adapt the layers ({', '.join(kinds)}); {remedy}. PEFT's error: "
             f"{reason[:300]}"
         ) from error
+
+
+def _check_adapter_name(name: Any) -> None:
+    """Refuse a name that cannot be a key of PEFT's dictionaries of factors, or hides them.
+
+    Raises:
+        ValueError: It is such a name.
+    """
+    # The factors' parameters are called `lora_A.NAME.weight`, and the base's `base_layer.weight`.
+    taken = isinstance(name, str) and (name == "base_layer" or hasattr(nn.ModuleDict(), name))
+    if taken or not isinstance(name, str) or not name or "." in name:
+        raise ValueError(
+            f"Invalid adapter_name={name!r}. Must be text without dots, such as default, and no "
+            "name that torch or PEFT uses (base_layer, keys)."
+        )
 
 
 def exactly(name: str, raw: str | None = None) -> str:

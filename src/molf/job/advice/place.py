@@ -72,6 +72,22 @@ def check_figures(folder: Path) -> None:
     check_writable(nearest_existing(folder.absolute()), f"figures {folder}")
 
 
+def check_distinct(**places: Path | None) -> None:
+    """Check that no two options have one path.
+
+    Args:
+        **places: The path of each option; None for none.
+
+    Raises:
+        InputError: Two have.
+    """
+    seen: dict[Path, str] = {}
+    for option, path in places.items():
+        other = option if path is None else seen.setdefault(settled(path).absolute(), option)
+        if other != option:
+            raise InputError(f"{option} and {other} are one file, {path}. Give two.")
+
+
 def kept_assignment(assignment: Assignment, path: Path) -> str:
     """Return a line about a file that is kept: whether it has this assignment."""
     try:

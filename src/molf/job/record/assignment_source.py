@@ -132,8 +132,8 @@ def read_assignment(
     if model is not None:
         return source.assignment(model, share=share)
     if source.values is None or not is_explicit(source.values):
-        what = "a routing log" if source.values is None else "patterns"
-        raise InputError(f"assignment {source.path}: {what} is read with model=, the plain model.")
+        what = "a routing log is" if source.values is None else "patterns are"
+        raise InputError(f"assignment {source.path}: {what} read with model=, the plain model.")
     return Assignment.of_values(source.values, None)
 
 

@@ -7,13 +7,19 @@ import json
 from collections.abc import Iterable, Mapping
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from molf.data.records import data_files, is_url
 from molf.data.sources import OPTIONS, absolute_sources, sources_of
 from molf.disk.files import sha256_of
 from molf.job.record.ownership import ASSIGNMENT, ROUTING
 from molf.paths import absolute, expanded
+
+if TYPE_CHECKING:
+    from molf.core.assignment.assignment import Assignment
+
+ASSIGNED = "assignment"
+"""Key in the record of a run's model: the hash of its assignment."""
 
 _DATA = (*OPTIONS, "forgetting_data")
 _MODEL, _ASSIGNMENT = "model", "assignment"
@@ -67,6 +73,13 @@ def hash_of_model(model: str) -> str:
         return _model(expanded(absolute(model))) or ""
     except OSError:
         return ""
+
+
+def hash_of_assignment(assignment: Assignment) -> str:
+    """Return a hash of the training of each layer and of the rest; comments do not count."""
+    layers = [[one.name, one.train, one.r, one.alpha] for one in assignment.entries]
+    rest = [assignment.use_rslora, assignment.freeze_rest, sorted(assignment.frozen_rest)]
+    return f"sha256:{short_hash([layers, rest])}"
 
 
 def _data(source: str) -> str | None:

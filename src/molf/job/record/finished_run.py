@@ -14,7 +14,7 @@ import yaml
 from molf.disk.files import clear_unfinished
 from molf.disk.locks import InUseError, Lock
 from molf.errors import InputError
-from molf.inputs import read_text
+from molf.inputs import read_text, reading_yaml
 from molf.job.record.contents import hash_of_model
 from molf.job.record.ownership import ADAPTER, CONFIG, MODEL, is_run, is_run_config
 from molf.job.record.run_around import why_no_run
@@ -140,8 +140,9 @@ def read_run(path: Path) -> FinishedRun:
         raise InputError(f"{path} is not a run of `molf train`: it has no {CONFIG}.")
     text = read_text(path / CONFIG, str(path / CONFIG))
     try:
-        config = yaml.safe_load(text)
-    except (ValueError, RecursionError, yaml.YAMLError) as error:
+        with reading_yaml():
+            config = yaml.safe_load(text)
+    except ValueError as error:
         raise InputError(f"{path / CONFIG} cannot be read: {error}") from error
     if not is_run_config(config):
         raise InputError(f"{path / CONFIG} is not that of a run of `molf train`.")

@@ -15,6 +15,7 @@ from typing import Any
 import yaml
 
 from molf.disk.files import is_unfinished
+from molf.inputs import reading_yaml
 from molf.shown import listed
 
 CONFIG = "config.yaml"
@@ -160,8 +161,9 @@ def _foreign(entries: Iterable[Path]) -> str | None:
 def read_yaml(path: Path) -> Any:
     """Return the content of a YAML file; None if it is missing or cannot be read."""
     try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError, yaml.YAMLError):
+        with reading_yaml():
+            return yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
         return None
 
 

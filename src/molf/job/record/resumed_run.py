@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from molf.errors import InputError
+from molf.job.record.contents import ASSIGNED, hash_of_assignment
 from molf.job.record.finished_run import read_run
-from molf.job.record.ownership import CHECKPOINTS, CONFIG, EVALUATION
+from molf.job.record.ownership import ASSIGNMENT, CHECKPOINTS, CONFIG, EVALUATION
 from molf.job.record.provenance import contents
 from molf.job.settings.resolved import ResolvedSettings
 from molf.job.settings.sharding import fitting
@@ -162,7 +163,7 @@ def check_same_options(settings: ResolvedSettings) -> None:
 
 
 def check_same_contents(settings: ResolvedSettings, files: Mapping[str, Any]) -> None:
-    """Compare the contents of data files and of a base directory with those at the start of a run.
+    """Compare data files, a base directory and an assignment with those at the start of a run.
 
     Args:
         settings: The options of the resumed run.
@@ -176,6 +177,10 @@ def check_same_contents(settings: ResolvedSettings, files: Mapping[str, Any]) ->
     run = read_run(settings.output_dir)
     before = (run.config["run"].get("data") or {}).get("files") or {}
     changed = [name for name in before if contents(before[name]) != contents(files.get(name, ()))]
+    assigned = (run.config["run"].get("model") or {}).get(ASSIGNED)
+    found = settings.reached_assignment
+    if assigned is not None and found is not None and hash_of_assignment(found) != assigned:
+        changed.append(f"its {ASSIGNMENT}")
     if changed := changed + ["model"] * run.base_has_changed:
         raise InputError(
             f"The run {settings.output_dir} cannot be resumed: the content of "

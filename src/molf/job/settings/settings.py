@@ -158,7 +158,7 @@ class TrainSettings:
     """LoRA alpha: one number, or one per rank."""
     use_rslora: Annotated[bool | None, Parameter(group=METHOD, show_default="by method")] = None
     """Scale by alpha / sqrt(rank) instead of alpha / rank."""
-    lora_dropout: Annotated[float | None, Parameter(group=METHOD, show_default=_AUTO)] = None
+    lora_dropout: Annotated[float | None, Parameter(group=METHOD, show_default=_AUTO), SHARE] = None
     """Dropout before the LoRA factors. With molf, above 0 takes an adapter beside the weights."""
     loraplus_lr_ratio: Annotated[
         float | None, Parameter(group=METHOD, show_default="16"), POSITIVE
