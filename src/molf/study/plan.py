@@ -58,6 +58,8 @@ class Outcome:
     is_reused: bool = False
 
 
+Place = tuple[str, str, str]
+"""Cell, method, phase."""
 Identity = tuple[str, str, str, int, int]
 """Cell, method, phase, number of the point, seed."""
 
@@ -92,9 +94,14 @@ class Planned:
     trial_rule: TrialRule | None = None
 
     @property
+    def place(self) -> Place:
+        """Its cell, method and phase, by name."""
+        return (self.cell.name, self.method.name, self.phase)
+
+    @property
     def identity(self) -> Identity:
         """The place of the trial in the study."""
-        return (self.cell.name, self.method.name, self.phase, self.index, self.seed)
+        return (*self.place, self.index, self.seed)
 
     def at(self, point: Point) -> TrainSettings:
         """Return the settings with these rates."""
