@@ -28,9 +28,10 @@ from molf.job.record.stages import Stages
 from molf.job.records import ConfigRecord, add_row, input_files, run_result, write_evaluations
 from molf.job.settings.resolved import ResolvedSettings
 from molf.job.trained_model import TrainedModel
+from molf.job.trainer.result import Training
 from molf.job.trainer.run_parts import hash_of_rows
 from molf.job.trainer.tracking import Tracking, tracking_of
-from molf.job.training import Training, run_training
+from molf.job.training import run_training
 from molf.measure import Evaluation
 from molf.ranks import Ranks, ranks
 from molf.tasks import Task

@@ -16,7 +16,7 @@ from molf.job.model.saving import Fallback, save_model
 from molf.job.opening import Opening
 from molf.job.record.directory import RunDirectory
 from molf.job.record.ownership import ADAPTER, LOW_HALVES, MODEL
-from molf.job.training import Training
+from molf.job.trainer.result import Training
 from molf.measure import Evaluation
 from molf.tasks import Task
 
