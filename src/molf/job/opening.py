@@ -150,8 +150,8 @@ def _open(
     if sharding is None:
         base.model.to(device)
     # Rank 0 alone has the values of a model in shards, on the CPU.
-    with_values = ALONE if sharding is None else sharding.ranks
-    reach = with_values.on_main(lambda: _try(base, encoded, settings, arguments, max_length))
+    processes = ALONE if sharding is None else sharding.ranks
+    reach = processes.on_main(lambda: _try_example(base, encoded, settings, arguments, max_length))
     _check_reached(base.model, settings, reach)
     settings = replace(settings, unreached=reach.unreached, bypassed=reach.bypassed)
 
@@ -161,7 +161,7 @@ def _open(
     rows, steps = _of_all(data, arguments, len(samples), len(task.training_samples))
     if settings.packing:
         _warn_of_few_rows(rows, settings)
-    room = with_values.on_main(
+    room = processes.on_main(
         lambda: check_saving(base, settings, planned, steps, task.evaluation_count)
     )
     found: dict[str, Any] = {
@@ -275,7 +275,7 @@ def _merge_base(settings: ResolvedSettings, quantisation: Quantisation | None) -
     return None if quantisation is None else settings.merge_base or MERGE_BASES[0]
 
 
-def _try(
+def _try_example(
     base: LoadedModel,
     encoded: EncodedSamples,
     settings: ResolvedSettings,
