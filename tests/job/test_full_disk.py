@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase, TrainerC
 from molf.checkpoint import writer
 from molf.cli import main
 from molf.disk import room
-from molf.job import records, trained_model, training
+from molf.job import records, run_steps, trained_model, training
 from molf.job.model import elsewhere
 from molf.job.model import saving as model_saving
 from process_faults import fill
@@ -62,11 +62,11 @@ class Fill(TrainerCallback):
 @pytest.fixture
 def during(monkeypatch):
     """Have a callback take part in the training."""
-    run = training.run_training
+    run = run_steps.run_training
 
     def take(callback):
         monkeypatch.setattr(
-            training,
+            run_steps,
             "run_training",
             lambda *given, **named: run(*given, **named, callbacks=[callback]),
         )

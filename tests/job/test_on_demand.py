@@ -14,9 +14,9 @@ from molf.data.encoding import encode_samples
 from molf.data.on_demand import OnDemand, most_tokens
 from molf.data.rows import Rows
 from molf.errors import InputError
-from molf.job import opening
 from molf.job.methods import TrainingData
 from molf.job.record.result import ResumeError
+from molf.job.trainer import encoder
 from molf.job.trainer.run_parts import RECORDS, RunParts, hash_of_examples, hash_of_tokens
 from molf.measure.spread import spread
 from molf.tasks import TaskOptions, load_task
@@ -38,7 +38,7 @@ def data(tmp_path):
 
 @pytest.fixture
 def few_known(monkeypatch):
-    monkeypatch.setattr(opening, "PROBED", 5)
+    monkeypatch.setattr(encoder, "PROBED", 5)
     monkeypatch.setattr(on_demand, "PROBED", 5)
 
 
@@ -207,13 +207,13 @@ def shown(capsys):
 def test_kept_tokens_give_the_same_bits(trained, data, tmp_path, monkeypatch, shown, further):
     whole = trained("whole", *further)
     cache = ["--token_cache", str(tmp_path / "tokens"), *further]
-    monkeypatch.setattr(opening, "PART", 5)
-    monkeypatch.setattr(opening, "PROBED", 5)  # the option stands above tokens on demand
+    monkeypatch.setattr(encoder, "PART", 5)
+    monkeypatch.setattr(encoder, "PROBED", 5)  # the option stands above tokens on demand
     kept = trained("kept", *cache, "--dataset_num_proc", "2")
     [file] = (tmp_path / "tokens").iterdir()
     assert shown("Tokens: ").startswith(f"Tokens: kept in {tmp_path}/tokens (")
-    monkeypatch.setattr(opening, "encode_quietly", None)
-    monkeypatch.setattr(opening, "encode_in_processes", None)
+    monkeypatch.setattr(encoder, "encode_quietly", None)
+    monkeypatch.setattr(encoder, "encode_in_processes", None)
     read = trained("read", *cache)
     assert shown("Tokens: ") == f"Tokens: read from {file}."
     weights = [(path / "model/model.safetensors").read_bytes() for path in (whole, kept, read)]
@@ -287,7 +287,7 @@ def losses(path):
 def test_a_training_has_the_same_bits(trained, tmp_path, capsys, monkeypatch, method):
     whole = trained("whole", "--method", method, "--logging_steps", "1")
     capsys.readouterr()
-    monkeypatch.setattr(opening, "PROBED", 5)
+    monkeypatch.setattr(encoder, "PROBED", 5)
     monkeypatch.setattr(on_demand, "PROBED", 5)
     further = ["--logging_steps", "1", "--max_eval_samples", "1"]
     part = trained("part", "--method", method, *further)

@@ -169,13 +169,14 @@ def test_options_of_a_training_are_taken():
     (warning,) = caught
     for name in ("gradient_accumulation_steps", "max_grad_norm", "save_steps", "nonfinite"):
         assert name in str(warning.message)
-    assert settings.gradient_accumulation_steps == 1
-    assert settings.max_steps == 30
-    assert settings.optimizer_in_backward
+    training = settings.training
+    assert training.gradient_accumulation_steps == 1
+    assert training.max_steps == 30
+    assert training.optimizer_in_backward
 
 
 def test_scores_that_compare_layers_take_steps_after_the_backward_pass():
-    settings = ProbeSettings(score="share:0.2:gsnr")
+    settings = ProbeSettings(score="share:0.2:gsnr").training
     assert not settings.optimizer_in_backward
     assert settings.state_dtype == "8bit"
 

@@ -214,10 +214,11 @@ def test_options_of_a_training_are_taken():
     (warning,) = caught
     names = ("save_steps", "max_time", "eval_steps", "validation_data", "lora_learning_rate")
     assert all(name in str(warning.message) for name in names)
-    assert settings.lora_learning_rate is None
+    training = settings.training
+    assert training.lora_learning_rate is None
     assert "warmup_ratio" not in str(warning.message)
-    assert (settings.warmup_ratio, settings.lr_scheduler_type) == (0, "constant")
-    assert RateSettings(max_steps=None).max_steps == 120
+    assert (training.warmup_ratio, training.lr_scheduler_type) == (0, "constant")
+    assert RateSettings(max_steps=None).training.max_steps == 120
 
 
 @pytest.mark.parametrize(

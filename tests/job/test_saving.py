@@ -200,13 +200,13 @@ def test_row_that_cannot_be_added_does_not_fail_a_run(monkeypatch, options, tmp_
 
 @pytest.mark.parametrize(("name", "code"), [("SIGTERM", 143), ("SIGHUP", 129), ("SIGINT", 130)])
 def test_signal_ends_a_run_as_an_interrupt_does(monkeypatch, options, tmp_path, capsys, name, code):
-    from molf.job import training
+    from molf.job import run_steps
 
     def killed(*given, **options):
         signal.raise_signal(getattr(signal, name))
         raise AssertionError("the signal did nothing")
 
-    monkeypatch.setattr(training, "run_training", killed)
+    monkeypatch.setattr(run_steps, "run_training", killed)
     number = getattr(signal, name)
     usual = signal.default_int_handler if name == "SIGINT" else signal.SIG_DFL
     before = signal.signal(number, usual)  # under nohup, and in the background, they are ignored

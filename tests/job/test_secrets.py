@@ -96,7 +96,7 @@ def test_a_run_holds_no_secrets(options, web, tmp_path, monkeypatch, capsys):
 
 
 def test_a_failed_run_quotes_no_secrets(options, web, tmp_path, monkeypatch, capsys):
-    from molf.job import training
+    from molf.job import run_steps
 
     monkeypatch.setenv("WANDB_API_KEY", "env5ecretnoform")
 
@@ -108,7 +108,7 @@ def test_a_failed_run_quotes_no_secrets(options, web, tmp_path, monkeypatch, cap
                 f"{URL % 'facts'} with {{'api_key': 'py5ecret'}} of env5ecretnoform"
             ) from error
 
-    monkeypatch.setattr(training, "run_training", fail)
+    monkeypatch.setattr(run_steps, "run_training", fail)
     arguments = [*with_data(options, URL % "facts"), "--output_dir", str(tmp_path / "run")]
     assert main(arguments) == 1
     error = capsys.readouterr().err

@@ -116,13 +116,13 @@ def test_a_worker_whose_trial_was_given_up_before_it_ran_goes_on(tmp_path, monke
     study, make = study_of(tmp_path)
     suggest, lost = Ledger._suggest, []
 
-    def fail_first(self, trial, cell, method):
+    def fail_first(self, trial, planned):
         if not lost:
             lost.append(trial.number)
             state = optuna.trial.TrialState.FAIL
             self._storage.set_trial_state_values(trial._trial_id, state=state)
             trial.set_user_attr("worker", "late")
-        return suggest(self, trial, cell, method)
+        return suggest(self, trial, planned)
 
     monkeypatch.setattr(Ledger, "_suggest", fail_first)
     done, _ = work(study, make, Pretended(study))
@@ -162,7 +162,7 @@ def test_the_trial_of_a_dead_worker_runs_before_other_methods(tmp_path):
     plan = Plan(study, {}, make, {})
     ledger.enqueue(plan.trials, ledger.read())
     first = plan.trials[0]
-    trial = ledger._at(first.cell, first.method, first.phase).ask()
+    trial = ledger._at(first.place).ask()
     ledger._storage.record_heartbeat(trial._trial_id)
     with closing(sqlite3.connect(tmp_path / "out" / "optuna.sqlite")) as database, database:
         database.execute("update trial_heartbeats set heartbeat = datetime('now', '-1 hour')")
@@ -179,7 +179,7 @@ def test_a_trial_that_kills_its_workers_is_given_up(tmp_path):
     bad = plan.trials[0]
     for _ in range(2):
         ledger.enqueue([bad], ledger.read())
-        one = ledger._at(bad.cell, bad.method, bad.phase)
+        one = ledger._at(bad.place)
         trial = one.ask()
         one.tell(trial, state=optuna.trial.TrialState.FAIL)  # as if its worker had died
     outcome = ledger.read().outcomes[bad.key]
@@ -390,7 +390,7 @@ def taken_trial(study, make, ledger):
     """The first trial, its study of Optuna, and its trial there, which a worker has taken."""
     first = Plan(study, {}, make, {}).trials[0]
     ledger.enqueue([first], ledger.read())
-    one = ledger._at(first.cell, first.method, first.phase)
+    one = ledger._at(first.place)
     return first, one, one.ask()
 
 
@@ -415,7 +415,7 @@ def test_a_worker_that_dies_at_once_after_another_one_is_noticed(tmp_path):
     database = tmp_path / "out" / "optuna.sqlite"
     with closing(sqlite3.connect(database)) as opened, opened:
         opened.execute("update trial_heartbeats set heartbeat = datetime('now', '-1 hour')")
-    place = [(first.cell.name, first.method.name, first.phase)]
+    place = [first.place]
     ledger.fail_stale(place)
     ledger.enqueue([first], ledger.read())
     one.ask()  # and dies before its first sign of life
@@ -434,7 +434,7 @@ def test_status_counts_running_trials_that_differ_in_their_rate_alone(tmp_path, 
     ledger.enqueue(plan.trials, ledger.read())
     first = plan.trials[0]
     for _ in range(2):
-        ledger._at(first.cell, first.method, first.phase).ask()
+        ledger._at(first.place).ask()
     assert main(["study", "status", str(tmp_path / "study.yaml")]) == 0
     printed = capsys.readouterr().out
     assert "2 running, 8 left" in printed

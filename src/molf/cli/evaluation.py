@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from molf.cli.eval_options import EvalOptions
 from molf.data.files import Record, read_json
@@ -16,15 +17,22 @@ from molf.errors import InputError
 from molf.job.base_model import NoBaseError, find_base, read_base_model
 from molf.job.evaluated_data import warn_of_other_splitting, warn_of_training_data
 from molf.job.model.path import check_model
-from molf.job.progress import make_reporter
+from molf.job.progress import Reporter, make_reporter
 from molf.job.record.directory import check_output, locking_runs
 from molf.job.record.ownership import AN_EVALUATION, EVALUATION, PREDICTIONS, predictions_in
 from molf.job.record.result import RunError, evaluation_record
 from molf.measure import Evaluation, EvaluationSettings, evaluate
 from molf.measure.harness import PREFIX, Harness
+from molf.measure.settings import Progress
 from molf.paths import check_inputs_outside, check_path
 from molf.streams import ignoring_print_errors
-from molf.tasks import load_task
+from molf.tasks import Task, load_task
+
+if TYPE_CHECKING:
+    import torch
+
+    from molf.job.model.loading import LoadedModel
+    from molf.measure.divergence import BaseLogits
 
 _LOCK_SECONDS = 10.0  # longer than another evaluation takes to write its files
 
@@ -36,69 +44,117 @@ def evaluate_checkpoint(model: str, options: EvalOptions) -> dict[str, Evaluatio
         InputError: The options, the data or the model are wrong.
     """
     check_model(model)
-    base, no_base = None, ""
-    try:
-        base = find_base(model, options.base)
-    except NoBaseError as error:
-        no_base = str(error)
+    base = _find_base(model, options)
     _check_output(options)
-    settings = EvaluationSettings.of(options)
-    tasks = {task.name: load_task(task) for task in options.task_options}
-    texts = {name: task.forgetting_text(options.forgetting_data) for name, task in tasks.items()}
-    for task in tasks.values():
-        warn_of_training_data(model, task)
-    if tasks:
-        warn_of_other_splitting(model, split_special_tokens=options.split_special_tokens)
+    tasks = _load_tasks(model, options)
 
     from molf.job.libraries import quiet_libraries
 
-    sources = (model, base, *places(options.data), options.forgetting_data)
+    sources = (model, base.path, *places(options.data), options.forgetting_data)
     with ignoring_print_errors(), quiet_libraries(), locking_runs(sources):
-        import torch
-
-        from molf.job.model.loading import load_model, move
-        from molf.measure.causality import check_causal
-        from molf.measure.generate import padding_id
-
-        # Before the model, so that a wrong task of the harness is reported in seconds.
+        # Before the models, so that a wrong task of the harness is reported in seconds.
         harness = _load_harness(options)
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         reporter = make_reporter()
-        bases = {}
-        if base is not None and tasks:
-            measured = {name: (task, texts[name]) for name, task in tasks.items()}
-            with reporter.evaluating(f"Reading the base model {base}") as show:
-                try:
-                    bases = read_base_model(base, model, measured, settings, device, show)
-                except InputError as error:
-                    if options.base is not None:
-                        raise
-                    no_base = f"the base of the run cannot be read: {error}"
-        loaded = load_model(model)
-        move(loaded.model, device)
-        check_causal(model, loaded.model, padding_id(loaded.tokenizer))
+        if base.path is not None and tasks:
+            base = _read_base(base, model, tasks, options, reporter)
+        loaded = _load(model)
         evaluations: dict[str, Evaluation] = {}
         for name in options.task:
             title = f"Evaluating {model} on {name}"
             if name in tasks:
                 with reporter.evaluating(title) as show:
-                    evaluations[name] = evaluate(
-                        loaded.model,
-                        loaded.tokenizer,
-                        tasks[name],
-                        texts[name],
-                        settings,
-                        show,
-                        base=bases.get(name),
-                    )
-                if name not in bases:
-                    evaluations[name].notes["kl_not_measured"] = no_base
+                    evaluations[name] = _evaluate(loaded, name, tasks[name], options, base, show)
                 _warn_of_faults(evaluations[name])
             elif harness is not None:
                 reporter.say(title)  # the harness shows its own progress
                 found = harness.evaluate(loaded.model, loaded.tokenizer, name.removeprefix(PREFIX))
                 evaluations.update(found)
     return evaluations
+
+
+@dataclass(frozen=True)
+class _Base:
+    """The base that a model is compared with.
+
+    Attributes:
+        path: A directory or a Hub id; None if it is not known.
+        unread: The reason why its logits are not known; empty before they are read.
+        logits: Its logits by task.
+    """
+
+    path: str | None
+    unread: str = ""
+    logits: Mapping[str, BaseLogits] = field(default_factory=dict)
+
+
+def _find_base(model: str, options: EvalOptions) -> _Base:
+    try:
+        return _Base(find_base(model, options.base))
+    except NoBaseError as error:
+        return _Base(None, str(error))
+
+
+def _load_tasks(model: str, options: EvalOptions) -> dict[str, tuple[Task, str]]:
+    """Return each task of this package with its neutral text, by name."""
+    tasks = {task.name: load_task(task) for task in options.task_options}
+    texts = {name: task.forgetting_text(options.forgetting_data) for name, task in tasks.items()}
+    for task in tasks.values():
+        warn_of_training_data(model, task)
+    if tasks:
+        warn_of_other_splitting(model, split_special_tokens=options.split_special_tokens)
+    return {name: (task, texts[name]) for name, task in tasks.items()}
+
+
+def _read_base(
+    base: _Base,
+    model: str,
+    tasks: Mapping[str, tuple[Task, str]],
+    options: EvalOptions,
+    reporter: Reporter,
+) -> _Base:
+    """Return the base with its logits; without, if it is that of a run and cannot be read."""
+    settings = EvaluationSettings.of(options)
+    with reporter.evaluating(f"Reading the base model {base.path}") as show:
+        try:
+            logits = read_base_model(str(base.path), model, tasks, settings, _device(), show)
+        except InputError as error:
+            if options.base is not None:
+                raise
+            return replace(base, unread=f"the base of the run cannot be read: {error}")
+    return replace(base, logits=logits)
+
+
+def _load(model: str) -> LoadedModel:
+    from molf.job.model.loading import load_model, move
+    from molf.measure.causality import check_causal
+    from molf.measure.generate import padding_id
+
+    loaded = load_model(model)
+    move(loaded.model, _device())
+    check_causal(model, loaded.model, padding_id(loaded.tokenizer))
+    return loaded
+
+
+def _device() -> torch.device:
+    import torch
+
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _evaluate(
+    loaded: LoadedModel,
+    name: str,
+    task: tuple[Task, str],
+    options: EvalOptions,
+    base: _Base,
+    show: Progress,
+) -> Evaluation:
+    """Measure a model on a task, and compare it with the base."""
+    settings, logits = EvaluationSettings.of(options), base.logits.get(name)
+    found = evaluate(loaded.model, loaded.tokenizer, *task, settings, show, base=logits)
+    if logits is None:
+        found.notes["kl_not_measured"] = base.unread
+    return found
 
 
 def score_saved_texts(options: EvalOptions) -> dict[str, Evaluation]:

@@ -103,53 +103,76 @@ def _objects(file: BinaryIO) -> Iterator[Any]:
         DuplicateKeyError: The next object has a duplicate key.
         ValueError: The file is not UTF-8, or no list of objects.
     """
-    decoder = codecs.getincrementaldecoder("utf-8-sig")()
-    text, position, is_first, size = "", 0, True, _WINDOW
-
-    def more() -> bool:
-        nonlocal text, position, size
-        chunk = file.read(size)
-        text, position = text[position:] + decoder.decode(chunk, final=not chunk), 0
-        return bool(chunk)
-
-    def skip_space() -> None:
-        nonlocal position
-        while True:
-            while position < len(text) and text[position] in _SPACE:
-                position += 1
-            if position < len(text) or not more():
-                return
-
-    def take(character: str) -> bool:
-        nonlocal position
-        skip_space()
-        found = text.startswith(character, position)
-        position += found
-        return found
-
-    if not take("["):
+    text = _Text(file)
+    if not text.take("["):
         raise ValueError("no list")
-    while not take("]"):
-        if not is_first and not take(","):
+    is_first = True
+    while not text.take("]"):
+        if not is_first and not text.take(","):
             raise ValueError("no comma")
         is_first = False
-        skip_space()
+        yield text.take_object()
+    if not text.is_at_end():
+        raise ValueError("more text")
+
+
+class _Text:
+    """The text of a file in UTF-8, of which a part is in memory.
+
+    Args:
+        file: The file.
+    """
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self._decoder = codecs.getincrementaldecoder("utf-8-sig")()
+        self._text, self._position = "", 0
+
+    def take(self, character: str) -> bool:
+        """Return whether a character comes next, after any space; go behind it if it does."""
+        self._skip_space()
+        found = self._text.startswith(character, self._position)
+        self._position += found
+        return found
+
+    def take_object(self) -> Any:
+        """Return the object that comes next, and go behind it.
+
+        Raises:
+            DuplicateKeyError: It has a duplicate key.
+            ValueError: No object comes next.
+        """
+        self._skip_space()
         # The end of an object is certain; that of a number at the end of the window is not.
-        if not text.startswith("{", position):
+        if not self._text.startswith("{", self._position):
             raise ValueError("no object")
         while True:
             try:
-                value, position = _DECODER.raw_decode(text, position)
-                break
+                value, self._position = _DECODER.raw_decode(self._text, self._position)
             except (ValueError, RecursionError) as error:
-                size = max(_WINDOW, len(text) - position)
-                if not more():
+                if not self._read(max(_WINDOW, len(self._text) - self._position)):
                     raise ValueError("no JSON") from error
-        yield value
-        size = _WINDOW
-    skip_space()
-    if position < len(text):
-        raise ValueError("more text")
+            else:
+                return value
+
+    def is_at_end(self) -> bool:
+        """Return whether only space follows."""
+        self._skip_space()
+        return self._position == len(self._text)
+
+    def _skip_space(self) -> None:
+        while True:
+            while self._position < len(self._text) and self._text[self._position] in _SPACE:
+                self._position += 1
+            if self._position < len(self._text) or not self._read(_WINDOW):
+                return
+
+    def _read(self, size: int) -> bool:
+        """Read so many bytes, and forget the text before the position; return whether any came."""
+        chunk = self._file.read(size)
+        rest = self._text[self._position :]
+        self._text, self._position = rest + self._decoder.decode(chunk, final=not chunk), 0
+        return bool(chunk)
 
 
 def _object(value: Any, shown: str, index: int) -> Record:

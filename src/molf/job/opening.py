@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,13 +13,10 @@ from trl import SFTConfig
 
 from molf.core.model.linear_layers import matching_linears
 from molf.core.model.quantised import Quantisation
-from molf.data.encoding import PART, EncodedSamples, Show, encode_quietly, warn_of_faults
-from molf.data.on_demand import PROBED, OnDemand
+from molf.data.encoding import EncodedSamples, Show
 from molf.data.packing import pack
-from molf.data.rows import largest_of, lengths_of
+from molf.data.rows import lengths_of
 from molf.data.samples import Sample
-from molf.data.tokens.cache import cached, key_of
-from molf.data.tokens.processes import encode_in_processes
 from molf.errors import InputError
 from molf.job.attention import check_attention, set_attention
 from molf.job.inputs import Inputs
@@ -35,11 +30,11 @@ from molf.job.model.room_needed import Needed
 from molf.job.model.saved_tensors import Storing, default_dtype, dtype_name
 from molf.job.model.saving_check import check_saving, storing_of
 from molf.job.progress import Reporter
-from molf.job.settings.batches import GROUP_BY_LENGTH
 from molf.job.settings.defaults import MERGE_BASES
 from molf.job.settings.resolved import ResolvedSettings
 from molf.job.settings.sharding import not_quantised
 from molf.job.shards import Sharding, check_shardable
+from molf.job.trainer.encoder import Encoder
 from molf.job.trainer.sft_config import sft_config
 from molf.job.trainer.steps import count_steps
 from molf.measure.causality import check_causal
@@ -54,7 +49,7 @@ from molf.tasks import Task
 _TRIED_TOKENS = 256
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Opening:
     """A checked training with its model and data. Nothing was written for it yet.
 
@@ -130,126 +125,96 @@ def _open(
     samples: Sequence[Sample],
     show: Show,
 ) -> Opening:
+    # Options and layers, before the model is loaded.
     arguments = sft_config(settings)
-    check_kernels(settings, arguments.device)
+    device = arguments.device
+    check_kernels(settings, device)
     set_seed(settings.seed)  # before random initialisation, such as that of adapters
-    sharding = Sharding.of(settings, ranks(), arguments.device)
-    settings, quantisation = _check_layers(settings, arguments.device)
-    base = _load_base(settings, arguments.device, inputs, sharding)
+    sharding = Sharding.of(settings, ranks(), device)
+    settings, quantisation = _check_layers(settings, device)
 
+    # The model and its examples.
+    base = _load_base(settings, device, inputs, sharding)
     if sharding is not None:
         check_shardable(base.model, settings)
-    # A part of the samples is that of a dry run, which writes nothing.
-    cache = settings.token_cache if samples is task.training_samples else None
     max_length = length_limit(base.model, settings.max_length)
-    check = partial(_check_id, base, model=settings.model)
-    encoded = _encode(base.tokenizer, samples, max_length, settings, cache, show, check)
-    validation = _validation(base.tokenizer, task.validation_samples, max_length)
-    for one in filter(None, (encoded, validation)):
-        warn_of_faults(one)
-        check(largest_of(one.tokenized))
+    encoder = Encoder(base, settings, max_length, show)
+    # A part of the samples is that of a dry run, which writes nothing.
+    encoded = encoder.training(samples, is_stored=samples is task.training_samples)
+    validation = encoder.validation(task.validation_samples)
+    encoder.check(encoded)
+    if validation is not None:
+        encoder.check(validation)
 
-    def run() -> Reach:
-        reach = _reach(base, encoded, settings.model, arguments.router_aux_loss_coef)
-        if settings.joins_examples:
-            most = settings.per_device_train_batch_size * max_length
-            check_joined(settings.model, base.model, padding_id(base.tokenizer), most)
-        else:
-            _check_padding(base, encoded, settings)
-        return reach
-
+    # The modules that the text of an example reaches.
     if sharding is None:
-        base.model.to(arguments.device)
-        with_values: Callable[[Callable[[], Any]], Any] = ALONE.on_main
-    else:  # rank 0 alone has values, on the CPU
-        with_values = sharding.ranks.on_main
-    reach = with_values(run)
+        base.model.to(device)
+    # Rank 0 alone has the values of a model in shards, on the CPU.
+    processes = ALONE if sharding is None else sharding.ranks
+    reach = processes.on_main(lambda: _try_example(base, encoded, settings, arguments, max_length))
     _check_reached(base.model, settings, reach)
     settings = replace(settings, unreached=reach.unreached, bypassed=reach.bypassed)
 
+    # The steps, what they train, and the space for it.
+    data = _training_data(arguments, encoded, settings, max_length)
+    planned = plan(base.model, settings, data)
+    rows, steps = _of_all(data, arguments, len(samples), len(task.training_samples))
+    if settings.packing:
+        _warn_of_few_rows(rows, settings)
+    room = processes.on_main(
+        lambda: check_saving(base, settings, planned, steps, task.evaluation_count)
+    )
+    found: dict[str, Any] = {
+        "merge_base": _merge_base(settings, quantisation),
+        "max_length": max_length,
+        "save_dtype": settings.save_dtype or dtype_name(default_dtype(base)),
+    }
+    asked = {name: getattr(settings, name) for name in found}
+    return Opening(
+        settings=replace(settings, bf16=arguments.bf16, **found),
+        arguments=arguments,
+        base=base,
+        quantisation=quantisation,
+        sharding=sharding,
+        data=data,
+        validation=validation,
+        rows=rows,
+        steps=steps,
+        plan=planned,
+        storing=storing_of(base, settings),  # of the user's `save_dtype`
+        room=room,
+        notes=_notes(settings, base, reach, encoded),
+        asked={name: value for name, value in asked.items() if value != found[name]},
+    )
+
+
+def _training_data(
+    arguments: SFTConfig, encoded: EncodedSamples, settings: ResolvedSettings, max_length: int
+) -> TrainingData:
+    """Return the examples, packed if the settings ask for it, and the number of their steps."""
     packed = pack(encoded.lengths(), max_length) if settings.packing else None
     data = TrainingData(encoded, 0, packed)
-    data = replace(data, steps=count_steps(arguments, data.rows))
-    planned = plan(base.model, settings, data)
-    rows, steps = data.rows, data.steps
-    if len(samples) < (every := len(task.training_samples)):
-        rows = max(1, round(every * rows / len(samples)))
-        steps = count_steps(arguments, rows)
-    if packed is not None:
-        _warn_of_few_rows(rows, settings)
-    room = with_values(lambda: check_saving(base, settings, planned, steps, task.evaluation_count))
+    return replace(data, steps=count_steps(arguments, data.rows))
+
+
+def _of_all(data: TrainingData, arguments: SFTConfig, opened: int, every: int) -> tuple[int, int]:
+    """Return the numbers of rows and of steps with every example, from those of the opened ones."""
+    if opened == every:
+        return data.rows, data.steps
+    rows = max(1, round(every * data.rows / opened))
+    return rows, count_steps(arguments, rows)
+
+
+def _notes(
+    settings: ResolvedSettings, base: LoadedModel, reach: Reach, encoded: EncodedSamples
+) -> tuple[str, ...]:
     notes = (
         None if settings.assigned is None else f"Assignment: {settings.reached_assignment}.",
         describe(base.model, reach, in_adapter=settings.has_adapter),
         base.unused_tensors.describe(),
         encoded.source,
     )
-    opened: dict[str, Any] = {
-        "merge_base": _merge_base(settings, quantisation),
-        "max_length": max_length,
-        "save_dtype": settings.save_dtype or dtype_name(default_dtype(base)),
-    }
-    return Opening(
-        replace(settings, bf16=arguments.bf16, **opened),
-        arguments,
-        base,
-        quantisation,
-        sharding,
-        data,
-        validation,
-        rows,
-        steps,
-        planned,
-        storing_of(base, settings),  # of the user's `save_dtype`
-        room,
-        tuple(filter(None, notes)),
-        {name: asked for name in opened if (asked := getattr(settings, name)) != opened[name]},
-    )
-
-
-def _encode(
-    tokenizer: Any,
-    samples: Sequence[Sample],
-    max_length: int,
-    settings: ResolvedSettings,
-    cache: Path | None,
-    show: Show,
-    check: Callable[[int], None],
-) -> EncodedSamples:
-    """Encode all samples, or those of a long list on demand if the steps need fewer than half."""
-    needed = (
-        (settings.max_steps or len(samples))
-        * settings.per_device_train_batch_size
-        * settings.gradient_accumulation_steps
-        * ranks().count
-    )
-    # Packing and groups read all lengths.
-    needs_all = settings.packing or settings.train_sampling_strategy == GROUP_BY_LENGTH
-    is_small = len(samples) <= 2 * PROBED or 2 * needed > len(samples)
-    if cache is None and not needs_all and not is_small:
-        return OnDemand(tokenizer, samples, max_length, show, check).encoded
-
-    def encode() -> EncodedSamples:
-        count = settings.dataset_num_proc or 1
-        if count == 1 or len(samples) <= PART:
-            return encode_quietly(tokenizer, samples, max_length, show)
-        return encode_in_processes(tokenizer, samples, max_length, count, show)
-
-    if cache is None:
-        return encode()
-    return cached(cache, key_of(tokenizer, samples, max_length), encode)
-
-
-def _validation(
-    tokenizer: Any, samples: Sequence[Sample], max_length: int
-) -> EncodedSamples | None:
-    """Encode the samples of the evaluations in the training; None without any."""
-    if not samples:
-        return None
-    try:
-        return encode_quietly(tokenizer, samples, max_length)
-    except InputError as error:
-        raise InputError(f"The records of the evaluations in the training: {error}") from error
+    return tuple(filter(None, notes))
 
 
 def _warn_of_few_rows(rows: int, settings: ResolvedSettings) -> None:
@@ -310,6 +275,27 @@ def _merge_base(settings: ResolvedSettings, quantisation: Quantisation | None) -
     return None if quantisation is None else settings.merge_base or MERGE_BASES[0]
 
 
+def _try_example(
+    base: LoadedModel,
+    encoded: EncodedSamples,
+    settings: ResolvedSettings,
+    arguments: SFTConfig,
+    max_length: int,
+) -> Reach:
+    """Return the modules that an example does not reach, and check the loss of a batch.
+
+    Raises:
+        InputError: The model cannot be trained on text, or not in such batches.
+    """
+    reach = _reach(base, encoded, settings.model, arguments.router_aux_loss_coef)
+    if settings.joins_examples:
+        most = settings.per_device_train_batch_size * max_length
+        check_joined(settings.model, base.model, padding_id(base.tokenizer), most)
+    else:
+        _check_padding(base, encoded, settings)
+    return reach
+
+
 def _reach(
     base: LoadedModel, encoded: EncodedSamples, model: str, router_coefficient: float | None
 ) -> Reach:
@@ -349,17 +335,6 @@ def _check_reached(model: Any, settings: ResolvedSettings, reach: Reach) -> None
             f"No text reaches the {len(chosen)} layers that the settings choose, such as "
             f"{next(iter(chosen))}: training would not move them. Choose others with "
             "--target_modules and --exclude_modules."
-        )
-
-
-def _check_id(base: LoadedModel, token: int, *, model: str) -> None:
-    """Reject a token that the tokenizer has and the model's embeddings lack."""
-    rows = base.model.get_input_embeddings().weight.shape[0]
-    if token >= rows:
-        raise InputError(
-            f"model {model}: the examples have the token "
-            f"{base.tokenizer.convert_ids_to_tokens(token)!r} (id {token}), and the model has "
-            f"{rows} embeddings. Resize them, or give data without it."
         )
 
 

@@ -34,7 +34,7 @@ from molf.job.record.results import append_result
 from molf.job.record.resumed_run import ASKED, PROCESSES, UNMASKED, masked_options
 from molf.job.settings.defaults import ADAPTERS
 from molf.job.settings.resolved import ResolvedSettings
-from molf.job.training import Training
+from molf.job.trainer.result import Training
 from molf.measure import Evaluation
 from molf.measure.meanings import METRICS_VERSION
 from molf.ranks import ranks

@@ -16,7 +16,7 @@ from molf.job.model.saving import Fallback, save_model
 from molf.job.opening import Opening
 from molf.job.record.directory import RunDirectory
 from molf.job.record.ownership import ADAPTER, LOW_HALVES, MODEL
-from molf.job.training import Training
+from molf.job.trainer.result import Training
 from molf.measure import Evaluation
 from molf.tasks import Task
 
@@ -30,6 +30,10 @@ class TrainedModel:
         task: The task, for the card.
         training: The result of the training.
         before: Metrics of the base model, for the card.
+
+    Attributes:
+        training: As given.
+        before: As given.
     """
 
     def __init__(
@@ -43,8 +47,8 @@ class TrainedModel:
         self._opening = opening
         self._directory = directory
         self._task = task
-        self._training = training
-        self._before = before
+        self.training = training
+        self.before = before
 
     def save(self) -> dict[str, Any]:
         """Write the model, free it and the base, and return the record of the saved model.
@@ -57,7 +61,7 @@ class TrainedModel:
         # A base that was trained dequantised differs from the stored one: no update is measured.
         dequantised = settings.merge_base == "dequantised"
         stored = save_model(
-            self._training.model,
+            self.training.model,
             opening.base,
             storing,
             self._card(after=None),
@@ -73,7 +77,7 @@ class TrainedModel:
 
     def free(self) -> None:
         """Free the trained model and the base, so that the saved model has their memory."""
-        self._training.model = self._opening.base.model = None
+        self.training.model = self._opening.base.model = None
         gc.collect()
 
     def load(self) -> LoadedModel:
@@ -109,16 +113,16 @@ class TrainedModel:
         of_adapter = self._directory / ADAPTER / "README.md"
         if of_adapter.is_file():
             text = of_adapter.read_text(encoding="utf-8")
-            described = self._opening.settings, self._task.description(), self._before, after
+            described = self._opening.settings, self._task.description(), self.before, after
             write_text(of_adapter, measured_adapter_card(text, *described))
 
     def _card(self, after: Evaluation | None, saved: Mapping[str, Any] | None = None) -> str:
         return model_card(
             self._opening.settings,
             self._task.description(),
-            self._before,
+            self.before,
             after,
-            routing=self._training.shares_and_meaning,
+            routing=self.training.shares_and_meaning,
             saved=saved,
         )
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import copy
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,6 @@ from transformers import PrinterCallback, TrainerCallback
 from trl import SFTConfig
 
 from molf.checkpoint.states import frozen_checksums
-from molf.checkpoint.writer import Totals
 from molf.core.adamw import AdamW
 from molf.core.model.quantised import quantisation_of
 from molf.job.attention import set_attention
@@ -32,8 +31,8 @@ from molf.job.record.ownership import ADAPTER, CHECKPOINTS, METRICS, ROUTING
 from molf.job.record.result import RunError, StoppedError
 from molf.job.record.resumed_run import command_to_resume
 from molf.job.record.routing_log import NoRoutingLog, RoutingWriter
-from molf.job.record.routing_meaning import routing_meaning, routing_shares_text
-from molf.job.record.wins import RoutingSummary, Wins
+from molf.job.record.routing_meaning import routing_meaning
+from molf.job.record.wins import Wins
 from molf.job.settings.defaults import ADAPTERS
 from molf.job.settings.during import BY_LOSS, eval_strategy_of
 from molf.job.settings.resolved import ResolvedSettings
@@ -49,6 +48,7 @@ from molf.job.trainer.callbacks import (
 )
 from molf.job.trainer.checkpoints import Checkpoints
 from molf.job.trainer.ending import Ending, TimeLimit
+from molf.job.trainer.result import Training
 from molf.job.trainer.run_parts import RunParts
 from molf.job.trainer.split_data import training_set
 from molf.job.trainer.step_guard import StepGuard
@@ -61,67 +61,6 @@ from molf.measure import Evaluation
 from molf.measure.generate import padding_id
 from molf.ranks import ranks
 from molf.shown import counted
-
-
-@dataclass
-class Training:
-    """The result of a training.
-
-    Attributes:
-        model: The trained plain model, with adapters merged.
-        trained_parameters: Number of trained parameters.
-        steps: Optimizer steps, including skipped ones.
-        skipped_steps: Steps skipped because of a loss or gradient that was not finite.
-        seconds: Time of the steps.
-        preparation_seconds: Time before the steps, such as that of a decomposition.
-        tokens: Tokens seen, without padding.
-        loss: Mean training loss of the steps that were not skipped.
-        routing: Summary of the routing; None without routing.
-        meaning: Interpretation of the routing; empty without routing.
-        merge: Record of the merge; empty if nothing was merged.
-        checkpoints: Measurements of the checkpoints that were written.
-        ended_by: The option that ended it before its planned steps; empty for none.
-        planned_steps: Number of planned steps.
-        validation: Record of the evaluations during the training; empty for none.
-    """
-
-    model: Any
-    trained_parameters: int
-    steps: int
-    skipped_steps: int
-    seconds: float
-    preparation_seconds: float
-    tokens: int
-    loss: float
-    routing: RoutingSummary | None
-    meaning: str
-    merge: dict[str, Any]
-    checkpoints: Totals = field(default_factory=Totals)
-    ended_by: str = ""
-    planned_steps: int = 0
-    validation: dict[str, Any] = field(default_factory=dict)
-
-    def record(self) -> dict[str, Any]:
-        """Return everything but the model as values of JSON."""
-        fields = {name: value for name, value in vars(self).items() if name != "model"}
-        routing = None if self.routing is None else self.routing.record()
-        return {**fields, "routing": routing, "checkpoints": asdict(self.checkpoints)}
-
-    @classmethod
-    def of_record(cls, record: Mapping[str, Any]) -> Training:
-        """Return a training whose model is saved already, from the result of `record`."""
-        routing = record["routing"]
-        if routing is not None:
-            routing = RoutingSummary(**{**routing, "most": tuple(routing["most"])})
-        totals = Totals(**record["checkpoints"])
-        return cls(None, **{**record, "routing": routing, "checkpoints": totals})
-
-    @property
-    def shares_and_meaning(self) -> str:
-        """The experts' shares and their interpretation, for a card; empty without routing."""
-        if self.routing is None:
-            return ""
-        return f"{routing_shares_text(self.routing)} {self.meaning}"
 
 
 def run_training(
@@ -156,7 +95,78 @@ def run_training(
         DivergedError: A loss, a gradient or a trained weight is not finite.
         RunError: A checkpoint cannot be written, or a library has ended the training.
     """
-    settings, data = opening.settings, opening.data
+    settings, steps = opening.settings, opening.data.steps
+    ready = _ready(opening, reporter)
+    stop, ending, best = StopRequest(), Ending(), Best()
+    checkpoints = Checkpoints(settings, directory, opening.room, stop, ending, best)
+    _warn_of_warmup(steps, opening.arguments)
+    with (
+        _routing_log(opening, directory) as writer,
+        reporter.training(steps) as show,
+        stop.listening() if settings.has_checkpoints else nullcontext(),
+    ):
+        evaluating = _evaluating(settings, best, ending)
+        parts = RunParts(
+            writer=writer,
+            metrics=_metrics_log(settings, directory, show, ending),
+            wins=Wins(ready.prepared.experts),
+            guard=StepGuard(settings),
+            ending=ending,
+            best=best,
+            callbacks=(*ready.prepared.callbacks, *evaluating),
+            frozen=ready.frozen,
+            data=opening.data,
+        )
+        if checkpoint is None:
+            parts.clear_logs()
+        own = [*evaluating, parts.metrics, *ready.prepared.callbacks, checkpoints, *callbacks]
+        trainer = _trainer(opening, directory, ready, parts, checkpoints, own)
+        if tracking is not None:
+            _track(trainer, tracking, settings, before if checkpoint is None else None)
+        trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
+        seconds = ready.clock.seconds()
+        checkpoints.finish()
+    taken = trainer.state.global_step
+    if stop.name is not None:
+        raise StoppedError(_stopped(stop.name, taken, steps, checkpoints.latest, directory))
+    if keeps_model and taken < steps and not ending.option:
+        raise RunError(
+            f"Training was ended after step {taken} of {steps} by a callback of a library."
+        )
+    if ending.option:
+        reporter.say(f"Training ended after step {taken} of {steps}: {ending.reason}.")
+    saved_step = _load_best(trainer, best, reporter) if settings.keep_best else taken
+    parts.guard.check_weights(trainer.model, trainer.state)
+    result = _result(trainer, settings, seconds, saved_step)
+    if keeps_model:
+        result.model, result.merge = _kept(opening, trainer, ready, directory, reporter)
+    else:
+        opening.base.model = None
+    return result
+
+
+@dataclass(frozen=True)
+class _Ready:
+    """A base that is ready for its training.
+
+    Attributes:
+        prepared: The model as the method trains it, on the device.
+        whole: The whole model that it is made of; the same unless it is in shards.
+        precision: The type of quantised layers during the training.
+        frozen: Checksums of the frozen weights; empty without checkpoints.
+        clock: Time of the preparation, and of the steps.
+    """
+
+    prepared: Prepared
+    whole: Any
+    precision: Precision
+    frozen: dict[str, int]
+    clock: Clock
+
+
+def _ready(opening: Opening, reporter: Reporter) -> _Ready:
+    """Prepare the base for the training, in place."""
+    settings = opening.settings
     _quantise(opening, reporter)
     if settings.method in ADAPTERS:  # takes long for PiSSA and EVA
         reporter.say("Putting in the adapter")
@@ -166,78 +176,45 @@ def run_training(
     frozen = _frozen_checksums(opening, whole) if settings.has_checkpoints else {}
     if opening.sharding is not None:
         free_trained(whole)
-    clock = Clock(time.perf_counter() - started)
-    wins, guard = Wins(prepared.experts), StepGuard(settings)
-    stop, ending, best = StopRequest(), Ending(), Best()
-    checkpoints = Checkpoints(settings, directory, opening.room, stop, ending, best)
-    evaluating = _evaluating(settings, best, ending)
-    _warn_of_warmup(data.steps, opening.arguments)
-    with (
-        _routing_log(opening, directory) as writer,
-        reporter.training(data.steps) as show,
-        stop.listening() if settings.has_checkpoints else nullcontext(),
-    ):
-        metrics = _metrics_log(settings, directory, show, ending)
-        with_states = (*prepared.callbacks, *evaluating)
-        parts = RunParts(writer, metrics, wins, guard, ending, best, with_states, frozen, data)
-        if checkpoint is None:
-            parts.clear_logs()
-        own = [*evaluating, metrics, *prepared.callbacks, checkpoints, *callbacks]
-        trainer = _trainer(opening, directory, prepared, parts, checkpoints, clock, own)
-        if tracking is not None:
-            measured = before if checkpoint is None else None
-            _track(trainer, tracking, settings, measured, writer if prepared.experts else None)
-        trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
-        seconds = clock.seconds()
-        checkpoints.finish()
-    steps = trainer.state.global_step
-    if stop.name is not None:
-        raise StoppedError(_stopped(stop.name, steps, data.steps, checkpoints.latest, directory))
-    if keeps_model and steps < data.steps and not ending.option:
-        raise RunError(
-            f"Training was ended after step {steps} of {data.steps} by a callback of a library."
-        )
-    if ending.option:
-        reporter.say(f"Training ended after step {steps} of {data.steps}: {ending.reason}.")
-    saved_step = _load_best(trainer, best, reporter) if settings.keep_best else steps
-    guard.check_weights(trainer.model, trainer.state)
-    plain: Any = None
-    merged: dict[str, Any] = {}
-    if keeps_model:
-        plain, merged = _kept(opening, trainer, prepared, whole, precision, directory, reporter)
-    else:
-        opening.base.model = None
-    routing, config = wins.summary(), settings.method_config
+    return _Ready(prepared, whole, precision, frozen, Clock(time.perf_counter() - started))
+
+
+def _result(
+    trainer: Trainer, settings: ResolvedSettings, seconds: float, saved_step: int
+) -> Training:
+    """Return the result of a training, still without its model."""
+    parts, steps, config = trainer.parts, trainer.state.global_step, settings.method_config
+    routing = parts.wins.summary()
     return Training(
-        model=plain,
-        trained_parameters=prepared.trained_parameters,
+        model=None,
+        trained_parameters=trainer.prepared.trained_parameters,
         steps=steps,
-        skipped_steps=guard.skipped_steps,
+        skipped_steps=parts.guard.skipped_steps,
         seconds=seconds,
-        preparation_seconds=clock.preparation_seconds,
+        preparation_seconds=trainer.clock.preparation_seconds,
         tokens=trainer.state.num_input_tokens_seen,
-        loss=guard.mean_loss(),
+        loss=parts.guard.mean_loss(),
         routing=routing,
         meaning=routing_meaning(routing, config, steps) if routing and config else "",
-        merge=merged,
-        checkpoints=checkpoints.totals,
-        ended_by=ending.option,
-        planned_steps=data.steps,
-        validation=best.record(saved_step),
+        merge={},
+        checkpoints=trainer.checkpoints.totals,
+        ended_by=parts.ending.option,
+        planned_steps=parts.data.steps,
+        validation=parts.best.record(saved_step),
     )
 
 
 def _trainer(
     opening: Opening,
     directory: RunDirectory,
-    prepared: Prepared,
+    ready: _Ready,
     parts: RunParts,
     checkpoints: Checkpoints,
-    clock: Clock,
     callbacks: Sequence[TrainerCallback],
 ) -> Trainer:
     """Return the trainer with the callbacks of every run, then the given ones."""
     settings, arguments, processes = opening.settings, opening.arguments, ranks()
+    prepared, clock = ready.prepared, ready.clock
     arguments.output_dir = str(directory / CHECKPOINTS)  # created by the trainer
     trainer = Trainer(
         opening.base,
@@ -280,14 +257,11 @@ def _metrics_log(
 
 
 def _track(
-    trainer: Trainer,
-    tracking: Tracking,
-    settings: ResolvedSettings,
-    before: Evaluation | None,
-    writer: RoutingWriter | None,
+    trainer: Trainer, tracking: Tracking, settings: ResolvedSettings, before: Evaluation | None
 ) -> None:
     """Send the training to its trackers."""
     tracking.attach(trainer.callback_handler.callbacks)
+    writer = trainer.parts.writer if trainer.prepared.experts else None
     # After transformers' callbacks, which begin their trackers' runs.
     trainer.add_callback(TrackingCallback(tracking, settings.as_options(), before, writer))
 
@@ -331,9 +305,7 @@ def _load_best(trainer: Trainer, best: Best, reporter: Reporter) -> int:
 def _kept(
     opening: Opening,
     trainer: Trainer,
-    prepared: Prepared,
-    whole: Any,
-    precision: Precision,
+    ready: _Ready,
     directory: RunDirectory,
     reporter: Reporter,
 ) -> tuple[Any, dict[str, Any]]:
@@ -341,15 +313,15 @@ def _kept(
     settings = opening.settings
     # Remove the trainer's autocast, which would affect the measurement of the merge.
     model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
-    precision.restore()
+    ready.precision.restore()
     if opening.sharding is not None:
-        opening.sharding.gather(model, whole, unwrapped(trainer.optimizer))
-        model = whole  # with values in rank 0 alone
+        opening.sharding.gather(model, ready.whole, unwrapped(trainer.optimizer))
+        model = ready.whole  # with values in rank 0 alone
     else:
         restore_float32(trainer.optimizer)
     if settings.state_offload and isinstance(model, PeftModel):
         model.to(opening.arguments.device)  # the merge needs base and adapter on one device
-    if (save := prepared.save_adapter) is not None:
+    if (save := ready.prepared.save_adapter) is not None:
         ranks().on_main(lambda: save_adapter(save, model, settings, directory / ADAPTER))
     return _merged(opening, model, reporter)
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, Protocol
 
@@ -68,73 +70,121 @@ def generate_greedy(
     Raises:
         ValueError: A context fills all of the model's positions.
     """
-    from transformers import GenerationConfig
-
     if not contexts:
         return []
     inner = inner_model(model)
-    ends = end_tokens(inner, tokenizer)
-    limit = position_limit(inner_model(model).config)
     lengths = [len(context) for context in contexts]
-    if limit is not None and max(lengths) >= limit:
-        raise ValueError(f"A context fills all of the model's {limit} positions.")
-    room = [min(max_new_tokens, (limit or length + max_new_tokens) - length) for length in lengths]
-    pad_id = padding_id(tokenizer)
-    results: list[list[int]] = [[] for _ in contexts]
-    read: list[Any] = [None for _ in contexts]
-    # Models with multi-dimensional positions keep shifts of a batch's rows outside the cache.
-    reuse = not any(hasattr(module, "rope_deltas") for module in inner.modules())
-
-    def settings(tokens: int) -> GenerationConfig:
-        return GenerationConfig(
-            do_sample=False,
-            num_beams=1,
-            max_new_tokens=tokens,
-            eos_token_id=sorted(ends),
-            pad_token_id=pad_id,
-            use_cache=True,
-            return_dict_in_generate=True,
-        )
-
-    def run(batch: list[int]) -> None:
-        # One group per answer length: a model may fail beyond its positions, and a short answer
-        # must not end the longer ones of its batch.
-        for tokens, group in groupby(batch, key=room.__getitem__):
-            answers = _Answers(tokenizer, list(group), ends, stop)
-            first = _first_logits_processor(answers.indices, first_logits, read)
-            inputs = pad_left(inner, [contexts[index] for index in answers.indices], pad_id)
-            while answers.rows and answers.steps < tokens:
-                made = inner.generate(
-                    **inputs,
-                    generation_config=settings(tokens - answers.steps),
-                    logits_processor=[first],
-                    stopping_criteria=[answers],
-                    # `in_step` keeps processes in step; transformers would wait for all of them
-                    # in each pass of a model in shards.
-                    synced_gpus=False,
-                )
-                inputs = _inputs_to_continue(
-                    made, inputs["attention_mask"], answers.drop_ended(), reuse
-                )
-            for index, answer in zip(answers.indices, answers.tokens, strict=True):
-                results[index] = answer
-
-    # generate() takes unset values from the model's own configuration: replace that too.
-    own_settings = inner.generation_config
-    inner.generation_config = settings(max_new_tokens)
-    try:
+    room = _room(lengths, max_new_tokens, position_limit(inner.config))
+    ends, pad_id = end_tokens(inner, tokenizer), padding_id(tokenizer)
+    making = _Making(inner, tokenizer, contexts, room, ends, pad_id, stop, first_logits)
+    with making.replaced_settings(max_new_tokens):
         several = min(batch_size, len(contexts)) > 1
         allowed = generation_batches(model, pad_id) if several else ANY
         with inference(model):
             done = for_each_batch(
-                model, lengths, batch_size, run, "generation", progress, allowed=allowed
+                model, lengths, batch_size, making.run, "generation", progress, allowed=allowed
             )
-    finally:
-        inner.generation_config = own_settings
     if first_logits is not None:
-        for index, result in enumerate(collect(read, done)):
+        for index, result in enumerate(collect(making.read, done)):
             first_logits.store(index, result)
-    return collect(results, done)
+    return collect(making.answers, done)
+
+
+def _room(lengths: Sequence[int], most: int, limit: int | None) -> list[int]:
+    """Return the most new tokens of each context within the model's positions.
+
+    Raises:
+        ValueError: A context fills all of them.
+    """
+    if limit is None:
+        return [most] * len(lengths)
+    if max(lengths) >= limit:
+        raise ValueError(f"A context fills all of the model's {limit} positions.")
+    return [min(most, limit - length) for length in lengths]
+
+
+@dataclass
+class _Making:
+    """The answers to contexts, made in batches.
+
+    Attributes:
+        inner: The model of transformers.
+        tokenizer: Its tokenizer.
+        contexts: Token ids of the prompts.
+        room: Most new tokens of each context.
+        ends: Tokens that end an answer.
+        pad_id: Fills batches.
+        stop: Ends an answer before its end token.
+        first_logits: Reads the logits of the first new tokens.
+        answers: The new tokens of each context so far.
+        read: The results of `first_logits` so far.
+    """
+
+    inner: Any
+    tokenizer: Any
+    contexts: Sequence[Sequence[int]]
+    room: list[int]
+    ends: set[int]
+    pad_id: int
+    stop: Stop | None
+    first_logits: FirstLogits | None
+
+    def __post_init__(self) -> None:
+        """Begin without answers."""
+        self.answers: list[list[int]] = [[] for _ in self.contexts]
+        self.read: list[Any] = [None for _ in self.contexts]
+        # Models with multi-dimensional positions keep shifts of a batch's rows outside the cache.
+        self._reuse = not any(hasattr(one, "rope_deltas") for one in self.inner.modules())
+
+    @contextmanager
+    def replaced_settings(self, tokens: int) -> Iterator[None]:
+        """Replace the model's own settings, from which `generate()` takes unset values."""
+        own = self.inner.generation_config
+        self.inner.generation_config = self._settings(tokens)
+        try:
+            yield
+        finally:
+            self.inner.generation_config = own
+
+    def run(self, batch: list[int]) -> None:
+        """Make the answers to some contexts, given by their indices."""
+        # One group per answer length: a model may fail beyond its positions, and a short answer
+        # must not end the longer ones of its batch.
+        for tokens, group in groupby(batch, key=self.room.__getitem__):
+            self._run_group(list(group), tokens)
+
+    def _run_group(self, indices: list[int], tokens: int) -> None:
+        answers = _Answers(self.tokenizer, indices, self.ends, self.stop)
+        first = _first_logits_processor(indices, self.first_logits, self.read)
+        inputs = pad_left(self.inner, [self.contexts[index] for index in indices], self.pad_id)
+        while answers.rows and answers.steps < tokens:
+            made = self.inner.generate(
+                **inputs,
+                generation_config=self._settings(tokens - answers.steps),
+                logits_processor=[first],
+                stopping_criteria=[answers],
+                # `in_step` keeps processes in step; transformers would wait for all of them in
+                # each pass of a model in shards.
+                synced_gpus=False,
+            )
+            inputs = _inputs_to_continue(
+                made, inputs["attention_mask"], answers.drop_ended(), self._reuse
+            )
+        for index, answer in zip(indices, answers.tokens, strict=True):
+            self.answers[index] = answer
+
+    def _settings(self, tokens: int) -> Any:
+        from transformers import GenerationConfig
+
+        return GenerationConfig(
+            do_sample=False,
+            num_beams=1,
+            max_new_tokens=tokens,
+            eos_token_id=sorted(self.ends),
+            pad_token_id=self.pad_id,
+            use_cache=True,
+            return_dict_in_generate=True,
+        )
 
 
 def padding_id(tokenizer: Any) -> int:
@@ -212,7 +262,6 @@ class _Answers:
         stop: Ends an answer after the token for which it returns True.
 
     Attributes:
-        indices: As given.
         tokens: The tokens of each answer so far.
         rows: For each row of the batch, the position of its answer in `tokens`.
         steps: Number of tokens generated per row so far.
@@ -221,7 +270,7 @@ class _Answers:
     def __init__(
         self, tokenizer: Any, indices: list[int], ends: set[int], stop: Stop | None
     ) -> None:
-        self.indices = indices
+        self._indices = indices
         self.tokens: list[list[int]] = [[] for _ in indices]
         self.rows = list(range(len(indices)))
         self.steps = 0
@@ -253,7 +302,7 @@ class _Answers:
         self.tokens[answer].append(token)
         if self._stop is None:
             return False
-        return self._stop(self.indices[answer], decode(self._tokenizer, self.tokens[answer]))
+        return self._stop(self._indices[answer], decode(self._tokenizer, self.tokens[answer]))
 
 
 def end_tokens(inner: Any, tokenizer: Any) -> set[int]:

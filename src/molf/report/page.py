@@ -14,7 +14,7 @@ import numpy as np
 from molf.job.settings.defaults import ADAPTERS
 from molf.report.change_figures import change_section
 from molf.report.document import figure_values, filled
-from molf.report.figures import Heat, Lines, Section
+from molf.report.figures import Figure, Heat, Lines, Section
 from molf.report.results import shown_results
 from molf.report.routing_figures import routing_section
 from molf.report.run_data import COMPLETE, RunData
@@ -30,10 +30,29 @@ _WITHOUT = {  # options that methods have a value of, without an effect
 
 
 @dataclass(frozen=True)
+class Drawn:
+    """A figure of a run on the page.
+
+    Attributes:
+        id: Its name on the page.
+        title: Its title.
+        text: Sentences about it.
+        run: Name of the run; empty if the page has one run.
+        values: The values for the script.
+    """
+
+    id: str
+    title: str
+    text: str
+    run: str
+    values: dict[str, Any]
+
+
+@dataclass(frozen=True)
 class Row:
     """The same figure of each run; None where a run lacks it."""
 
-    figures: tuple[dict[str, Any] | None, ...]
+    figures: tuple[Drawn | None, ...]
     wide: bool
 
 
@@ -50,8 +69,11 @@ def render(runs: Sequence[RunData], *, refresh: int | None = None) -> str:
         runs: The runs.
         refresh: Load the page again after this many seconds; None never.
     """
-    figures: list[dict[str, Any]] = []
-    shown = _figure_sections(runs, figures)
+    shown = _figure_sections(runs)
+    rows = [row for section in shown for row in section["rows"]]
+    figures = [
+        {"id": one.id, "file": one.id, **one.values} for row in rows for one in row.figures if one
+    ]
     results = shown_results(runs)
     samples = [[] if run.samples is None else _samples(run.samples) for run in runs]
     examples = [list(map(marked_sample, run.examples)) for run in runs]
@@ -78,36 +100,41 @@ def render(runs: Sequence[RunData], *, refresh: int | None = None) -> str:
     )
 
 
-def _figure_sections(
-    runs: Sequence[RunData], figures: list[dict[str, Any]]
-) -> list[dict[str, Any]]:
-    """Return the sections of all runs, and append the values of their figures to `figures`."""
+def _figure_sections(runs: Sequence[RunData]) -> list[dict[str, Any]]:
+    """Return the sections that any run has, for the template."""
     by_run = [{section.name: section for section in sections_of(run)} for run in runs]
-    made = []
-    for name in dict.fromkeys(name for sections in by_run for name in sections):
-        found = [sections.get(name) for sections in by_run]
-        known = [{one.name: one for one in section.figures} if section else {} for section in found]
-        rows = []
-        for figure in dict.fromkeys(figure for one in known for figure in one):
-            same = [one.get(figure) for one in known]
-            ranges = _common_ranges([one for one in same if isinstance(one, Lines)])
-            cells: list[dict[str, Any] | None] = []
-            for run, (data, one) in enumerate(zip(runs, same, strict=True)):
-                if one is None:
-                    cells.append(None)
-                    continue
-                place = f"{one.name}-{run}" if len(runs) > 1 else one.name
-                figures.append({"id": place, "file": place, **figure_values(one, ranges)})
-                run_name = data.name if len(runs) > 1 else ""
-                cells.append({"id": place, "title": one.title, "text": one.text, "run": run_name})
-            rows.append(Row(tuple(cells), wide=isinstance(next(filter(None, same)), Heat)))
-        texts = [
-            (run.name if len(runs) > 1 else "", section.text if section else ())
-            for run, section in zip(runs, found, strict=True)
-        ]
-        title = next(section.title for section in found if section)
-        made.append({"name": name, "title": title, "rows": rows, "texts": texts})
-    return made
+    names = [run.name if len(runs) > 1 else "" for run in runs]
+    return [
+        _figure_section([sections.get(name) for sections in by_run], names)
+        for name in dict.fromkeys(name for sections in by_run for name in sections)
+    ]
+
+
+def _figure_section(found: Sequence[Section | None], runs: Sequence[str]) -> dict[str, Any]:
+    """Return a section, from that of each run; None where a run lacks it."""
+    first = next(filter(None, found))
+    by_run = [{one.name: one for one in section.figures} if section else {} for section in found]
+    rows = [
+        _row([figures.get(name) for figures in by_run], runs)
+        for name in dict.fromkeys(name for figures in by_run for name in figures)
+    ]
+    texts = [
+        (run, section.text if section else ()) for run, section in zip(runs, found, strict=True)
+    ]
+    return {"name": first.name, "title": first.title, "rows": rows, "texts": texts}
+
+
+def _row(same: Sequence[Figure | None], runs: Sequence[str]) -> Row:
+    """Return a figure of each run, with common axes."""
+    ranges = _common_ranges([one for one in same if isinstance(one, Lines)])
+    drawn: list[Drawn | None] = []
+    for number, (run, one) in enumerate(zip(runs, same, strict=True)):
+        if one is None:
+            drawn.append(None)
+            continue
+        place = f"{one.name}-{number}" if len(runs) > 1 else one.name
+        drawn.append(Drawn(place, one.title, one.text, run, figure_values(one, ranges)))
+    return Row(tuple(drawn), wide=isinstance(next(filter(None, same)), Heat))
 
 
 def _common_ranges(found: Sequence[Lines]) -> dict[str, Any]:

@@ -94,8 +94,33 @@ def with_axes(
     """
     for method in methods:
         check_method_options(method)
-    of_methods: dict[str, list[Any]] = {}
-    of_cells: dict[str, list[Any]] = {}
+    _check_axes(axes)
+    of_methods = {name: axes[name] for name in axes if name in method_options()}
+    of_cells = _combinations({name: axes[name] for name in axes if name not in of_methods})
+    own = {
+        method.name: [name for name in of_methods if name not in _unused(method)]
+        for method in methods
+    }
+    variants = [(method.name, _variants(method, own, of_methods)) for method in methods]
+    new_cells = [
+        replace(
+            cell,
+            name=cell.name + suffix,
+            options={**cell.options, **values},
+            rates={
+                one.name: cell.rates[name]
+                for name, made in variants
+                if name in cell.rates
+                for one in made
+            },
+        )
+        for cell in cells
+        for suffix, values in of_cells
+    ]
+    return new_cells, [one for _, made in variants for one in made]
+
+
+def _check_axes(axes: Mapping[str, Any]) -> None:
     for name, values in axes.items():
         if not isinstance(values, list) or not values:
             raise StudyFileError(f"axes, {name}: give a list of values.")
@@ -103,41 +128,34 @@ def with_axes(
             raise StudyFileError(
                 f"axes, {name}: rates are given with the methods, seeds with the phases."
             )
-        (of_methods if name in method_options() else of_cells)[name] = values
-    new_cells = [
-        replace(cell, name=cell.name + suffix, options={**cell.options, **values})
-        for cell in cells
-        for suffix, values in _combinations(of_cells)
-    ]
-    new_methods: list[Method] = []
-    bases: list[str] = []
-    own = {
-        method.name: [name for name in of_methods if name not in _unused(method)]
-        for method in methods
-    }
-    for method in methods:
-        for suffix, values in _combinations({name: of_methods[name] for name in own[method.name]}):
-            control_of = _variant(method.control_of, own, values)
-            rule = method.rule
-            if rule is not None:
-                rule = replace(rule, of=_variant(rule.of, own, values) or rule.of)
-            new_methods.append(
-                replace(
-                    method,
-                    name=method.name + suffix,
-                    options={**method.options, **values},
-                    control_of=control_of,
-                    share_of=None if method.share_of is None else control_of,
-                    rule=rule,
-                )
+
+
+def _variants(
+    method: Method, own: Mapping[str, Sequence[str]], axes: Mapping[str, Sequence[Any]]
+) -> list[Method]:
+    """Return a method for each combination of the axes' values.
+
+    Args:
+        method: The method.
+        own: The axes that each method uses, by its name.
+        axes: The values of the axes of methods.
+    """
+    made = []
+    for suffix, values in _combinations({name: axes[name] for name in own[method.name]}):
+        control_of, rule = _variant(method.control_of, own, values), method.rule
+        if rule is not None:
+            rule = replace(rule, of=_variant(rule.of, own, values) or rule.of)
+        made.append(
+            replace(
+                method,
+                name=method.name + suffix,
+                options={**method.options, **values},
+                control_of=control_of,
+                share_of=None if method.share_of is None else control_of,
+                rule=rule,
             )
-            bases.append(method.name)
-    named = [(method.name, base) for method, base in zip(new_methods, bases, strict=True)]
-    new_cells = [
-        replace(cell, rates={name: cell.rates[base] for name, base in named if base in cell.rates})
-        for cell in new_cells
-    ]
-    return new_cells, new_methods
+        )
+    return made
 
 
 def _variant(

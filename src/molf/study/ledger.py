@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import datetime
 import warnings
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, Literal
 
-from molf.study.definition import HYPERBAND, MEDIAN, TPE, Cell, Method, Point, Study
+from molf.study.definition import HYPERBAND, MEDIAN, TPE, Point, Study
 from molf.study.outcome import Results, TrialResult, point_of
-from molf.study.plan import PRUNED, Outcome, Planned
+from molf.study.plan import PRUNED, Outcome, Place, Planned
 from molf.study.rates import limits, number_of
 from molf.study.running import FullDiskError
 from molf.study.snapshot import (
@@ -30,7 +30,6 @@ from molf.study.snapshot import (
     SEED,
     SHARE,
     WORKER,
-    Place,
     Snapshot,
 )
 from molf.study.storage import (
@@ -77,20 +76,20 @@ class Ledger:
             study_name=name, storage=self._storage, direction=direction, load_if_exists=True
         )
 
-    def _at(self, cell: Cell, method: Method, phase: str) -> OptunaStudy:
-        place = (cell.name, method.name, phase)
+    def _at(self, place: Place) -> OptunaStudy:
         if place not in self._studies:
+            cell = self._study.cell(place[0])
             direction: Direction = "minimize" if cell.minimize else "maximize"
             # Values of another metric would mislead a sampler.
             name = "/".join((self._name, *place, f"{direction}-{cell.metric}"))
             self._studies[place] = self._create(name, direction)
         return self._studies[place]
 
-    def _places(self) -> Iterable[tuple[Cell, Method, str]]:
+    def _places(self) -> Iterable[Place]:
         for cell in self._study.cells:
             for method in self._study.methods:
                 for phase in self._study.seeds:
-                    yield cell, method, phase
+                    yield cell.name, method.name, phase
 
     @property
     def stopped_at(self) -> float:
@@ -106,21 +105,17 @@ class Ledger:
 
     def read(self) -> Snapshot:
         """Return the state of all trials."""
-        found: dict[Place, list[FrozenTrial]] = {}
         with failing(self._study):
-            for cell, method, phase in self._places():
-                place = (cell.name, method.name, phase)
-                found[place] = self._over.get(place) or self._at(cell, method, phase).get_trials(
-                    deepcopy=False
-                )
+            found = {
+                place: self._over.get(place) or self._at(place).get_trials(deepcopy=False)
+                for place in self._places()
+            }
         # After the trials, because a trial's file is written before it is complete.
         results = self._results.refresh().by_key
         self._over = {
-            (cell.name, method.name, phase): trials
-            for cell, method, phase in self._places()
-            if self._is_over(
-                cell, method, phase, trials := found[cell.name, method.name, phase], results
-            )
+            place: trials
+            for place, trials in found.items()
+            if self._is_over(place, trials, results)
         }
         return Snapshot(
             found,
@@ -131,17 +126,13 @@ class Ledger:
         )
 
     def _is_over(
-        self,
-        cell: Cell,
-        method: Method,
-        phase: str,
-        trials: Iterable[FrozenTrial],
-        results: Mapping[str, TrialResult],
+        self, place: Place, trials: Iterable[FrozenTrial], results: Mapping[str, TrialResult]
     ) -> bool:
         """Return whether all trials of a place have succeeded: it is not read again."""
         complete = {t.user_attrs.get(KEY) for t in trials if t.state.name == "COMPLETE"}
         waiting = any(trial.state.name in ("WAITING", "RUNNING") for trial in trials)
-        most = self._study.most_trials(cell, method, phase)
+        cell, method = self._study.cell(place[0]), self._study.method(place[1])
+        most = self._study.most_trials(cell, method, place[2])
         return not waiting and len(complete & results.keys()) >= most
 
     def enqueue(self, planned: Iterable[Planned], snapshot: Snapshot) -> int:
@@ -177,9 +168,8 @@ class Ledger:
     def _queue(self, trial: Planned, point: Point | None) -> None:
         given = point or {}
         attributes = {KEY: trial.key, INDEX: trial.index, SEED: trial.seed, POINT: given}
-        one = self._at(trial.cell, trial.method, trial.phase)
-        self._over.pop((trial.cell.name, trial.method.name, trial.phase), None)
-        one.enqueue_trial(given, user_attrs=attributes)
+        self._over.pop(trial.place, None)
+        self._at(trial.place).enqueue_trial(given, user_attrs=attributes)
 
     def fail_stale(self, places: Iterable[Place]) -> None:
         """Fail running trials whose worker died, so that they are queued again."""
@@ -187,8 +177,8 @@ class Ledger:
 
         with warnings.catch_warnings(), failing(self._study):
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-            for cell, method, phase in places:
-                one = self._at(self._study.cell(cell), self._study.method(method), phase)
+            for place in places:
+                one = self._at(place)
                 optuna.storages.fail_stale_trials(one)
                 self._fail_unborn(one)
 
@@ -226,34 +216,31 @@ class Ledger:
         """
         import optuna
 
-        cell, method = self._study.cell(place[0]), self._study.method(place[1])
         outcome: Outcome | None = None
         # The trial may have been failed as stale while its worker slept, so that Optuna cannot end
         # it. Its result is on disk, or it is queued again.
         with failing(self._study), suppress(optuna.exceptions.UpdateFinishedTrialError):
-            one = self._at(cell, method, place[2])
-            one.sampler, one.pruner = self._sampler(one, place), self._pruner()
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # heart-beats come from `signs_of_life`
-                trial = one.ask()
-            try:
-                with signs_of_life(self._study, self._storage, trial._trial_id):
-                    entry = planned.get(trial.user_attrs.get(KEY, ""))
-                    if entry is None or self._is_taken(one, trial.number, entry.key):
-                        trial.set_user_attr(DROPPED, True)
-                    else:
-                        trial.set_user_attr(WORKER, worker)
-                        outcome = run(entry, self._suggest(trial, cell, method), trial)
-                    _end(one, trial, outcome)
-            except storage_errors():
-                raise
-            except BaseException as error:
-                with suppress(*storage_errors(), optuna.exceptions.UpdateFinishedTrialError):
-                    if isinstance(error, (KeyboardInterrupt, FullDiskError)):
-                        trial.set_user_attr(INTERRUPTED, True)
-                    _end(one, trial, None)
-                raise
+            one = self._at(place)
+            trial = self._ask(one, place)
+            with (
+                _failed_by_errors(one, trial),
+                signs_of_life(self._study, self._storage, trial._trial_id),
+            ):
+                entry = planned.get(trial.user_attrs.get(KEY, ""))
+                if entry is None or self._is_taken(one, trial.number, entry.key):
+                    trial.set_user_attr(DROPPED, True)
+                else:
+                    trial.set_user_attr(WORKER, worker)
+                    outcome = run(entry, self._suggest(trial, entry), trial)
+                _end(one, trial, outcome)
         return outcome
+
+    def _ask(self, one: OptunaStudy, place: Place) -> Trial:
+        """Take the next queued trial; a new one without a key if none is queued."""
+        one.sampler, one.pruner = self._sampler(one, place), self._pruner()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # heart-beats come from `signs_of_life`
+            return one.ask()
 
     def _is_taken(self, one: OptunaStudy, number: int, key: str) -> bool:
         """Return whether another trial of this identity runs, is finished, or comes first."""
@@ -268,11 +255,12 @@ class Ledger:
                 return True
         return False
 
-    def _suggest(self, trial: Trial, cell: Cell, method: Method) -> Point:
+    def _suggest(self, trial: Trial, planned: Planned) -> Point:
         """Return the trial's rates: those it was queued with, else the sampler's."""
         given = trial.user_attrs.get(POINT) or {}
+        rates = self._study.rates(planned.cell, planned.method)
         point = {}
-        for name, (low, high) in limits(self._study.rates(cell, method)).items():
+        for name, (low, high) in limits(rates).items():
             if given and name not in given:
                 continue
             with warnings.catch_warnings():
@@ -306,23 +294,43 @@ class Ledger:
         return optuna.pruners.NopPruner()
 
 
+@contextmanager
+def _failed_by_errors(one: OptunaStudy, trial: Trial) -> Iterator[None]:
+    """Record a trial of Optuna as failed if the block raises; as interrupted if it can run again.
+
+    An error of the storage only passes through.
+    """
+    import optuna
+
+    try:
+        yield
+    except storage_errors():
+        raise
+    except BaseException as error:
+        with suppress(*storage_errors(), optuna.exceptions.UpdateFinishedTrialError):
+            if isinstance(error, (KeyboardInterrupt, FullDiskError)):
+                trial.set_user_attr(INTERRUPTED, True)
+            _end(one, trial, None)
+        raise
+
+
 def _end(one: OptunaStudy, trial: Trial, outcome: Outcome | None) -> None:
     """Record the end of a trial of Optuna; without an outcome as failed."""
     from optuna.trial import TrialState
 
-    state: TrialState | None = TrialState.FAIL
-    value = None
-    if outcome is not None:
-        value = outcome.value
-        for name, given in (
-            (SHARE, outcome.full_share),
-            (SECONDS, outcome.seconds),
-            (ERROR, outcome.error or None),
-        ):
-            if given is not None:
-                trial.set_user_attr(name, given)
-        if outcome.state == PRUNED:
-            state = TrialState.PRUNED
-        elif value is not None:
-            state = TrialState.COMPLETE
-    one.tell(trial, value, state, skip_if_finished=True)
+    if outcome is None:
+        one.tell(trial, state=TrialState.FAIL, skip_if_finished=True)
+        return
+    attributes = {
+        SHARE: outcome.full_share,
+        SECONDS: outcome.seconds,
+        ERROR: outcome.error or None,
+    }
+    for name, value in attributes.items():
+        if value is not None:
+            trial.set_user_attr(name, value)
+    if outcome.state == PRUNED:
+        state = TrialState.PRUNED
+    else:
+        state = TrialState.FAIL if outcome.value is None else TrialState.COMPLETE
+    one.tell(trial, outcome.value, state, skip_if_finished=True)

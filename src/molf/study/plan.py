@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import Any
@@ -58,6 +58,8 @@ class Outcome:
     is_reused: bool = False
 
 
+Place = tuple[str, str, str]
+"""Cell, method, phase."""
 Identity = tuple[str, str, str, int, int]
 """Cell, method, phase, number of the point, seed."""
 
@@ -92,9 +94,14 @@ class Planned:
     trial_rule: TrialRule | None = None
 
     @property
+    def place(self) -> Place:
+        """Its cell, method and phase, by name."""
+        return (self.cell.name, self.method.name, self.phase)
+
+    @property
     def identity(self) -> Identity:
         """The place of the trial in the study."""
-        return (self.cell.name, self.method.name, self.phase, self.index, self.seed)
+        return (*self.place, self.index, self.seed)
 
     def at(self, point: Point) -> TrainSettings:
         """Return the settings with these rates."""
@@ -152,36 +159,76 @@ class TrialMaker:
         """Return a trial of a cell and a method at a point, None if a sampler draws it."""
         rates = None if point is None else tuple(sorted(point.items()))
         place = (cell.name, method.name, phase, index, seed, rates, score)
-        if place not in self._made:
-            own: dict[str, Any] = {"seed": seed, EVAL_PART: PARTS[phase]}
-            settings = replace(self._settings(cell, method, score), **own)
-            trial_rule, more = None, None
-            if method.rule is not None:
-                routed = self._settings(cell, self._study.method(method.rule.of), None)
-                trial_rule = TrialRule(method.rule, replace(routed, **own))
-                more = trial_rule.identity(point)
-            if point is None:
-                ranges = [
-                    (name, one.low, one.high)
-                    for name, one in sorted(self._study.rates(cell, method).ranges.items())
-                ]
-                drawn = [self._study.choose.sampler, ranges]
-                own_key = settings_key(settings, drawn if more is None else [*drawn, more])
-            else:
-                settings = with_rates(settings, point)
-                own_key = settings_key(settings, more)
-            is_drawn = self._study.choose.sampler != GRID
-            # A rate that is added in the middle of a grid moves the numbers of those behind it.
-            number = index if is_drawn else None
-            key = trial_key((cell.name, method.name, phase, number, seed), own_key)
-            self._made[place] = Planned(
-                cell, method, phase, index, seed, point, settings, key, is_drawn, trial_rule
-            )
-        return self._made[place]
+        if place in self._made:
+            return self._made[place]
+        own: dict[str, Any] = {"seed": seed, EVAL_PART: PARTS[phase]}
+        settings = replace(self._settings(cell, method, score), **own)
+        trial_rule = None
+        if method.rule is not None:
+            routed = self._settings(cell, self._study.method(method.rule.of), None)
+            trial_rule = TrialRule(method.rule, replace(routed, **own))
+        if point is not None:
+            settings = with_rates(settings, point)
+        more = self._more(cell, method, point, trial_rule)
+        is_drawn = self._study.choose.sampler != GRID
+        # A rate that is added in the middle of a grid moves the numbers of those behind it.
+        number = index if is_drawn else None
+        key = trial_key((cell.name, method.name, phase, number, seed), settings_key(settings, more))
+        made = self._made[place] = Planned(
+            cell, method, phase, index, seed, point, settings, key, is_drawn, trial_rule
+        )
+        return made
+
+    def _more(
+        self, cell: Cell, method: Method, point: Point | None, trial_rule: TrialRule | None
+    ) -> list[Any] | None:
+        """Return what belongs to a trial's identity beside its settings; None for nothing."""
+        ruled = None if trial_rule is None else trial_rule.identity(point)
+        if point is not None:
+            return ruled
+        ranges = sorted(self._study.rates(cell, method).ranges.items())
+        drawn = [self._study.choose.sampler, [(name, one.low, one.high) for name, one in ranges]]
+        return drawn if ruled is None else [*drawn, ruled]
 
     def options(self, cell: Cell, method: Method) -> TrainSettings:
         """Return the settings of a cell and a method without seed, part and rates."""
         return self._settings(cell, method, None)
+
+
+@dataclass(frozen=True)
+class _Trials:
+    """The known trials of a method in one phase, or some of them.
+
+    Attributes:
+        known: The trials.
+        are_all: Whether no further one can become known.
+    """
+
+    known: list[Planned]
+    are_all: bool
+
+    def at(self, index: int, seeds: int) -> _Trials:
+        """Return those at the point of a number, which has a trial for each of so many seeds."""
+        found = [trial for trial in self.known if trial.index == index]
+        return _Trials(found, len(found) >= seeds)
+
+
+@dataclass(frozen=True)
+class _Scores:
+    """The scores with which a method is tried at a point.
+
+    Attributes:
+        values: The scores, none or one. None is the score of the method's options.
+        are_known: Whether the trials that they depend on have ended.
+    """
+
+    values: tuple[str | None, ...]
+    are_known: bool = True
+
+
+_OWN_SCORE = _Scores((None,))
+_NOT_YET_KNOWN = _Scores((), are_known=False)
+_NO_CONTROL = _Scores(())
 
 
 class Plan:
@@ -215,9 +262,8 @@ class Plan:
         self.trials: list[Planned] = []
         self.choices: dict[tuple[str, str], Choice | None] = {}
         self.sizes: dict[tuple[str, str], int] = {}
-        self._chosen: dict[tuple[str, str], list[Planned]] = {}
-        self._whole: set[tuple[str, str]] = set()
-        self._reported: dict[tuple[str, str], list[Planned]] = {}
+        self._first: dict[tuple[str, str], _Trials] = {}
+        self._second: dict[tuple[str, str], _Trials] = {}
         for cell in study.cells:
             # Controls follow their methods, so that shares and chosen points are known.
             for method in sorted(study.methods, key=lambda one: one.control_of is not None):
@@ -239,45 +285,57 @@ class Plan:
 
     def _add(self, cell: Cell, method: Method) -> None:
         place = (cell.name, method.name)
-        first, whole = self._first_phase(cell, method)
-        self._chosen[place] = first
-        self.trials += first
-        size = len(first) if whole else self._study.most_trials(cell, method, CHOOSE)
-        most = self._study.most_trials(cell, method, REPORT)
-        self.sizes[place] = size + most
-        if not whole or any(trial.key not in self._outcomes for trial in first):
+        first = self._first[place] = self._first_phase(cell, method)
+        self.trials += first.known
+        most = self._study.most_trials(cell, method, CHOOSE)
+        size = len(first.known) if first.are_all else most
+        self.sizes[place] = size + self._study.most_trials(cell, method, REPORT)
+        if not self._have_ended(first):
             return
-        self._whole.add(place)
-        choice = self.choices[place] = self._choice(cell, first)
+        choice = self.choices[place] = self._choice(cell, first.known)
         if choice is None:
             self.sizes[place] = size
             return
-        reported, whole = self._second_phase(cell, method, choice)
-        self._reported[place] = reported
-        self.trials += reported
-        if whole:
-            self.sizes[place] = size + len(reported)
+        second = self._second[place] = self._second_phase(cell, method, choice)
+        self.trials += second.known
+        if second.are_all:
+            self.sizes[place] = size + len(second.known)
 
-    def _first_phase(self, cell: Cell, method: Method) -> tuple[list[Planned], bool]:
-        """Return the known trials of the first phase, and whether these are all of them."""
-        study = self._study
-        points = drawn_points(study, cell, method)
+    def _first_phase(self, cell: Cell, method: Method) -> _Trials:
+        points = drawn_points(self._study, cell, method)
         planned: list[Planned] = []
-        whole = True
-        for index in range(study.points(cell, method)):
-            point = points[index] if points is not None else self._drawn_point(cell, method, index)
+        expected, are_known = 0, True
+        for index in range(self._study.points(cell, method)):
+            seeds = self._seeds(cell, method, index, points)
             scores = self._scores(cell, method, CHOOSE, index)
-            whole = whole and scores is not None
-            for score in scores or ():
-                for number, seed in enumerate(study.choose.seeds):
-                    # The sampler draws in the trial of the first seed.
-                    draws = points is None and number == 0 and method.control_of is None
-                    if point is None and not draws:
-                        whole = False
-                        continue
-                    here = None if draws else point
-                    planned.append(self._planned(cell, method, CHOOSE, index, seed, here, score))
-        return planned, whole
+            planned += [
+                self._planned(cell, method, CHOOSE, index, seed, point, score)
+                for score in scores.values
+                for seed, point in seeds
+            ]
+            expected += len(scores.values) * len(self._study.choose.seeds)
+            are_known = are_known and scores.are_known
+        return _Trials(planned, are_known and len(planned) == expected)
+
+    def _seeds(
+        self, cell: Cell, method: Method, index: int, points: Sequence[Point] | None
+    ) -> list[tuple[int, Point | None]]:
+        """Return the seeds at a point that can be planned, with the rates; None to have them drawn.
+
+        Args:
+            cell: The cell.
+            method: The method.
+            index: Number of the point.
+            points: All points; None if the sampler tpe draws them.
+        """
+        seeds = self._study.choose.seeds
+        if points is not None:
+            return [(seed, points[index]) for seed in seeds]
+        # The sampler draws in the trial of the first seed.
+        drawing = seeds[:1] if method.control_of is None else ()
+        point = self._drawn_point(cell, method, index)
+        others = () if point is None else seeds[len(drawing) :]
+        return [*((seed, None) for seed in drawing), *((seed, point) for seed in others)]
 
     def _drawn_point(self, cell: Cell, method: Method, index: int) -> Point | None:
         """Return a point that the sampler tpe drew for a method, or for that of a control."""
@@ -285,64 +343,58 @@ class Plan:
         seed = self._study.choose.seeds[0]
         return self._drawn.get(self._planned(cell, source, CHOOSE, index, seed, None, None).key)
 
-    def _second_phase(
-        self, cell: Cell, method: Method, choice: Choice
-    ) -> tuple[list[Planned], bool]:
-        """Return the known trials of the second phase, and whether these are all of them."""
+    def _second_phase(self, cell: Cell, method: Method, choice: Choice) -> _Trials:
         chosen = [choice]
-        whole = True
+        are_known = True
         if method.control_of is not None:
             model = (cell.name, method.control_of)
-            whole = model in self.choices
+            are_known = model in self.choices
             other = self.choices.get(model)
             if other is not None and other.index != choice.index:
                 chosen.append(other)
-        reported = []
+        planned: list[Planned] = []
         for one in chosen:
             scores = self._scores(cell, method, REPORT, one.index)
-            whole = whole and scores is not None
-            reported += [
+            are_known = are_known and scores.are_known
+            planned += [
                 self._planned(cell, method, REPORT, one.index, seed, one.point, score)
                 for seed in self._study.report.seeds
-                for score in scores or ()
+                for score in scores.values
             ]
-        return reported, whole
+        return _Trials(planned, are_known)
 
-    def _scores(
-        self, cell: Cell, method: Method, phase: str, index: int
-    ) -> tuple[str | None, ...] | None:
-        """Return the score of a share-matched control, one of None for other methods.
-
-        Empty if its method has no share at all; None before the share is known.
-        """
+    def _scores(self, cell: Cell, method: Method, phase: str, index: int) -> _Scores:
+        """Return the score of a share-matched control, or that of the options of other methods."""
         if method.share_of is None:
-            return (None,)
-        model = (cell.name, method.share_of)
-        if phase == REPORT:
-            choice = self.choices.get(model)
-            if choice is not None and choice.index == index:
-                trials = [trial for trial in self._reported[model] if trial.index == index]
-                shares = self._shares(trials, len(self._study.report.seeds))
-                if shares is None or shares:
-                    return None if shares is None else (control_score(fmean(shares)),)
-        trials = [trial for trial in self._chosen[model] if trial.index == index]
-        shares = self._shares(trials, len(self._study.choose.seeds))
-        if shares is not None and not shares:
-            # All its method's trials at this point failed. The control has as many rate trials as
-            # others, so it gets the mean share of the other points.
-            if model not in self._whole:
-                return None
-            shares = self._shares(self._chosen[model], len(self._chosen[model])) or []
-        if shares is None:
-            return None
-        return (control_score(fmean(shares)),) if shares else ()
+            return _OWN_SCORE
+        for trials in self._models((cell.name, method.share_of), phase, index):
+            if not self._have_ended(trials):
+                return _NOT_YET_KNOWN
+            shares = self._shares(trials)
+            if shares:
+                return _Scores((control_score(fmean(shares)),))
+        return _NO_CONTROL
 
-    def _shares(self, trials: list[Planned], expected: int) -> list[float] | None:
-        """Return the shares of full updates of trials that have one; None before their end."""
-        outcomes = [self._outcomes.get(trial.key) for trial in trials]
-        if len(trials) < expected or None in outcomes:
-            return None
-        return [o.full_share for o in outcomes if o is not None and o.full_share is not None]
+    def _models(self, method: tuple[str, str], phase: str, index: int) -> Iterator[_Trials]:
+        """Yield the trials of a method, by cell and name, that a control takes its share from.
+
+        The first ones that have a share count: others have failed.
+        """
+        choice = self.choices.get(method)
+        if phase == REPORT and choice is not None and choice.index == index:
+            yield self._second[method].at(index, len(self._study.report.seeds))
+        yield self._first[method].at(index, len(self._study.choose.seeds))
+        # The control has as many rate trials as others, so it gets the mean share of the other
+        # points.
+        yield self._first[method]
+
+    def _have_ended(self, trials: _Trials) -> bool:
+        return trials.are_all and all(trial.key in self._outcomes for trial in trials.known)
+
+    def _shares(self, trials: _Trials) -> list[float]:
+        """Return the shares of full updates of ended trials; failed ones have none."""
+        shares = (self._outcomes[trial.key].full_share for trial in trials.known)
+        return [share for share in shares if share is not None]
 
     def _choice(self, cell: Cell, trials: list[Planned]) -> Choice | None:
         values: dict[int, list[float]] = {}

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from molf.study.definition import CHOOSE, Point
 from molf.study.outcome import TrialResult, outcome_of
-from molf.study.plan import FAILED, PRUNED, Outcome
+from molf.study.plan import FAILED, PRUNED, Outcome, Place
 
 if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
@@ -17,9 +17,6 @@ if TYPE_CHECKING:
 KEY, INDEX, SEED, POINT = "key", "index", "seed", "point"
 WORKER, ERROR, DROPPED, INTERRUPTED = "worker", "error", "dropped", "interrupted"
 SHARE, SECONDS = "full_share", "seconds"
-
-Place = tuple[str, str, str]
-"""Cell, method, phase."""
 
 
 class Snapshot:

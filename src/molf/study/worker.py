@@ -121,7 +121,7 @@ class Worker:
 
     def _next_place(self, plan: Plan, snapshot: Snapshot) -> Place | None:
         """Return a place with queued trials, in the last trial's cell if it has some."""
-        order = dict.fromkeys((t.cell.name, t.method.name, t.phase) for t in plan.trials)
+        order = dict.fromkeys(t.place for t in plan.trials)
         places = [place for place in order if snapshot.waiting.get(place)]
         own = [place for place in places if place[0] == self._cell]
         return next(iter(own or places), None)

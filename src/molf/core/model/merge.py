@@ -109,7 +109,7 @@ def merge(
         for name, module in plain.named_modules()
         if isinstance(module, nn.Linear) and is_quantised(module.weight)
     }
-    _check(model, plain, tuners, quantised, base, original)
+    _check(plain, tuners, quantised, base, original)
     made = MergeReport(sum(map(_has_active, tuners.values())), base)
 
     device = next(plain.parameters()).device.type
@@ -142,7 +142,6 @@ def merge(
 
 
 def _check(
-    model: nn.Module,
     plain: nn.Module,
     tuners: dict[str, Any],
     quantised: dict[str, Any],
@@ -159,6 +158,19 @@ def _check(
             "The model's PEFT adapter wraps no layer (prompt or prefix tuning): there is nothing "
             "to merge."
         )
+    _check_options(quantised, base, original)
+    for name, tuner in tuners.items():
+        _check_adapter(name, tuner, on_quantised=name in quantised)
+    if quantised:
+        _check_others(plain, quantised)
+    weights = [(name, _weight(name, tuner)) for name, tuner in tuners.items()]
+    check_not_tied(plain, weights, use="merged")
+    if original is not None:
+        for name, module in quantised.items():
+            _check_original(name, module, original)
+
+
+def _check_options(quantised: dict[str, Any], base: str | None, original: nn.Module | None) -> None:
     if base not in (None, *_BASES):
         raise ValueError(f"Invalid base={base!r}. Must be one of {', '.join(_BASES)}, or None.")
     if quantised and base is None:
@@ -173,34 +185,33 @@ def _check(
             raise ValueError(f"Invalid {name}: the base is not quantised. Leave it out.")
     if base == "original" and original is None:
         raise ValueError("base='original' needs original=the plain model that was quantised.")
-    for name, tuner in tuners.items():
-        if tuner.disable_adapters:
-            raise ValueError(f"Layer {name}: its adapter is disabled. Enable it before merging.")
-        values = [p for n, p in tuner.named_parameters() if not n.startswith("base_layer.")]
-        # PEFT checks this while it merges, when other layers are changed already.
-        if not all(bool(value.isfinite().all()) for value in values):
-            raise ValueError(f"Layer {name}: its adapter is not finite; nothing was merged.")
-        if name in quantised and not _is_plain_lora(tuner):
-            raise ValueError(
-                f"Layer {name}: only plain LoRA can be merged into a quantised layer, and its "
-                f"adapter is {type(tuner).__name__} with a variant, a bias, or already merged."
-            )
-    if quantised:
-        _check_others(plain, quantised)
-    weights = []
-    for name, tuner in tuners.items():
-        weight = getattr(tuner.get_base_layer(), "weight", None)
-        if not isinstance(weight, Tensor):
-            kind = type(tuner.get_base_layer()).__name__
-            raise ValueError(
-                f"Layer {name}: its base layer ({kind}) has no weight to merge into. PEFT's own "
-                "merge_and_unload may support it."
-            )
-        weights.append((name, weight))
-    check_not_tied(plain, weights, use="merged")
-    if original is not None:
-        for name, module in quantised.items():
-            _check_original(name, module, original)
+
+
+def _check_adapter(name: str, tuner: Any, *, on_quantised: bool) -> None:
+    """Refuse a layer whose adapter cannot be merged."""
+    if tuner.disable_adapters:
+        raise ValueError(f"Layer {name}: its adapter is disabled. Enable it before merging.")
+    values = [p for n, p in tuner.named_parameters() if not n.startswith("base_layer.")]
+    # PEFT checks this while it merges, when other layers are changed already.
+    if not all(bool(value.isfinite().all()) for value in values):
+        raise ValueError(f"Layer {name}: its adapter is not finite; nothing was merged.")
+    if on_quantised and not _is_plain_lora(tuner):
+        raise ValueError(
+            f"Layer {name}: only plain LoRA can be merged into a quantised layer, and its "
+            f"adapter is {type(tuner).__name__} with a variant, a bias, or already merged."
+        )
+
+
+def _weight(name: str, tuner: Any) -> Tensor:
+    """Return the weight of the layer below an adapter; refuse a layer without one."""
+    layer = tuner.get_base_layer()
+    weight = getattr(layer, "weight", None)
+    if isinstance(weight, Tensor):
+        return weight
+    raise ValueError(
+        f"Layer {name}: its base layer ({type(layer).__name__}) has no weight to merge into. "
+        "PEFT's own merge_and_unload may support it."
+    )
 
 
 def _check_others(plain: nn.Module, quantised: dict[str, Any]) -> None:

@@ -67,7 +67,7 @@ def probe(
         RunError: The probe failed; its directory holds the traceback.
     """
     check_alone("molf probe")
-    with short_training(settings, "probe", reporter, inputs) as short:
+    with short_training(settings.training, "probe", reporter, inputs) as short:
         from molf.disk.files import write_text
         from molf.job.advice.advice import advise
         from molf.job.memory import peak_memory, reset_peak_memory

@@ -47,7 +47,7 @@ def range_test(
     check_range(lowest, highest)
     check_installed("matplotlib", "molf lr")
     name = f"lr-{settings.method}"
-    with short_training(settings, name, reporter, inputs, A_RANGE_TEST) as short:
+    with short_training(settings.training, name, reporter, inputs, A_RANGE_TEST) as short:
         from molf.job.ahead.rate_files import write_files, write_start
 
         opening, directory = short.opening, short.directory

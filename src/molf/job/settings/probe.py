@@ -17,7 +17,7 @@ from molf.job.settings.settings import (
     WEIGHT_DTYPES,
     TrainSettings,
 )
-from molf.job.settings.short import NO_MODEL, check_short, leave_out
+from molf.job.settings.short import NO_CHECKPOINTS, NO_MODEL, check_short, warn_of_unused
 
 STEPS = 30
 
@@ -26,8 +26,6 @@ STEPS = 30
 @dataclass(frozen=True, kw_only=True)
 class ProbeSettings(TrainSettings):
     """The options of `molf train`; these have other defaults."""
-
-    __slots__ = ("_given",)  # outside of `vars`, which are the options
 
     dtype: Annotated[str, Parameter(choices=WEIGHT_DTYPES, group=MODEL)] = "bfloat16"
     """Type of the weights in the probe; bfloat16 takes half the memory of float32."""
@@ -48,7 +46,7 @@ class ProbeSettings(TrainSettings):
     """How the learning rates fall; constant: as at the beginning of a long training."""
 
     def __post_init__(self) -> None:
-        """Check every value and the method, and leave out options that small memory excludes.
+        """Check every value and the method.
 
         Raises:
             InputError: An option is not allowed.
@@ -61,41 +59,42 @@ class ProbeSettings(TrainSettings):
                 f"Invalid method={self.method}: a probe compares full with LoRA in each layer, "
                 "which only molf does. Leave method out."
             )
-        self._set("_given", dict(vars(self)))
         check_short(self, "a probe")
-        if self.max_steps is None:  # of a run's config.yaml
-            self._set("max_steps", STEPS)
-        if self.dtype == "bfloat16" and self.weight_rounding is None:
-            self._set("weight_rounding", "stochastic")
-        if self.optimizer_in_backward and score_exclusions(self.score)["score_of_layers"]:
-            self._set("optimizer_in_backward", False)  # the score compares layers
-        self._leave_out()
-        super().__post_init__()
-
-    def __setstate__(self, state: tuple[dict[str, Any], dict[str, Any]]) -> None:
-        """Restore a copy; the default sets attributes, which a frozen dataclass refuses."""
-        for values in state:
-            for name, value in values.items():
-                self._set(name, value)
+        warn_of_unused(self, self._unused, "a probe")
+        self.training  # noqa: B018 (raises where an option is wrong)
 
     @property
     def given(self) -> dict[str, Any]:
-        """All options by name, before those without effect were left out."""
-        return dict(self._given)  # type: ignore[attr-defined]
+        """All options by name, also those without effect."""
+        return dict(vars(self))
 
-    def _leave_out(self) -> None:
-        """Set options to their defaults that have no effect, or exclude the small memory."""
+    @property
+    def training(self) -> TrainSettings:
+        """The options of the probe's steps: without those that small memory excludes."""
+        options = vars(self) | NO_CHECKPOINTS | self._unused
+        options["optimizer_in_backward"] = self._in_backward
+        if self.max_steps is None:  # of a run's config.yaml
+            options["max_steps"] = STEPS
+        if self.dtype == "bfloat16" and self.weight_rounding is None:
+            options["weight_rounding"] = "stochastic"
+        return TrainSettings(**options)
+
+    @property
+    def _in_backward(self) -> bool:
+        """Whether layers step in the backward pass, which a score that compares layers excludes."""
+        return self.optimizer_in_backward and not score_exclusions(self.score)["score_of_layers"]
+
+    @property
+    def _unused(self) -> dict[str, Any]:
+        """The defaults of options that have no effect, or exclude the small memory."""
         unused: dict[str, Any] = dict(NO_MODEL)
         if self.state_dtype == "8bit":
             unused["kernels"] = "eager"
-        if self.optimizer_in_backward:
+        if self._in_backward:
             unused |= _IN_BACKWARD
             if (self.gradient_accumulation_steps or 1) > 1:
                 unused["gradient_accumulation_steps"] = 1
-        leave_out(self, unused, "a probe")
-
-    def _set(self, name: str, value: object) -> None:
-        object.__setattr__(self, name, value)  # the dataclass is frozen
+        return unused
 
 
 # Annotations are texts, which cyclopts would evaluate in this file; it lacks names of `settings`.

@@ -10,7 +10,7 @@ from cyclopts import Parameter
 from molf.errors import InputError
 from molf.job.settings.ranges import POSITIVE
 from molf.job.settings.settings import OPTIMIZATION, TrainSettings
-from molf.job.settings.short import NO_MODEL, check_short, leave_out
+from molf.job.settings.short import NO_CHECKPOINTS, NO_MODEL, check_short, warn_of_unused
 
 STEPS = 120
 LEAST_STEPS = 20
@@ -26,7 +26,7 @@ class RateSettings(TrainSettings):
     """Most steps of a sweep, over which the rate grows; a sweep ends where the loss diverges."""
 
     def __post_init__(self) -> None:
-        """Check every value, and leave out options without effect.
+        """Check every value.
 
         Raises:
             InputError: An option is not allowed.
@@ -35,17 +35,21 @@ class RateSettings(TrainSettings):
             UserWarning: Options were given that a range test does not use.
         """
         check_short(self, "a range test")
-        if self.max_steps is None:  # of a run's config.yaml
-            object.__setattr__(self, "max_steps", STEPS)
-        elif 0 < self.max_steps < LEAST_STEPS:
+        if self.max_steps is not None and 0 < self.max_steps < LEAST_STEPS:
             raise InputError(
                 f"Invalid max_steps={self.max_steps} for a range test. Must be at least "
                 f"{LEAST_STEPS}."
             )
-        for name, value in _OWN.items():
-            object.__setattr__(self, name, value)
-        leave_out(self, _UNUSED, "a range test")
-        super().__post_init__()
+        warn_of_unused(self, _UNUSED, "a range test")
+        self.training  # noqa: B018 (raises where an option is wrong)
+
+    @property
+    def training(self) -> TrainSettings:
+        """The options of the sweeps: without those that have no effect."""
+        options = vars(self) | NO_CHECKPOINTS | _OWN | _UNUSED
+        if self.max_steps is None:  # of a run's config.yaml
+            options["max_steps"] = STEPS
+        return TrainSettings(**options)
 
 
 # Annotations are texts, which cyclopts would evaluate in this file; it lacks names of `settings`.

@@ -134,39 +134,56 @@ def resolve(settings: TrainSettings, now: datetime) -> ResolvedSettings:
     _warn_of_ranks(settings)
     given = {name: value for name, value in vars(settings).items() if value is not None}
     values = {**defaults_for(settings.method, settings.task), **given}
-    if settings.packing and not settings.optimizer_in_backward:
-        _pack_one_by_one(values, settings)
+    _set_method(values, settings)
+    _set_rates(values, settings)
+    _set_batches(values, settings)
+    if eval_strategy_of(settings) == "steps":
+        values["eval_strategy"] = "steps"
+        values["eval_steps"] = settings.eval_steps or settings.logging_steps
+    values.setdefault("save_minutes", SAVE_MINUTES if settings.save_steps is None else 0.0)
+    _set_places(values, settings, now)
+    return ResolvedSettings(**values)
+
+
+def _set_method(values: dict[str, Any], settings: TrainSettings) -> None:
+    """Set options of the method's experts and of their storage."""
     # The record has the defaults of unused options, so that it does not warn as a recipe.
-    for name in unused_options(settings):
-        values[name] = _DEFAULTS[name]
+    values |= {name: _DEFAULTS[name] for name in unused_options(settings)}
     if settings.quantised is not None and settings.merge_base is None:
         values["merge_base"] = MERGE_BASES[0]
     config = settings.method_config
     if config is not None:
         values |= {"ranks": config.ranks, "alpha": config.alphas, "use_rslora": config.use_rslora}
-    if settings.lora_learning_rate is None and settings.learning_rate is not None:
-        # A demo task's LoRA rate belongs to its learning rate, which the user has replaced.
-        values["lora_learning_rate"] = None
-    if values.get("lora_learning_rate") is None:
+    is_rounded = settings.dtype == "bfloat16" and "weight_rounding" not in _UNUSED[settings.method]
+    if is_rounded and settings.weight_rounding is None:
+        values["weight_rounding"] = "exact"  # the optimizers' default for bfloat16, for the record
+
+
+def _set_rates(values: dict[str, Any], settings: TrainSettings) -> None:
+    """Set the learning rate of the LoRA factors."""
+    # A demo task's LoRA rate belongs to its learning rate, which the user has replaced.
+    is_replaced = settings.lora_learning_rate is None and settings.learning_rate is not None
+    if is_replaced or values.get("lora_learning_rate") is None:
         values["lora_learning_rate"] = values["learning_rate"]
+
+
+def _set_batches(values: dict[str, Any], settings: TrainSettings) -> None:
+    """Set the examples of a step, and the clipping of its gradients."""
+    if settings.packing and not settings.optimizer_in_backward:
+        _pack_one_by_one(values, settings)
     if "optimizer_in_backward" in _UNUSED[settings.method] or not settings.optimizer_in_backward:
         values.setdefault("max_grad_norm", 1.0)
     else:
         _use_in_backward(values)
-    is_rounded = settings.dtype == "bfloat16" and "weight_rounding" not in _UNUSED[settings.method]
-    if is_rounded and settings.weight_rounding is None:
-        values["weight_rounding"] = "exact"  # the optimizers' default for bfloat16, for the record
-    if eval_strategy_of(settings) == "steps":
-        values |= {
-            "eval_strategy": "steps",
-            "eval_steps": settings.eval_steps or settings.logging_steps,
-        }
     size = values["per_device_train_batch_size"]
     if settings.padding_free and size == 1 and not settings.packing:
         warnings.warn(
-            f"Without effect with per_device_train_batch_size={size}: padding_free.", stacklevel=2
+            f"Without effect with per_device_train_batch_size={size}: padding_free.", stacklevel=3
         )
-    values.setdefault("save_minutes", SAVE_MINUTES if settings.save_steps is None else 0.0)
+
+
+def _set_places(values: dict[str, Any], settings: TrainSettings, now: datetime) -> None:
+    """Set model, data and directories; the record must be valid from any working directory."""
     values["model"] = settings.model or _task_model(settings.task)
     if settings.output_dir is None:
         values["output_dir"] = _fresh_directory(settings, values["model"], now)
@@ -177,14 +194,12 @@ def resolve(settings: TrainSettings, now: datetime) -> ResolvedSettings:
         if (folder := getattr(settings, name)) is not None:
             check_path(folder, name)
             values[name] = settled(folder).absolute()
-    # The record of the run must be valid from any working directory.
     for name in ("model", "forgetting_data", "assignment"):
         if values.get(name) is not None:
             values[name] = absolute(values[name])
     for name in SOURCES:
         if values.get(name) is not None:
             values[name] = absolute_sources(values[name], name)
-    return ResolvedSettings(**values)
 
 
 _DEFAULTS = {
@@ -257,7 +272,7 @@ def _use_in_backward(values: dict[str, Any]) -> None:
         warnings.warn(
             f"optimizer_in_backward accumulates no gradients: a step has {batch} {unit} instead "
             f"of {batch * steps}. Raise per_device_train_batch_size if that fits.",
-            stacklevel=3,
+            stacklevel=4,
         )
         values["gradient_accumulation_steps"] = 1
 

@@ -9,6 +9,8 @@ from typing import Any
 from molf.errors import InputError
 from molf.job.settings.settings import TrainSettings
 
+# Checkpoints are off without a warning: every run's config.yaml has this option.
+NO_CHECKPOINTS: dict[str, Any] = {"save_minutes": 0.0}
 # Options of the model that is not saved, and of checkpoints; with their defaults.
 NO_MODEL: dict[str, Any] = {
     "keep_low_halves": False,
@@ -22,10 +24,10 @@ NO_MODEL: dict[str, Any] = {
 
 
 def check_short(settings: TrainSettings, what: str) -> None:
-    """Refuse options of whole runs, and turn off checkpoints.
+    """Refuse options of whole runs.
 
     Args:
-        settings: The options, which are being made.
+        settings: The options, as given.
         what: The short training, such as "a probe".
 
     Raises:
@@ -35,23 +37,16 @@ def check_short(settings: TrainSettings, what: str) -> None:
         raise InputError(f"Invalid dry_run of {what}. Give fewer --max_steps, or leave it out.")
     if settings.resume:
         raise InputError(f"Invalid resume of {what}, which keeps no checkpoints. Leave it out.")
-    # Without a warning: every run's config.yaml has it.
-    object.__setattr__(settings, "save_minutes", 0.0)
 
 
-def leave_out(settings: TrainSettings, unused: Mapping[str, Any], what: str) -> None:
-    """Set options without effect to their defaults.
+def warn_of_unused(settings: TrainSettings, unused: Mapping[str, Any], what: str) -> None:
+    """Warn if options without effect are given.
 
     Args:
-        settings: The options, which are being made.
+        settings: The options, as given.
         unused: The defaults of those without effect, by name.
-        what: The short training, for the warning.
-
-    Warns:
-        UserWarning: One of them was given.
+        what: The short training, such as "a probe".
     """
     given = [name for name, default in unused.items() if getattr(settings, name) != default]
-    for name in given:
-        object.__setattr__(settings, name, unused[name])  # the dataclass is frozen
     if given:
-        warnings.warn(f"Without effect in {what}: {', '.join(given)}.", stacklevel=5)
+        warnings.warn(f"Without effect in {what}: {', '.join(given)}.", stacklevel=4)
