@@ -76,18 +76,18 @@ def generate_greedy(
     lengths = [len(context) for context in contexts]
     room = _room(lengths, max_new_tokens, position_limit(inner.config))
     ends, pad_id = end_tokens(inner, tokenizer), padding_id(tokenizer)
-    making = _Making(inner, tokenizer, contexts, room, ends, pad_id, stop, first_logits)
-    with making.replaced_settings(max_new_tokens):
+    generation = _Generation(inner, tokenizer, contexts, room, ends, pad_id, stop, first_logits)
+    with generation.replaced_settings(max_new_tokens):
         several = min(batch_size, len(contexts)) > 1
         allowed = generation_batches(model, pad_id) if several else ANY
         with inference(model):
             done = for_each_batch(
-                model, lengths, batch_size, making.run, "generation", progress, allowed=allowed
+                model, lengths, batch_size, generation.run, "generation", progress, allowed=allowed
             )
     if first_logits is not None:
-        for index, result in enumerate(collect(making.read, done)):
+        for index, result in enumerate(collect(generation.read, done)):
             first_logits.store(index, result)
-    return collect(making.answers, done)
+    return collect(generation.answers, done)
 
 
 def _room(lengths: Sequence[int], most: int, limit: int | None) -> list[int]:
@@ -104,7 +104,7 @@ def _room(lengths: Sequence[int], most: int, limit: int | None) -> list[int]:
 
 
 @dataclass
-class _Making:
+class _Generation:
     """The answers to contexts, made in batches.
 
     Attributes:
