@@ -367,7 +367,7 @@ class Plan:
         """Return the score of a share-matched control, or that of the options of other methods."""
         if method.share_of is None:
             return _OWN_SCORE
-        for trials in self._models((cell.name, method.share_of), phase, index):
+        for trials in self._sources((cell.name, method.share_of), phase, index):
             if not self._have_ended(trials):
                 return _NOT_YET_KNOWN
             shares = self._shares(trials)
@@ -375,7 +375,7 @@ class Plan:
                 return _Scores((control_score(fmean(shares)),))
         return _NO_CONTROL
 
-    def _models(self, method: tuple[str, str], phase: str, index: int) -> Iterator[_Trials]:
+    def _sources(self, method: tuple[str, str], phase: str, index: int) -> Iterator[_Trials]:
         """Yield the trials of a method, by cell and name, that a control takes its share from.
 
         The first ones that have a share count: others have failed.
