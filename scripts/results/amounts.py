@@ -18,7 +18,7 @@ def untrained(study: Study) -> str:
 
 
 def full_range(study: Study, method: str) -> str:
-    """Return the smallest and the largest share in full of a method over the cells, if they differ."""
+    """Return the smallest and the largest share in full of a method over the cells."""
     shares = [one.full_share for _, one in study.of(method) if one.full_share is not None]
     ends = dict.fromkeys(f"{end:.0%}" for end in (min(shares), max(shares))) if shares else ()
     return " to ".join(ends) or NO_ROWS
