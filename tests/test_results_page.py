@@ -180,7 +180,7 @@ def test_the_readme_agrees_with_the_study_of_assignments():
     assert (
         "worse in none, and forgets less in three; with new seeds, in four. A tenth of the layers, "
         "by the score `descent`, is shown to be worse in none, and forgets less in four and more "
-        "in one; with new seeds, the same."
+        "in one; with new seeds, again in four and in one."
     ) in readme
     tenths = script.Study(script.STUDIES / "demo-hybrid-scores")
     assert amounts.missing(tenths) == "none"

@@ -89,7 +89,7 @@ NAMES = [option.name for option in fields(TrainSettings)]
 def command_of(**given):
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Without effect in a probe")
-        return training_command(ProbeSettings(**given).given, Path("a probe"))
+        return training_command(vars(ProbeSettings(**given)), Path("a probe"))
 
 
 def parsed(words):
@@ -154,5 +154,5 @@ def test_copies_of_the_options_have_what_was_given():
         settings = ProbeSettings(gradient_accumulation_steps=4)
     for made in (copy.deepcopy(settings), pickle.loads(pickle.dumps(settings))):
         assert made == settings
-        assert made.given == settings.given
-        assert made.given["gradient_accumulation_steps"] == 4
+        assert vars(made) == vars(settings)
+        assert vars(made)["gradient_accumulation_steps"] == 4

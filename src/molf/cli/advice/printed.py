@@ -56,7 +56,7 @@ def print_advice(
 
 def print_probe(result: Probe, settings: ProbeSettings) -> None:
     """Print time, memory and the next command of a probe to standard output."""
-    words = training_command(settings.given, result.directory)
+    words = training_command(vars(settings), result.directory)
     steps = counted(result.advice.steps, "decision")
     PlainConsole().lines(
         f"time      {duration(result.seconds)} for {steps} per layer",

@@ -64,11 +64,6 @@ class ProbeSettings(TrainSettings):
         self.training  # noqa: B018 (raises where an option is wrong)
 
     @property
-    def given(self) -> dict[str, Any]:
-        """All options by name, also those without effect."""
-        return dict(vars(self))
-
-    @property
     def training(self) -> TrainSettings:
         """The options of the probe's steps: without those that small memory excludes."""
         options = vars(self) | NO_CHECKPOINTS | self._unused

@@ -46,6 +46,9 @@ def warn_of_unused(settings: TrainSettings, unused: Mapping[str, Any], what: str
         settings: The options, as given.
         unused: The defaults of those without effect, by name.
         what: The short training, such as "a probe".
+
+    Warns:
+        UserWarning: One of them was given.
     """
     given = [name for name, default in unused.items() if getattr(settings, name) != default]
     if given:
