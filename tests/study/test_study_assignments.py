@@ -38,6 +38,11 @@ def hybrid(name="hybrid", **rule):
         (hybrid(share=0.1, by="score"), "share=0.1 with by=score: a share goes by the score"),
         (hybrid(share=0.1, by="shape"), "share has no effect with by=shape. Leave it out"),
         (hybrid(steps=9, by="shape"), "steps has no effect with by=shape. Leave it out"),
+        (hybrid(full=["k_proj"], by="wins"), "by has no effect with full. Leave it out"),
+        (hybrid(full=["k_proj"], share=0.1), "share has no effect with full. Leave it out"),
+        (hybrid(full=["k_proj"], steps=9), "steps has no effect with full. Leave it out"),
+        (hybrid(full=[]), r"assignment, full: Invalid full=\[\]\. Must be one or more patterns"),
+        (hybrid(full=["k_proj."]), "assignment, full: Invalid pattern 'k_proj.'"),
         (hybrid(steps=1), "steps: 1 is no whole number of at least 2"),
         (hybrid(random="perhaps"), "Invalid random='perhaps'. Must be true or false"),
         ({**hybrid(), "method": "lora"}, "assignment is for method=hybrid. Give that method"),
@@ -69,8 +74,10 @@ def test_a_rule_belongs_to_the_identity_of_a_trial_with_the_options_of_its_probe
         key({"random": True}),
         key({}, ranks=4),
         key({}, score="gsnr"),
+        key({"full": ["k_proj"]}),
+        key({"full": ["v_proj"]}),
     }
-    assert len(keys) == 6
+    assert len(keys) == 8
     assert key({"steps": 30}) in keys  # the default
     assert key({"random": False}) in keys
 
@@ -83,20 +90,18 @@ def test_variants_of_axes_follow_those_of_their_method(tmp_path):
     assert found["hybrid+freeze_rest=true"] == "molf+freeze_rest=true"
 
 
-@pytest.fixture(scope="module")
-def study(tmp_path_factory):
-    """Rows by wins, by shape, by a share, and drawn, on a tiny model."""
-    folder = tmp_path_factory.mktemp("assigned")
+def sums_cell(folder, model, name="sums"):
+    """A cell of 20 records for training and 6 for the test."""
     lines = [
         json.dumps({"prompt": f"{i} and {i + 1} make", "completion": f" {2 * i + 1}"})
         for i in range(26)
     ]
     (folder / "train.jsonl").write_text("\n".join(lines[:20]) + "\n")
     (folder / "test.jsonl").write_text("\n".join(lines[20:]) + "\n")
-    cell = {
-        "name": "sums",
+    return {
+        "name": name,
         "task": "custom",
-        "model": str(write_checkpoint(folder / "base")),
+        "model": str(model),
         "data": str(folder / "train.jsonl"),
         "eval_data": str(folder / "test.jsonl"),
         "max_steps": 2,
@@ -104,6 +109,13 @@ def study(tmp_path_factory):
         "gradient_accumulation_steps": 1,
         "metric": "loss",
     }
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory):
+    """Rows by wins, by shape, by a share, and drawn, on a tiny model."""
+    folder = tmp_path_factory.mktemp("assigned")
+    cell = sums_cell(folder, write_checkpoint(folder / "base"))
     molf = {**MOLF, "ranks": 2, "rates": {"learning_rate": [1e-2], "lora_lr_ratio": [2]}}
     rules = {
         "wins": {"steps": 3},
@@ -111,6 +123,8 @@ def study(tmp_path_factory):
         "drawn": {"steps": 3, "share": 0.5, "random": True},
         "again": {"steps": 3, "by": "score", "share": None},
         "shape": {"by": "shape"},
+        "named": {"full": ["k_proj", "v_proj"]},
+        "other": {"full": ["k_proj", "v_proj"], "random": True},
     }
     methods = [molf, *({**hybrid(n, **r), "rates": molf["rates"]} for n, r in rules.items())]
     return study_of(folder, cells=[cell], methods=methods)
@@ -136,6 +150,8 @@ def test_each_trial_trains_by_the_assignment_of_its_rule(study, rows):
         "half": "full in the 50% of layers where it leads most, 2 steps of ",
         "drawn": "random like full in the 50% of layers where it leads most",
         "shape": "by shape, lora_lr 2 times lr",
+        "named": "patterns",
+        "other": "random like patterns",
     }
     for name, row in rows.items():
         if row["reused"]:
@@ -153,12 +169,25 @@ def test_each_trial_trains_by_the_assignment_of_its_rule(study, rows):
         assert {entry.r for entry in used.lora} <= {2}
 
 
+def test_patterns_name_the_layers_in_full_and_the_others_get_the_experts_rank(study, rows):
+    opened, _ = study
+    run = run_directory(opened, "sums", "named", "choose-lr0.01-ratio2-seed1")
+    used = read_assignment(run / "assignment.yaml")
+    assert {entry.name.rpartition(".")[2] for entry in used.full} == {"k_proj", "v_proj"}
+    assert not used.frozen
+    assert used.use_rslora
+    assert {(entry.r, entry.alpha) for entry in used.lora} == {(2, 32)}  # of method molf
+    assert rows["other"]["full_weights"] == rows["named"]["full_weights"]
+    assert rows["other"]["assignment_key"] != rows["named"]["assignment_key"]
+
+
 def test_rows_of_one_probe_share_it_and_each_counts_it(study, rows):
     opened, _ = study
     assert len(list((opened.output_dir / "probes/sums").glob("*.json"))) == 1
     for name, row in rows.items():
-        assert row["probe_steps"] == (0 if name == "shape" else 3)
-        assert (row["probe_seconds"] > 0) is (row["probe_flops"] > 0) is (name != "shape")
+        probes = name not in {"shape", "named", "other"}
+        assert row["probe_steps"] == (3 if probes else 0)
+        assert (row["probe_seconds"] > 0) is (row["probe_flops"] > 0) is probes
         assert row["seconds"] > row["probe_seconds"]
         assert row["training_flops"] == row["probe_flops"] + row["tokens"] * (
             4 * row["parameters"] + 2 * row["trained_parameters"]
@@ -205,23 +234,7 @@ def test_an_assignment_of_another_model_is_refused_before_any_trial(tmp_path, ca
     given = Assignment.from_patterns(model, {"full": ["k_proj"], "default": {"r": 2}})
     file = tmp_path / "assignment.yaml"
     file.write_text(given.to_yaml())
-    lines = [
-        json.dumps({"prompt": f"{i} and 1 make", "completion": f" {i + 1}"}) for i in range(20)
-    ]
-    (tmp_path / "train.jsonl").write_text("\n".join(lines[:16]) + "\n")
-    (tmp_path / "test.jsonl").write_text("\n".join(lines[16:]) + "\n")
-    cells = [
-        {
-            "name": name,
-            "task": "custom",
-            "model": str(path),
-            "data": str(tmp_path / "train.jsonl"),
-            "eval_data": str(tmp_path / "test.jsonl"),
-            "max_steps": 2,
-            "metric": "loss",
-        }
-        for name, path in (("fits", other), ("sums", base))
-    ]
+    cells = [sums_cell(tmp_path, other, "fits"), sums_cell(tmp_path, base)]
     fixed = {**HYBRID, "name": "fixed", "assignment": str(file)}
     before = {*tmp_path.iterdir()}
     path = write_study(tmp_path, cells=cells, methods=[FFT, fixed])
@@ -233,3 +246,34 @@ def test_an_assignment_of_another_model_is_refused_before_any_trial(tmp_path, ca
         assert {*tmp_path.iterdir()} == before | {path}
     path = write_study(tmp_path, cells=cells[:1], methods=[FFT, fixed])
     assert main(["study", "run", str(path), "--dry_run"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("full", "molf", "message"),
+    [
+        (["qkv"], {}, "assignment, full: Invalid full pattern 'qkv': it matches no linear layer"),
+        (["lm_head"], {}, "assignment, full: lm_head is not routed by molf. Give patterns of"),
+        (
+            ["k_proj"],
+            {"ranks": [2, 4]},
+            "assignment, full: molf has 2 LoRA experts, and each other layer gets one",
+        ),
+        (
+            ["k_proj", "down_proj"],
+            {"exclude_modules": ["down_proj"]},
+            "layers.0.mlp.down_proj, model.layers.1.mlp.down_proj are not routed by molf",
+        ),
+    ],
+)
+def test_patterns_that_do_not_fit_are_refused_before_any_trial(
+    tmp_path, capsys, full, molf, message
+):
+    cell = sums_cell(tmp_path, write_checkpoint(tmp_path / "base"))
+    methods = [FFT, {**MOLF, "ranks": 2, **molf}, hybrid(full=full)]
+    path = write_study(tmp_path, cells=[cell], methods=methods)
+    before = {*tmp_path.iterdir()}
+    assert main(["study", "run", str(path), "--dry_run"]) == 2
+    *_, error = capsys.readouterr().err.splitlines()
+    assert re.search(message, error), error
+    assert "study tried, cell sums, method hybrid: " in error
+    assert {*tmp_path.iterdir()} == before

@@ -155,23 +155,31 @@ def check_data(study: Study, make: TrialMaker, inputs: Inputs) -> None:
 
 
 def _check_assignments(study: Study, make: TrialMaker, cell: Cell) -> None:
-    """Compare the given assignments with the layers of the cell's model.
+    """Compare the given assignments and patterns with the layers of the cell's model.
 
     Raises:
         InputError: With the cell, the method and the layers that differ.
     """
     for method in study.methods:
-        settings = make.options(cell, method)
-        if method.rule is not None or settings.assignment is None:
-            continue
-        from molf.job.model.loading import load_skeleton
-
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # each trial warns
-                model = checked(settings, datetime.now()).model
-            read_assignment_source(settings.assignment).assignment(load_skeleton(model))
+                _check_assignment(study, make, cell, method)
         except InputError as error:
             raise InputError(
                 f"study {study.name}, cell {cell.name}, method {method.name}: {error}"
             ) from error
+
+
+def _check_assignment(study: Study, make: TrialMaker, cell: Cell, method: Method) -> None:
+    settings = make.options(cell, method)
+    if method.rule is not None:
+        if method.rule.full:
+            from molf.study.assigning.making import without_probe
+
+            without_probe(method.rule, make.options(cell, study.method(method.rule.of)))
+    elif settings.assignment is not None:
+        from molf.job.model.loading import load_skeleton
+
+        model = load_skeleton(checked(settings, datetime.now()).model)
+        read_assignment_source(settings.assignment).assignment(model)

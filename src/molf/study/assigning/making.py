@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from molf.disk.files import write_json, write_text
+from molf.errors import InputError
 from molf.job.record.contents import short_hash
 from molf.job.record.ownership import read_json
+from molf.shown import listed
 from molf.study.assigning.rule import Rule
 from molf.study.assigning.trial_rule import TrialRule
 from molf.study.definition import Point, Study
@@ -26,7 +28,10 @@ from molf.study.running import (
 )
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from molf.core.assignment.assignment import Assignment
+    from molf.core.config import MoLFConfig
     from molf.job.inputs import Inputs
     from molf.job.settings.settings import TrainSettings
 
@@ -95,7 +100,7 @@ class AssignmentMaker:
             folder, cost = self._probe(cell, trial_rule, point)
             assignment = _decided(folder, trial_rule.rule)
         else:
-            assignment, cost = _by_shape(trial_rule.routed_at(point)), Cost()
+            assignment, cost = without_probe(trial_rule.rule, trial_rule.routed_at(point)), Cost()
         if trial_rule.rule.random:
             with warnings.catch_warnings():
                 # The columns of the row show it.
@@ -181,8 +186,18 @@ def _decided(folder: Path, rule: Rule) -> Assignment:
     return advise(read_run(folder), share=rule.share, by=rule.by).assignment
 
 
-def _by_shape(settings: TrainSettings) -> Assignment:
-    """Return the assignment by shape of the layers that a method molf routes."""
+def without_probe(rule: Rule, settings: TrainSettings) -> Assignment:
+    """Return the assignment by shape or by patterns of the layers that a method molf routes.
+
+    Other layers belong to the rest, as in an assignment by a probe.
+
+    Args:
+        rule: A rule without a probe.
+        settings: Those of its method molf.
+
+    Raises:
+        InputError: The patterns do not fit the model or the experts.
+    """
     from molf.core.assignment.assignment import Assignment
     from molf.core.model.linear_layers import trainable_layers
     from molf.job.model.loading import load_skeleton
@@ -195,9 +210,37 @@ def _by_shape(settings: TrainSettings) -> Assignment:
     routed = {layer.name for layer in trainable_layers(model, config)}
     freezes = bool(resolved.freeze_rest)
     start = Assignment.from_patterns(model, {"default": "full", "freeze_rest": freezes})
-    lr, lora_lr = resolved.learning_rate, resolved.lora_learning_rate
-    shaped = start.by_shape(config, lr=lr, lora_lr=lora_lr)
-    # As in an assignment by a probe, layers that molf does not route belong to the rest.
+    if rule.full:
+        made = _by_patterns(model, rule, config).with_options(freeze_rest=freezes)
+        _check_routed(rule, [layer.name for layer in made.full], routed)
+    else:
+        lr, lora_lr = resolved.learning_rate, resolved.lora_learning_rate
+        made = start.by_shape(config, lr=lr, lora_lr=lora_lr)
     others = start.without(layer.name for layer in start.entries) if freezes else start
-    entries = tuple(shaped[name] if name in routed else others[name] for name in shaped.layers)
-    return replace(shaped, entries=entries)
+    entries = tuple(made[name] if name in routed else others[name] for name in made.layers)
+    return replace(made, entries=entries)
+
+
+def _by_patterns(model: nn.Module, rule: Rule, config: MoLFConfig) -> Assignment:
+    """Return the assignment by patterns of the layers in full; others get the one LoRA expert."""
+    from molf.core.assignment.assignment import Assignment
+
+    if len(config.ranks) > 1:
+        raise InputError(
+            f"assignment, full: {rule.of} has {len(config.ranks)} LoRA experts, and each other "
+            "layer gets one. Give a method with one rank."
+        )
+    lora = {"r": config.ranks[0], "alpha": config.alphas[0]}
+    patterns = {"full": list(rule.full), "default": lora, "use_rslora": config.use_rslora}
+    try:
+        return Assignment.from_patterns(model, patterns)
+    except ValueError as error:
+        raise InputError(f"assignment, full: {error}") from error
+
+
+def _check_routed(rule: Rule, full: Sequence[str], routed: Collection[str]) -> None:
+    if others := [name for name in full if name not in routed]:
+        raise InputError(
+            f"assignment, full: {listed(others, 2)} {'is' if len(others) == 1 else 'are'} not "
+            f"routed by {rule.of}. Give patterns of layers that it routes."
+        )

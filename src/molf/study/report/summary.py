@@ -206,7 +206,7 @@ class _Cell:
         summary = MethodSummary(name, control_of=entry.get("control_of") or entry.get("share_of"))
         summary.options = entry.get("options") or {}
         if entry.get("assignment"):
-            summary.rule = Rule(**entry["assignment"])
+            summary.rule = Rule.from_values(entry["assignment"])
         summary.planned_seeds = len(self._seeds)
         summary.trials = len(rows)
         summary.seconds = sum(row.get("seconds", 0.0) for row in rows)
