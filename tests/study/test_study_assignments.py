@@ -1,7 +1,9 @@
 """Rows of method hybrid: their rules, the assignments of their trials, and what these cost."""
 
 import json
+import logging
 import re
+import sys
 from dataclasses import replace
 
 import pytest
@@ -277,3 +279,22 @@ def test_patterns_that_do_not_fit_are_refused_before_any_trial(
     assert re.search(message, error), error
     assert "study tried, cell sums, method hybrid: " in error
     assert {*tmp_path.iterdir()} == before
+
+
+def test_messages_of_libraries_do_not_appear_while_assignments_are_checked(
+    tmp_path, capsys, monkeypatch
+):
+    def load(model):
+        logging.getLogger("torchao").warning("Failed to load a kernel")
+        return load_skeleton(model)
+
+    monkeypatch.setattr("molf.job.model.loading.load_skeleton", load)
+    cell = sums_cell(tmp_path, write_checkpoint(tmp_path / "base"))
+    methods = [FFT, {**MOLF, "ranks": 2}, hybrid(full=["k_proj"])]
+    path = write_study(tmp_path, cells=[cell], methods=methods)
+    logging.getLogger("torchao").addHandler(handler := logging.StreamHandler(sys.stderr))
+    try:
+        assert main(["study", "run", str(path), "--dry_run"]) == 0
+    finally:
+        logging.getLogger("torchao").removeHandler(handler)
+    assert "kernel" not in capsys.readouterr().err

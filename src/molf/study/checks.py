@@ -127,31 +127,42 @@ def check_data(study: Study, make: TrialMaker, inputs: Inputs) -> None:
         InputError: Data, a model or an assignment is missing or invalid, the data has no validation
             part, or the task does not measure the metric on it.
     """
-    for method in study.methods:
-        if (assignment := method.options.get("assignment")) is None:
-            continue
+    from molf.job.libraries import quiet_libraries
+
+    with quiet_libraries():
+        for method in study.methods:
+            _check_given(study, method)
+        for cell in study.cells:
+            _check_cell(study, make, inputs, cell)
+            _check_assignments(study, make, cell)
+
+
+def _check_given(study: Study, method: Method) -> None:
+    """Read the assignment that the options of a method name."""
+    if (assignment := method.options.get("assignment")) is None:
+        return
+    try:
+        read_assignment_source(str(assignment))
+    except InputError as error:
+        raise InputError(f"study {study.name}, method {method.name}: {error}") from error
+
+
+def _check_cell(study: Study, make: TrialMaker, inputs: Inputs, cell: Cell) -> None:
+    """Load the data of both phases, and look for the model and the metric."""
+    for phase, seeds in study.seeds.items():
+        trial = make(cell, study.methods[0], phase, 0, seeds[0], {}, None)
         try:
-            read_assignment_source(str(assignment))
-        except InputError as error:
-            raise InputError(f"study {study.name}, method {method.name}: {error}") from error
-    for cell in study.cells:
-        for phase, seeds in study.seeds.items():
-            trial = make(cell, study.methods[0], phase, 0, seeds[0], {}, None)
-            try:
-                settings = checked(trial.settings, datetime.now())
-                check_model(settings.model)
-                metrics = inputs.task(settings.task_options).metric_names()
-                if cell.metric not in metrics:
-                    raise InputError(
-                        f"task={settings.task} does not measure {cell.metric} on this data. It "
-                        f"measures {', '.join(metrics)}."
-                    )
-            except InputError as error:
-                part = f"{EVAL_PART}={PARTS[phase]}"
+            settings = checked(trial.settings, datetime.now())
+            check_model(settings.model)
+            metrics = inputs.task(settings.task_options).metric_names()
+            if cell.metric not in metrics:
                 raise InputError(
-                    f"study {study.name}, cell {cell.name}, {part}: {error}"
-                ) from error
-        _check_assignments(study, make, cell)
+                    f"task={settings.task} does not measure {cell.metric} on this data. It "
+                    f"measures {', '.join(metrics)}."
+                )
+        except InputError as error:
+            part = f"{EVAL_PART}={PARTS[phase]}"
+            raise InputError(f"study {study.name}, cell {cell.name}, {part}: {error}") from error
 
 
 def _check_assignments(study: Study, make: TrialMaker, cell: Cell) -> None:
@@ -174,7 +185,7 @@ def _check_assignments(study: Study, make: TrialMaker, cell: Cell) -> None:
 def _check_assignment(study: Study, make: TrialMaker, cell: Cell, method: Method) -> None:
     settings = make.options(cell, method)
     if method.rule is not None:
-        if method.rule.full:
+        if not method.rule.has_probe:
             from molf.study.assigning.making import without_probe
 
             without_probe(method.rule, make.options(cell, study.method(method.rule.of)))
