@@ -216,69 +216,85 @@ def figure_values(figure: Figure, ranges: Mapping[str, Any]) -> dict[str, Any]:
         figure: The figure.
         ranges: Axes that it shares with others: `x_range` and `y_range`; empty for its own.
     """
-    base = {"title": figure.title}
     table = {"columns": figure.table.columns, "rows": figure.table.rows}
+    base = {"title": figure.title, "table": table}
     if isinstance(figure, Lines):
-        own = {} if figure.y_range is None else {"y_range": figure.y_range}
-        return base | {
-            "kind": "lines",
-            "x": [plain(x) for x in figure.x],
-            "x_label": figure.x_label,
-            "y_label": figure.y_label,
-            "stepped": figure.stepped,
-            "log_x": figure.log_x,
-            "dotted": figure.dotted,
-            "series": [
-                {
-                    "name": one.name,
-                    "values": [plain(value) for value in one.values],
-                    "color": one.color,
-                    "faint": one.faint,
-                }
-                for one in figure.series
-            ],
-            **ranges,
-            **own,
-            **({"table": table} if figure.has_own_table else {}),
-        }
+        if not figure.has_own_table:
+            del base["table"]
+        return base | _lines(figure, ranges)
     if isinstance(figure, Heat):
-        values = (figure.values + 1) / 2 if figure.is_margin else figure.values
-        return base | {
-            "kind": "heat",
-            "rows": figure.rows,
-            "kinds": figure.kinds,
-            "first": figure.first,
-            "last": figure.last,
-            "planes": [_packed(plane) for plane in values],
-            "names": figure.names,
-            "is_margin": figure.is_margin,
-            "factors": None if figure.factors is None else figure.factors.tolist(),
-            "layers": 0 if figure.full_at is None else len(figure.full_at),
-            "table": table,
-        }
+        return base | _heat(figure)
     if isinstance(figure, Points):
-        return base | {
-            "kind": "points",
-            "x_label": figure.x_label,
-            "y_label": figure.y_label,
-            "points": [
-                {
-                    "name": one.name,
-                    "x": [plain(x) for x in (one.x.value, one.x.low, one.x.high)],
-                    "y": [plain(y) for y in (one.y.value, one.y.low, one.y.high)],
-                }
-                for one in figure.points
-            ],
-            "front": figure.front,
-            "table": table,
-        }
+        return base | _points(figure)
     assert isinstance(figure, Bars)
-    return base | {
+    return base | _bars(figure)
+
+
+def _lines(figure: Lines, ranges: Mapping[str, Any]) -> dict[str, Any]:
+    own = {} if figure.y_range is None else {"y_range": figure.y_range}
+    series = [
+        {
+            "name": one.name,
+            "values": [plain(value) for value in one.values],
+            "color": one.color,
+            "faint": one.faint,
+        }
+        for one in figure.series
+    ]
+    return {
+        "kind": "lines",
+        "x": [plain(x) for x in figure.x],
+        "x_label": figure.x_label,
+        "y_label": figure.y_label,
+        "stepped": figure.stepped,
+        "log_x": figure.log_x,
+        "dotted": figure.dotted,
+        "series": series,
+        **ranges,
+        **own,
+    }
+
+
+def _heat(figure: Heat) -> dict[str, Any]:
+    values = (figure.values + 1) / 2 if figure.is_margin else figure.values
+    return {
+        "kind": "heat",
+        "rows": figure.rows,
+        "kinds": figure.kinds,
+        "first": figure.first,
+        "last": figure.last,
+        "planes": [_packed(plane) for plane in values],
+        "names": figure.names,
+        "is_margin": figure.is_margin,
+        "factors": None if figure.factors is None else figure.factors.tolist(),
+        "layers": 0 if figure.full_at is None else len(figure.full_at),
+    }
+
+
+def _points(figure: Points) -> dict[str, Any]:
+    points = [
+        {
+            "name": one.name,
+            "x": [plain(x) for x in (one.x.value, one.x.low, one.x.high)],
+            "y": [plain(y) for y in (one.y.value, one.y.low, one.y.high)],
+        }
+        for one in figure.points
+    ]
+    return {
+        "kind": "points",
+        "x_label": figure.x_label,
+        "y_label": figure.y_label,
+        "points": points,
+        "front": figure.front,
+    }
+
+
+def _bars(figure: Bars) -> dict[str, Any]:
+    return {
         "kind": "bars",
         "groups": figure.groups,
         "parts": figure.parts,
         "values": [[plain(value) for value in row] for row in figure.values],
-        "table": table,
     }
 
 

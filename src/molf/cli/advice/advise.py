@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import json as json_module
 import sys
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
 from molf.job.advice.choices import CHOICES, check_chosen
+
+if TYPE_CHECKING:
+    from molf.job.advice.advice import Advice
+    from molf.job.advice.cost import Costs
+    from molf.job.record.finished_run import FinishedRun
 
 
 def advise_run(
@@ -39,13 +45,7 @@ def advise_run(
         plan: Plan memory and arithmetic of the assignment and of other methods.
         json: Print everything as JSON, sizes in bytes.
     """
-    from molf.job.advice.place import (
-        advice_place,
-        check_distinct,
-        check_figures,
-        kept_assignment,
-        write_assignment,
-    )
+    from molf.job.advice.place import kept_assignment, write_assignment
     from molf.job.record.finished_run import read_run
     from molf.job.record.routing_log import routing_parts
 
@@ -53,42 +53,14 @@ def advise_run(
     finished = read_run(run)
     with finished.reading():
         routing_parts(finished.path)
-        place = advice_place(finished, output, overwrite=overwrite)
-        # A probe has written it, and it may have been edited: advise then only prints.
-        keeps = place.exists() and not overwrite
-        page_file = None
-        if page is not None:
-            from molf.report.place import file_of_page
-
-            page_file = file_of_page(page, overwrite=overwrite, option="page")
-        if figures is not None:
-            check_figures(figures)
-        check_distinct(output=place, page=page_file, figures=figures)
-        from molf.job.libraries import quiet_libraries
-
-        with quiet_libraries():
-            from molf.job.advice.advice import advise
-
-            advice = advise(finished, share=share, by=by)
-            costs = None
-            if plan:
-                from molf.job.advice.cost import known_costs
-
-                costs = known_costs(finished, advice.assignment)
-    kept = kept_assignment(advice.assignment, place) if keeps else None
-    if not keeps:
-        write_assignment(advice.assignment, place)
-    drawn = []
-    if figures is not None:
-        from molf.job.advice.figures import draw_figures
-
-        drawn = draw_figures(advice, figures)
-    if page_file is not None:
-        from molf.report.advice_page import render_advice
-        from molf.report.place import write_page
-
-        write_page(render_advice(advice, costs), page_file)
-        drawn.append(page_file)
+        places = _places(finished, output, page, figures, overwrite=overwrite)
+        advice, costs = _advised(finished, share, by, plan=plan)
+    kept = None
+    if places.keeps:
+        kept = kept_assignment(advice.assignment, places.assignment)
+    else:
+        write_assignment(advice.assignment, places.assignment)
+    drawn = _draw(advice, costs, figures, places.page)
     if json:
         from molf.cli.advice.printed import record
 
@@ -96,4 +68,76 @@ def advise_run(
         return
     from molf.cli.advice.printed import print_advice
 
-    print_advice(advice, costs, drawn if keeps else [place, *drawn], kept)
+    written = drawn if places.keeps else [places.assignment, *drawn]
+    print_advice(advice, costs, written, kept)
+
+
+@dataclass(frozen=True)
+class _Places:
+    """Files to write.
+
+    Attributes:
+        assignment: That of the assignment.
+        keeps: Whether an earlier one there stays.
+        page: That of the page; None without one.
+    """
+
+    assignment: Path
+    keeps: bool
+    page: Path | None
+
+
+def _places(
+    run: FinishedRun,
+    output: Path | None,
+    page: Path | None,
+    figures: Path | None,
+    *,
+    overwrite: bool,
+) -> _Places:
+    """Check the places of all files before torch is imported, and return those of two of them."""
+    from molf.job.advice.place import advice_place, check_distinct, check_figures
+
+    place = advice_place(run, output, overwrite=overwrite)
+    page_file = None
+    if page is not None:
+        from molf.report.place import file_of_page
+
+        page_file = file_of_page(page, overwrite=overwrite, option="page")
+    if figures is not None:
+        check_figures(figures)
+    check_distinct(output=place, page=page_file, figures=figures)
+    # A probe has written it, and it may have been edited: advise then only prints.
+    return _Places(place, place.exists() and not overwrite, page_file)
+
+
+def _advised(
+    run: FinishedRun, share: float | None, by: str, *, plan: bool
+) -> tuple[Advice, Costs | None]:
+    """Return the advice, and its costs if they are wanted and known."""
+    from molf.job.libraries import quiet_libraries
+
+    with quiet_libraries():
+        from molf.job.advice.advice import advise
+        from molf.job.advice.cost import known_costs
+
+        advice = advise(run, share=share, by=by)
+        return advice, known_costs(run, advice.assignment) if plan else None
+
+
+def _draw(
+    advice: Advice, costs: Costs | None, figures: Path | None, page: Path | None
+) -> list[Path]:
+    """Write figures and a page where they are wanted, and return their files."""
+    drawn = []
+    if figures is not None:
+        from molf.job.advice.figures import draw_figures
+
+        drawn = draw_figures(advice, figures)
+    if page is not None:
+        from molf.report.advice_page import render_advice
+        from molf.report.place import write_page
+
+        write_page(render_advice(advice, costs), page)
+        drawn.append(page)
+    return drawn

@@ -37,21 +37,9 @@ def plan(
     Warns:
         UserWarning: Options have no effect on the plan.
     """
-    for name, count in (("num_gpus", num_gpus), ("num_nodes", num_nodes)):
-        if not 0 < count < _MOST:
-            raise InputError(f"Invalid {name}={count}. Must be at least 1 and below {_MOST}.")
     # The model may be an address with a token, which the plan repeats.
     learn(vars(settings))
-    check_training_args(settings.training_args)
-    gpus = num_gpus * num_nodes
-    if gpus == 1 and settings.fsdp is not None:
-        warnings.warn(
-            f"Without effect with one GPU: fsdp={settings.fsdp}. Give --num_gpus N.",
-            stacklevel=2,
-        )
-    if settings.fsdp_cpu_offload:
-        check_offload(device)
-    shared_by = shards(settings.fsdp, gpus) if gpus > 1 else 1
+    shared_by = _checked_shards(settings, device, num_gpus, num_nodes)
     # Before the model is looked up, which may need the network.
     if reason := why_not_planned(settings.method, settings.kernels):
         raise InputError(reason)
@@ -103,3 +91,20 @@ def plan(
             if resolved.has_checkpoints
             else None,
         )
+
+
+def _checked_shards(settings: TrainSettings, device: str, num_gpus: int, num_nodes: int) -> int:
+    """Check the machines and the options that depend on them; return the shards of a weight."""
+    for name, count in (("num_gpus", num_gpus), ("num_nodes", num_nodes)):
+        if not 0 < count < _MOST:
+            raise InputError(f"Invalid {name}={count}. Must be at least 1 and below {_MOST}.")
+    check_training_args(settings.training_args)
+    gpus = num_gpus * num_nodes
+    if gpus == 1 and settings.fsdp is not None:
+        warnings.warn(
+            f"Without effect with one GPU: fsdp={settings.fsdp}. Give --num_gpus N.",
+            stacklevel=3,
+        )
+    if settings.fsdp_cpu_offload:
+        check_offload(device)
+    return shards(settings.fsdp, gpus) if gpus > 1 else 1
