@@ -56,6 +56,11 @@ def is_number(value: object, kinds: Any = (int, float)) -> bool:
         return False
 
 
+def is_integer(value: object) -> bool:
+    """Return whether a value is an integer; a boolean is none."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
 @contextmanager
 def reading_yaml() -> Iterator[None]:
     """Convert each error of PyYAML's safe loader to a ValueError of one line.

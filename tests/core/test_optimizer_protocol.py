@@ -83,6 +83,8 @@ def test_added_group_takes_plain_adamw_steps(model, optimizer):
         ({"eps": -1e-8}, "Invalid eps=-1e-08"),
         ({"betas": (0.9, 1.0)}, r"Invalid betas=\(0.9, 1.0\)"),
         ({"betas": 0.9}, "Invalid betas=0.9"),
+        ({"seed": "x"}, "Invalid seed='x'. Must be an integer."),
+        ({"seed": True}, "Invalid seed=True. Must be an integer."),
         ({"maximize": True}, "Invalid options of a group: maximize"),
         ({"amsgrad": True}, "Invalid options of a group: amsgrad"),
         ({"decoupled_weight_decay": False}, "weight decay that is not decoupled"),

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from molf.core.scores.registry import Routing, routing
-from molf.inputs import is_number
+from molf.inputs import is_integer, is_number
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +76,7 @@ class MoLFConfig:
                     f"{', '.join(map(str, allowed))}."
                 )
 
-        if not self.ranks or not all(_is_int(r) and r >= 1 for r in self.ranks):
+        if not self.ranks or not all(is_integer(r) and r >= 1 for r in self.ranks):
             raise ValueError(
                 f"Invalid ranks={list(self.ranks)}. Must be one or more integers, each at least 1."
             )
@@ -90,7 +90,7 @@ class MoLFConfig:
         if not (is_number(self.lora_dropout) and 0 <= self.lora_dropout < 1):
             raise ValueError(f"Invalid lora_dropout={self.lora_dropout}. Must be in [0, 1).")
         routing(self.score)
-        if not _is_int(self.seed):
+        if not is_integer(self.seed):
             raise ValueError(f"Invalid seed={self.seed!r}. Must be an integer.")
         if not self.target_modules:
             raise ValueError(
@@ -108,7 +108,7 @@ class MoLFConfig:
             )
         eligible = len(self.eligible)
         most = self.routing.rule.most_winners(self.experts, self.lora_experts)
-        if not _is_int(self.top_k) or not 1 <= self.top_k <= most:
+        if not is_integer(self.top_k) or not 1 <= self.top_k <= most:
             reason = "the number of experts" if most == eligible else "the number of LoRA experts"
             raise ValueError(
                 f"Invalid top_k={self.top_k}. Must be from 1 to {most}, {reason} "
@@ -211,7 +211,3 @@ def _as_patterns(name: str, value: Any) -> str | tuple[str, ...]:
             f"Invalid {name}={value!r}. Must be a list of name endings, or a regular expression."
         )
     return endings
-
-
-def _is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)

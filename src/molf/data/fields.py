@@ -6,6 +6,7 @@ import re
 from typing import Any
 
 from molf.errors import InputError
+from molf.inputs import is_integer
 
 
 def text_value(value: Any, where: str) -> str:
@@ -46,9 +47,8 @@ def integer_value(value: Any, where: str) -> int:
         return int(value)
     if isinstance(value, float) and value.is_integer():
         return int(value)  # columns with nulls become floats in pandas
-    # True and False are integers in Python.
-    if isinstance(value, int) and not isinstance(value, bool):
-        return value
+    if is_integer(value):
+        return int(value)
     raise InputError(f"{where} must be a whole number, not {value!r:.100}.")
 
 

@@ -6,6 +6,7 @@ import math
 from collections.abc import Collection, Mapping
 from typing import Any
 
+from molf.inputs import is_integer
 from molf.shown import suggestion
 
 
@@ -85,7 +86,7 @@ def number(value: Any, where: str) -> float:
 
 def whole_number(value: Any, where: str, *, least: int = 1) -> int:
     """Return an integer of at least `least`."""
-    if not isinstance(value, int) or isinstance(value, bool) or not least <= value < 2**32:
+    if not is_integer(value) or not least <= value < 2**32:
         raise StudyFileError(f"{where}: {value!r:.80} is no whole number of at least {least}.")
     return value
 

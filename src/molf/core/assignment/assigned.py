@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from molf.inputs import is_number
+from molf.inputs import is_integer, is_number
 
 FULL, LORA, FROZEN = "full", "lora", "frozen"
 KINDS = (FULL, LORA, FROZEN)
@@ -72,7 +72,7 @@ class Evidence:
 
 
 def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+    return is_integer(value) and value >= 0
 
 
 @dataclass(frozen=True, kw_only=True)

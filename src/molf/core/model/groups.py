@@ -32,6 +32,7 @@ from molf.core.model.module_names import cleaner, is_peft_model, unwrapped
 from molf.core.model.weight_checks import check_has_values
 from molf.core.scores.registry import routing
 from molf.core.scores.rules import BestShare
+from molf.inputs import is_integer
 from molf.shown import counted
 
 NamedParameters = list[tuple[str, nn.Parameter]]
@@ -309,6 +310,8 @@ def check_group(group: dict[str, Any], *, smallest: float = 0.0) -> None:
     """
     for name in ("lr", "eps", "weight_decay", "bias_weight_decay"):
         number(name, group.get(name, 0.0), smallest=smallest)
+    if not is_integer(seed := group.get("seed", 0)):
+        raise ValueError(f"Invalid seed={seed!r}. Must be an integer.")
     if group.get("adapter_scaling") is not None and not group["adapter_scaling"] > 0:
         raise ValueError(f"Invalid adapter_scaling={group['adapter_scaling']!r}. Must be positive.")
     if group["layer"] is not None:
