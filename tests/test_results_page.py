@@ -273,6 +273,32 @@ def test_the_claims_of_demo_confirm_hold_where_the_pages_say_so():
     assert (len(cells("more", harm)), len(cells("less", harm))) == (5, 1)
 
 
+def test_the_pages_agree_with_the_rows_without_a_probe():
+    """All `down_proj` in full: README, advise.md, results.md."""
+    study = script.Study(script.STUDIES / "demo-confirm")
+    down, drawn = "hybrid-down", "hybrid-down-random"
+    assert outcomes.tally(study, down).startswith("worse in 1 cell (forms), no difference")
+    assert outcomes.tally(study, down, "fft", "own").startswith("worse in 1 cell (forms), no")
+    assert outcomes.tally(study, drawn).startswith("no difference shown in 7 cells")
+    harm = outcomes.harm_tally(study, "forgetting_loss", down)
+    assert harm.startswith(
+        "less in 3 cells (facts-narrow, facts, forms), more in 1 cell (repeated)"
+    )
+    for at in ("own", "equal"):
+        alike = outcomes.tally(study, down, drawn, at)
+        assert alike.startswith("no difference shown in 7 cells")
+    alike = outcomes.tally(study, down, "hybrid-descent-10", "own")
+    assert alike.startswith("no difference shown in 7 cells")
+    weights = {row["full_weights"] for row in study.rows if row["method"] in (down, drawn)}
+    assert {f"{share:.0%}" for share in weights} == {"24%"}
+    readme = " ".join((ROOT / "README.md").read_text().split())
+    assert (
+        "- All `down_proj` in full, without a probe (24% of the weights, new seeds), are shown to "
+        "be worse in one; they forget less in three and more in one. They are not shown to differ "
+        "from the tenth by `descent`, or from random layers with as many weights."
+    ) in readme
+
+
 def test_the_readme_agrees_with_the_pretrained_model():
     study = script.Study(script.STUDIES / "smollm2-equal")
     assert amounts.missing(study) == "none"
