@@ -279,6 +279,7 @@ def test_the_pages_agree_with_the_rows_without_a_probe():
     down, drawn = "hybrid-down", "hybrid-down-random"
     assert outcomes.tally(study, down).startswith("worse in 1 cell (forms), no difference")
     assert outcomes.tally(study, down, "fft", "own").startswith("worse in 1 cell (forms), no")
+    assert "worse" not in outcomes.tally(study, "hybrid-descent-10", "fft", "own")
     assert outcomes.tally(study, drawn).startswith("no difference shown in 7 cells")
     harm = outcomes.harm_tally(study, "forgetting_loss", down)
     assert harm.startswith(
@@ -306,11 +307,17 @@ def test_the_readme_agrees_with_the_pretrained_model():
     assert cell.baseline == "fft"
     controls = ("epd-equal-random", "epd-equal-shuffled")
     less = dict.fromkeys(("epd-equal", *controls, "fft-lower", "fft-low"), "less")
-    more = dict.fromkeys(("hybrid-epd-50", "hybrid-epd-50-random", "hybrid-epd-10"), "more")
+    hybrids = [f"hybrid-{found}" for found in ("epd-50", "epd-10", "descent-10")]
+    more = dict.fromkeys((*hybrids, *(f"{name}-random" for name in hybrids)), "more")
     for name, word in (less | more).items():
         assert outcomes.tally(study, name) == "no difference shown in 1 cell (real-fact)"
         found = outcomes.harm_tally(study, "forgetting_loss", name)
         assert found == f"{word} in 1 cell (real-fact)"
+    assert outcomes.tally(study, "hybrid-down") == "worse in 1 cell (real-fact)"
+    alike = outcomes.tally(study, "hybrid-descent-10", "hybrid-descent-10-random", "own")
+    assert alike == "no difference shown in 1 cell (real-fact)"
+    found = outcomes.harm_tally(study, "forgetting_loss", "hybrid-down")
+    assert found == "more in 1 cell (real-fact)"
     molf, lower = cell.method("epd-equal"), cell.method("fft-lower")
     against = cell.compare(molf, lower)
     assert against.is_complete
@@ -330,12 +337,18 @@ def test_the_readme_agrees_with_the_pretrained_model():
         "- Full fine-tuning at two thirds of its rate forgets less too, and is not shown to differ "
         f"from MoLF. At a third of its rate it forgets {little.value:.2f} nats per token instead "
         f"of {much.value:.2f}. - Hybrid with half of the layers in full, by EPD or at random, "
-        "forgets more. So does hybrid with a tenth by EPD."
+        "forgets more. So does hybrid with a tenth, by EPD, by `descent` or at random. All "
+        "`down_proj` in full, without a probe, are shown to be worse there, and forget more."
     ) in readme
     # Words of docs/results.md.
     found = [row for row in study.rows if row["method"] in ("hybrid-epd", "hybrid-shape")]
     assert len(found) == 2 * (3 + 5)
     assert {row["full_weights"] for row in found} == {0.0}
+    layers = {
+        name: {row["full_layers"] for row in study.rows if row["method"] == name}
+        for name in ("hybrid-descent-10", "hybrid-down")
+    }
+    assert layers == {"hybrid-descent-10": {21}, "hybrid-down": {30}}
 
 
 def test_the_templates_have_no_measured_figure():
