@@ -62,7 +62,7 @@ NOTICE = "<!-- Written by scripts/results_page.py from a template and docs/studi
 _WORDS: dict[str, Any] = {
     function.__name__: function
     for function in (
-        *(tables.chosen, tables.differences, tables.controls, tables.sensitivity),
+        *(tables.chosen, tables.differences, tables.methods, tables.controls, tables.sensitivity),
         *(tables.harm, tables.shares, tables.assigned, tables.against),
         *(outcomes.tally, outcomes.harm_tally, outcomes.less_harm, outcomes.robust),
         *(outcomes.advice, outcomes.better_than, outcomes.decided),

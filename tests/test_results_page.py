@@ -351,6 +351,21 @@ def test_the_readme_agrees_with_the_pretrained_model():
     assert layers == {"hybrid-descent-10": {21}, "hybrid-down": {30}}
 
 
+def test_each_method_has_a_row_in_the_tables_of_few_cells():
+    study = script.Study(script.STUDIES / "smollm2-scores")
+    parts = tables.methods(study).split("\n\n`")
+    assert len(parts) == len(study.cells)
+    for part, cell in zip(parts, study.cells, strict=True):
+        rows = [line.strip("| ").split(" | ") for line in part.splitlines() if line[:1] == "|"][2:]
+        assert [row[0] for row in rows] == [one.name for one in cell.methods]
+        for row, one in zip(rows, cell.methods, strict=True):
+            assert row[1] == one.rates
+            assert row[3].strip() == ("" if one.full_share is None else f"{one.full_share:.0%}")
+            assert row[4].startswith(f"{one.harm['forgetting_loss'].value:.3f} [")
+            signed = row[2].strip("*").startswith(("+", "-"))
+            assert signed is (one.name != cell.baseline)
+
+
 def test_the_templates_have_no_measured_figure():
     templates = sorted(script.DOCS.glob("*.template.md"))
     assert templates

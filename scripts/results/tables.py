@@ -40,6 +40,26 @@ def controls(study: Study) -> str:
     return "\n\n".join(parts) or NO_ROWS
 
 
+def methods(study: Study) -> str:
+    """Return a table for each cell with a row for each method, for studies of few cells."""
+    parts = []
+    for cell in study.cells:
+        rows = [
+            [
+                one.name,
+                one.rates or _lacking(one),
+                estimate_text(one.value) if one.name == cell.baseline else compared(one.comparison),
+                _share_text(one),
+                estimate_text(one.harm.get("forgetting_loss")) + seeds_text(one),
+            ]
+            for one in cell.methods
+        ]
+        metric = f"{cell.metric}, minus {cell.baseline}"
+        header = ["method", "chosen rates", metric, "in full", harm_name("forgetting_loss")]
+        parts.append("\n".join([f"`{cell.name}`:", "", *table(header, rows)]))
+    return "\n\n".join(parts) or NO_ROWS
+
+
 def sensitivity(study: Study) -> str:
     """Return the table of the mean and the worst value over the decade around the chosen rate."""
 
@@ -60,7 +80,7 @@ def harm(study: Study, metric: str) -> str:
 
 def shares(study: Study) -> str:
     """Return the table of the shares of updates that `full` took."""
-    return _by_method(study, lambda one: "" if one.full_share is None else f"{one.full_share:.0%}")
+    return _by_method(study, _share_text)
 
 
 def assigned(study: Study) -> str:
@@ -90,6 +110,10 @@ def _harm_text(found: Comparison | None, harm: str) -> str:
     if found is None or harm not in found.harm:
         return ""
     return bold_if(found.harm[harm], is_complete=found.is_complete)
+
+
+def _share_text(one: MethodSummary) -> str:
+    return "" if one.full_share is None else f"{one.full_share:.0%}"
 
 
 def _by_method(study: Study, text: Callable[[MethodSummary], str]) -> str:
