@@ -14,6 +14,8 @@ from molf.cli import main
 from molf.core.assignment.assignment import Assignment
 from molf.job.model.loading import load_skeleton
 from molf.job.record.assignment_source import read_assignment
+from molf.study.assigning.making import without_probe
+from molf.study.assigning.rule import Rule
 from molf.study.outcome import all_results, run_directory
 from molf.study.plan import Plan
 from molf.study.trial import TrialRunner
@@ -181,6 +183,30 @@ def test_patterns_name_the_layers_in_full_and_the_others_get_the_experts_rank(st
     assert {(entry.r, entry.alpha) for entry in used.lora} == {(2, 32)}  # of method molf
     assert rows["other"]["full_weights"] == rows["named"]["full_weights"]
     assert rows["other"]["assignment_key"] != rows["named"]["assignment_key"]
+
+
+def test_a_rank_above_a_layers_side_is_fitted_as_in_an_assignment_by_shape(tmp_path):
+    cell = sums_cell(tmp_path, write_checkpoint(tmp_path / "base"))
+    methods = [{**MOLF, "ranks": 20}, hybrid(full=["down_proj"]), hybrid(by="shape")]
+    methods[2]["name"] = "shape"
+    study, make = study_of(tmp_path, cells=[cell], methods=methods)
+    rates = {"learning_rate": 1e-4, "lora_learning_rate": 1.0}  # LoRA in every layer by shape
+    settings = replace(make.options(study.cells[0], study.methods[0]), **rates)
+    named, shaped = (without_probe(method.rule, settings) for method in study.methods[1:])
+    assert len({layer.r for layer in shaped.lora}) > 1
+    assert {layer.name.rpartition(".")[2] for layer in named.full} == {"down_proj"}
+    others = {name: layer for name, layer in shaped.layers.items() if "down_proj" not in name}
+    assert {layer.name: layer for layer in named.lora} == others
+    assert named.use_rslora is shaped.use_rslora is True
+
+
+def test_a_rule_is_recorded_and_read_again():
+    patterns = Rule("epd", full=("k_proj", "v_proj"), random=True)
+    for rule in (Rule("epd", share=0.5), patterns):
+        assert Rule.from_values(json.loads(json.dumps(rule.as_values()))) == rule
+    # Identities of earlier rows.
+    assert set(Rule("epd").as_values()) == {"of", "by", "share", "random", "steps"}
+    assert str(patterns) == "random like full: k_proj, v_proj"
 
 
 def test_rows_of_one_probe_share_it_and_each_counts_it(study, rows):

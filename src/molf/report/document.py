@@ -217,11 +217,11 @@ def figure_values(figure: Figure, ranges: Mapping[str, Any]) -> dict[str, Any]:
         ranges: Axes that it shares with others: `x_range` and `y_range`; empty for its own.
     """
     table = {"columns": figure.table.columns, "rows": figure.table.rows}
-    base = {"title": figure.title, "table": table}
+    base: dict[str, Any] = {"title": figure.title}
     if isinstance(figure, Lines):
-        if not figure.has_own_table:
-            del base["table"]
-        return base | _lines(figure, ranges)
+        own_table = {"table": table} if figure.has_own_table else {}
+        return base | _lines(figure, ranges) | own_table
+    base["table"] = table
     if isinstance(figure, Heat):
         return base | _heat(figure)
     if isinstance(figure, Points):

@@ -222,20 +222,29 @@ def without_probe(rule: Rule, settings: TrainSettings) -> Assignment:
 
 
 def _by_patterns(model: nn.Module, rule: Rule, config: MoLFConfig) -> Assignment:
-    """Return the assignment by patterns of the layers in full; others get the one LoRA expert."""
+    """Return the assignment by patterns of the layers in full; others get the one LoRA expert.
+
+    A rank above a layer's smaller side becomes that side, as in an assignment by a probe.
+    """
+    from molf.core.assignment.assigned import FULL, LORA, Treatment
     from molf.core.assignment.assignment import Assignment
+    from molf.core.assignment.choice import with_treatments
 
     if len(config.ranks) > 1:
         raise InputError(
             f"assignment, full: {rule.of} has {len(config.ranks)} LoRA experts, and each other "
             "layer gets one. Give a method with one rank."
         )
-    lora = {"r": config.ranks[0], "alpha": config.alphas[0]}
-    patterns = {"full": list(rule.full), "default": lora, "use_rslora": config.use_rslora}
     try:
-        return Assignment.from_patterns(model, patterns)
+        named = Assignment.from_patterns(model, {"full": list(rule.full), "default": "frozen"})
     except ValueError as error:
         raise InputError(f"assignment, full: {error}") from error
+    lora = Treatment(LORA, config.ranks[0], float(config.alphas[0]))
+    treatments = {
+        layer.name: Treatment(FULL) if layer.train == FULL else lora for layer in named.entries
+    }
+    entries = with_treatments(named.entries, treatments, use_rslora=config.use_rslora)
+    return replace(named, entries=entries, use_rslora=config.use_rslora)
 
 
 def _check_routed(rule: Rule, full: Sequence[str], routed: Collection[str]) -> None:
